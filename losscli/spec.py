@@ -1,0 +1,261 @@
+"""Specs, ``NAME:ARG,key=value,…``: how a command line names a model, a data set or a loss."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from losscli.errors import SpecError, UntrustedCodeError
+
+__all__ = ["Scalar", "Spec", "Value", "call", "look_up"]
+
+Scalar = bool | int | float | str
+Value = Scalar | list[int] | list[float]
+
+_NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+_LIST = re.compile(rf"{_NUMBER}(?:-{_NUMBER})+")
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_CALLABLE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec.
+
+    The target is ``NAME`` or ``NAME:ARG``; which part is the name depends on the registry that
+    it is looked up in, because code (``package.module:callable``) has a colon of its own.
+
+    Attributes:
+        target: Everything before the first comma that is not in double quotes.
+        options: The keys and values behind it, in the order given.
+    """
+
+    target: str
+    options: Mapping[str, Value] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """Reads a spec.
+
+        Args:
+            text: ``NAME``, ``NAME:ARG``, ``NAME,key=value,…`` or ``NAME:ARG,key=value,…``.
+
+        Returns:
+            The spec; ``Spec.parse(str(spec)) == spec``.
+
+        Raises:
+            SpecError: The text is empty, a key is no identifier, stands twice or has no value.
+        """
+        target, *pairs = _split(text)
+        if not target:
+            raise SpecError(f"spec {text!r} has no name", "Write NAME or NAME:ARG,key=value")
+        if target.startswith('"'):
+            target = str(_value(target, text))
+        options: dict[str, Value] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not equals or not _KEY.fullmatch(key):
+                raise SpecError(f"spec {text!r}: {pair!r} is not of the form key=value")
+            if key in options:
+                raise SpecError(f"spec {text!r}: the key {key!r} stands twice")
+            options[key] = _value(value, text)
+        return cls(target, options)
+
+    def __str__(self) -> str:
+        target = self.target
+        if "," in target or target.startswith('"'):
+            target = _quote(target)
+        return ",".join([target, *(f"{k}={_format(v)}" for k, v in self.options.items())])
+
+
+def _split(text: str) -> list[str]:
+    """Splits at the commas outside double quotes."""
+    parts = re.findall(r'(?:"(?:\\.|[^"\\])*"|[^,])+|(?<=,)(?=,|$)|^(?=,|$)', text, re.DOTALL)
+    return parts or [""]
+
+
+def _value(text: str, where: str) -> Value:
+    if _LIST.fullmatch(text):
+        parts = re.findall(_NUMBER, text)
+        whole = all(part.isdigit() for part in parts)
+        return [int(part) for part in parts] if whole else [float(part) for part in parts]
+    if text.startswith('"'):
+        return _toml(text, where)
+    if "\n" not in text and "#" not in text:
+        try:
+            value = tomllib.loads(f"v = {text}")
+        except tomllib.TOMLDecodeError:
+            return text
+        if value.keys() == {"v"} and type(value["v"]) in {bool, int, float}:
+            number: Scalar = value["v"]
+            return number
+    return text
+
+
+def _toml(text: str, where: str) -> str:
+    try:
+        value = tomllib.loads(f"v = {text}")
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"spec {where!r}: {text} is not a quoted string ({error})") from None
+    if value.keys() != {"v"} or not isinstance(value["v"], str):
+        raise SpecError(f"spec {where!r}: {text} is not a quoted string")
+    return str(value["v"])
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    # TOML's basic strings hold no control characters as they are.
+    return (
+        '"'
+        + "".join(
+            f"\\u{ord(c):04x}" if ord(c) < 0x20 or ord(c) == 0x7F else c  # noqa: PLR2004
+            for c in escaped
+        )
+        + '"'
+    )
+
+
+def _format(value: Value) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "-".join(str(v) for v in value)
+    if isinstance(value, str):
+        plain = "," not in value and '"' not in value and _value(value, "") == value
+        return value if plain else _quote(value)
+    return repr(value)
+
+
+def look_up(
+    spec: Spec, registry: Mapping[str, Callable[..., Any]], kind: str, *, trusted: bool
+) -> tuple[Callable[..., Any], tuple[str, ...]]:
+    """Finds what a spec names: an entry of a registry, or code of the user's own.
+
+    Args:
+        spec: What to find.
+        registry: The entries by name.
+        kind: What the entries are ("model", "data", …), for the errors.
+        trusted: Whether the command line itself named the spec. Only then may it name code,
+            which is imported and so run.
+
+    Returns:
+        The callable and its positional arguments: ``(ARG,)``, or nothing where there is no ARG.
+
+    Raises:
+        SpecError: No entry has this name, or the code named is not there.
+        UntrustedCodeError: The spec names code and did not come from the command line.
+    """
+    name, _, argument = spec.target.partition(":")
+    if name in registry:
+        return registry[name], ((argument,) if argument else ())
+    module, _, rest = spec.target.partition(":")
+    attribute, _, argument = rest.partition(":")
+    if not _CALLABLE.fullmatch(attribute):
+        close = difflib.get_close_matches(name, registry, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise SpecError(
+            f"unknown {kind} {name!r}",
+            f"{hint}Known are {', '.join(registry)}, or code of your own as "
+            "package.module:callable or path/to/file.py:callable",
+        )
+    if not trusted:
+        option = {"model": "--model", "data": "--data", "loss": "--loss"}.get(kind, f"--{kind}")
+        raise UntrustedCodeError(
+            f"a file names code to run as its {kind}, {str(spec)!r}, and code is run only when "
+            "the command line names it",
+            f"If you trust it, write {option} {spec}",
+        )
+    return _load(module, attribute, kind), ((argument,) if argument else ())
+
+
+def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
+    where = f"{kind} {module}:{attribute}"
+    try:
+        if module.endswith(".py"):
+            loaded = _load_file(Path(module), where)
+        else:
+            # As with `python -m`, the current folder comes first.
+            if str(Path.cwd()) not in sys.path:
+                sys.path.insert(0, str(Path.cwd()))
+            loaded = importlib.import_module(module)
+        found: Any = loaded
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except SpecError:
+        raise
+    except ModuleNotFoundError as error:
+        raise SpecError(
+            f"{where}: no module named {error.name!r}", "Install it, or give a path to a .py file"
+        ) from error
+    except AttributeError as error:
+        raise SpecError(f"{where}: {error}") from error
+    except Exception as error:
+        raise SpecError(f"{where}: importing it failed: {_one_line(error)}") from error
+    if not callable(found):
+        raise SpecError(f"{where} is a {type(found).__name__}, not a callable")
+    return found  # type: ignore[no-any-return]
+
+
+def _load_file(path: Path, where: str) -> Any:  # noqa: ANN401
+    if not path.is_file():
+        raise SpecError(f"{where}: there is no file {path}")
+    name = f"losscli_user_{path.stem}"
+    loader = importlib.util.spec_from_file_location(name, path)
+    if loader is None or loader.loader is None:
+        raise SpecError(f"{where}: {path} is no Python file")
+    module = importlib.util.module_from_spec(loader)
+    # Registered before it runs, so that its dataclasses and pickles find their module.
+    sys.modules[name] = module
+    # Its neighbours are importable from it, as they are when it is run as a script.
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    loader.loader.exec_module(module)
+    return module
+
+
+def call(
+    function: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any], where: str
+) -> Any:  # noqa: ANN401
+    """Calls what a spec names, and tells an argument that it does not take from a failure in it.
+
+    Args:
+        function: The callable found.
+        arguments: Its positional arguments.
+        options: Its keyword arguments.
+        where: The spec, for the errors.
+
+    Returns:
+        What the callable returns.
+
+    Raises:
+        SpecError: A key is unknown or missing.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none
+        return function(*arguments, **options)
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        keys = [
+            p.name
+            for p in signature.parameters.values()
+            if p.kind in {p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD}
+        ]
+        raise SpecError(f"{where}: {error}", f"It takes {', '.join(keys) or 'no keys'}") from None
+    return function(*arguments, **options)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

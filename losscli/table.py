@@ -1,0 +1,148 @@
+"""Tables: one row per evaluated point, and CSV (RFC 4180) in and out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from losscli.errors import TableError
+
+__all__ = ["Cell", "Table"]
+
+Cell = float | int | str | None
+
+_TEXT = frozenset({"split", "checkpoint", "verdict"})
+_INTEGER = frozenset({"step", "examples"})
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns and rows of cells.
+
+    A column's name settles its type: ``split``, ``checkpoint`` and ``verdict`` are text, ``step``
+    and ``examples`` whole numbers, all others floats. ``None`` is an empty cell.
+
+    Attributes:
+        columns: The names of the columns, each once.
+        rows: The cells, ``len(columns)`` in each row.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    @classmethod
+    def build(cls, columns: Iterable[str], rows: Iterable[Sequence[Cell]]) -> Table:
+        """Builds a table from any iterables.
+
+        Args:
+            columns: The names of the columns.
+            rows: The rows.
+
+        Returns:
+            The table.
+        """
+        return cls(tuple(columns), tuple(tuple(row) for row in rows))
+
+    def __getitem__(self, column: str) -> list[Cell]:
+        index = self.columns.index(column)
+        return [row[index] for row in self.rows]
+
+    def floats(self, column: str) -> list[float]:
+        """Reads a column of numbers.
+
+        Args:
+            column: Its name.
+
+        Returns:
+            Its cells as floats; an empty cell is nan.
+        """
+        return [float("nan") if cell is None else float(cell) for cell in self[column]]
+
+    def where(self, column: str, value: Cell) -> Table:
+        """Picks rows.
+
+        Args:
+            column: The column to look at.
+            value: What it must hold.
+
+        Returns:
+            The table of the rows whose cell in ``column`` equals ``value``.
+        """
+        index = self.columns.index(column)
+        return Table(self.columns, tuple(row for row in self.rows if row[index] == value))
+
+    def unique(self, column: str) -> list[Cell]:
+        """Lists what a column holds.
+
+        Args:
+            column: Its name.
+
+        Returns:
+            The different cells, in the order of their first row.
+        """
+        return list(dict.fromkeys(self[column]))
+
+    def to_csv(self) -> str:
+        r"""Writes the table as CSV.
+
+        Returns:
+            RFC 4180: a header, one record a row, lines ended by ``\r\n``. Floats are the shortest
+            decimals that read back to the same bits; not-a-number and infinity are ``nan``,
+            ``inf`` and ``-inf``; ``None`` is empty.
+        """
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(self.columns)
+        writer.writerows([_write(cell) for cell in row] for row in self.rows)
+        return text.getvalue()
+
+    @classmethod
+    def from_csv(cls, lines: TextIO, name: str) -> Table:
+        """Reads what `to_csv` wrote.
+
+        Args:
+            lines: The file, opened with ``newline=""``.
+            name: What to call it in errors.
+
+        Returns:
+            The table, equal to the one written.
+
+        Raises:
+            TableError: The file is not such a CSV.
+        """
+        try:
+            records = list(csv.reader(lines, strict=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise TableError(f"{name} is not a CSV file ({error})") from None
+        if not records or not records[0] or len(set(records[0])) != len(records[0]):
+            raise TableError(f"{name} has no header of different column names")
+        columns = tuple(records[0])
+        rows = []
+        for number, record in enumerate(records[1:], start=2):
+            if len(record) != len(columns):
+                raise TableError(
+                    f"{name}, record {number}: {len(record)} cells for {len(columns)} columns"
+                )
+            try:
+                rows.append(tuple(map(_read, columns, record)))
+            except ValueError as error:
+                raise TableError(f"{name}, record {number}: {error}") from None
+        return cls(columns, tuple(rows))
+
+
+def _write(cell: Cell) -> str:
+    if cell is None:
+        return ""
+    # float() first: NumPy's own scalars write themselves as np.float64(…).
+    return repr(float(cell)) if isinstance(cell, float) else str(cell)
+
+
+def _read(column: str, text: str) -> Cell:
+    if column in _TEXT:
+        return text
+    if not text:
+        return None
+    return int(text) if column in _INTEGER else float(text)
