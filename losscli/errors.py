@@ -17,6 +17,7 @@ __all__ = [
     "TableError",
     "UntrustedCodeError",
     "UsageError",
+    "one_line",
 ]
 
 
@@ -91,3 +92,16 @@ class TableError(LosscliError):
 
 class OutputError(LosscliError):
     """A result cannot be written, or would overwrite the result of another run."""
+
+
+def one_line(error: BaseException) -> str:
+    """Puts a foreign error into one line.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        Its type and its text, white space folded.
+    """
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from losscli.errors import SpecError, UntrustedCodeError
+from losscli.errors import SpecError, UntrustedCodeError, one_line
 
 __all__ = ["Scalar", "Spec", "Value", "call", "look_up"]
 
@@ -116,10 +116,7 @@ def _quote(text: str) -> str:
     # TOML's basic strings hold no control characters as they are.
     return (
         '"'
-        + "".join(
-            f"\\u{ord(c):04x}" if ord(c) < 0x20 or ord(c) == 0x7F else c  # noqa: PLR2004
-            for c in escaped
-        )
+        + "".join(f"\\u{ord(c):04x}" if ord(c) < 0x20 or ord(c) == 0x7F else c for c in escaped)
         + '"'
     )
 
@@ -199,13 +196,13 @@ def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
     except AttributeError as error:
         raise SpecError(f"{where}: {error}") from error
     except Exception as error:
-        raise SpecError(f"{where}: importing it failed: {_one_line(error)}") from error
+        raise SpecError(f"{where}: importing it failed: {one_line(error)}") from error
     if not callable(found):
         raise SpecError(f"{where} is a {type(found).__name__}, not a callable")
     return found  # type: ignore[no-any-return]
 
 
-def _load_file(path: Path, where: str) -> Any:  # noqa: ANN401
+def _load_file(path: Path, where: str) -> Any:
     if not path.is_file():
         raise SpecError(f"{where}: there is no file {path}")
     name = f"losscli_user_{path.stem}"
@@ -225,7 +222,7 @@ def _load_file(path: Path, where: str) -> Any:  # noqa: ANN401
 
 def call(
     function: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any], where: str
-) -> Any:  # noqa: ANN401
+) -> Any:
     """Calls what a spec names, and tells an argument that it does not take from a failure in it.
 
     Args:
@@ -254,8 +251,3 @@ def call(
         ]
         raise SpecError(f"{where}: {error}", f"It takes {', '.join(keys) or 'no keys'}") from None
     return function(*arguments, **options)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -14,8 +14,8 @@ __all__ = ["Cell", "Table"]
 
 Cell = float | int | str | None
 
-_TEXT = frozenset({"split", "checkpoint", "verdict"})
-_INTEGER = frozenset({"step", "examples"})
+_TEXT = frozenset({"split", "checkpoint", "verdict", "tensor", "shape", "dtype"})
+_INTEGER = frozenset({"step", "examples", "values"})
 
 
 @dataclass(frozen=True)

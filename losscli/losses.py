@@ -1,0 +1,119 @@
+"""Losses and metrics, each per example: outputs and targets in, one number an example out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from losscli.errors import LossError
+
+__all__ = ["LOSSES", "METRICS", "PerExample", "accuracy", "bce", "cross_entropy", "mse"]
+
+PerExample = Callable[..., Tensor]
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Computes the cross-entropy of softmax outputs, −log softmax(outputs)[target], in nats.
+
+    Args:
+        outputs: Scores before softmax, ``[B, C, *]``.
+        targets: Classes 0…C−1, ``[B, *]``.
+
+    Returns:
+        ``[B]``; the mean over any further dimensions.
+
+    Raises:
+        LossError: The shapes do not fit.
+    """
+    if targets.is_floating_point() or outputs.shape[2:] != targets.shape[1:] or outputs.ndim < 2:
+        raise LossError(
+            f"cross_entropy needs outputs [B, C] and integer targets [B], not {_form(outputs)} "
+            f"and {_form(targets)}",
+            "Choose another --loss, or a model with one output a class",
+        )
+    return per_example_mean(F.cross_entropy(outputs, targets, reduction="none"))
+
+
+def mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Computes the squared error, the mean of (output − target)² over an example's outputs.
+
+    Args:
+        outputs: ``[B, *]``.
+        targets: Of the same shape; ``[B]`` fits outputs ``[B, 1]`` too.
+
+    Returns:
+        ``[B]``.
+
+    Raises:
+        LossError: The shapes do not fit.
+    """
+    return per_example_mean((outputs - _like(outputs, targets, "mse")).square())
+
+
+def bce(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Computes the binary cross-entropy of sigmoid outputs, in nats.
+
+    Args:
+        outputs: Scores before the sigmoid, ``[B, *]``.
+        targets: Probabilities 0…1, of the same shape; ``[B]`` fits outputs ``[B, 1]`` too.
+
+    Returns:
+        ``[B]``, the mean over an example's outputs.
+
+    Raises:
+        LossError: The shapes do not fit.
+    """
+    targets = _like(outputs, targets, "bce")
+    return per_example_mean(F.binary_cross_entropy_with_logits(outputs, targets, reduction="none"))
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Tells which examples are classified right.
+
+    Args:
+        outputs: Scores, ``[B, C, *]``; the highest is the answer. With C = 1, or no C, a positive
+            score answers 1.
+        targets: Classes, ``[B, *]``.
+
+    Returns:
+        1 or 0 for each example, ``[B]``; the share of right ones over any further dimensions.
+    """
+    if outputs.shape == targets.shape or outputs.shape[1:] == (1,):
+        answers = (outputs > 0).reshape(targets.shape).to(targets.dtype)
+    else:
+        answers = outputs.argmax(1)
+    return per_example_mean((answers == targets).to(torch.float32))
+
+
+def per_example_mean(values: Tensor) -> Tensor:
+    """Reduces to one number an example.
+
+    Args:
+        values: ``[B, *]``.
+
+    Returns:
+        ``[B]``: the mean over all dimensions but the first.
+    """
+    return values.flatten(1).mean(1) if values.ndim > 1 else values
+
+
+def _like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
+    if outputs.shape == (*targets.shape, 1):
+        targets = targets.unsqueeze(-1)
+    if outputs.shape != targets.shape:
+        raise LossError(
+            f"{loss} needs outputs and targets of one shape, not {_form(outputs)} and "
+            f"{_form(targets)}"
+        )
+    return targets.to(outputs.dtype)
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+LOSSES: dict[str, PerExample] = {"cross_entropy": cross_entropy, "mse": mse, "bce": bce}
+METRICS: dict[str, PerExample] = {"accuracy": accuracy}

@@ -1,0 +1,146 @@
+"""The vector space of named tensors: differences, norms, and whether two of them match.
+
+Tensors keep the type they are stored in; sums are made in float64, a piece at a time, so that no
+float64 copy of a large tensor ever exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from losscli.errors import UsageError
+
+__all__ = ["Weights", "choose", "cosine", "distance", "mismatches", "norm"]
+
+Weights = Mapping[str, Tensor]
+
+_PIECE = 1 << 20
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the same stretch of each tensor, flattened, in float64."""
+    flat = [t.reshape(-1) for t in tensors]
+    for start in range(0, flat[0].numel(), _PIECE):
+        yield tuple(t[start : start + _PIECE].to(torch.float64) for t in flat)
+
+
+def norm(weights: Weights, names: Iterable[str] | None = None) -> float:
+    """Computes the Euclidean norm over all tensors together.
+
+    Args:
+        weights: The tensors.
+        names: Which of them count; all by default.
+
+    Returns:
+        ‖θ‖.
+    """
+    return math.sqrt(
+        sum(
+            float(x.dot(x))
+            for name in (weights if names is None else names)
+            for (x,) in _pieces(weights[name])
+        )
+    )
+
+
+def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> float:
+    """Computes the Euclidean distance of two points in weight space.
+
+    Args:
+        a: The one point.
+        b: The other, with tensors of the same names and shapes.
+        names: Which of them count; all of ``a``'s by default.
+
+    Returns:
+        ‖b − a‖.
+    """
+    total = 0.0
+    for name in a if names is None else names:
+        for x, y in _pieces(a[name], b[name]):
+            d = y - x
+            total += float(d.dot(d))
+    return math.sqrt(total)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Computes the cosine of the angle between two tensors seen as vectors.
+
+    Args:
+        a: The one tensor.
+        b: The other, of the same shape.
+
+    Returns:
+        ⟨a, b⟩ / (‖a‖ ‖b‖); nan where one of them is zero.
+    """
+    product = sum(float(x.dot(y)) for x, y in _pieces(a, b))
+    lengths = norm({"": a}) * norm({"": b})
+    return product / lengths if lengths else math.nan
+
+
+def mismatches(found: Weights, expected: Weights) -> list[str]:
+    """Lists in words what keeps tensors from standing in for others.
+
+    Args:
+        found: The tensors at hand.
+        expected: Those that are needed.
+
+    Returns:
+        One phrase for each name that is missing, unexpected, of another shape, or a floating-point
+        tensor where a whole-number one is needed, or the other way round; empty where all fit.
+    """
+    phrases = [
+        f"missing {name} {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name not in found
+    ]
+    for name, tensor in found.items():
+        if name not in expected:
+            phrases.append(f"unexpected {name} {list(tensor.shape)}")
+        elif tensor.shape != expected[name].shape:
+            phrases.append(
+                f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)} as needed"
+            )
+        elif tensor.is_floating_point() != expected[name].is_floating_point():
+            phrases.append(f"{name} is {_type(tensor)}, not {_type(expected[name])} as needed")
+    return phrases
+
+
+def choose(names: Iterable[str], only: Iterable[str], but: Iterable[str]) -> list[str]:
+    """Picks names by shell patterns.
+
+    Args:
+        names: The names to pick from.
+        only: Patterns of which one must fit; none at all lets every name through.
+        but: Patterns of which none may fit.
+
+    Returns:
+        The names picked, in their order.
+
+    Raises:
+        UsageError: A pattern fits no name, or none is left.
+    """
+    names, only, but = list(names), list(only), list(but)
+    for pattern in [*only, *but]:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"the pattern {pattern!r} fits none of the {len(names)} tensors",
+                f"Their names are such as {', '.join(names[:3])}",
+            )
+    chosen = [
+        name
+        for name in names
+        if (not only or any(fnmatchcase(name, p) for p in only))
+        and not any(fnmatchcase(name, p) for p in but)
+    ]
+    if not chosen:
+        raise UsageError("--only and --except leave no tensor to move", "Widen the patterns")
+    return chosen
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
