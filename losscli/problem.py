@@ -1,0 +1,403 @@
+"""From names to numbers: checkpoints, model, data and device brought together and checked."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from losscli._version import __version__
+from losscli.checkpoint import Checkpoint, CheckpointFile, read
+from losscli.datasets import DataSet, from_object, load
+from losscli.errors import (
+    DeviceError,
+    LosscliError,
+    MismatchError,
+    ModelError,
+    SpecError,
+    UsageError,
+    one_line,
+)
+from losscli.losses import LOSSES, METRICS, PerExample
+from losscli.models import MODELS
+from losscli.objective import Objective
+from losscli.settings import Buffers, DType, Settings
+from losscli.spec import Spec, call, look_up
+from losscli.weights import choose
+
+__all__ = ["Problem", "float32_precision", "prepare"]
+
+_METRIC_OF_TASK = {"classification": "accuracy", "regression": "none"}
+_LOSS_OF_TASK = {"classification": "cross_entropy", "regression": "mse"}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A spec, who named it and what its relative paths are relative to."""
+
+    value: Any
+    trusted: bool
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, its loss on a data set, and the checkpoints to look at.
+
+    Attributes:
+        objective: What is evaluated.
+        checkpoints: The checkpoints in the order named, their names those of the model.
+        moving: The tensors that move, each tied tensor under one name.
+        buffers: Those of the model's floating-point buffers that any choice of tensors names.
+        provenance: Where all of it came from, for the summary.
+        settings: The settings that it was made from.
+    """
+
+    objective: Objective
+    checkpoints: tuple[Checkpoint, ...]
+    moving: tuple[str, ...]
+    buffers: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    settings: Settings
+
+
+def prepare(names: Sequence[str], settings: Settings) -> Problem:
+    """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
+
+    Args:
+        names: The checkpoints: files, or ``init:SEED``.
+        settings: The settings.
+
+    Returns:
+        The problem, ready to be evaluated.
+
+    Raises:
+        LosscliError: Something is missing, broken or does not fit; the text says what and where.
+    """
+    _check(settings)
+    device = _device(settings.device, settings.dtype)
+    files = {name: read(name) for name in names if not name.startswith("init:")}
+    first = next(iter(files.values()), None)
+    with torch.random.fork_rng(devices=[]):
+        found = _find("model", settings.model, first)
+        if found is None:
+            raise UsageError(
+                "no model is named, neither by --model nor by the checkpoint's metadata nor by a "
+                "losscli.toml beside it",
+                "Give --model, for example --model mlp:784-512-10 (losscli list models)",
+            )
+        torch.manual_seed(settings.seed)
+        model = _build(found)
+        checkpoints = _select(names, files, model, found)
+        data, data_spec = _data(settings, first)
+        loss, loss_spec = _loss(settings, first, data)
+        metrics = _metrics(settings, data)
+    objective = Objective(
+        model,
+        loss,
+        metrics,
+        data,
+        device=device,
+        dtype=getattr(torch, settings.dtype),
+        batch_size=settings.batch_size,
+    )
+    buffers = _floating_buffers(objective)
+    provenance = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "device_name": _device_name(device),
+        "dtype": settings.dtype,
+        "tf32": settings.tf32,
+        "model": _text(found.value),
+        "data": data_spec,
+        "loss": loss_spec,
+        "metrics": list(metrics),
+        "seed": settings.seed,
+        "limit": settings.limit,
+        "buffers": settings.buffers,
+        "only": list(settings.only),
+        "except": list(settings.except_),
+        "checkpoints": [
+            {"name": c.name, "path": str(c.path) if c.path else None, "sha256": c.sha256()}
+            for c in checkpoints
+        ],
+        "examples": {name: len(split) for name, split in data.splits.items()},
+    }
+    return Problem(
+        objective,
+        checkpoints,
+        tuple(_moving(objective, buffers, settings)),
+        buffers,
+        provenance,
+        settings,
+    )
+
+
+@contextmanager
+def float32_precision(*, tf32: bool) -> Iterator[None]:
+    """Lets a GPU compute float32 products in full, or in TF32, and leaves all as it was after.
+
+    Args:
+        tf32: Whether TF32 is allowed.
+
+    Yields:
+        Nothing.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _check(settings: Settings) -> None:
+    for option, value, known in (
+        ("--dtype", settings.dtype, get_args(DType)),
+        ("--buffers", settings.buffers, get_args(Buffers)),
+    ):
+        if value not in known:
+            raise UsageError(f"{option} {value} is not known", f"Choose one of {', '.join(known)}")
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise UsageError(f"--batch-size {settings.batch_size} is below 1")
+    if settings.limit is not None and settings.limit < 1:
+        raise UsageError(f"--limit {settings.limit} leaves no examples", "Give 1 or more")
+
+
+def _device(name: str, dtype: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available() and dtype != "float64":
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+        # Only an allocation tells whether a device is really there.
+        torch.empty(1, dtype=getattr(torch, dtype), device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise DeviceError(
+            f"the device {name!r} with {dtype} is not to be had here: "
+            f"{one_line(error).split('. ')[0]}",
+            f"Choose one of auto, cpu{''.join(f', {d}' for d in there)}",
+        ) from None
+    if device.type not in {"cpu", "cuda", "mps"}:
+        raise DeviceError(f"the device {name!r} is not supported", "Choose auto, cpu, cuda or mps")
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _find(kind: str, given: Any, first: CheckpointFile | None) -> _Found | None:
+    """Finds a spec: the option, then the checkpoint's metadata, then the nearest losscli.toml."""
+    if given is not None:
+        return _Found(given, trusted=True)
+    if first is None:
+        return None
+    folder = first.path.resolve().parent
+    if f"losscli.{kind}" in first.metadata:
+        return _Found(first.metadata[f"losscli.{kind}"], trusted=False, folder=folder)
+    for place in (folder, *folder.parents):
+        file = place / "losscli.toml"
+        if file.is_file():
+            value = _read_toml(file).get(kind)
+            if value is not None:
+                return _Found(value, trusted=False, folder=place)
+    return None
+
+
+def _read_toml(file: Path) -> dict[str, str]:
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{file} cannot be read: {one_line(error)}") from None
+    for key, value in content.items():
+        if key not in {"model", "data", "loss"} or not isinstance(value, str):
+            raise SpecError(
+                f"{file}: {key!r} is not understood",
+                'It may have the lines model = "…", data = "…" and loss = "…"',
+            )
+    return content
+
+
+def _build(found: _Found) -> nn.Module:
+    if isinstance(found.value, nn.Module):
+        try:
+            return copy.deepcopy(found.value)
+        except Exception as error:
+            raise ModelError(
+                f"the model cannot be copied: {one_line(error)}",
+                "Give a function that builds it",
+            ) from error
+    where = f"model {_text(found.value)!r}"
+    try:
+        if callable(found.value):
+            model = found.value()
+        else:
+            spec = Spec.parse(found.value)
+            function, arguments = look_up(spec, MODELS, "model", trusted=found.trusted)
+            model = call(function, arguments, spec.options, where)
+    except LosscliError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{where} cannot be built: {one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{where} gives a {type(model).__name__}", "Name a function that returns an nn.Module"
+        )
+    return model
+
+
+def _select(
+    names: Sequence[str],
+    files: Mapping[str, CheckpointFile],
+    model: nn.Module,
+    found: _Found,
+) -> tuple[Checkpoint, ...]:
+    """Makes each file's names the model's; what does not match in any of them is one error."""
+    expected = model.state_dict()
+    checkpoints, wrong = [], []
+    for name in names:
+        try:
+            if name in files:
+                checkpoints.append(files[name].select(expected))
+            else:
+                checkpoints.append(_initialisation(name, found))
+        except MismatchError as error:
+            wrong.append(error.what)
+    if wrong:
+        raise MismatchError(
+            " | ".join(dict.fromkeys(wrong)), f"The model is {_text(found.value)}; choose with -m"
+        )
+    return tuple(checkpoints)
+
+
+def _initialisation(name: str, found: _Found) -> Checkpoint:
+    try:
+        seed = int(name.removeprefix("init:"))
+        torch.manual_seed(seed)
+    except (ValueError, RuntimeError):
+        raise UsageError(f"{name} has no seed", "Write init:0") from None
+    if isinstance(found.value, nn.Module):
+        raise UsageError(
+            f"{name}: a module that stands already has no initialisation to draw",
+            "Give model= as a spec or a function that builds it",
+        )
+    state = {
+        key: tensor
+        for key, tensor in _build(found).state_dict().items()
+        if isinstance(tensor, Tensor)
+    }
+    return Checkpoint(name, state, {})
+
+
+def _data(settings: Settings, first: CheckpointFile | None) -> tuple[DataSet, str]:
+    found = _find("data", settings.data, first)
+    if found is None:
+        raise UsageError(
+            "no data set is named, neither by --data nor by the checkpoint's metadata nor by a "
+            "losscli.toml beside it",
+            "Give --data, for example --data mnist:FOLDER (losscli list data)",
+        )
+    if isinstance(found.value, str):
+        data = load(found.value, trusted=found.trusted, folder=found.folder, seed=settings.seed)
+    else:
+        data = from_object(found.value, "data")
+    return data.select(settings.split, settings.limit, settings.seed), _text(found.value)
+
+
+def _loss(
+    settings: Settings, first: CheckpointFile | None, data: DataSet
+) -> tuple[PerExample, str]:
+    found = _find("loss", settings.loss, first)
+    if found is None:
+        found = _Found(_LOSS_OF_TASK[data.task], trusted=True)
+    return _per_example(found, LOSSES, "loss"), _text(found.value)
+
+
+def _metrics(settings: Settings, data: DataSet) -> dict[str, PerExample]:
+    given = settings.metric or (_METRIC_OF_TASK[data.task],)
+    metrics: dict[str, PerExample] = {}
+    for value in given:
+        if value == "none":
+            continue
+        name = _column(value)
+        if name in metrics or name in {"alpha", "split", "loss", "loss_stderr"}:
+            raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
+        metrics[name] = _per_example(_Found(value, trusted=True), METRICS, "metric")
+    return metrics
+
+
+def _column(metric: Any) -> str:
+    """Names a metric's column: an entry's name, or the last name of a path to code."""
+    if not isinstance(metric, str):
+        return str(getattr(metric, "__name__", type(metric).__name__))
+    target = Spec.parse(metric).target
+    return target if target in METRICS else target.rpartition(":")[2].rpartition(".")[2]
+
+
+def _per_example(found: _Found, registry: Mapping[str, PerExample], kind: str) -> PerExample:
+    if not isinstance(found.value, str):
+        function: PerExample = found.value
+        return function
+    spec = Spec.parse(found.value)
+    function, arguments = look_up(spec, registry, kind, trusted=found.trusted)
+    if isinstance(function, type):
+        made: PerExample = call(function, arguments, spec.options, f"{kind} {found.value!r}")
+        return made
+    if arguments:
+        raise SpecError(f"{kind} {found.value!r}: {kind} functions take no argument")
+    if not spec.options:
+        return function
+    options = dict(spec.options)
+    return lambda outputs, targets: function(outputs, targets, **options)
+
+
+def _floating_buffers(objective: Objective) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, tensor in objective.tensors.items()
+        if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+    )
+
+
+def _moving(objective: Objective, buffers: Sequence[str], settings: Settings) -> Iterator[str]:
+    names = [
+        name
+        for name, tensor in objective.tensors.items()
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+    ]
+    if settings.buffers == "interpolate":
+        names += buffers
+    # Of the names of a tied tensor, load_state_dict heeds the last.
+    last = {id(objective.tensors[name]): name for name in names}
+    if not names:
+        raise ModelError("the model has no parameters to move")
+    chosen = choose(names, settings.only, settings.except_)
+    yield from (name for name in chosen if last[id(objective.tensors[name])] == name)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, nn.Module):
+        return type(value).__qualname__
+    return str(getattr(value, "__qualname__", type(value).__qualname__))

@@ -1,0 +1,180 @@
+"""A summary in words: what was seen on the line, and never more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["inspection", "interpolation", "plan"]
+
+
+def interpolation(summary: Mapping[str, Any]) -> str:
+    """Tells what a line showed.
+
+    B is the end of training, and a lower point is a lower point seen on this line: whether either
+    is a minimum is not for a line to say.
+
+    Args:
+        summary: The summary of an interpolation.
+
+    Returns:
+        Lines of text.
+    """
+    a, b = (c["name"] for c in summary["checkpoints"])
+    low, high = summary["range"]
+    moving = summary["moving"]
+    lines = [
+        f"A  {a}",
+        f"B  {b}",
+        (
+            f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over "
+            f"{moving['values']:,} values in {moving['tensors']} tensors"
+        ),
+    ]
+    for name, split in summary["splits"].items():
+        lines += ["", f"{name}, {_count(summary['examples'][name], 'example')}"]
+        lines += [f"  {label:<14}{text}" for label, text in _findings(split, low, high)]
+    return "\n".join(lines) + "\n"
+
+
+def _findings(split: Mapping[str, Any], low: float, high: float) -> list[tuple[str, str]]:
+    found = [("loss at A", _number(split["loss_a"])), ("loss at B", _number(split["loss_b"]))]
+    minimum = split["minimum"]
+    if minimum is None:
+        return [*found, ("lowest seen", "none: no point has a finite loss")]
+    found.append(("lowest seen", _lowest(minimum, high)))
+    barrier = split["barrier"]
+    if barrier is None:
+        found.append(("barrier", "not defined: the loss at A or B is not finite"))
+    elif barrier["height"] > 0:
+        found.append(("barrier", f"{_with_error(barrier)} at α = {barrier['alpha']:.4g}"))
+    else:
+        found.append(("barrier", "none: no point seen lies above the chord from A to B"))
+    rise = split["largest_rise"]
+    if rise["height"] > 0:
+        found.append((
+            "largest rise",
+            f"{_with_error(rise)} from α = {rise['alpha_from']:.4g} to {rise['alpha_to']:.4g}",
+        ))
+    elif split["monotonic"]:
+        found.append(("largest rise", "none: from A to B no point seen is above one before it"))
+    else:
+        found.append(("largest rise", "none among the points with a finite loss"))
+    minima = split["local_minima"]
+    if minima:
+        told = "; ".join(
+            f"α = {m['alpha']:.4g}, depth {_number(m['depth'])}"
+            + (f" ± {_number(m['depth_stderr'], 2)}" if _known(m["depth_stderr"]) else "")
+            for m in minima[:3]
+        )
+        more = f"; {len(minima) - 3} more" if len(minima) > 3 else ""
+        found.append(("local minima", f"{len(minima)} of the curve: {told}{more}"))
+    else:
+        found.append(("local minima", f"none of the curve between {low:g} and {high:g}"))
+    return found
+
+
+def _lowest(minimum: Mapping[str, Any], high: float) -> str:
+    text = f"{_number(minimum['loss'])} at α = {minimum['alpha']:.4g}"
+    below = minimum["below_b"]
+    if _known(below) and below > 0:
+        text += f", lower than B by {_number(below, 3)}"
+        if _known(minimum["below_b_stderr"]):
+            text += f" ± {_number(minimum['below_b_stderr'], 2)}"
+    if minimum["alpha"] == high:
+        text += ", where the range ends"
+    return text
+
+
+def plan(description: Mapping[str, Any]) -> str:
+    """Tells what a run will do.
+
+    Args:
+        description: A plan's description.
+
+    Returns:
+        Lines of text.
+    """
+    d = description
+    splits = ", ".join(f"{name} {count:,}" for name, count in d["examples"].items())
+    rows = [
+        ("checkpoints", " → ".join(c["name"] for c in d["checkpoints"])),
+        ("model", d["model"]),
+        ("data", f"{d['data']}: {splits} examples"),
+        ("loss", ", ".join([d["loss"], *d["metrics"]])),
+        ("device", f"{d['device']}, {d['dtype']}, batches of {d['batch_size']}"),
+        ("moving", f"{d['moving']['values']:,} values in {d['moving']['tensors']} tensors"),
+        ("points", f"{d['points']}, {d['points_at_once']} at once"),
+        ("passes", f"{d['passes_over_data']} over the data, {d['forward_passes']:,} examples"),
+        ("weights", f"{d['bytes_of_weights'] / 2**20:,.1f} MiB for the points at once"),
+    ]
+    return "".join(f"{label:<13}{text}\n" for label, text in rows)
+
+
+def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Any]) -> str:
+    """Tells what is in a checkpoint, or how far apart two are.
+
+    Args:
+        summary: The summary of an inspection.
+        columns: The columns of its table.
+        rows: The rows of its table.
+
+    Returns:
+        Lines of text.
+    """
+    lines = []
+    for checkpoint in summary["checkpoints"]:
+        lines.append(
+            f"{checkpoint['name']}: {_count(checkpoint['values'], 'value')} in "
+            f"{_count(checkpoint['tensors'], 'tensor')}, {checkpoint['bytes'] / 2**20:,.1f} MiB, "
+            f"‖θ‖ = {checkpoint['norm']:.6g}"
+        )
+        lines += [f"  {key} = {value}" for key, value in checkpoint["metadata"].items()]
+    if "distance" in summary:
+        lines.append(f"‖B − A‖ = {summary['distance']:.6g}")
+    lines.append("")
+    lines += _aligned([columns, *([_cell(cell) for cell in row] for row in rows)])
+    for mismatch in summary.get("mismatches", []):
+        lines.append(f"does not match: {mismatch}")
+    return "\n".join(lines) + "\n"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _cell(cell: Any) -> str:
+    return (
+        f"{cell:.6g}"
+        if isinstance(cell, float)
+        else f"{cell:,}"
+        if isinstance(cell, int)
+        else str(cell)
+    )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _with_error(thing: Mapping[str, Any]) -> str:
+    error = f" ± {_number(thing['stderr'], 2)}" if _known(thing["stderr"]) else ""
+    return _number(thing["height"]) + error
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.{digits}g}"

@@ -1,0 +1,229 @@
+"""Results: tables and a summary, and the files they are written to, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from losscli.errors import OutputError, UsageError
+from losscli.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Output", "Result", "default_stem", "to_json"]
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a study found.
+
+    Attributes:
+        table: One row for each evaluated point and split.
+        summary: What was found and where it came from, made of JSON's types and floats.
+    """
+
+    table: Table
+    summary: Mapping[str, Any]
+
+    def figure(self, *, log: bool = False) -> Figure:
+        """Draws the result.
+
+        Args:
+            log: Whether the loss has a logarithmic axis.
+
+        Returns:
+            A matplotlib figure.
+        """
+        # matplotlib takes most of a second to import, and not every user wants a picture.
+        from losscli.figure import Curve, draw_interpolation
+
+        return draw_interpolation([Curve(self.table, self.summary)], log=log)
+
+
+def to_json(summary: Mapping[str, Any], *, indent: int | None = 2) -> str:
+    """Writes a summary as JSON.
+
+    Args:
+        summary: The summary.
+        indent: Spaces a level; None puts all into one line.
+
+    Returns:
+        Strict JSON: numbers that are not finite, which JSON does not know, are null.
+    """
+    return json.dumps(_strict(summary), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
+
+
+def default_stem(command: str, names: Sequence[str]) -> str:
+    """Names the results after the command and the checkpoints.
+
+    Args:
+        command: The command.
+        names: The checkpoints as named by the user.
+
+    Returns:
+        A stem for the current folder, such as ``interpolate-relu-init-final``: of each
+        checkpoint its folder, where it is another than the one before, and its name.
+    """
+    words, folder = [command], ""
+    for name in names:
+        path, _, key = name.partition("#")
+        parent = Path(path).resolve().parent.name
+        if ":" not in name and parent and parent != folder:
+            words.append(parent)
+            folder = parent
+        words += [Path(path).stem, key]
+    stem = "-".join(re.sub(r"[^\w.+]+", "-", word).strip("-") for word in words if word)
+    return stem[:120]
+
+
+@dataclass(frozen=True)
+class Output:
+    """The files that a run writes.
+
+    Attributes:
+        stem: Of STEM.csv, STEM.json and STEM.png.
+        figures: The pictures to write instead of STEM.png; empty for none at all.
+        force: Whether the results of another run may be overwritten.
+    """
+
+    stem: Path
+    figures: tuple[Path, ...]
+    force: bool = False
+
+    @classmethod
+    def plan(
+        cls, stem: Path, figures: Sequence[Path], *, draw: bool = True, force: bool = False
+    ) -> Output:
+        """Plans the files and makes sure, before any work is done, that they can be written.
+
+        Args:
+            stem: The stem.
+            figures: The pictures asked for by name.
+            draw: Whether STEM.png is drawn where no picture is named.
+            force: Whether results of another run may be overwritten.
+
+        Returns:
+            The plan.
+
+        Raises:
+            UsageError: A picture has an unknown suffix.
+            OutputError: A folder is not there or cannot be written to.
+        """
+        if not figures and draw:
+            figures = [stem.with_name(f"{stem.name}.png")]
+        for path in figures:
+            if path.suffix.lower() not in FIGURE_SUFFIXES:
+                raise UsageError(
+                    f"{path} has no suffix of a picture",
+                    f"Choose one of {', '.join(FIGURE_SUFFIXES)}",
+                )
+        for folder in {path.parent for path in (stem, *figures)}:
+            if not folder.is_dir():
+                raise OutputError(f"there is no folder {folder}", f"mkdir -p {folder}")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise OutputError(
+                    f"the folder {folder} cannot be written to", "Choose another with --out"
+                )
+        return cls(stem, tuple(figures), force)
+
+    def guard(self, identity: str) -> None:
+        """Refuses to overwrite the results of another run.
+
+        Args:
+            identity: What tells this run from others.
+
+        Raises:
+            OutputError: A file is in the way that this very run did not write.
+        """
+        if self.force:
+            return
+        there = [path for path in (self._file(".csv"), *self.figures) if path.exists()]
+        summary = self._file(".json")
+        if summary.exists():
+            there.append(summary)
+        if not there:
+            return
+        try:
+            written = json.loads(summary.read_text(encoding="utf-8")).get("identity")
+        except (OSError, ValueError, AttributeError):
+            written = None
+        if written != identity:
+            raise OutputError(
+                f"{there[0]} holds the results of another run",
+                "Choose another --out, or overwrite it with --force",
+            )
+
+    def write(self, result: Result, *, log: bool = False) -> list[Path]:
+        """Writes a result: every file under a temporary name first, then all are renamed.
+
+        Args:
+            result: The result.
+            log: Whether the pictures have a logarithmic loss axis.
+
+        Returns:
+            The files.
+
+        Raises:
+            OutputError: A file cannot be written; then none is left behind.
+        """
+        contents = {self._file(".csv"): result.table.to_csv().encode()}
+        if self.figures:
+            from losscli.figure import render
+
+            for path in self.figures:
+                contents[path] = render(result.figure(log=log), path.suffix.lower())
+        contents[self._file(".json")] = f"{to_json(result.summary)}\n".encode()
+        return replace_all(contents)
+
+    def _file(self, suffix: str) -> Path:
+        return self.stem.with_name(self.stem.name + suffix)
+
+
+def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
+    """Writes files whole or not at all.
+
+    Args:
+        contents: What to write where.
+
+    Returns:
+        The files.
+
+    Raises:
+        OutputError: A file cannot be written; then none is changed and nothing is left behind.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
+    try:
+        for path, content in contents.items():
+            with temporary[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, written in temporary.items():
+            written.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or 'a result'} cannot be written: {error.strerror}"
+        ) from None
+    finally:
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
+    return list(contents)

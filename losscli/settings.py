@@ -1,0 +1,53 @@
+"""What all studies share: how a model, data and a device are named. One name, one meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Buffers", "DType", "Settings"]
+
+DType = Literal["float32", "float64", "bfloat16", "float16"]
+Buffers = Literal["interpolate", "a", "b"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that every study takes.
+
+    Specs are strings as on the command line, and since the caller names them they may name code.
+    From Python, a model may be an ``nn.Module`` (copied, never changed), data any mapping from
+    split names to ``(inputs, targets)``, a DataLoader or a Dataset, and a loss or metric any
+    function from outputs and targets to one number an example.
+
+    Attributes:
+        model: The architecture; by the checkpoints' metadata or ``losscli.toml`` where None.
+        data: The data set; likewise.
+        loss: The per-example loss; likewise, then by the data's task.
+        metric: The metrics; ``("none",)`` for none, by the data's task where empty.
+        split: Which splits; all where empty.
+        limit: Examples of each split, drawn once with the seed; all where None.
+        batch_size: Examples a forward pass; by the device where None.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        dtype: Of the forward pass; sums are always float64.
+        tf32: Whether a GPU may round float32 products to TF32.
+        buffers: Whether floating-point buffers move with the parameters or stay at one end's.
+        only: Patterns of the tensors that move; all where empty.
+        except_: Patterns of tensors that stay at A.
+        seed: Of every random choice.
+    """
+
+    model: Any = None
+    data: Any = None
+    loss: Any = None
+    metric: tuple[Any, ...] = ()
+    split: tuple[str, ...] = ()
+    limit: int | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    dtype: DType = "float32"
+    tf32: bool = False
+    buffers: Buffers = "interpolate"
+    only: tuple[str, ...] = ()
+    except_: tuple[str, ...] = ()
+    seed: int = 0

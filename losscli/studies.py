@@ -1,0 +1,419 @@
+"""The studies: from checkpoints and settings to tables and a summary. The library's front door."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from losscli.checkpoint import Checkpoint, read
+from losscli.curve import describe, standard_error
+from losscli.errors import MismatchError, UsageError
+from losscli.geometry import Line, grid
+from losscli.objective import Evaluation
+from losscli.problem import Problem, float32_precision, prepare
+from losscli.results import Result
+from losscli.settings import Settings
+from losscli.sweep import points_that_fit, sweep, sweep_plain
+from losscli.table import Cell, Table
+from losscli.weights import Weights, cosine, distance, mismatches, norm
+
+__all__ = ["Interpolation", "export", "inspect", "interpolate"]
+
+# How far the mean of a first batch may lie from that of the checkpoint loaded plainly.
+_TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
+
+
+def interpolate(
+    a: str,
+    b: str,
+    *,
+    points: int = 51,
+    range: tuple[float, float] = (-0.5, 2.0),  # noqa: A002 - the option's name
+    progress: Callable[[float], None] | None = None,
+    **settings: Any,
+) -> Result:
+    """Evaluates the loss along the line through two checkpoints, θ(α) = A + α (B − A).
+
+    After Goodfellow, Vinyals & Saxe 2015, arXiv 1412.6544.
+
+    Args:
+        a: The checkpoint at α = 0: a file, ``FILE#KEY``, or ``init:SEED``.
+        b: The checkpoint at α = 1.
+        points: Evenly spaced values of α; 0 and 1 come besides where the range holds them.
+        range: The lowest and the highest α.
+        progress: Called with the number of points done so far.
+        **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
+
+    Returns:
+        The result: its table has a row for each point and split.
+
+    Raises:
+        LosscliError: Something is missing, broken or does not fit.
+    """
+    plan = Interpolation.plan(a, b, Settings(**settings), points=points, range_=range)
+    return plan.run(progress)
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """A line that is ready to be evaluated.
+
+    Attributes:
+        problem: The checkpoints, the model and the data.
+        start: All tensors at α = 0.
+        end: All tensors at α = 1; those that do not move are those of ``start``.
+        moving: The names of the tensors that move.
+        alphas: The points, rising.
+        range: The lowest and the highest α asked for.
+        begun: When planning began, by `time.perf_counter`.
+    """
+
+    problem: Problem
+    start: Weights
+    end: Weights
+    moving: tuple[str, ...]
+    alphas: tuple[float, ...]
+    range: tuple[float, float]
+    begun: float
+
+    @classmethod
+    def plan(
+        cls, a: str, b: str, settings: Settings, *, points: int, range_: tuple[float, float]
+    ) -> Interpolation:
+        """Reads and matches everything, and evaluates nothing.
+
+        Args:
+            a: The checkpoint at α = 0.
+            b: The checkpoint at α = 1.
+            settings: The settings.
+            points: Evenly spaced values of α.
+            range_: The lowest and the highest α.
+
+        Returns:
+            The plan.
+
+        Raises:
+            LosscliError: Something is missing, broken or does not fit.
+        """
+        begun = time.perf_counter()
+        alphas = grid(points, *range_, include=(0.0, 1.0))
+        problem = prepare((a, b), settings)
+        weights_a, weights_b = (c.weights for c in problem.checkpoints)
+        ends_kept = problem.buffers if settings.buffers == "b" else ()
+        start = {**weights_a, **{name: weights_b[name] for name in ends_kept}}
+        end = {**start, **{name: weights_b[name] for name in problem.moving}}
+        # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
+        # the masks of attention do, it could not.
+        moving = tuple(n for n in problem.moving if not torch.equal(start[n], end[n]))
+        return cls(problem, start, end, moving, tuple(alphas), range_, begun)
+
+    @property
+    def identity(self) -> str:
+        """A digest of everything that settles the numbers: equal for two runs of one command."""
+        told = {
+            key: value
+            for key, value in self.problem.provenance.items()
+            if key not in {"device", "device_name", "python", "checkpoints"}
+        }
+        told["checkpoints"] = [
+            c["sha256"] or c["name"] for c in self.problem.provenance["checkpoints"]
+        ]
+        told |= {"command": "interpolate", "alphas": self.alphas, "range": self.range}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Tells what a run will do.
+
+        Returns:
+            The number of points, of examples and of forward passes of an example; the tensors
+            that move; the points whose weights are in memory at once, their bytes, and how often
+            the data goes by.
+        """
+        objective = self.problem.objective
+        examples = sum(map(len, objective.splits.values()))
+        line = self._line()
+        chunk = min(points_that_fit(objective, line), len(self.alphas))
+        size = sum(objective.tensors[n].nbytes for n in self.moving)
+        return {
+            **self._origin(),
+            "points": len(self.alphas),
+            "batch_size": objective.batch_size,
+            "forward_passes": len(self.alphas) * examples,
+            "points_at_once": chunk,
+            "passes_over_data": math.ceil(len(self.alphas) / chunk),
+            "bytes_of_weights": chunk * size,
+        }
+
+    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+        """Evaluates the line.
+
+        The ends are evaluated as anybody would, by ``load_state_dict``; the way in which the
+        other points are evaluated is held against them on a first batch.
+
+        Args:
+            progress: Called with the number of points done so far.
+
+        Returns:
+            The result.
+
+        Raises:
+            LosscliError: The model or the loss fails on the data, gives two answers for one
+                point, or does not fit into the memory.
+        """
+        objective = self.problem.objective
+        tell = progress or (lambda _: None)
+        with float32_precision(tf32=self.problem.settings.tf32):
+            objective.check(self.start)
+            swept = time.perf_counter()
+            ends = sweep_plain(objective, [self.start, self.end], progress=tell)
+            line = self._line()
+            inner = [alpha for alpha in self.alphas if alpha not in {0.0, 1.0}]
+            evaluations = sweep(
+                objective, line, [(x,) for x in inner], progress=lambda done: tell(2 + done)
+            )
+            difference = self._difference(line, ends)
+            swept = time.perf_counter() - swept
+        by_split = {
+            name: _Curve.assemble(self.alphas, inner, evaluations[name], [e[name] for e in ends])
+            for name in objective.splits
+        }
+        metrics = list(objective.metrics)
+        table = Table.build(
+            ["alpha", "split", "loss", "loss_stderr", *metrics],
+            (
+                [alpha, name, *curve.row(i, metrics)]
+                for i, alpha in enumerate(self.alphas)
+                for name, curve in by_split.items()
+            ),
+        )
+        splits = {
+            name: describe(self.alphas, curve.losses, *(e[name].losses[0].numpy() for e in ends))
+            for name, curve in by_split.items()
+        }
+        summary = {
+            **self._origin(),
+            "distance": distance(self.start, self.end, self.moving),
+            "splits": splits,
+            "endpoint_difference": difference,
+            "notes": self._notes(splits, difference),
+            "seconds": {"sweep": swept, "total": time.perf_counter() - self.begun},
+        }
+        return Result(table, summary)
+
+    def _origin(self) -> dict[str, Any]:
+        values = sum(self.start[name].numel() for name in self.moving)
+        return {
+            "command": "interpolate",
+            "identity": self.identity,
+            **self.problem.provenance,
+            "range": list(self.range),
+            "moving": {"tensors": len(self.moving), "values": values},
+        }
+
+    def _line(self) -> Line:
+        device = self.problem.objective.device
+        a, b = (
+            {name: end[name].to(device) for name in self.moving} for end in (self.start, self.end)
+        )
+        return Line(a, b)
+
+    def _difference(self, line: Line, ends: Sequence[Mapping[str, Evaluation]]) -> float:
+        # Compares the sweep's way to evaluate with the plain one, at both ends, on a batch. The
+        # point in the middle is there so that there are enough points to share a first layer.
+        objective = self.problem.objective
+        batches = objective.first_batches()
+        found = sweep(objective, line, [(0.0,), (1.0,), (0.5,)], splits=batches)
+        worst = 0.0
+        for name, batch in batches.items():
+            for p, end in enumerate(ends):
+                plain = end[name].losses[0, : len(batch)].double().mean()
+                here = found[name].losses[p].double().mean()
+                if not torch.equal(plain.isfinite(), here.isfinite()):
+                    return math.inf
+                if plain.isfinite():
+                    worst = max(worst, float((here - plain).abs() / plain.abs().clamp(min=1e-12)))
+        return worst
+
+    def _notes(self, splits: Mapping[str, Any], difference: float) -> list[str]:
+        settings = self.problem.settings
+        notes = []
+        if not self.moving:
+            notes.append("A and B are the same in every tensor that may move: nothing moves")
+        if difference > _TOLERANCE[settings.dtype]:
+            notes.append(
+                "the sweep does not meet the checkpoints: at an end its loss differs from that "
+                f"of the checkpoint loaded plainly by {difference:.1e} of it"
+            )
+        kept = {"a": "A", "b": "B"}.get(settings.buffers)
+        if kept and self.problem.buffers:
+            other = "B" if kept == "A" else "A"
+            notes.append(
+                f"floating-point buffers stay at {kept}'s: the end {other} of the line is not the "
+                f"checkpoint {other}"
+            )
+        if settings.only or settings.except_:
+            notes.append("some tensors stay at A: the end B of the line is not the checkpoint B")
+        stored = {str(self.start[n].dtype) for n in self.moving}
+        half = sorted(
+            d.removeprefix("torch.") for d in stored & {"torch.bfloat16", "torch.float16"}
+        )
+        if half:
+            notes.append(f"tensors stored in {' and '.join(half)} move in float32")
+        for name, split in splits.items():
+            if split["not_finite"]:
+                count = split["not_finite"]
+                notes.append(
+                    f"{count} point{'s' if count > 1 else ''} of {name} "
+                    f"{'have' if count > 1 else 'has'} a loss that is not finite"
+                )
+        return notes
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """The losses, ``[P, N]``, and metrics, ``[P]`` each, of one split at all points."""
+
+    losses: NDArray[Any]
+    metrics: Mapping[str, NDArray[np.float64]]
+
+    @classmethod
+    def assemble(
+        cls,
+        alphas: Sequence[float],
+        inner: Sequence[float],
+        swept: Evaluation,
+        ends: Sequence[Evaluation],
+    ) -> _Curve:
+        """Puts the ends, evaluated plainly, in their places among the points swept."""
+        place = {alpha: i for i, alpha in enumerate(inner)} | {
+            float(p): len(inner) + p for p in range(len(ends))
+        }
+        order = [place[alpha] for alpha in alphas]
+
+        def arrange(pick: Callable[[Evaluation], Tensor]) -> NDArray[Any]:
+            rows: NDArray[Any] = torch.cat([pick(e) for e in (swept, *ends)])[order].numpy()
+            return rows
+
+        return cls(
+            arrange(lambda e: e.losses),
+            {name: arrange(lambda e, n=name: e.metrics[n]) for name in swept.metrics},  # type: ignore[misc]
+        )
+
+    def row(self, i: int, metrics: Sequence[str]) -> list[Cell]:
+        with np.errstate(all="ignore"):
+            mean = float(np.mean(self.losses[i], dtype=np.float64))
+            error = standard_error(self.losses[i])
+        return [mean, error, *(float(self.metrics[name][i]) for name in metrics)]
+
+
+def inspect(names: Sequence[str]) -> Result:
+    """Shows what one checkpoint holds, or how far apart two are, tensor by tensor.
+
+    Args:
+        names: One checkpoint or two.
+
+    Returns:
+        For one checkpoint a table of its tensors' shapes, types and norms; for two of their
+        distances, ‖B − A‖, and cosines. The summary says what does not match.
+
+    Raises:
+        UsageError: There are not one or two names.
+        CheckpointError: A file cannot be read.
+    """
+    if len(names) not in {1, 2}:
+        raise UsageError(f"inspect takes one checkpoint or two, not {len(names)}")
+    checkpoints = [read(name).select(None) for name in names]
+    first = checkpoints[0]
+    summary: dict[str, Any] = {
+        "command": "inspect",
+        "checkpoints": [
+            {
+                "name": c.name,
+                "path": str(c.path),
+                "sha256": c.sha256(),
+                "tensors": len(c.weights),
+                "values": sum(t.numel() for t in c.weights.values()),
+                "bytes": sum(t.nbytes for t in c.weights.values()),
+                "norm": norm(_floating(c.weights)),
+                "metadata": dict(c.metadata),
+            }
+            for c in checkpoints
+        ],
+    }
+    columns = ["tensor", "shape", "dtype", "values", "norm"]
+    described: dict[str, list[Cell]] = {
+        name: [name, "×".join(map(str, t.shape)), str(t.dtype).removeprefix("torch."), t.numel(),
+               norm({"": t})]
+        for name, t in first.weights.items()
+    }  # fmt: skip
+    if len(checkpoints) == 1:
+        return Result(Table.build(columns, described.values()), summary)
+    other = checkpoints[1]
+    shared = [
+        name
+        for name, t in first.weights.items()
+        if name in other.weights and other.weights[name].shape == t.shape
+    ]
+    summary["mismatches"] = mismatches(other.weights, first.weights)
+    moving = [n for n in shared if first.weights[n].is_floating_point()]
+    summary["distance"] = distance(first.weights, other.weights, moving)
+    rows = (
+        [
+            *described[name],
+            norm({"": other.weights[name]}),
+            distance({"": first.weights[name]}, {"": other.weights[name]}),
+            cosine(first.weights[name], other.weights[name]),
+        ]
+        for name in shared
+    )
+    return Result(Table.build([*columns, "norm_b", "distance", "cosine"], rows), summary)
+
+
+def export(a: str, b: str, alpha: float) -> Checkpoint:
+    """Makes the checkpoint at a point of the line, θ(α) = A + α (B − A).
+
+    Floating-point tensors move, in float32 or wider, and keep the type they are stored in;
+    whole-number tensors are A's.
+
+    Args:
+        a: The checkpoint at α = 0.
+        b: The checkpoint at α = 1.
+        alpha: The point.
+
+    Returns:
+        The checkpoint, with A's metadata.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+        MismatchError: The two do not have the same tensors.
+        UsageError: α is not finite.
+    """
+    if not math.isfinite(alpha):
+        raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
+    first = read(a).select(None)
+    second = read(b).select(first.weights)
+    if wrong := mismatches(second.weights, first.weights):
+        raise MismatchError(f"{b} does not fit {a}: {'; '.join(wrong)}")
+    weights = {name: _between(t, second.weights[name], alpha) for name, t in first.weights.items()}
+    return Checkpoint(f"{a} + {alpha} ({b} − {a})", weights, first.metadata)
+
+
+def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    if not a.is_floating_point() or torch.equal(a, b):
+        return a.clone()
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return Line({}, {}).combine([a.to(wide), b.to(wide)], (alpha,)).to(a.dtype)
+
+
+def _floating(weights: Weights) -> Weights:
+    return {name: t for name, t in weights.items() if t.is_floating_point()}

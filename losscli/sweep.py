@@ -1,0 +1,144 @@
+"""Walks many points in chunks that fit the memory; what does not fit is halved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from losscli.datasets import Split
+from losscli.errors import OutOfMemoryError
+from losscli.geometry import Slice
+from losscli.objective import Evaluation, Objective
+from losscli.weights import Weights
+
+__all__ = ["points_that_fit", "sweep", "sweep_plain"]
+
+_CPU_STACK = 256 << 20
+_GPU_SHARE = 0.25
+
+
+def points_that_fit(objective: Objective, slice_: Slice) -> int:
+    """Finds how many points may have their weights in memory at once.
+
+    Args:
+        objective: The objective.
+        slice_: The slice.
+
+    Returns:
+        At least 1; the weights of so many points take at most 256 MiB on a CPU, or a quarter of
+        the free memory of a GPU.
+    """
+    names = slice_.ends[0]
+    size = sum(objective.tensors[n].numel() * objective.tensors[n].element_size() for n in names)
+    if objective.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(objective.device)
+        budget = int(free * _GPU_SHARE)
+    else:
+        budget = _CPU_STACK
+    return max(1, budget // max(1, size))
+
+
+def sweep(
+    objective: Objective,
+    slice_: Slice,
+    coordinates: Sequence[Sequence[float]],
+    *,
+    chunk: int | None = None,
+    splits: Mapping[str, Split] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Evaluation]:
+    """Evaluates any number of points of a slice.
+
+    Out of memory, the chunk of points is halved, down to one point, then the batch, down to one
+    example; what was finished stays.
+
+    Args:
+        objective: What to evaluate. Tensors that the slice does not move are as last loaded.
+        slice_: The slice, its ends on the objective's device.
+        coordinates: The P points.
+        chunk: Points at a time; by the memory at hand where it is None.
+        splits: The examples; all by default.
+        progress: Called with the points done so far, a growing number up to P.
+
+    Returns:
+        For each split its evaluation at all P points, in their order.
+
+    Raises:
+        OutOfMemoryError: One point and one example do not fit.
+    """
+    chunk = min(chunk or points_that_fit(objective, slice_), max(1, len(coordinates)))
+    parts: list[dict[str, Evaluation]] = []
+    done = 0
+    while done < len(coordinates):
+        points = coordinates[done : done + chunk]
+        tell = _Tally(done, progress)
+        try:
+            parts.append(objective.at(slice_, points, splits, tell.add))
+        except (torch.OutOfMemoryError, MemoryError):
+            if len(points) > 1:
+                chunk = len(points) // 2
+            else:
+                _halve_batch(objective)
+            continue
+        done += len(points)
+    return {
+        name: Evaluation(
+            torch.cat([part[name].losses for part in parts]),
+            {
+                metric: torch.cat([part[name].metrics[metric] for part in parts])
+                for metric in objective.metrics
+            },
+        )
+        for name in (objective.splits if splits is None else splits)
+    }
+
+
+def sweep_plain(
+    objective: Objective,
+    checkpoints: Sequence[Weights],
+    *,
+    progress: Callable[[float], None] | None = None,
+) -> list[dict[str, Evaluation]]:
+    """Evaluates checkpoints, each loaded plainly; out of memory, the batch is halved.
+
+    Args:
+        objective: What to evaluate.
+        checkpoints: All tensors of the model, for each point.
+        progress: Called with the points done so far.
+
+    Returns:
+        For each checkpoint and split the evaluation at this one point.
+    """
+    results: list[dict[str, Evaluation]] = []
+    while len(results) < len(checkpoints):
+        tell = _Tally(len(results), progress)
+        try:
+            results.append(objective.plain(checkpoints[len(results)], progress=tell.add))
+        except (torch.OutOfMemoryError, MemoryError):
+            _halve_batch(objective)
+    return results
+
+
+def _halve_batch(objective: Objective) -> None:
+    if objective.batch_size == 1:
+        raise OutOfMemoryError(
+            f"one point and one example do not fit into the memory of {objective.device}",
+            "Try --device cpu or --dtype bfloat16",
+        )
+    objective.batch_size //= 2
+    if objective.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _Tally:
+    """Adds shares of points to those that were done before."""
+
+    def __init__(self, done: float, progress: Callable[[float], None] | None) -> None:
+        self._done = done
+        self._progress = progress
+
+    def add(self, share: float) -> None:
+        self._done += share
+        if self._progress is not None:
+            self._progress(self._done)
