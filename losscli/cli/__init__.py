@@ -1,0 +1,95 @@
+"""The command line: parse, call, write. Errors become one line and an exit status here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from losscli.console import Console
+from losscli.errors import LosscliError, UsageError
+
+__all__ = ["main"]
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as a batch system sends it before it ends a job."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and ends the process with its exit status.
+
+    0: done; 1: could not; 2: usage; 130: Ctrl-C; 143: SIGTERM.
+
+    Args:
+        arguments: The command line without the program's name; that of the process by default.
+    """
+    console = Console()
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments), console))
+
+
+def run(arguments: Sequence[str], console: Console) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: The command line without the program's name.
+        console: Its streams.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        return _dispatch(arguments, console)
+    except LosscliError as error:
+        if console.traceback:
+            raise
+        console.error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.error("interrupted; nothing was written")
+        return 130
+    except _Terminated:
+        console.error("terminated; nothing was written")
+        return 143
+    except BrokenPipeError:
+        # Python would complain once more when it flushes stdout on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.error("stdout was closed before the whole result was written to it")
+        return 1
+    except Exception as error:
+        if console.traceback:
+            raise
+        console.error(
+            f"unexpected {type(error).__name__}: {error}. This is a fault of losscli: run again "
+            "with --traceback and report what it shows"
+        )
+        return 1
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _dispatch(arguments: Sequence[str], console: Console) -> int:
+    # typer takes a tenth of a second to import: within `run`, so that Ctrl-C is heard meanwhile.
+    import typer
+
+    from losscli.cli.app import app
+
+    # Typer bundles click since its version 0.2x, so its exceptions have no stable home.
+    click_exception: type[Any] = typer.BadParameter.__mro__[2]
+    try:
+        status = app(args=list(arguments), prog_name="losscli", standalone_mode=False, obj=console)
+    except click_exception as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "losscli")
+        raise UsageError(
+            error.format_message(),
+            f"See {command} --help",
+        ) from None
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    return status if isinstance(status, int) else 0

@@ -1,0 +1,46 @@
+"""The commands put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from losscli._version import __version__
+from losscli.cli.catalogue import catalogue
+from losscli.cli.files import export, inspect
+from losscli.cli.interpolate import interpolate
+from losscli.cli.plot import plot
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="losscli",
+    help="See the loss surface of a neural network, from checkpoint files.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"losscli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """See the loss surface of a neural network, from checkpoint files."""
+
+
+app.command("interpolate")(interpolate)
+app.command("plot")(plot)
+app.command("inspect")(inspect)
+app.command("export")(export)
+app.command("list")(catalogue)

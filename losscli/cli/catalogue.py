@@ -1,0 +1,49 @@
+"""``losscli list``: what the registries hold."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+import typer
+
+from losscli.cli.options import with_console
+from losscli.console import Console
+
+__all__ = ["catalogue"]
+
+
+@with_console
+def catalogue(
+    kind: Annotated[
+        Literal["models", "data", "losses", "metrics"],
+        typer.Argument(help="Which registry.", show_default=False),
+    ],
+    console: Console,
+) -> None:
+    """Entries of a registry, with their keys and what they are."""
+    from losscli.datasets import DATASETS
+    from losscli.losses import LOSSES, METRICS
+    from losscli.models import MODELS
+
+    registries: dict[str, Mapping[str, Callable[..., Any]]] = {
+        "models": MODELS,
+        "data": DATASETS,
+        "losses": LOSSES,
+        "metrics": METRICS,
+    }
+    lines = []
+    for name, function in registries[kind].items():
+        keys = [
+            f",{p.name}={str(p.default).lower()}"
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        ]
+        argument = {"models": ":SIZES", "data": ":PATH"}.get(kind, "")
+        about = (inspect.getdoc(function) or "").partition("\n")[0]
+        lines.append(f"{name}{argument}{''.join(keys)}\n    {about}\n")
+    if kind == "data":
+        lines.append("keys of all: mean=, std= (per channel), flatten=true, limit=N\n")
+    lines.append("or code of your own: package.module:callable, path/to/file.py:callable\n")
+    console.result("".join(lines))

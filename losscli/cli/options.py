@@ -1,0 +1,327 @@
+"""Options that commands share: one name, one meaning, written once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from losscli.errors import UsageError
+from losscli.results import Output, default_stem
+from losscli.settings import Buffers, DType, Settings
+
+__all__ = ["Command", "Write", "with_console", "with_output", "with_settings"]
+
+Command = Callable[..., None]
+
+_WHAT = "What is evaluated"
+_HOW = "How it is evaluated"
+_MOVES = "What moves"
+_OUTPUT = "Output"
+
+
+def _option(panel: str, help_: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help_, rich_help_panel=panel, show_default=False, **more)
+
+
+_SETTINGS: dict[str, Any] = {
+    "model": Annotated[
+        str | None,
+        _option(
+            _WHAT,
+            "The architecture: an entry of `losscli list models`, package.module:callable or "
+            "path/to/file.py:callable.",
+            "-m",
+            "--model",
+            metavar="SPEC",
+        ),
+    ],
+    "data": Annotated[
+        str | None,
+        _option(
+            _WHAT,
+            "The data set: an entry of `losscli list data`, or code as above.",
+            "-d",
+            "--data",
+            metavar="SPEC",
+        ),
+    ],
+    "loss": Annotated[
+        str | None,
+        _option(
+            _WHAT,
+            "The per-example loss; by default cross_entropy, or mse where the targets are not "
+            "whole numbers.",
+            "--loss",
+            metavar="SPEC",
+        ),
+    ],
+    "metric": Annotated[
+        list[str] | None,
+        _option(
+            _WHAT,
+            "Repeatable. By default accuracy for classification; none for no metric.",
+            "--metric",
+            metavar="SPEC",
+        ),
+    ],
+    "split": Annotated[
+        list[str] | None,
+        _option(
+            _WHAT, "Repeatable. By default every split of the data.", "--split", metavar="NAME"
+        ),
+    ],
+    "limit": Annotated[
+        int | None,
+        _option(
+            _WHAT,
+            "N examples of each split, drawn once, the same at every point.",
+            "--limit",
+            metavar="N",
+        ),
+    ],
+    "batch_size": Annotated[
+        int | None,
+        _option(
+            _HOW, "Examples a forward pass; by default by the device.", "--batch-size", metavar="N"
+        ),
+    ],
+    "device": Annotated[
+        str,
+        _option(
+            _HOW,
+            "auto (the default), cpu, cuda, cuda:I or mps.",
+            "--device",
+            metavar="NAME",
+            envvar="LOSSCLI_DEVICE",
+        ),
+    ],
+    "dtype": Annotated[
+        DType,
+        _option(
+            _HOW, "Of the forward pass, by default float32; sums are always float64.", "--dtype"
+        ),
+    ],
+    "tf32": Annotated[
+        bool, _option(_HOW, "Let a GPU round the factors of float32 products to TF32.", "--tf32")
+    ],
+    "seed": Annotated[
+        int, _option(_HOW, "Of every random choice, by default 0.", "--seed", metavar="N")
+    ],
+    "buffers": Annotated[
+        Buffers,
+        _option(
+            _MOVES,
+            "Floating-point buffers (BatchNorm statistics) move with the parameters (interpolate, "
+            "the default), or stay at one end's.",
+            "--buffers",
+        ),
+    ],
+    "only": Annotated[
+        list[str] | None,
+        _option(
+            _MOVES,
+            "Repeatable. Only these tensors move, others stay at A.",
+            "--only",
+            metavar="GLOB",
+        ),
+    ],
+    "except_": Annotated[
+        list[str] | None,
+        _option(_MOVES, "Repeatable. These tensors stay at A.", "--except", metavar="GLOB"),
+    ],
+}
+
+_OUTPUT_OPTIONS: dict[str, Any] = {
+    "out": Annotated[
+        str | None,
+        _option(
+            _OUTPUT,
+            "Write STEM.csv, STEM.json and STEM.png; - puts the CSV on stdout and writes no file. "
+            "By default a stem named after the command and the checkpoints.",
+            "-o",
+            "--out",
+            metavar="STEM",
+        ),
+    ],
+    "figure": Annotated[
+        list[Path] | None,
+        _option(
+            _OUTPUT,
+            "Repeatable. A picture (.png, .svg, .pdf) instead of STEM.png.",
+            "--figure",
+            metavar="PATH",
+        ),
+    ],
+    "no_figure": Annotated[bool, _option(_OUTPUT, "Draw no picture.", "--no-figure")],
+    "log": Annotated[bool, _option(_OUTPUT, "Give the loss a logarithmic axis.", "--log")],
+    "force": Annotated[bool, _option(_OUTPUT, "Overwrite the results of another run.", "--force")],
+    "json_": Annotated[
+        bool, _option(_OUTPUT, "Print the summary as one JSON object instead of text.", "--json")
+    ],
+    "dry_run": Annotated[
+        bool, _option(_OUTPUT, "Match and count everything, evaluate nothing.", "--dry-run")
+    ],
+}
+
+_CONSOLE: dict[str, Any] = {
+    "quiet": Annotated[bool, _option(_OUTPUT, "No progress, no notes.", "-q", "--quiet")],
+    "traceback": Annotated[
+        bool, _option(_OUTPUT, "Show where in the code an error comes from.", "--traceback")
+    ],
+}
+
+_DEFAULTS: Mapping[str, Any] = {
+    "device": "auto",
+    "dtype": "float32",
+    "seed": 0,
+    "buffers": "interpolate",
+    **dict.fromkeys(
+        ("tf32", "no_figure", "log", "force", "json_", "dry_run", "quiet", "traceback"), False
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Write:
+    """Where a command's result goes.
+
+    Attributes:
+        out: STEM, ``-``, or None for the default.
+        figure: The pictures asked for by name.
+        no_figure: Whether none is drawn.
+        log: Whether the loss has a logarithmic axis.
+        force: Whether the results of another run may be overwritten.
+        json: Whether stdout gets JSON.
+        dry_run: Whether nothing is evaluated.
+    """
+
+    out: str | None
+    figure: tuple[Path, ...]
+    no_figure: bool
+    log: bool
+    force: bool
+    json: bool
+    dry_run: bool
+
+    @property
+    def to_stdout(self) -> bool:
+        """Whether the CSV goes to stdout and no file is written."""
+        return self.out == "-"
+
+    def plan(self, command: str, names: list[str]) -> Output | None:
+        """Plans the files and makes sure that they can be written.
+
+        Args:
+            command: The command, for the default stem.
+            names: The checkpoints, for the default stem.
+
+        Returns:
+            The plan; None where the CSV goes to stdout.
+
+        Raises:
+            UsageError: The options contradict each other.
+        """
+        if self.no_figure and self.figure:
+            raise UsageError("--figure and --no-figure contradict each other", "Give one of them")
+        if self.to_stdout:
+            for given, name in ((self.json, "--json"), (self.figure, "--figure")):
+                if given:
+                    raise UsageError(
+                        f"--out - puts the CSV alone on stdout and writes no file, so {name} has "
+                        "no place",
+                        "Give --out STEM",
+                    )
+            return None
+        if self.out is not None and Path(self.out).name in {"", ".", ".."}:
+            raise UsageError(f"--out {self.out!r} is no stem of file names", "Give folder/name")
+        stem = Path(self.out if self.out is not None else default_stem(command, names))
+        return Output.plan(stem, self.figure, draw=not self.no_figure, force=self.force)
+
+
+def with_settings(command: Command) -> Command:
+    """Gives a command the options that say what is evaluated and how.
+
+    Args:
+        command: A function with a parameter ``settings``, a `Settings`.
+
+    Returns:
+        The function with an option for each field in the place of it.
+    """
+
+    def gather(values: dict[str, Any]) -> dict[str, Any]:
+        for key in ("metric", "split", "only", "except_"):
+            values[key] = tuple(values[key] or ())
+        return {"settings": Settings(**values)}
+
+    return _expand(command, "settings", _SETTINGS, gather)
+
+
+def with_output(command: Command) -> Command:
+    """Gives a command the options that say where its result goes.
+
+    Args:
+        command: A function with a parameter ``write``, a `Write`.
+
+    Returns:
+        The function with the options in the place of it.
+    """
+
+    def gather(values: dict[str, Any]) -> dict[str, Any]:
+        values["figure"] = tuple(values["figure"] or ())
+        values["json"] = values.pop("json_")
+        return {"write": Write(**values)}
+
+    return _expand(command, "write", _OUTPUT_OPTIONS, gather)
+
+
+def with_console(command: Command) -> Command:
+    """Gives a command its streams, and the options that say how it talks.
+
+    Args:
+        command: A function with a parameter ``console``, a `Console`.
+
+    Returns:
+        The function with the options, and the context that carries the streams, in its place.
+    """
+
+    def gather(values: dict[str, Any]) -> dict[str, Any]:
+        console = values["ctx"].obj
+        console.quiet, console.traceback = values["quiet"], values["traceback"]
+        return {"console": console}
+
+    return _expand(command, "console", {"ctx": typer.Context, **_CONSOLE}, gather)
+
+
+def _expand(
+    command: Command,
+    parameter: str,
+    options: Mapping[str, Any],
+    gather: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Command:
+    """Puts options in the place of one parameter of a command; typer reads the signature."""
+
+    @functools.wraps(command)
+    def expanded(**values: Any) -> None:
+        rest = {key: value for key, value in values.items() if key not in options}
+        command(**rest, **gather({key: values[key] for key in options}))
+
+    before = inspect.signature(command, eval_str=True).parameters.values()
+    added = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=annotation,
+            default=inspect.Parameter.empty if name == "ctx" else _DEFAULTS.get(name),
+        )
+        for name, annotation in options.items()
+    ]
+    parameters = [p for p in before if p.name != parameter] + added
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {p.name: p.annotation for p in parameters}
+    return expanded

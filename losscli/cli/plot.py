@@ -1,0 +1,161 @@
+"""``losscli plot``: pictures from CSV files, without torch."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from losscli.cli.options import with_console
+from losscli.console import Console
+from losscli.errors import OutputError, TableError, UsageError
+from losscli.results import Output, replace_all
+from losscli.table import Table
+
+__all__ = ["plot"]
+
+
+@dataclass(frozen=True)
+class _Run:
+    table: Table
+    summary: dict[str, Any]
+    label: str
+
+
+@with_console
+def plot(
+    csvs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CSV...", help="Tables that losscli wrote; - for stdin.", show_default=False
+        ),
+    ],
+    console: Console,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", help="Repeatable: a name for each CSV.", show_default=False),
+    ] = None,
+    title: Annotated[
+        str, typer.Option("--title", help="A title over the picture.", show_default=False)
+    ] = "",
+    log: Annotated[bool, typer.Option("--log", help="Give the loss a logarithmic axis.")] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="STEM",
+            help="Write STEM.png. By default the stem of a single CSV, or plot.",
+            show_default=False,
+        ),
+    ] = None,
+    figure: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--figure",
+            metavar="PATH",
+            help="Repeatable. A picture (.png, .svg, .pdf) instead of STEM.png.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite another picture.")] = False,
+    terminal: Annotated[
+        bool, typer.Option("--terminal", help="Draw in the terminal; write no file.")
+    ] = False,
+) -> None:
+    """Draw the picture of a CSV again, or lay several over each other."""
+    if label and len(label) != len(csvs):
+        raise UsageError(
+            f"{len(label)} labels for {len(csvs)} CSV files", "Give --label once for each"
+        )
+    if csvs.count("-") > 1:
+        raise UsageError("stdin can be read only once", "Give - once")
+    runs = [_read(name, label[i] if label else "") for i, name in enumerate(csvs)]
+    if terminal:
+        _draw_in_terminal(runs, console, log=log)
+        return
+    alone = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
+    stem = Path(out or (alone.removesuffix(".csv") if alone else "plot"))
+    output = Output.plan(stem, tuple(figure or ()), force=force)
+    from losscli.figure import Curve, draw_interpolation, render
+
+    curves = [Curve(run.table, run.summary, run.label) for run in runs]
+    contents = {}
+    for path in output.figures:
+        drawn = draw_interpolation(curves, title=title, log=log)
+        contents[path] = render(drawn, path.suffix.lower())
+        if not force and path.exists() and path.read_bytes() != contents[path]:
+            raise OutputError(
+                f"{path} is another picture", "Choose another --out, or overwrite it with --force"
+            )
+    for path in replace_all(contents):
+        console.result(f"{path}\n")
+
+
+def _read(name: str, label: str) -> _Run:
+    if name == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+        return _Run(_interpolation(Table.from_csv(io.StringIO(text, newline=""), "stdin"), "stdin"),
+                    {}, label)  # fmt: skip
+    path = Path(name)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            table = Table.from_csv(file, name)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "a name with a zero byte"
+        raise TableError(f"{name} cannot be read: {reason}") from None
+    return _Run(_interpolation(table, name), _summary(path), label)
+
+
+def _interpolation(table: Table, name: str) -> Table:
+    missing = [c for c in ("alpha", "split", "loss", "loss_stderr") if c not in table.columns]
+    if missing:
+        raise TableError(
+            f"{name} is no table that losscli wrote: it has no column {missing[0]!r}",
+            "Name the CSV of losscli interpolate",
+        )
+    if not table.rows:
+        raise TableError(f"{name} has no rows")
+    return table
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """Reads the summary beside a CSV; without one, the picture has no names to show."""
+    try:
+        summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) and "command" in summary else {}
+
+
+def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:
+    from losscli.terminal import draw
+
+    width, height = shutil.get_terminal_size((80, 24))
+    encoding = (console.stdout.encoding or "ascii").lower().replace("-", "")
+    colour = (
+        console.stdout.isatty() and "NO_COLOR" not in os.environ
+        and os.environ.get("TERM") != "dumb"
+    )  # fmt: skip
+    curves = [(run.label or _name(run), run.table) for run in runs]
+    drawn = draw(
+        curves,
+        width=width,
+        height=max(height - 2, 8),
+        colour=colour,
+        log=log,
+        ascii=not encoding.startswith("utf"),
+    )
+    console.result(drawn if drawn.endswith("\n") else f"{drawn}\n")
+
+
+def _name(run: _Run) -> str:
+    checkpoints = [c["name"] for c in run.summary.get("checkpoints", [])]
+    return " → ".join(checkpoints)

@@ -1,0 +1,151 @@
+"""The talk on stderr and the result on stdout: colour, progress, notes and errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+__all__ = ["Console", "printable"]
+
+_INTERVAL = 10.0
+
+
+def printable(text: str) -> str:
+    """Makes text from a file or a name harmless on a terminal.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The text with control characters, such as those that move a cursor, written as escapes.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+class Console:
+    """The streams of one command.
+
+    Args:
+        stdout: Where results go; `sys.stdout` by default.
+        stderr: Where the talk goes; `sys.stderr` by default.
+
+    Attributes:
+        quiet: Whether progress and notes are left out.
+        traceback: Whether an error shows where in the code it came from.
+    """
+
+    def __init__(self, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
+        self.stdout = stdout if stdout is not None else sys.stdout
+        self.stderr = stderr if stderr is not None else sys.stderr
+        self.quiet = False
+        self.traceback = False
+
+    @property
+    def animated(self) -> bool:
+        """Whether stderr is a terminal that a progress bar can be drawn on."""
+        return self.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    def result(self, text: str) -> None:
+        """Writes to stdout, and makes sure that it arrived.
+
+        Args:
+            text: What to write.
+        """
+        # A name may hold what the stream's encoding lacks: better an escape than no result.
+        encoding = self.stdout.encoding or "utf-8"
+        self.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        self.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Tells something beside the result, in one line.
+
+        Args:
+            text: The note.
+        """
+        if not self.quiet:
+            self._line(f"note: {text}")
+
+    def error(self, text: str) -> None:
+        """Tells why the command ends, in one line.
+
+        Args:
+            text: What, where, the cure.
+        """
+        self._line(f"losscli: {text}")
+
+    def _line(self, text: str) -> None:
+        encoding = getattr(self.stderr, "encoding", None) or "utf-8"
+        line = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+        self.stderr.write(f"{line}\n")
+        self.stderr.flush()
+
+    @contextmanager
+    def progress(self, total: int, unit: str) -> Iterator[Callable[[float], None]]:
+        """Shows how far a computation is: a bar on a terminal, else a line every ten seconds.
+
+        Args:
+            total: How much there is to do.
+            unit: What is counted, in the plural.
+
+        Yields:
+            A function to call with how much is done.
+        """
+        if self.quiet:
+            yield lambda _: None
+        elif self.animated:
+            yield from self._bar(total, unit)
+        else:
+            yield self._lines(total, unit)
+
+    def _bar(self, total: int, unit: str) -> Iterator[Callable[[float], None]]:
+        # rich takes a while to import, and only a terminal needs it.
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.fields[count]}"),
+            BarColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+        )
+        console = RichConsole(file=self.stderr)
+        begun = time.monotonic()
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=total, count=f"0/{total} {unit}", rate="")
+
+            def tell(done: float) -> None:
+                rate = done / max(time.monotonic() - begun, 1e-9)
+                bar.update(
+                    task,
+                    completed=done,
+                    count=f"{int(done)}/{total} {unit}",
+                    rate=f"{rate:.3g} {unit}/s",
+                )
+
+            yield tell
+
+    def _lines(self, total: int, unit: str) -> Callable[[float], None]:
+        begun = last = time.monotonic()
+
+        def tell(done: float) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= _INTERVAL and done > 0:
+                last = now
+                left = (now - begun) / done * (total - done)
+                self._line(f"{int(done)}/{total} {unit}, {_duration(left)} left")
+
+        return tell
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
