@@ -1,0 +1,46 @@
+# The two commands of a newcomer are `make demo` and `make test`; both make .venv if need be.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SAMPLES := sample_checkpoints
+
+.PHONY: demo test check samples gallery readme golden clean
+
+demo: .venv/installed
+	$(BIN)/losscli interpolate $(SAMPLES)/relu/init.pt $(SAMPLES)/relu/final.pt -o demo --force
+	@echo "The picture is $(CURDIR)/demo.png"
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m tests.readme --check
+
+# Trains the runs in sample_checkpoints again.
+samples: .venv/installed
+	$(BIN)/python $(SAMPLES)/train.py
+
+# Draws the README's pictures again.
+gallery: .venv/installed
+	$(BIN)/python -m tests.readme --gallery
+
+# Writes the help texts into the README again.
+readme: .venv/installed
+	$(BIN)/python -m tests.readme
+
+# Draws the pictures that the tests compare with again, from their stored tables.
+golden: .venv/installed
+	LOSSCLI_REGENERATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/test_figure.py
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
