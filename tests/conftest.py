@@ -1,0 +1,66 @@
+"""What tests share: checkpoints on disk, and the command line with its streams caught."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from losscli.cli import run
+from losscli.console import Console
+from losscli.models import MLP
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    stdout: str
+    stderr: str
+
+
+Losscli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def losscli() -> Losscli:
+    """Runs a command in this process."""
+
+    def invoke(*arguments: object) -> Outcome:
+        console = Console(io.StringIO(), io.StringIO())
+        status = run([str(a) for a in arguments], console)
+        return Outcome(status, console.stdout.getvalue(), console.stderr.getvalue())  # type: ignore[attr-defined]
+
+    return invoke
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two small checkpoints, a.pt and b.pt, their data and a losscli.toml.
+
+    The command line runs inside it.
+    """
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        torch.save(
+            {"state_dict": MLP("6-5-3").state_dict(), "losscli.model": "mlp:6-5-3"},
+            tmp_path / f"{name}.pt",
+        )
+    generator = torch.Generator().manual_seed(2)
+    arrays = {
+        "train_inputs": torch.rand(29, 6, generator=generator).numpy(),
+        "train_targets": (torch.arange(29) % 3).numpy(),
+        "test_inputs": torch.rand(11, 6, generator=generator).numpy(),
+        "test_targets": (torch.arange(11) % 3).numpy(),
+    }
+    import numpy as np
+
+    np.savez(tmp_path / "data.npz", **arrays)  # type: ignore[arg-type]
+    (tmp_path / "losscli.toml").write_text('data = "npz:data.npz"\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,174 @@
+"""Models as users write them: any control flow, any inputs, nothing of losscli's own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+
+class Recurrent(nn.Module):
+    """An LSTM over the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 6, num_layers=2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0].mean(1))
+
+
+class Attention(nn.Module):
+    """Tokens in; a causal mask with infinities among the buffers; the head tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("mask", torch.full((5, 5), -torch.inf).triu(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.layer(self.embedding(tokens), src_mask=self.mask)
+        return self.head(x[:, -1])
+
+
+class Branching(nn.Module):
+    """Which layer comes first depends on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(5, 7)
+        self.other = nn.Linear(5, 7)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0] > 0:
+            one = self.one(x)
+            other = self.other(x)
+        else:
+            other = self.other(x)
+            one = self.one(x)
+        return self.head(torch.tanh(one) + torch.sigmoid(other))
+
+
+class Normalising(nn.Module):
+    """BatchNorm on its very inputs, dropout, then a layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.shared = nn.Linear(6, 6)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(self.norm(x))
+        return self.head(self.drop(torch.relu(self.shared(x))))
+
+
+class Convolving(nn.Module):
+    """A convolution with a stride, in-place activation, BatchNorm, a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, 3, stride=2, padding=1, groups=2)
+        self.norm = nn.BatchNorm2d(6)
+        self.second = nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x), inplace=True)
+        x = x + self.second(self.norm(x))
+        return self.head(x.mean((2, 3)))
+
+
+class TwoInputs(nn.Module):
+    """Takes its inputs by name, one of them whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 4)
+        self.sizes = nn.Linear(3, 4, bias=False)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, *, words: Tensor, sizes: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(words).sum(1) + self.sizes(sizes)))
+
+
+class Spoiling(nn.Module):
+    """Writes on its inputs, as careless code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5).mul_(2)
+        return self.layer(x)
+
+
+class Functional(nn.Module):
+    """No layers at all: parameters and operators, the input scaled by one of them first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4))
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale) @ self.weight + self.bias
+
+
+class Random(nn.Module):
+    """Random even in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.layer(x), 0.5, training=True)
+
+
+def linear(features: int = 3) -> nn.Module:
+    return nn.Linear(features, 1)
+
+
+def not_a_module() -> int:
+    return 3
+
+
+def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs[:, 0] - targets) ** 2
+
+
+def batch_mean(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets)
+
+
+def data_as_mapping() -> dict[str, tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.rand(23, 4, generator=generator)
+    return {"all": (x, torch.arange(23) % 3)}
+
+
+def data_as_dicts() -> torch.utils.data.DataLoader[dict[str, Tensor]]:
+    x, y = data_as_mapping()["all"]
+    rows = [{"image": x[i], "label": y[i]} for i in range(len(y))]
+    return torch.utils.data.DataLoader(rows, batch_size=5)  # type: ignore[arg-type]
+
+
+def data_as_dataset() -> torch.utils.data.Dataset[tuple[Tensor, ...]]:
+    return torch.utils.data.TensorDataset(*data_as_mapping()["all"])
+
+
+def data_that_fails() -> None:
+    raise RuntimeError("no disk\nno data")
+
+
+def data_not_understood() -> list[int]:
+    return [1, 2, 3]

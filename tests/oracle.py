@@ -1,0 +1,73 @@
+"""The independent oracle: a plain float64 loop with ``load_state_dict``, one point at a time.
+
+Nothing of losscli is used here, and nothing clever: anybody can check it by reading.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+State = Mapping[str, Tensor]
+
+
+def blend(
+    a: State, b: State, alpha: float, moving: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """θ(α) in float64; whole-number tensors, and those that do not move, are A's."""
+    state = {}
+    for name, tensor in a.items():
+        if tensor.is_floating_point() and (moving is None or name in moving):
+            state[name] = (1 - alpha) * tensor.double() + alpha * b[name].double()
+        else:
+            state[name] = tensor
+    return state
+
+
+def losses(
+    build: Callable[[], nn.Module],
+    state: State,
+    inputs: Any,
+    targets: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> list[float]:
+    """The loss of each example, one example at a time."""
+    model = build().to(dtype)
+    model.load_state_dict(state)
+    model.eval()
+    found = []
+    with torch.no_grad():
+        for i in range(len(targets)):
+            one = slice(i, i + 1)
+            if isinstance(inputs, dict):
+                outputs = model(**{key: _cast(x[one], dtype) for key, x in inputs.items()})
+            elif isinstance(inputs, tuple):
+                outputs = model(*(_cast(x[one], dtype) for x in inputs))
+            else:
+                outputs = model(_cast(inputs[one], dtype))
+            target = targets[one]
+            value = loss(outputs, target.to(dtype) if target.is_floating_point() else target)
+            found.append(float(value))
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    middle = mean(values)
+    squares = math.fsum((v - middle) ** 2 for v in values)
+    return math.sqrt(squares / (len(values) - 1) / len(values))
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype == torch.uint8:
+        return x.to(dtype) / 255
+    return x.to(dtype) if x.is_floating_point() else x
