@@ -9,23 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-__all__ = ["Console", "printable"]
+from losscli.errors import OutputError, printable
+
+__all__ = ["Console"]
 
 _INTERVAL = 10.0
-
-
-def printable(text: str) -> str:
-    """Makes text from a file or a name harmless on a terminal.
-
-    Args:
-        text: The text.
-
-    Returns:
-        The text with control characters, such as those that move a cursor, written as escapes.
-    """
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
 
 
 class Console:
@@ -41,26 +29,46 @@ class Console:
     """
 
     def __init__(self, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
-        self.stdout = stdout if stdout is not None else sys.stdout
-        self.stderr = stderr if stderr is not None else sys.stderr
+        # Python's own streams are None where the caller closed them.
+        self.stdout: TextIO | None = stdout if stdout is not None else sys.stdout
+        self.stderr: TextIO | None = stderr if stderr is not None else sys.stderr
         self.quiet = False
         self.traceback = False
 
     @property
     def animated(self) -> bool:
         """Whether stderr is a terminal that a progress bar can be drawn on."""
-        return self.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        return self.stderr is not None and self.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def result(self, text: str) -> None:
         """Writes to stdout, and makes sure that it arrived.
 
         Args:
             text: What to write.
+
+        Raises:
+            OutputError: Nobody reads it.
         """
+        closed = OutputError("stdout was closed before the result was written to it")
+        if self.stdout is None:
+            raise closed
         # A name may hold what the stream's encoding lacks: better an escape than no result.
-        encoding = self.stdout.encoding or "utf-8"
-        self.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        self.stdout.flush()
+        encoded = text.encode(self.stdout.encoding or "utf-8", "backslashreplace")
+        try:
+            buffer = getattr(self.stdout, "buffer", None)
+            if buffer is None:
+                self.stdout.write(text)
+            else:
+                # An unbuffered stdout may take a part and say how much; Python's own text layer
+                # would drop the rest without a word.
+                left = memoryview(encoded)
+                while left:
+                    left = left[buffer.write(left) :]
+            self.stdout.flush()
+        except BrokenPipeError:
+            # Python would complain once more when it flushes stdout on its way out.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
+            raise closed from None
 
     def note(self, text: str) -> None:
         """Tells something beside the result, in one line.
@@ -80,6 +88,8 @@ class Console:
         self._line(f"losscli: {text}")
 
     def _line(self, text: str) -> None:
+        if self.stderr is None:
+            return
         encoding = getattr(self.stderr, "encoding", None) or "utf-8"
         line = printable(text).encode(encoding, "backslashreplace").decode(encoding)
         self.stderr.write(f"{line}\n")

@@ -18,6 +18,7 @@ __all__ = [
     "UntrustedCodeError",
     "UsageError",
     "one_line",
+    "printable",
 ]
 
 
@@ -105,3 +106,17 @@ def one_line(error: BaseException) -> str:
     """
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Makes text from a file or a name harmless on a terminal.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The text with control characters, such as those that move a cursor, written as escapes.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from losscli.errors import printable
+
 __all__ = ["inspection", "interpolation", "plan"]
 
 
@@ -21,7 +23,7 @@ def interpolation(summary: Mapping[str, Any]) -> str:
     Returns:
         Lines of text.
     """
-    a, b = (c["name"] for c in summary["checkpoints"])
+    a, b = (printable(c["name"]) for c in summary["checkpoints"])
     low, high = summary["range"]
     moving = summary["moving"]
     lines = [
@@ -33,7 +35,7 @@ def interpolation(summary: Mapping[str, Any]) -> str:
         ),
     ]
     for name, split in summary["splits"].items():
-        lines += ["", f"{name}, {_count(summary['examples'][name], 'example')}"]
+        lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
         lines += [f"  {label:<14}{text}" for label, text in _findings(split, low, high)]
     return "\n".join(lines) + "\n"
 
@@ -109,7 +111,7 @@ def plan(description: Mapping[str, Any]) -> str:
         ("passes", f"{d['passes_over_data']} over the data, {d['forward_passes']:,} examples"),
         ("weights", f"{d['bytes_of_weights'] / 2**20:,.1f} MiB for the points at once"),
     ]
-    return "".join(f"{label:<13}{text}\n" for label, text in rows)
+    return "".join(f"{label:<13}{printable(text)}\n" for label, text in rows)
 
 
 def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Any]) -> str:
@@ -126,17 +128,19 @@ def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequenc
     lines = []
     for checkpoint in summary["checkpoints"]:
         lines.append(
-            f"{checkpoint['name']}: {_count(checkpoint['values'], 'value')} in "
+            f"{printable(checkpoint['name'])}: {_count(checkpoint['values'], 'value')} in "
             f"{_count(checkpoint['tensors'], 'tensor')}, {checkpoint['bytes'] / 2**20:,.1f} MiB, "
             f"‖θ‖ = {checkpoint['norm']:.6g}"
         )
-        lines += [f"  {key} = {value}" for key, value in checkpoint["metadata"].items()]
+        lines += [
+            f"  {printable(f'{key} = {value}')}" for key, value in checkpoint["metadata"].items()
+        ]
     if "distance" in summary:
         lines.append(f"‖B − A‖ = {summary['distance']:.6g}")
     lines.append("")
     lines += _aligned([columns, *([_cell(cell) for cell in row] for row in rows)])
     for mismatch in summary.get("mismatches", []):
-        lines.append(f"does not match: {mismatch}")
+        lines.append(f"does not match: {printable(mismatch)}")
     return "\n".join(lines) + "\n"
 
 
@@ -152,13 +156,9 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _cell(cell: Any) -> str:
-    return (
-        f"{cell:.6g}"
-        if isinstance(cell, float)
-        else f"{cell:,}"
-        if isinstance(cell, int)
-        else str(cell)
-    )
+    if isinstance(cell, float):
+        return f"{cell:.6g}"
+    return f"{cell:,}" if isinstance(cell, int) else printable(str(cell))
 
 
 def _count(number: int, thing: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,8 +14,12 @@ from losscli.errors import LosscliError, UsageError
 __all__ = ["main"]
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as a batch system sends it before it ends a job."""
+class _Signalled(BaseException):
+    """Ctrl-C, or SIGTERM as a batch system sends it before it ends a job."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,25 +44,19 @@ def run(arguments: Sequence[str], console: Console) -> int:
     Returns:
         The exit status.
     """
+    # Not a KeyboardInterrupt: typer would swallow it.
+    before = {n: signal.signal(n, _signalled) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        signal.signal(signal.SIGTERM, _terminate)
         return _dispatch(arguments, console)
     except LosscliError as error:
         if console.traceback:
             raise
         console.error(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        console.error("interrupted; nothing was written")
-        return 130
-    except _Terminated:
-        console.error("terminated; nothing was written")
-        return 143
-    except BrokenPipeError:
-        # Python would complain once more when it flushes stdout on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        console.error("stdout was closed before the whole result was written to it")
-        return 1
+    except _Signalled as sent:
+        how = "interrupted" if sent.number == signal.SIGINT else "terminated"
+        console.error(f"{how}; nothing was written")
+        return 128 + sent.number
     except Exception as error:
         if console.traceback:
             raise
@@ -68,10 +65,13 @@ def run(arguments: Sequence[str], console: Console) -> int:
             "with --traceback and report what it shows"
         )
         return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise _Terminated
+def _signalled(number: int, _frame: FrameType | None) -> None:
+    raise _Signalled(number)
 
 
 def _dispatch(arguments: Sequence[str], console: Console) -> int:
@@ -90,6 +90,4 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
             error.format_message(),
             f"See {command} --help",
         ) from None
-    except typer.Abort:
-        raise KeyboardInterrupt from None
     return status if isinstance(status, int) else 0

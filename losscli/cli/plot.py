@@ -139,11 +139,13 @@ def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:
     from losscli.terminal import draw
 
     width, height = shutil.get_terminal_size((80, 24))
-    encoding = (console.stdout.encoding or "ascii").lower().replace("-", "")
+    encoding = getattr(console.stdout, "encoding", None) or "ascii"
     colour = (
-        console.stdout.isatty() and "NO_COLOR" not in os.environ
+        console.stdout is not None
+        and console.stdout.isatty()
+        and "NO_COLOR" not in os.environ
         and os.environ.get("TERM") != "dumb"
-    )  # fmt: skip
+    )
     curves = [(run.label or _name(run), run.table) for run in runs]
     drawn = draw(
         curves,
@@ -151,7 +153,7 @@ def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:
         height=max(height - 2, 8),
         colour=colour,
         log=log,
-        ascii=not encoding.startswith("utf"),
+        ascii=not encoding.lower().startswith("utf"),
     )
     console.result(drawn if drawn.endswith("\n") else f"{drawn}\n")
 

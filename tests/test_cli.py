@@ -1,0 +1,434 @@
+"""The command line: streams, exit statuses, files; in this process, and as a real one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import losscli as library
+from losscli.models import MLP
+from tests.conftest import ROOT, Losscli
+
+COMMAND = [sys.executable, "-m", "losscli"]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_interpolate_writes_a_csv_a_picture_and_a_summary(losscli: Losscli, folder: Path) -> None:
+    before = files(folder)
+    done = losscli("interpolate", "a.pt", "b.pt", "-o", "out")
+    assert done.status == 0
+    assert files(folder) - before == {"out.csv", "out.png", "out.json"}
+    with Path("out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["alpha", "split", "loss", "loss_stderr", "accuracy"]
+    assert len(rows) == 51 * 2
+    summary = json.loads(Path("out.json").read_text())
+    keys = {
+        "loss_a", "loss_b", "minimum", "barrier", "largest_rise", "monotonic", "local_minima",
+    }  # fmt: skip
+    assert keys <= summary["splits"]["train"].keys()
+    assert summary["checkpoints"][0]["path"] == "a.pt"
+    assert len(summary["checkpoints"][0]["sha256"]) == 64
+    assert {"sweep", "total"} == summary["seconds"].keys()
+    assert summary["examples"] == {"train": 29, "test": 11}
+    with Image.open("out.png") as image:
+        assert min(image.size) > 400
+    assert "lowest seen" in done.stdout
+    assert done.stderr == "note: wrote out.csv, out.png, out.json\n"
+
+
+def test_the_csv_is_that_of_the_library(losscli: Losscli, folder: Path) -> None:
+    done = losscli("interpolate", "a.pt", "b.pt", "-o", "-", "--points", 7)
+    assert done.stdout == library.interpolate("a.pt", "b.pt", points=7).table.to_csv()
+    assert done.stderr == ""
+    assert not any(name.endswith((".csv", ".png", ".json")) for name in files(folder))
+
+
+def test_the_default_stem_is_named_after_the_command_and_the_checkpoints(
+    losscli: Losscli, folder: Path
+) -> None:
+    losscli("interpolate", "a.pt", "b.pt", "--points", 3)
+    assert Path(f"interpolate-{folder.name}-a-b.csv").exists()
+    spec = ["-m", "mlp:6-5-3", "-d", "npz:data.npz"]
+    losscli("interpolate", "init:0", "init:1", *spec, "--points", 3)
+    assert Path("interpolate-init-0-init-1.csv").exists()
+
+
+def test_json_is_one_object_on_one_line(losscli: Losscli, folder: Path) -> None:
+    done = losscli("interpolate", "a.pt", "b.pt", "-o", "out", "--json", "-q")
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    assert json.loads(done.stdout) == json.loads(Path("out.json").read_text())
+
+
+def test_a_dry_run_counts_and_evaluates_nothing(losscli: Losscli, folder: Path) -> None:
+    before = files(folder)
+    done = losscli("interpolate", "a.pt", "b.pt", "--dry-run")
+    assert done.status == 0
+    assert "points       51, 51 at once" in done.stdout
+    plan = json.loads(losscli("interpolate", "a.pt", "b.pt", "--dry-run", "--json").stdout)
+    assert plan["forward_passes"] == 51 * 40
+    assert plan["passes_over_data"] == 1
+    assert plan["moving"] == {"tensors": 4, "values": 53}
+    assert files(folder) == before
+
+
+def test_pictures_by_name_come_instead_of_the_png(losscli: Losscli, folder: Path) -> None:
+    before = files(folder)
+    losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--figure", "p.svg", "--figure", "p.pdf")
+    assert files(folder) - before == {"x.csv", "x.json", "p.svg", "p.pdf"}
+    assert Path("p.svg").read_text().lstrip().startswith("<?xml")
+    assert Path("p.pdf").read_bytes().startswith(b"%PDF")
+    losscli("interpolate", "a.pt", "b.pt", "-o", "y", "--no-figure")
+    assert {"y.csv", "y.json"} <= files(folder)
+    assert "y.png" not in files(folder)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_plot_draws_the_same_bytes_again(losscli: Losscli, folder: Path, suffix: str) -> None:
+    losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--figure", f"x{suffix}", "--log")
+    before = Path(f"x{suffix}").read_bytes()
+    again = losscli("plot", "x.csv", "--figure", f"x{suffix}", "--log")
+    assert again.status == 0, again.stderr
+    assert again.stdout == f"x{suffix}\n"
+    assert Path(f"x{suffix}").read_bytes() == before
+    other = losscli("plot", "x.csv", "--figure", f"x{suffix}", "--title", "Something else")
+    assert other.status == 1
+    assert "another picture" in other.stderr
+    assert Path(f"x{suffix}").read_bytes() == before
+
+
+def test_plot_lays_several_over_each_other(losscli: Losscli, folder: Path) -> None:
+    losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--no-figure")
+    losscli("interpolate", "b.pt", "a.pt", "-o", "y", "--no-figure")
+    done = losscli("plot", "x.csv", "y.csv", "--label", "forth", "--label", "back", "-o", "both")
+    assert done.stdout == "both.png\n"
+    drawn = losscli("plot", "x.csv", "y.csv", "--label", "forth", "--label", "back", "--terminal")
+    assert drawn.status == 0
+    assert "forth" in drawn.stdout
+    assert "back" in drawn.stdout
+    assert "\x1b" not in drawn.stdout
+
+
+def test_plot_reads_stdin(folder: Path) -> None:
+    drawn = subprocess.run(
+        f"{sys.executable} -m losscli interpolate a.pt b.pt -q -o - | "
+        f"{sys.executable} -m losscli plot - --terminal",
+        shell=True,
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+    )
+    assert drawn.stderr == ""
+    assert re.search("[\u2801-\u28ff]", drawn.stdout)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no header"),
+        ("a,b\r\n1,2\r\n", "no column 'alpha'"),
+        ("alpha,split,loss,loss_stderr\r\n", "no rows"),
+        ("alpha,split,loss,loss_stderr\r\n1,x\r\n", "record 2"),
+        ("alpha,split,loss,loss_stderr\r\n1,x,y,z\r\n", "record 2"),
+    ],
+)
+def test_plot_refuses_what_is_no_table(
+    content: str, message: str, losscli: Losscli, folder: Path
+) -> None:
+    Path("bad.csv").write_text(content)
+    done = losscli("plot", "bad.csv")
+    assert done.status == 1
+    assert message in done.stderr
+    assert not Path("bad.png").exists()
+    assert losscli("plot", "absent.csv").status == 1
+    assert losscli("plot", "bad.csv", "--label", "a", "--label", "b").status == 2
+    assert losscli("plot", "-", "-").status == 2
+
+
+def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None:
+    run = ["interpolate", "a.pt", "b.pt", "-o", "out", "--points", "5"]
+    losscli(*run)
+    before = Path("out.csv").read_bytes()
+    assert losscli(*run).status == 0
+    other = losscli("interpolate", "b.pt", "a.pt", "-o", "out")
+    assert other.status == 1
+    assert "another run" in other.stderr
+    assert "--force" in other.stderr
+    assert Path("out.csv").read_bytes() == before
+    assert losscli("interpolate", "b.pt", "a.pt", "-o", "out", "--force").status == 0
+    assert Path("out.csv").read_bytes() != before
+    Path("mine.png").write_bytes(b"a picture of my cat")
+    assert losscli("interpolate", "a.pt", "b.pt", "-o", "mine").status == 1
+    assert Path("mine.png").read_bytes() == b"a picture of my cat"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--nonsense"], 2, "No such option"),
+        (["nonsense"], 2, "No such command"),
+        (["interpolate", "a.pt"], 2, "Missing argument"),
+        (["interpolate", "a.pt", "b.pt", "--points", "many"], 2, "points"),
+        (["interpolate", "a.pt", "b.pt", "--range", "0"], 2, "range"),
+        (["interpolate", "a.pt", "b.pt", "--range", "1", "0"], 2, "reversed"),
+        (["interpolate", "a.pt", "b.pt", "--points", "0"], 2, "nothing to evaluate"),
+        (["interpolate", "a.pt", "b.pt", "--dtype", "int8"], 2, "float32"),
+        (["interpolate", "a.pt", "b.pt", "--figure", "x.gif"], 2, ".png, .svg, .pdf"),
+        (["interpolate", "a.pt", "b.pt", "--figure", "x.png", "--no-figure"], 2, "contradict"),
+        (["interpolate", "a.pt", "b.pt", "-o", "-", "--json"], 2, "no place"),
+        (["interpolate", "a.pt", "b.pt", "-o", ""], 2, "no stem"),
+        (["interpolate", "a.pt", "b.pt", "-o", "nowhere/x"], 1, "mkdir -p nowhere"),
+        (["interpolate", "a.pt", "absent.pt"], 1, "no checkpoint absent.pt"),
+        (["interpolate", "a.pt", "data.npz"], 1, "no checkpoint that torch can read"),
+        (["interpolate", "a.pt", "empty.pt"], 1, "empty.pt is empty"),
+        (["interpolate", "a.pt", "text.pt"], 1, "no checkpoint that torch can read"),
+        (["interpolate", "a.pt", "evil.pt"], 1, "none of it was run"),
+        (["interpolate", "a.pt", "."], 1, "is a folder"),
+        (["interpolate", "a.pt", "b.pt", "-m", "cnn:3"], 1, "does not fit the model"),
+        (["interpolate", "a.pt", "b.pt", "-m", "mlp"], 2, "sizes"),
+        (["interpolate", "a.pt", "b.pt", "-d", "mnist:."], 1, "no IDX files"),
+        (["interpolate", "a.pt", "b.pt", "-d", "ragged.npz"], 2, "unknown data"),
+        (["interpolate", "a.pt", "b.pt", "-d", "npz:ragged.npz"], 1, "5 inputs for 4 targets"),
+        (["interpolate", "a.pt", "b.pt", "-d", "npz:none.npz"], 1, "is empty"),
+        (["interpolate", "a.pt", "b.pt", "-d", "npz:labels.npz"], 1, "labels 0 to 2"),
+        (
+            ["interpolate", "a.pt", "b.pt", "-d", "npz:wide.npz"],
+            1,
+            "fails on inputs of shape [5, 9]",
+        ),
+        (["inspect", "a.pt", "b.pt", "a.pt"], 2, "one checkpoint or two"),
+        (["inspect", "absent.pt"], 1, "no checkpoint"),
+        (["export", "a.pt", "b.pt", "--alpha", "0.5", "-o", "x.pt"], 2, "safetensors"),
+        (["export", "a.pt", "b.pt", "--alpha", "0.5", "-o", "no/x.safetensors"], 1, "mkdir -p no"),
+        (["list", "nonsense"], 2, "nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_leaves_no_file(
+    arguments: list[str], status: int, message: str, losscli: Losscli, folder: Path
+) -> None:
+    Path("empty.pt").touch()
+    Path("text.pt").write_text("not a checkpoint\n")
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("touch ran",)
+
+    torch.save({"state_dict": {"w": torch.ones(1)}, "more": [Evil()]}, "evil.pt")
+    x = np.ones((5, 6), np.float32)
+    np.savez("ragged.npz", inputs=x, targets=np.zeros(4, int))
+    np.savez("none.npz", inputs=x[:0], targets=np.zeros(0, int))
+    np.savez("labels.npz", inputs=x, targets=np.arange(5))
+    np.savez("wide.npz", inputs=np.ones((5, 9), np.float32), targets=np.zeros(5, int))
+    before = files(folder)
+    done = losscli(*arguments)
+    assert done.status == status, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("losscli: ")
+    assert done.stdout == ""
+    assert files(folder) == before
+
+
+def test_a_folder_that_cannot_be_written_to(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    done = losscli("interpolate", "a.pt", "b.pt", "-o", "out")
+    assert done.status == 1
+    assert "cannot be written to" in done.stderr
+
+
+def test_a_write_that_fails_leaves_nothing_behind(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(folder)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    done = losscli("interpolate", "a.pt", "b.pt", "-o", "out")
+    assert done.status == 1
+    assert "No space left" in done.stderr
+    assert files(folder) == before
+
+
+def test_names_from_files_bring_no_escape_codes_to_the_terminal(
+    losscli: Losscli, folder: Path
+) -> None:
+    state = MLP("6-5-3").state_dict()
+    torch.save(state | {"\x1b[2J\nevil": torch.ones(1)}, "x.pt")
+    for arguments in (["interpolate", "a.pt", "x.pt", "-m", "mlp:6-5-3"], ["inspect", "x.pt"]):
+        done = losscli(*arguments)
+        assert "\x1b" not in done.stderr + done.stdout
+        assert "\\x1b[2J\\nevil" in done.stderr + done.stdout
+
+
+def test_traceback_shows_where_an_error_comes_from(folder: Path) -> None:
+    arguments = ["interpolate", "a.pt", "absent.pt", "--traceback"]
+    done = process(*arguments)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_inspect_and_export_and_list(losscli: Losscli, folder: Path) -> None:
+    assert "layers.0.weight  5×6" in losscli("inspect", "a.pt").stdout
+    both = json.loads(losscli("inspect", "a.pt", "b.pt", "--json").stdout)
+    assert both["rows"][0]["tensor"] == "layers.0.weight"
+    assert "‖B − A‖" in losscli("inspect", "a.pt", "b.pt").stdout
+    export = ["export", "a.pt", "b.pt", "--alpha", "0.5", "-o", "half.safetensors"]
+    assert losscli(*export).stdout == "half.safetensors\n"
+    assert losscli(*export).status == 1
+    assert losscli(*export, "--force").status == 0
+    done = losscli("interpolate", "half.safetensors", "b.pt", "--points", 2, "--json", "-o", "h")
+    whole = losscli(
+        "interpolate", "a.pt", "b.pt", "--points", 3, "--json", "-o", "w", "--range", 0, 1
+    )
+    assert done.status == 0
+    with Path("w.csv").open(newline="") as file:
+        middle = [r for r in csv.DictReader(file) if r["alpha"] == "0.5" and r["split"] == "train"]
+    found = json.loads(done.stdout)["splits"]["train"]["loss_a"]
+    assert found == pytest.approx(float(middle[0]["loss"]), rel=1e-6)
+    assert whole.status == 0
+    for kind, entry in (
+        ("models", "mlp:"),
+        ("data", "mnist:"),
+        ("losses", "bce"),
+        ("metrics", "accuracy"),
+    ):
+        assert entry in losscli("list", kind).stdout
+
+
+def process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def test_the_device_may_come_from_the_environment(folder: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "interpolate", "a.pt", "b.pt"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LOSSCLI_DEVICE": "abacus"},
+    )
+    assert done.returncode == 1
+    assert "'abacus'" in done.stderr
+
+
+def imported(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+HEAVY = {"torch", "matplotlib", "numpy"}
+
+
+def test_help_loads_neither_torch_nor_matplotlib(folder: Path) -> None:
+    for arguments in (["--help"], ["interpolate", "--help"], ["--version"], ["plot", "--help"]):
+        code = (
+            "from losscli.cli import run\nfrom losscli.console import Console\n"
+            f"assert run({arguments!r}, Console()) == 0"
+        )
+        assert not imported(code) & HEAVY
+    assert not imported("import losscli, losscli.cli, losscli.cli.app") & HEAVY
+
+
+def test_plot_never_loads_torch(losscli: Losscli, folder: Path) -> None:
+    losscli("interpolate", "a.pt", "b.pt", "-o", "x")
+    code = (
+        "from losscli.cli import run\nfrom losscli.console import Console\n"
+        "assert run(['plot', 'x.csv'], Console()) == 0\n"
+        "assert run(['plot', 'x.csv', '--terminal'], Console()) == 0"
+    )
+    assert "torch" not in imported(code)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_early_is_told_of_in_one_line(unbuffered: str, folder: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "interpolate", "a.pt", "b.pt", "-o", "-", "--points", "3001", "-q"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert child.stdout.readline() == b"alpha,split,loss,loss_stderr,accuracy\r\n"
+        child.stdout.close()
+        assert child.wait() == 1
+        assert child.stderr.read() == (
+            b"losscli: stdout was closed before the result was written to it\n"
+        )
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_one_line_and_no_file(
+    sent: signal.Signals, status: int, folder: Path
+) -> None:
+    Path("slow.py").write_text(
+        "import pathlib, time, torch\n"
+        "class Slow(torch.nn.Linear):\n"
+        "    def __init__(self): super().__init__(6, 3)\n"
+        "    def forward(self, x):\n"
+        "        pathlib.Path('begun').touch()\n"
+        "        time.sleep(0.05)\n"
+        "        return super().forward(x)\n"
+    )
+    for seed, name in enumerate("cd"):
+        torch.manual_seed(seed)
+        torch.save(torch.nn.Linear(6, 3).state_dict(), f"{name}.pt")
+    before = files(folder) | {"begun"}
+    with subprocess.Popen(
+        [*COMMAND, "interpolate", "c.pt", "d.pt", "-m", "slow.py:Slow", "--points", "9999"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+    ) as child:
+        for _ in range(600):
+            if Path("begun").exists():
+                break
+            time.sleep(0.1)
+        child.send_signal(sent)
+        _, stderr = child.communicate(timeout=60)
+    assert child.returncode == status
+    assert stderr.count(b"\n") == 1
+    assert files(folder) == before
+
+
+def test_a_closed_stdout_is_told_of_in_one_line(folder: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m losscli interpolate a.pt b.pt -o - >&-",
+        shell=True,
+        check=False,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert done.stderr == b"losscli: stdout was closed before the result was written to it\n"
