@@ -269,6 +269,13 @@ class Interpolation:
         )
         if half:
             notes.append(f"tensors stored in {' and '.join(half)} move in float32")
+        if settings.buffers == "interpolate" and any(s["not_finite"] for s in splits.values()):
+            below = [n for n in self.moving if n in self.problem.buffers and self._sinks(n)]
+            if below:
+                notes.append(
+                    f"beyond the ends {below[0]} falls below 0, which a variance cannot: "
+                    "--buffers b keeps B's statistics at every point"
+                )
         for name, split in splits.items():
             if split["not_finite"]:
                 count = split["not_finite"]
@@ -277,6 +284,13 @@ class Interpolation:
                     f"{'have' if count > 1 else 'has'} a loss that is not finite"
                 )
         return notes
+
+    def _sinks(self, name: str) -> bool:
+        """Whether a buffer that is nowhere below 0 at the ends is so within the range."""
+        a, b = self.start[name], self.end[name]
+        return bool((a >= 0).all() and (b >= 0).all()) and any(
+            bool((Line({}, {}).combine([a, b], (alpha,)) < 0).any()) for alpha in self.range
+        )
 
 
 @dataclass(frozen=True)

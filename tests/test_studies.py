@@ -410,3 +410,15 @@ def test_the_public_names_are_these() -> None:
     assert all(hasattr(losscli, name) for name in losscli.__all__)
     with pytest.raises(AttributeError, match="absent"):
         _ = losscli.absent
+
+
+def test_a_variance_below_zero_is_named_with_its_cure(tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == "cnn-batchnorm")
+    a, b = save(case, tmp_path)
+    arguments = {"model": case.build, "data": {"all": (case.inputs, case.targets)}, "points": 5}
+    far = losscli.interpolate(a, b, range=(-8.0, 8.0), **arguments)
+    assert any("running_var falls below 0" in note for note in far.summary["notes"])
+    near = losscli.interpolate(a, b, range=(0.0, 1.0), **arguments)
+    kept = losscli.interpolate(a, b, range=(-8.0, 8.0), buffers="b", **arguments)
+    for result in (near, kept):
+        assert not any("falls below 0" in note for note in result.summary["notes"])
