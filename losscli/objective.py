@@ -5,14 +5,16 @@ However points are evaluated, one law holds: the numbers of the checkpoint loade
 
 from __future__ import annotations
 
+import copy
+import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from losscli.datasets import DataSet, Inputs, Split, leaves, map_inputs
 from losscli.errors import (
@@ -22,6 +24,7 @@ from losscli.errors import (
     NondeterministicModelError,
     one_line,
 )
+from losscli.first_layer import FirstLayer
 from losscli.geometry import Slice
 from losscli.losses import PerExample, cross_entropy
 from losscli.weights import Weights
@@ -85,11 +88,7 @@ class Objective:
         self.dtype = dtype
         self.batch_size = batch_size or _BATCH.get(device.type, _BATCH_ELSEWHERE)
         self.splits = {name: split.to(device) for name, split in data.splits.items()}
-        self.tensors: dict[str, Tensor] = {
-            name: tensor
-            for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if isinstance(tensor, Tensor)
-        }
+        self.tensors = _tensors_of(self.model)
         self._copies_inputs = False
 
     def first_batches(self) -> dict[str, Split]:
@@ -124,7 +123,7 @@ class Objective:
         for name, split in self.first_batches().items():
             inputs = self.data.prepare(map_inputs(Tensor.clone, split.inputs), self.dtype)
             versions = [tensor._version for tensor in leaves(inputs)]
-            outputs = self._forward(inputs)
+            outputs = self.forward(self.model, inputs)
             # A model that writes on its inputs would spoil them for every later point.
             self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
             self._check_labels(outputs, name)
@@ -178,11 +177,8 @@ class Objective:
         Returns:
             For each split its evaluation at the P points.
         """
-        points = _Points(self, slice_, coordinates)
-        try:
+        with _Points(self, slice_, coordinates) as points:
             return self._evaluate(points, splits, progress)
-        finally:
-            points.release()
 
     def _evaluate(
         self,
@@ -214,30 +210,49 @@ class Objective:
             name: torch.zeros(len(points), dtype=wide, device=self.device) for name in self.metrics
         }
         for start in range(0, len(split), self.batch_size):
-            stop = min(start + self.batch_size, len(split))
-            batch = split.take(slice(start, stop))
+            batch = split.take(slice(start, start + self.batch_size))
             inputs = self.data.prepare(batch.inputs, self.dtype)
-            for p, outputs in enumerate(points.outputs(inputs)):
-                losses[p, start:stop] = self._per_example(self.loss, outputs, batch.targets, "loss")
-                for name, function in self.metrics.items():
-                    values = self._per_example(function, outputs, batch.targets, f"metric {name!r}")
-                    sums[name][p] += values.to(wide).sum()
-                tell(stop - start)
+            columns = losses[:, start : start + self.batch_size]
+            for _ in points.evaluate(inputs, self._recorder(batch.targets, columns, sums)):
+                tell(len(batch))
         return Evaluation(
             losses.cpu(),
             {name: total.cpu().to(torch.float64) / len(split) for name, total in sums.items()},
         )
 
-    def _forward(self, inputs: Inputs) -> Any:
+    def _recorder(
+        self, targets: Tensor, losses: Tensor, sums: Mapping[str, Tensor]
+    ) -> Callable[[int, Any], None]:
+        def record(p: int, outputs: Any) -> None:
+            losses[p] = self._per_example(self.loss, outputs, targets, "loss")
+            for name, function in self.metrics.items():
+                values = self._per_example(function, outputs, targets, f"metric {name!r}")
+                sums[name][p] += values.to(sums[name].dtype).sum()
+
+        return record
+
+    def forward(self, model: nn.Module, inputs: Inputs) -> Any:
+        """Runs the model, or a replica of it.
+
+        Args:
+            model: The one to run.
+            inputs: A prepared batch.
+
+        Returns:
+            What the model returns; half-precision scores in float32.
+
+        Raises:
+            ModelError: The model fails.
+        """
         if self._copies_inputs:
             inputs = map_inputs(Tensor.clone, inputs)
         try:
             if isinstance(inputs, Tensor):
-                outputs = self.model(inputs)
+                outputs = model(inputs)
             elif isinstance(inputs, tuple):
-                outputs = self.model(*inputs)
+                outputs = model(*inputs)
             else:
-                outputs = self.model(**inputs)
+                outputs = model(**inputs)
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:
@@ -287,17 +302,23 @@ class _Plain:
     """The one point that is loaded."""
 
     def __init__(self, objective: Objective) -> None:
-        self._forward = objective._forward
+        self._objective = objective
 
     def __len__(self) -> int:
         return 1
 
-    def outputs(self, inputs: Inputs) -> Iterator[Any]:
-        yield self._forward(inputs)
+    def evaluate(self, inputs: Inputs, record: Callable[[int, Any], None]) -> Iterator[int]:
+        record(0, self._objective.forward(self._objective.model, inputs))
+        yield 0
 
 
 class _Points:
-    """P points of a slice, one after the other; their first layer is computed for all at once."""
+    """P points of a slice, their weights in memory; a batch is taken to all of them.
+
+    What a first layer gives is computed for all points at once, where that can be. On a CPU the
+    points are dealt to as many threads as the operators may use, each with a replica of the model
+    and operators of a single thread: so no operator has to wait for its slowest part.
+    """
 
     def __init__(
         self, objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
@@ -305,190 +326,113 @@ class _Points:
         self._objective = objective
         self._slice = slice_
         self._coordinates = coordinates
-        moving = {name: objective.tensors[name] for name in slice_.ends[0]}
-        self._moving = moving
-        self._names = {id(tensor): name for name, tensor in moving.items()}
-        self._own = {name: tensor.data for name, tensor in moving.items()}
-        if len(coordinates) == 1:
-            # A single point needs no memory of its own: the model's will do.
-            stacks = {name: own.unsqueeze(0) for name, own in self._own.items()}
-        else:
-            stacks = {
-                name: own.new_empty(len(coordinates), *own.shape) for name, own in self._own.items()
-            }
-        for name, stack in stacks.items():
-            ends = [_working(end[name], objective.dtype) for end in slice_.ends]
-            for out, point in zip(stack, coordinates, strict=True):
-                if out.dtype == ends[0].dtype:
-                    slice_.combine(ends, point, out)
-                else:
-                    out.copy_(slice_.combine(ends, point))
-        self._stacks = stacks
+        self._own = {name: objective.tensors[name].data for name in slice_.ends[0]}
+        self._stacks = self._materialise()
+        self._threads = torch.get_num_threads()
+        workers = min(self._threads, len(coordinates)) if objective.device.type == "cpu" else 1
+        self._replicas: queue.SimpleQueue[_Replica] = queue.SimpleQueue()
+        for replica in _replicas(objective.model, workers):
+            self._replicas.put(replica)
+        self._workers = self._replicas.qsize()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self._workers > 1:
+            torch.set_num_threads(max(1, self._threads // self._workers))
+            self._pool = ThreadPoolExecutor(self._workers)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)
+        for name, own in self._own.items():
+            self._objective.tensors[name].data = own
 
     def __len__(self) -> int:
         return len(self._coordinates)
 
-    def outputs(self, inputs: Inputs) -> Iterator[Any]:
-        first = self._first_layer(inputs)
-        for p, point in enumerate(self._coordinates):
-            for name, tensor in self._moving.items():
-                tensor.data = self._stacks[name][p]
-            if first is None:
-                yield self._objective._forward(inputs)
-            else:
-                with first.at(point):
-                    outputs = self._objective._forward(inputs)
-                yield outputs
+    def evaluate(self, inputs: Inputs, record: Callable[[int, Any], None]) -> Iterator[int]:
+        """Records the outputs of each point, and yields the points as they are done."""
+        layer = None
+        if len(self) > len(self._slice.ends):
+            names = self._own.keys()
+            tensors = {name: self._objective.tensors[name] for name in names}
+            layer = FirstLayer.find(
+                lambda: self._objective.forward(self._objective.model, inputs),
+                tensors,
+                self._slice,
+                self._objective.dtype,
+            )
 
-    def release(self) -> None:
-        for name, tensor in self._moving.items():
-            tensor.data = self._own[name]
+        def work(p: int) -> int:
+            replica = self._replicas.get()
+            try:
+                with torch.no_grad():
+                    record(p, self._outputs(p, replica, inputs, layer))
+            finally:
+                self._replicas.put(replica)
+            return p
 
-    def _first_layer(self, inputs: Inputs) -> _FirstLayer | None:
-        """Finds the first use of a moving tensor; what goes into it is the same at all points."""
-        if len(self._coordinates) <= len(self._slice.ends):
-            return None
+        if self._pool is None:
+            yield from map(work, range(len(self)))
+            return
+        futures = [self._pool.submit(work, p) for p in range(len(self))]
+        for future in as_completed(futures):
+            yield future.result()
+
+    def _outputs(self, p: int, replica: _Replica, inputs: Inputs, layer: FirstLayer | None) -> Any:
+        for name, stack in self._stacks.items():
+            replica.tensors[name].data = stack[p]
+        replay = nullcontext() if layer is None else layer.at(self._coordinates[p], replica.tensors)
+        with replay:
+            return self._objective.forward(replica.model, inputs)
+
+    def _materialise(self) -> dict[str, Tensor]:
+        """Makes the weights of all points, ``[P, *shape]`` for each tensor."""
+        stacks = {}
+        for name, own in self._own.items():
+            # A single point needs no memory of its own: the model's will do.
+            alone = len(self._coordinates) == 1
+            stack = own.unsqueeze(0) if alone else own.new_empty(len(self._coordinates), *own.shape)
+            # Half-precision tensors move in float32.
+            working = torch.float64 if own.dtype == torch.float64 else torch.float32
+            ends = [end[name].to(working) for end in self._slice.ends]
+            for out, point in zip(stack, self._coordinates, strict=True):
+                if out.dtype == working:
+                    self._slice.combine(ends, point, out)
+                else:
+                    out.copy_(self._slice.combine(ends, point))
+            stacks[name] = stack
+        return stacks
+
+
+@dataclass(frozen=True)
+class _Replica:
+    """A model whose tensors can be bound to other values than those of its twins."""
+
+    model: nn.Module
+    tensors: Mapping[str, Tensor]
+
+
+def _replicas(model: nn.Module, number: int) -> list[_Replica]:
+    """Makes replicas that share the model's memory; the model itself is the first."""
+    replicas = [_Replica(model, _tensors_of(model))]
+    for _ in range(number - 1):
+        shared: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+        }
         try:
-            with _FirstUse(self._names):
-                self._objective._forward(inputs)
-        except _Found as found:
-            call = found.call
-        else:
-            return None
-        weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
-        if call.function not in _AFFINE or id(weight) not in self._names:
-            return None
-        if call.function is F.embedding:
-            # Behind its weight an embedding has options, not a bias.
-            if call.argument(3, "max_norm") is not None:
-                return None
-        elif bias is not None and id(bias) not in self._names and not self._slice.barycentric:
-            return None
-        products = [
-            call.with_tensors({
-                id(self._moving[name]): end[name].to(self._objective.dtype)
-                for name in map(self._names.get, (id(weight), id(bias)))
-                if name is not None
-            })
-            for end in self._slice.ends
-        ]
-        return _FirstLayer(call.function, weight, products, self._slice)
+            twin = copy.deepcopy(model, shared)
+        except Exception:  # noqa: BLE001 - a model that cannot be copied is evaluated alone
+            break
+        replicas.append(_Replica(twin, _tensors_of(twin)))
+    return replicas
 
 
-def _working(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half-precision tensors move in float32."""
-    return tensor.to(torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-# The functions that are affine in their weight and bias.
-_AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
-
-# What may be asked of a tensor without using its values.
-_HARMLESS = frozenset({
-    Tensor.dim,
-    Tensor.element_size,
-    Tensor.is_contiguous,
-    Tensor.is_floating_point,
-    Tensor.numel,
-    Tensor.size,
-    Tensor.stride,
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape")
-    ),
-})
-
-
-@dataclass(frozen=True)
-class _Call:
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def argument(self, position: int, name: str) -> Any:
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name)
-
-    def with_tensors(self, tensors: Mapping[int, Tensor]) -> Tensor:
-        """Makes the call with other tensors in the place of those with the given ids."""
-        args = [tensors.get(id(value), value) for value in self.args]
-        kwargs = {key: tensors.get(id(value), value) for key, value in self.kwargs.items()}
-        result: Tensor = self.function(*args, **kwargs)
-        return result
-
-
-class _Found(BaseException):
-    def __init__(self, call: _Call) -> None:
-        self.call = call
-
-
-class _FirstUse(TorchFunctionMode):
-    """Stops a forward pass where it first uses one of some tensors."""
-
-    def __init__(self, ids: Mapping[int, str]) -> None:
-        super().__init__()
-        self._ids = ids
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _HARMLESS and self._uses((args, kwargs)):
-            raise _Found(_Call(func, args, kwargs))
-        return func(*args, **kwargs)
-
-    def _uses(self, value: Any) -> bool:
-        if isinstance(value, Tensor):
-            return id(value) in self._ids
-        if isinstance(value, Mapping):
-            value = value.values()
-        elif not isinstance(value, tuple | list):
-            return False
-        return any(map(self._uses, value))
-
-
-@dataclass(frozen=True)
-class _FirstLayer:
-    """A layer whose input is the same at all points, and which is affine in its weights.
-
-    So its output at a point is the same combination of its outputs at the ends of the slice as
-    the point itself is of the ends: one product for each end serves all points.
-    """
-
-    function: Callable[..., Any]
-    weight: Tensor
-    products: Sequence[Tensor]
-    slice_: Slice
-
-    def at(self, point: Sequence[float]) -> _Replay:
-        return _Replay(self, point)
-
-
-class _Replay(TorchFunctionMode):
-    """Answers the first call of a layer from what is known, and lets everything else through."""
-
-    def __init__(self, layer: _FirstLayer, point: Sequence[float]) -> None:
-        super().__init__()
-        self._layer: _FirstLayer | None = layer
-        self._point = point
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        layer = self._layer
-        if (
-            layer is not None
-            and func is layer.function
-            and _Call(func, args, kwargs).argument(1, "weight") is layer.weight
-        ):
-            self._layer = None
-            return layer.slice_.combine(layer.products, self._point)
-        return func(*args, **kwargs)
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }

@@ -20,7 +20,7 @@ class Recurrent(nn.Module):
 
 
 class Attention(nn.Module):
-    """Tokens in; a causal mask with infinities among the buffers; the head tied to the embedding."""
+    """Tokens in; a causal mask with infinities as a buffer; the head tied to the embedding."""
 
     def __init__(self) -> None:
         super().__init__()

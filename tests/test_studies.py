@@ -398,7 +398,7 @@ def test_export_refuses_what_is_no_line(folder: Path) -> None:
         losscli.export("a.pt", "cnn.pt", 0.5)
     with pytest.raises(UsageError, match="no point"):
         losscli.export("a.pt", "b.pt", math.nan)
-    with pytest.raises(CheckpointError, match="no checkpoint absent.pt"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint absent\.pt"):
         losscli.export("a.pt", "absent.pt", 0.5)
 
 
