@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +27,19 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
 
 # Wrappers that put a prefix before every name: DataParallel and DDP, torch.compile, Lightning.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+
+# State dicts of torch's optimisers number their parameters; others go by the key's name.
+_OPTIMISER = re.compile(r"(.*\.)?state\.\d+|optim(i[sz]ers?)?(_states?(_dict)?)?(\..*)?", re.DOTALL)
+
+# For a shell, in single quotes: takes the largest state dict, or that of a whole module.
+_RESAVE = (
+    "import sys, torch, safetensors.torch as s; "
+    'state = lambda x: x.state_dict() if hasattr(x, "state_dict") else x; '
+    'c = state(torch.load(sys.argv[1], "cpu", weights_only=False)); '
+    "tensors = lambda x: {k: v.clone(memory_format=torch.contiguous_format) for k, v in "
+    "x.items() if torch.is_tensor(v)} if isinstance(x, dict) else {}; "
+    "s.save_file(max([tensors(state(x)) for x in [c, *c.values()]], key=len), sys.argv[2])"
+)
 
 
 @dataclass(frozen=True)
@@ -91,14 +107,18 @@ class CheckpointFile:
             CheckpointError: Two state dicts fit, or, without a model, there are several.
             MismatchError: None fits; the text names every tensor that does not match the best.
         """
+        others = {k: v for k, v in self.candidates.items() if not _OPTIMISER.fullmatch(k)}
         if expected is None:
-            labels = [k for k in self.candidates if not k.startswith("optim")]
-            if len(labels) != 1:
-                raise self._ambiguous(labels or list(self.candidates))
-            return self._checkpoint(self.candidates[labels[0]])
+            candidates = others or self.candidates
+            if len(candidates) > 1:
+                raise self._ambiguous(list(candidates))
+            (weights,) = candidates.values()
+            return self._checkpoint(weights)
+        # Modules may keep state beside their tensors, of which nothing can be interpolated.
+        expected = {name: t for name, t in expected.items() if isinstance(t, Tensor)}
         aliases = tied(expected)
         fits: dict[str, Weights] = {}
-        best: list[str] | None = None
+        best: tuple[tuple[bool, int, int], str, list[str]] | None = None
         for label, candidate in self.candidates.items():
             for renamed in _renamings(candidate):
                 filled = _fill(renamed, aliases)
@@ -106,12 +126,16 @@ class CheckpointFile:
                 if not wrong:
                     fits[label] = filled
                     break
-                if best is None or len(wrong) < len(best):
-                    best = wrong
+                common = len(filled.keys() & expected.keys())
+                likeness = label in others, common, -len(wrong) if common else len(filled)
+                if best is None or likeness > best[0]:
+                    best = likeness, label, wrong
         if len(fits) > 1:
             raise self._ambiguous(list(fits))
-        if not fits:
-            raise MismatchError(f"{self.name} does not fit the model: {'; '.join(best or [])}")
+        if not fits and best:
+            _, label, wrong = best
+            name = f"{self.path}#{label}" if label and len(others) > 1 else self.name
+            raise MismatchError(f"{name} does not fit the model: {'; '.join(wrong)}")
         (weights,) = fits.values()
         return self._checkpoint(weights)
 
@@ -123,7 +147,7 @@ class CheckpointFile:
         example = next(label for label in labels if label)
         return CheckpointError(
             f"{self.name} holds several state dicts: {names}",
-            f"Choose one, for example {self.name}#{example}",
+            f"Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",
         )
 
 
@@ -149,11 +173,13 @@ def read(name: str) -> CheckpointFile:
     if key:
         inside = {k: v for k, v in candidates.items() if k == key or k.startswith(f"{key}.")}
         if not inside:
-            known = ", ".join(k for k in candidates if k) or "none"
+            known = ", ".join(k for k in candidates if k and not _OPTIMISER.fullmatch(k)) or "none"
             raise CheckpointError(f"{path} has no state dict under {key!r}", f"Its keys: {known}")
         candidates = {key: inside[key]} if key in inside else inside
     if not candidates:
-        raise CheckpointError(f"{name} holds no tensors")
+        raise CheckpointError(
+            f"{name} holds no tensors under names", "Save the model's state_dict() in it"
+        )
     return CheckpointFile(name, path, candidates, metadata)
 
 
@@ -168,13 +194,23 @@ def save(weights: Weights, metadata: Mapping[str, str], path: Path) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    if not path.name:
+        raise OutputError(f"{path} is a folder", "Name a file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(dict(weights), temporary, dict(metadata))
+        # An empty file first, for the permissions that files have here: safetensors sets its own.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(_apart(weights), temporary, dict(metadata))
+        temporary.chmod(mode)
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}") from None
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise OutputError(f"{path} cannot be written: {one_line(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def tied(weights: Weights) -> dict[str, list[str]]:
@@ -198,30 +234,48 @@ def tied(weights: Weights) -> dict[str, list[str]]:
     }
 
 
+def _apart(weights: Weights) -> dict[str, Tensor]:
+    """Gives every tensor memory of its own, in order, as safetensors needs it."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in weights.items():
+        own[name] = (
+            tensor.contiguous().clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        )
+        seen.add(tensor.data_ptr())
+    return own
+
+
 def _locate(name: str) -> tuple[Path, str]:
     """Splits FILE#KEY; a file whose own name has a # in it comes first."""
     path, key = Path(name), ""
-    if not path.exists() and "#" in name:
-        file, _, key = name.rpartition("#")
-        path = Path(file)
     try:
+        if not path.exists() and "#" in name:
+            file, _, key = name.rpartition("#")
+            path = Path(file)
         if path.is_dir():
-            raise CheckpointError(f"{path} is a folder, not a checkpoint file")
+            raise CheckpointError(f"{path} is a folder, not a checkpoint file", "Name a file in it")
         if not path.exists():
-            raise CheckpointError(f"there is no checkpoint {name}")
+            raise CheckpointError(
+                f"there is no checkpoint {name}", f"Relative names start at {Path.cwd()}"
+            )
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path} is empty", "Was its writing cut off?")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name!r} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{name} cannot be read: {reason}") from None
     return path, key
 
 
 def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:
+        # safetensors takes a file that may not be read for a missing one.
+        with path.open("rb"), safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{name} is no whole safetensors file: {one_line(error)}",
             "Was its writing cut off?",
@@ -237,7 +291,7 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error}") from None
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # noqa: BLE001 - a broken file makes the unpickler raise anything
         raise _unreadable(name, path, error) from None
     plain = content.items() if isinstance(content, Mapping) else ()
@@ -251,13 +305,20 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
     text = str(error)
     # The unpickler's refusal names what the pickle wanted to import, in one of these forms.
     wanted = re.search(r"GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)|function ([\w.]+)", text)
+    thing = ""
     if "weights_only" in text.lower().replace(" ", "_") and wanted and "invalid load" not in text:
-        thing = next(group for group in wanted.groups() if group)
+        thing = f"is a pickle that wants to run code ({next(filter(None, wanted.groups()))})"
+    elif "TorchScript" in text:
+        thing = "is a TorchScript program, which is code"
+    elif "operand 149" in text:
+        # Where the opcode FRAME stands, the pickle is of protocol 4 or above.
+        thing = "is a pickle of a protocol that torch reads only together with code"
+    if thing:
+        target = path.with_name(f"{path.stem}-weights.safetensors")
         return CheckpointError(
-            f"{name} is a pickle that wants to run code ({thing}); none of it was run",
-            "If you trust it, save its state dict again: python -c 'import torch, "
-            "safetensors.torch as s; s.save_file(torch.load("
-            f'"{path}", weights_only=False)["state_dict"], "{path.stem}.safetensors")\'',
+            f"{name} {thing}; none of it was run",
+            "If you trust it, save its state dict again: "
+            f"python -c '{_RESAVE}' {shlex.quote(str(path))} {shlex.quote(str(target))}",
         )
     return CheckpointError(
         f"{name} is no checkpoint that torch can read ({type(error).__name__})",
@@ -280,15 +341,17 @@ def _state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tupl
 
 def _renamings(weights: Weights) -> Iterator[Weights]:
     """Yields a state dict as it is, then with the prefixes of wrappers taken off one by one."""
-    yield weights
     bare = dict(weights)
-    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in bare)), None):
-        bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
+    while True:
         yield bare
-    # torch.compile of a part of a model leaves its mark inside the names.
-    inner = {name.replace("_orig_mod.", ""): tensor for name, tensor in bare.items()}
-    if inner.keys() != bare.keys():
-        yield inner
+        # torch.compile of a part of a model leaves its mark inside the names.
+        inner = {name.replace("_orig_mod.", ""): tensor for name, tensor in bare.items()}
+        if inner.keys() != bare.keys() and len(inner) == len(bare):
+            yield inner
+        prefix = next((p for p in _PREFIXES if all(n.startswith(p) for n in bare)), None)
+        if prefix is None:
+            return
+        bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
 
 
 def _fill(weights: Weights, aliases: Mapping[str, list[str]]) -> Weights:

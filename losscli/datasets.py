@@ -38,6 +38,7 @@ Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 """What a model takes: one tensor, several by position, or several by name; each ``[N, *]``."""
 
 _TARGETS = ("targets", "target", "labels", "label", "y")
+_COMMON = ("mean", "std", "flatten", "limit")
 _DECODING_BATCH = 512
 
 
@@ -211,30 +212,36 @@ def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0)
     spec = Spec.parse(text)
     function, arguments = look_up(spec, DATASETS, "data", trusted=trusted)
     options = dict(spec.options)
-    common = {key: options.pop(key, None) for key in ("mean", "std", "flatten", "limit")}
+    common = {key: options.pop(key, None) for key in _COMMON}
+    normalisation: dict[str, Any] = {
+        key: _channels(common[key], key, text) for key in ("mean", "std") if common[key] is not None
+    }
+    if common["flatten"] is not None:
+        normalisation["flatten"] = common["flatten"]
+        if not isinstance(common["flatten"], bool):
+            raise SpecError(
+                f"data {text!r}: flatten={common['flatten']} is neither true nor false",
+                "Write flatten=true",
+            )
+    limit = common["limit"]
+    if limit is not None and not (type(limit) is int and limit > 0):
+        raise SpecError(f"data {text!r}: limit={limit} is no number of examples", "Give 1 or more")
     if function in DATASETS.values():
         if not arguments:
-            raise SpecError(f"data {text!r} names no file", f"Write {spec.target}:PATH")
+            name = spec.target.rstrip(":")
+            raise SpecError(f"data {text!r} names no file", f"Write {name}:PATH")
         paths: tuple[str | Path, ...] = (Path(folder or "", arguments[0]),)
     else:
         paths = arguments
     torch.manual_seed(seed)
     try:
-        loaded = call(function, paths, options, f"data {text!r}")
+        loaded = call(function, paths, options, f"data {text!r}", also=_COMMON)
     except (DataError, SpecError):
         raise
     except Exception as error:
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
-    data = replace(
-        from_object(loaded, f"data {text!r}"),
-        mean=_channels(common["mean"], "mean", text),
-        std=_channels(common["std"], "std", text),
-        flatten=bool(common["flatten"]),
-    )
+    data = replace(from_object(loaded, f"data {text!r}"), **normalisation)
     _check_channels(data, text)
-    limit = common["limit"]
-    if limit is not None and not (isinstance(limit, int) and limit > 0):
-        raise SpecError(f"data {text!r}: limit={limit} is no number of examples")
     return data.select([], limit, seed)
 
 
@@ -272,7 +279,10 @@ def from_object(loaded: object, where: str) -> DataSet:
         splits[str(name)] = _checked(split, here)
     floating = {split.targets.is_floating_point() for split in splits.values()}
     if len(floating) > 1:
-        raise DataError(f"{where}: some splits have whole-number targets and some do not")
+        raise DataError(
+            f"{where}: some splits have whole-number targets and some do not",
+            "Give all of them whole numbers for classes, or none",
+        )
     return DataSet(splits)
 
 
@@ -280,9 +290,11 @@ def _batches(content: DataLoader[Any] | Dataset[Any], where: str) -> Iterator[An
     if not isinstance(content, DataLoader):
         size = getattr(content, "__len__", None)
         if size is None and not isinstance(content, IterableDataset):
-            raise DataError(f"{where}: the Dataset has no length")
+            raise DataError(
+                f"{where}: the Dataset has no length", "Give it __len__, or an IterableDataset"
+            )
         content = DataLoader(content, batch_size=_DECODING_BATCH)
-    elif content.drop_last:
+    elif content.drop_last or getattr(content.batch_sampler, "drop_last", False):
         raise DataError(
             f"{where}: the DataLoader drops the last batch where it is not full",
             "Build it with drop_last=False",
@@ -320,24 +332,50 @@ def _batch(batch: object, where: str) -> Split:
             f"{where}: a {type(batch).__name__}{size} is not understood as a batch",
             "Give (inputs, targets), or a mapping with a key such as targets or labels",
         )
+    if not leaves(inputs):
+        raise DataError(f"{where}: a batch has targets and no inputs", "Give (inputs, targets)")
     return Split(inputs, _tensor(targets, where, "targets"))
 
 
 def _tensor(value: object, where: str, key: object) -> Tensor:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        value = torch.from_numpy(np.ascontiguousarray(value))
-    if not isinstance(value, Tensor) or value.is_complex() or value.is_sparse:
-        raise DataError(f"{where}: {key!r} is a {type(value).__name__}, not a tensor of numbers")
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.itemsize <= 8:
+        # torch takes arrays of the machine's own byte order that may be written to.
+        value = torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
+    if (
+        not isinstance(value, Tensor)
+        or value.is_complex()
+        or value.is_quantized
+        or value.layout != torch.strided
+    ):
+        raise DataError(
+            f"{where}: {key!r} is a {type(value).__name__}, not a dense tensor of real numbers",
+            "Give tensors or NumPy arrays",
+        )
     return value.detach().cpu()
 
 
 def _concatenate(batches: Sequence[Split], where: str) -> Split:
     if not batches:
         raise DataError(f"{where} is empty")
+    first = batches[0].inputs
+    if isinstance(first, dict):
+        # Later batches may have the keys in another order.
+        batches = [
+            Split({key: b.inputs[key] for key in first}, b.targets)
+            if isinstance(b.inputs, dict) and b.inputs.keys() == first.keys()
+            else b
+            for b in batches
+        ]
     rows = [[*leaves(b.inputs), b.targets] for b in batches]
-    structure = [type(b.inputs) for b in batches]
-    if len(set(structure)) > 1 or len({len(row) for row in rows}) > 1:
-        raise DataError(f"{where}: the batches differ in their structure")
+    structures = {
+        (type(b.inputs), *(b.inputs if isinstance(b.inputs, dict) else ()), *(t.dtype for t in row))
+        for b, row in zip(batches, rows, strict=True)
+    }
+    if len(structures) > 1:
+        raise DataError(
+            f"{where}: the batches differ in their structure or types",
+            "Give every batch the same inputs, in the same types",
+        )
     try:
         *columns, targets = (torch.cat(column) for column in zip(*rows, strict=True))
     except (RuntimeError, TypeError) as error:
@@ -345,7 +383,6 @@ def _concatenate(batches: Sequence[Split], where: str) -> Split:
             f"{where}: the batches do not fit together: {one_line(error)}",
             "Pad the examples to one size",
         ) from None
-    first = batches[0].inputs
     if isinstance(first, Tensor):
         return Split(columns[0], targets)
     if isinstance(first, tuple):
@@ -356,11 +393,13 @@ def _concatenate(batches: Sequence[Split], where: str) -> Split:
 def _checked(split: Split, where: str) -> Split:
     targets = split.targets
     if any(t.ndim == 0 for t in [*leaves(split.inputs), targets]):
-        raise DataError(f"{where}: a single number is no column of examples")
+        raise DataError(f"{where}: a single number is no column of examples", "Give tensors [N, …]")
     sizes = {len(t) for t in [*leaves(split.inputs), targets]}
     if len(sizes) > 1:
         counts = " and ".join(str(len(t)) for t in leaves(split.inputs))
-        raise DataError(f"{where}: {counts} inputs for {len(targets)} targets")
+        raise DataError(
+            f"{where}: {counts} inputs for {len(targets)} targets", "Give one target an example"
+        )
     if sizes == {0}:
         raise DataError(f"{where} is empty")
     return replace(split, targets=targets if targets.is_floating_point() else targets.long())
@@ -371,26 +410,36 @@ def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
         return None
     values = value if isinstance(value, list) else [value]
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        raise SpecError(f"data {text!r}: {key}={value} is no number a channel", "Write 0.5-0.4-0.5")
-    if key == "std" and any(v <= 0 or not math.isfinite(v) for v in values):
-        raise SpecError(f"data {text!r}: std={value} is not above 0")
+        raise SpecError(
+            f"data {text!r}: {key}={value} is no number a channel", f"Write {key}=0.5-0.4-0.5"
+        )
+    if not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
+        raise SpecError(
+            f"data {text!r}: {key}={value} is not {'above 0' if key == 'std' else 'finite'}",
+            f"Write {key}=0.5, or {key}=0.5-0.4-0.5 for three channels",
+        )
     return tuple(map(float, values))
 
 
 def _check_channels(data: DataSet, text: str) -> None:
     for split in data.splits.values():
         for tensor in leaves(split.inputs):
+            if not (tensor.is_floating_point() or tensor.dtype == torch.uint8):
+                continue
             for values in (data.mean, data.std):
                 channels = tensor.shape[1] if tensor.ndim > 1 else 1
                 if values is not None and len(values) not in {1, channels}:
                     raise DataError(
                         f"data {text!r}: {len(values)} values of mean or std for "
-                        f"{channels} channels"
+                        f"{channels} channels",
+                        "Give one value, or one a channel",
                     )
 
 
 def _pairs(arrays: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Sorts the arrays of a file into splits: NAME_inputs and NAME_targets, or those alone."""
+    if not arrays:
+        raise DataError(f"{where} is empty", "Give it arrays inputs and targets")
     splits: dict[str, dict[str, Tensor]] = {}
     for key, tensor in arrays.items():
         split, _, part = key.rpartition("_")
@@ -402,44 +451,67 @@ def _pairs(arrays: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor, 
         splits.setdefault(split or "data", {})[part] = tensor
     for split, parts in splits.items():
         if len(parts) < 2:
-            raise DataError(f"{where}: the split {split!r} has {next(iter(parts))} alone")
+            there, missing = sorted(("inputs", "targets"), key=parts.__contains__, reverse=True)
+            raise DataError(
+                f"{where}: the split {split!r} has {there} alone",
+                f"Add {missing if split == 'data' else f'{split}_{missing}'}",
+            )
     # Some files sort their arrays by name; readers expect the training data first.
     order = sorted(splits, key=lambda split: split != "train")
     return {split: (splits[split]["inputs"], splits[split]["targets"]) for split in order}
 
 
-def _load_safetensors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _load_safetensors(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
     _exists(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        # safetensors takes a file that may not be read for a missing one.
+        with path.open("rb"), safe_open(path, framework="pt") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is no whole safetensors file: {one_line(error)}") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{path} is no whole safetensors file: {one_line(error)}", "Was its writing cut off?"
+        ) from None
     return _pairs(arrays, str(path))
 
 
-def _load_npz(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _load_npz(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
     _exists(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: _tensor(file[key], str(path), key) for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is no NumPy archive of numbers: {one_line(error)}") from None
+        with path.open("rb") as stream:
+            # What is no archive at all, NumPy takes for a pickle and advises to run.
+            if not zipfile.is_zipfile(stream):
+                raise ValueError("no zip archive, or not all of one")  # noqa: TRY301
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as file:
+                arrays = {key: _tensor(file[key], str(path), key) for key in file.files}
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a broken archive makes its reader raise anything
+        raise DataError(
+            f"{path} is no NumPy archive of numbers: {one_line(error)}",
+            "Write it with numpy.savez, arrays of numbers alone",
+        ) from None
     return _pairs(arrays, str(path))
 
 
-def _load_mnist(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _load_mnist(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
     if not path.is_dir():
         raise DataError(f"there is no folder {path}", "Name the folder of the IDX files")
     splits = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         images, labels = (_idx_file(path, prefix, part) for part in ("images-idx3", "labels-idx1"))
         if images and labels:
-            splits[split] = (_read_idx(images).unsqueeze(1), _read_idx(labels))
+            splits[split] = (_read_idx(images, 3).unsqueeze(1), _read_idx(labels, 1))
         elif images or labels:
-            raise DataError(f"{path}: the split {split!r} has images or labels alone")
+            raise DataError(
+                f"{path}: the split {split!r} has {'images' if images else 'labels'} alone",
+                f"Add {prefix}-{'labels-idx1' if images else 'images-idx3'}-ubyte, or its .gz",
+            )
     if not splits:
-        raise DataError(f"{path} holds no IDX files such as t10k-images-idx3-ubyte.gz")
+        raise DataError(
+            f"{path} holds no IDX files such as t10k-images-idx3-ubyte.gz",
+            "Name the folder of the IDX files",
+        )
     return splits
 
 
@@ -449,26 +521,36 @@ def _idx_file(folder: Path, prefix: str, part: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _read_idx(path: Path) -> Tensor:
+def _read_idx(path: Path, dimensions: int) -> Tensor:
     """Reads an IDX file of bytes: 0, 0, type, dimensions, big-endian sizes, the values."""
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
-        raise DataError(f"{path} is no IDX file of bytes")
-    shape = np.frombuffer(content, ">u4", content[3], 4).astype(int).tolist()
-    start = 4 + 4 * content[3]
+        raise DataError(
+            f"{path} cannot be read: {one_line(error)}", "Was its download cut off?"
+        ) from None
+    start = 4 + 4 * dimensions
+    if content[:4] != bytes([0, 0, 8, dimensions]):
+        raise DataError(
+            f"{path} is no IDX file of bytes in {dimensions} dimensions",
+            "Is it another file, or a labels file in the place of images?",
+        )
+    sizes = content[4:start].ljust(start - 4, b"\xff")
+    shape = np.frombuffer(sizes, ">u4").astype(int).tolist()
     if math.prod(shape) != len(content) - start:
-        raise DataError(f"{path}: {len(content) - start} values for the shape {shape}")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
+        raise DataError(
+            f"{path}: {max(len(content) - start, 0)} values for the shape {shape}",
+            "Was its download cut off?",
+        )
+    values = np.frombuffer(bytearray(content), np.uint8, offset=start)
+    return torch.from_numpy(values.reshape(shape))
 
 
 def _exists(path: Path) -> None:
     if not path.is_file():
-        raise DataError(f"there is no data file {path}")
+        raise DataError(f"there is no data file {path}", f"Relative names start at {Path.cwd()}")
 
 
 DATASETS: dict[str, Callable[..., Any]] = {

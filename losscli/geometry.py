@@ -74,8 +74,8 @@ class Line:
     ) -> Tensor:
         """Combines the values at A and B into the value at α.
 
-        ``torch.lerp`` works from the nearer end, which makes it exact at both and makes the line
-        from B to A the mirror of the line from A to B, to the last bit.
+        It works from the nearer end. That makes it exact at both, whatever they hold, and makes
+        the line from B to A the mirror of the line from A to B, to the last bit.
 
         Args:
             values: The value at A and the value at B.
@@ -87,8 +87,13 @@ class Line:
         """
         a, b = values
         (alpha,) = coordinates
-        if out is None:
-            return torch.lerp(a, b, alpha)
+        if alpha > 0.5:
+            a, b, alpha = b, a, 1 - alpha
+        if alpha == 0:
+            return a.clone() if out is None else out.copy_(a)
+        if alpha == 0.5:
+            # Both ends are as near, and neither may come first.
+            return torch.mul(a, 0.5, out=out).add_(b, alpha=0.5)
         return torch.lerp(a, b, alpha, out=out)
 
 

@@ -28,7 +28,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         LossError: The shapes do not fit.
     """
-    if targets.is_floating_point() or outputs.shape[2:] != targets.shape[1:] or outputs.ndim < 2:
+    if targets.is_floating_point() or not _one_score_a_class(outputs, targets):
         raise LossError(
             f"cross_entropy needs outputs [B, C] and integer targets [B], not {_form(outputs)} "
             f"and {_form(targets)}",
@@ -80,11 +80,24 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         1 or 0 for each example, ``[B]``; the share of right ones over any further dimensions.
+
+    Raises:
+        LossError: The shapes do not fit.
     """
-    if outputs.shape == targets.shape or outputs.shape[1:] == (1,):
-        answers = (outputs > 0).reshape(targets.shape).to(targets.dtype)
+    if outputs.shape == targets.shape:
+        answers = outputs > 0
+    elif not _one_score_a_class(outputs, targets):
+        raise LossError(
+            f"accuracy needs outputs [B, C] and targets [B], not {_form(outputs)} and "
+            f"{_form(targets)}",
+            "Choose another --metric, or none",
+        )
+    elif outputs.shape[1] == 1:
+        answers = outputs.squeeze(1) > 0
     else:
-        answers = outputs.argmax(1)
+        scores, answers = outputs.max(1)
+        # Scores that are not numbers answer nothing; argmax would answer some class.
+        answers = answers.masked_fill(scores.isnan(), -1)
     return per_example_mean((answers == targets).to(torch.float32))
 
 
@@ -100,13 +113,18 @@ def per_example_mean(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
+def _one_score_a_class(outputs: Tensor, targets: Tensor) -> bool:
+    return outputs.ndim > 1 and (len(outputs), *outputs.shape[2:]) == targets.shape
+
+
 def _like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
     if outputs.shape == (*targets.shape, 1):
         targets = targets.unsqueeze(-1)
     if outputs.shape != targets.shape:
         raise LossError(
             f"{loss} needs outputs and targets of one shape, not {_form(outputs)} and "
-            f"{_form(targets)}"
+            f"{_form(targets)}",
+            "Choose another --loss, or a model with one output a target",
         )
     return targets.to(outputs.dtype)
 

@@ -43,11 +43,11 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         widths = _widths(sizes, "mlp", at_least=2)
-        if activation not in {*ACTIVATIONS, "maxout"}:
+        if activation not in (*ACTIVATIONS, "maxout"):
             known = ", ".join([*ACTIVATIONS, "maxout"])
             raise SpecError(f"mlp: unknown activation {activation!r}", f"Known are {known}")
         if not isinstance(pieces, int) or pieces < 1:
-            raise SpecError(f"mlp: pieces={pieces} is no number of affine functions")
+            raise SpecError(f"mlp: pieces={pieces} is no number of affine functions", "Give 2")
         self.activation = activation
         self.pieces = pieces if activation == "maxout" else 1
         *hidden, last = itertools.pairwise(widths)
@@ -86,7 +86,8 @@ class CNN(nn.Module):
         batchnorm: Whether a BatchNorm stands behind each convolution.
 
     Raises:
-        SpecError: A width, ``channels`` or ``classes`` is not a positive number.
+        SpecError: A width, ``channels`` or ``classes`` is not a positive number, or ``batchnorm``
+            is neither true nor false.
 
     Shape:
         inputs ``[B, channels, H, W]``; outputs ``[B, classes]``.
@@ -103,6 +104,10 @@ class CNN(nn.Module):
         super().__init__()
         blocks = _widths(widths, "cnn", at_least=1)
         _widths([channels, classes], "cnn", at_least=2)
+        if not isinstance(batchnorm, bool):
+            raise SpecError(
+                f"cnn: batchnorm={batchnorm} is neither true nor false", "Write batchnorm=true"
+            )
         self.convolutions = nn.ModuleList(
             nn.Conv2d(i, o, 3, padding=1, bias=not batchnorm)
             for i, o in itertools.pairwise([channels, *blocks])
@@ -134,10 +139,12 @@ class CNN(nn.Module):
 
 def _widths(sizes: str | Sequence[int], model: str, *, at_least: int) -> list[int]:
     try:
-        widths = [int(s) for s in (sizes.split("-") if isinstance(sizes, str) else sizes)]
-    except ValueError:
-        widths = []
-    if len(widths) < at_least or min(widths) < 1:
+        given = sizes.split("-") if isinstance(sizes, str) else list(sizes)
+        widths = [int(size) for size in given]
+    except (TypeError, ValueError, OverflowError):
+        given = widths = []
+    rounded = not isinstance(sizes, str) and widths != given
+    if len(widths) < at_least or min(widths) < 1 or rounded:
         example = {"mlp": "mlp:784-512-10", "cnn": "cnn:16-32,channels=3"}[model]
         raise SpecError(f"{model}: {sizes!r} is no list of sizes", f"Write for example {example}")
     return widths

@@ -7,9 +7,10 @@ import importlib
 import importlib.util
 import inspect
 import re
+import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ Value = Scalar | list[int] | list[float]
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 _LIST = re.compile(rf"{_NUMBER}(?:-{_NUMBER})+")
+_QUOTED = r'"(?:\\.|[^"\\])*"'
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 
@@ -56,69 +58,80 @@ class Spec:
             SpecError: The text is empty, a key is no identifier, stands twice or has no value.
         """
         target, *pairs = _split(text)
+        if target.startswith('"'):
+            target = _toml(target, text)
         if not target:
             raise SpecError(f"spec {text!r} has no name", "Write NAME or NAME:ARG,key=value")
-        if target.startswith('"'):
-            target = str(_value(target, text))
         options: dict[str, Value] = {}
         for pair in pairs:
             key, equals, value = pair.partition("=")
             if not equals or not _KEY.fullmatch(key):
-                raise SpecError(f"spec {text!r}: {pair!r} is not of the form key=value")
+                raise SpecError(
+                    f"spec {text!r}: {pair!r} is not of the form key=value",
+                    'Put double quotes around a value with a comma: key="a,b"',
+                )
             if key in options:
-                raise SpecError(f"spec {text!r}: the key {key!r} stands twice")
+                raise SpecError(f"spec {text!r}: the key {key!r} stands twice", "Leave one out")
             options[key] = _value(value, text)
         return cls(target, options)
 
     def __str__(self) -> str:
-        target = self.target
-        if "," in target or target.startswith('"'):
-            target = _quote(target)
+        target = self.target if _is_plain(self.target) else _quote(self.target)
         return ",".join([target, *(f"{k}={_format(v)}" for k, v in self.options.items())])
 
 
 def _split(text: str) -> list[str]:
     """Splits at the commas outside double quotes."""
-    parts = re.findall(r'(?:"(?:\\.|[^"\\])*"|[^,])+|(?<=,)(?=,|$)|^(?=,|$)', text, re.DOTALL)
+    parts = re.findall(rf"(?:{_QUOTED}|[^,])+|(?<=,)(?=,|$)|^(?=,|$)", text, re.DOTALL)
     return parts or [""]
 
 
 def _value(text: str, where: str) -> Value:
-    if _LIST.fullmatch(text):
-        parts = re.findall(_NUMBER, text)
-        whole = all(part.isdigit() for part in parts)
-        return [int(part) for part in parts] if whole else [float(part) for part in parts]
     if text.startswith('"'):
         return _toml(text, where)
-    if "\n" not in text and "#" not in text:
-        try:
-            value = tomllib.loads(f"v = {text}")
-        except tomllib.TOMLDecodeError:
-            return text
-        if value.keys() == {"v"} and type(value["v"]) in {bool, int, float}:
-            number: Scalar = value["v"]
-            return number
+    if "\n" in text or "#" in text:
+        return text
+    try:
+        if _LIST.fullmatch(text):
+            parts = re.findall(_NUMBER, text)
+            whole = all(part.isdigit() for part in parts)
+            return [int(part) for part in parts] if whole else [float(part) for part in parts]
+        value = tomllib.loads(f"v = {text}")
+    except (ValueError, RecursionError):  # besides TOML's own errors: thousands of digits, of [
+        return text
+    if value.keys() == {"v"} and type(value["v"]) in {bool, int, float}:
+        number: Scalar = value["v"]
+        return number
     return text
 
 
 def _toml(text: str, where: str) -> str:
     try:
-        value = tomllib.loads(f"v = {text}")
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"spec {where!r}: {text} is not a quoted string ({error})") from None
-    if value.keys() != {"v"} or not isinstance(value["v"], str):
-        raise SpecError(f"spec {where!r}: {text} is not a quoted string")
-    return str(value["v"])
+        if not re.fullmatch(_QUOTED, text, re.DOTALL):
+            raise ValueError("a double quote is missing, or stands too early")  # noqa: TRY301
+        return str(tomllib.loads(f"v = {text}")["v"])
+    except ValueError as error:
+        raise SpecError(
+            f"spec {where!r}: {text!r} is not a quoted string ({error})",
+            r"Write \" for a double quote in it and \\ for a backslash",
+        ) from None
+
+
+def _is_plain(text: str) -> bool:
+    return "," not in text and '"' not in text and text.isprintable()
 
 
 def _quote(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    # TOML's basic strings hold no control characters as they are.
-    return (
-        '"'
-        + "".join(f"\\u{ord(c):04x}" if ord(c) < 0x20 or ord(c) == 0x7F else c for c in escaped)
-        + '"'
-    )
+    return f'"{"".join(map(_escape, text))}"'
+
+
+def _escape(character: str) -> str:
+    if character in {'"', "\\"}:
+        return f"\\{character}"
+    # TOML has no escapes for surrogates, which stand for undecodable bytes in names of files.
+    if character.isprintable() or "\ud800" <= character <= "\udfff":
+        return character
+    return f"\\U{ord(character):08x}"
 
 
 def _format(value: Value) -> str:
@@ -127,8 +140,7 @@ def _format(value: Value) -> str:
     if isinstance(value, list):
         return "-".join(str(v) for v in value)
     if isinstance(value, str):
-        plain = "," not in value and '"' not in value and _value(value, "") == value
-        return value if plain else _quote(value)
+        return value if _is_plain(value) and _value(value, "") == value else _quote(value)
     return repr(value)
 
 
@@ -156,7 +168,7 @@ def look_up(
         return registry[name], ((argument,) if argument else ())
     module, _, rest = spec.target.partition(":")
     attribute, _, argument = rest.partition(":")
-    if not _CALLABLE.fullmatch(attribute):
+    if not _CALLABLE.fullmatch(attribute) or not _may_be_code(module):
         close = difflib.get_close_matches(name, registry, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise SpecError(
@@ -169,9 +181,17 @@ def look_up(
         raise UntrustedCodeError(
             f"a file names code to run as its {kind}, {str(spec)!r}, and code is run only when "
             "the command line names it",
-            f"If you trust it, write {option} {spec}",
+            f"If you trust it, write {option} {shlex.quote(str(spec))}",
         )
     return _load(module, attribute, kind), ((argument,) if argument else ())
+
+
+def _may_be_code(module: str) -> bool:
+    """Tells a mistyped name from a module, without running anything."""
+    here = Path(f"{module}.py").exists() or Path(module).is_dir()
+    if here or "." in module or module in sys.modules:
+        return True
+    return module.isidentifier() and importlib.util.find_spec(module) is not None
 
 
 def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
@@ -184,27 +204,46 @@ def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
             if str(Path.cwd()) not in sys.path:
                 sys.path.insert(0, str(Path.cwd()))
             loaded = importlib.import_module(module)
-        found: Any = loaded
-        for part in attribute.split("."):
-            found = getattr(found, part)
     except SpecError:
         raise
     except ModuleNotFoundError as error:
+        missing = f"no module named {error.name!r}" if error.name else one_line(error)
         raise SpecError(
-            f"{where}: no module named {error.name!r}", "Install it, or give a path to a .py file"
+            f"{where}: {missing}", "Install it, or give a path to a .py file"
         ) from error
-    except AttributeError as error:
-        raise SpecError(f"{where}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # scripts that parse their arguments exit
+        raise SpecError(
+            f"{where}: importing it failed: {one_line(error)}",
+            f"Try it alone: python {shlex.quote(module)}"
+            if module.endswith(".py")
+            else f"Try it alone: python -m {module}",
+        ) from error
+    found: Any = loaded
+    try:
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        names = [name for name, value in vars(loaded).items() if callable(value)]
+        close = difflib.get_close_matches(attribute, names, n=1)
+        raise SpecError(
+            f"{where}: there is no {attribute!r} in it",
+            f"Did you mean {close[0]!r}?" if close else "Name a function or class of it",
+        ) from None
+    except Exception as error:  # a module may make its names on demand
         raise SpecError(f"{where}: importing it failed: {one_line(error)}") from error
     if not callable(found):
-        raise SpecError(f"{where} is a {type(found).__name__}, not a callable")
+        raise SpecError(
+            f"{where} is a {type(found).__name__}, not a callable",
+            "Name a function or class",
+        )
     return found  # type: ignore[no-any-return]
 
 
 def _load_file(path: Path, where: str) -> Any:
     if not path.is_file():
-        raise SpecError(f"{where}: there is no file {path}")
+        raise SpecError(
+            f"{where}: there is no file {path}", f"Relative names start at {Path.cwd()}"
+        )
     name = f"losscli_user_{path.stem}"
     loader = importlib.util.spec_from_file_location(name, path)
     if loader is None or loader.loader is None:
@@ -221,7 +260,12 @@ def _load_file(path: Path, where: str) -> Any:
 
 
 def call(
-    function: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any], where: str
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    options: Mapping[str, Any],
+    where: str,
+    *,
+    also: Sequence[str] = (),
 ) -> Any:
     """Calls what a spec names, and tells an argument that it does not take from a failure in it.
 
@@ -230,6 +274,7 @@ def call(
         arguments: Its positional arguments.
         options: Its keyword arguments.
         where: The spec, for the errors.
+        also: Keys of the spec that the caller takes itself, for the errors.
 
     Returns:
         What the callable returns.
@@ -249,5 +294,6 @@ def call(
             for p in signature.parameters.values()
             if p.kind in {p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD}
         ]
+        keys += also
         raise SpecError(f"{where}: {error}", f"It takes {', '.join(keys) or 'no keys'}") from None
     return function(*arguments, **options)

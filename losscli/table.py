@@ -17,13 +17,16 @@ Cell = float | int | str | None
 _TEXT = frozenset({"split", "checkpoint", "verdict", "tensor", "shape", "dtype"})
 _INTEGER = frozenset({"step", "examples", "values"})
 
+_CURE = "Give a CSV as losscli wrote it"
+
 
 @dataclass(frozen=True)
 class Table:
     """Named columns and rows of cells.
 
     A column's name settles its type: ``split``, ``checkpoint`` and ``verdict`` are text, ``step``
-    and ``examples`` whole numbers, all others floats. ``None`` is an empty cell.
+    and ``examples`` whole numbers, all others floats. ``None`` is an empty cell; among text, an
+    empty cell reads back as ``""``.
 
     Attributes:
         columns: The names of the columns, each once.
@@ -116,20 +119,21 @@ class Table:
         try:
             records = list(csv.reader(lines, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
-            raise TableError(f"{name} is not a CSV file ({error})") from None
+            raise TableError(f"{name} is not a CSV file ({error})", _CURE) from None
         if not records or not records[0] or len(set(records[0])) != len(records[0]):
-            raise TableError(f"{name} has no header of different column names")
+            raise TableError(f"{name} has no header of different column names", _CURE)
         columns = tuple(records[0])
         rows = []
         for number, record in enumerate(records[1:], start=2):
             if len(record) != len(columns):
                 raise TableError(
-                    f"{name}, record {number}: {len(record)} cells for {len(columns)} columns"
+                    f"{name}, record {number}: {len(record)} cells for {len(columns)} columns",
+                    _CURE,
                 )
             try:
                 rows.append(tuple(map(_read, columns, record)))
             except ValueError as error:
-                raise TableError(f"{name}, record {number}: {error}") from None
+                raise TableError(f"{name}, record {number}: {error}", _CURE) from None
         return cls(columns, tuple(rows))
 
 
@@ -145,4 +149,9 @@ def _read(column: str, text: str) -> Cell:
         return text
     if not text:
         return None
-    return int(text) if column in _INTEGER else float(text)
+    kind = int if column in _INTEGER else float
+    try:
+        return kind(text)
+    except ValueError:
+        what = "whole number" if kind is int else "number"
+        raise ValueError(f"{text!r} under {column!r} is no {what}") from None

@@ -24,7 +24,7 @@ _PIECE = 1 << 20
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yields the same stretch of each tensor, flattened, in float64."""
-    flat = [t.reshape(-1) for t in tensors]
+    flat = [(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in tensors]
     for start in range(0, flat[0].numel(), _PIECE):
         yield tuple(t[start : start + _PIECE].to(torch.float64) for t in flat)
 
@@ -90,8 +90,8 @@ def mismatches(found: Weights, expected: Weights) -> list[str]:
         expected: Those that are needed.
 
     Returns:
-        One phrase for each name that is missing, unexpected, of another shape, or a floating-point
-        tensor where a whole-number one is needed, or the other way round; empty where all fit.
+        One phrase for each name that is missing, unexpected, of another shape, or of another kind
+        of number (floating-point, whole, complex); empty where all fit.
     """
     phrases = [
         f"missing {name} {list(tensor.shape)}"
@@ -105,7 +105,7 @@ def mismatches(found: Weights, expected: Weights) -> list[str]:
             phrases.append(
                 f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)} as needed"
             )
-        elif tensor.is_floating_point() != expected[name].is_floating_point():
+        elif _kind(tensor) != _kind(expected[name]):
             phrases.append(f"{name} is {_type(tensor)}, not {_type(expected[name])} as needed")
     return phrases
 
@@ -140,6 +140,10 @@ def choose(names: Iterable[str], only: Iterable[str], but: Iterable[str]) -> lis
     if not chosen:
         raise UsageError("--only and --except leave no tensor to move", "Widen the patterns")
     return chosen
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _type(tensor: Tensor) -> str:

@@ -20,11 +20,14 @@ __all__ = ["export", "inspect"]
 def inspect(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(metavar="CKPT [CKPT]", help="FILE or FILE#KEY.", show_default=False),
+        typer.Argument(metavar="CKPT", help="FILE or FILE#KEY.", show_default=False),
     ],
     console: Console,
     json_: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of text.")
+        bool,
+        typer.Option(
+            "--json", help="Print one JSON object instead of text.", rich_help_panel="Output"
+        ),
     ] = False,
 ) -> None:
     """Tensors, shapes, types, norms and metadata of a checkpoint.
@@ -64,7 +67,9 @@ def export(
             show_default=False,
         ),
     ],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite the file.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
     """Write the checkpoint at a point of the line, θ(X) = A + X (B − A), with A's metadata."""
     if out.suffix != ".safetensors":

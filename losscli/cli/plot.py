@@ -34,7 +34,7 @@ def plot(
     csvs: Annotated[
         list[str],
         typer.Argument(
-            metavar="CSV...", help="Tables that losscli wrote; - for stdin.", show_default=False
+            metavar="CSV", help="Tables that losscli wrote; - for stdin.", show_default=False
         ),
     ],
     console: Console,

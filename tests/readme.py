@@ -1,0 +1,112 @@
+"""The README's moving parts: its help texts, its commands and its pictures.
+
+``python -m tests.readme`` writes the help texts again, ``--check`` says whether they are in step,
+``--gallery`` runs every command and keeps the pictures that the README shows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+GALLERY = ROOT / "sample_checkpoints" / "gallery"
+
+_HELP = re.compile(r"(<!-- (losscli [a-z ]*--help) -->\n```text\n).*?(```\n)", re.DOTALL)
+
+
+def with_help(text: str) -> str:
+    """The README with every help text as it is now."""
+    return _HELP.sub(lambda m: m[1] + help_text(m[2]).strip("\n") + "\n" + m[3], text)
+
+
+def help_text(command: str) -> str:
+    _, *arguments = shlex.split(command)
+    done = subprocess.run(
+        [sys.executable, "-m", "losscli", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment() | {"COLUMNS": "98"},
+    )
+    return "\n".join(line.rstrip() for line in done.stdout.splitlines())
+
+
+def commands(text: str) -> list[str]:
+    """What stands behind a $ in the README's console blocks."""
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+def programs(text: str) -> dict[str, str]:
+    """The README's Python files, by the name in their first line."""
+    return dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL))
+
+
+def pictures(text: str) -> list[str]:
+    """The names of the pictures that the README shows."""
+    return re.findall(r"!\[[^\]]*\]\(sample_checkpoints/gallery/(\w+)\.png\)", text)
+
+
+def environment() -> dict[str, str]:
+    """A plain terminal, with this interpreter's losscli first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    plain = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "NO_COLOR": "1", "TERM": "dumb"}
+    return {**os.environ, **plain, "PATH": path}
+
+
+def prepare(folder: Path, text: str) -> None:
+    """Makes a folder in which the README's commands run."""
+    (folder / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
+    for name, program in programs(text).items():
+        (folder / name).write_text(program, encoding="utf-8")
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+
+
+def redraw_gallery() -> None:
+    text = README.read_text(encoding="utf-8")
+    GALLERY.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, text)
+        for command in commands(text):
+            print(f"$ {command}", flush=True)
+            done = run(command, folder)
+            if done.returncode:
+                sys.exit(done.stderr)
+        for picture in pictures(text):
+            shutil.copy(folder / f"{picture}.png", GALLERY)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments == ["--gallery"]:
+        redraw_gallery()
+        return
+    text = README.read_text(encoding="utf-8")
+    if arguments == ["--check"]:
+        if with_help(text) != text:
+            sys.exit("README.md is not in step with --help: run make readme")
+    else:
+        README.write_text(with_help(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,362 @@
+"""Specs: what is written reads back, and no code runs that the command line did not name."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from losscli.errors import SpecError, UntrustedCodeError
+from losscli.models import MODELS
+from losscli.spec import Spec, Value, call, look_up
+
+KEYS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*", fullmatch=True)
+TEXTS = st.one_of(
+    st.text(),
+    # What tells values from each other, and text that looks like another value.
+    st.text(alphabet="\"\\,=:#'[]{} \t\r\n\x00\x7f\u2028éα", max_size=8),
+    st.text(alphabet="0123456789.-+e_naif", max_size=8),
+    st.sampled_from(["true", "false", "nan", "-inf", "0x10", "1_000", "1979-05-27", '"', " 5"]),
+)
+FLOATS = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+VALUES: st.SearchStrategy[Any] = st.one_of(
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    TEXTS,
+    # A hyphen joins the numbers of a list, so none of them has a sign.
+    st.lists(st.integers(min_value=0), min_size=2),
+    st.lists(FLOATS, min_size=2),
+)
+
+
+@settings(deadline=None)
+@given(TEXTS.filter(bool), st.dictionaries(KEYS, VALUES, max_size=4))
+@example('a"b', {"k": "c,d"})
+@example('"', {})
+@example("mlp:784-10", {"k": [1e-5, 1e16]})
+@example("bytes-\udcff", {"k": "\udcff,"})
+def test_a_spec_that_is_written_reads_back(target: str, options: dict[str, Value]) -> None:
+    spec = Spec(target, options)
+    again = Spec.parse(str(spec))
+    assert again == spec
+    assert list(again.options) == list(options)
+    assert [type(v) for v in again.options.values()] == [type(v) for v in options.values()]
+    assert str(again) == str(spec)
+    # So that errors that quote a spec stay one line; surrogates stand for undecodable bytes.
+    assert str(spec).replace("\udcff", "").isprintable()
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30))
+@example('a,b="x')
+@example('a,b="x"y')
+@example('a,b="\\q"')
+@example('"a\nb"')
+@example("a,b=" + "[" * 5000)
+@example("a,b=" + "1" * 5000)
+def test_any_text_is_a_spec_that_reads_back_or_an_error_of_one_line(text: str) -> None:
+    try:
+        spec = Spec.parse(text)
+    except SpecError as caught:
+        said = str(caught)
+    else:
+        said = ""
+        again = Spec.parse(str(spec))
+        # By repr, for which nan is nan.
+        assert (again.target, repr(again.options)) == (spec.target, repr(spec.options))
+    assert "\n" not in said
+
+
+def test_the_option_nan_reads_back() -> None:
+    (value,) = Spec.parse(str(Spec("a", {"x": math.nan}))).options.values()
+    assert isinstance(value, float)
+    assert math.isnan(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("true", True),
+        ("false", False),
+        ("True", "True"),
+        ("7", 7),
+        ("-7", -7),
+        ("1_000", 1000),
+        ("0x1F", 31),
+        ("007", "007"),
+        ("0.5", 0.5),
+        ("-1e-3", -0.001),
+        ("5.", "5."),
+        ("inf", math.inf),
+        ("-inf", -math.inf),
+        ("784-512-10", [784, 512, 10]),
+        ("0.5-1-2e-3", [0.5, 1.0, 0.002]),
+        ("1e-3", 0.001),
+        ("-1-2", "-1-2"),
+        ("1-", "1-"),
+        ("2024-01-02T10:00:00", "2024-01-02T10:00:00"),
+        ("", ""),
+        ("a b", "a b"),
+        ("a=b", "a=b"),
+        ("'a'", "'a'"),
+        ("3 # three", "3 # three"),
+        ('"784-512"', "784-512"),
+        ('"true"', "true"),
+        (r'"a,b \"c\" \\ \n"', 'a,b "c" \\ \n'),
+    ],
+)
+def test_values_read_as_toml_scalars_and_hyphens_make_lists(text: str, value: Value) -> None:
+    (found,) = Spec.parse(f"name,key={text}").options.values()
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_the_order_of_the_keys_is_kept() -> None:
+    assert list(Spec.parse("a,z=1,b=2,m=3").options) == ["z", "b", "m"]
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("mlp", "mlp"),
+        ("mlp:784-10", "mlp:784-10"),
+        ("a.b:c:d", "a.b:c:d"),
+        ('"a,b.py:net"', "a,b.py:net"),
+        ('a"b,c"d', 'a"b,c"d'),
+        ("dir with spaces/x.py:f", "dir with spaces/x.py:f"),
+    ],
+)
+def test_the_target_is_what_stands_before_the_first_comma_outside_quotes(
+    text: str, target: str
+) -> None:
+    assert Spec.parse(f"{text},k=1") == Spec(target, {"k": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"spec '' has no name\. Write NAME or NAME:ARG,key=value"),
+        (",a=1", "has no name"),
+        ('""', "has no name"),
+        ("mlp,", r"spec 'mlp,': '' is not of the form key=value\. Put double quotes"),
+        ("mlp,a=1,,b=2", "'' is not of the form key=value"),
+        ("mlp,relu", "'relu' is not of the form key=value"),
+        ("mlp,=3", "'=3' is not of the form"),
+        ("mlp,1a=3", "'1a=3' is not of the form"),
+        ("mlp,a b=3", "'a b=3' is not of the form"),
+        ("mlp,é=3", "'é=3' is not of the form"),
+        ("mlp,a=1,a=2", r"spec 'mlp,a=1,a=2': the key 'a' stands twice\. Leave one out"),
+        ('mlp,a="x', r"""'"x' is not a quoted string .*Write \\" for a double quote"""),
+        ('mlp,a="x"y', "is not a quoted string"),
+        ('mlp,a="x"#y', "is not a quoted string"),
+        ('mlp,a="\\q"', "is not a quoted string .*escape"),
+        ('"mlp', "is not a quoted string"),
+        ('mlp,a="x\ny"', "is not a quoted string"),
+    ],
+)
+def test_a_syntax_error_says_what_stands_where_and_what_to_write(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        Spec.parse(text)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def entry(size: str = "") -> str:
+    return f"entry {size}"
+
+
+REGISTRY: dict[str, Callable[..., Any]] = {"mlp": entry, "cnn": entry}
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets tests import what they write, and forgets it after."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield
+    for name in [n for n in sys.modules if n.startswith(("losscli_user_", "specs_"))]:
+        del sys.modules[name]
+
+
+def find(text: str, *, kind: str = "model", trusted: bool = True) -> Any:
+    function, arguments = look_up(Spec.parse(text), REGISTRY, kind, trusted=trusted)
+    return function(*arguments)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_an_entry_of_the_registry_is_found_with_its_argument(trusted: bool) -> None:
+    assert look_up(Spec("mlp"), REGISTRY, "model", trusted=trusted) == (entry, ())
+    assert look_up(Spec("cnn:8-9"), REGISTRY, "model", trusted=trusted) == (entry, ("8-9",))
+    assert look_up(Spec("mlp:a:b"), REGISTRY, "model", trusted=trusted) == (entry, ("a:b",))
+    assert look_up(Spec("mlp:"), REGISTRY, "model", trusted=trusted) == (entry, ())
+
+
+def test_code_is_found_in_a_file(tmp_path: Path, modules: None) -> None:
+    (tmp_path / "specs_neighbour.py").write_text("SIZE = 3\n")
+    (tmp_path / "my net.py").write_text(
+        "from dataclasses import dataclass\n"
+        "import specs_neighbour\n"
+        "@dataclass\n"
+        "class Net:\n"
+        "    size: str = 'none'\n"
+        "    @classmethod\n"
+        "    def small(cls): return cls(str(specs_neighbour.SIZE))\n"
+    )
+    assert find(f"{tmp_path}/my net.py:Net").size == "none"
+    assert find(f"{tmp_path}/my net.py:Net:a:b").size == "a:b"
+    assert find(f"{tmp_path}/my net.py:Net.small").size == "3"
+
+
+def test_code_is_found_in_a_package_and_in_the_current_folder(
+    tmp_path: Path, modules: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "specs_package").mkdir()
+    (tmp_path / "specs_package" / "__init__.py").touch()
+    (tmp_path / "specs_package" / "inner.py").write_text("def f(x=0): return ('inner', x)\n")
+    (tmp_path / "specs_flat.py").write_text("def f(x=0): return ('flat', x)\n")
+    monkeypatch.chdir(tmp_path)
+    assert find("specs_package.inner:f") == ("inner", 0)
+    assert find("specs_package.inner:f:ARG") == ("inner", "ARG")
+    assert find("specs_flat:f") == ("flat", 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{folder}/specs_spy.py:build", "specs_spy:build:3,x=4", "specs_package.spy:build"],
+)
+def test_what_a_file_names_is_never_run(
+    text: str, tmp_path: Path, modules: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "it ran"
+    code = f"open({str(marker)!r}, 'w').close()\ndef build(*a, **k): return 1\n"
+    (tmp_path / "specs_package").mkdir()
+    (tmp_path / "specs_package" / "__init__.py").write_text(code)
+    (tmp_path / "specs_package" / "spy.py").write_text(code)
+    (tmp_path / "specs_spy.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    text = text.format(folder=tmp_path)
+    for kind in ("model", "data", "loss", "metric"):
+        with pytest.raises(UntrustedCodeError, match="code is run only when the command") as caught:
+            find(text, kind=kind, trusted=False)
+        assert str(caught.value).endswith(f"write --{kind} {text}")
+        assert caught.value.exit_code == 1
+    assert not marker.exists()
+    assert find(text.split(",")[0]) == 1
+    assert marker.exists()
+
+
+def test_the_option_to_write_instead_is_safe_to_paste_into_a_shell(tmp_path: Path) -> None:
+    text = f"{tmp_path}/it's; rm -rf x.py:build"
+    with pytest.raises(UntrustedCodeError) as caught:
+        find(text, trusted=False)
+    *_, option, pasted = shlex.split(caught.value.cure.replace("If you trust it, ", ""))
+    assert (option, pasted) == ("--model", text)
+
+
+def test_a_control_character_in_a_spec_stays_out_of_the_error(tmp_path: Path) -> None:
+    with pytest.raises(UntrustedCodeError) as caught:
+        find(f'{tmp_path}/x\n\x1b[2J.py:build,y="\\n"', trusted=False)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        (
+            "mlpp:3",
+            "model",
+            "model 'mlpp'. Did you mean 'mlp'.*Known are mlp, cnn, or code",
+        ),
+        ("cn", "data", "unknown data 'cn'. Did you mean 'cnn'"),
+        ("resnet", "model", r"unknown model 'resnet'. Known are mlp, cnn, .*file\.py:callable"),
+        ("net.py", "model", r"unknown model 'net\.py'"),
+        ("net.py:", "model", r"unknown model 'net\.py'"),
+        ("net.py:3x", "model", r"unknown model 'net\.py'"),
+        ("specs_absent.py:f", "model", r"there is no file specs_absent\.py\. Relative names start"),
+        ("specs_absent.inner:f", "model", "no module named 'specs_absent'. Install it, or"),
+        ("os.specs_absent:f", "loss", "loss os.specs_absent:f: no module named 'os.specs_absent'"),
+        ("math.py:f", "model", "there is no file math.py"),
+        ("os.path:joined", "model", "there is no 'joined' in it. Did you mean 'join'"),
+        ("os.path:zzz", "model", "there is no 'zzz' in it. Name a function or class"),
+        ("os.path:join.zzz", "model", "there is no 'join.zzz' in it"),
+        ("os.path:sep", "model", "model os.path:sep is a str, not a callable. Name a function"),
+        ("os.:f", "model", "model os.:f"),
+    ],
+)
+def test_what_a_spec_does_not_find_is_told_with_what_there_is(
+    text: str, kind: str, message: str, modules: None
+) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        find(text, kind=kind)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def f(:\n", "importing it failed: SyntaxError.*Try it alone: python "),
+        ("1 / 0", "importing it failed: ZeroDivisionError: division by zero"),
+        ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+        ("import argparse; argparse.ArgumentParser().exit(3)", "importing it failed: SystemExit"),
+        ("import specs_absent", "no module named 'specs_absent'"),
+        ("raise ModuleNotFoundError('pip install it')", "ModuleNotFoundError: pip install it"),
+        ("import os; os.nonsense", "importing it failed: AttributeError"),
+        ("def __getattr__(name): raise OSError('no disk')", "OSError: no disk"),
+        ("g = 3", "there is no 'f' in it"),
+        ("f = 3", "is a int, not a callable"),
+    ],
+)
+def test_code_that_cannot_be_imported_says_why(
+    code: str, message: str, tmp_path: Path, modules: None
+) -> None:
+    (tmp_path / "specs_broken.py").write_text(code)
+    with pytest.raises(SpecError, match=message) as caught:
+        find(f"{tmp_path}/specs_broken.py:f")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "specs_broken.py") in str(caught.value)
+
+
+def test_an_interrupt_of_an_import_goes_through(tmp_path: Path, modules: None) -> None:
+    (tmp_path / "specs_slow.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        find(f"{tmp_path}/specs_slow.py:f")
+
+
+def test_an_unknown_key_is_told_with_the_known_ones() -> None:
+    for key in ("depth", "Activation"):
+        with pytest.raises(SpecError, match="It takes sizes, activation, pieces") as caught:
+            call(MODELS["mlp"], ("6-3",), {key: 1}, "model 'mlp'")
+        assert f"unexpected keyword argument '{key}'" in str(caught.value)
+        assert str(caught.value).startswith("model 'mlp': ")
+    with pytest.raises(SpecError, match="It takes no keys"):
+        call(lambda: None, (), {"x": 1}, "here")
+    with pytest.raises(SpecError, match="It takes x, mean, std"):
+        call(lambda x: None, (), {}, "here", also=("mean", "std"))
+
+
+def test_a_missing_argument_and_one_given_twice_are_told() -> None:
+    with pytest.raises(SpecError, match="missing a required argument: 'sizes'"):
+        call(MODELS["mlp"], (), {}, "model 'mlp'")
+    with pytest.raises(SpecError, match="multiple values for argument 'sizes'"):
+        call(MODELS["mlp"], ("6-3",), {"sizes": "6-3"}, "model 'mlp'")
+    with pytest.raises(SpecError, match="too many positional arguments"):
+        call(lambda: None, ("ARG",), {}, "here")
+
+
+def test_a_failure_inside_what_is_called_is_not_taken_for_a_wrong_key() -> None:
+    def fails(**keys: int) -> None:
+        raise TypeError(f"unexpected {keys}")
+
+    with pytest.raises(TypeError, match=r"unexpected \{'x': 1\}"):
+        call(fails, (), {"x": 1}, "here")
+    # A builtin without a signature is just called.
+    assert call(dict, (), {"x": 1}, "here") == {"x": 1}
