@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,6 +125,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         "metrics": list(metrics),
         "seed": settings.seed,
         "limit": settings.limit,
+        "sampling_error": settings.sampling_error,
         "buffers": settings.buffers,
         "only": list(settings.only),
         "except": list(settings.except_),
@@ -171,6 +173,10 @@ def _check(settings: Settings) -> None:
             raise UsageError(f"{option} {value} is not known", f"Choose one of {', '.join(known)}")
     if settings.batch_size is not None and settings.batch_size < 1:
         raise UsageError(f"--batch-size {settings.batch_size} is below 1")
+    if settings.sampling_error is not None and not 0 < settings.sampling_error < math.inf:
+        raise UsageError(
+            f"--sampling-error {settings.sampling_error} is no share of a height", "Give 0.01"
+        )
     if settings.limit is not None and settings.limit < 1:
         raise UsageError(f"--limit {settings.limit} leaves no examples", "Give 1 or more")
 

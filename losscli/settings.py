@@ -31,6 +31,9 @@ class Settings:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: Of the forward pass; sums are always float64.
         tf32: Whether a GPU may round float32 products to TF32.
+        sampling_error: Where a number, examples are looked at in a random order, in growing blocks,
+            until at every point the standard error of the loss is below this share of the
+            curve's height; all of them where None.
         buffers: Whether floating-point buffers move with the parameters or stay at one end's.
         only: Patterns of the tensors that move; all where empty.
         except_: Patterns of tensors that stay at A.
@@ -47,6 +50,7 @@ class Settings:
     device: str = "auto"
     dtype: DType = "float32"
     tf32: bool = False
+    sampling_error: float | None = None
     buffers: Buffers = "interpolate"
     only: tuple[str, ...] = ()
     except_: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from losscli.checkpoint import Checkpoint, read
 from losscli.curve import describe, standard_error
+from losscli.datasets import Split
 from losscli.errors import MismatchError, UsageError
 from losscli.geometry import Line, grid
 from losscli.objective import Evaluation
@@ -28,6 +29,9 @@ from losscli.table import Cell, Table
 from losscli.weights import Weights, cosine, distance, mismatches, norm
 
 __all__ = ["Interpolation", "export", "inspect", "interpolate"]
+
+# Examples after which a sample is first judged: fewer would make its own error a guess.
+_FIRST_BLOCK = 512
 
 # How far the mean of a first batch may lie from that of the checkpoint loaded plainly.
 _TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
@@ -171,41 +175,35 @@ class Interpolation:
                 point, or does not fit into the memory.
         """
         objective = self.problem.objective
-        tell = progress or (lambda _: None)
         with float32_precision(tf32=self.problem.settings.tf32):
             objective.check(self.start)
             swept = time.perf_counter()
-            ends = sweep_plain(objective, [self.start, self.end], progress=tell)
             line = self._line()
-            inner = [alpha for alpha in self.alphas if alpha not in {0.0, 1.0}]
-            evaluations = sweep(
-                objective, line, [(x,) for x in inner], progress=lambda done: tell(2 + done)
-            )
-            difference = self._difference(line, ends)
+            curves = self._sweep(line, progress or (lambda _: None))
+            difference = self._difference(line)
             swept = time.perf_counter() - swept
-        by_split = {
-            name: _Curve.assemble(self.alphas, inner, evaluations[name], [e[name] for e in ends])
-            for name in objective.splits
-        }
         metrics = list(objective.metrics)
+        sampled = self.problem.settings.sampling_error is not None
         table = Table.build(
-            ["alpha", "split", "loss", "loss_stderr", *metrics],
+            ["alpha", "split", "loss", "loss_stderr", *metrics, *["examples"] * sampled],
             (
-                [alpha, name, *curve.row(i, metrics)]
+                [alpha, name, *curve.row(i, metrics), *[curve.examples] * sampled]
                 for i, alpha in enumerate(self.alphas)
-                for name, curve in by_split.items()
+                for name, curve in curves.items()
             ),
         )
         splits = {
-            name: describe(self.alphas, curve.losses, *(e[name].losses[0].numpy() for e in ends))
-            for name, curve in by_split.items()
+            name: describe(self.alphas, curve.losses[2:], *curve.losses[:2])
+            for name, curve in curves.items()
         }
+        examples = {name: curve.examples for name, curve in curves.items()}
         summary = {
             **self._origin(),
+            "examples": examples,
             "distance": distance(self.start, self.end, self.moving),
             "splits": splits,
             "endpoint_difference": difference,
-            "notes": self._notes(splits, difference),
+            "notes": self._notes(splits, difference) + self._sampled(examples),
             "seconds": {"sweep": swept, "total": time.perf_counter() - self.begun},
         }
         return Result(table, summary)
@@ -227,16 +225,72 @@ class Interpolation:
         )
         return Line(a, b)
 
-    def _difference(self, line: Line, ends: Sequence[Mapping[str, Evaluation]]) -> float:
+    def _sweep(self, line: Line, tell: Callable[[float], None]) -> dict[str, _Curve]:
+        """Evaluates all points on every split, or on as many of its examples as are needed."""
+        tolerance = self.problem.settings.sampling_error
+        whole = self.problem.objective.splits
+        if tolerance is None:
+            return self._evaluate(line, whole, tell)
+        curves: dict[str, _Curve] = {}
+        generator = torch.Generator().manual_seed(self.problem.settings.seed)
+        order = {n: torch.randperm(len(s), generator=generator) for n, s in whole.items()}
+        size, going = _FIRST_BLOCK, dict(whole)
+        while going:
+            blocks = {}
+            for name, split in going.items():
+                seen = curves[name].examples if name in curves else 0
+                blocks[name] = split.take(order[name][seen:size].to(split.targets.device))
+            for name, block in self._evaluate(line, blocks, tell).items():
+                curves[name] = curves[name].extend(block) if name in curves else block
+            going = {
+                name: split
+                for name, split in going.items()
+                if size < len(split) and not curves[name].is_known_to(tolerance)
+            }
+            size *= 2
+        return curves
+
+    def _evaluate(
+        self, line: Line, splits: Mapping[str, Split], tell: Callable[[float], None]
+    ) -> dict[str, _Curve]:
+        """Evaluates the ends plainly and the points between and beyond them by a sweep."""
+        objective = self.problem.objective
+        ends = sweep_plain(objective, [self.start, self.end], splits=splits, progress=tell)
+        inner = [alpha for alpha in self.alphas if alpha not in {0.0, 1.0}]
+        points = sweep(
+            objective,
+            line,
+            [(alpha,) for alpha in inner],
+            splits=splits,
+            progress=lambda done: tell(2 + done),
+        )
+        # The ends come first, whether or not they are among the points, then the points.
+        place = {0.0: 0, 1.0: 1} | {alpha: 2 + i for i, alpha in enumerate(inner)}
+        order = [0, 1, *(place[alpha] for alpha in self.alphas)]
+        return {
+            name: _Curve.arrange([*(e[name] for e in ends), points[name]], order) for name in splits
+        }
+
+    def _sampled(self, examples: Mapping[str, int]) -> list[str]:
+        if self.problem.settings.sampling_error is None:
+            return []
+        whole = self.problem.objective.splits
+        return [
+            f"{name}: {count} of {len(whole[name])} examples were looked at"
+            for name, count in examples.items()
+        ]
+
+    def _difference(self, line: Line) -> float:
         # Compares the sweep's way to evaluate with the plain one, at both ends, on a batch. The
         # point in the middle is there so that there are enough points to share a first layer.
         objective = self.problem.objective
         batches = objective.first_batches()
+        ends = sweep_plain(objective, [self.start, self.end], splits=batches)
         found = sweep(objective, line, [(0.0,), (1.0,), (0.5,)], splits=batches)
         worst = 0.0
-        for name, batch in batches.items():
+        for name in batches:
             for p, end in enumerate(ends):
-                plain = end[name].losses[0, : len(batch)].double().mean()
+                plain = end[name].losses[0].double().mean()
                 here = found[name].losses[p].double().mean()
                 if not torch.equal(plain.isfinite(), here.isfinite()):
                     return math.inf
@@ -295,39 +349,56 @@ class Interpolation:
 
 @dataclass(frozen=True)
 class _Curve:
-    """The losses, ``[P, N]``, and metrics, ``[P]`` each, of one split at all points."""
+    """One split at the two ends and then at the P points.
+
+    Attributes:
+        losses: The loss of each example, ``[2 + P, N]``.
+        metrics: The mean of each metric, ``[2 + P]``.
+    """
 
     losses: NDArray[Any]
     metrics: Mapping[str, NDArray[np.float64]]
 
     @classmethod
-    def assemble(
-        cls,
-        alphas: Sequence[float],
-        inner: Sequence[float],
-        swept: Evaluation,
-        ends: Sequence[Evaluation],
-    ) -> _Curve:
-        """Puts the ends, evaluated plainly, in their places among the points swept."""
-        place = {alpha: i for i, alpha in enumerate(inner)} | {
-            float(p): len(inner) + p for p in range(len(ends))
+    def arrange(cls, parts: Sequence[Evaluation], order: Sequence[int]) -> _Curve:
+        losses = torch.cat([part.losses for part in parts])[order]
+        metrics = {
+            name: torch.cat([part.metrics[name] for part in parts])[order].numpy()
+            for name in parts[0].metrics
         }
-        order = [place[alpha] for alpha in alphas]
+        return cls(losses.numpy(), metrics)
 
-        def arrange(pick: Callable[[Evaluation], Tensor]) -> NDArray[Any]:
-            rows: NDArray[Any] = torch.cat([pick(e) for e in (swept, *ends)])[order].numpy()
-            return rows
+    @property
+    def examples(self) -> int:
+        return int(self.losses.shape[1])
 
-        return cls(
-            arrange(lambda e: e.losses),
-            {name: arrange(lambda e, n=name: e.metrics[n]) for name in swept.metrics},  # type: ignore[misc]
+    def extend(self, more: _Curve) -> _Curve:
+        """Adds the examples of another block."""
+        share = more.examples / (self.examples + more.examples)
+        return _Curve(
+            np.concatenate([self.losses, more.losses], axis=1),
+            {n: (1 - share) * m + share * more.metrics[n] for n, m in self.metrics.items()},
         )
 
-    def row(self, i: int, metrics: Sequence[str]) -> list[Cell]:
+    def is_known_to(self, tolerance: float) -> bool:
+        """Whether every standard error is below a share of the curve's height."""
         with np.errstate(all="ignore"):
-            mean = float(np.mean(self.losses[i], dtype=np.float64))
-            error = standard_error(self.losses[i])
-        return [mean, error, *(float(self.metrics[name][i]) for name in metrics)]
+            means = self.losses.mean(axis=1, dtype=np.float64)[2:]
+            errors = np.array([standard_error(row) for row in self.losses[2:]])
+        # Where a loss is not finite, more examples do not help.
+        finite = np.isfinite(means)
+        if not finite.any():
+            return True
+        height = float(np.ptp(means[finite]))
+        return bool((errors[finite] < tolerance * height).all())
+
+    def row(self, i: int, metrics: Sequence[str]) -> list[Cell]:
+        """The loss at a point, its standard error and the metrics."""
+        losses = self.losses[2 + i]
+        with np.errstate(all="ignore"):
+            mean = float(np.mean(losses, dtype=np.float64))
+            error = standard_error(losses)
+        return [mean, error, *(float(self.metrics[name][2 + i]) for name in metrics)]
 
 
 def inspect(names: Sequence[str]) -> Result:

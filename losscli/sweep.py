@@ -98,6 +98,7 @@ def sweep_plain(
     objective: Objective,
     checkpoints: Sequence[Weights],
     *,
+    splits: Mapping[str, Split] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[dict[str, Evaluation]]:
     """Evaluates checkpoints, each loaded plainly; out of memory, the batch is halved.
@@ -105,6 +106,7 @@ def sweep_plain(
     Args:
         objective: What to evaluate.
         checkpoints: All tensors of the model, for each point.
+        splits: The examples; all by default.
         progress: Called with the points done so far.
 
     Returns:
@@ -114,7 +116,7 @@ def sweep_plain(
     while len(results) < len(checkpoints):
         tell = _Tally(len(results), progress)
         try:
-            results.append(objective.plain(checkpoints[len(results)], progress=tell.add))
+            results.append(objective.plain(checkpoints[len(results)], splits, tell.add))
         except (torch.OutOfMemoryError, MemoryError):
             _halve_batch(objective)
     return results

@@ -242,9 +242,9 @@ class Cramped:
         self._try(len(coordinates))
         return self._at(slice_, coordinates, *rest)  # type: ignore[arg-type]
 
-    def plain(self, weights: dict[str, Tensor], **rest: object) -> dict[str, Evaluation]:
+    def plain(self, weights: dict[str, Tensor], *rest: object) -> dict[str, Evaluation]:
         self._try(1)
-        return self._plain(weights, **rest)  # type: ignore[arg-type]
+        return self._plain(weights, *rest)  # type: ignore[arg-type]
 
     def _try(self, points: int) -> None:
         self.tried.append((points, self._objective.batch_size))

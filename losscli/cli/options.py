@@ -113,6 +113,16 @@ _SETTINGS: dict[str, Any] = {
     "seed": Annotated[
         int, _option(_HOW, "Of every random choice, by default 0.", "--seed", metavar="N")
     ],
+    "sampling_error": Annotated[
+        float | None,
+        _option(
+            _WHAT,
+            "Look at random examples until the standard error at every point is below TOL times "
+            "the height of the curve.",
+            "--sampling-error",
+            metavar="TOL",
+        ),
+    ],
     "buffers": Annotated[
         Buffers,
         _option(
