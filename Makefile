@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SAMPLES := sample_checkpoints
 
-.PHONY: demo test check samples gallery readme golden clean
+.PHONY: demo test check samples gallery bench readme golden clean
 
 demo: .venv/installed
 	$(BIN)/losscli interpolate $(SAMPLES)/relu/init.pt $(SAMPLES)/relu/final.pt -o demo --force
@@ -30,6 +30,12 @@ gallery: .venv/installed
 
 # Writes the help texts into the README again.
 readme: .venv/installed
+	$(BIN)/python -m tests.readme
+
+# Measures losscli beside what else there is, and writes the README's table and figure again.
+bench: .venv/installed
+	$(BIN)/python -m pip install -q -e '.[bench]'
+	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.readme
 
 # Draws the pictures that the tests compare with again, from their stored tables.

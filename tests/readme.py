@@ -1,11 +1,12 @@
-"""The README's moving parts: its help texts, its commands and its pictures.
+"""The README's moving parts: its help texts, measurements, commands and pictures.
 
-``python -m tests.readme`` writes the help texts again, ``--check`` says whether they are in step,
-``--gallery`` runs every command and keeps the pictures that the README shows.
+``python -m tests.readme`` writes the texts and the table of measurements again, ``--check`` says
+whether they are in step, ``--gallery`` runs every command and keeps the pictures that are shown.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -15,16 +16,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.benchmarks.draw import table
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 GALLERY = ROOT / "sample_checkpoints" / "gallery"
 
+MEASURED = ROOT / "tests" / "benchmarks" / "results" / "cpu.json"
+
+_SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _HELP = re.compile(r"(<!-- (losscli [a-z ]*--help) -->\n```text\n).*?(```\n)", re.DOTALL)
 
 
-def with_help(text: str) -> str:
-    """The README with every help text as it is now."""
-    return _HELP.sub(lambda m: m[1] + help_text(m[2]).strip("\n") + "\n" + m[3], text)
+def in_step(text: str) -> str:
+    """The README with every help text and every measurement as it is now."""
+    text = _HELP.sub(lambda m: m[1] + help_text(m[2]).strip("\n") + "\n" + m[3], text)
+    found = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return _SPEED.sub(lambda m: f"{m[1]}\n{table(found)}\n{m[2]}", text)
 
 
 def help_text(command: str) -> str:
@@ -102,10 +110,10 @@ def main(arguments: list[str]) -> None:
         return
     text = README.read_text(encoding="utf-8")
     if arguments == ["--check"]:
-        if with_help(text) != text:
-            sys.exit("README.md is not in step with --help: run make readme")
+        if in_step(text) != text:
+            sys.exit("README.md is not in step with --help or the measurements: run make readme")
     else:
-        README.write_text(with_help(text), encoding="utf-8")
+        README.write_text(in_step(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

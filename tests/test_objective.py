@@ -327,3 +327,18 @@ def test_the_stored_data_is_never_changed() -> None:
     before = case.inputs.clone()
     curve(case, ALPHAS)
     assert torch.equal(case.inputs, before)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "batch"),
+    [
+        (torch.zeros(1, 784), 1024),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), 256),
+        (torch.zeros(1, 3, 224, 224), 4),
+        (torch.zeros(1, 1024, dtype=torch.long), 1),
+        ({"x": torch.zeros(1, 2000), "y": torch.zeros(1, 2000)}, 256),
+    ],
+)
+def test_the_default_batch_is_of_a_size_that_fits_the_caches(inputs: object, batch: int) -> None:
+    case = Case("sizes", foreign.linear, inputs, torch.zeros(1))
+    assert objective_of(case).batch_size == batch

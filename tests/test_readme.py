@@ -35,8 +35,8 @@ def test_every_picture_is_drawn_by_a_command_and_is_there(folder: Path) -> None:
         assert (readme.GALLERY / f"{name}.png").exists()
 
 
-def test_the_help_texts_are_in_step() -> None:
-    assert readme.with_help(TEXT) == TEXT
+def test_the_help_texts_and_measurements_are_in_step() -> None:
+    assert readme.in_step(TEXT) == TEXT
 
 
 def test_every_command_of_losscli_is_shown_and_run() -> None:

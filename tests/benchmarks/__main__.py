@@ -1,0 +1,226 @@
+"""``python -m tests.benchmarks``: measures, and writes what was measured.
+
+Every figure is a ratio within one round, in which the contenders take turns, so that a machine
+whose speed drifts does not favour one of them; the median over the rounds counts. What was measured
+goes to results/DEVICE.json, from which ``--draw`` makes the README's table and figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from losscli.models import MLP
+from tests.benchmarks import contenders
+from tests.benchmarks.contenders import Work
+from tests.benchmarks.draw import draw
+from tests.benchmarks.models import ResNet20
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = Path(__file__).parent / "results"
+SAMPLES = ROOT / "sample_checkpoints"
+
+Contender = Callable[[Work], list[float]]
+
+
+def line(build: Callable[[], torch.nn.Module], shape: Sequence[int], points: int) -> Work:
+    """The work on made-up data: what the numbers are makes no difference to the time."""
+    ends = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        ends.append(build().to(DEVICE).state_dict())
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.rand(*shape, generator=generator).to(DEVICE)
+    targets = torch.randint(10, (shape[0],), generator=generator).to(DEVICE)
+    alphas = torch.linspace(-0.5, 1.0, points, dtype=torch.float64).tolist()
+    return Work(build, *ends, inputs, targets, alphas)
+
+
+def compare(work: Work, them: Sequence[Contender], rounds: int) -> dict[str, Any]:
+    """Times the contenders in turns; the second of them, the hand-written loop, is the measure."""
+    seconds: dict[str, list[float]] = {c.__name__: [] for c in them}
+    losses: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        for contender in them:
+            begun = time.perf_counter()
+            losses[contender.__name__] = contender(work)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                seconds[contender.__name__].append(time.perf_counter() - begun)
+    hand = contenders.by_hand.__name__
+    result = {}
+    for name, times in seconds.items():
+        ratios = [h / t for h, t in zip(seconds[hand], times, strict=True)]
+        off = max(abs(x - y) / abs(y) for x, y in zip(losses[name], losses[hand], strict=True))
+        result[name] = {
+            "seconds": statistics.median(times),
+            "times_by_hand": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+            "largest_relative_difference": off,
+        }
+        print(f"  {name:<20}{result[name]['seconds']:8.3f} s", end="")
+        print(f"  {result[name]['times_by_hand']:6.2f} × by hand", flush=True)
+    return result
+
+
+def growth(rounds: int) -> dict[str, float]:
+    """How the time grows with twice the points, and with twice the examples."""
+
+    def build() -> MLP:
+        return MLP("784-512-512-10")
+
+    works = [
+        line(build, (8000, 784), 40),
+        line(build, (8000, 784), 80),
+        line(build, (16000, 784), 40),
+    ]
+    seconds: list[list[float]] = [[] for _ in works]
+    for number in range(rounds + 1):
+        for work, times in zip(works, seconds, strict=True):
+            begun = time.perf_counter()
+            contenders.losscli(work)
+            if number:
+                times.append(time.perf_counter() - begun)
+    one, points, examples = seconds
+    result = {
+        "points": statistics.median(y / x for x, y in zip(one, points, strict=True)),
+        "examples": statistics.median(y / x for x, y in zip(one, examples, strict=True)),
+    }
+    print(f"  {result}", flush=True)
+    return result
+
+
+def peak(command: list[str]) -> int:
+    """The largest resident memory of a process, in bytes."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+        "stdout=subprocess.DEVNULL); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], check=True, capture_output=True, text=True
+    )
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory() -> dict[str, float]:
+    """The peak of the whole command on two checkpoints of 200 MB, over that of importing torch."""
+    spec = "mlp:1000-6500-6500-10"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            paths.append(folder / f"{seed}.pt")
+            torch.save(MLP("1000-6500-6500-10").state_dict(), paths[-1])
+        x = torch.rand(64, 1000).numpy()
+        import numpy as np
+
+        np.savez(folder / "data.npz", inputs=x, targets=np.arange(64) % 10)
+        checkpoint = paths[0].stat().st_size
+        base = peak([sys.executable, "-c", "import torch"])
+        whole = peak([
+            sys.executable, "-m", "losscli", "interpolate", *map(str, paths), "-q", "-m", spec,
+            "-d", f"npz:{folder}/data.npz", "-o", str(folder / "out"),
+        ])  # fmt: skip
+    result = {
+        "checkpoint_mb": checkpoint / 1e6,
+        "over_torch_mb": (whole - base) / 1e6,
+        "over_three_checkpoints_mb": (whole - base - 3 * checkpoint) / 1e6,
+    }
+    print(f"  {result}", flush=True)
+    return result
+
+
+def command(rounds: int) -> dict[str, float]:
+    """The whole command on the samples, and the help, beside importing torch."""
+    run = [sys.executable, "-m", "losscli"]
+    relu = [str(SAMPLES / "relu" / name) for name in ("init.pt", "final.pt")]
+    seconds: dict[str, list[float]] = {"torch": [], "interpolate": [], "help": []}
+    with tempfile.TemporaryDirectory() as name:
+        commands = {
+            "torch": [sys.executable, "-c", "import torch"],
+            "interpolate": [*run, "interpolate", *relu, "-q", "-o", f"{name}/out"],
+            "help": [*run, "--help"],
+        }
+        for number in range(rounds + 1):
+            for which, arguments in commands.items():
+                begun = time.perf_counter()
+                subprocess.run(arguments, check=True, capture_output=True, cwd=ROOT)
+                if number:
+                    seconds[which].append(time.perf_counter() - begun)
+    pairs = list(zip(*seconds.values(), strict=True))
+    result = {
+        "torch_seconds": statistics.median(seconds["torch"]),
+        "interpolate_beyond_torch_seconds": statistics.median(i - t for t, i, _ in pairs),
+        "help_of_torch": statistics.median(h / t for t, _, h in pairs),
+    }
+    print(f"  {result}", flush=True)
+    return result
+
+
+def main() -> None:
+    """Measures what the arguments ask for."""
+    print(f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    path = RESULTS / f"{DEVICE.type}.json"
+    print("MLP 784-512-512-10, 10,000 examples, 51 points")
+    mlp = line(lambda: MLP("784-512-512-10"), (10_000, 784), 51)
+    them = [
+        contenders.losscli, contenders.by_hand, contenders.loss_landscape_3d,
+        contenders.loss_landscapes,
+    ]  # fmt: skip
+    found: dict[str, Any] = {
+        "machine": {
+            "device": str(DEVICE),
+            "name": torch.cuda.get_device_name() if DEVICE.type == "cuda" else _processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "rounds": ARGUMENTS.rounds,
+        },
+        "mlp": compare(mlp, them, ARGUMENTS.rounds),
+    }
+    print("ResNet-20, 2,000 examples, 11 points")
+    resnet = line(ResNet20, (2000, 3, 32, 32), 11)
+    both = [contenders.losscli, contenders.by_hand, contenders.losscli_bfloat16]
+    found["resnet20"] = compare(resnet, both, ARGUMENTS.rounds)
+    if DEVICE.type == "cpu":
+        for name, measure in (("growth", growth), ("command", command)):
+            print(name)
+            found[name] = measure(ARGUMENTS.rounds)
+        print("memory")
+        found["memory"] = memory()
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    draw(found, path.with_suffix(".png"))
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for text in info.read_text(encoding="utf-8").splitlines():
+            if text.startswith("model name"):
+                return text.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    ARGUMENTS = parser.parse_args()
+    DEVICE = torch.device(ARGUMENTS.device)
+    main()

@@ -1,0 +1,64 @@
+"""From what was measured to the README's table and figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+__all__ = ["draw", "table"]
+
+_NAMES = {
+    "losscli": "losscli",
+    "losscli_bfloat16": "losscli --dtype bfloat16",
+    "by_hand": "a loop written by hand",
+    "loss_landscapes": "loss-landscapes 3.0.6, one batch",
+    "loss_landscape_3d": "loss-landscape-3d 0.1.3, DataLoader of 128",
+}
+_WORK = {
+    "mlp": "MLP 784-512-512-10, 10,000 examples, 51 points",
+    "resnet20": "ResNet-20, 2,000 images of 32×32, 11 points",
+}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """What was measured, as a table in Markdown."""
+    machine = found["machine"]
+    lines = [
+        f"{machine['name']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32",
+        f"where nothing else is said, medians of {machine['rounds']} rounds in turns:",
+        "",
+        "| work | with | seconds | times the loop |",
+        "|---|---|---:|---:|",
+    ]
+    for work, title in _WORK.items():
+        for row, (name, entry) in enumerate(found[work].items()):
+            lines.append(
+                f"| {'' if row else title} | {_NAMES[name]} | {entry['seconds']:.2f} | "
+                f"{entry['times_by_hand']:.2f} × |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Draws the times as bars."""
+    with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 11}):
+        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        for axes, (work, title) in zip(figure.subplots(1, 2), _WORK.items(), strict=True):
+            names = list(found[work])
+            seconds = [found[work][name]["seconds"] for name in names]
+            colours = ["#0072B2" if name.startswith("losscli") else "#B0B0B0" for name in names]
+            axes.barh(range(len(names)), seconds, color=colours, height=0.65)
+            for row, value in enumerate(seconds):
+                axes.text(value, row, f" {value:.2f} s", va="center")
+            labels = [_NAMES[name].replace(", ", ",\n") for name in names]
+            axes.set_yticks(range(len(names)), labels)
+            axes.invert_yaxis()
+            axes.set_xlim(0, 1.25 * max(seconds))
+            axes.set_xlabel("seconds")
+            axes.set_title(title.replace(", ", ",\n", 1), fontsize=11, loc="left")
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=150)
