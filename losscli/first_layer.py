@@ -3,8 +3,9 @@
 Before a forward pass first uses a moving tensor, nothing in it depends on the point. So where that
 first use is a layer which is affine in its weight and bias, its output at a point is the same
 combination of its outputs at the ends of the slice as the point itself is of the ends: a product
-for each end serves all points. The first use is found by watching the forward pass of every batch,
-whatever the model; nothing about its structure is assumed.
+for each end serves all points. The first use is found by watching a forward pass on every batch,
+whatever the model. What a watcher cannot see, such as compiled code, is found out by numbers: the
+objective holds the result against the plain way before it relies on it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from losscli.geometry import Slice
 
-__all__ = ["FirstLayer"]
+__all__ = ["FirstLayer", "Watch"]
 
 # The functions that are affine in their weight and bias.
 _AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
@@ -57,49 +58,6 @@ class FirstLayer:
     products: Sequence[Tensor]
     slice_: Slice
 
-    @classmethod
-    def find(
-        cls,
-        forward: Callable[[], Any],
-        tensors: Mapping[str, Tensor],
-        slice_: Slice,
-        dtype: torch.dtype,
-    ) -> FirstLayer | None:
-        """Finds the first use of a moving tensor and computes it at the ends of the slice.
-
-        Args:
-            forward: A forward pass on the batch, with the tensors.
-            tensors: The moving tensors by name.
-            slice_: The slice that they move in.
-            dtype: The type of the forward pass.
-
-        Returns:
-            The layer; None where the first use is not affine.
-        """
-        names = {id(tensor): name for name, tensor in tensors.items()}
-        try:
-            with _FirstUse(names):
-                forward()
-        except _Found as found:
-            call = found.call
-        else:
-            return None
-        weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
-        if call.function not in _AFFINE or id(weight) not in names:
-            return None
-        if call.function is F.embedding:
-            # Behind its weight an embedding has options, and one of them changes the weight.
-            if call.argument(3, "max_norm") is not None:
-                return None
-        elif bias is not None and id(bias) not in names and not slice_.barycentric:
-            return None
-        moving = [names[id(t)] for t in (weight, bias) if id(t) in names]
-        products = [
-            call.with_tensors({id(tensors[name]): end[name].to(dtype) for name in moving})
-            for end in slice_.ends
-        ]
-        return cls(call.function, names[id(weight)], products, slice_)
-
     def at(self, point: Sequence[float], tensors: Mapping[str, Tensor]) -> TorchFunctionMode:
         """Answers the layer's first call from what is known; everything else goes through.
 
@@ -113,36 +71,25 @@ class FirstLayer:
         return _Replay(self, tensors[self.weight], point)
 
 
-@dataclass(frozen=True)
-class _Call:
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+class Watch(TorchFunctionMode):
+    """Watches a forward pass for its first use of a moving tensor.
 
-    def argument(self, position: int, name: str) -> Any:
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name)
+    Args:
+        tensors: The moving tensors by name.
+        slice_: The slice that they move in.
+        dtype: The type of the forward pass.
 
-    def with_tensors(self, tensors: Mapping[int, Tensor]) -> Tensor:
-        """Makes the call with other tensors in the place of those with the given ids."""
-        args = [tensors.get(id(value), value) for value in self.args]
-        kwargs = {key: tensors.get(id(value), value) for key, value in self.kwargs.items()}
-        result: Tensor = self.function(*args, **kwargs)
-        return result
+    Attributes:
+        layer: The first layer; None where the first use is not affine, or before it.
+    """
 
-
-class _Found(BaseException):
-    """The first use was found: a signal, and one that no model's ``except`` may catch."""
-
-    def __init__(self, call: _Call) -> None:
-        self.call = call
-
-
-class _FirstUse(TorchFunctionMode):
-    """Stops a forward pass where it first uses one of some tensors."""
-
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], slice_: Slice, dtype: torch.dtype) -> None:
         super().__init__()
-        self._names = names
+        self.layer: FirstLayer | None = None
+        self._names = {id(tensor): name for name, tensor in tensors.items()}
+        self._slice = slice_
+        self._dtype = dtype
+        self._seen = False
 
     def __torch_function__(
         self,
@@ -152,9 +99,43 @@ class _FirstUse(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _HARMLESS and self._uses((args, kwargs)):
-            raise _Found(_Call(func, args, kwargs))
+        if not self._seen and func not in _HARMLESS and self._uses((args, kwargs)):
+            self._seen = True
+            # Here and now: the layer's input may be overwritten later in the pass.
+            self.layer = self._compute(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _compute(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> FirstLayer | None:
+        weight, bias = _argument(args, kwargs, 1, "weight"), _argument(args, kwargs, 2, "bias")
+        if func not in _AFFINE or id(weight) not in self._names:
+            return None
+        parts = [weight]
+        if func is F.embedding:
+            # Behind its weight an embedding has options, and one of them changes the weight.
+            if _argument(args, kwargs, 3, "max_norm") is not None:
+                return None
+        elif id(bias) in self._names:
+            parts.append(bias)
+        elif bias is not None and not self._slice.barycentric:
+            return None
+        ids = {id(part) for part in parts}
+        rest = [value for value in (*args, *kwargs.values()) if id(value) not in ids]
+        # In two moving tensors a product is not affine.
+        if self._uses(rest):
+            return None
+        moving = {key: self._names[key] for key in ids}
+        try:
+            products = [
+                _with_tensors(
+                    func, args, kwargs, {k: end[n].to(self._dtype) for k, n in moving.items()}
+                )
+                for end in self._slice.ends
+            ]
+        except RuntimeError:  # as within functorch's transforms
+            return None
+        return FirstLayer(func, self._names[id(weight)], products, self._slice)
 
     def _uses(self, value: Any) -> bool:
         if isinstance(value, Tensor):
@@ -164,6 +145,24 @@ class _FirstUse(TorchFunctionMode):
         elif not isinstance(value, tuple | list):
             return False
         return any(map(self._uses, value))
+
+
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _with_tensors(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensors: Mapping[int, Tensor],
+) -> Tensor:
+    """Makes a call with other tensors in the place of those with the given ids."""
+    result: Tensor = func(
+        *(tensors.get(id(value), value) for value in args),
+        **{key: tensors.get(id(value), value) for key, value in kwargs.items()},
+    )
+    return result
 
 
 class _Replay(TorchFunctionMode):
@@ -185,7 +184,7 @@ class _Replay(TorchFunctionMode):
         if (
             layer is not None
             and func is layer.function
-            and _Call(func, args, kwargs).argument(1, "weight") is self._weight
+            and _argument(args, kwargs, 1, "weight") is self._weight
         ):
             self._layer = None
             return layer.slice_.combine(layer.products, self._point)

@@ -6,10 +6,12 @@ However points are evaluated, one law holds: the numbers of the checkpoint loade
 from __future__ import annotations
 
 import copy
+import enum
+import itertools
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,9 +26,9 @@ from losscli.errors import (
     NondeterministicModelError,
     one_line,
 )
-from losscli.first_layer import FirstLayer
+from losscli.first_layer import Watch
 from losscli.geometry import Slice
-from losscli.losses import PerExample, cross_entropy
+from losscli.losses import LOSSES, METRICS, PerExample, cross_entropy
 from losscli.weights import Weights
 
 __all__ = ["Evaluation", "Objective", "Progress"]
@@ -39,6 +41,12 @@ Progress = Callable[[float], None]
 # fall out of the caches.
 _BATCH = {"cpu": (4 << 20, 1024)}
 _BATCH_ELSEWHERE = (256 << 20, 4096)
+
+# Examples on which a way to evaluate is held against the plain one.
+_PROOF_EXAMPLES = 256
+
+# A large model is loaded in pieces of about so many bytes.
+_PIECE_BYTES = 32 << 20
 
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -86,7 +94,7 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         batch_size: int | None = None,
     ) -> None:
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(requires_grad=False)
+        self.model = model.to(device=device, dtype=dtype).eval()
         self.loss = loss
         self.metrics = dict(metrics)
         self.data = data
@@ -96,6 +104,7 @@ class Objective:
         self.splits = {name: split.to(device) for name, split in data.splits.items()}
         self.tensors = _tensors_of(self.model)
         self._copies_inputs = False
+        self._way: _Way | None = None
 
     def _default_batch(self) -> int:
         """The power of two that fits the bytes a batch may have; the same for every run."""
@@ -121,7 +130,16 @@ class Objective:
         Args:
             weights: All tensors of the model.
         """
+        # Some models fold their weights into others when they are put into eval mode.
+        if self._folds:
+            self.model.train()
         self.model.load_state_dict(dict(weights), strict=False)
+        if self._folds:
+            self.model.eval()
+
+    @property
+    def _folds(self) -> bool:
+        return any(type(module).train is not nn.Module.train for module in self.model.modules())
 
     @torch.no_grad()
     def check(self, weights: Weights) -> None:
@@ -139,6 +157,11 @@ class Objective:
             inputs = self.data.prepare(map_inputs(Tensor.clone, split.inputs), self.dtype)
             versions = [tensor._version for tensor in leaves(inputs)]
             outputs = self.forward(self.model, inputs)
+            if not isinstance(outputs, Tensor) and self.loss in LOSSES.values():
+                raise LossError(
+                    f"the model returns a {type(outputs).__name__}, and the loss takes a tensor",
+                    "Give a --loss of your own that takes it, or a model that returns its scores",
+                )
             # A model that writes on its inputs would spoil them for every later point.
             self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
             self._check_labels(outputs, name)
@@ -192,12 +215,56 @@ class Objective:
         Returns:
             For each split its evaluation at the P points.
         """
-        with _Points(self, slice_, coordinates) as points:
+        way = self._way or _Way.LOADED
+        if way is _Way.LOADED:
+            return self._evaluate(_Loaded(self, slice_, coordinates), splits, progress)
+        with _Points(self, slice_, coordinates, way) as points:
             return self._evaluate(points, splits, progress)
+
+    @torch.no_grad()
+    def settle(self, slice_: Slice, coordinates: Sequence[Sequence[float]]) -> None:
+        """Chooses the fastest way to evaluate points that gives the numbers of the plain one.
+
+        A few points are evaluated on a part of a batch by loading each plainly, then in every
+        way from the fastest on until one agrees. The choice is made once.
+
+        Args:
+            slice_: The slice.
+            coordinates: As many points as will be evaluated at once.
+        """
+        if self._way is not None:
+            return
+        name, split = next(iter(self.splits.items()))
+        sample = {name: split.take(slice(0, min(self.batch_size, _PROOF_EXAMPLES)))}
+        few = [tuple(coordinates[i * (len(coordinates) - 1) // 3]) for i in range(4)]
+        few = list(dict.fromkeys(few))
+        truth = self._evaluate(_Loaded(self, slice_, few), sample, None)[name].losses
+        for way in self._ways():
+            self._way = way
+            try:
+                found = self.at(slice_, few, sample)[name].losses
+            except ModelError:
+                continue
+            if _agree(found, truth, self.dtype):
+                return
+        self._way = _Way.LOADED
+
+    def _ways(self) -> list[_Way]:
+        if self._folds:
+            return []
+        functions = [self.loss, *self.metrics.values()]
+        known = [*LOSSES.values(), *METRICS.values()]
+        if (
+            self.device.type == "cpu"
+            and all(function in known for function in functions)
+            and _is_known(self.model)
+        ):
+            return [_Way.THREADS, _Way.SHARED, _Way.BOUND]
+        return [_Way.SHARED, _Way.BOUND]
 
     def _evaluate(
         self,
-        points: _Plain | _Points,
+        points: _Plain | _Loaded | _Points,
         splits: Mapping[str, Split] | None,
         progress: Progress | None,
     ) -> dict[str, Evaluation]:
@@ -212,7 +279,7 @@ class Objective:
 
     def _walk(
         self,
-        points: _Plain | _Points,
+        points: _Plain | _Loaded | _Points,
         split: Split,
         tell: Callable[[int], None] = lambda _: None,
     ) -> Evaluation:
@@ -336,6 +403,52 @@ class _Plain:
         yield 0
 
 
+class _Loaded:
+    """P points of a slice, each loaded plainly for every batch: slow, and the truth."""
+
+    def __init__(
+        self, objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
+    ) -> None:
+        self._objective = objective
+        self._slice = slice_
+        self._coordinates = coordinates
+
+    def __len__(self) -> int:
+        return len(self._coordinates)
+
+    def evaluate(self, inputs: Inputs, record: Callable[[int, Any], None]) -> Iterator[int]:
+        """Takes a batch to all points, as the points are asked for."""
+        for p, point in enumerate(self._coordinates):
+            self._load(point)
+            record(p, self._objective.forward(self._objective.model, inputs))
+            yield p
+
+    def _load(self, point: Sequence[float]) -> None:
+        piece: dict[str, Tensor] = {}
+        for name in self._slice.ends[0]:
+            # A model that folds its weights needs them all at once; of a large one that does not,
+            # no second copy is made.
+            if sum(t.nbytes for t in piece.values()) > _PIECE_BYTES and not self._objective._folds:
+                self._objective.load(piece)
+                piece = {}
+            ends = _working_ends(self._slice, name, self._objective.dtype)
+            piece[name] = self._slice.combine(ends, point)
+        self._objective.load(piece)
+
+
+class _Way(enum.Enum):
+    """How points are evaluated, from the fastest to the surest."""
+
+    THREADS = enum.auto()
+    """Bound to replicas of the model in threads, the first layer shared."""
+    SHARED = enum.auto()
+    """Bound to the model one after the other, the first layer shared."""
+    BOUND = enum.auto()
+    """Bound to the model one after the other."""
+    LOADED = enum.auto()
+    """Loaded plainly."""
+
+
 class _Points:
     """P points of a slice, their weights in memory; a batch is taken to all of them.
 
@@ -345,21 +458,28 @@ class _Points:
     """
 
     def __init__(
-        self, objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
+        self,
+        objective: Objective,
+        slice_: Slice,
+        coordinates: Sequence[Sequence[float]],
+        way: _Way,
     ) -> None:
         self._objective = objective
         self._slice = slice_
         self._coordinates = coordinates
+        # Beside the ends there must be enough points for their products to pay.
+        self._shares = way is not _Way.BOUND and len(coordinates) > len(slice_.ends)
         self._own = {name: objective.tensors[name].data for name in slice_.ends[0]}
         self._stacks = self._materialise()
         self._threads = torch.get_num_threads()
-        workers = min(self._threads, len(coordinates)) if objective.device.type == "cpu" else 1
-        # The first, the model itself, is for looking ahead where others do the work.
-        first, *others = _replicas(objective.model, workers + 1 if workers > 1 else 1)
+        self._workers = min(self._threads, len(coordinates)) if way is _Way.THREADS else 1
+        # The first, the model itself, looks ahead where others do the work.
+        self._first, *others = _replicas(
+            objective.model, self._workers + 1 if self._workers > 1 else 1
+        )
         self._replicas: queue.SimpleQueue[_Replica] = queue.SimpleQueue()
-        for replica in others or [first]:
+        for replica in others or [self._first]:
             self._replicas.put(replica)
-        self._workers = self._replicas.qsize()
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -368,9 +488,10 @@ class _Points:
             self._pool = ThreadPoolExecutor(self._workers)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            # After Ctrl-C nobody waits for a thread.
+            self._pool.shutdown(wait=error is None, cancel_futures=True)
             torch.set_num_threads(self._threads)
         for name, own in self._own.items():
             self._objective.tensors[name].data = own
@@ -389,35 +510,37 @@ class _Points:
             The points as they are done; without threads, the work is done as it is asked for.
         """
         layer = None
-        if len(self) > len(self._slice.ends):
-            names = self._own.keys()
-            tensors = {name: self._objective.tensors[name] for name in names}
-            layer = FirstLayer.find(
-                lambda: self._objective.forward(self._objective.model, inputs),
-                tensors,
-                self._slice,
-                self._objective.dtype,
-            )
+        begin = 0
+        if self._shares:
+            tensors = {name: self._first.tensors[name] for name in self._own}
+            watch = Watch(tensors, self._slice, self._objective.dtype)
+            record(0, self._outputs(0, self._first, inputs, watch))
+            layer = watch.layer
+            begin = 1
 
         def work(p: int) -> int:
             replica = self._replicas.get()
             try:
+                point = self._coordinates[p]
+                replay = nullcontext() if layer is None else layer.at(point, replica.tensors)
                 with torch.no_grad():
-                    record(p, self._outputs(p, replica, inputs, layer))
+                    record(p, self._outputs(p, replica, inputs, replay))
             finally:
                 self._replicas.put(replica)
             return p
 
+        points = range(begin, len(self))
         if self._pool is None:
-            return map(work, range(len(self)))
-        futures = [self._pool.submit(work, p) for p in range(len(self))]
-        return (future.result() for future in as_completed(futures))
+            return itertools.chain(range(begin), map(work, points))
+        futures = [self._pool.submit(work, p) for p in points]
+        return itertools.chain(range(begin), (f.result() for f in as_completed(futures)))
 
-    def _outputs(self, p: int, replica: _Replica, inputs: Inputs, layer: FirstLayer | None) -> Any:
+    def _outputs(
+        self, p: int, replica: _Replica, inputs: Inputs, mode: AbstractContextManager[Any]
+    ) -> Any:
         for name, stack in self._stacks.items():
             replica.tensors[name].data = stack[p]
-        replay = nullcontext() if layer is None else layer.at(self._coordinates[p], replica.tensors)
-        with replay:
+        with mode:
             return self._objective.forward(replica.model, inputs)
 
     def _materialise(self) -> dict[str, Tensor]:
@@ -427,11 +550,9 @@ class _Points:
             # A single point needs no memory of its own: the model's will do.
             alone = len(self._coordinates) == 1
             stack = own.unsqueeze(0) if alone else own.new_empty(len(self._coordinates), *own.shape)
-            # Half-precision tensors move in float32.
-            working = torch.float64 if own.dtype == torch.float64 else torch.float32
-            ends = [end[name].to(working) for end in self._slice.ends]
+            ends = _working_ends(self._slice, name, own.dtype)
             for out, point in zip(stack, self._coordinates, strict=True):
-                if out.dtype == working:
+                if out.dtype == ends[0].dtype:
                     self._slice.combine(ends, point, out)
                 else:
                     out.copy_(self._slice.combine(ends, point))
@@ -452,12 +573,9 @@ def _replicas(model: nn.Module, number: int) -> list[_Replica]:
     replicas = [_Replica(model, _tensors_of(model))]
     for _ in range(number - 1):
         shared: dict[int, Any] = {
-            id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+            id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()
         }
-        try:
-            twin = copy.deepcopy(model, shared)
-        except Exception:  # noqa: BLE001 - a model that cannot be copied is evaluated alone
-            break
+        twin = copy.deepcopy(model, shared)
         replicas.append(_Replica(twin, _tensors_of(twin)))
     return replicas
 
@@ -465,6 +583,33 @@ def _replicas(model: nn.Module, number: int) -> list[_Replica]:
 def _bytes_in_forward(inputs: Tensor) -> int:
     whole = not inputs.is_floating_point() and inputs.dtype not in {torch.uint8, torch.bool}
     return _TOKEN_BYTES if whole else 4
+
+
+def _is_known(model: nn.Module) -> bool:
+    """Whether all of a model's code is known to share nothing between its replicas."""
+    # Code of a user's own may: a closure that copying does not reach, a table that a hook fills.
+    return all(
+        type(module).__module__.startswith(("torch.nn.", "losscli.models"))
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+        for module in model.modules()
+    )
+
+
+def _working_ends(slice_: Slice, name: str, dtype: torch.dtype) -> list[Tensor]:
+    """A tensor at the ends in the type that it moves in: half-precision moves in float32."""
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    return [end[name].to(working) for end in slice_.ends]
+
+
+def _agree(found: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 5e-2)
+    finite = truth.isfinite()
+    if not torch.equal(found.isfinite(), finite):
+        return False
+    found, truth = found.double()[finite], truth.double()[finite]
+    return bool((found - truth).norm() <= tolerance * truth.norm())
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:

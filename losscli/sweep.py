@@ -74,6 +74,7 @@ def sweep(
         points = coordinates[done : done + chunk]
         tell = _Tally(done, progress)
         try:
+            objective.settle(slice_, points)
             parts.append(objective.at(slice_, points, splits, tell.add))
         except (torch.OutOfMemoryError, MemoryError):
             if len(points) > 1:

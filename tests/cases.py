@@ -96,4 +96,18 @@ CASES = [
     ),
     Case("spoiling", foreign.Spoiling, _uniform(_N, 4), _whole(3, _N)),
     Case("functional", foreign.Functional, _uniform(_N, 4), _whole(3, _N)),
+    *(
+        Case(model.__name__.lower(), model, _uniform(_N, 4), _whole(3, _N))
+        for model in (
+            foreign.Closure,
+            foreign.Patched,
+            foreign.Hooked,
+            foreign.LowRank,
+            foreign.Threaded,
+            foreign.Folding,
+            foreign.Locked,
+            foreign.Functorch,
+            foreign.Differentiating,
+        )
+    ),
 ]

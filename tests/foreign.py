@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -172,3 +174,157 @@ def data_that_fails() -> None:
 
 def data_not_understood() -> list[int]:
     return [1, 2, 3]
+
+
+class Closure(nn.Module):
+    """Keeps a closure over itself, which copying does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+        self.activation = lambda x: torch.tanh(x * self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.layer(x))
+
+
+class Patched(nn.Sequential):
+    """Known layers, with a forward that was wrapped as accelerators do."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+        forward = self.forward
+        self.forward = lambda x: forward(x) * 2  # type: ignore[method-assign]
+
+
+FEATURES: dict[str, Tensor] = {}
+
+
+class Hooked(nn.Module):
+    """Takes its features from a table that a hook fills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
+        self.head = nn.Linear(5, 3)
+        self.body.register_forward_hook(lambda *a: FEATURES.update(body=a[2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body(x)
+        return self.head(FEATURES["body"])
+
+
+class LowRank(nn.Module):
+    """A weight that is itself the product of two: bilinear, not affine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2, 4))
+        self.b = nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.linear(self.b, self.a.T))
+
+
+class Compiled(nn.Module):
+    """A body that no watcher sees into, below an ordinary head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.ReLU()))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class Threaded(nn.Module):
+    """Runs its first layer in a thread of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(self.body(x).detach()))
+        thread.start()
+        thread.join()
+        return self.head(found[0])
+
+
+class Folding(nn.Module):
+    """Folds a low-rank part into its weight when it is put into eval mode, as LoRA layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+        self.a = nn.Parameter(torch.randn(2, 4))
+        self.b = nn.Parameter(torch.randn(3, 2))
+        self.folded: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Folding:
+        super().train(mode)
+        self.folded = None if mode else (self.weight + self.b @ self.a).detach()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + self.b @ self.a if self.folded is None else self.folded
+        return x @ weight.T
+
+
+class Locked(nn.Module):
+    """Holds a lock while it computes."""
+
+    lock = threading.Lock()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.lock.acquire(timeout=20)
+        outputs = self.layer(x)
+        self.lock.release()
+        return outputs
+
+
+class Functorch(nn.Module):
+    """Maps over its examples with vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.layer)(x)
+
+
+class Differentiating(nn.Module):
+    """Needs a gradient in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            outputs = self.layer(x)
+            (gradient,) = torch.autograd.grad(outputs.square().sum(), self.layer.bias)
+        return outputs.detach() + gradient.detach() / len(x) * 0
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed from its first weights, for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.layer.weight.detach().clone()
+        return F.linear(x, self.kept, self.layer.bias)

@@ -162,12 +162,16 @@ def test_a_first_layer_is_shared_where_its_input_is_the_same_at_all_points(
         calls += 1
         return combine(self, *args)  # type: ignore[arg-type]
 
+    objective = objective_of(case, batch_size=1000)
+    a, line = line_of(case)
+    objective.check(a)
+    points = [(x,) for x in ALPHAS]
+    objective.settle(line, points)
     monkeypatch.setattr(Line, "combine", counting)
-    curve(case, ALPHAS, batch_size=1000)
-    _, line = line_of(case)
+    sweep(objective, line, points)
     weights = len(line.a) * len(ALPHAS)
-    # Beside the weights, a shared layer's output is combined once for each point.
-    assert calls == weights + (len(ALPHAS) if shared else 0)
+    # Beside the weights, a shared layer's output is combined for all points but the one watched.
+    assert calls == weights + (len(ALPHAS) - 1 if shared else 0)
 
 
 def test_ends_in_half_precision_move_in_float32() -> None:
@@ -256,6 +260,8 @@ def cramped(
     monkeypatch: pytest.MonkeyPatch, *, points: int, batch: int
 ) -> tuple[Objective, Cramped]:
     objective = objective_of(CASES[0], batch_size=8)
+    _, line = line_of(CASES[0])
+    objective.settle(line, [(x,) for x in ALPHAS])
     space = Cramped(objective, points=points, batch=batch)
     monkeypatch.setattr(objective, "at", space.at)
     monkeypatch.setattr(objective, "plain", space.plain)
