@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import shlex
@@ -289,7 +290,12 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
         with warnings.catch_warnings():
             # What torch has to say of old formats is of no use to the reader of a curve.
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = torch.load(
+                path if _is_utf8(path) else io.BytesIO(path.read_bytes()),
+                map_location="cpu",
+                weights_only=True,
+                mmap=is_zip and _is_utf8(path),
+            )
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # noqa: BLE001 - a broken file makes the unpickler raise anything
@@ -299,6 +305,15 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
         str(key): str(value) for key, value in plain if isinstance(value, str | int | float | bool)
     }
     return content, metadata
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether torch, which maps files by their names in UTF-8, can map this one."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -65,10 +66,22 @@ class Console:
                 while left:
                     left = left[buffer.write(left) :]
             self.stdout.flush()
-        except BrokenPipeError:
+        except OSError as error:
             # Python would complain once more when it flushes stdout on its way out.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
-            raise closed from None
+            if isinstance(error, BrokenPipeError):
+                raise closed from None
+            raise OutputError(f"stdout cannot be written to: {error.strerror}") from None
+
+    @contextmanager
+    def guard_stdout(self) -> Iterator[None]:
+        """Sends to stderr what a user's own code prints, so that stdout holds results alone.
+
+        Yields:
+            Nothing.
+        """
+        with contextlib.redirect_stdout(self.stderr):
+            yield
 
     def note(self, text: str) -> None:
         """Tells something beside the result, in one line.
@@ -92,8 +105,10 @@ class Console:
             return
         encoding = getattr(self.stderr, "encoding", None) or "utf-8"
         line = printable(text).encode(encoding, "backslashreplace").decode(encoding)
-        self.stderr.write(f"{line}\n")
-        self.stderr.flush()
+        # A talk that nobody can hear is no reason to fail.
+        with contextlib.suppress(OSError):
+            self.stderr.write(f"{line}\n")
+            self.stderr.flush()
 
     @contextmanager
     def progress(self, total: int, unit: str) -> Iterator[Callable[[float], None]]:

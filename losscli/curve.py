@@ -49,9 +49,10 @@ def describe(
     Returns:
         ``loss_a``, ``loss_b``; ``minimum``, the lowest point, with ``below_b``, how much it lies
         below B; ``barrier`` (Entezari et al. 2022, arXiv 2110.06296) and ``largest_rise`` (Lucas
-        et al. 2021, arXiv 2104.11044) over 0 ≤ α ≤ 1; ``monotonic``, whether the largest rise is
-        0, null where a point between the ends is not finite; ``local_minima`` with their depth
-        (their topographic prominence); ``not_finite``, the number of points left out.
+        et al. 2021, arXiv 2104.11044) over 0 ≤ α ≤ 1, None where no point between the ends was
+        looked at; ``monotonic``, whether the largest rise is 0, None where the points do not reach
+        from end to end or one of them is not finite; ``local_minima`` with their depth (their
+        topographic prominence); ``not_finite``, the number of points left out.
     """
     means = _means(losses)
     a, b = (
@@ -61,15 +62,19 @@ def describe(
     between = [a, *(p for p in points if 0 < p.alpha < 1), b]
     finite = [p for p in points if p.finite]
     seen = [p for p in between if p.finite]
-    whole = len(seen) == len(between)
-    rise = _largest_rise(seen)
+    looked = len(between) > 2
+    rise = _largest_rise(seen) if looked else None
+    monotonic: bool | None = None
+    if rise is not None:
+        whole = len(seen) == len(between) and alphas[0] <= 0 and alphas[-1] >= 1
+        monotonic = False if rise["height"] > 0 else True if whole else None
     return {
         "loss_a": a.loss,
         "loss_b": b.loss,
         "minimum": _minimum(finite, b),
-        "barrier": _barrier(seen, a, b),
+        "barrier": _barrier(seen, a, b) if looked else None,
         "largest_rise": rise,
-        "monotonic": (rise["height"] == 0) if whole else None,
+        "monotonic": monotonic,
         "local_minima": _local_minima(points),
         "not_finite": len(points) - len(finite),
     }

@@ -16,6 +16,10 @@ from losscli.weights import Weights
 __all__ = ["Line", "Slice", "grid"]
 
 
+# Farther out, products with weights leave the range of float32.
+_FAR = 1e30
+
+
 class Slice(Protocol):
     """An affine family of points in weight space, θ(c) for coordinates c.
 
@@ -119,6 +123,8 @@ def grid(points: int, low: float, high: float, *, include: Sequence[float] = ())
         first, last = Fraction(repr(float(low))), Fraction(repr(float(high)))
     except ValueError:
         raise UsageError(f"--range {low} {high} is not finite", "Give two numbers") from None
+    if max(abs(first), abs(last)) > _FAR:
+        raise UsageError(f"--range {low} {high} is beyond what float32 can hold")
     if first >= last:
         raise UsageError(
             f"--range {low} {high} is {'empty' if first == last else 'reversed'}",

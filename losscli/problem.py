@@ -6,7 +6,7 @@ import copy
 import math
 import platform
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,7 @@ class Problem:
         objective: What is evaluated.
         checkpoints: The checkpoints in the order named, their names those of the model.
         moving: The tensors that move, each tied tensor under one name.
+        fresh: Builds the model anew; None where it was given as a module.
         buffers: Those of the model's floating-point buffers that any choice of tensors names.
         provenance: Where all of it came from, for the summary.
         settings: The settings that it was made from.
@@ -65,6 +66,7 @@ class Problem:
     objective: Objective
     checkpoints: tuple[Checkpoint, ...]
     moving: tuple[str, ...]
+    fresh: Callable[[], nn.Module] | None
     buffers: tuple[str, ...]
     provenance: Mapping[str, Any]
     settings: Settings
@@ -139,6 +141,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         objective,
         checkpoints,
         tuple(_moving(objective, buffers, settings)),
+        None if isinstance(found.value, nn.Module) else lambda: _build(found),
         buffers,
         provenance,
         settings,
@@ -171,6 +174,8 @@ def _check(settings: Settings) -> None:
     ):
         if value not in known:
             raise UsageError(f"{option} {value} is not known", f"Choose one of {', '.join(known)}")
+    if not 0 <= settings.seed < 1 << 63:
+        raise UsageError(f"--seed {settings.seed} is no seed", "Give a number from 0 to 2^63 − 1")
     if settings.batch_size is not None and settings.batch_size < 1:
         raise UsageError(f"--batch-size {settings.batch_size} is below 1")
     if settings.sampling_error is not None and not 0 < settings.sampling_error < math.inf:
@@ -265,11 +270,27 @@ def _build(found: _Found) -> nn.Module:
         raise
     except Exception as error:
         raise ModelError(f"{where} cannot be built: {one_line(error)}") from error
-    if not isinstance(model, nn.Module):
+    if isinstance(model, nn.Module):
+        _check_tensors(model, where)
+    else:
         raise ModelError(
             f"{where} gives a {type(model).__name__}", "Name a function that returns an nn.Module"
         )
     return model
+
+
+def _check_tensors(model: nn.Module, where: str) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+            raise ModelError(
+                f"{where}: {name} has no values yet",
+                "Give a function that runs lazy layers once, and builds on the CPU",
+            )
+        if tensor.is_complex():
+            raise ModelError(
+                f"{where}: {name} is complex, which no line of losscli moves yet",
+                "Store it as two real tensors (torch.view_as_real)",
+            )
 
 
 def _select(
@@ -300,7 +321,7 @@ def _initialisation(name: str, found: _Found) -> Checkpoint:
     try:
         seed = int(name.removeprefix("init:"))
         torch.manual_seed(seed)
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError, OverflowError):
         raise UsageError(f"{name} has no seed", "Write init:0") from None
     if isinstance(found.value, nn.Module):
         raise UsageError(

@@ -45,24 +45,8 @@ def _findings(split: Mapping[str, Any], low: float, high: float) -> list[tuple[s
     minimum = split["minimum"]
     if minimum is None:
         return [*found, ("lowest seen", "none: no point has a finite loss")]
-    found.append(("lowest seen", _lowest(minimum, high)))
-    barrier = split["barrier"]
-    if barrier is None:
-        found.append(("barrier", "not defined: the loss at A or B is not finite"))
-    elif barrier["height"] > 0:
-        found.append(("barrier", f"{_with_error(barrier)} at α = {barrier['alpha']:.4g}"))
-    else:
-        found.append(("barrier", "none: no point seen lies above the chord from A to B"))
-    rise = split["largest_rise"]
-    if rise["height"] > 0:
-        found.append((
-            "largest rise",
-            f"{_with_error(rise)} from α = {rise['alpha_from']:.4g} to {rise['alpha_to']:.4g}",
-        ))
-    elif split["monotonic"]:
-        found.append(("largest rise", "none: from A to B no point seen is above one before it"))
-    else:
-        found.append(("largest rise", "none among the points with a finite loss"))
+    found.append(("lowest seen", _lowest(split, low, high)))
+    found += [("barrier", _barrier(split)), ("largest rise", _rise(split))]
     minima = split["local_minima"]
     if minima:
         told = "; ".join(
@@ -77,16 +61,42 @@ def _findings(split: Mapping[str, Any], low: float, high: float) -> list[tuple[s
     return found
 
 
-def _lowest(minimum: Mapping[str, Any], high: float) -> str:
+def _lowest(split: Mapping[str, Any], low: float, high: float) -> str:
+    minimum = split["minimum"]
     text = f"{_number(minimum['loss'])} at α = {minimum['alpha']:.4g}"
     below = minimum["below_b"]
     if _known(below) and below > 0:
         text += f", lower than B by {_number(below, 3)}"
         if _known(minimum["below_b_stderr"]):
             text += f" ± {_number(minimum['below_b_stderr'], 2)}"
-    if minimum["alpha"] == high:
+    if minimum["alpha"] in {low, high}:
         text += ", where the range ends"
+    ends = [split["loss_a"], split["loss_b"]]
+    if any(_known(end) and end < minimum["loss"] for end in ends):
+        text += "; an end outside the range is lower"
     return text
+
+
+def _barrier(split: Mapping[str, Any]) -> str:
+    barrier = split["barrier"]
+    if not (_known(split["loss_a"]) and _known(split["loss_b"])):
+        return "not defined: the loss at A or B is not finite"
+    if barrier is None:
+        return "not looked at: no point between A and B"
+    if barrier["height"] > 0:
+        return f"{_with_error(barrier)} at α = {barrier['alpha']:.4g}"
+    return "none: no point seen lies above the chord from A to B"
+
+
+def _rise(split: Mapping[str, Any]) -> str:
+    rise = split["largest_rise"]
+    if rise is None:
+        return "not looked at: no point between A and B"
+    if rise["height"] > 0:
+        return f"{_with_error(rise)} from α = {rise['alpha_from']:.4g} to {rise['alpha_to']:.4g}"
+    if split["monotonic"]:
+        return "none: from A to B no point seen is above one before it"
+    return "none among the points seen"
 
 
 def plan(description: Mapping[str, Any]) -> str:

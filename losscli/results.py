@@ -191,7 +191,9 @@ class Output:
 
             for path in self.figures:
                 contents[path] = render(result.figure(log=log), path.suffix.lower())
-        contents[self._file(".json")] = f"{to_json(result.summary)}\n".encode()
+        contents[self._file(".json")] = f"{to_json(result.summary)}\n".encode(
+            "utf-8", "backslashreplace"
+        )
         return replace_all(contents)
 
     def _file(self, suffix: str) -> Path:

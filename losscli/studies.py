@@ -18,9 +18,9 @@ from torch import Tensor
 from losscli.checkpoint import Checkpoint, read
 from losscli.curve import describe, standard_error
 from losscli.datasets import Split
-from losscli.errors import MismatchError, UsageError
+from losscli.errors import MismatchError, ModelError, UsageError
 from losscli.geometry import Line, grid
-from losscli.objective import Evaluation
+from losscli.objective import Evaluation, Objective
 from losscli.problem import Problem, float32_precision, prepare
 from losscli.results import Result
 from losscli.settings import Settings
@@ -32,6 +32,9 @@ __all__ = ["Interpolation", "export", "inspect", "interpolate"]
 
 # Examples after which a sample is first judged: fewer would make its own error a guess.
 _FIRST_BLOCK = 512
+
+# Up to this size a second model is built, to hold the first against.
+_FRESH_BYTES = 64 << 20
 
 # How far the mean of a first batch may lie from that of the checkpoint loaded plainly.
 _TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
@@ -122,6 +125,11 @@ class Interpolation:
         return cls(problem, start, end, moving, tuple(alphas), range_, begun)
 
     @property
+    def evaluations(self) -> int:
+        """How many points a run evaluates: those asked for, and the ends in any case."""
+        return len({0.0, 1.0, *self.alphas})
+
+    @property
     def identity(self) -> str:
         """A digest of everything that settles the numbers: equal for two runs of one command."""
         told = {
@@ -179,8 +187,9 @@ class Interpolation:
             objective.check(self.start)
             swept = time.perf_counter()
             line = self._line()
-            curves = self._sweep(line, progress or (lambda _: None))
             difference = self._difference(line)
+            stays = self._whole_numbers_matter()
+            curves = self._sweep(line, progress or (lambda _: None))
             swept = time.perf_counter() - swept
         metrics = list(objective.metrics)
         sampled = self.problem.settings.sampling_error is not None
@@ -203,7 +212,7 @@ class Interpolation:
             "distance": distance(self.start, self.end, self.moving),
             "splits": splits,
             "endpoint_difference": difference,
-            "notes": self._notes(splits, difference) + self._sampled(examples),
+            "notes": [*stays, *self._notes(splits), *self._sampled(examples)],
             "seconds": {"sweep": swept, "total": time.perf_counter() - self.begun},
         }
         return Result(table, summary)
@@ -296,18 +305,70 @@ class Interpolation:
                     return math.inf
                 if plain.isfinite():
                     worst = max(worst, float((here - plain).abs() / plain.abs().clamp(min=1e-12)))
+        # A negated comparison, since a difference may be no number.
+        if not worst <= _TOLERANCE[self.problem.settings.dtype]:
+            raise ModelError(
+                "the sweep does not meet the checkpoints: at an end its loss differs from that of "
+                f"the checkpoint loaded plainly by {worst:.1e} of it",
+                "Does the model keep something from one forward pass to the next?",
+            )
+        self._hold_against_fresh(batches)
         return worst
 
-    def _notes(self, splits: Mapping[str, Any], difference: float) -> list[str]:
+    def _hold_against_fresh(self, batches: Mapping[str, Split]) -> None:
+        """Makes sure that a model which was never anything but B has the loss found at B."""
+        objective = self.problem.objective
+        size = sum(tensor.nbytes for tensor in objective.tensors.values())
+        if self.problem.fresh is None or size > _FRESH_BYTES:
+            return
+        with torch.random.fork_rng(devices=[]):
+            model = self.problem.fresh()
+        anew = Objective(
+            model,
+            objective.loss,
+            {},
+            objective.data,
+            device=objective.device,
+            dtype=objective.dtype,
+            batch_size=objective.batch_size,
+        )
+        here, there = (o.plain(self.end, batches) for o in (objective, anew))
+        for name in batches:
+            used, new = (e[name].losses[0].double().mean() for e in (here, there))
+            if not torch.allclose(used, new, rtol=1e-5, atol=1e-9, equal_nan=True):
+                raise ModelError(
+                    f"the model has another loss at B ({used:.6g}) after it was at A than one "
+                    f"that was never anywhere else ({new:.6g})",
+                    "It keeps something from the weights it had before; clear that in eval()",
+                )
+
+    def _whole_numbers_matter(self) -> list[str]:
+        """Looks whether B's whole-number tensors, which stay at A's, would make a difference."""
+        objective = self.problem.objective
+        b = self.problem.checkpoints[1].weights
+        other = {
+            name: b[name]
+            for name, tensor in self.end.items()
+            if not tensor.is_floating_point() and not torch.equal(tensor, b[name])
+        }
+        if not other:
+            return []
+        batches = objective.first_batches()
+        with_a, with_b = (objective.plain(w, batches) for w in (self.end, {**self.end, **other}))
+        objective.load(self.start)
+        if all(torch.equal(with_a[n].losses, with_b[n].losses) for n in batches):
+            return []
+        name = next(iter(other))
+        told = (
+            f"whole-number tensors such as {name} stay at A's and matter: the end B of the line is"
+        )
+        return [f"{told} not the checkpoint B"]
+
+    def _notes(self, splits: Mapping[str, Any]) -> list[str]:
         settings = self.problem.settings
         notes = []
         if not self.moving:
             notes.append("A and B are the same in every tensor that may move: nothing moves")
-        if difference > _TOLERANCE[settings.dtype]:
-            notes.append(
-                "the sweep does not meet the checkpoints: at an end its loss differs from that "
-                f"of the checkpoint loaded plainly by {difference:.1e} of it"
-            )
         kept = {"a": "A", "b": "B"}.get(settings.buffers)
         if kept and self.problem.buffers:
             other = "B" if kept == "A" else "A"
@@ -483,7 +544,7 @@ def export(a: str, b: str, alpha: float) -> Checkpoint:
         MismatchError: The two do not have the same tensors.
         UsageError: α is not finite.
     """
-    if not math.isfinite(alpha):
+    if not abs(alpha) <= 1e30:
         raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
     first = read(a).select(None)
     second = read(b).select(first.weights)

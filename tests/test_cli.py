@@ -193,7 +193,11 @@ def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None
         (["interpolate", "a.pt", "b.pt", "--figure", "x.gif"], 2, ".png, .svg, .pdf"),
         (["interpolate", "a.pt", "b.pt", "--figure", "x.png", "--no-figure"], 2, "contradict"),
         (["interpolate", "a.pt", "b.pt", "-o", "-", "--json"], 2, "no place"),
-        (["interpolate", "a.pt", "b.pt", "-o", ""], 2, "no stem"),
+        (["interpolate", "a.pt", "b.pt", "-o", ""], 2, "is a folder"),
+        (["interpolate", "a.pt", "b.pt", "-o", "."], 2, "is a folder"),
+        (["interpolate", "a.pt", "b.pt", "-o", "x/"], 2, "is a folder"),
+        (["interpolate", "a.pt", "b.pt", "--seed", "9" * 30], 2, "no seed"),
+        (["interpolate", "a.pt", "b.pt", "-d", "leaves.py:data"], 1, "SystemExit"),
         (["interpolate", "a.pt", "b.pt", "-o", "nowhere/x"], 1, "mkdir -p nowhere"),
         (["interpolate", "a.pt", "absent.pt"], 1, "no checkpoint absent.pt"),
         (["interpolate", "a.pt", "data.npz"], 1, "no checkpoint that torch can read"),
@@ -233,6 +237,7 @@ def test_bad_input_is_one_line_and_leaves_no_file(
 
     torch.save({"state_dict": {"w": torch.ones(1)}, "more": [Evil()]}, "evil.pt")
     x = np.ones((5, 6), np.float32)
+    Path("leaves.py").write_text("import sys\ndef data(): sys.exit(3)\n")
     np.savez("ragged.npz", inputs=x, targets=np.zeros(4, int))
     np.savez("none.npz", inputs=x[:0], targets=np.zeros(0, int))
     np.savez("labels.npz", inputs=x, targets=np.arange(5))
@@ -432,3 +437,88 @@ def test_a_closed_stdout_is_told_of_in_one_line(folder: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr == b"losscli: stdout was closed before the result was written to it\n"
+
+
+def test_what_a_model_prints_does_not_reach_stdout(folder: Path) -> None:
+    Path("talking.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def __init__(self): super().__init__(6, 3); print('built')\n"
+        "    def forward(self, x): print('forward'); return super().forward(x)\n"
+    )
+    done = process("interpolate", "init:0", "init:1", "-m", "talking.py:Net", "-d", "npz:data.npz",
+                   "--points", "3", "-o", "-")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("alpha,split")
+    assert "built" not in done.stdout
+    assert "forward" not in done.stdout
+    assert "forward" in done.stderr
+
+
+def test_a_closed_stderr_is_no_failure(folder: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m losscli interpolate a.pt b.pt --points 3 -o out 2>&- >/dev/null",
+        shell=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0
+    assert Path("out.csv").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    "arguments", ["interpolate a.pt b.pt --points 3 -o -", "--help", "list models"]
+)
+def test_a_full_stdout_is_one_line(arguments: str, folder: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m losscli {arguments} >/dev/full",
+        shell=True,
+        check=False,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        '{"command": "interpolate", "checkpoints": null, "splits": [1]}',
+        '{"command": "interpolate", "checkpoints": "abc", "splits": {}}',
+        '{"command": "interpolate", "checkpoints": [], "splits": {"train": 3}, "examples": {}}',
+        "[]",
+        "not json",
+    ],
+)
+def test_plot_ignores_a_summary_that_is_not_its_own(
+    summary: str, losscli: Losscli, folder: Path
+) -> None:
+    losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--no-figure", "--points", 3)
+    Path("x.json").write_text(summary)
+    assert losscli("plot", "x.csv").status == 0
+    assert losscli("plot", "x.csv", "--terminal").status == 0
+
+
+def test_plot_reads_what_a_spreadsheet_saved(losscli: Losscli, folder: Path) -> None:
+    losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--no-figure", "--points", 3)
+    Path("x.csv").write_bytes(b"\xef\xbb\xbf" + Path("x.csv").read_bytes())
+    assert losscli("plot", "x.csv").status == 0
+
+
+def test_a_name_that_is_not_utf_8_works(losscli: Losscli, folder: Path) -> None:
+    name = os.fsdecode(b"\xff.pt")
+    Path("a.pt").rename(name)
+    done = losscli("interpolate", name, "b.pt", "-o", "out", "--points", 3)
+    assert done.status == 0, done.stderr
+    assert json.loads(Path("out.json").read_text())["checkpoints"][0]["name"] == name
+
+
+def test_ranges_beside_the_line_claim_nothing_of_it(losscli: Losscli, folder: Path) -> None:
+    done = losscli("interpolate", "a.pt", "b.pt", "--range", 1.5, 2, "--points", 3, "-o", "x")
+    assert done.stdout.count("not looked at: no point between A and B") == 4
+    assert "an end outside the range is lower" in done.stdout
+    assert losscli("plot", "x.csv").status == 0

@@ -133,3 +133,18 @@ def test_barrier_rise_and_their_paired_errors_agree_with_brute_force(seed: int) 
         assert found["largest_rise"]["alpha_to"] == alphas[j]
         expected = oracle.standard_error((losses[j] - losses[i]).tolist())
         assert found["largest_rise"]["stderr"] == pytest.approx(expected)
+
+
+def test_nothing_is_said_of_a_stretch_that_was_not_looked_at() -> None:
+    a, b, far = flat([2.0, 1.0, 3.0])
+    found = describe([1.5], far[None], a, b)
+    assert found["barrier"] is None
+    assert found["largest_rise"] is None
+    assert found["monotonic"] is None
+
+
+def test_a_part_of_the_line_may_show_a_rise_but_not_that_there_is_none() -> None:
+    a, b, middle = flat([2.0, 1.0, 1.5])
+    assert describe([0.5], middle[None], a, b)["monotonic"] is None
+    a, b, middle = flat([2.0, 1.0, 2.5])
+    assert describe([0.5], middle[None], a, b)["monotonic"] is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -218,7 +219,7 @@ def test_two_equal_checkpoints_give_a_constant_curve_and_a_note(folder: Path) ->
     assert "nothing moves" in result.summary["notes"][0]
 
 
-def test_the_endpoint_check_sees_a_model_whose_weights_cannot_be_moved(folder: Path) -> None:
+def test_a_model_whose_weights_can_only_be_loaded_is_loaded_at_every_point(folder: Path) -> None:
     class Stubborn(nn.Module):
         """Computes with a copy of its weights that it took when they were loaded."""
 
@@ -238,9 +239,88 @@ def test_the_endpoint_check_sees_a_model_whose_weights_cannot_be_moved(folder: P
     for name in "ab":
         state = torch.load(f"{name}.pt", weights_only=True)["state_dict"]
         torch.save({f"inner.{k}": v for k, v in state.items()}, f"stubborn-{name}.pt")
-    result = losscli.interpolate("stubborn-a.pt", "stubborn-b.pt", model=Stubborn, points=3)
-    assert result.summary["endpoint_difference"] > 1e-3
-    assert "does not meet the checkpoints" in result.summary["notes"][0]
+    result = losscli.interpolate("stubborn-a.pt", "stubborn-b.pt", model=Stubborn, points=5)
+    plain = losscli.interpolate("a.pt", "b.pt", points=5)
+    np.testing.assert_allclose(result.table.floats("loss"), plain.table.floats("loss"), rtol=1e-6)
+
+
+def test_a_model_that_keeps_something_of_its_first_weights_is_refused(tmp_path: Path) -> None:
+    case = Case("remembering", foreign.Remembering, torch.rand(9, 4), torch.arange(9) % 3)
+    a, b = save(case, tmp_path)
+    with pytest.raises(ModelError, match="another loss at B"):
+        losscli.interpolate(a, b, model=case.build, data={"all": (case.inputs, case.targets)})
+
+
+def test_whole_number_tensors_that_matter_are_told(tmp_path: Path) -> None:
+    class Permuting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("order", torch.randperm(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x[:, self.order])
+
+    case = Case("permuting", Permuting, torch.rand(9, 4), torch.arange(9) % 3)
+    a, b = save(case, tmp_path)
+    data = {"all": (case.inputs, case.targets)}
+    result = losscli.interpolate(a, b, model=Permuting, data=data, points=3)
+    assert "order stay at A's and matter" in result.summary["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.LazyLinear(3), "has no values yet"),
+        (lambda: nn.Linear(4, 3, device="meta"), "has no values yet"),
+        (lambda: nn.Linear(4, 3, dtype=torch.complex64), "is complex"),
+    ],
+)
+def test_models_that_no_line_can_move_are_refused(
+    build: object, message: str, folder: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        losscli.interpolate("a.pt", "b.pt", model=build)
+
+
+def test_a_scripted_body_is_seen_through_by_numbers(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for case in (
+            Case("compiled", foreign.Compiled, torch.rand(9, 4), torch.arange(9) % 3),
+            Case(
+                "scripted",
+                lambda: torch.jit.script(nn.Linear(4, 3)),
+                torch.rand(9, 4),
+                torch.arange(9) % 3,
+            ),
+        ):
+            a, b = save(case, tmp_path)
+            result = losscli.interpolate(
+                a,
+                b,
+                model=case.build,
+                data={"all": (case.inputs, case.targets)},
+                points=6,
+                dtype="float64",
+            )
+            for alpha, loss in zip(
+                result.table.floats("alpha"), result.table.floats("loss"), strict=True
+            ):
+                state = oracle.blend(case.state(1), case.state(2), alpha)
+                expected = oracle.losses(
+                    case.build, state, case.inputs, case.targets, case.per_example
+                )
+                assert loss == pytest.approx(oracle.mean(expected), rel=1e-10)
+
+
+def test_a_model_that_returns_no_tensor_says_so(folder: Path) -> None:
+    class Pair(MLP):
+        def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+            return super().forward(inputs), inputs
+
+    with pytest.raises(LossError, match="returns a tuple"):
+        losscli.interpolate("a.pt", "b.pt", model=lambda: Pair("6-5-3"))
 
 
 @pytest.mark.parametrize(
@@ -273,6 +353,9 @@ def test_the_endpoint_check_sees_a_model_whose_weights_cannot_be_moved(folder: P
         ({"only": ("conv*",)}, UsageError, "fits none"),
         ({"except_": ("*",)}, UsageError, "no tensor to move"),
         ({"points": 0}, UsageError, "nothing to evaluate"),
+        ({"seed": -1}, UsageError, "no seed"),
+        ({"seed": 1 << 80}, UsageError, "no seed"),
+        ({"range": (0.0, 1e308)}, UsageError, "beyond what float32"),
         ({"range": (1.0, 1.0)}, UsageError, "empty"),
         ({"range": (1.0, 0.0)}, UsageError, "reversed"),
         ({"range": (0.0, math.inf)}, UsageError, "not finite"),

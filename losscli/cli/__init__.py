@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line without the program's name; that of the process by default.
     """
     console = Console()
-    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments), console))
+    status = run(sys.argv[1:] if arguments is None else list(arguments), console)
+    if status > 128:
+        # A thread that hangs in a model's code must not keep a process that was told to end.
+        os._exit(status)
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
@@ -57,6 +62,14 @@ def run(arguments: Sequence[str], console: Console) -> int:
         how = "interrupted" if sent.number == signal.SIGINT else "terminated"
         console.error(f"{how}; nothing was written")
         return 128 + sent.number
+    except SystemExit as error:
+        console.error(f"code that this command runs ended with SystemExit({error.code})")
+        return 1
+    except OSError as error:
+        if console.traceback:
+            raise
+        console.error(f"{error.filename or 'a stream'}: {error.strerror}")
+        return 1
     except Exception as error:
         if console.traceback:
             raise

@@ -60,14 +60,15 @@ def interpolate(
     output = write.plan("interpolate", [a, b])
     from losscli.studies import Interpolation
 
-    plan = Interpolation.plan(a, b, settings, points=points, range_=range_)
+    with console.guard_stdout():
+        plan = Interpolation.plan(a, b, settings, points=points, range_=range_)
     if write.dry_run:
         description = plan.describe()
         console.result(f"{to_json(description)}\n" if write.json else report.plan(description))
         return
     if output is not None:
         output.guard(plan.identity)
-    with console.progress(len(plan.alphas), "points") as tell:
+    with console.guard_stdout(), console.progress(plan.evaluations, "points") as tell:
         result = plan.run(tell)
     for note in result.summary["notes"]:
         console.note(note)

@@ -248,8 +248,12 @@ class Write:
                         "Give --out STEM",
                     )
             return None
-        if self.out is not None and Path(self.out).name in {"", ".", ".."}:
-            raise UsageError(f"--out {self.out!r} is no stem of file names", "Give folder/name")
+        if self.out is not None and (
+            not self.out or self.out.endswith("/") or Path(self.out).is_dir()
+        ):
+            raise UsageError(
+                f"--out {self.out!r} is a folder, not a stem of file names", "Give folder/name"
+            )
         stem = Path(self.out if self.out is not None else default_stem(command, names))
         return Output.plan(stem, self.figure, draw=not self.no_figure, force=self.force)
 

@@ -101,12 +101,13 @@ def plot(
 
 def _read(name: str, label: str) -> _Run:
     if name == "-":
-        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+        text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
         return _Run(_interpolation(Table.from_csv(io.StringIO(text, newline=""), "stdin"), "stdin"),
                     {}, label)  # fmt: skip
     path = Path(name)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        # Spreadsheets put a mark before the first column.
+        with path.open(encoding="utf-8-sig", newline="") as file:
             table = Table.from_csv(file, name)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "a name with a zero byte"
@@ -132,7 +133,15 @@ def _summary(path: Path) -> dict[str, Any]:
         summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return summary if isinstance(summary, dict) and "command" in summary else {}
+    match summary:
+        case {
+            "command": "interpolate",
+            "checkpoints": [{"name": str()}, {"name": str()}],
+            "splits": dict(splits),
+            "examples": dict(),
+        } if all(isinstance(split, dict) for split in splits.values()):
+            return dict(summary)
+    return {}
 
 
 def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:
