@@ -45,8 +45,8 @@ _BATCH_ELSEWHERE = (256 << 20, 4096)
 # Examples on which a way to evaluate is held against the plain one.
 _PROOF_EXAMPLES = 256
 
-# A large model is loaded in pieces of about so many bytes.
-_PIECE_BYTES = 32 << 20
+# Above this size a model has no second copy, and few enough points at once that none is missed.
+_LARGE_BYTES = 64 << 20
 
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -233,6 +233,11 @@ class Objective:
             coordinates: As many points as will be evaluated at once.
         """
         if self._way is not None:
+            return
+        moving = sum(self.tensors[name].nbytes for name in slice_.ends[0])
+        if moving > _LARGE_BYTES and not self._folds:
+            # The proof would cost a second copy. Whoever sweeps a line compares its ends anyway.
+            self._way = _Way.BOUND
             return
         name, split = next(iter(self.splits.items()))
         sample = {name: split.take(slice(0, min(self.batch_size, _PROOF_EXAMPLES)))}
@@ -424,16 +429,11 @@ class _Loaded:
             yield p
 
     def _load(self, point: Sequence[float]) -> None:
-        piece: dict[str, Tensor] = {}
-        for name in self._slice.ends[0]:
-            # A model that folds its weights needs them all at once; of a large one that does not,
-            # no second copy is made.
-            if sum(t.nbytes for t in piece.values()) > _PIECE_BYTES and not self._objective._folds:
-                self._objective.load(piece)
-                piece = {}
-            ends = _working_ends(self._slice, name, self._objective.dtype)
-            piece[name] = self._slice.combine(ends, point)
-        self._objective.load(piece)
+        dtype = self._objective.dtype
+        self._objective.load({
+            name: self._slice.combine(_working_ends(self._slice, name, dtype), point)
+            for name in self._slice.ends[0]
+        })
 
 
 class _Way(enum.Enum):

@@ -29,7 +29,7 @@ def table(found: Mapping[str, Any]) -> str:
     machine = found["machine"]
     lines = [
         f"{machine['name']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32",
-        f"where nothing else is said, medians of {machine['rounds']} rounds in turns:",
+        f"where nothing else is said, {machine['rounds']} rounds in turns after one to warm up:",
         "",
         "| work | with | seconds | times the loop |",
         "|---|---|---:|---:|",
@@ -46,7 +46,7 @@ def table(found: Mapping[str, Any]) -> str:
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """Draws the times as bars."""
     with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 11}):
-        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        figure = Figure(figsize=(8, 3.8), layout="constrained")
         for axes, (work, title) in zip(figure.subplots(1, 2), _WORK.items(), strict=True):
             names = list(found[work])
             seconds = [found[work][name]["seconds"] for name in names]
@@ -59,6 +59,6 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             axes.invert_yaxis()
             axes.set_xlim(0, 1.25 * max(seconds))
             axes.set_xlabel("seconds")
-            axes.set_title(title.replace(", ", ",\n", 1), fontsize=11, loc="left")
+            axes.set_title("\n".join(title.rsplit(", ", 2)), fontsize=11, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
