@@ -522,3 +522,22 @@ def test_ranges_beside_the_line_claim_nothing_of_it(losscli: Losscli, folder: Pa
     assert done.stdout.count("not looked at: no point between A and B") == 4
     assert "an end outside the range is lower" in done.stdout
     assert losscli("plot", "x.csv").status == 0
+
+
+def test_a_shell_gets_its_completions(folder: Path) -> None:
+    done = subprocess.run(
+        COMMAND,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "_LOSSCLI_COMPLETE": "complete_bash",
+            "COMP_WORDS": "losscli in",
+            "COMP_CWORD": "1",
+        },
+    )
+    assert done.returncode == 0
+    assert done.stdout.split() == ["interpolate", "inspect"]
+    assert done.stderr == ""

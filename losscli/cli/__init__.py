@@ -63,6 +63,8 @@ def run(arguments: Sequence[str], console: Console) -> int:
         console.error(f"{how}; nothing was written")
         return 128 + sent.number
     except SystemExit as error:
+        if "_LOSSCLI_COMPLETE" in os.environ:  # a shell asked typer for completions
+            return error.code if isinstance(error.code, int) else 0
         console.error(f"code that this command runs ended with SystemExit({error.code})")
         return 1
     except OSError as error:
