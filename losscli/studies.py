@@ -24,7 +24,7 @@ from losscli.objective import Evaluation, Objective
 from losscli.problem import Problem, float32_precision, prepare
 from losscli.results import Result
 from losscli.settings import Settings
-from losscli.sweep import points_that_fit, sweep, sweep_plain
+from losscli.sweep import check, points_that_fit, sweep, sweep_plain
 from losscli.table import Cell, Table
 from losscli.weights import Weights, cosine, distance, mismatches, norm
 
@@ -184,9 +184,9 @@ class Interpolation:
         """
         objective = self.problem.objective
         with float32_precision(tf32=self.problem.settings.tf32):
-            objective.check(self.start)
             swept = time.perf_counter()
             line = self._line()
+            check(objective, self.start, line, [(alpha,) for alpha in self.alphas])
             difference = self._difference(line)
             stays = self._whole_numbers_matter()
             curves = self._sweep(line, progress or (lambda _: None))

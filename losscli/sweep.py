@@ -12,7 +12,7 @@ from losscli.geometry import Slice
 from losscli.objective import Evaluation, Objective
 from losscli.weights import Weights
 
-__all__ = ["points_that_fit", "sweep", "sweep_plain"]
+__all__ = ["check", "points_that_fit", "sweep", "sweep_plain"]
 
 _CPU_STACK = 256 << 20
 _GPU_SHARE = 0.25
@@ -37,6 +37,29 @@ def points_that_fit(objective: Objective, slice_: Slice) -> int:
     else:
         budget = _CPU_STACK
     return max(1, budget // max(1, size))
+
+
+def check(
+    objective: Objective, weights: Weights, slice_: Slice, coordinates: Sequence[Sequence[float]]
+) -> None:
+    """Makes sure that all works together, and settles how points are evaluated.
+
+    Out of memory, the batch is halved.
+
+    Args:
+        objective: What will be evaluated.
+        weights: All tensors of the model; what the slice does not move stays loaded.
+        slice_: The slice.
+        coordinates: The points.
+    """
+    while True:
+        try:
+            objective.check(weights)
+            objective.settle(slice_, coordinates)
+        except (torch.OutOfMemoryError, MemoryError):
+            _halve_batch(objective)
+        else:
+            return
 
 
 def sweep(

@@ -15,7 +15,7 @@ from losscli.errors import LossError, ModelError, NondeterministicModelError, Ou
 from losscli.geometry import Line, grid
 from losscli.losses import LOSSES
 from losscli.objective import Evaluation, Objective
-from losscli.sweep import sweep, sweep_plain
+from losscli.sweep import check, sweep, sweep_plain
 from tests import foreign, oracle
 from tests.cases import CASES, Case
 
@@ -290,6 +290,21 @@ def test_plain_evaluation_halves_its_batch_too(monkeypatch: pytest.MonkeyPatch) 
     objective, space = cramped(monkeypatch, points=1, batch=4)
     sweep_plain(objective, [CASES[0].state(1)])
     assert space.tried == [(1, 8), (1, 4)]
+
+
+def test_checks_halve_their_batch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_of(CASES[0], batch_size=8)
+    a, line = line_of(CASES[0])
+    tried = []
+
+    def checking(*_: object) -> None:
+        tried.append(objective.batch_size)
+        if objective.batch_size > 2:
+            raise torch.OutOfMemoryError("on purpose")
+
+    monkeypatch.setattr(objective, "check", checking)
+    check(objective, a, line, [(x,) for x in ALPHAS])
+    assert tried == [8, 4, 2]
 
 
 def test_one_example_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
