@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from losscli.geometry import Slice
 
-__all__ = ["FirstLayer", "Watch"]
+__all__ = ["FirstLayer", "Found", "Watch"]
 
 # The functions that are affine in their weight and bias.
 _AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
@@ -59,7 +59,7 @@ class FirstLayer:
     slice_: Slice
 
     def at(self, point: Sequence[float], tensors: Mapping[str, Tensor]) -> TorchFunctionMode:
-        """Answers the layer's first call from what is known; everything else goes through.
+        """Answers the layer's first call with its output at a point.
 
         Args:
             point: The coordinates of the point.
@@ -68,7 +68,34 @@ class FirstLayer:
         Returns:
             A context to run the forward pass in.
         """
-        return _Replay(self, tensors[self.weight], point)
+        return self.replay(self.output(point), tensors)
+
+    def output(self, point: Sequence[float]) -> Tensor:
+        """Combines what is known of the ends.
+
+        Args:
+            point: The coordinates of a point.
+
+        Returns:
+            The layer's output at the point.
+        """
+        return self.slice_.combine(self.products, point)
+
+    def replay(self, output: Tensor, tensors: Mapping[str, Tensor]) -> TorchFunctionMode:
+        """Answers the layer's first call with an output; everything else goes through.
+
+        Args:
+            output: The output.
+            tensors: The tensors of the model that is run.
+
+        Returns:
+            A context to run the forward pass in.
+        """
+        return _Replay(self.function, tensors[self.weight], output)
+
+
+class Found(BaseException):
+    """Ends a forward pass whose first layer is known; no handler of errors takes it for one."""
 
 
 class Watch(TorchFunctionMode):
@@ -77,18 +104,18 @@ class Watch(TorchFunctionMode):
     Args:
         tensors: The moving tensors by name.
         slice_: The slice that they move in.
-        dtype: The type of the forward pass.
+        stops: Whether `Found` ends the forward pass once the first layer is known.
 
     Attributes:
         layer: The first layer; None where the first use is not affine, or before it.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], slice_: Slice, dtype: torch.dtype) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], slice_: Slice, *, stops: bool) -> None:
         super().__init__()
         self.layer: FirstLayer | None = None
+        self._stops = stops
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._slice = slice_
-        self._dtype = dtype
         self._seen = False
 
     def __torch_function__(
@@ -103,6 +130,8 @@ class Watch(TorchFunctionMode):
             self._seen = True
             # Here and now: the layer's input may be overwritten later in the pass.
             self.layer = self._compute(func, args, kwargs)
+            if self._stops and self.layer is not None:
+                raise Found
         return func(*args, **kwargs)
 
     def _compute(
@@ -125,15 +154,24 @@ class Watch(TorchFunctionMode):
         # In two moving tensors a product is not affine.
         if self._uses(rest):
             return None
-        moving = {key: self._names[key] for key in ids}
         try:
             products = [
                 _with_tensors(
-                    func, args, kwargs, {k: end[n].to(self._dtype) for k, n in moving.items()}
+                    func,
+                    args,
+                    kwargs,
+                    # In the type and the layout of the part that each stands in for.
+                    {
+                        id(part): torch.empty_like(part).copy_(end[self._names[id(part)]])
+                        for part in parts
+                    },
                 )
                 for end in self._slice.ends
             ]
-        except RuntimeError:  # as within functorch's transforms
+            # Within functorch's transforms there is no memory to take out of them.
+            for product in products:
+                product.data_ptr()
+        except RuntimeError:
             return None
         return FirstLayer(func, self._names[id(weight)], products, self._slice)
 
@@ -166,11 +204,11 @@ def _with_tensors(
 
 
 class _Replay(TorchFunctionMode):
-    def __init__(self, layer: FirstLayer, weight: Tensor, point: Sequence[float]) -> None:
+    def __init__(self, function: Callable[..., Any], weight: Tensor, output: Tensor) -> None:
         super().__init__()
-        self._layer: FirstLayer | None = layer
+        self._output: Tensor | None = output
+        self._function = function
         self._weight = weight
-        self._point = point
 
     def __torch_function__(
         self,
@@ -180,12 +218,11 @@ class _Replay(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        layer = self._layer
         if (
-            layer is not None
-            and func is layer.function
+            self._output is not None
+            and func is self._function
             and _argument(args, kwargs, 1, "weight") is self._weight
         ):
-            self._layer = None
-            return layer.slice_.combine(layer.products, self._point)
+            output, self._output = self._output, None
+            return output
         return func(*args, **kwargs)

@@ -5,18 +5,14 @@ However points are evaluated, one law holds: the numbers of the checkpoint loade
 
 from __future__ import annotations
 
-import copy
-import enum
-import itertools
-import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 from losscli.datasets import DataSet, Inputs, Split, leaves, map_inputs
 from losscli.errors import (
@@ -26,9 +22,9 @@ from losscli.errors import (
     NondeterministicModelError,
     one_line,
 )
-from losscli.first_layer import Watch
 from losscli.geometry import Slice
 from losscli.losses import LOSSES, METRICS, PerExample, cross_entropy
+from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
 from losscli.weights import Weights
 
 __all__ = ["Evaluation", "Objective", "Progress"]
@@ -37,9 +33,9 @@ Progress = Callable[[float], None]
 """Called with the share of a point that was done since the last call."""
 
 # Bytes of prepared inputs in a batch, and the most examples. On two cores of an Ice Lake Xeon the
-# MLP 784-512-512-10 is fastest at 1,000 examples and ResNet-20 between 64 and 256: larger batches
-# fall out of the caches.
-_BATCH = {"cpu": (4 << 20, 1024)}
+# MLP 784-512-512-10 is fastest at 2,048 examples (1.12 times as fast as at 1,024 and 1.3 times as
+# at 256, where the threads wait for Python) and ResNet-20 between 64 and 256.
+_BATCH = {"cpu": (8 << 20, 2048)}
 _BATCH_ELSEWHERE = (256 << 20, 4096)
 
 # Examples on which a way to evaluate is held against the plain one.
@@ -47,6 +43,8 @@ _PROOF_EXAMPLES = 256
 
 # Above this size a model has no second copy, and few enough points at once that none is missed.
 _LARGE_BYTES = 64 << 20
+
+_KNOWN_FUNCTIONS = frozenset({*LOSSES.values(), *METRICS.values()})
 
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -102,16 +100,15 @@ class Objective:
         self.dtype = dtype
         self.batch_size = batch_size or self._default_batch()
         self.splits = {name: split.to(device) for name, split in data.splits.items()}
-        self.tensors = _tensors_of(self.model)
+        self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
         self._copies_inputs = False
-        self._way: _Way | None = None
+        self._way: Way | None = None
 
     def _default_batch(self) -> int:
         """The power of two that fits the bytes a batch may have; the same for every run."""
         budget, most = _BATCH.get(self.device.type, _BATCH_ELSEWHERE)
         example = max(
-            sum(t[0].numel() * _bytes_in_forward(t) for t in leaves(split.inputs))
-            for split in self.data.splits.values()
+            sum(map(_bytes_in_forward, leaves(split.inputs))) for split in self.data.splits.values()
         )
         return 1 << (min(most, max(1, budget // max(1, example))).bit_length() - 1)
 
@@ -165,10 +162,10 @@ class Objective:
             # A model that writes on its inputs would spoil them for every later point.
             self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
             self._check_labels(outputs, name)
-            self._per_example(self.loss, outputs, split.targets, "loss")
+            self.per_example(self.loss, outputs, split.targets, "loss")
             for metric, function in self.metrics.items():
-                self._per_example(function, outputs, split.targets, f"metric {metric!r}")
-            first, second = (self._walk(_Plain(self), split).losses for _ in range(2))
+                self.per_example(function, outputs, split.targets, f"metric {metric!r}")
+            first, second = (self._walk(Plain(self), split).losses for _ in range(2))
             if not torch.allclose(first, second, rtol=1e-5, atol=1e-7, equal_nan=True):
                 raise NondeterministicModelError(
                     "the model gives two answers for the same weights and data, even in eval mode",
@@ -193,7 +190,7 @@ class Objective:
             For each split its evaluation at this one point, P = 1.
         """
         self.load(weights)
-        return self._evaluate(_Plain(self), splits, progress)
+        return self._evaluate(Plain(self), splits, progress)
 
     @torch.no_grad()
     def at(
@@ -215,10 +212,14 @@ class Objective:
         Returns:
             For each split its evaluation at the P points.
         """
-        way = self._way or _Way.LOADED
-        if way is _Way.LOADED:
-            return self._evaluate(_Loaded(self, slice_, coordinates), splits, progress)
-        with _Points(self, slice_, coordinates, way) as points:
+        way = self._way or Way.LOADED
+        if way is Way.LOADED:
+            return self._evaluate(Loaded(self, slice_, coordinates), splits, progress)
+        if way is Way.STACKED:
+            points: Points = Stacked(self, slice_, coordinates)
+        else:
+            points = Points(self, slice_, coordinates, way)
+        with points:
             return self._evaluate(points, splits, progress)
 
     @torch.no_grad()
@@ -237,39 +238,40 @@ class Objective:
         moving = sum(self.tensors[name].nbytes for name in slice_.ends[0])
         if moving > _LARGE_BYTES and not self._folds:
             # The proof would cost a second copy. Whoever sweeps a line compares its ends anyway.
-            self._way = _Way.BOUND
+            self._way = Way.BOUND
             return
         name, split = next(iter(self.splits.items()))
         sample = {name: split.take(slice(0, min(self.batch_size, _PROOF_EXAMPLES)))}
         few = [tuple(coordinates[i * (len(coordinates) - 1) // 3]) for i in range(4)]
         few = list(dict.fromkeys(few))
-        truth = self._evaluate(_Loaded(self, slice_, few), sample, None)[name].losses
+        truth = self._evaluate(Loaded(self, slice_, few), sample, None)[name].losses
         for way in self._ways():
             self._way = way
             try:
                 found = self.at(slice_, few, sample)[name].losses
-            except ModelError:
+            except (ModelError, LossError):
                 continue
             if _agree(found, truth, self.dtype):
                 return
-        self._way = _Way.LOADED
+        self._way = Way.LOADED
 
-    def _ways(self) -> list[_Way]:
+    def _ways(self) -> list[Way]:
         if self._folds:
             return []
+        ways = [Way.SHARED, Way.BOUND]
         functions = [self.loss, *self.metrics.values()]
-        known = [*LOSSES.values(), *METRICS.values()]
-        if (
-            self.device.type == "cpu"
-            and all(function in known for function in functions)
-            and _is_known(self.model)
-        ):
-            return [_Way.THREADS, _Way.SHARED, _Way.BOUND]
-        return [_Way.SHARED, _Way.BOUND]
+        known = is_known(self.model) and all(f in _KNOWN_FUNCTIONS for f in functions)
+        if self.device.type == "cpu" and known:
+            ways.insert(0, Way.THREADS)
+        # Mapped over weights a convolution becomes one of many groups, which is slower than the
+        # same convolutions in turn; and on a CPU nothing waits for a launch.
+        if self.device.type == "cuda" and not any(map(_convolves, self.model.modules())):
+            ways.insert(0, Way.STACKED)
+        return ways
 
     def _evaluate(
         self,
-        points: _Plain | _Loaded | _Points,
+        points: Plain | Loaded | Points,
         splits: Mapping[str, Split] | None,
         progress: Progress | None,
     ) -> dict[str, Evaluation]:
@@ -284,7 +286,7 @@ class Objective:
 
     def _walk(
         self,
-        points: _Plain | _Loaded | _Points,
+        points: Plain | Loaded | Points,
         split: Split,
         tell: Callable[[int], None] = lambda _: None,
     ) -> Evaluation:
@@ -301,7 +303,7 @@ class Objective:
             batch = split.take(slice(start, start + self.batch_size))
             inputs = self.data.prepare(batch.inputs, self.dtype)
             columns = losses[:, start : start + self.batch_size]
-            done = points.evaluate(inputs, self._recorder(batch.targets, columns, sums))
+            done = points.evaluate(inputs, _Record(self, batch.targets, columns, sums))
             # One batch ahead, so that no thread waits for the last point of the one before.
             self._finish(*before, tell)
             before = done, len(batch)
@@ -316,22 +318,11 @@ class Objective:
         for _ in points:
             tell(examples)
 
-    def _recorder(
-        self, targets: Tensor, losses: Tensor, sums: Mapping[str, Tensor]
-    ) -> Callable[[int, Any], None]:
-        def record(p: int, outputs: Any) -> None:
-            losses[p] = self._per_example(self.loss, outputs, targets, "loss")
-            for name, function in self.metrics.items():
-                values = self._per_example(function, outputs, targets, f"metric {name!r}")
-                sums[name][p] += values.to(sums[name].dtype).sum()
-
-        return record
-
-    def forward(self, model: nn.Module, inputs: Inputs) -> Any:
-        """Runs the model, or a replica of it.
+    def forward(self, model: Callable[..., Any], inputs: Inputs) -> Any:
+        """Runs the model, or what stands in for it.
 
         Args:
-            model: The one to run.
+            model: What to call.
             inputs: A prepared batch.
 
         Returns:
@@ -362,9 +353,21 @@ class Objective:
         half = isinstance(outputs, Tensor) and outputs.dtype in {torch.float16, torch.bfloat16}
         return outputs.float() if half else outputs
 
-    def _per_example(
-        self, function: PerExample, outputs: Any, targets: Tensor, what: str
-    ) -> Tensor:
+    def per_example(self, function: PerExample, outputs: Any, targets: Tensor, what: str) -> Tensor:
+        """Takes a loss or a metric of a batch.
+
+        Args:
+            function: The loss or metric.
+            outputs: What the model returned.
+            targets: The targets of the batch, ``[B, …]``.
+            what: What to call the function in errors.
+
+        Returns:
+            One number an example, ``[B]``.
+
+        Raises:
+            LossError: It fails, or gives something else.
+        """
         try:
             values = function(outputs, targets)
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
@@ -394,213 +397,52 @@ class Objective:
             )
 
 
-class _Plain:
-    """The one point that is loaded."""
+class _Record:
+    """Takes down the losses and the sums of the metrics of one batch.
 
-    def __init__(self, objective: Objective) -> None:
-        self._objective = objective
-
-    def __len__(self) -> int:
-        return 1
-
-    def evaluate(self, inputs: Inputs, record: Callable[[int, Any], None]) -> Iterator[int]:
-        record(0, self._objective.forward(self._objective.model, inputs))
-        yield 0
-
-
-class _Loaded:
-    """P points of a slice, each loaded plainly for every batch: slow, and the truth."""
-
-    def __init__(
-        self, objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
-    ) -> None:
-        self._objective = objective
-        self._slice = slice_
-        self._coordinates = coordinates
-
-    def __len__(self) -> int:
-        return len(self._coordinates)
-
-    def evaluate(self, inputs: Inputs, record: Callable[[int, Any], None]) -> Iterator[int]:
-        """Takes a batch to all points, as the points are asked for."""
-        for p, point in enumerate(self._coordinates):
-            self._load(point)
-            record(p, self._objective.forward(self._objective.model, inputs))
-            yield p
-
-    def _load(self, point: Sequence[float]) -> None:
-        dtype = self._objective.dtype
-        self._objective.load({
-            name: self._slice.combine(_working_ends(self._slice, name, dtype), point)
-            for name in self._slice.ends[0]
-        })
-
-
-class _Way(enum.Enum):
-    """How points are evaluated, from the fastest to the surest."""
-
-    THREADS = enum.auto()
-    """Bound to replicas of the model in threads, the first layer shared."""
-    SHARED = enum.auto()
-    """Bound to the model one after the other, the first layer shared."""
-    BOUND = enum.auto()
-    """Bound to the model one after the other."""
-    LOADED = enum.auto()
-    """Loaded plainly."""
-
-
-class _Points:
-    """P points of a slice, their weights in memory; a batch is taken to all of them.
-
-    What a first layer gives is computed for all points at once, where that can be. On a CPU the
-    points are dealt to as many threads as the operators may use, each with a replica of the model
-    and operators of a single thread: so no operator has to wait for its slowest part.
+    Args:
+        objective: Whose loss and metrics.
+        targets: The targets of the batch, ``[B, …]``.
+        losses: Where its losses go, ``[P, B]``.
+        sums: What the sums of the metrics are added to, ``[P]`` each.
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        slice_: Slice,
-        coordinates: Sequence[Sequence[float]],
-        way: _Way,
+        self, objective: Objective, targets: Tensor, losses: Tensor, sums: Mapping[str, Tensor]
     ) -> None:
         self._objective = objective
-        self._slice = slice_
-        self._coordinates = coordinates
-        # Beside the ends there must be enough points for their products to pay.
-        self._shares = way is not _Way.BOUND and len(coordinates) > len(slice_.ends)
-        self._own = {name: objective.tensors[name].data for name in slice_.ends[0]}
-        self._stacks = self._materialise()
-        self._threads = torch.get_num_threads()
-        self._workers = min(self._threads, len(coordinates)) if way is _Way.THREADS else 1
-        # The first, the model itself, looks ahead where others do the work.
-        self._first, *others = _replicas(
-            objective.model, self._workers + 1 if self._workers > 1 else 1
-        )
-        self._replicas: queue.SimpleQueue[_Replica] = queue.SimpleQueue()
-        for replica in others or [self._first]:
-            self._replicas.put(replica)
-        self._pool: ThreadPoolExecutor | None = None
+        self._targets = targets
+        self._losses = losses
+        self._sums = sums
 
-    def __enter__(self) -> Self:
-        if self._workers > 1:
-            torch.set_num_threads(max(1, self._threads // self._workers))
-            self._pool = ThreadPoolExecutor(self._workers)
-        return self
+    def one(self, p: int, outputs: Any) -> None:
+        """Takes the outputs at one point."""
+        self._losses[p] = self._values(self._objective.loss, "loss", outputs)
+        for name, function in self._objective.metrics.items():
+            values = self._values(function, f"metric {name!r}", outputs)
+            self._sums[name][p] += values.to(self._sums[name].dtype).sum()
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if self._pool is not None:
-            # After Ctrl-C nobody waits for a thread.
-            self._pool.shutdown(wait=error is None, cancel_futures=True)
-            torch.set_num_threads(self._threads)
-        for name, own in self._own.items():
-            self._objective.tensors[name].data = own
+    def all(self, outputs: Any) -> None:
+        """Takes the outputs at all points."""
+        self._losses[:] = vmap(partial(self._values, self._objective.loss, "loss"))(outputs)
+        for name, function in self._objective.metrics.items():
+            values = vmap(partial(self._values, function, f"metric {name!r}"))(outputs)
+            self._sums[name] += values.to(self._sums[name].dtype).sum(1)
 
-    def __len__(self) -> int:
-        return len(self._coordinates)
-
-    def evaluate(self, inputs: Inputs, record: Callable[[int, Any], None]) -> Iterator[int]:
-        """Begins to take a batch to all points.
-
-        Args:
-            inputs: The batch, prepared.
-            record: Called with each point and its outputs, from several threads at a time.
-
-        Returns:
-            The points as they are done; without threads, the work is done as it is asked for.
-        """
-        layer = None
-        begin = 0
-        if self._shares:
-            tensors = {name: self._first.tensors[name] for name in self._own}
-            watch = Watch(tensors, self._slice, self._objective.dtype)
-            record(0, self._outputs(0, self._first, inputs, watch))
-            layer = watch.layer
-            begin = 1
-
-        def work(p: int) -> int:
-            replica = self._replicas.get()
-            try:
-                point = self._coordinates[p]
-                replay = nullcontext() if layer is None else layer.at(point, replica.tensors)
-                with torch.no_grad():
-                    record(p, self._outputs(p, replica, inputs, replay))
-            finally:
-                self._replicas.put(replica)
-            return p
-
-        points = range(begin, len(self))
-        if self._pool is None:
-            return itertools.chain(range(begin), map(work, points))
-        futures = [self._pool.submit(work, p) for p in points]
-        return itertools.chain(range(begin), (f.result() for f in as_completed(futures)))
-
-    def _outputs(
-        self, p: int, replica: _Replica, inputs: Inputs, mode: AbstractContextManager[Any]
-    ) -> Any:
-        for name, stack in self._stacks.items():
-            replica.tensors[name].data = stack[p]
-        with mode:
-            return self._objective.forward(replica.model, inputs)
-
-    def _materialise(self) -> dict[str, Tensor]:
-        """Makes the weights of all points, ``[P, *shape]`` for each tensor."""
-        stacks = {}
-        for name, own in self._own.items():
-            # A single point needs no memory of its own: the model's will do.
-            alone = len(self._coordinates) == 1
-            stack = own.unsqueeze(0) if alone else own.new_empty(len(self._coordinates), *own.shape)
-            ends = _working_ends(self._slice, name, own.dtype)
-            for out, point in zip(stack, self._coordinates, strict=True):
-                if out.dtype == ends[0].dtype:
-                    self._slice.combine(ends, point, out)
-                else:
-                    out.copy_(self._slice.combine(ends, point))
-            stacks[name] = stack
-        return stacks
+    def _values(self, function: PerExample, what: str, outputs: Any) -> Tensor:
+        return self._objective.per_example(function, outputs, self._targets, what)
 
 
-@dataclass(frozen=True)
-class _Replica:
-    """A model whose tensors can be bound to other values than those of its twins."""
-
-    model: nn.Module
-    tensors: Mapping[str, Tensor]
-
-
-def _replicas(model: nn.Module, number: int) -> list[_Replica]:
-    """Makes replicas that share the model's memory; the model itself is the first."""
-    replicas = [_Replica(model, _tensors_of(model))]
-    for _ in range(number - 1):
-        shared: dict[int, Any] = {
-            id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()
-        }
-        twin = copy.deepcopy(model, shared)
-        replicas.append(_Replica(twin, _tensors_of(twin)))
-    return replicas
+def _convolves(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _bytes_in_forward(inputs: Tensor) -> int:
+    """The bytes that an example takes in a forward pass, as far as its inputs show them."""
     whole = not inputs.is_floating_point() and inputs.dtype not in {torch.uint8, torch.bool}
-    return _TOKEN_BYTES if whole else 4
-
-
-def _is_known(model: nn.Module) -> bool:
-    """Whether all of a model's code is known to share nothing between its replicas."""
-    # Code of a user's own may: a closure that copying does not reach, a table that a hook fills.
-    return all(
-        type(module).__module__.startswith(("torch.nn.", "losscli.models"))
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in module.__dict__
-        for module in model.modules()
-    )
-
-
-def _working_ends(slice_: Slice, name: str, dtype: torch.dtype) -> list[Tensor]:
-    """A tensor at the ends in the type that it moves in: half-precision moves in float32."""
-    working = torch.float64 if dtype == torch.float64 else torch.float32
-    return [end[name].to(working) for end in slice_.ends]
+    # The first thing that happens to an image is that it gets more channels.
+    factor = _TOKEN_BYTES if whole else 4 * (2 if inputs.ndim > 2 else 1)
+    return inputs[0].numel() * factor
 
 
 def _agree(found: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
@@ -610,11 +452,3 @@ def _agree(found: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
         return False
     found, truth = found.double()[finite], truth.double()[finite]
     return bool((found - truth).norm() <= tolerance * truth.norm())
-
-
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor)
-    }
