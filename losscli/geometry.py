@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from losscli.errors import UsageError
-from losscli.weights import Weights
+from losscli.errors import CheckpointError, UsageError
+from losscli.weights import Weights, distance, norm, pieces
 
-__all__ = ["Line", "Slice", "grid"]
+__all__ = ["Line", "Slice", "Span", "Triangle", "grid"]
 
 
 # Farther out, products with weights leave the range of float32.
 _FAR = 1e30
+
+# Three points are on a line if the sine of each angle between them is under this.
+_FLAT = 1e-6
+
+# Two axes are parallel if the least eigenvalue of their cosines is under this share of the largest.
+_PARALLEL = 1e-12
 
 
 class Slice(Protocol):
@@ -91,14 +98,225 @@ class Line:
         """
         a, b = values
         (alpha,) = coordinates
-        if alpha > 0.5:
-            a, b, alpha = b, a, 1 - alpha
-        if alpha == 0:
-            return a.clone() if out is None else out.copy_(a)
-        if alpha == 0.5:
-            # Both ends are as near, and neither may come first.
-            return torch.mul(a, 0.5, out=out).add_(b, alpha=0.5)
-        return torch.lerp(a, b, alpha, out=out)
+        return _between(a, b, alpha, out)
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """The plane through three points (Garipov et al. 2018, arXiv 1802.10026), exact at all three.
+
+    Its axes are orthonormal: a step of one in a coordinate is a step of one in weight space.
+
+    Attributes:
+        a: The moving tensors at (0, 0).
+        b: Those at (``corner_b``, 0), of the same names and shapes.
+        c: Those at ``corner_c``.
+        corner_b: ‖B − A‖.
+        corner_c: How far C lies from A along B − A, and how far off it, which is above 0.
+    """
+
+    a: Weights
+    b: Weights
+    c: Weights
+    corner_b: float
+    corner_c: tuple[float, float]
+
+    @classmethod
+    def through(cls, a: Weights, b: Weights, c: Weights) -> Self:
+        """Lays the plane through three points.
+
+        Args:
+            a: The moving tensors at the origin.
+            b: Those that the first axis points to, of the same names and shapes.
+            c: Those that the second axis leans to.
+
+        Returns:
+            The plane.
+
+        Raises:
+            CheckpointError: A point has weights that are not finite.
+            UsageError: Two of the points are equal, or the three are on a line.
+        """
+        edges = {("A", "B"): distance(a, b), ("A", "C"): distance(a, c), ("B", "C"): distance(b, c)}
+        if not math.isfinite(sum(edges.values())):
+            wrong = [x for x, w in zip("ABC", (a, b, c), strict=True) if not math.isfinite(norm(w))]
+            raise CheckpointError(
+                f"{' and '.join(wrong)} has weights that are infinite or not a number",
+                "Give a checkpoint from before the training failed",
+            )
+        for (one, other), edge in edges.items():
+            if edge == 0:
+                raise UsageError(
+                    f"{one} and {other} are equal, and no plane is determined by two points",
+                    "Give three different checkpoints",
+                )
+        b_x = edges["A", "B"]
+        c_x = sum(float((y - x).dot(z - x)) for x, y, z in _stretches(a, b, c)) / b_x
+        square = 0.0
+        for x, y, z in _stretches(a, b, c):
+            height = (z - x).sub_(y - x, alpha=c_x / b_x)
+            square += float(height.dot(height))
+        c_y = math.sqrt(square)
+        # The largest sine is at the corner between the two shorter edges. By that measure a
+        # triangle with one short edge is no line, whichever of its corners comes first.
+        short, middle, _ = sorted(edges.values())
+        if b_x * c_y < _FLAT * short * middle:
+            raise UsageError(
+                "A, B and C are on one line, and no plane is determined by a line",
+                "Give a third checkpoint off the line through the others",
+            )
+        return cls(a, b, c, b_x, (c_x, c_y))
+
+    @property
+    def ends(self) -> tuple[Weights, Weights, Weights]:
+        """A, B and C."""
+        return self.a, self.b, self.c
+
+    @property
+    def barycentric(self) -> bool:
+        """Its coefficients are the barycentric coordinates."""
+        return True
+
+    def combine(
+        self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
+    ) -> Tensor:
+        """Combines the values at A, B and C into the value at (x, y).
+
+        On an edge it is the line through two corners, to the last bit. Elsewhere two differences
+        are added to the corner of the largest coefficient. So where a corner is near another, and
+        the coefficients of the two are large and opposite, their difference is small, and exact.
+
+        Args:
+            values: The values at A, B and C.
+            coordinates: x and y.
+            out: Where to write the result.
+
+        Returns:
+            (1 − β − γ) values[0] + β values[1] + γ values[2], where γ = y / ``corner_c[1]`` and
+            β = (x − γ ``corner_c[0]``) / ``corner_b``.
+        """
+        x, y = coordinates
+        b_x, (c_x, c_y) = self.corner_b, self.corner_c
+        gamma = y / c_y
+        beta = (x - gamma * c_x) / b_x
+        shares = 1 - beta - gamma, beta, gamma
+        corners = sorted(zip(shares, values, strict=True), key=lambda corner: -abs(corner[0]))
+        (_, base), (share, other), (least, last) = corners
+        if least == 0:
+            return _between(base, other, share, out)
+        return _between(base, last, least, out).add_(other - base, alpha=share)
+
+    def project(self, weights: Weights) -> tuple[float, float, float]:
+        """Projects a point onto the plane, orthogonally.
+
+        It works from the nearest corner, so that a corner is projected onto itself exactly.
+
+        Args:
+            weights: The point; of its tensors those count that the plane moves.
+
+        Returns:
+            The x and y of its projection, and its distance from the plane.
+        """
+        corners = (0.0, 0.0), (self.corner_b, 0.0), self.corner_c
+        squares, along = [0.0] * 3, [[0.0, 0.0] for _ in range(3)]
+        for *ends, point in _stretches(self.a, self.b, self.c, weights):
+            axes = self._axes(*ends)
+            for i, end in enumerate(ends):
+                step = point - end
+                squares[i] += float(step.dot(step))
+                for k, axis in enumerate(axes):
+                    along[i][k] += float(axis.dot(step))
+        nearest = squares.index(min(squares))
+        dx, dy = along[nearest]
+        square = 0.0
+        for *ends, point in _stretches(self.a, self.b, self.c, weights):
+            first, second = self._axes(*ends)
+            rest = (point - ends[nearest]).sub_(first, alpha=dx).sub_(second, alpha=dy)
+            square += float(rest.dot(rest))
+        x, y = corners[nearest]
+        return x + dx, y + dy, math.sqrt(square)
+
+    def _axes(self, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """The orthonormal axes, from a stretch of the corners."""
+        along, height = self.corner_c
+        first = (b - a).div_(self.corner_b)
+        return first, (c - a).sub_(first, alpha=along).div_(height)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The plane θ(x, y) = O + x u + y v, exact at O (Li et al. 2018, arXiv 1712.09913).
+
+    Attributes:
+        origin: The moving tensors at (0, 0), O.
+        first: The direction of x, of the same names and shapes; it need not be of length one.
+        second: The direction of y; it need not be orthogonal to the first.
+    """
+
+    origin: Weights
+    first: Weights
+    second: Weights
+
+    @property
+    def ends(self) -> tuple[Weights, Weights, Weights]:
+        """O, u and v."""
+        return self.origin, self.first, self.second
+
+    @property
+    def barycentric(self) -> bool:
+        """Its coefficients are 1, x and y."""
+        return False
+
+    def combine(
+        self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
+    ) -> Tensor:
+        """Combines the values at the origin and of the two directions into the value at (x, y).
+
+        Args:
+            values: The values of O, u and v.
+            coordinates: x and y.
+            out: Where to write the result.
+
+        Returns:
+            values[0] + x values[1] + y values[2].
+        """
+        origin, first, second = values
+        x, y = coordinates
+        # Adding nothing is not the same as adding zero times a direction: −0 + 0 is 0.
+        if x != 0:
+            point = torch.add(origin, first, alpha=x, out=out)
+        else:
+            point = origin.clone() if out is None else out.copy_(origin)
+        return point if y == 0 else point.add_(second, alpha=y)
+
+    def project(self, weights: Weights) -> tuple[float, float, float]:
+        """Projects a point onto the plane, orthogonally, whatever the angle between the axes.
+
+        Args:
+            weights: The point; of its tensors those count that the plane moves.
+
+        Returns:
+            The x and y of its projection, and its distance from the plane. Where the axes span no
+            plane, such as where one is zero, the x and y nearest to zero.
+        """
+        gram = torch.zeros(2, 2, dtype=torch.float64)
+        along = torch.zeros(2, dtype=torch.float64)
+        for origin, u, v, point in _stretches(self.origin, self.first, self.second, weights):
+            step, axes = point - origin, (u, v)
+            for i in range(2):
+                along[i] += float(axes[i].dot(step))
+                for k in range(2):
+                    gram[i, k] += float(axes[i].dot(axes[k]))
+        lengths = gram.diagonal().sqrt()
+        lengths = torch.where(lengths > 0, lengths, 1)
+        cosines = gram / torch.outer(lengths, lengths)
+        solve = torch.linalg.pinv(cosines, rtol=_PARALLEL, hermitian=True)
+        x, y = (solve @ (along / lengths) / lengths).tolist()
+        square = 0.0
+        for origin, u, v, point in _stretches(self.origin, self.first, self.second, weights):
+            rest = (point - origin).sub_(u, alpha=x).sub_(v, alpha=y)
+            square += float(rest.dot(rest))
+        return x, y, math.sqrt(square)
 
 
 def grid(points: int, low: float, high: float, *, include: Sequence[float] = ()) -> list[float]:
@@ -133,3 +351,21 @@ def grid(points: int, low: float, high: float, *, include: Sequence[float] = ())
     step = (last - first) / max(points - 1, 1)
     even = {float(first + i * step) for i in range(points)}
     return sorted(even | {float(x) for x in include if low <= x <= high})
+
+
+def _between(a: Tensor, b: Tensor, alpha: float, out: Tensor | None) -> Tensor:
+    """Computes (1 − α) a + α b from the nearer end."""
+    if alpha > 0.5:
+        a, b, alpha = b, a, 1 - alpha
+    if alpha == 0:
+        return a.clone() if out is None else out.copy_(a)
+    if alpha == 0.5:
+        # Both ends are as near, and neither may come first.
+        return torch.mul(a, 0.5, out=out).add_(b, alpha=0.5)
+    return torch.lerp(a, b, alpha, out=out)
+
+
+def _stretches(first: Weights, *others: Weights) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the same stretch of each point, in float64, over all names of the first."""
+    for name, tensor in first.items():
+        yield from pieces(tensor, *(other[name] for other in others))

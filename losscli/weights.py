@@ -15,18 +15,49 @@ from torch import Tensor
 
 from losscli.errors import UsageError
 
-__all__ = ["Weights", "choose", "cosine", "distance", "mismatches", "norm"]
+__all__ = [
+    "Weights",
+    "choose",
+    "cosine",
+    "distance",
+    "mismatches",
+    "norm",
+    "pieces",
+    "working_type",
+]
 
 Weights = Mapping[str, Tensor]
 
 _PIECE = 1 << 20
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yields the same stretch of each tensor, flattened, in float64."""
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Goes through tensors a piece at a time, for sums in float64.
+
+    Args:
+        *tensors: Tensors of one shape.
+
+    Yields:
+        The same stretch of each, flattened, in float64.
+    """
     flat = [(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in tensors]
     for start in range(0, flat[0].numel(), _PIECE):
         yield tuple(t[start : start + _PIECE].to(torch.float64) for t in flat)
+
+
+def working_type(*tensors: Tensor) -> torch.dtype:
+    """Finds the type that points between tensors are made in.
+
+    Args:
+        *tensors: The tensors, of any floating-point types.
+
+    Returns:
+        The widest of their types; float32 for half precision.
+    """
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def norm(weights: Weights, names: Iterable[str] | None = None) -> float:
@@ -43,7 +74,7 @@ def norm(weights: Weights, names: Iterable[str] | None = None) -> float:
         sum(
             float(x.dot(x))
             for name in (weights if names is None else names)
-            for (x,) in _pieces(weights[name])
+            for (x,) in pieces(weights[name])
         )
     )
 
@@ -61,7 +92,7 @@ def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> floa
     """
     total = 0.0
     for name in a if names is None else names:
-        for x, y in _pieces(a[name], b[name]):
+        for x, y in pieces(a[name], b[name]):
             d = y - x
             total += float(d.dot(d))
     return math.sqrt(total)
@@ -77,7 +108,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     Returns:
         ⟨a, b⟩ / (‖a‖ ‖b‖); nan where one of them is zero.
     """
-    product = sum(float(x.dot(y)) for x, y in _pieces(a, b))
+    product = sum(float(x.dot(y)) for x, y in pieces(a, b))
     lengths = norm({"": a}) * norm({"": b})
     return product / lengths if lengths else math.nan
 
