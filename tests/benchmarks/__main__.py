@@ -25,7 +25,7 @@ from losscli.models import MLP
 from tests.benchmarks import contenders
 from tests.benchmarks.contenders import Work
 from tests.benchmarks.draw import draw
-from tests.benchmarks.models import ResNet20
+from tests.benchmarks.models import GPT2, ResNet20
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -76,6 +76,37 @@ def compare(work: Work, them: Sequence[Contender], rounds: int) -> dict[str, Any
     return result
 
 
+def language(rounds: int) -> dict[str, Any]:
+    """A transformer of 124 M parameters on 64 sequences of 1,024 tokens, at 11 points."""
+    sequences, context, points = 64, 1024, 11
+    ends = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        ends.append(GPT2().to(DEVICE).state_dict())
+    tokens = torch.randint(50257, (sequences, context + 1), device=DEVICE)
+    alphas = torch.linspace(-0.5, 1.0, points, dtype=torch.float64).tolist()
+    work = Work(GPT2, *ends, tokens[:, :-1], tokens[:, 1:], alphas, batch=8)
+    found = compare(work, [contenders.losscli, contenders.by_hand], rounds)
+    operations = points * sequences * context * GPT2.products(context)
+    peak_rate = product_rate()
+    found["losscli"]["share_of_product_peak"] = operations / found["losscli"]["seconds"] / peak_rate
+    print(f"  peak {peak_rate / 1e12:.1f} TFLOP/s, share {found['losscli']}", flush=True)
+    return found
+
+
+def product_rate() -> float:
+    """Floating-point operations a second in one large float32 matrix product, the best of ten."""
+    size = 8192
+    a, b = (torch.rand(size, size, device=DEVICE) for _ in range(2))
+    best = 0.0
+    for _ in range(10):
+        begun = time.perf_counter()
+        torch.mm(a, b)
+        torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - begun))
+    return best
+
+
 def growth(rounds: int) -> dict[str, float]:
     """How the time grows with twice the points, and with twice the examples."""
 
@@ -83,9 +114,9 @@ def growth(rounds: int) -> dict[str, float]:
         return MLP("784-512-512-10")
 
     works = [
-        line(build, (8000, 784), 40),
-        line(build, (8000, 784), 80),
-        line(build, (16000, 784), 40),
+        line(build, (16_000, 784), 50),
+        line(build, (16_000, 784), 100),
+        line(build, (32_000, 784), 50),
     ]
     seconds: list[list[float]] = [[] for _ in works]
     for number in range(rounds + 1):
@@ -193,12 +224,17 @@ def main() -> None:
         },
         "mlp": compare(mlp, them, ARGUMENTS.rounds),
     }
-    print("ResNet-20, 2,000 examples, 11 points")
-    resnet = line(ResNet20, (2000, 3, 32, 32), 11)
+    # Minutes a round on two cores: fewer examples and rounds.
+    examples, points = (2_000, 11) if DEVICE.type == "cpu" else (10_000, 51)
+    print(f"ResNet-20, {examples:,} examples, {points} points")
+    resnet = line(ResNet20, (examples, 3, 32, 32), points)
     both = [contenders.losscli, contenders.by_hand, contenders.losscli_bfloat16]
-    # Minutes a round on two cores: fewer of them.
     found["resnet20"] = compare(resnet, both, max(1, ARGUMENTS.rounds // 3))
-    if DEVICE.type == "cpu":
+    found["resnet20_work"] = {"examples": examples, "points": points}
+    if DEVICE.type == "cuda":
+        print("GPT-2 of 124 M parameters, 64 × 1,024 tokens, 11 points")
+        found["gpt2"] = language(ARGUMENTS.rounds)
+    else:
         for name, measure in (("growth", growth), ("command", command)):
             print(name)
             found[name] = measure(ARGUMENTS.rounds)

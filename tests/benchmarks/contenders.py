@@ -19,7 +19,10 @@ from losscli.sweep import sweep
 
 @dataclass(frozen=True)
 class Work:
-    """A line to evaluate: a model, its two ends, a data set on its device, and the points."""
+    """A line to evaluate: a model, its two ends, a data set on its device, and the points.
+
+    ``batch`` is that of the loop written by hand.
+    """
 
     build: Callable[[], nn.Module]
     a: dict[str, Tensor]
@@ -27,6 +30,7 @@ class Work:
     inputs: Tensor
     targets: Tensor
     alphas: Sequence[float]
+    batch: int = 1000
 
     @property
     def device(self) -> torch.device:
@@ -65,11 +69,11 @@ def by_hand(work: Work) -> list[float]:
         torch._foreach_copy_(tensors, a)
         torch._foreach_lerp_(tensors, b, alpha)
         total = torch.zeros((), dtype=torch.float64, device=work.device)
-        for start in range(0, len(work.targets), 1000):
-            outputs = model(work.inputs[start : start + 1000])
-            targets = work.targets[start : start + 1000]
+        for start in range(0, len(work.targets), work.batch):
+            outputs = model(work.inputs[start : start + work.batch])
+            targets = work.targets[start : start + work.batch]
             total += F.cross_entropy(outputs, targets, reduction="sum")
-        found.append(total.item() / len(work.targets))
+        found.append(total.item() / work.targets.numel())
     return found
 
 

@@ -18,10 +18,17 @@ _NAMES = {
     "loss_landscapes": "loss-landscapes 3.0.6, one batch",
     "loss_landscape_3d": "loss-landscape-3d 0.1.3, DataLoader of 128",
 }
-_WORK = {
-    "mlp": "MLP 784-512-512-10, 10,000 examples, 51 points",
-    "resnet20": "ResNet-20, 2,000 images of 32×32, 11 points",
-}
+
+
+def _works(found: Mapping[str, Any]) -> dict[str, str]:
+    """The works that were measured, by their titles."""
+    size = found["resnet20_work"]
+    works = {
+        "mlp": "MLP 784-512-512-10, 10,000 examples, 51 points",
+        "resnet20": (f"ResNet-20, {size['examples']:,} images of 32×32, {size['points']} points"),
+        "gpt2": "GPT-2 of 124 M parameters, 64 × 1,024 tokens, 11 points",
+    }
+    return {work: title for work, title in works.items() if work in found}
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -34,7 +41,7 @@ def table(found: Mapping[str, Any]) -> str:
         "| work | with | seconds | times the loop |",
         "|---|---|---:|---:|",
     ]
-    for work, title in _WORK.items():
+    for work, title in _works(found).items():
         for row, (name, entry) in enumerate(found[work].items()):
             lines.append(
                 f"| {'' if row else title} | {_NAMES[name]} | {entry['seconds']:.2f} | "
@@ -46,8 +53,10 @@ def table(found: Mapping[str, Any]) -> str:
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """Draws the times as bars."""
     with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 11}):
-        figure = Figure(figsize=(8, 3.8), layout="constrained")
-        for axes, (work, title) in zip(figure.subplots(1, 2), _WORK.items(), strict=True):
+        works = _works(found)
+        figure = Figure(figsize=(4 * len(works), 3.8), layout="constrained")
+        panels = figure.subplots(1, len(works))
+        for axes, (work, title) in zip(panels, works.items(), strict=True):
             names = list(found[work])
             seconds = [found[work][name]["seconds"] for name in names]
             colours = ["#0072B2" if name.startswith("losscli") else "#B0B0B0" for name in names]

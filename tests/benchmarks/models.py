@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -39,3 +40,49 @@ class ResNet20(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(F.relu(self.norm(self.stem(x))))
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """Causal self-attention and a perceptron, each behind a LayerNorm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = nn.Linear(width, 3 * width)
+        self.mix = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.perceptron = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+        )
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.attention(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.mix(found.transpose(1, 2).flatten(2))
+        return x + self.perceptron(self.norm2(x))  # type: ignore[no-any-return]
+
+
+class GPT2(nn.Module):
+    """A transformer of the size of the smallest GPT-2: 124 M parameters, the head tied."""
+
+    def __init__(
+        self, words: int = 50257, context: int = 1024, width: int = 768, depth: int = 12
+    ) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, width)
+        self.places = nn.Embedding(context, width)
+        self.layers = nn.Sequential(*(Layer(width, width // 64) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.norm(self.layers(self.words(tokens) + self.places(places)))
+        # The scores of the words come second, as every loss of classes has it.
+        return F.linear(x, self.words.weight).transpose(1, 2)
+
+    @staticmethod
+    def products(tokens: int, words: int = 50257, width: int = 768, depth: int = 12) -> float:
+        """Floating-point operations in the matrix products of a token: a multiply and an add."""
+        return 2.0 * (depth * 12 * width**2 + words * width + depth * tokens * width)
