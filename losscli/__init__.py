@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from losscli.errors import LosscliError
     from losscli.results import Result
     from losscli.settings import Settings
-    from losscli.studies import export, inspect, interpolate
+    from losscli.studies import export, inspect, interpolate, plane, trajectory
     from losscli.table import Table
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "export",
     "inspect",
     "interpolate",
+    "plane",
+    "trajectory",
 ]
 
 _HOME = {
@@ -39,6 +41,8 @@ _HOME = {
     "export": "studies",
     "inspect": "studies",
     "interpolate": "studies",
+    "plane": "studies",
+    "trajectory": "studies",
 }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from losscli.errors import CheckpointError, MismatchError, OutputError, one_line
 from losscli.weights import Weights, mismatches
 
-__all__ = ["Checkpoint", "CheckpointFile", "read", "save", "tied"]
+__all__ = ["Checkpoint", "CheckpointFile", "in_folder", "read", "save", "tied"]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
 
@@ -150,6 +150,42 @@ class CheckpointFile:
             f"{self.name} holds several state dicts: {names}",
             f"Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",
         )
+
+
+def in_folder(name: str) -> list[str]:
+    """Lists the checkpoints in a folder.
+
+    Args:
+        name: A name as a user gives it.
+
+    Returns:
+        Its files with the suffixes of checkpoints in natural order, step-9 before step-10; none
+        where the name is not that of a folder.
+
+    Raises:
+        CheckpointError: It is a folder without such files, or cannot be read.
+    """
+    folder = Path(name)
+    try:
+        if not folder.is_dir():
+            return []
+        files = [
+            path
+            for path in folder.iterdir()
+            if path.suffix in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        ]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be read: {one_line(error)}") from None
+    if not files:
+        raise CheckpointError(
+            f"the folder {name} holds no checkpoints", f"Their names end in {', '.join(SUFFIXES)}"
+        )
+    return [str(path) for path in sorted(files, key=lambda path: _natural(path.name))]
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
 
 
 def read(name: str) -> CheckpointFile:

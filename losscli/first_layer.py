@@ -147,9 +147,11 @@ class Watch(TorchFunctionMode):
                 return None
         elif id(bias) in self._names:
             parts.append(bias)
-        elif bias is not None and not self._slice.barycentric:
-            return None
         ids = {id(part) for part in parts}
+        # What stays is part of every end whose coefficients sum to one; else of the first alone.
+        without: dict[int, Tensor | None] = {}
+        if func is not F.embedding and len(parts) == 1 and not self._slice.barycentric:
+            without = {id(bias): None}
         rest = [value for value in (*args, *kwargs.values()) if id(value) not in ids]
         # In two moving tensors a product is not affine.
         if self._uses(rest):
@@ -162,11 +164,14 @@ class Watch(TorchFunctionMode):
                     kwargs,
                     # In the type and the layout of the part that each stands in for.
                     {
-                        id(part): torch.empty_like(part).copy_(end[self._names[id(part)]])
-                        for part in parts
+                        **(without if k else {}),
+                        **{
+                            id(part): torch.empty_like(part).copy_(end[self._names[id(part)]])
+                            for part in parts
+                        },
                     },
                 )
-                for end in self._slice.ends
+                for k, end in enumerate(self._slice.ends)
             ]
             # Within functorch's transforms there is no memory to take out of them.
             for product in products:
@@ -193,9 +198,9 @@ def _with_tensors(
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    tensors: Mapping[int, Tensor],
+    tensors: Mapping[int, Tensor | None],
 ) -> Tensor:
-    """Makes a call with other tensors in the place of those with the given ids."""
+    """Makes a call with others in the place of the tensors with the given ids."""
     result: Tensor = func(
         *(tensors.get(id(value), value) for value in args),
         **{key: tensors.get(id(value), value) for key, value in kwargs.items()},

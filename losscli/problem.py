@@ -32,11 +32,20 @@ from losscli.models import MODELS
 from losscli.objective import Objective
 from losscli.settings import Buffers, DType, Settings
 from losscli.spec import Spec, call, look_up
-from losscli.weights import choose
+from losscli.weights import Weights, choose
 
 __all__ = ["Problem", "float32_precision", "prepare"]
 
+# Of so many checkpoints that do not match is told why.
+_TOLD = 5
+
 _METRIC_OF_TASK = {"classification": "accuracy", "regression": "none"}
+# Columns of some study's own.
+_COLUMNS = frozenset({
+    "alpha", "split", "loss", "loss_stderr", "slope", "curvature", "examples", "step", "checkpoint",
+    "projection", "residual", "distance", "turn_degrees", "x", "y", "off_plane",
+})  # fmt: skip
+
 _LOSS_OF_TASK = {"classification": "cross_entropy", "regression": "mse"}
 
 
@@ -55,21 +64,63 @@ class Problem:
 
     Attributes:
         objective: What is evaluated.
-        checkpoints: The checkpoints in the order named, their names those of the model.
-        moving: The tensors that move, each tied tensor under one name.
+        names: The checkpoints in their order, as named by the user.
+        first: The first of them, its names those of the model.
+        last: The last.
+        moving: The tensors that may move, each tied tensor under one name.
         fresh: Builds the model anew; None where it was given as a module.
         buffers: Those of the model's floating-point buffers that any choice of tensors names.
         provenance: Where all of it came from, for the summary.
         settings: The settings that it was made from.
+        read: Reads a checkpoint by its name.
     """
 
     objective: Objective
-    checkpoints: tuple[Checkpoint, ...]
+    names: tuple[str, ...]
+    first: Checkpoint
+    last: Checkpoint
     moving: tuple[str, ...]
     fresh: Callable[[], nn.Module] | None
     buffers: tuple[str, ...]
     provenance: Mapping[str, Any]
     settings: Settings
+    read: Callable[[str], Checkpoint]
+
+    def open(self, t: int) -> Checkpoint:
+        """Opens a checkpoint; only the first and the last are held.
+
+        Args:
+            t: Its place among the names.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            CheckpointError: It can no longer be read.
+            MismatchError: It is no longer what it was.
+        """
+        if t == 0:
+            return self.first
+        if t == len(self.names) - 1:
+            return self.last
+        return self.read(self.names[t])
+
+    @property
+    def origin(self) -> Weights:
+        """All tensors of the first checkpoint, but the buffers that stay at the last one's."""
+        kept = self.buffers if self.settings.buffers == "b" else ()
+        return {**self.first.weights, **{name: self.last.weights[name] for name in kept}}
+
+    def place(self, weights: Weights) -> Weights:
+        """Places a checkpoint: what may not move is the origin's.
+
+        Args:
+            weights: All tensors of a checkpoint.
+
+        Returns:
+            All tensors of the point that stands for it.
+        """
+        return {**self.origin, **{name: weights[name] for name in self.moving}}
 
 
 def prepare(names: Sequence[str], settings: Settings) -> Problem:
@@ -87,10 +138,9 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
     """
     _check(settings)
     device = _device(settings.device, settings.dtype)
-    files = {name: read(name) for name in names if not name.startswith("init:")}
-    first = next(iter(files.values()), None)
+    file = next((read(name) for name in names if not name.startswith("init:")), None)
     with torch.random.fork_rng(devices=[]):
-        found = _find("model", settings.model, first)
+        found = _find("model", settings.model, file)
         if found is None:
             raise UsageError(
                 "no model is named, neither by --model nor by the checkpoint's metadata nor by a "
@@ -99,9 +149,10 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
             )
         torch.manual_seed(settings.seed)
         model = _build(found)
-        checkpoints = _select(names, files, model, found)
-        data, data_spec = _data(settings, first)
-        loss, loss_spec = _loss(settings, first, data)
+        checkpoints = _Checkpoints(model, found)
+        entries, first, last = checkpoints.survey(names)
+        data, data_spec = _data(settings, file)
+        loss, loss_spec = _loss(settings, file, data)
         metrics = _metrics(settings, data)
     objective = Objective(
         model,
@@ -131,20 +182,20 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         "buffers": settings.buffers,
         "only": list(settings.only),
         "except": list(settings.except_),
-        "checkpoints": [
-            {"name": c.name, "path": str(c.path) if c.path else None, "sha256": c.sha256()}
-            for c in checkpoints
-        ],
+        "checkpoints": entries,
         "examples": {name: len(split) for name, split in data.splits.items()},
     }
     return Problem(
         objective,
-        checkpoints,
+        tuple(names),
+        first,
+        last,
         tuple(_moving(objective, buffers, settings)),
         None if isinstance(found.value, nn.Module) else lambda: _build(found),
         buffers,
         provenance,
         settings,
+        checkpoints.open,
     )
 
 
@@ -293,28 +344,53 @@ def _check_tensors(model: nn.Module, where: str) -> None:
             )
 
 
-def _select(
-    names: Sequence[str],
-    files: Mapping[str, CheckpointFile],
-    model: nn.Module,
-    found: _Found,
-) -> tuple[Checkpoint, ...]:
-    """Makes each file's names the model's; what does not match in any of them is one error."""
-    expected = model.state_dict()
-    checkpoints, wrong = [], []
-    for name in names:
-        try:
-            if name in files:
-                checkpoints.append(files[name].select(expected))
-            else:
-                checkpoints.append(_initialisation(name, found))
-        except MismatchError as error:
-            wrong.append(error.what)
-    if wrong:
-        raise MismatchError(
-            " | ".join(dict.fromkeys(wrong)), f"The model is {_text(found.value)}; choose with -m"
-        )
-    return tuple(checkpoints)
+class _Checkpoints:
+    """Opens checkpoints by their names, for one model."""
+
+    def __init__(self, model: nn.Module, found: _Found) -> None:
+        self._model = model
+        self._found = found
+
+    def open(self, name: str) -> Checkpoint:
+        """Opens one, its tensors under the model's names."""
+        with torch.random.fork_rng(devices=[]):
+            if name.startswith("init:"):
+                return _initialisation(name, self._found)
+            return read(name).select(self._model.state_dict())
+
+    def survey(self, names: Sequence[str]) -> tuple[list[dict[str, Any]], Checkpoint, Checkpoint]:
+        """Opens each in turn; what does not match in any of them is one error.
+
+        Args:
+            names: Their names.
+
+        Returns:
+            What the summary tells of each, and the first and the last of them.
+
+        Raises:
+            MismatchError: They do not have the model's tensors.
+        """
+        told: dict[str, dict[str, Any]] = {}
+        held: dict[str, Checkpoint] = {}
+        wrong: list[str] = []
+        for name in dict.fromkeys(names):
+            try:
+                checkpoint = self.open(name)
+            except MismatchError as error:
+                wrong.append(error.what)
+                continue
+            path = str(checkpoint.path) if checkpoint.path else None
+            told[name] = {"name": name, "path": path, "sha256": checkpoint.sha256()}
+            if name in {names[0], names[-1]}:
+                held[name] = checkpoint
+        if wrong:
+            wrong = list(dict.fromkeys(wrong))
+            more = f" | and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
+            raise MismatchError(
+                " | ".join(wrong[:_TOLD]) + more,
+                f"The model is {_text(self._found.value)}; choose with -m",
+            )
+        return [told[name] for name in names], held[names[0]], held[names[-1]]
 
 
 def _initialisation(name: str, found: _Found) -> Checkpoint:
@@ -367,7 +443,7 @@ def _metrics(settings: Settings, data: DataSet) -> dict[str, PerExample]:
         if value == "none":
             continue
         name = _column(value)
-        if name in metrics or name in {"alpha", "split", "loss", "loss_stderr"}:
+        if name in metrics or name in _COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
         metrics[name] = _per_example(_Found(value, trusted=True), METRICS, "metric")
     return metrics

@@ -8,7 +8,7 @@ from typing import Any
 
 from losscli.errors import printable
 
-__all__ = ["inspection", "interpolation", "plan"]
+__all__ = ["inspection", "interpolation", "plan", "plane", "trajectory"]
 
 
 def interpolation(summary: Mapping[str, Any]) -> str:
@@ -99,6 +99,119 @@ def _rise(split: Mapping[str, Any]) -> str:
     return "none among the points seen"
 
 
+def trajectory(summary: Mapping[str, Any]) -> str:
+    """Tells what a training path showed.
+
+    Args:
+        summary: The summary of a trajectory.
+
+    Returns:
+        Lines of text.
+    """
+    names = [printable(c["name"]) for c in summary["checkpoints"]]
+    path, moving = summary["path"], summary["moving"]
+    length, walked, farthest = path["length"], path["walked"], path["farthest"]
+    last = len(names) - 1
+    back = path["steps_back"]
+    off = farthest["residual"]
+    line = f"‖d‖ = {length:.4g} over {moving['values']:,} values"
+    walk = f"{_count(last, 'step')}, {walked:.4g} long: {walked / length:.3g} times the line"
+    far = f"r = {off:.4g}, {off / length:.2g} ‖d‖, at step {farthest['step']}"
+    rows = [
+        ("first", names[0]),
+        ("last", names[-1]),
+        ("straight line", f"{line} in {_count(moving['tensors'], 'tensor')}"),
+        ("path", walk),
+        ("farthest off", f"{far}, where p = {farthest['projection']:.3g}"),
+        (
+            "projection",
+            f"falls at {len(back)} of {_count(last, 'step')}" if back else "rises at every step",
+        ),
+    ]
+    if walks := summary["random_walks"]:
+        ends, strays = walks["length"], walks["largest_residual"]
+        rows.append((
+            "random walks",
+            f"end {ends:.4g} from the start and stray {strays:.4g} ({strays / ends:.2g} of that)",
+        ))
+    lines = [f"{label:<16}{text}" for label, text in rows]
+    for name, split in summary["splits"].items():
+        lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
+        found = [
+            ("loss, first", _number(split["loss_first"])),
+            ("loss, last", _number(split["loss_last"])),
+        ]
+        lowest = split["lowest"]
+        if lowest is None:
+            found.append(("lowest seen", "none: no checkpoint has a finite loss"))
+        else:
+            at = "" if lowest["step"] == last else f" ({printable(lowest['checkpoint'])})"
+            found.append((
+                "lowest seen",
+                f"{_number(lowest['loss'])} at step {lowest['step']} of {last}{at}",
+            ))
+        rises = split["rises"]
+        found.append((
+            "loss rises",
+            f"at {rises} of {_count(last, 'step')}" if rises else "at no step",
+        ))
+        beside = split.get("surface_lowest")
+        if beside:
+            where = f"p = {beside['projection']:.3g}, residual {beside['residual']:.3g}"
+            found.append(("on the surface", f"lowest {_number(beside['loss'])} at {where}"))
+        lines += [f"  {label:<16}{text}" for label, text in found]
+    return "\n".join(lines) + "\n"
+
+
+def plane(summary: Mapping[str, Any]) -> str:
+    """Tells what a plane showed.
+
+    Args:
+        summary: The summary of a plane.
+
+    Returns:
+        Lines of text.
+    """
+    names = [printable(c["name"]) for c in summary["checkpoints"]]
+    moving = summary["moving"]
+    letters = "ABC" if summary["plane"] == "points" else ""
+    if letters or len(names) == 1:
+        rows = [(letters[t : t + 1] or "at (0, 0)", name) for t, name in enumerate(names)]
+    else:
+        rows = [("first", names[0]), ("last, at (0, 0)", names[-1])]
+    for axis, letter in zip(summary["axes"], "xy", strict=True):
+        low, high = summary[f"{letter}_range"]
+        explained = axis["explained_variance"]
+        share = "" if explained is None else f", {explained:.1%} of the variance"
+        rows.append((letter, f"{axis['name']}{share}, from {low:g} to {high:g}"))
+    rows.append((
+        "moving",
+        f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}",
+    ))
+    if summary["plane"] == "pca":
+        rows.append(("off the plane", f"up to {summary['off_plane']:.4g}"))
+    lines = [f"{label:<16}{text}" for label, text in rows]
+    for name, split in summary["splits"].items():
+        lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
+        losses = split["checkpoints"]
+        if len(losses) <= len("ABC"):
+            told = [
+                (f"loss at {letters[t : t + 1] or '(0, 0)'}", _number(loss))
+                for t, loss in enumerate(losses)
+            ]
+        else:
+            told = [("loss, first", _number(losses[0])), ("loss, last", _number(losses[-1]))]
+        lowest = split["lowest"]
+        if lowest is None:
+            told.append(("lowest seen", "none: no point of the plane has a finite loss"))
+        else:
+            where = f"({lowest['x']:.4g}, {lowest['y']:.4g})"
+            told.append(("lowest seen", f"{_number(lowest['loss'])} at {where} of the plane"))
+            told.append(("highest seen", _number(split["highest_loss"])))
+        lines += [f"  {label:<16}{text}" for label, text in told]
+    return "\n".join(lines) + "\n"
+
+
 def plan(description: Mapping[str, Any]) -> str:
     """Tells what a run will do.
 
@@ -111,7 +224,7 @@ def plan(description: Mapping[str, Any]) -> str:
     d = description
     splits = ", ".join(f"{name} {count:,}" for name, count in d["examples"].items())
     rows = [
-        ("checkpoints", " → ".join(c["name"] for c in d["checkpoints"])),
+        ("checkpoints", _route([c["name"] for c in d["checkpoints"]])),
         ("model", d["model"]),
         ("data", f"{d['data']}: {splits} examples"),
         ("loss", ", ".join([d["loss"], *d["metrics"]])),
@@ -169,6 +282,13 @@ def _cell(cell: Any) -> str:
     if isinstance(cell, float):
         return f"{cell:.6g}"
     return f"{cell:,}" if isinstance(cell, int) else printable(str(cell))
+
+
+def _route(names: Sequence[str]) -> str:
+    """The names of a few checkpoints, or the ends of a long path."""
+    if len(names) <= 3:
+        return " → ".join(names)
+    return f"{names[0]} → … → {names[-1]}, {len(names)} in all"
 
 
 def _count(number: int, thing: str) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,12 @@ class Result:
     Attributes:
         table: One row for each evaluated point and split.
         summary: What was found and where it came from, made of JSON's types and floats.
+        more: Further tables, by the name that their files have: STEM.NAME.csv.
     """
 
     table: Table
     summary: Mapping[str, Any]
+    more: Mapping[str, Table] = field(default_factory=dict)
 
     def figure(self, *, log: bool = False) -> Figure:
         """Draws the result.
@@ -44,9 +46,9 @@ class Result:
             A matplotlib figure.
         """
         # matplotlib takes most of a second to import, and not every user wants a picture.
-        from losscli.figure import Curve, draw_interpolation
+        from losscli.figure import Run, draw
 
-        return draw_interpolation([Curve(self.table, self.summary)], log=log)
+        return draw([Run(self.table, self.summary, more=self.more)], log=log)
 
 
 def to_json(summary: Mapping[str, Any], *, indent: int | None = 2) -> str:
@@ -186,6 +188,8 @@ class Output:
             OutputError: A file cannot be written; then none is left behind.
         """
         contents = {self._file(".csv"): result.table.to_csv().encode()}
+        for name, table in result.more.items():
+            contents[self._file(f".{name}.csv")] = table.to_csv().encode()
         if self.figures:
             from losscli.figure import render
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -12,25 +13,26 @@ from losscli.geometry import Slice
 from losscli.objective import Evaluation, Objective
 from losscli.weights import Weights
 
-__all__ = ["check", "points_that_fit", "sweep", "sweep_plain"]
+__all__ = ["check", "points_that_fit", "settle", "sweep", "sweep_plain"]
+
+_T = TypeVar("_T")
 
 _CPU_STACK = 256 << 20
 _GPU_SHARE = 0.25
 
 
-def points_that_fit(objective: Objective, slice_: Slice) -> int:
+def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
     """Finds how many points may have their weights in memory at once.
 
     Args:
         objective: The objective.
-        slice_: The slice.
+        names: The tensors that move.
 
     Returns:
         At least 1; the weights of so many points take at most 256 MiB on a CPU, or a quarter of
         the free memory of a GPU.
     """
-    names = slice_.ends[0]
-    size = sum(objective.tensors[n].numel() * objective.tensors[n].element_size() for n in names)
+    size = sum(objective.tensors[name].nbytes for name in names)
     if objective.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(objective.device)
         budget = int(free * _GPU_SHARE)
@@ -39,27 +41,25 @@ def points_that_fit(objective: Objective, slice_: Slice) -> int:
     return max(1, budget // max(1, size))
 
 
-def check(
-    objective: Objective, weights: Weights, slice_: Slice, coordinates: Sequence[Sequence[float]]
-) -> None:
-    """Makes sure that all works together, and settles how points are evaluated.
-
-    Out of memory, the batch is halved.
+def check(objective: Objective, weights: Weights) -> None:
+    """Makes sure that model, loss and data work together; out of memory, the batch is halved.
 
     Args:
         objective: What will be evaluated.
-        weights: All tensors of the model; what the slice does not move stays loaded.
+        weights: All tensors of the model; what no slice moves stays loaded.
+    """
+    _halving(objective, lambda: objective.check(weights))
+
+
+def settle(objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]) -> None:
+    """Settles how points are evaluated; out of memory, the batch is halved.
+
+    Args:
+        objective: What will be evaluated.
         slice_: The slice.
         coordinates: The points.
     """
-    while True:
-        try:
-            objective.check(weights)
-            objective.settle(slice_, coordinates)
-        except (torch.OutOfMemoryError, MemoryError):
-            _halve_batch(objective)
-        else:
-            return
+    _halving(objective, lambda: objective.settle(slice_, coordinates))
 
 
 def sweep(
@@ -90,7 +90,7 @@ def sweep(
     Raises:
         OutOfMemoryError: One point and one example do not fit.
     """
-    chunk = min(chunk or points_that_fit(objective, slice_), max(1, len(coordinates)))
+    chunk = min(chunk or points_that_fit(objective, slice_.ends[0]), max(1, len(coordinates)))
     parts: list[dict[str, Evaluation]] = []
     done = 0
     while done < len(coordinates):
@@ -120,7 +120,7 @@ def sweep(
 
 def sweep_plain(
     objective: Objective,
-    checkpoints: Sequence[Weights],
+    checkpoints: Iterable[Weights],
     *,
     splits: Mapping[str, Split] | None = None,
     progress: Callable[[float], None] | None = None,
@@ -137,13 +137,22 @@ def sweep_plain(
         For each checkpoint and split the evaluation at this one point.
     """
     results: list[dict[str, Evaluation]] = []
-    while len(results) < len(checkpoints):
-        tell = _Tally(len(results), progress)
+    for weights in checkpoints:
+
+        def evaluate(weights: Weights = weights, done: int = len(results)) -> dict[str, Evaluation]:
+            return objective.plain(weights, splits, _Tally(done, progress).add)
+
+        results.append(_halving(objective, evaluate))
+    return results
+
+
+def _halving(objective: Objective, work: Callable[[], _T]) -> _T:
+    """Does some work, with half the batch whenever it is out of memory."""
+    while True:
         try:
-            results.append(objective.plain(checkpoints[len(results)], splits, tell.add))
+            return work()
         except (torch.OutOfMemoryError, MemoryError):
             _halve_batch(objective)
-    return results
 
 
 def _halve_batch(objective: Objective) -> None:

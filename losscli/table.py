@@ -15,7 +15,17 @@ __all__ = ["Cell", "Table"]
 Cell = float | int | str | None
 
 _TEXT = frozenset({"split", "checkpoint", "verdict", "tensor", "shape", "dtype"})
-_INTEGER = frozenset({"step", "examples", "values"})
+_INTEGER = frozenset({"step", "walk", "examples", "values"})
+
+# The columns that tell which command a table is of.
+_COMMANDS = {
+    "interpolate": ("alpha", "split", "loss", "loss_stderr"),
+    "trajectory": (
+        *("step", "checkpoint", "projection", "residual", "distance", "turn_degrees"),
+        *("split", "loss", "loss_stderr"),
+    ),
+    "plane": ("x", "y", "split", "loss", "loss_stderr"),
+}
 
 _CURE = "Give a CSV as losscli wrote it"
 
@@ -24,9 +34,9 @@ _CURE = "Give a CSV as losscli wrote it"
 class Table:
     """Named columns and rows of cells.
 
-    A column's name settles its type: ``split``, ``checkpoint`` and ``verdict`` are text, ``step``
-    and ``examples`` whole numbers, all others floats. ``None`` is an empty cell; among text, an
-    empty cell reads back as ``""``.
+    A column's name settles its type: ``split``, ``checkpoint`` and ``verdict`` are text, ``step``,
+    ``walk`` and ``examples`` whole numbers, all others floats. ``None`` is an empty cell; among
+    text, an empty cell reads back as ``""``.
 
     Attributes:
         columns: The names of the columns, each once.
@@ -48,6 +58,11 @@ class Table:
             The table.
         """
         return cls(tuple(columns), tuple(tuple(row) for row in rows))
+
+    @property
+    def command(self) -> str:
+        """The command whose table this is by its columns; empty where it is of none."""
+        return next((c for c, needed in _COMMANDS.items() if {*needed} <= {*self.columns}), "")
 
     def __getitem__(self, column: str) -> list[Cell]:
         index = self.columns.index(column)

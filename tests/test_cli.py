@@ -143,7 +143,7 @@ def test_plot_reads_stdin(folder: Path) -> None:
     ("content", "message"),
     [
         ("", "no header"),
-        ("a,b\r\n1,2\r\n", "no column 'alpha'"),
+        ("a,b\r\n1,2\r\n", "its columns are a, b"),
         ("alpha,split,loss,loss_stderr\r\n", "no rows"),
         ("alpha,split,loss,loss_stderr\r\n1,x\r\n", "record 2"),
         ("alpha,split,loss,loss_stderr\r\n1,x,y,z\r\n", "record 2"),

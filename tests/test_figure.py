@@ -6,7 +6,7 @@ matplotlib that drew them: another one measures letters differently, which moves
 little. After a change of the look on purpose, draw them anew, and look at them before they are
 committed::
 
-    LOSSCLI_REGENERATE_GOLDEN=1 pytest tests/test_figure.py -k golden
+    LOSSCLI_REGENERATE_GOLDEN=1 pytest tests/test_figure*.py -k golden
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from losscli.errors import UsageError
-from losscli.figure import Curve, draw_interpolation, render
+from losscli.figure import Run, draw_interpolation, render
 from losscli.table import Table
 
 GOLDEN = Path(__file__).parent / "golden"
 NAN, INF = math.nan, math.inf
 
 
-def stored(name: str, label: str = "") -> Curve:
+def stored(name: str, label: str = "") -> Run:
     """A run whose CSV and JSON are kept in the folder of golden pictures."""
     with (GOLDEN / f"{name}.csv").open(newline="", encoding="utf-8") as lines:
         table = Table.from_csv(lines, name)
     summary = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
-    return Curve(table, summary, label)
+    return Run(table, summary, label)
 
 
-def three() -> list[Curve]:
+def three() -> list[Run]:
     return [stored(f"three-{name}", name) for name in ("relu", "tanh", "sgd")]
 
 
@@ -69,7 +69,7 @@ def curve(
     stderr: float | None = 0.1,
     names: tuple[str, str] | None = None,
     **columns: list[float],
-) -> Curve:
+) -> Run:
     """A run of one split with these points of (alpha, loss)."""
     points = [(0.0, 2.0), (0.5, 1.0), (1.0, 0.5)] if points is None else points
     rows = [
@@ -78,7 +78,7 @@ def curve(
     ]
     table = Table.build(("alpha", "split", "loss", "loss_stderr", *columns), rows)
     summary: dict[str, Any] = {"loss": "mse", "checkpoints": [{"name": n} for n in names or ()]}
-    return Curve(table, summary)
+    return Run(table, summary)
 
 
 def pixels(png: bytes) -> NDArray[np.float64]:
@@ -142,9 +142,8 @@ def legend(figure: Figure) -> list[str]:
     return [t.get_text() for t in figure.legends[0].get_texts() if t.get_text()]
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_golden(name: str) -> None:
-    png = render(PICTURES[name](), ".png")
+def check_golden(name: str, figure: Figure) -> None:
+    png = render(figure, ".png")
     golden = GOLDEN / f"{name}.png"
     if os.environ.get("LOSSCLI_REGENERATE_GOLDEN"):
         keep(png, golden)
@@ -155,6 +154,11 @@ def test_golden(name: str) -> None:
     assert difference(png, golden.read_bytes()) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", PICTURES)
+def test_golden(name: str) -> None:
+    check_golden(name, PICTURES[name]())
+
+
 def test_golden_comparison_notices_another_curve() -> None:
     smooth = stored("smooth")
     at = smooth.table.columns.index("loss")
@@ -162,7 +166,7 @@ def test_golden_comparison_notices_another_curve() -> None:
     rows = [
         (*row[:at], y, *row[at + 1 :]) for row, y in zip(smooth.table.rows, higher, strict=True)
     ]
-    changed = Curve(Table.build(smooth.table.columns, rows), smooth.summary)
+    changed = Run(Table.build(smooth.table.columns, rows), smooth.summary)
     png = render(draw_interpolation([changed]), ".png")
     assert difference(png, (GOLDEN / "smooth.png").read_bytes()) > TOLERANCE
 
@@ -328,8 +332,8 @@ def test_names_are_no_mathematics_and_no_control_characters() -> None:
         [(0.0, maths, 2.0, 0.1, NAN), (1.0, maths, 1.0, 0.1, 5.0), (1.0, control, NAN, 0.1, 5.0)],
     )
     summary = {"loss": maths, "checkpoints": [{"name": control}, {"name": evil}]}
-    one = draw_interpolation([Curve(table, summary)], title=maths)
-    other = draw_interpolation([Curve(table, {}, letters), Curve(table, {}, evil)], title=control)
+    one = draw_interpolation([Run(table, summary)], title=maths)
+    other = draw_interpolation([Run(table, {}, letters), Run(table, {}, evil)], title=control)
     for suffix in (".svg", ".pdf"):
         render(other, suffix)
     found = texts(one) + texts(other)
@@ -451,13 +455,13 @@ def test_metrics_have_panels_of_their_own() -> None:
 def test_sampled_runs_do_not_claim_a_number_of_examples() -> None:
     sampled = curve(examples=[5, 7, 9])
     summary = {"examples": {"train": 9}}
-    assert "train" in legend(draw_interpolation([Curve(sampled.table, summary)]))
-    assert "train (n = 9)" in legend(draw_interpolation([Curve(curve().table, summary)]))
+    assert "train" in legend(draw_interpolation([Run(sampled.table, summary)]))
+    assert "train (n = 9)" in legend(draw_interpolation([Run(curve().table, summary)]))
 
 
 ODD = {
     "nothing at all": [],
-    "no rows": [Curve(Table.build(("alpha", "split", "loss", "loss_stderr"), ()), {})],
+    "no rows": [Run(Table.build(("alpha", "split", "loss", "loss_stderr"), ()), {})],
     "all nan": [curve([(0.0, NAN), (1.0, NAN)], accuracy=[NAN, NAN])],
     "no alpha": [curve([(NAN, 1.0)])],
     "a point": [curve([(0.3, 1.5)])],

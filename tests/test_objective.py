@@ -177,8 +177,8 @@ def test_a_first_layer_is_shared_where_its_input_is_the_same_at_all_points(
     assert calls == weights + (len(ALPHAS) - watched if shared else 0)
 
 
-# What vmap does one by one (the kernels of attention and LSTM on a CPU) or cannot do: weights folded into others,
-# gradients in the forward pass, other threads.
+# What vmap does one by one (the kernels of attention and LSTM on a CPU) or cannot do: weights
+# folded into others, gradients in the forward pass, other threads.
 REFUSED = {"attention-tied", "lstm", "folding", "differentiating", "threaded"}
 
 
@@ -335,7 +335,7 @@ def test_plain_evaluation_halves_its_batch_too(monkeypatch: pytest.MonkeyPatch) 
 
 def test_checks_halve_their_batch_too(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = objective_of(CASES[0], batch_size=8)
-    a, line = line_of(CASES[0])
+    a, _ = line_of(CASES[0])
     tried = []
 
     def checking(*_: object) -> None:
@@ -344,7 +344,7 @@ def test_checks_halve_their_batch_too(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("on purpose")
 
     monkeypatch.setattr(objective, "check", checking)
-    check(objective, a, line, [(x,) for x in ALPHAS])
+    check(objective, a)
     assert tried == [8, 4, 2]
 
 

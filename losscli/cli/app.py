@@ -10,7 +10,9 @@ from losscli._version import __version__
 from losscli.cli.catalogue import catalogue
 from losscli.cli.files import export, inspect
 from losscli.cli.interpolate import interpolate
+from losscli.cli.plane import plane
 from losscli.cli.plot import plot
+from losscli.cli.trajectory import trajectory
 
 __all__ = ["app"]
 
@@ -40,6 +42,8 @@ def _root(
 
 
 app.command("interpolate")(interpolate)
+app.command("trajectory")(trajectory)
+app.command("plane")(plane)
 app.command("plot")(plot)
 app.command("inspect")(inspect)
 app.command("export")(export)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from losscli import report
+from losscli.cli.carry import carry_out
 from losscli.cli.options import Write, with_console, with_output, with_settings
 from losscli.console import Console
-from losscli.results import to_json
 from losscli.settings import Settings
+
+if TYPE_CHECKING:
+    from losscli.studies import Study
 
 __all__ = ["interpolate"]
 
@@ -57,27 +59,10 @@ def interpolate(
     Writes a CSV, a picture and a JSON summary, and prints what was seen: the losses at both ends,
     the lowest point, the barrier, the largest rise, local minima of the curve.
     """
-    output = write.plan("interpolate", [a, b])
-    from losscli.studies import Interpolation
 
-    with console.guard_stdout():
-        plan = Interpolation.plan(a, b, settings, points=points, range_=range_)
-    if write.dry_run:
-        description = plan.describe()
-        console.result(f"{to_json(description)}\n" if write.json else report.plan(description))
-        return
-    if output is not None:
-        output.guard(plan.identity)
-    with console.guard_stdout(), console.progress(plan.evaluations, "points") as tell:
-        result = plan.run(tell)
-    for note in result.summary["notes"]:
-        console.note(note)
-    if output is None:
-        console.result(result.table.to_csv())
-        return
-    files = output.write(result, log=write.log)
-    if write.json:
-        console.result(f"{to_json(result.summary, indent=None)}\n")
-    else:
-        console.result(report.interpolation(result.summary))
-    console.note(f"wrote {', '.join(map(str, files))}")
+    def plan() -> Study:
+        from losscli.studies import Interpolation
+
+        return Interpolation.plan(a, b, settings, points=points, range_=range_)
+
+    carry_out("interpolate", [a, b], plan, write, console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,7 +128,7 @@ _SETTINGS: dict[str, Any] = {
         _option(
             _MOVES,
             "Floating-point buffers (BatchNorm statistics) move with the parameters (interpolate, "
-            "the default), or stay at one end's.",
+            "the default), or stay at those of the first (a) or the last (b) checkpoint.",
             "--buffers",
         ),
     ],
@@ -136,14 +136,19 @@ _SETTINGS: dict[str, Any] = {
         list[str] | None,
         _option(
             _MOVES,
-            "Repeatable. Only these tensors move, others stay at A.",
+            "Repeatable. Only these tensors move, others stay at those of the first checkpoint.",
             "--only",
             metavar="GLOB",
         ),
     ],
     "except_": Annotated[
         list[str] | None,
-        _option(_MOVES, "Repeatable. These tensors stay at A.", "--except", metavar="GLOB"),
+        _option(
+            _MOVES,
+            "Repeatable. These tensors stay at those of the first checkpoint.",
+            "--except",
+            metavar="GLOB",
+        ),
     ],
 }
 
@@ -224,7 +229,7 @@ class Write:
         """Whether the CSV goes to stdout and no file is written."""
         return self.out == "-"
 
-    def plan(self, command: str, names: list[str]) -> Output | None:
+    def plan(self, command: str, names: Sequence[str]) -> Output | None:
         """Plans the files and makes sure that they can be written.
 
         Args:

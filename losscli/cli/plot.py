@@ -27,6 +27,14 @@ class _Run:
     table: Table
     summary: dict[str, Any]
     label: str
+    more: dict[str, Table]
+
+
+_FURTHER = {
+    "surface": ("step", "projection", "residual", "split", "loss"),
+    "walk": ("walk", "step", "projection", "residual"),
+    "path": ("step", "checkpoint", "x", "y", "off_plane", "split", "loss"),
+}
 
 
 @with_console
@@ -79,17 +87,21 @@ def plot(
         raise UsageError("stdin can be read only once", "Give - once")
     runs = [_read(name, label[i] if label else "") for i, name in enumerate(csvs)]
     if terminal:
+        if {run.table.command for run in runs} != {"interpolate"}:
+            raise UsageError(
+                "a terminal shows the lines of interpolate alone", "Leave --terminal out"
+            )
         _draw_in_terminal(runs, console, log=log)
         return
     alone = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = Path(out or (alone.removesuffix(".csv") if alone else "plot"))
     output = Output.plan(stem, tuple(figure or ()), force=force)
-    from losscli.figure import Curve, draw_interpolation, render
+    from losscli.figure import Run, draw, render
 
-    curves = [Curve(run.table, run.summary, run.label) for run in runs]
+    drawable = [Run(run.table, run.summary, run.label, run.more) for run in runs]
     contents = {}
     for path in output.figures:
-        drawn = draw_interpolation(curves, title=title, log=log)
+        drawn = draw(drawable, title=title, log=log)
         contents[path] = render(drawn, path.suffix.lower())
         if not force and path.exists() and path.read_bytes() != contents[path]:
             raise OutputError(
@@ -102,32 +114,36 @@ def plot(
 def _read(name: str, label: str) -> _Run:
     if name == "-":
         text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
-        return _Run(_interpolation(Table.from_csv(io.StringIO(text, newline=""), "stdin"), "stdin"),
-                    {}, label)  # fmt: skip
+        table = Table.from_csv(io.StringIO(text, newline=""), "stdin")
+        return _Run(_checked(table, "stdin"), {}, label, {})
     path = Path(name)
+    table = _checked(_table(path), name)
+    summary = _summary(path, table.command)
+    return _Run(table, summary, label, _more(path, table.command, summary))
+
+
+def _table(path: Path) -> Table:
     try:
         # Spreadsheets put a mark before the first column.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            table = Table.from_csv(file, name)
+            return Table.from_csv(file, str(path))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "a name with a zero byte"
-        raise TableError(f"{name} cannot be read: {reason}") from None
-    return _Run(_interpolation(table, name), _summary(path), label)
+        raise TableError(f"{path} cannot be read: {reason}") from None
 
 
-def _interpolation(table: Table, name: str) -> Table:
-    missing = [c for c in ("alpha", "split", "loss", "loss_stderr") if c not in table.columns]
-    if missing:
+def _checked(table: Table, name: str) -> Table:
+    if not table.command:
         raise TableError(
-            f"{name} is no table that losscli wrote: it has no column {missing[0]!r}",
-            "Name the CSV of losscli interpolate",
+            f"{name} is no table that can be drawn: its columns are {', '.join(table.columns)}",
+            "Name the CSV of losscli interpolate, trajectory or plane",
         )
     if not table.rows:
         raise TableError(f"{name} has no rows")
     return table
 
 
-def _summary(path: Path) -> dict[str, Any]:
+def _summary(path: Path, command: str) -> dict[str, Any]:
     """Reads the summary beside a CSV; without one, the picture has no names to show."""
     try:
         summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -135,13 +151,33 @@ def _summary(path: Path) -> dict[str, Any]:
         return {}
     match summary:
         case {
-            "command": "interpolate",
-            "checkpoints": [{"name": str()}, {"name": str()}],
+            "command": str(made_by),
+            "checkpoints": [*checkpoints],
             "splits": dict(splits),
             "examples": dict(),
-        } if all(isinstance(split, dict) for split in splits.values()):
-            return dict(summary)
+        } if made_by == command:
+            named = all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in checkpoints)
+            if named and all(isinstance(split, dict) for split in splits.values()):
+                return dict(summary)
     return {}
+
+
+def _more(path: Path, command: str, summary: dict[str, Any]) -> dict[str, Table]:
+    """Reads the further tables of a run; without a summary, all that lie beside its CSV."""
+    known = {"trajectory": ("surface", "walk"), "plane": ("path",)}.get(command, ())
+    more = {}
+    for name in known:
+        beside = path.with_suffix(f".{name}.csv")
+        if name in summary.get("tables", known) and beside.exists():
+            table = _table(beside)
+            missing = [column for column in _FURTHER[name] if column not in table.columns]
+            if missing:
+                raise TableError(
+                    f"{beside} is not the {name} of {path}: it has no column {missing[0]!r}",
+                    f"Give {path} without it, or make both again",
+                )
+            more[name] = table
+    return more
 
 
 def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:

@@ -1,0 +1,90 @@
+"""Carrying out a study: plan, run, tell and write, the same for every command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from losscli import report
+from losscli.cli.options import Write
+from losscli.console import Console
+from losscli.errors import UsageError
+from losscli.results import to_json
+
+if TYPE_CHECKING:
+    from losscli.studies import Study
+
+__all__ = ["carry_out", "names_of"]
+
+_TOLD: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "interpolate": report.interpolation,
+    "trajectory": report.trajectory,
+    "plane": report.plane,
+}
+
+
+def carry_out(
+    command: str, names: Sequence[str], plan: Callable[[], Study], write: Write, console: Console
+) -> None:
+    """Carries out a study.
+
+    Args:
+        command: The command.
+        names: The checkpoints, for the default stem.
+        plan: Plans the study.
+        write: Where its result goes.
+        console: The streams.
+    """
+    # A long path is named after its ends.
+    output = write.plan(command, names if len(names) <= 3 else [names[0], names[-1]])
+    with console.guard_stdout():
+        study = plan()
+    if write.dry_run:
+        description = study.describe()
+        console.result(f"{to_json(description)}\n" if write.json else report.plan(description))
+        return
+    if output is not None:
+        output.guard(study.identity)
+    with console.guard_stdout(), console.progress(study.evaluations, "points") as tell:
+        result = study.run(tell)
+    for note in result.summary["notes"]:
+        console.note(note)
+    if output is None:
+        console.result(result.table.to_csv())
+        return
+    files = output.write(result, log=write.log)
+    if write.json:
+        console.result(f"{to_json(result.summary, indent=None)}\n")
+    else:
+        console.result(_TOLD[command](result.summary))
+    console.note(f"wrote {', '.join(map(str, files))}")
+
+
+def names_of(arguments: Sequence[str]) -> list[str]:
+    """Lists the checkpoints that arguments stand for.
+
+    Args:
+        arguments: Names; ``-`` for names on stdin, one a line; folders of checkpoints.
+
+    Returns:
+        The checkpoints in their order, those of a folder in natural order.
+
+    Raises:
+        UsageError: stdin is named twice.
+        CheckpointError: A folder holds no checkpoints.
+    """
+    from losscli.checkpoint import in_folder
+
+    if list(arguments).count("-") > 1:
+        raise UsageError("stdin can be read only once", "Give - once")
+    names: list[str] = []
+    for argument in arguments:
+        if argument == "-":
+            lines = sys.stdin.buffer.read().decode("utf-8", "surrogateescape").splitlines()
+            given = [line for line in lines if line.strip()]
+        else:
+            given = [argument]
+        for name in given:
+            names += in_folder(name) or [name]
+    return names

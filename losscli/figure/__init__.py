@@ -1,0 +1,46 @@
+"""Figures: tables in, a matplotlib Figure out, and its bytes; nothing is evaluated here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from losscli.errors import UsageError
+from losscli.figure.interpolation import draw_interpolation
+from losscli.figure.look import Run, render
+from losscli.figure.plane import draw_plane
+from losscli.figure.trajectory import draw_trajectory
+
+__all__ = ["Run", "draw", "draw_interpolation", "draw_plane", "draw_trajectory", "render"]
+
+
+def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
+    """Draws runs of one command.
+
+    Args:
+        runs: One or more.
+        title: Stands above the panels.
+        log: Makes the axis of the loss logarithmic.
+
+    Returns:
+        The figure, laid out and ready to `render`.
+
+    Raises:
+        UsageError: The runs are of several commands, or are several planes.
+    """
+    commands = {run.table.command for run in runs}
+    if len(commands) > 1:
+        raise UsageError(
+            f"tables of {' and '.join(sorted(commands))} have no axes in common",
+            "Lay tables of one command over each other",
+        )
+    (command,) = commands
+    if command == "plane":
+        if len(runs) > 1:
+            raise UsageError("one plane cannot be laid over another", "Give one CSV of a plane")
+        surface = bool(runs[0].summary.get("surface"))
+        return draw_plane(runs[0], title=title, log=log, surface=surface)
+    if command == "trajectory":
+        return draw_trajectory(runs, title=title, log=log)
+    return draw_interpolation(runs, title=title, log=log)

@@ -1,0 +1,273 @@
+"""The figure of ``losscli interpolate``: losses and metrics over the line from A to B."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
+
+from losscli.figure.lines import Series, draw_panel
+from losscli.figure.look import (
+    DASHES,
+    INCH,
+    INK,
+    SMALL,
+    STEPS,
+    Numbers,
+    Run,
+    add_legend,
+    add_notes,
+    add_title,
+    drawable,
+    end_names,
+    examples,
+    format_number,
+    freeze,
+    house_style,
+    loss_name,
+    plain,
+    run_colours,
+    run_names,
+    shorten,
+    stacked_panels,
+    text_width,
+)
+
+__all__ = ["draw_interpolation"]
+
+_KNOWN = frozenset({"alpha", "split", "loss", "loss_stderr", "slope", "curvature", "examples"})
+_FEW_LINES = 4  # the lowest points of so few are marked
+
+
+def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
+    """Draws losses, and metrics where there are any, over the line from A to B.
+
+    One colour a run, one line style a split, a band of one standard error to either side. What
+    cannot be drawn is left out of the lines, marked at the edge and counted in a note.
+
+    Args:
+        runs: The runs.
+        title: Stands above the panels.
+        log: Makes the axis of the loss logarithmic.
+
+    Returns:
+        The figure, laid out and ready to `render`.
+    """
+    with house_style():
+        splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+        metrics = list(dict.fromkeys(m for r in runs for m in r.table.columns if m not in _KNOWN))
+        figure, panels = stacked_panels(len(metrics))
+        names = run_names(runs)
+        series = _read(runs, names, splits)
+        view = _scale_alpha(panels[-1], series)
+
+        notes = [] if series else ["There are no points"]
+        notes += draw_panel(panels[0], series, "loss", log=log)
+        label = shorten(figure, f"loss{loss_name(runs)}", 190, 10)
+        axis = "mean over examples, log scale" if log else "mean over examples"
+        panels[0].set_ylabel(f"{label}\n{axis}")
+        lowest = _mark_lowest(panels[0], series, log=log)
+        notes += _swamped(series, view, log=log)
+        for axes, metric in zip(panels[1:], metrics, strict=True):
+            wide = _is_wide(series, metric)
+            notes += draw_panel(axes, series, metric, log=wide)
+            label = shorten(figure, plain(metric), 88, 10)
+            axes.set_ylabel(f"{label}\nlog scale" if wide else label)
+        panels[-1].set_xlabel("α:  θ(α) = A + α (B − A)")
+        figure.align_ylabels(panels)
+
+        add_legend(figure, _entries(runs, names, splits, series, lowest))
+        add_notes(panels[-1], notes)
+        if title:
+            add_title(figure, title)
+        ends = _mark_ends(panels, view, end_names(runs))
+        freeze(figure)
+        _name_ends(panels[0], ends)
+    return figure
+
+
+def _read(runs: Sequence[Run], names: Sequence[str], splits: Sequence[str]) -> list[Series]:
+    series = []
+    colours = run_colours(len(runs))
+    for number, run in enumerate(runs):
+        for place, split in enumerate(splits):
+            table = run.table.where("split", split)
+            alpha = np.array(table.floats("alpha"))
+            order = np.argsort(alpha, kind="stable")
+            order = order[np.isfinite(alpha[order])]
+            if not order.size:
+                continue
+            columns = [c for c in table.columns if c not in {"alpha", "split"}]
+            series.append(
+                Series(
+                    run=number,
+                    split=split,
+                    name=f"{names[number]}, {plain(split)}" if len(runs) > 1 else plain(split),
+                    colour=colours[number],
+                    dashes=DASHES[place % len(DASHES)],
+                    x=alpha[order],
+                    ends=np.isin(alpha[order], (0.0, 1.0)),
+                    values={c: np.array(table.floats(c))[order] for c in columns},
+                )
+            )
+    return series
+
+
+def _scale_alpha(axes: Axes, series: Sequence[Series]) -> tuple[float, float]:
+    """Sets the x axis to the points that there are; returns the first and the last α."""
+    alpha = np.concatenate([s.x for s in series]) if series else np.array([0.0, 1.0])
+    low, high = float(alpha.min()), float(alpha.max())
+    room = 0.02 * (high - low) or 0.05 * max(1.0, abs(low))
+    axes.set_xlim(low - room, high + room)
+    # Close to each other the points have long numbers, which need room.
+    close = high - low < 1e-3 * max(abs(low), abs(high))
+    axes.xaxis.set_major_locator(MaxNLocator(4 if close else "auto", steps=STEPS))
+    axes.xaxis.set_major_formatter(Numbers())
+    return low, high
+
+
+def _is_wide(series: Sequence[Series], column: str) -> bool:
+    """Whether a column goes over so many powers of ten that only a logarithmic axis shows it."""
+    values = np.concatenate([s[column] for s in series])
+    values = values[drawable(values, log=False)]
+    return bool(values.size and values.min() > 0 and values.max() > 1e3 * values.min())
+
+
+def _mark_lowest(
+    axes: Axes, series: Sequence[Series], *, log: bool
+) -> list[tuple[Series, float, float]]:
+    """Marks the lowest point of each curve, unless these are many, one is level or not drawn."""
+    lowest = []
+    for s in series if len(series) <= _FEW_LINES else ():
+        loss = np.where(drawable(s["loss"], log=False), s["loss"], np.nan)
+        finite = loss[np.isfinite(loss)]
+        if not finite.size or finite.min() == finite.max():
+            continue
+        at = int(np.nanargmin(loss))
+        if not drawable(loss, log=log)[at]:
+            continue
+        axes.plot(
+            s.x[at], loss[at], "D", mfc="white", mec=s.colour, mew=1.3, markersize=6, zorder=6
+        )
+        lowest.append((s, float(s.x[at]), float(loss[at])))
+    return lowest
+
+
+def _swamped(series: Sequence[Series], view: tuple[float, float], *, log: bool) -> list[str]:
+    """A note with the losses between A and B, where those outside press them flat."""
+    if log or not series or view[0] > 0 or view[1] < 1:
+        return []
+    alpha = np.concatenate([s.x for s in series])
+    loss = np.concatenate([s["loss"] for s in series])
+    alpha, loss = alpha[drawable(loss, log=False)], loss[drawable(loss, log=False)]
+    between = loss[(alpha >= 0) & (alpha <= 1)]
+    if not between.size or np.ptp(between) >= 0.03 * np.ptp(loss):
+        return []
+    low, high = format_number(float(between.min())), format_number(float(between.max()))
+    return [f"Between A and B the loss lies within {low} … {high}"]
+
+
+def _entries(
+    runs: Sequence[Run],
+    names: Sequence[str],
+    splits: Sequence[str],
+    series: Sequence[Series],
+    lowest: Sequence[tuple[Series, float, float]],
+) -> list[list[tuple[Artist, str]]]:
+    """What the legend holds: runs by their colour, splits by their dashes, and the other marks."""
+    several = len(runs) > 1
+    colours = run_colours(len(runs))
+    colour = colours[0] if len(runs) == 1 else INK
+    prefix = f"{plain(runs[0].label)}: " if len(runs) == 1 and runs[0].label else ""
+    marks: list[tuple[Artist, str]] = []
+    for place, split in enumerate(splits):
+        line = Line2D([], [], color=colour, linestyle=DASHES[place % len(DASHES)])
+        marks.append((line, prefix + plain(split) + examples(runs, split)))
+    if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series):
+        marks.append((Patch(color=colour, alpha=0.18, lw=0), "± one standard error"))
+    if lowest:
+        mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
+        marks.append((mark, _lowest_label(lowest, len(runs), len(splits))))
+    called = zip(colours, names, strict=True) if several else ()
+    return [[(Line2D([], [], color=colour), name) for colour, name in called], marks]
+
+
+def _lowest_label(lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int) -> str:
+    if runs > 1 or splits > 2:
+        return "lowest point"
+    parts = [
+        f"{plain(s.split)} " * (splits > 1) + f"{format_number(loss)} at α = {format_number(alpha)}"
+        for s, alpha, loss in lowest
+    ]
+    return f"lowest: {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class _End:
+    """A or B: where its line meets the upper edge, as a share of the width, and what to call it."""
+
+    place: float
+    text: Text
+    before: str
+    name: str
+    after: str
+
+
+def _mark_ends(
+    panels: Sequence[Axes], view: tuple[float, float], names: tuple[str, str]
+) -> list[_End]:
+    """Draws a line at A and at B where they are in view, and leaves room above for their names.
+
+    Args:
+        panels: All panels; the names go above the first.
+        view: The first and the last α.
+        names: What A and B are called; may be empty.
+
+    Returns:
+        A and B, to be named once the width of the panel is known.
+    """
+    axes, figure = panels[0], panels[0].figure
+    low, high = axes.get_xlim()
+    above = axes.transAxes + ScaledTranslation(0, 5 / INCH, figure.dpi_scale_trans)
+    ends = []
+    for alpha, letter, name in zip((0.0, 1.0), "AB", names, strict=True):
+        before, after = "← " * (alpha < view[0]), " →" * (alpha > view[1])
+        place = min(max((alpha - low) / (high - low), 0.0), 1.0)
+        if not before and not after:
+            for panel in panels:
+                panel.axvline(alpha, color="#9a9a9a", lw=0.9, zorder=1.5)
+        text = axes.text(place, 1, letter, fontsize=SMALL, transform=above)
+        before += f"{letter}  " if name else letter
+        ends.append(_End(place, text, before, name, after))
+    return ends
+
+
+def _name_ends(axes: Axes, ends: Sequence[_End]) -> None:
+    """Names A and B above their lines, side by side: moved and shortened as far as they must be."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    room = axes.get_window_extent().width / figure.dpi * INCH
+    gap = 14.0
+    full = [text_width(figure, end.before + end.name + end.after) for end in ends]
+    for end, other in zip(ends, reversed(full), strict=True):
+        fits = max((room - gap) / 2, room - gap - other)
+        frame = text_width(figure, end.before + end.after)
+        end.text.set_text(end.before + shorten(figure, end.name, fits - frame) + end.after)
+    a, b = (text_width(figure, end.text.get_text()) for end in ends)
+    left = min(max(ends[0].place * room - a / 2, 0), room - a)
+    right = min(max(ends[1].place * room - b / 2, 0), room - b)
+    if (overlap := left + a + gap - right) > 0:
+        left = max(0, left - overlap / 2)
+        right = min(left + a + gap, room - b)
+        left = min(left, right - gap - a)
+    ends[0].text.set_x(left / room)
+    ends[1].text.set_x(right / room)

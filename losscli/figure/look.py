@@ -1,0 +1,527 @@
+"""What all figures share: the style, words and numbers, axes, colours, legends and notes."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import textwrap
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import (
+    Formatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
+from numpy.typing import NDArray
+
+from losscli.errors import UsageError
+from losscli.table import Table
+
+__all__ = [
+    "DASHES",
+    "INCH",
+    "INK",
+    "LARGEST",
+    "PALE",
+    "PALETTE",
+    "SMALL",
+    "SMALLEST",
+    "STEPS",
+    "WIDTH",
+    "Numbers",
+    "Run",
+    "add_legend",
+    "add_notes",
+    "add_title",
+    "checkpoint_names",
+    "count_points",
+    "drawable",
+    "end_names",
+    "examples",
+    "extent",
+    "format_number",
+    "freeze",
+    "grow",
+    "house_style",
+    "loss_name",
+    "plain",
+    "render",
+    "run_colours",
+    "run_names",
+    "scale_y",
+    "shorten",
+    "stacked_panels",
+    "text_width",
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a command, to be drawn.
+
+    Attributes:
+        table: Its rows, as in STEM.csv.
+        summary: Its JSON, or ``{}`` where only the CSV is at hand.
+        label: What to call it beside other runs; by default its first and last checkpoint.
+        more: Its further tables by the name in their file: ``surface`` for STEM.surface.csv.
+    """
+
+    table: Table
+    summary: Mapping[str, Any]
+    label: str = ""
+    more: Mapping[str, Table] = field(default_factory=dict)
+
+
+# --- The style -----------------------------------------------------------------------------------
+
+INK = "#262626"
+PALE = "#767676"
+_FAINT = "#e7e7e7"
+SMALL = 9.0  # points: legends, names, notes
+
+# Okabe & Ito's palette, which the colour-blind can tell apart, without its yellow: on white that
+# one cannot be seen.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES: tuple[Any, ...] = (
+    "solid",
+    (0, (5, 3)),
+    (0, (1, 1.5)),
+    (0, (6, 1.5, 1, 1.5)),
+    (0, (9, 2)),
+    (0, (3, 1.2, 1, 1.2, 1, 1.2)),
+)
+
+# Letters that DejaVu Sans, which comes with matplotlib, does not have are looked up in these,
+# where they are installed.
+_FURTHER_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Apple SD Gothic Neo",
+    "WenQuanYi Micro Hei",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+)
+
+_STYLE: Mapping[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": PALE,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelpad": 6,
+    "axes.labelsize": 10,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.dpi": 200,
+    "font.size": 10,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.7,
+    "legend.fontsize": SMALL,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+    # Type 3 fonts, the default, are turned away by many journals.
+    "pdf.fonttype": 42,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "losscli",
+    "text.color": INK,
+    # A checkpoint may be called "$x_1$"; that is a name, not mathematics.
+    "text.parse_math": False,
+    "xtick.color": PALE,
+    "xtick.labelcolor": INK,
+    "ytick.color": PALE,
+    "ytick.labelcolor": INK,
+}
+
+WIDTH = 7.2  # inches
+INCH = 72.0  # points
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Matplotlib's own defaults and this package's style, whatever the user's matplotlibrc says."""
+    with mpl.rc_context():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", mpl.MatplotlibDeprecationWarning)
+            # rc_context does not give the backend back.
+            mpl.rcParams.update({k: v for k, v in mpl.rcParamsDefault.items() if k != "backend"})
+        installed = set(fontManager.get_font_names())
+        further = [name for name in _FURTHER_FONTS if name in installed]
+        mpl.rcParams.update({**_STYLE, "font.family": ["DejaVu Sans", *further]})
+        with warnings.catch_warnings():
+            # What no font has is drawn as a box; no reason to stop, or to talk.
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
+            yield
+
+
+def render(figure: Figure, suffix: str) -> bytes:
+    """Writes a figure down.
+
+    Args:
+        figure: The figure, from this package.
+        suffix: The format, as a file's name ends: ``.png``, ``.svg`` or ``.pdf``.
+
+    Returns:
+        What the file is to hold. Equal figures give equal bytes.
+
+    Raises:
+        UsageError: The suffix is another one.
+    """
+    undated: dict[str, dict[str, Any]] = {
+        ".png": {},
+        ".svg": {"Date": None},
+        ".pdf": {"CreationDate": None},
+    }
+    kind = suffix.lower()
+    if kind not in undated:
+        raise UsageError(
+            f"a figure cannot be written as {suffix!r}"
+            if suffix
+            else "a figure's name has no ending",
+            f"End its name in {', '.join(list(undated)[:-1])} or {list(undated)[-1]}",
+        )
+    out = io.BytesIO()
+    with house_style():
+        figure.savefig(out, format=kind[1:], metadata=undated[kind])
+    return out.getvalue()
+
+
+# --- Words and numbers ---------------------------------------------------------------------------
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def plain(text: str) -> str:
+    """One line without control characters, lone surrogates and marks that reorder the text."""
+    letters = (
+        " " if letter.isspace() else "" if unicodedata.category(letter)[0] == "C" else letter
+        for letter in text
+    )
+    return " ".join("".join(letters).split())
+
+
+def text_width(figure: Figure, text: str, size: float = SMALL) -> float:
+    """The width of a line of text in points."""
+    artist = Text(0, 0, text, fontsize=size)
+    artist.set_figure(figure)
+    return artist.get_window_extent().width / figure.dpi * INCH
+
+
+def shorten(figure: Figure, text: str, width: float, size: float = SMALL) -> str:
+    """The end of a text, as much as fits: names differ in their ends, not in their folders."""
+    if text_width(figure, text, size) <= width:
+        return text
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if text_width(figure, "…" + text[-middle:], size) <= width:
+            fits = middle
+        else:
+            too_long = middle
+    return "…" + text[len(text) - fits :]
+
+
+def _scientific(value: float, digits: int) -> str:
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    power = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
+    mantissa = _trim(mantissa)
+    if mantissa in {"1", "−1"}:
+        return mantissa[:-1] + power
+    return f"{mantissa}×{power}"
+
+
+def _trim(text: str) -> str:
+    """Without the zeros that end a fraction, and with the sign that is as wide as a digit."""
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """A number in a sentence, to so many significant digits."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return _scientific(value, digits)
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    return _trim(f"{value:.{decimals}f}")
+
+
+class Numbers(Formatter):
+    """Tick labels in full, all of one form: no offset, no common factor in a corner, no mathtext.
+
+    Args:
+        log: The axis is logarithmic.
+        percent: The numbers are shares of one.
+    """
+
+    def __init__(self, *, log: bool = False, percent: bool = False) -> None:
+        self._log = log
+        self._scale, self._unit = (100, "%") if percent else (1, "")
+        self._scientific = False
+        self._digits = 0
+        self._trims = False
+
+    def set_locs(self, locs: Any) -> None:
+        """Chooses the form that all the ticks are written in."""
+        super().set_locs(locs)
+        values = [float(x) * self._scale for x in locs]
+        sizes = [abs(x) for x in values if x] or [1.0]
+        low, high = min(sizes), max(sizes)
+        # Powers of ten are read one by one, even steps in a column.
+        self._trims = self._log and high > 5 * low
+        self._scientific = not 1e-4 < high < 1e6 or (self._log and not 1e-3 <= low <= high < 1e5)
+        # A label may be off by a thousandth of the distance to the next one.
+        steps = [abs(b - a) for a, b in itertools.pairwise(values) if b != a] or [high]
+        slack = 1e-3 * (min(low, *steps) if self._log else min(steps))
+        form = "e" if self._scientific else "f"
+        fits = (
+            digits
+            for digits in range(15)
+            if all(abs(float(f"{x:.{digits}{form}}") - x) <= slack for x in values)
+        )
+        self._digits = next(fits, 15)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Writes one tick."""
+        del pos
+        if x == 0:
+            return "0" + self._unit
+        if self._scientific:
+            return _scientific(x * self._scale, self._digits + 1) + self._unit
+        text = f"{x * self._scale:.{self._digits}f}"
+        return (_trim(text) if self._trims else text.replace("-", "−")) + self._unit
+
+
+# --- Axes ----------------------------------------------------------------------------------------
+
+STEPS = [1, 2, 2.5, 5, 10]  # between ticks, up to powers of ten
+# Beyond these what matplotlib computes for an axis overflows or vanishes.
+LARGEST, SMALLEST = 1e200, 1e-200
+
+
+def stacked_panels(extra: int) -> tuple[Figure, list[Axes]]:
+    """A figure of one tall panel with ``extra`` lower ones below it that share its x axis."""
+    figure = Figure(figsize=(WIDTH, 3.7 + 1.35 * extra), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(
+        1 + extra, sharex=True, squeeze=False, height_ratios=[3.0] + [1.35] * extra
+    )[:, 0]
+    return figure, list(panels)
+
+
+def extent(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The lowest and the highest of some values; around a level line, a tenth of its height."""
+    low, high = float(values.min()), float(values.max())
+    size = max(abs(low), abs(high))
+    # What varies by less than a millionth is level: rounding errors are no landscape.
+    if high - low > max(1e-6 * size, SMALLEST):
+        return low, high
+    room = 0.05 * size if size > SMALLEST else 0.5
+    return low - room, high + room
+
+
+def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: bool = False) -> None:
+    """Sets scale, limits and ticks of a y axis that is to show all the values.
+
+    Args:
+        axes: Where.
+        values: All finite, and positive where ``log``; may be none.
+        log: Logarithmic.
+        fraction: The values are shares of one, to be written as percentages.
+    """
+    if not values.size:
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_locator(NullLocator())
+        return
+    low, high = extent(values)
+    if not log:
+        if fraction:
+            low, high = (0.0, 1.0) if high - low > 0.5 else (max(low, 0.0), min(high, 1.0))
+        room = 0.06 * (high - low)
+        axes.set_ylim(low - room, high + room)
+        axes.yaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+        axes.yaxis.set_major_formatter(Numbers(percent=fraction))
+        return
+    axes.set_yscale("log")
+    low, high = math.log10(low), math.log10(high)
+    room = 0.06 * (high - low)
+    axes.set_ylim(10 ** (low - room), 10 ** (high + room))
+    # Over a short range ticks at whole powers would be too few: even steps serve it better.
+    if high - low > 0.7:
+        decades = high - low
+        subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 3.5 else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+        axes.yaxis.set_minor_locator(LogLocator(subs="auto"))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(Numbers(log=True))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def run_colours(number: int) -> list[str]:
+    """One colour a run."""
+    if number <= len(PALETTE):
+        return list(PALETTE[:number])
+    # So many runs are told apart by their order, from dark to light.
+    return [to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0.0, 0.8, number))]
+
+
+def add_legend(figure: Figure, groups: Sequence[Sequence[tuple[Artist, str]]]) -> None:
+    """Lays the legend below the panels, in as few rows as may be; the figure grows by them.
+
+    Args:
+        figure: Where.
+        groups: Handles and labels; every group begins a row.
+    """
+    line, gap = 29.0, 14.0
+    available = figure.get_figwidth() * INCH - 24
+    blank = (0.0, Line2D([], [], ls="none"), "")
+    entries: list[list[tuple[float, Artist, str]]] = []
+    for group in groups:
+        labels = [shorten(figure, label, available - line) for _, label in group]
+        handles = [handle for handle, _ in group]
+        widths = [text_width(figure, label) + line for label in labels]
+        entries.append(list(zip(widths, handles, labels, strict=True)))
+    best: list[list[tuple[float, Artist, str]]] = []
+    for columns in range(1, max(map(len, entries), default=0) + 1):
+        rows = []
+        for entry in entries:
+            cells = entry + [blank] * (-len(entry) % columns)
+            rows += [cells[k : k + columns] for k in range(0, len(cells), columns)]
+        wide = sum(max(width for width, _, _ in column) for column in zip(*rows, strict=True))
+        fits = wide + gap * (columns - 1) <= available
+        if not best or (fits and len(rows) < len(best)):
+            best = rows
+    if not best:
+        return
+    # Matplotlib fills a legend column by column.
+    cells = [cell for column in zip(*best, strict=True) for cell in column]
+    figure.legend(
+        [handle for _, handle, _ in cells],
+        [label for _, _, label in cells],
+        loc="outside lower center",
+        ncols=len(best[0]),
+        frameon=False,
+        handlelength=2.5,
+        handletextpad=0.7,
+        columnspacing=gap / SMALL,
+        borderpad=0,
+        borderaxespad=0.3,
+    )
+    grow(figure, 0.19 * len(best))
+
+
+def grow(figure: Figure, inches: float) -> None:
+    """Makes a figure higher."""
+    figure.set_figheight(figure.get_figheight() + inches)
+
+
+def add_notes(axes: Axes, notes: Sequence[str]) -> None:
+    """Writes sentences below the label of the x axis; the figure grows by their lines."""
+    lines = [line for note in notes for line in textwrap.wrap(note, 100)]
+    if not lines:
+        return
+    axes.annotate(
+        "\n".join(lines),
+        xy=(0, 0),
+        xycoords=("axes fraction", axes.xaxis.label),
+        xytext=(0, -6),
+        textcoords="offset points",
+        va="top",
+        fontsize=SMALL - 0.5,
+        color=PALE,
+        linespacing=1.25,
+        annotation_clip=False,
+    )
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    grow(figure, 0.16 * len(lines) + 0.05)
+
+
+def freeze(figure: Figure) -> None:
+    """Lays the figure out once and for all, so that every rendering of it is the same."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """What to call each run: its label, or its first and last checkpoint."""
+    names = []
+    for number, run in enumerate(runs, start=1):
+        checkpoints = checkpoint_names(run)
+        ends = " → ".join([*checkpoints[:1], *checkpoints[1:][-1:]])
+        names.append(plain(run.label) or ends or f"run {number}")
+    return names
+
+
+def checkpoint_names(run: Run) -> list[str]:
+    """The names of the checkpoints, where they are known."""
+    checkpoints = run.summary.get("checkpoints", ())
+    return [plain(str(checkpoint.get("name", ""))) for checkpoint in checkpoints]
+
+
+def end_names(runs: Sequence[Run]) -> tuple[str, str]:
+    """The names of A and B where all runs share them, else none."""
+    pairs = {tuple(checkpoint_names(run)) for run in runs}
+    names = pairs.pop() if len(pairs) == 1 else ()
+    return names if len(names) == 2 else ("", "")
+
+
+def loss_name(runs: Sequence[Run]) -> str:
+    """The name of the loss in brackets, where all runs share it."""
+    names = {plain(str(run.summary["loss"])) for run in runs if "loss" in run.summary}
+    return f" ({names.pop()})" if len(names) == 1 else ""
+
+
+def drawable(values: NDArray[np.float64], *, log: bool) -> NDArray[np.bool_]:
+    """Which values an axis can show."""
+    shown = np.isfinite(values) & (np.abs(values) < LARGEST)
+    return shown & (values > SMALLEST) if log else shown
+
+
+def count_points(counts: Sequence[tuple[int, str]]) -> str:
+    """For example: 3 points of train and 1 point of test are."""
+    parts = [f"{number} point{'s' * (number > 1)} of {name}" for number, name in counts]
+    text = " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+    return f"{text} {'is' if [n for n, _ in counts] == [1] else 'are'}"
+
+
+def examples(runs: Sequence[Run], split: str) -> str:
+    """The number of examples of a split, where it is one number."""
+    numbers = {run.summary.get("examples", {}).get(split) for run in runs}
+    if len(numbers) != 1 or any("examples" in run.table.columns for run in runs):
+        return ""
+    number = numbers.pop()
+    return f" (n = {number})" if number else ""
+
+
+def add_title(figure: Figure, title: str) -> None:
+    """Puts a title above the panels; the figure grows by its lines."""
+    lines = textwrap.wrap(plain(title), 66)
+    figure.suptitle("\n".join(lines), x=0.02, ha="left", fontsize=13)
+    grow(figure, 0.24 * len(lines))

@@ -1,0 +1,386 @@
+"""Planes: through three checkpoints, along random directions, or the one a path lies closest to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from losscli.datasets import Split
+from losscli.directions import random_directions
+from losscli.errors import UsageError
+from losscli.geometry import Span, Triangle, grid
+from losscli.paths import principal_axes
+from losscli.problem import Problem, float32_precision, prepare
+from losscli.results import Result
+from losscli.sampling import Estimate, grow
+from losscli.settings import Settings
+from losscli.studies.study import Study, count, moving_along
+from losscli.sweep import check, settle, sweep, sweep_plain
+from losscli.table import Table
+from losscli.weights import Weights
+
+__all__ = ["Plane", "plane"]
+
+# What is left free around the checkpoints, as a share of the box they lie in.
+_MARGIN = 0.25
+
+# The least height of that box as a share of its width, so that a picture is no thread.
+_THINNEST = 0.2
+
+_NORMALISATION = (
+    nn.modules.batchnorm._NormBase,  # batch and instance normalisation
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+
+
+def plane(
+    names: Sequence[str],
+    *,
+    pca: bool = False,
+    points: int = 31,
+    range: tuple[float, float] | None = None,  # noqa: A002 - the option's name
+    surface: bool = False,
+    progress: Callable[[float], None] | None = None,
+    **settings: Any,
+) -> Result:
+    """Evaluates the loss in a plane of weight space.
+
+    Of one checkpoint: along two random directions, filter-normalised (Li et al. 2018, arXiv
+    1712.09913). Of three: through all of them, on orthonormal axes (Garipov et al. 2018, arXiv
+    1802.10026). Of a path, with ``pca``: along its first two principal components.
+
+    Args:
+        names: The checkpoints.
+        pca: Whether they are a path, three or more, whose plane is that of most variance.
+        points: Values of each coordinate.
+        range: The lowest and the highest value of both coordinates; by default the box that holds
+            the checkpoints and a margin, or −1 to 1 for random directions.
+        surface: Whether the picture shows the surface in three dimensions too.
+        progress: Called with the number of points done so far.
+        **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
+
+    Returns:
+        The result: its table has a row for each point and split, ``more["path"]`` one for each
+        checkpoint and split, with its true loss and its distance from the plane.
+
+    Raises:
+        LosscliError: Something is missing, broken or does not fit.
+    """
+    plan = Plane.plan(
+        names, Settings(**settings), pca=pca, points=points, range_=range, surface=surface
+    )
+    return plan.run(progress)
+
+
+@dataclass(frozen=True)
+class Plane(Study):
+    """A plane that is ready to be evaluated.
+
+    Attributes:
+        slice_: The plane, its tensors where the checkpoints are.
+        kind: ``random``, ``points`` or ``pca``.
+        axes: What the axes are, and the share of the variance that each explains.
+        places: Of each checkpoint its x, its y and its distance from the plane.
+        xs: The values of x, rising.
+        ys: The values of y, rising.
+        surface: Whether the picture shows the surface in three dimensions.
+    """
+
+    command = "plane"
+
+    slice_: Triangle | Span
+    kind: str
+    axes: tuple[Mapping[str, Any], Mapping[str, Any]]
+    places: tuple[tuple[float, float, float], ...]
+    xs: tuple[float, ...]
+    ys: tuple[float, ...]
+    surface: bool
+
+    @classmethod
+    def plan(
+        cls,
+        names: Sequence[str],
+        settings: Settings,
+        *,
+        pca: bool,
+        points: int,
+        range_: tuple[float, float] | None,
+        surface: bool,
+    ) -> Plane:
+        """Reads and matches everything, lays the plane, and evaluates nothing.
+
+        Args:
+            names: The checkpoints.
+            settings: The settings.
+            pca: Whether they are a path.
+            points: Values of each coordinate.
+            range_: The lowest and the highest value of both coordinates.
+            surface: Whether the picture will show the surface.
+
+        Returns:
+            The plan.
+
+        Raises:
+            LosscliError: Something is missing, broken or does not fit.
+        """
+        begun = time.perf_counter()
+        if len(names) < 3 if pca else len(names) not in {1, 3}:
+            needs = "with --pca three checkpoints or more" if pca else "one checkpoint or three"
+            raise UsageError(
+                f"plane needs {needs}, and got {len(names)}",
+                "Give a path's folder" if pca else "For the plane of a path, give --pca",
+            )
+        if points < 2:
+            raise UsageError(f"--points {points} is no plane", "Give 2 or more")
+        if range_ is not None:
+            grid(points, *range_)
+        problem = prepare(names, settings)
+        slice_: Triangle | Span
+        if len(names) == 1:
+            slice_, kind = _random(problem), "random"
+            axes = _axis("random direction 1"), _axis("random direction 2")
+        elif pca:
+            slice_, shares = _principal(problem)
+            kind = "pca"
+            axes = (
+                _axis("principal component 1", shares[0]),
+                _axis("principal component 2", shares[1]),
+            )
+        else:
+            moving = moving_along(problem)
+            a, b, c = (_chosen(problem.open(t).weights, moving) for t in (0, 1, 2))
+            slice_, kind = Triangle.through(a, b, c), "points"
+            axes = _axis("along B − A"), _axis("at right angles to B − A")
+        places = tuple(slice_.project(problem.open(t).weights) for t, _ in enumerate(names))
+        xs, ys = _grids(kind, places, points, range_)
+        return cls(
+            problem, tuple(slice_.ends[0]), begun, slice_, kind, axes, places, xs, ys, surface
+        )
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        """The plane's kind and its grid."""
+        return {"plane": self.kind, "xs": self.xs, "ys": self.ys}
+
+    @property
+    def slices(self) -> tuple[int, int]:
+        """One plane."""
+        return 1, len(self.xs) * len(self.ys)
+
+    @property
+    def evaluations(self) -> int:
+        """How many points a run evaluates: the grid and the checkpoints."""
+        return len(self.xs) * len(self.ys) + len(self.problem.names)
+
+    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+        """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep.
+
+        Args:
+            progress: Called with the number of points done so far.
+
+        Returns:
+            The result.
+
+        Raises:
+            LosscliError: The model or the loss fails on the data, gives two answers for one
+                point, or does not fit into the memory.
+        """
+        objective, settings = self.problem.objective, self.problem.settings
+        points = [(x, y) for y in self.ys for x in self.xs]
+        with float32_precision(tf32=settings.tf32):
+            swept = time.perf_counter()
+            here = self._here()
+            check(objective, self.problem.origin)
+            settle(objective, here, points)
+            difference = self._difference(here, points)
+            last = self.problem.place(self.problem.last.weights)
+            self.hold_against_fresh(last)
+            stays = self.whole_numbers(last, self.problem.last.weights)
+            found = grow(
+                objective.splits,
+                settings.sampling_error,
+                settings.seed,
+                lambda splits: self._evaluate(here, points, splits, progress or (lambda _: None)),
+            )
+            seconds = self.seconds(swept)
+        metrics = list(objective.metrics)
+        sampled = ["examples"] if settings.sampling_error is not None else []
+        own = len(self.problem.names)
+        table = Table.build(
+            ["x", "y", "split", "loss", "loss_stderr", *metrics, *sampled],
+            (
+                [
+                    *point,
+                    name,
+                    *estimate.row(own + i, metrics),
+                    *(estimate.examples for _ in sampled),
+                ]
+                for i, point in enumerate(points)
+                for name, estimate in found.items()
+            ),
+        )
+        path = Table.build(
+            ["step", "checkpoint", "x", "y", "off_plane", "split", "loss"],
+            (
+                [t, checkpoint, *place, name, float(estimate.mean[t])]
+                for t, (checkpoint, place) in enumerate(
+                    zip(self.problem.names, self.places, strict=True)
+                )
+                for name, estimate in found.items()
+            ),
+        )
+        examples = {name: estimate.examples for name, estimate in found.items()}
+        splits = {name: self._found(points, e.mean.tolist()) for name, e in found.items()}
+        summary = {
+            **self.origin(),
+            "tables": ["path"],
+            "plane": self.kind,
+            "axes": [dict(axis) for axis in self.axes],
+            "surface": self.surface,
+            "x_range": [self.xs[0], self.xs[-1]],
+            "y_range": [self.ys[0], self.ys[-1]],
+            "examples": examples,
+            "off_plane": max(off for *_, off in self.places),
+            "splits": splits,
+            "endpoint_difference": difference,
+            "notes": [*stays, *self._notes(splits), *self.sampled(examples)],
+            "seconds": seconds,
+        }
+        return Result(table, summary, {"path": path})
+
+    def _here(self) -> Triangle | Span:
+        """The plane on the device."""
+        a, b, c = (self.on_device(end) for end in self.slice_.ends)
+        if isinstance(self.slice_, Triangle):
+            return Triangle(a, b, c, self.slice_.corner_b, self.slice_.corner_c)
+        return Span(a, b, c)
+
+    def _difference(self, here: Triangle | Span, points: Sequence[tuple[float, float]]) -> float:
+        problem = self.problem
+        if isinstance(here, Triangle):
+            corners = [(0.0, 0.0), (here.corner_b, 0.0), here.corner_c]
+            anchors = [
+                (corner, problem.place(problem.open(t).weights)) for t, corner in enumerate(corners)
+            ]
+        else:
+            anchors = [((0.0, 0.0), problem.place(problem.last.weights))]
+        # Enough of the grid that a first layer is shared.
+        return self.meets(here, anchors, points[:: max(1, len(points) // 4)])
+
+    def _evaluate(
+        self,
+        here: Triangle | Span,
+        points: Sequence[tuple[float, float]],
+        splits: Mapping[str, Split],
+        tell: Callable[[float], None],
+    ) -> dict[str, Estimate]:
+        """Evaluates all checkpoints, then the grid."""
+        objective, names = self.problem.objective, self.problem.names
+        checkpoints = sweep_plain(
+            objective,
+            (self.problem.place(self.problem.open(t).weights) for t, _ in enumerate(names)),
+            splits=splits,
+            progress=tell,
+        )
+        found = sweep(
+            objective,
+            here,
+            points,
+            splits=splits,
+            progress=lambda done: tell(len(names) + done),
+        )
+        # Of each point no more than means is kept.
+        return {
+            name: Estimate.join([
+                Estimate.of_evaluation(part[name]) for part in (*checkpoints, found)
+            ])
+            for name in splits
+        }
+
+    def _found(
+        self, points: Sequence[tuple[float, float]], losses: Sequence[float]
+    ) -> dict[str, Any]:
+        """Tells what was found on one split."""
+        own = len(self.problem.names)
+        plane_ = losses[own:]
+        finite = [i for i, loss in enumerate(plane_) if math.isfinite(loss)]
+        lowest = min(finite, key=plane_.__getitem__, default=None)
+        return {
+            "checkpoints": list(losses[:own]),
+            "lowest": None
+            if lowest is None
+            else {"x": points[lowest][0], "y": points[lowest][1], "loss": plane_[lowest]},
+            "highest_loss": max((plane_[i] for i in finite), default=None),
+            "not_finite": len(plane_) - len(finite),
+        }
+
+    def _notes(self, splits: Mapping[str, Any]) -> list[str]:
+        notes = [*self.kept(), *self.stored_types(self.problem.first.weights)]
+        for name, split in splits.items():
+            if number := split["not_finite"]:
+                notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
+        return notes
+
+
+def _axis(name: str, explained: float | None = None) -> Mapping[str, Any]:
+    return {"name": name, "explained_variance": explained}
+
+
+def _chosen(weights: Weights, names: Sequence[str]) -> Weights:
+    return {name: weights[name] for name in names}
+
+
+def _random(problem: Problem) -> Span:
+    """The plane along two random directions."""
+    still = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in problem.objective.model.named_modules()
+        if isinstance(module, _NORMALISATION)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    still.update(problem.buffers)
+    weights = problem.first.weights
+    u, v = random_directions(weights, problem.moving, still, problem.settings.seed)
+    names = [name for name in problem.moving if u[name].any() or v[name].any()]
+    return Span(*(_chosen(end, names) for end in (weights, u, v)))
+
+
+def _principal(problem: Problem) -> tuple[Span, tuple[float, float]]:
+    """The plane of the first two principal components, and what they explain."""
+    moving = moving_along(problem)
+    axes, shares = principal_axes(lambda t: problem.open(t).weights, len(problem.names), moving)
+    return Span(_chosen(problem.last.weights, moving), *axes), shares
+
+
+def _grids(
+    kind: str,
+    places: Sequence[tuple[float, float, float]],
+    points: int,
+    range_: tuple[float, float] | None,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The values of x and y: as asked for, or the box of the checkpoints and a margin."""
+    if range_ is None and kind == "random":
+        range_ = -1.0, 1.0
+    if range_ is not None:
+        values = tuple(grid(points, *range_))
+        return values, values
+    boxes = [(min(values), max(values)) for values in list(zip(*places, strict=True))[:2]]
+    widest = max(high - low for low, high in boxes)
+    grids = []
+    for low, high in boxes:
+        room = max(high - low, _THINNEST * widest)
+        middle, half = (low + high) / 2, (0.5 + _MARGIN) * room
+        grids.append(tuple(grid(points, _short(middle - half), _short(middle + half))))
+    return grids[0], grids[1]
+
+
+def _short(value: float) -> float:
+    """A value that nobody chose, to so many digits as can be read."""
+    return float(f"{value:.4g}")

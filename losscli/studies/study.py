@@ -1,0 +1,362 @@
+"""What all studies share: how they are told of, and how they check themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from losscli.datasets import Split
+from losscli.errors import CheckpointError, ModelError
+from losscli.geometry import Slice
+from losscli.objective import Objective
+from losscli.problem import Problem
+from losscli.results import Result
+from losscli.sweep import points_that_fit, sweep, sweep_plain
+from losscli.weights import Weights
+
+__all__ = ["Study", "count", "moving_along"]
+
+# Up to this size a second model is built, to hold the first against.
+_FRESH_BYTES = 64 << 20
+
+# How far the mean of a first batch may lie from that of the checkpoint loaded plainly.
+_TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
+
+
+@dataclass(frozen=True)
+class Study(ABC):
+    """A study that is ready to run: everything is read and matched, and nothing evaluated.
+
+    Attributes:
+        problem: The checkpoints, the model and the data.
+        moving: The names of the tensors that move.
+        begun: When planning began, by `time.perf_counter`.
+    """
+
+    command: ClassVar[str]
+
+    problem: Problem
+    moving: tuple[str, ...]
+    begun: float
+
+    @property
+    @abstractmethod
+    def settled(self) -> dict[str, Any]:
+        """What settles the points, beside the checkpoints and the settings."""
+
+    @property
+    @abstractmethod
+    def slices(self) -> tuple[int, int]:
+        """How many slices are swept, and the points in each."""
+
+    @property
+    @abstractmethod
+    def evaluations(self) -> int:
+        """How many points a run evaluates."""
+
+    @abstractmethod
+    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+        """Evaluates.
+
+        Args:
+            progress: Called with the number of points done so far.
+
+        Returns:
+            The result.
+
+        Raises:
+            LosscliError: The model or the loss fails on the data, gives two answers for one
+                point, or does not fit into the memory.
+        """
+
+    @property
+    def identity(self) -> str:
+        """A digest of everything that settles the numbers: equal for two runs of one command."""
+        told = {
+            key: value
+            for key, value in self.problem.provenance.items()
+            if key not in {"device", "device_name", "python", "checkpoints"}
+        }
+        told["checkpoints"] = [
+            c["sha256"] or c["name"] for c in self.problem.provenance["checkpoints"]
+        ]
+        told |= {"command": self.command, **self.settled}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Tells what a run will do.
+
+        Returns:
+            The number of points, of examples and of forward passes of an example; the tensors
+            that move; the points whose weights are in memory at once, their bytes, and how often
+            the data goes by.
+        """
+        objective = self.problem.objective
+        examples = sum(map(len, objective.splits.values()))
+        slices, points = self.slices
+        chunk = min(points_that_fit(objective, self.moving), points) if slices else 1
+        plain = self.evaluations - slices * points
+        return {
+            **self.origin(),
+            "points": self.evaluations,
+            "batch_size": objective.batch_size,
+            "forward_passes": self.evaluations * examples,
+            "points_at_once": chunk,
+            "passes_over_data": plain + slices * math.ceil(points / chunk),
+            "bytes_of_weights": chunk * sum(objective.tensors[n].nbytes for n in self.moving),
+        }
+
+    def origin(self) -> dict[str, Any]:
+        """Tells where the numbers come from.
+
+        Returns:
+            The first part of the summary.
+        """
+        values = sum(self.problem.first.weights[name].numel() for name in self.moving)
+        return {
+            "command": self.command,
+            "identity": self.identity,
+            **self.problem.provenance,
+            "moving": {"tensors": len(self.moving), "values": values},
+        }
+
+    def seconds(self, swept: float) -> dict[str, float]:
+        """Tells how long it took.
+
+        Args:
+            swept: When the evaluation began.
+
+        Returns:
+            Seconds for the evaluation and since planning began.
+        """
+        now = time.perf_counter()
+        return {"sweep": now - swept, "total": now - self.begun}
+
+    def sampled(self, examples: Mapping[str, int]) -> list[str]:
+        """Notes on how many examples were looked at.
+
+        Args:
+            examples: Their number on each split.
+
+        Returns:
+            The notes, where it was not all of them by plan.
+        """
+        if self.problem.settings.sampling_error is None:
+            return []
+        whole = self.problem.objective.splits
+        return [
+            f"{name}: {number} of {len(whole[name])} examples were looked at"
+            for name, number in examples.items()
+        ]
+
+    def whole_numbers(self, end: Weights, last: Weights) -> list[str]:
+        """Notes on whole-number tensors, which stay at the first checkpoint's.
+
+        Args:
+            end: All tensors of the point that stands for the last checkpoint.
+            last: The last checkpoint.
+
+        Returns:
+            The notes, where the last checkpoint's own would make a difference.
+        """
+        objective = self.problem.objective
+        other = {
+            name: last[name]
+            for name, tensor in end.items()
+            if not tensor.is_floating_point() and not torch.equal(tensor, last[name])
+        }
+        if not other:
+            return []
+        batches = objective.first_batches()
+        kept, own = (objective.plain(w, batches) for w in (end, {**end, **other}))
+        objective.load(self.problem.origin)
+        if all(torch.equal(kept[n].losses, own[n].losses) for n in batches):
+            return []
+        whose, but = self.words("first")
+        return [
+            f"whole-number tensors such as {next(iter(other))} stay at {whose} and matter: {but}"
+        ]
+
+    def kept(self) -> list[str]:
+        """Notes on what stays where it is by the user's choice.
+
+        Returns:
+            The notes.
+        """
+        settings, notes = self.problem.settings, []
+        end = {"a": "first", "b": "last"}.get(settings.buffers)
+        if end and self.problem.buffers:
+            whose, but = self.words(end)
+            notes.append(f"floating-point buffers stay at {whose}: {but}")
+        if settings.only or settings.except_:
+            whose, but = self.words("first")
+            notes.append(f"some tensors stay at {whose}: {but}")
+        return notes
+
+    def words(self, end: str) -> tuple[str, str]:
+        """Words for something that stays at one end's.
+
+        Args:
+            end: ``first`` or ``last``.
+
+        Returns:
+            Whose it stays, and what follows from that.
+        """
+        return f"the {end} checkpoint's", "the losses of the others are not those of their files"
+
+    def stored_types(self, weights: Weights) -> list[str]:
+        """Notes on the types that tensors are stored in.
+
+        Args:
+            weights: A checkpoint.
+
+        Returns:
+            The notes.
+        """
+        stored = {str(weights[n].dtype) for n in self.moving}
+        half = sorted(
+            d.removeprefix("torch.") for d in stored & {"torch.bfloat16", "torch.float16"}
+        )
+        return [f"tensors stored in {' and '.join(half)} move in float32"] if half else []
+
+    def meets(
+        self, slice_: Slice, anchors: Sequence[tuple[Sequence[float], Weights]], more: Sequence[Any]
+    ) -> float:
+        """Compares the sweep's way to evaluate with the plain one, on a first batch.
+
+        Args:
+            slice_: The slice.
+            anchors: Points that are known: their coordinates, and all tensors there.
+            more: Further points, so that there are enough to share a first layer.
+
+        Returns:
+            The largest relative difference of the mean losses.
+
+        Raises:
+            ModelError: It is beyond rounding.
+        """
+        objective = self.problem.objective
+        batches = objective.first_batches()
+        plain = sweep_plain(objective, (weights for _, weights in anchors), splits=batches)
+        coordinates = [*(point for point, _ in anchors), *more]
+        found = sweep(objective, slice_, coordinates, splits=batches)
+        worst = 0.0
+        for name in batches:
+            for p, end in enumerate(plain):
+                there = end[name].losses[0].double().mean()
+                here = found[name].losses[p].double().mean()
+                if not torch.equal(there.isfinite(), here.isfinite()):
+                    return math.inf
+                if there.isfinite():
+                    worst = max(worst, float((here - there).abs() / there.abs().clamp(min=1e-12)))
+        # A negated comparison, since a difference may be no number.
+        if not worst <= _TOLERANCE[self.problem.settings.dtype]:
+            raise ModelError(
+                "the sweep does not meet the checkpoints: at an end its loss differs from that of "
+                f"the checkpoint loaded plainly by {worst:.1e} of it",
+                "Does the model keep something from one forward pass to the next?",
+            )
+        return worst
+
+    def hold_against_fresh(self, weights: Weights) -> None:
+        """Makes sure that a model which was never anything else has the same loss at a point.
+
+        Args:
+            weights: All tensors of the point, which is not the first one.
+
+        Raises:
+            ModelError: It has another.
+        """
+        objective = self.problem.objective
+        size = sum(tensor.nbytes for tensor in objective.tensors.values())
+        if self.problem.fresh is None or size > _FRESH_BYTES:
+            return
+        with torch.random.fork_rng(devices=[]):
+            model = self.problem.fresh()
+        anew = Objective(
+            model,
+            objective.loss,
+            {},
+            objective.data,
+            device=objective.device,
+            dtype=objective.dtype,
+            batch_size=objective.batch_size,
+        )
+        batches: Mapping[str, Split] = objective.first_batches()
+        here, there = (o.plain(weights, batches) for o in (objective, anew))
+        for name in batches:
+            used, new = (e[name].losses[0].double().mean() for e in (here, there))
+            if not torch.allclose(used, new, rtol=1e-5, atol=1e-9, equal_nan=True):
+                raise ModelError(
+                    f"the model has another loss at B ({used:.6g}) after it was at A than one "
+                    f"that was never anywhere else ({new:.6g})",
+                    "It keeps something from the weights it had before; clear that in eval()",
+                )
+
+    def on_device(self, weights: Weights, names: Iterable[str] | None = None) -> Weights:
+        """Brings moving tensors to where they are computed with.
+
+        Args:
+            weights: A checkpoint.
+            names: Which; those that move by default.
+
+        Returns:
+            The tensors on the device.
+        """
+        device = self.problem.objective.device
+        return {n: weights[n].to(device) for n in (self.moving if names is None else names)}
+
+
+def count(number: int, thing: str) -> str:
+    """Counts things in words.
+
+    Args:
+        number: How many.
+        thing: What, in the singular.
+
+    Returns:
+        For example ``1 point`` or ``3 points``.
+    """
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def moving_along(problem: Problem) -> tuple[str, ...]:
+    """Finds the tensors that are not the same in all checkpoints, one checkpoint at a time.
+
+    Args:
+        problem: The checkpoints.
+
+    Returns:
+        Their names.
+
+    Raises:
+        CheckpointError: One of them is not finite in some checkpoint.
+    """
+    # What never moves may hold infinities, as the masks of attention do.
+    first = problem.first.weights
+    still = set(problem.moving)
+    for t in range(1, len(problem.names)):
+        weights = problem.open(t).weights
+        still = {name for name in still if torch.equal(first[name], weights[name])}
+        _need_finite(problem.names[t], weights, set(problem.moving) - still)
+    moving = tuple(name for name in problem.moving if name not in still)
+    _need_finite(problem.names[0], first, moving)
+    return moving
+
+
+def _need_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:
+    for tensor in moving:
+        if not weights[tensor].isfinite().all():
+            raise CheckpointError(
+                f"{name}: {tensor} has weights that are infinite or not a number, and lies nowhere "
+                "in weight space",
+                "Leave this checkpoint out",
+            )

@@ -1,0 +1,380 @@
+"""The path of training, seen from the straight line between its ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from losscli.datasets import Split
+from losscli.errors import UsageError
+from losscli.geometry import Line, grid
+from losscli.paths import Path, measure, random_walks, ribbon
+from losscli.problem import float32_precision, prepare
+from losscli.results import Result
+from losscli.sampling import Estimate, grow
+from losscli.settings import Settings
+from losscli.studies.study import Study, count, moving_along
+from losscli.sweep import check, settle, sweep, sweep_plain
+from losscli.table import Cell, Table
+from losscli.weights import Weights
+
+__all__ = ["Trajectory", "trajectory"]
+
+_WALKS = 10
+
+
+def trajectory(
+    names: Sequence[str],
+    *,
+    surface: bool = True,
+    residuals: int = 21,
+    reach: float = 1.25,
+    random_walk: bool = False,
+    progress: Callable[[float], None] | None = None,
+    **settings: Any,
+) -> Result:
+    """Measures a training path against the straight line between its ends, and its losses.
+
+    After Goodfellow, Vinyals & Saxe 2015, arXiv 1412.6544: the projection p_t onto the line, the
+    residual r_t off it, and the ribbon L(θ_0 + p_t d + b v_t) along each step's own residual
+    direction v_t, which turns as t goes on.
+
+    Args:
+        names: Three or more checkpoints in the order of training.
+        surface: Whether the ribbon is evaluated.
+        residuals: Values of b at each step.
+        reach: The largest b, as a multiple of the largest residual.
+        random_walk: Whether random walks with the same step lengths are drawn too.
+        progress: Called with the number of points done so far.
+        **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
+
+    Returns:
+        The result: its table has a row for each step and split, ``more["surface"]`` one for each
+        point of the ribbon, ``more["walk"]`` one for each step of a random walk.
+
+    Raises:
+        LosscliError: Something is missing, broken or does not fit.
+    """
+    plan = Trajectory.plan(
+        names,
+        Settings(**settings),
+        surface=surface,
+        residuals=residuals,
+        reach=reach,
+        random_walk=random_walk,
+    )
+    return plan.run(progress)
+
+
+@dataclass(frozen=True)
+class Trajectory(Study):
+    """A training path that was measured and is ready to be evaluated.
+
+    Attributes:
+        path: Its projections, residuals and turns.
+        offsets: The values of b at each step, rising from 0; none without a surface.
+        random_walk: Whether random walks are drawn.
+    """
+
+    command = "trajectory"
+
+    path: Path
+    offsets: tuple[float, ...]
+    random_walk: bool
+
+    @classmethod
+    def plan(
+        cls,
+        names: Sequence[str],
+        settings: Settings,
+        *,
+        surface: bool,
+        residuals: int,
+        reach: float,
+        random_walk: bool,
+    ) -> Trajectory:
+        """Reads and matches everything, measures the path, and evaluates nothing.
+
+        Args:
+            names: The checkpoints in the order of training.
+            settings: The settings.
+            surface: Whether the ribbon will be evaluated.
+            residuals: Values of b at each step.
+            reach: The largest b, as a multiple of the largest residual.
+            random_walk: Whether random walks will be drawn.
+
+        Returns:
+            The plan.
+
+        Raises:
+            LosscliError: Something is missing, broken or does not fit.
+        """
+        begun = time.perf_counter()
+        if len(names) < 3:
+            raise UsageError(
+                f"trajectory needs three checkpoints or more, and got {len(names)}",
+                "Give a folder of them, or their names in the order of training",
+            )
+        if residuals < 2:
+            raise UsageError(f"--residuals {residuals} is no surface", "Give 2 or more")
+        if not 0 < reach < math.inf:
+            raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
+        problem = prepare(names, settings)
+        moving = moving_along(problem)
+        path = measure(lambda t: problem.open(t).weights, len(names), moving)
+        largest = max(path.residual)
+        offsets = grid(residuals, 0, reach * largest) if surface and largest else []
+        return cls(problem, moving, begun, path, tuple(offsets), random_walk)
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        """The values of b, and whether there are walks."""
+        return {"offsets": self.offsets, "random_walk": self.random_walk}
+
+    @property
+    def slices(self) -> tuple[int, int]:
+        """A line across the path at each step."""
+        return (len(self.problem.names) if self.offsets else 0), len(self.offsets)
+
+    @property
+    def evaluations(self) -> int:
+        """How many points a run evaluates: the checkpoints and the ribbon."""
+        return len(self.problem.names) * (1 + len(self.offsets))
+
+    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+        """Evaluates the checkpoints, each loaded plainly, and the ribbon, each step by a sweep.
+
+        Args:
+            progress: Called with the number of points done so far.
+
+        Returns:
+            The result.
+
+        Raises:
+            LosscliError: The model or the loss fails on the data, gives two answers for one
+                point, or does not fit into the memory.
+        """
+        objective, settings = self.problem.objective, self.problem.settings
+        first, last = (self.problem.place(self._weights(t)) for t in (0, -1))
+        with float32_precision(tf32=settings.tf32):
+            swept = time.perf_counter()
+            check(objective, first)
+            difference = self._difference(first, last) if self.offsets else None
+            self.hold_against_fresh(last)
+            stays = self.whole_numbers(last, self.problem.last.weights)
+            found = grow(
+                objective.splits,
+                settings.sampling_error,
+                settings.seed,
+                lambda splits: self._evaluate(splits, progress or (lambda _: None)),
+            )
+            seconds = self.seconds(swept)
+        examples = {name: estimate.examples for name, estimate in found.items()}
+        splits = {name: self._found(estimate) for name, estimate in found.items()}
+        walks = self._walks()
+        more = self._more(found, walks)
+        summary = {
+            **self.origin(),
+            "tables": list(more),
+            "examples": examples,
+            "path": self._path(),
+            "random_walks": _described(walks),
+            "splits": splits,
+            "endpoint_difference": difference,
+            "notes": [*stays, *self._notes(splits), *self.sampled(examples)],
+            "seconds": seconds,
+        }
+        return Result(self._table(found), summary, more)
+
+    def _weights(self, t: int) -> Weights:
+        return self.problem.open(t % len(self.problem.names)).weights
+
+    def _difference(self, first: Weights, last: Weights) -> float:
+        line = Line(self.on_device(first), self.on_device(last))
+        objective = self.problem.objective
+        settle(objective, line, [(i / len(self.offsets),) for i in range(len(self.offsets))])
+        return self.meets(line, [((0.0,), first), ((1.0,), last)], [(0.5,)])
+
+    def _evaluate(
+        self, splits: Mapping[str, Split], tell: Callable[[float], None]
+    ) -> dict[str, Estimate]:
+        """Evaluates all checkpoints, then the ribbon; of each step no more than means is kept."""
+        each = 1 + len(self.offsets)
+        checkpoints, across = [], []
+        for t, _ in enumerate(self.problem.names):
+            checkpoints.append(self._step(t, splits, partial(_further, tell, t * each)))
+            if self.offsets:
+                across.append(self._across(t, splits, partial(_further, tell, t * each + 1)))
+        return {
+            name: Estimate.join([part[name] for part in (*checkpoints, *across)]) for name in splits
+        }
+
+    def _step(
+        self, t: int, splits: Mapping[str, Split], tell: Callable[[float], None]
+    ) -> dict[str, Estimate]:
+        """Evaluates a checkpoint, loaded plainly."""
+        weights = self.problem.place(self._weights(t))
+        (found,) = sweep_plain(self.problem.objective, [weights], splits=splits, progress=tell)
+        return {name: Estimate.of_evaluation(e) for name, e in found.items()}
+
+    def _across(
+        self, t: int, splits: Mapping[str, Split], tell: Callable[[float], None]
+    ) -> dict[str, Estimate]:
+        """Evaluates the line across the path at a checkpoint."""
+        laid = ribbon(self._weights, self.path, t, self.moving)
+        assert laid is not None  # a path without residuals has no offsets
+        line, radius = laid
+        found = sweep(
+            self.problem.objective,
+            Line(self.on_device(line.a), self.on_device(line.b)),
+            [(b / radius,) for b in self.offsets],
+            splits=splits,
+            progress=tell,
+        )
+        return {name: Estimate.of_evaluation(e) for name, e in found.items()}
+
+    def _table(self, found: Mapping[str, Estimate]) -> Table:
+        metrics, sampled = self._columns()
+        path = self.path
+        return Table.build(
+            [
+                *("step", "checkpoint", "projection", "residual", "distance", "turn_degrees"),
+                *("split", "loss", "loss_stderr", *metrics, *sampled),
+            ],
+            (
+                [
+                    *(t, name, path.projection[t], path.residual[t], path.distance[t]),
+                    *(path.turn[t], split, *estimate.row(t, metrics)),
+                    *(estimate.examples for _ in sampled),
+                ]
+                for t, name in enumerate(self.problem.names)
+                for split, estimate in found.items()
+            ),
+        )
+
+    def _walks(self) -> list[Path]:
+        if not self.random_walk:
+            return []
+        dimension = sum(self.problem.first.weights[name].numel() for name in self.moving)
+        return random_walks(self.path.steps, dimension, _WALKS, self.problem.settings.seed)
+
+    def _more(self, found: Mapping[str, Estimate], walks: Sequence[Path]) -> dict[str, Table]:
+        more = {}
+        steps, offsets, path = len(self.problem.names), self.offsets, self.path
+        if offsets:
+            rows = (
+                [t, path.projection[t], b, split, *estimate.row(steps + t * len(offsets) + i, [])]
+                for t in range(steps)
+                for i, b in enumerate(offsets)
+                for split, estimate in found.items()
+            )
+            more["surface"] = Table.build(
+                ["step", "projection", "residual", "split", "loss", "loss_stderr"], rows
+            )
+        if walks:
+            more["walk"] = _table(walks)
+        return more
+
+    def _columns(self) -> tuple[list[str], list[str]]:
+        sampled = self.problem.settings.sampling_error is not None
+        return list(self.problem.objective.metrics), ["examples"] if sampled else []
+
+    def _path(self) -> dict[str, Any]:
+        path = self.path
+        farthest = max(range(len(path.residual)), key=path.residual.__getitem__)
+        back = [
+            t for t in range(1, len(path.projection)) if path.projection[t] < path.projection[t - 1]
+        ]
+        return {
+            "length": path.length,
+            "walked": math.fsum(path.steps),
+            "farthest": {
+                "step": farthest,
+                "checkpoint": self.problem.names[farthest],
+                "residual": path.residual[farthest],
+                "projection": path.projection[farthest],
+            },
+            "steps_back": back,
+        }
+
+    def _found(self, estimate: Estimate) -> dict[str, Any]:
+        """Tells what was found on one split."""
+        steps = len(self.problem.names)
+        losses, ribbon_ = estimate.mean[:steps].tolist(), estimate.mean[steps:].tolist()
+        finite = [t for t in range(steps) if math.isfinite(losses[t])]
+        lowest = min(finite, key=losses.__getitem__, default=None)
+        told: dict[str, Any] = {
+            "loss_first": losses[0],
+            "loss_last": losses[-1],
+            "lowest": None
+            if lowest is None
+            else {
+                "step": lowest,
+                "checkpoint": self.problem.names[lowest],
+                "loss": losses[lowest],
+            },
+            "rises": sum(later > earlier for earlier, later in pairwise(losses)),
+            "not_finite": steps - len(finite),
+        }
+        if ribbon_:
+            points = [i for i, loss in enumerate(ribbon_) if math.isfinite(loss)]
+            best = min(points, key=ribbon_.__getitem__, default=None)
+            if best is not None:
+                t, i = divmod(best, len(self.offsets))
+                told["surface_lowest"] = {
+                    "step": t,
+                    "projection": self.path.projection[t],
+                    "residual": self.offsets[i],
+                    "loss": ribbon_[best],
+                }
+            told["surface_not_finite"] = len(ribbon_) - len(points)
+        return told
+
+    def _notes(self, splits: Mapping[str, Any]) -> list[str]:
+        notes = [*self.kept(), *self.stored_types(self.problem.first.weights)]
+        if not max(self.path.residual):
+            notes.append(
+                "the path is the straight line: it has no residual direction, and no surface"
+            )
+        for name, split in splits.items():
+            for where, number in (
+                ("checkpoint", split["not_finite"]),
+                ("point of the surface", split.get("surface_not_finite", 0)),
+            ):
+                if number:
+                    notes.append(f"{name}: the loss of {_count(number, where)} is not finite")
+        return notes
+
+
+def _further(tell: Callable[[float], None], before: int, done: float) -> None:
+    tell(before + done)
+
+
+def _count(number: int, where: str) -> str:
+    thing, _, of = where.partition(" ")
+    return f"{count(number, thing)}{' ' if of else ''}{of}"
+
+
+def _described(walks: Sequence[Path]) -> dict[str, float] | None:
+    """How long the lines through random walks are, and how far these stray; on average."""
+    if not walks:
+        return None
+    return {
+        "number": len(walks),
+        "length": math.fsum(walk.length for walk in walks) / len(walks),
+        "largest_residual": math.fsum(max(walk.residual) for walk in walks) / len(walks),
+    }
+
+
+def _table(walks: Sequence[Path]) -> Table:
+    rows: list[list[Cell]] = []
+    for number, walk in enumerate(walks):
+        places = zip(walk.projection, walk.residual, walk.distance, walk.turn, strict=True)
+        rows += ([number, t, *place] for t, place in enumerate(places))
+    columns = ["walk", "step", "projection", "residual", "distance", "turn_degrees"]
+    return Table.build(columns, rows)

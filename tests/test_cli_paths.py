@@ -1,0 +1,230 @@
+"""``losscli trajectory`` and ``losscli plane`` as commands: names, files, pictures, errors."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import losscli as library
+from losscli.models import MLP
+from tests.conftest import Losscli
+
+COMMAND = [sys.executable, "-m", "losscli"]
+
+
+@pytest.fixture
+def path(folder: Path) -> list[str]:
+    """Six checkpoints of a bent path, in the folder ``path``."""
+    (folder / "path").mkdir()
+    a, b = (torch.load(folder / f"{name}.pt")["state_dict"] for name in "ab")
+    torch.manual_seed(7)
+    aside = MLP("6-5-3").state_dict()
+    names = []
+    for t in range(6):
+        share = t / 5
+        state = {n: a[n] + share * (b[n] - a[n]) + share * (1 - share) * aside[n] for n in a}
+        names.append(f"path/step-{2 * t + 1}.pt")
+        # Metadata says what the model is.
+        torch.save({"state_dict": state, "losscli.model": "mlp:6-5-3"}, folder / names[-1])
+    return names
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_trajectory_writes_path_surface_and_walk(
+    losscli: Losscli, folder: Path, path: list[str]
+) -> None:
+    before = files(folder)
+    done = losscli("trajectory", "path", "-o", "out", "--random-walk", "--residuals", 3)
+    assert done.status == 0, done.stderr
+    assert files(folder) - before == {
+        "out.csv", "out.surface.csv", "out.walk.csv", "out.png", "out.json",
+    }  # fmt: skip
+    columns = {
+        "out.csv": "step,checkpoint,projection,residual,distance,turn_degrees,split,loss,"
+        "loss_stderr,accuracy",
+        "out.surface.csv": "step,projection,residual,split,loss,loss_stderr",
+        "out.walk.csv": "walk,step,projection,residual,distance,turn_degrees",
+    }
+    for name, header in columns.items():
+        assert Path(name).read_text().splitlines()[0] == header
+    rows = list(csv.DictReader(io.StringIO(Path("out.csv").read_text())))
+    # step-9 comes before step-11, and every split has its rows.
+    assert [row["checkpoint"] for row in rows[::2]] == path
+    summary = json.loads(Path("out.json").read_text())
+    assert summary["tables"] == ["surface", "walk"]
+    assert len(summary["checkpoints"]) == 6
+    assert summary["path"]["walked"] > summary["path"]["length"] > 0
+    assert "farthest off" in done.stdout
+
+
+def test_names_come_from_stdin_in_their_order(folder: Path, path: list[str]) -> None:
+    done = subprocess.run(
+        [*COMMAND, "trajectory", "-", "-o", "-", "--no-surface"],
+        input="\n".join(reversed(path)) + "\n\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["checkpoint"] for row in rows[::2]] == path[::-1]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "further"),
+    [
+        (["trajectory", "path", "--random-walk", "--residuals", "4"], {"surface", "walk"}),
+        (["trajectory", "path", "--no-surface"], set()),
+        (["plane", "a.pt", "--points", "5", "--surface"], {"path"}),
+        (["plane", "a.pt", "b.pt", "path/step-5.pt", "--points", "5"], {"path"}),
+        (["plane", "--pca", "path", "--points", "5", "--log"], {"path"}),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_plot_draws_the_same_bytes_again(
+    arguments: list[str],
+    further: set[str],
+    suffix: str,
+    losscli: Losscli,
+    folder: Path,
+    path: list[str],
+) -> None:
+    done = losscli(*arguments, "-o", "out", "--figure", f"first{suffix}")
+    assert done.status == 0, done.stderr
+    assert {p.name.split(".")[1] for p in folder.glob("out.*.csv")} == further
+    log = ["--log"] if "--log" in arguments else []
+    done = losscli("plot", "out.csv", *log, "--figure", f"again{suffix}")
+    assert done.status == 0, done.stderr
+    assert Path(f"again{suffix}").read_bytes() == Path(f"first{suffix}").read_bytes()
+
+
+def test_without_its_summary_a_path_is_drawn_with_all_that_lies_beside_it(
+    losscli: Losscli, folder: Path, path: list[str]
+) -> None:
+    losscli("trajectory", "path", "-o", "out", "--residuals", 3, "--no-figure")
+    Path("out.json").unlink()
+    assert losscli("plot", "out.csv", "-o", "with").status == 0
+    Path("out.surface.csv").unlink()
+    assert losscli("plot", "out.csv", "-o", "without").status == 0
+    assert Path("with.png").read_bytes() != Path("without.png").read_bytes()
+
+
+def test_an_older_surface_is_not_drawn_with_a_path_that_has_none(
+    losscli: Losscli, folder: Path, path: list[str]
+) -> None:
+    losscli("trajectory", "path", "-o", "out", "--residuals", 3, "--no-figure")
+    losscli("trajectory", "path", "-o", "out", "--no-surface", "--force")
+    assert losscli("plot", "out.csv", "-o", "again").status == 0
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+
+
+def test_several_paths_lie_over_each_other(losscli: Losscli, folder: Path, path: list[str]) -> None:
+    losscli("trajectory", *path, "-o", "one", "--no-figure", "--residuals", 3)
+    losscli("trajectory", *path[::2], "b.pt", "-o", "two", "--no-surface", "--no-figure")
+    done = losscli("plot", "one.csv", "two.csv", "--label", "all", "--label", "some", "-o", "both")
+    assert done.status == 0, done.stderr
+    assert done.stdout == "both.png\n"
+
+
+def test_the_csv_is_that_of_the_library(losscli: Losscli, folder: Path, path: list[str]) -> None:
+    done = losscli("trajectory", *path, "-o", "-", "--residuals", 2)
+    assert done.stdout == library.trajectory(path, residuals=2).table.to_csv()
+    done = losscli("plane", "a.pt", "-o", "-", "--points", 3)
+    assert done.stdout == library.plane(["a.pt"], points=3).table.to_csv()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "points"),
+    [
+        (["trajectory", "path"], 6 * 22),
+        (["trajectory", "path", "--no-surface"], 6),
+        (["plane", "a.pt", "--points", "4"], 4 * 4 + 1),
+        (["plane", "--pca", "path"], 31 * 31 + 6),
+    ],
+)
+def test_a_dry_run_counts_and_evaluates_nothing(
+    arguments: list[str], points: int, losscli: Losscli, folder: Path, path: list[str]
+) -> None:
+    before = files(folder)
+    done = losscli(*arguments, "--dry-run", "--json")
+    assert done.status == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["points"] == points
+    assert plan["forward_passes"] == points * 40
+    assert files(folder) == before
+    assert losscli(*arguments, "--dry-run").status == 0
+
+
+def test_stems_are_named_after_the_command_and_the_ends(
+    losscli: Losscli, folder: Path, path: list[str]
+) -> None:
+    assert losscli("trajectory", *path, "--no-surface", "--no-figure").status == 0
+    assert losscli("plane", "a.pt", "--points", 2, "--no-figure").status == 0
+    assert Path("trajectory-path-step-1-step-11.csv").exists()
+    assert any(name.startswith("plane-") and name.endswith("a.csv") for name in files(folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        ("trajectory a.pt b.pt", 2, "three checkpoints or more, and got 2"),
+        ("trajectory a.pt b.pt a.pt", 2, "no straight line between them"),
+        ("trajectory path absent.pt b.pt", 1, "absent.pt"),
+        ("trajectory empty", 1, "the folder empty holds no checkpoints"),
+        ("trajectory path --residuals 1", 2, "--residuals 1 is no surface"),
+        ("trajectory path --reach -1", 2, "--reach -1.0 is no multiple"),
+        ("trajectory path other.pt b.pt", 1, "other.pt does not fit the model"),
+        ("plane a.pt b.pt", 2, "one checkpoint or three, and got 2"),
+        ("plane a.pt b.pt b.pt", 2, "B and C are equal"),
+        ("plane --pca a.pt b.pt", 2, "with --pca three checkpoints or more"),
+        ("plane a.pt --points 1", 2, "--points 1 is no plane"),
+        ("plane a.pt --range 1 1", 2, "--range 1.0 1.0 is empty"),
+        ("plane a.pt b.pt other.pt", 1, "other.pt does not fit the model"),
+        ("plot line.csv way.csv", 2, "have no axes in common"),
+        ("plot square.csv square.csv", 2, "cannot be laid over another"),
+        ("plot way.csv --terminal", 2, "the lines of interpolate alone"),
+        ("plot way.surface.csv", 1, "is no table that can be drawn"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_file(
+    arguments: str, status: int, text: str, losscli: Losscli, folder: Path, path: list[str]
+) -> None:
+    (folder / "empty").mkdir()
+    torch.save(MLP("6-4-3").state_dict(), "other.pt")
+    if arguments.startswith("plot"):
+        losscli("interpolate", "a.pt", "b.pt", "-o", "line", "--no-figure", "--points", 3)
+        losscli("trajectory", "path", "-o", "way", "--no-figure", "--residuals", 2)
+        losscli("plane", "a.pt", "-o", "square", "--no-figure", "--points", 2)
+    before = files(folder)
+    done = losscli(*arguments.split())
+    assert done.status == status, done.stderr
+    assert done.stderr.startswith("losscli: ")
+    assert done.stderr.count("\n") == 1
+    assert text in done.stderr
+    assert files(folder) == before
+
+
+def test_stdin_is_read_once(losscli: Losscli, folder: Path) -> None:
+    done = losscli("trajectory", "-", "-")
+    assert done.status == 2
+    assert "stdin can be read only once" in done.stderr
+
+
+def test_results_of_another_path_are_kept(losscli: Losscli, folder: Path, path: list[str]) -> None:
+    run = ["trajectory", "path", "-o", "out", "--no-figure", "--residuals", "2"]
+    assert losscli(*run).status == 0
+    assert losscli(*run).status == 0
+    done = losscli(*run[:-1], "3")
+    assert done.status == 1
+    assert "holds the results of another run" in done.stderr
+    assert losscli(*run[:-1], "3", "--force").status == 0
