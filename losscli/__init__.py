@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from losscli.errors import LosscliError
     from losscli.results import Result
     from losscli.settings import Settings
-    from losscli.studies import export, inspect, interpolate, plane, trajectory
+    from losscli.studies import check, export, inspect, interpolate, plane, trajectory
     from losscli.table import Table
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Settings",
     "Table",
     "__version__",
+    "check",
     "export",
     "inspect",
     "interpolate",
@@ -38,6 +39,7 @@ _HOME = {
     "Result": "results",
     "Settings": "settings",
     "Table": "table",
+    "check": "studies",
     "export": "studies",
     "inspect": "studies",
     "interpolate": "studies",

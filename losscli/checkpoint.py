@@ -167,7 +167,8 @@ def in_folder(name: str) -> list[str]:
     """
     folder = Path(name)
     try:
-        if not folder.is_dir():
+        # init:SEED is no folder, whatever there is.
+        if name.startswith("init:") or not folder.is_dir():
             return []
         files = [
             path

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["describe", "standard_error"]
+__all__ = ["describe", "near_rounding", "standard_error"]
+
+# The relative rounding of one operation in each type that a forward pass may have, and how many
+# such errors a loss may have gathered on its way through a model.
+_ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_GATHERED = 16
+
+# An extremum is beyond noise where its depth is more than so many standard errors of it.
+_STANDARD_ERRORS = 2
 
 Losses = NDArray[np.floating[Any]]
 
@@ -30,6 +38,33 @@ def standard_error(values: Losses) -> float:
     if len(values) < 2:
         return math.nan
     return float(np.std(values, ddof=1, dtype=np.float64) / math.sqrt(len(values)))
+
+
+def near_rounding(alphas: Sequence[float], losses: Sequence[float], dtype: str) -> list[float]:
+    """Finds the points that decide about extrema which rounding could have made.
+
+    Such an extremum is no deeper, or higher, than what rounding may do to a loss. A study that
+    evaluates these points in float64, and asks again with the losses found until no new points
+    come, has only extrema of the curve itself.
+
+    Args:
+        alphas: The P points, rising.
+        losses: The mean loss at each, ``[P]``.
+        dtype: The type of the forward pass, such as ``float32``.
+
+    Returns:
+        Each such extremum, its neighbours, and the point that its depth is measured to, rising.
+    """
+    points = [_Point(x, y, np.empty(0)) for x, y in zip(alphas, losses, strict=True)]
+    doubt = _GATHERED * _ROUNDING[dtype]
+    found = set()
+    for segment in _segments(points):
+        for sign in (1, -1):
+            for i, k in _extrema([sign * p.loss for p in segment]):
+                here, rim = segment[i].loss, segment[k].loss
+                if abs(rim - here) < doubt * max(abs(rim), abs(here)):
+                    found |= {segment[j].alpha for j in (i - 1, i, i + 1, k)}
+    return sorted(found)
 
 
 def describe(
@@ -52,7 +87,9 @@ def describe(
         et al. 2021, arXiv 2104.11044) over 0 ≤ α ≤ 1, None where no point between the ends was
         looked at; ``monotonic``, whether the largest rise is 0, None where the points do not reach
         from end to end or one of them is not finite; ``local_minima`` with their depth (their
-        topographic prominence); ``not_finite``, the number of points left out.
+        topographic prominence) and ``local_maxima`` with their height, its mirror image, each with
+        its paired standard error, and ``beyond_noise``, whether it is more than twice that, which
+        nobody can say from a single example; ``not_finite``, the number of points left out.
     """
     means = _means(losses)
     a, b = (
@@ -75,7 +112,8 @@ def describe(
         "barrier": _barrier(seen, a, b) if looked else None,
         "largest_rise": rise,
         "monotonic": monotonic,
-        "local_minima": _local_minima(points),
+        "local_minima": _local(points, 1, "depth"),
+        "local_maxima": _local(points, -1, "height"),
         "not_finite": len(points) - len(finite),
     }
 
@@ -148,26 +186,22 @@ def _largest_rise(points: Sequence[_Point]) -> dict[str, Any]:
     return best
 
 
-def _local_minima(points: Sequence[_Point]) -> list[dict[str, Any]]:
-    # The depth of a minimum is how high one must climb from it, on the easier side, before one can
-    # go lower than it or reaches the end of the curve: its topographic prominence. Points that are
-    # not finite end the curve.
-    minima = []
+def _local(points: Sequence[_Point], sign: int, size: str) -> list[dict[str, Any]]:
+    """Lists minima (sign 1, by depth) or maxima (sign −1, by height)."""
+    found = []
     for segment in _segments(points):
-        for i in range(1, len(segment) - 1):
-            here = segment[i]
-            left, right = _rim(segment[i - 1 :: -1], here), _rim(segment[i + 1 :], here)
-            # Of a flat bottom its first point stands for all.
-            if left is None or right is None or segment[i - 1].loss == here.loss:
-                continue
-            rim = min(left, right, key=lambda p: p.loss)
-            minima.append({
+        for i, k in _extrema([sign * p.loss for p in segment]):
+            here, rim = segment[i], segment[k]
+            height = sign * (rim.loss - here.loss)
+            error = rim.above(here)
+            found.append({
                 "alpha": here.alpha,
                 "loss": here.loss,
-                "depth": rim.loss - here.loss,
-                "depth_stderr": rim.above(here),
+                size: height,
+                f"{size}_stderr": error,
+                "beyond_noise": math.isfinite(error) and height > _STANDARD_ERRORS * error,
             })
-    return minima
+    return found
 
 
 def _segments(points: Sequence[_Point]) -> list[list[_Point]]:
@@ -180,12 +214,36 @@ def _segments(points: Sequence[_Point]) -> list[list[_Point]]:
     return segments
 
 
-def _rim(way: Sequence[_Point], here: _Point) -> _Point | None:
-    """The highest point on the way out of a minimum; None where the way does not lead up."""
-    highest = None
-    for point in way:
-        if point.loss < here.loss:
-            break
-        if point.loss > here.loss and (highest is None or point.loss > highest.loss):
-            highest = point
-    return highest
+def _extrema(losses: Sequence[float]) -> list[tuple[int, int]]:
+    """Finds minima, and for each its rim, the point that its depth is measured to."""
+    # The depth of a minimum is how high one must climb from it, on the easier side, before one can
+    # go lower than it or reaches the end of the curve: its topographic prominence. Points that are
+    # not finite end the curve.
+    last = len(losses) - 1
+    rights = [None if k is None else last - k for k in reversed(_rims(losses[::-1]))]
+    found = []
+    for i, (left, right) in enumerate(zip(_rims(losses), rights, strict=True)):
+        # Of a flat bottom its first point stands for all.
+        if left is None or right is None or losses[i - 1] == losses[i]:
+            continue
+        found.append((i, min(left, right, key=lambda k: losses[k])))
+    return found
+
+
+def _rims(losses: Sequence[float]) -> list[int | None]:
+    """For each point the highest on the way to its left, up to where that goes lower."""
+    # Each point waits, with its rim, until a lower one has passed over it: a point is looked at as
+    # often as it is passed over, which is once. None where the way does not lead up.
+    rims: list[int | None] = []
+    waiting: list[int] = []
+    for i, loss in enumerate(losses):
+        highest: int | None = None
+        while waiting and losses[waiting[-1]] >= loss:
+            passed = waiting.pop()
+            for k in (passed, rims[passed]):
+                above = loss if highest is None else losses[highest]
+                if k is not None and losses[k] > above:
+                    highest = k
+        rims.append(highest)
+        waiting.append(i)
+    return rims

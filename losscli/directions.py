@@ -62,7 +62,7 @@ def random_directions(
             moves[k] = moves[k] or bool(pair[k].any())
     if not all(moves):
         raise UsageError(
-            f"of the {len(names)} tensors none spans a plane: filter-normalised directions are "
+            "no tensor that moves spans a plane: filter-normalised directions are "
             "zero in biases, in normalisation parameters, and where the weights are zero",
             "Let a weight of two or more dimensions move",
         )

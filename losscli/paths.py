@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -154,7 +155,9 @@ def _turns(
     turns: list[float | None] = [None]
     current = open_(0)
     for t in range(1, len(projection)):
-        previous, current = current, open_(t)
+        # In this order: the new one is opened when no more than two others are held.
+        previous = current
+        current = open_(t)
         steps.append(distance(previous, current, names))
         along = abs(projection[t] - projection[t - 1]) * length
         turns.append(_turn(residual[t - 1], residual[t], steps[-1], along))
@@ -173,60 +176,68 @@ def _turn(r: float, s: float, step: float, along: float) -> float | None:
     return math.degrees(2 * math.atan2(math.sqrt(max(0.0, near)), math.sqrt(max(0.0, far))))
 
 
-def ribbon(open_: Opener, path: Path, t: int, names: Sequence[str]) -> tuple[Line, float] | None:
-    """Lays the line across a path at one of its steps, θ_0 + p_t d + b v_t.
+def ribbon(
+    open_: Opener,
+    path: Path,
+    t: int,
+    names: Sequence[str],
+    reach: float,
+    dtype: torch.dtype = torch.float32,
+) -> Line | None:
+    """Lays the line across a path at one of its steps, θ_0 + p_t d + b v_t for 0 ≤ b ≤ reach.
 
     Args:
         open_: Opens the checkpoint of a step.
         path: What `measure` found.
         t: The step.
         names: The tensors that move.
+        reach: The largest b.
+        dtype: The least type of its tensors; each end is made in float64 and rounded once.
 
     Returns:
-        The line and its radius r: b is at α = b / r. At α = 0 is the foot θ_0 + p_t d, at α = 1
-        the checkpoint, to the last bit. Where r_t = 0 the foot is the checkpoint, and the direction
-        and the radius are those of the nearest step that has a residual; the earlier of two. None
-        where no step has one: a straight path has no second direction.
+        The line, on which b is at α = b / reach: at α = 0 is the foot θ_0 + p_t d, and the
+        checkpoint at b = r_t. Where r_t = 0 the foot is the checkpoint, and the direction is that
+        of the nearest step that has a residual; the earlier of two. None where no step has one: a
+        straight path has no second direction.
     """
     bent = [s for s, r in enumerate(path.residual) if r > 0]
     if not bent:
         return None
     source = min(bent, key=lambda s: (abs(s - t), s))
-    radius, p = path.residual[source], path.projection[source]
+    share, p = reach / path.residual[source], path.projection[source]
+    first, last = open_(0), open_(len(path.residual) - 1)
+    point = open_(source)
     if source == t:
-        return _from_foot(open_(0), open_(len(path.residual) - 1), open_(t), p, names), radius
-    rest = _residual(open_(0), open_(len(path.residual) - 1), open_(source), p, names)
-    point = open_(t)
-    foot = {name: point[name].to(working_type(point[name], rest[name])) for name in names}
-    return Line(foot, {name: tensor + rest[name] for name, tensor in foot.items()}), radius
-
-
-def _from_foot(
-    first: Weights, last: Weights, point: Weights, p: float, names: Sequence[str]
-) -> Line:
-    line = Line({}, {})
-    foot, end = {}, {}
-    for name in names:
-        a, b, x = first[name], last[name], point[name]
-        dtype = working_type(a, b, x)
-        # In float64, so that the foot is rounded once.
-        foot[name] = _made(dtype, lambda a, b: line.combine([a, b], (p,)), a, b)
-        end[name] = x.to(dtype)
-    return Line(foot, end)
-
-
-def _residual(
-    first: Weights, last: Weights, point: Weights, p: float, names: Sequence[str]
-) -> Weights:
-    return {
-        name: _made(working_type(*tensors), lambda a, b, x: (x - a).sub_(b - a, alpha=p), *tensors)
+        tensors = {name: (first[name], last[name], point[name]) for name in names}
+        foot = {n: _made(dtype, partial(_foot, p), *three) for n, three in tensors.items()}
+        end = {n: _made(dtype, partial(_end, p, share), *three) for n, three in tensors.items()}
+        return Line(foot, end)
+    rest = {
+        name: _made(dtype, partial(_rest, p, share), first[name], last[name], point[name])
         for name in names
-        for tensors in [(first[name], last[name], point[name])]
     }
+    del first, last, point
+    here = open_(t)
+    foot = {name: here[name].to(rest[name].dtype) for name in names}
+    return Line(foot, {name: tensor + rest[name] for name, tensor in foot.items()})
 
 
-def _made(dtype: torch.dtype, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def _foot(p: float, a: Tensor, b: Tensor, _: Tensor) -> Tensor:
+    return Line({}, {}).combine([a, b], (p,))
+
+
+def _end(p: float, share: float, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    foot = _foot(p, a, b, x)
+    return foot + (x - foot) * share
+
+
+def _rest(p: float, share: float, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    return (x - a).sub_(b - a, alpha=p).mul_(share)
+
+
+def _made(least: torch.dtype, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Makes a tensor a piece at a time, the function applied in float64."""
+    dtype = torch.promote_types(working_type(*tensors), least)
     made = torch.empty(tensors[0].shape, dtype=dtype)
     flat, start = made.view(-1), 0
     for parts in pieces(*tensors):

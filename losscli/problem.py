@@ -19,6 +19,7 @@ from losscli._version import __version__
 from losscli.checkpoint import Checkpoint, CheckpointFile, read
 from losscli.datasets import DataSet, from_object, load
 from losscli.errors import (
+    CheckpointError,
     DeviceError,
     LosscliError,
     MismatchError,
@@ -66,7 +67,6 @@ class Problem:
         objective: What is evaluated.
         names: The checkpoints in their order, as named by the user.
         first: The first of them, its names those of the model.
-        last: The last.
         moving: The tensors that may move, each tied tensor under one name.
         fresh: Builds the model anew; None where it was given as a module.
         buffers: Those of the model's floating-point buffers that any choice of tensors names.
@@ -78,7 +78,6 @@ class Problem:
     objective: Objective
     names: tuple[str, ...]
     first: Checkpoint
-    last: Checkpoint
     moving: tuple[str, ...]
     fresh: Callable[[], nn.Module] | None
     buffers: tuple[str, ...]
@@ -87,7 +86,7 @@ class Problem:
     read: Callable[[str], Checkpoint]
 
     def open(self, t: int) -> Checkpoint:
-        """Opens a checkpoint; only the first and the last are held.
+        """Opens a checkpoint; only the first is held.
 
         Args:
             t: Its place among the names.
@@ -101,15 +100,20 @@ class Problem:
         """
         if t == 0:
             return self.first
-        if t == len(self.names) - 1:
-            return self.last
         return self.read(self.names[t])
+
+    @property
+    def last(self) -> Checkpoint:
+        """The last checkpoint, opened."""
+        return self.open(len(self.names) - 1)
 
     @property
     def origin(self) -> Weights:
         """All tensors of the first checkpoint, but the buffers that stay at the last one's."""
-        kept = self.buffers if self.settings.buffers == "b" else ()
-        return {**self.first.weights, **{name: self.last.weights[name] for name in kept}}
+        if self.settings.buffers != "b" or not self.buffers:
+            return self.first.weights
+        last = self.last.weights
+        return {**self.first.weights, **{name: last[name] for name in self.buffers}}
 
     def place(self, weights: Weights) -> Weights:
         """Places a checkpoint: what may not move is the origin's.
@@ -150,7 +154,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         torch.manual_seed(settings.seed)
         model = _build(found)
         checkpoints = _Checkpoints(model, found)
-        entries, first, last = checkpoints.survey(names)
+        entries, first = checkpoints.survey(names)
         data, data_spec = _data(settings, file)
         loss, loss_spec = _loss(settings, file, data)
         metrics = _metrics(settings, data)
@@ -189,7 +193,6 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         objective,
         tuple(names),
         first,
-        last,
         tuple(_moving(objective, buffers, settings)),
         None if isinstance(found.value, nn.Module) else lambda: _build(found),
         buffers,
@@ -350,28 +353,38 @@ class _Checkpoints:
     def __init__(self, model: nn.Module, found: _Found) -> None:
         self._model = model
         self._found = found
+        self._seen: dict[str, tuple[int, int, int]] = {}
 
     def open(self, name: str) -> Checkpoint:
         """Opens one, its tensors under the model's names."""
         with torch.random.fork_rng(devices=[]):
             if name.startswith("init:"):
                 return _initialisation(name, self._found)
-            return read(name).select(self._model.state_dict())
+            checkpoint = read(name).select(self._model.state_dict())
+        if checkpoint.path is not None:
+            state = checkpoint.path.stat()
+            seen = state.st_ino, state.st_size, state.st_mtime_ns
+            if self._seen.setdefault(name, seen) != seen:
+                raise CheckpointError(
+                    f"{name} was changed while it was looked at",
+                    "Start again once it is left alone",
+                )
+        return checkpoint
 
-    def survey(self, names: Sequence[str]) -> tuple[list[dict[str, Any]], Checkpoint, Checkpoint]:
+    def survey(self, names: Sequence[str]) -> tuple[list[dict[str, Any]], Checkpoint]:
         """Opens each in turn; what does not match in any of them is one error.
 
         Args:
             names: Their names.
 
         Returns:
-            What the summary tells of each, and the first and the last of them.
+            What the summary tells of each, and the first of them.
 
         Raises:
             MismatchError: They do not have the model's tensors.
         """
         told: dict[str, dict[str, Any]] = {}
-        held: dict[str, Checkpoint] = {}
+        first: Checkpoint | None = None
         wrong: list[str] = []
         for name in dict.fromkeys(names):
             try:
@@ -381,8 +394,8 @@ class _Checkpoints:
                 continue
             path = str(checkpoint.path) if checkpoint.path else None
             told[name] = {"name": name, "path": path, "sha256": checkpoint.sha256()}
-            if name in {names[0], names[-1]}:
-                held[name] = checkpoint
+            first = first or checkpoint
+            del checkpoint  # before the next one is opened
         if wrong:
             wrong = list(dict.fromkeys(wrong))
             more = f" | and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
@@ -390,7 +403,8 @@ class _Checkpoints:
                 " | ".join(wrong[:_TOLD]) + more,
                 f"The model is {_text(self._found.value)}; choose with -m",
             )
-        return [told[name] for name in names], held[names[0]], held[names[-1]]
+        assert first is not None
+        return [told[name] for name in names], first
 
 
 def _initialisation(name: str, found: _Found) -> Checkpoint:
@@ -398,7 +412,7 @@ def _initialisation(name: str, found: _Found) -> Checkpoint:
         seed = int(name.removeprefix("init:"))
         torch.manual_seed(seed)
     except (ValueError, RuntimeError, OverflowError):
-        raise UsageError(f"{name} has no seed", "Write init:0") from None
+        raise UsageError(f"{name} has no seed", f"Write init:0, or ./{name} for a file") from None
     if isinstance(found.value, nn.Module):
         raise UsageError(
             f"{name}: a module that stands already has no initialisation to draw",

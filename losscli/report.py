@@ -8,7 +8,10 @@ from typing import Any
 
 from losscli.errors import printable
 
-__all__ = ["inspection", "interpolation", "plan", "plane", "trajectory"]
+__all__ = ["check", "inspection", "interpolation", "plan", "plane", "trajectory"]
+
+# So steep a line counts as level, as `losscli check` has it for gradients.
+_STATIONARY = 1e-3
 
 
 def interpolation(summary: Mapping[str, Any]) -> str:
@@ -34,31 +37,63 @@ def interpolation(summary: Mapping[str, Any]) -> str:
             f"{moving['values']:,} values in {moving['tensors']} tensors"
         ),
     ]
+    if refined := summary["refined"]:
+        lines.append(
+            f"refined to {refined['tolerance']:g} of the height: {refined['points']:,} points, "
+            f"where an even grid would take {refined['uniform_points']:,}"
+        )
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
-        lines += [f"  {label:<14}{text}" for label, text in _findings(split, low, high)]
+        findings = _findings(split, low, high, summary["distance"])
+        lines += [f"  {label:<14}{text}" for label, text in findings]
     return "\n".join(lines) + "\n"
 
 
-def _findings(split: Mapping[str, Any], low: float, high: float) -> list[tuple[str, str]]:
+def _findings(
+    split: Mapping[str, Any], low: float, high: float, length: float
+) -> list[tuple[str, str]]:
     found = [("loss at A", _number(split["loss_a"])), ("loss at B", _number(split["loss_b"]))]
     minimum = split["minimum"]
     if minimum is None:
         return [*found, ("lowest seen", "none: no point has a finite loss")]
     found.append(("lowest seen", _lowest(split, low, high)))
     found += [("barrier", _barrier(split)), ("largest rise", _rise(split))]
-    minima = split["local_minima"]
-    if minima:
-        told = "; ".join(
-            f"α = {m['alpha']:.4g}, depth {_number(m['depth'])}"
-            + (f" ± {_number(m['depth_stderr'], 2)}" if _known(m["depth_stderr"]) else "")
-            for m in minima[:3]
-        )
-        more = f"; {len(minima) - 3} more" if len(minima) > 3 else ""
-        found.append(("local minima", f"{len(minima)} of the curve: {told}{more}"))
-    else:
-        found.append(("local minima", f"none of the curve between {low:g} and {high:g}"))
+    found += [
+        _extrema(split, "minima", "depth", low, high),
+        _extrema(split, "maxima", "height", low, high),
+    ]
+    if slope := split.get("slope_at_b"):
+        found.append(("slope at B", _slope(slope, length)))
     return found
+
+
+def _slope(at: Mapping[str, float], length: float) -> str:
+    """Whether the end of training is stationary along the line, which is less than critical."""
+    steep = at["slope"] / length if length else 0.0
+    text = f"{_number(at['slope'])}, curvature {_number(at['curvature'])}; "
+    if abs(steep) <= _STATIONARY:
+        return f"{text}stationary along the line, to {_STATIONARY:g} a unit of length"
+    way = "falls" if steep < 0 else "rises"
+    return f"{text}not stationary: the loss {way} by {_number(abs(steep))} a unit of length"
+
+
+def _extrema(
+    split: Mapping[str, Any], which: str, size: str, low: float, high: float
+) -> tuple[str, str]:
+    """The local minima or maxima of the curve, the largest first, and which are beyond noise."""
+    there = split[f"local_{which}"]
+    label = f"local {which}"
+    if not there:
+        return label, f"none of the curve between {low:g} and {high:g}"
+    largest = sorted(there, key=lambda e: -e[size])[:3]
+    told = "; ".join(
+        f"α = {e['alpha']:.4g}, {size} {_number(e[size])}"
+        + (f" ± {_number(e[f'{size}_stderr'], 2)}" if _known(e[f"{size}_stderr"]) else "")
+        for e in largest
+    )
+    beyond = sum(bool(e["beyond_noise"]) for e in there)
+    more = f"; {len(there) - 3} more" if len(there) > 3 else ""
+    return label, f"{len(there)} of the curve, {beyond} of them beyond noise: {told}{more}"
 
 
 def _lowest(split: Mapping[str, Any], low: float, high: float) -> str:
@@ -189,7 +224,10 @@ def plane(summary: Mapping[str, Any]) -> str:
         f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}",
     ))
     if summary["plane"] == "pca":
-        rows.append(("off the plane", f"up to {summary['off_plane']:.4g}"))
+        size = max(abs(x) for letter in "xy" for x in summary[f"{letter}_range"])
+        off = summary["off_plane"]
+        # The axes are float32: what is smaller is rounding.
+        rows.append(("off the plane", f"up to {off:.4g}" if off > 1e-6 * size else "none"))
     lines = [f"{label:<16}{text}" for label, text in rows]
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
@@ -210,6 +248,64 @@ def plane(summary: Mapping[str, Any]) -> str:
             told.append(("highest seen", _number(split["highest_loss"])))
         lines += [f"  {label:<16}{text}" for label, text in told]
     return "\n".join(lines) + "\n"
+
+
+def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Tells what was found of critical points.
+
+    Args:
+        summary: The summary of a check.
+        rows: The rows of its table.
+
+    Returns:
+        Lines of text.
+    """
+    moving, tolerance = summary["moving"], summary["tolerance"]
+    lines = [
+        f"critical        where ‖∇L‖ is at most {tolerance:g}",
+        f"θ               {moving['values']:,} values in {_count(moving['tensors'], 'tensor')}",
+    ]
+    told = {
+        (point["checkpoint"], point["split"]): point
+        for split in summary["splits"].values()
+        for point in split["points"]
+    }
+    for row in rows:
+        point = told[row["checkpoint"], row["split"]]
+        number = summary["examples"][row["split"]]
+        heading = f"{printable(row['checkpoint'])}, {printable(row['split'])}"
+        lines += ["", f"{heading}, {_count(number, 'example')}: {row['verdict']}"]
+        found = [
+            ("loss", _number(row["loss"])),
+            ("‖∇L‖", _number(row["gradient_norm"])),
+            ("λ min", _eigenvalue(row, "lambda_min", point)),
+            ("λ max", _eigenvalue(row, "lambda_max", point)),
+        ]
+        if row["minimal_ratio"] is not None:
+            found.append(("positive λ", f"{row['minimal_ratio']:.2%} of {moving['values']:,}"))
+        if descent := point["descent"]:
+            found.append(("along −∇L", _gain(descent)))
+        lines += [f"  {label:<14}{text}" for label, text in found]
+    if escape := summary["escape"]:
+        lines += [
+            "",
+            f"along the most negative curvature of {printable(escape['checkpoint'])}, "
+            f"{printable(escape['split'])}: "
+            + (_gain(escape) if escape["gain"] > 0 else "no lower point was seen"),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _eigenvalue(row: Mapping[str, Any], which: str, point: Mapping[str, Any]) -> str:
+    error = f" ± {_number(row[f'{which}_error'], 2)}" if _known(row[f"{which}_error"]) else ""
+    unsure = "" if point[f"{which}_converged"] else ", not converged"
+    return f"{_number(row[which])}{error}{unsure}"
+
+
+def _gain(step: Mapping[str, Any]) -> str:
+    error = f" ± {_number(step['gain_stderr'], 2)}" if _known(step["gain_stderr"]) else ""
+    gain = f"{_number(step['gain'])}{error}"
+    return f"a step of {_number(abs(step['distance']), 3)} lowers the loss by {gain}"
 
 
 def plan(description: Mapping[str, Any]) -> str:

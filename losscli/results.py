@@ -21,6 +21,9 @@ __all__ = ["Output", "Result", "default_stem", "to_json"]
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
+# The further tables that runs write, by the names in their files.
+_TABLES = ("context", "escape", "path", "spectrum", "surface", "walk")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -147,28 +150,26 @@ class Output:
                 )
         return cls(stem, tuple(figures), force)
 
-    def guard(self, identity: str) -> None:
+    def guard(self, identity: str, tables: Sequence[str] = ()) -> None:
         """Refuses to overwrite the results of another run.
 
         Args:
             identity: What tells this run from others.
+            tables: The names of further tables that may be written.
 
         Raises:
             OutputError: A file is in the way that this very run did not write.
         """
         if self.force:
             return
-        there = [path for path in (self._file(".csv"), *self.figures) if path.exists()]
+        files = [self._file(".csv"), *(self._file(f".{name}.csv") for name in tables)]
+        there = [path for path in (*files, *self.figures) if path.exists()]
         summary = self._file(".json")
         if summary.exists():
             there.append(summary)
         if not there:
             return
-        try:
-            written = json.loads(summary.read_text(encoding="utf-8")).get("identity")
-        except (OSError, ValueError, AttributeError):
-            written = None
-        if written != identity:
+        if self._before().get("identity") != identity:
             raise OutputError(
                 f"{there[0]} holds the results of another run",
                 "Choose another --out, or overwrite it with --force",
@@ -187,6 +188,7 @@ class Output:
         Raises:
             OutputError: A file cannot be written; then none is left behind.
         """
+        older = self._before().get("tables")
         contents = {self._file(".csv"): result.table.to_csv().encode()}
         for name, table in result.more.items():
             contents[self._file(f".{name}.csv")] = table.to_csv().encode()
@@ -198,7 +200,20 @@ class Output:
         contents[self._file(".json")] = f"{to_json(result.summary)}\n".encode(
             "utf-8", "backslashreplace"
         )
-        return replace_all(contents)
+        files = replace_all(contents)
+        # What an older run left would be taken for this one's.
+        for name in older if isinstance(older, list) else ():
+            if name in _TABLES and name not in result.more:
+                self._file(f".{name}.csv").unlink(missing_ok=True)
+        return files
+
+    def _before(self) -> dict[str, Any]:
+        """The summary of the run whose results are there, if any."""
+        try:
+            summary = json.loads(self._file(".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return summary if isinstance(summary, dict) else {}
 
     def _file(self, suffix: str) -> Path:
         return self.stem.with_name(self.stem.name + suffix)

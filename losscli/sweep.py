@@ -13,7 +13,7 @@ from losscli.geometry import Slice
 from losscli.objective import Evaluation, Objective
 from losscli.weights import Weights
 
-__all__ = ["check", "points_that_fit", "settle", "sweep", "sweep_plain"]
+__all__ = ["check", "halving", "points_that_fit", "settle", "sweep", "sweep_plain"]
 
 _T = TypeVar("_T")
 
@@ -48,7 +48,7 @@ def check(objective: Objective, weights: Weights) -> None:
         objective: What will be evaluated.
         weights: All tensors of the model; what no slice moves stays loaded.
     """
-    _halving(objective, lambda: objective.check(weights))
+    halving(objective, lambda: objective.check(weights))
 
 
 def settle(objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]) -> None:
@@ -59,7 +59,7 @@ def settle(objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[f
         slice_: The slice.
         coordinates: The points.
     """
-    _halving(objective, lambda: objective.settle(slice_, coordinates))
+    halving(objective, lambda: objective.settle(slice_, coordinates))
 
 
 def sweep(
@@ -142,12 +142,23 @@ def sweep_plain(
         def evaluate(weights: Weights = weights, done: int = len(results)) -> dict[str, Evaluation]:
             return objective.plain(weights, splits, _Tally(done, progress).add)
 
-        results.append(_halving(objective, evaluate))
+        results.append(halving(objective, evaluate))
     return results
 
 
-def _halving(objective: Objective, work: Callable[[], _T]) -> _T:
-    """Does some work, with half the batch whenever it is out of memory."""
+def halving(objective: Objective, work: Callable[[], _T]) -> _T:
+    """Does some work, anew with half the batch whenever it is out of memory.
+
+    Args:
+        objective: Whose batch.
+        work: What to do.
+
+    Returns:
+        What the work returns.
+
+    Raises:
+        OutOfMemoryError: One example does not fit.
+    """
     while True:
         try:
             return work()

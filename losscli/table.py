@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 from losscli.errors import TableError
@@ -25,6 +26,10 @@ _COMMANDS = {
         *("split", "loss", "loss_stderr"),
     ),
     "plane": ("x", "y", "split", "loss", "loss_stderr"),
+    "check": (
+        *("checkpoint", "split", "loss", "gradient_norm", "lambda_min", "lambda_min_error"),
+        *("lambda_max", "lambda_max_error", "minimal_ratio", "verdict"),
+    ),
 }
 
 _CURE = "Give a CSV as losscli wrote it"
@@ -67,6 +72,14 @@ class Table:
     def __getitem__(self, column: str) -> list[Cell]:
         index = self.columns.index(column)
         return [row[index] for row in self.rows]
+
+    def records(self) -> list[dict[str, Cell]]:
+        """Reads the rows by their columns.
+
+        Returns:
+            For each row its cells by the names of their columns.
+        """
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
     def floats(self, column: str) -> list[float]:
         """Reads a column of numbers.
@@ -116,6 +129,27 @@ class Table:
         writer.writerow(self.columns)
         writer.writerows([_write(cell) for cell in row] for row in self.rows)
         return text.getvalue()
+
+    @classmethod
+    def read(cls, path: Path) -> Table:
+        """Reads a CSV file.
+
+        Args:
+            path: Where it lies.
+
+        Returns:
+            The table.
+
+        Raises:
+            TableError: It cannot be read, or is not such a CSV.
+        """
+        try:
+            # Spreadsheets put a mark before the first column.
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                return cls.from_csv(file, str(path))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "a name with a zero byte"
+            raise TableError(f"{path} cannot be read: {reason}") from None
 
     @classmethod
     def from_csv(cls, lines: TextIO, name: str) -> Table:

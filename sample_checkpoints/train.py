@@ -46,6 +46,7 @@ class Run:
 
 
 RELU = "mlp:64-40-40-10,activation=relu"
+SADDLE = "mlp:64-10-10,activation=tanh"
 RUNS = {
     "maxout": Run("mlp:64-40-40-10,activation=maxout,pieces=2", "momentum", 0.05, 2000, path=30),
     "relu": Run(RELU, "momentum", 0.05, 2000, path=30),
@@ -149,6 +150,23 @@ def train(run: Run, folder: Path, data: dict[str, Tensor]) -> nn.Module:
     return model
 
 
+def saddle(folder: Path, data: dict[str, Tensor]) -> None:
+    """Makes a critical point that is a saddle: a network that looks at no input.
+
+    Its weights are zero and its last biases the logarithms of how frequent the classes are, so it
+    answers with the frequencies. The gradient is zero: each layer's is a product with the weights
+    or the outputs of the other, or is zero since the frequencies are right on average.
+    """
+    model = build(SADDLE, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        share = data["train_targets"].bincount(minlength=10).double() / len(data["train_targets"])
+        list(model.parameters())[-1].copy_(share.log())
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": model.state_dict(), "losscli.model": SADDLE}, folder / "saddle.pt")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the sample checkpoints.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"{', '.join(RUNS)}; default all")
@@ -159,6 +177,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     data = load_file(HERE / "digits.safetensors")
+    saddle(options.out / "saddle", data)
     for name in options.runs or RUNS:
         start = time.perf_counter()
         model = train(RUNS[name], options.out / name, data)

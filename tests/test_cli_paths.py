@@ -13,7 +13,10 @@ import pytest
 import torch
 
 import losscli as library
+from losscli.errors import CheckpointError
 from losscli.models import MLP
+from losscli.settings import Settings
+from losscli.studies import Trajectory
 from tests.conftest import Losscli
 
 COMMAND = [sys.executable, "-m", "losscli"]
@@ -228,3 +231,81 @@ def test_results_of_another_path_are_kept(losscli: Losscli, folder: Path, path: 
     assert done.status == 1
     assert "holds the results of another run" in done.stderr
     assert losscli(*run[:-1], "3", "--force").status == 0
+
+
+def test_further_tables_of_another_run_are_kept_too(losscli: Losscli, folder: Path) -> None:
+    losscli("interpolate", "a.pt", "b.pt", "-o", "run.path", "--no-figure", "--points", 3)
+    before = Path("run.path.csv").read_bytes()
+    done = losscli("plane", "a.pt", "-o", "run", "--no-figure", "--points", 2)
+    assert done.status == 1
+    assert "run.path.csv holds the results of another run" in done.stderr
+    assert Path("run.path.csv").read_bytes() == before
+
+
+def test_what_an_older_run_left_does_not_stay(
+    losscli: Losscli, folder: Path, path: list[str]
+) -> None:
+    run = ["trajectory", "path", "-o", "out", "--no-figure", "--residuals", "2"]
+    losscli(*run, "--random-walk")
+    assert {p.name for p in folder.glob("out.*.csv")} == {"out.surface.csv", "out.walk.csv"}
+    losscli(*run, "--no-surface", "--force")
+    assert not list(folder.glob("out.*.csv"))
+
+
+def test_a_surface_of_another_run_is_not_drawn(
+    losscli: Losscli, folder: Path, path: list[str]
+) -> None:
+    losscli("trajectory", *path, "-o", "one", "--no-figure", "--residuals", 2)
+    losscli("trajectory", *path[::-1], "-o", "two", "--no-figure", "--residuals", 2)
+    Path("two.surface.csv").replace("one.surface.csv")
+    done = losscli("plot", "one.csv")
+    assert done.status == 1
+    assert "one.surface.csv is of another run than one.csv" in done.stderr
+
+
+def test_an_empty_name_is_refused(losscli: Losscli, folder: Path, path: list[str]) -> None:
+    done = losscli("trajectory", path[0], "", path[1])
+    assert done.status == 2
+    assert "the name of a checkpoint is empty" in done.stderr
+
+
+def test_an_initialisation_is_none_of_the_folders(
+    losscli: Losscli, folder: Path, path: list[str]
+) -> None:
+    (folder / "init:7").mkdir()
+    Path(path[0]).rename("init:7/x.pt")
+    done = losscli("trajectory", path[1], "init:7", path[2], "--no-surface", "-o", "-")
+    assert done.status == 0, done.stderr
+    assert ",init:7," in done.stdout
+    done = losscli("trajectory", path[1], "init:7/x.pt", path[2], "--no-surface", "-o", "-")
+    assert done.status == 2
+    assert "./init:7/x.pt for a file" in done.stderr
+    done = losscli("trajectory", path[1], "./init:7/x.pt", path[2], "--no-surface", "-o", "-")
+    assert done.status == 0, done.stderr
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_names_on_stdin_end_where_their_lines_do(
+    ending: str, folder: Path, path: list[str]
+) -> None:
+    odd = "path/\u2028x\x0b.pt"
+    Path(path[1]).rename(odd)
+    done = subprocess.run(
+        [*COMMAND, "trajectory", "-", "-o", "-", "--no-surface"],
+        input=("\ufeff" + ending.join([path[0], odd, path[2]]) + ending).encode(),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert odd in done.stdout.decode()
+
+
+def test_a_checkpoint_that_changes_meanwhile_ends_the_run(
+    folder: Path, path: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Trajectory.plan(
+        path, Settings(), surface=True, residuals=2, reach=1.0, random_walk=False
+    )
+    Path(path[3]).write_bytes(Path(path[2]).read_bytes())
+    with pytest.raises(CheckpointError, match=r"step-7\.pt was changed while it was looked at"):
+        plan.run()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losscli.curve import describe, standard_error
+from losscli.curve import describe, near_rounding, standard_error
 from tests import oracle
 
 
@@ -148,3 +148,88 @@ def test_a_part_of_the_line_may_show_a_rise_but_not_that_there_is_none() -> None
     assert describe([0.5], middle[None], a, b)["monotonic"] is None
     a, b, middle = flat([2.0, 1.0, 2.5])
     assert describe([0.5], middle[None], a, b)["monotonic"] is False
+
+
+def test_maxima_are_the_minima_of_the_mirrored_curve() -> None:
+    rng = np.random.default_rng(3)
+    alphas = np.linspace(0, 1, 60).tolist()
+    losses = rng.normal(size=(60, 6))
+    up, down = (
+        describe(alphas, sign * losses, sign * losses[0], sign * losses[-1]) for sign in (1, -1)
+    )
+    assert len(up["local_maxima"]) > 10
+    for one, other in zip(up["local_maxima"], down["local_minima"], strict=True):
+        assert one == {
+            "alpha": other["alpha"],
+            "loss": -other["loss"],
+            "height": other["depth"],
+            "height_stderr": other["depth_stderr"],
+            "beyond_noise": other["beyond_noise"],
+        }
+
+
+def test_the_height_of_a_maximum_is_the_drop_to_something_higher() -> None:
+    found = told([float(x) for x in range(7)], [0.0, 5.0, 1.0, 4.0, 3.0, 9.0, 2.0])
+    assert [(m["alpha"], m["height"]) for m in found["local_maxima"]] == [
+        (1.0, 4.0), (3.0, 1.0), (5.0, 7.0),
+    ]  # fmt: skip
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(0, 4), min_size=3, max_size=14))
+def test_depths_agree_with_brute_force(values: list[int]) -> None:
+    alphas = [float(x) for x in range(len(values))]
+    losses = flat([float(v) for v in values], 2)
+    found = describe(alphas, losses, losses[0], losses[-1])["local_minima"]
+    expected = []
+    for i in range(1, len(values) - 1):
+        rims = []
+        for way in (values[i - 1 :: -1], values[i + 1 :]):
+            lower = next((k for k, v in enumerate(way) if v < values[i]), len(way))
+            rims.append(max(way[:lower], default=values[i]))
+        if min(rims) > values[i] != values[i - 1]:
+            expected.append((float(i), min(rims) - values[i]))
+    assert [(m["alpha"], m["depth"]) for m in found] == expected
+
+
+def test_an_extremum_is_beyond_noise_by_its_paired_error() -> None:
+    base = np.arange(8.0) * 100
+    spread = np.array([1.0, -1.0] * 4)
+    steady = np.stack([base + 1, base, base + 1])
+    found = describe([0.0, 0.5, 1.0], steady, steady[0], steady[2])["local_minima"]
+    assert [m["beyond_noise"] for m in found] == [True]
+    for size, beyond in ((1.0, True), (2.0, False)):
+        noisy = np.stack([base + 1, base + size * spread, base + 1])
+        (only,) = describe([0.0, 0.5, 1.0], noisy, noisy[0], noisy[2])["local_minima"]
+        assert only["depth_stderr"] == pytest.approx(size * math.sqrt(8 / 7 / 8))
+        assert only["beyond_noise"] is beyond
+
+
+def test_a_single_example_tells_nothing_of_noise() -> None:
+    losses = flat([2.0, 1.0, 2.0], 1)
+    (only,) = describe([0.0, 0.5, 1.0], losses, losses[0], losses[2])["local_minima"]
+    assert only["beyond_noise"] is False
+    assert math.isnan(only["depth_stderr"])
+
+
+def test_rounding_is_suspected_where_a_depth_is_small_for_the_type() -> None:
+    alphas = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
+    losses = [3.0, 1.0, 1.0 + 1e-6, 1.0 - 1e-9, 2.0, 1.0]
+    assert near_rounding(alphas, losses, "float64") == []
+    # The deeper minimum at 0.75 is sure; that at 0.25 and the maximum between them are not.
+    assert near_rounding(alphas, losses, "float32") == [0.0, 0.25, 0.5, 0.75]
+    assert near_rounding(alphas, [100 * x for x in losses], "float32") == [0.0, 0.25, 0.5, 0.75]
+    assert near_rounding([0.0, 0.5, 1.0], [1.0, 0.95, 1.0], "float32") == []
+    assert near_rounding([0.0, 0.5, 1.0], [1.0, 0.95, 1.0], "bfloat16") == [0.0, 0.5, 1.0]
+    assert near_rounding([0.0, 0.5, 1.0], [1.0, math.nan, 1.0], "bfloat16") == []
+
+
+def test_a_long_curve_of_many_extrema_is_described_in_linear_time() -> None:
+    # Each minimum is lower than the last: a search from each for its rim would walk 4 · 10⁸ steps.
+    values = np.repeat(-np.arange(20_000.0), 2) + np.tile([0.0, 0.7], 20_000)
+    alphas = np.linspace(0, 1, len(values)).tolist()
+    found = near_rounding(alphas, values.tolist(), "float64")
+    assert found == []
+    losses = values[:, None].astype(np.float32)
+    told = describe(alphas, losses, losses[0], losses[-1])
+    assert len(told["local_minima"]) == 19_999

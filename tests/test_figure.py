@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +32,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import ConnectionPatch
 from matplotlib.text import Annotation, Text
 from numpy.typing import NDArray
 from PIL import Image
@@ -57,7 +58,47 @@ def three() -> list[Run]:
     return [stored(f"three-{name}", name) for name in ("relu", "tanh", "sgd")]
 
 
+def wavy(alpha: float, split: str) -> float:
+    """A valley with ripples that only a closer look shows."""
+    floor = 0.02 if split == "train" else 0.15
+    ripple = 0.06 * math.sin(70 * alpha) * math.exp(-(((alpha - 0.3) / 0.12) ** 2))
+    return floor + 2 * (alpha - 1) ** 2 * (1 + 0.2 * alpha) + ripple
+
+
+def waves(alphas: Sequence[float], noise: float = 0.01) -> Table:
+    rows = [(a, s, wavy(a, s), noise) for a in alphas for s in ("train", "test")]
+    return Table.build(("alpha", "split", "loss", "loss_stderr"), rows)
+
+
+def turns(table: Table, *, beyond: bool | None = True) -> dict[str, Any]:
+    """What a summary says of local minima and maxima, all of them beyond noise or not."""
+    splits: dict[str, Any] = {}
+    for split in table.unique("split"):
+        rows = table.where("split", split)
+        found: dict[str, list[dict[str, Any]]] = {"local_minima": [], "local_maxima": []}
+        points = list(zip(rows.floats("alpha"), rows.floats("loss"), strict=True))
+        for (_, before), (alpha, loss), (_, after) in zip(
+            points, points[1:], points[2:], strict=False
+        ):
+            about = {"alpha": alpha, "loss": loss, "beyond_noise": beyond}
+            if loss < min(before, after):
+                found["local_minima"].append({**about, "depth": before - loss})
+            if loss > max(before, after):
+                found["local_maxima"].append({**about, "height": loss - before})
+        splits[str(split)] = found
+    return splits
+
+
+def zoom(low: float = 0.1, high: float = 0.5, *, beyond: bool | None = True) -> Run:
+    """A part of a line, with the whole line beside it."""
+    table = waves([low + (high - low) * k / 80 for k in range(81)])
+    names = [{"name": "relu/init.pt"}, {"name": "relu/final.pt"}]
+    summary = {"loss": "mse", "checkpoints": names, "splits": turns(table, beyond=beyond)}
+    return Run(table, summary, more={"context": waves([k / 20 - 0.5 for k in range(51)])})
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
+    "zoom": lambda: draw_interpolation([zoom()]),
     "smooth": lambda: draw_interpolation([stored("smooth")]),
     "gaps": lambda: draw_interpolation([stored("gaps")], title="Where it breaks", log=True),
     "three": lambda: draw_interpolation(three(), title="Three runs"),
@@ -457,6 +498,112 @@ def test_sampled_runs_do_not_claim_a_number_of_examples() -> None:
     summary = {"examples": {"train": 9}}
     assert "train" in legend(draw_interpolation([Run(sampled.table, summary)]))
     assert "train (n = 9)" in legend(draw_interpolation([Run(curve().table, summary)]))
+
+
+def test_local_minima_and_maxima_are_marked_where_they_are_beyond_noise() -> None:
+    figure = draw_interpolation([replace(zoom(), more={})])
+    (axes,) = figure.axes
+    about = turns(zoom().table)["train"]
+    assert marked(axes, "v") == [turn["alpha"] for turn in about["local_minima"]]
+    assert marked(axes, "^") == [turn["alpha"] for turn in about["local_maxima"]]
+    assert len(marked(axes, "v")) == 2
+    places = {
+        (x, y)
+        for line in axes.get_lines()
+        if line.get_marker() == "v"
+        for x, y in zip(xs(line), np.asarray(line.get_ydata()), strict=True)
+    }
+    assert places == {
+        (turn["alpha"], turn["loss"])
+        for split in turns(zoom().table).values()
+        for turn in split["local_minima"]
+    }
+    assert {"local minimum", "local maximum"} <= set(legend(figure))
+    assert note(figure) == "Local minima and maxima: marked where beyond two standard errors"
+
+
+@pytest.mark.parametrize("beyond", [False, None])
+def test_what_may_be_noise_is_not_marked(beyond: bool | None) -> None:
+    table = zoom().table
+    plainly = Run(table, {"loss": "mse"})
+    png = render(draw_interpolation([plainly]), ".png")
+    summary = {"loss": "mse", "splits": turns(table, beyond=beyond)}
+    assert render(draw_interpolation([Run(table, summary)]), ".png") == png
+    for split in summary["splits"].values():  # type: ignore[attr-defined]
+        for turn in split["local_minima"]:
+            del turn["beyond_noise"]
+        del split["local_maxima"]
+    assert render(draw_interpolation([Run(table, summary)]), ".png") == png
+    assert render(draw_interpolation([Run(table, {**summary, "splits": None})]), ".png") == png
+
+
+def test_the_lowest_point_has_one_mark() -> None:
+    run = curve([(k / 10, abs(k - 5) + 1.0) for k in range(11)])
+    low = {"alpha": 0.5, "loss": 1.0, "depth": 5.0, "beyond_noise": True}
+    summary = {"splits": {"train": {"local_minima": [low]}}}
+    (axes,) = draw_interpolation([replace(run, summary=summary)]).axes
+    assert marked(axes, "D") == [0.5]
+    assert marked(axes, "v") == []
+
+
+def test_only_the_most_prominent_are_marked() -> None:
+    points = [(k / 80, (k % 2) * (1 + k) - k * 1e-3) for k in range(81)]
+    minima = [
+        {"alpha": x, "loss": y, "depth": 1.0 + 80 * x, "beyond_noise": True}
+        for x, y in points[2:-2:2]
+    ]
+    run = replace(curve(points), summary={"splits": {"train": {"local_minima": minima}}})
+    figure = draw_interpolation([run])
+    assert marked(figure.axes[0], "v") == [k / 80 for k in range(56, 80, 2)]
+    assert "beyond two standard errors, the 12 most prominent of 39" in note(figure)
+
+
+def test_a_part_is_shown_on_the_whole_line() -> None:
+    figure = draw_interpolation([zoom()])
+    whole, part = figure.axes
+    assert whole.get_position().y0 > part.get_position().y1
+    assert whole.get_xlim() == pytest.approx((-0.55, 2.05))
+    assert [to_hex(line.get_color()) for line in runs(whole)] == [to_hex("#0072B2")] * 2
+    assert [line.get_linestyle() for line in runs(whole)] == ["-", "--"]
+    (shade,) = whole.patches
+    box = shade.get_extents().transformed(whole.transData.inverted())
+    assert (box.x0, box.x1) == pytest.approx(part.get_xlim())
+    links = [a for a in figure.get_children() if isinstance(a, ConnectionPatch)]
+    feet = [a.get_path().vertices[-1] for a in links]
+    corners = part.get_position()
+    assert len(feet) == 2
+    assert {"A  relu/init.pt", "B  relu/final.pt", "shaded: the part below"} <= set(texts(figure))
+    assert "loss on the\nwhole line" in texts(figure)
+    np.testing.assert_allclose(feet, [(corners.x0, corners.y1), (corners.x1, corners.y1)])
+    # The ends are where they are in view, and named once.
+    assert ends(whole) == [0.0, 1.0]
+    assert ends(part) == []
+
+
+def test_a_part_reads_back_from_its_csv_as_the_same_picture() -> None:
+    def read(table: Table) -> Table:
+        return Table.from_csv(io.StringIO(table.to_csv(), newline=""), "x")
+
+    drawn = zoom()
+    again = replace(drawn, table=read(drawn.table), more={"context": read(drawn.more["context"])})
+    for suffix in (".png", ".svg"):
+        one, other = draw_interpolation([drawn]), draw_interpolation([again])
+        assert render(one, suffix) == render(other, suffix)
+
+
+def test_no_whole_line_beside_several_runs_or_without_points() -> None:
+    assert len(draw_interpolation([zoom(), zoom()]).axes) == 1
+    nowhere = replace(zoom(), more={"context": waves([NAN, NAN])})
+    assert len(draw_interpolation([nowhere]).axes) == 1
+    assert len(draw_interpolation([replace(zoom(), more={})]).axes) == 1
+
+
+def test_a_whole_line_with_gaps_says_so() -> None:
+    table = zoom().more["context"]
+    rows = [(*row[:2], NAN if row[0] > 1.9 else row[2], row[3]) for row in table.rows]
+    run = replace(zoom(), more={"context": Table.build(table.columns, rows)})
+    said = " ".join(texts(draw_interpolation([run], log=True))).replace("\n", " ")
+    assert "The whole line: 2 points of train and 2 points of test are not finite" in said
 
 
 ODD = {

@@ -122,8 +122,8 @@ def test_pieces_of_a_large_tensor_add_up() -> None:
     assert_same(path, by_definition(matrix(states, ["w"])))
     (u, _), _ = principal_axes(opener(states), 4, ["w"])
     assert float(u["w"].double().norm()) == pytest.approx(1, rel=1e-6)
-    line, radius = ribbon(opener(states), path, 1, ["w"]) or pytest.fail("straight")
-    assert float((line.b["w"] - line.a["w"]).double().norm()) == pytest.approx(radius, rel=1e-6)
+    line = ribbon(opener(states), path, 1, ["w"], 3.0) or pytest.fail("straight")
+    assert float((line.b["w"] - line.a["w"]).double().norm()) == pytest.approx(3, rel=1e-6)
 
 
 def test_the_ends_of_a_path_and_what_equals_them_are_exact() -> None:
@@ -153,7 +153,7 @@ def test_on_the_line_but_for_rounding_is_on_the_line(dtype: torch.dtype, length:
         assert path.residual == (0,) * 6
         assert path.turn == (None,) * 6
         assert path.projection == pytest.approx((0, 0.1, 0.5, 1 / 3, 0.999, 1), abs=1e-6 / length)
-        assert ribbon(opener(line), path, 2, NAMES) is None
+        assert ribbon(opener(line), path, 2, NAMES, 1.0) is None
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_no_more_than_three_checkpoints_are_held_at_a_time() -> None:
         assert sorted(files.opened) == sorted([*range(9)] * 2)
         for t in range(9):
             files = Files(states)
-            ribbon(files, path, t, NAMES)
+            ribbon(files, path, t, NAMES, 1.0)
             assert files.most == 3
             assert len(files.opened) <= 4
         files = Files(states)
@@ -282,22 +282,36 @@ def test_a_checkpoint_that_is_not_finite_is_named(
     task(opener(states), 4, ["w"])
 
 
+@pytest.mark.parametrize("least", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
-def test_a_ribbon_runs_from_the_foot_to_the_checkpoint(dtype: torch.dtype) -> None:
+def test_a_ribbon_runs_from_the_foot_past_the_checkpoint(
+    dtype: torch.dtype, least: torch.dtype
+) -> None:
     states = bent(dtype=dtype)
     path = measure(opener(states), len(states), NAMES)
     x = matrix(states)
-    working = torch.promote_types(dtype, torch.float32)
+    working = torch.promote_types(dtype, least)
     eps = torch.finfo(working).eps
     for t in range(1, len(states) - 1):
-        line, radius = ribbon(opener(states), path, t, NAMES) or pytest.fail("straight")
-        assert radius == path.residual[t]
-        assert all(torch.equal(line.b[n], states[t][n].to(working)) for n in NAMES)
-        assert all(e[n].dtype == working for e in line.ends for n in NAMES)
-        assert all(e[n].shape == states[t][n].shape for e in line.ends for n in NAMES)
-        assert list(line.a) == list(line.b) == NAMES
-        foot = x[0] + path.projection[t] * (x[-1] - x[0])
-        np.testing.assert_allclose(matrix([line.a])[0], foot, rtol=eps, atol=eps)
+        for share in (0.5, 1.0, 1.25, 1e6):
+            reach = share * path.residual[t]
+            line = ribbon(opener(states), path, t, NAMES, reach, least) or pytest.fail("straight")
+            assert all(e[n].dtype == working for e in line.ends for n in NAMES)
+            assert all(e[n].shape == states[t][n].shape for e in line.ends for n in NAMES)
+            assert list(line.a) == list(line.b) == NAMES
+            foot = x[0] + path.projection[t] * (x[-1] - x[0])
+            np.testing.assert_allclose(matrix([line.a])[0], foot, rtol=eps, atol=8 * eps)
+            end = foot + share * (x[t] - foot)
+            np.testing.assert_allclose(matrix([line.b])[0], end, rtol=eps, atol=8 * share * eps)
+
+
+def test_a_ribbon_that_ends_at_the_checkpoint_ends_there_to_the_last_bit() -> None:
+    states = bent()
+    path = measure(opener(states), len(states), NAMES)
+    for t in range(1, len(states) - 1):
+        reach = path.residual[t]
+        line = ribbon(opener(states), path, t, NAMES, reach) or pytest.fail("straight")
+        assert all(torch.equal(line.b[n], states[t][n]) for n in NAMES)
 
 
 def test_the_foot_is_rounded_once() -> None:
@@ -305,7 +319,7 @@ def test_the_foot_is_rounded_once() -> None:
     path = measure(opener(states), len(states), NAMES)
     x = matrix(states)
     for t in (1, 3, 5):
-        line, _ = ribbon(opener(states), path, t, NAMES) or pytest.fail("straight")
+        line = ribbon(opener(states), path, t, NAMES, 1.0) or pytest.fail("straight")
         foot = x[0] + path.projection[t] * (x[-1] - x[0])
         np.testing.assert_array_equal(matrix([line.a])[0], foot.astype(np.float32))
 
@@ -318,28 +332,31 @@ def test_where_a_step_has_no_residual_the_nearest_one_stands_in() -> None:
     path = measure(opener(states), 7, NAMES)
     assert [t for t in range(7) if path.residual[t] > 0] == [2, 5]
     x = matrix(states)
-    for t, source in [(0, 2), (1, 2), (3, 2), (4, 5), (6, 5)]:
-        line, radius = ribbon(opener(states), path, t, NAMES) or pytest.fail("straight")
-        assert radius == path.residual[source]
+
+    def step_at(states: list[dict[str, Tensor]], path: Path, t: int) -> np.ndarray:
+        line = ribbon(opener(states), path, t, NAMES, 2.0) or pytest.fail("straight")
         assert all(torch.equal(line.a[n], states[t][n]) for n in NAMES)
-        d_ = x[-1] - x[0]
-        rest = x[source] - x[0] - path.projection[source] * d_
-        step = matrix([line.b])[0] - matrix([line.a])[0]
-        np.testing.assert_allclose(step, rest, atol=1e-14)
+        return matrix([line.b])[0] - matrix([line.a])[0]
+
+    for t, source in [(0, 2), (1, 2), (3, 2), (4, 5), (6, 5)]:
+        rest = x[source] - x[0] - path.projection[source] * (x[-1] - x[0])
+        expected = 2 * rest / np.linalg.norm(rest)
+        np.testing.assert_allclose(step_at(states, path, t), expected, atol=1e-13)
     # Of two that are as near, the earlier.
     tie = [a, b, middle, c, d]
-    path = measure(opener(tie), 5, NAMES)
-    _, radius = ribbon(opener(tie), path, 2, NAMES) or pytest.fail("straight")
-    assert radius == path.residual[1] != path.residual[3]
+    path, x = measure(opener(tie), 5, NAMES), matrix(tie)
+    rest = x[1] - x[0] - path.projection[1] * (x[-1] - x[0])
+    expected = 2 * rest / np.linalg.norm(rest)
+    np.testing.assert_allclose(step_at(tie, path, 2), expected, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_stand_in_of_half_precision_is_made_in_float32(dtype: torch.dtype) -> None:
     states = bent(4, dtype)
     path = measure(opener(states), 4, NAMES)
-    line, radius = ribbon(opener(states), path, 0, NAMES) or pytest.fail("straight")
+    line = ribbon(opener(states), path, 0, NAMES, 0.5) or pytest.fail("straight")
     assert all(e[n].dtype == torch.float32 for e in line.ends for n in NAMES)
-    assert np.linalg.norm(matrix([line.b]) - matrix([line.a])) == pytest.approx(radius, rel=1e-6)
+    assert np.linalg.norm(matrix([line.b]) - matrix([line.a])) == pytest.approx(0.5, rel=1e-6)
 
 
 # -- random walks -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import losscli
-from losscli.errors import UsageError
+from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.table import Table
 from tests import oracle
 from tests.cases import CASES, Case
@@ -244,3 +244,35 @@ def test_a_single_value_of_each_coordinate_is_no_plane(tmp_path: Path) -> None:
     (file,) = save(case, tmp_path, 1)
     with pytest.raises(UsageError, match="--points 1 is no plane"):
         losscli.plane([file], points=1, **options(case))
+
+
+class Remembering(torch.nn.Module):
+    """Answers with the first weight that it was run with, for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+        self.first: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.first:
+            self.first.append(self.layer.weight.detach().clone())
+        return x @ self.first[0].T
+
+
+def test_a_model_that_remembers_the_checkpoint_is_found_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(Remembering().state_dict(), tmp_path / "a.pt")
+    data = {"all": (torch.rand(9, 4), torch.arange(9) % 3)}
+    with pytest.raises(ModelError, match=r"keeps something|does not meet"):
+        losscli.plane([str(tmp_path / "a.pt")], model=Remembering, data=data, points=3)
+
+
+def test_checkpoints_too_far_apart_for_float32_are_refused(tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == "mlp-relu")
+    files = []
+    for seed in (1, 2, 3):
+        files.append(str(tmp_path / f"{seed}.pt"))
+        torch.save({n: 1e30 * t for n, t in case.state(seed).items()}, files[-1])
+    with pytest.raises(CheckpointError, match="too far apart"):
+        losscli.plane(files, **options(case))

@@ -247,7 +247,7 @@ def test_a_model_whose_weights_can_only_be_loaded_is_loaded_at_every_point(folde
 def test_a_model_that_keeps_something_of_its_first_weights_is_refused(tmp_path: Path) -> None:
     case = Case("remembering", foreign.Remembering, torch.rand(9, 4), torch.arange(9) % 3)
     a, b = save(case, tmp_path)
-    with pytest.raises(ModelError, match="another loss at B"):
+    with pytest.raises(ModelError, match="another loss at a point"):
         losscli.interpolate(a, b, model=case.build, data={"all": (case.inputs, case.targets)})
 
 
@@ -487,7 +487,7 @@ def test_export_refuses_what_is_no_line(folder: Path) -> None:
 
 def test_the_public_names_are_these() -> None:
     assert sorted(losscli.__all__) == [
-        "LosscliError", "Result", "Settings", "Table", "__version__", "export", "inspect",
+        "LosscliError", "Result", "Settings", "Table", "__version__", "check", "export", "inspect",
         "interpolate", "plane", "trajectory",
     ]  # fmt: skip
     assert all(hasattr(losscli, name) for name in losscli.__all__)

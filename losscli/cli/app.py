@@ -8,6 +8,7 @@ import typer
 
 from losscli._version import __version__
 from losscli.cli.catalogue import catalogue
+from losscli.cli.check import check
 from losscli.cli.files import export, inspect
 from losscli.cli.interpolate import interpolate
 from losscli.cli.plane import plane
@@ -44,6 +45,7 @@ def _root(
 app.command("interpolate")(interpolate)
 app.command("trajectory")(trajectory)
 app.command("plane")(plane)
+app.command("check")(check)
 app.command("plot")(plot)
 app.command("inspect")(inspect)
 app.command("export")(export)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from losscli import report
 from losscli.cli.options import Write
 from losscli.console import Console
 from losscli.errors import UsageError
-from losscli.results import to_json
+from losscli.results import Result, to_json
 
 if TYPE_CHECKING:
     from losscli.studies import Study
 
 __all__ = ["carry_out", "names_of"]
 
-_TOLD: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "interpolate": report.interpolation,
-    "trajectory": report.trajectory,
-    "plane": report.plane,
+_TOLD: Mapping[str, Callable[[Result], str]] = {
+    "interpolate": lambda result: report.interpolation(result.summary),
+    "trajectory": lambda result: report.trajectory(result.summary),
+    "plane": lambda result: report.plane(result.summary),
+    "check": lambda result: report.check(result.summary, result.table.records()),
 }
 
 
@@ -45,8 +46,8 @@ def carry_out(
         console.result(f"{to_json(description)}\n" if write.json else report.plan(description))
         return
     if output is not None:
-        output.guard(study.identity)
-    with console.guard_stdout(), console.progress(study.evaluations, "points") as tell:
+        output.guard(study.identity, study.tables)
+    with console.guard_stdout(), console.progress(study.evaluations, study.unit) as tell:
         result = study.run(tell)
     for note in result.summary["notes"]:
         console.note(note)
@@ -57,7 +58,7 @@ def carry_out(
     if write.json:
         console.result(f"{to_json(result.summary, indent=None)}\n")
     else:
-        console.result(_TOLD[command](result.summary))
+        console.result(_TOLD[command](result))
     console.note(f"wrote {', '.join(map(str, files))}")
 
 
@@ -71,7 +72,7 @@ def names_of(arguments: Sequence[str]) -> list[str]:
         The checkpoints in their order, those of a folder in natural order.
 
     Raises:
-        UsageError: stdin is named twice.
+        UsageError: stdin is named twice, or a name is empty.
         CheckpointError: A folder holds no checkpoints.
     """
     from losscli.checkpoint import in_folder
@@ -81,9 +82,13 @@ def names_of(arguments: Sequence[str]) -> list[str]:
     names: list[str] = []
     for argument in arguments:
         if argument == "-":
-            lines = sys.stdin.buffer.read().decode("utf-8", "surrogateescape").splitlines()
+            text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape")
+            # Only at the ends of lines: a name may hold what Python else takes for one.
+            lines = text.replace("\r\n", "\n").split("\n")
             given = [line for line in lines if line.strip()]
         else:
+            if not argument:
+                raise UsageError("the name of a checkpoint is empty", "Is a shell variable unset?")
             given = [argument]
         for name in given:
             names += in_folder(name) or [name]

@@ -38,8 +38,8 @@ def inspect(
 
     result = study(checkpoints)
     if json_:
-        rows = [dict(zip(result.table.columns, row, strict=True)) for row in result.table.rows]
-        console.result(f"{to_json({**result.summary, 'rows': rows}, indent=None)}\n")
+        summary = {**result.summary, "rows": result.table.records()}
+        console.result(f"{to_json(summary, indent=None)}\n")
     else:
         console.result(report.inspection(result.summary, result.table.columns, result.table.rows))
 

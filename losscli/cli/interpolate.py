@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +10,9 @@ import typer
 from losscli.cli.carry import carry_out
 from losscli.cli.options import Write, with_console, with_output, with_settings
 from losscli.console import Console
+from losscli.errors import UsageError
 from losscli.settings import Settings
+from losscli.table import Table
 
 if TYPE_CHECKING:
     from losscli.studies import Study
@@ -53,6 +56,35 @@ def interpolate(
             rich_help_panel="The line",
         ),
     ] = (-0.5, 2.0),
+    refine: Annotated[
+        float | None,
+        typer.Option(
+            "--refine",
+            metavar="TOL",
+            help="Add points where the curve bends and round every local minimum and maximum, "
+            "until it is known to TOL times its height.",
+            rich_help_panel="The line",
+            show_default=False,
+        ),
+    ] = None,
+    derivatives: Annotated[
+        bool,
+        typer.Option(
+            "--derivatives",
+            help="Exact columns slope, dL/dα, and curvature, d²L/dα².",
+            rich_help_panel="The line",
+        ),
+    ] = False,
+    context: Annotated[
+        Path | None,
+        typer.Option(
+            "--context",
+            metavar="CSV",
+            help="The table of the whole line: the picture shows where this part of it lies.",
+            rich_help_panel="The line",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Loss along the line through two checkpoints, θ(α) = A + α (B − A).
 
@@ -63,6 +95,22 @@ def interpolate(
     def plan() -> Study:
         from losscli.studies import Interpolation
 
-        return Interpolation.plan(a, b, settings, points=points, range_=range_)
+        return Interpolation.plan(
+            a,
+            b,
+            settings,
+            points=points,
+            range_=range_,
+            derivatives=derivatives,
+            refine=refine,
+            context=whole,
+        )
 
+    whole = None
+    if context is not None:
+        whole = Table.read(context)
+        if whole.command != "interpolate":
+            raise UsageError(
+                f"--context {context} is no table of interpolate", "Give the CSV of the whole line"
+            )
     carry_out("interpolate", [a, b], plan, write, console)

@@ -30,7 +30,16 @@ class _Run:
     more: dict[str, Table]
 
 
+_TABLES = {
+    "interpolate": ("context",),
+    "trajectory": ("surface", "walk"),
+    "plane": ("path",),
+    "check": ("escape", "spectrum"),
+}
 _FURTHER = {
+    "context": ("alpha", "split", "loss"),
+    "escape": ("distance", "loss", "loss_stderr"),
+    "spectrum": ("checkpoint", "split", "eigenvalue", "error"),
     "surface": ("step", "projection", "residual", "split", "loss"),
     "walk": ("walk", "step", "projection", "residual"),
     "path": ("step", "checkpoint", "x", "y", "off_plane", "split", "loss"),
@@ -117,26 +126,16 @@ def _read(name: str, label: str) -> _Run:
         table = Table.from_csv(io.StringIO(text, newline=""), "stdin")
         return _Run(_checked(table, "stdin"), {}, label, {})
     path = Path(name)
-    table = _checked(_table(path), name)
+    table = _checked(Table.read(path), name)
     summary = _summary(path, table.command)
-    return _Run(table, summary, label, _more(path, table.command, summary))
-
-
-def _table(path: Path) -> Table:
-    try:
-        # Spreadsheets put a mark before the first column.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return Table.from_csv(file, str(path))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "a name with a zero byte"
-        raise TableError(f"{path} cannot be read: {reason}") from None
+    return _Run(table, summary, label, _more(path, table, summary))
 
 
 def _checked(table: Table, name: str) -> Table:
     if not table.command:
         raise TableError(
             f"{name} is no table that can be drawn: its columns are {', '.join(table.columns)}",
-            "Name the CSV of losscli interpolate, trajectory or plane",
+            "Name the CSV of losscli interpolate, trajectory, plane or check",
         )
     if not table.rows:
         raise TableError(f"{name} has no rows")
@@ -162,22 +161,43 @@ def _summary(path: Path, command: str) -> dict[str, Any]:
     return {}
 
 
-def _more(path: Path, command: str, summary: dict[str, Any]) -> dict[str, Table]:
+def _more(path: Path, own: Table, summary: dict[str, Any]) -> dict[str, Table]:
     """Reads the further tables of a run; without a summary, all that lie beside its CSV."""
-    known = {"trajectory": ("surface", "walk"), "plane": ("path",)}.get(command, ())
+    known = _TABLES.get(own.command, ())
     more = {}
     for name in known:
         beside = path.with_suffix(f".{name}.csv")
         if name in summary.get("tables", known) and beside.exists():
-            table = _table(beside)
+            table = Table.read(beside)
             missing = [column for column in _FURTHER[name] if column not in table.columns]
             if missing:
                 raise TableError(
                     f"{beside} is not the {name} of {path}: it has no column {missing[0]!r}",
                     f"Give {path} without it, or make both again",
                 )
+            _need_kinship(path, name, table, own)
             more[name] = table
     return more
+
+
+def _need_kinship(path: Path, name: str, table: Table, own: Table) -> None:
+    """Makes sure that a further table is of the same run, as far as their rows can tell."""
+    shared = {
+        "surface": ("step", "projection"),
+        "spectrum": ("checkpoint", "split"),
+    }.get(name, ())
+    if not shared:
+        return
+    there = set(zip(*(own[column] for column in shared), strict=True))
+    others = [row for row in zip(*(table[column] for column in shared), strict=True)
+              if row not in there]  # fmt: skip
+    if others:
+        told = ", ".join(f"{c} {v}" for c, v in zip(shared, others[0], strict=True))
+        beside = path.with_suffix(f".{name}.csv")
+        raise TableError(
+            f"{beside} is of another run than {path}, which has no {told}",
+            "Give both as one run wrote them",
+        )
 
 
 def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:

@@ -7,12 +7,21 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from losscli.errors import UsageError
+from losscli.figure.check import draw_check
 from losscli.figure.interpolation import draw_interpolation
 from losscli.figure.look import Run, render
 from losscli.figure.plane import draw_plane
 from losscli.figure.trajectory import draw_trajectory
 
-__all__ = ["Run", "draw", "draw_interpolation", "draw_plane", "draw_trajectory", "render"]
+__all__ = [
+    "Run",
+    "draw",
+    "draw_check",
+    "draw_interpolation",
+    "draw_plane",
+    "draw_trajectory",
+    "render",
+]
 
 
 def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
@@ -27,7 +36,7 @@ def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
         The figure, laid out and ready to `render`.
 
     Raises:
-        UsageError: The runs are of several commands, or are several planes.
+        UsageError: The runs are of several commands, or are several planes or checks.
     """
     commands = {run.table.command for run in runs}
     if len(commands) > 1:
@@ -36,6 +45,10 @@ def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
             "Lay tables of one command over each other",
         )
     (command,) = commands
+    if command == "check":
+        if len(runs) > 1:
+            raise UsageError("one check cannot be laid over another", "Give one CSV of a check")
+        return draw_check(runs[0], title=title, log=log)
     if command == "plane":
         if len(runs) > 1:
             raise UsageError("one plane cannot be laid over another", "Give one CSV of a plane")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import ConnectionPatch, Patch
+from matplotlib.patheffects import Normal, Stroke
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
@@ -39,6 +41,7 @@ from losscli.figure.look import (
     run_names,
     shorten,
     stacked_panels,
+    steady,
     text_width,
 )
 
@@ -46,6 +49,9 @@ __all__ = ["draw_interpolation"]
 
 _KNOWN = frozenset({"alpha", "split", "loss", "loss_stderr", "slope", "curvature", "examples"})
 _FEW_LINES = 4  # the lowest points of so few are marked
+_MOST_MARKS = 12  # so many local minima and maxima are marked
+_ABOVE = 1.5  # inches, for the whole line above a part of it
+_LINE = "#9a9a9a"
 
 
 def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
@@ -65,9 +71,11 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
     with house_style():
         splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
         metrics = list(dict.fromkeys(m for r in runs for m in r.table.columns if m not in _KNOWN))
-        figure, panels = stacked_panels(len(metrics))
         names = run_names(runs)
         series = _read(runs, names, splits)
+        whole = _read_whole(runs, splits)
+        figure, panels = stacked_panels(len(metrics), above=_ABOVE if whole else 0.0)
+        overview = panels.pop(0) if whole else None
         view = _scale_alpha(panels[-1], series)
 
         notes = [] if series else ["There are no points"]
@@ -76,6 +84,8 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
         axis = "mean over examples, log scale" if log else "mean over examples"
         panels[0].set_ylabel(f"{label}\n{axis}")
         lowest = _mark_lowest(panels[0], series, log=log)
+        turns, about = _mark_turns(panels[0], runs, series, lowest, log=log)
+        notes += about
         notes += _swamped(series, view, log=log)
         for axes, metric in zip(panels[1:], metrics, strict=True):
             wide = _is_wide(series, metric)
@@ -83,15 +93,29 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
             label = shorten(figure, plain(metric), 88, 10)
             axes.set_ylabel(f"{label}\nlog scale" if wide else label)
         panels[-1].set_xlabel("α:  θ(α) = A + α (B − A)")
-        figure.align_ylabels(panels)
+        others = [turns]
+        if overview:
+            about = _draw_whole(overview, whole, panels[0].get_xlim(), log=log)
+            notes += [f"The whole line: {note}" for note in about]
+            shade = Patch(color=_LINE, alpha=0.3, lw=0)
+            others.append([(shade, "shaded: the part below")])
+        figure.align_ylabels([overview, *panels] if overview else panels)
 
-        add_legend(figure, _entries(runs, names, splits, series, lowest))
+        add_legend(figure, [*_entries(runs, names, splits, series, lowest), *others])
         add_notes(panels[-1], notes)
         if title:
             add_title(figure, title)
-        ends = _mark_ends(panels, view, end_names(runs))
+        _draw_ends(panels, view)
+        named = panels[0]
+        if overview:
+            named, view = overview, _span(whole)
+            _draw_ends([named], view)
+        ends = _mark_ends(named, view, end_names(runs))
         freeze(figure)
-        _name_ends(panels[0], ends)
+        _name_ends(named, ends)
+        if overview:
+            steady(figure)
+            _connect(overview, panels[0])
     return figure
 
 
@@ -124,8 +148,7 @@ def _read(runs: Sequence[Run], names: Sequence[str], splits: Sequence[str]) -> l
 
 def _scale_alpha(axes: Axes, series: Sequence[Series]) -> tuple[float, float]:
     """Sets the x axis to the points that there are; returns the first and the last α."""
-    alpha = np.concatenate([s.x for s in series]) if series else np.array([0.0, 1.0])
-    low, high = float(alpha.min()), float(alpha.max())
+    low, high = _span(series)
     room = 0.02 * (high - low) or 0.05 * max(1.0, abs(low))
     axes.set_xlim(low - room, high + room)
     # Close to each other the points have long numbers, which need room.
@@ -133,6 +156,12 @@ def _scale_alpha(axes: Axes, series: Sequence[Series]) -> tuple[float, float]:
     axes.xaxis.set_major_locator(MaxNLocator(4 if close else "auto", steps=STEPS))
     axes.xaxis.set_major_formatter(Numbers())
     return low, high
+
+
+def _span(series: Sequence[Series]) -> tuple[float, float]:
+    """The first and the last α."""
+    alpha = np.concatenate([s.x for s in series]) if series else np.array([0.0, 1.0])
+    return float(alpha.min()), float(alpha.max())
 
 
 def _is_wide(series: Sequence[Series], column: str) -> bool:
@@ -160,6 +189,109 @@ def _mark_lowest(
         )
         lowest.append((s, float(s.x[at]), float(loss[at])))
     return lowest
+
+
+def _mark_turns(
+    axes: Axes,
+    runs: Sequence[Run],
+    series: Sequence[Series],
+    lowest: Sequence[tuple[Series, float, float]],
+    *,
+    log: bool,
+) -> tuple[list[tuple[Artist, str]], list[str]]:
+    """Marks the local minima and maxima that noise does not explain.
+
+    Args:
+        axes: Where.
+        runs: The runs, whose summaries name them.
+        series: Their curves.
+        lowest: Points that have a mark already.
+        log: Whether the axis is logarithmic.
+
+    Returns:
+        What the legend says, and notes.
+    """
+    taken = {(id(s), alpha) for s, alpha, _ in lowest}
+    found: list[tuple[float, str, Series, float, float]] = []
+    for s in series:
+        about = (runs[s.run].summary.get("splits") or {}).get(s.split) or {}
+        for kind, size in (("minima", "depth"), ("maxima", "height")):
+            for turn in about.get(f"local_{kind}") or ():
+                at = np.flatnonzero((s.x == turn.get("alpha")) & drawable(s["loss"], log=log))
+                if turn.get("beyond_noise") is True and at.size:
+                    alpha, loss = float(s.x[at[0]]), float(s["loss"][at[0]])
+                    found.append((turn.get(size) or 0.0, kind, s, alpha, loss))
+    found.sort(key=lambda turn: -turn[0])
+    number = len(found)
+    found = [t for t in found[:_MOST_MARKS] if (id(t[2]), t[3]) not in taken]
+    note = "Local minima and maxima: marked where beyond two standard errors"
+    if number > _MOST_MARKS:
+        note += f", the {_MOST_MARKS} most prominent of {number}"
+    entries: list[tuple[Artist, str]] = []
+    for kind, marker in (("minima", "v"), ("maxima", "^")):
+        style: dict[str, Any] = {"marker": marker, "mfc": "white", "mew": 1.2, "ms": 5}
+        marked = [turn for turn in found if turn[1] == kind]
+        for _, _, s, alpha, loss in marked:
+            axes.plot([alpha], [loss], ls="none", mec=s.colour, zorder=5.5, **style)
+        if marked:
+            colour = marked[0][2].colour if len(runs) == 1 else INK
+            handle = Line2D([], [], ls="none", mec=colour, **style)
+            one = {"minima": "minimum", "maxima": "maximum"}[kind]
+            entries.append((handle, f"local {one}"))
+    return entries, [note] if found else []
+
+
+def _read_whole(runs: Sequence[Run], splits: Sequence[str]) -> list[Series]:
+    """The curves of the whole line of which one run is a part; none where it is not."""
+    if len(runs) != 1 or "context" not in runs[0].more:
+        return []
+    return _read([Run(runs[0].more["context"], {})], [""], splits)
+
+
+def _draw_whole(
+    axes: Axes, whole: Sequence[Series], part: tuple[float, float], *, log: bool
+) -> list[str]:
+    """Draws the whole line with the part that the panels below show.
+
+    Args:
+        axes: Where.
+        whole: The curves.
+        part: From where to where the panels below go.
+        log: Makes the axis of the loss logarithmic.
+
+    Returns:
+        Notes on what is not drawn.
+    """
+    notes = draw_panel(axes, whole, "loss", log=log)
+    _scale_alpha(axes, whole)
+    low, high = axes.get_xlim()
+    # A part that the whole line does not reach is in the picture all the same.
+    axes.set_xlim(min(low, part[0]), max(high, part[1]))
+    axes.axvspan(*part, color=_LINE, alpha=0.3, lw=0, zorder=1.2)
+    if not log:
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
+    axes.set_ylabel("loss on the\nwhole line")
+    for label in axes.get_xticklabels():
+        # Lines to the part run by behind them.
+        label.set_path_effects([Stroke(linewidth=3, foreground="white"), Normal()])
+    return notes
+
+
+def _connect(overview: Axes, panel: Axes) -> None:
+    """Draws lines from both ends of the shaded part to the upper corners of the panel it is."""
+    figure = overview.figure
+    for alpha, corner in zip(panel.get_xlim(), (0, 1), strict=True):
+        figure.add_artist(
+            ConnectionPatch(
+                (alpha, 0),
+                (corner, 1),
+                overview.get_xaxis_transform(),
+                panel.transAxes,
+                color=_LINE,
+                lw=0.8,
+                zorder=-1,
+            )
+        )
 
 
 def _swamped(series: Sequence[Series], view: tuple[float, float], *, log: bool) -> list[str]:
@@ -222,29 +354,32 @@ class _End:
     after: str
 
 
-def _mark_ends(
-    panels: Sequence[Axes], view: tuple[float, float], names: tuple[str, str]
-) -> list[_End]:
-    """Draws a line at A and at B where they are in view, and leaves room above for their names.
+def _draw_ends(panels: Sequence[Axes], view: tuple[float, float]) -> None:
+    """Draws a line at A and at B where they are in view."""
+    for alpha in (0.0, 1.0):
+        if view[0] <= alpha <= view[1]:
+            for panel in panels:
+                panel.axvline(alpha, color=_LINE, lw=0.9, zorder=1.5)
+
+
+def _mark_ends(axes: Axes, view: tuple[float, float], names: tuple[str, str]) -> list[_End]:
+    """Leaves room above a panel for the names of A and B.
 
     Args:
-        panels: All panels; the names go above the first.
+        axes: The panel.
         view: The first and the last α.
         names: What A and B are called; may be empty.
 
     Returns:
         A and B, to be named once the width of the panel is known.
     """
-    axes, figure = panels[0], panels[0].figure
+    figure = axes.figure
     low, high = axes.get_xlim()
     above = axes.transAxes + ScaledTranslation(0, 5 / INCH, figure.dpi_scale_trans)
     ends = []
     for alpha, letter, name in zip((0.0, 1.0), "AB", names, strict=True):
         before, after = "← " * (alpha < view[0]), " →" * (alpha > view[1])
         place = min(max((alpha - low) / (high - low), 0.0), 1.0)
-        if not before and not after:
-            for panel in panels:
-                panel.axvline(alpha, color="#9a9a9a", lw=0.9, zorder=1.5)
         text = axes.text(place, 1, letter, fontsize=SMALL, transform=above)
         before += f"{letter}  " if name else letter
         ends.append(_End(place, text, before, name, after))

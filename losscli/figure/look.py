@@ -69,6 +69,7 @@ __all__ = [
     "scale_y",
     "shorten",
     "stacked_panels",
+    "steady",
     "text_width",
 ]
 
@@ -321,14 +322,28 @@ STEPS = [1, 2, 2.5, 5, 10]  # between ticks, up to powers of ten
 LARGEST, SMALLEST = 1e200, 1e-200
 
 
-def stacked_panels(extra: int) -> tuple[Figure, list[Axes]]:
-    """A figure of one tall panel with ``extra`` lower ones below it that share its x axis."""
-    figure = Figure(figsize=(WIDTH, 3.7 + 1.35 * extra), layout="constrained")
+def stacked_panels(extra: int, *, above: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure of one tall panel with ``extra`` lower ones below it that share its x axis.
+
+    Args:
+        extra: How many lower ones.
+        above: How many inches high a panel above them is that has an x axis of its own; 0 for
+            none.
+
+    Returns:
+        The figure and its panels, from the top down.
+    """
+    figure = Figure(figsize=(WIDTH, 3.7 + 1.35 * extra + above), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(
-        1 + extra, sharex=True, squeeze=False, height_ratios=[3.0] + [1.35] * extra
-    )[:, 0]
-    return figure, list(panels)
+    heights = [*([above] if above else []), 3.0, *[1.35] * extra]
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    own = [figure.add_subplot(grid[0])] if above else []
+    panels = [figure.add_subplot(grid[len(own)])]
+    for row in range(len(own) + 1, len(heights)):
+        panels.append(figure.add_subplot(grid[row], sharex=panels[0]))
+    for panel in panels[:-1]:
+        panel.tick_params(labelbottom=False)
+    return figure, own + panels
 
 
 def extent(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -467,6 +482,21 @@ def freeze(figure: Figure) -> None:
     assert engine is not None
     engine.execute(figure)
     figure.set_layout_engine("none")
+
+
+def steady(figure: Figure) -> None:
+    """Rids the places of a frozen figure's panels of the noise that a solver leaves in them.
+
+    The names of things in an SVG are made from all digits of these places.
+    """
+    for axes in figure.axes:
+        bounds = axes.get_position().bounds
+        axes.set_position((
+            round(bounds[0], 9),
+            round(bounds[1], 9),
+            round(bounds[2], 9),
+            round(bounds[3], 9),
+        ))
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

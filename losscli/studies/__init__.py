@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from losscli.studies.check import Check, check
 from losscli.studies.inspection import export, inspect
 from losscli.studies.interpolation import Interpolation, interpolate
 from losscli.studies.plane import Plane, plane
@@ -9,10 +10,12 @@ from losscli.studies.study import Study
 from losscli.studies.trajectory import Trajectory, trajectory
 
 __all__ = [
+    "Check",
     "Interpolation",
     "Plane",
     "Study",
     "Trajectory",
+    "check",
     "export",
     "inspect",
     "interpolate",

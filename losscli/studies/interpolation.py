@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +12,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from losscli.curve import describe
+from losscli.curve import describe, near_rounding
 from losscli.datasets import Split
+from losscli.errors import UsageError
 from losscli.geometry import Line, grid
-from losscli.objective import Evaluation
+from losscli.objective import Evaluation, Objective
 from losscli.problem import float32_precision, prepare
+from losscli.refinement import Curve as Seen
+from losscli.refinement import propose, uniform_points
 from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
-from losscli.studies.study import Study, count
-from losscli.sweep import check, settle, sweep, sweep_plain
+from losscli.slopes import slopes
+from losscli.studies.study import FRESH_BYTES, Study, count
+from losscli.sweep import check, halving, settle, sweep, sweep_plain
 from losscli.table import Table
 from losscli.weights import Weights, distance
 
 __all__ = ["Interpolation", "interpolate"]
+
+_Derivatives = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+# What rounding may do to a mean loss, as a share of it.
+_NOISE = {"float64": 1e-14, "float32": 1e-7, "float16": 1e-3, "bfloat16": 1e-2}
 
 
 def interpolate(
@@ -33,6 +43,9 @@ def interpolate(
     *,
     points: int = 51,
     range: tuple[float, float] = (-0.5, 2.0),  # noqa: A002 - the option's name
+    derivatives: bool = False,
+    refine: float | None = None,
+    context: Table | None = None,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
 ) -> Result:
@@ -45,6 +58,10 @@ def interpolate(
         b: The checkpoint at α = 1.
         points: Evenly spaced values of α; 0 and 1 come besides where the range holds them.
         range: The lowest and the highest α.
+        derivatives: Whether the slope dL/dα and the curvature d²L/dα² are computed too.
+        refine: Where a number, points are added until the curve is known to this share of its
+            height and every local minimum and maximum seen is closed in on.
+        context: The table of the whole line, of which this is a part, to be drawn beside it.
         progress: Called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -54,7 +71,16 @@ def interpolate(
     Raises:
         LosscliError: Something is missing, broken or does not fit.
     """
-    plan = Interpolation.plan(a, b, Settings(**settings), points=points, range_=range)
+    plan = Interpolation.plan(
+        a,
+        b,
+        Settings(**settings),
+        points=points,
+        range_=range,
+        derivatives=derivatives,
+        refine=refine,
+        context=context,
+    )
     return plan.run(progress)
 
 
@@ -67,6 +93,9 @@ class Interpolation(Study):
         end: All tensors at α = 1; those that do not move are those of ``start``.
         alphas: The points, rising.
         range: The lowest and the highest α asked for.
+        derivatives: Whether slopes and curvatures are computed.
+        refine: The error to refine to, as a share of the curve's height, if any.
+        context: The table of the whole line, if it is to be drawn.
     """
 
     command = "interpolate"
@@ -75,10 +104,22 @@ class Interpolation(Study):
     end: Weights
     alphas: tuple[float, ...]
     range: tuple[float, float]
+    derivatives: bool
+    refine: float | None
+    context: Table | None
 
     @classmethod
     def plan(
-        cls, a: str, b: str, settings: Settings, *, points: int, range_: tuple[float, float]
+        cls,
+        a: str,
+        b: str,
+        settings: Settings,
+        *,
+        points: int,
+        range_: tuple[float, float],
+        derivatives: bool = False,
+        refine: float | None = None,
+        context: Table | None = None,
     ) -> Interpolation:
         """Reads and matches everything, and evaluates nothing.
 
@@ -88,6 +129,9 @@ class Interpolation(Study):
             settings: The settings.
             points: Evenly spaced values of α.
             range_: The lowest and the highest α.
+            derivatives: Whether slopes and curvatures will be computed.
+            refine: The error to refine to, if any.
+            context: The table of the whole line, if it is to be drawn.
 
         Returns:
             The plan.
@@ -96,18 +140,47 @@ class Interpolation(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
+        if refine is not None and not 0 < refine < 1:
+            raise UsageError(f"--refine {refine} is no share of a height", "Give 0.001")
+        if settings.sampling_error is not None and (derivatives or refine is not None):
+            option = "--derivatives" if derivatives else "--refine"
+            raise UsageError(
+                f"{option} looks closer than a sample of the examples can show",
+                "Give it without --sampling-error",
+            )
         alphas = grid(points, *range_, include=(0.0, 1.0))
         problem = prepare((a, b), settings)
         start, end = problem.origin, problem.place(problem.last.weights)
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.
         moving = tuple(n for n in problem.moving if not torch.equal(start[n], end[n]))
-        return cls(problem, moving, begun, start, end, tuple(alphas), range_)
+        return cls(
+            problem,
+            moving,
+            begun,
+            start,
+            end,
+            tuple(alphas),
+            range_,
+            derivatives,
+            refine,
+            context,
+        )
 
     @property
     def settled(self) -> dict[str, Any]:
-        """The values of α."""
-        return {"alphas": self.alphas, "range": self.range}
+        """The values of α to begin with, and what is added to them."""
+        return {
+            "alphas": self.alphas,
+            "range": self.range,
+            "derivatives": self.derivatives,
+            "refine": self.refine,
+        }
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The whole line, if it is given."""
+        return ("context",)
 
     @property
     def slices(self) -> tuple[int, int]:
@@ -152,34 +225,56 @@ class Interpolation(Study):
                 settings.seed,
                 lambda splits: self._evaluate(line, splits, tell),
             )
+            looked = _Looked(self.alphas, curves, self._slopes(line, self.alphas))
+            exhausted = False
+            if self.refine is not None:
+                looked, exhausted = self._refine(line, looked, self.refine)
+            sure, again = self._without_rounding(line, looked)
             seconds = self.seconds(swept)
-        metrics = list(objective.metrics)
-        sampled = settings.sampling_error is not None
-        estimates = {name: curve.estimate for name, curve in curves.items()}
-        table = Table.build(
-            ["alpha", "split", "loss", "loss_stderr", *metrics, *["examples"] * sampled],
-            (
-                [alpha, name, *estimate.row(i, metrics), *[estimate.examples] * sampled]
-                for i, alpha in enumerate(self.alphas)
-                for name, estimate in estimates.items()
-            ),
-        )
         splits = {
-            name: describe(self.alphas, curve.losses[2:], *curve.losses[:2])
-            for name, curve in curves.items()
+            name: describe(looked.alphas, curve.losses[2:], *curve.losses[:2])
+            for name, curve in sure.items()
         }
+        for name, found in looked.slopes.items():
+            splits[name]["slope_at_b"] = _at(looked.alphas, found, 1.0)
         examples = {name: curve.examples for name, curve in curves.items()}
         summary = {
             **self.origin(),
             "range": list(self.range),
             "examples": examples,
             "distance": distance(self.start, self.end, self.moving),
+            "refined": self._refined(looked, exhausted=exhausted),
+            "tables": [] if self.context is None else ["context"],
             "splits": splits,
             "endpoint_difference": difference,
-            "notes": [*stays, *self._notes(splits), *self.sampled(examples)],
+            "notes": [
+                *stays,
+                *self._notes(splits),
+                *self.sampled(examples),
+                *self._doubts(again, exhausted=exhausted),
+            ],
             "seconds": seconds,
         }
-        return Result(table, summary)
+        more = {} if self.context is None else {"context": self.context}
+        return Result(self._table(looked), summary, more)
+
+    def _table(self, looked: _Looked) -> Table:
+        metrics = list(self.problem.objective.metrics)
+        derived = ["slope", "curvature"] if looked.slopes else []
+        sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
+        estimates = {name: curve.estimate for name, curve in looked.curves.items()}
+        return Table.build(
+            ["alpha", "split", "loss", "loss_stderr", *metrics, *derived, *sampled],
+            (
+                [
+                    *(alpha, name, *estimate.row(i, metrics)),
+                    *(float(values[i]) for values in looked.slopes.get(name, ())),
+                    *(estimate.examples for _ in sampled),
+                ]
+                for i, alpha in enumerate(looked.alphas)
+                for name, estimate in estimates.items()
+            ),
+        )
 
     def _evaluate(
         self, line: Line, splits: Mapping[str, Split], tell: Callable[[float], None]
@@ -202,6 +297,102 @@ class Interpolation(Study):
             name: _Curve.arrange([*(e[name] for e in ends), points[name]], order) for name in splits
         }
 
+    def _slopes(self, line: Line, alphas: Sequence[float]) -> dict[str, _Derivatives]:
+        if not self.derivatives:
+            return {}
+        objective = self.problem.objective
+        found = halving(objective, lambda: slopes(objective, line, alphas))
+        return {name: (s.slope.numpy(), s.curvature.numpy()) for name, s in found.items()}
+
+    def _refine(self, line: Line, looked: _Looked, tolerance: float) -> tuple[_Looked, bool]:
+        """Adds points until none is proposed; returns also whether there were more to add."""
+        while True:
+            curves = {
+                name: Seen(
+                    curve.estimate.mean.tolist(),
+                    looked.slopes[name][0].tolist() if looked.slopes else None,
+                )
+                for name, curve in looked.curves.items()
+            }
+            proposal = propose(
+                looked.alphas, curves, tolerance, noise=_NOISE[self.problem.settings.dtype]
+            )
+            if not proposal.alphas:
+                return looked, proposal.exhausted
+            points = [(alpha,) for alpha in proposal.alphas]
+            found = sweep(self.problem.objective, line, points)
+            looked = looked.add(proposal.alphas, found, self._slopes(line, proposal.alphas))
+
+    def _without_rounding(self, line: Line, looked: _Looked) -> tuple[Mapping[str, _Curve], int]:
+        """Evaluates anew, in float64, the points where rounding alone could make an extremum.
+
+        Args:
+            line: The line.
+            looked: What was seen.
+
+        Returns:
+            The curves with the losses found there, and how many points that took.
+        """
+        objective, dtype = self.problem.objective, self.problem.settings.dtype
+        curves, again = looked.curves, set[float]()
+        size = sum(tensor.nbytes for tensor in objective.tensors.values())
+        if dtype == "float64" or objective.device.type == "mps" or size > FRESH_BYTES:
+            return curves, 0
+        precise: Objective | None = None
+        while True:
+            doubted = {
+                alpha
+                for curve in curves.values()
+                for alpha in near_rounding(looked.alphas, curve.means, dtype)
+            } - again
+            if not doubted:
+                return curves, len(again)
+            if precise is None:
+                precise = self._in_float64()
+            order = sorted(doubted)
+            found = sweep(precise, line, [(alpha,) for alpha in order])
+            places = [2 + looked.alphas.index(alpha) for alpha in order]
+            curves = {
+                name: curve.replace(places, found[name].losses.numpy())
+                for name, curve in curves.items()
+            }
+            again |= doubted
+
+    def _in_float64(self) -> Objective:
+        objective = self.problem.objective
+        precise = Objective(
+            copy.deepcopy(objective.model),
+            objective.loss,
+            {},
+            objective.data,
+            device=objective.device,
+            dtype=torch.float64,
+            batch_size=objective.batch_size,
+        )
+        precise.load(self.start)
+        return precise
+
+    def _refined(self, looked: _Looked, *, exhausted: bool) -> dict[str, Any] | None:
+        if self.refine is None:
+            return None
+        return {
+            "tolerance": self.refine,
+            "points": len(looked.alphas),
+            "uniform_points": uniform_points(looked.alphas),
+            "exhausted": exhausted,
+        }
+
+    def _doubts(self, again: int, *, exhausted: bool) -> list[str]:
+        notes = []
+        if again:
+            notes.append(
+                f"{count(again, 'point')} looked at again in float64: rounding alone could have "
+                "made an extremum there"
+            )
+        if exhausted:
+            notes.append("the curve is not known to --refine everywhere: it would take more points")
+        return notes
+
     def words(self, end: str) -> tuple[str, str]:
         """Words for something that stays at one end's.
 
@@ -219,7 +410,7 @@ class Interpolation(Study):
         if not self.moving:
             notes.append("A and B are the same in every tensor that may move: nothing moves")
         notes += self.kept()
-        notes += self.stored_types(self.start)
+        notes += self.stored_types()
         buffers = self.problem.settings.buffers
         if buffers == "interpolate" and any(s["not_finite"] for s in splits.values()):
             below = [n for n in self.moving if n in self.problem.buffers and self._sinks(n)]
@@ -242,6 +433,42 @@ class Interpolation(Study):
         a, b = self.start[name], self.end[name]
         return bool((a >= 0).all() and (b >= 0).all()) and any(
             bool((Line({}, {}).combine([a, b], (alpha,)) < 0).any()) for alpha in self.range
+        )
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What was seen of the line so far.
+
+    Attributes:
+        alphas: The P points, rising.
+        curves: Each split's losses at them.
+        slopes: Each split's slopes and curvatures at them, ``[P]`` each; empty where not asked for.
+    """
+
+    alphas: tuple[float, ...]
+    curves: Mapping[str, _Curve]
+    slopes: Mapping[str, _Derivatives]
+
+    def add(
+        self,
+        alphas: Sequence[float],
+        found: Mapping[str, Evaluation],
+        slopes_: Mapping[str, _Derivatives],
+    ) -> _Looked:
+        """Adds points that lie between those at hand."""
+        together = [*self.alphas, *alphas]
+        order = sorted(range(len(together)), key=together.__getitem__)
+        return _Looked(
+            tuple(together[i] for i in order),
+            {name: curve.insert(found[name], order) for name, curve in self.curves.items()},
+            {
+                name: (
+                    np.concatenate([own[0], slopes_[name][0]])[order],
+                    np.concatenate([own[1], slopes_[name][1]])[order],
+                )
+                for name, own in self.slopes.items()
+            },
         )
 
 
@@ -275,6 +502,29 @@ class _Curve:
         """The estimate at the P points."""
         return Estimate.of(self.losses[2:], {n: m[2:] for n, m in self.metrics.items()})
 
+    @property
+    def means(self) -> list[float]:
+        """The mean losses at the P points."""
+        means: list[float] = self.estimate.mean.tolist()
+        return means
+
+    def insert(self, found: Evaluation, order: Sequence[int]) -> _Curve:
+        """Adds points, and puts the P points together into an order."""
+        places = [0, 1, *(2 + i for i in order)]
+        return _Curve(
+            np.concatenate([self.losses, found.losses.numpy()])[places],
+            {
+                n: np.concatenate([m, found.metrics[n].numpy()])[places]
+                for n, m in self.metrics.items()
+            },
+        )
+
+    def replace(self, places: Sequence[int], losses: NDArray[Any]) -> _Curve:
+        """Puts more precise losses in the place of some."""
+        precise = self.losses.astype(np.float64)
+        precise[list(places)] = losses
+        return _Curve(precise, self.metrics)
+
     def extend(self, more: _Curve) -> _Curve:
         """Adds the examples of another block; what is paired needs the loss of each."""
         share = more.examples / (self.examples + more.examples)
@@ -286,3 +536,11 @@ class _Curve:
     def is_known_to(self, tolerance: float) -> bool:
         """Whether every standard error is below a share of the curve's height."""
         return self.estimate.is_known_to(tolerance)
+
+
+def _at(alphas: Sequence[float], found: _Derivatives, alpha: float) -> dict[str, float] | None:
+    """The derivatives at a point, if it was looked at."""
+    if alpha not in alphas:
+        return None
+    i = list(alphas).index(alpha)
+    return {"slope": float(found[0][i]), "curvature": float(found[1][i])}

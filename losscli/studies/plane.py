@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from losscli.datasets import Split
 from losscli.directions import random_directions
-from losscli.errors import UsageError
+from losscli.errors import CheckpointError, UsageError
 from losscli.geometry import Span, Triangle, grid
 from losscli.paths import principal_axes
 from losscli.problem import Problem, float32_precision, prepare
@@ -28,6 +29,9 @@ __all__ = ["Plane", "plane"]
 
 # What is left free around the checkpoints, as a share of the box they lie in.
 _MARGIN = 0.25
+
+# Farther out, products with weights leave the range of float32.
+_FAR = 1e29
 
 # The least height of that box as a share of its width, so that a picture is no thread.
 _THINNEST = 0.2
@@ -170,6 +174,11 @@ class Plane(Study):
         return {"plane": self.kind, "xs": self.xs, "ys": self.ys}
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """The checkpoints."""
+        return ("path",)
+
+    @property
     def slices(self) -> tuple[int, int]:
         """One plane."""
         return 1, len(self.xs) * len(self.ys)
@@ -201,7 +210,8 @@ class Plane(Study):
             settle(objective, here, points)
             difference = self._difference(here, points)
             last = self.problem.place(self.problem.last.weights)
-            self.hold_against_fresh(last)
+            # At a corner of the grid: a model that remembers the first point it saw is found out.
+            self.hold_against_fresh(self._at(points[0]))
             stays = self.whole_numbers(last, self.problem.last.weights)
             found = grow(
                 objective.splits,
@@ -261,6 +271,15 @@ class Plane(Study):
         if isinstance(self.slice_, Triangle):
             return Triangle(a, b, c, self.slice_.corner_b, self.slice_.corner_c)
         return Span(a, b, c)
+
+    def _at(self, point: tuple[float, float]) -> Weights:
+        """All tensors at a point of the plane."""
+        wide = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
+        moved = {
+            name: self.slice_.combine([end[name].to(wide) for end in self.slice_.ends], point)
+            for name in self.moving
+        }
+        return {**self.problem.place(self.problem.last.weights), **moved}
 
     def _difference(self, here: Triangle | Span, points: Sequence[tuple[float, float]]) -> float:
         problem = self.problem
@@ -322,7 +341,7 @@ class Plane(Study):
         }
 
     def _notes(self, splits: Mapping[str, Any]) -> list[str]:
-        notes = [*self.kept(), *self.stored_types(self.problem.first.weights)]
+        notes = [*self.kept(), *self.stored_types()]
         for name, split in splits.items():
             if number := split["not_finite"]:
                 notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
@@ -371,6 +390,11 @@ def _grids(
     if range_ is not None:
         values = tuple(grid(points, *range_))
         return values, values
+    if max(abs(value) for place in places for value in place) > _FAR:
+        raise CheckpointError(
+            "the checkpoints lie too far apart for a plane that float32 can hold",
+            "Look at the weights with losscli inspect",
+        )
     boxes = [(min(values), max(values)) for values in list(zip(*places, strict=True))[:2]]
     widest = max(high - low for low, high in boxes)
     grids = []

@@ -22,10 +22,10 @@ from losscli.results import Result
 from losscli.sweep import points_that_fit, sweep, sweep_plain
 from losscli.weights import Weights
 
-__all__ = ["Study", "count", "moving_along"]
+__all__ = ["FRESH_BYTES", "Study", "count", "moving_along"]
 
-# Up to this size a second model is built, to hold the first against.
-_FRESH_BYTES = 64 << 20
+FRESH_BYTES = 64 << 20
+"""Up to this size a second model is built, to hold the first against."""
 
 # How far the mean of a first batch may lie from that of the checkpoint loaded plainly.
 _TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
@@ -46,6 +46,16 @@ class Study(ABC):
     problem: Problem
     moving: tuple[str, ...]
     begun: float
+
+    @property
+    def unit(self) -> str:
+        """What a run evaluates, in the plural."""
+        return "points"
+
+    @property
+    @abstractmethod
+    def tables(self) -> tuple[str, ...]:
+        """The further tables that a run may write, by the names in their files."""
 
     @property
     @abstractmethod
@@ -212,16 +222,17 @@ class Study(ABC):
         """
         return f"the {end} checkpoint's", "the losses of the others are not those of their files"
 
-    def stored_types(self, weights: Weights) -> list[str]:
+    def stored_types(self) -> list[str]:
         """Notes on the types that tensors are stored in.
-
-        Args:
-            weights: A checkpoint.
 
         Returns:
             The notes.
         """
-        stored = {str(weights[n].dtype) for n in self.moving}
+        stored = set[str]()
+        for t, _ in enumerate(self.problem.names):
+            weights = self.problem.open(t).weights
+            stored |= {str(weights[n].dtype) for n in self.moving}
+            del weights  # before the next one is opened
         half = sorted(
             d.removeprefix("torch.") for d in stored & {"torch.bfloat16", "torch.float16"}
         )
@@ -270,14 +281,14 @@ class Study(ABC):
         """Makes sure that a model which was never anything else has the same loss at a point.
 
         Args:
-            weights: All tensors of the point, which is not the first one.
+            weights: All tensors of a point at which the model was not when it was made.
 
         Raises:
             ModelError: It has another.
         """
         objective = self.problem.objective
         size = sum(tensor.nbytes for tensor in objective.tensors.values())
-        if self.problem.fresh is None or size > _FRESH_BYTES:
+        if self.problem.fresh is None or size > FRESH_BYTES:
             return
         with torch.random.fork_rng(devices=[]):
             model = self.problem.fresh()
@@ -296,8 +307,8 @@ class Study(ABC):
             used, new = (e[name].losses[0].double().mean() for e in (here, there))
             if not torch.allclose(used, new, rtol=1e-5, atol=1e-9, equal_nan=True):
                 raise ModelError(
-                    f"the model has another loss at B ({used:.6g}) after it was at A than one "
-                    f"that was never anywhere else ({new:.6g})",
+                    f"the model has another loss at a point ({used:.6g}) after it was at another "
+                    f"than one that was never anywhere else ({new:.6g})",
                     "It keeps something from the weights it had before; clear that in eval()",
                 )
 
@@ -347,6 +358,7 @@ def moving_along(problem: Problem) -> tuple[str, ...]:
         weights = problem.open(t).weights
         still = {name for name in still if torch.equal(first[name], weights[name])}
         _need_finite(problem.names[t], weights, set(problem.moving) - still)
+        del weights  # before the next one is opened
     moving = tuple(name for name in problem.moving if name not in still)
     _need_finite(problem.names[0], first, moving)
     return moving

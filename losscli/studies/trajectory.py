@@ -10,6 +10,8 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from losscli.datasets import Split
 from losscli.errors import UsageError
 from losscli.geometry import Line, grid
@@ -26,6 +28,9 @@ from losscli.weights import Weights
 __all__ = ["Trajectory", "trajectory"]
 
 _WALKS = 10
+
+# Farther off the path, as a multiple of the largest residual, nobody looks.
+_FARTHEST = 1e6
 
 
 def trajectory(
@@ -120,9 +125,9 @@ class Trajectory(Study):
                 f"trajectory needs three checkpoints or more, and got {len(names)}",
                 "Give a folder of them, or their names in the order of training",
             )
-        if residuals < 2:
+        if surface and residuals < 2:
             raise UsageError(f"--residuals {residuals} is no surface", "Give 2 or more")
-        if not 0 < reach < math.inf:
+        if surface and not 0 < reach <= _FARTHEST:
             raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
         problem = prepare(names, settings)
         moving = moving_along(problem)
@@ -135,6 +140,11 @@ class Trajectory(Study):
     def settled(self) -> dict[str, Any]:
         """The values of b, and whether there are walks."""
         return {"offsets": self.offsets, "random_walk": self.random_walk}
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The surface and the walks."""
+        return "surface", "walk"
 
     @property
     def slices(self) -> tuple[int, int]:
@@ -160,13 +170,10 @@ class Trajectory(Study):
                 point, or does not fit into the memory.
         """
         objective, settings = self.problem.objective, self.problem.settings
-        first, last = (self.problem.place(self._weights(t)) for t in (0, -1))
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
-            check(objective, first)
-            difference = self._difference(first, last) if self.offsets else None
-            self.hold_against_fresh(last)
-            stays = self.whole_numbers(last, self.problem.last.weights)
+            check(objective, self.problem.origin)
+            difference, stays = self._prove()
             found = grow(
                 objective.splits,
                 settings.sampling_error,
@@ -194,11 +201,18 @@ class Trajectory(Study):
     def _weights(self, t: int) -> Weights:
         return self.problem.open(t % len(self.problem.names)).weights
 
-    def _difference(self, first: Weights, last: Weights) -> float:
-        line = Line(self.on_device(first), self.on_device(last))
-        objective = self.problem.objective
-        settle(objective, line, [(i / len(self.offsets),) for i in range(len(self.offsets))])
-        return self.meets(line, [((0.0,), first), ((1.0,), last)], [(0.5,)])
+    def _prove(self) -> tuple[float | None, list[str]]:
+        """Holds the sweep against both ends; what is held here is let go of."""
+        weights = self.problem.last.weights
+        first, last = self.problem.origin, self.problem.place(weights)
+        difference = None
+        if self.offsets:
+            line = Line(self.on_device(first), self.on_device(last))
+            steps = len(self.offsets)
+            settle(self.problem.objective, line, [(i / steps,) for i in range(steps)])
+            difference = self.meets(line, [((0.0,), first), ((1.0,), last)], [(0.5,)])
+        self.hold_against_fresh(last)
+        return difference, self.whole_numbers(last, weights)
 
     def _evaluate(
         self, splits: Mapping[str, Split], tell: Callable[[float], None]
@@ -226,13 +240,14 @@ class Trajectory(Study):
         self, t: int, splits: Mapping[str, Split], tell: Callable[[float], None]
     ) -> dict[str, Estimate]:
         """Evaluates the line across the path at a checkpoint."""
-        laid = ribbon(self._weights, self.path, t, self.moving)
-        assert laid is not None  # a path without residuals has no offsets
-        line, radius = laid
+        reach = self.offsets[-1]
+        dtype = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
+        line = ribbon(self._weights, self.path, t, self.moving, reach, dtype)
+        assert line is not None  # a path without residuals has no offsets
         found = sweep(
             self.problem.objective,
             Line(self.on_device(line.a), self.on_device(line.b)),
-            [(b / radius,) for b in self.offsets],
+            [(b / reach,) for b in self.offsets],
             splits=splits,
             progress=tell,
         )
@@ -336,7 +351,7 @@ class Trajectory(Study):
         return told
 
     def _notes(self, splits: Mapping[str, Any]) -> list[str]:
-        notes = [*self.kept(), *self.stored_types(self.problem.first.weights)]
+        notes = [*self.kept(), *self.stored_types()]
         if not max(self.path.residual):
             notes.append(
                 "the path is the straight line: it has no residual direction, and no surface"

@@ -1,0 +1,469 @@
+"""Exact derivatives of the mean loss along a line, by automatic differentiation.
+
+A derivative that was cut off, or whose formula is wrong, raises no error; so the way to compute
+them is held, on a few examples, against what the loss itself does and against the other way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from losscli.datasets import Split
+from losscli.errors import LosscliError, ModelError, one_line
+from losscli.geometry import Line
+from losscli.objective import Objective
+from losscli.weights import Weights, pieces
+
+__all__ = ["Slopes", "slopes"]
+
+# Examples and points on which a way is held against others.
+_SAMPLE = 64
+_PROOF_POINTS = 3
+
+# Steps of the differences that a slope is held against; one of them has to agree, as kinks spoil
+# the wide and rounding the narrow.
+_STEPS = 1e-2, 1e-3, 1e-4
+
+# How far slope and difference may be apart, as a share, and what rounding makes of a mean loss.
+_APART = 0.1
+_ROUNDING = 8
+
+# How far the two ways may be apart, as a share.
+_SAME = {torch.float64: 1e-8, torch.float32: 1e-3}
+_SAME_IN_HALF = 5e-2
+
+_LONGEST_REASON = 160
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """The derivatives of the mean loss of a split at P points of a line.
+
+    Attributes:
+        slope: dL/dα, ``[P]``, float64, on the CPU.
+        curvature: d²L/dα², ``[P]``, float64, on the CPU.
+    """
+
+    slope: Tensor
+    curvature: Tensor
+
+
+def slopes(
+    objective: Objective,
+    line: Line,
+    alphas: Sequence[float],
+    splits: Mapping[str, Split] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Slopes]:
+    """Differentiates the mean loss along a line, exactly.
+
+    With θ(α) = A + α d they are dL/dα = ⟨∇L, d⟩ and d²L/dα² = dᵀ H d. Forward mode carries both
+    through the model beside the loss (Pearlmutter 1994, Neural Computation 6(1), along one
+    direction); where an operator has no formula for that, reverse mode differentiates twice.
+
+    Where a network is piecewise linear or otherwise has kinks (ReLU, max pooling), the slope of
+    the loss jumps at them. A second derivative does not see these jumps: the curvature is that
+    between the kinks, and its integral is not the change of the slope.
+
+    Args:
+        objective: Whose mean loss; it has been checked. Tensors that the line does not move are as
+            last loaded, and all are left as they were.
+        line: The line, its ends on the objective's device, tied tensors named once. Buffers that
+            it moves, such as the statistics of BatchNorm, are differentiated like parameters.
+        alphas: The P points.
+        splits: The examples; all by default.
+        progress: Called with the points done so far, a growing number up to P.
+
+    Returns:
+        For each split its derivatives at the P points.
+
+    Raises:
+        ModelError: The model, or the loss, has no such derivatives, or none that can be trusted.
+    """
+    splits = objective.splits if splits is None else splits
+    found = {
+        name: Slopes(*torch.zeros(2, len(alphas), dtype=torch.float64).unbind()) for name in splits
+    }
+    if not line.a or not alphas:
+        return found
+    course = _Course(objective, line)
+    way = _settle(course, alphas, next(iter(splits.values())))
+    total = sum(map(len, splits.values()))
+    seen = 0
+    for i, alpha in enumerate(alphas):
+        weights = course.at(alpha)
+        for name, split in splits.items():
+            for batch in _batches(split, objective.batch_size):
+                slope, curvature = course.sums(way, weights, batch)
+                found[name].slope[i] += slope / len(split)
+                found[name].curvature[i] += curvature / len(split)
+                seen += len(batch)
+                if progress is not None:
+                    progress(seen / total)
+    return found
+
+
+class _Way(enum.Enum):
+    """How to differentiate, in the order of preference: the mode, and whether by fused kernels."""
+
+    FORWARD = "forward", True
+    REVERSE = "reverse", True
+    # Fused kernels of recurrent layers have no formulas; what they are fused from has.
+    FORWARD_UNFUSED = "forward", False
+    REVERSE_UNFUSED = "reverse", False
+
+    def __init__(self, mode: str, fused: bool) -> None:
+        self.mode = mode
+        self.fused = fused
+
+    @property
+    def check(self) -> _Way:
+        """Reverse mode, with the same kernels."""
+        return _Way.REVERSE if self.fused else _Way.REVERSE_UNFUSED
+
+    @contextlib.contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Sees to it that operators are used that have derivatives."""
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(warnings.catch_warnings())
+                # PyTorch warns of what it does itself: when forward mode is first used, and when
+                # oneDNN is left out.
+                warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+                warnings.filterwarnings("ignore", "TF32 acceleration", UserWarning)
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                if not self.fused:
+                    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                    stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                stack.enter_context(_Normalisations())
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _Course:
+    """A line through an objective's weights: its points, its direction, its derivatives.
+
+    Args:
+        objective: The objective.
+        line: The line.
+    """
+
+    def __init__(self, objective: Objective, line: Line) -> None:
+        self.objective = objective
+        self.line = line
+        # Half precision moves in float32.
+        self._working = torch.float64 if objective.dtype == torch.float64 else torch.float32
+        self._direction = {
+            name: (line.b[name].to(self._working) - a.to(self._working)).to(self._type(name))
+            for name, a in line.a.items()
+        }
+
+    def _type(self, name: str) -> torch.dtype:
+        return self.objective.tensors[name].dtype
+
+    def at(self, alpha: float) -> dict[str, Tensor]:
+        """Makes the weights of a point."""
+        return {
+            name: self.line.combine(
+                [end[name].to(self._working) for end in self.line.ends], (alpha,)
+            ).to(self._type(name))
+            for name in self.line.a
+        }
+
+    def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float]:
+        """Differentiates the sum of the losses of a batch, once and twice."""
+        try:
+            with way.kernels():
+                return (self._forward if way.mode == "forward" else self._reverse)(weights, batch)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            reason = error.__cause__ or error if isinstance(error, LosscliError) else error
+            told = reason.what if isinstance(reason, LosscliError) else one_line(reason)
+            raise ModelError(told) from error
+
+    def _losses(self, model: Callable[..., Any], batch: Split) -> Tensor:
+        objective = self.objective
+        inputs = objective.data.prepare(batch.inputs, objective.dtype)
+        outputs = objective.forward(model, inputs)
+        return objective.per_example(objective.loss, outputs, batch.targets, "loss")
+
+    @torch.no_grad()
+    def _forward(self, weights: Weights, batch: Split) -> tuple[float, float]:
+        def losses(weights: dict[str, Tensor]) -> Tensor:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(self.objective.model, weights, args, kwargs)
+
+            return self._losses(call, batch)
+
+        def once(weights: dict[str, Tensor]) -> Tensor:
+            slope: Tensor = jvp(losses, (weights,), (self._direction,))[1]
+            return slope
+
+        # Dual numbers of dual numbers: levels of torch.autograd.forward_ad do not nest.
+        both = jvp(once, (dict(weights),), (self._direction,))
+        slope, curvature = (float(values.cpu().double().sum()) for values in both)
+        return slope, curvature
+
+    def _reverse(self, weights: Weights, batch: Split) -> tuple[float, float]:
+        model = self.objective.model
+        with self._bound(weights) as leaves, torch.enable_grad():
+            total = self._losses(model, batch).sum()
+            gradient = _gradient(total, leaves)
+            slope = sum((g * self._direction[n]).sum() for n, g in gradient.items())
+            second = _gradient(slope, leaves) if isinstance(slope, Tensor) else {}
+            return self._along(gradient), self._along(second)
+
+    def _along(self, gradient: Weights) -> float:
+        # MPS has no float64.
+        device = "cpu" if self.objective.device.type == "mps" else self.objective.device
+        return math.fsum(
+            float(x.dot(y))
+            for name, g in gradient.items()
+            for x, y in pieces(g.detach().to(device), self._direction[name].to(device))
+        )
+
+    @contextlib.contextmanager
+    def _bound(self, weights: Weights) -> Iterator[dict[str, Tensor]]:
+        """Binds the model's own tensors to a point; so not even a closure misses it."""
+        leaves = {name: self.objective.tensors[name] for name in weights}
+        own = [(leaf, leaf.data, leaf.requires_grad) for leaf in leaves.values()]
+        try:
+            for name, leaf in leaves.items():
+                leaf.data = weights[name]
+                leaf.requires_grad_()
+            yield leaves
+        finally:
+            for leaf, data, requires_grad in own:
+                leaf.data = data
+                leaf.requires_grad_(requires_grad)
+
+
+def _gradient(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Differentiates a number by those of the leaves that it depends on."""
+    if not value.requires_grad:
+        return {}
+    _refuse_what_is_delayed(value)
+    found = torch.autograd.grad(value, list(leaves.values()), create_graph=True, allow_unused=True)
+    return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+
+
+def _refuse_what_is_delayed(value: Tensor) -> None:
+    """Finds what `once_differentiable` left in the graph: no gradient by the leaves meets it."""
+    seen, nodes = set(), [value.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().endswith("autograd::Error"):
+            raise ModelError("a backward of the model's own cannot be differentiated")
+        seen.add(node)
+        nodes += [below for below, _ in node.next_functions]
+
+
+def _settle(course: _Course, alphas: Sequence[float], split: Split) -> _Way:
+    """Chooses the first way that works, and whose derivatives are right on a few examples."""
+    sample = split.take(slice(0, min(course.objective.batch_size, _SAMPLE)))
+    few = [alphas[k * (len(alphas) - 1) // (_PROOF_POINTS - 1)] for k in range(_PROOF_POINTS)]
+    few = list(dict.fromkeys(few))
+    differences = _differences(course, few, sample)
+    reasons: dict[str, dict[str, None]] = {}
+    for way in _Way:
+        try:
+            found = [course.sums(way, course.at(alpha), sample) for alpha in few]
+        except ModelError as error:
+            reason = error.what[:_LONGEST_REASON]
+        else:
+            reason = _contradiction([slope / len(sample) for slope, _ in found], differences)
+            if not reason and way.mode == "forward":
+                reason = _contest(course, way, few, sample, found)
+            if not reason:
+                return way
+        reasons.setdefault(reason, {})[way.mode] = None
+    told = (f"in {' and '.join(modes)} mode {reason}" for reason, modes in reasons.items())
+    raise ModelError(
+        f"the model has no derivatives along the line that can be trusted: {'; '.join(told)}",
+        "Leave out --derivatives, or take what cannot be differentiated twice (detach(), no_grad, "
+        "a backward of its own) out of the model's forward",
+    )
+
+
+def _contest(
+    course: _Course,
+    way: _Way,
+    alphas: Sequence[float],
+    sample: Split,
+    found: Sequence[tuple[float, float]],
+) -> str:
+    """Says whether reverse mode, where there is one, has other derivatives; nothing where not."""
+    # PyTorch's formulas for forward mode are tested once through, not twice: in version 2.13 that
+    # of layer norm has a second derivative that is wrong.
+    try:
+        truth = [course.sums(way.check, course.at(alpha), sample) for alpha in alphas]
+    except (ModelError, torch.OutOfMemoryError, MemoryError):
+        return ""
+    same = _SAME.get(course.objective.dtype, _SAME_IN_HALF)
+    for one, other in zip(zip(*found, strict=True), zip(*truth, strict=True), strict=True):
+        x, y = (torch.tensor(values, dtype=torch.float64) for values in (one, other))
+        finite = x.isfinite() & y.isfinite()
+        x, y = x[finite], y[finite]
+        if float((x - y).norm()) > same * float(y.norm()):
+            return "the numbers are not those of reverse mode"
+    return ""
+
+
+def _differences(
+    course: _Course, alphas: Sequence[float], sample: Split
+) -> list[list[tuple[float, float]]]:
+    """For each point the slope by central differences, and its rounding error, for each step."""
+    objective, names = course.objective, course.line.a
+    kept = {name: objective.tensors[name].detach().clone() for name in names}
+    sharp = torch.finfo(objective.dtype).eps
+
+    def mean(alpha: float) -> tuple[float, float]:
+        # One point at a time: that needs no memory of its own.
+        losses = objective.at(course.line, [(alpha,)], {"": sample})[""].losses.double()
+        return float(losses.mean()), float(losses.abs().mean())
+
+    def difference(alpha: float, step: float) -> tuple[float, float]:
+        (ahead, size), (behind, other) = mean(alpha + step), mean(alpha - step)
+        return (ahead - behind) / (2 * step), _ROUNDING * sharp * max(size, other) / step
+
+    try:
+        return [[difference(alpha, step) for step in _STEPS] for alpha in alphas]
+    finally:
+        objective.load(kept)
+
+
+def _contradiction(
+    found: Sequence[float], differences: Sequence[Sequence[tuple[float, float]]]
+) -> str:
+    """Says where slopes contradict what the loss does; nothing where it does not tell."""
+    wrong = ""
+    for slope, rows in zip(found, differences, strict=True):
+        # Where rounding hides the slope, or kinks bend the curve, there is nothing to learn.
+        telling = [(x, error) for x, error in rows if abs(x) > error / _APART]
+        if not math.isfinite(slope) or not telling:
+            continue
+        if any(abs(slope - x) <= _APART * max(abs(slope), abs(x)) for x, _ in telling):
+            return ""
+        wrong = wrong or (
+            f"the slope is {slope:.3g} where that of the loss is {telling[-1][0]:.3g}, as if a "
+            "part were cut off"
+        )
+    return wrong
+
+
+class _Normalisations(TorchFunctionMode):
+    """Makes normalisations of elementary operators, each of which has all derivatives.
+
+    PyTorch has no derivative of BatchNorm by its running statistics, and second derivatives of
+    layer norm in forward mode that are wrong.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        call: Callable[..., Any] = _ELEMENTARY.get(function, function)
+        return call(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,  # noqa: A002 - the names are PyTorch's
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dimensions = tuple(range(-len(normalized_shape), 0))
+    return _normalise(input, dimensions, None, None, weight, bias, eps)
+
+
+def _batch_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,  # noqa: ARG001 - nothing is averaged while derivatives are taken
+    eps: float = 1e-5,
+) -> Tensor:
+    own = training or running_mean is None or running_var is None
+    mean, variance, weight, bias = (
+        None if t is None else t.view(-1, *[1] * (input.ndim - 2))
+        for t in (None if own else running_mean, None if own else running_var, weight, bias)
+    )
+    return _normalise(input, (0, *range(2, input.ndim)), mean, variance, weight, bias, eps)
+
+
+def _instance_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,  # noqa: ARG001
+    eps: float = 1e-5,
+) -> Tensor:
+    own = use_input_stats
+    mean, variance, weight, bias = (
+        None if t is None else t.view(-1, *[1] * (input.ndim - 2))
+        for t in (None if own else running_mean, None if own else running_var, weight, bias)
+    )
+    return _normalise(input, tuple(range(2, input.ndim)), mean, variance, weight, bias, eps)
+
+
+def _normalise(
+    x: Tensor,
+    dimensions: tuple[int, ...],
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """(x − mean) / √(variance + ε) · weight + bias, by x's own statistics where none are given."""
+    wide = x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+    centred = wide - (wide.mean(dimensions, keepdim=True) if mean is None else mean)
+    if variance is None:
+        variance = centred.square().mean(dimensions, keepdim=True)
+    y = centred * torch.rsqrt(variance + eps)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+_ELEMENTARY: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+}
+
+
+def _batches(split: Split, size: int) -> Iterator[Split]:
+    for start in range(0, len(split), size):
+        yield split.take(slice(start, start + size))
