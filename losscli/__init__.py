@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from losscli.errors import LosscliError
     from losscli.results import Result
     from losscli.settings import Settings
-    from losscli.studies import check, export, inspect, interpolate, plane, trajectory
+    from losscli.studies.check import check
+    from losscli.studies.inspection import export, inspect
+    from losscli.studies.interpolation import interpolate
+    from losscli.studies.plane import plane
+    from losscli.studies.trajectory import trajectory
     from losscli.table import Table
 
 __all__ = [
@@ -39,12 +43,12 @@ _HOME = {
     "Result": "results",
     "Settings": "settings",
     "Table": "table",
-    "check": "studies",
-    "export": "studies",
-    "inspect": "studies",
-    "interpolate": "studies",
-    "plane": "studies",
-    "trajectory": "studies",
+    "check": "studies.check",
+    "export": "studies.inspection",
+    "inspect": "studies.inspection",
+    "interpolate": "studies.interpolation",
+    "plane": "studies.plane",
+    "trajectory": "studies.trajectory",
 }
 
 

@@ -232,6 +232,26 @@ def test_batchnorm_and_kinks_are_told_of(tmp_path: Path) -> None:
     assert "max_pool2d, relu have kinks" in notes
 
 
+class Attention(nn.Module):
+    """Attends over four tokens of three numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Linear(3, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.parts(x).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v).mean(1)
+
+
+def test_the_kernel_of_attention_is_told_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = save(tmp_path, "a", **Attention().state_dict())
+    data = {"all": (torch.rand(8, 4, 3), torch.arange(8) % 3)}
+    result = losscli.check([file], model=Attention, data=data)
+    assert any("math kernel" in note for note in result.summary["notes"])
+
+
 def test_several_checkpoints_have_rows_in_their_order_and_the_saddles_way_out(
     tmp_path: Path,
 ) -> None:

@@ -16,7 +16,7 @@ import losscli as library
 from losscli.errors import CheckpointError
 from losscli.models import MLP
 from losscli.settings import Settings
-from losscli.studies import Trajectory
+from losscli.studies.trajectory import Trajectory
 from tests.conftest import Losscli
 
 COMMAND = [sys.executable, "-m", "losscli"]

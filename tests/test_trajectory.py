@@ -16,7 +16,7 @@ from losscli.checkpoint import Checkpoint, CheckpointFile, in_folder
 from losscli.errors import CheckpointError, MismatchError, UsageError
 from losscli.models import MLP
 from losscli.settings import Settings
-from losscli.studies import Trajectory
+from losscli.studies.trajectory import Trajectory
 from tests import oracle
 from tests.cases import CASES, Case
 

@@ -13,7 +13,7 @@ from losscli.errors import UsageError
 from losscli.results import Result, to_json
 
 if TYPE_CHECKING:
-    from losscli.studies import Study
+    from losscli.studies.study import Study
 
 __all__ = ["carry_out", "names_of"]
 

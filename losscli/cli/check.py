@@ -12,7 +12,7 @@ from losscli.console import Console
 from losscli.settings import Settings
 
 if TYPE_CHECKING:
-    from losscli.studies import Study
+    from losscli.studies.study import Study
 
 __all__ = ["check"]
 
@@ -71,7 +71,7 @@ def check(
     """
 
     def plan() -> Study:
-        from losscli.studies import Check
+        from losscli.studies.check import Check
 
         return Check.plan(
             names,

@@ -34,7 +34,7 @@ def inspect(
 
     With two: the distance and cosine of each tensor, and what does not match.
     """
-    from losscli.studies import inspect as study
+    from losscli.studies.inspection import inspect as study
 
     result = study(checkpoints)
     if json_:
@@ -79,7 +79,7 @@ def export(
     if out.exists() and not force:
         raise OutputError(f"{out} exists", "Choose another --out, or overwrite it with --force")
     from losscli.checkpoint import save
-    from losscli.studies import export as study
+    from losscli.studies.inspection import export as study
 
     checkpoint = study(a, b, alpha)
     save(checkpoint.weights, checkpoint.metadata, out)

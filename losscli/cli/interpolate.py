@@ -15,7 +15,7 @@ from losscli.settings import Settings
 from losscli.table import Table
 
 if TYPE_CHECKING:
-    from losscli.studies import Study
+    from losscli.studies.study import Study
 
 __all__ = ["interpolate"]
 
@@ -93,7 +93,7 @@ def interpolate(
     """
 
     def plan() -> Study:
-        from losscli.studies import Interpolation
+        from losscli.studies.interpolation import Interpolation
 
         return Interpolation.plan(
             a,

@@ -12,7 +12,7 @@ from losscli.console import Console
 from losscli.settings import Settings
 
 if TYPE_CHECKING:
-    from losscli.studies import Study
+    from losscli.studies.study import Study
 
 __all__ = ["plane"]
 
@@ -74,7 +74,7 @@ def plane(
     """
 
     def plan() -> Study:
-        from losscli.studies import Plane
+        from losscli.studies.plane import Plane
 
         return Plane.plan(names, settings, pca=pca, points=points, range_=range_, surface=surface)
 

@@ -12,7 +12,7 @@ from losscli.console import Console
 from losscli.settings import Settings
 
 if TYPE_CHECKING:
-    from losscli.studies import Study
+    from losscli.studies.study import Study
 
 __all__ = ["trajectory"]
 
@@ -74,7 +74,7 @@ def trajectory(
     """
 
     def plan() -> Study:
-        from losscli.studies import Trajectory
+        from losscli.studies.trajectory import Trajectory
 
         return Trajectory.plan(
             names,

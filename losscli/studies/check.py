@@ -247,7 +247,7 @@ class Check(Study):
         with float32_precision(tf32=self.problem.settings.tf32):
             swept = time.perf_counter()
             check_objective(objective, self.problem.origin)
-            kinks = self._kinks()
+            heard = self._heard()
             for t, name in enumerate(self.problem.names):
                 weights = self.problem.place(self.problem.open(t).weights)
                 (losses,) = sweep_plain(objective, [weights])
@@ -288,7 +288,7 @@ class Check(Study):
                 for name in objective.splits
             },
             "escape": escape,
-            "notes": [*self.kept(), *self._notes(kinks, found)],
+            "notes": [*self.kept(), *self._notes(heard, found)],
             "seconds": seconds,
         }
         return Result(table, summary, more)
@@ -392,21 +392,24 @@ class Check(Study):
         }
         return told, Table.build(["distance", "loss", "loss_stderr"], rows)
 
-    def _kinks(self) -> list[str]:
-        """The functions with kinks that the model or the loss calls on a first batch."""
+    def _heard(self) -> set[str]:
+        """The functions of torch that the model or the loss calls on a first batch."""
         objective = self.problem.objective
         batch = next(iter(objective.first_batches().values()))
         inputs = objective.data.prepare(batch.inputs, objective.dtype)
         with torch.no_grad(), _Listening() as heard:
             outputs = objective.forward(objective.model, inputs)
             objective.per_example(objective.loss, outputs, batch.targets, "loss")
-        return sorted(heard.names & _KINKED)
+        names: set[str] = heard.names
+        return names
 
-    def _notes(self, kinks: Sequence[str], found: Sequence[_Found]) -> Iterator[str]:
+    def _notes(self, heard: set[str], found: Sequence[_Found]) -> Iterator[str]:
         model = self.problem.objective.model
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             yield "BatchNorm is in eval mode: its statistics are constants, not functions of θ"
-        if kinks:
+        if "scaled_dot_product_attention" in heard:
+            yield "attention is differentiated by its math kernel: the fused ones cannot be twice"
+        if kinks := sorted(heard & _KINKED):
             have = "have" if len(kinks) > 1 else "has"
             yield (
                 f"{', '.join(kinks)} {have} kinks: the Hessian is that of the smooth piece around "
