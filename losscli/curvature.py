@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from losscli.datasets import Split
+from losscli.elementary import Elementary
 from losscli.errors import ModelError, OutOfMemoryError, UsageError, one_line
 from losscli.objective import Objective, Progress
 from losscli.weights import Weights
@@ -45,6 +46,9 @@ PRODUCT_LIMIT = 1000
 Verdict = Literal["not critical", "saddle", "maximum", "minimum", "undecided"]
 
 _Matrix = NDArray[np.float64]
+
+# How asymmetric a Hessian may be, as a share of its largest eigenvalue.
+_ASYMMETRY = 1e-3
 
 # Below this size the whole Hessian takes no more products than a search.
 _SMALL = 64
@@ -237,6 +241,7 @@ class Curvature:
             The Hessian and its spectrum.
 
         Raises:
+            ModelError: Its second derivatives are not symmetric, and so are wrong.
             UsageError: There are more than ``DENSE_LIMIT`` parameters.
         """
         if self.size > DENSE_LIMIT:
@@ -257,7 +262,15 @@ class Curvature:
             return DenseHessian(matrix, math.nan, nothing, np.full_like(matrix, math.nan), math.nan)
         asymmetry = float(np.linalg.norm((rows - rows.T) / 2, 2))
         values, vectors = np.linalg.eigh(matrix)
-        error = max(asymmetry, self._rounding * float(np.abs(values).max()))
+        largest = float(np.abs(values).max())
+        # Rounding is no excuse for so much: some operator's second derivative is wrong.
+        if asymmetry > max(_ASYMMETRY, 100 * self._rounding) * largest:
+            raise ModelError(
+                f"the second derivatives of the model are wrong: its Hessian, with eigenvalues up "
+                f"to {largest:.2g}, is asymmetric by {asymmetry:.2g}",
+                "Write its operators with a backward of their own in elementary ones",
+            )
+        error = max(asymmetry, self._rounding * largest)
         return DenseHessian(matrix, asymmetry, values, vectors, error)
 
     def extremes(
@@ -507,8 +520,9 @@ class Curvature:
     def _losses(self, batch: Split) -> Tensor:
         objective = self._objective
         inputs = objective.data.prepare(batch.inputs, objective.dtype)
-        outputs = objective.forward(objective.model, inputs)
-        return objective.per_example(objective.loss, outputs, batch.targets, "loss")
+        with Elementary():
+            outputs = objective.forward(objective.model, inputs)
+            return objective.per_example(objective.loss, outputs, batch.targets, "loss")
 
     def _differentiate(self, losses: Tensor, *, create_graph: bool) -> Sequence[Tensor | None]:
         """Differentiates the sum of some losses with respect to each parameter."""

@@ -281,7 +281,7 @@ def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
             ("λ min", _eigenvalue(row, "lambda_min", point)),
             ("λ max", _eigenvalue(row, "lambda_max", point)),
         ]
-        if row["minimal_ratio"] is not None:
+        if _known(row["minimal_ratio"]):
             found.append(("positive λ", f"{row['minimal_ratio']:.2%} of {moving['values']:,}"))
         if descent := point["descent"]:
             found.append(("along −∇L", _gain(descent)))
@@ -330,6 +330,8 @@ def plan(description: Mapping[str, Any]) -> str:
         ("passes", f"{d['passes_over_data']} over the data, {d['forward_passes']:,} examples"),
         ("weights", f"{d['bytes_of_weights'] / 2**20:,.1f} MiB for the points at once"),
     ]
+    if "products_at_most" in d:
+        rows.append(("products", f"with the Hessian, at most about {d['products_at_most']:,}"))
     return "".join(f"{label:<13}{printable(text)}\n" for label, text in rows)
 
 

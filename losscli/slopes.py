@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from losscli.datasets import Split
+from losscli.elementary import Elementary
 from losscli.errors import LosscliError, ModelError, one_line
 from losscli.geometry import Line
 from losscli.objective import Objective
@@ -150,7 +149,7 @@ class _Way(enum.Enum):
                 if not self.fused:
                     stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
                     stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-                stack.enter_context(_Normalisations())
+                stack.enter_context(Elementary())
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -368,100 +367,6 @@ def _contradiction(
             "part were cut off"
         )
     return wrong
-
-
-class _Normalisations(TorchFunctionMode):
-    """Makes normalisations of elementary operators, each of which has all derivatives.
-
-    PyTorch has no derivative of BatchNorm by its running statistics, and second derivatives of
-    layer norm in forward mode that are wrong.
-    """
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        call: Callable[..., Any] = _ELEMENTARY.get(function, function)
-        return call(*args, **(kwargs or {}))
-
-
-def _layer_norm(
-    input: Tensor,  # noqa: A002 - the names are PyTorch's
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    dimensions = tuple(range(-len(normalized_shape), 0))
-    return _normalise(input, dimensions, None, None, weight, bias, eps)
-
-
-def _batch_norm(
-    input: Tensor,  # noqa: A002
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,  # noqa: ARG001 - nothing is averaged while derivatives are taken
-    eps: float = 1e-5,
-) -> Tensor:
-    own = training or running_mean is None or running_var is None
-    mean, variance, weight, bias = (
-        None if t is None else t.view(-1, *[1] * (input.ndim - 2))
-        for t in (None if own else running_mean, None if own else running_var, weight, bias)
-    )
-    return _normalise(input, (0, *range(2, input.ndim)), mean, variance, weight, bias, eps)
-
-
-def _instance_norm(
-    input: Tensor,  # noqa: A002
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,  # noqa: ARG001
-    eps: float = 1e-5,
-) -> Tensor:
-    own = use_input_stats
-    mean, variance, weight, bias = (
-        None if t is None else t.view(-1, *[1] * (input.ndim - 2))
-        for t in (None if own else running_mean, None if own else running_var, weight, bias)
-    )
-    return _normalise(input, tuple(range(2, input.ndim)), mean, variance, weight, bias, eps)
-
-
-def _normalise(
-    x: Tensor,
-    dimensions: tuple[int, ...],
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """(x − mean) / √(variance + ε) · weight + bias, by x's own statistics where none are given."""
-    wide = x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
-    centred = wide - (wide.mean(dimensions, keepdim=True) if mean is None else mean)
-    if variance is None:
-        variance = centred.square().mean(dimensions, keepdim=True)
-    y = centred * torch.rsqrt(variance + eps)
-    if weight is not None:
-        y = y * weight
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype)
-
-
-_ELEMENTARY: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
-    F.layer_norm: _layer_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-}
 
 
 def _batches(split: Split, size: int) -> Iterator[Split]:

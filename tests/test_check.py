@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import losscli
-from losscli.errors import UsageError
+from losscli.errors import ModelError, UsageError
 from losscli.models import CNN, MLP
 from tests import oracle
 from tests.conftest import ROOT, Losscli
@@ -316,3 +316,89 @@ def test_the_samples_saddle_is_one_and_the_picture_is_drawn_again(
     done = losscli("plot", "out.csv", "-o", "again")
     assert done.status == 0, done.stderr
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+
+
+def normed() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(2, 1, bias=False))
+
+
+def test_weight_norm_is_flat_along_the_length_that_it_takes_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = normed().state_dict()
+    file = save(tmp_path, "a", **state)
+    x = torch.randn(50, 2, dtype=torch.float64)
+    given = {"model": normed, "data": {"all": (x, x @ torch.tensor([[3.0], [1.0]]).double())}}
+    only = ("*original1",)
+    result = losscli.check([file], **given, loss=squared, dtype="float64", only=only)
+    eigenvalues = [row_of(result)["lambda_min"], row_of(result)["lambda_max"]]
+    g, v = (state[f"parametrizations.weight.original{k}"].double() for k in (0, 1))
+
+    def loss(v: Tensor) -> Tensor:
+        weight = g * v / v.norm()
+        return squared(x @ weight.T, given["data"]["all"][1]).mean()  # type: ignore[index]
+
+    expected = np.linalg.eigvalsh(
+        torch.autograd.functional.hessian(lambda u: loss(u.view(1, 2)), v.view(-1)).numpy()
+    )
+    np.testing.assert_allclose(eigenvalues, expected, rtol=1e-9, atol=1e-9)
+    assert row_of(result)["verdict"] != "minimum"
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 3, padding_idx=0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.words(tokens).sum(1)
+
+
+def test_the_row_of_padding_is_part_of_the_gradient(tmp_path: Path) -> None:
+    state = {"words.weight": torch.randn(5, 3, generator=torch.Generator().manual_seed(0))}
+    file = save(tmp_path, "a", **state)
+    tokens = torch.randint(5, (20, 4), generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(20) % 3
+    data = {"all": (tokens, targets)}
+    result = losscli.check([file], model=Padded, data=data, dtype="float64")
+    weight = state["words.weight"].double().requires_grad_()
+    loss = nn.functional.cross_entropy(weight[tokens].sum(1), targets)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert row_of(result)["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-10)
+
+
+class Lying(torch.autograd.Function):
+    """A square whose second derivative is wrong."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def, override]
+        x, y = ctx.saved_tensors
+        return g * y, g * x.detach()
+
+
+class Misled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Lying.apply(self.a, self.b) * x  # type: ignore[no-any-return]
+
+
+def test_a_hessian_that_is_not_symmetric_is_refused(tmp_path: Path) -> None:
+    file = save(tmp_path, "a", a=torch.ones(1), b=torch.ones(1))
+    x = torch.linspace(1, 2, 9).unsqueeze(1)
+    with pytest.raises(ModelError, match="second derivatives of the model are wrong"):
+        losscli.check([file], model=Misled, data={"all": (x, 3 * x)}, loss=squared)
+
+
+def test_a_checkpoint_named_twice_is_refused(tmp_path: Path) -> None:
+    x, y, solution = regression()
+    file = save(tmp_path, "a", weight=solution)
+    given = {"model": linear, "data": {"all": (x, y)}, "loss": squared}
+    with pytest.raises(UsageError, match="named twice"):
+        losscli.check([file, file], **given)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from losscli import elementary
 from losscli import slopes as module
 from losscli.datasets import DataSet, Split
 from losscli.errors import ModelError
@@ -298,7 +299,7 @@ def test_a_second_derivative_that_forward_mode_has_wrong_is_taken_in_reverse(
     # Without the normalisations made of elementary operators PyTorch's layer norm is used.
     case = next(c for c in CASES if c.name == "attention-tied")
     expected = found_in(case)
-    monkeypatch.setattr(module, "_ELEMENTARY", {})
+    monkeypatch.setattr(elementary, "_ELEMENTARY", {})
     found = found_in(case)
     torch.testing.assert_close(found.curvature, expected.curvature, rtol=1e-10, atol=1e-12)
 
@@ -328,11 +329,14 @@ def test_normalisations_made_of_elementary_operators_are_pytorchs(dtype: torch.d
         lambda: F.batch_norm(x, None, None, w, b, True),
         lambda: F.batch_norm(x[..., 0], mean, var, w),
         lambda: F.instance_norm(x, None, None, w, b),
+        lambda: torch._weight_norm(x, rand_g, 0),
+        lambda: torch._weight_norm(x, rand_g.view(1, 1, 5)[..., :1], -1),
+        lambda: F.embedding(torch.tensor([[0, 2], [1, 0]]), x[:, 0], padding_idx=0),
         lambda: F.instance_norm(x, mean, var, w, b, use_input_stats=False, eps=1e-2),
     ]
-    rand_w, rand_b = rand(3, 7), rand(3, 7)
+    rand_w, rand_b, rand_g = rand(3, 7), rand(3, 7), rand(5, 1, 1)
     for call in calls:
-        with module._Normalisations():
+        with elementary.Elementary():
             found = call()
         assert found.dtype == dtype
         ulp = torch.finfo(dtype).eps

@@ -228,3 +228,13 @@ def test_the_command_tells_what_refinement_and_slopes_found(losscli: Losscli, fo
     assert "stationary" in done.stdout
     header = Path("out.csv").read_text().splitlines()[0]
     assert header == "alpha,split,loss,loss_stderr,accuracy,slope,curvature"
+
+
+def test_a_context_of_something_else_is_told_of(losscli: Losscli, folder: Path) -> None:
+    losscli("interpolate", "b.pt", "a.pt", "-o", "other", "--points", 5, "--no-figure")
+    zoom = ["interpolate", "a.pt", "b.pt", "--range", "0.1", "0.3", "--points", "3"]
+    done = losscli(*zoom, "--context", "other.csv", "-o", "zoom", "--no-figure")
+    assert "is it of the same checkpoints and data?" in done.stderr
+    done = losscli(*zoom, "--context", "other.csv", "-o", "other", "--force")
+    assert done.status == 2
+    assert "would overwrite --context" in done.stderr

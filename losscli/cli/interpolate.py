@@ -108,6 +108,8 @@ def interpolate(
 
     whole = None
     if context is not None:
+        if write.out not in {None, "-"} and Path(f"{write.out}.csv").resolve() == context.resolve():
+            raise UsageError(f"--out {write.out} would overwrite --context", "Choose another --out")
         whole = Table.read(context)
         if whole.command != "interpolate":
             raise UsageError(

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from losscli.curvature import (
     DENSE_LIMIT,
+    PRODUCT_LIMIT,
     Curvature,
     Eigenpair,
     Extremes,
@@ -179,11 +180,14 @@ class Check(Study):
         begun = time.perf_counter()
         if not names:
             raise UsageError("check needs a checkpoint", "Give one or more")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if list(names).count(name) > 1)
+            raise UsageError(f"{twice} is named twice", "Name each checkpoint once")
         if not 0 <= tolerance < math.inf:
             raise UsageError(f"--tolerance {tolerance} is no gradient norm", "Give 1e-3")
         if eigenvalues < 1:
             raise UsageError(f"--eigenvalues {eigenvalues} leaves none", "Give 1 or more")
-        if learning_rate is not None and not 0 < learning_rate < math.inf:
+        if learning_rate is not None and not 1e-12 <= learning_rate <= 1e12:
             raise UsageError(f"--learning-rate {learning_rate} is none", "Give 0.1")
         if settings.sampling_error is not None:
             raise UsageError(
@@ -205,6 +209,19 @@ class Check(Study):
             "eigenvalues": self.eigenvalues,
             "learning_rate": self.learning_rate,
         }
+
+    def describe(self) -> dict[str, Any]:
+        """Tells what a run will do.
+
+        Returns:
+            As for every study, and the number of Hessian-vector products, each of which costs a
+            few passes over the data.
+        """
+        told = super().describe()
+        size = told["moving"]["values"]
+        splits = len(self.problem.objective.splits)
+        most = size if size <= DENSE_LIMIT else PRODUCT_LIMIT
+        return {**told, "products_at_most": most * splits * len(self.problem.names)}
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -415,7 +432,17 @@ class Check(Study):
                 f"{', '.join(kinks)} {have} kinks: the Hessian is that of the smooth piece around "
                 "each checkpoint, and says nothing of the kinks beside it"
             )
-        missed = [one for one in found if not (one.smallest.converged and one.largest.converged)]
+        lost = [one for one in found if not math.isfinite(one.smallest.value)]
+        if lost:
+            yield (
+                f"loss or derivatives are not finite at {len(lost)} of {len(found)} points: "
+                "nothing is decided there"
+            )
+        missed = [
+            one
+            for one in found
+            if one not in lost and not (one.smallest.converged and one.largest.converged)
+        ]
         if missed:
             yield (
                 f"the search for eigenvalues has not converged at {len(missed)} of "

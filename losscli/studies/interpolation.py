@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -252,6 +253,7 @@ class Interpolation(Study):
                 *self._notes(splits),
                 *self.sampled(examples),
                 *self._doubts(again, exhausted=exhausted),
+                *self._strange(looked),
             ],
             "seconds": seconds,
         }
@@ -392,6 +394,21 @@ class Interpolation(Study):
         if exhausted:
             notes.append("the curve is not known to --refine everywhere: it would take more points")
         return notes
+
+    def _strange(self, looked: _Looked) -> list[str]:
+        """Notes on a context that is of something else, as the ends tell."""
+        if self.context is None:
+            return []
+        for name, curve in looked.curves.items():
+            rows = self.context.where("split", name)
+            for alpha, loss in zip(rows.floats("alpha"), rows.floats("loss"), strict=True):
+                if alpha in {0.0, 1.0}:
+                    own = float(curve.losses[int(alpha)].mean(dtype=np.float64))
+                    if not math.isclose(loss, own, rel_tol=1e-3) and math.isfinite(own):
+                        there = f"the line of --context has the loss {loss:.4g} at α = {alpha:g}"
+                        doubt = "is it of the same checkpoints and data?"
+                        return [f"{there}, and this one {own:.4g}: {doubt}"]
+        return []
 
     def words(self, end: str) -> tuple[str, str]:
         """Words for something that stays at one end's.

@@ -203,10 +203,10 @@ class Study(ABC):
         """
         settings, notes = self.problem.settings, []
         end = {"a": "first", "b": "last"}.get(settings.buffers)
-        if end and self.problem.buffers:
+        if end and self.problem.buffers and len(self.problem.names) > 1:
             whose, but = self.words(end)
             notes.append(f"floating-point buffers stay at {whose}: {but}")
-        if settings.only or settings.except_:
+        if (settings.only or settings.except_) and len(self.problem.names) > 1:
             whose, but = self.words("first")
             notes.append(f"some tensors stay at {whose}: {but}")
         return notes

@@ -199,7 +199,7 @@ class Trajectory(Study):
         return Result(self._table(found), summary, more)
 
     def _weights(self, t: int) -> Weights:
-        return self.problem.open(t % len(self.problem.names)).weights
+        return self.problem.open(t).weights
 
     def _prove(self) -> tuple[float | None, list[str]]:
         """Holds the sweep against both ends; what is held here is let go of."""
