@@ -292,6 +292,8 @@ def test_a_ribbon_runs_from_the_foot_past_the_checkpoint(
     x = matrix(states)
     working = torch.promote_types(dtype, least)
     eps = torch.finfo(working).eps
+    # Rounded to float32, the ends are the oracle's but for that; in float64 the oracle rounds too.
+    slack = eps if working == torch.float32 else 8 * eps
     for t in range(1, len(states) - 1):
         for share in (0.5, 1.0, 1.25, 1e6):
             reach = share * path.residual[t]
@@ -300,9 +302,9 @@ def test_a_ribbon_runs_from_the_foot_past_the_checkpoint(
             assert all(e[n].shape == states[t][n].shape for e in line.ends for n in NAMES)
             assert list(line.a) == list(line.b) == NAMES
             foot = x[0] + path.projection[t] * (x[-1] - x[0])
-            np.testing.assert_allclose(matrix([line.a])[0], foot, rtol=eps, atol=8 * eps)
+            np.testing.assert_allclose(matrix([line.a])[0], foot, rtol=eps, atol=slack)
             end = foot + share * (x[t] - foot)
-            np.testing.assert_allclose(matrix([line.b])[0], end, rtol=eps, atol=8 * share * eps)
+            np.testing.assert_allclose(matrix([line.b])[0], end, rtol=eps, atol=share * slack)
 
 
 def test_a_ribbon_that_ends_at_the_checkpoint_ends_there_to_the_last_bit() -> None:
