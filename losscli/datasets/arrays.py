@@ -1,0 +1,170 @@
+"""Files of whole arrays: safetensors, NumPy archives and the IDX files of MNIST."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from losscli.datasets.objects import to_tensor
+from losscli.errors import DataError, one_line
+
+__all__ = ["load_mnist", "load_npz", "load_safetensors"]
+
+
+def _pairs(arrays: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sorts the arrays of a file into splits: NAME_inputs and NAME_targets, or those alone."""
+    if not arrays:
+        raise DataError(f"{where} is empty", "Give it arrays inputs and targets")
+    splits: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in arrays.items():
+        split, _, part = key.rpartition("_")
+        if part not in {"inputs", "targets"}:
+            raise DataError(
+                f"{where}: the array {key!r} is not understood",
+                "Name the arrays inputs and targets, or train_inputs, train_targets, …",
+            )
+        splits.setdefault(split or "data", {})[part] = tensor
+    for split, parts in splits.items():
+        if len(parts) < 2:
+            there, missing = sorted(("inputs", "targets"), key=parts.__contains__, reverse=True)
+            raise DataError(
+                f"{where}: the split {split!r} has {there} alone",
+                f"Add {missing if split == 'data' else f'{split}_{missing}'}",
+            )
+    # Some files sort their arrays by name; readers expect the training data first.
+    order = sorted(splits, key=lambda split: split != "train")
+    return {split: (splits[split]["inputs"], splits[split]["targets"]) for split in order}
+
+
+def load_safetensors(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
+    """Reads a safetensors file of arrays.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Inputs and targets of each split.
+
+    Raises:
+        DataError: It is not there, broken, or not of this form.
+    """
+    _exists(path)
+    try:
+        # safetensors takes a file that may not be read for a missing one.
+        with path.open("rb"), safe_open(path, framework="pt") as file:
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{path} is no whole safetensors file: {one_line(error)}", "Was its writing cut off?"
+        ) from None
+    return _pairs(arrays, str(path))
+
+
+def load_npz(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
+    """Reads a NumPy archive of arrays.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Inputs and targets of each split.
+
+    Raises:
+        DataError: It is not there, broken, or not of this form.
+    """
+    _exists(path)
+    try:
+        with path.open("rb") as stream:
+            # What is no archive at all, NumPy takes for a pickle and advises to run.
+            if not zipfile.is_zipfile(stream):
+                raise ValueError("no zip archive, or not all of one")  # noqa: TRY301
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as file:
+                arrays = {key: to_tensor(file[key], str(path), key) for key in file.files}
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a broken archive makes its reader raise anything
+        raise DataError(
+            f"{path} is no NumPy archive of numbers: {one_line(error)}",
+            "Write it with numpy.savez, arrays of numbers alone",
+        ) from None
+    return _pairs(arrays, str(path))
+
+
+def load_mnist(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
+    """Reads the IDX files of MNIST, Fashion-MNIST or K-MNIST.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        Inputs and targets of each split.
+
+    Raises:
+        DataError: It is not there, broken, or not of this form.
+    """
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path}", "Name the folder of the IDX files")
+    splits = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images, labels = (_idx_file(path, prefix, part) for part in ("images-idx3", "labels-idx1"))
+        if images and labels:
+            splits[split] = (_read_idx(images, 3).unsqueeze(1), _read_idx(labels, 1))
+        elif images or labels:
+            raise DataError(
+                f"{path}: the split {split!r} has {'images' if images else 'labels'} alone",
+                f"Add {prefix}-{'labels-idx1' if images else 'images-idx3'}-ubyte, or its .gz",
+            )
+    if not splits:
+        raise DataError(
+            f"{path} holds no IDX files such as t10k-images-idx3-ubyte.gz",
+            "Name the folder of the IDX files",
+        )
+    return splits
+
+
+def _idx_file(folder: Path, prefix: str, part: str) -> Path | None:
+    names = (f"{prefix}-{part}-ubyte", f"{prefix}-{part.replace('-', '.')}-ubyte")
+    candidates = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".gz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_idx(path: Path, dimensions: int) -> Tensor:
+    """Reads an IDX file of bytes: 0, 0, type, dimensions, big-endian sizes, the values."""
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path} cannot be read: {one_line(error)}", "Was its download cut off?"
+        ) from None
+    start = 4 + 4 * dimensions
+    if content[:4] != bytes([0, 0, 8, dimensions]):
+        raise DataError(
+            f"{path} is no IDX file of bytes in {dimensions} dimensions",
+            "Is it another file, or a labels file in the place of images?",
+        )
+    sizes = content[4:start].ljust(start - 4, b"\xff")
+    shape = np.frombuffer(sizes, ">u4").astype(int).tolist()
+    if math.prod(shape) != len(content) - start:
+        raise DataError(
+            f"{path}: {max(len(content) - start, 0)} values for the shape {shape}",
+            "Was its download cut off?",
+        )
+    values = np.frombuffer(bytearray(content), np.uint8, offset=start)
+    return torch.from_numpy(values.reshape(shape))
+
+
+def _exists(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"there is no data file {path}", f"Relative names start at {Path.cwd()}")

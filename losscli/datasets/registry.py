@@ -1,0 +1,112 @@
+"""The data sets by name, and what all of their specs have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from losscli.datasets.arrays import load_mnist, load_npz, load_safetensors
+from losscli.datasets.objects import from_object
+from losscli.datasets.split import DataSet, leaves
+from losscli.errors import DataError, SpecError, one_line
+from losscli.spec import Spec, call, look_up
+
+__all__ = ["DATASETS", "load"]
+
+_COMMON = ("mean", "std", "flatten", "limit")
+
+DATASETS: dict[str, Callable[..., Any]] = {
+    "safetensors": load_safetensors,
+    "npz": load_npz,
+    "mnist": load_mnist,
+}
+
+
+def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0) -> DataSet:
+    """Loads the data set that a spec names.
+
+    Args:
+        text: The spec; beside its entry's own keys it may have ``mean``, ``std``, ``flatten`` and
+            ``limit``.
+        trusted: Whether it may name code.
+        folder: What relative paths in it are relative to; the current folder by default.
+        seed: Of everything random: the draw of ``limit``, the order of a loader.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: The data cannot be read or understood.
+        SpecError: The spec names nothing known, or its keys are wrong.
+        UntrustedCodeError: It names code and is not trusted.
+    """
+    spec = Spec.parse(text)
+    function, arguments = look_up(spec, DATASETS, "data", trusted=trusted)
+    options = dict(spec.options)
+    common = {key: options.pop(key, None) for key in _COMMON}
+    normalisation: dict[str, Any] = {
+        key: _channels(common[key], key, text) for key in ("mean", "std") if common[key] is not None
+    }
+    if common["flatten"] is not None:
+        normalisation["flatten"] = common["flatten"]
+        if not isinstance(common["flatten"], bool):
+            raise SpecError(
+                f"data {text!r}: flatten={common['flatten']} is neither true nor false",
+                "Write flatten=true",
+            )
+    limit = common["limit"]
+    if limit is not None and not (type(limit) is int and limit > 0):
+        raise SpecError(f"data {text!r}: limit={limit} is no number of examples", "Give 1 or more")
+    if function in DATASETS.values():
+        if not arguments:
+            name = spec.target.rstrip(":")
+            raise SpecError(f"data {text!r} names no file", f"Write {name}:PATH")
+        paths: tuple[str | Path, ...] = (Path(folder or "", arguments[0]),)
+    else:
+        paths = arguments
+    torch.manual_seed(seed)
+    try:
+        loaded = call(function, paths, options, f"data {text!r}", also=_COMMON)
+    except (DataError, SpecError):
+        raise
+    except Exception as error:
+        raise DataError(f"data {text!r} failed: {one_line(error)}") from error
+    data = replace(from_object(loaded, f"data {text!r}"), **normalisation)
+    _check_channels(data, text)
+    return data.select([], limit, seed)
+
+
+def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        raise SpecError(
+            f"data {text!r}: {key}={value} is no number a channel", f"Write {key}=0.5-0.4-0.5"
+        )
+    if not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
+        raise SpecError(
+            f"data {text!r}: {key}={value} is not {'above 0' if key == 'std' else 'finite'}",
+            f"Write {key}=0.5, or {key}=0.5-0.4-0.5 for three channels",
+        )
+    return tuple(map(float, values))
+
+
+def _check_channels(data: DataSet, text: str) -> None:
+    for split in data.splits.values():
+        for tensor in leaves(split.inputs):
+            if not (tensor.is_floating_point() or tensor.dtype == torch.uint8):
+                continue
+            for values in (data.mean, data.std):
+                channels = tensor.shape[1] if tensor.ndim > 1 else 1
+                if values is not None and len(values) not in {1, channels}:
+                    raise DataError(
+                        f"data {text!r}: {len(values)} values of mean or std for "
+                        f"{channels} channels",
+                        "Give one value, or one a channel",
+                    )

@@ -1,0 +1,168 @@
+"""Splits of examples, and the data set that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from losscli.errors import UsageError
+
+__all__ = ["DataSet", "Inputs", "Split", "Task", "leaves", "map_inputs"]
+
+Task = Literal["classification", "regression"]
+
+Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+"""What a model takes: one tensor, several by position, or several by name; each ``[N, *]``."""
+
+
+def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """Applies a function to every tensor of a model's inputs.
+
+    Args:
+        function: What to apply.
+        inputs: The inputs.
+
+    Returns:
+        Inputs of the same structure.
+    """
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, tuple):
+        return tuple(map(function, inputs))
+    return {key: function(tensor) for key, tensor in inputs.items()}
+
+
+def leaves(inputs: Inputs) -> list[Tensor]:
+    """Lists the tensors of a model's inputs.
+
+    Args:
+        inputs: The inputs.
+
+    Returns:
+        Every tensor in them, in order.
+    """
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    return list(inputs if isinstance(inputs, tuple) else inputs.values())
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split.
+
+    Attributes:
+        inputs: The inputs of all its examples as stored: images may be uint8.
+        targets: Their targets, ``[N, *]``: int64 for classification, floating-point else.
+    """
+
+    inputs: Inputs
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, index: Tensor | slice) -> Split:
+        """Picks examples.
+
+        Args:
+            index: Which ones: positions ``[n]`` or a slice.
+
+        Returns:
+            Those examples.
+        """
+        return Split(map_inputs(lambda t: t[index], self.inputs), self.targets[index])
+
+    def to(self, device: torch.device) -> Split:
+        """Moves the split to a device.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The split there, in the types it is stored in.
+        """
+        return Split(map_inputs(lambda t: t.to(device), self.inputs), self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Named splits, and how the inputs are scaled on their way into a model.
+
+    Attributes:
+        splits: The splits by name.
+        mean: Subtracted from each channel (dimension 1) after scaling to 0…1; None for none.
+        std: Divides each channel after that; None for none.
+        flatten: Whether each example is flattened to one dimension.
+    """
+
+    splits: Mapping[str, Split]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    flatten: bool = False
+
+    @property
+    def task(self) -> Task:
+        """What the targets ask for: whole numbers are classes, others are to be regressed."""
+        floating = any(split.targets.is_floating_point() for split in self.splits.values())
+        return "regression" if floating else "classification"
+
+    def prepare(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
+        """Makes stored inputs what the model takes.
+
+        Args:
+            inputs: A batch as stored.
+            dtype: The type of the forward pass.
+
+        Returns:
+            uint8 scaled to 0…1, floating-point as ``dtype``, then normalised and flattened; other
+            integers (token ids) and booleans (masks) as they are.
+        """
+        return map_inputs(lambda tensor: self._prepare(tensor, dtype), inputs)
+
+    def _prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = x.to(dtype).div_(255)
+        elif x.is_floating_point():
+            x = x.to(dtype)
+        else:
+            return x
+        for values, apply in ((self.mean, torch.sub), (self.std, torch.div)):
+            if values is not None:
+                channel = torch.tensor(values, dtype=dtype, device=x.device)
+                x = apply(x, channel.view(-1, *[1] * (x.ndim - 2)))
+        return x.flatten(1) if self.flatten else x
+
+    def select(self, names: Sequence[str], limit: int | None, seed: int) -> DataSet:
+        """Picks splits, and examples of each.
+
+        Args:
+            names: The splits wanted; none names all.
+            limit: How many examples of each; None for all.
+            seed: Of the draw without replacement.
+
+        Returns:
+            The smaller data set; the examples keep their order.
+
+        Raises:
+            UsageError: There is no such split, or the limit is below 1.
+        """
+        for name in names:
+            if name not in self.splits:
+                raise UsageError(
+                    f"the data has no split {name!r}", f"It has {', '.join(self.splits)}"
+                )
+        if limit is not None and limit < 1:
+            raise UsageError(f"a limit of {limit} leaves no examples", "Give 1 or more")
+        chosen = {}
+        for name in dict.fromkeys(names or self.splits):
+            split = self.splits[name]
+            if limit is not None and limit < len(split):
+                generator = torch.Generator().manual_seed(seed)
+                drawn = torch.randperm(len(split), generator=generator)[:limit]
+                split = split.take(drawn.sort().values)
+            chosen[name] = split
+        return replace(self, splits=chosen)
