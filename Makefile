@@ -11,7 +11,7 @@ demo: .venv/installed
 	@echo "The picture is $(CURDIR)/demo.png"
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 check: .venv/installed
 	$(BIN)/ruff check .
