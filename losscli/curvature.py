@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from losscli.datasets import Split
+from losscli.datasets import Examples, Split
 from losscli.elementary import Elementary
 from losscli.errors import ModelError, OutOfMemoryError, UsageError, one_line
 from losscli.objective import Objective, Progress
@@ -150,7 +150,7 @@ class Curvature:
         weights: The point: all tensors of the model.
         names: The parameters that are differentiated, each tied parameter under one name. They
             make up the vectors ``[n]`` in this order.
-        split: The examples, on the objective's device.
+        split: The examples.
         progress: Told the share of a gradient or product that was done since it was last told.
 
     Attributes:
@@ -163,7 +163,7 @@ class Curvature:
         objective: Objective,
         weights: Weights,
         names: Sequence[str],
-        split: Split,
+        split: Examples,
         progress: Progress | None = None,
     ) -> None:
         self._objective = objective
@@ -500,21 +500,21 @@ class Curvature:
         total = torch.zeros(rows, columns, dtype=torch.float64, device=self._device)
         start = 0
         while start < len(self._split):
-            batch = self._split.take(slice(start, start + objective.batch_size))
-            part: Tensor | None = None
-            try:
-                with self._differentiable():
-                    part = derive(self._losses(batch))
-            except (torch.OutOfMemoryError, MemoryError):
-                pass
-            # Out here the error is gone, and with it the graph that its traceback held.
-            if part is None:
-                self._halve_batch()
-                continue
-            total += part
-            start += len(batch)
-            if self._progress is not None:
-                self._progress(rows * len(batch) / len(self._split))
+            for batch in objective.batches(self._split.take(slice(start, None))):
+                part: Tensor | None = None
+                try:
+                    with self._differentiable():
+                        part = derive(self._losses(batch))
+                except (torch.OutOfMemoryError, MemoryError):
+                    pass
+                # Out here the error is gone, and with it the graph that its traceback held.
+                if part is None:
+                    self._halve_batch()
+                    break
+                total += part
+                start += len(batch)
+                if self._progress is not None:
+                    self._progress(rows * len(batch) / len(self._split))
         return total
 
     def _losses(self, batch: Split) -> Tensor:
@@ -597,7 +597,7 @@ class Curvature:
             size = float(tensor.float().square().mean().sqrt()) or 1.0
             own[self._names[i]] = tensor.clone()
             moved[self._names[i]] = tensor + _NUDGE * size * noise
-        name, split = "reach", self._split.take(slice(0, objective.batch_size))
+        name, split = "reach", self._split.first(objective.batch_size)
         before = objective.plain(own, {name: split})[name].losses
         after = objective.plain(moved, {name: split})[name].losses
         objective.load(own)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from losscli.datasets import DataSet, Inputs, Split, leaves, map_inputs
+from losscli.datasets import DataSet, Examples, Inputs, Split, leaves, map_inputs
 from losscli.errors import (
     LosscliError,
     LossError,
@@ -99,8 +99,12 @@ class Objective:
         self.device = device
         self.dtype = dtype
         self.batch_size = batch_size or self._default_batch()
-        self.splits = {name: split.to(device) for name, split in data.splits.items()}
+        self.splits: Mapping[str, Examples] = {
+            name: split.to(device) if isinstance(split, Split) else split
+            for name, split in data.splits.items()
+        }
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
+        self._classes: int | None = None
         self._copies_inputs = False
         self._way: Way | None = None
 
@@ -108,7 +112,8 @@ class Objective:
         """The power of two that fits the bytes a batch may have; the same for every run."""
         budget, most = _BATCH.get(self.device.type, _BATCH_ELSEWHERE)
         example = max(
-            sum(map(_bytes_in_forward, leaves(split.inputs))) for split in self.data.splits.values()
+            sum(map(_bytes_in_forward, leaves(split.first(1).inputs)))
+            for split in self.data.splits.values()
         )
         return 1 << (min(most, max(1, budget // max(1, example))).bit_length() - 1)
 
@@ -118,7 +123,28 @@ class Objective:
         Returns:
             The first batch of each split.
         """
-        return {name: split.take(slice(0, self.batch_size)) for name, split in self.splits.items()}
+        firsts = ((name, split.first(self.batch_size)) for name, split in self.splits.items())
+        return {name: first.to(self.device) for name, first in firsts}
+
+    def batches(
+        self, split: Examples, size: int | None = None, order: Tensor | None = None
+    ) -> Iterator[Split]:
+        """Goes by the examples of a split once.
+
+        Args:
+            split: The examples, wherever they are.
+            size: Examples a batch; the objective's own where it is None.
+            order: Positions ``[n]``, as the split draws them; all in their own order where None.
+
+        Yields:
+            The batches, as stored, on the device.
+        """
+        # What is decoded on the way has not been seen before it comes.
+        unseen = self._classes is not None and not isinstance(split, Split)
+        for batch in split.batches(size or self.batch_size, order):
+            if unseen:
+                self._check_range(batch.targets, "the data")
+            yield batch.to(self.device)
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
@@ -176,7 +202,7 @@ class Objective:
     def plain(
         self,
         weights: Weights,
-        splits: Mapping[str, Split] | None = None,
+        splits: Mapping[str, Examples] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
         """Evaluates one point as anybody would: ``load_state_dict``, then batch by batch.
@@ -197,7 +223,7 @@ class Objective:
         self,
         slice_: Slice,
         coordinates: Sequence[Sequence[float]],
-        splits: Mapping[str, Split] | None = None,
+        splits: Mapping[str, Examples] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
         """Evaluates points of a slice: their weights are made once, then the data goes by once.
@@ -241,7 +267,7 @@ class Objective:
             self._way = Way.BOUND
             return
         name, split = next(iter(self.splits.items()))
-        sample = {name: split.take(slice(0, min(self.batch_size, _PROOF_EXAMPLES)))}
+        sample = {name: split.first(min(self.batch_size, _PROOF_EXAMPLES)).to(self.device)}
         few = [tuple(coordinates[i * (len(coordinates) - 1) // 3]) for i in range(4)]
         few = list(dict.fromkeys(few))
         truth = self._evaluate(Loaded(self, slice_, few), sample, None)[name].losses
@@ -272,7 +298,7 @@ class Objective:
     def _evaluate(
         self,
         points: Plain | Loaded | Points,
-        splits: Mapping[str, Split] | None,
+        splits: Mapping[str, Examples] | None,
         progress: Progress | None,
     ) -> dict[str, Evaluation]:
         splits = self.splits if splits is None else splits
@@ -287,7 +313,7 @@ class Objective:
     def _walk(
         self,
         points: Plain | Loaded | Points,
-        split: Split,
+        split: Examples,
         tell: Callable[[int], None] = lambda _: None,
     ) -> Evaluation:
         """Takes all points through the data, a batch at a time, without waiting for the device."""
@@ -299,10 +325,11 @@ class Objective:
             name: torch.zeros(len(points), dtype=wide, device=self.device) for name in self.metrics
         }
         before: tuple[Iterator[int], int] = iter(()), 0
-        for start in range(0, len(split), self.batch_size):
-            batch = split.take(slice(start, start + self.batch_size))
+        start = 0
+        for batch in self.batches(split):
             inputs = self.data.prepare(batch.inputs, self.dtype)
-            columns = losses[:, start : start + self.batch_size]
+            columns = losses[:, start : start + len(batch)]
+            start += len(batch)
             done = points.evaluate(inputs, _Record(self, batch.targets, columns, sums))
             # One batch ahead, so that no thread waits for the last point of the one before.
             self._finish(*before, tell)
@@ -386,13 +413,17 @@ class Objective:
         """Finds labels out of range before a GPU kernel does, which would end the process."""
         if self.loss is not cross_entropy or not isinstance(outputs, Tensor) or outputs.ndim < 2:
             return
-        targets = self.splits[name].targets
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= outputs.shape[1]:
-            wrong = low if low < 0 else high
+        self._classes = outputs.shape[1]
+        split = self.splits[name]
+        seen = split if isinstance(split, Split) else split.first(self.batch_size)
+        self._check_range(seen.targets, f"the split {name!r}")
+
+    def _check_range(self, labels: Tensor, where: str) -> None:
+        low, high = int(labels.min()), int(labels.max())
+        if self._classes is not None and (low < 0 or high >= self._classes):
             raise LossError(
-                f"the split {name!r} has the label {wrong}, and the model's {outputs.shape[1]} "
-                f"outputs stand for the labels 0 to {outputs.shape[1] - 1}",
+                f"{where} has the label {low if low < 0 else high}, and the model's "
+                f"{self._classes} outputs stand for the labels 0 to {self._classes - 1}",
                 "Choose a model or data with as many classes",
             )
 

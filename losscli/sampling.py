@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from losscli.datasets import Split
+from losscli.datasets import Examples
 from losscli.objective import Evaluation
 from losscli.table import Cell
 
@@ -159,10 +159,10 @@ _T = TypeVar("_T", bound=_Grows)
 
 
 def grow(
-    splits: Mapping[str, Split],
+    splits: Mapping[str, Examples],
     tolerance: float | None,
     seed: int,
-    evaluate: Callable[[Mapping[str, Split]], Mapping[str, _T]],
+    evaluate: Callable[[Mapping[str, Examples]], Mapping[str, _T]],
 ) -> dict[str, _T]:
     """Evaluates on whole splits, or on as many of their examples as are needed.
 
@@ -180,13 +180,13 @@ def grow(
         return dict(evaluate(splits))
     found: dict[str, _T] = {}
     generator = torch.Generator().manual_seed(seed)
-    order = {n: torch.randperm(len(s), generator=generator) for n, s in splits.items()}
+    order = {n: s.order(generator) for n, s in splits.items()}
     size, going = _FIRST_BLOCK, dict(splits)
     while going:
         blocks = {}
         for name, split in going.items():
             seen = found[name].examples if name in found else 0
-            blocks[name] = split.take(order[name][seen:size].to(split.targets.device))
+            blocks[name] = split.take(order[name][seen:size])
         for name, block in evaluate(blocks).items():
             found[name] = found[name].extend(block) if name in found else block
         going = {

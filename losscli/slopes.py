@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from losscli.datasets import Split
+from losscli.datasets import Examples, Split
 from losscli.elementary import Elementary
 from losscli.errors import LosscliError, ModelError, one_line
 from losscli.geometry import Line
@@ -64,7 +64,7 @@ def slopes(
     objective: Objective,
     line: Line,
     alphas: Sequence[float],
-    splits: Mapping[str, Split] | None = None,
+    splits: Mapping[str, Examples] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Slopes]:
     """Differentiates the mean loss along a line, exactly.
@@ -105,7 +105,7 @@ def slopes(
     for i, alpha in enumerate(alphas):
         weights = course.at(alpha)
         for name, split in splits.items():
-            for batch in _batches(split, objective.batch_size):
+            for batch in objective.batches(split):
                 slope, curvature = course.sums(way, weights, batch)
                 found[name].slope[i] += slope / len(split)
                 found[name].curvature[i] += curvature / len(split)
@@ -276,9 +276,9 @@ def _refuse_what_is_delayed(value: Tensor) -> None:
         nodes += [below for below, _ in node.next_functions]
 
 
-def _settle(course: _Course, alphas: Sequence[float], split: Split) -> _Way:
+def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> _Way:
     """Chooses the first way that works, and whose derivatives are right on a few examples."""
-    sample = split.take(slice(0, min(course.objective.batch_size, _SAMPLE)))
+    sample = split.first(min(course.objective.batch_size, _SAMPLE)).to(course.objective.device)
     few = [alphas[k * (len(alphas) - 1) // (_PROOF_POINTS - 1)] for k in range(_PROOF_POINTS)]
     few = list(dict.fromkeys(few))
     differences = _differences(course, few, sample)
@@ -367,8 +367,3 @@ def _contradiction(
             "part were cut off"
         )
     return wrong
-
-
-def _batches(split: Split, size: int) -> Iterator[Split]:
-    for start in range(0, len(split), size):
-        yield split.take(slice(start, start + size))

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from losscli.datasets import Split
+from losscli.datasets import Examples
 from losscli.errors import OutOfMemoryError
 from losscli.geometry import Slice
 from losscli.objective import Evaluation, Objective
@@ -68,7 +68,7 @@ def sweep(
     coordinates: Sequence[Sequence[float]],
     *,
     chunk: int | None = None,
-    splits: Mapping[str, Split] | None = None,
+    splits: Mapping[str, Examples] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluates any number of points of a slice.
@@ -122,7 +122,7 @@ def sweep_plain(
     objective: Objective,
     checkpoints: Iterable[Weights],
     *,
-    splits: Mapping[str, Split] | None = None,
+    splits: Mapping[str, Examples] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[dict[str, Evaluation]]:
     """Evaluates checkpoints, each loaded plainly; out of memory, the batch is halved.

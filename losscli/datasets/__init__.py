@@ -2,11 +2,12 @@
 
 from losscli.datasets.objects import from_object
 from losscli.datasets.registry import DATASETS, load
-from losscli.datasets.split import DataSet, Inputs, Split, Task, leaves, map_inputs
+from losscli.datasets.split import DataSet, Examples, Inputs, Split, Task, leaves, map_inputs
 
 __all__ = [
     "DATASETS",
     "DataSet",
+    "Examples",
     "Inputs",
     "Split",
     "Task",

@@ -99,7 +99,7 @@ def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
 
 def _check_channels(data: DataSet, text: str) -> None:
     for split in data.splits.values():
-        for tensor in leaves(split.inputs):
+        for tensor in leaves(split.first(1).inputs):
             if not (tensor.is_floating_point() or tensor.dtype == torch.uint8):
                 continue
             for values in (data.mean, data.std):

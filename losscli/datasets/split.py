@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from losscli.errors import UsageError
 
-__all__ = ["DataSet", "Inputs", "Split", "Task", "leaves", "map_inputs"]
+__all__ = ["DataSet", "Examples", "Inputs", "Split", "Task", "leaves", "map_inputs"]
 
-Task = Literal["classification", "regression"]
+Task = Literal["classification", "regression", "language"]
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 """What a model takes: one tensor, several by position, or several by name; each ``[N, *]``."""
@@ -50,12 +51,71 @@ def leaves(inputs: Inputs) -> list[Tensor]:
     return list(inputs if isinstance(inputs, tuple) else inputs.values())
 
 
+class Examples(ABC):
+    """The examples of one split, in a fixed order, wherever they are."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of examples."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """The bytes that they take in memory."""
+
+    @abstractmethod
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Draws a random order to look at them in.
+
+        Args:
+            generator: Of the draw.
+
+        Returns:
+            Positions, ``[N]``; ascending where examples are to be had in their own order alone.
+        """
+
+    @abstractmethod
+    def take(self, index: Tensor | slice) -> Examples:
+        """Picks examples.
+
+        Args:
+            index: Which ones: positions ``[n]`` or a slice, in this order.
+
+        Returns:
+            Those examples.
+        """
+
+    @abstractmethod
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
+        """Goes by the examples once, a batch at a time.
+
+        Args:
+            size: Examples a batch; the last one may have fewer.
+            order: Positions ``[n]``, as `order` draws them, or a part of them; all in their own
+                order where it is None.
+
+        Yields:
+            The batches, in memory where the examples are.
+        """
+
+    @abstractmethod
+    def first(self, number: int) -> Split:
+        """Takes the first examples into memory.
+
+        Args:
+            number: How many; all where there are fewer.
+
+        Returns:
+            Those examples.
+        """
+
+
 @dataclass(frozen=True)
-class Split:
-    """One split.
+class Split(Examples):
+    """Examples that are in memory.
 
     Attributes:
-        inputs: The inputs of all its examples as stored: images may be uint8.
+        inputs: Their inputs as stored: images may be uint8.
         targets: Their targets, ``[N, *]``: int64 for classification, floating-point else.
     """
 
@@ -65,6 +125,22 @@ class Split:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes that they take in memory."""
+        return sum(tensor.nbytes for tensor in (*leaves(self.inputs), self.targets))
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Draws a random order to look at them in.
+
+        Args:
+            generator: Of the draw.
+
+        Returns:
+            Positions, ``[N]``.
+        """
+        return torch.randperm(len(self), generator=generator)
+
     def take(self, index: Tensor | slice) -> Split:
         """Picks examples.
 
@@ -72,9 +148,36 @@ class Split:
             index: Which ones: positions ``[n]`` or a slice.
 
         Returns:
+            Those examples; by a slice, without a copy.
+        """
+        if isinstance(index, Tensor):
+            index = index.to(self.targets.device)
+        return Split(map_inputs(lambda t: t[index], self.inputs), self.targets[index])
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
+        """Goes by the examples once, a batch at a time.
+
+        Args:
+            size: Examples a batch; the last one may have fewer.
+            order: Positions ``[n]``; all in their own order where it is None.
+
+        Yields:
+            The batches.
+        """
+        for start in range(0, len(self) if order is None else len(order), size):
+            part = slice(start, start + size)
+            yield self.take(part if order is None else order[part])
+
+    def first(self, number: int) -> Split:
+        """Takes the first examples.
+
+        Args:
+            number: How many; all where there are fewer.
+
+        Returns:
             Those examples.
         """
-        return Split(map_inputs(lambda t: t[index], self.inputs), self.targets[index])
+        return self.take(slice(0, number))
 
     def to(self, device: torch.device) -> Split:
         """Moves the split to a device.
@@ -97,17 +200,22 @@ class DataSet:
         mean: Subtracted from each channel (dimension 1) after scaling to 0…1; None for none.
         std: Divides each channel after that; None for none.
         flatten: Whether each example is flattened to one dimension.
+        language: Whether the targets are the tokens of the inputs themselves.
     """
 
-    splits: Mapping[str, Split]
+    splits: Mapping[str, Examples]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     flatten: bool = False
+    language: bool = False
 
     @property
     def task(self) -> Task:
         """What the targets ask for: whole numbers are classes, others are to be regressed."""
-        floating = any(split.targets.is_floating_point() for split in self.splits.values())
+        if self.language:
+            return "language"
+        firsts = (split.first(1) for split in self.splits.values())
+        floating = any(first.targets.is_floating_point() for first in firsts)
         return "regression" if floating else "classification"
 
     def prepare(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -162,7 +270,6 @@ class DataSet:
             split = self.splits[name]
             if limit is not None and limit < len(split):
                 generator = torch.Generator().manual_seed(seed)
-                drawn = torch.randperm(len(split), generator=generator)[:limit]
-                split = split.take(drawn.sort().values)
+                split = split.take(split.order(generator)[:limit].sort().values)
             chosen[name] = split
         return replace(self, splits=chosen)

@@ -22,7 +22,7 @@ from losscli.curvature import (
     verdict,
 )
 from losscli.curve import standard_error
-from losscli.datasets import Split
+from losscli.datasets import Examples
 from losscli.errors import UsageError
 from losscli.geometry import Line
 from losscli.objective import Evaluation
@@ -356,7 +356,7 @@ class Check(Study):
         weights: Weights,
         direction: Weights,
         distances: Sequence[float],
-        splits: Mapping[str, Split],
+        splits: Mapping[str, Examples],
     ) -> Evaluation:
         """Evaluates one split at distances along a direction of length one."""
         objective = self.problem.objective
@@ -377,7 +377,7 @@ class Check(Study):
         self,
         weights: Weights,
         direction: Weights,
-        splits: Mapping[str, Split],
+        splits: Mapping[str, Examples],
         here: Evaluation,
     ) -> Mapping[str, Any] | None:
         """Tries steps of many lengths; returns the one that gains most."""

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from losscli.curve import describe, near_rounding
-from losscli.datasets import Split
+from losscli.datasets import Examples
 from losscli.errors import UsageError
 from losscli.geometry import Line, grid
 from losscli.objective import Evaluation, Objective
@@ -279,7 +279,7 @@ class Interpolation(Study):
         )
 
     def _evaluate(
-        self, line: Line, splits: Mapping[str, Split], tell: Callable[[float], None]
+        self, line: Line, splits: Mapping[str, Examples], tell: Callable[[float], None]
     ) -> dict[str, _Curve]:
         """Evaluates the ends plainly and the points between and beyond them by a sweep."""
         objective = self.problem.objective
@@ -366,7 +366,7 @@ class Interpolation(Study):
             copy.deepcopy(objective.model),
             objective.loss,
             {},
-            objective.data,
+            replace(objective.data, splits=objective.splits),
             device=objective.device,
             dtype=torch.float64,
             batch_size=objective.batch_size,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from losscli.datasets import Split
+from losscli.datasets import Examples
 from losscli.directions import random_directions
 from losscli.errors import CheckpointError, UsageError
 from losscli.geometry import Span, Triangle, grid
@@ -297,7 +297,7 @@ class Plane(Study):
         self,
         here: Triangle | Span,
         points: Sequence[tuple[float, float]],
-        splits: Mapping[str, Split],
+        splits: Mapping[str, Examples],
         tell: Callable[[float], None],
     ) -> dict[str, Estimate]:
         """Evaluates all checkpoints, then the grid."""

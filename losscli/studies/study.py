@@ -8,12 +8,12 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
-from losscli.datasets import Split
+from losscli.datasets import Examples
 from losscli.errors import CheckpointError, ModelError
 from losscli.geometry import Slice
 from losscli.objective import Objective
@@ -296,12 +296,12 @@ class Study(ABC):
             model,
             objective.loss,
             {},
-            objective.data,
+            replace(objective.data, splits=objective.splits),
             device=objective.device,
             dtype=objective.dtype,
             batch_size=objective.batch_size,
         )
-        batches: Mapping[str, Split] = objective.first_batches()
+        batches: Mapping[str, Examples] = objective.first_batches()
         here, there = (o.plain(weights, batches) for o in (objective, anew))
         for name in batches:
             used, new = (e[name].losses[0].double().mean() for e in (here, there))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from losscli.datasets import Split
+from losscli.datasets import Examples
 from losscli.errors import UsageError
 from losscli.geometry import Line, grid
 from losscli.paths import Path, measure, random_walks, ribbon
@@ -215,7 +215,7 @@ class Trajectory(Study):
         return difference, self.whole_numbers(last, weights)
 
     def _evaluate(
-        self, splits: Mapping[str, Split], tell: Callable[[float], None]
+        self, splits: Mapping[str, Examples], tell: Callable[[float], None]
     ) -> dict[str, Estimate]:
         """Evaluates all checkpoints, then the ribbon; of each step no more than means is kept."""
         each = 1 + len(self.offsets)
@@ -229,7 +229,7 @@ class Trajectory(Study):
         }
 
     def _step(
-        self, t: int, splits: Mapping[str, Split], tell: Callable[[float], None]
+        self, t: int, splits: Mapping[str, Examples], tell: Callable[[float], None]
     ) -> dict[str, Estimate]:
         """Evaluates a checkpoint, loaded plainly."""
         weights = self.problem.place(self._weights(t))
@@ -237,7 +237,7 @@ class Trajectory(Study):
         return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 
     def _across(
-        self, t: int, splits: Mapping[str, Split], tell: Callable[[float], None]
+        self, t: int, splits: Mapping[str, Examples], tell: Callable[[float], None]
     ) -> dict[str, Estimate]:
         """Evaluates the line across the path at a checkpoint."""
         reach = self.offsets[-1]
