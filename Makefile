@@ -10,8 +10,9 @@ demo: .venv/installed
 	$(BIN)/losscli interpolate $(SAMPLES)/relu/init.pt $(SAMPLES)/relu/final.pt -o demo --force
 	@echo "The picture is $(CURDIR)/demo.png"
 
+# A process for each core, and a thread for each process: threads that wait for cores spin.
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,6 +22,15 @@ from tests import foreign, oracle
 from tests.cases import CASES, Case
 
 ALPHAS = [-0.5, 0.0, 0.15, 0.5, 1.0, 1.3, 2.0]
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Whatever the tests as a whole may use, points are dealt to threads here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def objective_of(
