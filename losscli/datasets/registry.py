@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from losscli.datasets.arrays import load_mnist, load_npz, load_safetensors
+from losscli.datasets.cifar import load_cifar10, load_cifar100
 from losscli.datasets.objects import from_object
 from losscli.datasets.split import DataSet, leaves
 from losscli.errors import DataError, SpecError, one_line
@@ -24,6 +25,8 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "safetensors": load_safetensors,
     "npz": load_npz,
     "mnist": load_mnist,
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
 }
 
 
