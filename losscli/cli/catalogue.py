@@ -36,7 +36,7 @@ def catalogue(
     lines = []
     for name, function in registries[kind].items():
         keys = [
-            f",{p.name}={str(p.default).lower()}"
+            f",{p.name}={'' if p.default is None else str(p.default).lower()}"
             for p in inspect.signature(function).parameters.values()
             if p.kind is p.KEYWORD_ONLY
         ]

@@ -12,6 +12,7 @@ import torch
 
 from losscli.datasets.arrays import load_mnist, load_npz, load_safetensors
 from losscli.datasets.cifar import load_cifar10, load_cifar100
+from losscli.datasets.images import load_image_folder
 from losscli.datasets.objects import from_object
 from losscli.datasets.split import DataSet, leaves
 from losscli.errors import DataError, SpecError, one_line
@@ -27,6 +28,7 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "mnist": load_mnist,
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
+    "imagefolder": load_image_folder,
 }
 
 
