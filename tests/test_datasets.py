@@ -75,7 +75,7 @@ def savez(path: Path, **arrays: Any) -> Path:
 
 
 def test_the_registry_names_the_kinds_of_files() -> None:
-    entries = "safetensors npz mnist cifar10 cifar100 imagefolder"
+    entries = "safetensors npz mnist cifar10 cifar100 imagefolder text"
     assert list(DATASETS) == entries.split()
 
 
@@ -574,8 +574,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
 
 def test_code_gives_splits_and_takes_its_argument_and_keys(module: Callable[[str], str]) -> None:
     spec = module("def f(name='all', *, start=0): return {name: (X[start:], Y[start:])}")
-    for, name, count in ((":f", "all", 12), (":f:half", "half", 12), (":f,start=4", "all", 8)):
-        data = load(spec +, trusted=True)
+    for text, name, count in ((":f", "all", 12), (":f:half", "half", 12), (":f,start=4", "all", 8)):
+        data = load(spec + text, trusted=True)
         assert {key: len(split) for key, split in data.splits.items()} == {name: count}
     data = load(f"{spec}:f,mean=1-2,limit=3", trusted=True)
     assert data.mean == (1, 2)

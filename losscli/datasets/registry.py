@@ -15,6 +15,7 @@ from losscli.datasets.cifar import load_cifar10, load_cifar100
 from losscli.datasets.images import load_image_folder
 from losscli.datasets.objects import from_object
 from losscli.datasets.split import DataSet, leaves
+from losscli.datasets.text import load_text
 from losscli.errors import DataError, SpecError, one_line
 from losscli.spec import Spec, call, look_up
 
@@ -29,6 +30,7 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "imagefolder": load_image_folder,
+    "text": load_text,
 }
 
 
@@ -52,7 +54,7 @@ def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0)
     """
     spec = Spec.parse(text)
     function, arguments = look_up(spec, DATASETS, "data", trusted=trusted)
-    options = dict(spec.options)
+    options: dict[str, Any] = dict(spec.options)
     common = {key: options.pop(key, None) for key in _COMMON}
     normalisation: dict[str, Any] = {
         key: _channels(common[key], key, text) for key in ("mean", "std") if common[key] is not None
@@ -72,6 +74,8 @@ def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0)
             name = spec.target.rstrip(":")
             raise SpecError(f"data {text!r} names no file", f"Write {name}:PATH")
         paths: tuple[str | Path, ...] = (Path(folder or "", arguments[0]),)
+        if options.get("tokenizer", "bytes") != "bytes":
+            options["tokenizer"] = Path(folder or "", str(options["tokenizer"]))
     else:
         paths = arguments
     torch.manual_seed(seed)
