@@ -75,7 +75,7 @@ def savez(path: Path, **arrays: Any) -> Path:
 
 
 def test_the_registry_names_the_kinds_of_files() -> None:
-    entries = "safetensors npz mnist cifar10 cifar100 imagefolder text"
+    entries = "safetensors npz mnist cifar10 cifar100 imagefolder text hf"
     assert list(DATASETS) == entries.split()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from losscli.datasets.arrays import load_mnist, load_npz, load_safetensors
 from losscli.datasets.cifar import load_cifar10, load_cifar100
+from losscli.datasets.hub import load_hub
 from losscli.datasets.images import load_image_folder
 from losscli.datasets.objects import from_object
 from losscli.datasets.split import DataSet, leaves
@@ -31,6 +33,7 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "cifar100": load_cifar100,
     "imagefolder": load_image_folder,
     "text": load_text,
+    "hf": load_hub,
 }
 
 
@@ -73,7 +76,10 @@ def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0)
         if not arguments:
             name = spec.target.rstrip(":")
             raise SpecError(f"data {text!r} names no file", f"Write {name}:PATH")
-        paths: tuple[str | Path, ...] = (Path(folder or "", arguments[0]),)
+        path = Path(folder or "", arguments[0])
+        # A name that is that of no folder may be one on the hub.
+        on_hub = function is load_hub and not os.path.exists(path)  # noqa: PTH110
+        paths: tuple[str | Path, ...] = (arguments[0] if on_hub else path,)
         if options.get("tokenizer", "bytes") != "bytes":
             options["tokenizer"] = Path(folder or "", str(options["tokenizer"]))
     else:

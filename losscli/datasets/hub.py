@@ -1,0 +1,362 @@
+"""Data sets of Hugging Face's library, from its folders or its hub, told apart by their columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from losscli.datasets.images import Images
+from losscli.datasets.objects import to_tensor
+from losscli.datasets.split import DataSet, Inputs, Split
+from losscli.datasets.text import IGNORED, read_texts
+from losscli.errors import DataError, SpecError, one_line, printable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["load_hub"]
+
+# The columns that are taken where the spec names none, the first that is there.
+_INPUTS = ("input_ids", "image", "img", "pixel_values", "inputs", "input", "features", "x", "text")
+_TARGETS = ("labels", "label", "targets", "target", "fine_label", "y")
+# What stands beside input_ids in the inputs of transformers' models.
+_BESIDE = ("attention_mask", "token_type_ids")
+
+_PROBE_SECONDS = 10
+
+
+def load_hub(
+    source: Path | str,
+    /,
+    *,
+    inputs: str | None = None,
+    targets: str | None = None,
+    config: str | None = None,
+    size: int | None = None,
+    grayscale: bool | None = None,
+    tokenizer: str | Path | None = None,
+    context: int | None = None,
+) -> Any:
+    """Reads a data set of Hugging Face's library: a folder of save_to_disk or of data files.
+
+    What it is for, its columns say: images and classes (size, grayscale as in imagefolder); text
+    to be predicted, the rows joined end to end (tokenizer, context as in text); ``input_ids`` of
+    sequences, which are predicted themselves, or as ``labels`` has it, where that holds
+    sequences; or numbers.
+
+    Args:
+        source: The folder; as a string, the name of a data set on the hub.
+        inputs: The column of the inputs.
+        targets: The column of the targets.
+        config: Which configuration of the data set, where it has several.
+        size: The side of the square that each image is made.
+        grayscale: Whether images have one channel and not three.
+        tokenizer: Of text: a tokenizer's folder or ``bytes``.
+        context: Of text: tokens in a sequence.
+
+    Returns:
+        The splits: Datasets of images, tensors of everything else.
+
+    Raises:
+        DataError: It cannot be read, or its columns are not understood.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"Hugging Face data sets are read by datasets, which is not installed "
+            f"({one_line(error)})",
+            "pip install 'losscli[hf]'",
+        ) from None
+    with _quiet():
+        tables = _tables(source, None if config is None else str(config))
+    where = f"hf:{source}"
+    for split, table in tables.items():
+        if not len(table):
+            raise DataError(f"{where}, split {split!r} is empty")
+    columns = dict(next(iter(tables.values())).features)
+    chosen = _choose(columns, inputs, _INPUTS, "inputs", where)
+    if chosen is None:
+        raise DataError(f"{where} has the columns {', '.join(columns)}", "Say which: inputs=COLUMN")
+    feature = columns[chosen]
+    image = isinstance(feature, datasets.Image)
+    text = getattr(feature, "dtype", "") in {"string", "large_string"} and not image
+    for key, value, kind, fits in (
+        ("size", size, "images", image),
+        ("grayscale", grayscale, "images", image),
+        ("tokenizer", tokenizer, "text", text),
+        ("context", context, "text", text),
+    ):
+        if value is not None and not fits:
+            raise SpecError(f"{where}: {key}= is of {kind}, and {chosen!r} holds none", "Leave it")
+    if text:
+        if targets is not None:
+            raise SpecError(
+                f"{where}: {chosen!r} is text, which is its own target",
+                "Leave out targets=; to classify text, save it as input_ids and label",
+            )
+        read = read_texts(tokenizer or "bytes", 1024 if context is None else context)
+        return DataSet(
+            {
+                split: read(_texts(table, chosen, where), f"{where}, split {split!r}")
+                for split, table in tables.items()
+            },
+            language=True,
+        )
+    goal = _choose(columns, targets, _TARGETS, "targets", where)
+    # A model that takes nothing but token ids is served by inputs=input_ids.
+    beside = [] if inputs else [name for name in _BESIDE if name in columns]
+    if chosen == "input_ids" and (goal is None or _is_list(columns[goal])):
+        return DataSet(
+            {split: _language(table, goal, beside, where) for split, table in tables.items()},
+            language=True,
+        )
+    if goal is None:
+        raise DataError(
+            f"{where} has the columns {', '.join(columns)}", "Say which: targets=COLUMN"
+        )
+    splits: dict[str, Any] = {}
+    for split, table in tables.items():
+        here = f"{where}, split {split!r}"
+        answers = _numbers(table, goal, here)
+        if image:
+            splits[split] = _Rows(
+                table, chosen, here, answers, size=size, grayscale=bool(grayscale)
+            )
+        elif chosen == "input_ids":
+            splits[split] = _tokens(table, beside, here), answers
+        else:
+            splits[split] = _numbers(table, chosen, here), answers
+    return splits
+
+
+def _choose(
+    columns: Mapping[str, Any],
+    named: str | None,
+    usual: tuple[str, ...],
+    key: str,
+    where: str,
+) -> str | None:
+    if named is None:
+        return next((name for name in usual if name in columns), None)
+    if str(named) not in columns:
+        raise DataError(
+            f"{where} has no column {str(named)!r}", f"{key}= is one of {', '.join(columns)}"
+        )
+    return str(named)
+
+
+def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
+    """Opens all splits of a data set, the training data first."""
+    import datasets
+
+    on_disk = isinstance(source, Path) and any(
+        (source / name).is_file() for name in ("dataset_dict.json", "state.json")
+    )
+    if isinstance(source, Path) and not source.is_dir():
+        raise DataError(f"{source} is no folder", "Name the folder that it lies in")
+    if on_disk and config is not None:
+        raise SpecError(f"{source} has one configuration", "Leave out config=")
+    try:
+        if isinstance(source, str):
+            loaded = _fetch(source, config)
+        elif on_disk:
+            loaded = datasets.load_from_disk(str(source))
+        else:
+            # An absolute name: text, json and the like name readers, wherever they are folders.
+            loaded = datasets.load_dataset(str(source.resolve()), config, trust_remote_code=False)
+    except DataError:
+        raise
+    except Exception as error:
+        cure = "Does datasets.load_dataset read it in Python?"
+        if "pick one among" in str(error):
+            cure = "Write config=NAME"
+        raise DataError(f"{source} cannot be read: {one_line(error)}", cure) from error
+    if not isinstance(loaded, Mapping):
+        loaded = {str(loaded.split or "data"): loaded}
+    order = sorted(loaded, key=lambda split: split != "train")
+    return {printable(str(split)): loaded[split] for split in order}
+
+
+def _fetch(name: str, config: str | None) -> Any:
+    """Loads a data set from the hub, or from the cache where the hub does not answer."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise DataError(f"there is no folder {name}", f"Relative names start at {Path.cwd()}")
+    asked = datasets.config.HF_HUB_OFFLINE
+    try:
+        # Asked once: the library itself would ask for half a minute.
+        HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, timeout=_PROBE_SECONDS)
+    except HfHubHTTPError:
+        pass  # it answers, and what it has to say the library says better
+    except Exception:  # noqa: BLE001 - of whichever library makes the connection
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(name, config, trust_remote_code=False)
+    except ConnectionError as error:
+        raise DataError(
+            f"{name} is no folder here and not in the cache of data sets, and the hub cannot be "
+            f"reached: {one_line(error)}",
+            "Name a folder, or try again when there is a connection",
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = asked
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the library from writing to stderr while it reads."""
+    import datasets
+    from datasets.utils import are_progress_bars_disabled, logging
+
+    verbosity, silent = logging.get_verbosity(), are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if not silent:
+            datasets.enable_progress_bars()
+
+
+def _is_list(feature: Any) -> bool:
+    """Tells sequences from single values; the classes that are lists have changed their names."""
+    return not hasattr(feature, "dtype") or hasattr(feature, "feature")
+
+
+def _chunks(table: Any, column: str) -> list[Any]:
+    """Reads a column as Arrow keeps it, so that no number changes its type."""
+    return list(table.select_columns([column]).with_format("arrow")[:][column].chunks)
+
+
+def _texts(table: Any, column: str, where: str) -> list[str]:
+    texts = [text for chunk in _chunks(table, column) for text in chunk.to_pylist()]
+    if None in texts:
+        raise DataError(f"{where}: {column!r} has rows without text", "Filter them out")
+    return texts
+
+
+def _unwrap(array: Any) -> Any:
+    """Arrays of fixed dimensions are lists under another name."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    return array.storage if isinstance(array.type, pa.BaseExtensionType) else array
+
+
+def _numbers(table: Any, column: str, where: str) -> Tensor:
+    """Reads a column of numbers, or of lists of them of one shape, as a tensor ``[N, *]``."""
+    import pyarrow as pa
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    parts = []
+    for chunk in _chunks(table, column):
+        array, shape = _unwrap(chunk), [len(chunk)]
+        while not array.null_count and pa.types.is_nested(array.type):
+            if pa.types.is_struct(array.type):
+                break
+            lengths = pc.unique(pc.list_value_length(array)).to_pylist()
+            if len(lengths) != 1:
+                raise DataError(
+                    f"{where}: the rows of {column!r} differ in their length",
+                    "Pad them to one length",
+                )
+            shape.append(lengths[0])
+            array = _unwrap(pc.list_flatten(array))
+        if array.null_count:
+            raise DataError(f"{where}: {column!r} has rows without a value", "Filter them out")
+        parts.append(array.to_numpy(zero_copy_only=False).reshape(shape))
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise DataError(
+            f"{where}: the rows of {column!r} differ in their length", "Pad them to one length"
+        )
+    return to_tensor(np.concatenate(parts), where, column)
+
+
+def _lists(table: Any, column: str, where: str) -> tuple[Tensor, Tensor]:
+    """Reads a column of lists of whole numbers: the lengths ``[N]``, all values in a row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    lengths, values = [], []
+    for chunk in _chunks(table, column):
+        array = _unwrap(chunk)
+        inner = getattr(array.type, "value_type", None)
+        if inner is None or not pa.types.is_integer(inner):
+            raise DataError(
+                f"{where}: {column!r} holds no lists of whole numbers", "Give token ids"
+            )
+        flat = pc.list_flatten(array)
+        if array.null_count or flat.null_count:
+            raise DataError(f"{where}: {column!r} has rows without a value", "Filter them out")
+        lengths.append(pc.list_value_length(array).to_numpy(zero_copy_only=False))
+        values.append(flat.to_numpy(zero_copy_only=False))
+    return (
+        torch.from_numpy(np.concatenate(lengths).astype(np.int64)),
+        torch.from_numpy(np.concatenate(values).astype(np.int64)),
+    )
+
+
+def _padded(table: Any, columns: list[tuple[str, int]], where: str) -> list[Tensor]:
+    """Reads columns of lists, padded at their ends with a value each to the longest row."""
+    rows = {column: _lists(table, column, where) for column, _ in columns}
+    lengths, _ = next(iter(rows.values()))
+    for column, (these, _) in rows.items():
+        if not torch.equal(these, lengths):
+            raise DataError(
+                f"{where}: the rows of {column!r} are not as long as those of {columns[0][0]!r}",
+                "Give one value a token",
+            )
+    filled = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    return [
+        torch.full(filled.shape, padding).masked_scatter(filled, rows[column][1])
+        for column, padding in columns
+    ]
+
+
+def _tokens(table: Any, beside: list[str], where: str) -> Inputs:
+    """Reads sequences of token ids, with what stands beside them by name."""
+    names = ["input_ids", *beside]
+    padded = _padded(table, [(name, 0) for name in names], where)
+    return dict(zip(names, padded, strict=True)) if beside else padded[0]
+
+
+def _language(table: Any, goal: str | None, beside: list[str], where: str) -> Split:
+    """Makes sequences of token ids, with labels or themselves for targets."""
+    inputs = _tokens(table, beside, where)
+    _, targets = _padded(table, [("input_ids", 0), (goal or "input_ids", IGNORED)], where)
+    if goal is None and "attention_mask" in table.column_names:
+        _, mask = _padded(table, [("input_ids", 0), ("attention_mask", 0)], where)
+        targets = targets.masked_fill(mask == 0, IGNORED)
+    return Split(inputs, targets)
+
+
+class _Rows(Images):
+    """The images of a column, turned by EXIF where the library turns them."""
+
+    def __init__(
+        self, table: Any, column: str, where: str, targets: Tensor, **options: Any
+    ) -> None:
+        self._rows = table.select_columns([column]).with_format(None)
+        self._column = column
+        self._where = where
+        super().__init__(targets, **options)
+
+    def open(self, index: int) -> Image:
+        image: Image | None = self._rows[index][self._column]
+        if image is None:
+            raise ValueError("the row has none")
+        return image
+
+    def name(self, index: int) -> str:
+        return f"{self._where}, row {index}, {self._column!r}"

@@ -1,0 +1,501 @@
+"""Hugging Face data sets: by their columns, from folders, with nothing run and nothing guessed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
+
+from losscli.datasets import DataSet, Inputs, load
+from losscli.models import MLP
+from tests.conftest import Losscli, Outcome
+
+datasets = pytest.importorskip("datasets")
+
+GENERATOR = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache of datasets")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def table(features: dict[str, Any] | None = None, /, **columns: Any) -> Any:
+    return datasets.Dataset.from_dict(columns, datasets.Features(features) if features else None)
+
+
+def saved(folder: Path, whole: Any) -> str:
+    whole.save_to_disk(folder / "saved")
+    return f"hf:{folder / 'saved'}"
+
+
+def examples(data: DataSet, split: str = "data") -> tuple[Inputs, Tensor]:
+    found = data.splits[split]
+    whole = found.first(len(found))
+    return whole.inputs, whole.targets
+
+
+def pair(data: DataSet, split: str = "data") -> tuple[Tensor, list[Any]]:
+    inputs, targets = examples(data, split)
+    assert isinstance(inputs, Tensor)
+    return inputs, targets.tolist()
+
+
+# Numbers
+
+
+def test_numbers_keep_their_types_to_the_last_bit(tmp_path: Path) -> None:
+    values = GENERATOR.standard_normal((7, 3))
+    whole = table(x=values.tolist(), y=[0, 1, 2, 0, 1, 2, 0])
+    inputs, targets = pair(load(saved(tmp_path, whole), trusted=False))
+    assert inputs.dtype == torch.float64
+    assert np.array_equal(inputs, values)
+    assert targets == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("feature", "dtype"),
+    [
+        (lambda d: d.Array3D((2, 2, 3), "uint8"), torch.uint8),
+        (lambda d: d.Array3D((2, 2, 3), "float32"), torch.float32),
+        (lambda d: [[[d.Value("int16")]]], torch.int16),
+    ],
+)
+def test_arrays_of_several_dimensions(feature: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    values = GENERATOR.integers(0, 256, (5, 2, 2, 3))
+    whole = table(
+        {"pixel_values": feature(datasets), "label": datasets.ClassLabel(names=["a", "b"])},
+        pixel_values=values.tolist(),
+        label=["a", "b", "b", "a", "b"],
+    )
+    data = load(saved(tmp_path, whole), trusted=False)
+    inputs, targets = pair(data)
+    assert inputs.dtype == dtype
+    assert np.array_equal(inputs, values)
+    assert targets == [0, 1, 1, 0, 1]
+    assert data.task == "classification"
+
+
+def test_targets_that_are_no_classes_are_regressed(tmp_path: Path) -> None:
+    whole = table(a=[1.0, 2.0], b=[[0.5], [0.25]], c=[3.0, 4.0])
+    data = load(f"{saved(tmp_path, whole)},inputs=b,targets=c", trusted=False)
+    assert data.task == "regression"
+    inputs, targets = pair(data)
+    assert inputs.tolist() == [[0.5], [0.25]]
+    assert targets == [3.0, 4.0]
+
+
+def test_rows_are_read_in_the_order_that_was_saved(tmp_path: Path) -> None:
+    whole = table(x=[[float(i)] for i in range(50)], y=list(range(50)))
+    picked = whole.select([7, 3, 40, 11]).with_format("torch", columns=["y"])
+    inputs, targets = pair(load(saved(tmp_path, picked), trusted=False))
+    assert inputs.squeeze(1).tolist() == targets == [7, 3, 40, 11]
+
+
+@pytest.mark.parametrize("kind", ["lists", "lists of one length", "arrays"])
+def test_a_stretch_of_the_rows_is_read_alone(kind: str, tmp_path: Path) -> None:
+    feature = {
+        "lists": datasets.Sequence(datasets.Value("int64")),
+        "lists of one length": datasets.Sequence(datasets.Value("int64"), length=2),
+        "arrays": datasets.Array2D((2, 1), "int64"),
+    }[kind]
+    shape = (2, 1) if kind == "arrays" else (2,)
+    values = np.arange(40).reshape(20, *shape)
+    features = {"x": feature, "y": datasets.Value("int64")}
+    whole = table(features, x=values.tolist(), y=list(range(20)))
+    from losscli.datasets.hub import load_hub
+
+    whole.save_to_disk(tmp_path / "whole")
+    stretch = datasets.load_from_disk(tmp_path / "whole").select(range(5, 9))
+    stretch.save_to_disk(tmp_path / "stretch")
+    inputs, targets = load_hub(tmp_path / "stretch")["data"]
+    assert np.array_equal(inputs, values[5:9])
+    assert targets.tolist() == [5, 6, 7, 8]
+
+
+def test_many_chunks_are_one_tensor(tmp_path: Path) -> None:
+    parts = [table(x=[[i, i + 1]], y=[i]) for i in range(5)]
+    inputs, targets = pair(
+        load(saved(tmp_path, datasets.concatenate_datasets(parts)), trusted=False)
+    )
+    assert inputs.tolist() == [[i, i + 1] for i in range(5)]
+    assert targets == list(range(5))
+
+
+def test_splits_are_those_of_the_data_set_the_training_data_first(tmp_path: Path) -> None:
+    whole = datasets.DatasetDict({
+        name: table(x=[[i]], y=[i]) for i, name in enumerate(("test", "train", "dev"))
+    })
+    data = load(saved(tmp_path, whole), trusted=False)
+    assert list(data.splits) == ["train", "test", "dev"]
+    assert [pair(data, split)[1] for split in data.splits] == [[1], [0], [2]]
+
+
+def test_a_folder_of_data_files(tmp_path: Path) -> None:
+    (tmp_path / "json").mkdir()  # which is also the name of a reader of the library
+    for split, number in (("train", 3), ("test", 2)):
+        lines = "".join(f'{{"x": [{i}.5, 2], "label": {i}}}\n' for i in range(number))
+        (tmp_path / "json" / f"{split}.jsonl").write_text(lines)
+    data = load(f"hf:{tmp_path / 'json'}", trusted=False)
+    assert list(data.splits) == ["train", "test"]
+    inputs, targets = pair(data, "train")
+    assert inputs.tolist() == [[0.5, 2], [1.5, 2], [2.5, 2]]
+    assert targets == [0, 1, 2]
+
+
+def test_configurations_are_chosen_by_config(tmp_path: Path) -> None:
+    names = ("one", "2024")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.csv").write_text(f"x,y\n{len(name)},1\n")
+    card = "".join(f'- config_name: "{name}"\n  data_files: "{name}/train.csv"\n' for name in names)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    for name in names:
+        data = load(f"hf:{tmp_path},config={name}", trusted=False)
+        assert pair(data, "train")[0].tolist() == [len(name)]
+
+
+# Images
+
+
+def test_images_are_decoded_one_at_a_time(tmp_path: Path) -> None:
+    from PIL import Image
+    from torch.utils.data import Dataset
+
+    from losscli.datasets.hub import load_hub
+
+    pixels = GENERATOR.integers(0, 256, (3, 4, 5, 3), np.uint8)
+    features = {"img": datasets.Image(), "fine_label": datasets.ClassLabel(num_classes=9)}
+    whole = table(features, img=[Image.fromarray(p) for p in pixels], fine_label=[8, 0, 3])
+    spec = saved(tmp_path, whole)
+    found = load_hub(tmp_path / "saved")["data"]
+    assert isinstance(found, Dataset)
+    image, target = found[2]
+    assert np.array_equal(image, pixels[2].transpose(2, 0, 1))
+    assert target == 3
+    data = load(spec, trusted=False)
+    inputs, targets = pair(data)
+    assert inputs.dtype == torch.uint8
+    assert np.array_equal(inputs, pixels.transpose(0, 3, 1, 2))
+    assert targets == [8, 0, 3]
+    assert data.task == "classification"
+
+
+def test_images_are_cut_to_size_and_made_grey_as_in_a_folder(tmp_path: Path) -> None:
+    from PIL import Image
+
+    images = [Image.fromarray(GENERATOR.integers(0, 256, s, np.uint8)) for s in ((9, 7), (8, 12))]
+    whole = table(
+        {"image": datasets.Image(), "label": datasets.Value("int8")}, image=images, label=[0, 1]
+    )
+    spec = saved(tmp_path, whole)
+    for i, image in enumerate(images):
+        (tmp_path / "folder" / str(i)).mkdir(parents=True)
+        image.save(tmp_path / "folder" / str(i) / "1.png")
+    for keys, channels in ((",size=6", 3), (",size=6,grayscale=true", 1)):
+        inputs, targets = pair(load(spec + keys, trusted=False))
+        expected, _ = pair(load(f"imagefolder:{tmp_path / 'folder'}{keys}", trusted=False))
+        assert inputs.shape == (2, channels, 6, 6)
+        assert torch.equal(inputs, expected)
+        assert targets == [0, 1]
+
+
+# Language
+
+
+def test_text_is_its_own_target_the_rows_joined_end_to_end(tmp_path: Path) -> None:
+    spec = saved(tmp_path, table(text=["= Title =\n", "", "words, words\n"], label=[0, 1, 0]))
+    data = load(f"{spec},context=8", trusted=False)
+    assert data.task == "language"
+    ids = list(b"= Title =\nwords, words\n")
+    inputs, targets = pair(data)
+    assert inputs.tolist() == [ids[:8], ids[8:16], [*ids[16:], 0]]
+    assert targets == [ids[:8], ids[8:16], [*ids[16:], -100]]
+    inputs, _ = pair(load(spec, trusted=False))
+    assert inputs.shape == (1, 1024)
+
+
+def test_text_is_tokenised_row_by_row(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "<pad>": 3}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>")
+    fast.save_pretrained(tmp_path / "tokens")
+    texts = ["a b", "b", "c a b"] * 1001
+    spec = saved(tmp_path, table(text=texts))
+    data = load(f"{spec},tokenizer={tmp_path / 'tokens'},context=4", trusted=False)
+    inputs, targets = pair(data)
+    ids = [{"a": 1, "b": 2, "c": 0}[word] for text in texts for word in text.split()]
+    assert len(ids) % 4 == 2
+    assert inputs.flatten().tolist() == [*ids, 3, 3]
+    assert np.array(targets).flatten().tolist() == [*ids, -100, -100]
+
+
+TOKENS = [[5, 6, 7], [8], [9, 10]]
+
+
+def test_sequences_of_tokens_are_padded_and_predict_themselves(tmp_path: Path) -> None:
+    data = load(saved(tmp_path, table(input_ids=TOKENS)), trusted=False)
+    assert data.task == "language"
+    inputs, targets = pair(data)
+    assert inputs.tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
+    assert targets == [[5, 6, 7], [8, -100, -100], [9, 10, -100]]
+
+
+def test_a_mask_goes_with_the_tokens_and_out_of_the_targets(tmp_path: Path) -> None:
+    spec = saved(
+        tmp_path,
+        table(
+            attention_mask=[[1, 1, 0], [1], [0, 1]],
+            input_ids=TOKENS,
+            token_type_ids=[[0, 1, 1], [1], [0, 0]],
+        ),
+    )
+    inputs, targets = examples(load(spec, trusted=False))
+    assert isinstance(inputs, dict)
+    assert {key: value.tolist() for key, value in inputs.items()} == {
+        "input_ids": [[5, 6, 7], [8, 0, 0], [9, 10, 0]],
+        "attention_mask": [[1, 1, 0], [1, 0, 0], [0, 1, 0]],
+        "token_type_ids": [[0, 1, 1], [1, 0, 0], [0, 0, 0]],
+    }
+    expected = [[5, 6, -100], [8, -100, -100], [-100, 10, -100]]
+    assert targets.tolist() == expected
+    # For models that take token ids and nothing else.
+    inputs, targets = examples(load(f"{spec},inputs=input_ids", trusted=False))
+    assert isinstance(inputs, Tensor)
+    assert inputs.tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
+    assert targets.tolist() == expected
+
+
+def test_labels_say_what_is_predicted(tmp_path: Path) -> None:
+    labels = [[-100, 6, 7], [8], [-100, -100]]
+    data = load(saved(tmp_path, table(input_ids=TOKENS, labels=labels)), trusted=False)
+    assert data.task == "language"
+    inputs, targets = pair(data)
+    assert inputs.tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
+    assert targets == [[-100, 6, 7], [8, -100, -100], [-100, -100, -100]]
+
+
+def test_sequences_with_one_label_each_are_classified(tmp_path: Path) -> None:
+    whole = table(input_ids=TOKENS, attention_mask=[[1] * len(t) for t in TOKENS], label=[1, 0, 1])
+    data = load(saved(tmp_path, whole), trusted=False)
+    assert data.task == "classification"
+    inputs, targets = examples(data)
+    assert isinstance(inputs, dict)
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert targets.tolist() == [1, 0, 1]
+
+
+# The command line
+
+
+def run(losscli: Losscli, spec: str) -> Outcome:
+    return losscli(
+        *("interpolate", "a.pt", "b.pt", "-d", spec, "--points", 3, "--range", 0, 1),
+        *("--no-figure", "-o", "-", "--dtype", "float64"),
+    )
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_a_curve_has_the_plain_loss_at_its_end(
+    task: str, losscli: Losscli, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    x = GENERATOR.standard_normal((8, 6))
+    y: Any = (np.arange(8) % 3) if task == "classification" else GENERATOR.standard_normal((8, 3))
+    saved(folder, datasets.DatasetDict(train=table(x=x.tolist(), y=y.tolist())))
+    capfd.readouterr()
+    outcome = run(losscli, "hf:saved")
+    assert outcome.status == 0, outcome.stderr
+    assert capfd.readouterr() == ("", "")
+    header, first, *_ = (line.split(",") for line in outcome.stdout.splitlines())
+    model = MLP("6-5-3").double()
+    model.load_state_dict(torch.load(folder / "a.pt", weights_only=True)["state_dict"])
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(x))
+    loss = cross_entropy if task == "classification" else mse_loss
+    expected = loss(outputs, torch.from_numpy(y)).item()
+    assert float(first[header.index("loss")]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_name_in_a_losscli_toml_starts_at_its_folder(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(folder, table(x=[[0.5] * 6] * 3, y=[0, 1, 2]))
+    (folder / "losscli.toml").write_text('data = "hf:saved"\n')
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    outcome = losscli(*(
+        "interpolate",
+        "../a.pt",
+        "../b.pt",
+        "--points",
+        3,
+        "--no-figure",
+        "-o",
+        "-",
+    ))
+    assert outcome.status == 0, outcome.stderr
+
+
+def test_where_the_hub_does_not_answer_it_is_said_at_once(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def unreachable(self: Any, name: str, **options: Any) -> None:
+        asked.append((name, options["timeout"]))
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits to try again"))
+    before = set(folder.iterdir())
+    for spec in ("hf:someone/numbers", "hf:numbers"):
+        outcome = run(losscli, spec)
+        assert outcome.status == 1
+        assert f"{spec[3:]} is no folder here" in outcome.stderr
+        assert "the hub cannot be reached" in outcome.stderr
+        assert outcome.stderr.count("\n") == 1
+    assert asked == [("someone/numbers", 10), ("numbers", 10)]
+    assert datasets.config.HF_HUB_OFFLINE is False
+    assert set(folder.iterdir()) == before
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("broken")
+    datasets.disable_progress_bars()
+
+    whole = table(
+        {
+            "x": datasets.Sequence(datasets.Value("float32")),
+            "ragged": datasets.Sequence(datasets.Value("int64")),
+            "missing": datasets.Value("float32"),
+            "word": datasets.Value("string"),
+            "picture": datasets.Image(),
+            "number": datasets.Value("int64"),
+            "point": {"a": datasets.Value("int64")},
+        },
+        x=[[1, 2], [3, 4]],
+        ragged=[[1], [2, 3]],
+        missing=[1, None],
+        word=["a", None],
+        picture=[Image.new("RGB", (4, 3)), Image.new("RGB", (3, 4))],
+        number=[0, 1],
+        point=[{"a": 1}, {"a": 2}],
+    )
+    saved(folder, whole)
+    table(input_ids=[[1, 2], [3]], labels=[[1, 2], [3, 4]]).save_to_disk(folder / "uneven")
+    table(input_ids=[["a"]]).save_to_disk(folder / "words")
+    table(input_ids=[1, 2]).save_to_disk(folder / "flat")
+    table(text=["", ""]).save_to_disk(folder / "silent")
+    table(x=[[1]], y=[1]).filter(lambda _: False).save_to_disk(folder / "empty")
+    table(
+        {"img": datasets.Image(), "label": datasets.Value("int64")},
+        img=[{"bytes": b"hello", "path": None}],
+        label=[1],
+    ).save_to_disk(folder / "noise")
+    table(
+        {"img": datasets.Image(), "label": datasets.Value("int64")}, img=[None], label=[1]
+    ).save_to_disk(folder / "blank")
+    (folder / "script").mkdir()
+    (folder / "script" / "script.py").write_text("open('canary', 'w')\n")
+    (folder / "nothing").mkdir()
+    (folder / "cut").mkdir()
+    (folder / "cut" / "state.json").write_text("{")
+    for name in ("one", "two"):
+        (folder / "several" / name).mkdir(parents=True)
+        (folder / "several" / name / "train.csv").write_text("x,y\n1,1\n")
+    (folder / "several" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one/train.csv\n"
+        "- config_name: two\n  data_files: two/train.csv\n---\n"
+    )
+    return folder
+
+
+COLUMNS = "x, ragged, missing, word, picture, number, point"
+
+
+@pytest.mark.parametrize(
+    ("spec", "status", "expected"),
+    [
+        ("saved,inputs=z", 1, f"has no column 'z'. inputs= is one of {COLUMNS}"),
+        ("saved,targets=3", 1, f"has no column '3'. targets= is one of {COLUMNS}"),
+        ("saved", 1, f"has the columns {COLUMNS}. Say which: targets=COLUMN"),
+        ("saved,targets=number,inputs=ragged", 1, "the rows of 'ragged' differ in their length"),
+        ("saved,targets=missing", 1, "'missing' has rows without a value"),
+        ("saved,targets=word", 1, "'word'"),
+        ("saved,targets=point", 1, "'point'"),
+        ("saved,inputs=word", 1, "'word' has rows without text"),
+        ("saved,inputs=word,targets=number", 2, "'word' is text, which is its own target"),
+        ("saved,inputs=picture,targets=number", 1, "row 1, 'picture' has 3 × 4 pixels"),
+        ("saved,inputs=picture,targets=number,context=8", 2, "context= is of text"),
+        ("saved,targets=number,size=8", 2, "size= is of images, and 'x' holds none"),
+        ("saved,targets=number,grayscale=true", 2, "grayscale= is of images"),
+        ("saved,inputs=word,context=1", 2, "context=1 is no number of tokens"),
+        ("saved,inputs=word,tokenizer=none", 1, "there is no folder none of a tokenizer"),
+        ("saved,config=one", 2, "saved has one configuration"),
+        ("saved,columns=x", 2, "It takes inputs, targets, config"),
+        ("uneven", 1, "the rows of 'labels' are not as long as those of 'input_ids'"),
+        ("words", 1, "'input_ids' holds no lists of whole numbers"),
+        ("flat", 1, "'input_ids' holds no lists of whole numbers"),
+        ("silent", 1, "has no text"),
+        ("empty", 1, "hf:empty, split 'data' is empty"),
+        ("noise", 1, "row 0, 'img' is no whole image"),
+        ("blank", 1, "row 0, 'img' is no whole image"),
+        ("script", 1, "script cannot be read"),
+        ("nothing", 1, "nothing cannot be read"),
+        ("cut", 1, "cut cannot be read"),
+        ("several", 1, "Write config=NAME"),
+        ("several,config=three", 1, "three"),
+        ("data.npz", 1, "data.npz is no folder"),
+        ("no where", 1, "there is no folder no where"),
+        ("no/where/at/all", 1, "there is no folder no/where/at/all"),
+    ],
+)
+def test_refusals(
+    spec: str,
+    status: int,
+    expected: str,
+    losscli: Losscli,
+    folder: Path,
+    broken: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for path in broken.iterdir():
+        (folder / path.name).symlink_to(path)
+    capfd.readouterr()
+    outcome = run(losscli, f"hf:{spec}")
+    assert outcome.status == status
+    assert expected in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert outcome.stdout == ""
+    assert not (folder / "canary").exists()
+    assert not (broken / "script" / "canary").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_the_library_the_extra_is_named(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    outcome = run(losscli, "hf:saved")
+    assert outcome.status == 1
+    assert "pip install 'losscli[hf]'" in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
