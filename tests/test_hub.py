@@ -211,6 +211,23 @@ def test_images_are_cut_to_size_and_made_grey_as_in_a_folder(tmp_path: Path) -> 
         assert targets == [0, 1]
 
 
+def test_images_are_turned_as_the_library_turns_them(tmp_path: Path) -> None:
+    from PIL import Image
+
+    image = Image.fromarray(GENERATOR.integers(0, 256, (4, 6, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter clockwise
+    image.save(tmp_path / "1.png", exif=exif)
+    whole = table(
+        {"image": datasets.Image(), "label": datasets.Value("int64")},
+        image=[str(tmp_path / "1.png")],
+        label=[0],
+    )
+    inputs, _ = pair(load(saved(tmp_path, whole), trusted=False))
+    expected = np.rot90(np.asarray(image), -1).transpose(2, 0, 1)
+    assert np.array_equal(inputs, expected[None])
+
+
 # Language
 
 
@@ -489,6 +506,18 @@ def test_refusals(
     assert not (folder / "canary").exists()
     assert not (broken / "script" / "canary").exists()
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_keys_are_listed(losscli: Losscli) -> None:
+    outcome = losscli("list", "data")
+    assert outcome.status == 0
+    for line in (
+        "cifar100:PATH,labels=fine",
+        "imagefolder:PATH,size=,grayscale=false",
+        "text:PATH,tokenizer=bytes,context=1024",
+        "hf:PATH,inputs=,targets=,config=,size=,grayscale=,tokenizer=,context=",
+    ):
+        assert line in outcome.stdout.splitlines()
 
 
 def test_without_the_library_the_extra_is_named(
