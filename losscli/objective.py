@@ -6,7 +6,8 @@ However points are evaluated, one law holds: the numbers of the checkpoint loade
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +21,13 @@ from losscli.errors import (
     LossError,
     ModelError,
     NondeterministicModelError,
+    OutOfMemoryError,
     one_line,
 )
 from losscli.geometry import Slice
 from losscli.losses import LOSSES, METRICS, PerExample, cross_entropy
 from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
+from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.weights import Weights
 
 __all__ = ["Evaluation", "Objective", "Progress"]
@@ -40,6 +43,12 @@ _BATCH_ELSEWHERE = (256 << 20, 4096)
 
 # Examples on which a way to evaluate is held against the plain one.
 _PROOF_EXAMPLES = 256
+
+# How far its losses may be from those of the plain one, as a share; and where BatchNorm's
+# statistics are estimated too, which takes the rounding of every layer on to the next.
+_HALF = torch.bfloat16, torch.float16
+_AGREE = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(_HALF, 5e-2)}
+_AGREE_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys(_HALF, 0.3)}
 
 # Above this size a model has no second copy, and few enough points at once that none is missed.
 _LARGE_BYTES = 64 << 20
@@ -76,9 +85,13 @@ class Objective:
         device: Where to compute.
         dtype: The type of the forward pass. Losses of half-precision outputs are taken in float32.
         batch_size: Examples a forward pass; by the device where it is None.
+        recalibration: What BatchNorm's statistics are estimated on anew at every point, before
+            anything is evaluated there; None leaves them as they are loaded.
 
     Attributes:
         tensors: The model's parameters and buffers by the names of its state dict.
+        batchnorm: The model's BatchNorm layers that track statistics.
+        idle: Those of them that took no batch when statistics were last estimated.
     """
 
     def __init__(
@@ -91,6 +104,7 @@ class Objective:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         batch_size: int | None = None,
+        recalibration: Recalibration | None = None,
     ) -> None:
         self.model = model.to(device=device, dtype=dtype).eval()
         self.loss = loss
@@ -105,8 +119,67 @@ class Objective:
         }
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
         self._classes: int | None = None
+        self.batchnorm = layers_of(self.model, self.tensors)
+        self.recalibration = recalibration and self._bring(recalibration)
+        self.idle: Sequence[Layer] = ()
         self._copies_inputs = False
         self._way: Way | None = None
+
+    def _bring(self, recalibration: Recalibration) -> Recalibration:
+        """Brings training examples to the device, where a split of the data is there already."""
+        for name, split in self.data.splits.items():
+            if split is recalibration.split:
+                return replace(recalibration, split=self.splits[name])
+        split = recalibration.split
+        if isinstance(split, Split):
+            split = split.to(self.device)
+        return replace(recalibration, split=split)
+
+    @property
+    def statistics(self) -> Sequence[Layer]:
+        """The BatchNorm layers whose statistics are estimated anew at every point."""
+        return () if self.recalibration is None else self.batchnorm
+
+    def brief(self) -> AbstractContextManager[None]:
+        """Lets a first training batch do, where ways to evaluate are held against each other.
+
+        Returns:
+            A context within which BatchNorm's statistics are estimated on that batch alone.
+        """
+        return self._recalibrating(self.recalibration and self.recalibration.brief())
+
+    def held(self) -> AbstractContextManager[None]:
+        """Holds BatchNorm's statistics.
+
+        Returns:
+            A context within which they are as they are loaded.
+        """
+        return self._recalibrating(None)
+
+    @contextmanager
+    def _recalibrating(self, recalibration: Recalibration | None) -> Iterator[None]:
+        own, self.recalibration = self.recalibration, recalibration
+        try:
+            yield
+        finally:
+            self.recalibration = own
+
+    @torch.no_grad()
+    def recalibrated(self, weights: Weights) -> Weights:
+        """Estimates BatchNorm's statistics at a point.
+
+        Args:
+            weights: All tensors of the model; they stay loaded, but for the statistics.
+
+        Returns:
+            The weights with the new statistics; the same ones where there are none.
+        """
+        if self.recalibration is None:
+            return weights
+        self.load(weights)
+        self._recalibrate(Plain(self), lambda _: None)
+        names = [name for layer in self.statistics for name in layer.names]
+        return {**weights, **{n: self.tensors[n].to(weights[n].device, copy=True) for n in names}}
 
     def _default_batch(self) -> int:
         """The power of two that fits the bytes a batch may have; the same for every run."""
@@ -270,14 +343,31 @@ class Objective:
         sample = {name: split.first(min(self.batch_size, _PROOF_EXAMPLES)).to(self.device)}
         few = [tuple(coordinates[i * (len(coordinates) - 1) // 3]) for i in range(4)]
         few = list(dict.fromkeys(few))
-        truth = self._evaluate(Loaded(self, slice_, few), sample, None)[name].losses
-        for way in self._ways():
-            self._way = way
+
+        def truth() -> Tensor:
+            return self._evaluate(Loaded(self, slice_, few), sample, None)[name].losses
+
+        def agrees(truth: Tensor, tolerance: float) -> bool:
             try:
                 found = self.at(slice_, few, sample)[name].losses
             except (ModelError, LossError):
-                continue
-            if _agree(found, truth, self.dtype):
+                return False
+            return _agree(found, truth, tolerance)
+
+        own = {n: self.tensors[n].clone() for layer in self.statistics for n in layer.names}
+        with self.held():
+            held = truth()
+        with self.brief():
+            estimated = truth()
+        self.load(own)
+        for way in self._ways():
+            self._way = way
+            with self.held():
+                good = agrees(held, _AGREE[self.dtype])
+            if good and self.recalibration is not None:
+                with self.brief():
+                    good = agrees(estimated, _AGREE_ON_ESTIMATES[self.dtype])
+            if good:
                 return
         self._way = Way.LOADED
 
@@ -303,12 +393,35 @@ class Objective:
     ) -> dict[str, Evaluation]:
         splits = self.splits if splits is None else splits
         total = sum(map(len, splits.values()))
+        if self.recalibration is not None:
+            total += len(self.recalibration)
 
         def tell(examples: int) -> None:
             if progress is not None:
                 progress(examples / total)
 
+        self._recalibrate(points, tell)
         return {name: self._walk(points, split, tell) for name, split in splits.items()}
+
+    def _recalibrate(self, points: Plain | Loaded | Points, tell: Callable[[int], None]) -> None:
+        """Estimates BatchNorm's statistics at all points, a batch at a time."""
+        if self.recalibration is None:
+            return
+        try:
+            for batch in self.recalibration.batches():
+                inputs = self.data.prepare(batch.to(self.device).inputs, self.dtype)
+                self._finish(points.estimate(inputs), len(batch), tell)
+            found = points.adopt()
+        except (torch.OutOfMemoryError, MemoryError):
+            # With fewer points at once it may do; but a batch has to stay whole.
+            if len(points) > 1:
+                raise
+            raise OutOfMemoryError(
+                f"a batch of {self.recalibration.size} training examples, which --buffers "
+                f"recalibrate takes at a time, does not fit into the memory of {self.device}",
+                "Try --device cpu or --dtype bfloat16",
+            ) from None
+        self.idle = [layer for layer in self.batchnorm if layer.mean not in found]
 
     def _walk(
         self,
@@ -476,8 +589,7 @@ def _bytes_in_forward(inputs: Tensor) -> int:
     return inputs[0].numel() * factor
 
 
-def _agree(found: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 5e-2)
+def _agree(found: Tensor, truth: Tensor, tolerance: float) -> bool:
     finite = truth.isfinite()
     if not torch.equal(found.isfinite(), finite):
         return False

@@ -12,7 +12,7 @@ import enum
 import itertools
 import queue
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from torch.func import functional_call, vmap
 from losscli.datasets import Inputs
 from losscli.first_layer import FirstLayer, Found, Watch
 from losscli.geometry import Slice
+from losscli.recalibration import Layer, Statistics, estimating, layers_of
 from losscli.weights import Weights
 
 __all__ = [
@@ -65,6 +66,10 @@ class Network(Protocol):
     model: nn.Module
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype
+
+    @property
+    def statistics(self) -> Sequence[Layer]:
+        """The BatchNorm layers whose statistics are estimated anew at every point."""
 
     def load(self, weights: Weights) -> None:
         """Loads tensors plainly.
@@ -109,9 +114,36 @@ class Plain:
 
     def __init__(self, network: Network) -> None:
         self._network = network
+        self._statistics = Statistics(1)
 
     def __len__(self) -> int:
         return 1
+
+    def estimate(self, inputs: Inputs) -> Iterator[int]:
+        """Takes the statistics of a training batch at the point.
+
+        Args:
+            inputs: The batch, prepared.
+
+        Yields:
+            The point, done.
+        """
+        with estimating(self._network.statistics) as seen:
+            self._network.forward(self._network.model, inputs)
+        self._statistics.add(0, seen)
+        yield 0
+
+    def adopt(self) -> Collection[str]:
+        """Gives the point the statistics of the batches seen.
+
+        Returns:
+            The names of these statistics.
+        """
+        tensors = self._network.tensors
+        found = self._statistics.at(0, tensors)
+        for name, value in found.items():
+            tensors[name].copy_(value)
+        return found
 
     def evaluate(self, inputs: Inputs, record: Record) -> Iterator[int]:
         """Takes a batch to the point.
@@ -142,9 +174,39 @@ class Loaded:
         self._network = network
         self._slice = slice_
         self._coordinates = coordinates
+        self._statistics = Statistics(len(coordinates))
+        self._own = {
+            name: network.tensors[name].clone()
+            for layer in network.statistics
+            for name in layer.names
+        }
 
     def __len__(self) -> int:
         return len(self._coordinates)
+
+    def estimate(self, inputs: Inputs) -> Iterator[int]:
+        """Takes the statistics of a training batch at all points, as the points are asked for.
+
+        Args:
+            inputs: The batch, prepared.
+
+        Yields:
+            Each point when it is done.
+        """
+        for p, point in enumerate(self._coordinates):
+            self._load(p, point)
+            with estimating(self._network.statistics) as seen:
+                self._network.forward(self._network.model, inputs)
+            self._statistics.add(p, seen)
+            yield p
+
+    def adopt(self) -> Collection[str]:
+        """Gives every point its statistics of the batches seen: they are loaded with it.
+
+        Returns:
+            The names of these statistics.
+        """
+        return self._statistics.names
 
     def evaluate(self, inputs: Inputs, record: Record) -> Iterator[int]:
         """Takes a batch to all points, as the points are asked for.
@@ -157,16 +219,18 @@ class Loaded:
             Each point when it is done.
         """
         for p, point in enumerate(self._coordinates):
-            self._load(point)
+            self._load(p, point)
             record.one(p, self._network.forward(self._network.model, inputs))
             yield p
 
-    def _load(self, point: Sequence[float]) -> None:
+    def _load(self, p: int, point: Sequence[float]) -> None:
         dtype = self._network.dtype
-        self._network.load({
+        weights = {
             name: self._slice.combine(_working_ends(self._slice, name, dtype), point)
             for name in self._slice.ends[0]
-        })
+        }
+        estimated = self._statistics.at(p, self._network.tensors)
+        self._network.load({**weights, **self._own, **estimated})
 
 
 class Points:
@@ -196,7 +260,13 @@ class Points:
         # Beside the ends there must be enough points for their products to pay.
         self._shares = way is not Way.BOUND and len(coordinates) > len(slice_.ends)
         self._known = is_known(network.model)
-        self._own = {name: network.tensors[name].data for name in slice_.ends[0]}
+        self._estimated = [name for layer in network.statistics for name in layer.names]
+        names = [*slice_.ends[0], *self._estimated]
+        self._own = {name: network.tensors[name].data for name in names}
+        self._statistics = Statistics(len(coordinates))
+        for name in self._estimated:
+            # Each training batch is written to it.
+            network.tensors[name].data = self._own[name].clone()
         self._stacks = self._materialise()
         self._threads = torch.get_num_threads()
         self._workers = min(self._threads, len(coordinates)) if way is Way.THREADS else 1
@@ -234,7 +304,45 @@ class Points:
         Returns:
             The points as they are done; without threads, the work is done as it is asked for.
         """
-        layer, done = self._look_ahead(inputs, record)
+
+        def take(p: int, replica: _Replica, mode: AbstractContextManager[Any]) -> None:
+            record.one(p, self._outputs(p, replica, inputs, mode))
+
+        return self._each(take)
+
+    def estimate(self, inputs: Inputs) -> Iterator[int]:
+        """Begins to take the statistics of a training batch at all points.
+
+        Args:
+            inputs: The batch, prepared.
+
+        Returns:
+            The points as they are done. No further batch may be begun before they all are.
+        """
+
+        def take(p: int, replica: _Replica, mode: AbstractContextManager[Any]) -> None:
+            with estimating(replica.layers) as seen:
+                self._outputs(p, replica, inputs, mode)
+            # Not of a pass that was left in its middle.
+            self._statistics.add(p, seen)
+
+        return self._each(take)
+
+    def adopt(self) -> Collection[str]:
+        """Gives every point its statistics of the batches seen.
+
+        Returns:
+            The names of these statistics.
+        """
+        tensors = self._network.tensors
+        found = [self._statistics.at(p, tensors) for p in range(len(self))]
+        for name in self._statistics.names:
+            self._stacks[name] = torch.stack([at.get(name, self._own[name]) for at in found])
+        return self._statistics.names
+
+    def _each(self, take: _Take) -> Iterator[int]:
+        """Does something at all points; what the first layer gives is shared."""
+        layer, done = self._look_ahead(take)
 
         def work(p: int) -> int:
             replica = self._replicas.get()
@@ -242,7 +350,7 @@ class Points:
                 point = self._coordinates[p]
                 replay = nullcontext() if layer is None else layer.at(point, replica.tensors)
                 with torch.no_grad():
-                    record.one(p, self._outputs(p, replica, inputs, replay))
+                    take(p, replica, replay)
             finally:
                 self._replicas.put(replica)
             return p
@@ -253,15 +361,15 @@ class Points:
         futures = [self._pool.submit(work, p) for p in points]
         return itertools.chain(done, (f.result() for f in as_completed(futures)))
 
-    def _look_ahead(self, inputs: Inputs, record: Record) -> tuple[FirstLayer | None, range]:
-        """Finds the first layer on this batch; returns it and the points done on the way."""
+    def _look_ahead(self, take: _Take) -> tuple[FirstLayer | None, range]:
+        """Finds the first layer on a batch; returns it and the points done on the way."""
         if not self._shares:
             return None, range(0)
         tensors = {name: self._first.tensors[name] for name in self._own}
         # Code of a user's own is never left in the middle of a forward pass.
         watch = Watch(tensors, self._slice, stops=self._known)
         try:
-            record.one(0, self._outputs(0, self._first, inputs, watch))
+            take(0, self._first, watch)
         except Found:
             return watch.layer, range(0)
         return watch.layer, range(1)
@@ -280,6 +388,8 @@ class Points:
         last = _channels_last(self._network)
         stacks = {}
         for name, own in self._own.items():
+            if name in self._estimated:
+                continue
             if name in last:
                 # The layout of each point's kernels, [out, in, h, w], is out, h, w, in.
                 o, i, h, w = own.shape
@@ -325,7 +435,11 @@ class Stacked(Points):
         Returns:
             The points, done.
         """
-        layer, _ = self._look_ahead(inputs, record)
+
+        def take(p: int, replica: _Replica, mode: AbstractContextManager[Any]) -> None:
+            record.one(p, self._outputs(p, replica, inputs, mode))
+
+        layer, _ = self._look_ahead(take)
         products = None
         if layer is not None:
             products = torch.stack([layer.output(point) for point in self._coordinates])
@@ -355,17 +469,24 @@ class _Replica:
 
     model: nn.Module
     tensors: Mapping[str, Tensor]
+    layers: Sequence[Layer]
+
+
+_Take = Callable[[int, _Replica, AbstractContextManager[Any]], None]
+"""Takes a batch to a point, by a replica, in a context to run the forward pass in."""
 
 
 def _replicas(network: Network, number: int) -> list[_Replica]:
     """Makes replicas that share the model's memory; the model itself is the first."""
-    replicas = [_Replica(network.model, network.tensors)]
+    replicas = [_Replica(network.model, network.tensors, network.statistics)]
     for _ in range(number - 1):
         shared: dict[int, Any] = {
             id(p): nn.Parameter(p.detach(), p.requires_grad) for p in network.model.parameters()
         }
         twin = copy.deepcopy(network.model, shared)
-        replicas.append(_Replica(twin, tensors_of(twin)))
+        tensors = tensors_of(twin)
+        layers = layers_of(twin, tensors) if network.statistics else ()
+        replicas.append(_Replica(twin, tensors, layers))
     return replicas
 
 

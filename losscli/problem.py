@@ -31,6 +31,8 @@ from losscli.errors import (
 from losscli.losses import LOSSES, METRICS, PerExample
 from losscli.models import MODELS
 from losscli.objective import Objective
+from losscli.points import tensors_of
+from losscli.recalibration import Recalibration, layers_of
 from losscli.settings import Buffers, DType, Settings
 from losscli.spec import Spec, call, look_up
 from losscli.weights import Weights, choose
@@ -155,9 +157,11 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         model = _build(found)
         checkpoints = _Checkpoints(model, found)
         entries, first = checkpoints.survey(names)
-        data, data_spec = _data(settings, file)
+        whole, data_spec = _data(settings, file)
+        data = whole.select(settings.split, settings.limit, settings.seed)
         loss, loss_spec = _loss(settings, file, data)
         metrics = _metrics(settings, data)
+        recalibration = _recalibration(model, whole, data, settings)
     objective = Objective(
         model,
         loss,
@@ -166,6 +170,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         device=device,
         dtype=getattr(torch, settings.dtype),
         batch_size=settings.batch_size,
+        recalibration=recalibration,
     )
     buffers = _floating_buffers(objective)
     provenance = {
@@ -184,6 +189,14 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         "limit": settings.limit,
         "sampling_error": settings.sampling_error,
         "buffers": settings.buffers,
+        "recalibration": None
+        if recalibration is None
+        else {
+            "split": recalibration.name,
+            "examples": len(recalibration),
+            "batch_size": recalibration.size,
+            "layers": len(objective.batchnorm),
+        },
         "only": list(settings.only),
         "except": list(settings.except_),
         "checkpoints": entries,
@@ -438,7 +451,50 @@ def _data(settings: Settings, first: CheckpointFile | None) -> tuple[DataSet, st
         data = load(found.value, trusted=found.trusted, folder=found.folder, seed=settings.seed)
     else:
         data = from_object(found.value, "data")
-    return data.select(settings.split, settings.limit, settings.seed), _text(found.value)
+    return data, _text(found.value)
+
+
+def _recalibration(
+    model: nn.Module, whole: DataSet, data: DataSet, settings: Settings
+) -> Recalibration | None:
+    """Plans how BatchNorm's statistics are estimated anew, if they are.
+
+    Args:
+        model: The model.
+        whole: All splits of the data.
+        data: What the loss is evaluated on.
+        settings: The settings.
+
+    Returns:
+        The plan: on the split ``train``, or the only one.
+
+    Raises:
+        UsageError: The model has no such statistics, or the data no training examples.
+    """
+    if settings.buffers != "recalibrate":
+        return None
+    if not layers_of(model, tensors_of(model)):
+        raise UsageError(
+            "--buffers recalibrate has nothing to re-estimate: the model has no BatchNorm layer "
+            "that tracks statistics",
+            "Leave it out",
+        )
+    name = "train" if "train" in whole.splits else next(iter(whole.splits))
+    if name != "train" and len(whole.splits) > 1:
+        raise UsageError(
+            "--buffers recalibrate takes the split train, and the data's splits are "
+            f"{', '.join(whole.splits)}",
+            "Give data with a split train, or with no other split than that to take",
+        )
+    split = data.splits.get(name)
+    if split is None:
+        split = whole.select((name,), settings.limit, settings.seed).splits[name]
+    if len(split) < 2:
+        raise UsageError(
+            f"--buffers recalibrate has no more than one example of {name}, which has no variance",
+            "Give more with --limit",
+        )
+    return Recalibration.plan(name, split, settings.seed)
 
 
 def _loss(
@@ -496,20 +552,28 @@ def _floating_buffers(objective: Objective) -> tuple[str, ...]:
     )
 
 
-def _moving(objective: Objective, buffers: Sequence[str], settings: Settings) -> Iterator[str]:
+def _moving(objective: Objective, buffers: Sequence[str], settings: Settings) -> Sequence[str]:
     names = [
         name
         for name, tensor in objective.tensors.items()
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
     ]
-    if settings.buffers == "interpolate":
-        names += buffers
+    if settings.buffers in {"interpolate", "recalibrate"}:
+        estimated = {id(objective.tensors[n]) for x in objective.statistics for n in x.names}
+        names += [name for name in buffers if id(objective.tensors[name]) not in estimated]
     # Of the names of a tied tensor, load_state_dict heeds the last.
     last = {id(objective.tensors[name]): name for name in names}
     if not names:
         raise ModelError("the model has no parameters to move")
+    # And it is meant by any of them, but stays where one of them stays.
     chosen = choose(names, settings.only, settings.except_)
-    yield from (name for name in chosen if last[id(objective.tensors[name])] == name)
+    stays = set(names) - set(choose(names, (), settings.except_))
+    meant, kept = ({id(objective.tensors[name]) for name in some} for some in (chosen, stays))
+    ids = {name: id(objective.tensors[name]) for name in names}
+    moving = [n for n, i in ids.items() if last[i] == n and i in meant - kept]
+    if not moving:
+        raise UsageError("--only and --except leave no tensor to move", "Widen the patterns")
+    return moving
 
 
 def _text(value: Any) -> str:

@@ -319,6 +319,10 @@ def plan(description: Mapping[str, Any]) -> str:
     """
     d = description
     splits = ", ".join(f"{name} {count:,}" for name, count in d["examples"].items())
+    statistics, training = d["passes_for_statistics"], d["recalibration"]
+    data = f"{d['passes_over_data']} over the data"
+    if statistics:
+        data += f", {statistics} over {training['split']} for statistics"
     rows = [
         ("checkpoints", _route([c["name"] for c in d["checkpoints"]])),
         ("model", d["model"]),
@@ -327,7 +331,7 @@ def plan(description: Mapping[str, Any]) -> str:
         ("device", f"{d['device']}, {d['dtype']}, batches of {d['batch_size']}"),
         ("moving", f"{d['moving']['values']:,} values in {d['moving']['tensors']} tensors"),
         ("points", f"{d['points']}, {d['points_at_once']} at once"),
-        ("passes", f"{d['passes_over_data']} over the data, {d['forward_passes']:,} examples"),
+        ("passes", f"{data}, {d['forward_passes']:,} examples"),
         ("weights", f"{d['bytes_of_weights'] / 2**20:,.1f} MiB for the points at once"),
     ]
     if "products_at_most" in d:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 __all__ = ["Buffers", "DType", "Settings"]
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
-Buffers = Literal["interpolate", "a", "b"]
+Buffers = Literal["interpolate", "a", "b", "recalibrate"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Settings:
         sampling_error: Where a number, examples are looked at in a random order, in growing blocks,
             until at every point the standard error of the loss is below this share of the
             curve's height; all of them where None.
-        buffers: Whether floating-point buffers move with the parameters or stay at one end's.
+        buffers: Whether floating-point buffers move with the parameters or stay at one end's, or
+            move but for BatchNorm's statistics, which are estimated anew at every point.
         only: Patterns of the tensors that move; all where empty.
         except_: Patterns of tensors that stay at A.
         seed: Of every random choice.

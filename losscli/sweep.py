@@ -33,6 +33,10 @@ def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
         the free memory of a GPU.
     """
     size = sum(objective.tensors[name].nbytes for name in names)
+    for layer in objective.statistics:
+        # Of statistics there are the sums too, in float64.
+        own = [objective.tensors[name] for name in layer.names]
+        size += sum(tensor.nbytes + 8 * tensor.numel() for tensor in own)
     if objective.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(objective.device)
         budget = int(free * _GPU_SHARE)

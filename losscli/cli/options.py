@@ -128,7 +128,9 @@ _SETTINGS: dict[str, Any] = {
         _option(
             _MOVES,
             "Floating-point buffers (BatchNorm statistics) move with the parameters (interpolate, "
-            "the default), or stay at those of the first (a) or the last (b) checkpoint.",
+            "the default), or stay at those of the first (a) or the last (b) checkpoint; "
+            "recalibrate re-estimates BatchNorm's statistics at every point, from the split train, "
+            "and moves the other buffers.",
             "--buffers",
         ),
     ],

@@ -30,7 +30,7 @@ from losscli.problem import float32_precision, prepare
 from losscli.results import Result
 from losscli.sampling import Estimate
 from losscli.settings import Settings
-from losscli.studies.study import Study
+from losscli.studies.study import Study, count
 from losscli.sweep import check as check_objective
 from losscli.sweep import sweep, sweep_plain
 from losscli.table import Cell, Table
@@ -266,17 +266,20 @@ class Check(Study):
             check_objective(objective, self.problem.origin)
             heard = self._heard()
             for t, name in enumerate(self.problem.names):
-                weights = self.problem.place(self.problem.open(t).weights)
-                (losses,) = sweep_plain(objective, [weights])
-                for i, split in enumerate(objective.splits):
-                    one, direction = self._look(name, split, weights, losses[split])
-                    found.append(one)
-                    # A saddle's way out is shown before that of a point which is not critical.
-                    last = t == len(self.problem.names) - 1 and not saddle
-                    if i == 0 and direction is not None and (last or one.verdict == "saddle"):
-                        saddle = one.verdict == "saddle"
-                        escape, curve = self._escape(one, weights, direction, losses[split])
-                    tell(t + (i + 1) / len(objective.splits))
+                placed = self.problem.place(self.problem.open(t).weights)
+                weights = objective.recalibrated(placed)
+                # What is differentiated, and followed, is a function of the parameters alone.
+                with objective.held():
+                    (losses,) = sweep_plain(objective, [weights])
+                    for i, split in enumerate(objective.splits):
+                        one, direction = self._look(name, split, weights, losses[split])
+                        found.append(one)
+                        # A saddle's way out is shown before that of a point which is not critical.
+                        last = t == len(self.problem.names) - 1 and not saddle
+                        if i == 0 and direction is not None and (last or one.verdict == "saddle"):
+                            saddle = one.verdict == "saddle"
+                            escape, curve = self._escape(one, weights, direction, losses[split])
+                        tell(t + (i + 1) / len(objective.splits))
             seconds = self.seconds(swept)
         more = {}
         if any(len(one.spectrum) > 2 for one in found):
@@ -422,6 +425,11 @@ class Check(Study):
 
     def _notes(self, heard: set[str], found: Sequence[_Found]) -> Iterator[str]:
         model = self.problem.objective.model
+        if self.chosen:
+            yield (
+                f"gradient and Hessian are those of {count(len(self.moving), 'tensor')}, and the "
+                "verdict is one on these alone"
+            )
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             yield "BatchNorm is in eval mode: its statistics are constants, not functions of θ"
         if "scaled_dot_product_attention" in heard:

@@ -149,6 +149,12 @@ class Interpolation(Study):
                 f"{option} looks closer than a sample of the examples can show",
                 "Give it without --sampling-error",
             )
+        if derivatives and settings.buffers == "recalibrate":
+            raise UsageError(
+                "--derivatives would have to go through the statistics that --buffers recalibrate "
+                "re-estimates",
+                "Give one without the other",
+            )
         alphas = grid(points, *range_, include=(0.0, 1.0))
         problem = prepare((a, b), settings)
         start, end = problem.origin, problem.place(problem.last.weights)
@@ -370,6 +376,7 @@ class Interpolation(Study):
             device=objective.device,
             dtype=torch.float64,
             batch_size=objective.batch_size,
+            recalibration=objective.recalibration,
         )
         precise.load(self.start)
         return precise
@@ -429,6 +436,11 @@ class Interpolation(Study):
         notes += self.kept()
         notes += self.stored_types()
         buffers = self.problem.settings.buffers
+        if buffers == "interpolate" and self._mixes_statistics():
+            notes.append(
+                "between the ends BatchNorm's statistics are interpolated too, and are not those "
+                "of the data there: --buffers recalibrate re-estimates them"
+            )
         if buffers == "interpolate" and any(s["not_finite"] for s in splits.values()):
             below = [n for n in self.moving if n in self.problem.buffers and self._sinks(n)]
             if below:
@@ -444,6 +456,13 @@ class Interpolation(Study):
                     "that is not finite"
                 )
         return notes
+
+    def _mixes_statistics(self) -> bool:
+        """Whether statistics move, and both ends have some of their own: neither is a start."""
+        layers = self.problem.objective.batchnorm
+        moving = any(name in self.moving for layer in layers for name in layer.names)
+        ends = self.start, self.end
+        return moving and not any(all(x.is_fresh(end) for x in layers) for end in ends)
 
     def _sinks(self, name: str) -> bool:
         """Whether a buffer that is nowhere below 0 at the ends is so within the range."""

@@ -342,6 +342,9 @@ class Plane(Study):
 
     def _notes(self, splits: Mapping[str, Any]) -> list[str]:
         notes = [*self.kept(), *self.stored_types()]
+        if self.chosen:
+            moving = count(len(self.moving), "tensor")
+            notes.append(f"the plane lies in {moving}: axes and distances know nothing of others")
         for name, split in splits.items():
             if number := split["not_finite"]:
                 notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")

@@ -30,6 +30,11 @@ FRESH_BYTES = 64 << 20
 # How far the mean of a first batch may lie from that of the checkpoint loaded plainly.
 _TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
 
+# The same where BatchNorm's statistics are estimated at the point: these are rounded with every
+# layer before them, and a small cross-entropy moves by as large a share of itself as the scores
+# move, so by some thousand units of rounding in a deep network.
+_TOLERANCE_OF_ESTIMATES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+
 
 @dataclass(frozen=True)
 class Study(ABC):
@@ -106,21 +111,25 @@ class Study(ABC):
 
         Returns:
             The number of points, of examples and of forward passes of an example; the tensors
-            that move; the points whose weights are in memory at once, their bytes, and how often
-            the data goes by.
+            that move; the points whose weights are in memory at once, their bytes, how often the
+            data goes by, and how often the training examples of BatchNorm's statistics.
         """
         objective = self.problem.objective
         examples = sum(map(len, objective.splits.values()))
         slices, points = self.slices
         chunk = min(points_that_fit(objective, self.moving), points) if slices else 1
-        plain = self.evaluations - slices * points
+        passes = self.evaluations - slices * points + slices * math.ceil(points / chunk)
+        training = objective.recalibration
+        if training is not None:
+            examples += len(training)
         return {
             **self.origin(),
             "points": self.evaluations,
             "batch_size": objective.batch_size,
             "forward_passes": self.evaluations * examples,
             "points_at_once": chunk,
-            "passes_over_data": plain + slices * math.ceil(points / chunk),
+            "passes_over_data": passes,
+            "passes_for_statistics": 0 if training is None else passes,
             "bytes_of_weights": chunk * sum(objective.tensors[n].nbytes for n in self.moving),
         }
 
@@ -186,7 +195,8 @@ class Study(ABC):
         if not other:
             return []
         batches = objective.first_batches()
-        kept, own = (objective.plain(w, batches) for w in (end, {**end, **other}))
+        with objective.brief():
+            kept, own = (objective.plain(w, batches) for w in (end, {**end, **other}))
         objective.load(self.problem.origin)
         if all(torch.equal(kept[n].losses, own[n].losses) for n in batches):
             return []
@@ -201,14 +211,37 @@ class Study(ABC):
         Returns:
             The notes.
         """
-        settings, notes = self.problem.settings, []
+        settings, notes = self.problem.settings, self._estimated()
         end = {"a": "first", "b": "last"}.get(settings.buffers)
         if end and self.problem.buffers and len(self.problem.names) > 1:
             whose, but = self.words(end)
             notes.append(f"floating-point buffers stay at {whose}: {but}")
-        if (settings.only or settings.except_) and len(self.problem.names) > 1:
+        if self.chosen and len(self.problem.names) > 1:
             whose, but = self.words("first")
             notes.append(f"some tensors stay at {whose}: {but}")
+        return notes
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the user chose which tensors move."""
+        return bool(self.problem.settings.only or self.problem.settings.except_)
+
+    def _estimated(self) -> list[str]:
+        """Notes on statistics that are estimated anew."""
+        objective = self.problem.objective
+        training = objective.recalibration
+        if training is None:
+            return []
+        source = f"from {len(training):,} examples of {training.name}"
+        but = "the checkpoints' losses are not those of their files"
+        notes = [f"BatchNorm's statistics are re-estimated at every point, {source}: {but}"]
+        if objective.idle:
+            names = [layer.mean.rpartition(".")[0] for layer in objective.idle]
+            whose, _ = self.words("first")
+            notes.append(
+                f"{count(len(names), 'BatchNorm layer')} such as {names[0]} took no batch: the "
+                f"statistics stay at {whose}"
+            )
         return notes
 
     def words(self, end: str) -> tuple[str, str]:
@@ -254,6 +287,22 @@ class Study(ABC):
         Raises:
             ModelError: It is beyond rounding.
         """
+        objective, dtype = self.problem.objective, self.problem.settings.dtype
+        # The same statistics for both, whatever they are: what differs is the way.
+        with objective.held():
+            worst = self._apart(slice_, anchors, more, _TOLERANCE[dtype])
+        if objective.recalibration is None:
+            return worst
+        with objective.brief():
+            return max(worst, self._apart(slice_, anchors, more, _TOLERANCE_OF_ESTIMATES[dtype]))
+
+    def _apart(
+        self,
+        slice_: Slice,
+        anchors: Sequence[tuple[Sequence[float], Weights]],
+        more: Sequence[Any],
+        tolerance: float,
+    ) -> float:
         objective = self.problem.objective
         batches = objective.first_batches()
         plain = sweep_plain(objective, (weights for _, weights in anchors), splits=batches)
@@ -269,7 +318,7 @@ class Study(ABC):
                 if there.isfinite():
                     worst = max(worst, float((here - there).abs() / there.abs().clamp(min=1e-12)))
         # A negated comparison, since a difference may be no number.
-        if not worst <= _TOLERANCE[self.problem.settings.dtype]:
+        if not worst <= tolerance:
             raise ModelError(
                 "the sweep does not meet the checkpoints: at an end its loss differs from that of "
                 f"the checkpoint loaded plainly by {worst:.1e} of it",
@@ -300,9 +349,11 @@ class Study(ABC):
             device=objective.device,
             dtype=objective.dtype,
             batch_size=objective.batch_size,
+            recalibration=objective.recalibration,
         )
         batches: Mapping[str, Examples] = objective.first_batches()
-        here, there = (o.plain(weights, batches) for o in (objective, anew))
+        with objective.brief(), anew.brief():
+            here, there = (o.plain(weights, batches) for o in (objective, anew))
         for name in batches:
             used, new = (e[name].losses[0].double().mean() for e in (here, there))
             if not torch.allclose(used, new, rtol=1e-5, atol=1e-9, equal_nan=True):

@@ -352,6 +352,8 @@ class Trajectory(Study):
 
     def _notes(self, splits: Mapping[str, Any]) -> list[str]:
         notes = [*self.kept(), *self.stored_types()]
+        if self.chosen:
+            notes.append("projections, residuals and distances are those of the moving tensors")
         if not max(self.path.residual):
             notes.append(
                 "the path is the straight line: it has no residual direction, and no surface"
