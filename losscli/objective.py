@@ -381,7 +381,10 @@ class Objective:
             ways.insert(0, Way.THREADS)
         # Mapped over weights a convolution becomes one of many groups, which is slower than the
         # same convolutions in turn; and on a CPU nothing waits for a launch.
-        if self.device.type == "cuda" and not any(map(_convolves, self.model.modules())):
+        # And of a module that has two names, functional_call does not put the tensors back.
+        modules = list(self.model.modules())
+        twice = len(list(self.model.named_modules(remove_duplicate=False))) > len(modules)
+        if self.device.type == "cuda" and not twice and not any(map(_convolves, modules)):
             ways.insert(0, Way.STACKED)
         return ways
 

@@ -181,8 +181,10 @@ def _listening(layer: Layer, seen: Seen) -> Iterator[None]:
             seen[name] = value if total is None else total + value, calls + 1
         return outputs
 
-    # Counted, no batch is: the count is a tensor of the checkpoint.
-    module.training, module.momentum, module.num_batches_tracked = True, 1.0, None
+    module.training, module.momentum = True, 1.0
+    if module.num_batches_tracked is not None:
+        # The count of batches is a tensor of the checkpoint: another one is raised.
+        module.num_batches_tracked = torch.zeros((), dtype=torch.long)
     # In the place of a hook, which a call of forward itself would not meet.
     module.forward = listen  # type: ignore[method-assign]
     try:
