@@ -106,6 +106,13 @@ def test_the_distance_is_that_of_all_moving_tensors(folder: Path) -> None:
     assert only.summary["distance"] == pytest.approx(part.norm().item(), rel=1e-12)
 
 
+def test_the_ends_alone_may_be_asked_for(folder: Path) -> None:
+    wide = losscli.interpolate("a.pt", "b.pt", points=3, range=(0.0, 1.0))
+    ends = losscli.interpolate("a.pt", "b.pt", points=2, range=(0.0, 1.0))
+    assert ends.table["alpha"] == [0, 0, 1, 1]
+    assert ends.table["loss"] == wide.table["loss"][:2] + wide.table["loss"][-2:]
+
+
 def test_only_and_except_move_some_tensors_and_the_others_stay_at_a(folder: Path) -> None:
     a, b = (torch.load(f"{n}.pt", weights_only=True)["state_dict"] for n in "ab")
     arrays = np.load("data.npz")

@@ -343,8 +343,11 @@ class Plane(Study):
     def _notes(self, splits: Mapping[str, Any]) -> list[str]:
         notes = [*self.kept(), *self.stored_types()]
         if self.chosen:
-            moving = count(len(self.moving), "tensor")
-            notes.append(f"the plane lies in {moving}: axes and distances know nothing of others")
+            notes.append(
+                "random directions are zero in all but the chosen tensors"
+                if self.kind == "random"
+                else "axes and distances are those of the moving tensors"
+            )
         for name, split in splits.items():
             if number := split["not_finite"]:
                 notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
