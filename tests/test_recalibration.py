@@ -21,7 +21,7 @@ from losscli.geometry import Line
 from losscli.losses import LOSSES
 from losscli.models import CNN
 from losscli.objective import Objective
-from losscli.points import Way
+from losscli.points import Plain, Points, Way
 from losscli.problem import prepare
 from losscli.recalibration import Recalibration, layers_of
 from losscli.settings import Settings
@@ -224,11 +224,12 @@ def test_every_point_has_the_statistics_of_a_loop_by_hand(case: Case) -> None:
             np.testing.assert_allclose(row, truth(case, alpha, states), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", OWN, ids=str)
-@pytest.mark.parametrize("way", list(Way))
+# functional_call does not put back the tensors of a layer that has two names.
+BOTH = [(case, way) for case in OWN for way in Way if (case.name, way) != ("reusing", Way.STACKED)]
+
+
+@pytest.mark.parametrize(("case", "way"), BOTH, ids=str)
 def test_every_way_gives_the_same_numbers(case: Case, way: Way) -> None:
-    if way is Way.STACKED and case.name == "reusing":
-        pytest.skip("a layer of two names is not put back by functional_call")
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -279,8 +280,6 @@ def test_no_points_are_stacked_where_a_layer_has_two_names() -> None:
 
 
 def test_a_way_with_other_statistics_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from losscli.points import Points
-
     objective = objective_of(PLAIN["residual"])
     a, line = line_of(PLAIN["residual"])
     check(objective, a)
@@ -381,8 +380,6 @@ def test_statistics_count_as_memory_of_a_point(monkeypatch: pytest.MonkeyPatch) 
 def test_out_of_memory_in_the_statistics_there_are_fewer_points_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from losscli.points import Points
-
     case = PLAIN["residual"]
     expected = curve(case, ALPHAS)
     objective = objective_of(case)
@@ -637,6 +634,24 @@ def test_what_cannot_be_re_estimated_is_refused(folder: Path, losscli: Losscli) 
     assert "--derivatives would have to go through the statistics" in told
     told = refused(folder, losscli, "plane", "c.pt", *TOLD, "--limit", 1)
     assert "no more than one example of train" in told
+
+
+def test_a_batch_that_does_not_fit_is_told_of(
+    folder: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(self: Plain, inputs: Any) -> Any:
+        raise MemoryError
+
+    save_digits(folder)
+    before = set(folder.iterdir())
+    monkeypatch.setattr(Plain, "estimate", none)
+    done = losscli("check", "c.pt", *TOLD, "-o", "x")
+    assert (done.status, done.stdout) == (1, "")
+    told = "a batch of 9 training examples, which --buffers recalibrate takes at a time, does not"
+    assert told in done.stderr
+    assert "Try --device cpu or --dtype bfloat16" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert set(folder.iterdir()) == before
 
 
 def test_the_only_split_stands_in_for_train(folder: Path, losscli: Losscli) -> None:

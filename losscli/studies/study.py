@@ -352,11 +352,13 @@ class Study(ABC):
             recalibration=objective.recalibration,
         )
         batches: Mapping[str, Examples] = objective.first_batches()
+        estimated = objective.recalibration is not None
+        share = _TOLERANCE_OF_ESTIMATES[self.problem.settings.dtype] if estimated else 1e-5
         with objective.brief(), anew.brief():
             here, there = (o.plain(weights, batches) for o in (objective, anew))
         for name in batches:
             used, new = (e[name].losses[0].double().mean() for e in (here, there))
-            if not torch.allclose(used, new, rtol=1e-5, atol=1e-9, equal_nan=True):
+            if not torch.allclose(used, new, rtol=share, atol=1e-9, equal_nan=True):
                 raise ModelError(
                     f"the model has another loss at a point ({used:.6g}) after it was at another "
                     f"than one that was never anywhere else ({new:.6g})",
