@@ -354,17 +354,19 @@ class Objective:
                 return False
             return _agree(found, truth, tolerance)
 
-        own = {n: self.tensors[n].clone() for layer in self.statistics for n in layer.names}
         with self.held():
             held = truth()
-        with self.brief():
-            estimated = truth()
-        self.load(own)
+        estimated = None
+        if self.recalibration is not None:
+            own = {n: self.tensors[n].clone() for layer in self.batchnorm for n in layer.names}
+            with self.brief():
+                estimated = truth()
+            self.load(own)
         for way in self._ways():
             self._way = way
             with self.held():
                 good = agrees(held, _AGREE[self.dtype])
-            if good and self.recalibration is not None:
+            if good and estimated is not None:
                 with self.brief():
                     good = agrees(estimated, _AGREE_ON_ESTIMATES[self.dtype])
             if good:
