@@ -46,7 +46,43 @@ def interpolation(summary: Mapping[str, Any]) -> str:
         lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
         findings = _findings(split, low, high, summary["distance"])
         lines += [f"  {label:<14}{text}" for label, text in findings]
+        if blocks := summary.get("blocks"):
+            lines += ["  each block alone, all others at A"]
+            lines += [f"    {line}" for line in _blocks(blocks, name)]
     return "\n".join(lines) + "\n"
+
+
+def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
+    """A table of what was seen of each block moving alone."""
+    rows = [("block", "values", "‖d‖", "loss at α = 1", "change from A", "lowest seen", "barrier")]
+    for name, block in blocks.items():
+        found = block["splits"][split]
+        low, barrier = found["minimum"], found["barrier"]
+        change = "not defined"
+        if _known(found["change"]):
+            error = found["change_stderr"]
+            change = _number(found["change"]) + (f" ± {_number(error, 2)}" if _known(error) else "")
+        rows.append((
+            printable(name),
+            f"{block['values']:,}",
+            f"{block['distance']:.4g}",
+            _number(found["loss_at_1"]),
+            change,
+            f"{_number(low['loss'])} at α = {low['alpha']:.4g}" if low else "none is finite",
+            "not looked at"
+            if barrier is None
+            else f"{_with_error(barrier)} at α = {barrier['alpha']:.4g}"
+            if barrier["height"] > 0
+            else "none",
+        ))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i == 1 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _findings(
@@ -330,6 +366,7 @@ def plan(description: Mapping[str, Any]) -> str:
         ("loss", ", ".join([d["loss"], *d["metrics"]])),
         ("device", f"{d['device']}, {d['dtype']}, batches of {d['batch_size']}"),
         ("moving", f"{d['moving']['values']:,} values in {d['moving']['tensors']} tensors"),
+        *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),
         ("points", f"{d['points']}, {d['points_at_once']} at once"),
         ("passes", f"{data}, {d['forward_passes']:,} examples"),
         ("weights", f"{d['bytes_of_weights'] / 2**20:,.1f} MiB for the points at once"),

@@ -15,7 +15,7 @@ __all__ = ["Cell", "Table"]
 
 Cell = float | int | str | None
 
-_TEXT = frozenset({"split", "checkpoint", "verdict", "tensor", "shape", "dtype"})
+_TEXT = frozenset({"block", "split", "checkpoint", "verdict", "tensor", "shape", "dtype"})
 _INTEGER = frozenset({"step", "walk", "examples", "values"})
 
 # The columns that tell which command a table is of.
@@ -39,8 +39,8 @@ _CURE = "Give a CSV as losscli wrote it"
 class Table:
     """Named columns and rows of cells.
 
-    A column's name settles its type: ``split``, ``checkpoint`` and ``verdict`` are text, ``step``,
-    ``walk`` and ``examples`` whole numbers, all others floats. ``None`` is an empty cell; among
+    A column's name settles its type: ``split``, ``checkpoint``, ``block`` and ``verdict`` are text,
+    ``step``, ``walk`` and ``examples`` whole numbers, all others floats. ``None`` is an empty cell; among
     text, an empty cell reads back as ``""``.
 
     Attributes:
@@ -67,6 +67,8 @@ class Table:
     @property
     def command(self) -> str:
         """The command whose table this is by its columns; empty where it is of none."""
+        if "block" in self.columns:
+            return ""  # STEM.blocks.csv has the columns of STEM.csv besides
         return next((c for c, needed in _COMMANDS.items() if {*needed} <= {*self.columns}), "")
 
     def __getitem__(self, column: str) -> list[Cell]:

@@ -75,6 +75,14 @@ def interpolate(
             rich_help_panel="The line",
         ),
     ] = False,
+    layerwise: Annotated[
+        bool,
+        typer.Option(
+            "--layerwise",
+            help="Besides, move each block of the network along the line alone, all others at A.",
+            rich_help_panel="The line",
+        ),
+    ] = False,
     context: Annotated[
         Path | None,
         typer.Option(
@@ -104,6 +112,7 @@ def interpolate(
             derivatives=derivatives,
             refine=refine,
             context=whole,
+            layerwise=layerwise,
         )
 
     whole = None

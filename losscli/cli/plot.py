@@ -31,12 +31,13 @@ class _Run:
 
 
 _TABLES = {
-    "interpolate": ("context",),
+    "interpolate": ("context", "blocks"),
     "trajectory": ("surface", "walk"),
     "plane": ("path",),
     "check": ("escape", "spectrum"),
 }
 _FURTHER = {
+    "blocks": ("block", "alpha", "split", "loss", "loss_stderr"),
     "context": ("alpha", "split", "loss"),
     "escape": ("distance", "loss", "loss_stderr"),
     "spectrum": ("checkpoint", "split", "eigenvalue", "error"),
@@ -132,6 +133,11 @@ def _read(name: str, label: str) -> _Run:
 
 
 def _checked(table: Table, name: str) -> Table:
+    if "block" in table.columns:
+        raise TableError(
+            f"{name} has the blocks of a line alone",
+            "Name the CSV of the line, with which they are drawn",
+        )
     if not table.command:
         raise TableError(
             f"{name} is no table that can be drawn: its columns are {', '.join(table.columns)}",
@@ -183,6 +189,7 @@ def _more(path: Path, own: Table, summary: dict[str, Any]) -> dict[str, Table]:
 def _need_kinship(path: Path, name: str, table: Table, own: Table) -> None:
     """Makes sure that a further table is of the same run, as far as their rows can tell."""
     shared = {
+        "blocks": ("alpha", "split"),
         "surface": ("step", "projection"),
         "spectrum": ("checkpoint", "split"),
     }.get(name, ())

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from losscli.errors import UsageError
 from losscli.figure.check import draw_check
 from losscli.figure.interpolation import draw_interpolation
+from losscli.figure.layerwise import draw_layerwise
 from losscli.figure.look import Run, render
 from losscli.figure.plane import draw_plane
 from losscli.figure.trajectory import draw_trajectory
@@ -18,6 +19,7 @@ __all__ = [
     "draw",
     "draw_check",
     "draw_interpolation",
+    "draw_layerwise",
     "draw_plane",
     "draw_trajectory",
     "render",
@@ -56,4 +58,6 @@ def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
         return draw_plane(runs[0], title=title, log=log, surface=surface)
     if command == "trajectory":
         return draw_trajectory(runs, title=title, log=log)
+    if len(runs) == 1 and "blocks" in runs[0].more:
+        return draw_layerwise(runs[0], title=title, log=log)
     return draw_interpolation(runs, title=title, log=log)

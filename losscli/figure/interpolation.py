@@ -45,7 +45,17 @@ from losscli.figure.look import (
     text_width,
 )
 
-__all__ = ["draw_interpolation"]
+__all__ = [
+    "draw_ends",
+    "draw_interpolation",
+    "lowest_label",
+    "mark_ends",
+    "mark_lowest",
+    "name_ends",
+    "read",
+    "scale_alpha",
+    "swamped",
+]
 
 _KNOWN = frozenset({"alpha", "split", "loss", "loss_stderr", "slope", "curvature", "examples"})
 _FEW_LINES = 4  # the lowest points of so few are marked
@@ -72,21 +82,21 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
         splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
         metrics = list(dict.fromkeys(m for r in runs for m in r.table.columns if m not in _KNOWN))
         names = run_names(runs)
-        series = _read(runs, names, splits)
+        series = read(runs, names, splits)
         whole = _read_whole(runs, splits)
         figure, panels = stacked_panels(len(metrics), above=_ABOVE if whole else 0.0)
         overview = panels.pop(0) if whole else None
-        view = _scale_alpha(panels[-1], series)
+        view = scale_alpha(panels[-1], series)
 
         notes = [] if series else ["There are no points"]
         notes += draw_panel(panels[0], series, "loss", log=log)
         label = shorten(figure, f"loss{loss_name(runs)}", 190, 10)
         axis = "mean over examples, log scale" if log else "mean over examples"
         panels[0].set_ylabel(f"{label}\n{axis}")
-        lowest = _mark_lowest(panels[0], series, log=log)
+        lowest = mark_lowest(panels[0], series, log=log)
         turns, about = _mark_turns(panels[0], runs, series, lowest, log=log)
         notes += about
-        notes += _swamped(series, view, log=log)
+        notes += swamped(series, view, log=log)
         for axes, metric in zip(panels[1:], metrics, strict=True):
             wide = _is_wide(series, metric)
             notes += draw_panel(axes, series, metric, log=wide)
@@ -105,21 +115,21 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
         add_notes(panels[-1], notes)
         if title:
             add_title(figure, title)
-        _draw_ends(panels, view)
+        draw_ends(panels, view)
         named = panels[0]
         if overview:
             named, view = overview, _span(whole)
-            _draw_ends([named], view)
-        ends = _mark_ends(named, view, end_names(runs))
+            draw_ends([named], view)
+        ends = mark_ends(named, view, end_names(runs))
         freeze(figure)
-        _name_ends(named, ends)
+        name_ends(named, ends)
         if overview:
             steady(figure)
             _connect(overview, panels[0])
     return figure
 
 
-def _read(runs: Sequence[Run], names: Sequence[str], splits: Sequence[str]) -> list[Series]:
+def read(runs: Sequence[Run], names: Sequence[str], splits: Sequence[str]) -> list[Series]:
     series = []
     colours = run_colours(len(runs))
     for number, run in enumerate(runs):
@@ -130,7 +140,7 @@ def _read(runs: Sequence[Run], names: Sequence[str], splits: Sequence[str]) -> l
             order = order[np.isfinite(alpha[order])]
             if not order.size:
                 continue
-            columns = [c for c in table.columns if c not in {"alpha", "split"}]
+            columns = [c for c in table.columns if c not in {"alpha", "block", "split"}]
             series.append(
                 Series(
                     run=number,
@@ -146,7 +156,7 @@ def _read(runs: Sequence[Run], names: Sequence[str], splits: Sequence[str]) -> l
     return series
 
 
-def _scale_alpha(axes: Axes, series: Sequence[Series]) -> tuple[float, float]:
+def scale_alpha(axes: Axes, series: Sequence[Series]) -> tuple[float, float]:
     """Sets the x axis to the points that there are; returns the first and the last α."""
     low, high = _span(series)
     room = 0.02 * (high - low) or 0.05 * max(1.0, abs(low))
@@ -171,7 +181,7 @@ def _is_wide(series: Sequence[Series], column: str) -> bool:
     return bool(values.size and values.min() > 0 and values.max() > 1e3 * values.min())
 
 
-def _mark_lowest(
+def mark_lowest(
     axes: Axes, series: Sequence[Series], *, log: bool
 ) -> list[tuple[Series, float, float]]:
     """Marks the lowest point of each curve, unless these are many, one is level or not drawn."""
@@ -245,7 +255,7 @@ def _read_whole(runs: Sequence[Run], splits: Sequence[str]) -> list[Series]:
     """The curves of the whole line of which one run is a part; none where it is not."""
     if len(runs) != 1 or "context" not in runs[0].more:
         return []
-    return _read([Run(runs[0].more["context"], {})], [""], splits)
+    return read([Run(runs[0].more["context"], {})], [""], splits)
 
 
 def _draw_whole(
@@ -263,7 +273,7 @@ def _draw_whole(
         Notes on what is not drawn.
     """
     notes = draw_panel(axes, whole, "loss", log=log)
-    _scale_alpha(axes, whole)
+    scale_alpha(axes, whole)
     low, high = axes.get_xlim()
     # A part that the whole line does not reach is in the picture all the same.
     axes.set_xlim(min(low, part[0]), max(high, part[1]))
@@ -294,7 +304,7 @@ def _connect(overview: Axes, panel: Axes) -> None:
         )
 
 
-def _swamped(series: Sequence[Series], view: tuple[float, float], *, log: bool) -> list[str]:
+def swamped(series: Sequence[Series], view: tuple[float, float], *, log: bool) -> list[str]:
     """A note with the losses between A and B, where those outside press them flat."""
     if log or not series or view[0] > 0 or view[1] < 1:
         return []
@@ -328,12 +338,12 @@ def _entries(
         marks.append((Patch(color=colour, alpha=0.18, lw=0), "± one standard error"))
     if lowest:
         mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
-        marks.append((mark, _lowest_label(lowest, len(runs), len(splits))))
+        marks.append((mark, lowest_label(lowest, len(runs), len(splits))))
     called = zip(colours, names, strict=True) if several else ()
     return [[(Line2D([], [], color=colour), name) for colour, name in called], marks]
 
 
-def _lowest_label(lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int) -> str:
+def lowest_label(lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int) -> str:
     if runs > 1 or splits > 2:
         return "lowest point"
     parts = [
@@ -354,7 +364,7 @@ class _End:
     after: str
 
 
-def _draw_ends(panels: Sequence[Axes], view: tuple[float, float]) -> None:
+def draw_ends(panels: Sequence[Axes], view: tuple[float, float]) -> None:
     """Draws a line at A and at B where they are in view."""
     for alpha in (0.0, 1.0):
         if view[0] <= alpha <= view[1]:
@@ -362,7 +372,7 @@ def _draw_ends(panels: Sequence[Axes], view: tuple[float, float]) -> None:
                 panel.axvline(alpha, color=_LINE, lw=0.9, zorder=1.5)
 
 
-def _mark_ends(axes: Axes, view: tuple[float, float], names: tuple[str, str]) -> list[_End]:
+def mark_ends(axes: Axes, view: tuple[float, float], names: tuple[str, str]) -> list[_End]:
     """Leaves room above a panel for the names of A and B.
 
     Args:
@@ -386,7 +396,7 @@ def _mark_ends(axes: Axes, view: tuple[float, float], names: tuple[str, str]) ->
     return ends
 
 
-def _name_ends(axes: Axes, ends: Sequence[_End]) -> None:
+def name_ends(axes: Axes, ends: Sequence[_End]) -> None:
     """Names A and B above their lines, side by side: moved and shortened as far as they must be."""
     figure = axes.figure
     assert isinstance(figure, Figure)

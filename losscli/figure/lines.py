@@ -31,6 +31,7 @@ class Series:
         x: Where its points are.
         ends: Which of them are the ends of a path, to be marked.
         values: The columns of the table that are drawn over x, by their names.
+        width: Of the line, in points; None for that of the house.
     """
 
     run: int
@@ -41,6 +42,7 @@ class Series:
     x: NDArray[np.float64]
     ends: NDArray[np.bool_]
     values: Mapping[str, NDArray[np.float64]]
+    width: float | None = None
 
     def __getitem__(self, column: str) -> NDArray[np.float64]:
         return self.values.get(column, np.full(len(self.x), np.nan))
@@ -75,7 +77,7 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
     few = len(series) < _MANY_LINES
     for s, ok, error in zip(series, shown, errors, strict=True):
         y = np.where(ok, s[column], np.nan)
-        axes.plot(s.x, y, color=s.colour, linestyle=s.dashes, zorder=2.5)
+        axes.plot(s.x, y, color=s.colour, linestyle=s.dashes, linewidth=s.width, zorder=2.5)
         # A band that goes down to zero leaves a logarithmic axis at its lower edge.
         lower = np.maximum(y - error, axes.get_ylim()[0]) if log else y - error
         axes.fill_between(

@@ -536,6 +536,8 @@ def drawable(values: NDArray[np.float64], *, log: bool) -> NDArray[np.bool_]:
 
 def count_points(counts: Sequence[tuple[int, str]]) -> str:
     """For example: 3 points of train and 1 point of test are."""
+    if len(counts) > 4:
+        return f"{sum(number for number, _ in counts)} points of {len(counts)} curves are"
     parts = [f"{number} point{'s' * (number > 1)} of {name}" for number, name in counts]
     text = " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
     return f"{text} {'is' if [n for n, _ in counts] == [1] else 'are'}"

@@ -25,8 +25,9 @@ from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
 from losscli.slopes import slopes
+from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
 from losscli.studies.study import FRESH_BYTES, Study, count
-from losscli.sweep import check, halving, settle, sweep, sweep_plain
+from losscli.sweep import check, halving, points_that_fit, settle, sweep, sweep_plain
 from losscli.table import Table
 from losscli.weights import Weights, distance
 
@@ -47,6 +48,7 @@ def interpolate(
     derivatives: bool = False,
     refine: float | None = None,
     context: Table | None = None,
+    layerwise: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
 ) -> Result:
@@ -63,6 +65,7 @@ def interpolate(
         refine: Where a number, points are added until the curve is known to this share of its
             height and every local minimum and maximum seen is closed in on.
         context: The table of the whole line, of which this is a part, to be drawn beside it.
+        layerwise: Whether each block of the network is moved along the line alone, too.
         progress: Called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -81,6 +84,7 @@ def interpolate(
         derivatives=derivatives,
         refine=refine,
         context=context,
+        layerwise=layerwise,
     )
     return plan.run(progress)
 
@@ -97,6 +101,7 @@ class Interpolation(Study):
         derivatives: Whether slopes and curvatures are computed.
         refine: The error to refine to, as a share of the curve's height, if any.
         context: The table of the whole line, if it is to be drawn.
+        blocks: The blocks that move alone, too.
     """
 
     command = "interpolate"
@@ -108,6 +113,7 @@ class Interpolation(Study):
     derivatives: bool
     refine: float | None
     context: Table | None
+    blocks: tuple[Block, ...]
 
     @classmethod
     def plan(
@@ -121,6 +127,7 @@ class Interpolation(Study):
         derivatives: bool = False,
         refine: float | None = None,
         context: Table | None = None,
+        layerwise: bool = False,
     ) -> Interpolation:
         """Reads and matches everything, and evaluates nothing.
 
@@ -133,6 +140,7 @@ class Interpolation(Study):
             derivatives: Whether slopes and curvatures will be computed.
             refine: The error to refine to, if any.
             context: The table of the whole line, if it is to be drawn.
+            layerwise: Whether each block moves alone, too.
 
         Returns:
             The plan.
@@ -155,6 +163,16 @@ class Interpolation(Study):
                 "re-estimates",
                 "Give one without the other",
             )
+        if layerwise and (derivatives or refine is not None):
+            option = "--derivatives" if derivatives else "--refine"
+            raise UsageError(
+                f"{option} looks closer at one curve, and --layerwise draws many",
+                "Give it without --layerwise; --only chooses a block",
+            )
+        if layerwise and context is not None:
+            raise UsageError(
+                "--context and --layerwise are two pictures", "Leave one of them out"
+            )
         alphas = grid(points, *range_, include=(0.0, 1.0))
         problem = prepare((a, b), settings)
         start, end = problem.origin, problem.place(problem.last.weights)
@@ -172,6 +190,7 @@ class Interpolation(Study):
             derivatives,
             refine,
             context,
+            moving_blocks(problem.objective, moving) if layerwise else (),
         )
 
     @property
@@ -182,12 +201,13 @@ class Interpolation(Study):
             "range": self.range,
             "derivatives": self.derivatives,
             "refine": self.refine,
+            "layerwise": bool(self.blocks),
         }
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """The whole line, if it is given."""
-        return ("context",)
+        """The whole line, if it is given, and the blocks that move alone."""
+        return ("context", "blocks")
 
     @property
     def slices(self) -> tuple[int, int]:
@@ -197,7 +217,23 @@ class Interpolation(Study):
     @property
     def evaluations(self) -> int:
         """How many points a run evaluates: those asked for, and the ends in any case."""
-        return len({0.0, 1.0, *self.alphas})
+        own = len({0.0, 1.0, *self.alphas})
+        return own + len(self.blocks) * len(points_of(self.alphas))
+
+    def describe(self) -> dict[str, Any]:
+        """Tells what a run will do.
+
+        Returns:
+            What every study tells; and the blocks, where they move alone.
+        """
+        description = super().describe()
+        if not self.blocks:
+            return description
+        objective, points = self.problem.objective, len(points_of(self.alphas))
+        chunks = (min(points_that_fit(objective, b.moving), points) for b in self.blocks)
+        # Each block has a sweep of its own; its points were counted as if each were loaded plainly.
+        description["passes_over_data"] += sum(math.ceil(points / c) - points for c in chunks)
+        return {**description, "blocks": [block.name for block in self.blocks]}
 
     def run(self, progress: Callable[[float], None] | None = None) -> Result:
         """Evaluates the line.
@@ -226,12 +262,15 @@ class Interpolation(Study):
             difference = self.meets(line, anchors, [(0.5,)])
             self.hold_against_fresh(self.end)
             stays = self.whole_numbers(self.end, self.problem.last.weights)
-            curves = grow(
+            for block in self.blocks:
+                difference = max(difference, self._meets_alone(block))
+            seen = grow(
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
                 lambda splits: self._evaluate(line, splits, tell),
             )
+            curves = {name: parts.whole for name, parts in seen.items()}
             looked = _Looked(self.alphas, curves, self._slopes(line, self.alphas))
             exhausted = False
             if self.refine is not None:
@@ -245,25 +284,29 @@ class Interpolation(Study):
         for name, found in looked.slopes.items():
             splits[name]["slope_at_b"] = _at(looked.alphas, found, 1.0)
         examples = {name: curve.examples for name, curve in curves.items()}
+        blocks = self._blocks(seen)
+        more = {} if self.context is None else {"context": self.context}
+        if self.blocks:
+            more["blocks"] = self._block_table(seen)
         summary = {
             **self.origin(),
             "range": list(self.range),
             "examples": examples,
             "distance": distance(self.start, self.end, self.moving),
             "refined": self._refined(looked, exhausted=exhausted),
-            "tables": [] if self.context is None else ["context"],
+            "tables": list(more),
             "splits": splits,
+            **({"blocks": blocks} if self.blocks else {}),
             "endpoint_difference": difference,
             "notes": [
                 *stays,
-                *self._notes(splits),
+                *self._notes(splits, blocks),
                 *self.sampled(examples),
                 *self._doubts(again, exhausted=exhausted),
                 *self._strange(looked),
             ],
             "seconds": seconds,
         }
-        more = {} if self.context is None else {"context": self.context}
         return Result(self._table(looked), summary, more)
 
     def _table(self, looked: _Looked) -> Table:
@@ -284,9 +327,56 @@ class Interpolation(Study):
             ),
         )
 
+    def _blocks(self, seen: Mapping[str, _Seen]) -> dict[str, Any]:
+        """What the summary tells of each block."""
+        return {
+            block.name: {
+                "tensors": len(block.moving),
+                "values": sum(self.start[name].numel() for name in block.moving),
+                "distance": distance(self.start, self.end, block.moving),
+                "splits": {
+                    name: parts.blocks[block.name].describe(self.alphas)
+                    for name, parts in seen.items()
+                },
+            }
+            for block in self.blocks
+        }
+
+    def _block_table(self, seen: Mapping[str, _Seen]) -> Table:
+        metrics = list(self.problem.objective.metrics)
+        sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
+        estimates = {
+            (block.name, name): parts.blocks[block.name].losses
+            for block in self.blocks
+            for name, parts in seen.items()
+        }
+        return Table.build(
+            ["block", "alpha", "split", "loss", "loss_stderr", *metrics, *sampled],
+            (
+                [
+                    *(block.name, alpha, name, *estimates[block.name, name].row(i, metrics)),
+                    *(estimates[block.name, name].examples for _ in sampled),
+                ]
+                for block in self.blocks
+                for i, alpha in enumerate(self.alphas)
+                for name in seen
+            ),
+        )
+
+    def _alone(self, block: Block) -> tuple[Line, Weights]:
+        """The line on which one block moves alone; and all tensors at its end."""
+        end = {name: self.end[name] for name in block.moving}
+        line = Line(self.on_device(self.start, block.moving), self.on_device(end, block.moving))
+        return line, {**self.start, **end}
+
+    def _meets_alone(self, block: Block) -> float:
+        line, end = self._alone(block)
+        # Three points, so that they share a first layer as those of the sweep will.
+        return self.meets(line, [((1.0,), end)], [(0.0,), (0.5,)])
+
     def _evaluate(
         self, line: Line, splits: Mapping[str, Examples], tell: Callable[[float], None]
-    ) -> dict[str, _Curve]:
+    ) -> dict[str, _Seen]:
         """Evaluates the ends plainly and the points between and beyond them by a sweep."""
         objective = self.problem.objective
         ends = sweep_plain(objective, [self.start, self.end], splits=splits, progress=tell)
@@ -301,8 +391,29 @@ class Interpolation(Study):
         # The ends come first, whether or not they are among the points, then the points.
         place = {0.0: 0, 1.0: 1} | {alpha: 2 + i for i, alpha in enumerate(inner)}
         order = [0, 1, *(place[alpha] for alpha in self.alphas)]
+        blocks: dict[str, dict[str, BlockCurve]] = {name: {} for name in splits}
+        done = 2 + len(inner)
+        for block in self.blocks:
+            alone, _ = self._alone(block)
+            # The one before is still where its own line ends.
+            objective.load(self.start)
+            coordinates = [(alpha,) for alpha in points_of(self.alphas)]
+            found = sweep(
+                objective,
+                alone,
+                coordinates,
+                splits=splits,
+                progress=lambda more, done=done: tell(done + more),  # type: ignore[misc]
+            )
+            for name in splits:
+                at_a = ends[0][name]
+                blocks[name][block.name] = BlockCurve.of(self.alphas, at_a, found[name])
+            done += len(coordinates)
         return {
-            name: _Curve.arrange([*(e[name] for e in ends), points[name]], order) for name in splits
+            name: _Seen(
+                _Curve.arrange([*(e[name] for e in ends), points[name]], order), blocks[name]
+            )
+            for name in splits
         }
 
     def _slopes(self, line: Line, alphas: Sequence[float]) -> dict[str, _Derivatives]:
@@ -429,7 +540,7 @@ class Interpolation(Study):
         kept, other = "AB" if end == "first" else "BA"
         return f"{kept}'s", f"the end {other} of the line is not the checkpoint {other}"
 
-    def _notes(self, splits: Mapping[str, Any]) -> list[str]:
+    def _notes(self, splits: Mapping[str, Any], blocks: Mapping[str, Any]) -> list[str]:
         notes = []
         if not self.moving:
             notes.append("A and B are the same in every tensor that may move: nothing moves")
@@ -455,6 +566,11 @@ class Interpolation(Study):
                     f"{count(number, 'point')} of {name} {'have' if number > 1 else 'has'} a loss "
                     "that is not finite"
                 )
+        for name in splits:
+            wrong = [b for b, found in blocks.items() if found["splits"][name]["not_finite"]]
+            if wrong:
+                more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+                notes.append(f"moved alone, {wrong[0]}{more} has losses of {name} not finite")
         return notes
 
     def _mixes_statistics(self) -> bool:
@@ -506,6 +622,33 @@ class _Looked:
                 for name, own in self.slopes.items()
             },
         )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One split on the line and on those of single blocks.
+
+    Attributes:
+        whole: The line.
+        blocks: Those of the blocks, by name.
+    """
+
+    whole: _Curve
+    blocks: Mapping[str, BlockCurve]
+
+    @property
+    def examples(self) -> int:
+        return self.whole.examples
+
+    def extend(self, more: _Seen) -> _Seen:
+        """Adds the examples of another block of the data."""
+        blocks = {name: curve.extend(more.blocks[name]) for name, curve in self.blocks.items()}
+        return _Seen(self.whole.extend(more.whole), blocks)
+
+    def is_known_to(self, tolerance: float) -> bool:
+        """Whether every standard error is below a share of the height of all curves together."""
+        curves = [self.whole.estimate, *(curve.losses for curve in self.blocks.values())]
+        return Estimate.join(curves).is_known_to(tolerance)
 
 
 @dataclass(frozen=True)
@@ -568,10 +711,6 @@ class _Curve:
             np.concatenate([self.losses, more.losses], axis=1),
             {n: (1 - share) * m + share * more.metrics[n] for n, m in self.metrics.items()},
         )
-
-    def is_known_to(self, tolerance: float) -> bool:
-        """Whether every standard error is below a share of the curve's height."""
-        return self.estimate.is_known_to(tolerance)
 
 
 def _at(alphas: Sequence[float], found: _Derivatives, alpha: float) -> dict[str, float] | None:
