@@ -45,8 +45,8 @@ _TOLD = 5
 _METRIC_OF_TASK = {"classification": "accuracy", "regression": "none"}
 # Columns of some study's own.
 _COLUMNS = frozenset({
-    "alpha", "block", "split", "loss", "loss_stderr", "slope", "curvature", "examples", "step", "checkpoint",
-    "projection", "residual", "distance", "turn_degrees", "x", "y", "off_plane",
+    "alpha", "block", "split", "loss", "loss_stderr", "slope", "curvature", "examples", "step",
+    "checkpoint", "projection", "residual", "distance", "turn_degrees", "x", "y", "off_plane",
 })  # fmt: skip
 
 _LOSS_OF_TASK = {"classification": "cross_entropy", "regression": "mse"}

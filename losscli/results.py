@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,6 +206,29 @@ class Output:
             if name in _TABLES and name not in result.more:
                 self._file(f".{name}.csv").unlink(missing_ok=True)
         return files
+
+    def draw(self, figure: Callable[[], Figure]) -> list[Path]:
+        """Writes the pictures alone, and no other picture's place is taken.
+
+        Args:
+            figure: Draws the picture; called for each file, since rendering may leave its marks.
+
+        Returns:
+            The files.
+
+        Raises:
+            OutputError: A file holds another picture, or cannot be written.
+        """
+        from losscli.figure import render
+
+        contents = {path: render(figure(), path.suffix.lower()) for path in self.figures}
+        for path, content in contents.items():
+            if not self.force and path.exists() and path.read_bytes() != content:
+                raise OutputError(
+                    f"{path} is another picture",
+                    "Choose another name, or overwrite it with --force",
+                )
+        return replace_all(contents)
 
     def _before(self) -> dict[str, Any]:
         """The summary of the run whose results are there, if any."""

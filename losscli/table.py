@@ -30,6 +30,7 @@ _COMMANDS = {
         *("checkpoint", "split", "loss", "gradient_norm", "lambda_min", "lambda_min_error"),
         *("lambda_max", "lambda_max_error", "minimal_ratio", "verdict"),
     ),
+    "inspect": ("tensor", "shape", "dtype", "values", "norm"),
 }
 
 _CURE = "Give a CSV as losscli wrote it"
@@ -40,8 +41,8 @@ class Table:
     """Named columns and rows of cells.
 
     A column's name settles its type: ``split``, ``checkpoint``, ``block`` and ``verdict`` are text,
-    ``step``, ``walk`` and ``examples`` whole numbers, all others floats. ``None`` is an empty cell; among
-    text, an empty cell reads back as ``""``.
+    ``step``, ``walk`` and ``examples`` whole numbers, all others floats. ``None`` is an empty cell;
+    among text, an empty cell reads back as ``""``.
 
     Attributes:
         columns: The names of the columns, each once.

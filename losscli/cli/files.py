@@ -11,7 +11,7 @@ from losscli import report
 from losscli.cli.options import with_console
 from losscli.console import Console
 from losscli.errors import OutputError, UsageError
-from losscli.results import to_json
+from losscli.results import Output, to_json
 
 __all__ = ["export", "inspect"]
 
@@ -23,6 +23,19 @@ def inspect(
         typer.Argument(metavar="CKPT", help="FILE or FILE#KEY.", show_default=False),
     ],
     console: Console,
+    figure: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--figure",
+            metavar="PATH",
+            help="Repeatable. A picture (.png, .svg, .pdf): a bar for each tensor.",
+            rich_help_panel="Output",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite another picture.", rich_help_panel="Output")
+    ] = False,
     json_: Annotated[
         bool,
         typer.Option(
@@ -34,14 +47,18 @@ def inspect(
 
     With two: the distance and cosine of each tensor, and what does not match.
     """
+    output = Output.plan(figure[0], figure, force=force) if figure else None
     from losscli.studies.inspection import inspect as study
 
     result = study(checkpoints)
+    files = output.draw(result.figure) if output else []
     if json_:
         summary = {**result.summary, "rows": result.table.records()}
         console.result(f"{to_json(summary, indent=None)}\n")
     else:
         console.result(report.inspection(result.summary, result.table.columns, result.table.rows))
+    if files:
+        console.note(f"wrote {', '.join(map(str, files))}")
 
 
 @with_console
@@ -53,10 +70,6 @@ def export(
         str, typer.Argument(metavar="B", help="The checkpoint at α = 1.", show_default=False)
     ],
     console: Console,
-    alpha: Annotated[
-        float,
-        typer.Option("--alpha", metavar="X", help="The point of the line.", show_default=False),
-    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -67,11 +80,40 @@ def export(
             show_default=False,
         ),
     ],
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", metavar="X", help="The point of the line.", show_default=False),
+    ] = None,
+    best: Annotated[
+        str | None,
+        typer.Option(
+            "--best",
+            metavar="SPLIT",
+            help="The point of the lowest loss on this split of --csv.",
+            show_default=False,
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv",
+            metavar="CSV",
+            help="A table of interpolate; what stayed there by --buffers, --only or --except "
+            "stays.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Overwrite the file.", rich_help_panel="Output")
     ] = False,
 ) -> None:
     """Write the checkpoint at a point of the line, θ(X) = A + X (B − A), with A's metadata."""
+    if (alpha is None) == (best is None):
+        both = "contradict each other" if best is not None else "are missing: where on the line?"
+        raise UsageError(f"--alpha and --best {both}", "Give one of them")
+    if (best is None) != (csv is None):
+        given, missing = ("--best", "--csv") if csv is None else ("--csv", "--best")
+        raise UsageError(f"{given} is given without {missing}", "Give --best SPLIT --csv STEM.csv")
     if out.suffix != ".safetensors":
         raise UsageError(f"{out} is no name of a safetensors file", f"Write {out.stem}.safetensors")
     if not out.parent.is_dir():
@@ -80,7 +122,20 @@ def export(
         raise OutputError(f"{out} exists", "Choose another --out, or overwrite it with --force")
     from losscli.checkpoint import save
     from losscli.studies.inspection import export as study
+    from losscli.studies.inspection import lowest
 
-    checkpoint = study(a, b, alpha)
+    summary = None
+    if best is not None and csv is not None:
+        point = lowest(csv, best)
+        alpha, summary = point.alpha, point.summary
+    assert alpha is not None
+    checkpoint = study(a, b, alpha, summary=summary)
     save(checkpoint.weights, checkpoint.metadata, out)
     console.result(f"{out}\n")
+    if best is not None:
+        console.note(f"α = {alpha}, of the lowest loss on {best} in {csv}: {point.loss:.6g}")
+        if summary is None:
+            console.note(
+                f"no summary lies beside {csv}: A and B are not held against it, and every "
+                "floating-point tensor moves"
+            )

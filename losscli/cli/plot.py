@@ -15,8 +15,8 @@ import typer
 
 from losscli.cli.options import with_console
 from losscli.console import Console
-from losscli.errors import OutputError, TableError, UsageError
-from losscli.results import Output, replace_all
+from losscli.errors import TableError, UsageError
+from losscli.results import Output
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -106,18 +106,10 @@ def plot(
     alone = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = Path(out or (alone.removesuffix(".csv") if alone else "plot"))
     output = Output.plan(stem, tuple(figure or ()), force=force)
-    from losscli.figure import Run, draw, render
+    from losscli.figure import Run, draw
 
     drawable = [Run(run.table, run.summary, run.label, run.more) for run in runs]
-    contents = {}
-    for path in output.figures:
-        drawn = draw(drawable, title=title, log=log)
-        contents[path] = render(drawn, path.suffix.lower())
-        if not force and path.exists() and path.read_bytes() != contents[path]:
-            raise OutputError(
-                f"{path} is another picture", "Choose another --out, or overwrite it with --force"
-            )
-    for path in replace_all(contents):
+    for path in output.draw(lambda: draw(drawable, title=title, log=log)):
         console.result(f"{path}\n")
 
 

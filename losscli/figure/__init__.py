@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from losscli.errors import UsageError
 from losscli.figure.check import draw_check
+from losscli.figure.inspection import draw_inspection
 from losscli.figure.interpolation import draw_interpolation
 from losscli.figure.layerwise import draw_layerwise
 from losscli.figure.look import Run, render
@@ -18,6 +19,7 @@ __all__ = [
     "Run",
     "draw",
     "draw_check",
+    "draw_inspection",
     "draw_interpolation",
     "draw_layerwise",
     "draw_plane",
@@ -51,6 +53,12 @@ def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
         if len(runs) > 1:
             raise UsageError("one check cannot be laid over another", "Give one CSV of a check")
         return draw_check(runs[0], title=title, log=log)
+    if command == "inspect":
+        if len(runs) > 1:
+            raise UsageError(
+                "one inspection cannot be laid over another", "Inspect two checkpoints together"
+            )
+        return draw_inspection(runs[0], title=title)
     if command == "plane":
         if len(runs) > 1:
             raise UsageError("one plane cannot be laid over another", "Give one CSV of a plane")

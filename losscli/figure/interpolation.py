@@ -130,6 +130,7 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
 
 
 def read(runs: Sequence[Run], names: Sequence[str], splits: Sequence[str]) -> list[Series]:
+    """The curves of runs, each with its points in the order of α."""
     series = []
     colours = run_colours(len(runs))
     for number, run in enumerate(runs):
@@ -344,6 +345,7 @@ def _entries(
 
 
 def lowest_label(lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int) -> str:
+    """What the legend says of the marks of lowest points."""
     if runs > 1 or splits > 2:
         return "lowest point"
     parts = [

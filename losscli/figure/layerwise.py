@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -99,7 +98,9 @@ def draw_layerwise(run: Run, *, title: str = "", log: bool = False) -> Figure:
         for axes, split in zip(panels, splits, strict=False):
             own = [s for s in whole if s.split == split]
             # The whole comes last, to lie on top.
-            notes += draw_panel(axes, [s for s in curves if s.split == split] + own, "loss", log=log)
+            notes += draw_panel(
+                axes, [s for s in curves if s.split == split] + own, "loss", log=log
+            )
             lowest += mark_lowest(axes, own, log=log)
             axes.set_ylabel(_label(figure, run, split, log=log))
         notes += swamped([*curves, *whole], view, log=log)

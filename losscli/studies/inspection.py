@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from losscli.checkpoint import Checkpoint, read
-from losscli.errors import MismatchError, UsageError
+from losscli.errors import MismatchError, TableError, UsageError
 from losscli.geometry import Line
 from losscli.results import Result
 from losscli.table import Cell, Table
 from losscli.weights import Weights, cosine, distance, mismatches, norm
 
-__all__ = ["export", "inspect"]
+__all__ = ["Lowest", "export", "inspect", "lowest"]
 
 
 def inspect(names: Sequence[str]) -> Result:
@@ -81,7 +85,74 @@ def inspect(names: Sequence[str]) -> Result:
     return Result(Table.build([*columns, "norm_b", "distance", "cosine"], rows), summary)
 
 
-def export(a: str, b: str, alpha: float) -> Checkpoint:
+@dataclass(frozen=True)
+class Lowest:
+    """The lowest point of a table on one split.
+
+    Attributes:
+        alpha: Where it is.
+        loss: The loss there.
+        summary: The summary beside the table; None where there is none.
+    """
+
+    alpha: float
+    loss: float
+    summary: Mapping[str, Any] | None
+
+
+def lowest(csv: Path, split: str) -> Lowest:
+    """Finds the lowest loss in a table of `interpolate`.
+
+    Args:
+        csv: The table.
+        split: The split to look at.
+
+    Returns:
+        The point; of several as low the one of the lowest α. Losses that are not finite are
+        passed over.
+
+    Raises:
+        TableError: The table, or the summary beside it, cannot be read or has no finite loss.
+        UsageError: The table is not one of `interpolate`, or has no such split.
+    """
+    table = Table.read(csv)
+    if table.command != "interpolate":
+        raise UsageError(f"--csv {csv} is no table of interpolate", "Give the CSV of a line")
+    if split not in table.unique("split"):
+        known = ", ".join(map(str, table.unique("split"))) or "none"
+        raise UsageError(f"{csv} has no split {split!r}", f"Its splits: {known}")
+    rows = table.where("split", split)
+    points = [
+        (loss, alpha)
+        for alpha, loss in zip(rows.floats("alpha"), rows.floats("loss"), strict=True)
+        if math.isfinite(loss) and math.isfinite(alpha)
+    ]
+    if not points:
+        raise TableError(f"{csv} has no finite loss on {split}", "Choose a point with --alpha")
+    loss, alpha = min(points)
+    return Lowest(alpha, loss, _beside(csv))
+
+
+def _beside(csv: Path) -> Mapping[str, Any] | None:
+    """Reads the summary that was written with a table, if it is there."""
+    path = csv.with_suffix(".json")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        summary = None
+    match summary:
+        case {
+            "command": "interpolate",
+            "buffers": str(),
+            "checkpoints": [{"name": str()}, {"name": str()}],
+        }:
+            return dict(summary)
+    raise TableError(f"{path} is no summary of {csv}", "Give both as one run wrote them")
+
+
+def export(a: str, b: str, alpha: float, *, summary: Mapping[str, Any] | None = None) -> Checkpoint:
     """Makes the checkpoint at a point of the line, θ(α) = A + α (B − A).
 
     Floating-point tensors move, in float32 or wider, and keep the type they are stored in;
@@ -91,28 +162,80 @@ def export(a: str, b: str, alpha: float) -> Checkpoint:
         a: The checkpoint at α = 0.
         b: The checkpoint at α = 1.
         alpha: The point.
+        summary: That of an interpolation, if the point shall be one of its: then what stayed
+            there by ``--buffers``, ``--only`` or ``--except`` stays here.
 
     Returns:
         The checkpoint, with A's metadata.
 
     Raises:
         CheckpointError: A file cannot be read.
-        MismatchError: The two do not have the same tensors.
-        UsageError: α is not finite.
+        MismatchError: The two do not have the same tensors, or are not those of the summary.
+        UsageError: α is not finite, or the point cannot be made from the two alone.
     """
     if not abs(alpha) <= 1e30:
         raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
     first = read(a).select(None)
     second = read(b).select(first.weights)
+    if summary is not None:
+        _need_the_same((first, second), summary, alpha)
     if wrong := mismatches(second.weights, first.weights):
         raise MismatchError(f"{b} does not fit {a}: {'; '.join(wrong)}")
-    weights = {name: _between(t, second.weights[name], alpha) for name, t in first.weights.items()}
+    ends = _ends(first.weights, summary)
+    weights = {
+        name: _between(t, second.weights[name], ends.get(name, alpha))
+        for name, t in first.weights.items()
+    }
     return Checkpoint(f"{a} + {alpha} ({b} − {a})", weights, first.metadata)
 
 
+def _need_the_same(
+    checkpoints: Sequence[Checkpoint], summary: Mapping[str, Any], alpha: float
+) -> None:
+    """Makes sure that checkpoints are those of a summary, as far as their digests tell."""
+    made_of = summary["checkpoints"]
+    found = [checkpoint.sha256() for checkpoint in checkpoints]
+    for letter, checkpoint, digest, told in zip("AB", checkpoints, found, made_of, strict=True):
+        # A file may hold several state dicts: then both must name the same.
+        keys = {name.partition("#")[2] for name in (checkpoint.name, told["name"])} - {""}
+        if digest != told.get("sha256") or len(keys) > 1:
+            swapped = found == [other.get("sha256") for other in reversed(made_of)]
+            raise MismatchError(
+                f"{checkpoint.name} is not the {letter} of the table, which is {told['name']}",
+                "Swap A and B" if swapped else f"Give that, or --alpha {alpha} for these two",
+            )
+
+
+def _ends(weights: Weights, summary: Mapping[str, Any] | None) -> dict[str, float]:
+    """Lists the tensors that stay at an end on the line of a summary, and at which."""
+    if summary is None:
+        return {}
+    cure = "Give --alpha, which moves every floating-point tensor"
+    if summary["buffers"] == "recalibrate":
+        raise UsageError("the table has --buffers recalibrate, which needs model and data", cure)
+    match summary.get("stays"):
+        case {"a": [*at_a], "b": [*at_b]}:
+            stays = {
+                str(name): alpha for alpha, names in ((0.0, at_a), (1.0, at_b)) for name in names
+            }
+        case _:
+            raise UsageError("the summary of the table does not tell what stays where it is", cure)
+    # The model's names may lack the prefix that a wrapper put before those of the file.
+    ends = {}
+    for name, alpha in stays.items():
+        fit = [n for n in weights if n == name] or [n for n in weights if n.endswith(f".{name}")]
+        if len(fit) != 1:
+            raise MismatchError(f"{name} stays where it is in the table, and is not in A", cure)
+        ends[fit[0]] = alpha
+    return ends
+
+
 def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    if not a.is_floating_point() or torch.equal(a, b):
+    if not a.is_floating_point():
         return a.clone()
+    # Of infinities there is no difference, and 0 and −0 are equal and not the same.
+    if alpha in {0.0, 1.0} or torch.equal(a, b):
+        return (b if alpha > 0.5 else a).to(a.dtype, copy=True)
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return Line({}, {}).combine([a.to(wide), b.to(wide)], (alpha,)).to(a.dtype)
 

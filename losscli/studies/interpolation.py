@@ -170,9 +170,7 @@ class Interpolation(Study):
                 "Give it without --layerwise; --only chooses a block",
             )
         if layerwise and context is not None:
-            raise UsageError(
-                "--context and --layerwise are two pictures", "Leave one of them out"
-            )
+            raise UsageError("--context and --layerwise are two pictures", "Leave one of them out")
         alphas = grid(points, *range_, include=(0.0, 1.0))
         problem = prepare((a, b), settings)
         start, end = problem.origin, problem.place(problem.last.weights)
@@ -293,6 +291,7 @@ class Interpolation(Study):
             "range": list(self.range),
             "examples": examples,
             "distance": distance(self.start, self.end, self.moving),
+            "stays": self._stays(),
             "refined": self._refined(looked, exhausted=exhausted),
             "tables": list(more),
             "splits": splits,
@@ -326,6 +325,23 @@ class Interpolation(Study):
                 for name, estimate in estimates.items()
             ),
         )
+
+    def _stays(self) -> dict[str, list[str]]:
+        """Names what differs between A and B and does not move, by the end that it stays at."""
+        # With it the point at any α can be made from the two checkpoints alone.
+        problem, settings = self.problem, self.problem.settings
+        stays: dict[str, list[str]] = {"a": [], "b": []}
+        if settings.buffers == "interpolate" and not (settings.only or settings.except_):
+            return stays
+        tensors, last = problem.objective.tensors, problem.last.weights
+        # A tied tensor moves under one of its names.
+        may_move = {id(tensors[name]) for name in problem.moving}
+        at_b = frozenset(problem.buffers if settings.buffers == "b" else ())
+        for name, tensor in problem.first.weights.items():
+            floating = tensor.is_floating_point() and id(tensors[name]) not in may_move
+            if floating and not torch.equal(tensor, last[name]):
+                stays["b" if name in at_b else "a"].append(name)
+        return stays
 
     def _blocks(self, seen: Mapping[str, _Seen]) -> dict[str, Any]:
         """What the summary tells of each block."""

@@ -7,7 +7,7 @@ lines on which a single layer moves often have none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -112,7 +112,9 @@ class BlockCurve:
             k = place[alpha]
             source, row = (found, k - 1) if k else (at_a, 0)
             losses = source.losses[row].double().numpy()
-            metrics = {name: values[row : row + 1].numpy() for name, values in source.metrics.items()}
+            metrics = {
+                name: values[row : row + 1].numpy() for name, values in source.metrics.items()
+            }
             # inf − inf is an answer here, not an accident.
             with np.errstate(all="ignore"):
                 chord = (1 - alpha) * a + alpha * end
