@@ -11,10 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from losscli.figure.layerwise import block_colours
 from losscli.figure.look import (
+    INCH,
     INK,
     LARGEST,
     PALE,
@@ -113,10 +115,13 @@ def draw_inspection(run: Run, *, title: str = "") -> Figure:
             label = f"all tensors together: {format_number(size(whole))}"
             add_legend(figure, [[(line, label)]])
         add_notes(axes, notes)
-        _name(axes, checkpoint_names(run))
+        names = _name(axes, checkpoint_names(run))
         if title:
             add_title(figure, title)
         freeze(figure)
+        # Above the names of the tensors too, not only above the panel.
+        panel = axes.get_position()
+        names.set_x((0.02 - panel.x0) / panel.width)
     return figure
 
 
@@ -187,16 +192,14 @@ def _draw(
     low, high, log = _scale(axes, values[shown])
     for place, bar, value, ok in zip(places, bars, values, shown, strict=True):
         # Beside the panel: no line can cross a number there.
-        axes.annotate(
+        axes.text(
+            1.012,
+            place,
             format_number(float(value)) if ok else _words(value),
-            (1, place),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(5, 0),
-            textcoords="offset points",
+            transform=axes.get_yaxis_transform(),
             va="center_baseline",
             fontsize=letters,
             color=INK if ok else PALE,
-            annotation_clip=False,
         )
         colour = colours[_part(bar.name)]
         if ok and log:
@@ -254,19 +257,20 @@ def _left_out(run: Run, drawn: int) -> list[str]:
         s = "s" * (others > 1)
         notes.append(f"{others} tensor{s} of whole numbers not drawn")
     if wrong := len(run.summary.get("mismatches", ())):
-        notes.append(f"{wrong} tensor{'s' * (wrong > 1)} that do not match not drawn")
+        s, do = ("s", "do") if wrong > 1 else ("", "does")
+        notes.append(f"{wrong} tensor{s} that {do} not match not drawn")
     return notes
 
 
-def _name(axes: Axes, names: Sequence[str]) -> None:
+def _name(axes: Axes, names: Sequence[str]) -> Text:
     """Writes what the checkpoints are called above the panel."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     letters = "AB" if len(names) == 2 else ("",)
-    room = WIDTH * 72 * 0.92 / max(len(names), 1)
+    room = WIDTH * INCH * 0.92 / max(len(names), 1)
     told = []
     for letter, name in zip(letters, names, strict=False):
         before = f"{letter}  " if letter else ""
         width = room - text_width(figure, before) - 18
         told.append(before + shorten(figure, name, width))
-    figure.suptitle("      ".join(told), x=0.02, ha="left", fontsize=SMALL)
+    return axes.set_title("      ".join(told), loc="left", fontsize=SMALL, pad=8)

@@ -397,40 +397,47 @@ class Interpolation(Study):
         objective = self.problem.objective
         ends = sweep_plain(objective, [self.start, self.end], splits=splits, progress=tell)
         inner = [alpha for alpha in self.alphas if alpha not in {0.0, 1.0}]
-        points = sweep(
-            objective,
-            line,
-            [(alpha,) for alpha in inner],
-            splits=splits,
-            progress=lambda done: tell(2 + done),
-        )
+        parts = list(ends)
+        if inner:
+            points = [(alpha,) for alpha in inner]
+            more = sweep(
+                objective, line, points, splits=splits, progress=lambda done: tell(2 + done)
+            )
+            parts.append(more)
         # The ends come first, whether or not they are among the points, then the points.
         place = {0.0: 0, 1.0: 1} | {alpha: 2 + i for i, alpha in enumerate(inner)}
         order = [0, 1, *(place[alpha] for alpha in self.alphas)]
         blocks: dict[str, dict[str, BlockCurve]] = {name: {} for name in splits}
         done = 2 + len(inner)
         for block in self.blocks:
-            alone, _ = self._alone(block)
-            # The one before is still where its own line ends.
-            objective.load(self.start)
-            coordinates = [(alpha,) for alpha in points_of(self.alphas)]
-            found = sweep(
-                objective,
-                alone,
-                coordinates,
-                splits=splits,
-                progress=lambda more, done=done: tell(done + more),  # type: ignore[misc]
-            )
+            found = self._sweep_alone(block, splits, tell, done)
+            done += len(points_of(self.alphas))
             for name in splits:
                 at_a = ends[0][name]
                 blocks[name][block.name] = BlockCurve.of(self.alphas, at_a, found[name])
-            done += len(coordinates)
         return {
-            name: _Seen(
-                _Curve.arrange([*(e[name] for e in ends), points[name]], order), blocks[name]
-            )
+            name: _Seen(_Curve.arrange([p[name] for p in parts], order), blocks[name])
             for name in splits
         }
+
+    def _sweep_alone(
+        self,
+        block: Block,
+        splits: Mapping[str, Split],
+        tell: Callable[[float], None],
+        before: int,
+    ) -> dict[str, Evaluation]:
+        """Evaluates a line on which one block moves; so many points were done before."""
+        line, _ = self._alone(block)
+        # What moved on the line before is anywhere on it.
+        self.problem.objective.load(self.start)
+        return sweep(
+            self.problem.objective,
+            line,
+            [(alpha,) for alpha in points_of(self.alphas)],
+            splits=splits,
+            progress=lambda done: tell(before + done),
+        )
 
     def _slopes(self, line: Line, alphas: Sequence[float]) -> dict[str, _Derivatives]:
         if not self.derivatives:
