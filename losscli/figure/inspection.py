@@ -187,7 +187,7 @@ def _draw(
     letters = 6.5 if small else 7.5
     parts = list(dict.fromkeys(_part(bar.name) for bar in bars))
     colours = dict(zip(parts, block_colours(len(parts)), strict=True))
-    places = np.arange(len(bars))
+    places = range(len(bars))
     shown = np.isfinite(values) & (values > SMALLEST) & (values < LARGEST)
     low, high, log = _scale(axes, values[shown])
     for place, bar, value, ok in zip(places, bars, values, shown, strict=True):

@@ -1,0 +1,397 @@
+"""Looking into checkpoints, and taking a point of a line home, through the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import losscli as library
+from losscli.models import CNN, MLP
+from losscli.table import Table
+from tests import foreign, oracle
+from tests.conftest import Losscli
+
+
+def state(name: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = torch.load(name, weights_only=True)["state_dict"]
+    return found
+
+
+# --- inspect --figure ----------------------------------------------------------------------------
+
+
+def test_inspect_draws_what_it_tells(losscli: Losscli, folder: Path) -> None:
+    for names in (["a.pt"], ["a.pt", "b.pt"]):
+        stem = "-".join(Path(name).stem for name in names)
+        pictures = [f"{stem}.png", f"{stem}.svg", f"{stem}.pdf"]
+        asked = [word for path in pictures for word in ("--figure", path)]
+        plain, drawn = losscli("inspect", *names), losscli("inspect", *names, *asked)
+        assert drawn.status == 0
+        assert drawn.stdout == plain.stdout
+        assert drawn.stderr == f"note: wrote {', '.join(pictures)}\n"
+        assert Path(pictures[0]).read_bytes().startswith(b"\x89PNG")
+        assert Path(pictures[1]).read_bytes().startswith(b"<?xml")
+        assert Path(pictures[2]).read_bytes().startswith(b"%PDF")
+    assert Path("a.png").read_bytes() != Path("a-b.png").read_bytes()
+    figure = library.inspect(["a.pt", "b.pt"]).figure()
+    a, b = state("a.pt"), state("b.pt")
+    shares = [float((b[n].double() - a[n]).norm() / a[n].double().norm()) for n in a]
+    widths = [bar.patches[0].get_width() for bar in figure.axes[0].containers]  # type: ignore[attr-defined]
+    assert widths == pytest.approx(shares, rel=1e-12)
+
+
+def test_inspect_keeps_other_pictures(losscli: Losscli, folder: Path) -> None:
+    Path("x.png").write_bytes(b"a photograph")
+    refused = losscli("inspect", "a.pt", "--figure", "x.png", "--figure", "y.svg")
+    assert (refused.status, refused.stdout) == (1, "")
+    assert "x.png is another picture" in refused.stderr
+    assert Path("x.png").read_bytes() == b"a photograph"
+    assert not Path("y.svg").exists()
+    assert losscli("inspect", "a.pt", "--figure", "x.png", "--force").status == 0
+    drawn = Path("x.png").read_bytes()
+    # The same again is no other picture.
+    assert losscli("inspect", "a.pt", "--figure", "x.png", "-q").status == 0
+    assert Path("x.png").read_bytes() == drawn
+    as_json = losscli("inspect", "a.pt", "--json", "--figure", "x.png")
+    assert json.loads(as_json.stdout)["command"] == "inspect"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["a.pt", "--figure", "x.jpg"], 2, "no suffix of a picture"),
+        (["a.pt", "--figure", "no/x.png"], 1, "mkdir -p no"),
+        (["absent.pt", "--figure", "x.png"], 1, "no checkpoint absent.pt"),
+        (["a.pt", "b.pt", "a.pt", "--figure", "x.png"], 2, "one checkpoint or two"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_refused(
+    arguments: list[str], status: int, message: str, losscli: Losscli, folder: Path
+) -> None:
+    before = sorted(folder.iterdir())
+    done = losscli("inspect", *arguments)
+    assert (done.status, done.stdout) == (status, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(folder.iterdir()) == before
+
+
+def test_what_does_not_match_is_counted_below_the_bars(losscli: Losscli, folder: Path) -> None:
+    torch.save({**state("a.pt"), "layers.1.bias": torch.ones(4)}, "c.pt")
+    figure = library.inspect(["a.pt", "c.pt"]).figure()
+    said = [t.get_text() for t in figure.axes[0].texts]
+    assert any("1 tensor that does not match not drawn" in text for text in said)
+
+
+# --- export --best -------------------------------------------------------------------------------
+
+LINE = ["interpolate", "a.pt", "b.pt", "-o", "x", "--no-figure", "-q"]
+BEST = ["export", "a.pt", "b.pt", "--csv", "x.csv", "-o", "best.safetensors"]
+
+
+def loss_of(file: str, split: str, model: str) -> float:
+    """The loss of a checkpoint, alone."""
+    result = library.interpolate(file, file, model=model, points=1, range=(0.0, 1.0))
+    return result.table.where("split", split).floats("loss")[0]
+
+
+def test_the_best_point_is_the_lowest_of_the_table(losscli: Losscli, folder: Path) -> None:
+    assert losscli(*LINE, "--points", "11").status == 0
+    table = Table.read(Path("x.csv"))
+    for split in ("train", "test"):
+        rows = table.where("split", split)
+        loss, alpha = min(zip(rows.floats("loss"), rows.floats("alpha"), strict=True))
+        done = losscli(*BEST, "--best", split, "--force")
+        assert (done.status, done.stdout) == (0, "best.safetensors\n")
+        assert done.stderr == (
+            f"note: α = {alpha}, of the lowest loss on {split} in x.csv: {loss:.6g}\n"
+        )
+        point = load_file("best.safetensors")
+        for name, tensor in oracle.blend(state("a.pt"), state("b.pt"), alpha).items():
+            torch.testing.assert_close(point[name].double(), tensor, rtol=1e-6, atol=1e-7)
+        assert loss_of("best.safetensors", split, "mlp:6-5-3") == pytest.approx(loss, rel=1e-5)
+        # The metadata is A's, and nobody needs an option to look at the point.
+        with Path("best.safetensors").open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        assert header["__metadata__"] == {"losscli.model": "mlp:6-5-3"}
+
+
+def write(rows: list[tuple[float, str, float]], name: str = "x.csv") -> None:
+    table = Table.build(("alpha", "split", "loss", "loss_stderr"), [(*r, 0.1) for r in rows])
+    Path(name).write_bytes(table.to_csv().encode())
+
+
+def test_of_equal_losses_the_first_counts_and_those_not_finite_do_not(
+    losscli: Losscli, folder: Path
+) -> None:
+    write([(0.75, "t", 2.0), (0.25, "t", 2.0), (0.5, "t", math.nan), (0.6, "t", -math.inf),
+           (0.1, "t", 2.5), (0.3, "other", 1.0)])  # fmt: skip
+    done = losscli(*BEST, "--best", "t")
+    assert done.status == 0
+    first, second = done.stderr.splitlines()
+    assert first.startswith("note: α = 0.25, ")
+    assert second.startswith("note: no summary lies beside x.csv: A and B are not held against it")
+    assert losscli(*BEST, "--best", "t", "-q", "--force").stderr == ""
+
+
+ERRORS: dict[str, tuple[list[str], int, str]] = {
+    "neither": (["-o", "y.safetensors"], 2, "--alpha and --best are missing"),
+    "both": (
+        ["--alpha", "1", "--best", "train", "--csv", "x.csv", "-o", "y.safetensors"],
+        2,
+        "--alpha and --best contradict each other. Give one of them",
+    ),
+    "no table": (["--best", "train", "-o", "y.safetensors"], 2, "--best is given without --csv"),
+    "a table alone": (
+        ["--alpha", "1", "--csv", "x.csv", "-o", "y.safetensors"],
+        2,
+        "--csv is given without --best",
+    ),
+    "no file": (
+        ["--best", "train", "--csv", "absent.csv", "-o", "y.safetensors"],
+        1,
+        "absent.csv cannot be read",
+    ),
+    "another table": (
+        ["--best", "train", "--csv", "x.blocks.csv", "-o", "y.safetensors"],
+        2,
+        "--csv x.blocks.csv is no table of interpolate",
+    ),
+    "no split": (
+        ["--best", "val", "--csv", "x.csv", "-o", "y.safetensors"],
+        2,
+        "x.csv has no split 'val'. Its splits: train, test",
+    ),
+    "nothing finite": (
+        ["--best", "t", "--csv", "nan.csv", "-o", "y.safetensors"],
+        1,
+        "nan.csv has no finite loss on t",
+    ),
+    "a broken summary": (
+        ["--best", "t", "--csv", "broken.csv", "-o", "y.safetensors"],
+        1,
+        "broken.json is no summary of broken.csv",
+    ),
+    "of something else": (
+        ["--best", "t", "--csv", "plane.csv", "-o", "y.safetensors"],
+        1,
+        "plane.json is no summary of plane.csv",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_names_no_point_is_refused(case: str, losscli: Losscli, folder: Path) -> None:
+    arguments, status, message = ERRORS[case]
+    write([(0.0, "train", 1.0), (1.0, "test", 1.0)])
+    write([(0.0, "t", math.nan), (1.0, "t", math.inf)], "nan.csv")
+    write([(0.0, "t", 1.0)], "broken.csv")
+    write([(0.0, "t", 1.0)], "plane.csv")
+    Path("x.blocks.csv").write_text("block,alpha,split,loss,loss_stderr\r\nh,0.0,train,1.0,0.1\r\n")
+    Path("broken.json").write_text('{"command": "interp')
+    Path("plane.json").write_text('{"command": "plane", "checkpoints": []}')
+    before = sorted(folder.iterdir())
+    done = losscli("export", "a.pt", "b.pt", *arguments)
+    assert (done.status, done.stdout) == (status, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(folder.iterdir()) == before
+
+
+def test_other_checkpoints_than_those_of_the_table_are_refused(
+    losscli: Losscli, folder: Path
+) -> None:
+    assert losscli(*LINE, "--points", "3").status == 0
+    torch.manual_seed(9)
+    torch.save({"state_dict": MLP("6-5-3").state_dict()}, "c.pt")
+    rest = BEST[3:]
+    for pair, message in (
+        (["a.pt", "c.pt"], "c.pt is not the B of the table, which is b.pt. Give that, or --alpha"),
+        (["c.pt", "b.pt"], "c.pt is not the A of the table, which is a.pt. Give that, or --alpha"),
+        (["b.pt", "a.pt"], "b.pt is not the A of the table, which is a.pt. Swap A and B"),
+    ):
+        done = losscli("export", *pair, *rest, "--best", "train")
+        assert (done.status, done.stdout) == (1, "")
+        assert message in done.stderr
+        assert not Path("best.safetensors").exists()
+    # The same bytes under another name are the same.
+    Path("copy.pt").write_bytes(Path("b.pt").read_bytes())
+    assert losscli("export", "a.pt", "copy.pt", *rest, "--best", "train").status == 0
+
+
+def test_another_state_dict_of_the_same_file_is_refused(losscli: Losscli, folder: Path) -> None:
+    both = {"net": state("a.pt"), "ema": state("b.pt")}
+    torch.save(both, "both.pt")
+    line = ["interpolate", "both.pt#net", "both.pt#ema", "-m", "mlp:6-5-3", "--points", "3"]
+    assert losscli(*line, "-o", "x", "--no-figure", "-q").status == 0
+    rest = [*BEST[3:], "--best", "train"]
+    wrong = losscli("export", "both.pt#ema", "both.pt#ema", *rest)
+    assert wrong.status == 1
+    assert "both.pt#ema is not the A of the table, which is both.pt#net" in wrong.stderr
+    assert not Path("best.safetensors").exists()
+    assert losscli("export", "both.pt#net", "both.pt#ema", *rest).status == 0
+
+
+def test_an_initialisation_is_no_file_to_export_from(losscli: Losscli, folder: Path) -> None:
+    line = ["interpolate", "init:0", "b.pt", "-m", "mlp:6-5-3", "-o", "x", "--no-figure", "-q"]
+    assert losscli(*line, "--points", "3").status == 0
+    done = losscli(*BEST, "--best", "train")
+    assert done.status == 1
+    assert "a.pt is not the A of the table, which is init:0" in done.stderr
+    assert not Path("best.safetensors").exists()
+
+
+def spoilt_batchnorm(folder: Path, prefix: str = "") -> None:
+    """Two networks with BatchNorm statistics of their own, and data."""
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        model = CNN("3", channels=1, classes=3, batchnorm=True)
+        for key, buffer in model.named_buffers():
+            if key.endswith(("mean", "var")):
+                buffer.copy_(torch.rand_like(buffer) + 0.5)
+        for key, parameter in model.named_parameters():
+            if key.startswith("norms"):
+                parameter.data.add_(torch.randn_like(parameter) * 0.3)
+        torch.save({f"{prefix}{k}": t for k, t in model.state_dict().items()}, f"{name}.pt")
+    inputs = torch.rand(24, 1, 4, 4)
+    save_file({"inputs": inputs, "targets": torch.arange(24) % 3}, "images.safetensors")
+
+
+NETWORK = "cnn:3,channels=1,classes=3,batchnorm=true"
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    ("more", "at_a", "at_b"),
+    [
+        ([], [], []),
+        (["--buffers", "a"], ["norms.0.running_mean", "norms.0.running_var"], []),
+        (["--buffers", "b"], [], ["norms.0.running_mean", "norms.0.running_var"]),
+        (
+            ["--only", "head.*"],
+            ["convolutions.0.weight", *(f"norms.0.{w}" for w in
+             ("weight", "bias", "running_mean", "running_var"))],
+            [],
+        ),
+        (["--except", "head.*"], ["head.weight", "head.bias"], []),
+        (
+            ["--except", "head.bias", "--buffers", "b"],
+            ["head.bias"],
+            ["norms.0.running_mean", "norms.0.running_var"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_stayed_on_the_line_stays_in_the_exported_point(
+    prefix: str,
+    more: list[str],
+    at_a: list[str],
+    at_b: list[str],
+    losscli: Losscli,
+    folder: Path,
+) -> None:
+    spoilt_batchnorm(folder, prefix)
+    line = [*LINE, "-m", NETWORK, "-d", "safetensors:images.safetensors", "--range", "0.2", "0.7"]
+    assert losscli(*line, "--points", "4", *more).status == 0
+    stays = json.loads(Path("x.json").read_text())["stays"]
+    assert {end: sorted(names) for end, names in stays.items()} == {
+        "a": sorted(at_a),
+        "b": sorted(at_b),
+    }
+    done = losscli(*BEST, "--best", "data")
+    assert done.status == 0
+    rows = Table.read(Path("x.csv"))
+    loss, alpha = min(zip(rows.floats("loss"), rows.floats("alpha"), strict=True))
+    point = load_file("best.safetensors")
+    a, b = (torch.load(f"{n}.pt", weights_only=True) for n in "ab")
+    for name, tensor in oracle.blend(a, b, alpha).items():
+        bare = name.removeprefix(prefix)
+        expected = a[name] if bare in at_a else b[name] if bare in at_b else tensor
+        torch.testing.assert_close(point[name].double(), expected.double(), rtol=1e-6, atol=1e-7)
+    found = library.interpolate(
+        "best.safetensors",
+        "best.safetensors",
+        model=NETWORK,
+        data="safetensors:images.safetensors",
+        points=1,
+        range=(0.0, 1.0),
+    )
+    assert found.table.floats("loss")[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_point_that_the_two_files_do_not_make_is_refused(losscli: Losscli, folder: Path) -> None:
+    assert losscli(*LINE, "--points", "3").status == 0
+    summary = json.loads(Path("x.json").read_text())
+
+    def refused(message: str, **changes: Any) -> None:
+        told = {key: value for key, value in {**summary, **changes}.items() if value is not None}
+        Path("x.json").write_text(json.dumps(told))
+        done = losscli(*BEST, "--best", "train")
+        assert done.stdout == ""
+        assert done.status in {1, 2}
+        assert message in done.stderr
+        assert "Give --alpha" in done.stderr
+        assert not Path("best.safetensors").exists()
+
+    refused("--buffers recalibrate, which needs model and data", buffers="recalibrate")
+    refused("does not tell what stays where it is", stays=None)
+    refused("absent.weight stays where it is", stays={"a": ["absent.weight"], "b": []})
+    refused("weight stays where it is", stays={"a": [], "b": ["weight"]})
+
+
+# --- export, to the bit --------------------------------------------------------------------------
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_at_0_and_1_the_floating_tensors_are_those_of_a_and_b_to_the_bit(
+    losscli: Losscli, folder: Path
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def some(dtype: torch.dtype) -> Tensor:
+        return torch.randn(7, 3, generator=generator).to(dtype)
+
+    odd = torch.tensor([0.0, math.inf, math.nan, 1e-45, 3e38])
+    kinds = {str(d)[6:]: d for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
+    a, b = ({name: some(dtype) for name, dtype in kinds.items()} for _ in range(2))
+    a |= {"odd": odd, "zeros": torch.tensor([0.0, -0.0]), "count": torch.tensor([3, 4])}
+    b |= {"odd": -odd.flip(0), "zeros": torch.tensor([-0.0, 0.0]), "count": torch.tensor([5, 6])}
+    save_file(a, "x.safetensors", {"note": "A's"})
+    save_file(b, "y.safetensors", {"note": "B's"})
+    for alpha, end in ((0, a), (1, b)):
+        out = f"{alpha}.safetensors"
+        arguments = ["export", "x.safetensors", "y.safetensors", "--alpha", alpha, "-o", out]
+        assert losscli(*arguments).status == 0
+        found = load_file(out)
+        assert found.keys() == a.keys()
+        for name, tensor in found.items():
+            expected = a[name] if name == "count" else end[name]
+            assert tensor.dtype == expected.dtype
+            assert bits(tensor) == bits(expected), name
+
+
+def test_tied_tensors_stay_tied(losscli: Losscli, folder: Path) -> None:
+    for seed, name in enumerate(("x", "y")):
+        torch.manual_seed(seed)
+        torch.save(foreign.Attention().state_dict(), f"{name}.pt")
+    for alpha in (0, 0.3, 1, 1.7):
+        arguments = ["export", "x.pt", "y.pt", "--alpha", alpha, "-o", "z.safetensors", "--force"]
+        assert losscli(*arguments).status == 0
+        found = load_file("z.safetensors")
+        assert bits(found["head.weight"]) == bits(found["embedding.weight"])
+        model = foreign.Attention()
+        model.load_state_dict(found)
+        assert model.head.weight is model.embedding.weight
+    x, y = (torch.load(f"{n}.pt", weights_only=True)["head.weight"].double() for n in "xy")
+    torch.testing.assert_close(
+        found["head.weight"].double(), x + 1.7 * (y - x), rtol=1e-5, atol=1e-6
+    )
