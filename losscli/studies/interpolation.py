@@ -423,7 +423,7 @@ class Interpolation(Study):
     def _sweep_alone(
         self,
         block: Block,
-        splits: Mapping[str, Split],
+        splits: Mapping[str, Examples],
         tell: Callable[[float], None],
         before: int,
     ) -> dict[str, Evaluation]:
