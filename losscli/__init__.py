@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from losscli.errors import LosscliError
     from losscli.results import Result
     from losscli.settings import Settings
+    from losscli.studies.alignment import align
     from losscli.studies.check import check
     from losscli.studies.inspection import export, inspect
     from losscli.studies.interpolation import interpolate
@@ -30,6 +31,7 @@ __all__ = [
     "Settings",
     "Table",
     "__version__",
+    "align",
     "check",
     "export",
     "inspect",
@@ -43,6 +45,7 @@ _HOME = {
     "Result": "results",
     "Settings": "settings",
     "Table": "table",
+    "align": "studies.alignment",
     "check": "studies.check",
     "export": "studies.inspection",
     "inspect": "studies.inspection",

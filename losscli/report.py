@@ -8,7 +8,7 @@ from typing import Any
 
 from losscli.errors import printable
 
-__all__ = ["check", "inspection", "interpolation", "plan", "plane", "trajectory"]
+__all__ = ["alignment", "check", "inspection", "interpolation", "plan", "plane", "trajectory"]
 
 # So steep a line counts as level, as `losscli check` has it for gradients.
 _STATIONARY = 1e-3
@@ -404,6 +404,34 @@ def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequenc
     for mismatch in summary.get("mismatches", []):
         lines.append(f"does not match: {printable(mismatch)}")
     return "\n".join(lines) + "\n"
+
+
+def alignment(summary: Mapping[str, Any]) -> str:
+    """Tells how one network was put into the order of another.
+
+    Args:
+        summary: The summary of an alignment.
+
+    Returns:
+        Lines of text.
+    """
+    a, b = (printable(c["name"]) for c in summary["checkpoints"])
+    before, after = (summary["distance"][when] for when in ("before", "after"))
+    products = [_number(summary["inner_product"][when]) for when in ("before", "after")]
+    check = summary["check"]
+    groups = _count(len(summary["groups"]), "group")
+    over = f"{_count(summary['values'], 'value')} in {_count(summary['tensors'], 'tensor')}"
+    examples = _count(check["examples"], "example")
+    off = f"{check['largest_difference']:.1g} of the largest"
+    rows = [
+        ("A", a),
+        ("B", b),
+        ("hidden units", f"{summary['units']:,} in {groups}; {summary['moved']:,} change places"),
+        ("‖B − A‖", f"{before:.4g}, permuted {after:.4g}, over {over}"),
+        ("⟨A, B⟩", f"{products[0]}, permuted {products[1]}"),
+        ("function", f"B's: on {examples} outputs differ by {off} at most, in {check['dtype']}"),
+    ]
+    return "".join(f"{label:<14}{text}\n" for label, text in rows)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from losscli._version import __version__
+from losscli.cli.align import align
 from losscli.cli.catalogue import catalogue
 from losscli.cli.check import check
 from losscli.cli.files import export, inspect
@@ -48,5 +49,6 @@ app.command("plane")(plane)
 app.command("check")(check)
 app.command("plot")(plot)
 app.command("inspect")(inspect)
+app.command("align")(align)
 app.command("export")(export)
 app.command("list")(catalogue)

@@ -13,7 +13,7 @@ from losscli.console import Console
 from losscli.errors import OutputError, UsageError
 from losscli.results import Output, to_json
 
-__all__ = ["export", "inspect"]
+__all__ = ["export", "inspect", "writable"]
 
 
 @with_console
@@ -114,12 +114,7 @@ def export(
     if (best is None) != (csv is None):
         given, missing = ("--best", "--csv") if csv is None else ("--csv", "--best")
         raise UsageError(f"{given} is given without {missing}", "Give --best SPLIT --csv STEM.csv")
-    if out.suffix != ".safetensors":
-        raise UsageError(f"{out} is no name of a safetensors file", f"Write {out.stem}.safetensors")
-    if not out.parent.is_dir():
-        raise OutputError(f"there is no folder {out.parent}", f"mkdir -p {out.parent}")
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists", "Choose another --out, or overwrite it with --force")
+    writable(out, force=force)
     from losscli.checkpoint import save
     from losscli.studies.inspection import export as study
     from losscli.studies.inspection import lowest
@@ -139,3 +134,22 @@ def export(
                 f"no summary lies beside {csv}: A and B are not held against it, and every "
                 "floating-point tensor moves"
             )
+
+
+def writable(out: Path, *, force: bool) -> None:
+    """Makes sure, before any work is done, that a checkpoint can be written.
+
+    Args:
+        out: The file.
+        force: Whether it may be overwritten.
+
+    Raises:
+        UsageError: Its name is not that of a safetensors file.
+        OutputError: Its folder is not there, or it is there and may not be overwritten.
+    """
+    if out.suffix != ".safetensors":
+        raise UsageError(f"{out} is no name of a safetensors file", f"Write {out.stem}.safetensors")
+    if not out.parent.is_dir():
+        raise OutputError(f"there is no folder {out.parent}", f"mkdir -p {out.parent}")
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists", "Choose another --out, or overwrite it with --force")

@@ -15,7 +15,14 @@ from losscli.errors import UsageError
 from losscli.results import Output, default_stem
 from losscli.settings import Buffers, DType, Settings
 
-__all__ = ["Command", "Write", "with_console", "with_output", "with_settings"]
+__all__ = [
+    "Command",
+    "Write",
+    "with_console",
+    "with_output",
+    "with_settings",
+    "with_some_settings",
+]
 
 Command = Callable[..., None]
 
@@ -274,13 +281,26 @@ def with_settings(command: Command) -> Command:
     Returns:
         The function with an option for each field in the place of it.
     """
+    return with_some_settings(*_SETTINGS)(command)
+
+
+def with_some_settings(*names: str) -> Callable[[Command], Command]:
+    """Gives a command some of the options that say what is evaluated and how.
+
+    Args:
+        *names: The fields of `Settings` that it has a use for; the others are the defaults.
+
+    Returns:
+        What does that to a function with a parameter ``settings``, a `Settings`.
+    """
 
     def gather(values: dict[str, Any]) -> dict[str, Any]:
-        for key in ("metric", "split", "only", "except_"):
+        for key in {"metric", "split", "only", "except_"} & values.keys():
             values[key] = tuple(values[key] or ())
         return {"settings": Settings(**values)}
 
-    return _expand(command, "settings", _SETTINGS, gather)
+    options = {name: _SETTINGS[name] for name in names}
+    return lambda command: _expand(command, "settings", options, gather)
 
 
 def with_output(command: Command) -> Command:

@@ -1,0 +1,217 @@
+"""One network put into the order of another: its hidden units permuted, its function as it is."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losscli.checkpoint import Checkpoint
+from losscli.datasets import Inputs, map_inputs
+from losscli.errors import CheckpointError, DeviceError, ModelError, NondeterministicModelError
+from losscli.matching import inner_product, match
+from losscli.permutations import Group, permutation_groups, permute
+from losscli.problem import Problem, prepare
+from losscli.settings import Settings
+from losscli.weights import Weights, distance
+
+__all__ = ["Alignment", "align"]
+
+# How far the outputs may lie from B's, as a share of the largest of them: rounding, since sums are
+# made in another order.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+# Examples that a model is traced with.
+_TRACED = 2
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A network in the order of another.
+
+    Attributes:
+        checkpoint: B with its hidden units permuted onto A's, with B's types and metadata.
+        summary: What was found and where it came from, made of JSON's types and floats.
+    """
+
+    checkpoint: Checkpoint
+    summary: Mapping[str, Any]
+
+
+def align(a: str, b: str, **settings: Any) -> Alignment:
+    """Permutes B's hidden units onto A's by weight matching.
+
+    Its function is held against B's own on the first batch of each split, in float64 where the
+    model can be run in it.
+
+    Args:
+        a: The checkpoint whose order is taken.
+        b: The checkpoint that is permuted.
+        **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
+
+    Returns:
+        The permuted checkpoint and what was found.
+
+    Raises:
+        CheckpointError: A weight is infinite or not a number.
+        ModelError: The model cannot be traced or run, has no hidden units that may be permuted, or
+            would be another function.
+        LosscliError: Something else is missing, broken or does not fit.
+    """
+    begun = time.perf_counter()
+    problem, before = _prepare(a, b, Settings(**settings))
+    first, last = problem.first.weights, problem.last
+    groups = _groups(problem)
+    names = [n for n in problem.moving if n not in problem.buffers]
+    reached = {name for group in groups for name in group.names}
+    for name, weights in ((a, first), (b, last.weights)):
+        for tensor in reached:
+            if not weights[tensor].isfinite().all():
+                raise CheckpointError(
+                    f"{name}: {tensor} has weights that are infinite or not a number",
+                    "Take a checkpoint from before it diverged",
+                )
+    matching = match(first, last.weights, groups, names, seed=problem.settings.seed)
+    aligned = permute(last.weights, groups, matching.permutations)
+    difference = _difference(before, list(_outputs(problem, aligned)))
+    dtype = problem.objective.dtype
+    # A negated comparison, since a difference may be no number.
+    if not difference <= _TOLERANCE[dtype]:
+        raise ModelError(
+            f"permuted, {b} would be another function: its outputs differ by {difference:.1e} of "
+            "the largest",
+            "Does its forward use weights in a way that its graph does not show?",
+        )
+    moved = [int((p != torch.arange(len(p))).sum()) for p in matching.permutations]
+    summary = {
+        "command": "align",
+        **{k: v for k, v in problem.provenance.items() if k in _TOLD},
+        "groups": [
+            {"units": group.size, "moved": n, "tensors": list(group.names)}
+            for group, n in zip(groups, moved, strict=True)
+        ],
+        "units": sum(group.size for group in groups),
+        "moved": sum(moved),
+        "sweeps": matching.sweeps,
+        "values": sum(first[name].numel() for name in names),
+        "tensors": len(names),
+        "distance": {
+            "before": distance(first, last.weights, names),
+            "after": distance(first, aligned, names),
+        },
+        "inner_product": {
+            "before": inner_product(first, last.weights, names),
+            "after": inner_product(first, aligned, names),
+        },
+        "check": {
+            "dtype": str(dtype).removeprefix("torch."),
+            "examples": sum(map(len, problem.objective.first_batches().values())),
+            "largest_difference": difference,
+        },
+        "seconds": {"total": time.perf_counter() - begun},
+    }
+    checkpoint = Checkpoint(f"{b} aligned with {a}", aligned, last.metadata)
+    return Alignment(checkpoint, summary)
+
+
+_TOLD = ("version", "torch", "python", "device", "device_name", "model", "data", "seed",
+         "checkpoints")  # fmt: skip
+
+
+def _prepare(a: str, b: str, settings: Settings) -> tuple[Problem, list[Tensor]]:
+    """Brings all together, and takes B's outputs: in float64, else, if it must be, in float32."""
+    try:
+        problem = prepare([a, b], replace(settings, dtype="float64", metric=("none",)))
+        return problem, _twice(problem, b)
+    except NondeterministicModelError:
+        raise
+    except (ModelError, DeviceError):
+        # Some devices have no float64, and some code makes float32 tensors by name.
+        problem = prepare([a, b], replace(settings, dtype="float32", metric=("none",)))
+        return problem, _twice(problem, b)
+
+
+def _twice(problem: Problem, name: str) -> list[Tensor]:
+    """What B gives, taken twice."""
+    one, two = (list(_outputs(problem, problem.last.weights)) for _ in range(2))
+    if not one:
+        raise ModelError(
+            "the model returns no tensors that could be compared",
+            "Give a --model that returns its scores",
+        )
+    if not _difference(one, two) <= _TOLERANCE[problem.objective.dtype]:
+        raise NondeterministicModelError(
+            f"{name}: the model gives two answers for the same weights and data, even in eval mode",
+            "Take the randomness (dropout outside nn.Dropout, sampling) out of its forward",
+        )
+    return one
+
+
+@torch.no_grad()
+def _outputs(problem: Problem, weights: Weights) -> Iterator[Tensor]:
+    """What the model gives for the first batch of each split."""
+    objective = problem.objective
+    objective.load(weights)
+    for split in objective.first_batches().values():
+        inputs = objective.data.prepare(split.inputs, objective.dtype)
+        # A model may write on its inputs.
+        yield from _tensors(objective.forward(objective.model, map_inputs(Tensor.clone, inputs)))
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs.detach().clone()
+    elif isinstance(outputs, Mapping):
+        yield from _tensors(list(outputs.values()))
+    elif isinstance(outputs, list | tuple):
+        for one in outputs:
+            yield from _tensors(one)
+
+
+def _difference(one: list[Tensor], other: list[Tensor]) -> float:
+    """The largest difference, as a share of the largest value of the same tensor."""
+    worst = 0.0
+    for x, y in zip(one, other, strict=True):
+        finite = x.isfinite()
+        if x.shape != y.shape or not torch.equal(finite, y.isfinite()):
+            return math.inf
+        if not torch.allclose(x[~finite], y[~finite], equal_nan=True):
+            return math.inf
+        here, there = x[finite].double(), y[finite].double()
+        if not torch.equal(here, there):
+            largest = torch.cat([here, there]).abs().max()
+            worst = max(worst, float((here - there).abs().max() / largest))
+    return worst
+
+
+def _groups(problem: Problem) -> tuple[Group, ...]:
+    objective = problem.objective
+    split = next(iter(objective.first_batches().values()))
+    inputs = _on_cpu(objective.data.prepare(split.take(slice(0, _TRACED)).inputs, torch.float32))
+    # Tracing may leave its marks on a model, so it gets one of its own.
+    with torch.random.fork_rng(devices=[]):
+        model = (problem.fresh or (lambda: copy.deepcopy(objective.model)))()
+    args, kwargs = _call(inputs)
+    groups = permutation_groups(model.cpu().float().eval(), args, kwargs)
+    if not groups:
+        raise ModelError(
+            f"the model {problem.provenance['model']} has no hidden units that could be permuted",
+            "It takes a hidden layer; without one there is nothing to align",
+        )
+    return groups
+
+
+def _on_cpu(inputs: Inputs) -> Inputs:
+    return map_inputs(lambda t: t.detach().cpu().clone(), inputs)
+
+
+def _call(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    return (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
