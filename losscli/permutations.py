@@ -628,7 +628,7 @@ def _rules() -> dict[str, Rule]:
         _constant: "full full_like zeros zeros_like ones ones_like scalar_tensor",
         _view: "view _unsafe_view reshape squeeze unsqueeze",
         _permute: "permute",
-        _transpose: "transpose t",
+        _transpose: "transpose",
         _expand: "expand",
         _repeat: "repeat",
         _slice: "slice",
