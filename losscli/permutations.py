@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram, export
+from torch.export import ExportedProgram, default_decompositions, export
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
@@ -153,8 +153,12 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> E
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), _silence():
+            # Attention is left whole: its parts may not fit the strides that the whole left behind.
+            table = default_decompositions()
+            whole = torch.ops.aten.scaled_dot_product_attention.default
+            table.pop(whole, None)  # type: ignore[no-untyped-call]
             program = export(model.eval(), args, kwargs, strict=False)
-            lowered: ExportedProgram = program.run_decompositions()
+            lowered: ExportedProgram = program.run_decompositions(table)
             return lowered
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -272,6 +276,10 @@ def _pin_all(node: Node, labels: Labels) -> None:
 def _unknown(node: Node, labels: Labels) -> Any:
     _pin_all(node, labels)
     return _pinned_like(node)
+
+
+def _nothing(node: Node, labels: Labels) -> Any:
+    """An assertion, which gives nothing."""
 
 
 def _shape(node: Node) -> list[int]:
@@ -585,21 +593,20 @@ def _weight_norm(node: Node, labels: Labels) -> Any:
 
 
 def _attention(node: Node, labels: Labels) -> Any:
-    """softmax(q kᵀ + mask) v; further outputs are for training."""
-    query, key, value = (_of(labels, source) for source in node.args[:3])
-    heads = {tuple(axis.size for axis in axes[:-2]) for axes in (query, key, value)}
-    if len(heads) > 1 or any(
-        user.args[1] != 0 for user in node.users if user.target is operator.getitem
-    ):
-        return _unknown(node, labels)
+    """softmax(q kᵀ + mask) v, where several heads of q may share one of k and v."""
+    query, key, value = (list(_of(labels, source)) for source in node.args[:3])
     pin(query[-2])  # the mask may be a causal one
     pin(key[-2])
+    heads = query[-3] if len(query) > 3 else None
+    if heads is not None and heads.size != key[-3].size:
+        tie(heads, multiply([key[-3], Axis(heads.size // key[-3].size)]))
+        tie(key[-3], value[-3])
+        key[-3] = value[-3] = heads
     scores = _product(query, [*key[:-2], key[-1], key[-2]])
     for mask in [*node.args[3:], *node.kwargs.values()]:
         if isinstance(mask, Node):
             _broadcast([axis.size for axis in scores], [scores, _of(labels, mask)])
-    outputs = _product(scores, value)
-    return outputs if isinstance(node.meta["val"], Tensor) else (outputs,)
+    return _product(scores, value)
 
 
 def _spatial(node: Node, labels: Labels, count: int) -> Any:
@@ -625,6 +632,7 @@ def _rules() -> dict[str, Rule]:
     by_rule: dict[Rule, str] = {
         _same: "alias clone contiguous detach lift_fresh_copy _to_copy _softmax _log_softmax",
         _pointwise: "hardswish hardsigmoid nan_to_num fill",
+        _nothing: "_assert_async _assert_scalar _assert_tensor_metadata",
         _constant: "full full_like zeros zeros_like ones ones_like scalar_tensor",
         _view: "view _unsafe_view reshape squeeze unsqueeze",
         _permute: "permute",
@@ -648,10 +656,7 @@ def _rules() -> dict[str, Rule]:
         _layer_norm: "native_layer_norm",
         _group_norm: "native_group_norm",
         _weight_norm: "_weight_norm_interface",
-        _attention: (
-            "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
-            "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
-        ),
+        _attention: "scaled_dot_product_attention",
     }
     return {name: rule for rule, names in by_rule.items() for name in names.split()}
 

@@ -177,6 +177,26 @@ def test_a_model_that_knows_float32_alone_is_held_against_b_in_it(
     assert json.loads(done.stdout)["check"]["dtype"] == "float32"
 
 
+def test_what_a_model_computes_in_float32_is_held_to_its_rounding(
+    losscli: Losscli, folder: Path
+) -> None:
+    write("""
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.one, self.two = torch.nn.Linear(6, 50), torch.nn.Linear(50, 3)
+
+            def forward(self, x):
+                x = torch.relu(self.one(x)).float()
+                return self.two((x / x.square().mean(1, keepdim=True).sqrt()).to(self.two.weight))
+    """)
+    arguments = ["init:0", "init:1", "-m", "net.py:Net", "-d", "npz:data.npz"]
+    done = losscli("align", *arguments, "-o", "aligned.safetensors", "--json")
+    check = json.loads(done.stdout)["check"]
+    assert check["dtype"] == "float32"
+    assert 1e-9 < check["largest_difference"] < 1e-6
+
+
 def write(code: str) -> None:
     Path("net.py").write_text(f"import torch\n{textwrap.dedent(code)}", encoding="utf-8")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from losscli.checkpoint import Checkpoint
 from losscli.datasets import Inputs, map_inputs
@@ -24,8 +26,8 @@ from losscli.weights import Weights, distance
 __all__ = ["Alignment", "align"]
 
 # How far the outputs may lie from B's, as a share of the largest of them: rounding, since sums are
-# made in another order.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# made in another order, in the narrowest type of the forward pass.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 # Examples that a model is traced with.
 _TRACED = 2
@@ -65,7 +67,7 @@ def align(a: str, b: str, **settings: Any) -> Alignment:
         LosscliError: Something else is missing, broken or does not fit.
     """
     begun = time.perf_counter()
-    problem, before = _prepare(a, b, Settings(**settings))
+    problem, before, dtype = _prepare(a, b, Settings(**settings))
     first, last = problem.first.weights, problem.last
     groups = _groups(problem)
     names = [n for n in problem.moving if n not in problem.buffers]
@@ -79,8 +81,7 @@ def align(a: str, b: str, **settings: Any) -> Alignment:
                 )
     matching = match(first, last.weights, groups, names, seed=problem.settings.seed)
     aligned = permute(last.weights, groups, matching.permutations)
-    difference = _difference(before, list(_outputs(problem, aligned)))
-    dtype = problem.objective.dtype
+    difference = _difference(before, list(_outputs(problem, aligned, nullcontext())))
     # A negated comparison, since a difference may be no number.
     if not difference <= _TOLERANCE[dtype]:
         raise ModelError(
@@ -124,44 +125,74 @@ _TOLD = ("version", "torch", "python", "device", "device_name", "model", "data",
          "checkpoints")  # fmt: skip
 
 
-def _prepare(a: str, b: str, settings: Settings) -> tuple[Problem, list[Tensor]]:
-    """Brings all together, and takes B's outputs: in float64, else, if it must be, in float32."""
+def _prepare(a: str, b: str, settings: Settings) -> tuple[Problem, list[Tensor], torch.dtype]:
+    """Brings all together and runs B: in float64, else, if it must be, in float32.
+
+    Returns:
+        The problem, B's outputs, and the narrowest type that they went through.
+    """
     try:
         problem = prepare([a, b], replace(settings, dtype="float64", metric=("none",)))
-        return problem, _twice(problem, b)
+        return problem, *_run(problem, b)
     except NondeterministicModelError:
         raise
     except (ModelError, DeviceError):
         # Some devices have no float64, and some code makes float32 tensors by name.
         problem = prepare([a, b], replace(settings, dtype="float32", metric=("none",)))
-        return problem, _twice(problem, b)
+        return problem, *_run(problem, b)
 
 
-def _twice(problem: Problem, name: str) -> list[Tensor]:
-    """What B gives, taken twice."""
-    one, two = (list(_outputs(problem, problem.last.weights)) for _ in range(2))
+class _Narrowest(TorchFunctionMode):
+    """Takes down the narrowest floating-point type of what a model computes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.dtype = max(self.dtype, result.dtype, key=lambda t: torch.finfo(t).eps)
+        return result
+
+
+def _run(problem: Problem, name: str) -> tuple[list[Tensor], torch.dtype]:
+    """Runs B twice."""
+    narrowest = _Narrowest(problem.objective.dtype)
+    one, two = (list(_outputs(problem, problem.last.weights, narrowest)) for _ in range(2))
     if not one:
         raise ModelError(
             "the model returns no tensors that could be compared",
             "Give a --model that returns its scores",
         )
-    if not _difference(one, two) <= _TOLERANCE[problem.objective.dtype]:
+    if not _difference(one, two) <= _TOLERANCE[narrowest.dtype]:
         raise NondeterministicModelError(
             f"{name}: the model gives two answers for the same weights and data, even in eval mode",
             "Take the randomness (dropout outside nn.Dropout, sampling) out of its forward",
         )
-    return one
+    return one, narrowest.dtype
 
 
 @torch.no_grad()
-def _outputs(problem: Problem, weights: Weights) -> Iterator[Tensor]:
-    """What the model gives for the first batch of each split."""
+def _outputs(
+    problem: Problem, weights: Weights, watch: AbstractContextManager[object]
+) -> Iterator[Tensor]:
+    """What the model gives for the first batch of each split, its forward pass watched."""
     objective = problem.objective
     objective.load(weights)
     for split in objective.first_batches().values():
         inputs = objective.data.prepare(split.inputs, objective.dtype)
         # A model may write on its inputs.
-        yield from _tensors(objective.forward(objective.model, map_inputs(Tensor.clone, inputs)))
+        inputs = map_inputs(Tensor.clone, inputs)
+        with watch:
+            outputs = objective.forward(objective.model, inputs)
+        yield from _tensors(outputs)
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:
