@@ -207,8 +207,30 @@ class GPT(nn.Module):
             z.view(n, length, 2, 4).transpose(1, 2) for z in self.qkv(self.norm(x)).split(8, 2)
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).contiguous().view(n, length, width))
+        x = x + self.out(y.transpose(1, 2).reshape(n, length, width))
         return self.head(x + self.down(F.gelu(self.up(self.norm_two(x)))))[:, -1]
+
+
+class Shared(nn.Module):
+    """Four heads of queries to two of keys and values; RMS norm; types named on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 10)
+        self.norm = nn.RMSNorm(10)
+        self.q, self.k, self.v = (nn.Linear(10, n, bias=False) for n in (12, 6, 14))
+        self.out = nn.Linear(28, 10)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        y = self.norm(x.to(torch.float64)).to(x.dtype)
+        q, k, v = (
+            layer(y).unflatten(2, (heads, -1)).transpose(1, 2)
+            for layer, heads in ((self.q, 4), (self.k, 2), (self.v, 2))
+        )
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.head((x + self.out(y.transpose(1, 2).flatten(2))).mean(1))
 
 
 class UNet(nn.Module):
@@ -298,13 +320,11 @@ _IMAGES = _normal(7, 3, 8, 8)
 _TOKENS = torch.randint(11, (7, 5), generator=_generator)
 
 NETWORKS = [
-    Network("mlp-relu", lambda: MLP("12-9-7-5"), _normal(7, 3, 4), [7, 9]),
-    Network("mlp-tanh", lambda: MLP("6-8-1", activation="tanh"), _normal(7, 6), [8]),
+    Network("mlp", lambda: MLP("12-9-7-5", activation="tanh"), _normal(7, 3, 4), [7, 9]),
     # The units, and their pieces: those swapped alike in all units.
     Network("maxout", lambda: MLP("6-8-5", activation="maxout", pieces=3), _normal(7, 6), [3, 8]),
     Network("no-hidden", lambda: MLP("4-2"), _normal(7, 4), []),
-    Network("cnn", lambda: CNN("4-6", channels=3), _IMAGES, [4, 6]),
-    Network("cnn-norm", lambda: CNN("4-6", channels=3, batchnorm=True), _IMAGES, [4, 6]),
+    Network("cnn", lambda: CNN("4-6", channels=3, batchnorm=True), _IMAGES, [4, 6]),
     # Two streams, and what is inside of each block.
     Network("resnet", ResNet, _IMAGES, [4, 4, 6, 6]),
     # Those of the stream, and those that meet zeros only.
@@ -317,7 +337,9 @@ NETWORKS = [
     Network("tied", Tied, _normal(7, 6), [5]),
     # The stream; 2 heads; in all heads alike the 4 of queries and keys, and the 4 of values.
     Network("gpt", GPT, _TOKENS, [2, 4, 4, 8, 16]),
-    # As above, but queries, keys and values are one tensor, cut along an axis of its own.
+    # The stream; 2 heads of keys and values; 2 of queries to each; inside queries, and values.
+    Network("shared", Shared, _TOKENS, [2, 2, 3, 7, 10]),
+    # As gpt, but queries, keys and values are one tensor, cut along an axis of its own.
     Network("attention", foreign.Attention, _TOKENS, [2, 4, 8, 16]),
     Network("unet", UNet, _IMAGES, [3, 4, 5, 6, 7, 8]),
     # Both layers start from one tensor of zeros, which ties them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -15,7 +16,7 @@ from losscli.permutations import Group, Member, permutation_groups, permute
 from losscli.weights import Weights, distance, norm
 from tests.networks import NETWORKS, Network
 
-CHOSEN = ("mlp-relu", "maxout", "cnn-norm", "resnet", "dense", "tied", "gpt", "gru")
+CHOSEN = ("mlp", "maxout", "cnn", "resnet", "dense", "tied", "gpt", "gru")
 GROUPED = [network for network in NETWORKS if network.name in CHOSEN]
 
 
@@ -27,6 +28,11 @@ def shuffled(network: Network, state: Weights, seed: int) -> tuple[Weights, list
     generator = torch.Generator().manual_seed(seed)
     order = [torch.randperm(group.size, generator=generator) for group in network.groups]
     return permute(state, network.groups, order), order
+
+
+@functools.cache
+def groups_of(sizes: str) -> tuple[Group, ...]:
+    return permutation_groups(MLP(sizes).eval(), (torch.randn(2, 4),))
 
 
 def check(matching: Matching, a: Weights, b: Weights, groups: tuple[Group, ...], names: list[str]):
@@ -80,8 +86,7 @@ def test_it_meets_brute_force_over_one_hidden_layer(seed: int) -> None:
         {name: torch.randn(*size, generator=generator) for name, size in sizes.items()}
         for _ in range(2)
     )
-    model = MLP("4-6-3").eval()
-    groups = permutation_groups(model, (torch.randn(2, 4),))
+    groups = groups_of("4-6-3")
     matching = match(a, b, groups, list(sizes))
 
     def product(p: tuple[int, ...]) -> float:
@@ -97,8 +102,7 @@ def test_it_meets_brute_force_over_one_hidden_layer(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_it_ends_where_no_change_of_one_layer_helps(seed: int) -> None:
-    model = MLP("4-5-4-3").eval()
-    groups = permutation_groups(model, (torch.randn(2, 4),))
+    groups, model = groups_of("4-5-4-3"), MLP("4-5-4-3")
     a, b = (
         {name: torch.randn(t.shape, generator=torch.Generator().manual_seed(10 * seed + s))
          for name, t in model.state_dict().items()}
