@@ -429,7 +429,7 @@ def alignment(summary: Mapping[str, Any]) -> str:
         ("hidden units", f"{summary['units']:,} in {groups}; {summary['moved']:,} change places"),
         ("‖B − A‖", f"{before:.4g}, permuted {after:.4g}, over {over}"),
         ("⟨A, B⟩", f"{products[0]}, permuted {products[1]}"),
-        ("function", f"B's: on {examples} outputs differ by {off} at most, in {check['dtype']}"),
+        ("function", f"B's: the same outputs on {examples}, to {off}, in {check['dtype']}"),
     ]
     return "".join(f"{label:<14}{text}\n" for label, text in rows)
 

@@ -47,6 +47,7 @@ def test_b_is_written_in_the_order_of_a(losscli: Losscli, folder: Path) -> None:
     assert f"‖B − A‖       {distance(a, b):.4g}, permuted {distance(a, aligned):.4g}" in done.stdout
     moved = sum(i != p for i, p in enumerate(places))
     assert f"hidden units  5 in 1 group; {moved} change places" in done.stdout
+    assert "function      B's: the same outputs on 40 examples, to " in done.stdout
     assert done.stderr == "note: wrote aligned.safetensors\n"
     x = torch.rand(9, 6)
     torch.testing.assert_close(
