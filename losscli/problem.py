@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from losscli._version import __version__
-from losscli.checkpoint import Checkpoint, CheckpointFile, read
+from losscli.checkpoint import Checkpoint, CheckpointFile, base_of, read
 from losscli.datasets import DataSet, from_object, load
 from losscli.errors import (
     CheckpointError,
@@ -144,7 +144,8 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
     """
     _check(settings)
     device = _device(settings.device, settings.dtype)
-    file = next((read(name) for name in names if not name.startswith("init:")), None)
+    base = base_of(names)
+    file = read(base) if base else None
     with torch.random.fork_rng(devices=[]):
         found = _find("model", settings.model, file)
         if found is None:
@@ -155,7 +156,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
             )
         torch.manual_seed(settings.seed)
         model = _build(found)
-        checkpoints = _Checkpoints(model, found)
+        checkpoints = _Checkpoints(model, found, base)
         entries, first = checkpoints.survey(names)
         whole, data_spec = _data(settings, file)
         data = whole.select(settings.split, settings.limit, settings.seed)
@@ -363,20 +364,22 @@ def _check_tensors(model: nn.Module, where: str) -> None:
 class _Checkpoints:
     """Opens checkpoints by their names, for one model."""
 
-    def __init__(self, model: nn.Module, found: _Found) -> None:
+    def __init__(self, model: nn.Module, found: _Found, base: str | None) -> None:
         self._model = model
         self._found = found
-        self._seen: dict[str, tuple[int, int, int]] = {}
+        self._base = base  # what adapters change
+        self._seen: dict[str, Any] = {}
 
     def open(self, name: str) -> Checkpoint:
         """Opens one, its tensors under the model's names."""
         with torch.random.fork_rng(devices=[]):
             if name.startswith("init:"):
                 return _initialisation(name, self._found)
-            checkpoint = read(name).select(self._model.state_dict())
+            file, expected = read(name), self._model.state_dict()
+            base = read(self._base).select(expected) if file.adapter and self._base else None
+            checkpoint = file.select(expected, base)
         if checkpoint.path is not None:
-            state = checkpoint.path.stat()
-            seen = state.st_ino, state.st_size, state.st_mtime_ns
+            seen = checkpoint.stamp()
             if self._seen.setdefault(name, seen) != seen:
                 raise CheckpointError(
                     f"{name} was changed while it was looked at",

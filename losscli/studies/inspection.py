@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from losscli.checkpoint import Checkpoint, read
-from losscli.errors import MismatchError, TableError, UsageError
+from losscli.checkpoint import Checkpoint, base_of, read
+from losscli.errors import CheckpointError, MismatchError, TableError, UsageError
 from losscli.geometry import Line
 from losscli.results import Result
 from losscli.table import Cell, Table
@@ -38,8 +38,7 @@ def inspect(names: Sequence[str]) -> Result:
     """
     if len(names) not in {1, 2}:
         raise UsageError(f"inspect takes one checkpoint or two, not {len(names)}")
-    checkpoints = [read(name).select(None) for name in names]
-    first = checkpoints[0]
+    first, *others = checkpoints = _open(names)
     summary: dict[str, Any] = {
         "command": "inspect",
         "checkpoints": [
@@ -62,9 +61,9 @@ def inspect(names: Sequence[str]) -> Result:
                norm({"": t})]
         for name, t in first.weights.items()
     }  # fmt: skip
-    if len(checkpoints) == 1:
+    if not others:
         return Result(Table.build(columns, described.values()), summary)
-    other = checkpoints[1]
+    (other,) = others
     shared = [
         name
         for name, t in first.weights.items()
@@ -83,6 +82,25 @@ def inspect(names: Sequence[str]) -> Result:
         for name in shared
     )
     return Result(Table.build([*columns, "norm_b", "distance", "cosine"], rows), summary)
+
+
+def _open(names: Sequence[str]) -> list[Checkpoint]:
+    """Opens one or two; the second under the names of the first, where it has the same tensors."""
+    files = [read(name) for name in names]
+    base = next((file for file in files if not file.adapter), None)
+    under = base.select(None) if base and len(files) > 1 and any(f.adapter for f in files) else None
+    checkpoints = [files[0].select(None, under)]
+    for file in files[1:]:
+        try:
+            checkpoints.append(file.select(checkpoints[0].weights, under))
+        except (CheckpointError, MismatchError):
+            # Another model, or one that is quantised: what there is to see is still shown.
+            checkpoints.append(file.select(None, under))
+    return [replace(c, weights={n: _whole(t) for n, t in c.weights.items()}) for c in checkpoints]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.dequantize() if tensor.is_quantized else tensor
 
 
 @dataclass(frozen=True)
@@ -175,8 +193,10 @@ def export(a: str, b: str, alpha: float, *, summary: Mapping[str, Any] | None = 
     """
     if not abs(alpha) <= 1e30:
         raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
-    first = read(a).select(None)
-    second = read(b).select(first.weights)
+    files, name = [read(a), read(b)], base_of([a, b])
+    base = read(name).select(None) if name and any(f.adapter for f in files) else None
+    first = files[0].select(None, base)
+    second = files[1].select(first.weights, base)
     if summary is not None:
         _need_the_same((first, second), summary, alpha)
     if wrong := mismatches(second.weights, first.weights):

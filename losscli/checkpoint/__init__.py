@@ -1,0 +1,20 @@
+"""From file to checkpoint and back: the only room that unwraps, strips prefixes, reads pickles."""
+
+from __future__ import annotations
+
+from losscli.checkpoint.files import SUFFIXES
+from losscli.checkpoint.folders import in_folder
+from losscli.checkpoint.reading import base_of, read
+from losscli.checkpoint.saving import save
+from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied
+
+__all__ = [
+    "SUFFIXES",
+    "Checkpoint",
+    "CheckpointFile",
+    "base_of",
+    "in_folder",
+    "read",
+    "save",
+    "tied",
+]

@@ -1,0 +1,283 @@
+"""LoRA adapters: low-rank changes of another checkpoint's weights, as peft writes them.
+
+Hu et al. 2021, arXiv 2106.09685: W becomes W + (α / r) B A. With rank stabilisation (Kalajdzievski
+2023, arXiv 2312.03732) the factor is α / √r.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losscli.errors import CheckpointError, MismatchError
+from losscli.weights import Weights, working_type
+
+__all__ = ["CONFIG", "Adapter"]
+
+CONFIG = "adapter_config.json"
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.(weight|bias))?")
+
+# Ways to train that change more than W + s B A, or the base itself, by their keys in the config.
+_OTHERS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "layer_replication": "layer replication",
+    "target_parameters": "LoRA on bare parameters",
+    "trainable_token_indices": "trained tokens",
+}
+# Initialisations that leave the base as it is; the others keep a part of it in the adapter.
+_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What the config of a LoRA adapter says.
+
+    Attributes:
+        where: The config.
+        base: What it was trained on, as its trainer named it.
+        rank: r, where no pattern says another.
+        alpha: α, where no pattern says another.
+        ranks: r by patterns of modules' names.
+        alphas: α by patterns of modules' names.
+        stabilised: Whether the factor is α / √r.
+        transposed: Whether weights are stored [in, out], as those of GPT-2 are.
+    """
+
+    where: Path
+    base: str | None
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    stabilised: bool
+    transposed: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: Path) -> Adapter:
+        """Reads a config.
+
+        Args:
+            config: Its content.
+            where: The file, for the errors.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            CheckpointError: It is of another kind than LoRA, or has values that make no sense.
+        """
+        kind = config.get("peft_type")
+        if kind != "LORA":
+            raise CheckpointError(
+                f"{where} is of an adapter of the type {kind!r}, and only LORA is read", _MERGE
+            )
+        other = next((what for key, what in _OTHERS.items() if config.get(key)), None)
+        initial = config.get("init_lora_weights")
+        if other is None and initial not in _INITIAL:
+            other = f"init_lora_weights={initial!r}, which changes the base as well"
+        if other:
+            raise CheckpointError(f"{where}: {other} is not read, only plain LoRA", _MERGE)
+        base, ranks, alphas = (
+            config.get(key) for key in ("base_model_name_or_path", "rank_pattern", "alpha_pattern")
+        )
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        ranks, alphas = ranks or {}, alphas or {}
+        if not isinstance(ranks, dict) or not isinstance(alphas, dict):
+            raise CheckpointError(f"{where}: its patterns are no JSON objects", _BROKEN)
+        for key, value in (("r", rank), *ranks.items()):
+            if type(value) is not int or value < 1:
+                raise CheckpointError(f"{where}: {key} is {value!r}, which is no rank", _BROKEN)
+        for key, value in (("lora_alpha", alpha), *alphas.items()):
+            if type(value) not in {int, float} or not abs(value) < 1e30:
+                raise CheckpointError(f"{where}: {key} is {value!r}, which is no factor", _BROKEN)
+        for pattern in (*ranks, *alphas):
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError):
+                raise CheckpointError(
+                    f"{where}: {pattern!r} is no regular expression", _BROKEN
+                ) from None
+        return cls(
+            where,
+            base if isinstance(base, str) and base else None,
+            int(rank or 0),
+            float(alpha or 0),
+            ranks,
+            alphas,
+            bool(config.get("use_rslora")),
+            bool(config.get("fan_in_fan_out")),
+        )
+
+    def merge(
+        self, base: Weights, tensors: Weights, twins: Mapping[str, list[str]]
+    ) -> dict[str, Tensor]:
+        """Changes the weights of a model.
+
+        Args:
+            base: The model's tensors.
+            tensors: The adapter's tensors under peft's names.
+            twins: For each tied name of the model, the other names of its tensor.
+
+        Returns:
+            The model's tensors: new ones in float32 or wider where the adapter changes them, and
+            otherwise the base's own.
+
+        Raises:
+            MismatchError: The adapter changes what the base does not have, or in another shape.
+            CheckpointError: It has tensors that no rule of LoRA explains.
+        """
+        factors, replaced = _sorted(tensors, self.where)
+        changed: dict[str, Tensor] = {}
+        for name, tensor in replaced.items():
+            if name not in base or base[name].shape != tensor.shape:
+                raise self._unlike(name, tensor.shape, base)
+            changed[name] = tensor
+        for module, pair in factors.items():
+            name = next(
+                (n for end in ("weight", "in_proj_weight") if (n := f"{module}.{end}") in base),
+                f"{module}.weight",
+            )
+            if "A" not in pair or "B" not in pair:
+                raise CheckpointError(f"{self.where}: {module} has one factor of two", _BROKEN)
+            scale = self._scale(module, pair["A"])
+            product = self._product(name, pair, base, tensors)
+            before = changed.get(name, base[name])
+            dtype = working_type(before, pair["A"], pair["B"])
+            changed[name] = (before.double() + product * scale).to(dtype)
+            if "bias" in pair:
+                bias = f"{module}.bias"
+                if bias not in base or base[bias].shape != pair["bias"].shape:
+                    raise self._unlike(bias, pair["bias"].shape, base)
+                old = changed.get(bias, base[bias])
+                dtype = working_type(old, pair["bias"])
+                changed[bias] = (old.double() + pair["bias"].double() * scale).to(dtype)
+        for name in list(changed):
+            for twin in twins.get(name, []):
+                if twin in changed and not torch.equal(changed[twin], changed[name]):
+                    raise CheckpointError(
+                        f"{self.where}: {name} and {twin} are one tensor in the model, and the "
+                        "adapter changes them in two ways",
+                        _MERGE,
+                    )
+                changed[twin] = changed[name]
+        return {**base, **changed}
+
+    def _scale(self, module: str, a: Tensor) -> float:
+        rank = self.ranks.get(_pattern(self.ranks, module), self.rank)
+        alpha = self.alphas.get(_pattern(self.alphas, module), self.alpha)
+        if a.shape[0] != rank:
+            raise CheckpointError(
+                f"{self.where} says that the rank of {module} is {rank}, and its tensors are of "
+                f"rank {a.shape[0]}",
+                "Do the config and the tensors belong together?",
+            )
+        return alpha / (math.sqrt(rank) if self.stabilised else rank)
+
+    def _product(
+        self,
+        name: str,
+        pair: Mapping[str, Tensor],
+        base: Weights,
+        tensors: Weights,
+    ) -> Tensor:
+        """Computes B A in float64, laid out as the base's weight is."""
+        a, b = pair["A"], pair["B"]
+        if b.shape[1] != a.shape[0]:
+            raise self._unlike(name, torch.Size([b.shape[0], *a.shape[1:]]), base)
+        product = torch.einsum("or,r...->o...", b.double().flatten(1), a.double())
+        if name not in base:
+            raise self._unlike(name, product.shape, base)
+        shape = base[name].shape
+        if "embedding" in pair:
+            product = product.T
+        elif product.ndim == 2 and shape[:1] == shape[1:]:
+            # peft stores one flag for modules of both kinds, and that of the last one made.
+            if _contradicts(base, tensors, transposed=self.transposed):
+                raise CheckpointError(
+                    f"{self.where}: fan_in_fan_out is {str(self.transposed).lower()} and not so of "
+                    f"all its modules, and {name} is square: how it is stored is not known",
+                    _MERGE,
+                )
+            product = product.T if self.transposed else product
+        elif product.ndim == 2 and product.shape != shape:
+            product = product.T
+        if product.shape != shape:
+            raise self._unlike(name, product.shape, base)
+        return product
+
+    def _unlike(self, name: str, shape: torch.Size, base: Weights) -> MismatchError:
+        have = f"has it as {list(base[name].shape)}" if name in base else "has no such tensor"
+        return MismatchError(
+            f"the adapter {self.where.parent} changes {name} {list(shape)}, and its base {have}",
+            "Name the checkpoint that it was trained on before it",
+        )
+
+
+_MERGE = "Merge it with peft (merge_and_unload) and save the whole model"
+_BROKEN = "Save the adapter again with save_pretrained"
+
+
+def _pattern(patterns: Mapping[str, Any], module: str) -> str:
+    """Finds the pattern that fits a module, as peft does: the first, at the end of the name."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), "")
+
+
+def _sorted(tensors: Weights, where: Path) -> tuple[dict[str, dict[str, Tensor]], Weights]:
+    """Sorts an adapter's tensors: the factors of each module, and whole tensors that replace."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] = {}
+    for full, tensor in tensors.items():
+        # peft wraps the layers it changes; the names of their own tensors are without that.
+        name = full.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        if found := _FACTOR.fullmatch(name):
+            module, embedding, letter, kind = found.groups()
+            pair = factors.setdefault(module, {})
+            if kind == "bias" and letter == "B":
+                pair["bias"] = tensor
+            elif tensor.ndim < 2 or kind == "bias":
+                raise CheckpointError(
+                    f"{where.parent}: {full} {list(tensor.shape)} is no factor", _BROKEN
+                )
+            else:
+                pair[letter] = tensor
+                if embedding:
+                    pair["embedding"] = tensor
+        elif ".original_module." in name:
+            continue  # what the trained copy stands in for
+        elif ".modules_to_save." in name:
+            trained[name.replace(".modules_to_save.", ".")] = tensor
+        elif "lora_" in name or "token_adapter" in name:
+            raise CheckpointError(f"{where.parent}: {full} is of no plain LoRA", _MERGE)
+        else:
+            replaced[name] = tensor
+    return factors, {**replaced, **trained}
+
+
+def _contradicts(base: Weights, tensors: Weights, *, transposed: bool) -> bool:
+    """Whether a weight that is not square is stored the other way round than the config says."""
+    factors, _ = _sorted(tensors, Path())
+    for module, pair in factors.items():
+        weight = base.get(f"{module}.weight")
+        if weight is None or weight.ndim != 2 or "embedding" in pair or len(pair) < 2:
+            continue
+        shape = pair["B"].shape[0], pair["A"].shape[1]
+        if shape[0] != shape[1] and (tuple(weight.shape) == shape) == transposed:
+            return True
+    return False

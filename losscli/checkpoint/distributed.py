@@ -1,0 +1,244 @@
+"""Folders of torch.distributed.checkpoint, read without a process group.
+
+The names of classes in ``.metadata`` are never looked up: stand-ins keep what they are built of.
+Only tensors are read from the parts, each with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losscli.checkpoint.names import state_dicts
+from losscli.checkpoint.standins import Path as PathText
+from losscli.checkpoint.standins import Record, load_tensors
+from losscli.checkpoint.state import CheckpointFile
+from losscli.errors import CheckpointError, one_line
+from losscli.pickles import ForbiddenPickleError, load
+from losscli.weights import Weights
+
+__all__ = ["METADATA", "read_distributed"]
+
+METADATA = ".metadata"
+
+
+class _Tensor(Record):
+    """TensorStorageMetadata."""
+
+
+class _Key(Record):
+    """MetadataIndex."""
+
+
+class _Tuple(Record):
+    """torch.Size."""
+
+    def __new__(cls, items: Any = ()) -> Any:
+        """Makes a tuple.
+
+        Args:
+            items: What is in it.
+
+        Returns:
+            The tuple.
+        """
+        return tuple(items)
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+
+# Nothing here looks anything up, opens a file, or keeps more than its arguments.
+_KNOWN: dict[tuple[str, str], Any] = {
+    (_METADATA, "Metadata"): Record,
+    (_METADATA, "TensorStorageMetadata"): _Tensor,
+    (_METADATA, "BytesStorageMetadata"): Record,
+    (_METADATA, "ChunkStorageMetadata"): Record,
+    (_METADATA, "TensorProperties"): Record,
+    (_METADATA, "_MEM_FORMAT_ENCODING"): Record,
+    (_METADATA, "MetadataIndex"): _Key,
+    (_METADATA, "StorageMeta"): Record,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Record,
+    ("torch.serialization", "_get_layout"): Record,
+    ("torch", "Size"): _Tuple,
+    ("collections", "OrderedDict"): dict,
+    **{
+        ("torch", name): value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype)
+    },
+    **{
+        (f"pathlib{module}", name): PathText
+        for module in ("", "._local")  # where Python 3.13 keeps them
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    },
+}
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A block of a tensor: where it begins and how large it is, and the bytes that hold it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: Path
+    start: int
+    length: int
+
+
+def read_distributed(folder: Path, name: str) -> CheckpointFile:
+    """Reads what a folder holds; of its tensors only names, shapes and types.
+
+    Args:
+        folder: Where it lies.
+        name: How the user named it.
+
+    Returns:
+        The checkpoint, in which one state dict is still to be chosen and read.
+
+    Raises:
+        CheckpointError: It is broken, or wants code to be run.
+    """
+    where = f"{folder / METADATA}"
+    try:
+        metadata = load((folder / METADATA).read_bytes(), _KNOWN)
+        shapes, chunks, content = _tables(metadata, folder)
+    except ForbiddenPickleError as error:
+        raise CheckpointError(
+            f"{where} is a pickle that wants to run code ({error.wanted}); none of it was run",
+            "If you trust it, write it as one file with "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt",
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a broken pickle raises anything
+        raise CheckpointError(
+            f"{where} is no metadata of a distributed checkpoint ({one_line(error)})",
+            "Was its writing cut off?",
+        ) from None
+    labels = {id(tensor): label for label, tensor in shapes.items()}
+
+    def fetch(weights: Weights) -> Weights:
+        read: dict[int, Tensor] = {}
+        for tensor in weights.values():
+            if id(tensor) not in read:
+                label = labels[id(tensor)]
+                read[id(tensor)] = _read(label, tensor, chunks[label], name)
+        return {label: read[id(tensor)] for label, tensor in weights.items()}
+
+    files = {chunk.file for of_one in chunks.values() for chunk in of_one}
+    return CheckpointFile(
+        name,
+        folder,
+        dict(state_dicts(content)),
+        {},
+        (folder / METADATA, *sorted(files)),
+        fetch=fetch,
+    )
+
+
+def _tables(
+    metadata: Any, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, list[_Chunk]], dict[Any, Any]]:
+    """Takes the metadata apart: a tensor without values for each name, and where these are."""
+    stored = {
+        (key["fqn"], None if key["offset"] is None else _whole(key["offset"])): info
+        for key, info in metadata["storage_data"].items()
+        if isinstance(key, _Key)
+    }
+    paths = metadata["planner_data"]
+    shapes: dict[str, Tensor] = {}
+    chunks: dict[str, list[_Chunk]] = {}
+    content: dict[Any, Any] = {}
+    for label, told in metadata["state_dict_metadata"].items():
+        if not isinstance(told, _Tensor):
+            continue
+        dtype = told["properties"].state[0]
+        shape = _whole(told["size"])
+        if not isinstance(label, str) or not isinstance(dtype, torch.dtype):
+            raise TypeError(label)
+        blocks = [(_whole(c["offsets"]), _whole(c["sizes"])) for c in told["chunks"]]
+        # A rank that has none of a tensor may have written an empty chunk.
+        full = {offsets: sizes for offsets, sizes in blocks if math.prod(sizes)}
+        if sum(map(math.prod, full.values())) != math.prod(shape):
+            raise ValueError(f"the chunks of {label} are not the whole of it")
+        chunks[label] = [
+            _chunk(label, offsets, sizes, shape, stored, folder) for offsets, sizes in full.items()
+        ]
+        shapes[label] = torch.empty(shape, dtype=dtype, device="meta")
+        # The planner says by which keys a name was made; without it the name is the only key.
+        place = paths.get(label, (label,)) if isinstance(paths, dict) else (label,)
+        *keys, last = place
+        inner = content
+        for key in keys:
+            inner = inner.setdefault(key, {})
+        inner[last] = shapes[label]
+    return shapes, chunks, content
+
+
+def _whole(numbers: Any) -> tuple[int, ...]:
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise ValueError("a size is no whole number")
+    return tuple(numbers)
+
+
+def _chunk(
+    label: str,
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+    shape: tuple[int, ...],
+    stored: Mapping[Any, Any],
+    folder: Path,
+) -> _Chunk:
+    if any(o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
+        raise ValueError(f"a chunk of {label} reaches beyond it")
+    info = stored[label, offsets]
+    file, (start, length) = info["relative_path"], _whole((info["offset"], info["length"]))
+    if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+        raise CheckpointError(
+            f"{folder / METADATA} says that {label} is in {file!r}, which is no file of its folder",
+            "The parts of a distributed checkpoint lie beside their .metadata",
+        )
+    if info["transform_descriptors"]:
+        raise CheckpointError(
+            f"{folder / METADATA}: {label} was written through {info['transform_descriptors']}, "
+            "which is not read",
+            "Save it without extensions",
+        )
+    return _Chunk(offsets, sizes, folder / file, start, length)
+
+
+def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
+    """Reads a tensor from its chunks, each of which is a small file of torch within a part."""
+    whole = torch.empty(shape.shape, dtype=shape.dtype)
+    for chunk in chunks:
+        try:
+            with chunk.file.open("rb") as file:
+                file.seek(chunk.start)
+                content = load_tensors(io.BytesIO(file.read(chunk.length)))
+            if not isinstance(content, Tensor):
+                raise TypeError("it holds no tensor")  # noqa: TRY301
+            content = content.detach()
+            if tuple(content.shape) != chunk.sizes or content.dtype != whole.dtype:
+                raise ValueError(f"it holds {list(content.shape)} {content.dtype}")  # noqa: TRY301
+            place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[place] = content
+        except OSError as error:
+            raise CheckpointError(
+                f"{name}: {chunk.file} cannot be read: {error.strerror or error}",
+                "Was the checkpoint copied whole?",
+            ) from None
+        except Exception as error:  # noqa: BLE001 - a broken part makes torch raise anything
+            raise CheckpointError(
+                f"{name}: {label} cannot be read from {chunk.file} ({type(error).__name__})",
+                "Was its writing cut off?",
+            ) from None
+    return whole

@@ -1,0 +1,171 @@
+"""Single files: safetensors, and whatever torch.save writes."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickletools
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from losscli.checkpoint.standins import load_tensors
+from losscli.errors import CheckpointError, one_line
+
+__all__ = ["SUFFIXES", "read_file", "read_json"]
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
+
+_OLD_FORMAT = 0x1950A86A20F9469CFC6C
+
+# For a shell, in single quotes: takes the largest state dict, or that of a whole module.
+_RESAVE = (
+    "import sys, torch, safetensors.torch as s; "
+    'state = lambda x: x.state_dict() if hasattr(x, "state_dict") else x; '
+    'c = state(torch.load(sys.argv[1], "cpu", weights_only=False)); '
+    "tensors = lambda x: {k: v.clone(memory_format=torch.contiguous_format) for k, v in "
+    "x.items() if torch.is_tensor(v)} if isinstance(x, dict) else {}; "
+    "s.save_file(max([tensors(state(x)) for x in [c, *c.values()]], key=len), sys.argv[2])"
+)
+
+
+def read_file(path: Path, name: str) -> tuple[Any, dict[str, str]]:
+    """Reads a file without running anything that it holds.
+
+    Args:
+        path: Where it lies.
+        name: How the user named it.
+
+    Returns:
+        What it holds, and the plain values beside the tensors.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or wants code to be run.
+    """
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
+    return read(path, name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a small file of JSON beside weights.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object in it.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds no object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is no JSON: {one_line(error)}", "Was its writing cut off?"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object", "Was it written for something else?")
+    return content
+
+
+def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        # safetensors takes a file that may not be read for a missing one.
+        with path.open("rb"), safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is no whole safetensors file: {one_line(error)}",
+            "Was its writing cut off?",
+        ) from None
+
+
+def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF" and _is_utf8(path):
+            content = load_tensors(path, mmap=magic == b"PK\x03\x04")
+        elif magic != b"GGUF":
+            content = load_tensors(io.BytesIO(path.read_bytes()))
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # noqa: BLE001 - a broken file makes the unpickler raise anything
+        raise _unreadable(name, path, error) from None
+    if magic == b"GGUF":
+        raise CheckpointError(
+            f"{name} is a GGUF file, made for llama.cpp and quantised as a rule",
+            "Give the checkpoint that it was made from",
+        )
+    plain = content.items() if isinstance(content, Mapping) else ()
+    metadata = {
+        str(key): str(value) for key, value in plain if isinstance(value, str | int | float | bool)
+    }
+    return content, metadata
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether torch, which maps files by their names in UTF-8, can map this one."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a file ends within a pickle: what it then seems to name is half a name."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":  # an archive has its directory at the end
+                return False
+            file.seek(0)
+            # In the old format three small ones, the first a number, come before the content.
+            pickles = 1
+            for number in range(4):
+                for _, value, _ in pickletools.genops(file):
+                    if number == 0 and value == _OLD_FORMAT:
+                        pickles = 4
+                if number + 1 == pickles:
+                    break
+    except (OSError, ValueError):
+        return True
+    return False
+
+
+def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
+    text = str(error)
+    # The unpickler's refusal names what the pickle wanted to import, in one of these forms.
+    wanted = re.search(r"GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)|function ([\w.]+)", text)
+    thing = ""
+    if "weights_only" not in text.lower().replace(" ", "_") or "invalid load" in text:
+        wanted = None
+    if wanted and not _is_cut(path):
+        thing = f"is a pickle that wants to run code ({next(filter(None, wanted.groups()))})"
+    elif "TorchScript" in text:
+        thing = "is a TorchScript program, which is code"
+    elif "operand 149" in text:
+        # Where the opcode FRAME stands, the pickle is of protocol 4 or above.
+        thing = "is a pickle of a protocol that torch reads only together with code"
+    if thing:
+        target = path.with_name(f"{path.stem}-weights.safetensors")
+        return CheckpointError(
+            f"{name} {thing}; none of it was run",
+            "If you trust it, save its state dict again: "
+            f"python -c '{_RESAVE}' {shlex.quote(str(path))} {shlex.quote(str(target))}",
+        )
+    return CheckpointError(
+        f"{name} is no checkpoint that torch can read ({type(error).__name__})",
+        f"Known suffixes are {', '.join(SUFFIXES)}; was its writing cut off?",
+    )

@@ -1,0 +1,257 @@
+"""Folders: which are one checkpoint and which hold several, and what lies in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from losscli.checkpoint.adapters import CONFIG, Adapter
+from losscli.checkpoint.distributed import METADATA, read_distributed
+from losscli.checkpoint.files import SUFFIXES, read_file, read_json
+from losscli.checkpoint.names import state_dicts
+from losscli.checkpoint.state import CheckpointFile
+from losscli.errors import CheckpointError, one_line
+
+__all__ = ["in_folder", "is_index", "read_adapter", "read_folder", "read_index"]
+
+# As transformers seeks them; the names of other libraries end alike.
+_WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_INDEX = re.compile(r".*\.(safetensors|bin|pt|pth)\.index(\.[\w-]+)?\.json")
+
+# What the trainer of transformers keeps beside weights.
+_BESIDE = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state(_\d+)?)\.(pt|pth|bin)")
+
+
+def in_folder(name: str) -> list[str]:
+    """Lists the checkpoints in a folder.
+
+    Args:
+        name: A name as a user gives it.
+
+    Returns:
+        Its files with the suffixes of checkpoints, and the folders in it that are checkpoints, in
+        natural order, step-9 before step-10; none where the name is not that of a folder, or is
+        that of a folder which is one checkpoint itself.
+
+    Raises:
+        CheckpointError: It is a folder without such files, or cannot be read.
+    """
+    folder = Path(name)
+    try:
+        # init:SEED is no folder, whatever there is.
+        if name.startswith("init:") or not folder.is_dir() or _weights_in(folder):
+            return []
+        found = [
+            path
+            for path in folder.iterdir()
+            if not path.name.startswith(".")
+            and (
+                bool(_weights_in(path))
+                if path.is_dir()
+                else path.suffix in SUFFIXES and path.is_file() and not _BESIDE.fullmatch(path.name)
+            )
+        ]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be read: {one_line(error)}") from None
+    if not found:
+        raise CheckpointError(
+            f"the folder {name} holds no checkpoints", f"Their names end in {', '.join(SUFFIXES)}"
+        )
+    return [str(path) for path in sorted(found, key=lambda path: _natural(path.name))]
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """Lists the files that make a folder one checkpoint: each is a checkpoint, all or in part."""
+    found = [folder / name for name in _WEIGHTS if (folder / name).is_file()][:1]
+    if (folder / CONFIG).is_file():
+        found += [folder / name for name in _ADAPTERS if (folder / name).is_file()][:1]
+    found += [file for file in (folder / METADATA,) if file.is_file()]
+    if found:
+        return found
+    names = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    indices = [path for path in names if is_index(path)]
+    if len(indices) == 1:
+        return indices
+    single = [path for path in names if path.suffix == ".safetensors" and path.is_file()]
+    return single if len(single) == 1 and (folder / "config.json").is_file() else []
+
+
+def read_folder(folder: Path, name: str) -> CheckpointFile:
+    """Reads a folder that is one checkpoint.
+
+    Args:
+        folder: Where it lies.
+        name: How the user named it.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: It is none, or more than one, or broken.
+    """
+    found = _weights_in(folder)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{folder} holds more than one checkpoint: {', '.join(f.name for f in found)}",
+            f"Name one, for example {found[0]}",
+        )
+    if not found:
+        raise _no_checkpoint(folder)
+    (file,) = found
+    if file.name == METADATA:
+        return read_distributed(folder, name)
+    if file.name in _ADAPTERS:
+        return read_adapter(file, name, folder)
+    if is_index(file):
+        return read_index(file, name, folder)
+    content, metadata = read_file(file, str(file))
+    return _with_config(folder, name, content, metadata, [file])
+
+
+def _no_checkpoint(folder: Path) -> CheckpointError:
+    names = {path.name for path in folder.iterdir()}
+    if any(name.endswith(".distcp") for name in names):
+        return CheckpointError(
+            f"{folder} has parts of a distributed checkpoint and no {METADATA}, which is written "
+            "last",
+            "Was its writing cut off?",
+        )
+    if CONFIG in names:
+        return CheckpointError(
+            f"{folder} has the {CONFIG} of an adapter and no {' or '.join(_ADAPTERS)}",
+            "Was its writing cut off?",
+        )
+    if "config.json" in names:
+        return CheckpointError(
+            f"{folder} has a config.json and none of {', '.join(_WEIGHTS)}",
+            "Save the model with save_pretrained, or name a file in it",
+        )
+    return CheckpointError(f"{folder} is a folder, not a checkpoint file", "Name a file in it")
+
+
+def is_index(path: Path) -> bool:
+    """Tells the index of a sharded checkpoint by its name.
+
+    Args:
+        path: A file.
+
+    Returns:
+        Whether it is one.
+    """
+    return bool(_INDEX.fullmatch(path.name))
+
+
+def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
+    """Reads a sharded checkpoint, one shard after the other.
+
+    Args:
+        index: The file that says which tensor is in which shard.
+        name: How the user named it.
+        path: What the checkpoint's path shall be: the folder, or the index.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: A shard is missing or broken, or has not what the index says.
+    """
+    folder = index.parent
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no weight_map", "Was it written for something else?")
+    shards: dict[str, list[str]] = {}
+    for tensor, shard in places.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
+            raise CheckpointError(
+                f"{index} says that {tensor} is in {shard!r}, which is no file of its folder",
+                "Shards lie beside their index",
+            )
+        shards.setdefault(shard, []).append(tensor)
+    weights: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for shard, tensors in shards.items():
+        file = folder / shard
+        if not file.is_file():
+            raise CheckpointError(
+                f"{index} names {shard}, which is not there", "Was the checkpoint copied whole?"
+            )
+        content, more = read_file(file, str(file))
+        metadata |= more
+        missing = [t for t in tensors if not isinstance(_item(content, t), Tensor)]
+        if missing:
+            raise CheckpointError(
+                f"{file} has no tensor {missing[0]}, which {index.name} says is in it",
+                "Do the shards and the index belong together?",
+            )
+        weights |= {tensor: content[tensor] for tensor in tensors}
+    # Sorted, so that the order of shards makes no difference.
+    ordered = dict(sorted(weights.items(), key=lambda item: _natural(item[0])))
+    files = [index, *(folder / shard for shard in sorted(shards))]
+    return _with_config(path, name, ordered, metadata, files)
+
+
+def _item(content: Any, name: str) -> Any:
+    return content.get(name) if isinstance(content, Mapping) else None
+
+
+def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
+    """Reads a LoRA adapter.
+
+    Args:
+        file: Its tensors.
+        name: How the user named it.
+        path: What the checkpoint's path shall be: the folder, or the file.
+
+    Returns:
+        The adapter, its tensors under their own names.
+
+    Raises:
+        CheckpointError: It is broken, or of a kind that no line is drawn to.
+    """
+    config = file.parent / CONFIG
+    adapter = Adapter.of(read_json(config), config)
+    content, _ = read_file(file, str(file))
+    tensors = dict(state_dicts(content)).get("")
+    if not tensors:
+        raise CheckpointError(
+            f"{file} holds no tensors under names", "Save the adapter with save_pretrained"
+        )
+    return CheckpointFile(name, path, {"": tensors}, {}, (config, file), adapter=adapter)
+
+
+def _with_config(
+    path: Path, name: str, content: Any, metadata: Mapping[str, str], files: list[Path]
+) -> CheckpointFile:
+    """Puts together a checkpoint of weights and, where there is one, their config.json."""
+    config = files[0].parent / "config.json"
+    how = None
+    if config.is_file():
+        how = _quantisation(read_json(config))
+        files = [config, *files]
+    return CheckpointFile(
+        name, path, dict(state_dicts(content)), dict(metadata), tuple(files), quantised=how
+    )
+
+
+def _quantisation(config: dict[str, Any]) -> str | None:
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        found = part.get("quantization_config")
+        if isinstance(found, dict) and found:
+            return f"config.json: {found.get('quant_method', 'quantization_config')}"
+    return None

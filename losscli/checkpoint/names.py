@@ -1,0 +1,158 @@
+"""Names of tensors: where in a state dict a model's own lie, under which prefixes and marks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from losscli.weights import Weights, mismatches
+
+__all__ = ["OPTIMISER", "Part", "parts", "state_dicts", "under"]
+
+OPTIMISER = re.compile(r"(.*\.)?state\.\d+|optim(i[sz]ers?)?(_states?(_dict)?)?(\..*)?", re.DOTALL)
+"""State dicts of torch's optimisers number their parameters; others go by the key's name."""
+
+# What wrappers put into names, at their beginning or around a part of a model: DataParallel and
+# DDP, torch.compile, FSDP, activation checkpointing.
+_MARKS = frozenset({
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+})
+
+
+@dataclass(frozen=True)
+class Part:
+    """A state dict, or those of its names that lie under a prefix.
+
+    Attributes:
+        prefix: The prefix; empty where it is the whole, under a prefix of all its names or none.
+        weights: The tensors under the names that the model would have for them.
+        holds: Whether all of the model's tensors are among them.
+        fits: Whether they are the model's tensors and no more.
+    """
+
+    prefix: str
+    weights: Weights
+    holds: bool
+    fits: bool
+
+
+def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, Weights]]:
+    """Finds the mappings in a file that hold tensors under names.
+
+    Args:
+        content: What the file holds.
+        label: The dotted keys that lead to it.
+        depth: How many they are.
+
+    Yields:
+        The dotted keys of each and its tensors, outermost first.
+    """
+    if not isinstance(content, Mapping) or depth > 4:
+        return
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if tensors:
+        yield label, {k: v.detach() if v.requires_grad else v for k, v in tensors.items()}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from state_dicts(value, f"{label}.{key}" if label else str(key), depth + 1)
+
+
+def under(weights: Weights, prefix: str) -> Weights:
+    """Picks the tensors whose names begin with a prefix.
+
+    Args:
+        weights: The tensors.
+        prefix: The prefix, without the dot behind it.
+
+    Returns:
+        Those tensors, the prefix taken off.
+    """
+    start = f"{prefix}."
+    return {n.removeprefix(start): t for n, t in weights.items() if n.startswith(start)}
+
+
+def parts(weights: Weights, expected: Weights, aliases: Mapping[str, list[str]]) -> Iterator[Part]:
+    """Finds where in a state dict a model's tensors may lie.
+
+    Names are taken as they are; where nothing of that holds the model, without the marks that
+    wrappers leave in them. Parts under a prefix are looked at where the whole is not the model.
+
+    Args:
+        weights: The state dict.
+        expected: The model's own.
+        aliases: The model's tied names, of which a file may leave out all but one.
+
+    Yields:
+        The parts that hold the model; where there is none, those with names in common, and the
+        whole.
+    """
+    unlike: list[Part] = []
+    for view, own in _views(weights, expected):
+        found = list(_parts(view, own, expected, aliases))
+        holders = [part for part in found if part.holds]
+        whole = [part for part in holders if part.fits and not part.prefix]
+        if holders:
+            yield from whole[:1] or holders
+            return
+        unlike += found
+    yield from unlike
+
+
+def _views(weights: Weights, expected: Weights) -> Iterator[tuple[Weights, Mapping[str, str]]]:
+    """Yields tensors by name, and the model's name for each such name: as is, then unmarked."""
+    yield weights, {name: name for name in expected}
+    view = {_unmarked(name): tensor for name, tensor in weights.items()}
+    own = {_unmarked(name): name for name in expected}
+    # Names that would fall together are never merged.
+    if len(view) == len(weights) and len(own) == len(expected):
+        yield view, own
+
+
+def _unmarked(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _MARKS)
+
+
+def _parts(
+    view: Weights,
+    own: Mapping[str, str],
+    expected: Weights,
+    aliases: Mapping[str, list[str]],
+) -> Iterator[Part]:
+    groups: dict[str, dict[str, Tensor]] = {"": dict(view)}
+    for name, tensor in view.items():
+        for dot in re.finditer(r"\.", name):
+            groups.setdefault(name[: dot.start()], {})[name[dot.end() :]] = tensor
+    needed = len(expected) - len(aliases)
+    for prefix, group in groups.items():
+        common = len(group.keys() & own.keys())
+        if prefix and not common:
+            continue
+        renamed = {own.get(name, name): tensor for name, tensor in group.items()}
+        # A prefix of all names, such as that of DDP, makes no part of its own.
+        label = "" if len(group) == len(view) else prefix
+        if common < needed:
+            yield Part(label, renamed, holds=False, fits=False)
+            continue
+        filled = _fill(renamed, aliases)
+        inner = {name: tensor for name, tensor in filled.items() if name in expected}
+        holds = not mismatches(inner, expected)
+        yield Part(label, filled, holds=holds, fits=holds and len(inner) == len(filled))
+
+
+def _fill(weights: Weights, aliases: Mapping[str, list[str]]) -> Weights:
+    """Gives tied names that a file leaves out the tensor of their twin."""
+    missing = {
+        name: weights[twin]
+        for name, twins in aliases.items()
+        if name not in weights
+        for twin in twins
+        if twin in weights
+    }
+    return {**weights, **missing} if missing else weights

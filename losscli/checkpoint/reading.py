@@ -1,0 +1,124 @@
+"""From the name of a checkpoint to what lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from losscli.checkpoint.adapters import CONFIG
+from losscli.checkpoint.files import read_file
+from losscli.checkpoint.folders import is_index, read_adapter, read_folder, read_index
+from losscli.checkpoint.names import state_dicts
+from losscli.checkpoint.quantised import packed
+from losscli.checkpoint.state import CheckpointFile
+from losscli.errors import CheckpointError
+
+__all__ = ["base_of", "read"]
+
+
+def read(name: str) -> CheckpointFile:
+    """Reads a checkpoint without running anything that it holds.
+
+    Args:
+        name: ``FILE``, ``FILE#KEY``, or a folder that is one checkpoint.
+
+    Returns:
+        The file, memory-mapped where its format allows it.
+
+    Raises:
+        CheckpointError: There is no such file, it is no checkpoint, it wants code to be run, or
+            it has no such key.
+    """
+    path, key = _locate(name)
+    try:
+        file = _read(path, name)
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
+    file = file.at(key)
+    if not file.candidates and not file.quantised:
+        raise CheckpointError(
+            f"{name} holds no tensors under names", "Save the model's state_dict() in it"
+        )
+    return file
+
+
+def base_of(names: Sequence[str]) -> str | None:
+    """Finds the checkpoint that adapters among others change.
+
+    Args:
+        names: The checkpoints of a command.
+
+    Returns:
+        The first that is neither an initialisation nor an adapter; where there is none, the
+        folder that the first adapter names as its base; None where there are no files at all.
+
+    Raises:
+        CheckpointError: The adapter names no folder that is here.
+    """
+    files = [name for name in names if not name.startswith("init:")]
+    for name in files:
+        if not _is_adapter(name):
+            return name
+    if not files:
+        return None
+    bases = {name: adapter.base for name in files if (adapter := read(name).adapter)}
+    first, base = next(iter(bases.items()))
+    if base is None or not _is_folder(base):
+        where = f"was trained on {base!r}, which is no folder here" if base else "says not on what"
+        raise CheckpointError(
+            f"{first} is a LoRA adapter that {where}", "Name the checkpoint that it changes first"
+        )
+    for name, other in bases.items():
+        if other != base:
+            raise CheckpointError(
+                f"{first} was trained on {base!r} and {name} on {other!r}",
+                "Name the checkpoint that both change first",
+            )
+    return base
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_adapter(name: str) -> bool:
+    path = Path(name)
+    folder = path if path.is_dir() else path.parent
+    try:
+        return (folder / CONFIG).is_file() and read(name).adapter is not None
+    except OSError:
+        return False
+
+
+def _read(path: Path, name: str) -> CheckpointFile:
+    if path.is_dir():
+        return read_folder(path, name)
+    if is_index(path):
+        return read_index(path, name, path)
+    if path.name.startswith("adapter_model.") and (path.parent / CONFIG).is_file():
+        return read_adapter(path, name, path)
+    content, metadata = read_file(path, name)
+    candidates = dict(state_dicts(content))
+    return CheckpointFile(name, path, candidates, metadata, (path,), quantised=packed(content))
+
+
+def _locate(name: str) -> tuple[Path, str]:
+    """Splits FILE#KEY; a file whose own name has a # in it comes first."""
+    path, key = Path(name), ""
+    try:
+        if not path.exists() and "#" in name:
+            file, _, key = name.rpartition("#")
+            path = Path(file)
+        if not path.exists():
+            raise CheckpointError(
+                f"there is no checkpoint {name}", f"Relative names start at {Path.cwd()}"
+            )
+        if path.is_file() and path.stat().st_size == 0:
+            raise CheckpointError(f"{path} is empty", "Was its writing cut off?")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{name} cannot be read: {reason}") from None
+    return path, key

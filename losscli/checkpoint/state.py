@@ -1,0 +1,263 @@
+"""A checkpoint, and a file in which one is still to be chosen."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from losscli.checkpoint.names import OPTIMISER, Part, parts, under
+from losscli.checkpoint.quantised import quantised
+from losscli.errors import CheckpointError, MismatchError
+from losscli.weights import Weights, mismatches
+
+if TYPE_CHECKING:
+    from losscli.checkpoint.adapters import Adapter
+
+__all__ = ["Checkpoint", "CheckpointFile", "tied"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one model.
+
+    Attributes:
+        name: How the user named it.
+        weights: Its tensors under the model's names, memory-mapped where the format allows it.
+        metadata: What the file says of itself, ``losscli.model`` and the like.
+        path: The file or the folder it came from; None for an initialisation.
+        files: The files that make it up.
+    """
+
+    name: str
+    weights: Weights
+    metadata: Mapping[str, str]
+    path: Path | None = None
+    files: tuple[Path, ...] = ()
+
+    def sha256(self) -> str | None:
+        """Digests the files that make it up.
+
+        Returns:
+            In hexadecimal the SHA-256 of the bytes of a single file, and of several that of a
+            list of their names and digests, as ``sha256sum`` writes it; None for an
+            initialisation.
+
+        Raises:
+            CheckpointError: A file can no longer be read.
+        """
+        files = self.files or ((self.path,) if self.path else ())
+        if not files:
+            return None
+        try:
+            digests = [_digest(file) for file in files]
+        except OSError as error:
+            raise CheckpointError(f"{self.name}: {error.strerror}") from None
+        if len(files) == 1:
+            return digests[0]
+        lines = sorted(f"{d}  {f.name}\n" for d, f in zip(digests, files, strict=True))
+        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def stamp(self) -> tuple[tuple[int, int, int], ...]:
+        """Tells one state of the files from another.
+
+        Returns:
+            Of each its place on the disk, its size, and when it was last changed.
+
+        Raises:
+            CheckpointError: A file is no longer there.
+        """
+        try:
+            states = [file.stat() for file in self.files]
+        except OSError as error:
+            raise CheckpointError(f"{self.name}: {error.strerror}") from None
+        return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in states)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A file or folder as it was read, in which one state dict is still to be chosen.
+
+    Attributes:
+        name: How the user named it.
+        path: Where it lies.
+        candidates: Every mapping of names to tensors in it, by the dotted keys that lead to it;
+            ``""`` is the file itself.
+        metadata: The plain values beside them.
+        files: The files that make it up.
+        quantised: How the weights are quantised, where a file beside them says so.
+        adapter: How its tensors change those of another checkpoint; None where they are a
+            model's own.
+        fetch: Reads the tensors that were chosen, where ``candidates`` only has their shapes.
+    """
+
+    name: str
+    path: Path
+    candidates: Mapping[str, Weights]
+    metadata: Mapping[str, str]
+    files: tuple[Path, ...]
+    quantised: str | None = None
+    adapter: Adapter | None = None
+    fetch: Callable[[Weights], Weights] = field(default=lambda weights: weights)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a file; a checkpoint that is a folder itself."""
+        path = self.path.resolve()
+        return path if path.is_dir() else path.parent
+
+    def at(self, key: str) -> CheckpointFile:
+        """Keeps what lies under a key.
+
+        Args:
+            key: The dotted keys that lead to a state dict, or on into it to the names that begin
+                with them; empty for all of it.
+
+        Returns:
+            The file with fewer candidates.
+
+        Raises:
+            CheckpointError: There is nothing under the key.
+        """
+        if not key:
+            return self
+        found = self.candidates
+        inside = {k: v for k, v in found.items() if k == key or k.startswith(f"{key}.")}
+        if key in inside:
+            inside = {key: inside[key]}
+        if not inside:
+            deeper = (
+                under(weights, key.removeprefix(f"{label}."))
+                for label, weights in found.items()
+                if not label or key.startswith(f"{label}.")
+            )
+            if weights := next(filter(None, deeper), None):
+                inside = {key: weights}
+        if not inside:
+            known = ", ".join(k for k in found if k and not OPTIMISER.fullmatch(k)) or "none"
+            raise CheckpointError(
+                f"{self.path} has no state dict under {key!r}", f"Its keys: {known}"
+            )
+        return replace(self, candidates=inside)
+
+    def select(self, expected: Weights | None, base: Checkpoint | None = None) -> Checkpoint:
+        """Chooses the state dict that fits a model, its names made the model's.
+
+        Args:
+            expected: The model's own state dict; None where no model is known. Then the file's
+                only state dict is taken, optimiser state aside.
+            base: What an adapter changes, its names those of the model; None for the bare
+                tensors of an adapter.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            CheckpointError: Two state dicts fit, or, without a model, there are several; or the
+                weights are quantised, so that nothing lies between them.
+            MismatchError: None fits; the text names every tensor that does not match the best.
+        """
+        if self.adapter and base:
+            return self._onto(base, expected)
+        if expected is None:
+            others = {k: v for k, v in self.candidates.items() if not OPTIMISER.fullmatch(k)}
+            candidates = others or self.candidates
+            if not candidates:
+                self._refuse_quantised()
+            if len(candidates) > 1:
+                raise self._ambiguous(list(candidates))
+            (weights,) = candidates.values()
+            return self._checkpoint(self.fetch(weights))
+        self._refuse_quantised()
+        return self._checkpoint(self.fetch(self._choose(expected)))
+
+    def _choose(self, expected: Weights) -> Weights:
+        # Modules may keep state beside their tensors, of which nothing can be interpolated.
+        expected = {name: t for name, t in expected.items() if isinstance(t, Tensor)}
+        aliases = tied(expected)
+        found = [
+            (label, part)
+            for label, candidate in self.candidates.items()
+            for part in parts(candidate, expected, aliases)
+        ]
+        holders = [
+            (f"{label}.{part.prefix}".strip(".") if part.prefix else label, part)
+            for label, part in found
+            if part.holds
+        ]
+        if len(holders) > 1:
+            raise self._ambiguous([label for label, _ in holders])
+        if holders and holders[0][1].fits:
+            return holders[0][1].weights
+        others = [label for label in self.candidates if not OPTIMISER.fullmatch(label)]
+
+        def likeness(found: tuple[str, Part]) -> tuple[bool, bool, int, int]:
+            label, part = found
+            common = len(part.weights.keys() & expected.keys())
+            size = len(part.weights)
+            return label in others, part.holds, common, -size if common else size
+
+        label, part = max(found, key=likeness)
+        wrong = mismatches(part.weights, expected)
+        inner = f"{label}.{part.prefix}".strip(".") if part.prefix else label
+        name = f"{self.path}#{inner}" if inner and (len(others) > 1 or part.prefix) else self.name
+        raise MismatchError(f"{name} does not fit the model: {'; '.join(wrong)}")
+
+    def _onto(self, base: Checkpoint, expected: Weights | None) -> Checkpoint:
+        assert self.adapter is not None
+        self._refuse_quantised()
+        (tensors,) = self.candidates.values()
+        twins = tied({n: t for n, t in (expected or {}).items() if isinstance(t, Tensor)})
+        weights = self.adapter.merge(base.weights, tensors, twins)
+        return Checkpoint(self.name, weights, base.metadata, self.path, self.files + base.files)
+
+    def _refuse_quantised(self) -> None:
+        found = self.quantised or next(filter(None, map(quantised, self.candidates.values())), None)
+        if found:
+            raise CheckpointError(
+                f"{self.name} is quantised ({found}), and between quantised weights there is no "
+                "line",
+                "Give the checkpoint that it was made from, or dequantise it first",
+            )
+
+    def _checkpoint(self, weights: Weights) -> Checkpoint:
+        return Checkpoint(self.name, weights, self.metadata, self.path, self.files)
+
+    def _ambiguous(self, labels: list[str]) -> CheckpointError:
+        names = ", ".join(repr(label) if label else "its top level" for label in labels)
+        example = next(label for label in labels if label)
+        return CheckpointError(
+            f"{self.name} holds several state dicts: {names}",
+            f"Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",
+        )
+
+
+def tied(weights: Weights) -> dict[str, list[str]]:
+    """Finds the names that stand for one and the same tensor.
+
+    Args:
+        weights: A model's state dict, whose tied parameters share their memory.
+
+    Returns:
+        For each tied name, the other names of its tensor.
+    """
+    groups: dict[object, list[str]] = {}
+    for name, tensor in weights.items():
+        if tensor.numel():
+            groups.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), []).append(name)
+    return {
+        name: [other for other in names if other != name]
+        for names in groups.values()
+        if len(names) > 1
+        for name in names
+    }
