@@ -296,7 +296,7 @@ def test_the_mark_of_a_compiled_part_is_taken_out_of_names(
 def test_names_that_would_fall_together_are_never_merged(tmp_path: Path) -> None:
     content = {"w": torch.zeros(2), "_orig_mod.w": torch.ones(2)}
     name = write(content, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="its top level, '_orig_mod'. Choose one"):
+    with pytest.raises(CheckpointError, match=r"its top level, '_orig_mod'\. Choose one"):
         read(name).select({"w": torch.zeros(2)})
     assert same(read(f"{name}#_orig_mod").select(None).weights, {"w": torch.ones(2)})
 

@@ -204,12 +204,13 @@ def _chunk(
     file, (start, length) = info["relative_path"], _whole((info["offset"], info["length"]))
     if not isinstance(file, str) or Path(file).name != file or "\0" in file:
         raise CheckpointError(
-            f"{folder / METADATA} says that {label} is in {file!r}, which is no file of its folder",
+            f"{folder / METADATA} says that {label!r} is in {file!r}, which is no file of the "
+            "folder",
             "The parts of a distributed checkpoint lie beside their .metadata",
         )
     if info["transform_descriptors"]:
         raise CheckpointError(
-            f"{folder / METADATA}: {label} was written through {info['transform_descriptors']}, "
+            f"{folder / METADATA}: {label!r} was written through {info['transform_descriptors']}, "
             "which is not read",
             "Save it without extensions",
         )
@@ -238,7 +239,7 @@ def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
             ) from None
         except Exception as error:  # noqa: BLE001 - a broken part makes torch raise anything
             raise CheckpointError(
-                f"{name}: {label} cannot be read from {chunk.file} ({type(error).__name__})",
+                f"{name}: {label!r} cannot be read from {chunk.file} ({type(error).__name__})",
                 "Was its writing cut off?",
             ) from None
     return whole

@@ -178,7 +178,7 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
     for tensor, shard in places.items():
         if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
             raise CheckpointError(
-                f"{index} says that {tensor} is in {shard!r}, which is no file of its folder",
+                f"{index} says that {tensor!r} is in {shard!r}, which is no file of its folder",
                 "Shards lie beside their index",
             )
         shards.setdefault(shard, []).append(tensor)
@@ -188,14 +188,14 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
         file = folder / shard
         if not file.is_file():
             raise CheckpointError(
-                f"{index} names {shard}, which is not there", "Was the checkpoint copied whole?"
+                f"{index} names {shard!r}, which is not there", "Was the checkpoint copied whole?"
             )
         content, more = read_file(file, str(file))
         metadata |= more
         missing = [t for t in tensors if not isinstance(_item(content, t), Tensor)]
         if missing:
             raise CheckpointError(
-                f"{file} has no tensor {missing[0]}, which {index.name} says is in it",
+                f"{file} has no tensor {missing[0]!r}, which {index.name} says is in it",
                 "Do the shards and the index belong together?",
             )
         weights |= {tensor: content[tensor] for tensor in tensors}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -93,57 +93,62 @@ def parts(weights: Weights, expected: Weights, aliases: Mapping[str, list[str]])
         The parts that hold the model; where there is none, those with names in common, and the
         whole.
     """
+    groups: dict[str, dict[str, Tensor]] = {"": dict(weights)}
+    for name, tensor in weights.items():
+        for dot in re.finditer(r"\.", name):
+            groups.setdefault(name[: dot.start()], {})[name[dot.end() :]] = tensor
     unlike: list[Part] = []
-    for view, own in _views(weights, expected):
-        found = list(_parts(view, own, expected, aliases))
-        holders = [part for part in found if part.holds]
-        whole = [part for part in holders if part.fits and not part.prefix]
+    for naming in (str, _unmarked):
+        own = {naming(name): name for name in expected}
+        holders: dict[tuple[int, ...], Part] = {}
+        for prefix, group in groups.items():
+            part = _part(prefix, group, naming, own, expected, aliases)
+            if part is None:
+                continue
+            # A prefix of all names, such as that of DDP, makes no part of its own.
+            ends = [0, *(dot.start() for dot in re.finditer(r"\.", prefix)), len(prefix)]
+            outer = next(prefix[:end] for end in ends if len(groups[prefix[:end]]) == len(group))
+            part = replace(part, prefix=outer)
+            if not part.holds:
+                unlike.append(part)
+                continue
+            # Seen from further out, through marks, the same tensors may have others beside them.
+            tensors = tuple(id(part.weights[name]) for name in expected)
+            if tensors not in holders or (part.fits and not holders[tensors].fits):
+                holders[tensors] = part
         if holders:
-            yield from whole[:1] or holders
+            found = list(holders.values())
+            yield from [p for p in found if p.fits and not p.prefix][:1] or found
             return
-        unlike += found
     yield from unlike
-
-
-def _views(weights: Weights, expected: Weights) -> Iterator[tuple[Weights, Mapping[str, str]]]:
-    """Yields tensors by name, and the model's name for each such name: as is, then unmarked."""
-    yield weights, {name: name for name in expected}
-    view = {_unmarked(name): tensor for name, tensor in weights.items()}
-    own = {_unmarked(name): name for name in expected}
-    # Names that would fall together are never merged.
-    if len(view) == len(weights) and len(own) == len(expected):
-        yield view, own
 
 
 def _unmarked(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _MARKS)
 
 
-def _parts(
-    view: Weights,
+def _part(
+    prefix: str,
+    group: Weights,
+    naming: Callable[[str], str],
     own: Mapping[str, str],
     expected: Weights,
     aliases: Mapping[str, list[str]],
-) -> Iterator[Part]:
-    groups: dict[str, dict[str, Tensor]] = {"": dict(view)}
-    for name, tensor in view.items():
-        for dot in re.finditer(r"\.", name):
-            groups.setdefault(name[: dot.start()], {})[name[dot.end() :]] = tensor
-    needed = len(expected) - len(aliases)
-    for prefix, group in groups.items():
-        common = len(group.keys() & own.keys())
-        if prefix and not common:
-            continue
-        renamed = {own.get(name, name): tensor for name, tensor in group.items()}
-        # A prefix of all names, such as that of DDP, makes no part of its own.
-        label = "" if len(group) == len(view) else prefix
-        if common < needed:
-            yield Part(label, renamed, holds=False, fits=False)
-            continue
-        filled = _fill(renamed, aliases)
-        inner = {name: tensor for name, tensor in filled.items() if name in expected}
-        holds = not mismatches(inner, expected)
-        yield Part(label, filled, holds=holds, fits=holds and len(inner) == len(filled))
+) -> Part | None:
+    """Names the tensors under a prefix as the model does; None where none is the model's."""
+    view = {naming(name): tensor for name, tensor in group.items()}
+    # Names that would fall together are never merged.
+    apart = len(view) == len(group) and len(own) == len(expected)
+    common = len(view.keys() & own.keys()) if apart else 0
+    if not common:
+        return None if prefix else Part(prefix, group, holds=False, fits=False)
+    renamed = {own.get(name, name): tensor for name, tensor in view.items()}
+    if common < len(expected) - len(aliases):
+        return Part(prefix, renamed, holds=False, fits=False)
+    filled = _fill(renamed, aliases)
+    inner = {name: tensor for name, tensor in filled.items() if name in expected}
+    holds = not mismatches(inner, expected)
+    return Part(prefix, filled, holds=holds, fits=holds and len(inner) == len(filled))
 
 
 def _fill(weights: Weights, aliases: Mapping[str, list[str]]) -> Weights:
