@@ -149,10 +149,13 @@ class Adapter:
                 raise self._unlike(name, tensor.shape, base)
             changed[name] = tensor
         for module, pair in factors.items():
-            name = next(
-                (n for end in ("weight", "in_proj_weight") if (n := f"{module}.{end}") in base),
-                f"{module}.weight",
-            )
+            name = f"{module}.weight"
+            if name not in base and f"{module}.in_proj_weight" in base:
+                # peft 0.21 adds the change of its output projection twice, in training too.
+                raise CheckpointError(
+                    f"{self.where}: LoRA of nn.MultiheadAttention, here {module}, is not read",
+                    _MERGE,
+                )
             if "A" not in pair or "B" not in pair:
                 raise CheckpointError(f"{self.where}: {module} has one factor of two", _BROKEN)
             scale = self._scale(module, pair["A"])
@@ -215,7 +218,7 @@ class Adapter:
                     _MERGE,
                 )
             product = product.T if self.transposed else product
-        elif product.ndim == 2 and product.shape != shape:
+        elif product.ndim == 2 and product.T.shape == shape:
             product = product.T
         if product.shape != shape:
             raise self._unlike(name, product.shape, base)
