@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from losscli._version import __version__
-from losscli.checkpoint import Checkpoint, CheckpointFile, base_of, read
+from losscli.checkpoint import Checkpoint, CheckpointFile, base_of, read, select_for
 from losscli.datasets import DataSet, from_object, load
 from losscli.errors import (
     CheckpointError,
@@ -291,7 +291,7 @@ def _find(kind: str, given: Any, first: CheckpointFile | None) -> _Found | None:
         return _Found(given, trusted=True)
     if first is None:
         return None
-    folder = first.path.resolve().parent
+    folder = first.folder
     if f"losscli.{kind}" in first.metadata:
         return _Found(first.metadata[f"losscli.{kind}"], trusted=False, folder=folder)
     for place in (folder, *folder.parents):
@@ -375,9 +375,10 @@ class _Checkpoints:
         with torch.random.fork_rng(devices=[]):
             if name.startswith("init:"):
                 return _initialisation(name, self._found)
-            file, expected = read(name), self._model.state_dict()
-            base = read(self._base).select(expected) if file.adapter and self._base else None
-            checkpoint = file.select(expected, base)
+            file, base = read(name), None
+            if file.adapter and self._base:
+                base = select_for(read(self._base), self._model)
+            checkpoint = select_for(file, self._model, base)
         if checkpoint.path is not None:
             seen = checkpoint.stamp()
             if self._seen.setdefault(name, seen) != seen:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from losscli.checkpoint import in_folder, read
+from losscli.checkpoint import in_folder, read, select_for
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests.conftest import Losscli
@@ -229,6 +229,26 @@ def test_folders_that_are_no_checkpoint_say_what_is_missing(tmp_path: Path) -> N
     assert "config.json is no JSON" in refusal(tmp_path)
 
 
+def test_a_losscli_toml_may_lie_in_the_folder(losscli: Losscli, tmp_path: Path) -> None:
+    save_file(
+        {"inputs": torch.rand(9, 4), "targets": torch.arange(9) % 2}, tmp_path / "x.safetensors"
+    )
+    for seed in (0, 1):
+        folder = tmp_path / f"model-{seed}"
+        folder.mkdir()
+        save_file(state(seed), folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    (tmp_path / "model-0" / "losscli.toml").write_text(
+        'model = "mlp:4-3-2"\ndata = "safetensors:../x.safetensors"\n'
+    )
+    names = tmp_path / "model-0", tmp_path / "model-1"
+    done = losscli("interpolate", *names, "-q", "--json", "--points", 3, "-o", tmp_path / "out")
+    assert done.status == 0, done.stderr
+    told = json.loads(done.stdout)["checkpoints"]
+    assert [c["path"] for c in told] == list(map(str, names))
+    assert told[0]["sha256"] != told[1]["sha256"]
+
+
 def test_a_key_names_a_prefix_in_a_folder(tmp_path: Path) -> None:
     one(tiny(0), tmp_path)
     inner = read(f"{tmp_path}#transformer").select(tiny(1).transformer.state_dict())  # type: ignore[union-attr, operator]
@@ -242,6 +262,57 @@ def test_a_head_that_is_not_the_models_is_a_mismatch(tmp_path: Path) -> None:
     expected["score.weight"] = torch.zeros(2, 8)
     with pytest.raises(MismatchError, match=r"missing score\.weight \[2, 8\]"):
         read(str(tmp_path)).select(expected)
+
+
+# Names that transformers changes as it loads
+
+
+def mixture() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=11, num_local_experts=2, max_position_embeddings=16,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def test_experts_that_are_fused_on_loading_are_read_as_transformers_does(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = mixture().to(torch.bfloat16)
+    one(model, tmp_path)
+    with pytest.raises(MismatchError, match=r"missing model.*experts\.gate_up_proj"):
+        read(str(tmp_path)).select(model.state_dict())
+    checkpoint = select_for(read(str(tmp_path)), mixture())
+    assert same(checkpoint.weights, whole(model))
+    assert checkpoint.path == tmp_path
+    assert len(checkpoint.files) == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_names_of_the_first_gpt2_are_read_as_transformers_does(tmp_path: Path) -> None:
+    weights = {
+        name.removeprefix("transformer."): t
+        for name, t in whole(tiny(0)).items()
+        if name != "lm_head.weight"
+    }
+    weights["ln_f.bias"] = weights["ln_f.bias"].double() + 1e-9
+    mask = {"h.0.attn.bias": torch.ones(1, 1, 7, 7)}
+    save_file({**weights, **mask}, tmp_path / "model.safetensors")
+    found = select_for(read(str(tmp_path)), tiny(1)).weights
+    # Of several types the widest, in which each keeps its value.
+    expected = {n: t.double() for n, t in whole(tiny(0)).items()}
+    expected["transformer.ln_f.bias"] = weights["ln_f.bias"]
+    assert same(found, expected)
+    for wrong in ({"more": torch.ones(1)}, {"wte.weight": torch.ones(3, 8)}):
+        save_file({**weights, **wrong}, tmp_path / "model.safetensors")
+        with pytest.raises(MismatchError, match="does not fit the model"):
+            select_for(read(str(tmp_path)), tiny(1))
+    save_file({n: t for n, t in weights.items() if n != "wpe.weight"}, tmp_path / "x.safetensors")
+    with pytest.raises(MismatchError, match=r"missing transformer\.wpe\.weight"):
+        select_for(read(str(tmp_path / "x.safetensors")), tiny(1))
 
 
 # Folders of checkpoints

@@ -5,6 +5,7 @@ from __future__ import annotations
 from losscli.checkpoint.files import SUFFIXES
 from losscli.checkpoint.folders import in_folder
 from losscli.checkpoint.reading import base_of, read
+from losscli.checkpoint.renaming import select_for
 from losscli.checkpoint.saving import save
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied
 
@@ -16,5 +17,6 @@ __all__ = [
     "in_folder",
     "read",
     "save",
+    "select_for",
     "tied",
 ]

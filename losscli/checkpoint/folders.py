@@ -56,7 +56,7 @@ def in_folder(name: str) -> list[str]:
             for path in folder.iterdir()
             if not path.name.startswith(".")
             and (
-                bool(_weights_in(path))
+                _is_checkpoint(path)
                 if path.is_dir()
                 else path.suffix in SUFFIXES and path.is_file() and not _BESIDE.fullmatch(path.name)
             )
@@ -73,6 +73,13 @@ def in_folder(name: str) -> list[str]:
 def _natural(name: str) -> list[tuple[int, int | str]]:
     parts = re.split(r"([0-9]+)", name)
     return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        return bool(_weights_in(folder))
+    except OSError:  # it may not be looked into
+        return False
 
 
 def _weights_in(folder: Path) -> list[Path]:
