@@ -93,6 +93,11 @@ def parts(weights: Weights, expected: Weights, aliases: Mapping[str, list[str]])
         The parts that hold the model; where there is none, those with names in common, and the
         whole.
     """
+    own = {name: name for name in expected}
+    whole = _part("", weights, str, own, expected, aliases)
+    if whole and whole.fits:  # as it mostly does
+        yield whole
+        return
     groups: dict[str, dict[str, Tensor]] = {"": dict(weights)}
     for name, tensor in weights.items():
         for dot in re.finditer(r"\.", name):
