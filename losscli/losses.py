@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,9 +11,28 @@ from torch import Tensor
 
 from losscli.errors import LossError
 
-__all__ = ["LOSSES", "METRICS", "PerExample", "accuracy", "bce", "cross_entropy", "mse"]
+__all__ = [
+    "IGNORED",
+    "LOSSES",
+    "METRICS",
+    "TAKES_HALF",
+    "PerExample",
+    "accuracy",
+    "bce",
+    "causal_lm",
+    "cross_entropy",
+    "mse",
+    "of_mean",
+    "perplexity",
+]
 
 PerExample = Callable[..., Tensor]
+
+IGNORED = -100
+"""The target that stands for none, such as that of padding; as PyTorch and Hugging Face have it."""
+
+# Scores of a vocabulary that are taken into a wider type at once: 16 MiB of float32.
+_CHUNK = 1 << 22
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -68,6 +88,79 @@ def bce(outputs: Tensor, targets: Tensor) -> Tensor:
     """
     targets = _like(outputs, targets, "bce")
     return per_example_mean(F.binary_cross_entropy_with_logits(outputs, targets, reduction="none"))
+
+
+def causal_lm(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Computes the cross-entropy of each next token, in nats, over a sequence's tokens that count.
+
+    As in Hugging Face the position t predicts the target t + 1: targets are the tokens themselves.
+    Half-precision scores are taken into float32 a few tokens at a time.
+
+    Args:
+        outputs: Scores before softmax, ``[B, T, V]``.
+        targets: Tokens 0…V−1, ``[B, T]``; −100 where none counts.
+
+    Returns:
+        ``[B]``: for each sequence the mean over its tokens that count; nan where none does.
+
+    Raises:
+        LossError: The shapes do not fit.
+    """
+    if targets.is_floating_point() or outputs.ndim != 3 or outputs.shape[:2] != targets.shape:
+        raise LossError(
+            f"causal_lm needs outputs [B, T, V] and token ids [B, T], not {_form(outputs)} and "
+            f"{_form(targets)}",
+            "Choose another --loss, or a model with scores for every token",
+        )
+    # The last position predicts nothing that is known.
+    following = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
+    counts = following != IGNORED
+    scores, tokens = outputs.flatten(0, 1), following.clamp(min=0).flatten()
+    step = max(1, _CHUNK // max(1, outputs.shape[2]))
+    losses = [
+        _surprise(scores[i : i + step], tokens[i : i + step]) for i in range(0, len(tokens), step)
+    ]
+    each = torch.cat(losses).view(following.shape)
+    # Not a product: scores that are infinite or not a number count for nothing there.
+    return each.masked_fill(~counts, 0).sum(1) / counts.sum(1)
+
+
+def _surprise(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Computes −log softmax(scores)[token] for each of some tokens."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    right = scores.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return scores.to(wide).logsumexp(1) - right.to(wide)
+
+
+def perplexity(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Computes the perplexity, exp of the mean causal_lm loss over sequences.
+
+    Args:
+        outputs: Scores before softmax, ``[B, T, V]``.
+        targets: Tokens 0…V−1, ``[B, T]``; −100 where none counts.
+
+    Returns:
+        ``[B]``, in nats: what the mean is taken of. `of_mean` makes the perplexity of that.
+    """
+    return causal_lm(outputs, targets)
+
+
+def of_mean(metric: PerExample, mean: float) -> float:
+    """Finishes a metric that is no mean itself, but a function of one.
+
+    Args:
+        metric: The metric.
+        mean: Its mean over all examples.
+
+    Returns:
+        The metric's value: the mean itself, but for perplexity.
+    """
+    if metric is not perplexity:
+        return mean
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -133,5 +226,13 @@ def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-LOSSES: dict[str, PerExample] = {"cross_entropy": cross_entropy, "mse": mse, "bce": bce}
-METRICS: dict[str, PerExample] = {"accuracy": accuracy}
+LOSSES: dict[str, PerExample] = {
+    "cross_entropy": cross_entropy,
+    "mse": mse,
+    "bce": bce,
+    "causal_lm": causal_lm,
+}
+METRICS: dict[str, PerExample] = {"accuracy": accuracy, "perplexity": perplexity}
+
+TAKES_HALF = frozenset({causal_lm, perplexity, accuracy})
+"""Those that take half-precision scores as they are; others get them in float32."""

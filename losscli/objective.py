@@ -25,7 +25,17 @@ from losscli.errors import (
     one_line,
 )
 from losscli.geometry import Slice
-from losscli.losses import LOSSES, METRICS, PerExample, cross_entropy
+from losscli.losses import (
+    IGNORED,
+    LOSSES,
+    METRICS,
+    TAKES_HALF,
+    PerExample,
+    causal_lm,
+    cross_entropy,
+    perplexity,
+)
+from losscli.mapped import let_go
 from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
 from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.weights import Weights
@@ -41,6 +51,14 @@ Progress = Callable[[float], None]
 _BATCH = {"cpu": (8 << 20, 2048)}
 _BATCH_ELSEWHERE = (256 << 20, 4096)
 
+# Bytes that the outputs of a batch may have: those of a language model are a number for every token
+# and every word.
+_OUTPUTS = {"cpu": 128 << 20}
+_OUTPUTS_ELSEWHERE = 2 << 30
+
+# Examples from which the size of an example's outputs is known. Not one: code may squeeze that.
+_PROBE = 2
+
 # Examples on which a way to evaluate is held against the plain one.
 _PROOF_EXAMPLES = 256
 
@@ -54,6 +72,11 @@ _AGREE_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys
 _LARGE_BYTES = 64 << 20
 
 _KNOWN_FUNCTIONS = frozenset({*LOSSES.values(), *METRICS.values()})
+
+_HALF = frozenset({torch.float16, torch.bfloat16})
+
+# What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
+_PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
 
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -113,6 +136,7 @@ class Objective:
         self.device = device
         self.dtype = dtype
         self.batch_size = batch_size or self._default_batch()
+        self._chooses_batch = batch_size is None
         self.splits: Mapping[str, Examples] = {
             name: split.to(device) if isinstance(split, Split) else split
             for name, split in data.splits.items()
@@ -230,12 +254,15 @@ class Objective:
         if self._folds:
             self.model.train()
         self.model.load_state_dict(dict(weights), strict=False)
+        let_go(*weights.values())
         if self._folds:
             self.model.eval()
 
     @property
     def _folds(self) -> bool:
-        return any(type(module).train is not nn.Module.train for module in self.model.modules())
+        return any(
+            type(module).train.__module__ not in _PLAIN_MODES for module in self.model.modules()
+        )
 
     @torch.no_grad()
     def check(self, weights: Weights) -> None:
@@ -249,6 +276,8 @@ class Objective:
             NondeterministicModelError: One point has two answers.
         """
         self.load(weights)
+        if self._chooses_batch:
+            self._fit_outputs()
         for name, split in self.first_batches().items():
             inputs = self.data.prepare(map_inputs(Tensor.clone, split.inputs), self.dtype)
             versions = [tensor._version for tensor in leaves(inputs)]
@@ -264,12 +293,29 @@ class Objective:
             self.per_example(self.loss, outputs, split.targets, "loss")
             for metric, function in self.metrics.items():
                 self.per_example(function, outputs, split.targets, f"metric {metric!r}")
+            # The scores of a language model are large, and two more batches follow.
+            del outputs
             first, second = (self._walk(Plain(self), split).losses for _ in range(2))
             if not torch.allclose(first, second, rtol=1e-5, atol=1e-7, equal_nan=True):
                 raise NondeterministicModelError(
                     "the model gives two answers for the same weights and data, even in eval mode",
                     "Take the randomness (dropout outside nn.Dropout, sampling) out of its forward",
                 )
+
+    def _fit_outputs(self) -> None:
+        """Makes the batch smaller, where the outputs of one would be large; the same every run."""
+        budget = _OUTPUTS.get(self.device.type, _OUTPUTS_ELSEWHERE)
+        for split in self.splits.values():
+            few = split.first(min(_PROBE, self.batch_size)).to(self.device)
+            inputs = self.data.prepare(map_inputs(Tensor.clone, few.inputs), self.dtype)
+            try:
+                outputs = self.forward(self.model, inputs)
+            except ModelError:
+                # Told of the whole batch, which may be the only size that the model takes.
+                return
+            if isinstance(outputs, Tensor):
+                fit = max(1, budget * len(few) // max(1, outputs.nbytes))
+                self.batch_size = min(self.batch_size, 1 << (fit.bit_length() - 1))
 
     @torch.no_grad()
     def plain(
@@ -471,7 +517,7 @@ class Objective:
             inputs: A prepared batch.
 
         Returns:
-            What the model returns; half-precision scores in float32.
+            What the model returns.
 
         Raises:
             ModelError: The model fails.
@@ -494,16 +540,15 @@ class Objective:
                 "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
         # Hugging Face models wrap their scores.
-        outputs = getattr(outputs, "logits", outputs)
-        half = isinstance(outputs, Tensor) and outputs.dtype in {torch.float16, torch.bfloat16}
-        return outputs.float() if half else outputs
+        return getattr(outputs, "logits", outputs)
 
     def per_example(self, function: PerExample, outputs: Any, targets: Tensor, what: str) -> Tensor:
         """Takes a loss or a metric of a batch.
 
         Args:
             function: The loss or metric.
-            outputs: What the model returned.
+            outputs: What the model returned; half-precision scores are made float32 for a function
+                that does not take care of that itself.
             targets: The targets of the batch, ``[B, …]``.
             what: What to call the function in errors.
 
@@ -513,6 +558,8 @@ class Objective:
         Raises:
             LossError: It fails, or gives something else.
         """
+        if isinstance(outputs, Tensor) and outputs.dtype in _HALF and function not in TAKES_HALF:
+            outputs = outputs.float()
         try:
             values = function(outputs, targets)
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
@@ -529,14 +576,28 @@ class Objective:
 
     def _check_labels(self, outputs: Any, name: str) -> None:
         """Finds labels out of range before a GPU kernel does, which would end the process."""
-        if self.loss is not cross_entropy or not isinstance(outputs, Tensor) or outputs.ndim < 2:
+        if not isinstance(outputs, Tensor):
             return
-        self._classes = outputs.shape[1]
         split = self.splits[name]
         seen = split if isinstance(split, Split) else split.first(self.batch_size)
+        if self.loss is cross_entropy and outputs.ndim > 1:
+            self._classes = outputs.shape[1]
+        elif self.loss is causal_lm and outputs.ndim == 3 and seen.targets.ndim == 2:
+            self._classes = outputs.shape[2]
+        else:
+            return
         self._check_range(seen.targets, f"the split {name!r}")
 
     def _check_range(self, labels: Tensor, where: str) -> None:
+        if self.loss is causal_lm:
+            labels = labels[:, 1:]
+            counts = labels != IGNORED
+            if not counts.any(1).all():
+                raise LossError(
+                    f"{where} has a sequence without a token to predict",
+                    f"Leave out sequences of one token, or of {IGNORED} alone",
+                )
+            labels = labels[counts]
         low, high = int(labels.min()), int(labels.max())
         if self._classes is not None and (low < 0 or high >= self._classes):
             raise LossError(
@@ -566,20 +627,37 @@ class _Record:
 
     def one(self, p: int, outputs: Any) -> None:
         """Takes the outputs at one point."""
-        self._losses[p] = self._values(self._objective.loss, "loss", outputs)
-        for name, function in self._objective.metrics.items():
-            values = self._values(function, f"metric {name!r}", outputs)
-            self._sums[name][p] += values.to(self._sums[name].dtype).sum()
+        for name, values in self._all_values(self._values, outputs):
+            if name is None:
+                self._losses[p] = values
+            else:
+                self._sums[name][p] += values.to(self._sums[name].dtype).sum()
 
     def all(self, outputs: Any) -> None:
         """Takes the outputs at all points."""
-        self._losses[:] = vmap(partial(self._values, self._objective.loss, "loss"))(outputs)
+        for name, values in self._all_values(self._mapped, outputs):
+            if name is None:
+                self._losses[:] = values
+            else:
+                self._sums[name] += values.to(self._sums[name].dtype).sum(1)
+
+    def _all_values(
+        self, take: Callable[[PerExample, str, Any], Tensor], outputs: Any
+    ) -> Iterator[tuple[str | None, Tensor]]:
+        """Takes the loss, which has no name, and every metric."""
+        loss = take(self._objective.loss, "loss", outputs)
+        yield None, loss
         for name, function in self._objective.metrics.items():
-            values = vmap(partial(self._values, function, f"metric {name!r}"))(outputs)
-            self._sums[name] += values.to(self._sums[name].dtype).sum(1)
+            # A large vocabulary is not gone through twice.
+            same = function is perplexity and self._objective.loss is causal_lm
+            yield name, loss if same else take(function, f"metric {name!r}", outputs)
 
     def _values(self, function: PerExample, what: str, outputs: Any) -> Tensor:
         return self._objective.per_example(function, outputs, self._targets, what)
+
+    def _mapped(self, function: PerExample, what: str, outputs: Any) -> Tensor:
+        mapped: Tensor = vmap(partial(self._values, function, what))(outputs)
+        return mapped
 
 
 def _convolves(module: nn.Module) -> bool:

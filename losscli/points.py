@@ -25,6 +25,7 @@ from torch.func import functional_call, vmap
 from losscli.datasets import Inputs
 from losscli.first_layer import FirstLayer, Found, Watch
 from losscli.geometry import Slice
+from losscli.mapped import let_go
 from losscli.recalibration import Layer, Statistics, estimating, layers_of
 from losscli.weights import Weights
 
@@ -39,6 +40,10 @@ __all__ = [
     "is_known",
     "tensors_of",
 ]
+
+
+# Values that are taken into another type at once.
+_STRETCH = 1 << 22
 
 
 class Record(Protocol):
@@ -399,12 +404,9 @@ class Points:
                 stack = own.unsqueeze(0)
             else:
                 stack = own.new_empty(number, *own.shape)
-            ends = _working_ends(self._slice, name, own.dtype)
             for out, point in zip(stack, self._coordinates, strict=True):
-                if out.dtype == ends[0].dtype:
-                    self._slice.combine(ends, point, out)
-                else:
-                    out.copy_(self._slice.combine(ends, point))
+                _fill(out, self._slice, name, point)
+            let_go(*(end[name] for end in self._slice.ends))
             stacks[name] = stack
         return stacks
 
@@ -540,7 +542,27 @@ def _channels_last(network: Network) -> frozenset[str]:
     return frozenset(name for name, tensor in tensors.items() if id(tensor) in kernels)
 
 
+def _fill(out: Tensor, slice_: Slice, name: str, point: Sequence[float]) -> None:
+    """Writes a tensor at a point. Where types differ, no second copy of a large one exists."""
+    ends = [end[name] for end in slice_.ends]
+    working = _working_type(out.dtype)
+    if all(tensor.dtype == working for tensor in (out, *ends)):
+        slice_.combine(ends, point, out)
+    elif not out.is_contiguous():
+        out.copy_(slice_.combine(_working_ends(slice_, name, out.dtype), point))
+    else:
+        flat, ends = out.view(-1), [end.reshape(-1) for end in ends]
+        for start in range(0, len(flat), _STRETCH):
+            part = slice(start, start + _STRETCH)
+            values = [end[part].to(working) for end in ends]
+            flat[part].copy_(slice_.combine(values, point))
+
+
 def _working_ends(slice_: Slice, name: str, dtype: torch.dtype) -> list[Tensor]:
-    """A tensor at the ends in the type that it moves in: half-precision moves in float32."""
-    working = torch.float64 if dtype == torch.float64 else torch.float32
-    return [end[name].to(working) for end in slice_.ends]
+    """A tensor at the ends in the type that it moves in."""
+    return [end[name].to(_working_type(dtype)) for end in slice_.ends]
+
+
+def _working_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that tensors move in, by that of the forward pass: half precision in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

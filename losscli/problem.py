@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import platform
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,13 +27,13 @@ from losscli.errors import (
     UsageError,
     one_line,
 )
-from losscli.losses import LOSSES, METRICS, PerExample
-from losscli.models import MODELS
+from losscli.losses import LOSSES, METRICS, PerExample, causal_lm
+from losscli.models import FROM_FILES, MODELS, RUNS_CODE, has_config
 from losscli.objective import Objective
 from losscli.points import tensors_of
 from losscli.recalibration import Recalibration, layers_of
 from losscli.settings import Buffers, DType, Settings
-from losscli.spec import Spec, call, look_up
+from losscli.spec import Spec, call, look_up, read_toml, unfold
 from losscli.weights import Weights, choose
 
 __all__ = ["Problem", "float32_precision", "prepare"]
@@ -42,14 +41,18 @@ __all__ = ["Problem", "float32_precision", "prepare"]
 # Of so many checkpoints that do not match is told why.
 _TOLD = 5
 
-_METRIC_OF_TASK = {"classification": "accuracy", "regression": "none"}
+_METRIC_OF_TASK = {"classification": "accuracy", "regression": "none", "language": "perplexity"}
 # Columns of some study's own.
 _COLUMNS = frozenset({
     "alpha", "block", "split", "loss", "loss_stderr", "slope", "curvature", "examples", "step",
     "checkpoint", "projection", "residual", "distance", "turn_degrees", "x", "y", "off_plane",
 })  # fmt: skip
 
-_LOSS_OF_TASK = {"classification": "cross_entropy", "regression": "mse"}
+_LOSS_OF_TASK = {
+    "classification": "cross_entropy",
+    "regression": "mse",
+    "language": "causal_lm",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ class _Found:
     value: Any
     trusted: bool
     folder: Path | None = None
+
+    @classmethod
+    def named(cls, value: Any, *, trusted: bool, folder: Path | None = None) -> _Found:
+        """Takes what was named: where that is a TOML file, what the file says."""
+        if not isinstance(value, str):
+            return cls(value, trusted, folder)
+        return cls(*unfold(value, trusted=trusted, folder=folder))
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         whole, data_spec = _data(settings, file)
         data = whole.select(settings.split, settings.limit, settings.seed)
         loss, loss_spec = _loss(settings, file, data)
-        metrics = _metrics(settings, data)
+        metrics = _metrics(settings, data, loss)
         recalibration = _recalibration(model, whole, data, settings)
     objective = Objective(
         model,
@@ -288,26 +298,28 @@ def _device_name(device: torch.device) -> str:
 def _find(kind: str, given: Any, first: CheckpointFile | None) -> _Found | None:
     """Finds a spec: the option, then the checkpoint's metadata, then the nearest losscli.toml."""
     if given is not None:
-        return _Found(given, trusted=True)
+        return _Found.named(given, trusted=True)
     if first is None:
         return None
     folder = first.folder
+    # Not resolved: in a hub's cache the files of a folder are links to places elsewhere.
+    own = first.path if first.path.is_dir() else first.path.parent
     if f"losscli.{kind}" in first.metadata:
-        return _Found(first.metadata[f"losscli.{kind}"], trusted=False, folder=folder)
+        return _Found.named(first.metadata[f"losscli.{kind}"], trusted=False, folder=folder)
     for place in (folder, *folder.parents):
         file = place / "losscli.toml"
         if file.is_file():
             value = _read_toml(file).get(kind)
             if value is not None:
-                return _Found(value, trusted=False, folder=place)
+                return _Found.named(value, trusted=False, folder=place)
+        # Beside the checkpoint a config.json of transformers names a model too.
+        if kind == "model" and place == folder and has_config(own):
+            return _Found(str(Spec(f"transformers:{own}")), trusted=False)
     return None
 
 
 def _read_toml(file: Path) -> dict[str, str]:
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpecError(f"{file} cannot be read: {one_line(error)}") from None
+    content = read_toml(file)
     for key, value in content.items():
         if key not in {"model", "data", "loss"} or not isinstance(value, str):
             raise SpecError(
@@ -332,7 +344,11 @@ def _build(found: _Found) -> nn.Module:
             model = found.value()
         else:
             spec = Spec.parse(found.value)
-            function, arguments = look_up(spec, MODELS, "model", trusted=found.trusted)
+            function, arguments = look_up(
+                spec, MODELS, "model", trusted=found.trusted, runs_code=RUNS_CODE
+            )
+            if function in map(MODELS.get, FROM_FILES):
+                arguments = tuple(str(Path(found.folder or "", path)) for path in arguments)
             model = call(function, arguments, spec.options, where)
     except LosscliError:
         raise
@@ -510,16 +526,18 @@ def _loss(
     return _per_example(found, LOSSES, "loss"), _text(found.value)
 
 
-def _metrics(settings: Settings, data: DataSet) -> dict[str, PerExample]:
-    given = settings.metric or (_METRIC_OF_TASK[data.task],)
+def _metrics(settings: Settings, data: DataSet, loss: PerExample) -> dict[str, PerExample]:
+    # Whoever asks for causal_lm means tokens, whatever the data's form.
+    task = "language" if loss is causal_lm else data.task
     metrics: dict[str, PerExample] = {}
-    for value in given:
+    for value in settings.metric or (_METRIC_OF_TASK[task],):
         if value == "none":
             continue
-        name = _column(value)
+        found = _Found.named(value, trusted=True)
+        name = _column(found.value)
         if name in metrics or name in _COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
-        metrics[name] = _per_example(_Found(value, trusted=True), METRICS, "metric")
+        metrics[name] = _per_example(found, METRICS, "metric")
     return metrics
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from losscli.datasets import Examples
+from losscli.losses import PerExample, of_mean
 from losscli.objective import Evaluation
 from losscli.table import Cell
 
@@ -31,7 +32,7 @@ class Estimate:
         examples: How many.
         mean: The mean losses, ``[P]``.
         squares: The sums of the squared distances from them, ``[P]``.
-        metrics: The mean of each metric, ``[P]``.
+        metrics: The mean of each metric, ``[P]``; what a perplexity is the exponential of.
     """
 
     examples: int
@@ -129,12 +130,12 @@ class Estimate:
         height = float(np.ptp(self.mean[finite]))
         return bool((self.stderr[finite] < tolerance * height).all())
 
-    def row(self, i: int, metrics: Sequence[str]) -> list[Cell]:
+    def row(self, i: int, metrics: Mapping[str, PerExample]) -> list[Cell]:
         """Lists what is known of one point.
 
         Args:
             i: Which.
-            metrics: The metrics to list.
+            metrics: The metrics to list, by their names.
 
         Returns:
             The loss, its standard error, and the metrics.
@@ -142,7 +143,7 @@ class Estimate:
         return [
             float(self.mean[i]),
             float(self.stderr[i]),
-            *(float(self.metrics[name][i]) for name in metrics),
+            *(of_mean(metric, float(self.metrics[name][i])) for name, metric in metrics.items()),
         ]
 
 

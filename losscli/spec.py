@@ -10,14 +10,14 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from losscli.errors import SpecError, UntrustedCodeError, one_line
 
-__all__ = ["Scalar", "Spec", "Value", "call", "look_up"]
+__all__ = ["Scalar", "Spec", "Value", "call", "look_up", "read_toml", "unfold"]
 
 Scalar = bool | int | float | str
 Value = Scalar | list[int] | list[float]
@@ -117,6 +117,81 @@ def _toml(text: str, where: str) -> str:
         ) from None
 
 
+def read_toml(file: Path) -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        SpecError: It cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(f"{file} cannot be read: {one_line(error)}") from None
+
+
+def unfold(
+    text: str, *, trusted: bool, folder: Path | None = None
+) -> tuple[str, bool, Path | None]:
+    """Puts what a TOML file says in the place of a spec that names the file.
+
+    The file has a line ``name = "NAME"`` or ``name = "NAME:ARG"``, and one for each key.
+
+    Args:
+        text: A spec, or the name of a TOML file.
+        trusted: Whether the command line itself named it.
+        folder: What relative paths in it are relative to; the current folder by default.
+
+    Returns:
+        The spec; whether it may name code, which one from a file may not; and what its relative
+        paths are relative to, for one from a file the folder of that file.
+
+    Raises:
+        SpecError: The file cannot be read, or says what no spec can.
+    """
+    target, options = (spec := Spec.parse(text)).target, spec.options
+    if not target.endswith(".toml") or ":" in target:
+        return text, trusted, folder
+    file = Path(folder or "", target)
+    if options:
+        raise SpecError(f"spec {text!r}: beside {file} stand keys", "Write them into the file")
+    content = read_toml(file)
+    name = content.pop("name", None)
+    if not isinstance(name, str) or not name or name.endswith(".toml"):
+        raise SpecError(
+            f"{file} names no entry of a registry", 'It needs a line such as name = "mnist:FOLDER"'
+        )
+    for key, value in content.items():
+        if not _KEY.fullmatch(key):
+            raise SpecError(f"{file}: {key!r} is no key of a spec", "Its keys are identifiers")
+        content[key] = _from_toml(value, f"{file}: {key}")
+    return str(Spec(name, content)), False, file.parent
+
+
+def _from_toml(value: Any, where: str) -> Value:
+    """Takes a value that can be written in a spec, and no other."""
+    if isinstance(value, list):
+        numbers = [v for v in value if type(v) in {int, float}]
+        if len(numbers) == len(value) == 1:
+            return _from_toml(value[0], where)
+        if len(numbers) == len(value) > 1:
+            value = value if all(type(v) is int for v in value) else [float(v) for v in value]
+    if type(value) in {bool, int, float, str} or (value and isinstance(value, list)):
+        written = _format(value)
+        if not isinstance(value, list) or _value(written, where) == value:
+            plain: Value = value
+            return plain
+    raise SpecError(
+        f"{where} is not what a spec can hold",
+        "Give true or false, a number, a text, or a list of numbers from 0 up",
+    )
+
+
 def _is_plain(text: str) -> bool:
     return "," not in text and '"' not in text and text.isprintable()
 
@@ -145,7 +220,12 @@ def _format(value: Value) -> str:
 
 
 def look_up(
-    spec: Spec, registry: Mapping[str, Callable[..., Any]], kind: str, *, trusted: bool
+    spec: Spec,
+    registry: Mapping[str, Callable[..., Any]],
+    kind: str,
+    *,
+    trusted: bool,
+    runs_code: Collection[str] = (),
 ) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """Finds what a spec names: an entry of a registry, or code of the user's own.
 
@@ -155,6 +235,7 @@ def look_up(
         kind: What the entries are ("model", "data", …), for the errors.
         trusted: Whether the command line itself named the spec. Only then may it name code,
             which is imported and so run.
+        runs_code: Entries that run what a file holds; they count as code.
 
     Returns:
         The callable and its positional arguments: ``(ARG,)``, or nothing where there is no ARG.
@@ -164,11 +245,11 @@ def look_up(
         UntrustedCodeError: The spec names code and did not come from the command line.
     """
     name, _, argument = spec.target.partition(":")
-    if name in registry:
+    if name in registry and (trusted or name not in runs_code):
         return registry[name], ((argument,) if argument else ())
     module, _, rest = spec.target.partition(":")
     attribute, _, argument = rest.partition(":")
-    if not _CALLABLE.fullmatch(attribute) or not _may_be_code(module):
+    if name not in registry and not (_CALLABLE.fullmatch(attribute) and _may_be_code(module)):
         close = difflib.get_close_matches(name, registry, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise SpecError(

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from losscli.errors import UsageError
+from losscli.mapped import let_go
 
 __all__ = [
     "Weights",
     "choose",
     "cosine",
     "distance",
+    "equal",
     "mismatches",
     "norm",
     "pieces",
@@ -70,13 +72,12 @@ def norm(weights: Weights, names: Iterable[str] | None = None) -> float:
     Returns:
         ‖θ‖.
     """
-    return math.sqrt(
-        sum(
-            float(x.dot(x))
-            for name in (weights if names is None else names)
-            for (x,) in pieces(weights[name])
-        )
-    )
+    total = 0.0
+    for name in weights if names is None else names:
+        for (x,) in pieces(weights[name]):
+            total += float(x.dot(x))
+        let_go(weights[name])
+    return math.sqrt(total)
 
 
 def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> float:
@@ -95,7 +96,23 @@ def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> floa
         for x, y in pieces(a[name], b[name]):
             d = y - x
             total += float(d.dot(d))
+        let_go(a[name], b[name])
     return math.sqrt(total)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Tells whether two tensors are the same to the last bit of their values.
+
+    Args:
+        a: The one tensor.
+        b: The other.
+
+    Returns:
+        Whether they have one shape and the same values.
+    """
+    same = torch.equal(a, b)
+    let_go(a, b)
+    return same
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from losscli import losses
 from losscli.errors import LossError
-from losscli.losses import LOSSES, METRICS, accuracy, bce, cross_entropy, mse, per_example_mean
+from losscli.losses import (
+    LOSSES,
+    METRICS,
+    TAKES_HALF,
+    accuracy,
+    bce,
+    causal_lm,
+    cross_entropy,
+    mse,
+    of_mean,
+    per_example_mean,
+    perplexity,
+)
 
 Array = np.ndarray
 
@@ -135,6 +151,15 @@ def test_several_labels_an_example_are_answered_one_by_one() -> None:
         (cross_entropy, (5, 3), torch.zeros(5, 3, dtype=torch.int64), "cross_entropy needs"),
         (cross_entropy, (5, 3, 4), torch.zeros(5, 5, dtype=torch.int64), "cross_entropy needs"),
         (cross_entropy, (), torch.tensor(0), "cross_entropy needs"),
+        (
+            causal_lm,
+            (5, 3),
+            torch.zeros(5, 3, dtype=torch.int64),
+            r"causal_lm needs outputs \[B, T, V\].*not float32 \[5, 3\] and int64 \[5, 3\]. Choose",
+        ),
+        (causal_lm, (5, 3, 4), torch.zeros(5, 4, dtype=torch.int64), "scores for every token"),
+        (causal_lm, (5, 3, 4), torch.zeros(5, 3), "causal_lm needs"),
+        (perplexity, (5, 3), torch.zeros(5, 3, dtype=torch.int64), "causal_lm needs"),
         (mse, (5, 3), torch.zeros(5), r"mse needs outputs and targets of one shape, not float32"),
         (mse, (5,), torch.zeros(5, 1), r"not float32 \[5\] and float32 \[5, 1\]. Choose another"),
         (bce, (5, 2), torch.zeros(5, dtype=torch.int64), r"bce needs.*\[5, 2\] and int64 \[5\]"),
@@ -167,8 +192,10 @@ def test_the_mean_is_over_all_but_the_examples() -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_needs_no_gradients_and_passes_them_where_they_are(name: str) -> None:
-    y = outputs(4, 3).requires_grad_()
-    targets = classes(3, 4) if name == "cross_entropy" else torch.zeros(4, 3)
+    y = outputs(4, 3, *([5] if name == "causal_lm" else [])).requires_grad_()
+    targets = {"cross_entropy": classes(3, 4), "causal_lm": classes(5, 4, 3)}.get(
+        name, torch.zeros(4, 3)
+    )
     with torch.inference_mode():
         assert not LOSSES[name](y, targets).requires_grad
     LOSSES[name](y, targets).sum().backward()
@@ -177,5 +204,118 @@ def test_a_loss_needs_no_gradients_and_passes_them_where_they_are(name: str) -> 
 
 
 def test_the_registries_hold_the_functions_of_their_names() -> None:
-    assert {"cross_entropy": cross_entropy, "mse": mse, "bce": bce} == LOSSES
-    assert {"accuracy": accuracy} == METRICS
+    assert {
+        "cross_entropy": cross_entropy,
+        "mse": mse,
+        "bce": bce,
+        "causal_lm": causal_lm,
+    } == LOSSES
+    assert {"accuracy": accuracy, "perplexity": perplexity} == METRICS
+
+
+def next_token_loss(scores: Tensor, targets: Tensor) -> list[float]:
+    """By hand: for each sequence the mean over t of −log softmax(scores[t])[target[t + 1]]."""
+    z, found = scores.double().numpy(), []
+    for rows, tokens in zip(z, targets.tolist(), strict=True):
+        lost = []
+        for row, token in zip(rows[:-1], tokens[1:], strict=True):
+            if token != -100:
+                lost.append(math.log(sum(math.exp(x - row.max()) for x in row)) + row.max())
+                lost[-1] -= row[token]
+        found.append(math.fsum(lost) / len(lost) if lost else math.nan)
+    return found
+
+
+def padded(*shape: int, vocabulary: int) -> Tensor:
+    """Tokens of which some do not count; the last sequence has a single one that does."""
+    targets = classes(vocabulary, *shape)
+    targets[0, -2:] = -100
+    targets[1, ::2] = -100
+    targets[-1, :] = -100
+    targets[-1, 1] = 3
+    return targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [1, 7 * 11, 1 << 22])
+def test_causal_lm_is_the_mean_surprise_of_the_next_tokens_that_count(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK", chunk)
+    scores, targets = outputs(4, 9, 11, dtype=dtype), padded(4, 9, vocabulary=11)
+    found = causal_lm(scores, targets)
+    # Half-precision scores are what they are; the loss of them is that of float32.
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    rtol = 1e-13 if dtype == torch.float64 else 1e-5
+    np.testing.assert_allclose(found, next_token_loss(scores, targets), rtol=rtol)
+
+
+def test_causal_lm_is_the_loss_that_hugging_face_trains_with() -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    scores, targets = outputs(3, 8, 13), padded(3, 8, vocabulary=13)
+    for i in range(3):
+        one = ForCausalLMLoss(scores[i : i + 1], targets[i : i + 1], vocab_size=13)
+        torch.testing.assert_close(causal_lm(scores, targets)[i], one)
+
+
+def test_a_sequence_without_tokens_has_no_loss_and_spoils_no_other() -> None:
+    scores, targets = outputs(3, 4, 5), classes(5, 3, 4)
+    targets[1, 1:] = -100
+    found = causal_lm(scores, targets)
+    assert found.isnan().tolist() == [False, True, False]
+
+
+def test_scores_where_no_token_counts_are_not_looked_at() -> None:
+    scores, targets = outputs(2, 4, 5), classes(5, 2, 4)
+    targets[:, 2] = -100
+    expected = causal_lm(scores, targets)
+    scores[:, 1] = math.nan
+    scores[:, 3] = math.inf
+    assert torch.equal(causal_lm(scores, targets), expected)
+
+
+def test_causal_lm_maps_over_weights() -> None:
+    scores, targets = outputs(3, 4, 6, 5), padded(4, 6, vocabulary=5)
+    mapped = torch.vmap(lambda s: causal_lm(s, targets))(scores)
+    torch.testing.assert_close(mapped, torch.stack([causal_lm(s, targets) for s in scores]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_of_a_vocabulary_makes_no_second_copy_of_its_scores(dtype: torch.dtype) -> None:
+    scores, targets = torch.zeros(4, 128, 1 << 15, dtype=dtype), classes(1 << 15, 4, 128)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            view = made.untyped_storage().data_ptr() == scores.untyped_storage().data_ptr()
+            largest = max(largest, 0 if view else made.nbytes)
+            return made
+
+    with Sizes():
+        causal_lm(scores, targets)
+    assert 0 < largest <= 16 << 20 < scores.nbytes
+
+
+def test_perplexity_is_the_exponential_of_a_mean_and_not_a_mean_of_exponentials() -> None:
+    scores, targets = outputs(4, 6, 5), padded(4, 6, vocabulary=5)
+    each = perplexity(scores, targets)
+    assert torch.equal(each, causal_lm(scores, targets))
+    expected = math.exp(math.fsum(next_token_loss(scores, targets)) / 4)
+    assert math.isclose(of_mean(perplexity, float(each.double().mean())), expected, rel_tol=1e-6)
+    assert of_mean(perplexity, 1e4) == math.inf
+    assert math.isnan(of_mean(perplexity, math.nan))
+    assert of_mean(accuracy, 0.25) == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", sorted(TAKES_HALF, key=lambda f: f.__name__))
+def test_what_takes_half_precision_gives_the_numbers_of_float32(
+    function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    scores, targets = outputs(4, 6, 5, dtype=dtype), classes(5, 4, 6)
+    if function is accuracy:
+        targets = classes(6, 4, 5)
+    assert torch.equal(function(scores, targets), function(scores.float(), targets))

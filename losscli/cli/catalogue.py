@@ -41,6 +41,7 @@ def catalogue(
             if p.kind is p.KEYWORD_ONLY
         ]
         argument = {"models": ":SIZES", "data": ":PATH"}.get(kind, "")
+        argument = {"transformers": ":FOLDER", "pt2": ":FILE"}.get(name, argument)
         about = (inspect.getdoc(function) or "").partition("\n")[0]
         lines.append(f"{name}{argument}{''.join(keys)}\n    {about}\n")
     if kind == "data":

@@ -19,7 +19,7 @@ from losscli.datasets.objects import from_object
 from losscli.datasets.split import DataSet, leaves
 from losscli.datasets.text import load_text
 from losscli.errors import DataError, SpecError, one_line
-from losscli.spec import Spec, call, look_up
+from losscli.spec import Spec, call, look_up, unfold
 
 __all__ = ["DATASETS", "load"]
 
@@ -41,8 +41,8 @@ def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0)
     """Loads the data set that a spec names.
 
     Args:
-        text: The spec; beside its entry's own keys it may have ``mean``, ``std``, ``flatten`` and
-            ``limit``.
+        text: The spec, or the name of a TOML file that stands for it; beside its entry's own keys
+            it may have ``mean``, ``std``, ``flatten`` and ``limit``.
         trusted: Whether it may name code.
         folder: What relative paths in it are relative to; the current folder by default.
         seed: Of everything random: the draw of ``limit``, the order of a loader.
@@ -55,6 +55,7 @@ def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0)
         SpecError: The spec names nothing known, or its keys are wrong.
         UntrustedCodeError: It names code and is not trusted.
     """
+    text, trusted, folder = unfold(text, trusted=trusted, folder=folder)
     spec = Spec.parse(text)
     function, arguments = look_up(spec, DATASETS, "data", trusted=trusted)
     options: dict[str, Any] = dict(spec.options)

@@ -402,8 +402,8 @@ class Check(Study):
         found = self._along(weights, direction, steps, splits)
         lowest = _best(steps, found, here)
         along, own = Estimate.of_evaluation(found), Estimate.of_evaluation(here)
-        rows: list[list[Cell]] = [[step, *along.row(i, [])] for i, step in enumerate(steps)]
-        rows.insert(_SIDE, [0.0, *own.row(0, [])])
+        rows: list[list[Cell]] = [[step, *along.row(i, {})] for i, step in enumerate(steps)]
+        rows.insert(_SIDE, [0.0, *own.row(0, {})])
         told = {
             "checkpoint": one.checkpoint,
             "split": one.split,

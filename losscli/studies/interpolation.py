@@ -29,7 +29,7 @@ from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_o
 from losscli.studies.study import FRESH_BYTES, Study, count
 from losscli.sweep import check, halving, points_that_fit, settle, sweep, sweep_plain
 from losscli.table import Table
-from losscli.weights import Weights, distance
+from losscli.weights import Weights, distance, equal
 
 __all__ = ["Interpolation", "interpolate"]
 
@@ -176,7 +176,7 @@ class Interpolation(Study):
         start, end = problem.origin, problem.place(problem.last.weights)
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.
-        moving = tuple(n for n in problem.moving if not torch.equal(start[n], end[n]))
+        moving = tuple(n for n in problem.moving if not equal(start[n], end[n]))
         return cls(
             problem,
             moving,
@@ -309,7 +309,7 @@ class Interpolation(Study):
         return Result(self._table(looked), summary, more)
 
     def _table(self, looked: _Looked) -> Table:
-        metrics = list(self.problem.objective.metrics)
+        metrics = self.problem.objective.metrics
         derived = ["slope", "curvature"] if looked.slopes else []
         sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
         estimates = {name: curve.estimate for name, curve in looked.curves.items()}

@@ -220,7 +220,7 @@ class Plane(Study):
                 lambda splits: self._evaluate(here, points, splits, progress or (lambda _: None)),
             )
             seconds = self.seconds(swept)
-        metrics = list(objective.metrics)
+        metrics = objective.metrics
         sampled = ["examples"] if settings.sampling_error is not None else []
         own = len(self.problem.names)
         table = Table.build(

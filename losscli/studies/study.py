@@ -20,7 +20,7 @@ from losscli.objective import Objective
 from losscli.problem import Problem
 from losscli.results import Result
 from losscli.sweep import points_that_fit, sweep, sweep_plain
-from losscli.weights import Weights
+from losscli.weights import Weights, equal
 
 __all__ = ["FRESH_BYTES", "Study", "count", "moving_along"]
 
@@ -409,7 +409,7 @@ def moving_along(problem: Problem) -> tuple[str, ...]:
     still = set(problem.moving)
     for t in range(1, len(problem.names)):
         weights = problem.open(t).weights
-        still = {name for name in still if torch.equal(first[name], weights[name])}
+        still = {name for name in still if equal(first[name], weights[name])}
         _need_finite(problem.names[t], weights, set(problem.moving) - still)
         del weights  # before the next one is opened
     moving = tuple(name for name in problem.moving if name not in still)

@@ -254,7 +254,8 @@ class Trajectory(Study):
         return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 
     def _table(self, found: Mapping[str, Estimate]) -> Table:
-        metrics, sampled = self._columns()
+        metrics = self.problem.objective.metrics
+        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         path = self.path
         return Table.build(
             [
@@ -283,7 +284,7 @@ class Trajectory(Study):
         steps, offsets, path = len(self.problem.names), self.offsets, self.path
         if offsets:
             rows = (
-                [t, path.projection[t], b, split, *estimate.row(steps + t * len(offsets) + i, [])]
+                [t, path.projection[t], b, split, *estimate.row(steps + t * len(offsets) + i, {})]
                 for t in range(steps)
                 for i, b in enumerate(offsets)
                 for split, estimate in found.items()
@@ -294,10 +295,6 @@ class Trajectory(Study):
         if walks:
             more["walk"] = _table(walks)
         return more
-
-    def _columns(self) -> tuple[list[str], list[str]]:
-        sampled = self.problem.settings.sampling_error is not None
-        return list(self.problem.objective.metrics), ["examples"] if sampled else []
 
     def _path(self) -> dict[str, Any]:
         path = self.path

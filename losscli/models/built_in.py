@@ -1,4 +1,4 @@
-"""Built-in models, enough for the lecture's figures; everything else is code of the user's own."""
+"""The two architectures that losscli has itself, enough for a lecture's figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from losscli.errors import SpecError
 
-__all__ = ["CNN", "MLP", "MODELS"]
+__all__ = ["CNN", "MLP"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -148,6 +148,3 @@ def _widths(sizes: str | Sequence[int], model: str, *, at_least: int) -> list[in
         example = {"mlp": "mlp:784-512-10", "cnn": "cnn:16-32,channels=3"}[model]
         raise SpecError(f"{model}: {sizes!r} is no list of sizes", f"Write for example {example}")
     return widths
-
-
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn": CNN}

@@ -1,0 +1,26 @@
+"""The models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from losscli.models.built_in import CNN, MLP
+from losscli.models.exported import exported
+from losscli.models.pretrained import pretrained
+
+__all__ = ["FROM_FILES", "MODELS", "RUNS_CODE"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "transformers": pretrained,
+    "pt2": exported,
+}
+
+FROM_FILES = frozenset({"transformers", "pt2"})
+"""Entries whose argument is a path."""
+
+RUNS_CODE = frozenset({"pt2"})
+"""Entries that run what a file holds, for the command line alone to name."""
