@@ -439,7 +439,8 @@ class Stacked(Points):
         """
 
         def take(p: int, replica: _Replica, mode: AbstractContextManager[Any]) -> None:
-            record.one(p, self._outputs(p, replica, inputs, mode))
+            # Point 0 comes again with the others: what is seen of it here must not count twice.
+            self._outputs(p, replica, inputs, mode)
 
         layer, _ = self._look_ahead(take)
         products = None

@@ -451,6 +451,10 @@ def _initialisation(name: str, found: _Found) -> Checkpoint:
             f"{name}: a module that stands already has no initialisation to draw",
             "Give model= as a spec or a function that builds it",
         )
+    if isinstance(found.value, str) and found.value.partition(":")[0] in RUNS_CODE:
+        raise UsageError(
+            f"{name}: a saved program has no initialisation to draw", "Give a checkpoint file"
+        )
     state = {
         key: tensor
         for key, tensor in _build(found).state_dict().items()

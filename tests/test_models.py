@@ -1,7 +1,13 @@
-"""The built-in models against NumPy, and the sizes that they refuse."""
+"""The built-in models against NumPy, saved programs, and models of other packages."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +17,7 @@ from torch import Tensor, nn
 
 from losscli.errors import SpecError
 from losscli.models import CNN, MLP, MODELS
+from tests.conftest import Losscli
 
 ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
@@ -162,3 +169,165 @@ def test_keys_that_make_no_model_are_refused(
         model(arguments, **options)
     assert "\n" not in str(caught.value)
     assert caught.value.cure
+
+
+class Exported(nn.Module):
+    """A convolution with BatchNorm and dropout, and a head of which one weight has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Dropout(0.5))
+        self.head = nn.Linear(3, 3)
+        self.twin = nn.Linear(3, 3)
+        self.twin.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x.unflatten(1, (1, 2, 3))).mean((2, 3))
+        return self.head(x) + self.twin(x.square())
+
+
+def export(file: Path, *, dynamic: bool = True) -> None:
+    shapes = {"x": {0: torch.export.Dim("examples")}} if dynamic else None
+    program = torch.export.export(Exported().eval(), (torch.rand(4, 6),), dynamic_shapes=shapes)
+    torch.export.save(program, file)
+
+
+@pytest.fixture
+def program(folder: Path) -> Path:
+    """Beside the data of `folder`: a saved program, and two checkpoints of its model."""
+    export(folder / "model.pt2")
+    for seed, name in enumerate("pq"):
+        torch.manual_seed(seed)
+        torch.save(Exported().state_dict(), folder / f"{name}.pt")
+    return folder
+
+
+EXPORTING = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
+RUN = ("interpolate", "p.pt", "q.pt", "-m", "pt2:model.pt2", "--points", 4)
+
+
+@EXPORTING
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_a_saved_program_is_a_model_with_the_names_of_the_original(
+    dtype: str, program: Path, losscli: Losscli
+) -> None:
+    # 29 and 11 examples: the last batches are smaller.
+    options = ("--dtype", dtype, "--batch-size", 8, "-q", "-o", "-")
+    here = losscli(*RUN, *options)
+    assert here.status == 0, here.stderr
+    (program / "own.py").write_text("from tests.test_models import Exported\n")
+    there = losscli(*RUN[:3], "-m", "own.py:Exported", *RUN[5:], *options)
+    rows = [list(csv.reader(io.StringIO(done.stdout))) for done in (here, there)]
+    assert rows[0][0] == rows[1][0]
+    tolerance = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 0.05}[dtype]
+    for mine, original in zip(*rows, strict=True):
+        if mine[0] != "alpha":
+            assert mine[:2] == original[:2]
+            assert float(mine[2]) == pytest.approx(float(original[2]), rel=tolerance)
+
+
+@EXPORTING
+def test_a_program_for_batches_of_one_size_says_so(program: Path, losscli: Losscli) -> None:
+    export(program / "model.pt2", dynamic=False)
+    done = losscli(*RUN, "-o", "x")
+    assert done.status == 1
+    told = "model.pt2 was exported for batches of 4 examples alone, and here is one of 29. Export"
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(program.glob("x.*"))
+    # Where every batch has that size, it works.
+    done = losscli(*RUN, "--batch-size", 4, "--limit", 8, "-q", "-o", "-")
+    assert done.status == 0, done.stderr
+
+
+@EXPORTING
+def test_a_program_has_no_initialisation(program: Path, losscli: Losscli) -> None:
+    done = losscli("interpolate", "init:0", "init:1", *RUN[3:], "-d", "npz:data.npz", "-o", "x")
+    assert done.status == 2
+    assert "init:0: a saved program has no initialisation to draw" in done.stderr
+
+
+@pytest.mark.parametrize("place", ["losscli.toml", "metadata", "model.toml"])
+def test_no_file_may_name_a_program(place: str, folder: Path, losscli: Losscli) -> None:
+    given: tuple[str, ...] = ()
+    state = torch.load("a.pt", weights_only=True)["state_dict"]
+    torch.save({"w": state, "losscli.model": "pt2:m.pt2"} if place == "metadata" else state, "c.pt")
+    if place == "losscli.toml":
+        Path(place).write_text('model = "pt2:m.pt2"\ndata = "npz:data.npz"\n')
+    elif place == "model.toml":
+        Path(place).write_text('name = "pt2:m.pt2"\n')
+        given = ("-m", place)
+    done = losscli("interpolate", "c.pt", "c.pt", *given, "-o", "x")
+    assert done.status == 1
+    assert "a file names code to run as its model, 'pt2:m.pt2', and code is run" in done.stderr
+    assert "write --model pt2:m.pt2" in done.stderr
+    assert not list(folder.glob("x.*"))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("pt2:none.pt2", "there is no file none.pt2. Relative names start at"),
+        ("pt2:data.npz", "data.npz is no program that torch"),
+        ("pt2:a.pt", "a.pt is no program that torch"),
+    ],
+)
+def test_what_is_no_program_is_one_line(
+    model: str, message: str, folder: Path, losscli: Losscli
+) -> None:
+    done = losscli("interpolate", "a.pt", "b.pt", "-m", model, "-o", "x")
+    assert done.status == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(folder.glob("x.*"))
+
+
+STAND_INS = {
+    "torchvision/__init__.py": "",
+    "torchvision/models.py": """
+from torch import nn
+def resnet18(*, weights=None, progress=True, num_classes=1000):
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, num_classes))
+""",
+    "timm/__init__.py": """
+from torch import nn
+def create_model(model_name, pretrained=False, num_classes=1000, **kwargs):
+    assert model_name == "resnet18" and not pretrained
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, num_classes))
+""",
+}
+
+
+@pytest.fixture
+def packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Packages with the names and call forms of the real ones, which need not be installed."""
+    for name, code in STAND_INS.items():
+        file = folder / "packages" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(code)
+    names = ("torchvision", "torchvision.models", "timm")
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    monkeypatch.syspath_prepend(folder / "packages")
+    yield
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "torchvision.models:resnet18,num_classes=3",
+        "timm:create_model,model_name=resnet18,num_classes=3",
+    ],
+)
+@pytest.mark.usefixtures("packages")
+def test_models_of_other_packages_are_called_by_their_names(
+    spec: str, folder: Path, losscli: Losscli
+) -> None:
+    for seed, name in enumerate("pq"):
+        torch.manual_seed(seed)
+        torch.save(nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).state_dict(), f"{name}.pt")
+    done = losscli("interpolate", "p.pt", "q.pt", "-m", spec, "--points", 2, "-o", "x", "--json")
+    assert done.status == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == spec

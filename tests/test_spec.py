@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import sys
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from losscli.errors import SpecError, UntrustedCodeError
 from losscli.models import MODELS
-from losscli.spec import Spec, Value, call, look_up
+from losscli.spec import Spec, Value, call, look_up, unfold
+from tests.conftest import Losscli
 
 KEYS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*", fullmatch=True)
 TEXTS = st.one_of(
@@ -360,3 +363,128 @@ def test_a_failure_inside_what_is_called_is_not_taken_for_a_wrong_key() -> None:
         call(fails, (), {"x": 1}, "here")
     # A builtin without a signature is just called.
     assert call(dict, (), {"x": 1}, "here") == {"x": 1}
+
+
+def write(file: Path, text: str) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return str(file)
+
+
+def test_a_toml_file_stands_for_a_spec(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "data.toml"
+    write(
+        file,
+        'name = "npz:some, data.npz"\nmean = [0.5, 1]\nsizes = [3, 4]\nstd = [0.25]\n'
+        'flatten = true\nlimit = 7\nwords = "a,b"\nshare = -1e-5\n',
+    )
+    text, trusted, folder = unfold("data.toml", trusted=True, folder=file.parent)
+    assert Spec.parse(text) == Spec(
+        "npz:some, data.npz",
+        {
+            "mean": [0.5, 1.0],
+            "sizes": [3, 4],
+            "std": 0.25,
+            "flatten": True,
+            "limit": 7,
+            "words": "a,b",
+            "share": -1e-5,
+        },
+    )
+    # Whoever named the file, it is the file that names what is in it.
+    assert not trusted
+    assert folder == file.parent
+
+
+@pytest.mark.parametrize("text", ["mlp:6-5-3", "mnist:x.toml", "a.py:f", "x,file=y.toml"])
+def test_other_specs_stay_as_they_are(text: str, tmp_path: Path) -> None:
+    assert unfold(text, trusted=True, folder=tmp_path) == (text, True, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"x\.toml cannot be read: FileNotFoundError"),
+        ("name = ", r"x\.toml cannot be read: TOMLDecodeError"),
+        ("\xff", r"x\.toml cannot be read: UnicodeDecodeError"),
+        ("", r"x\.toml names no entry of a registry\. It needs a line such as name = "),
+        ("name = 3", "names no entry"),
+        ('name = ""', "names no entry"),
+        ('name = "x.toml"', "names no entry"),
+        ('name = "a"\n"b-c" = 1', r"x\.toml: 'b-c' is no key of a spec"),
+        ('name = "a"\n[b]\nc = 1', r"x\.toml: b is not what a spec can hold\. Give true or"),
+        ('name = "a"\nb = 1979-05-27', "b is not what a spec can hold"),
+        ('name = "a"\nb = []', "b is not what a spec can hold"),
+        ('name = "a"\nb = ["x", "y"]', "b is not what a spec can hold"),
+        ('name = "a"\nb = [[1, 2], [3, 4]]', "b is not what a spec can hold"),
+        ('name = "a"\nb = [true, false]', "b is not what a spec can hold"),
+        ('name = "a"\nb = [1, -2]', "a list of numbers from 0 up"),
+    ],
+)
+def test_a_toml_file_that_is_no_spec_is_refused(
+    content: str | None, message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "x.toml").write_text(content, encoding="latin-1")
+    with pytest.raises(SpecError, match=message) as caught:
+        unfold("x.toml", trusted=True, folder=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_beside_a_toml_file_stand_no_keys(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"stand keys\. Write them into the file"):
+        unfold("x.toml,limit=3", trusted=True, folder=tmp_path)
+
+
+def test_every_kind_of_spec_may_be_a_toml_file(folder: Path, losscli: Losscli) -> None:
+    write(folder / "specs/model.toml", 'name = "mlp:6-5-3"\nactivation = "tanh"\n')
+    write(folder / "specs/data.toml", 'name = "npz:../data.npz"\nlimit = 5\nmean = [0.25]\n')
+    write(folder / "specs/loss.toml", 'name = "cross_entropy"\n')
+    write(folder / "specs/metric.toml", 'name = "accuracy"\n')
+    options = [f"--{k}=specs/{k}.toml" for k in ("model", "data", "loss", "metric")]
+    line = ("interpolate", "a.pt", "b.pt", "--points", 2, "-q", "--json")
+    done = losscli(*line, *options, "-o", "x")
+    assert done.status == 0, done.stderr
+    told = json.loads(done.stdout)
+    # What the files say, so that another file under the same name is another run.
+    assert told["model"] == "mlp:6-5-3,activation=tanh"
+    assert told["data"] == "npz:../data.npz,limit=5,mean=0.25"
+    assert (told["loss"], told["metrics"]) == ("cross_entropy", ["accuracy"])
+    plain = ("-m", "mlp:6-5-3,activation=tanh", "-d", "npz:data.npz,limit=5,mean=0.25")
+    assert losscli(*line, *plain, "-o", "y").status == 0
+    assert (folder / "x.csv").read_text() == (folder / "y.csv").read_text()
+    # A losscli.toml may name one too.
+    write(folder / "losscli.toml", 'model = "specs/model.toml"\ndata = "specs/data.toml"\n')
+    for name in "ab":
+        state = torch.load(f"{name}.pt", weights_only=True)["state_dict"]
+        torch.save(state, f"{name}.pt")
+    done = losscli("interpolate", "a.pt", "b.pt", "--points", 2, "-q", "-o", "z")
+    assert done.status == 0, done.stderr
+    assert (folder / "x.csv").read_text() == (folder / "z.csv").read_text()
+
+
+@pytest.mark.parametrize("kind", ["model", "data", "loss", "metric"])
+def test_a_toml_file_may_not_name_code(kind: str, folder: Path, losscli: Losscli) -> None:
+    (folder / "evil.py").write_text("open('ran', 'w')\ndef build(): pass\n")
+    (folder / "x.toml").write_text('name = "evil.py:build"\n')
+    done = losscli("interpolate", "a.pt", "b.pt", f"--{kind}", "x.toml", "-o", "x")
+    assert done.status == 1
+    assert f"a file names code to run as its {kind}, 'evil.py:build'" in done.stderr
+    assert f"write --{kind} evil.py:build" in done.stderr
+    assert not (folder / "ran").exists()
+
+
+def test_a_toml_file_with_an_unknown_key_says_which_there_are(
+    folder: Path, losscli: Losscli
+) -> None:
+    (folder / "x.toml").write_text('name = "mlp:6-5-3"\nactivatoin = "tanh"\n')
+    done = losscli("interpolate", "a.pt", "b.pt", "-m", "x.toml", "-o", "x")
+    assert done.status == 2
+    assert "got an unexpected keyword argument 'activatoin'. It takes sizes, activ" in done.stderr
+    assert done.stderr.count("\n") == 1
+    (folder / "x.toml").write_text("name = ")
+    done = losscli("interpolate", "a.pt", "b.pt", "-d", "x.toml", "-o", "x")
+    assert done.status == 2
+    assert done.stderr.startswith("losscli: x.toml cannot be read: TOMLDecodeError")
+    assert not list(folder.glob("x.[cjp]*"))

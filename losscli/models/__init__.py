@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from losscli.models.built_in import ACTIVATIONS, CNN, MLP
+from losscli.models.built_in import CNN, MLP
 from losscli.models.pretrained import has_config
 from losscli.models.registry import FROM_FILES, MODELS, RUNS_CODE
 
-__all__ = ["ACTIVATIONS", "CNN", "FROM_FILES", "MLP", "MODELS", "RUNS_CODE", "has_config"]
+__all__ = ["CNN", "FROM_FILES", "MLP", "MODELS", "RUNS_CODE", "has_config"]

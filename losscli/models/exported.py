@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from losscli.errors import ModelError, one_line
 
@@ -32,7 +35,8 @@ def exported(file: str | Path) -> nn.Module:
         with warnings.catch_warnings():
             # Of what torch replaces within itself.
             warnings.simplefilter("ignore")
-            module = torch.export.load(path).module()
+            program = torch.export.load(path)
+            module = program.module()
     except Exception as error:
         raise ModelError(
             f"{path} is no program that torch {torch.__version__} can load: {one_line(error)}",
@@ -41,4 +45,32 @@ def exported(file: str | Path) -> nn.Module:
     # In their place stand refusals; the program is as it was exported, whatever the mode.
     for name in ("train", "eval"):
         vars(module).pop(name, None)
+    if (fixed := _batch(program)) is not None:
+        module.register_forward_pre_hook(partial(_need_batch, path, fixed), with_kwargs=True)
     return module
+
+
+def _batch(program: torch.export.ExportedProgram) -> int | None:
+    """The only number of examples that a program takes; None where it takes any."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if (
+            node.op == "placeholder"
+            and node.name in program.graph_signature.user_inputs
+            and isinstance(value, Tensor)
+            and value.ndim
+        ):
+            return value.shape[0] if isinstance(value.shape[0], int) else None
+    return None
+
+
+def _need_batch(
+    path: Path, fixed: int, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if tensors and len(tensors[0]) != fixed:
+        raise ModelError(
+            f"{path} was exported for batches of {fixed} examples alone, and here is one of "
+            f"{len(tensors[0])}",
+            "Export it with dynamic_shapes, its first dimension a torch.export.Dim",
+        )
