@@ -73,8 +73,6 @@ _LARGE_BYTES = 64 << 20
 
 _KNOWN_FUNCTIONS = frozenset({*LOSSES.values(), *METRICS.values()})
 
-_HALF = frozenset({torch.float16, torch.bfloat16})
-
 # What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
 

@@ -359,7 +359,7 @@ class Interpolation(Study):
         }
 
     def _block_table(self, seen: Mapping[str, _Seen]) -> Table:
-        metrics = list(self.problem.objective.metrics)
+        metrics = self.problem.objective.metrics
         sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
         estimates = {
             (block.name, name): parts.blocks[block.name].losses
