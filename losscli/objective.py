@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from losscli.datasets import DataSet, Examples, Inputs, Split, leaves, map_inputs
+from losscli.datasets import DataSet, Examples, Inputs, Split, device_budget, leaves, map_inputs
 from losscli.errors import (
     LosscliError,
     LossError,
@@ -135,10 +135,7 @@ class Objective:
         self.dtype = dtype
         self.batch_size = batch_size or self._default_batch()
         self._chooses_batch = batch_size is None
-        self.splits: Mapping[str, Examples] = {
-            name: split.to(device) if isinstance(split, Split) else split
-            for name, split in data.splits.items()
-        }
+        self.splits: Mapping[str, Examples] = self._place(data.splits)
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
         self._classes: int | None = None
         self.batchnorm = layers_of(self.model, self.tensors)
@@ -212,6 +209,18 @@ class Objective:
         )
         return 1 << (min(most, max(1, budget // max(1, example))).bit_length() - 1)
 
+    def _place(self, splits: Mapping[str, Examples]) -> dict[str, Examples]:
+        """Moves what is in memory to the device, split by split as long as it fits there."""
+        budget = device_budget(self.device)
+        placed: dict[str, Examples] = {}
+        for name, split in splits.items():
+            new = split.nbytes if isinstance(split, Split) and not split.is_on(self.device) else 0
+            fits = budget is None or new <= budget
+            placed[name] = split.to(self.device) if isinstance(split, Split) and fits else split
+            if budget is not None and fits:
+                budget -= new
+        return placed
+
     def first_batches(self) -> dict[str, Split]:
         """Takes a sample of the data for checks.
 
@@ -239,7 +248,7 @@ class Objective:
         for batch in split.batches(size or self.batch_size, order):
             if unseen:
                 self._check_range(batch.targets, "the data")
-            yield batch.to(self.device)
+            yield batch.send(self.device)
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:

@@ -169,7 +169,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         checkpoints = _Checkpoints(model, found, base)
         entries, first = checkpoints.survey(names)
         whole, data_spec = _data(settings, file)
-        data = whole.select(settings.split, settings.limit, settings.seed)
+        data = whole.select(settings.split, None, settings.seed)
         loss, loss_spec = _loss(settings, file, data)
         metrics = _metrics(settings, data, loss)
         recalibration = _recalibration(model, whole, data, settings)
@@ -471,10 +471,16 @@ def _data(settings: Settings, first: CheckpointFile | None) -> tuple[DataSet, st
             "losscli.toml beside it",
             "Give --data, for example --data mnist:FOLDER (losscli list data)",
         )
+    chosen: dict[str, Any] = {
+        # Training examples may be needed that no loss is evaluated on.
+        "splits": () if settings.buffers == "recalibrate" else settings.split,
+        "limit": settings.limit,
+        "seed": settings.seed,
+    }
     if isinstance(found.value, str):
-        data = load(found.value, trusted=found.trusted, folder=found.folder, seed=settings.seed)
+        data = load(found.value, trusted=found.trusted, folder=found.folder, **chosen)
     else:
-        data = from_object(found.value, "data")
+        data = from_object(found.value, "data", **chosen)
     return data, _text(found.value)
 
 
@@ -512,7 +518,7 @@ def _recalibration(
         )
     split = data.splits.get(name)
     if split is None:
-        split = whole.select((name,), settings.limit, settings.seed).splits[name]
+        split = whole.select((name,), None, settings.seed).splits[name]
     if len(split) < 2:
         raise UsageError(
             f"--buffers recalibrate has no more than one example of {name}, which has no variance",

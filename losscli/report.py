@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from losscli.errors import printable
@@ -370,10 +370,17 @@ def plan(description: Mapping[str, Any]) -> str:
         ("points", f"{d['points']}, {d['points_at_once']} at once"),
         ("passes", f"{data}, {d['forward_passes']:,} examples"),
         ("weights", f"{d['bytes_of_weights'] / 2**20:,.1f} MiB for the points at once"),
+        ("in memory", ", ".join(_where(d))),
     ]
     if "products_at_most" in d:
         rows.append(("products", f"with the Hessian, at most about {d['products_at_most']:,}"))
     return "".join(f"{label:<13}{printable(text)}\n" for label, text in rows)
+
+
+def _where(d: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{d['bytes_of_data'] / 2**20:,.1f} MiB of data"
+    if d["streamed"]:
+        yield f"not {', '.join(d['streamed_splits'])}: decoded anew in each pass"
 
 
 def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Any]) -> str:

@@ -59,6 +59,11 @@ def run(arguments: Sequence[str], console: Console) -> int:
         console.error(str(error))
         return error.exit_code
     except _Signalled as sent:
+        import multiprocessing
+
+        # Workers that decode data would else be waited for until they are done with a batch.
+        for child in multiprocessing.active_children():
+            child.terminate()
         how = "interrupted" if sent.number == signal.SIGINT else "terminated"
         console.error(f"{how}; nothing was written")
         return 128 + sent.number

@@ -1,5 +1,6 @@
-"""Data sets: files or code in; named splits of whole tensors, decoded once for all points, out."""
+"""Data sets: files or code in; named splits of examples out, decoded once where they fit."""
 
+from losscli.datasets.memory import device_budget
 from losscli.datasets.objects import from_object
 from losscli.datasets.registry import DATASETS, load
 from losscli.datasets.split import DataSet, Examples, Inputs, Split, Task, leaves, map_inputs
@@ -11,6 +12,7 @@ __all__ = [
     "Inputs",
     "Split",
     "Task",
+    "device_budget",
     "from_object",
     "leaves",
     "load",

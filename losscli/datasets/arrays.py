@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from losscli.datasets.objects import to_tensor
+from losscli.datasets.batch import to_tensor
 from losscli.errors import DataError, one_line
 
 __all__ = ["load_mnist", "load_npz", "load_safetensors"]

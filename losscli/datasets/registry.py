@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from losscli.datasets.arrays import load_mnist, load_npz, load_safetensors
 from losscli.datasets.cifar import load_cifar10, load_cifar100
 from losscli.datasets.hub import load_hub
 from losscli.datasets.images import load_image_folder
-from losscli.datasets.objects import from_object
+from losscli.datasets.objects import into_memory, wrap
 from losscli.datasets.split import DataSet, leaves
 from losscli.datasets.text import load_text
 from losscli.errors import DataError, SpecError, one_line
@@ -24,6 +24,9 @@ from losscli.spec import Spec, call, look_up, unfold
 __all__ = ["DATASETS", "load"]
 
 _COMMON = ("mean", "std", "flatten", "limit")
+
+# The statistics that pretrained models for ImageNet expect, as torchvision's presets have them.
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 DATASETS: dict[str, Callable[..., Any]] = {
     "safetensors": load_safetensors,
@@ -37,7 +40,15 @@ DATASETS: dict[str, Callable[..., Any]] = {
 }
 
 
-def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0) -> DataSet:
+def load(
+    text: str,
+    *,
+    trusted: bool,
+    folder: Path | None = None,
+    splits: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
+) -> DataSet:
     """Loads the data set that a spec names.
 
     Args:
@@ -45,21 +56,26 @@ def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0)
             it may have ``mean``, ``std``, ``flatten`` and ``limit``.
         trusted: Whether it may name code.
         folder: What relative paths in it are relative to; the current folder by default.
+        splits: The splits wanted; none names all.
+        limit: How many examples of each, of those that the spec's own limit leaves; None for all.
         seed: Of everything random: the draw of ``limit``, the order of a loader.
 
     Returns:
-        The data set.
+        The data set: in memory what fits, to be decoded in each pass what does not.
 
     Raises:
         DataError: The data cannot be read or understood.
         SpecError: The spec names nothing known, or its keys are wrong.
         UntrustedCodeError: It names code and is not trusted.
+        UsageError: There is no such split, or the limit is below 1.
     """
     text, trusted, folder = unfold(text, trusted=trusted, folder=folder)
     spec = Spec.parse(text)
     function, arguments = look_up(spec, DATASETS, "data", trusted=trusted)
     options: dict[str, Any] = dict(spec.options)
     common = {key: options.pop(key, None) for key in _COMMON}
+    if common["mean"] == "imagenet" and common["std"] is None:
+        common["std"] = "imagenet"
     normalisation: dict[str, Any] = {
         key: _channels(common[key], key, text) for key in ("mean", "std") if common[key] is not None
     }
@@ -70,9 +86,9 @@ def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0)
                 f"data {text!r}: flatten={common['flatten']} is neither true nor false",
                 "Write flatten=true",
             )
-    limit = common["limit"]
-    if limit is not None and not (type(limit) is int and limit > 0):
-        raise SpecError(f"data {text!r}: limit={limit} is no number of examples", "Give 1 or more")
+    own = common["limit"]
+    if own is not None and not (type(own) is int and own > 0):
+        raise SpecError(f"data {text!r}: limit={own} is no number of examples", "Give 1 or more")
     if function in DATASETS.values():
         if not arguments:
             name = spec.target.rstrip(":")
@@ -92,15 +108,17 @@ def load(text: str, *, trusted: bool, folder: Path | None = None, seed: int = 0)
         raise
     except Exception as error:
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
-    data = replace(from_object(loaded, f"data {text!r}"), **normalisation)
+    data = replace(wrap(loaded, f"data {text!r}", seed), **normalisation)
     _check_channels(data, text)
-    return data.select([], limit, seed)
+    return into_memory(data.select([], own, seed).select(splits, limit, seed))
 
 
 def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
     if value is None:
         return None
-    values = value if isinstance(value, list) else [value]
+    values = (
+        _IMAGENET[key] if value == "imagenet" else value if isinstance(value, list) else [value]
+    )
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise SpecError(
             f"data {text!r}: {key}={value} is no number a channel", f"Write {key}=0.5-0.4-0.5"

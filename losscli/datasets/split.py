@@ -61,7 +61,12 @@ class Examples(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """The bytes that they take in memory."""
+        """The bytes that they take in memory; nothing where they are decoded in each pass."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to know about them."""
+        return ()
 
     @abstractmethod
     def order(self, generator: torch.Generator) -> Tensor:
@@ -84,6 +89,20 @@ class Examples(ABC):
         Returns:
             Those examples.
         """
+
+    def draw(self, number: int, generator: torch.Generator) -> Examples:
+        """Draws examples without replacement.
+
+        Args:
+            number: How many; all where there are fewer.
+            generator: Of the draw.
+
+        Returns:
+            Those examples, in the order that they had.
+        """
+        if number >= len(self):
+            return self
+        return self.take(self.order(generator)[:number].sort().values)
 
     @abstractmethod
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
@@ -190,6 +209,38 @@ class Split(Examples):
         """
         return Split(map_inputs(lambda t: t.to(device), self.inputs), self.targets.to(device))
 
+    def send(self, device: torch.device) -> Split:
+        """Moves a batch to a device without waiting for it.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The batch there; itself, where it is there already.
+        """
+        if self.is_on(device):
+            return self
+        if device.type != "cuda" or self.targets.device.type != "cpu":
+            return self.to(device)
+
+        # Only what is pinned is copied while the host goes on.
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return Split(map_inputs(copy, self.inputs), copy(self.targets))
+
+    def is_on(self, device: torch.device) -> bool:
+        """Tells where the split is.
+
+        Args:
+            device: A device.
+
+        Returns:
+            Whether it is there.
+        """
+        here = self.targets.device
+        return here.type == device.type and device.index in {None, here.index}
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -268,8 +319,7 @@ class DataSet:
         chosen = {}
         for name in dict.fromkeys(names or self.splits):
             split = self.splits[name]
-            if limit is not None and limit < len(split):
-                generator = torch.Generator().manual_seed(seed)
-                split = split.take(split.order(generator)[:limit].sort().values)
+            if limit is not None:
+                split = split.draw(limit, torch.Generator().manual_seed(seed))
             chosen[name] = split
         return replace(self, splits=chosen)

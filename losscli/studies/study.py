@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from losscli.datasets import Examples
+from losscli.datasets import Examples, Split
 from losscli.errors import CheckpointError, ModelError
 from losscli.geometry import Slice
 from losscli.objective import Objective
@@ -112,7 +112,8 @@ class Study(ABC):
         Returns:
             The number of points, of examples and of forward passes of an example; the tensors
             that move; the points whose weights are in memory at once, their bytes, how often the
-            data goes by, and how often the training examples of BatchNorm's statistics.
+            data goes by, and how often the training examples of BatchNorm's statistics; the bytes
+            of data in memory, and the splits that are not there but decoded in each pass.
         """
         objective = self.problem.objective
         examples = sum(map(len, objective.splits.values()))
@@ -122,6 +123,7 @@ class Study(ABC):
         training = objective.recalibration
         if training is not None:
             examples += len(training)
+        streamed = [n for n, split in objective.splits.items() if not isinstance(split, Split)]
         return {
             **self.origin(),
             "points": self.evaluations,
@@ -131,6 +133,9 @@ class Study(ABC):
             "passes_over_data": passes,
             "passes_for_statistics": 0 if training is None else passes,
             "bytes_of_weights": chunk * sum(objective.tensors[n].nbytes for n in self.moving),
+            "bytes_of_data": sum(split.nbytes for split in objective.splits.values()),
+            "streamed": bool(streamed),
+            "streamed_splits": streamed,
         }
 
     def origin(self) -> dict[str, Any]:
@@ -206,12 +211,14 @@ class Study(ABC):
         ]
 
     def kept(self) -> list[str]:
-        """Notes on what stays where it is by the user's choice.
+        """Notes on what stays where it is: data that is not in memory, tensors by choice.
 
         Returns:
             The notes.
         """
         settings, notes = self.problem.settings, self._estimated()
+        for name, split in self.problem.objective.splits.items():
+            notes += [f"{name}: {remark}" for remark in split.remarks]
         end = {"a": "first", "b": "last"}.get(settings.buffers)
         if end and self.problem.buffers and len(self.problem.names) > 1:
             whose, but = self.words(end)

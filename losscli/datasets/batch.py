@@ -1,0 +1,175 @@
+"""Batches as code gives them: what is inputs, what is targets, and batches joined to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from losscli.datasets.split import Inputs, Split, leaves
+from losscli.errors import DataError, one_line
+
+__all__ = ["RaggedError", "is_language", "join", "to_tensor", "understand"]
+
+_TARGETS = ("targets", "target", "labels", "label", "y")
+
+
+class RaggedError(DataError):
+    """Batches whose examples have different sizes cannot be one."""
+
+
+def understand(batch: object, where: str) -> Split:
+    """Finds inputs and targets in a batch; what is not understood is an error, never skipped.
+
+    Args:
+        batch: ``(inputs, targets)``, or a mapping with a key for its targets.
+        where: What to call the data in errors.
+
+    Returns:
+        The examples.
+
+    Raises:
+        DataError: It is something else, or has not one target an example.
+    """
+    if isinstance(batch, Mapping):
+        keys = [key for key in batch if key in _TARGETS]
+        if len(keys) != 1:
+            raise DataError(
+                f"{where}: a batch with the keys {', '.join(map(str, batch))} has "
+                f"{'no' if not keys else 'more than one'} key for its targets",
+                f"Call them one of {', '.join(_TARGETS)}",
+            )
+        rest = {str(key): to_tensor(v, where, key) for key, v in batch.items() if key != keys[0]}
+        inputs: Inputs = next(iter(rest.values())) if len(rest) == 1 else rest
+        targets = batch[keys[0]]
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        first, targets = batch
+        if isinstance(first, Mapping):
+            inputs = {str(key): to_tensor(value, where, key) for key, value in first.items()}
+        elif isinstance(first, tuple | list):
+            inputs = tuple(to_tensor(value, where, i) for i, value in enumerate(first))
+        else:
+            inputs = to_tensor(first, where, "inputs")
+    else:
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise DataError(
+            f"{where}: a {type(batch).__name__}{size} is not understood as a batch",
+            "Give (inputs, targets), or a mapping with a key such as targets or labels",
+        )
+    if not leaves(inputs):
+        raise DataError(f"{where}: a batch has targets and no inputs", "Give (inputs, targets)")
+    return _checked(Split(inputs, to_tensor(targets, where, "targets")), where)
+
+
+def _checked(split: Split, where: str) -> Split:
+    targets = split.targets
+    if any(t.ndim == 0 for t in [*leaves(split.inputs), targets]):
+        raise DataError(f"{where}: a single number is no column of examples", "Give tensors [N, …]")
+    sizes = {len(t) for t in [*leaves(split.inputs), targets]}
+    if len(sizes) > 1:
+        counts = " and ".join(str(len(t)) for t in leaves(split.inputs))
+        raise DataError(
+            f"{where}: {counts} inputs for {len(targets)} targets", "Give one target an example"
+        )
+    if sizes == {0}:
+        raise DataError(f"{where} is empty")
+    return replace(split, targets=targets if targets.is_floating_point() else targets.long())
+
+
+def is_language(batch: object) -> bool:
+    """Tells whether the targets of a batch are the tokens of its inputs.
+
+    Args:
+        batch: A batch as code gives it.
+
+    Returns:
+        Whether it is a mapping with ``input_ids`` and ``labels`` of one shape.
+    """
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+        return False
+    tokens, labels = (getattr(batch[key], "shape", None) for key in ("input_ids", "labels"))
+    return tokens is not None and len(tokens) > 1 and tokens == labels
+
+
+def to_tensor(value: object, where: str, key: object) -> Tensor:
+    """Makes a tensor of what stands for one.
+
+    Args:
+        value: A tensor or a NumPy array.
+        where: What to call the data in errors.
+        key: What to call the value in errors.
+
+    Returns:
+        A dense tensor of real numbers on the CPU.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.itemsize <= 8:
+        # torch takes arrays of the machine's own byte order that may be written to.
+        value = torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
+    if (
+        not isinstance(value, Tensor)
+        or value.is_complex()
+        or value.is_quantized
+        or value.layout != torch.strided
+    ):
+        raise DataError(
+            f"{where}: {key!r} is a {type(value).__name__}, not a dense tensor of real numbers",
+            "Give tensors or NumPy arrays",
+        )
+    return value.detach().cpu()
+
+
+def join(batches: Sequence[Split], where: str) -> Split:
+    """Lays batches one after the other.
+
+    Args:
+        batches: The batches.
+        where: What to call the data in errors.
+
+    Returns:
+        All their examples.
+
+    Raises:
+        DataError: There are none, or they differ in their structure or types.
+        RaggedError: They differ in the size of their examples.
+    """
+    if not batches:
+        raise DataError(f"{where} is empty")
+    if len(batches) == 1:
+        return batches[0]
+    first = batches[0].inputs
+    if isinstance(first, dict):
+        # Later batches may have the keys in another order.
+        batches = [
+            Split({key: b.inputs[key] for key in first}, b.targets)
+            if isinstance(b.inputs, dict) and b.inputs.keys() == first.keys()
+            else b
+            for b in batches
+        ]
+    rows = [[*leaves(b.inputs), b.targets] for b in batches]
+    structures = {
+        (type(b.inputs), *(b.inputs if isinstance(b.inputs, dict) else ()), *(t.dtype for t in row))
+        for b, row in zip(batches, rows, strict=True)
+    }
+    if len(structures) > 1:
+        raise DataError(
+            f"{where}: the batches differ in their structure or types",
+            "Give every batch the same inputs, in the same types",
+        )
+    try:
+        *columns, targets = (torch.cat(column) for column in zip(*rows, strict=True))
+    except (RuntimeError, TypeError) as error:
+        raise RaggedError(
+            f"{where}: the batches do not fit together: {one_line(error)}",
+            "Pad the examples to one size",
+        ) from None
+    if isinstance(first, Tensor):
+        return Split(columns[0], targets)
+    if isinstance(first, tuple):
+        return Split(tuple(columns), targets)
+    return Split(dict(zip(first, columns, strict=True)), targets)

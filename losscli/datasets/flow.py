@@ -1,0 +1,280 @@
+"""Examples that come one after the other, from an iterable that is iterated anew in each pass."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from losscli.datasets.batch import is_language, join, understand
+from losscli.datasets.randomness import capture, private_randomness, restore, seed_all
+from losscli.datasets.split import Examples, Split
+from losscli.datasets.stream import Failure, Parcel, Prepare
+from losscli.errors import DataError, one_line
+
+__all__ = ["Flow", "Source"]
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """Makes parcels of what a loader collates, wherever it does."""
+
+    collate: Callable[[Any], Any]
+    where: str
+
+    def __call__(self, rows: Any) -> Parcel | Failure:
+        try:
+            raw = self.collate(rows)
+            return Parcel.pack(understand(raw, self.where), language=is_language(raw))
+        except DataError as error:
+            return Failure(error.what, error.cure)
+        except Exception as error:  # noqa: BLE001 - one line of it is told
+            return Failure(f"{self.where} failed: {one_line(error)}", "")
+
+
+class Source:
+    """Gives batches, anew in each pass, and from the same seed.
+
+    Args:
+        loader: Gives them; it is left as it is.
+        where: What to call it in errors.
+        seed: Of everything random in a pass.
+
+    Attributes:
+        language: Whether the targets of the batches seen are the tokens of the inputs.
+    """
+
+    def __init__(self, loader: DataLoader[Any], where: str, seed: int) -> None:
+        self.where = where
+        self.language = False
+        self._loader = copy.copy(loader)
+        self._loader.collate_fn = _Collate(loader.collate_fn, where)
+        self._loader._iterator = None
+        if not isinstance(loader.worker_init_fn, Prepare):
+            self._loader.worker_init_fn = Prepare(loader.worker_init_fn)
+        with private_randomness():
+            seed_all(seed)
+            self._start = capture()
+
+    def batches(self) -> Iterator[Split]:
+        """Goes by the data once.
+
+        Yields:
+            The batches as they come, of any size.
+
+        Raises:
+            DataError: Its code fails, or a batch is not understood.
+        """
+        state, seen = self._start, 0
+        batches: Iterator[Parcel | Failure] | None = None
+        while True:
+            # What it draws is no matter of whoever draws between two batches.
+            with private_randomness():
+                restore(state)
+                try:
+                    batches = iter(self._loader) if batches is None else batches
+                    found = next(batches, None)
+                except Exception as error:
+                    raise DataError(
+                        f"{self.where} failed after {seen} examples: {_last_line(error)}"
+                    ) from error
+                state = capture()
+            if found is None:
+                return
+            if isinstance(found, Failure):
+                raise DataError(found.what, found.cure)
+            self.language |= found.language
+            batch = found.unpack()
+            seen += len(batch)
+            yield batch
+
+
+def _last_line(error: BaseException) -> str:
+    """What was raised in a worker comes with the text of its traceback."""
+    text = str(error)
+    if "Original Traceback" in text:
+        return " ".join(text.strip().splitlines()[-1].split())
+    return one_line(error)
+
+
+class Flow(Examples):
+    """Examples of an iterable, in the order in which it gives them.
+
+    Args:
+        source: Gives them.
+        start: How many of its examples come before these.
+        stop: How many it gives at most until the last of these; to its end where None.
+    """
+
+    nbytes = 0
+
+    def __init__(self, source: Source, start: int = 0, stop: int | None = None) -> None:
+        self._source = source
+        self._start = start
+        self._stop = stop
+        self._length: int | None = None
+        self._checksum: int | None = None
+        self._firsts: dict[int, Split] = {}
+
+    def __len__(self) -> int:
+        if self._length is None:
+            count = sum(map(len, self._pass()))
+            self._length = count
+        return self._length
+
+    @property
+    def language(self) -> bool:
+        """Whether the targets are the tokens of the inputs."""
+        self.first(1)
+        return self._source.language
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to know about these examples."""
+        anew = "iterated anew in each pass over the data"
+        return (f"{anew}; a part of it is its first examples, and not drawn",)
+
+    def order(self, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+        """Tells the only order in which the examples are to be had.
+
+        Args:
+            generator: Not drawn from.
+
+        Returns:
+            Positions, ``[N]``, ascending.
+        """
+        return torch.arange(len(self))
+
+    def draw(self, number: int, generator: torch.Generator) -> Flow:  # noqa: ARG002
+        """Takes the first examples: there is nothing to draw from.
+
+        Args:
+            number: How many; all where there are fewer.
+            generator: Not drawn from.
+
+        Returns:
+            Those examples, not counted yet.
+        """
+        stop = self._start + number
+        if self._stop is not None:
+            stop = min(stop, self._stop)
+        return Flow(self._source, self._start, stop)
+
+    def take(self, index: Tensor | slice) -> Flow:
+        """Picks examples that follow each other.
+
+        Args:
+            index: Which ones: ascending positions ``[n]``, or a slice.
+
+        Returns:
+            Those examples.
+        """
+        if isinstance(index, Tensor):
+            index = slice(int(index[0]), int(index[-1]) + 1)
+        start, stop, _ = index.indices(len(self))
+        part = Flow(self._source, self._start + start, self._start + stop)
+        part._length = stop - start
+        return part
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
+        """Goes by the examples once, a batch at a time.
+
+        Args:
+            size: Examples a batch; the last one may have fewer.
+            order: Ascending positions ``[n]`` that follow each other; all where it is None.
+
+        Yields:
+            The batches.
+
+        Raises:
+            DataError: They are other examples than in the first pass, or more, or fewer.
+        """
+        if order is not None:
+            yield from self.take(order).batches(size)
+            return
+        waiting: list[Split] = []
+        count = 0
+        for batch in self._pass():
+            waiting.append(batch)
+            count += len(batch)
+            if count < size:
+                continue
+            whole = join(waiting, self._source.where)
+            full = count - count % size
+            for start in range(0, full, size):
+                yield whole.take(slice(start, start + size))
+            waiting = [whole.take(slice(full, None))] if count > full else []
+            count -= full
+        if waiting:
+            yield join(waiting, self._source.where)
+
+    def first(self, number: int) -> Split:
+        """Takes the first examples into memory, and remembers them.
+
+        Args:
+            number: How many; all where there are fewer.
+
+        Returns:
+            Those examples.
+        """
+        if number not in self._firsts:
+            # Where there is none at all, the pass says so.
+            self._firsts[number] = next(self.batches(number))
+        return self._firsts[number]
+
+    def decode(self, budget: int) -> Split | None:
+        """Takes all examples into memory, where they fit; else they are counted.
+
+        Args:
+            budget: The bytes that they may take.
+
+        Returns:
+            The examples; None where they take more.
+
+        Raises:
+            DataError: They cannot be had, or do not fit together.
+        """
+        batches: list[Split] | None = []
+        taken = 0
+        for batch in self._pass():
+            taken += batch.nbytes
+            if batches is not None:
+                batches.append(batch)
+            if taken > budget:
+                batches = None
+        return None if batches is None else join(batches, self._source.where)
+
+    def _pass(self) -> Iterator[Split]:
+        """Goes by the examples in batches as they come, and holds each pass against the first."""
+        position, count, checksum = 0, 0, 0
+        for batch in self._source.batches():
+            first = max(0, self._start - position)
+            last = len(batch) if self._stop is None else min(len(batch), self._stop - position)
+            position += len(batch)
+            if first < last:
+                part = batch.take(slice(first, last))
+                count += len(part)
+                for _, _, content in Parcel.pack(part).columns:
+                    checksum = zlib.crc32(content.data, checksum)
+                yield part
+            if position == self._stop or last < len(batch):
+                break
+        if not count:
+            raise DataError(f"{self._source.where} is empty")
+        if self._length not in {None, count}:
+            wrong = f"gives {count} examples in one pass and {self._length} in another"
+        elif self._checksum not in {None, checksum}:
+            wrong = "gives other examples, or another order, in each pass"
+        else:
+            self._length, self._checksum = count, checksum
+            return
+        raise DataError(
+            f"{self._source.where} {wrong}",
+            "Losses of one example are compared: seed its generator where its iteration begins",
+        )

@@ -1,0 +1,55 @@
+"""How much data may be in memory: what fits is decoded once, what does not is streamed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+__all__ = ["device_budget", "host_budget"]
+
+# Joining what was decoded takes twice its bytes for a moment, and the weights need room too.
+_SHARE = 0.25
+
+# Where a machine does not tell.
+_MEMORY = 8 << 30
+
+# What a container may use, by the second and by the first version of control groups.
+_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def host_budget() -> int:
+    """Finds how many bytes of data may be in the host's memory.
+
+    Returns:
+        A quarter of the memory that the machine, or the container, has: the same for every run.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        memory = _MEMORY
+    for path in _LIMITS:
+        try:
+            memory = min(memory, int(path.read_text(encoding="ascii")))
+        except (OSError, ValueError):  # there is no such file, or it says "max"
+            continue
+    return int(memory * _SHARE)
+
+
+def device_budget(device: torch.device) -> int | None:
+    """Finds how many bytes of data may be in a device's own memory.
+
+    Args:
+        device: The device.
+
+    Returns:
+        A quarter of what is free on a GPU; None where data in memory is there already.
+    """
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * _SHARE)

@@ -1,0 +1,488 @@
+"""Examples that are decoded as they are needed, anew in each pass over the data."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from losscli.datasets.batch import RaggedError, is_language, join, understand
+from losscli.datasets.memory import host_budget
+from losscli.datasets.randomness import private_randomness, seed_all
+from losscli.datasets.split import Examples, Split, leaves
+from losscli.errors import DataError, one_line
+
+__all__ = ["Decoder", "Failure", "Parcel", "Prepare", "Stream", "Workers"]
+
+# Bytes of examples for which no worker is started: that takes as long as decoding them.
+_TINY = 64 << 20
+
+_MOST_WORKERS = 8
+
+# Files that a worker keeps open in this process, and those that are left for everything else.
+_FILES_EACH = 4
+_FILES_LEFT = 24
+
+# What is decoded at once on the way into memory.
+_DECODED_EXAMPLES = 512
+_DECODED_BYTES = 64 << 20
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Decoder:
+    """Decodes examples of a map-style data set by their positions.
+
+    Before each example the generators of Python, NumPy and torch are seeded by its position: what
+    an example is drawn to be does not depend on the pass, the batch or the worker.
+
+    Args:
+        dataset: The data set.
+        collate: Makes a batch of a list of its examples.
+        where: What to call it in errors.
+        seed: Of everything random in it.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any], where: str, seed: int
+    ) -> None:
+        self.where = where
+        self._dataset = dataset
+        self._collate = collate
+        self._seed = seed
+
+    def __call__(self, positions: list[int]) -> Split:
+        """Decodes a batch.
+
+        Args:
+            positions: Of its examples.
+
+        Returns:
+            The batch.
+
+        Raises:
+            DataError: An example cannot be decoded, or the batch is not understood.
+        """
+        batch = understand(self.collated(positions), self.where)
+        if len(batch) != len(positions):
+            raise DataError(
+                f"{self.where}: a batch of {len(positions)} examples is collated to {len(batch)}",
+                "Leave examples out in the Dataset (torch.utils.data.Subset), not in collate_fn",
+            )
+        return batch
+
+    def collated(self, positions: list[int]) -> Any:
+        """Decodes a batch, and leaves it as it is.
+
+        Args:
+            positions: Of its examples.
+
+        Returns:
+            The batch as the user's code gives it.
+
+        Raises:
+            DataError: An example cannot be decoded.
+        """
+        with private_randomness():
+            examples = [self._example(position) for position in positions]
+            try:
+                return self._collate(examples)
+            except DataError:
+                raise
+            except Exception as error:
+                raise DataError(
+                    f"{self.where} failed on the batch from example {positions[0]} on: "
+                    f"{one_line(error)}"
+                ) from error
+
+    def _example(self, position: int) -> Any:
+        seed = (self._seed * _GOLDEN + position) % (1 << 63)
+        seed_all(seed)
+        try:
+            return self._dataset[position]
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{self.where} failed at example {position}: {one_line(error)}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A batch on its way from a worker: bytes that go through a pipe.
+
+    Tensors would go through shared memory, each with an open file, and may be left there.
+    """
+
+    keys: tuple[str, ...] | int | None
+    columns: tuple[tuple[torch.dtype, torch.Size, NDArray[np.uint8]], ...]
+    language: bool = False
+
+    @classmethod
+    def pack(cls, batch: Split, *, language: bool = False) -> Parcel:
+        """Packs a batch.
+
+        Args:
+            batch: The batch.
+            language: Whether its targets are the tokens of its inputs.
+
+        Returns:
+            Its bytes.
+        """
+        inputs = batch.inputs
+        keys = None if isinstance(inputs, Tensor) else len(inputs)
+        tensors = (*leaves(inputs), batch.targets)
+        return cls(
+            tuple(inputs) if isinstance(inputs, dict) else keys,
+            tuple(
+                (t.dtype, t.shape, t.contiguous().reshape(-1).view(torch.uint8).numpy())
+                for t in tensors
+            ),
+            language,
+        )
+
+    def unpack(self) -> Split:
+        """Unpacks the batch.
+
+        Returns:
+            The batch.
+        """
+        *inputs, targets = (
+            torch.from_numpy(content).view(dtype).reshape(shape)
+            for dtype, shape, content in self.columns
+        )
+        if self.keys is None:
+            return Split(inputs[0], targets)
+        if isinstance(self.keys, int):
+            return Split(tuple(inputs), targets)
+        return Split(dict(zip(self.keys, inputs, strict=True)), targets)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong in a worker."""
+
+    what: str
+    cure: str
+
+
+class _Remote(Dataset[Any]):
+    """A decoder inside a worker: its items are batches."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def __getitem__(self, positions: list[int]) -> Parcel | Failure:
+        try:
+            return Parcel.pack(self._decoder(positions))
+        except DataError as error:
+            return Failure(error.what, error.cure)
+        except Exception as error:  # noqa: BLE001 - one line of it is told
+            return Failure(f"{self._decoder.where} failed: {one_line(error)}", "")
+
+
+class _Plan:
+    """The batches of the pass that is under way."""
+
+    def __init__(self) -> None:
+        self.index = torch.empty(0, dtype=torch.long)
+        self.size = 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (part.tolist() for part in torch.split(self.index, self.size))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.index) / self.size)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Prepares a worker: Ctrl-C reaches it too, but the process that started it ends it.
+
+    Attributes:
+        then: What else prepares it.
+    """
+
+    then: Callable[[int], None] | None = None
+
+    def __call__(self, worker: int) -> None:
+        """Prepares this process.
+
+        Args:
+            worker: Its number.
+        """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self.then is not None:
+            self.then(worker)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+@dataclass
+class Workers:
+    """Processes that decode, started once and kept over all passes.
+
+    Attributes:
+        decoder: What they do.
+        number: How many; by the cores, the bytes of a batch and the limit of open files where it
+            is None.
+        options: Further arguments of their DataLoader.
+    """
+
+    decoder: Decoder
+    number: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _plan: _Plan = field(default_factory=_Plan)
+    _loader: DataLoader[Any] | None = None
+    _busy: bool = False
+
+    def decode(self, index: Tensor, size: int, example: int) -> Iterator[Split]:
+        """Decodes examples, a batch at a time.
+
+        Args:
+            index: Their positions, ``[n]``.
+            size: Examples a batch.
+            example: The bytes of one of them.
+
+        Yields:
+            The batches, in this order.
+
+        Raises:
+            DataError: An example cannot be decoded.
+        """
+        if not self._ready(len(index), size, example):
+            for part in torch.split(index, size):
+                yield self.decoder(part.tolist())
+            return
+        assert self._loader is not None
+        self._plan.index, self._plan.size, self._busy = index, size, True
+        try:
+            for found in self._loader:
+                if isinstance(found, Failure):
+                    raise DataError(found.what, found.cure)
+                yield found.unpack()
+        except RuntimeError as error:
+            self._loader = None
+            raise DataError(
+                f"{self.decoder.where}: a worker that decodes was lost: {one_line(error)}",
+                "Is there memory enough? Try a DataLoader with num_workers=0",
+            ) from None
+        finally:
+            self._busy = False
+
+    def _ready(self, examples: int, size: int, example: int) -> bool:
+        """Makes sure that there are workers; not where they are not worth it, or cannot be."""
+        if self._busy:
+            return False
+        if self._loader is not None:
+            return True
+        number = self._worth(examples, size, example)
+        context = self.options.get("multiprocessing_context") or _context()
+        if not number or not _travels(self.decoder, context):
+            return False
+        options = {"worker_init_fn": Prepare(), **self.options, "multiprocessing_context": context}
+        loader: DataLoader[Any] = DataLoader(
+            _Remote(self.decoder),
+            batch_size=None,
+            sampler=self._plan,
+            collate_fn=_unchanged,
+            num_workers=number,
+            persistent_workers=True,
+            generator=torch.Generator(),
+            **options,
+        )
+        self._plan.index = self._plan.index[:0]
+        try:
+            with warnings.catch_warnings():
+                # The threads of a pool that waits hold no lock that a worker needs.
+                warnings.filterwarnings("ignore", "This process .* is multi-threaded")
+                iter(loader)
+        except OSError:  # no more processes, files or semaphores: then without
+            self.number = 0
+            return False
+        self._loader = loader
+        return True
+
+    def _worth(self, examples: int, size: int, example: int) -> int:
+        number = self.number
+        if number is None:
+            if examples * example < _TINY:
+                return 0
+            # Two batches of each worker are on their way at a time.
+            fits = host_budget() // (16 * size * max(1, example))
+            number = min(_MOST_WORKERS, _cores(), fits)
+        return max(0, min(number, _files() // _FILES_EACH))
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _files() -> int:
+    """How many files more may be opened for workers."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return limit - len(os.listdir("/dev/fd")) - _FILES_LEFT  # noqa: PTH208
+    except (ImportError, OSError):
+        return _FILES_EACH * _MOST_WORKERS
+
+
+def _context() -> str | None:
+    # A worker that is forked needs nothing sent to it; elsewhere than on Linux that is not safe.
+    return "fork" if sys.platform == "linux" else None
+
+
+def _travels(decoder: Decoder, context: str | BaseContext | None) -> bool:
+    """Tells whether workers can be given the decoder."""
+    if context == "fork" or getattr(context, "_name", None) == "fork":
+        return True
+    try:
+        # Code from a file is known by its name in this process alone.
+        return b"losscli_user_" not in pickle.dumps(decoder)
+    except Exception:  # noqa: BLE001 - the user's objects may raise anything
+        return False
+
+
+class Stream(Examples):
+    """Examples of a map-style data set, decoded as they are needed.
+
+    Args:
+        workers: Decode them.
+        index: Their positions in the data set, ``[N]``.
+    """
+
+    streamed = True
+    nbytes = 0
+
+    def __init__(self, workers: Workers, index: Tensor) -> None:
+        self._workers = workers
+        self._index = index
+        self._firsts: dict[int, Split] = {}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def language(self) -> bool:
+        """Whether the targets are the tokens of the inputs."""
+        return is_language(self._workers.decoder.collated(self._index[:1].tolist()))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to know about these examples."""
+        return ("decoded anew in each pass over the data",)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Draws a random order to look at them in.
+
+        Args:
+            generator: Of the draw.
+
+        Returns:
+            Positions, ``[N]``.
+        """
+        return torch.randperm(len(self), generator=generator)
+
+    def take(self, index: Tensor | slice) -> Stream:
+        """Picks examples.
+
+        Args:
+            index: Which ones: positions ``[n]`` or a slice.
+
+        Returns:
+            Those examples, not decoded yet.
+        """
+        return Stream(self._workers, self._index[index])
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
+        """Decodes the examples once, a batch at a time.
+
+        Args:
+            size: Examples a batch; the last one may have fewer.
+            order: Positions ``[n]``; all in their own order where it is None.
+
+        Returns:
+            The batches.
+        """
+        index = self._index if order is None else self._index[order]
+        return self._workers.decode(index, size, self.first(1).nbytes)
+
+    def first(self, number: int) -> Split:
+        """Decodes the first examples, and remembers them.
+
+        Args:
+            number: How many; all where there are fewer.
+
+        Returns:
+            Those examples.
+        """
+        number = min(number, len(self))
+        if number not in self._firsts:
+            self._firsts[number] = self._workers.decoder(self._index[:number].tolist())
+        return self._firsts[number]
+
+    def decode(self, budget: int) -> Split | None:
+        """Decodes all examples into memory, where they fit.
+
+        Args:
+            budget: The bytes that they may take.
+
+        Returns:
+            The examples; None where they take more, or have different sizes from batch to batch.
+
+        Raises:
+            DataError: They cannot be decoded, or do not fit together.
+        """
+        example = self.first(1).nbytes
+        if len(self) * example > budget:
+            return None
+        size = max(1, min(_DECODED_EXAMPLES, _DECODED_BYTES // max(1, example)))
+        batches, taken = [], 0
+        for batch in self.batches(size):
+            batches.append(batch)
+            taken += batch.nbytes
+            if taken > budget:
+                return None
+        try:
+            return join(batches, self._workers.decoder.where)
+        except RaggedError:
+            return None
+
+    def check(self) -> None:
+        """Makes sure that an example is the same each time it is decoded.
+
+        Raises:
+            DataError: It is not.
+        """
+        decoder = self._workers.decoder
+        position = self._index[:1].tolist()
+        first, second = (Parcel.pack(decoder(position)) for _ in range(2))
+        if any(
+            not np.array_equal(a[-1], b[-1])
+            for a, b in zip(first.columns, second.columns, strict=True)
+        ):
+            raise DataError(
+                f"{decoder.where}: example {position[0]} is another each time it is decoded",
+                "Take the randomness out of it, or draw from the generators of random, "
+                "numpy.random and torch",
+            )
