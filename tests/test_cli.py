@@ -80,10 +80,12 @@ def test_a_dry_run_counts_and_evaluates_nothing(losscli: Losscli, folder: Path) 
     before = files(folder)
     done = losscli("interpolate", "a.pt", "b.pt", "--dry-run")
     assert done.status == 0
-    assert "points       51, 51 at once" in done.stdout
+    assert "points       51, 49 at once" in done.stdout
     plan = json.loads(losscli("interpolate", "a.pt", "b.pt", "--dry-run", "--json").stdout)
     assert plan["forward_passes"] == 51 * 40
-    assert plan["passes_over_data"] == 1
+    assert plan["passes_over_data"] == 3  # the two ends, and all other points together
+    assert not plan["streamed"]
+    assert plan["bytes_of_data"] == 40 * (6 * 4 + 8)
     assert plan["moving"] == {"tensors": 4, "values": 53}
     assert files(folder) == before
 

@@ -453,6 +453,32 @@ def test_mean_and_std_apply_to_each_channel_after_scaling(
     np.testing.assert_allclose(flat, expected.reshape(40, 12), rtol=1e-14, atol=1e-15)
 
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "mean", "std"),
+    [
+        ("mean=imagenet", IMAGENET["mean"], IMAGENET["std"]),
+        ("std=imagenet", None, IMAGENET["std"]),
+        ("mean=imagenet,std=imagenet", IMAGENET["mean"], IMAGENET["std"]),
+        ("mean=imagenet,std=0.5", IMAGENET["mean"], (0.5,)),
+        ("std=imagenet,mean=0.5", (0.5,), IMAGENET["std"]),
+    ],
+)
+def test_the_statistics_of_imagenet_go_by_its_name(
+    file: str, keys: str, mean: tuple[float, ...] | None, std: tuple[float, ...]
+) -> None:
+    data = load(f"{file},{keys}", trusted=False)
+    assert (data.mean, data.std) == (mean, std)
+
+
+def test_the_statistics_of_imagenet_are_for_three_channels(tmp_path: Path) -> None:
+    path = savez(tmp_path / "a.npz", inputs=np.zeros((5, 1, 2, 2), np.uint8), targets=np.arange(5))
+    message = refusal(lambda: load(f"npz:{path},mean=imagenet", trusted=False))
+    assert "3 values of mean or std for 1 channels" in message
+
+
 def test_columns_of_a_table_are_its_channels(tmp_path: Path) -> None:
     path = savez(tmp_path / "a.npz", inputs=X, targets=Y)
     found = prepared(f"npz:{path},mean=1-2-3-4,std=5")
@@ -717,6 +743,51 @@ def test_several_named_inputs_go_to_the_model_by_name() -> None:
         assert torch.equal(split.inputs["ids"], ids), form
         assert torch.equal(split.inputs["x"], X), form
         assert torch.equal(split.targets, Y), form
+
+
+IDS = torch.arange(N * 4).reshape(N, 4) % 7
+
+LANGUAGE = {
+    "tensors": {"s": {"input_ids": IDS, "labels": IDS}},
+    "a mask besides": {"s": {"input_ids": IDS, "attention_mask": IDS > 0, "labels": IDS}},
+    "a loader": DataLoader(Examples(lambda i: {"input_ids": IDS[i], "labels": IDS[i]}), 4),
+    "an iterable": Rows([{"input_ids": IDS[i], "labels": IDS[i]} for i in range(N)]),
+}
+
+
+@pytest.mark.parametrize("form", LANGUAGE)
+def test_a_label_for_each_token_is_language(form: str) -> None:
+    data = from_object(LANGUAGE[form], "here")
+    assert data.task == "language"
+    split = only(data)
+    assert torch.equal(split.targets, IDS)
+    assert torch.equal(leaves(split.inputs)[0], IDS)
+    if form == "a mask besides":
+        assert isinstance(split.inputs, dict)
+        assert torch.equal(split.inputs["attention_mask"], IDS > 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"input_ids": IDS, "labels": Y},
+        {"input_ids": IDS, "labels": IDS[:, 1:]},
+        {"input_ids": IDS, "targets": IDS},
+        {"tokens": IDS, "labels": IDS},
+        {"input_ids": Y, "labels": Y},
+        (IDS, IDS),
+    ],
+    ids=range(6),
+)
+def test_other_labels_are_classes(content: Any) -> None:
+    assert from_object({"s": content}, "here").task == "classification"
+
+
+def test_splits_of_language_and_of_classes_do_not_mix() -> None:
+    ids = {"input_ids": IDS}
+    given = {"a": {**ids, "labels": IDS}, "b": {**ids, "labels": Y}}
+    message = refusal(lambda: from_object(given, "here"))
+    assert "some splits have a label for each of their input_ids and some do not" in message
 
 
 def test_several_inputs_in_a_tuple_go_to_the_model_by_position() -> None:

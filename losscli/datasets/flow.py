@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from losscli.datasets.batch import is_language, join, understand
 from losscli.datasets.randomness import capture, private_randomness, restore, seed_all
 from losscli.datasets.split import Examples, Split
-from losscli.datasets.stream import Failure, Parcel, Prepare
+from losscli.datasets.stream import Failure, Parcel, Prepare, own
 from losscli.errors import DataError, one_line
 
 __all__ = ["Flow", "Source"]
@@ -245,7 +246,7 @@ class Flow(Examples):
         for batch in self._pass():
             taken += batch.nbytes
             if batches is not None:
-                batches.append(batch)
+                batches.append(own(batch))
             if taken > budget:
                 batches = None
         return None if batches is None else join(batches, self._source.where)
@@ -261,7 +262,7 @@ class Flow(Examples):
                 part = batch.take(slice(first, last))
                 count += len(part)
                 for _, _, content in Parcel.pack(part).columns:
-                    checksum = zlib.crc32(content.data, checksum)
+                    checksum = zlib.crc32(np.asarray(content).data, checksum)
                 yield part
             if position == self._stop or last < len(batch):
                 break

@@ -202,6 +202,16 @@ class Interpolation(Study):
             "layerwise": bool(self.blocks),
         }
 
+    def describe(self) -> dict[str, Any]:
+        """Tells what a run will do.
+
+        Returns:
+            As for every study; derivatives take a pass over the data for each point.
+        """
+        told = super().describe()
+        told["passes_over_data"] += len(self.alphas) if self.derivatives else 0
+        return told
+
     @property
     def tables(self) -> tuple[str, ...]:
         """The whole line, if it is given, and the blocks that move alone."""
@@ -209,8 +219,9 @@ class Interpolation(Study):
 
     @property
     def slices(self) -> tuple[int, int]:
-        """One line."""
-        return 1, len(self.alphas)
+        """One line, between and beyond its ends: these are evaluated plainly."""
+        inner = len(set(self.alphas) - {0.0, 1.0})
+        return int(inner > 0), inner
 
     @property
     def evaluations(self) -> int:
