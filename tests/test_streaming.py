@@ -32,6 +32,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
 )
 
@@ -322,6 +323,40 @@ def test_what_fits_is_decoded_once_and_by_the_order_of_the_splits(
     assert len(decoded) < 20
 
 
+def test_tensors_that_are_in_memory_are_not_decoded(cramped: Callable[[int], None]) -> None:
+    cramped(10)
+    tensors = TensorDataset(IN_MEMORY.inputs, IN_MEMORY.targets)  # type: ignore[arg-type]
+    for given in (tensors, DataLoader(tensors, 5)):
+        split = from_object(given, "here").splits["data"]
+        assert isinstance(split, Split)
+        assert split.inputs.data_ptr() == IN_MEMORY.inputs.data_ptr()  # type: ignore[union-attr]
+    some = from_object(DataLoader(tensors, 5, sampler=[4, 2]), "here").splits["data"]
+    assert whole(some).targets.tolist() == [1, 2]
+
+
+def test_what_does_not_fit_on_the_device_stays_and_goes_there_batch_by_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, _ = model_and_line()
+    data = DataSet({"a": IN_MEMORY, "b": IN_MEMORY})
+    moved: list[int] = []
+    to = Split.to
+
+    def move(self: Split, device: torch.device) -> Split:
+        moved.append(len(self))
+        return to(self, device)
+
+    monkeypatch.setattr("losscli.objective.device_budget", lambda device: 1500)
+    monkeypatch.setattr(Split, "is_on", lambda self, device: False)
+    monkeypatch.setattr(Split, "to", move)
+    objective = objective_of(data, 16)
+    assert moved == [N]
+    moved.clear()
+    found = sweep_plain(objective, [a])[0]
+    assert moved == [16, 16, 5] * 2
+    assert torch.equal(found["a"].losses, found["b"].losses)
+
+
 def test_a_first_example_that_is_small_deceives_nobody(cramped: Callable[[int], None]) -> None:
     def collate(rows: list[Any]) -> Any:
         longest = max(len(x) for x, _ in rows)
@@ -576,7 +611,7 @@ def _mislabelled(place: int, i: int) -> Any:
 CODE = """
 import os, signal, time
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 class Rows(Dataset):
     def __init__(self, n=400, act=lambda i: None):
@@ -619,7 +654,10 @@ def broken():
     return DataLoader(Broken(), 16, num_workers=1)
 def all_but_one(rows): return torch.utils.data.default_collate(rows[1:] or rows)
 def other(): return DataLoader(Rows(), 16, collate_fn=all_but_one)
-def labels(): return TensorDataset(torch.rand(400, 6), torch.arange(400) // 100)
+class Labels(Rows):
+    def __getitem__(self, i):
+        return torch.rand(6), i // 100
+def labels(): return Labels()
 """
 
 RUN = ["-m", "mlp:6-5-3", "--points", 5, "--batch-size", 16, "--no-figure"]
@@ -769,3 +807,28 @@ def test_a_low_limit_of_open_files_is_enough(code: Path) -> None:
     assert process.returncode == 0, stderr
     assert "Too many" not in stderr
     assert (code / "out.csv").exists()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_gets_streamed_and_kept_data_batch_by_batch(
+    cramped: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = model_and_line()
+    cramped(10)
+    given = {"kept": (IN_MEMORY.inputs, IN_MEMORY.targets), "streamed": FORMS["a loader"]()}
+    data = from_object(given, "here")
+    monkeypatch.setattr("losscli.objective.device_budget", lambda device: 0)
+    objective = Objective(
+        MLP("6-5-3"), cross_entropy, {}, data, device=torch.device("cuda"), batch_size=8
+    )
+    objective.check(a)
+    kept = objective.splits["kept"]
+    assert isinstance(kept, Split)
+    assert kept.targets.device.type == "cpu"
+    (found,) = sweep_plain(objective, [a])
+    expected = oracle.losses(
+        lambda: MLP("6-5-3"), a, IN_MEMORY.inputs, IN_MEMORY.targets, cross_entropy
+    )
+    for evaluation in found.values():
+        np.testing.assert_allclose(evaluation.losses[0], expected, rtol=1e-5)

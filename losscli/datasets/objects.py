@@ -13,6 +13,7 @@ from torch.utils.data import (
     IterableDataset,
     SequentialSampler,
     Subset,
+    TensorDataset,
     default_collate,
 )
 
@@ -20,7 +21,7 @@ from losscli.datasets.batch import is_language, understand
 from losscli.datasets.flow import Flow, Source
 from losscli.datasets.memory import host_budget
 from losscli.datasets.randomness import private_randomness, seed_all
-from losscli.datasets.split import DataSet, Examples
+from losscli.datasets.split import DataSet, Examples, Split
 from losscli.datasets.stream import Decoder, Prepare, Stream, Workers
 from losscli.errors import DataError, one_line
 
@@ -88,7 +89,7 @@ def wrap(loaded: object, where: str, seed: int) -> DataSet:
         here = f"{where}, split {name!r}"
         if isinstance(content, DataLoader | Dataset):
             examples = _examples(content, here, seed)
-            language.add(examples.language)
+            language.add(not isinstance(examples, Split) and examples.language)
             splits[str(name)] = examples
         else:
             splits[str(name)] = understand(content, here)
@@ -130,7 +131,9 @@ def into_memory(data: DataSet) -> DataSet:
     return replace(data, splits=splits)
 
 
-def _examples(content: DataLoader[Any] | Dataset[Any], where: str, seed: int) -> Stream | Flow:
+def _examples(
+    content: DataLoader[Any] | Dataset[Any], where: str, seed: int
+) -> Split | Stream | Flow:
     if isinstance(content, DataLoader):
         if content.drop_last or getattr(content.batch_sampler, "drop_last", False):
             raise DataError(
@@ -142,6 +145,9 @@ def _examples(content: DataLoader[Any] | Dataset[Any], where: str, seed: int) ->
         keys = _keys(content, where, seed)
         if content.batch_sampler is None:
             return Flow(Source(_in_order(content, keys), where, seed))
+        if type(content.dataset) is TensorDataset and content.collate_fn is default_collate:
+            split = understand(list(content.dataset.tensors), where)
+            return split if keys is None else split.take(torch.tensor(keys))
         return _stream(
             content.dataset,
             keys,
@@ -151,6 +157,8 @@ def _examples(content: DataLoader[Any] | Dataset[Any], where: str, seed: int) ->
             number=content.num_workers,
             options=_options(content),
         )
+    if type(content) is TensorDataset:
+        return understand(list(content.tensors), where)
     if isinstance(content, IterableDataset):
         return Flow(Source(DataLoader(content, batch_size=_AT_A_TIME), where, seed))
     if getattr(content, "__len__", None) is None:

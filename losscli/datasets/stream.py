@@ -309,21 +309,23 @@ class Workers:
         if not number or not _travels(self.decoder, context):
             return False
         options = {"worker_init_fn": Prepare(), **self.options, "multiprocessing_context": context}
-        loader: DataLoader[Any] = DataLoader(
-            _Remote(self.decoder),
-            batch_size=None,
-            sampler=self._plan,
-            collate_fn=_unchanged,
-            num_workers=number,
-            persistent_workers=True,
-            generator=torch.Generator(),
-            **options,
-        )
         self._plan.index = self._plan.index[:0]
         try:
             with warnings.catch_warnings():
+                # The user's own loader has said so.
+                warnings.filterwarnings("ignore", "This DataLoader will create")
                 # The threads of a pool that waits hold no lock that a worker needs.
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded")
+                loader: DataLoader[Any] = DataLoader(
+                    _Remote(self.decoder),
+                    batch_size=None,
+                    sampler=self._plan,
+                    collate_fn=_unchanged,
+                    num_workers=number,
+                    persistent_workers=True,
+                    generator=torch.Generator(),
+                    **options,
+                )
                 iter(loader)
         except OSError:  # no more processes, files or semaphores: then without
             self.number = 0
