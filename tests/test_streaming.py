@@ -632,9 +632,6 @@ def failing(): return DataLoader(Rows(act=bad), 16, num_workers=2)
 def die(i):
     if i == 150: os.kill(os.getpid(), signal.SIGKILL)
 def dying(): return DataLoader(Rows(act=die), 16, num_workers=1)
-def leave(i):
-    if i == 150: raise SystemExit(3)
-def leaving(): return DataLoader(Rows(act=leave), 16, num_workers=1)
 def slow(): return DataLoader(Rows(100000, lambda i: time.sleep(0.05)), 16, num_workers=2)
 class Coming(IterableDataset):
     count = 400
@@ -737,7 +734,6 @@ def test_a_limit_of_what_is_iterated_is_its_first_examples_and_told(
             "dying",
             r"split 'data': a worker that decodes was lost: .*\. Is there memory enough\?",
         ),
-        ("leaving", r"split 'data': a worker that decodes was lost: "),
         ("fewer", r"split 'data' gives 39\d examples in one pass and 39\d in another\. Losses of"),
         ("broken", r"split 'data' failed after 96 examples: .*stream broke"),
         ("other", r"a batch of 16 examples is collated to 15\. Leave examples out in the Dataset"),

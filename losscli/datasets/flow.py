@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from losscli.datasets.batch import is_language, join, understand
 from losscli.datasets.randomness import capture, private_randomness, restore, seed_all
 from losscli.datasets.split import Examples, Split
-from losscli.datasets.stream import Failure, Parcel, Prepare, own
+from losscli.datasets.stream import Failure, Parcel, Prepare, children_unheard, own
 from losscli.errors import DataError, one_line
 
 __all__ = ["Flow", "Source"]
@@ -76,12 +76,15 @@ class Source:
         batches: Iterator[Parcel | Failure] | None = None
         while True:
             # What it draws is no matter of whoever draws between two batches.
-            with private_randomness():
+            with private_randomness(), children_unheard():
                 restore(state)
                 try:
                     batches = iter(self._loader) if batches is None else batches
                     found = next(batches, None)
                 except Exception as error:
+                    # torch waits five seconds for a worker whose iterable has failed.
+                    for worker in getattr(batches, "_workers", ()):
+                        worker.terminate()
                     raise DataError(
                         f"{self.where} failed after {seen} examples: {_last_line(error)}"
                     ) from error

@@ -8,8 +8,10 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -26,7 +28,16 @@ from losscli.datasets.randomness import private_randomness, seed_all
 from losscli.datasets.split import Examples, Split, leaves, map_inputs
 from losscli.errors import DataError, one_line
 
-__all__ = ["Decoder", "Failure", "Parcel", "Prepare", "Stream", "Workers", "own"]
+__all__ = [
+    "Decoder",
+    "Failure",
+    "Parcel",
+    "Prepare",
+    "Stream",
+    "Workers",
+    "children_unheard",
+    "own",
+]
 
 # Bytes of examples for which no worker is started: that takes as long as decoding them.
 _TINY = 64 << 20
@@ -242,6 +253,28 @@ class Prepare:
             self.then(worker)
 
 
+@contextmanager
+def children_unheard() -> Iterator[None]:
+    """Starts workers without a signal handler that raises, wherever this process is, when one dies.
+
+    Their loader finds out by itself when it waits for a batch.
+
+    Yields:
+        Nothing.
+    """
+    number = getattr(signal, "SIGCHLD", None)
+    before = signal.getsignal(number) if number is not None else None
+    try:
+        yield
+    finally:
+        if number is not None and before is not None and _is_main_thread():
+            signal.signal(number, before)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 def _unchanged(batch: Any) -> Any:
     return batch
 
@@ -311,7 +344,7 @@ class Workers:
         options = {"worker_init_fn": Prepare(), **self.options, "multiprocessing_context": context}
         self._plan.index = self._plan.index[:0]
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), children_unheard():
                 # The user's own loader has said so.
                 warnings.filterwarnings("ignore", "This DataLoader will create")
                 # The threads of a pool that waits hold no lock that a worker needs.
