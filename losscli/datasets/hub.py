@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from losscli.datasets.batch import to_tensor
 from losscli.datasets.images import Images
-from losscli.datasets.objects import to_tensor
 from losscli.datasets.split import DataSet, Inputs, Split
 from losscli.datasets.text import IGNORED, read_texts
 from losscli.errors import DataError, SpecError, one_line, printable
