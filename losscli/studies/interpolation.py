@@ -202,16 +202,6 @@ class Interpolation(Study):
             "layerwise": bool(self.blocks),
         }
 
-    def describe(self) -> dict[str, Any]:
-        """Tells what a run will do.
-
-        Returns:
-            As for every study; derivatives take a pass over the data for each point.
-        """
-        told = super().describe()
-        told["passes_over_data"] += len(self.alphas) if self.derivatives else 0
-        return told
-
     @property
     def tables(self) -> tuple[str, ...]:
         """The whole line, if it is given, and the blocks that move alone."""
@@ -233,9 +223,11 @@ class Interpolation(Study):
         """Tells what a run will do.
 
         Returns:
-            What every study tells; and the blocks, where they move alone.
+            What every study tells; and the blocks, where they move alone. Derivatives take a pass
+            over the data for each point.
         """
         description = super().describe()
+        description["passes_over_data"] += len(self.alphas) if self.derivatives else 0
         if not self.blocks:
             return description
         objective, points = self.problem.objective, len(points_of(self.alphas))
