@@ -429,7 +429,8 @@ def test_a_dry_run_counts_the_blocks(losscli: Losscli, folder: Path) -> None:
     # Five of the whole, and four of each block: at 0 all are at A.
     assert plan["points"] == 13
     assert plan["forward_passes"] == 13 * 40
-    assert plan["passes_over_data"] == 3
+    # One for each end, one for the points between, and one for each block.
+    assert plan["passes_over_data"] == 5
     assert "blocks       2: layers.0, layers.1" in losscli(*LAYERWISE, "--dry-run").stdout
     assert not list(folder.glob("x*"))
 

@@ -586,10 +586,10 @@ def test_the_plan_counts_the_passes_over_train(folder: Path, losscli: Losscli) -
     done = losscli("interpolate", "c.pt", "d.pt", *TOLD, "--points", 6, "--dry-run", "--json")
     plan = json.loads(done.stdout)
     assert done.status == 0
-    assert plan["passes_over_data"] == plan["passes_for_statistics"] == 1
+    assert plan["passes_over_data"] == plan["passes_for_statistics"] == 3
     assert plan["forward_passes"] == 6 * (29 + 11 + 27)
     text = losscli("interpolate", "c.pt", "d.pt", *TOLD, "--points", 6, "--dry-run").stdout
-    assert "1 over the data, 1 over train for statistics" in text
+    assert "3 over the data, 3 over train for statistics" in text
 
 
 TOLD = (
