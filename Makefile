@@ -12,7 +12,7 @@ demo: .venv/installed
 
 # A process for each core, and a thread for each process: threads that wait for cores spin.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 check: .venv/installed
 	$(BIN)/ruff check .

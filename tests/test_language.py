@@ -406,3 +406,33 @@ def test_the_extra_is_named_where_transformers_is_missing(folders: Path, losscli
     assert done.status == 1
     assert "which is not installed" in done.stderr
     assert "pip install 'losscli[hf]'" in done.stderr
+
+
+def test_two_folders_and_a_text_need_no_more(
+    folders: Path, losscli: Losscli, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Bytes stand for ids: of an alphabet that the small vocabulary has.
+    text = bytes(int(i) for i in tokens(3).flatten()) + bytes([1, 2, 3])
+    Path("corpus.txt").write_bytes(text)
+    Path("a/config.json").write_text(
+        Path("a/config.json").read_text().replace('"bos_token_id": 0', '"bos_token_id": 50256')
+    )
+    logger = transformers.logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    done = losscli(
+        *("interpolate", "a", "b", "-d", f"text:corpus.txt,context={T}", "-q", "-o", "-"),
+        *("--dtype", "float64", "--points", 3, "--range", 0, 1),
+    )
+    logger.removeHandler(caplog.handler)
+    assert done.status == 0, done.stderr
+    last = torch.full((1, T), -100)
+    last[0, :3] = torch.tensor([1, 2, 3])
+    targets = torch.cat([tokens(3), last])
+    ids = targets.clamp(min=0)
+    for row in rows(done.stdout):
+        point = oracle.blend(state(0), state(1), float(row["alpha"]))
+        losses = oracle.losses(build, point, ids, targets, by_hand)
+        assert float(row["loss"]) == pytest.approx(oracle.mean(losses), rel=1e-12)
+        assert float(row["perplexity"]) == pytest.approx(math.exp(oracle.mean(losses)), rel=1e-11)
+    # What transformers has to say of such a config is not for the reader of a curve.
+    assert not caplog.records

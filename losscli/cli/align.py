@@ -25,7 +25,7 @@ def align(
         str,
         typer.Argument(
             metavar="A",
-            help="The checkpoint whose order is taken: FILE, FILE#KEY or init:SEED.",
+            help="The checkpoint whose order is taken: FILE, DIR, FILE#KEY or init:SEED.",
             show_default=False,
         ),
     ],

@@ -20,7 +20,7 @@ __all__ = ["export", "inspect", "writable"]
 def inspect(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(metavar="CKPT", help="FILE or FILE#KEY.", show_default=False),
+        typer.Argument(metavar="CKPT", help="FILE, DIR or FILE#KEY.", show_default=False),
     ],
     console: Console,
     figure: Annotated[

@@ -28,7 +28,7 @@ def interpolate(
         str,
         typer.Argument(
             metavar="A",
-            help="The checkpoint at α = 0: FILE, FILE#KEY or init:SEED.",
+            help="The checkpoint at α = 0: FILE, DIR, FILE#KEY or init:SEED.",
             show_default=False,
         ),
     ],

@@ -62,8 +62,8 @@ _SETTINGS: dict[str, Any] = {
         str | None,
         _option(
             _WHAT,
-            "The per-example loss; by default cross_entropy, or mse where the targets are not "
-            "whole numbers.",
+            "The per-example loss; by default cross_entropy, mse where the targets are not whole "
+            "numbers, or causal_lm for language.",
             "--loss",
             metavar="SPEC",
         ),
@@ -72,7 +72,8 @@ _SETTINGS: dict[str, Any] = {
         list[str] | None,
         _option(
             _WHAT,
-            "Repeatable. By default accuracy for classification; none for no metric.",
+            "Repeatable. By default accuracy for classification, perplexity for language; none for "
+            "no metric.",
             "--metric",
             metavar="SPEC",
         ),

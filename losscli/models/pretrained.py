@@ -100,7 +100,7 @@ def pretrained(folder: str | Path) -> nn.Module:
             "Try a newer one: pip install --upgrade transformers",
         )
     try:
-        with _offline():
+        with _alone(transformers):
             config = transformers.AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
@@ -157,13 +157,18 @@ def _build(transformers: Any, config: Any, architecture: str) -> nn.Module:
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
-    """Keeps Hugging Face's own client from the network, whatever a config.json asks for."""
+def _alone(transformers: Any) -> Iterator[None]:
+    """Keeps Hugging Face's own client from the network, whatever a config.json asks for.
+
+    What transformers has to say of a config it also keeps for itself: a library never prints.
+    """
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
+    before = constants.HF_HUB_OFFLINE, transformers.logging.get_verbosity()
     constants.HF_HUB_OFFLINE = True
+    transformers.logging.set_verbosity_error()
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = before[0]
+        transformers.logging.set_verbosity(before[1])
