@@ -168,6 +168,27 @@ def test_all_arrays_come_back_to_the_bit(records: list[tuple[str, Arrays]]) -> N
                 assert same(journal.recall(key), arrays)
 
 
+class _Haltingly(FileIO):
+    """A file of which the system reads and writes no more than a few bytes at a time."""
+
+    def write(self, content: Any) -> int:
+        return super().write(memoryview(content)[:7])
+
+    def readinto(self, room: Any) -> int:
+        return super().readinto(memoryview(room)[:5])
+
+
+def test_short_reads_and_writes_are_continued(stem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "FileIO", _Haltingly)
+    three(stem)
+    monkeypatch.undo()
+    with begin(stem) as journal:
+        assert len(journal) == 3
+    monkeypatch.setattr(room, "FileIO", _Haltingly)
+    with begin(stem) as journal:
+        assert all(same(journal.recall(f"r{i}"), numbers(i)) for i in range(3))
+
+
 def test_what_is_recalled_may_be_written_on(stem: Path) -> None:
     with begin(stem) as journal:
         journal.record("r", numbers(0))
@@ -494,9 +515,7 @@ journal = Journal.open(Path(sys.argv[1]), "i", {})
 journal.record("r0", {"x": np.arange(3)})
 worker = os.fork()
 if not worker:
-    time.sleep(60)
-    os._exit(0)
-print(worker, flush=True)
+    print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
