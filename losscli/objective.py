@@ -426,6 +426,15 @@ class Objective:
                 return
         self._way = Way.LOADED
 
+    @property
+    def way(self) -> Way | None:
+        """How points are evaluated; None before it is settled. To be set to one that was proven."""
+        return self._way
+
+    @way.setter
+    def way(self, way: Way | None) -> None:
+        self._way = way
+
     def _ways(self) -> list[Way]:
         if self._folds:
             return []
