@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from losscli.errors import OutputError, printable
@@ -27,6 +28,7 @@ class Console:
     Attributes:
         quiet: Whether progress and notes are left out.
         traceback: Whether an error shows where in the code it came from.
+        kept: Where what was finished lies if the command ends too early; None where nothing was.
     """
 
     def __init__(self, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
@@ -35,6 +37,7 @@ class Console:
         self.stderr: TextIO | None = stderr if stderr is not None else sys.stderr
         self.quiet = False
         self.traceback = False
+        self.kept: Path | None = None
 
     @property
     def animated(self) -> bool:
@@ -111,12 +114,15 @@ class Console:
             self.stderr.flush()
 
     @contextmanager
-    def progress(self, total: int, unit: str) -> Iterator[Callable[[float], None]]:
+    def progress(
+        self, total: int, unit: str, skipped: Callable[[], float] = lambda: 0.0
+    ) -> Iterator[Callable[[float], None]]:
         """Shows how far a computation is: a bar on a terminal, else a line every ten seconds.
 
         Args:
             total: How much there is to do.
             unit: What is counted, in the plural.
+            skipped: How much of what is done took no time, since it was known before.
 
         Yields:
             A function to call with how much is done.
@@ -124,21 +130,21 @@ class Console:
         if self.quiet:
             yield lambda _: None
         elif self.animated:
-            yield from self._bar(total, unit)
+            yield from self._bar(total, unit, skipped)
         else:
-            yield self._lines(total, unit)
+            yield self._lines(total, unit, skipped)
 
-    def _bar(self, total: int, unit: str) -> Iterator[Callable[[float], None]]:
+    def _bar(
+        self, total: int, unit: str, skipped: Callable[[], float]
+    ) -> Iterator[Callable[[float], None]]:
         # rich takes a while to import, and only a terminal needs it.
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
         columns = (
             TextColumn("{task.fields[count]}"),
             BarColumn(),
             TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
         )
         console = RichConsole(file=self.stderr)
         begun = time.monotonic()
@@ -146,25 +152,29 @@ class Console:
             task = bar.add_task("", total=total, count=f"0/{total} {unit}", rate="")
 
             def tell(done: float) -> None:
-                rate = done / max(time.monotonic() - begun, 1e-9)
+                rate = (done - skipped()) / max(time.monotonic() - begun, 1e-9)
+                left = f" {_duration((total - done) / rate)} left" if rate > 0 else ""
                 bar.update(
                     task,
                     completed=done,
                     count=f"{int(done)}/{total} {unit}",
-                    rate=f"{rate:.3g} {unit}/s",
+                    rate=f"{rate:.3g} {unit}/s{left}",
                 )
 
             yield tell
 
-    def _lines(self, total: int, unit: str) -> Callable[[float], None]:
+    def _lines(
+        self, total: int, unit: str, skipped: Callable[[], float]
+    ) -> Callable[[float], None]:
         begun = last = time.monotonic()
 
         def tell(done: float) -> None:
             nonlocal last
             now = time.monotonic()
-            if now - last >= _INTERVAL and done > 0:
+            new = done - skipped()
+            if now - last >= _INTERVAL and new > 0:
                 last = now
-                left = (now - begun) / done * (total - done)
+                left = (now - begun) / new * (total - done)
                 self._line(f"{int(done)}/{total} {unit}, {_duration(left)} left")
 
         return tell

@@ -128,6 +128,7 @@ class Journal:
         changes: What is told otherwise than by the run that began the journal, each in words.
         cut: The bytes of broken or half-written records that were cut off.
         locked: Whether other runs are kept out; False where the file system has no locks.
+        skipped: How much of what progress counts was recalled: whoever recalls it adds to it.
     """
 
     path: Path
@@ -135,6 +136,7 @@ class Journal:
     changes: tuple[str, ...]
     cut: int
     locked: bool
+    skipped: float
 
     def __init__(self, path: Path, file: FileIO, head: Mapping[str, Any], *, locked: bool) -> None:
         self.path = path
@@ -142,6 +144,7 @@ class Journal:
         self.changes = ()
         self.cut = 0
         self.locked = locked
+        self.skipped = 0.0
         self._file = file
         self._head = head
         self._index: dict[str, tuple[_Frame, tuple[_Array, ...]]] = {}
@@ -262,7 +265,12 @@ class Journal:
 
     def finish(self) -> None:
         """Removes the journal, since the results stand; and lets go of it."""
+        if sys.platform != "win32":
+            # The results have to be there after a loss of power too.
+            with contextlib.suppress(OSError):
+                _sync_folder(self.path.parent)
         self._close(remove=True)
+        self._index.clear()
 
     def close(self) -> None:
         """Lets go of the journal; it stays where it is if there is anything in it."""
@@ -630,7 +638,7 @@ def _told(path: Path) -> Iterator[None]:
     except OSError as error:
         what = f"{_named(path)} cannot be written: {error.strerror}"
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            cure = "Make room, and give the same command again: it goes on where this run stopped"
+            cure = "Make room"
         else:
             cure = "Choose another --out"
         raise OutputError(what, cure) from None

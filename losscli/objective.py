@@ -415,15 +415,20 @@ class Objective:
             with self.brief():
                 estimated = truth()
             self.load(own)
-        for way in self._ways():
-            self._way = way
-            with self.held():
-                good = agrees(held, _AGREE[self.dtype])
-            if good and estimated is not None:
-                with self.brief():
-                    good = agrees(estimated, _AGREE_ON_ESTIMATES[self.dtype])
-            if good:
-                return
+        try:
+            for way in self._ways():
+                self._way = way
+                with self.held():
+                    good = agrees(held, _AGREE[self.dtype])
+                if good and estimated is not None:
+                    with self.brief():
+                        good = agrees(estimated, _AGREE_ON_ESTIMATES[self.dtype])
+                if good:
+                    return
+        except BaseException:
+            # Out of memory, say: the way that was tried is not one that was proven.
+            self._way = None
+            raise
         self._way = Way.LOADED
 
     @property

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +190,10 @@ class Output:
             OutputError: A file cannot be written; then none is left behind.
         """
         older = self._before().get("tables")
-        contents = {self._file(".csv"): result.table.to_csv().encode()}
+        summary = f"{to_json(result.summary)}\n".encode("utf-8", "backslashreplace")
+        # The summary comes first: where this is killed between two files, it tells whose they are.
+        # The table comes last: where it stands, so does all else.
+        contents = {self._file(".json"): summary}
         for name, table in result.more.items():
             contents[self._file(f".{name}.csv")] = table.to_csv().encode()
         if self.figures:
@@ -197,15 +201,18 @@ class Output:
 
             for path in self.figures:
                 contents[path] = render(result.figure(log=log), path.suffix.lower())
-        contents[self._file(".json")] = f"{to_json(result.summary)}\n".encode(
-            "utf-8", "backslashreplace"
-        )
-        files = replace_all(contents)
+        contents[self._file(".csv")] = result.table.to_csv().encode()
+        for path in contents:
+            # A run that was killed while it wrote has left them.
+            for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+                left.unlink(missing_ok=True)
+        replace_all(contents)
         # What an older run left would be taken for this one's.
         for name in older if isinstance(older, list) else ():
             if name in _TABLES and name not in result.more:
                 self._file(f".{name}.csv").unlink(missing_ok=True)
-        return files
+        more = (self._file(f".{name}.csv") for name in result.more)
+        return [self._file(".csv"), *more, *self.figures, self._file(".json")]
 
     def draw(self, figure: Callable[[], Figure]) -> list[Path]:
         """Writes the pictures alone, and no other picture's place is taken.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
@@ -23,7 +24,9 @@ from losscli.datasets import Examples, Split
 from losscli.elementary import Elementary
 from losscli.errors import LosscliError, ModelError, one_line
 from losscli.geometry import Line
+from losscli.journal import Journal
 from losscli.objective import Objective
+from losscli.recording import Log
 from losscli.weights import Weights, pieces
 
 __all__ = ["Slopes", "slopes"]
@@ -66,6 +69,7 @@ def slopes(
     alphas: Sequence[float],
     splits: Mapping[str, Examples] | None = None,
     progress: Callable[[float], None] | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, Slopes]:
     """Differentiates the mean loss along a line, exactly.
 
@@ -85,6 +89,7 @@ def slopes(
         alphas: The P points.
         splits: The examples; all by default.
         progress: Called with the points done so far, a growing number up to P.
+        journal: Where finished points are recorded, and recalled from instead of computed.
 
     Returns:
         For each split its derivatives at the P points.
@@ -99,10 +104,22 @@ def slopes(
     if not line.a or not alphas:
         return found
     course = _Course(objective, line)
-    way = _settle(course, alphas, next(iter(splits.values())))
+    log = None
+    if journal is not None:
+        # Whoever halves the batch begins anew.
+        log = Log(journal, objective, splits, "slopes", line.ends, objective.batch_size)
+    way: _Way | None = None
     total = sum(map(len, splits.values()))
     seen = 0
     for i, alpha in enumerate(alphas):
+        known = None if log is None else log.recall(alpha)
+        if known is not None:
+            for k, name in enumerate(splits):
+                found[name].slope[i], found[name].curvature[i] = known[f"{k}"].tolist()
+            seen += total
+            continue
+        if way is None:
+            way = _settle(course, alphas, next(iter(splits.values())))
         weights = course.at(alpha)
         for name, split in splits.items():
             for batch in objective.batches(split):
@@ -112,6 +129,9 @@ def slopes(
                 seen += len(batch)
                 if progress is not None:
                     progress(seen / total)
+        if log is not None:
+            both = ((found[name].slope[i], found[name].curvature[i]) for name in splits)
+            log.record(alpha, {f"{k}": np.array(pair) for k, pair in enumerate(both)})
     return found
 
 

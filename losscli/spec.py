@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import re
 import shlex
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from typing import Any
 
 from losscli.errors import SpecError, UntrustedCodeError, one_line
 
-__all__ = ["Scalar", "Spec", "Value", "call", "look_up", "read_toml", "unfold"]
+__all__ = ["Scalar", "Spec", "Value", "call", "look_up", "own_code", "read_toml", "unfold"]
 
 Scalar = bool | int | float | str
 Value = Scalar | list[int] | list[float]
@@ -338,6 +340,30 @@ def _load_file(path: Path, where: str) -> Any:
         sys.path.insert(0, folder)
     loader.loader.exec_module(module)
     return module
+
+
+def own_code() -> dict[str, str]:
+    """Digests the code that was loaded and is not installed: the user's own, and what it imports.
+
+    Returns:
+        For each file the SHA-256 of its content, in the order of their names.
+    """
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    found = {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name == "__main__" or not isinstance(file, str):
+            continue
+        path = Path(file).resolve()
+        installed = {"site-packages", "dist-packages"} & set(path.parts)
+        if installed or {library, Path(__file__).resolve().parent} & set(path.parents):
+            continue
+        try:
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:
+            # It may lie in an archive, or be gone.
+            continue
+    return dict(sorted(found.items()))
 
 
 def call(

@@ -41,6 +41,7 @@ class _Breaking:
         self._journal = journal
         self._left = records
         self.recall = journal.recall
+        self.skipped = 0
 
     def record(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         if not self._left:

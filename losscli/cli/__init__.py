@@ -56,7 +56,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     except LosscliError as error:
         if console.traceback:
             raise
-        console.error(str(error))
+        console.error(_with_what_is_kept(str(error), console))
         return error.exit_code
     except _Signalled as sent:
         import multiprocessing
@@ -65,29 +65,44 @@ def run(arguments: Sequence[str], console: Console) -> int:
         for child in multiprocessing.active_children():
             child.terminate()
         how = "interrupted" if sent.number == signal.SIGINT else "terminated"
-        console.error(f"{how}; nothing was written")
+        console.error(f"{how}; {_kept(console) or 'nothing was written'}")
         return 128 + sent.number
     except SystemExit as error:
         if "_LOSSCLI_COMPLETE" in os.environ:  # a shell asked typer for completions
             return error.code if isinstance(error.code, int) else 0
-        console.error(f"code that this command runs ended with SystemExit({error.code})")
+        ended = f"code that this command runs ended with SystemExit({error.code})"
+        console.error(_with_what_is_kept(ended, console))
         return 1
     except OSError as error:
         if console.traceback:
             raise
-        console.error(f"{error.filename or 'a stream'}: {error.strerror}")
+        failed = f"{error.filename or 'a stream'}: {error.strerror}"
+        console.error(_with_what_is_kept(failed, console))
         return 1
     except Exception as error:
         if console.traceback:
             raise
-        console.error(
+        fault = (
             f"unexpected {type(error).__name__}: {error}. This is a fault of losscli: run again "
             "with --traceback and report what it shows"
         )
+        console.error(_with_what_is_kept(fault, console))
         return 1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _kept(console: Console) -> str:
+    """Says where what was finished lies, if anything was."""
+    if console.kept is None:
+        return ""
+    return f"what was finished is in {console.kept}: the same command goes on from there"
+
+
+def _with_what_is_kept(text: str, console: Console) -> str:
+    kept = _kept(console)
+    return f"{text.rstrip('.')}. {kept[0].upper()}{kept[1:]}" if kept else text
 
 
 def _signalled(number: int, _frame: FrameType | None) -> None:

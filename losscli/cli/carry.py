@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from losscli import report
@@ -13,6 +14,7 @@ from losscli.errors import UsageError
 from losscli.results import Result, to_json
 
 if TYPE_CHECKING:
+    from losscli.journal import Journal
     from losscli.studies.study import Study
 
 __all__ = ["carry_out", "names_of"]
@@ -45,21 +47,69 @@ def carry_out(
         description = study.describe()
         console.result(f"{to_json(description)}\n" if write.json else report.plan(description))
         return
-    if output is not None:
-        output.guard(study.identity, study.tables)
-    with console.guard_stdout(), console.progress(study.evaluations, study.unit) as tell:
-        result = study.run(tell)
-    for note in result.summary["notes"]:
-        console.note(note)
     if output is None:
-        console.result(result.table.to_csv())
+        console.result(_evaluate(study, console, None).table.to_csv())
         return
-    files = output.write(result, log=write.log)
+    output.guard(study.identity, study.tables)
+    from losscli.journal import Journal
+
+    with console.guard_stdout():
+        basis = study.basis()
+    with (
+        Journal.open(output.stem, basis.identity, basis.told) as journal,
+        _keeping(journal, console),
+    ):
+        for note in _notes(journal):
+            console.note(note)
+        result = _evaluate(study, console, journal)
+        files = output.write(result, log=write.log)
+        journal.finish()
     if write.json:
         console.result(f"{to_json(result.summary, indent=None)}\n")
     else:
         console.result(_TOLD[command](result))
     console.note(f"wrote {', '.join(map(str, files))}")
+
+
+def _evaluate(study: Study, console: Console, journal: Journal | None) -> Result:
+    """Runs a study, and tells its notes."""
+    with (
+        console.guard_stdout(),
+        console.progress(
+            study.evaluations, study.unit, lambda: 0.0 if journal is None else journal.skipped
+        ) as tell,
+    ):
+        result = study.run(tell, journal)
+    for note in result.summary["notes"]:
+        console.note(note)
+    return result
+
+
+@contextmanager
+def _keeping(journal: Journal, console: Console) -> Iterator[None]:
+    """Remembers, where a run ends too early, that what it has finished is kept."""
+    try:
+        yield
+    except BaseException:
+        console.kept = journal.path if len(journal) else None
+        raise
+
+
+def _notes(journal: Journal) -> Iterator[str]:
+    """Tells what a run finds in its journal."""
+    if journal.anew is not None:
+        yield f"begins anew, and not where {journal.path} ends: {journal.anew}"
+    elif len(journal):
+        changes = "; ".join(journal.changes)
+        but = f", though {changes}: the last digits may be others" if changes else ""
+        yield f"goes on where {journal.path} ends{but}"
+    if journal.cut:
+        yield f"{journal.path}: a record that was not written to its end is left out"
+    if not journal.locked:
+        yield (
+            f"the file system of {journal.path} has no locks: see that no other run writes the "
+            "same results"
+        )
 
 
 def names_of(arguments: Sequence[str]) -> list[str]:

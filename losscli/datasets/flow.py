@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,9 @@ from losscli.datasets.stream import Failure, Parcel, Prepare, children_unheard, 
 from losscli.errors import DataError, one_line
 
 __all__ = ["Flow", "Source"]
+
+# So many examples tell others than those that were.
+_TELLING = 16
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,12 @@ class Flow(Examples):
         """Whether the targets are the tokens of the inputs."""
         self.first(1)
         return self._source.language
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the first of them, of where they are, and of all where these were seen."""
+        told = [self.first(_TELLING).digest, self._start, len(self), self._checksum]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     @property
     def remarks(self) -> tuple[str, ...]:

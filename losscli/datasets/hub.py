@@ -360,3 +360,6 @@ class _Rows(Images):
 
     def name(self, index: int) -> str:
         return f"{self._where}, row {index}, {self._column!r}"
+
+    def state(self, positions: list[int]) -> str:  # noqa: ARG002 - a table has one for all of it
+        return str(self._rows._fingerprint)

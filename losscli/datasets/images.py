@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from abc import abstractmethod
@@ -80,6 +81,17 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
             Its name.
         """
 
+    @abstractmethod
+    def state(self, positions: list[int]) -> str:
+        """Tells one state of what images are decoded from, from another.
+
+        Args:
+            positions: Of the images.
+
+        Returns:
+            A text that is another one after a change.
+        """
+
     def __len__(self) -> int:
         return len(self.targets)
 
@@ -154,6 +166,18 @@ class _Folder(Images):
 
     def name(self, index: int) -> str:
         return self._files[index]
+
+    def state(self, positions: list[int]) -> str:
+        told = hashlib.sha256()
+        for file in (self._files[position] for position in positions):
+            try:
+                found = os.stat(file)  # noqa: PTH116 - there may be a million of them
+            except OSError as error:
+                raise DataError(f"{file} cannot be read: {error.strerror}") from None
+            told.update(
+                f"{file}\0{found.st_size} {found.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
+            )
+        return told.hexdigest()
 
 
 def load_image_folder(

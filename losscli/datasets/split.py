@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from losscli.digest import digest
 from losscli.errors import UsageError
 
 __all__ = ["DataSet", "Examples", "Inputs", "Split", "Task", "leaves", "map_inputs"]
@@ -62,6 +64,11 @@ class Examples(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """The bytes that they take in memory; nothing where they are decoded in each pass."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """A digest of what they are, 64 hexadecimal digits, as far as it can be told at once."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -148,6 +155,13 @@ class Split(Examples):
     def nbytes(self) -> int:
         """The bytes that they take in memory."""
         return sum(tensor.nbytes for tensor in (*leaves(self.inputs), self.targets))
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all of them."""
+        keys = list(self.inputs) if isinstance(self.inputs, dict) else []
+        columns = [*leaves(self.inputs), self.targets]
+        return digest({f"{i} {keys[i : i + 1]}": column for i, column in enumerate(columns)})
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Draws a random order to look at them in.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import pickle
@@ -13,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from losscli.datasets.batch import RaggedError, is_language, join, understand
+from losscli.datasets.images import Images
 from losscli.datasets.memory import host_budget
 from losscli.datasets.randomness import private_randomness, seed_all
 from losscli.datasets.split import Examples, Split, leaves, map_inputs
@@ -51,6 +55,9 @@ _FILES_LEFT = 24
 # Open files that a process may have, where batches have some of their own.
 _FILES_TO_SHARE = 1024
 
+# So many examples, evenly spaced, tell others than those that were.
+_TELLING = 16
+
 # What is decoded at once on the way into memory.
 _DECODED_EXAMPLES = 512
 _DECODED_BYTES = 64 << 20
@@ -78,6 +85,17 @@ class Decoder:
         self._dataset = dataset
         self._collate = collate
         self._seed = seed
+
+    def state(self, positions: list[int]) -> str:
+        """Tells one state of what examples are decoded from, from another, as far as is known.
+
+        Args:
+            positions: Of the examples.
+
+        Returns:
+            What the data set says; nothing where it is the user's own.
+        """
+        return self._dataset.state(positions) if isinstance(self._dataset, Images) else ""
 
     def __call__(self, positions: list[int]) -> Split:
         """Decodes a batch.
@@ -463,6 +481,15 @@ class Stream(Examples):
     def language(self) -> bool:
         """Whether the targets are the tokens of the inputs."""
         return is_language(self._workers.decoder.collated(self._index[:1].tolist()))
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of their positions, of a few that are decoded, and of the state of files."""
+        positions = self._index.tolist()
+        places = torch.linspace(0, len(self) - 1, min(_TELLING, len(self))).round().long()
+        few = self._workers.decoder(self._index[places].tolist())
+        told = [few.digest, positions, self._workers.decoder.state(positions)]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     @property
     def remarks(self) -> tuple[str, ...]:

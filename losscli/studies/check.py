@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -19,14 +20,17 @@ from losscli.curvature import (
     Curvature,
     Eigenpair,
     Extremes,
+    Verdict,
     verdict,
 )
 from losscli.curve import standard_error
 from losscli.datasets import Examples
 from losscli.errors import UsageError
 from losscli.geometry import Line
+from losscli.journal import Journal
 from losscli.objective import Evaluation
 from losscli.problem import float32_precision, prepare
+from losscli.recording import Log
 from losscli.results import Result
 from losscli.sampling import Estimate
 from losscli.settings import Settings
@@ -46,6 +50,12 @@ _STEPS = tuple(2.0**k for k in range(4, -21, -1))
 
 # Points of the escape's curve to either side.
 _SIDE = 20
+
+# What is told of a step that gains.
+_DESCENT = "distance", "loss", "gain", "gain_stderr"
+
+# Before the names of tensors in a record.
+_DOWN = "down "
 
 # Functions with kinks, at which a second derivative does not exist, by their names in torch.
 _KINKED = frozenset({
@@ -113,6 +123,53 @@ class _Found:
     @property
     def largest(self) -> Eigenpair:
         return self.extremes.largest[0]
+
+    @classmethod
+    def recalled(
+        cls, checkpoint: str, split: str, known: Mapping[str, NDArray[Any]]
+    ) -> tuple[Self, Weights | None]:
+        """Takes what `arrays` gave, but for eigenvectors; and the way down, if any."""
+        loss, size, *ratio = known["numbers"].tolist()
+        products, exact, kind, _ = known["counts"].tolist()
+        nothing = torch.empty(0, dtype=torch.float64)
+        smallest, largest = (
+            tuple(
+                Eigenpair(x, error, nothing, bool(sure)) for x, error, sure in known[end].tolist()
+            )
+            for end in ("smallest", "largest")
+        )
+        descent = dict(zip(_DESCENT, known["descent"].tolist(), strict=False)) or None
+        down = {
+            key.removeprefix(_DOWN): torch.from_numpy(array)
+            for key, array in known.items()
+            if key.startswith(_DOWN)
+        }
+        one = cls(
+            *(checkpoint, split, loss, size),
+            Extremes(smallest, largest, products, bool(exact)),
+            ratio[0] if ratio else None,
+            [(value, error) for value, error in known["spectrum"].tolist()],
+            get_args(Verdict)[kind],
+            descent,
+        )
+        return one, down or None
+
+    def arrays(self, down: Weights | None, batch_size: int) -> dict[str, NDArray[Any]]:
+        """All that is to be known again, with the way down and the batch that fits."""
+        ratio = () if self.minimal_ratio is None else (self.minimal_ratio,)
+        ends = {"smallest": self.extremes.smallest, "largest": self.extremes.largest}
+        kind = get_args(Verdict).index(self.verdict)
+        return {
+            "numbers": np.array([self.loss, self.gradient_norm, *ratio]),
+            "counts": np.array([self.extremes.products, self.extremes.exact, kind, batch_size]),
+            **{
+                end: np.array([(pair.value, pair.error, pair.converged) for pair in pairs])
+                for end, pairs in ends.items()
+            },
+            "spectrum": np.array(self.spectrum),
+            "descent": np.array([(self.descent or {})[key] for key in _DESCENT if self.descent]),
+            **{f"{_DOWN}{key}": t.cpu().numpy() for key, t in (down or {}).items()},
+        }
 
     def row(self) -> list[Cell]:
         return [
@@ -243,11 +300,14 @@ class Check(Study):
         """What progress counts."""
         return "checkpoints"
 
-    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+    def run(
+        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
+    ) -> Result:
         """Finds gradients and eigenvalues, and says what follows.
 
         Args:
             progress: Called with the number of checkpoints done so far.
+            journal: Where what is finished is recorded, and recalled from.
 
         Returns:
             The result.
@@ -270,15 +330,20 @@ class Check(Study):
                 weights = objective.recalibrated(placed)
                 # What is differentiated, and followed, is a function of the parameters alone.
                 with objective.held():
-                    (losses,) = sweep_plain(objective, [weights])
+                    (losses,) = sweep_plain(objective, [weights], journal=journal)
                     for i, split in enumerate(objective.splits):
-                        one, direction = self._look(name, split, weights, losses[split])
-                        found.append(one)
                         # A saddle's way out is shown before that of a point which is not critical.
                         last = t == len(self.problem.names) - 1 and not saddle
-                        if i == 0 and direction is not None and (last or one.verdict == "saddle"):
+                        wanted = frozenset(["saddle", *(get_args(Verdict) if last else ())])
+                        one, direction = self._look(
+                            name, split, weights, losses[split], wanted if i == 0 else (), journal
+                        )
+                        found.append(one)
+                        if direction is not None:
                             saddle = one.verdict == "saddle"
-                            escape, curve = self._escape(one, weights, direction, losses[split])
+                            escape, curve = self._escape(
+                                one, weights, direction, losses[split], journal
+                            )
                         tell(t + (i + 1) / len(objective.splits))
             seconds = self.seconds(swept)
         more = {}
@@ -314,11 +379,27 @@ class Check(Study):
         return Result(table, summary, more)
 
     def _look(
-        self, name: str, split: str, weights: Weights, losses: Evaluation
+        self,
+        name: str,
+        split: str,
+        weights: Weights,
+        losses: Evaluation,
+        wanted: Collection[str],
+        journal: Journal | None,
     ) -> tuple[_Found, Weights | None]:
-        """Looks at one checkpoint on one split; returns also the way down by curvature, if any."""
+        """Looks at one checkpoint on one split; also for a way down, if the verdict is wanted."""
         objective = self.problem.objective
         seed = self.problem.settings.seed
+        log = None
+        if journal is not None:
+            numbers = [list(self.moving), self.eigenvalues, self.tolerance, seed, sorted(wanted)]
+            splits = {split: objective.splits[split]}
+            log = Log(journal, objective, splits, "check", [weights], numbers)
+            known = log.recall("")
+            if known is not None:
+                journal.skipped += 1 / len(objective.splits)
+                objective.batch_size = int(known["counts"][-1])
+                return _Found.recalled(name, split, known)
         with Curvature(objective, weights, self.moving, objective.splits[split]) as curvature:
             gradient = curvature.gradient()
             size = float(gradient.norm())
@@ -334,12 +415,14 @@ class Check(Study):
             smallest, largest = extremes.smallest[0], extremes.largest[0]
             decided = verdict(size, self.tolerance, smallest, largest)
             down = None
-            if smallest.value + smallest.error < 0:
+            if decided in wanted and smallest.value + smallest.error < 0:
                 down = curvature.named(smallest.vector)
             along = curvature.named(-gradient / size) if size > 0 else None
         descent = None
         if decided == "not critical" and along is not None and math.isfinite(size):
-            descent = self._descend(weights, along, {split: objective.splits[split]}, losses)
+            descent = self._descend(
+                weights, along, {split: objective.splits[split]}, losses, journal
+            )
         estimate = Estimate.of_evaluation(losses)
         one = _Found(
             name,
@@ -352,6 +435,8 @@ class Check(Study):
             decided,
             descent,
         )
+        if log is not None:
+            log.record("", one.arrays(down, objective.batch_size))
         return one, down
 
     def _along(
@@ -360,6 +445,7 @@ class Check(Study):
         direction: Weights,
         distances: Sequence[float],
         splits: Mapping[str, Examples],
+        journal: Journal | None,
     ) -> Evaluation:
         """Evaluates one split at distances along a direction of length one."""
         objective = self.problem.objective
@@ -371,8 +457,9 @@ class Check(Study):
             for name, step in direction.items()
         }
         objective.load(weights)
+        points = [(distance,) for distance in distances]
         (found,) = sweep(
-            objective, Line(start, end), [(d,) for d in distances], splits=splits
+            objective, Line(start, end), points, splits=splits, journal=journal
         ).values()
         return found
 
@@ -382,24 +469,31 @@ class Check(Study):
         direction: Weights,
         splits: Mapping[str, Examples],
         here: Evaluation,
+        journal: Journal | None,
     ) -> Mapping[str, Any] | None:
         """Tries steps of many lengths; returns the one that gains most."""
         size = norm(weights, self.moving) or 1.0
         distances = [size * share for share in _STEPS]
-        return _best(distances, self._along(weights, direction, distances, splits), here)
+        found = self._along(weights, direction, distances, splits, journal)
+        return _best(distances, found, here)
 
     def _escape(
-        self, one: _Found, weights: Weights, direction: Weights, here: Evaluation
+        self,
+        one: _Found,
+        weights: Weights,
+        direction: Weights,
+        here: Evaluation,
+        journal: Journal | None,
     ) -> tuple[Mapping[str, Any], Table]:
         """Follows the most negative curvature both ways, as far as the loss falls and beyond."""
         splits = {one.split: self.problem.objective.splits[one.split]}
         size = norm(weights, self.moving) or 1.0
         tried = [sign * size * share for share in _STEPS for sign in (1, -1)]
-        best = _best(tried, self._along(weights, direction, tried, splits), here)
+        best = _best(tried, self._along(weights, direction, tried, splits, journal), here)
         # Where nothing was gained, the valley is finer than the steps tried.
         reach = 2 * abs(best["distance"]) if best else size * _STEPS[-1]
         steps = [reach * i / _SIDE for i in range(-_SIDE, _SIDE + 1) if i]
-        found = self._along(weights, direction, steps, splits)
+        found = self._along(weights, direction, steps, splits, journal)
         lowest = _best(steps, found, here)
         along, own = Estimate.of_evaluation(found), Estimate.of_evaluation(here)
         rows: list[list[Cell]] = [[step, *along.row(i, {})] for i, step in enumerate(steps)]

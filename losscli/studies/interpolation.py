@@ -17,6 +17,7 @@ from losscli.curve import describe, near_rounding
 from losscli.datasets import Examples
 from losscli.errors import UsageError
 from losscli.geometry import Line, grid
+from losscli.journal import Journal
 from losscli.objective import Evaluation, Objective
 from losscli.problem import float32_precision, prepare
 from losscli.refinement import Curve as Seen
@@ -236,7 +237,9 @@ class Interpolation(Study):
         description["passes_over_data"] += sum(math.ceil(points / c) - points for c in chunks)
         return {**description, "blocks": [block.name for block in self.blocks]}
 
-    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+    def run(
+        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
+    ) -> Result:
         """Evaluates the line.
 
         The ends are evaluated as anybody would, by ``load_state_dict``; the way in which the
@@ -244,6 +247,7 @@ class Interpolation(Study):
 
         Args:
             progress: Called with the number of points done so far.
+            journal: Where what is finished is recorded, and recalled from.
 
         Returns:
             The result.
@@ -269,14 +273,14 @@ class Interpolation(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits: self._evaluate(line, splits, tell),
+                lambda splits: self._evaluate(line, splits, tell, journal),
             )
             curves = {name: parts.whole for name, parts in seen.items()}
-            looked = _Looked(self.alphas, curves, self._slopes(line, self.alphas))
+            looked = _Looked(self.alphas, curves, self._slopes(line, self.alphas, journal))
             exhausted = False
             if self.refine is not None:
-                looked, exhausted = self._refine(line, looked, self.refine)
-            sure, again = self._without_rounding(line, looked)
+                looked, exhausted = self._refine(line, looked, self.refine, journal)
+            sure, again = self._without_rounding(line, looked, journal)
             seconds = self.seconds(swept)
         splits = {
             name: describe(looked.alphas, curve.losses[2:], *curve.losses[:2])
@@ -394,17 +398,28 @@ class Interpolation(Study):
         return self.meets(line, [((1.0,), end)], [(0.0,), (0.5,)])
 
     def _evaluate(
-        self, line: Line, splits: Mapping[str, Examples], tell: Callable[[float], None]
+        self,
+        line: Line,
+        splits: Mapping[str, Examples],
+        tell: Callable[[float], None],
+        journal: Journal | None,
     ) -> dict[str, _Seen]:
         """Evaluates the ends plainly and the points between and beyond them by a sweep."""
         objective = self.problem.objective
-        ends = sweep_plain(objective, [self.start, self.end], splits=splits, progress=tell)
+        ends = sweep_plain(
+            objective, [self.start, self.end], splits=splits, progress=tell, journal=journal
+        )
         inner = [alpha for alpha in self.alphas if alpha not in {0.0, 1.0}]
         parts = list(ends)
         if inner:
             points = [(alpha,) for alpha in inner]
             more = sweep(
-                objective, line, points, splits=splits, progress=lambda done: tell(2 + done)
+                objective,
+                line,
+                points,
+                splits=splits,
+                progress=lambda done: tell(2 + done),
+                journal=journal,
             )
             parts.append(more)
         # The ends come first, whether or not they are among the points, then the points.
@@ -413,7 +428,7 @@ class Interpolation(Study):
         blocks: dict[str, dict[str, BlockCurve]] = {name: {} for name in splits}
         done = 2 + len(inner)
         for block in self.blocks:
-            found = self._sweep_alone(block, splits, tell, done)
+            found = self._sweep_alone(block, splits, tell, done, journal)
             done += len(points_of(self.alphas))
             for name in splits:
                 at_a = ends[0][name]
@@ -429,6 +444,7 @@ class Interpolation(Study):
         splits: Mapping[str, Examples],
         tell: Callable[[float], None],
         before: int,
+        journal: Journal | None,
     ) -> dict[str, Evaluation]:
         """Evaluates a line on which one block moves; so many points were done before."""
         line, _ = self._alone(block)
@@ -440,16 +456,21 @@ class Interpolation(Study):
             [(alpha,) for alpha in points_of(self.alphas)],
             splits=splits,
             progress=lambda done: tell(before + done),
+            journal=journal,
         )
 
-    def _slopes(self, line: Line, alphas: Sequence[float]) -> dict[str, _Derivatives]:
+    def _slopes(
+        self, line: Line, alphas: Sequence[float], journal: Journal | None
+    ) -> dict[str, _Derivatives]:
         if not self.derivatives:
             return {}
         objective = self.problem.objective
-        found = halving(objective, lambda: slopes(objective, line, alphas))
+        found = halving(objective, lambda: slopes(objective, line, alphas, journal=journal))
         return {name: (s.slope.numpy(), s.curvature.numpy()) for name, s in found.items()}
 
-    def _refine(self, line: Line, looked: _Looked, tolerance: float) -> tuple[_Looked, bool]:
+    def _refine(
+        self, line: Line, looked: _Looked, tolerance: float, journal: Journal | None
+    ) -> tuple[_Looked, bool]:
         """Adds points until none is proposed; returns also whether there were more to add."""
         while True:
             curves = {
@@ -465,15 +486,19 @@ class Interpolation(Study):
             if not proposal.alphas:
                 return looked, proposal.exhausted
             points = [(alpha,) for alpha in proposal.alphas]
-            found = sweep(self.problem.objective, line, points)
-            looked = looked.add(proposal.alphas, found, self._slopes(line, proposal.alphas))
+            found = sweep(self.problem.objective, line, points, journal=journal)
+            slopes_ = self._slopes(line, proposal.alphas, journal)
+            looked = looked.add(proposal.alphas, found, slopes_)
 
-    def _without_rounding(self, line: Line, looked: _Looked) -> tuple[Mapping[str, _Curve], int]:
+    def _without_rounding(
+        self, line: Line, looked: _Looked, journal: Journal | None
+    ) -> tuple[Mapping[str, _Curve], int]:
         """Evaluates anew, in float64, the points where rounding alone could make an extremum.
 
         Args:
             line: The line.
             looked: What was seen.
+            journal: Where what is finished is recorded, and recalled from.
 
         Returns:
             The curves with the losses found there, and how many points that took.
@@ -495,7 +520,7 @@ class Interpolation(Study):
             if precise is None:
                 precise = self._in_float64()
             order = sorted(doubted)
-            found = sweep(precise, line, [(alpha,) for alpha in order])
+            found = sweep(precise, line, [(alpha,) for alpha in order], journal=journal)
             places = [2 + looked.alphas.index(alpha) for alpha in order]
             curves = {
                 name: curve.replace(places, found[name].losses.numpy())

@@ -15,6 +15,7 @@ from losscli.datasets import Examples
 from losscli.directions import random_directions
 from losscli.errors import CheckpointError, UsageError
 from losscli.geometry import Span, Triangle, grid
+from losscli.journal import Journal
 from losscli.paths import principal_axes
 from losscli.problem import Problem, float32_precision, prepare
 from losscli.results import Result
@@ -188,11 +189,14 @@ class Plane(Study):
         """How many points a run evaluates: the grid and the checkpoints."""
         return len(self.xs) * len(self.ys) + len(self.problem.names)
 
-    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+    def run(
+        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
+    ) -> Result:
         """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep.
 
         Args:
             progress: Called with the number of points done so far.
+            journal: Where what is finished is recorded, and recalled from.
 
         Returns:
             The result.
@@ -217,7 +221,9 @@ class Plane(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits: self._evaluate(here, points, splits, progress or (lambda _: None)),
+                lambda splits: self._evaluate(
+                    here, points, splits, progress or (lambda _: None), journal
+                ),
             )
             seconds = self.seconds(swept)
         metrics = objective.metrics
@@ -299,6 +305,7 @@ class Plane(Study):
         points: Sequence[tuple[float, float]],
         splits: Mapping[str, Examples],
         tell: Callable[[float], None],
+        journal: Journal | None,
     ) -> dict[str, Estimate]:
         """Evaluates all checkpoints, then the grid."""
         objective, names = self.problem.objective, self.problem.names
@@ -307,6 +314,7 @@ class Plane(Study):
             (self.problem.place(self.problem.open(t).weights) for t, _ in enumerate(names)),
             splits=splits,
             progress=tell,
+            journal=journal,
         )
         found = sweep(
             objective,
@@ -314,6 +322,7 @@ class Plane(Study):
             points,
             splits=splits,
             progress=lambda done: tell(len(names) + done),
+            journal=journal,
         )
         # Of each point no more than means is kept.
         return {

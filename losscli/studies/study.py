@@ -9,20 +9,24 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from losscli.datasets import Examples, Split
+from losscli.digest import digest
 from losscli.errors import CheckpointError, ModelError
 from losscli.geometry import Slice
+from losscli.journal import Journal
 from losscli.objective import Objective
-from losscli.problem import Problem
+from losscli.problem import Problem, float32_precision
 from losscli.results import Result
-from losscli.sweep import points_that_fit, sweep, sweep_plain
+from losscli.spec import own_code
+from losscli.sweep import check, halving, points_that_fit, sweep, sweep_plain
 from losscli.weights import Weights, equal
 
-__all__ = ["FRESH_BYTES", "Study", "count", "moving_along"]
+__all__ = ["FRESH_BYTES", "Basis", "Study", "count", "moving_along"]
 
 FRESH_BYTES = 64 << 20
 """Up to this size a second model is built, to hold the first against."""
@@ -34,6 +38,35 @@ _TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e
 # layer before them, and a small cross-entropy moves by as large a share of itself as the scores
 # move, so by some thousand units of rounding in a deep network.
 _TOLERANCE_OF_ESTIMATES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+
+
+# Options by what provenance calls them.
+_OPTIONS = {
+    "model": "model",
+    "data": "data",
+    "loss": "loss",
+    "metric": "metrics",
+    "limit": "limit",
+    "dtype": "dtype",
+    "tf32": "tf32",
+    "seed": "seed",
+    "sampling-error": "sampling_error",
+    "buffers": "buffers",
+    "only": "only",
+    "except": "except",
+}
+
+
+class Basis(NamedTuple):
+    """What the numbers of a run rest on.
+
+    Attributes:
+        identity: A digest of it.
+        told: It in words, and what may change the last digits, for `Journal.open`.
+    """
+
+    identity: str
+    told: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,11 +111,15 @@ class Study(ABC):
         """How many points a run evaluates."""
 
     @abstractmethod
-    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+    def run(
+        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
+    ) -> Result:
         """Evaluates.
 
         Args:
             progress: Called with the number of points done so far.
+            journal: Of this study's `basis`: what is finished is recorded there, and what was is
+                recalled.
 
         Returns:
             The result.
@@ -100,11 +137,67 @@ class Study(ABC):
             for key, value in self.problem.provenance.items()
             if key not in {"device", "device_name", "python", "checkpoints"}
         }
-        told["checkpoints"] = [
-            c["sha256"] or c["name"] for c in self.problem.provenance["checkpoints"]
-        ]
+        told["checkpoints"] = [_content(c) for c in self.problem.provenance["checkpoints"]]
         told |= {"command": self.command, **self.settled}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return _digest(told)
+
+    def basis(self) -> Basis:
+        """Tells what the numbers of a run rest on; for that, a first batch is evaluated.
+
+        Returns:
+            The basis: where it is the same, and the machine too, the numbers are the same.
+
+        Raises:
+            LosscliError: The model or the loss fails on the data, or gives two answers for one
+                point.
+        """
+        objective, settings = self.problem.objective, self.problem.settings
+        provenance = self.problem.provenance
+        code = {f"the code in {file}": content for file, content in own_code().items()}
+        data = {f"the examples of {n}": split.digest for n, split in objective.splits.items()}
+        if objective.recalibration is not None:
+            data["the examples of statistics"] = objective.recalibration.split.digest
+        with float32_precision(tf32=settings.tf32):
+            check(objective, self.problem.origin)
+            tried = halving(objective, self._try)
+        told = {
+            "the command": self.command,
+            **{f"the checkpoint {c['name']}": _content(c) for c in provenance["checkpoints"]},
+            "the list of checkpoints": [c["name"] for c in provenance["checkpoints"]],
+            **{f"--{o}": provenance[key] for o, key in _OPTIONS.items()},
+            "--split": list(settings.split),
+            "--batch-size": settings.batch_size,
+            **{f"--{key.replace('_', '-')}": value for key, value in self.settled.items()},
+            **data,
+            **code,
+            "losscli": provenance["version"],
+            "torch": provenance["torch"],
+            "Python": provenance["python"],
+            "the device": f"{objective.device.type} ({provenance['device_name']})",
+            "the number of threads": torch.get_num_threads(),
+            "what the model makes of a first batch": tried,
+        }
+        settles = [
+            *(self.identity, settings.batch_size, objective.device.type),
+            *(data, list(code.values()), tried),
+        ]
+        return Basis(_digest(settles), told)
+
+    def _try(self) -> str:
+        """A digest of the losses of first batches at both ends, if they are the same each time."""
+        problem, objective = self.problem, self.problem.objective
+        batches = objective.first_batches()
+        last = problem.place(problem.last.weights)
+        found = []
+        with objective.brief():
+            for weights in (problem.origin, last, last):
+                evaluations = objective.plain(weights, batches)
+                losses = {name: evaluation.losses for name, evaluation in evaluations.items()}
+                found.append(digest(losses))
+        objective.load(problem.origin)
+        first, one, other = found
+        # Some kernels of a GPU add in any order: then it tells nothing.
+        return _digest([first, one] if one == other else [])
 
     def describe(self) -> dict[str, Any]:
         """Tells what a run will do.
@@ -384,6 +477,20 @@ class Study(ABC):
         """
         device = self.problem.objective.device
         return {n: weights[n].to(device) for n in (self.moving if names is None else names)}
+
+
+def _content(entry: Mapping[str, Any]) -> str:
+    """Tells one checkpoint's content from that of another, also within one file."""
+    name, path, content = entry["name"], entry["path"], entry["sha256"]
+    if content is None:
+        return str(name)
+    file, _, key = name.rpartition("#")
+    inside = bool(file) and Path(name) != Path(path)
+    return _digest([content, key]) if inside else str(content)
+
+
+def _digest(told: object) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def count(number: int, thing: str) -> str:

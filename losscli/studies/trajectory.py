@@ -15,6 +15,7 @@ import torch
 from losscli.datasets import Examples
 from losscli.errors import UsageError
 from losscli.geometry import Line, grid
+from losscli.journal import Journal
 from losscli.paths import Path, measure, random_walks, ribbon
 from losscli.problem import float32_precision, prepare
 from losscli.results import Result
@@ -156,11 +157,14 @@ class Trajectory(Study):
         """How many points a run evaluates: the checkpoints and the ribbon."""
         return len(self.problem.names) * (1 + len(self.offsets))
 
-    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+    def run(
+        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
+    ) -> Result:
         """Evaluates the checkpoints, each loaded plainly, and the ribbon, each step by a sweep.
 
         Args:
             progress: Called with the number of points done so far.
+            journal: Where what is finished is recorded, and recalled from.
 
         Returns:
             The result.
@@ -178,7 +182,7 @@ class Trajectory(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits: self._evaluate(splits, progress or (lambda _: None)),
+                lambda splits: self._evaluate(splits, progress or (lambda _: None), journal),
             )
             seconds = self.seconds(swept)
         examples = {name: estimate.examples for name, estimate in found.items()}
@@ -215,29 +219,43 @@ class Trajectory(Study):
         return difference, self.whole_numbers(last, weights)
 
     def _evaluate(
-        self, splits: Mapping[str, Examples], tell: Callable[[float], None]
+        self,
+        splits: Mapping[str, Examples],
+        tell: Callable[[float], None],
+        journal: Journal | None,
     ) -> dict[str, Estimate]:
         """Evaluates all checkpoints, then the ribbon; of each step no more than means is kept."""
         each = 1 + len(self.offsets)
         checkpoints, across = [], []
         for t, _ in enumerate(self.problem.names):
-            checkpoints.append(self._step(t, splits, partial(_further, tell, t * each)))
+            here, beside = (partial(_further, tell, t * each + i) for i in (0, 1))
+            checkpoints.append(self._step(t, splits, here, journal))
             if self.offsets:
-                across.append(self._across(t, splits, partial(_further, tell, t * each + 1)))
+                across.append(self._across(t, splits, beside, journal))
         return {
             name: Estimate.join([part[name] for part in (*checkpoints, *across)]) for name in splits
         }
 
     def _step(
-        self, t: int, splits: Mapping[str, Examples], tell: Callable[[float], None]
+        self,
+        t: int,
+        splits: Mapping[str, Examples],
+        tell: Callable[[float], None],
+        journal: Journal | None,
     ) -> dict[str, Estimate]:
         """Evaluates a checkpoint, loaded plainly."""
         weights = self.problem.place(self._weights(t))
-        (found,) = sweep_plain(self.problem.objective, [weights], splits=splits, progress=tell)
+        (found,) = sweep_plain(
+            self.problem.objective, [weights], splits=splits, progress=tell, journal=journal
+        )
         return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 
     def _across(
-        self, t: int, splits: Mapping[str, Examples], tell: Callable[[float], None]
+        self,
+        t: int,
+        splits: Mapping[str, Examples],
+        tell: Callable[[float], None],
+        journal: Journal | None,
     ) -> dict[str, Estimate]:
         """Evaluates the line across the path at a checkpoint."""
         reach = self.offsets[-1]
@@ -250,6 +268,7 @@ class Trajectory(Study):
             [(b / reach,) for b in self.offsets],
             splits=splits,
             progress=tell,
+            journal=journal,
         )
         return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 

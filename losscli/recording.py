@@ -1,0 +1,171 @@
+"""What is evaluated, written into a journal under keys that say what it is, and known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from losscli.datasets import Examples
+from losscli.digest import digest
+from losscli.geometry import Slice
+from losscli.journal import Journal
+from losscli.mapped import let_go
+from losscli.objective import Evaluation, Objective
+from losscli.points import Way
+from losscli.weights import Weights
+
+__all__ = ["Log"]
+
+
+class Log:
+    """The part of one computation in a journal.
+
+    Its key is made of all that the numbers come from and the journal's identity does not hold:
+    the tensors, the points, the examples and the type of the forward pass. So it does not matter
+    who computes, nor in which order.
+
+    Args:
+        journal: The journal.
+        objective: What is evaluated.
+        splits: The examples; all where it is None.
+        kind: What is done.
+        weights: The tensors that points are made of.
+        numbers: What else settles it, made of JSON's types.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        objective: Objective,
+        splits: Mapping[str, Examples] | None,
+        kind: str,
+        weights: Sequence[Weights],
+        numbers: object = None,
+    ) -> None:
+        self._journal = journal
+        self._objective = objective
+        self._splits = objective.splits if splits is None else splits
+        training = objective.recalibration
+        told = [
+            *(kind, numbers, str(objective.dtype), list(objective.metrics)),
+            training and [training.name, training.size, len(training), training.split.digest],
+            *([name, len(split), split.digest] for name, split in self._splits.items()),
+        ]
+        ends = [digest(end) for end in (*weights, self._rest(weights[0]))]
+        for end in weights:
+            let_go(*end.values())
+        self._key = hashlib.sha256(json.dumps([told, ends]).encode()).hexdigest()
+
+    @classmethod
+    def of_slice(
+        cls,
+        journal: Journal,
+        objective: Objective,
+        splits: Mapping[str, Examples] | None,
+        slice_: Slice,
+        coordinates: Sequence[Sequence[float]],
+    ) -> Log:
+        """Finds the part of points of a slice.
+
+        Args:
+            journal: The journal.
+            objective: What is evaluated.
+            splits: The examples; all where it is None.
+            slice_: The slice.
+            coordinates: The points.
+
+        Returns:
+            Their part.
+        """
+        # Beside its ends a slice has numbers that are made of them, such as the place of a corner.
+        numbers = [value for value in vars(slice_).values() if not isinstance(value, Mapping)]
+        kind = type(slice_).__name__
+        points = [list(point) for point in coordinates]
+        return cls(journal, objective, splits, kind, slice_.ends, [numbers, points])
+
+    def recall(self, what: object) -> dict[str, NDArray[Any]] | None:
+        """Recalls a record.
+
+        Args:
+            what: What tells it from the others of this part.
+
+        Returns:
+            Its arrays; None where there is no such record.
+        """
+        return self._journal.recall(f"{self._key} {what}")
+
+    def record(self, what: object, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Records arrays.
+
+        Args:
+            what: What tells them from the others of this part.
+            arrays: The arrays.
+        """
+        self._journal.record(f"{self._key} {what}", arrays)
+
+    def recall_chunk(self, start: int) -> tuple[dict[str, Evaluation], int, int] | None:
+        """Recalls a chunk of points, and puts the objective into the state it was in after it.
+
+        With its losses a chunk has the state that evaluation was in: the points at a time, the
+        batch and the way. The run that recalls it goes on in that state. So it takes the very
+        chunks that the run which was broken off took, and would have taken, whatever halved them.
+
+        Args:
+            start: Its first point.
+
+        Returns:
+            What was found, its points, and how many were taken at a time; None where there is no
+            such chunk.
+        """
+        found = self.recall(start)
+        if found is None:
+            return None
+        number, chunk, self._objective.batch_size, way = found["state"].tolist()
+        self._objective.way = Way(way) if way else None
+        self._objective.idle = [self._objective.batchnorm[i] for i in found["idle"].tolist()]
+        evaluations = {
+            name: Evaluation(
+                torch.from_numpy(found[f"{i}"]),
+                {
+                    metric: torch.from_numpy(found[f"{i} {k}"])
+                    for k, metric in enumerate(self._objective.metrics)
+                },
+            )
+            for i, name in enumerate(self._splits)
+        }
+        return evaluations, number, chunk
+
+    def record_chunk(
+        self, start: int, found: Mapping[str, Evaluation], number: int, chunk: int
+    ) -> None:
+        """Records a chunk of points.
+
+        Args:
+            start: Its first point.
+            found: What was found on each split.
+            number: Its points.
+            chunk: How many were taken at a time.
+        """
+        way = self._objective.way
+        state = [number, chunk, self._objective.batch_size, way.value if way else 0]
+        layers = self._objective.batchnorm
+        idle = [i for i, layer in enumerate(layers) if layer in self._objective.idle]
+        arrays = {"state": np.array(state), "idle": np.array(idle, np.int64)}
+        for i, name in enumerate(self._splits):
+            arrays[f"{i}"] = found[name].losses.numpy()
+            for k, metric in enumerate(self._objective.metrics):
+                arrays[f"{i} {k}"] = found[name].metrics[metric].numpy()
+        self.record(start, arrays)
+
+    def _rest(self, weights: Weights) -> Weights:
+        """The tensors that stay as they are loaded, under whatever name a tensor goes."""
+        tensors = self._objective.tensors
+        estimated = (name for layer in self._objective.statistics for name in layer.names)
+        moving = {id(tensors[name]) for name in (*weights, *estimated) if name in tensors}
+        return {name: tensor for name, tensor in tensors.items() if id(tensor) not in moving}
