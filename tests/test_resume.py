@@ -11,18 +11,26 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import Subset, TensorDataset
 
 import losscli
-from losscli.datasets import DataSet, Split
+from losscli.datasets import DataSet, Examples, Split
+from losscli.datasets.objects import wrap
+from losscli.digest import digest
 from losscli.geometry import Line
 from losscli.journal import Journal
 from losscli.models import MLP
 from losscli.objective import Evaluation, Objective
 from losscli.points import Way
 from losscli.recalibration import Recalibration
-from losscli.results import Result
+from losscli.results import to_json
 from losscli.sampling import Estimate, grow
-from losscli.studies import interpolation, plane, trajectory
+from losscli.settings import Settings
+from losscli.studies.check import Check
+from losscli.studies.interpolation import Interpolation
+from losscli.studies.plane import Plane
+from losscli.studies.study import Study
+from losscli.studies.trajectory import Trajectory
 from losscli.sweep import sweep, sweep_plain
 from tests.cases import CASES, Case
 
@@ -48,6 +56,13 @@ class _Breaking:
             raise _BrokenError
         self._left -= 1
         self._journal.record(key, arrays)
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power is lost here, and to wait for the disk takes a while."""
+    monkeypatch.setattr("losscli.journal._sync", lambda _: None)
+    monkeypatch.setattr("losscli.journal._sync_folder", lambda _: None)
 
 
 def build(
@@ -286,30 +301,46 @@ def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
     assert all(one == truth for one in found)
 
 
-def _interpolate(**options: Any) -> Result:
-    return losscli.interpolate("a.pt", "b.pt", points=7, range=(0, 1), **options)
+def _interpolate(**more: Any) -> Callable[[], Study]:
+    own = {key: more.pop(key) for key in ("refine", "derivatives", "layerwise") if key in more}
+    settings = Settings(**more)
+    return lambda: Interpolation.plan("a.pt", "b.pt", settings, points=7, range_=(0, 1), **own)
 
 
-def _trajectory(**options: Any) -> Result:
-    return losscli.trajectory(["a.pt", "b.pt", "init:3"], residuals=4, model="mlp:6-5-3", **options)
+def _trajectory(**more: Any) -> Callable[[], Study]:
+    names, own = ["a.pt", "b.pt", "init:3"], {"reach": 1.25, "random_walk": False}
+    settings = Settings(model="mlp:6-5-3", **more)
+    return lambda: Trajectory.plan(names, settings, surface=True, residuals=4, **own)
+
+
+def _plane(*names: str) -> Callable[[], Study]:
+    settings = Settings(model="mlp:6-5-3")
+    own: dict[str, Any] = {"pca": False, "range_": None, "surface": False}
+    return lambda: Plane.plan(names, settings, points=4, **own)
+
+
+def _check(tolerance: float) -> Callable[[], Study]:
+    own: dict[str, Any] = {"eigenvalues": 2, "learning_rate": None}
+    return lambda: Check.plan(["a.pt", "b.pt"], Settings(), tolerance=tolerance, **own)
 
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
-    ("module", "run"),
+    "plan",
     [
-        (interpolation, _interpolate),
-        (interpolation, partial(_interpolate, refine=0.05)),
-        (interpolation, partial(_interpolate, refine=0.05, derivatives=True, dtype="bfloat16")),
-        (interpolation, partial(_interpolate, sampling_error=1e-3, data="npz:many.npz")),
-        (trajectory, _trajectory),
-        (trajectory, partial(_trajectory, sampling_error=1e-3, data="npz:many.npz")),
-        (plane, lambda: losscli.plane(["a.pt"], points=4)),
-        (plane, lambda: losscli.plane(["a.pt", "b.pt", "init:3"], points=4, model="mlp:6-5-3")),
+        _interpolate(layerwise=True),
+        _interpolate(refine=0.05, derivatives=True, dtype="bfloat16"),
+        _interpolate(sampling_error=1e-3, data="npz:many.npz"),
+        _trajectory(),
+        _trajectory(sampling_error=1e-3, data="npz:many.npz"),
+        _plane("a.pt"),
+        _plane("a.pt", "b.pt", "init:3"),
+        _check(1e-3),
+        _check(10),
     ],
 )
-def test_a_study_that_was_broken_off_writes_the_same_tables(
-    module: Any, run: Callable[[], Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
+    plan: Callable[[], Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(0)
     np.savez(
@@ -317,19 +348,87 @@ def test_a_study_that_was_broken_off_writes_the_same_tables(
         inputs=generator.random((1100, 6), dtype=np.float32),
         targets=generator.integers(0, 3, 1100),
     )
+    monkeypatch.setattr("losscli.sweep.points_that_fit", lambda *_: 3)
 
-    def told(result: Result) -> list[str]:
-        return [table.to_csv() for table in (result.table, *result.more.values())]
+    def told(journal: Any) -> list[str]:
+        result = plan().run(None, journal)
+        summary = {key: value for key, value in result.summary.items() if key != "seconds"}
+        tables = (result.table, *result.more.values())
+        return [to_json(summary), *(table.to_csv() for table in tables)]
 
-    def journaled(journal: Any) -> list[str]:
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "sweep", partial(sweep, journal=journal, chunk=3))
-            patch.setattr(module, "sweep_plain", partial(sweep_plain, journal=journal))
-            return told(run())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "sweep", partial(sweep, chunk=3))
-        truth = told(run())
-    found = broken_anywhere(tmp_path / "run", journaled, journaled, coarse=1)
+    truth = told(None)
+    found = broken_anywhere(tmp_path / "run", told, told, coarse=1)
     assert len(found) > 2
     assert all(one == truth for one in found)
+
+
+@pytest.mark.usefixtures("folder")
+def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for plan, what in (
+        (_interpolate(derivatives=True, dtype="float64"), "slopes._Course.sums"),
+        (_check(10), "studies.check.Curvature"),
+    ):
+        with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
+            patch.setattr("losscli.slopes._contradiction", lambda *_: "")
+            truth = plan().run(None, journal).table.to_csv()
+            patch.setattr(f"losscli.{what}", None)
+            assert plan().run(None, journal).table.to_csv() == truth
+            journal.finish()
+
+
+def test_a_way_whose_proof_ran_out_of_memory_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, (a, there) = build(TRIED[0]), line(TRIED[0])
+    objective.check(a)
+
+    def at(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "at", at)
+        with pytest.raises(torch.OutOfMemoryError):
+            objective.settle(there, ALPHAS)
+    assert objective.way is None
+    objective.settle(there, ALPHAS)
+    assert objective.way is not None
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "type", "name"])
+def test_a_digest_is_that_of_what_is_there_now(change: str) -> None:
+    one = torch.arange(6.0)
+    before = digest({"a": one})
+    assert digest({"a": one.clone()}) == before
+    if change == "in place":
+        one[3] = 7
+    elif change == "loaded":
+        one.copy_(torch.ones(6))
+    elif change == "type":
+        one = one.view(torch.int32)
+    assert digest({"b" if change == "name" else "a": one}) != before
+    one.copy_(torch.arange(6.0).view(one.dtype))
+
+
+def test_large_tensors_are_digested_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"{i}": torch.full((1000,), float(i)) for i in range(5)}
+    before = digest({name: tensor.clone() for name, tensor in tensors.items()})
+    monkeypatch.setattr("losscli.digest._MANY", 0)
+    assert digest(tensors) == before
+
+
+def test_every_form_of_examples_has_a_digest_that_tells_a_change() -> None:
+    inputs, targets = torch.rand(40, 3), torch.arange(40) % 3
+    other = inputs.clone()
+    other[39, 2] += 1
+    forms: list[Callable[[torch.Tensor], Examples]] = [
+        lambda x: Split(x, targets),
+        lambda x: Split({"x": x}, targets),
+        lambda x: wrap(Subset(TensorDataset(x, targets), range(40)), "here", 0).splits["data"],
+    ]
+    found = set()
+    for form in forms:
+        assert form(inputs).digest == form(inputs.clone()).digest
+        assert form(inputs).digest != form(other).digest
+        halves = [form(inputs).take(slice(0, 20)).digest, form(inputs).take(slice(20, 40)).digest]
+        found.update([form(inputs).digest, *halves])
+    assert len(found) == 3 * len(forms)
