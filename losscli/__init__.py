@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from losscli.results import Result
     from losscli.settings import Settings
     from losscli.studies.alignment import align
+    from losscli.studies.barriers import barriers
     from losscli.studies.check import check
     from losscli.studies.inspection import export, inspect
     from losscli.studies.interpolation import interpolate
@@ -32,6 +33,7 @@ __all__ = [
     "Table",
     "__version__",
     "align",
+    "barriers",
     "check",
     "export",
     "inspect",
@@ -46,6 +48,7 @@ _HOME = {
     "Settings": "settings",
     "Table": "table",
     "align": "studies.alignment",
+    "barriers": "studies.barriers",
     "check": "studies.check",
     "export": "studies.inspection",
     "inspect": "studies.inspection",

@@ -46,6 +46,7 @@ _METRIC_OF_TASK = {"classification": "accuracy", "regression": "none", "language
 _COLUMNS = frozenset({
     "alpha", "block", "split", "loss", "loss_stderr", "slope", "curvature", "examples", "step",
     "checkpoint", "projection", "residual", "distance", "turn_degrees", "x", "y", "off_plane",
+    "a", "b",
 })  # fmt: skip
 
 _LOSS_OF_TASK = {

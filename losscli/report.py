@@ -8,10 +8,22 @@ from typing import Any
 
 from losscli.errors import printable
 
-__all__ = ["alignment", "check", "inspection", "interpolation", "plan", "plane", "trajectory"]
+__all__ = [
+    "alignment",
+    "barriers",
+    "check",
+    "inspection",
+    "interpolation",
+    "plan",
+    "plane",
+    "trajectory",
+]
 
 # So steep a line counts as level, as `losscli check` has it for gradients.
 _STATIONARY = 1e-3
+
+# A matrix of more checkpoints is no easy reading, and wider than most terminals.
+_MATRIX = 10
 
 
 def interpolation(summary: Mapping[str, Any]) -> str:
@@ -286,6 +298,73 @@ def plane(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def barriers(summary: Mapping[str, Any]) -> str:
+    """Tells what the lines between all pairs of checkpoints showed.
+
+    Args:
+        summary: The summary of barriers.
+
+    Returns:
+        Lines of text.
+    """
+    names = [printable(c["name"]) for c in summary["checkpoints"]]
+    pairs = math.comb(len(names), 2)
+    few = len(names) <= _MATRIX
+    number = {c["name"]: str(t) for t, c in enumerate(summary["checkpoints"], start=1)}
+    lines = [f"{t:>2}  {name}" for t, name in enumerate(names, start=1)] if few else []
+    moving, points = summary["moving"], len(summary["alphas"])
+    length = [x for i, row in enumerate(summary["distances"]) for x in row[i + 1 :] if _known(x)]
+    far = f"‖B − A‖ from {min(length):.4g} to {max(length):.4g}" if length else "‖B − A‖ not finite"
+    over = f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}"
+    lines.append(
+        f"{_count(len(names), 'checkpoint')}, {_count(pairs, 'pair')}, {points:,} points each; "
+        f"{far} over {over}"
+    )
+    for name, split in summary["splits"].items():
+        lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
+        if few:
+            lines += [f"  {line}" for line in _matrix(split)]
+        found = [
+            (f"{which} barrier", _pair(split[which], number if few else {}))
+            for which in ("largest", "smallest")
+        ]
+        if split["without"]:
+            none = f"{split['without']:,} of {_count(pairs, 'pair')}"
+            found.append(("no barrier", f"{none}: no point seen lies above the chord"))
+        if split["not_finite"]:
+            wrong = f"{split['not_finite']:,} of {_count(pairs, 'pair')}"
+            found.append(("not known", f"{wrong}: a loss on the line is not finite"))
+        lines += [f"  {label:<18}{text}" for label, text in found]
+    return "\n".join(lines) + "\n"
+
+
+def _matrix(split: Mapping[str, Any]) -> list[str]:
+    """The losses of the checkpoints, and below the diagonal the barriers between them."""
+    square = split["barriers"]
+    size = len(square)
+    rows = [["", "loss", *(f"to {t}" for t in range(1, size))]]
+    for i, row in enumerate(square):
+        cells = [_number(x, 3) if _known(x) else "nan" for x in row[:i]]
+        loss = split["losses"][i]
+        own = _number(loss) if _known(loss) else "nan"
+        rows.append([str(i + 1), own, *cells, *[""] * (size - 1 - i)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _pair(pair: Mapping[str, Any] | None, number: Mapping[str, str]) -> str:
+    """A barrier, and between which two checkpoints: by their numbers, where they have some."""
+    if pair is None:
+        return "none is known"
+    a, b = pair["a"], pair["b"]
+    between = " and ".join(number.get(name) or printable(name) for name in (a, b))
+    at = "" if pair["alpha"] is None else f" at α = {pair['alpha']:.4g}"
+    return f"{_with_error(pair) if pair['height'] else 'none'}{at}, between {between}"
+
+
 def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """Tells what was found of critical points.
 
@@ -367,6 +446,7 @@ def plan(description: Mapping[str, Any]) -> str:
         ("device", f"{d['device']}, {d['dtype']}, batches of {d['batch_size']}"),
         ("moving", f"{d['moving']['values']:,} values in {d['moving']['tensors']} tensors"),
         *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),
+        *([("pairs", f"{d['pairs']:,}")] if "pairs" in d else []),
         ("points", f"{d['points']}, {d['points_at_once']} at once"),
         ("passes", f"{data}, {d['forward_passes']:,} examples"),
         ("weights", f"{d['bytes_of_weights'] / 2**20:,.1f} MiB for the points at once"),

@@ -23,7 +23,7 @@ __all__ = ["Output", "Result", "default_stem", "to_json"]
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 # The further tables that runs write, by the names in their files.
-_TABLES = ("blocks", "context", "escape", "path", "spectrum", "surface", "walk")
+_TABLES = ("blocks", "context", "curves", "escape", "path", "spectrum", "surface", "walk")
 
 
 @dataclass(frozen=True)

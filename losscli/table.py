@@ -15,7 +15,9 @@ __all__ = ["Cell", "Table"]
 
 Cell = float | int | str | None
 
-_TEXT = frozenset({"block", "split", "checkpoint", "verdict", "tensor", "shape", "dtype"})
+_TEXT = frozenset({
+    "a", "b", "block", "split", "checkpoint", "verdict", "tensor", "shape", "dtype",
+})  # fmt: skip
 _INTEGER = frozenset({"step", "walk", "examples", "values"})
 
 # The columns that tell which command a table is of.
@@ -30,6 +32,10 @@ _COMMANDS = {
         *("checkpoint", "split", "loss", "gradient_norm", "lambda_min", "lambda_min_error"),
         *("lambda_max", "lambda_max_error", "minimal_ratio", "verdict"),
     ),
+    "barriers": (
+        *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
+        *("loss_a", "loss_b"),
+    ),
     "inspect": ("tensor", "shape", "dtype", "values", "norm"),
 }
 
@@ -40,9 +46,9 @@ _CURE = "Give a CSV as losscli wrote it"
 class Table:
     """Named columns and rows of cells.
 
-    A column's name settles its type: ``split``, ``checkpoint``, ``block`` and ``verdict`` are text,
-    ``step``, ``walk`` and ``examples`` whole numbers, all others floats. ``None`` is an empty cell;
-    among text, an empty cell reads back as ``""``.
+    A column's name settles its type: ``a``, ``b``, ``split``, ``checkpoint``, ``block`` and
+    ``verdict`` are text, ``step``, ``walk`` and ``examples`` whole numbers, all others floats.
+    ``None`` is an empty cell; among text, an empty cell reads back as ``""``.
 
     Attributes:
         columns: The names of the columns, each once.
@@ -68,8 +74,8 @@ class Table:
     @property
     def command(self) -> str:
         """The command whose table this is by its columns; empty where it is of none."""
-        if "block" in self.columns:
-            return ""  # STEM.blocks.csv has the columns of STEM.csv besides
+        if "block" in self.columns or {"a", "loss"} <= {*self.columns}:
+            return ""  # STEM.blocks.csv and STEM.curves.csv have those of a line besides
         return next((c for c, needed in _COMMANDS.items() if {*needed} <= {*self.columns}), "")
 
     def __getitem__(self, column: str) -> list[Cell]:

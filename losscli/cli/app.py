@@ -8,6 +8,7 @@ import typer
 
 from losscli._version import __version__
 from losscli.cli.align import align
+from losscli.cli.barriers import barriers
 from losscli.cli.catalogue import catalogue
 from losscli.cli.check import check
 from losscli.cli.files import export, inspect
@@ -47,6 +48,7 @@ app.command("interpolate")(interpolate)
 app.command("trajectory")(trajectory)
 app.command("plane")(plane)
 app.command("check")(check)
+app.command("barriers")(barriers)
 app.command("plot")(plot)
 app.command("inspect")(inspect)
 app.command("align")(align)

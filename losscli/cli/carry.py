@@ -23,6 +23,7 @@ _TOLD: Mapping[str, Callable[[Result], str]] = {
     "interpolate": lambda result: report.interpolation(result.summary),
     "trajectory": lambda result: report.trajectory(result.summary),
     "plane": lambda result: report.plane(result.summary),
+    "barriers": lambda result: report.barriers(result.summary),
     "check": lambda result: report.check(result.summary, result.table.records()),
 }
 

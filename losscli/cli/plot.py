@@ -133,7 +133,7 @@ def _checked(table: Table, name: str) -> Table:
     if not table.command:
         raise TableError(
             f"{name} is no table that can be drawn: its columns are {', '.join(table.columns)}",
-            "Name the CSV of losscli interpolate, trajectory, plane or check",
+            "Name the CSV of losscli interpolate, trajectory, plane, check or barriers",
         )
     if not table.rows:
         raise TableError(f"{name} has no rows")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from losscli.errors import UsageError
+from losscli.figure.barriers import draw_barriers
 from losscli.figure.check import draw_check
 from losscli.figure.inspection import draw_inspection
 from losscli.figure.interpolation import draw_interpolation
@@ -18,6 +19,7 @@ from losscli.figure.trajectory import draw_trajectory
 __all__ = [
     "Run",
     "draw",
+    "draw_barriers",
     "draw_check",
     "draw_inspection",
     "draw_interpolation",
@@ -40,7 +42,8 @@ def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
         The figure, laid out and ready to `render`.
 
     Raises:
-        UsageError: The runs are of several commands, or are several planes or checks.
+        UsageError: The runs are of several commands, or are several that have no picture
+            together.
     """
     commands = {run.table.command for run in runs}
     if len(commands) > 1:
@@ -53,6 +56,10 @@ def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
         if len(runs) > 1:
             raise UsageError("one check cannot be laid over another", "Give one CSV of a check")
         return draw_check(runs[0], title=title, log=log)
+    if command == "barriers":
+        if len(runs) > 1:
+            raise UsageError("one matrix cannot be laid over another", "Give one CSV of barriers")
+        return draw_barriers(runs[0], title=title, log=log)
     if command == "inspect":
         if len(runs) > 1:
             raise UsageError(

@@ -597,12 +597,8 @@ class Interpolation(Study):
             notes.append("A and B are the same in every tensor that may move: nothing moves")
         notes += self.kept()
         notes += self.stored_types()
+        notes += self.mixed_statistics((self.start, self.end))
         buffers = self.problem.settings.buffers
-        if buffers == "interpolate" and self._mixes_statistics():
-            notes.append(
-                "between the ends BatchNorm's statistics are interpolated too, and are not those "
-                "of the data there: --buffers recalibrate re-estimates them"
-            )
         if buffers == "interpolate" and any(s["not_finite"] for s in splits.values()):
             below = [n for n in self.moving if n in self.problem.buffers and self._sinks(n)]
             if below:
@@ -623,13 +619,6 @@ class Interpolation(Study):
                 more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
                 notes.append(f"moved alone, {wrong[0]}{more} has losses of {name} not finite")
         return notes
-
-    def _mixes_statistics(self) -> bool:
-        """Whether statistics move, and both ends have some of their own: neither is a start."""
-        layers = self.problem.objective.batchnorm
-        moving = any(name in self.moving for layer in layers for name in layer.names)
-        ends = self.start, self.end
-        return moving and not any(all(x.is_fresh(end) for x in layers) for end in ends)
 
     def _sinks(self, name: str) -> bool:
         """Whether a buffer that is nowhere below 0 at the ends is so within the range."""

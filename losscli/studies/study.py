@@ -355,6 +355,36 @@ class Study(ABC):
         """
         return f"the {end} checkpoint's", "the losses of the others are not those of their files"
 
+    def weights(self, t: int) -> Weights:
+        """Reads a checkpoint.
+
+        Args:
+            t: Its place among the names.
+
+        Returns:
+            All its tensors.
+        """
+        return self.problem.open(t).weights
+
+    def mixed_statistics(self, points: Iterable[Weights]) -> list[str]:
+        """Notes on BatchNorm's statistics that move with the parameters.
+
+        Args:
+            points: All tensors of the checkpoints that lines are drawn between.
+
+        Returns:
+            The notes, where a line has two ends with statistics of their own: neither is a start.
+        """
+        layers = self.problem.objective.batchnorm
+        moving = any(name in self.moving for layer in layers for name in layer.names)
+        if self.problem.settings.buffers != "interpolate" or not moving:
+            return []
+        if sum(not all(layer.is_fresh(point) for layer in layers) for point in points) < 2:
+            return []
+        how = "interpolated too, and are not those of the data there"
+        cure = "--buffers recalibrate re-estimates them"
+        return [f"between the ends BatchNorm's statistics are {how}: {cure}"]
+
     def stored_types(self) -> list[str]:
         """Notes on the types that tensors are stored in.
 
@@ -363,7 +393,7 @@ class Study(ABC):
         """
         stored = set[str]()
         for t, _ in enumerate(self.problem.names):
-            weights = self.problem.open(t).weights
+            weights = self.weights(t)
             stored |= {str(weights[n].dtype) for n in self.moving}
             del weights  # before the next one is opened
         half = sorted(

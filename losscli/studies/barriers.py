@@ -1,0 +1,454 @@
+"""The barriers between all pairs of checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losscli.datasets import Examples
+from losscli.errors import UsageError
+from losscli.geometry import Line, grid
+from losscli.objective import Evaluation
+from losscli.problem import float32_precision, prepare
+from losscli.results import Result
+from losscli.sampling import Estimate, grow
+from losscli.settings import Settings
+from losscli.studies.study import Study, count
+from losscli.sweep import check, settle, sweep, sweep_plain
+from losscli.table import Table
+from losscli.weights import Weights, distance, equal
+
+__all__ = ["Barriers", "barriers"]
+
+
+def barriers(
+    names: Sequence[str],
+    *,
+    points: int = 11,
+    progress: Callable[[float], None] | None = None,
+    **settings: Any,
+) -> Result:
+    """Finds the barrier of the loss on the straight line between each two checkpoints.
+
+    The barrier is the largest height above the chord, for 0 ≤ α ≤ 1, and never below 0 (Entezari
+    et al. 2022, arXiv 2110.06296).
+
+    Args:
+        names: Two or more checkpoints, each once: files, ``FILE#KEY``, or ``init:SEED``.
+        points: Evenly spaced values of α on each line, both ends among them.
+        progress: Called with the number of points done so far.
+        **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
+
+    Returns:
+        The result: its table has a row for each pair and split, ``more["curves"]`` one for each
+        point of each line.
+
+    Raises:
+        LosscliError: Something is missing, broken or does not fit.
+    """
+    return Barriers.plan(names, Settings(**settings), points=points).run(progress)
+
+
+@dataclass(frozen=True)
+class Barriers(Study):
+    """Pairs of checkpoints whose lines are ready to be evaluated.
+
+    Attributes:
+        states: The tensors of each checkpoint; of those that are mapped from files, none is in
+            memory but while it is looked at.
+        alphas: The points of each line, rising from 0 to 1.
+    """
+
+    command = "barriers"
+
+    states: tuple[Weights, ...]
+    alphas: tuple[float, ...]
+
+    @classmethod
+    def plan(cls, names: Sequence[str], settings: Settings, *, points: int) -> Barriers:
+        """Reads and matches everything, and evaluates nothing.
+
+        Args:
+            names: The checkpoints.
+            settings: The settings.
+            points: Evenly spaced values of α.
+
+        Returns:
+            The plan.
+
+        Raises:
+            LosscliError: Something is missing, broken or does not fit.
+        """
+        begun = time.perf_counter()
+        if len(names) < 2:
+            raise UsageError(
+                f"barriers needs two checkpoints or more, and got {len(names)}",
+                "Give a folder of them, or their names",
+            )
+        name, times = Counter(names).most_common(1)[0]
+        if times > 1:
+            raise UsageError(
+                f"{name} is named {times} times, and pairs are told apart by their names",
+                "Name each checkpoint once",
+            )
+        if points < 3:
+            raise UsageError(
+                f"--points {points} leaves no point between two checkpoints", "Give 3 or more"
+            )
+        problem = prepare(names, settings)
+        first, *others = states = [problem.open(t).weights for t, _ in enumerate(names)]
+        moving = tuple(
+            name
+            for name in problem.moving
+            if not all(equal(first[name], other[name]) for other in others)
+        )
+        return cls(problem, moving, begun, tuple(states), tuple(grid(points, 0, 1)))
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        """The values of α."""
+        return {"alphas": self.alphas}
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The losses on all lines."""
+        return ("curves",)
+
+    @property
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """The places of the two checkpoints of each pair, in the order of the rows."""
+        return combinations(range(len(self.states)), 2)
+
+    @property
+    def slices(self) -> tuple[int, int]:
+        """A line for each pair, between its ends: these are evaluated plainly."""
+        return math.comb(len(self.states), 2), len(self._inner)
+
+    @property
+    def evaluations(self) -> int:
+        """How many points a run evaluates: each checkpoint once, and the lines between them."""
+        lines, points = self.slices
+        return len(self.states) + lines * points
+
+    @property
+    def _inner(self) -> tuple[float, ...]:
+        return self.alphas[1:-1]
+
+    def describe(self) -> dict[str, Any]:
+        """Tells what a run will do.
+
+        Returns:
+            What every study tells, and the number of pairs.
+        """
+        return {**super().describe(), "pairs": self.slices[0]}
+
+    def weights(self, t: int) -> Weights:
+        """Reads a checkpoint, which this study has done once and for all.
+
+        Args:
+            t: Its place among the names.
+
+        Returns:
+            All its tensors.
+        """
+        return self.states[t]
+
+    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+        """Evaluates each checkpoint once, loaded plainly, and each line between two by a sweep.
+
+        Args:
+            progress: Called with the number of points done so far.
+
+        Returns:
+            The result.
+
+        Raises:
+            LosscliError: The model or the loss fails on the data, gives two answers for one
+                point, or does not fit into the memory.
+        """
+        objective, settings = self.problem.objective, self.problem.settings
+        placed = [self.problem.place(weights) for weights in self.states]
+        distances: dict[tuple[int, int], float] = {}
+        with float32_precision(tf32=settings.tf32):
+            swept = time.perf_counter()
+            check(objective, placed[0])
+            difference, stays = self._prove(placed)
+            found = grow(
+                objective.splits,
+                settings.sampling_error,
+                settings.seed,
+                lambda splits: self._evaluate(
+                    placed, splits, progress or (lambda _: None), distances
+                ),
+            )
+            seconds = self.seconds(swept)
+        examples = {name: seen.examples for name, seen in found.items()}
+        heights = {name: self._heights(seen) for name, seen in found.items()}
+        lengths = list(distances.values())
+        splits = {name: self._found(heights[name], seen, lengths) for name, seen in found.items()}
+        more = {"curves": self._curves(found)}
+        summary = {
+            **self.origin(),
+            "alphas": list(self.alphas),
+            "tables": list(more),
+            "examples": examples,
+            "distances": self._square(lengths),
+            "splits": splits,
+            "endpoint_difference": difference,
+            "notes": [*stays, *self._notes(placed, splits, lengths), *self.sampled(examples)],
+            "seconds": seconds,
+        }
+        return Result(self._table(found, heights, lengths), summary, more)
+
+    def _line(self, start: Weights, a: Weights, b: Weights) -> Line:
+        """The line from A, whose tensors are on the device already, to B."""
+        # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
+        # the masks of attention do, it could not.
+        names = [name for name in self.moving if not equal(a[name], b[name])]
+        return Line({name: start[name] for name in names}, self.on_device(b, names))
+
+    def _prove(self, placed: Sequence[Weights]) -> tuple[float, list[str]]:
+        """Holds the sweep against every checkpoint, on a line to the next one in the order."""
+        # All lines are swept in one way: it is chosen on one along which something moves.
+        objective, inner = self.problem.objective, [(alpha,) for alpha in self._inner]
+        start = self.on_device(placed[0])
+        lines = (self._line(start, placed[0], other) for other in placed[1:])
+        lead = next((line for line in lines if line.a), Line({}, {}))
+        settle(objective, lead, inner)
+        difference = 0.0
+        for a, b in pairwise(placed):
+            line = self._line(self.on_device(a), a, b)
+            difference = max(difference, self.meets(line, [((0.0,), a), ((1.0,), b)], [(0.5,)]))
+        self.hold_against_fresh(placed[-1])
+        pairs = zip(placed, self.states, strict=True)
+        notes = (self.whole_numbers(point, weights) for point, weights in pairs)
+        return difference, next(filter(None, notes), [])
+
+    def _evaluate(
+        self,
+        placed: Sequence[Weights],
+        splits: Mapping[str, Examples],
+        tell: Callable[[float], None],
+        distances: dict[tuple[int, int], float],
+    ) -> dict[str, _Seen]:
+        """Evaluates all checkpoints, then all lines; of the lines no more than means is kept."""
+        objective, points = self.problem.objective, [(alpha,) for alpha in self._inner]
+        own = sweep_plain(objective, placed, splits=splits, progress=tell)
+        lines: dict[str, list[Estimate]] = {name: [] for name in splits}
+        excess: dict[str, list[Estimate]] = {name: [] for name in splits}
+        done, row, start = len(placed), -1, dict[str, Any]()
+        for i, j in self.pairs:
+            if i != row:
+                row, start = i, dict(self.on_device(placed[i]))
+            line = self._line(start, placed[i], placed[j])
+            if (i, j) not in distances:
+                distances[i, j] = distance(placed[i], placed[j], line.a)
+            # What moved on the line before is anywhere on it.
+            objective.load(placed[i])
+            seen = sweep(
+                objective, line, points, splits=splits, progress=partial(_further, tell, done)
+            )
+            done += len(points)
+            for name, found in seen.items():
+                lines[name].append(Estimate.of_evaluation(found))
+                excess[name].append(_above(self._inner, found, own[i][name], own[j][name]))
+        return {
+            name: _Seen(
+                Estimate.join([Estimate.of_evaluation(at[name]) for at in own]),
+                Estimate.join(lines[name]),
+                Estimate.join(excess[name]),
+            )
+            for name in splits
+        }
+
+    def _heights(self, seen: _Seen) -> list[_Height]:
+        """Finds the barrier of each pair on one split."""
+        own, means, errors = (x.tolist() for x in (seen.own.mean, seen.lines.mean, seen.errors))
+        heights = []
+        for number, (i, j) in enumerate(self.pairs):
+            stretch = slice(number * len(self._inner), (number + 1) * len(self._inner))
+            excess = [
+                loss - ((1 - alpha) * own[i] + alpha * own[j])
+                for alpha, loss in zip(self._inner, means[stretch], strict=True)
+            ]
+            # What is not known at one point is not known of the whole line.
+            if not all(map(math.isfinite, excess)):
+                heights.append(_Height(math.nan, math.nan, math.nan))
+                continue
+            top = max(range(len(excess)), key=excess.__getitem__)
+            heights.append(
+                _Height(excess[top], errors[stretch][top], self._inner[top])
+                if excess[top] > 0
+                else _Height(0.0, 0.0, None)
+            )
+        return heights
+
+    def _found(
+        self, heights: Sequence[_Height], seen: _Seen, lengths: Sequence[float]
+    ) -> dict[str, Any]:
+        """Tells what was found on one split."""
+        pairs = list(self.pairs)
+        known = [p for p, height in enumerate(heights) if not math.isnan(height.height)]
+
+        def told(p: int | None) -> dict[str, Any] | None:
+            if p is None:
+                return None
+            a, b = (self.problem.names[t] for t in pairs[p])
+            at = heights[p]
+            return {
+                "a": a,
+                "b": b,
+                "distance": lengths[p],
+                "height": at.height,
+                "stderr": at.stderr,
+                "alpha": at.alpha,
+            }
+
+        return {
+            "losses": seen.own.mean.tolist(),
+            "barriers": self._square([at.height for at in heights]),
+            "largest": told(max(known, key=lambda p: heights[p].height, default=None)),
+            "smallest": told(min(known, key=lambda p: heights[p].height, default=None)),
+            "without": sum(at.height == 0 for at in heights),
+            "not_finite": len(heights) - len(known),
+        }
+
+    def _square(self, values: Sequence[float]) -> list[list[float]]:
+        """Lays the values of the pairs out as a symmetric matrix."""
+        size = len(self.states)
+        square = [[0.0] * size for _ in range(size)]
+        for (i, j), value in zip(self.pairs, values, strict=True):
+            square[i][j] = square[j][i] = value
+        return square
+
+    def _table(
+        self,
+        found: Mapping[str, _Seen],
+        heights: Mapping[str, Sequence[_Height]],
+        lengths: Sequence[float],
+    ) -> Table:
+        names = self.problem.names
+        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
+        own = {split: seen.own.mean.tolist() for split, seen in found.items()}
+        return Table.build(
+            [
+                *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
+                *("loss_a", "loss_b", *sampled),
+            ],
+            (
+                [
+                    *(names[i], names[j], split, lengths[p]),
+                    *(heights[split][p].height, heights[split][p].stderr, heights[split][p].alpha),
+                    *(own[split][i], own[split][j], *(seen.examples for _ in sampled)),
+                ]
+                for p, (i, j) in enumerate(self.pairs)
+                for split, seen in found.items()
+            ),
+        )
+
+    def _curves(self, found: Mapping[str, _Seen]) -> Table:
+        names, metrics = self.problem.names, self.problem.objective.metrics
+        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
+        last = len(self.alphas) - 1
+
+        def at(seen: _Seen, p: int, i: int, j: int, k: int) -> list[Any]:
+            if k in {0, last}:
+                return seen.own.row(j if k else i, metrics)
+            return seen.lines.row(p * len(self._inner) + k - 1, metrics)
+
+        return Table.build(
+            ["a", "b", "alpha", "split", "loss", "loss_stderr", *metrics, *sampled],
+            (
+                [
+                    *(names[i], names[j], alpha, split, *at(seen, p, i, j, k)),
+                    *(seen.examples for _ in sampled),
+                ]
+                for p, (i, j) in enumerate(self.pairs)
+                for k, alpha in enumerate(self.alphas)
+                for split, seen in found.items()
+            ),
+        )
+
+    def _notes(
+        self, placed: Sequence[Weights], splits: Mapping[str, Any], lengths: Sequence[float]
+    ) -> list[str]:
+        notes = [*self.kept(), *self.stored_types(), *self.mixed_statistics(placed)]
+        if self.chosen:
+            notes.append("distances are those of the moving tensors")
+        if same := lengths.count(0.0):
+            which = "the same in every tensor that may move"
+            notes.append(f"the two checkpoints of {count(same, 'pair')} are {which}")
+        for name, split in splits.items():
+            if number := split["not_finite"]:
+                told = f"the barrier of {count(number, 'pair')} is not known"
+                notes.append(f"{name}: {told}, since a loss on the line is not finite")
+        return notes
+
+
+@dataclass(frozen=True)
+class _Height:
+    """A barrier: its height, the standard error of that, and where it is; None for nowhere."""
+
+    height: float
+    stderr: float
+    alpha: float | None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One split.
+
+    Attributes:
+        own: The losses of the N checkpoints, ``[N]``.
+        lines: The losses at the K points between the ends of each pair, ``[pairs · K]``.
+        excess: The heights above the chord there, example by example.
+    """
+
+    own: Estimate
+    lines: Estimate
+    excess: Estimate
+
+    @property
+    def examples(self) -> int:
+        return self.own.examples
+
+    @property
+    def errors(self) -> NDArray[np.float64]:
+        """The standard errors of the heights, both losses being of the same examples."""
+        return self.excess.stderr
+
+    def extend(self, more: _Seen) -> _Seen:
+        """Adds the examples of another block of the data."""
+        return _Seen(
+            self.own.extend(more.own),
+            self.lines.extend(more.lines),
+            self.excess.extend(more.excess),
+        )
+
+    def is_known_to(self, tolerance: float) -> bool:
+        """Whether every standard error is below a share of the height of all curves together."""
+        return Estimate.join([self.own, self.lines]).is_known_to(tolerance)
+
+
+def _above(alphas: Sequence[float], found: Evaluation, a: Evaluation, b: Evaluation) -> Estimate:
+    """Estimates the heights above the chord from what each example loses at the two ends."""
+    start, end = (e.losses[0].numpy().astype(np.float64) for e in (a, b))
+    rows = []
+    # A row at a time, so that no float64 copy of all the losses ever exists.
+    with np.errstate(all="ignore"):
+        for alpha, row in zip(alphas, found.losses.numpy(), strict=True):
+            rows.append(Estimate.of((row - ((1 - alpha) * start + alpha * end))[None], {}))
+    return Estimate.join(rows)
+
+
+def _further(tell: Callable[[float], None], before: int, done: float) -> None:
+    tell(before + done)
