@@ -51,11 +51,13 @@ Floats = NDArray[np.float64]
 _COLOURS = mpl.colormaps["viridis_r"]
 _NONE = "#ffffff"
 _UNKNOWN = "#d4d4d4"
-_ITSELF = "#f1f1f1"
+_ITSELF = "#ebebeb"
+_EDGE = "#dedede"
 
 _NUMBERS = 12  # so many checkpoints have numbers in their cells
 _BESIDE = 6  # panels of so few, or of so many that there are no numbers, stand side by side
 _NAME = 130.0  # points, the room of a name
+_LETTERS = 8.5  # points, of numbers in cells with room for them
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def draw_barriers(run: Run, *, title: str = "", log: bool = False) -> Figure:
             panels.append(panel)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
-        _add_colour_bar(figure, panels, norm, f"barrier of the loss{loss_name([run])}", log=log)
+        _add_colour_bar(figure, panels, norm, f"barrier{loss_name([run])}", log=log)
         if title:
             add_title(figure, title)
         add_foot(figure, panels[0], _notes(run, squares, shared), [_legend(squares)])
@@ -172,28 +174,26 @@ def _draw(axes: Axes, heights: Floats, norm: Normalize, room: float) -> None:
         spine.set_linewidth(0.6)
     if room > 4:
         edges = np.arange(1, number) - 0.5
-        axes.hlines(edges, -0.5, number - 0.5, colors="white", linewidths=0.8)
-        axes.vlines(edges, -0.5, number - 0.5, colors="white", linewidths=0.8)
-        # White cells keep an edge.
-        for i, j in np.argwhere(~coloured & ~unknown & ~np.eye(number, dtype=bool)):
-            axes.add_patch(
-                mpl.patches.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, ec=PALE, lw=0.5)
-            )
+        axes.hlines(edges, -0.5, number - 0.5, colors=_EDGE, linewidths=0.6)
+        axes.vlines(edges, -0.5, number - 0.5, colors=_EDGE, linewidths=0.6)
     _hatch(axes, unknown)
-    if number > _NUMBERS:
-        return
-    size = min(8.5, room / 3.6)
+    if number <= _NUMBERS:
+        _write(axes, heights, colours, room)
+
+
+def _write(axes: Axes, heights: Floats, colours: Floats, room: float) -> None:
+    """Writes the barriers into their cells, all in one size."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    places = np.argwhere(~_unknown(heights) & ~np.eye(len(heights), dtype=bool))
+    digits = 3 if room > 40 else 2
+    told = [format_number(float(heights[i, j]), digits) for i, j in places]
+    widest = max((text_width(figure, text, _LETTERS) for text in told), default=0.0)
+    size = min(_LETTERS, _LETTERS * 0.9 * room / widest) if widest else _LETTERS
     light = colours[..., :3] @ np.array([0.21, 0.72, 0.07]) > 0.45
-    for i, j in np.argwhere(~unknown & ~np.eye(number, dtype=bool)):
-        axes.text(
-            j,
-            i,
-            format_number(float(heights[i, j]), 2),
-            ha="center",
-            va="center_baseline",
-            fontsize=size,
-            color=INK if light[i, j] else "white",
-        )
+    for (i, j), text in zip(places, told, strict=True):
+        colour = INK if light[i, j] else "white"
+        axes.text(j, i, text, ha="center", va="center_baseline", fontsize=size, color=colour)
 
 
 def _hatch(axes: Axes, cells: NDArray[np.bool_]) -> None:
@@ -303,8 +303,8 @@ def _notes(run: Run, squares: Sequence[_Square], shared: str) -> list[str]:
     if not squares:
         return ["There are no pairs"]
     alphas = run.summary.get("alphas", ())
-    seen = f", over {len(alphas)} points from 0 to 1" if alphas else ""
-    notes = [f"The largest height above the chord between two checkpoints{seen}"]
+    seen = f", over {len(alphas)} points from α = 0 to 1" if alphas else ""
+    notes = [f"Barrier: the largest height above the chord between two checkpoints{seen}"]
     if shared:
         notes.append(f"Checkpoints {shared}")
     return notes
