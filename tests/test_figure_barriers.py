@@ -144,7 +144,7 @@ def test_zero_is_white_and_said_so() -> None:
         assert np.diagonal(found).max() < 1
         assert cells(panel)[0, 1] == "0"
         assert "0: no point seen lies above the chord" in legend(figure)
-    assert not legend(draw_barriers(run(seeds(4), lambda i, j, s: 1.0)))
+    assert not draw_barriers(run(seeds(4), lambda i, j, s: 1.0)).legends
 
 
 def test_what_is_not_known_is_hatched() -> None:
