@@ -435,9 +435,9 @@ def plan(description: Mapping[str, Any]) -> str:
     d = description
     splits = ", ".join(f"{name} {count:,}" for name, count in d["examples"].items())
     statistics, training = d["passes_for_statistics"], d["recalibration"]
-    data = f"{d['passes_over_data']} over the data"
+    data = f"{d['passes_over_data']:,} over the data"
     if statistics:
-        data += f", {statistics} over {training['split']} for statistics"
+        data += f", {statistics:,} over {training['split']} for statistics"
     rows = [
         ("checkpoints", _route([c["name"] for c in d["checkpoints"]])),
         ("model", d["model"]),
@@ -447,7 +447,7 @@ def plan(description: Mapping[str, Any]) -> str:
         ("moving", f"{d['moving']['values']:,} values in {d['moving']['tensors']} tensors"),
         *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),
         *([("pairs", f"{d['pairs']:,}")] if "pairs" in d else []),
-        ("points", f"{d['points']}, {d['points_at_once']} at once"),
+        ("points", f"{d['points']:,}, {d['points_at_once']:,} at once"),
         ("passes", f"{data}, {d['forward_passes']:,} examples"),
         ("weights", f"{d['bytes_of_weights'] / 2**20:,.1f} MiB for the points at once"),
         ("in memory", ", ".join(_where(d))),
