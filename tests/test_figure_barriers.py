@@ -100,7 +100,7 @@ def sentence(figure: Figure) -> str:
 
 
 def test_picture_from_the_csv_is_the_same() -> None:
-    drawn = run(seeds(5), broken, ("train", "test"))
+    drawn = run(seeds(3), broken)
     table = Table.from_csv(io.StringIO(drawn.table.to_csv(), newline=""), "x")
     for suffix in (".png", ".svg"):
         again = draw_barriers(replace(drawn, table=table))
@@ -171,7 +171,7 @@ def test_numbers_stand_in_the_cells_of_a_few() -> None:
     assert cells(panels(wide)[0])[0, 1] == "0.123"
 
 
-@pytest.mark.parametrize("number", [3, 8, 12])
+@pytest.mark.parametrize("number", [3, 12])
 def test_numbers_stay_inside_their_cells(number: int) -> None:
     figure = draw_barriers(run(seeds(number), lambda i, j, s: 0.00123 * (i + j), ("train", "test")))
     figure.draw_without_rendering()
@@ -256,15 +256,18 @@ ODD = {
     "too large": run(seeds(3), lambda i, j, s: 1e300 if i else 1.0),
     "inf": run(seeds(3), lambda i, j, s: INF if i else 1.0),
     "many splits": run(seeds(3), splits=tuple("abcde")),
-    "many": run(seeds(150), broken),
+    "many": run(seeds(70), broken),
     "odd names": run(["$x_1$\n\x1b[31m", "Модель/" * 60 + "$a$", "模型🙂"], splits=("$x$\x07",)),
     "no summary": replace(run(seeds(3)), summary={}),
 }
 
 
+# Of numbers that a logarithm makes something else of.
+LOG = ("nothing known", "no hills", "all the same", "huge and tiny", "too large")
+
+
 @pytest.mark.filterwarnings("ignore:Glyph")  # measured here outside of render
-@pytest.mark.parametrize("case", ODD)
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(("case", "log"), [*((c, False) for c in ODD), *((c, True) for c in LOG)])
 def test_odd_tables_are_drawn(case: str, log: bool) -> None:
     figure = draw_barriers(ODD[case], log=log)
     figure.draw_without_rendering()
