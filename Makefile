@@ -41,7 +41,7 @@ bench: .venv/installed
 
 # Draws the pictures that the tests compare with again, from their stored tables.
 golden: .venv/installed
-	LOSSCLI_REGENERATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/test_figure.py tests/test_figure_check.py tests/test_figure_parts.py tests/test_figure_plane.py tests/test_figure_trajectory.py
+	LOSSCLI_REGENERATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/test_figure.py tests/test_figure_barriers.py tests/test_figure_check.py tests/test_figure_parts.py tests/test_figure_plane.py tests/test_figure_trajectory.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

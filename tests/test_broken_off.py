@@ -38,6 +38,7 @@ COMMANDS = {
     "interpolate": ["interpolate", "a.pt", "b.pt", "--points", "7", "-o", "out"],
     "trajectory": ["trajectory", "a.pt", "b.pt", "init:3", "--residuals", "4", *TO],
     "plane": ["plane", "a.pt", "--points", "4", *TO],
+    "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "5", *TO],
     "check": ["check", "a.pt", "b.pt", "--tolerance", "10", *TO],
 }
 

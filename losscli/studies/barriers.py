@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from losscli.datasets import Examples
 from losscli.errors import UsageError
 from losscli.geometry import Line, grid
+from losscli.journal import Journal
 from losscli.objective import Evaluation
 from losscli.problem import float32_precision, prepare
 from losscli.results import Result
@@ -162,11 +163,14 @@ class Barriers(Study):
         """
         return self.states[t]
 
-    def run(self, progress: Callable[[float], None] | None = None) -> Result:
+    def run(
+        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
+    ) -> Result:
         """Evaluates each checkpoint once, loaded plainly, and each line between two by a sweep.
 
         Args:
             progress: Called with the number of points done so far.
+            journal: Where what is finished is recorded, and recalled from.
 
         Returns:
             The result.
@@ -187,7 +191,7 @@ class Barriers(Study):
                 settings.sampling_error,
                 settings.seed,
                 lambda splits: self._evaluate(
-                    placed, splits, progress or (lambda _: None), distances
+                    placed, splits, progress or (lambda _: None), distances, journal
                 ),
             )
             seconds = self.seconds(swept)
@@ -239,10 +243,11 @@ class Barriers(Study):
         splits: Mapping[str, Examples],
         tell: Callable[[float], None],
         distances: dict[tuple[int, int], float],
+        journal: Journal | None,
     ) -> dict[str, _Seen]:
         """Evaluates all checkpoints, then all lines; of the lines no more than means is kept."""
         objective, points = self.problem.objective, [(alpha,) for alpha in self._inner]
-        own = sweep_plain(objective, placed, splits=splits, progress=tell)
+        own = sweep_plain(objective, placed, splits=splits, progress=tell, journal=journal)
         lines: dict[str, list[Estimate]] = {name: [] for name in splits}
         excess: dict[str, list[Estimate]] = {name: [] for name in splits}
         done, row, start = len(placed), -1, dict[str, Any]()
@@ -255,7 +260,12 @@ class Barriers(Study):
             # What moved on the line before is anywhere on it.
             objective.load(placed[i])
             seen = sweep(
-                objective, line, points, splits=splits, progress=partial(_further, tell, done)
+                objective,
+                line,
+                points,
+                splits=splits,
+                progress=partial(_further, tell, done),
+                journal=journal,
             )
             done += len(points)
             for name, found in seen.items():
