@@ -506,24 +506,38 @@ class Objective:
         losses = torch.empty(len(points), len(split), dtype=exact, device=self.device)
         # float64 where the device has it: MPS does not, and counts of examples fit float32 there.
         wide = torch.float32 if self.device.type == "mps" else torch.float64
-        sums = {
-            name: torch.zeros(len(points), dtype=wide, device=self.device) for name in self.metrics
-        }
-        before: tuple[Iterator[int], int] = iter(()), 0
+        zeros = torch.zeros(len(points), dtype=wide, device=self.device)
+        totals = {name: zeros.clone() for name in self.metrics}
+        # Each batch has sums of its own, added when all its points are done: two threads may be at
+        # one point with two batches, and the order of adding settles the last digit.
+        before: tuple[Iterator[int], int, dict[str, Tensor]] = iter(()), 0, {}
         start = 0
         for batch in self.batches(split):
             inputs = self.data.prepare(batch.inputs, self.dtype)
             columns = losses[:, start : start + len(batch)]
             start += len(batch)
+            sums = {name: zeros.clone() for name in self.metrics}
             done = points.evaluate(inputs, _Record(self, batch.targets, columns, sums))
             # One batch ahead, so that no thread waits for the last point of the one before.
-            self._finish(*before, tell)
-            before = done, len(batch)
-        self._finish(*before, tell)
+            self._add(*before, totals, tell)
+            before = done, len(batch), sums
+        self._add(*before, totals, tell)
         return Evaluation(
             losses.cpu(),
-            {name: total.cpu().to(torch.float64) / len(split) for name, total in sums.items()},
+            {name: total.cpu().to(torch.float64) / len(split) for name, total in totals.items()},
         )
+
+    def _add(
+        self,
+        points: Iterator[int],
+        examples: int,
+        sums: Mapping[str, Tensor],
+        totals: Mapping[str, Tensor],
+        tell: Callable[[int], None],
+    ) -> None:
+        self._finish(points, examples, tell)
+        for name, values in sums.items():
+            totals[name].add_(values)
 
     @staticmethod
     def _finish(points: Iterator[int], examples: int, tell: Callable[[int], None]) -> None:
@@ -635,7 +649,7 @@ class _Record:
         objective: Whose loss and metrics.
         targets: The targets of the batch, ``[B, …]``.
         losses: Where its losses go, ``[P, B]``.
-        sums: What the sums of the metrics are added to, ``[P]`` each.
+        sums: Where the sums of its metrics go, ``[P]`` each.
     """
 
     def __init__(
@@ -652,7 +666,7 @@ class _Record:
             if name is None:
                 self._losses[p] = values
             else:
-                self._sums[name][p] += values.to(self._sums[name].dtype).sum()
+                self._sums[name][p] = values.to(self._sums[name].dtype).sum()
 
     def all(self, outputs: Any) -> None:
         """Takes the outputs at all points."""
@@ -660,7 +674,7 @@ class _Record:
             if name is None:
                 self._losses[:] = values
             else:
-                self._sums[name] += values.to(self._sums[name].dtype).sum(1)
+                self._sums[name][:] = values.to(self._sums[name].dtype).sum(1)
 
     def _all_values(
         self, take: Callable[[PerExample, str, Any], Tensor], outputs: Any
