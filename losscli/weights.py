@@ -22,6 +22,7 @@ __all__ = [
     "cosine",
     "distance",
     "equal",
+    "kind",
     "mismatches",
     "norm",
     "pieces",
@@ -153,7 +154,7 @@ def mismatches(found: Weights, expected: Weights) -> list[str]:
             phrases.append(
                 f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)} as needed"
             )
-        elif _kind(tensor) != _kind(expected[name]):
+        elif kind(tensor) != kind(expected[name]):
             phrases.append(f"{name} is {_type(tensor)}, not {_type(expected[name])} as needed")
     return phrases
 
@@ -190,7 +191,15 @@ def choose(names: Iterable[str], only: Iterable[str], but: Iterable[str]) -> lis
     return chosen
 
 
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
+def kind(tensor: Tensor) -> tuple[bool, bool]:
+    """Tells what numbers a tensor holds.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Whether they are floating-point, and whether they are complex; neither where they are whole.
+    """
     return tensor.is_floating_point(), tensor.is_complex()
 
 

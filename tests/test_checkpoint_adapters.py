@@ -104,7 +104,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"r": 2, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
     ),
     "gpt2's embedding": (
-        lambda: tiny(0),
+        lambda: tiny(0, tie_word_embeddings=False),
         {"r": 2, "target_modules": ["wte", "c_attn"], "fan_in_fan_out": True},
     ),
 }  # fmt: skip
@@ -416,6 +416,72 @@ def test_a_tied_tensor_that_is_changed_in_two_ways_is_refused(tmp_path: Path) ->
     expected = dict(Tied().state_dict())
     with pytest.raises(CheckpointError, match=r"a\.weight and b\.weight are one tensor in"):
         opened(expected, tmp_path, expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["wte", "c_attn"]},
+        {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+        {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["wte", "wte saved", "lm_head saved"],
+)
+def test_one_name_of_a_tied_tensor_alone_is_not_changed(
+    config: dict[str, Any], tmp_path: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny(0).save_pretrained("base")
+    adapt(tiny(0), Path("adapter"), r=2, fan_in_fan_out=True, **config)
+    Path("t.txt").write_bytes(bytes(range(10)))
+    done = losscli("interpolate", "base", "adapter", "-d", "text:t.txt,context=5", "-o", "x")
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert not list(tmp_path.glob("x*"))
+    changed, other = "transformer.wte.weight", "lm_head.weight"
+    if "lm_head" in config.get("modules_to_save", ()):
+        changed, other = other, changed
+        # Without a model what is known is that the base's file lacks what the adapter changes.
+        for command in (
+            ("inspect", "base", "adapter"),
+            ("export", "base", "adapter", "--alpha", 1, "-o", "x.safetensors"),
+        ):
+            done_too = losscli(*command)
+            assert (done_too.status, done_too.stdout, done_too.stderr.count("\n")) == (1, "", 1)
+            assert (
+                "the adapter adapter changes lm_head.weight, and its base has "
+                "transformer.wte.weight alone, to which the model ties it. Save the base untied"
+            ) in done_too.stderr
+        assert not list(tmp_path.glob("x*"))
+    assert (
+        f"{changed} and {other} are one tensor in the model, and the adapter changes {changed} "
+        "alone. Save the base untied (tie_word_embeddings=false, both tensors in its file), merge"
+    ) in done.stderr
+
+
+@pytest.mark.parametrize("kept", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32])
+def test_what_peft_keeps_tied_is_one_change(kept: str, stored: torch.dtype, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def tied_llama() -> Any:
+        torch.manual_seed(0)
+        shape = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        config = transformers.LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=True)
+        return transformers.LlamaForCausalLM(config).to(stored).eval()
+
+    config = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "ensure_weight_tying": True}
+    config[kept] = [*config.get(kept, []), "embed_tokens"]  # type: ignore[misc]
+    adapt(tied_llama(), tmp_path, r=3, lora_alpha=5, **config)
+    base = {n: t.clone() for n, t in tied_llama().state_dict().items()}
+    found = opened(base, tmp_path, tied_llama().state_dict()).weights
+    assert found["lm_head.weight"] is found["model.embed_tokens.weight"]
+    # As it was trained: not merged, which in peft 0.21 adds a tied change twice.
+    trained = peft.PeftModel.from_pretrained(tied_llama(), tmp_path).eval()
+    plain = tied_llama()
+    plain.load_state_dict(found)
+    words = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(words).logits, trained(words).logits)
 
 
 def test_no_damage_to_a_config_raises_anything_else(tmp_path: Path) -> None:

@@ -25,11 +25,18 @@ from tests.test_checkpoint import refusal, same, state
 transformers = pytest.importorskip("transformers")
 
 
-def tiny(seed: int) -> nn.Module:
+def tiny(seed: int, **more: Any) -> nn.Module:
     """GPT-2 with one block: its head is tied to the embedding, its layers are stored [in, out]."""
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
-        n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=7, bos_token_id=0, eos_token_id=0
+        n_layer=1,
+        n_head=2,
+        n_embd=8,
+        vocab_size=11,
+        n_positions=7,
+        bos_token_id=0,
+        eos_token_id=0,
+        **more,
     )
     model = transformers.GPT2LMHeadModel(config)
     assert isinstance(model, nn.Module)
@@ -313,6 +320,60 @@ def test_names_of_the_first_gpt2_are_read_as_transformers_does(tmp_path: Path) -
     save_file({n: t for n, t in weights.items() if n != "wpe.weight"}, tmp_path / "x.safetensors")
     with pytest.raises(MismatchError, match=r"missing transformer\.wpe\.weight"):
         select_for(read(str(tmp_path / "x.safetensors")), tiny(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64])
+def test_tensors_of_another_kind_are_not_cast(dtype: torch.dtype, tmp_path: Path) -> None:
+    name = "transformer.wpe.weight"
+    weights = {n: t for n, t in whole(tiny(0)).items() if n != "lm_head.weight"}
+    file = tmp_path / "x.pt"
+    told = str(dtype).removeprefix("torch.")
+    torch.save({**weights, name: weights[name].to(dtype)}, file)
+    with pytest.raises(MismatchError, match=rf"model: {name} is {told}, not float32 as needed$"):
+        select_for(read(str(file)), tiny(1))
+    # Where all names are others too.
+    old = {n.removeprefix("transformer."): t for n, t in weights.items()}
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 7, 7, dtype=torch.bool)}
+    torch.save({**old, **masks}, file)
+    assert same(select_for(read(str(file)), tiny(1)).weights, whole(tiny(0)))
+    torch.save({**old, **masks, "wpe.weight": old["wpe.weight"].to(dtype)}, file)
+    with pytest.raises(MismatchError, match=rf"missing {name} .*; unexpected wpe\.weight"):
+        select_for(read(str(file)), tiny(1))
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_tied_tensor_of_two_values_is_told(
+    suffix: str, tmp_path: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny(0).save_pretrained("a")
+    weights = whole(tiny(0))
+    weights["lm_head.weight"][3, 2] = torch.nan
+    weights["transformer.wte.weight"][3, 2] = torch.nan
+    save = save_file if suffix == "safetensors" else torch.save
+    save(weights, f"x.{suffix}")
+    found = select_for(read(f"x.{suffix}"), tiny(1)).weights
+    for name, tensor in weights.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True)
+    # A type that is wider holds the same values.
+    save({**weights, "lm_head.weight": weights["lm_head.weight"].double()}, f"x.{suffix}")
+    assert select_for(read(f"x.{suffix}"), tiny(1)).weights.keys() == weights.keys()
+    weights["lm_head.weight"][4, 1] += 1
+    save(weights, f"x.{suffix}")
+    Path("t.txt").write_bytes(bytes(range(10)))
+    for names in (("a", f"x.{suffix}"), (f"x.{suffix}", "a", "-m", "transformers:a")):
+        done = losscli("interpolate", *names, "-d", "text:t.txt,context=5", "-o", "y")
+        assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert (
+            f"x.{suffix} gives lm_head.weight and transformer.wte.weight different values, and "
+            "they are one tensor in the model. Give a --model that does not tie them"
+        ) in done.stderr
+    assert not list(tmp_path.glob("y*"))
+    # Under names of years ago transformers itself would load both.
+    old = {n.removeprefix("transformer."): t for n, t in weights.items()}
+    save(old, f"x.{suffix}")
+    with pytest.raises(MismatchError, match=r"gives lm_head\.weight and transformer\.wte"):
+        select_for(read(f"x.{suffix}"), tiny(1))
 
 
 # Folders of checkpoints

@@ -172,14 +172,27 @@ class Adapter:
                 changed[bias] = (old.double() + pair["bias"].double() * scale).to(dtype)
         for name in list(changed):
             for twin in twins.get(name, []):
-                if twin in changed and not torch.equal(changed[twin], changed[name]):
-                    raise CheckpointError(
-                        f"{self.where}: {name} and {twin} are one tensor in the model, and the "
-                        "adapter changes them in two ways",
-                        _MERGE,
-                    )
-                changed[twin] = changed[name]
+                self._tie(name, twin, base, changed)
         return {**base, **changed}
+
+    def _tie(self, name: str, twin: str, base: Weights, changed: dict[str, Tensor]) -> None:
+        """Makes sure that the names of a tied tensor are changed as one.
+
+        Changed under one name the model that was trained had two tensors there. Where peft kept
+        them tied (ensure_weight_tying), its files have both names.
+        """
+        new, other = changed[name], changed.get(twin, base[twin])
+        # Of an embedding the product is made the other way round: the last bit may differ.
+        rounding = 4 * torch.finfo(working_type(new, other)).eps
+        apart = (new.double() - other.double()).abs().max()
+        if new is other or apart <= rounding * new.double().abs().max():
+            changed[twin] = new
+            return
+        how = "changes them in two ways" if twin in changed else f"changes {name} alone"
+        raise CheckpointError(
+            f"{self.where}: {name} and {twin} are one tensor in the model, and the adapter {how}",
+            _UNTIE,
+        )
 
     def _scale(self, module: str, a: Tensor) -> float:
         rank = self.ranks.get(_pattern(self.ranks, module), self.rank)
@@ -225,6 +238,13 @@ class Adapter:
         return product
 
     def _unlike(self, name: str, shape: torch.Size, base: Weights) -> MismatchError:
+        twins = [n for n, t in base.items() if t.shape == shape]
+        if name not in base and name.endswith("lm_head.weight") and len(twins) == 1:
+            return MismatchError(
+                f"the adapter {self.where.parent} changes {name}, and its base has {twins[0]} "
+                "alone, to which the model ties it",
+                _UNTIE,
+            )
         have = f"has it as {list(base[name].shape)}" if name in base else "has no such tensor"
         return MismatchError(
             f"the adapter {self.where.parent} changes {name} {list(shape)}, and its base {have}",
@@ -233,6 +253,10 @@ class Adapter:
 
 
 _MERGE = "Merge it with peft (merge_and_unload) and save the whole model"
+_UNTIE = (
+    "Save the base untied (tie_word_embeddings=false, both tensors in its file), merge the adapter "
+    "into that with peft (merge_and_unload), and name these two"
+)
 _BROKEN = "Save the adapter again with save_pretrained"
 
 

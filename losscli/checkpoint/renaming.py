@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losscli.checkpoint.state import Checkpoint, CheckpointFile
+from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied
 from losscli.errors import CheckpointError, MismatchError
-from losscli.weights import Weights, mismatches
+from losscli.mapped import let_go
+from losscli.weights import Weights, kind, mismatches, pieces
 
 __all__ = ["select_for"]
 
@@ -38,11 +39,11 @@ def select_for(
         The checkpoint, its names those of the model.
 
     Raises:
-        MismatchError: Nothing in the file fits.
+        MismatchError: Nothing in the file fits, or it gives a tied tensor two values.
     """
-    expected = model.state_dict()
+    expected = _tensors(model.state_dict())
     try:
-        return file.select(expected, base)
+        found = file.select(expected, base)
     except MismatchError:
         library = sys.modules.get("transformers")
         if library is None or file.adapter or not isinstance(model, library.PreTrainedModel):
@@ -51,10 +52,47 @@ def select_for(
             stored = file.select(None)
         except CheckpointError:
             stored = None
-        weights = _load(library, model, stored.weights) if stored else {}
-        if stored is None or mismatches(weights, _tensors(expected)):
+        weights = _load(library, model, _of_kinds(stored.weights, expected)) if stored else {}
+        if stored is None or mismatches(weights, expected):
             raise
-    return replace(stored, weights=weights)
+        found = replace(stored, weights=weights)
+    if differ := _torn(found.weights, expected):
+        raise MismatchError(
+            f"{file.name} gives {' and '.join(differ)} different values, and they are one tensor "
+            "in the model",
+            "Give a --model that does not tie them (tie_word_embeddings=false in config.json), or "
+            "save the checkpoint without one of them",
+        )
+    return found
+
+
+def _torn(weights: Weights, expected: Weights) -> tuple[str, str] | None:
+    """Finds two names of one tensor of a model for which a file has different values."""
+    for name, twins in tied(expected).items():
+        for twin in twins:
+            a, b = weights[name], weights[twin]
+            if name < twin and a.data_ptr() != b.data_ptr() and not _alike(a, b):
+                return name, twin
+    return None
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    # A value that is not a number is equal to none, and here to its like.
+    same = all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pieces(a, b))
+    let_go(a, b)
+    return same
+
+
+def _of_kinds(weights: Weights, expected: Weights) -> Weights:
+    """Leaves out what the loader of transformers would cast: then it is missing there."""
+    known = {(name.rpartition(".")[2], kind(tensor)) for name, tensor in expected.items()}
+
+    def fits(name: str, tensor: Tensor) -> bool:
+        if name in expected:
+            return kind(tensor) == kind(expected[name])
+        return tensor.is_floating_point() or (name.rpartition(".")[2], kind(tensor)) in known
+
+    return {name: tensor for name, tensor in weights.items() if fits(name, tensor)}
 
 
 def _load(library: Any, model: nn.Module, weights: Weights) -> Weights:
