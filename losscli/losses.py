@@ -24,6 +24,7 @@ __all__ = [
     "mse",
     "of_mean",
     "perplexity",
+    "token_cross_entropy",
 ]
 
 PerExample = Callable[..., Tensor]
@@ -106,21 +107,49 @@ def causal_lm(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         LossError: The shapes do not fit.
     """
+    _check_tokens(outputs, targets, "causal_lm")
+    # The last position predicts nothing that is known.
+    return _over_tokens(outputs, F.pad(targets[:, 1:], (0, 1), value=IGNORED))
+
+
+def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Computes the cross-entropy of each token itself, in nats, over a sequence's labels.
+
+    As in Hugging Face's masked language models and classifiers of tokens, the position t is
+    scored by the target t. Half-precision scores are taken into float32 a few tokens at a time.
+
+    Args:
+        outputs: Scores before softmax, ``[B, T, C]``.
+        targets: Classes 0…C−1, ``[B, T]``; −100 where none counts.
+
+    Returns:
+        ``[B]``: for each sequence the mean over its labels that count; nan where none does.
+
+    Raises:
+        LossError: The shapes do not fit.
+    """
+    _check_tokens(outputs, targets, "token_cross_entropy")
+    return _over_tokens(outputs, targets)
+
+
+def _check_tokens(outputs: Tensor, targets: Tensor, loss: str) -> None:
     if targets.is_floating_point() or outputs.ndim != 3 or outputs.shape[:2] != targets.shape:
         raise LossError(
-            f"causal_lm needs outputs [B, T, V] and token ids [B, T], not {_form(outputs)} and "
+            f"{loss} needs outputs [B, T, V] and token ids [B, T], not {_form(outputs)} and "
             f"{_form(targets)}",
             "Choose another --loss, or a model with scores for every token",
         )
-    # The last position predicts nothing that is known.
-    following = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
-    counts = following != IGNORED
-    scores, tokens = outputs.flatten(0, 1), following.clamp(min=0).flatten()
+
+
+def _over_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Computes the mean surprise at a sequence's targets that count, a few tokens at a time."""
+    counts = targets != IGNORED
+    scores, tokens = outputs.flatten(0, 1), targets.clamp(min=0).flatten()
     step = max(1, _CHUNK // max(1, outputs.shape[2]))
     losses = [
         _surprise(scores[i : i + step], tokens[i : i + step]) for i in range(0, len(tokens), step)
     ]
-    each = torch.cat(losses).view(following.shape)
+    each = torch.cat(losses).view(targets.shape)
     # Not a product: scores that are infinite or not a number count for nothing there.
     return each.masked_fill(~counts, 0).sum(1) / counts.sum(1)
 
@@ -231,8 +260,9 @@ LOSSES: dict[str, PerExample] = {
     "mse": mse,
     "bce": bce,
     "causal_lm": causal_lm,
+    "token_cross_entropy": token_cross_entropy,
 }
 METRICS: dict[str, PerExample] = {"accuracy": accuracy, "perplexity": perplexity}
 
-TAKES_HALF = frozenset({causal_lm, perplexity, accuracy})
+TAKES_HALF = frozenset({causal_lm, token_cross_entropy, perplexity, accuracy})
 """Those that take half-precision scores as they are; others get them in float32."""

@@ -34,8 +34,10 @@ from losscli.losses import (
     causal_lm,
     cross_entropy,
     perplexity,
+    token_cross_entropy,
 )
 from losscli.mapped import let_go
+from losscli.models import HEADLESS, cure_of, is_headless
 from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
 from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.weights import Weights
@@ -75,6 +77,8 @@ _KNOWN_FUNCTIONS = frozenset({*LOSSES.values(), *METRICS.values()})
 
 # What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
+
+_OF_TOKENS = frozenset({causal_lm, token_cross_entropy})
 
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -292,7 +296,10 @@ class Objective:
             if not isinstance(outputs, Tensor) and self.loss in LOSSES.values():
                 raise LossError(
                     f"the model returns a {type(outputs).__name__}, and the loss takes a tensor",
-                    "Give a --loss of your own that takes it, or a model that returns its scores",
+                    HEADLESS
+                    if is_headless(self.model)
+                    else "Give a --loss of your own that takes it, or a model that returns its "
+                    "scores",
                 )
             # A model that writes on its inputs would spoil them for every later point.
             self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
@@ -572,7 +579,8 @@ class Objective:
             shapes = " and ".join(str(list(tensor.shape)) for tensor in leaves(inputs))
             raise ModelError(
                 f"the model fails on inputs of shape {shapes}: {one_line(error)}",
-                "Do --model and --data belong together? (flatten=true flattens images)",
+                cure_of(self.model, inputs, leaves(inputs))
+                or "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
         # Hugging Face models wrap their scores.
         return getattr(outputs, "logits", outputs)
@@ -617,15 +625,15 @@ class Objective:
         seen = split if isinstance(split, Split) else split.first(self.batch_size)
         if self.loss is cross_entropy and outputs.ndim > 1:
             self._classes = outputs.shape[1]
-        elif self.loss is causal_lm and outputs.ndim == 3 and seen.targets.ndim == 2:
+        elif self.loss in _OF_TOKENS and outputs.ndim == 3 and seen.targets.ndim == 2:
             self._classes = outputs.shape[2]
         else:
             return
         self._check_range(seen.targets, f"the split {name!r}")
 
     def _check_range(self, labels: Tensor, where: str) -> None:
-        if self.loss is causal_lm:
-            labels = labels[:, 1:]
+        if self.loss in _OF_TOKENS:
+            labels = labels[:, 1:] if self.loss is causal_lm else labels
             counts = labels != IGNORED
             if not counts.any(1).all():
                 raise LossError(

@@ -21,14 +21,25 @@ from losscli.errors import (
     CheckpointError,
     DeviceError,
     LosscliError,
+    LossError,
     MismatchError,
     ModelError,
     SpecError,
     UsageError,
     one_line,
 )
-from losscli.losses import LOSSES, METRICS, PerExample, causal_lm
-from losscli.models import FROM_FILES, MODELS, RUNS_CODE, has_config
+from losscli.losses import LOSSES, METRICS, PerExample, causal_lm, token_cross_entropy
+from losscli.models import (
+    FROM_FILES,
+    HEADLESS,
+    MODELS,
+    NEEDS_DECODER,
+    RUNS_CODE,
+    has_config,
+    is_headless,
+    needs_decoder_inputs,
+    scores_of,
+)
 from losscli.objective import Objective
 from losscli.points import tensors_of
 from losscli.recalibration import Recalibration, layers_of
@@ -171,8 +182,8 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         entries, first = checkpoints.survey(names)
         whole, data_spec = _data(settings, file)
         data = whole.select(settings.split, None, settings.seed)
-        loss, loss_spec = _loss(settings, file, data)
-        metrics = _metrics(settings, data, loss)
+        loss, loss_spec = _loss(settings, file, data, model)
+        metrics = _metrics(settings, data, loss, model)
         recalibration = _recalibration(model, whole, data, settings)
     objective = Objective(
         model,
@@ -420,11 +431,13 @@ class _Checkpoints:
         told: dict[str, dict[str, Any]] = {}
         first: Checkpoint | None = None
         wrong: list[str] = []
+        cures: set[str] = set()
         for name in dict.fromkeys(names):
             try:
                 checkpoint = self.open(name)
             except MismatchError as error:
                 wrong.append(error.what)
+                cures.add(error.cure)
                 continue
             path = str(checkpoint.path) if checkpoint.path else None
             told[name] = {"name": name, "path": path, "sha256": checkpoint.sha256()}
@@ -435,7 +448,8 @@ class _Checkpoints:
             more = f" | and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
             raise MismatchError(
                 " | ".join(wrong[:_TOLD]) + more,
-                f"The model is {_text(self._found.value)}; choose with -m",
+                (cures.pop() if len(cures) == 1 else "")
+                or f"The model is {_text(self._found.value)}; choose with -m",
             )
         assert first is not None
         return [told[name] for name in names], first
@@ -529,19 +543,43 @@ def _recalibration(
 
 
 def _loss(
-    settings: Settings, first: CheckpointFile | None, data: DataSet
+    settings: Settings, first: CheckpointFile | None, data: DataSet, model: nn.Module
 ) -> tuple[PerExample, str]:
     found = _find("loss", settings.loss, first)
     if found is None:
-        found = _Found(_LOSS_OF_TASK[data.task], trusted=True)
+        name = _language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task]
+        found = _Found(name, trusted=True)
     return _per_example(found, LOSSES, "loss"), _text(found.value)
 
 
-def _metrics(settings: Settings, data: DataSet, loss: PerExample) -> dict[str, PerExample]:
+def _language_loss(data: DataSet, model: nn.Module) -> str:
+    """Chooses the loss of a label for each token, by what the model's scores are those of."""
+    scores = scores_of(model)
+    if scores == "next":
+        return "causal_lm"
+    kind = type(model).__name__
+    if any(needs_decoder_inputs(model, s.first(1).inputs) for s in data.splits.values()):
+        raise LossError(f"{kind} predicts from decoder_input_ids, and has none", NEEDS_DECODER)
+    if scores == "own":
+        return "token_cross_entropy"
+    if is_headless(model):
+        raise LossError(f"{kind} has no scores for tokens", HEADLESS)
+    raise LossError(
+        f"the data have a label for each token, and what {kind} scores is not known",
+        "Give --loss: causal_lm, token_cross_entropy, or path/to/file.py:callable",
+    )
+
+
+def _metrics(
+    settings: Settings, data: DataSet, loss: PerExample, model: nn.Module
+) -> dict[str, PerExample]:
     # Whoever asks for causal_lm means tokens, whatever the data's form.
-    task = "language" if loss is causal_lm else data.task
+    default = _METRIC_OF_TASK["language" if loss is causal_lm else data.task]
+    next_tokens = loss is causal_lm or scores_of(model) == "next"
+    if loss is token_cross_entropy or (data.language and not next_tokens):
+        default = "none"
     metrics: dict[str, PerExample] = {}
-    for value in settings.metric or (_METRIC_OF_TASK[task],):
+    for value in settings.metric or (default,):
         if value == "none":
             continue
         found = _Found.named(value, trusted=True)

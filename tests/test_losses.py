@@ -27,6 +27,7 @@ from losscli.losses import (
     of_mean,
     per_example_mean,
     perplexity,
+    token_cross_entropy,
 )
 
 Array = np.ndarray
@@ -159,6 +160,7 @@ def test_several_labels_an_example_are_answered_one_by_one() -> None:
         ),
         (causal_lm, (5, 3, 4), torch.zeros(5, 4, dtype=torch.int64), "scores for every token"),
         (causal_lm, (5, 3, 4), torch.zeros(5, 3), "causal_lm needs"),
+        (token_cross_entropy, (5, 3, 4), torch.zeros(5, 4, dtype=torch.int64), "token_cross_ent"),
         (perplexity, (5, 3), torch.zeros(5, 3, dtype=torch.int64), "causal_lm needs"),
         (mse, (5, 3), torch.zeros(5), r"mse needs outputs and targets of one shape, not float32"),
         (mse, (5,), torch.zeros(5, 1), r"not float32 \[5\] and float32 \[5, 1\]. Choose another"),
@@ -190,12 +192,14 @@ def test_the_mean_is_over_all_but_the_examples() -> None:
     assert per_example_mean(values[0, 0]).tolist() == [0, 1, 2, 3]
 
 
+TOKENS = ("causal_lm", "token_cross_entropy")
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_needs_no_gradients_and_passes_them_where_they_are(name: str) -> None:
-    y = outputs(4, 3, *([5] if name == "causal_lm" else [])).requires_grad_()
-    targets = {"cross_entropy": classes(3, 4), "causal_lm": classes(5, 4, 3)}.get(
-        name, torch.zeros(4, 3)
-    )
+    y = outputs(4, 3, *([5] if name in TOKENS else [])).requires_grad_()
+    of_tokens = dict.fromkeys(TOKENS, classes(5, 4, 3))
+    targets = {"cross_entropy": classes(3, 4), **of_tokens}.get(name, torch.zeros(4, 3))
     with torch.inference_mode():
         assert not LOSSES[name](y, targets).requires_grad
     LOSSES[name](y, targets).sum().backward()
@@ -209,6 +213,7 @@ def test_the_registries_hold_the_functions_of_their_names() -> None:
         "mse": mse,
         "bce": bce,
         "causal_lm": causal_lm,
+        "token_cross_entropy": token_cross_entropy,
     } == LOSSES
     assert {"accuracy": accuracy, "perplexity": perplexity} == METRICS
 
@@ -259,6 +264,27 @@ def test_causal_lm_is_the_loss_that_hugging_face_trains_with() -> None:
         torch.testing.assert_close(causal_lm(scores, targets)[i], one)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("chunk", [1, 7 * 11, 1 << 22])
+def test_token_cross_entropy_is_the_mean_surprise_of_the_labels_that_count(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK", chunk)
+    scores, targets = outputs(4, 9, 11, dtype=dtype), padded(4, 9, vocabulary=11)
+    targets[0, 0], targets[1, 0] = -100, 3
+    scores[0, 0] = math.nan
+    found = token_cross_entropy(scores, targets)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for i in range(4):
+        # PyTorch's own, which takes [T, C] and leaves out −100.
+        one = torch.nn.functional.cross_entropy(scores[i].double(), targets[i])
+        torch.testing.assert_close(found[i].double(), one, rtol=1e-5, atol=0)
+        if dtype == torch.float64:
+            torch.testing.assert_close(found[i], one, rtol=1e-13, atol=0)
+    targets[2] = -100
+    assert token_cross_entropy(scores, targets).isnan().tolist() == [False, False, True, False]
+
+
 def test_a_sequence_without_tokens_has_no_loss_and_spoils_no_other() -> None:
     scores, targets = outputs(3, 4, 5), classes(5, 3, 4)
     targets[1, 1:] = -100
@@ -281,8 +307,11 @@ def test_causal_lm_maps_over_weights() -> None:
     torch.testing.assert_close(mapped, torch.stack([causal_lm(s, targets) for s in scores]))
 
 
+@pytest.mark.parametrize("loss", [causal_lm, token_cross_entropy])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_loss_of_a_vocabulary_makes_no_second_copy_of_its_scores(dtype: torch.dtype) -> None:
+def test_the_loss_of_a_vocabulary_makes_no_second_copy_of_its_scores(
+    dtype: torch.dtype, loss: Any
+) -> None:
     scores, targets = torch.zeros(4, 128, 1 << 15, dtype=dtype), classes(1 << 15, 4, 128)
     largest = 0
 
@@ -296,7 +325,7 @@ def test_the_loss_of_a_vocabulary_makes_no_second_copy_of_its_scores(dtype: torc
             return made
 
     with Sizes():
-        causal_lm(scores, targets)
+        loss(scores, targets)
     assert 0 < largest <= 16 << 20 < scores.nbytes
 
 

@@ -80,17 +80,19 @@ def _checked(split: Split, where: str) -> Split:
 
 
 def is_language(batch: object) -> bool:
-    """Tells whether the targets of a batch are the tokens of its inputs.
+    """Tells whether a batch has a target for each token that its model scores.
 
     Args:
         batch: A batch as code gives it.
 
     Returns:
-        Whether it is a mapping with ``input_ids`` and ``labels`` of one shape.
+        Whether it is a mapping with ``labels`` of the shape of its ``decoder_input_ids``, or
+        where it has none, of its ``input_ids``.
     """
-    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+    if not isinstance(batch, Mapping):
         return False
-    tokens, labels = (getattr(batch[key], "shape", None) for key in ("input_ids", "labels"))
+    scored = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+    tokens, labels = (getattr(batch.get(key), "shape", None) for key in (scored, "labels"))
     return tokens is not None and len(tokens) > 1 and tokens == labels
 
 

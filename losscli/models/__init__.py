@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 from losscli.models.built_in import CNN, MLP
+from losscli.models.heads import (
+    HEADLESS,
+    NEEDS_DECODER,
+    cure_of,
+    is_headless,
+    needs_decoder_inputs,
+    scores_of,
+)
 from losscli.models.pretrained import has_config
 from losscli.models.registry import FROM_FILES, MODELS, RUNS_CODE
 
-__all__ = ["CNN", "FROM_FILES", "MLP", "MODELS", "RUNS_CODE", "has_config"]
+__all__ = [
+    "CNN",
+    "FROM_FILES",
+    "HEADLESS",
+    "MLP",
+    "MODELS",
+    "NEEDS_DECODER",
+    "RUNS_CODE",
+    "cure_of",
+    "has_config",
+    "is_headless",
+    "needs_decoder_inputs",
+    "scores_of",
+]

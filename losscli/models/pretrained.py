@@ -85,7 +85,7 @@ def pretrained(folder: str | Path) -> nn.Module:
             f"{path} is a model of transformers, which is not installed ({one_line(error)})",
             "pip install 'losscli[hf]'",
         ) from None
-    kind = named["model_type"]
+    kind, architectures = named["model_type"], named.get("architectures") or []
     if kind not in transformers.CONFIG_MAPPING:
         if "auto_map" in named:
             raise ModelError(
@@ -104,7 +104,7 @@ def pretrained(folder: str | Path) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-            return _build(transformers, config, next(iter(named.get("architectures") or ()), ""))
+            return _build(transformers, config, next(iter(architectures), ""))
     except ModelError:
         raise
     except Exception as error:
@@ -128,6 +128,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{file} has no model_type, and is none of transformers",
             "Name the folder that save_pretrained made",
+        )
+    names = content.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(
+            f"{file}: its architectures are {names!r}, and no list of names",
+            'Write the class of the model, for example ["GPT2LMHeadModel"]',
         )
     return content
 

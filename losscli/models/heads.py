@@ -1,0 +1,141 @@
+"""What models of transformers score, and what they need: told by their classes and their configs.
+
+Nothing is imported: where transformers is not loaded, no model is one of its.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+__all__ = [
+    "HEADLESS",
+    "NEEDS_DECODER",
+    "Scores",
+    "cure_of",
+    "is_headless",
+    "needs_decoder_inputs",
+    "scores_of",
+]
+
+Scores = Literal["next", "own", "other"]
+"""Scores of each next token, of each token itself or its class, or of something else."""
+
+HEADLESS = (
+    "Its config.json names no architecture with a head: name it there under architectures, or "
+    "give a --model of your own that builds it"
+)
+"""The cure where a model returns features and no scores."""
+
+NEEDS_DECODER = (
+    "An encoder-decoder needs decoder_input_ids beside labels of their shape: give --data of your "
+    "own (path/to/file.py:callable) whose batches are mappings with that key"
+)
+"""The cure where an encoder-decoder has nothing to decode from."""
+
+# Three that are named like those of next tokens, and whose labels are not shifted.
+_OWN = re.compile(
+    r".*For(MaskedLM|TokenClassification)|(XLM|Flaubert)WithLMHeadModel|XLNetLMHeadModel"
+)
+_NEXT = re.compile(r".*(ForCausalLM|LMHeadModel|WithLMHead)")
+_GENERATES = re.compile(r".*ForConditionalGeneration")
+
+
+def scores_of(model: nn.Module) -> Scores:
+    """Tells what the scores of a language model are those of, as its own loss takes them.
+
+    Args:
+        model: The model.
+
+    Returns:
+        ``"next"`` for causal language models, and for models that are none of transformers;
+        ``"own"`` where labels are not shifted: masked language models, classifiers of tokens, and
+        decoders that have an encoder; ``"other"`` for any other head.
+    """
+    if not _is_pretrained(model):
+        return "next"
+    for name in (cls.__name__ for cls in type(model).__mro__):
+        if _OWN.fullmatch(name):
+            return "own"
+        if _NEXT.fullmatch(name):
+            return "next"
+        if _GENERATES.fullmatch(name):
+            return "own" if _is_encoder_decoder(model) else "next"
+    return "other"
+
+
+def is_headless(model: nn.Module) -> bool:
+    """Tells whether a model of transformers is the bare one, which returns features.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Whether it is.
+    """
+    if not _is_pretrained(model):
+        return False
+    bare = sys.modules["transformers"].AutoModel._model_mapping.get(type(model.config), None)
+    return type(model) in (bare if isinstance(bare, tuple) else (bare,))
+
+
+def needs_decoder_inputs(model: nn.Module, inputs: object) -> bool:
+    """Tells whether a decoder that generates has no tokens of its own to go on from.
+
+    Args:
+        model: The model.
+        inputs: What it is given: by name, or otherwise.
+
+    Returns:
+        Whether it is an encoder-decoder without ``decoder_input_ids``.
+    """
+    generates = _is_pretrained(model) and any(
+        _GENERATES.fullmatch(cls.__name__) for cls in type(model).__mro__
+    )
+    given = isinstance(inputs, Mapping) and "decoder_input_ids" in inputs
+    return generates and _is_encoder_decoder(model) and not given
+
+
+def cure_of(model: Any, inputs: object, tensors: Iterable[Tensor]) -> str:
+    """Finds out why a model of transformers may have failed.
+
+    Args:
+        model: The model.
+        inputs: What it failed on: by name, or otherwise.
+        tensors: The same, one after the other.
+
+    Returns:
+        The cure; empty where none is known.
+    """
+    if not isinstance(model, nn.Module) or not _is_pretrained(model):
+        return ""
+    if needs_decoder_inputs(model, inputs):
+        return NEEDS_DECODER
+    most = getattr(model.config, "max_position_embeddings", None)
+    length = max(map(_length, tensors), default=0)
+    if type(most) is int and length > most:
+        key = getattr(model.config, "attribute_map", {}).get(
+            "max_position_embeddings", "max_position_embeddings"
+        )
+        return (
+            f"The model has {most} positions ({key} in its config.json), and sequences are of "
+            f"{length} tokens: give --data with context={most} or less, or cut them"
+        )
+    return ""
+
+
+def _length(tensor: Tensor) -> int:
+    return 0 if tensor.is_floating_point() or tensor.ndim != 2 else tensor.shape[1]
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    library = sys.modules.get("transformers")
+    return library is not None and isinstance(model, library.PreTrainedModel)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
