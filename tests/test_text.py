@@ -205,3 +205,33 @@ def test_without_transformers_the_extra_is_named(
     assert outcome.status == 1
     assert "pip install 'losscli[hf]'" in outcome.stderr
     assert outcome.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("class_named", [False, True])
+def test_a_model_s_folder_without_its_tokenizer_is_no_tokenizer(
+    kind: str, class_named: bool, losscli: Losscli, folder: Path
+) -> None:
+    # transformers makes one that knows no words.
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps({"model_type": kind}))
+    if class_named:
+        name = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}[kind]
+        told = json.dumps({"tokenizer_class": name})
+        (folder / "model" / "tokenizer_config.json").write_text(told)
+    (folder / "a.txt").write_text(TEXT)
+    before = set(folder.iterdir())
+    outcome = losscli("interpolate", "a.pt", "b.pt", "-d", "text:a.txt,tokenizer=model")
+    assert outcome.status == 1
+    assert "model holds no tokenizer: none of tokenizer.json, vocab." in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert set(folder.iterdir()) == before
+
+
+def test_a_tokenizer_that_has_no_words_to_read_needs_no_file(tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "tokens")
+    (tmp_path / "a.txt").write_text("ab")
+    data = load(f"text:{tmp_path}/a.txt,tokenizer={tmp_path}/tokens,context=2", trusted=False)
+    assert pair(data)[0] == [[ord("a") + 3, ord("b") + 3]]  # behind three special tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -145,6 +146,7 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+    _need_vocabulary(folder, tokenizer)
 
     def encode(texts: Sequence[bytes | str]) -> list[list[int]]:
         decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]
@@ -156,3 +158,16 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
         return ids
 
     return tokenizer.pad_token_id or 0, encode
+
+
+def _need_vocabulary(folder: Path, tokenizer: Any) -> None:
+    """Refuses a tokenizer that was made of a model's configuration alone, and knows no words."""
+    # Some have none to read, such as that of bytes.
+    own = tokenizer.vocab_files_names.values()
+    there = [*folder.glob("tokenizer.*"), *(folder / name for name in (*own, "tekken.json"))]
+    if own and not any(file.is_file() for file in there):
+        names = ", ".join(dict.fromkeys(["tokenizer.json", *own]))
+        raise DataError(
+            f"{folder} holds no tokenizer: none of {names} is there",
+            "Save the model's there with its save_pretrained(FOLDER), or name its own folder",
+        )
