@@ -7,7 +7,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -125,6 +125,13 @@ class Problem:
         if t == 0:
             return self.first
         return self.read(self.names[t])
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The tensors that may not move by the choice of tensors alone."""
+        free = replace(self.settings, only=(), except_=())
+        moving = set(self.moving)
+        return tuple(n for n in _moving(self.objective, self.buffers, free) if n not in moving)
 
     @property
     def last(self) -> Checkpoint:

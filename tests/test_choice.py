@@ -283,3 +283,41 @@ def test_a_check_of_buffers_alone_is_refused(folder: Path, losscli: Losscli) -> 
     done = losscli("check", "n.pt", "-m", model, "-d", "npz:e.npz", "--only", "*running*")
     assert done.status == 2
     assert "no parameter is left to differentiate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("choice", "same", "noted"),
+    [
+        ({"only": ["body.*"]}, False, False),
+        ({"only": ["body.*"], "except_": ["*.bias"]}, False, True),
+        ({"only": ["body.weight"]}, True, False),
+        ({"only": ["body.weight"]}, False, True),
+    ],
+)
+def test_what_stays_is_told_of_only_where_it_makes_a_difference(
+    choice: dict[str, Any], same: bool, noted: bool, tmp_path: Path
+) -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3, bias=False)
+            self.head.weight = self.body.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.head(self.body(x).tanh())
+            return scores
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        weights = Tied().state_dict()
+        if same:
+            weights["body.bias"] = torch.ones(3)
+        torch.save(weights, tmp_path / f"{seed}.pt")
+    files = [str(tmp_path / f"{seed}.pt") for seed in range(3)]
+    given: dict[str, Any] = {
+        "model": Tied, "data": {"all": (torch.rand(5, 3), torch.arange(5) % 3)}, **choice
+    }  # fmt: skip
+    line = losscli.interpolate(*files[:2], points=2, **given)
+    path = losscli.trajectory(files, surface=False, **given)
+    said = [any("some tensors stay" in n for n in r.summary["notes"]) for r in (line, path)]
+    assert said == [noted, noted]

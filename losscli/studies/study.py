@@ -316,10 +316,20 @@ class Study(ABC):
         if end and self.problem.buffers and len(self.problem.names) > 1:
             whose, but = self.words(end)
             notes.append(f"floating-point buffers stay at {whose}: {but}")
-        if self.chosen and len(self.problem.names) > 1:
+        if self._holds_back():
             whose, but = self.words("first")
             notes.append(f"some tensors stay at {whose}: {but}")
         return notes
+
+    def _holds_back(self) -> bool:
+        """Whether a tensor stays by choice that is not the same in all checkpoints."""
+        kept, first = self.problem.kept, self.problem.first.weights
+        for t in range(1, len(self.problem.names) if kept else 0):
+            weights = self.problem.open(t).weights
+            if not all(equal(first[name], weights[name]) for name in kept):
+                return True
+            del weights  # before the next one is opened
+        return False
 
     @property
     def chosen(self) -> bool:
