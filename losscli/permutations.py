@@ -16,7 +16,7 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ from losscli.axes import Axis, concatenate, cut, multiply, pin, regroup, tie, un
 from losscli.errors import ModelError
 from losscli.weights import Weights
 
-__all__ = ["Group", "Member", "permutation_groups", "permute"]
+__all__ = ["Group", "Member", "obstacles", "permutation_groups", "permute"]
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,82 @@ def permutation_groups(
     Raises:
         ModelError: The model cannot be traced.
     """
-    names = _names(model)
     program = _trace(_Scores(model), tuple(args), dict(kwargs or {}))
+    return _label(program, _names(model), Labels())
+
+
+def obstacles(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
+    """Names what holds units of a model in their order, where no group of them is found.
+
+    Args:
+        model: The model, in eval mode.
+        args: A small batch of inputs by position.
+        kwargs: Inputs by name.
+
+    Returns:
+        The operators that units meet and that may heed their order, and the constants but for which
+        some could be permuted.
+
+    Raises:
+        ModelError: The model cannot be traced.
+    """
+    program = _trace(_Scores(model), tuple(args), dict(kwargs or {}))
+    names, labels, free = _names(model), Labels(), Labels(constants_free=True)
+    _label(program, names, labels)
+    matter = _label(program, names, free)
+    return (*labels.heeding, *(free.constants if matter else ()))
+
+
+class Labels(dict[Node, Any]):
+    """The labels of the tensors of a graph, and what was met on the way.
+
+    Args:
+        constants_free: Whether constants are taken for ones whose order can be changed.
+
+    Attributes:
+        heeding: The operators that units meet and that may heed their order.
+        constants: The constants.
+    """
+
+    def __init__(self, *, constants_free: bool = False) -> None:
+        super().__init__()
+        self.constants_free = constants_free
+        self.heeding: dict[str, None] = {}
+        self.constants: dict[str, None] = {}
+
+    def hold(self, node: Node, axes: Iterable[Axis]) -> None:
+        """Pins axes to which an operator may heed the order.
+
+        Args:
+            node: The operator.
+            axes: The axes.
+        """
+        for axis in axes:
+            if any(units(axis)):
+                self.heeding[_operator(node)] = None
+            pin(axis)
+
+    def constant(self, node: Node, name: str) -> Any:
+        """Labels a tensor that is no input and none of the model's own.
+
+        Args:
+            node: Where it comes from.
+            name: What it is called.
+
+        Returns:
+            Its labels.
+        """
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.numel() < 2:
+            return _pinned_like(node)
+        self.constants[name] = None
+        return _fresh(_shape(node)) if self.constants_free else _pinned_like(node)
+
+
+def _label(program: ExportedProgram, names: Mapping[str, str], labels: Labels) -> tuple[Group, ...]:
     axes: dict[str, list[Axis]] = {}
-    labels: dict[Node, Any] = {}
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     for node in program.graph.nodes:
         _check_shapes(node)
@@ -99,12 +171,16 @@ def permutation_groups(
                 if first not in axes:
                     axes[first] = _fresh(_shape(node))
                 labels[node] = axes[first]
+            elif spec.kind in {InputKind.CONSTANT_TENSOR, InputKind.BUFFER}:
+                name = (spec.target or node.name).removeprefix("model.")
+                labels[node] = labels.constant(node, f"the constant {name}")
             else:
                 labels[node] = _pinned_like(node)
         elif node.op == "call_function":
             labels[node] = _apply(node, labels)
         elif node.op == "output":
-            _pin_all(node, labels)
+            for axis in _met(node, labels):
+                pin(axis)
     return _groups(axes, names)
 
 
@@ -226,7 +302,6 @@ def _groups(axes: Mapping[str, list[Axis]], names: Mapping[str, str]) -> tuple[G
 # What follows are the operators: each takes a node of the graph and the labels of all tensors
 # before it, a list of axes for each, and gives the labels of what it computes.
 
-Labels = dict[Node, Any]
 Rule = Callable[[Node, Labels], Any]
 
 
@@ -238,7 +313,7 @@ def _apply(node: Node, labels: Labels) -> Any:
         return found[index] if isinstance(found, tuple) else _pinned_like(node)  # type: ignore[index]
     if not all(isinstance(labels.get(source), list) for source in node.all_input_nodes):
         return _unknown(node, labels)
-    name = str(getattr(node.target, "overloadpacket", None)).removeprefix("aten.")
+    name = _operator(node)
     if match := _SPATIAL.fullmatch(name):
         return _spatial(node, labels, int(match[1]))
     tags = getattr(node.target, "tags", ())
@@ -246,6 +321,10 @@ def _apply(node: Node, labels: Labels) -> Any:
     single = isinstance(node.meta.get("val"), Tensor)
     pointwise = torch.Tag.pointwise in tags and single and not random
     return _RULES.get(name, _pointwise if pointwise else _unknown)(node, labels)
+
+
+def _operator(node: Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
 
 
 def _fresh(shape: Sequence[int]) -> list[Axis]:
@@ -265,16 +344,17 @@ def _pinned_like(node: Node) -> Any:
     return None
 
 
-def _pin_all(node: Node, labels: Labels) -> None:
+def _met(node: Node, labels: Labels) -> Iterator[Axis]:
     for source in node.all_input_nodes:
         found = labels.get(source)
         for axes in found if isinstance(found, tuple) else (found,):
-            for axis in axes or ():
-                pin(axis)
+            yield from axes or ()
 
 
 def _unknown(node: Node, labels: Labels) -> Any:
-    _pin_all(node, labels)
+    if not node.all_input_nodes:
+        return labels.constant(node, _operator(node))
+    labels.hold(node, _met(node, labels))
     return _pinned_like(node)
 
 
@@ -379,14 +459,14 @@ def _slice(node: Node, labels: Labels) -> Any:
     if step == 1:
         axes[dim] = cut(axes[dim], [start, stop - start, size - stop])[1]
     else:
-        pin(axes[dim])
+        labels.hold(node, [axes[dim]])
         axes[dim] = Axis(_shape(node)[dim], pinned=True)
     return axes
 
 
 def _select(node: Node, labels: Labels) -> Any:
     axes = list(_of(labels, node.args[0]))
-    pin(axes.pop(_argument(node, "dim")))
+    labels.hold(node, [axes.pop(_argument(node, "dim"))])
     return axes
 
 
@@ -412,11 +492,8 @@ def _index(node: Node, labels: Labels) -> Any:
         for i in picked
     ):
         return _unknown(node, labels)
-    for axis in [
-        *axes[picked[0] : picked[-1] + 1],
-        *(a for i in picked for a in labels[indices[i]]),
-    ]:
-        pin(axis)
+    held = axes[picked[0] : picked[-1] + 1]
+    labels.hold(node, [*held, *(a for i in picked for a in labels[indices[i]])])
     before, after = axes[: picked[0]], axes[picked[-1] + 1 :]
     shape = _shape(node)
     return [*before, *_pinned(shape[len(before) : len(shape) - len(after)]), *after]
@@ -487,7 +564,7 @@ def _ordered(node: Node, labels: Labels) -> Any:
         return _unknown(node, labels)
     found = list(axes)
     for dim in [dims] if isinstance(dims, int) else dims:
-        pin(axes[dim])
+        labels.hold(node, [axes[dim]])
         found[dim] = Axis(-1)
     return _fitted(node, found)
 
@@ -532,7 +609,8 @@ def _convolution(node: Node, labels: Labels) -> Any:
     x, weight = (_of(labels, source) for source in node.args[:2])
     bias, transposed, groups = node.args[2], node.args[6], node.args[8]
     assert isinstance(groups, int)
-    for axis in (*x[2:], *weight[2:]):
+    labels.hold(node, x[2:])
+    for axis in weight[2:]:
         pin(axis)
     # Of a transposed convolution the first axis is that of the inputs, [groups × in, out, …]; else
     # it is that of the outputs, [groups × out, in, …].
@@ -612,8 +690,7 @@ def _attention(node: Node, labels: Labels) -> Any:
 def _spatial(node: Node, labels: Labels, count: int) -> Any:
     """Pooling, resizing and padding over the last axes, each channel by itself."""
     x = _of(labels, node.args[0])
-    for axis in x[-count:]:
-        pin(axis)
+    labels.hold(node, x[-count:])
 
     def one(output: Tensor) -> list[Axis]:
         return [*x[:-count], *_pinned([int(size) for size in output.shape[-count:]])]

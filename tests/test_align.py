@@ -219,6 +219,8 @@ FAILING = [
     (["a.pt", "b.pt", "-o", "x.safetensors", "--device", "no"], 1, "'no'"),
     (["init:0", "init:1", "-m", "mlp:6-3", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
      "the model mlp:6-3 has no hidden units that could be permuted. It takes a hidden layer"),
+    (["init:0", "init:1", "-m", "net.py:Rising", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
+     "no hidden units that could be permuted: cumsum may heed the order of what passes through"),
     (["init:0", "init:1", "-m", "mlp:5-4-3", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
      "Do --model and --data belong together"),
     (["init:0", "init:1", "-m", "net.py:Branching", "-d", "npz:data.npz", "-o", "x.safetensors"],
@@ -243,6 +245,10 @@ def test_an_error_is_one_line_and_nothing_is_written(
             def forward(self, x):
                 x = self.one(x)
                 return self.two(x if x.sum() > 0 else -x)
+
+        class Rising(Branching):
+            def forward(self, x):
+                return self.two(self.one(x).cumsum(1))
 
         class Noisy(torch.nn.Linear):
             def __init__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from losscli.axes import Axis, concatenate, cut, multiply, pin, regroup, tie, units
 from losscli.errors import ModelError
-from losscli.permutations import Group, Member, permutation_groups, permute
+from losscli.permutations import Group, Member, obstacles, permutation_groups, permute
 from tests import foreign
 from tests.networks import NETWORKS, Network, Random
 
@@ -211,3 +212,46 @@ def test_regrouping_and_back_keeps_every_unit_at_its_place(seed: int) -> None:
     # Every leaf's positions are all of the axis, each once.
     for positions in leaves(again):
         assert sorted(p for unit in positions for p in unit) == list(range(total))
+
+
+class Held(nn.Module):
+    """A hidden layer and what its units pass through."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.between = nn.Linear(6, 16), nn.Linear(16, 3), between
+        self.steps = torch.linspace(-1, 1, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.one(x))
+        scores: Tensor = self.two(
+            hidden * self.steps if self.between is None else self.between(hidden)
+        )
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("between", "found"),
+    [
+        (None, ("the constant steps",)),
+        (lambda h: h * torch.arange(16.0), ("arange",)),
+        (lambda h: h.cumsum(1), ("cumsum",)),
+        (lambda h: torch.fft.fft(h).real, ("_fft_r2c",)),
+        (lambda h: h[:, torch.arange(15, -1, -1)], ("index",)),
+    ],
+)
+def test_what_holds_units_in_their_order_is_named(
+    between: Callable[[Tensor], Tensor], found: tuple[str, ...]
+) -> None:
+    model, x = Held(between), torch.randn(2, 6)
+    assert permutation_groups(model, (x,)) == ()
+    assert obstacles(model, (x,)) == found
+
+
+def test_without_a_hidden_layer_nothing_holds_it() -> None:
+    # A constant and an operator that no unit would meet.
+    class Flat(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x * torch.arange(6.0)).cumsum(1))
+
+    assert obstacles(Flat(6, 3), (torch.randn(2, 6),)) == ()

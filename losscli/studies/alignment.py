@@ -18,7 +18,7 @@ from losscli.checkpoint import Checkpoint
 from losscli.datasets import Inputs, map_inputs
 from losscli.errors import CheckpointError, DeviceError, ModelError, NondeterministicModelError
 from losscli.matching import inner_product, match
-from losscli.permutations import Group, permutation_groups, permute
+from losscli.permutations import Group, obstacles, permutation_groups, permute
 from losscli.problem import Problem, prepare
 from losscli.settings import Settings
 from losscli.weights import Weights, distance
@@ -231,10 +231,13 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
     args, kwargs = _call(inputs)
     groups = permutation_groups(model.cpu().float().eval(), args, kwargs)
     if not groups:
-        raise ModelError(
-            f"the model {problem.provenance['model']} has no hidden units that could be permuted",
-            "It takes a hidden layer; without one there is nothing to align",
-        )
+        what = f"the model {problem.provenance['model']} has no hidden units that could be permuted"
+        if met := obstacles(model, args, kwargs):
+            raise ModelError(
+                f"{what}: {', '.join(met)} may heed the order of what passes through",
+                "It takes a hidden layer whose units meet only operators that are known not to",
+            )
+        raise ModelError(what, "It takes a hidden layer; without one there is nothing to align")
     return groups
 
 
