@@ -7,6 +7,7 @@ import json
 import pickletools
 import re
 import shlex
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from losscli.checkpoint.names import natural
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
 
@@ -81,7 +83,9 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
         # safetensors takes a file that may not be read for a missing one.
         with path.open("rb"), safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+            # The file lists them as they lie in it: by the sizes of their types, and as text.
+            keys = sorted(file.keys(), key=natural)
+            return {key: file.get_tensor(key) for key in keys}, metadata
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
     except (SafetensorError, RuntimeError, ValueError) as error:
@@ -144,7 +148,24 @@ def _is_cut(path: Path) -> bool:
     return False
 
 
+def _is_exported(path: Path) -> bool:
+    """Whether a file was written by torch.export.save, of this or of an older torch."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+    ends = {name.rpartition("/")[2] for name in names}
+    return "archive_format" in ends or "serialized_exported_program.json" in ends
+
+
 def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
+    if _is_exported(path):
+        return CheckpointError(
+            f"{name} is a program of torch.export, a model and no checkpoint",
+            f"Take it for the model, -m {shlex.quote(f'pt2:{path}')}, with checkpoints of its "
+            "weights",
+        )
     text = str(error)
     # The unpickler's refusal names what the pickle wanted to import, in one of these forms.
     wanted = re.search(r"GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)|function ([\w.]+)", text)

@@ -12,7 +12,7 @@ from torch import Tensor
 from losscli.checkpoint.adapters import CONFIG, Adapter
 from losscli.checkpoint.distributed import METADATA, read_distributed
 from losscli.checkpoint.files import SUFFIXES, read_file, read_json
-from losscli.checkpoint.names import state_dicts
+from losscli.checkpoint.names import natural, state_dicts
 from losscli.checkpoint.state import CheckpointFile
 from losscli.errors import CheckpointError, one_line
 
@@ -67,12 +67,7 @@ def in_folder(name: str) -> list[str]:
         raise CheckpointError(
             f"the folder {name} holds no checkpoints", f"Their names end in {', '.join(SUFFIXES)}"
         )
-    return [str(path) for path in sorted(found, key=lambda path: _natural(path.name))]
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    parts = re.split(r"([0-9]+)", name)
-    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
+    return [str(path) for path in sorted(found, key=lambda path: natural(path.name))]
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -207,7 +202,7 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
             )
         weights |= {tensor: content[tensor] for tensor in tensors}
     # Sorted, so that the order of shards makes no difference.
-    ordered = dict(sorted(weights.items(), key=lambda item: _natural(item[0])))
+    ordered = dict(sorted(weights.items(), key=lambda item: natural(item[0])))
     files = [index, *(folder / shard for shard in sorted(shards))]
     return _with_config(path, name, ordered, metadata, files)
 

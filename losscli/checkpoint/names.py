@@ -11,7 +11,7 @@ from torch import Tensor
 
 from losscli.weights import Weights, mismatches
 
-__all__ = ["OPTIMISER", "Part", "parts", "state_dicts", "under"]
+__all__ = ["OPTIMISER", "Part", "natural", "parts", "state_dicts", "under"]
 
 OPTIMISER = re.compile(r"(.*\.)?state\.\d+|optim(i[sz]ers?)?(_states?(_dict)?)?(\..*)?", re.DOTALL)
 """State dicts of torch's optimisers number their parameters; others go by the key's name."""
@@ -41,6 +41,19 @@ class Part:
     weights: Weights
     holds: bool
     fits: bool
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Orders names with numbers in them by their values, 2 before 10.
+
+    Args:
+        name: A name.
+
+    Returns:
+        The key to sort by.
+    """
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
 
 
 def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, Weights]]:
