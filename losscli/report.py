@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -464,7 +465,7 @@ def _where(d: Mapping[str, Any]) -> Iterator[str]:
 
 
 def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Any]) -> str:
-    """Tells what is in a checkpoint, or how far apart two are.
+    """Tells what is in a checkpoint or which state dicts are, or how far apart two are.
 
     Args:
         summary: The summary of an inspection.
@@ -475,11 +476,12 @@ def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequenc
         Lines of text.
     """
     lines = []
+    several = len(summary.get("state_dicts", ()))
     for checkpoint in summary["checkpoints"]:
         lines.append(
             f"{printable(checkpoint['name'])}: {_count(checkpoint['values'], 'value')} in "
             f"{_count(checkpoint['tensors'], 'tensor')}, {checkpoint['bytes'] / 2**20:,.1f} MiB, "
-            f"‖θ‖ = {checkpoint['norm']:.6g}"
+            + (f"in {several:,} state dicts" if several else f"‖θ‖ = {checkpoint['norm']:.6g}")
         )
         lines += [
             f"  {printable(f'{key} = {value}')}" for key, value in checkpoint["metadata"].items()
@@ -487,6 +489,13 @@ def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequenc
     if "distance" in summary:
         lines.append(f"‖B − A‖ = {summary['distance']:.6g}")
     lines.append("")
+    if several:
+        cells = [[_cell(cell) for cell in (key or "(top level)", *rest)] for key, *rest in rows]
+        lines += _aligned([columns, *cells], left=1)
+        path = printable(shlex.quote(str(summary["checkpoints"][0]["path"])))
+        example = printable(shlex.quote(next(str(key) for key, *_ in rows if key)))
+        lines += ["", f"look into one of them with its key: losscli inspect {path}#{example}"]
+        return "\n".join(lines) + "\n"
     lines += _aligned([columns, *([_cell(cell) for cell in row] for row in rows)])
     for mismatch in summary.get("mismatches", []):
         lines.append(f"does not match: {printable(mismatch)}")
@@ -521,11 +530,11 @@ def alignment(summary: Mapping[str, Any]) -> str:
     return "".join(f"{label:<14}{text}\n" for label, text in rows)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _aligned(rows: Sequence[Sequence[str]], left: int = 3) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -16,9 +16,9 @@ __all__ = ["Cell", "Table"]
 Cell = float | int | str | None
 
 _TEXT = frozenset({
-    "a", "b", "block", "split", "checkpoint", "verdict", "tensor", "shape", "dtype",
+    "a", "b", "block", "split", "checkpoint", "verdict", "key", "tensor", "shape", "dtype",
 })  # fmt: skip
-_INTEGER = frozenset({"step", "walk", "examples", "values"})
+_INTEGER = frozenset({"step", "walk", "examples", "tensors", "values", "bytes"})
 
 # The columns that tell which command a table is of.
 _COMMANDS = {

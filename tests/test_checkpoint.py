@@ -807,3 +807,26 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
         save(state(1), {}, path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     assert same(read(str(path)).select(None).weights, state())
+
+
+def test_keys_that_would_work_are_named(tmp_path: Path) -> None:
+    names = {f"{part}.{k}.w": torch.ones(1) for part in ("acc", "model", "ema") for k in range(2)}
+    name = write({"state_dict": names, "optimizer": {"w": torch.ones(1)}}, tmp_path / "a.ckpt")
+    message = refusal(f"{name}#ema")
+    keys = "state_dict, state_dict.ema, state_dict.acc, state_dict.model"
+    assert message == f"{name} has no state dict under 'ema'. Its keys: {keys}"
+    for key in keys.split(", ")[1:]:
+        assert len(read(f"{name}#{key}").select(None).weights) == 2
+    many = write({f"p{k}.w": torch.ones(1) for k in range(40)}, tmp_path / "b.pt")
+    assert refusal(f"{many}#ema").endswith(f"Its keys: {', '.join(f'p{k}' for k in range(12))}, …")
+    assert len(read(f"{many}#p0").select(None).weights) == 1
+
+
+def test_an_exported_program_is_named_as_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a b.pt2"
+    program = torch.export.export(torch.nn.Linear(2, 1), (torch.ones(3, 2),))
+    torch.export.save(program, path)
+    assert refusal(str(path)) == (
+        f"{path} is a program of torch.export, a model and no checkpoint. Take it for the model, "
+        f"-m 'pt2:{path}', with checkpoints of its weights"
+    )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "CheckpointFile", "tied"]
 
+_MOST_KEYS = 12
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -116,6 +118,12 @@ class CheckpointFile:
         path = self.path.resolve()
         return path if path.is_dir() else path.parent
 
+    @property
+    def choice(self) -> Mapping[str, Weights]:
+        """The state dicts to choose from without a model: optimiser state only if all are."""
+        others = {k: v for k, v in self.candidates.items() if not OPTIMISER.fullmatch(k)}
+        return others or self.candidates
+
     def at(self, key: str) -> CheckpointFile:
         """Keeps what lies under a key.
 
@@ -144,11 +152,28 @@ class CheckpointFile:
             if weights := next(filter(None, deeper), None):
                 inside = {key: weights}
         if not inside:
-            known = ", ".join(k for k in found if k and not OPTIMISER.fullmatch(k)) or "none"
+            known = ", ".join(self._keys(key)) or "none"
             raise CheckpointError(
                 f"{self.path} has no state dict under {key!r}", f"Its keys: {known}"
             )
         return replace(self, candidates=inside)
+
+    def _keys(self, like: str) -> list[str]:
+        """Lists keys that lead somewhere: of state dicts, and one step on into them."""
+        labels = [k for k in self.candidates if k and not OPTIMISER.fullmatch(k)]
+        steps = dict.fromkeys(
+            f"{label}.{name.partition('.')[0]}".removeprefix(".")
+            for label, weights in self.candidates.items()
+            if not OPTIMISER.fullmatch(label)
+            for name in weights
+            if "." in name
+        )
+        # First what may have been meant.
+        inner = sorted(
+            (k for k in steps if k not in labels), key=lambda k: not f".{k}".endswith(f".{like}")
+        )
+        keys = [*labels, *inner]
+        return keys if len(keys) <= _MOST_KEYS else [*keys[:_MOST_KEYS], "…"]
 
     def select(self, expected: Weights | None, base: Checkpoint | None = None) -> Checkpoint:
         """Chooses the state dict that fits a model, its names made the model's.
@@ -170,8 +195,7 @@ class CheckpointFile:
         if self.adapter and base:
             return self._onto(base, expected)
         if expected is None:
-            others = {k: v for k, v in self.candidates.items() if not OPTIMISER.fullmatch(k)}
-            candidates = others or self.candidates
+            candidates = self.choice
             if not candidates:
                 self._refuse_quantised()
             if len(candidates) > 1:

@@ -43,8 +43,12 @@ def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
 
     Raises:
         UsageError: The runs are of several commands, or are several that have no picture
-            together.
+            together, or one is an inspection of several state dicts.
     """
+    if any("key" in run.table.columns for run in runs):
+        raise UsageError(
+            "a checkpoint of several state dicts is not drawn", "Choose one with FILE#KEY"
+        )
     commands = {run.table.command for run in runs}
     if len(commands) > 1:
         raise UsageError(

@@ -12,25 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losscli.checkpoint import Checkpoint, base_of, read
+from losscli.checkpoint import Checkpoint, CheckpointFile, base_of, read
 from losscli.errors import CheckpointError, MismatchError, TableError, UsageError
 from losscli.geometry import Line
 from losscli.results import Result
 from losscli.table import Cell, Table
-from losscli.weights import Weights, cosine, distance, mismatches, norm
+from losscli.weights import Weights, cosine, distance, mismatches, norm, working_type
 
 __all__ = ["Lowest", "export", "inspect", "lowest"]
+
+_MOST_KEYS = 30
 
 
 def inspect(names: Sequence[str]) -> Result:
     """Shows what one checkpoint holds, or how far apart two are, tensor by tensor.
+
+    Of one that holds several state dicts, it shows these.
 
     Args:
         names: One checkpoint or two.
 
     Returns:
         For one checkpoint a table of its tensors' shapes, types and norms; for two of their
-        distances, ‖B − A‖, and cosines. The summary says what does not match.
+        distances, ‖B − A‖, and cosines. The summary says what does not match. For one of several
+        state dicts a table of their sizes and norms, by the keys that choose them.
 
     Raises:
         UsageError: There are not one or two names.
@@ -38,7 +43,10 @@ def inspect(names: Sequence[str]) -> Result:
     """
     if len(names) not in {1, 2}:
         raise UsageError(f"inspect takes one checkpoint or two, not {len(names)}")
-    first, *others = checkpoints = _open(names)
+    files = [read(name) for name in names]
+    if len(files) == 1 and len(files[0].choice) > 1:
+        return _contents(files[0])
+    first, *others = checkpoints = _open(files)
     summary: dict[str, Any] = {
         "command": "inspect",
         "checkpoints": [
@@ -84,9 +92,66 @@ def inspect(names: Sequence[str]) -> Result:
     return Result(Table.build([*columns, "norm_b", "distance", "cosine"], rows), summary)
 
 
-def _open(names: Sequence[str]) -> list[Checkpoint]:
+def _contents(file: CheckpointFile) -> Result:
+    """Shows the state dicts of a file that holds several."""
+    parts = _gather(file.candidates)
+    counted = {
+        key: (len(tensors), sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
+        for key, tensors in (
+            (key, [t for weights in found for t in weights.values()])
+            for key, found in parts.items()
+        )
+    }
+    rows: list[list[Cell]] = [
+        [key, *counted[key], math.hypot(*(_length(file, weights) for weights in found))]
+        for key, found in parts.items()
+    ]
+    tensors, values, size = (sum(column) for column in zip(*counted.values(), strict=True))
+    summary = {
+        "command": "inspect",
+        "checkpoints": [
+            {
+                "name": file.name,
+                "path": str(file.path),
+                "sha256": Checkpoint(file.name, {}, {}, file.path, file.files).sha256(),
+                "tensors": tensors,
+                "values": values,
+                "bytes": size,
+                "metadata": dict(file.metadata),
+            }
+        ],
+        "state_dicts": list(file.candidates),
+    }
+    return Result(Table.build(["key", "tensors", "values", "bytes", "norm"], rows), summary)
+
+
+def _gather(candidates: Mapping[str, Weights]) -> dict[str, list[Weights]]:
+    """Puts state dicts together by the beginnings of their keys, where there are too many."""
+    # An optimiser may keep one for each tensor of the model.
+    found: dict[str, list[Weights]] = {}
+    for depth in range(1, max(key.count(".") for key in candidates) + 2):
+        groups: dict[str, list[Weights]] = {}
+        for key, weights in candidates.items():
+            groups.setdefault(".".join(key.split(".")[:depth]), []).append(weights)
+        if len(found) > 1 and len(groups) > _MOST_KEYS:
+            break
+        found = groups
+    return found
+
+
+def _length(file: CheckpointFile, weights: Weights) -> float:
+    """The norm of a state dict, of which one tensor is read at a time."""
+    floating = {name: t for name, t in weights.items() if t.is_floating_point()}
+    return math.hypot(
+        *(
+            norm({name: _whole(t) for name, t in file.fetch({name: tensor}).items()})
+            for name, tensor in floating.items()
+        )
+    )
+
+
+def _open(files: Sequence[CheckpointFile]) -> list[Checkpoint]:
     """Opens one or two; the second under the names of the first, where it has the same tensors."""
-    files = [read(name) for name in names]
     base = next((file for file in files if not file.adapter), None)
     under = base.select(None) if base and len(files) > 1 and any(f.adapter for f in files) else None
     checkpoints = [files[0].select(None, under)]
@@ -173,8 +238,8 @@ def _beside(csv: Path) -> Mapping[str, Any] | None:
 def export(a: str, b: str, alpha: float, *, summary: Mapping[str, Any] | None = None) -> Checkpoint:
     """Makes the checkpoint at a point of the line, θ(α) = A + α (B − A).
 
-    Floating-point tensors move, in float32 or wider, and keep the type they are stored in;
-    whole-number tensors are A's.
+    Floating-point tensors move, in float32 or wider, and have the wider of the types that the two
+    store them in; whole-number tensors are A's.
 
     Args:
         a: The checkpoint at α = 0.
@@ -253,11 +318,12 @@ def _ends(weights: Weights, summary: Mapping[str, Any] | None) -> dict[str, floa
 def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     if not a.is_floating_point():
         return a.clone()
+    dtype = torch.promote_types(a.dtype, b.dtype)
     # Of infinities there is no difference, and 0 and −0 are equal and not the same.
     if alpha in {0.0, 1.0} or torch.equal(a, b):
-        return (b if alpha > 0.5 else a).to(a.dtype, copy=True)
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return Line({}, {}).combine([a.to(wide), b.to(wide)], (alpha,)).to(a.dtype)
+        return (b if alpha > 0.5 else a).to(dtype, copy=True)
+    wide = working_type(a, b)
+    return Line({}, {}).combine([a.to(wide), b.to(wide)], (alpha,)).to(dtype)
 
 
 def _floating(weights: Weights) -> Weights:
