@@ -379,3 +379,23 @@ def test_odd_tensors_are_drawn(tensors: list[Any]) -> None:
             assert math.isfinite(low)
             assert math.isfinite(high)
             assert low != high
+
+
+def test_one_checkpoint_is_not_told_of_as_two() -> None:
+    figure = draw_inspection(
+        held([("huge", 4, math.inf), ("none", 0, 0.0), ("zero", 4, 0.0), ("ok", 4, 2.0)])
+    )
+    assert bars(figure) == [1.0]
+    said = texts(figure)
+    assert {"not finite", "empty", "0", "1"} <= set(said)
+    assert not any("from 0" in text or " A" in text for text in said)
+
+
+def test_from_zero_is_said_only_of_what_was_all_zero() -> None:
+    figure = draw_inspection(
+        moved([("to", 4, 2.0, math.inf), ("bad", 4, 0.0, NAN), ("none", 0, 0.0, 0.0),
+               ("ok", 4, 2.0, 1.0)])
+    )  # fmt: skip
+    said = texts(figure)
+    assert (said.count("not finite"), said.count("empty")) == (2, 1)
+    assert not any("from 0" in text for text in said)

@@ -75,6 +75,11 @@ class _Bar:
             return math.inf if self.moved else 0.0
         return math.sqrt(self.moved / self.square)
 
+    @property
+    def from_nothing(self) -> bool:
+        """Whether it is all zero at A and not at B, so that no share says how far it moved."""
+        return not self.square and 0 < self.moved < math.inf
+
 
 def draw_inspection(run: Run, *, title: str = "") -> Figure:
     """Draws a bar for each tensor: its root mean square, or ‖B − A‖ / ‖A‖ between two checkpoints.
@@ -195,7 +200,7 @@ def _draw(
         axes.text(
             1.012,
             place,
-            format_number(float(value)) if ok else _words(value),
+            format_number(float(value)) if ok else _words(bar, value),
             transform=axes.get_yaxis_transform(),
             va="center_baseline",
             fontsize=letters,
@@ -216,19 +221,20 @@ def _draw(
     )
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(visible=False, axis="y")
-    nothing = [value for value, ok in zip(values, shown, strict=True) if not ok]
-    if any(math.isinf(value) for value in nothing):
+    if any(bar.from_nothing for bar in bars):
         return ["from 0: all zero at A, so that no share of it says how far it moved"]
     return []
 
 
-def _words(value: float) -> str:
-    """What stands in the place of a bar that has no length."""
-    if math.isnan(value):
-        return "not finite"
-    if value > LARGEST:
+def _words(bar: _Bar, value: float) -> str:
+    """What stands in the place of a bar that is not drawn."""
+    if not bar.values:
+        return "empty"
+    if bar.from_nothing:
         return "from 0"
-    return "0"
+    if not math.isfinite(value):
+        return "not finite"
+    return format_number(value) if value > LARGEST else "0"
 
 
 def _scale(axes: Axes, values: np.ndarray) -> tuple[float, float, bool]:
