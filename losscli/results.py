@@ -22,6 +22,9 @@ __all__ = ["Output", "Result", "default_stem", "to_json"]
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
+# Those below a space are escaped by json itself, all but the ends of its own lines.
+_BEYOND_ASCII = re.compile(r"[^\n -~]")
+
 # The further tables that runs write, by the names in their files.
 _TABLES = ("blocks", "context", "curves", "escape", "path", "spectrum", "surface", "walk")
 
@@ -63,9 +66,16 @@ def to_json(summary: Mapping[str, Any], *, indent: int | None = 2) -> str:
         indent: Spaces a level; None puts all into one line.
 
     Returns:
-        Strict JSON: numbers that are not finite, which JSON does not know, are null.
+        Strict JSON: numbers that are not finite, which JSON does not know, are null. Characters
+        that are not printable stand as escapes, so that no name from a file steers a terminal.
     """
-    return json.dumps(_strict(summary), indent=indent, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(_strict(summary), indent=indent, allow_nan=False, ensure_ascii=False)
+    return _BEYOND_ASCII.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    character = found[0]
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 def _strict(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -394,3 +395,170 @@ def test_tied_tensors_stay_tied(losscli: Losscli, folder: Path) -> None:
     torch.testing.assert_close(
         found["head.weight"].double(), x + 1.7 * (y - x), rtol=1e-5, atol=1e-6
     )
+
+
+# --- export: types -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "wider"),
+    [
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float64, torch.float64),
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_a_point_has_the_wider_of_two_types(
+    a: torch.dtype, b: torch.dtype, wider: torch.dtype, losscli: Losscli, tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(5, 7, generator=generator, dtype=torch.float64).to(t) for t in (a, b))
+    same = torch.randn(3, generator=generator, dtype=torch.float64)
+    for name, tensor, dtype in (("a", x, a), ("b", y, b)):
+        save_file(
+            {"w": tensor, "same": same.to(a).to(b).to(dtype), "n": torch.arange(3)},
+            tmp_path / f"{name}.safetensors",
+        )
+    ends = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    for alpha in (0.0, 0.3, 1.0, -1.5):
+        out = tmp_path / "point.safetensors"
+        done = losscli("export", *ends, f"--alpha={alpha}", "-o", out, "--force")
+        assert done.status == 0
+        point = load_file(out)
+        assert point["w"].dtype == point["same"].dtype == wider
+        assert point["n"].dtype == torch.int64
+        expected = x.double() + alpha * (y.double() - x.double())
+        if alpha in {0.0, 1.0}:
+            assert torch.equal(point["w"], (y if alpha else x).to(wider))
+        else:
+            size = float(expected.abs().max())
+            # A half unit in the last place, and the rounding of what it is made in.
+            allowed = 0.51 * torch.finfo(wider).eps + 4 * torch.finfo(torch.float32).eps
+            assert float((point["w"].double() - expected).abs().max()) <= 2 * allowed * size
+
+
+# --- inspect: several state dicts ----------------------------------------------------------------
+
+
+def training(
+    folder: Path, *, distributed: bool = False
+) -> tuple[str, dict[str, dict[str, Tensor]]]:
+    """A file of a model, its average, and what Adam keeps for each tensor by its name."""
+    model, ema = state("a.pt"), state("b.pt")
+    adam = {
+        name: {"exp_avg": t * 2, "exp_avg_sq": t.square(), "step": torch.tensor(3.0)}
+        for name, t in model.items()
+    }
+    content = {"model": model, "ema": ema, "opt": {"state": adam}}
+    if distributed:
+        dcp.save(content, checkpoint_id=str(folder / "dcp"), no_dist=True)
+    else:
+        torch.save({**content, "epoch": 4}, folder / "all.pt")
+    keys = {f"opt.state.{name}": tensors for name, tensors in adam.items()}
+    return "dcp" if distributed else "all.pt", {"model": model, "ema": ema, **keys}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of writing without a process group
+@pytest.mark.parametrize("distributed", [False, True])
+def test_several_state_dicts_are_listed_with_their_keys(
+    distributed: bool, losscli: Losscli, folder: Path
+) -> None:
+    name, parts = training(folder, distributed=distributed)
+    done = losscli("inspect", name, "--json")
+    assert (done.status, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert sorted(told["state_dicts"]) == sorted(parts)
+    rows = {row.pop("key"): row for row in told["rows"]}
+    assert rows.keys() == parts.keys()
+    for key, tensors in parts.items():
+        values = [t.double().flatten() for t in tensors.values()]
+        assert rows[key] == {
+            "tensors": len(tensors),
+            "values": sum(map(len, values)),
+            "bytes": 4 * sum(map(len, values)),
+            "norm": pytest.approx(float(torch.cat(values).norm()), rel=1e-12),
+        }
+        # And each key leads on.
+        assert f" in {len(tensors)} tensors, " in losscli("inspect", f"{name}#{key}").stdout
+    (checkpoint,) = told["checkpoints"]
+    assert checkpoint["values"] == sum(row["values"] for row in rows.values())
+    assert distributed or checkpoint["metadata"] == {"epoch": "4"}
+    text = losscli("inspect", name).stdout.splitlines()
+    assert text[0].endswith(f"in {len(parts)} state dicts")
+    assert [line.split()[0] for line in text if "opt.state" in line] == list(parts)[2:]
+    assert text[-1].startswith(f"look into one of them with its key: losscli inspect {name}#")
+
+
+def test_very_many_state_dicts_are_listed_by_the_beginnings_of_their_keys(
+    losscli: Losscli, folder: Path
+) -> None:
+    adam = {f"h.{k}.w": {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)} for k in range(50)}
+    torch.save({"model": state("a.pt"), "opt": {"state": adam}}, "all.pt")
+    told = json.loads(losscli("inspect", "all.pt", "--json").stdout)
+    assert len(told["state_dicts"]) == 51
+    rows = {row["key"]: row for row in told["rows"]}
+    assert list(rows) == ["model", "opt.state.h"]
+    assert rows["opt.state.h"]["tensors"] == 100
+    assert rows["opt.state.h"]["norm"] == pytest.approx(math.sqrt(200))
+    inner = json.loads(losscli("inspect", "all.pt#opt.state.h", "--json").stdout)
+    assert len(inner["rows"]) == 50
+
+
+def test_of_several_state_dicts_two_are_not_compared_and_none_is_drawn(
+    losscli: Losscli, folder: Path
+) -> None:
+    name, _ = training(folder)
+    before = sorted(folder.iterdir())
+    for arguments, status, message in (
+        ([name, "a.pt"], 1, f"{name} holds several state dicts: 'model', 'ema', "),
+        ([name, "--figure", "x.png"], 2, "several state dicts is not drawn. Choose one with FILE#"),
+    ):
+        done = losscli("inspect", *arguments)
+        assert (done.status, done.stdout) == (status, "")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert sorted(folder.iterdir()) == before
+    top = {**state("a.pt"), "ema": state("b.pt")}
+    torch.save(top, "top.pt")
+    text = losscli("inspect", "top.pt").stdout
+    assert "\n(top level)  " in text
+    assert text.endswith("losscli inspect top.pt#ema\n")
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def test_tensors_of_safetensors_come_in_the_order_of_their_numbers(
+    losscli: Losscli, folder: Path
+) -> None:
+    names = [f"h.{k}.{word}" for k in range(12) for word in ("bias", "weight")]
+    save_file({name: torch.ones(2) for name in names}, "deep.safetensors")
+    told = json.loads(losscli("inspect", "deep.safetensors", "--json").stdout)
+    assert [row["tensor"] for row in told["rows"]] == names
+    (axes,) = library.inspect(["deep.safetensors"]).figure().axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+
+
+def test_no_name_steers_a_terminal_through_json(losscli: Losscli, folder: Path) -> None:
+    names = [
+        "\u202egnp.c",
+        "\x9b31m",
+        "\x1b[31m",
+        "\x7f",
+        "\u200b",
+        "\u2028",
+        "\ue000",
+        "α.β",
+        "\U000e0001",
+    ]
+    torch.save(
+        {"state_dict": {name: torch.ones(1) for name in names}, "note\x9b": "\u2066x"}, "x.pt"
+    )
+    done = losscli("inspect", "x.pt", "--json")
+    assert done.stdout.rstrip("\n").isprintable()
+    told = json.loads(done.stdout)
+    assert [row["tensor"] for row in told["rows"]] == names
+    assert told["checkpoints"][0]["metadata"] == {"note\x9b": "\u2066x"}
+    assert "α.β" in done.stdout
