@@ -200,7 +200,7 @@ class Output:
             OutputError: A file cannot be written; then none is left behind.
         """
         older = self._before().get("tables")
-        summary = f"{to_json(result.summary)}\n".encode("utf-8", "backslashreplace")
+        summary = f"{to_json(result.summary)}\n".encode()
         # The summary comes first: where this is killed between two files, it tells whose they are.
         # The table comes last: where it stands, so does all else.
         contents = {self._file(".json"): summary}
