@@ -176,11 +176,15 @@ def test_blocks_have_colours_in_their_order_and_neighbours_other_dashes() -> Non
 def test_of_very_many_blocks_some_are_named_and_a_note_says_so() -> None:
     few = draw_layerwise(layered(layers(16)))
     assert len(names_in_legend(few)) == 17
-    assert note(few) == ""
+    assert note(few) == "Single blocks are drawn without their standard errors"
     figure = draw_layerwise(layered(layers(60)))
     named = names_in_legend(figure)
     assert (len(named), named[1], named[-1]) == (17, "wte", "ln_f")
-    assert note(figure).startswith("60 blocks, from dark to light in the order of the model, 16")
+    assert (
+        note(figure)
+        .splitlines()[0]
+        .startswith("60 blocks, from dark to light in the order of the model, 16")
+    )
     assert len(runs(figure.axes[0])) == 61
     # The legend is no higher than the figure.
     box = figure.legends[0].get_window_extent()
@@ -192,7 +196,36 @@ def test_gaps_of_many_blocks_are_counted_together() -> None:
     one = draw_layerwise(layered(["a", "b"], spoilt=["a"]))
     assert note(one) == "10 points of a alone, train are not finite: not drawn (×)"
     many = draw_layerwise(layered(layers(9), spoilt=layers(9)[:6]))
-    assert note(many) == "60 points of 6 curves are not finite: not drawn (×)"
+    assert note(many).startswith("60 points of 6 curves are not finite: not drawn (×)\nSingle")
+
+
+def test_curves_without_a_value_at_one_place_have_a_cross_each() -> None:
+    run = layered(["a", "b", "c"], spoilt=["a", "c"])
+    axes = draw_layerwise(replace(run, table=run.more["blocks"].where("block", "a"))).axes[0]
+    crosses = [line for line in axes.lines if line.get_marker() == "x" and len(line.get_xdata())]  # type: ignore[arg-type]
+    first, _, last = block_colours(3)
+    assert [to_hex(line.get_color()) for line in crosses] == [first, last, INK]
+    heights = [set(np.asarray(line.get_ydata())) for line in crosses]
+    assert [len(here) for here in heights] == [1, 1, 1]
+    assert len(set.union(*heights)) == 3
+
+
+def test_of_many_blocks_the_whole_alone_has_a_band() -> None:
+    def bands(number: int) -> list[str]:
+        (axes,) = draw_layerwise(layered(layers(number))).axes
+        return [to_hex(c.get_facecolor()[0]) for c in axes.collections if c.get_paths()]  # type: ignore[index]
+
+    assert bands(8) == [*block_colours(8), INK]
+    assert bands(9) == [INK]
+
+
+def test_the_lowest_point_is_said_to_be_of_all_blocks() -> None:
+    for splits, told in ((("train",), "lowest of all together: 0"), (("a", "b", "c"), "")):
+        marks = [
+            t.get_text() for t in draw_layerwise(layered(["x"], splits)).legends[1].get_texts()
+        ]
+        assert marks[0] == "± one standard error"
+        assert marks[1].startswith(told or "lowest point of all together")
 
 
 def test_layerwise_reads_back_from_its_csv_as_the_same_picture() -> None:

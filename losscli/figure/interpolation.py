@@ -344,15 +344,17 @@ def _entries(
     return [[(Line2D([], [], color=colour), name) for colour, name in called], marks]
 
 
-def lowest_label(lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int) -> str:
-    """What the legend says of the marks of lowest points."""
+def lowest_label(
+    lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int, of: str = ""
+) -> str:
+    """What the legend says of the marks of lowest points, where need be with whose they are."""
     if runs > 1 or splits > 2:
-        return "lowest point"
+        return f"lowest point{of}"
     parts = [
         f"{plain(s.split)} " * (splits > 1) + f"{format_number(loss)} at α = {format_number(alpha)}"
         for s, alpha, loss in lowest
     ]
-    return f"lowest: {', '.join(parts)}"
+    return f"lowest{of}: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)

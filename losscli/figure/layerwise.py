@@ -51,6 +51,7 @@ _ROW = 0.192  # inches, a row of the legend
 # From six blocks on neighbours differ in their dashes, beside a little in their colours; where
 # there are too many to tell one from another, it is the order that counts.
 _FEW = 5
+_MOST_BANDS = 8  # so many blocks have bands of their standard errors
 _DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.6)), (0, (1, 1.3)))
 
 
@@ -110,6 +111,8 @@ def draw_layerwise(run: Run, *, title: str = "", log: bool = False) -> Figure:
         panels[-1].set_xlabel("α:  θ(α) = A + α (B − A), of all blocks or of one, all others at A")
         figure.align_ylabels(panels)
         _name_blocks(figure, names, curves)
+        if len(names) > _MOST_BANDS:
+            notes.append("Single blocks are drawn without their standard errors")
         add_legend(figure, [_marks(whole, curves, lowest, len(splits))])
         add_notes(panels[-1], notes)
         if title:
@@ -138,6 +141,9 @@ def _read_blocks(
                 colour=colour,
                 dashes=dashes,
                 width=1.0 if many else 1.4,
+                values=s.values
+                if len(names) <= _MOST_BANDS
+                else {c: v for c, v in s.values.items() if c != "loss_stderr"},
             )
             for s in read([alone], [""], splits)
         ]
@@ -190,5 +196,5 @@ def _marks(
         marks.append((Patch(color=INK, alpha=0.18, lw=0), "± one standard error"))
     if lowest:
         mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=INK, mew=1.3, ms=6)
-        marks.append((mark, lowest_label(lowest, 1, splits)))
+        marks.append((mark, lowest_label(lowest, 1, splits, " of all together")))
     return marks

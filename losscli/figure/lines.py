@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from losscli.figure.look import count_points, drawable, plain, scale_y
 
 __all__ = ["Series", "draw_panel"]
 
+_CROSSES = 6  # so many lie below each other, further ones on top of them
 _FEW_POINTS = 15  # so few are shown one by one
 _MANY_LINES = 9  # the ends of so many have smaller dots
 
@@ -110,13 +112,17 @@ def _mark_gaps(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
     what = "" if column == "loss" else f"{plain(column)}: "
     for upper in (True, False):
         counts = []
+        taken: Counter[float] = Counter()
         reason = "not finite" if upper else "not above 0"
         for s in series:
             finite = drawable(s[column], log=False)
             missing = ~finite if upper else finite & ~drawable(s[column], log=log)
+            # Curves that have no value at the same place have their crosses below each other.
+            depth = np.array([0.03 + 0.03 * (taken[x] % _CROSSES) for x in s.x[missing]])
+            taken.update(s.x[missing].tolist())
             axes.plot(
                 s.x[missing],
-                np.full(missing.sum(), 0.97 if upper else 0.03),
+                1 - depth if upper else depth,
                 "x",
                 transform=axes.get_xaxis_transform(),
                 color=s.colour,
