@@ -57,6 +57,7 @@ def ids_of(tokenizer: Path, text: str) -> list[int]:
 
 def cut(ids: list[int], context: int, padding: int) -> tuple[list[list[int]], list[list[int]]]:
     inputs, targets = [], []
+    context = min(context, len(ids))
     for start in range(0, len(ids), context):
         row = ids[start : start + context]
         if len(row) == 1:
@@ -75,7 +76,7 @@ def pair(data: DataSet, split: str = "data") -> tuple[list[list[int]], list[list
     return examples.inputs.tolist(), examples.targets.tolist()
 
 
-@pytest.mark.parametrize("context", [2, 3, 5, 6, 7, 40, 41, 1000])
+@pytest.mark.parametrize("context", [2, 3, 5, 6, 7, 40, 41, 42, 10**30])
 def test_bytes_are_cut_without_gap_or_overlap(context: int, tmp_path: Path) -> None:
     content = bytes(range(256))[-41:]
     (tmp_path / "a.bin").write_bytes(content)
@@ -90,6 +91,26 @@ def test_bytes_and_1024_of_them_are_the_default(tmp_path: Path) -> None:
     assert pair(load(f"text:{tmp_path}/a.txt", trusted=False)) == cut(
         list(TEXT.encode() * 5), 1024, 0
     )
+
+
+def test_each_split_is_as_long_as_it_needs(tmp_path: Path) -> None:
+    for name, length in (("train", 40), ("test", 7)):
+        (tmp_path / f"{name}.txt").write_bytes(bytes(range(length)))
+    data = load(f"text:{tmp_path},context=16", trusted=False)
+    for name, length in (("train", 40), ("test", 7)):
+        assert pair(data, name) == cut(list(range(length)), 16, 0)
+
+
+@pytest.mark.parametrize("keys", ["mean=0.5", "std=2", "flatten=true"])
+def test_tokens_are_not_scaled(keys: str, losscli: Losscli, folder: Path) -> None:
+    (folder / "a.txt").write_text(TEXT)
+    before = set(folder.iterdir())
+    outcome = losscli("interpolate", "a.pt", "b.pt", "-d", f"text:a.txt,{keys}")
+    assert outcome.status == 2
+    assert "the inputs are whole numbers such as token ids, which stay as" in outcome.stderr
+    assert outcome.stderr.endswith(f"Leave out {keys.partition('=')[0]}=\n")
+    assert outcome.stderr.count("\n") == 1
+    assert set(folder.iterdir()) == before
 
 
 def test_a_tokenizer_gives_its_tokens_and_no_special_ones(
@@ -112,8 +133,7 @@ def test_special_tokens_that_stand_in_the_text_are_read_as_such(
     data = load(f"text:{tmp_path}/a.txt,tokenizer={tokenizer},context=64", trusted=False)
     (row,), (targets,) = pair(data)
     ids = [*ids_of(tokenizer, "quick"), 1, *ids_of(tokenizer, "brown")]
-    assert row == ids + [2] * (64 - len(ids))
-    assert targets == ids + [-100] * (64 - len(ids))
+    assert row == targets == ids
 
 
 def test_a_folder_of_text_files_is_its_splits(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def load(
     except Exception as error:
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
     data = replace(wrap(loaded, f"data {text!r}", seed), **normalisation)
-    _check_channels(data, text)
+    _check_normalisation(data, text)
     return into_memory(data.select([], own, seed).select(splits, limit, seed))
 
 
@@ -131,11 +131,21 @@ def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
     return tuple(map(float, values))
 
 
-def _check_channels(data: DataSet, text: str) -> None:
-    for split in data.splits.values():
-        for tensor in leaves(split.first(1).inputs):
-            if not (tensor.is_floating_point() or tensor.dtype == torch.uint8):
-                continue
+def _check_normalisation(data: DataSet, text: str) -> None:
+    asked = [key for key in ("mean", "std", "flatten") if getattr(data, key) not in {None, False}]
+    for split in data.splits.values() if asked else ():
+        scaled = [
+            tensor
+            for tensor in leaves(split.first(1).inputs)
+            if tensor.is_floating_point() or tensor.dtype == torch.uint8
+        ]
+        if not scaled:
+            raise SpecError(
+                f"data {text!r}: {asked[0]}= is of pixels and other measured numbers, and the "
+                "inputs are whole numbers such as token ids, which stay as they are",
+                f"Leave out {', '.join(f'{key}=' for key in asked)}",
+            )
+        for tensor in scaled:
             for values in (data.mean, data.std):
                 channels = tensor.shape[1] if tensor.ndim > 1 else 1
                 if values is not None and len(values) not in {1, channels}:

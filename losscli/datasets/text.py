@@ -30,7 +30,7 @@ def load_text(path: Path, /, *, tokenizer: str | Path = "bytes", context: int = 
         path: The file, in UTF-8, or with bytes for tokens of any kind; or a folder of SPLIT.txt.
         tokenizer: A Hugging Face tokenizer's folder, which adds no special tokens; or ``bytes``,
             for the ids 0…255.
-        context: Tokens in a sequence.
+        context: Tokens in a sequence; all of them where there are fewer.
 
     Returns:
         Inputs ``[S, context]``; the targets are the same tokens, and −100 at the padding of the
@@ -105,6 +105,7 @@ def read_texts(
 
 
 def _sequences(ids: Tensor, context: int, padding: int) -> Split:
+    context = min(context, len(ids))
     if len(ids) % context == 1:
         ids = ids[:-1]
     missing = -len(ids) % context
