@@ -174,11 +174,6 @@ def saved(mode: str) -> Callable[[Path], Image.Image]:
     return make
 
 
-def deep(path: Path) -> Image.Image:
-    Image.fromarray(np.array([[0, 255], [256, 65535]], np.uint16)).save(path)
-    return Image.open(path).convert("RGB")
-
-
 MODES: dict[str, Callable[[Path], Image.Image]] = {
     "grey": saved("L"),
     "one bit": saved("1"),
@@ -186,7 +181,6 @@ MODES: dict[str, Callable[[Path], Image.Image]] = {
     "grey with alpha": saved("LA"),
     "palette with transparency": palette,
     "EXIF": turned,
-    "16 bits": deep,
 }
 
 
@@ -328,6 +322,15 @@ def other_classes(folder: Path) -> None:
         write(folder / split / kind / "1.png")
 
 
+def deep(kind: type[np.generic]) -> Callable[[Path], object]:
+    def save(folder: Path) -> None:
+        (folder / "a").mkdir()
+        values = np.array([[0, 255], [256, 65535]], kind)
+        Image.fromarray(values).save(folder / "a" / "1.tif")
+
+    return save
+
+
 def two_shapes(folder: Path) -> None:
     write(folder / "a" / "1.png")
     write(folder / "b" / "2.png", pixels(4, 5))
@@ -352,6 +355,9 @@ def dead_link(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str, int, str]] = {
     "cut off": (lambda f: cut_off(f / "a" / "1.png"), "", 1, "images/a/1.png is no whole image"),
+    "16 bits": (deep(np.uint16), "", 1, "1.tif has pixels of more than 8 bits (mode I;16), and"),
+    "32 bits": (deep(np.int32), "", 1, "pixels of more than 8 bits (mode I), and"),
+    "floating": (deep(np.float32), ",grayscale=true", 1, "more than 8 bits (mode F), and"),
     "text": (
         lambda f: [(f / "a").mkdir(), (f / "a" / "1.jpg").write_text("hello")],
         "",

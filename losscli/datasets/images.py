@@ -26,6 +26,9 @@ __all__ = ["Images", "load_image_folder"]
 # Those that torchvision's ImageFolder takes for images.
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+# Pillow's modes for pixels of more than 8 bits, which it would cut off at 255.
+_DEEP = ("I", "F")
+
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
     """Images and their targets, ``(uint8 [C, H, W], target)``.
@@ -108,6 +111,12 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     def _decode(self, index: int) -> Tensor:
         with _readable(self.name(index)), self.open(index) as opened:
+            if opened.mode.partition(";")[0] in _DEEP:
+                raise DataError(
+                    f"{self.name(index)} has pixels of more than 8 bits (mode {opened.mode}), and "
+                    "how they become 0…255 is not known",
+                    "Scale them as for the training and save them with 8 bits",
+                )
             # No turning by EXIF: torchvision's loader does not turn either.
             image = opened.convert(self._mode)
             if self._size is not None:
@@ -142,6 +151,8 @@ def _readable(name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", DecompressionBombWarning)
             yield
+    except DataError:
+        raise
     except (DecompressionBombError, DecompressionBombWarning) as error:
         raise DataError(
             f"{name} has more pixels than Pillow deems safe: {error}",
