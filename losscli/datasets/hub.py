@@ -133,7 +133,10 @@ def load_hub(
         elif chosen == "input_ids":
             splits[split] = _tokens(table, beside, here), answers
         else:
-            splits[split] = _numbers(table, chosen, here), answers
+            numbers = _numbers(table, chosen, here)
+            # A layer takes features; whole numbers that stand alone are indices.
+            alone = numbers.ndim == 1 and numbers.is_floating_point()
+            splits[split] = numbers.unsqueeze(1) if alone else numbers, answers
     return splits
 
 
@@ -175,6 +178,8 @@ def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
     except DataError:
         raise
     except Exception as error:
+        if on_disk and isinstance(error, IndexError) and _has_no_rows(source):
+            raise DataError(f"{source} is empty") from error
         cure = "Does datasets.load_dataset read it in Python?"
         if "pick one among" in str(error):
             cure = "Write config=NAME"
@@ -183,6 +188,12 @@ def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
         loaded = {str(loaded.split or "data"): loaded}
     order = sorted(loaded, key=lambda split: split != "train")
     return {printable(str(split)): loaded[split] for split in order}
+
+
+def _has_no_rows(source: Path | str) -> bool:
+    """Tells whether a split was saved with no file of rows, which the library does not read."""
+    states = [*Path(source).glob("state.json"), *Path(source).glob("*/state.json")]
+    return not all(any(state.parent.glob("*.arrow")) for state in states)
 
 
 def _fetch(name: str, config: str | None) -> Any:
@@ -275,6 +286,15 @@ def _numbers(table: Any, column: str, where: str) -> Tensor:
             array = _unwrap(pc.list_flatten(array))
         if array.null_count:
             raise DataError(f"{where}: {column!r} has rows without a value", "Filter them out")
+        kind, types = array.type, pa.types
+        if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
+            raise DataError(
+                f"{where}: {column!r} holds values of the type "
+                f"{printable(str(kind).partition('<')[0])}, not numbers",
+                f"Number them with table.class_encode_column({column!r}), or name another column"
+                if types.is_string(kind) or types.is_large_string(kind)
+                else "Make them numbers, or name another column",
+            )
         parts.append(array.to_numpy(zero_copy_only=False).reshape(shape))
     if len({part.shape[1:] for part in parts}) > 1:
         raise DataError(
