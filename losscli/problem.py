@@ -544,7 +544,7 @@ def _recalibration(
     if len(split) < 2:
         raise UsageError(
             f"--buffers recalibrate has no more than one example of {name}, which has no variance",
-            "Give more with --limit",
+            "Give more" if settings.limit is None else "Give more with --limit",
         )
     return Recalibration.plan(name, split, settings.seed)
 

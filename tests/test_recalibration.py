@@ -633,7 +633,10 @@ def test_what_cannot_be_re_estimated_is_refused(folder: Path, losscli: Losscli) 
     told = refused(folder, losscli, "interpolate", "c.pt", "d.pt", *TOLD, "--derivatives")
     assert "--derivatives would have to go through the statistics" in told
     told = refused(folder, losscli, "plane", "c.pt", *TOLD, "--limit", 1)
-    assert "no more than one example of train" in told
+    assert "no more than one example of train, which has no variance. Give more with --" in told
+    save_digits(folder, ("single",))
+    told = refused(folder, losscli, "plane", "c.pt", *TOLD)
+    assert told.endswith("example of single, which has no variance. Give more\n")
 
 
 def test_a_batch_that_does_not_fit_is_told_of(
