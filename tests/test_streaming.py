@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -488,7 +489,20 @@ SAMPLERS: dict[str, Callable[[], DataLoader[Any]]] = {
         Rows(), batch_sampler=BatchSampler(RandomSampler(Rows()), 4, drop_last=False)
     ),
     "batches by hand": lambda: DataLoader(Rows(), batch_sampler=[[3, 1], [4, 1, 5]]),
+    "batches of a subset": lambda: DataLoader(
+        Rows(), batch_sampler=BatchSampler(SubsetRandomSampler(range(11)), 4, drop_last=False)
+    ),
+    "batches of the first": lambda: DataLoader(
+        Rows(), batch_sampler=BatchSampler(range(11), 4, drop_last=False)
+    ),
+    "the first": lambda: DataLoader(Rows(), 5, sampler=SequentialSampler(range(11))),
+    "batches of tensors": lambda: DataLoader(
+        TensorDataset(IN_MEMORY.inputs, IN_MEMORY.targets),  # type: ignore[arg-type]
+        batch_sampler=BatchSampler(SubsetRandomSampler(range(11)), 4, drop_last=False),
+    ),
 }
+# Whoever draws anew draws others.
+DRAWN_ANEW = ("a random sampler of some", "weights")
 
 
 @pytest.mark.parametrize("form", SAMPLERS)
@@ -506,6 +520,9 @@ def test_a_sampler_is_asked_once_for_all_passes(form: str, cramped: Callable[[in
     rows = [tuple(row.tolist()) for row in held.inputs]  # type: ignore[union-attr]
     everything = [tuple(row.tolist()) for row in IN_MEMORY.inputs]  # type: ignore[union-attr]
     assert set(rows) <= set(everything)
+    if form not in DRAWN_ANEW:
+        iterated = torch.cat([inputs for inputs, _ in SAMPLERS[form]()])
+        assert sorted(rows) == sorted(tuple(row.tolist()) for row in iterated)
     if form == "batches by hand":
         assert rows == [everything[i] for i in (3, 1, 4, 1, 5)]
 
@@ -649,6 +666,29 @@ def broken():
             yield from (Rows()[i] for i in range(100))
             raise OSError("the\\nstream broke")
     return DataLoader(Broken(), 16, num_workers=1)
+class Lost(Exception):
+    def __init__(self, place, why):
+        super().__init__(f"{why}\\n\\nat {place}\\nValueError: not this")
+def chained():
+    class Chained(Coming):
+        def __iter__(self):
+            yield from (Rows()[i] for i in range(40))
+            try:
+                raise ValueError("the first")
+            except ValueError as error:
+                raise Lost(40, "no more") from error
+    return DataLoader(Chained(), 16, num_workers=2)
+def crawling():
+    class Slow(IterableDataset):
+        def __iter__(self):
+            for i in range(100000):
+                time.sleep(0.05)
+                yield Rows()[i]
+    return DataLoader(Slow(), 2, num_workers=2)
+def counted(i):
+    with open("decoded", "a") as file:
+        file.write(f"{i}\\n")
+def counting(): return Rows(act=counted)
 def all_but_one(rows): return torch.utils.data.default_collate(rows[1:] or rows)
 def other(): return DataLoader(Rows(), 16, collate_fn=all_but_one)
 class Labels(Rows):
@@ -726,6 +766,54 @@ def test_a_limit_of_what_is_iterated_is_its_first_examples_and_told(
     assert json.loads(done.stdout)["examples"] == {"train": 400}
 
 
+OPTIONS: dict[str, list[object]] = {
+    "a limit": ["--limit", 150],
+    "a sample": ["--sampling-error", 0.6],
+    "blocks": ["--layerwise"],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_takes_the_same_examples_streamed_and_from_memory(
+    options: list[object], losscli: Losscli, code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("losscli.sampling._FIRST_BLOCK", 32)
+    words = [*options, "--dtype", "float64", "--split", "train"]
+    tables = []
+    for budget in (1000, 1 << 20):
+        monkeypatch.setattr(objects_, "host_budget", lambda budget=budget: budget)
+        done = interpolate(losscli, "plain", *words, "-o", str(budget), "--json")
+        assert done.status == 0, done.stderr
+        assert any("anew" in note for note in json.loads(done.stdout)["notes"]) == (budget == 1000)
+        found = sorted(code.glob(f"{budget}*.csv"))
+        tables.append([list(csv.DictReader(file.read_text().splitlines())) for file in found])
+    for streamed, held in zip(*tables, strict=True):
+        assert [row.keys() for row in streamed] == [row.keys() for row in held]
+        for one, other in zip(streamed, held, strict=True):
+            for column, value in one.items():
+                if column in {"split", "block", "examples"}:
+                    assert value == other[column]
+                else:
+                    assert float(value) == pytest.approx(float(other[column]), rel=1e-12, abs=1e-14)
+    if "--sampling-error" in options:
+        assert {int(row["examples"]) for row in tables[0][0]} < {32, 64, 128, 256}
+
+
+@pytest.mark.parametrize("options", [[], ["--derivatives"], ["--layerwise"], ["--limit", 150]])
+def test_a_dry_run_tells_the_passes_that_there_are(
+    options: list[object], losscli: Losscli, code: Path
+) -> None:
+    words = ["counting", *options, "--json", "-o", "x"]
+    planned = json.loads(interpolate(losscli, *map(str, words), "--dry-run").stdout)
+    assert planned["streamed"] is True
+    (code / "decoded").unlink()
+    assert interpolate(losscli, *map(str, words)).status == 0
+    times = Counter((code / "decoded").read_text().split())
+    assert len(times) == planned["examples"]["data"]
+    # The first examples are looked at besides, to find out what they are.
+    assert min(times.values()) == planned["passes_over_data"]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -735,7 +823,11 @@ def test_a_limit_of_what_is_iterated_is_its_first_examples_and_told(
             r"split 'data': a worker that decodes was lost: .*\. Is there memory enough\?",
         ),
         ("fewer", r"split 'data' gives 39\d examples in one pass and 39\d in another\. Losses of"),
-        ("broken", r"split 'data' failed after 96 examples: .*stream broke"),
+        ("broken", r"split 'data' failed after 96 examples: OSError: the stream broke$"),
+        (
+            "chained",
+            r"failed after \d+ examples: Lost: no more at 40 ValueError: not this$",
+        ),
         ("other", r"a batch of 16 examples is collated to 15\. Leave examples out in the Dataset"),
         ("labels", r"the data has the label 3, and the model's 3 outputs stand for the labels 0"),
     ],
@@ -772,9 +864,13 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_no_process_behind(code: Path, number: int) -> None:
-    process = start(code, "slow", start_new_session=True)
+@pytest.mark.parametrize(
+    ("data", "number"),
+    [("slow", signal.SIGINT), ("slow", signal.SIGTERM), ("crawling", signal.SIGINT),
+     ("crawling", signal.SIGTERM)],
+)  # fmt: skip
+def test_a_signal_leaves_no_process_behind(code: Path, data: str, number: int) -> None:
+    process = start(code, data, start_new_session=True)
     workers: list[int] = []
     while len(workers) < 2 and process.poll() is None:
         time.sleep(0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ __all__ = ["Flow", "Source"]
 
 # So many examples tell others than those that were.
 _TELLING = 16
+
+# Between the tracebacks of errors of which one led to the next.
+_CHAINED = re.compile(
+    r"^(?:The above exception was the direct cause of the following exception"
+    r"|During handling of the above exception, another exception occurred):$",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Source:
                     for worker in getattr(batches, "_workers", ()):
                         worker.terminate()
                     raise DataError(
-                        f"{self.where} failed after {seen} examples: {_last_line(error)}"
+                        f"{self.where} failed after {seen} examples: {_cause(error)}"
                     ) from error
                 state = capture()
             if found is None:
@@ -105,12 +113,16 @@ class Source:
             yield batch
 
 
-def _last_line(error: BaseException) -> str:
-    """What was raised in a worker comes with the text of its traceback."""
-    text = str(error)
-    if "Original Traceback" in text:
-        return " ".join(text.strip().splitlines()[-1].split())
-    return one_line(error)
+def _cause(error: BaseException) -> str:
+    """The type and text of an error; of one in a worker, out of the traceback it comes with."""
+    report = re.match(r"Caught (\w+) .*\.\nOriginal Traceback", text := str(error))
+    if report is None:
+        return one_line(error)
+    kind = report[1]
+    # The text may have several lines; those of the traceback are indented.
+    last = _CHAINED.split(text)[-1]
+    found = re.search(rf"(?ms)^(?:[\w.<>]+\.)?({kind}(?::.*)?)\Z", last.strip())
+    return " ".join(found[1].split()) if found else kind
 
 
 class Flow(Examples):

@@ -200,15 +200,18 @@ def _length(dataset: Dataset[Any], where: str) -> int:
 
 def _keys(loader: DataLoader[Any], where: str, seed: int) -> Sequence[Any] | None:
     """What a loader's samplers ask for, drawn once; None for all examples in their own order."""
-    plain = type(loader.batch_sampler) in {torch.utils.data.BatchSampler, type(None)}
-    if plain and type(loader.sampler) is SequentialSampler:
+    # Beside a batch_sampler that was given, the loader's own sampler stands idle.
+    batches = loader.batch_sampler if loader.batch_size is None else None
+    sampler: Any = loader.sampler
+    dataset: object = loader.dataset
+    if batches is None and type(sampler) is SequentialSampler and sampler.data_source is dataset:
         return None
     with private_randomness():
         seed_all(seed)
         try:
-            if plain:
+            if batches is None:
                 return list(loader.sampler)
-            return [key for batch in loader.batch_sampler or () for key in batch]
+            return [key for batch in batches for key in batch]
         except Exception as error:
             raise DataError(f"{where}: the sampler failed: {one_line(error)}") from error
 
