@@ -10,9 +10,11 @@ demo: .venv/installed
 	$(BIN)/losscli interpolate $(SAMPLES)/relu/init.pt $(SAMPLES)/relu/final.pt -o demo --force
 	@echo "The picture is $(CURDIR)/demo.png"
 
-# A process for each core, and a thread for each process: threads that wait for cores spin.
+# A process for each core, and a thread for each process: threads that wait for cores spin. The
+# README's commands run in one process, in their order: some take what others wrote.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_readme.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore tests/test_readme.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

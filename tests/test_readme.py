@@ -13,9 +13,6 @@ from tests import readme
 TEXT = readme.README.read_text(encoding="utf-8")
 COMMANDS = readme.commands(TEXT)
 
-# One process runs them all, in their order: some take what others wrote.
-pytestmark = pytest.mark.xdist_group("readme")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
