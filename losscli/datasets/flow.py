@@ -88,29 +88,36 @@ class Source:
         """
         state, seen = self._start, 0
         batches: Iterator[Parcel | Failure] | None = None
-        while True:
-            # What it draws is no matter of whoever draws between two batches.
-            with private_randomness(), children_unheard():
-                restore(state)
-                try:
-                    batches = iter(self._loader) if batches is None else batches
-                    found = next(batches, None)
-                except Exception as error:
-                    # torch waits five seconds for a worker whose iterable has failed.
-                    for worker in getattr(batches, "_workers", ()):
-                        worker.terminate()
-                    raise DataError(
-                        f"{self.where} failed after {seen} examples: {_cause(error)}"
-                    ) from error
-                state = capture()
-            if found is None:
-                return
-            if isinstance(found, Failure):
-                raise DataError(found.what, found.cure)
-            self.language |= found.language
-            batch = found.unpack()
-            seen += len(batch)
-            yield batch
+        try:
+            while True:
+                # What it draws is no matter of whoever draws between two batches.
+                with private_randomness(), children_unheard():
+                    restore(state)
+                    try:
+                        batches = iter(self._loader) if batches is None else batches
+                        found = next(batches, None)
+                    except Exception as error:
+                        # torch waits five seconds for a worker whose iterable has failed.
+                        for worker in getattr(batches, "_workers", ()):
+                            worker.terminate()
+                        raise DataError(
+                            f"{self.where} failed after {seen} examples: {_cause(error)}"
+                        ) from error
+                    state = capture()
+                if found is None:
+                    return
+                if isinstance(found, Failure):
+                    raise DataError(found.what, found.cure)
+                self.language |= found.language
+                batch = found.unpack()
+                seen += len(batch)
+                yield batch
+        finally:
+            # An iterator that is dropped waits for its workers, where a signal would be lost.
+            with children_unheard():
+                for worker in getattr(batches, "_workers", ()):
+                    worker.terminate()
+                batches = None
 
 
 def _cause(error: BaseException) -> str:
