@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,8 +23,6 @@ from tests import oracle
 from tests.conftest import Losscli
 from tests.test_checkpoint import refusal, same, state, write
 from tests.test_checkpoint_folders import tiny
-
-peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(autouse=True)
@@ -461,7 +460,7 @@ def test_one_name_of_a_tied_tensor_alone_is_not_changed(
 @pytest.mark.parametrize("kept", ["target_modules", "modules_to_save"])
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32])
 def test_what_peft_keeps_tied_is_one_change(kept: str, stored: torch.dtype, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
 
     def tied_llama() -> Any:
         torch.manual_seed(0)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,8 +22,6 @@ from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests.conftest import Losscli
 from tests.test_checkpoint import refusal, same, state
-
-transformers = pytest.importorskip("transformers")
 
 
 def tiny(seed: int, **more: Any) -> nn.Module:

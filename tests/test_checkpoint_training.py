@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -27,8 +28,6 @@ from tests import oracle
 from tests.conftest import Losscli
 from tests.foreign import Attention
 from tests.test_checkpoint import prefixed, refusal, same, state, write
-
-lightning = pytest.importorskip("lightning")
 
 
 class Trained(lightning.LightningModule):  # type: ignore[misc, name-defined]

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from losscli.models import scores_of
 from tests import oracle
 from tests.conftest import Losscli
-
-transformers = pytest.importorskip("transformers")
 
 V, T, N, C = 23, 6, 5, 3
 BERT = {

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,6 @@ from torch.nn.functional import cross_entropy, mse_loss
 from losscli.datasets import DataSet, Inputs, load
 from losscli.models import MLP
 from tests.conftest import Losscli, Outcome
-
-datasets = pytest.importorskip("datasets")
 
 GENERATOR = np.random.default_rng(0)
 

@@ -17,15 +17,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from losscli.datasets import DataSet, load
 from losscli.models import MLP
 from tests.conftest import Losscli
-
-pytest.importorskip("PIL")
-from PIL import Image
 
 GENERATOR = np.random.default_rng(0)
 

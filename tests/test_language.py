@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,8 +28,6 @@ from losscli.points import Way
 from losscli.sweep import sweep
 from tests import oracle
 from tests.conftest import Losscli
-
-transformers = pytest.importorskip("transformers")
 
 V, T, N = 29, 7, 6
 CONFIG = {"vocab_size": V, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}

@@ -13,8 +13,6 @@ from torch import Tensor
 from losscli.datasets import DataSet, Split, load
 from tests.conftest import Losscli
 
-pytest.importorskip("transformers")
-
 TEXT = "The quick brown fox – très vite – jumps over\r\nthe lazy dog. 速い茶色の狐。\n" * 9
 
 
