@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from losscli.errors import one_line
@@ -13,7 +13,8 @@ from losscli.errors import one_line
 __all__ = ["BrokenPickleError", "ForbiddenPickleError", "load"]
 
 # These get their objects past the list: from the reader's hooks, from a registry of the process.
-_TRICKS = {"PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
+_TRICKS = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
+_PERSISTENT = {"PERSID", "BINPERSID"}
 
 
 class ForbiddenPickleError(Exception):
@@ -37,19 +38,32 @@ class BrokenPickleError(Exception):
 
 class _Unpickler(pickle.Unpickler):  # noqa: S301 - it imports nothing, see find_class
     def __init__(
-        self, file: io.BytesIO, allowed: Mapping[tuple[str, str], object], encoding: str
+        self,
+        file: io.BytesIO,
+        allowed: Mapping[tuple[str, str], object],
+        encoding: str,
+        persistent: Callable[[Any], object] | None,
     ) -> None:
         super().__init__(file, encoding=encoding)
         self._allowed = allowed
+        self._persistent = persistent
 
     def find_class(self, module: str, name: str, /) -> Any:
         if (module, name) not in self._allowed:
             raise ForbiddenPickleError(f"{module}.{name}")
         return self._allowed[module, name]
 
+    def persistent_load(self, pid: Any, /) -> Any:
+        assert self._persistent is not None  # the scan has seen none
+        return self._persistent(pid)
+
 
 def load(
-    content: bytes, allowed: Mapping[tuple[str, str], object], *, encoding: str = "ASCII"
+    content: bytes,
+    allowed: Mapping[tuple[str, str], object],
+    *,
+    encoding: str = "ASCII",
+    persistent: Callable[[Any], object] | None = None,
 ) -> Any:
     """Reads a pickle without importing anything that it names.
 
@@ -61,6 +75,7 @@ def load(
             classes made for it that are harmless with any arguments, and constants. What the
             pickle makes without a ``__reduce__`` (opcode NEWOBJ) needs a class.
         encoding: Of the 8-bit strings of Python 2; ``bytes`` leaves them as they are.
+        persistent: Gives the object of a persistent id; without it these are refused.
 
     Returns:
         The object.
@@ -72,18 +87,18 @@ def load(
             asks of them.
     """
     try:
-        _scan(content)
-        return _Unpickler(io.BytesIO(content), allowed, encoding).load()
-    except ForbiddenPickleError:
+        _scan(content, _TRICKS if persistent else _TRICKS | _PERSISTENT)
+        return _Unpickler(io.BytesIO(content), allowed, encoding, persistent).load()
+    except (ForbiddenPickleError, BrokenPickleError):
         raise
     except Exception as error:  # noqa: BLE001 - a broken pickle makes its reader raise anything
         raise BrokenPickleError(one_line(error)) from None
 
 
-def _scan(content: bytes) -> None:
+def _scan(content: bytes, tricks: Set[str]) -> None:
     """Goes over the opcodes once, so that no length or index in them is believed unseen."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        if opcode.name in _TRICKS:
+        if opcode.name in tricks:
             raise ForbiddenPickleError(f"the opcode {opcode.name}")
         # Picklers number what they remember; the reader allocates a slot for every number below.
         remembers = opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"}

@@ -251,7 +251,7 @@ class Output:
         """The summary of the run whose results are there, if any."""
         try:
             summary = json.loads(self._file(".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return summary if isinstance(summary, dict) else {}
 

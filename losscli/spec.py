@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import shlex
 import sys
@@ -97,7 +98,9 @@ def _value(text: str, where: str) -> Value:
         if _LIST.fullmatch(text):
             parts = re.findall(_NUMBER, text)
             whole = all(part.isdigit() for part in parts)
-            return [int(part) for part in parts] if whole else [float(part) for part in parts]
+            numbers = [int(part) for part in parts] if whole else [float(part) for part in parts]
+            # One beyond what a float holds could not be written again.
+            return numbers if whole or all(map(math.isfinite, numbers)) else text
         value = tomllib.loads(f"v = {text}")
     except (ValueError, RecursionError):  # besides TOML's own errors: thousands of digits, of [
         return text

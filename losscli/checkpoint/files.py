@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import pickletools
 import re
 import shlex
@@ -15,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from losscli.checkpoint.claims import OLD_FORMAT, ClaimError
 from losscli.checkpoint.names import natural
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
@@ -22,8 +24,6 @@ from losscli.errors import CheckpointError, one_line
 __all__ = ["SUFFIXES", "read_file", "read_json"]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
-
-_OLD_FORMAT = 0x1950A86A20F9469CFC6C
 
 # For a shell, in single quotes: takes the largest state dict, or that of a whole module.
 _RESAVE = (
@@ -131,15 +131,18 @@ def _is_utf8(path: Path) -> bool:
 def _is_cut(path: Path) -> bool:
     """Whether a file ends within a pickle: what it then seems to name is half a name."""
     try:
-        with path.open("rb") as file:
-            if file.read(4) == b"PK\x03\x04":  # an archive has its directory at the end
+        with (
+            path.open("rb") as opened,
+            # A file that reads would make room for whatever length it meets.
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file,
+        ):
+            if file[:4] == b"PK\x03\x04":  # an archive has its directory at the end
                 return False
-            file.seek(0)
             # In the old format three small ones, the first a number, come before the content.
             pickles = 1
             for number in range(4):
                 for _, value, _ in pickletools.genops(file):
-                    if number == 0 and value == _OLD_FORMAT:
+                    if number == 0 and value == OLD_FORMAT:
                         pickles = 4
                 if number + 1 == pickles:
                     break
@@ -165,6 +168,10 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
             f"{name} is a program of torch.export, a model and no checkpoint",
             f"Take it for the model, -m {shlex.quote(f'pt2:{path}')}, with checkpoints of its "
             "weights",
+        )
+    if isinstance(error, ClaimError):
+        return CheckpointError(
+            f"{name} claims more than it holds: {error}", "Was its writing cut off?"
         )
     text = str(error)
     # The unpickler's refusal names what the pickle wanted to import, in one of these forms.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import pathlib
 import re
 import warnings
 from typing import Any, Self
 
 import numpy as np
 import torch
+
+from losscli.checkpoint.claims import hold_against_size
 
 __all__ = ["Path", "Record", "load_tensors"]
 
@@ -53,7 +57,7 @@ class Record(metaclass=_Fixed):
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-def load_tensors(file: Any, *, mmap: bool = False) -> Any:
+def load_tensors(file: pathlib.Path | io.BytesIO, *, mmap: bool = False) -> Any:
     """Reads a file of torch with ``weights_only``, and what research code likes to put beside.
 
     Args:
@@ -62,7 +66,11 @@ def load_tensors(file: Any, *, mmap: bool = False) -> Any:
 
     Returns:
         What it holds, on the CPU.
+
+    Raises:
+        BrokenPickleError: It claims to hold more than its size allows, or is broken.
     """
+    hold_against_size(file)
     allowed = [(standin, name) for name, standin in _HARMLESS.items()]
     with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
         # What torch has to say of old formats is of no use to the reader of a curve.

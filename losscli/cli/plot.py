@@ -144,7 +144,7 @@ def _summary(path: Path, command: str) -> dict[str, Any]:
     """Reads the summary beside a CSV; without one, the picture has no names to show."""
     try:
         summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     match summary:
         case {

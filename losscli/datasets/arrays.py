@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from losscli.datasets.batch import to_tensor
 from losscli.errors import DataError, one_line
 
 __all__ = ["load_mnist", "load_npz", "load_safetensors"]
+
+# More than so many times its size no stretch of bytes has been before it was deflated.
+_DEFLATED = 1032
 
 
 def _pairs(arrays: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -88,6 +93,8 @@ def load_npz(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
             if not zipfile.is_zipfile(stream):
                 raise ValueError("no zip archive, or not all of one")  # noqa: TRY301
             stream.seek(0)
+            _hold_against_size(stream)
+            stream.seek(0)
             with np.load(stream, allow_pickle=False) as file:
                 arrays = {key: to_tensor(file[key], str(path), key) for key in file.files}
     except DataError:
@@ -98,6 +105,31 @@ def load_npz(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
             "Write it with numpy.savez, arrays of numbers alone",
         ) from None
     return _pairs(arrays, str(path))
+
+
+def _hold_against_size(stream: IO[bytes]) -> None:
+    """Makes sure that an archive is as large as its arrays claim, before room is made for them."""
+    with zipfile.ZipFile(stream) as archive:
+        for entry in archive.infolist():
+            if entry.file_size > (entry.compress_size + 1) * _DEFLATED:
+                raise ValueError(f"{entry.filename!r} cannot be of {entry.file_size:,} bytes")
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                read = _HEADERS.get(version)
+                if read is None:
+                    continue  # a version that has names of columns, and no numbers alone
+                shape, _, dtype = read(file)
+                held = entry.file_size - file.tell()
+                if math.prod(shape) * dtype.itemsize != held and not dtype.hasobject:
+                    raise ValueError(
+                        f"{entry.filename!r} claims {dtype} {list(shape)} in {held:,} bytes"
+                    )
+
+
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def load_mnist(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
@@ -140,15 +172,21 @@ def _idx_file(folder: Path, prefix: str, part: str) -> Path | None:
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
     """Reads an IDX file of bytes: 0, 0, type, dimensions, big-endian sizes, the values."""
+    start = 4 + 4 * dimensions
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+            most = len(content) * _DEFLATED
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(start)
+                sizes = np.frombuffer(content[4:].ljust(start - 4, b"\xff"), ">u4")
+                # What is behind that is not looked at, and what is less is told of below.
+                claimed = math.prod(sizes.tolist())
+                content += file.read(min(claimed, most) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read: {one_line(error)}", "Was its download cut off?"
         ) from None
-    start = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, 8, dimensions]):
         raise DataError(
             f"{path} is no IDX file of bytes in {dimensions} dimensions",

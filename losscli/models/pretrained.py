@@ -53,7 +53,7 @@ def has_config(folder: Path) -> bool:
     """
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and isinstance(content.get("model_type"), str)
 
@@ -120,7 +120,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{file} cannot be read: {one_line(error)}", "Name the folder that save_pretrained made"
         ) from None

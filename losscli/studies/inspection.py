@@ -223,7 +223,7 @@ def _beside(csv: Path) -> Mapping[str, Any] | None:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         summary = None
     match summary:
         case {

@@ -1,0 +1,245 @@
+"""What files of torch claim of their own content, held against their size before it is believed.
+
+torch takes room for as many numbers as the pickle in a file speaks of, and only then looks for them
+in the file, if it looks at all.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import mmap
+import os
+import pickletools
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+
+from losscli.errors import one_line
+from losscli.pickles import BrokenPickleError, load
+
+__all__ = ["OLD_FORMAT", "ClaimError", "hold_against_size"]
+
+OLD_FORMAT = 0x1950A86A20F9469CFC6C
+"""The number with which files begin that torch wrote before version 1.6."""
+
+_ZIP = b"PK\x03\x04"
+
+# A tensor may repeat what it holds (stride 0): so many bytes more than are in the file.
+_REPEATED = 16 << 20
+
+
+class ClaimError(BrokenPickleError):
+    """A file claims to hold more than it does."""
+
+
+class _Fixed(type):
+    def __setattr__(cls, name: str, _value: object) -> NoReturn:
+        raise TypeError(f"{cls.__name__}.{name} stays as it is")
+
+
+class _Anything(metaclass=_Fixed):
+    """Stands for whatever a pickle names, and takes whatever it does to that."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        pass
+
+    def extend(self, _: Any) -> None:
+        pass
+
+    def add(self, _: Any) -> None:
+        pass
+
+
+class _Storage:
+    """The bytes behind a tensor: how many there are, and how many make one number."""
+
+    __slots__ = ("itemsize", "nbytes")
+
+    def __init__(self, nbytes: int, itemsize: float) -> None:
+        self.nbytes, self.itemsize = nbytes, itemsize
+
+
+class _Tensor(_Anything):
+    def __new__(cls, *arguments: Any, **_: Any) -> Any:
+        """Checks the claim of a tensor: an offset, sizes and strides in a storage."""
+        if len(arguments) >= 4 and isinstance(arguments[0], _Storage):
+            storage, offset, sizes, strides = arguments[:4]
+            numbers = [offset, *sizes, *strides]
+            if len(sizes) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
+                raise ClaimError("a tensor has a shape of no whole numbers")
+            if all(sizes):
+                # Types without a storage of their own name themselves.
+                types = (a.itemsize for a in arguments if isinstance(a, torch.dtype))
+                itemsize = next(types, storage.itemsize)
+                last = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + 1
+                repeated = math.prod(sizes) * itemsize - storage.nbytes
+                if last * itemsize > storage.nbytes or repeated > _REPEATED:
+                    raise ClaimError(
+                        f"a tensor of the shape {list(sizes)} in {storage.nbytes:,} bytes"
+                    )
+        return super().__new__(cls)
+
+
+# Bytes of a number in the storages that pickles name; the last two pack several into a byte.
+_SIZES: dict[str, float] = {
+    "UntypedStorage": 1,
+    **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage", "QInt8Storage"), 1),
+    **dict.fromkeys(("ShortStorage", "HalfStorage", "BFloat16Storage"), 2),
+    **dict.fromkeys(("IntStorage", "FloatStorage", "QInt32Storage"), 4),
+    **dict.fromkeys(("LongStorage", "DoubleStorage", "ComplexFloatStorage"), 8),
+    "ComplexDoubleStorage": 16,
+    "QUInt8Storage": 1,
+    "QUInt4x2Storage": 1 / 2,
+    "QUInt2x4Storage": 1 / 4,
+}
+
+
+_TYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+class _Defaults(_Anything):
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return {}
+
+
+class _Names(Mapping[tuple[str, str], Any]):
+    """What stands for each name in a pickle: nothing of it is imported."""
+
+    def __getitem__(self, key: tuple[str, str]) -> Any:
+        module, name = key
+        if module in {"torch", "torch.storage"} and name in _SIZES:
+            return name  # a text has nothing that a pickle could call
+        if module == "torch._utils" and name.startswith(("_rebuild_tensor", "_rebuild_qtensor")):
+            return _Tensor
+        if module == "torch" and name in _TYPES:
+            return _TYPES[name]
+        if module == "collections":
+            return {"defaultdict": _Defaults}.get(name, dict)
+        return _Anything
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def hold_against_size(file: Path | io.BytesIO) -> None:
+    """Makes sure that a file of torch is as large as what it claims to hold.
+
+    What is no such file passes: torch has a word on it.
+
+    Args:
+        file: The file; one in memory is left at its beginning.
+
+    Raises:
+        ClaimError: It claims more.
+        BrokenPickleError: The pickle in it is broken.
+    """
+    if isinstance(file, io.BytesIO):
+        _look(file, file.getbuffer().nbytes)
+        file.seek(0)
+        return
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if stream.read(4) == _ZIP:
+            _look(stream, size)
+        elif size:
+            # Mapped, since a length in it would be believed by a file that reads.
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                _look(mapped, size)
+
+
+def _look(file: Any, size: int) -> None:
+    file.seek(0)
+    magic = file.read(4)
+    file.seek(0)
+    if magic == _ZIP:
+        _archive(file, size)
+    else:
+        _old(file, size)
+
+
+def _archive(file: BinaryIO, size: int) -> None:
+    try:
+        archive = zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise ClaimError(f"its archive is broken ({error})") from None
+    with archive:
+        entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            return  # a program, which is refused as such
+        held: dict[str, int] = {}
+        pickles = []
+        for entry in entries:
+            # torch compresses nothing, and maps what it reads as it lies in the file.
+            packed = entry.compress_type != zipfile.ZIP_STORED
+            if packed or entry.file_size != entry.compress_size:
+                raise ClaimError(f"its part {entry.filename!r} is compressed, as torch writes none")
+            if entry.header_offset + entry.file_size > size:
+                raise ClaimError(f"its part {entry.filename!r} is of {entry.file_size:,} bytes")
+            _, _, inner = entry.filename.partition("/")
+            if inner == "data.pkl":
+                pickles.append(entry)
+            elif inner.startswith("data/"):
+                held[inner.removeprefix("data/")] = entry.file_size
+        for entry in pickles:
+            try:
+                content = archive.read(entry)
+            except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as error:
+                raise ClaimError(f"its archive is broken ({error})") from None
+            _read(content, lambda key, nbytes: nbytes <= held.get(key, -1))
+
+
+def _old(file: Any, size: int) -> None:
+    """Looks into what torch wrote before version 1.6: three small pickles, the content, its data."""
+    start = 0
+    try:
+        for number in range(4):
+            start = file.tell()
+            values = [value for _, value, _ in pickletools.genops(file)]
+            if number == 0 and OLD_FORMAT not in values:
+                return
+    except ValueError as error:
+        raise BrokenPickleError(one_line(error)) from None
+    stop = file.tell()
+    left: dict[str, int] = {}
+
+    def fits(key: str, nbytes: int) -> bool:
+        left[key] = max(nbytes, left.get(key, 0))
+        return sum(left.values()) <= size - stop
+
+    file.seek(start)
+    _read(file.read(stop - start), fits)
+
+
+def _read(content: bytes, fits: Callable[[str, int], bool]) -> None:
+    def storage(claim: Any) -> _Storage:
+        kind, name, key, _, count, *_ = claim
+        if kind != "storage" or name not in _SIZES or type(count) is not int or count < 0:
+            raise ClaimError("a tensor has no storage")
+        found = _Storage(count * max(1, int(_SIZES[name])), _SIZES[name])
+        if not fits(str(key), found.nbytes):
+            raise ClaimError(f"{found.nbytes:,} bytes of a tensor that are not in it")
+        return found
+
+    load(content, _Names(), encoding="latin-1", persistent=storage)
