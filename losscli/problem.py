@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from losscli._version import __version__
 from losscli.checkpoint import Checkpoint, CheckpointFile, base_of, read, select_for
-from losscli.datasets import DataSet, from_object, load
+from losscli.datasets import DataSet, from_object, host_memory, load
 from losscli.errors import (
     CheckpointError,
     DeviceError,
@@ -368,6 +369,8 @@ def _build(found: _Found) -> nn.Module:
             )
             if function in map(MODELS.get, FROM_FILES):
                 arguments = tuple(str(Path(found.folder or "", path)) for path in arguments)
+            elif not found.trusted:
+                _need_memory(partial(call, function, arguments, spec.options, where), where)
             model = call(function, arguments, spec.options, where)
     except LosscliError:
         raise
@@ -380,6 +383,17 @@ def _build(found: _Found) -> nn.Module:
             f"{where} gives a {type(model).__name__}", "Name a function that returns an nn.Module"
         )
     return model
+
+
+def _need_memory(build: Callable[[], nn.Module], where: str) -> None:
+    """Refuses a model that a file names and that no memory here holds, before any is taken."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        size = sum(tensor.nbytes for tensor in build().state_dict().values())
+    if size > host_memory():
+        raise ModelError(
+            f"{where} is of {size / 2**30:,.0f} GiB, more than there is memory",
+            "Give the one that was trained with --model",
+        )
 
 
 def _check_tensors(model: nn.Module, where: str) -> None:

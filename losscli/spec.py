@@ -274,7 +274,10 @@ def look_up(
 
 def _may_be_code(module: str) -> bool:
     """Tells a mistyped name from a module, without running anything."""
-    here = Path(f"{module}.py").exists() or Path(module).is_dir()
+    try:
+        here = Path(f"{module}.py").exists() or Path(module).is_dir()
+    except OSError:  # no file has so long a name
+        return False
     if here or "." in module or module in sys.modules:
         return True
     return module.isidentifier() and importlib.util.find_spec(module) is not None

@@ -6,6 +6,7 @@ Run as a program it keeps a process in which losscli is loaded, and forks it for
 
 from __future__ import annotations
 
+import codecs
 import functools
 import gzip
 import io
@@ -31,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import encodings.cp437  # noqa: F401 - of names in archives
 from safetensors.torch import save_file
 
 from losscli.errors import (
@@ -587,7 +587,7 @@ def _read_spec(folder: Path, number: int) -> object:
         text, trusted, _ = unfold(told, trusted=False)
         assert not trusted
         spec = Spec.parse(text)
-        assert Spec.parse(str(spec)) == spec
+        assert str(Spec.parse(str(spec))) == str(spec)
         for kind, registry in (("model", MODELS), ("data", DATASETS), ("loss", LOSSES),
                                ("metric", METRICS)):  # fmt: skip
             try:
@@ -813,7 +813,9 @@ def judge(name: str, folder: Path, watch: Watch, cases: int = CASES) -> dict[str
     good = {target: (inside / target).read_bytes() for target in set(targets)}
     os.chdir(folder)
     made = list(_cases(name, form, targets, good, cases))
-    form.read(inside, 0)  # what it imports late is imported now
+    for codec in ("cp437", "unicode_escape", "utf_16"):  # of names in archives, and of pickles
+        codecs.lookup(codec)
+    form.read(inside, 0)  # what else it imports late is imported now
     before = _files(folder)
     used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
@@ -892,7 +894,12 @@ def _serve() -> None:
         if status:
             verdict["faults"].append(f"{name}: the process ended with {status}")
         printed = (Path(place) / "printed").read_text(errors="replace")
-        if printed:
+        # What tokenizers prints of keys that it does not know is nothing that steers a terminal.
+        known = all(
+            line.startswith("Ignored unknown kwarg option") and line.isprintable()
+            for line in printed.splitlines()
+        )
+        if printed and not (known and name == "tokenizer"):
             verdict["faults"].append(f"{name}: printed {printed[:2000]!r}")
         shutil.rmtree(place)
         print(json.dumps(verdict), flush=True)

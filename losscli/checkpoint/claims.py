@@ -9,12 +9,11 @@ from __future__ import annotations
 import io
 import math
 import mmap
-import os
 import pickletools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import IO, Any, NoReturn, cast
 
 import torch
 
@@ -25,8 +24,6 @@ __all__ = ["OLD_FORMAT", "ClaimError", "hold_against_size"]
 
 OLD_FORMAT = 0x1950A86A20F9469CFC6C
 """The number with which files begin that torch wrote before version 1.6."""
-
-_ZIP = b"PK\x03\x04"
 
 # A tensor may repeat what it holds (stride 0): so many bytes more than are in the file.
 _REPEATED = 16 << 20
@@ -113,9 +110,16 @@ _SIZES: dict[str, float] = {
 _TYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
+class _Dictionary(dict[Any, Any], metaclass=_Fixed):
+    """Stands for those of collections, which state dicts are."""
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 class _Defaults(_Anything):
     def __new__(cls, *_: Any, **__: Any) -> Any:
-        return {}
+        return _Dictionary()
 
 
 class _Names(Mapping[tuple[str, str], Any]):
@@ -130,7 +134,7 @@ class _Names(Mapping[tuple[str, str], Any]):
         if module == "torch" and name in _TYPES:
             return _TYPES[name]
         if module == "collections":
-            return {"defaultdict": _Defaults}.get(name, dict)
+            return {"defaultdict": _Defaults}.get(name, _Dictionary)
         return _Anything
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -143,43 +147,57 @@ class _Names(Mapping[tuple[str, str], Any]):
         return True
 
 
-def hold_against_size(file: Path | io.BytesIO) -> None:
+def hold_against_size(file: Path | io.BytesIO | mmap.mmap) -> None:
     """Makes sure that a file of torch is as large as what it claims to hold.
 
     What is no such file passes: torch has a word on it.
 
     Args:
-        file: The file; one in memory is left at its beginning.
+        file: An archive, or any such file in memory, left at its beginning.
 
     Raises:
         ClaimError: It claims more.
         BrokenPickleError: The pickle in it is broken.
     """
-    if isinstance(file, io.BytesIO):
-        _look(file, file.getbuffer().nbytes)
-        file.seek(0)
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            _archive(stream)
         return
-    with file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        if stream.read(4) == _ZIP:
-            _look(stream, size)
-        elif size:
-            # Mapped, since a length in it would be believed by a file that reads.
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                _look(mapped, size)
-
-
-def _look(file: Any, size: int) -> None:
-    file.seek(0)
     magic = file.read(4)
     file.seek(0)
-    if magic == _ZIP:
-        _archive(file, size)
+    if magic == b"PK\x03\x04":
+        # zipfile asks more of a file than mapped memory has.
+        _archive(file if isinstance(file, io.BytesIO) else io.BufferedReader(_Mapped(file)))
     else:
-        _old(file, size)
+        _old(file)
+    file.seek(0)
 
 
-def _archive(file: BinaryIO, size: int) -> None:
+class _Mapped(io.RawIOBase):
+    """Mapped memory as a file."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped, self._at = mapped, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + (0, self._at, len(self._mapped))[whence]
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        piece = self._mapped[self._at : self._at + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+
+def _archive(file: IO[bytes]) -> None:
+    size = file.seek(0, io.SEEK_END)
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
@@ -210,18 +228,19 @@ def _archive(file: BinaryIO, size: int) -> None:
             _read(content, lambda key, nbytes: nbytes <= held.get(key, -1))
 
 
-def _old(file: Any, size: int) -> None:
+def _old(file: io.BytesIO | mmap.mmap) -> None:
     """Looks into what torch wrote before version 1.6: three small pickles, the content, its data."""
     start = 0
     try:
         for number in range(4):
             start = file.tell()
-            values = [value for _, value, _ in pickletools.genops(file)]
+            values = [value for _, value, _ in pickletools.genops(cast("IO[bytes]", file))]
             if number == 0 and OLD_FORMAT not in values:
                 return
     except ValueError as error:
         raise BrokenPickleError(one_line(error)) from None
     stop = file.tell()
+    size = file.seek(0, io.SEEK_END) or file.tell()  # mapped memory does not say where it went
     left: dict[str, int] = {}
 
     def fits(key: str, nbytes: int) -> bool:

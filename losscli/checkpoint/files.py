@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import mmap
 import pickletools
 import re
 import shlex
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,11 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
     try:
         with path.open("rb") as file:
             magic = file.read(4)
-        if magic != b"GGUF" and _is_utf8(path):
-            content = load_tensors(path, mmap=magic == b"PK\x03\x04")
+        if magic == b"PK\x03\x04" and _is_utf8(path):
+            content = load_tensors(path, mmap=True)
         elif magic != b"GGUF":
-            content = load_tensors(io.BytesIO(path.read_bytes()))
+            with _mapped(path) as file:
+                content = load_tensors(file)
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # noqa: BLE001 - a broken file makes the unpickler raise anything
@@ -119,6 +120,16 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
     return content, metadata
 
 
+@contextmanager
+def _mapped(path: Path) -> Iterator[Any]:
+    """Opens a file to be read as it lies; one that reads makes room for any length it is asked."""
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
+        yield mapped
+
+
 def _is_utf8(path: Path) -> bool:
     """Whether torch, which maps files by their names in UTF-8, can map this one."""
     try:
@@ -131,11 +142,7 @@ def _is_utf8(path: Path) -> bool:
 def _is_cut(path: Path) -> bool:
     """Whether a file ends within a pickle: what it then seems to name is half a name."""
     try:
-        with (
-            path.open("rb") as opened,
-            # A file that reads would make room for whatever length it meets.
-            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file,
-        ):
+        with _mapped(path) as file:
             if file[:4] == b"PK\x03\x04":  # an archive has its directory at the end
                 return False
             # In the old format three small ones, the first a number, come before the content.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pathlib
 import re
 import warnings
 from typing import Any, Self
@@ -57,11 +55,11 @@ class Record(metaclass=_Fixed):
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-def load_tensors(file: pathlib.Path | io.BytesIO, *, mmap: bool = False) -> Any:
+def load_tensors(file: Any, *, mmap: bool = False) -> Any:
     """Reads a file of torch with ``weights_only``, and what research code likes to put beside.
 
     Args:
-        file: A path or a file.
+        file: The path of an archive, or any such file in memory.
         mmap: Whether the tensors are mapped to memory rather than read.
 
     Returns:

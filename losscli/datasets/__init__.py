@@ -1,6 +1,6 @@
 """Data sets: files or code in; named splits of examples out, decoded once where they fit."""
 
-from losscli.datasets.memory import device_budget
+from losscli.datasets.memory import device_budget, host_memory
 from losscli.datasets.objects import from_object
 from losscli.datasets.registry import DATASETS, load
 from losscli.datasets.split import DataSet, Examples, Inputs, Split, Task, leaves, map_inputs
@@ -14,6 +14,7 @@ __all__ = [
     "Task",
     "device_budget",
     "from_object",
+    "host_memory",
     "leaves",
     "load",
     "map_inputs",

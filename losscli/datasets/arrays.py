@@ -179,10 +179,9 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             most = len(content) * _DEFLATED
             with gzip.open(io.BytesIO(content)) as file:
                 content = file.read(start)
-                sizes = np.frombuffer(content[4:].ljust(start - 4, b"\xff"), ">u4")
-                # What is behind that is not looked at, and what is less is told of below.
-                claimed = math.prod(sizes.tolist())
-                content += file.read(min(claimed, most) + 1)
+                words = np.frombuffer(content[4:].ljust(start - 4, b"\xff"), ">u4")
+                # What is more or less than that is told of below.
+                content += file.read(min(math.prod(words.tolist()), most) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read: {one_line(error)}", "Was its download cut off?"

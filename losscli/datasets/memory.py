@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["device_budget", "host_budget"]
+__all__ = ["device_budget", "host_budget", "host_memory"]
 
 # Joining what was decoded takes twice its bytes for a moment, and the weights need room too.
 _SHARE = 0.25
@@ -28,6 +28,15 @@ def host_budget() -> int:
     Returns:
         A quarter of the memory that the machine, or the container, has: the same for every run.
     """
+    return int(host_memory() * _SHARE)
+
+
+def host_memory() -> int:
+    """Finds how many bytes of memory the host has.
+
+    Returns:
+        Those of the machine, or the container: the same for every run.
+    """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -37,7 +46,7 @@ def host_budget() -> int:
             memory = min(memory, int(path.read_text(encoding="ascii")))
         except (OSError, ValueError):  # there is no such file, or it says "max"
             continue
-    return int(memory * _SHARE)
+    return memory
 
 
 def device_budget(device: torch.device) -> int | None:

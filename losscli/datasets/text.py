@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,32 @@ def _bytes(texts: Sequence[bytes | str]) -> Iterable[npt.ArrayLike]:
         yield np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
 
 
+def _need_printable(folder: Path) -> None:
+    """Refuses keys that would steer a terminal: the library prints those that it does not know."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
+        try:
+            content = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue  # the library has a word on it
+        if name == "tokenizer.json":  # its vocabulary may have any keys
+            content = content.get("added_tokens") if isinstance(content, dict) else None
+        odd = next((key for key in _keys(content) if not key.isprintable()), None)
+        if odd is not None:
+            raise DataError(
+                f"{folder / name} has the key {odd!r}",
+                "Save the tokenizer with its save_pretrained(FOLDER)",
+            )
+
+
+def _keys(content: object) -> Iterator[str]:
+    inner: Iterable[object] = content if isinstance(content, list) else ()
+    if isinstance(content, dict):
+        yield from content
+        inner = content.values()
+    for part in inner:
+        yield from _keys(part)
+
+
 def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], list[list[int]]]]:
     """Loads a tokenizer without network or code; gives its padding and what encodes texts."""
     if not folder.is_dir():
@@ -134,6 +161,7 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
             f"tokenizers are read by transformers, which is not installed ({one_line(error)})",
             "pip install 'losscli[hf]'",
         ) from None
+    _need_printable(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the library would write to stderr
     try:
