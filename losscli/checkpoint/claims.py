@@ -122,6 +122,13 @@ class _Defaults(_Anything):
         return _Dictionary()
 
 
+_COLLECTIONS: dict[tuple[str, str], type] = {
+    ("collections", "OrderedDict"): _Dictionary,
+    ("collections", "Counter"): _Dictionary,
+    ("collections", "defaultdict"): _Defaults,
+}
+
+
 class _Names(Mapping[tuple[str, str], Any]):
     """What stands for each name in a pickle: nothing of it is imported."""
 
@@ -133,9 +140,7 @@ class _Names(Mapping[tuple[str, str], Any]):
             return _Tensor
         if module == "torch" and name in _TYPES:
             return _TYPES[name]
-        if module == "collections":
-            return {"defaultdict": _Defaults}.get(name, _Dictionary)
-        return _Anything
+        return _COLLECTIONS.get(key, _Anything)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(())
@@ -201,7 +206,7 @@ def _archive(file: IO[bytes]) -> None:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ClaimError(f"its archive is broken ({error})") from None
+        raise BrokenPickleError(f"its archive is broken ({error})") from None
     with archive:
         entries = archive.infolist()
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
@@ -224,7 +229,7 @@ def _archive(file: IO[bytes]) -> None:
             try:
                 content = archive.read(entry)
             except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as error:
-                raise ClaimError(f"its archive is broken ({error})") from None
+                raise BrokenPickleError(f"its archive is broken ({error})") from None
             _read(content, lambda key, nbytes: nbytes <= held.get(key, -1))
 
 
