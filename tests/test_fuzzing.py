@@ -29,8 +29,8 @@ from tests.mutations import CASES, FORMATS
 
 Judge = Callable[[str], dict[str, Any]]
 
-# Reading them takes transformers, which takes its time.
-SLOW = {"config", "tokenizer"}
+# Reading them takes transformers, which takes its time: so many cases of these.
+SLOW = {"config": 250, "tokenizer": 400}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
         assert server.stdin is not None
         assert server.stdout is not None
         place = tmp_path_factory.mktemp("batch")
-        server.stdin.write(json.dumps([name, str(place), CASES]) + "\n")
+        server.stdin.write(json.dumps([name, str(place), SLOW.get(name, CASES)]) + "\n")
         server.stdin.flush()
         verdict: dict[str, Any] = json.loads(server.stdout.readline())
         return verdict
@@ -70,16 +70,17 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_files_are_read_or_refused_and_nothing_else(name: str, judge: Judge) -> None:
-    """Of 1,000 files each is read, or refused with the error of its kind, in one line.
+    """Of 1,000 files (of transformers' own 250 and 400) each is read, or refused with the error of its kind, in one line.
 
     No other error, no warning, nothing printed, no import, no code, no file opened for writing, no
     process, no more than 128 MB, and never as long as five seconds.
     """
     verdict = judge(name)
     assert verdict["faults"] == []
-    assert verdict["read"] + verdict["refused"] == CASES
+    cases = SLOW.get(name, CASES)
+    assert verdict["read"] + verdict["refused"] == cases
     # The damage is such that both happen.
-    assert min(verdict["read"], verdict["refused"]) > CASES // 100
+    assert min(verdict["read"], verdict["refused"]) > cases // 100
 
 
 # Names that would steer a terminal
