@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from losscli.errors import one_line
@@ -95,7 +96,7 @@ def load(
         raise BrokenPickleError(one_line(error)) from None
 
 
-def _scan(content: bytes, tricks: Set[str]) -> None:
+def _scan(content: bytes, tricks: AbstractSet[str]) -> None:
     """Goes over the opcodes once, so that no length or index in them is believed unseen."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if opcode.name in tricks:

@@ -163,7 +163,7 @@ def odd_json(text: bytes, rng: Rng) -> bytes:
         elif what < 0.75:
             del node[key]
         elif isinstance(node, dict):
-            node[rng.choice(["", "../x", "\x1b]0;t\x07", "a" * 3000, "‮"])] = node[key]
+            node[rng.choice(["", "../x", "\x1b]0;t\x07", "a" * 3000, "\u202e"])] = node[key]
         else:
             node += node * 3
         break

@@ -70,7 +70,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_files_are_read_or_refused_and_nothing_else(name: str, judge: Judge) -> None:
-    """Of 1,000 files (of transformers' own 250 and 400) each is read, or refused with the error of its kind, in one line.
+    """Of 1,000 files each is read, or refused with the error of its kind, in one line.
 
     No other error, no warning, nothing printed, no import, no code, no file opened for writing, no
     process, no more than 128 MB, and never as long as five seconds.
@@ -263,7 +263,7 @@ def test_a_names_default_stem_stays_in_the_folder(losscli: Losscli, folder: Path
 
 
 def claims(content: bytes) -> Iterator[bytes]:
-    """Makes each 3 in the pickle of a file of torch a 255: a size, or the numbers that there are."""
+    """Makes each 3 in the pickle of a file of torch a 255: a size, or the count of a storage."""
     if content[:2] != b"PK":
         for found in re.finditer(b"K\x03", content):
             yield content[: found.start()] + b"K\xff" + content[found.end() :]

@@ -20,7 +20,7 @@ import torch
 from losscli.errors import one_line
 from losscli.pickles import BrokenPickleError, load
 
-__all__ = ["OLD_FORMAT", "ClaimError", "hold_against_size"]
+__all__ = ["OLD_FORMAT", "ClaimError", "Fixed", "hold_against_size"]
 
 OLD_FORMAT = 0x1950A86A20F9469CFC6C
 """The number with which files begin that torch wrote before version 1.6."""
@@ -33,12 +33,14 @@ class ClaimError(BrokenPickleError):
     """A file claims to hold more than it does."""
 
 
-class _Fixed(type):
+class Fixed(type):
+    """Keeps a pickle from setting attributes of the classes that it is given."""
+
     def __setattr__(cls, name: str, _value: object) -> NoReturn:
         raise TypeError(f"{cls.__name__}.{name} stays as it is")
 
 
-class _Anything(metaclass=_Fixed):
+class _Anything(metaclass=Fixed):
     """Stands for whatever a pickle names, and takes whatever it does to that."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
@@ -110,7 +112,7 @@ _SIZES: dict[str, float] = {
 _TYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
-class _Dictionary(dict[Any, Any], metaclass=_Fixed):
+class _Dictionary(dict[Any, Any], metaclass=Fixed):
     """Stands for those of collections, which state dicts are."""
 
     def __setstate__(self, _: Any) -> None:
@@ -234,7 +236,7 @@ def _archive(file: IO[bytes]) -> None:
 
 
 def _old(file: io.BytesIO | mmap.mmap) -> None:
-    """Looks into what torch wrote before version 1.6: three small pickles, the content, its data."""
+    """Looks into what torch wrote before version 1.6: three small pickles, the content, data."""
     start = 0
     try:
         for number in range(4):

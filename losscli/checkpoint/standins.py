@@ -9,19 +9,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from losscli.checkpoint.claims import hold_against_size
+from losscli.checkpoint.claims import Fixed, hold_against_size
 
 __all__ = ["Path", "Record", "load_tensors"]
 
 
-class _Fixed(type):
-    """Keeps a pickle from setting attributes of the classes that it is given."""
-
-    def __setattr__(cls, name: str, _value: object) -> None:
-        raise TypeError(f"{cls.__name__}.{name} stays as it is")
-
-
-class Record(metaclass=_Fixed):
+class Record(metaclass=Fixed):
     """Stands in for an object of any class: keeps what it is built of, and does nothing.
 
     Attributes:
