@@ -163,7 +163,7 @@ def _is_exported(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return False
     ends = {name.rpartition("/")[2] for name in names}
     return "archive_format" in ends or "serialized_exported_program.json" in ends

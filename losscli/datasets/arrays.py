@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 import torch
@@ -113,7 +113,10 @@ def _hold_against_size(stream: IO[bytes]) -> None:
         for entry in archive.infolist():
             if entry.file_size > (entry.compress_size + 1) * _DEFLATED:
                 raise ValueError(f"{entry.filename!r} cannot be of {entry.file_size:,} bytes")
-            with archive.open(entry) as file:
+            with archive.open(entry) as opened:
+                file = cast("zipfile.ZipExtFile", opened)
+                if not file.peek(6).startswith(b"\x93NUMPY"):
+                    continue  # no array, as will be said
                 version = np.lib.format.read_magic(file)
                 read = _HEADERS.get(version)
                 if read is None:
