@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from losscli.models import (
 )
 from losscli.objective import Objective
 from losscli.points import tensors_of
+from losscli.ranks import current
 from losscli.recalibration import Recalibration, layers_of
 from losscli.settings import Buffers, DType, Settings
 from losscli.spec import Spec, call, look_up, read_toml, unfold
@@ -157,6 +158,37 @@ class Problem:
             All tensors of the point that stands for it.
         """
         return {**self.origin, **{name: weights[name] for name in self.moving}}
+
+    def places(self, steps: Sequence[int]) -> Sequence[Weights]:
+        """Places checkpoints, each when it is asked for; none is held.
+
+        Args:
+            steps: Their places among the names.
+
+        Returns:
+            All tensors of the points that stand for them.
+        """
+        return _Places(self, steps)
+
+
+class _Places(Sequence[Weights]):
+    """Points that stand for checkpoints, opened when they are asked for."""
+
+    def __init__(self, problem: Problem, steps: Sequence[int]) -> None:
+        self._problem = problem
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @overload
+    def __getitem__(self, at: int) -> Weights: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Weights]: ...
+    def __getitem__(self, at: int | slice) -> Weights | Sequence[Weights]:
+        if isinstance(at, slice):
+            return _Places(self._problem, self._steps[at])
+        return self._problem.place(self._problem.open(self._steps[at]).weights)
 
 
 def prepare(names: Sequence[str], settings: Settings) -> Problem:
@@ -294,6 +326,9 @@ def _device(name: str, dtype: str) -> torch.device:
             name = "cpu"
     try:
         device = torch.device(name)
+        ranks = current()
+        if ranks is not None and device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", ranks.local)
         # Only an allocation tells whether a device is really there.
         torch.empty(1, dtype=getattr(torch, dtype), device=device)
     except (RuntimeError, AssertionError, TypeError) as error:

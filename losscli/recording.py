@@ -20,7 +20,7 @@ from losscli.objective import Evaluation, Objective
 from losscli.points import Way
 from losscli.weights import Weights
 
-__all__ = ["Log"]
+__all__ = ["Log", "pack", "unpack"]
 
 
 class Log:
@@ -126,20 +126,7 @@ class Log:
         found = self.recall(start)
         if found is None:
             return None
-        number, chunk, self._objective.batch_size, way = found["state"].tolist()
-        self._objective.way = Way(way) if way else None
-        self._objective.idle = [self._objective.batchnorm[i] for i in found["idle"].tolist()]
-        evaluations = {
-            name: Evaluation(
-                torch.from_numpy(found[f"{i}"]),
-                {
-                    metric: torch.from_numpy(found[f"{i} {k}"])
-                    for k, metric in enumerate(self._objective.metrics)
-                },
-            )
-            for i, name in enumerate(self._splits)
-        }
-        return evaluations, number, chunk
+        return unpack(self._objective, self._splits, found)
 
     def record_chunk(
         self, start: int, found: Mapping[str, Evaluation], number: int, chunk: int
@@ -152,16 +139,7 @@ class Log:
             number: Its points.
             chunk: How many were taken at a time.
         """
-        way = self._objective.way
-        state = [number, chunk, self._objective.batch_size, way.value if way else 0]
-        layers = self._objective.batchnorm
-        idle = [i for i, layer in enumerate(layers) if layer in self._objective.idle]
-        arrays = {"state": np.array(state), "idle": np.array(idle, np.int64)}
-        for i, name in enumerate(self._splits):
-            arrays[f"{i}"] = found[name].losses.numpy()
-            for k, metric in enumerate(self._objective.metrics):
-                arrays[f"{i} {k}"] = found[name].metrics[metric].numpy()
-        self.record(start, arrays)
+        self.record(start, pack(self._objective, self._splits, found, number, chunk))
 
     def _rest(self, weights: Weights) -> Weights:
         """The tensors that stay as they are loaded, under whatever name a tensor goes."""
@@ -169,3 +147,62 @@ class Log:
         estimated = (name for layer in self._objective.statistics for name in layer.names)
         moving = {id(tensors[name]) for name in (*weights, *estimated) if name in tensors}
         return {name: tensor for name, tensor in tensors.items() if id(tensor) not in moving}
+
+
+def pack(
+    objective: Objective,
+    splits: Mapping[str, Examples],
+    found: Mapping[str, Evaluation],
+    number: int,
+    chunk: int,
+) -> dict[str, NDArray[Any]]:
+    """Makes arrays of a chunk of points.
+
+    Args:
+        objective: What was evaluated, in the state that it was in.
+        splits: The examples.
+        found: What was found on each split.
+        number: The points of the chunk.
+        chunk: How many were taken at a time.
+
+    Returns:
+        What `unpack` takes.
+    """
+    way = objective.way
+    state = [number, chunk, objective.batch_size, way.value if way else 0]
+    idle = [i for i, layer in enumerate(objective.batchnorm) if layer in objective.idle]
+    arrays = {"state": np.array(state), "idle": np.array(idle, np.int64)}
+    for i, name in enumerate(splits):
+        arrays[f"{i}"] = found[name].losses.numpy()
+        for k, metric in enumerate(objective.metrics):
+            arrays[f"{i} {k}"] = found[name].metrics[metric].numpy()
+    return arrays
+
+
+def unpack(
+    objective: Objective, splits: Mapping[str, Examples], arrays: Mapping[str, NDArray[Any]]
+) -> tuple[dict[str, Evaluation], int, int]:
+    """Takes a chunk of points, and puts the objective into the state that it was in.
+
+    Args:
+        objective: What was evaluated.
+        splits: The examples.
+        arrays: What `pack` made.
+
+    Returns:
+        What was found on each split, the points of the chunk, and how many were taken at a time.
+    """
+    number, chunk, objective.batch_size, way = arrays["state"].tolist()
+    objective.way = Way(way) if way else None
+    objective.idle = [objective.batchnorm[i] for i in arrays["idle"].tolist()]
+    evaluations = {
+        name: Evaluation(
+            torch.from_numpy(arrays[f"{i}"]),
+            {
+                metric: torch.from_numpy(arrays[f"{i} {k}"])
+                for k, metric in enumerate(objective.metrics)
+            },
+        )
+        for i, name in enumerate(splits)
+    }
+    return evaluations, number, chunk

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from losscli.datasets import Examples
 from losscli.losses import PerExample, of_mean
 from losscli.objective import Evaluation
+from losscli.ranks import decided
 from losscli.table import Cell
 
 __all__ = ["Estimate", "grow"]
@@ -190,10 +191,11 @@ def grow(
             blocks[name] = split.take(order[name][seen:size])
         for name, block in evaluate(blocks).items():
             found[name] = found[name].extend(block) if name in found else block
-        going = {
-            name: split
+        left = [
+            name
             for name, split in going.items()
             if size < len(split) and not found[name].is_known_to(tolerance)
-        }
+        ]
+        going = {name: going[name] for name in decided(left)}
         size *= 2
     return found

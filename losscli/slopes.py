@@ -26,7 +26,9 @@ from losscli.errors import LosscliError, ModelError, one_line
 from losscli.geometry import Line
 from losscli.journal import Journal
 from losscli.objective import Objective
+from losscli.ranks import Arrays, Ranks, current
 from losscli.recording import Log
+from losscli.sweep import halving
 from losscli.weights import Weights, pieces
 
 __all__ = ["Slopes", "slopes"]
@@ -48,6 +50,9 @@ _SAME = {torch.float64: 1e-8, torch.float32: 1e-3}
 _SAME_IN_HALF = 5e-2
 
 _LONGEST_REASON = 160
+
+# Pieces of work for each of several ranks.
+_SHARES = 4
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,9 @@ def slopes(
     }
     if not line.a or not alphas:
         return found
+    ranks = current()
+    if ranks is not None:
+        return _deal(ranks, objective, line, alphas, splits, progress, journal)
     course = _Course(objective, line)
     log = None
     if journal is not None:
@@ -133,6 +141,55 @@ def slopes(
             both = ((found[name].slope[i], found[name].curvature[i]) for name in splits)
             log.record(alpha, {f"{k}": np.array(pair) for k, pair in enumerate(both)})
     return found
+
+
+def _deal(
+    ranks: Ranks,
+    objective: Objective,
+    line: Line,
+    alphas: Sequence[float],
+    splits: Mapping[str, Examples],
+    progress: Callable[[float], None] | None,
+    journal: Journal | None,
+) -> dict[str, Slopes]:
+    """Differentiates at some points, and has other ranks do so at others."""
+    objective.batch_size = min(ranks.gather(objective.batch_size))
+    known: dict[int, Arrays] = {}
+    log = None
+    if journal is not None:
+        log = Log(journal, objective, splits, "slopes", line.ends, objective.batch_size)
+        recalled = ((i, log.recall(alpha)) for i, alpha in enumerate(alphas))
+        known = {i: arrays for i, arrays in recalled if arrays is not None}
+    # Whoever takes points holds the way to differentiate against others first.
+    left = [i for i in range(len(alphas)) if i not in known]
+    size = math.ceil(len(left) / (_SHARES * ranks.size)) or 1
+    blocks = [left[at : at + size] for at in range(0, len(left), size)]
+    pieces = ranks.decide([*([i] for i in known), *blocks])
+
+    def work(k: int, tell: Callable[[float], None]) -> Arrays:
+        points = [alphas[i] for i in pieces[k]]
+        found = halving(objective, lambda: slopes(objective, line, points, splits, tell))
+        both = (np.stack([found[name].slope, found[name].curvature], 1) for name in splits)
+        return {f"{n}": pairs for n, pairs in enumerate(both)}
+
+    def keep(k: int, arrays: Arrays) -> None:
+        if log is not None:
+            for place, i in enumerate(pieces[k]):
+                log.record(alphas[i], {name: pairs[place] for name, pairs in arrays.items()})
+
+    parts = ranks.deal(
+        [len(piece) for piece in pieces],
+        work,
+        known={k: {n: pair[None] for n, pair in known[i].items()} for k, i in enumerate(known)},
+        found=keep,
+        progress=progress,
+    )
+    order = torch.tensor([i for piece in pieces for i in piece]).argsort()
+    together = (
+        torch.from_numpy(np.concatenate([part[f"{n}"] for part in parts]))[order]
+        for n, _ in enumerate(splits)
+    )
+    return {name: Slopes(*t.unbind(1)) for name, t in zip(splits, together, strict=True)}
 
 
 class _Way(enum.Enum):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 
-from losscli.datasets import Examples
+from losscli.datasets import Examples, Split
 from losscli.errors import OutOfMemoryError
 from losscli.geometry import Slice
 from losscli.journal import Journal
 from losscli.objective import Evaluation, Objective
-from losscli.recording import Log
+from losscli.points import Way
+from losscli.ranks import Arrays, Ranks, current
+from losscli.recording import Log, pack, unpack
 from losscli.weights import Weights
 
 __all__ = ["check", "halving", "points_that_fit", "settle", "sweep", "sweep_plain"]
@@ -99,9 +103,27 @@ def sweep(
         OutOfMemoryError: One point and one example do not fit.
     """
     chunk = min(chunk or points_that_fit(objective, slice_.ends[0]), max(1, len(coordinates)))
+    splits = objective.splits if splits is None else splits
     log = None
     if journal is not None:
         log = Log.of_slice(journal, objective, splits, slice_, coordinates)
+    ranks = current()
+    if ranks is not None and coordinates:
+        return _deal(ranks, objective, slice_, coordinates, chunk, splits, progress, journal, log)
+    return _walk(objective, slice_, coordinates, chunk, splits, progress, journal, log)
+
+
+def _walk(
+    objective: Objective,
+    slice_: Slice,
+    coordinates: Sequence[Sequence[float]],
+    chunk: int,
+    splits: Mapping[str, Examples],
+    progress: Callable[[float], None] | None,
+    journal: Journal | None = None,
+    log: Log | None = None,
+) -> dict[str, Evaluation]:
+    """Evaluates points chunk by chunk."""
     parts: list[dict[str, Evaluation]] = []
     done = 0
     while done < len(coordinates):
@@ -133,11 +155,15 @@ def sweep(
         # Of a line, the ends may be all there is to see; they are loaded plainly.
         exact = torch.float64 if objective.dtype == torch.float64 else torch.float32
         nothing = {metric: torch.empty(0, dtype=torch.float64) for metric in objective.metrics}
-        chosen = objective.splits if splits is None else splits
         return {
             name: Evaluation(torch.empty(0, len(split), dtype=exact), nothing)
-            for name, split in chosen.items()
+            for name, split in splits.items()
         }
+    return _join(objective, parts)
+
+
+def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> dict[str, Evaluation]:
+    """Lays the points of several chunks one after the other."""
     return {
         name: Evaluation(
             torch.cat([part[name].losses for part in parts]),
@@ -146,13 +172,116 @@ def sweep(
                 for metric in objective.metrics
             },
         )
-        for name in (objective.splits if splits is None else splits)
+        for name in parts[0]
     }
+
+
+def _deal(
+    ranks: Ranks,
+    objective: Objective,
+    slice_: Slice,
+    coordinates: Sequence[Sequence[float]],
+    chunk: int,
+    splits: Mapping[str, Examples],
+    progress: Callable[[float], None] | None,
+    journal: Journal | None,
+    log: Log | None,
+) -> dict[str, Evaluation]:
+    """Evaluates points together with other ranks, chunks going to whoever is free."""
+    known = {} if log is None else _known(log, len(coordinates))
+    halving(objective, lambda: objective.settle(slice_, coordinates[:chunk]))
+    most = _agree(ranks, objective, chunk, known.values())
+    # What is decoded in each pass goes by as seldom as may be.
+    streamed = any(not isinstance(split, Split) for split in splits.values())
+    taken = [(start, start + _number(arrays)) for start, arrays in known.items()]
+    chunks = ranks.decide(_cut(len(coordinates), taken, most, ranks.size, even=streamed))
+
+    def work(i: int, tell: Callable[[float], None]) -> Arrays:
+        points = coordinates[slice(*chunks[i])]
+        found = _walk(objective, slice_, points, len(points), splits, tell)
+        return pack(objective, splits, found, len(points), most)
+
+    def keep(i: int, arrays: Arrays) -> None:
+        if log is not None:
+            log.record(chunks[i][0], arrays)
+
+    if journal is not None and progress is not None:
+        journal.skipped += sum(stop - start for start, stop in taken)
+    parts = ranks.deal(
+        [stop - start for start, stop in chunks],
+        work,
+        known={i: known[start] for i, (start, _) in enumerate(chunks) if start in known},
+        found=keep,
+        progress=progress,
+    )
+    return _join(objective, [unpack(objective, splits, part)[0] for part in parts])
+
+
+def _known(log: Log, number: int) -> dict[int, Arrays]:
+    """Recalls chunks, whoever took them, by their first points."""
+    known: dict[int, Arrays] = {}
+    start = 0
+    while start < number:
+        found = log.recall(start)
+        if found is None:
+            start += 1
+        else:
+            known[start] = found
+            start += _number(found)
+    return known
+
+
+def _number(arrays: Arrays) -> int:
+    return int(arrays["state"][0])
+
+
+def _agree(ranks: Ranks, objective: Objective, chunk: int, known: Iterable[Arrays]) -> int:
+    """Makes ranks evaluate alike: returns the points at a time that fit the least of them."""
+    batch = min([objective.batch_size, *(int(arrays["state"][2]) for arrays in known)])
+    way = objective.way
+    told = ranks.gather([chunk, batch, way.value if way else 0])
+    objective.batch_size = min(batch for _, batch, _ in told)
+    if len({way for *_, way in told}) > 1:
+        # On devices of several kinds, one way that is right on all of them.
+        objective.way = Way.LOADED
+    return min(chunk for chunk, *_ in told)
+
+
+def _cut(
+    number: int, taken: Sequence[tuple[int, int]], most: int, ranks: int, *, even: bool
+) -> list[tuple[int, int]]:
+    """Cuts points into chunks, whatever of them was taken before.
+
+    Args:
+        number: How many points there are.
+        taken: The chunks that are known, the first points rising.
+        most: Points at a time.
+        ranks: How many take them.
+        even: Whether each rank takes as many, at once; otherwise chunks get smaller towards the
+            end, so that no rank waits long for another (Polychronopoulos & Kuck 1987, guided
+            self-scheduling, with half of the share).
+
+    Returns:
+        The chunks, from the first point up to that behind the last.
+    """
+    cuts = [0]
+    while cuts[-1] < number:
+        left = number - cuts[-1]
+        share = number / ranks if even else left / (2 * ranks)
+        cuts.append(cuts[-1] + min(left, most, math.ceil(share)))
+    chunks: list[tuple[int, int]] = []
+    start = 0
+    for begin, end in (*taken, (number, number)):
+        ends = [cut for cut in cuts if start < cut < begin]
+        chunks += itertools.pairwise([start, *ends, begin] if start < begin else [])
+        chunks += [(begin, end)] if begin < end else []
+        start = end
+    return chunks
 
 
 def sweep_plain(
     objective: Objective,
-    checkpoints: Iterable[Weights],
+    checkpoints: Sequence[Weights],
     *,
     splits: Mapping[str, Examples] | None = None,
     progress: Callable[[float], None] | None = None,
@@ -162,7 +291,7 @@ def sweep_plain(
 
     Args:
         objective: What to evaluate.
-        checkpoints: All tensors of the model, for each point.
+        checkpoints: All tensors of the model, for each point; each is taken when it is needed.
         splits: The examples; all by default.
         progress: Called with the points done so far.
         journal: Where finished points are recorded, and recalled from instead of evaluated.
@@ -170,6 +299,10 @@ def sweep_plain(
     Returns:
         For each checkpoint and split the evaluation at this one point.
     """
+    splits = objective.splits if splits is None else splits
+    ranks = current()
+    if ranks is not None and checkpoints:
+        return _deal_plain(ranks, objective, checkpoints, splits, progress, journal)
     results: list[dict[str, Evaluation]] = []
     for weights in checkpoints:
         log = None if journal is None else Log(journal, objective, splits, "plain", [weights])
@@ -182,15 +315,56 @@ def sweep_plain(
                 journal.skipped += 1
                 progress(len(results))
             continue
-
-        def evaluate(weights: Weights = weights, done: int = len(results)) -> dict[str, Evaluation]:
-            return objective.plain(weights, splits, _Tally(done, progress).add)
-
-        found = halving(objective, evaluate)
+        tell = _Tally(len(results), progress)
+        found = _plain(objective, weights, splits, tell)
         if log is not None:
             log.record_chunk(0, found, 1, 1)
         results.append(found)
     return results
+
+
+def _plain(
+    objective: Objective, weights: Weights, splits: Mapping[str, Examples], tally: _Tally
+) -> dict[str, Evaluation]:
+    def evaluate() -> dict[str, Evaluation]:
+        return objective.plain(weights, splits, tally.anew().add)
+
+    return halving(objective, evaluate)
+
+
+def _deal_plain(
+    ranks: Ranks,
+    objective: Objective,
+    checkpoints: Sequence[Weights],
+    splits: Mapping[str, Examples],
+    progress: Callable[[float], None] | None,
+    journal: Journal | None,
+) -> list[dict[str, Evaluation]]:
+    """Evaluates checkpoints together with other ranks; each opens those that it evaluates."""
+    logs: list[Log] = []
+    known: dict[int, Arrays] = {}
+    if journal is not None:
+        for i, weights in enumerate(checkpoints):
+            logs.append(Log(journal, objective, splits, "plain", [weights]))
+            found = logs[i].recall(0)
+            if found is not None:
+                known[i] = found
+    _agree(ranks, objective, 1, known.values())
+
+    def work(i: int, tell: Callable[[float], None]) -> Arrays:
+        found = _plain(objective, checkpoints[i], splits, _Tally(0, tell))
+        return pack(objective, splits, found, 1, 1)
+
+    def keep(i: int, arrays: Arrays) -> None:
+        if logs:
+            logs[i].record(0, arrays)
+
+    if journal is not None and progress is not None:
+        journal.skipped += len(known)
+    parts = ranks.deal([1] * len(checkpoints), work, known=known, found=keep, progress=progress)
+    # What comes next may find these weights where a slice moves nothing.
+    objective.load(checkpoints[-1])
+    return [unpack(objective, splits, part)[0] for part in parts]
 
 
 def halving(objective: Objective, work: Callable[[], _T]) -> _T:
@@ -229,7 +403,13 @@ class _Tally:
 
     def __init__(self, done: float, progress: Callable[[float], None] | None) -> None:
         self._done = done
+        self._begun = done
         self._progress = progress
+
+    def anew(self) -> _Tally:
+        """Begins anew, after what was done was lost."""
+        self._done = self._begun
+        return self
 
     def add(self, share: float) -> None:
         self._done += share

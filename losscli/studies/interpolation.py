@@ -20,6 +20,7 @@ from losscli.geometry import Line, grid
 from losscli.journal import Journal
 from losscli.objective import Evaluation, Objective
 from losscli.problem import float32_precision, prepare
+from losscli.ranks import decided
 from losscli.refinement import Curve as Seen
 from losscli.refinement import propose, uniform_points
 from losscli.results import Result
@@ -483,12 +484,13 @@ class Interpolation(Study):
             proposal = propose(
                 looked.alphas, curves, tolerance, noise=_NOISE[self.problem.settings.dtype]
             )
-            if not proposal.alphas:
+            alphas = decided(list(proposal.alphas))
+            if not alphas:
                 return looked, proposal.exhausted
-            points = [(alpha,) for alpha in proposal.alphas]
+            points = [(alpha,) for alpha in alphas]
             found = sweep(self.problem.objective, line, points, journal=journal)
-            slopes_ = self._slopes(line, proposal.alphas, journal)
-            looked = looked.add(proposal.alphas, found, slopes_)
+            slopes_ = self._slopes(line, alphas, journal)
+            looked = looked.add(alphas, found, slopes_)
 
     def _without_rounding(
         self, line: Line, looked: _Looked, journal: Journal | None
@@ -515,18 +517,18 @@ class Interpolation(Study):
                 for curve in curves.values()
                 for alpha in near_rounding(looked.alphas, curve.means, dtype)
             } - again
-            if not doubted:
+            order = decided(sorted(doubted))
+            if not order:
                 return curves, len(again)
             if precise is None:
                 precise = self._in_float64()
-            order = sorted(doubted)
             found = sweep(precise, line, [(alpha,) for alpha in order], journal=journal)
             places = [2 + looked.alphas.index(alpha) for alpha in order]
             curves = {
                 name: curve.replace(places, found[name].losses.numpy())
                 for name, curve in curves.items()
             }
-            again |= doubted
+            again |= set(order)
 
     def _in_float64(self) -> Objective:
         objective = self.problem.objective

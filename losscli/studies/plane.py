@@ -311,7 +311,7 @@ class Plane(Study):
         objective, names = self.problem.objective, self.problem.names
         checkpoints = sweep_plain(
             objective,
-            (self.problem.place(self.problem.open(t).weights) for t, _ in enumerate(names)),
+            self.problem.places(range(len(names))),
             splits=splits,
             progress=tell,
             journal=journal,

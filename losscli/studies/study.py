@@ -21,6 +21,7 @@ from losscli.geometry import Slice
 from losscli.journal import Journal
 from losscli.objective import Objective
 from losscli.problem import Problem, float32_precision
+from losscli.ranks import apart
 from losscli.results import Result
 from losscli.spec import own_code
 from losscli.sweep import check, halving, points_that_fit, sweep, sweep_plain
@@ -429,11 +430,12 @@ class Study(ABC):
         """
         objective, dtype = self.problem.objective, self.problem.settings.dtype
         # The same statistics for both, whatever they are: what differs is the way.
-        with objective.held():
+        # And every rank for itself: it may have a device of its own.
+        with objective.held(), apart():
             worst = self._apart(slice_, anchors, more, _TOLERANCE[dtype])
         if objective.recalibration is None:
             return worst
-        with objective.brief():
+        with objective.brief(), apart():
             return max(worst, self._apart(slice_, anchors, more, _TOLERANCE_OF_ESTIMATES[dtype]))
 
     def _apart(
@@ -445,7 +447,7 @@ class Study(ABC):
     ) -> float:
         objective = self.problem.objective
         batches = objective.first_batches()
-        plain = sweep_plain(objective, (weights for _, weights in anchors), splits=batches)
+        plain = sweep_plain(objective, [weights for _, weights in anchors], splits=batches)
         coordinates = [*(point for point, _ in anchors), *more]
         found = sweep(objective, slice_, coordinates, splits=batches)
         worst = 0.0

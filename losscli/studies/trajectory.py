@@ -18,6 +18,7 @@ from losscli.geometry import Line, grid
 from losscli.journal import Journal
 from losscli.paths import Path, measure, random_walks, ribbon
 from losscli.problem import float32_precision, prepare
+from losscli.ranks import current
 from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
@@ -29,6 +30,9 @@ from losscli.weights import Weights
 __all__ = ["Trajectory", "trajectory"]
 
 _WALKS = 10
+
+# Checkpoints for each of several ranks, of whose losses more than means are held.
+_SHARES = 4
 
 # Farther off the path, as a multiple of the largest residual, nobody looks.
 _FARTHEST = 1e6
@@ -225,30 +229,33 @@ class Trajectory(Study):
         journal: Journal | None,
     ) -> dict[str, Estimate]:
         """Evaluates all checkpoints, then the ribbon; of each step no more than means is kept."""
-        each = 1 + len(self.offsets)
         checkpoints, across = [], []
-        for t, _ in enumerate(self.problem.names):
-            here, beside = (partial(_further, tell, t * each + i) for i in (0, 1))
-            checkpoints.append(self._step(t, splits, here, journal))
-            if self.offsets:
-                across.append(self._across(t, splits, beside, journal))
+        steps, number, done = range(len(self.problem.names)), len(self.offsets), 0
+        ranks = current()
+        # Among several ranks checkpoints are dealt, so there have to be some.
+        at_once = 1 if ranks is None else _SHARES * ranks.size
+        for begin in range(0, len(steps), at_once):
+            some = steps[begin : begin + at_once]
+            checkpoints += self._steps(some, splits, partial(_further, tell, done), journal)
+            done += len(some)
+            for t in some if self.offsets else ():
+                across.append(self._across(t, splits, partial(_further, tell, done), journal))
+                done += number
         return {
             name: Estimate.join([part[name] for part in (*checkpoints, *across)]) for name in splits
         }
 
-    def _step(
+    def _steps(
         self,
-        t: int,
+        steps: Sequence[int],
         splits: Mapping[str, Examples],
         tell: Callable[[float], None],
         journal: Journal | None,
-    ) -> dict[str, Estimate]:
-        """Evaluates a checkpoint, loaded plainly."""
-        weights = self.problem.place(self._weights(t))
-        (found,) = sweep_plain(
-            self.problem.objective, [weights], splits=splits, progress=tell, journal=journal
-        )
-        return {name: Estimate.of_evaluation(e) for name, e in found.items()}
+    ) -> list[dict[str, Estimate]]:
+        """Evaluates checkpoints, loaded plainly."""
+        objective, weights = self.problem.objective, self.problem.places(steps)
+        found = sweep_plain(objective, weights, splits=splits, progress=tell, journal=journal)
+        return [{name: Estimate.of_evaluation(e) for name, e in one.items()} for one in found]
 
     def _across(
         self,

@@ -1,0 +1,476 @@
+"""Several processes that share one run, as torchrun starts them.
+
+Every rank does the same: reads the checkpoints and the data, and comes to the same places where
+there is work to deal. There pieces of work go to whoever is free, and what is found goes to all.
+Rank 0 alone reads and writes the journal and the results, and talks.
+
+All of it goes through the store of torch.distributed, which torchrun keeps outside of the ranks.
+No process group is made: nobody waits within a collective for a rank that died, and what a rank
+found outlives it. The numbers are small, and the same on any device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losscli.errors import LosscliError, UsageError, one_line
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+__all__ = [
+    "Arrays",
+    "Ranks",
+    "RanksError",
+    "apart",
+    "current",
+    "decided",
+    "is_one_of_many",
+    "joined",
+]
+
+Arrays = Mapping[str, NDArray[Any]]
+
+_T = TypeVar("_T")
+
+# Seconds: for all ranks to be there; between two looks at the store within a computation; between
+# two while there is nothing else to do; between two signs of life; after which one is missed; and
+# for which rank 0 stays when it is done, where the store is its own.
+_JOIN = 600.0
+_LOOK = 0.1
+_IDLE = 0.005
+_BEAT = 5.0
+_MISSED = 60.0
+_STAY = 30.0
+
+# The store takes no values above 8 MiB.
+_PIECE = 4 << 20
+
+# Shares of a point that are counted: the store counts in whole numbers.
+_PARTS = 1000
+
+
+class RanksError(LosscliError):
+    """Another rank failed, or is gone."""
+
+
+class Ranks:
+    """The ranks that share a run, as one of them sees them.
+
+    Args:
+        store: What all of them read and write.
+        rank: Which of them this one is.
+        size: How many there are.
+        local: Which of those on this machine this one is.
+
+    Attributes:
+        rank: Which of them this one is; rank 0 leads.
+        size: How many there are.
+        local: Which of those on this machine this one is, and so whose is the GPU of that number.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, local: int = 0) -> None:
+        self.rank = rank
+        self.size = size
+        self.local = local
+        self._store = store
+        self._step = 0
+        self._deal: _Deal | None = None
+        self._past: list[_Deal] = []
+        self._looked = self._watched = 0.0
+        self._heard = {r: (-1, time.monotonic()) for r in range(size)}
+        self._over = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._beating.start()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which alone reads and writes results, and talks."""
+        return self.rank == 0
+
+    def gather(self, value: _T) -> list[_T]:
+        """Tells all ranks a value, and hears theirs.
+
+        Args:
+            value: Of JSON's types.
+
+        Returns:
+            The values in the order of the ranks, the same for all.
+
+        Raises:
+            RanksError: A rank failed or is gone.
+        """
+        step = self._next()
+        self._store.set(f"{step}/{self.rank}", json.dumps(value))
+        keys = [f"{step}/{r}" for r in range(self.size)]
+        self._wait(lambda: self._store.check(keys))
+        return [json.loads(text) for text in self._store.multi_get(keys)]
+
+    def decide(self, value: _T) -> _T:
+        """Leaves a decision to rank 0.
+
+        Args:
+            value: What this rank would say, of JSON's types.
+
+        Returns:
+            What rank 0 says.
+
+        Raises:
+            RanksError: A rank failed or is gone.
+        """
+        key = f"{self._next()}/decided"
+        if self.leads:
+            self._store.set(key, json.dumps(value))
+            return value
+        self._wait(lambda: self._store.check([key]))
+        decided: _T = json.loads(self._store.get(key))
+        return decided
+
+    def agree(self, told: Mapping[str, str]) -> None:
+        """Makes sure that all ranks look at the same things.
+
+        Args:
+            told: For each thing, by what it is called, something that tells it from others.
+
+        Raises:
+            UsageError: They do not.
+        """
+        hosts = self.gather(socket.gethostname())
+        first, *others = self.gather(dict(told))
+        for rank, other in enumerate(others, 1):
+            for name in dict.fromkeys([*first, *other]):
+                if first.get(name) != other.get(name):
+                    raise UsageError(
+                        f"{name}: not the same for rank 0 on {hosts[0]} and rank {rank} on "
+                        f"{hosts[rank]}",
+                        "Give every machine the same files and versions, and order in code that "
+                        "lists files or draws at random",
+                    )
+
+    def deal(
+        self,
+        sizes: Sequence[int],
+        work: Callable[[int, Callable[[float], None]], Arrays],
+        *,
+        known: Mapping[int, Arrays] | None = None,
+        found: Callable[[int, Arrays], None] | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> list[Arrays]:
+        """Deals pieces of work to the ranks as these come free.
+
+        Args:
+            sizes: How large the pieces are, in what progress counts.
+            work: Does a piece, and tells how much of it is done.
+            known: Pieces that need no work; rank 0's count.
+            found: Called on rank 0 with each piece that is done, by whichever rank, as soon as
+                rank 0 hears of it.
+            progress: Called on rank 0 with how much is done by all ranks.
+
+        Returns:
+            What was found of each piece, the same on all ranks.
+
+        Raises:
+            RanksError: A rank failed or is gone.
+        """
+        step = self._next()
+        deal = _Deal(step, found if self.leads else None, progress if self.leads else None)
+        for i, arrays in (known or {}).items() if self.leads else ():
+            deal.have[i] = arrays
+            self._publish(deal, i, arrays)
+        todo = self.decide([i for i in range(len(sizes)) if i not in deal.have])
+        deal.base = sum(sizes) - sum(sizes[i] for i in todo)
+        self._deal = deal
+        try:
+            self._forget()
+            while (k := self._store.add(f"{step}/next", 1) - 1) < len(todo):
+                i = todo[k]
+                before = deal.mine
+
+                def tell(done: float, before: float = before) -> None:
+                    deal.mine = before + done
+                    self.attend()
+
+                with apart():
+                    arrays = work(i, tell)
+                deal.mine = before + sizes[i]
+                deal.have[i] = arrays
+                self._publish(deal, i, arrays)
+                if deal.found is not None:
+                    deal.found(i, arrays)
+                self._look()
+            self._wait(lambda: len(deal.have) == len(sizes))
+        except BaseException:
+            # What others have finished is kept whatever ends this.
+            with contextlib.suppress(RuntimeError, LosscliError):
+                self._collect(deal)
+            raise
+        finally:
+            self._deal = None
+        if deal.progress is not None:
+            deal.progress(sum(sizes))
+        self._store.add(f"{step}/read", 1)
+        self._past.append(deal)
+        return [deal.have[i] for i in range(len(sizes))]
+
+    def attend(self) -> None:
+        """Looks, now and then, what others did meanwhile. To be called within long computations.
+
+        Raises:
+            RanksError: A rank failed or is gone.
+        """
+        if time.monotonic() - self._looked >= _LOOK:
+            self._look()
+
+    def fail(self, text: str) -> None:
+        """Tells the others why this rank ends, so that they end too.
+
+        Args:
+            text: The error, in one line.
+        """
+        with contextlib.suppress(RuntimeError):
+            told = json.dumps([self.rank, socket.gethostname(), text])
+            self._store.compare_set("error", "", told)
+
+    def leave(self, status: int) -> None:
+        """Takes leave of the other ranks.
+
+        Args:
+            status: The exit status; an error is told to `fail` before.
+        """
+        # Whatever becomes of the store now, this rank has done its part.
+        with contextlib.suppress(RuntimeError, RanksError):
+            if self.leads:
+                self._store.set("over", "")
+                if not status and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                    self._stay()
+            elif 0 < status <= 128:
+                # A rank that ends with an error is heard by torchrun, which then ends all of them:
+                # not before rank 0 has told of it.
+                self._patiently(lambda: self._store.check(["over"]))
+            self._store.add("left", 1)
+        self._over.set()
+        self._beating.join(timeout=1)
+
+    def _stay(self) -> None:
+        """Waits for the others where the store ends with this process."""
+        until = time.monotonic() + _STAY
+        while self._store.add("left", 0) < self.size - 1 and time.monotonic() < until:
+            time.sleep(_LOOK)
+
+    def _next(self) -> int:
+        self._step += 1
+        return self._step
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        """Waits, and looks what others do; never within a call that no signal interrupts."""
+        while True:
+            self._look()
+            if until():
+                return
+            time.sleep(_IDLE)
+
+    def _patiently(self, until: Callable[[], bool]) -> None:
+        """Waits for something of rank 0, as long as rank 0 is there."""
+        while not until():
+            self._watch()
+            time.sleep(_LOOK)
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        if self._store.check(["error"]):
+            rank, host, text = json.loads(self._store.get("error"))
+            raise RanksError(f"rank {rank} on {host}: {text}")
+        self._watch()
+        deal = self._deal
+        if deal is None:
+            return
+        self._collect(deal)
+        parts = round(deal.mine * _PARTS) - deal.counted
+        if parts:
+            deal.counted += parts
+        if parts or deal.progress is not None:
+            done = self._store.add(f"{deal.step}/points", parts) / _PARTS
+            if deal.progress is not None:
+                deal.progress(deal.base + done)
+
+    def _collect(self, deal: _Deal) -> None:
+        """Takes what others found since."""
+        while self._store.check([f"{deal.step}/log/{deal.heard}"]):
+            i, pieces = json.loads(self._store.get(f"{deal.step}/log/{deal.heard}"))
+            deal.heard += 1
+            if i in deal.have:
+                continue
+            keys = [f"{deal.step}/{i}/{j}" for j in range(pieces)]
+            arrays = _unpack(b"".join(self._store.get(key) for key in keys))
+            deal.have[i] = arrays
+            if deal.found is not None:
+                deal.found(i, arrays)
+
+    def _publish(self, deal: _Deal, i: int, arrays: Arrays) -> None:
+        content = _pack(arrays)
+        pieces = range(0, len(content), _PIECE)
+        for j, at in enumerate(pieces):
+            # Its stubs know of text alone; both are bytes on the way.
+            self._store.set(f"{deal.step}/{i}/{j}", content[at : at + _PIECE])  # type: ignore[arg-type]
+        place = self._store.add(f"{deal.step}/done", 1) - 1
+        self._store.set(f"{deal.step}/log/{place}", json.dumps([i, len(pieces)]))
+
+    def _forget(self) -> None:
+        """Makes room in the store, where all have read what was in it."""
+        if not self.leads:
+            self._past.clear()
+            return
+        for deal in list(self._past):
+            if self._store.add(f"{deal.step}/read", 0) < self.size:
+                continue
+            for place in range(deal.heard):
+                i, pieces = json.loads(self._store.get(f"{deal.step}/log/{place}"))
+                for j in range(pieces):
+                    self._store.delete_key(f"{deal.step}/{i}/{j}")
+                self._store.delete_key(f"{deal.step}/log/{place}")
+            self._past.remove(deal)
+
+    def _beat(self) -> None:
+        """Gives signs of life. In a thread of its own: a batch may take its time."""
+        with contextlib.suppress(RuntimeError):
+            while True:
+                self._store.add(f"beat/{self.rank}", 1)
+                if self._over.wait(_BEAT):
+                    return
+
+    def _watch(self) -> None:
+        """Makes sure that the others live: rank 0 that all do, they that rank 0 does."""
+        now = time.monotonic()
+        if now - self._watched < _BEAT:
+            return
+        self._watched = now
+        for rank in range(1, self.size) if self.leads else (0,):
+            beats = self._store.add(f"beat/{rank}", 0)
+            before, since = self._heard[rank]
+            if beats != before:
+                self._heard[rank] = beats, now
+            elif now - since > _MISSED:
+                raise RanksError(
+                    f"rank {rank} was not heard of for {now - since:.0f} s",
+                    "Does every rank run the same command? Without RANK and WORLD_SIZE in the "
+                    "environment it runs alone",
+                )
+
+
+class _Deal:
+    """What this rank knows of work that is dealt."""
+
+    def __init__(
+        self,
+        step: int,
+        found: Callable[[int, Arrays], None] | None,
+        progress: Callable[[float], None] | None,
+    ) -> None:
+        self.step = step
+        self.found = found
+        self.progress = progress
+        self.have: dict[int, Arrays] = {}
+        self.heard = 0  # entries of the log of finished pieces
+        self.base = 0  # what was known before
+        self.mine = 0.0  # what this rank has done
+        self.counted = 0  # what of that the others know, in parts
+
+
+_CURRENT: Ranks | None = None
+
+
+def current() -> Ranks | None:
+    """Tells with whom this process shares its run.
+
+    Returns:
+        The ranks; None where it runs alone.
+    """
+    return _CURRENT
+
+
+def decided(value: _T) -> _T:
+    """Leaves a decision to rank 0, where there are ranks.
+
+    Args:
+        value: What this process would say, of JSON's types.
+
+    Returns:
+        What is to be done.
+    """
+    return value if _CURRENT is None else _CURRENT.decide(value)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Lets each rank do by itself what it would share.
+
+    Yields:
+        Nothing.
+    """
+    global _CURRENT  # noqa: PLW0603
+    others, _CURRENT = _CURRENT, None
+    try:
+        yield
+    finally:
+        _CURRENT = others
+
+
+def is_one_of_many() -> bool:
+    """Tells whether this process was started as one of several, as torchrun does.
+
+    Returns:
+        Whether it was.
+    """
+    needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    return all(os.environ.get(name) for name in needed) and os.environ["WORLD_SIZE"] != "1"
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Joins the other processes.
+
+    Yields:
+        The ranks, which are the current ones meanwhile.
+
+    Raises:
+        RanksError: They cannot be reached.
+    """
+    global _CURRENT  # noqa: PLW0603 - there is one environment, and one run in it
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_JOIN)))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+    except (RuntimeError, ValueError) as error:
+        raise RanksError(
+            f"the other ranks cannot be reached: {one_line(error)}",
+            "Start all of them with torchrun",
+        ) from None
+    _CURRENT = Ranks(store, rank, size, local)
+    try:
+        yield _CURRENT
+    finally:
+        _CURRENT = None
+
+
+def _pack(arrays: Arrays) -> bytes:
+    room = io.BytesIO()
+    np.savez(room, allow_pickle=False, **arrays)
+    return room.getvalue()
+
+
+def _unpack(content: bytes) -> dict[str, NDArray[Any]]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
