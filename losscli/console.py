@@ -13,7 +13,7 @@ from typing import TextIO
 
 from losscli.errors import OutputError, printable
 
-__all__ = ["Console"]
+__all__ = ["Console", "SilentConsole"]
 
 _INTERVAL = 10.0
 
@@ -178,6 +178,34 @@ class Console:
                 self._line(f"{int(done)}/{total} {unit}, {_duration(left)} left")
 
         return tell
+
+
+class SilentConsole(Console):
+    """The streams of a process that leaves all talk to another one.
+
+    Attributes:
+        said: The last error that was to be told.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stdout = self.stderr = None
+        self.said = ""
+
+    def result(self, text: str) -> None:
+        """Writes nothing.
+
+        Args:
+            text: What another process writes.
+        """
+
+    def error(self, text: str) -> None:
+        """Keeps an error.
+
+        Args:
+            text: What another process may tell.
+        """
+        self.said = text
 
 
 def _duration(seconds: float) -> str:

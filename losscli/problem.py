@@ -327,7 +327,7 @@ def _device(name: str, dtype: str) -> torch.device:
     try:
         device = torch.device(name)
         ranks = current()
-        if ranks is not None and device.type == "cuda" and device.index is None:
+        if ranks is not None and name == "cuda":
             device = torch.device("cuda", ranks.local)
         # Only an allocation tells whether a device is really there.
         torch.empty(1, dtype=getattr(torch, dtype), device=device)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
-from losscli.console import Console
+from losscli.console import Console, SilentConsole
 from losscli.errors import LosscliError, UsageError
 
 __all__ = ["main"]
+
+# What several processes do together. All else takes no longer by rank 0 alone.
+_SHARED = frozenset({"interpolate", "trajectory", "plane"})
 
 
 class _Signalled(BaseException):
@@ -52,7 +56,16 @@ def run(arguments: Sequence[str], console: Console) -> int:
     # Not a KeyboardInterrupt: typer would swallow it.
     before = {n: signal.signal(n, _signalled) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _dispatch(arguments, console)
+        return _attempt(partial(_dispatch, arguments), console)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _attempt(work: Callable[[Console], int], console: Console) -> int:
+    """Does what a command asks for; returns its exit status, and tells of errors."""
+    try:
+        return work(console)
     except LosscliError as error:
         if console.traceback:
             raise
@@ -88,9 +101,6 @@ def run(arguments: Sequence[str], console: Console) -> int:
         )
         console.error(_with_what_is_kept(fault, console))
         return 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _kept(console: Console) -> str:
@@ -110,6 +120,33 @@ def _signalled(number: int, _frame: FrameType | None) -> None:
 
 
 def _dispatch(arguments: Sequence[str], console: Console) -> int:
+    if "RANK" in os.environ:
+        from losscli.ranks import is_one_of_many
+
+        if is_one_of_many():
+            return _among_ranks(arguments, console)
+    return _parse(arguments, console)
+
+
+def _among_ranks(arguments: Sequence[str], console: Console) -> int:
+    """Runs a command together with other processes, of which rank 0 alone talks."""
+    leads = os.environ["RANK"] == "0"
+    if not set(arguments[:1]) <= _SHARED or not {"-h", "--help"}.isdisjoint(arguments):
+        return _parse(arguments, console) if leads else 0
+    from losscli.ranks import joined
+
+    silent = SilentConsole()
+    with joined() as ranks:
+        own = console if leads else silent
+        status = _attempt(partial(_parse, arguments), own)
+        # What ends by a signal was told to, and the others were too.
+        if 0 < status <= 128:
+            ranks.fail(silent.said)
+        ranks.leave(status)
+    return status
+
+
+def _parse(arguments: Sequence[str], console: Console) -> int:
     # typer takes a tenth of a second to import: within `run`, so that Ctrl-C is heard meanwhile.
     import typer
 

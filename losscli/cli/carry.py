@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from losscli import report
 from losscli.cli.options import Write
 from losscli.console import Console
 from losscli.errors import UsageError
+from losscli.ranks import Ranks, current, decided
 from losscli.results import Result, to_json
 
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ _TOLD: Mapping[str, Callable[[Result], str]] = {
     "check": lambda result: report.check(result.summary, result.table.records()),
 }
 
+# What the basis of a study tells of the machine.
+_OWN = frozenset({
+    "Python", "the device", "the number of threads", "what the model makes of a first batch",
+})  # fmt: skip
+
 
 def carry_out(
     command: str, names: Sequence[str], plan: Callable[[], Study], write: Write, console: Console
@@ -40,6 +47,10 @@ def carry_out(
         write: Where its result goes.
         console: The streams.
     """
+    ranks = current()
+    if ranks is not None and not ranks.leads:
+        _help(ranks, plan, write, console)
+        return
     # A long path is named after its ends.
     output = write.plan(command, names if len(names) <= 3 else [names[0], names[-1]])
     with console.guard_stdout():
@@ -48,6 +59,9 @@ def carry_out(
         description = study.describe()
         console.result(f"{to_json(description)}\n" if write.json else report.plan(description))
         return
+    if ranks is not None:
+        with console.guard_stdout():
+            ranks.agree(_alike(study))
     if output is None:
         console.result(_evaluate(study, console, None).table.to_csv())
         return
@@ -70,6 +84,21 @@ def carry_out(
     else:
         console.result(_TOLD[command](result))
     console.note(f"wrote {', '.join(map(str, files))}")
+
+
+def _help(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Console) -> None:
+    """Does a rank's share of a study that rank 0 carries out."""
+    with console.guard_stdout():
+        study = plan()
+        if not write.dry_run:
+            ranks.agree(_alike(study))
+            study.run()
+
+
+def _alike(study: Study) -> dict[str, str]:
+    """What has to be the same for all ranks, whatever machines they are on."""
+    told = study.basis().told
+    return {name: json.dumps(value) for name, value in told.items() if name not in _OWN}
 
 
 def _evaluate(study: Study, console: Console, journal: Journal | None) -> Result:
@@ -133,7 +162,9 @@ def names_of(arguments: Sequence[str]) -> list[str]:
     names: list[str] = []
     for argument in arguments:
         if argument == "-":
-            text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape")
+            ranks = current()
+            own = b"" if ranks is not None and not ranks.leads else sys.stdin.buffer.read()
+            text = decided(own.decode("utf-8-sig", "surrogateescape"))
             # Only at the ends of lines: a name may hold what Python else takes for one.
             lines = text.replace("\r\n", "\n").split("\n")
             given = [line for line in lines if line.strip()]
