@@ -18,6 +18,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -448,11 +449,14 @@ def joined() -> Iterator[Ranks]:
         RanksError: They cannot be reached.
     """
     global _CURRENT  # noqa: PLW0603 - there is one environment, and one run in it
+    from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     try:
         store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_JOIN)))
         local = int(os.environ.get("LOCAL_RANK", "0"))
+        store = PrefixStore("losscli", store)
+        store = PrefixStore(_meet(store, rank, size), store)
     except (RuntimeError, ValueError) as error:
         raise RanksError(
             f"the other ranks cannot be reached: {one_line(error)}",
@@ -463,6 +467,37 @@ def joined() -> Iterator[Ranks]:
         yield _CURRENT
     finally:
         _CURRENT = None
+
+
+def _meet(store: Store, rank: int, size: int) -> str:
+    """Finds a name for what these very processes have in a store.
+
+    Where torchrun starts ranks anew it may give them the store of those that died, and all that
+    these left there. So each says hello by a name that nobody had before, and rank 0 tells whom it
+    heard.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"hello/{rank}", own)
+    until = time.monotonic() + _JOIN
+    while time.monotonic() < until:
+        if rank:
+            if store.check(["welcome"]):
+                name, heard = json.loads(store.get("welcome"))
+                if heard[rank] == own:
+                    store.set(f"{name}/here/{rank}", "")
+                    return str(name)
+        else:
+            there = (f"hello/{r}" for r in range(size))
+            heard = [store.get(key).decode() if store.check([key]) else "" for key in there]
+            store.set("welcome", json.dumps([own, heard]))
+            if store.check([f"{own}/here/{r}" for r in range(1, size)]):
+                return own
+        time.sleep(_IDLE)
+    raise RanksError(
+        f"not all of the {size} ranks came within {_JOIN:.0f} s",
+        "Does every rank run the same command? Without RANK and WORLD_SIZE in the environment it "
+        "runs alone",
+    )
 
 
 def _pack(arrays: Arrays) -> bytes:
