@@ -46,12 +46,12 @@ Arrays = Mapping[str, NDArray[Any]]
 
 _T = TypeVar("_T")
 
-# Seconds: for all ranks to be there; between two looks at the store within a computation; between
-# two while there is nothing else to do; between two signs of life; after which one is missed; and
-# for which rank 0 stays when it is done, where the store is its own.
+# Seconds: for all ranks to be there; between two looks at the store within a computation; before
+# the second look while there is nothing else to do; between two signs of life; after which one is
+# missed; and for which rank 0 stays when it is done, where the store is its own.
 _JOIN = 600.0
 _LOOK = 0.1
-_IDLE = 0.005
+_IDLE = 0.002
 _BEAT = 5.0
 _MISSED = 60.0
 _STAY = 30.0
@@ -150,7 +150,8 @@ class Ranks:
         """
         hosts = self.gather(socket.gethostname())
         first, *others = self.gather(dict(told))
-        for rank, other in enumerate(others, 1):
+        # Rank 0 judges, and the others hear of it.
+        for rank, other in enumerate(others if self.leads else (), 1):
             for name in dict.fromkeys([*first, *other]):
                 if first.get(name) != other.get(name):
                     raise UsageError(
@@ -159,6 +160,7 @@ class Ranks:
                         "Give every machine the same files and versions, and order in code that "
                         "lists files or draws at random",
                     )
+        self.decide(None)
 
     def deal(
         self,
@@ -276,11 +278,13 @@ class Ranks:
 
     def _wait(self, until: Callable[[], bool]) -> None:
         """Waits, and looks what others do; never within a call that no signal interrupts."""
+        pause = _IDLE
         while True:
             self._look()
             if until():
                 return
-            time.sleep(_IDLE)
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOK)
 
     def _patiently(self, until: Callable[[], bool]) -> None:
         """Waits for something of rank 0, as long as rank 0 is there."""
@@ -449,7 +453,7 @@ def joined() -> Iterator[Ranks]:
         RanksError: They cannot be reached.
     """
     global _CURRENT  # noqa: PLW0603 - there is one environment, and one run in it
-    from torch.distributed import PrefixStore
+    from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     try:
@@ -475,6 +479,17 @@ def _meet(store: Store, rank: int, size: int) -> str:
     Where torchrun starts ranks anew it may give them the store of those that died, and all that
     these left there. So each says hello by a name that nobody had before, and rank 0 tells whom it
     heard.
+
+    Args:
+        store: What all of them read and write.
+        rank: Which of them this one is.
+        size: How many there are.
+
+    Returns:
+        A name that nobody had before, the same for all.
+
+    Raises:
+        RanksError: Some did not come.
     """
     own = uuid.uuid4().hex
     store.set(f"hello/{rank}", own)
