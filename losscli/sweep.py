@@ -26,6 +26,9 @@ _T = TypeVar("_T")
 _CPU_STACK = 256 << 20
 _GPU_SHARE = 0.25
 
+# Points that share a first layer have to be some: a chunk costs about three more.
+_FEW = 8
+
 
 def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
     """Finds how many points may have their weights in memory at once.
@@ -257,18 +260,19 @@ def _cut(
         taken: The chunks that are known, the first points rising.
         most: Points at a time.
         ranks: How many take them.
-        even: Whether each rank takes as many, at once; otherwise chunks get smaller towards the
-            end, so that no rank waits long for another (Polychronopoulos & Kuck 1987, guided
-            self-scheduling, with half of the share).
+        even: Whether each rank takes as many, at once; otherwise each takes two thirds of what
+            would be its share, and so on with what is left, so that no rank waits long for another
+            (factoring, Hummel, Schonberg & Flynn 1992, CACM 35(8), there with halves).
 
     Returns:
         The chunks, from the first point up to that behind the last.
     """
-    cuts = [0]
+    cuts, fair, share = [0], math.ceil(number / ranks), 0
     while cuts[-1] < number:
         left = number - cuts[-1]
-        share = number / ranks if even else left / (2 * ranks)
-        cuts.append(cuts[-1] + min(left, most, math.ceil(share)))
+        if not (len(cuts) - 1) % ranks:
+            share = fair if even else min(fair, max(_FEW, math.ceil(2 * left / (3 * ranks))))
+        cuts.append(cuts[-1] + min(left, most, share))
     chunks: list[tuple[int, int]] = []
     start = 0
     for begin, end in (*taken, (number, number)):

@@ -58,7 +58,7 @@ for i, line in enumerate(open("commands.txt").read().splitlines()):
 
 # A loss that writes down what it found, and kills its process where it is told to.
 LOSS = """
-import os, signal
+import os, signal, time
 import torch
 
 def loss(outputs, targets):
@@ -67,6 +67,8 @@ def loss(outputs, targets):
     name = f"evaluated.{me}"
     if len(outputs) == 29:
         done = len(open(name).readlines()) if os.path.exists(name) else 0
+        if os.environ["KILL"].startswith(me[:4]):
+            time.sleep(0.02)  # it takes torchrun a tenth of a second to notice
         if os.environ["KILL"] == f"{me}.{done}":
             os.kill(os.getpid(), signal.SIGKILL)
         number = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
