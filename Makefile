@@ -10,11 +10,11 @@ demo: .venv/installed
 	$(BIN)/losscli interpolate $(SAMPLES)/relu/init.pt $(SAMPLES)/relu/final.pt -o demo --force
 	@echo "The picture is $(CURDIR)/demo.png"
 
-# A process for each core, and a thread for each process: threads that wait for cores spin. The
-# README's commands run in one process, in their order: some take what others wrote.
+# A process for each core, and a thread for each process: threads that wait for cores spin. Each file
+# is run by one process: what its tests share is made once, and of the README's commands some take
+# what others wrote. The README comes first, as it takes longest.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_readme.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore tests/test_readme.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests/test_readme.py tests
 
 check: .venv/installed
 	$(BIN)/ruff check .
