@@ -12,9 +12,9 @@ demo: .venv/installed
 
 # A process for each core, and a thread for each process: threads that wait for cores spin. Each file
 # is run by one process: what its tests share is made once, and of the README's commands some take
-# what others wrote. The README comes first, as it takes longest.
+# what others wrote.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests/test_readme.py tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed
 	$(BIN)/ruff check .
