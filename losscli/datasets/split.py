@@ -75,7 +75,6 @@ class Examples(ABC):
         """What to know about them."""
         return ()
 
-    @abstractmethod
     def order(self, generator: torch.Generator) -> Tensor:
         """Draws a random order to look at them in.
 
@@ -85,6 +84,7 @@ class Examples(ABC):
         Returns:
             Positions, ``[N]``; ascending where examples are to be had in their own order alone.
         """
+        return torch.randperm(len(self), generator=generator)
 
     @abstractmethod
     def take(self, index: Tensor | slice) -> Examples:
@@ -162,17 +162,6 @@ class Split(Examples):
         keys = list(self.inputs) if isinstance(self.inputs, dict) else []
         columns = [*leaves(self.inputs), self.targets]
         return digest({f"{i} {keys[i : i + 1]}": column for i, column in enumerate(columns)})
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Draws a random order to look at them in.
-
-        Args:
-            generator: Of the draw.
-
-        Returns:
-            Positions, ``[N]``.
-        """
-        return torch.randperm(len(self), generator=generator)
 
     def take(self, index: Tensor | slice) -> Split:
         """Picks examples.

@@ -466,7 +466,6 @@ class Stream(Examples):
         index: Their positions in the data set, ``[N]``.
     """
 
-    streamed = True
     nbytes = 0
 
     def __init__(self, workers: Workers, index: Tensor) -> None:
@@ -495,17 +494,6 @@ class Stream(Examples):
     def remarks(self) -> tuple[str, ...]:
         """What to know about these examples."""
         return ("decoded anew in each pass over the data",)
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Draws a random order to look at them in.
-
-        Args:
-            generator: Of the draw.
-
-        Returns:
-            Positions, ``[N]``.
-        """
-        return torch.randperm(len(self), generator=generator)
 
     def take(self, index: Tensor | slice) -> Stream:
         """Picks examples.
