@@ -25,6 +25,18 @@ def state(name: str) -> dict[str, Tensor]:
     return found
 
 
+def is_refused(
+    losscli: Losscli, folder: Path, command: list[str], status: int, message: str
+) -> None:
+    """One line says why, and nothing is written."""
+    before = sorted(folder.iterdir())
+    done = losscli(*command)
+    assert (done.status, done.stdout) == (status, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(folder.iterdir()) == before
+
+
 # --- inspect --figure ----------------------------------------------------------------------------
 
 
@@ -75,12 +87,7 @@ def test_inspect_keeps_other_pictures(losscli: Losscli, folder: Path) -> None:
 def test_a_picture_that_cannot_be_drawn_is_refused(
     arguments: list[str], status: int, message: str, losscli: Losscli, folder: Path
 ) -> None:
-    before = sorted(folder.iterdir())
-    done = losscli("inspect", *arguments)
-    assert (done.status, done.stdout) == (status, "")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert sorted(folder.iterdir()) == before
+    is_refused(losscli, folder, ["inspect", *arguments], status, message)
 
 
 def test_what_does_not_match_is_counted_below_the_bars(losscli: Losscli, folder: Path) -> None:
@@ -141,46 +148,30 @@ def test_of_equal_losses_the_first_counts_and_those_not_finite_do_not(
     assert losscli(*BEST, "--best", "t", "-q", "--force").stderr == ""
 
 
-ERRORS: dict[str, tuple[list[str], int, str]] = {
-    "neither": (["-o", "y.safetensors"], 2, "--alpha and --best are missing"),
+ERRORS = {
+    "neither": ("", 2, "--alpha and --best are missing"),
     "both": (
-        ["--alpha", "1", "--best", "train", "--csv", "x.csv", "-o", "y.safetensors"],
+        "--alpha 1 --best train --csv x.csv",
         2,
         "--alpha and --best contradict each other. Give one of them",
     ),
-    "no table": (["--best", "train", "-o", "y.safetensors"], 2, "--best is given without --csv"),
-    "a table alone": (
-        ["--alpha", "1", "--csv", "x.csv", "-o", "y.safetensors"],
-        2,
-        "--csv is given without --best",
-    ),
-    "no file": (
-        ["--best", "train", "--csv", "absent.csv", "-o", "y.safetensors"],
-        1,
-        "absent.csv cannot be read",
-    ),
+    "no table": ("--best train", 2, "--best is given without --csv"),
+    "a table alone": ("--alpha 1 --csv x.csv", 2, "--csv is given without --best"),
+    "no file": ("--best train --csv absent.csv", 1, "absent.csv cannot be read"),
     "another table": (
-        ["--best", "train", "--csv", "x.blocks.csv", "-o", "y.safetensors"],
+        "--best train --csv x.blocks.csv",
         2,
         "--csv x.blocks.csv is no table of interpolate",
     ),
-    "no split": (
-        ["--best", "val", "--csv", "x.csv", "-o", "y.safetensors"],
-        2,
-        "x.csv has no split 'val'. Its splits: train, test",
-    ),
-    "nothing finite": (
-        ["--best", "t", "--csv", "nan.csv", "-o", "y.safetensors"],
-        1,
-        "nan.csv has no finite loss on t",
-    ),
+    "no split": ("--best val --csv x.csv", 2, "x.csv has no split 'val'. Its splits: train, test"),
+    "nothing finite": ("--best t --csv nan.csv", 1, "nan.csv has no finite loss on t"),
     "a broken summary": (
-        ["--best", "t", "--csv", "broken.csv", "-o", "y.safetensors"],
+        "--best t --csv broken.csv",
         1,
         "broken.json is no summary of broken.csv",
     ),
     "of something else": (
-        ["--best", "t", "--csv", "plane.csv", "-o", "y.safetensors"],
+        "--best t --csv plane.csv",
         1,
         "plane.json is no summary of plane.csv",
     ),
@@ -197,12 +188,8 @@ def test_what_names_no_point_is_refused(case: str, losscli: Losscli, folder: Pat
     Path("x.blocks.csv").write_text("block,alpha,split,loss,loss_stderr\r\nh,0.0,train,1.0,0.1\r\n")
     Path("broken.json").write_text('{"command": "interp')
     Path("plane.json").write_text('{"command": "plane", "checkpoints": []}')
-    before = sorted(folder.iterdir())
-    done = losscli("export", "a.pt", "b.pt", *arguments)
-    assert (done.status, done.stdout) == (status, "")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert sorted(folder.iterdir()) == before
+    command = ["export", "a.pt", "b.pt", *arguments.split(), "-o", "y.safetensors"]
+    is_refused(losscli, folder, command, status, message)
 
 
 def test_other_checkpoints_than_those_of_the_table_are_refused(
@@ -510,16 +497,11 @@ def test_of_several_state_dicts_two_are_not_compared_and_none_is_drawn(
     losscli: Losscli, folder: Path
 ) -> None:
     name, _ = training(folder)
-    before = sorted(folder.iterdir())
     for arguments, status, message in (
         ([name, "a.pt"], 1, f"{name} holds several state dicts: 'model', 'ema', "),
         ([name, "--figure", "x.png"], 2, "several state dicts is not drawn. Choose one with FILE#"),
     ):
-        done = losscli("inspect", *arguments)
-        assert (done.status, done.stdout) == (status, "")
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
-        assert sorted(folder.iterdir()) == before
+        is_refused(losscli, folder, ["inspect", *arguments], status, message)
     top = {**state("a.pt"), "ema": state("b.pt")}
     torch.save(top, "top.pt")
     text = losscli("inspect", "top.pt").stdout
