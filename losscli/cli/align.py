@@ -10,7 +10,7 @@ import typer
 
 from losscli import report
 from losscli.cli.files import writable
-from losscli.cli.options import with_console, with_some_settings
+from losscli.cli.options import Force, Json, with_console, with_some_settings
 from losscli.console import Console
 from losscli.results import to_json
 from losscli.settings import Settings
@@ -44,15 +44,8 @@ def align(
             show_default=False,
         ),
     ],
-    force: Annotated[
-        bool, typer.Option("--force", help="Overwrite the file.", rich_help_panel="Output")
-    ] = False,
-    json_: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print one JSON object instead of text.", rich_help_panel="Output"
-        ),
-    ] = False,
+    force: Force = False,
+    json_: Json = False,
 ) -> None:
     """Put B's hidden units into the order of A's, its function as it is.
 

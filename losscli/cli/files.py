@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from losscli import report
-from losscli.cli.options import with_console
+from losscli.cli.options import Force, Json, with_console
 from losscli.console import Console
 from losscli.errors import OutputError, UsageError
 from losscli.results import Output, to_json
@@ -36,12 +36,7 @@ def inspect(
     force: Annotated[
         bool, typer.Option("--force", help="Overwrite another picture.", rich_help_panel="Output")
     ] = False,
-    json_: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print one JSON object instead of text.", rich_help_panel="Output"
-        ),
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Tensors, shapes, types, norms and metadata of a checkpoint.
 
@@ -103,9 +98,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Overwrite the file.", rich_help_panel="Output")
-    ] = False,
+    force: Force = False,
 ) -> None:
     """Write the checkpoint at a point of the line, θ(X) = A + X (B − A), with A's metadata."""
     if (alpha is None) == (best is None):

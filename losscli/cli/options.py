@@ -17,6 +17,8 @@ from losscli.settings import Buffers, DType, Settings
 
 __all__ = [
     "Command",
+    "Force",
+    "Json",
     "Write",
     "with_console",
     "with_output",
@@ -200,6 +202,10 @@ _CONSOLE: dict[str, Any] = {
         bool, _option(_OUTPUT, "Show where in the code an error comes from.", "--traceback")
     ],
 }
+
+# Of the commands that write one file, or none.
+Force = Annotated[bool, _option(_OUTPUT, "Overwrite the file.", "--force")]
+Json = Annotated[bool, _option(_OUTPUT, "Print one JSON object instead of text.", "--json")]
 
 _DEFAULTS: Mapping[str, Any] = {
     "device": "auto",
