@@ -395,6 +395,22 @@ def test_a_reader_that_leaves_early_is_told_of_in_one_line(unbuffered: str, fold
         )
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["plot", "--help"], ["--version"]])
+def test_a_help_text_that_nobody_reads_is_told_of_in_one_line(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            check=False,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"losscli: stdout was closed before the result was written to it\n"
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_with_one_line_and_no_file(
     sent: signal.Signals, status: int, folder: Path

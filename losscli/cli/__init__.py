@@ -83,6 +83,9 @@ def _attempt(work: Callable[[Console], int], console: Console) -> int:
     except SystemExit as error:
         if "_LOSSCLI_COMPLETE" in os.environ:  # a shell asked typer for completions
             return error.code if isinstance(error.code, int) else 0
+        if isinstance(error.__context__, BrokenPipeError):  # so typer and rich end a help text
+            console.error("stdout was closed before the result was written to it")
+            return 1
         ended = f"code that this command runs ended with SystemExit({error.code})"
         console.error(_with_what_is_kept(ended, console))
         return 1
