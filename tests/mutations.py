@@ -612,16 +612,17 @@ def _toml(folder: Path) -> list[str]:
 def _read_toml(folder: Path, number: int) -> object:
     from losscli.checkpoint import read
     from losscli.datasets import load
-    from losscli.problem import _build, _find
+    from losscli.problem.model import build
+    from losscli.problem.source import find
 
     first = read(str(folder / "a.pt"))
     for kind in ("model", "data", "loss"):
-        found = _find(kind, None, first)
+        found = find(kind, None, first)
         if found is None or not isinstance(found.value, str):
             continue
         assert not found.trusted
         if kind == "model":
-            _build(found)
+            build(found)
         elif kind == "data":
             load(found.value, trusted=False, folder=found.folder)
     return None

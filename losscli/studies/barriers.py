@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losscli.datasets import Examples
+from losscli.device import float32_precision
 from losscli.errors import UsageError
 from losscli.geometry import Line, grid
 from losscli.journal import Journal
 from losscli.objective import Evaluation
-from losscli.problem import float32_precision, prepare
+from losscli.problem import prepare
 from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings

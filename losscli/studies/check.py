@@ -25,11 +25,12 @@ from losscli.curvature import (
 )
 from losscli.curve import standard_error
 from losscli.datasets import Examples
+from losscli.device import float32_precision
 from losscli.errors import UsageError
 from losscli.geometry import Line
 from losscli.journal import Journal
 from losscli.objective import Evaluation
-from losscli.problem import float32_precision, prepare
+from losscli.problem import prepare
 from losscli.recording import Log
 from losscli.results import Result
 from losscli.sampling import Estimate

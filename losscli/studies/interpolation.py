@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from losscli.curve import describe, near_rounding
 from losscli.datasets import Examples
+from losscli.device import float32_precision
 from losscli.errors import UsageError
 from losscli.geometry import Line, grid
 from losscli.journal import Journal
 from losscli.objective import Evaluation, Objective
-from losscli.problem import float32_precision, prepare
+from losscli.problem import prepare
 from losscli.ranks import decided
 from losscli.refinement import Curve as Seen
 from losscli.refinement import propose, uniform_points

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from losscli.datasets import Examples
+from losscli.device import float32_precision
 from losscli.directions import random_directions
 from losscli.errors import CheckpointError, UsageError
 from losscli.geometry import Span, Triangle, grid
 from losscli.journal import Journal
 from losscli.paths import principal_axes
-from losscli.problem import Problem, float32_precision, prepare
+from losscli.problem import Problem, prepare
 from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings

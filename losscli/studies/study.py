@@ -15,12 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from losscli.datasets import Examples, Split
+from losscli.device import float32_precision
 from losscli.digest import digest
 from losscli.errors import CheckpointError, ModelError
 from losscli.geometry import Slice
 from losscli.journal import Journal
 from losscli.objective import Objective
-from losscli.problem import Problem, float32_precision
+from losscli.problem import Problem
 from losscli.ranks import apart
 from losscli.results import Result
 from losscli.spec import own_code

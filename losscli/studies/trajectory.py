@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from losscli.datasets import Examples
+from losscli.device import float32_precision
 from losscli.errors import UsageError
 from losscli.geometry import Line, grid
 from losscli.journal import Journal
 from losscli.paths import Path, measure, random_walks, ribbon
-from losscli.problem import float32_precision, prepare
+from losscli.problem import prepare
 from losscli.ranks import current
 from losscli.results import Result
 from losscli.sampling import Estimate, grow

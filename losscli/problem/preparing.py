@@ -1,0 +1,131 @@
+"""From names to numbers: checkpoints, model, data and device brought together and checked."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import nn
+
+from losscli._version import __version__
+from losscli.checkpoint import base_of, read
+from losscli.device import choose_device, describe_device
+from losscli.errors import UsageError
+from losscli.objective import Objective
+from losscli.problem.checkpoints import Checkpoints
+from losscli.problem.model import build
+from losscli.problem.problem import Problem, floating_buffers, moving_names
+from losscli.problem.source import find
+from losscli.problem.task import data_of, loss_of, metrics_of, recalibration_of
+from losscli.settings import Buffers, DType, Settings
+
+__all__ = ["prepare"]
+
+
+def prepare(names: Sequence[str], settings: Settings) -> Problem:
+    """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
+
+    Args:
+        names: The checkpoints: files, or ``init:SEED``.
+        settings: The settings.
+
+    Returns:
+        The problem, ready to be evaluated.
+
+    Raises:
+        LosscliError: Something is missing, broken or does not fit; the text says what and where.
+    """
+    _check(settings)
+    device = choose_device(settings.device, settings.dtype)
+    base = base_of(names)
+    file = read(base) if base else None
+    with torch.random.fork_rng(devices=[]):
+        found = find("model", settings.model, file)
+        if found is None:
+            raise UsageError(
+                "no model is named, neither by --model nor by the checkpoint's metadata nor by a "
+                "losscli.toml beside it",
+                "Give --model, for example --model mlp:784-512-10 (losscli list models)",
+            )
+        torch.manual_seed(settings.seed)
+        model = build(found)
+        checkpoints = Checkpoints(model, found, base)
+        entries, first = checkpoints.survey(names)
+        whole, data_name = data_of(settings, file)
+        data = whole.select(settings.split, None, settings.seed)
+        loss, loss_name = loss_of(settings, file, data, model)
+        metrics = metrics_of(settings, data, loss, model)
+        recalibration = recalibration_of(model, whole, data, settings)
+    objective = Objective(
+        model,
+        loss,
+        metrics,
+        data,
+        device=device,
+        dtype=getattr(torch, settings.dtype),
+        batch_size=settings.batch_size,
+        recalibration=recalibration,
+    )
+    buffers = floating_buffers(objective)
+    provenance = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "device_name": describe_device(device),
+        "dtype": settings.dtype,
+        "tf32": settings.tf32,
+        "model": found.text,
+        "data": data_name,
+        "loss": loss_name,
+        "metrics": list(metrics),
+        "seed": settings.seed,
+        "limit": settings.limit,
+        "sampling_error": settings.sampling_error,
+        "buffers": settings.buffers,
+        "recalibration": None
+        if recalibration is None
+        else {
+            "split": recalibration.name,
+            "examples": len(recalibration),
+            "batch_size": recalibration.size,
+            "layers": len(objective.batchnorm),
+        },
+        "only": list(settings.only),
+        "except": list(settings.except_),
+        "checkpoints": entries,
+        "examples": {name: len(split) for name, split in data.splits.items()},
+    }
+    return Problem(
+        objective,
+        tuple(names),
+        first,
+        moving_names(objective, buffers, settings),
+        None if isinstance(found.value, nn.Module) else lambda: build(found),
+        buffers,
+        provenance,
+        settings,
+        checkpoints.open,
+    )
+
+
+def _check(settings: Settings) -> None:
+    for option, value, known in (
+        ("--dtype", settings.dtype, get_args(DType)),
+        ("--buffers", settings.buffers, get_args(Buffers)),
+    ):
+        if value not in known:
+            raise UsageError(f"{option} {value} is not known", f"Choose one of {', '.join(known)}")
+    if not 0 <= settings.seed < 1 << 63:
+        raise UsageError(f"--seed {settings.seed} is no seed", "Give a number from 0 to 2^63 − 1")
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise UsageError(f"--batch-size {settings.batch_size} is below 1")
+    if settings.sampling_error is not None and not 0 < settings.sampling_error < math.inf:
+        raise UsageError(
+            f"--sampling-error {settings.sampling_error} is no share of a height", "Give 0.01"
+        )
+    if settings.limit is not None and settings.limit < 1:
+        raise UsageError(f"--limit {settings.limit} leaves no examples", "Give 1 or more")

@@ -1,0 +1,84 @@
+"""Where a spec comes from: the command line, a checkpoint, or a losscli.toml beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from losscli.checkpoint import CheckpointFile
+from losscli.errors import SpecError
+from losscli.models import has_config
+from losscli.spec import Spec, read_toml, unfold
+
+__all__ = ["Found", "find"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A spec, who named it and what its relative paths are relative to."""
+
+    value: Any
+    trusted: bool
+    folder: Path | None = None
+
+    @classmethod
+    def named(cls, value: Any, *, trusted: bool, folder: Path | None = None) -> Found:
+        """Takes what was named: where that is a TOML file, what the file says."""
+        if not isinstance(value, str):
+            return cls(value, trusted, folder)
+        return cls(*unfold(value, trusted=trusted, folder=folder))
+
+    @property
+    def text(self) -> str:
+        """What it is, for people: the spec, or the name of the object."""
+        if isinstance(self.value, str):
+            return self.value
+        if isinstance(self.value, nn.Module):
+            return type(self.value).__qualname__
+        return str(getattr(self.value, "__qualname__", type(self.value).__qualname__))
+
+
+def find(kind: str, given: Any, first: CheckpointFile | None) -> Found | None:
+    """Finds a spec: the option, then the checkpoint's metadata, then the nearest losscli.toml.
+
+    Args:
+        kind: ``model``, ``data`` or ``loss``.
+        given: What the option says; None where it is not given.
+        first: The checkpoint that is asked next, if any.
+
+    Returns:
+        The spec; None where nobody names one.
+    """
+    if given is not None:
+        return Found.named(given, trusted=True)
+    if first is None:
+        return None
+    folder = first.folder
+    # Not resolved: in a hub's cache the files of a folder are links to places elsewhere.
+    own = first.path if first.path.is_dir() else first.path.parent
+    if f"losscli.{kind}" in first.metadata:
+        return Found.named(first.metadata[f"losscli.{kind}"], trusted=False, folder=folder)
+    for place in (folder, *folder.parents):
+        file = place / "losscli.toml"
+        if file.is_file():
+            value = _read_toml(file).get(kind)
+            if value is not None:
+                return Found.named(value, trusted=False, folder=place)
+        # Beside the checkpoint a config.json of transformers names a model too.
+        if kind == "model" and place == folder and has_config(own):
+            return Found(str(Spec(f"transformers:{own}")), trusted=False)
+    return None
+
+
+def _read_toml(file: Path) -> dict[str, str]:
+    content = read_toml(file)
+    for key, value in content.items():
+        if key not in {"model", "data", "loss"} or not isinstance(value, str):
+            raise SpecError(
+                f"{file}: {key!r} is not understood",
+                'It may have the lines model = "…", data = "…" and loss = "…"',
+            )
+    return content
