@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import losscli
+from losscli.checkpoint import Checkpoint
 from losscli.errors import (
     CheckpointError,
     DataError,
@@ -26,6 +28,8 @@ from losscli.errors import (
 )
 from losscli.losses import LOSSES
 from losscli.models import CNN, MLP
+from losscli.problem import prepare
+from losscli.settings import Settings
 from tests import foreign, oracle
 from tests.cases import CASES, Case
 
@@ -162,6 +166,28 @@ def test_buffers_may_stay_at_one_end(buffers: str, end: int, tmp_path: Path) -> 
         expected = oracle.losses(case.build, state, case.inputs, case.targets, case.per_example)
         assert loss == pytest.approx(oracle.mean(expected), rel=1e-11)
     assert "floating-point buffers stay" in result.summary["notes"][0]
+
+
+def test_buffers_that_stay_at_the_last_checkpoints_are_read_once(tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == "cnn-batchnorm")
+    files = save(case, tmp_path)
+    data = {"all": (case.inputs, case.targets)}
+    problem = prepare(files, Settings(model=case.build, data=data, buffers="b"))
+    opened = []
+
+    def read(name: str) -> Checkpoint:
+        opened.append(name)
+        return problem.read(name)
+
+    counting = replace(problem, read=read)
+    one, other = case.state(1), case.state(2)
+    for _ in range(3):
+        for placed, moved in zip(counting.places([0, 1]), (one, other), strict=True):
+            for name, tensor in placed.items():
+                expected = moved if name in counting.moving else other
+                assert not tensor.is_floating_point() or torch.equal(tensor, expected[name])
+    # Three times to be placed, and once for what stays.
+    assert opened == [files[1]] * 4
 
 
 def test_a_model_object_is_never_left_changed(folder: Path) -> None:

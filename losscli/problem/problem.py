@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, overload
 
 from torch import nn
@@ -72,9 +73,10 @@ class Problem:
         """The last checkpoint, opened."""
         return self.open(len(self.names) - 1)
 
-    @property
+    @cached_property
     def origin(self) -> Weights:
         """All tensors of the first checkpoint, but the buffers that stay at the last one's."""
+        # Held like the first itself: every point that is placed asks for it.
         if self.settings.buffers != "b" or not self.buffers:
             return self.first.weights
         last = self.last.weights
