@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from losscli.curve import describe, near_rounding
+from losscli.curve import describe
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.errors import UsageError
 from losscli.geometry import Line, grid
 from losscli.journal import Journal
-from losscli.objective import Evaluation, Objective
+from losscli.objective import Evaluation
 from losscli.problem import prepare
-from losscli.ranks import decided
-from losscli.refinement import Curve as Seen
-from losscli.refinement import propose, uniform_points
+from losscli.refinement import uniform_points
 from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
-from losscli.slopes import slopes
+from losscli.studies.closer import CloseUp
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
-from losscli.studies.study import FRESH_BYTES, Study, count
-from losscli.sweep import check, halving, points_that_fit, settle, sweep, sweep_plain
+from losscli.studies.seen import LineCurve, Looked
+from losscli.studies.study import Study, count
+from losscli.sweep import check, points_that_fit, settle, sweep, sweep_plain
 from losscli.table import Table
 from losscli.weights import Weights, distance, equal
 
 __all__ = ["Interpolation", "interpolate"]
-
-_Derivatives = tuple[NDArray[np.float64], NDArray[np.float64]]
-
-# What rounding may do to a mean loss, as a share of it.
-_NOISE = {"float64": 1e-14, "float32": 1e-7, "float16": 1e-3, "bfloat16": 1e-2}
 
 
 def interpolate(
@@ -278,18 +270,18 @@ class Interpolation(Study):
                 lambda splits: self._evaluate(line, splits, tell, journal),
             )
             curves = {name: parts.whole for name, parts in seen.items()}
-            looked = _Looked(self.alphas, curves, self._slopes(line, self.alphas, journal))
-            exhausted = False
+            closer = CloseUp(self.problem, self.start, line, self.derivatives, journal)
+            looked, exhausted = Looked(self.alphas, curves, closer.slopes(self.alphas)), False
             if self.refine is not None:
-                looked, exhausted = self._refine(line, looked, self.refine, journal)
-            sure, again = self._without_rounding(line, looked, journal)
+                looked, exhausted = closer.refine(looked, self.refine)
+            sure, again = closer.without_rounding(looked)
             seconds = self.seconds(swept)
         splits = {
             name: describe(looked.alphas, curve.losses[2:], *curve.losses[:2])
             for name, curve in sure.items()
         }
-        for name, found in looked.slopes.items():
-            splits[name]["slope_at_b"] = _at(looked.alphas, found, 1.0)
+        for name in looked.slopes:
+            splits[name]["slope_at_b"] = looked.derivatives(name, 1.0)
         examples = {name: curve.examples for name, curve in curves.items()}
         blocks = self._blocks(seen)
         more = {} if self.context is None else {"context": self.context}
@@ -317,7 +309,7 @@ class Interpolation(Study):
         }
         return Result(self._table(looked), summary, more)
 
-    def _table(self, looked: _Looked) -> Table:
+    def _table(self, looked: Looked) -> Table:
         metrics = self.problem.objective.metrics
         derived = ["slope", "curvature"] if looked.slopes else []
         sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
@@ -436,7 +428,7 @@ class Interpolation(Study):
                 at_a = ends[0][name]
                 blocks[name][block.name] = BlockCurve.of(self.alphas, at_a, found[name])
         return {
-            name: _Seen(_Curve.arrange([p[name] for p in parts], order), blocks[name])
+            name: _Seen(LineCurve.arrange([p[name] for p in parts], order), blocks[name])
             for name in splits
         }
 
@@ -461,92 +453,7 @@ class Interpolation(Study):
             journal=journal,
         )
 
-    def _slopes(
-        self, line: Line, alphas: Sequence[float], journal: Journal | None
-    ) -> dict[str, _Derivatives]:
-        if not self.derivatives:
-            return {}
-        objective = self.problem.objective
-        found = halving(objective, lambda: slopes(objective, line, alphas, journal=journal))
-        return {name: (s.slope.numpy(), s.curvature.numpy()) for name, s in found.items()}
-
-    def _refine(
-        self, line: Line, looked: _Looked, tolerance: float, journal: Journal | None
-    ) -> tuple[_Looked, bool]:
-        """Adds points until none is proposed; returns also whether there were more to add."""
-        while True:
-            curves = {
-                name: Seen(
-                    curve.estimate.mean.tolist(),
-                    looked.slopes[name][0].tolist() if looked.slopes else None,
-                )
-                for name, curve in looked.curves.items()
-            }
-            proposal = propose(
-                looked.alphas, curves, tolerance, noise=_NOISE[self.problem.settings.dtype]
-            )
-            alphas = decided(list(proposal.alphas))
-            if not alphas:
-                return looked, proposal.exhausted
-            points = [(alpha,) for alpha in alphas]
-            found = sweep(self.problem.objective, line, points, journal=journal)
-            slopes_ = self._slopes(line, alphas, journal)
-            looked = looked.add(alphas, found, slopes_)
-
-    def _without_rounding(
-        self, line: Line, looked: _Looked, journal: Journal | None
-    ) -> tuple[Mapping[str, _Curve], int]:
-        """Evaluates anew, in float64, the points where rounding alone could make an extremum.
-
-        Args:
-            line: The line.
-            looked: What was seen.
-            journal: Where what is finished is recorded, and recalled from.
-
-        Returns:
-            The curves with the losses found there, and how many points that took.
-        """
-        objective, dtype = self.problem.objective, self.problem.settings.dtype
-        curves, again = looked.curves, set[float]()
-        size = sum(tensor.nbytes for tensor in objective.tensors.values())
-        if dtype == "float64" or objective.device.type == "mps" or size > FRESH_BYTES:
-            return curves, 0
-        precise: Objective | None = None
-        while True:
-            doubted = {
-                alpha
-                for curve in curves.values()
-                for alpha in near_rounding(looked.alphas, curve.means, dtype)
-            } - again
-            order = decided(sorted(doubted))
-            if not order:
-                return curves, len(again)
-            if precise is None:
-                precise = self._in_float64()
-            found = sweep(precise, line, [(alpha,) for alpha in order], journal=journal)
-            places = [2 + looked.alphas.index(alpha) for alpha in order]
-            curves = {
-                name: curve.replace(places, found[name].losses.numpy())
-                for name, curve in curves.items()
-            }
-            again |= set(order)
-
-    def _in_float64(self) -> Objective:
-        objective = self.problem.objective
-        precise = Objective(
-            copy.deepcopy(objective.model),
-            objective.loss,
-            {},
-            replace(objective.data, splits=objective.splits),
-            device=objective.device,
-            dtype=torch.float64,
-            batch_size=objective.batch_size,
-            recalibration=objective.recalibration,
-        )
-        precise.load(self.start)
-        return precise
-
-    def _refined(self, looked: _Looked, *, exhausted: bool) -> dict[str, Any] | None:
+    def _refined(self, looked: Looked, *, exhausted: bool) -> dict[str, Any] | None:
         if self.refine is None:
             return None
         return {
@@ -567,7 +474,7 @@ class Interpolation(Study):
             notes.append("the curve is not known to --refine everywhere: it would take more points")
         return notes
 
-    def _strange(self, looked: _Looked) -> list[str]:
+    def _strange(self, looked: Looked) -> list[str]:
         """Notes on a context that is of something else, as the ends tell."""
         if self.context is None:
             return []
@@ -632,42 +539,6 @@ class Interpolation(Study):
 
 
 @dataclass(frozen=True)
-class _Looked:
-    """What was seen of the line so far.
-
-    Attributes:
-        alphas: The P points, rising.
-        curves: Each split's losses at them.
-        slopes: Each split's slopes and curvatures at them, ``[P]`` each; empty where not asked for.
-    """
-
-    alphas: tuple[float, ...]
-    curves: Mapping[str, _Curve]
-    slopes: Mapping[str, _Derivatives]
-
-    def add(
-        self,
-        alphas: Sequence[float],
-        found: Mapping[str, Evaluation],
-        slopes_: Mapping[str, _Derivatives],
-    ) -> _Looked:
-        """Adds points that lie between those at hand."""
-        together = [*self.alphas, *alphas]
-        order = sorted(range(len(together)), key=together.__getitem__)
-        return _Looked(
-            tuple(together[i] for i in order),
-            {name: curve.insert(found[name], order) for name, curve in self.curves.items()},
-            {
-                name: (
-                    np.concatenate([own[0], slopes_[name][0]])[order],
-                    np.concatenate([own[1], slopes_[name][1]])[order],
-                )
-                for name, own in self.slopes.items()
-            },
-        )
-
-
-@dataclass(frozen=True)
 class _Seen:
     """One split on the line and on those of single blocks.
 
@@ -676,7 +547,7 @@ class _Seen:
         blocks: Those of the blocks, by name.
     """
 
-    whole: _Curve
+    whole: LineCurve
     blocks: Mapping[str, BlockCurve]
 
     @property
@@ -692,73 +563,3 @@ class _Seen:
         """Whether every standard error is below a share of the height of all curves together."""
         curves = [self.whole.estimate, *(curve.losses for curve in self.blocks.values())]
         return Estimate.join(curves).is_known_to(tolerance)
-
-
-@dataclass(frozen=True)
-class _Curve:
-    """One split at the two ends and then at the P points.
-
-    Attributes:
-        losses: The loss of each example, ``[2 + P, N]``.
-        metrics: The mean of each metric, ``[2 + P]``.
-    """
-
-    losses: NDArray[Any]
-    metrics: Mapping[str, NDArray[np.float64]]
-
-    @classmethod
-    def arrange(cls, parts: Sequence[Evaluation], order: Sequence[int]) -> _Curve:
-        losses = torch.cat([part.losses for part in parts])[order]
-        metrics = {
-            name: torch.cat([part.metrics[name] for part in parts])[order].numpy()
-            for name in parts[0].metrics
-        }
-        return cls(losses.numpy(), metrics)
-
-    @property
-    def examples(self) -> int:
-        return int(self.losses.shape[1])
-
-    @property
-    def estimate(self) -> Estimate:
-        """The estimate at the P points."""
-        return Estimate.of(self.losses[2:], {n: m[2:] for n, m in self.metrics.items()})
-
-    @property
-    def means(self) -> list[float]:
-        """The mean losses at the P points."""
-        means: list[float] = self.estimate.mean.tolist()
-        return means
-
-    def insert(self, found: Evaluation, order: Sequence[int]) -> _Curve:
-        """Adds points, and puts the P points together into an order."""
-        places = [0, 1, *(2 + i for i in order)]
-        return _Curve(
-            np.concatenate([self.losses, found.losses.numpy()])[places],
-            {
-                n: np.concatenate([m, found.metrics[n].numpy()])[places]
-                for n, m in self.metrics.items()
-            },
-        )
-
-    def replace(self, places: Sequence[int], losses: NDArray[Any]) -> _Curve:
-        """Puts more precise losses in the place of some."""
-        precise = self.losses.astype(np.float64)
-        precise[list(places)] = losses
-        return _Curve(precise, self.metrics)
-
-    def extend(self, more: _Curve) -> _Curve:
-        """Adds the examples of another block; what is paired needs the loss of each."""
-        share = more.examples / (self.examples + more.examples)
-        return _Curve(
-            np.concatenate([self.losses, more.losses], axis=1),
-            {n: (1 - share) * m + share * more.metrics[n] for n, m in self.metrics.items()},
-        )
-
-
-def _at(alphas: Sequence[float], found: _Derivatives, alpha: float) -> dict[str, float] | None:
-    """The derivatives at a point, if it was looked at."""
-    if alpha not in alphas:
-        return None
-    i = list(alphas).index(alpha)
-    return {"slope": float(found[0][i]), "curvature": float(found[1][i])}

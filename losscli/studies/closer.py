@@ -1,0 +1,141 @@
+"""Looking closer at a line: its derivatives, points where it bends, extrema beyond rounding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from losscli.curve import near_rounding
+from losscli.geometry import Line
+from losscli.journal import Journal
+from losscli.objective import Objective
+from losscli.problem import Problem
+from losscli.ranks import decided
+from losscli.refinement import Curve, propose
+from losscli.slopes import slopes
+from losscli.studies.seen import Derivatives, LineCurve, Looked
+from losscli.studies.study import FRESH_BYTES
+from losscli.sweep import halving, sweep
+from losscli.weights import Weights
+
+__all__ = ["CloseUp"]
+
+# What rounding may do to a mean loss, as a share of it.
+_NOISE = {"float64": 1e-14, "float32": 1e-7, "float16": 1e-3, "bfloat16": 1e-2}
+
+
+@dataclass(frozen=True)
+class CloseUp:
+    """A line of which more is to be seen than its losses at the points asked for.
+
+    Attributes:
+        problem: What is evaluated.
+        start: All tensors at α = 0.
+        line: The line, its ends on the device.
+        derivatives: Whether slopes and curvatures are computed.
+        journal: Where what is finished is recorded, and recalled from.
+    """
+
+    problem: Problem
+    start: Weights
+    line: Line
+    derivatives: bool
+    journal: Journal | None
+
+    def slopes(self, alphas: Sequence[float]) -> dict[str, Derivatives]:
+        """Differentiates, if that is asked for.
+
+        Args:
+            alphas: The P points.
+
+        Returns:
+            For each split its slopes and curvatures; empty where they are not asked for.
+        """
+        if not self.derivatives:
+            return {}
+        objective = self.problem.objective
+        found = halving(
+            objective, lambda: slopes(objective, self.line, alphas, journal=self.journal)
+        )
+        return {name: (s.slope.numpy(), s.curvature.numpy()) for name, s in found.items()}
+
+    def refine(self, looked: Looked, tolerance: float) -> tuple[Looked, bool]:
+        """Adds points until none is proposed.
+
+        Args:
+            looked: What was seen.
+            tolerance: The error to refine to, as a share of the curve's height.
+
+        Returns:
+            What is seen then, and whether there were more points to add.
+        """
+        while True:
+            curves = {
+                name: Curve(
+                    curve.means,
+                    looked.slopes[name][0].tolist() if looked.slopes else None,
+                )
+                for name, curve in looked.curves.items()
+            }
+            proposal = propose(
+                looked.alphas, curves, tolerance, noise=_NOISE[self.problem.settings.dtype]
+            )
+            alphas = decided(list(proposal.alphas))
+            if not alphas:
+                return looked, proposal.exhausted
+            points = [(alpha,) for alpha in alphas]
+            found = sweep(self.problem.objective, self.line, points, journal=self.journal)
+            looked = looked.add(alphas, found, self.slopes(alphas))
+
+    def without_rounding(self, looked: Looked) -> tuple[Mapping[str, LineCurve], int]:
+        """Evaluates anew, in float64, the points where rounding alone could make an extremum.
+
+        Args:
+            looked: What was seen.
+
+        Returns:
+            The curves with the losses found there, and how many points that took.
+        """
+        objective, dtype = self.problem.objective, self.problem.settings.dtype
+        curves, again = looked.curves, set[float]()
+        size = sum(tensor.nbytes for tensor in objective.tensors.values())
+        if dtype == "float64" or objective.device.type == "mps" or size > FRESH_BYTES:
+            return curves, 0
+        precise: Objective | None = None
+        while True:
+            doubted = {
+                alpha
+                for curve in curves.values()
+                for alpha in near_rounding(looked.alphas, curve.means, dtype)
+            } - again
+            order = decided(sorted(doubted))
+            if not order:
+                return curves, len(again)
+            if precise is None:
+                precise = self._in_float64()
+            points = [(alpha,) for alpha in order]
+            found = sweep(precise, self.line, points, journal=self.journal)
+            places = [2 + looked.alphas.index(alpha) for alpha in order]
+            curves = {
+                name: curve.replace(places, found[name].losses.numpy())
+                for name, curve in curves.items()
+            }
+            again |= set(order)
+
+    def _in_float64(self) -> Objective:
+        objective = self.problem.objective
+        precise = Objective(
+            copy.deepcopy(objective.model),
+            objective.loss,
+            {},
+            replace(objective.data, splits=objective.splits),
+            device=objective.device,
+            dtype=torch.float64,
+            batch_size=objective.batch_size,
+            recalibration=objective.recalibration,
+        )
+        precise.load(self.start)
+        return precise
