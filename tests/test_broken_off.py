@@ -50,8 +50,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     No power is lost here, and to wait for the disk takes a while.
     """
     monkeypatch.setattr("losscli.sweep.points_that_fit", lambda *_: 2)
-    monkeypatch.setattr("losscli.journal._sync", lambda _: None)
-    monkeypatch.setattr("losscli.journal._sync_folder", lambda _: None)
+    monkeypatch.setattr("losscli.journal.journal.sync", lambda _: None)
+    monkeypatch.setattr("losscli.journal.journal.sync_folder", lambda _: None)
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
@@ -304,7 +304,7 @@ def test_a_folder_that_cannot_be_written_to(
 
         for path in (folder / "closed").iterdir():
             path.unlink()
-        monkeypatch.setattr("losscli.journal.os.open", refuse)
+        monkeypatch.setattr("losscli.journal.files.os.open", refuse)
         done = losscli(*command)
     assert done.status == 1
     assert "cannot be written" in done.stderr

@@ -14,6 +14,7 @@ import tracemalloc
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from losscli import journal as room
 from losscli.errors import OutputError
-from losscli.journal import Journal, differences
+from losscli.journal import Journal, differences, frames
+from losscli.journal import files as held
+from losscli.journal import journal as room
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -99,8 +101,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a loss of power would do is not tried, and a thousand syncs take a while."""
-    monkeypatch.setattr(room, "_sync", lambda file: None)
-    monkeypatch.setattr(room, "_sync_folder", lambda folder: None)
+    monkeypatch.setattr(room, "sync", lambda file: None)
+    monkeypatch.setattr(room, "sync_folder", lambda folder: None)
 
 
 # -- what goes in comes out -------------------------------------------------------------------
@@ -179,12 +181,12 @@ class _Haltingly(FileIO):
 
 
 def test_short_reads_and_writes_are_continued(stem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "FileIO", _Haltingly)
+    monkeypatch.setattr(held, "FileIO", _Haltingly)
     three(stem)
     monkeypatch.undo()
     with begin(stem) as journal:
         assert len(journal) == 3
-    monkeypatch.setattr(room, "FileIO", _Haltingly)
+    monkeypatch.setattr(held, "FileIO", _Haltingly)
     with begin(stem) as journal:
         assert all(same(journal.recall(f"r{i}"), numbers(i)) for i in range(3))
 
@@ -584,7 +586,7 @@ def test_the_holder_is_told_no_better_than_it_is_known(
 def test_a_file_that_is_removed_before_its_lock_is_had_does_not_fool(
     stem: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = room._lock
+    real = room.lock
     meanwhile = [path.unlink, lambda: other.rename(path)]
     other = path.with_name("other")
     other.write_bytes(by_hand(({"key": "other", "arrays": []}, b"")))
@@ -595,7 +597,7 @@ def test_a_file_that_is_removed_before_its_lock_is_had_does_not_fool(
         return real(file, where)
 
     three(stem)
-    monkeypatch.setattr(room, "_lock", lock)
+    monkeypatch.setattr(room, "lock", lock)
     with begin(stem) as journal:
         assert meanwhile == []
         assert journal.recall("other") == {}
@@ -631,7 +633,7 @@ def test_without_locks_a_run_goes_on_and_says_so(
 
     with begin(stem) as journal:
         assert journal.locked
-    monkeypatch.setattr(room, "_lock_now", refuse)
+    monkeypatch.setattr(held, "_lock_now", refuse)
     with begin(stem) as journal:
         journal.record("r0", numbers(0))
         assert not journal.locked
@@ -739,13 +741,21 @@ def test_a_full_disk_keeps_what_was_recorded(stem: Path, path: Path) -> None:
         assert same(journal.recall("small"), {"x": np.arange(2)})
 
 
-@pytest.mark.parametrize("where", ["_put", "_sync", "_sync_folder", "_write"])
+@pytest.mark.parametrize(
+    ("module", "where"),
+    [(frames, "_put"), (room, "sync"), (room, "sync_folder"), (room, "write")],
+)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, None])
 def test_whatever_fails_nothing_half_written_is_taken_for_whole(
-    where: str, number: int | None, stem: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType,
+    where: str,
+    number: int | None,
+    stem: Path,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every call of the system fails in turn, or Ctrl-C comes; for a first and a second record."""
-    real = getattr(room, where)
+    real = getattr(module, where)
     error = KeyboardInterrupt() if number is None else OSError(number, os.strerror(number))
     expected = KeyboardInterrupt if number is None else OutputError
     for fails_at in range(30):
@@ -763,7 +773,7 @@ def test_whatever_fails_nothing_half_written_is_taken_for_whole(
         path.write_bytes(by_hand(({"key": "old", "arrays": []}, b"")))
         recorded = []
         journal = begin(stem, "new")
-        monkeypatch.setattr(room, where, failing)
+        monkeypatch.setattr(module, where, failing)
         with journal:
             for i in range(2):
                 try:
@@ -772,7 +782,7 @@ def test_whatever_fails_nothing_half_written_is_taken_for_whole(
                     continue
                 recorded.append(i)
                 assert same(journal.recall(f"r{i}"), numbers(i))
-        monkeypatch.setattr(room, where, real)
+        monkeypatch.setattr(module, where, real)
         assert files(path.parent) == ["run.journal"]
         with begin(stem, "new") as journal:
             found = [i for i in range(2) if journal.recall(f"r{i}") is not None]

@@ -61,8 +61,8 @@ class _Breaking:
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
     """No power is lost here, and to wait for the disk takes a while."""
-    monkeypatch.setattr("losscli.journal._sync", lambda _: None)
-    monkeypatch.setattr("losscli.journal._sync_folder", lambda _: None)
+    monkeypatch.setattr("losscli.journal.journal.sync", lambda _: None)
+    monkeypatch.setattr("losscli.journal.journal.sync_folder", lambda _: None)
 
 
 def build(

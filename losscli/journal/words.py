@@ -1,0 +1,55 @@
+"""How two runs differ, in words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from losscli.errors import printable
+
+__all__ = ["differences"]
+
+_CONTENT = re.compile(r"[0-9a-f]{64}")
+
+# A longer value is not told.
+_LONGEST = 60
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Says in words what two runs were told otherwise.
+
+    Args:
+        before: What the earlier one was told, by name.
+        now: What the later one was told.
+
+    Returns:
+        For each difference a part of a sentence, such as ``--limit was 100 and is 200``.
+    """
+    told = []
+    for name in dict.fromkeys([*before, *now]):
+        was, is_ = (json.dumps(side.get(name), sort_keys=True) for side in (before, now))
+        if was == is_ and (name in before) == (name in now):
+            continue
+        one, other = (_value(side.get(name)) for side in (before, now))
+        label = printable(name)
+        if name not in now:
+            told.append(f"{label} is no longer there")
+        elif name not in before:
+            told.append(f"{label} was not there")
+        elif all(_CONTENT.fullmatch(str(side[name])) for side in (before, now)):
+            told.append(f"{label} was changed since")
+        elif max(len(one), len(other)) > _LONGEST:
+            told.append(f"{label} is not what it was")
+        else:
+            told.append(f"{label} was {one} and is {other}")
+    return told
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "not given"
+    if isinstance(value, str):
+        return printable(value)
+    return printable(json.dumps(value, ensure_ascii=False, sort_keys=True))
