@@ -148,6 +148,27 @@ class Objective:
         self._copies_inputs = False
         self._way: Way | None = None
 
+    def twin(self, model: nn.Module, dtype: torch.dtype) -> Objective:
+        """Makes another objective of the same loss and data, without metrics.
+
+        Args:
+            model: Its model, which it takes over.
+            dtype: The type of its forward pass.
+
+        Returns:
+            The objective; the data are not copied.
+        """
+        return Objective(
+            model,
+            self.loss,
+            {},
+            replace(self.data, splits=self.splits),
+            device=self.device,
+            dtype=dtype,
+            batch_size=self.batch_size,
+            recalibration=self.recalibration,
+        )
+
     def _bring(self, recalibration: Recalibration) -> Recalibration:
         """Brings training examples to the device, where a split of the data is there already."""
         for name, split in self.data.splits.items():

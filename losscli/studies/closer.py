@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -127,15 +127,6 @@ class CloseUp:
 
     def _in_float64(self) -> Objective:
         objective = self.problem.objective
-        precise = Objective(
-            copy.deepcopy(objective.model),
-            objective.loss,
-            {},
-            replace(objective.data, splits=objective.splits),
-            device=objective.device,
-            dtype=torch.float64,
-            batch_size=objective.batch_size,
-            recalibration=objective.recalibration,
-        )
+        precise = objective.twin(copy.deepcopy(objective.model), torch.float64)
         precise.load(self.start)
         return precise

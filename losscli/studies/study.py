@@ -8,7 +8,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,7 +20,6 @@ from losscli.digest import digest
 from losscli.errors import CheckpointError, ModelError
 from losscli.geometry import Slice
 from losscli.journal import Journal
-from losscli.objective import Objective
 from losscli.problem import Problem
 from losscli.ranks import apart
 from losscli.results import Result
@@ -484,16 +483,7 @@ class Study(ABC):
             return
         with torch.random.fork_rng(devices=[]):
             model = self.problem.fresh()
-        anew = Objective(
-            model,
-            objective.loss,
-            {},
-            replace(objective.data, splits=objective.splits),
-            device=objective.device,
-            dtype=objective.dtype,
-            batch_size=objective.batch_size,
-            recalibration=objective.recalibration,
-        )
+        anew = objective.twin(model, objective.dtype)
         batches: Mapping[str, Examples] = objective.first_batches()
         estimated = objective.recalibration is not None
         share = _TOLERANCE_OF_ESTIMATES[self.problem.settings.dtype] if estimated else 1e-5
