@@ -424,34 +424,30 @@ class Objective:
         sample = {name: split.first(min(self.batch_size, _PROOF_EXAMPLES)).to(self.device)}
         few = [tuple(coordinates[i * (len(coordinates) - 1) // 3]) for i in range(4)]
         few = list(dict.fromkeys(few))
+        proofs = [(self.held, _AGREE[self.dtype])]
+        if self.recalibration is not None:
+            proofs.append((self.brief, _AGREE_ON_ESTIMATES[self.dtype]))
+        own = {n: self.tensors[n].clone() for layer in self.statistics for n in layer.names}
+        truths = []
+        for context, _ in proofs:
+            with context():
+                truths.append(self._evaluate(Loaded(self, slice_, few), sample, None)[name].losses)
+        if own:
+            self.load(own)
 
-        def truth() -> Tensor:
-            return self._evaluate(Loaded(self, slice_, few), sample, None)[name].losses
-
-        def agrees(truth: Tensor, tolerance: float) -> bool:
+        def agrees(proof: int) -> bool:
+            context, tolerance = proofs[proof]
             try:
-                found = self.at(slice_, few, sample)[name].losses
+                with context():
+                    found = self.at(slice_, few, sample)[name].losses
             except (ModelError, LossError):
                 return False
-            return _agree(found, truth, tolerance)
+            return _agree(found, truths[proof], tolerance)
 
-        with self.held():
-            held = truth()
-        estimated = None
-        if self.recalibration is not None:
-            own = {n: self.tensors[n].clone() for layer in self.batchnorm for n in layer.names}
-            with self.brief():
-                estimated = truth()
-            self.load(own)
         try:
             for way in self._ways():
                 self._way = way
-                with self.held():
-                    good = agrees(held, _AGREE[self.dtype])
-                if good and estimated is not None:
-                    with self.brief():
-                        good = agrees(estimated, _AGREE_ON_ESTIMATES[self.dtype])
-                if good:
+                if all(map(agrees, range(len(proofs)))):
                     return
         except BaseException:
             # Out of memory, say: the way that was tried is not one that was proven.
