@@ -30,6 +30,18 @@ __all__ = [
 ]
 
 
+# Runs that have no picture together: why, and what helps.
+_ALONE = {
+    "check": ("one check cannot be laid over another", "Give one CSV of a check"),
+    "barriers": ("one matrix cannot be laid over another", "Give one CSV of barriers"),
+    "inspect": (
+        "one inspection cannot be laid over another",
+        "Inspect two checkpoints together",
+    ),
+    "plane": ("one plane cannot be laid over another", "Give one CSV of a plane"),
+}
+
+
 def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
     """Draws runs of one command.
 
@@ -56,27 +68,21 @@ def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
             "Lay tables of one command over each other",
         )
     (command,) = commands
-    if command == "check":
-        if len(runs) > 1:
-            raise UsageError("one check cannot be laid over another", "Give one CSV of a check")
-        return draw_check(runs[0], title=title, log=log)
-    if command == "barriers":
-        if len(runs) > 1:
-            raise UsageError("one matrix cannot be laid over another", "Give one CSV of barriers")
-        return draw_barriers(runs[0], title=title, log=log)
-    if command == "inspect":
-        if len(runs) > 1:
-            raise UsageError(
-                "one inspection cannot be laid over another", "Inspect two checkpoints together"
-            )
-        return draw_inspection(runs[0], title=title)
-    if command == "plane":
-        if len(runs) > 1:
-            raise UsageError("one plane cannot be laid over another", "Give one CSV of a plane")
-        surface = bool(runs[0].summary.get("surface"))
-        return draw_plane(runs[0], title=title, log=log, surface=surface)
-    if command == "trajectory":
-        return draw_trajectory(runs, title=title, log=log)
-    if len(runs) == 1 and "blocks" in runs[0].more:
-        return draw_layerwise(runs[0], title=title, log=log)
+    if command in _ALONE and len(runs) > 1:
+        raise UsageError(*_ALONE[command])
+    run = runs[0]
+    match command:
+        case "check":
+            return draw_check(run, title=title, log=log)
+        case "barriers":
+            return draw_barriers(run, title=title, log=log)
+        case "inspect":
+            return draw_inspection(run, title=title)
+        case "plane":
+            surface = bool(run.summary.get("surface"))
+            return draw_plane(run, title=title, log=log, surface=surface)
+        case "trajectory":
+            return draw_trajectory(runs, title=title, log=log)
+    if len(runs) == 1 and "blocks" in run.more:
+        return draw_layerwise(run, title=title, log=log)
     return draw_interpolation(runs, title=title, log=log)
