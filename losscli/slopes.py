@@ -117,6 +117,7 @@ def slopes(
         # Whoever halves the batch begins anew.
         log = Log(journal, objective, splits, "slopes", line.ends, objective.batch_size)
     way: _Way | None = None
+    tell = progress or (lambda _: None)
     total = sum(map(len, splits.values()))
     seen = 0
     for i, alpha in enumerate(alphas):
@@ -135,8 +136,7 @@ def slopes(
                 found[name].slope[i] += slope / len(split)
                 found[name].curvature[i] += curvature / len(split)
                 seen += len(batch)
-                if progress is not None:
-                    progress(seen / total)
+                tell(seen / total)
         if log is not None:
             both = ((found[name].slope[i], found[name].curvature[i]) for name in splits)
             log.record(alpha, {f"{k}": np.array(pair) for k, pair in enumerate(both)})
