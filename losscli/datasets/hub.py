@@ -88,14 +88,8 @@ def load_hub(
     feature = columns[chosen]
     image = isinstance(feature, datasets.Image)
     text = getattr(feature, "dtype", "") in {"string", "large_string"} and not image
-    for key, value, kind, fits in (
-        ("size", size, "images", image),
-        ("grayscale", grayscale, "images", image),
-        ("tokenizer", tokenizer, "text", text),
-        ("context", context, "text", text),
-    ):
-        if value is not None and not fits:
-            raise SpecError(f"{where}: {key}= is of {kind}, and {chosen!r} holds none", "Leave it")
+    _leave_out("images", where, chosen, here=image, size=size, grayscale=grayscale)
+    _leave_out("text", where, chosen, here=text, tokenizer=tokenizer, context=context)
     if text:
         if targets is not None:
             raise SpecError(
@@ -103,41 +97,38 @@ def load_hub(
                 "Leave out targets=; to classify text, save it as input_ids and label",
             )
         read = read_texts(tokenizer or "bytes", 1024 if context is None else context)
-        return DataSet(
-            {
-                split: read(_texts(table, chosen, where), f"{where}, split {split!r}")
-                for split, table in tables.items()
-            },
-            language=True,
-        )
+        joined = {
+            split: read(_texts(table, chosen, where), f"{where}, split {split!r}")
+            for split, table in tables.items()
+        }
+        return DataSet(joined, language=True)
     goal = _choose(columns, targets, _TARGETS, "targets", where)
     # A model that takes nothing but token ids is served by inputs=input_ids.
     beside = [] if inputs else [name for name in _BESIDE if name in columns]
     if chosen == "input_ids" and (goal is None or _is_list(columns[goal])):
-        return DataSet(
-            {split: _language(table, goal, beside, where) for split, table in tables.items()},
-            language=True,
-        )
+        tokens = {split: _language(table, goal, beside, where) for split, table in tables.items()}
+        return DataSet(tokens, language=True)
     if goal is None:
         raise DataError(
             f"{where} has the columns {', '.join(columns)}", "Say which: targets=COLUMN"
         )
-    splits: dict[str, Any] = {}
-    for split, table in tables.items():
-        here = f"{where}, split {split!r}"
+
+    def examples(table: Any, here: str) -> Any:
         answers = _numbers(table, goal, here)
         if image:
-            splits[split] = _Rows(
-                table, chosen, here, answers, size=size, grayscale=bool(grayscale)
-            )
-        elif chosen == "input_ids":
-            splits[split] = _tokens(table, beside, here), answers
-        else:
-            numbers = _numbers(table, chosen, here)
-            # A layer takes features; whole numbers that stand alone are indices.
-            alone = numbers.ndim == 1 and numbers.is_floating_point()
-            splits[split] = numbers.unsqueeze(1) if alone else numbers, answers
-    return splits
+            return _Rows(table, chosen, here, answers, size=size, grayscale=bool(grayscale))
+        if chosen == "input_ids":
+            return _tokens(table, beside, here), answers
+        return _features(table, chosen, here), answers
+
+    return {split: examples(table, f"{where}, split {split!r}") for split, table in tables.items()}
+
+
+def _leave_out(kind: str, where: str, column: str, *, here: bool, **keys: Any) -> None:
+    """Refuses keys of a spec that are about a kind of data, where the column holds another."""
+    for key, value in keys.items():
+        if value is not None and not here:
+            raise SpecError(f"{where}: {key}= is of {kind}, and {column!r} holds none", "Leave it")
 
 
 def _choose(
@@ -301,6 +292,13 @@ def _numbers(table: Any, column: str, where: str) -> Tensor:
             f"{where}: the rows of {column!r} differ in their length", "Pad them to one length"
         )
     return to_tensor(np.concatenate(parts), where, column)
+
+
+def _features(table: Any, column: str, where: str) -> Tensor:
+    numbers = _numbers(table, column, where)
+    # A layer takes features; whole numbers that stand alone are indices.
+    alone = numbers.ndim == 1 and numbers.is_floating_point()
+    return numbers.unsqueeze(1) if alone else numbers
 
 
 def _lists(table: Any, column: str, where: str) -> tuple[Tensor, Tensor]:
