@@ -12,6 +12,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
@@ -123,23 +124,12 @@ def draw_plane(run: Run, *, title: str = "", log: bool = False, surface: bool = 
         ratio = (view[1][1] - view[1][0]) / (view[0][1] - view[0][0])
         equal = kind == "points" or 1 / _LONG <= ratio <= _LONG
 
-        columns = 2 if surface else min(2, len(grids))
-        rows = math.ceil(len(grids) * (1 + surface) / columns) if grids else 1
-        width = WIDE if columns == 2 else WIDTH
-        height = min(
-            max(
-                (3.6 if columns == 2 else 5.1) * (ratio if equal else 1.0), 3.3 if surface else 2.2
-            ),
-            5.1,
-        )
-        figure = Figure(figsize=(width, rows * (height + 0.75)), layout="constrained")
-        FigureCanvasAgg(figure)
-        cells = figure.add_gridspec(rows, max(columns, 1))
+        figure, cells = _sheet(len(grids), ratio if equal else 1.0, surface=surface)
         labels, short = _labels(run, kind)
         panels: list[Axes] = []
         contours: list[Contours] = []
         for number, (grid, loss) in enumerate(zip(grids, own, strict=True)):
-            place = divmod(number * (1 + surface), columns)
+            place = divmod(number * (1 + surface), cells.ncols)
             panel = figure.add_subplot(cells[place])
             drawn = draw_contours(panel, grid, scale)
             _frame(panel, view, equal=equal)
@@ -175,6 +165,19 @@ def draw_plane(run: Run, *, title: str = "", log: bool = False, surface: bool = 
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
             label_contours(panel, drawn, marks.x, marks.y, apart=14 if joined else 28)
     return figure
+
+
+def _sheet(panels: int, ratio: float, *, surface: bool) -> tuple[Figure, GridSpec]:
+    """A figure with room for a panel a split, whose height is so many times its width."""
+    columns = 2 if surface else min(2, panels)
+    rows = math.ceil(panels * (1 + surface) / columns) if panels else 1
+    wide = columns == 2
+    lowest = 3.3 if surface else 2.2
+    height = min(max((3.6 if wide else 5.1) * ratio, lowest), 5.1)
+    size = WIDE if wide else WIDTH, rows * (height + 0.75)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_gridspec(rows, max(columns, 1))
 
 
 def _read(table: Table) -> list[Grid]:
