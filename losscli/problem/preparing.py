@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -70,18 +70,38 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         recalibration=recalibration,
     )
     buffers = floating_buffers(objective)
-    provenance = {
+    specs = {"model": found.text, "data": data_name, "loss": loss_name}
+    return Problem(
+        objective,
+        tuple(names),
+        first,
+        moving_names(objective, buffers, settings),
+        None if isinstance(found.value, nn.Module) else lambda: build(found),
+        buffers,
+        _provenance(settings, objective, specs, entries),
+        settings,
+        checkpoints.open,
+    )
+
+
+def _provenance(
+    settings: Settings,
+    objective: Objective,
+    specs: Mapping[str, str],
+    entries: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Tells where all of a problem came from."""
+    recalibration = objective.recalibration
+    return {
         "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": str(device),
-        "device_name": describe_device(device),
+        "device": str(objective.device),
+        "device_name": describe_device(objective.device),
         "dtype": settings.dtype,
         "tf32": settings.tf32,
-        "model": found.text,
-        "data": data_name,
-        "loss": loss_name,
-        "metrics": list(metrics),
+        **specs,
+        "metrics": list(objective.metrics),
         "seed": settings.seed,
         "limit": settings.limit,
         "sampling_error": settings.sampling_error,
@@ -97,19 +117,8 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         "only": list(settings.only),
         "except": list(settings.except_),
         "checkpoints": entries,
-        "examples": {name: len(split) for name, split in data.splits.items()},
+        "examples": {name: len(split) for name, split in objective.data.splits.items()},
     }
-    return Problem(
-        objective,
-        tuple(names),
-        first,
-        moving_names(objective, buffers, settings),
-        None if isinstance(found.value, nn.Module) else lambda: build(found),
-        buffers,
-        provenance,
-        settings,
-        checkpoints.open,
-    )
 
 
 def _check(settings: Settings) -> None:
