@@ -26,7 +26,6 @@ from losscli.settings import Settings
 from losscli.studies.study import Study, count, moving_along
 from losscli.sweep import check, settle, sweep, sweep_plain
 from losscli.table import Cell, Table
-from losscli.weights import Weights
 
 __all__ = ["Trajectory", "trajectory"]
 
@@ -207,9 +206,6 @@ class Trajectory(Study):
         }
         return Result(self._table(found), summary, more)
 
-    def _weights(self, t: int) -> Weights:
-        return self.problem.open(t).weights
-
     def _prove(self) -> tuple[float | None, list[str]]:
         """Holds the sweep against both ends; what is held here is let go of."""
         weights = self.problem.last.weights
@@ -268,7 +264,7 @@ class Trajectory(Study):
         """Evaluates the line across the path at a checkpoint."""
         reach = self.offsets[-1]
         dtype = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
-        line = ribbon(self._weights, self.path, t, self.moving, reach, dtype)
+        line = ribbon(self.weights, self.path, t, self.moving, reach, dtype)
         assert line is not None  # a path without residuals has no offsets
         found = sweep(
             self.problem.objective,
