@@ -21,14 +21,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from losscli.errors import LosscliError, UsageError, one_line
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch._C._distributed_c10d import Store
 
 __all__ = [
@@ -42,7 +40,8 @@ __all__ = [
     "joined",
 ]
 
-Arrays = Mapping[str, NDArray[Any]]
+# A text: help is printed without numpy.
+Arrays: TypeAlias = "Mapping[str, NDArray[Any]]"
 
 _T = TypeVar("_T")
 
@@ -516,11 +515,15 @@ def _meet(store: Store, rank: int, size: int) -> str:
 
 
 def _pack(arrays: Arrays) -> bytes:
+    import numpy as np
+
     room = io.BytesIO()
     np.savez(room, allow_pickle=False, **arrays)
     return room.getvalue()
 
 
 def _unpack(content: bytes) -> dict[str, NDArray[Any]]:
+    import numpy as np
+
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays)
