@@ -17,6 +17,12 @@ __all__ = ["Console", "SilentConsole"]
 
 _INTERVAL = 10.0
 
+# From so many columns on a bar has the rate beside it.
+_WIDE = 60
+
+# What shares of a point, added up, may be short of whole ones.
+_ROUNDING = 1e-6
+
 
 class Console:
     """The streams of one command.
@@ -130,54 +136,99 @@ class Console:
         if self.quiet:
             yield lambda _: None
         elif self.animated:
-            yield from self._bar(total, unit, skipped)
+            yield from self._bar(_Count(total, unit, skipped))
         else:
-            yield self._lines(total, unit, skipped)
+            yield self._lines(_Count(total, unit, skipped))
 
-    def _bar(
-        self, total: int, unit: str, skipped: Callable[[], float]
-    ) -> Iterator[Callable[[float], None]]:
+    def _bar(self, count: _Count) -> Iterator[Callable[[float], None]]:
         # rich takes a while to import, and only a terminal needs it.
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
         columns = (
             TextColumn("{task.fields[count]}"),
-            BarColumn(),
+            BarColumn(None, table_column=Column(min_width=4, max_width=40)),
             TextColumn("{task.fields[rate]}"),
         )
         console = RichConsole(file=self.stderr)
-        begun = time.monotonic()
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("", total=total, count=f"0/{total} {unit}", rate="")
+            task = bar.add_task("", total=count.total, count=count.told, rate="")
 
             def tell(done: float) -> None:
-                rate = (done - skipped()) / max(time.monotonic() - begun, 1e-9)
-                left = f" {_duration((total - done) / rate)} left" if rate > 0 else ""
+                count.add(done)
+                # A narrow terminal has no room for more than how much is left.
+                wide = console.width >= _WIDE
+                rate = (f"{count.rate:.3g} {count.unit}/s" if wide else "", count.left)
                 bar.update(
-                    task,
-                    completed=done,
-                    count=f"{int(done)}/{total} {unit}",
-                    rate=f"{rate:.3g} {unit}/s{left}",
+                    task, completed=count.done, count=count.told, rate=" ".join(filter(None, rate))
                 )
 
             yield tell
 
-    def _lines(
-        self, total: int, unit: str, skipped: Callable[[], float]
-    ) -> Callable[[float], None]:
-        begun = last = time.monotonic()
+    def _lines(self, count: _Count) -> Callable[[float], None]:
+        last = time.monotonic()
 
         def tell(done: float) -> None:
             nonlocal last
+            count.add(done)
             now = time.monotonic()
-            new = done - skipped()
-            if now - last >= _INTERVAL and new > 0:
+            if now - last >= _INTERVAL and count.rate:
                 last = now
-                left = (now - begun) / new * (total - done)
-                self._line(f"{int(done)}/{total} {unit}, {_duration(left)} left")
+                self._line(", ".join(filter(None, (count.told, count.left))))
 
         return tell
+
+
+class _Count:
+    """How far a computation is, and when it will be done.
+
+    What was known before takes no time, and what is done anew, after it was lost, is no progress.
+
+    Args:
+        total: How much there is to do; it may turn out to be more.
+        unit: What is counted, in the plural.
+        skipped: How much of what is done took no time.
+
+    Attributes:
+        done: How much is done, which never falls.
+    """
+
+    def __init__(self, total: int, unit: str, skipped: Callable[[], float]) -> None:
+        self.total = total
+        self.unit = unit
+        self.done = 0.0
+        self._skipped = skipped
+        self._known = skipped()
+        self._new = 0.0
+        self._begun = time.monotonic()
+
+    def add(self, done: float) -> None:
+        """Takes note of how much is done by now."""
+        known = self._skipped()
+        self._new += max(0.0, done - self.done - (known - self._known))
+        self._known = known
+        self.done = max(self.done, done)
+
+    @property
+    def rate(self) -> float:
+        """How much is done a second; 0 where nothing was, but for rounding."""
+        spent = time.monotonic() - self._begun
+        return self._new / max(spent, 1e-9) if self._new > _ROUNDING else 0.0
+
+    @property
+    def told(self) -> str:
+        """How much is done, in words, and of how much where that is known."""
+        of = f"/{self.total}" if self.done <= self.total + _ROUNDING else ""
+        return f"{int(self.done + _ROUNDING)}{of} {self.unit}"
+
+    @property
+    def left(self) -> str:
+        """The time that is left, in words; nothing where it is not known."""
+        left = self.total - self.done
+        if not self.rate or left < -_ROUNDING:
+            return ""
+        return f"{_duration(max(0.0, left) / self.rate)} left"
 
 
 class SilentConsole(Console):

@@ -28,6 +28,7 @@ from losscli.weights import Weights
 
 __all__ = [
     "DENSE_LIMIT",
+    "LEAST",
     "PRODUCT_LIMIT",
     "Curvature",
     "DenseHessian",
@@ -42,6 +43,11 @@ DENSE_LIMIT = 1000
 
 PRODUCT_LIMIT = 1000
 """Hessian-vector products after which the search for eigenvalues ends as far as it came, about."""
+
+LEAST = 50
+"""Products before a search may be believed to have met both ends. From a random start, 50 of them
+miss an end by more than 2 % of the spectrum's width with a probability below 1/1000, for up to a
+million weights: 1.648 √n exp(−√ε (2k − 1)) (Kuczyński & Woźniakowski 1992)."""
 
 Verdict = Literal["not critical", "saddle", "maximum", "minimum", "undecided"]
 
@@ -61,10 +67,6 @@ _BASIS_BYTES = 1 << 30
 # A tolerance that everything meets: ARPACK then stops after its first basis.
 _ANY = 1e100
 
-# Products before a search may be believed to have met both ends. From a random start, 50 of them
-# miss an end by more than 2 % of the spectrum's width with a probability below 1/1000, for up to a
-# million weights: 1.648 √n exp(−√ε (2k − 1)) (Kuczyński & Woźniakowski 1992).
-_LEAST = 50
 
 # Rows of a whole Hessian for which a batch is differentiated once.
 _ROWS = 16
@@ -333,7 +335,7 @@ class Curvature:
         # Where not much is missing, all of it: that leaves nothing to restart for.
         widest = self.size if self.size <= 2 * widest else widest
         # A basis takes one product more than it has vectors, and the shift takes another.
-        width = min(widest, max(least, _LEAST), limit - 2)
+        width = min(widest, max(least, LEAST), limit - 2)
         count = 2 * max(0, min(number, (width - 1) // 2))
         vectors = start.unsqueeze(0)
         try:
@@ -344,7 +346,7 @@ class Curvature:
                 found = self._ritz(count, start, width, goal=_ANY, shift=shift, restarts=1)
                 vectors = found if len(found) else vectors
             while True:
-                trusted = self.products - begun >= _LEAST
+                trusted = self.products - begun >= LEAST
                 pairs = self._measure(vectors, tolerance, exact=False, trusted=trusted)
                 pairs.sort(key=lambda pair: pair.value)
                 left = limit - (self.products - begun)

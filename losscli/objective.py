@@ -5,6 +5,7 @@ However points are evaluated, one law holds: the numbers of the checkpoint loade
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from losscli.losses import (
 )
 from losscli.mapped import let_go
 from losscli.models import HEADLESS, cure_of, is_headless
+from losscli.operations import operations
 from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
 from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.weights import Weights
@@ -147,6 +149,7 @@ class Objective:
         self.idle: Sequence[Layer] = ()
         self._copies_inputs = False
         self._way: Way | None = None
+        self._operations: int | None = None
 
     def twin(self, model: nn.Module, dtype: torch.dtype) -> Objective:
         """Makes another objective of the same loss and data, without metrics.
@@ -297,11 +300,12 @@ class Objective:
         )
 
     @torch.no_grad()
-    def check(self, weights: Weights) -> None:
+    def check(self, weights: Weights, names: Sequence[str] | None = None) -> None:
         """Makes sure that the model, the loss and the data work together, on a first batch.
 
         Args:
             weights: All tensors of the model; they stay loaded.
+            names: The splits that it is tried on; all by default.
 
         Raises:
             LossError: Labels are out of the model's range.
@@ -310,7 +314,8 @@ class Objective:
         self.load(weights)
         if self._chooses_batch:
             self._fit_outputs()
-        for name, split in self.first_batches().items():
+        for name in self.splits if names is None else names:
+            split = self.splits[name].first(self.batch_size).to(self.device)
             inputs = self.data.prepare(map_inputs(Tensor.clone, split.inputs), self.dtype)
             versions = [tensor._version for tensor in leaves(inputs)]
             outputs = self.forward(self.model, inputs)
@@ -336,6 +341,28 @@ class Objective:
                     "the model gives two answers for the same weights and data, even in eval mode",
                     "Take the randomness (dropout outside nn.Dropout, sampling) out of its forward",
                 )
+        # While it is known which weights are loaded: which way an example takes may be theirs.
+        if self._operations is None:
+            self._operations = self._count()
+
+    @property
+    def operations(self) -> int:
+        """The floating-point operations of one example's forward pass: two a weight, or more."""
+        if self._operations is None:
+            self._operations = self._count()
+        return self._operations
+
+    def _count(self) -> int:
+        once = 2 * sum(parameter.numel() for parameter in self.model.parameters())
+        split = next(iter(self.splits.values()))
+        # Some models take a whole batch alone, and some no counter can look into.
+        for number in dict.fromkeys((min(_PROBE, self.batch_size), self.batch_size)):
+            few = split.first(number).to(self.device)
+            inputs = self.data.prepare(map_inputs(Tensor.clone, few.inputs), self.dtype)
+            with contextlib.suppress(ModelError):
+                found = operations(self.model, partial(self.forward, self.model, inputs))
+                return max(1, once, found // len(few))
+        return max(1, once)
 
     def _fit_outputs(self) -> None:
         """Makes the batch smaller, where the outputs of one would be large; the same every run."""
@@ -403,7 +430,12 @@ class Objective:
             return self._evaluate(points, splits, progress)
 
     @torch.no_grad()
-    def settle(self, slice_: Slice, coordinates: Sequence[Sequence[float]]) -> None:
+    def settle(
+        self,
+        slice_: Slice,
+        coordinates: Sequence[Sequence[float]],
+        examples: int = _PROOF_EXAMPLES,
+    ) -> None:
         """Chooses the fastest way to evaluate points that gives the numbers of the plain one.
 
         A few points are evaluated on a part of a batch by loading each plainly, then in every
@@ -412,6 +444,7 @@ class Objective:
         Args:
             slice_: The slice.
             coordinates: As many points as will be evaluated at once.
+            examples: Examples to prove a way on, at most.
         """
         if self._way is not None:
             return
@@ -421,7 +454,7 @@ class Objective:
             self._way = Way.BOUND
             return
         name, split = next(iter(self.splits.items()))
-        sample = {name: split.first(min(self.batch_size, _PROOF_EXAMPLES)).to(self.device)}
+        sample = {name: split.first(min(self.batch_size, examples)).to(self.device)}
         few = [tuple(coordinates[i * (len(coordinates) - 1) // 3]) for i in range(4)]
         few = list(dict.fromkeys(few))
         proofs = [(self.held, _AGREE[self.dtype])]

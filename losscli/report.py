@@ -455,7 +455,45 @@ def plan(description: Mapping[str, Any]) -> str:
     ]
     if "products_at_most" in d:
         rows.append(("products", f"with the Hessian, at most about {d['products_at_most']:,}"))
+    rows.append(("time", _estimate(d["estimate"], d["device"])))
     return "".join(f"{label:<13}{printable(text)}\n" for label, text in rows)
+
+
+def _estimate(e: Mapping[str, Any], device: str) -> str:
+    """How long a run will take, and what that rests on."""
+    batch = e["batch"]
+    looked = [f"one batch of {batch['examples']:,} took {_span(batch['seconds'])}"]
+    if "product" in e:
+        looked.append(f"a product with the Hessian {_span(e['product']['seconds'])}")
+    long = f"{e['kind']} {_span(e['seconds'])}"
+    if "seconds_at_most" in e:
+        long = f"about {_span(e['seconds'])} to {_span(e['seconds_at_most'])}"
+    return f"{long} on {device} ({', '.join(looked)})"
+
+
+def _span(seconds: float) -> str:
+    """Tells a span of time in words.
+
+    Args:
+        seconds: How long it is.
+
+    Returns:
+        For example ``41 ms``, ``2 min 10 s`` or ``3 h 5 min``.
+    """
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.2g} ms"
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    for large, small, unit, part in (
+        (86400, 3600, "d", "h"),
+        (3600, 60, "h", "min"),
+        (60, 1, "min", "s"),
+    ):
+        if whole >= large:
+            many, rest = divmod(round(whole / small), large // small)
+            return f"{many:,} {unit} {rest} {part}" if rest else f"{many:,} {unit}"
+    return f"{whole} s"
 
 
 def _where(d: Mapping[str, Any]) -> Iterator[str]:

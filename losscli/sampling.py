@@ -164,7 +164,8 @@ def grow(
     splits: Mapping[str, Examples],
     tolerance: float | None,
     seed: int,
-    evaluate: Callable[[Mapping[str, Examples]], Mapping[str, _T]],
+    evaluate: Callable[[Mapping[str, Examples], Callable[[float], None]], Mapping[str, _T]],
+    progress: Callable[[float], None] | None = None,
 ) -> dict[str, _T]:
     """Evaluates on whole splits, or on as many of their examples as are needed.
 
@@ -173,23 +174,33 @@ def grow(
         tolerance: What the standard error may be, as a share of the height of what is evaluated;
             None for all examples.
         seed: Of the order in which examples are looked at.
-        evaluate: Evaluates on the splits it is given.
+        evaluate: Evaluates on the splits it is given, and tells the points done so far.
+        progress: Called with the points done so far, counted as if all examples were needed.
 
     Returns:
         What was found on each split.
     """
+    tell = progress or (lambda _: None)
     if tolerance is None:
-        return dict(evaluate(splits))
+        return dict(evaluate(splits, tell))
     found: dict[str, _T] = {}
     generator = torch.Generator().manual_seed(seed)
     order = {n: s.order(generator) for n, s in splits.items()}
-    size, going = _FIRST_BLOCK, dict(splits)
+    size, going, looked = _FIRST_BLOCK, dict(splits), 0.0
+    total = sum(map(len, splits.values()))
     while going:
         blocks = {}
         for name, split in going.items():
             seen = found[name].examples if name in found else 0
             blocks[name] = split.take(order[name][seen:size])
-        for name, block in evaluate(blocks).items():
+        share, most = sum(map(len, blocks.values())) / total, 0.0
+
+        def further(done: float, before: float = looked, share: float = share) -> None:
+            nonlocal most
+            most = max(most, done)
+            tell(before + share * done)
+
+        for name, block in evaluate(blocks, further).items():
             found[name] = found[name].extend(block) if name in found else block
         left = [
             name
@@ -197,5 +208,6 @@ def grow(
             if size < len(split) and not found[name].is_known_to(tolerance)
         ]
         going = {name: going[name] for name in decided(left)}
+        looked += share * most
         size *= 2
     return found

@@ -31,7 +31,7 @@ from losscli.recording import Log
 from losscli.sweep import halving
 from losscli.weights import Weights, pieces
 
-__all__ = ["Slopes", "slopes"]
+__all__ = ["Slopes", "slopes", "trial"]
 
 # Examples and points on which a way is held against others.
 _SAMPLE = 64
@@ -126,6 +126,9 @@ def slopes(
             for k, name in enumerate(splits):
                 found[name].slope[i], found[name].curvature[i] = known[f"{k}"].tolist()
             seen += total
+            if journal is not None and progress is not None:
+                journal.skipped += 1
+                progress(seen / total)
             continue
         if way is None:
             way = _settle(course, alphas, next(iter(splits.values())))
@@ -141,6 +144,26 @@ def slopes(
             both = ((found[name].slope[i], found[name].curvature[i]) for name in splits)
             log.record(alpha, {f"{k}": np.array(pair) for k, pair in enumerate(both)})
     return found
+
+
+def trial(objective: Objective, line: Line, split: Examples) -> Callable[[], object]:
+    """Prepares to differentiate at one point, so that it can be timed.
+
+    Args:
+        objective: Whose mean loss; it has been checked.
+        line: The line.
+        split: The examples.
+
+    Returns:
+        What does it on a first batch.
+
+    Raises:
+        ModelError: There are no derivatives that can be trusted.
+    """
+    course = _Course(objective, line)
+    way, weights = _settle(course, [0.25, 0.5, 0.75], split), course.at(0.5)
+    batch = split.first(objective.batch_size).to(objective.device)
+    return lambda: course.sums(way, weights, batch)
 
 
 def _deal(
@@ -177,6 +200,8 @@ def _deal(
             for place, i in enumerate(pieces[k]):
                 log.record(alphas[i], {name: pairs[place] for name, pairs in arrays.items()})
 
+    if journal is not None and progress is not None:
+        journal.skipped += len(known)
     parts = ranks.deal(
         [len(piece) for piece in pieces],
         work,

@@ -19,7 +19,15 @@ from losscli.ranks import Arrays, Ranks, current
 from losscli.recording import Log, pack, unpack
 from losscli.weights import Weights
 
-__all__ = ["check", "halving", "points_that_fit", "settle", "sweep", "sweep_plain"]
+__all__ = [
+    "check",
+    "halving",
+    "points_at_once",
+    "points_that_fit",
+    "settle",
+    "sweep",
+    "sweep_plain",
+]
 
 _T = TypeVar("_T")
 
@@ -28,6 +36,19 @@ _GPU_SHARE = 0.25
 
 # Points that share a first layer have to be some: a chunk costs about three more.
 _FEW = 8
+
+# Floating-point operations of a chunk of points, about a minute's: so much at most is lost where a
+# run is killed. Counted, not timed: the same command takes the same chunks.
+_WORK = {"cpu": 2 * 10**12, "cuda": 10**15}
+_WORK_ELSEWHERE = 3 * 10**13
+
+# Fewer points than these are no chunk, whatever they cost.
+_LEAST = 16
+
+# What decoding an example is counted as: where it takes longer than evaluating it at the points of
+# a chunk, these are more.
+_DECODING = {"cpu": 10**9}
+_DECODING_ELSEWHERE = 10**10
 
 
 def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
@@ -52,6 +73,36 @@ def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
     else:
         budget = _CPU_STACK
     return max(1, budget // max(1, size))
+
+
+def points_at_once(
+    objective: Objective, names: Iterable[str], splits: Mapping[str, Examples] | None = None
+) -> int:
+    """Settles how many points are taken at a time: as many as fit, but no more than a minute's.
+
+    Args:
+        objective: The objective.
+        names: The tensors that move.
+        splits: The examples; all by default.
+
+    Returns:
+        At least 1. Where their weights fit, at least 16, and where data is decoded in each pass
+        so many that evaluating takes about as long as decoding.
+    """
+    splits = objective.splits if splits is None else splits
+    examples = sum(map(len, splits.values()))
+    if objective.recalibration is not None:
+        examples += len(objective.recalibration)
+    kind, each = objective.device.type, objective.operations
+    most = _WORK.get(kind, _WORK_ELSEWHERE) // (each * max(1, examples))
+    least = _LEAST
+    if _is_streamed(splits):
+        least = max(least, _DECODING.get(kind, _DECODING_ELSEWHERE) // each)
+    return min(points_that_fit(objective, names), max(least, most))
+
+
+def _is_streamed(splits: Mapping[str, Examples]) -> bool:
+    return any(not isinstance(split, Split) for split in splits.values())
 
 
 def check(objective: Objective, weights: Weights) -> None:
@@ -94,7 +145,7 @@ def sweep(
         objective: What to evaluate. Tensors that the slice does not move are as last loaded.
         slice_: The slice, its ends on the objective's device.
         coordinates: The P points.
-        chunk: Points at a time; by the memory at hand where it is None.
+        chunk: Points at a time; by the memory at hand and what they cost where it is None.
         splits: The examples; all by default.
         progress: Called with the points done so far, a growing number up to P.
         journal: Where finished chunks are recorded, and recalled from instead of evaluated.
@@ -105,8 +156,9 @@ def sweep(
     Raises:
         OutOfMemoryError: One point and one example do not fit.
     """
-    chunk = min(chunk or points_that_fit(objective, slice_.ends[0]), max(1, len(coordinates)))
     splits = objective.splits if splits is None else splits
+    chunk = chunk or points_at_once(objective, slice_.ends[0], splits)
+    chunk = min(chunk, max(1, len(coordinates)))
     log = None
     if journal is not None:
         log = Log.of_slice(journal, objective, splits, slice_, coordinates)
@@ -195,7 +247,7 @@ def _deal(
     halving(objective, lambda: objective.settle(slice_, coordinates[:chunk]))
     most = _agree(ranks, objective, chunk, known.values())
     # What is decoded in each pass goes by as seldom as may be.
-    streamed = any(not isinstance(split, Split) for split in splits.values())
+    streamed = _is_streamed(splits)
     taken = [(start, start + _number(arrays)) for start, arrays in known.items()]
     chunks = ranks.decide(_cut(len(coordinates), taken, most, ranks.size, even=streamed))
 

@@ -287,7 +287,7 @@ def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
         objective, (a, there) = build(case, batch_size=256), line(case)
         objective.check(a)
 
-        def evaluate(splits: Any) -> dict[str, Estimate]:
+        def evaluate(splits: Any, _: object) -> dict[str, Estimate]:
             found = sweep(objective, there, ALPHAS, chunk=4, splits=splits, journal=journal)
             return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 

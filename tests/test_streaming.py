@@ -239,7 +239,7 @@ def test_blocks_of_a_sample_are_of_the_stream(
     a, _ = model_and_line()
     objective = objective_of(from_object(FORMS[form](), "here"), 5)
 
-    def evaluate(splits: Any) -> dict[str, Estimate]:
+    def evaluate(splits: Any, _: object = None) -> dict[str, Estimate]:
         (found,) = sweep_plain(objective, [a], splits=splits)
         return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 
@@ -571,17 +571,17 @@ def test_workers_come_where_they_are_worth_it(
     workers = split._workers
     monkeypatch.setattr(stream_, "_cores", lambda: 6)
     size = split.first(1).nbytes
-    assert workers._worth(100, 4, size) == 6
-    assert workers._worth(10, 4, size) == 0
+    assert workers.worth(100, 4, size) == split.decoders == 6
+    assert workers.worth(10, 4, size) == 0
     # One whose batches would fill the share of memory that is on its way is none.
-    assert workers._worth(100, 30, size) == (1 << 30) // (16 * 30 * size)
+    assert workers.worth(100, 30, size) == (1 << 30) // (16 * 30 * size)
     monkeypatch.setattr(stream_, "_open_files", lambda: 0)
-    assert workers._worth(100, 4, size) == 0
+    assert workers.worth(100, 4, size) == 0
     monkeypatch.setattr(stream_, "_open_files", lambda: 1024)
     monkeypatch.setattr(stream_, "_shared_bytes", lambda: 64 << 20)
-    assert workers._worth(1000, 30, size) == 1
+    assert workers.worth(1000, 30, size) == 1
     workers.number = 40
-    assert workers._worth(10, 1, size) == 31
+    assert workers.worth(10, 1, size) == 31
 
 
 @pytest.mark.parametrize("shared", [0, 1 << 60])

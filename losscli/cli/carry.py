@@ -56,8 +56,12 @@ def carry_out(
     with console.guard_stdout():
         study = plan()
     if write.dry_run:
-        description = study.describe()
-        console.result(f"{to_json(description)}\n" if write.json else report.plan(description))
+        with console.guard_stdout():
+            estimate = study.estimate()
+        # The batch that fits is known by now.
+        description = {**study.describe(), "estimate": estimate}
+        told = f"{to_json(description, indent=None)}\n" if write.json else report.plan(description)
+        console.result(told)
         return
     if ranks is not None:
         with console.guard_stdout():
@@ -106,7 +110,7 @@ def _evaluate(study: Study, console: Console, journal: Journal | None) -> Result
     with (
         console.guard_stdout(),
         console.progress(
-            study.evaluations, study.unit, lambda: 0.0 if journal is None else journal.skipped
+            study.steps, study.unit, lambda: 0.0 if journal is None else journal.skipped
         ) as tell,
     ):
         result = study.run(tell, journal)

@@ -192,7 +192,7 @@ _OUTPUT_OPTIONS: dict[str, Any] = {
         bool, _option(_OUTPUT, "Print the summary as one JSON object instead of text.", "--json")
     ],
     "dry_run": Annotated[
-        bool, _option(_OUTPUT, "Match and count everything, evaluate nothing.", "--dry-run")
+        bool, _option(_OUTPUT, "Match and count everything, and time one batch.", "--dry-run")
     ],
 }
 
@@ -229,7 +229,7 @@ class Write:
         log: Whether the loss has a logarithmic axis.
         force: Whether the results of another run may be overwritten.
         json: Whether stdout gets JSON.
-        dry_run: Whether nothing is evaluated.
+        dry_run: Whether nothing is evaluated but one batch.
     """
 
     out: str | None

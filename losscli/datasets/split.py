@@ -75,6 +75,11 @@ class Examples(ABC):
         """What to know about them."""
         return ()
 
+    @property
+    def decoders(self) -> int:
+        """How many processes decode them at a time."""
+        return 1
+
     def order(self, generator: torch.Generator) -> Tensor:
         """Draws a random order to look at them in.
 

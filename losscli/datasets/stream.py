@@ -355,7 +355,7 @@ class Workers:
             return False
         if self._loader is not None:
             return True
-        number = self._worth(examples, size, example)
+        number = self.worth(examples, size, example)
         context = self.options.get("multiprocessing_context") or _context()
         if not number or not _travels(self.decoder, context):
             return False
@@ -384,7 +384,17 @@ class Workers:
         self._loader = loader
         return True
 
-    def _worth(self, examples: int, size: int, example: int) -> int:
+    def worth(self, examples: int, size: int, example: int) -> int:
+        """Tells how many workers some examples are worth.
+
+        Args:
+            examples: Their number.
+            size: Examples a batch.
+            example: The bytes of one of them.
+
+        Returns:
+            The workers; 0 where this process is as fast, or where there can be none.
+        """
         number = self.number
         if number is None:
             if examples * example < _TINY:
@@ -494,6 +504,11 @@ class Stream(Examples):
     def remarks(self) -> tuple[str, ...]:
         """What to know about these examples."""
         return ("decoded anew in each pass over the data",)
+
+    @property
+    def decoders(self) -> int:
+        """How many workers there are for them, or this process alone."""
+        return max(1, self._workers.worth(len(self), 1, self.first(1).nbytes))
 
     def take(self, index: Tensor | slice) -> Stream:
         """Picks examples.

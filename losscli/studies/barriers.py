@@ -191,9 +191,8 @@ class Barriers(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits: self._evaluate(
-                    placed, splits, progress or (lambda _: None), distances, journal
-                ),
+                lambda splits, tell: self._evaluate(placed, splits, tell, distances, journal),
+                progress,
             )
             seconds = self.seconds(swept)
         examples = {name: seen.examples for name, seen in found.items()}

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from losscli.curvature import (
     DENSE_LIMIT,
+    LEAST,
     PRODUCT_LIMIT,
     Curvature,
     Eigenpair,
@@ -30,6 +31,7 @@ from losscli.errors import UsageError
 from losscli.geometry import Line
 from losscli.journal import Journal
 from losscli.objective import Evaluation
+from losscli.pace import Clock, Pace, timed
 from losscli.problem import prepare
 from losscli.recording import Log
 from losscli.results import Result
@@ -280,6 +282,44 @@ class Check(Study):
         splits = len(self.problem.objective.splits)
         most = size if size <= DENSE_LIMIT else PRODUCT_LIMIT
         return {**told, "products_at_most": most * splits * len(self.problem.names)}
+
+    def further(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:
+        """Tells what gradients and products with the Hessian take; their number is not known.
+
+        Args:
+            pace: How fast points are evaluated.
+            clock: The clock.
+            seconds: What their evaluation takes.
+
+        Returns:
+            ``seconds`` for the fewest products, ``seconds_at_most`` for the most, and what a
+            ``product`` takes on all examples of the splits.
+        """
+        objective = self.problem.objective
+        batch = next(iter(objective.splits.values())).first(objective.batch_size)
+        batch = batch.to(objective.device)
+        with (
+            objective.held(),
+            Curvature(objective, self.problem.origin, self.moving, batch) as curvature,
+        ):
+            # Once, so that what is set up is set up.
+            v = curvature.gradient()
+            took = timed(objective, lambda: curvature.product(v), clock)
+        examples = sum(map(len, objective.splits.values()))
+        product = took * examples / len(batch)
+        number, size = len(self.problem.names), curvature.size
+        # A gradient takes no more than a product; and of a whole Hessian many share one.
+        fewest, most = (size / 3, size) if size <= DENSE_LIMIT else (LEAST, PRODUCT_LIMIT)
+        measured = 1 + 2 * self.eigenvalues
+        steps = number * len(_STEPS) + 2 * (len(_STEPS) + _SIDE)
+        return {
+            "seconds": seconds + number * fewest * product,
+            "kind": "at least",
+            "seconds_at_most": seconds
+            + number * (most + measured) * product
+            + steps * examples * pace.plain,
+            "product": {"seconds": product},
+        }
 
     @property
     def tables(self) -> tuple[str, ...]:

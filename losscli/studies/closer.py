@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +21,39 @@ from losscli.studies.study import FRESH_BYTES
 from losscli.sweep import halving, sweep
 from losscli.weights import Weights
 
-__all__ = ["CloseUp"]
+__all__ = ["CloseUp", "Further"]
 
 # What rounding may do to a mean loss, as a share of it.
 _NOISE = {"float64": 1e-14, "float32": 1e-7, "float16": 1e-3, "bfloat16": 1e-2}
+
+
+class Further:
+    """Tells progress that goes on behind what is done.
+
+    Args:
+        tell: Called with how much is done.
+        done: How much is done already.
+    """
+
+    def __init__(self, tell: Callable[[float], None], done: float) -> None:
+        self._tell = tell
+        self._done = done
+
+    def add(self, done: float) -> None:
+        """Tells how much of the next part is done.
+
+        Args:
+            done: So much.
+        """
+        self._tell(self._done + done)
+
+    def over(self, done: float) -> None:
+        """Ends a part.
+
+        Args:
+            done: How much it was.
+        """
+        self._done += done
 
 
 @dataclass(frozen=True)
@@ -36,6 +65,7 @@ class CloseUp:
         start: All tensors at α = 0.
         line: The line, its ends on the device.
         derivatives: Whether slopes and curvatures are computed.
+        told: Told how much is done beyond the points asked for.
         journal: Where what is finished is recorded, and recalled from.
     """
 
@@ -43,6 +73,7 @@ class CloseUp:
     start: Weights
     line: Line
     derivatives: bool
+    told: Further
     journal: Journal | None
 
     def slopes(self, alphas: Sequence[float]) -> dict[str, Derivatives]:
@@ -58,8 +89,12 @@ class CloseUp:
             return {}
         objective = self.problem.objective
         found = halving(
-            objective, lambda: slopes(objective, self.line, alphas, journal=self.journal)
+            objective,
+            lambda: slopes(
+                objective, self.line, alphas, progress=self.told.add, journal=self.journal
+            ),
         )
+        self.told.over(len(alphas))
         return {name: (s.slope.numpy(), s.curvature.numpy()) for name, s in found.items()}
 
     def refine(self, looked: Looked, tolerance: float) -> tuple[Looked, bool]:
@@ -87,7 +122,14 @@ class CloseUp:
             if not alphas:
                 return looked, proposal.exhausted
             points = [(alpha,) for alpha in alphas]
-            found = sweep(self.problem.objective, self.line, points, journal=self.journal)
+            found = sweep(
+                self.problem.objective,
+                self.line,
+                points,
+                progress=self.told.add,
+                journal=self.journal,
+            )
+            self.told.over(len(points))
             looked = looked.add(alphas, found, self.slopes(alphas))
 
     def without_rounding(self, looked: Looked) -> tuple[Mapping[str, LineCurve], int]:

@@ -18,16 +18,18 @@ from losscli.errors import UsageError
 from losscli.geometry import Line, grid
 from losscli.journal import Journal
 from losscli.objective import Evaluation
+from losscli.pace import Clock, Pace, timed
 from losscli.problem import prepare
 from losscli.refinement import uniform_points
 from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
-from losscli.studies.closer import CloseUp
+from losscli.slopes import trial
+from losscli.studies.closer import CloseUp, Further
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
 from losscli.studies.seen import LineCurve, Looked
 from losscli.studies.study import Study, count
-from losscli.sweep import check, points_that_fit, settle, sweep, sweep_plain
+from losscli.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
 from losscli.table import Table
 from losscli.weights import Weights, distance, equal
 
@@ -214,6 +216,11 @@ class Interpolation(Study):
         own = len({0.0, 1.0, *self.alphas})
         return own + len(self.blocks) * len(points_of(self.alphas))
 
+    @property
+    def steps(self) -> int:
+        """What is evaluated, and the derivatives; refining adds to them."""
+        return self.evaluations + (len(self.alphas) if self.derivatives else 0)
+
     def describe(self) -> dict[str, Any]:
         """Tells what a run will do.
 
@@ -226,10 +233,40 @@ class Interpolation(Study):
         if not self.blocks:
             return description
         objective, points = self.problem.objective, len(points_of(self.alphas))
-        chunks = (min(points_that_fit(objective, b.moving), points) for b in self.blocks)
+        chunks = (min(points_at_once(objective, b.moving), points) for b in self.blocks)
         # Each block has a sweep of its own; its points were counted as if each were loaded plainly.
         description["passes_over_data"] += sum(math.ceil(points / c) - points for c in chunks)
         return {**description, "blocks": [block.name for block in self.blocks]}
+
+    @property
+    def swept(self) -> int:
+        """How many points are evaluated by sweeps: those of blocks, too."""
+        return super().swept + len(self.blocks) * len(points_of(self.alphas))
+
+    def further(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:  # noqa: ARG002
+        """Tells what derivatives take, and that refining adds points.
+
+        Args:
+            pace: How fast points are evaluated.
+            clock: The clock.
+            seconds: What their evaluation takes.
+
+        Returns:
+            What an estimate tells otherwise.
+        """
+        told: dict[str, Any] = {} if self.refine is None else {"kind": "at least"}
+        objective = self.problem.objective
+        if self.derivatives and self.moving:
+            line, _ = self.trial(1)
+            assert isinstance(line, Line)
+            split = next(iter(objective.splits.values()))
+            objective.load(self.start)
+            work = halving(objective, lambda: trial(objective, line, split))
+            took = halving(objective, lambda: timed(objective, work, clock))
+            examples = sum(map(len, objective.splits.values()))
+            batch = min(objective.batch_size, len(split))
+            told["seconds"] = seconds + len(self.alphas) * examples * took / batch
+        return told
 
     def run(
         self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
@@ -267,10 +304,12 @@ class Interpolation(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits: self._evaluate(line, splits, tell, journal),
+                lambda splits, tell: self._evaluate(line, splits, tell, journal),
+                progress,
             )
             curves = {name: parts.whole for name, parts in seen.items()}
-            closer = CloseUp(self.problem, self.start, line, self.derivatives, journal)
+            told = Further(tell, self.evaluations)
+            closer = CloseUp(self.problem, self.start, line, self.derivatives, told, journal)
             looked, exhausted = Looked(self.alphas, curves, closer.slopes(self.alphas)), False
             if self.refine is not None:
                 looked, exhausted = closer.refine(looked, self.refine)

@@ -15,7 +15,7 @@ from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.directions import random_directions
 from losscli.errors import CheckpointError, UsageError
-from losscli.geometry import Span, Triangle, grid
+from losscli.geometry import Slice, Span, Triangle, grid
 from losscli.journal import Journal
 from losscli.paths import principal_axes
 from losscli.problem import Problem, prepare
@@ -190,6 +190,18 @@ class Plane(Study):
         """How many points a run evaluates: the grid and the checkpoints."""
         return len(self.xs) * len(self.ys) + len(self.problem.names)
 
+    def trial(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
+        """Takes a part of the grid.
+
+        Args:
+            number: How many points are taken at once.
+
+        Returns:
+            The plane, and so many points of it.
+        """
+        points = [(x, y) for y in self.ys for x in self.xs]
+        return self._here(), points[:number]
+
     def run(
         self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
     ) -> Result:
@@ -222,9 +234,8 @@ class Plane(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits: self._evaluate(
-                    here, points, splits, progress or (lambda _: None), journal
-                ),
+                lambda splits, tell: self._evaluate(here, points, splits, tell, journal),
+                progress,
             )
             seconds = self.seconds(swept)
         metrics = objective.metrics

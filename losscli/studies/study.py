@@ -18,13 +18,14 @@ from losscli.datasets import Examples, Split
 from losscli.device import float32_precision
 from losscli.digest import digest
 from losscli.errors import CheckpointError, ModelError
-from losscli.geometry import Slice
+from losscli.geometry import Line, Slice
 from losscli.journal import Journal
+from losscli.pace import Clock, Pace, measure
 from losscli.problem import Problem
 from losscli.ranks import apart
 from losscli.results import Result
 from losscli.spec import own_code
-from losscli.sweep import check, halving, points_that_fit, sweep, sweep_plain
+from losscli.sweep import check, halving, points_at_once, sweep, sweep_plain
 from losscli.weights import Weights, equal
 
 __all__ = ["FRESH_BYTES", "Basis", "Study", "count", "moving_along"]
@@ -40,6 +41,9 @@ _TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e
 # move, so by some thousand units of rounding in a deep network.
 _TOLERANCE_OF_ESTIMATES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 
+
+# How often a run evaluates first batches before it begins: each way is held against another one.
+_PROOFS = 16
 
 # Options by what provenance calls them.
 _OPTIONS = {
@@ -110,6 +114,11 @@ class Study(ABC):
     @abstractmethod
     def evaluations(self) -> int:
         """How many points a run evaluates."""
+
+    @property
+    def steps(self) -> int:
+        """How much progress counts until the end, as far as it is known."""
+        return self.evaluations
 
     @abstractmethod
     def run(
@@ -212,7 +221,7 @@ class Study(ABC):
         objective = self.problem.objective
         examples = sum(map(len, objective.splits.values()))
         slices, points = self.slices
-        chunk = min(points_that_fit(objective, self.moving), points) if slices else 1
+        chunk = min(points_at_once(objective, self.moving), points) if slices else 1
         passes = self.evaluations - slices * points + slices * math.ceil(points / chunk)
         training = objective.recalibration
         if training is not None:
@@ -231,6 +240,102 @@ class Study(ABC):
             "streamed": bool(streamed),
             "streamed_splits": streamed,
         }
+
+    def estimate(self, clock: Clock = time.perf_counter) -> dict[str, Any]:
+        """Tells how long a run will take, from one batch; all else in it is counted.
+
+        Args:
+            clock: The clock.
+
+        Returns:
+            ``seconds``; of what ``kind`` they are: ``about``, ``at least`` or ``at most``; and the
+            ``batch``, its ``examples`` and its ``seconds`` at one point.
+
+        Raises:
+            LosscliError: The model or the loss fails on the batch, or one example does not fit.
+        """
+        with float32_precision(tf32=self.problem.settings.tf32), apart():
+            pace = self.pace(clock)
+            seconds, sample = self.cost(pace), self.problem.settings.sampling_error
+            return {
+                "seconds": seconds,
+                "kind": "about" if sample is None else "at most",
+                "batch": {"examples": pace.examples, "seconds": pace.batch},
+                **self.further(pace, clock, seconds),
+            }
+
+    def pace(self, clock: Clock) -> Pace:
+        """Measures how fast points are evaluated.
+
+        Args:
+            clock: The clock.
+
+        Returns:
+            The pace.
+        """
+        slices, points = self.slices
+        objective, origin = self.problem.objective, self.problem.origin
+        if not (slices and points):
+            return measure(objective, origin, None, (), clock)
+        fit = points_at_once(objective, self.moving)
+        return measure(objective, origin, *self.trial(min(points, fit)), clock)
+
+    def trial(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
+        """Lays a slice like those that are swept.
+
+        Args:
+            number: How many points are taken at once.
+
+        Returns:
+            The slice, and so many points of it.
+        """
+        first, last = self.problem.origin, self.problem.place(self.problem.last.weights)
+        line = Line(self.on_device(first), self.on_device(last))
+        return line, [((i + 0.5) / number,) for i in range(number)]
+
+    @property
+    def swept(self) -> int:
+        """How many points are evaluated by sweeps."""
+        slices, points = self.slices
+        return slices * points
+
+    def cost(self, pace: Pace) -> float:
+        """Adds up what a run evaluates.
+
+        Args:
+            pace: How fast that is.
+
+        Returns:
+            Seconds.
+        """
+        objective = self.problem.objective
+        passes: int = self.describe()["passes_over_data"]
+        splits = objective.splits.values()
+        examples = sum(map(len, splits))
+        training = 0 if objective.recalibration is None else len(objective.recalibration)
+        plain = self.evaluations - self.swept
+        firsts = sum(min(objective.batch_size, len(split)) for split in splits)
+        streamed = sum(len(split) for split in splits if not isinstance(split, Split))
+        return (
+            examples * (plain * pace.plain + self.swept * pace.point)
+            + self.swept * pace.making
+            + self.evaluations * training * pace.statistics
+            + passes * streamed * pace.decoding
+            + _PROOFS * firsts * pace.plain
+        )
+
+    def further(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:  # noqa: ARG002
+        """Tells what else takes time.
+
+        Args:
+            pace: How fast points are evaluated.
+            clock: The clock.
+            seconds: What their evaluation takes.
+
+        Returns:
+            What an estimate tells otherwise, or beside.
+        """
+        return {}
 
     def origin(self) -> dict[str, Any]:
         """Tells where the numbers come from.

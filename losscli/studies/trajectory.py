@@ -186,7 +186,8 @@ class Trajectory(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits: self._evaluate(splits, progress or (lambda _: None), journal),
+                lambda splits, tell: self._evaluate(splits, tell, journal),
+                progress,
             )
             seconds = self.seconds(swept)
         examples = {name: estimate.examples for name, estimate in found.items()}
