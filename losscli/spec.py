@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
+import os
 import re
 import shlex
 import sys
@@ -355,14 +357,19 @@ def own_code() -> dict[str, str]:
         For each file the SHA-256 of its content, in the order of their names.
     """
     library = Path(sysconfig.get_path("stdlib")).resolve()
+    others = tuple(f"{folder}{os.sep}" for folder in (library, Path(__file__).resolve().parent))
+    # There are thousands of modules, and few folders.
+    real = functools.cache(os.path.realpath)
     found = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name == "__main__" or not isinstance(file, str):
             continue
-        path = Path(file).resolve()
-        installed = {"site-packages", "dist-packages"} & set(path.parts)
-        if installed or {library, Path(__file__).resolve().parent} & set(path.parents):
+        folder, base = os.path.split(file)
+        path = Path(real(folder), base)
+        if path.is_symlink():
+            path = path.resolve()
+        if {"site-packages", "dist-packages"} & set(path.parts) or str(path).startswith(others):
             continue
         try:
             found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
