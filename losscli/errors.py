@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "ChangedError",
     "CheckpointError",
     "DataError",
     "DeviceError",
@@ -57,6 +58,10 @@ class UntrustedCodeError(LosscliError):
 
 class CheckpointError(LosscliError):
     """A checkpoint cannot be read."""
+
+
+class ChangedError(CheckpointError):
+    """A checkpoint is no longer what it was when the run began."""
 
 
 class MismatchError(LosscliError):

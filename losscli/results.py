@@ -271,6 +271,10 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
     Raises:
         OutputError: A file cannot be written; then none is changed and nothing is left behind.
     """
+    for path in contents:
+        # The one thing that a rename fails at after others were renamed already.
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder", "Move it away, or choose another --out")
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
         for path, content in contents.items():

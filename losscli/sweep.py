@@ -116,14 +116,20 @@ def check(objective: Objective, weights: Weights) -> None:
 
 
 def settle(objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]) -> None:
-    """Settles how points are evaluated; out of memory, the batch is halved.
+    """Settles how points are evaluated; out of memory, for fewer points, then for half the batch.
 
     Args:
         objective: What will be evaluated.
         slice_: The slice.
         coordinates: The points.
     """
-    halving(objective, lambda: objective.settle(slice_, coordinates))
+    for few in (coordinates, [coordinates[0], coordinates[-1]]):
+        try:
+            objective.settle(slice_, few)
+        except (torch.OutOfMemoryError, MemoryError):
+            continue
+        return
+    halving(objective, lambda: objective.settle(slice_, coordinates[-1:]))
 
 
 def sweep(

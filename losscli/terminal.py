@@ -329,9 +329,10 @@ def _shorten(text: str, width: int, dots: str) -> str:
     """The end of a text, as much as fits."""
     if cell_len(text) <= width:
         return text
-    while text and cell_len(dots + text) > width:
-        text = text[1:]
-    return dots + text
+    room, kept = width - cell_len(dots), len(text)
+    while kept and (room := room - cell_len(text[kept - 1])) >= 0:
+        kept -= 1
+    return dots + text[kept:]
 
 
 def _place_marks(canvas: _Canvas, runs: int, columns: int) -> dict[tuple[int, int], int]:

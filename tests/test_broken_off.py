@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends import backend_agg  # noqa: F401 - else each child imports it
 
-from losscli.cli import run
 from losscli.console import Console
 from losscli.journal import Journal
 from losscli.models import MLP
 from tests.conftest import Losscli
+from tests.forks import child, ended
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork"),
@@ -53,28 +51,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("losscli.journal.journal.sync", lambda _: None)
     monkeypatch.setattr("losscli.journal.journal.sync_folder", lambda _: None)
     monkeypatch.setattr("os.fsync", lambda _: None)
-
-
-def child(command: list[str], log: Path, before: Callable[[], Any] = lambda: None) -> int:
-    """Begins a command in a process of its own, its talk in a file; returns its id."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 99
-    try:
-        torch.set_num_threads(1)
-        stderr = io.StringIO()
-        before()
-        status = run(command, Console(io.StringIO(), stderr))
-        log.write_text(stderr.getvalue())
-    finally:
-        os._exit(status)
-
-
-def ended(pid: int) -> int:
-    """Waits for a process; returns its exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def dies(records: int, number: int = signal.SIGKILL) -> Callable[[], None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import ctypes
 import json
 import os
 import random
@@ -11,16 +13,63 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from losscli.journal import Journal
 from losscli.models import MLP
+from losscli.objective import Objective
+from losscli.studies import interpolation
 from tests.conftest import ROOT, Losscli
+from tests.forks import child, ended
 
 RUN = ["interpolate", "a.pt", "b.pt", "-o", "out", "--points", "5"]
+
+TO = ["--no-figure", "-o", "out"]
+STUDIES = {
+    "interpolate": ["interpolate", "a.pt", "b.pt", "--points", "5", "--layerwise", *TO],
+    "trajectory": [
+        "trajectory",
+        "a.pt",
+        "b.pt",
+        "init:3",
+        "--residuals",
+        "3",
+        "--random-walk",
+        *TO,
+    ],
+    "plane": ["plane", "a.pt", "b.pt", "init:3", "--points", "3", *TO],
+    "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "3", *TO],
+    "check": ["check", "a.pt", "b.pt", "--tolerance", "10", *TO],
+}
+# All that write files; the last two draw what the first finds.
+WRITING = {
+    **STUDIES,
+    "picture": RUN,
+    "align": ["align", "a.pt", "b.pt", "-o", "out.safetensors"],
+    "export": ["export", "a.pt", "b.pt", "--alpha", "0.5", "-o", "out.safetensors"],
+    "plot": ["plot", "line.csv", "--figure", "out.png"],
+    "inspect": ["inspect", "a.pt", "b.pt", "--figure", "out.png"],
+}
+
+forking = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
+
+@pytest.fixture
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log") / "stderr"
+
+
+def ready(name: str, losscli: Losscli) -> list[str]:
+    """A command, and what it needs."""
+    if name == "plot":
+        assert losscli(*RUN[:3], "--points", 3, "--no-figure", "-o", "line").status == 0
+    return WRITING[name]
 
 
 def command(
@@ -146,51 +195,211 @@ def test_ctrl_c_at_any_instant_ends_with_130_or_a_whole_run(folder: Path) -> Non
         server.stdin.close()
 
 
-def test_a_file_that_is_too_large_for_the_disk_leaves_none_behind(folder: Path) -> None:
+def anew(folder: Path, before: set[str]) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in listing(folder) - before}
+
+
+def numbers(files: dict[str, bytes]) -> dict[str, bytes]:
+    """All but the summaries, which tell the time."""
+    return {name: content for name, content in files.items() if not name.endswith(".json")}
+
+
+@forking
+@pytest.mark.parametrize("name", WRITING)
+def test_a_full_disk_leaves_whole_files_or_none(
+    name: str, folder: Path, log: Path, losscli: Losscli
+) -> None:
+    """The disk is full in each of the files in turn; with room the same command goes on."""
+    command = ready(name, losscli)
     before = listing(folder)
-    for size in (300, 5_000):  # full in a table, in the picture
+    # In this process: what a command imports late, the others then need not.
+    done = losscli(*command)
+    assert done.status == 0, done.stderr
+    whole = anew(folder, before)
+    assert whole
+    for file in whole:
+        (folder / file).unlink()
+    for size in sorted({9, *(len(content) * 9 // 10 for content in whole.values())}):
 
         def limit(size: int = size) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
-        done = command(*RUN, limit=limit, PYTHONDONTWRITEBYTECODE="1")
-        assert done.returncode == 1
-        last = done.stderr.decode().splitlines()[-1]
+        assert ended(child(command, log, limit)) == 1
+        last = log.read_text().splitlines()[-1]
         assert last.startswith("losscli: ")
         assert "File too large" in last
-        assert {name for name in listing(folder) - before if not name.endswith(".journal")} == set()
+        left = anew(folder, before)
+        assert left.keys() <= {"out.journal"}
+        # What is kept is told of.
+        told = "hat was finished is in out.journal: the same command goes on from there" in last
+        assert told == (b'"key"' in left.get("out.journal", b""))
+    assert ended(child(command, log)) == 0, log.read_text()
+    assert numbers(anew(folder, before)) == numbers(whole)
+    if not any(file.endswith(".csv") for file in whole):
+        return
+    # A folder that has the name of a result is in the way of all of them.
+    (folder / "out.csv").unlink()
+    (folder / "out.csv").mkdir()
+    again = anew(folder, before | {"out.csv"})
+    assert ended(child([*command, "--force"], log)) == 1
+    assert "out.csv is a folder. Move it away" in log.read_text()
+    assert anew(folder, before | {"out.csv", "out.journal"}) == again
+
+
+def _without_privilege() -> None:
+    """Gives up what lets root write into folders that forbid it (CAP_DAC_OVERRIDE)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(header, sets) == 0
+    for i in range(2):
+        sets[i] &= ~2
+    assert libc.capset(header, sets) == 0
+
+
+@forking
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are of Linux")
+@pytest.mark.parametrize("name", WRITING)
+def test_a_folder_that_may_not_be_written_to(
+    name: str, folder: Path, log: Path, losscli: Losscli
+) -> None:
+    command = ready(name, losscli)
+    closed = folder / "closed"
+    closed.mkdir()
+    for end in ("", ".safetensors", ".png"):
+        command = [f"closed/out{end}" if word == f"out{end}" else word for word in command]
+    closed.chmod(0o555)
+    before = listing(folder)
+    assert ended(child(command, log, _without_privilege)) == 1
+    told = log.read_text()
+    assert "cannot be written" in told
+    assert told.count("\n") == 1
+    assert listing(closed) == set()
+    assert listing(folder) == before
+
+
+# A file that is not what it was
 
 
 @pytest.mark.parametrize("which", ["planning", "running"])
 def test_a_checkpoint_that_vanishes_is_one_line(
     which: str, losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from losscli.studies import interpolation
+    """Either end, once everything is planned or when half of the points are finished."""
+    for lost in (Path("a.pt"), Path("b.pt")):
+        content, before = lost.read_bytes(), listing(folder)
+        with monkeypatch.context() as patch:
+            if which == "planning":
+                original = interpolation.Interpolation.plan
 
-    lost = Path("b.pt")
-    method = {"planning": "plan", "running": "run"}[which]
-    original = getattr(interpolation.Interpolation, method)
+                def late(*arguments: Any, lost: Path = lost, original: Any = original,
+                         **options: Any) -> Any:  # fmt: skip
+                    study = original(*arguments, **options)
+                    lost.unlink()
+                    return study
 
-    def late(*arguments: object, **options: object) -> object:
-        if which == "planning":
-            study = original(*arguments, **options)
-            lost.unlink()
-            return study
-        lost.unlink()
-        return original(*arguments, **options)
-
-    wrapped = staticmethod(late) if which == "planning" else late
-    monkeypatch.setattr(interpolation.Interpolation, method, wrapped)
-    before = listing(folder)
-    done = losscli(*RUN)
-    # Both ends are mapped: they live on until the run is over, or it says what it misses.
-    assert done.status in {0, 1}
-    if done.status:
+                patch.setattr(interpolation.Interpolation, "plan", staticmethod(late))
+            else:
+                meanwhile(patch, lost.unlink)
+            done = losscli(*RUN)
+        assert done.status == 1
         assert done.stderr.count("\n") == 1
-        assert listing(folder) == before - {"b.pt"}
-    else:
-        assert {"out.csv", "out.json", "out.png"} <= listing(folder)
+        assert done.stderr.startswith("losscli: ")
+        assert lost.name in done.stderr
+        # What was finished is of the file as it was.
+        assert listing(folder) - before <= {"out.journal"}
+        lost.write_bytes(content)
+        assert losscli(*RUN).status == 0
+        for name in listing(folder) - before:
+            (folder / name).unlink()
+
+
+def meanwhile(patch: pytest.MonkeyPatch, what: Callable[[], Any]) -> None:
+    """Has something happen when a run has its first record."""
+    original, happened = Journal.record, []
+
+    def record(self: Journal, *rest: Any) -> None:
+        original(self, *rest)
+        if not happened:
+            happened.append(True)
+            what()
+
+    patch.setattr(Journal, "record", record)
+
+
+@pytest.mark.parametrize("lost", ["a.pt", "b.pt"])
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_checkpoint_that_changes_ends_the_run(
+    name: str, how: str, lost: str, losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is mapped changes with its file: no result may be of a mixture, nor be kept."""
+    before = listing(folder)
+    content = bytearray(Path(lost).read_bytes())
+
+    def change() -> None:
+        at = content.index(torch.load(lost)["state_dict"]["layers.0.weight"].numpy().tobytes())
+        content[at : at + 40] = bytes(40)
+        if how == "replaced":
+            Path("new").write_bytes(content)
+            Path("new").replace(lost)
+        else:
+            with Path(lost).open("r+b") as file:
+                file.write(content)
+
+    meanwhile(monkeypatch, change)
+    done = losscli(*WRITING[name])
+    assert done.status == 1, done.stderr
+    assert done.stderr == (
+        f"losscli: {lost} was changed while it was looked at. Start again once it is left alone\n"
+    )
+    assert listing(folder) == before
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("points", "batch"), [(3, 64), (2, 7), (1, 64), (1, 2), (1, 1)])
+@pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers"])
+def test_out_of_memory_at_any_size_gives_the_same_numbers(
+    name: str, points: int, batch: int, losscli: Losscli, monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+) -> None:  # fmt: skip
+    command = [*WRITING[name][:-1], "-", "--dtype", "float64"]
+    truth = list(csv.reader(losscli(*command).stdout.splitlines()))
+    real_at, real_plain = Objective.at, Objective.plain
+
+    def at(self: Objective, slice_: Any, coordinates: Sequence[Any], *rest: Any) -> Any:
+        if len(coordinates) > points or self.batch_size > batch:
+            raise torch.OutOfMemoryError("on purpose")
+        return real_at(self, slice_, coordinates, *rest)
+
+    def plain(self: Objective, *rest: Any) -> Any:
+        if self.batch_size > batch:
+            raise MemoryError
+        return real_plain(self, *rest)
+
+    monkeypatch.setattr(Objective, "at", at)
+    monkeypatch.setattr(Objective, "plain", plain)
+    done = losscli(*command)
+    assert done.status == 0, done.stderr
+    found = list(csv.reader(done.stdout.splitlines()))
+    assert len(found) == len(truth)
+    for one, other in zip(found, truth, strict=True):
+        for cell, value in zip(one, other, strict=True):
+            try:
+                assert float(cell) == pytest.approx(float(value), rel=1e-9, abs=1e-12, nan_ok=True)
+            except ValueError:
+                assert cell == value
+    monkeypatch.setattr(Objective, "plain", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    before = listing(folder)
+    done = losscli(*WRITING[name])
+    assert done.status == 1
+    assert done.stderr.startswith("losscli: one point and one example do not fit into the memory")
+    assert done.stderr.count("\n") == 1
+    assert listing(folder) == before
 
 
 def test_a_clock_that_jumps_changes_no_number(
@@ -234,13 +443,17 @@ def test_many_points_and_few_open_files(folder: Path) -> None:
 
 
 def test_two_thousand_checkpoints_under_few_open_files(folder: Path) -> None:
+    """Every tenth of them of torch, more than the files that may be open; the others not."""
     many = folder / "many"
     many.mkdir()
     torch.manual_seed(0)
     weights = MLP("6-5-3").state_dict()
     for step in range(2000):
         moved = {name: t + 0.001 * step + 0.01 * torch.randn_like(t) for name, t in weights.items()}
-        torch.save({"state_dict": moved, "losscli.model": "mlp:6-5-3"}, many / f"{step}.pt")
+        if step % 10:
+            save_file(moved, many / f"{step}.safetensors")
+        else:
+            torch.save({"state_dict": moved, "losscli.model": "mlp:6-5-3"}, many / f"{step}.pt")
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from losscli import cli
 from losscli.checkpoint import read
 from losscli.mapped import let_go
 
@@ -46,3 +49,43 @@ def test_memory_that_is_no_file_is_left_alone() -> None:
     parts = held[::2], held[: VALUES // 2], held.view(-1, 2).T, torch.ones(3)
     let_go(held, *parts)
     assert torch.equal(held, values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal is handled there")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_file_that_is_cut_off_is_one_line_and_no_bus_error(
+    suffix: str, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other such signal ends a process as it ever did."""
+    values = torch.arange(VALUES // 8, dtype=torch.float32)
+    file, told = tmp_path / f"c d.{suffix}", tmp_path / "told"
+    (torch.save if suffix == "pt" else save_file)({"w": values}, file)
+
+    def work(*_: object) -> int:
+        weights = next(iter(read(str(file)).candidates.values()))
+        if not cut:
+            os.kill(os.getpid(), signal.SIGBUS)
+        os.truncate(file, 5000)
+        return int(weights["w"].sum())
+
+    child = os.fork()
+    if not child:
+        try:
+            os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+            torch.set_num_threads(1)
+            monkeypatch.setattr(cli, "run", work)
+            monkeypatch.setattr("sys.stderr", os.fdopen(2, "w"))
+            cli.main([])
+        finally:
+            os._exit(99)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if cut:
+        assert status == 1
+        assert told.read_text() == (
+            f"losscli: {file} was cut off while it was looked at. "
+            "Start again once it is left alone\n"
+        )
+    else:
+        assert status == -signal.SIGBUS

@@ -12,6 +12,7 @@ from typing import Any
 
 from losscli.console import Console, SilentConsole
 from losscli.errors import LosscliError, UsageError
+from losscli.mapped import tell_of_lost_pages
 
 __all__ = ["main"]
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line without the program's name; that of the process by default.
     """
     console = Console()
+    tell_of_lost_pages(console.error)
     status = run(sys.argv[1:] if arguments is None else list(arguments), console)
     if status > 128:
         # A thread that hangs in a model's code must not keep a process that was told to end.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from losscli import report
 from losscli.cli.options import Write
 from losscli.console import Console
-from losscli.errors import UsageError
+from losscli.errors import ChangedError, UsageError
 from losscli.ranks import Ranks, current, decided
 from losscli.results import Result, to_json
 
@@ -124,6 +124,10 @@ def _keeping(journal: Journal, console: Console) -> Iterator[None]:
     """Remembers, where a run ends too early, that what it has finished is kept."""
     try:
         yield
+    except ChangedError:
+        # What was finished may be of what the files were for a moment.
+        journal.finish()
+        raise
     except BaseException:
         console.kept = journal.path if len(journal) else None
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -138,11 +139,16 @@ def writable(out: Path, *, force: bool) -> None:
 
     Raises:
         UsageError: Its name is not that of a safetensors file.
-        OutputError: Its folder is not there, or it is there and may not be overwritten.
+        OutputError: Its folder is not there or cannot be written to, or it is there and may not
+            be overwritten.
     """
     if out.suffix != ".safetensors":
         raise UsageError(f"{out} is no name of a safetensors file", f"Write {out.stem}.safetensors")
     if not out.parent.is_dir():
         raise OutputError(f"there is no folder {out.parent}", f"mkdir -p {out.parent}")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"the folder {out.parent} cannot be written to", "Choose another with --out"
+        )
     if out.exists() and not force:
         raise OutputError(f"{out} exists", "Choose another --out, or overwrite it with --force")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from losscli.checkpoint import Checkpoint, read, select_for
-from losscli.errors import CheckpointError, MismatchError, UsageError
+from losscli.errors import ChangedError, MismatchError, UsageError
 from losscli.models import RUNS_CODE
 from losscli.problem.model import build
 from losscli.problem.source import Found
@@ -27,7 +28,8 @@ class Checkpoints:
         self._model = model
         self._found = found
         self._base = base  # what adapters change
-        self._seen: dict[str, Any] = {}
+        # Without their tensors.
+        self._seen: dict[str, tuple[Checkpoint, object]] = {}
 
     def open(self, name: str) -> Checkpoint:
         """Opens one, its tensors under the model's names."""
@@ -40,12 +42,15 @@ class Checkpoints:
             checkpoint = select_for(file, self._model, base)
         if checkpoint.path is not None:
             seen = checkpoint.stamp()
-            if self._seen.setdefault(name, seen) != seen:
-                raise CheckpointError(
-                    f"{name} was changed while it was looked at",
-                    "Start again once it is left alone",
-                )
+            if self._seen.setdefault(name, (replace(checkpoint, weights={}), seen))[1] != seen:
+                raise _changed(name)
         return checkpoint
+
+    def unchanged(self) -> None:
+        """Makes sure that all that were opened are what they were then."""
+        for name, (checkpoint, seen) in self._seen.items():
+            if checkpoint.stamp() != seen:
+                raise _changed(name)
 
     def survey(self, names: Sequence[str]) -> tuple[list[dict[str, Any]], Checkpoint]:
         """Opens each in turn; what does not match in any of them is one error.
@@ -84,6 +89,12 @@ class Checkpoints:
             )
         assert first is not None
         return [told[name] for name in names], first
+
+
+def _changed(name: str) -> ChangedError:
+    return ChangedError(
+        f"{name} was changed while it was looked at", "Start again once it is left alone"
+    )
 
 
 def _initialisation(name: str, found: Found) -> Checkpoint:

@@ -81,6 +81,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         _provenance(settings, objective, specs, entries),
         settings,
         checkpoints.open,
+        checkpoints.unchanged,
     )
 
 

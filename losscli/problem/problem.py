@@ -32,6 +32,7 @@ class Problem:
         provenance: Where all of it came from, for the summary.
         settings: The settings that it was made from.
         read: Reads a checkpoint by its name.
+        unchanged: Makes sure that the checkpoints are what they were when they were read.
     """
 
     objective: Objective
@@ -43,6 +44,7 @@ class Problem:
     provenance: Mapping[str, Any]
     settings: Settings
     read: Callable[[str], Checkpoint]
+    unchanged: Callable[[], None]
 
     def open(self, t: int) -> Checkpoint:
         """Opens a checkpoint; only the first is held.

@@ -342,7 +342,12 @@ class Study(ABC):
 
         Returns:
             The first part of the summary.
+
+        Raises:
+            ChangedError: A checkpoint is no longer what the numbers were to come from. What is
+                mapped changes with its file, so they may be of a mixture.
         """
+        self.problem.unchanged()
         values = sum(self.problem.first.weights[name].numel() for name in self.moving)
         return {
             "command": self.command,

@@ -1,0 +1,44 @@
+"""Commands in a process of their own that is a fork of this one: nothing is imported again."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends import backend_agg  # noqa: F401 - else each child imports it
+
+from losscli.cli import run
+from losscli.console import Console
+
+__all__ = ["child", "ended"]
+
+
+def child(command: list[str], log: Path, before: Callable[[], Any] = lambda: None) -> int:
+    """Begins a command, its talk in a file; returns its process."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 99
+    try:
+        torch.set_num_threads(1)
+        stderr = io.StringIO()
+        before()
+        status = run(command, Console(io.StringIO(), stderr))
+        # What the disk had no room for may be told of.
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        log.write_text(stderr.getvalue())
+    finally:
+        os._exit(status)
+
+
+def ended(pid: int) -> int:
+    """Waits for a process; returns its exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
