@@ -67,6 +67,8 @@ def tell_of_lost_pages(tell: Callable[[str], None]) -> None:
     if sys.platform != "linux":
         return
 
+    library = ctypes.CDLL(None)
+
     def handle(number: int, info: int, _: int) -> None:
         try:
             # As Linux lays out what it tells of a fault, on all machines of 64 bits.
@@ -79,12 +81,12 @@ def tell_of_lost_pages(tell: Callable[[str], None]) -> None:
                 )
                 os._exit(1)
         finally:
-            signal.signal(number, signal.SIG_DFL)
+            library.signal(number, None)  # as it was; Python's own is for one thread alone
             os.kill(os.getpid(), number)
 
     with contextlib.suppress(OSError, AttributeError):
         action = _Action(_HANDLER(handle), flags=_WITH_INFORMATION)
-        ctypes.CDLL(None).sigaction(signal.SIGBUS, ctypes.byref(action), None)
+        library.sigaction(signal.SIGBUS, ctypes.byref(action), None)
         _KEPT.append(action)
 
 

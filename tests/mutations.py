@@ -470,6 +470,25 @@ def _lightning() -> dict[str, Any]:
     }
 
 
+def _program(folder: Path) -> list[str]:
+    exported = torch.export.export(MLP("6-5-3"), (torch.ones(2, 6),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(exported, folder / "a.pt2")
+    (folder / "a.pt2").rename(folder / "a.pt")
+    return ["a.pt"]
+
+
+def _read_program(folder: Path, number: int) -> object:
+    """A program is no checkpoint: only the command line may name one, for a model."""
+    try:
+        return _inspect("a.pt")(folder, number)
+    except CheckpointError as error:
+        if "is a program of torch.export, a model and no checkpoint" in str(error):
+            return None
+        raise
+
+
 def _sharded(folder: Path) -> list[str]:
     weights = state()
     shards = {"model-1.safetensors": 3, "model-2.safetensors": 9}
@@ -741,6 +760,7 @@ FORMATS: dict[str, Format] = {
     "lightning": Format(
         _torch(_lightning, "a.ckpt"), _inspect("a.ckpt#state_dict"), _OF_CHECKPOINTS, (torch_zip,)
     ),
+    "program": Format(_program, _read_program, _OF_CHECKPOINTS, (torch_zip,)),
     "sharded": Format(_sharded, _inspect(""), _OF_CHECKPOINTS, (_sharded_damage,)),
     "distributed": Format(_distributed, _inspect(""), _OF_CHECKPOINTS, (_distributed_damage,)),
     "adapter": Format(_adapter, _read_adapter, _OF_CHECKPOINTS, (_sharded_damage,)),

@@ -119,7 +119,7 @@ def _scaled(x: Tensor) -> Tensor:
 @cache
 def hessian_of(name: str) -> Tensor:
     oracle = Oracle(next(case for case in CASES if case.name == name))
-    hessian = torch.autograd.functional.hessian(oracle.loss, oracle.point)
+    hessian = torch.autograd.functional.hessian(oracle.loss, oracle.point, vectorize=True)
     assert isinstance(hessian, Tensor)
     return hessian
 

@@ -7,17 +7,22 @@ import io
 import json
 import os
 import re
+import resource
+import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -31,10 +36,12 @@ Judge = Callable[[str], dict[str, Any]]
 
 # Reading them takes transformers, which takes its time: so many cases of these.
 SLOW = {"config": 250, "tokenizer": 400}
+# No checkpoints, and of many parts.
+FEWER = {**SLOW, "program": 250}
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
+def judge() -> Iterator[Judge]:
     """Has a batch of damaged files read in a process of its own, of limited memory."""
     servers: dict[str, subprocess.Popen[str]] = {}
 
@@ -53,8 +60,10 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
         server = servers[also]
         assert server.stdin is not None
         assert server.stdout is not None
-        place = tmp_path_factory.mktemp("batch")
-        server.stdin.write(json.dumps([name, str(place), SLOW.get(name, CASES)]) + "\n")
+        # In memory where there is such a place: these are tens of thousands of small files.
+        shared = Path("/dev/shm")
+        place = Path(mkdtemp(dir=shared if os.access(shared, os.W_OK) else None))
+        server.stdin.write(json.dumps([name, str(place), FEWER.get(name, CASES)]) + "\n")
         server.stdin.flush()
         verdict: dict[str, Any] = json.loads(server.stdout.readline())
         return verdict
@@ -77,7 +86,7 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(name: str, judge: Ju
     """
     verdict = judge(name)
     assert verdict["faults"] == []
-    cases = SLOW.get(name, CASES)
+    cases = FEWER.get(name, CASES)
     assert verdict["read"] + verdict["refused"] == cases
     # The damage is such that both happen.
     assert min(verdict["read"], verdict["refused"]) > cases // 100
@@ -194,6 +203,56 @@ def test_names_in_data_and_tables_never_steer_a_terminal_nor_stop_a_figure(
         check_harmless(done.stdout, done.stderr)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["interpolate", 2, "--points", "3", "--layerwise"],
+        ["trajectory", 3, "--residuals", "2", "--random-walk"],
+        ["plane", 3, "--points", "2"],
+        ["barriers", 3, "--points", "3"],
+        ["check", 2, "--tolerance", "9"],
+        ["align", 2],
+        ["export", 2, "--alpha", "0.5"],
+        ["inspect", 2],
+    ],
+    ids=lambda command: command[0],
+)
+def test_names_of_files_splits_and_modules_never_steer_a_terminal(
+    command: list[Any], losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a command says: results, notes, progress, errors, its plan, and JSON."""
+    monkeypatch.setattr("losscli.console._INTERVAL", 0.0)
+    word, number, *options = command
+    odd = "\x1b[2J\x9b31m\u202e\r\x07"
+    names = []
+    for seed in range(number):
+        torch.manual_seed(seed)
+        state = {f"{odd}.{n}": t for n, t in MLP("6-5-3").state_dict().items()}
+        names.append(f"{odd}{seed}.pt")
+        torch.save({odd: MLP("6-5-3").state_dict(), "losscli.model": "mlp:6-5-3"}, names[-1])
+        torch.save({odd: state}, f"{odd}other{seed}.pt")
+    split = {f"{odd}_inputs": torch.rand(9, 6), f"{odd}_targets": torch.arange(9) % 3}
+    save_file(split, folder / f"{odd}.safetensors")
+    data = [] if word in {"inspect", "export"} else ["-d", f"safetensors:{odd}.safetensors"]
+    file = ".safetensors" if word in {"align", "export"} else ""
+    out = [] if word == "inspect" else ["--out", f"{odd}out{file}", "--force"]
+    studies = word not in {"align", "export", "inspect"}
+    tries = [
+        (names, out),  # with its picture
+        (names, [*out, "--json", *(["--no-figure"] if studies else [])]),
+        ([f"{odd}other{i}.pt" for i in range(number)], out),
+        ([odd, *names[1:]], out),
+        *([(names, ["--dry-run"])] if studies else []),
+        *([(names, ["--out", f"{odd}/out{file}"])] if out else []),
+    ]
+    for checkpoints, more in tries:
+        done = losscli(word, *checkpoints, *options, *data, *more)
+        # The name of its file, as it was given, is what export and align have to say to a script.
+        check_harmless(done.stdout.removeprefix(f"{odd}out{file}\n"), done.stderr)
+        assert done.stdout + done.stderr
+        assert "fault of losscli" not in done.stderr
+
+
 @given(st.text())
 def test_printable_text_is_printable_and_else_unchanged(text: str) -> None:
     assert printable(text).isprintable()
@@ -218,6 +277,35 @@ def test_no_name_in_an_index_leads_out_of_its_folder(
     done = losscli("inspect", inside)
     assert done.status == 1
     assert "which is no file of its folder" in done.stderr or "is not there" in done.stderr
+
+
+def test_shards_that_are_links_are_read_and_nothing_is_written_beside_them(
+    losscli: Losscli, folder: Path
+) -> None:
+    """As in the cache of a hub; whatever a folder of a checkpoint holds, it stays as it was."""
+    store, model = folder / "store", folder / "model"
+    store.mkdir()
+    model.mkdir()
+    state = MLP("6-5-3").state_dict()
+    save_file(state, store / "blob")
+    (model / "one.safetensors").symlink_to("../store/blob")
+    (model / "loop.safetensors").symlink_to("loop.safetensors")
+    (model / "out.csv").symlink_to("../store/blob")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "one.safetensors")}))
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    run = ["interpolate", "model", "b.pt", "-m", "mlp:6-5-3", "--points", 3, "--no-figure"]
+    assert losscli(*run, "-o", "out").status == 0
+    # What is written replaces a link, and not what it leads to.
+    assert losscli(*run, "-o", "model/out", "--force").status == 0
+    assert (model / "out.csv").read_bytes() == (folder / "out.csv").read_bytes()
+    assert not (model / "out.csv").is_symlink()
+    del before[model / "out.csv"]
+    assert {path: path.read_bytes() for path in before} == before
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "loop.safetensors")}))
+    done = losscli(*run, "-o", "again")
+    assert done.status == 1
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -262,16 +350,17 @@ def test_a_names_default_stem_stays_in_the_folder(losscli: Losscli, folder: Path
 # Claims
 
 
-def claims(content: bytes) -> Iterator[bytes]:
-    """Makes each 3 in the pickle of a file of torch a 255: a size, or the count of a storage."""
+def claims(content: bytes, huge: int) -> Iterator[bytes]:
+    """Makes each 3 in the pickle of a file of torch another: a size, or the count of a storage."""
     if content[:2] != b"PK":
+        number = b"\x8a\x08" + huge.to_bytes(8, "little")
         for found in re.finditer(b"K\x03", content):
-            yield content[: found.start()] + b"K\xff" + content[found.end() :]
+            yield content[: found.start()] + number + content[found.end() :]
         return
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     name = next(name for name in entries if name.endswith("data.pkl"))
-    for hurt in claims(entries[name]):
+    for hurt in claims(entries[name], huge):
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w") as archive:
             for key, part in {**entries, name: hurt}.items():
@@ -279,28 +368,125 @@ def claims(content: bytes) -> Iterator[bytes]:
         yield out.getvalue()
 
 
-def test_a_tensor_that_claims_terabytes_is_refused_before_any_room_is_taken(
-    losscli: Losscli, tmp_path: Path
-) -> None:
-    """Of each format one file whose header says more than its size; nothing is allocated."""
+ROOM = 64 << 20
+
+
+@pytest.fixture
+def little_memory(losscli: Losscli, tmp_path: Path) -> Iterator[None]:
+    """Leaves this process so many bytes more than it has, once all is imported."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "warm.pt")
+    save_file({"w": torch.ones(2)}, tmp_path / "warm.safetensors")
+    for name in ("warm.pt", "warm.safetensors"):
+        assert losscli("inspect", tmp_path / name).status == 0
+    losscli("interpolate", "init:0", "init:1", "-m", "mlp:2-2", "-d", f"mnist:{tmp_path}")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
+def numpy_claim(shape: tuple[int, ...]) -> bytes:
+    header = repr({"descr": "<f4", "fortran_order": False, "shape": shape}).encode()
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(64)
+
+
+def claimants(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields of each format a file that says it holds terabytes, and what reads it."""
+
+    def data(spec: str) -> list[str]:
+        return ["interpolate", "init:0", "init:1", "-m", "mlp:2-2", "-d", spec]
+
     header = {"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
     text = json.dumps(header).encode()
-    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"0" * 64)
-    images = struct.pack(">4B3I", 0, 0, 8, 3, 1 << 20, 1 << 10, 1 << 12)
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
-    labels = struct.pack(">4BI", 0, 0, 8, 1, 1)
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels + b"\0")
+    for name, content in (
+        ("tensor", struct.pack("<Q", len(text)) + text + b"0" * 64),
+        ("header", struct.pack("<Q", 1 << 42) + text),
+    ):
+        path = folder / f"{name}.safetensors"
+        path.write_bytes(content)
+        yield f"safetensors {name}", ["inspect", str(path)]
+        yield f"safetensors {name} of data", data(f"safetensors:{path}")
+    for legacy in (False, True):
+        good = io.BytesIO()
+        torch.save({"w": torch.arange(3.0)}, good, _use_new_zipfile_serialization=not legacy)
+        for number, hurt in enumerate(claims(good.getvalue(), 1 << 42)):
+            path = folder / f"{number}.pt"
+            path.write_bytes(hurt)
+            yield f"torch {legacy} {number}", ["inspect", str(path)]
+    # A pickle that says that bytes of such a number follow.
+    long = b"\x80\x04}\x8c\x04data\x8e" + struct.pack("<Q", 1 << 42) + bytes(64)
+    (folder / "long.pt").write_bytes(long)
+    yield "pickle", ["inspect", str(folder / "long.pt")]
+    (folder / "data_batch_1").write_bytes(long)
+    yield "CIFAR", data(f"cifar10:{folder}")
+    parts = folder / "parts"
+    parts.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"w": torch.arange(3.0)}, checkpoint_id=parts, no_dist=True)
+    metadata = (parts / ".metadata").read_bytes()
+    huge = b"\x8a\x07" + (1 << 42).to_bytes(7, "little")
+    for number, found in enumerate(re.finditer(b"K\x03", metadata)):
+        place = folder / f"parts{number}"
+        shutil.copytree(parts, place)
+        (place / ".metadata").write_bytes(
+            metadata[: found.start()] + huge + metadata[found.end() :]
+        )
+        yield f"distributed {number}", ["inspect", str(place)]
+    for packed in (False, True):
+        place = folder / f"idx{packed}"
+        place.mkdir()
+        images = struct.pack(">4B3I", 0, 0, 8, 3, 1 << 20, 1 << 10, 1 << 12)
+        name = place / f"train-images-idx3-ubyte{'.gz' if packed else ''}"
+        name.write_bytes(gzip.compress(images) if packed else images)
+        labels = struct.pack(">4BI", 0, 0, 8, 1, 1)
+        (place / "train-labels-idx1-ubyte").write_bytes(labels + b"\0")
+        yield f"IDX {packed}", data(f"mnist:{place}")
+    for packed in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        path = folder / f"{packed}.npz"
+        with zipfile.ZipFile(path, "w", packed) as archive:
+            archive.writestr("inputs.npy", numpy_claim((1 << 20, 1 << 20)))
+            archive.writestr("targets.npy", numpy_claim((3,)))
+        yield f"npz {packed}", data(f"npz:{path}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is told of elsewhere")
+def test_who_claims_terabytes_is_refused_where_there_is_no_memory(
+    losscli: Losscli, tmp_path: Path, little_memory: None
+) -> None:
+    """Nor is it taken for a lack of memory: the claim is held against the size of the file."""
+    read = []
+    for name, arguments in claimants(tmp_path):
+        done = losscli(*arguments)
+        if done.status == 0:
+            # An offset or a stride of what has one element only may be any number.
+            assert name.startswith(("torch", "distributed")), name
+            read.append(name)
+            continue
+        assert done.status == 1, (name, done)
+        assert done.stderr.count("\n") == 1, name
+        for word in ("alloc", "MemoryError", "not enough memory", "fault of losscli"):
+            assert word not in done.stderr, (name, done.stderr)
+    assert len(read) < 6
+
+
+def test_a_tensor_that_claims_more_than_its_file_is_told_of(
+    losscli: Losscli, tmp_path: Path
+) -> None:
     for legacy in (False, True):
         torch.save({"w": torch.arange(3.0)}, tmp_path / "good.pt",
                    _use_new_zipfile_serialization=not legacy)  # fmt: skip
         told = ""
-        for hurt in claims((tmp_path / "good.pt").read_bytes()):
+        for hurt in claims((tmp_path / "good.pt").read_bytes(), 255):
             (tmp_path / "b.pt").write_bytes(hurt)
             told += losscli("inspect", tmp_path / "b.pt").stderr
         assert "claims more than it holds: 1,020 bytes of a tensor that are not in it" in told
         assert "claims more than it holds: a tensor of the shape [255] in 12 bytes" in told
-    done = losscli("inspect", tmp_path / "a.safetensors")
-    assert done.status == 1
+    images = struct.pack(">4B3I", 0, 0, 8, 3, 1 << 20, 1 << 10, 1 << 12)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+    labels = struct.pack(">4BI", 0, 0, 8, 1, 1)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels + b"\0")
     done = losscli("interpolate", "init:0", "init:1", "-m", "mlp:2-2", "-d", f"mnist:{tmp_path}")
     assert done.status == 1
     assert "0 values for the shape [1048576, 1024, 4096]" in done.stderr
