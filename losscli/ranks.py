@@ -163,7 +163,7 @@ class Ranks:
 
     def deal(
         self,
-        sizes: Sequence[int],
+        sizes: Sequence[float],
         work: Callable[[int, Callable[[float], None]], Arrays],
         *,
         known: Mapping[int, Arrays] | None = None,
@@ -387,7 +387,7 @@ class _Deal:
         self.progress = progress
         self.have: dict[int, Arrays] = {}
         self.heard = 0  # entries of the log of finished pieces
-        self.base = 0  # what was known before
+        self.base = 0.0  # what was known before
         self.mine = 0.0  # what this rank has done
         self.counted = 0  # what of that the others know, in parts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "points_that_fit",
     "settle",
     "sweep",
+    "sweep_each",
     "sweep_plain",
 ]
 
@@ -49,6 +50,9 @@ _LEAST = 16
 # a chunk, these are more.
 _DECODING = {"cpu": 10**9}
 _DECODING_ELSEWHERE = 10**10
+
+# Slices for each of several ranks that are dealt at once.
+_SHARES = 8
 
 
 def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
@@ -170,8 +174,67 @@ def sweep(
         log = Log.of_slice(journal, objective, splits, slice_, coordinates)
     ranks = current()
     if ranks is not None and coordinates:
-        return _deal(ranks, objective, slice_, coordinates, chunk, splits, progress, journal, log)
+        logs = [log] if log is not None else []
+        halving(objective, lambda: objective.settle(slice_, coordinates[:chunk]))
+        (found,) = _deal(
+            ranks, objective, [lambda: slice_], coordinates, chunk, splits, progress, journal, logs
+        )
+        return found
     return _walk(objective, slice_, coordinates, chunk, splits, progress, journal, log)
+
+
+def sweep_each(
+    objective: Objective,
+    slices: Iterable[Callable[[], Slice]],
+    coordinates: Sequence[Sequence[float]],
+    *,
+    moving: Iterable[str],
+    splits: Mapping[str, Examples] | None = None,
+    progress: Callable[[float], None] | None = None,
+    journal: Journal | None = None,
+) -> Iterator[dict[str, Evaluation]]:
+    """Evaluates the same points of many slices, several ranks at slices of their own.
+
+    What a whole slice costs beside its points, such as reading its ends and what a first layer
+    gives there, is then paid by one rank.
+
+    Args:
+        objective: What to evaluate.
+        slices: Makes a slice, its ends on the objective's device, and loads the tensors that it
+            does not move. Called when the slice is needed, more than once for some. How points are
+            evaluated has been settled on one along which something moves.
+        coordinates: The P points.
+        moving: The tensors that the slices move at the most.
+        splits: The examples; all by default.
+        progress: Called with the points done so far, a growing number.
+        journal: Where finished chunks are recorded, and recalled from instead of evaluated.
+
+    Yields:
+        For each slice in turn what `sweep` returns.
+    """
+    splits = objective.splits if splits is None else splits
+    ranks, done, remaining = current(), 0, iter(slices)
+
+    def tell(further: float) -> None:
+        if progress is not None:
+            progress(done + further)
+
+    if ranks is None or not coordinates:
+        for make in remaining:
+            yield sweep(
+                objective, make(), coordinates, splits=splits, progress=tell, journal=journal
+            )
+            done += len(coordinates)
+        return
+    names = list(moving)
+    # Some at a time: of slices that were yielded nothing is held.
+    while some := list(itertools.islice(remaining, _SHARES * ranks.size)):
+        chunk = min(points_at_once(objective, names, splits), len(coordinates))
+        logs = []
+        if journal is not None:
+            logs = [Log.of_slice(journal, objective, splits, m(), coordinates) for m in some]
+        yield from _deal(ranks, objective, some, coordinates, chunk, splits, tell, journal, logs)
+        done += len(some) * len(coordinates)
 
 
 def _walk(
@@ -240,42 +303,61 @@ def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> di
 def _deal(
     ranks: Ranks,
     objective: Objective,
-    slice_: Slice,
+    slices: Sequence[Callable[[], Slice]],
     coordinates: Sequence[Sequence[float]],
     chunk: int,
     splits: Mapping[str, Examples],
     progress: Callable[[float], None] | None,
     journal: Journal | None,
-    log: Log | None,
-) -> dict[str, Evaluation]:
-    """Evaluates points together with other ranks, chunks going to whoever is free."""
-    known = {} if log is None else _known(log, len(coordinates))
-    halving(objective, lambda: objective.settle(slice_, coordinates[:chunk]))
-    most = _agree(ranks, objective, chunk, known.values())
+    logs: Sequence[Log],
+) -> list[dict[str, Evaluation]]:
+    """Evaluates points of slices together with other ranks, chunks going to whoever is free."""
+    known = [_known(log, len(coordinates)) for log in logs] or [{} for _ in slices]
+    most = _agree(ranks, objective, chunk, [arrays for of in known for arrays in of.values()])
     # What is decoded in each pass goes by as seldom as may be.
     streamed = _is_streamed(splits)
-    taken = [(start, start + _number(arrays)) for start, arrays in known.items()]
-    chunks = ranks.decide(_cut(len(coordinates), taken, most, ranks.size, even=streamed))
+    # Whole slices, as long as there is one for each rank; of the rest each has parts.
+    whole = len(slices) // ranks.size * ranks.size
+    parts = math.ceil(ranks.size / max(1, len(slices) - whole))
+    chunks: list[tuple[int, int, int]] = []
+    for k, of in enumerate(known):
+        taken = [(start, start + _number(arrays)) for start, arrays in of.items()]
+        shares = 1 if k < whole else parts
+        cuts = _cut(
+            *(len(coordinates), taken, most, shares),
+            # More than a line has ends, or a plane: so many share a first layer.
+            least=len(coordinates[0]) + 2,
+            even=streamed or shares == 1,
+        )
+        chunks += [(k, start, stop) for start, stop in cuts]
+    chunks = ranks.decide(chunks)
 
     def work(i: int, tell: Callable[[float], None]) -> Arrays:
-        points = coordinates[slice(*chunks[i])]
-        found = _walk(objective, slice_, points, len(points), splits, tell)
+        k, start, stop = chunks[i]
+        points = coordinates[start:stop]
+        found = _walk(objective, slices[k](), points, len(points), splits, tell)
         return pack(objective, splits, found, len(points), most)
 
     def keep(i: int, arrays: Arrays) -> None:
-        if log is not None:
-            log.record(chunks[i][0], arrays)
+        if logs:
+            k, start, _ = chunks[i]
+            logs[k].record(start, arrays)
 
+    had = {i: known[k][start] for i, (k, start, _) in enumerate(chunks) if start in known[k]}
     if journal is not None and progress is not None:
-        journal.skipped += sum(stop - start for start, stop in taken)
-    parts = ranks.deal(
-        [stop - start for start, stop in chunks],
+        journal.skipped += sum(map(_number, had.values()))
+    found = ranks.deal(
+        [stop - start for _, start, stop in chunks],
         work,
-        known={i: known[start] for i, (start, _) in enumerate(chunks) if start in known},
+        known=had,
         found=keep,
         progress=progress,
     )
-    return _join(objective, [unpack(objective, splits, part)[0] for part in parts])
+    joined = []
+    for k, _ in enumerate(slices):
+        own = [arrays for (of, *_), arrays in zip(chunks, found, strict=True) if of == k]
+        joined.append(_join(objective, [unpack(objective, splits, arrays)[0] for arrays in own]))
+    return joined
 
 
 def _known(log: Log, number: int) -> dict[int, Arrays]:
@@ -309,7 +391,13 @@ def _agree(ranks: Ranks, objective: Objective, chunk: int, known: Iterable[Array
 
 
 def _cut(
-    number: int, taken: Sequence[tuple[int, int]], most: int, ranks: int, *, even: bool
+    number: int,
+    taken: Sequence[tuple[int, int]],
+    most: int,
+    ranks: int,
+    *,
+    least: int,
+    even: bool,
 ) -> list[tuple[int, int]]:
     """Cuts points into chunks, whatever of them was taken before.
 
@@ -318,19 +406,30 @@ def _cut(
         taken: The chunks that are known, the first points rising.
         most: Points at a time.
         ranks: How many take them.
+        least: Points that a chunk has, if there are so many and so many fit. With fewer than
+            share a first layer a loss may have other last digits.
         even: Whether each rank takes as many, at once; otherwise each takes two thirds of what
-            would be its share, and so on with what is left, so that no rank waits long for another
-            (factoring, Hummel, Schonberg & Flynn 1992, CACM 35(8), there with halves).
+            would be its share, and so on with what is left as long as that is worth it, so that
+            no rank waits long for another (factoring, Hummel, Schonberg & Flynn 1992, CACM 35(8),
+            there with halves). The last round has equal chunks.
 
     Returns:
         The chunks, from the first point up to that behind the last.
     """
-    cuts, fair, share = [0], math.ceil(number / ranks), 0
-    while cuts[-1] < number:
-        left = number - cuts[-1]
-        if not (len(cuts) - 1) % ranks:
-            share = fair if even else min(fair, max(_FEW, math.ceil(2 * left / (3 * ranks))))
-        cuts.append(cuts[-1] + min(left, most, share))
+    sizes: list[int] = []
+    left, worth = number, least
+    while left:
+        share = math.ceil(2 * left / (3 * ranks))
+        if even or left - ranks * share < ranks * worth:
+            pieces = min(ranks, max(1, left // least))
+            if pieces * most < left:
+                pieces = ranks * math.ceil(left / (ranks * most))
+            sizes += [left // pieces + (i < left % pieces) for i in range(pieces)]
+            break
+        sizes += [min(share, most)] * ranks
+        left -= ranks * min(share, most)
+        worth = _FEW
+    cuts = [0, *itertools.accumulate(sizes)]
     chunks: list[tuple[int, int]] = []
     start = 0
     for begin, end in (*taken, (number, number)):

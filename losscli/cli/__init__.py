@@ -17,7 +17,7 @@ from losscli.mapped import tell_of_lost_pages
 __all__ = ["main"]
 
 # What several processes do together. All else takes no longer by rank 0 alone.
-_SHARED = frozenset({"interpolate", "trajectory", "plane"})
+_SHARED = frozenset({"interpolate", "trajectory", "plane", "barriers", "check"})
 
 
 class _Signalled(BaseException):

@@ -25,7 +25,7 @@ from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
 from losscli.studies.study import Study, count
-from losscli.sweep import check, settle, sweep, sweep_plain
+from losscli.sweep import check, settle, sweep_each, sweep_plain
 from losscli.table import Table
 from losscli.weights import Weights, distance, equal
 
@@ -197,7 +197,7 @@ class Barriers(Study):
             seconds = self.seconds(swept)
         examples = {name: seen.examples for name, seen in found.items()}
         heights = {name: self._heights(seen) for name, seen in found.items()}
-        lengths = list(distances.values())
+        lengths = [self._length(placed, distances, i, j) for i, j in self.pairs]
         splits = {name: self._found(heights[name], seen, lengths) for name, seen in found.items()}
         more = {"curves": self._curves(found)}
         summary = {
@@ -215,10 +215,26 @@ class Barriers(Study):
 
     def _line(self, start: Weights, a: Weights, b: Weights) -> Line:
         """The line from A, whose tensors are on the device already, to B."""
+        names = self._between(a, b)
+        return Line({name: start[name] for name in names}, self.on_device(b, names))
+
+    def _between(self, a: Weights, b: Weights) -> list[str]:
+        """The tensors that move from A to B."""
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.
-        names = [name for name in self.moving if not equal(a[name], b[name])]
-        return Line({name: start[name] for name in names}, self.on_device(b, names))
+        return [name for name in self.moving if not equal(a[name], b[name])]
+
+    def _length(
+        self,
+        placed: Sequence[Weights],
+        distances: Mapping[tuple[int, int], float],
+        i: int,
+        j: int,
+    ) -> float:
+        """The distance of a pair; that of a line which another rank took is not known here."""
+        if (i, j) in distances:
+            return distances[i, j]
+        return distance(placed[i], placed[j], self._between(placed[i], placed[j]))
 
     def _prove(self, placed: Sequence[Weights]) -> tuple[float, list[str]]:
         """Holds the sweep against every checkpoint, on a line to the next one in the order."""
@@ -250,27 +266,32 @@ class Barriers(Study):
         own = sweep_plain(objective, placed, splits=splits, progress=tell, journal=journal)
         lines: dict[str, list[Estimate]] = {name: [] for name in splits}
         excess: dict[str, list[Estimate]] = {name: [] for name in splits}
-        done, row, start = len(placed), -1, dict[str, Any]()
-        for i, j in self.pairs:
-            if i != row:
-                row, start = i, dict(self.on_device(placed[i]))
-            line = self._line(start, placed[i], placed[j])
+        row: dict[int, Weights] = {}
+
+        def line(i: int, j: int) -> Line:
+            if i not in row:
+                row.clear()
+                row[i] = dict(self.on_device(placed[i]))
+            between = self._line(row[i], placed[i], placed[j])
             if (i, j) not in distances:
-                distances[i, j] = distance(placed[i], placed[j], line.a)
+                distances[i, j] = distance(placed[i], placed[j], between.a)
             # What moved on the line before is anywhere on it.
             objective.load(placed[i])
-            seen = sweep(
-                objective,
-                line,
-                points,
-                splits=splits,
-                progress=partial(_further, tell, done),
-                journal=journal,
-            )
-            done += len(points)
-            for name, found in seen.items():
-                lines[name].append(Estimate.of_evaluation(found))
-                excess[name].append(_above(self._inner, found, own[i][name], own[j][name]))
+            return between
+
+        found = sweep_each(
+            objective,
+            (partial(line, i, j) for i, j in self.pairs),
+            points,
+            moving=self.moving,
+            splits=splits,
+            progress=partial(_further, tell, len(placed)),
+            journal=journal,
+        )
+        for (i, j), seen in zip(self.pairs, found, strict=True):
+            for name, evaluation in seen.items():
+                lines[name].append(Estimate.of_evaluation(evaluation))
+                excess[name].append(_above(self._inner, evaluation, own[i][name], own[j][name]))
         return {
             name: _Seen(
                 Estimate.join([Estimate.of_evaluation(at[name]) for at in own]),

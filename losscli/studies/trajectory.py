@@ -24,7 +24,7 @@ from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
 from losscli.studies.study import Study, count, moving_along
-from losscli.sweep import check, settle, sweep, sweep_plain
+from losscli.sweep import check, settle, sweep_each, sweep_plain
 from losscli.table import Cell, Table
 
 __all__ = ["Trajectory", "trajectory"]
@@ -236,9 +236,8 @@ class Trajectory(Study):
             some = steps[begin : begin + at_once]
             checkpoints += self._steps(some, splits, partial(_further, tell, done), journal)
             done += len(some)
-            for t in some if self.offsets else ():
-                across.append(self._across(t, splits, partial(_further, tell, done), journal))
-                done += number
+            across += self._across(some, splits, partial(_further, tell, done), journal)
+            done += len(some) * number
         return {
             name: Estimate.join([part[name] for part in (*checkpoints, *across)]) for name in splits
         }
@@ -257,25 +256,29 @@ class Trajectory(Study):
 
     def _across(
         self,
-        t: int,
+        steps: Sequence[int],
         splits: Mapping[str, Examples],
         tell: Callable[[float], None],
         journal: Journal | None,
-    ) -> dict[str, Estimate]:
-        """Evaluates the line across the path at a checkpoint."""
-        reach = self.offsets[-1]
-        dtype = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
-        line = ribbon(self.weights, self.path, t, self.moving, reach, dtype)
-        assert line is not None  # a path without residuals has no offsets
-        found = sweep(
+    ) -> list[dict[str, Estimate]]:
+        """Evaluates the lines across the path at checkpoints, if there is a ribbon."""
+        found = sweep_each(
             self.problem.objective,
-            Line(self.on_device(line.a), self.on_device(line.b)),
-            [(b / reach,) for b in self.offsets],
+            (partial(self._ribbon, t) for t in steps if self.offsets),
+            [(b / self.offsets[-1],) for b in self.offsets],
+            moving=self.moving,
             splits=splits,
             progress=tell,
             journal=journal,
         )
-        return {name: Estimate.of_evaluation(e) for name, e in found.items()}
+        return [{name: Estimate.of_evaluation(e) for name, e in one.items()} for one in found]
+
+    def _ribbon(self, t: int) -> Line:
+        """The line across the path at a checkpoint."""
+        dtype = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
+        line = ribbon(self.weights, self.path, t, self.moving, self.offsets[-1], dtype)
+        assert line is not None  # a path without residuals has no offsets
+        return Line(self.on_device(line.a), self.on_device(line.b))
 
     def _table(self, found: Mapping[str, Estimate]) -> Table:
         metrics = self.problem.objective.metrics
