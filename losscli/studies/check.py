@@ -30,9 +30,10 @@ from losscli.device import float32_precision
 from losscli.errors import UsageError
 from losscli.geometry import Line
 from losscli.journal import Journal
-from losscli.objective import Evaluation
+from losscli.objective import Evaluation, Objective
 from losscli.pace import Clock, Pace, timed
 from losscli.problem import prepare
+from losscli.ranks import Arrays, Ranks, current
 from losscli.recording import Log
 from losscli.results import Result
 from losscli.sampling import Estimate
@@ -157,8 +158,10 @@ class _Found:
         )
         return one, down or None
 
-    def arrays(self, down: Weights | None, batch_size: int) -> dict[str, NDArray[Any]]:
-        """All that is to be known again, with the way down and the batch that fits."""
+    def arrays(self, down: Weights | None, objective: Objective) -> dict[str, NDArray[Any]]:
+        """All that is to be known again, with the way down and the objective's state."""
+        batch_size = objective.batch_size
+        idle = [i for i, layer in enumerate(objective.batchnorm) if layer in objective.idle]
         ratio = () if self.minimal_ratio is None else (self.minimal_ratio,)
         ends = {"smallest": self.extremes.smallest, "largest": self.extremes.largest}
         kind = get_args(Verdict).index(self.verdict)
@@ -169,6 +172,7 @@ class _Found:
                 end: np.array([(pair.value, pair.error, pair.converged) for pair in pairs])
                 for end, pairs in ends.items()
             },
+            "idle": np.array(idle, np.int64),
             "spectrum": np.array(self.spectrum),
             "descent": np.array([(self.descent or {})[key] for key in _DESCENT if self.descent]),
             **{f"{_DOWN}{key}": t.cpu().numpy() for key, t in (down or {}).items()},
@@ -357,35 +361,32 @@ class Check(Study):
             LosscliError: The model or the loss fails on the data or has no derivatives, gives two
                 answers for one point, or does not fit into the memory.
         """
-        objective, tell = self.problem.objective, progress or (lambda _: None)
-        found: list[_Found] = []
-        escape: Mapping[str, Any] | None = None
-        curve: Table | None = None
-        saddle = False
+        objective = self.problem.objective
+        names, splits = self.problem.names, list(objective.splits)
         with float32_precision(tf32=self.problem.settings.tf32):
             swept = time.perf_counter()
             check_objective(objective, self.problem.origin)
             heard = self._heard()
-            for t, name in enumerate(self.problem.names):
-                placed = self.problem.place(self.problem.open(t).weights)
-                weights = objective.recalibrated(placed)
-                # What is differentiated, and followed, is a function of the parameters alone.
-                with objective.held():
-                    (losses,) = sweep_plain(objective, [weights], journal=journal)
-                    for i, split in enumerate(objective.splits):
-                        # A saddle's way out is shown before that of a point which is not critical.
-                        last = t == len(self.problem.names) - 1 and not saddle
-                        wanted = frozenset(["saddle", *(get_args(Verdict) if last else ())])
-                        one, direction = self._look(
-                            name, split, weights, losses[split], wanted if i == 0 else (), journal
-                        )
-                        found.append(one)
-                        if direction is not None:
-                            saddle = one.verdict == "saddle"
-                            escape, curve = self._escape(
-                                one, weights, direction, losses[split], journal
-                            )
-                        tell(t + (i + 1) / len(objective.splits))
+            ranks = current()
+            records = (
+                self._look_at_all(progress or (lambda _: None), journal)
+                if ranks is None
+                else self._deal(ranks, progress, journal)
+            )
+            seen = {
+                (t, split): _Found.recalled(names[t], split, records[t, split])
+                for t, _ in enumerate(names)
+                for split in splits
+            }
+            found = [one for one, _ in seen.values()]
+            # A saddle's way out is shown before that of a point which is not critical.
+            escape: Mapping[str, Any] | None = None
+            curve: Table | None = None
+            ways = [t for t, _ in enumerate(names) if seen[t, splits[0]][1] is not None]
+            if ways:
+                saddles = [t for t in ways if seen[t, splits[0]][0].verdict == "saddle"]
+                t = (saddles or ways)[-1]
+                escape, curve = self._escape(t, *seen[t, splits[0]], journal)
             seconds = self.seconds(swept)
         more = {}
         if any(len(one.spectrum) > 2 for one in found):
@@ -419,56 +420,137 @@ class Check(Study):
         }
         return Result(table, summary, more)
 
+    def _look_at_all(
+        self, tell: Callable[[float], None], journal: Journal | None
+    ) -> dict[tuple[int, str], Arrays]:
+        """Looks at one checkpoint after the other; returns what `_Found.recalled` takes of each."""
+        splits = self.problem.objective.splits
+        found: dict[tuple[int, str], Arrays] = {}
+        for t, _ in enumerate(self.problem.names):
+            placed = self._placed(t)
+            for split in splits:
+                log = None if journal is None else self._log(journal, t, split, placed)
+                known = None if log is None else log.recall("")
+                if known is None:
+                    found[t, split] = self._look(t, split, placed, journal)
+                    if log is not None:
+                        log.record("", found[t, split])
+                elif journal is not None:
+                    journal.skipped += 1 / len(splits)
+                    self._recall_state(known)
+                    found[t, split] = known
+                tell(len(found) / len(splits))
+        return found
+
+    def _deal(
+        self, ranks: Ranks, progress: Callable[[float], None] | None, journal: Journal | None
+    ) -> dict[tuple[int, str], Arrays]:
+        """Looks at checkpoints together with other ranks.
+
+        Each checkpoint and split is looked at by one rank: a search for eigenvalues is a row of
+        products, each of which begins where the one before has ended. So where there is but one
+        checkpoint and one split, the other ranks wait for it. The way down is swept by all.
+
+        Args:
+            ranks: The ranks.
+            progress: Called with the number of checkpoints done so far.
+            journal: Where what is finished is recorded, and recalled from.
+
+        Returns:
+            What `_Found.recalled` takes of each.
+        """
+        splits = self.problem.objective.splits
+        # The longest first, so that no rank is left alone with one of these.
+        order = sorted(splits, key=lambda split: -len(splits[split]))
+        pieces = [(t, split) for split in order for t, _ in enumerate(self.problem.names)]
+        logs: dict[int, Log] = {}
+        known: dict[int, Arrays] = {}
+        for i, (t, split) in enumerate(pieces if journal is not None else ()):
+            assert journal is not None
+            logs[i] = self._log(journal, t, split, self._placed(t))
+            recalled = logs[i].recall("")
+            if recalled is not None:
+                known[i] = recalled
+                journal.skipped += 1 / len(splits)
+
+        def work(i: int, tell: Callable[[float], None]) -> Arrays:
+            t, split = pieces[i]
+            # How far it is nobody knows, but others may have been faster.
+            return self._look(t, split, self._placed(t), None, lambda _: tell(0))
+
+        def keep(i: int, arrays: Arrays) -> None:
+            if logs:
+                logs[i].record("", arrays)
+
+        share = 1 / len(splits)
+        found = ranks.deal([share] * len(pieces), work, known=known, found=keep, progress=progress)
+        for arrays in found:
+            self._recall_state(arrays)
+        return dict(zip(pieces, found, strict=True))
+
+    def _placed(self, t: int) -> Weights:
+        return self.problem.place(self.problem.open(t).weights)
+
+    def _wanted(self, t: int, split: str) -> Collection[str]:
+        """The verdicts with which a way down is looked for, too."""
+        if split != next(iter(self.problem.objective.splits)):
+            return ()
+        return get_args(Verdict) if t == len(self.problem.names) - 1 else ("saddle",)
+
+    def _log(self, journal: Journal, t: int, split: str, placed: Weights) -> Log:
+        objective, seed = self.problem.objective, self.problem.settings.seed
+        wanted = sorted(self._wanted(t, split))
+        numbers = [list(self.moving), self.eigenvalues, self.tolerance, seed, wanted]
+        return Log(journal, objective, {split: objective.splits[split]}, "check", [placed], numbers)
+
+    def _recall_state(self, arrays: Arrays) -> None:
+        """Puts the objective into the state that it was in when something was found."""
+        objective = self.problem.objective
+        objective.batch_size = int(arrays["counts"][-1])
+        objective.idle = [objective.batchnorm[i] for i in arrays["idle"].tolist()]
+
     def _look(
         self,
-        name: str,
+        t: int,
         split: str,
-        weights: Weights,
-        losses: Evaluation,
-        wanted: Collection[str],
+        placed: Weights,
         journal: Journal | None,
-    ) -> tuple[_Found, Weights | None]:
+        progress: Callable[[float], None] | None = None,
+    ) -> Arrays:
         """Looks at one checkpoint on one split; also for a way down, if the verdict is wanted."""
         objective = self.problem.objective
-        seed = self.problem.settings.seed
-        log = None
-        if journal is not None:
-            numbers = [list(self.moving), self.eigenvalues, self.tolerance, seed, sorted(wanted)]
-            splits = {split: objective.splits[split]}
-            log = Log(journal, objective, splits, "check", [weights], numbers)
-            known = log.recall("")
-            if known is not None:
-                journal.skipped += 1 / len(objective.splits)
-                objective.batch_size = int(known["counts"][-1])
-                return _Found.recalled(name, split, known)
-        with Curvature(objective, weights, self.moving, objective.splits[split]) as curvature:
-            gradient = curvature.gradient()
-            size = float(gradient.norm())
-            ratio, spectrum = None, []
-            if curvature.size <= DENSE_LIMIT:
-                dense = curvature.dense()
-                ratio = dense.minimal_ratio
-                spectrum = [(float(value), dense.error) for value in dense.eigenvalues]
-            extremes = curvature.extremes(self.eigenvalues, tolerance=_TOLERANCE, seed=seed)
-            if not spectrum:
-                pairs = [*extremes.smallest, *reversed(extremes.largest)]
-                spectrum = [(pair.value, pair.error) for pair in pairs]
-            smallest, largest = extremes.smallest[0], extremes.largest[0]
-            decided = verdict(size, self.tolerance, smallest, largest)
-            down = None
-            if decided in wanted and smallest.value + smallest.error < 0:
-                down = curvature.named(smallest.vector)
-            along = curvature.named(-gradient / size) if size > 0 else None
-        descent = None
-        if decided == "not critical" and along is not None and math.isfinite(size):
-            descent = self._descend(
-                weights, along, {split: objective.splits[split]}, losses, journal
-            )
-        estimate = Estimate.of_evaluation(losses)
+        examples = {split: objective.splits[split]}
+        weights = objective.recalibrated(placed)
+        # What is differentiated, and followed, is a function of the parameters alone.
+        with objective.held():
+            (losses,) = sweep_plain(objective, [weights], splits=examples, journal=journal)
+            curved = Curvature(objective, weights, self.moving, objective.splits[split], progress)
+            with curved as curvature:
+                gradient = curvature.gradient()
+                size = float(gradient.norm())
+                ratio, spectrum = None, []
+                if curvature.size <= DENSE_LIMIT:
+                    dense = curvature.dense()
+                    ratio = dense.minimal_ratio
+                    spectrum = [(float(value), dense.error) for value in dense.eigenvalues]
+                seed = self.problem.settings.seed
+                extremes = curvature.extremes(self.eigenvalues, tolerance=_TOLERANCE, seed=seed)
+                if not spectrum:
+                    pairs = [*extremes.smallest, *reversed(extremes.largest)]
+                    spectrum = [(pair.value, pair.error) for pair in pairs]
+                smallest, largest = extremes.smallest[0], extremes.largest[0]
+                decided = verdict(size, self.tolerance, smallest, largest)
+                down = None
+                if decided in self._wanted(t, split) and smallest.value + smallest.error < 0:
+                    down = curvature.named(smallest.vector)
+                along = curvature.named(-gradient / size) if size > 0 else None
+            descent = None
+            if decided == "not critical" and along is not None and math.isfinite(size):
+                descent = self._descend(weights, along, examples, losses[split], journal)
         one = _Found(
-            name,
+            self.problem.names[t],
             split,
-            float(estimate.mean[0]),
+            float(Estimate.of_evaluation(losses[split]).mean[0]),
             size,
             extremes,
             ratio,
@@ -476,9 +558,7 @@ class Check(Study):
             decided,
             descent,
         )
-        if log is not None:
-            log.record("", one.arrays(down, objective.batch_size))
-        return one, down
+        return one.arrays(down, objective)
 
     def _along(
         self,
@@ -519,15 +599,26 @@ class Check(Study):
         return _best(distances, found, here)
 
     def _escape(
+        self, t: int, one: _Found, direction: Weights | None, journal: Journal | None
+    ) -> tuple[Mapping[str, Any], Table]:
+        """Follows the most negative curvature both ways, as far as the loss falls and beyond."""
+        assert direction is not None
+        objective = self.problem.objective
+        splits = {one.split: objective.splits[one.split]}
+        weights = objective.recalibrated(self._placed(t))
+        with objective.held():
+            (plain,) = sweep_plain(objective, [weights], splits=splits, journal=journal)
+            return self._follow(one, weights, direction, plain[one.split], splits, journal)
+
+    def _follow(
         self,
         one: _Found,
         weights: Weights,
         direction: Weights,
         here: Evaluation,
+        splits: Mapping[str, Examples],
         journal: Journal | None,
     ) -> tuple[Mapping[str, Any], Table]:
-        """Follows the most negative curvature both ways, as far as the loss falls and beyond."""
-        splits = {one.split: self.problem.objective.splits[one.split]}
         size = norm(weights, self.moving) or 1.0
         tried = [sign * size * share for share in _STEPS for sign in (1, -1)]
         best = _best(tried, self._along(weights, direction, tried, splits, journal), here)
