@@ -20,6 +20,7 @@ from losscli.problem.model import build
 from losscli.problem.problem import Problem, floating_buffers, moving_names
 from losscli.problem.source import find
 from losscli.problem.task import data_of, loss_of, metrics_of, recalibration_of
+from losscli.ranks import current
 from losscli.settings import Buffers, DType, Settings
 
 __all__ = ["prepare"]
@@ -92,13 +93,14 @@ def _provenance(
     entries: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Tells where all of a problem came from."""
-    recalibration = objective.recalibration
+    recalibration, ranks = objective.recalibration, current()
     return {
         "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(objective.device),
         "device_name": describe_device(objective.device),
+        "processes": 1 if ranks is None else ranks.size,
         "dtype": settings.dtype,
         "tf32": settings.tf32,
         **specs,

@@ -134,7 +134,7 @@ class _Found:
     ) -> tuple[Self, Weights | None]:
         """Takes what `arrays` gave, but for eigenvectors; and the way down, if any."""
         loss, size, *ratio = known["numbers"].tolist()
-        products, exact, kind, _ = known["counts"].tolist()
+        products, exact, *_ = known["counts"].tolist()
         nothing = torch.empty(0, dtype=torch.float64)
         smallest, largest = (
             tuple(
@@ -153,7 +153,7 @@ class _Found:
             Extremes(smallest, largest, products, bool(exact)),
             ratio[0] if ratio else None,
             [(value, error) for value, error in known["spectrum"].tolist()],
-            get_args(Verdict)[kind],
+            _verdict(known),
             descent,
         )
         return one, down or None
@@ -384,8 +384,7 @@ class Check(Study):
             curve: Table | None = None
             ways = [t for t, _ in enumerate(names) if seen[t, splits[0]][1] is not None]
             if ways:
-                saddles = [t for t in ways if seen[t, splits[0]][0].verdict == "saddle"]
-                t = (saddles or ways)[-1]
+                t = max(ways, key=lambda t: (seen[t, splits[0]][0].verdict == "saddle", t))
                 escape, curve = self._escape(t, *seen[t, splits[0]], journal)
             seconds = self.seconds(swept)
         more = {}
@@ -426,13 +425,14 @@ class Check(Study):
         """Looks at one checkpoint after the other; returns what `_Found.recalled` takes of each."""
         splits = self.problem.objective.splits
         found: dict[tuple[int, str], Arrays] = {}
-        for t, _ in enumerate(self.problem.names):
+        for t in self._order:
             placed = self._placed(t)
             for split in splits:
-                log = None if journal is None else self._log(journal, t, split, placed)
+                log = None if journal is None else self._log(journal, split, placed)
                 known = None if log is None else log.recall("")
                 if known is None:
-                    found[t, split] = self._look(t, split, placed, journal)
+                    wanted = self._wanted(t, split, found)
+                    found[t, split] = self._look(t, split, placed, wanted, journal)
                     if log is not None:
                         log.record("", found[t, split])
                 elif journal is not None:
@@ -462,12 +462,13 @@ class Check(Study):
         splits = self.problem.objective.splits
         # The longest first, so that no rank is left alone with one of these.
         order = sorted(splits, key=lambda split: -len(splits[split]))
-        pieces = [(t, split) for split in order for t, _ in enumerate(self.problem.names)]
+        pieces = [(t, split) for split in order for t in self._order]
+        own: dict[tuple[int, str], Arrays] = {}
         logs: dict[int, Log] = {}
         known: dict[int, Arrays] = {}
         for i, (t, split) in enumerate(pieces if journal is not None else ()):
             assert journal is not None
-            logs[i] = self._log(journal, t, split, self._placed(t))
+            logs[i] = self._log(journal, split, self._placed(t))
             recalled = logs[i].recall("")
             if recalled is not None:
                 known[i] = recalled
@@ -476,7 +477,9 @@ class Check(Study):
         def work(i: int, tell: Callable[[float], None]) -> Arrays:
             t, split = pieces[i]
             # How far it is nobody knows, but others may have been faster.
-            return self._look(t, split, self._placed(t), None, lambda _: tell(0))
+            wanted, further = self._wanted(t, split, own), lambda _: tell(0)
+            own[t, split] = self._look(t, split, self._placed(t), wanted, None, further)
+            return own[t, split]
 
         def keep(i: int, arrays: Arrays) -> None:
             if logs:
@@ -491,16 +494,26 @@ class Check(Study):
     def _placed(self, t: int) -> Weights:
         return self.problem.place(self.problem.open(t).weights)
 
-    def _wanted(self, t: int, split: str) -> Collection[str]:
-        """The verdicts with which a way down is looked for, too."""
+    @property
+    def _order(self) -> Sequence[int]:
+        """The last checkpoint comes first: of saddles, the way out of the last one is shown."""
+        return range(len(self.problem.names))[::-1]
+
+    def _wanted(
+        self, t: int, split: str, found: Mapping[tuple[int, str], Arrays]
+    ) -> Collection[str]:
+        """The verdicts with which a way down is kept, by what was found of later checkpoints."""
         if split != next(iter(self.problem.objective.splits)):
             return ()
-        return get_args(Verdict) if t == len(self.problem.names) - 1 else ("saddle",)
+        if t == len(self.problem.names) - 1:
+            return get_args(Verdict)
+        later = (_verdict(arrays) for (_, of), arrays in found.items() if of == split)
+        # It has a number for every weight.
+        return () if "saddle" in later else ("saddle",)
 
-    def _log(self, journal: Journal, t: int, split: str, placed: Weights) -> Log:
+    def _log(self, journal: Journal, split: str, placed: Weights) -> Log:
         objective, seed = self.problem.objective, self.problem.settings.seed
-        wanted = sorted(self._wanted(t, split))
-        numbers = [list(self.moving), self.eigenvalues, self.tolerance, seed, wanted]
+        numbers = [list(self.moving), self.eigenvalues, self.tolerance, seed]
         return Log(journal, objective, {split: objective.splits[split]}, "check", [placed], numbers)
 
     def _recall_state(self, arrays: Arrays) -> None:
@@ -514,6 +527,7 @@ class Check(Study):
         t: int,
         split: str,
         placed: Weights,
+        wanted: Collection[str],
         journal: Journal | None,
         progress: Callable[[float], None] | None = None,
     ) -> Arrays:
@@ -541,7 +555,7 @@ class Check(Study):
                 smallest, largest = extremes.smallest[0], extremes.largest[0]
                 decided = verdict(size, self.tolerance, smallest, largest)
                 down = None
-                if decided in self._wanted(t, split) and smallest.value + smallest.error < 0:
+                if decided in wanted and smallest.value + smallest.error < 0:
                     down = curvature.named(smallest.vector)
                 along = curvature.named(-gradient / size) if size > 0 else None
             descent = None
@@ -682,6 +696,12 @@ class Check(Study):
                 f"the search for eigenvalues has not converged at {len(missed)} of "
                 f"{len(found)} points: no minimum or maximum is claimed there"
             )
+
+
+def _verdict(arrays: Arrays) -> str:
+    """The verdict in what `_Found.arrays` made."""
+    kinds: Sequence[str] = get_args(Verdict)
+    return kinds[int(arrays["counts"][2])]
 
 
 class _Listening(TorchFunctionMode):

@@ -145,7 +145,7 @@ class Study(ABC):
         told = {
             key: value
             for key, value in self.problem.provenance.items()
-            if key not in {"device", "device_name", "python", "checkpoints"}
+            if key not in {"device", "device_name", "processes", "python", "checkpoints"}
         }
         told["checkpoints"] = [_content(c) for c in self.problem.provenance["checkpoints"]]
         told |= {"command": self.command, **self.settled}
@@ -184,6 +184,7 @@ class Study(ABC):
             "torch": provenance["torch"],
             "Python": provenance["python"],
             "the device": f"{objective.device.type} ({provenance['device_name']})",
+            "the number of processes": provenance["processes"],
             "the number of threads": torch.get_num_threads(),
             "what the model makes of a first batch": tried,
         }
