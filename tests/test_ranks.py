@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import itertools
+import json
 import math
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,53 +31,45 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore
 
 from losscli import ranks as module
-from losscli.errors import UsageError
-from losscli.ranks import Arrays, Ranks, RanksError, current, is_one_of_many
-from losscli.sweep import _cut
-from tests.conftest import ROOT, Losscli
-
-# Runs commands one after the other in the processes that torchrun started, and tells of files that
-# others than rank 0 open to write.
-DRIVER = """
-import os, sys
-from losscli import sweep
 from losscli.cli import run
 from losscli.console import Console
+from losscli.errors import UsageError
+from losscli.models import MLP
+from losscli.objective import Objective
+from losscli.ranks import Arrays, Ranks, RanksError, current, is_one_of_many
+from losscli.sweep import _cut
+from tests.conftest import ROOT, Losscli, Outcome
 
-def hear(event, args):
-    if event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR):
-        if os.path.dirname(os.path.abspath(args[0])) == os.getcwd():
-            print(f"rank {os.environ['RANK']} writes {args[0]}", file=sys.stderr, flush=True)
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+# Of a fork beside threads: the child has one thread, and uses no other.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
-if os.environ["RANK"] != "0":
-    sys.addaudithook(hear)
-if "ONE_BY_ONE" in os.environ:
-    sweep._CPU_STACK = 1
-for i, line in enumerate(open("commands.txt").read().splitlines()):
-    os.environ["COMMAND"] = str(i)
-    if i == 0 and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
-        continue
-    status = run(line.split(), Console())
-    if os.environ["RANK"] == "0":
-        print(f"status {status}", file=sys.stderr, flush=True)
-    if status > 128:
-        os._exit(status)
+# Runs a command in each process that torchrun starts, a point at a time.
+DRIVER = """
+import sys
+from losscli import sweep
+from losscli.cli import main
+
+sweep._CPU_STACK = 1
+main(sys.argv[1:])
 """
 
 # A loss that writes down what it found, and kills its process where it is told to.
 LOSS = """
 import os, signal, time
+from pathlib import Path
 import torch
 
 def loss(outputs, targets):
     found = torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
-    me = ".".join(os.environ[x] for x in ("COMMAND", "TORCHELASTIC_RESTART_COUNT", "RANK"))
+    me = ".".join(os.environ[x] for x in ("RUN", "TORCHELASTIC_RESTART_COUNT", "RANK"))
     name = f"evaluated.{me}"
     if len(outputs) == 29:
-        done = len(open(name).readlines()) if os.path.exists(name) else 0
-        if os.environ["KILL"].startswith(me[:4]):
+        done = len(Path(name).read_text().splitlines()) if os.path.exists(name) else 0
+        kill = os.environ["KILL"].split()
+        if any(of.startswith(me[:-2]) or me.startswith(of) for of in kill):
             time.sleep(0.02)  # it takes torchrun a tenth of a second to notice
-        if os.environ["KILL"] == f"{me}.{done}":
+        if f"{me}.{done}" in kill:
             os.kill(os.getpid(), signal.SIGKILL)
         number = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(number, f"{found.double().mean().item()!r}\\n".encode())
@@ -89,31 +89,113 @@ import torch
 def data():
     generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
     return {"train": (torch.rand(9, 6, generator=generator), torch.arange(9) % 3)}
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 21
+    def __getitem__(self, i):
+        return torch.rand(6, generator=torch.Generator().manual_seed(i)), i % 3
+
+def streamed():
+    return Rows()
 """
 
 
-def torchrun(
-    *arguments: str, restarts: int = 0, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    return subprocess.run(
-        [*start, f"--max-restarts={restarts}", *arguments],
+START = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+
+
+def torchrun(command: str, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
+    """Starts a command in two processes."""
+    Path("driver.py").write_text(DRIVER)
+    return subprocess.Popen(
+        [*START, f"--max-restarts={restarts}", "driver.py", *command.split()],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
-        check=False,
     )
 
 
-def drive(*commands: str, restarts: int = 0, **environment: str) -> tuple[str, list[str], int]:
-    """Runs commands in two processes; returns stdout, and of stderr what losscli says."""
-    Path("driver.py").write_text(DRIVER)
-    Path("commands.txt").write_text("\n".join(commands))
-    done = torchrun("driver.py", restarts=restarts, **environment)
-    own = re.compile("losscli: |note: |status |rank ")
-    return done.stdout, [x for x in done.stderr.splitlines() if own.match(x)], done.returncode
+def said(process: subprocess.Popen[str]) -> list[str]:
+    """Waits for torchrun; returns what losscli said."""
+    own = re.compile("losscli: |note: ")
+    _, stderr = process.communicate(timeout=60)
+    return [line for line in stderr.splitlines() if own.match(line)]
+
+
+def ports(number: int) -> list[int]:
+    """Finds ports that nobody listens at."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in opened:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in opened]
+
+
+def forked(
+    commands: Sequence[str],
+    size: int,
+    before: Callable[[int], None] = lambda _: None,
+    meanwhile: Callable[[Sequence[int]], None] = lambda _: None,
+) -> list[list[Outcome]]:
+    """Runs commands one after the other in processes with the environment that torchrun gives.
+
+    They are forks of this one: nothing is imported anew.
+
+    Args:
+        commands: The commands.
+        size: How many processes.
+        before: Called in each with its rank.
+        meanwhile: Called here with their ids.
+
+    Returns:
+        For each process the outcome of each command.
+    """
+    heard = Path("heard")
+    heard.mkdir(exist_ok=True)
+    free = ports(len(commands))
+    pids = []
+    for rank in range(size):
+        sys.stdout.flush()
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        try:
+            torch.set_num_threads(1)
+            before(rank)
+            outcomes = []
+            for i, line in enumerate(commands):
+                os.environ.update(
+                    RANK=str(rank),
+                    WORLD_SIZE=str(size),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(free[i]),
+                )
+                console = Console(io.StringIO(), io.StringIO())
+                status = run(line.split(), console)
+                texts = (stream.getvalue() for stream in (console.stdout, console.stderr))  # type: ignore[union-attr]
+                outcomes.append([status, *texts])
+            (heard / f"{rank}.json").write_text(json.dumps(outcomes))
+        finally:
+            os._exit(0)
+    meanwhile(pids)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    files = (heard / f"{rank}.json" for rank in range(size))
+    told = [[Outcome(*of) for of in json.loads(file.read_text())] for file in files]
+    shutil.rmtree(heard)
+    return told
+
+
+def alone(commands: Sequence[str], losscli: Losscli) -> list[Outcome]:
+    """Runs commands in this process, with the one thread that a fork has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [losscli(*line.split()) for line in commands]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def rows(file: str) -> list[dict[str, str]]:
@@ -128,95 +210,252 @@ def assert_same(one: str, other: str) -> None:
     for here, there in zip(expected, found, strict=True):
         assert here.keys() == there.keys()
         for key, text in here.items():
-            if key in {"split", "checkpoint"} or text == "":
+            if key in {"split", "checkpoint", "a", "b", "verdict"} or text == "":
                 assert there[key] == text
             else:
                 assert math.isclose(float(there[key]), float(text), rel_tol=1e-6, abs_tol=1e-7)
 
 
-def test_two_processes_find_what_one_finds(folder: Path, losscli: Losscli) -> None:
+def summary(stem: str) -> dict[str, Any]:
+    """What a run tells, but for how it came about."""
+    told: dict[str, Any] = json.loads(Path(f"{stem}.json").read_text())
+    return {key: told[key] for key in told if key not in {"seconds", "processes"}}
+
+
+@pytest.fixture
+def more(folder: Path) -> Path:
+    """A folder with four checkpoints and code."""
     for seed in (2, 3):
         torch.manual_seed(seed)
-        from losscli.models import MLP
-
         torch.save({"state_dict": MLP("6-5-3").state_dict()}, f"{'abcd'[seed]}.pt")
     (folder / "own.py").write_text(LOSS)
-    commands = [
-        "interpolate a.pt b.pt --points 11 --refine 0.02 --dtype float64 -q --no-figure",
-        "interpolate a.pt b.pt --points 9 --derivatives -q --no-figure",
-        "interpolate a.pt b.pt --points 9 --sampling-error 0.5 -q --no-figure",
-        "trajectory a.pt b.pt c.pt d.pt -m mlp:6-5-3 --residuals 4 -q --no-figure",
-        "plane a.pt b.pt c.pt -m mlp:6-5-3 --points 5 -q --no-figure",
-        "interpolate a.pt b.pt --points 3 --dry-run",
-        "list losses",
-        "interpolate a.pt b.pt --points 5 -o - -q",
-        "interpolate a.pt b.pt --points 5 --loss own.py:fails -o failed",
-        "interpolate a.pt b.pt --points 5 --data own_data.py:data -o failed",
-        "interpolate a.pt b.pt --points none",
-    ]
     (folder / "own_data.py").write_text(DATA)
-    numbered = [
-        f"{line} -o @{i}" if "--no-figure" in line else line for i, line in enumerate(commands)
-    ]
-    expected = []
-    for line in (line.replace("@", "one") for line in numbered):
-        if "own" not in line and "none" not in line:
-            expected.append(outcome := losscli(*line.split()))
-            assert outcome.status == 0, outcome.stderr
-    before = {path.name for path in folder.iterdir()}
-    stdout, told, _ = drive(*(line.replace("@", "two") for line in numbered))
+    return folder
 
-    assert [x for x in told if x.startswith("status")] == [
-        f"status {code}" for code in [*[0] * 8, 1, 2, 2]
+
+FOUR = "a.pt b.pt c.pt d.pt -m mlp:6-5-3"
+
+
+@forks
+def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None:
+    commands = [
+        "interpolate a.pt b.pt --points 11 --refine 0.02",
+        "interpolate a.pt b.pt --points 9 --derivatives",
+        "interpolate a.pt b.pt --points 9 --sampling-error 0.5",
+        f"trajectory {FOUR} --residuals 4",
+        f"plane {' '.join(FOUR.split()[:3])} -m mlp:6-5-3 --points 5",
+        f"barriers {FOUR} --points 5",
+        f"barriers {FOUR} --points 9 --sampling-error 0.5",
+        f"check {FOUR} --tolerance 1",
     ]
-    # Each error is one line, once; what failed on rank 1 alone is told by rank 0.
-    errors = [x for x in told if x.startswith("losscli: ")]
-    assert len(errors) == 3
-    assert re.match("losscli: rank 1 on .*: the loss fails: ValueError: of rank 1 alone", errors[0])
-    assert "the examples of train: not the same for rank 0 on" in errors[1]
-    # No other rank than 0 writes, and what rank 0 writes are the files that one process writes.
-    assert not [x for x in told if x.startswith("rank ")]
-    new = {path.name for path in folder.iterdir()} - before
-    new -= {"driver.py", "commands.txt", "__pycache__"}
+    lines = [f"{line} -q --no-figure -o @{i}" for i, line in enumerate(commands)]
+    lines += ["interpolate a.pt b.pt --points 3 --dry-run", "list losses"]
+    lines += ["interpolate a.pt b.pt --points 5 -o - -q"]
+    expected = alone([line.replace("@", "one") for line in lines], losscli)
+    assert [outcome.status for outcome in expected] == [0] * 11, expected
+    before = {path.name for path in more.iterdir()}
+
+    def hear(rank: int) -> None:
+        def hear(event: str, args: Any) -> None:
+            if event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR):
+                path = Path(args[0]).absolute()
+                if path.parent == more:
+                    path.with_name(f"{path.name} of another rank").mkdir()
+
+        if rank:
+            sys.addaudithook(hear)
+
+    first, other = forked([line.replace("@", "two") for line in lines], 2, hear)
+    assert [outcome.status for outcome in (*first, *other)] == [0] * 22, first
+    # No other rank than 0 writes or talks, and what rank 0 writes are the files of one process.
+    assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
+    new = {path.name for path in more.iterdir()} - before
     assert new == {x.replace("one", "two") for x in before if x.startswith("one")}
     for name in before:
         if name.startswith("one") and name.endswith(".csv"):
             assert_same(name, name.replace("one", "two"))
-    # stdout has every text once.
-    texts = [outcome.stdout for outcome in expected]
-    assert len(stdout.splitlines()) == len("".join(texts).splitlines())
+    # Where every line and every search is one rank's, or the arithmetic is that of a CPU, the
+    # numbers are the same to the last bit; so --refine adds the same points.
+    for i in (0, 3, 5, 7):
+        assert summary(f"two{i}") == summary(f"one{i}")
+    assert json.loads(Path("two0.json").read_text())["processes"] == 2
+    assert json.loads(Path("one0.json").read_text())["processes"] == 1
+    # Rank 0 says what one process says.
+    assert [outcome.stdout for outcome in first[8:10]] == [o.stdout for o in expected[8:10]]
+    assert len(first[10].stdout.splitlines()) == len(expected[10].stdout.splitlines())
 
 
-def evaluated(command: int, attempt: int) -> list[list[str]]:
+@forks
+def test_what_fails_on_one_rank_or_differs_there_is_one_line(more: Path) -> None:
+    first, other = forked(
+        [
+            "interpolate a.pt b.pt --points 5 --loss own.py:fails -o failed",
+            "interpolate a.pt b.pt --points 5 --data own_data.py:data -o failed",
+            f"check {FOUR} --loss own.py:fails -o failed",
+            f"barriers {FOUR} --data own_data.py:data -o failed",
+            "barriers a.pt -o failed",
+            "interpolate a.pt b.pt --points none",
+        ],
+        2,
+    )
+    assert [outcome.status for outcome in first] == [1, 2, 1, 2, 2, 2]
+    assert all(outcome.status for outcome in other)
+    # Each error is one line, once; what failed on rank 1 alone is told by rank 0.
+    errors = [outcome.stderr for outcome in first]
+    assert all(error.startswith("losscli: ") and error.count("\n") == 1 for error in errors)
+    for i in (0, 2):
+        assert re.match("losscli: rank 1 on .*: the loss fails: ValueError: of rank 1", errors[i])
+    for i in (1, 3):
+        assert "the examples of train: not the same for rank 0 on" in errors[i]
+    assert not list(more.glob("failed*"))
+    assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
+
+
+@forks
+def test_streamed_data(more: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("losscli.datasets.objects.host_budget", lambda: 10)
+    options = "-q --no-figure --data own_data.py:streamed"
+    lines = [
+        f"interpolate a.pt b.pt --points 9 {options} -o @line",
+        f"barriers {FOUR} --points 5 {options} -o @pairs",
+        f"check {FOUR} {options} -o @points",
+    ]
+    plain = alone([line.replace("@", "one") for line in lines], losscli)
+    first, other = forked([line.replace("@", "two") for line in lines], 2)
+    assert [outcome.status for outcome in (*plain, *first, *other)] == [0] * 9, (plain, first)
+    for of in ("line", "pairs", "points"):
+        notes = summary(f"two{of}")["notes"]
+        assert any("decoded anew in each pass" in note for note in notes)
+        assert notes == summary(f"one{of}")["notes"]
+        assert_same(f"one{of}.csv", f"two{of}.csv")
+
+
+@forks
+def test_a_rank_out_of_memory_takes_smaller_batches(more: Path, losscli: Losscli) -> None:
+    lines = [
+        "interpolate a.pt b.pt --points 9 -q --no-figure -o @line",
+        f"barriers {FOUR} --points 5 -q --no-figure -o @pairs",
+        f"check {FOUR} -q --no-figure -o @points",
+    ]
+    real = Objective.forward
+
+    def cramped(rank: int) -> None:
+        def forward(self: Objective, model: Callable[..., Any], inputs: Any) -> Any:
+            if len(inputs) > 4:
+                (more / f"full {rank}").touch()
+                raise torch.OutOfMemoryError("on purpose")
+            return real(self, model, inputs)
+
+        if rank:
+            Objective.forward = forward  # type: ignore[method-assign]
+
+    plain = alone([line.replace("@", "one") for line in lines], losscli)
+    first, other = forked([line.replace("@", "two") for line in lines], 2, cramped)
+    assert [outcome.status for outcome in (*plain, *first, *other)] == [0] * 9, (first, other)
+    assert (more / "full 1").exists()
+    for of in ("line", "pairs", "points"):
+        assert_same(f"one{of}.csv", f"two{of}.csv")
+
+
+LINE = "interpolate a.pt b.pt --points 41 --loss own.py:loss --split train --no-figure"
+
+
+@pytest.fixture
+def line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Makes a command that takes a point at a time, and writes down the points that it takes."""
+    (folder / "own.py").write_text(LOSS)
+    monkeypatch.setattr("losscli.sweep._CPU_STACK", 1)
+    for name, value in (("TORCHELASTIC_RESTART_COUNT", "0"), ("RANK", "0"), ("KILL", "")):
+        monkeypatch.setenv(name, value)
+
+    def begin(stem: str) -> str:
+        monkeypatch.setenv("RUN", stem)
+        return f"{LINE} -o {stem}"
+
+    return begin
+
+
+def evaluated(run: str, attempt: int) -> list[list[str]]:
     """What each rank evaluated, in its order."""
-    files = (Path(f"evaluated.{command}.{attempt}.{rank}") for rank in (0, 1))
+    files = (Path(f"evaluated.{run}.{attempt}.{rank}") for rank in (0, 1))
     return [file.read_text().splitlines() for file in files]
 
 
-def test_a_rank_that_dies_takes_nothing_finished_with_it(folder: Path) -> None:
-    (folder / "own.py").write_text(LOSS)
-    command = "interpolate a.pt b.pt --points 41 --loss own.py:loss --split train --no-figure"
-    # In the second command rank 1 is killed, with some points done.
-    kill = {"KILL": "1.0.1.32", "ONE_BY_ONE": "1"}
-    _, told, status = drive(f"{command} -o whole", f"{command} -o broken", restarts=1, **kill)
-    assert status == 0, told
+@forks
+def test_a_rank_that_dies_takes_nothing_finished_with_it(
+    folder: Path, line: Callable[[str], str]
+) -> None:
+    first, other = forked([line("whole")], 2)
+    assert [outcome.status for outcome in (*first, *other)] == [0, 0], first
+    # Rank 1 is killed with some points done, and later rank 0, which alone writes.
+    process = torchrun(line("broken"), 2, KILL="broken.0.1.31 broken.1.0.36")
+    told = said(process)
+    assert process.returncode == 0, told
     assert Path("broken.csv").read_bytes() == Path("whole.csv").read_bytes()
+    assert summary("broken") == summary("whole")
     assert not list(folder.glob("*.journal"))
-    assert sum("goes on where broken.journal ends" in x for x in told) == 1
+    assert sum("goes on where broken.journal ends" in x for x in told) == 2
 
-    # Of the points that no check looks at, each was evaluated once, but that at which rank 0 was
-    # when it was told to end.
-    usual = Counter(itertools.chain(*evaluated(0, 0)))
+    # Points that no check looks at.
+    usual = Counter(itertools.chain(*evaluated("whole", 0)))
     points = {repr(float(row["loss"])) for row in rows("whole.csv")}
     points = {point for point in points if usual[point] == 1}
     assert len(points) > 30
-    first, second = (
-        Counter(x for x in itertools.chain(*evaluated(1, attempt)) if x in points)
-        for attempt in (0, 1)
-    )
-    assert first.keys() | second.keys() == points
-    assert sum((first + second).values()) <= len(points) + 1
-    assert min(len(first), len(second)) > 1
+    attempts = [[points & set(of) for of in evaluated("broken", i)] for i in range(3)]
+    (lead, died), (dead, _), last = attempts
+    assert min(map(len, (died, dead, set().union(*last)))) > 1
+    assert set().union(*itertools.chain(*attempts)) == points
+    # What either had finished is not evaluated again, but for the point at which rank 0 was when
+    # it was told to end; nor what rank 0 had when it died.
+    assert len((lead | died) & set().union(*attempts[1], *last)) <= 1
+    assert not dead & set().union(*last)
+
+
+def wait_for_points() -> None:
+    """Waits until some points are in the journal."""
+    path, until = Path("broken.journal"), time.monotonic() + 60
+    while not path.exists() or path.stat().st_size < 4000:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def goes_on(line: Callable[[str], str], losscli: Losscli) -> None:
+    """Nobody holds the journal, and what is in it is known again, also by one process."""
+    whole, done = (losscli(*line(stem).split()) for stem in ("whole", "broken"))
+    assert (whole.status, done.status) == (0, 0), done.stderr
+    assert "goes on where broken.journal ends" in done.stderr
+    assert_same("whole.csv", "broken.csv")
+    assert not Path("broken.journal").exists()
+
+
+def test_sigterm_to_torchrun_ends_all_and_the_next_run_goes_on(
+    line: Callable[[str], str], losscli: Losscli
+) -> None:
+    process = torchrun(line("broken"), KILL="broken.0")
+    wait_for_points()
+    process.terminate()
+    told = said(process)
+    assert process.returncode
+    assert "losscli: terminated; what was finished is in broken.journal" in told[-1]
+    goes_on(line, losscli)
+
+
+@forks
+def test_ctrl_c_ends_all_and_the_next_run_goes_on(
+    line: Callable[[str], str], losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KILL", "broken.0")
+
+    def interrupt(pids: Sequence[int]) -> None:
+        wait_for_points()
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)
+
+    first, other = forked([line("broken")], 2, meanwhile=interrupt)
+    assert [outcome.status for outcome in (*first, *other)] == [130, 130]
+    assert "losscli: interrupted; what was finished is in broken.journal" in first[0].stderr
+    monkeypatch.setenv("KILL", "")
+    goes_on(line, losscli)
 
 
 def together(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
@@ -359,15 +598,38 @@ def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_points_are_cut_without_gaps(
     number: int, most: int, ranks: int, even: bool, taken: set[int]
 ) -> None:
-    whole = _cut(number, [], most, ranks, even=even)
+    cut = partial(_cut, most=most, ranks=ranks, least=3, even=even)
+    whole = cut(number, [])
     known = [chunk for i, chunk in enumerate(whole) if i in taken]
     # What another number of processes took, too.
-    other = [chunk for i, chunk in enumerate(_cut(number, [], 7, 1, even=False)) if i in taken]
+    alone = _cut(number, [], 7, 1, least=3, even=True)
+    other = [chunk for i, chunk in enumerate(alone) if i in taken]
     for before in ([], known, other):
-        chunks = _cut(number, before, most, ranks, even=even)
+        chunks = cut(number, before)
         assert [i for chunk in chunks for i in range(*chunk)] == list(range(number))
         assert set(before) <= set(chunks)
         assert all(b - a <= most for a, b in set(chunks) - set(before))
     # Chunks that this many processes took leave the others as they were.
-    assert _cut(number, known, most, ranks, even=even) == whole
-    assert sum(b - a for a, b in whole[:1]) <= math.ceil(number / ranks)
+    assert cut(number, known) == whole
+    # No rank has more than its share, and no chunk fewer points than share a first layer.
+    sizes = [b - a for a, b in whole]
+    assert max(sizes) <= max(math.ceil(number / ranks), 5)
+    assert min(sizes) >= min(number, most, 3) or most < 6
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("number", [49, 99, 199, 961])
+def test_no_rank_waits_long_for_another(number: int, ranks: int) -> None:
+    chunks = _cut(number, [], number, ranks, least=3, even=False)
+
+    def ends(speeds: Sequence[float]) -> float:
+        """When all is done, as a share of the least time; a chunk costs three points more."""
+        free = [0.0] * len(speeds)
+        for start, stop in chunks:
+            rank = min(range(len(free)), key=free.__getitem__)
+            free[rank] += (stop - start + 3) / speeds[rank]
+        return max(free) * sum(speeds) / (number + 3 * len(speeds))
+
+    assert ends([1.0] * ranks) < 1.26
+    # Even shares would take 1.5 to 2 times as long beside a rank of half the speed.
+    assert ends([0.5, *[1.0] * (ranks - 1)]) < (2.1 if number < 3 * ranks * ranks else 1.47)
