@@ -2,14 +2,17 @@
 
 Every figure is a ratio within one round, in which the contenders take turns, so that a machine
 whose speed drifts does not favour one of them; the median over the rounds counts. What was measured
-goes to results/DEVICE.json, from which ``--draw`` makes the README's table and figure.
+goes to results/DEVICE.json, from which the README's table and figure are made. ``--only NAME``
+measures one thing anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -147,7 +150,7 @@ def peak(command: list[str]) -> int:
     return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
-def memory() -> dict[str, float]:
+def memory(_: int) -> dict[str, float]:
     """The peak of the whole command on two checkpoints of 200 MB, over that of importing torch."""
     spec = "mlp:1000-6500-6500-10"
     with tempfile.TemporaryDirectory() as name:
@@ -203,16 +206,101 @@ def command(rounds: int) -> dict[str, float]:
     return result
 
 
-def main() -> None:
-    """Measures what the arguments ask for."""
-    print(f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    path = RESULTS / f"{DEVICE.type}.json"
-    print("MLP 784-512-512-10, 10,000 examples, 51 points")
-    mlp = line(lambda: MLP("784-512-512-10"), (10_000, 784), 51)
+def processes(rounds: int) -> dict[str, float]:
+    """Two processes of one thread each beside one, and with one of the two killed half way.
+
+    The whole command, and of it the evaluation alone. Where a rank is killed torchrun ends the
+    other too and starts both anew, and they go on from the journal.
+    """
+    spec, examples = "mlp:784-512-512-10", 32_000
+    seconds: dict[str, list[float]] = {"one": [], "two": [], "killed": []}
+    sweeps: dict[str, list[float]] = {"one": [], "two": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        import numpy as np
+
+        generator = np.random.default_rng(0)
+        x = generator.random((examples, 784), np.float32)
+        np.savez(folder / "data.npz", inputs=x, targets=np.arange(examples) % 10)
+        for number in range(rounds + 1):
+            last = 0.0
+            for which, times in seconds.items():
+                out = folder / which
+                arguments = ["-m", "losscli", "interpolate", "init:0", "init:1", "-m", spec]
+                arguments += ["-d", f"npz:{folder}/data.npz", "--points", "101", "-q", "--force"]
+                arguments += ["--device", "cpu", "--no-figure", "-o", str(out)]
+                if which != "one":
+                    start = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+                    arguments = ["-m", "torch.distributed.run", *start, *arguments]
+                after = last / 2 if which == "killed" else None
+                last = _wall([sys.executable, *arguments], after)
+                if number:  # the first round warms up
+                    times.append(last)
+                    if which in sweeps:
+                        told = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+                        sweeps[which].append(told["seconds"]["sweep"])
+        tables = {(folder / f"{which}.csv").read_bytes() for which in ("two", "killed")}
+    if len(tables) > 1:
+        raise RuntimeError("the run that was broken off has other results")
+    wall = list(zip(*seconds.values(), strict=True))
+    result = {
+        **{f"{which}_seconds": statistics.median(times) for which, times in seconds.items()},
+        **{f"{which}_sweep_seconds": statistics.median(times) for which, times in sweeps.items()},
+        "two_times_one": statistics.median(one / two for one, two, _ in wall),
+        "two_times_one_sweep": statistics.median(
+            one / two for one, two in zip(*sweeps.values(), strict=True)
+        ),
+        "killed_of_two": statistics.median(killed / two for _, two, killed in wall),
+    }
+    print(f"  {result}", flush=True)
+    return result
+
+
+def _wall(command: Sequence[str], after: float | None) -> float:
+    """Runs a command; returns how long it takes. After some seconds its rank 1 may be killed."""
+    begun = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        if after is not None:
+            time.sleep(after)
+            os.kill(_rank(process.pid, 1), signal.SIGKILL)
+        _, told = process.communicate()
+    if process.returncode:
+        raise RuntimeError(told)
+    return time.perf_counter() - begun
+
+
+def _rank(agent: int, rank: int) -> int:
+    """The process of a rank that torchrun started; as Linux tells."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text(encoding="utf-8").split()
+    for child in children:
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise RuntimeError(f"torchrun has no rank {rank}")
+
+
+def mlp(rounds: int) -> dict[str, Any]:
+    """A small network on 10,000 examples at 51 points, beside all contenders."""
     them = [
         contenders.losscli, contenders.by_hand, contenders.loss_landscape_3d,
         contenders.loss_landscapes,
     ]  # fmt: skip
+    return compare(line(lambda: MLP("784-512-512-10"), (10_000, 784), 51), them, rounds)
+
+
+def resnet20(rounds: int) -> dict[str, Any]:
+    """ResNet-20 at the points of `RESNET20`."""
+    work = line(ResNet20, (RESNET20["examples"], 3, 32, 32), RESNET20["points"])
+    them = [contenders.losscli, contenders.by_hand, contenders.losscli_bfloat16]
+    return compare(work, them, max(1, rounds // 3))
+
+
+def main() -> None:
+    """Measures what the arguments ask for."""
+    print(f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    path = RESULTS / f"{DEVICE.type}.json"
     found: dict[str, Any] = {
         "machine": {
             "device": str(DEVICE),
@@ -221,25 +309,18 @@ def main() -> None:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "rounds": ARGUMENTS.rounds,
-        },
-        "mlp": compare(mlp, them, ARGUMENTS.rounds),
+        }
     }
-    # Minutes a round on two cores: fewer examples and rounds.
-    examples, points = (2_000, 11) if DEVICE.type == "cpu" else (10_000, 51)
-    print(f"ResNet-20, {examples:,} examples, {points} points")
-    resnet = line(ResNet20, (examples, 3, 32, 32), points)
-    both = [contenders.losscli, contenders.by_hand, contenders.losscli_bfloat16]
-    found["resnet20"] = compare(resnet, both, max(1, ARGUMENTS.rounds // 3))
-    found["resnet20_work"] = {"examples": examples, "points": points}
-    if DEVICE.type == "cuda":
-        print("GPT-2 of 124 M parameters, 64 × 1,024 tokens, 11 points")
-        found["gpt2"] = language(ARGUMENTS.rounds)
-    else:
-        for name, measure in (("growth", growth), ("command", command)):
-            print(name)
-            found[name] = measure(ARGUMENTS.rounds)
-        print("memory")
-        found["memory"] = memory()
+    if ARGUMENTS.only:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        of = "name", "torch"
+        if any(before["machine"][key] != found["machine"][key] for key in of):
+            raise SystemExit(f"{path} was measured elsewhere: measure all of it")
+        found = before
+    for name in [ARGUMENTS.only] if ARGUMENTS.only else MEASURES:
+        print(name)
+        found[name] = MEASURES[name](ARGUMENTS.rounds)
+    found["resnet20_work"] = RESNET20
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     draw(found, path.with_suffix(".png"))
@@ -258,6 +339,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="measures this alone; what else was measured stays")
     ARGUMENTS = parser.parse_args()
     DEVICE = torch.device(ARGUMENTS.device)
+    # Minutes a round on two cores: fewer examples and points.
+    examples, points = (2_000, 11) if DEVICE.type == "cpu" else (10_000, 51)
+    RESNET20 = {"examples": examples, "points": points}
+    both = {"mlp": mlp, "resnet20": resnet20}
+    on_cpu = {"growth": growth, "command": command, "memory": memory, "processes": processes}
+    MEASURES: dict[str, Callable[[int], dict[str, Any]]] = (
+        {**both, "gpt2": language} if DEVICE.type == "cuda" else {**both, **on_cpu}
+    )
+    if ARGUMENTS.only and ARGUMENTS.only not in MEASURES:
+        parser.error(f"--only takes one of {', '.join(MEASURES)}")
     main()

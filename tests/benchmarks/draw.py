@@ -47,6 +47,23 @@ def table(found: Mapping[str, Any]) -> str:
                 f"| {'' if row else title} | {_NAMES[name]} | {entry['seconds']:.2f} | "
                 f"{entry['times_by_hand']:.2f} × |"
             )
+    if "processes" in found:
+        several = found["processes"]
+        one, two, killed = (several[f"{which}_seconds"] for which in ("one", "two", "killed"))
+        once, twice = several["one_sweep_seconds"], several["two_sweep_seconds"]
+        share, of_sweep = several["two_times_one"], several["two_times_one_sweep"]
+        both = f"{share:.2f} × as fast, {of_sweep:.2f} × the evaluation"
+        longer = f"{several['killed_of_two']:.2f} × as long as unbroken"
+        lines += [
+            "",
+            "Several processes of one thread each, the MLP on 32,000 examples at 101 points:",
+            "",
+            "| started with | seconds | of these evaluation | |",
+            "|---|---:|---:|---|",
+            f"| `losscli` | {one:.1f} | {once:.1f} | |",
+            f"| `torchrun --nproc-per-node=2` | {two:.1f} | {twice:.1f} | {both} |",
+            f"| the same, one of the two killed half way | {killed:.1f} | | {longer} |",
+        ]
     return "\n".join(lines) + "\n"
 
 
