@@ -316,6 +316,9 @@ def _deal(
     most = _agree(ranks, objective, chunk, [arrays for of in known for arrays in of.values()])
     # What is decoded in each pass goes by as seldom as may be.
     streamed = _is_streamed(splits)
+    # More than a line has ends, or a plane: so many share a first layer.
+    shared = objective.way not in {Way.BOUND, Way.LOADED}
+    least = len(coordinates[0]) + 2 if shared else 1
     # Whole slices, as long as there is one for each rank; of the rest each has parts.
     whole = len(slices) // ranks.size * ranks.size
     parts = math.ceil(ranks.size / max(1, len(slices) - whole))
@@ -323,12 +326,8 @@ def _deal(
     for k, of in enumerate(known):
         taken = [(start, start + _number(arrays)) for start, arrays in of.items()]
         shares = 1 if k < whole else parts
-        cuts = _cut(
-            *(len(coordinates), taken, most, shares),
-            # More than a line has ends, or a plane: so many share a first layer.
-            least=len(coordinates[0]) + 2,
-            even=streamed or shares == 1,
-        )
+        even = streamed or shares == 1
+        cuts = _cut(len(coordinates), taken, most, shares, least=least, even=even)
         chunks += [(k, start, stop) for start, stop in cuts]
     chunks = ranks.decide(chunks)
 

@@ -280,6 +280,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
             assert_same(name, name.replace("one", "two"))
     # Where every line and every search is one rank's, or the arithmetic is that of a CPU, the
     # numbers are the same to the last bit; so --refine adds the same points.
+    assert {"one7.escape.csv", "one5.curves.csv", "one3.surface.csv"} <= before
     for i in (0, 3, 5, 7):
         assert summary(f"two{i}") == summary(f"one{i}")
     assert json.loads(Path("two0.json").read_text())["processes"] == 2
