@@ -100,6 +100,11 @@ class CloseUp:
     def refine(self, looked: Looked, tolerance: float) -> tuple[Looked, bool]:
         """Adds points until none is proposed.
 
+        A search for an extremum ends at the vertex of a parabola, whose place is as little known
+        as the losses are. So what changes their last digits, such as another device or the chunks
+        that a GPU takes, also moves these points, in float32 by some 1e-4 of the range. On a CPU
+        the number of processes changes none, where their points fit into memory at once.
+
         Args:
             looked: What was seen.
             tolerance: The error to refine to, as a share of the curve's height.
