@@ -55,8 +55,9 @@ def commands(text: str) -> list[str]:
 
 
 def programs(text: str) -> dict[str, str]:
-    """The README's Python files, by the name in their first line."""
-    return dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL))
+    """The README's Python files and scripts, by the name in their first line."""
+    named = r"```(?:python|sh)\n(?:#!/bin/bash\n)?# (\w+\.\w+)\n(.*?)```"
+    return dict(re.findall(named, text, re.DOTALL))
 
 
 def pictures(text: str) -> list[str]:

@@ -125,6 +125,16 @@ def test_any_chunk_and_batch_give_the_same_numbers(case: Case, chunk: int) -> No
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_batch_gives_the_same_loss_in_float32_to_1e_6(case: Case) -> None:
+    whole, *others = (
+        curve(case, ALPHAS, dtype=torch.float32, batch_size=size).double().mean(1)
+        for size in (1000, 1, 2, 5)
+    )
+    for other in others:
+        np.testing.assert_allclose(other, whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_checkpoint_loaded_plainly_has_its_own_loss_to_the_last_bit(case: Case) -> None:
     objective = objective_of(case, dtype=torch.float32, batch_size=10)
     state = case.state(1)
