@@ -133,9 +133,13 @@ def _beyond(place: int) -> str | None:
     for mapping in _mapped():
         if mapping.start <= place < mapping.stop:
             path = mapping.path.replace("\\012", "\n")
-            with contextlib.suppress(OSError):
-                if Path(path).stat().st_size <= mapping.offset + place - mapping.start:
-                    return path
+            try:
+                size = Path(path).stat().st_size
+            except OSError:
+                # One that another machine keeps and deletes is lost; one of this machine is not.
+                return None if path.endswith(" (deleted)") else path
+            if size <= mapping.offset + place - mapping.start:
+                return path
     return None
 
 

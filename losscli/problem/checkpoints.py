@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from losscli.checkpoint import Checkpoint, read, select_for
-from losscli.errors import ChangedError, MismatchError, UsageError
+from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
 from losscli.models import RUNS_CODE
 from losscli.problem.model import build
 from losscli.problem.source import Found
@@ -47,9 +47,16 @@ class Checkpoints:
         return checkpoint
 
     def unchanged(self) -> None:
-        """Makes sure that all that were opened are what they were then."""
+        """Makes sure that all that were opened are what they were then, or are gone.
+
+        What was mapped of a file that is gone stays as it was.
+        """
         for name, (checkpoint, seen) in self._seen.items():
-            if checkpoint.stamp() != seen:
+            try:
+                now = checkpoint.stamp()
+            except CheckpointError:
+                continue
+            if now != seen:
                 raise _changed(name)
 
     def survey(self, names: Sequence[str]) -> tuple[list[dict[str, Any]], Checkpoint]:
