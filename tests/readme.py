@@ -65,9 +65,9 @@ def pictures(text: str) -> list[str]:
     return re.findall(r"!\[[^\]]*\]\(sample_checkpoints/gallery/(\w+)\.png\)", text)
 
 
-def environment() -> dict[str, str]:
-    """A plain terminal, with this interpreter's losscli first on the path."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def environment(*first: Path) -> dict[str, str]:
+    """A plain terminal, with this interpreter's losscli first on the path, after what is given."""
+    path = os.pathsep.join(map(str, [*first, Path(sys.executable).parent, os.environ["PATH"]]))
     plain = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "NO_COLOR": "1", "TERM": "dumb"}
     return {**os.environ, **plain, "PATH": path}
 
@@ -79,14 +79,14 @@ def prepare(folder: Path, text: str) -> None:
         (folder / name).write_text(program, encoding="utf-8")
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: str, folder: Path, *first: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
         check=False,
         capture_output=True,
         text=True,
-        env=environment(),
+        env=environment(*first),
     )
 
 

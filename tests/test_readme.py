@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from losscli.cli.app import app
-from tests import readme
+from tests import readme, warm
 
 TEXT = readme.README.read_text(encoding="utf-8")
 COMMANDS = readme.commands(TEXT)
@@ -21,9 +22,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def at_hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A losscli that need not import everything for each command."""
+    with warm.serving(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_runs(command: str, folder: Path) -> None:
-    done = readme.run(command, folder)
+def test_every_command_runs(command: str, folder: Path, at_hand: Path) -> None:
+    done = readme.run(command, folder, at_hand)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,115 @@
+"""A losscli that has imported everything before it is called, for what calls it many times.
+
+``python warm.py SOCKET`` waits there. A script by the name of losscli stands in for the command: it
+hands over its arguments, folder, environment and three streams, and a fork does the work in its
+stead, as a process that had only just begun would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["serving"]
+
+_SCRIPT = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({place!r})
+    told = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [len(told).to_bytes(8, "big")], [0, 1, 2])
+    server.sendall(told)
+    status = server.recv(1)
+sys.exit(status[0] if status else 70)
+"""
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Path]:
+    """Has a losscli at hand.
+
+    Args:
+        folder: An empty folder, with a short name.
+
+    Yields:
+        The folder to begin PATH with.
+    """
+    script, place = folder / "losscli", folder / "socket"
+    script.write_text(_SCRIPT.format(python=sys.executable, place=str(place)), encoding="utf-8")
+    script.chmod(0o755)
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__)), str(place)], stdout=subprocess.PIPE
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"here\n"
+        try:
+            yield folder
+        finally:
+            server.terminate()
+
+
+def _serve(place: str) -> None:
+    # What any command may need, but nothing that begins a thread.
+    import matplotlib.backends.backend_agg  # noqa: F401
+
+    import losscli.cli.app  # noqa: F401
+    import losscli.figure  # noqa: F401
+    from losscli.studies import (  # noqa: F401
+        alignment,
+        barriers,
+        check,
+        inspection,
+        interpolation,
+        plane,
+        trajectory,
+    )
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(place)
+        server.listen()
+        print("here", flush=True)
+        while True:
+            caller, _ = server.accept()
+            if not os.fork():
+                server.close()
+                _answer(caller)
+            caller.close()
+
+
+def _answer(caller: socket.socket) -> None:
+    """Does what a caller asks for, in a process of its own, and ends it."""
+    from losscli.cli import main
+
+    status = 70
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        size, streams, *_ = socket.recv_fds(caller, 8, 3)
+        with caller.makefile("rb") as file:
+            arguments, folder, environment = json.loads(file.read(int.from_bytes(size, "big")))
+        for own, stream in enumerate(streams):
+            os.dup2(stream, own)
+            os.close(stream)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        try:
+            main(arguments)
+            status = 0
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        sys.stdout.flush()
+    finally:
+        caller.send(bytes([status]))
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
