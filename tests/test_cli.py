@@ -380,7 +380,7 @@ def test_plot_never_loads_torch(losscli: Losscli, folder: Path) -> None:
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_leaves_early_is_told_of_in_one_line(unbuffered: str, folder: Path) -> None:
     with subprocess.Popen(
-        [*COMMAND, "interpolate", "a.pt", "b.pt", "-o", "-", "--points", "3001", "-q"],
+        [*COMMAND, "interpolate", "a.pt", "b.pt", "-o", "-", "--points", "1001", "-q"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
