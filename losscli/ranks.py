@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import os
+import queue
 import socket
 import threading
 import time
@@ -456,20 +457,42 @@ def joined() -> Iterator[Ranks]:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_JOIN)))
+        store, rank, size = _apart_from_signals(
+            lambda: next(rendezvous("env://", timeout=timedelta(seconds=_JOIN)))
+        )
         local = int(os.environ.get("LOCAL_RANK", "0"))
         store = PrefixStore("losscli", store)
         store = PrefixStore(_meet(store, rank, size), store)
     except (RuntimeError, ValueError) as error:
         raise RanksError(
             f"the other ranks cannot be reached: {one_line(error)}",
-            "Start all of them with torchrun",
+            "Start all of them with torchrun, or leave RANK and WORLD_SIZE out of the environment "
+            "to run alone",
         ) from None
     _CURRENT = Ranks(store, rank, size, local)
     try:
         yield _CURRENT
     finally:
         _CURRENT = None
+
+
+def _apart_from_signals(call: Callable[[], _T]) -> _T:
+    """Calls what no signal interrupts in a thread of its own, and waits where one does."""
+    answer: queue.SimpleQueue[_T | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answer.put(call())
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            answer.put(error)
+
+    threading.Thread(target=work, name="rendezvous", daemon=True).start()
+    while True:
+        with contextlib.suppress(queue.Empty):
+            found = answer.get(timeout=_LOOK)
+            if isinstance(found, BaseException):
+                raise found
+            return found
 
 
 def _meet(store: Store, rank: int, size: int) -> str:

@@ -39,6 +39,7 @@ from losscli.objective import Objective
 from losscli.ranks import Arrays, Ranks, RanksError, current, is_one_of_many
 from losscli.sweep import _cut
 from tests.conftest import ROOT, Losscli, Outcome
+from tests.forks import child, ended
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 # Of a fork beside threads: the child has one thread, and uses no other.
@@ -639,3 +640,35 @@ def test_no_rank_waits_long_for_another(number: int, ranks: int) -> None:
     assert ends([1.0] * ranks) < 1.26
     # Even shares would take 1.5 to 2 times as long beside a rank of half the speed.
     assert ends([0.5, *[1.0] * (ranks - 1)]) < (2.1 if number < 3 * ranks * ranks else 1.47)
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, "0"), (signal.SIGINT, "1")])
+def test_a_signal_is_heard_while_the_others_are_not_there(
+    number: signal.Signals, rank: str, folder: Path
+) -> None:
+    (port,) = ports(1)
+    with socket.create_server(("127.0.0.1", port)) if rank == "1" else contextlib.nullcontext():
+        there = {
+            "RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": f"{port}",
+        }
+
+        def before() -> None:
+            os.environ.update(there)
+            threading.Thread(target=tell, daemon=True).start()
+
+        def tell() -> None:
+            while not any(thread.name == "rendezvous" for thread in threading.enumerate()):
+                time.sleep(0.01)
+            Path("waiting").touch()
+
+        pid = child(["interpolate", "a.pt", "b.pt", "-o", "out"], Path("log"), before)
+        while not Path("waiting").exists():
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+            time.sleep(0.01)
+        os.kill(pid, number)
+        assert ended(pid) == 128 + number
+    assert Path("log").read_text().count("\n") == 1
+    assert not list(folder.glob("out*"))
