@@ -32,6 +32,7 @@ from losscli.problem import prepare
 from losscli.settings import Settings
 from tests import foreign, oracle
 from tests.cases import CASES, Case
+from tests.conftest import ROOT
 
 
 def save(case: Case, folder: Path) -> tuple[str, str]:
@@ -598,3 +599,27 @@ def test_standard_errors_of_a_sample_cover_the_truth_as_often_as_they_say(folder
 def test_a_sampling_error_that_is_no_share_is_refused(tolerance: float, folder: Path) -> None:
     with pytest.raises(UsageError, match="no share of a height"):
         losscli.interpolate("a.pt", "b.pt", sampling_error=tolerance)
+
+
+@pytest.mark.parametrize("limit", [30, 100, 300])
+def test_rounding_of_a_small_loss_is_no_fault_of_a_model(limit: int) -> None:
+    ends = (ROOT / f"sample_checkpoints/cnn/{name}.safetensors" for name in ("init", "final"))
+    result = losscli.interpolate(*ends, points=3, limit=limit, split=["train"])
+    assert result.summary["endpoint_difference"] < 1e-4
+
+
+def test_checkpoints_may_be_paths(folder: Path) -> None:
+    a, b, c = names = [Path("a.pt"), Path("b.pt"), Path("c.pt")]
+    torch.save(MLP("6-5-3").state_dict(), c)
+    results = [
+        losscli.interpolate(a, b, points=3),
+        losscli.trajectory(names, surface=False),
+        losscli.plane(names, points=2),
+        losscli.barriers(names, points=3),
+        losscli.check(names),
+        losscli.inspect([a, b]),
+        losscli.align(a, b),
+    ]
+    for result in results:
+        assert result.summary["checkpoints"][0]["name"] == "a.pt"
+    assert losscli.export(a, b, 0.5).weights

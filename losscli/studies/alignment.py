@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,7 +47,7 @@ class Alignment:
     summary: Mapping[str, Any]
 
 
-def align(a: str, b: str, **settings: Any) -> Alignment:
+def align(a: str | os.PathLike[str], b: str | os.PathLike[str], **settings: Any) -> Alignment:
     """Permutes B's hidden units onto A's by weight matching.
 
     Its function is held against B's own on the first batch of each split, in float64 where the
@@ -67,6 +68,7 @@ def align(a: str, b: str, **settings: Any) -> Alignment:
         LosscliError: Something else is missing, broken or does not fit.
     """
     begun = time.perf_counter()
+    a, b = os.fspath(a), os.fspath(b)
     problem, before, dtype = _prepare(a, b, Settings(**settings))
     first, last = problem.first.weights, problem.last
     groups = _groups(problem)

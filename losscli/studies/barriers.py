@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ __all__ = ["Barriers", "barriers"]
 
 
 def barriers(
-    names: Sequence[str],
+    names: Sequence[str | os.PathLike[str]],
     *,
     points: int = 11,
     progress: Callable[[float], None] | None = None,
@@ -57,7 +58,8 @@ def barriers(
     Raises:
         LosscliError: Something is missing, broken or does not fit.
     """
-    return Barriers.plan(names, Settings(**settings), points=points).run(progress)
+    plan = Barriers.plan([os.fspath(name) for name in names], Settings(**settings), points=points)
+    return plan.run(progress)
 
 
 @dataclass(frozen=True)

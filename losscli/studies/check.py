@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ _KINKED = frozenset({
 
 
 def check(
-    names: Sequence[str],
+    names: Sequence[str | os.PathLike[str]],
     *,
     tolerance: float = 1e-3,
     eigenvalues: int = 1,
@@ -97,7 +98,7 @@ def check(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Check.plan(
-        names,
+        [os.fspath(name) for name in names],
         Settings(**settings),
         tolerance=tolerance,
         eigenvalues=eigenvalues,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ __all__ = ["Lowest", "export", "inspect", "lowest"]
 _MOST_KEYS = 30
 
 
-def inspect(names: Sequence[str]) -> Result:
+def inspect(names: Sequence[str | os.PathLike[str]]) -> Result:
     """Shows what one checkpoint holds, or how far apart two are, tensor by tensor.
 
     Of one that holds several state dicts, it shows these.
@@ -43,7 +44,7 @@ def inspect(names: Sequence[str]) -> Result:
     """
     if len(names) not in {1, 2}:
         raise UsageError(f"inspect takes one checkpoint or two, not {len(names)}")
-    files = [read(name) for name in names]
+    files = [read(os.fspath(name)) for name in names]
     if len(files) == 1 and len(files[0].choice) > 1:
         return _contents(files[0])
     first, *others = checkpoints = _open(files)
@@ -235,7 +236,13 @@ def _beside(csv: Path) -> Mapping[str, Any] | None:
     raise TableError(f"{path} is no summary of {csv}", "Give both as one run wrote them")
 
 
-def export(a: str, b: str, alpha: float, *, summary: Mapping[str, Any] | None = None) -> Checkpoint:
+def export(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    alpha: float,
+    *,
+    summary: Mapping[str, Any] | None = None,
+) -> Checkpoint:
     """Makes the checkpoint at a point of the line, θ(α) = A + α (B − A).
 
     Floating-point tensors move, in float32 or wider, and have the wider of the types that the two
@@ -258,6 +265,7 @@ def export(a: str, b: str, alpha: float, *, summary: Mapping[str, Any] | None = 
     """
     if not abs(alpha) <= 1e30:
         raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
+    a, b = os.fspath(a), os.fspath(b)
     files, name = [read(a), read(b)], base_of([a, b])
     base = read(name).select(None) if name and any(f.adapter for f in files) else None
     first = files[0].select(None, base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ __all__ = ["Interpolation", "interpolate"]
 
 
 def interpolate(
-    a: str,
-    b: str,
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
     *,
     points: int = 51,
     range: tuple[float, float] = (-0.5, 2.0),  # noqa: A002 - the option's name
@@ -73,8 +74,8 @@ def interpolate(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Interpolation.plan(
-        a,
-        b,
+        os.fspath(a),
+        os.fspath(b),
         Settings(**settings),
         points=points,
         range_=range,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ _NORMALISATION = (
 
 
 def plane(
-    names: Sequence[str],
+    names: Sequence[str | os.PathLike[str]],
     *,
     pca: bool = False,
     points: int = 31,
@@ -80,7 +81,12 @@ def plane(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Plane.plan(
-        names, Settings(**settings), pca=pca, points=points, range_=range, surface=surface
+        [os.fspath(name) for name in names],
+        Settings(**settings),
+        pca=pca,
+        points=points,
+        range_=range,
+        surface=surface,
     )
     return plan.run(progress)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ _FARTHEST = 1e6
 
 
 def trajectory(
-    names: Sequence[str],
+    names: Sequence[str | os.PathLike[str]],
     *,
     surface: bool = True,
     residuals: int = 21,
@@ -71,7 +72,7 @@ def trajectory(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Trajectory.plan(
-        names,
+        [os.fspath(name) for name in names],
         Settings(**settings),
         surface=surface,
         residuals=residuals,
