@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from losscli.datasets import DataSet, load
+from losscli.errors import DataError
 from losscli.models import MLP
 from tests.conftest import Losscli
 
@@ -413,6 +414,54 @@ def test_refusals(
     assert expected in outcome.stderr
     assert outcome.stderr.count("\n") == 1
     assert set(folder.iterdir()) == before
+
+
+def program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Puts a Ghostscript first that leaves a canary."""
+    canary = folder / "canary"
+    (folder / "bin").mkdir()
+    for name in ("gs", "gswin64c", "gswin32c"):
+        (folder / "bin" / name).write_text(f"#!/bin/sh\ntouch '{canary}'\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    return canary
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_an_image_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "1.png").write_bytes(EPS)
+    canary = program(tmp_path, monkeypatch)
+    with pytest.raises(DataError, match=r"1\.png is no whole image .*: in none of the formats BMP"):
+        read(tmp_path / "images")
+    assert not canary.exists()
+    # Pillow left to itself does start one.
+    with pytest.raises(OSError, match=r"."), Image.open(tmp_path / "images/a/1.png") as image:
+        image.load()
+    assert canary.exists()
+
+
+def test_a_gif_under_another_name_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "1.gif", pixels(channels=1))
+    (tmp_path / "a" / "1.gif").rename(tmp_path / "a" / "1.jpg")
+    with Image.open(tmp_path / "a" / "1.jpg") as image:
+        expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(examples(read(tmp_path))[0], stacked([expected]))
+
+
+def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "1.png")
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b" / "1.png")
+    with pytest.raises(DataError, match=r"b/1\.png is no whole image .*: no regular file"):
+        read(tmp_path)
+    (tmp_path / "b" / "1.png").unlink()
+    (tmp_path / "b" / "1.png").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"b/1\.png is no whole image .*: no regular file"):
+        read(tmp_path)
 
 
 def test_without_pillow_the_extra_is_named(

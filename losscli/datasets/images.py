@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,13 +22,40 @@ from losscli.errors import DataError, SpecError, one_line, printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Images", "load_image_folder"]
+__all__ = ["Images", "load_image_folder", "open_image"]
 
 # Those that torchvision's ImageFolder takes for images.
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+# Pillow's names for what those hold, and GIF, which often bears a name of theirs. No other is
+# tried, whatever a file begins with: for some (EPS) Pillow starts a program.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 # Pillow's modes for pixels of more than 8 bits, which it would cut off at 255.
 _DEEP = ("I", "F")
+
+
+def open_image(file: str | IO[bytes]) -> Image:
+    """Opens an image by Pillow in one of the usual formats, none of which starts a program.
+
+    Args:
+        file: Its name, or its bytes.
+
+    Returns:
+        The image, not yet decoded.
+
+    Raises:
+        ValueError: It is no regular file, or in none of those formats.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    # To open a pipe would wait for a writer.
+    if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):  # noqa: PTH116
+        raise ValueError("no regular file")
+    try:
+        return Image.open(file, formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"in none of the formats {', '.join(_FORMATS)}") from None
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
@@ -171,9 +199,7 @@ class _Folder(Images):
         super().__init__(torch.tensor(targets), **options)
 
     def open(self, index: int) -> Image:
-        from PIL import Image
-
-        return Image.open(self._files[index])
+        return open_image(self._files[index])
 
     def name(self, index: int) -> str:
         return self._files[index]
