@@ -53,7 +53,7 @@ class SpecError(UsageError):
 
 
 class UntrustedCodeError(LosscliError):
-    """A file names code to run; only the command line may do so."""
+    """A file names code to run, or data to fetch; only the command line may do so."""
 
 
 class CheckpointError(LosscliError):

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from losscli.datasets import DataSet, Inputs, load
+from losscli.errors import DataError
 from losscli.models import MLP
 from tests.conftest import Losscli, Outcome
+from tests.test_images import EPS, program
 
 GENERATOR = np.random.default_rng(0)
 
@@ -239,6 +245,61 @@ def test_images_are_turned_as_the_library_turns_them(tmp_path: Path) -> None:
     assert np.array_equal(inputs, expected[None])
 
 
+def hostile(folder: Path, **cell: Any) -> Path:
+    """Makes a data set whose one row is not embedded, as save_to_disk would have it."""
+    features = {"img": datasets.Image(), "label": datasets.Value("int64")}
+    table(features, img=[{"bytes": b"", "path": None}], label=[0]).save_to_disk(folder)
+    state = json.loads((folder / "state.json").read_text())
+    with pa.OSFile(str(folder / "new.arrow"), "wb") as file:
+        whole = table(features, img=[{"bytes": None, "path": None} | cell], label=[0]).data.table
+        with pa.ipc.new_stream(file, whole.schema) as writer:
+            writer.write_table(whole)
+    state["_data_files"] = [{"filename": "new.arrow"}]
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_an_image_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = f"hf:{hostile(tmp_path / 'saved', bytes=EPS)}"
+    canary = program(tmp_path, monkeypatch)
+    with pytest.raises(DataError, match=r"'img' is no whole image .*: in none of the formats BMP"):
+        load(spec, trusted=True)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("form", ["{}", "../img.png", "http://127.0.0.1:9/img.png", "zip://a::{}"])
+def test_an_image_elsewhere_is_not_opened(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (2, 2)).save(tmp_path / "img.png")
+    saved_at = hostile(tmp_path / "saved", path=form.format(tmp_path / "img.png"))
+    monkeypatch.chdir(saved_at)
+    with pytest.raises(DataError, match=r"row 0, 'img' leads out of the folder, to '"):
+        load(f"hf:{saved_at}", trusted=True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_of_images(packed: bool, tmp_path: Path) -> None:
+    from PIL import Image
+
+    pixels = GENERATOR.integers(0, 256, (2, 4, 5, 3), np.uint8)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, values in zip("ab", pixels, strict=True):
+        place = tmp_path / ("unpacked" if packed else "folder") / "train" / name
+        place.mkdir(parents=True)
+        Image.fromarray(values).save(place / "1.png")
+    if packed:
+        rows = "file_name,label\ntrain/a/1.png,0\ntrain/b/1.png,1\n"
+        (tmp_path / "unpacked" / "metadata.csv").write_text(rows)
+        shutil.make_archive(str(folder / "train"), "zip", tmp_path / "unpacked")
+    inputs, targets = pair(load(f"hf:{folder}", trusted=True), "train")
+    assert np.array_equal(inputs, pixels.transpose(0, 3, 1, 2))
+    assert targets == [0, 1]
+
+
 # Language
 
 
@@ -376,6 +437,147 @@ def test_a_name_in_a_losscli_toml_starts_at_its_folder(
         "-",
     ))
     assert outcome.status == 0, outcome.stderr
+
+
+def tamper(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def state_elsewhere(folder: Path) -> None:
+    table(x=[[1]], y=[1]).save_to_disk(folder / "evil")
+    tamper(folder / "evil" / "state.json", _data_files=[{"filename": "../secret/train/data.arrow"}])
+
+
+def state_of_a_split_elsewhere(folder: Path) -> None:
+    datasets.DatasetDict(train=table(x=[[1]], y=[1])).save_to_disk(folder / "evil")
+    state = folder / "evil" / "train" / "state.json"
+    tamper(state, _data_files=[{"filename": str(folder / "secret.arrow")}])
+
+
+def state_names_a_pipe(folder: Path) -> None:
+    table(x=[[1]], y=[1]).save_to_disk(folder / "evil")
+    os.mkfifo(folder / "evil" / "pipe")
+    tamper(folder / "evil" / "state.json", _data_files=[{"filename": "pipe"}])
+
+
+def splits(name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        datasets.DatasetDict(train=table(x=[[1]], y=[1])).save_to_disk(folder / "evil")
+        tamper(folder / "evil" / "dataset_dict.json", splits=["train", name])
+
+    return make
+
+
+def card(settings: str, file: str = "README.md") -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        (folder / "evil").mkdir()
+        (folder / "evil" / "train.csv").write_text("x,y\n1,1\n")
+        text = f"configs:\n- config_name: default\n  {settings.format(folder)}\n"
+        (folder / "evil" / file).write_text(f"---\n{text}---\n" if "md" in file else text)
+
+    return make
+
+
+def settings_are_a_pipe(folder: Path) -> None:
+    (folder / "evil").mkdir()
+    os.mkfifo(folder / "evil" / ".huggingface.yaml")
+
+
+OUT, NETWORK = "leads out of the folder, to '", "names a place on the network, '"
+
+
+@pytest.mark.parametrize(
+    ("make", "file", "expected"),
+    [
+        (state_elsewhere, "state.json", f"{OUT}../secret/train/data.arrow'. Mend state.json"),
+        (state_of_a_split_elsewhere, "train/state.json", f"{OUT}/"),
+        (state_names_a_pipe, "pipe", "is no regular file"),
+        (splits("../secret/train"), "dataset_dict.json", f"{OUT}../secret/train'"),
+        (splits("x::http://127.0.0.1:9/"), "dataset_dict.json", NETWORK),
+        (card('data_files: "../sec.csv"'), "README.md", f"{OUT}../sec.csv'"),
+        (card('data_files: "**/../sec.csv"'), "README.md", f"{OUT}**/../sec.csv'"),
+        (card('data_files: "{}/sec.csv"'), "README.md", OUT),
+        (card('data_files: [{{split: a, path: ["../sec.csv"]}}]'), "README.md", OUT),
+        (card('data_dir: ".."'), "README.md", f"{OUT}..'"),
+        (card('data_files: "http://127.0.0.1:9/x.csv"'), "README.md", NETWORK),
+        (card('data_files: [{{split: a, path: "hf://a/b"}}]'), "README.md", NETWORK),
+        (card('data_files: "../sec.csv"', ".huggingface.yaml"), ".huggingface.yaml", OUT),
+        (settings_are_a_pipe, ".huggingface.yaml", "is no regular file"),
+    ],
+)
+def test_a_folder_leads_nowhere_else(
+    make: Callable[[Path], None],
+    file: str,
+    expected: str,
+    losscli: Losscli,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (folder / "sec.csv").write_text("x,y\n1,1\n")
+    datasets.DatasetDict(train=table(x=[[1]], y=[1])).save_to_disk(folder / "secret")
+    make(folder)
+    for name in ("load_dataset", "load_from_disk"):
+        monkeypatch.setattr(datasets, name, lambda *_, **__: pytest.fail("it is read"))
+    outcome = run(losscli, "hf:evil")
+    assert outcome.status == 1
+    assert f"evil/{file} {expected}" in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert outcome.stdout == ""
+
+
+def test_links_in_a_folder_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "1").write_text("x,y\n1.5,1\n")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "train.csv").symlink_to("../blobs/1")
+    inputs, _ = pair(load(f"hf:{tmp_path / 'snapshot'}", trusted=True), "train")
+    assert inputs.tolist() == [[1.5]]
+
+
+def test_a_folder_is_read_off_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "train.csv").write_text("x,y\n1.5,1\n")
+    seen = []
+
+    def spy(path: str, *_: Any, **__: Any) -> Any:
+        seen.append((path, datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE))
+        return table(x=[[1.5]], y=[1])
+
+    monkeypatch.setattr(datasets, "load_dataset", spy)
+    load(f"hf:{tmp_path}", trusted=True)
+    assert seen == [(str(tmp_path), True, True)]
+    assert (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE) == (False, False)
+
+
+@pytest.mark.parametrize("place", ["metadata", "losscli.toml", "data.toml"])
+def test_a_file_asks_nothing_of_the_hub(
+    place: str, losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from safetensors.torch import save_file
+
+    def asked(*_: Any, **__: Any) -> None:
+        pytest.fail("the hub is asked")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", asked)
+    monkeypatch.setattr(datasets, "load_dataset", asked)
+    spec = "hf:evil/data,config=b"
+    first, option = "a.pt", []
+    if place == "metadata":
+        weights = torch.load(folder / "a.pt", weights_only=True)["state_dict"]
+        save_file(weights, folder / "a.safetensors", {"losscli.data": spec})
+        first = "a.safetensors"
+    elif place == "losscli.toml":
+        (folder / place).write_text(f'data = "{spec}"\n')
+    else:
+        (folder / place).write_text('name = "hf:evil/data"\nconfig = "b"\n')
+        option = ["-d", place]
+    outcome = losscli("interpolate", first, "b.pt", *option, "-m", "mlp:6-5-3", "-o", "-")
+    assert outcome.status == 1
+    assert "the hub is asked only for what the command line names" in outcome.stderr
+    assert f"write --data {spec}" in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
 
 
 def test_where_the_hub_does_not_answer_it_is_said_at_once(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from losscli.datasets.batch import to_tensor
-from losscli.datasets.images import Images
+from losscli.datasets.images import Images, open_image
 from losscli.datasets.split import DataSet, Inputs, Split
 from losscli.datasets.text import IGNORED, read_texts
 from losscli.errors import DataError, SpecError, one_line, printable
@@ -116,7 +120,7 @@ def load_hub(
     def examples(table: Any, here: str) -> Any:
         answers = _numbers(table, goal, here)
         if image:
-            return _Rows(table, chosen, here, answers, size=size, grayscale=bool(grayscale))
+            return _Rows(table, chosen, here, answers, source, size=size, grayscale=bool(grayscale))
         if chosen == "input_ids":
             return _tokens(table, beside, here), answers
         return _features(table, chosen, here), answers
@@ -162,10 +166,15 @@ def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
         if isinstance(source, str):
             loaded = _fetch(source, config)
         elif on_disk:
-            loaded = datasets.load_from_disk(str(source))
+            _need_inside_saved(source)
+            with _offline():
+                loaded = datasets.load_from_disk(str(source))
         else:
+            _need_inside_card(source)
             # An absolute name: text, json and the like name readers, wherever they are folders.
-            loaded = datasets.load_dataset(str(source.resolve()), config, trust_remote_code=False)
+            folder = str(source.resolve())
+            with _offline():
+                loaded = datasets.load_dataset(folder, config, trust_remote_code=False)
     except DataError:
         raise
     except Exception as error:
@@ -179,6 +188,98 @@ def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
         loaded = {str(loaded.split or "data"): loaded}
     order = sorted(loaded, key=lambda split: split != "train")
     return {printable(str(split)): loaded[split] for split in order}
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keeps the libraries off the network while they read a folder."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+def _need_inside_saved(folder: Path) -> None:
+    """Refuses a folder of save_to_disk whose own files name places outside it."""
+    splits = _json(folder / "dataset_dict.json").get("splits")
+    names = [str(name) for name in splits] if isinstance(splits, list) else []
+    for name in names:
+        _need_inside(name, folder, folder / "dataset_dict.json")
+    for place in (folder, *(folder / name for name in names)):
+        files = _json(place / "state.json").get("_data_files")
+        for entry in files if isinstance(files, list) else ():
+            if isinstance(entry, dict):
+                name = str(entry.get("filename"))
+                _need_inside(name, place, place / "state.json")
+                if (place / name).exists() and not (place / name).is_file():
+                    raise DataError(
+                        f"{place / name} is no regular file", "Save it with save_to_disk"
+                    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Reads an object; whatever is wrong with a file, the library will have a word on."""
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def _need_inside_card(folder: Path) -> None:
+    """Refuses a folder of data files whose card says that some of them are outside it."""
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub import DatasetCard
+
+    card, settings = folder / "README.md", folder / ".huggingface.yaml"
+    contents = {}
+    if card.is_file():
+        contents[card] = DatasetCard.load(card).data.to_dict()
+    if settings.is_file():
+        contents[settings] = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    elif settings.exists():
+        raise DataError(f"{settings} is no regular file", "Remove it")
+    for file, content in contents.items():
+        configs = content.get("configs") if isinstance(content, dict) else None
+        for entry in configs if isinstance(configs, list) else ():
+            for key in ("data_files", "data_dir"):
+                for name in _strings(entry.get(key) if isinstance(entry, dict) else None):
+                    _need_inside(name, folder, file)
+
+
+def _strings(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _strings(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _strings(value)
+
+
+def _need_inside(name: str, folder: Path, file: Path) -> None:
+    """Refuses a name, or a pattern of names, that is not one of something in a folder."""
+    cure = f"Mend {file.name}, or name the folder that holds the data"
+    if "://" in name or "::" in name:
+        raise DataError(f"{file} names a place on the network, {printable(name)!r}", cure)
+    # A pattern such as **/.. leads out wherever ** stands for nothing.
+    if ".." in re.split(r"[/\\]", name) or not _lies_in(folder / name, folder):
+        raise DataError(f"{file} leads out of the folder, to {printable(name)!r}", cure)
+
+
+def _lies_in(path: Path, *folders: Path) -> bool:
+    """Tells by the names alone: links in a folder were made by its user, or by the library."""
+    place = os.path.abspath(path)  # noqa: PTH100 - resolves no links
+    return any(
+        Path(place).is_relative_to(name)
+        for folder in folders
+        for name in (os.path.abspath(folder), folder.resolve())  # noqa: PTH100
+    )
 
 
 def _has_no_rows(source: Path | str) -> bool:
@@ -363,18 +464,57 @@ class _Rows(Images):
     """The images of a column, turned by EXIF where the library turns them."""
 
     def __init__(
-        self, table: Any, column: str, where: str, targets: Tensor, **options: Any
+        self,
+        table: Any,
+        column: str,
+        where: str,
+        targets: Tensor,
+        source: Path | str,
+        **options: Any,
     ) -> None:
-        self._rows = table.select_columns([column]).with_format(None)
+        import datasets
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        # As Arrow keeps them: the library itself would open any format and any place.
+        self._rows = table.select_columns([column]).with_format("arrow")
         self._column = column
         self._where = where
+        self._mode_of_column = table.features[column].mode
+        caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+        self._folders = caches if isinstance(source, str) else [source, *caches]
         super().__init__(targets, **options)
 
     def open(self, index: int) -> Image:
-        image: Image | None = self._rows[index][self._column]
-        if image is None:
+        from PIL.ExifTags import Base
+        from PIL.ImageOps import exif_transpose
+
+        cell = self._rows[index][self._column][0].as_py() or {}
+        content, path = cell.get("bytes"), cell.get("path")
+        if content is not None:
+            image = open_image(io.BytesIO(content))
+        elif path is not None:
+            image = open_image(self._file(path, index))
+        else:
             raise ValueError("the row has none")
-        return image
+        image.load()
+        if image.getexif().get(Base.Orientation) is not None:
+            image = exif_transpose(image)
+        mode = self._mode_of_column
+        return image.convert(mode) if mode and mode != image.mode else image
+
+    def _file(self, path: str, index: int) -> str | io.BytesIO:
+        """Finds the image that a row names: a file, or zip://ONE::in a file."""
+        inner, _, outer = path.rpartition("::")
+        inside = re.fullmatch(r"zip://([^:]+)", inner)
+        if "://" in outer or (inner and not inside) or not _lies_in(Path(outer), *self._folders):
+            raise DataError(
+                f"{self.name(index)} leads out of the folder, to {printable(path)!r}",
+                "Save the data set with its images in it, by save_to_disk",
+            )
+        if inside:
+            with zipfile.ZipFile(outer) as archive:
+                return io.BytesIO(archive.read(inside[1]))
+        return outer
 
     def name(self, index: int) -> str:
         return f"{self._where}, row {index}, {self._column!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from losscli.datasets.images import load_image_folder
 from losscli.datasets.objects import into_memory, wrap
 from losscli.datasets.split import DataSet, leaves
 from losscli.datasets.text import load_text
-from losscli.errors import DataError, SpecError, one_line
+from losscli.errors import DataError, SpecError, UntrustedCodeError, one_line
 from losscli.spec import Spec, call, look_up, unfold
 
 __all__ = ["DATASETS", "load"]
@@ -54,7 +55,7 @@ def load(
     Args:
         text: The spec, or the name of a TOML file that stands for it; beside its entry's own keys
             it may have ``mean``, ``std``, ``flatten`` and ``limit``.
-        trusted: Whether it may name code.
+        trusted: Whether it may name code, or a data set on the hub.
         folder: What relative paths in it are relative to; the current folder by default.
         splits: The splits wanted; none names all.
         limit: How many examples of each, of those that the spec's own limit leaves; None for all.
@@ -66,7 +67,7 @@ def load(
     Raises:
         DataError: The data cannot be read or understood.
         SpecError: The spec names nothing known, or its keys are wrong.
-        UntrustedCodeError: It names code and is not trusted.
+        UntrustedCodeError: It names code, or a data set on the hub, and is not trusted.
         UsageError: There is no such split, or the limit is below 1.
     """
     text, trusted, folder = unfold(text, trusted=trusted, folder=folder)
@@ -96,6 +97,12 @@ def load(
         path = Path(folder or "", arguments[0])
         # A name that is that of no folder may be one on the hub.
         on_hub = function is load_hub and not os.path.exists(path)  # noqa: PTH110
+        if on_hub and not trusted:
+            raise UntrustedCodeError(
+                f"a file names {text!r} as its data, there is no folder {path}, and the hub is "
+                "asked only for what the command line names",
+                f"If you trust it, write --data {shlex.quote(str(spec))}",
+            )
         paths: tuple[str | Path, ...] = (arguments[0] if on_hub else path,)
         if options.get("tokenizer", "bytes") != "bytes":
             options["tokenizer"] = Path(folder or "", str(options["tokenizer"]))
