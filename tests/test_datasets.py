@@ -228,6 +228,42 @@ def test_a_damaged_archive_is_refused_whatever_its_reader_raises(tmp_path: Path)
     assert refused > 100
 
 
+def test_counts_that_differ_are_told_before_an_archive_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "data.npz"
+    np.savez_compressed(path, inputs=np.zeros(50_000, np.uint8), targets=np.arange(6))
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it is unpacked"))
+    message = refusal(lambda: load(f"npz:{path}", trusted=False))
+    assert message == (
+        f"{path}, split 'data': 50000 inputs for 6 targets. Give one target an example"
+    )
+
+
+def test_a_class_beyond_64_bits_is_told_as_it_is(tmp_path: Path) -> None:
+    savez(tmp_path / "data.npz", inputs=X, targets=np.full(len(X), 2**63, np.uint64))
+    message = refusal(lambda: load(f"npz:{tmp_path / 'data.npz'}", trusted=False))
+    assert message.endswith(
+        "the target 9223372036854775808 is above 2^63 - 1. Number classes from 0"
+    )
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "text"])
+def test_a_pipe_is_not_waited_for(kind: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        message = refusal(partial(load, f"{kind}:{path}", trusted=False))
+        assert message.startswith(f"{path} is no regular file. Name a")
+
+
+@pytest.mark.parametrize("kind", ["mnist", "cifar10", "cifar100"])
+def test_pipes_in_a_folder_are_not_waited_for(kind: str, tmp_path: Path) -> None:
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "data_batch_1", "train.bin"):
+        os.mkfifo(tmp_path / name)
+    message = refusal(lambda: load(f"{kind}:{tmp_path}", trusted=False))
+    assert message.startswith(f"{tmp_path} holds no")
+
+
 def test_a_single_array_is_no_archive(tmp_path: Path) -> None:
     with (tmp_path / "a.npz").open("wb") as file:
         np.save(file, X.numpy())

@@ -181,6 +181,11 @@ def test_a_tokenizer_of_own_code_is_not_run(
     [
         ("text:none.txt", 1, "there is no text file none.txt"),
         ("text:nothing", 1, "nothing holds no text files"),
+        (
+            "text:huge.txt",
+            1,
+            "has 1,099,511,627,776 bytes, which take at least 8,796,093,022,208 in",
+        ),
         ("text:empty.txt", 1, "empty.txt has no text. Two tokens are needed"),
         ("text:one.txt", 1, "one.txt has one token"),
         ("text:latin.txt,tokenizer=TOKENIZER", 1, "latin.txt is no text in UTF-8"),
@@ -202,6 +207,8 @@ def test_refusals(
     (folder / "nothing").mkdir()
     (folder / "broken").mkdir()
     (folder / "broken" / "tokenizer.json").write_text("{")
+    with (folder / "huge.txt").open("wb") as huge:
+        huge.truncate(1 << 40)
     (folder / "empty.txt").touch()
     (folder / "one.txt").write_text("1")
     (folder / "latin.txt").write_bytes("très".encode("latin-1"))

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ __all__ = ["load_mnist", "load_npz", "load_safetensors"]
 # More than so many times its size no stretch of bytes has been before it was deflated.
 _DEFLATED = 1032
 
+_Array = TypeVar("_Array")
 
-def _pairs(arrays: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
+
+def _pairs(arrays: Mapping[str, _Array], where: str) -> dict[str, tuple[_Array, _Array]]:
     """Sorts the arrays of a file into splits: NAME_inputs and NAME_targets, or those alone."""
     if not arrays:
         raise DataError(f"{where} is empty", "Give it arrays inputs and targets")
-    splits: dict[str, dict[str, Tensor]] = {}
+    splits: dict[str, dict[str, _Array]] = {}
     for key, tensor in arrays.items():
         split, _, part = key.rpartition("_")
         if part not in {"inputs", "targets"}:
@@ -93,7 +95,9 @@ def load_npz(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
             if not zipfile.is_zipfile(stream):
                 raise ValueError("no zip archive, or not all of one")  # noqa: TRY301
             stream.seek(0)
-            _hold_against_size(stream)
+            shapes = _hold_against_size(stream)
+            if shapes:
+                _need_alike(shapes, str(path))
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as file:
                 arrays = {key: to_tensor(file[key], str(path), key) for key in file.files}
@@ -107,8 +111,9 @@ def load_npz(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
     return _pairs(arrays, str(path))
 
 
-def _hold_against_size(stream: IO[bytes]) -> None:
+def _hold_against_size(stream: IO[bytes]) -> dict[str, tuple[int, ...]]:
     """Makes sure that an archive is as large as its arrays claim, before room is made for them."""
+    shapes = {}
     with zipfile.ZipFile(stream) as archive:
         for entry in archive.infolist():
             if entry.file_size > (entry.compress_size + 1) * _DEFLATED:
@@ -127,6 +132,19 @@ def _hold_against_size(stream: IO[bytes]) -> None:
                     raise ValueError(
                         f"{entry.filename!r} claims {dtype} {list(shape)} in {held:,} bytes"
                     )
+                shapes[entry.filename.removesuffix(".npy")] = shape
+        # What else is in it will be told of.
+        return shapes if len(shapes) == len(archive.infolist()) else {}
+
+
+def _need_alike(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compares counts before arrays are unpacked, to a thousand times the room of their file."""
+    for split, (inputs, targets) in _pairs(shapes, where).items():
+        if inputs and targets and inputs[0] != targets[0]:
+            raise DataError(
+                f"{where}, split {split!r}: {inputs[0]} inputs for {targets[0]} targets",
+                "Give one target an example",
+            )
 
 
 _HEADERS = {
@@ -206,5 +224,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
 
 
 def _exists(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no regular file", "Name a file of arrays on a disk")
     if not path.is_file():
         raise DataError(f"there is no data file {path}", f"Relative names start at {Path.cwd()}")

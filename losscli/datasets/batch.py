@@ -75,7 +75,10 @@ def _checked(split: Split, where: str) -> Split:
             f"{where}: {counts} inputs for {len(targets)} targets", "Give one target an example"
         )
     if sizes == {0}:
-        raise DataError(f"{where} is empty")
+        raise DataError(f"{where} is empty", "Give it at least one example")
+    if targets.dtype == torch.uint64 and (targets.long() < 0).any():
+        largest = int(targets.numpy().max())
+        raise DataError(f"{where}: the target {largest} is above 2^63 - 1", "Number classes from 0")
     return replace(split, targets=targets if targets.is_floating_point() else targets.long())
 
 

@@ -84,7 +84,9 @@ def load_hub(
     where = f"hf:{source}"
     for split, table in tables.items():
         if not len(table):
-            raise DataError(f"{where}, split {split!r} is empty")
+            raise DataError(
+                f"{where}, split {split!r} is empty", "Leave the split out, or give it rows"
+            )
     columns = dict(next(iter(tables.values())).features)
     chosen = _choose(columns, inputs, _INPUTS, "inputs", where)
     if chosen is None:
@@ -179,7 +181,9 @@ def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
         raise
     except Exception as error:
         if on_disk and isinstance(error, IndexError) and _has_no_rows(source):
-            raise DataError(f"{source} is empty") from error
+            raise DataError(
+                f"{source} is empty", "Leave empty splits out, or give them rows"
+            ) from error
         cure = "Does datasets.load_dataset read it in Python?"
         if "pick one among" in str(error):
             cure = "Write config=NAME"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from losscli.datasets.memory import host_memory
 from losscli.datasets.split import DataSet, Split
 from losscli.errors import DataError, SpecError, one_line
 
@@ -48,9 +49,20 @@ def load_text(path: Path, /, *, tokenizer: str | Path = "bytes", context: int = 
         files = {split: files[split] for split in sorted(files, key=lambda split: split != "train")}
     elif path.is_file():
         files = {"data": path}
+    elif path.exists():
+        raise DataError(f"{path} is no regular file", "Name a text file on a disk")
     else:
         raise DataError(f"there is no text file {path}", f"Relative names start at {Path.cwd()}")
     read = read_texts(tokenizer, context)
+    for file in files.values():
+        # A token takes 8 bytes, and of bytes each is one.
+        size, memory = file.stat().st_size, host_memory()
+        if (need := size * (8 if tokenizer == "bytes" else 1)) > memory:
+            raise DataError(
+                f"{file} has {size:,} bytes, which take at least {need:,} in memory, and there are "
+                f"{memory:,}",
+                "Name a part of it, such as one of head -c 10000000",
+            )
     return DataSet(
         {split: read([_content(file)], str(file)) for split, file in files.items()}, language=True
     )
