@@ -484,7 +484,9 @@ class _Rows(Images):
         self._column = column
         self._where = where
         self._mode_of_column = table.features[column].mode
-        caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+        settings = datasets.config
+        places = (settings.HF_DATASETS_CACHE, settings.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+        caches = [Path(place) for place in places]
         self._folders = caches if isinstance(source, str) else [source, *caches]
         super().__init__(targets, **options)
 
