@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from losscli.errors import OutputError, UsageError
+from losscli.regular import read_regular
 from losscli.table import Table
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ class Output:
 
         contents = {path: render(figure(), path.suffix.lower()) for path in self.figures}
         for path, content in contents.items():
-            if not self.force and path.exists() and path.read_bytes() != content:
+            if not self.force and path.exists() and _held(path) != content:
                 raise OutputError(
                     f"{path} is another picture",
                     "Choose another name, or overwrite it with --force",
@@ -250,13 +251,20 @@ class Output:
     def _before(self) -> dict[str, Any]:
         """The summary of the run whose results are there, if any."""
         try:
-            summary = json.loads(self._file(".json").read_text(encoding="utf-8"))
+            summary = json.loads(read_regular(self._file(".json")))
         except (OSError, ValueError, RecursionError):
             return {}
         return summary if isinstance(summary, dict) else {}
 
     def _file(self, suffix: str) -> Path:
         return self.stem.with_name(self.stem.name + suffix)
+
+
+def _held(path: Path) -> bytes | None:
+    try:
+        return read_regular(path)
+    except OSError:
+        return None
 
 
 def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from losscli.errors import SpecError, UntrustedCodeError, one_line
+from losscli.regular import IrregularError, read_regular
 
 __all__ = ["Scalar", "Spec", "Value", "call", "look_up", "own_code", "read_toml", "unfold"]
 
@@ -137,7 +138,9 @@ def read_toml(file: Path) -> dict[str, Any]:
         SpecError: It cannot be read, or is no TOML.
     """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(read_regular(file).decode("utf-8"))
+    except IrregularError as error:
+        raise SpecError(f"{file} cannot be read: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{file} cannot be read: {one_line(error)}") from None
 

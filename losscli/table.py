@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from losscli.errors import TableError
+from losscli.regular import open_regular, read_pipe, read_text
 
 __all__ = ["Cell", "Table"]
 
@@ -140,11 +141,12 @@ class Table:
         return text.getvalue()
 
     @classmethod
-    def read(cls, path: Path) -> Table:
+    def read(cls, path: Path, *, pipe: bool = False) -> Table:
         """Reads a CSV file.
 
         Args:
             path: Where it lies.
+            pipe: Whether it may be a pipe, as one that the command line names.
 
         Returns:
             The table.
@@ -153,9 +155,14 @@ class Table:
             TableError: It cannot be read, or is not such a CSV.
         """
         try:
+            if pipe:
+                content = read_pipe(path)
+            else:
+                with open_regular(path) as file:
+                    content = read_text(file)
             # Spreadsheets put a mark before the first column.
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                return cls.from_csv(file, str(path))
+            lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
+            return cls.from_csv(lines, str(path))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "a name with a zero byte"
             raise TableError(f"{path} cannot be read: {reason}") from None

@@ -19,6 +19,7 @@ import torch
 
 from losscli.errors import one_line
 from losscli.pickles import BrokenPickleError, load
+from losscli.regular import open_regular
 
 __all__ = ["OLD_FORMAT", "ClaimError", "Fixed", "hold_against_size"]
 
@@ -167,7 +168,7 @@ def hold_against_size(file: Path | io.BytesIO | mmap.mmap) -> None:
         BrokenPickleError: The pickle in it is broken.
     """
     if isinstance(file, Path):
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             _archive(stream)
         return
     magic = file.read(4)

@@ -22,6 +22,7 @@ from losscli.checkpoint.standins import Record, load_tensors
 from losscli.checkpoint.state import CheckpointFile
 from losscli.errors import CheckpointError, one_line
 from losscli.pickles import ForbiddenPickleError, load
+from losscli.regular import open_regular, read_regular
 from losscli.weights import Weights
 
 __all__ = ["METADATA", "read_distributed"]
@@ -107,7 +108,7 @@ def read_distributed(folder: Path, name: str) -> CheckpointFile:
     """
     where = f"{folder / METADATA}"
     try:
-        metadata = load((folder / METADATA).read_bytes(), _KNOWN)
+        metadata = load(read_regular(folder / METADATA), _KNOWN)
         shapes, chunks, content = _tables(metadata, folder)
     except ForbiddenPickleError as error:
         raise CheckpointError(
@@ -222,7 +223,7 @@ def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
     whole = torch.empty(shape.shape, dtype=shape.dtype)
     for chunk in chunks:
         try:
-            with chunk.file.open("rb") as file:
+            with open_regular(chunk.file) as file:
                 file.seek(chunk.start)
                 content = load_tensors(io.BytesIO(file.read(chunk.length)))
             if not isinstance(content, Tensor):

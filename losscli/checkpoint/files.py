@@ -20,6 +20,7 @@ from losscli.checkpoint.claims import OLD_FORMAT, ClaimError
 from losscli.checkpoint.names import natural
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
+from losscli.regular import open_regular, read_regular
 
 __all__ = ["SUFFIXES", "read_file", "read_json"]
 
@@ -66,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: It cannot be read, or holds no object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -81,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         # safetensors takes a file that may not be read for a missing one.
-        with path.open("rb"), safe_open(path, framework="pt") as file:
+        with open_regular(path), safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             # The file lists them as they lie in it: by the sizes of their types, and as text.
             keys = sorted(file.keys(), key=natural)
@@ -97,7 +98,7 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
 
 def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             magic = file.read(4)
         if magic == b"PK\x03\x04" and _is_utf8(path):
             content = load_tensors(path, mmap=True)
@@ -124,7 +125,7 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
 def _mapped(path: Path) -> Iterator[Any]:
     """Opens a file to be read as it lies; one that reads makes room for any length it is asked."""
     with (
-        path.open("rb") as file,
+        open_regular(path) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
     ):
         yield mapped

@@ -79,18 +79,19 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _weights_in(folder: Path) -> list[Path]:
     """Lists the files that make a folder one checkpoint: each is a checkpoint, all or in part."""
-    found = [folder / name for name in _WEIGHTS if (folder / name).is_file()][:1]
-    if (folder / CONFIG).is_file():
-        found += [folder / name for name in _ADAPTERS if (folder / name).is_file()][:1]
-    found += [file for file in (folder / METADATA,) if file.is_file()]
+    # A pipe of such a name is there too: who reads it says what is wrong.
+    found = [folder / name for name in _WEIGHTS if (folder / name).exists()][:1]
+    if (folder / CONFIG).exists():
+        found += [folder / name for name in _ADAPTERS if (folder / name).exists()][:1]
+    found += [file for file in (folder / METADATA,) if file.exists()]
     if found:
         return found
     names = [path for path in folder.iterdir() if not path.name.startswith(".")]
     indices = [path for path in names if is_index(path)]
     if len(indices) == 1:
         return indices
-    single = [path for path in names if path.suffix == ".safetensors" and path.is_file()]
-    return single if len(single) == 1 and (folder / "config.json").is_file() else []
+    single = [path for path in names if path.suffix == ".safetensors" and not path.is_dir()]
+    return single if len(single) == 1 and (folder / "config.json").exists() else []
 
 
 def read_folder(folder: Path, name: str) -> CheckpointFile:
@@ -188,7 +189,7 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
     metadata: dict[str, str] = {}
     for shard, tensors in shards.items():
         file = folder / shard
-        if not file.is_file():
+        if not file.exists():
             raise CheckpointError(
                 f"{index} names {shard!r}, which is not there", "Was the checkpoint copied whole?"
             )
@@ -242,7 +243,7 @@ def _with_config(
     """Puts together a checkpoint of weights and, where there is one, their config.json."""
     config = files[0].parent / "config.json"
     how = None
-    if config.is_file():
+    if config.exists():
         how = _quantisation(read_json(config))
         files = [config, *files]
     return CheckpointFile(

@@ -88,7 +88,7 @@ def _is_adapter(name: str) -> bool:
     path = Path(name)
     folder = path if path.is_dir() else path.parent
     try:
-        return (folder / CONFIG).is_file() and read(name).adapter is not None
+        return (folder / CONFIG).exists() and read(name).adapter is not None
     except OSError:
         return False
 
@@ -98,7 +98,7 @@ def _read(path: Path, name: str) -> CheckpointFile:
         return read_folder(path, name)
     if is_index(path):
         return read_index(path, name, path)
-    if path.name.startswith("adapter_model.") and (path.parent / CONFIG).is_file():
+    if path.name.startswith("adapter_model.") and (path.parent / CONFIG).exists():
         return read_adapter(path, name, path)
     content, metadata = read_file(path, name)
     candidates = dict(state_dicts(content))

@@ -14,6 +14,7 @@ from torch import Tensor
 from losscli.checkpoint.names import OPTIMISER, Part, parts, under
 from losscli.checkpoint.quantised import quantised
 from losscli.errors import CheckpointError, MismatchError
+from losscli.regular import open_regular
 from losscli.weights import Weights, mismatches
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Checkpoint:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -16,6 +16,7 @@ import typer
 from losscli.cli.options import with_console
 from losscli.console import Console
 from losscli.errors import TableError, UsageError
+from losscli.regular import IrregularError, read_regular, read_text
 from losscli.results import Output
 from losscli.table import Table
 
@@ -115,11 +116,14 @@ def plot(
 
 def _read(name: str, label: str) -> _Run:
     if name == "-":
-        text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+        try:
+            text = read_text(sys.stdin.buffer).decode("utf-8-sig", "replace")
+        except IrregularError as error:
+            raise TableError(f"stdin cannot be read: {error}") from None
         table = Table.from_csv(io.StringIO(text, newline=""), "stdin")
         return _Run(_checked(table, "stdin"), {}, label, {})
     path = Path(name)
-    table = _checked(Table.read(path), name)
+    table = _checked(Table.read(path, pipe=True), name)
     summary = _summary(path, table.command)
     return _Run(table, summary, label, _more(path, table, summary))
 
@@ -143,7 +147,7 @@ def _checked(table: Table, name: str) -> Table:
 def _summary(path: Path, command: str) -> dict[str, Any]:
     """Reads the summary beside a CSV; without one, the picture has no names to show."""
     try:
-        summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        summary = json.loads(read_regular(path.with_suffix(".json")))
     except (OSError, ValueError, RecursionError):
         return {}
     match summary:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from losscli.errors import ModelError, one_line
+from losscli.regular import read_regular
 
 __all__ = ["has_config", "pretrained"]
 
@@ -52,7 +53,7 @@ def has_config(folder: Path) -> bool:
         Whether a config.json of transformers is in it.
     """
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_regular(folder / "config.json"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and isinstance(content.get("model_type"), str)
@@ -119,7 +120,7 @@ def _read(path: Path) -> dict[str, Any]:
             "Download it first, for example: hf download NAME --local-dir FOLDER",
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{file} cannot be read: {one_line(error)}", "Name the folder that save_pretrained made"

@@ -16,6 +16,7 @@ from torch import Tensor
 from losscli.checkpoint import Checkpoint, CheckpointFile, base_of, read
 from losscli.errors import CheckpointError, MismatchError, TableError, UsageError
 from losscli.geometry import Line
+from losscli.regular import read_regular
 from losscli.results import Result
 from losscli.table import Cell, Table
 from losscli.weights import Weights, cosine, distance, mismatches, norm, working_type
@@ -221,7 +222,7 @@ def _beside(csv: Path) -> Mapping[str, Any] | None:
     """Reads the summary that was written with a table, if it is there."""
     path = csv.with_suffix(".json")
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(read_regular(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):

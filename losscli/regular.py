@@ -1,0 +1,170 @@
+"""Reading files that end: pipes and devices, which may give nothing or never stop, are told apart.
+
+Their errors are an OSError, so that each reader says what it was about to read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from io import BufferedReader
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["IrregularError", "open_regular", "read_pipe", "read_regular", "read_text"]
+
+# The largest tables are of planes: some 60 bytes for each point and split.
+_MOST = 256 << 20
+_LONGEST = 1 << 20
+_BLOCK = 1 << 16
+
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class IrregularError(OSError):
+    """What is to be read is no regular file, or does not end as one does.
+
+    Args:
+        what: What is wrong and the cure.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(errno.EINVAL, what)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Opens a regular file, and waits for nobody who may write to a pipe.
+
+    Args:
+        path: Its name, or that of a link to it.
+
+    Returns:
+        The file, to be read.
+
+    Raises:
+        IrregularError: It is a pipe, a socket or a device.
+        IsADirectoryError: It is a folder.
+        OSError: The system does not let it be opened.
+    """
+    _need_regular(path.stat().st_mode)  # to open a device may do something
+    file = _open(path)
+    try:
+        _need_regular(os.fstat(file.fileno()).st_mode)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: Path) -> bytes:
+    """Reads the whole of a regular file.
+
+    Args:
+        path: Its name, or that of a link to it.
+
+    Returns:
+        What is in it.
+    """
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_pipe(path: Path) -> bytes:
+    """Reads the text of a table from a regular file, or from a pipe that somebody writes to.
+
+    Args:
+        path: Its name, such as ``/dev/fd/63`` of a shell's ``<(…)``.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        IrregularError: Nobody writes to the pipe, or what comes is no text of a table.
+        IsADirectoryError: It is a folder.
+    """
+    with _open(path) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        first = b""
+        if stat.S_ISFIFO(mode):
+            try:
+                first = os.read(file.fileno(), _BLOCK)
+            except BlockingIOError:
+                pass  # a writer has it open and takes its time
+            else:
+                if not first:
+                    raise IrregularError(
+                        "it is a pipe to which nobody writes, and no regular file. Begin to write "
+                        "before it is read, or copy what it is to hold to a file and name that"
+                    )
+            os.set_blocking(file.fileno(), True)
+        return read_text(file, first)
+
+
+def read_text(file: BinaryIO, first: bytes = b"") -> bytes:
+    """Reads the text of a table; from what is no regular file, no more than a table may be.
+
+    Args:
+        file: The file, or stdin.
+        first: What was read from it before.
+
+    Returns:
+        The text.
+
+    Raises:
+        IrregularError: It holds zero bytes, its first line does not end, or it does not.
+    """
+    try:
+        endless = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except OSError:  # in memory
+        endless = False
+    text, in_first_line = bytearray(), True
+    block = first or file.read(_BLOCK)
+    while block:
+        if not text and b"\0" in block:
+            raise IrregularError("it holds zero bytes, which no text does. Give a CSV file")
+        in_first_line = in_first_line and b"\n" not in block and b"\r" not in block
+        text += block
+        if in_first_line and len(text) > _LONGEST:
+            raise IrregularError(
+                f"its first line is longer than {_LONGEST >> 20} MiB. Give a CSV file"
+            )
+        if endless and len(text) > _MOST:
+            raise IrregularError(
+                f"more than {_MOST >> 20} MiB come out of it, and it is no regular file. Copy what "
+                "it holds to a file, and name that"
+            )
+        block = file.read(_BLOCK)
+    return bytes(text)
+
+
+def _open(path: Path) -> BufferedReader:
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    number = os.open(path, flags)
+    try:
+        return os.fdopen(number, "rb")
+    except OSError:  # a folder
+        os.close(number)
+        raise
+
+
+def _need_regular(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "something else")
+        cure = "Write what comes out of it to a file, and name that"
+        raise IrregularError(
+            f"it is {kind} and no regular file. {cure if stat.S_ISFIFO(mode) else 'Name a file'}"
+        )

@@ -1,0 +1,251 @@
+"""Files that are no files, and tensors that are no plain ones: one line each, and no waiting."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from losscli import regular
+from losscli.errors import TableError
+from losscli.table import Table
+from tests.conftest import Losscli
+
+LINE = "alpha,split,loss,loss_stderr\r\n0.0,train,1.0,0.0\r\n1.0,train,0.5,0.0\r\n"
+PIPE = "is a pipe and no regular file. Write what comes out of it to a file, and name that"
+DEVICE = "is a device and no regular file. Name a file"
+
+Make = Callable[[str], str]
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="its pipes and devices have no such names")
+
+
+@pytest.fixture(params=["pipe", "zeros"])
+def odd(request: pytest.FixtureRequest, folder: Path) -> Make:
+    """Puts a pipe that nobody writes to, or a link to a device that never ends, in a place.
+
+    What is made says what losscli has to say of it.
+    """
+
+    def make(name: str) -> str:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        if request.param == "pipe":
+            os.mkfifo(path)
+            return f"{name} cannot be read: it {PIPE}"
+        path.symlink_to("/dev/zero")
+        return f"{name} cannot be read: it {DEVICE}"
+
+    return make
+
+
+def refused(losscli: Losscli, folder: Path, said: str, *arguments: object) -> None:
+    before = sorted(folder.rglob("*"))
+    done = losscli(*arguments)
+    assert done.status in {1, 2}
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["f.pt", "f.safetensors", "f.bin", "f.safetensors.index.json"])
+def test_a_checkpoint_is_a_regular_file(
+    losscli: Losscli, folder: Path, odd: Make, name: str
+) -> None:
+    said = odd(name)
+    refused(losscli, folder, said, "inspect", name)
+    refused(losscli, folder, said, "interpolate", "a.pt", name, "-o", "out")
+
+
+FOLDERS = [
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "some.bin.index.json",
+    ".metadata",
+]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_a_folder_is_read_from_is_a_regular_file(
+    losscli: Losscli, folder: Path, odd: Make, name: str
+) -> None:
+    refused(losscli, folder, odd(f"own/{name}"), "inspect", "own")
+
+
+def test_what_lies_beside_weights_is_a_regular_file(
+    losscli: Losscli, folder: Path, odd: Make
+) -> None:
+    said = odd("own/config.json")
+    torch.save({"w": torch.ones(2)}, "own/pytorch_model.bin")
+    refused(losscli, folder, said, "inspect", "own")
+    said = odd("lora/adapter_config.json")
+    torch.save({"w": torch.ones(2)}, "lora/adapter_model.bin")
+    refused(losscli, folder, said, "inspect", "lora")
+    refused(losscli, folder, said, "inspect", "lora/adapter_model.bin")
+
+
+def test_parts_of_a_checkpoint_are_regular_files(losscli: Losscli, folder: Path, odd: Make) -> None:
+    said = odd("own/one.bin")
+    index = {"weight_map": {"w": "one.bin"}}
+    Path("own/pytorch_model.bin.index.json").write_text(json.dumps(index))
+    refused(losscli, folder, said, "inspect", "own")
+
+
+@pytest.mark.parametrize("option", ["-d", "-m"])
+def test_a_toml_file_is_a_regular_file(
+    losscli: Losscli, folder: Path, odd: Make, option: str
+) -> None:
+    refused(
+        losscli, folder, odd("f.toml"), "interpolate", "a.pt", "b.pt", option, "f.toml", "-o", "out"
+    )
+
+
+def test_a_model_beside_a_checkpoint_is_not_waited_for(
+    losscli: Losscli, folder: Path, odd: Make
+) -> None:
+    odd("losscli.toml")
+    odd("config.json")
+    torch.save({"w": torch.ones(2)}, "c.pt")
+    refused(losscli, folder, "no model is named", "interpolate", "c.pt", "c.pt", "-o", "out")
+
+
+def test_tables_are_regular_files(losscli: Losscli, folder: Path, odd: Make) -> None:
+    said = odd("f.csv")
+    refused(losscli, folder, said, "interpolate", "a.pt", "b.pt", "--context", "f.csv", "-o", "out")
+    to = ("-o", "out.safetensors")
+    refused(
+        losscli, folder, said, "export", "a.pt", "b.pt", "--csv", "f.csv", "--best", "train", *to
+    )
+
+
+def test_a_table_beside_another_is_a_regular_file(
+    losscli: Losscli, folder: Path, odd: Make
+) -> None:
+    (folder / "x.csv").write_text(LINE, newline="")
+    for name in ("x.context.csv", "x.blocks.csv"):
+        said = odd(name)
+        refused(losscli, folder, said, "plot", "x.csv", "--terminal")
+        (folder / name).unlink()
+    odd("x.json")
+    to = ("-o", "out.safetensors")
+    said = "x.json is no summary of x.csv"
+    refused(
+        losscli, folder, said, "export", "a.pt", "b.pt", "--csv", "x.csv", "--best", "train", *to
+    )
+    done = losscli("plot", "x.csv", "--terminal")
+    assert done.status == 0
+    assert "loss" in done.stdout
+
+
+def test_results_that_are_no_files_are_of_another_run(
+    losscli: Losscli, folder: Path, odd: Make
+) -> None:
+    odd("out.json")
+    said = "out.json holds the results of another run"
+    refused(losscli, folder, said, "interpolate", "a.pt", "b.pt", "-o", "out", "--points", "3")
+    (folder / "x.csv").write_text(LINE, newline="")
+    odd("out.png")
+    refused(losscli, folder, "out.png is another picture", "plot", "x.csv", "-o", "out")
+
+
+def test_plot_does_not_wait_for_a_writer(losscli: Losscli, folder: Path) -> None:
+    os.mkfifo("f.csv")
+    said = "f.csv cannot be read: it is a pipe to which nobody writes, and no regular file."
+    refused(losscli, folder, said, "plot", "f.csv", "--terminal")
+
+
+def test_plot_reads_a_pipe_that_it_is_given(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "x.csv").write_text(LINE, newline="")
+    expected = losscli("plot", "x.csv", "--terminal")
+    assert expected.status == 0
+    really = os.set_blocking
+    writing = -1
+
+    def write(number: int, blocking: bool) -> None:
+        """What a pipe is to hold comes once its reader begins to wait."""
+        really(number, blocking)
+        os.write(writing, LINE.encode())
+        os.close(writing)
+
+    monkeypatch.setattr("os.set_blocking", write)
+    # As a shell names its <(…).
+    reading, writing = os.pipe()
+    done = losscli("plot", f"/dev/fd/{reading}", "--terminal")
+    os.close(reading)
+    assert (done.status, done.stdout) == (0, expected.stdout)
+    # A pipe with a name, and somebody at its other end.
+    os.mkfifo("f.csv")
+    writing = os.open("f.csv", os.O_RDWR)
+    done = losscli("plot", "f.csv", "--terminal")
+    assert (done.status, done.stdout) == (0, expected.stdout)
+    # What is there before is read too.
+    reading, writing = os.pipe()
+    os.write(writing, LINE.encode())
+    os.close(writing)
+    monkeypatch.setattr("os.set_blocking", really)
+    done = losscli("plot", f"/dev/fd/{reading}", "--terminal")
+    os.close(reading)
+    assert (done.status, done.stdout) == (0, expected.stdout)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "zero.csv", "-"])
+def test_plot_takes_no_endless_zeros(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (folder / "zero.csv").symlink_to("/dev/zero")
+    with Path("/dev/zero").open("rb") as zeros:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=zeros))
+        refused(losscli, folder, "it holds zero bytes", "plot", name, "--terminal")
+
+
+class Endless(io.RawIOBase):
+    """Gives one block again and again, and counts."""
+
+    def __init__(self, block: bytes, pipe: int) -> None:
+        self.block, self.given, self.pipe = block, 0, pipe
+
+    def fileno(self) -> int:
+        return self.pipe
+
+    def read(self, size: int = -1, /) -> Any:
+        assert size > 0
+        self.given += 1
+        return self.block * max(1, size // len(self.block))
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [(b"a", "its first line is longer than 1 MiB"), (b"alpha\n1\n", "more than 4 MiB come out")],
+)
+def test_a_table_that_never_ends_is_let_go(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch, block: bytes, said: str
+) -> None:
+    monkeypatch.setattr(regular, "_MOST", 4 << 20)
+    reading, writing = os.pipe()
+    endless = Endless(block, reading)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=endless))
+    try:
+        refused(losscli, folder, f"stdin cannot be read: {said}", "plot", "-", "--terminal")
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert endless.given < 100
+
+
+def test_a_file_of_zeros_is_not_read_to_its_end(folder: Path) -> None:
+    with Path("x.csv").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(TableError, match=r"^x\.csv cannot be read: it holds zero bytes"):
+        Table.read(Path("x.csv"))
