@@ -249,3 +249,89 @@ def test_a_file_of_zeros_is_not_read_to_its_end(folder: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(TableError, match=r"^x\.csv cannot be read: it holds zero bytes"):
         Table.read(Path("x.csv"))
+
+
+def sparse() -> torch.Tensor:
+    return torch.eye(3).to_sparse()
+
+
+def compressed() -> torch.Tensor:
+    return torch.eye(3).to_sparse_csr()
+
+
+def without_numbers() -> torch.Tensor:
+    return torch.empty(3, 3, device="meta")
+
+
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def packed() -> torch.Tensor:
+    return torch.ones(3, 3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+
+ODD = [
+    (sparse, "is sparse (sparse_coo). Save it dense, as tensor.to_dense()"),
+    (compressed, "is sparse (sparse_csr). Save it dense, as tensor.to_dense()"),
+    (without_numbers, "is on the device meta, which holds no numbers. Save it from where its"),
+    (nested, "is nested, of rows of different lengths. Save each row as a tensor of its own"),
+    (packed, "is float4_e2m1fn_x2, with which torch does not compute. Dequantise it first"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize(("make", "said"), ODD, ids=[make.__name__ for make, _ in ODD])
+def test_tensors_that_are_no_plain_ones_are_named(
+    losscli: Losscli, folder: Path, make: Callable[[], torch.Tensor], said: str
+) -> None:
+    state = torch.load("a.pt", weights_only=True)["state_dict"]
+    torch.save({**state, "layers.0.weight": make()}, "odd.pt")
+    said = f"tensor 'layers.0.weight' of odd.pt {said}"
+    refused(losscli, folder, said, "inspect", "odd.pt")
+    refused(losscli, folder, said, "inspect", "a.pt", "odd.pt")
+    to = ("-m", "mlp:6-5-3", "-o", "out")
+    refused(losscli, folder, said, "interpolate", "a.pt", "odd.pt", *to)
+    refused(losscli, folder, said, "interpolate", "odd.pt", "a.pt", *to)
+    # Of several state dicts another may be chosen.
+    torch.save({"model": state, "other": {"layers.0.weight": make()}}, "both.pt")
+    said = said.replace("odd.pt", "both.pt#other")
+    refused(losscli, folder, said, "inspect", "both.pt")
+    refused(losscli, folder, "or name another state dict of the file, both.pt#KEY", "inspect",
+            "both.pt")  # fmt: skip
+    assert losscli("inspect", "both.pt#model").status == 0
+    torch.save({"model": state, "optimizer": {"state": {0: {"x": make()}}}}, "training.pt")
+    done = losscli("interpolate", "a.pt", "training.pt", "--points", "3", "--no-figure", *to)
+    if make is packed:
+        assert "training.pt is quantised" in done.stderr
+    else:
+        assert done.status == 0
+
+
+def test_what_a_view_leaves_to_be_done_is_done(losscli: Losscli, folder: Path) -> None:
+    numbers = torch.tensor([[1 + 2j, 3 - 4j]])
+    torch.save({"w": numbers.conj(), "x": numbers.clone().conj().imag}, "views.pt")
+    torch.save({"w": numbers.conj().resolve_conj(), "x": -numbers.imag}, "made.pt")
+    done = losscli("inspect", "views.pt", "made.pt", "--json")
+    assert done.status == 0
+    assert [row["distance"] for row in json.loads(done.stdout)["rows"]] == [0.0, 0.0]
+    assert json.loads(done.stdout)["rows"][0]["norm"] == pytest.approx(30**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "content", "said"),
+    [
+        ("F4", [4, 4], bytes(8), "tensor 'w' of x.safetensors is float4_e2m1fn_x2, with which"),
+        ("F32", [0, 1 << 63], b"", "x.safetensors has a tensor of a shape that torch cannot make"),
+    ],
+)
+def test_safetensors_that_torch_cannot_hold(
+    losscli: Losscli, folder: Path, kind: str, shape: list[int], content: bytes, said: str
+) -> None:
+    head = {"w": {"dtype": kind, "shape": shape, "data_offsets": [0, len(content)]}}
+    text = json.dumps(head).encode()
+    Path("x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
+    refused(losscli, folder, said, "inspect", "x.safetensors")
+    to = ("-m", "mlp:6-5-3", "-o", "out")
+    refused(losscli, folder, said, "interpolate", "a.pt", "x.safetensors", *to)

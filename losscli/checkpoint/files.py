@@ -89,6 +89,11 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
             return {key: file.get_tensor(key) for key in keys}, metadata
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
+    except (TypeError, OverflowError):  # whose text is of torch's own frames
+        raise CheckpointError(
+            f"{name} has a tensor of a shape that torch cannot make",
+            "Was it written for something else?",
+        ) from None
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{name} is no whole safetensors file: {one_line(error)}",

@@ -71,10 +71,16 @@ def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple
         return
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if tensors:
-        yield label, {k: v.detach() if v.requires_grad else v for k, v in tensors.items()}
+        yield label, {k: _plain(v) for k, v in tensors.items()}
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from state_dicts(value, f"{label}.{key}" if label else str(key), depth + 1)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor without its history, and without a sign or a conjugate that is still to be made."""
+    own = tensor.detach() if tensor.requires_grad else tensor
+    return own.resolve_conj().resolve_neg() if own.is_conj() or own.is_neg() else own
 
 
 def under(weights: Weights, prefix: str) -> Weights:

@@ -39,6 +39,8 @@ def read(name: str) -> CheckpointFile:
         raise CheckpointError(
             f"{name} holds no tensors under names", "Save the model's state_dict() in it"
         )
+    for label, weights in file.choice.items():
+        file.need_dense(label, weights)
     return file
 
 

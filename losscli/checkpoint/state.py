@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from losscli.checkpoint.names import OPTIMISER, Part, parts, under
@@ -87,6 +89,10 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _as_they_are(weights: Weights) -> Weights:
+    return weights
+
+
 @dataclass(frozen=True)
 class CheckpointFile:
     """A file or folder as it was read, in which one state dict is still to be chosen.
@@ -111,7 +117,7 @@ class CheckpointFile:
     files: tuple[Path, ...]
     quantised: str | None = None
     adapter: Adapter | None = None
-    fetch: Callable[[Weights], Weights] = field(default=lambda weights: weights)
+    fetch: Callable[[Weights], Weights] = _as_they_are
 
     @property
     def folder(self) -> Path:
@@ -158,6 +164,26 @@ class CheckpointFile:
                 f"{self.path} has no state dict under {key!r}", f"Its keys: {known}"
             )
         return replace(self, candidates=inside)
+
+    def need_dense(self, label: str, weights: Weights) -> None:
+        """Makes sure that tensors hold numbers that can be computed with.
+
+        Args:
+            label: The keys that lead to them.
+            weights: Tensors of the file.
+
+        Raises:
+            CheckpointError: One is sparse, nested, of a type without arithmetic, or on ``meta``,
+                where there are only shapes.
+        """
+        for name, tensor in weights.items():
+            shapes_alone = tensor.is_meta and self.fetch is _as_they_are
+            if found := _odd(tensor, shapes_alone=shapes_alone):
+                what, cure = found
+                where = f"{self.name}#{label}" if label else self.name
+                if len(self.candidates) > 1:
+                    cure += f", or name another state dict of the file, {self.path}#KEY"
+                raise CheckpointError(f"tensor {name!r} of {where} is {what}", cure)
 
     def _keys(self, like: str) -> list[str]:
         """Lists keys that lead somewhere: of state dicts, and one step on into them."""
@@ -265,6 +291,30 @@ class CheckpointFile:
             f"{self.name} holds several state dicts: {names}",
             f"Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",
         )
+
+
+def _odd(tensor: Tensor, *, shapes_alone: bool) -> tuple[str, str] | None:
+    if tensor.is_nested:
+        return "nested, of rows of different lengths", "Save each row as a tensor of its own"
+    if tensor.layout != torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+        return f"sparse ({kind})", "Save it dense, as tensor.to_dense()"
+    if shapes_alone:
+        return "on the device meta, which holds no numbers", "Save it from where its numbers are"
+    if not tensor.is_quantized and not _counts(tensor.dtype):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        return f"{kind}, with which torch does not compute", "Dequantise it first, and save that"
+    return None
+
+
+@functools.cache
+def _counts(dtype: torch.dtype) -> bool:
+    """Whether torch makes other numbers of those of a type; of some it only keeps the bits."""
+    try:
+        torch.empty(1, dtype=dtype).to(torch.complex128)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def tied(weights: Weights) -> dict[str, list[str]]:

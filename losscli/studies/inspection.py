@@ -96,6 +96,8 @@ def inspect(names: Sequence[str | os.PathLike[str]]) -> Result:
 
 def _contents(file: CheckpointFile) -> Result:
     """Shows the state dicts of a file that holds several."""
+    for label, weights in file.candidates.items():
+        file.need_dense(label, weights)
     parts = _gather(file.candidates)
     counted = {
         key: (len(tensors), sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
