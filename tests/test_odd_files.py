@@ -335,3 +335,12 @@ def test_safetensors_that_torch_cannot_hold(
     refused(losscli, folder, said, "inspect", "x.safetensors")
     to = ("-m", "mlp:6-5-3", "-o", "out")
     refused(losscli, folder, said, "interpolate", "a.pt", "x.safetensors", *to)
+
+
+def test_a_tensor_that_repeats_what_it_holds_is_named(losscli: Losscli, folder: Path) -> None:
+    torch.save({"w": torch.ones(1).expand(10**4, 10**3)}, "wide.pt")
+    said = (
+        "wide.pt has a tensor of the shape [10000, 1000] that repeats the 4 bytes it holds. "
+        "Save it as tensor.contiguous()"
+    )
+    refused(losscli, folder, said, "inspect", "wide.pt")

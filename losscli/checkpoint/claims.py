@@ -21,7 +21,7 @@ from losscli.errors import one_line
 from losscli.pickles import BrokenPickleError, load
 from losscli.regular import open_regular
 
-__all__ = ["OLD_FORMAT", "ClaimError", "Fixed", "hold_against_size"]
+__all__ = ["OLD_FORMAT", "ClaimError", "Fixed", "RepeatedError", "hold_against_size"]
 
 OLD_FORMAT = 0x1950A86A20F9469CFC6C
 """The number with which files begin that torch wrote before version 1.6."""
@@ -32,6 +32,10 @@ _REPEATED = 16 << 20
 
 class ClaimError(BrokenPickleError):
     """A file claims to hold more than it does."""
+
+
+class RepeatedError(ClaimError):
+    """A tensor repeats what it holds (stride 0), and is far larger than that."""
 
 
 class Fixed(type):
@@ -89,7 +93,12 @@ class _Tensor(_Anything):
                 itemsize = next(types, storage.itemsize)
                 last = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + 1
                 repeated = math.prod(sizes) * itemsize - storage.nbytes
-                if last * itemsize > storage.nbytes or repeated > _REPEATED:
+                if last * itemsize <= storage.nbytes and repeated > _REPEATED:
+                    raise RepeatedError(
+                        f"a tensor of the shape {list(sizes)} that repeats the "
+                        f"{storage.nbytes:,} bytes it holds"
+                    )
+                if last * itemsize > storage.nbytes:
                     raise ClaimError(
                         f"a tensor of the shape {list(sizes)} in {storage.nbytes:,} bytes"
                     )
