@@ -11,14 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from losscli.errors import OutputError, printable
+from losscli.errors import LosscliError, OutputError, UsageError, printable
+from losscli.regular import IrregularError, read_text
 
-__all__ = ["Console", "SilentConsole"]
+__all__ = ["Console", "SilentConsole", "stdin"]
 
 _INTERVAL = 10.0
 
 # From so many columns on a bar has the rate beside it.
 _WIDE = 60
+
+_CLOSED = "stdout was closed before the result was written to it"
 
 # What shares of a point, added up, may be short of whole ones.
 _ROUNDING = 1e-6
@@ -59,9 +62,8 @@ class Console:
         Raises:
             OutputError: Nobody reads it.
         """
-        closed = OutputError("stdout was closed before the result was written to it")
         if self.stdout is None:
-            raise closed
+            raise OutputError(_CLOSED)
         # A name may hold what the stream's encoding lacks: better an escape than no result.
         encoded = text.encode(self.stdout.encoding or "utf-8", "backslashreplace")
         try:
@@ -76,11 +78,24 @@ class Console:
                     left = left[buffer.write(left) :]
             self.stdout.flush()
         except OSError as error:
+            raise self.lost(error) from None
+
+    def lost(self, error: OSError | None = None) -> OutputError:
+        """Tells why nothing arrives at stdout, and writes no more to it.
+
+        Args:
+            error: What writing to it raised; None where it was closed from the first.
+
+        Returns:
+            The error to raise.
+        """
+        if error is not None and self.stdout is not None:
             # Python would complain once more when it flushes stdout on its way out.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
-            if isinstance(error, BrokenPipeError):
-                raise closed from None
-            raise OutputError(f"stdout cannot be written to: {error.strerror}") from None
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
+        if error is None or isinstance(error, BrokenPipeError):
+            return OutputError(_CLOSED)
+        return OutputError(f"stdout cannot be written to: {error.strerror}")
 
     @contextmanager
     def guard_stdout(self) -> Iterator[None]:
@@ -257,6 +272,26 @@ class SilentConsole(Console):
             text: What another process may tell.
         """
         self.said = text
+
+
+def stdin() -> bytes:
+    """Reads stdin to its end.
+
+    Returns:
+        What it held.
+
+    Raises:
+        UsageError: It is closed, or cannot be read.
+        LosscliError: What comes out of it is no text, or does not end.
+    """
+    if sys.stdin is None:  # so Python has it where the caller closed it
+        raise UsageError("stdin is closed, so - names nothing", "Give names, or a pipe to stdin")
+    try:
+        return read_text(sys.stdin.buffer)
+    except IrregularError as error:
+        raise LosscliError(f"stdin cannot be read: {error}") from None
+    except OSError as error:
+        raise UsageError(f"stdin cannot be read: {error.strerror}", "Give names") from None
 
 
 def _duration(seconds: float) -> str:

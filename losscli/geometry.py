@@ -14,11 +14,14 @@ from torch import Tensor
 from losscli.errors import CheckpointError, UsageError
 from losscli.weights import Weights, distance, norm, pieces
 
-__all__ = ["Line", "Slice", "Span", "Triangle", "grid"]
+__all__ = ["Line", "Slice", "Span", "Triangle", "grid", "need_room"]
 
 
 # Farther out, products with weights leave the range of float32.
 _FAR = 1e30
+
+# A row of a table takes some hundred bytes.
+_MOST_POINTS = 10_000_000
 
 # Three points are on a line if the sine of each angle between them is under this.
 _FLAT = 1e-6
@@ -337,6 +340,7 @@ def grid(points: int, low: float, high: float, *, include: Sequence[float] = ())
     """
     if points < 1:
         raise UsageError(f"--points {points} leaves nothing to evaluate", "Give 1 or more")
+    need_room("--points", points, points)
     try:
         first, last = Fraction(repr(float(low))), Fraction(repr(float(high)))
     except ValueError:
@@ -349,8 +353,30 @@ def grid(points: int, low: float, high: float, *, include: Sequence[float] = ())
             "Give the lower end first",
         )
     step = (last - first) / max(points - 1, 1)
-    even = {float(first + i * step) for i in range(points)}
+    # Over one denominator, since a division of whole numbers is rounded once, too, and is faster.
+    below = math.lcm(first.denominator, step.denominator)
+    start, stride = int(first * below), int(step * below)
+    even = {(start + i * stride) / below for i in range(points)}
     return sorted(even | {float(x) for x in include if low <= x <= high})
+
+
+def need_room(option: str, value: int, points: int) -> None:
+    """Makes sure that a table is not longer than any memory and any patience.
+
+    Args:
+        option: What decides how long it is.
+        value: What was given.
+        points: How many points it has then.
+
+    Raises:
+        UsageError: It has too many.
+    """
+    if points > _MOST_POINTS:
+        raise UsageError(
+            f"{option} {value} makes more than {_MOST_POINTS} points, and each has its row in "
+            "memory",
+            "Give fewer",
+        )
 
 
 def _between(a: Tensor, b: Tensor, alpha: float, out: Tensor | None) -> Tensor:

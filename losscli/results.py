@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,9 +20,13 @@ from losscli.table import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Output", "Result", "default_stem", "to_json"]
+__all__ = ["Output", "Result", "default_stem", "need_few", "stem_of", "to_json"]
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+# Laying out more panels takes minutes, and more curves cannot be told from each other.
+_MOST_PANELS = 24
+_MOST_CURVES = 200
 
 # Those below a space are escaped by json itself, all but the ends of its own lines.
 _BEYOND_ASCII = re.compile(r"[^\n -~]")
@@ -110,6 +115,42 @@ def default_stem(command: str, names: Sequence[str]) -> str:
         words += [Path(path).stem, key]
     stem = "-".join(re.sub(r"[^\w.+]+", "-", word).strip("-") for word in words if word)
     return stem[:120]
+
+
+def need_few(command: str, splits: int, metrics: int, cure: str) -> None:
+    """Makes sure that a picture has no more panels and curves than it can show.
+
+    Args:
+        command: The command; empty for what has no metrics in its picture.
+        splits: How many splits there are, those of all runs together.
+        metrics: How many metrics.
+        cure: What helps where there are too many.
+
+    Raises:
+        UsageError: There are too many.
+    """
+    number, what = (metrics, "metrics") if command == "interpolate" else (splits, "splits")
+    if number > _MOST_PANELS:
+        raise UsageError(f"a picture has panels for {_MOST_PANELS} {what}, and not {number}", cure)
+    if splits > _MOST_CURVES:
+        raise UsageError(f"a picture has room for {_MOST_CURVES} curves, and not {splits}", cure)
+
+
+def stem_of(out: str) -> Path:
+    """Reads what ``--out`` says.
+
+    Args:
+        out: What it says.
+
+    Returns:
+        The stem.
+
+    Raises:
+        UsageError: It is a folder.
+    """
+    if not out or out.endswith("/") or Path(out).is_dir():
+        raise UsageError(f"--out {out!r} is a folder, not a stem of file names", "Give folder/name")
+    return Path(out)
 
 
 @dataclass(frozen=True)
@@ -283,18 +324,21 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
         # The one thing that a rename fails at after others were renamed already.
         if path.is_dir():
             raise OutputError(f"{path} is a folder", "Move it away, or choose another --out")
+    now = next(iter(contents), Path())
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
-        for path, content in contents.items():
-            with temporary[path].open("wb") as file:
+        for now, content in contents.items():
+            with temporary[now].open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        for path, written in temporary.items():
-            written.replace(path)
+        for now, written in temporary.items():
+            written.replace(now)
     except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
         raise OutputError(
-            f"{error.filename or 'a result'} cannot be written: {error.strerror}"
+            f"{now} cannot be written: {error.strerror}",
+            "Make room" if full else "Choose another --out",
         ) from None
     finally:
         for written in temporary.values():

@@ -142,7 +142,13 @@ def read_toml(file: Path) -> dict[str, Any]:
     except IrregularError as error:
         raise SpecError(f"{file} cannot be read: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{file} cannot be read: {one_line(error)}") from None
+        cure = {
+            UnicodeDecodeError: "Save it as UTF-8",
+            tomllib.TOMLDecodeError: "Mend it there: it has to be TOML",
+            RecursionError: "Nest its lists less deeply",
+            ValueError: "Write shorter numbers in it",
+        }.get(type(error), "Give a file of TOML that can be read")
+        raise SpecError(f"{file} cannot be read: {one_line(error)}", cure) from None
 
 
 def unfold(

@@ -40,6 +40,9 @@ _COMMANDS = {
     "inspect": ("tensor", "shape", "dtype", "values", "norm"),
 }
 
+# What a line has besides its metrics.
+_NO_METRICS = frozenset({"alpha", "split", "loss", "loss_stderr", "slope", "curvature", "examples"})
+
 _CURE = "Give a CSV as losscli wrote it"
 
 
@@ -78,6 +81,11 @@ class Table:
         if "block" in self.columns or {"a", "loss"} <= {*self.columns}:
             return ""  # STEM.blocks.csv and STEM.curves.csv have those of a line besides
         return next((c for c, needed in _COMMANDS.items() if {*needed} <= {*self.columns}), "")
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics, where the table is one of interpolate."""
+        return [column for column in self.columns if column not in _NO_METRICS]
 
     def __getitem__(self, column: str) -> list[Cell]:
         index = self.columns.index(column)
@@ -216,7 +224,11 @@ def _read(column: str, text: str) -> Cell:
         return None
     kind = int if column in _INTEGER else float
     try:
-        return kind(text)
+        number = kind(text)
+        float(number)
+    except OverflowError:
+        raise ValueError(f"the number under {column!r} is beyond a float's range") from None
     except ValueError:
         what = "whole number" if kind is int else "number"
         raise ValueError(f"{text!r} under {column!r} is no {what}") from None
+    return number

@@ -559,3 +559,173 @@ def test_a_shell_gets_its_completions(folder: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.split() == ["interpolate", "inspect"]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("interpolate a.pt b.pt --batch-size 9999999999999999999999999", "2^31"),
+        ("check a.pt --batch-size 9999999999999999999999999", "2^31"),
+        ("align a.pt b.pt -o z.safetensors --batch-size 4294967296", "2^31"),
+        ("interpolate a.pt b.pt --limit 9999999999999999999999999", "--limit 9999"),
+        ("interpolate a.pt b.pt --points 99999999999999999999", "10000000 points"),
+        ("interpolate a.pt b.pt --points 1000000000", "10000000 points"),
+        (f"plane a.pt --points {'9' * 4000}", "10000000 points"),
+        ("plane a.pt --points 4000", "10000000 points"),
+        ("barriers a.pt b.pt init:0 --points 5000000", "10000000 points"),
+        ("trajectory a.pt init:0 b.pt --residuals 5000000", "10000000 points"),
+        ("check a.pt --eigenvalues 99999999999999999999", "10000 or fewer"),
+        ("interpolate a.pt init:-1", "init:-1 has no seed"),
+        ("align a.pt init:-1 -o z.safetensors", "init:-1 has no seed"),
+        ("align a.pt b.pt -o z.safetensors --seed -1", "--seed -1 is no seed"),
+    ],
+    ids=lambda value: value[:60],
+)
+def test_whole_numbers_beyond_sense_are_refused(
+    command: str, message: str, losscli: Losscli, folder: Path
+) -> None:
+    before = set(folder.iterdir())
+    done = losscli(*command.split())
+    assert done.status == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert set(folder.iterdir()) == before
+
+
+_LINE = "alpha,split,loss,loss_stderr"
+_CHECK = "checkpoint,split,loss,gradient_norm,lambda_min,lambda_min_error,lambda_max,"
+_CHECK += "lambda_max_error,minimal_ratio,verdict"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"{_LINE}\n0,train,1,1\n-1e308,train,1e308,1e308\n", "x.csv, record 3: alpha is -1e+308"),
+        (f"{_LINE}\n0,train,1,1\n,train,1,1\n", "x.csv, record 3: alpha is nan"),
+        (f"{_LINE}\n0,train,1,-1\n", "x.csv, record 2: loss_stderr is -1.0"),
+        (f"{_LINE},examples\n0,train,1,1,{'9' * 400}\n", "record 2: the number under 'examples'"),
+        (f"{_CHECK}\na,train,1,1,-1,-.1,1,.1,,saddle\n", "record 2: lambda_min_error is -0.1"),
+        (
+            ",".join([_LINE, *(f"m{k}" for k in range(25))]) + "\n0,train" + ",1" * 27 + "\n",
+            "x.csv: a picture has panels for 24 metrics, and not 25",
+        ),
+        (
+            _LINE + "\n" + "".join(f"0,s{k},1,1\n" for k in range(201)),
+            "a picture has room for 200 curves, and not 201. Choose fewer by --split",
+        ),
+        (
+            "x,y,split,loss,loss_stderr\n" + "".join(f"0,0,s{k},1,1\n" for k in range(25)),
+            "x.csv: a picture has panels for 24 splits, and not 25",
+        ),
+    ],
+    ids=["far", "nowhere", "stderr", "examples", "error", "metrics", "curves", "panels"],
+)
+@pytest.mark.parametrize("log", [[], ["--log"]], ids=["", "log"])
+def test_plot_refuses_what_no_picture_shows(
+    content: str,
+    message: str,
+    log: list[str],
+    losscli: Losscli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.csv").write_text(content)
+    done = losscli("plot", "x.csv", *log)
+    assert done.status in {1, 2}
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_a_run_of_too_many_panels_is_refused_before_it_is_evaluated(
+    losscli: Losscli, folder: Path
+) -> None:
+    before = set(folder.iterdir())
+    (folder / "m.py").write_text(
+        "".join(f"def m{k}(outputs, targets):\n    return targets.float()\n" for k in range(25))
+    )
+    metrics = [word for k in range(25) for word in ("--metric", f"m.py:m{k}")]
+    done = losscli("interpolate", "a.pt", "b.pt", "--points", 3, *metrics)
+    assert done.status == 2
+    assert "panels for 24 metrics, and not 25" in done.stderr
+    assert {path for path in folder.iterdir() if path.suffix not in {".py"}} - {
+        folder / "__pycache__"
+    } == before
+
+
+@pytest.mark.parametrize("out", [".", "/", "..", "x/", ""])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "interpolate a.pt b.pt", "trajectory a.pt b.pt init:1", "plane a.pt", "check a.pt",
+        "barriers a.pt b.pt", "plot g.csv", "align a.pt b.pt", "export a.pt b.pt --alpha 0",
+    ],
+)  # fmt: skip
+def test_out_is_no_folder(command: str, out: str, losscli: Losscli, folder: Path) -> None:
+    (folder / "g.csv").write_text(f"{_LINE}\n0,train,1,1\n1,train,2,1\n")
+    before = set(folder.iterdir())
+    done = losscli(*command.split(), "-o", out)
+    assert done.status == 2
+    assert done.stderr.startswith("losscli: --out '") or "no name of a safetensors" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert set(folder.iterdir()) == before
+
+
+def test_a_picture_does_not_go_to_stdout(losscli: Losscli, folder: Path) -> None:
+    (folder / "g.csv").write_text(f"{_LINE}\n0,train,1,1\n1,train,2,1\n")
+    before = set(folder.iterdir())
+    done = losscli("plot", "g.csv", "-o", "-")
+    assert (done.status, done.stdout) == (2, "")
+    assert "does not go to stdout, as --out - asks. Give --out STEM" in done.stderr
+    assert set(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["plot - --terminal", "trajectory -", "check -"])
+def test_a_closed_stdin_is_one_line(
+    command: str, losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    done = losscli(*command.split())
+    assert done.status == 2
+    assert done.stderr == (
+        "losscli: stdin is closed, so - names nothing. Give names, or a pipe to stdin\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plot", "-h"], ["--version"]])
+def test_help_and_version_say_that_stdout_is_closed(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    err = io.StringIO()
+    monkeypatch.setattr("sys.stdout", None)
+    assert run(arguments, Console(None, err)) == 1
+    assert err.getvalue() == "losscli: stdout was closed before the result was written to it\n"
+
+
+def test_no_command_is_told_of(losscli: Losscli) -> None:
+    done = losscli()
+    assert (done.status, done.stderr) == (2, "losscli: no command is given. See losscli --help\n")
+
+
+def test_a_picture_too_large_for_the_disk_is_named(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(number: int) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("losscli.results.os.fsync", fail)
+    done = losscli("inspect", "a.pt", "--figure", "q.png")
+    assert done.status == 1
+    assert done.stderr == "losscli: q.png cannot be written: File too large. Make room\n"
+    assert not list(folder.glob("*q.png*"))
+
+
+def test_export_does_not_pass_over_a_lowest_point_without_a_place(
+    losscli: Losscli, folder: Path
+) -> None:
+    (folder / "t.csv").write_text(f"{_LINE}\n0,test,2,1\n,test,1,1\n1,test,3,1\n")
+    done = losscli(*"export a.pt b.pt --best test --csv t.csv -o e.safetensors".split())
+    assert done.status == 1
+    assert "t.csv: the lowest loss on test, 1, stands in a row without an alpha" in done.stderr
+    assert not (folder / "e.safetensors").exists()

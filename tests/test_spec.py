@@ -405,8 +405,8 @@ def test_other_specs_stay_as_they_are(text: str, tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, r"x\.toml cannot be read: FileNotFoundError"),
-        ("name = ", r"x\.toml cannot be read: TOMLDecodeError"),
-        ("\xff", r"x\.toml cannot be read: UnicodeDecodeError"),
+        ("name = ", r"x\.toml cannot be read: TOMLDecodeError.* Mend it"),
+        ("\xff", r"x\.toml cannot be read: UnicodeDecodeError.* Save it as UTF-8"),
         ("", r"x\.toml names no entry of a registry\. It needs a line such as name = "),
         ("name = 3", "names no entry"),
         ('name = ""', "names no entry"),

@@ -159,12 +159,20 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
 
     # Typer bundles click since its version 0.2x, so its exceptions have no stable home.
     click_exception: type[Any] = typer.BadParameter.__mro__[2]
+    # So help is asked for, which typer writes.
+    helps = not arguments or not {"-h", "--help"}.isdisjoint(arguments)
     try:
         status = app(args=list(arguments), prog_name="losscli", standalone_mode=False, obj=console)
+        if helps and sys.stdout is None:
+            raise console.lost()
+    except OSError as error:
+        if not helps or error.filename:
+            raise
+        raise console.lost(error) from None
     except click_exception as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "losscli")
         raise UsageError(
-            error.format_message(),
+            error.format_message() or "no command is given",
             f"See {command} --help",
         ) from None
     return status if isinstance(status, int) else 0

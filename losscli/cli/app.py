@@ -28,9 +28,9 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
+def _version(context: typer.Context, asked: bool) -> None:
     if asked:
-        typer.echo(f"losscli {__version__}")
+        context.obj.result(f"losscli {__version__}\n")
         raise typer.Exit
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from losscli import report
 from losscli.cli.options import Write
-from losscli.console import Console
+from losscli.console import Console, stdin
 from losscli.errors import ChangedError, UsageError
 from losscli.ranks import Ranks, current, decided
-from losscli.results import Result, to_json
+from losscli.results import Result, need_few, to_json
 
 if TYPE_CHECKING:
     from losscli.journal import Journal
@@ -55,6 +54,14 @@ def carry_out(
     output = write.plan(command, names if len(names) <= 3 else [names[0], names[-1]])
     with console.guard_stdout():
         study = plan()
+    if output is not None and output.figures:
+        objective = study.problem.objective
+        need_few(
+            "" if study.settled.get("layerwise") else command,
+            len(objective.splits),
+            len(objective.metrics),
+            "Choose fewer by --split and --metric, or give --no-figure",
+        )
     if write.dry_run:
         with console.guard_stdout():
             estimate = study.estimate()
@@ -171,7 +178,7 @@ def names_of(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         if argument == "-":
             ranks = current()
-            own = b"" if ranks is not None and not ranks.leads else sys.stdin.buffer.read()
+            own = b"" if ranks is not None and not ranks.leads else stdin()
             text = decided(own.decode("utf-8-sig", "surrogateescape"))
             # Only at the ends of lines: a name may hold what Python else takes for one.
             lines = text.replace("\r\n", "\n").split("\n")

@@ -138,10 +138,12 @@ def writable(out: Path, *, force: bool) -> None:
         force: Whether it may be overwritten.
 
     Raises:
-        UsageError: Its name is not that of a safetensors file.
+        UsageError: It is a folder, or its name is not that of a safetensors file.
         OutputError: Its folder is not there or cannot be written to, or it is there and may not
             be overwritten.
     """
+    if not out.name or out.is_dir():
+        raise UsageError(f"--out {str(out)!r} is a folder", "Give folder/name.safetensors")
     if out.suffix != ".safetensors":
         raise UsageError(f"{out} is no name of a safetensors file", f"Write {out.stem}.safetensors")
     if not out.parent.is_dir():

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from losscli.errors import UsageError
-from losscli.results import Output, default_stem
+from losscli.results import Output, default_stem, stem_of
 from losscli.settings import Buffers, DType, Settings
 
 __all__ = [
@@ -269,13 +269,7 @@ class Write:
                         "Give --out STEM",
                     )
             return None
-        if self.out is not None and (
-            not self.out or self.out.endswith("/") or Path(self.out).is_dir()
-        ):
-            raise UsageError(
-                f"--out {self.out!r} is a folder, not a stem of file names", "Give folder/name"
-            )
-        stem = Path(self.out if self.out is not None else default_stem(command, names))
+        stem = stem_of(self.out) if self.out is not None else Path(default_stem(command, names))
         return Output.plan(stem, self.figure, draw=not self.no_figure, force=self.force)
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from losscli.cli.options import with_console
-from losscli.console import Console
+from losscli.console import Console, stdin
 from losscli.errors import TableError, UsageError
-from losscli.regular import IrregularError, read_regular, read_text
-from losscli.results import Output
+from losscli.regular import read_regular
+from losscli.results import Output, need_few, stem_of
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -46,6 +46,14 @@ _FURTHER = {
     "walk": ("walk", "step", "projection", "residual"),
     "path": ("step", "checkpoint", "x", "y", "off_plane", "split", "loss"),
 }
+
+_ERRORS = frozenset({"loss_stderr", "barrier_stderr", "lambda_min_error", "lambda_max_error"})
+_PLACES = {"blocks": "alpha", "context": "alpha"}
+
+_FEWER = "Choose fewer by --split and --metric when a table is made, or give fewer tables"
+
+# No line reaches farther, since no weight on it would be a float32.
+_FARTHEST = 1e30
 
 
 @with_console
@@ -96,7 +104,14 @@ def plot(
         )
     if csvs.count("-") > 1:
         raise UsageError("stdin can be read only once", "Give - once")
+    if out == "-":
+        raise UsageError(
+            "a picture does not go to stdout, as --out - asks",
+            "Give --out STEM, or see it here with --terminal",
+        )
     runs = [_read(name, label[i] if label else "") for i, name in enumerate(csvs)]
+    lines = [run for run in runs if "split" in run.table.columns]
+    need_few("interpolate", sum(len(run.table.unique("split")) for run in lines), 0, _FEWER)
     if terminal:
         if {run.table.command for run in runs} != {"interpolate"}:
             raise UsageError(
@@ -105,10 +120,11 @@ def plot(
         _draw_in_terminal(runs, console, log=log)
         return
     alone = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
-    stem = Path(out or (alone.removesuffix(".csv") if alone else "plot"))
+    stem = stem_of(out) if out is not None else Path((alone or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or ()), force=force)
     from losscli.figure import Run, draw
 
+    _need_few(csvs, runs)
     drawable = [Run(run.table, run.summary, run.label, run.more) for run in runs]
     for path in output.draw(lambda: draw(drawable, title=title, log=log)):
         console.result(f"{path}\n")
@@ -116,10 +132,7 @@ def plot(
 
 def _read(name: str, label: str) -> _Run:
     if name == "-":
-        try:
-            text = read_text(sys.stdin.buffer).decode("utf-8-sig", "replace")
-        except IrregularError as error:
-            raise TableError(f"stdin cannot be read: {error}") from None
+        text = stdin().decode("utf-8-sig", "replace")
         table = Table.from_csv(io.StringIO(text, newline=""), "stdin")
         return _Run(_checked(table, "stdin"), {}, label, {})
     path = Path(name)
@@ -141,7 +154,31 @@ def _checked(table: Table, name: str) -> Table:
         )
     if not table.rows:
         raise TableError(f"{name} has no rows")
+    _need_sense(table, name, _ERRORS, "alpha" if table.command == "interpolate" else "")
     return table
+
+
+def _need_sense(table: Table, name: str, errors: Collection[str], place: str) -> None:
+    """Makes sure that no cell is what no axis can show.
+
+    Args:
+        table: The table.
+        name: What to call it.
+        errors: The columns that are not negative, as far as it has them.
+        place: The column that every row has its place by; empty for none.
+    """
+    for column in (c for c in table.columns if c in errors or c == place):
+        for number, value in enumerate(table.floats(column), start=2):
+            if column == place and not abs(value) <= _FARTHEST:
+                raise TableError(
+                    f"{name}, record {number}: {column} is {value}, no point of a line",
+                    f"Give numbers from {-_FARTHEST:g} to {_FARTHEST:g}",
+                )
+            if column in errors and value < 0:
+                raise TableError(
+                    f"{name}, record {number}: {column} is {value}, and no error is negative",
+                    "Give the CSV as losscli wrote it",
+                )
 
 
 def _summary(path: Path, command: str) -> dict[str, Any]:
@@ -177,6 +214,7 @@ def _more(path: Path, own: Table, summary: dict[str, Any]) -> dict[str, Table]:
                     f"{beside} is not the {name} of {path}: it has no column {missing[0]!r}",
                     f"Give {path} without it, or make both again",
                 )
+            _need_sense(table, str(beside), {"error", *_ERRORS}, _PLACES.get(name, ""))
             _need_kinship(path, name, table, own)
             more[name] = table
     return more
@@ -201,6 +239,19 @@ def _need_kinship(path: Path, name: str, table: Table, own: Table) -> None:
             f"{beside} is of another run than {path}, which has no {told}",
             "Give both as one run wrote them",
         )
+
+
+def _need_few(names: Sequence[str], runs: Sequence[_Run]) -> None:
+    """Makes sure that there are no more panels than a picture can show."""
+    for name, run in zip(names, runs, strict=True):
+        if run.table.command == "inspect":
+            continue
+        splits = len(run.table.unique("split"))
+        command = "" if "blocks" in run.more else run.table.command
+        try:
+            need_few(command, splits, len(run.table.metrics), _FEWER)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error.what}", error.cure) from None
 
 
 def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:

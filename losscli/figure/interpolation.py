@@ -57,7 +57,6 @@ __all__ = [
     "swamped",
 ]
 
-_KNOWN = frozenset({"alpha", "split", "loss", "loss_stderr", "slope", "curvature", "examples"})
 _FEW_LINES = 4  # the lowest points of so few are marked
 _MOST_MARKS = 12  # so many local minima and maxima are marked
 _ABOVE = 1.5  # inches, for the whole line above a part of it
@@ -80,7 +79,7 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
     """
     with house_style():
         splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
-        metrics = list(dict.fromkeys(m for r in runs for m in r.table.columns if m not in _KNOWN))
+        metrics = list(dict.fromkeys(m for r in runs for m in r.table.metrics))
         names = run_names(runs)
         series = read(runs, names, splits)
         whole = _read_whole(runs, splits)

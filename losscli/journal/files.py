@@ -144,7 +144,9 @@ def set_aside(path: Path) -> str:
     other = path.with_name(f"{path.name}.old")
     if os.path.lexists(other):
         raise OutputError(
-            f"{_named(path)} is no journal of losscli", "Move it away, or choose another --out"
+            f"{_named(path)} is no journal of losscli, and {_named(other)}, which it would be "
+            "called, is there already",
+            "Move one of them away, or choose another --out",
         )
     path.rename(other)
     return f"it was no journal of losscli, and is now {_named(other)}"

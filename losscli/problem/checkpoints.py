@@ -107,9 +107,11 @@ def _changed(name: str) -> ChangedError:
 def _initialisation(name: str, found: Found) -> Checkpoint:
     try:
         seed = int(name.removeprefix("init:"))
-        torch.manual_seed(seed)
-    except (ValueError, RuntimeError, OverflowError):
+    except ValueError:
         raise UsageError(f"{name} has no seed", f"Write init:0, or ./{name} for a file") from None
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"{name} has no seed", "Give a number from 0 to 2^63 − 1")
+    torch.manual_seed(seed)
     if isinstance(found.value, nn.Module):
         raise UsageError(
             f"{name}: a module that stands already has no initialisation to draw",

@@ -133,11 +133,19 @@ def _check(settings: Settings) -> None:
             raise UsageError(f"{option} {value} is not known", f"Choose one of {', '.join(known)}")
     if not 0 <= settings.seed < 1 << 63:
         raise UsageError(f"--seed {settings.seed} is no seed", "Give a number from 0 to 2^63 − 1")
-    if settings.batch_size is not None and settings.batch_size < 1:
-        raise UsageError(f"--batch-size {settings.batch_size} is below 1")
+    if settings.batch_size is not None and not 1 <= settings.batch_size < 1 << 31:
+        raise UsageError(
+            f"--batch-size {settings.batch_size} is no number of examples for a forward pass",
+            "Give a number from 1 to 2^31 − 1",
+        )
     if settings.sampling_error is not None and not 0 < settings.sampling_error < math.inf:
         raise UsageError(
             f"--sampling-error {settings.sampling_error} is no share of a height", "Give 0.01"
         )
     if settings.limit is not None and settings.limit < 1:
         raise UsageError(f"--limit {settings.limit} leaves no examples", "Give 1 or more")
+    if settings.limit is not None and settings.limit >= 1 << 63:
+        raise UsageError(
+            f"--limit {settings.limit} is more than any data set has",
+            "Give a number from 1 to 2^63 − 1",
+        )

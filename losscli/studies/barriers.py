@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.errors import UsageError
-from losscli.geometry import Line, grid
+from losscli.geometry import Line, grid, need_room
 from losscli.journal import Journal
 from losscli.objective import Evaluation
 from losscli.problem import prepare
@@ -108,6 +108,7 @@ class Barriers(Study):
             raise UsageError(
                 f"--points {points} leaves no point between two checkpoints", "Give 3 or more"
             )
+        need_room("--points", points, points * math.comb(len(names), 2))
         problem = prepare(names, settings)
         first, *others = states = [problem.open(t).weights for t, _ in enumerate(names)]
         moving = tuple(

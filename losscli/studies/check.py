@@ -50,6 +50,9 @@ __all__ = ["Check", "check"]
 # What a residual norm may be, as a share of |λ|, for an eigenvalue to count as found.
 _TOLERANCE = 1e-4
 
+# So many eigenvectors of a small network still fit into memory.
+_MOST_EIGENVALUES = 10_000
+
 # Lengths of steps that are tried, as shares of the norm of the weights.
 _STEPS = tuple(2.0**k for k in range(4, -21, -1))
 
@@ -252,6 +255,11 @@ class Check(Study):
             raise UsageError(f"--tolerance {tolerance} is no gradient norm", "Give 1e-3")
         if eigenvalues < 1:
             raise UsageError(f"--eigenvalues {eigenvalues} leaves none", "Give 1 or more")
+        if eigenvalues > _MOST_EIGENVALUES:
+            raise UsageError(
+                f"--eigenvalues {eigenvalues} needs as many vectors of the network's size",
+                f"Give {_MOST_EIGENVALUES} or fewer",
+            )
         if learning_rate is not None and not 1e-12 <= learning_rate <= 1e12:
             raise UsageError(f"--learning-rate {learning_rate} is none", "Give 0.1")
         if settings.sampling_error is not None:

@@ -212,10 +212,16 @@ def lowest(csv: Path, split: str) -> Lowest:
     points = [
         (loss, alpha)
         for alpha, loss in zip(rows.floats("alpha"), rows.floats("loss"), strict=True)
-        if math.isfinite(loss) and math.isfinite(alpha)
+        if math.isfinite(loss)
     ]
     if not points:
         raise TableError(f"{csv} has no finite loss on {split}", "Choose a point with --alpha")
+    least = min(loss for loss, _ in points)
+    if not all(math.isfinite(alpha) for loss, alpha in points if loss == least):
+        raise TableError(
+            f"{csv}: the lowest loss on {split}, {least:.6g}, stands in a row without an alpha",
+            "Give the CSV as losscli wrote it, or choose a point with --alpha",
+        )
     loss, alpha = min(points)
     return Lowest(alpha, loss, _beside(csv))
 

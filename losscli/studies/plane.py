@@ -16,7 +16,7 @@ from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.directions import random_directions
 from losscli.errors import CheckpointError, UsageError
-from losscli.geometry import Slice, Span, Triangle, grid
+from losscli.geometry import Slice, Span, Triangle, grid, need_room
 from losscli.journal import Journal
 from losscli.paths import principal_axes
 from losscli.problem import Problem, prepare
@@ -151,6 +151,7 @@ class Plane(Study):
             )
         if points < 2:
             raise UsageError(f"--points {points} is no plane", "Give 2 or more")
+        need_room("--points", points, points**2)
         if range_ is not None:
             grid(points, *range_)
         problem = prepare(names, settings)

@@ -16,7 +16,7 @@ import torch
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.errors import UsageError
-from losscli.geometry import Line, grid
+from losscli.geometry import Line, grid, need_room
 from losscli.journal import Journal
 from losscli.paths import Path, measure, random_walks, ribbon
 from losscli.problem import prepare
@@ -133,6 +133,8 @@ class Trajectory(Study):
             )
         if surface and residuals < 2:
             raise UsageError(f"--residuals {residuals} is no surface", "Give 2 or more")
+        if surface:
+            need_room("--residuals", residuals, residuals * len(names))
         if surface and not 0 < reach <= _FARTHEST:
             raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
         problem = prepare(names, settings)
