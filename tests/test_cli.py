@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import os
 import re
@@ -18,6 +20,8 @@ import torch
 from PIL import Image
 
 import losscli as library
+from losscli.cli import run
+from losscli.console import Console
 from losscli.models import MLP
 from tests.conftest import ROOT, Losscli
 
@@ -649,7 +653,7 @@ def test_a_run_of_too_many_panels_is_refused_before_it_is_evaluated(
     done = losscli("interpolate", "a.pt", "b.pt", "--points", 3, *metrics)
     assert done.status == 2
     assert "panels for 24 metrics, and not 25" in done.stderr
-    assert {path for path in folder.iterdir() if path.suffix not in {".py"}} - {
+    assert {path for path in folder.iterdir() if path.suffix != ".py"} - {
         folder / "__pycache__"
     } == before
 
@@ -725,7 +729,17 @@ def test_export_does_not_pass_over_a_lowest_point_without_a_place(
     losscli: Losscli, folder: Path
 ) -> None:
     (folder / "t.csv").write_text(f"{_LINE}\n0,test,2,1\n,test,1,1\n1,test,3,1\n")
-    done = losscli(*"export a.pt b.pt --best test --csv t.csv -o e.safetensors".split())
+    done = losscli(*[
+        "export",
+        "a.pt",
+        "b.pt",
+        "--best",
+        "test",
+        "--csv",
+        "t.csv",
+        "-o",
+        "e.safetensors",
+    ])
     assert done.status == 1
     assert "t.csv: the lowest loss on test, 1, stands in a row without an alpha" in done.stderr
     assert not (folder / "e.safetensors").exists()
