@@ -743,3 +743,22 @@ def test_export_does_not_pass_over_a_lowest_point_without_a_place(
     assert done.status == 1
     assert "t.csv: the lowest loss on test, 1, stands in a row without an alpha" in done.stderr
     assert not (folder / "e.safetensors").exists()
+
+
+def test_a_signal_that_falls_into_a_finaliser_is_not_lost(losscli: Losscli, folder: Path) -> None:
+    Path("code.py").write_text(
+        "import os, signal, torch\n"
+        "class Closing:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        [None for _ in range(1000)]\n"
+        "def loss(outputs, targets):\n"
+        "    if not os.path.exists('sent'):\n"
+        "        open('sent', 'w').close()\n"
+        "        Closing()\n"
+        "    return torch.nn.functional.cross_entropy(outputs, targets, reduction='none')\n"
+    )
+    done = losscli("interpolate", "a.pt", "b.pt", "--loss", "code.py:loss", "--points", 2001)
+    assert Path("sent").exists()
+    assert done.status == 143
+    assert done.stderr.startswith("losscli: terminated")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
@@ -18,6 +20,9 @@ __all__ = ["main"]
 
 # What several processes do together. All else takes no longer by rank 0 alone.
 _SHARED = frozenset({"interpolate", "trajectory", "plane", "barriers", "check"})
+
+# Seconds after which a signal that was dropped is sent again.
+_MOMENT = 0.01
 
 
 class _Signalled(BaseException):
@@ -57,9 +62,11 @@ def run(arguments: Sequence[str], console: Console) -> int:
     """
     # Not a KeyboardInterrupt: typer would swallow it.
     before = {n: signal.signal(n, _signalled) for n in (signal.SIGINT, signal.SIGTERM)}
+    hook, sys.unraisablehook = sys.unraisablehook, partial(_unraisable, sys.unraisablehook)
     try:
         return _attempt(partial(_dispatch, arguments), console)
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -122,6 +129,20 @@ def _with_what_is_kept(text: str, console: Console) -> str:
 
 def _signalled(number: int, _frame: FrameType | None) -> None:
     raise _Signalled(number)
+
+
+def _unraisable(otherwise: Callable[[Any], Any], dropped: Any) -> None:
+    """Sends a signal again that fell into a finaliser or the hook of a fork, and so was dropped."""
+    if isinstance(dropped.exc_value, _Signalled):
+        # By a thread, in a moment: here it would be dropped again.
+        _thread.start_new_thread(_send_again, (dropped.exc_value.number,))
+    else:
+        otherwise(dropped)
+
+
+def _send_again(number: int) -> None:
+    time.sleep(_MOMENT)
+    os.kill(os.getpid(), number)
 
 
 def _dispatch(arguments: Sequence[str], console: Console) -> int:
