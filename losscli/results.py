@@ -292,7 +292,7 @@ class Output:
     def _before(self) -> dict[str, Any]:
         """The summary of the run whose results are there, if any."""
         try:
-            summary = json.loads(read_regular(self._file(".json")))
+            summary = json.loads(read_regular(self._file(".json")).decode())
         except (OSError, ValueError, RecursionError):
             return {}
         return summary if isinstance(summary, dict) else {}

@@ -275,8 +275,10 @@ def test_a_folder_that_cannot_be_written_to(
     done = losscli(*command)
     if done.status == 0:  # root may write everywhere
 
-        def refuse(*_: Any) -> int:
-            raise PermissionError(13, "Permission denied")
+        def refuse(path: Any, flags: int, *rest: Any, original: Any = os.open) -> Any:
+            if flags & (os.O_WRONLY | os.O_RDWR):
+                raise PermissionError(13, "Permission denied")
+            return original(path, flags, *rest)
 
         for path in (folder / "closed").iterdir():
             path.unlink()

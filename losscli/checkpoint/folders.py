@@ -179,7 +179,8 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
         raise CheckpointError(f"{index} has no weight_map", "Was it written for something else?")
     shards: dict[str, list[str]] = {}
     for tensor, shard in places.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
+        is_name = isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
+        if not is_name or shard in {"", ".."}:
             raise CheckpointError(
                 f"{index} says that {tensor!r} is in {shard!r}, which is no file of its folder",
                 "Shards lie beside their index",

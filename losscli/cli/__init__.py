@@ -65,6 +65,9 @@ def run(arguments: Sequence[str], console: Console) -> int:
     hook, sys.unraisablehook = sys.unraisablehook, partial(_unraisable, sys.unraisablehook)
     try:
         return _attempt(partial(_dispatch, arguments), console)
+    except _Signalled as sent:
+        # While another end was told of, or when all was done.
+        return 128 + sent.number
     finally:
         sys.unraisablehook = hook
         for number, handler in before.items():

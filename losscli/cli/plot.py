@@ -184,7 +184,7 @@ def _need_sense(table: Table, name: str, errors: Collection[str], place: str) ->
 def _summary(path: Path, command: str) -> dict[str, Any]:
     """Reads the summary beside a CSV; without one, the picture has no names to show."""
     try:
-        summary = json.loads(read_regular(path.with_suffix(".json")))
+        summary = json.loads(read_regular(path.with_suffix(".json")).decode())
     except (OSError, ValueError, RecursionError):
         return {}
     match summary:

@@ -230,7 +230,7 @@ def _beside(csv: Path) -> Mapping[str, Any] | None:
     """Reads the summary that was written with a table, if it is there."""
     path = csv.with_suffix(".json")
     try:
-        summary = json.loads(read_regular(path))
+        summary = json.loads(read_regular(path).decode())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
