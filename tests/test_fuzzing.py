@@ -54,8 +54,14 @@ def judge() -> Iterator[Judge]:
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # One thread, so that it can be forked.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                # One thread, so that it can be forked; and one arena, since glibc reserves 64 MB of
+                # addresses for every thread of a library, which the limit would count.
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "MALLOC_ARENA_MAX": "1",
+                    "PYTHONPATH": str(ROOT),
+                },
             )
         server = servers[also]
         assert server.stdin is not None
