@@ -68,8 +68,8 @@ def measure(open_: Opener, count: int, names: Sequence[str]) -> Path:
         names: The tensors that count.
 
     Returns:
-        The path. Its turns are good to about 10⁻¹⁵ radians times the square of step / residual,
-        and near 0 and 180 degrees to the root of that.
+        The path. Its turns are good to about 10⁻¹⁵ radians times step · distance / residual², with
+        the distance from the nearer end, and near 0 and 180 degrees to the root of that.
 
     Raises:
         CheckpointError: A checkpoint has weights that are not finite.

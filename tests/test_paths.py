@@ -201,9 +201,14 @@ def test_turns_are_those_that_were_made(degrees: float, size: float, ratio: floa
     ])
     rotation, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))
     path = measure(opener(vectors(*(rows @ rotation + 1).tolist())), 4, ["w"])
-    # By their cosines, rounding would leave angles of a thousandth of a degree no digits at all.
-    unit = 1e-15 * (0.1**2 + max(radii) ** 2) / (radii[0] * radii[1])
-    tolerance = math.degrees(min(unit / math.sin(turn), math.sqrt(unit)))
+    # What rounding makes of the triangle's side, squared, at the most where four numbers are added:
+    # 9 units of the step's square, and of the part along the line, whose two ends are known to 8
+    # units of their distances from the start.
+    step = math.hypot(0.1, *radii)
+    square = 2.0**-53 * (9 * step**2 + 2 * 0.1 * 8 * (0.3 + 0.4 + 2 * max(radii)))
+    # A radian is 2 r s sin φ of that square, and near 0 and 180 degrees it is off by r s φ².
+    unit = square / (radii[0] * radii[1])
+    tolerance = math.degrees(min(unit / (2 * math.sin(turn)), math.sqrt(unit)))
     assert tolerance < 0.02
     assert path.turn[2] == pytest.approx(degrees, abs=tolerance)
 
