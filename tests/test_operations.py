@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from losscli import losses
 from losscli.datasets import DataSet, Split
@@ -16,10 +19,11 @@ from losscli.datasets.objects import wrap
 from losscli.geometry import Line
 from losscli.models import CNN, MLP
 from losscli.objective import Objective
-from losscli.operations import operations
+from losscli.operations import _elementary, operations
 from losscli.recalibration import Recalibration
 from losscli.sweep import points_at_once, points_that_fit, sweep
 from tests.cases import CASES, Case
+from tests.conftest import ROOT
 
 
 def objective_of(
@@ -55,6 +59,31 @@ def test_products_are_counted_also_where_kernels_are_fused(
 ) -> None:
     inputs = torch.rand(shape)
     assert operations(model.eval(), lambda: model(inputs)) == truth
+
+
+def test_counting_does_not_import_the_compiler() -> None:
+    """It would take as long again as importing torch does."""
+    code = (
+        "import sys, torch; from losscli.operations import operations\n"
+        "layer = torch.nn.Linear(3, 2)\n"
+        "found = operations(layer, lambda: layer(torch.ones(1, 3)))\n"
+        "assert found == 12 and 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_count_is_that_of_pytorch(case: Case) -> None:
+    data = DataSet({"all": Split(case.inputs, case.targets)})
+    objective = Objective(case.build(), case.per_example, {}, data, device=torch.device("cpu"))
+    inputs = data.prepare(data.splits["all"].inputs, objective.dtype)
+
+    def forward() -> object:
+        return objective.forward(objective.model, inputs)
+
+    with torch.no_grad(), _elementary(), FlopCounterMode(display=False) as counter:
+        forward()
+    assert operations(objective.model, forward) == counter.get_total_flops() > 0
 
 
 class _Noting(nn.Module):
