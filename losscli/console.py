@@ -38,6 +38,7 @@ class Console:
         quiet: Whether progress and notes are left out.
         traceback: Whether an error shows where in the code it came from.
         kept: Where what was finished lies if the command ends too early; None where nothing was.
+        written: Whether the results stand.
     """
 
     def __init__(self, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
@@ -47,6 +48,7 @@ class Console:
         self.quiet = False
         self.traceback = False
         self.kept: Path | None = None
+        self.written = False
 
     @property
     def animated(self) -> bool:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from losscli.errors import LosscliError, UsageError, one_line
+from losscli.errors import ChangedError, LosscliError, UsageError, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -236,14 +236,15 @@ class Ranks:
         if time.monotonic() - self._looked >= _LOOK:
             self._look()
 
-    def fail(self, text: str) -> None:
-        """Tells the others why this rank ends, so that they end too.
+    def fail(self, text: str, *, changed: bool = False) -> None:
+        """Tells the others why this rank ends, so that they end too; of several errors the first.
 
         Args:
             text: The error, in one line.
+            changed: Whether it is a `ChangedError`, after which nothing is kept.
         """
         with contextlib.suppress(RuntimeError):
-            told = json.dumps([self.rank, socket.gethostname(), text])
+            told = json.dumps([self.rank, socket.gethostname(), text, changed])
             self._store.compare_set("error", "", told)
 
     def leave(self, status: int) -> None:
@@ -295,8 +296,9 @@ class Ranks:
     def _look(self) -> None:
         self._looked = time.monotonic()
         if self._store.check(["error"]):
-            rank, host, text = json.loads(self._store.get("error"))
-            raise RanksError(f"rank {rank} on {host}: {text}")
+            rank, host, text, changed = json.loads(self._store.get("error"))
+            kind = ChangedError if changed else RanksError
+            raise kind(f"rank {rank} on {host}: {text}")
         self._watch()
         deal = self._deal
         if deal is None:

@@ -455,11 +455,11 @@ def plan(description: Mapping[str, Any]) -> str:
     ]
     if "products_at_most" in d:
         rows.append(("products", f"with the Hessian, at most about {d['products_at_most']:,}"))
-    rows.append(("time", _estimate(d["estimate"], d["device"])))
+    rows.append(("time", _estimate(d["estimate"], d["device"], d["processes"])))
     return "".join(f"{label:<13}{printable(text)}\n" for label, text in rows)
 
 
-def _estimate(e: Mapping[str, Any], device: str) -> str:
+def _estimate(e: Mapping[str, Any], device: str, processes: int) -> str:
     """How long a run will take, and what that rests on."""
     batch = e["batch"]
     looked = [f"one batch of {batch['examples']:,} took {_span(batch['seconds'])}"]
@@ -468,7 +468,8 @@ def _estimate(e: Mapping[str, Any], device: str) -> str:
     long = f"{e['kind']} {_span(e['seconds'])}"
     if "seconds_at_most" in e:
         long = f"about {_span(e['seconds'])} to {_span(e['seconds_at_most'])}"
-    return f"{long} on {device} ({', '.join(looked)})"
+    alone = " for one process alone" if processes > 1 else ""
+    return f"{long} on {device}{alone} ({', '.join(looked)})"
 
 
 def _span(seconds: float) -> str:

@@ -383,7 +383,7 @@ def _agree(ranks: Ranks, objective: Objective, chunk: int, known: Iterable[Array
     way = objective.way
     told = ranks.gather([chunk, batch, way.value if way else 0])
     objective.batch_size = min(batch for _, batch, _ in told)
-    if len({way for *_, way in told}) > 1:
+    if len({way for *_, way in told if way}) > 1:
         # On devices of several kinds, one way that is right on all of them.
         objective.way = Way.LOADED
     return min(chunk for chunk, *_ in told)

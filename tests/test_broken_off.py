@@ -192,6 +192,10 @@ def changed(what: str, folder: Path) -> list[str]:
     elif what == "code":
         code = folder / "code_of_mine.py"
         code.write_text(code.read_text().replace("2 *", "3 *"))
+    elif what == "imported late":
+        (folder / "helper_of_mine.py").write_text("POWER = 2\n")
+    elif what == "metric":
+        return ["--metric", "code_of_mine.py:most,k=2"]
     return ["--limit", "9"] if what == "option" else []
 
 
@@ -202,6 +206,8 @@ def changed(what: str, folder: Path) -> list[str]:
         ("option", "--limit was not given and is 9"),
         ("data", "the examples of test was changed since"),
         ("code", "code_of_mine.py was changed since"),
+        ("imported late", "helper_of_mine.py was changed since"),
+        ("metric", '--metric was ["code_of_mine.py:most,k=1"] and is ["code_of_mine.py:most,k=2"]'),
     ],
 )
 def test_a_changed_input_begins_anew_and_says_why(
@@ -210,10 +216,16 @@ def test_a_changed_input_begins_anew_and_says_why(
     (folder / "code_of_mine.py").write_text(
         "import torch.nn.functional as F\n"
         "def loss(x, y):\n    return 2 * F.cross_entropy(x, y, reduction='none')\n"
+        "def most(x, y, k):\n"
+        "    from helper_of_mine import POWER\n"
+        "    return x.topk(k).values.sum(-1) ** POWER\n"
     )
+    (folder / "helper_of_mine.py").write_text("POWER = 1\n")
     command = [*LINE, "-m", "mlp:6-5-3", "--loss", "code_of_mine.py:loss"]
-    broken(command, log)
-    command += changed(what, folder)
+    first = [*command, "--metric", "code_of_mine.py:most,k=1"]
+    broken(first, log)
+    more = changed(what, folder)
+    command = [*(command if "--metric" in more else first), *more]
     assert ended(child(command, log)) == 0, log.read_text()
     (note,) = [line for line in log.read_text().splitlines() if "anew" in line]
     assert note.startswith("note: begins anew, and not where out.journal ends: ")
@@ -316,3 +328,29 @@ def test_recalled_points_do_not_count_in_the_rate(monkeypatch: pytest.MonkeyPatc
         tell(80)
         tell(90)
     assert stderr.getvalue() == "90/100 points, 0:00:20 left\n"
+
+
+@pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers"])
+def test_what_a_journal_holds_is_skipped(
+    name: str, folder: Path, log: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All points that were finished, and no others, are left out of the rate."""
+    broken(COMMANDS[name], log)
+    kept: list[float] = []
+    real_open, real_finish = Journal.open, Journal.finish
+
+    def opened(*arguments: Any) -> Journal:
+        journal = real_open(*arguments)
+        records = [journal.recall(key) for key in journal._index]
+        kept.append(sum(float(r["state"][0]) for r in records if r is not None))
+        return journal
+
+    def finished(self: Journal) -> None:
+        kept.append(self.skipped)
+        real_finish(self)
+
+    monkeypatch.setattr(Journal, "open", opened)
+    monkeypatch.setattr(Journal, "finish", finished)
+    done = losscli(*COMMANDS[name])
+    assert done.status == 0, done.stderr
+    assert kept[0] == kept[1] > 0

@@ -415,6 +415,27 @@ def test_a_help_text_that_nobody_reads_is_told_of_in_one_line(arguments: list[st
     assert done.stderr == b"losscli: stdout was closed before the result was written to it\n"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "interpolate a.pt b.pt --points 3 --no-figure -o out",
+        "align a.pt b.pt -o out.safetensors",
+        "export a.pt b.pt --alpha 0.5 -o out.safetensors",
+        "inspect a.pt b.pt --figure out.png",
+        "plot line.csv --figure out.png",
+    ],
+)
+def test_a_signal_while_the_result_is_told_does_not_deny_it(
+    command: str, losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = ("--points", 3, "--no-figure", "-o", "line")
+    assert losscli("interpolate", "a.pt", "b.pt", *to).status == 0
+    monkeypatch.setattr(Console, "result", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    done = losscli(*command.split())
+    assert (done.status, done.stderr) == (130, "losscli: interrupted; the results are written\n")
+    assert list(folder.glob("out*"))
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_with_one_line_and_no_file(
     sent: signal.Signals, status: int, folder: Path

@@ -101,6 +101,16 @@ def test_parts_of_a_checkpoint_are_regular_files(losscli: Losscli, folder: Path,
     refused(losscli, folder, said, "inspect", "own")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
+def test_parts_of_a_tokenizer_are_regular_files(
+    losscli: Losscli, folder: Path, odd: Make, name: str
+) -> None:
+    said = odd(f"own/{name}")
+    Path("some.txt").write_text("some text")
+    data = ("-d", "text:some.txt,tokenizer=own")
+    refused(losscli, folder, said, "interpolate", "a.pt", "b.pt", *data, "-o", "out")
+
+
 @pytest.mark.parametrize("option", ["-d", "-m"])
 def test_a_toml_file_is_a_regular_file(
     losscli: Losscli, folder: Path, odd: Make, option: str

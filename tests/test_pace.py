@@ -67,6 +67,9 @@ def test_what_a_run_evaluates_is_counted(name: str, folder: Path) -> None:
     # In units that no other part has: before it begins a run evaluates first batches, here all.
     pace = Pace(29, 0.5, 1e9, 1.0, 1e3, 1e6, 1e12)
     assert study.cost(pace) == examples * (plain + 16 + swept * 1e3) + swept * 1e6
+    done: list[float] = []
+    study.run(done.append)
+    assert done[-1] == pytest.approx(plain + swept)
     # Twice the examples take twice as long, whatever the batch.
     half = PLANS[name](**CPU, split=("train",))
     assert half.cost(Pace(8, 0.1, 0, 0, 1.0, 0, 0)) == 29 * swept

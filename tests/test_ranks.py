@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,12 @@ from torch.distributed import HashStore
 from losscli import ranks as module
 from losscli.cli import run
 from losscli.console import Console
-from losscli.errors import UsageError
+from losscli.errors import ChangedError, UsageError
 from losscli.models import MLP
 from losscli.objective import Objective
+from losscli.points import Way
 from losscli.ranks import Arrays, Ranks, RanksError, current, is_one_of_many
-from losscli.sweep import _cut
+from losscli.sweep import _agree, _cut
 from tests.conftest import ROOT, Losscli, Outcome
 from tests.forks import child, ended
 
@@ -252,12 +254,13 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
         f"barriers {FOUR} --points 5",
         f"barriers {FOUR} --points 9 --sampling-error 0.5",
         f"check {FOUR} --tolerance 1",
+        f"check {FOUR} --split train",
     ]
     lines = [f"{line} -q --no-figure -o @{i}" for i, line in enumerate(commands)]
     lines += ["interpolate a.pt b.pt --points 3 --dry-run", "list losses"]
     lines += ["interpolate a.pt b.pt --points 5 -o - -q"]
     expected = alone([line.replace("@", "one") for line in lines], losscli)
-    assert [outcome.status for outcome in expected] == [0] * 11, expected
+    assert [outcome.status for outcome in expected] == [0] * 12, expected
     before = {path.name for path in more.iterdir()}
 
     def hear(rank: int) -> None:
@@ -271,7 +274,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
             sys.addaudithook(hear)
 
     first, other = forked([line.replace("@", "two") for line in lines], 2, hear)
-    assert [outcome.status for outcome in (*first, *other)] == [0] * 22, first
+    assert [outcome.status for outcome in (*first, *other)] == [0] * 24, first
     # No other rank than 0 writes or talks, and what rank 0 writes are the files of one process.
     assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
     new = {path.name for path in more.iterdir()} - before
@@ -281,16 +284,16 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
             assert_same(name, name.replace("one", "two"))
     # Where every line and every search is one rank's, or the arithmetic is that of a CPU, the
     # numbers are the same to the last bit; so --refine adds the same points.
-    assert {"one7.escape.csv", "one5.curves.csv", "one3.surface.csv"} <= before
+    assert {"one7.escape.csv", "one8.escape.csv", "one5.curves.csv", "one3.surface.csv"} <= before
     for i in (0, 3, 5, 7):
         assert summary(f"two{i}") == summary(f"one{i}")
     assert json.loads(Path("two0.json").read_text())["processes"] == 2
     assert json.loads(Path("one0.json").read_text())["processes"] == 1
     # Rank 0 says what one process says, but how long that took.
-    for i in (8, 9):
+    for i in (9, 10):
         told, said = (of[i].stdout.partition("\ntime ")[0] for of in (expected, first))
         assert told == said
-    assert len(first[10].stdout.splitlines()) == len(expected[10].stdout.splitlines())
+    assert len(first[11].stdout.splitlines()) == len(expected[11].stdout.splitlines())
 
 
 @forks
@@ -396,7 +399,7 @@ def test_a_rank_that_dies_takes_nothing_finished_with_it(
     first, other = forked([line("whole")], 2)
     assert [outcome.status for outcome in (*first, *other)] == [0, 0], first
     # Rank 1 is killed with some points done, and later rank 0, which alone writes.
-    process = torchrun(line("broken"), 2, KILL="broken.0.1.31 broken.1.0.36")
+    process = torchrun(line("broken"), 2, KILL="broken.0.1.31 broken.1.0.31")
     told = said(process)
     assert process.returncode == 0, told
     assert Path("broken.csv").read_bytes() == Path("whole.csv").read_bytes()
@@ -463,6 +466,44 @@ def test_ctrl_c_ends_all_and_the_next_run_goes_on(
     assert (whole.status, done.status) == (0, 0), done.stderr
     assert "goes on where broken.journal ends" in done.stderr
     assert_same("whole.csv", "broken.csv")
+
+
+@forks
+def test_a_checkpoint_that_changes_for_one_rank_leaves_nothing(
+    folder: Path, line: Callable[[str], str]
+) -> None:
+    real = Objective.at
+
+    def before(rank: int) -> None:
+        def at(self: Objective, *rest: Any) -> Any:
+            if Path("changed.journal").exists():
+                raise ChangedError("b.pt was changed", "Start again")
+            return real(self, *rest)
+
+        if rank:
+            Objective.at = at  # type: ignore[method-assign]
+
+    first, other = forked([line("changed")], 2, before)
+    assert [outcome.status for outcome in (*first, *other)] == [1, 1]
+    assert re.fullmatch(r"losscli: rank 1 on .*: b.pt was changed. Start again\n", first[0].stderr)
+    # What was finished may be of what the file was for a moment.
+    assert not list(folder.glob("changed*"))
+
+
+def test_ranks_that_have_not_settled_on_a_way_leave_it_to_the_others() -> None:
+    def agree(*ways: Way | None) -> Way | None:
+        told = [[3, 8, way.value if way else 0] for way in ways]
+        ranks = SimpleNamespace(gather=lambda _: told)
+        objective = SimpleNamespace(batch_size=8, way=ways[0])
+        assert _agree(ranks, objective, 3, []) == 3  # type: ignore[arg-type]
+        way: Way | None = objective.way
+        return way
+
+    assert agree(Way.SHARED, Way.SHARED) == Way.SHARED
+    assert agree(Way.SHARED, None) == Way.SHARED
+    assert agree(None, Way.SHARED) is None
+    assert agree(Way.SHARED, Way.BOUND) == Way.LOADED
+    assert agree(None, Way.SHARED, Way.BOUND) == Way.LOADED
 
 
 def together(size: int, work: Callable[[Ranks], Any]) -> list[Any]:

@@ -259,10 +259,13 @@ def _old(file: io.BytesIO | mmap.mmap) -> None:
     stop = file.tell()
     size = file.seek(0, io.SEEK_END) or file.tell()  # mapped memory does not say where it went
     left: dict[str, int] = {}
+    total = 0
 
     def fits(key: str, nbytes: int) -> bool:
+        nonlocal total
+        total += max(0, nbytes - left.get(key, 0))
         left[key] = max(nbytes, left.get(key, 0))
-        return sum(left.values()) <= size - stop
+        return total <= size - stop
 
     file.seek(start)
     _read(file.read(stop - start), fits)

@@ -90,7 +90,8 @@ def _attempt(work: Callable[[Console], int], console: Console) -> int:
         for child in multiprocessing.active_children():
             child.terminate()
         how = "interrupted" if sent.number == signal.SIGINT else "terminated"
-        console.error(f"{how}; {_kept(console) or 'nothing was written'}")
+        else_ = "the results are written" if console.written else "nothing was written"
+        console.error(f"{how}; {_kept(console) or else_}")
         return 128 + sent.number
     except SystemExit as error:
         if "_LOSSCLI_COMPLETE" in os.environ:  # a shell asked typer for completions

@@ -60,6 +60,7 @@ def align(
     with console.guard_stdout():
         alignment = study(a, b, **asdict(settings))
     save(alignment.checkpoint.weights, alignment.checkpoint.metadata, out)
+    console.written = True
     if json_:
         console.result(f"{to_json({**alignment.summary, 'file': str(out)}, indent=None)}\n")
     else:

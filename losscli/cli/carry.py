@@ -80,7 +80,7 @@ def carry_out(
     from losscli.journal import Journal
 
     with console.guard_stdout():
-        basis = study.basis()
+        basis = study.basis
     with (
         Journal.open(output.stem, basis.identity, basis.told) as journal,
         _keeping(journal, console),
@@ -89,6 +89,7 @@ def carry_out(
             console.note(note)
         result = _evaluate(study, console, journal)
         files = output.write(result, log=write.log)
+        console.written = True
         journal.finish()
     if write.json:
         console.result(f"{to_json(result.summary, indent=None)}\n")
@@ -101,14 +102,19 @@ def _help(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Consol
     """Does a rank's share of a study that rank 0 carries out."""
     with console.guard_stdout():
         study = plan()
-        if not write.dry_run:
-            ranks.agree(_alike(study))
+        if write.dry_run:
+            return
+        ranks.agree(_alike(study))
+        try:
             study.run()
+        except ChangedError as error:
+            ranks.fail(str(error), changed=True)
+            raise
 
 
 def _alike(study: Study) -> dict[str, str]:
     """What has to be the same for all ranks, whatever machines they are on."""
-    told = study.basis().told
+    told = study.basis.told
     return {name: json.dumps(value) for name, value in told.items() if name not in _OWN}
 
 

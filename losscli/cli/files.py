@@ -48,6 +48,7 @@ def inspect(
 
     result = study(checkpoints)
     files = output.draw(result.figure) if output else []
+    console.written = bool(files)
     if json_:
         summary = {**result.summary, "rows": result.table.records()}
         console.result(f"{to_json(summary, indent=None)}\n")
@@ -120,6 +121,7 @@ def export(
     assert alpha is not None
     checkpoint = study(a, b, alpha, summary=summary)
     save(checkpoint.weights, checkpoint.metadata, out)
+    console.written = True
     console.result(f"{out}\n")
     if best is not None:
         console.note(f"α = {alpha}, of the lowest loss on {best} in {csv}: {point.loss:.6g}")

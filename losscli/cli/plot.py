@@ -126,8 +126,9 @@ def plot(
 
     _need_few(csvs, runs)
     drawable = [Run(run.table, run.summary, run.label, run.more) for run in runs]
-    for path in output.draw(lambda: draw(drawable, title=title, log=log)):
-        console.result(f"{path}\n")
+    files = output.draw(lambda: draw(drawable, title=title, log=log))
+    console.written = True
+    console.result("".join(f"{path}\n" for path in files))
 
 
 def _read(name: str, label: str) -> _Run:

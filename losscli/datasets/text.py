@@ -16,6 +16,7 @@ from torch import Tensor
 from losscli.datasets.memory import host_memory
 from losscli.datasets.split import DataSet, Split
 from losscli.errors import DataError, SpecError, one_line
+from losscli.regular import IrregularError, open_regular, read_regular
 
 __all__ = ["IGNORED", "load_text", "read_texts"]
 
@@ -132,11 +133,22 @@ def _bytes(texts: Sequence[bytes | str]) -> Iterable[npt.ArrayLike]:
         yield np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
 
 
+def _need_regular(folder: Path) -> None:
+    """Refuses pipes and devices among the files: from these the library would read without end."""
+    for path in folder.iterdir():
+        try:
+            open_regular(path).close()
+        except IrregularError as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+        except OSError:
+            continue  # a folder; and of what cannot be opened the library has a word
+
+
 def _need_printable(folder: Path) -> None:
     """Refuses keys that would steer a terminal: the library prints those that it does not know."""
     for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
         try:
-            content = json.loads((folder / name).read_bytes())
+            content = json.loads(read_regular(folder / name))
         except (OSError, ValueError, RecursionError):
             continue  # the library has a word on it
         if name == "tokenizer.json":  # its vocabulary may have any keys
@@ -173,6 +185,7 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
             f"tokenizers are read by transformers, which is not installed ({one_line(error)})",
             "pip install 'losscli[hf]'",
         ) from None
+    _need_regular(folder)
     _need_printable(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the library would write to stderr

@@ -58,7 +58,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         whole, data_name = data_of(settings, file)
         data = whole.select(settings.split, None, settings.seed)
         loss, loss_name = loss_of(settings, file, data, model)
-        metrics = metrics_of(settings, data, loss, model)
+        metrics, metric_names = metrics_of(settings, data, loss, model)
         recalibration = recalibration_of(model, whole, data, settings)
     objective = Objective(
         model,
@@ -71,7 +71,12 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         recalibration=recalibration,
     )
     buffers = floating_buffers(objective)
-    specs = {"model": found.text, "data": data_name, "loss": loss_name}
+    specs = {
+        "model": found.text,
+        "data": data_name,
+        "loss": loss_name,
+        "metrics": metric_names,
+    }
     return Problem(
         objective,
         tuple(names),
@@ -89,7 +94,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
 def _provenance(
     settings: Settings,
     objective: Objective,
-    specs: Mapping[str, str],
+    specs: Mapping[str, object],
     entries: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Tells where all of a problem came from."""
@@ -104,7 +109,6 @@ def _provenance(
         "dtype": settings.dtype,
         "tf32": settings.tf32,
         **specs,
-        "metrics": list(objective.metrics),
         "seed": settings.seed,
         "limit": settings.limit,
         "sampling_error": settings.sampling_error,

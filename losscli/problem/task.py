@@ -159,7 +159,7 @@ def _language_loss(data: DataSet, model: nn.Module) -> str:
 
 def metrics_of(
     settings: Settings, data: DataSet, loss: PerExample, model: nn.Module
-) -> dict[str, PerExample]:
+) -> tuple[dict[str, PerExample], list[str]]:
     """Finds the metrics: those that are named, or that of the data's task.
 
     Args:
@@ -169,7 +169,7 @@ def metrics_of(
         model: The model.
 
     Returns:
-        The per-example metrics by the names of their columns.
+        The per-example metrics by the names of their columns, and what they are called.
 
     Raises:
         UsageError: Two columns would have one name.
@@ -180,6 +180,7 @@ def metrics_of(
     if loss is token_cross_entropy or (data.language and not next_tokens):
         default = "none"
     metrics: dict[str, PerExample] = {}
+    texts = []
     for value in settings.metric or (default,):
         if value == "none":
             continue
@@ -188,7 +189,8 @@ def metrics_of(
         if name in metrics or name in _COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
         metrics[name] = _per_example(found, METRICS, "metric")
-    return metrics
+        texts.append(found.text)
+    return metrics, texts
 
 
 def _column(metric: Any) -> str:

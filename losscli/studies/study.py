@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -153,11 +154,11 @@ class Study(ABC):
         told |= {"command": self.command, **self.settled}
         return _digest(told)
 
+    @cached_property
     def basis(self) -> Basis:
-        """Tells what the numbers of a run rest on; for that, a first batch is evaluated.
+        """What the numbers of a run rest on; for that, a first batch is evaluated.
 
-        Returns:
-            The basis: where it is the same, and the machine too, the numbers are the same.
+        Where it is the same, and the machine too, the numbers are the same.
 
         Raises:
             LosscliError: The model or the loss fails on the data, or gives two answers for one
@@ -165,13 +166,14 @@ class Study(ABC):
         """
         objective, settings = self.problem.objective, self.problem.settings
         provenance = self.problem.provenance
-        code = {f"the code in {file}": content for file, content in own_code().items()}
         data = {f"the examples of {n}": split.digest for n, split in objective.splits.items()}
         if objective.recalibration is not None:
             data["the examples of statistics"] = objective.recalibration.split.digest
         with float32_precision(tf32=settings.tf32):
             check(objective, self.problem.origin)
             tried = halving(objective, self._try)
+        # Now that all of it was called, which may have imported more.
+        code = {f"the code in {file}": content for file, content in own_code().items()}
         told = {
             "the command": self.command,
             **{f"the checkpoint {c['name']}": _content(c) for c in provenance["checkpoints"]},
@@ -197,7 +199,7 @@ class Study(ABC):
         return Basis(_digest(settles), told)
 
     def _try(self) -> str:
-        """A digest of the losses of first batches at both ends, if they are the same each time."""
+        """A digest of what first batches are at both ends, if that is the same each time."""
         problem, objective = self.problem, self.problem.objective
         batches = objective.first_batches()
         last = problem.place(problem.last.weights)
@@ -205,8 +207,10 @@ class Study(ABC):
         with objective.brief():
             for weights in (problem.origin, last, last):
                 evaluations = objective.plain(weights, batches)
-                losses = {name: evaluation.losses for name, evaluation in evaluations.items()}
-                found.append(digest(losses))
+                values = {f"loss {name}": e.losses for name, e in evaluations.items()}
+                for name, evaluation in evaluations.items():
+                    values |= {f"{m} {name}": v for m, v in evaluation.metrics.items()}
+                found.append(digest(values))
         objective.load(problem.origin)
         first, one, other = found
         # Some kernels of a GPU add in any order: then it tells nothing.
