@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -533,6 +534,7 @@ def test_a_full_stdout_is_one_line(arguments: str, folder: Path) -> None:
         '{"command": "interpolate", "checkpoints": null, "splits": [1]}',
         '{"command": "interpolate", "checkpoints": "abc", "splits": {}}',
         '{"command": "interpolate", "checkpoints": [], "splits": {"train": 3}, "examples": {}}',
+        '{"command": "interpolate", "checkpoints": [], "splits": {}, "examples": {}, "tables": 5}',
         "[]",
         "not json",
     ],
@@ -544,6 +546,51 @@ def test_plot_ignores_a_summary_that_is_not_its_own(
     Path("x.json").write_text(summary)
     assert losscli("plot", "x.csv").status == 0
     assert losscli("plot", "x.csv", "--terminal").status == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("splits", "train", "local_maxima"), ["x"]),
+        (("splits", "train", "local_minima"), [[]]),
+        (("splits", "train", "local_minima"), {"x": None}),
+        (("examples", "train"), [5]),
+    ],
+)
+def test_plot_names_a_summary_that_does_not_hold_what_losscli_writes(
+    place: tuple[str, ...], value: Any, losscli: Losscli, folder: Path
+) -> None:
+    losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--no-figure", "--points", 3)
+    summary = json.loads(Path("x.json").read_text())
+    inner = summary
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    Path("x.json").write_text(json.dumps(summary))
+    done = losscli("plot", "x.csv")
+    assert done.status == 1
+    assert done.stderr.startswith("losscli: x.json does not hold what losscli writes: ")
+    assert done.stderr.count("\n") == 1
+    assert not Path("x.png").exists()
+
+
+def test_plot_refuses_a_plane_that_is_no_grid(losscli: Losscli, folder: Path) -> None:
+    rows = "".join(f"{i},{i},t,1,0\n" for i in range(20_000))
+    Path("x.csv").write_text(f"x,y,split,loss,loss_stderr\n{rows}")
+    done = losscli("plot", "x.csv")
+    assert (done.status, done.stdout) == (1, "")
+    assert done.stderr.startswith("losscli: 20,000 rows are no grid of 400,000,000 points")
+    assert not Path("x.png").exists()
+
+
+def test_no_more_than_a_hundred_names_that_do_not_fit_are_listed(
+    losscli: Losscli, folder: Path
+) -> None:
+    torch.save({f"w{i}": torch.ones(1) for i in range(3000)}, "many.pt")
+    done = losscli("interpolate", "a.pt", "many.pt", "-o", "out")
+    assert done.status == 1
+    assert done.stderr.count("missing") + done.stderr.count("unexpected") == 100
+    assert "; and 2,904 more" in done.stderr
 
 
 def test_plot_reads_what_a_spreadsheet_saved(losscli: Losscli, folder: Path) -> None:

@@ -495,3 +495,24 @@ def test_a_pipe_that_breaks_in_a_shell_is_one_line(folder: Path) -> None:
     )
     assert done.stdout.startswith("alpha,split,loss")
     assert done.stderr == "losscli: stdout was closed before the result was written to it\n"
+
+
+def test_a_current_folder_that_is_gone_is_one_line(folder: Path) -> None:
+    shell = " ".join(map(shlex.quote, [sys.executable, "-m", "losscli", "inspect", "a.pt"]))
+    done = subprocess.run(
+        ["bash", "-c", f"mkdir gone && cd gone && rmdir ../gone && {shell}"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2
+    # What the shell itself says comes before.
+    told = [line for line in done.stderr.splitlines() if not line.startswith("shell-init")]
+    assert told == ["losscli: the current folder is gone. Change to one that is there"]
+
+
+def test_a_backend_of_matplotlib_that_is_not_there_is_not_asked(folder: Path) -> None:
+    done = command(*RUN, "-q", MPLBACKEND="nope")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out.png").exists()

@@ -353,6 +353,10 @@ def test_code_of_a_folder_is_never_run(folders: Path, losscli: Losscli) -> None:
     ("content", "message"),
     [
         ('{"model_type": "own"}', "does not know the model_type 'own' of m/config.json. Try a new"),
+        (
+            '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 10000000}',
+            "m/config.json asks for n_layer=10000000, more than the 2,000 of any model. Correct it",
+        ),
         ("{", "m/config.json cannot be read: JSONDecodeError"),
         ("[]", "m/config.json has no model_type"),
         ('{"model_type": 3}', "m/config.json has no model_type"),

@@ -151,6 +151,7 @@ def test_sizes_that_are_no_layers_are_refused_with_an_example(sizes: Any) -> Non
         (MLP, "6-3", {"activation": "maxout", "pieces": 0}, "pieces=0 is no number of affine"),
         (MLP, "6-3", {"activation": "maxout", "pieces": 1.5}, "pieces=1.5 is no number"),
         (MLP, "6-3", {"pieces": "two"}, "pieces=two is no number"),
+        (MLP, "-".join(["1"] * 501), {}, "mlp: 501 sizes are more than the 500 it has layers for"),
         (CNN, "", {}, "cnn: '' is no list of sizes. Write for example cnn:16-32,channels=3"),
         (CNN, "16-0", {}, "cnn: '16-0' is no list"),
         (CNN, 16, {}, "cnn: 16 is no list"),

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line without the program's name; that of the process by default.
     """
     console = Console()
+    # Files alone are drawn. What a desktop's session has there may not be installed here.
+    os.environ["MPLBACKEND"] = "agg"
     tell_of_lost_pages(console.error)
     status = run(sys.argv[1:] if arguments is None else list(arguments), console)
     if status > 128:
@@ -177,6 +180,10 @@ def _among_ranks(arguments: Sequence[str], console: Console) -> int:
 
 
 def _parse(arguments: Sequence[str], console: Console) -> int:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder is gone", "Change to one that is there") from None
     # typer takes a tenth of a second to import: within `run`, so that Ctrl-C is heard meanwhile.
     import typer
 

@@ -6,7 +6,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ import typer
 
 from losscli.cli.options import with_console
 from losscli.console import Console, stdin
-from losscli.errors import TableError, UsageError
+from losscli.errors import TableError, UsageError, one_line
 from losscli.regular import read_regular
 from losscli.results import Output, need_few, stem_of
 from losscli.table import Table
@@ -29,6 +30,7 @@ class _Run:
     summary: dict[str, Any]
     label: str
     more: dict[str, Table]
+    source: str  # the summary's
 
 
 _TABLES = {
@@ -51,6 +53,9 @@ _ERRORS = frozenset({"loss_stderr", "barrier_stderr", "lambda_min_error", "lambd
 _PLACES = {"blocks": "alpha", "context": "alpha"}
 
 _FEWER = "Choose fewer by --split and --metric when a table is made, or give fewer tables"
+
+# Columns and lines of a terminal that are drawn on; the environment may say anything.
+_WIDEST = 1000
 
 # No line reaches farther, since no weight on it would be a float32.
 _FARTHEST = 1e30
@@ -126,20 +131,47 @@ def plot(
 
     _need_few(csvs, runs)
     drawable = [Run(run.table, run.summary, run.label, run.more) for run in runs]
-    files = output.draw(lambda: draw(drawable, title=title, log=log))
+    with _understood(runs):
+        files = output.draw(lambda: draw(drawable, title=title, log=log))
     console.written = True
     console.result("".join(f"{path}\n" for path in files))
+
+
+@contextmanager
+def _understood(runs: Sequence[_Run]) -> Iterator[None]:
+    """Tells of summaries that do not hold what losscli writes; without one there is no such error.
+
+    Args:
+        runs: What is drawn.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TableError: A summary has something of another kind than losscli writes.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        told = [run.source for run in runs if run.summary]
+        if not told:
+            raise
+        raise TableError(
+            f"{' or '.join(told)} does not hold what losscli writes: {one_line(error)}",
+            "Move it away, or make it again with its CSV",
+        ) from error
 
 
 def _read(name: str, label: str) -> _Run:
     if name == "-":
         text = stdin().decode("utf-8-sig", "replace")
         table = Table.from_csv(io.StringIO(text, newline=""), "stdin")
-        return _Run(_checked(table, "stdin"), {}, label, {})
+        return _Run(_checked(table, "stdin"), {}, label, {}, "")
     path = Path(name)
     table = _checked(Table.read(path, pipe=True), name)
     summary = _summary(path, table.command)
-    return _Run(table, summary, label, _more(path, table, summary))
+    source = str(path.with_suffix(".json"))
+    return _Run(table, summary, label, _more(path, table, summary), source)
 
 
 def _checked(table: Table, name: str) -> Table:
@@ -195,8 +227,9 @@ def _summary(path: Path, command: str) -> dict[str, Any]:
             "splits": dict(splits),
             "examples": dict(),
         } if made_by == command:
+            listed = isinstance(summary.get("tables", []), list)
             named = all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in checkpoints)
-            if named and all(isinstance(split, dict) for split in splits.values()):
+            if listed and named and all(isinstance(split, dict) for split in splits.values()):
                 return dict(summary)
     return {}
 
@@ -269,8 +302,8 @@ def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:
     curves = [(run.label or _name(run), run.table) for run in runs]
     drawn = draw(
         curves,
-        width=width,
-        height=max(height - 2, 8),
+        width=min(width, _WIDEST),
+        height=min(max(height - 2, 8), _WIDEST),
         colour=colour,
         log=log,
         ascii=not encoding.lower().startswith("utf"),

@@ -19,6 +19,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# A file may name any number; each layer takes some milliseconds to build and to hold.
+_DEEPEST = 500
+
+
 class MLP(nn.Module):
     """A multi-layer perceptron; inputs of any shape are flattened.
 
@@ -143,6 +147,11 @@ def _widths(sizes: str | Sequence[int], model: str, *, at_least: int) -> list[in
         widths = [int(size) for size in given]
     except (TypeError, ValueError, OverflowError):
         given = widths = []
+    if len(widths) > _DEEPEST:
+        raise SpecError(
+            f"{model}: {len(widths):,} sizes are more than the {_DEEPEST:,} it has layers for",
+            "Name code of your own that builds the model",
+        )
     rounded = not isinstance(sizes, str) and widths != given
     if len(widths) < at_least or min(widths) < 1 or rounded:
         example = {"mlp": "mlp:784-512-10", "cnn": "cnn:16-32,channels=3"}[model]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,10 @@ _HEADS = (
     ),
     (("ForPreTraining",), ("AutoModelForPreTraining",)),
 )
+
+# How the numbers of what a model is built of are called, and how many of each it may have.
+_PARTS = ("layer", "layers", "blocks", "depth", "depths", "experts")
+_MOST_PARTS = 2000
 
 
 def has_config(folder: Path) -> bool:
@@ -105,6 +109,7 @@ def pretrained(folder: str | Path) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
+            _need_few_parts(path / "config.json", config.to_dict())
             return _build(transformers, config, next(iter(architectures), ""))
     except ModelError:
         raise
@@ -137,6 +142,20 @@ def _read(path: Path) -> dict[str, Any]:
             'Write the class of the model, for example ["GPT2LMHeadModel"]',
         )
     return content
+
+
+def _need_few_parts(file: Path, config: Mapping[Any, Any]) -> None:
+    """Refuses a number of layers that no model has: to build them would take hours."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _need_few_parts(file, value)
+        values = value if isinstance(value, list | tuple) else [value]
+        numbers = [v for v in values if type(v) is int]
+        if str(key).endswith(_PARTS) and sum(numbers) > _MOST_PARTS:
+            raise ModelError(
+                f"{file} asks for {key}={value}, more than the {_MOST_PARTS:,} of any model",
+                "Correct it, or give a --model of your own that builds it",
+            )
 
 
 def _build(transformers: Any, config: Any, architecture: str) -> nn.Module:
