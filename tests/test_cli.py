@@ -574,12 +574,50 @@ def test_plot_names_a_summary_that_does_not_hold_what_losscli_writes(
     assert not Path("x.png").exists()
 
 
-def test_plot_refuses_a_plane_that_is_no_grid(losscli: Losscli, folder: Path) -> None:
-    rows = "".join(f"{i},{i},t,1,0\n" for i in range(20_000))
-    Path("x.csv").write_text(f"x,y,split,loss,loss_stderr\n{rows}")
+def test_plot_does_not_blame_a_summary_for_what_fails_without_it(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--no-figure", "--points", 3)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise TypeError("of losscli")
+
+    monkeypatch.setattr("losscli.figure.draw", fails)
+    done = losscli("plot", "x.csv")
+    assert done.status == 1
+    assert "unexpected TypeError: of losscli. This is a fault of losscli" in done.stderr
+
+
+GRIDS = {
+    "plane": ("x.csv", "x,y,split,loss,loss_stderr", "{i},{i},t,1,0"),
+    "surface": (
+        "x.surface.csv",
+        "step,projection,residual,split,loss,loss_stderr",
+        "{i},{p},{i},t,1,0",
+    ),
+    "barriers": (
+        "x.csv",
+        "a,b,split,distance,barrier,barrier_stderr,alpha,loss_a,loss_b",
+        "a{i},b{i},t,1,0.5,0,0.5,1,1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_plot_refuses_a_grid_that_is_next_to_empty(
+    kind: str, losscli: Losscli, folder: Path
+) -> None:
+    """It would be held as a whole: 20,000 rows would take gigabytes."""
+    file, header, row = GRIDS[kind]
+    rows = [row.format(i=i, p=i / 19_999) for i in range(20_000)]
+    Path(file).write_text("\n".join([header, *rows, ""]))
+    if kind == "surface":
+        path = "step,checkpoint,projection,residual,distance,turn_degrees,split,loss,loss_stderr"
+        Path("x.csv").write_text(f"{path}\n0,a,0,0,0,,t,1,0\n1,b,1,0,1,,t,1,0\n")
     done = losscli("plot", "x.csv")
     assert (done.status, done.stdout) == (1, "")
-    assert done.stderr.startswith("losscli: 20,000 rows are no grid of 400,000,000 points")
+    assert done.stderr.startswith(f"losscli: {file} has 20,000 rows for the ")
+    assert done.stderr.count("\n") == 1
     assert not Path("x.png").exists()
 
 

@@ -23,6 +23,7 @@ from losscli.errors import LossError
 from losscli.geometry import Line
 from losscli.losses import causal_lm, perplexity
 from losscli.models import MODELS
+from losscli.models.pretrained import pretrained
 from losscli.objective import Objective
 from losscli.points import Way
 from losscli.sweep import sweep
@@ -349,6 +350,23 @@ def test_code_of_a_folder_is_never_run(folders: Path, losscli: Losscli) -> None:
     assert not Path("ran").exists()
 
 
+def test_layer_positions_and_labels_are_not_layer_counts(
+    tmp_path: Path,
+) -> None:
+    content = {
+        "model_type": "gpt2",
+        "n_embd": 4,
+        "n_head": 1,
+        "n_layer": 1,
+        "vocab_size": 3,
+        "mlp_only_layers": list(range(90)),
+        "label2id": {"tennis player": 5000, "layers": 6000},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model = pretrained(tmp_path)
+    assert sum(1 for name in model.state_dict() if name.endswith("attn.c_attn.weight")) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -356,6 +374,10 @@ def test_code_of_a_folder_is_never_run(folders: Path, losscli: Losscli) -> None:
         (
             '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 10000000}',
             "m/config.json asks for n_layer=10000000, more than the 2,000 of any model. Correct it",
+        ),
+        (
+            '{"model_type": "swin", "depths": [1500, 1500]}',
+            "m/config.json asks for depths=[1500, 1500], more than the 2,000 of any model",
         ),
         ("{", "m/config.json cannot be read: JSONDecodeError"),
         ("[]", "m/config.json has no model_type"),

@@ -93,8 +93,8 @@ def _attempt(work: Callable[[Console], int], console: Console) -> int:
         for child in multiprocessing.active_children():
             child.terminate()
         how = "interrupted" if sent.number == signal.SIGINT else "terminated"
-        else_ = "the results are written" if console.written else "nothing was written"
-        console.error(f"{how}; {_kept(console) or else_}")
+        written = "the results are written" if console.written else "nothing was written"
+        console.error(f"{how}; {_kept(console) or written}")
         return 128 + sent.number
     except SystemExit as error:
         if "_LOSSCLI_COMPLETE" in os.environ:  # a shell asked typer for completions
@@ -153,6 +153,10 @@ def _send_again(number: int) -> None:
 
 
 def _dispatch(arguments: Sequence[str], console: Console) -> int:
+    try:
+        Path.cwd()  # without one torch ends the process
+    except FileNotFoundError:
+        raise UsageError("the current folder is gone", "Change to one that is there") from None
     if "RANK" in os.environ:
         from losscli.ranks import is_one_of_many
 
@@ -180,10 +184,6 @@ def _among_ranks(arguments: Sequence[str], console: Console) -> int:
 
 
 def _parse(arguments: Sequence[str], console: Console) -> int:
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        raise UsageError("the current folder is gone", "Change to one that is there") from None
     # typer takes a tenth of a second to import: within `run`, so that Ctrl-C is heard meanwhile.
     import typer
 

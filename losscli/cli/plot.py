@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,6 @@ class _Run:
     summary: dict[str, Any]
     label: str
     more: dict[str, Table]
-    source: str  # the summary's
 
 
 _TABLES = {
@@ -51,6 +50,12 @@ _FURTHER = {
 
 _ERRORS = frozenset({"loss_stderr", "barrier_stderr", "lambda_min_error", "lambda_max_error"})
 _PLACES = {"blocks": "alpha", "context": "alpha"}
+
+# The columns that span a grid; of barriers, each pair of names.
+_AXES = {"plane": ("x", "y"), "surface": ("step", "residual"), "barriers": ("a", "b")}
+
+# Points of a grid for each row: a table may lack some, but not most of them.
+_SPARSEST = 4
 
 _FEWER = "Choose fewer by --split and --metric when a table is made, or give fewer tables"
 
@@ -127,51 +132,38 @@ def plot(
     alone = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((alone or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or ()), force=force)
-    from losscli.figure import Run, draw
+    from losscli.figure import Run, draw, render
 
     _need_few(csvs, runs)
     drawable = [Run(run.table, run.summary, run.label, run.more) for run in runs]
-    with _understood(runs):
-        files = output.draw(lambda: draw(drawable, title=title, log=log))
-    console.written = True
-    console.result("".join(f"{path}\n" for path in files))
-
-
-@contextmanager
-def _understood(runs: Sequence[_Run]) -> Iterator[None]:
-    """Tells of summaries that do not hold what losscli writes; without one there is no such error.
-
-    Args:
-        runs: What is drawn.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        TableError: A summary has something of another kind than losscli writes.
-    """
     try:
-        yield
+        files = output.draw(lambda: draw(drawable, title=title, log=log))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        told = [run.source for run in runs if run.summary]
-        if not told:
-            raise
+        told = [str(_beside(c)) for c, run in zip(csvs, runs, strict=True) if run.summary]
+        # What fails without summaries too is not theirs, but a fault of losscli.
+        render(draw([replace(run, summary={}) for run in drawable], title=title, log=log), ".png")
         raise TableError(
             f"{' or '.join(told)} does not hold what losscli writes: {one_line(error)}",
             "Move it away, or make it again with its CSV",
         ) from error
+    console.written = True
+    console.result("".join(f"{path}\n" for path in files))
+
+
+def _beside(csv: str) -> Path:
+    """The summary of a table."""
+    return Path(csv).with_suffix(".json")
 
 
 def _read(name: str, label: str) -> _Run:
     if name == "-":
         text = stdin().decode("utf-8-sig", "replace")
         table = Table.from_csv(io.StringIO(text, newline=""), "stdin")
-        return _Run(_checked(table, "stdin"), {}, label, {}, "")
+        return _Run(_checked(table, "stdin"), {}, label, {})
     path = Path(name)
     table = _checked(Table.read(path, pipe=True), name)
     summary = _summary(path, table.command)
-    source = str(path.with_suffix(".json"))
-    return _Run(table, summary, label, _more(path, table, summary), source)
+    return _Run(table, summary, label, _more(path, table, summary))
 
 
 def _checked(table: Table, name: str) -> Table:
@@ -188,6 +180,7 @@ def _checked(table: Table, name: str) -> Table:
     if not table.rows:
         raise TableError(f"{name} has no rows")
     _need_sense(table, name, _ERRORS, "alpha" if table.command == "interpolate" else "")
+    _need_grid(table, name, table.command)
     return table
 
 
@@ -214,10 +207,33 @@ def _need_sense(table: Table, name: str, errors: Collection[str], place: str) ->
                 )
 
 
+def _need_grid(table: Table, name: str, kind: str) -> None:
+    """Makes sure that rows fill most of the grid that is drawn of them: it takes memory as a whole.
+
+    Args:
+        table: The table.
+        name: What to call it.
+        kind: The command that it is of, or the name of a further table.
+    """
+    if kind not in _AXES:
+        return
+    values = [set(table[column]) - {None} for column in _AXES[kind]]
+    if kind == "barriers":
+        points = math.comb(len(set().union(*values)), 2)
+    else:
+        points = math.prod(map(len, values))
+    if points > _SPARSEST * len(table.rows):
+        raise TableError(
+            f"{name} has {len(table.rows):,} rows for the {points:,} points that its columns "
+            f"{' and '.join(_AXES[kind])} make, and is no grid",
+            "Give a CSV as losscli wrote it",
+        )
+
+
 def _summary(path: Path, command: str) -> dict[str, Any]:
     """Reads the summary beside a CSV; without one, the picture has no names to show."""
     try:
-        summary = json.loads(read_regular(path.with_suffix(".json")).decode())
+        summary = json.loads(read_regular(_beside(str(path))).decode())
     except (OSError, ValueError, RecursionError):
         return {}
     match summary:
@@ -249,6 +265,7 @@ def _more(path: Path, own: Table, summary: dict[str, Any]) -> dict[str, Table]:
                     f"Give {path} without it, or make both again",
                 )
             _need_sense(table, str(beside), {"error", *_ERRORS}, _PLACES.get(name, ""))
+            _need_grid(table, str(beside), name)
             _need_kinship(path, name, table, own)
             more[name] = table
     return more

@@ -18,7 +18,6 @@ from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from losscli.errors import TableError
 from losscli.figure.look import (
     INCH,
     INK,
@@ -63,7 +62,6 @@ __all__ = ["draw_plane"]
 Floats = NDArray[np.float64]
 
 _FEW = 4  # so few checkpoints are told one by one
-_SPARSEST = 4  # crossings of a grid for each row: a file may lack some, but not most of them
 _LONG = 2.2  # a box longer than this fills its panel rather than keep its proportions
 
 
@@ -185,13 +183,6 @@ def _sheet(panels: int, ratio: float, *, surface: bool) -> tuple[Figure, GridSpe
 def _read(table: Table) -> list[Grid]:
     """A grid for each split, whatever the order of the rows."""
     places = [sorted({v for v in table.floats(c) if abs(v) < LARGEST}) for c in ("x", "y")]
-    crossings = math.prod(map(len, places))
-    if crossings > _SPARSEST * len(table.rows):
-        raise TableError(
-            f"{len(table.rows):,} rows are no grid of {crossings:,} points, which is what their "
-            "values of x and y make",
-            "Give a CSV as losscli plane wrote it",
-        )
     column = [{value: k for k, value in enumerate(values)} for values in places]
     x, y = np.meshgrid(*places, indexing="ij")
     grids = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +43,9 @@ _HEADS = (
     (("ForPreTraining",), ("AutoModelForPreTraining",)),
 )
 
-# How the numbers of what a model is built of are called, and how many of each it may have.
-_PARTS = ("layer", "layers", "blocks", "depth", "depths", "experts")
+# How the numbers of what a model is built of are called, and how many of each it may have. Lists of
+# them are counts for each stage, or else say which layers are of some kind.
+_PARTS = re.compile(r"(?:.*_)?(?:layers?|experts|(?P<stages>blocks|depths?))")
 _MOST_PARTS = 2000
 
 
@@ -83,6 +85,7 @@ def pretrained(folder: str | Path) -> nn.Module:
     """
     path = Path(folder)
     named = _read(path)
+    _need_few_parts(path / "config.json", named)
     try:
         import transformers
     except ImportError as error:
@@ -109,7 +112,6 @@ def pretrained(folder: str | Path) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-            _need_few_parts(path / "config.json", config.to_dict())
             return _build(transformers, config, next(iter(architectures), ""))
     except ModelError:
         raise
@@ -144,16 +146,21 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _need_few_parts(file: Path, config: Mapping[Any, Any]) -> None:
+def _need_few_parts(file: Path, config: Mapping[str, Any]) -> None:
     """Refuses a number of layers that no model has: to build them would take hours."""
     for key, value in config.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict) and key != "label2id":  # whose keys are words of anything
             _need_few_parts(file, value)
-        values = value if isinstance(value, list | tuple) else [value]
+        named = _PARTS.fullmatch(key)
+        if named is None:
+            continue
+        values = value if isinstance(value, list) else [value]
         numbers = [v for v in values if type(v) is int]
-        if str(key).endswith(_PARTS) and sum(numbers) > _MOST_PARTS:
+        many = sum(numbers) if named["stages"] else max(numbers, default=0)
+        if max(many, len(values)) > _MOST_PARTS:
+            told = f"{key} of {len(values):,} values" if len(values) > 9 else f"{key}={value}"
             raise ModelError(
-                f"{file} asks for {key}={value}, more than the {_MOST_PARTS:,} of any model",
+                f"{file} asks for {told}, more than the {_MOST_PARTS:,} of any model",
                 "Correct it, or give a --model of your own that builds it",
             )
 

@@ -83,7 +83,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             labels = [_NAMES[name].replace(", ", ",\n") for name in names]
             axes.set_yticks(range(len(names)), labels)
             axes.invert_yaxis()
-            axes.set_xlim(0, 1.25 * max(seconds))
+            axes.set_xlim(0, 1.5 * max(seconds))  # room for the longest bar's number
             axes.set_xlabel("seconds")
             axes.set_title("\n".join(title.rsplit(", ", 2)), fontsize=11, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
