@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,16 +124,17 @@ class Table:
         index = self.columns.index(column)
         return Table(self.columns, tuple(row for row in self.rows if row[index] == value))
 
-    def unique(self, column: str) -> list[Cell]:
-        """Lists what a column holds.
+    def unique(self, *columns: str) -> list[Cell]:
+        """Lists what one or more columns hold.
 
         Args:
-            column: Its name.
+            columns: Their names.
 
         Returns:
-            The different cells, in the order of their first row.
+            The different cells, in the order of their first row and column.
         """
-        return list(dict.fromkeys(self[column]))
+        rows = zip(*(self[column] for column in columns), strict=True)
+        return list(dict.fromkeys(itertools.chain.from_iterable(rows)))
 
     def to_csv(self) -> str:
         r"""Writes the table as CSV.

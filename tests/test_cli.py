@@ -165,8 +165,29 @@ def test_plot_refuses_what_is_no_table(
     assert message in done.stderr
     assert not Path("bad.png").exists()
     assert losscli("plot", "absent.csv").status == 1
-    assert losscli("plot", "bad.csv", "--label", "a", "--label", "b").status == 2
     assert losscli("plot", "-", "-").status == 2
+
+
+@pytest.mark.parametrize(
+    ("run", "number", "things"),
+    [
+        (("interpolate", "a.pt", "b.pt"), 1, "CSV files"),
+        (("barriers", "a.pt", "b.pt", "init:1"), 3, "checkpoints"),
+    ],
+)
+def test_plot_takes_a_label_for_each_csv_or_each_checkpoint_of_barriers(
+    run: tuple[str, ...], number: int, things: str, losscli: Losscli, folder: Path
+) -> None:
+    assert losscli(*run, "--points", 3, "-o", "x", "--no-figure").status == 0
+    labels = [f"--label=run {i}" for i in range(number + 1)]
+    done = losscli("plot", "x.csv", *labels)
+    assert done.status == 2
+    told = f"losscli: {number + 1} labels for {number} {things}. Give --label once for each"
+    assert done.stderr == f"{told}, in order\n"
+    assert not Path("x.svg").exists()
+    assert losscli("plot", "x.csv", *labels[:-1], "--figure", "x.svg").status == 0
+    drawn = Path("x.svg").read_text()
+    assert all(f"<!-- run {i}" in drawn for i in range(number))
 
 
 def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None:

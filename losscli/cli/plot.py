@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +28,9 @@ __all__ = ["plot"]
 class _Run:
     table: Table
     summary: dict[str, Any]
-    label: str
-    more: dict[str, Table]
+    label: str = ""
+    more: dict[str, Table] = field(default_factory=dict)
+    checkpoint_labels: Sequence[str] = ()
 
 
 _TABLES = {
@@ -77,7 +78,11 @@ def plot(
     console: Console,
     label: Annotated[
         list[str] | None,
-        typer.Option("--label", help="Repeatable: a name for each CSV.", show_default=False),
+        typer.Option(
+            "--label",
+            help="Repeatable: a name for each CSV, or for each checkpoint of barriers.",
+            show_default=False,
+        ),
     ] = None,
     title: Annotated[
         str, typer.Option("--title", help="A title over the picture.", show_default=False)
@@ -108,10 +113,6 @@ def plot(
     ] = False,
 ) -> None:
     """Draw the picture of a CSV again, or lay several over each other."""
-    if label and len(label) != len(csvs):
-        raise UsageError(
-            f"{len(label)} labels for {len(csvs)} CSV files", "Give --label once for each"
-        )
     if csvs.count("-") > 1:
         raise UsageError("stdin can be read only once", "Give - once")
     if out == "-":
@@ -119,7 +120,7 @@ def plot(
             "a picture does not go to stdout, as --out - asks",
             "Give --out STEM, or see it here with --terminal",
         )
-    runs = [_read(name, label[i] if label else "") for i, name in enumerate(csvs)]
+    runs = _labelled([_read(name) for name in csvs], label or ())
     lines = [run for run in runs if "split" in run.table.columns]
     need_few("interpolate", sum(len(run.table.unique("split")) for run in lines), 0, _FEWER)
     if terminal:
@@ -135,7 +136,9 @@ def plot(
     from losscli.figure import Run, draw, render
 
     _need_few(csvs, runs)
-    drawable = [Run(run.table, run.summary, run.label, run.more) for run in runs]
+    drawable = [
+        Run(run.table, run.summary, run.label, run.more, run.checkpoint_labels) for run in runs
+    ]
     try:
         files = output.draw(lambda: draw(drawable, title=title, log=log))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -155,15 +158,31 @@ def _beside(csv: str) -> Path:
     return Path(csv).with_suffix(".json")
 
 
-def _read(name: str, label: str) -> _Run:
+def _labelled(runs: Sequence[_Run], labels: Sequence[str]) -> list[_Run]:
+    """Gives each CSV its label, or each checkpoint where one matrix of barriers is drawn."""
+    matrix = len(runs) == 1 and runs[0].table.command == "barriers"
+    number = len(runs[0].table.unique("a", "b")) if matrix else len(runs)
+    if labels and len(labels) != number:
+        things = "checkpoints" if matrix else "CSV files"
+        raise UsageError(
+            f"{len(labels)} labels for {number} {things}", "Give --label once for each, in order"
+        )
+    if matrix:
+        return [replace(runs[0], checkpoint_labels=labels)]
+    return [
+        replace(run, label=label) for run, label in zip(runs, labels or [""] * number, strict=True)
+    ]
+
+
+def _read(name: str) -> _Run:
     if name == "-":
         text = stdin().decode("utf-8-sig", "replace")
         table = Table.from_csv(io.StringIO(text, newline=""), "stdin")
-        return _Run(_checked(table, "stdin"), {}, label, {})
+        return _Run(_checked(table, "stdin"), {})
     path = Path(name)
     table = _checked(Table.read(path, pipe=True), name)
     summary = _summary(path, table.command)
-    return _Run(table, summary, label, _more(path, table, summary))
+    return _Run(table, summary, more=_more(path, table, summary))
 
 
 def _checked(table: Table, name: str) -> Table:

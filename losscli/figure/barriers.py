@@ -82,7 +82,7 @@ def draw_barriers(run: Run, *, title: str = "", log: bool = False) -> Figure:
     Returns:
         The figure, laid out and ready to `render`.
     """
-    names = list(dict.fromkeys(str(x) for pair in _pairs(run.table) for x in pair))
+    names = [str(name) for name in run.table.unique("a", "b")]
     squares = _read(run.table, names)
     number = len(names)
     with house_style():
@@ -95,7 +95,7 @@ def draw_barriers(run: Run, *, title: str = "", log: bool = False) -> Figure:
         FigureCanvasAgg(figure)
         cells = figure.add_gridspec(rows, columns)
         norm = _norm(squares, log=log)
-        labels, shared = _labels(figure, names)
+        labels, shared = _labels(figure, run.checkpoint_labels or names)
         panels: list[Axes] = []
         for place, square in enumerate(squares):
             panel = figure.add_subplot(cells[divmod(place, columns)])

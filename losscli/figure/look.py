@@ -83,12 +83,15 @@ class Run:
         summary: Its JSON, or ``{}`` where only the CSV is at hand.
         label: What to call it beside other runs; by default its first and last checkpoint.
         more: Its further tables by the name in their file: ``surface`` for STEM.surface.csv.
+        checkpoint_labels: What to call the checkpoints of a matrix of barriers, in its order;
+            by default their names.
     """
 
     table: Table
     summary: Mapping[str, Any]
     label: str = ""
     more: Mapping[str, Table] = field(default_factory=dict)
+    checkpoint_labels: Sequence[str] = ()
 
 
 # --- The style -----------------------------------------------------------------------------------
