@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SAMPLES := sample_checkpoints
+# Networks for the tests alone, apart from the environment: see tests/test_real_models.py.
+VISION := torchvision==0.28.0 timm==1.0.31
 
 .PHONY: demo test check samples gallery bench readme golden clean
 
@@ -51,4 +53,5 @@ clean:
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps --target .venv/vision $(VISION)
 	touch $@

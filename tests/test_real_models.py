@@ -1,0 +1,186 @@
+"""Networks of torchvision and timm as users have them, each compared with a float64 loop."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import losscli
+from tests import oracle
+from tests.conftest import ROOT
+
+# They are installed beside the environment, since transformers would import torchvision, too. On a
+# build of torch for the CPU that works only where the operators that it expects are declared.
+sys.path.append(str(ROOT / ".venv" / "vision"))
+_OPERATORS = torch.library.Library("torchvision", "DEF")
+for _schema in ("nms(Tensor a) -> Tensor", "qnms(Tensor a) -> Tensor"):
+    _OPERATORS.define(_schema)
+
+timm = importlib.import_module("timm")
+torchvision = importlib.import_module("torchvision")
+
+CLASSES = 3
+MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=CLASSES), "fc"),
+    "mobilenet_v3_small": (
+        lambda: torchvision.models.mobilenet_v3_small(num_classes=CLASSES),
+        "classifier.3",
+    ),
+    "vit_tiny": (
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=CLASSES),
+        "head",
+    ),
+    "convnext_atto": (
+        lambda: timm.create_model("convnext_atto", num_classes=CLASSES),
+        "head.fc",
+    ),
+}
+
+
+@functools.cache
+def state(name: str, seed: int) -> dict[str, Tensor]:
+    """Weights as after some training: BatchNorm's statistics and scales are not those of a start."""
+    torch.manual_seed(seed)
+    build, _ = MODELS[name]
+    model = build()
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key.endswith("running_var") or (tensor.ndim == 1 and key.endswith("weight")):
+                tensor.mul_(1 + 0.3 * torch.rand(tensor.shape))
+            elif key.endswith(("running_mean", "bias")):
+                tensor.add_(0.1 * torch.randn(tensor.shape))
+    return model.state_dict()
+
+
+@functools.cache
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.rand(5, 3, 32, 32, generator=generator), torch.tensor([0, 2, 1, 0, 2])
+
+
+def mean_loss(name: str, weights: oracle.State) -> float:
+    build, _ = MODELS[name]
+    loss = functools.partial(F.cross_entropy, reduction="none")
+    return oracle.mean(oracle.losses(build, weights, *data(), loss))
+
+
+@pytest.fixture(params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def files(name: str, tmp_path: Path) -> list[str]:
+    paths = [str(tmp_path / f"{seed}.pt") for seed in range(3)]
+    for seed, path in enumerate(paths):
+        torch.save(state(name, seed), path)
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def study(name: str) -> dict[str, Any]:
+    return {"model": MODELS[name][0], "data": {"t": data()}, "dtype": "float64"}
+
+
+def test_the_line_and_float32(name: str, files: list[str]) -> None:
+    line = losscli.interpolate(*files[:2], points=3, **study(name))
+    for alpha, loss in zip(line.table["alpha"], line.table["loss"], strict=True):
+        truth = mean_loss(name, oracle.blend(state(name, 0), state(name, 1), float(alpha)))
+        assert loss == pytest.approx(truth, rel=1e-10)
+    single = losscli.interpolate(*files[:2], points=3, **study(name) | {"dtype": "float32"})
+    assert single.table["loss"] == pytest.approx(line.table["loss"], rel=1e-4)
+
+
+def test_the_plane_through_three(name: str, files: list[str]) -> None:
+    a, b, c = (state(name, seed) for seed in range(3))
+    plane = losscli.plane(files, points=2, **study(name))
+    origin, *corners = zip(plane.more["path"]["x"], plane.more["path"]["y"], strict=True)
+    axes = torch.tensor(corners, dtype=torch.float64) - torch.tensor(origin)
+    parameters = [key for key, _ in MODELS[name][0]().named_parameters()]
+    for axis, other in zip(axes, (b, c), strict=True):
+        squares = [(other[key].double() - a[key].double()).square().sum() for key in parameters]
+        assert float(axis.norm()) == pytest.approx(math.sqrt(math.fsum(squares)), rel=1e-10)
+    for row in plane.table.records():
+        place = torch.tensor([row["x"], row["y"]], dtype=torch.float64) - torch.tensor(origin)
+        u, v = torch.linalg.solve(axes.T, place).tolist()
+        # Affine in the checkpoints: first along the line from B to C, then from A through there.
+        between = oracle.blend(b, c, v / (u + v))
+        assert row["loss"] == pytest.approx(
+            mean_loss(name, oracle.blend(a, between, u + v)), rel=1e-9
+        )
+
+
+def test_the_hessian_of_the_last_biases(name: str, files: list[str]) -> None:
+    build, head = MODELS[name]
+    checked = losscli.check(files[:1], only=(f"{head}.bias",), **study(name))
+    model = build().double().eval()
+    model.load_state_dict(state(name, 0))
+    images, labels = data()
+
+    def loss(bias: Tensor) -> Tensor:
+        outputs = torch.func.functional_call(model, {f"{head}.bias": bias}, images.double())
+        return F.cross_entropy(outputs, labels)
+
+    bias = model.get_parameter(f"{head}.bias").detach()
+    hessian = torch.autograd.functional.hessian(loss, bias)
+    values = torch.linalg.eigvalsh(hessian)
+    (found,) = checked.table.records()
+    assert found["lambda_max"] == pytest.approx(float(values[-1]), abs=1e-10)
+    assert found["lambda_min"] == pytest.approx(float(values[0]), abs=1e-10)
+    assert found["gradient_norm"] == pytest.approx(
+        float(torch.autograd.functional.jacobian(loss, bias).norm()), rel=1e-10
+    )
+
+
+def permuted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same ResNet-18 with its hidden channels in another order, blocks and one whole stream."""
+    generator = torch.Generator().manual_seed(9)
+    new = {key: tensor.clone() for key, tensor in weights.items()}
+
+    def shuffle(writers: list[str], readers: list[str], channels: int) -> None:
+        order = torch.randperm(channels, generator=generator)
+        for key in new:
+            module, _, kind = key.rpartition(".")
+            if module in writers and kind != "num_batches_tracked":
+                new[key] = new[key][order]
+            if module in readers:
+                new[key] = new[key][:, order]
+
+    for stage, channels in enumerate((64, 128, 256, 512), start=1):
+        for block in (f"layer{stage}.{k}" for k in range(2)):
+            shuffle([f"{block}.conv1", f"{block}.bn1"], [f"{block}.conv2"], channels)
+    blocks = ["layer1.0", "layer1.1"]
+    ends = [f"{block}.{part}" for block in blocks for part in ("conv2", "bn2")]
+    starts = [*(f"{block}.conv1" for block in blocks), "layer2.0.conv1", "layer2.0.downsample.0"]
+    shuffle(["conv1", "bn1", *ends], starts, 64)
+    return new
+
+
+def test_align_finds_a_planted_permutation_of_resnet18(tmp_path: Path) -> None:
+    weights = state("resnet18", 0)
+    shuffled = permuted(weights)
+    assert mean_loss("resnet18", shuffled) == pytest.approx(mean_loss("resnet18", weights))
+    for file, content in (("a", weights), ("b", shuffled)):
+        torch.save(content, tmp_path / f"{file}.pt")
+    found = losscli.align(tmp_path / "a.pt", tmp_path / "b.pt", **study("resnet18"))
+    assert found.summary["distance"]["before"] > 10
+    assert found.summary["distance"]["after"] == 0
+    aligned = found.checkpoint.weights
+    assert all(torch.equal(weights[key], aligned[key]) for key in weights)
