@@ -6,6 +6,8 @@ import difflib
 import functools
 import hashlib
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import inspect
 import math
@@ -15,15 +17,27 @@ import shlex
 import sys
 import sysconfig
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 from losscli.errors import SpecError, UntrustedCodeError, one_line
 from losscli.regular import IrregularError, read_regular
 
-__all__ = ["Scalar", "Spec", "Value", "call", "look_up", "own_code", "read_toml", "unfold"]
+__all__ = [
+    "Scalar",
+    "Spec",
+    "Value",
+    "call",
+    "look_up",
+    "own_code",
+    "own_folders_in_path",
+    "read_toml",
+    "unfold",
+]
 
 Scalar = bool | int | float | str
 Value = Scalar | list[int] | list[float]
@@ -300,23 +314,20 @@ def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
         if module.endswith(".py"):
             loaded = _load_file(Path(module), where)
         else:
-            # As with `python -m`, the current folder comes first.
-            if str(Path.cwd()) not in sys.path:
-                sys.path.insert(0, str(Path.cwd()))
+            _OWN.add(str(Path.cwd()))
             loaded = importlib.import_module(module)
     except SpecError:
         raise
     except ModuleNotFoundError as error:
         missing = f"no module named {error.name!r}" if error.name else one_line(error)
         raise SpecError(
-            f"{where}: {missing}", "Install it, or give a path to a .py file"
+            f"{where}: {missing}", _OWN.hidden(error) or "Install it, or give a path to a .py file"
         ) from error
     except (Exception, SystemExit) as error:  # scripts that parse their arguments exit
+        alone = f"python {shlex.quote(module)}" if module.endswith(".py") else f"python -m {module}"
         raise SpecError(
             f"{where}: importing it failed: {one_line(error)}",
-            f"Try it alone: python {shlex.quote(module)}"
-            if module.endswith(".py")
-            else f"Try it alone: python -m {module}",
+            _OWN.hidden(error) or f"Try it alone: {alone}",
         ) from error
     found: Any = loaded
     try:
@@ -345,18 +356,102 @@ def _load_file(path: Path, where: str) -> Any:
             f"{where}: there is no file {path}", f"Relative names start at {Path.cwd()}"
         )
     name = f"losscli_user_{path.stem}"
-    loader = importlib.util.spec_from_file_location(name, path)
+    # A file of the same name in another folder keeps its module.
+    absolute = str(Path.cwd() / path)
+    while getattr(sys.modules.get(name), "__file__", absolute) != absolute:
+        name += "_"
+    loader = importlib.util.spec_from_file_location(name, absolute)
     if loader is None or loader.loader is None:
         raise SpecError(f"{where}: {path} is no Python file")
     module = importlib.util.module_from_spec(loader)
     # Registered before it runs, so that its dataclasses and pickles find their module.
     sys.modules[name] = module
     # Its neighbours are importable from it, as they are when it is run as a script.
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    _OWN.add(str(path.resolve().parent))
     loader.loader.exec_module(module)
     return module
+
+
+class _OwnFolders(importlib.abc.MetaPathFinder):
+    """Finds modules in folders of the user's code, after everything that is installed.
+
+    Python asks it last. So a file matplotlib.py beside the user's code is never taken for the
+    library, neither now nor by an import later in the run, and `sys.path` stays as it is.
+
+    Attributes:
+        folders: Where it looks; first what was named last.
+    """
+
+    def __init__(self) -> None:
+        self.folders: list[str] = []
+
+    def add(self, folder: str) -> None:
+        """Looks in a folder before the others, from now on."""
+        self.folders = [folder, *(f for f in self.folders if f != folder)]
+        if self not in sys.meta_path:
+            sys.meta_path.append(self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        # What is inside a package is found by way of the package.
+        if path is not None or self._asked_by_losscli():
+            return None
+        return importlib.machinery.PathFinder.find_spec(fullname, self.folders, target)
+
+    def _asked_by_losscli(self) -> bool:
+        """Whether losscli imports, which takes a missing library for no folder of the user's."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame and frame.f_globals.get("__name__", "").startswith("importlib"):
+            frame = frame.f_back
+        name = frame.f_globals.get("__name__", "") if frame else ""
+        return name.startswith("losscli.") and name != __name__
+
+    def hidden(self, error: BaseException) -> str:
+        """Returns a cure for an import that found an installed module and not the user's own.
+
+        Args:
+            error: How the import failed.
+
+        Returns:
+            The cure; nothing where that is not the reason.
+        """
+        if not isinstance(error, ImportError) or not error.name:
+            return ""
+        top = error.name.partition(".")[0]
+        spec = getattr(sys.modules.get(top), "__spec__", None)
+        places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+        found = [Path(place) for place in places if place]
+        for folder in self.folders:
+            for mine in (Path(folder, f"{top}.py"), Path(folder, top)):
+                if found and mine.exists() and not any(f.is_relative_to(folder) for f in found):
+                    return (
+                        f"The installed module {top!r} ({found[0]}) comes before {mine}: rename "
+                        "yours"
+                    )
+        return ""
+
+
+_OWN = _OwnFolders()
+
+
+@contextmanager
+def own_folders_in_path() -> Iterator[None]:
+    """Appends the folders of the user's code to `sys.path` while processes are started.
+
+    A process that is spawned takes over `sys.path`, and nothing else of how modules are found.
+
+    Yields:
+        Nothing.
+    """
+    added = [folder for folder in _OWN.folders if folder not in sys.path]
+    sys.path.extend(added)
+    try:
+        yield
+    finally:
+        for folder in added:
+            if folder in sys.path:
+                sys.path.remove(folder)
 
 
 def own_code() -> dict[str, str]:

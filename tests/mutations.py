@@ -314,6 +314,43 @@ def _gzip_bomb(head: bytes) -> bytes:
     return gzip.compress(head + bytes(ROOM), 1)
 
 
+def respelled(content: bytes, rng: Rng) -> bytes:
+    """Parts of an archive get names that readers may tell apart or not, and a damaged pickle."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    except (zipfile.BadZipFile, OSError, RuntimeError):
+        return flip(content, rng)
+    parts = []
+    for name, data in entries:
+        damaged = spliced_pickle(data, rng) if name.endswith("data.pkl") else data
+        folder, _, inner = name.partition("/")
+        others = [
+            name.upper(), f"{folder}/{inner.capitalize()}", f"{folder.upper()}/{inner}",
+            f"{folder}/{inner}\0", f"./{name}", f"{folder}//{inner}", f"other/{inner}",
+            f"{folder}\\{inner}", f"{folder}/{inner} ", inner, f"{folder}/x/constants.pkl",
+            f"{folder}/constants.pkl", f"{folder}/Constants.pkl",
+        ]  # fmt: skip
+        what = rng.random()
+        if what < 0.5:
+            parts += [(name if rng.random() < 0.5 else rng.choice(others[:3]), damaged)]
+        elif what < 0.75:
+            parts += [(name, data), (rng.choice([name, *others]), damaged)]
+        else:
+            parts += [(rng.choice(others), damaged), (name, data)]
+    if rng.random() < 0.2:
+        rng.shuffle(parts)
+    out = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w") as archive:
+        warnings.simplefilter("ignore")  # of names that stand twice
+        for name, data in parts:
+            # zipfile ends a name that is given at a zero byte.
+            info = zipfile.ZipInfo("x")
+            info.filename = name
+            archive.writestr(info, data)
+    return out.getvalue()
+
+
 def torch_zip(content: bytes, rng: Rng) -> bytes:
     return zip_entry(content, rng, spliced_pickle)
 
@@ -749,7 +786,7 @@ FORMATS: dict[str, Format] = {
         _torch(lambda: {"state_dict": state(), "losscli.model": "mlp:6-5-3"}),
         _inspect("a.pt"),
         _OF_CHECKPOINTS,
-        (torch_zip,),
+        (torch_zip, respelled),
     ),
     "torch-legacy": Format(
         _torch(lambda: {"state_dict": state(), "epoch": 3}, legacy=True),

@@ -20,9 +20,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+)
 
 from losscli.checkpoint import in_folder, read
+from losscli.checkpoint.distributed import _not_covered_once as not_covered_once
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests.conftest import ROOT, Losscli
@@ -197,8 +202,81 @@ def move(where: str) -> Callable[[Metadata], object]:
     return change
 
 
-def halve(content: Metadata) -> None:
-    content.state_dict_metadata["layers.0.weight"].chunks[0].sizes = torch.Size([1, 4])  # type: ignore[union-attr]
+def blocks(*chunks: tuple[list[int], list[int]]) -> Callable[[Metadata], object]:
+    """Cuts layers.0.weight, of shape [3, 4], into blocks: the offsets and sizes of each."""
+
+    def change(content: Metadata) -> None:
+        (whole,) = [v for k, v in content.storage_data.items() if k.fqn == "layers.0.weight"]
+        found = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in chunks]
+        content.state_dict_metadata["layers.0.weight"].chunks = found  # type: ignore[union-attr]
+        for chunk in found:
+            key = MetadataIndex("layers.0.weight", chunk.offsets)
+            content.storage_data[key] = whole
+
+    return change
+
+
+# Each has as many numbers in its blocks as the tensor has, where the name does not say otherwise.
+NOT_ONCE: dict[str, tuple[Callable[[Metadata], object], str]] = {
+    "too few": (blocks(([0, 0], [1, 4])), "4 of its 12 numbers are in one"),
+    "none": (blocks(), "0 of its 12 numbers are in one"),
+    "too many": (blocks(([0, 0], [3, 4]), ([2, 3], [1, 1])), "overlap"),
+    "twice": (blocks(([0, 0], [3, 4]), ([0, 0], [3, 4])), "[3, 4] at [0, 0] and [3, 4] at [0, 0]"),
+    "two sizes at one place": (blocks(([0, 0], [2, 4]), ([0, 0], [1, 4])), "overlap"),
+    "overlap of rows": (blocks(([0, 0], [2, 4]), ([1, 0], [1, 4])), "[2, 4] at [0, 0] and [1, 4]"),
+    "overlap of columns": (blocks(([0, 0], [3, 2]), ([0, 1], [3, 2])), "overlap"),
+    "corners": (blocks(([0, 0], [2, 3]), ([1, 2], [2, 2]), ([0, 3], [1, 1]), ([2, 0], [1, 1])),
+                "[2, 3] at [0, 0] and [2, 2] at [1, 2] overlap"),
+    "out of range": (blocks(([1, 0], [3, 4])), "[3, 4] at [1, 0] reaches beyond [3, 4]"),
+    "another rank": (blocks(([0], [12])), "one has 1 dimensions and the tensor 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_ONCE)
+def test_chunks_that_do_not_cover_a_tensor_exactly_once_are_refused(
+    kind: str, losscli: Losscli, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a"
+    put(state(), folder)
+    change, told = NOT_ONCE[kind]
+    rewrite(folder, change)
+    done = losscli("interpolate", folder, "init:0", "-m", "mlp:4-3-2", "-o", tmp_path / "x")
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"the chunks of tensor 'layers.0.weight' in {folder} do not cover it" in done.stderr
+    assert told in done.stderr
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_chunks_are_a_partition_exactly_where_a_count_of_every_number_says_so() -> None:
+    """Random blocks of a small tensor, against an array that counts how often each is covered."""
+    generator = random.Random(0)
+    verdicts = set()
+    for _ in range(3000):
+        shape = tuple(generator.choice([[], [5], [2, 3], [2, 2, 2]]))
+        found = []
+        for _ in range(generator.choice([1, 1, 2, 2, 3, 4])):
+            offsets = tuple(generator.randrange(n) for n in shape)
+            sizes = tuple(generator.randrange(1, n - o + 1) for n, o in zip(shape, offsets))  # noqa: B905
+            found.append((offsets, sizes))
+        if generator.random() < 0.5 and shape:  # a cut in two, which mostly is a partition
+            cut = generator.randrange(1, shape[0])
+            rest = shape[1:]
+            found = [((cut, *[0] * len(rest)), (shape[0] - cut, *rest)), ((0,) * len(shape),
+                     (cut, *rest)), *found[: generator.choice([0, 0, 1])]]  # fmt: skip
+        count = torch.zeros(shape)
+        for offsets, sizes in found:
+            count[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] += 1
+        once = bool((count == 1).all())
+        assert (not_covered_once(found, shape) == "") == once, (shape, found)
+        verdicts.add((len(shape), once))
+    assert verdicts == {(n, once) for n in range(4) for once in (True, False)}
+
+
+def huge(content: Metadata) -> None:
+    """A tensor of one chunk with more bytes than any machine has."""
+    told = content.state_dict_metadata["layers.0.weight"]
+    told.size = torch.Size([1 << 50, 4])  # type: ignore[union-attr]
+    blocks(([0, 0], [1 << 50, 4]))(content)
 
 
 def compress(content: Metadata) -> None:
@@ -214,7 +292,6 @@ BROKEN: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "outside": (move("../a/__0_0.distcp"), "which is no file of the folder. The parts of a dist"),
     "absolute": (move("/etc/passwd"), "which is no file of the folder"),
     "missing": (move("__9_0.distcp"), "cannot be read: No such file or directory. Was the check"),
-    "not whole": (halve, "is no metadata of a distributed checkpoint"),
     "compressed": (compress, "was written through ['zstd'], which is not read"),
     "nowhere": (forget, "is no metadata of a distributed checkpoint (KeyError"),
 }
@@ -232,6 +309,14 @@ def test_metadata_that_make_no_sense_are_told_in_one_line(
     assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert told in done.stderr
     assert not list(tmp_path.glob("x*"))
+
+
+def test_a_tensor_larger_than_memory_is_refused(losscli: Losscli, tmp_path: Path) -> None:
+    put(state(), tmp_path / "a")
+    rewrite(tmp_path / "a", huge)
+    done = losscli("inspect", tmp_path / "a")
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "'layers.0.weight' of shape [1125899906842624, 4] does not fit in mem" in done.stderr
 
 
 def test_a_part_that_is_cut_off_or_no_tensor_is_told(tmp_path: Path) -> None:

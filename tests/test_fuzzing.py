@@ -27,8 +27,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from losscli.checkpoint.claims import hold_against_size
 from losscli.errors import printable
 from losscli.models import MLP
+from losscli.pickles import BrokenPickleError
 from tests.conftest import ROOT, Losscli
 from tests.mutations import CASES, FORMATS
 
@@ -372,6 +374,149 @@ def claims(content: bytes, huge: int) -> Iterator[bytes]:
             for key, part in {**entries, name: hurt}.items():
                 archive.writestr(key, part)
         yield out.getvalue()
+
+
+# Every part that torch looks for in an archive, as it is asked for.
+LOOKED_UP = ("version", "byteorder", ".format_version", ".data/serialization_id", "data/0")
+
+
+def archive_of(parts: list[tuple[str, bytes]], packed: int = zipfile.ZIP_STORED) -> bytes:
+    out = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w", packed) as archive:
+        warnings.simplefilter("ignore")  # of names that stand twice
+        for name, content in parts:
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def parts_of(content: bytes) -> list[tuple[str, bytes]]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return [(info.filename, archive.read(info)) for info in archive.infolist()]
+
+
+def saved(weights: dict[str, torch.Tensor]) -> bytes:
+    out = io.BytesIO()
+    torch.save(weights, out)
+    return out.getvalue()
+
+
+def refused(losscli: Losscli, path: Path, content: bytes) -> str:
+    """Writes a file and returns the one line with which it is refused."""
+    path.write_bytes(content)
+    done = losscli("inspect", path)
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1), done
+    assert "fault of losscli" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("spelling", [str.upper, str.title, str.swapcase])
+def test_a_pickle_under_another_spelling_is_checked_as_torch_reads_it(
+    losscli: Losscli, tmp_path: Path, spelling: Callable[[str], str]
+) -> None:
+    """torch finds Data.pkl where it looks for data.pkl; so must the check of its claims."""
+
+    def respell(name: str) -> str:
+        return "archive/" + spelling(name.partition("/")[2])
+
+    good = saved({"w": torch.arange(3.0)})
+    whole = archive_of([(respell(name), part) for name, part in parts_of(good)])
+    assert torch.load(io.BytesIO(whole), weights_only=True)["w"].tolist() == [0, 1, 2]
+    (tmp_path / "whole.pt").write_bytes(whole)
+    assert losscli("inspect", tmp_path / "whole.pt").status == 0
+    told = [
+        refused(
+            losscli,
+            tmp_path / "a.pt",
+            archive_of([(respell(name), part) for name, part in parts_of(hurt)]),
+        )
+        for hurt in claims(good, 1 << 42)
+        if "of a tensor that are not in it" in _why(hurt)
+    ]
+    assert told
+    assert all("of a tensor that are not in it" in line for line in told)
+
+
+def _why(content: bytes) -> str:
+    try:
+        hold_against_size(io.BytesIO(content))
+    except BrokenPickleError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["data.pkl", *LOOKED_UP])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("respell", [str, str.upper])
+def test_an_archive_with_two_parts_of_one_name_is_refused(
+    losscli: Losscli, tmp_path: Path, name: str, first: bool, respell: Callable[[str], str]
+) -> None:
+    parts = parts_of(saved({"w": torch.arange(3.0)}))
+    other = dict(parts_of(saved({"w": torch.arange(4.0)})))[f"archive/{name}"]
+    twin = [("archive/" + respell(name), other)]
+    told = refused(
+        losscli, tmp_path / "a.pt", archive_of([*twin, *parts] if first else [*parts, *twin])
+    )
+    assert "is an ambiguous archive: its parts" in told
+    assert "have the same name" in told
+    assert ("but for upper and lower case" in told) == (respell is str.upper)
+
+
+def test_no_part_that_torch_reads_is_larger_than_its_file(losscli: Losscli, tmp_path: Path) -> None:
+    """A part that is compressed may be of any size once it is not; and torch reads it whole."""
+    parts = parts_of(saved({"w": torch.arange(3.0)}))
+    for name in ("data.pkl", *LOOKED_UP):
+        for spelled in (name, name.upper()):
+            for program in (False, True):
+                if program and name != "version":
+                    continue  # of a program torch reads no more before it refuses it
+                out = io.BytesIO()
+                with zipfile.ZipFile(out, "w") as archive:
+                    for key, content in parts:
+                        same = key == f"archive/{name}"
+                        packed = zipfile.ZIP_DEFLATED if same else zipfile.ZIP_STORED
+                        archive.writestr(
+                            f"archive/{spelled}" if same else key, content + bytes(99), packed
+                        )
+                    if program:
+                        archive.writestr("archive/constants.pkl", b"")
+                told = refused(losscli, tmp_path / "a.pt", out.getvalue())
+                assert f"'archive/{spelled}' is compressed, as torch writes none" in told
+
+
+def test_what_only_looks_like_a_program_is_checked(losscli: Losscli, tmp_path: Path) -> None:
+    """torch takes archive/constants.pkl, spelled so, for the mark of a program, and no other."""
+    parts = parts_of(next(h for h in claims(saved({"w": torch.arange(3.0)}), 1 << 42) if _why(h)))
+    for name in ("archive/x/constants.pkl", "archive/Constants.pkl", "archive//constants.pkl"):
+        told = refused(losscli, tmp_path / "a.pt", archive_of([*parts, (name, b"")]))
+        assert "claims more than it holds" in told
+    told = refused(losscli, tmp_path / "a.pt", archive_of([*parts, ("archive/constants.pkl", b"")]))
+    assert "is a TorchScript program, which is code" in told
+
+
+def test_an_archive_with_two_directories_is_refused(losscli: Losscli, tmp_path: Path) -> None:
+    """Python's reader looks for the directory before its end record, torch's where that says."""
+    good, other = (archive_of(parts_of(saved({"w": torch.arange(n)}))) for n in (3.0, 4.0))
+    assert good[-22:-18] == b"PK\5\6"
+    directory = struct.unpack("<I", good[-6:-2])[0]
+    # Behind the directory that the record names there is a second one, of other content.
+    two = good[:-22] + other[struct.unpack("<I", other[-6:-2])[0] : -22] + good[-22:]
+    told = refused(losscli, tmp_path / "a.pt", two)
+    assert "is an ambiguous archive: it has more than one directory of its parts" in told
+    # One more, of zip64, which only the other reader follows.
+    count = struct.unpack("<H", good[-12:-10])[0]
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, 99, 77)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(good) - 22, 1)
+    end = good[-22:]
+    for hidden in (
+        good[:-22] + record + b"between" + locator + end,
+        good[:directory] + record + good[directory:-22]
+        + struct.pack("<4sIQI", b"PK\6\7", 0, directory, 1) + end,
+    ):  # fmt: skip
+        refused(losscli, tmp_path / "a.pt", hidden)
+    # What torch itself writes has records of 64 bits, and may have bytes behind its end.
+    for tail in (b"", b"\n", bytes(1000)):
+        (tmp_path / "a.pt").write_bytes(saved({"w": torch.arange(3.0)}) + tail)
+        assert losscli("inspect", tmp_path / "a.pt").status == 0
 
 
 ROOM = 64 << 20

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +20,8 @@ from hypothesis import strategies as st
 
 from losscli.errors import SpecError, UntrustedCodeError
 from losscli.models import MODELS
-from losscli.spec import Spec, Value, call, look_up, unfold
-from tests.conftest import Losscli
+from losscli.spec import Spec, Value, call, look_up, own_code, unfold
+from tests.conftest import ROOT, Losscli
 
 KEYS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*", fullmatch=True)
 TEXTS = st.one_of(
@@ -229,6 +232,168 @@ def test_code_is_found_in_a_package_and_in_the_current_folder(
     assert find("specs_package.inner:f") == ("inner", 0)
     assert find("specs_package.inner:f:ARG") == ("inner", "ARG")
     assert find("specs_flat:f") == ("flat", 0)
+
+
+# Where modules are found
+
+# Installed libraries, the standard library, and losscli itself; those of the first two are not yet
+# imported when the user's code is.
+INSTALLED = ("matplotlib", "sqlite3", "wave", "torch", "numpy", "json", "losscli")
+
+
+@pytest.fixture
+def shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, the current one, with files that bear the names of installed modules."""
+    for name in INSTALLED:
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the folder was run')\n")
+    (tmp_path / "helper.py").write_text("SIZE = 3\n")
+    (tmp_path / "late.py").write_text("SIZE = 4\n")
+    (tmp_path / "space").mkdir()
+    (tmp_path / "space" / "inner.py").write_text("SIZE = 5\n")
+    (tmp_path / "net.py").write_text(
+        "import json, torch, helper\n"
+        "def build():\n"
+        "    import sqlite3, wave, matplotlib.figure, late, space.inner\n"
+        "    modules = (sqlite3, wave, matplotlib, json, torch)\n"
+        "    return [m.__file__ for m in modules], helper.SIZE, late.SIZE, space.inner.SIZE\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+_LOOK_UP = """
+import sys
+from losscli.spec import Spec, look_up
+before = list(sys.path)
+function, _ = look_up(Spec.parse(sys.argv[1]), {}, "model", trusted=True)
+assert sys.path == before
+files, *sizes = function()
+assert sizes == [3, 4, 5]
+assert sys.path == before
+print(*files, sep="\\n")
+"""
+
+
+def own_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs Python as the command losscli does: without the current folder in its path."""
+    return subprocess.run(
+        [sys.executable, "-P", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("spec", ["net:build", "./net.py:build", "{folder}/net.py:build"])
+def test_a_folder_of_own_code_shadows_nothing_installed_now_or_later(
+    shadowed: Path, spec: str
+) -> None:
+    done = own_process("-c", _LOOK_UP, spec.format(folder=shadowed), cwd=shadowed)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 5
+    assert str(shadowed) not in done.stdout
+
+
+def test_a_run_with_own_code_never_runs_files_with_the_names_of_libraries(shadowed: Path) -> None:
+    (shadowed / "net.py").write_text(
+        "import helper\nfrom torch import nn, rand, arange\n"
+        "def net(): return nn.Linear(helper.SIZE, 2)\n"
+        "def data(): import late; return {'s': (rand(9, 3), arange(9) % (late.SIZE // 2))}\n"
+    )
+    for m, d in (("net:net", "net:data"), ("net.py:net", "net.py:data")):
+        done = own_process(
+            *("-c", "from losscli.cli import main; main()"),
+            *("interpolate", "init:0", "init:1", "-m", m, "-d", d, "-o", "out", "--force"),
+            cwd=shadowed,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (shadowed / "out.svg").exists() or (shadowed / "out.png").exists()
+
+
+def test_an_installed_module_comes_before_one_of_the_same_name_and_that_is_told(
+    tmp_path: Path, modules: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site"
+    for name in ("specs_models", "specs_tools"):
+        (installed / name).mkdir(parents=True)
+        (installed / name / "__init__.py").write_text("def f(): return 'installed'\n")
+    mine = tmp_path / "mine"
+    (mine / "specs_models").mkdir(parents=True)
+    (mine / "specs_models" / "net.py").write_text("def f(): return 'mine'\n")
+    (mine / "specs_models" / "__init__.py").write_text("def f(): return 'mine'\n")
+    (mine / "specs_tools.py").write_text("def g(): return 'mine'\n")
+    (mine / "specs_code.py").write_text("from specs_tools import g\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
+    monkeypatch.chdir(mine)
+    assert find("specs_models:f") == "installed"
+    comes = re.escape(f"({installed / 'specs_models' / '__init__.py'}) comes before ")
+    with pytest.raises(SpecError, match=f"no module named 'specs_models.net'.*{comes}") as caught:
+        find("specs_models.net:f")
+    assert str(caught.value).endswith(f"{mine / 'specs_models'}: rename yours")
+    for text in ("specs_code:g", "specs_code.py:g"):
+        with pytest.raises(SpecError, match=r"cannot import name 'g' .*rename yours"):
+            find(text)
+    # What is inside the folder by a path is the user's in any case.
+    assert find("specs_models/net.py:f") == "mine"
+
+
+def test_a_library_that_losscli_misses_is_not_looked_for_in_a_folder_of_own_code(
+    tmp_path: Path, modules: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "specs_library.py").write_text("")
+    (tmp_path / "specs_code.py").write_text("def f(): import specs_library\n")
+    monkeypatch.chdir(tmp_path)
+    find("specs_code:f")
+    del sys.modules["specs_library"]
+    for how in ("import specs_library", "__import__('importlib').import_module('specs_library')"):
+        with pytest.raises(ModuleNotFoundError):
+            exec(how, {"__name__": "losscli.datasets.hub"})
+        exec(how, {"__name__": "somebody.else"})
+        del sys.modules["specs_library"]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_find_the_modules_of_own_code(shadowed: Path, start: str) -> None:
+    (shadowed / "rows.py").write_text(
+        "import torch\nfrom torch.utils.data import DataLoader, Dataset, IterableDataset\n"
+        "class Rows(Dataset):\n"
+        "    def __len__(self): return 9\n"
+        "    def __getitem__(self, i):\n"
+        "        import late, matplotlib.figure\n"
+        "        return torch.full((3,), late.SIZE + i / 9), i % 2\n"
+        "class Coming(IterableDataset):\n"
+        "    def __iter__(self): return (Rows()[i] for i in range(9))\n"
+        f"def rows(): return {{'s': DataLoader(Rows(), 3, num_workers=1,\n"
+        f"    multiprocessing_context={start!r})}}\n"
+        f"def coming(): return {{'s': DataLoader(Coming(), 3, num_workers=1,\n"
+        f"    multiprocessing_context={start!r})}}\n"
+    )
+    (shadowed / "run.py").write_text(
+        "import losscli.datasets.objects as objects\n"
+        "objects.host_budget = lambda: 200\n"  # too little to be kept in memory
+        "from losscli.cli import main\n"
+        "if __name__ == '__main__': main()\n"
+    )
+    for data in ("rows", "coming"):
+        done = own_process(
+            *("run.py", "interpolate", "init:0", "init:1", "-m", "mlp:3-2", "-d", f"rows:{data}"),
+            *("-o", data, "--no-figure", "--points", "3", "-q"),
+            cwd=shadowed,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert (shadowed / "rows.csv").read_text() == (shadowed / "coming.csv").read_text()
+
+
+def test_two_files_of_one_name_are_both_code_of_the_run(tmp_path: Path, modules: None) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "specs_same.py").write_text(f"def f(): return {folder!r}\n")
+    found = [find(f"{tmp_path}/{folder}/specs_same.py:f") for folder in ("a", "b", "a")]
+    assert found == ["a", "b", "a"]
+    files = [Path(file) for file in own_code() if file.endswith("specs_same.py")]
+    assert files == [tmp_path / "a" / "specs_same.py", tmp_path / "b" / "specs_same.py"]
 
 
 @pytest.mark.parametrize(

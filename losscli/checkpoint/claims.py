@@ -10,8 +10,10 @@ import io
 import math
 import mmap
 import pickletools
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -21,7 +23,14 @@ from losscli.errors import one_line
 from losscli.pickles import BrokenPickleError, load
 from losscli.regular import open_regular
 
-__all__ = ["OLD_FORMAT", "ClaimError", "Fixed", "RepeatedError", "hold_against_size"]
+__all__ = [
+    "OLD_FORMAT",
+    "AmbiguousError",
+    "ClaimError",
+    "Fixed",
+    "RepeatedError",
+    "hold_against_size",
+]
 
 OLD_FORMAT = 0x1950A86A20F9469CFC6C
 """The number with which files begin that torch wrote before version 1.6."""
@@ -36,6 +45,10 @@ class ClaimError(BrokenPickleError):
 
 class RepeatedError(ClaimError):
     """A tensor repeats what it holds (stride 0), and is far larger than that."""
+
+
+class AmbiguousError(BrokenPickleError):
+    """Two readers of an archive may find different content under one name."""
 
 
 class Fixed(type):
@@ -221,28 +234,129 @@ def _archive(file: IO[bytes]) -> None:
         raise BrokenPickleError(f"its archive is broken ({error})") from None
     with archive:
         entries = archive.infolist()
-        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-            return  # a program, which is refused as such
-        held: dict[str, int] = {}
-        pickles = []
-        for entry in entries:
+        _need_one_directory(file, archive.start_dir, len(entries))
+        records = _records(entries)
+        # Of a program, which is refused as such, torch reads no more than the version.
+        if b"constants.pkl" in (record.name for record in records):
+            records = [record for record in records if record.folded in _VERSIONS]
+        held: dict[bytes, int] = {}
+        for record in records:
+            entry = record.entry
             # torch compresses nothing, and maps what it reads as it lies in the file.
             packed = entry.compress_type != zipfile.ZIP_STORED
             if packed or entry.file_size != entry.compress_size:
                 raise ClaimError(f"its part {entry.filename!r} is compressed, as torch writes none")
             if entry.header_offset + entry.file_size > size:
                 raise ClaimError(f"its part {entry.filename!r} is of {entry.file_size:,} bytes")
-            _, _, inner = entry.filename.partition("/")
-            if inner == "data.pkl":
-                pickles.append(entry)
-            elif inner.startswith("data/"):
-                held[inner.removeprefix("data/")] = entry.file_size
-        for entry in pickles:
+            held[record.folded] = entry.file_size
+        for record in records:
+            if record.folded != b"data.pkl":
+                continue
             try:
-                content = archive.read(entry)
+                content = archive.read(record.entry)
             except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as error:
                 raise BrokenPickleError(f"its archive is broken ({error})") from None
-            _read(content, lambda key, nbytes: nbytes <= held.get(key, -1))
+            _read(content, lambda key, nbytes: nbytes <= held.get(_folded(f"data/{key}"), -1))
+
+
+# What torch's reader looks up before it refuses a program.
+_VERSIONS = {b"version", b".data/version"}
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A part of an archive as torch's reader names it: without the folder that all are in.
+
+    Attributes:
+        entry: The part.
+        name: Its name in the folder; empty for what lies outside of it.
+        folded: The name as it is looked up, without regard to the case of ASCII letters.
+    """
+
+    entry: zipfile.ZipInfo
+    name: bytes
+    folded: bytes
+
+
+def _folded(name: str) -> bytes:
+    """Writes a name as torch's reader (miniz) compares it: ASCII letters in lower case."""
+    return name.encode("utf-8", "surrogatepass").lower()
+
+
+def _records(entries: list[zipfile.ZipInfo]) -> list[_Record]:
+    """Names the parts of an archive as torch's reader does, which takes the first one's folder.
+
+    Args:
+        entries: The parts, in the order of the directory.
+
+    Returns:
+        The parts with the names that torch asks for.
+
+    Raises:
+        AmbiguousError: Two parts have one name to that reader, or a name ends early to one.
+    """
+    seen: dict[bytes, str] = {}
+    for entry in entries:
+        name = entry.orig_filename
+        if "\0" in name:
+            raise AmbiguousError(f"the name of its part {name!r} holds a zero byte")
+        if (other := seen.get(_folded(name))) is not None:
+            raise AmbiguousError(
+                f"its parts {other!r} and {name!r} have the same name"
+                + (" but for upper and lower case" if other != name else "")
+            )
+        seen[_folded(name)] = name
+    folder = entries[0].orig_filename.partition("/")[0] + "/" if entries else ""
+    records = []
+    for entry in entries:
+        name = entry.orig_filename
+        # An archive with parts outside of its folder is refused by torch, whatever their names.
+        inside = _folded(name).startswith(_folded(folder))
+        inner = name[len(folder) :] if inside else ""
+        records.append(_Record(entry, inner.encode("utf-8", "surrogatepass"), _folded(inner)))
+    return records
+
+
+def _need_one_directory(file: IO[bytes], start: int, count: int) -> None:
+    """Makes sure that torch's reader (miniz) finds the directory that Python's zipfile found.
+
+    Python looks for the directory right before the record at the end of the file that tells of it;
+    miniz looks where that record says.
+
+    Args:
+        file: The archive.
+        start: Where the directory is that zipfile read.
+        count: How many entries it has.
+
+    Raises:
+        AmbiguousError: miniz would read another directory.
+    """
+    size = file.seek(0, io.SEEK_END)
+    tail_start = max(0, size - _TAIL)
+    file.seek(tail_start)
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6", 0, len(tail) - _END.size + 4)
+    found = _END.unpack_from(tail, at) if at >= 0 else (0, -1, 0, -1)
+    total, told = found[1], found[3]
+    if at >= _LOCATOR.size:
+        signature, place = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
+        if signature == b"PK\6\7" and place + _END_64.size <= size:
+            file.seek(place)
+            signature, _, total_64, _, told_64 = _END_64.unpack(file.read(_END_64.size))
+            if signature == b"PK\6\6":
+                total, told = total_64, told_64
+    if (total, told) != (count, start):
+        raise AmbiguousError("it has more than one directory of its parts")
+
+
+# The records at the end of an archive: the signature, then of the directory the number of entries
+# on this disk and in all, its size, and where it starts; those of 64 bits, and what tells where
+# these are.
+_END = struct.Struct("<8x2HII2x")
+_LOCATOR = struct.Struct("<4s4xQ4x")
+_END_64 = struct.Struct("<4s20x4Q")
+# The comment behind the last record is no longer than 64 KiB.
+_TAIL = (1 << 16) + _END.size
 
 
 def _old(file: io.BytesIO | mmap.mmap) -> None:

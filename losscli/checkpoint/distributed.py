@@ -168,12 +168,13 @@ def _tables(
             raise TypeError(label)
         blocks = [(_whole(c["offsets"]), _whole(c["sizes"])) for c in told["chunks"]]
         # A rank that has none of a tensor may have written an empty chunk.
-        full = {offsets: sizes for offsets, sizes in blocks if math.prod(sizes)}
-        if sum(map(math.prod, full.values())) != math.prod(shape):
-            raise ValueError(f"the chunks of {label} are not the whole of it")
-        chunks[label] = [
-            _chunk(label, offsets, sizes, shape, stored, folder) for offsets, sizes in full.items()
-        ]
+        full = [(offsets, sizes) for offsets, sizes in blocks if math.prod(sizes)]
+        if fault := _not_covered_once(full, shape):
+            raise CheckpointError(
+                f"the chunks of tensor {label!r} in {folder} do not cover it exactly once: {fault}",
+                "Copy or save the checkpoint again",
+            )
+        chunks[label] = [_chunk(label, offsets, sizes, stored, folder) for offsets, sizes in full]
         shapes[label] = torch.empty(shape, dtype=dtype, device="meta")
         # The planner says by which keys a name was made; without it the name is the only key.
         place = paths.get(label, (label,)) if isinstance(paths, dict) else (label,)
@@ -191,16 +192,54 @@ def _whole(numbers: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def _not_covered_once(
+    blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]
+) -> str:
+    """Returns why blocks are not a partition of a tensor; an empty text where they are one.
+
+    Blocks inside the tensor that do not overlap and have its volume leave no gap.
+
+    Args:
+        blocks: The offsets and sizes of each block, none of them empty.
+        shape: The shape of the tensor.
+    """
+    for offsets, sizes in blocks:
+        if not len(offsets) == len(sizes) == len(shape):
+            return f"one has {len(sizes)} dimensions and the tensor {len(shape)}"
+        if any(o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
+            return f"{list(sizes)} at {list(offsets)} reaches beyond {list(shape)}"
+    # Sorted along the dimension with the most cuts, a block meets few of those before it.
+    cuts = [len(set(starts)) for starts in zip(*(offsets for offsets, _ in blocks), strict=True)]
+    first = cuts.index(max(cuts)) if cuts else 0
+    open_blocks: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for block in sorted(blocks, key=lambda block: block[0][first : first + 1]):
+        if shape:
+            start = block[0][first]
+            open_blocks = [(o, s) for o, s in open_blocks if o[first] + s[first] > start]
+        for other in open_blocks:
+            if all(map(_overlap, block[0], block[1], other[0], other[1])):
+                return (
+                    f"{list(other[1])} at {list(other[0])} and {list(block[1])} at "
+                    f"{list(block[0])} overlap"
+                )
+        open_blocks.append(block)
+    covered = sum(math.prod(sizes) for _, sizes in blocks)
+    if covered != math.prod(shape):
+        return f"{covered:,} of its {math.prod(shape):,} numbers are in one"
+    return ""
+
+
+def _overlap(start: int, size: int, other_start: int, other_size: int) -> bool:
+    return start < other_start + other_size and other_start < start + size
+
+
 def _chunk(
     label: str,
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
-    shape: tuple[int, ...],
     stored: Mapping[Any, Any],
     folder: Path,
 ) -> _Chunk:
-    if any(o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
-        raise ValueError(f"a chunk of {label} reaches beyond it")
     info = stored[label, offsets]
     file, (start, length) = info["relative_path"], _whole((info["offset"], info["length"]))
     if not isinstance(file, str) or Path(file).name != file or "\0" in file:
@@ -220,7 +259,13 @@ def _chunk(
 
 def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
     """Reads a tensor from its chunks, each of which is a small file of torch within a part."""
-    whole = torch.empty(shape.shape, dtype=shape.dtype)
+    try:
+        whole = torch.empty(shape.shape, dtype=shape.dtype)
+    except RuntimeError:
+        raise CheckpointError(
+            f"{name}: {label!r} of shape {list(shape.shape)} does not fit in memory",
+            "Was the checkpoint copied whole?",
+        ) from None
     for chunk in chunks:
         try:
             with open_regular(chunk.file) as file:

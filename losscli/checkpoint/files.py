@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from losscli.checkpoint.claims import OLD_FORMAT, ClaimError, RepeatedError
+from losscli.checkpoint.claims import OLD_FORMAT, AmbiguousError, ClaimError, RepeatedError
 from losscli.checkpoint.names import natural
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
@@ -184,6 +184,11 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
         )
     if isinstance(error, RepeatedError):
         return CheckpointError(f"{name} has {error}", "Save it as tensor.contiguous()")
+    if isinstance(error, AmbiguousError):
+        return CheckpointError(
+            f"{name} is an ambiguous archive: {error}",
+            "Save it again with torch.save",
+        )
     if isinstance(error, ClaimError):
         return CheckpointError(
             f"{name} claims more than it holds: {error}", "Was its writing cut off?"

@@ -22,6 +22,7 @@ from losscli.datasets.randomness import capture, private_randomness, restore, se
 from losscli.datasets.split import Examples, Split
 from losscli.datasets.stream import Failure, Parcel, Prepare, children_unheard, own
 from losscli.errors import DataError, one_line
+from losscli.spec import own_folders_in_path
 
 __all__ = ["Flow", "Source"]
 
@@ -91,7 +92,7 @@ class Source:
         try:
             while True:
                 # What it draws is no matter of whoever draws between two batches.
-                with private_randomness(), children_unheard():
+                with private_randomness(), children_unheard(), own_folders_in_path():
                     restore(state)
                     try:
                         batches = iter(self._loader) if batches is None else batches

@@ -31,6 +31,7 @@ from losscli.datasets.memory import host_budget
 from losscli.datasets.randomness import private_randomness, seed_all
 from losscli.datasets.split import Examples, Split, leaves, map_inputs
 from losscli.errors import DataError, one_line
+from losscli.spec import own_folders_in_path
 
 __all__ = [
     "Decoder",
@@ -362,7 +363,7 @@ class Workers:
         options = {"worker_init_fn": Prepare(), **self.options, "multiprocessing_context": context}
         self._plan.index = self._plan.index[:0]
         try:
-            with warnings.catch_warnings(), children_unheard():
+            with warnings.catch_warnings(), children_unheard(), own_folders_in_path():
                 # The user's own loader has said so.
                 warnings.filterwarnings("ignore", "This DataLoader will create")
                 # The threads of a pool that waits hold no lock that a worker needs.
