@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
+import sys
+import tempfile
+import weakref
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,8 +84,9 @@ def load_hub(
             f"({one_line(error)})",
             "pip install 'losscli[hf]'",
         ) from None
+    cache = _Cache()
     with _quiet():
-        tables = _tables(source, None if config is None else str(config))
+        tables = _tables(source, None if config is None else str(config), cache)
     where = f"hf:{source}"
     for split, table in tables.items():
         if not len(table):
@@ -122,12 +128,56 @@ def load_hub(
     def examples(table: Any, here: str) -> Any:
         answers = _numbers(table, goal, here)
         if image:
-            return _Rows(table, chosen, here, answers, source, size=size, grayscale=bool(grayscale))
+            options = {"size": size, "grayscale": bool(grayscale)}
+            return _Rows(table, chosen, here, answers, source, cache, **options)
         if chosen == "input_ids":
             return _tokens(table, beside, here), answers
         return _features(table, chosen, here), answers
 
-    return {split: examples(table, f"{where}, split {split!r}") for split, table in tables.items()}
+    found = {split: examples(table, f"{where}, split {split!r}") for split, table in tables.items()}
+    cache.unlink()
+    return found
+
+
+class _Cache:
+    """A cache of the library that one reading of a folder has to itself.
+
+    The library's usual cache does not distinguish folders by their place or by their content, and
+    would return the rows of another folder, or those that the folder had before.
+
+    Attributes:
+        state: A text that is another one after a change of the files that were read.
+    """
+
+    def __init__(self) -> None:
+        self.state = ""
+        self._folder: str | None = None
+
+    def folder(self) -> str:
+        """Makes the folder, which is removed when this object is, or when its process ends."""
+        import datasets
+
+        # Where the library would write too: temporary files may be kept in memory.
+        root = Path(datasets.config.HF_DATASETS_CACHE)
+        root.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.mkdtemp(prefix="losscli-", dir=root)
+        weakref.finalize(self, _remove, self._folder, os.getpid())
+        return self._folder
+
+    def unlink(self) -> None:
+        """Removes the files now, if they are mapped: then nothing is left after a kill either.
+
+        Elsewhere than on Linux workers map them again, and what was unpacked is opened by its name.
+        """
+        if self._folder is not None and sys.platform == "linux":
+            if not Path(self._folder, "downloads").exists():
+                _remove(self._folder, os.getpid())
+
+
+def _remove(folder: str, process: int) -> None:
+    # A worker that was forked ends with its copy of the object.
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _leave_out(kind: str, where: str, column: str, *, here: bool, **keys: Any) -> None:
@@ -153,7 +203,7 @@ def _choose(
     return str(named)
 
 
-def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
+def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, Any]:
     """Opens all splits of a data set, the training data first."""
     import datasets
 
@@ -176,7 +226,12 @@ def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
             # An absolute name: text, json and the like name readers, wherever they are folders.
             folder = str(source.resolve())
             with _offline():
-                loaded = datasets.load_dataset(folder, config, trust_remote_code=False)
+                place = cache.folder()
+                loaded = datasets.load_dataset(
+                    folder, config, cache_dir=place, trust_remote_code=False
+                )
+                builder = datasets.load_dataset_builder(folder, config, cache_dir=place)
+            cache.state = _state(builder.config.data_files)
     except DataError:
         raise
     except Exception as error:
@@ -192,6 +247,17 @@ def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
         loaded = {str(loaded.split or "data"): loaded}
     order = sorted(loaded, key=lambda split: split != "train")
     return {printable(str(split)): loaded[split] for split in order}
+
+
+def _state(data_files: Mapping[Any, list[str]]) -> str:
+    """Tells one state of data files from another by their names, sizes and times."""
+    told = hashlib.sha256()
+    for name in (str(name) for names in data_files.values() for name in names):
+        found = os.stat(name)  # noqa: PTH116 - there may be a million of them
+        told.update(
+            f"{name}\0{found.st_size} {found.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
+        )
+    return told.hexdigest()
 
 
 @contextmanager
@@ -474,6 +540,7 @@ class _Rows(Images):
         where: str,
         targets: Tensor,
         source: Path | str,
+        cache: _Cache,
         **options: Any,
     ) -> None:
         import datasets
@@ -483,6 +550,7 @@ class _Rows(Images):
         self._rows = table.select_columns([column]).with_format("arrow")
         self._column = column
         self._where = where
+        self._cache = cache
         self._mode_of_column = table.features[column].mode
         settings = datasets.config
         places = (settings.HF_DATASETS_CACHE, settings.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
@@ -526,4 +594,4 @@ class _Rows(Images):
         return f"{self._where}, row {index}, {self._column!r}"
 
     def state(self, positions: list[int]) -> str:  # noqa: ARG002 - a table has one for all of it
-        return str(self._rows._fingerprint)
+        return self._cache.state or str(self._rows._fingerprint)
