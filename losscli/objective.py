@@ -630,6 +630,7 @@ class Objective:
             raise ModelError(
                 f"the model fails on inputs of shape {shapes}: {one_line(error)}",
                 cure_of(self.model, inputs, leaves(inputs))
+                or _cure_of_type(error, inputs)
                 or "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
         # Hugging Face models wrap their scores.
@@ -755,6 +756,22 @@ class _Record:
 
 def _convolves(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _cure_of_type(error: Exception, inputs: Inputs) -> str:
+    """Explains a type that a model does not take, where whole numbers reach it unchanged."""
+    # The words of torch: "must have the same dtype", "Input type (unsigned char) and bias type".
+    if "type" not in str(error):
+        return ""
+    for tensor in leaves(inputs):
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            scale = " / 255, or for npz, safetensors and hf scale=true" if kind == "uint8" else ""
+            return (
+                f"Inputs of the type {kind} reach the model unchanged: convert them in its forward "
+                f"or in the code of --data, for example x.float(){scale}"
+            )
+    return ""
 
 
 def _bytes_in_forward(inputs: Tensor) -> int:

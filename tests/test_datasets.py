@@ -532,7 +532,8 @@ def test_flatten_false_and_true_are_told_apart(file: str) -> None:
 def test_whole_numbers_and_masks_are_neither_scaled_nor_normalised() -> None:
     tokens, mask = torch.arange(6).reshape(2, 3), torch.tensor([[True], [False]])
     pixels = torch.tensor([[[255]], [[0]]], dtype=torch.uint8)
-    data = DataSet({"s": Split((tokens, mask, pixels), Y[:2])}, mean=(0.5,), flatten=True)
+    split = Split((tokens, mask, pixels), Y[:2])
+    data = DataSet({"s": split}, scale=True, mean=(0.5,), flatten=True)
     found = leaves(data.prepare(only(data).inputs, torch.float32))
     assert found[0] is tokens
     assert found[1] is mask
@@ -590,7 +591,7 @@ def test_splits_are_selected_by_name_each_with_its_own_limit() -> None:
         ("limit=1.5", "limit=1.5 is no number of examples"),
         ("limit=true", "limit=True is no number of examples"),
         ("limit=all", "limit=all is no number of examples"),
-        ("colour=3", "unexpected keyword argument 'colour'. It takes mean, std, flatten, limit"),
+        ("colour=3", "keyword argument 'colour'. It takes scale, mean, std, flatten, limit"),
     ],
 )
 def test_a_wrong_key_is_a_usage_error(file: str, keys: str, message: str) -> None:

@@ -860,7 +860,7 @@ def test_the_keys_are_listed(losscli: Losscli) -> None:
         "cifar100:PATH,labels=fine",
         "imagefolder:PATH,size=,grayscale=false",
         "text:PATH,tokenizer=bytes,context=1024",
-        "hf:PATH,inputs=,targets=,config=,size=,grayscale=,tokenizer=,context=",
+        "hf:PATH,inputs=,targets=,config=,size=,grayscale=,tokenizer=,context=,scale=",
     ):
         assert line in outcome.stdout.splitlines()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,22 @@ from torch import Tensor
 from losscli.datasets.split import Inputs, Split, leaves
 from losscli.errors import DataError, one_line
 
-__all__ = ["RaggedError", "is_language", "join", "to_tensor", "understand"]
+__all__ = ["Pixels", "RaggedError", "is_language", "join", "to_tensor", "understand"]
 
 _TARGETS = ("targets", "target", "labels", "label", "y")
+
+
+class Pixels(dict[str, Any]):
+    """Splits by name, in which uint8 inputs 0…255 stand for numbers 0…1.
+
+    Args:
+        splits: Inputs and targets of each split, or a Dataset of them.
+        note: What the user should know about it.
+    """
+
+    def __init__(self, splits: Mapping[str, Any], note: str = "") -> None:
+        super().__init__(splits)
+        self.note = note
 
 
 class RaggedError(DataError):

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losscli.datasets.batch import to_tensor
+from losscli.datasets.arrays import scaled
+from losscli.datasets.batch import Pixels, to_tensor
 from losscli.datasets.images import Images, open_image
 from losscli.datasets.split import DataSet, Inputs, Split
 from losscli.datasets.text import IGNORED, read_texts
@@ -52,6 +53,7 @@ def load_hub(
     grayscale: bool | None = None,
     tokenizer: str | Path | None = None,
     context: int | None = None,
+    scale: bool | None = None,
 ) -> Any:
     """Reads a data set of Hugging Face's library: a folder of save_to_disk or of data files.
 
@@ -69,6 +71,7 @@ def load_hub(
         grayscale: Whether images have one channel and not three.
         tokenizer: Of text: a tokenizer's folder or ``bytes``.
         context: Of text: tokens in a sequence.
+        scale: Of numbers: whether uint8 inputs are divided by 255, as in npz.
 
     Returns:
         The splits: Datasets of images, tensors of everything else.
@@ -102,6 +105,8 @@ def load_hub(
     text = getattr(feature, "dtype", "") in {"string", "large_string"} and not image
     _leave_out("images", where, chosen, here=image, size=size, grayscale=grayscale)
     _leave_out("text", where, chosen, here=text, tokenizer=tokenizer, context=context)
+    tokens = chosen == "input_ids"
+    _leave_out("numbers", where, chosen, here=not (image or text or tokens), scale=scale)
     if text:
         if targets is not None:
             raise SpecError(
@@ -117,9 +122,9 @@ def load_hub(
     goal = _choose(columns, targets, _TARGETS, "targets", where)
     # A model that takes nothing but token ids is served by inputs=input_ids.
     beside = [] if inputs else [name for name in _BESIDE if name in columns]
-    if chosen == "input_ids" and (goal is None or _is_list(columns[goal])):
-        tokens = {split: _language(table, goal, beside, where) for split, table in tables.items()}
-        return DataSet(tokens, language=True)
+    if tokens and (goal is None or _is_list(columns[goal])):
+        found = {split: _language(table, goal, beside, where) for split, table in tables.items()}
+        return DataSet(found, language=True)
     if goal is None:
         raise DataError(
             f"{where} has the columns {', '.join(columns)}", "Say which: targets=COLUMN"
@@ -130,13 +135,15 @@ def load_hub(
         if image:
             options = {"size": size, "grayscale": bool(grayscale)}
             return _Rows(table, chosen, here, answers, source, cache, **options)
-        if chosen == "input_ids":
+        if tokens:
             return _tokens(table, beside, here), answers
         return _features(table, chosen, here), answers
 
-    found = {split: examples(table, f"{where}, split {split!r}") for split, table in tables.items()}
-    cache.unlink()
-    return found
+    made = {split: examples(table, f"{where}, split {split!r}") for split, table in tables.items()}
+    if image:
+        cache.unlink()
+        return Pixels(made)
+    return made if tokens else scaled(made, where, scale)
 
 
 class _Cache:
