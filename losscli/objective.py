@@ -6,6 +6,8 @@ However points are evaluated, one law holds: the numbers of the checkpoint loade
 from __future__ import annotations
 
 import contextlib
+import enum
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -148,6 +150,7 @@ class Objective:
         self.recalibration = recalibration and self._bring(recalibration)
         self.idle: Sequence[Layer] = ()
         self._copies_inputs = False
+        self._forms: dict[tuple[str, ...], _Form] = {}
         self._way: Way | None = None
         self._operations: int | None = None
 
@@ -319,13 +322,13 @@ class Objective:
             inputs = self.data.prepare(map_inputs(Tensor.clone, split.inputs), self.dtype)
             versions = [tensor._version for tensor in leaves(inputs)]
             outputs = self.forward(self.model, inputs)
-            if not isinstance(outputs, Tensor) and self.loss in LOSSES.values():
+            if not isinstance(_scores(outputs), Tensor) and _is_registered(self.loss):
                 raise LossError(
                     f"the model returns a {type(outputs).__name__}, and the loss takes a tensor",
                     HEADLESS
                     if is_headless(self.model)
                     else "Give a --loss of your own that takes it, or a model that returns its "
-                    "scores",
+                    "scores, alone or under the key logits",
                 )
             # A model that writes on its inputs would spoil them for every later point.
             self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
@@ -375,8 +378,8 @@ class Objective:
             except ModelError:
                 # Told of the whole batch, which may be the only size that the model takes.
                 return
-            if isinstance(outputs, Tensor):
-                fit = max(1, budget * len(few) // max(1, outputs.nbytes))
+            if isinstance(scores := _scores(outputs), Tensor):
+                fit = max(1, budget * len(few) // max(1, scores.nbytes))
                 self.batch_size = min(self.batch_size, 1 << (fit.bit_length() - 1))
 
     @torch.no_grad()
@@ -616,13 +619,18 @@ class Objective:
         """
         if self._copies_inputs:
             inputs = map_inputs(Tensor.clone, inputs)
+        args, kwargs = self.arguments(inputs)
         try:
-            if isinstance(inputs, Tensor):
-                outputs = model(inputs)
-            elif isinstance(inputs, tuple):
-                outputs = model(*inputs)
-            else:
-                outputs = model(**inputs)
+            try:
+                outputs = model(*args, **kwargs)
+            except Exception:
+                if not isinstance(inputs, dict) or self._forms[tuple(inputs)] is not _Form.EITHER:
+                    raise
+                found = _result_or_none(model, inputs)
+                if found is None:
+                    raise
+                outputs = found
+                self._forms[tuple(inputs)] = _Form.MAPPING
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:
@@ -630,10 +638,34 @@ class Objective:
             raise ModelError(
                 f"the model fails on inputs of shape {shapes}: {one_line(error)}",
                 cure_of(self.model, inputs, leaves(inputs))
+                or _cure_of_type(error, inputs)
                 or "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
         # Hugging Face models wrap their scores.
         return getattr(outputs, "logits", outputs)
+
+    def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arranges inputs as the model's ``forward`` takes them.
+
+        Args:
+            inputs: A prepared batch.
+
+        Returns:
+            The arguments by position and by name. Inputs with names are passed by name where
+            ``forward`` has parameters of these names, else as the mapping that they are; a single
+            one whose name is not known, by position.
+        """
+        if isinstance(inputs, Tensor):
+            return (inputs,), {}
+        if isinstance(inputs, tuple):
+            return inputs, {}
+        names = tuple(inputs)
+        if names not in self._forms:
+            self._forms[names] = _form_of(self.model, names)
+        form = self._forms[names]
+        if form is _Form.KEYWORDS:
+            return (), inputs
+        return (inputs if form is _Form.MAPPING else inputs[names[0]],), {}
 
     def per_example(self, function: PerExample, outputs: Any, targets: Tensor, what: str) -> Tensor:
         """Takes a loss or a metric of a batch.
@@ -651,6 +683,8 @@ class Objective:
         Raises:
             LossError: It fails, or gives something else.
         """
+        if _is_registered(function):
+            outputs = _scores(outputs)
         if isinstance(outputs, Tensor) and outputs.dtype in _HALF and function not in TAKES_HALF:
             outputs = outputs.float()
         try:
@@ -658,7 +692,11 @@ class Objective:
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:
-            raise LossError(f"the {what} fails: {one_line(error)}") from error
+            cure = ""
+            if isinstance(outputs, Mapping):
+                keys = ", ".join(map(str, outputs))
+                cure = f"It receives the mapping that the model returns, with the keys {keys}"
+            raise LossError(f"the {what} fails: {one_line(error)}", cure) from error
         if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise LossError(
@@ -669,6 +707,7 @@ class Objective:
 
     def _check_labels(self, outputs: Any, name: str) -> None:
         """Finds labels out of range before a GPU kernel does, which would end the process."""
+        outputs = _scores(outputs)
         if not isinstance(outputs, Tensor):
             return
         split = self.splits[name]
@@ -698,6 +737,69 @@ class Objective:
                 f"{self._classes} outputs stand for the labels 0 to {self._classes - 1}",
                 "Choose a model or data with as many classes",
             )
+
+
+class _Form(enum.Enum):
+    """How a model takes inputs with names."""
+
+    KEYWORDS = enum.auto()
+    """By name."""
+    MAPPING = enum.auto()
+    """All in one mapping."""
+    VALUE = enum.auto()
+    """A single one, by position."""
+    EITHER = enum.auto()
+    """A single one by position, or where that fails in a mapping."""
+
+
+def _form_of(model: nn.Module, names: tuple[str, ...]) -> _Form:
+    """Finds out from the signature of ``forward`` how it takes inputs with names."""
+    single = len(names) == 1
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # of compiled code
+        return _Form.EITHER if single else _Form.KEYWORDS
+    explicit = [p.name for p in signature.parameters.values() if p.kind not in _VARIABLE]
+    by_name = _binds(signature, **dict.fromkeys(names))
+    if not _binds(signature, None):
+        return _Form.KEYWORDS
+    if not single:
+        return _Form.KEYWORDS if by_name else _Form.MAPPING
+    if explicit[:1] == [names[0]]:
+        return _Form.VALUE
+    # A model that takes any name may want a single input by its position.
+    return _Form.KEYWORDS if by_name and names[0] in explicit else _Form.EITHER
+
+
+_VARIABLE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+
+def _binds(signature: inspect.Signature, /, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _result_or_none(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """What a model gives for inputs in one argument; None where it fails."""
+    try:
+        return model(inputs)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001 - the user's code may raise anything
+        return None
+
+
+def _is_registered(function: PerExample) -> bool:
+    """Whether a loss or metric is one of losscli's own, with or without options."""
+    return getattr(function, "func", function) in _KNOWN_FUNCTIONS
+
+
+def _scores(outputs: Any) -> Any:
+    """The scores among a model's outputs: what stands under ``logits`` in a mapping."""
+    return outputs.get("logits", outputs) if isinstance(outputs, Mapping) else outputs
 
 
 class _Record:
@@ -755,6 +857,22 @@ class _Record:
 
 def _convolves(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _cure_of_type(error: Exception, inputs: Inputs) -> str:
+    """Explains a type that a model does not take, where whole numbers reach it unchanged."""
+    # The words of torch: "must have the same dtype", "Input type (unsigned char) and bias type".
+    if "type" not in str(error):
+        return ""
+    for tensor in leaves(inputs):
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            scale = " / 255, or for npz, safetensors and hf scale=true" if kind == "uint8" else ""
+            return (
+                f"Inputs of the type {kind} reach the model unchanged: convert them in its forward "
+                f"or in the code of --data, for example x.float(){scale}"
+            )
+    return ""
 
 
 def _bytes_in_forward(inputs: Tensor) -> int:

@@ -52,6 +52,11 @@ def _whole(high: int, *shape: int) -> Tensor:
     return torch.randint(high, shape, generator=_generator)
 
 
+def _bytes(*shape: int) -> Tensor:
+    # From a generator of its own: the other cases keep their numbers.
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+
+
 _N = 37
 
 CASES = [
@@ -59,7 +64,7 @@ CASES = [
     Case(
         "mlp-sigmoid",
         lambda: MLP("12-9-9-5", activation="sigmoid"),
-        _whole(256, _N, 12).to(torch.uint8),
+        _whole(256, _N, 12) / 255,
         _whole(5, _N),
     ),
     Case(
@@ -80,7 +85,7 @@ CASES = [
     Case(
         "cnn-batchnorm",
         lambda: CNN("4-6", channels=2, classes=3, batchnorm=True),
-        _whole(256, _N, 2, 6, 6).to(torch.uint8),
+        _whole(256, _N, 2, 6, 6) / 255,
         _whole(3, _N),
     ),
     Case("lstm", foreign.Recurrent, _uniform(_N, 5, 4), _whole(3, _N)),
@@ -94,6 +99,7 @@ CASES = [
         {"words": _whole(9, _N, 4), "sizes": _uniform(_N, 3)},
         _whole(2, _N),
     ),
+    Case("dividing", foreign.Dividing, _bytes(_N, 2, 7, 7), torch.arange(_N) % 3),
     Case("spoiling", foreign.Spoiling, _uniform(_N, 4), _whole(3, _N)),
     Case("functional", foreign.Functional, _uniform(_N, 4), _whole(3, _N)),
     *(

@@ -71,6 +71,22 @@ class Normalising(nn.Module):
         return self.head(self.drop(torch.relu(self.shared(x))))
 
 
+class Dividing(nn.Module):
+    """Takes bytes, and scales them itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, stride=2)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.uint8:
+            raise TypeError(f"bytes, not {x.dtype}")
+        x = x.to(self.head.weight.dtype) / 255
+        return self.head(torch.relu(self.norm(self.first(x))).flatten(1))
+
+
 class Convolving(nn.Module):
     """A convolution with a stride, in-place activation, BatchNorm, a residual stream."""
 

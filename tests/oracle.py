@@ -68,6 +68,4 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if x.dtype == torch.uint8:
-        return x.to(dtype) / 255
     return x.to(dtype) if x.is_floating_point() else x

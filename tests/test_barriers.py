@@ -56,11 +56,10 @@ def trained(name: str, seed: int) -> dict[str, torch.Tensor]:
     model = case.build()
     model.load_state_dict(case.state(seed))
     model.eval()  # BatchNorm's statistics stay
-    inputs = case.inputs.float() / 255 if case.inputs.dtype == torch.uint8 else case.inputs
     optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(80):
         optimiser.zero_grad()
-        case.per_example(model(inputs), case.targets).mean().backward()
+        case.per_example(model(case.inputs), case.targets).mean().backward()
         optimiser.step()
     return model.state_dict()
 

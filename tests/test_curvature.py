@@ -96,8 +96,8 @@ class Oracle:
         named = {n: p.view(self._shapes[n]) for n, p in zip(self._shapes, parts, strict=True)}
         inputs = copy.deepcopy(self._case.inputs)
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
-        args = tuple(map(_scaled, args))
-        kwargs = {k: _scaled(x) for k, x in kwargs.items()}
+        args = tuple(map(_cast, args))
+        kwargs = {k: _cast(x) for k, x in kwargs.items()}
         targets = self._case.targets
         targets = targets.double() if targets.is_floating_point() else targets
         with sdpa_kernel(SDPBackend.MATH):
@@ -110,9 +110,7 @@ class Oracle:
         return gradient
 
 
-def _scaled(x: Tensor) -> Tensor:
-    if x.dtype == torch.uint8:
-        return x.double() / 255
+def _cast(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 

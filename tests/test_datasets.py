@@ -532,7 +532,8 @@ def test_flatten_false_and_true_are_told_apart(file: str) -> None:
 def test_whole_numbers_and_masks_are_neither_scaled_nor_normalised() -> None:
     tokens, mask = torch.arange(6).reshape(2, 3), torch.tensor([[True], [False]])
     pixels = torch.tensor([[[255]], [[0]]], dtype=torch.uint8)
-    data = DataSet({"s": Split((tokens, mask, pixels), Y[:2])}, mean=(0.5,), flatten=True)
+    split = Split((tokens, mask, pixels), Y[:2])
+    data = DataSet({"s": split}, scale=True, mean=(0.5,), flatten=True)
     found = leaves(data.prepare(only(data).inputs, torch.float32))
     assert found[0] is tokens
     assert found[1] is mask
@@ -590,7 +591,7 @@ def test_splits_are_selected_by_name_each_with_its_own_limit() -> None:
         ("limit=1.5", "limit=1.5 is no number of examples"),
         ("limit=true", "limit=True is no number of examples"),
         ("limit=all", "limit=all is no number of examples"),
-        ("colour=3", "unexpected keyword argument 'colour'. It takes mean, std, flatten, limit"),
+        ("colour=3", "keyword argument 'colour'. It takes scale, mean, std, flatten, limit"),
     ],
 )
 def test_a_wrong_key_is_a_usage_error(file: str, keys: str, message: str) -> None:
@@ -746,14 +747,18 @@ def test_every_form_gives_the_same_examples_down_to_a_ragged_last_batch(form: st
     data = from_object(SAME[form], "here")
     assert list(data.splits) == ["data"]
     split = data.splits["data"]
-    assert torch.equal(tensor(split.inputs), X)
+    assert isinstance(split, Split)
+    (inputs,) = leaves(split.inputs)
+    assert torch.equal(inputs, X)
     assert torch.equal(split.targets, Y)
 
 
 @pytest.mark.parametrize("key", ["targets", "target", "labels", "label", "y"])
 def test_the_targets_are_known_by_their_key(key: str) -> None:
     split = only(from_object({"s": {key: Y, "anything": X}}, "here"))
-    assert torch.equal(tensor(split.inputs), X)
+    assert isinstance(split.inputs, dict)
+    assert list(split.inputs) == ["anything"]
+    assert torch.equal(split.inputs["anything"], X)
     assert torch.equal(split.targets, Y)
 
 
@@ -875,12 +880,22 @@ BAD = {
     "a list": ([(X, Y)], "gives a list. Return a mapping"),
     "an empty mapping": ({}, "gives a dict. Return a mapping"),
     "a bare pair": ((X, Y), "gives a tuple"),
-    "a tensor": ({"s": X}, "split 's': a Tensor is not understood as a batch. Give (inputs, targ"),
-    "three": ({"s": (X, X, Y)}, "a tuple of 3 is not understood as a batch"),
-    "one": ({"s": (X,)}, "a tuple of 1 is not understood"),
-    "three in a batch": (TensorDataset(X, X, Y), "a list of 3 is not understood"),
+    "a tensor": (
+        {"s": X},
+        "split 's': cannot interpret a Tensor as a batch; expected (inputs, targets). Give (inputs",
+    ),
+    "three": (
+        {"s": (X, X, Y)},
+        "3-element batch; expected (inputs, targets). Group several inputs as ((x1, x2), y)",
+    ),
+    "one": ({"s": (X,)}, "cannot interpret a 1-element batch; expected (inputs, targets). Give ("),
+    "three in a batch": (
+        TensorDataset(X, X, Y),
+        "cannot interpret a 3-element batch; expected (inputs, targets). Group several inputs as",
+    ),
+    "four in examples": (Examples(lambda i: (X[i], X[i], X[i], Y[i])), "a 4-element batch; expect"),
     "text in a batch": (Examples(lambda i: (X[i], "cat")), "'targets' is a tuple, not a dense"),
-    "text": ({"s": "a.npz"}, "a str is not understood as a batch"),
+    "text": ({"s": "a.npz"}, "cannot interpret a str as a batch; expected (inputs, targets)"),
     "lists of numbers": ({"s": (X.tolist(), Y.tolist())}, "0 is a list, not a dense tensor"),
     "text among inputs": (
         {"s": {"y": Y, "x": X, "name": ["a"] * N}},

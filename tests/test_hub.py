@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -181,6 +183,118 @@ def test_configurations_are_chosen_by_config(tmp_path: Path) -> None:
     for name in names:
         data = load(f"hf:{tmp_path},config={name}", trusted=False)
         assert pair(data, "train")[0].tolist() == [len(name)]
+
+
+def csv_folder(folder: Path, start: int, card: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = "".join(f"{start + i}.5,{i}\n" for i in range(3))
+    (folder / "train.csv").write_text(f"x,y\n{rows}")
+    if card:
+        (folder / "README.md").write_text(f"---\n{card}---\n")
+
+
+CARDS = {
+    "no card": "",
+    "data_files": 'configs:\n- config_name: default\n  data_files: "train.csv"\n',
+    "data_dir": "configs:\n- config_name: default\n  data_dir: .\n",
+    "splits": "configs:\n- config_name: default\n  data_files:\n  - split: train\n"
+    "    path: train.csv\n",
+    "without configs": "license: mit\n",
+}
+
+
+@pytest.mark.parametrize("change", ["another folder", "the same folder", "the same time and size"])
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_numbers_are_those_that_the_folder_has_now(
+    card: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = (1000, 2000, 3000)
+    for start in starts:
+        place = tmp_path / (str(start) if change == "another folder" else "one")
+        csv_folder(place / "data", start, card)
+        if change == "the same time and size":
+            os.utime(place / "data" / "train.csv", ns=(10**18, 10**18))
+        monkeypatch.chdir(place)
+        inputs, _ = pair(load("hf:data", trusted=False), "train")
+        assert inputs.flatten().tolist() == [start + i + 0.5 for i in range(3)]
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "cache of datasets").rglob("*") if path.is_file()]
+
+
+def test_numbers_leave_nothing_in_the_cache(tmp_path: Path) -> None:
+    csv_folder(tmp_path / "data", 1, CARDS["splits"])
+    assert pair(load(f"hf:{tmp_path / 'data'}", trusted=False), "train")[0].sum() == 7.5
+    (tmp_path / "data" / "train.csv").write_text("x,y\n1.5\n2,3,4\n")
+    with pytest.raises(DataError, match="cannot be read"):
+        load(f"hf:{tmp_path / 'data'}", trusted=False)
+    assert cached(tmp_path) == []
+
+
+def image_folder(folder: Path, pixels: Any) -> None:
+    """Writes images as rows of a Parquet file, which a card names."""
+    from PIL import Image
+
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    whole = table(
+        features, image=[Image.fromarray(p) for p in pixels], label=list(range(len(pixels)))
+    )
+    folder.mkdir(exist_ok=True)
+    whole.to_parquet(str(folder / "train.parquet"))
+    card = 'configs:\n- config_name: default\n  data_files: "train.parquet"\n'
+    (folder / "README.md").write_text(f"---\n{card}---\n")
+
+
+def test_images_are_those_that_the_folder_has_now_and_workers_read_them(
+    tmp_path: Path,
+) -> None:
+    from losscli.datasets.hub import load_hub
+    from losscli.datasets.objects import wrap
+    from losscli.datasets.stream import Stream
+
+    digests = []
+    for _ in range(2):
+        pixels = GENERATOR.integers(0, 256, (6, 4, 5, 3), np.uint8)
+        image_folder(tmp_path / "data", pixels)
+        for _ in range(2):
+            stream = wrap(load_hub(tmp_path / "data"), "data", 0).splits["train"]
+            assert isinstance(stream, Stream)
+            stream._workers.number = 2
+            batches = list(stream.batches(2))
+            assert stream._workers._loader is not None
+            inputs = torch.cat([batch.inputs for batch in batches])  # type: ignore[misc]
+            assert np.array_equal(inputs, pixels.transpose(0, 3, 1, 2))
+            digests.append(stream.digest)
+            stream._workers._loader = None  # ends them
+            inputs = stream.first(6).inputs  # type: ignore[assignment]
+            assert np.array_equal(inputs, pixels.transpose(0, 3, 1, 2))
+            del stream
+    # A run goes on where the images are the same, and begins from the start where they are not.
+    first, again, changed, changed_again = digests
+    assert first == again != changed == changed_again
+    assert cached(tmp_path) == []
+
+
+def test_a_process_that_is_killed_leaves_no_images_in_the_cache(tmp_path: Path) -> None:
+    image_folder(tmp_path / "data", GENERATOR.integers(0, 256, (3, 4, 5, 3), np.uint8))
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from losscli.datasets.hub import load_hub\n"
+        "images = load_hub(Path(sys.argv[1]))['train']\n"
+        "print(int(images[2][1]), flush=True)\nos.kill(os.getpid(), 9)\n"
+    )
+    cache = tmp_path / "cache of datasets"
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "data")],
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (found.returncode, found.stdout) == (-signal.SIGKILL, "2\n")
+    assert cache.is_dir()
+    assert cached(tmp_path) == []
 
 
 # Images
@@ -746,7 +860,7 @@ def test_the_keys_are_listed(losscli: Losscli) -> None:
         "cifar100:PATH,labels=fine",
         "imagefolder:PATH,size=,grayscale=false",
         "text:PATH,tokenizer=bytes,context=1024",
-        "hf:PATH,inputs=,targets=,config=,size=,grayscale=,tokenizer=,context=",
+        "hf:PATH,inputs=,targets=,config=,size=,grayscale=,tokenizer=,context=,scale=",
     ):
         assert line in outcome.stdout.splitlines()
 

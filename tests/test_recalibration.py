@@ -293,7 +293,7 @@ def test_the_statistics_are_those_of_update_bn_where_the_batches_agree() -> None
     objective, state = objective_of(case), case.state(1)
     model = case.build().double()
     model.load_state_dict(state)
-    loader = [case.inputs[index].double() / 255 for index in dealt(N)]
+    loader = [case.inputs[index].double() for index in dealt(N)]
     torch.optim.swa_utils.update_bn(loader, model)
     found = objective.recalibrated(state)
     assert objective.idle == []

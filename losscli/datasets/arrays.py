@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from losscli.datasets.batch import to_tensor
-from losscli.errors import DataError, one_line
+from losscli.datasets.batch import Pixels, to_tensor
+from losscli.errors import DataError, SpecError, one_line
 
-__all__ = ["load_mnist", "load_npz", "load_safetensors"]
+__all__ = ["load_mnist", "load_npz", "load_safetensors", "scaled"]
 
 # More than so many times its size no stretch of bytes has been before it was deflated.
 _DEFLATED = 1032
@@ -52,11 +52,46 @@ def _pairs(arrays: Mapping[str, _Array], where: str) -> dict[str, tuple[_Array, 
     return {split: (splits[split]["inputs"], splits[split]["targets"]) for split in order}
 
 
-def load_safetensors(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
+def scaled(
+    splits: dict[str, tuple[Tensor, Tensor]], where: str, scale: bool | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Decides whether arrays of bytes are pixels, which are scaled from 0…255 to 0…1.
+
+    Args:
+        splits: Inputs and targets of each split.
+        where: What to call the data in errors.
+        scale: Whether they are; None for those with three dimensions or more.
+
+    Returns:
+        The splits, as `Pixels` if they are.
+
+    Raises:
+        SpecError: There are no bytes to scale.
+    """
+    if scale is not None and not isinstance(scale, bool):
+        raise SpecError(f"{where}: scale={scale} is neither true nor false", "Write scale=true")
+    arrays = [inputs for inputs, _ in splits.values()]
+    bytes_ = [array for array in arrays if array.dtype == torch.uint8]
+    if scale and not bytes_:
+        kind = str(arrays[0].dtype).removeprefix("torch.")
+        raise SpecError(
+            f"{where}: scale=true is for uint8 inputs, and these are {kind}", "Leave out scale="
+        )
+    if scale is None and bytes_ and all(array.ndim >= 3 for array in bytes_):
+        note = "uint8 inputs are scaled from 0…255 to 0…1: scale=false leaves them as they are"
+        return Pixels(splits, note)
+    return Pixels(splits) if scale else splits
+
+
+def load_safetensors(
+    path: Path, /, *, scale: bool | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Reads a safetensors file of arrays.
 
     Args:
         path: The file.
+        scale: Whether uint8 inputs are divided by 255; None for those with three dimensions or
+            more.
 
     Returns:
         Inputs and targets of each split.
@@ -73,14 +108,16 @@ def load_safetensors(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
         raise DataError(
             f"{path} is no whole safetensors file: {one_line(error)}", "Was its writing cut off?"
         ) from None
-    return _pairs(arrays, str(path))
+    return scaled(_pairs(arrays, str(path)), str(path), scale)
 
 
-def load_npz(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
+def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """Reads a NumPy archive of arrays.
 
     Args:
         path: The file.
+        scale: Whether uint8 inputs are divided by 255; None for those with three dimensions or
+            more.
 
     Returns:
         Inputs and targets of each split.
@@ -108,7 +145,7 @@ def load_npz(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
             f"{path} is no NumPy archive of numbers: {one_line(error)}",
             "Write it with numpy.savez, arrays of numbers alone",
         ) from None
-    return _pairs(arrays, str(path))
+    return scaled(_pairs(arrays, str(path)), str(path), scale)
 
 
 def _hold_against_size(stream: IO[bytes]) -> dict[str, tuple[int, ...]]:
@@ -153,7 +190,7 @@ _HEADERS = {
 }
 
 
-def load_mnist(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
+def load_mnist(path: Path, /) -> Pixels:
     """Reads the IDX files of MNIST, Fashion-MNIST or K-MNIST.
 
     Args:
@@ -182,7 +219,7 @@ def load_mnist(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
             f"{path} holds no IDX files such as t10k-images-idx3-ubyte.gz",
             "Name the folder of the IDX files",
         )
-    return splits
+    return Pixels(splits)
 
 
 def _idx_file(folder: Path, prefix: str, part: str) -> Path | None:

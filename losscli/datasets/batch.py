@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,22 @@ from torch import Tensor
 from losscli.datasets.split import Inputs, Split, leaves
 from losscli.errors import DataError, one_line
 
-__all__ = ["RaggedError", "is_language", "join", "to_tensor", "understand"]
+__all__ = ["Pixels", "RaggedError", "is_language", "join", "to_tensor", "understand"]
 
 _TARGETS = ("targets", "target", "labels", "label", "y")
+
+
+class Pixels(dict[str, Any]):
+    """Splits by name, in which uint8 inputs 0…255 stand for numbers 0…1.
+
+    Args:
+        splits: Inputs and targets of each split, or a Dataset of them.
+        note: What the user should know about it.
+    """
+
+    def __init__(self, splits: Mapping[str, Any], note: str = "") -> None:
+        super().__init__(splits)
+        self.note = note
 
 
 class RaggedError(DataError):
@@ -42,8 +56,9 @@ def understand(batch: object, where: str) -> Split:
                 f"{'no' if not keys else 'more than one'} key for its targets",
                 f"Call them one of {', '.join(_TARGETS)}",
             )
-        rest = {str(key): to_tensor(v, where, key) for key, v in batch.items() if key != keys[0]}
-        inputs: Inputs = next(iter(rest.values())) if len(rest) == 1 else rest
+        inputs: Inputs = {
+            str(key): to_tensor(value, where, key) for key, value in batch.items() if key != keys[0]
+        }
         targets = batch[keys[0]]
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         first, targets = batch
@@ -54,10 +69,13 @@ def understand(batch: object, where: str) -> Split:
         else:
             inputs = to_tensor(first, where, "inputs")
     else:
-        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        several = isinstance(batch, tuple | list)
+        what = f"{len(batch)}-element batch" if several else f"{type(batch).__name__} as a batch"  # type: ignore[arg-type]
         raise DataError(
-            f"{where}: a {type(batch).__name__}{size} is not understood as a batch",
-            "Give (inputs, targets), or a mapping with a key such as targets or labels",
+            f"{where}: cannot interpret a {what}; expected (inputs, targets)",
+            "Group several inputs as ((x1, x2), y)"
+            if several and len(batch) > 2  # type: ignore[arg-type]
+            else "Give (inputs, targets), or a mapping with a key such as targets or labels",
         )
     if not leaves(inputs):
         raise DataError(f"{where}: a batch has targets and no inputs", "Give (inputs, targets)")

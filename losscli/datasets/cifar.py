@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from losscli.datasets.batch import Pixels
 from losscli.errors import DataError, SpecError, one_line
 from losscli.pickles import BrokenPickleError, ForbiddenPickleError, load
 
@@ -25,7 +26,7 @@ _Reader = Callable[[Path], tuple[Bytes, npt.NDArray[np.int64]]]
 _Files = dict[str, list[Path]]
 
 
-def load_cifar10(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
+def load_cifar10(path: Path, /) -> Pixels:
     """Reads CIFAR-10, the binary or the python version; no code in the latter is run.
 
     Args:
@@ -49,10 +50,10 @@ def load_cifar10(path: Path, /) -> dict[str, tuple[Tensor, Tensor]]:
     def read(file: Path) -> tuple[Bytes, npt.NDArray[np.int64]]:
         return _read_binary(file, 1, 0) if binary else _read_python(file, "labels")
 
-    return {split: _read_all(names, read, 10) for split, names in files.items()}
+    return Pixels({split: _read_all(names, read, 10) for split, names in files.items()})
 
 
-def load_cifar100(path: Path, /, *, labels: str = "fine") -> dict[str, tuple[Tensor, Tensor]]:
+def load_cifar100(path: Path, /, *, labels: str = "fine") -> Pixels:
     """Reads CIFAR-100 in the same versions, with its 100 fine or its 20 coarse classes.
 
     Args:
@@ -82,7 +83,8 @@ def load_cifar100(path: Path, /, *, labels: str = "fine") -> dict[str, tuple[Ten
             _read_binary(file, 2, int(fine)) if binary else _read_python(file, f"{labels}_labels")
         )
 
-    return {split: _read_all(names, read, 100 if fine else 20) for split, names in files.items()}
+    count = 100 if fine else 20
+    return Pixels({split: _read_all(names, read, count) for split, names in files.items()})
 
 
 def _find(

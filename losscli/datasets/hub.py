@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
+import sys
+import tempfile
+import weakref
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losscli.datasets.batch import to_tensor
+from losscli.datasets.arrays import scaled
+from losscli.datasets.batch import Pixels, to_tensor
 from losscli.datasets.images import Images, open_image
 from losscli.datasets.split import DataSet, Inputs, Split
 from losscli.datasets.text import IGNORED, read_texts
@@ -47,6 +53,7 @@ def load_hub(
     grayscale: bool | None = None,
     tokenizer: str | Path | None = None,
     context: int | None = None,
+    scale: bool | None = None,
 ) -> Any:
     """Reads a data set of Hugging Face's library: a folder of save_to_disk or of data files.
 
@@ -64,6 +71,7 @@ def load_hub(
         grayscale: Whether images have one channel and not three.
         tokenizer: Of text: a tokenizer's folder or ``bytes``.
         context: Of text: tokens in a sequence.
+        scale: Of numbers: whether uint8 inputs are divided by 255, as in npz.
 
     Returns:
         The splits: Datasets of images, tensors of everything else.
@@ -79,8 +87,9 @@ def load_hub(
             f"({one_line(error)})",
             "pip install 'losscli[hf]'",
         ) from None
+    cache = _Cache()
     with _quiet():
-        tables = _tables(source, None if config is None else str(config))
+        tables = _tables(source, None if config is None else str(config), cache)
     where = f"hf:{source}"
     for split, table in tables.items():
         if not len(table):
@@ -96,6 +105,8 @@ def load_hub(
     text = getattr(feature, "dtype", "") in {"string", "large_string"} and not image
     _leave_out("images", where, chosen, here=image, size=size, grayscale=grayscale)
     _leave_out("text", where, chosen, here=text, tokenizer=tokenizer, context=context)
+    tokens = chosen == "input_ids"
+    _leave_out("numbers", where, chosen, here=not (image or text or tokens), scale=scale)
     if text:
         if targets is not None:
             raise SpecError(
@@ -111,9 +122,9 @@ def load_hub(
     goal = _choose(columns, targets, _TARGETS, "targets", where)
     # A model that takes nothing but token ids is served by inputs=input_ids.
     beside = [] if inputs else [name for name in _BESIDE if name in columns]
-    if chosen == "input_ids" and (goal is None or _is_list(columns[goal])):
-        tokens = {split: _language(table, goal, beside, where) for split, table in tables.items()}
-        return DataSet(tokens, language=True)
+    if tokens and (goal is None or _is_list(columns[goal])):
+        found = {split: _language(table, goal, beside, where) for split, table in tables.items()}
+        return DataSet(found, language=True)
     if goal is None:
         raise DataError(
             f"{where} has the columns {', '.join(columns)}", "Say which: targets=COLUMN"
@@ -122,12 +133,58 @@ def load_hub(
     def examples(table: Any, here: str) -> Any:
         answers = _numbers(table, goal, here)
         if image:
-            return _Rows(table, chosen, here, answers, source, size=size, grayscale=bool(grayscale))
-        if chosen == "input_ids":
+            options = {"size": size, "grayscale": bool(grayscale)}
+            return _Rows(table, chosen, here, answers, source, cache, **options)
+        if tokens:
             return _tokens(table, beside, here), answers
         return _features(table, chosen, here), answers
 
-    return {split: examples(table, f"{where}, split {split!r}") for split, table in tables.items()}
+    made = {split: examples(table, f"{where}, split {split!r}") for split, table in tables.items()}
+    if image:
+        cache.unlink()
+        return Pixels(made)
+    return made if tokens else scaled(made, where, scale)
+
+
+class _Cache:
+    """A cache of the library that one reading of a folder has to itself.
+
+    The library's usual cache does not distinguish folders by their place or by their content, and
+    would return the rows of another folder, or those that the folder had before.
+
+    Attributes:
+        state: A text that is another one after a change of the files that were read.
+    """
+
+    def __init__(self) -> None:
+        self.state = ""
+        self._folder: str | None = None
+
+    def folder(self) -> str:
+        """Makes the folder, which is removed when this object is, or when its process ends."""
+        import datasets
+
+        # Where the library would write too: temporary files may be kept in memory.
+        root = Path(datasets.config.HF_DATASETS_CACHE)
+        root.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.mkdtemp(prefix="losscli-", dir=root)
+        weakref.finalize(self, _remove, self._folder, os.getpid())
+        return self._folder
+
+    def unlink(self) -> None:
+        """Removes the files now, if they are mapped: then nothing is left after a kill either.
+
+        Elsewhere than on Linux workers map them again, and what was unpacked is opened by its name.
+        """
+        if self._folder is not None and sys.platform == "linux":
+            if not Path(self._folder, "downloads").exists():
+                _remove(self._folder, os.getpid())
+
+
+def _remove(folder: str, process: int) -> None:
+    # A worker that was forked ends with its copy of the object.
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _leave_out(kind: str, where: str, column: str, *, here: bool, **keys: Any) -> None:
@@ -153,7 +210,7 @@ def _choose(
     return str(named)
 
 
-def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
+def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, Any]:
     """Opens all splits of a data set, the training data first."""
     import datasets
 
@@ -176,7 +233,12 @@ def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
             # An absolute name: text, json and the like name readers, wherever they are folders.
             folder = str(source.resolve())
             with _offline():
-                loaded = datasets.load_dataset(folder, config, trust_remote_code=False)
+                place = cache.folder()
+                loaded = datasets.load_dataset(
+                    folder, config, cache_dir=place, trust_remote_code=False
+                )
+                builder = datasets.load_dataset_builder(folder, config, cache_dir=place)
+            cache.state = _state(builder.config.data_files)
     except DataError:
         raise
     except Exception as error:
@@ -192,6 +254,17 @@ def _tables(source: Path | str, config: str | None) -> dict[str, Any]:
         loaded = {str(loaded.split or "data"): loaded}
     order = sorted(loaded, key=lambda split: split != "train")
     return {printable(str(split)): loaded[split] for split in order}
+
+
+def _state(data_files: Mapping[Any, list[str]]) -> str:
+    """Tells one state of data files from another by their names, sizes and times."""
+    told = hashlib.sha256()
+    for name in (str(name) for names in data_files.values() for name in names):
+        found = os.stat(name)  # noqa: PTH116 - there may be a million of them
+        told.update(
+            f"{name}\0{found.st_size} {found.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
+        )
+    return told.hexdigest()
 
 
 @contextmanager
@@ -474,6 +547,7 @@ class _Rows(Images):
         where: str,
         targets: Tensor,
         source: Path | str,
+        cache: _Cache,
         **options: Any,
     ) -> None:
         import datasets
@@ -483,6 +557,7 @@ class _Rows(Images):
         self._rows = table.select_columns([column]).with_format("arrow")
         self._column = column
         self._where = where
+        self._cache = cache
         self._mode_of_column = table.features[column].mode
         settings = datasets.config
         places = (settings.HF_DATASETS_CACHE, settings.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
@@ -526,4 +601,4 @@ class _Rows(Images):
         return f"{self._where}, row {index}, {self._column!r}"
 
     def state(self, positions: list[int]) -> str:  # noqa: ARG002 - a table has one for all of it
-        return str(self._rows._fingerprint)
+        return self._cache.state or str(self._rows._fingerprint)

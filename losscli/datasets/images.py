@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from losscli.datasets.batch import Pixels
 from losscli.errors import DataError, SpecError, one_line, printable
 
 if TYPE_CHECKING:
@@ -217,9 +218,7 @@ class _Folder(Images):
         return told.hexdigest()
 
 
-def load_image_folder(
-    path: Path, /, *, size: int | None = None, grayscale: bool = False
-) -> dict[str, Images]:
+def load_image_folder(path: Path, /, *, size: int | None = None, grayscale: bool = False) -> Pixels:
     """Reads DIR/SPLIT/CLASS/* or DIR/CLASS/*, images in folders named after their classes.
 
     Classes are numbered in the order of their names and images are made RGB, as torchvision's
@@ -257,14 +256,14 @@ def load_image_folder(
                 f"the class folders {name} in {path} hold no images",
                 f"Remove them, or put in files that end in {', '.join(_SUFFIXES)}",
             )
-    return {
+    return Pixels({
         printable(split): _Folder(
             [file for files in groups for file in files],
             [number for number, files in enumerate(groups) for _ in files],
             **options,
         )
         for split, groups in found.items()
-    }
+    })
 
 
 def _splits(path: Path) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from losscli.datasets.batch import is_language, understand
+from losscli.datasets.batch import Pixels, is_language, understand
 from losscli.datasets.flow import Flow, Source
 from losscli.datasets.memory import host_budget
 from losscli.datasets.randomness import private_randomness, seed_all
@@ -105,7 +105,10 @@ def wrap(loaded: object, where: str, seed: int) -> DataSet:
             f"{where}: some splits have a label for each of their input_ids and some do not",
             "Give all of them labels of the shape of input_ids, or none",
         )
-    return DataSet(splits, language=language == {True})
+    data = DataSet(splits, language=language == {True})
+    if isinstance(loaded, Pixels):
+        data = replace(data, scale=True, notes=(loaded.note,) if loaded.note else ())
+    return data
 
 
 def into_memory(data: DataSet) -> DataSet:

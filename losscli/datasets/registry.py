@@ -117,6 +117,7 @@ def load(
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
     data = replace(wrap(loaded, f"data {text!r}", seed), **normalisation)
     _check_normalisation(data, text)
+    data = _unscaled(data, text, imagenet="imagenet" in (common["mean"], common["std"]))
     return into_memory(data.select([], own, seed).select(splits, limit, seed))
 
 
@@ -136,6 +137,22 @@ def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
             f"Write {key}=0.5, or {key}=0.5-0.4-0.5 for three channels",
         )
     return tuple(map(float, values))
+
+
+def _unscaled(data: DataSet, text: str, *, imagenet: bool) -> DataSet:
+    """Notes that bytes which are not scaled are normalised as they are."""
+    firsts = [leaf for s in data.splits.values() for leaf in leaves(s.first(1).inputs)]
+    kept = not data.scale and any(leaf.dtype == torch.uint8 for leaf in firsts)
+    if not kept or (data.mean is None and data.std is None):
+        return data
+    if imagenet:
+        raise SpecError(
+            f"data {text!r}: the statistics of imagenet are of pixels 0…1, and the inputs are "
+            "uint8 that are not scaled",
+            "Return x.float() / 255 from your code; for files of arrays write scale=true",
+        )
+    note = "mean= and std= are applied to the uint8 inputs as they are, not scaled to 0…1"
+    return replace(data, notes=(*data.notes, note))
 
 
 def _check_normalisation(data: DataSet, text: str) -> None:

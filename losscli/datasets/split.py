@@ -256,17 +256,21 @@ class DataSet:
 
     Attributes:
         splits: The splits by name.
-        mean: Subtracted from each channel (dimension 1) after scaling to 0…1; None for none.
+        scale: Whether uint8 inputs are divided by 255, as those of the readers of images are.
+        mean: Subtracted from each channel (dimension 1) after that; None for none.
         std: Divides each channel after that; None for none.
         flatten: Whether each example is flattened to one dimension.
         language: Whether the targets are the tokens of the inputs themselves.
+        notes: What the user should know about the inputs.
     """
 
     splits: Mapping[str, Examples]
+    scale: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     flatten: bool = False
     language: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def task(self) -> Task:
@@ -285,14 +289,18 @@ class DataSet:
             dtype: The type of the forward pass.
 
         Returns:
-            uint8 scaled to 0…1, floating-point as ``dtype``, then normalised and flattened; other
-            integers (token ids) and booleans (masks) as they are.
+            Floating-point as ``dtype``; uint8 too, where it is scaled or normalised. Both are
+            then normalised and flattened. Other integers (token ids) and booleans (masks) as they
+            are.
         """
         return map_inputs(lambda tensor: self._prepare(tensor, dtype), inputs)
 
     def _prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if x.dtype == torch.uint8:
-            x = x.to(dtype).div_(255)
+            if self.scale:
+                x = x.to(dtype).div_(255)
+            elif self.mean is not None or self.std is not None:
+                x = x.to(dtype)
         elif x.is_floating_point():
             x = x.to(dtype)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -214,5 +215,4 @@ def _per_example(found: Found, registry: Mapping[str, PerExample], kind: str) ->
         raise SpecError(f"{kind} {found.value!r}: {kind} functions take no argument")
     if not spec.options:
         return function
-    options = dict(spec.options)
-    return lambda outputs, targets: function(outputs, targets, **options)
+    return partial(function, **spec.options)

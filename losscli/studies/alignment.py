@@ -230,7 +230,7 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
     # Tracing may leave its marks on a model, so it gets one of its own.
     with torch.random.fork_rng(devices=[]):
         model = (problem.fresh or (lambda: copy.deepcopy(objective.model)))()
-    args, kwargs = _call(inputs)
+    args, kwargs = objective.arguments(inputs)
     groups = permutation_groups(model.cpu().float().eval(), args, kwargs)
     if not groups:
         what = f"the model {problem.provenance['model']} has no hidden units that could be permuted"
@@ -245,9 +245,3 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
 
 def _on_cpu(inputs: Inputs) -> Inputs:
     return map_inputs(lambda t: t.detach().cpu().clone(), inputs)
-
-
-def _call(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    return (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)

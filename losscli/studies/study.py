@@ -428,6 +428,7 @@ class Study(ABC):
             The notes.
         """
         settings, notes = self.problem.settings, self._estimated()
+        notes += self.problem.objective.data.notes
         for name, split in self.problem.objective.splits.items():
             notes += [f"{name}: {remark}" for remark in split.remarks]
         end = {"a": "first", "b": "last"}.get(settings.buffers)
