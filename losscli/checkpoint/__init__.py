@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from losscli.checkpoint.files import SUFFIXES
 from losscli.checkpoint.folders import in_folder
+from losscli.checkpoint.order import all_in, path_of
 from losscli.checkpoint.reading import base_of, read
 from losscli.checkpoint.renaming import select_for
 from losscli.checkpoint.saving import save
@@ -13,8 +14,10 @@ __all__ = [
     "SUFFIXES",
     "Checkpoint",
     "CheckpointFile",
+    "all_in",
     "base_of",
     "in_folder",
+    "path_of",
     "read",
     "save",
     "select_for",

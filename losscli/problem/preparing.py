@@ -26,12 +26,13 @@ from losscli.settings import Buffers, DType, Settings
 __all__ = ["prepare"]
 
 
-def prepare(names: Sequence[str], settings: Settings) -> Problem:
+def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ()) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
     Args:
         names: The checkpoints: files, or ``init:SEED``.
         settings: The settings.
+        notes: How the checkpoints were put in order, where they were.
 
     Returns:
         The problem, ready to be evaluated.
@@ -88,6 +89,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         settings,
         checkpoints.open,
         checkpoints.unchanged,
+        tuple(notes),
     )
 
 

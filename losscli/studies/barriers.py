@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from losscli.checkpoint import all_in
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.errors import UsageError
@@ -46,7 +47,8 @@ def barriers(
     et al. 2022, arXiv 2110.06296).
 
     Args:
-        names: Two or more checkpoints, each once: files, ``FILE#KEY``, or ``init:SEED``.
+        names: Two or more checkpoints, each once: files, ``FILE#KEY``, ``init:SEED``, or a folder
+            of them.
         points: Evenly spaced values of α on each line, both ends among them.
         progress: Called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
@@ -93,6 +95,7 @@ class Barriers(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
+        names = all_in(names)
         if len(names) < 2:
             raise UsageError(
                 f"barriers needs two checkpoints or more, and got {len(names)}",

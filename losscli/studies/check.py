@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from losscli.checkpoint import path_of
 from losscli.curvature import (
     DENSE_LIMIT,
     LEAST,
@@ -79,6 +80,7 @@ def check(
     tolerance: float = 1e-3,
     eigenvalues: int = 1,
     learning_rate: float | None = None,
+    keep_order: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
 ) -> Result:
@@ -89,6 +91,8 @@ def check(
         tolerance: The largest gradient norm of a critical point.
         eigenvalues: How many eigenvalues of either end of the Hessian's spectrum are found.
         learning_rate: That of training, to draw 2 / learning rate beside the eigenvalues.
+        keep_order: Take the checkpoints in the order of their names as they are given, and all
+            files of a folder; by default they are ordered as `trajectory` does.
         progress: Called with the number of checkpoints done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -106,6 +110,7 @@ def check(
         tolerance=tolerance,
         eigenvalues=eigenvalues,
         learning_rate=learning_rate,
+        keep_order=keep_order,
     )
     return plan.run(progress)
 
@@ -229,6 +234,7 @@ class Check(Study):
         tolerance: float,
         eigenvalues: int,
         learning_rate: float | None,
+        keep_order: bool = False,
     ) -> Check:
         """Reads and matches everything, and evaluates nothing.
 
@@ -238,6 +244,7 @@ class Check(Study):
             tolerance: The largest gradient norm of a critical point.
             eigenvalues: How many of either end will be found.
             learning_rate: That of training.
+            keep_order: Whether the names stay in the order in which they are given.
 
         Returns:
             The plan.
@@ -246,6 +253,7 @@ class Check(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
+        names, notes = path_of(names, keep_order=keep_order)
         if not names:
             raise UsageError("check needs a checkpoint", "Give one or more")
         if len(set(names)) < len(names):
@@ -267,7 +275,7 @@ class Check(Study):
                 "a gradient is that of all examples, so --sampling-error has no place in a check",
                 "Look at fewer with --limit",
             )
-        problem = prepare(names, settings)
+        problem = prepare(names, settings, notes)
         # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
         moving = tuple(name for name in problem.moving if name not in problem.buffers)
         if not moving:

@@ -422,12 +422,13 @@ class Study(ABC):
         ]
 
     def kept(self) -> list[str]:
-        """Notes on what stays where it is: data that is not in memory, tensors by choice.
+        """Notes on the order of the checkpoints, and on what stays where it is.
 
         Returns:
             The notes.
         """
-        settings, notes = self.problem.settings, self._estimated()
+        settings = self.problem.settings
+        notes = [*self.problem.notes, *self._estimated()]
         for name, split in self.problem.objective.splits.items():
             notes += [f"{name}: {remark}" for remark in split.remarks]
         end = {"a": "first", "b": "last"}.get(settings.buffers)
