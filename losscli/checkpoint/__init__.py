@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from losscli.checkpoint.files import SUFFIXES
 from losscli.checkpoint.folders import in_folder
+from losscli.checkpoint.hooks import LoadHooks
 from losscli.checkpoint.order import all_in, path_of
 from losscli.checkpoint.reading import base_of, read
 from losscli.checkpoint.renaming import select_for
@@ -14,6 +15,7 @@ __all__ = [
     "SUFFIXES",
     "Checkpoint",
     "CheckpointFile",
+    "LoadHooks",
     "all_in",
     "base_of",
     "in_folder",

@@ -130,9 +130,19 @@ class CheckpointFile:
 
     @property
     def choice(self) -> Mapping[str, Weights]:
-        """The state dicts to choose from without a model: optimiser state only if all are."""
+        """The state dicts to choose from without a model.
+
+        Optimiser state, the state of random generators, and single numbers beside a state dict
+        count only if there is nothing else.
+        """
         others = {k: v for k, v in self.candidates.items() if not OPTIMISER.fullmatch(k)}
-        return others or self.candidates
+        dicts = {k: v for k, v in others.items() if any(map(_is_weight, v.values()))}
+        # Tensors that lie about beside a state dict, such as the weights of classes.
+        sizes = {k: sum(t.numel() for t in v.values() if _is_weight(t)) for k, v in dicts.items()}
+        flat = "." not in "".join(dicts.get("", ()))
+        if flat and sizes.get("", 0) < max(sizes.values(), default=0):
+            dicts.pop("", None)
+        return dicts or others or self.candidates
 
     def at(self, key: str) -> CheckpointFile:
         """Keeps what lies under a key.
@@ -205,7 +215,12 @@ class CheckpointFile:
         keys = [*labels, *inner]
         return keys if len(keys) <= _MOST_KEYS else [*keys[:_MOST_KEYS], "…"]
 
-    def select(self, expected: Weights | None, base: Checkpoint | None = None) -> Checkpoint:
+    def select(
+        self,
+        expected: Weights | None,
+        base: Checkpoint | None = None,
+        whose: str = "the model",
+    ) -> Checkpoint:
         """Chooses the state dict that fits a model, its names made the model's.
 
         Args:
@@ -213,6 +228,8 @@ class CheckpointFile:
                 only state dict is taken, optimiser state aside.
             base: What an adapter changes, its names those of the model; None for the bare
                 tensors of an adapter.
+
+            whose: What the expected tensors belong to, for the errors.
 
         Returns:
             The checkpoint.
@@ -229,13 +246,13 @@ class CheckpointFile:
             if not candidates:
                 self._refuse_quantised()
             if len(candidates) > 1:
-                raise self._ambiguous(list(candidates))
+                raise self.ambiguous(list(candidates), "No model is known here that would decide. ")
             (weights,) = candidates.values()
-            return self._checkpoint(self.fetch(weights))
+            return self.checkpoint(self.fetch(weights))
         self._refuse_quantised()
-        return self._checkpoint(self.fetch(self._choose(expected)))
+        return self.checkpoint(self.fetch(self._choose(expected, whose)))
 
-    def _choose(self, expected: Weights) -> Weights:
+    def _choose(self, expected: Weights, whose: str) -> Weights:
         # Modules may keep state beside their tensors, of which nothing can be interpolated.
         expected = {name: t for name, t in expected.items() if isinstance(t, Tensor)}
         aliases = tied(expected)
@@ -250,7 +267,7 @@ class CheckpointFile:
             if part.holds
         ]
         if len(holders) > 1:
-            raise self._ambiguous([label for label, _ in holders])
+            raise self.ambiguous([label for label, _ in holders])
         if holders and holders[0][1].fits:
             return holders[0][1].weights
         others = [label for label in self.candidates if not OPTIMISER.fullmatch(label)]
@@ -266,7 +283,7 @@ class CheckpointFile:
         inner = f"{label}.{part.prefix}".strip(".") if part.prefix else label
         name = f"{self.path}#{inner}" if inner and (len(others) > 1 or part.prefix) else self.name
         more = f"; and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
-        raise MismatchError(f"{name} does not fit the model: {'; '.join(wrong[:_TOLD])}{more}")
+        raise MismatchError(f"{name} does not fit {whose}: {'; '.join(wrong[:_TOLD])}{more}")
 
     def _onto(self, base: Checkpoint, expected: Weights | None) -> Checkpoint:
         assert self.adapter is not None
@@ -285,16 +302,39 @@ class CheckpointFile:
                 "Give the checkpoint that it was made from, or dequantise it first",
             )
 
-    def _checkpoint(self, weights: Weights) -> Checkpoint:
+    def checkpoint(self, weights: Weights) -> Checkpoint:
+        """Makes a checkpoint.
+
+        Args:
+            weights: Its tensors, which this file holds.
+
+        Returns:
+            The checkpoint.
+        """
         return Checkpoint(self.name, weights, self.metadata, self.path, self.files)
 
-    def _ambiguous(self, labels: list[str]) -> CheckpointError:
+    def ambiguous(self, labels: list[str], why: str = "") -> CheckpointError:
+        """Makes the error that several state dicts could be meant.
+
+        Args:
+            labels: The keys that lead to them.
+            why: A sentence on why none is chosen.
+
+        Returns:
+            The error.
+        """
         names = ", ".join(repr(label) if label else "its top level" for label in labels)
         example = next(label for label in labels if label)
         return CheckpointError(
             f"{self.name} holds several state dicts: {names}",
-            f"Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",
+            f"{why}Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",
         )
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether a tensor may be one of a model's weights: an array of numbers that are not whole."""
+    numbers = tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized
+    return numbers and tensor.ndim > 0
 
 
 def _odd(tensor: Tensor, *, shapes_alone: bool) -> tuple[str, str] | None:

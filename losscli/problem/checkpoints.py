@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losscli.checkpoint import Checkpoint, read, select_for
+from losscli.checkpoint import Checkpoint, LoadHooks, read, select_for
 from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
 from losscli.models import RUNS_CODE
 from losscli.problem.model import build
@@ -26,6 +26,7 @@ class Checkpoints:
 
     def __init__(self, model: nn.Module, found: Found, base: str | None) -> None:
         self._model = model
+        self._hooks = LoadHooks(model)
         self._found = found
         self._base = base  # what adapters change
         # Without their tensors.
@@ -38,8 +39,8 @@ class Checkpoints:
                 return _initialisation(name, self._found)
             file, base = read(name), None
             if file.adapter and self._base:
-                base = select_for(read(self._base), self._model)
-            checkpoint = select_for(file, self._model, base)
+                base = select_for(read(self._base), self._model, hooks=self._hooks)
+            checkpoint = select_for(file, self._model, base, self._hooks)
         if checkpoint.path is not None:
             seen = checkpoint.stamp()
             if self._seen.setdefault(name, (replace(checkpoint, weights={}), seen))[1] != seen:

@@ -278,17 +278,30 @@ def export(
     files, name = [read(a), read(b)], base_of([a, b])
     base = read(name).select(None) if name and any(f.adapter for f in files) else None
     first = files[0].select(None, base)
-    second = files[1].select(first.weights, base)
+    second = _second(files[1], first, base)
     if summary is not None:
         _need_the_same((first, second), summary, alpha)
-    if wrong := mismatches(second.weights, first.weights):
-        raise MismatchError(f"{b} does not fit {a}: {'; '.join(wrong)}")
     ends = _ends(first.weights, summary)
     weights = {
         name: _between(t, second.weights[name], ends.get(name, alpha))
         for name, t in first.weights.items()
     }
     return Checkpoint(f"{a} + {alpha} ({b} − {a})", weights, first.metadata)
+
+
+def _second(file: CheckpointFile, first: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """Opens B under the names of A."""
+    cure = (
+        "No model is known here that would translate names: load B into a model with "
+        "load_state_dict, and save that model's state_dict()"
+    )
+    try:
+        second = file.select(first.weights, base, first.name)
+    except MismatchError as error:
+        raise MismatchError(error.what, error.cure or cure) from None
+    if wrong := mismatches(second.weights, first.weights):
+        raise MismatchError(f"{second.name} does not fit {first.name}: {'; '.join(wrong)}", cure)
+    return second
 
 
 def _need_the_same(
