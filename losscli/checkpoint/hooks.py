@@ -53,14 +53,21 @@ class LoadHooks:
         if not any(map(_has_hooks, self._model.modules())):
             return None
         extra = {k: v for k, v in self._model.state_dict().items() if not isinstance(v, Tensor)}
-        for state in self._views(weights):
+        for state in self.views(weights):
             state.update(extra)
             if (found := self._load(state)) is not None:
                 return found
         return None
 
-    def _views(self, weights: Weights) -> Iterator[OrderedDict[str, Any]]:
-        """Names tensors by the model's modules, under the prefixes that hold most of these."""
+    def views(self, weights: Weights) -> Iterator[OrderedDict[str, Any]]:
+        """Names tensors by the model's modules, under the prefixes that hold most of these.
+
+        Args:
+            weights: A state dict.
+
+        Yields:
+            What lies under a prefix, the likeliest first, with the versions of modules.
+        """
         counts = {"": 0}
         modules = [name.rpartition(".")[0] for name in weights]
         for module in modules:

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from losscli.weights import Weights, mismatches
 
-__all__ = ["OPTIMISER", "Part", "natural", "parts", "state_dicts", "under", "unmarked"]
+__all__ = [
+    "OPTIMISER",
+    "Part",
+    "metadata_of",
+    "natural",
+    "parts",
+    "state_dicts",
+    "under",
+    "unmarked",
+]
 
 OPTIMISER = re.compile(r"(.*\.)?state\.\d+|optim(i[sz]ers?)?(_states?(_dict)?)?(\..*)?", re.DOTALL)
 """State dicts of torch's optimisers number their parameters; others go by the key's name."""
@@ -57,7 +66,9 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
 
 
-def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, Weights]]:
+def state_dicts(
+    content: Any, label: str = "", depth: int = 0
+) -> Iterator[tuple[str, OrderedDict[str, Tensor]]]:
     """Finds the mappings in a file that hold tensors under names.
 
     Args:
@@ -80,6 +91,21 @@ def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from state_dicts(value, f"{label}.{key}" if label else str(key), depth + 1)
+
+
+def metadata_of(content: Any) -> dict[str, str]:
+    """Reads the plain values beside tensors.
+
+    Args:
+        content: What a file holds.
+
+    Returns:
+        The values by their keys.
+    """
+    plain = content.items() if isinstance(content, Mapping) else ()
+    return {
+        str(key): str(value) for key, value in plain if isinstance(value, str | int | float | bool)
+    }
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from losscli.checkpoint.folders import in_folder
+from losscli.checkpoint.given import Given
 from losscli.checkpoint.names import natural
 from losscli.checkpoint.reading import read
 from losscli.checkpoint.state import CheckpointFile
@@ -41,7 +42,7 @@ def all_in(names: Sequence[str]) -> list[str]:
     Raises:
         CheckpointError: A folder holds no checkpoints.
     """
-    return [found for name in names for found in in_folder(name) or [name]]
+    return [found for name in names for found in _files(name) or [name]]
 
 
 def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str], list[str]]:
@@ -65,7 +66,8 @@ def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str
     if keep_order:
         return all_in(names), []
     notes: list[str] = []
-    given = _in_natural_order(names)
+    objects = any(isinstance(name, Given) for name in names)
+    given = list(names) if objects else _in_natural_order(names)
     if given != list(names):
         notes.append(
             f"the checkpoints were named in the order of their characters (1, 10, 2), as a shell "
@@ -74,12 +76,16 @@ def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str
         )
     found: list[str] = []
     for name in given:
-        files = in_folder(name)
+        files = _files(name)
         if files:
             files, more = _in_training_order(files)
             notes += more
         found += files or [name]
     return found, notes
+
+
+def _files(name: str) -> list[str]:
+    return [] if isinstance(name, Given) else in_folder(name)
 
 
 def _in_natural_order(names: Sequence[str]) -> list[str]:

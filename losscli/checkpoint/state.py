@@ -15,6 +15,7 @@ from torch import Tensor
 
 from losscli.checkpoint.names import OPTIMISER, Part, parts, under
 from losscli.checkpoint.quantised import quantised
+from losscli.digest import digest
 from losscli.errors import CheckpointError, MismatchError
 from losscli.regular import open_regular
 from losscli.weights import Weights, mismatches
@@ -38,8 +39,9 @@ class Checkpoint:
         name: How the user named it.
         weights: Its tensors under the model's names, memory-mapped where the format allows it.
         metadata: What the file says of itself, ``losscli.model`` and the like.
-        path: The file or the folder it came from; None for an initialisation.
+        path: The file or the folder it came from; None for an initialisation or an object.
         files: The files that make it up.
+        given: Whether it was given as an object, by Python code.
     """
 
     name: str
@@ -47,21 +49,22 @@ class Checkpoint:
     metadata: Mapping[str, str]
     path: Path | None = None
     files: tuple[Path, ...] = ()
+    given: bool = False
 
     def sha256(self) -> str | None:
         """Digests the files that make it up.
 
         Returns:
             In hexadecimal the SHA-256 of the bytes of a single file, and of several that of a
-            list of their names and digests, as ``sha256sum`` writes it; None for an
-            initialisation.
+            list of their names and digests, as ``sha256sum`` writes it; of an object that of its
+            tensors; None for an initialisation.
 
         Raises:
             CheckpointError: A file can no longer be read.
         """
         files = self.files or ((self.path,) if self.path else ())
         if not files:
-            return None
+            return digest(self.weights) if self.given else None
         try:
             digests = [_digest(file) for file in files]
         except OSError as error:
@@ -102,7 +105,7 @@ class CheckpointFile:
 
     Attributes:
         name: How the user named it.
-        path: Where it lies.
+        path: Where it lies; None for an object that Python code gives.
         candidates: Every mapping of names to tensors in it, by the dotted keys that lead to it;
             ``""`` is the file itself.
         metadata: The plain values beside them.
@@ -114,7 +117,7 @@ class CheckpointFile:
     """
 
     name: str
-    path: Path
+    path: Path | None
     candidates: Mapping[str, Weights]
     metadata: Mapping[str, str]
     files: tuple[Path, ...]
@@ -124,9 +127,16 @@ class CheckpointFile:
 
     @property
     def folder(self) -> Path:
-        """The folder of a file; a checkpoint that is a folder itself."""
+        """The folder of a file; a checkpoint that is a folder itself; the current one."""
+        if self.path is None:
+            return Path.cwd()
         path = self.path.resolve()
         return path if path.is_dir() else path.parent
+
+    @property
+    def where(self) -> str:
+        """The file or folder, or the name of an object."""
+        return self.name if self.path is None else str(self.path)
 
     @property
     def choice(self) -> Mapping[str, Weights]:
@@ -174,7 +184,7 @@ class CheckpointFile:
         if not inside:
             known = ", ".join(self._keys(key)) or "none"
             raise CheckpointError(
-                f"{self.path} has no state dict under {key!r}", f"Its keys: {known}"
+                f"{self.where} has no state dict under {key!r}", f"Its keys: {known}"
             )
         return replace(self, candidates=inside)
 
@@ -195,7 +205,7 @@ class CheckpointFile:
                 what, cure = found
                 where = f"{self.name}#{label}" if label else self.name
                 if len(self.candidates) > 1:
-                    cure += f", or name another state dict of the file, {self.path}#KEY"
+                    cure += f", or name another state dict of the file, {self.where}#KEY"
                 raise CheckpointError(f"tensor {name!r} of {where} is {what}", cure)
 
     def _keys(self, like: str) -> list[str]:
@@ -281,7 +291,7 @@ class CheckpointFile:
         label, part = max(found, key=likeness)
         wrong = mismatches(part.weights, expected)
         inner = f"{label}.{part.prefix}".strip(".") if part.prefix else label
-        name = f"{self.path}#{inner}" if inner and (len(others) > 1 or part.prefix) else self.name
+        name = f"{self.where}#{inner}" if inner and (len(others) > 1 or part.prefix) else self.name
         more = f"; and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
         raise MismatchError(f"{name} does not fit {whose}: {'; '.join(wrong[:_TOLD])}{more}")
 
@@ -311,7 +321,8 @@ class CheckpointFile:
         Returns:
             The checkpoint.
         """
-        return Checkpoint(self.name, weights, self.metadata, self.path, self.files)
+        given = self.path is None
+        return Checkpoint(self.name, weights, self.metadata, self.path, self.files, given)
 
     def ambiguous(self, labels: list[str], why: str = "") -> CheckpointError:
         """Makes the error that several state dicts could be meant.
@@ -325,6 +336,11 @@ class CheckpointFile:
         """
         names = ", ".join(repr(label) if label else "its top level" for label in labels)
         example = next(label for label in labels if label)
+        if self.path is None:
+            keys = "".join(f"[{key!r}]" for key in example.split("."))
+            return CheckpointError(
+                f"{self.name} holds several state dicts: {names}", f"{why}Give one, as {keys} of it"
+            )
         return CheckpointError(
             f"{self.name} holds several state dicts: {names}",
             f"{why}Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",

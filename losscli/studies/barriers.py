@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, pairwise
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from losscli.checkpoint import all_in
+from losscli.arguments import checked
+from losscli.checkpoint import CheckpointLike, all_in, named_all
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.errors import UsageError
@@ -34,8 +34,9 @@ from losscli.weights import Weights, distance, equal
 __all__ = ["Barriers", "barriers"]
 
 
+@checked(Settings)
 def barriers(
-    names: Sequence[str | os.PathLike[str]],
+    names: CheckpointLike | Iterable[CheckpointLike],
     *,
     points: int = 11,
     progress: Callable[[float], None] | None = None,
@@ -60,7 +61,7 @@ def barriers(
     Raises:
         LosscliError: Something is missing, broken or does not fit.
     """
-    plan = Barriers.plan([os.fspath(name) for name in names], Settings(**settings), points=points)
+    plan = Barriers.plan(named_all(names), Settings(**settings), points=points)
     return plan.run(progress)
 
 

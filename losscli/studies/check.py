@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from losscli.checkpoint import path_of
+from losscli.arguments import checked
+from losscli.checkpoint import CheckpointLike, named_all, path_of
 from losscli.curvature import (
     DENSE_LIMIT,
     LEAST,
@@ -74,8 +74,9 @@ _KINKED = frozenset({
 })  # fmt: skip
 
 
+@checked(Settings)
 def check(
-    names: Sequence[str | os.PathLike[str]],
+    names: CheckpointLike | Iterable[CheckpointLike],
     *,
     tolerance: float = 1e-3,
     eigenvalues: int = 1,
@@ -105,7 +106,7 @@ def check(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Check.plan(
-        [os.fspath(name) for name in names],
+        named_all(names),
         Settings(**settings),
         tolerance=tolerance,
         eigenvalues=eigenvalues,

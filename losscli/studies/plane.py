@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from losscli.checkpoint import all_in, path_of
+from losscli.arguments import checked
+from losscli.checkpoint import CheckpointLike, all_in, named_all, path_of
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.directions import random_directions
@@ -48,8 +48,9 @@ _NORMALISATION = (
 )
 
 
+@checked(Settings)
 def plane(
-    names: Sequence[str | os.PathLike[str]],
+    names: CheckpointLike | Iterable[CheckpointLike],
     *,
     pca: bool = False,
     points: int = 31,
@@ -85,7 +86,7 @@ def plane(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Plane.plan(
-        [os.fspath(name) for name in names],
+        named_all(names),
         Settings(**settings),
         pca=pca,
         points=points,

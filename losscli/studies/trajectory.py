@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 
-from losscli.checkpoint import path_of
+from losscli.arguments import checked
+from losscli.checkpoint import CheckpointLike, named_all, path_of
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.errors import UsageError
@@ -40,8 +40,9 @@ _SHARES = 4
 _FARTHEST = 1e6
 
 
+@checked(Settings)
 def trajectory(
-    names: Sequence[str | os.PathLike[str]],
+    names: CheckpointLike | Iterable[CheckpointLike],
     *,
     surface: bool = True,
     residuals: int = 21,
@@ -77,7 +78,7 @@ def trajectory(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Trajectory.plan(
-        [os.fspath(name) for name in names],
+        named_all(names),
         Settings(**settings),
         surface=surface,
         residuals=residuals,
