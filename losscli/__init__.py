@@ -58,6 +58,10 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     # Names are handed on when they are asked for (PEP 562), so that `losscli --help` does not
     # wait for torch.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     # The command line, which is here for `tell_of_lost_pages`, begins without torch.
     from torch import Tensor
 
-__all__ = ["let_go", "tell_of_lost_pages"]
+__all__ = ["is_mapped", "let_go", "tell_of_lost_pages"]
 
 # Below it, to ask is more work than to keep.
 _LEAST = 1 << 20
@@ -51,6 +51,20 @@ def let_go(*tensors: Tensor) -> None:
         i = bisect_right(files, (start, sys.maxsize)) - 1
         if i >= 0 and start < stop <= files[i][1]:
             advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Tells whether `let_go` would have an effect on a tensor.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Whether it is large, and lies in memory that is mapped from a file.
+    """
+    if tensor.nbytes < _LEAST or tensor.device.type != "cpu":
+        return False
+    return any(m.start <= tensor.data_ptr() < m.stop for m in _mapped())
 
 
 def tell_of_lost_pages(tell: Callable[[str], None]) -> None:

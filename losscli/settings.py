@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, get_type_hints
+
+from losscli.arguments import convert, need_known, shown
+from losscli.errors import UsageError
 
 __all__ = ["Buffers", "DType", "Settings"]
 
@@ -56,3 +60,30 @@ class Settings:
     only: tuple[str, ...] = ()
     except_: tuple[str, ...] = ()
     seed: int = 0
+
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        """Refuses a keyword that is not known."""
+        need_known(cls.__name__, options, [field.name for field in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Takes values of other types for what they mean, or refuses them."""
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in {"device", "dtype"} and type(value).__module__ == "torch":
+                value = str(value).removeprefix("torch.")
+            if field.name in {"model", "data", "loss"} and isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            object.__setattr__(self, field.name, convert(field.name, value, hints[field.name]))
+        for name, values in {
+            "model": (self.model,),
+            "loss": (self.loss,),
+            "metric": self.metric,
+        }.items():
+            for value in values:
+                if value is not None and not isinstance(value, str) and not callable(value):
+                    raise UsageError(
+                        f"{name} must be a string or a function, not {shown(value)}",
+                        f"Give the name of a {name} as on the command line, or code",
+                    )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from losscli.checkpoint.files import SUFFIXES
 from losscli.checkpoint.folders import in_folder
+from losscli.checkpoint.given import CheckpointLike, Given, named, named_all
+from losscli.checkpoint.hooks import LoadHooks
+from losscli.checkpoint.order import all_in, path_of
 from losscli.checkpoint.reading import base_of, read
 from losscli.checkpoint.renaming import select_for
 from losscli.checkpoint.saving import save
@@ -13,8 +16,15 @@ __all__ = [
     "SUFFIXES",
     "Checkpoint",
     "CheckpointFile",
+    "CheckpointLike",
+    "Given",
+    "LoadHooks",
+    "all_in",
     "base_of",
     "in_folder",
+    "named",
+    "named_all",
+    "path_of",
     "read",
     "save",
     "select_for",

@@ -8,7 +8,7 @@ import pickletools
 import re
 import shlex
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from losscli.checkpoint.claims import OLD_FORMAT, AmbiguousError, ClaimError, RepeatedError
-from losscli.checkpoint.names import natural
+from losscli.checkpoint.names import metadata_of, natural
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
 from losscli.regular import open_regular, read_regular
@@ -119,11 +119,7 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
             f"{name} is a GGUF file, made for llama.cpp and quantised as a rule",
             "Give the checkpoint that it was made from",
         )
-    plain = content.items() if isinstance(content, Mapping) else ()
-    metadata = {
-        str(key): str(value) for key, value in plain if isinstance(value, str | int | float | bool)
-    }
-    return content, metadata
+    return content, metadata_of(content)
 
 
 @contextmanager

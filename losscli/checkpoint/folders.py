@@ -36,18 +36,20 @@ def in_folder(name: str) -> list[str]:
     """Lists the checkpoints in a folder.
 
     Args:
-        name: A name as a user gives it.
+        name: A name as a user gives it: ``DIR``, or ``DIR#KEY`` for a key of every file.
 
     Returns:
         Its files with the suffixes of checkpoints, and the folders in it that are checkpoints, in
-        natural order, step-9 before step-10; none where the name is not that of a folder, or is
-        that of a folder which is one checkpoint itself.
+        natural order, step-9 before step-10, each with the key; none where the name is not that of
+        a folder, or is that of a folder which is one checkpoint itself.
 
     Raises:
         CheckpointError: It is a folder without such files, or cannot be read.
     """
-    folder = Path(name)
+    folder, key = Path(name), ""
     try:
+        if "#" in name and not folder.exists():
+            folder, key = Path(name.rpartition("#")[0]), f"#{name.rpartition('#')[2]}"
         # init:SEED is no folder, whatever there is.
         if name.startswith("init:") or not folder.is_dir() or _weights_in(folder):
             return []
@@ -67,7 +69,7 @@ def in_folder(name: str) -> list[str]:
         raise CheckpointError(
             f"the folder {name} holds no checkpoints", f"Their names end in {', '.join(SUFFIXES)}"
         )
-    return [str(path) for path in sorted(found, key=lambda path: natural(path.name))]
+    return [f"{path}{key}" for path in sorted(found, key=lambda path: natural(path.name))]
 
 
 def _is_checkpoint(folder: Path) -> bool:

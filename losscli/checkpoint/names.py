@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,16 @@ from torch import Tensor
 
 from losscli.weights import Weights, mismatches
 
-__all__ = ["OPTIMISER", "Part", "natural", "parts", "state_dicts", "under"]
+__all__ = [
+    "OPTIMISER",
+    "Part",
+    "metadata_of",
+    "natural",
+    "parts",
+    "state_dicts",
+    "under",
+    "unmarked",
+]
 
 OPTIMISER = re.compile(r"(.*\.)?state\.\d+|optim(i[sz]ers?)?(_states?(_dict)?)?(\..*)?", re.DOTALL)
 """State dicts of torch's optimisers number their parameters; others go by the key's name."""
@@ -56,7 +66,9 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
 
 
-def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, Weights]]:
+def state_dicts(
+    content: Any, label: str = "", depth: int = 0
+) -> Iterator[tuple[str, OrderedDict[str, Tensor]]]:
     """Finds the mappings in a file that hold tensors under names.
 
     Args:
@@ -65,16 +77,35 @@ def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple
         depth: How many they are.
 
     Yields:
-        The dotted keys of each and its tensors, outermost first.
+        The dotted keys of each and its tensors, outermost first; with the versions of modules
+        that `torch.nn.Module.state_dict` notes, where the file has them.
     """
     if not isinstance(content, Mapping) or depth > 4:
         return
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if tensors:
-        yield label, {k: _plain(v) for k, v in tensors.items()}
+        found = OrderedDict((k, _plain(v)) for k, v in tensors.items())
+        if isinstance(versions := getattr(content, "_metadata", None), Mapping):
+            found._metadata = versions  # type: ignore[attr-defined]
+        yield label, found
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from state_dicts(value, f"{label}.{key}" if label else str(key), depth + 1)
+
+
+def metadata_of(content: Any) -> dict[str, str]:
+    """Reads the plain values beside tensors.
+
+    Args:
+        content: What a file holds.
+
+    Returns:
+        The values by their keys.
+    """
+    plain = content.items() if isinstance(content, Mapping) else ()
+    return {
+        str(key): str(value) for key, value in plain if isinstance(value, str | int | float | bool)
+    }
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -122,7 +153,7 @@ def parts(weights: Weights, expected: Weights, aliases: Mapping[str, list[str]])
         for dot in re.finditer(r"\.", name):
             groups.setdefault(name[: dot.start()], {})[name[dot.end() :]] = tensor
     unlike: list[Part] = []
-    for naming in (str, _unmarked):
+    for naming in (str, unmarked):
         own = {naming(name): name for name in expected}
         holders: dict[tuple[int, ...], Part] = {}
         for prefix, group in groups.items():
@@ -147,7 +178,15 @@ def parts(weights: Weights, expected: Weights, aliases: Mapping[str, list[str]])
     yield from unlike
 
 
-def _unmarked(name: str) -> str:
+def unmarked(name: str) -> str:
+    """Takes the marks that wrappers leave out of a name.
+
+    Args:
+        name: The name of a tensor or of a module.
+
+    Returns:
+        The name without them.
+    """
     return ".".join(part for part in name.split(".") if part not in _MARKS)
 
 

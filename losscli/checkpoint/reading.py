@@ -8,6 +8,7 @@ from pathlib import Path
 from losscli.checkpoint.adapters import CONFIG
 from losscli.checkpoint.files import read_file
 from losscli.checkpoint.folders import is_index, read_adapter, read_folder, read_index
+from losscli.checkpoint.given import Given
 from losscli.checkpoint.names import state_dicts
 from losscli.checkpoint.quantised import packed
 from losscli.checkpoint.state import CheckpointFile
@@ -20,7 +21,7 @@ def read(name: str) -> CheckpointFile:
     """Reads a checkpoint without running anything that it holds.
 
     Args:
-        name: ``FILE``, ``FILE#KEY``, or a folder that is one checkpoint.
+        name: ``FILE``, ``FILE#KEY``, a folder that is one checkpoint, or an object.
 
     Returns:
         The file, memory-mapped where its format allows it.
@@ -29,12 +30,15 @@ def read(name: str) -> CheckpointFile:
         CheckpointError: There is no such file, it is no checkpoint, it wants code to be run, or
             it has no such key.
     """
-    path, key = _locate(name)
-    try:
-        file = _read(path, name)
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
-    file = file.at(key)
+    if isinstance(name, Given):
+        file = name.file
+    else:
+        path, key = _locate(name)
+        try:
+            file = _read(path, name)
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
+        file = file.at(key)
     if not file.candidates and not file.quantised:
         raise CheckpointError(
             f"{name} holds no tensors under names", "Save the model's state_dict() in it"
@@ -87,6 +91,8 @@ def _is_folder(name: str) -> bool:
 
 
 def _is_adapter(name: str) -> bool:
+    if isinstance(name, Given):
+        return False
     path = Path(name)
     folder = path if path.is_dir() else path.parent
     try:

@@ -1,7 +1,8 @@
-"""Checkpoints whose names are not those of the model that transformers makes of them.
+"""Checkpoints with names other than the model's, which the model's own code translates.
 
-Some models of transformers rename, split or fuse tensors as they are loaded: the experts of a
-mixture, or names of years ago. Its own loader knows how.
+Load hooks translate names of an older version of a module. Some models of transformers rename,
+split or fuse tensors as they are loaded: the experts of a mixture, or names of years ago. Its own
+loader knows how.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from losscli.checkpoint.hooks import LoadHooks
+from losscli.checkpoint.names import OPTIMISER
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied
 from losscli.errors import CheckpointError, MismatchError
 from losscli.mapped import let_go
@@ -26,36 +29,40 @@ __all__ = ["select_for"]
 
 
 def select_for(
-    file: CheckpointFile, model: nn.Module, base: Checkpoint | None = None
+    file: CheckpointFile,
+    model: nn.Module,
+    base: Checkpoint | None = None,
+    hooks: LoadHooks | None = None,
 ) -> Checkpoint:
-    """Chooses the state dict that fits a model; for a model of transformers, as its loader does.
+    """Chooses the state dict that fits a model, or that it takes by ``load_state_dict``.
+
+    For a model of transformers: or that its loader takes.
 
     Args:
         file: What was read.
         model: The model.
         base: What an adapter changes.
+        hooks: The model's, from before anything was loaded; those that it has now by default.
 
     Returns:
         The checkpoint, its names those of the model.
 
     Raises:
+        CheckpointError: The model takes several state dicts of the file.
         MismatchError: Nothing in the file fits, or it gives a tied tensor two values.
     """
     expected = _tensors(model.state_dict())
     try:
         found = file.select(expected, base)
     except MismatchError:
-        library = sys.modules.get("transformers")
-        if library is None or file.adapter or not isinstance(model, library.PreTrainedModel):
+        if file.adapter:
             raise
-        try:
-            stored = file.select(None)
-        except CheckpointError:
-            stored = None
-        weights = _load(library, model, _of_kinds(stored.weights, expected)) if stored else {}
-        if stored is None or mismatches(weights, expected):
+        translated = _translated(file, hooks or LoadHooks(model), expected)
+        if translated is None:
+            translated = _transformed(file, model, expected)
+        if translated is None:
             raise
-        found = replace(stored, weights=weights)
+        found = translated
     if differ := _torn(found.weights, expected):
         raise MismatchError(
             f"{file.name} gives {' and '.join(differ)} different values, and they are one tensor "
@@ -64,6 +71,32 @@ def select_for(
             "save the checkpoint without one of them",
         )
     return found
+
+
+def _translated(file: CheckpointFile, hooks: LoadHooks, expected: Weights) -> Checkpoint | None:
+    """Lets the model's load hooks translate each state dict; at most one may then fit."""
+    found = {}
+    for label, candidate in file.candidates.items():
+        if not OPTIMISER.fullmatch(label):
+            weights = hooks.translate(file.fetch(candidate))
+            if weights is not None and not mismatches(weights, expected):
+                found[label] = weights
+    if len(found) > 1:
+        raise file.ambiguous(list(found))
+    return next((file.checkpoint(weights) for weights in found.values()), None)
+
+
+def _transformed(file: CheckpointFile, model: nn.Module, expected: Weights) -> Checkpoint | None:
+    """Lets transformers load a state dict into a model of its own."""
+    library = sys.modules.get("transformers")
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return None
+    try:
+        stored = file.select(None)
+    except CheckpointError:
+        return None
+    weights = _load(library, model, _of_kinds(stored.weights, expected))
+    return None if mismatches(weights, expected) else replace(stored, weights=weights)
 
 
 def _torn(weights: Weights, expected: Weights) -> tuple[str, str] | None:

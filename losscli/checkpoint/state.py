@@ -15,6 +15,7 @@ from torch import Tensor
 
 from losscli.checkpoint.names import OPTIMISER, Part, parts, under
 from losscli.checkpoint.quantised import quantised
+from losscli.digest import digest
 from losscli.errors import CheckpointError, MismatchError
 from losscli.regular import open_regular
 from losscli.weights import Weights, mismatches
@@ -38,8 +39,9 @@ class Checkpoint:
         name: How the user named it.
         weights: Its tensors under the model's names, memory-mapped where the format allows it.
         metadata: What the file says of itself, ``losscli.model`` and the like.
-        path: The file or the folder it came from; None for an initialisation.
+        path: The file or the folder it came from; None for an initialisation or an object.
         files: The files that make it up.
+        given: Whether it was given as an object, by Python code.
     """
 
     name: str
@@ -47,21 +49,22 @@ class Checkpoint:
     metadata: Mapping[str, str]
     path: Path | None = None
     files: tuple[Path, ...] = ()
+    given: bool = False
 
     def sha256(self) -> str | None:
         """Digests the files that make it up.
 
         Returns:
             In hexadecimal the SHA-256 of the bytes of a single file, and of several that of a
-            list of their names and digests, as ``sha256sum`` writes it; None for an
-            initialisation.
+            list of their names and digests, as ``sha256sum`` writes it; of an object that of its
+            tensors; None for an initialisation.
 
         Raises:
             CheckpointError: A file can no longer be read.
         """
         files = self.files or ((self.path,) if self.path else ())
         if not files:
-            return None
+            return digest(self.weights) if self.given else None
         try:
             digests = [_digest(file) for file in files]
         except OSError as error:
@@ -102,7 +105,7 @@ class CheckpointFile:
 
     Attributes:
         name: How the user named it.
-        path: Where it lies.
+        path: Where it lies; None for an object that Python code gives.
         candidates: Every mapping of names to tensors in it, by the dotted keys that lead to it;
             ``""`` is the file itself.
         metadata: The plain values beside them.
@@ -114,7 +117,7 @@ class CheckpointFile:
     """
 
     name: str
-    path: Path
+    path: Path | None
     candidates: Mapping[str, Weights]
     metadata: Mapping[str, str]
     files: tuple[Path, ...]
@@ -124,15 +127,32 @@ class CheckpointFile:
 
     @property
     def folder(self) -> Path:
-        """The folder of a file; a checkpoint that is a folder itself."""
+        """The folder of a file; a checkpoint that is a folder itself; the current one."""
+        if self.path is None:
+            return Path.cwd()
         path = self.path.resolve()
         return path if path.is_dir() else path.parent
 
     @property
+    def where(self) -> str:
+        """The file or folder, or the name of an object."""
+        return self.name if self.path is None else str(self.path)
+
+    @property
     def choice(self) -> Mapping[str, Weights]:
-        """The state dicts to choose from without a model: optimiser state only if all are."""
+        """The state dicts to choose from without a model.
+
+        Optimiser state, the state of random generators, and single numbers beside a state dict
+        count only if there is nothing else.
+        """
         others = {k: v for k, v in self.candidates.items() if not OPTIMISER.fullmatch(k)}
-        return others or self.candidates
+        dicts = {k: v for k, v in others.items() if any(map(_is_weight, v.values()))}
+        # Tensors that lie about beside a state dict, such as the weights of classes.
+        sizes = {k: sum(t.numel() for t in v.values() if _is_weight(t)) for k, v in dicts.items()}
+        flat = "." not in "".join(dicts.get("", ()))
+        if flat and sizes.get("", 0) < max(sizes.values(), default=0):
+            dicts.pop("", None)
+        return dicts or others or self.candidates
 
     def at(self, key: str) -> CheckpointFile:
         """Keeps what lies under a key.
@@ -164,7 +184,7 @@ class CheckpointFile:
         if not inside:
             known = ", ".join(self._keys(key)) or "none"
             raise CheckpointError(
-                f"{self.path} has no state dict under {key!r}", f"Its keys: {known}"
+                f"{self.where} has no state dict under {key!r}", f"Its keys: {known}"
             )
         return replace(self, candidates=inside)
 
@@ -185,7 +205,7 @@ class CheckpointFile:
                 what, cure = found
                 where = f"{self.name}#{label}" if label else self.name
                 if len(self.candidates) > 1:
-                    cure += f", or name another state dict of the file, {self.path}#KEY"
+                    cure += f", or name another state dict of the file, {self.where}#KEY"
                 raise CheckpointError(f"tensor {name!r} of {where} is {what}", cure)
 
     def _keys(self, like: str) -> list[str]:
@@ -205,7 +225,12 @@ class CheckpointFile:
         keys = [*labels, *inner]
         return keys if len(keys) <= _MOST_KEYS else [*keys[:_MOST_KEYS], "…"]
 
-    def select(self, expected: Weights | None, base: Checkpoint | None = None) -> Checkpoint:
+    def select(
+        self,
+        expected: Weights | None,
+        base: Checkpoint | None = None,
+        whose: str = "the model",
+    ) -> Checkpoint:
         """Chooses the state dict that fits a model, its names made the model's.
 
         Args:
@@ -213,6 +238,8 @@ class CheckpointFile:
                 only state dict is taken, optimiser state aside.
             base: What an adapter changes, its names those of the model; None for the bare
                 tensors of an adapter.
+
+            whose: What the expected tensors belong to, for the errors.
 
         Returns:
             The checkpoint.
@@ -229,13 +256,13 @@ class CheckpointFile:
             if not candidates:
                 self._refuse_quantised()
             if len(candidates) > 1:
-                raise self._ambiguous(list(candidates))
+                raise self.ambiguous(list(candidates), "No model is known here that would decide. ")
             (weights,) = candidates.values()
-            return self._checkpoint(self.fetch(weights))
+            return self.checkpoint(self.fetch(weights))
         self._refuse_quantised()
-        return self._checkpoint(self.fetch(self._choose(expected)))
+        return self.checkpoint(self.fetch(self._choose(expected, whose)))
 
-    def _choose(self, expected: Weights) -> Weights:
+    def _choose(self, expected: Weights, whose: str) -> Weights:
         # Modules may keep state beside their tensors, of which nothing can be interpolated.
         expected = {name: t for name, t in expected.items() if isinstance(t, Tensor)}
         aliases = tied(expected)
@@ -250,7 +277,7 @@ class CheckpointFile:
             if part.holds
         ]
         if len(holders) > 1:
-            raise self._ambiguous([label for label, _ in holders])
+            raise self.ambiguous([label for label, _ in holders])
         if holders and holders[0][1].fits:
             return holders[0][1].weights
         others = [label for label in self.candidates if not OPTIMISER.fullmatch(label)]
@@ -264,9 +291,9 @@ class CheckpointFile:
         label, part = max(found, key=likeness)
         wrong = mismatches(part.weights, expected)
         inner = f"{label}.{part.prefix}".strip(".") if part.prefix else label
-        name = f"{self.path}#{inner}" if inner and (len(others) > 1 or part.prefix) else self.name
+        name = f"{self.where}#{inner}" if inner and (len(others) > 1 or part.prefix) else self.name
         more = f"; and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
-        raise MismatchError(f"{name} does not fit the model: {'; '.join(wrong[:_TOLD])}{more}")
+        raise MismatchError(f"{name} does not fit {whose}: {'; '.join(wrong[:_TOLD])}{more}")
 
     def _onto(self, base: Checkpoint, expected: Weights | None) -> Checkpoint:
         assert self.adapter is not None
@@ -285,16 +312,45 @@ class CheckpointFile:
                 "Give the checkpoint that it was made from, or dequantise it first",
             )
 
-    def _checkpoint(self, weights: Weights) -> Checkpoint:
-        return Checkpoint(self.name, weights, self.metadata, self.path, self.files)
+    def checkpoint(self, weights: Weights) -> Checkpoint:
+        """Makes a checkpoint.
 
-    def _ambiguous(self, labels: list[str]) -> CheckpointError:
+        Args:
+            weights: Its tensors, which this file holds.
+
+        Returns:
+            The checkpoint.
+        """
+        given = self.path is None
+        return Checkpoint(self.name, weights, self.metadata, self.path, self.files, given)
+
+    def ambiguous(self, labels: list[str], why: str = "") -> CheckpointError:
+        """Makes the error that several state dicts could be meant.
+
+        Args:
+            labels: The keys that lead to them.
+            why: A sentence on why none is chosen.
+
+        Returns:
+            The error.
+        """
         names = ", ".join(repr(label) if label else "its top level" for label in labels)
         example = next(label for label in labels if label)
+        if self.path is None:
+            keys = "".join(f"[{key!r}]" for key in example.split("."))
+            return CheckpointError(
+                f"{self.name} holds several state dicts: {names}", f"{why}Give one, as {keys} of it"
+            )
         return CheckpointError(
             f"{self.name} holds several state dicts: {names}",
-            f"Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",
+            f"{why}Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",
         )
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether a tensor may be one of a model's weights: an array of numbers that are not whole."""
+    numbers = tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized
+    return numbers and tensor.ndim > 0
 
 
 def _odd(tensor: Tensor, *, shapes_alone: bool) -> tuple[str, str] | None:

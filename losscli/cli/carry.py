@@ -65,6 +65,8 @@ def carry_out(
     if write.dry_run:
         with console.guard_stdout():
             estimate = study.estimate()
+        for note in study.problem.notes:
+            console.note(note)
         # The batch that fits is known by now.
         description = {**study.describe(), "estimate": estimate}
         told = f"{to_json(description, indent=None)}\n" if write.json else report.plan(description)
@@ -164,20 +166,17 @@ def _notes(journal: Journal) -> Iterator[str]:
 
 
 def names_of(arguments: Sequence[str]) -> list[str]:
-    """Lists the checkpoints that arguments stand for.
+    """Lists the names that arguments stand for.
 
     Args:
-        arguments: Names; ``-`` for names on stdin, one a line; folders of checkpoints.
+        arguments: Names; ``-`` for names on stdin, one per line.
 
     Returns:
-        The checkpoints in their order, those of a folder in natural order.
+        The names in their order.
 
     Raises:
         UsageError: stdin is named twice, or a name is empty.
-        CheckpointError: A folder holds no checkpoints.
     """
-    from losscli.checkpoint import in_folder
-
     if list(arguments).count("-") > 1:
         raise UsageError("stdin can be read only once", "Give - once")
     names: list[str] = []
@@ -188,11 +187,9 @@ def names_of(arguments: Sequence[str]) -> list[str]:
             text = decided(own.decode("utf-8-sig", "surrogateescape"))
             # Only at the ends of lines: a name may hold what Python else takes for one.
             lines = text.replace("\r\n", "\n").split("\n")
-            given = [line for line in lines if line.strip()]
+            names += [line for line in lines if line.strip()]
         else:
             if not argument:
                 raise UsageError("the name of a checkpoint is empty", "Is a shell variable unset?")
-            given = [argument]
-        for name in given:
-            names += in_folder(name) or [name]
+            names.append(argument)
     return names

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from losscli.cli.carry import carry_out, names_of
-from losscli.cli.options import Write, with_console, with_output, with_settings
+from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
 from losscli.console import Console
 from losscli.settings import Settings
 
@@ -62,6 +62,7 @@ def check(
             show_default=False,
         ),
     ] = None,
+    keep_order: KeepOrder = False,
 ) -> None:
     """Is it a critical point at all, and a minimum or a saddle?
 
@@ -79,6 +80,7 @@ def check(
             tolerance=tolerance,
             eigenvalues=eigenvalues,
             learning_rate=learning_rate,
+            keep_order=keep_order,
         )
 
     names = names_of(checkpoints)

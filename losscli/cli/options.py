@@ -19,6 +19,7 @@ __all__ = [
     "Command",
     "Force",
     "Json",
+    "KeepOrder",
     "Write",
     "with_console",
     "with_output",
@@ -202,6 +203,16 @@ _CONSOLE: dict[str, Any] = {
         bool, _option(_OUTPUT, "Show where in the code an error comes from.", "--traceback")
     ],
 }
+
+# Of the commands that take a path.
+KeepOrder = Annotated[
+    bool,
+    _option(
+        "The path",
+        "Take the checkpoints in the order in which they are named, and all files of a folder.",
+        "--keep-order",
+    ),
+]
 
 # Of the commands that write one file, or none.
 Force = Annotated[bool, _option(_OUTPUT, "Overwrite the file.", "--force")]

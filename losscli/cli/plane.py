@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from losscli.cli.carry import carry_out, names_of
-from losscli.cli.options import Write, with_console, with_output, with_settings
+from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
 from losscli.console import Console
 from losscli.settings import Settings
 
@@ -66,6 +66,7 @@ def plane(
             "--surface", help="Draw the surface in 3-D beside the contours.", rich_help_panel=_PANEL
         ),
     ] = False,
+    keep_order: KeepOrder = False,
 ) -> None:
     """Loss in a plane of weight space, with each checkpoint's true loss and distance from it.
 
@@ -76,7 +77,15 @@ def plane(
     def plan() -> Study:
         from losscli.studies.plane import Plane
 
-        return Plane.plan(names, settings, pca=pca, points=points, range_=range_, surface=surface)
+        return Plane.plan(
+            names,
+            settings,
+            pca=pca,
+            points=points,
+            range_=range_,
+            surface=surface,
+            keep_order=keep_order,
+        )
 
     names = names_of(checkpoints)
     carry_out("plane", checkpoints, plan, write, console)

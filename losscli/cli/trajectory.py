@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from losscli.cli.carry import carry_out, names_of
-from losscli.cli.options import Write, with_console, with_output, with_settings
+from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
 from losscli.console import Console
 from losscli.settings import Settings
 
@@ -65,6 +65,7 @@ def trajectory(
             rich_help_panel=_PANEL,
         ),
     ] = False,
+    keep_order: KeepOrder = False,
 ) -> None:
     """The path of training, seen from the straight line between its ends.
 
@@ -83,6 +84,7 @@ def trajectory(
             residuals=residuals,
             reach=reach,
             random_walk=random_walk,
+            keep_order=keep_order,
         )
 
     names = names_of(checkpoints)

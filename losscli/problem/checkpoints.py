@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losscli.checkpoint import Checkpoint, read, select_for
+from losscli.checkpoint import Checkpoint, Given, LoadHooks, read, select_for
 from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
 from losscli.models import RUNS_CODE
 from losscli.problem.model import build
@@ -24,10 +24,14 @@ _TOLD = 5
 class Checkpoints:
     """Opens checkpoints by their names, for one model."""
 
-    def __init__(self, model: nn.Module, found: Found, base: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, found: Found, base: str | None, names: Sequence[str] = ()
+    ) -> None:
         self._model = model
+        self._hooks = LoadHooks(model)
         self._found = found
         self._base = base  # what adapters change
+        self._objects = {str(name): name for name in names if isinstance(name, Given)}
         # Without their tensors.
         self._seen: dict[str, tuple[Checkpoint, object]] = {}
 
@@ -36,10 +40,10 @@ class Checkpoints:
         with torch.random.fork_rng(devices=[]):
             if name.startswith("init:"):
                 return _initialisation(name, self._found)
-            file, base = read(name), None
+            file, base = read(self._objects.get(name, name)), None
             if file.adapter and self._base:
-                base = select_for(read(self._base), self._model)
-            checkpoint = select_for(file, self._model, base)
+                base = select_for(read(self._base), self._model, hooks=self._hooks)
+            checkpoint = select_for(file, self._model, base, self._hooks)
         if checkpoint.path is not None:
             seen = checkpoint.stamp()
             if self._seen.setdefault(name, (replace(checkpoint, weights={}), seen))[1] != seen:

@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
+from losscli.checkpoint import CheckpointFile, LoadHooks
 from losscli.datasets import host_memory
 from losscli.errors import LosscliError, ModelError, one_line
 from losscli.models import FROM_FILES, MODELS, RUNS_CODE
@@ -19,11 +21,12 @@ from losscli.spec import Spec, call, look_up
 __all__ = ["build"]
 
 
-def build(found: Found) -> nn.Module:
+def build(found: Found, shapes: CheckpointFile | None = None) -> nn.Module:
     """Builds a model.
 
     Args:
         found: The spec, a function that builds it, or a module, of which a copy is made.
+        shapes: The checkpoint that says what shapes the tensors of lazy layers have, if any.
 
     Returns:
         The model.
@@ -31,17 +34,11 @@ def build(found: Found) -> nn.Module:
     Raises:
         LosscliError: It cannot be built, or has tensors that no study can move.
     """
-    if isinstance(found.value, nn.Module):
-        try:
-            return copy.deepcopy(found.value)
-        except Exception as error:
-            raise ModelError(
-                f"the model cannot be copied: {one_line(error)}",
-                "Give a function that builds it",
-            ) from error
     where = f"model {found.text!r}"
     try:
-        if callable(found.value):
+        if isinstance(found.value, nn.Module):
+            model = _copy(found.value)
+        elif callable(found.value):
             model = found.value()
         else:
             spec = Spec.parse(found.value)
@@ -57,13 +54,57 @@ def build(found: Found) -> nn.Module:
         raise
     except Exception as error:
         raise ModelError(f"{where} cannot be built: {one_line(error)}") from error
-    if isinstance(model, nn.Module):
-        _check_tensors(model, where)
-    else:
+    if not isinstance(model, nn.Module):
         raise ModelError(
             f"{where} gives a {type(model).__name__}", "Name a function that returns an nn.Module"
         )
+    if shapes is not None:
+        _materialise(model, shapes)
+    _check_tensors(model, where)
     return model
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    # Buffers without values, those of lazy layers, are the only ones that cannot be copied.
+    empty = {
+        id(buffer): nn.parameter.UninitializedBuffer(  # type: ignore[call-arg]
+            device=buffer.device, dtype=buffer.dtype
+        )
+        for buffer in module.buffers()
+        if nn.parameter.is_lazy(buffer)
+    }
+    try:
+        return copy.deepcopy(module, empty)
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be copied: {one_line(error)}", "Give a function that builds it"
+        ) from error
+
+
+def _materialise(model: nn.Module, shapes: CheckpointFile) -> None:
+    """Gives the tensors of lazy layers the shapes that they have in a checkpoint."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    lazy = {name: t for name, t in tensors.items() if nn.parameter.is_lazy(t)}
+    if not lazy:
+        return
+    naming = LoadHooks(model)
+    for weights in shapes.choice.values():
+        for view in naming.views(weights):
+            if lazy.keys() <= view.keys():
+                for name, tensor in lazy.items():
+                    tensor.materialize(view[name].shape)
+                _finish(model)
+                return
+
+
+def _finish(model: nn.Module) -> None:
+    """Makes plain layers of lazy ones, as their first call does."""
+    for module in model.modules():
+        if isinstance(module, LazyModuleMixin) and module.cls_to_become is not None:
+            # What a linear layer takes its number of inputs from.
+            weight = module.weight
+            like = weight[:0] if isinstance(weight, Tensor) else torch.empty(0)
+            module._infer_parameters(module, (like,))
 
 
 def _need_memory(build: Callable[[], nn.Module], where: str) -> None:
@@ -82,7 +123,7 @@ def _check_tensors(model: nn.Module, where: str) -> None:
         if nn.parameter.is_lazy(tensor) or tensor.is_meta:
             raise ModelError(
                 f"{where}: {name} has no values yet",
-                "Give a function that runs lazy layers once, and builds on the CPU",
+                "Call the lazy layers once where the model is built, and build it on the CPU",
             )
         if tensor.is_complex():
             raise ModelError(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from losscli._version import __version__
-from losscli.checkpoint import base_of, read
+from losscli.checkpoint import Given, base_of, read
 from losscli.device import choose_device, describe_device
 from losscli.errors import UsageError
 from losscli.objective import Objective
@@ -26,12 +26,13 @@ from losscli.settings import Buffers, DType, Settings
 __all__ = ["prepare"]
 
 
-def prepare(names: Sequence[str], settings: Settings) -> Problem:
+def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ()) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
     Args:
-        names: The checkpoints: files, or ``init:SEED``.
+        names: The checkpoints: files, ``init:SEED``, or objects.
         settings: The settings.
+        notes: How the checkpoints were put in order, where they were.
 
     Returns:
         The problem, ready to be evaluated.
@@ -44,7 +45,10 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
     base = base_of(names)
     file = read(base) if base else None
     with torch.random.fork_rng(devices=[]):
-        found = find("model", settings.model, file)
+        given = settings.model
+        if given is None and isinstance(base, Given):
+            given = base.module
+        found = find("model", given, file)
         if found is None:
             raise UsageError(
                 "no model is named, neither by --model nor by the checkpoint's metadata nor by a "
@@ -52,8 +56,10 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
                 "Give --model, for example --model mlp:784-512-10 (losscli list models)",
             )
         torch.manual_seed(settings.seed)
-        model = build(found)
-        checkpoints = Checkpoints(model, found, base)
+        model = build(found, file)
+        checkpoints = Checkpoints(model, found, base, names)
+        # Their content would be kept as long as their names are.
+        names = [str(name) for name in names]
         entries, first = checkpoints.survey(names)
         whole, data_name = data_of(settings, file)
         data = whole.select(settings.split, None, settings.seed)
@@ -82,12 +88,13 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         tuple(names),
         first,
         moving_names(objective, buffers, settings),
-        None if isinstance(found.value, nn.Module) else lambda: build(found),
+        None if isinstance(found.value, nn.Module) else lambda: build(found, file),
         buffers,
         _provenance(settings, objective, specs, entries),
         settings,
         checkpoints.open,
         checkpoints.unchanged,
+        tuple(notes),
     )
 
 

@@ -33,6 +33,7 @@ class Problem:
         settings: The settings that it was made from.
         read: Reads a checkpoint by its name.
         unchanged: Makes sure that the checkpoints are what they were when they were read.
+        notes: How the checkpoints were put in order, where they were.
     """
 
     objective: Objective
@@ -45,6 +46,7 @@ class Problem:
     settings: Settings
     read: Callable[[str], Checkpoint]
     unchanged: Callable[[], None]
+    notes: tuple[str, ...] = ()
 
     def open(self, t: int) -> Checkpoint:
         """Opens a checkpoint; only the first is held.

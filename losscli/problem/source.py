@@ -58,7 +58,8 @@ def find(kind: str, given: Any, first: CheckpointFile | None) -> Found | None:
         return None
     folder = first.folder
     # Not resolved: in a hub's cache the files of a folder are links to places elsewhere.
-    own = first.path if first.path.is_dir() else first.path.parent
+    path = first.path
+    own = folder if path is None else path if path.is_dir() else path.parent
     if f"losscli.{kind}" in first.metadata:
         return Found.named(first.metadata[f"losscli.{kind}"], trusted=False, folder=folder)
     for place in (folder, *folder.parents):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from losscli.checkpoint import Checkpoint
+from losscli.arguments import checked
+from losscli.checkpoint import Checkpoint, CheckpointLike, named
 from losscli.datasets import Inputs, map_inputs
 from losscli.errors import CheckpointError, DeviceError, ModelError, NondeterministicModelError
 from losscli.matching import inner_product, match
@@ -47,7 +47,8 @@ class Alignment:
     summary: Mapping[str, Any]
 
 
-def align(a: str | os.PathLike[str], b: str | os.PathLike[str], **settings: Any) -> Alignment:
+@checked(Settings)
+def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
     """Permutes B's hidden units onto A's by weight matching.
 
     Its function is held against B's own on the first batch of each split, in float64 where the
@@ -68,7 +69,7 @@ def align(a: str | os.PathLike[str], b: str | os.PathLike[str], **settings: Any)
         LosscliError: Something else is missing, broken or does not fit.
     """
     begun = time.perf_counter()
-    a, b = os.fspath(a), os.fspath(b)
+    a, b = named(a, "A"), named(b, "B")
     problem, before, dtype = _prepare(a, b, Settings(**settings))
     first, last = problem.first.weights, problem.last
     groups = _groups(problem)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, pairwise
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from losscli.arguments import checked
+from losscli.checkpoint import CheckpointLike, all_in, named_all
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.errors import UsageError
@@ -33,8 +34,9 @@ from losscli.weights import Weights, distance, equal
 __all__ = ["Barriers", "barriers"]
 
 
+@checked(Settings)
 def barriers(
-    names: Sequence[str | os.PathLike[str]],
+    names: CheckpointLike | Iterable[CheckpointLike],
     *,
     points: int = 11,
     progress: Callable[[float], None] | None = None,
@@ -46,7 +48,8 @@ def barriers(
     et al. 2022, arXiv 2110.06296).
 
     Args:
-        names: Two or more checkpoints, each once: files, ``FILE#KEY``, or ``init:SEED``.
+        names: Two or more checkpoints, each once: files, ``FILE#KEY``, ``init:SEED``, or a folder
+            of them.
         points: Evenly spaced values of α on each line, both ends among them.
         progress: Called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
@@ -58,7 +61,7 @@ def barriers(
     Raises:
         LosscliError: Something is missing, broken or does not fit.
     """
-    plan = Barriers.plan([os.fspath(name) for name in names], Settings(**settings), points=points)
+    plan = Barriers.plan(named_all(names), Settings(**settings), points=points)
     return plan.run(progress)
 
 
@@ -93,6 +96,7 @@ class Barriers(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
+        names = all_in(names)
         if len(names) < 2:
             raise UsageError(
                 f"barriers needs two checkpoints or more, and got {len(names)}",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
@@ -15,6 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from losscli.arguments import checked
+from losscli.checkpoint import CheckpointLike, named_all, path_of
 from losscli.curvature import (
     DENSE_LIMIT,
     LEAST,
@@ -73,12 +74,14 @@ _KINKED = frozenset({
 })  # fmt: skip
 
 
+@checked(Settings)
 def check(
-    names: Sequence[str | os.PathLike[str]],
+    names: CheckpointLike | Iterable[CheckpointLike],
     *,
     tolerance: float = 1e-3,
     eigenvalues: int = 1,
     learning_rate: float | None = None,
+    keep_order: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
 ) -> Result:
@@ -89,6 +92,8 @@ def check(
         tolerance: The largest gradient norm of a critical point.
         eigenvalues: How many eigenvalues of either end of the Hessian's spectrum are found.
         learning_rate: That of training, to draw 2 / learning rate beside the eigenvalues.
+        keep_order: Take the checkpoints in the order of their names as they are given, and all
+            files of a folder; by default they are ordered as `trajectory` does.
         progress: Called with the number of checkpoints done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -101,11 +106,12 @@ def check(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Check.plan(
-        [os.fspath(name) for name in names],
+        named_all(names),
         Settings(**settings),
         tolerance=tolerance,
         eigenvalues=eigenvalues,
         learning_rate=learning_rate,
+        keep_order=keep_order,
     )
     return plan.run(progress)
 
@@ -229,6 +235,7 @@ class Check(Study):
         tolerance: float,
         eigenvalues: int,
         learning_rate: float | None,
+        keep_order: bool = False,
     ) -> Check:
         """Reads and matches everything, and evaluates nothing.
 
@@ -238,6 +245,7 @@ class Check(Study):
             tolerance: The largest gradient norm of a critical point.
             eigenvalues: How many of either end will be found.
             learning_rate: That of training.
+            keep_order: Whether the names stay in the order in which they are given.
 
         Returns:
             The plan.
@@ -246,6 +254,7 @@ class Check(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
+        names, notes = path_of(names, keep_order=keep_order)
         if not names:
             raise UsageError("check needs a checkpoint", "Give one or more")
         if len(set(names)) < len(names):
@@ -267,7 +276,7 @@ class Check(Study):
                 "a gradient is that of all examples, so --sampling-error has no place in a check",
                 "Look at fewer with --limit",
             )
-        problem = prepare(names, settings)
+        problem = prepare(names, settings, notes)
         # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
         moving = tuple(name for name in problem.moving if name not in problem.buffers)
         if not moving:

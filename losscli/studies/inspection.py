@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losscli.checkpoint import Checkpoint, CheckpointFile, base_of, read
+from losscli.arguments import checked
+from losscli.checkpoint import (
+    Checkpoint,
+    CheckpointFile,
+    CheckpointLike,
+    base_of,
+    named,
+    named_all,
+    read,
+)
 from losscli.errors import CheckpointError, MismatchError, TableError, UsageError
 from losscli.geometry import Line
 from losscli.regular import read_regular
@@ -26,13 +34,14 @@ __all__ = ["Lowest", "export", "inspect", "lowest"]
 _MOST_KEYS = 30
 
 
-def inspect(names: Sequence[str | os.PathLike[str]]) -> Result:
+@checked()
+def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
     """Shows what one checkpoint holds, or how far apart two are, tensor by tensor.
 
     Of one that holds several state dicts, it shows these.
 
     Args:
-        names: One checkpoint or two.
+        names: One checkpoint or two: names of files, state dicts, or modules.
 
     Returns:
         For one checkpoint a table of its tensors' shapes, types and norms; for two of their
@@ -43,9 +52,10 @@ def inspect(names: Sequence[str | os.PathLike[str]]) -> Result:
         UsageError: There are not one or two names.
         CheckpointError: A file cannot be read.
     """
+    names = named_all(names)
     if len(names) not in {1, 2}:
         raise UsageError(f"inspect takes one checkpoint or two, not {len(names)}")
-    files = [read(os.fspath(name)) for name in names]
+    files = [read(name) for name in names]
     if len(files) == 1 and len(files[0].choice) > 1:
         return _contents(files[0])
     first, *others = checkpoints = _open(files)
@@ -54,7 +64,7 @@ def inspect(names: Sequence[str | os.PathLike[str]]) -> Result:
         "checkpoints": [
             {
                 "name": c.name,
-                "path": str(c.path),
+                "path": None if c.path is None else str(c.path),
                 "sha256": c.sha256(),
                 "tensors": len(c.weights),
                 "values": sum(t.numel() for t in c.weights.values()),
@@ -116,8 +126,10 @@ def _contents(file: CheckpointFile) -> Result:
         "checkpoints": [
             {
                 "name": file.name,
-                "path": str(file.path),
-                "sha256": Checkpoint(file.name, {}, {}, file.path, file.files).sha256(),
+                "path": None if file.path is None else str(file.path),
+                "sha256": file.checkpoint({
+                    f"{k}.{n}": t for k, w in file.candidates.items() for n, t in w.items()
+                }).sha256(),
                 "tensors": tensors,
                 "values": values,
                 "bytes": size,
@@ -245,9 +257,10 @@ def _beside(csv: Path) -> Mapping[str, Any] | None:
     raise TableError(f"{path} is no summary of {csv}", "Give both as one run wrote them")
 
 
+@checked()
 def export(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: CheckpointLike,
+    b: CheckpointLike,
     alpha: float,
     *,
     summary: Mapping[str, Any] | None = None,
@@ -274,21 +287,34 @@ def export(
     """
     if not abs(alpha) <= 1e30:
         raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
-    a, b = os.fspath(a), os.fspath(b)
+    a, b = named(a, "A"), named(b, "B")
     files, name = [read(a), read(b)], base_of([a, b])
     base = read(name).select(None) if name and any(f.adapter for f in files) else None
     first = files[0].select(None, base)
-    second = files[1].select(first.weights, base)
+    second = _second(files[1], first, base)
     if summary is not None:
         _need_the_same((first, second), summary, alpha)
-    if wrong := mismatches(second.weights, first.weights):
-        raise MismatchError(f"{b} does not fit {a}: {'; '.join(wrong)}")
     ends = _ends(first.weights, summary)
     weights = {
         name: _between(t, second.weights[name], ends.get(name, alpha))
         for name, t in first.weights.items()
     }
     return Checkpoint(f"{a} + {alpha} ({b} − {a})", weights, first.metadata)
+
+
+def _second(file: CheckpointFile, first: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """Opens B under the names of A."""
+    cure = (
+        "No model is known here that would translate names: load B into a model with "
+        "load_state_dict, and save that model's state_dict()"
+    )
+    try:
+        second = file.select(first.weights, base, first.name)
+    except MismatchError as error:
+        raise MismatchError(error.what, error.cure or cure) from None
+    if wrong := mismatches(second.weights, first.weights):
+        raise MismatchError(f"{second.name} does not fit {first.name}: {'; '.join(wrong)}", cure)
+    return second
 
 
 def _need_the_same(

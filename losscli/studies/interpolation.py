@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from losscli.arguments import checked
+from losscli.checkpoint import CheckpointLike, named
 from losscli.curve import describe
 from losscli.datasets import Examples
 from losscli.device import float32_precision
@@ -37,9 +38,10 @@ from losscli.weights import Weights, distance, equal
 __all__ = ["Interpolation", "interpolate"]
 
 
+@checked(Settings)
 def interpolate(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: CheckpointLike,
+    b: CheckpointLike,
     *,
     points: int = 51,
     range: tuple[float, float] = (-0.5, 2.0),  # noqa: A002 - the option's name
@@ -55,7 +57,7 @@ def interpolate(
     After Goodfellow, Vinyals & Saxe 2015, arXiv 1412.6544.
 
     Args:
-        a: The checkpoint at α = 0: a file, ``FILE#KEY``, or ``init:SEED``.
+        a: The checkpoint at α = 0: a file, ``FILE#KEY``, ``init:SEED``, a state dict, or a module.
         b: The checkpoint at α = 1.
         points: Evenly spaced values of α; 0 and 1 come besides where the range holds them.
         range: The lowest and the highest α.
@@ -74,8 +76,8 @@ def interpolate(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Interpolation.plan(
-        os.fspath(a),
-        os.fspath(b),
+        named(a, "A"),
+        named(b, "B"),
         Settings(**settings),
         points=points,
         range_=range,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from losscli.arguments import checked
+from losscli.checkpoint import CheckpointLike, all_in, named_all, path_of
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.directions import random_directions
@@ -47,13 +48,15 @@ _NORMALISATION = (
 )
 
 
+@checked(Settings)
 def plane(
-    names: Sequence[str | os.PathLike[str]],
+    names: CheckpointLike | Iterable[CheckpointLike],
     *,
     pca: bool = False,
     points: int = 31,
     range: tuple[float, float] | None = None,  # noqa: A002 - the option's name
     surface: bool = False,
+    keep_order: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
 ) -> Result:
@@ -70,6 +73,8 @@ def plane(
         range: The lowest and the highest value of both coordinates; by default the box that holds
             the checkpoints and a margin, or −1 to 1 for random directions.
         surface: Whether the picture shows the surface in three dimensions too.
+        keep_order: With ``pca``, take the checkpoints in the order of their names as they are
+            given, and all files of a folder; by default they are ordered as `trajectory` does.
         progress: Called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -81,12 +86,13 @@ def plane(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Plane.plan(
-        [os.fspath(name) for name in names],
+        named_all(names),
         Settings(**settings),
         pca=pca,
         points=points,
         range_=range,
         surface=surface,
+        keep_order=keep_order,
     )
     return plan.run(progress)
 
@@ -125,6 +131,7 @@ class Plane(Study):
         points: int,
         range_: tuple[float, float] | None,
         surface: bool,
+        keep_order: bool = False,
     ) -> Plane:
         """Reads and matches everything, lays the plane, and evaluates nothing.
 
@@ -135,6 +142,7 @@ class Plane(Study):
             points: Values of each coordinate.
             range_: The lowest and the highest value of both coordinates.
             surface: Whether the picture will show the surface.
+            keep_order: Whether the names of a path stay in the order in which they are given.
 
         Returns:
             The plan.
@@ -143,6 +151,11 @@ class Plane(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
+        notes: list[str] = []
+        if pca:
+            names, notes = path_of(names, keep_order=keep_order)
+        else:
+            names = all_in(names)
         if len(names) < 3 if pca else len(names) not in {1, 3}:
             needs = "with --pca three checkpoints or more" if pca else "one checkpoint or three"
             raise UsageError(
@@ -154,7 +167,7 @@ class Plane(Study):
         need_room("--points", points, points**2)
         if range_ is not None:
             grid(points, *range_)
-        problem = prepare(names, settings)
+        problem = prepare(names, settings, notes)
         slice_: Triangle | Span
         if len(names) == 1:
             slice_, kind = _random(problem), "random"

@@ -422,17 +422,17 @@ class Study(ABC):
         ]
 
     def kept(self) -> list[str]:
-        """Notes on what stays where it is: data that is not in memory, tensors by choice.
+        """Notes on the order of the checkpoints, and on what stays where it is.
 
         Returns:
             The notes.
         """
-        settings, notes = self.problem.settings, self._estimated()
-        notes += self.problem.objective.data.notes
-        for name, split in self.problem.objective.splits.items():
+        problem, settings = self.problem, self.problem.settings
+        notes = [*problem.notes, *self._estimated(), *problem.objective.data.notes]
+        for name, split in problem.objective.splits.items():
             notes += [f"{name}: {remark}" for remark in split.remarks]
         end = {"a": "first", "b": "last"}.get(settings.buffers)
-        if end and self.problem.buffers and len(self.problem.names) > 1:
+        if end and problem.buffers and len(problem.names) > 1:
             whose, but = self.words(end)
             notes.append(f"floating-point buffers stay at {whose}: {but}")
         if self._holds_back():

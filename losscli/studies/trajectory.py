@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from losscli.arguments import checked
+from losscli.checkpoint import CheckpointLike, named_all, path_of
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.errors import UsageError
@@ -39,13 +40,15 @@ _SHARES = 4
 _FARTHEST = 1e6
 
 
+@checked(Settings)
 def trajectory(
-    names: Sequence[str | os.PathLike[str]],
+    names: CheckpointLike | Iterable[CheckpointLike],
     *,
     surface: bool = True,
     residuals: int = 21,
     reach: float = 1.25,
     random_walk: bool = False,
+    keep_order: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
 ) -> Result:
@@ -56,11 +59,14 @@ def trajectory(
     direction v_t, which turns as t goes on.
 
     Args:
-        names: Three or more checkpoints in the order of training.
+        names: Three or more checkpoints in the order of training, or a folder of them.
         surface: Whether the ribbon is evaluated.
         residuals: Values of b at each step.
         reach: The largest b, as a multiple of the largest residual.
         random_walk: Whether random walks with the same step lengths are drawn too.
+        keep_order: Take the checkpoints in the order of their names as they are given, and all
+            files of a folder. By default names that a shell sorted are put into natural order,
+            ``final*`` and ``last*`` come last, and ``best*`` is left out.
         progress: Called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -72,12 +78,13 @@ def trajectory(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Trajectory.plan(
-        [os.fspath(name) for name in names],
+        named_all(names),
         Settings(**settings),
         surface=surface,
         residuals=residuals,
         reach=reach,
         random_walk=random_walk,
+        keep_order=keep_order,
     )
     return plan.run(progress)
 
@@ -108,16 +115,18 @@ class Trajectory(Study):
         residuals: int,
         reach: float,
         random_walk: bool,
+        keep_order: bool = False,
     ) -> Trajectory:
         """Reads and matches everything, measures the path, and evaluates nothing.
 
         Args:
-            names: The checkpoints in the order of training.
+            names: The checkpoints in the order of training, or a folder of them.
             settings: The settings.
             surface: Whether the ribbon will be evaluated.
             residuals: Values of b at each step.
             reach: The largest b, as a multiple of the largest residual.
             random_walk: Whether random walks will be drawn.
+            keep_order: Whether the names stay in the order in which they are given.
 
         Returns:
             The plan.
@@ -126,6 +135,7 @@ class Trajectory(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
+        names, notes = path_of(names, keep_order=keep_order)
         if len(names) < 3:
             raise UsageError(
                 f"trajectory needs three checkpoints or more, and got {len(names)}",
@@ -137,7 +147,7 @@ class Trajectory(Study):
             need_room("--residuals", residuals, residuals * len(names))
         if surface and not 0 < reach <= _FARTHEST:
             raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
-        problem = prepare(names, settings)
+        problem = prepare(names, settings, notes)
         moving = moving_along(problem)
         path = measure(lambda t: problem.open(t).weights, len(names), moving)
         largest = max(path.residual)

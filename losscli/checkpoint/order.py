@@ -1,0 +1,191 @@
+"""The order of checkpoints on a path: that of training, not that of a shell or a folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from torch import Tensor
+
+from losscli.checkpoint.folders import in_folder
+from losscli.checkpoint.given import Given
+from losscli.checkpoint.names import natural
+from losscli.checkpoint.reading import read
+from losscli.checkpoint.state import CheckpointFile
+from losscli.weights import Weights, equal
+
+__all__ = ["all_in", "path_of"]
+
+# What the beginning of a name, or a word in it, says about the place in training.
+_STARTS = (
+    *(("init", "first"), ("final", "last"), ("last", "last")),
+    *(("best", "best"), ("model_best", "best")),
+)
+_WORDS = {"init": "first", "initial": "first", "final": "last", "last": "last", "latest": "last",
+          "best": "best"}  # fmt: skip
+
+# So many names are listed in a note.
+_LISTED = 3
+
+
+def all_in(names: Sequence[str]) -> list[str]:
+    """Lists a set of checkpoints.
+
+    Args:
+        names: Names of checkpoints and of folders of checkpoints.
+
+    Returns:
+        The checkpoints, those of each folder in natural order.
+
+    Raises:
+        CheckpointError: A folder holds no checkpoints.
+    """
+    return [found for name in names for found in _files(name) or [name]]
+
+
+def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str], list[str]]:
+    """Lists the checkpoints of a path in the order of training.
+
+    Names in lexicographic order where natural order differs (1, 10, 2: a shell pattern) are put
+    into natural order. In a folder ``init*`` comes first, ``final*`` and ``last*`` come last. If
+    the folder has numbered files, ``best*`` and ``model_best*`` are left out, and so are ``final*``
+    and ``last*`` if they equal a numbered file.
+
+    Args:
+        names: Names of checkpoints and of folders of checkpoints.
+        keep_order: Keep names as they are given, and all files of a folder in natural order.
+
+    Returns:
+        The checkpoints, and a note on each change.
+
+    Raises:
+        CheckpointError: A folder holds no checkpoints, or a final checkpoint cannot be read.
+    """
+    if keep_order:
+        return all_in(names), []
+    notes: list[str] = []
+    objects = any(isinstance(name, Given) for name in names)
+    given = list(names) if objects else _in_natural_order(names)
+    if given != list(names):
+        notes.append(
+            f"the checkpoints were named in the order of their characters (1, 10, 2), as a shell "
+            f"lists them, and are taken in natural order: {_listed(given)}. --keep-order keeps the "
+            "order of the names"
+        )
+    found: list[str] = []
+    for name in given:
+        files = _files(name)
+        if files:
+            files, more = _in_training_order(files)
+            notes += more
+        found += files or [name]
+    return found, notes
+
+
+def _files(name: str) -> list[str]:
+    return [] if isinstance(name, Given) else in_folder(name)
+
+
+def _in_natural_order(names: Sequence[str]) -> list[str]:
+    """Sorts names that a shell pattern gave: all of them, or neighbours that differ in numbers."""
+    if list(names) == sorted(names):
+        return sorted(names, key=natural)
+    found: list[str] = []
+    for _, group in groupby(names, key=lambda name: re.sub(r"[0-9]+", "0", name)):
+        alike = list(group)
+        patterns = (sorted(alike), sorted(alike, key=_letters))
+        found += sorted(alike, key=natural) if alike in patterns else alike
+    return found
+
+
+def _letters(name: str) -> str:
+    """What many locales compare first: letters and digits, without case and punctuation."""
+    return re.sub(r"[\W_]+", "", name).casefold()
+
+
+def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Sorts the files of a folder, which are in natural order, by what their names say."""
+    places = dict(zip(files, _places([_file(name) for name in files]), strict=True))
+    first, final, best, steps = (
+        [name for name in files if places[name] == place] for place in ("first", "last", "best", "")
+    )
+    notes: list[str] = []
+    last: list[str] = []
+    numbered = [name for name in steps if re.search(r"[0-9]", _file(name))]
+    if not numbered:
+        last, steps = final, [name for name in files if places[name] in {"best", ""}]
+    else:
+        for name in final:
+            if twin := _twin(name, [*last, *reversed(numbered)]):
+                notes.append(f"{name} is left out: its weights are those of {twin}")
+            else:
+                last.append(name)
+        if best:
+            notes.append(
+                f"{_some(best)} left out: the best checkpoint of a training is a copy of one of "
+                "its steps. Name it to take it, or give --keep-order"
+            )
+    ordered = [*first, *steps, *last]
+    if ordered != [name for name in files if name in set(ordered)]:
+        ends = ((first, "first"), (last, "last"))
+        notes.append(" and ".join(f"{_some(some)} taken {place}" for some, place in ends if some))
+    return ordered, notes
+
+
+def _file(name: str) -> str:
+    """The name of the file or folder itself, without ``#KEY``."""
+    path = Path(name)
+    return path.name if "#" not in name or path.exists() else Path(name.rpartition("#")[0]).name
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{', '.join(names[:_LISTED])}{more}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{_listed(names)} {'is' if len(names) == 1 else 'are'}"
+
+
+def _places(files: Sequence[str]) -> list[str]:
+    """Reads from file names which are the first, the last and the best of a training."""
+    numbers = [set(re.findall(r"[0-9]+", file)) for file in files]
+    common = set.intersection(*numbers)
+    places = []
+    for file, own in zip(files, numbers, strict=True):
+        place = next((place for start, place in _STARTS if file.lower().startswith(start)), "")
+        # Elsewhere in a name a word counts if no number of its own says more: resnet18-last.pt.
+        if not place and not own - common:
+            words = re.split(r"[\W_]+", file.lower())
+            place = next((_WORDS[word] for word in words if word in _WORDS), "")
+        places.append(place)
+    return places
+
+
+def _twin(name: str, others: Sequence[str]) -> str | None:
+    """Finds a checkpoint with the same weights."""
+    file = read(name)
+    return next((other for other in others if _is_equal(file, read(other))), None)
+
+
+def _is_equal(file: CheckpointFile, other: CheckpointFile) -> bool:
+    """Whether each state dict of a file is one of another file too."""
+    return all(
+        any(
+            weights.keys() == held.keys()
+            and all(_is_same(_one(file, weights, n), _one(other, held, n)) for n in weights)
+            for held in other.choice.values()
+        )
+        for weights in file.choice.values()
+    )
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and equal(a, b)
+
+
+def _one(file: CheckpointFile, weights: Weights, name: str) -> Tensor:
+    # Of a distributed checkpoint one tensor is read at a time.
+    return file.fetch({name: weights[name]})[name]
