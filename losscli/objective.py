@@ -204,6 +204,20 @@ class Objective:
         return self._recalibrating(None)
 
     @contextmanager
+    def estimating_on(self, batch: Split) -> Iterator[None]:
+        """Lets the statistics of a batch stand in for those of BatchNorm layers at every point.
+
+        Args:
+            batch: The examples, taken at once.
+        """
+        idle, order = self.idle, torch.arange(len(batch))
+        try:
+            with self._recalibrating(Recalibration("", batch, len(batch), order)):
+                yield
+        finally:
+            self.idle = idle
+
+    @contextmanager
     def _recalibrating(self, recalibration: Recalibration | None) -> Iterator[None]:
         own, self.recalibration = self.recalibration, recalibration
         try:

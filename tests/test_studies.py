@@ -111,6 +111,33 @@ def test_the_distance_is_that_of_all_moving_tensors(folder: Path) -> None:
     assert only.summary["distance"] == pytest.approx(part.norm().item(), rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "name", ["mlp-relu", "cnn-batchnorm", "attention-tied", "normalising", "convolving", "lstm"]
+)
+def test_distances_are_over_the_parameters_alone(name: str, tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == name)
+    one, other = case.state(1), case.state(2)
+    files = save(case, tmp_path)
+    parameters = [n for n, _ in case.build().named_parameters()]
+    length = math.hypot(*(float((other[n].double() - one[n].double()).norm()) for n in parameters))
+    given = {
+        "model": case.build,
+        "data": {"all": (copy.deepcopy(case.inputs), case.targets)},
+        "loss": case.loss,
+        "metric": ("none",),
+    }
+    line = losscli.interpolate(*files, **given, points=2)
+    assert line.summary["distance"] == pytest.approx(length, rel=1e-12)
+    moving = [n for n in parameters if not torch.equal(one[n], other[n])]
+    assert line.summary["moving"]["tensors"] == len(moving)
+    assert line.summary["moving"]["values"] == sum(one[n].numel() for n in moving)
+    pairs = losscli.barriers(files, **given, points=3)
+    assert pairs.table.floats("distance") == [line.summary["distance"]]
+    if name != "attention-tied":
+        # A file does not tell that two of its tensors are tied, nor that a mask is no parameter.
+        assert losscli.inspect(files).summary["distance"] == pytest.approx(length, rel=1e-12)
+
+
 def test_the_ends_alone_may_be_asked_for(folder: Path) -> None:
     wide = losscli.interpolate("a.pt", "b.pt", points=3, range=(0.0, 1.0))
     ends = losscli.interpolate("a.pt", "b.pt", points=2, range=(0.0, 1.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, overload
@@ -69,6 +69,20 @@ class Problem:
         free = replace(self.settings, only=(), except_=())
         moving = set(self.moving)
         return tuple(n for n in moving_names(self.objective, self.buffers, free) if n not in moving)
+
+    def parameters(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Selects the parameters among tensors that move.
+
+        Norms, distances, projections and angles are over these; buffers move along.
+
+        Args:
+            names: The tensors.
+
+        Returns:
+            Those that are no buffers, in their order.
+        """
+        buffers = set(self.buffers)
+        return tuple(name for name in names if name not in buffers)
 
     @property
     def last(self) -> Checkpoint:

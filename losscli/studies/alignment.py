@@ -72,7 +72,7 @@ def align(a: str | os.PathLike[str], b: str | os.PathLike[str], **settings: Any)
     problem, before, dtype = _prepare(a, b, Settings(**settings))
     first, last = problem.first.weights, problem.last
     groups = _groups(problem)
-    names = [n for n in problem.moving if n not in problem.buffers]
+    names = problem.parameters(problem.moving)
     reached = {name for group in groups for name in group.names}
     for name, weights in ((a, first), (b, last.weights)):
         for tensor in reached:

@@ -269,7 +269,7 @@ class Check(Study):
             )
         problem = prepare(names, settings)
         # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
-        moving = tuple(name for name in problem.moving if name not in problem.buffers)
+        moving = problem.parameters(problem.moving)
         if not moving:
             raise UsageError("no parameter is left to differentiate", "Widen --only")
         return cls(problem, moving, begun, tolerance, eigenvalues, learning_rate)

@@ -19,7 +19,15 @@ from losscli.geometry import Line
 from losscli.regular import read_regular
 from losscli.results import Result
 from losscli.table import Cell, Table
-from losscli.weights import Weights, cosine, distance, mismatches, norm, working_type
+from losscli.weights import (
+    Weights,
+    cosine,
+    distance,
+    known_buffers,
+    mismatches,
+    norm,
+    working_type,
+)
 
 __all__ = ["Lowest", "export", "inspect", "lowest"]
 
@@ -59,12 +67,13 @@ def inspect(names: Sequence[str | os.PathLike[str]]) -> Result:
                 "tensors": len(c.weights),
                 "values": sum(t.numel() for t in c.weights.values()),
                 "bytes": sum(t.nbytes for t in c.weights.values()),
-                "norm": norm(_floating(c.weights)),
+                "norm": norm(_parameters(c.weights)),
                 "metadata": dict(c.metadata),
             }
             for c in checkpoints
         ],
     }
+    summary["buffers"] = known_buffers(first.weights)
     columns = ["tensor", "shape", "dtype", "values", "norm"]
     described: dict[str, list[Cell]] = {
         name: [name, "×".join(map(str, t.shape)), str(t.dtype).removeprefix("torch."), t.numel(),
@@ -80,8 +89,8 @@ def inspect(names: Sequence[str | os.PathLike[str]]) -> Result:
         if name in other.weights and other.weights[name].shape == t.shape
     ]
     summary["mismatches"] = mismatches(other.weights, first.weights)
-    moving = [n for n in shared if first.weights[n].is_floating_point()]
-    summary["distance"] = distance(first.weights, other.weights, moving)
+    parameters = _parameters({name: first.weights[name] for name in shared})
+    summary["distance"] = distance(first.weights, other.weights, parameters)
     rows = (
         [
             *described[name],
@@ -145,11 +154,10 @@ def _gather(candidates: Mapping[str, Weights]) -> dict[str, list[Weights]]:
 
 def _length(file: CheckpointFile, weights: Weights) -> float:
     """The norm of a state dict, of which one tensor is read at a time."""
-    floating = {name: t for name, t in weights.items() if t.is_floating_point()}
     return math.hypot(
         *(
             norm({name: _whole(t) for name, t in file.fetch({name: tensor}).items()})
-            for name, tensor in floating.items()
+            for name, tensor in _parameters(weights).items()
         )
     )
 
@@ -343,5 +351,7 @@ def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     return Line({}, {}).combine([a.to(wide), b.to(wide)], (alpha,)).to(dtype)
 
 
-def _floating(weights: Weights) -> Weights:
-    return {name: t for name, t in weights.items() if t.is_floating_point()}
+def _parameters(weights: Weights) -> Weights:
+    """The floating-point tensors but for buffers, as far as their names tell."""
+    buffers = set(known_buffers(weights))
+    return {n: t for n, t in weights.items() if t.is_floating_point() and n not in buffers}

@@ -298,7 +298,12 @@ class Interpolation(Study):
             anchors = [((0.0,), self.start), ((1.0,), self.end)]
             difference = self.meets(line, anchors, [(0.5,)])
             self.hold_against_fresh(self.end)
-            stays = self.whole_numbers(self.end, self.problem.last.weights)
+            stays = [
+                *self.whole_numbers(self.end, self.problem.last.weights),
+                *self.mixed_statistics(
+                    (self.start, self.end), lambda: self.middle(self.start, self.end)
+                ),
+            ]
             for block in self.blocks:
                 difference = max(difference, self._meets_alone(block))
             seen = grow(
@@ -331,7 +336,7 @@ class Interpolation(Study):
             **self.origin(),
             "range": list(self.range),
             "examples": examples,
-            "distance": distance(self.start, self.end, self.moving),
+            "distance": distance(self.start, self.end, self.counted),
             "stays": self._stays(),
             "refined": self._refined(looked, exhausted=exhausted),
             "tables": list(more),
@@ -386,11 +391,12 @@ class Interpolation(Study):
 
     def _blocks(self, seen: Mapping[str, _Seen]) -> dict[str, Any]:
         """What the summary tells of each block."""
+        counted = {block.name: self.problem.parameters(block.moving) for block in self.blocks}
         return {
             block.name: {
-                "tensors": len(block.moving),
-                "values": sum(self.start[name].numel() for name in block.moving),
-                "distance": distance(self.start, self.end, block.moving),
+                "tensors": len(counted[block.name]),
+                "values": sum(self.start[name].numel() for name in counted[block.name]),
+                "distance": distance(self.start, self.end, counted[block.name]),
                 "splits": {
                     name: parts.blocks[block.name].describe(self.alphas)
                     for name, parts in seen.items()
@@ -545,9 +551,10 @@ class Interpolation(Study):
         notes = []
         if not self.moving:
             notes.append("A and B are the same in every tensor that may move: nothing moves")
+        elif not self.counted:
+            notes.append("A and B differ only in buffers: ‖B − A‖, over the parameters, is 0")
         notes += self.kept()
         notes += self.stored_types()
-        notes += self.mixed_statistics((self.start, self.end))
         buffers = self.problem.settings.buffers
         if buffers == "interpolate" and any(s["not_finite"] for s in splits.values()):
             below = [n for n in self.moving if n in self.problem.buffers and self._sinks(n)]

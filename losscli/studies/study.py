@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -27,7 +28,7 @@ from losscli.ranks import apart
 from losscli.results import Result
 from losscli.spec import own_code
 from losscli.sweep import check, halving, points_at_once, sweep, sweep_plain
-from losscli.weights import Weights, equal
+from losscli.weights import Weights, equal, working_type
 
 __all__ = ["FRESH_BYTES", "Basis", "Study", "count", "moving_along"]
 
@@ -47,6 +48,14 @@ _TOLERANCE_OF_ESTIMATES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5, "f
 
 # How often a run evaluates first batches before it begins: each way is held against another one.
 _PROOFS = 16
+
+# BatchNorm's statistics matter where they change the loss by more than this share of it.
+_MATTERS = 0.05
+
+# Examples that the statistics of a batch are taken of, at least and at most; and checkpoints that
+# are looked at.
+_FEW, _MANY = 32, 256
+_ENDS = 2
 
 # Options by what provenance calls them.
 _OPTIONS = {
@@ -92,6 +101,11 @@ class Study(ABC):
     problem: Problem
     moving: tuple[str, ...]
     begun: float
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The parameters that move: every norm, distance, projection and angle is over these."""
+        return self.problem.parameters(self.moving)
 
     @property
     def unit(self) -> str:
@@ -355,12 +369,17 @@ class Study(ABC):
                 mapped changes with its file, so they may be of a mixture.
         """
         self.problem.unchanged()
-        values = sum(self.problem.first.weights[name].numel() for name in self.moving)
+        counted = self.counted
+        values = sum(self.problem.first.weights[name].numel() for name in counted)
         return {
             "command": self.command,
             "identity": self.identity,
             **self.problem.provenance,
-            "moving": {"tensors": len(self.moving), "values": values},
+            "moving": {
+                "tensors": len(counted),
+                "values": values,
+                "buffers": len(self.moving) - len(counted),
+            },
         }
 
     def seconds(self, swept: float) -> dict[str, float]:
@@ -494,24 +513,76 @@ class Study(ABC):
         """
         return self.problem.open(t).weights
 
-    def mixed_statistics(self, points: Iterable[Weights]) -> list[str]:
-        """Notes on BatchNorm's statistics that move with the parameters.
+    def mixed_statistics(
+        self, ends: Iterable[Weights], between: Callable[[], Weights]
+    ) -> list[str]:
+        """Notes on BatchNorm's statistics that move along with the parameters.
+
+        The loss of a first batch is compared with the one that the statistics of this batch
+        itself give: between the checkpoints, and at those that were trained. There it shows how
+        far off the statistics of a batch are by chance.
 
         Args:
-            points: All tensors of the checkpoints that lines are drawn between.
+            ends: All tensors of checkpoints.
+            between: Makes all tensors of a point between them.
 
         Returns:
-            The notes, where a line has two ends with statistics of their own: neither is a start.
+            The notes, where the statistics change the loss between the checkpoints, and less at
+            the checkpoints.
         """
-        layers = self.problem.objective.batchnorm
-        moving = any(name in self.moving for layer in layers for name in layer.names)
-        if self.problem.settings.buffers != "interpolate" or not moving:
+        objective = self.problem.objective
+        layers = objective.batchnorm
+        if self.problem.settings.buffers != "interpolate" or not any(
+            name in self.moving for layer in layers for name in layer.names
+        ):
             return []
-        if sum(not all(layer.is_fresh(point) for layer in layers) for point in points) < 2:
+        trained = (w for w in ends if not all(layer.is_fresh(w) for layer in layers))
+        own = [self._with_statistics(weights) for weights in itertools.islice(trained, _ENDS)]
+        if not own:
             return []
-        how = "interpolated too, and are not those of the data there"
-        cure = "--buffers recalibrate re-estimates them"
-        return [f"between the ends BatchNorm's statistics are {how}: {cure}"]
+        notes = []
+        for name, (moved, batch) in self._with_statistics(between()).items():
+            chance = sum(_gap(*end[name]) for end in own) / len(own)
+            gap = _gap(moved, batch)
+            if math.isfinite(batch) and gap > max(2 * chance, _MATTERS * abs(batch)):
+                notes.append(
+                    "between the checkpoints BatchNorm's statistics are not those of the data: the "
+                    f"loss of a first batch of {name} is {moved:.4g}, and {batch:.4g} with the "
+                    "statistics of that batch; --buffers recalibrate re-estimates them"
+                )
+                break
+        objective.load(self.problem.origin)
+        return notes
+
+    def _with_statistics(self, weights: Weights) -> dict[str, tuple[float, float]]:
+        """The mean loss of first batches at a point: with its statistics, with the batch's."""
+        objective = self.problem.objective
+        found = {}
+        for name, split in objective.splits.items():
+            size = min(max(objective.batch_size, _FEW), _MANY, len(split))
+            if size < 2:
+                continue
+            batch = split.first(size).to(objective.device)
+            losses = [objective.plain(weights, {name: batch})[name].losses]
+            with objective.estimating_on(batch):
+                losses.append(objective.plain(weights, {name: batch})[name].losses)
+            moved, own = (float(values.double().mean()) for values in losses)
+            found[name] = moved, own
+        return found
+
+    def middle(self, a: Weights, b: Weights) -> Weights:
+        """Makes the point in the middle of two.
+
+        Args:
+            a: All tensors of the one.
+            b: All tensors of the other.
+
+        Returns:
+            All tensors of the point.
+        """
+        line, names = Line({}, {}), [name for name in self.moving if not equal(a[name], b[name])]
+        wide = {name: working_type(a[name], b[name]) for name in names}
+        return {**a} | {n: line.combine([a[n].to(w), b[n].to(w)], (0.5,)) for n, w in wide.items()}
 
     def stored_types(self) -> list[str]:
         """Notes on the types that tensors are stored in.
@@ -627,6 +698,11 @@ class Study(ABC):
         """
         device = self.problem.objective.device
         return {n: weights[n].to(device) for n in (self.moving if names is None else names)}
+
+
+def _gap(one: float, other: float) -> float:
+    """How far apart two losses are; one that is not finite is infinitely far."""
+    return abs(one - other) if math.isfinite(one - other) else math.inf
 
 
 def _content(entry: Mapping[str, Any]) -> str:
