@@ -7,11 +7,13 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import losscli
 from losscli.checkpoint import Checkpoint
@@ -194,6 +196,49 @@ def test_buffers_may_stay_at_one_end(buffers: str, end: int, tmp_path: Path) -> 
         expected = oracle.losses(case.build, state, case.inputs, case.targets, case.per_example)
         assert loss == pytest.approx(oracle.mean(expected), rel=1e-11)
     assert "floating-point buffers stay" in result.summary["notes"][0]
+
+
+def pruned(seed: int, share: float) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", share)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "more"),
+    [
+        ("interpolate", 2, {"points": 2}),
+        ("barriers", 3, {"points": 3}),
+        ("trajectory", 3, {"residuals": 2}),
+        ("plane", 3, {"points": 2}),
+    ],
+)
+def test_masks_that_differ_are_named(
+    name: str, number: int, more: dict[str, Any], tmp_path: Path
+) -> None:
+    files, study = [str(tmp_path / f"{seed}.pt") for seed in range(number)], getattr(losscli, name)
+    data = {"all": (torch.randn(9, 6), torch.arange(9) % 3)}
+
+    def notes(**given: Any) -> list[str]:
+        told = {"model": lambda: pruned(0, 0.5), "data": data, **more, **given}
+        result = study(*files, **told) if name == "interpolate" else study(files, **told)
+        return [note for note in result.summary["notes"] if "_mask" in note]
+
+    for seed, file in enumerate(files):
+        torch.save(pruned(seed, 0.5).state_dict(), file)
+    (note,) = notes()
+    assert "fractions: 0.weight_mask and 1 more; --buffers a keeps" in note
+    assert not notes(buffers="a")
+    # Masks that all checkpoints share, and one buffer that is no mask, are not spoken of.
+    for seed, file in enumerate(files):
+        torch.save(pruned(seed, 0).state_dict(), file)
+    assert not notes()
+    for seed, file in enumerate(files):
+        state = pruned(seed, 0).state_dict()
+        torch.save(state | {"0.weight_mask": torch.rand(5, 6)}, file)
+    assert not notes()
 
 
 def test_buffers_that_stay_at_the_last_checkpoints_are_read_once(tmp_path: Path) -> None:

@@ -148,12 +148,16 @@ def floating_buffers(objective: Objective) -> tuple[str, ...]:
         objective: Whose model.
 
     Returns:
-        The names of its floating-point buffers.
+        The names of its floating-point buffers, but for the singular vectors of spectral
+        normalisation: they are functions of the parameters.
     """
+    computed = {id(objective.tensors[n]) for layer in objective.spectral for n in layer.names}
     return tuple(
         name
         for name, tensor in objective.tensors.items()
-        if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        if not isinstance(tensor, nn.Parameter)
+        and tensor.is_floating_point()
+        and id(tensor) not in computed
     )
 
 

@@ -187,7 +187,9 @@ def _outputs(
 ) -> Iterator[Tensor]:
     """What the model gives for the first batch of each split, its forward pass watched."""
     objective = problem.objective
-    objective.load(weights)
+    # What is written must be right wherever it is loaded.
+    with objective.as_stored():
+        objective.load(weights)
     for split in objective.first_batches().values():
         inputs = objective.data.prepare(split.inputs, objective.dtype)
         # A model may write on its inputs.

@@ -265,7 +265,8 @@ class Barriers(Study):
             self.mixed_statistics((a, b), partial(self.middle, a, b))
             for a, b in islice(pairwise(placed), _HINTS)
         )
-        return difference, [*next(filter(None, notes), []), *next(filter(None, hints), [])]
+        found = [*next(filter(None, notes), []), *self.spectral_norms()]
+        return difference, [*found, *next(filter(None, hints), [])]
 
     def _evaluate(
         self,

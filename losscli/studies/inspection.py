@@ -18,6 +18,7 @@ from losscli.errors import CheckpointError, MismatchError, TableError, UsageErro
 from losscli.geometry import Line
 from losscli.regular import read_regular
 from losscli.results import Result
+from losscli.spectral import normalise_stored
 from losscli.table import Cell, Table
 from losscli.weights import (
     Weights,
@@ -263,7 +264,8 @@ def export(
     """Makes the checkpoint at a point of the line, θ(α) = A + α (B − A).
 
     Floating-point tensors move, in float32 or wider, and have the wider of the types that the two
-    store them in; whole-number tensors are A's.
+    store them in; whole-number tensors are A's. Between the ends the singular vectors of spectral
+    normalisation are computed from the weights.
 
     Args:
         a: The checkpoint at α = 0.
@@ -296,6 +298,8 @@ def export(
         name: _between(t, second.weights[name], ends.get(name, alpha))
         for name, t in first.weights.items()
     }
+    if alpha not in {0.0, 1.0}:
+        weights |= normalise_stored(weights)
     return Checkpoint(f"{a} + {alpha} ({b} − {a})", weights, first.metadata)
 
 

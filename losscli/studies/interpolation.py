@@ -29,7 +29,7 @@ from losscli.slopes import trial
 from losscli.studies.closer import CloseUp, Further
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
 from losscli.studies.seen import LineCurve, Looked
-from losscli.studies.study import Study, count
+from losscli.studies.study import Study, count, need_derivatives
 from losscli.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
 from losscli.table import Table
 from losscli.weights import Weights, distance, equal
@@ -175,6 +175,8 @@ class Interpolation(Study):
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.
         moving = tuple(n for n in problem.moving if not equal(start[n], end[n]))
+        if derivatives:
+            need_derivatives(problem, moving, "--derivatives")
         return cls(
             problem,
             moving,
@@ -300,6 +302,7 @@ class Interpolation(Study):
             self.hold_against_fresh(self.end)
             stays = [
                 *self.whole_numbers(self.end, self.problem.last.weights),
+                *self.spectral_norms(),
                 *self.mixed_statistics(
                     (self.start, self.end), lambda: self.middle(self.start, self.end)
                 ),
@@ -382,6 +385,9 @@ class Interpolation(Study):
         tensors, last = problem.objective.tensors, problem.last.weights
         # A tied tensor moves under one of its names.
         may_move = {id(tensors[name]) for name in problem.moving}
+        may_move |= {
+            id(tensors[name]) for layer in problem.objective.spectral for name in layer.names
+        }
         at_b = frozenset(problem.buffers if settings.buffers == "b" else ())
         for name, tensor in problem.first.weights.items():
             floating = tensor.is_floating_point() and id(tensors[name]) not in may_move

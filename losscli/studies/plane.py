@@ -243,6 +243,7 @@ class Plane(Study):
             middle = [sum(at) / len(self.places) for at in list(zip(*self.places, strict=True))[:2]]
             stays = [
                 *self.whole_numbers(last, self.problem.last.weights),
+                *self.spectral_norms(),
                 *self.mixed_statistics(
                     self.problem.places(range(len(self.problem.names))),
                     lambda: self._at((middle[0], middle[1])),

@@ -19,7 +19,7 @@ import torch
 from losscli.datasets import Examples, Split
 from losscli.device import float32_precision
 from losscli.digest import digest
-from losscli.errors import CheckpointError, ModelError
+from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.geometry import Line, Slice
 from losscli.journal import Journal
 from losscli.pace import Clock, Pace, measure
@@ -30,7 +30,7 @@ from losscli.spec import own_code
 from losscli.sweep import check, halving, points_at_once, sweep, sweep_plain
 from losscli.weights import Weights, equal, working_type
 
-__all__ = ["FRESH_BYTES", "Basis", "Study", "count", "moving_along"]
+__all__ = ["FRESH_BYTES", "Basis", "Study", "count", "moving_along", "need_derivatives"]
 
 FRESH_BYTES = 64 << 20
 """Up to this size a second model is built, to hold the first against."""
@@ -56,6 +56,9 @@ _MATTERS = 0.05
 # are looked at.
 _FEW, _MANY = 32, 256
 _ENDS = 2
+
+# Spectral norms matter where they change the loss by more than this share of it.
+_SPECTRAL = 1e-4
 
 # Options by what provenance calls them.
 _OPTIONS = {
@@ -440,6 +443,40 @@ class Study(ABC):
             f"whole-number tensors such as {next(iter(other))} stay at {whose} and matter: {but}"
         ]
 
+    def spectral_norms(self) -> list[str]:
+        """Notes on spectral norms, which are computed from the weights at every point.
+
+        Returns:
+            The notes: with the largest difference that this makes to the loss of a checkpoint on
+            a first batch, where there is one.
+        """
+        objective = self.problem.objective
+        if not objective.spectral:
+            return []
+        batches = objective.first_batches()
+        names = [name for layer in objective.spectral for name in layer.names]
+        differences = []
+        for t, checkpoint in enumerate(self.problem.names):
+            weights = self.weights(t)
+            point = {**self.problem.place(weights), **{name: weights[name] for name in names}}
+            with objective.as_stored():
+                own = objective.plain(point, batches)
+            there = objective.plain(point, batches)
+            for split in batches:
+                one, other = (float(e[split].losses.double().mean()) for e in (own, there))
+                differences.append((_gap(one, other), checkpoint, split, one, other))
+            del weights, point  # before the next one is opened
+        objective.load(self.problem.origin)
+        whose = f"of {count(len(objective.spectral), 'spectral norm')} such as {names[0]}"
+        note = f"the singular vectors {whose} are computed from the weights at every point"
+        gap, checkpoint, split, one, other = max(differences, key=lambda found: found[0])
+        if gap > _SPECTRAL * abs(other):
+            note += (
+                f": on a first batch of {split} {checkpoint} has the loss {one:.4g} with those of "
+                f"its file, and {other:.4g} with these"
+            )
+        return [note]
+
     def kept(self) -> list[str]:
         """Notes on what stays where it is: data that is not in memory, tensors by choice.
 
@@ -453,10 +490,29 @@ class Study(ABC):
         if end and self.problem.buffers and len(self.problem.names) > 1:
             whose, but = self.words(end)
             notes.append(f"floating-point buffers stay at {whose}: {but}")
+        if masks := self._masks():
+            more = f" and {len(masks) - 1} more" if len(masks) > 1 else ""
+            whose, _ = self.words("first")
+            notes.append(
+                f"buffers of 0 and 1 such as masks differ, and between the checkpoints they are "
+                f"fractions: {masks[0]}{more}; --buffers a keeps {whose}"
+            )
         if self._holds_back():
             whose, but = self.words("first")
             notes.append(f"some tensors stay at {whose}: {but}")
         return notes
+
+    def _masks(self) -> list[str]:
+        """Lists the buffers that move and hold nothing but 0 and 1 in all checkpoints."""
+        counted = set(self.counted)
+        names = [name for name in self.moving if name not in counted]
+        for t in range(len(self.problem.names) if names else 0):
+            weights = self.weights(t)
+            names = [name for name in names if bool(((x := weights[name]) == x.bool()).all())]
+            del weights  # before the next one is opened
+            if not names:
+                break
+        return names
 
     def _holds_back(self) -> bool:
         """Whether a tensor stays by choice that is not the same in all checkpoints."""
@@ -755,6 +811,29 @@ def moving_along(problem: Problem) -> tuple[str, ...]:
     moving = tuple(name for name in problem.moving if name not in still)
     _need_finite(problem.names[0], first, moving)
     return moving
+
+
+def need_derivatives(problem: Problem, moving: Iterable[str], option: str) -> None:
+    """Refuses to differentiate what autograd would differentiate wrongly.
+
+    Args:
+        problem: What is evaluated.
+        moving: The tensors that move.
+        option: What needs derivatives.
+
+    Raises:
+        UsageError: A tensor that moves is spectrally normalised: its singular vectors are functions
+            of it, and constants to autograd.
+    """
+    names = set(moving)
+    found = [n for layer in problem.objective.spectral for n in layer.sources if n in names]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UsageError(
+            f"{option} cannot differentiate {found[0]}{more} twice: autograd takes the singular "
+            "vectors of a spectral norm for constants",
+            f"Leave such weights out with --except {found[0]!r}",
+        )
 
 
 def _need_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:

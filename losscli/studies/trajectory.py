@@ -227,7 +227,7 @@ class Trajectory(Study):
             settle(self.problem.objective, line, [(i / steps,) for i in range(steps)])
             difference = self.meets(line, [((0.0,), first), ((1.0,), last)], [(0.5,)])
         self.hold_against_fresh(last)
-        notes = self.whole_numbers(last, weights)
+        notes = [*self.whole_numbers(last, weights), *self.spectral_norms()]
         if self.offsets:
             notes += self.mixed_statistics((first, last), lambda: self.middle(first, last))
         return difference, notes
