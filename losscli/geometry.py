@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol, Self
@@ -125,13 +125,17 @@ class Triangle:
     corner_c: tuple[float, float]
 
     @classmethod
-    def through(cls, a: Weights, b: Weights, c: Weights) -> Self:
+    def through(
+        cls, a: Weights, b: Weights, c: Weights, names: Iterable[str] | None = None
+    ) -> Self:
         """Lays the plane through three points.
 
         Args:
             a: The moving tensors at the origin.
             b: Those that the first axis points to, of the same names and shapes.
             c: Those that the second axis leans to.
+            names: Which of them count in lengths and angles; all by default. The others follow
+                the same combinations of the corners.
 
         Returns:
             The plane.
@@ -140,9 +144,11 @@ class Triangle:
             CheckpointError: A point has weights that are not finite.
             UsageError: Two of the points are equal, or the three are on a line.
         """
-        edges = {("A", "B"): distance(a, b), ("A", "C"): distance(a, c), ("B", "C"): distance(b, c)}
+        names = list(a) if names is None else list(names)
+        corners = {"A": a, "B": b, "C": c}
+        edges = {(x, y): distance(corners[x], corners[y], names) for x, y in ("AB", "AC", "BC")}
         if not math.isfinite(sum(edges.values())):
-            wrong = [x for x, w in zip("ABC", (a, b, c), strict=True) if not math.isfinite(norm(w))]
+            wrong = [x for x, w in corners.items() if not math.isfinite(norm(w, names))]
             raise CheckpointError(
                 f"{' and '.join(wrong)} has weights that are infinite or not a number",
                 "Give a checkpoint from before the training failed",
@@ -150,13 +156,13 @@ class Triangle:
         for (one, other), edge in edges.items():
             if edge == 0:
                 raise UsageError(
-                    f"{one} and {other} are equal, and no plane is determined by two points",
+                    f"{one} and {other} have the same parameters: two points determine no plane",
                     "Give three different checkpoints",
                 )
         b_x = edges["A", "B"]
-        c_x = sum(float((y - x).dot(z - x)) for x, y, z in _stretches(a, b, c)) / b_x
+        c_x = sum(float((y - x).dot(z - x)) for x, y, z in _stretches(names, a, b, c)) / b_x
         square = 0.0
-        for x, y, z in _stretches(a, b, c):
+        for x, y, z in _stretches(names, a, b, c):
             height = (z - x).sub_(y - x, alpha=c_x / b_x)
             square += float(height.dot(height))
         c_y = math.sqrt(square)
@@ -209,20 +215,25 @@ class Triangle:
             return _between(base, other, share, out)
         return _between(base, last, least, out).add_(other - base, alpha=share)
 
-    def project(self, weights: Weights) -> tuple[float, float, float]:
+    def project(
+        self, weights: Weights, names: Iterable[str] | None = None
+    ) -> tuple[float, float, float]:
         """Projects a point onto the plane, orthogonally.
 
         It works from the nearest corner, so that a corner is projected onto itself exactly.
 
         Args:
-            weights: The point; of its tensors those count that the plane moves.
+            weights: The point.
+            names: The tensors that count, those that counted in `through`; all that the plane
+                moves by default.
 
         Returns:
             The x and y of its projection, and its distance from the plane.
         """
         corners = (0.0, 0.0), (self.corner_b, 0.0), self.corner_c
         squares, along = [0.0] * 3, [[0.0, 0.0] for _ in range(3)]
-        for *ends, point in _stretches(self.a, self.b, self.c, weights):
+        names = list(self.a) if names is None else list(names)
+        for *ends, point in _stretches(names, self.a, self.b, self.c, weights):
             axes = self._axes(*ends)
             for i, end in enumerate(ends):
                 step = point - end
@@ -232,7 +243,7 @@ class Triangle:
         nearest = squares.index(min(squares))
         dx, dy = along[nearest]
         square = 0.0
-        for *ends, point in _stretches(self.a, self.b, self.c, weights):
+        for *ends, point in _stretches(names, self.a, self.b, self.c, weights):
             first, second = self._axes(*ends)
             rest = (point - ends[nearest]).sub_(first, alpha=dx).sub_(second, alpha=dy)
             square += float(rest.dot(rest))
@@ -292,11 +303,14 @@ class Span:
             point = origin.clone() if out is None else out.copy_(origin)
         return point if y == 0 else point.add_(second, alpha=y)
 
-    def project(self, weights: Weights) -> tuple[float, float, float]:
+    def project(
+        self, weights: Weights, names: Iterable[str] | None = None
+    ) -> tuple[float, float, float]:
         """Projects a point onto the plane, orthogonally, whatever the angle between the axes.
 
         Args:
-            weights: The point; of its tensors those count that the plane moves.
+            weights: The point.
+            names: The tensors that count; all that the plane moves by default.
 
         Returns:
             The x and y of its projection, and its distance from the plane. Where the axes span no
@@ -304,7 +318,9 @@ class Span:
         """
         gram = torch.zeros(2, 2, dtype=torch.float64)
         along = torch.zeros(2, dtype=torch.float64)
-        for origin, u, v, point in _stretches(self.origin, self.first, self.second, weights):
+        names = list(self.origin) if names is None else list(names)
+        ends = self.ends
+        for origin, u, v, point in _stretches(names, *ends, weights):
             step, axes = point - origin, (u, v)
             for i in range(2):
                 along[i] += float(axes[i].dot(step))
@@ -316,7 +332,7 @@ class Span:
         solve = torch.linalg.pinv(cosines, rtol=_PARALLEL, hermitian=True)
         x, y = (solve @ (along / lengths) / lengths).tolist()
         square = 0.0
-        for origin, u, v, point in _stretches(self.origin, self.first, self.second, weights):
+        for origin, u, v, point in _stretches(names, *ends, weights):
             rest = (point - origin).sub_(u, alpha=x).sub_(v, alpha=y)
             square += float(rest.dot(rest))
         return x, y, math.sqrt(square)
@@ -391,7 +407,7 @@ def _between(a: Tensor, b: Tensor, alpha: float, out: Tensor | None) -> Tensor:
     return torch.lerp(a, b, alpha, out=out)
 
 
-def _stretches(first: Weights, *others: Weights) -> Iterator[tuple[Tensor, ...]]:
-    """Yields the same stretch of each point, in float64, over all names of the first."""
-    for name, tensor in first.items():
-        yield from pieces(tensor, *(other[name] for other in others))
+def _stretches(names: Iterable[str], *points: Weights) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the same stretch of each point, in float64, over some names."""
+    for name in names:
+        yield from pieces(*(point[name] for point in points))

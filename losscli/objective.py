@@ -44,6 +44,7 @@ from losscli.models import HEADLESS, cure_of, is_headless
 from losscli.operations import operations
 from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
 from losscli.recalibration import Layer, Recalibration, layers_of
+from losscli.spectral import SpectralLayer, normalise, spectral_layers
 from losscli.weights import Weights
 
 __all__ = ["Evaluation", "Objective", "Progress"]
@@ -120,6 +121,8 @@ class Objective:
     Attributes:
         tensors: The model's parameters and buffers by the names of its state dict.
         batchnorm: The model's BatchNorm layers that track statistics.
+        spectral: Its spectrally normalised weights, whose singular vectors are computed from
+            whatever weights are loaded.
         idle: Those of them that took no batch when statistics were last estimated.
     """
 
@@ -147,6 +150,8 @@ class Objective:
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
         self._classes: int | None = None
         self.batchnorm = layers_of(self.model, self.tensors)
+        self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
+        self._normalises = True
         self.recalibration = recalibration and self._bring(recalibration)
         self.idle: Sequence[Layer] = ()
         self._copies_inputs = False
@@ -205,6 +210,29 @@ class Objective:
             A context within which they are as they are loaded.
         """
         return self._recalibrating(None)
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Loads the singular vectors of spectral normalisation as they are given."""
+        self._normalises = False
+        try:
+            yield
+        finally:
+            self._normalises = True
+
+    @contextmanager
+    def estimating_on(self, batch: Split) -> Iterator[None]:
+        """Lets the statistics of a batch stand in for those of BatchNorm layers at every point.
+
+        Args:
+            batch: The examples, taken at once.
+        """
+        idle, order = self.idle, torch.arange(len(batch))
+        try:
+            with self._recalibrating(Recalibration("", batch, len(batch), order)):
+                yield
+        finally:
+            self.idle = idle
 
     @contextmanager
     def _recalibrating(self, recalibration: Recalibration | None) -> Iterator[None]:
@@ -285,6 +313,8 @@ class Objective:
     def load(self, weights: Weights) -> None:
         """Loads every tensor plainly; what a slice does not move stays as it was last loaded.
 
+        The singular vectors of spectrally normalised weights are computed from these.
+
         Args:
             weights: All tensors of the model.
         """
@@ -292,6 +322,8 @@ class Objective:
         if self._folds:
             self.model.train()
         self.model.load_state_dict(dict(weights), strict=False)
+        if self._normalises:
+            normalise(self.spectral, self.tensors)
         let_go(*weights.values())
         if self._folds:
             self.model.eval()

@@ -65,7 +65,7 @@ def measure(open_: Opener, count: int, names: Sequence[str]) -> Path:
     Args:
         open_: Opens the checkpoint of a step.
         count: How many checkpoints there are, n + 1.
-        names: The tensors that count.
+        names: The parameters that move. Buffers do not count.
 
     Returns:
         The path. Its turns are good to about 10⁻¹⁵ radians times step · distance / residual², with
@@ -92,7 +92,8 @@ def _places(
     length = distance(first, last, names)
     if length == 0:
         raise UsageError(
-            "the first and the last checkpoint are equal: there is no straight line between them",
+            "the first and the last checkpoint have the same parameters: there is no straight line "
+            "between them",
             "Give a path that ends elsewhere",
         )
     # The lengths of d that a point moves along it, at most, if all weights change by their size.
@@ -190,7 +191,8 @@ def ribbon(
         open_: Opens the checkpoint of a step.
         path: What `measure` found.
         t: The step.
-        names: The tensors that move.
+        names: The tensors that move: those that were measured, and buffers, which follow the same
+            combination of the checkpoints.
         reach: The largest b.
         dtype: The least type of its tensors; each end is made in float64 and rounded once.
 
@@ -327,7 +329,7 @@ def _walk(places: _Matrix, lengths: _Matrix) -> Path:
 
 
 def principal_axes(
-    open_: Opener, count: int, names: Sequence[str]
+    open_: Opener, count: int, names: Sequence[str], along: Sequence[str] = ()
 ) -> tuple[tuple[Weights, Weights], tuple[float, float]]:
     """Finds the first two principal components of a path (Li et al. 2018, arXiv 1712.09913).
 
@@ -339,20 +341,23 @@ def principal_axes(
         open_: Opens the checkpoint of a step.
         count: How many checkpoints there are, n + 1.
         names: The tensors that count.
+        along: Tensors that do not, and follow the same combinations of the checkpoints: buffers.
 
     Returns:
-        Two orthogonal directions of length one, in float32, or in float64 where the weights are;
-        and the share that each has in the variance. Along the first axis the path begins on the
-        positive side of its end; along the second the step farthest from the end is on the
-        positive side, as it is along the first where the path ends as it began.
+        Two directions, orthogonal and of length one over the tensors that count, in float32, or in
+        float64 where the weights are; and the share that each has in the variance. Along the first
+        axis the path begins on the positive side of its end; along the second the step farthest
+        from the end is on the positive side, as it is along the first where the path ends as it
+        began.
 
     Raises:
         CheckpointError: A checkpoint has weights that are not finite.
         UsageError: There are fewer than three checkpoints, all are equal, or all are on a line.
     """
     _need_three(count)
-    axes = _empty(open_(count - 1), names)
-    blocks = list(_blocks(axes[0], max(1, _BLOCK_BYTES // (8 * count))))
+    axes = _empty(open_(count - 1), [*names, *along])
+    width = max(1, _BLOCK_BYTES // (8 * count))
+    blocks, others = (list(_blocks(axes[0], some, width)) for some in (names, along))
     gram = torch.zeros(count, count, dtype=torch.float64)
     noise = 0.0
     for block in blocks:
@@ -363,7 +368,7 @@ def principal_axes(
     first, second = float(variances[-1]), float(variances[-2])
     if first <= 0:
         raise UsageError(
-            "all checkpoints are equal: they have no principal axes",
+            "all checkpoints have the same parameters: they have no principal axes",
             "Give checkpoints from different times of the training",
         )
     if second <= max(noise, _ROUNDING * first):
@@ -375,13 +380,13 @@ def principal_axes(
         _signed(scores[:, -1], start=True) / math.sqrt(first),
         _signed(scores[:, -2], start=False) / math.sqrt(second),
     ])
-    for block in blocks:
+    for block in (*blocks, *others):
         rows, _ = _centred(open_, count, block)
         _scatter(shares @ rows, block, axes)
     for axis in axes:
         # The less of the variance an axis has, the less exact is the length it comes with.
-        length = norm(axis)
-        for name in names:
+        length = norm(axis, names)
+        for name in axis:
             axis[name] /= length
     total = float(gram.trace())
     return axes, (first / total, second / total)
@@ -399,12 +404,12 @@ def _empty(weights: Weights, names: Sequence[str]) -> tuple[dict[str, Tensor], d
     return one, other
 
 
-def _blocks(weights: Weights, width: int) -> Iterator[_Block]:
-    """Deals all weights into blocks of a width, each some stretches of flattened tensors."""
+def _blocks(weights: Weights, names: Sequence[str], width: int) -> Iterator[_Block]:
+    """Deals weights into blocks of a width, each some stretches of flattened tensors."""
     block: _Block = []
     room = width
-    for name, tensor in weights.items():
-        start = 0
+    for name in names:
+        tensor, start = weights[name], 0
         while start < tensor.numel():
             stop = min(start + room, tensor.numel())
             block.append((name, start, stop))

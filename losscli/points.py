@@ -27,6 +27,7 @@ from losscli.first_layer import FirstLayer, Found, Watch
 from losscli.geometry import Slice
 from losscli.mapped import let_go
 from losscli.recalibration import Layer, Statistics, estimating, layers_of
+from losscli.spectral import SpectralLayer, normalise
 from losscli.weights import Weights
 
 __all__ = [
@@ -71,6 +72,7 @@ class Network(Protocol):
     model: nn.Module
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype
+    spectral: Sequence[SpectralLayer]
 
     @property
     def statistics(self) -> Sequence[Layer]:
@@ -266,13 +268,21 @@ class Points:
         self._shares = way is not Way.BOUND and len(coordinates) > len(slice_.ends)
         self._known = is_known(network.model)
         self._estimated = [name for layer in network.statistics for name in layer.names]
-        names = [*slice_.ends[0], *self._estimated]
+        self._spectral = [
+            layer
+            for layer in network.spectral
+            if not slice_.ends[0].keys().isdisjoint(layer.sources)
+        ]
+        self._normalised = [name for layer in self._spectral for name in layer.names]
+        names = [*slice_.ends[0], *self._estimated, *self._normalised]
         self._own = {name: network.tensors[name].data for name in names}
         self._statistics = Statistics(len(coordinates))
         for name in self._estimated:
             # Each training batch is written to it.
             network.tensors[name].data = self._own[name].clone()
         self._stacks = self._materialise()
+        if self._spectral:
+            self._normalise()
         self._threads = torch.get_num_threads()
         self._workers = min(self._threads, len(coordinates)) if way is Way.THREADS else 1
         # The first, the model itself, looks ahead where others do the work.
@@ -382,10 +392,22 @@ class Points:
     def _outputs(
         self, p: int, replica: _Replica, inputs: Inputs, mode: AbstractContextManager[Any]
     ) -> Any:
-        for name, stack in self._stacks.items():
-            replica.tensors[name].data = stack[p]
+        self._bind(replica.tensors, p)
         with mode:
             return self._network.forward(replica.model, inputs)
+
+    def _bind(self, tensors: Mapping[str, Tensor], p: int) -> None:
+        for name, stack in self._stacks.items():
+            tensors[name].data = stack[p]
+
+    def _normalise(self) -> None:
+        """Computes the singular vectors of spectrally normalised weights at all points."""
+        number, tensors = len(self._coordinates), self._network.tensors
+        for name in self._normalised:
+            self._stacks[name] = self._own[name].new_empty(number, *self._own[name].shape)
+        for p in range(number):
+            self._bind(tensors, p)
+            normalise(self._spectral, tensors)
 
     def _materialise(self) -> dict[str, Tensor]:
         """Makes the weights of all points, ``[P, *shape]`` for each tensor."""
@@ -393,7 +415,7 @@ class Points:
         last = _channels_last(self._network)
         stacks = {}
         for name, own in self._own.items():
-            if name in self._estimated:
+            if name in self._estimated or name in self._normalised:
                 continue
             if name in last:
                 # The layout of each point's kernels, [out, in, h, w], is out, h, w, in.

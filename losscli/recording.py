@@ -144,8 +144,10 @@ class Log:
     def _rest(self, weights: Weights) -> Weights:
         """The tensors that stay as they are loaded, under whatever name a tensor goes."""
         tensors = self._objective.tensors
-        estimated = (name for layer in self._objective.statistics for name in layer.names)
-        moving = {id(tensors[name]) for name in (*weights, *estimated) if name in tensors}
+        objective = self._objective
+        computed = [name for layer in objective.statistics for name in layer.names]
+        computed += [name for layer in objective.spectral for name in layer.names]
+        moving = {id(tensors[name]) for name in (*weights, *computed) if name in tensors}
         return {name: tensor for name, tensor in tensors.items() if id(tensor) not in moving}
 
 

@@ -45,10 +45,7 @@ def interpolation(summary: Mapping[str, Any]) -> str:
     lines = [
         f"A  {a}",
         f"B  {b}",
-        (
-            f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over "
-            f"{moving['values']:,} values in {moving['tensors']} tensors"
-        ),
+        (f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over {_moving(moving)}"),
     ]
     if refined := summary["refined"]:
         lines.append(
@@ -96,6 +93,17 @@ def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _moving(moving: Mapping[str, int]) -> str:
+    """How many parameters move, and how many buffers move along."""
+    told = f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}"
+    along = moving["buffers"]
+    return (
+        f"{told}; {_count(along, 'buffer')} move{'s' if along == 1 else ''} along"
+        if along
+        else told
+    )
 
 
 def _findings(
@@ -198,13 +206,13 @@ def trajectory(summary: Mapping[str, Any]) -> str:
     last = len(names) - 1
     back = path["steps_back"]
     off = farthest["residual"]
-    line = f"‖d‖ = {length:.4g} over {moving['values']:,} values"
+    line = f"‖d‖ = {length:.4g} over {_moving(moving)}"
     walk = f"{_count(last, 'step')}, {walked:.4g} long: {walked / length:.3g} times the line"
     far = f"r = {off:.4g}, {off / length:.2g} ‖d‖, at step {farthest['step']}"
     rows = [
         ("first", names[0]),
         ("last", names[-1]),
-        ("straight line", f"{line} in {_count(moving['tensors'], 'tensor')}"),
+        ("straight line", line),
         ("path", walk),
         ("farthest off", f"{far}, where p = {farthest['projection']:.3g}"),
         (
@@ -268,10 +276,7 @@ def plane(summary: Mapping[str, Any]) -> str:
         explained = axis["explained_variance"]
         share = "" if explained is None else f", {explained:.1%} of the variance"
         rows.append((letter, f"{axis['name']}{share}, from {low:g} to {high:g}"))
-    rows.append((
-        "moving",
-        f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}",
-    ))
+    rows.append(("moving", _moving(moving)))
     if summary["plane"] == "pca":
         size = max(abs(x) for letter in "xy" for x in summary[f"{letter}_range"])
         off = summary["off_plane"]
@@ -316,10 +321,9 @@ def barriers(summary: Mapping[str, Any]) -> str:
     moving, points = summary["moving"], len(summary["alphas"])
     length = [x for i, row in enumerate(summary["distances"]) for x in row[i + 1 :] if _known(x)]
     far = f"‖B − A‖ from {min(length):.4g} to {max(length):.4g}" if length else "‖B − A‖ not finite"
-    over = f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}"
     lines.append(
         f"{_count(len(names), 'checkpoint')}, {_count(pairs, 'pair')}, {points:,} points each; "
-        f"{far} over {over}"
+        f"{far} over {_moving(moving)}"
     )
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
@@ -445,7 +449,7 @@ def plan(description: Mapping[str, Any]) -> str:
         ("data", f"{d['data']}: {splits} examples"),
         ("loss", ", ".join([d["loss"], *d["metrics"]])),
         ("device", f"{d['device']}, {d['dtype']}, batches of {d['batch_size']}"),
-        ("moving", f"{d['moving']['values']:,} values in {d['moving']['tensors']} tensors"),
+        ("moving", _moving(d["moving"])),
         *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),
         *([("pairs", f"{d['pairs']:,}")] if "pairs" in d else []),
         ("points", f"{d['points']:,}, {d['points_at_once']:,} at once"),
@@ -527,6 +531,9 @@ def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequenc
         ]
     if "distance" in summary:
         lines.append(f"‖B − A‖ = {summary['distance']:.6g}")
+    if buffers := summary.get("buffers"):
+        more = f" and {len(buffers) - 1:,} more" if len(buffers) > 1 else ""
+        lines.append(printable(f"buffers count in neither norm nor distance: {buffers[0]}{more}"))
     lines.append("")
     if several:
         cells = [[_cell(cell) for cell in (key or "(top level)", *rest)] for key, *rest in rows]

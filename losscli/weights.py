@@ -23,6 +23,7 @@ __all__ = [
     "distance",
     "equal",
     "kind",
+    "known_buffers",
     "mismatches",
     "norm",
     "pieces",
@@ -189,6 +190,33 @@ def choose(names: Iterable[str], only: Iterable[str], but: Iterable[str]) -> lis
     if not chosen:
         raise UsageError("--only and --except leave no tensor to move", "Widen the patterns")
     return chosen
+
+
+def known_buffers(names: Iterable[str]) -> list[str]:
+    """Lists the floating-point buffers that PyTorch itself registers, known by their names.
+
+    A file does not say which of its tensors are parameters. These are BatchNorm's running
+    statistics, the vectors of spectral normalisation, and the masks of pruning.
+
+    Args:
+        names: The names of a state dict.
+
+    Returns:
+        Those of buffers, in their order.
+    """
+    names = list(names)
+    known = set(names)
+
+    def registered(name: str) -> bool:
+        prefix, _, last = name.rpartition(".")
+        if last in {"running_mean", "running_var"}:
+            return True
+        if last in {"_u", "_v"}:
+            return "parametrizations" in prefix.split(".")
+        stem, _, kind_ = name.rpartition("_")
+        return kind_ in {"u", "v", "mask"} and f"{stem}_orig" in known
+
+    return [name for name in names if registered(name)]
 
 
 def kind(tensor: Tensor) -> tuple[bool, bool]:

@@ -188,7 +188,7 @@ def test_stems_are_named_after_the_command_and_the_ends(
         ("trajectory path --reach -1", 2, "--reach -1.0 is no multiple"),
         ("trajectory path other.pt b.pt", 1, "other.pt does not fit the model"),
         ("plane a.pt b.pt", 2, "one checkpoint or three, and got 2"),
-        ("plane a.pt b.pt b.pt", 2, "B and C are equal"),
+        ("plane a.pt b.pt b.pt", 2, "B and C have the same parameters"),
         ("plane --pca a.pt b.pt", 2, "with --pca three checkpoints or more"),
         ("plane a.pt --points 1", 2, "--points 1 is no plane"),
         ("plane a.pt --range 1 1", 2, "--range 1.0 1.0 is empty"),

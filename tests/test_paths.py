@@ -268,7 +268,7 @@ def test_a_path_that_ends_where_it_began_has_no_line() -> None:
     a, b, _ = bent(3)
     with pytest.raises(
         UsageError,
-        match="the first and the last checkpoint are equal: there is no straight line between",
+        match="the first and the last checkpoint have the same parameters: there is no straight",
     ) as caught:
         measure(opener([a, b, a]), 3, NAMES)
     assert "\n" not in str(caught.value)
@@ -585,7 +585,8 @@ def test_the_axes_point_the_same_way_every_time() -> None:
 
 def test_checkpoints_without_a_plane_are_a_usage_error() -> None:
     a, b = bent(2)
-    with pytest.raises(UsageError, match="all checkpoints are equal: they have no principal axes"):
+    told = "all checkpoints have the same parameters: they have no principal axes"
+    with pytest.raises(UsageError, match=told):
         principal_axes(opener([a, a, a, a]), 4, NAMES)
     for dtype, length in itertools.product((torch.float64, torch.float32), (1, 0.01)):
         near, far = ({n: s[n].to(dtype) for n in NAMES} for s in (a, b))

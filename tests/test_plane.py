@@ -47,6 +47,11 @@ def moving_names(case: Case) -> list[str]:
     return names
 
 
+def parameters(case: Case, names: list[str]) -> list[str]:
+    buffers = {n for n, _ in case.build().named_buffers()}
+    return [n for n in names if n not in buffers]
+
+
 def loss_at(
     case: Case, base: dict[str, torch.Tensor], names: list[str], there: np.ndarray
 ) -> float:
@@ -74,12 +79,18 @@ def test_the_plane_through_three_has_the_losses_of_a_plain_float64_loop(
     files = save(case, tmp_path, 1, 2, 3)
     result = losscli.plane(files, points=3, **options(case, dtype="float64"))
     names = moving_names(case)
-    a, b, c = (vector(case.state(seed), names) for seed in (1, 2, 3))
+    a, b, c = (vector(case.state(seed), parameters(case, names)) for seed in (1, 2, 3))
     first = (b - a) / np.linalg.norm(b - a)
     second = (c - a) - ((c - a) @ first) * first
-    second /= np.linalg.norm(second)
+    height = np.linalg.norm(second)
+    second /= height
+    # Buffers follow the same combination of the corners as the parameters.
+    corners = [vector(case.state(seed), names) for seed in (1, 2, 3)]
     for x, y, loss in grid_of(result.table):
-        expected = loss_at(case, case.state(1), names, a + x * first + y * second)
+        gamma = y / height
+        beta = (x - gamma * ((c - a) @ first)) / np.linalg.norm(b - a)
+        there = np.array([1 - beta - gamma, beta, gamma]) @ np.stack(corners)
+        expected = loss_at(case, case.state(1), names, there)
         np.testing.assert_allclose(loss, expected, rtol=1e-9, atol=1e-11)
     path = result.more["path"]
     assert path["off_plane"] == [0, 0, 0]
@@ -151,9 +162,9 @@ def test_the_plane_of_a_path_is_that_of_its_principal_components(name: str, tmp_
         torch.save(state, files[-1])
     result = losscli.plane(files, pca=True, points=3, **options(case, dtype="float64"))
     names = moving_names(case)
-    points = np.stack([vector(state, names) for state in states])
+    points = np.stack([vector(state, parameters(case, names)) for state in states])
     rows = points - points[-1]
-    _, singular, axes = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    left, singular, axes = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
     explained = singular**2 / (singular**2).sum()
     found = [axis["explained_variance"] for axis in result.summary["axes"]]
     np.testing.assert_allclose(found, explained[:2], rtol=1e-6)
@@ -169,6 +180,15 @@ def test_the_plane_of_a_path_is_that_of_its_principal_components(name: str, tmp_
     for t, loss in enumerate(path.floats("loss")):
         expected = loss_at(case, states[t], [], np.empty(0))
         np.testing.assert_allclose(loss, expected, rtol=1e-11)
+    # Buffers follow the combination of the checkpoints that the parameters are.
+    everything = np.stack([vector(state, names) for state in states])
+    mixes = (left / singular).T[:2]
+    signs = [np.sign(axes[k] @ rows[0]) * np.sign(path.floats("xy"[k])[0]) for k in range(2)]
+    for x, y, loss in grid_of(result.table):
+        at = np.array([signs[0] * x, signs[1] * y])
+        there = everything[-1] + at @ mixes @ (everything - everything[-1])
+        expected = loss_at(case, states[0], names, there)
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
     # The box of the path lies in the grid.
     for column in ("x", "y"):
         values = result.table.floats(column)
@@ -229,7 +249,7 @@ def test_two_checkpoints_are_no_path(tmp_path: Path) -> None:
 def test_two_equal_checkpoints_and_three_on_a_line_span_no_plane(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mlp-relu")
     a, b = save(case, tmp_path, 1, 2)
-    with pytest.raises(UsageError, match="A and C are equal"):
+    with pytest.raises(UsageError, match="A and C have the same parameters"):
         losscli.plane([a, b, a], **options(case))
     one, two = case.state(1), case.state(2)
     torch.save({n: torch.lerp(one[n], two[n], 0.25) for n in one}, tmp_path / "between.pt")

@@ -664,28 +664,85 @@ def test_the_only_split_stands_in_for_train(folder: Path, losscli: Losscli) -> N
     assert json.loads(done.stdout)["recalibration"]["split"] == "valid"
 
 
-def test_between_two_solutions_the_cure_is_named_once(tmp_path: Path) -> None:
-    hint = (
-        "between the ends BatchNorm's statistics are interpolated too, and are not those of the "
-        "data there: --buffers recalibrate re-estimates them"
-    )
+HINT = "between the checkpoints BatchNorm's statistics are not those of the data"
+
+
+def with_statistics(case: Case, *seeds: int) -> list[dict[str, Tensor]]:
+    """Networks with large scores, and the statistics that the data have there."""
+    found = []
+    for seed in seeds:
+        large = {n: 20 * t if n == "head.weight" else t for n, t in case.state(seed).items()}
+        estimated = estimates(case, large, dealt(N))
+        found.append({n: t.to(large[n].dtype) for n, t in estimated.items()})
+    return found
+
+
+def hints(name: str, states: list[dict[str, Tensor]], folder: Path, **more: Any) -> list[str]:
+    case, files = PLAIN["residual"], []
+    for t, state in enumerate(states):
+        files.append(str(folder / f"{t}.pt"))
+        torch.save(state, files[-1])
+    function = getattr(losscli, name)
+    given = {"model": case.build, "data": {"train": (case.inputs, case.targets)}, **more}
+    result = function(*files, **given) if name == "interpolate" else function(files, **given)
+    return [note for note in notes(result) if note.startswith(HINT)]
+
+
+STUDIES = [
+    ("interpolate", 2, {"points": 2, "range": (0, 1)}),
+    ("barriers", 2, {"points": 3}),
+    ("trajectory", 3, {"residuals": 2}),
+    ("plane", 3, {"points": 2}),
+    ("plane", 3, {"points": 2, "pca": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "number", "more"), STUDIES)
+def test_where_statistics_matter_the_cure_is_named_once(
+    name: str, number: int, more: dict[str, Any], tmp_path: Path
+) -> None:
+    states = with_statistics(PLAIN["residual"], *range(1, number + 1))
+    (hint,) = hints(name, states, tmp_path, **more)
+    assert hint.endswith("; --buffers recalibrate re-estimates them")
+    for buffers in ("a", "recalibrate"):
+        assert not hints(name, states, tmp_path, **more, buffers=buffers)
+    assert not hints(name, states, tmp_path, **more, except_=("*running*",))
+
+
+@pytest.mark.parametrize(("name", "number", "more"), STUDIES)
+def test_between_neighbours_there_is_no_hint(
+    name: str, number: int, more: dict[str, Any], tmp_path: Path
+) -> None:
     case = PLAIN["residual"]
+    (state,) = with_statistics(case, 1)
+    near = [state]
+    for seed in range(2, number + 1):
+        there = {
+            n: torch.lerp(t, case.state(seed)[n], 0.01) if t.ndim else t for n, t in state.items()
+        }
+        near.append({n: t.to(state[n].dtype) for n, t in estimates(case, there, dealt(N)).items()})
+    assert not hints(name, near, tmp_path, **more)
 
-    def told(**more: Any) -> int:
-        given = {"buffers": "interpolate", "points": 2, "range": (0, 1), **more}
-        return notes(study("interpolate", case, tmp_path, **given)).count(hint)
 
-    assert told() == 1
-    assert told(buffers="b") == told(buffers="recalibrate") == 0
-    assert told(except_=("*running*",)) == 0
+def test_from_the_start_of_training_there_is_a_hint_too(tmp_path: Path) -> None:
+    case = PLAIN["residual"]
+    torch.manual_seed(0)
     start = {n: t.clone() for n, t in case.build().state_dict().items()}
-    torch.save(start, tmp_path / "start.pt")
-    torch.save(case.state(2), tmp_path / "end.pt")
-    data = {"train": (case.inputs, case.targets)}
-    for ends in (("start", "end"), ("end", "start")):
-        files = [str(tmp_path / f"{end}.pt") for end in ends]
-        result = losscli.interpolate(*files, model=case.build, data=data, points=2, range=(0, 1))
-        assert hint not in notes(result)
+    (end,) = with_statistics(case, 2)
+    for states in ([start, end], [end, start]):
+        assert hints("interpolate", states, tmp_path, points=2, range=(0, 1))
+
+
+def test_the_loss_of_the_hint_is_that_of_a_plain_loop(tmp_path: Path) -> None:
+    case = PLAIN["residual"]
+    states = with_statistics(case, 1, 2)
+    (hint,) = hints("interpolate", states, tmp_path, points=2, range=(0, 1), dtype="float64")
+    middle = oracle.blend(*states, 0.5)
+    expected = [
+        oracle.mean(oracle.losses(case.build, state, case.inputs, case.targets, case.per_example))
+        for state in (middle, estimates(case, middle, [torch.arange(N)]))
+    ]
+    assert f"is {expected[0]:.4g}, and {expected[1]:.4g} with" in hint
 
 
 def test_a_network_without_batchnorm_gets_no_hint(folder: Path, losscli: Losscli) -> None:

@@ -7,11 +7,13 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import losscli
 from losscli.checkpoint import Checkpoint
@@ -111,6 +113,33 @@ def test_the_distance_is_that_of_all_moving_tensors(folder: Path) -> None:
     assert only.summary["distance"] == pytest.approx(part.norm().item(), rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "name", ["mlp-relu", "cnn-batchnorm", "attention-tied", "normalising", "convolving", "lstm"]
+)
+def test_distances_are_over_the_parameters_alone(name: str, tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == name)
+    one, other = case.state(1), case.state(2)
+    files = save(case, tmp_path)
+    parameters = [n for n, _ in case.build().named_parameters()]
+    length = math.hypot(*(float((other[n].double() - one[n].double()).norm()) for n in parameters))
+    given = {
+        "model": case.build,
+        "data": {"all": (copy.deepcopy(case.inputs), case.targets)},
+        "loss": case.loss,
+        "metric": ("none",),
+    }
+    line = losscli.interpolate(*files, **given, points=2)
+    assert line.summary["distance"] == pytest.approx(length, rel=1e-12)
+    moving = [n for n in parameters if not torch.equal(one[n], other[n])]
+    assert line.summary["moving"]["tensors"] == len(moving)
+    assert line.summary["moving"]["values"] == sum(one[n].numel() for n in moving)
+    pairs = losscli.barriers(files, **given, points=3)
+    assert pairs.table.floats("distance") == [line.summary["distance"]]
+    if name != "attention-tied":
+        # A file does not tell that two of its tensors are tied, nor that a mask is no parameter.
+        assert losscli.inspect(files).summary["distance"] == pytest.approx(length, rel=1e-12)
+
+
 def test_the_ends_alone_may_be_asked_for(folder: Path) -> None:
     wide = losscli.interpolate("a.pt", "b.pt", points=3, range=(0.0, 1.0))
     ends = losscli.interpolate("a.pt", "b.pt", points=2, range=(0.0, 1.0))
@@ -167,6 +196,49 @@ def test_buffers_may_stay_at_one_end(buffers: str, end: int, tmp_path: Path) -> 
         expected = oracle.losses(case.build, state, case.inputs, case.targets, case.per_example)
         assert loss == pytest.approx(oracle.mean(expected), rel=1e-11)
     assert "floating-point buffers stay" in result.summary["notes"][0]
+
+
+def pruned(seed: int, share: float) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", share)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "more"),
+    [
+        ("interpolate", 2, {"points": 2}),
+        ("barriers", 3, {"points": 3}),
+        ("trajectory", 3, {"residuals": 2}),
+        ("plane", 3, {"points": 2}),
+    ],
+)
+def test_masks_that_differ_are_named(
+    name: str, number: int, more: dict[str, Any], tmp_path: Path
+) -> None:
+    files, study = [str(tmp_path / f"{seed}.pt") for seed in range(number)], getattr(losscli, name)
+    data = {"all": (torch.randn(9, 6), torch.arange(9) % 3)}
+
+    def notes(**given: Any) -> list[str]:
+        told = {"model": lambda: pruned(0, 0.5), "data": data, **more, **given}
+        result = study(*files, **told) if name == "interpolate" else study(files, **told)
+        return [note for note in result.summary["notes"] if "_mask" in note]
+
+    for seed, file in enumerate(files):
+        torch.save(pruned(seed, 0.5).state_dict(), file)
+    (note,) = notes()
+    assert "fractions: 0.weight_mask and 1 more; --buffers a keeps" in note
+    assert not notes(buffers="a")
+    # Masks that all checkpoints share, and one buffer that is no mask, are not spoken of.
+    for seed, file in enumerate(files):
+        torch.save(pruned(seed, 0).state_dict(), file)
+    assert not notes()
+    for seed, file in enumerate(files):
+        state = pruned(seed, 0).state_dict()
+        torch.save(state | {"0.weight_mask": torch.rand(5, 6)}, file)
+    assert not notes()
 
 
 def test_buffers_that_stay_at_the_last_checkpoints_are_read_once(tmp_path: Path) -> None:

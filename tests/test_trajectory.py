@@ -69,6 +69,11 @@ def moving_names(case: Case, states: list[dict[str, torch.Tensor]]) -> list[str]
     return names
 
 
+def parameters(case: Case, names: list[str]) -> list[str]:
+    buffers = {n for n, _ in case.build().named_buffers()}
+    return [n for n in names if n not in buffers]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_path_and_the_ribbon_are_those_of_float64_numpy_and_a_plain_loop(
     case: Case, tmp_path: Path
@@ -76,7 +81,9 @@ def test_the_path_and_the_ribbon_are_those_of_float64_numpy_and_a_plain_loop(
     files, states = save_path(case, tmp_path)
     result = losscli.trajectory(files, **options(case), dtype="float64", residuals=3)
     moving = moving_names(case, states)
-    points = np.stack([vector(s, moving) for s in states])
+    # Lengths and angles are over the parameters; buffers follow the same combinations.
+    points = np.stack([vector(s, parameters(case, moving)) for s in states])
+    everything = np.stack([vector(s, moving) for s in states])
     x, d = points - points[0], points[-1] - points[0]
     p = x @ d / (d @ d)
     rest = x - p[:, None] * d
@@ -109,11 +116,12 @@ def test_the_path_and_the_ribbon_are_those_of_float64_numpy_and_a_plain_loop(
     np.testing.assert_allclose(surface.floats("residual"), offsets * STEPS, rtol=1e-9)
     for t in range(STEPS):
         near = min(range(1, STEPS - 1), key=lambda s, t=t: (abs(s - t), s))
-        v = rest[near] / r[near]
+        line = everything[-1] - everything[0]
+        v = (everything[near] - everything[0] - p[near] * line) / r[near]
         rows = surface.where("step", t)
         assert rows["projection"] == [table.floats("projection")[t]] * 3
         for b, loss in zip(offsets, rows.floats("loss"), strict=True):
-            there = points[0] + p[t] * d + b * v
+            there = everything[0] + p[t] * line + b * v
             state, at = dict(states[0]), 0
             for n in moving:
                 size = states[0][n].numel()
@@ -263,6 +271,34 @@ def test_a_straight_path_has_no_surface_and_says_so(tmp_path: Path) -> None:
     assert result.table.floats("residual") == [0, 0, 0]
     assert not result.more
     assert any("straight line" in note for note in result.summary["notes"])
+
+
+def test_checkpoints_that_differ_only_in_buffers_have_no_path(tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == "cnn-batchnorm")
+    one, other = case.state(1), case.state(2)
+    buffers = {n for n, _ in case.build().named_buffers()}
+    files = []
+    for t in range(3):
+        files.append(str(tmp_path / f"{t}.pt"))
+        state = {
+            n: torch.lerp(x, other[n], t / 2) if n in buffers and x.ndim else x
+            for n, x in one.items()
+        }
+        torch.save(state, files[-1])
+    for study, more in (("trajectory", {}), ("plane", {}), ("plane", {"pca": True})):
+        with pytest.raises(UsageError, match="the checkpoints differ only in buffers") as caught:
+            getattr(losscli, study)(files, **options(case), **more)
+        assert "\n" not in str(caught.value)
+    line = losscli.interpolate(*files[:2], **options(case), points=2)
+    assert line.summary["distance"] == 0
+    assert (
+        "A and B differ only in buffers: ‖B − A‖, over the parameters, is 0"
+        in line.summary["notes"]
+    )
+    pairs = losscli.barriers(files, **options(case), points=3)
+    assert pairs.table.floats("distance") == [0, 0, 0]
+    told = "the two checkpoints of 3 pairs differ only in buffers: their distance is 0"
+    assert told in pairs.summary["notes"]
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

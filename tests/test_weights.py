@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from losscli.errors import UsageError
-from losscli.weights import choose, cosine, distance, mismatches, norm
+from losscli.weights import choose, cosine, distance, known_buffers, mismatches, norm
 
 PIECE = 1 << 20
 DTYPES = [
@@ -180,3 +181,25 @@ def test_a_pattern_that_fits_nothing_is_a_usage_error(
         choose(NAMES, only, but)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_the_buffers_of_torch_are_known_by_their_names() -> None:
+    def pruned() -> nn.Module:
+        layer = nn.Linear(3, 3)
+        prune.l1_unstructured(layer, "weight", 0.5)
+        return layer
+
+    model = nn.ModuleDict({
+        "norm": nn.BatchNorm2d(3),
+        "old": torch.nn.utils.spectral_norm(nn.Conv2d(3, 3, 2)),
+        "new": torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)),
+        "pruned": pruned(),
+        "named": nn.ParameterDict({
+            "weight_u": torch.ones(2),
+            "mask": torch.ones(2),
+            "_u": torch.ones(2),
+        }),
+    })
+    floating = [n for n, t in model.state_dict().items() if t.is_floating_point()]
+    parameters = {n for n, _ in model.named_parameters()}
+    assert known_buffers(floating) == [n for n in floating if n not in parameters]

@@ -99,7 +99,8 @@ def draw_inspection(run: Run, *, title: str = "") -> Figure:
     bars = _gather(tensors)
     size: Callable[[_Bar], float] = (lambda bar: bar.change) if two else lambda bar: bar.mean
     values = np.array([size(bar) for bar in bars], dtype=np.float64)
-    whole = _join("", tensors)
+    buffers = {plain(name) for name in run.summary.get("buffers", ())}
+    whole = _join("", [tensor for tensor in tensors if tensor.name not in buffers])
     with house_style():
         row = 0.19 if len(bars) <= 30 else 0.16
         figure = Figure(figsize=(WIDTH, 1.0 + row * max(len(bars), 3)), layout="constrained")
@@ -117,7 +118,8 @@ def draw_inspection(run: Run, *, title: str = "") -> Figure:
         notes += _left_out(run, len(tensors))
         if bars and math.isfinite(size(whole)):
             line = Line2D([], [], color=INK, lw=1.2, ls=(0, (4, 2)))
-            label = f"all tensors together: {format_number(size(whole))}"
+            what = "parameters" if buffers else "tensors"
+            label = f"all {what} together: {format_number(size(whole))}"
             add_legend(figure, [[(line, label)]])
         add_notes(axes, notes)
         names = _name(axes, checkpoint_names(run))

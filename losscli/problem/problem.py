@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, overload
@@ -72,6 +72,20 @@ class Problem:
         moving = set(self.moving)
         return tuple(n for n in moving_names(self.objective, self.buffers, free) if n not in moving)
 
+    def parameters(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Selects the parameters among tensors that move.
+
+        Norms, distances, projections and angles are over these; buffers move along.
+
+        Args:
+            names: The tensors.
+
+        Returns:
+            Those that are no buffers, in their order.
+        """
+        buffers = set(self.buffers)
+        return tuple(name for name in names if name not in buffers)
+
     @property
     def last(self) -> Checkpoint:
         """The last checkpoint, opened."""
@@ -136,12 +150,16 @@ def floating_buffers(objective: Objective) -> tuple[str, ...]:
         objective: Whose model.
 
     Returns:
-        The names of its floating-point buffers.
+        The names of its floating-point buffers, but for the singular vectors of spectral
+        normalisation: they are functions of the parameters.
     """
+    computed = {id(objective.tensors[n]) for layer in objective.spectral for n in layer.names}
     return tuple(
         name
         for name, tensor in objective.tensors.items()
-        if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        if not isinstance(tensor, nn.Parameter)
+        and tensor.is_floating_point()
+        and id(tensor) not in computed
     )
 
 

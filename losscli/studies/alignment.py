@@ -73,7 +73,7 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
     problem, before, dtype = _prepare(a, b, Settings(**settings))
     first, last = problem.first.weights, problem.last
     groups = _groups(problem)
-    names = [n for n in problem.moving if n not in problem.buffers]
+    names = problem.parameters(problem.moving)
     reached = {name for group in groups for name in group.names}
     for name, weights in ((a, first), (b, last.weights)):
         for tensor in reached:
@@ -188,7 +188,9 @@ def _outputs(
 ) -> Iterator[Tensor]:
     """What the model gives for the first batch of each split, its forward pass watched."""
     objective = problem.objective
-    objective.load(weights)
+    # What is written must be right wherever it is loaded.
+    with objective.as_stored():
+        objective.load(weights)
     for split in objective.first_batches().values():
         inputs = objective.data.prepare(split.inputs, objective.dtype)
         # A model may write on its inputs.

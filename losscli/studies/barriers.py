@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, pairwise
+from itertools import combinations, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ from losscli.table import Table
 from losscli.weights import Weights, distance, equal
 
 __all__ = ["Barriers", "barriers"]
+
+# Lines on which the statistics of BatchNorm are compared with those of the data.
+_HINTS = 3
 
 
 @checked(Settings)
@@ -241,7 +244,11 @@ class Barriers(Study):
         """The distance of a pair; that of a line which another rank took is not known here."""
         if (i, j) in distances:
             return distances[i, j]
-        return distance(placed[i], placed[j], self._between(placed[i], placed[j]))
+        return self._distance(placed[i], placed[j])
+
+    def _distance(self, a: Weights, b: Weights) -> float:
+        """The distance of two checkpoints over the parameters that move."""
+        return distance(a, b, self.problem.parameters(self._between(a, b)))
 
     def _prove(self, placed: Sequence[Weights]) -> tuple[float, list[str]]:
         """Holds the sweep against every checkpoint, on a line to the next one in the order."""
@@ -258,7 +265,12 @@ class Barriers(Study):
         self.hold_against_fresh(placed[-1])
         pairs = zip(placed, self.states, strict=True)
         notes = (self.whole_numbers(point, weights) for point, weights in pairs)
-        return difference, next(filter(None, notes), [])
+        hints = (
+            self.mixed_statistics((a, b), partial(self.middle, a, b))
+            for a, b in islice(pairwise(placed), _HINTS)
+        )
+        found = [*next(filter(None, notes), []), *self.spectral_norms()]
+        return difference, [*found, *next(filter(None, hints), [])]
 
     def _evaluate(
         self,
@@ -281,7 +293,7 @@ class Barriers(Study):
                 row[i] = dict(self.on_device(placed[i]))
             between = self._line(row[i], placed[i], placed[j])
             if (i, j) not in distances:
-                distances[i, j] = distance(placed[i], placed[j], between.a)
+                distances[i, j] = self._distance(placed[i], placed[j])
             # What moved on the line before is anywhere on it.
             objective.load(placed[i])
             return between
@@ -419,12 +431,17 @@ class Barriers(Study):
     def _notes(
         self, placed: Sequence[Weights], splits: Mapping[str, Any], lengths: Sequence[float]
     ) -> list[str]:
-        notes = [*self.kept(), *self.stored_types(), *self.mixed_statistics(placed)]
+        notes = [*self.kept(), *self.stored_types()]
         if self.chosen:
-            notes.append("distances are those of the moving tensors")
-        if same := lengths.count(0.0):
-            which = "the same in every tensor that may move"
-            notes.append(f"the two checkpoints of {count(same, 'pair')} are {which}")
+            notes.append("distances are those of the moving parameters")
+        zero = [pair for pair, length in zip(self.pairs, lengths, strict=True) if length == 0]
+        same = [(i, j) for i, j in zero if not self._between(placed[i], placed[j])]
+        for number, which in (
+            (len(same), "are the same in every tensor that may move"),
+            (len(zero) - len(same), "differ only in buffers: their distance is 0"),
+        ):
+            if number:
+                notes.append(f"the two checkpoints of {count(number, 'pair')} {which}")
         for name, split in splits.items():
             if number := split["not_finite"]:
                 told = f"the barrier of {count(number, 'pair')} is not known"

@@ -40,7 +40,7 @@ from losscli.recording import Log
 from losscli.results import Result
 from losscli.sampling import Estimate
 from losscli.settings import Settings
-from losscli.studies.study import Study, count
+from losscli.studies.study import Study, count, need_derivatives
 from losscli.sweep import check as check_objective
 from losscli.sweep import sweep, sweep_plain
 from losscli.table import Cell, Table
@@ -278,9 +278,10 @@ class Check(Study):
             )
         problem = prepare(names, settings, notes)
         # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
-        moving = tuple(name for name in problem.moving if name not in problem.buffers)
+        moving = problem.parameters(problem.moving)
         if not moving:
             raise UsageError("no parameter is left to differentiate", "Widen --only")
+        need_derivatives(problem, moving, "check")
         return cls(problem, moving, begun, tolerance, eigenvalues, learning_rate)
 
     @property

@@ -26,8 +26,17 @@ from losscli.errors import CheckpointError, MismatchError, TableError, UsageErro
 from losscli.geometry import Line
 from losscli.regular import read_regular
 from losscli.results import Result
+from losscli.spectral import normalise_stored
 from losscli.table import Cell, Table
-from losscli.weights import Weights, cosine, distance, mismatches, norm, working_type
+from losscli.weights import (
+    Weights,
+    cosine,
+    distance,
+    known_buffers,
+    mismatches,
+    norm,
+    working_type,
+)
 
 __all__ = ["Lowest", "export", "inspect", "lowest"]
 
@@ -69,12 +78,13 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
                 "tensors": len(c.weights),
                 "values": sum(t.numel() for t in c.weights.values()),
                 "bytes": sum(t.nbytes for t in c.weights.values()),
-                "norm": norm(_floating(c.weights)),
+                "norm": norm(_parameters(c.weights)),
                 "metadata": dict(c.metadata),
             }
             for c in checkpoints
         ],
     }
+    summary["buffers"] = known_buffers(first.weights)
     columns = ["tensor", "shape", "dtype", "values", "norm"]
     described: dict[str, list[Cell]] = {
         name: [name, "×".join(map(str, t.shape)), str(t.dtype).removeprefix("torch."), t.numel(),
@@ -90,8 +100,8 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
         if name in other.weights and other.weights[name].shape == t.shape
     ]
     summary["mismatches"] = mismatches(other.weights, first.weights)
-    moving = [n for n in shared if first.weights[n].is_floating_point()]
-    summary["distance"] = distance(first.weights, other.weights, moving)
+    parameters = _parameters({name: first.weights[name] for name in shared})
+    summary["distance"] = distance(first.weights, other.weights, parameters)
     rows = (
         [
             *described[name],
@@ -157,11 +167,10 @@ def _gather(candidates: Mapping[str, Weights]) -> dict[str, list[Weights]]:
 
 def _length(file: CheckpointFile, weights: Weights) -> float:
     """The norm of a state dict, of which one tensor is read at a time."""
-    floating = {name: t for name, t in weights.items() if t.is_floating_point()}
     return math.hypot(
         *(
             norm({name: _whole(t) for name, t in file.fetch({name: tensor}).items()})
-            for name, tensor in floating.items()
+            for name, tensor in _parameters(weights).items()
         )
     )
 
@@ -268,7 +277,8 @@ def export(
     """Makes the checkpoint at a point of the line, θ(α) = A + α (B − A).
 
     Floating-point tensors move, in float32 or wider, and have the wider of the types that the two
-    store them in; whole-number tensors are A's.
+    store them in; whole-number tensors are A's. Between the ends the singular vectors of spectral
+    normalisation are computed from the weights.
 
     Args:
         a: The checkpoint at α = 0.
@@ -299,6 +309,8 @@ def export(
         name: _between(t, second.weights[name], ends.get(name, alpha))
         for name, t in first.weights.items()
     }
+    if alpha not in {0.0, 1.0}:
+        weights |= normalise_stored(weights)
     return Checkpoint(f"{a} + {alpha} ({b} − {a})", weights, first.metadata)
 
 
@@ -369,5 +381,7 @@ def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     return Line({}, {}).combine([a.to(wide), b.to(wide)], (alpha,)).to(dtype)
 
 
-def _floating(weights: Weights) -> Weights:
-    return {name: t for name, t in weights.items() if t.is_floating_point()}
+def _parameters(weights: Weights) -> Weights:
+    """The floating-point tensors but for buffers, as far as their names tell."""
+    buffers = set(known_buffers(weights))
+    return {n: t for n, t in weights.items() if t.is_floating_point() and n not in buffers}

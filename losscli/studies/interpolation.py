@@ -30,7 +30,7 @@ from losscli.slopes import trial
 from losscli.studies.closer import CloseUp, Further
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
 from losscli.studies.seen import LineCurve, Looked
-from losscli.studies.study import Study, count
+from losscli.studies.study import Study, count, need_derivatives
 from losscli.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
 from losscli.table import Table
 from losscli.weights import Weights, distance, equal
@@ -177,6 +177,8 @@ class Interpolation(Study):
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.
         moving = tuple(n for n in problem.moving if not equal(start[n], end[n]))
+        if derivatives:
+            need_derivatives(problem, moving, "--derivatives")
         return cls(
             problem,
             moving,
@@ -300,7 +302,13 @@ class Interpolation(Study):
             anchors = [((0.0,), self.start), ((1.0,), self.end)]
             difference = self.meets(line, anchors, [(0.5,)])
             self.hold_against_fresh(self.end)
-            stays = self.whole_numbers(self.end, self.problem.last.weights)
+            stays = [
+                *self.whole_numbers(self.end, self.problem.last.weights),
+                *self.spectral_norms(),
+                *self.mixed_statistics(
+                    (self.start, self.end), lambda: self.middle(self.start, self.end)
+                ),
+            ]
             for block in self.blocks:
                 difference = max(difference, self._meets_alone(block))
             seen = grow(
@@ -333,7 +341,7 @@ class Interpolation(Study):
             **self.origin(),
             "range": list(self.range),
             "examples": examples,
-            "distance": distance(self.start, self.end, self.moving),
+            "distance": distance(self.start, self.end, self.counted),
             "stays": self._stays(),
             "refined": self._refined(looked, exhausted=exhausted),
             "tables": list(more),
@@ -379,6 +387,9 @@ class Interpolation(Study):
         tensors, last = problem.objective.tensors, problem.last.weights
         # A tied tensor moves under one of its names.
         may_move = {id(tensors[name]) for name in problem.moving}
+        may_move |= {
+            id(tensors[name]) for layer in problem.objective.spectral for name in layer.names
+        }
         at_b = frozenset(problem.buffers if settings.buffers == "b" else ())
         for name, tensor in problem.first.weights.items():
             floating = tensor.is_floating_point() and id(tensors[name]) not in may_move
@@ -388,11 +399,12 @@ class Interpolation(Study):
 
     def _blocks(self, seen: Mapping[str, _Seen]) -> dict[str, Any]:
         """What the summary tells of each block."""
+        counted = {block.name: self.problem.parameters(block.moving) for block in self.blocks}
         return {
             block.name: {
-                "tensors": len(block.moving),
-                "values": sum(self.start[name].numel() for name in block.moving),
-                "distance": distance(self.start, self.end, block.moving),
+                "tensors": len(counted[block.name]),
+                "values": sum(self.start[name].numel() for name in counted[block.name]),
+                "distance": distance(self.start, self.end, counted[block.name]),
                 "splits": {
                     name: parts.blocks[block.name].describe(self.alphas)
                     for name, parts in seen.items()
@@ -547,9 +559,10 @@ class Interpolation(Study):
         notes = []
         if not self.moving:
             notes.append("A and B are the same in every tensor that may move: nothing moves")
+        elif not self.counted:
+            notes.append("A and B differ only in buffers: ‖B − A‖, over the parameters, is 0")
         notes += self.kept()
         notes += self.stored_types()
-        notes += self.mixed_statistics((self.start, self.end))
         buffers = self.problem.settings.buffers
         if buffers == "interpolate" and any(s["not_finite"] for s in splits.values()):
             below = [n for n in self.moving if n in self.problem.buffers and self._sinks(n)]

@@ -181,10 +181,14 @@ class Plane(Study):
             )
         else:
             moving = moving_along(problem)
+            counted = _counted(problem, moving)
             a, b, c = (_chosen(problem.open(t).weights, moving) for t in (0, 1, 2))
-            slice_, kind = Triangle.through(a, b, c), "points"
+            slice_, kind = Triangle.through(a, b, c, counted), "points"
             axes = _axis("along B − A"), _axis("at right angles to B − A")
-        places = tuple(slice_.project(problem.open(t).weights) for t, _ in enumerate(names))
+        counted = problem.parameters(slice_.ends[0])
+        places = tuple(
+            slice_.project(problem.open(t).weights, counted) for t, _ in enumerate(names)
+        )
         xs, ys = _grids(kind, places, points, range_)
         return cls(
             problem, tuple(slice_.ends[0]), begun, slice_, kind, axes, places, xs, ys, surface
@@ -249,7 +253,15 @@ class Plane(Study):
             last = self.problem.place(self.problem.last.weights)
             # At a corner of the grid: a model that remembers the first point it saw is found out.
             self.hold_against_fresh(self._at(points[0]))
-            stays = self.whole_numbers(last, self.problem.last.weights)
+            middle = [sum(at) / len(self.places) for at in list(zip(*self.places, strict=True))[:2]]
+            stays = [
+                *self.whole_numbers(last, self.problem.last.weights),
+                *self.spectral_norms(),
+                *self.mixed_statistics(
+                    self.problem.places(range(len(self.problem.names))),
+                    lambda: self._at((middle[0], middle[1])),
+                ),
+            ]
             found = grow(
                 objective.splits,
                 settings.sampling_error,
@@ -387,7 +399,7 @@ class Plane(Study):
             notes.append(
                 "random directions are zero in all but the chosen tensors"
                 if self.kind == "random"
-                else "axes and distances are those of the moving tensors"
+                else "axes and distances are those of the moving parameters"
             )
         for name, split in splits.items():
             if number := split["not_finite"]:
@@ -421,8 +433,22 @@ def _random(problem: Problem) -> Span:
 def _principal(problem: Problem) -> tuple[Span, tuple[float, float]]:
     """The plane of the first two principal components, and what they explain."""
     moving = moving_along(problem)
-    axes, shares = principal_axes(lambda t: problem.open(t).weights, len(problem.names), moving)
+    counted = _counted(problem, moving)
+    along = [name for name in moving if name not in counted]
+    opener, number = (lambda t: problem.open(t).weights), len(problem.names)
+    axes, shares = principal_axes(opener, number, counted, along)
     return Span(_chosen(problem.last.weights, moving), *axes), shares
+
+
+def _counted(problem: Problem, moving: Sequence[str]) -> tuple[str, ...]:
+    """The parameters that move, which axes and distances are made of."""
+    counted = problem.parameters(moving)
+    if moving and not counted:
+        raise UsageError(
+            "the checkpoints differ only in buffers: no plane of parameters is determined by them",
+            "Compare two of them with losscli interpolate",
+        )
+    return counted
 
 
 def _grids(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -18,7 +19,7 @@ import torch
 from losscli.datasets import Examples, Split
 from losscli.device import float32_precision
 from losscli.digest import digest
-from losscli.errors import CheckpointError, ModelError
+from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.geometry import Line, Slice
 from losscli.journal import Journal
 from losscli.pace import Clock, Pace, measure
@@ -27,9 +28,9 @@ from losscli.ranks import apart
 from losscli.results import Result
 from losscli.spec import own_code
 from losscli.sweep import check, halving, points_at_once, sweep, sweep_plain
-from losscli.weights import Weights, equal
+from losscli.weights import Weights, equal, working_type
 
-__all__ = ["FRESH_BYTES", "Basis", "Study", "count", "moving_along"]
+__all__ = ["FRESH_BYTES", "Basis", "Study", "count", "moving_along", "need_derivatives"]
 
 FRESH_BYTES = 64 << 20
 """Up to this size a second model is built, to hold the first against."""
@@ -47,6 +48,17 @@ _TOLERANCE_OF_ESTIMATES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5, "f
 
 # How often a run evaluates first batches before it begins: each way is held against another one.
 _PROOFS = 16
+
+# BatchNorm's statistics matter where they change the loss by more than this share of it.
+_MATTERS = 0.05
+
+# Examples that the statistics of a batch are taken of, at least and at most; and checkpoints that
+# are looked at.
+_FEW, _MANY = 32, 256
+_ENDS = 2
+
+# Spectral norms matter where they change the loss by more than this share of it.
+_SPECTRAL = 1e-4
 
 # Options by what provenance calls them.
 _OPTIONS = {
@@ -92,6 +104,11 @@ class Study(ABC):
     problem: Problem
     moving: tuple[str, ...]
     begun: float
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The parameters that move: every norm, distance, projection and angle is over these."""
+        return self.problem.parameters(self.moving)
 
     @property
     def unit(self) -> str:
@@ -355,12 +372,17 @@ class Study(ABC):
                 mapped changes with its file, so they may be of a mixture.
         """
         self.problem.unchanged()
-        values = sum(self.problem.first.weights[name].numel() for name in self.moving)
+        counted = self.counted
+        values = sum(self.problem.first.weights[name].numel() for name in counted)
         return {
             "command": self.command,
             "identity": self.identity,
             **self.problem.provenance,
-            "moving": {"tensors": len(self.moving), "values": values},
+            "moving": {
+                "tensors": len(counted),
+                "values": values,
+                "buffers": len(self.moving) - len(counted),
+            },
         }
 
     def seconds(self, swept: float) -> dict[str, float]:
@@ -421,6 +443,40 @@ class Study(ABC):
             f"whole-number tensors such as {next(iter(other))} stay at {whose} and matter: {but}"
         ]
 
+    def spectral_norms(self) -> list[str]:
+        """Notes on spectral norms, which are computed from the weights at every point.
+
+        Returns:
+            The notes: with the largest difference that this makes to the loss of a checkpoint on
+            a first batch, where there is one.
+        """
+        objective = self.problem.objective
+        if not objective.spectral:
+            return []
+        batches = objective.first_batches()
+        names = [name for layer in objective.spectral for name in layer.names]
+        differences = []
+        for t, checkpoint in enumerate(self.problem.names):
+            weights = self.weights(t)
+            point = {**self.problem.place(weights), **{name: weights[name] for name in names}}
+            with objective.as_stored():
+                own = objective.plain(point, batches)
+            there = objective.plain(point, batches)
+            for split in batches:
+                one, other = (float(e[split].losses.double().mean()) for e in (own, there))
+                differences.append((_gap(one, other), checkpoint, split, one, other))
+            del weights, point  # before the next one is opened
+        objective.load(self.problem.origin)
+        whose = f"of {count(len(objective.spectral), 'spectral norm')} such as {names[0]}"
+        note = f"the singular vectors {whose} are computed from the weights at every point"
+        gap, checkpoint, split, one, other = max(differences, key=lambda found: found[0])
+        if gap > _SPECTRAL * abs(other):
+            note += (
+                f": on a first batch of {split} {checkpoint} has the loss {one:.4g} with those of "
+                f"its file, and {other:.4g} with these"
+            )
+        return [note]
+
     def kept(self) -> list[str]:
         """Notes on the order of the checkpoints, and on what stays where it is.
 
@@ -435,10 +491,29 @@ class Study(ABC):
         if end and problem.buffers and len(problem.names) > 1:
             whose, but = self.words(end)
             notes.append(f"floating-point buffers stay at {whose}: {but}")
+        if masks := self._masks():
+            more = f" and {len(masks) - 1} more" if len(masks) > 1 else ""
+            whose, _ = self.words("first")
+            notes.append(
+                f"buffers of 0 and 1 such as masks differ, and between the checkpoints they are "
+                f"fractions: {masks[0]}{more}; --buffers a keeps {whose}"
+            )
         if self._holds_back():
             whose, but = self.words("first")
             notes.append(f"some tensors stay at {whose}: {but}")
         return notes
+
+    def _masks(self) -> list[str]:
+        """Lists the buffers that move and hold nothing but 0 and 1 in all checkpoints."""
+        counted = set(self.counted)
+        names = [name for name in self.moving if name not in counted]
+        for t in range(len(self.problem.names) if names else 0):
+            weights = self.weights(t)
+            names = [name for name in names if bool(((x := weights[name]) == x.bool()).all())]
+            del weights  # before the next one is opened
+            if not names:
+                break
+        return names
 
     def _holds_back(self) -> bool:
         """Whether a tensor stays by choice that is not the same in all checkpoints."""
@@ -495,24 +570,76 @@ class Study(ABC):
         """
         return self.problem.open(t).weights
 
-    def mixed_statistics(self, points: Iterable[Weights]) -> list[str]:
-        """Notes on BatchNorm's statistics that move with the parameters.
+    def mixed_statistics(
+        self, ends: Iterable[Weights], between: Callable[[], Weights]
+    ) -> list[str]:
+        """Notes on BatchNorm's statistics that move along with the parameters.
+
+        The loss of a first batch is compared with the one that the statistics of this batch
+        itself give: between the checkpoints, and at those that were trained. There it shows how
+        far off the statistics of a batch are by chance.
 
         Args:
-            points: All tensors of the checkpoints that lines are drawn between.
+            ends: All tensors of checkpoints.
+            between: Makes all tensors of a point between them.
 
         Returns:
-            The notes, where a line has two ends with statistics of their own: neither is a start.
+            The notes, where the statistics change the loss between the checkpoints, and less at
+            the checkpoints.
         """
-        layers = self.problem.objective.batchnorm
-        moving = any(name in self.moving for layer in layers for name in layer.names)
-        if self.problem.settings.buffers != "interpolate" or not moving:
+        objective = self.problem.objective
+        layers = objective.batchnorm
+        if self.problem.settings.buffers != "interpolate" or not any(
+            name in self.moving for layer in layers for name in layer.names
+        ):
             return []
-        if sum(not all(layer.is_fresh(point) for layer in layers) for point in points) < 2:
+        trained = (w for w in ends if not all(layer.is_fresh(w) for layer in layers))
+        own = [self._with_statistics(weights) for weights in itertools.islice(trained, _ENDS)]
+        if not own:
             return []
-        how = "interpolated too, and are not those of the data there"
-        cure = "--buffers recalibrate re-estimates them"
-        return [f"between the ends BatchNorm's statistics are {how}: {cure}"]
+        notes = []
+        for name, (moved, batch) in self._with_statistics(between()).items():
+            chance = sum(_gap(*end[name]) for end in own) / len(own)
+            gap = _gap(moved, batch)
+            if math.isfinite(batch) and gap > max(2 * chance, _MATTERS * abs(batch)):
+                notes.append(
+                    "between the checkpoints BatchNorm's statistics are not those of the data: the "
+                    f"loss of a first batch of {name} is {moved:.4g}, and {batch:.4g} with the "
+                    "statistics of that batch; --buffers recalibrate re-estimates them"
+                )
+                break
+        objective.load(self.problem.origin)
+        return notes
+
+    def _with_statistics(self, weights: Weights) -> dict[str, tuple[float, float]]:
+        """The mean loss of first batches at a point: with its statistics, with the batch's."""
+        objective = self.problem.objective
+        found = {}
+        for name, split in objective.splits.items():
+            size = min(max(objective.batch_size, _FEW), _MANY, len(split))
+            if size < 2:
+                continue
+            batch = split.first(size).to(objective.device)
+            losses = [objective.plain(weights, {name: batch})[name].losses]
+            with objective.estimating_on(batch):
+                losses.append(objective.plain(weights, {name: batch})[name].losses)
+            moved, own = (float(values.double().mean()) for values in losses)
+            found[name] = moved, own
+        return found
+
+    def middle(self, a: Weights, b: Weights) -> Weights:
+        """Makes the point in the middle of two.
+
+        Args:
+            a: All tensors of the one.
+            b: All tensors of the other.
+
+        Returns:
+            All tensors of the point.
+        """
+        line, names = Line({}, {}), [name for name in self.moving if not equal(a[name], b[name])]
+        wide = {name: working_type(a[name], b[name]) for name in names}
+        return {**a} | {n: line.combine([a[n].to(w), b[n].to(w)], (0.5,)) for n, w in wide.items()}
 
     def stored_types(self) -> list[str]:
         """Notes on the types that tensors are stored in.
@@ -630,6 +757,11 @@ class Study(ABC):
         return {n: weights[n].to(device) for n in (self.moving if names is None else names)}
 
 
+def _gap(one: float, other: float) -> float:
+    """How far apart two losses are; one that is not finite is infinitely far."""
+    return abs(one - other) if math.isfinite(one - other) else math.inf
+
+
 def _content(entry: Mapping[str, Any]) -> str:
     """Tells one checkpoint's content from that of another, also within one file."""
     name, path, content = entry["name"], entry["path"], entry["sha256"]
@@ -680,6 +812,29 @@ def moving_along(problem: Problem) -> tuple[str, ...]:
     moving = tuple(name for name in problem.moving if name not in still)
     _need_finite(problem.names[0], first, moving)
     return moving
+
+
+def need_derivatives(problem: Problem, moving: Iterable[str], option: str) -> None:
+    """Refuses to differentiate what autograd would differentiate wrongly.
+
+    Args:
+        problem: What is evaluated.
+        moving: The tensors that move.
+        option: What needs derivatives.
+
+    Raises:
+        UsageError: A tensor that moves is spectrally normalised: its singular vectors are functions
+            of it, and constants to autograd.
+    """
+    names = set(moving)
+    found = [n for layer in problem.objective.spectral for n in layer.sources if n in names]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UsageError(
+            f"{option} cannot differentiate {found[0]}{more} twice: autograd takes the singular "
+            "vectors of a spectral norm for constants",
+            f"Leave such weights out with --except {found[0]!r}",
+        )
 
 
 def _need_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:

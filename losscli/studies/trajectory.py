@@ -149,7 +149,13 @@ class Trajectory(Study):
             raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
         problem = prepare(names, settings, notes)
         moving = moving_along(problem)
-        path = measure(lambda t: problem.open(t).weights, len(names), moving)
+        counted = problem.parameters(moving)
+        if moving and not counted:
+            raise UsageError(
+                "the checkpoints differ only in buffers: there is no path of parameters",
+                "Compare two of them with losscli interpolate",
+            )
+        path = measure(lambda t: problem.open(t).weights, len(names), counted)
         largest = max(path.residual)
         offsets = grid(residuals, 0, reach * largest) if surface and largest else []
         return cls(problem, moving, begun, path, tuple(offsets), random_walk)
@@ -231,7 +237,10 @@ class Trajectory(Study):
             settle(self.problem.objective, line, [(i / steps,) for i in range(steps)])
             difference = self.meets(line, [((0.0,), first), ((1.0,), last)], [(0.5,)])
         self.hold_against_fresh(last)
-        return difference, self.whole_numbers(last, weights)
+        notes = [*self.whole_numbers(last, weights), *self.spectral_norms()]
+        if self.offsets:
+            notes += self.mixed_statistics((first, last), lambda: self.middle(first, last))
+        return difference, notes
 
     def _evaluate(
         self,
@@ -316,7 +325,7 @@ class Trajectory(Study):
     def _walks(self) -> list[Path]:
         if not self.random_walk:
             return []
-        dimension = sum(self.problem.first.weights[name].numel() for name in self.moving)
+        dimension = self.origin()["moving"]["values"]
         return random_walks(self.path.steps, dimension, _WALKS, self.problem.settings.seed)
 
     def _more(self, found: Mapping[str, Estimate], walks: Sequence[Path]) -> dict[str, Table]:
@@ -390,7 +399,7 @@ class Trajectory(Study):
     def _notes(self, splits: Mapping[str, Any]) -> list[str]:
         notes = [*self.kept(), *self.stored_types()]
         if self.chosen:
-            notes.append("projections, residuals and distances are those of the moving tensors")
+            notes.append("projections, residuals and distances are those of the moving parameters")
         if not max(self.path.residual):
             notes.append(
                 "the path is the straight line: it has no residual direction, and no surface"
