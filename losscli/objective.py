@@ -6,6 +6,7 @@ However points are evaluated, one law holds: the numbers of the checkpoint loade
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,7 +170,7 @@ class Objective:
         Returns:
             The objective; the data are not copied.
         """
-        return Objective(
+        twin = Objective(
             model,
             self.loss,
             {},
@@ -179,6 +180,40 @@ class Objective:
             batch_size=self.batch_size,
             recalibration=self.recalibration,
         )
+        twin._copies_inputs = self._copies_inputs
+        return twin
+
+    @torch.no_grad()
+    def in_float64(self, sample: Split) -> Objective | None:
+        """Returns an objective of the same function that computes in float64.
+
+        Args:
+            sample: A few examples, on the device.
+
+        Returns:
+            This objective if it computes in float64; else a twin with the weights that are loaded.
+            None if the device has no float64, if a second copy of the model is too large, or if
+            the copy fails or still uses tensors of the original, such as through a closure.
+        """
+        if self.dtype == torch.float64:
+            return self
+        size = sum(tensor.nbytes for tensor in self.tensors.values())
+        if self.device.type == "mps" or size > _LARGE_BYTES:
+            return None
+        own = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        floating = {name: t for name, t in own.items() if t.is_floating_point()}
+        with self.held():
+            try:
+                twin = self.twin(copy.deepcopy(self.model), torch.float64)
+                twin.load(own)
+                before = twin.plain(own, {"": sample})[""].losses
+                self.load({name: tensor * 1.5 + 0.5 for name, tensor in floating.items()})
+                after = twin.plain(own, {"": sample})[""].losses
+            except Exception:  # noqa: BLE001 - user code may refuse a copy or float64 in any way
+                return None
+            finally:
+                self.load(own)
+        return twin if _agree(after, before, _AGREE[torch.float64]) else None
 
     def _bring(self, recalibration: Recalibration) -> Recalibration:
         """Brings training examples to the device, where a split of the data is there already."""

@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,17 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from losscli.datasets import Examples, Split
+from losscli.differences import (
+    CURE,
+    DETACHED,
+    FIRST,
+    FIRST_IN_FLOAT32,
+    NEEDED,
+    POINTS,
+    SAMPLE,
+    SECOND,
+    Differences,
+)
 from losscli.elementary import Elementary
 from losscli.errors import LosscliError, ModelError, one_line
 from losscli.geometry import Line
@@ -29,21 +41,16 @@ from losscli.objective import Objective
 from losscli.ranks import Arrays, Ranks, current
 from losscli.recording import Log
 from losscli.sweep import halving
-from losscli.weights import Weights, pieces
+from losscli.weights import Weights, distance, norm, pieces
 
 __all__ = ["Slopes", "slopes", "trial"]
 
-# Examples and points on which a way is held against others.
+# Examples and points on which the two modes are compared.
 _SAMPLE = 64
 _PROOF_POINTS = 3
 
-# Steps of the differences that a slope is held against; one of them has to agree, as kinks spoil
-# the wide and rounding the narrow.
-_STEPS = 1e-2, 1e-3, 1e-4
-
-# How far slope and difference may be apart, as a share, and what rounding makes of a mean loss.
-_APART = 0.1
-_ROUNDING = 8
+# Its multiples, without their whole parts, are spread evenly, and no point is a special one.
+_GOLDEN = 0.6180339887498949
 
 # How far the two ways may be apart, as a share.
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -380,29 +387,116 @@ def _refuse_what_is_delayed(value: Tensor) -> None:
 
 def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> _Way:
     """Chooses the first way that works, and whose derivatives are right on a few examples."""
-    sample = split.first(min(course.objective.batch_size, _SAMPLE)).to(course.objective.device)
+    objective = course.objective
+    sample = split.first(min(objective.batch_size, _SAMPLE)).to(objective.device)
     few = [alphas[k * (len(alphas) - 1) // (_PROOF_POINTS - 1)] for k in range(_PROOF_POINTS)]
     few = list(dict.fromkeys(few))
-    differences = _differences(course, few, sample)
+    trial = _Trial.prepare(course, alphas, sample.first(SAMPLE))
     reasons: dict[str, dict[str, None]] = {}
     for way in _Way:
         try:
             found = [course.sums(way, course.at(alpha), sample) for alpha in few]
+            reason = ""
+            if way.mode == "forward":
+                reason = _contest(course, way, few, sample, found)
+            reason = reason or trial.contradiction(way)
         except ModelError as error:
             reason = error.what[:_LONGEST_REASON]
-        else:
-            reason = _contradiction([slope / len(sample) for slope, _ in found], differences)
-            if not reason and way.mode == "forward":
-                reason = _contest(course, way, few, sample, found)
-            if not reason:
-                return way
+        if not reason:
+            return way
+        if reason.startswith(DETACHED):
+            # What is not in the graph is in neither mode.
+            raise ModelError(reason, f"{CURE}, or leave out --derivatives")
         reasons.setdefault(reason, {})[way.mode] = None
     told = (f"in {' and '.join(modes)} mode {reason}" for reason, modes in reasons.items())
     raise ModelError(
         f"the model has no derivatives along the line that can be trusted: {'; '.join(told)}",
-        "Leave out --derivatives, or take what cannot be differentiated twice (detach(), no_grad, "
-        "a backward of its own) out of the model's forward",
+        "Leave out --derivatives, or take what cannot be differentiated twice (no_grad, a "
+        "backward of its own) out of the model's forward",
     )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Compares derivatives along a line with differences, at points between those asked for.
+
+    Attributes:
+        course: The line; in float64 where possible.
+        alphas: The points.
+        sample: The examples.
+        unit: ‖A‖ / ‖d‖: by so much α changes while the weights move by their own norm.
+        kept: The tensors that are loaded again in the end; none where the objective is a copy.
+    """
+
+    course: _Course
+    alphas: Sequence[float]
+    sample: Split
+    unit: float
+    kept: Weights
+
+    @classmethod
+    def prepare(cls, course: _Course, alphas: Sequence[float], sample: Split) -> _Trial:
+        """Chooses the points, and computes in float64 where possible."""
+        objective, line = course.objective, course.line
+        low, high = min(alphas), max(alphas)
+        if low == high:
+            low, high = low - 0.05, high + 0.05
+        places = [low + (high - low) * math.fmod((k + 1) * _GOLDEN, 1) for k in range(POINTS)]
+        length = distance(line.a, line.b, list(line.a))
+        unit = (norm(line.a, list(line.a)) or length) / length if length else 1.0
+        kept: Weights = {}
+        precise = objective.in_float64(sample)
+        if precise is None or precise is objective:
+            kept = {name: objective.tensors[name].detach().clone() for name in line.a}
+        else:
+            a, b = ({name: t.double() for name, t in end.items()} for end in line.ends)
+            course = _Course(precise, Line(a, b))
+        return cls(course, places, sample, unit, kept)
+
+    def contradiction(self, way: _Way) -> str:
+        """Says what derivatives contradict differences at two points or more; nothing if none."""
+        precise = self.course.objective.dtype == torch.float64
+        try:
+            told = self._contradictions(FIRST if precise else FIRST_IN_FLOAT32, self._loss, way, 0)
+            if len(told) >= NEEDED:
+                return f"{DETACHED}: slope at {told[0]} of the loss"
+            if precise:
+                slope = partial(self._derivative, way, 0)
+                told = self._contradictions(SECOND, slope, way, 1)
+                if len(told) >= NEEDED:
+                    return f"the second derivative is wrong: curvature at {told[0]} of the slope"
+            return ""
+        finally:
+            if self.kept:
+                self.course.objective.load(self.kept)
+
+    def _contradictions(
+        self, rule: Differences, function: Callable[[float], Tensor], way: _Way, order: int
+    ) -> list[str]:
+        told = []
+        for alpha in self.alphas:
+            found = self._derivative(way, order, alpha)
+            # A slope is small near a minimum; how large its terms are shows in the loss.
+            size = max(float(self._loss(alpha).abs()), float(function(alpha).abs()))
+            other = rule.contradicting(found, size, partial(self._difference, function, alpha))
+            if other is not None:
+                one, two = (float(x) / self.unit ** (order + 1) for x in (found, other))
+                told.append(f"α = {alpha:.3g} is {one:.3g}, but {two:.3g} by differences")
+        return told
+
+    def _loss(self, alpha: float) -> Tensor:
+        objective = self.course.objective
+        return objective.plain(self.course.at(alpha), {"": self.sample})[""].losses.double().mean()
+
+    def _derivative(self, way: _Way, order: int, alpha: float) -> Tensor:
+        """The first or second derivative of the mean loss by α / ``unit``."""
+        sums = self.course.sums(way, self.course.at(alpha), self.sample)
+        value = sums[order] * self.unit ** (order + 1) / len(self.sample)
+        return torch.tensor(value, dtype=torch.float64)
+
+    def _difference(self, function: Callable[[float], Tensor], alpha: float, step: float) -> Tensor:
+        ahead, behind = (function(alpha + sign * step * self.unit) for sign in (1, -1))
+        return (ahead - behind) / (2 * step)
 
 
 def _contest(
@@ -427,45 +521,3 @@ def _contest(
         if float((x - y).norm()) > same * float(y.norm()):
             return "the numbers are not those of reverse mode"
     return ""
-
-
-def _differences(
-    course: _Course, alphas: Sequence[float], sample: Split
-) -> list[list[tuple[float, float]]]:
-    """For each point the slope by central differences, and its rounding error, for each step."""
-    objective, names = course.objective, course.line.a
-    kept = {name: objective.tensors[name].detach().clone() for name in names}
-    sharp = torch.finfo(objective.dtype).eps
-
-    def mean(alpha: float) -> tuple[float, float]:
-        # One point at a time: that needs no memory of its own.
-        losses = objective.at(course.line, [(alpha,)], {"": sample})[""].losses.double()
-        return float(losses.mean()), float(losses.abs().mean())
-
-    def difference(alpha: float, step: float) -> tuple[float, float]:
-        (ahead, size), (behind, other) = mean(alpha + step), mean(alpha - step)
-        return (ahead - behind) / (2 * step), _ROUNDING * sharp * max(size, other) / step
-
-    try:
-        return [[difference(alpha, step) for step in _STEPS] for alpha in alphas]
-    finally:
-        objective.load(kept)
-
-
-def _contradiction(
-    found: Sequence[float], differences: Sequence[Sequence[tuple[float, float]]]
-) -> str:
-    """Says where slopes contradict what the loss does; nothing where it does not tell."""
-    wrong = ""
-    for slope, rows in zip(found, differences, strict=True):
-        # Where rounding hides the slope, or kinks bend the curve, there is nothing to learn.
-        telling = [(x, error) for x, error in rows if abs(x) > error / _APART]
-        if not math.isfinite(slope) or not telling:
-            continue
-        if any(abs(slope - x) <= _APART * max(abs(slope), abs(x)) for x, _ in telling):
-            return ""
-        wrong = wrong or (
-            f"the slope is {slope:.3g} where that of the loss is {telling[-1][0]:.3g}, as if a "
-            "part were cut off"
-        )
-    return wrong

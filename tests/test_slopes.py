@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from losscli.models import MLP
 from losscli.objective import Objective
 from losscli.slopes import Slopes, _Course, _Way, slopes
 from losscli.sweep import sweep
-from tests import oracle
+from tests import oracle, stopped
 from tests.cases import CASES, Case
 from tests.test_objective import line_of, objective_of
 
@@ -33,9 +35,9 @@ CUT_OFF = {"threaded", "folding", "differentiating"}
 WHOLE = [case for case in CASES if case.name not in CUT_OFF]
 
 
-def ready(case: Case, **settings: Any) -> tuple[Objective, Line]:
+def ready(case: Case, *, seed: int = 1, **settings: Any) -> tuple[Objective, Line]:
     objective = objective_of(case, **settings)
-    a, line = line_of(case)
+    a, line = line_of(case, seeds=(seed, seed + 1))
     objective.check(a)
     return objective, line
 
@@ -228,8 +230,73 @@ def test_the_proof_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize("name", sorted(CUT_OFF))
 def test_derivatives_that_were_cut_off_are_refused(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
-    with pytest.raises(ModelError, match=r"no derivatives.*cut off.*--derivatives") as error:
+    with pytest.raises(ModelError, match=r"detached from autograd.*--derivatives") as error:
         found_in(case)
+    assert "\n" not in str(error.value)
+
+
+SLOPE = r"slope at α = (\S+) is (\S+), but (\S+) by differences of the loss"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", stopped.STOPPED)
+def test_a_gradient_that_is_stopped_in_part_is_refused(name: str, dtype: torch.dtype) -> None:
+    case = stopped.case(stopped.STOPPED[name])
+    with pytest.raises(ModelError, match=f"detached from autograd: {SLOPE}") as error:
+        found_in(case, dtype=dtype)
+    assert "\n" not in str(error.value)
+    match = re.search(SLOPE, str(error.value))
+    assert match is not None
+    alpha, found, true = map(float, match.groups())
+    assert abs(found - true) > 1e-3 * abs(true)
+    # The differences are those of a plain loop over the same 16 examples.
+    few = replace(case, inputs=case.inputs[:16], targets=case.targets[:16])
+    low, high = (mean_loss(few, alpha + h) for h in (-1e-4, 1e-4))
+    assert true == pytest.approx((high - low) / 2e-4, rel=0.05, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_with_a_constant_weight_is_refused(dtype: torch.dtype) -> None:
+    objective, line = ready(stopped.case(torch.tanh), dtype=dtype)
+    objective.loss = stopped.focal
+    with pytest.raises(ModelError, match=f"detached from autograd: {SLOPE}"):
+        slopes(objective, line, ALPHAS)
+    objective.loss = stopped.whole_focal
+    slopes(objective, line, ALPHAS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", stopped.HONEST)
+def test_kinks_jumps_and_rounding_are_no_stopped_gradients(name: str, dtype: torch.dtype) -> None:
+    for seed in range(1, 11):
+        objective, line = ready(stopped.case(stopped.HONEST[name]), dtype=dtype, seed=seed)
+        slopes(objective, line, ALPHAS)
+
+
+@pytest.mark.parametrize("name", stopped.LOSSES)
+def test_losses_of_pieces_are_no_stopped_gradients(name: str) -> None:
+    for seed in range(1, 11):
+        objective, line = ready(stopped.case(torch.relu), seed=seed)
+        objective.loss = stopped.LOSSES[name]
+        slopes(objective, line, ALPHAS)
+
+
+def test_a_wrong_second_derivative_is_refused() -> None:
+    class Lying(torch.autograd.Function):
+        """Its backward is right, and that of its backward is not."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.tanh()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            return gradient * (1 - x.detach().tanh().square())
+
+    with pytest.raises(ModelError, match=r"second derivative is wrong: curvature at α") as error:
+        found_in(custom(Lying))
     assert "\n" not in str(error.value)
 
 
