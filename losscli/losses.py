@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,12 +17,16 @@ __all__ = [
     "IGNORED",
     "LOSSES",
     "METRICS",
+    "OF_TOKENS",
     "TAKES_HALF",
     "PerExample",
     "accuracy",
     "bce",
     "causal_lm",
+    "class_dim_of",
+    "classes_of",
     "cross_entropy",
+    "function_of",
     "mse",
     "of_mean",
     "perplexity",
@@ -36,25 +42,30 @@ IGNORED = -100
 _CHUNK = 1 << 22
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Computes the cross-entropy of softmax outputs, −log softmax(outputs)[target], in nats.
+def cross_entropy(outputs: Tensor, targets: Tensor, *, dim: int | None = None) -> Tensor:
+    """Computes the cross-entropy, −log softmax(scores)[target], of scores before the softmax.
 
     Args:
-        outputs: Scores before softmax, ``[B, C, *]``.
+        outputs: Scores before the softmax, ``[B, C, *]`` or ``[B, *, C]``.
         targets: Classes 0…C−1, ``[B, *]``.
+        dim: The dimension of the classes, 1 or −1; None takes the one that fits the targets.
 
     Returns:
-        ``[B]``; the mean over any further dimensions.
+        ``[B]``, in nats; the mean over any further dimensions. For outputs ``[B, *, C]`` it is
+        `token_cross_entropy`.
 
     Raises:
-        LossError: The shapes do not fit.
+        LossError: The shapes do not fit, or both dimensions fit and ``dim`` is None.
     """
-    if targets.is_floating_point() or not _one_score_a_class(outputs, targets):
+    dim = _class_dim(outputs, targets, "cross_entropy", dim)
+    if targets.is_floating_point() or dim is None:
         raise LossError(
             f"cross_entropy needs outputs [B, C] and integer targets [B], not {_form(outputs)} "
             f"and {_form(targets)}",
             "Choose another --loss, or a model with one output a class",
         )
+    if dim == -1:
+        return token_cross_entropy(outputs, targets)
     return per_example_mean(F.cross_entropy(outputs, targets, reduction="none"))
 
 
@@ -107,7 +118,7 @@ def causal_lm(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         LossError: The shapes do not fit.
     """
-    _check_tokens(outputs, targets, "causal_lm")
+    _check_tokens(outputs, targets, "causal_lm", most=3)
     # The last position predicts nothing that is known.
     return _over_tokens(outputs, F.pad(targets[:, 1:], (0, 1), value=IGNORED))
 
@@ -119,8 +130,8 @@ def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     scored by the target t. Half-precision scores are taken into float32 a few tokens at a time.
 
     Args:
-        outputs: Scores before softmax, ``[B, T, C]``.
-        targets: Classes 0…C−1, ``[B, T]``; −100 where none counts.
+        outputs: Scores before softmax, ``[B, T, C]``; or ``[B, *, C]`` for further dimensions.
+        targets: Classes 0…C−1, ``[B, T]`` or ``[B, *]``; −100 where none counts.
 
     Returns:
         ``[B]``: for each sequence the mean over its labels that count; nan where none does.
@@ -128,12 +139,13 @@ def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         LossError: The shapes do not fit.
     """
-    _check_tokens(outputs, targets, "token_cross_entropy")
+    _check_tokens(outputs, targets, "token_cross_entropy", most=outputs.ndim)
     return _over_tokens(outputs, targets)
 
 
-def _check_tokens(outputs: Tensor, targets: Tensor, loss: str) -> None:
-    if targets.is_floating_point() or outputs.ndim != 3 or outputs.shape[:2] != targets.shape:
+def _check_tokens(outputs: Tensor, targets: Tensor, loss: str, *, most: int) -> None:
+    fits = 3 <= outputs.ndim <= most and outputs.shape[:-1] == targets.shape
+    if targets.is_floating_point() or not fits:
         raise LossError(
             f"{loss} needs outputs [B, T, V] and token ids [B, T], not {_form(outputs)} and "
             f"{_form(targets)}",
@@ -144,14 +156,14 @@ def _check_tokens(outputs: Tensor, targets: Tensor, loss: str) -> None:
 def _over_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
     """Computes the mean surprise at a sequence's targets that count, a few tokens at a time."""
     counts = targets != IGNORED
-    scores, tokens = outputs.flatten(0, 1), targets.clamp(min=0).flatten()
-    step = max(1, _CHUNK // max(1, outputs.shape[2]))
+    scores, tokens = outputs.flatten(0, -2), targets.masked_fill(~counts, 0).flatten()
+    step = max(1, _CHUNK // max(1, outputs.shape[-1]))
     losses = [
         _surprise(scores[i : i + step], tokens[i : i + step]) for i in range(0, len(tokens), step)
     ]
     each = torch.cat(losses).view(targets.shape)
     # Not a product: scores that are infinite or not a number count for nothing there.
-    return each.masked_fill(~counts, 0).sum(1) / counts.sum(1)
+    return each.masked_fill(~counts, 0).flatten(1).sum(1) / counts.flatten(1).sum(1)
 
 
 def _surprise(scores: Tensor, tokens: Tensor) -> Tensor:
@@ -192,32 +204,34 @@ def of_mean(metric: PerExample, mean: float) -> float:
         return math.inf
 
 
-def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+def accuracy(outputs: Tensor, targets: Tensor, *, dim: int | None = None) -> Tensor:
     """Tells which examples are classified right.
 
     Args:
-        outputs: Scores, ``[B, C, *]``; the highest is the answer. With C = 1, or no C, a positive
-            score answers 1.
+        outputs: Scores, ``[B, C, *]`` or ``[B, *, C]``; the highest is the answer. With C = 1, or
+            no C, a positive score answers 1.
         targets: Classes, ``[B, *]``.
+        dim: The dimension of the classes, 1 or −1; None takes that of the loss, or else the one
+            that fits the targets.
 
     Returns:
         1 or 0 for each example, ``[B]``; the share of right ones over any further dimensions.
 
     Raises:
-        LossError: The shapes do not fit.
+        LossError: The shapes do not fit, or both dimensions fit and ``dim`` is None.
     """
     if outputs.shape == targets.shape:
         answers = outputs > 0
-    elif not _one_score_a_class(outputs, targets):
+    elif (dim := _class_dim(outputs, targets, "accuracy", dim)) is None:
         raise LossError(
             f"accuracy needs outputs [B, C] and targets [B], not {_form(outputs)} and "
             f"{_form(targets)}",
             "Choose another --metric, or none",
         )
-    elif outputs.shape[1] == 1:
-        answers = outputs.squeeze(1) > 0
+    elif outputs.shape[dim] == 1:
+        answers = outputs.squeeze(dim) > 0
     else:
-        scores, answers = outputs.max(1)
+        scores, answers = outputs.max(dim)
         # Scores that are not numbers answer nothing; argmax would answer some class.
         answers = answers.masked_fill(scores.isnan(), -1)
     return per_example_mean((answers == targets).to(torch.float32))
@@ -235,8 +249,84 @@ def per_example_mean(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
-def _one_score_a_class(outputs: Tensor, targets: Tensor) -> bool:
-    return outputs.ndim > 1 and (len(outputs), *outputs.shape[2:]) == targets.shape
+def _class_dim(outputs: Tensor, targets: Tensor, name: str, dim: int | None) -> int | None:
+    """Finds the dimension of the classes, 1 or −1; None where the shapes do not fit."""
+    if dim not in {None, 1, -1}:
+        raise LossError(f"{name}: dim={dim} is not a dimension of classes", "Give dim=1 or dim=-1")
+    first = outputs.ndim > 1 and (len(outputs), *outputs.shape[2:]) == targets.shape
+    if outputs.ndim <= 2:
+        return 1 if first else None
+    last = outputs.shape[:-1] == targets.shape
+    if dim is not None:
+        return dim if (first if dim == 1 else last) else None
+    # With a single class both readings are the same.
+    if first and last and outputs.shape[1] > 1:
+        option = "--loss" if name == "cross_entropy" else "--metric"
+        tokens = "token_cross_entropy" if name == "cross_entropy" else f"{name},dim=-1"
+        rest = ", ".join(["T"] if targets.ndim == 2 else [f"T{i}" for i in range(1, targets.ndim)])
+        raise LossError(
+            f"{name} finds the classes of outputs {_form(outputs)} and targets {_form(targets)} in "
+            "dimension 1 as well as in the last dimension",
+            f"Give {option} {name},dim=1 for outputs [N, C, {rest}], or {option} {tokens} for "
+            f"outputs [N, {rest}, C]",
+        )
+    return 1 if first else -1 if last else None
+
+
+def function_of(function: PerExample) -> PerExample:
+    """Finds the loss or metric itself where it has options.
+
+    Args:
+        function: A loss or a metric; with options it is a `functools.partial`.
+
+    Returns:
+        The function without its options.
+    """
+    return function.func if isinstance(function, partial) else function
+
+
+def _options_of(function: PerExample) -> dict[str, Any]:
+    return dict(function.keywords) if isinstance(function, partial) else {}
+
+
+def classes_of(loss: PerExample, outputs: Tensor, targets: Tensor) -> int | None:
+    """Counts the classes that a loss reads in a model's outputs.
+
+    Args:
+        loss: The loss.
+        outputs: The outputs of a batch.
+        targets: Its targets.
+
+    Returns:
+        How many scores a target chooses from; None where the loss reads no classes, or the shapes
+        do not fit.
+
+    Raises:
+        LossError: Two dimensions fit, and the loss does not say which is meant.
+    """
+    function = function_of(loss)
+    if function is cross_entropy:
+        dim = _class_dim(outputs, targets, "cross_entropy", _options_of(loss).get("dim"))
+        return None if dim is None else outputs.shape[dim]
+    if function in OF_TOKENS and outputs.ndim > 2 and outputs.shape[:-1] == targets.shape:
+        return outputs.shape[-1]
+    return None
+
+
+def class_dim_of(loss: PerExample) -> int | None:
+    """Tells which dimension of the outputs a loss takes for the classes, whatever the shapes.
+
+    Args:
+        loss: The loss.
+
+    Returns:
+        1 or −1; None where the shapes decide, or the loss has no classes.
+    """
+    function = function_of(loss)
+    if function is not cross_entropy:
+        return -1 if function in OF_TOKENS else None
+    dim: int | None = _options_of(loss).get("dim")
+    return dim
 
 
 def _like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
@@ -263,6 +353,9 @@ LOSSES: dict[str, PerExample] = {
     "token_cross_entropy": token_cross_entropy,
 }
 METRICS: dict[str, PerExample] = {"accuracy": accuracy, "perplexity": perplexity}
+
+OF_TOKENS = frozenset({causal_lm, token_cross_entropy})
+"""The losses with a target for each token, the scores of which are the last dimension."""
 
 TAKES_HALF = frozenset({causal_lm, token_cross_entropy, perplexity, accuracy})
 """Those that take half-precision scores as they are; others get them in float32."""

@@ -30,12 +30,13 @@ from losscli.losses import (
     IGNORED,
     LOSSES,
     METRICS,
+    OF_TOKENS,
     TAKES_HALF,
     PerExample,
     causal_lm,
-    cross_entropy,
+    classes_of,
+    function_of,
     perplexity,
-    token_cross_entropy,
 )
 from losscli.mapped import let_go
 from losscli.models import HEADLESS, cure_of, is_headless
@@ -79,8 +80,6 @@ _KNOWN_FUNCTIONS = frozenset({*LOSSES.values(), *METRICS.values()})
 
 # What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
-
-_OF_TOKENS = frozenset({causal_lm, token_cross_entropy})
 
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -319,7 +318,7 @@ class Objective:
             inputs = self.data.prepare(map_inputs(Tensor.clone, split.inputs), self.dtype)
             versions = [tensor._version for tensor in leaves(inputs)]
             outputs = self.forward(self.model, inputs)
-            if not isinstance(outputs, Tensor) and self.loss in LOSSES.values():
+            if not isinstance(outputs, Tensor) and function_of(self.loss) in LOSSES.values():
                 raise LossError(
                     f"the model returns a {type(outputs).__name__}, and the loss takes a tensor",
                     HEADLESS
@@ -329,7 +328,7 @@ class Objective:
                 )
             # A model that writes on its inputs would spoil them for every later point.
             self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
-            self._check_labels(outputs, name)
+            self._check_labels(outputs, split.targets, name)
             self.per_example(self.loss, outputs, split.targets, "loss")
             for metric, function in self.metrics.items():
                 self.per_example(function, outputs, split.targets, f"metric {metric!r}")
@@ -502,7 +501,7 @@ class Objective:
             return []
         ways = [Way.SHARED, Way.BOUND]
         functions = [self.loss, *self.metrics.values()]
-        known = is_known(self.model) and all(f in _KNOWN_FUNCTIONS for f in functions)
+        known = is_known(self.model) and _KNOWN_FUNCTIONS.issuperset(map(function_of, functions))
         if self.device.type == "cpu" and known:
             ways.insert(0, Way.THREADS)
         # Mapped over weights a convolution becomes one of many groups, which is slower than the
@@ -651,7 +650,8 @@ class Objective:
         Raises:
             LossError: It fails, or gives something else.
         """
-        if isinstance(outputs, Tensor) and outputs.dtype in _HALF and function not in TAKES_HALF:
+        half = isinstance(outputs, Tensor) and outputs.dtype in _HALF
+        if half and function_of(function) not in TAKES_HALF:
             outputs = outputs.float()
         try:
             values = function(outputs, targets)
@@ -667,25 +667,21 @@ class Objective:
             )
         return values
 
-    def _check_labels(self, outputs: Any, name: str) -> None:
+    def _check_labels(self, outputs: Any, targets: Tensor, name: str) -> None:
         """Finds labels out of range before a GPU kernel does, which would end the process."""
-        if not isinstance(outputs, Tensor):
+        if not isinstance(outputs, Tensor) or targets.is_floating_point():
             return
+        self._classes = classes_of(self.loss, outputs, targets)
         split = self.splits[name]
         seen = split if isinstance(split, Split) else split.first(self.batch_size)
-        if self.loss is cross_entropy and outputs.ndim > 1:
-            self._classes = outputs.shape[1]
-        elif self.loss in _OF_TOKENS and outputs.ndim == 3 and seen.targets.ndim == 2:
-            self._classes = outputs.shape[2]
-        else:
-            return
-        self._check_range(seen.targets, f"the split {name!r}")
+        if self._classes is not None:
+            self._check_range(seen.targets, f"the split {name!r}")
 
     def _check_range(self, labels: Tensor, where: str) -> None:
-        if self.loss in _OF_TOKENS:
+        if self.loss in OF_TOKENS:
             labels = labels[:, 1:] if self.loss is causal_lm else labels
             counts = labels != IGNORED
-            if not counts.any(1).all():
+            if not counts.flatten(1).any(1).all():
                 raise LossError(
                     f"{where} has a sequence without a token to predict",
                     f"Leave out sequences of one token, or of {IGNORED} alone",

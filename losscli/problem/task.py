@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,15 @@ from torch import nn
 from losscli.checkpoint import CheckpointFile
 from losscli.datasets import DataSet, from_object, load
 from losscli.errors import LossError, SpecError, UsageError
-from losscli.losses import LOSSES, METRICS, PerExample, causal_lm, token_cross_entropy
+from losscli.losses import (
+    LOSSES,
+    METRICS,
+    PerExample,
+    accuracy,
+    causal_lm,
+    class_dim_of,
+    token_cross_entropy,
+)
 from losscli.models import (
     HEADLESS,
     NEEDS_DECODER,
@@ -188,9 +197,15 @@ def metrics_of(
         name = _column(found.value)
         if name in metrics or name in _COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
-        metrics[name] = _per_example(found, METRICS, "metric")
+        metrics[name] = _read_as(loss, _per_example(found, METRICS, "metric"))
         texts.append(found.text)
     return metrics, texts
+
+
+def _read_as(loss: PerExample, metric: PerExample) -> PerExample:
+    """Makes a metric take the classes from the dimension that the loss takes them from."""
+    dim = class_dim_of(loss)
+    return partial(metric, dim=dim) if metric is accuracy and dim is not None else metric
 
 
 def _column(metric: Any) -> str:
@@ -214,5 +229,4 @@ def _per_example(found: Found, registry: Mapping[str, PerExample], kind: str) ->
         raise SpecError(f"{kind} {found.value!r}: {kind} functions take no argument")
     if not spec.options:
         return function
-    options = dict(spec.options)
-    return lambda outputs, targets: function(outputs, targets, **options)
+    return partial(function, **spec.options)
