@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "METRICS",
     "OF_TOKENS",
     "TAKES_HALF",
+    "Doubt",
     "PerExample",
     "accuracy",
     "bce",
@@ -26,6 +28,7 @@ __all__ = [
     "class_dim_of",
     "classes_of",
     "cross_entropy",
+    "doubts_of",
     "function_of",
     "mse",
     "of_mean",
@@ -37,6 +40,9 @@ PerExample = Callable[..., Tensor]
 
 IGNORED = -100
 """The target that stands for none, such as that of padding; as PyTorch and Hugging Face have it."""
+
+# How far the sum of probabilities may be from one by rounding, also in half precision.
+_NEAR_ONE = 0.02
 
 # Scores of a vocabulary that are taken into a wider type at once: 16 MiB of float32.
 _CHUNK = 1 << 22
@@ -57,6 +63,13 @@ def cross_entropy(outputs: Tensor, targets: Tensor, *, dim: int | None = None) -
     Raises:
         LossError: The shapes do not fit, or both dimensions fit and ``dim`` is None.
     """
+    if not targets.is_floating_point() and _one_score_a_target(outputs, targets):
+        labels = "bce for labels 0 and 1, or --loss " if _are_labels(targets) else ""
+        raise LossError(
+            f"cross_entropy needs a score for each class, and outputs {_form(outputs)} have one "
+            f"for each of the targets {_form(targets)}",
+            f"Give --loss {labels}mse for targets that are quantities",
+        )
     dim = _class_dim(outputs, targets, "cross_entropy", dim)
     if targets.is_floating_point() or dim is None:
         raise LossError(
@@ -74,7 +87,7 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         outputs: ``[B, *]``.
-        targets: Of the same shape; ``[B]`` fits outputs ``[B, 1]`` too.
+        targets: Of the same shape; ``[B, *]`` fits outputs ``[B, *, 1]`` and ``[B, 1, *]`` too.
 
     Returns:
         ``[B]``.
@@ -86,11 +99,12 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def bce(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Computes the binary cross-entropy of sigmoid outputs, in nats.
+    """Computes the binary cross-entropy of scores before the sigmoid (logits), in nats.
 
     Args:
         outputs: Scores before the sigmoid, ``[B, *]``.
-        targets: Probabilities 0…1, of the same shape; ``[B]`` fits outputs ``[B, 1]`` too.
+        targets: Probabilities 0…1, of the same shape; ``[B, *]`` fits outputs ``[B, *, 1]`` and
+            ``[B, 1, *]`` too.
 
     Returns:
         ``[B]``, the mean over an example's outputs.
@@ -305,7 +319,7 @@ def classes_of(loss: PerExample, outputs: Tensor, targets: Tensor) -> int | None
         LossError: Two dimensions fit, and the loss does not say which is meant.
     """
     function = function_of(loss)
-    if function is cross_entropy:
+    if function is cross_entropy and not _one_score_a_target(outputs, targets):
         dim = _class_dim(outputs, targets, "cross_entropy", _options_of(loss).get("dim"))
         return None if dim is None else outputs.shape[dim]
     if function in OF_TOKENS and outputs.ndim > 2 and outputs.shape[:-1] == targets.shape:
@@ -329,9 +343,82 @@ def class_dim_of(loss: PerExample) -> int | None:
     return dim
 
 
+class Doubt(enum.Enum):
+    """A reason to think that a loss or a metric is the wrong one, as a note says it."""
+
+    LABELS = (
+        "the targets are all 0 or 1, and the default for float targets is mse: if they are "
+        "labels, give --loss bce, which takes scores before the sigmoid"
+    )
+    SIGMOID = (
+        "the outputs of the first batch all lie in 0…1, and bce takes scores before the sigmoid: "
+        "if they are probabilities, take the sigmoid out of the model or give a --loss of "
+        "probabilities"
+    )
+    SOFTMAX = (
+        "the outputs of the first batch are probabilities with the sum 1, and the loss takes "
+        "scores before the softmax: take the softmax out of the model or give a --loss of "
+        "probabilities"
+    )
+    THRESHOLD = (
+        "the outputs of the first batch all lie in 0…1, and accuracy takes a score above 0 for "
+        "the label 1: if they are probabilities, give a --metric of probabilities or none"
+    )
+
+
+def doubts_of(
+    functions: Sequence[PerExample], outputs: Tensor, targets: Tensor
+) -> frozenset[Doubt]:
+    """Finds signs that a loss or a metric is not meant for these outputs and targets.
+
+    Args:
+        functions: The loss, then the metrics, all of which take the outputs and targets.
+        outputs: The outputs of a batch.
+        targets: Its targets.
+
+    Returns:
+        The doubts.
+    """
+    loss, *metrics = map(function_of, functions)
+    found = set()
+    single = _one_score_a_target(outputs, targets)
+    if loss is mse and _are_labels(targets) and bool(targets.any() and (targets == 0).any()):
+        found.add(Doubt.LABELS)
+    if loss is bce and _are_shares(outputs):
+        found.add(Doubt.SIGMOID)
+    elif accuracy in metrics and single and _are_shares(outputs):
+        found.add(Doubt.THRESHOLD)
+    if loss is cross_entropy or loss in OF_TOKENS:
+        dim = 1
+        if outputs.ndim > 2:
+            dim = class_dim_of(functions[0]) or _class_dim(outputs, targets, "", None) or 1
+        if _are_shares(outputs) and outputs.shape[dim] > 1:
+            # Half precision has three digits.
+            sums = outputs.sum(dim, dtype=torch.float32)
+            if bool(((sums - 1).abs() < _NEAR_ONE).all()):
+                found.add(Doubt.SOFTMAX)
+    return frozenset(found)
+
+
+def _are_labels(targets: Tensor) -> bool:
+    return bool(((targets == 0) | (targets == 1)).all())
+
+
+def _are_shares(outputs: Tensor) -> bool:
+    """Tells whether all lie in 0…1; where they are all 0, as those of zero weights, it says no."""
+    inside = outputs.is_floating_point() and ((outputs >= 0) & (outputs <= 1)).all()
+    return bool(inside and outputs.any())
+
+
+def _one_score_a_target(outputs: Tensor, targets: Tensor) -> bool:
+    return outputs.shape in {targets.shape, (*targets.shape, 1)} or (
+        outputs.shape == (*targets.shape[:1], 1, *targets.shape[1:])
+    )
+
+
 def _like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
-    if outputs.shape == (*targets.shape, 1):
-        targets = targets.unsqueeze(-1)
+    if _one_score_a_target(outputs, targets):
+        targets = targets.reshape(outputs.shape)
     if outputs.shape != targets.shape:
         raise LossError(
             f"{loss} needs outputs and targets of one shape, not {_form(outputs)} and "

@@ -32,9 +32,11 @@ from losscli.losses import (
     METRICS,
     OF_TOKENS,
     TAKES_HALF,
+    Doubt,
     PerExample,
     causal_lm,
     classes_of,
+    doubts_of,
     function_of,
     perplexity,
 )
@@ -118,6 +120,7 @@ class Objective:
         tensors: The model's parameters and buffers by the names of its state dict.
         batchnorm: The model's BatchNorm layers that track statistics.
         idle: Those of them that took no batch when statistics were last estimated.
+        doubts: Whether the loss may be the wrong one, by the first batch of every split checked.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class Objective:
         self.batchnorm = layers_of(self.model, self.tensors)
         self.recalibration = recalibration and self._bring(recalibration)
         self.idle: Sequence[Layer] = ()
+        self.doubts: frozenset[Doubt] = frozenset()
         self._copies_inputs = False
         self._way: Way | None = None
         self._operations: int | None = None
@@ -313,6 +317,7 @@ class Objective:
         self.load(weights)
         if self._chooses_batch:
             self._fit_outputs()
+        doubts: list[frozenset[Doubt]] = []
         for name in self.splits if names is None else names:
             split = self.splits[name].first(self.batch_size).to(self.device)
             inputs = self.data.prepare(map_inputs(Tensor.clone, split.inputs), self.dtype)
@@ -332,6 +337,9 @@ class Objective:
             self.per_example(self.loss, outputs, split.targets, "loss")
             for metric, function in self.metrics.items():
                 self.per_example(function, outputs, split.targets, f"metric {metric!r}")
+            if isinstance(outputs, Tensor):
+                functions = [self.loss, *self.metrics.values()]
+                doubts.append(doubts_of(functions, outputs, split.targets))
             # The scores of a language model are large, and two more batches follow.
             del outputs
             first, second = (self._walk(Plain(self), split).losses for _ in range(2))
@@ -340,6 +348,7 @@ class Objective:
                     "the model gives two answers for the same weights and data, even in eval mode",
                     "Take the randomness (dropout outside nn.Dropout, sampling) out of its forward",
                 )
+        self.doubts = frozenset.intersection(*doubts) if doubts else frozenset()
         # While it is known which weights are loaded: which way an example takes may be theirs.
         if self._operations is None:
             self._operations = self._count()

@@ -43,6 +43,7 @@ def interpolation(summary: Mapping[str, Any]) -> str:
     low, high = summary["range"]
     moving = summary["moving"]
     lines = [
+        *_task(summary, 9),
         f"A  {a}",
         f"B  {b}",
         (
@@ -63,6 +64,14 @@ def interpolation(summary: Mapping[str, Any]) -> str:
             lines += ["  each block alone, all others at A"]
             lines += [f"    {line}" for line in _blocks(blocks, name)]
     return "\n".join(lines) + "\n"
+
+
+def _task(summary: Mapping[str, Any], width: int, *, metrics: bool = True) -> list[str]:
+    """The loss and the metrics, and where each came from."""
+    sources, rows = summary["sources"], [("loss", summary["loss"])]
+    if metrics:
+        rows.append(("metrics", ", ".join(summary["metrics"]) or "none"))
+    return [printable(f"{label:<{width}}{name} ({sources[label]})") for label, name in rows]
 
 
 def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
@@ -218,7 +227,7 @@ def trajectory(summary: Mapping[str, Any]) -> str:
             "random walks",
             f"end {ends:.4g} from the start and stray {strays:.4g} ({strays / ends:.2g} of that)",
         ))
-    lines = [f"{label:<16}{text}" for label, text in rows]
+    lines = [*_task(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
         found = [
@@ -277,7 +286,7 @@ def plane(summary: Mapping[str, Any]) -> str:
         off = summary["off_plane"]
         # The axes are float32: what is smaller is rounding.
         rows.append(("off the plane", f"up to {off:.4g}" if off > 1e-6 * size else "none"))
-    lines = [f"{label:<16}{text}" for label, text in rows]
+    lines = [*_task(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
         losses = split["checkpoints"]
@@ -312,7 +321,8 @@ def barriers(summary: Mapping[str, Any]) -> str:
     pairs = math.comb(len(names), 2)
     few = len(names) <= _MATRIX
     number = {c["name"]: str(t) for t, c in enumerate(summary["checkpoints"], start=1)}
-    lines = [f"{t:>2}  {name}" for t, name in enumerate(names, start=1)] if few else []
+    lines = _task(summary, 9)
+    lines += [f"{t:>2}  {name}" for t, name in enumerate(names, start=1)] if few else []
     moving, points = summary["moving"], len(summary["alphas"])
     length = [x for i, row in enumerate(summary["distances"]) for x in row[i + 1 :] if _known(x)]
     far = f"‖B − A‖ from {min(length):.4g} to {max(length):.4g}" if length else "‖B − A‖ not finite"
@@ -378,6 +388,7 @@ def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """
     moving, tolerance = summary["moving"], summary["tolerance"]
     lines = [
+        *_task(summary, 16, metrics=False),
         f"critical        where ‖∇L‖ is at most {tolerance:g}",
         f"θ               {moving['values']:,} values in {_count(moving['tensors'], 'tensor')}",
     ]
@@ -443,7 +454,8 @@ def plan(description: Mapping[str, Any]) -> str:
         ("checkpoints", _route([c["name"] for c in d["checkpoints"]])),
         ("model", d["model"]),
         ("data", f"{d['data']}: {splits} examples"),
-        ("loss", ", ".join([d["loss"], *d["metrics"]])),
+        ("loss", f"{d['loss']} ({d['sources']['loss']})"),
+        ("metrics", f"{', '.join(d['metrics']) or 'none'} ({d['sources']['metrics']})"),
         ("device", f"{d['device']}, {d['dtype']}, batches of {d['batch_size']}"),
         ("moving", f"{d['moving']['values']:,} values in {d['moving']['tensors']} tensors"),
         *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),

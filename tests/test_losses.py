@@ -58,7 +58,7 @@ def softmax_loss(scores: Tensor, targets: Tensor) -> Array:
 
 
 @pytest.mark.parametrize(
-    "shape", [(5, 3), (5, 1), (4, 3, 6), (4, 3, 2, 5), (2, 3, 2, 2, 2)], ids=str
+    "shape", [(5, 3), (5, 2), (4, 3, 6), (4, 3, 2, 5), (2, 3, 2, 2, 2)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_cross_entropy_is_minus_the_log_of_the_softmax_at_the_target(
@@ -148,7 +148,12 @@ def test_several_labels_an_example_are_answered_one_by_one() -> None:
     [
         (cross_entropy, (5, 3), torch.zeros(4, dtype=torch.int64), r"\[5, 3\] and int64 \[4\]"),
         (cross_entropy, (5, 3), torch.zeros(5), r"integer targets \[B\], not float32 \[5, 3\] and"),
-        (cross_entropy, (5,), torch.zeros(5, dtype=torch.int64), r"\[5\]. Choose another --loss"),
+        (
+            cross_entropy,
+            (5,),
+            torch.zeros(5, dtype=torch.int64),
+            "Give --loss bce for labels 0 and 1",
+        ),
         (cross_entropy, (5, 3), torch.zeros(5, 3, dtype=torch.int64), "cross_entropy needs"),
         (cross_entropy, (5, 3, 4), torch.zeros(5, 5, dtype=torch.int64), "cross_entropy needs"),
         (cross_entropy, (), torch.tensor(0), "cross_entropy needs"),

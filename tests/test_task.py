@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,190 @@ def test_the_curvature_of_scores_of_tokens_is_that_of_their_loss(tmp_path: Path)
     eigenvalues = torch.linalg.eigvalsh(flat)
     assert found.table["lambda_max"][0] == pytest.approx(float(eigenvalues[-1]), rel=1e-9)
     assert found.table["lambda_min"][0] == pytest.approx(float(eigenvalues[0]), rel=1e-9)
+
+
+class Outputs(nn.Module):
+    """Hands out a linear layer's outputs through a function of its own."""
+
+    def __init__(self, number: int, function: Any = nn.Identity()) -> None:  # noqa: B008
+        super().__init__()
+        self.layer = nn.Linear(6, number)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+INPUTS = torch.randn(20, 6, generator=torch.Generator().manual_seed(4))
+LABELS_OF_ONE = whole(2, 20).float()
+LABELS_OF_MANY = whole(2, 20, 3).float()
+
+
+def notes(
+    folder: Path, targets: Tensor, make: Callable[[], nn.Module], **more: Any
+) -> tuple[dict[str, Any], list[str]]:
+    checkpoints(folder, make)
+    found = line(folder, make(), INPUTS, targets, **more)
+    return found.summary, found.summary["notes"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "number"),
+    [
+        (LABELS_OF_MANY, 3),
+        (LABELS_OF_ONE, 1),
+        (LABELS_OF_ONE[:, None], 1),
+        (LABELS_OF_MANY.double(), 3),
+    ],
+)
+def test_float_targets_that_are_all_0_or_1_get_a_note_under_the_default_loss(
+    tmp_path: Path, targets: Tensor, number: int
+) -> None:
+    _, told = notes(tmp_path, targets, lambda: Outputs(number))
+    assert any("all 0 or 1" in note and "give --loss bce" in note for note in told)
+    for chosen in ("mse", "bce"):
+        assert not notes(tmp_path, targets, lambda: Outputs(number), loss=chosen)[1]
+
+
+@pytest.mark.parametrize(
+    "targets", [LABELS_OF_ONE * 0.5, LABELS_OF_ONE * 0, LABELS_OF_ONE + 1, LABELS_OF_ONE - 1]
+)
+def test_other_float_targets_get_none(tmp_path: Path, targets: Tensor) -> None:
+    assert not notes(tmp_path, targets, lambda: Outputs(1))[1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "number", "function", "told"),
+    [
+        ("bce", LABELS_OF_MANY, 3, torch.sigmoid, "bce takes scores before the sigmoid"),
+        ("bce", LABELS_OF_ONE.long(), 1, torch.sigmoid, "bce takes scores before the sigmoid"),
+        ("bce", LABELS_OF_MANY, 3, nn.Identity(), ""),
+        ("bce", LABELS_OF_MANY, 3, lambda x: x * 0, ""),
+        ("bce", LABELS_OF_MANY, 3, nn.LogSigmoid(), ""),
+        ("cross_entropy", whole(3, 20), 3, nn.Softmax(1), "scores before the softmax"),
+        (None, whole(3, 20), 3, nn.Softmax(1), "scores before the softmax"),
+        (None, whole(3, 20), 3, nn.LogSoftmax(1), ""),
+        (None, whole(3, 20), 3, torch.sigmoid, ""),
+        (None, whole(3, 20), 3, nn.Identity(), ""),
+        ("tests.test_task:squares", LABELS_OF_ONE.long(), 1, torch.sigmoid, "accuracy takes"),
+        ("tests.test_task:squares", LABELS_OF_ONE.long(), 1, nn.Identity(), ""),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_outputs_that_are_probabilities_already_get_a_note(
+    tmp_path: Path,
+    loss: str | None,
+    targets: Tensor,
+    number: int,
+    function: Any,
+    told: str,
+    dtype: str,
+) -> None:
+    _, found = notes(tmp_path, targets, lambda: Outputs(number, function), loss=loss, dtype=dtype)
+    about = [note for note in found if note.startswith("the outputs of the first batch")]
+    assert len(about) == bool(told)
+    assert all(told in note for note in about)
+
+
+def test_probabilities_of_tokens_get_a_note(tmp_path: Path) -> None:
+    class Softmax(Tagger):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens).softmax(-1)
+
+    checkpoints(tmp_path, lambda: Softmax(5))
+    inputs, targets = whole(7, 9, 3), whole(5, 9, 3)
+    for loss in (None, "token_cross_entropy"):
+        found = line(tmp_path, Softmax(5), inputs, targets, loss=loss).summary["notes"]
+        assert ["before the softmax" in note for note in found] == [True]
+
+
+def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.squeeze(1) - targets).square()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_whole_numbers_with_one_output_each_name_the_losses_that_take_them(
+    tmp_path: Path, number: int
+) -> None:
+    shape = (20, 3) if number == 3 else (20,)
+    with pytest.raises(LossError, match="Give --loss mse for targets that are quantities"):
+        notes(tmp_path, whole(9, *shape), lambda: Outputs(number))
+    with pytest.raises(LossError, match="Give --loss bce for labels 0 and 1, or --loss mse"):
+        notes(tmp_path, whole(2, *shape), lambda: Outputs(number))
+    with pytest.raises(LossError, match="needs a score for each class"):
+        # One class is no choice, and its cross-entropy is 0 whatever the weights.
+        notes(tmp_path, torch.zeros(shape, dtype=torch.int64), lambda: Outputs(number))
+    summary, _ = notes(tmp_path, whole(9, *shape), lambda: Outputs(number), loss="mse")
+    assert summary["metrics"] == []
+    assert summary["sources"] == {"loss": "--loss", "metrics": "default for mse"}
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_one_channel_fits_targets_without_it(tmp_path: Path, loss: str) -> None:
+    def make() -> nn.Module:
+        return nn.Conv2d(2, 1, 3)
+
+    states = checkpoints(tmp_path, make)
+    generator = torch.Generator().manual_seed(5)
+    inputs, targets = torch.randn(9, 2, 6, 6, generator=generator), whole(2, 9, 4, 4)
+    found = line(tmp_path, make(), inputs, targets, loss=loss, dtype="float64")
+
+    def by_hand(scores: Tensor, targets: Tensor) -> Tensor:
+        if loss == "mse":
+            return F.mse_loss(scores[:, 0], targets.double())
+        return F.binary_cross_entropy_with_logits(scores[:, 0], targets.double())
+
+    expected = truth(make, states, inputs, targets, by_hand)
+    np.testing.assert_allclose(found.table["loss"], expected, rtol=1e-12)
+
+
+COMMANDS = [
+    ("interpolate", ("a.pt", "b.pt", "--points", 3)),
+    ("trajectory", ("init:5", "a.pt", "b.pt", "--no-surface")),
+    ("plane", ("a.pt", "--points", 3)),
+    ("barriers", ("a.pt", "b.pt", "--points", 3)),
+    ("check", ("a.pt", "--limit", 4)),
+    ("interpolate", ("a.pt", "b.pt", "--dry-run")),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments"), COMMANDS)
+def test_every_study_names_its_loss_and_where_it_came_from(
+    losscli: Losscli, folder: Path, command: str, arguments: tuple[object, ...]
+) -> None:
+    def told(*more: object) -> tuple[list[str], dict[str, str]]:
+        done = losscli(command, *arguments, "-o", "out", "--no-figure", "--force", *more)
+        assert done.status == 0, done.stderr
+        lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+        if "--dry-run" in arguments:
+            return lines, {}
+        return lines[:2], json.loads(Path("out.json").read_text())["sources"]
+
+    metrics = command != "check"
+    lines, sources = told()
+    assert "loss cross_entropy (default for integer targets)" in lines
+    assert ("metrics accuracy (default for integer targets)" in lines) == metrics
+    assert sources.get("loss", "default for integer targets") == "default for integer targets"
+    lines, sources = told("--loss", "cross_entropy", "--metric", "none")
+    assert "loss cross_entropy (--loss)" in lines
+    assert ("metrics none (--metric)" in lines) == metrics
+    file = folder / "losscli.toml"
+    file.write_text(file.read_text() + 'loss = "cross_entropy,dim=1"\n')
+    lines, _ = told()
+    assert f"loss cross_entropy,dim=1 ({file})" in lines
+    for name in "ab":
+        content = torch.load(f"{name}.pt")
+        torch.save({**content, "losscli.loss": "cross_entropy"}, f"{name}.pt")
+    lines, _ = told()
+    assert "loss cross_entropy (checkpoint metadata)" in lines
+
+
+def test_where_the_loss_came_from_is_no_part_of_a_run(losscli: Losscli, folder: Path) -> None:
+    arguments = ("interpolate", "a.pt", "b.pt", "--points", 3, "-o", "out", "--no-figure")
+    assert losscli(*arguments).status == 0
+    again = losscli(*arguments, "--loss", "cross_entropy", "--metric", "accuracy")
+    assert again.status == 0, again.stderr
+
+
+def test_bce_is_said_to_take_scores_before_the_sigmoid(losscli: Losscli) -> None:
+    assert "scores before the sigmoid" in losscli("list", "losses").stdout

@@ -18,6 +18,8 @@ from losscli.losses import (
     accuracy,
     causal_lm,
     class_dim_of,
+    function_of,
+    mse,
     token_cross_entropy,
 )
 from losscli.models import (
@@ -47,6 +49,11 @@ _LOSS_OF_TASK = {
     "classification": "cross_entropy",
     "regression": "mse",
     "language": "causal_lm",
+}
+_TARGETS_OF_TASK = {
+    "classification": "integer targets",
+    "regression": "float targets",
+    "language": "language data",
 }
 
 
@@ -129,7 +136,7 @@ def recalibration_of(
 
 def loss_of(
     settings: Settings, first: CheckpointFile | None, data: DataSet, model: nn.Module
-) -> tuple[PerExample, str]:
+) -> tuple[PerExample, str, str]:
     """Finds the loss: the one that is named, or the one of the data's task.
 
     Args:
@@ -139,13 +146,14 @@ def loss_of(
         model: The model, whose scores decide where the data are sequences of tokens.
 
     Returns:
-        The per-example loss and what it is called.
+        The per-example loss, what it is called, and where it came from.
     """
     found = find("loss", settings.loss, first)
     if found is None:
         name = _language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task]
-        found = Found(name, trusted=True)
-    return _per_example(found, LOSSES, "loss"), found.text
+        source = f"default for {_TARGETS_OF_TASK[data.task]}"
+        found = Found(name, trusted=True, source=source)
+    return _per_example(found, LOSSES, "loss"), found.text, found.source
 
 
 def _language_loss(data: DataSet, model: nn.Module) -> str:
@@ -168,7 +176,7 @@ def _language_loss(data: DataSet, model: nn.Module) -> str:
 
 def metrics_of(
     settings: Settings, data: DataSet, loss: PerExample, model: nn.Module
-) -> tuple[dict[str, PerExample], list[str]]:
+) -> tuple[dict[str, PerExample], list[str], str]:
     """Finds the metrics: those that are named, or that of the data's task.
 
     Args:
@@ -178,16 +186,23 @@ def metrics_of(
         model: The model.
 
     Returns:
-        The per-example metrics by the names of their columns, and what they are called.
+        The per-example metrics by the names of their columns, what they are called, and where
+        they came from.
 
     Raises:
         UsageError: Two columns would have one name.
     """
     # Whoever asks for causal_lm means tokens, whatever the data's form.
     default = _METRIC_OF_TASK["language" if loss is causal_lm else data.task]
+    source = f"default for {_TARGETS_OF_TASK[data.task]}"
     next_tokens = loss is causal_lm or scores_of(model) == "next"
     if loss is token_cross_entropy or (data.language and not next_tokens):
         default = "none"
+    # To mse whole numbers are quantities, not classes.
+    if function_of(loss) is mse:
+        default, source = "none", "default for mse"
+    if settings.metric:
+        source = "--metric"
     metrics: dict[str, PerExample] = {}
     texts = []
     for value in settings.metric or (default,):
@@ -199,7 +214,7 @@ def metrics_of(
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
         metrics[name] = _read_as(loss, _per_example(found, METRICS, "metric"))
         texts.append(found.text)
-    return metrics, texts
+    return metrics, texts, source
 
 
 def _read_as(loss: PerExample, metric: PerExample) -> PerExample:

@@ -21,6 +21,7 @@ from losscli.digest import digest
 from losscli.errors import CheckpointError, ModelError
 from losscli.geometry import Line, Slice
 from losscli.journal import Journal
+from losscli.losses import Doubt
 from losscli.pace import Clock, Pace, measure
 from losscli.problem import Problem
 from losscli.ranks import apart
@@ -47,6 +48,9 @@ _TOLERANCE_OF_ESTIMATES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5, "f
 
 # How often a run evaluates first batches before it begins: each way is held against another one.
 _PROOFS = 16
+
+# What of provenance changes no numbers, or is compared in another form.
+_ELSEWHERE = {"device", "device_name", "processes", "python", "checkpoints", "sources"}
 
 # Options by what provenance calls them.
 _OPTIONS = {
@@ -146,9 +150,7 @@ class Study(ABC):
     def identity(self) -> str:
         """A digest of everything that settles the numbers: equal for two runs of one command."""
         told = {
-            key: value
-            for key, value in self.problem.provenance.items()
-            if key not in {"device", "device_name", "processes", "python", "checkpoints"}
+            key: value for key, value in self.problem.provenance.items() if key not in _ELSEWHERE
         }
         told["checkpoints"] = [_content(c) for c in self.problem.provenance["checkpoints"]]
         told |= {"command": self.command, **self.settled}
@@ -422,12 +424,12 @@ class Study(ABC):
         ]
 
     def kept(self) -> list[str]:
-        """Notes on what stays where it is: data that is not in memory, tensors by choice.
+        """Notes on the loss, on data that is not in memory, and on tensors that stay by choice.
 
         Returns:
             The notes.
         """
-        settings, notes = self.problem.settings, self._estimated()
+        settings, notes = self.problem.settings, [*self._task_notes(), *self._estimated()]
         for name, split in self.problem.objective.splits.items():
             notes += [f"{name}: {remark}" for remark in split.remarks]
         end = {"a": "first", "b": "last"}.get(settings.buffers)
@@ -438,6 +440,12 @@ class Study(ABC):
             whose, but = self.words("first")
             notes.append(f"some tensors stay at {whose}: {but}")
         return notes
+
+    def _task_notes(self) -> list[str]:
+        """Notes on a loss that may be the wrong one for the data or the model."""
+        default = self.problem.provenance["sources"]["loss"].startswith("default")
+        found = self.problem.objective.doubts
+        return [d.value for d in Doubt if d in found and (default or d is not Doubt.LABELS)]
 
     def _holds_back(self) -> bool:
         """Whether a tensor stays by choice that is not the same in all checkpoints."""
