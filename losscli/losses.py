@@ -1,4 +1,8 @@
-"""Losses and metrics, each per example: outputs and targets in, one number an example out."""
+"""Losses and metrics, each per example: outputs and targets in, one number an example out.
+
+Losses are computed in float64, those over a vocabulary in float32, and by formulas without
+cancellation: a loss is as exact as the outputs that it is computed from, however small it is.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +48,11 @@ IGNORED = -100
 # How far the sum of probabilities may be from one by rounding, also in half precision.
 _NEAR_ONE = 0.02
 
-# Scores of a vocabulary that are taken into a wider type at once: 16 MiB of float32.
-_CHUNK = 1 << 22
+# Outputs that are taken into a wider type at once: 16 MiB of float64.
+_CHUNK = 1 << 21
+
+# e^-40 is below the rounding of float64 as a share of 40: beyond, log(1 + e^x) is x.
+_LINEAR = 40
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, *, dim: int | None = None) -> Tensor:
@@ -79,7 +86,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor, *, dim: int | None = None) -
         )
     if dim == -1:
         return token_cross_entropy(outputs, targets)
-    return per_example_mean(F.cross_entropy(outputs, targets, reduction="none"))
+    return _in_float64(_surprise, outputs, targets)
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -95,7 +102,7 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         LossError: The shapes do not fit.
     """
-    return per_example_mean((outputs - _like(outputs, targets, "mse")).square())
+    return _in_float64(_squared_error, outputs, _like(outputs, targets, "mse"))
 
 
 def bce(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -112,8 +119,7 @@ def bce(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         LossError: The shapes do not fit.
     """
-    targets = _like(outputs, targets, "bce")
-    return per_example_mean(F.binary_cross_entropy_with_logits(outputs, targets, reduction="none"))
+    return _in_float64(_binary_surprise, outputs, _like(outputs, targets, "bce"))
 
 
 def causal_lm(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -172,19 +178,53 @@ def _over_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
     counts = targets != IGNORED
     scores, tokens = outputs.flatten(0, -2), targets.masked_fill(~counts, 0).flatten()
     step = max(1, _CHUNK // max(1, outputs.shape[-1]))
+    # Not in float64, which takes three times as long over the words of a vocabulary.
+    wide = torch.promote_types(outputs.dtype, torch.float32)
     losses = [
-        _surprise(scores[i : i + step], tokens[i : i + step]) for i in range(0, len(tokens), step)
+        _surprise(scores[i : i + step].to(wide), tokens[i : i + step])
+        for i in range(0, len(tokens), step)
     ]
     each = torch.cat(losses).view(targets.shape)
     # Not a product: scores that are infinite or not a number count for nothing there.
     return each.masked_fill(~counts, 0).flatten(1).sum(1) / counts.flatten(1).sum(1)
 
 
-def _surprise(scores: Tensor, tokens: Tensor) -> Tensor:
-    """Computes −log softmax(scores)[token] for each of some tokens."""
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    right = scores.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return scores.to(wide).logsumexp(1) - right.to(wide)
+def _in_float64(
+    loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor
+) -> Tensor:
+    """Computes the mean loss of each example in float64, a few examples at a time."""
+    # MPS has no float64.
+    narrow = outputs.device.type == "mps"
+    wide = torch.promote_types(outputs.dtype, torch.float32 if narrow else torch.float64)
+    step = max(1, _CHUNK // max(1, outputs[0].numel()))
+    parts = [
+        per_example_mean(loss(some.to(wide), own))
+        for some, own in zip(torch.split(outputs, step), torch.split(targets, step), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _surprise(scores: Tensor, classes: Tensor) -> Tensor:
+    """Computes −log softmax(scores)[class], the classes in dimension 1."""
+    # As log(1 + Σ exp(z_j − z_t)) over the other classes j: log softmax itself rounds to 0 where
+    # one class is nearly sure. The lowest number and not −∞, which would make gradients nan.
+    index = classes.unsqueeze(1)
+    right = scores.gather(1, index).squeeze(1)
+    others = scores.scatter(1, index, torch.finfo(scores.dtype).min).logsumexp(1)
+    found = F.softplus(others - right, threshold=_LINEAR)
+    # The softmax of a score that is infinite is not a number.
+    return found.masked_fill(right == math.inf, math.nan)
+
+
+def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets.to(outputs.dtype)).square()
+
+
+def _binary_surprise(scores: Tensor, targets: Tensor) -> Tensor:
+    """Computes −t log σ(z) − (1 − t) log σ(−z), where −log σ(z) = log(1 + e^−z)."""
+    targets = targets.to(scores.dtype)
+    one, zero = (F.softplus(z, threshold=_LINEAR) for z in (-scores, scores))
+    return targets * one + (1 - targets) * zero
 
 
 def perplexity(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -425,7 +465,7 @@ def _like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
             f"{_form(targets)}",
             "Choose another --loss, or a model with one output a target",
         )
-    return targets.to(outputs.dtype)
+    return targets
 
 
 def _form(tensor: Tensor) -> str:
@@ -444,5 +484,5 @@ METRICS: dict[str, PerExample] = {"accuracy": accuracy, "perplexity": perplexity
 OF_TOKENS = frozenset({causal_lm, token_cross_entropy})
 """The losses with a target for each token, the scores of which are the last dimension."""
 
-TAKES_HALF = frozenset({causal_lm, token_cross_entropy, perplexity, accuracy})
-"""Those that take half-precision scores as they are; others get them in float32."""
+TAKES_HALF = frozenset({*LOSSES.values(), *METRICS.values()})
+"""Those that take half-precision outputs as they are; others get them in float32."""

@@ -90,7 +90,9 @@ def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
             f"{block['distance']:.4g}",
             _number(found["loss_at_1"]),
             change,
-            f"{_number(low['loss'])} at α = {low['alpha']:.4g}" if low else "none is finite",
+            f"{_number(low['loss'])} at α = {low['alpha']:.4g}{_shared(low, short=True)}"
+            if low
+            else "none is finite",
             "not looked at"
             if barrier is None
             else f"{_with_error(barrier)} at α = {barrier['alpha']:.4g}"
@@ -156,18 +158,26 @@ def _extrema(
 
 def _lowest(split: Mapping[str, Any], low: float, high: float) -> str:
     minimum = split["minimum"]
-    text = f"{_number(minimum['loss'])} at α = {minimum['alpha']:.4g}"
+    text = f"{_number(minimum['loss'])} at α = {minimum['alpha']:.4g}{_shared(minimum)}"
     below = minimum["below_b"]
     if _known(below) and below > 0:
         text += f", lower than B by {_number(below, 3)}"
         if _known(minimum["below_b_stderr"]):
             text += f" ± {_number(minimum['below_b_stderr'], 2)}"
-    if minimum["alpha"] in {low, high}:
+    if minimum["alpha"] in {low, high} and minimum["ties"] == 1:
         text += ", where the range ends"
     ends = [split["loss_a"], split["loss_b"]]
     if any(_known(end) and end < minimum["loss"] for end in ends):
         text += "; an end outside the range is lower"
     return text
+
+
+def _shared(minimum: Mapping[str, Any], *, short: bool = False) -> str:
+    """Says that the first of several points as low is not the only one."""
+    number = minimum["ties"]
+    if number == 1:
+        return ""
+    return f" and {number - 1} more" if short else f", shared by {number:,} points"
 
 
 def _barrier(split: Mapping[str, Any]) -> str:
@@ -239,10 +249,8 @@ def trajectory(summary: Mapping[str, Any]) -> str:
             found.append(("lowest seen", "none: no checkpoint has a finite loss"))
         else:
             at = "" if lowest["step"] == last else f" ({printable(lowest['checkpoint'])})"
-            found.append((
-                "lowest seen",
-                f"{_number(lowest['loss'])} at step {lowest['step']} of {last}{at}",
-            ))
+            low = f"{_number(lowest['loss'])} at step {lowest['step']} of {last}{at}"
+            found.append(("lowest seen", low + _shared(lowest)))
         rises = split["rises"]
         found.append((
             "loss rises",
@@ -251,7 +259,8 @@ def trajectory(summary: Mapping[str, Any]) -> str:
         beside = split.get("surface_lowest")
         if beside:
             where = f"p = {beside['projection']:.3g}, residual {beside['residual']:.3g}"
-            found.append(("on the surface", f"lowest {_number(beside['loss'])} at {where}"))
+            low = f"lowest {_number(beside['loss'])} at {where}{_shared(beside)}"
+            found.append(("on the surface", low))
         lines += [f"  {label:<16}{text}" for label, text in found]
     return "\n".join(lines) + "\n"
 
@@ -302,7 +311,8 @@ def plane(summary: Mapping[str, Any]) -> str:
             told.append(("lowest seen", "none: no point of the plane has a finite loss"))
         else:
             where = f"({lowest['x']:.4g}, {lowest['y']:.4g})"
-            told.append(("lowest seen", f"{_number(lowest['loss'])} at {where} of the plane"))
+            low = f"{_number(lowest['loss'])} at {where} of the plane{_shared(lowest)}"
+            told.append(("lowest seen", low))
             told.append(("highest seen", _number(split["highest_loss"])))
         lines += [f"  {label:<16}{text}" for label, text in told]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import losscli as library
+from losscli import report
 from losscli.errors import LosscliError, LossError
 from tests import oracle
 from tests.conftest import Losscli
@@ -390,3 +391,85 @@ def test_where_the_loss_came_from_is_no_part_of_a_run(losscli: Losscli, folder: 
 
 def test_bce_is_said_to_take_scores_before_the_sigmoid(losscli: Losscli) -> None:
     assert "scores before the sigmoid" in losscli("list", "losses").stdout
+
+
+def sure(folder: Path, gap: float, losscli: Losscli, *more: object) -> tuple[str, dict[str, Any]]:
+    """Runs a classifier with the scores 0 and α · gap."""
+    for name, weight in (("a", 0.0), ("b", gap)):
+        torch.save({"weight": torch.tensor([[0.0], [weight]])}, f"{name}.pt")
+    Path("mine.py").write_text(
+        "import torch\n"
+        "def data():\n    return {'all': (torch.ones(5, 1), torch.ones(5, dtype=torch.int64))}\n"
+    )
+    model = "torch.nn:Linear,in_features=1,out_features=2,bias=false"
+    arguments = ("-m", model, "-d", "mine.py:data", "-o", "out", "--no-figure", "--force")
+    done = losscli(*more, *arguments)
+    assert done.status == 0, done.stderr
+    return done.stdout, json.loads((folder / "out.json").read_text())["splits"]["all"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_loss_that_becomes_ever_smaller_is_never_rounded_to_nothing(
+    losscli: Losscli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ("interpolate", "a.pt", "b.pt", "--range", 0, 8, "--points", 17, "--dtype", dtype)
+    text, split = sure(tmp_path, 8.0, losscli, *line)
+    rows = [row.split(",") for row in Path("out.csv").read_text().splitlines()[1:]]
+    found = [float(loss) for _, _, loss, *_ in rows]
+    expected = [float(np.logaddexp(0, -8 * float(alpha))) for alpha, *_ in rows]
+    assert expected[-1] < 1e-27
+    np.testing.assert_allclose(found, expected, rtol=1e-7 if dtype == "float32" else 1e-15)
+    assert split["minimum"]["ties"] == 1
+    assert "lowest seen   1.604e-28 at α = 8, " in text
+
+
+@pytest.mark.parametrize(
+    ("command", "told", "ties"),
+    [
+        (("interpolate", "a.pt", "b.pt", "--range", 0, 2, "--points", 5), "at α = 0.5", 4),
+        (("trajectory", "a.pt", "b.pt", "b.pt", "b.pt"), "at step 1 of 3", 3),
+        (("plane", "b.pt", "--points", 3), "of the plane", 6),
+    ],
+)
+def test_points_as_low_as_the_lowest_are_told_of(
+    losscli: Losscli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[object, ...],
+    told: str,
+    ties: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, split = sure(tmp_path, 1e4, losscli, *command)
+    low = split["minimum" if command[0] == "interpolate" else "lowest"]
+    assert (low["loss"], low["ties"]) == (0.0, ties)
+    assert told in text
+    assert f"shared by {ties} points" in text
+    if command[0] == "interpolate":
+        where = ("--best", "all", "--csv", "out.csv", "-o", "best.safetensors")
+        done = losscli("export", "a.pt", "b.pt", *where)
+        assert "α = 0.5" in done.stderr
+        assert f": 0, shared by {ties} points" in done.stderr
+
+
+def test_points_of_a_block_as_low_as_its_lowest_are_told_of(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 2, bias=False))
+
+    for name, weight, scale in (("a", 0.0, 1.0), ("b", 1e4, 2.0)):
+        state = {"0.weight": torch.tensor([[0.0], [weight]]), "1.weight": scale * torch.eye(2)}
+        torch.save(state, tmp_path / f"{name}.pt")
+    inputs, targets = torch.ones(5, 1), torch.ones(5, dtype=torch.int64)
+    found = library.interpolate(
+        tmp_path / "a.pt",
+        tmp_path / "b.pt",
+        model=make(),
+        data={"all": (inputs, targets)},
+        points=5,
+        range=(0.0, 2.0),
+        layerwise=True,
+    ).summary
+    low = found["blocks"]["0"]["splits"]["all"]["minimum"]
+    assert (low["alpha"], low["loss"], low["ties"]) == (0.5, 0.0, 4)
+    assert "0 at α = 0.5 and 3 more" in report.interpolation(found)
