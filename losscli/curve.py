@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["describe", "near_rounding", "standard_error"]
+__all__ = ["describe", "lowest", "near_rounding", "standard_error"]
 
 # The relative rounding of one operation in each type that a forward pass may have, and how many
 # such errors a loss may have gathered on its way through a model.
@@ -38,6 +38,19 @@ def standard_error(values: Losses) -> float:
     if len(values) < 2:
         return math.nan
     return float(np.std(values, ddof=1, dtype=np.float64) / math.sqrt(len(values)))
+
+
+def lowest(losses: Sequence[float]) -> list[int]:
+    """Finds the points with the lowest finite loss.
+
+    Args:
+        losses: The mean loss at each point, ``[P]``.
+
+    Returns:
+        The places of all that share it, rising; empty where no loss is finite.
+    """
+    least = min((loss for loss in losses if math.isfinite(loss)), default=None)
+    return [i for i, loss in enumerate(losses) if loss == least]
 
 
 def near_rounding(alphas: Sequence[float], losses: Sequence[float], dtype: str) -> list[float]:
@@ -82,8 +95,9 @@ def describe(
         loss_b: The same at α = 1.
 
     Returns:
-        ``loss_a``, ``loss_b``; ``minimum``, the lowest point, with ``below_b``, how much it lies
-        below B; ``barrier`` (Entezari et al. 2022, arXiv 2110.06296) and ``largest_rise`` (Lucas
+        ``loss_a``, ``loss_b``; ``minimum``, the lowest point, the first where several are as low,
+        with ``ties``, how many points have that loss, and ``below_b``, how much it lies below B;
+        ``barrier`` (Entezari et al. 2022, arXiv 2110.06296) and ``largest_rise`` (Lucas
         et al. 2021, arXiv 2104.11044) over 0 ≤ α ≤ 1, None where no point between the ends was
         looked at; ``monotonic``, whether the largest rise is 0, None where the points do not reach
         from end to end or one of them is not finite; ``local_minima`` with their depth (their
@@ -141,12 +155,14 @@ def _means(losses: Losses) -> NDArray[np.float64]:
 def _minimum(points: Sequence[_Point], b: _Point) -> dict[str, Any] | None:
     if not points:
         return None
-    lowest = min(points, key=lambda p: p.loss)
+    shared = lowest([p.loss for p in points])
+    first = points[shared[0]]
     return {
-        "alpha": lowest.alpha,
-        "loss": lowest.loss,
-        "below_b": b.loss - lowest.loss,
-        "below_b_stderr": b.above(lowest) if b.finite else None,
+        "alpha": first.alpha,
+        "loss": first.loss,
+        "ties": len(shared),
+        "below_b": b.loss - first.loss,
+        "below_b_stderr": b.above(first) if b.finite else None,
     }
 
 
@@ -173,13 +189,13 @@ def _barrier(points: Sequence[_Point], a: _Point, b: _Point) -> dict[str, Any] |
 def _largest_rise(points: Sequence[_Point]) -> dict[str, Any]:
     best: dict[str, Any] = {"height": 0.0, "stderr": 0.0, "alpha_from": None, "alpha_to": None}
     pair = None
-    lowest = None
+    low = None
     for point in points:
-        if lowest is None or point.loss < lowest.loss:
-            lowest = point
-        elif point.loss - lowest.loss > best["height"]:
-            best["height"] = point.loss - lowest.loss
-            pair = lowest, point
+        if low is None or point.loss < low.loss:
+            low = point
+        elif point.loss - low.loss > best["height"]:
+            best["height"] = point.loss - low.loss
+            pair = low, point
     if pair is not None:
         low, high = pair
         best |= {"stderr": high.above(low), "alpha_from": low.alpha, "alpha_to": high.alpha}

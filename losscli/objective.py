@@ -33,12 +33,15 @@ from losscli.losses import (
     IGNORED,
     LOSSES,
     METRICS,
+    OF_TOKENS,
     TAKES_HALF,
+    Doubt,
     PerExample,
     causal_lm,
-    cross_entropy,
+    classes_of,
+    doubts_of,
+    function_of,
     perplexity,
-    token_cross_entropy,
 )
 from losscli.mapped import let_go
 from losscli.models import HEADLESS, cure_of, is_headless
@@ -84,8 +87,6 @@ _KNOWN_FUNCTIONS = frozenset({*LOSSES.values(), *METRICS.values()})
 # What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
 
-_OF_TOKENS = frozenset({causal_lm, token_cross_entropy})
-
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
 
@@ -125,6 +126,7 @@ class Objective:
         spectral: Its spectrally normalised weights, whose singular vectors are computed from
             whatever weights are loaded.
         idle: Those of them that took no batch when statistics were last estimated.
+        doubts: Whether the loss may be the wrong one, by the first batch of every split checked.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class Objective:
         self._normalises = True
         self.recalibration = recalibration and self._bring(recalibration)
         self.idle: Sequence[Layer] = ()
+        self.doubts: frozenset[Doubt] = frozenset()
         self._copies_inputs = False
         self._forms: dict[tuple[str, ...], _Form] = {}
         self._way: Way | None = None
@@ -384,6 +387,7 @@ class Objective:
         self.load(weights)
         if self._chooses_batch:
             self._fit_outputs()
+        doubts: list[frozenset[Doubt]] = []
         for name in self.splits if names is None else names:
             split = self.splits[name].first(self.batch_size).to(self.device)
             inputs = self.data.prepare(map_inputs(Tensor.clone, split.inputs), self.dtype)
@@ -399,10 +403,14 @@ class Objective:
                 )
             # A model that writes on its inputs would spoil them for every later point.
             self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
-            self._check_labels(outputs, name)
+            self._check_labels(outputs, split.targets, name)
             self.per_example(self.loss, outputs, split.targets, "loss")
             for metric, function in self.metrics.items():
                 self.per_example(function, outputs, split.targets, f"metric {metric!r}")
+            outputs = _scores(outputs)
+            if isinstance(outputs, Tensor):
+                functions = [self.loss, *self.metrics.values()]
+                doubts.append(doubts_of(functions, outputs, split.targets))
             # The scores of a language model are large, and two more batches follow.
             del outputs
             first, second = (self._walk(Plain(self), split).losses for _ in range(2))
@@ -411,6 +419,7 @@ class Objective:
                     "the model gives two answers for the same weights and data, even in eval mode",
                     "Take the randomness (dropout outside nn.Dropout, sampling) out of its forward",
                 )
+        self.doubts = frozenset.intersection(*doubts) if doubts else frozenset()
         # While it is known which weights are loaded: which way an example takes may be theirs.
         if self._operations is None:
             self._operations = self._count()
@@ -572,7 +581,7 @@ class Objective:
             return []
         ways = [Way.SHARED, Way.BOUND]
         functions = [self.loss, *self.metrics.values()]
-        known = is_known(self.model) and all(f in _KNOWN_FUNCTIONS for f in functions)
+        known = is_known(self.model) and all(map(_is_registered, functions))
         if self.device.type == "cpu" and known:
             ways.insert(0, Way.THREADS)
         # Mapped over weights a convolution becomes one of many groups, which is slower than the
@@ -752,7 +761,8 @@ class Objective:
         """
         if _is_registered(function):
             outputs = _scores(outputs)
-        if isinstance(outputs, Tensor) and outputs.dtype in _HALF and function not in TAKES_HALF:
+        half = isinstance(outputs, Tensor) and outputs.dtype in _HALF
+        if half and function_of(function) not in TAKES_HALF:
             outputs = outputs.float()
         try:
             values = function(outputs, targets)
@@ -772,26 +782,22 @@ class Objective:
             )
         return values
 
-    def _check_labels(self, outputs: Any, name: str) -> None:
+    def _check_labels(self, outputs: Any, targets: Tensor, name: str) -> None:
         """Finds labels out of range before a GPU kernel does, which would end the process."""
         outputs = _scores(outputs)
-        if not isinstance(outputs, Tensor):
+        if not isinstance(outputs, Tensor) or targets.is_floating_point():
             return
+        self._classes = classes_of(self.loss, outputs, targets)
         split = self.splits[name]
         seen = split if isinstance(split, Split) else split.first(self.batch_size)
-        if self.loss is cross_entropy and outputs.ndim > 1:
-            self._classes = outputs.shape[1]
-        elif self.loss in _OF_TOKENS and outputs.ndim == 3 and seen.targets.ndim == 2:
-            self._classes = outputs.shape[2]
-        else:
-            return
-        self._check_range(seen.targets, f"the split {name!r}")
+        if self._classes is not None:
+            self._check_range(seen.targets, f"the split {name!r}")
 
     def _check_range(self, labels: Tensor, where: str) -> None:
-        if self.loss in _OF_TOKENS:
+        if self.loss in OF_TOKENS:
             labels = labels[:, 1:] if self.loss is causal_lm else labels
             counts = labels != IGNORED
-            if not counts.any(1).all():
+            if not counts.flatten(1).any(1).all():
                 raise LossError(
                     f"{where} has a sequence without a token to predict",
                     f"Leave out sequences of one token, or of {IGNORED} alone",
@@ -861,7 +867,7 @@ def _result_or_none(model: Callable[..., Any], inputs: Inputs) -> Any:
 
 def _is_registered(function: PerExample) -> bool:
     """Whether a loss or metric is one of losscli's own, with or without options."""
-    return getattr(function, "func", function) in _KNOWN_FUNCTIONS
+    return function_of(function) in _KNOWN_FUNCTIONS
 
 
 def _scores(outputs: Any) -> Any:

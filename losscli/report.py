@@ -43,6 +43,7 @@ def interpolation(summary: Mapping[str, Any]) -> str:
     low, high = summary["range"]
     moving = summary["moving"]
     lines = [
+        *_task(summary, 9),
         f"A  {a}",
         f"B  {b}",
         (f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over {_moving(moving)}"),
@@ -62,6 +63,14 @@ def interpolation(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _task(summary: Mapping[str, Any], width: int, *, metrics: bool = True) -> list[str]:
+    """The loss and the metrics, and where each came from."""
+    sources, rows = summary["sources"], [("loss", summary["loss"])]
+    if metrics:
+        rows.append(("metrics", ", ".join(summary["metrics"]) or "none"))
+    return [printable(f"{label:<{width}}{name} ({sources[label]})") for label, name in rows]
+
+
 def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
     """A table of what was seen of each block moving alone."""
     rows = [("block", "values", "‖d‖", "loss at α = 1", "change from A", "lowest seen", "barrier")]
@@ -78,7 +87,9 @@ def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
             f"{block['distance']:.4g}",
             _number(found["loss_at_1"]),
             change,
-            f"{_number(low['loss'])} at α = {low['alpha']:.4g}" if low else "none is finite",
+            f"{_number(low['loss'])} at α = {low['alpha']:.4g}{_shared(low, short=True)}"
+            if low
+            else "none is finite",
             "not looked at"
             if barrier is None
             else f"{_with_error(barrier)} at α = {barrier['alpha']:.4g}"
@@ -155,18 +166,26 @@ def _extrema(
 
 def _lowest(split: Mapping[str, Any], low: float, high: float) -> str:
     minimum = split["minimum"]
-    text = f"{_number(minimum['loss'])} at α = {minimum['alpha']:.4g}"
+    text = f"{_number(minimum['loss'])} at α = {minimum['alpha']:.4g}{_shared(minimum)}"
     below = minimum["below_b"]
     if _known(below) and below > 0:
         text += f", lower than B by {_number(below, 3)}"
         if _known(minimum["below_b_stderr"]):
             text += f" ± {_number(minimum['below_b_stderr'], 2)}"
-    if minimum["alpha"] in {low, high}:
+    if minimum["alpha"] in {low, high} and minimum["ties"] == 1:
         text += ", where the range ends"
     ends = [split["loss_a"], split["loss_b"]]
     if any(_known(end) and end < minimum["loss"] for end in ends):
         text += "; an end outside the range is lower"
     return text
+
+
+def _shared(minimum: Mapping[str, Any], *, short: bool = False) -> str:
+    """Says that the first of several points as low is not the only one."""
+    number = minimum["ties"]
+    if number == 1:
+        return ""
+    return f" and {number - 1} more" if short else f", shared by {number:,} points"
 
 
 def _barrier(split: Mapping[str, Any]) -> str:
@@ -226,7 +245,7 @@ def trajectory(summary: Mapping[str, Any]) -> str:
             "random walks",
             f"end {ends:.4g} from the start and stray {strays:.4g} ({strays / ends:.2g} of that)",
         ))
-    lines = [f"{label:<16}{text}" for label, text in rows]
+    lines = [*_task(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
         found = [
@@ -238,10 +257,8 @@ def trajectory(summary: Mapping[str, Any]) -> str:
             found.append(("lowest seen", "none: no checkpoint has a finite loss"))
         else:
             at = "" if lowest["step"] == last else f" ({printable(lowest['checkpoint'])})"
-            found.append((
-                "lowest seen",
-                f"{_number(lowest['loss'])} at step {lowest['step']} of {last}{at}",
-            ))
+            low = f"{_number(lowest['loss'])} at step {lowest['step']} of {last}{at}"
+            found.append(("lowest seen", low + _shared(lowest)))
         rises = split["rises"]
         found.append((
             "loss rises",
@@ -250,7 +267,8 @@ def trajectory(summary: Mapping[str, Any]) -> str:
         beside = split.get("surface_lowest")
         if beside:
             where = f"p = {beside['projection']:.3g}, residual {beside['residual']:.3g}"
-            found.append(("on the surface", f"lowest {_number(beside['loss'])} at {where}"))
+            low = f"lowest {_number(beside['loss'])} at {where}{_shared(beside)}"
+            found.append(("on the surface", low))
         lines += [f"  {label:<16}{text}" for label, text in found]
     return "\n".join(lines) + "\n"
 
@@ -282,7 +300,7 @@ def plane(summary: Mapping[str, Any]) -> str:
         off = summary["off_plane"]
         # The axes are float32: what is smaller is rounding.
         rows.append(("off the plane", f"up to {off:.4g}" if off > 1e-6 * size else "none"))
-    lines = [f"{label:<16}{text}" for label, text in rows]
+    lines = [*_task(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
         losses = split["checkpoints"]
@@ -298,7 +316,8 @@ def plane(summary: Mapping[str, Any]) -> str:
             told.append(("lowest seen", "none: no point of the plane has a finite loss"))
         else:
             where = f"({lowest['x']:.4g}, {lowest['y']:.4g})"
-            told.append(("lowest seen", f"{_number(lowest['loss'])} at {where} of the plane"))
+            low = f"{_number(lowest['loss'])} at {where} of the plane{_shared(lowest)}"
+            told.append(("lowest seen", low))
             told.append(("highest seen", _number(split["highest_loss"])))
         lines += [f"  {label:<16}{text}" for label, text in told]
     return "\n".join(lines) + "\n"
@@ -317,7 +336,8 @@ def barriers(summary: Mapping[str, Any]) -> str:
     pairs = math.comb(len(names), 2)
     few = len(names) <= _MATRIX
     number = {c["name"]: str(t) for t, c in enumerate(summary["checkpoints"], start=1)}
-    lines = [f"{t:>2}  {name}" for t, name in enumerate(names, start=1)] if few else []
+    lines = _task(summary, 9)
+    lines += [f"{t:>2}  {name}" for t, name in enumerate(names, start=1)] if few else []
     moving, points = summary["moving"], len(summary["alphas"])
     length = [x for i, row in enumerate(summary["distances"]) for x in row[i + 1 :] if _known(x)]
     far = f"‖B − A‖ from {min(length):.4g} to {max(length):.4g}" if length else "‖B − A‖ not finite"
@@ -382,6 +402,7 @@ def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """
     moving, tolerance = summary["moving"], summary["tolerance"]
     lines = [
+        *_task(summary, 16, metrics=False),
         f"critical        where ‖∇L‖ is at most {tolerance:g}",
         f"θ               {moving['values']:,} values in {_count(moving['tensors'], 'tensor')}",
     ]
@@ -447,7 +468,8 @@ def plan(description: Mapping[str, Any]) -> str:
         ("checkpoints", _route([c["name"] for c in d["checkpoints"]])),
         ("model", d["model"]),
         ("data", f"{d['data']}: {splits} examples"),
-        ("loss", ", ".join([d["loss"], *d["metrics"]])),
+        ("loss", f"{d['loss']} ({d['sources']['loss']})"),
+        ("metrics", f"{', '.join(d['metrics']) or 'none'} ({d['sources']['metrics']})"),
         ("device", f"{d['device']}, {d['dtype']}, batches of {d['batch_size']}"),
         ("moving", _moving(d["moving"])),
         *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losscli.curve import describe, near_rounding, standard_error
+from losscli.curve import describe, lowest, near_rounding, standard_error
 from tests import oracle
 
 
@@ -53,8 +53,24 @@ def test_rises_are_looked_for_between_the_ends_alone() -> None:
     assert found["largest_rise"]["height"] == 0.25
     assert (found["largest_rise"]["alpha_from"], found["largest_rise"]["alpha_to"]) == (0.5, 1.0)
     assert found["minimum"] == {
-        "alpha": -1.0, "loss": -9.0, "below_b": 10.75, "below_b_stderr": 0.0,
+        "alpha": -1.0, "loss": -9.0, "ties": 1, "below_b": 10.75, "below_b_stderr": 0.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "alpha", "ties"),
+    [([3.0, 1.0, 0.0, 2.0], 1.0, 1), ([3.0, 0.0, 0.0, 0.0], 0.5, 3), ([0.0] * 4, 0.0, 4)],
+)
+def test_points_that_share_the_lowest_loss_are_counted(
+    losses: list[float], alpha: float, ties: int
+) -> None:
+    found = told([0.0, 0.5, 1.0, 2.0], losses)["minimum"]
+    assert (found["alpha"], found["loss"], found["ties"]) == (alpha, 0.0, ties)
+
+
+def test_the_lowest_of_no_finite_losses_is_none() -> None:
+    assert lowest([math.nan, math.inf]) == []
+    assert lowest([math.nan, 2.0, 1.0, math.inf, 1.0]) == [2, 4]
 
 
 def test_the_ends_count_where_the_range_leaves_them_out() -> None:

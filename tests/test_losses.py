@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from decimal import Decimal, localcontext
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -58,7 +60,7 @@ def softmax_loss(scores: Tensor, targets: Tensor) -> Array:
 
 
 @pytest.mark.parametrize(
-    "shape", [(5, 3), (5, 1), (4, 3, 6), (4, 3, 2, 5), (2, 3, 2, 2, 2)], ids=str
+    "shape", [(5, 3), (5, 2), (4, 3, 6), (4, 3, 2, 5), (2, 3, 2, 2, 2)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_cross_entropy_is_minus_the_log_of_the_softmax_at_the_target(
@@ -67,14 +69,111 @@ def test_cross_entropy_is_minus_the_log_of_the_softmax_at_the_target(
     scores, targets = outputs(*shape, dtype=dtype), classes(shape[1], shape[0], *shape[2:])
     found = cross_entropy(scores, targets)
     assert found.shape == (shape[0],)
-    assert found.dtype == dtype
-    rtol = 1e-5 if dtype == torch.float32 else 1e-13
-    np.testing.assert_allclose(found, softmax_loss(scores, targets), rtol=rtol, atol=rtol)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found, softmax_loss(scores, targets), rtol=1e-13, atol=1e-13)
 
 
 def test_cross_entropy_of_huge_scores_does_not_overflow() -> None:
     scores = torch.tensor([[1e4, 0.0], [-1e4, 0.0]])
     assert cross_entropy(scores, torch.tensor([1, 1])).tolist() == [1e4, 0]
+
+
+# From losses of order 1 down to 1e-40, in whichever order the classes are.
+GAPS = [0.0, 1.0, 5.0, 15.0, 30.0, 36.0, 45.0, 90.0]
+
+
+def exact_softplus(x: float) -> float:
+    """log(1 + e^x) in decimals."""
+    with localcontext() as context:
+        context.prec = 80
+        return float((1 + Decimal(x).exp()).ln())
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("many", [2, 4])
+def test_a_cross_entropy_is_exact_however_small_it_is(
+    gap: float, dtype: torch.dtype, many: int
+) -> None:
+    for right in range(many):
+        scores = torch.full((1, many), 3.0, dtype=dtype)
+        scores[0, right] += gap
+        expected = exact_softplus(-float(scores[0, right] - 3) + math.log(many - 1))
+        targets = torch.tensor([right])
+        assert cross_entropy(scores, targets).item() == pytest.approx(expected, rel=1e-14)
+        one = token_cross_entropy(scores[:, None], targets[:, None]).item()
+        assert one == pytest.approx(expected, rel=1e-13 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_bce_is_exact_however_small_it_is(gap: float, label: int, dtype: torch.dtype) -> None:
+    for sign in (1, -1):
+        score = torch.tensor([sign * gap], dtype=dtype)
+        expected = exact_softplus(sign * gap * (1 if label == 0 else -1))
+        found = bce(score, torch.tensor([float(label)])).item()
+        assert found == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        torch.tensor([16777217, 3]),
+        torch.tensor([1e4 + 1e-6, -1e-6], dtype=torch.float64),
+        torch.tensor([1e4, 0.1]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_targets_of_mse_are_not_rounded(targets: Tensor, dtype: torch.dtype) -> None:
+    y = (targets.double() + torch.tensor([1.0, -0.125])).to(dtype)
+    expected = [
+        float((Fraction(a) - Fraction(b)) ** 2)
+        for a, b in zip(y.tolist(), targets.tolist(), strict=True)
+    ]
+    assert mse(y, targets).tolist() == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce", "token_cross_entropy", "causal_lm"])
+@pytest.mark.parametrize("gap", GAPS)
+def test_the_derivatives_of_a_small_loss_are_as_exact(loss: str, gap: float) -> None:
+    shape = {"cross_entropy": (1, 2), "bce": (1,)}.get(loss, (1, 2, 2))
+    label = {"cross_entropy": (1,), "bce": (1,)}.get(loss, (1, 2))
+    targets = torch.ones(label, dtype=torch.int64)
+    # The loss is log(1 + e^−x) in x = the gap between the scores.
+    x = torch.tensor(gap, dtype=torch.float64, requires_grad=True)
+    scores = torch.stack([x * 0, x]).expand(shape) if loss != "bce" else x.expand(shape)
+    (first,) = torch.autograd.grad(LOSSES[loss](scores, targets).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first, x)
+    p = math.exp(-gap) / (1 + math.exp(-gap))
+    assert first.item() == pytest.approx(-p, rel=1e-13)
+    assert second.item() == pytest.approx(p * (1 - p), rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([math.inf, 0.0, 1.0], math.nan),
+        ([0.0, math.inf, 1.0], math.inf),
+        ([-math.inf, 0.0, 1.0], math.inf),
+        ([0.0, -math.inf, -math.inf], 0.0),
+        ([0.0, -math.inf, 0.0], math.log(2)),
+        ([0.0, math.nan, 0.0], math.nan),
+    ],
+)
+@pytest.mark.parametrize("loss", [cross_entropy, token_cross_entropy])
+def test_scores_that_are_not_finite_have_the_loss_of_their_softmax(
+    loss: Any, scores: list[float], expected: float
+) -> None:
+    y, targets = torch.tensor([scores], requires_grad=True), torch.tensor([0])
+    given = (y, targets) if loss is cross_entropy else (y[:, None], targets[:, None])
+    found = loss(*given)
+    assert found.item() == pytest.approx(expected, nan_ok=True)
+    if math.isfinite(expected):
+        found.sum().backward()
+        assert y.grad is not None
+        assert y.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 3), (4, 2, 3, 2)], ids=str)
@@ -106,7 +205,7 @@ def test_one_output_an_example_fits_targets_without_that_dimension(
     # Broadcast, these would be 36 pairs.
     expected = [float(loss(y[i : i + 1, 0], targets[i : i + 1])) for i in range(6)]
     assert loss(y, targets).tolist() == expected
-    assert loss(y, targets.double()).dtype == torch.float32
+    assert loss(y, targets.double()).dtype == torch.float64
     pixels = outputs(2, 3, 4, 1)
     assert loss(pixels, classes(2, 2, 3, 4)).shape == (2,)
 
@@ -148,7 +247,12 @@ def test_several_labels_an_example_are_answered_one_by_one() -> None:
     [
         (cross_entropy, (5, 3), torch.zeros(4, dtype=torch.int64), r"\[5, 3\] and int64 \[4\]"),
         (cross_entropy, (5, 3), torch.zeros(5), r"integer targets \[B\], not float32 \[5, 3\] and"),
-        (cross_entropy, (5,), torch.zeros(5, dtype=torch.int64), r"\[5\]. Choose another --loss"),
+        (
+            cross_entropy,
+            (5,),
+            torch.zeros(5, dtype=torch.int64),
+            "Give --loss bce for labels 0 and 1",
+        ),
         (cross_entropy, (5, 3), torch.zeros(5, 3, dtype=torch.int64), "cross_entropy needs"),
         (cross_entropy, (5, 3, 4), torch.zeros(5, 5, dtype=torch.int64), "cross_entropy needs"),
         (cross_entropy, (), torch.tensor(0), "cross_entropy needs"),
@@ -346,6 +450,8 @@ def test_what_takes_half_precision_gives_the_numbers_of_float32(
     function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     scores, targets = outputs(4, 6, 5, dtype=dtype), classes(5, 4, 6)
-    if function is accuracy:
+    if function in {accuracy, cross_entropy}:
         targets = classes(6, 4, 5)
+    elif function in {mse, bce}:
+        targets = outputs(4, 6, 5, scale=0.3).sigmoid()
     assert torch.equal(function(scores, targets), function(scores.float(), targets))

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import losscli
 from tests import oracle
@@ -49,7 +49,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @functools.cache
 def state(name: str, seed: int) -> dict[str, Tensor]:
-    """Weights as after some training: BatchNorm's statistics and scales are not those of a start."""
+    """Weights as after training: the statistics of BatchNorm are not the initial ones."""
     torch.manual_seed(seed)
     build, _ = MODELS[name]
     model = build()

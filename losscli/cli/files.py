@@ -124,7 +124,9 @@ def export(
     console.written = True
     console.result(f"{out}\n")
     if best is not None:
-        console.note(f"α = {alpha}, of the lowest loss on {best} in {csv}: {point.loss:.6g}")
+        shared = "" if point.ties == 1 else f", shared by {point.ties} points"
+        low = f"{point.loss:.6g}{shared}"
+        console.note(f"α = {alpha}, of the lowest loss on {best} in {csv}: {low}")
         if summary is None:
             console.note(
                 f"no summary lies beside {csv}: A and B are not held against it, and every "

@@ -65,8 +65,8 @@ _SETTINGS: dict[str, Any] = {
         str | None,
         _option(
             _WHAT,
-            "The per-example loss; by default cross_entropy, mse where the targets are not whole "
-            "numbers, or causal_lm for language.",
+            "The per-example loss. Default: cross_entropy for integer targets, mse for float "
+            "targets, causal_lm for language. Also bce, of scores before the sigmoid.",
             "--loss",
             metavar="SPEC",
         ),
@@ -75,8 +75,8 @@ _SETTINGS: dict[str, Any] = {
         list[str] | None,
         _option(
             _WHAT,
-            "Repeatable. By default accuracy for classification, perplexity for language; none for "
-            "no metric.",
+            "Repeatable. Default: accuracy for integer targets (not with mse), perplexity for "
+            "language; none for no metric.",
             "--metric",
             metavar="SPEC",
         ),

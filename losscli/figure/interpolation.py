@@ -184,12 +184,12 @@ def _is_wide(series: Sequence[Series], column: str) -> bool:
 def mark_lowest(
     axes: Axes, series: Sequence[Series], *, log: bool
 ) -> list[tuple[Series, float, float]]:
-    """Marks the lowest point of each curve, unless these are many, one is level or not drawn."""
+    """Marks the lowest point of each curve; not of many, nor where several are as low."""
     lowest = []
     for s in series if len(series) <= _FEW_LINES else ():
         loss = np.where(drawable(s["loss"], log=False), s["loss"], np.nan)
         finite = loss[np.isfinite(loss)]
-        if not finite.size or finite.min() == finite.max():
+        if np.count_nonzero(finite == finite.min(initial=np.inf)) != 1:
             continue
         at = int(np.nanargmin(loss))
         if not drawable(loss, log=log)[at]:

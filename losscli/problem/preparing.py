@@ -63,8 +63,8 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
         entries, first = checkpoints.survey(names)
         whole, data_name = data_of(settings, file)
         data = whole.select(settings.split, None, settings.seed)
-        loss, loss_name = loss_of(settings, file, data, model)
-        metrics, metric_names = metrics_of(settings, data, loss, model)
+        loss, loss_name, loss_source = loss_of(settings, file, data, model)
+        metrics, metric_names, metric_source = metrics_of(settings, data, loss, model)
         recalibration = recalibration_of(model, whole, data, settings)
     objective = Objective(
         model,
@@ -82,6 +82,7 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
         "data": data_name,
         "loss": loss_name,
         "metrics": metric_names,
+        "sources": {"loss": loss_source, "metrics": metric_source},
     }
     return Problem(
         objective,

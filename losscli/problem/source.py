@@ -18,18 +18,21 @@ __all__ = ["Found", "find"]
 
 @dataclass(frozen=True)
 class Found:
-    """A spec, who named it and what its relative paths are relative to."""
+    """A spec, who named it, what its relative paths are relative to, and where it came from."""
 
     value: Any
     trusted: bool
     folder: Path | None = None
+    source: str = ""
 
     @classmethod
-    def named(cls, value: Any, *, trusted: bool, folder: Path | None = None) -> Found:
+    def named(
+        cls, value: Any, *, trusted: bool, folder: Path | None = None, source: str = ""
+    ) -> Found:
         """Takes what was named: where that is a TOML file, what the file says."""
         if not isinstance(value, str):
-            return cls(value, trusted, folder)
-        return cls(*unfold(value, trusted=trusted, folder=folder))
+            return cls(value, trusted, folder, source)
+        return cls(*unfold(value, trusted=trusted, folder=folder), source)
 
     @property
     def text(self) -> str:
@@ -53,7 +56,7 @@ def find(kind: str, given: Any, first: CheckpointFile | None) -> Found | None:
         The spec; None where nobody names one.
     """
     if given is not None:
-        return Found.named(given, trusted=True)
+        return Found.named(given, trusted=True, source=f"--{kind}")
     if first is None:
         return None
     folder = first.folder
@@ -61,13 +64,14 @@ def find(kind: str, given: Any, first: CheckpointFile | None) -> Found | None:
     path = first.path
     own = folder if path is None else path if path.is_dir() else path.parent
     if f"losscli.{kind}" in first.metadata:
-        return Found.named(first.metadata[f"losscli.{kind}"], trusted=False, folder=folder)
+        own_spec = first.metadata[f"losscli.{kind}"]
+        return Found.named(own_spec, trusted=False, folder=folder, source="checkpoint metadata")
     for place in (folder, *folder.parents):
         file = place / "losscli.toml"
         if file.is_file():
             value = _read_toml(file).get(kind)
             if value is not None:
-                return Found.named(value, trusted=False, folder=place)
+                return Found.named(value, trusted=False, folder=place, source=str(file))
         # Beside the checkpoint a config.json of transformers names a model too.
         if kind == "model" and place == folder and has_config(own):
             return Found(str(Spec(f"transformers:{own}")), trusted=False)

@@ -11,7 +11,17 @@ from torch import nn
 from losscli.checkpoint import CheckpointFile
 from losscli.datasets import DataSet, from_object, load
 from losscli.errors import LossError, SpecError, UsageError
-from losscli.losses import LOSSES, METRICS, PerExample, causal_lm, token_cross_entropy
+from losscli.losses import (
+    LOSSES,
+    METRICS,
+    PerExample,
+    accuracy,
+    causal_lm,
+    class_dim_of,
+    function_of,
+    mse,
+    token_cross_entropy,
+)
 from losscli.models import (
     HEADLESS,
     NEEDS_DECODER,
@@ -39,6 +49,11 @@ _LOSS_OF_TASK = {
     "classification": "cross_entropy",
     "regression": "mse",
     "language": "causal_lm",
+}
+_TARGETS_OF_TASK = {
+    "classification": "integer targets",
+    "regression": "float targets",
+    "language": "language data",
 }
 
 
@@ -121,7 +136,7 @@ def recalibration_of(
 
 def loss_of(
     settings: Settings, first: CheckpointFile | None, data: DataSet, model: nn.Module
-) -> tuple[PerExample, str]:
+) -> tuple[PerExample, str, str]:
     """Finds the loss: the one that is named, or the one of the data's task.
 
     Args:
@@ -131,13 +146,14 @@ def loss_of(
         model: The model, whose scores decide where the data are sequences of tokens.
 
     Returns:
-        The per-example loss and what it is called.
+        The per-example loss, what it is called, and where it came from.
     """
     found = find("loss", settings.loss, first)
     if found is None:
         name = _language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task]
-        found = Found(name, trusted=True)
-    return _per_example(found, LOSSES, "loss"), found.text
+        source = f"default for {_TARGETS_OF_TASK[data.task]}"
+        found = Found(name, trusted=True, source=source)
+    return _per_example(found, LOSSES, "loss"), found.text, found.source
 
 
 def _language_loss(data: DataSet, model: nn.Module) -> str:
@@ -160,7 +176,7 @@ def _language_loss(data: DataSet, model: nn.Module) -> str:
 
 def metrics_of(
     settings: Settings, data: DataSet, loss: PerExample, model: nn.Module
-) -> tuple[dict[str, PerExample], list[str]]:
+) -> tuple[dict[str, PerExample], list[str], str]:
     """Finds the metrics: those that are named, or that of the data's task.
 
     Args:
@@ -170,16 +186,23 @@ def metrics_of(
         model: The model.
 
     Returns:
-        The per-example metrics by the names of their columns, and what they are called.
+        The per-example metrics by the names of their columns, what they are called, and where
+        they came from.
 
     Raises:
         UsageError: Two columns would have one name.
     """
     # Whoever asks for causal_lm means tokens, whatever the data's form.
     default = _METRIC_OF_TASK["language" if loss is causal_lm else data.task]
+    source = f"default for {_TARGETS_OF_TASK[data.task]}"
     next_tokens = loss is causal_lm or scores_of(model) == "next"
     if loss is token_cross_entropy or (data.language and not next_tokens):
         default = "none"
+    # To mse whole numbers are quantities, not classes.
+    if function_of(loss) is mse:
+        default, source = "none", "default for mse"
+    if settings.metric:
+        source = "--metric"
     metrics: dict[str, PerExample] = {}
     texts = []
     for value in settings.metric or (default,):
@@ -189,9 +212,15 @@ def metrics_of(
         name = _column(found.value)
         if name in metrics or name in _COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
-        metrics[name] = _per_example(found, METRICS, "metric")
+        metrics[name] = _read_as(loss, _per_example(found, METRICS, "metric"))
         texts.append(found.text)
-    return metrics, texts
+    return metrics, texts, source
+
+
+def _read_as(loss: PerExample, metric: PerExample) -> PerExample:
+    """Makes a metric take the classes from the dimension that the loss takes them from."""
+    dim = class_dim_of(loss)
+    return partial(metric, dim=dim) if metric is accuracy and dim is not None else metric
 
 
 def _column(metric: Any) -> str:

@@ -200,11 +200,13 @@ class Lowest:
     Attributes:
         alpha: Where it is.
         loss: The loss there.
+        ties: How many points have that loss.
         summary: The summary beside the table; None where there is none.
     """
 
     alpha: float
     loss: float
+    ties: int
     summary: Mapping[str, Any] | None
 
 
@@ -244,7 +246,7 @@ def lowest(csv: Path, split: str) -> Lowest:
             "Give the CSV as losscli wrote it, or choose a point with --alpha",
         )
     loss, alpha = min(points)
-    return Lowest(alpha, loss, _beside(csv))
+    return Lowest(alpha, loss, sum(other == loss for other, _ in points), _beside(csv))
 
 
 def _beside(csv: Path) -> Mapping[str, Any] | None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losscli.blocks import blocks_of
+from losscli.curve import lowest
 from losscli.errors import UsageError
 from losscli.objective import Evaluation, Objective
 from losscli.sampling import Estimate
@@ -148,26 +149,28 @@ class BlockCurve:
 
         Returns:
             ``loss_at_1``, the loss with this block alone taken from B, and ``change``, what it is
-            above the loss at A; ``minimum``, the lowest of the points, with ``below_a``, how much
-            it lies below A; ``barrier``, the largest height above the chord over 0 ≤ α ≤ 1, None
-            where no point between the ends was looked at or the loss at an end is not finite;
-            ``not_finite``, the number of points without a finite loss.
+            above the loss at A; ``minimum``, the lowest of the points, with ``ties``, how many have
+            that loss, and ``below_a``, how much it lies below A; ``barrier``, the largest height
+            above the chord over 0 ≤ α ≤ 1, None where no point between the ends was looked at or
+            the loss at an end is not finite; ``not_finite``, the number of points without a finite
+            loss.
         """
         means, end = self.losses.mean, len(alphas)
         change, change_stderr = self.changes.mean, self.changes.stderr
         finite = [i for i in range(end) if math.isfinite(means[i])]
-        lowest = min(finite, key=lambda i: means[i], default=None)
+        shared = lowest(means[:end].tolist())
         return {
             "loss_at_1": float(means[end]),
             "change": float(change[end]),
             "change_stderr": float(change_stderr[end]),
             "minimum": None
-            if lowest is None
+            if not shared
             else {
-                "alpha": alphas[lowest],
-                "loss": float(means[lowest]),
-                "below_a": float(-change[lowest]),
-                "below_a_stderr": float(change_stderr[lowest]),
+                "alpha": alphas[shared[0]],
+                "loss": float(means[shared[0]]),
+                "ties": len(shared),
+                "below_a": float(-change[shared[0]]),
+                "below_a_stderr": float(change_stderr[shared[0]]),
             },
             "barrier": self._barrier(alphas),
             "not_finite": end - len(finite),

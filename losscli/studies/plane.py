@@ -13,6 +13,7 @@ from torch import nn
 
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, all_in, named_all, path_of
+from losscli.curve import lowest
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.directions import random_directions
@@ -383,12 +384,17 @@ class Plane(Study):
         own = len(self.problem.names)
         plane_ = losses[own:]
         finite = [i for i, loss in enumerate(plane_) if math.isfinite(loss)]
-        lowest = min(finite, key=plane_.__getitem__, default=None)
+        shared = lowest(plane_)
         return {
             "checkpoints": list(losses[:own]),
             "lowest": None
-            if lowest is None
-            else {"x": points[lowest][0], "y": points[lowest][1], "loss": plane_[lowest]},
+            if not shared
+            else {
+                "x": points[shared[0]][0],
+                "y": points[shared[0]][1],
+                "loss": plane_[shared[0]],
+                "ties": len(shared),
+            },
             "highest_loss": max((plane_[i] for i in finite), default=None),
             "not_finite": len(plane_) - len(finite),
         }

@@ -22,6 +22,7 @@ from losscli.digest import digest
 from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.geometry import Line, Slice
 from losscli.journal import Journal
+from losscli.losses import Doubt
 from losscli.pace import Clock, Pace, measure
 from losscli.problem import Problem
 from losscli.ranks import apart
@@ -59,6 +60,9 @@ _ENDS = 2
 
 # Spectral norms matter where they change the loss by more than this share of it.
 _SPECTRAL = 1e-4
+
+# What of provenance changes no numbers, or is compared in another form.
+_ELSEWHERE = {"device", "device_name", "processes", "python", "checkpoints", "sources"}
 
 # Options by what provenance calls them.
 _OPTIONS = {
@@ -163,9 +167,7 @@ class Study(ABC):
     def identity(self) -> str:
         """A digest of everything that settles the numbers: equal for two runs of one command."""
         told = {
-            key: value
-            for key, value in self.problem.provenance.items()
-            if key not in {"device", "device_name", "processes", "python", "checkpoints"}
+            key: value for key, value in self.problem.provenance.items() if key not in _ELSEWHERE
         }
         told["checkpoints"] = [_content(c) for c in self.problem.provenance["checkpoints"]]
         told |= {"command": self.command, **self.settled}
@@ -478,13 +480,14 @@ class Study(ABC):
         return [note]
 
     def kept(self) -> list[str]:
-        """Notes on the order of the checkpoints, and on what stays where it is.
+        """Notes on the order of the checkpoints, the loss, the data, and tensors that stay.
 
         Returns:
             The notes.
         """
         problem, settings = self.problem, self.problem.settings
-        notes = [*problem.notes, *self._estimated(), *problem.objective.data.notes]
+        notes = [*problem.notes, *self._task_notes(), *self._estimated()]
+        notes += problem.objective.data.notes
         for name, split in problem.objective.splits.items():
             notes += [f"{name}: {remark}" for remark in split.remarks]
         end = {"a": "first", "b": "last"}.get(settings.buffers)
@@ -514,6 +517,12 @@ class Study(ABC):
             if not names:
                 break
         return names
+
+    def _task_notes(self) -> list[str]:
+        """Notes on a loss that may be the wrong one for the data or the model."""
+        default = self.problem.provenance["sources"]["loss"].startswith("default")
+        found = self.problem.objective.doubts
+        return [d.value for d in Doubt if d in found and (default or d is not Doubt.LABELS)]
 
     def _holds_back(self) -> bool:
         """Whether a tensor stays by choice that is not the same in all checkpoints."""

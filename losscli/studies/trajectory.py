@@ -14,6 +14,7 @@ import torch
 
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, named_all, path_of
+from losscli.curve import lowest
 from losscli.datasets import Examples
 from losscli.device import float32_precision
 from losscli.errors import UsageError
@@ -368,30 +369,31 @@ class Trajectory(Study):
         steps = len(self.problem.names)
         losses, ribbon_ = estimate.mean[:steps].tolist(), estimate.mean[steps:].tolist()
         finite = [t for t in range(steps) if math.isfinite(losses[t])]
-        lowest = min(finite, key=losses.__getitem__, default=None)
+        shared = lowest(losses)
         told: dict[str, Any] = {
             "loss_first": losses[0],
             "loss_last": losses[-1],
             "lowest": None
-            if lowest is None
+            if not shared
             else {
-                "step": lowest,
-                "checkpoint": self.problem.names[lowest],
-                "loss": losses[lowest],
+                "step": shared[0],
+                "checkpoint": self.problem.names[shared[0]],
+                "loss": losses[shared[0]],
+                "ties": len(shared),
             },
             "rises": sum(later > earlier for earlier, later in pairwise(losses)),
             "not_finite": steps - len(finite),
         }
         if ribbon_:
             points = [i for i, loss in enumerate(ribbon_) if math.isfinite(loss)]
-            best = min(points, key=ribbon_.__getitem__, default=None)
-            if best is not None:
-                t, i = divmod(best, len(self.offsets))
+            if best := lowest(ribbon_):
+                t, i = divmod(best[0], len(self.offsets))
                 told["surface_lowest"] = {
                     "step": t,
                     "projection": self.path.projection[t],
                     "residual": self.offsets[i],
-                    "loss": ribbon_[best],
+                    "loss": ribbon_[best[0]],
+                    "ties": len(best),
                 }
             told["surface_not_finite"] = len(ribbon_) - len(points)
         return told
