@@ -53,7 +53,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         raise LossError(
             f"cross_entropy needs outputs [B, C] and integer targets [B], not {_form(outputs)} "
             f"and {_form(targets)}",
-            "Choose another --loss, or a model with one output a class",
+            _cure_of_classes(targets)
+            or "Choose another --loss, or a model with one output a class",
         )
     return per_example_mean(F.cross_entropy(outputs, targets, reduction="none"))
 
@@ -137,7 +138,8 @@ def _check_tokens(outputs: Tensor, targets: Tensor, loss: str) -> None:
         raise LossError(
             f"{loss} needs outputs [B, T, V] and token ids [B, T], not {_form(outputs)} and "
             f"{_form(targets)}",
-            "Choose another --loss, or a model with scores for every token",
+            _cure_of_classes(targets)
+            or "Choose another --loss, or a model with scores for every token",
         )
 
 
@@ -243,12 +245,24 @@ def _like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
     if outputs.shape == (*targets.shape, 1):
         targets = targets.unsqueeze(-1)
     if outputs.shape != targets.shape:
+        classes = _one_score_a_class(outputs, targets) and outputs.shape[1] > 1
         raise LossError(
             f"{loss} needs outputs and targets of one shape, not {_form(outputs)} and "
             f"{_form(targets)}",
-            "Choose another --loss, or a model with one output a target",
+            (classes and _cure_of_classes(targets))
+            or "Choose another --loss, or a model with one output a target",
         )
     return targets.to(outputs.dtype)
+
+
+def _cure_of_classes(targets: Tensor) -> str:
+    """Explains classes that are stored as floating-point numbers; empty for other targets."""
+    if not targets.is_floating_point() or not bool(((targets >= 0) & (targets % 1 == 0)).all()):
+        return ""
+    return (
+        "The targets are whole numbers: if they are classes, convert them with .long(), or store "
+        "integers in the file"
+    )
 
 
 def _form(tensor: Tensor) -> str:

@@ -16,6 +16,7 @@ from losscli.models import (
     HEADLESS,
     NEEDS_DECODER,
     is_headless,
+    label_loss,
     needs_decoder_inputs,
     scores_of,
 )
@@ -135,7 +136,9 @@ def loss_of(
     """
     found = find("loss", settings.loss, first)
     if found is None:
-        name = _language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task]
+        name = label_loss(model, floating=data.task == "regression") or (
+            _language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task]
+        )
         found = Found(name, trusted=True)
     return _per_example(found, LOSSES, "loss"), found.text
 
@@ -179,6 +182,8 @@ def metrics_of(
     default = _METRIC_OF_TASK["language" if loss is causal_lm else data.task]
     next_tokens = loss is causal_lm or scores_of(model) == "next"
     if loss is token_cross_entropy or (data.language and not next_tokens):
+        default = "none"
+    if label_loss(model, floating=data.task == "regression") == "mse":
         default = "none"
     metrics: dict[str, PerExample] = {}
     texts = []
