@@ -82,7 +82,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor, *, dim: int | None = None) -
         raise LossError(
             f"cross_entropy needs outputs [B, C] and integer targets [B], not {_form(outputs)} "
             f"and {_form(targets)}",
-            "Choose another --loss, or a model with one output a class",
+            _cure_of_classes(targets)
+            or "Choose another --loss, or a model with one output a class",
         )
     if dim == -1:
         return token_cross_entropy(outputs, targets)
@@ -169,7 +170,8 @@ def _check_tokens(outputs: Tensor, targets: Tensor, loss: str, *, most: int) -> 
         raise LossError(
             f"{loss} needs outputs [B, T, V] and token ids [B, T], not {_form(outputs)} and "
             f"{_form(targets)}",
-            "Choose another --loss, or a model with scores for every token",
+            _cure_of_classes(targets)
+            or "Choose another --loss, or a model with scores for every token",
         )
 
 
@@ -460,12 +462,24 @@ def _like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
     if _one_score_a_target(outputs, targets):
         targets = targets.reshape(outputs.shape)
     if outputs.shape != targets.shape:
+        classes = outputs.ndim == targets.ndim + 1 and outputs.shape[1] > 1
         raise LossError(
             f"{loss} needs outputs and targets of one shape, not {_form(outputs)} and "
             f"{_form(targets)}",
-            "Choose another --loss, or a model with one output a target",
+            (classes and _cure_of_classes(targets))
+            or "Choose another --loss, or a model with one output a target",
         )
     return targets
+
+
+def _cure_of_classes(targets: Tensor) -> str:
+    """Explains classes that are stored as floating-point numbers; empty for other targets."""
+    if not targets.is_floating_point() or not bool(((targets >= 0) & (targets % 1 == 0)).all()):
+        return ""
+    return (
+        "The targets are whole numbers: if they are classes, convert them with .long(), or store "
+        "integers in the file"
+    )
 
 
 def _form(tensor: Tensor) -> str:

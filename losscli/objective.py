@@ -21,6 +21,7 @@ from torch.func import vmap
 
 from losscli.datasets import DataSet, Examples, Inputs, Split, device_budget, leaves, map_inputs
 from losscli.errors import (
+    DataError,
     LosscliError,
     LossError,
     ModelError,
@@ -341,10 +342,17 @@ class Objective:
             The batches, as stored, on the device.
         """
         # What is decoded on the way has not been seen before it comes.
-        unseen = self._classes is not None and not isinstance(split, Split)
+        unseen = not isinstance(split, Split)
+        done = 0
         for batch in split.batches(size or self.batch_size, order):
-            if unseen:
+            if unseen and self._classes is not None:
                 self._check_range(batch.targets, "the data")
+            if unseen and _is_registered(self.loss):
+                place = _not_finite(batch.targets)
+                if place is not None:
+                    index = done + place if order is None else int(order[done + place])
+                    raise self._target_error(batch.targets[place], split, index)
+            done += len(batch)
             yield batch.send(self.device)
 
     @torch.no_grad()
@@ -405,6 +413,7 @@ class Objective:
             self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
             self._check_labels(outputs, split.targets, name)
             self.per_example(self.loss, outputs, split.targets, "loss")
+            self._check_targets(name)
             for metric, function in self.metrics.items():
                 self.per_example(function, outputs, split.targets, f"metric {metric!r}")
             outputs = _scores(outputs)
@@ -793,6 +802,29 @@ class Objective:
         if self._classes is not None:
             self._check_range(seen.targets, f"the split {name!r}")
 
+    def _check_targets(self, name: str) -> None:
+        """Finds a target that is not finite, if the loss does not leave it out."""
+        split = self.splits[name]
+        place = _not_finite(split.targets) if isinstance(split, Split) else None
+        if place is None or not isinstance(split, Split):
+            return
+        start = place - place % self.batch_size
+        batch = split.take(slice(start, start + self.batch_size)).send(self.device)
+        inputs = self.data.prepare(map_inputs(Tensor.clone, batch.inputs), self.dtype)
+        outputs = self.forward(self.model, inputs)
+        losses = self.per_example(self.loss, outputs, batch.targets, "loss")
+        if not losses[place - start].isfinite():
+            raise self._target_error(split.targets[place], split, place)
+
+    def _target_error(self, target: Tensor, split: Examples, index: int) -> DataError:
+        found = [name for name, examples in self.splits.items() if examples is split]
+        where = f"the split {found[0]!r}" if found else "the data"
+        value = float(target[~target.isfinite()].flatten()[0])
+        return DataError(
+            f"{where}: the target of example {split.position(index)} (counted from 0) is {value}",
+            "Leave the example out, or give a --loss of your own that does",
+        )
+
     def _check_range(self, labels: Tensor, where: str) -> None:
         if self.loss in OF_TOKENS:
             labels = labels[:, 1:] if self.loss is causal_lm else labels
@@ -863,6 +895,14 @@ def _result_or_none(model: Callable[..., Any], inputs: Inputs) -> Any:
         raise
     except Exception:  # noqa: BLE001 - the user's code may raise anything
         return None
+
+
+def _not_finite(targets: Tensor) -> int | None:
+    """The first example whose target is infinite or not a number."""
+    if not targets.is_floating_point():
+        return None
+    bad = ~targets.isfinite().flatten(1).all(1) if targets.ndim > 1 else ~targets.isfinite()
+    return int(bad.nonzero()[0]) if bool(bad.any()) else None
 
 
 def _is_registered(function: PerExample) -> bool:

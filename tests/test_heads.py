@@ -47,6 +47,14 @@ def blank():
 def decoding():
     one = batch(decoder_input_ids=tokens(seed=3)[:, :4])
     return {{"all": {{**one, "labels": labels({V})[:, :4]}}}}
+def multi(count={C}, soft=True):
+    y = torch.rand(({N}), int(count), generator=torch.Generator().manual_seed(4))
+    y = y if soft else (y > 0.5).long()
+    return {{"all": {{"input_ids": tokens(), "labels": y}}}}
+def values():
+    return {{"all": {{"input_ids": tokens(), "labels": multi(1)["all"]["labels"][:, 0]}}}}
+def counts():
+    return {{"all": {{"input_ids": tokens(), "labels": torch.arange({N})}}}}
 def classes():
     return {{"all": {{**batch(), "labels": torch.arange({N}) % {C}}}}}
 def own(outputs, targets):
@@ -260,3 +268,75 @@ def test_what_a_model_scores_is_known_by_its_class(name: str, scores: str) -> No
 
     assert scores_of(Own()) == scores
     assert scores_of(nn.Linear(1, 1)) == "next"
+
+
+LABELLED: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "several labels by the config": (
+        {"problem_type": "multi_label_classification", "num_labels": C},
+        *("multi", "bce", "none"),
+    ),
+    "several labels by the labels": ({"num_labels": C}, "multi", "bce", "none"),
+    "as many labels as tokens": ({"num_labels": T}, f"multi,count={T}", "bce", "none"),
+    "regression by the config": (
+        {"problem_type": "regression", "num_labels": C},
+        *("multi", "mse", "none"),
+    ),
+    "regression by one label": ({"num_labels": 1}, "values", "mse", "none"),
+    "regression of whole numbers": ({"num_labels": 1}, "counts", "mse", "none"),
+    "classes": ({"num_labels": C}, "classes", "cross_entropy", "accuracy"),
+    "classes by the config": (
+        {"problem_type": "single_label_classification", "num_labels": C},
+        *("classes", "cross_entropy", "accuracy"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LABELLED)
+def test_labels_are_scored_as_the_model_itself_scores_them(
+    case: str, mine: dict[str, Any], losscli: Losscli
+) -> None:
+    more, data, loss, metric = LABELLED[case]
+    states = []
+    for seed, folder in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = transformers.BertForSequenceClassification(
+            transformers.BertConfig(**{**BERT, **more})
+        )
+        model.save_pretrained(folder)
+        states.append(dict(model.state_dict()))
+    done = losscli(
+        *("interpolate", "a", "b", "-d", f"mine.py:{data}", "--json", "-o", "x", "--no-figure"),
+        *("--points", 3, "--range", 0, 1, "--dtype", "float64", "--batch-size", 2),
+    )
+    assert done.status == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["loss"] == loss
+    assert summary["metrics"] == ([] if metric == "none" else [metric])
+    function, _, count = data.partition(",count=")
+    (batch,) = mine[function](*[int(count)] if count else []).values()
+    model = transformers.BertForSequenceClassification.from_pretrained("a").double().eval()
+    for row in csv.DictReader(io.StringIO(Path("x.csv").read_text())):
+        model.load_state_dict(oracle.blend(*states, float(row["alpha"])))
+        with torch.no_grad():
+            whole = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+            losses = [
+                float(model(**{key: tensor[i : i + 1] for key, tensor in whole.items()}).loss)
+                for i in range(N)
+            ]
+        assert float(row["loss"]) == pytest.approx(oracle.mean(losses), rel=1e-9)
+
+
+def test_whole_numbers_are_several_labels_where_the_config_says_so(losscli: Losscli) -> None:
+    found = []
+    for soft in ("true", "false"):
+        for folder in "ab":
+            torch.manual_seed(ord(folder))
+            config_ = transformers.BertConfig(**BERT, problem_type="multi_label_classification")
+            transformers.BertForSequenceClassification(config_).save_pretrained(folder)
+        done = losscli(
+            *("interpolate", "a", "b", "-d", f"mine.py:multi,soft={soft}", "--points", 3),
+            *("--json", "-o", soft, "--no-figure"),
+        )
+        assert done.status == 0, done.stderr
+        found.append(json.loads(done.stdout)["loss"])
+    assert found == ["bce", "bce"]

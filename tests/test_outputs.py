@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import losscli
 from losscli.datasets import from_object
+from losscli.datasets import objects as objects_
 from losscli.errors import ModelError
 from losscli.losses import accuracy, bce, cross_entropy, mse
 from losscli.objective import Objective
@@ -245,7 +246,26 @@ from tests.test_outputs import SOFT, X, Y, Wrapped, Whole
 def data(): return {"all": (X, Y)}
 def named(): return {"all": {"x": X, "y": Y}}
 def soft(): return {"all": (X, SOFT)}
-def ids(): return {"all": (X, Y.float())}
+def ids(dtype="float32"): return {"all": (X, Y.to(getattr(torch, dtype)))}
+def spoiled(value="nan", place=5, column=1, count=1):
+    soft = torch.cat([SOFT] * int(count))
+    soft[int(place), int(column)] = float(value)
+    return {"test": (X, SOFT), "train": (torch.cat([X] * int(count)), soft)}
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, pair): self.pair = pair
+    def __len__(self): return len(self.pair[0])
+    def __getitem__(self, i): return tuple(part[i] for part in self.pair)
+class Coming(torch.utils.data.IterableDataset):
+    def __init__(self, pair): self.pair = pair
+    def __iter__(self): return zip(*self.pair)
+def rows(**keys): return {name: Rows(pair) for name, pair in spoiled(**keys).items()}
+def coming(**keys): return {name: Coming(pair) for name, pair in spoiled(**keys).items()}
+def masked(outputs, targets):
+    return torch.nan_to_num(outputs["logits"] - targets).square().mean(1)
+def unmasked(outputs, targets):
+    return (outputs["logits"] - targets).square().mean(1)
+def halves(): return {"all": (X, Y + 0.5)}
+def negative(): return {"all": (X, Y - 1.0)}
 def own(outputs, targets): return outputs["hidden"].mean(1)
 def broken(outputs, targets): return outputs.mean(1)
 class Nothing(Wrapped):
@@ -303,3 +323,83 @@ def test_a_mapping_without_logits_is_refused(losscli: Losscli, code: Path) -> No
         "that takes it, or a model that returns its scores, alone or under the key logits\n"
     )
     assert not list(code.glob("c*"))
+
+
+CURE = (
+    "The targets are whole numbers: if they are classes, convert them with .long(), or store "
+    "integers in the file\n"
+)
+
+
+@pytest.mark.parametrize("loss", [(), ("--loss", "bce"), ("--loss", "cross_entropy")], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_classes_stored_as_floating_point_numbers_name_the_cure(
+    dtype: str, loss: tuple[str, ...], losscli: Losscli, code: Path
+) -> None:
+    done = run(losscli, "-m", "mine.py:Wrapped", "-d", f"mine.py:ids,dtype={dtype}", *loss)
+    assert done.status == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith(f"not float64 [13, 3] and {dtype} [13]. {CURE}")
+    assert not list(code.glob("c*"))
+
+
+@pytest.mark.parametrize("data", ["halves", "negative"])
+def test_other_targets_are_not_taken_for_classes(data: str, losscli: Losscli, code: Path) -> None:
+    done = run(losscli, "-m", "mine.py:Wrapped", "-d", f"mine.py:{data}")
+    assert done.status == 1
+    assert done.stderr.endswith("Choose another --loss, or a model with one output a target\n")
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce", "mine.py:unmasked"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("place", [0, 5, 12])
+def test_a_target_that_is_not_finite_is_named(
+    place: int, value: str, loss: str, losscli: Losscli, code: Path
+) -> None:
+    words = ("-m", "mine.py:Wrapped", "--loss", loss, "--batch-size", 4)
+    done = run(losscli, *words, "-d", f"mine.py:spoiled,value={value},place={place}")
+    assert done.status == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"losscli: the split 'train': the target of example {place} (counted from 0) is {value}. "
+        "Leave the example out, or give a --loss of your own that does\n"
+    )
+    assert not list(code.glob("c*"))
+    done = run(losscli, *words, "-d", f"mine.py:spoiled,value={value}", "--split", "test")
+    assert done.status == 0, done.stderr
+
+
+def test_a_loss_may_leave_targets_out_that_are_not_finite(losscli: Losscli, code: Path) -> None:
+    words = ("-m", "mine.py:Wrapped", "--loss", "mine.py:masked", "-d", "mine.py:spoiled")
+    done = run(losscli, *words, "--split", "train")
+    assert done.status == 0, done.stderr
+    with (code / "c.csv").open(newline="", encoding="utf-8") as file:
+        first = next(csv.DictReader(file))
+    net = Net().double()
+    net.load_state_dict(torch.load("a.pt", weights_only=True))
+    with torch.no_grad():
+        errors = (net.scores(X.double()) - SOFT.double()).square()
+    errors[5, 1] = 0
+    assert float(first["loss"]) == pytest.approx(errors.mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("limit", [[], ["--limit", 25]], ids=str)
+@pytest.mark.parametrize("form", ["rows", "coming"])
+def test_a_target_that_is_not_finite_is_found_in_a_stream(
+    form: str, limit: list[object], losscli: Losscli, code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects_, "host_budget", lambda: 0)
+    words = ("-m", "mine.py:Wrapped", "--loss", "mse", "--batch-size", 4, *limit)
+    seen = 0
+    for place in range(6, 26, 3):
+        done = run(losscli, *words, "--force", "-d", f"mine.py:{form},place={place},count=2")
+        if done.status == 0:
+            # Then it is not among those that the limit leaves.
+            assert limit
+            continue
+        seen += 1
+        assert (done.status, done.stdout) == (1, "")
+        assert done.stderr.startswith(
+            f"losscli: the split 'train': the target of example {place} (counted from 0) is nan. "
+        )
+    assert seen >= 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import itertools
 import json
 import os
 import random
@@ -39,9 +40,10 @@ from torch.utils.data import (
 
 from losscli.curvature import Curvature
 from losscli.datasets import DataSet, Split, from_object, leaves
+from losscli.datasets import flow as flow_
 from losscli.datasets import objects as objects_
 from losscli.datasets import stream as stream_
-from losscli.datasets.flow import Flow
+from losscli.datasets.flow import Flow, Source
 from losscli.datasets.stream import Stream
 from losscli.errors import DataError, LossError
 from losscli.geometry import Line
@@ -621,6 +623,84 @@ def test_labels_out_of_range_are_found_before_the_loss_sees_them(
 def _mislabelled(place: int, i: int) -> Any:
     inputs, target = example(i)
     return inputs, 7 if i == place else target
+
+
+class Listed(IterableDataset[Any]):
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+
+class Endless(IterableDataset[Any]):
+    """Never ends, and counts what it was asked for."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for i in itertools.count():
+            self.given = max(self.given, i + 1)
+            yield example(i)
+
+
+def test_an_endless_stream_says_after_ten_seconds_that_it_needs_a_limit(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # As far as the stream knows, a second passes from batch to batch of 64.
+    for batches, counting in itertools.product(
+        (9, 10, 30), (len, lambda flow: flow.decode(1 << 20), lambda flow: flow.decode(10))
+    ):
+        caplog.clear()
+        rows = [example(0)] * (64 * batches)
+        ticks = itertools.count()
+        counting(Flow(Source(Listed(rows), "here", 0, lambda ticks=ticks: next(ticks))))
+        assert [record.getMessage() for record in caplog.records] == (
+            ["here: 576 examples in 10 s and no end yet. If it is endless, give --limit"]
+            if batches >= 10
+            else []
+        )
+        assert {record.levelname for record in caplog.records} <= {"WARNING"}
+
+
+@pytest.mark.parametrize("limit", [1, 9, 64, 65, 100])
+@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
+def test_a_limit_ends_an_endless_stream_and_no_further_example_is_asked_for(
+    limit: int, streamed: bool, cramped: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    cramped(0 if streamed else 1 << 20)
+    stream = Endless()
+    data = from_object(stream, "here", limit=limit)
+    split = data.splits["data"]
+    assert isinstance(split, Flow) == streamed
+    assert len(split) == limit
+    found = whole(split)
+    assert torch.equal(found.inputs, torch.stack([example(i)[0] for i in range(limit)]))  # type: ignore[arg-type]
+    assert stream.given == limit
+    assert split.digest
+    assert stream.given == limit
+    # Batches of the user's own come whole.
+    stream = Endless()
+    split = from_object(DataLoader(stream, batch_size=8), "here", limit=limit).splits["data"]
+    assert len(whole(split)) == limit
+    assert stream.given == -(-limit // 8) * 8
+    assert not caplog.records
+
+
+def test_what_is_said_of_an_endless_stream_is_a_note_of_the_command(
+    losscli: Losscli, code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow_, "_LONG", 0.0)
+    done = interpolate(losscli, "coming", "-o", "a")
+    assert done.status == 0
+    (line,) = [line for line in done.stderr.splitlines() if "no end yet" in line]
+    assert line.endswith("no end yet. If it is endless, give --limit")
+    assert line.startswith("note: data ")
+    for words in (["--limit", 50], ["-q"]):
+        done = interpolate(losscli, "coming", "-o", "b", "--force", *words)
+        assert done.status == 0
+        assert "no end yet" not in done.stderr
 
 
 # The command line

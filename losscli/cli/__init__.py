@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import logging
 import os
 import signal
 import sys
@@ -191,6 +192,8 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
 
     # Typer bundles click since its version 0.2x, so its exceptions have no stable home.
     click_exception: type[Any] = typer.BadParameter.__mro__[2]
+    notes = _Notes(console)
+    logging.getLogger("losscli").addHandler(notes)
     # So help is asked for, which typer writes.
     helps = not arguments or not {"-h", "--help"}.isdisjoint(arguments)
     try:
@@ -207,4 +210,17 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
             error.format_message() or "no command is given",
             f"See {command} --help",
         ) from None
+    finally:
+        logging.getLogger("losscli").removeHandler(notes)
     return status if isinstance(status, int) else 0
+
+
+class _Notes(logging.Handler):
+    """Shows as a note what is logged while a command runs."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.note(record.getMessage())

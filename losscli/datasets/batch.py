@@ -107,14 +107,16 @@ def is_language(batch: object) -> bool:
         batch: A batch as code gives it.
 
     Returns:
-        Whether it is a mapping with ``labels`` of the shape of its ``decoder_input_ids``, or
-        where it has none, of its ``input_ids``.
+        Whether it is a mapping with whole-number ``labels`` of the shape of its
+        ``decoder_input_ids``, or where it has none, of its ``input_ids``.
     """
     if not isinstance(batch, Mapping):
         return False
     scored = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
     tokens, labels = (getattr(batch.get(key), "shape", None) for key in (scored, "labels"))
-    return tokens is not None and len(tokens) > 1 and tokens == labels
+    # Probabilities of as many labels as there are tokens are not tokens.
+    whole = "float" not in str(getattr(batch.get("labels"), "dtype", ""))
+    return tokens is not None and len(tokens) > 1 and tokens == labels and whole
 
 
 def to_tensor(value: object, where: str, key: object) -> Tensor:

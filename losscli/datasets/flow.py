@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import re
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from losscli.datasets.batch import is_language, join, understand
 from losscli.datasets.randomness import capture, private_randomness, restore, seed_all
@@ -25,6 +28,14 @@ from losscli.errors import DataError, one_line
 from losscli.spec import own_folders_in_path
 
 __all__ = ["Flow", "Source"]
+
+# Examples that an iterable without batches of its own is asked for at a time.
+_AT_A_TIME = 64
+
+# Seconds of counting after which a stream may be endless.
+_LONG = 10.0
+
+_LOG = logging.getLogger("losscli")
 
 # So many examples tell others than those that were.
 _TELLING = 16
@@ -54,23 +65,45 @@ class _Collate:
             return Failure(f"{self.where} failed: {one_line(error)}", "")
 
 
+class _First(IterableDataset[Any]):
+    """The first examples of an iterable data set; no further one is asked for."""
+
+    def __init__(self, dataset: IterableDataset[Any], number: int | None) -> None:
+        self._dataset = dataset
+        self._number = number
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self._dataset), self._number)
+
+
 class Source:
     """Gives batches, anew in each pass, and from the same seed.
 
     Args:
-        loader: Gives them; it is left as it is.
+        data: A loader that gives them, which is left as it is; or a data set without batches.
         where: What to call it in errors.
         seed: Of everything random in a pass.
+        clock: Tells seconds.
 
     Attributes:
         language: Whether the targets of the batches seen are the tokens of the inputs.
     """
 
-    def __init__(self, loader: DataLoader[Any], where: str, seed: int) -> None:
+    def __init__(
+        self,
+        data: DataLoader[Any] | IterableDataset[Any],
+        where: str,
+        seed: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.where = where
         self.language = False
+        self.clock = clock
+        self._dataset = None if isinstance(data, DataLoader) else data
+        loader = data if isinstance(data, DataLoader) else self._load(data, None)
+        self._collate = _Collate(loader.collate_fn, where)
         self._loader = copy.copy(loader)
-        self._loader.collate_fn = _Collate(loader.collate_fn, where)
+        self._loader.collate_fn = self._collate
         self._loader._iterator = None
         if not isinstance(loader.worker_init_fn, Prepare):
             self._loader.worker_init_fn = Prepare(loader.worker_init_fn)
@@ -78,8 +111,15 @@ class Source:
             seed_all(seed)
             self._start = capture()
 
-    def batches(self) -> Iterator[Split]:
+    @staticmethod
+    def _load(dataset: IterableDataset[Any], stop: int | None) -> DataLoader[Any]:
+        return DataLoader(_First(dataset, stop), batch_size=_AT_A_TIME)
+
+    def batches(self, stop: int | None = None) -> Iterator[Split]:
         """Goes by the data once.
+
+        Args:
+            stop: How many examples are needed. Batches of the user's own are whole.
 
         Yields:
             The batches as they come, of any size.
@@ -87,7 +127,10 @@ class Source:
         Raises:
             DataError: Its code fails, or a batch is not understood.
         """
-        state, seen = self._start, 0
+        state, seen, loader = self._start, 0, self._loader
+        if self._dataset is not None and stop is not None:
+            loader = self._load(self._dataset, stop)
+            loader.collate_fn = self._collate
         batches: Iterator[Parcel | Failure] | None = None
         try:
             while True:
@@ -95,7 +138,7 @@ class Source:
                 with private_randomness(), children_unheard(), own_folders_in_path():
                     restore(state)
                     try:
-                        batches = iter(self._loader) if batches is None else batches
+                        batches = iter(loader) if batches is None else batches
                         found = next(batches, None)
                     except Exception as error:
                         # torch waits five seconds for a worker whose iterable has failed.
@@ -261,7 +304,8 @@ class Flow(Examples):
         """
         if number not in self._firsts:
             # Where there is none at all, the pass says so.
-            self._firsts[number] = next(self.batches(number))
+            part = self.draw(number, torch.Generator())
+            self._firsts[number] = next(part.batches(number))
         return self._firsts[number]
 
     def decode(self, budget: int) -> Split | None:
@@ -289,7 +333,14 @@ class Flow(Examples):
     def _pass(self) -> Iterator[Split]:
         """Goes by the examples in batches as they come, and holds each pass against the first."""
         position, count, checksum = 0, 0, 0
-        for batch in self._source.batches():
+        begun = self._source.clock() if self._stop is None and self._length is None else None
+        for batch in self._source.batches(self._stop):
+            if begun is not None and (spent := self._source.clock() - begun) >= _LONG:
+                _LOG.warning(
+                    "%s: %s examples in %.0f s and no end yet. If it is endless, give --limit",
+                    *(self._source.where, f"{position:,}", spent),
+                )
+                begun = None
             first = max(0, self._start - position)
             last = len(batch) if self._stop is None else min(len(batch), self._stop - position)
             position += len(batch)

@@ -27,9 +27,6 @@ from losscli.errors import DataError, one_line
 
 __all__ = ["from_object", "into_memory", "wrap"]
 
-# Examples that an iterable without batches of its own is asked for at a time.
-_AT_A_TIME = 64
-
 
 def from_object(
     loaded: object,
@@ -163,7 +160,7 @@ def _examples(
     if type(content) is TensorDataset:
         return understand(list(content.tensors), where)
     if isinstance(content, IterableDataset):
-        return Flow(Source(DataLoader(content, batch_size=_AT_A_TIME), where, seed))
+        return Flow(Source(content, where, seed))
     if getattr(content, "__len__", None) is None:
         raise DataError(
             f"{where}: the Dataset has no length", "Give it __len__, or an IterableDataset"

@@ -91,6 +91,17 @@ class Examples(ABC):
         """
         return torch.randperm(len(self), generator=generator)
 
+    def position(self, index: int) -> int:
+        """Finds an example in the data that these are a part of.
+
+        Args:
+            index: Its place among these examples.
+
+        Returns:
+            Its position there, where it is known; else its place among these.
+        """
+        return index
+
     @abstractmethod
     def take(self, index: Tensor | slice) -> Examples:
         """Picks examples.

@@ -511,6 +511,17 @@ class Stream(Examples):
         """How many workers there are for them, or this process alone."""
         return max(1, self._workers.worth(len(self), 1, self.first(1).nbytes))
 
+    def position(self, index: int) -> int:
+        """Finds an example in the data set.
+
+        Args:
+            index: Its place among these examples.
+
+        Returns:
+            Its position in the data set.
+        """
+        return int(self._index[index])
+
     def take(self, index: Tensor | slice) -> Stream:
         """Picks examples.
 

@@ -8,6 +8,7 @@ from losscli.models.heads import (
     NEEDS_DECODER,
     cure_of,
     is_headless,
+    label_loss,
     needs_decoder_inputs,
     scores_of,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "cure_of",
     "has_config",
     "is_headless",
+    "label_loss",
     "needs_decoder_inputs",
     "scores_of",
 ]

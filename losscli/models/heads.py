@@ -18,6 +18,7 @@ __all__ = [
     "Scores",
     "cure_of",
     "is_headless",
+    "label_loss",
     "needs_decoder_inputs",
     "scores_of",
 ]
@@ -42,6 +43,8 @@ _OWN = re.compile(
     r".*For(MaskedLM|TokenClassification)|(XLM|Flaubert)WithLMHeadModel|XLNetLMHeadModel"
 )
 _NEXT = re.compile(r".*(ForCausalLM|LMHeadModel|WithLMHead)")
+# Those that choose a loss by config.problem_type and config.num_labels.
+_LABELLED = re.compile(r".*For(Sequence|Image|Video)Classification")
 _GENERATES = re.compile(r".*ForConditionalGeneration")
 
 
@@ -66,6 +69,31 @@ def scores_of(model: nn.Module) -> Scores:
         if _GENERATES.fullmatch(name):
             return "own" if _is_encoder_decoder(model) else "next"
     return "other"
+
+
+def label_loss(model: nn.Module, *, floating: bool) -> Literal["bce", "mse"] | None:
+    """Finds the loss that a classifier of transformers takes of labels that are not classes.
+
+    Args:
+        model: The model.
+        floating: Whether the labels are floating-point.
+
+    Returns:
+        ``"bce"`` for several labels per example, ``"mse"`` for regression, by ``problem_type`` of
+        its config, else by ``num_labels`` and the labels; None for classes, and for other models.
+    """
+    kinds = type(model).__mro__ if _is_pretrained(model) else ()
+    if not any(_LABELLED.fullmatch(kind.__name__) for kind in kinds):
+        return None
+    problem = getattr(model.config, "problem_type", None)
+    if problem is None:
+        several = "multi_label_classification" if floating else "single_label_classification"
+        problem = "regression" if getattr(model.config, "num_labels", None) == 1 else several
+    losses: dict[str, Literal["bce", "mse"]] = {
+        "multi_label_classification": "bce",
+        "regression": "mse",
+    }
+    return losses.get(problem)
 
 
 def is_headless(model: nn.Module) -> bool:

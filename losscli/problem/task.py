@@ -26,6 +26,7 @@ from losscli.models import (
     HEADLESS,
     NEEDS_DECODER,
     is_headless,
+    label_loss,
     needs_decoder_inputs,
     scores_of,
 )
@@ -150,8 +151,9 @@ def loss_of(
     """
     found = find("loss", settings.loss, first)
     if found is None:
-        name = _language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task]
-        source = f"default for {_TARGETS_OF_TASK[data.task]}"
+        own = label_loss(model, floating=data.task == "regression")
+        name = own or (_language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task])
+        source = f"default for {'the config of the model' if own else _TARGETS_OF_TASK[data.task]}"
         found = Found(name, trusted=True, source=source)
     return _per_example(found, LOSSES, "loss"), found.text, found.source
 
