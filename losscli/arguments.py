@@ -14,7 +14,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from losscli.errors import UsageError
 
-__all__ = ["checked", "convert", "need_known", "shown"]
+__all__ = ["checked", "convert", "listed", "need_known", "shown"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,6 +101,25 @@ def shown(value: object) -> str:
     return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 
 
+def listed(value: Any) -> list[Any] | None:
+    """Lists several values.
+
+    Args:
+        value: An iterable of them, such as a list, a generator or an array.
+
+    Returns:
+        The values; None for a string and for what is no iterable.
+    """
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        # An array without an axis has a method for that, which raises.
+        each = iter(value)
+    except TypeError:
+        return None
+    return list(each)
+
+
 def convert(option: str, value: Any, hint: Any) -> Any:
     """Takes a value for what an annotation says.
 
@@ -145,21 +164,21 @@ def _several(option: str, value: Any, hint: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     # What is no text and can be called, such as a module or a class, is one value.
-    if isinstance(value, str | bytes) or callable(value) or not isinstance(value, Iterable):
-        value = (value,)
+    values = None if callable(value) else listed(value)
     if isinstance(value, Mapping):
         raise _refusal(option, "a string or a list of them", value)
-    return tuple(convert(option, one, hint) for one in value)
+    return tuple(convert(option, one, hint) for one in ([value] if values is None else values))
 
 
 def _pair(option: str, value: Any) -> tuple[float, float]:
     what = "two numbers, the lowest and the highest value"
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    values = None if isinstance(value, Mapping) else listed(value)
+    if values is None:
         raise _refusal(option, what, value)
-    pair = tuple(convert(option, one, float) for one in value)
-    if len(pair) != 2:
-        raise UsageError(f"{option} must be {what}, not {len(pair)} numbers")
-    return pair
+    if len(values) != 2:
+        raise UsageError(f"{option} must be {what}, not {len(values)} numbers")
+    low, high = (convert(option, one, float) for one in values)
+    return low, high
 
 
 def _refusal(option: str, what: str, value: object) -> UsageError:

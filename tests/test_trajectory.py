@@ -340,7 +340,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         losscli.trajectory(files, **options(case))
 
 
-@pytest.mark.parametrize(("option", "value"), [("residuals", 1), ("reach", 0), ("reach", math.nan)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("residuals", 1), ("reach", 0.0), ("reach", math.nan)]
+)
 def test_surfaces_of_no_extent_are_refused(option: str, value: float, tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mlp-relu")
     files, _ = save_path(case, tmp_path)

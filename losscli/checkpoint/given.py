@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from losscli.arguments import shown
+from losscli.arguments import listed, shown
 from losscli.checkpoint.names import metadata_of, state_dicts
 from losscli.checkpoint.quantised import packed
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
+from losscli.digest import digest
 from losscli.errors import CheckpointError, UsageError
 from losscli.mapped import is_mapped
 
@@ -49,40 +51,32 @@ class Given(str):
             The name.
 
         Raises:
-            CheckpointError: A tensor of a module has no values yet.
+            CheckpointError: A tensor has no values, or none that can be computed with.
         """
         content: Any = value
         metadata: Mapping[str, str] = {}
         if isinstance(value, nn.Module):
-            need_values(value, label)
+            _need_values(value, label)
             content = value.state_dict()
         elif isinstance(value, Checkpoint):
             metadata, content = value.metadata, value.weights
         else:
             metadata = metadata_of(value)
-        given = cls(label)
-        given.module = value if isinstance(value, nn.Module) else None
-        candidates = {}
-        for key, weights in state_dicts(content):
+        candidates = dict(state_dicts(content))
+        file = CheckpointFile(label, None, candidates, metadata, (), quantised=packed(content))
+        whole = {}
+        for key, weights in file.choice.items():
+            file.need_dense(key, weights)
             for name, tensor in weights.items():
-                weights[name] = _own(tensor)
-            candidates[key] = weights
-        given.file = CheckpointFile(
-            label, None, candidates, metadata, (), quantised=packed(content)
-        )
+                candidates[key][name] = own = _own(tensor)
+                whole[f"{key}.{name}"] = own.dequantize() if own.is_quantized else own
+        given = cls(label)
+        given.file = replace(file, digest=digest(whole))
+        given.module = value if isinstance(value, nn.Module) else None
         return given
 
 
-def need_values(module: nn.Module, label: str) -> None:
-    """Makes sure that a module is no lazy one which has not been called yet.
-
-    Args:
-        module: The module.
-        label: What it is called.
-
-    Raises:
-        CheckpointError: It is.
-    """
+def _need_values(module: nn.Module, label: str) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise CheckpointError(
@@ -136,11 +130,10 @@ def named_all(values: object) -> list[str]:
         UsageError: A value is no checkpoint, or two objects share their tensors.
         CheckpointError: A tensor of a module has no values yet.
     """
-    if isinstance(values, _ONE):
-        values = [values]
-    if not isinstance(values, Iterable):
+    each = [values] if isinstance(values, _ONE) else listed(values)
+    if each is None:
         raise UsageError(f"{shown(values)} is no checkpoint and no list of them", _CURE)
-    names = [named(value, f"checkpoint {i}") for i, value in enumerate(values)]
+    names = [named(value, f"checkpoint {i}") for i, value in enumerate(each)]
     places: dict[object, str] = {}
     for name in names:
         if isinstance(name, Given):

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from losscli.checkpoint.names import OPTIMISER, Part, parts, under
 from losscli.checkpoint.quantised import quantised
-from losscli.digest import digest
 from losscli.errors import CheckpointError, MismatchError
 from losscli.regular import open_regular
 from losscli.weights import Weights, mismatches
@@ -41,7 +40,7 @@ class Checkpoint:
         metadata: What the file says of itself, ``losscli.model`` and the like.
         path: The file or the folder it came from; None for an initialisation or an object.
         files: The files that make it up.
-        given: Whether it was given as an object, by Python code.
+        digest: That of the tensors of an object that Python code gave.
     """
 
     name: str
@@ -49,7 +48,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     path: Path | None = None
     files: tuple[Path, ...] = ()
-    given: bool = False
+    digest: str | None = None
 
     def sha256(self) -> str | None:
         """Digests the files that make it up.
@@ -64,7 +63,7 @@ class Checkpoint:
         """
         files = self.files or ((self.path,) if self.path else ())
         if not files:
-            return digest(self.weights) if self.given else None
+            return self.digest
         try:
             digests = [_digest(file) for file in files]
         except OSError as error:
@@ -114,6 +113,7 @@ class CheckpointFile:
         adapter: How its tensors change those of another checkpoint; None where they are a
             model's own.
         fetch: Reads the tensors that were chosen, where ``candidates`` only has their shapes.
+        digest: That of the tensors of an object.
     """
 
     name: str
@@ -124,6 +124,7 @@ class CheckpointFile:
     quantised: str | None = None
     adapter: Adapter | None = None
     fetch: Callable[[Weights], Weights] = _as_they_are
+    digest: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -321,8 +322,7 @@ class CheckpointFile:
         Returns:
             The checkpoint.
         """
-        given = self.path is None
-        return Checkpoint(self.name, weights, self.metadata, self.path, self.files, given)
+        return Checkpoint(self.name, weights, self.metadata, self.path, self.files, self.digest)
 
     def ambiguous(self, labels: list[str], why: str = "") -> CheckpointError:
         """Makes the error that several state dicts could be meant.

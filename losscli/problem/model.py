@@ -88,9 +88,11 @@ def _materialise(model: nn.Module, shapes: CheckpointFile) -> None:
     if not lazy:
         return
     naming = LoadHooks(model)
+    own = {name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     for weights in shapes.choice.values():
         for view in naming.views(weights):
-            if lazy.keys() <= view.keys():
+            # A part of a state dict may fit any shape: only the whole is taken.
+            if view.keys() == own and len(view) == len(weights):
                 for name, tensor in lazy.items():
                     tensor.materialize(view[name].shape)
                 _finish(model)

@@ -137,9 +137,7 @@ def _contents(file: CheckpointFile) -> Result:
             {
                 "name": file.name,
                 "path": None if file.path is None else str(file.path),
-                "sha256": file.checkpoint({
-                    f"{k}.{n}": t for k, w in file.candidates.items() for n, t in w.items()
-                }).sha256(),
+                "sha256": file.checkpoint({}).sha256(),
                 "tensors": tensors,
                 "values": values,
                 "bytes": size,
@@ -258,13 +256,8 @@ def _beside(csv: Path) -> Mapping[str, Any] | None:
         return None
     except (OSError, ValueError, RecursionError):
         summary = None
-    match summary:
-        case {
-            "command": "interpolate",
-            "buffers": str(),
-            "checkpoints": [{"name": str()}, {"name": str()}],
-        }:
-            return dict(summary)
+    if _is_of_a_line(summary):
+        return dict(summary)
     raise TableError(f"{path} is no summary of {csv}", "Give both as one run wrote them")
 
 
@@ -299,6 +292,8 @@ def export(
     """
     if not abs(alpha) <= 1e30:
         raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
+    if not (summary is None or _is_of_a_line(summary)):
+        raise UsageError("summary is not that of interpolate", "Give result.summary")
     a, b = named(a, "A"), named(b, "B")
     files, name = [read(a), read(b)], base_of([a, b])
     base = read(name).select(None) if name and any(f.adapter for f in files) else None
@@ -314,6 +309,18 @@ def export(
     if alpha not in {0.0, 1.0}:
         weights |= normalise_stored(weights)
     return Checkpoint(f"{a} + {alpha} ({b} − {a})", weights, first.metadata)
+
+
+def _is_of_a_line(summary: Any) -> bool:
+    """Whether a summary is one of `interpolate`."""
+    match summary:
+        case {
+            "command": "interpolate",
+            "buffers": str(),
+            "checkpoints": [{"name": str()}, {"name": str()}],
+        }:
+            return True
+    return False
 
 
 def _second(file: CheckpointFile, first: Checkpoint, base: Checkpoint | None) -> Checkpoint:
