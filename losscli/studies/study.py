@@ -356,10 +356,12 @@ class Study(ABC):
         """
         self.problem.unchanged()
         values = sum(self.problem.first.weights[name].numel() for name in self.moving)
+        provenance, left_out = self.problem.provenance, self.problem.objective.left_out
         return {
             "command": self.command,
             "identity": self.identity,
-            **self.problem.provenance,
+            **provenance,
+            "metrics": [metric for metric in provenance["metrics"] if metric not in left_out],
             "moving": {"tensors": len(self.moving), "values": values},
         }
 
@@ -425,9 +427,10 @@ class Study(ABC):
         """Notes on what stays where it is: data that is not in memory, tensors by choice.
 
         Returns:
-            The notes.
+            The notes, with those of the objective.
         """
-        settings, notes = self.problem.settings, self._estimated()
+        settings = self.problem.settings
+        notes = [*self.problem.objective.notes, *self._estimated()]
         for name, split in self.problem.objective.splits.items():
             notes += [f"{name}: {remark}" for remark in split.remarks]
         end = {"a": "first", "b": "last"}.get(settings.buffers)
