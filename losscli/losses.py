@@ -78,7 +78,6 @@ def cross_entropy(
     Raises:
         LossError: The shapes do not fit.
     """
-    weight = _class_weights(weight, outputs, "cross_entropy")
     if targets.is_floating_point() and outputs.ndim > 1 and outputs.shape == targets.shape:
         targets = targets.to(outputs.dtype)
     elif targets.is_floating_point() or not _one_score_a_class(outputs, targets):
@@ -89,9 +88,10 @@ def cross_entropy(
         )
     else:
         targets = _with_ignored(outputs, targets, ignore_index)
+    own = _class_weights(weight, outputs.shape[1], outputs.dtype, outputs.device)
     return per_example_mean(
         F.cross_entropy(
-            outputs, targets, weight=weight, label_smoothing=label_smoothing, reduction="none"
+            outputs, targets, weight=own, label_smoothing=label_smoothing, reduction="none"
         )
     )
 
@@ -123,9 +123,9 @@ def nll(
             f"{_form(targets)}",
             "Choose another --loss, or a model with one output a class",
         )
-    weight = _class_weights(weight, outputs, "NLLLoss")
+    own = _class_weights(weight, outputs.shape[1], outputs.dtype, outputs.device)
     targets = _with_ignored(outputs, targets, ignore_index)
-    return per_example_mean(F.nll_loss(outputs, targets, weight=weight, reduction="none"))
+    return per_example_mean(F.nll_loss(outputs, targets, weight=own, reduction="none"))
 
 
 def _with_ignored(outputs: Tensor, targets: Tensor, ignore_index: int | None) -> Tensor:
@@ -147,14 +147,15 @@ def _counts(targets: Tensor, classes: int | None, ignore_index: int | None) -> T
     return counts
 
 
-def _class_weights(weight: _Weights | None, outputs: Tensor, loss: str) -> Tensor | None:
+def _class_weights(
+    weight: _Weights | None, classes: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
     if weight is None:
         return None
-    weight = torch.as_tensor(weight, dtype=outputs.dtype, device=outputs.device)
-    if weight.shape != outputs.shape[1:2]:
+    weight = torch.as_tensor(weight, dtype=dtype, device=device)
+    if weight.shape != (classes,):
         raise LossError(
-            f"{loss}: weight has {weight.numel()} numbers, and the model has outputs "
-            f"{list(outputs.shape)}, a score for each of {outputs.shape[1:2].numel()} classes",
+            f"weight has {weight.numel()} numbers, and the model has outputs for {classes} classes",
             "Give one weight per class, such as weight=0.2-1-5 for three classes",
         )
     return weight
@@ -306,7 +307,7 @@ def _over_tokens(
     scores, tokens = outputs.flatten(0, 1), targets.masked_fill(~counts, 0).flatten()
     step = max(1, _CHUNK // max(1, outputs.shape[2]))
     wide = torch.promote_types(outputs.dtype, torch.float32)
-    own = _class_weights(weight, scores.new_empty(0, scores.shape[1], dtype=wide), "the loss")
+    own = _class_weights(weight, outputs.shape[2], wide, outputs.device)
     losses = [
         _surprise(scores[i : i + step], tokens[i : i + step], wide, own, smoothing)
         for i in range(0, len(tokens), step)
@@ -515,14 +516,14 @@ def _weigh_classes(
     if targets.is_floating_point():
         return None
     counts = _counts(targets, outputs.shape[1], ignore_index)
-    if weight is None:
+    weights = _class_weights(weight, outputs.shape[1], _wide(targets), targets.device)
+    if weights is None:
         return per_example_mean(counts.to(_wide(targets)))
-    weights = torch.as_tensor(weight, dtype=_wide(targets), device=targets.device)
     return per_example_mean(weights[targets.long().masked_fill(~counts, 0)] * counts)
 
 
 def _weigh_tokens(
-    outputs: Tensor,  # noqa: ARG001
+    outputs: Tensor,
     targets: Tensor,
     *,
     weight: _Weights | None = None,
@@ -530,8 +531,8 @@ def _weigh_tokens(
     label_smoothing: float = 0.0,  # noqa: ARG001
 ) -> Tensor:
     counts = _counts(targets, None, ignore_index)
-    if weight is not None:
-        weights = torch.as_tensor(weight, device=targets.device)
+    weights = _class_weights(weight, outputs.shape[-1], _wide(targets), targets.device)
+    if weights is not None:
         counts &= weights[targets.masked_fill(~counts, 0)] != 0
     return counts.flatten(1).any(1).to(_wide(targets))
 

@@ -144,12 +144,12 @@ class Estimate:
         self, more: Estimate, metrics: Mapping[str, _Numbers], counts: Mapping[str, float]
     ) -> Estimate:
         parts = [(part, part.sums or _Sums.of_ones(part)) for part in (self, more)]
-        total = sum(sums.total for _, sums in parts) or 1.0
+        total = sum(sums.total for _, sums in parts)
         # What no target counts in says nothing of the mean.
         parts = [(part, sums) for part, sums in parts if sums.total] or parts[:1]
         squares, products = np.zeros_like(self.mean), np.zeros_like(self.mean)
         with np.errstate(all="ignore"):
-            mean = sum((s.total / total * part.mean for part, s in parts), start=0 * squares)
+            mean = sum((s.total / (total or 1) * part.mean for part, s in parts), start=0 * squares)
             for part, s in parts:
                 # From the residuals by the own mean to those by the mean of both.
                 shift = part.mean - mean

@@ -32,6 +32,10 @@ _OF_SCORES = frozenset({
     "soft_margin_loss",
 })  # fmt: skip
 
+# Arguments of torch's losses that are not options here: what is passed at each call, and what
+# torch has replaced by `reduction`.
+_NOT_OPTIONS = frozenset({"input", "target", "size_average", "reduce"})
+
 
 class TorchLoss:
     """A loss of torch with one value for each of its elements.
@@ -111,6 +115,12 @@ def from_torch(value: Any, options: Mapping[str, Any], where: str) -> tuple[PerE
     if isinstance(value, partial):
         value, options = value.func, {**value.keywords, **options}
     options = {key: _as_tensor(key, option) for key, option in options.items()}
+    not_a_mean = SpecError(
+        f"{where} is reduced by other means than a mean over its elements",
+        "Give reduction=none, or a function of your own that returns one number per example",
+    )
+    if _NOT_OPTIONS & options.keys():
+        raise not_a_mean
     try:
         if isinstance(value, type):
             value, options = value(**options), {}
@@ -122,16 +132,12 @@ def from_torch(value: Any, options: Mapping[str, Any], where: str) -> tuple[PerE
     if isinstance(value, nn.Module):
         value, kind = deepcopy(value), type(value)
         settings = {**vars(value), **value._buffers}
-        own = inspect.signature(kind).parameters.keys() - _NOT_OPTIONS
-        described = {key: settings[key] for key in settings if key in own}
+        own = [key for key in inspect.signature(kind).parameters if key in settings]
+        described = {key: settings[key] for key in own}
     else:
         kind, described = value, dict(options)
-    reduction = described.pop("reduction", "mean")
-    if reduction not in {"mean", "none"} or _NOT_OPTIONS & options.keys():
-        raise SpecError(
-            f"{where} is reduced by other means than a mean over its elements",
-            "Give reduction=none, or a function of your own that returns one number per example",
-        )
+    if described.pop("reduction", "mean") not in {"mean", "none"}:
+        raise not_a_mean
     described = {key: option for key, option in described.items() if option is not None}
     written = ", ".join(f"{key}={_written(option)}" for key, option in described.items())
     text = f"{_name(value)}({written})"
@@ -141,11 +147,6 @@ def from_torch(value: Any, options: Mapping[str, Any], where: str) -> tuple[PerE
         value.reduction = "none"
         return TorchLoss(value, {}), text
     return TorchLoss(value, {**options, "reduction": "none"}), text
-
-
-# Arguments of torch's losses that are not options here: what is passed at each call, and what
-# torch has replaced by `reduction`.
-_NOT_OPTIONS = frozenset({"input", "target", "size_average", "reduce"})
 
 
 def _as_tensor(key: str, option: Any) -> Any:

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import losscli
 from losscli import objective as objective_module
 from losscli.datasets import DataSet, Split
 from losscli.errors import LossError
@@ -263,7 +264,6 @@ def test_the_batch_is_of_a_size_that_its_outputs_fit(
 
 
 def test_the_default_loss_and_metric_of_language_are_its_own() -> None:
-    import losscli
 
     torch.manual_seed(0)
     data = DataSet({"all": Split({"input_ids": tokens()}, labels())}, language=True)

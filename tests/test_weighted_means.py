@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,22 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 import losscli
-from losscli import losses as losses_
 from losscli.curvature import Curvature
-from losscli.curve import standard_error
 from losscli.datasets import DataSet, Split
 from losscli.datasets import objects as objects_
 from losscli.journal import Journal
-from losscli.losses import accuracy, cross_entropy, token_cross_entropy
+from losscli.losses import accuracy, cross_entropy
 from losscli.models import MLP
 from losscli.objective import Objective
 from losscli.points import Way
 from losscli.recording import pack, unpack
-from losscli.sampling import Estimate
 from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
-from losscli.studies.layerwise import BlockCurve
 from losscli.studies.seen import LineCurve
-from losscli.sweep import sweep, sweep_plain
+from losscli.sweep import sweep
 
 Numbers = NDArray[np.float64]
 
@@ -97,7 +94,7 @@ def line(loss: Any, data: Any, **more: Any) -> losscli.Result:
     return losscli.interpolate("init:1", "init:2", data=data, **given)
 
 
-W = torch.tensor(WEIGHT)
+W = torch.tensor(WEIGHT, dtype=torch.float64)
 SAME = {
     "built in": "cross_entropy,weight=0.2-1-5",
     "module": "torch.nn:CrossEntropyLoss,weight=0.2-1-5",
@@ -116,9 +113,9 @@ def test_the_mean_is_that_of_torch_however_the_loss_is_given(loss: Any) -> None:
     for alpha, mean, error in zip(
         ALPHAS, *map(found.table.floats, ("loss", "loss_stderr")), strict=True
     ):
-        expected = F.cross_entropy(scores(alpha, x), y, weight=W.double())
+        expected = F.cross_entropy(scores(alpha, x), y, weight=W)
         assert mean == pytest.approx(float(expected), rel=1e-12)
-        formula = ratio_error(parts(alpha, x, y, W.double().tolist()), weights(y))
+        formula = ratio_error(parts(alpha, x, y), weights(y))
         assert error == pytest.approx(formula, rel=1e-7)
     assert "weighted by class" in " ".join(found.summary["notes"])
 
@@ -138,7 +135,9 @@ def test_smoothing_and_ignored_targets_are_combined_as_in_torch(options: Any) ->
     x, y = classes()
     keys = {k: "-".join(map(str, v)) if k == "weight" else v for k, v in options.items()}
     spec = "cross_entropy," + ",".join(f"{key}={value}" for key, value in keys.items())
-    torchs = {k: torch.tensor(v).double() if k == "weight" else v for k, v in options.items()}
+    torchs = {
+        k: torch.tensor(v, dtype=torch.float64) if k == "weight" else v for k, v in options.items()
+    }
     # Torch ignores one label.
     if "ignore_index" in options:
         y[y == -100] = options["ignore_index"]
@@ -357,14 +356,14 @@ def test_a_split_without_a_target_that_counts_is_refused() -> None:
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy,weight=1-1-1", "cross_entropy,ignore_index=9"])
-def test_weights_of_one_change_no_digit(loss: str) -> None:
+@pytest.mark.parametrize("option", ["derivatives", "layerwise"])
+def test_weights_of_one_change_no_digit(loss: str, option: str) -> None:
     x, y = classes()
-    data = {"all": (x, y.clamp(min=0))}
-    more = {"dtype": "float32", "derivatives": True, "layerwise": True}
+    data, more = {"all": (x, y.clamp(min=0))}, {"dtype": "float32", option: True}
     plain, weighted = (line(given, data, **more) for given in ("cross_entropy", loss))
     assert plain.table.to_csv() == weighted.table.to_csv()
     assert plain.summary["splits"] == weighted.summary["splits"]
-    assert plain.summary["blocks"] == weighted.summary["blocks"]
+    assert plain.summary.get("blocks") == weighted.summary.get("blocks")
 
 
 WAYS = [Way.LOADED, Way.BOUND, Way.SHARED, Way.THREADS, Way.STACKED]
@@ -420,7 +419,7 @@ def test_a_sample_that_grows_is_that_of_all_its_examples(given: list[Numbers]) -
         counts = {"accuracy": float((own > 0).sum())}
         return LineCurve(losses, {"accuracy": mean}, None if (own == 1).all() else own, counts)
 
-    blocks = [part(i, j) for i, j in zip(cuts[:-1], cuts[1:], strict=True)]
+    blocks = [part(i, j) for i, j in itertools.pairwise(cuts)]
     curve = blocks[0]
     estimate = blocks[0].estimate
     for block in blocks[1:]:
@@ -492,7 +491,7 @@ def test_a_run_that_goes_on_from_its_journal_has_the_same_numbers(
 
     def plan(loss: Any) -> Interpolation:
         settings = Settings(model=net, data={"all": classes()}, loss=loss, dtype="float64")
-        return Interpolation.plan("init:1", "init:2", settings, points=5)
+        return Interpolation.plan("init:1", "init:2", settings, points=5, range_=(0, 1))
 
     first = plan(nn.CrossEntropyLoss(weight=W))
     with Journal.open(tmp_path / "x", first.basis.identity, first.basis.told) as journal:
@@ -505,4 +504,4 @@ def test_a_run_that_goes_on_from_its_journal_has_the_same_numbers(
     # Weights of an object are no text, and settle the numbers.
     other = plan(nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.5])))
     assert other.identity != again.identity == first.identity
-    assert first.summary_loss if False else "0.2" in truth.summary["loss"]
+    assert truth.summary["loss"].startswith("CrossEntropyLoss(weight=[0.2, 1.0, 5.0]")
