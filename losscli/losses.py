@@ -1,4 +1,7 @@
-"""Losses and metrics, each per example: outputs and targets in, one number an example out."""
+"""Losses and metrics, each per example: outputs and targets in, one number an example out.
+
+Where examples have weights (`weights_of`), the mean is the sum of the numbers over that of the weights.
+"""
 
 from __future__ import annotations
 
@@ -129,9 +132,12 @@ def nll(
 
 
 def _with_ignored(outputs: Tensor, targets: Tensor, ignore_index: int | None) -> Tensor:
-    """Marks all targets that are ignored by −100."""
+    """Marks all targets that are ignored by −100, which torch ignores itself."""
     targets = targets.long()
-    return targets.masked_fill(~_counts(targets, outputs.shape[1], ignore_index), IGNORED)
+    for label in (VOID if outputs.shape[1] <= VOID else None, ignore_index):
+        if label is not None:
+            targets = targets.masked_fill(targets == label, IGNORED)
+    return targets
 
 
 def _counts(targets: Tensor, classes: int | None, ignore_index: int | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
@@ -73,7 +74,10 @@ class TorchLoss:
             key: value.to(device, dtype) if isinstance(value, Tensor) else value
             for key, value in self._options.items()
         }
-        values: Tensor = function(outputs, targets, **options)
+        with warnings.catch_warnings():
+            # Shapes that do not fit are refused anyway.
+            warnings.filterwarnings("ignore", "Using a target size", UserWarning)
+            values: Tensor = function(outputs, targets, **options)
         return values
 
 
