@@ -1,6 +1,6 @@
 """Losses and metrics, each per example: outputs and targets in, one number an example out.
 
-Where examples have weights (`weights_of`), the mean is the sum of the numbers over that of the weights.
+Where examples have weights (`weights_of`), the mean is the sum of the numbers over that of weights.
 """
 
 from __future__ import annotations

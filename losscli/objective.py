@@ -880,13 +880,15 @@ def _classifies(loss: PerExample) -> bool:
 
 def _is_crossed(values: Tensor, outputs: Any, targets: Tensor) -> bool:
     """Tells whether broadcasting paired the outputs of examples with the targets of others."""
-    if not isinstance(outputs, Tensor) or values.shape in {outputs.shape, targets.shape}:
+    if values.ndim < 2 or not isinstance(outputs, Tensor):
+        return False
+    if values.shape in {outputs.shape, targets.shape}:
         return False
     try:
         together = np.broadcast_shapes(outputs.shape, targets.shape)
     except ValueError:
         return False
-    return values.ndim > 1 and values.shape == together
+    return values.shape == together
 
 
 def _convolves(module: nn.Module) -> bool:
