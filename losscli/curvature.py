@@ -177,6 +177,7 @@ class Curvature:
         mps = objective.device.type == "mps"
         self._device = torch.device("cpu") if mps else objective.device
         self._wide = torch.float32 if mps else torch.float64
+        self._weight = 0.0
         self._dense: DenseHessian | None = None
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in objective.model.modules())
         self.size = sum(p.numel() for p in self._parameters)
@@ -470,7 +471,7 @@ class Curvature:
 
         sums = self._add_up(derive, 1, 1 + self.size)
         self._check_reach([i for i in range(len(self._parameters)) if i not in reached])
-        mean = sums[0] / len(self._split)
+        mean = sums[0] / self._weight
         return float(mean[0]), mean[1:]
 
     def _times(self, vectors: Tensor) -> Tensor:
@@ -494,19 +495,19 @@ class Curvature:
 
         sums = self._add_up(derive, len(vectors), self.size)
         self.products += len(vectors)
-        return sums / len(self._split)
+        return sums / self._weight
 
     def _add_up(self, derive: Callable[[Tensor], Tensor], rows: int, columns: int) -> Tensor:
         """Adds what is derived from the losses of each batch; out of memory, halves the batch."""
         objective = self._objective
         total = torch.zeros(rows, columns, dtype=torch.float64, device=self._device)
-        start = 0
+        start, weight = 0, 0.0
         while start < len(self._split):
             for batch in objective.batches(self._split.take(slice(start, None))):
                 part: Tensor | None = None
                 try:
                     with self._differentiable():
-                        part = derive(self._losses(batch))
+                        part, own = self._derived(derive, batch)
                 except (torch.OutOfMemoryError, MemoryError):
                     pass
                 # Out here the error is gone, and with it the graph that its traceback held.
@@ -514,17 +515,21 @@ class Curvature:
                     self._halve_batch()
                     break
                 total += part
+                weight += own
                 start += len(batch)
                 if self._progress is not None:
                     self._progress(rows * len(batch) / len(self._split))
+        self._weight = weight
         return total
 
-    def _losses(self, batch: Split) -> Tensor:
+    def _derived(self, derive: Callable[[Tensor], Tensor], batch: Split) -> tuple[Tensor, float]:
+        """Derives something from the losses of a batch; and adds up its weights."""
         objective = self._objective
         inputs = objective.data.prepare(batch.inputs, objective.dtype)
         with Elementary():
             outputs = objective.forward(objective.model, inputs)
-            return objective.per_example(objective.loss, outputs, batch.targets, "loss")
+            losses = objective.per_example(objective.loss, outputs, batch.targets, "loss")
+        return derive(losses), objective.weight(outputs, batch.targets)
 
     def _differentiate(self, losses: Tensor, *, create_graph: bool) -> Sequence[Tensor | None]:
         """Differentiates the sum of some losses with respect to each parameter."""
@@ -600,12 +605,14 @@ class Curvature:
             own[self._names[i]] = tensor.clone()
             moved[self._names[i]] = tensor + _NUDGE * size * noise
         name, split = "reach", self._split.first(objective.batch_size)
-        before = objective.plain(own, {name: split})[name].losses
-        after = objective.plain(moved, {name: split})[name].losses
+        before = objective.plain(own, {name: split})[name]
+        after = objective.plain(moved, {name: split})[name]
         objective.load(own)
         # A hard choice that weights make, such as a route, changes a few losses: their gradient is
         # zero indeed.
-        changed = ~torch.isclose(before, after, rtol=1e-5, atol=1e-7, equal_nan=True)
+        changed = ~torch.isclose(before.losses, after.losses, rtol=1e-5, atol=1e-7, equal_nan=True)
+        if before.weights is not None:
+            changed = changed[:, before.weights != 0]
         if 2 * int(changed.sum()) > changed.numel():
             names = list(own)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["describe", "lowest", "near_rounding", "standard_error"]
+__all__ = ["describe", "lowest", "near_rounding", "relative", "standard_error"]
 
 # The relative rounding of one operation in each type that a forward pass may have, and how many
 # such errors a loss may have gathered on its way through a model.
@@ -26,18 +26,42 @@ _STANDARD_ERRORS = 2
 Losses = NDArray[np.floating[Any]]
 
 
-def standard_error(values: Losses) -> float:
+Weights = NDArray[np.float64]
+
+
+def standard_error(values: Losses, weights: Weights | None = None) -> float:
     """Computes the standard error of a mean.
 
     Args:
-        values: One number an example, ``[N]``.
+        values: One number an example, ``[N]``: a loss, or a sum of multiples of its losses; with
+            weights times the example's weight over the mean weight.
+        weights: The weights w of the examples, ``[N]``; None where all are 1.
 
     Returns:
-        The sample standard deviation (n − 1) over √n; nan for a single example.
+        The sample standard deviation (n − 1) over √n; nan for a single example. With weights the
+        error of the ratio Σwl/Σw: the same of the residuals, n being the examples with a weight.
     """
-    if len(values) < 2:
+    number = len(values) if weights is None else int(np.count_nonzero(weights))
+    if number < 2:
         return math.nan
-    return float(np.std(values, ddof=1, dtype=np.float64) / math.sqrt(len(values)))
+    if weights is None:
+        return float(np.std(values, ddof=1, dtype=np.float64) / math.sqrt(number))
+    residuals = values - np.mean(values, dtype=np.float64) * relative(weights)
+    squares = float(np.square(residuals).sum())
+    return math.sqrt(squares / (number - 1) / number) * (number / len(values))
+
+
+def relative(weights: Weights) -> Weights:
+    """Divides weights by their mean.
+
+    Args:
+        weights: The weights of examples, ``[N]``.
+
+    Returns:
+        Weights with the mean 1; zeros where all are.
+    """
+    mean = float(weights.mean()) if len(weights) else 0.0
+    return weights / mean if mean else weights
 
 
 def lowest(losses: Sequence[float]) -> list[int]:
@@ -81,7 +105,11 @@ def near_rounding(alphas: Sequence[float], losses: Sequence[float], dtype: str) 
 
 
 def describe(
-    alphas: Sequence[float], losses: Losses, loss_a: Losses, loss_b: Losses
+    alphas: Sequence[float],
+    losses: Losses,
+    loss_a: Losses,
+    loss_b: Losses,
+    weights: Weights | None = None,
 ) -> dict[str, Any]:
     """Describes a curve on one split.
 
@@ -93,6 +121,8 @@ def describe(
         losses: The loss of each example at each of them, ``[P, N]``.
         loss_a: The loss of each example at α = 0, ``[N]``.
         loss_b: The same at α = 1.
+        weights: The weights of the examples, ``[N]``, which the losses are multiplied by, over
+            their mean; None where all are 1.
 
     Returns:
         ``loss_a``, ``loss_b``; ``minimum``, the lowest point, the first where several are as low,
@@ -107,9 +137,12 @@ def describe(
     """
     means = _means(losses)
     a, b = (
-        _Point(x, float(_means(row[None])[0]), row) for x, row in ((0.0, loss_a), (1.0, loss_b))
+        _Point(x, float(_means(row[None])[0]), row, weights)
+        for x, row in ((0.0, loss_a), (1.0, loss_b))
     )
-    points = [_Point(x, float(m), row) for x, m, row in zip(alphas, means, losses, strict=True)]
+    points = [
+        _Point(x, float(m), row, weights) for x, m, row in zip(alphas, means, losses, strict=True)
+    ]
     between = [a, *(p for p in points if 0 < p.alpha < 1), b]
     finite = [p for p in points if p.finite]
     seen = [p for p in between if p.finite]
@@ -135,14 +168,17 @@ def describe(
 class _Point:
     """A point of the curve: where, its mean loss, and the loss of each example there."""
 
-    def __init__(self, alpha: float, loss: float, row: Losses) -> None:
+    def __init__(
+        self, alpha: float, loss: float, row: Losses, weights: Weights | None = None
+    ) -> None:
         self.alpha = alpha
         self.loss = loss
         self.row = row
+        self.weights = weights
         self.finite = math.isfinite(loss)
 
     def above(self, other: _Point) -> float:
-        return standard_error(self.row.astype(np.float64) - other.row)
+        return standard_error(self.row.astype(np.float64) - other.row, self.weights)
 
 
 def _means(losses: Losses) -> NDArray[np.float64]:
@@ -181,7 +217,7 @@ def _barrier(points: Sequence[_Point], a: _Point, b: _Point) -> dict[str, Any] |
     height = excess(top)
     return {
         "height": height,
-        "stderr": standard_error(top.row - chord) if height > 0 else 0.0,
+        "stderr": standard_error(top.row - chord, a.weights) if height > 0 else 0.0,
         "alpha": top.alpha,
     }
 

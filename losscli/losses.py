@@ -2,6 +2,8 @@
 
 Losses are computed in float64, those over a vocabulary in float32, and by formulas without
 cancellation: a loss is as exact as the outputs that it is computed from, however small it is.
+
+Where examples have weights (`weights_of`), the mean is the sum of the numbers over that of weights.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ __all__ = [
     "METRICS",
     "OF_TOKENS",
     "TAKES_HALF",
+    "VOID",
     "Doubt",
     "PerExample",
     "accuracy",
@@ -31,19 +34,29 @@ __all__ = [
     "causal_lm",
     "class_dim_of",
     "classes_of",
+    "counted",
     "cross_entropy",
     "doubts_of",
     "function_of",
     "mse",
+    "nll",
     "of_mean",
+    "options_of",
+    "per_example_mean",
     "perplexity",
     "token_cross_entropy",
+    "weights_of",
 ]
 
 PerExample = Callable[..., Tensor]
 
 IGNORED = -100
 """The target that stands for none, such as that of padding; as PyTorch and Hugging Face have it."""
+
+VOID = 255
+"""The label of pixels without a class in many data sets. It is ignored where it is not a class."""
+
+_Weights = Sequence[float] | Tensor | float
 
 # How far the sum of probabilities may be from one by rounding, also in half precision.
 _NEAR_ONE = 0.02
@@ -55,21 +68,39 @@ _CHUNK = 1 << 21
 _LINEAR = 40
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor, *, dim: int | None = None) -> Tensor:
+def cross_entropy(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    dim: int | None = None,
+    weight: _Weights | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Computes the cross-entropy, −log softmax(scores)[target], of scores before the softmax.
+
+    With ``weight`` and ``label_smoothing`` it is that of `torch.nn.CrossEntropyLoss`.
 
     Args:
         outputs: Scores before the softmax, ``[B, C, *]`` or ``[B, *, C]``.
-        targets: Classes 0…C−1, ``[B, *]``.
+        targets: Classes 0…C−1, ``[B, *]``; or the probabilities of the classes, ``[B, C, *]``.
+            Targets of −100 are ignored, and those of 255 where C ≤ 255.
         dim: The dimension of the classes, 1 or −1; None takes the one that fits the targets.
+        weight: The weight of each class, ``[C]``; each term is multiplied by it.
+        ignore_index: A further target that is ignored.
+        label_smoothing: The share of a target that is spread over all classes.
 
     Returns:
-        ``[B]``, in nats; the mean over any further dimensions. For outputs ``[B, *, C]`` it is
-        `token_cross_entropy`.
+        ``[B]``, in nats; the mean over any further dimensions, in which ignored targets are zeros.
+        Divided by the mean of `weights_of`, its mean over examples is torch's, Σwl/Σw.
 
     Raises:
         LossError: The shapes do not fit, or both dimensions fit and ``dim`` is None.
     """
+    if targets.is_floating_point() and outputs.ndim > 1 and outputs.shape == targets.shape:
+        return _in_float64(
+            partial(_soft_surprise, weight=weight, smoothing=label_smoothing), outputs, targets
+        )
     if not targets.is_floating_point() and _one_score_a_target(outputs, targets):
         labels = "bce for labels 0 and 1, or --loss " if _are_labels(targets) else ""
         raise LossError(
@@ -85,9 +116,76 @@ def cross_entropy(outputs: Tensor, targets: Tensor, *, dim: int | None = None) -
             _cure_of_classes(targets)
             or "Choose another --loss, or a model with one output a class",
         )
+    targets = _with_ignored(targets, outputs.shape[dim], ignore_index)
     if dim == -1:
-        return token_cross_entropy(outputs, targets)
-    return _in_float64(_surprise, outputs, targets)
+        return per_example_mean(_each_token(outputs, targets, weight, label_smoothing))
+    return _in_float64(
+        partial(_surprise, weight=weight, smoothing=label_smoothing), outputs, targets
+    )
+
+
+def nll(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    weight: _Weights | None = None,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """Computes −outputs[target], the loss of `torch.nn.NLLLoss`.
+
+    Args:
+        outputs: Logarithms of probabilities, ``[B, C, *]``.
+        targets: As those of `cross_entropy`.
+        weight: The same.
+        ignore_index: The same.
+
+    Returns:
+        ``[B]``, as `cross_entropy`.
+
+    Raises:
+        LossError: The shapes do not fit.
+    """
+    if targets.is_floating_point() or _class_dim(outputs, targets, "NLLLoss", 1) is None:
+        raise LossError(
+            f"NLLLoss needs outputs [B, C] and integer targets [B], not {_form(outputs)} and "
+            f"{_form(targets)}",
+            "Choose another --loss, or a model with one output a class",
+        )
+    targets = _with_ignored(targets, outputs.shape[1], ignore_index)
+    return _in_float64(partial(_named_score, weight=weight), outputs, targets)
+
+
+def _with_ignored(targets: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+    """Marks all targets that are ignored by −100, which torch ignores itself."""
+    counts = _counts(targets, classes, ignore_index)
+    return targets.long().masked_fill(~counts, IGNORED)
+
+
+def _counts(targets: Tensor, classes: int | None, ignore_index: int | None) -> Tensor:
+    """Tells which targets count: those that are not ignored."""
+    if targets.dtype == torch.uint8:
+        # As a byte −100 would be 156.
+        targets = targets.long()
+    counts = targets != IGNORED
+    if classes is not None and classes <= VOID:
+        counts &= targets != VOID
+    if ignore_index is not None:
+        counts &= targets != ignore_index
+    return counts
+
+
+def _class_weights(
+    weight: _Weights | None, classes: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    if weight is None:
+        return None
+    weight = torch.as_tensor(weight, dtype=dtype, device=device)
+    if weight.shape != (classes,):
+        raise LossError(
+            f"weight has {weight.numel()} numbers, and the model has outputs for {classes} classes",
+            "Give one weight per class, such as weight=0.2-1-5 for three classes",
+        )
+    return weight
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -106,24 +204,55 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     return _in_float64(_squared_error, outputs, _like(outputs, targets, "mse"))
 
 
-def bce(outputs: Tensor, targets: Tensor) -> Tensor:
+def bce(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    weight: _Weights | None = None,
+    pos_weight: _Weights | None = None,
+) -> Tensor:
     """Computes the binary cross-entropy of scores before the sigmoid (logits), in nats.
 
     Args:
         outputs: Scores before the sigmoid, ``[B, *]``.
         targets: Probabilities 0…1, of the same shape; ``[B, *]`` fits outputs ``[B, *, 1]`` and
             ``[B, 1, *]`` too.
+        weight: Multiplies the loss: a number, or one number per entry of the last dimension.
+        pos_weight: Multiplies the part of the loss of positive targets in the same way.
 
     Returns:
-        ``[B]``, the mean over an example's outputs.
+        ``[B]``, the mean over an example's outputs; as in torch it is not divided by the weights.
 
     Raises:
         LossError: The shapes do not fit.
     """
-    return _in_float64(_binary_surprise, outputs, _like(outputs, targets, "bce"))
+    targets = _like(outputs, targets, "bce")
+    return _in_float64(
+        partial(_binary_surprise, weight=weight, pos_weight=pos_weight), outputs, targets
+    )
 
 
-def causal_lm(outputs: Tensor, targets: Tensor) -> Tensor:
+def _output_weights(weight: _Weights | None, outputs: Tensor, key: str) -> Tensor | None:
+    if weight is None:
+        return None
+    weight = torch.as_tensor(weight, dtype=outputs.dtype, device=outputs.device)
+    # Over examples [B] it would be broadcast too.
+    if weight.numel() != 1 and (outputs.ndim < 2 or weight.shape != outputs.shape[-1:]):
+        raise LossError(
+            f"bce: {key} has {weight.numel()} numbers, and the model has outputs "
+            f"{list(outputs.shape)}",
+            "Give one number, or one per entry of the last dimension of the outputs",
+        )
+    return weight
+
+
+def causal_lm(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Computes the cross-entropy of each next token, in nats, over a sequence's tokens that count.
 
     As in Hugging Face the position t predicts the target t + 1: targets are the tokens themselves.
@@ -132,19 +261,30 @@ def causal_lm(outputs: Tensor, targets: Tensor) -> Tensor:
     Args:
         outputs: Scores before softmax, ``[B, T, V]``.
         targets: Tokens 0…V−1, ``[B, T]``; −100 where none counts.
+        ignore_index: A further target that does not count.
+        label_smoothing: The share of a target that is spread over all tokens.
 
     Returns:
-        ``[B]``: for each sequence the mean over its tokens that count; nan where none does.
+        ``[B]``: for each sequence the mean over its tokens that count; 0 where none does, and
+        such a sequence has no weight (`weights_of`).
 
     Raises:
         LossError: The shapes do not fit.
     """
     _check_tokens(outputs, targets, "causal_lm", most=3)
     # The last position predicts nothing that is known.
-    return _over_tokens(outputs, F.pad(targets[:, 1:], (0, 1), value=IGNORED))
+    targets = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
+    return _over_tokens(outputs, targets, None, ignore_index, label_smoothing)
 
 
-def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+def token_cross_entropy(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    weight: _Weights | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Computes the cross-entropy of each token itself, in nats, over a sequence's labels.
 
     As in Hugging Face's masked language models and classifiers of tokens, the position t is
@@ -153,15 +293,19 @@ def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     Args:
         outputs: Scores before softmax, ``[B, T, C]``; or ``[B, *, C]`` for further dimensions.
         targets: Classes 0…C−1, ``[B, T]`` or ``[B, *]``; −100 where none counts.
+        weight: The weight of each class, ``[C]``, in the mean over a sequence's labels.
+        ignore_index: A further target that does not count.
+        label_smoothing: The share of a target that is spread over all classes.
 
     Returns:
-        ``[B]``: for each sequence the mean over its labels that count; nan where none does.
+        ``[B]``: for each sequence the mean over its labels that count; 0 where none does, and
+        such a sequence has no weight (`weights_of`).
 
     Raises:
         LossError: The shapes do not fit.
     """
     _check_tokens(outputs, targets, "token_cross_entropy", most=outputs.ndim)
-    return _over_tokens(outputs, targets)
+    return _over_tokens(outputs, targets, weight, ignore_index, label_smoothing)
 
 
 def _check_tokens(outputs: Tensor, targets: Tensor, loss: str, *, most: int) -> None:
@@ -175,20 +319,38 @@ def _check_tokens(outputs: Tensor, targets: Tensor, loss: str, *, most: int) -> 
         )
 
 
-def _over_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Computes the mean surprise at a sequence's targets that count, a few tokens at a time."""
-    counts = targets != IGNORED
-    scores, tokens = outputs.flatten(0, -2), targets.masked_fill(~counts, 0).flatten()
+def _over_tokens(
+    outputs: Tensor,
+    targets: Tensor,
+    weight: _Weights | None,
+    ignore_index: int | None,
+    smoothing: float,
+) -> Tensor:
+    """Computes the mean surprise at a sequence's targets that count."""
+    counts = _counts(targets, None, ignore_index)
+    tokens = targets.long().masked_fill(~counts, IGNORED)
+    each = _each_token(outputs, tokens, weight, smoothing)
+    own = _class_weights(weight, outputs.shape[-1], each.dtype, each.device)
+    share = counts if own is None else own[tokens.masked_fill(~counts, 0)] * counts
+    weights = share.flatten(1).sum(1)
+    # Where nothing counts there is no quotient, whose derivative would not be a number.
+    total = each.flatten(1).sum(1).masked_fill(weights == 0, 0)
+    return total / weights.masked_fill(weights == 0, 1)
+
+
+def _each_token(
+    outputs: Tensor, tokens: Tensor, weight: _Weights | None, smoothing: float
+) -> Tensor:
+    """Computes the surprise at each token, ``[B, *]``, a few tokens at a time; 0 where ignored."""
+    scores, flat = outputs.flatten(0, -2), tokens.flatten()
     step = max(1, _CHUNK // max(1, outputs.shape[-1]))
     # Not in float64, which takes three times as long over the words of a vocabulary.
     wide = torch.promote_types(outputs.dtype, torch.float32)
     losses = [
-        _surprise(scores[i : i + step].to(wide), tokens[i : i + step])
-        for i in range(0, len(tokens), step)
+        _surprise(scores[i : i + step].to(wide), flat[i : i + step], weight, smoothing)
+        for i in range(0, len(flat), step)
     ]
-    each = torch.cat(losses).view(targets.shape)
-    # Not a product: scores that are infinite or not a number count for nothing there.
-    return each.masked_fill(~counts, 0).flatten(1).sum(1) / counts.flatten(1).sum(1)
+    return torch.cat(losses).view(tokens.shape)
 
 
 def _in_float64(
@@ -206,8 +368,16 @@ def _in_float64(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _surprise(scores: Tensor, classes: Tensor) -> Tensor:
-    """Computes −log softmax(scores)[class], the classes in dimension 1."""
+def _surprise(scores: Tensor, classes: Tensor, weight: _Weights | None, smoothing: float) -> Tensor:
+    """Computes −w log softmax(scores)[class], the classes in dimension 1; 0 where ignored."""
+    own = _class_weights(weight, scores.shape[1], scores.dtype, scores.device)
+    if smoothing:
+        # That of a class which is nearly sure is then not small.
+        return F.cross_entropy(
+            scores, classes, weight=own, label_smoothing=smoothing, reduction="none"
+        )
+    ignored = classes == IGNORED
+    classes = classes.masked_fill(ignored, 0)
     # As log(1 + Σ exp(z_j − z_t)) over the other classes j: log softmax itself rounds to 0 where
     # one class is nearly sure. The lowest number and not −∞, which would make gradients nan.
     index = classes.unsqueeze(1)
@@ -215,31 +385,55 @@ def _surprise(scores: Tensor, classes: Tensor) -> Tensor:
     others = scores.scatter(1, index, torch.finfo(scores.dtype).min).logsumexp(1)
     found = F.softplus(others - right, threshold=_LINEAR)
     # The softmax of a score that is infinite is not a number.
-    return found.masked_fill(right == math.inf, math.nan)
+    found = found.masked_fill(right == math.inf, math.nan)
+    # Not a product: scores that are infinite or not a number count for nothing there.
+    return (found if own is None else own[classes] * found).masked_fill(ignored, 0)
+
+
+def _soft_surprise(
+    scores: Tensor, shares: Tensor, weight: _Weights | None, smoothing: float
+) -> Tensor:
+    """Computes −Σ w p log softmax(scores) for probabilities p of the classes in dimension 1."""
+    own = _class_weights(weight, scores.shape[1], scores.dtype, scores.device)
+    return F.cross_entropy(
+        scores, shares.to(scores.dtype), weight=own, label_smoothing=smoothing, reduction="none"
+    )
+
+
+def _named_score(scores: Tensor, classes: Tensor, weight: _Weights | None) -> Tensor:
+    own = _class_weights(weight, scores.shape[1], scores.dtype, scores.device)
+    return F.nll_loss(scores, classes, weight=own, reduction="none")
 
 
 def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets.to(outputs.dtype)).square()
 
 
-def _binary_surprise(scores: Tensor, targets: Tensor) -> Tensor:
+def _binary_surprise(
+    scores: Tensor, targets: Tensor, weight: _Weights | None, pos_weight: _Weights | None
+) -> Tensor:
     """Computes −t log σ(z) − (1 − t) log σ(−z), where −log σ(z) = log(1 + e^−z)."""
     targets = targets.to(scores.dtype)
     one, zero = (F.softplus(z, threshold=_LINEAR) for z in (-scores, scores))
-    return targets * one + (1 - targets) * zero
+    if (own := _output_weights(pos_weight, scores, "pos_weight")) is not None:
+        one = own * one
+    found = targets * one + (1 - targets) * zero
+    own = _output_weights(weight, scores, "weight")
+    return found if own is None else own * found
 
 
-def perplexity(outputs: Tensor, targets: Tensor) -> Tensor:
+def perplexity(outputs: Tensor, targets: Tensor, *, ignore_index: int | None = None) -> Tensor:
     """Computes the perplexity, exp of the mean causal_lm loss over sequences.
 
     Args:
         outputs: Scores before softmax, ``[B, T, V]``.
         targets: Tokens 0…V−1, ``[B, T]``; −100 where none counts.
+        ignore_index: A further target that does not count.
 
     Returns:
         ``[B]``, in nats: what the mean is taken of. `of_mean` makes the perplexity of that.
     """
-    return causal_lm(outputs, targets)
+    return causal_lm(outputs, targets, ignore_index=ignore_index)
 
 
 def of_mean(metric: PerExample, mean: float) -> float:
@@ -252,7 +446,7 @@ def of_mean(metric: PerExample, mean: float) -> float:
     Returns:
         The metric's value: the mean itself, but for perplexity.
     """
-    if metric is not perplexity:
+    if function_of(metric) is not perplexity:
         return mean
     try:
         return math.exp(mean)
@@ -260,24 +454,28 @@ def of_mean(metric: PerExample, mean: float) -> float:
         return math.inf
 
 
-def accuracy(outputs: Tensor, targets: Tensor, *, dim: int | None = None) -> Tensor:
+def accuracy(
+    outputs: Tensor, targets: Tensor, *, dim: int | None = None, ignore_index: int | None = None
+) -> Tensor:
     """Tells which examples are classified right.
 
     Args:
         outputs: Scores, ``[B, C, *]`` or ``[B, *, C]``; the highest is the answer. With C = 1, or
             no C, a positive score answers 1.
-        targets: Classes, ``[B, *]``.
+        targets: Classes, ``[B, *]``. Those that `cross_entropy` ignores do not count.
         dim: The dimension of the classes, 1 or −1; None takes that of the loss, or else the one
             that fits the targets.
+        ignore_index: A further target that does not count.
 
     Returns:
-        1 or 0 for each example, ``[B]``; the share of right ones over any further dimensions.
+        1 or 0 for each example, ``[B]``; over any further dimensions the share of right ones among
+        those that count, 0 where none does; nan where a score that counts is not a number.
 
     Raises:
         LossError: The shapes do not fit, or both dimensions fit and ``dim`` is None.
     """
     if outputs.shape == targets.shape:
-        answers = outputs > 0
+        scores, answers = outputs, outputs > 0
     elif (dim := _class_dim(outputs, targets, "accuracy", dim)) is None:
         raise LossError(
             f"accuracy needs outputs [B, C] and targets [B], not {_form(outputs)} and "
@@ -285,12 +483,27 @@ def accuracy(outputs: Tensor, targets: Tensor, *, dim: int | None = None) -> Ten
             "Choose another --metric, or none",
         )
     elif outputs.shape[dim] == 1:
-        answers = outputs.squeeze(dim) > 0
+        scores = outputs.squeeze(dim)
+        answers = scores > 0
     else:
+        # The highest of scores is not a number where one of them is not.
         scores, answers = outputs.max(dim)
-        # Scores that are not numbers answer nothing; argmax would answer some class.
-        answers = answers.masked_fill(scores.isnan(), -1)
-    return per_example_mean((answers == targets).to(torch.float32))
+    right = (answers == targets).to(torch.float32).masked_fill(scores.isnan(), math.nan)
+    counts = _answered(outputs, targets, dim, ignore_index)
+    shares = per_example_mean(counts.to(torch.float32))
+    each = per_example_mean(right.masked_fill(~counts, 0))
+    # Where all count, exactly the mean.
+    return each / shares.masked_fill(shares == 0, 1)
+
+
+def _answered(
+    outputs: Tensor, targets: Tensor, dim: int | None, ignore_index: int | None
+) -> Tensor:
+    """Tells which targets count in an accuracy."""
+    if outputs.shape[1:] == targets.shape[1:]:
+        return _counts(targets, None, ignore_index)
+    dim = _class_dim(outputs[:1], targets[:1], "accuracy", dim)
+    return _counts(targets, None if dim is None else outputs.shape[dim], ignore_index)
 
 
 def per_example_mean(values: Tensor) -> Tensor:
@@ -341,7 +554,15 @@ def function_of(function: PerExample) -> PerExample:
     return function.func if isinstance(function, partial) else function
 
 
-def _options_of(function: PerExample) -> dict[str, Any]:
+def options_of(function: PerExample) -> dict[str, Any]:
+    """Finds the options of a loss or metric.
+
+    Args:
+        function: A loss or a metric; with options it is a `functools.partial`.
+
+    Returns:
+        Its keyword arguments.
+    """
     return dict(function.keywords) if isinstance(function, partial) else {}
 
 
@@ -361,8 +582,10 @@ def classes_of(loss: PerExample, outputs: Tensor, targets: Tensor) -> int | None
         LossError: Two dimensions fit, and the loss does not say which is meant.
     """
     function = function_of(loss)
+    if function is nll:
+        return outputs.shape[1] if outputs.ndim > 1 else None
     if function is cross_entropy and not _one_score_a_target(outputs, targets):
-        dim = _class_dim(outputs, targets, "cross_entropy", _options_of(loss).get("dim"))
+        dim = _class_dim(outputs, targets, "cross_entropy", options_of(loss).get("dim"))
         return None if dim is None else outputs.shape[dim]
     if function in OF_TOKENS and outputs.ndim > 2 and outputs.shape[:-1] == targets.shape:
         return outputs.shape[-1]
@@ -381,8 +604,100 @@ def class_dim_of(loss: PerExample) -> int | None:
     function = function_of(loss)
     if function is not cross_entropy:
         return -1 if function in OF_TOKENS else None
-    dim: int | None = _options_of(loss).get("dim")
+    dim: int | None = options_of(loss).get("dim")
     return dim
+
+
+def counted(loss: PerExample, targets: Tensor, classes: int | None) -> Tensor:
+    """Tells which targets a loss of classes or tokens does not ignore.
+
+    Args:
+        loss: The loss.
+        targets: The targets, ``[B, *]``.
+        classes: How many scores a target chooses from.
+
+    Returns:
+        Which targets count, ``[B, *]``.
+    """
+    function = function_of(loss)
+    of = None if function in OF_TOKENS else classes
+    counts = _counts(targets, of, options_of(loss).get("ignore_index"))
+    if function is causal_lm:
+        # Nothing predicts the first token.
+        counts[:, :1] = False
+    return counts
+
+
+def weights_of(function: PerExample, outputs: Tensor, targets: Tensor) -> Tensor | None:
+    """Weighs examples in the mean of a loss or metric.
+
+    With values v and weights w per example, the mean is Σv/Σw.
+
+    Args:
+        function: The loss or metric.
+        outputs: The outputs of a batch; only their shape matters.
+        targets: Its targets.
+
+    Returns:
+        The weight of each example, ``[B]``, in float64 where the device has it; None where each
+        has the weight 1. With `cross_entropy` it is the mean over the example's targets of the
+        weights of their classes, 0 for ignored targets; with a loss of tokens and with metrics it
+        is 1, or 0 for an example without any target that counts.
+    """
+    weigh = _WEIGHTS.get(function_of(function))
+    return None if weigh is None else weigh(outputs, targets, **options_of(function))
+
+
+def _weigh_classes(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    dim: int | None = None,
+    weight: _Weights | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,  # noqa: ARG001 - torch divides by the same sum
+) -> Tensor | None:
+    dim = _class_dim(outputs[:1], targets[:1], "cross_entropy", dim)
+    # Of probabilities torch takes the plain mean.
+    if targets.is_floating_point() or dim is None:
+        return None
+    classes = outputs.shape[dim]
+    counts = _counts(targets, classes, ignore_index)
+    weights = _class_weights(weight, classes, _wide(targets), targets.device)
+    if weights is None:
+        return per_example_mean(counts.to(_wide(targets)))
+    return per_example_mean(weights[targets.long().masked_fill(~counts, 0)] * counts)
+
+
+def _weigh_tokens(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    weight: _Weights | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,  # noqa: ARG001
+) -> Tensor:
+    counts = _counts(targets, None, ignore_index)
+    weights = _class_weights(weight, outputs.shape[-1], _wide(targets), targets.device)
+    if weights is not None:
+        counts &= weights[targets.masked_fill(~counts, 0)] != 0
+    return counts.flatten(1).any(1).to(_wide(targets))
+
+
+def _weigh_next_tokens(outputs: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    return _weigh_tokens(outputs, targets[:, 1:], **options)
+
+
+def _weigh_answers(
+    outputs: Tensor, targets: Tensor, *, dim: int | None = None, ignore_index: int | None = None
+) -> Tensor:
+    counts = _answered(outputs, targets, dim, ignore_index)
+    return counts.reshape(len(counts), -1).any(1).to(_wide(targets))
+
+
+def _wide(targets: Tensor) -> torch.dtype:
+    # MPS has no float64.
+    return torch.float32 if targets.device.type == "mps" else torch.float64
 
 
 class Doubt(enum.Enum):
@@ -486,6 +801,15 @@ def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+_WEIGHTS: dict[PerExample, Callable[..., Tensor | None]] = {
+    cross_entropy: _weigh_classes,
+    nll: _weigh_classes,
+    token_cross_entropy: _weigh_tokens,
+    causal_lm: _weigh_next_tokens,
+    perplexity: _weigh_next_tokens,
+    accuracy: _weigh_answers,
+}
+
 LOSSES: dict[str, PerExample] = {
     "cross_entropy": cross_entropy,
     "mse": mse,
@@ -498,5 +822,5 @@ METRICS: dict[str, PerExample] = {"accuracy": accuracy, "perplexity": perplexity
 OF_TOKENS = frozenset({causal_lm, token_cross_entropy})
 """The losses with a target for each token, the scores of which are the last dimension."""
 
-TAKES_HALF = frozenset({*LOSSES.values(), *METRICS.values()})
+TAKES_HALF = frozenset({nll, *LOSSES.values(), *METRICS.values()})
 """Those that take half-precision outputs as they are; others get them in float32."""

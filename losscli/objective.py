@@ -9,12 +9,13 @@ import contextlib
 import copy
 import enum
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
@@ -34,15 +35,22 @@ from losscli.losses import (
     IGNORED,
     LOSSES,
     METRICS,
-    OF_TOKENS,
     TAKES_HALF,
+    VOID,
     Doubt,
     PerExample,
     causal_lm,
     classes_of,
+    counted,
+    cross_entropy,
     doubts_of,
     function_of,
+    mse,
+    nll,
+    options_of,
+    per_example_mean,
     perplexity,
+    weights_of,
 )
 from losscli.mapped import let_go
 from losscli.models import HEADLESS, cure_of, is_headless
@@ -50,6 +58,7 @@ from losscli.operations import operations
 from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
 from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.spectral import SpectralLayer, normalise, spectral_layers
+from losscli.torch_losses import TorchLoss
 from losscli.weights import Weights
 
 __all__ = ["Evaluation", "Objective", "Progress"]
@@ -85,6 +94,10 @@ _LARGE_BYTES = 64 << 20
 
 _KNOWN_FUNCTIONS = frozenset({*LOSSES.values(), *METRICS.values()})
 
+_OF_CLASSES = frozenset({cross_entropy, nll})
+
+_WITHOUT_METRICS = "Choose another --metric, or --metric none"
+
 # What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
 
@@ -98,12 +111,17 @@ class Evaluation:
 
     Attributes:
         losses: The loss of each example at each point, ``[P, N]``, on the CPU; float64 for a
-            forward pass in float64, else float32.
+            forward pass in float64, else float32. Where examples have weights w, it is the
+            weighted loss over the mean of w: its mean over examples is Σwl/Σw.
         metrics: The mean of each metric at each point, ``[P]``, float64, on the CPU.
+        weights: The weight of each example, ``[N]``, float64, on the CPU; None where all are 1.
+        counts: Over how many examples the mean of a metric is, where not over all.
     """
 
     losses: Tensor
     metrics: Mapping[str, Tensor]
+    weights: Tensor | None = None
+    counts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Objective:
@@ -120,8 +138,10 @@ class Objective:
         batch_size: Examples a forward pass; by the device where it is None.
         recalibration: What BatchNorm's statistics are estimated on anew at every point, before
             anything is evaluated there; None leaves them as they are loaded.
+        optional: The metrics that are left out where they do not apply.
 
     Attributes:
+        left_out: Those that were left out, and why.
         tensors: The model's parameters and buffers by the names of its state dict.
         batchnorm: The model's BatchNorm layers that track statistics.
         spectral: Its spectrally normalised weights, whose singular vectors are computed from
@@ -141,6 +161,7 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         batch_size: int | None = None,
         recalibration: Recalibration | None = None,
+        optional: Collection[str] = (),
     ) -> None:
         self.model = model.to(device=device, dtype=dtype).eval()
         self.loss = loss
@@ -159,6 +180,9 @@ class Objective:
         self.recalibration = recalibration and self._bring(recalibration)
         self.idle: Sequence[Layer] = ()
         self.doubts: frozenset[Doubt] = frozenset()
+        self.left_out: dict[str, str] = {}
+        self._optional = frozenset(optional)
+        self._remarks: dict[str, None] = {}
         self._copies_inputs = False
         self._forms: dict[tuple[str, ...], _Form] = {}
         self._way: Way | None = None
@@ -228,6 +252,12 @@ class Objective:
         if isinstance(split, Split):
             split = split.to(self.device)
         return replace(recalibration, split=split)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know about the targets and metrics, as far as it was found."""
+        left_out = (f"{name} is left out: {why}" for name, why in self.left_out.items())
+        return [*self._remarks, *left_out]
 
     @property
     def statistics(self) -> Sequence[Layer]:
@@ -414,8 +444,7 @@ class Objective:
             self._check_labels(outputs, split.targets, name)
             self.per_example(self.loss, outputs, split.targets, "loss")
             self._check_targets(name)
-            for metric, function in self.metrics.items():
-                self.per_example(function, outputs, split.targets, f"metric {metric!r}")
+            self._check_metrics(outputs, split.targets)
             outputs = _scores(outputs)
             if isinstance(outputs, Tensor):
                 functions = [self.loss, *self.metrics.values()]
@@ -657,20 +686,30 @@ class Objective:
         # one point with two batches, and the order of adding settles the last digit.
         before: tuple[Iterator[int], int, dict[str, Tensor]] = iter(()), 0, {}
         start = 0
+        weighed: list[Mapping[str | None, Tensor | None]] = []
         for batch in self.batches(split):
             inputs = self.data.prepare(batch.inputs, self.dtype)
             columns = losses[:, start : start + len(batch)]
             start += len(batch)
             sums = {name: zeros.clone() for name in self.metrics}
-            done = points.evaluate(inputs, _Record(self, batch.targets, columns, sums))
+            record = _Record(self, batch.targets, columns, sums)
+            weighed.append(record.weights)
+            done = points.evaluate(inputs, record)
             # One batch ahead, so that no thread waits for the last point of the one before.
             self._add(*before, totals, tell)
             before = done, len(batch), sums
         self._add(*before, totals, tell)
-        return Evaluation(
-            losses.cpu(),
-            {name: total.cpu().to(torch.float64) / len(split) for name, total in totals.items()},
-        )
+        weights = {name: _joined(weighed, name) for name in (None, *self.metrics)}
+        counts = {name: float(w.sum()) for name, w in weights.items() if name and w is not None}
+        losses, own = losses.cpu(), weights[None]
+        if own is not None:
+            # Where none counts, the mean is not a number.
+            losses /= own.mean()
+        metrics = {
+            name: total.cpu().to(torch.float64) / counts.get(name, len(split))
+            for name, total in totals.items()
+        }
+        return Evaluation(losses, metrics, own, counts)
 
     def _add(
         self,
@@ -773,6 +812,8 @@ class Objective:
         half = isinstance(outputs, Tensor) and outputs.dtype in _HALF
         if half and function_of(function) not in TAKES_HALF:
             outputs = outputs.float()
+        if function_of(function) in _KNOWN_FUNCTIONS and not isinstance(outputs, Tensor):
+            raise LossError(f"the {what} takes a tensor, and the model returns a {_kind(outputs)}")
         try:
             values = function(outputs, targets)
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
@@ -783,13 +824,46 @@ class Objective:
                 keys = ", ".join(map(str, outputs))
                 cure = f"It receives the mapping that the model returns, with the keys {keys}"
             raise LossError(f"the {what} fails: {one_line(error)}", cure) from error
-        if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
+        if not isinstance(values, Tensor) or values.shape[:1] != targets.shape[:1]:
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise LossError(
                 f"the {what} gives {got} for a batch of {len(targets)} examples",
-                "Return one number an example, as with reduction=none",
+                "Return one number per example, as with reduction=none",
             )
-        return values
+        if _is_crossed(values, outputs, targets):
+            raise LossError(
+                f"the {what} gives {list(values.shape)} for outputs {list(outputs.shape)} and "
+                f"targets {list(targets.shape)}: it pairs outputs with targets of other examples",
+                "Give outputs and targets of one shape, for example with outputs.squeeze(1)",
+            )
+        return per_example_mean(values)
+
+    def weight(self, outputs: Any, targets: Tensor) -> float:
+        """Adds up the weights of the examples of a batch in the mean loss.
+
+        Args:
+            outputs: What the model returned.
+            targets: The targets of the batch.
+
+        Returns:
+            The sum of the losses over it is the batch's mean loss.
+        """
+        weights = weights_of(self.loss, _scores(outputs), targets)
+        return float(len(targets) if weights is None else weights.sum())
+
+    def _check_metrics(self, outputs: Any, targets: Tensor) -> None:
+        """Makes sure that the metrics work; those that nobody asked for are left out if not."""
+        for metric, function in list(self.metrics.items()):
+            what = f"metric {metric!r}"
+            try:
+                if metric in self._optional and not _classifies(self.loss):
+                    raise LossError("the loss is not one of classification")  # noqa: TRY301
+                self.per_example(function, outputs, targets, what)
+            except LossError as error:
+                if metric not in self._optional:
+                    raise LossError(error.what, _WITHOUT_METRICS) from error
+                del self.metrics[metric]
+                self.left_out[metric] = error.what
 
     def _check_labels(self, outputs: Any, targets: Tensor, name: str) -> None:
         """Finds labels out of range before a GPU kernel does, which would end the process."""
@@ -799,8 +873,24 @@ class Objective:
         self._classes = classes_of(self.loss, outputs, targets)
         split = self.splits[name]
         seen = split if isinstance(split, Split) else split.first(self.batch_size)
-        if self._classes is not None:
-            self._check_range(seen.targets, f"the split {name!r}")
+        if self._classes is None:
+            return
+        self._check_range(seen.targets, f"the split {name!r}")
+        if not isinstance(split, Split):
+            return
+        weights = weights_of(self.loss, outputs, seen.targets)
+        without = 0 if weights is None else int((weights == 0).sum())
+        if without == len(seen):
+            raise LossError(
+                f"the split {name!r} has no target that counts",
+                f"Give data with other targets than {IGNORED} and those without weight",
+            )
+        if without:
+            counts = f"{without:,} of {len(seen):,} examples have no target that counts"
+            self._remarks[f"{name}: {counts} and are left out of the mean"] = None
+        weighted = options_of(self.loss).get("weight") is not None
+        if function_of(self.loss) in _OF_CLASSES and weighted:
+            self._remarks["the mean loss is weighted by class, Σwl/Σw, as torch's"] = None
 
     def _check_targets(self, name: str) -> None:
         """Finds a target that is not finite, if the loss does not leave it out."""
@@ -826,20 +916,19 @@ class Objective:
         )
 
     def _check_range(self, labels: Tensor, where: str) -> None:
-        if self.loss in OF_TOKENS:
-            labels = labels[:, 1:] if self.loss is causal_lm else labels
-            counts = labels != IGNORED
-            if not counts.flatten(1).any(1).all():
-                raise LossError(
-                    f"{where} has a sequence without a token to predict",
-                    f"Leave out sequences of one token, or of {IGNORED} alone",
-                )
-            labels = labels[counts]
+        counts, classes = counted(self.loss, labels, self._classes), self._classes
+        void = classes is not None and classes <= VOID and function_of(self.loss) in _OF_CLASSES
+        if void and bool((labels == VOID).any()):
+            told = f"targets of {VOID} are ignored: the model has {classes} classes"
+            self._remarks[told] = None
+        labels = labels[counts]
+        if not labels.numel():
+            return
         low, high = int(labels.min()), int(labels.max())
-        if self._classes is not None and (low < 0 or high >= self._classes):
+        if classes is not None and (low < 0 or high >= classes):
             raise LossError(
-                f"{where} has the label {low if low < 0 else high}, and the model's "
-                f"{self._classes} outputs stand for the labels 0 to {self._classes - 1}",
+                f"{where} has the label {low if low < 0 else high}, and the model's {classes} "
+                f"outputs stand for the labels 0 to {classes - 1}",
                 "Choose a model or data with as many classes",
             )
 
@@ -923,6 +1012,10 @@ class _Record:
         targets: The targets of the batch, ``[B, …]``.
         losses: Where its losses go, ``[P, B]``.
         sums: Where the sums of its metrics go, ``[P]`` each.
+
+    Attributes:
+        weights: The weights of its examples in the mean loss, under None, and in that of each
+            metric; they are those of the targets, the same at every point.
     """
 
     def __init__(
@@ -932,9 +1025,12 @@ class _Record:
         self._targets = targets
         self._losses = losses
         self._sums = sums
+        self.weights: dict[str | None, Tensor | None] = {}
 
     def one(self, p: int, outputs: Any) -> None:
         """Takes the outputs at one point."""
+        if p == 0:
+            self._weigh(outputs)
         for name, values in self._all_values(self._values, outputs):
             if name is None:
                 self._losses[p] = values
@@ -943,11 +1039,19 @@ class _Record:
 
     def all(self, outputs: Any) -> None:
         """Takes the outputs at all points."""
+        scores = _scores(outputs)
+        self._weigh(scores[0] if isinstance(scores, Tensor) else outputs)
         for name, values in self._all_values(self._mapped, outputs):
             if name is None:
                 self._losses[:] = values
             else:
                 self._sums[name][:] = values.to(self._sums[name].dtype).sum(1)
+
+    def _weigh(self, outputs: Any) -> None:
+        functions: dict[str | None, PerExample] = {None: self._objective.loss}
+        functions.update(self._objective.metrics)
+        for name, function in functions.items():
+            self.weights[name] = weights_of(function, _scores(outputs), self._targets)
 
     def _all_values(
         self, take: Callable[[PerExample, str, Any], Tensor], outputs: Any
@@ -957,7 +1061,9 @@ class _Record:
         yield None, loss
         for name, function in self._objective.metrics.items():
             # A large vocabulary is not gone through twice.
-            same = function is perplexity and self._objective.loss is causal_lm
+            own, loss_of = function_of(function), self._objective.loss
+            same = own is perplexity and function_of(loss_of) is causal_lm
+            same &= options_of(function) == options_of(loss_of)
             yield name, loss if same else take(function, f"metric {name!r}", outputs)
 
     def _values(self, function: PerExample, what: str, outputs: Any) -> Tensor:
@@ -966,6 +1072,39 @@ class _Record:
     def _mapped(self, function: PerExample, what: str, outputs: Any) -> Tensor:
         mapped: Tensor = vmap(partial(self._values, function, what))(outputs)
         return mapped
+
+
+def _joined(
+    weighed: Sequence[Mapping[str | None, Tensor | None]], name: str | None
+) -> Tensor | None:
+    """Joins the weights of the examples of all batches; None where all are 1."""
+    parts = [weights for one in weighed if (weights := one[name]) is not None]
+    if not parts:
+        return None
+    weights = torch.cat(parts).cpu().double()
+    return None if bool((weights == 1).all()) else weights
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _classifies(loss: PerExample) -> bool:
+    """Tells whether the highest score of a class may be an answer, as far as the loss is known."""
+    return loss.of_scores if isinstance(loss, TorchLoss) else function_of(loss) is not mse
+
+
+def _is_crossed(values: Tensor, outputs: Any, targets: Tensor) -> bool:
+    """Tells whether broadcasting paired the outputs of examples with the targets of others."""
+    if values.ndim < 2 or not isinstance(outputs, Tensor):
+        return False
+    if values.shape in {outputs.shape, targets.shape}:
+        return False
+    try:
+        together = np.broadcast_shapes(outputs.shape, targets.shape)
+    except ValueError:
+        return False
+    return values.shape == together
 
 
 def _convolves(module: nn.Module) -> bool:

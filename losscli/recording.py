@@ -176,8 +176,13 @@ def pack(
     arrays = {"state": np.array(state), "idle": np.array(idle, np.int64)}
     for i, name in enumerate(splits):
         arrays[f"{i}"] = found[name].losses.numpy()
+        weights, counts = found[name].weights, found[name].counts
+        if weights is not None:
+            arrays[f"{i} weights"] = weights.numpy()
         for k, metric in enumerate(objective.metrics):
             arrays[f"{i} {k}"] = found[name].metrics[metric].numpy()
+            if metric in counts:
+                arrays[f"{i} {k} count"] = np.array([counts[metric]])
     return arrays
 
 
@@ -203,6 +208,12 @@ def unpack(
             {
                 metric: torch.from_numpy(arrays[f"{i} {k}"])
                 for k, metric in enumerate(objective.metrics)
+            },
+            torch.from_numpy(arrays[f"{i} weights"]) if f"{i} weights" in arrays else None,
+            {
+                metric: float(arrays[f"{i} {k} count"][0])
+                for k, metric in enumerate(objective.metrics)
+                if f"{i} {k} count" in arrays
             },
         )
         for i, name in enumerate(splits)

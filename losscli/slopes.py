@@ -141,12 +141,17 @@ def slopes(
             way = _settle(course, alphas, next(iter(splits.values())))
         weights = course.at(alpha)
         for name, split in splits.items():
+            weight = 0.0
             for batch in objective.batches(split):
-                slope, curvature = course.sums(way, weights, batch)
+                slope, curvature, own = course.sums(way, weights, batch)
                 found[name].slope[i] += slope / len(split)
                 found[name].curvature[i] += curvature / len(split)
+                weight += own
                 seen += len(batch)
                 tell(seen / total)
+            if weight != len(split):
+                for values in (found[name].slope, found[name].curvature):
+                    values[i] *= len(split) / weight if weight else math.nan
         if log is not None:
             both = ((found[name].slope[i], found[name].curvature[i]) for name in splits)
             log.record(alpha, {f"{k}": np.array(pair) for k, pair in enumerate(both)})
@@ -275,6 +280,7 @@ class _Course:
     def __init__(self, objective: Objective, line: Line) -> None:
         self.objective = objective
         self.line = line
+        self._weight = 0.0
         # Half precision moves in float32.
         self._working = torch.float64 if objective.dtype == torch.float64 else torch.float32
         self._direction = {
@@ -294,11 +300,17 @@ class _Course:
             for name in self.line.a
         }
 
-    def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float]:
-        """Differentiates the sum of the losses of a batch, once and twice."""
+    def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float, float]:
+        """Differentiates the sum of the losses of a batch, once and twice.
+
+        Returns:
+            The two sums, and the sum of the weights of the examples: the derivatives of the mean
+            loss are the quotients.
+        """
         try:
             with way.kernels():
-                return (self._forward if way.mode == "forward" else self._reverse)(weights, batch)
+                derive = self._forward if way.mode == "forward" else self._reverse
+                return *derive(weights, batch), self._weight
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -310,6 +322,7 @@ class _Course:
         objective = self.objective
         inputs = objective.data.prepare(batch.inputs, objective.dtype)
         outputs = objective.forward(model, inputs)
+        self._weight = objective.weight(outputs, batch.targets)
         return objective.per_example(objective.loss, outputs, batch.targets, "loss")
 
     @torch.no_grad()
@@ -490,8 +503,8 @@ class _Trial:
 
     def _derivative(self, way: _Way, order: int, alpha: float) -> Tensor:
         """The first or second derivative of the mean loss by α / ``unit``."""
-        sums = self.course.sums(way, self.course.at(alpha), self.sample)
-        value = sums[order] * self.unit ** (order + 1) / len(self.sample)
+        *sums, weight = self.course.sums(way, self.course.at(alpha), self.sample)
+        value = sums[order] * self.unit ** (order + 1) / (weight or 1)
         return torch.tensor(value, dtype=torch.float64)
 
     def _difference(self, function: Callable[[float], Tensor], alpha: float, step: float) -> Tensor:
@@ -504,7 +517,7 @@ def _contest(
     way: _Way,
     alphas: Sequence[float],
     sample: Split,
-    found: Sequence[tuple[float, float]],
+    found: Sequence[tuple[float, float, float]],
 ) -> str:
     """Says whether reverse mode, where there is one, has other derivatives; nothing where not."""
     # PyTorch's formulas for forward mode are tested once through, not twice: in version 2.13 that

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -289,9 +290,10 @@ def _walk(
 def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> dict[str, Evaluation]:
     """Lays the points of several chunks one after the other."""
     return {
-        name: Evaluation(
-            torch.cat([part[name].losses for part in parts]),
-            {
+        name: replace(
+            parts[0][name],
+            losses=torch.cat([part[name].losses for part in parts]),
+            metrics={
                 metric: torch.cat([part[name].metrics[metric] for part in parts])
                 for metric in objective.metrics
             },

@@ -42,7 +42,7 @@ def data(high={V}):
     return {{"all": batch(high)}}
 def blank():
     one = batch()
-    one["labels"][3] = -100
+    one["labels"][:] = -100
     return {{"all": one}}
 def decoding():
     one = batch(decoder_input_ids=tokens(seed=3)[:, :4])
@@ -165,7 +165,7 @@ def test_labels_that_the_loss_cannot_take_are_told(losscli: Losscli) -> None:
     save("BertForTokenClassification")
     told = refused(losscli, "-d", "mine.py:data")
     assert f"and the model's {C} outputs stand for the labels 0 to {C - 1}" in told
-    assert "without a token to predict" in refused(losscli, "-d", "mine.py:blank")
+    assert "has no target that counts" in refused(losscli, "-d", "mine.py:blank")
     # The first position has no token before it, and here it counts.
     done = losscli("interpolate", "a", "b", "-d", f"mine.py:data,high={C}", "-o", "x")
     assert done.status == 0, done.stderr

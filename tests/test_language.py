@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import losscli
 from losscli import objective as objective_module
 from losscli.datasets import DataSet, Split
 from losscli.errors import LossError
@@ -68,7 +69,7 @@ def padded(number=6, high={V}):
     return {{"all": (x, y)}}
 def empty():
     x, y = padded()["all"]
-    y[4, 1:] = -100
+    y[:, 1:] = -100
     return {{"all": (x, y)}}
 """
 
@@ -263,7 +264,6 @@ def test_the_batch_is_of_a_size_that_its_outputs_fit(
 
 
 def test_the_default_loss_and_metric_of_language_are_its_own() -> None:
-    import losscli
 
     torch.manual_seed(0)
     data = DataSet({"all": Split({"input_ids": tokens()}, labels())}, language=True)
@@ -276,7 +276,7 @@ def test_the_default_loss_and_metric_of_language_are_its_own() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("data.py:empty", "the split 'all' has a sequence without a token to predict. Leave out"),
+        ("data.py:empty", "the split 'all' has no target that counts. Give data with other"),
         (f"data.py:padded,high={V + 1}", f"has the label {V}, and the model's {V} outputs stand"),
     ],
 )
@@ -294,9 +294,28 @@ def test_sequences_that_come_later_are_looked_at_too() -> None:
     found = objective()
     found.check(state(0))
     targets = labels()
-    targets[3, 1:] = -100
-    with pytest.raises(LossError, match="the data has a sequence without a token"):
+    targets[3, 2] = V
+    with pytest.raises(LossError, match=f"the data has the label {V}"):
         found._check_range(targets, "the data")
+
+
+def test_a_sequence_without_a_token_to_predict_is_left_out_of_all_means() -> None:
+    def found(keep: list[int], blank: int | None) -> losscli.Result:
+        targets = labels()
+        if blank is not None:
+            targets[blank, 1:] = -100
+        data = DataSet({"all": Split({"input_ids": tokens()[keep]}, targets[keep])}, language=True)
+        torch.manual_seed(0)
+        return losscli.interpolate(
+            "init:1", "init:2", model=build, data=data, loss="causal_lm", points=3, dtype="float64"
+        )
+
+    without = found([i for i in range(N) if i != 4], None)
+    left_out = found(list(range(N)), 4)
+    for column in ("loss", "loss_stderr", "perplexity"):
+        expected = without.table.floats(column)
+        assert left_out.table.floats(column) == pytest.approx(expected, rel=1e-12)
+    assert any("1 of 6 examples have no target that counts" in n for n in left_out.summary["notes"])
 
 
 def config(folder: Path, **content: Any) -> None:

@@ -30,6 +30,7 @@ from losscli.losses import (
     per_example_mean,
     perplexity,
     token_cross_entropy,
+    weights_of,
 )
 
 Array = np.ndarray
@@ -331,7 +332,7 @@ def next_token_loss(scores: Tensor, targets: Tensor) -> list[float]:
             if token != -100:
                 lost.append(math.log(sum(math.exp(x - row.max()) for x in row)) + row.max())
                 lost[-1] -= row[token]
-        found.append(math.fsum(lost) / len(lost) if lost else math.nan)
+        found.append(math.fsum(lost) / len(lost) if lost else 0)
     return found
 
 
@@ -386,14 +387,16 @@ def test_token_cross_entropy_is_the_mean_surprise_of_the_labels_that_count(
         if dtype == torch.float64:
             torch.testing.assert_close(found[i], one, rtol=1e-13, atol=0)
     targets[2] = -100
-    assert token_cross_entropy(scores, targets).isnan().tolist() == [False, False, True, False]
+    assert token_cross_entropy(scores, targets)[2] == 0
+    assert weights_of(token_cross_entropy, scores, targets).tolist() == [1, 1, 0, 1]
 
 
-def test_a_sequence_without_tokens_has_no_loss_and_spoils_no_other() -> None:
+def test_a_sequence_without_tokens_has_no_weight_and_spoils_no_other() -> None:
     scores, targets = outputs(3, 4, 5), classes(5, 3, 4)
     targets[1, 1:] = -100
     found = causal_lm(scores, targets)
-    assert found.isnan().tolist() == [False, True, False]
+    assert found.tolist() == pytest.approx(next_token_loss(scores, targets), rel=1e-6)
+    assert weights_of(causal_lm, scores, targets).tolist() == [1, 0, 1]
 
 
 def test_scores_where_no_token_counts_are_not_looked_at() -> None:

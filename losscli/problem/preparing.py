@@ -75,6 +75,7 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
         dtype=getattr(torch, settings.dtype),
         batch_size=settings.batch_size,
         recalibration=recalibration,
+        optional=() if settings.metric else metrics,
     )
     buffers = floating_buffers(objective)
     specs = {

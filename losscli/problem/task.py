@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from losscli import losses
 from losscli.checkpoint import CheckpointFile
 from losscli.datasets import DataSet, from_object, load
-from losscli.errors import LossError, SpecError, UsageError
+from losscli.errors import LosscliError, LossError, SpecError, UsageError, one_line
 from losscli.losses import (
     LOSSES,
     METRICS,
@@ -19,7 +22,7 @@ from losscli.losses import (
     causal_lm,
     class_dim_of,
     function_of,
-    mse,
+    options_of,
     token_cross_entropy,
 )
 from losscli.models import (
@@ -35,6 +38,7 @@ from losscli.problem.source import Found, find
 from losscli.recalibration import Recalibration, layers_of
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
+from losscli.torch_losses import from_torch, is_of_torch
 
 __all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
 
@@ -155,7 +159,8 @@ def loss_of(
         name = own or (_language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task])
         source = f"default for {'the config of the model' if own else _TARGETS_OF_TASK[data.task]}"
         found = Found(name, trusted=True, source=source)
-    return _per_example(found, LOSSES, "loss"), found.text, found.source
+    loss, text = _per_example(found, LOSSES, "loss")
+    return loss, text, found.source
 
 
 def _language_loss(data: DataSet, model: nn.Module) -> str:
@@ -195,14 +200,12 @@ def metrics_of(
         UsageError: Two columns would have one name.
     """
     # Whoever asks for causal_lm means tokens, whatever the data's form.
-    default = _METRIC_OF_TASK["language" if loss is causal_lm else data.task]
+    function = function_of(loss)
+    default = _METRIC_OF_TASK["language" if function is causal_lm else data.task]
     source = f"default for {_TARGETS_OF_TASK[data.task]}"
-    next_tokens = loss is causal_lm or scores_of(model) == "next"
-    if loss is token_cross_entropy or (data.language and not next_tokens):
+    next_tokens = function is causal_lm or scores_of(model) == "next"
+    if function is token_cross_entropy or (data.language and not next_tokens):
         default = "none"
-    # To mse whole numbers are quantities, not classes.
-    if function_of(loss) is mse:
-        default, source = "none", "default for mse"
     if settings.metric:
         source = "--metric"
     metrics: dict[str, PerExample] = {}
@@ -214,15 +217,21 @@ def metrics_of(
         name = _column(found.value)
         if name in metrics or name in _COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
-        metrics[name] = _read_as(loss, _per_example(found, METRICS, "metric"))
-        texts.append(found.text)
+        metric, text = _per_example(found, METRICS, "metric")
+        metrics[name] = _like_loss(loss, metric)
+        texts.append(text)
     return metrics, texts, source
 
 
-def _read_as(loss: PerExample, metric: PerExample) -> PerExample:
-    """Makes a metric take the classes from the dimension that the loss takes them from."""
-    dim = class_dim_of(loss)
-    return partial(metric, dim=dim) if metric is accuracy and dim is not None else metric
+def _like_loss(loss: PerExample, metric: PerExample) -> PerExample:
+    """Makes a built-in metric ignore the targets that the loss ignores, and read the same dim."""
+    if function_of(metric) not in METRICS.values():
+        return metric
+    shared = {"ignore_index": options_of(loss).get("ignore_index")}
+    if function_of(metric) is accuracy:
+        shared["dim"] = class_dim_of(loss)
+    shared = {key: value for key, value in shared.items() if value is not None}
+    return partial(metric, **{**shared, **options_of(metric)}) if shared else metric
 
 
 def _column(metric: Any) -> str:
@@ -233,17 +242,61 @@ def _column(metric: Any) -> str:
     return target if target in METRICS else target.rpartition(":")[2].rpartition(".")[2]
 
 
-def _per_example(found: Found, registry: Mapping[str, PerExample], kind: str) -> PerExample:
+def _per_example(
+    found: Found, registry: Mapping[str, PerExample], kind: str
+) -> tuple[PerExample, str]:
+    """Makes the function that is named, and says what it is called."""
+    where = f"{kind} {found.text!r}"
     if not isinstance(found.value, str):
+        if is_of_torch(found.value):
+            made, text = from_torch(found.value, {}, where)
+            return _checked(made, where), text
         function: PerExample = found.value
-        return function
+        return function, found.text
     spec = Spec.parse(found.value)
     function, arguments = look_up(spec, registry, kind, trusted=found.trusted)
-    if isinstance(function, type):
-        made: PerExample = call(function, arguments, spec.options, f"{kind} {found.value!r}")
-        return made
-    if arguments:
-        raise SpecError(f"{kind} {found.value!r}: {kind} functions take no argument")
-    if not spec.options:
+    if arguments and not isinstance(function, type):
+        raise SpecError(f"{where}: {kind} functions take no argument")
+    if is_of_torch(function) and not arguments:
+        function, _ = from_torch(function, spec.options, where)
+    elif isinstance(function, type):
+        try:
+            function = call(function, arguments, spec.options, where)
+        except LosscliError:
+            raise
+        except Exception as error:
+            raise LossError(f"{where} cannot be built: {one_line(error)}") from error
+    elif spec.options:
+        function = partial(function, **spec.options)
+    return _checked(function, where), found.text
+
+
+def _checked(function: PerExample, where: str) -> PerExample:
+    """Makes sure that the options of a function of losscli's own are such as it takes."""
+    if function_of(function).__module__ != losses.__name__:
         return function
-    return partial(function, **spec.options)
+    parameters = inspect.signature(function_of(function)).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for key, value in options_of(function).items():
+        if key not in known:
+            raise SpecError(
+                f"{where}: the key {key!r} is not known",
+                f"It takes {', '.join(known) or 'no keys'}",
+            )
+        if key in {"weight", "pos_weight"} and not _are_weights(value):
+            raise SpecError(
+                f"{where}: {key} needs numbers from 0 up, not all of them 0",
+                f"Write {key}=0.2-1-5 for three classes",
+            )
+        if key == "ignore_index" and type(value) is not int:
+            raise SpecError(f"{where}: ignore_index needs a whole number", "Give one, such as 0")
+        if key == "label_smoothing" and not (type(value) in {int, float} and 0 <= value <= 1):
+            raise SpecError(f"{where}: label_smoothing needs a number from 0 to 1", "Give 0.1")
+    return function
+
+
+def _are_weights(value: Any) -> bool:
+    if isinstance(value, bool | str):
+        return False
+    weights = torch.as_tensor(value, dtype=torch.float64)
+    return bool(weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any())

@@ -497,11 +497,13 @@ class _Seen:
 def _above(alphas: Sequence[float], found: Evaluation, a: Evaluation, b: Evaluation) -> Estimate:
     """Estimates the heights above the chord from what each example loses at the two ends."""
     start, end = (e.losses[0].numpy().astype(np.float64) for e in (a, b))
+    weights = None if found.weights is None else found.weights.numpy()
     rows = []
     # A row at a time, so that no float64 copy of all the losses ever exists.
     with np.errstate(all="ignore"):
         for alpha, row in zip(alphas, found.losses.numpy(), strict=True):
-            rows.append(Estimate.of((row - ((1 - alpha) * start + alpha * end))[None], {}))
+            chord = (1 - alpha) * start + alpha * end
+            rows.append(Estimate.of((row - chord)[None], {}, weights))
     return Estimate.join(rows)
 
 

@@ -746,6 +746,7 @@ def _best(
 ) -> Mapping[str, Any] | None:
     """The distance with the lowest loss, if it is below that at zero; errors are paired."""
     losses, own = found.losses.numpy(), here.losses[0].numpy()
+    weights = None if here.weights is None else here.weights.numpy()
     with np.errstate(all="ignore"):
         means = losses.mean(axis=1, dtype=np.float64)
         mean = float(own.mean(dtype=np.float64))
@@ -757,5 +758,5 @@ def _best(
         "distance": float(distances[best]),
         "loss": float(means[best]),
         "gain": mean - float(means[best]),
-        "gain_stderr": standard_error(own.astype(np.float64) - losses[best]),
+        "gain_stderr": standard_error(own.astype(np.float64) - losses[best], weights),
     }

@@ -327,7 +327,9 @@ class Interpolation(Study):
             sure, again = closer.without_rounding(looked)
             seconds = self.seconds(swept)
         splits = {
-            name: describe(looked.alphas, curve.losses[2:], *curve.losses[:2])
+            name: describe(
+                looked.alphas, curve.losses[2:], curve.losses[0], curve.losses[1], curve.weights
+            )
             for name, curve in sure.items()
         }
         for name in looked.slopes:

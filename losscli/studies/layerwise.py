@@ -108,6 +108,7 @@ class BlockCurve:
         order = [*alphas, 1.0]
         a = at_a.losses[0].double().numpy()
         end = found.losses[place[1.0] - 1].double().numpy()
+        weights = None if at_a.weights is None else at_a.weights.numpy()
         parts = []
         for alpha in order:
             k = place[alpha]
@@ -121,8 +122,8 @@ class BlockCurve:
                 chord = (1 - alpha) * a + alpha * end
                 rows = losses, losses - a, losses - chord
             parts.append([
-                Estimate.of(rows[0][None], metrics),
-                *(Estimate.of(row[None], {}) for row in rows[1:]),
+                Estimate.of(rows[0][None], metrics, weights, at_a.counts),
+                *(Estimate.of(row[None], {}, weights) for row in rows[1:]),
             ])
         return cls(*map(Estimate.join, zip(*parts, strict=True)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from losscli.objective import Evaluation
-from losscli.sampling import Estimate
+from losscli.sampling import Estimate, extended
 
 __all__ = ["Derivatives", "LineCurve", "Looked"]
 
@@ -25,12 +25,16 @@ class LineCurve:
     """One split at the two ends and then at the P points.
 
     Attributes:
-        losses: The loss of each example, ``[2 + P, N]``.
+        losses: The loss of each example, ``[2 + P, N]``, as in `Evaluation`.
         metrics: The mean of each metric, ``[2 + P]``.
+        weights: The weights of the examples, ``[N]``; None where all are 1.
+        counts: Over how many examples a metric is the mean, where not over all.
     """
 
     losses: NDArray[Any]
     metrics: Mapping[str, NDArray[np.float64]]
+    weights: NDArray[np.float64] | None = None
+    counts: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def arrange(cls, parts: Sequence[Evaluation], order: Sequence[int]) -> LineCurve:
@@ -48,7 +52,9 @@ class LineCurve:
             name: torch.cat([part.metrics[name] for part in parts])[order].numpy()
             for name in parts[0].metrics
         }
-        return cls(losses.numpy(), metrics)
+        weights = parts[0].weights
+        own = None if weights is None else weights.numpy()
+        return cls(losses.numpy(), metrics, own, parts[0].counts)
 
     @property
     def examples(self) -> int:
@@ -58,7 +64,8 @@ class LineCurve:
     @cached_property
     def estimate(self) -> Estimate:
         """The estimate at the P points."""
-        return Estimate.of(self.losses[2:], {n: m[2:] for n, m in self.metrics.items()})
+        metrics = {n: m[2:] for n, m in self.metrics.items()}
+        return Estimate.of(self.losses[2:], metrics, self.weights, self.counts)
 
     @property
     def means(self) -> list[float]:
@@ -77,9 +84,10 @@ class LineCurve:
             The curve of all of them.
         """
         places = [0, 1, *(2 + i for i in order)]
-        return LineCurve(
-            np.concatenate([self.losses, found.losses.numpy()])[places],
-            {
+        return replace(
+            self,
+            losses=np.concatenate([self.losses, found.losses.numpy()])[places],
+            metrics={
                 n: np.concatenate([m, found.metrics[n].numpy()])[places]
                 for n, m in self.metrics.items()
             },
@@ -97,7 +105,7 @@ class LineCurve:
         """
         precise = self.losses.astype(np.float64)
         precise[list(places)] = losses
-        return LineCurve(precise, self.metrics)
+        return replace(self, losses=precise)
 
     def extend(self, more: LineCurve) -> LineCurve:
         """Adds the examples of another block; what is paired needs the loss of each.
@@ -108,11 +116,21 @@ class LineCurve:
         Returns:
             The curve of all examples.
         """
-        share = more.examples / (self.examples + more.examples)
-        return LineCurve(
-            np.concatenate([self.losses, more.losses], axis=1),
-            {n: (1 - share) * m + share * more.metrics[n] for n, m in self.metrics.items()},
-        )
+        metrics, counts = extended(self, more)
+        parts = [(curve.losses, curve.weights) for curve in (self, more)]
+        if self.weights is None and more.weights is None:
+            joined = np.concatenate([losses for losses, _ in parts], axis=1)
+            return LineCurve(joined, metrics, None, counts)
+        weights = [np.ones(losses.shape[1]) if w is None else w for losses, w in parts]
+        together = np.concatenate(weights)
+        # Each block has its losses over its own mean weight; where that is 0, they are not numbers.
+        scaled = [
+            losses * losses.dtype.type(own.mean() / together.mean())
+            if own.any()
+            else np.zeros_like(losses)
+            for (losses, _), own in zip(parts, weights, strict=True)
+        ]
+        return LineCurve(np.concatenate(scaled, axis=1), metrics, together, counts)
 
 
 @dataclass(frozen=True)

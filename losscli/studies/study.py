@@ -374,12 +374,14 @@ class Study(ABC):
                 mapped changes with its file, so they may be of a mixture.
         """
         self.problem.unchanged()
-        counted = self.counted
+        counted, left_out = self.counted, self.problem.objective.left_out
         values = sum(self.problem.first.weights[name].numel() for name in counted)
+        provenance = self.problem.provenance
         return {
             "command": self.command,
             "identity": self.identity,
-            **self.problem.provenance,
+            **provenance,
+            "metrics": [metric for metric in provenance["metrics"] if metric not in left_out],
             "moving": {
                 "tensors": len(counted),
                 "values": values,
@@ -483,11 +485,11 @@ class Study(ABC):
         """Notes on the order of the checkpoints, the loss, the data, and tensors that stay.
 
         Returns:
-            The notes.
+            The notes, with those of the objective.
         """
         problem, settings = self.problem, self.problem.settings
-        notes = [*problem.notes, *self._task_notes(), *self._estimated()]
-        notes += problem.objective.data.notes
+        notes = [*problem.notes, *self._task_notes(), *problem.objective.notes]
+        notes += [*self._estimated(), *problem.objective.data.notes]
         for name, split in problem.objective.splits.items():
             notes += [f"{name}: {remark}" for remark in split.remarks]
         end = {"a": "first", "b": "last"}.get(settings.buffers)
