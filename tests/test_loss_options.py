@@ -137,7 +137,10 @@ def test_an_object_of_torch_is_left_as_it_was() -> None:
         ("torch.nn:MSELoss,foo=1", "unexpected keyword argument 'foo'. It takes reduction"),
         ("torch.nn.functional:l1_loss,foo=1", "unexpected keyword.*It takes .*reduction"),
         ("torch.nn:CrossEntropyLoss,weight=a", "weight"),
-        ("cross_entropy,foo=1", "the key 'foo' is not known. It takes weight, ignore_index, label"),
+        (
+            "cross_entropy,foo=1",
+            "the key 'foo' is not known. It takes dim, weight, ignore_index, l",
+        ),
         ("causal_lm,weight=1-2", "the key 'weight' is not known. It takes ignore_index, label_smo"),
         ("mse,weight=1-2", "the key 'weight' is not known. It takes no keys"),
         ("bce,ignore_index=1", "It takes weight, pos_weight"),

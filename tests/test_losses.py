@@ -26,6 +26,7 @@ from losscli.losses import (
     causal_lm,
     cross_entropy,
     mse,
+    nll,
     of_mean,
     per_example_mean,
     perplexity,
@@ -453,7 +454,7 @@ def test_what_takes_half_precision_gives_the_numbers_of_float32(
     function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     scores, targets = outputs(4, 6, 5, dtype=dtype), classes(5, 4, 6)
-    if function in {accuracy, cross_entropy}:
+    if function in {accuracy, cross_entropy, nll}:
         targets = classes(6, 4, 5)
     elif function in {mse, bce}:
         targets = outputs(4, 6, 5, scale=0.3).sigmoid()

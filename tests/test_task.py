@@ -317,9 +317,10 @@ def test_whole_numbers_with_one_output_each_name_the_losses_that_take_them(
     with pytest.raises(LossError, match="needs a score for each class"):
         # One class is no choice, and its cross-entropy is 0 whatever the weights.
         notes(tmp_path, torch.zeros(shape, dtype=torch.int64), lambda: Outputs(number))
-    summary, _ = notes(tmp_path, whole(9, *shape), lambda: Outputs(number), loss="mse")
+    summary, told = notes(tmp_path, whole(9, *shape), lambda: Outputs(number), loss="mse")
     assert summary["metrics"] == []
-    assert summary["sources"] == {"loss": "--loss", "metrics": "default for mse"}
+    assert summary["sources"] == {"loss": "--loss", "metrics": "default for integer targets"}
+    assert "accuracy is left out: the loss is not one of classification" in told
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])
