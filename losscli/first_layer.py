@@ -5,7 +5,8 @@ first use is a layer which is affine in its weight and bias, its output at a poi
 combination of its outputs at the ends of the slice as the point itself is of the ends: a product
 for each end serves all points. The first use is found by watching a forward pass on every batch,
 whatever the model. What a watcher cannot see, such as compiled code, is found out by numbers: the
-objective holds the result against the plain way before it relies on it.
+objective holds the result against the plain way before it relies on it. Points where the weights of
+a unit nearly cancel are evaluated without it, as the rounding errors of the products would not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ __all__ = ["FirstLayer", "Found", "Watch"]
 
 # The functions that are affine in their weight and bias.
 _AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
+
+# How much larger the terms of a combination may be than the combination itself: so many times as
+# large as that of a plain forward pass is then the rounding error of a shared layer, at most.
+_LARGEST_TERMS = 8
 
 # What may be asked of a tensor without using its values.
 _HARMLESS = frozenset({
@@ -51,12 +56,38 @@ class FirstLayer:
         weight: The name of its weight.
         products: Its output at each end.
         slice_: The slice.
+        gram: ``[R, K, K]``: for each of its R units the inner products of its weights at the K
+            ends; None where it was not asked for.
     """
 
     function: Callable[..., Any]
     weight: str
     products: Sequence[Tensor]
     slice_: Slice
+    gram: Tensor | None = None
+
+    def cancels(self, points: Sequence[Sequence[float]]) -> list[bool]:
+        """Finds the points where the products nearly cancel, and with them their digits.
+
+        Each product has a rounding error of its own size. Where Σ |c_i| ‖W_i‖ is much larger than
+        ‖Σ c_i W_i‖ for some unit, the combination of products has a larger error than the product
+        with the combined weights.
+
+        Args:
+            points: The coordinates of the points.
+
+        Returns:
+            For each point whether some unit's terms are too large.
+        """
+        assert self.gram is not None
+        units = list(torch.eye(len(self.products), dtype=torch.float64))
+        shares = torch.stack([self.slice_.combine(units, point) for point in points])
+        gram = self.gram.cpu().double()
+        sizes = gram.diagonal(dim1=1, dim2=2).sqrt()
+        squares = torch.einsum("pi,rij,pj->pr", shares, gram, shares).clamp(min=0)
+        lost = shares.abs() @ sizes.T > _LARGEST_TERMS * squares.sqrt()
+        found: list[bool] = lost.any(1).tolist()
+        return found
 
     def at(self, point: Sequence[float], tensors: Mapping[str, Tensor]) -> TorchFunctionMode:
         """Answers the layer's first call with its output at a point.
@@ -105,15 +136,19 @@ class Watch(TorchFunctionMode):
         tensors: The moving tensors by name.
         slice_: The slice that they move in.
         stops: Whether `Found` ends the forward pass once the first layer is known.
+        measures: Whether the first layer's Gram matrix is computed.
 
     Attributes:
         layer: The first layer; None where the first use is not affine, or before it.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], slice_: Slice, *, stops: bool) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], slice_: Slice, *, stops: bool, measures: bool
+    ) -> None:
         super().__init__()
         self.layer: FirstLayer | None = None
         self._stops = stops
+        self._measures = measures
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._slice = slice_
         self._seen = False
@@ -157,28 +192,29 @@ class Watch(TorchFunctionMode):
         if self._uses(rest):
             return None
         try:
-            products = [
-                _with_tensors(
-                    func,
-                    args,
-                    kwargs,
-                    # In the type and the layout of the part that each stands in for.
-                    {
-                        **(without if k else {}),
-                        **{
-                            id(part): torch.empty_like(part).copy_(end[self._names[id(part)]])
-                            for part in parts
-                        },
+            # In the type and the layout of the part that each stands in for.
+            standins = [
+                {
+                    **(without if k else {}),
+                    **{
+                        id(part): torch.empty_like(part).copy_(end[self._names[id(part)]])
+                        for part in parts
                     },
-                )
+                }
                 for k, end in enumerate(self._slice.ends)
             ]
+            products = [_with_tensors(func, args, kwargs, tensors) for tensors in standins]
             # Within functorch's transforms there is no memory to take out of them.
             for product in products:
                 product.data_ptr()
+            gram = None
+            if self._measures:
+                inputs = _argument(args, kwargs, 0, "input")
+                ends = [(s.get(id(weight), weight), s.get(id(bias), bias)) for s in standins]
+                gram = _gram(func, inputs, ends, products)
         except RuntimeError:
             return None
-        return FirstLayer(func, self._names[id(weight)], products, self._slice)
+        return FirstLayer(func, self._names[id(weight)], products, self._slice, gram)
 
     def _uses(self, value: Any) -> bool:
         if isinstance(value, Tensor):
@@ -188,6 +224,35 @@ class Watch(TorchFunctionMode):
         elif not isinstance(value, tuple | list):
             return False
         return any(map(self._uses, value))
+
+
+def _gram(
+    function: Callable[..., Any],
+    inputs: Tensor,
+    ends: Sequence[tuple[Tensor, Tensor | None]],
+    products: Sequence[Tensor],
+) -> Tensor:
+    """Computes the inner products of each unit's weights at the ends, weighted by its inputs."""
+    # With inputs of the mean square s², the rounding error of a unit's product with its weights w
+    # is about ε ‖s w‖. The bias is one more weight, with the input 1.
+    wide = torch.float32 if inputs.device.type == "mps" else torch.float64
+
+    def real(tensor: Tensor) -> Tensor:
+        parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        return parts.flatten(1).to(wide)
+
+    if function is F.embedding:
+        # Its units are tokens, and its products exact.
+        rows = [real(product.flatten(0, -2)) for product in products]
+    else:
+        squares = inputs.abs().to(wide).square()
+        linear = function is F.linear
+        size = (squares.flatten(0, -2).mean(0) if linear else squares.mean()).sqrt()
+        rows = []
+        for weight, bias in ends:
+            row = real(weight.flatten(1) * size)
+            rows.append(row if bias is None else torch.cat([row, real(bias[:, None])], 1))
+    return torch.stack([torch.stack([(x * y).sum(1) for y in rows], 1) for x in rows], 1)
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:

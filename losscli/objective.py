@@ -186,6 +186,7 @@ class Objective:
         self._copies_inputs = False
         self._forms: dict[tuple[str, ...], _Form] = {}
         self._way: Way | None = None
+        self._proving = False
         self._operations: int | None = None
 
     def twin(self, model: nn.Module, dtype: torch.dtype) -> Objective:
@@ -540,9 +541,9 @@ class Objective:
         if way is Way.LOADED:
             return self._evaluate(Loaded(self, slice_, coordinates), splits, progress)
         if way is Way.STACKED:
-            points: Points = Stacked(self, slice_, coordinates)
+            points: Points = Stacked(self, slice_, coordinates, proving=self._proving)
         else:
-            points = Points(self, slice_, coordinates, way)
+            points = Points(self, slice_, coordinates, way, proving=self._proving)
         with points:
             return self._evaluate(points, splits, progress)
 
@@ -594,6 +595,7 @@ class Objective:
                 return False
             return _agree(found, truths[proof], tolerance)
 
+        self._proving = True
         try:
             for way in self._ways():
                 self._way = way
@@ -603,6 +605,8 @@ class Objective:
             # Out of memory, say: the way that was tried is not one that was proven.
             self._way = None
             raise
+        finally:
+            self._proving = False
         self._way = Way.LOADED
 
     @property

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from losscli.datasets import Inputs
+from losscli.errors import ModelError
 from losscli.first_layer import FirstLayer, Found, Watch
 from losscli.geometry import Slice
 from losscli.mapped import let_go
@@ -40,11 +41,13 @@ __all__ = [
     "Way",
     "is_known",
     "tensors_of",
+    "working_type",
 ]
 
 
-# Values that are taken into another type at once.
-_STRETCH = 1 << 22
+# Values that are taken into another type at once: on a CPU so few that they stay in its cache.
+_STRETCH = 1 << 14
+_STRETCH_ELSEWHERE = 1 << 22
 
 
 class Record(Protocol):
@@ -231,11 +234,11 @@ class Loaded:
             yield p
 
     def _load(self, p: int, point: Sequence[float]) -> None:
-        dtype = self._network.dtype
-        weights = {
-            name: self._slice.combine(_working_ends(self._slice, name, dtype), point)
-            for name in self._slice.ends[0]
-        }
+        weights = {}
+        for name in self._slice.ends[0]:
+            own = self._network.tensors[name]
+            ends = [end[name].to(working_type(own)) for end in self._slice.ends]
+            weights[name] = self._slice.combine(ends, point).to(own.dtype)
         estimated = self._statistics.at(p, self._network.tensors)
         self._network.load({**weights, **self._own, **estimated})
 
@@ -252,6 +255,7 @@ class Points:
         slice_: The slice.
         coordinates: The points.
         way: How to evaluate them.
+        proving: Whether the way is being proved, which takes a point that shares a first layer.
     """
 
     def __init__(
@@ -260,12 +264,17 @@ class Points:
         slice_: Slice,
         coordinates: Sequence[Sequence[float]],
         way: Way,
+        *,
+        proving: bool = False,
     ) -> None:
         self._network = network
         self._slice = slice_
         self._coordinates = coordinates
         # Beside the ends there must be enough points for their products to pay.
         self._shares = way is not Way.BOUND and len(coordinates) > len(slice_.ends)
+        self._proving = proving
+        # The points where the products at the ends nearly cancel: they share nothing.
+        self._apart: frozenset[int] | None = None
         self._known = is_known(network.model)
         self._estimated = [name for layer in network.statistics for name in layer.names]
         self._spectral = [
@@ -362,8 +371,9 @@ class Points:
         def work(p: int) -> int:
             replica = self._replicas.get()
             try:
-                point = self._coordinates[p]
-                replay = nullcontext() if layer is None else layer.at(point, replica.tensors)
+                replay: AbstractContextManager[Any] = nullcontext()
+                if layer is not None and p not in (self._apart or ()):
+                    replay = layer.at(self._coordinates[p], replica.tensors)
                 with torch.no_grad():
                     take(p, replica, replay)
             finally:
@@ -382,12 +392,19 @@ class Points:
             return None, range(0)
         tensors = {name: self._first.tensors[name] for name in self._own}
         # Code of a user's own is never left in the middle of a forward pass.
-        watch = Watch(tensors, self._slice, stops=self._known)
+        watch = Watch(tensors, self._slice, stops=self._known, measures=self._apart is None)
+        done = range(1)
         try:
             take(0, self._first, watch)
         except Found:
-            return watch.layer, range(0)
-        return watch.layer, range(1)
+            done = range(0)
+        if watch.layer is not None and self._apart is None:
+            lost = watch.layer.cancels(self._coordinates)
+            self._apart = frozenset(p for p, one in enumerate(lost) if one)
+            if all(lost) and self._proving:
+                raise ModelError("no point shares the first layer")
+            self._shares = self._proving or len(self) - len(self._apart) > len(self._slice.ends)
+        return (watch.layer if self._shares else None), done
 
     def _outputs(
         self, p: int, replica: _Replica, inputs: Inputs, mode: AbstractContextManager[Any]
@@ -426,8 +443,7 @@ class Points:
                 stack = own.unsqueeze(0)
             else:
                 stack = own.new_empty(number, *own.shape)
-            for out, point in zip(stack, self._coordinates, strict=True):
-                _fill(out, self._slice, name, point)
+            _fill(stack, self._slice, name, self._coordinates)
             let_go(*(end[name] for end in self._slice.ends))
             stacks[name] = stack
         return stacks
@@ -442,12 +458,18 @@ class Stacked(Points):
         network: The model.
         slice_: The slice.
         coordinates: The points.
+        proving: Whether the way is being proved.
     """
 
     def __init__(
-        self, network: Network, slice_: Slice, coordinates: Sequence[Sequence[float]]
+        self,
+        network: Network,
+        slice_: Slice,
+        coordinates: Sequence[Sequence[float]],
+        *,
+        proving: bool = False,
     ) -> None:
-        super().__init__(network, slice_, coordinates, Way.STACKED)
+        super().__init__(network, slice_, coordinates, Way.STACKED, proving=proving)
 
     def evaluate(self, inputs: Inputs, record: Record) -> Iterator[int]:
         """Takes a batch to all points.
@@ -465,6 +487,8 @@ class Stacked(Points):
             self._outputs(p, replica, inputs, mode)
 
         layer, _ = self._look_ahead(take)
+        # One forward pass cannot share the layer at some points and not at others.
+        layer = None if self._apart else layer
         products = None
         if layer is not None:
             products = torch.stack([layer.output(point) for point in self._coordinates])
@@ -565,27 +589,40 @@ def _channels_last(network: Network) -> frozenset[str]:
     return frozenset(name for name, tensor in tensors.items() if id(tensor) in kernels)
 
 
-def _fill(out: Tensor, slice_: Slice, name: str, point: Sequence[float]) -> None:
-    """Writes a tensor at a point. Where types differ, no second copy of a large one exists."""
+def _fill(stack: Tensor, slice_: Slice, name: str, coordinates: Sequence[Sequence[float]]) -> None:
+    """Writes a tensor at all points, ``[P, *shape]``: combined in float64, then rounded once.
+
+    Where the terms of a combination nearly cancel, one made in float32 would have lost its digits.
+    """
     ends = [end[name] for end in slice_.ends]
-    working = _working_type(out.dtype)
-    if all(tensor.dtype == working for tensor in (out, *ends)):
-        slice_.combine(ends, point, out)
-    elif not out.is_contiguous():
-        out.copy_(slice_.combine(_working_ends(slice_, name, out.dtype), point))
+    working = working_type(stack)
+    if all(tensor.dtype == working for tensor in (stack, *ends)):
+        for out, point in zip(stack, coordinates, strict=True):
+            slice_.combine(ends, point, out)
+    elif not stack[0].is_contiguous():
+        values = [end.to(working) for end in ends]
+        for out, point in zip(stack, coordinates, strict=True):
+            out.copy_(slice_.combine(values, point))
     else:
-        flat, ends = out.view(-1), [end.reshape(-1) for end in ends]
-        for start in range(0, len(flat), _STRETCH):
-            part = slice(start, start + _STRETCH)
-            values = [end[part].to(working) for end in ends]
-            flat[part].copy_(slice_.combine(values, point))
+        # No second copy of a large tensor exists.
+        rows, flat = [out.view(-1) for out in stack], [end.reshape(-1) for end in ends]
+        length = _STRETCH if stack.device.type == "cpu" else _STRETCH_ELSEWHERE
+        for start in range(0, len(flat[0]), length):
+            part = slice(start, start + length)
+            values = [end[part].to(working) for end in flat]
+            buffer = torch.empty_like(values[0])
+            for row, point in zip(rows, coordinates, strict=True):
+                row[part].copy_(slice_.combine(values, point, buffer))
 
 
-def _working_ends(slice_: Slice, name: str, dtype: torch.dtype) -> list[Tensor]:
-    """A tensor at the ends in the type that it moves in."""
-    return [end[name].to(_working_type(dtype)) for end in slice_.ends]
+def working_type(tensor: Tensor) -> torch.dtype:
+    """Finds the type that a tensor is combined in.
 
+    Args:
+        tensor: A tensor of the model.
 
-def _working_type(dtype: torch.dtype) -> torch.dtype:
-    """The type that tensors move in, by that of the forward pass: half precision in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    Returns:
+        float64, or complex128; on MPS, which has neither, its own type but for half precision.
+    """
+    narrow = tensor.device.type == "mps"
+    return torch.promote_types(tensor.dtype, torch.float32 if narrow else torch.float64)

@@ -38,6 +38,7 @@ from losscli.errors import LosscliError, ModelError, one_line
 from losscli.geometry import Line
 from losscli.journal import Journal
 from losscli.objective import Objective
+from losscli.points import working_type
 from losscli.ranks import Arrays, Ranks, current
 from losscli.recording import Log
 from losscli.sweep import halving
@@ -281,24 +282,20 @@ class _Course:
         self.objective = objective
         self.line = line
         self._weight = 0.0
-        # Half precision moves in float32.
-        self._working = torch.float64 if objective.dtype == torch.float64 else torch.float32
-        self._direction = {
-            name: (line.b[name].to(self._working) - a.to(self._working)).to(self._type(name))
-            for name, a in line.a.items()
-        }
-
-    def _type(self, name: str) -> torch.dtype:
-        return self.objective.tensors[name].dtype
+        self._direction = {}
+        for name, a in line.a.items():
+            own = objective.tensors[name]
+            working = working_type(own)
+            self._direction[name] = (line.b[name].to(working) - a.to(working)).to(own.dtype)
 
     def at(self, alpha: float) -> dict[str, Tensor]:
         """Makes the weights of a point."""
-        return {
-            name: self.line.combine(
-                [end[name].to(self._working) for end in self.line.ends], (alpha,)
-            ).to(self._type(name))
-            for name in self.line.a
-        }
+        weights = {}
+        for name in self.line.a:
+            own = self.objective.tensors[name]
+            ends = [end[name].to(working_type(own)) for end in self.line.ends]
+            weights[name] = self.line.combine(ends, (alpha,)).to(own.dtype)
+        return weights
 
     def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float, float]:
         """Differentiates the sum of the losses of a batch, once and twice.

@@ -212,6 +212,7 @@ def test_what_is_said_of_a_block_is_that_of_a_plain_loop(tmp_path: Path) -> None
         assert said["minimum"] == {
             "alpha": low,
             "loss": pytest.approx(oracle.mean(curves[low]), rel=1e-11),
+            "ties": 1,
             "below_a": pytest.approx(below[0], rel=1e-8, abs=1e-14),
             "below_a_stderr": pytest.approx(below[1], rel=1e-8, abs=1e-14),
         }

@@ -437,6 +437,29 @@ def test_the_loss_of_a_vocabulary_makes_no_second_copy_of_its_scores(
     assert 0 < largest <= 16 << 20 < scores.nbytes
 
 
+@pytest.mark.parametrize("loss", [cross_entropy, mse, bce])
+def test_float64_copies_no_more_than_a_few_examples_at_once(loss: Any) -> None:
+    scores = torch.zeros(64, 8, 128, 64)
+    targets = classes(8, 64, 128, 64) if loss is cross_entropy else scores
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            for one in filter(torch.is_tensor, made if isinstance(made, list) else [made]):
+                view = one.untyped_storage().data_ptr() == scores.untyped_storage().data_ptr()
+                largest = max(largest, 0 if view else one.nbytes)
+            return made
+
+    expected = loss(scores[:2], targets[:2])
+    with Sizes():
+        found = loss(scores, targets)
+    assert torch.equal(found[:2], expected)
+    # All outputs take 32 MiB in float64.
+    assert 0 < largest <= 16 << 20 < 2 * scores.nbytes
+
+
 def test_perplexity_is_the_exponential_of_a_mean_and_not_a_mean_of_exponentials() -> None:
     scores, targets = outputs(4, 6, 5), padded(4, 6, vocabulary=5)
     each = perplexity(scores, targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 from losscli import losses as losses_
 from losscli.datasets import DataSet, Split
 from losscli.errors import LossError, ModelError, NondeterministicModelError, OutOfMemoryError
+from losscli.first_layer import FirstLayer
 from losscli.geometry import Line, grid
 from losscli.losses import LOSSES
 from losscli.objective import Evaluation, Objective
@@ -177,25 +178,25 @@ def test_a_first_layer_is_shared_where_its_input_is_the_same_at_all_points(
 ) -> None:
     case = next(c for c in CASES if c.name == name)
     calls = 0
-    combine = Line.combine
+    output = FirstLayer.output
 
-    def counting(self: Line, *args: object) -> Tensor:
+    def counting(self: FirstLayer, point: Sequence[float]) -> Tensor:
         nonlocal calls
         calls += 1
-        return combine(self, *args)  # type: ignore[arg-type]
+        return output(self, point)
 
     objective = objective_of(case, batch_size=1000)
     a, line = line_of(case)
     objective.check(a)
     points = [(x,) for x in ALPHAS]
     objective.settle(line, points)
-    monkeypatch.setattr(Line, "combine", counting)
+    monkeypatch.setattr(FirstLayer, "output", counting)
     sweep(objective, line, points)
-    weights = len(line.a) * len(ALPHAS)
-    # Beside the weights, a shared layer's output is combined for all points; but code of a user's
+    # All points share it but those where some unit's weights nearly cancel; and code of a user's
     # own, which is never left in the middle of a pass, has run to the end at the one watched.
     watched = 0 if is_known(objective.model) else 1
-    assert calls == weights + (len(ALPHAS) - watched if shared else 0)
+    assert calls <= len(ALPHAS) - watched
+    assert calls >= 5 if shared else calls == 0
 
 
 # What vmap does one by one (the kernels of attention and LSTM on a CPU) or cannot do: weights
