@@ -55,17 +55,23 @@ class Console:
         """Whether stderr is a terminal that a progress bar can be drawn on."""
         return self.stderr is not None and self.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
-    def result(self, text: str) -> None:
+    def result(self, text: str, *, drawn: bool = False) -> None:
         """Writes to stdout, and makes sure that it arrived.
+
+        On a terminal, control characters of names from files become escapes. In a pipe or a file
+        they stay as they are.
 
         Args:
             text: What to write.
+            drawn: Whether its control characters are losscli's own, such as colours.
 
         Raises:
             OutputError: Nobody reads it.
         """
         if self.stdout is None:
             raise OutputError(_CLOSED)
+        if not drawn and self.stdout.isatty():
+            text = "\n".join(map(printable, text.replace("\r\n", "\n").split("\n")))
         # A name may hold what the stream's encoding lacks: better an escape than no result.
         encoded = text.encode(self.stdout.encoding or "utf-8", "backslashreplace")
         try:
@@ -260,11 +266,12 @@ class SilentConsole(Console):
         self.stdout = self.stderr = None
         self.said = ""
 
-    def result(self, text: str) -> None:
+    def result(self, text: str, *, drawn: bool = False) -> None:
         """Writes nothing.
 
         Args:
             text: What another process writes.
+            drawn: Whether its control characters are losscli's own.
         """
 
     def error(self, text: str) -> None:

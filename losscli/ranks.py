@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from losscli.errors import ChangedError, LosscliError, UsageError, one_line
+from losscli.errors import ChangedError, LosscliError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,10 +46,12 @@ Arrays: TypeAlias = "Mapping[str, NDArray[Any]]"
 
 _T = TypeVar("_T")
 
-# Seconds: for all ranks to be there; between two looks at the store within a computation; before
-# the second look while there is nothing else to do; between two signs of life; after which one is
-# missed; and for which rank 0 stays when it is done, where the store is its own.
+# Seconds: for all ranks to be there; after which it is told that they are not; between two looks at
+# the store within a computation; before the second look while there is nothing else to do; between
+# two signs of life; after which one is missed; and for which rank 0 stays when it is done, where
+# the store is its own.
 _JOIN = 600.0
+_UNUSUAL = 20.0
 _LOOK = 0.1
 _IDLE = 0.002
 _BEAT = 5.0
@@ -86,7 +88,7 @@ class Ranks:
         self.rank = rank
         self.size = size
         self.local = local
-        self._store = store
+        self._store: Any = _Guarded(store)
         self._step = 0
         self._deal: _Deal | None = None
         self._past: list[_Deal] = []
@@ -216,7 +218,7 @@ class Ranks:
             self._wait(lambda: len(deal.have) == len(sizes))
         except BaseException:
             # What others have finished is kept whatever ends this.
-            with contextlib.suppress(RuntimeError, LosscliError):
+            with contextlib.suppress(LosscliError):
                 self._collect(deal)
             raise
         finally:
@@ -243,7 +245,7 @@ class Ranks:
             text: The error, in one line.
             changed: Whether it is a `ChangedError`, after which nothing is kept.
         """
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RanksError):
             told = json.dumps([self.rank, socket.gethostname(), text, changed])
             self._store.compare_set("error", "", told)
 
@@ -254,7 +256,7 @@ class Ranks:
             status: The exit status; an error is told to `fail` before.
         """
         # Whatever becomes of the store now, this rank has done its part.
-        with contextlib.suppress(RuntimeError, RanksError):
+        with contextlib.suppress(RanksError):
             if self.leads:
                 self._store.set("over", "")
                 if not status and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -329,8 +331,7 @@ class Ranks:
         content = _pack(arrays)
         pieces = range(0, len(content), _PIECE)
         for j, at in enumerate(pieces):
-            # Its stubs know of text alone; both are bytes on the way.
-            self._store.set(f"{deal.step}/{i}/{j}", content[at : at + _PIECE])  # type: ignore[arg-type]
+            self._store.set(f"{deal.step}/{i}/{j}", content[at : at + _PIECE])
         place = self._store.add(f"{deal.step}/done", 1) - 1
         self._store.set(f"{deal.step}/log/{place}", json.dumps([i, len(pieces)]))
 
@@ -351,7 +352,7 @@ class Ranks:
 
     def _beat(self) -> None:
         """Gives signs of life. In a thread of its own: a batch may take its time."""
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RanksError):
             while True:
                 self._store.add(f"beat/{self.rank}", 1)
                 if self._over.wait(_BEAT):
@@ -374,6 +375,39 @@ class Ranks:
                     "Does every rank run the same command? Without RANK and WORLD_SIZE in the "
                     "environment it runs alone",
                 )
+
+
+class _Guarded:
+    """A store whose failures are an error in one line.
+
+    Nothing is asked for that may not be there yet, so any failure means that the store is gone.
+
+    Args:
+        store: What the ranks read and write.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._store, name)
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return method(*arguments)
+            except RuntimeError as error:
+                raise RanksError(
+                    f"the run's store is gone: torchrun, or the machine that kept it, has ended "
+                    f"({_reason(error)})",
+                    "Give the same command to torchrun again",
+                ) from None
+
+        return call
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error of torch, behind which the frames of its C++ are listed."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 class _Deal:
@@ -439,14 +473,28 @@ def is_one_of_many() -> bool:
 
     Returns:
         Whether it was.
+
+    Raises:
+        UsageError: The environment says so in part, and not where the others are.
     """
-    needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-    return all(os.environ.get(name) for name in needed) and os.environ["WORLD_SIZE"] != "1"
+    if not os.environ.get("RANK") or os.environ.get("WORLD_SIZE") == "1":
+        return False
+    needed = "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise UsageError(
+            f"RANK is set in the environment ({os.environ['RANK']}), and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not",
+            "Start all ranks with torchrun, or run alone without it: env -u RANK losscli …",
+        )
+    return True
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(tell: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
     """Joins the other processes.
+
+    Args:
+        tell: Called with a note where they are long in coming.
 
     Yields:
         The ranks, which are the current ones meanwhile.
@@ -458,16 +506,17 @@ def joined() -> Iterator[Ranks]:
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
+    wait = _Wait(tell)
     try:
         store, rank, size = _apart_from_signals(
-            lambda: next(rendezvous("env://", timeout=timedelta(seconds=_JOIN)))
+            lambda: next(rendezvous("env://", timeout=timedelta(seconds=_JOIN))), wait
         )
         local = int(os.environ.get("LOCAL_RANK", "0"))
         store = PrefixStore("losscli", store)
-        store = PrefixStore(_meet(store, rank, size), store)
+        store = PrefixStore(_meet(store, rank, size, wait), store)
     except (RuntimeError, ValueError) as error:
         raise RanksError(
-            f"the other ranks cannot be reached: {one_line(error)}",
+            f"the other ranks cannot be reached: {_reason(error)}",
             "Start all of them with torchrun, or leave RANK and WORLD_SIZE out of the environment "
             "to run alone",
         ) from None
@@ -478,7 +527,29 @@ def joined() -> Iterator[Ranks]:
         _CURRENT = None
 
 
-def _apart_from_signals(call: Callable[[], _T]) -> _T:
+class _Wait:
+    """Waits for other ranks, and says so once where that takes longer than it should.
+
+    Args:
+        tell: Called with the note.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell: Callable[[str], None] | None = tell
+        self._begun = time.monotonic()
+
+    def look(self) -> None:
+        """Says it, if it is time."""
+        if self._tell is not None and time.monotonic() - self._begun > _UNUSUAL:
+            name = "RANK {RANK}, WORLD_SIZE {WORLD_SIZE}, MASTER_ADDR {MASTER_ADDR}"
+            self._tell(
+                f"waiting up to {_JOIN:.0f} s for the other ranks, which the environment tells of "
+                f"({name.format(**os.environ)})"
+            )
+            self._tell = None
+
+
+def _apart_from_signals(call: Callable[[], _T], wait: _Wait) -> _T:
     """Calls what no signal interrupts in a thread of its own, and waits where one does."""
     answer: queue.SimpleQueue[_T | BaseException] = queue.SimpleQueue()
 
@@ -490,6 +561,7 @@ def _apart_from_signals(call: Callable[[], _T]) -> _T:
 
     threading.Thread(target=work, name="rendezvous", daemon=True).start()
     while True:
+        wait.look()
         with contextlib.suppress(queue.Empty):
             found = answer.get(timeout=_LOOK)
             if isinstance(found, BaseException):
@@ -497,7 +569,7 @@ def _apart_from_signals(call: Callable[[], _T]) -> _T:
             return found
 
 
-def _meet(store: Store, rank: int, size: int) -> str:
+def _meet(store: Store, rank: int, size: int, wait: _Wait) -> str:
     """Finds a name for what these very processes have in a store.
 
     Where torchrun starts ranks anew it may give them the store of those that died, and all that
@@ -508,6 +580,7 @@ def _meet(store: Store, rank: int, size: int) -> str:
         store: What all of them read and write.
         rank: Which of them this one is.
         size: How many there are.
+        wait: Says so where they are long in coming.
 
     Returns:
         A name that nobody had before, the same for all.
@@ -531,6 +604,7 @@ def _meet(store: Store, rank: int, size: int) -> str:
             store.set("welcome", json.dumps([own, heard]))
             if store.check([f"{own}/here/{r}" for r in range(1, size)]):
                 return own
+        wait.look()
         time.sleep(_IDLE)
     raise RanksError(
         f"not all of the {size} ranks came within {_JOIN:.0f} s",

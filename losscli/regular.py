@@ -1,6 +1,7 @@
 """Reading files that end: pipes and devices, which may give nothing or never stop, are told apart.
 
-Their errors are an OSError, so that each reader says what it was about to read.
+Their errors are an OSError, so that each reader says what it was about to read. And creating files
+that nobody else has prepared.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["IrregularError", "open_regular", "read_pipe", "read_regular", "read_text"]
+__all__ = ["IrregularError", "create", "open_regular", "read_pipe", "read_regular", "read_text"]
 
 # The largest tables are of planes: some 60 bytes for each point and split.
 _MOST = 256 << 20
@@ -40,6 +41,22 @@ class IrregularError(OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+def create(path: Path) -> FileIO:
+    """Creates a file.
+
+    Args:
+        path: Its name, which nothing has yet: no link is followed, and no file is opened that
+            somebody else has put there.
+
+    Returns:
+        The file, to be read and written.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    return FileIO(os.open(path, flags, 0o666), "r+b")
 
 
 def open_regular(path: Path) -> BufferedReader:

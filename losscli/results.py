@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from losscli.errors import OutputError, UsageError
-from losscli.regular import read_regular
+from losscli.regular import create, read_regular
 from losscli.table import Table
 
 if TYPE_CHECKING:
@@ -328,7 +330,8 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
         for now, content in contents.items():
-            with temporary[now].open("wb") as file:
+            temporary[now].unlink(missing_ok=True)  # of a process of this number that was killed
+            with io.BufferedWriter(create(temporary[now])) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -342,5 +345,6 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
         ) from None
     finally:
         for written in temporary.values():
-            written.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                written.unlink()
     return list(contents)

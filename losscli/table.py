@@ -20,6 +20,14 @@ Cell = float | int | str | None
 _TEXT = frozenset({
     "a", "b", "block", "split", "checkpoint", "verdict", "key", "tensor", "shape", "dtype",
 })  # fmt: skip
+# A spreadsheet takes a cell that begins so for a formula, and computes it.
+_FORMULA = "=+-@\t\r"
+# What is put before such a cell: a name of a file stays one, and other text shows an apostrophe.
+_BEFORE = {
+    **dict.fromkeys(("a", "b", "checkpoint"), "./"),
+    **dict.fromkeys(("split", "block", "tensor", "key"), "'"),
+}
+
 _INTEGER = frozenset({"step", "walk", "examples", "tensors", "values", "bytes"})
 
 # The columns that tell which command a table is of.
@@ -142,12 +150,15 @@ class Table:
         Returns:
             RFC 4180: a header, one record a row, lines ended by ``\r\n``. Floats are the shortest
             decimals that read back to the same bits; not-a-number and infinity are ``nan``,
-            ``inf`` and ``-inf``; ``None`` is empty.
+            ``inf`` and ``-inf``; ``None`` is empty. A name that a spreadsheet would take for a
+            formula has ``./`` before it, or an apostrophe where it is no file's; `from_csv` takes
+            that away.
         """
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow(self.columns)
-        writer.writerows([_write(cell) for cell in row] for row in self.rows)
+        before = [_BEFORE.get(column, "") for column in self.columns]
+        writer.writerows(list(map(_write, row, before)) for row in self.rows)
         return text.getvalue()
 
     @classmethod
@@ -212,15 +223,27 @@ class Table:
         return cls(columns, tuple(rows))
 
 
-def _write(cell: Cell) -> str:
+def _write(cell: Cell, before: str) -> str:
     if cell is None:
         return ""
+    if before and isinstance(cell, str) and _is_formula(cell, before):
+        return before + cell
     # float() first: NumPy's own scalars write themselves as np.float64(…).
     return repr(float(cell)) if isinstance(cell, float) else str(cell)
 
 
+def _is_formula(text: str, before: str) -> bool:
+    """Whether text begins as a formula does, behind any number of what is put before one."""
+    while text.startswith(before):
+        text = text[len(before) :]
+    return text[:1] != "" and text[0] in _FORMULA
+
+
 def _read(column: str, text: str) -> Cell:
     if column in _TEXT:
+        before = _BEFORE.get(column, "")
+        if before and text.startswith(before) and _is_formula(text, before):
+            return text[len(before) :]
         return text
     if not text:
         return None

@@ -163,6 +163,42 @@ def test_colour_is_as_the_terminal_wants_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert drawn([1, 2], 4, monkeypatch, TERM="dumb").getvalue() == ""
 
 
+STEERING = "\x1b]0;title\x07\u202e"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("name", ["trajectory", "plane --pca", "barriers"])
+def test_a_table_on_a_terminal_has_its_names_escaped_and_in_a_pipe_as_they_are(
+    name: str, terminal: bool, several: Path
+) -> None:
+    names = [f"{letter}{STEERING}.pt" for letter in "abc"]
+    for new, old in zip(names, "abc", strict=True):
+        (several / f"{old}.pt").rename(several / new)
+    stdout = Terminal() if terminal else io.StringIO()
+    command = [*name.split(), *names, "-o", "-", "-q", "--points", "4"]
+    command = command if name != "trajectory" else [*command[:-2], "--no-surface"]
+    assert run(command, Console(stdout, stderr := io.StringIO())) == 0, stderr.getvalue()
+    text = stdout.getvalue()
+    if terminal:
+        assert text.replace("\n", "").isprintable()
+        assert r"a\x1b]0;title\x07\u202e.pt" in text or name == "plane --pca"
+        assert len(text.splitlines()) > 3
+    else:
+        assert f"a{STEERING}.pt" in text or name == "plane --pca"
+        assert "\r\n" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_file_that_was_written_is_named_without_steering_the_terminal(
+    terminal: bool, several: Path
+) -> None:
+    stdout = Terminal() if terminal else io.StringIO()
+    out = f"x{STEERING}.safetensors"
+    assert run(["export", "a.pt", "b.pt", "--alpha", "0.5", "-o", out], Console(stdout)) == 0
+    assert (several / out).exists()
+    assert stdout.getvalue() == (r"x\x1b]0;title\x07\u202e.safetensors" if terminal else out) + "\n"
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_quiet_is_quiet(terminal: bool, several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")

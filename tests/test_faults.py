@@ -233,6 +233,8 @@ def test_a_full_disk_leaves_whole_files_or_none(
         assert "File too large" in last
         left = anew(folder, before)
         assert left.keys() <= {"out.journal"}
+        # No journal stays in which there is nothing.
+        assert all(b'"key"' in content for content in left.values())
         # What is kept is told of.
         told = "hat was finished is in out.journal: the same command goes on from there" in last
         assert told == (b'"key"' in left.get("out.journal", b""))

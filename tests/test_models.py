@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from losscli.errors import SpecError
 from losscli.models import CNN, MLP, MODELS
-from tests.conftest import Losscli
+from tests.conftest import ROOT, Losscli
 
 ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
@@ -281,6 +284,36 @@ def test_what_is_no_program_is_one_line(
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(folder.glob("x.*"))
+
+
+_DAMAGED = """
+import sys, zipfile
+from pathlib import Path
+from losscli.cli import run
+from losscli.console import Console
+good = Path("model.pt2").read_bytes()
+half, other = good[: len(good) // 2], good.replace(b"{", b"[")
+for content in (good[:-1], half, good[:100], b"x" + good, other):
+    Path("damaged.pt2").write_bytes(content)
+    status = run([*sys.argv[1:], "-m", "pt2:damaged.pt2"], Console())
+    print(status, file=sys.stderr)
+"""
+
+
+def test_a_damaged_program_is_one_line(program: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _DAMAGED, "interpolate", "p.pt", "q.pt", "-o", "x", "-q"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stderr.splitlines()
+    assert said[1::2] == ["1"] * 5, done.stderr
+    told = [re.search(r"losscli: damaged.pt2 is no program that torch \S+ can load: ", line)
+            for line in said[::2]]  # fmt: skip
+    assert all(told), done.stderr
+    assert not list(program.glob("x.*"))
 
 
 STAND_INS = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,6 +168,87 @@ def test_results_that_are_no_files_are_of_another_run(
     (folder / "x.csv").write_text(LINE, newline="")
     odd("out.png")
     refused(losscli, folder, "out.png is another picture", "plot", "x.csv", "-o", "out")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.csv", "out.json", "half.safetensors"])
+@pytest.mark.parametrize("planted", ["link", "file"])
+def test_no_file_is_written_through_a_link_that_somebody_planted(
+    name: str, planted: str, losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of temporary files can be guessed, and a folder may be open to others."""
+    other = folder / "of somebody else"
+    other.write_text("theirs")
+    (folder / "x.csv").write_text(LINE, newline="")
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+
+    def plant() -> None:
+        if planted == "link":
+            temporary.symlink_to(other)
+        else:
+            os.link(other, temporary)
+
+    commands: dict[str, tuple[object, ...]] = {
+        "x.png": ("plot", "x.csv"),
+        "half.safetensors": ("export", "a.pt", "b.pt", "--alpha", 0.5, "-o", name),
+    }
+    line = ("interpolate", "a.pt", "b.pt", "--points", 3, "-o", Path(name).stem, "--force",
+            "--no-figure")  # fmt: skip
+    plant()
+    done = losscli(*commands.get(name, line))
+    assert done.status == 0, done.stderr
+    assert other.read_text() == "theirs"
+    assert not os.path.lexists(temporary)
+    # Planted in the moment before the file is made, it is in the way: one line.
+    made = regular.create
+
+    def late(path: Path) -> Any:
+        if path.name == temporary.name and not os.path.lexists(temporary):
+            plant()
+        return made(path)
+
+    for module in ("losscli.results", "losscli.checkpoint.saving"):
+        monkeypatch.setattr(f"{module}.create", late)
+    (folder / name).unlink()
+    done = losscli(*commands.get(name, line))
+    assert (done.status, done.stderr.count("losscli: ")) == (1, 1)
+    assert "cannot be written: File exists" in done.stderr
+    assert other.read_text() == "theirs"
+    assert not (folder / name).exists()
+
+
+def test_what_is_unpacked_is_held_against_the_memory_at_hand(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousandth of its size, a file may be unpacked to more than there is."""
+    import gzip
+    import struct
+
+    import numpy as np
+
+    size = 300_000
+    np.savez_compressed("bomb.npz", inputs=np.zeros((size, 6), np.float32),
+                        targets=np.zeros(size, np.int64))  # fmt: skip
+    (folder / "mnist").mkdir()
+    for name, shape in (("images-idx3", (size, 2, 3)), ("labels-idx1", (size,))):
+        head = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
+        content = gzip.compress(head + bytes(math.prod(shape)))
+        (folder / "mnist" / f"train-{name}-ubyte.gz").write_bytes(content)
+    assert Path("bomb.npz").stat().st_size < 100_000
+    run = ("interpolate", "a.pt", "b.pt", "--points", 3, "--no-figure", "-o", "out", "-q", "-d")
+    for data, needed in (("npz:bomb.npz", 9_600_256), ("mnist:mnist", 2 * 1_800_000)):
+        monkeypatch.setattr("losscli.datasets.memory.free_memory", lambda n=needed: n - 1)
+        done = losscli(*run, data)
+        assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        where = "bomb.npz" if "bomb" in data else "mnist/train-images-idx3-ubyte.gz"
+        told = re.search(rf"{where} takes ([\d,]+) bytes of memory once it is", done.stderr)
+        assert told, done.stderr
+        assert abs(int(told[1].replace(",", "")) - needed) < 1000
+        assert not list(folder.glob("out.*"))
+        monkeypatch.setattr("losscli.datasets.memory.free_memory", lambda n=needed: n + 1000)
+        done = losscli(*run, data, "--force")
+        assert done.status == 0, done.stderr
+        for path in folder.glob("out.*"):
+            path.unlink()
 
 
 def test_plot_does_not_wait_for_a_writer(losscli: Losscli, folder: Path) -> None:

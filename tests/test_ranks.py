@@ -29,12 +29,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from losscli import ranks as module
+from losscli import sweep
 from losscli.cli import run
 from losscli.console import Console
 from losscli.errors import ChangedError, UsageError
+from losscli.journal import Journal
 from losscli.models import MLP
 from losscli.objective import Objective
 from losscli.points import Way
@@ -580,7 +582,7 @@ def test_ranks_do_not_take_those_that_died_for_each_other() -> None:
         found: dict[int, str] = {}
 
         def meet(rank: int, found: dict[int, str] = found) -> None:
-            found[rank] = module._meet(store, rank, 3)
+            found[rank] = module._meet(store, rank, 3, module._Wait(lambda _: None))
 
         threads = [threading.Thread(target=meet, args=(rank,)) for rank in (2, 0, 1)]
         for thread in threads:
@@ -627,13 +629,147 @@ def test_a_rank_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert current() is None
     assert not is_one_of_many()
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert not is_one_of_many()
+    monkeypatch.setenv("RANK", "0")
+    assert is_one_of_many()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not is_one_of_many()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert is_one_of_many()
+
+
+NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize("missing", [NEEDED, NEEDED[:1], NEEDED[1:], NEEDED[2:]])
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_an_environment_that_tells_of_ranks_in_part_is_one_line_at_once(
+    rank: str,
+    missing: tuple[str, ...],
+    losscli: Losscli,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    for name in NEEDED:
+        if name in missing:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, "2")
+    done = losscli("interpolate", "a.pt", "b.pt", "-o", "out")
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    are = "is" if len(missing) == 1 else "are"
+    told = f"RANK is set in the environment ({rank}), and {', '.join(missing)} {are} not"
+    assert told in done.stderr
+    assert done.stderr.endswith("env -u RANK losscli …\n")
+    assert not list(folder.glob("out*"))
+
+
+def test_a_long_wait_for_other_ranks_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("losscli.ranks.time.monotonic", lambda: now[0])
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node1")):
+        monkeypatch.setenv(name, value)
+    told: list[str] = []
+    wait = module._Wait(told.append)
+    for now[0] in (0.0, 19.9, 20.1, 300.0):
+        wait.look()
+        assert len(told) == (now[0] > 20)
+    assert "waiting up to 600 s for the other ranks" in told[0]
+    assert "(RANK 0, WORLD_SIZE 2, MASTER_ADDR node1)" in told[0]
+
+
+def test_a_store_that_is_gone_is_an_error_of_one_line() -> None:
+    (port,) = ports(1)
+    server = [TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
+    calls: dict[str, Callable[[Ranks], Any]] = {
+        "gather": lambda ranks: ranks.gather(1),
+        "decide": lambda ranks: [ranks.decide(1), ranks.attend()],
+        "agree": lambda ranks: ranks.agree({}),
+        "deal": lambda ranks: ranks.deal([1.0], lambda i, tell: {}),
+        "attend": lambda ranks: ranks.attend(),
+    }
+    clients = {
+        (name, rank): Ranks(TCPStore("127.0.0.1", port, is_master=False), rank, 2)
+        for name in calls
+        for rank in (0, 1)
+    }
+    server.clear()
+    for (name, rank), ranks in clients.items():
+        with pytest.raises(RanksError) as caught:
+            calls[name](ranks)
+        assert "the run's store is gone: torchrun, or" in str(caught.value), (name, rank)
+        assert str(caught.value).endswith("Give the same command to torchrun again")
+        assert "\n" not in str(caught.value)
+        assert "frame #" not in str(caught.value)
+        # What cannot be told to others is no error of its own.
+        ranks.fail("another")
+        ranks.leave(1)
+
+
+@forks
+@pytest.mark.parametrize("when", ["at work", "all is written"])
+def test_a_store_that_is_killed_ends_the_run_in_one_line_and_what_is_written_stands(
+    when: str, more: Path, losscli: Losscli
+) -> None:
+    """As when torchrun's own process is killed, which keeps the store."""
+    command = "interpolate a.pt b.pt -m mlp:6-5-3 --points 21 --no-figure -o"
+    whole = losscli(*command.split(), "whole")
+    assert whole.status == 0, whole.stderr
+    code = (
+        "import sys, time, torch.distributed as d\n"
+        "kept = d.TCPStore('127.0.0.1', int(sys.argv[1]), is_master=True, wait_for_workers=False)\n"
+        "print(flush=True)\ntime.sleep(600)\n"
+    )
+    real_ports = ports
+    (port,) = real_ports(1)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(port)], stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+
+        def before(rank: int) -> None:
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            os.environ["MASTER_PORT"] = str(port)
+            records = [0]
+            record, finish = Journal.record, Journal.finish
+
+            def counted(self: Journal, *rest: Any) -> None:
+                record(self, *rest)
+                records[0] += 1
+                if records[0] == 3 and when == "at work":
+                    os.kill(server.pid, signal.SIGKILL)
+
+            def finished(self: Journal) -> None:
+                if when != "at work":
+                    os.kill(server.pid, signal.SIGKILL)
+                finish(self)
+
+            sweep._CPU_STACK = 1
+            if rank == 0:
+                Journal.record, Journal.finish = counted, finished  # type: ignore[method-assign]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "ports", lambda number: [port] * number)
+            first, _ = forked([f"{command} out"], 2, before)
+        server.kill()
+    told = [line for line in first[0].stderr.splitlines() if not line.startswith("note: ")]
+    if when == "at work":
+        assert first[0].status == 1
+        (line,) = told
+        assert "losscli: the run's store is gone: torchrun, or the machine" in line
+        assert line.endswith("What was finished is in out.journal: the same command goes on from "
+                             "there")  # fmt: skip
+        assert not Path("out.csv").exists()
+        again = losscli(*command.split(), "out")
+        assert again.status == 0, again.stderr
+        assert "goes on where out.journal ends" in again.stderr
+    else:
+        assert (first[0].status, told) == (0, [])
+    assert_same("whole.csv", "out.csv")
+    assert not Path("out.journal").exists()
 
 
 @given(

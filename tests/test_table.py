@@ -35,6 +35,7 @@ TEXTS = st.one_of(
     st.text(),
     st.text(alphabet=",;\"'\r\n\t \x00éα#", max_size=8),
     st.sampled_from(["nan", "1", "", " a ", '"', "\r", "a,b", "\ufeff"]),
+    st.text(alphabet="'=+-@./", max_size=5),
 )
 INTEGERS = st.one_of(st.none(), st.integers())
 ROWS = st.lists(st.tuples(FLOATS, TEXTS, FLOATS, INTEGERS), max_size=5)
@@ -101,6 +102,25 @@ def test_the_csv_is_that_of_rfc_4180() -> None:
         '1.0,"two\nlines",-inf,0\r\n'
         "0.30000000000000004,x,inf,4\r\n"
     )
+
+
+# For each column, what is put before a name that a spreadsheet would take for a formula.
+BEFORE = {"checkpoint": "./", "a": "./", "b": "./", "split": "'", "block": "'"}
+
+
+@pytest.mark.parametrize("column", BEFORE)
+@pytest.mark.parametrize("name", ["=1+1", "+a.pt", "-a.pt", "@SUM(A1)", "\t=1", "\r=1"])
+def test_no_name_is_a_formula_to_a_spreadsheet(column: str, name: str) -> None:
+    table = Table.build([column, "loss"], [(name, -1.5)])
+    text = table.to_csv()
+    (_, (cell, loss)) = csv.reader(io.StringIO(text, newline=""))
+    assert (cell, loss) == (BEFORE[column] + name, "-1.5")
+    assert read(text) == table
+    # A name that begins so already is another one, and stays so.
+    for other in (BEFORE[column] + name, 2 * BEFORE[column] + name, BEFORE[column], "a=1", "", "é"):
+        table = Table.build([column, "loss"], [(other, -1.5)])
+        assert read(table.to_csv()) == table
+    assert read(table.to_csv()).rows[0][0] == "é"
 
 
 def test_other_readers_agree() -> None:

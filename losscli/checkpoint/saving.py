@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from losscli.errors import OutputError, one_line
+from losscli.regular import create
 from losscli.weights import Weights
 
 __all__ = ["save"]
@@ -32,9 +33,11 @@ def save(weights: Weights, metadata: Mapping[str, str], path: Path) -> None:
         raise OutputError(f"{path} is a folder", "Name a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # An empty file first, for the permissions that files have here: safetensors sets its own.
-        temporary.touch()
-        mode = temporary.stat().st_mode
+        temporary.unlink(missing_ok=True)  # of a process of this number that was killed
+        # An empty file first, which nobody else has prepared, and for the permissions that files
+        # have here: safetensors sets its own.
+        with create(temporary) as file:
+            mode = os.fstat(file.fileno()).st_mode
         save_file(_apart(weights), temporary, dict(metadata))
         temporary.chmod(mode)
         temporary.replace(path)

@@ -173,8 +173,10 @@ def _among_ranks(arguments: Sequence[str], console: Console) -> int:
         return _parse(arguments, console) if leads else 0
     from losscli.ranks import joined
 
+    # torch would log the frames of its C++ where a connection ends; what follows tells of it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     silent = SilentConsole()
-    with joined() as ranks:
+    with joined(console.note) as ranks:
         own = console if leads else silent
         status = _attempt(partial(_parse, arguments), own)
         # What ends by a signal was told to, and the others were too.

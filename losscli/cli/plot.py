@@ -344,7 +344,7 @@ def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:
         log=log,
         ascii=not encoding.lower().startswith("utf"),
     )
-    console.result(drawn if drawn.endswith("\n") else f"{drawn}\n")
+    console.result(drawn if drawn.endswith("\n") else f"{drawn}\n", drawn=True)
 
 
 def _name(run: _Run) -> str:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from losscli.datasets.batch import Pixels, to_tensor
+from losscli.datasets.memory import need_memory
 from losscli.errors import DataError, SpecError, one_line
 
 __all__ = ["load_mnist", "load_npz", "load_safetensors", "scaled"]
@@ -132,7 +133,7 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
             if not zipfile.is_zipfile(stream):
                 raise ValueError("no zip archive, or not all of one")  # noqa: TRY301
             stream.seek(0)
-            shapes = _hold_against_size(stream)
+            shapes = _hold_against_size(stream, str(path))
             if shapes:
                 _need_alike(shapes, str(path))
             stream.seek(0)
@@ -148,7 +149,7 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
     return scaled(_pairs(arrays, str(path)), str(path), scale)
 
 
-def _hold_against_size(stream: IO[bytes]) -> dict[str, tuple[int, ...]]:
+def _hold_against_size(stream: IO[bytes], where: str) -> dict[str, tuple[int, ...]]:
     """Makes sure that an archive is as large as its arrays claim, before room is made for them."""
     shapes = {}
     with zipfile.ZipFile(stream) as archive:
@@ -170,6 +171,7 @@ def _hold_against_size(stream: IO[bytes]) -> dict[str, tuple[int, ...]]:
                         f"{entry.filename!r} claims {dtype} {list(shape)} in {held:,} bytes"
                     )
                 shapes[entry.filename.removesuffix(".npy")] = shape
+        need_memory(sum(entry.file_size for entry in archive.infolist()), where)
         # What else is in it will be told of.
         return shapes if len(shapes) == len(archive.infolist()) else {}
 
@@ -238,8 +240,10 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             with gzip.open(io.BytesIO(content)) as file:
                 content = file.read(start)
                 words = np.frombuffer(content[4:].ljust(start - 4, b"\xff"), ">u4")
+                claimed = min(math.prod(words.tolist()), most)
+                need_memory(2 * claimed, str(path))  # it is copied once
                 # What is more or less than that is told of below.
-                content += file.read(min(math.prod(words.tolist()), most) + 1)
+                content += file.read(claimed + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read: {one_line(error)}", "Was its download cut off?"

@@ -24,6 +24,7 @@ from torch import Tensor
 from losscli.datasets.arrays import scaled
 from losscli.datasets.batch import Pixels, to_tensor
 from losscli.datasets.images import Images, open_image
+from losscli.datasets.memory import need_memory
 from losscli.datasets.split import DataSet, Inputs, Split
 from losscli.datasets.text import IGNORED, read_texts
 from losscli.errors import DataError, SpecError, one_line, printable
@@ -594,6 +595,7 @@ class _Rows(Images):
             )
         if inside:
             with zipfile.ZipFile(outer) as archive:
+                need_memory(archive.getinfo(inside[1]).file_size, self.name(index))
                 return io.BytesIO(archive.read(inside[1]))
         return outer
 

@@ -15,7 +15,6 @@ from losscli.errors import OutputError, printable
 from losscli.journal.frames import holder
 
 __all__ = [
-    "create",
     "explained",
     "is_at",
     "lock",
@@ -69,18 +68,6 @@ def open_regular(path: Path) -> FileIO:
         file.close()
         raise OutputError(f"{_named(path)} is no regular file", "Choose another --out")
     return file
-
-
-def create(path: Path) -> FileIO:
-    """Makes a file.
-
-    Args:
-        path: Its name, which nothing has yet.
-
-    Returns:
-        The file, to be read and written.
-    """
-    return FileIO(os.open(path, _flags() | os.O_EXCL, 0o666), "r+b")
 
 
 def is_at(file: FileIO, path: Path) -> bool:

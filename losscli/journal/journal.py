@@ -15,7 +15,6 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from losscli.journal.files import (
-    create,
     explained,
     is_at,
     lock,
@@ -36,6 +35,7 @@ from losscli.journal.frames import (
     write,
 )
 from losscli.journal.words import differences
+from losscli.regular import create
 
 __all__ = ["Journal"]
 
@@ -104,17 +104,23 @@ class Journal:
         with explained(path):
             while True:
                 file = open_regular(path)
+                mine = False
                 try:
                     locked = lock(file, path)
                     # It may have been removed or replaced before the lock was had.
                     if is_at(file, path):
                         if is_journal(file):
+                            mine = True
                             journal = cls(path, file, head, locked=locked)
                             journal._read()
                             journal.anew = journal.anew or aside
                             return journal
                         aside = set_aside(path)
                 except BaseException:
+                    # A full disk leaves no journal that holds nothing.
+                    with contextlib.suppress(OSError):
+                        if mine and os.fstat(file.fileno()).st_size <= FIRST:
+                            path.unlink()
                     file.close()
                     raise
                 file.close()
@@ -186,8 +192,8 @@ class Journal:
         self._index.clear()
 
     def close(self) -> None:
-        """Lets go of the journal; it stays where it is if there is anything in it."""
-        self._close(remove=self._last is None and not self._foreign)
+        """Lets go of the journal; it stays where it is if there is any record in it."""
+        self._close(remove=not self._index and not self._foreign)
 
     def _close(self, *, remove: bool) -> None:
         if self._file.closed:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def exported(file: str | Path) -> nn.Module:
     if not path.is_file():
         raise ModelError(f"there is no file {path}", f"Relative names start at {Path.cwd()}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _unlogged():
             # Of what torch replaces within itself.
             warnings.simplefilter("ignore")
             program = torch.export.load(path)
@@ -48,6 +50,17 @@ def exported(file: str | Path) -> nn.Module:
     if (fixed := _batch(program)) is not None:
         module.register_forward_pre_hook(partial(_need_batch, path, fixed), with_kwargs=True)
     return module
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keeps torch from logging the traceback of an error that it then raises."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _batch(program: torch.export.ExportedProgram) -> int | None:
