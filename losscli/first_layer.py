@@ -30,6 +30,7 @@ _AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
 _HARMLESS = frozenset({
     Tensor.dim,
     Tensor.element_size,
+    Tensor.is_complex,
     Tensor.is_contiguous,
     Tensor.is_floating_point,
     Tensor.numel,

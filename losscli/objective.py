@@ -43,7 +43,7 @@ from losscli.operations import operations
 from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
 from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.spectral import SpectralLayer, normalise, spectral_layers
-from losscli.weights import Weights
+from losscli.weights import Weights, can_move
 
 __all__ = ["Evaluation", "Objective", "Progress"]
 
@@ -136,7 +136,7 @@ class Objective:
         batch_size: int | None = None,
         recalibration: Recalibration | None = None,
     ) -> None:
-        self.model = model.to(device=device, dtype=dtype).eval()
+        self.model = _cast(model, device, dtype).eval()
         self.loss = loss
         self.metrics = dict(metrics)
         self.data = data
@@ -783,6 +783,19 @@ class _Record:
     def _mapped(self, function: PerExample, what: str, outputs: Any) -> Tensor:
         mapped: Tensor = vmap(partial(self._values, function, what))(outputs)
         return mapped
+
+
+def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Moves a model to a device and casts it; complex tensors stay complex."""
+    if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
+        return model.to(device=device, dtype=dtype)
+
+    # nn.Module.to would take the imaginary parts away.
+    model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if can_move(tensor):
+            tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
+    return model
 
 
 def _convolves(module: nn.Module) -> bool:

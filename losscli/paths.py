@@ -18,7 +18,7 @@ from torch import Tensor
 
 from losscli.errors import CheckpointError, UsageError
 from losscli.geometry import Line
-from losscli.weights import Weights, distance, norm, pieces, working_type
+from losscli.weights import Weights, dimension, distance, norm, pieces, real, working_type
 
 __all__ = ["Opener", "Path", "measure", "principal_axes", "random_walks", "ribbon"]
 
@@ -241,7 +241,7 @@ def _made(least: torch.dtype, function: Callable[..., Tensor], *tensors: Tensor)
     """Makes a tensor a piece at a time, the function applied in float64."""
     dtype = torch.promote_types(working_type(*tensors), least)
     made = torch.empty(tensors[0].shape, dtype=dtype)
-    flat, start = made.view(-1), 0
+    flat, start = real(made), 0
     for parts in pieces(*tensors):
         values = function(*parts)
         flat[start : start + len(values)] = values
@@ -409,9 +409,9 @@ def _blocks(weights: Weights, names: Sequence[str], width: int) -> Iterator[_Blo
     block: _Block = []
     room = width
     for name in names:
-        tensor, start = weights[name], 0
-        while start < tensor.numel():
-            stop = min(start + room, tensor.numel())
+        size, start = dimension(weights, [name]), 0
+        while start < size:
+            stop = min(start + room, size)
             block.append((name, start, stop))
             room -= stop - start
             start = stop
@@ -449,7 +449,7 @@ def _noise(rows: Tensor, last: Tensor, block: _Block, like: Weights) -> float:
 def _gather(weights: Weights, block: _Block, row: Tensor) -> None:
     at = 0
     for name, start, stop in block:
-        row[at : at + stop - start] = weights[name].reshape(-1)[start:stop]
+        row[at : at + stop - start] = real(weights[name])[start:stop]
         at += stop - start
 
 
@@ -457,7 +457,7 @@ def _scatter(rows: Tensor, block: _Block, axes: Sequence[Weights]) -> None:
     at = 0
     for name, start, stop in block:
         for row, axis in zip(rows, axes, strict=True):
-            axis[name].view(-1)[start:stop] = row[at : at + stop - start]
+            real(axis[name])[start:stop] = row[at : at + stop - start]
         at += stop - start
 
 
@@ -475,7 +475,7 @@ def _signed(scores: Tensor, *, start: bool) -> Tensor:
 def _rounding(*tensors: Tensor) -> float:
     """What a weight that was computed, then stored, may be off by, as a share of itself."""
     # Half precision is no excuse: what was trained in it moves by its units.
-    exact = all(tensor.dtype == torch.float64 for tensor in tensors)
+    exact = all(tensor.dtype in {torch.float64, torch.complex128} for tensor in tensors)
     return _ROUNDING if exact else torch.finfo(torch.float32).eps
 
 

@@ -231,12 +231,12 @@ class Loaded:
             yield p
 
     def _load(self, p: int, point: Sequence[float]) -> None:
-        dtype = self._network.dtype
+        tensors = self._network.tensors
         weights = {
-            name: self._slice.combine(_working_ends(self._slice, name, dtype), point)
+            name: self._slice.combine(_working_ends(self._slice, name, tensors[name].dtype), point)
             for name in self._slice.ends[0]
         }
-        estimated = self._statistics.at(p, self._network.tensors)
+        estimated = self._statistics.at(p, tensors)
         self._network.load({**weights, **self._own, **estimated})
 
 
@@ -587,5 +587,5 @@ def _working_ends(slice_: Slice, name: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _working_type(dtype: torch.dtype) -> torch.dtype:
-    """The type that tensors move in, by that of the forward pass: half precision in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """The type that a tensor moves in, by that in the forward pass: half precision in float32."""
+    return torch.promote_types(dtype, torch.float32)

@@ -84,8 +84,3 @@ def _check_tensors(model: nn.Module, where: str) -> None:
                 f"{where}: {name} has no values yet",
                 "Give a function that runs lazy layers once, and builds on the CPU",
             )
-        if tensor.is_complex():
-            raise ModelError(
-                f"{where}: {name} is complex, which no line of losscli moves yet",
-                "Store it as two real tensors (torch.view_as_real)",
-            )

@@ -53,6 +53,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
             )
         torch.manual_seed(settings.seed)
         model = build(found)
+        _need_precision(model, settings.dtype)
         checkpoints = Checkpoints(model, found, base)
         entries, first = checkpoints.survey(names)
         whole, data_name = data_of(settings, file)
@@ -126,6 +127,17 @@ def _provenance(
         "checkpoints": entries,
         "examples": {name: len(split) for name, split in objective.data.splits.items()},
     }
+
+
+def _need_precision(model: nn.Module, dtype: str) -> None:
+    """Refuses half precision where there are complex numbers: torch has few operators for it."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    names = [name for name, tensor in named if tensor.is_complex()]
+    if names and dtype in {"bfloat16", "float16"}:
+        raise UsageError(
+            f"--dtype {dtype} has no complex numbers, and {names[0]} is complex",
+            "Give --dtype float32 or float64",
+        )
 
 
 def _check(settings: Settings) -> None:

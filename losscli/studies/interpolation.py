@@ -32,7 +32,7 @@ from losscli.studies.seen import LineCurve, Looked
 from losscli.studies.study import Study, count, need_derivatives
 from losscli.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
 from losscli.table import Table
-from losscli.weights import Weights, distance, equal
+from losscli.weights import Weights, can_move, dimension, distance, equal
 
 __all__ = ["Interpolation", "interpolate"]
 
@@ -390,7 +390,7 @@ class Interpolation(Study):
         }
         at_b = frozenset(problem.buffers if settings.buffers == "b" else ())
         for name, tensor in problem.first.weights.items():
-            floating = tensor.is_floating_point() and id(tensors[name]) not in may_move
+            floating = can_move(tensor) and id(tensors[name]) not in may_move
             if floating and not torch.equal(tensor, last[name]):
                 stays["b" if name in at_b else "a"].append(name)
         return stays
@@ -401,7 +401,7 @@ class Interpolation(Study):
         return {
             block.name: {
                 "tensors": len(counted[block.name]),
-                "values": sum(self.start[name].numel() for name in counted[block.name]),
+                "values": dimension(self.start, counted[block.name]),
                 "distance": distance(self.start, self.end, counted[block.name]),
                 "splits": {
                     name: parts.blocks[block.name].describe(self.alphas)

@@ -313,7 +313,13 @@ class Plane(Study):
         """All tensors at a point of the plane."""
         wide = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
         moved = {
-            name: self.slice_.combine([end[name].to(wide) for end in self.slice_.ends], point)
+            name: self.slice_.combine(
+                [
+                    end[name].to(torch.promote_types(end[name].dtype, wide))
+                    for end in self.slice_.ends
+                ],
+                point,
+            )
             for name in self.moving
         }
         return {**self.problem.place(self.problem.last.weights), **moved}
