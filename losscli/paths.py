@@ -329,8 +329,12 @@ def _walk(places: _Matrix, lengths: _Matrix) -> Path:
 
 
 def principal_axes(
-    open_: Opener, count: int, names: Sequence[str], along: Sequence[str] = ()
-) -> tuple[tuple[Weights, Weights], tuple[float, float]]:
+    open_: Opener,
+    count: int,
+    names: Sequence[str],
+    along: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> tuple[tuple[Weights, Weights], tuple[float, ...]]:
     """Finds the first two principal components of a path (Li et al. 2018, arXiv 1712.09913).
 
     They are those of θ_t − θ_n over all steps, centred by their mean as scikit-learn centres them.
@@ -342,20 +346,21 @@ def principal_axes(
         count: How many checkpoints there are, n + 1.
         names: The tensors that count.
         along: Tensors that do not, and follow the same combinations of the checkpoints: buffers.
+        dtype: The least type of the directions.
 
     Returns:
-        Two directions, orthogonal and of length one over the tensors that count, in float32, or in
-        float64 where the weights are; and the share that each has in the variance. Along the first
-        axis the path begins on the positive side of its end; along the second the step farthest
-        from the end is on the positive side, as it is along the first where the path ends as it
-        began.
+        Two directions, orthogonal and of length one over the tensors that count, in this type, or
+        in float64 where the weights are; and the share that each principal component has in the
+        variance, falling. Along the first axis the path begins on the positive side of its end;
+        along the second the step farthest from the end is on the positive side, as it is along
+        the first where the path ends as it began.
 
     Raises:
         CheckpointError: A checkpoint has weights that are not finite.
         UsageError: There are fewer than three checkpoints, all are equal, or all are on a line.
     """
     _need_three(count)
-    axes = _empty(open_(count - 1), [*names, *along])
+    axes = _empty(open_(count - 1), [*names, *along], dtype)
     width = max(1, _BLOCK_BYTES // (8 * count))
     blocks, others = (list(_blocks(axes[0], some, width)) for some in (names, along))
     gram = torch.zeros(count, count, dtype=torch.float64)
@@ -389,14 +394,18 @@ def principal_axes(
         for name in axis:
             axis[name] /= length
     total = float(gram.trace())
-    return axes, (first / total, second / total)
+    return axes, tuple(max(0.0, v) / total for v in variances.flip(0).tolist())
 
 
-def _empty(weights: Weights, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _empty(
+    weights: Weights, names: Sequence[str], least: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Makes room for two directions."""
     one, other = (
         {
-            name: torch.zeros(weights[name].shape, dtype=working_type(weights[name]))
+            name: torch.zeros(
+                weights[name].shape, dtype=torch.promote_types(working_type(weights[name]), least)
+            )
             for name in names
         }
         for _ in range(2)

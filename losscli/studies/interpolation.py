@@ -60,8 +60,9 @@ def interpolate(
         points: Evenly spaced values of α; 0 and 1 come besides where the range holds them.
         range: The lowest and the highest α.
         derivatives: Whether the slope dL/dα and the curvature d²L/dα² are computed too.
-        refine: Where a number, points are added until the curve is known to this share of its
-            height and every local minimum and maximum seen is closed in on.
+        refine: Where a number, points are added until cubics through the points are accurate to
+            this share of the curve's height, and every local minimum and maximum seen is closed
+            in on.
         context: The table of the whole line, of which this is a part, to be drawn beside it.
         layerwise: Whether each block of the network is moved along the line alone, too.
         progress: Called with the number of points done so far.
