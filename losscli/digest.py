@@ -56,7 +56,8 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 
 def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    tensor = tensor.detach().cpu().contiguous()
+    flat = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     told = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
-    told.update(flat.view(torch.uint8).numpy().data)
+    told.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     return told.hexdigest()

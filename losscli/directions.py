@@ -70,6 +70,10 @@ def random_directions(
 
 
 def _normalised(tensor: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    if tensor.is_complex():
+        # Independent real and imaginary parts make a complex Gaussian vector.
+        pair = _normalised(torch.view_as_real(tensor.resolve_conj()), generator)
+        return torch.view_as_complex(pair[0]), torch.view_as_complex(pair[1])
     dtype = working_type(tensor)
     first, second = (torch.randn(tensor.shape, generator=generator).to(dtype) for _ in range(2))
     filters = len(tensor) if tensor.numel() > len(tensor) else 1

@@ -35,6 +35,7 @@ _LARGEST_TERMS = 8
 _HARMLESS = frozenset({
     Tensor.dim,
     Tensor.element_size,
+    Tensor.is_complex,
     Tensor.is_contiguous,
     Tensor.is_floating_point,
     Tensor.numel,

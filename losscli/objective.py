@@ -59,7 +59,7 @@ from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensor
 from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.spectral import SpectralLayer, normalise, spectral_layers
 from losscli.torch_losses import TorchLoss
-from losscli.weights import Weights
+from losscli.weights import Weights, can_move
 
 __all__ = ["Evaluation", "Objective", "Progress"]
 
@@ -163,7 +163,7 @@ class Objective:
         recalibration: Recalibration | None = None,
         optional: Collection[str] = (),
     ) -> None:
-        self.model = model.to(device=device, dtype=dtype).eval()
+        self.model = _cast(model, device, dtype).eval()
         self.loss = loss
         self.metrics = dict(metrics)
         self.data = data
@@ -1109,6 +1109,19 @@ def _is_crossed(values: Tensor, outputs: Any, targets: Tensor) -> bool:
     except ValueError:
         return False
     return values.shape == together
+
+
+def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Moves a model to a device and casts it; complex tensors stay complex."""
+    if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
+        return model.to(device=device, dtype=dtype)
+
+    # nn.Module.to would take the imaginary parts away.
+    model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if can_move(tensor):
+            tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
+    return model
 
 
 def _convolves(module: nn.Module) -> bool:

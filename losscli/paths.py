@@ -18,7 +18,7 @@ from torch import Tensor
 
 from losscli.errors import CheckpointError, UsageError
 from losscli.geometry import Line
-from losscli.weights import Weights, distance, norm, pieces, working_type
+from losscli.weights import Weights, dimension, distance, norm, pieces, real, working_type
 
 __all__ = ["Opener", "Path", "measure", "principal_axes", "random_walks", "ribbon"]
 
@@ -241,7 +241,7 @@ def _made(least: torch.dtype, function: Callable[..., Tensor], *tensors: Tensor)
     """Makes a tensor a piece at a time, the function applied in float64."""
     dtype = torch.promote_types(working_type(*tensors), least)
     made = torch.empty(tensors[0].shape, dtype=dtype)
-    flat, start = made.view(-1), 0
+    flat, start = real(made), 0
     for parts in pieces(*tensors):
         values = function(*parts)
         flat[start : start + len(values)] = values
@@ -329,8 +329,12 @@ def _walk(places: _Matrix, lengths: _Matrix) -> Path:
 
 
 def principal_axes(
-    open_: Opener, count: int, names: Sequence[str], along: Sequence[str] = ()
-) -> tuple[tuple[Weights, Weights], tuple[float, float]]:
+    open_: Opener,
+    count: int,
+    names: Sequence[str],
+    along: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> tuple[tuple[Weights, Weights], tuple[float, ...]]:
     """Finds the first two principal components of a path (Li et al. 2018, arXiv 1712.09913).
 
     They are those of θ_t − θ_n over all steps, centred by their mean as scikit-learn centres them.
@@ -342,20 +346,21 @@ def principal_axes(
         count: How many checkpoints there are, n + 1.
         names: The tensors that count.
         along: Tensors that do not, and follow the same combinations of the checkpoints: buffers.
+        dtype: The least type of the directions.
 
     Returns:
-        Two directions, orthogonal and of length one over the tensors that count, in float32, or in
-        float64 where the weights are; and the share that each has in the variance. Along the first
-        axis the path begins on the positive side of its end; along the second the step farthest
-        from the end is on the positive side, as it is along the first where the path ends as it
-        began.
+        Two directions, orthogonal and of length one over the tensors that count, in this type, or
+        in float64 where the weights are; and the share that each principal component has in the
+        variance, falling. Along the first axis the path begins on the positive side of its end;
+        along the second the step farthest from the end is on the positive side, as it is along
+        the first where the path ends as it began.
 
     Raises:
         CheckpointError: A checkpoint has weights that are not finite.
         UsageError: There are fewer than three checkpoints, all are equal, or all are on a line.
     """
     _need_three(count)
-    axes = _empty(open_(count - 1), [*names, *along])
+    axes = _empty(open_(count - 1), [*names, *along], dtype)
     width = max(1, _BLOCK_BYTES // (8 * count))
     blocks, others = (list(_blocks(axes[0], some, width)) for some in (names, along))
     gram = torch.zeros(count, count, dtype=torch.float64)
@@ -389,14 +394,18 @@ def principal_axes(
         for name in axis:
             axis[name] /= length
     total = float(gram.trace())
-    return axes, (first / total, second / total)
+    return axes, tuple(max(0.0, v) / total for v in variances.flip(0).tolist())
 
 
-def _empty(weights: Weights, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _empty(
+    weights: Weights, names: Sequence[str], least: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Makes room for two directions."""
     one, other = (
         {
-            name: torch.zeros(weights[name].shape, dtype=working_type(weights[name]))
+            name: torch.zeros(
+                weights[name].shape, dtype=torch.promote_types(working_type(weights[name]), least)
+            )
             for name in names
         }
         for _ in range(2)
@@ -409,9 +418,9 @@ def _blocks(weights: Weights, names: Sequence[str], width: int) -> Iterator[_Blo
     block: _Block = []
     room = width
     for name in names:
-        tensor, start = weights[name], 0
-        while start < tensor.numel():
-            stop = min(start + room, tensor.numel())
+        size, start = dimension(weights, [name]), 0
+        while start < size:
+            stop = min(start + room, size)
             block.append((name, start, stop))
             room -= stop - start
             start = stop
@@ -449,7 +458,7 @@ def _noise(rows: Tensor, last: Tensor, block: _Block, like: Weights) -> float:
 def _gather(weights: Weights, block: _Block, row: Tensor) -> None:
     at = 0
     for name, start, stop in block:
-        row[at : at + stop - start] = weights[name].reshape(-1)[start:stop]
+        row[at : at + stop - start] = real(weights[name])[start:stop]
         at += stop - start
 
 
@@ -457,7 +466,7 @@ def _scatter(rows: Tensor, block: _Block, axes: Sequence[Weights]) -> None:
     at = 0
     for name, start, stop in block:
         for row, axis in zip(rows, axes, strict=True):
-            axis[name].view(-1)[start:stop] = row[at : at + stop - start]
+            real(axis[name])[start:stop] = row[at : at + stop - start]
         at += stop - start
 
 
@@ -475,7 +484,7 @@ def _signed(scores: Tensor, *, start: bool) -> Tensor:
 def _rounding(*tensors: Tensor) -> float:
     """What a weight that was computed, then stored, may be off by, as a share of itself."""
     # Half precision is no excuse: what was trained in it moves by its units.
-    exact = all(tensor.dtype == torch.float64 for tensor in tensors)
+    exact = all(tensor.dtype in {torch.float64, torch.complex128} for tensor in tensors)
     return _ROUNDING if exact else torch.finfo(torch.float32).eps
 
 

@@ -39,9 +39,9 @@ __all__ = [
     "Record",
     "Stacked",
     "Way",
+    "combining_type",
     "is_known",
     "tensors_of",
-    "working_type",
 ]
 
 
@@ -237,7 +237,7 @@ class Loaded:
         weights = {}
         for name in self._slice.ends[0]:
             own = self._network.tensors[name]
-            ends = [end[name].to(working_type(own)) for end in self._slice.ends]
+            ends = [end[name].to(combining_type(own)) for end in self._slice.ends]
             weights[name] = self._slice.combine(ends, point).to(own.dtype)
         estimated = self._statistics.at(p, self._network.tensors)
         self._network.load({**weights, **self._own, **estimated})
@@ -595,7 +595,7 @@ def _fill(stack: Tensor, slice_: Slice, name: str, coordinates: Sequence[Sequenc
     Where the terms of a combination nearly cancel, one made in float32 would have lost its digits.
     """
     ends = [end[name] for end in slice_.ends]
-    working = working_type(stack)
+    working = combining_type(stack)
     if all(tensor.dtype == working for tensor in (stack, *ends)):
         for out, point in zip(stack, coordinates, strict=True):
             slice_.combine(ends, point, out)
@@ -615,7 +615,7 @@ def _fill(stack: Tensor, slice_: Slice, name: str, coordinates: Sequence[Sequenc
                 row[part].copy_(slice_.combine(values, point, buffer))
 
 
-def working_type(tensor: Tensor) -> torch.dtype:
+def combining_type(tensor: Tensor) -> torch.dtype:
     """Finds the type that a tensor is combined in.
 
     Args:

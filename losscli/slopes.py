@@ -38,7 +38,7 @@ from losscli.errors import LosscliError, ModelError, one_line
 from losscli.geometry import Line
 from losscli.journal import Journal
 from losscli.objective import Objective
-from losscli.points import working_type
+from losscli.points import combining_type
 from losscli.ranks import Arrays, Ranks, current
 from losscli.recording import Log
 from losscli.sweep import halving
@@ -285,7 +285,7 @@ class _Course:
         self._direction = {}
         for name, a in line.a.items():
             own = objective.tensors[name]
-            working = working_type(own)
+            working = combining_type(own)
             self._direction[name] = (line.b[name].to(working) - a.to(working)).to(own.dtype)
 
     def at(self, alpha: float) -> dict[str, Tensor]:
@@ -293,7 +293,7 @@ class _Course:
         weights = {}
         for name in self.line.a:
             own = self.objective.tensors[name]
-            ends = [end[name].to(working_type(own)) for end in self.line.ends]
+            ends = [end[name].to(combining_type(own)) for end in self.line.ends]
             weights[name] = self.line.combine(ends, (alpha,)).to(own.dtype)
         return weights
 

@@ -18,8 +18,10 @@ from losscli.mapped import let_go
 
 __all__ = [
     "Weights",
+    "can_move",
     "choose",
     "cosine",
+    "dimension",
     "distance",
     "equal",
     "kind",
@@ -27,12 +29,53 @@ __all__ = [
     "mismatches",
     "norm",
     "pieces",
+    "real",
     "working_type",
 ]
 
 Weights = Mapping[str, Tensor]
 
 _PIECE = 1 << 20
+
+
+def can_move(tensor: Tensor) -> bool:
+    """Tells whether a tensor can move along a line.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Whether its values are real or complex floating-point numbers.
+    """
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Flattens a tensor into real numbers.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Its values, ``[n]``; of complex numbers the real and imaginary parts, ``[2n]``. A view
+        where the tensor is contiguous.
+    """
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(
+        -1
+    )
+
+
+def dimension(weights: Weights, names: Iterable[str]) -> int:
+    """Counts the real numbers in tensors: two for each complex number.
+
+    Args:
+        weights: The tensors.
+        names: Which of them count.
+
+    Returns:
+        The dimension of the space that they span.
+    """
+    return sum(weights[n].numel() * (2 if weights[n].is_complex() else 1) for n in names)
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -44,7 +87,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     Yields:
         The same stretch of each, flattened, in float64.
     """
-    flat = [(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in tensors]
+    flat = [real(tensor) for tensor in tensors]
     for start in range(0, flat[0].numel(), _PIECE):
         yield tuple(t[start : start + _PIECE].to(torch.float64) for t in flat)
 
@@ -53,10 +96,10 @@ def working_type(*tensors: Tensor) -> torch.dtype:
     """Finds the type that points between tensors are made in.
 
     Args:
-        *tensors: The tensors, of any floating-point types.
+        *tensors: The tensors, of any floating-point or complex types.
 
     Returns:
-        The widest of their types; float32 for half precision.
+        The widest of their types; float32 for half precision, complex64 where it is complex.
     """
     dtype = torch.float32
     for tensor in tensors:

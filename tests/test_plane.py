@@ -171,10 +171,10 @@ def test_the_plane_of_a_path_is_that_of_its_principal_components(name: str, tmp_
     path = result.more["path"]
     for axis, column in zip(axes, ("x", "y"), strict=False):
         sign = np.sign(axis @ rows[0]) * np.sign(path.floats(column)[0])
-        np.testing.assert_allclose(path.floats(column), sign * (rows @ axis), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(path.floats(column), sign * (rows @ axis), rtol=1e-9, atol=1e-12)
     rest = rows - (rows @ axes[:2].T) @ axes[:2]
     np.testing.assert_allclose(
-        path.floats("off_plane"), np.linalg.norm(rest, axis=1), rtol=1e-4, atol=1e-5
+        path.floats("off_plane"), np.linalg.norm(rest, axis=1), rtol=1e-6, atol=1e-9
     )
     assert path.floats("x")[-1] == path.floats("y")[-1] == path.floats("off_plane")[-1] == 0
     for t, loss in enumerate(path.floats("loss")):
@@ -188,12 +188,51 @@ def test_the_plane_of_a_path_is_that_of_its_principal_components(name: str, tmp_
         at = np.array([signs[0] * x, signs[1] * y])
         there = everything[-1] + at @ mixes @ (everything - everything[-1])
         expected = loss_at(case, states[0], names, there)
-        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+        np.testing.assert_allclose(loss, expected, rtol=1e-9)
     # The box of the path lies in the grid.
     for column in ("x", "y"):
         values = result.table.floats(column)
         assert min(values) < min(path.floats(column))
         assert max(path.floats(column)) < max(values)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (
+            [[2, 0, 0], [0, 2, 0], [0, 0, 2]],
+            ["1 and 2 explain 50.00% each: the axes may be turned"],
+        ),
+        ([[3, 1, 0], [0, 0, 2], [0, 0, 0]], []),
+        (
+            [
+                [5, 0, 0],
+                [-5, 0, 0],
+                [0, 2, 0],
+                [0, -2, 0],
+                [0, 0, 2.0004],
+                [0, 0, -2.0004],
+                [0, 0, 0],
+            ],
+            ["2 and 3 explain 12.13% each: the plane is arbitrary"],
+        ),
+        ([[5, 0, 0], [-5, 0, 0], [0, 2, 0], [0, -2, 0], [0, 0, 2.1], [0, 0, -2.1], [0, 0, 0]], []),
+    ],
+)
+def test_components_that_explain_as_much_as_each_other_are_told_of(
+    rows: list[list[float]], told: list[str], tmp_path: Path
+) -> None:
+    files = []
+    for t, row in enumerate(rows):
+        files.append(str(tmp_path / f"{t}.pt"))
+        torch.save({"weight": torch.tensor([row], dtype=torch.float32)}, files[-1])
+    data = {"all": (torch.eye(3), torch.ones(3, 1))}
+    result = losscli.plane(
+        files, pca=True, points=2, model=lambda: torch.nn.Linear(3, 1, bias=False), data=data,
+        loss="mse",
+    )  # fmt: skip
+    found = [n.removeprefix("principal components ") for n in result.summary["notes"]]
+    assert [n.startswith(t) for n, t in zip(found, told, strict=True)] == [True] * len(told)
 
 
 def test_another_order_of_the_three_gives_the_same_plane(tmp_path: Path) -> None:

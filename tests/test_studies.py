@@ -379,7 +379,6 @@ def test_whole_number_tensors_that_matter_are_told(tmp_path: Path) -> None:
     [
         (lambda: nn.LazyLinear(3), "has no values yet"),
         (lambda: nn.Linear(4, 3, device="meta"), "has no values yet"),
-        (lambda: nn.Linear(4, 3, dtype=torch.complex64), "is complex"),
     ],
 )
 def test_models_that_no_line_can_move_are_refused(

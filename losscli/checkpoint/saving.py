@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, complex128
 
 from losscli.errors import OutputError, one_line
 from losscli.regular import create
@@ -31,6 +31,11 @@ def save(weights: Weights, metadata: Mapping[str, str], path: Path) -> None:
     """
     if not path.name:
         raise OutputError(f"{path} is a folder", "Name a file")
+    if wide := [name for name, tensor in weights.items() if tensor.dtype == complex128]:
+        raise OutputError(
+            f"{path} cannot be written: safetensors has no complex128, the type of {wide[0]}",
+            "Store the checkpoints in complex64",
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a process of this number that was killed

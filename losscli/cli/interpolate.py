@@ -61,8 +61,9 @@ def interpolate(
         typer.Option(
             "--refine",
             metavar="TOL",
-            help="Add points where the curve bends and round every local minimum and maximum, "
-            "until it is known to TOL times its height.",
+            help="Add points where the curve bends and around every local minimum and maximum, "
+            "until cubics through the points are accurate to TOL times the height of the curve. "
+            "Straight lines between the points are less accurate.",
             rich_help_panel="The line",
             show_default=False,
         ),

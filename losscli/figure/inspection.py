@@ -142,7 +142,7 @@ def _read(run: Run, *, two: bool) -> list[_Bar]:
             _square(record["distance"]) if two else 0.0,
         )
         for record in run.table.records()
-        if "float" in str(record["dtype"])
+        if "float" in str(record["dtype"]) or "complex" in str(record["dtype"])
     ]
 
 

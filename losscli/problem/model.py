@@ -127,8 +127,3 @@ def _check_tensors(model: nn.Module, where: str) -> None:
                 f"{where}: {name} has no values yet",
                 "Call the lazy layers once where the model is built, and build it on the CPU",
             )
-        if tensor.is_complex():
-            raise ModelError(
-                f"{where}: {name} is complex, which no line of losscli moves yet",
-                "Store it as two real tensors (torch.view_as_real)",
-            )

@@ -57,6 +57,7 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
             )
         torch.manual_seed(settings.seed)
         model = build(found, file)
+        _need_precision(model, settings.dtype)
         checkpoints = Checkpoints(model, found, base, names)
         # Their content would be kept as long as their names are.
         names = [str(name) for name in names]
@@ -135,6 +136,17 @@ def _provenance(
         "checkpoints": entries,
         "examples": {name: len(split) for name, split in objective.data.splits.items()},
     }
+
+
+def _need_precision(model: nn.Module, dtype: str) -> None:
+    """Refuses half precision where there are complex numbers: torch has few operators for it."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    names = [name for name, tensor in named if tensor.is_complex()]
+    if names and dtype in {"bfloat16", "float16"}:
+        raise UsageError(
+            f"--dtype {dtype} has no complex numbers, and {names[0]} is complex",
+            "Give --dtype float32 or float64",
+        )
 
 
 def _check(settings: Settings) -> None:

@@ -13,7 +13,7 @@ from losscli.checkpoint import Checkpoint
 from losscli.errors import ModelError, UsageError
 from losscli.objective import Objective
 from losscli.settings import Settings
-from losscli.weights import Weights, choose
+from losscli.weights import Weights, can_move, choose
 
 __all__ = ["Problem", "floating_buffers", "moving_names"]
 
@@ -157,9 +157,7 @@ def floating_buffers(objective: Objective) -> tuple[str, ...]:
     return tuple(
         name
         for name, tensor in objective.tensors.items()
-        if not isinstance(tensor, nn.Parameter)
-        and tensor.is_floating_point()
-        and id(tensor) not in computed
+        if not isinstance(tensor, nn.Parameter) and can_move(tensor) and id(tensor) not in computed
     )
 
 
@@ -183,7 +181,7 @@ def moving_names(
     names = [
         name
         for name, tensor in objective.tensors.items()
-        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        if isinstance(tensor, nn.Parameter) and can_move(tensor)
     ]
     if settings.buffers in {"interpolate", "recalibrate"}:
         estimated = {id(objective.tensors[n]) for x in objective.statistics for n in x.names}

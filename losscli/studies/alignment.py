@@ -72,8 +72,13 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
     a, b = named(a, "A"), named(b, "B")
     problem, before, dtype = _prepare(a, b, Settings(**settings))
     first, last = problem.first.weights, problem.last
-    groups = _groups(problem)
     names = problem.parameters(problem.moving)
+    if some := [name for name in names if first[name].is_complex()]:
+        raise ModelError(
+            f"{some[0]} is complex, and align permutes real weights",
+            "Compare the checkpoints as they are, with losscli interpolate",
+        )
+    groups = _groups(problem)
     reached = {name for group in groups for name in group.names}
     for name, weights in ((a, first), (b, last.weights)):
         for tensor in reached:

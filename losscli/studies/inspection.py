@@ -30,6 +30,7 @@ from losscli.spectral import normalise_stored
 from losscli.table import Cell, Table
 from losscli.weights import (
     Weights,
+    can_move,
     cosine,
     distance,
     known_buffers,
@@ -380,7 +381,7 @@ def _ends(weights: Weights, summary: Mapping[str, Any] | None) -> dict[str, floa
 
 
 def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    if not a.is_floating_point():
+    if not can_move(a):
         return a.clone()
     dtype = torch.promote_types(a.dtype, b.dtype)
     # Of infinities there is no difference, and 0 and −0 are equal and not the same.
@@ -393,4 +394,4 @@ def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 def _parameters(weights: Weights) -> Weights:
     """The floating-point tensors but for buffers, as far as their names tell."""
     buffers = set(known_buffers(weights))
-    return {n: t for n, t in weights.items() if t.is_floating_point() and n not in buffers}
+    return {n: t for n, t in weights.items() if can_move(t) and n not in buffers}

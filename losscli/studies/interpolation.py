@@ -33,7 +33,7 @@ from losscli.studies.seen import LineCurve, Looked
 from losscli.studies.study import Study, count, need_derivatives
 from losscli.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
 from losscli.table import Table
-from losscli.weights import Weights, distance, equal
+from losscli.weights import Weights, can_move, dimension, distance, equal
 
 __all__ = ["Interpolation", "interpolate"]
 
@@ -62,8 +62,9 @@ def interpolate(
         points: Evenly spaced values of α; 0 and 1 come besides where the range holds them.
         range: The lowest and the highest α.
         derivatives: Whether the slope dL/dα and the curvature d²L/dα² are computed too.
-        refine: Where a number, points are added until the curve is known to this share of its
-            height and every local minimum and maximum seen is closed in on.
+        refine: Where a number, points are added until cubics through the points are accurate to
+            this share of the curve's height, and every local minimum and maximum seen is closed
+            in on.
         context: The table of the whole line, of which this is a part, to be drawn beside it.
         layerwise: Whether each block of the network is moved along the line alone, too.
         progress: Called with the number of points done so far.
@@ -394,7 +395,7 @@ class Interpolation(Study):
         }
         at_b = frozenset(problem.buffers if settings.buffers == "b" else ())
         for name, tensor in problem.first.weights.items():
-            floating = tensor.is_floating_point() and id(tensors[name]) not in may_move
+            floating = can_move(tensor) and id(tensors[name]) not in may_move
             if floating and not torch.equal(tensor, last[name]):
                 stays["b" if name in at_b else "a"].append(name)
         return stays
@@ -405,7 +406,7 @@ class Interpolation(Study):
         return {
             block.name: {
                 "tensors": len(counted[block.name]),
-                "values": sum(self.start[name].numel() for name in counted[block.name]),
+                "values": dimension(self.start, counted[block.name]),
                 "distance": distance(self.start, self.end, counted[block.name]),
                 "splits": {
                     name: parts.blocks[block.name].describe(self.alphas)

@@ -41,6 +41,9 @@ _FAR = 1e29
 # The least height of that box as a share of its width, so that a picture is no thread.
 _THINNEST = 0.2
 
+# Principal components whose variances differ by less than this share are taken for equal.
+_EQUAL = 1e-3
+
 _NORMALISATION = (
     nn.modules.batchnorm._NormBase,  # batch and instance normalisation
     nn.GroupNorm,
@@ -110,6 +113,7 @@ class Plane(Study):
         xs: The values of x, rising.
         ys: The values of y, rising.
         surface: Whether the picture shows the surface in three dimensions.
+        shares: The share of the variance that each principal component explains, falling.
     """
 
     command = "plane"
@@ -121,6 +125,7 @@ class Plane(Study):
     xs: tuple[float, ...]
     ys: tuple[float, ...]
     surface: bool
+    shares: tuple[float, ...]
 
     @classmethod
     def plan(
@@ -170,6 +175,7 @@ class Plane(Study):
             grid(points, *range_)
         problem = prepare(names, settings, notes)
         slice_: Triangle | Span
+        shares: tuple[float, ...] = ()
         if len(names) == 1:
             slice_, kind = _random(problem), "random"
             axes = _axis("random direction 1"), _axis("random direction 2")
@@ -192,7 +198,8 @@ class Plane(Study):
         )
         xs, ys = _grids(kind, places, points, range_)
         return cls(
-            problem, tuple(slice_.ends[0]), begun, slice_, kind, axes, places, xs, ys, surface
+            *(problem, tuple(slice_.ends[0]), begun, slice_, kind, axes, places, xs, ys, surface),
+            shares,
         )
 
     @property
@@ -327,7 +334,13 @@ class Plane(Study):
         """All tensors at a point of the plane."""
         wide = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
         moved = {
-            name: self.slice_.combine([end[name].to(wide) for end in self.slice_.ends], point)
+            name: self.slice_.combine(
+                [
+                    end[name].to(torch.promote_types(end[name].dtype, wide))
+                    for end in self.slice_.ends
+                ],
+                point,
+            )
             for name in self.moving
         }
         return {**self.problem.place(self.problem.last.weights), **moved}
@@ -407,6 +420,14 @@ class Plane(Study):
                 if self.kind == "random"
                 else "axes and distances are those of the moving parameters"
             )
+        for k, what in (
+            (0, "the axes may be turned within the plane"),
+            (1, "the plane is arbitrary"),
+        ):
+            pair = self.shares[k : k + 2]
+            if len(pair) == 2 and pair[0] - pair[1] < _EQUAL * pair[0]:
+                told = f"principal components {k + 1} and {k + 2} explain {pair[0]:.2%} each"
+                notes.append(f"{told}: {what}")
         for name, split in splits.items():
             if number := split["not_finite"]:
                 notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
@@ -436,13 +457,14 @@ def _random(problem: Problem) -> Span:
     return Span(*(_chosen(end, names) for end in (weights, u, v)))
 
 
-def _principal(problem: Problem) -> tuple[Span, tuple[float, float]]:
-    """The plane of the first two principal components, and what they explain."""
+def _principal(problem: Problem) -> tuple[Span, tuple[float, ...]]:
+    """The plane of the first two principal components, and what all of them explain."""
     moving = moving_along(problem)
     counted = _counted(problem, moving)
     along = [name for name in moving if name not in counted]
     opener, number = (lambda t: problem.open(t).weights), len(problem.names)
-    axes, shares = principal_axes(opener, number, counted, along)
+    dtype = torch.float64 if problem.settings.dtype == "float64" else torch.float32
+    axes, shares = principal_axes(opener, number, counted, along, dtype)
     return Span(_chosen(problem.last.weights, moving), *axes), shares
 
 

@@ -29,7 +29,7 @@ from losscli.ranks import apart
 from losscli.results import Result
 from losscli.spec import own_code
 from losscli.sweep import check, halving, points_at_once, sweep, sweep_plain
-from losscli.weights import Weights, equal, working_type
+from losscli.weights import Weights, can_move, dimension, equal, working_type
 
 __all__ = ["FRESH_BYTES", "Basis", "Study", "count", "moving_along", "need_derivatives"]
 
@@ -375,7 +375,6 @@ class Study(ABC):
         """
         self.problem.unchanged()
         counted, left_out = self.counted, self.problem.objective.left_out
-        values = sum(self.problem.first.weights[name].numel() for name in counted)
         provenance = self.problem.provenance
         return {
             "command": self.command,
@@ -384,7 +383,7 @@ class Study(ABC):
             "metrics": [metric for metric in provenance["metrics"] if metric not in left_out],
             "moving": {
                 "tensors": len(counted),
-                "values": values,
+                "values": dimension(self.problem.first.weights, counted),
                 "buffers": len(self.moving) - len(counted),
             },
         }
@@ -432,7 +431,7 @@ class Study(ABC):
         other = {
             name: last[name]
             for name, tensor in end.items()
-            if not tensor.is_floating_point() and not torch.equal(tensor, last[name])
+            if not can_move(tensor) and not torch.equal(tensor, last[name])
         }
         if not other:
             return []
@@ -834,10 +833,15 @@ def need_derivatives(problem: Problem, moving: Iterable[str], option: str) -> No
         option: What needs derivatives.
 
     Raises:
-        UsageError: A tensor that moves is spectrally normalised: its singular vectors are functions
-            of it, and constants to autograd.
+        UsageError: A tensor that moves is complex; or it is spectrally normalised: its singular
+            vectors are functions of it, and constants to autograd.
     """
     names = set(moving)
+    if some := [n for n in moving if problem.objective.tensors[n].is_complex()]:
+        raise UsageError(
+            f"{option} differentiates real parameters, and {some[0]} is complex",
+            f"Leave it out with --except {some[0]!r}",
+        )
     found = [n for layer in problem.objective.spectral for n in layer.sources if n in names]
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
