@@ -6,6 +6,7 @@ However points are evaluated, one law holds: the numbers of the checkpoint loade
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from losscli.datasets import DataSet, Examples, Inputs, Split, device_budget, leaves, map_inputs
+from losscli.datasets import (
+    DataSet,
+    Draws,
+    Examples,
+    Inputs,
+    Split,
+    device_budget,
+    host_budget,
+    leaves,
+    map_inputs,
+    seed_all,
+)
+from losscli.device import Narrowest
 from losscli.errors import (
     LosscliError,
     LossError,
@@ -26,6 +39,7 @@ from losscli.errors import (
     one_line,
 )
 from losscli.geometry import Slice
+from losscli.independence import Evaluate, Values, compare, is_dependent
 from losscli.losses import (
     IGNORED,
     LOSSES,
@@ -44,7 +58,7 @@ from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensor
 from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.weights import Weights
 
-__all__ = ["Evaluation", "Objective", "Progress"]
+__all__ = ["DETERMINISTIC", "Evaluation", "Objective", "Progress"]
 
 Progress = Callable[[float], None]
 """Called with the share of a point that was done since the last call."""
@@ -75,10 +89,19 @@ _AGREE_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys
 # Above this size a model has no second copy, and few enough points at once that none is missed.
 _LARGE_BYTES = 64 << 20
 
+# Seeds that are tried where a forward pass draws random numbers: a rare one changes few losses.
+_SEEDS = 8
+
 _KNOWN_FUNCTIONS = frozenset({*LOSSES.values(), *METRICS.values()})
 
 # What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
+
+DETERMINISTIC = (
+    "Take the randomness (dropout outside nn.Dropout, sampling) out of the forward pass; averaging "
+    "over fixed seeds (--stochastic N) is not available yet"
+)
+"""How to get a model that gives one answer."""
 
 _OF_TOKENS = frozenset({causal_lm, token_cross_entropy})
 
@@ -119,6 +142,8 @@ class Objective:
         tensors: The model's parameters and buffers by the names of its state dict.
         batchnorm: The model's BatchNorm layers that track statistics.
         idle: Those of them that took no batch when statistics were last estimated.
+        unchecked: The splits on which the model takes the first batch whole and no other, so that
+            it is not known whether losses depend on the rest of a batch.
     """
 
     def __init__(
@@ -150,6 +175,7 @@ class Objective:
         self._copies_inputs = False
         self._way: Way | None = None
         self._operations: int | None = None
+        self.unchecked: set[str] = set()
 
     def twin(self, model: nn.Module, dtype: torch.dtype) -> Objective:
         """Makes another objective of the same loss and data, without metrics.
@@ -308,42 +334,136 @@ class Objective:
             names: The splits that it is tried on; all by default.
 
         Raises:
-            LossError: Labels are out of the model's range.
-            NondeterministicModelError: One point has two answers.
+            LossError: Labels are out of the model's range, or a loss depends on other examples.
+            NondeterministicModelError: One point has two answers, or random numbers are drawn.
         """
         self.load(weights)
-        if self._chooses_batch:
-            self._fit_outputs()
-        for name in self.splits if names is None else names:
-            split = self.splits[name].first(self.batch_size).to(self.device)
-            inputs = self.data.prepare(map_inputs(Tensor.clone, split.inputs), self.dtype)
-            versions = [tensor._version for tensor in leaves(inputs)]
-            outputs = self.forward(self.model, inputs)
-            if not isinstance(outputs, Tensor) and self.loss in LOSSES.values():
-                raise LossError(
-                    f"the model returns a {type(outputs).__name__}, and the loss takes a tensor",
-                    HEADLESS
-                    if is_headless(self.model)
-                    else "Give a --loss of your own that takes it, or a model that returns its "
-                    "scores",
-                )
-            # A model that writes on its inputs would spoil them for every later point.
-            self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
-            self._check_labels(outputs, name)
-            self.per_example(self.loss, outputs, split.targets, "loss")
-            for metric, function in self.metrics.items():
-                self.per_example(function, outputs, split.targets, f"metric {metric!r}")
-            # The scores of a language model are large, and two more batches follow.
-            del outputs
-            first, second = (self._walk(Plain(self), split).losses for _ in range(2))
-            if not torch.allclose(first, second, rtol=1e-5, atol=1e-7, equal_nan=True):
+        with Draws(self.device):
+            if self._chooses_batch:
+                self._fit_outputs()
+            for name in self.splits if names is None else names:
+                self._check_split(name)
+            # While it is known which weights are loaded: which way an example takes may be theirs.
+            if self._operations is None:
+                self._operations = self._count()
+
+    def _check_split(self, name: str) -> None:
+        """Checks a first batch of a split: evaluates it whole, then again in halves."""
+        examples = self.splits[name]
+        batch = examples.first(self.batch_size).to(self.device)
+        seed_all(0, self.device)
+        with Draws(self.device) as draws:
+            whole = self._first_values(batch, name)
+        if draws.names:
+            raise self._random(draws.names, batch, whole)
+        # What is drawn from a generator that the model puts back is drawn from another seed now.
+        seed_all(1, self.device)
+        if len(batch) == 1 < len(examples):
+            with contextlib.suppress(ModelError, LossError, torch.OutOfMemoryError, MemoryError):
+                pair = examples.first(2).to(self.device)
+                batch, whole = pair, self._values(pair)
+        found = compare(self._values, batch, whole, self.dtype) if len(batch) > 1 else None
+        self.unchecked.discard(name)
+        if found is not None and found.excess <= 1:
+            return
+        self._check_repetition(batch, whole)
+        if found is None:
+            self.unchecked |= {name} if len(batch) > 1 else set()
+        elif is_dependent(found, batch, self.dtype, self._wider()):
+            raise LossError(
+                f"the {found.what} of an example depends on the other examples in its batch: for "
+                f"example {found.row} of the split {name!r} it is {found.whole:.7g} in one batch "
+                f"and {found.other:.7g} in another",
+                "If the loss is one number per batch, give --batch-loss; otherwise compute it from "
+                "each example alone (BatchNorm needs track_running_stats=True)",
+            )
+
+    def _first_values(self, batch: Split, name: str) -> Values:
+        """Evaluates a first batch, and makes sure that model, loss and data fit together."""
+        inputs = self.data.prepare(map_inputs(Tensor.clone, batch.inputs), self.dtype)
+        versions = [tensor._version for tensor in leaves(inputs)]
+        outputs = self.forward(self.model, inputs)
+        if not isinstance(outputs, Tensor) and self.loss in LOSSES.values():
+            raise LossError(
+                f"the model returns a {type(outputs).__name__}, and the loss takes a tensor",
+                HEADLESS
+                if is_headless(self.model)
+                else "Give a --loss of your own that takes it, or a model that returns its scores",
+            )
+        # A model that writes on its inputs would spoil them for every later point.
+        self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
+        self._check_labels(outputs, name)
+        for metric, function in self.metrics.items():
+            if function in METRICS.values():
+                self.per_example(function, outputs, batch.targets, f"metric {metric!r}")
+        return self._own_values(outputs, batch.targets)
+
+    def _values(self, batch: Split) -> Values:
+        """Evaluates a batch: the loss, and the metrics that are not known to be per example."""
+        outputs = self.forward(self.model, self.data.prepare(batch.inputs, self.dtype))
+        return self._own_values(outputs, batch.targets)
+
+    def _own_values(self, outputs: Any, targets: Tensor) -> Values:
+        functions = {"loss": self.loss}
+        for name, metric in self.metrics.items():
+            if metric not in METRICS.values():
+                functions[f"metric {name!r}"] = metric
+        return {
+            what: self.per_example(function, outputs, targets, what).cpu().double()
+            for what, function in functions.items()
+        }
+
+    def _check_repetition(self, batch: Split, whole: Values) -> None:
+        again = self._values(batch)
+        for what, values in whole.items():
+            if not torch.allclose(values, again[what], rtol=1e-5, atol=1e-7, equal_nan=True):
                 raise NondeterministicModelError(
-                    "the model gives two answers for the same weights and data, even in eval mode",
-                    "Take the randomness (dropout outside nn.Dropout, sampling) out of its forward",
+                    f"the model gives two answers for the same weights and data, even in eval "
+                    f"mode: the {what} differs",
+                    DETERMINISTIC,
                 )
-        # While it is known which weights are loaded: which way an example takes may be theirs.
-        if self._operations is None:
-            self._operations = self._count()
+
+    def _random(self, names: Sequence[str], batch: Split, whole: Values) -> LosscliError:
+        """The error of a forward pass that draws random numbers; says what they change."""
+        changes = False
+        for seed in range(1, 1 + _SEEDS):
+            seed_all(seed, self.device)
+            again = self._values(batch)
+            changes |= any(not torch.equal(whole[what], again[what]) for what in whole)
+        then = (
+            "the losses differ from seed to seed"
+            if changes
+            else f"no loss on a first batch differs between {1 + _SEEDS} seeds"
+        )
+        return NondeterministicModelError(
+            f"the forward pass draws random numbers from {' and '.join(names)}, even in eval mode: "
+            f"{then}",
+            DETERMINISTIC,
+        )
+
+    def _wider(self) -> Iterator[tuple[Evaluate, Narrowest]]:
+        """Makes copies of the model in wider types, of which each is dropped before the next."""
+        numbers = sum(tensor.numel() for tensor in self.tensors.values())
+        budget = device_budget(self.device) or host_budget()
+        for dtype in (torch.float32, torch.float64):
+            if torch.finfo(dtype).eps >= torch.finfo(self.dtype).eps:
+                continue
+            if numbers * dtype.itemsize > budget:
+                return
+            try:
+                twin = self.twin(copy.deepcopy(self.model), dtype)
+            except Exception:  # noqa: BLE001 - the user's objects, or a device without float64
+                return
+            twin.metrics, twin._copies_inputs = self.metrics, self._copies_inputs
+            narrowest = Narrowest(dtype)
+
+            def evaluate(
+                batch: Split, twin: Objective = twin, narrowest: Narrowest = narrowest
+            ) -> Values:
+                with narrowest:
+                    return twin._values(batch)
+
+            yield evaluate, narrowest
 
     @property
     def operations(self) -> int:
@@ -529,8 +649,16 @@ class Objective:
             if progress is not None:
                 progress(examples / total)
 
-        self._recalibrate(points, tell)
-        return {name: self._walk(points, split, tell) for name, split in splits.items()}
+        with Draws(self.device) as draws:
+            self._recalibrate(points, tell)
+            found = {name: self._walk(points, split, tell) for name, split in splits.items()}
+        if draws.names:
+            raise NondeterministicModelError(
+                f"the forward pass draws random numbers from {' and '.join(draws.names)}, even in "
+                "eval mode",
+                DETERMINISTIC,
+            )
+        return found
 
     def _recalibrate(self, points: Plain | Loaded | Points, tell: Callable[[int], None]) -> None:
         """Estimates BatchNorm's statistics at all points, a batch at a time."""

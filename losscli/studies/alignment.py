@@ -6,19 +6,20 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from losscli.checkpoint import Checkpoint
 from losscli.datasets import Inputs, map_inputs
+from losscli.device import Narrowest
 from losscli.errors import CheckpointError, DeviceError, ModelError, NondeterministicModelError
 from losscli.matching import inner_product, match
+from losscli.objective import DETERMINISTIC
 from losscli.permutations import Group, obstacles, permutation_groups, permute
 from losscli.problem import Problem, prepare
 from losscli.settings import Settings
@@ -144,29 +145,9 @@ def _prepare(a: str, b: str, settings: Settings) -> tuple[Problem, list[Tensor],
         return problem, *_run(problem, b)
 
 
-class _Narrowest(TorchFunctionMode):
-    """Takes down the narrowest floating-point type of what a model computes."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.dtype = max(self.dtype, result.dtype, key=lambda t: torch.finfo(t).eps)
-        return result
-
-
 def _run(problem: Problem, name: str) -> tuple[list[Tensor], torch.dtype]:
     """Runs B twice."""
-    narrowest = _Narrowest(problem.objective.dtype)
+    narrowest = Narrowest(problem.objective.dtype)
     one, two = (list(_outputs(problem, problem.last.weights, narrowest)) for _ in range(2))
     if not one:
         raise ModelError(
@@ -176,7 +157,7 @@ def _run(problem: Problem, name: str) -> tuple[list[Tensor], torch.dtype]:
     if not _difference(one, two) <= _TOLERANCE[narrowest.dtype]:
         raise NondeterministicModelError(
             f"{name}: the model gives two answers for the same weights and data, even in eval mode",
-            "Take the randomness (dropout outside nn.Dropout, sampling) out of its forward",
+            DETERMINISTIC,
         )
     return one, narrowest.dtype
 

@@ -430,6 +430,11 @@ class Study(ABC):
         settings, notes = self.problem.settings, self._estimated()
         for name, split in self.problem.objective.splits.items():
             notes += [f"{name}: {remark}" for remark in split.remarks]
+        for name in sorted(self.problem.objective.unchecked):
+            notes.append(
+                f"{name}: the model takes no other batch than the first one whole, so it could not "
+                "be checked that the loss of an example depends on that example alone"
+            )
         end = {"a": "first", "b": "last"}.get(settings.buffers)
         if end and self.problem.buffers and len(self.problem.names) > 1:
             whose, but = self.words(end)
