@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -137,6 +137,9 @@ class Objective:
         batch_size: Examples a forward pass; by the device where it is None.
         recalibration: What BatchNorm's statistics are estimated on anew at every point, before
             anything is evaluated there; None leaves them as they are loaded.
+        batch_loss: Whether the loss is one number per batch: each example of the data is a whole
+            batch, and the batch size is 1.
+        optional: The metrics that are left out where they do not apply.
 
     Attributes:
         tensors: The model's parameters and buffers by the names of its state dict.
@@ -144,6 +147,7 @@ class Objective:
         idle: Those of them that took no batch when statistics were last estimated.
         unchecked: The splits on which the model takes the first batch whole and no other, so that
             it is not known whether losses depend on the rest of a batch.
+        left_out: The metrics that do not apply.
     """
 
     def __init__(
@@ -157,6 +161,8 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         batch_size: int | None = None,
         recalibration: Recalibration | None = None,
+        batch_loss: bool = False,
+        optional: Collection[str] = (),
     ) -> None:
         self.model = model.to(device=device, dtype=dtype).eval()
         self.loss = loss
@@ -164,8 +170,9 @@ class Objective:
         self.data = data
         self.device = device
         self.dtype = dtype
-        self.batch_size = batch_size or self._default_batch()
-        self._chooses_batch = batch_size is None
+        self.batch_loss = batch_loss
+        self.batch_size = 1 if batch_loss else batch_size or self._default_batch()
+        self._chooses_batch = batch_size is None and not batch_loss
         self.splits: Mapping[str, Examples] = self._place(data.splits)
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
         self._classes: int | None = None
@@ -176,6 +183,8 @@ class Objective:
         self._way: Way | None = None
         self._operations: int | None = None
         self.unchecked: set[str] = set()
+        self.left_out: list[str] = []
+        self._optional = optional
 
     def twin(self, model: nn.Module, dtype: torch.dtype) -> Objective:
         """Makes another objective of the same loss and data, without metrics.
@@ -196,6 +205,7 @@ class Objective:
             dtype=dtype,
             batch_size=self.batch_size,
             recalibration=self.recalibration,
+            batch_loss=self.batch_loss,
         )
 
     def _bring(self, recalibration: Recalibration) -> Recalibration:
@@ -358,7 +368,7 @@ class Objective:
             raise self._random(draws.names, batch, whole)
         # What is drawn from a generator that the model puts back is drawn from another seed now.
         seed_all(1, self.device)
-        if len(batch) == 1 < len(examples):
+        if len(batch) == 1 < len(examples) and not self.batch_loss:
             with contextlib.suppress(ModelError, LossError, torch.OutOfMemoryError, MemoryError):
                 pair = examples.first(2).to(self.device)
                 batch, whole = pair, self._values(pair)
@@ -393,9 +403,16 @@ class Objective:
         # A model that writes on its inputs would spoil them for every later point.
         self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
         self._check_labels(outputs, name)
-        for metric, function in self.metrics.items():
-            if function in METRICS.values():
+        for metric, function in list(self.metrics.items()):
+            if function not in METRICS.values():
+                continue
+            try:
                 self.per_example(function, outputs, batch.targets, f"metric {metric!r}")
+            except LossError:
+                if metric not in self._optional:
+                    raise
+                del self.metrics[metric]
+                self.left_out.append(metric)
         return self._own_values(outputs, batch.targets)
 
     def _values(self, batch: Split) -> Values:
@@ -689,9 +706,7 @@ class Objective:
         """Takes all points through the data, a batch at a time, without waiting for the device."""
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         losses = torch.empty(len(points), len(split), dtype=exact, device=self.device)
-        # float64 where the device has it: MPS does not, and counts of examples fit float32 there.
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        zeros = torch.zeros(len(points), dtype=wide, device=self.device)
+        zeros = torch.zeros(len(points), dtype=self._wide, device=self.device)
         totals = {name: zeros.clone() for name in self.metrics}
         # Each batch has sums of its own, added when all its points are done: two threads may be at
         # one point with two batches, and the order of adding settles the last digit.
@@ -711,6 +726,11 @@ class Objective:
             losses.cpu(),
             {name: total.cpu().to(torch.float64) / len(split) for name, total in totals.items()},
         )
+
+    @property
+    def _wide(self) -> torch.dtype:
+        # float64 where the device has it: MPS does not, and counts of examples fit float32 there.
+        return torch.float32 if self.device.type == "mps" else torch.float64
 
     def _add(
         self,
@@ -774,7 +794,8 @@ class Objective:
             what: What to call the function in errors.
 
         Returns:
-            One number an example, ``[B]``.
+            One number per example, ``[B]``; of a loss that is one number per batch ``[1]``, the
+            mean where it gives a number per example.
 
         Raises:
             LossError: It fails, or gives something else.
@@ -787,11 +808,19 @@ class Objective:
             raise
         except Exception as error:
             raise LossError(f"the {what} fails: {one_line(error)}") from error
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if self.batch_loss:
+            if not isinstance(values, Tensor) or values.ndim > 1 or not values.numel():
+                raise LossError(
+                    f"the {what} gives {got} for a batch of {len(targets)} examples",
+                    "Return one number per batch, or one per example, of which the mean is taken",
+                )
+            return values.to(self._wide).mean().reshape(1)
         if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
-            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise LossError(
                 f"the {what} gives {got} for a batch of {len(targets)} examples",
-                "Return one number an example, as with reduction=none",
+                "Return one number per example, as with reduction=none; or give --batch-loss, if "
+                "the loss is one number per batch",
             )
         return values
 

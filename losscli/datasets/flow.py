@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from losscli.datasets.batch import is_language, join, understand
+from losscli.datasets.batch import RaggedError, is_language, join, understand
 from losscli.datasets.randomness import capture, private_randomness, restore, seed_all
-from losscli.datasets.split import Examples, Split
+from losscli.datasets.split import Batches, Examples, Split, remark_on
 from losscli.datasets.stream import Failure, Parcel, Prepare, children_unheard, own
 from losscli.errors import DataError, one_line
 
@@ -42,11 +42,14 @@ class _Collate:
 
     collate: Callable[[Any], Any]
     where: str
+    in_batches: bool
 
     def __call__(self, rows: Any) -> Parcel | Failure:
         try:
             raw = self.collate(rows)
-            return Parcel.pack(understand(raw, self.where), language=is_language(raw))
+            batch = understand(raw, self.where)
+            whole = Batches.of(batch) if self.in_batches else batch
+            return Parcel.pack(whole, language=is_language(raw))
         except DataError as error:
             return Failure(error.what, error.cure)
         except Exception as error:  # noqa: BLE001 - one line of it is told
@@ -60,16 +63,20 @@ class Source:
         loader: Gives them; it is left as it is.
         where: What to call it in errors.
         seed: Of everything random in a pass.
+        in_batches: Whether each batch counts as one example.
 
     Attributes:
         language: Whether the targets of the batches seen are the tokens of the inputs.
     """
 
-    def __init__(self, loader: DataLoader[Any], where: str, seed: int) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], where: str, seed: int, *, in_batches: bool = False
+    ) -> None:
         self.where = where
+        self.in_batches = in_batches
         self.language = False
         self._loader = copy.copy(loader)
-        self._loader.collate_fn = _Collate(loader.collate_fn, where)
+        self._loader.collate_fn = _Collate(loader.collate_fn, where, in_batches)
         self._loader._iterator = None
         if not isinstance(loader.worker_init_fn, Prepare):
             self._loader.worker_init_fn = Prepare(loader.worker_init_fn)
@@ -148,6 +155,7 @@ class Flow(Examples):
         self._start = start
         self._stop = stop
         self._length: int | None = None
+        self._sizes: list[int] = []
         self._checksum: int | None = None
         self._firsts: dict[int, Split] = {}
 
@@ -156,6 +164,17 @@ class Flow(Examples):
             count = sum(map(len, self._pass()))
             self._length = count
         return self._length
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether each of them is a whole batch."""
+        return self._source.in_batches
+
+    @property
+    def rows(self) -> int:
+        """The number of examples, also of those in whole batches."""
+        count = len(self)
+        return sum(self._sizes) if self.in_batches else count
 
     @property
     def language(self) -> bool:
@@ -173,7 +192,8 @@ class Flow(Examples):
     def remarks(self) -> tuple[str, ...]:
         """What to know about these examples."""
         anew = "iterated anew in each pass over the data"
-        return (f"{anew}; a part of it is its first examples, and not drawn",)
+        part = f"{anew}; a part of it is its first examples, and not drawn"
+        return part, *(remark_on(self._sizes) if self.in_batches and self._sizes else ())
 
     def order(self, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Tells the only order in which the examples are to be had.
@@ -233,6 +253,9 @@ class Flow(Examples):
         if order is not None:
             yield from self.take(order).batches(size)
             return
+        if self.in_batches:
+            yield from self._pass()
+            return
         waiting: list[Split] = []
         count = 0
         for batch in self._pass():
@@ -283,11 +306,18 @@ class Flow(Examples):
                 batches.append(own(batch))
             if taken > budget:
                 batches = None
-        return None if batches is None else join(batches, self._source.where)
+        try:
+            return None if batches is None else join(batches, self._source.where)
+        except RaggedError:
+            # Batches that count as one need not be joined: they come anew in each pass.
+            if self.in_batches:
+                return None
+            raise
 
     def _pass(self) -> Iterator[Split]:
         """Goes by the examples in batches as they come, and holds each pass against the first."""
         position, count, checksum = 0, 0, 0
+        sizes: list[int] = []
         for batch in self._source.batches():
             first = max(0, self._start - position)
             last = len(batch) if self._stop is None else min(len(batch), self._stop - position)
@@ -295,6 +325,7 @@ class Flow(Examples):
             if first < last:
                 part = batch.take(slice(first, last))
                 count += len(part)
+                sizes.append(part.rows)
                 for _, _, content in Parcel.pack(part).columns:
                     checksum = zlib.crc32(np.asarray(content).data, checksum)
                 yield part
@@ -307,7 +338,7 @@ class Flow(Examples):
         elif self._checksum not in {None, checksum}:
             wrong = "gives other examples, or another order, in each pass"
         else:
-            self._length, self._checksum = count, checksum
+            self._length, self._checksum, self._sizes = count, checksum, sizes
             return
         raise DataError(
             f"{self._source.where} {wrong}",

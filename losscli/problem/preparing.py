@@ -17,7 +17,7 @@ from losscli.errors import UsageError
 from losscli.objective import Objective
 from losscli.problem.checkpoints import Checkpoints
 from losscli.problem.model import build
-from losscli.problem.problem import Problem, floating_buffers, moving_names
+from losscli.problem.problem import Problem, counted, floating_buffers, moving_names
 from losscli.problem.source import find
 from losscli.problem.task import data_of, loss_of, metrics_of, recalibration_of
 from losscli.ranks import current
@@ -69,6 +69,9 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         dtype=getattr(torch, settings.dtype),
         batch_size=settings.batch_size,
         recalibration=recalibration,
+        batch_loss=settings.batch_loss,
+        # Nobody asked for the default metric, and losses of a batch often have outputs of no class.
+        optional=metrics if settings.batch_loss and not settings.metric else (),
     )
     buffers = floating_buffers(objective)
     specs = {
@@ -111,6 +114,7 @@ def _provenance(
         **specs,
         "seed": settings.seed,
         "limit": settings.limit,
+        "batch_loss": settings.batch_loss,
         "sampling_error": settings.sampling_error,
         "buffers": settings.buffers,
         "recalibration": None
@@ -124,11 +128,20 @@ def _provenance(
         "only": list(settings.only),
         "except": list(settings.except_),
         "checkpoints": entries,
-        "examples": {name: len(split) for name, split in objective.data.splits.items()},
+        **counted(objective, {name: len(s) for name, s in objective.data.splits.items()}),
     }
 
 
 def _check(settings: Settings) -> None:
+    if settings.batch_loss:
+        for option, given in (
+            ("--sampling-error", settings.sampling_error is not None),
+            ("--buffers recalibrate", settings.buffers == "recalibrate"),
+        ):
+            if given:
+                raise UsageError(
+                    f"{option} is not available with --batch-loss", "Give one without the other"
+                )
     for option, value, known in (
         ("--dtype", settings.dtype, get_args(DType)),
         ("--buffers", settings.buffers, get_args(Buffers)),

@@ -15,7 +15,7 @@ from losscli.objective import Objective
 from losscli.settings import Settings
 from losscli.weights import Weights, choose
 
-__all__ = ["Problem", "floating_buffers", "moving_names"]
+__all__ = ["Problem", "counted", "floating_buffers", "moving_names"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,22 @@ class _Places(Sequence[Weights]):
         if isinstance(at, slice):
             return _Places(self._problem, self._steps[at])
         return self._problem.place(self._problem.open(self._steps[at]).weights)
+
+
+def counted(objective: Objective, numbers: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Counts what a loss is the mean of.
+
+    Args:
+        objective: What is evaluated.
+        numbers: How many numbers the mean of each split has.
+
+    Returns:
+        The ``examples`` of each split; and the ``batches``, where the loss is one number per batch.
+    """
+    if not objective.batch_loss:
+        return {"examples": dict(numbers)}
+    rows = {name: objective.splits[name].rows for name in numbers}
+    return {"examples": rows, "batches": dict(numbers)}
 
 
 def floating_buffers(objective: Objective) -> tuple[str, ...]:

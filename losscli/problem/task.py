@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from losscli.checkpoint import CheckpointFile
-from losscli.datasets import DataSet, from_object, load
+from losscli.datasets import Batching, DataSet, from_object, load
 from losscli.errors import LossError, SpecError, UsageError
 from losscli.losses import LOSSES, METRICS, PerExample, causal_lm, token_cross_entropy
 from losscli.models import (
@@ -67,6 +67,7 @@ def data_of(settings: Settings, first: CheckpointFile | None) -> tuple[DataSet, 
         "splits": () if settings.buffers == "recalibrate" else settings.split,
         "limit": settings.limit,
         "seed": settings.seed,
+        "batching": Batching(settings.batch_size) if settings.batch_loss else None,
     }
     if isinstance(found.value, str):
         data = load(found.value, trusted=found.trusted, folder=found.folder, **chosen)

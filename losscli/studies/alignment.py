@@ -17,7 +17,13 @@ from torch import Tensor
 from losscli.checkpoint import Checkpoint
 from losscli.datasets import Inputs, map_inputs
 from losscli.device import Narrowest
-from losscli.errors import CheckpointError, DeviceError, ModelError, NondeterministicModelError
+from losscli.errors import (
+    CheckpointError,
+    DeviceError,
+    ModelError,
+    NondeterministicModelError,
+    UsageError,
+)
 from losscli.matching import inner_product, match
 from losscli.objective import DETERMINISTIC
 from losscli.permutations import Group, obstacles, permutation_groups, permute
@@ -70,6 +76,8 @@ def align(a: str | os.PathLike[str], b: str | os.PathLike[str], **settings: Any)
     """
     begun = time.perf_counter()
     a, b = os.fspath(a), os.fspath(b)
+    if settings.get("batch_loss"):
+        raise UsageError("align evaluates no loss, and --batch-loss has no effect", "Leave it out")
     problem, before, dtype = _prepare(a, b, Settings(**settings))
     first, last = problem.first.weights, problem.last
     groups = _groups(problem)

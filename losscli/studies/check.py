@@ -262,6 +262,11 @@ class Check(Study):
             )
         if learning_rate is not None and not 1e-12 <= learning_rate <= 1e12:
             raise UsageError(f"--learning-rate {learning_rate} is none", "Give 0.1")
+        if settings.batch_loss:
+            raise UsageError(
+                "--batch-loss is not available for check",
+                "Give a --loss that is one number per example",
+            )
         if settings.sampling_error is not None:
             raise UsageError(
                 "a gradient is that of all examples, so --sampling-error has no place in a check",

@@ -55,6 +55,7 @@ _OPTIONS = {
     "loss": "loss",
     "metric": "metrics",
     "limit": "limit",
+    "batch-loss": "batch_loss",
     "dtype": "dtype",
     "tf32": "tf32",
     "seed": "seed",
@@ -226,7 +227,7 @@ class Study(ABC):
             of data in memory, and the splits that are not there but decoded in each pass.
         """
         objective = self.problem.objective
-        examples = sum(map(len, objective.splits.values()))
+        examples = sum(split.rows for split in objective.splits.values())
         slices, points = self.slices
         chunk = min(points_at_once(objective, self.moving), points) if slices else 1
         passes = self.evaluations - slices * points + slices * math.ceil(points / chunk)
@@ -237,7 +238,7 @@ class Study(ABC):
         return {
             **self.origin(),
             "points": self.evaluations,
-            "batch_size": objective.batch_size,
+            "batch_size": None if objective.batch_loss else objective.batch_size,
             "forward_passes": self.evaluations * examples,
             "points_at_once": chunk,
             "passes_over_data": passes,
@@ -356,10 +357,13 @@ class Study(ABC):
         """
         self.problem.unchanged()
         values = sum(self.problem.first.weights[name].numel() for name in self.moving)
+        provenance = self.problem.provenance
+        left_out = self.problem.objective.left_out
         return {
             "command": self.command,
             "identity": self.identity,
-            **self.problem.provenance,
+            **provenance,
+            "metrics": [name for name in provenance["metrics"] if name not in left_out],
             "moving": {"tensors": len(self.moving), "values": values},
         }
 
@@ -430,6 +434,8 @@ class Study(ABC):
         settings, notes = self.problem.settings, self._estimated()
         for name, split in self.problem.objective.splits.items():
             notes += [f"{name}: {remark}" for remark in split.remarks]
+        for name in self.problem.objective.left_out:
+            notes.append(f"{name} is left out: it does not apply to the outputs of the model")
         for name in sorted(self.problem.objective.unchecked):
             notes.append(
                 f"{name}: the model takes no other batch than the first one whole, so it could not "
