@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils._pytree import tree_leaves
 
 from losscli.datasets import (
     DataSet,
@@ -53,7 +54,7 @@ from losscli.losses import (
 )
 from losscli.mapped import let_go
 from losscli.models import HEADLESS, cure_of, is_headless
-from losscli.operations import operations
+from losscli.operations import Trace, addresses, operations
 from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
 from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.weights import Weights
@@ -148,6 +149,8 @@ class Objective:
         unchecked: The splits on which the model takes the first batch whole and no other, so that
             it is not known whether losses depend on the rest of a batch.
         left_out: The metrics that do not apply.
+        unused: The parameters that have no influence on the outputs of a first batch.
+        constant: Whether different checkpoints were found to have the same losses on first batches.
     """
 
     def __init__(
@@ -182,8 +185,11 @@ class Objective:
         self._copies_inputs = False
         self._way: Way | None = None
         self._operations: int | None = None
+        self._traced = False
         self.unchecked: set[str] = set()
         self.left_out: list[str] = []
+        self.unused: tuple[str, ...] = ()
+        self.constant = False
         self._optional = optional
 
     def twin(self, model: nn.Module, dtype: torch.dtype) -> Objective:
@@ -354,8 +360,11 @@ class Objective:
             for name in self.splits if names is None else names:
                 self._check_split(name)
             # While it is known which weights are loaded: which way an example takes may be theirs.
-            if self._operations is None:
-                self._operations = self._count()
+            if not self._traced:
+                trace = Trace()
+                self._operations = self._count(trace)
+                self._check_parameters(trace)
+                self._traced = True
 
     def _check_split(self, name: str) -> None:
         """Checks a first batch of a split: evaluates it whole, then again in halves."""
@@ -489,7 +498,78 @@ class Objective:
             self._operations = self._count()
         return self._operations
 
-    def _count(self) -> int:
+    def trace(self) -> Trace:
+        """Traces a forward pass on a few examples, with the weights that are loaded.
+
+        Returns:
+            What it computes and reads; as far as it comes, if it fails.
+        """
+        trace = Trace()
+        with torch.no_grad(), Draws(self.device):
+            self._count(trace)
+        return trace
+
+    def _check_parameters(self, trace: Trace) -> None:
+        """Makes sure that a forward pass reads the model's own parameters.
+
+        What is not seen to be read, as in another thread, is told by its influence.
+        """
+        own = addresses(self.tensors.values())
+        parameters = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        }
+        unread = [
+            name
+            for name, tensor in parameters.items()
+            if not trace.read.intersection(addresses([tensor])) and tensor.numel()
+        ]
+        # Where nothing was seen at all, the pass failed, or is hidden from a trace.
+        if not unread or not trace.read or self._have_influence(unread):
+            return
+        self.unused = tuple(unread)
+        foreign = {shape for place, shape in trace.parameters.items() if place not in own}
+        other = next((name for name in unread if parameters[name].shape in foreign), None)
+        if len(unread) == len(parameters):
+            what = "no parameter of the model has an influence on its outputs"
+        elif other is not None:
+            what = (
+                f"the forward pass reads a parameter {list(parameters[other].shape)} that is not "
+                f"the model's own, and {other} of the same shape has no influence on its outputs"
+            )
+        else:
+            return
+        raise ModelError(
+            what,
+            "Does its code hold another module (a closure, a patched forward), or a value computed "
+            "from its weights? Let forward read the parameters of the model that it is called on",
+        )
+
+    def _have_influence(self, names: Sequence[str]) -> bool:
+        """Tells whether tensors, loaded as not-a-number, change the outputs of a first batch."""
+        batch = next(iter(self.splits.values())).first(self.batch_size).to(self.device)
+        inputs = self.data.prepare(batch.inputs, self.dtype)
+        own = {name: self.tensors[name].clone() for name in names}
+        nothing = {name: torch.full_like(tensor, torch.nan) for name, tensor in own.items()}
+
+        def outputs(weights: Weights) -> list[Tensor]:
+            self.load(weights)
+            leaves = tree_leaves(self.forward(self.model, inputs))
+            return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+
+        try:
+            before, after = outputs(own), outputs(nothing)
+        except ModelError:
+            return True
+        finally:
+            self.load(own)
+        return not before or any(
+            x.shape != y.shape or not torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+            for x, y in zip(before, after, strict=True)
+        )
+
+    def _count(self, trace: Trace | None = None) -> int:
         once = 2 * sum(parameter.numel() for parameter in self.model.parameters())
         split = next(iter(self.splits.values()))
         # Some models take a whole batch alone, and some no counter can look into.
@@ -497,7 +577,7 @@ class Objective:
             few = split.first(number).to(self.device)
             inputs = self.data.prepare(map_inputs(Tensor.clone, few.inputs), self.dtype)
             with contextlib.suppress(ModelError):
-                found = operations(self.model, partial(self.forward, self.model, inputs))
+                found = operations(self.model, partial(self.forward, self.model, inputs), trace)
                 return max(1, once, found // len(few))
         return max(1, once)
 

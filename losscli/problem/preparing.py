@@ -16,7 +16,7 @@ from losscli.device import choose_device, describe_device
 from losscli.errors import UsageError
 from losscli.objective import Objective
 from losscli.problem.checkpoints import Checkpoints
-from losscli.problem.model import build
+from losscli.problem.model import build, check_copy
 from losscli.problem.problem import Problem, counted, floating_buffers, moving_names
 from losscli.problem.source import find
 from losscli.problem.task import data_of, loss_of, metrics_of, recalibration_of
@@ -73,6 +73,8 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         # Nobody asked for the default metric, and losses of a batch often have outputs of no class.
         optional=metrics if settings.batch_loss and not settings.metric else (),
     )
+    if isinstance(found.value, nn.Module):
+        check_copy(found.value, objective)
     buffers = floating_buffers(objective)
     specs = {
         "model": found.text,
@@ -85,7 +87,7 @@ def prepare(names: Sequence[str], settings: Settings) -> Problem:
         tuple(names),
         first,
         moving_names(objective, buffers, settings),
-        None if isinstance(found.value, nn.Module) else lambda: build(found),
+        lambda: build(found),
         buffers,
         _provenance(settings, objective, specs, entries),
         settings,

@@ -27,7 +27,7 @@ class Problem:
         names: The checkpoints in their order, as named by the user.
         first: The first of them, its names those of the model.
         moving: The tensors that may move, each tied tensor under one name.
-        fresh: Builds the model anew; None where it was given as a module.
+        fresh: Builds the model anew, or copies the module that was given.
         buffers: Those of the model's floating-point buffers that any choice of tensors names.
         provenance: Where all of it came from, for the summary.
         settings: The settings that it was made from.
@@ -39,7 +39,7 @@ class Problem:
     names: tuple[str, ...]
     first: Checkpoint
     moving: tuple[str, ...]
-    fresh: Callable[[], nn.Module] | None
+    fresh: Callable[[], nn.Module]
     buffers: tuple[str, ...]
     provenance: Mapping[str, Any]
     settings: Settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import time
@@ -218,7 +217,7 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
     inputs = _on_cpu(objective.data.prepare(split.take(slice(0, _TRACED)).inputs, torch.float32))
     # Tracing may leave its marks on a model, so it gets one of its own.
     with torch.random.fork_rng(devices=[]):
-        model = (problem.fresh or (lambda: copy.deepcopy(objective.model)))()
+        model = problem.fresh()
     args, kwargs = _call(inputs)
     groups = permutation_groups(model.cpu().float().eval(), args, kwargs)
     if not groups:

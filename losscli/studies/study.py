@@ -436,6 +436,18 @@ class Study(ABC):
             notes += [f"{name}: {remark}" for remark in split.remarks]
         for name in self.problem.objective.left_out:
             notes.append(f"{name} is left out: it does not apply to the outputs of the model")
+        if self.problem.objective.constant:
+            notes.append(
+                "on a first batch different checkpoints have the same losses to the last bit: does "
+                "the forward pass use the tensors that move?"
+            )
+        unused = [name for name in self.problem.objective.unused if name in self.moving]
+        if unused:
+            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            notes.append(
+                f"no influence on the outputs of a first batch: {unused[0]}{more}; does forward "
+                "use a value computed from it before?"
+            )
         for name in sorted(self.problem.objective.unchecked):
             notes.append(
                 f"{name}: the model takes no other batch than the first one whole, so it could not "
@@ -578,6 +590,15 @@ class Study(ABC):
         plain = sweep_plain(objective, [weights for _, weights in anchors], splits=batches)
         coordinates = [*(point for point, _ in anchors), *more]
         found = sweep(objective, slice_, coordinates, splits=batches)
+        # A loss of 0 may be that of two networks that both fit the batch.
+        objective.constant |= bool(slice_.ends[0]) and all(
+            len(plain) > 1
+            and bool(end[name].losses.isfinite().all())
+            and bool(end[name].losses.any())
+            and torch.equal(end[name].losses, plain[0][name].losses)
+            for end in plain
+            for name in batches
+        )
         worst = 0.0
         for name in batches:
             for p, end in enumerate(plain):
@@ -607,7 +628,7 @@ class Study(ABC):
         """
         objective = self.problem.objective
         size = sum(tensor.nbytes for tensor in objective.tensors.values())
-        if self.problem.fresh is None or size > FRESH_BYTES:
+        if size > FRESH_BYTES:
             return
         with torch.random.fork_rng(devices=[]):
             model = self.problem.fresh()
