@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from losscli.errors import DeviceError, one_line
 from losscli.ranks import current
 
-__all__ = ["choose_device", "describe_device", "float32_precision"]
+__all__ = ["Narrowest", "choose_device", "describe_device", "float32_precision"]
 
 
 def choose_device(name: str, dtype: str) -> torch.device:
@@ -85,3 +88,30 @@ def float32_precision(*, tf32: bool) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+class Narrowest(TorchFunctionMode):
+    """Finds the narrowest floating-point type of what is computed in the context.
+
+    Args:
+        dtype: The type to start from.
+
+    Attributes:
+        dtype: The narrowest type so far.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.dtype = max(self.dtype, result.dtype, key=lambda t: torch.finfo(t).eps)
+        return result

@@ -19,8 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils._pytree import tree_leaves
 
-from losscli.datasets import DataSet, Examples, Inputs, Split, device_budget, leaves, map_inputs
+from losscli.datasets import (
+    DataSet,
+    Draws,
+    Examples,
+    Inputs,
+    Split,
+    device_budget,
+    host_budget,
+    leaves,
+    map_inputs,
+    seed_all,
+)
+from losscli.device import Narrowest
 from losscli.errors import (
     DataError,
     LosscliError,
@@ -31,6 +44,7 @@ from losscli.errors import (
     one_line,
 )
 from losscli.geometry import Slice
+from losscli.independence import Evaluate, Values, compare, is_dependent
 from losscli.losses import (
     IGNORED,
     LOSSES,
@@ -54,14 +68,14 @@ from losscli.losses import (
 )
 from losscli.mapped import let_go
 from losscli.models import HEADLESS, cure_of, is_headless
-from losscli.operations import operations
+from losscli.operations import Trace, addresses, operations
 from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
 from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.spectral import SpectralLayer, normalise, spectral_layers
 from losscli.torch_losses import TorchLoss
 from losscli.weights import Weights, can_move
 
-__all__ = ["Evaluation", "Objective", "Progress"]
+__all__ = ["DETERMINISTIC", "Evaluation", "Objective", "Progress"]
 
 Progress = Callable[[float], None]
 """Called with the share of a point that was done since the last call."""
@@ -92,6 +106,9 @@ _AGREE_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys
 # Above this size a model has no second copy, and few enough points at once that none is missed.
 _LARGE_BYTES = 64 << 20
 
+# Seeds that are tried where a forward pass draws random numbers: a rare one changes few losses.
+_SEEDS = 8
+
 _KNOWN_FUNCTIONS = frozenset({*LOSSES.values(), *METRICS.values()})
 
 _OF_CLASSES = frozenset({cross_entropy, nll})
@@ -100,6 +117,12 @@ _WITHOUT_METRICS = "Choose another --metric, or --metric none"
 
 # What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
+
+DETERMINISTIC = (
+    "Take the randomness (dropout outside nn.Dropout, sampling) out of the forward pass; averaging "
+    "over fixed seeds (--stochastic N) is not available yet"
+)
+"""How to get a model that gives one answer."""
 
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -138,6 +161,8 @@ class Objective:
         batch_size: Examples a forward pass; by the device where it is None.
         recalibration: What BatchNorm's statistics are estimated on anew at every point, before
             anything is evaluated there; None leaves them as they are loaded.
+        batch_loss: Whether the loss is one number per batch: each example of the data is a whole
+            batch, and the batch size is 1.
         optional: The metrics that are left out where they do not apply.
 
     Attributes:
@@ -148,6 +173,10 @@ class Objective:
             whatever weights are loaded.
         idle: Those of them that took no batch when statistics were last estimated.
         doubts: Whether the loss may be the wrong one, by the first batch of every split checked.
+        unchecked: The splits on which the model takes the first batch whole and no other, so that
+            it is not known whether losses depend on the rest of a batch.
+        unused: The parameters that have no influence on the outputs of a first batch.
+        constant: Whether different checkpoints were found to have the same losses on first batches.
     """
 
     def __init__(
@@ -161,6 +190,7 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         batch_size: int | None = None,
         recalibration: Recalibration | None = None,
+        batch_loss: bool = False,
         optional: Collection[str] = (),
     ) -> None:
         self.model = _cast(model, device, dtype).eval()
@@ -169,8 +199,9 @@ class Objective:
         self.data = data
         self.device = device
         self.dtype = dtype
-        self.batch_size = batch_size or self._default_batch()
-        self._chooses_batch = batch_size is None
+        self.batch_loss = batch_loss
+        self.batch_size = 1 if batch_loss else batch_size or self._default_batch()
+        self._chooses_batch = batch_size is None and not batch_loss
         self.splits: Mapping[str, Examples] = self._place(data.splits)
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
         self._classes: int | None = None
@@ -188,6 +219,10 @@ class Objective:
         self._way: Way | None = None
         self._proving = False
         self._operations: int | None = None
+        self._traced = False
+        self.unchecked: set[str] = set()
+        self.unused: tuple[str, ...] = ()
+        self.constant = False
 
     def twin(self, model: nn.Module, dtype: torch.dtype) -> Objective:
         """Makes another objective of the same loss and data, without metrics.
@@ -208,6 +243,7 @@ class Objective:
             dtype=dtype,
             batch_size=self.batch_size,
             recalibration=self.recalibration,
+            batch_loss=self.batch_loss,
         )
         twin._copies_inputs = self._copies_inputs
         return twin
@@ -378,7 +414,7 @@ class Objective:
         for batch in split.batches(size or self.batch_size, order):
             if unseen and self._classes is not None:
                 self._check_range(batch.targets, "the data")
-            if unseen and _is_registered(self.loss):
+            if unseen and _is_registered(self.loss) and not self.batch_loss:
                 place = _not_finite(batch.targets)
                 if place is not None:
                     index = done + place if order is None else int(order[done + place])
@@ -420,48 +456,151 @@ class Objective:
             names: The splits that it is tried on; all by default.
 
         Raises:
-            LossError: Labels are out of the model's range.
-            NondeterministicModelError: One point has two answers.
+            LossError: Labels are out of the model's range, or a loss depends on other examples.
+            NondeterministicModelError: One point has two answers, or random numbers are drawn.
         """
         self.load(weights)
-        if self._chooses_batch:
-            self._fit_outputs()
         doubts: list[frozenset[Doubt]] = []
-        for name in self.splits if names is None else names:
-            split = self.splits[name].first(self.batch_size).to(self.device)
-            inputs = self.data.prepare(map_inputs(Tensor.clone, split.inputs), self.dtype)
-            versions = [tensor._version for tensor in leaves(inputs)]
-            outputs = self.forward(self.model, inputs)
-            if not isinstance(_scores(outputs), Tensor) and _is_registered(self.loss):
-                raise LossError(
-                    f"the model returns a {type(outputs).__name__}, and the loss takes a tensor",
-                    HEADLESS
-                    if is_headless(self.model)
-                    else "Give a --loss of your own that takes it, or a model that returns its "
-                    "scores, alone or under the key logits",
-                )
-            # A model that writes on its inputs would spoil them for every later point.
-            self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
-            self._check_labels(outputs, split.targets, name)
-            self.per_example(self.loss, outputs, split.targets, "loss")
-            self._check_targets(name)
-            self._check_metrics(outputs, split.targets)
-            outputs = _scores(outputs)
-            if isinstance(outputs, Tensor):
-                functions = [self.loss, *self.metrics.values()]
-                doubts.append(doubts_of(functions, outputs, split.targets))
-            # The scores of a language model are large, and two more batches follow.
-            del outputs
-            first, second = (self._walk(Plain(self), split).losses for _ in range(2))
-            if not torch.allclose(first, second, rtol=1e-5, atol=1e-7, equal_nan=True):
-                raise NondeterministicModelError(
-                    "the model gives two answers for the same weights and data, even in eval mode",
-                    "Take the randomness (dropout outside nn.Dropout, sampling) out of its forward",
-                )
+        with Draws(self.device):
+            if self._chooses_batch:
+                self._fit_outputs()
+            for name in self.splits if names is None else names:
+                doubts += self._check_split(name)
+            # While it is known which weights are loaded: which way an example takes may be theirs.
+            if not self._traced:
+                trace = Trace()
+                self._operations = self._count(trace)
+                self._check_parameters(trace)
+                self._traced = True
         self.doubts = frozenset.intersection(*doubts) if doubts else frozenset()
-        # While it is known which weights are loaded: which way an example takes may be theirs.
-        if self._operations is None:
-            self._operations = self._count()
+
+    def _check_split(self, name: str) -> list[frozenset[Doubt]]:
+        """Checks a first batch of a split: evaluates it whole, then again in halves.
+
+        Returns:
+            The doubts about the loss, if the model returns scores.
+        """
+        examples = self.splits[name]
+        batch = examples.first(self.batch_size).to(self.device)
+        seed_all(0, self.device)
+        with Draws(self.device) as draws:
+            whole, doubts = self._first_values(batch, name)
+        if draws.names:
+            raise self._random(draws.names, batch, whole)
+        # What is drawn from a generator that the model puts back is drawn from another seed now.
+        seed_all(1, self.device)
+        if len(batch) == 1 < len(examples) and not self.batch_loss:
+            with contextlib.suppress(ModelError, LossError, torch.OutOfMemoryError, MemoryError):
+                pair = examples.first(2).to(self.device)
+                batch, whole = pair, self._values(pair)
+        found = compare(self._values, batch, whole, self.dtype) if len(batch) > 1 else None
+        self.unchecked.discard(name)
+        if found is not None and found.excess <= 1:
+            return doubts
+        self._check_repetition(batch, whole)
+        if found is None:
+            self.unchecked |= {name} if len(batch) > 1 else set()
+        elif is_dependent(found, batch, self.dtype, self._wider()):
+            raise LossError(
+                f"the {found.what} of an example depends on the other examples in its batch: for "
+                f"example {found.row} of the split {name!r} it is {found.whole:.7g} in one batch "
+                f"and {found.other:.7g} in another",
+                "If the loss is one number per batch, give --batch-loss; otherwise compute it from "
+                "each example alone (BatchNorm needs track_running_stats=True)",
+            )
+        return doubts
+
+    def _first_values(self, batch: Split, name: str) -> tuple[Values, list[frozenset[Doubt]]]:
+        """Evaluates a first batch, and makes sure that model, loss and data fit together."""
+        inputs = self.data.prepare(map_inputs(Tensor.clone, batch.inputs), self.dtype)
+        versions = [tensor._version for tensor in leaves(inputs)]
+        outputs = self.forward(self.model, inputs)
+        scores = _scores(outputs)
+        if not isinstance(scores, Tensor) and _is_registered(self.loss):
+            raise LossError(
+                f"the model returns a {_kind(outputs)}, and the loss takes a tensor",
+                HEADLESS
+                if is_headless(self.model)
+                else "Give a --loss of your own that takes it, or a model that returns its scores, "
+                "alone or under the key logits",
+            )
+        # A model that writes on its inputs would spoil them for every later point.
+        self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
+        self._check_labels(outputs, batch.targets, name)
+        values = self.per_example(self.loss, outputs, batch.targets, "loss")
+        self._check_targets(name)
+        self._check_metrics(outputs, batch.targets)
+        doubts = []
+        if isinstance(scores, Tensor):
+            functions = [self.loss, *self.metrics.values()]
+            doubts = [doubts_of(functions, scores, batch.targets)]
+        return self._own_values(outputs, batch.targets, values), doubts
+
+    def _values(self, batch: Split) -> Values:
+        """Evaluates a batch: the loss, and the metrics that are not known to be per example."""
+        outputs = self.forward(self.model, self.data.prepare(batch.inputs, self.dtype))
+        loss = self.per_example(self.loss, outputs, batch.targets, "loss")
+        return self._own_values(outputs, batch.targets, loss)
+
+    def _own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> Values:
+        values = {"loss": loss}
+        for name, metric in self.metrics.items():
+            if not _is_registered(metric):
+                what = f"metric {name!r}"
+                values[what] = self.per_example(metric, outputs, targets, what)
+        return {what: own.cpu().double() for what, own in values.items()}
+
+    def _check_repetition(self, batch: Split, whole: Values) -> None:
+        again = self._values(batch)
+        for what, values in whole.items():
+            if not torch.allclose(values, again[what], rtol=1e-5, atol=1e-7, equal_nan=True):
+                raise NondeterministicModelError(
+                    f"the model gives two answers for the same weights and data, even in eval "
+                    f"mode: the {what} differs",
+                    DETERMINISTIC,
+                )
+
+    def _random(self, names: Sequence[str], batch: Split, whole: Values) -> LosscliError:
+        """The error of a forward pass that draws random numbers; says what they change."""
+        changes = False
+        for seed in range(1, 1 + _SEEDS):
+            seed_all(seed, self.device)
+            again = self._values(batch)
+            changes |= any(not torch.equal(whole[what], again[what]) for what in whole)
+        then = (
+            "the losses differ from seed to seed"
+            if changes
+            else f"no loss on a first batch differs between {1 + _SEEDS} seeds"
+        )
+        return NondeterministicModelError(
+            f"the forward pass draws random numbers from {' and '.join(names)}, even in eval mode: "
+            f"{then}",
+            DETERMINISTIC,
+        )
+
+    def _wider(self) -> Iterator[tuple[Evaluate, Narrowest]]:
+        """Makes copies of the model in wider types, of which each is dropped before the next."""
+        numbers = sum(tensor.numel() for tensor in self.tensors.values())
+        budget = device_budget(self.device) or host_budget()
+        for dtype in (torch.float32, torch.float64):
+            if torch.finfo(dtype).eps >= torch.finfo(self.dtype).eps:
+                continue
+            if numbers * dtype.itemsize > budget:
+                return
+            try:
+                twin = self.twin(copy.deepcopy(self.model), dtype)
+            except Exception:  # noqa: BLE001 - the user's objects, or a device without float64
+                return
+            twin.metrics, twin._copies_inputs = self.metrics, self._copies_inputs
+            narrowest = Narrowest(dtype)
+
+            def evaluate(
+                batch: Split, twin: Objective = twin, narrowest: Narrowest = narrowest
+            ) -> Values:
+                with narrowest:
+                    return twin._values(batch)
+
+            yield evaluate, narrowest
 
     @property
     def operations(self) -> int:
@@ -470,7 +609,78 @@ class Objective:
             self._operations = self._count()
         return self._operations
 
-    def _count(self) -> int:
+    def trace(self) -> Trace:
+        """Traces a forward pass on a few examples, with the weights that are loaded.
+
+        Returns:
+            What it computes and reads; as far as it comes, if it fails.
+        """
+        trace = Trace()
+        with torch.no_grad(), Draws(self.device):
+            self._count(trace)
+        return trace
+
+    def _check_parameters(self, trace: Trace) -> None:
+        """Makes sure that a forward pass reads the model's own parameters.
+
+        What is not seen to be read, as in another thread, is told by its influence.
+        """
+        own = addresses(self.tensors.values())
+        parameters = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        }
+        unread = [
+            name
+            for name, tensor in parameters.items()
+            if not trace.read.intersection(addresses([tensor])) and tensor.numel()
+        ]
+        # Where nothing was seen at all, the pass failed, or is hidden from a trace.
+        if not unread or not trace.read or self._have_influence(unread):
+            return
+        self.unused = tuple(unread)
+        foreign = {shape for place, shape in trace.parameters.items() if place not in own}
+        other = next((name for name in unread if parameters[name].shape in foreign), None)
+        if len(unread) == len(parameters):
+            what = "no parameter of the model has an influence on its outputs"
+        elif other is not None:
+            what = (
+                f"the forward pass reads a parameter {list(parameters[other].shape)} that is not "
+                f"the model's own, and {other} of the same shape has no influence on its outputs"
+            )
+        else:
+            return
+        raise ModelError(
+            what,
+            "Does its code hold another module (a closure, a patched forward), or a value computed "
+            "from its weights? Let forward read the parameters of the model that it is called on",
+        )
+
+    def _have_influence(self, names: Sequence[str]) -> bool:
+        """Tells whether tensors, loaded as not-a-number, change the outputs of a first batch."""
+        batch = next(iter(self.splits.values())).first(self.batch_size).to(self.device)
+        inputs = self.data.prepare(batch.inputs, self.dtype)
+        own = {name: self.tensors[name].clone() for name in names}
+        nothing = {name: torch.full_like(tensor, torch.nan) for name, tensor in own.items()}
+
+        def outputs(weights: Weights) -> list[Tensor]:
+            self.load(weights)
+            leaves = tree_leaves(self.forward(self.model, inputs))
+            return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+
+        try:
+            before, after = outputs(own), outputs(nothing)
+        except ModelError:
+            return True
+        finally:
+            self.load(own)
+        return not before or any(
+            x.shape != y.shape or not torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+            for x, y in zip(before, after, strict=True)
+        )
+
+    def _count(self, trace: Trace | None = None) -> int:
         once = 2 * sum(parameter.numel() for parameter in self.model.parameters())
         split = next(iter(self.splits.values()))
         # Some models take a whole batch alone, and some no counter can look into.
@@ -478,7 +688,7 @@ class Objective:
             few = split.first(number).to(self.device)
             inputs = self.data.prepare(map_inputs(Tensor.clone, few.inputs), self.dtype)
             with contextlib.suppress(ModelError):
-                found = operations(self.model, partial(self.forward, self.model, inputs))
+                found = operations(self.model, partial(self.forward, self.model, inputs), trace)
                 return max(1, once, found // len(few))
         return max(1, once)
 
@@ -650,8 +860,16 @@ class Objective:
             if progress is not None:
                 progress(examples / total)
 
-        self._recalibrate(points, tell)
-        return {name: self._walk(points, split, tell) for name, split in splits.items()}
+        with Draws(self.device) as draws:
+            self._recalibrate(points, tell)
+            found = {name: self._walk(points, split, tell) for name, split in splits.items()}
+        if draws.names:
+            raise NondeterministicModelError(
+                f"the forward pass draws random numbers from {' and '.join(draws.names)}, even in "
+                "eval mode",
+                DETERMINISTIC,
+            )
+        return found
 
     def _recalibrate(self, points: Plain | Loaded | Points, tell: Callable[[int], None]) -> None:
         """Estimates BatchNorm's statistics at all points, a batch at a time."""
@@ -682,9 +900,7 @@ class Objective:
         """Takes all points through the data, a batch at a time, without waiting for the device."""
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         losses = torch.empty(len(points), len(split), dtype=exact, device=self.device)
-        # float64 where the device has it: MPS does not, and counts of examples fit float32 there.
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        zeros = torch.zeros(len(points), dtype=wide, device=self.device)
+        zeros = torch.zeros(len(points), dtype=self._wide, device=self.device)
         totals = {name: zeros.clone() for name in self.metrics}
         # Each batch has sums of its own, added when all its points are done: two threads may be at
         # one point with two batches, and the order of adding settles the last digit.
@@ -714,6 +930,11 @@ class Objective:
             for name, total in totals.items()
         }
         return Evaluation(losses, metrics, own, counts)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        # float64 where the device has it: MPS does not, and counts of examples fit float32 there.
+        return torch.float32 if self.device.type == "mps" else torch.float64
 
     def _add(
         self,
@@ -806,7 +1027,8 @@ class Objective:
             what: What to call the function in errors.
 
         Returns:
-            One number an example, ``[B]``.
+            One number per example, ``[B]``; of a loss that is one number per batch ``[1]``, the
+            mean where it gives a number per example.
 
         Raises:
             LossError: It fails, or gives something else.
@@ -828,11 +1050,16 @@ class Objective:
                 keys = ", ".join(map(str, outputs))
                 cure = f"It receives the mapping that the model returns, with the keys {keys}"
             raise LossError(f"the {what} fails: {one_line(error)}", cure) from error
-        if not isinstance(values, Tensor) or values.shape[:1] != targets.shape[:1]:
-            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if not isinstance(values, Tensor) or not (
+            values.numel() if self.batch_loss else values.shape[:1] == targets.shape[:1]
+        ):
+            got = list(values.shape) if isinstance(values, Tensor) else _kind(values)
             raise LossError(
                 f"the {what} gives {got} for a batch of {len(targets)} examples",
-                "Return one number per example, as with reduction=none",
+                "Return one number per batch, or one per example, of which the mean is taken"
+                if self.batch_loss
+                else "Return one number per example, as with reduction=none; or give --batch-loss, "
+                "if the loss is one number per batch",
             )
         if _is_crossed(values, outputs, targets):
             raise LossError(
@@ -840,7 +1067,12 @@ class Objective:
                 f"targets {list(targets.shape)}: it pairs outputs with targets of other examples",
                 "Give outputs and targets of one shape, for example with outputs.squeeze(1)",
             )
-        return per_example_mean(values)
+        if not self.batch_loss:
+            return per_example_mean(values)
+        values = values.to(self._wide)
+        weights = weights_of(function, outputs, targets)
+        mean = values.mean() if weights is None else values.sum() / weights.sum()
+        return mean.reshape(1)
 
     def weight(self, outputs: Any, targets: Tensor) -> float:
         """Adds up the weights of the examples of a batch in the mean loss.
@@ -884,13 +1116,13 @@ class Objective:
             return
         weights = weights_of(self.loss, outputs, seen.targets)
         without = 0 if weights is None else int((weights == 0).sum())
-        if without == len(seen):
+        if without == len(seen.targets):
             raise LossError(
                 f"the split {name!r} has no target that counts",
                 f"Give data with other targets than {IGNORED} and those without weight",
             )
         if without:
-            counts = f"{without:,} of {len(seen):,} examples have no target that counts"
+            counts = f"{without:,} of {len(seen.targets):,} examples have no target that counts"
             self._remarks[f"{name}: {counts} and are left out of the mean"] = None
         weighted = options_of(self.loss).get("weight") is not None
         if function_of(self.loss) in _OF_CLASSES and weighted:
@@ -900,7 +1132,7 @@ class Objective:
         """Finds a target that is not finite, if the loss does not leave it out."""
         split = self.splits[name]
         place = _not_finite(split.targets) if isinstance(split, Split) else None
-        if place is None or not isinstance(split, Split):
+        if place is None or not isinstance(split, Split) or self.batch_loss:
             return
         start = place - place % self.batch_size
         batch = split.take(slice(start, start + self.batch_size)).send(self.device)
@@ -1055,6 +1287,10 @@ class _Record:
         functions: dict[str | None, PerExample] = {None: self._objective.loss}
         functions.update(self._objective.metrics)
         for name, function in functions.items():
+            if self._objective.batch_loss:
+                # Every batch counts the same.
+                self.weights[name] = None
+                continue
             self.weights[name] = weights_of(function, _scores(outputs), self._targets)
 
     def _all_values(

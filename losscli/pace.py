@@ -104,7 +104,7 @@ def measure(
         points = points[:tried]
         point, making = _among_others(objective, slice_, points, name, batch, plain, clock)
         statistics *= min(1.0, point / plain) if plain else 1.0
-    return Pace(len(batch), seconds, decoding, plain, point, making, statistics)
+    return Pace(batch.rows, seconds, decoding, plain, point, making, statistics)
 
 
 def _among_others(

@@ -54,7 +54,7 @@ def interpolation(summary: Mapping[str, Any]) -> str:
             f"where an even grid would take {refined['uniform_points']:,}"
         )
     for name, split in summary["splits"].items():
-        lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
+        lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
         findings = _findings(split, low, high, summary["distance"])
         lines += [f"  {label:<14}{text}" for label, text in findings]
         if blocks := summary.get("blocks"):
@@ -247,7 +247,7 @@ def trajectory(summary: Mapping[str, Any]) -> str:
         ))
     lines = [*_task(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
     for name, split in summary["splits"].items():
-        lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
+        lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
         found = [
             ("loss, first", _number(split["loss_first"])),
             ("loss, last", _number(split["loss_last"])),
@@ -302,7 +302,7 @@ def plane(summary: Mapping[str, Any]) -> str:
         rows.append(("off the plane", f"up to {off:.4g}" if off > 1e-6 * size else "none"))
     lines = [*_task(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
     for name, split in summary["splits"].items():
-        lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
+        lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
         losses = split["checkpoints"]
         if len(losses) <= len("ABC"):
             told = [
@@ -346,7 +346,7 @@ def barriers(summary: Mapping[str, Any]) -> str:
         f"{far} over {_moving(moving)}"
     )
     for name, split in summary["splits"].items():
-        lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
+        lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
         if few:
             lines += [f"  {line}" for line in _matrix(split)]
         found = [
@@ -477,7 +477,9 @@ def plan(description: Mapping[str, Any]) -> str:
         Lines of text.
     """
     d = description
-    splits = ", ".join(f"{name} {count:,}" for name, count in d["examples"].items())
+    sizes = d.get("batches", d["examples"])
+    splits = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
+    batches = f"batches of {d['batch_size']}" if d["batch_size"] else "whole batches"
     statistics, training = d["passes_for_statistics"], d["recalibration"]
     data = f"{d['passes_over_data']:,} over the data"
     if statistics:
@@ -485,10 +487,10 @@ def plan(description: Mapping[str, Any]) -> str:
     rows = [
         ("checkpoints", _route([c["name"] for c in d["checkpoints"]])),
         ("model", d["model"]),
-        ("data", f"{d['data']}: {splits} examples"),
+        ("data", f"{d['data']}: {splits} {'batches' if 'batches' in d else 'examples'}"),
         ("loss", f"{d['loss']} ({d['sources']['loss']})"),
         ("metrics", f"{', '.join(d['metrics']) or 'none'} ({d['sources']['metrics']})"),
-        ("device", f"{d['device']}, {d['dtype']}, batches of {d['batch_size']}"),
+        ("device", f"{d['device']}, {d['dtype']}, {batches}"),
         ("moving", _moving(d["moving"])),
         *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),
         *([("pairs", f"{d['pairs']:,}")] if "pairs" in d else []),
@@ -642,8 +644,17 @@ def _route(names: Sequence[str]) -> str:
     return f"{names[0]} → … → {names[-1]}, {len(names)} in all"
 
 
+def _examples(summary: Mapping[str, Any], split: str) -> str:
+    """Counts the examples of a split, and its batches where the loss is one number per batch."""
+    text = _count(summary["examples"][split], "example")
+    if "batches" not in summary:
+        return text
+    return f"{text} in {_count(summary['batches'][split], 'batch')}"
+
+
 def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+    many = f"{thing}es" if thing.endswith("ch") else f"{thing}s"
+    return f"{number:,} {thing if number == 1 else many}"
 
 
 def _known(value: float | None) -> bool:

@@ -206,7 +206,7 @@ class Estimate:
         """
         return [
             float(self.mean[i]),
-            float(self.stderr[i]),
+            float(self.stderr[i]) if self.examples > 1 else None,
             *(of_mean(metric, float(self.metrics[name][i])) for name, metric in metrics.items()),
         ]
 

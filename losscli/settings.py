@@ -30,8 +30,12 @@ class Settings:
         loss: The per-example loss; likewise, then by the data's task.
         metric: The metrics; ``("none",)`` for none, by the data's task where empty.
         split: Which splits; all where empty.
-        limit: Examples of each split, drawn once with the seed; all where None.
-        batch_size: Examples a forward pass; by the device where None.
+        limit: Examples of each split, or with ``batch_loss`` batches, drawn once with the seed; all
+            where None.
+        batch_size: Examples a forward pass; by the device where None. With ``batch_loss`` the
+            examples per batch of data that are not a DataLoader.
+        batch_loss: Whether the loss is one number per batch. A DataLoader's batches are kept, their
+            order is drawn once, and each batch counts the same.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: Of the forward pass; sums are always float64.
         tf32: Whether a GPU may round float32 products to TF32.
@@ -52,6 +56,7 @@ class Settings:
     split: tuple[str, ...] = ()
     limit: int | None = None
     batch_size: int | None = None
+    batch_loss: bool = False
     device: str = "auto"
     dtype: DType = "float32"
     tf32: bool = False

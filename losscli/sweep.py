@@ -550,6 +550,12 @@ def halving(objective: Objective, work: Callable[[], _T]) -> _T:
 
 
 def _halve_batch(objective: Objective) -> None:
+    if objective.batch_loss:
+        raise OutOfMemoryError(
+            f"one point and one batch do not fit into the memory of {objective.device}, and with "
+            "--batch-loss batches are never halved",
+            "Give smaller batches, --device cpu or --dtype bfloat16",
+        )
     if objective.batch_size == 1:
         raise OutOfMemoryError(
             f"one point and one example do not fit into the memory of {objective.device}",

@@ -91,7 +91,8 @@ _SETTINGS: dict[str, Any] = {
         int | None,
         _option(
             _WHAT,
-            "N examples of each split, drawn once, the same at every point.",
+            "N examples of each split, or batches with --batch-loss, drawn once, the same at every "
+            "point.",
             "--limit",
             metavar="N",
         ),
@@ -100,6 +101,15 @@ _SETTINGS: dict[str, Any] = {
         int | None,
         _option(
             _HOW, "Examples a forward pass; by default by the device.", "--batch-size", metavar="N"
+        ),
+    ],
+    "batch_loss": Annotated[
+        bool,
+        _option(
+            _WHAT,
+            "The loss is one number per batch. The batches of a DataLoader are kept, and each "
+            "counts the same; other data are cut into batches of --batch-size.",
+            "--batch-loss",
         ),
     ],
     "device": Annotated[
@@ -224,7 +234,18 @@ _DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
     "buffers": "interpolate",
     **dict.fromkeys(
-        ("tf32", "no_figure", "log", "force", "json_", "dry_run", "quiet", "traceback"), False
+        (
+            "batch_loss",
+            "tf32",
+            "no_figure",
+            "log",
+            "force",
+            "json_",
+            "dry_run",
+            "quiet",
+            "traceback",
+        ),
+        False,
     ),
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losscli.datasets.split import Inputs, Split, leaves
+from losscli.datasets.split import Batches, Inputs, Split, leaves
 from losscli.errors import DataError, one_line
 
 __all__ = ["Pixels", "RaggedError", "is_language", "join", "to_tensor", "understand"]
@@ -167,6 +167,11 @@ def join(batches: Sequence[Split], where: str) -> Split:
         raise DataError(f"{where} is empty")
     if len(batches) == 1:
         return batches[0]
+    if all(isinstance(batch, Batches) for batch in batches):
+        sizes = tuple(batch.rows for batch in batches)
+        plain = [Split(batch.inputs, batch.targets) for batch in batches]
+        whole = join(plain, where)
+        return Batches(whole.inputs, whole.targets, sizes)
     first = batches[0].inputs
     if isinstance(first, dict):
         # Later batches may have the keys in another order.

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from losscli.datasets.batch import is_language, join, understand
+from losscli.datasets.batch import RaggedError, is_language, join, understand
 from losscli.datasets.randomness import capture, private_randomness, restore, seed_all
-from losscli.datasets.split import Examples, Split
+from losscli.datasets.split import Batches, Examples, Split, remark_on
 from losscli.datasets.stream import Failure, Parcel, Prepare, children_unheard, own
 from losscli.errors import DataError, one_line
 from losscli.spec import own_folders_in_path
@@ -54,11 +54,14 @@ class _Collate:
 
     collate: Callable[[Any], Any]
     where: str
+    in_batches: bool
 
     def __call__(self, rows: Any) -> Parcel | Failure:
         try:
             raw = self.collate(rows)
-            return Parcel.pack(understand(raw, self.where), language=is_language(raw))
+            batch = understand(raw, self.where)
+            whole = Batches.of(batch) if self.in_batches else batch
+            return Parcel.pack(whole, language=is_language(raw))
         except DataError as error:
             return Failure(error.what, error.cure)
         except Exception as error:  # noqa: BLE001 - one line of it is told
@@ -84,6 +87,8 @@ class Source:
         where: What to call it in errors.
         seed: Of everything random in a pass.
         clock: Tells seconds.
+        size: Examples per batch of a data set without batches.
+        in_batches: Whether each batch counts as one example.
 
     Attributes:
         language: Whether the targets of the batches seen are the tokens of the inputs.
@@ -95,13 +100,18 @@ class Source:
         where: str,
         seed: int,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        size: int = _AT_A_TIME,
+        in_batches: bool = False,
     ) -> None:
         self.where = where
+        self.in_batches = in_batches
         self.language = False
         self.clock = clock
         self._dataset = None if isinstance(data, DataLoader) else data
+        self._size = size
         loader = data if isinstance(data, DataLoader) else self._load(data, None)
-        self._collate = _Collate(loader.collate_fn, where)
+        self._collate = _Collate(loader.collate_fn, where, in_batches)
         self._loader = copy.copy(loader)
         self._loader.collate_fn = self._collate
         self._loader._iterator = None
@@ -111,9 +121,10 @@ class Source:
             seed_all(seed)
             self._start = capture()
 
-    @staticmethod
-    def _load(dataset: IterableDataset[Any], stop: int | None) -> DataLoader[Any]:
-        return DataLoader(_First(dataset, stop), batch_size=_AT_A_TIME)
+    def _load(self, dataset: IterableDataset[Any], stop: int | None) -> DataLoader[Any]:
+        if stop is not None and self.in_batches:
+            stop *= self._size
+        return DataLoader(_First(dataset, stop), batch_size=self._size)
 
     def batches(self, stop: int | None = None) -> Iterator[Split]:
         """Goes by the data once.
@@ -192,6 +203,7 @@ class Flow(Examples):
         self._start = start
         self._stop = stop
         self._length: int | None = None
+        self._sizes: list[int] = []
         self._checksum: int | None = None
         self._firsts: dict[int, Split] = {}
 
@@ -200,6 +212,17 @@ class Flow(Examples):
             count = sum(map(len, self._pass()))
             self._length = count
         return self._length
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether each of them is a whole batch."""
+        return self._source.in_batches
+
+    @property
+    def rows(self) -> int:
+        """The number of examples, also of those in whole batches."""
+        count = len(self)
+        return sum(self._sizes) if self.in_batches else count
 
     @property
     def language(self) -> bool:
@@ -217,7 +240,8 @@ class Flow(Examples):
     def remarks(self) -> tuple[str, ...]:
         """What to know about these examples."""
         anew = "iterated anew in each pass over the data"
-        return (f"{anew}; a part of it is its first examples, and not drawn",)
+        part = f"{anew}; a part of it is its first examples, and not drawn"
+        return part, *(remark_on(self._sizes) if self.in_batches and self._sizes else ())
 
     def order(self, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Tells the only order in which the examples are to be had.
@@ -277,6 +301,9 @@ class Flow(Examples):
         if order is not None:
             yield from self.take(order).batches(size)
             return
+        if self.in_batches:
+            yield from self._pass()
+            return
         waiting: list[Split] = []
         count = 0
         for batch in self._pass():
@@ -328,12 +355,19 @@ class Flow(Examples):
                 batches.append(own(batch))
             if taken > budget:
                 batches = None
-        return None if batches is None else join(batches, self._source.where)
+        try:
+            return None if batches is None else join(batches, self._source.where)
+        except RaggedError:
+            # Batches that count as one need not be joined: they come anew in each pass.
+            if self.in_batches:
+                return None
+            raise
 
     def _pass(self) -> Iterator[Split]:
         """Goes by the examples in batches as they come, and holds each pass against the first."""
         position, count, checksum = 0, 0, 0
         begun = self._source.clock() if self._stop is None and self._length is None else None
+        sizes: list[int] = []
         for batch in self._source.batches(self._stop):
             if begun is not None and (spent := self._source.clock() - begun) >= _LONG:
                 _LOG.warning(
@@ -347,6 +381,7 @@ class Flow(Examples):
             if first < last:
                 part = batch.take(slice(first, last))
                 count += len(part)
+                sizes.append(part.rows)
                 for _, _, content in Parcel.pack(part).columns:
                     checksum = zlib.crc32(np.asarray(content).data, checksum)
                 yield part
@@ -359,7 +394,7 @@ class Flow(Examples):
         elif self._checksum not in {None, checksum}:
             wrong = "gives other examples, or another order, in each pass"
         else:
-            self._length, self._checksum = count, checksum
+            self._length, self._checksum, self._sizes = count, checksum, sizes
             return
         raise DataError(
             f"{self._source.where} {wrong}",

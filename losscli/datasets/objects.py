@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +22,24 @@ from losscli.datasets.batch import Pixels, is_language, understand
 from losscli.datasets.flow import Flow, Source
 from losscli.datasets.memory import host_budget
 from losscli.datasets.randomness import private_randomness, seed_all
-from losscli.datasets.split import DataSet, Examples, Split
+from losscli.datasets.split import Batches, DataSet, Examples, Split
 from losscli.datasets.stream import Decoder, Prepare, Stream, Workers
-from losscli.errors import DataError, one_line
+from losscli.errors import DataError, UsageError, one_line
 
-__all__ = ["from_object", "into_memory", "wrap"]
+__all__ = ["Batching", "cut", "from_object", "into_memory", "wrap"]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How data are cut into whole batches, for a loss that is one number per batch.
+
+    A DataLoader's batches are kept.
+
+    Attributes:
+        size: Examples per batch of what has no batches of its own; None where it is not given.
+    """
+
+    size: int | None
 
 
 def from_object(
@@ -35,6 +49,7 @@ def from_object(
     splits: Sequence[str] = (),
     limit: int | None = None,
     seed: int = 0,
+    batching: Batching | None = None,
 ) -> DataSet:
     """Makes a data set of what the user's own code gives.
 
@@ -45,6 +60,7 @@ def from_object(
         splits: The splits wanted; none names all.
         limit: How many examples of each; None for all.
         seed: Of everything random: the draw of ``limit``, the order of a loader.
+        batching: How the data are cut into whole batches; None where examples are single.
 
     Returns:
         The data set: in memory what fits, to be decoded in each pass what does not.
@@ -54,22 +70,58 @@ def from_object(
             together.
         UsageError: There is no such split.
     """
-    return into_memory(wrap(loaded, where, seed).select(splits, limit, seed))
+    data = cut(wrap(loaded, where, seed, batching), where, batching)
+    return into_memory(data.select(splits, limit, seed))
 
 
-def wrap(loaded: object, where: str, seed: int) -> DataSet:
+def cut(data: DataSet, where: str, batching: Batching | None) -> DataSet:
+    """Cuts what has no batches of its own into whole batches.
+
+    Args:
+        data: The data set.
+        where: What to call it in errors.
+        batching: How; None where examples are single.
+
+    Returns:
+        The data set, each example a whole batch.
+
+    Raises:
+        UsageError: The size of a batch is missing.
+    """
+    if batching is None:
+        return data
+    loose = {name: split for name, split in data.splits.items() if not split.in_batches}
+    if loose and batching.size is None:
+        raise UsageError(
+            f"{where}, split {next(iter(loose))!r} has no batches of its own, and with "
+            "--batch-loss the loss depends on their size",
+            "Give --batch-size, or a DataLoader",
+        )
+    splits: dict[str, Examples] = dict(data.splits)
+    for name, split in loose.items():
+        if isinstance(split, Split):
+            splits[name] = Batches.of(split, batching.size)
+        elif isinstance(split, Stream):
+            order = torch.split(torch.arange(len(split)), batching.size or 1)
+            splits[name] = split.cut([part.tolist() for part in order])
+    return replace(data, splits=splits)
+
+
+def wrap(loaded: object, where: str, seed: int, batching: Batching | None = None) -> DataSet:
     """Makes a data set of what the user's own code gives, and decodes nothing but first examples.
 
     Args:
         loaded: As for `from_object`.
         where: What to call it in errors.
         seed: Of the order of a loader.
+        batching: How the data are cut into whole batches: those of a DataLoader are kept.
 
     Returns:
         The data set.
 
     Raises:
         DataError: It is not understood.
+        UsageError: The size of a batch has no effect.
     """
     if isinstance(loaded, DataSet):
         return loaded
@@ -80,12 +132,19 @@ def wrap(loaded: object, where: str, seed: int) -> DataSet:
             f"{where} gives a {type(loaded).__name__}",
             "Return a mapping from split names to (inputs, targets), or a DataLoader or Dataset",
         )
+    loaders = all(isinstance(content, DataLoader) for content in loaded.values())
+    if loaders and batching is not None and batching.size is not None:
+        raise UsageError(
+            f"--batch-size {batching.size} has no effect: --batch-loss keeps the batches of a "
+            "DataLoader",
+            "Leave it out",
+        )
     splits: dict[str, Examples] = {}
     language = set()
     for name, content in loaded.items():
         here = f"{where}, split {name!r}"
         if isinstance(content, DataLoader | Dataset):
-            examples = _examples(content, here, seed)
+            examples = _examples(content, here, seed, batching)
             language.add(not isinstance(examples, Split) and examples.language)
             splits[str(name)] = examples
         else:
@@ -132,19 +191,23 @@ def into_memory(data: DataSet) -> DataSet:
 
 
 def _examples(
-    content: DataLoader[Any] | Dataset[Any], where: str, seed: int
+    content: DataLoader[Any] | Dataset[Any], where: str, seed: int, batching: Batching | None
 ) -> Split | Stream | Flow:
     if isinstance(content, DataLoader):
-        if content.drop_last or getattr(content.batch_sampler, "drop_last", False):
+        whole = batching is not None
+        drops = content.drop_last or getattr(content.batch_sampler, "drop_last", False)
+        if drops and not whole:
             raise DataError(
                 f"{where}: the DataLoader drops the last batch where it is not full",
                 "Build it with drop_last=False",
             )
         if isinstance(content.dataset, IterableDataset):
-            return Flow(Source(content, where, seed))
+            return Flow(Source(content, where, seed, in_batches=whole))
+        if whole and content.batch_sampler is not None:
+            return _whole_batches(content, where, seed)
         keys = _keys(content, where, seed)
         if content.batch_sampler is None:
-            return Flow(Source(_in_order(content, keys), where, seed))
+            return Flow(Source(_in_order(content, keys), where, seed, in_batches=whole))
         if type(content.dataset) is TensorDataset and content.collate_fn is default_collate:
             split = understand(list(content.dataset.tensors), where)
             return split if keys is None else split.take(torch.tensor(keys))
@@ -160,12 +223,41 @@ def _examples(
     if type(content) is TensorDataset:
         return understand(list(content.tensors), where)
     if isinstance(content, IterableDataset):
+        if batching is not None and batching.size is not None:
+            return Flow(Source(content, where, seed, size=batching.size, in_batches=True))
         return Flow(Source(content, where, seed))
     if getattr(content, "__len__", None) is None:
         raise DataError(
             f"{where}: the Dataset has no length", "Give it __len__, or an IterableDataset"
         )
     return _stream(content, None, default_collate, where, seed)
+
+
+def _whole_batches(loader: DataLoader[Any], where: str, seed: int) -> Split | Stream:
+    """The batches of a loader, their order drawn once."""
+    with private_randomness():
+        seed_all(seed)
+        try:
+            batches = [list(batch) for batch in loader.batch_sampler or ()]
+        except Exception as error:
+            raise DataError(f"{where}: the sampler failed: {one_line(error)}") from error
+    keys = [key for batch in batches for key in batch]
+    if not keys:
+        raise DataError(f"{where} is empty")
+    if type(loader.dataset) is TensorDataset and loader.collate_fn is default_collate:
+        split = understand(list(loader.dataset.tensors), where).take(torch.tensor(keys))
+        return Batches(split.inputs, split.targets, tuple(map(len, batches)))
+    stream = _stream(
+        loader.dataset,
+        keys,
+        loader.collate_fn,
+        where,
+        seed,
+        number=loader.num_workers,
+        options=_options(loader),
+    )
+    ends = [0, *itertools.accumulate(map(len, batches))]
+    return stream.cut([list(range(*pair)) for pair in itertools.pairwise(ends)])
 
 
 def _stream(

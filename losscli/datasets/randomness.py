@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["State", "capture", "private_randomness", "restore", "seed_all"]
+__all__ = ["Draws", "State", "capture", "private_randomness", "restore", "seed_all"]
 
 State = tuple[Any, Any, Tensor]
 """Of the generators of Python, NumPy and torch (on the CPU)."""
@@ -37,15 +38,21 @@ def restore(state: State) -> None:
     torch.set_rng_state(state[2])
 
 
-def seed_all(seed: int) -> None:
-    """Seeds the generators; not those of other devices, which no data comes from.
+def seed_all(seed: int, device: torch.device | None = None) -> None:
+    """Seeds the generators.
 
     Args:
         seed: A number below 2^63.
+        device: A device with a generator of its own to seed too; no data comes from one.
     """
     random.seed(seed)
     np.random.seed(seed % (1 << 32))  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device is not None and device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 @contextmanager
@@ -60,3 +67,53 @@ def private_randomness() -> Iterator[None]:
         yield
     finally:
         restore(before)
+
+
+class Draws:
+    """A context that finds which random generators advance in it, and restores all of them.
+
+    These are the global generators of Python, NumPy and torch, and that of a device. A
+    ``torch.Generator`` that an object holds is not among them.
+
+    Args:
+        device: The device.
+
+    Attributes:
+        names: The generators that advanced, known after the context.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.names: list[str] = []
+        self._device = device
+
+    def __enter__(self) -> Self:
+        self._before = capture()
+        self._device_before = _device_state(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        after, device_after = capture(), _device_state(self._device)
+        same = {
+            "Python's random": self._before[0] == after[0],
+            "numpy.random": pickle.dumps(self._before[1]) == pickle.dumps(after[1]),
+            "torch's generator": torch.equal(self._before[2], after[2]),
+        }
+        if self._device_before is not None and device_after is not None:
+            own = f"torch's generator of {self._device}"
+            same[own] = torch.equal(self._device_before, device_after)
+            _restore_device(self._device, self._device_before)
+        restore(self._before)
+        self.names = [name for name, equal in same.items() if not equal]
+
+
+def _device_state(device: torch.device) -> Tensor | None:
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.mps.get_rng_state() if device.type == "mps" else None
+
+
+def _restore_device(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.mps.set_rng_state(state)

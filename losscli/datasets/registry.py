@@ -16,7 +16,7 @@ from losscli.datasets.arrays import load_mnist, load_npz, load_safetensors
 from losscli.datasets.cifar import load_cifar10, load_cifar100
 from losscli.datasets.hub import load_hub
 from losscli.datasets.images import load_image_folder
-from losscli.datasets.objects import into_memory, wrap
+from losscli.datasets.objects import Batching, cut, into_memory, wrap
 from losscli.datasets.split import DataSet, leaves
 from losscli.datasets.text import load_text
 from losscli.errors import DataError, SpecError, UntrustedCodeError, one_line
@@ -49,6 +49,7 @@ def load(
     splits: Sequence[str] = (),
     limit: int | None = None,
     seed: int = 0,
+    batching: Batching | None = None,
 ) -> DataSet:
     """Loads the data set that a spec names.
 
@@ -60,6 +61,7 @@ def load(
         splits: The splits wanted; none names all.
         limit: How many examples of each, of those that the spec's own limit leaves; None for all.
         seed: Of everything random: the draw of ``limit``, the order of a loader.
+        batching: How the data are cut into whole batches; None where examples are single.
 
     Returns:
         The data set: in memory what fits, to be decoded in each pass what does not.
@@ -115,10 +117,11 @@ def load(
         raise
     except Exception as error:
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
-    data = replace(wrap(loaded, f"data {text!r}", seed), **normalisation)
+    data = replace(wrap(loaded, f"data {text!r}", seed, batching), **normalisation)
     _check_normalisation(data, text)
     data = _unscaled(data, text, imagenet="imagenet" in (common["mean"], common["std"]))
-    return into_memory(data.select([], own, seed).select(splits, limit, seed))
+    data = cut(data.select([], own, seed), f"data {text!r}", batching)
+    return into_memory(data.select(splits, limit, seed))
 
 
 def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from losscli.digest import digest
 from losscli.errors import UsageError
 
-__all__ = ["DataSet", "Examples", "Inputs", "Split", "Task", "leaves", "map_inputs"]
+__all__ = ["Batches", "DataSet", "Examples", "Inputs", "Split", "Task", "leaves", "map_inputs"]
 
 Task = Literal["classification", "regression", "language"]
 
@@ -64,6 +65,16 @@ class Examples(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """The bytes that they take in memory; nothing where they are decoded in each pass."""
+
+    @property
+    def rows(self) -> int:
+        """The number of examples, also of those in whole batches."""
+        return len(self)
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether each of them is a whole batch, as for a loss that is one number per batch."""
+        return False
 
     @property
     @abstractmethod
@@ -172,6 +183,11 @@ class Split(Examples):
         """The bytes that they take in memory."""
         return sum(tensor.nbytes for tensor in (*leaves(self.inputs), self.targets))
 
+    @property
+    def rows(self) -> int:
+        """The number of examples."""
+        return len(self.targets)
+
     @cached_property
     def digest(self) -> str:
         """A digest of all of them."""
@@ -217,7 +233,7 @@ class Split(Examples):
         """
         return self.take(slice(0, number))
 
-    def to(self, device: torch.device) -> Split:
+    def to(self, device: torch.device) -> Self:
         """Moves the split to a device.
 
         Args:
@@ -226,9 +242,21 @@ class Split(Examples):
         Returns:
             The split there, in the types it is stored in.
         """
-        return Split(map_inputs(lambda t: t.to(device), self.inputs), self.targets.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
-    def send(self, device: torch.device) -> Split:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Applies a function to the inputs and the targets.
+
+        Args:
+            function: What to apply; it keeps the number of examples.
+
+        Returns:
+            The split of the results.
+        """
+        inputs = map_inputs(function, self.inputs)
+        return replace(self, inputs=inputs, targets=function(self.targets))
+
+    def send(self, device: torch.device) -> Self:
         """Moves a batch to a device without waiting for it.
 
         Args:
@@ -246,7 +274,7 @@ class Split(Examples):
         def copy(tensor: Tensor) -> Tensor:
             return tensor.pin_memory().to(device, non_blocking=True)
 
-        return Split(map_inputs(copy, self.inputs), copy(self.targets))
+        return self.map(copy)
 
     def is_on(self, device: torch.device) -> bool:
         """Tells where the split is.
@@ -259,6 +287,88 @@ class Split(Examples):
         """
         here = self.targets.device
         return here.type == device.type and device.index in {None, here.index}
+
+
+@dataclass(frozen=True)
+class Batches(Split):
+    """Whole batches that are in memory: each of them counts as one example.
+
+    Attributes:
+        sizes: The number of examples in each batch, in order.
+    """
+
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, split: Split, size: int | None = None) -> Self:
+        """Cuts examples into batches, in their order.
+
+        Args:
+            split: The examples.
+            size: Examples per batch, of which the last one may have fewer; None for one batch.
+
+        Returns:
+            The batches.
+        """
+        rows = split.rows
+        size = size or rows
+        sizes = tuple(min(size, rows - start) for start in range(0, rows, size))
+        return cls(split.inputs, split.targets, sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def in_batches(self) -> bool:
+        """Each of them is a whole batch."""
+        return True
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all examples and of how they are cut."""
+        return digest({super().digest: torch.tensor(self.sizes)})
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Whether the batches differ in size."""
+        return remark_on(self.sizes)
+
+    def take(self, index: Tensor | slice) -> Batches:
+        """Picks batches.
+
+        Args:
+            index: Which ones: positions ``[n]`` or a slice.
+
+        Returns:
+            Those batches; by a slice, without a copy.
+        """
+        starts = [0, *itertools.accumulate(self.sizes)]
+        if isinstance(index, slice):
+            first, last, _ = index.indices(len(self))
+            rows = slice(starts[first], starts[max(first, last)])
+            return Batches(*self._rows(rows), self.sizes[first:last])
+        chosen = index.tolist()
+        spans = [torch.arange(starts[i], starts[i + 1]) for i in chosen]
+        order = torch.cat([torch.empty(0, dtype=torch.long), *spans]).to(self.targets.device)
+        return Batches(*self._rows(order), tuple(self.sizes[i] for i in chosen))
+
+    def _rows(self, index: Tensor | slice) -> tuple[Inputs, Tensor]:
+        return map_inputs(lambda t: t[index], self.inputs), self.targets[index]
+
+
+def remark_on(sizes: Iterable[int]) -> tuple[str, ...]:
+    """Says whether batches differ in size.
+
+    Args:
+        sizes: The number of examples in each batch.
+
+    Returns:
+        The remark, if they do.
+    """
+    least, most = min(sizes := set(sizes)), max(sizes)
+    if least == most:
+        return ()
+    return (f"the batches have {least} to {most} examples, and each batch counts the same",)
 
 
 @dataclass(frozen=True)

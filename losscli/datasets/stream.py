@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,11 +29,12 @@ from losscli.datasets.batch import RaggedError, is_language, join, understand
 from losscli.datasets.images import Images
 from losscli.datasets.memory import host_budget
 from losscli.datasets.randomness import private_randomness, seed_all
-from losscli.datasets.split import Examples, Split, leaves, map_inputs
+from losscli.datasets.split import Batches, Examples, Split, leaves, remark_on
 from losscli.errors import DataError, one_line
 from losscli.spec import own_folders_in_path
 
 __all__ = [
+    "BatchDecoder",
     "Decoder",
     "Failure",
     "Parcel",
@@ -155,6 +156,60 @@ class Decoder:
             ) from error
 
 
+class BatchDecoder(Decoder):
+    """Decodes whole batches by their positions.
+
+    Args:
+        decoder: Decodes their examples.
+        parts: The positions of the examples of each batch.
+    """
+
+    def __init__(self, decoder: Decoder, parts: Sequence[list[int]]) -> None:
+        super().__init__(decoder._dataset, decoder._collate, decoder.where, decoder._seed)
+        self.parts = parts
+
+    def state(self, positions: list[int]) -> str:
+        """Tells one state of what batches are decoded from, from another, as far as is known.
+
+        Args:
+            positions: Of the batches.
+
+        Returns:
+            The positions of their examples, and what the data set says of these.
+        """
+        parts = [self.parts[position] for position in positions]
+        return json.dumps(parts) + super().state([row for part in parts for row in part])
+
+    def __call__(self, positions: list[int]) -> Split:
+        """Decodes a batch.
+
+        Args:
+            positions: Its position, alone.
+
+        Returns:
+            The batch, which counts as one example.
+
+        Raises:
+            DataError: An example cannot be decoded, or the batch is not understood.
+        """
+        return Batches.of(understand(self.collated(positions), self.where))
+
+    def collated(self, positions: list[int]) -> Any:
+        """Decodes a batch, and leaves it as it is.
+
+        Args:
+            positions: Its position, alone.
+
+        Returns:
+            The batch as the user's code gives it.
+
+        Raises:
+            DataError: An example cannot be decoded.
+        """
+        (position,) = positions
+        return super().collated(self.parts[position])
+
+
 @dataclass(frozen=True)
 class Parcel:
     """A batch on its way from where it is decoded.
@@ -163,11 +218,13 @@ class Parcel:
         keys: The names of its inputs, or how many they are, or None for one.
         columns: The inputs and targets: type, shape and bytes.
         language: Whether its targets are the tokens of its inputs.
+        sizes: Of the whole batches that it consists of, the number of examples; None of examples.
     """
 
     keys: tuple[str, ...] | int | None
     columns: tuple[tuple[torch.dtype, torch.Size, Tensor | NDArray[np.uint8]], ...]
     language: bool = False
+    sizes: tuple[int, ...] | None = None
 
     @classmethod
     def pack(cls, batch: Split, *, language: bool = False) -> Parcel:
@@ -191,7 +248,8 @@ class Parcel:
             return flat.numpy() if through_pipe else flat
 
         columns = tuple((t.dtype, t.shape, content(t)) for t in (*leaves(inputs), batch.targets))
-        return cls(tuple(inputs) if isinstance(inputs, dict) else keys, columns, language)
+        sizes = batch.sizes if isinstance(batch, Batches) else None
+        return cls(tuple(inputs) if isinstance(inputs, dict) else keys, columns, language, sizes)
 
     def unpack(self) -> Split:
         """Unpacks the batch.
@@ -204,10 +262,12 @@ class Parcel:
             for dtype, shape, content in self.columns
         )
         if self.keys is None:
-            return Split(inputs[0], targets)
-        if isinstance(self.keys, int):
-            return Split(tuple(inputs), targets)
-        return Split(dict(zip(self.keys, inputs, strict=True)), targets)
+            split = Split(inputs[0], targets)
+        elif isinstance(self.keys, int):
+            split = Split(tuple(inputs), targets)
+        else:
+            split = Split(dict(zip(self.keys, inputs, strict=True)), targets)
+        return split if self.sizes is None else Batches(split.inputs, split.targets, self.sizes)
 
 
 def _may_share(size: int) -> bool:
@@ -466,7 +526,7 @@ def own(batch: Split) -> Split:
     """
     if not batch.targets.is_shared():  # type: ignore[no-untyped-call]
         return batch
-    return Split(map_inputs(Tensor.clone, batch.inputs), batch.targets.clone())
+    return batch.map(Tensor.clone)
 
 
 class Stream(Examples):
@@ -488,6 +548,39 @@ class Stream(Examples):
         return len(self._index)
 
     @property
+    def _parts(self) -> list[list[int]] | None:
+        """The positions of the examples of each batch; None where these are single examples."""
+        decoder = self._workers.decoder
+        if not isinstance(decoder, BatchDecoder):
+            return None
+        return [decoder.parts[position] for position in self._index.tolist()]
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether each of them is a whole batch."""
+        return isinstance(self._workers.decoder, BatchDecoder)
+
+    @property
+    def rows(self) -> int:
+        """The number of examples, those of whole batches before they are collated."""
+        parts = self._parts
+        return len(self) if parts is None else sum(map(len, parts))
+
+    def cut(self, parts: Sequence[list[int]]) -> Stream:
+        """Makes whole batches of the examples.
+
+        Args:
+            parts: The examples of each batch, by their positions among these.
+
+        Returns:
+            The batches, not decoded yet.
+        """
+        workers, positions = self._workers, self._index.tolist()
+        batches = [[positions[i] for i in part] for part in parts]
+        decoder = BatchDecoder(workers.decoder, batches)
+        return Stream(Workers(decoder, workers.number, workers.options), torch.arange(len(batches)))
+
+    @property
     def language(self) -> bool:
         """Whether the targets are the tokens of the inputs."""
         return is_language(self._workers.decoder.collated(self._index[:1].tolist()))
@@ -496,7 +589,8 @@ class Stream(Examples):
     def digest(self) -> str:
         """A digest of their positions, of a few that are decoded, and of the state of files."""
         positions = self._index.tolist()
-        places = torch.linspace(0, len(self) - 1, min(_TELLING, len(self))).round().long()
+        telling = 1 if self.in_batches else min(_TELLING, len(self))
+        places = torch.linspace(0, len(self) - 1, telling).round().long()
         few = self._workers.decoder(self._index[places].tolist())
         told = [few.digest, positions, self._workers.decoder.state(positions)]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -504,7 +598,8 @@ class Stream(Examples):
     @property
     def remarks(self) -> tuple[str, ...]:
         """What to know about these examples."""
-        return ("decoded anew in each pass over the data",)
+        sizes = [] if self._parts is None else remark_on(map(len, self._parts))
+        return ("decoded anew in each pass over the data", *sizes)
 
     @property
     def decoders(self) -> int:
@@ -555,7 +650,7 @@ class Stream(Examples):
         Returns:
             Those examples.
         """
-        number = min(number, len(self))
+        number = 1 if self.in_batches else min(number, len(self))
         if number not in self._firsts:
             self._firsts[number] = self._workers.decoder(self._index[:number].tolist())
         return self._firsts[number]
@@ -576,6 +671,7 @@ class Stream(Examples):
         if len(self) * example > budget:
             return None
         size = max(1, min(_DECODED_EXAMPLES, _DECODED_BYTES // max(1, example)))
+        size = 1 if self.in_batches else size
         batches, taken = [], 0
         for batch in self.batches(size):
             batches.append(own(batch))

@@ -90,7 +90,8 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
         notes = [] if series else ["There are no points"]
         notes += draw_panel(panels[0], series, "loss", log=log)
         label = shorten(figure, f"loss{loss_name(runs)}", 190, 10)
-        axis = "mean over examples, log scale" if log else "mean over examples"
+        of = "batches" if all("batches" in run.summary for run in runs) else "examples"
+        axis = f"mean over {of}, log scale" if log else f"mean over {of}"
         panels[0].set_ylabel(f"{label}\n{axis}")
         lowest = mark_lowest(panels[0], series, log=log)
         turns, about = _mark_turns(panels[0], runs, series, lowest, log=log)

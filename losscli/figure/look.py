@@ -547,12 +547,15 @@ def count_points(counts: Sequence[tuple[int, str]]) -> str:
 
 
 def examples(runs: Sequence[Run], split: str) -> str:
-    """The number of examples of a split, where it is one number."""
-    numbers = {run.summary.get("examples", {}).get(split) for run in runs}
+    """The number of examples of a split, or of its whole batches, where it is one number."""
+    units = {"batches" in run.summary for run in runs}
+    key = "batches" if units == {True} else "examples"
+    numbers = {run.summary.get(key, {}).get(split) for run in runs} if len(units) == 1 else set()
     if len(numbers) != 1 or any("examples" in run.table.columns for run in runs):
         return ""
     number = numbers.pop()
-    return f" (n = {number})" if number else ""
+    of = " batches" if key == "batches" else ""
+    return f" (n = {number}{of})" if number else ""
 
 
 def add_title(figure: Figure, title: str) -> None:

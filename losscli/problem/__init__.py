@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from losscli.problem.preparing import prepare
-from losscli.problem.problem import Problem
+from losscli.problem.problem import Problem, counted
 
-__all__ = ["Problem", "prepare"]
+__all__ = ["Problem", "counted", "prepare"]

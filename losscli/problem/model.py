@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._pytree import tree_leaves
 
 from losscli.checkpoint import CheckpointFile, LoadHooks
 from losscli.datasets import host_memory
 from losscli.errors import LosscliError, ModelError, one_line
 from losscli.models import FROM_FILES, MODELS, RUNS_CODE
+from losscli.objective import Objective
+from losscli.operations import addresses
 from losscli.problem.source import Found
 from losscli.spec import Spec, call, look_up
 
-__all__ = ["build"]
+__all__ = ["build", "check_copy"]
 
 
 def build(found: Found, shapes: CheckpointFile | None = None) -> nn.Module:
@@ -107,6 +110,40 @@ def _finish(model: nn.Module) -> None:
             weight = module.weight
             like = weight[:0] if isinstance(weight, Tensor) else torch.empty(0)
             module._infer_parameters(module, (like,))
+
+
+def check_copy(original: nn.Module, objective: Objective) -> None:
+    """Makes sure that a copy of a module does not read the original's tensors.
+
+    Copying does not reach into functions: a lambda or a patched ``forward`` that the module holds
+    still computes with the weights of the original.
+
+    Args:
+        original: The module. Its buffers are left as they were.
+        objective: Of the copy.
+
+    Raises:
+        ModelError: The copy reads the original's tensors, or shares memory with it.
+    """
+    theirs = addresses(leaf for module in original.modules() for leaf in tree_leaves(vars(module)))
+    buffers = [(buffer, buffer.clone()) for buffer in original.buffers()]
+    try:
+        read = objective.trace().read
+    finally:
+        with torch.no_grad():
+            for buffer, own in buffers:
+                if not torch.equal(buffer, own):
+                    buffer.copy_(own)
+    shared = theirs.keys() & (read | addresses(objective.tensors.values()).keys())
+    if shared:
+        names = {id(tensor): name for name, tensor in original.state_dict(keep_vars=True).items()}
+        tensors = sorted(names.get(id(theirs[place]), "") for place in shared)
+        such = f", such as {tensors[-1]}" if tensors[-1] else ""
+        raise ModelError(
+            f"a copy of the model computes with tensors of the original{such}: it holds code that "
+            "is bound to the original (a closure, a patched forward)",
+            "Give a function that builds the model",
+        )
 
 
 def _need_memory(build: Callable[[], nn.Module], where: str) -> None:

@@ -16,8 +16,8 @@ from losscli.device import choose_device, describe_device
 from losscli.errors import UsageError
 from losscli.objective import Objective
 from losscli.problem.checkpoints import Checkpoints
-from losscli.problem.model import build
-from losscli.problem.problem import Problem, floating_buffers, moving_names
+from losscli.problem.model import build, check_copy
+from losscli.problem.problem import Problem, counted, floating_buffers, moving_names
 from losscli.problem.source import find
 from losscli.problem.task import data_of, loss_of, metrics_of, recalibration_of
 from losscli.ranks import current
@@ -76,8 +76,12 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
         dtype=getattr(torch, settings.dtype),
         batch_size=settings.batch_size,
         recalibration=recalibration,
+        batch_loss=settings.batch_loss,
+        # Nobody asked for the default metrics.
         optional=() if settings.metric else metrics,
     )
+    if isinstance(found.value, nn.Module):
+        check_copy(found.value, objective)
     buffers = floating_buffers(objective)
     specs = {
         "model": found.text,
@@ -91,7 +95,7 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
         tuple(names),
         first,
         moving_names(objective, buffers, settings),
-        None if isinstance(found.value, nn.Module) else lambda: build(found, file),
+        lambda: build(found, file),
         buffers,
         _provenance(settings, objective, specs, entries),
         settings,
@@ -121,6 +125,7 @@ def _provenance(
         **specs,
         "seed": settings.seed,
         "limit": settings.limit,
+        "batch_loss": settings.batch_loss,
         "sampling_error": settings.sampling_error,
         "buffers": settings.buffers,
         "recalibration": None
@@ -134,7 +139,7 @@ def _provenance(
         "only": list(settings.only),
         "except": list(settings.except_),
         "checkpoints": entries,
-        "examples": {name: len(split) for name, split in objective.data.splits.items()},
+        **counted(objective, {name: len(s) for name, s in objective.data.splits.items()}),
     }
 
 
@@ -150,6 +155,15 @@ def _need_precision(model: nn.Module, dtype: str) -> None:
 
 
 def _check(settings: Settings) -> None:
+    if settings.batch_loss:
+        for option, given in (
+            ("--sampling-error", settings.sampling_error is not None),
+            ("--buffers recalibrate", settings.buffers == "recalibrate"),
+        ):
+            if given:
+                raise UsageError(
+                    f"{option} is not available with --batch-loss", "Give one without the other"
+                )
     for option, value, known in (
         ("--dtype", settings.dtype, get_args(DType)),
         ("--buffers", settings.buffers, get_args(Buffers)),

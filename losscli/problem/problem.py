@@ -15,7 +15,7 @@ from losscli.objective import Objective
 from losscli.settings import Settings
 from losscli.weights import Weights, can_move, choose
 
-__all__ = ["Problem", "floating_buffers", "moving_names"]
+__all__ = ["Problem", "counted", "floating_buffers", "moving_names"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Problem:
         names: The checkpoints in their order, as named by the user.
         first: The first of them, its names those of the model.
         moving: The tensors that may move, each tied tensor under one name.
-        fresh: Builds the model anew; None where it was given as a module.
+        fresh: Builds the model anew, or copies the module that was given.
         buffers: Those of the model's floating-point buffers that any choice of tensors names.
         provenance: Where all of it came from, for the summary.
         settings: The settings that it was made from.
@@ -40,7 +40,7 @@ class Problem:
     names: tuple[str, ...]
     first: Checkpoint
     moving: tuple[str, ...]
-    fresh: Callable[[], nn.Module] | None
+    fresh: Callable[[], nn.Module]
     buffers: tuple[str, ...]
     provenance: Mapping[str, Any]
     settings: Settings
@@ -141,6 +141,22 @@ class _Places(Sequence[Weights]):
         if isinstance(at, slice):
             return _Places(self._problem, self._steps[at])
         return self._problem.place(self._problem.open(self._steps[at]).weights)
+
+
+def counted(objective: Objective, numbers: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Counts what a loss is the mean of.
+
+    Args:
+        objective: What is evaluated.
+        numbers: How many numbers the mean of each split has.
+
+    Returns:
+        The ``examples`` of each split; and the ``batches``, where the loss is one number per batch.
+    """
+    if not objective.batch_loss:
+        return {"examples": dict(numbers)}
+    rows = {name: objective.splits[name].rows for name in numbers}
+    return {"examples": rows, "batches": dict(numbers)}
 
 
 def floating_buffers(objective: Objective) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from losscli import losses
 from losscli.checkpoint import CheckpointFile
-from losscli.datasets import DataSet, from_object, load
+from losscli.datasets import Batching, DataSet, from_object, load
 from losscli.errors import LosscliError, LossError, SpecError, UsageError, one_line
 from losscli.losses import (
     LOSSES,
@@ -88,6 +88,7 @@ def data_of(settings: Settings, first: CheckpointFile | None) -> tuple[DataSet, 
         "splits": () if settings.buffers == "recalibrate" else settings.split,
         "limit": settings.limit,
         "seed": settings.seed,
+        "batching": Batching(settings.batch_size) if settings.batch_loss else None,
     }
     if isinstance(found.value, str):
         data = load(found.value, trusted=found.trusted, folder=found.folder, **chosen)

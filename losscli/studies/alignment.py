@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from losscli.arguments import checked
 from losscli.checkpoint import Checkpoint, CheckpointLike, named
 from losscli.datasets import Inputs, map_inputs
-from losscli.errors import CheckpointError, DeviceError, ModelError, NondeterministicModelError
+from losscli.device import Narrowest
+from losscli.errors import (
+    CheckpointError,
+    DeviceError,
+    ModelError,
+    NondeterministicModelError,
+    UsageError,
+)
 from losscli.matching import inner_product, match
+from losscli.objective import DETERMINISTIC
 from losscli.permutations import Group, obstacles, permutation_groups, permute
 from losscli.problem import Problem, prepare
 from losscli.settings import Settings
@@ -69,6 +75,8 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
         LosscliError: Something else is missing, broken or does not fit.
     """
     begun = time.perf_counter()
+    if settings.get("batch_loss"):
+        raise UsageError("align evaluates no loss, and --batch-loss has no effect", "Leave it out")
     a, b = named(a, "A"), named(b, "B")
     problem, before, dtype = _prepare(a, b, Settings(**settings))
     first, last = problem.first.weights, problem.last
@@ -150,29 +158,9 @@ def _prepare(a: str, b: str, settings: Settings) -> tuple[Problem, list[Tensor],
         return problem, *_run(problem, b)
 
 
-class _Narrowest(TorchFunctionMode):
-    """Takes down the narrowest floating-point type of what a model computes."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.dtype = max(self.dtype, result.dtype, key=lambda t: torch.finfo(t).eps)
-        return result
-
-
 def _run(problem: Problem, name: str) -> tuple[list[Tensor], torch.dtype]:
     """Runs B twice."""
-    narrowest = _Narrowest(problem.objective.dtype)
+    narrowest = Narrowest(problem.objective.dtype)
     one, two = (list(_outputs(problem, problem.last.weights, narrowest)) for _ in range(2))
     if not one:
         raise ModelError(
@@ -182,7 +170,7 @@ def _run(problem: Problem, name: str) -> tuple[list[Tensor], torch.dtype]:
     if not _difference(one, two) <= _TOLERANCE[narrowest.dtype]:
         raise NondeterministicModelError(
             f"{name}: the model gives two answers for the same weights and data, even in eval mode",
-            "Take the randomness (dropout outside nn.Dropout, sampling) out of its forward",
+            DETERMINISTIC,
         )
     return one, narrowest.dtype
 
@@ -237,7 +225,7 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
     inputs = _on_cpu(objective.data.prepare(split.take(slice(0, _TRACED)).inputs, torch.float32))
     # Tracing may leave its marks on a model, so it gets one of its own.
     with torch.random.fork_rng(devices=[]):
-        model = (problem.fresh or (lambda: copy.deepcopy(objective.model)))()
+        model = problem.fresh()
     args, kwargs = objective.arguments(inputs)
     groups = permutation_groups(model.cpu().float().eval(), args, kwargs)
     if not groups:

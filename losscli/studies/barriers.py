@@ -22,7 +22,7 @@ from losscli.errors import UsageError
 from losscli.geometry import Line, grid, need_room
 from losscli.journal import Journal
 from losscli.objective import Evaluation
-from losscli.problem import prepare
+from losscli.problem import counted, prepare
 from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
@@ -214,7 +214,7 @@ class Barriers(Study):
             **self.origin(),
             "alphas": list(self.alphas),
             "tables": list(more),
-            "examples": examples,
+            **counted(objective, examples),
             "distances": self._square(lengths),
             "splits": splits,
             "endpoint_difference": difference,

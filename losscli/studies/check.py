@@ -414,6 +414,11 @@ class Check(Study):
             )
         if momentum is not None and not 0 <= momentum < 1:
             raise UsageError(f"--momentum {momentum} is not in [0, 1)", "Give 0.9")
+        if settings.batch_loss:
+            raise UsageError(
+                "--batch-loss is not available for check",
+                "Give a --loss that is one number per example",
+            )
         if settings.sampling_error is not None:
             raise UsageError(
                 "a gradient is that of all examples, so --sampling-error has no place in a check",

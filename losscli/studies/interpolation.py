@@ -21,7 +21,7 @@ from losscli.geometry import Line, grid
 from losscli.journal import Journal
 from losscli.objective import Evaluation
 from losscli.pace import Clock, Pace, timed
-from losscli.problem import prepare
+from losscli.problem import counted, prepare
 from losscli.refinement import uniform_points
 from losscli.results import Result
 from losscli.sampling import Estimate, grow
@@ -157,6 +157,10 @@ class Interpolation(Study):
             raise UsageError(
                 f"{option} looks closer than a sample of the examples can show",
                 "Give it without --sampling-error",
+            )
+        if derivatives and settings.batch_loss:
+            raise UsageError(
+                "--derivatives is not available with --batch-loss", "Give one without the other"
             )
         if derivatives and settings.buffers == "recalibrate":
             raise UsageError(
@@ -343,7 +347,7 @@ class Interpolation(Study):
         summary = {
             **self.origin(),
             "range": list(self.range),
-            "examples": examples,
+            **counted(objective, examples),
             "distance": distance(self.start, self.end, self.counted),
             "stays": self._stays(),
             "refined": self._refined(looked, exhausted=exhausted),

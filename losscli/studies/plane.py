@@ -21,7 +21,7 @@ from losscli.errors import CheckpointError, UsageError
 from losscli.geometry import Slice, Span, Triangle, grid, need_room
 from losscli.journal import Journal
 from losscli.paths import principal_axes
-from losscli.problem import Problem, prepare
+from losscli.problem import Problem, counted, prepare
 from losscli.results import Result
 from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
@@ -314,7 +314,7 @@ class Plane(Study):
             "surface": self.surface,
             "x_range": [self.xs[0], self.xs[-1]],
             "y_range": [self.ys[0], self.ys[-1]],
-            "examples": examples,
+            **counted(objective, examples),
             "off_plane": max(off for *_, off in self.places),
             "splits": splits,
             "endpoint_difference": difference,

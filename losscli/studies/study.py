@@ -71,6 +71,7 @@ _OPTIONS = {
     "loss": "loss",
     "metric": "metrics",
     "limit": "limit",
+    "batch-loss": "batch_loss",
     "dtype": "dtype",
     "tf32": "tf32",
     "seed": "seed",
@@ -245,7 +246,7 @@ class Study(ABC):
             of data in memory, and the splits that are not there but decoded in each pass.
         """
         objective = self.problem.objective
-        examples = sum(map(len, objective.splits.values()))
+        examples = sum(split.rows for split in objective.splits.values())
         slices, points = self.slices
         chunk = min(points_at_once(objective, self.moving), points) if slices else 1
         passes = self.evaluations - slices * points + slices * math.ceil(points / chunk)
@@ -256,7 +257,7 @@ class Study(ABC):
         return {
             **self.origin(),
             "points": self.evaluations,
-            "batch_size": objective.batch_size,
+            "batch_size": None if objective.batch_loss else objective.batch_size,
             "forward_passes": self.evaluations * examples,
             "points_at_once": chunk,
             "passes_over_data": passes,
@@ -491,6 +492,23 @@ class Study(ABC):
         notes += [*self._estimated(), *problem.objective.data.notes]
         for name, split in problem.objective.splits.items():
             notes += [f"{name}: {remark}" for remark in split.remarks]
+        if problem.objective.constant:
+            notes.append(
+                "on a first batch different checkpoints have the same losses to the last bit: does "
+                "the forward pass use the tensors that move?"
+            )
+        unused = [name for name in problem.objective.unused if name in self.moving]
+        if unused:
+            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            notes.append(
+                f"no influence on the outputs of a first batch: {unused[0]}{more}; does forward "
+                "use a value computed from it before?"
+            )
+        for name in sorted(problem.objective.unchecked):
+            notes.append(
+                f"{name}: the model takes no other batch than the first one whole, so it could not "
+                "be checked that the loss of an example depends on that example alone"
+            )
         end = {"a": "first", "b": "last"}.get(settings.buffers)
         if end and problem.buffers and len(problem.names) > 1:
             whose, but = self.words(end)
@@ -705,6 +723,15 @@ class Study(ABC):
         plain = sweep_plain(objective, [weights for _, weights in anchors], splits=batches)
         coordinates = [*(point for point, _ in anchors), *more]
         found = sweep(objective, slice_, coordinates, splits=batches)
+        # A loss of 0 may be that of two networks that both fit the batch.
+        objective.constant |= bool(slice_.ends[0]) and all(
+            len(plain) > 1
+            and bool(end[name].losses.isfinite().all())
+            and bool(end[name].losses.any())
+            and torch.equal(end[name].losses, plain[0][name].losses)
+            for end in plain
+            for name in batches
+        )
         worst = 0.0
         for name in batches:
             for p, end in enumerate(plain):
@@ -734,7 +761,7 @@ class Study(ABC):
         """
         objective = self.problem.objective
         size = sum(tensor.nbytes for tensor in objective.tensors.values())
-        if self.problem.fresh is None or size > FRESH_BYTES:
+        if size > FRESH_BYTES:
             return
         with torch.random.fork_rng(devices=[]):
             model = self.problem.fresh()

@@ -21,7 +21,7 @@ from losscli.errors import UsageError
 from losscli.geometry import Line, grid, need_room
 from losscli.journal import Journal
 from losscli.paths import Path, measure, random_walks, ribbon
-from losscli.problem import prepare
+from losscli.problem import counted, prepare
 from losscli.ranks import current
 from losscli.results import Result
 from losscli.sampling import Estimate, grow
@@ -217,7 +217,7 @@ class Trajectory(Study):
         summary = {
             **self.origin(),
             "tables": list(more),
-            "examples": examples,
+            **counted(objective, examples),
             "path": self._path(),
             "random_walks": _described(walks),
             "splits": splits,
