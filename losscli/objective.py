@@ -1051,7 +1051,9 @@ class Objective:
                 cure = f"It receives the mapping that the model returns, with the keys {keys}"
             raise LossError(f"the {what} fails: {one_line(error)}", cure) from error
         if not isinstance(values, Tensor) or not (
-            values.numel() if self.batch_loss else values.shape[:1] == targets.shape[:1]
+            values.ndim <= 1 and values.numel()
+            if self.batch_loss
+            else values.shape[:1] == targets.shape[:1]
         ):
             got = list(values.shape) if isinstance(values, Tensor) else _kind(values)
             raise LossError(
