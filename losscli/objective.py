@@ -124,6 +124,9 @@ DETERMINISTIC = (
 )
 """How to get a model that gives one answer."""
 
+# What torch says of a tensor that cannot be differentiated.
+_NO_GRAPH = "does not require grad"
+
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
 
@@ -215,6 +218,7 @@ class Objective:
         self._optional = frozenset(optional)
         self._remarks: dict[str, None] = {}
         self._copies_inputs = False
+        self._differentiates = False
         self._forms: dict[tuple[str, ...], _Form] = {}
         self._way: Way | None = None
         self._proving = False
@@ -246,6 +250,7 @@ class Objective:
             batch_loss=self.batch_loss,
         )
         twin._copies_inputs = self._copies_inputs
+        twin._differentiates = self._differentiates
         return twin
 
     @torch.no_grad()
@@ -460,6 +465,16 @@ class Objective:
             NondeterministicModelError: One point has two answers, or random numbers are drawn.
         """
         self.load(weights)
+        try:
+            self._check(names)
+        except (ModelError, LossError) as error:
+            if self._differentiates or _NO_GRAPH not in error.what:
+                raise
+            # As physics-informed networks do, by their inputs.
+            self._differentiates = True
+            self._check(names)
+
+    def _check(self, names: Sequence[str] | None) -> None:
         doubts: list[frozenset[Doubt]] = []
         with Draws(self.device):
             if self._chooses_batch:
@@ -971,7 +986,8 @@ class Objective:
         args, kwargs = self.arguments(inputs)
         try:
             try:
-                outputs = model(*args, **kwargs)
+                with self._gradients():
+                    outputs = model(*args, **kwargs)
             except Exception:
                 if not isinstance(inputs, dict) or self._forms[tuple(inputs)] is not _Form.EITHER:
                     raise
@@ -987,11 +1003,16 @@ class Objective:
             raise ModelError(
                 f"the model fails on inputs of shape {shapes}: {one_line(error)}",
                 cure_of(self.model, inputs, leaves(inputs))
+                or _cure_of_graph(error)
                 or _cure_of_type(error, inputs)
                 or "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
         # Hugging Face models wrap their scores.
         return getattr(outputs, "logits", outputs)
+
+    def _gradients(self) -> AbstractContextManager[Any]:
+        """Enables gradients, where the model or the loss differentiates."""
+        return torch.enable_grad() if self._differentiates else contextlib.nullcontext()
 
     def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arranges inputs as the model's ``forward`` takes them.
@@ -1041,11 +1062,12 @@ class Objective:
         if function_of(function) in _KNOWN_FUNCTIONS and not isinstance(outputs, Tensor):
             raise LossError(f"the {what} takes a tensor, and the model returns a {_kind(outputs)}")
         try:
-            values = function(outputs, targets)
+            with self._gradients():
+                values = function(outputs, targets)
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:
-            cure = ""
+            cure = _cure_of_graph(error)
             if isinstance(outputs, Mapping):
                 keys = ", ".join(map(str, outputs))
                 cure = f"It receives the mapping that the model returns, with the keys {keys}"
@@ -1230,6 +1252,16 @@ def _not_finite(targets: Tensor) -> int | None:
         return None
     bad = ~targets.isfinite().flatten(1).all(1) if targets.ndim > 1 else ~targets.isfinite()
     return int(bad.nonzero()[0]) if bool(bad.any()) else None
+
+
+def _cure_of_graph(error: Exception) -> str:
+    """Explains that what is differentiated has no gradients; empty for other errors."""
+    if _NO_GRAPH not in str(error):
+        return ""
+    return (
+        "What is differentiated inside needs gradients: call x.requires_grad_(True) on it first, "
+        "and use neither torch.no_grad() nor detach() on the way; torch.enable_grad() enables them"
+    )
 
 
 def _is_registered(function: PerExample) -> bool:
