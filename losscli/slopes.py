@@ -136,10 +136,10 @@ def slopes(
         for name, split in splits.items():
             weight = 0.0
             for batch in objective.batches(split):
-                slope, curvature, own = course.sums(way, weights, batch)
+                slope, curvature = course.sums(way, weights, batch)
                 found[name].slope[i] += slope / len(split)
                 found[name].curvature[i] += curvature / len(split)
-                weight += own
+                weight += course.weight
                 seen += len(batch)
                 tell(seen / total)
             if weight != len(split):
@@ -268,12 +268,16 @@ class _Course:
     Args:
         objective: The objective.
         line: The line.
+
+    Attributes:
+        weight: The sum of the weights of the batch that was differentiated last, by which its sums
+            are the derivatives of its mean loss.
     """
 
     def __init__(self, objective: Objective, line: Line) -> None:
         self.objective = objective
         self.line = line
-        self._weight = 0.0
+        self.weight = 0.0
         # Half precision moves in float32.
         self._working = torch.float64 if objective.dtype == torch.float64 else torch.float32
         self._direction = {
@@ -293,17 +297,11 @@ class _Course:
             for name in self.line.a
         }
 
-    def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float, float]:
-        """Differentiates the sum of the losses of a batch, once and twice.
-
-        Returns:
-            The two sums, and the sum of the weights of the examples: the derivatives of the mean
-            loss are the quotients.
-        """
+    def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float]:
+        """Differentiates the sum of the losses of a batch, once and twice."""
         try:
             with way.kernels():
-                derive = self._forward if way.mode == "forward" else self._reverse
-                return *derive(weights, batch), self._weight
+                return (self._forward if way.mode == "forward" else self._reverse)(weights, batch)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -315,7 +313,7 @@ class _Course:
         objective = self.objective
         inputs = objective.data.prepare(batch.inputs, objective.dtype)
         outputs = objective.forward(model, inputs)
-        self._weight = objective.weight(outputs, batch.targets)
+        self.weight = objective.weight(outputs, batch.targets)
         return objective.per_example(objective.loss, outputs, batch.targets, "loss")
 
     @torch.no_grad()
@@ -404,8 +402,8 @@ def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> _Way:
         except ModelError as error:
             reason = error.what[:_LONGEST_REASON]
         else:
-            slopes_ = [slope / (weight or 1) for slope, _, weight in found]
-            reason = _contradiction(slopes_, differences)
+            means = [slope / (course.weight or 1) for slope, _ in found]
+            reason = _contradiction(means, differences)
             if not reason and way.mode == "forward":
                 reason = _contest(course, way, few, sample, found)
             if not reason:
@@ -424,7 +422,7 @@ def _contest(
     way: _Way,
     alphas: Sequence[float],
     sample: Split,
-    found: Sequence[tuple[float, float, float]],
+    found: Sequence[tuple[float, float]],
 ) -> str:
     """Says whether reverse mode, where there is one, has other derivatives; nothing where not."""
     # PyTorch's formulas for forward mode are tested once through, not twice: in version 2.13 that
