@@ -489,11 +489,13 @@ def accuracy(
         # The highest of scores is not a number where one of them is not.
         scores, answers = outputs.max(dim)
     right = (answers == targets).to(torch.float32).masked_fill(scores.isnan(), math.nan)
-    counts = _answered(outputs, targets, dim, ignore_index)
-    shares = per_example_mean(counts.to(torch.float32))
-    each = per_example_mean(right.masked_fill(~counts, 0))
+    ignored = ~_answered(outputs, targets, dim, ignore_index)
+    right = right.masked_fill(ignored, 0)
+    if right.ndim < 2:
+        return right
+    shares = per_example_mean((~ignored).to(torch.float32))
     # Where all count, exactly the mean.
-    return each / shares.masked_fill(shares == 0, 1)
+    return per_example_mean(right) / shares.masked_fill(shares == 0, 1)
 
 
 def _answered(

@@ -144,10 +144,10 @@ def slopes(
         for name, split in splits.items():
             weight = 0.0
             for batch in objective.batches(split):
-                slope, curvature, own = course.sums(way, weights, batch)
+                slope, curvature = course.sums(way, weights, batch)
                 found[name].slope[i] += slope / len(split)
                 found[name].curvature[i] += curvature / len(split)
-                weight += own
+                weight += course.weight
                 seen += len(batch)
                 tell(seen / total)
             if weight != len(split):
@@ -276,12 +276,16 @@ class _Course:
     Args:
         objective: The objective.
         line: The line.
+
+    Attributes:
+        weight: The sum of the weights of the batch that was differentiated last, by which its sums
+            are the derivatives of its mean loss.
     """
 
     def __init__(self, objective: Objective, line: Line) -> None:
         self.objective = objective
         self.line = line
-        self._weight = 0.0
+        self.weight = 0.0
         self._direction = {}
         for name, a in line.a.items():
             own = objective.tensors[name]
@@ -297,17 +301,11 @@ class _Course:
             weights[name] = self.line.combine(ends, (alpha,)).to(own.dtype)
         return weights
 
-    def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float, float]:
-        """Differentiates the sum of the losses of a batch, once and twice.
-
-        Returns:
-            The two sums, and the sum of the weights of the examples: the derivatives of the mean
-            loss are the quotients.
-        """
+    def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float]:
+        """Differentiates the sum of the losses of a batch, once and twice."""
         try:
             with way.kernels():
-                derive = self._forward if way.mode == "forward" else self._reverse
-                return *derive(weights, batch), self._weight
+                return (self._forward if way.mode == "forward" else self._reverse)(weights, batch)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -319,7 +317,7 @@ class _Course:
         objective = self.objective
         inputs = objective.data.prepare(batch.inputs, objective.dtype)
         outputs = objective.forward(model, inputs)
-        self._weight = objective.weight(outputs, batch.targets)
+        self.weight = objective.weight(outputs, batch.targets)
         return objective.per_example(objective.loss, outputs, batch.targets, "loss")
 
     @torch.no_grad()
@@ -500,8 +498,8 @@ class _Trial:
 
     def _derivative(self, way: _Way, order: int, alpha: float) -> Tensor:
         """The first or second derivative of the mean loss by α / ``unit``."""
-        *sums, weight = self.course.sums(way, self.course.at(alpha), self.sample)
-        value = sums[order] * self.unit ** (order + 1) / (weight or 1)
+        sums = self.course.sums(way, self.course.at(alpha), self.sample)
+        value = sums[order] * self.unit ** (order + 1) / (self.course.weight or 1)
         return torch.tensor(value, dtype=torch.float64)
 
     def _difference(self, function: Callable[[float], Tensor], alpha: float, step: float) -> Tensor:
@@ -514,7 +512,7 @@ def _contest(
     way: _Way,
     alphas: Sequence[float],
     sample: Split,
-    found: Sequence[tuple[float, float, float]],
+    found: Sequence[tuple[float, float]],
 ) -> str:
     """Says whether reverse mode, where there is one, has other derivatives; nothing where not."""
     # PyTorch's formulas for forward mode are tested once through, not twice: in version 2.13 that

@@ -21,13 +21,16 @@ import losscli
 from losscli.curvature import Curvature
 from losscli.datasets import DataSet, Split
 from losscli.datasets import objects as objects_
+from losscli.errors import ModelError
+from losscli.geometry import Line
 from losscli.journal import Journal
 from losscli.losses import accuracy, cross_entropy
 from losscli.models import MLP
-from losscli.objective import Objective
+from losscli.objective import Evaluation, Objective
 from losscli.points import Way
 from losscli.recording import pack, unpack
 from losscli.settings import Settings
+from losscli.studies.check import _best
 from losscli.studies.interpolation import Interpolation
 from losscli.studies.seen import LineCurve
 from losscli.sweep import sweep
@@ -380,8 +383,6 @@ def test_every_way_to_evaluate_weighs_alike(way: Way) -> None:
     a, b = (mlp().double().state_dict() for _ in range(2))
     objective.check(a)
     objective.way = way
-    from losscli.geometry import Line
-
     found = sweep(objective, Line(a, b), [(alpha,) for alpha in ALPHAS])["all"]
     for k, alpha in enumerate(ALPHAS):
         model = mlp().double()
@@ -505,3 +506,33 @@ def test_a_run_that_goes_on_from_its_journal_has_the_same_numbers(
     other = plan(nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.5])))
     assert other.identity != again.identity == first.identity
     assert truth.summary["loss"].startswith("CrossEntropyLoss(weight=[0.2, 1.0, 5.0]")
+
+
+def test_the_gain_of_a_step_has_the_error_of_a_ratio() -> None:
+    w = weights(classes()[1])
+    generator = np.random.default_rng(2)
+    here, there = generator.random((2, len(w))) * w
+    own, found = (
+        Evaluation(torch.from_numpy(v / w.mean())[None], {}, torch.from_numpy(w))
+        for v in (here + w, there)
+    )
+    told = _best([0.5], found, own)
+    assert told is not None
+    assert told["gain"] == pytest.approx((here + w - there).sum() / w.sum(), rel=1e-12)
+    assert told["gain_stderr"] == pytest.approx(ratio_error(here + w - there, w), rel=1e-9)
+
+
+def test_examples_that_are_ignored_hide_no_weight_without_a_gradient() -> None:
+    class Detached(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.detach(), self.bias)
+
+    x, y = classes()
+    y[:50] = -100
+    objective = objective_of(cross_entropy, (x, y), lambda: Detached(4, C))
+    state = {name: tensor.clone() for name, tensor in objective.tensors.items()}
+    with (
+        Curvature(objective, state, list(state), objective.splits["all"]) as found,
+        pytest.raises(ModelError, match="no gradient reaches them"),
+    ):
+        found.gradient()
