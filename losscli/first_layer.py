@@ -31,6 +31,9 @@ _AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
 # large as that of a plain forward pass is then the rounding error of a shared layer, at most.
 _LARGEST_TERMS = 8
 
+# Units times points that are looked at together.
+_NUMBERS = 1 << 20
+
 # What may be asked of a tensor without using its values.
 _HARMLESS = frozenset({
     Tensor.dim,
@@ -85,9 +88,11 @@ class FirstLayer:
         shares = torch.stack([self.slice_.combine(units, point) for point in points])
         gram = self.gram.cpu().double()
         sizes = gram.diagonal(dim1=1, dim2=2).sqrt()
-        squares = torch.einsum("pi,rij,pj->pr", shares, gram, shares).clamp(min=0)
-        lost = shares.abs() @ sizes.T > _LARGEST_TERMS * squares.sqrt()
-        found: list[bool] = lost.any(1).tolist()
+        found: list[bool] = []
+        for some in torch.split(shares, max(1, _NUMBERS // max(1, len(gram)))):
+            squares = torch.einsum("pi,rij,pj->pr", some, gram, some).clamp(min=0)
+            lost = some.abs() @ sizes.T > _LARGEST_TERMS * squares.sqrt()
+            found += lost.any(1).tolist()
         return found
 
     def at(self, point: Sequence[float], tensors: Mapping[str, Tensor]) -> TorchFunctionMode:

@@ -380,7 +380,7 @@ def _surprise(scores: Tensor, classes: Tensor, weight: _Weights | None, smoothin
     classes = classes.masked_fill(ignored, 0)
     # As log(1 + Σ exp(z_j − z_t)) over the other classes j: log softmax itself rounds to 0 where
     # one class is nearly sure. The lowest number and not −∞, which would make gradients nan.
-    index = classes.unsqueeze(1)
+    index = classes.long().unsqueeze(1)
     right = scores.gather(1, index).squeeze(1)
     others = scores.scatter(1, index, torch.finfo(scores.dtype).min).logsumexp(1)
     found = F.softplus(others - right, threshold=_LINEAR)

@@ -160,7 +160,8 @@ class Objective:
         metrics: The per-example metrics by name.
         data: The data; each split is moved to the device once.
         device: Where to compute.
-        dtype: The type of the forward pass. Losses of half-precision outputs are taken in float32.
+        dtype: The type of the forward pass. Built-in losses take its outputs to a wider type; other
+            functions get half-precision outputs in float32.
         batch_size: Examples a forward pass; by the device where it is None.
         recalibration: What BatchNorm's statistics are estimated on anew at every point, before
             anything is evaluated there; None leaves them as they are loaded.

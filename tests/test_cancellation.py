@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from losscli import first_layer
 from losscli.datasets import DataSet, Split
 from losscli.first_layer import FirstLayer
 from losscli.geometry import Line, Slice, Span, Triangle
@@ -216,7 +217,12 @@ def test_nor_has_the_way_that_is_chosen(case: Cancelling) -> None:
     assert objective.way is not Way.LOADED
 
 
-def test_points_that_do_not_cancel_go_on_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("numbers", [1, 40, 1 << 20])
+def test_points_that_do_not_cancel_go_on_sharing(
+    monkeypatch: pytest.MonkeyPatch, numbers: int
+) -> None:
+    # However many points are looked at together.
+    monkeypatch.setattr(first_layer, "_NUMBERS", numbers)
     shared: list[float] = []
     output = FirstLayer.output
 

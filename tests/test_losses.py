@@ -75,6 +75,12 @@ def test_cross_entropy_is_minus_the_log_of_the_softmax_at_the_target(
     np.testing.assert_allclose(found, softmax_loss(scores, targets), rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool], ids=str)
+def test_classes_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
+    scores, targets = outputs(6, 2), classes(2, 6)
+    assert torch.equal(cross_entropy(scores, targets.to(dtype)), cross_entropy(scores, targets))
+
+
 def test_cross_entropy_of_huge_scores_does_not_overflow() -> None:
     scores = torch.tensor([[1e4, 0.0], [-1e4, 0.0]])
     assert cross_entropy(scores, torch.tensor([1, 1])).tolist() == [1e4, 0]
