@@ -986,17 +986,11 @@ class Objective:
             inputs = map_inputs(Tensor.clone, inputs)
         args, kwargs = self.arguments(inputs)
         try:
-            try:
-                with self._gradients():
+            with self._gradients():
+                if isinstance(inputs, dict) and self._forms[tuple(inputs)] is _Form.EITHER:
+                    outputs = self._try_forms(model, inputs)
+                else:
                     outputs = model(*args, **kwargs)
-            except Exception:
-                if not isinstance(inputs, dict) or self._forms[tuple(inputs)] is not _Form.EITHER:
-                    raise
-                found = _result_or_none(model, inputs)
-                if found is None:
-                    raise
-                outputs = found
-                self._forms[tuple(inputs)] = _Form.MAPPING
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:
@@ -1037,6 +1031,23 @@ class Objective:
         if form is _Form.KEYWORDS:
             return (), inputs
         return (inputs if form is _Form.MAPPING else inputs[names[0]],), {}
+
+    def _try_forms(self, model: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
+        """Runs the model on a single named input, and keeps the form in which it takes it."""
+        (name,) = inputs
+        form = _Form.VALUE
+        try:
+            outputs = model(inputs[name])
+        except (torch.OutOfMemoryError, MemoryError, LosscliError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+            form = _Form.MAPPING
+            try:
+                outputs = model(inputs)
+            except Exception:  # noqa: BLE001 - the first failure is reported
+                raise error from None
+        self._forms[name,] = form
+        return outputs
 
     def per_example(self, function: PerExample, outputs: Any, targets: Tensor, what: str) -> Tensor:
         """Takes a loss or a metric of a batch.
@@ -1235,16 +1246,6 @@ def _binds(signature: inspect.Signature, /, *args: Any, **kwargs: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _result_or_none(model: Callable[..., Any], inputs: Inputs) -> Any:
-    """What a model gives for inputs in one argument; None where it fails."""
-    try:
-        return model(inputs)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception:  # noqa: BLE001 - the user's code may raise anything
-        return None
 
 
 def _not_finite(targets: Tensor) -> int | None:

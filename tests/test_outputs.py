@@ -180,6 +180,22 @@ def test_a_model_that_takes_no_mapping_fails_by_its_own_error() -> None:
         objective.check(weights_of(objective))
 
 
+def test_the_form_in_which_a_model_takes_its_input_is_chosen_once() -> None:
+    class Failing(Net):
+        fails = False
+
+        def forward(self, x: Any) -> Tensor:
+            if self.fails and isinstance(x, Tensor):
+                raise RuntimeError("later")
+            return torch.zeros(len(X), 3) + self.second.bias
+
+    objective = objective_of(Failing(), {"ids": X, "y": Y}, dtype=torch.float32)
+    objective.plain(weights_of(objective))
+    objective.model.fails = True  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="RuntimeError: later"):
+        objective.plain(weights_of(objective))
+
+
 # Outputs
 
 

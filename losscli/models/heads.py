@@ -85,10 +85,11 @@ def label_loss(model: nn.Module, *, floating: bool) -> Literal["bce", "mse"] | N
     kinds = type(model).__mro__ if _is_pretrained(model) else ()
     if not any(_LABELLED.fullmatch(kind.__name__) for kind in kinds):
         return None
-    problem = getattr(model.config, "problem_type", None)
+    config: Any = model.config
+    problem = getattr(config, "problem_type", None)
     if problem is None:
         several = "multi_label_classification" if floating else "single_label_classification"
-        problem = "regression" if getattr(model.config, "num_labels", None) == 1 else several
+        problem = "regression" if config.num_labels == 1 else several
     losses: dict[str, Literal["bce", "mse"]] = {
         "multi_label_classification": "bce",
         "regression": "mse",
