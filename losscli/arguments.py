@@ -36,6 +36,8 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(function)
+        # Now, since that evaluates text, which no call of a function that reads files should do.
+        hints = get_type_hints(function)
         name = function.__name__
         own = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         known = own + [field.name for field in fields(more or _Nothing)]
@@ -47,7 +49,6 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
                 bound = signature.bind(*arguments, **options)
             except TypeError as error:
                 raise UsageError(f"{name}(): {error}", f"See help(losscli.{name})") from None
-            hints = get_type_hints(function)
             for option, value in bound.arguments.items():
                 if option in own:
                     bound.arguments[option] = convert(option, value, hints.get(option, Any))

@@ -73,14 +73,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Takes values of other types for what they mean, or refuses them."""
-        hints = get_type_hints(type(self))
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in {"device", "dtype"} and type(value).__module__ == "torch":
                 value = str(value).removeprefix("torch.")
             if field.name in {"model", "data", "loss"} and isinstance(value, os.PathLike):
                 value = os.fspath(value)
-            object.__setattr__(self, field.name, convert(field.name, value, hints[field.name]))
+            object.__setattr__(self, field.name, convert(field.name, value, _HINTS[field.name]))
         for name, values in {
             "model": (self.model,),
             "loss": (self.loss,),
@@ -92,3 +91,6 @@ class Settings:
                         f"{name} must be a string or a function, not {shown(value)}",
                         f"Give the name of a {name} as on the command line, or code",
                     )
+
+
+_HINTS = get_type_hints(Settings)

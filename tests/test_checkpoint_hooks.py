@@ -331,6 +331,28 @@ def test_a_distributed_checkpoint_has_old_names_too(tmp_path: Path) -> None:
     assert all(torch.equal(found.weights[n], t) for n, t in expected.items())
 
 
+@pytest.mark.parametrize(
+    "versions",
+    [{3: "x"}, {"": 5, "0": "y"}, {"": {3: 4}}, "text", [1], None, {"1": {"version": []}}],
+)
+def test_versions_of_any_kind_break_nothing(versions: Any, tmp_path: Path) -> None:
+    state = collections.OrderedDict(CASES[0].state(1))
+    state._metadata = versions  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "a.pt")
+    found = select_for(read(str(tmp_path / "a.pt")), network(weight_norm)).weights
+    assert torch.equal(found["0.parametrizations.weight.original1"], state["0.weight_v"])
+
+
+def test_a_model_that_is_another_is_told_at_once(tmp_path: Path) -> None:
+    many = {f"h.{i}": {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)} for i in range(2000)}
+    torch.save({"net": MLP("4-6-3").state_dict(), "adam": many}, tmp_path / "a.pt")
+    model, copies = batchnorm(), []
+    model.__deepcopy__ = copies.append  # type: ignore[assignment]
+    with pytest.raises(MismatchError, match=r"a\.pt#?\S* does not fit the model"):
+        select_for(read(str(tmp_path / "a.pt")), model)
+    assert 0 < len(copies) < 100
+
+
 # --- without a model -----------------------------------------------------------------------------
 
 BESIDE: dict[str, Any] = {

@@ -274,6 +274,15 @@ def test_the_commands_that_take_a_path_order_it_and_say_so(
     assert names == [f"p/{n}.pt" for n in ("best", "e1", "e2", "e10", "final", "init")]
 
 
+def test_a_plane_without_a_path_has_no_order_to_keep(losscli: Losscli, folder: Path) -> None:
+    done = losscli("plane", "a.pt", "--keep-order", "--points", 3, "-o", "out")
+    assert (done.status, done.stdout) == (2, "")
+    assert done.stderr == (
+        "losscli: --keep-order is about the order of a path. Give it with --pca\n"
+    )
+    assert not list(folder.glob("out*"))
+
+
 def test_barriers_are_those_of_a_set_which_is_taken_whole(losscli: Losscli, folder: Path) -> None:
     save(folder / "p", {"e1.pt": 1, "e2.pt": 2, "best.pt": 2, "last.pt": 5})
     done = losscli("barriers", "p", "-m", "mlp:6-5-3", "--points", 3, "-o", "-", "--split", "test")

@@ -158,11 +158,14 @@ def test_a_state_dict_may_have_old_names() -> None:
         return nn.Sequential(norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3))
 
     old = [network(nn.utils.weight_norm, seed) for seed in (1, 2)]
+    states = [model.state_dict() for model in old]
+    before = copy.deepcopy([vars(one) for one in states])
     result = losscli.interpolate(
-        *(model.state_dict() for model in old),
+        *states,
         model=lambda: network(weight_norm, 0), data=DATA, split="train", points=2, range=(0, 1),
         dtype="float64",
     )  # fmt: skip
+    assert [vars(one) for one in states] == before  # the versions of modules
     for model, loss in zip(old, result.table.floats("loss"), strict=True):
         outputs = model.double()(INPUTS.double()).detach()
         assert loss == pytest.approx(float(nn.functional.cross_entropy(outputs, TARGETS)))

@@ -76,7 +76,12 @@ class LoadHooks:
                 prefix = ".".join(parts[:depth])
                 known = unmarked(".".join(parts[depth:])) in self._places
                 counts[prefix] = counts.get(prefix, 0) + known
-        versions: Mapping[str, Any] = getattr(weights, "_metadata", {})
+        # A file may say anything there.
+        versions = {
+            module: version
+            for module, version in getattr(weights, "_metadata", {}).items()
+            if isinstance(module, str) and isinstance(version, Mapping)
+        }
         likeliest = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))
         for prefix in likeliest[:_TRIED]:
             state: OrderedDict[str, Any] = OrderedDict()
@@ -85,8 +90,9 @@ class LoadHooks:
                 if name.startswith(start):
                     module, _, leaf = name.removeprefix(start).rpartition(".")
                     state[f"{self._place(module)}.{leaf}".removeprefix(".")] = tensor
+            # Copied, since load_state_dict writes on it.
             metadata = {
-                self._place(module[len(start) :]): version
+                self._place(module[len(start) :]): dict(version)
                 for module, version in versions.items()
                 if f"{module}.".startswith(start)
             }

@@ -27,6 +27,9 @@ from losscli.weights import Weights, kind, mismatches, pieces
 
 __all__ = ["select_for"]
 
+# So many state dicts of a file are translated.
+_TRIED = 8
+
 
 def select_for(
     file: CheckpointFile,
@@ -75,12 +78,14 @@ def select_for(
 
 def _translated(file: CheckpointFile, hooks: LoadHooks, expected: Weights) -> Checkpoint | None:
     """Lets the model's load hooks translate each state dict; at most one may then fit."""
+    others = {k: v for k, v in file.candidates.items() if not OPTIMISER.fullmatch(k)}
+    # An optimiser of another name may keep one for each tensor of the model.
+    likeliest = sorted(others, key=lambda label: abs(len(others[label]) - len(expected)))
     found = {}
-    for label, candidate in file.candidates.items():
-        if not OPTIMISER.fullmatch(label):
-            weights = hooks.translate(file.fetch(candidate))
-            if weights is not None and not mismatches(weights, expected):
-                found[label] = weights
+    for label in likeliest[:_TRIED]:
+        weights = hooks.translate(file.fetch(others[label]))
+        if weights is not None and not mismatches(weights, expected):
+            found[label] = weights
     if len(found) > 1:
         raise file.ambiguous(list(found))
     return next((file.checkpoint(weights) for weights in found.values()), None)

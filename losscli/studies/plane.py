@@ -158,6 +158,8 @@ class Plane(Study):
         """
         begun = time.perf_counter()
         notes: list[str] = []
+        if keep_order and not pca:
+            raise UsageError("--keep-order is about the order of a path", "Give it with --pca")
         if pca:
             names, notes = path_of(names, keep_order=keep_order)
         else:
