@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from losscli.points import Way
 from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
 from losscli.sweep import sweep, sweep_plain
+from losscli.table import Table
 from tests.conftest import Losscli
 from tests.test_ranks import assert_same, forked, forks
 from tests.test_resume import broken_anywhere
@@ -316,6 +318,20 @@ def test_every_study_tells_of_batches(mine: Path, losscli: Losscli) -> None:
         assert drawn.status == 0, drawn
 
 
+def test_of_one_batch_no_error_is_known(mine: Path, losscli: Losscli) -> None:
+    for i, command in enumerate(COMMANDS):
+        done = losscli(*command.split(), "--limit", 1, "-o", f"x{i}")
+        assert done.status == 0, done
+        for path in mine.glob(f"x{i}*.csv"):
+            table = Table.read(path)
+            assert table.rows
+            for column in table.columns:
+                if column.endswith("_stderr"):
+                    assert set(table[column]) == {None}, path
+        drawn = losscli("plot", f"x{i}.csv", "-o", f"x{i}.png")
+        assert drawn.status == 0, drawn
+
+
 @forks
 def test_two_processes_find_what_one_finds(mine: Path, losscli: Losscli) -> None:
     torch.set_num_threads(1)
@@ -381,8 +397,6 @@ def test_what_is_not_built_is_refused_in_one_line(
     done = losscli(name, *OPTIONS.split(), *arguments, "-o", "x")
     assert done.status in {1, 2}
     assert done.stderr.count("\n") == 1
-    import re
-
     assert re.search(message, done.stderr), done.stderr
     assert sorted(p for p in mine.iterdir() if p.name != "__pycache__") == before
 

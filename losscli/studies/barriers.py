@@ -397,7 +397,9 @@ class Barriers(Study):
             (
                 [
                     *(names[i], names[j], split, lengths[p]),
-                    *(heights[split][p].height, heights[split][p].stderr, heights[split][p].alpha),
+                    heights[split][p].height,
+                    heights[split][p].stderr if seen.examples > 1 else None,
+                    heights[split][p].alpha,
                     *(own[split][i], own[split][j], *(seen.examples for _ in sampled)),
                 ]
                 for p, (i, j) in enumerate(self.pairs)
