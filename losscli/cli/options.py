@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +200,7 @@ _OUTPUT_OPTIONS: dict[str, Any] = {
 }
 
 _CONSOLE: dict[str, Any] = {
-    "quiet": Annotated[bool, _option(_OUTPUT, "No progress, no notes.", "-q", "--quiet")],
+    "quiet": Annotated[bool, _option(_OUTPUT, "No progress, notes or warnings.", "-q", "--quiet")],
     "traceback": Annotated[
         bool, _option(_OUTPUT, "Show where in the code an error comes from.", "--traceback")
     ],
@@ -335,6 +338,10 @@ def with_console(command: Command) -> Command:
     def gather(values: dict[str, Any]) -> dict[str, Any]:
         console = values["ctx"].obj
         console.quiet, console.traceback = values["quiet"], values["traceback"]
+        if console.quiet and not sys.warnoptions:
+            # What matplotlib and torch say of themselves, such as a sign that a font lacks.
+            warnings.simplefilter("ignore")
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)
         return {"console": console}
 
     return _expand(command, "console", {"ctx": typer.Context, **_CONSOLE}, gather)
