@@ -479,9 +479,9 @@ def net():
 @pytest.mark.parametrize("quiet", [True, False])
 def test_quiet_leaves_the_warnings_of_libraries_out(quiet: bool, folder: Path) -> None:
     (folder / "warns.py").write_text(_WARNS)
+    command = "interpolate init:0 init:1 -m warns.py:net -d npz:data.npz --points 3 -o out"
     done = subprocess.run(
-        [*COMMAND, *"interpolate init:0 init:1 -m warns.py:net -d npz:data.npz --points 3 -o".split(),
-         "out", *["-q"] * quiet],
+        [*COMMAND, *command.split(), *["-q"] * quiet],
         check=False,
         capture_output=True,
         text=True,
