@@ -463,6 +463,23 @@ def test_a_command_that_exits_is_told_of_though_an_argument_looks_like_completio
     assert "code that this command runs ended with SystemExit(0)" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ("interpolate a.pt b.pt --range 0,2", "--range 0 2"),
+        ("interpolate a.pt b.pt --range -0.5,1.5", "--range -0.5 1.5"),
+        ("plane a.pt --range 0,1e-3", "--range 0 1e-3"),
+    ],
+)
+def test_numbers_with_a_comma_between_them_are_told_of(
+    arguments: str, written: str, folder: Path, losscli: Losscli
+) -> None:
+    done = losscli(*arguments.split(), "-o", "out")
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.endswith(f". Separate the numbers by spaces: {written}\n")
+    assert not list(folder.glob("out*"))
+
+
 _WARNS = """
 import logging, warnings
 import torch, matplotlib

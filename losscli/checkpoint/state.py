@@ -27,7 +27,7 @@ __all__ = ["Checkpoint", "CheckpointFile", "tied"]
 _MOST_KEYS = 12
 
 # So many names that do not fit are listed.
-_TOLD = 100
+_TOLD = 3
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class CheckpointFile:
         wrong = mismatches(part.weights, expected)
         inner = f"{label}.{part.prefix}".strip(".") if part.prefix else label
         name = f"{self.path}#{inner}" if inner and (len(others) > 1 or part.prefix) else self.name
-        more = f"; and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
+        more = f" and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
         raise MismatchError(f"{name} does not fit the model: {'; '.join(wrong[:_TOLD])}{more}")
 
     def _onto(self, base: Checkpoint, expected: Weights | None) -> Checkpoint:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -186,6 +187,23 @@ def _among_ranks(arguments: Sequence[str], console: Console) -> int:
     return status
 
 
+def _without_commas(arguments: Sequence[str]) -> str:
+    """Returns a cure where the numbers of an option have commas between them; else nothing."""
+    for option, value in pairwise(arguments):
+        numbers = value.split(",")
+        if option.startswith("-") and len(numbers) > 1 and all(map(_is_number, numbers)):
+            return f"Separate the numbers by spaces: {option} {' '.join(numbers)}"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _parse(arguments: Sequence[str], console: Console) -> int:
     # typer takes a tenth of a second to import: within `run`, so that Ctrl-C is heard meanwhile.
     import typer
@@ -219,6 +237,6 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
         command = getattr(getattr(error, "ctx", None), "command_path", "losscli")
         raise UsageError(
             error.format_message() or "no command is given",
-            f"See {command} --help",
+            _without_commas(arguments) or f"See {command} --help",
         ) from None
     return status if isinstance(status, int) else 0
