@@ -394,7 +394,7 @@ def test_what_does_not_match_is_told_of_the_likeliest_state_dict(tmp_path: Path)
     assert message.startswith(f"{tmp_path}/a.pt#student does not fit the model: layers.0.weight is")
     assert "module." not in message
     # Where no name is the model's, the file's largest is the likeliest.
-    with pytest.raises(MismatchError, match=r"b\.pt#teacher .*; unexpected layers\.0\.bias \[9\] and"):
+    with pytest.raises(MismatchError, match=r"unexpected layers\.0\.bias \[9\] and 4"):
         read(write(content, tmp_path / "b.pt")).select({"w": torch.zeros(1)})
 
 

@@ -10,7 +10,7 @@ from losscli.checkpoint.files import read_file
 from losscli.checkpoint.folders import is_index, read_adapter, read_folder, read_index
 from losscli.checkpoint.names import state_dicts
 from losscli.checkpoint.quantised import packed
-from losscli.checkpoint.state import CheckpointFile
+from losscli.checkpoint.state import CheckpointFile, put_together
 from losscli.errors import CheckpointError
 
 __all__ = ["base_of", "read"]
@@ -37,7 +37,8 @@ def read(name: str) -> CheckpointFile:
     file = file.at(key)
     if not file.candidates and not file.quantised:
         raise CheckpointError(
-            f"{name} holds no tensors under names", "Save the model's state_dict() in it"
+            f"{name} holds no tensors under names",
+            put_together(path) or "Save the model's state_dict() in it",
         )
     for label, weights in file.choice.items():
         file.need_dense(label, weights)
