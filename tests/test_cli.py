@@ -206,7 +206,7 @@ def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None
         (["interpolate", "a.pt", "b.pt", "-o", "x/"], 2, "is a folder"),
         (["interpolate", "a.pt", "b.pt", "--seed", "9" * 30], 2, "no seed"),
         (["interpolate", "a.pt", "b.pt", "-d", "leaves.py:data"], 1, "SystemExit"),
-        (["interpolate", "a.pt", "b.pt", "-o", "nowhere/x"], 1, "mkdir -p nowhere"),
+        (["interpolate", "a.pt", "b.pt", "-o", "a.pt/x"], 1, "a.pt is no folder. Choose another"),
         (["interpolate", "a.pt", "absent.pt"], 1, "no checkpoint absent.pt"),
         (["interpolate", "a.pt", "data.npz"], 1, "no checkpoint that torch can read"),
         (["interpolate", "a.pt", "empty.pt"], 1, "empty.pt is empty"),
@@ -478,6 +478,40 @@ def test_numbers_with_a_comma_between_them_are_told_of(
     assert (done.status, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.endswith(f". Separate the numbers by spaces: {written}\n")
     assert not list(folder.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "written"),
+    [
+        ("line.png", [], {"line.csv", "line.json", "line.png"}),
+        ("line.pdf", [], {"line.csv", "line.json", "line.pdf"}),
+        ("line.SVG", [], {"line.csv", "line.json", "line.SVG"}),
+        ("line.csv", [], {"line.csv", "line.json", "line.png"}),
+        ("line.svg", ["--no-figure"], {"line.csv", "line.json"}),
+        ("line.svg", ["--figure", "p.png"], {"line.csv", "line.json", "p.png"}),
+        ("line.1", [], {"line.1.csv", "line.1.json", "line.1.png"}),
+        (".png", [], {".png.csv", ".png.json", ".png.png"}),
+        ("new/deep/line", [], {f"new/deep/line.{s}" for s in ("csv", "json", "png")}),
+        ("new/line.pdf", [], {f"new/line.{s}" for s in ("csv", "json", "pdf")}),
+    ],
+)
+def test_out_is_a_stem_or_a_file_that_is_written_and_its_folder_is_made(
+    out: str, options: list[str], written: set[str], folder: Path, losscli: Losscli
+) -> None:
+    before = set(folder.rglob("*"))
+    run = ("interpolate", "a.pt", "b.pt", "--points", 3, "-o", out, *options)
+    assert losscli(*run, "--dry-run").status == 0
+    assert set(folder.rglob("*")) == before
+    done = losscli(*run)
+    assert done.status == 0, done.stderr
+    files = {path for path in set(folder.rglob("*")) - before if path.is_file()}
+    assert files == {folder / name for name in written}
+    # The same command again is the same run.
+    assert losscli(*run).status == 0
+    if out.endswith((".pdf", ".png")) and len(out) > 4 and not options:
+        drawn = losscli("plot", str(Path(out).with_suffix(".csv")), "-o", f"again/{out}")
+        assert (drawn.status, drawn.stdout) == (0, f"again/{out}\n")
+        assert (folder / "again" / out).exists()
 
 
 _WARNS = """

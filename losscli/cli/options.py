@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from losscli.errors import UsageError
-from losscli.results import Output, default_stem, stem_of
+from losscli.results import Output, default_stem, picture_of, stem_of
 from losscli.settings import Buffers, DType, Settings
 
 __all__ = [
@@ -273,7 +273,8 @@ class Write:
                     )
             return None
         stem = stem_of(self.out) if self.out is not None else Path(default_stem(command, names))
-        return Output.plan(stem, self.figure, draw=not self.no_figure, force=self.force)
+        figures = self.figure or (() if self.no_figure else picture_of(self.out))
+        return Output.plan(stem, figures, draw=not self.no_figure, force=self.force)
 
 
 def with_settings(command: Command) -> Command:
