@@ -14,7 +14,15 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["IrregularError", "create", "open_regular", "read_pipe", "read_regular", "read_text"]
+__all__ = [
+    "IrregularError",
+    "create",
+    "open_regular",
+    "read_pipe",
+    "read_regular",
+    "read_text",
+    "stand_in",
+]
 
 # The largest tables are of planes: some 60 bytes for each point and split.
 _MOST = 256 << 20
@@ -94,6 +102,33 @@ def read_regular(path: Path) -> bytes:
     """
     with open_regular(path) as file:
         return file.read()
+
+
+def stand_in(path: Path) -> tuple[str, str] | None:
+    """Tells what lies in the place of a file that was not downloaded itself.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it is and the cure; None where it is no such thing.
+    """
+    try:
+        with open_regular(path) as file:
+            start = file.read(512).lstrip().lower()
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return (
+            "a pointer of Git LFS, not the file itself",
+            f"Fetch the file: git lfs pull --include {path.name}",
+        )
+    if start.startswith((b"<!doctype html", b"<html")):
+        return (
+            "an HTML page, not the file itself",
+            "Download it again, from the address of the file and not of the page that shows it",
+        )
+    return None
 
 
 def read_pipe(path: Path) -> bytes:

@@ -22,7 +22,7 @@ from losscli.table import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Output", "Result", "default_stem", "need_few", "stem_of", "to_json"]
+__all__ = ["Output", "Result", "default_stem", "need_few", "picture_of", "stem_of", "to_json"]
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -145,14 +145,29 @@ def stem_of(out: str) -> Path:
         out: What it says.
 
     Returns:
-        The stem.
+        The stem: without the suffix of a file that a run writes, such as .png.
 
     Raises:
         UsageError: It is a folder.
     """
     if not out or out.endswith("/") or Path(out).is_dir():
         raise UsageError(f"--out {out!r} is a folder, not a stem of file names", "Give folder/name")
-    return Path(out)
+    path = Path(out)
+    written = path.suffix.lower() in {*FIGURE_SUFFIXES, ".csv", ".json"} and path.stem
+    return path.with_suffix("") if written else path
+
+
+def picture_of(out: str | None) -> tuple[Path, ...]:
+    """Reads which picture ``--out`` names, if any.
+
+    Args:
+        out: What it says; None where it is not given.
+
+    Returns:
+        The picture; nothing where it is a stem of file names.
+    """
+    path = Path(out or "")
+    return (path,) if path.suffix.lower() in FIGURE_SUFFIXES and path.stem else ()
 
 
 @dataclass(frozen=True)
@@ -186,7 +201,7 @@ class Output:
 
         Raises:
             UsageError: A picture has an unknown suffix.
-            OutputError: A folder is not there or cannot be written to.
+            OutputError: A folder cannot be written to.
         """
         if not figures and draw:
             figures = [stem.with_name(f"{stem.name}.png")]
@@ -196,14 +211,30 @@ class Output:
                     f"{path} has no suffix of a picture",
                     f"Choose one of {', '.join(FIGURE_SUFFIXES)}",
                 )
-        for folder in {path.parent for path in (stem, *figures)}:
+        for parent in {path.parent for path in (stem, *figures)}:
+            # What is not there is made when it is written to.
+            folder = next(p for p in (parent, *parent.parents) if p.exists())
             if not folder.is_dir():
-                raise OutputError(f"there is no folder {folder}", f"mkdir -p {folder}")
+                raise OutputError(f"{folder} is no folder", "Choose another --out")
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise OutputError(
                     f"the folder {folder} cannot be written to", "Choose another with --out"
                 )
         return cls(stem, tuple(figures), force)
+
+    def make_folder(self) -> None:
+        """Makes the folder of the files, where it is not there yet.
+
+        Raises:
+            OutputError: It cannot be made.
+        """
+        try:
+            self.stem.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"the folder {self.stem.parent} cannot be made: {error.strerror}",
+                "Choose another --out",
+            ) from None
 
     def guard(self, identity: str, tables: Sequence[str] = ()) -> None:
         """Refuses to overwrite the results of another run.
@@ -330,6 +361,7 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
         for now, content in contents.items():
+            now.parent.mkdir(parents=True, exist_ok=True)
             temporary[now].unlink(missing_ok=True)  # of a process of this number that was killed
             with io.BufferedWriter(create(temporary[now])) as file:
                 file.write(content)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -22,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from losscli.errors import SpecError, UntrustedCodeError, one_line
 from losscli.regular import IrregularError, read_regular
@@ -311,13 +313,19 @@ def _may_be_code(module: str) -> bool:
 def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
     where = f"{kind} {module}:{attribute}"
     try:
-        if module.endswith(".py"):
-            loaded = _load_file(Path(module), where)
-        else:
-            _OWN.add(str(Path.cwd()))
-            loaded = importlib.import_module(module)
+        with _no_arguments():
+            if module.endswith(".py"):
+                loaded = _load_file(Path(module), where)
+            else:
+                _OWN.add(str(Path.cwd()))
+                loaded = importlib.import_module(module)
     except SpecError:
         raise
+    except _ArgumentsError as error:
+        raise SpecError(
+            f"{where}: it parses the command line while it is imported ({error})",
+            'Put what it does as a script under if __name__ == "__main__":',
+        ) from error
     except ModuleNotFoundError as error:
         missing = f"no module named {error.name!r}" if error.name else one_line(error)
         raise SpecError(
@@ -327,7 +335,9 @@ def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
         alone = f"python {shlex.quote(module)}" if module.endswith(".py") else f"python -m {module}"
         raise SpecError(
             f"{where}: importing it failed: {one_line(error)}",
-            _OWN.hidden(error) or f"Try it alone: {alone}",
+            _OWN.hidden(error)
+            or _package(error, module, attribute, kind)
+            or f"Try it alone: {alone}",
         ) from error
     found: Any = loaded
     try:
@@ -348,6 +358,37 @@ def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
             "Name a function or class",
         )
     return found  # type: ignore[no-any-return]
+
+
+class _ArgumentsError(SystemExit):
+    """The user's code parses the arguments of the command line, which are losscli's."""
+
+
+@contextmanager
+def _no_arguments() -> Iterator[None]:
+    """Keeps argparse from writing its usage, and from ending the process without a word on why."""
+
+    def error(self: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise _ArgumentsError(f"{self.prog}: {message}")
+
+    before = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = error  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = before  # type: ignore[method-assign]
+
+
+def _package(error: BaseException, module: str, attribute: str, kind: str) -> str:
+    """Returns a cure for a file that imports relative to its package; an empty text for others."""
+    if not isinstance(error, ImportError) or "relative import" not in str(error):
+        return ""
+    path = Path(module).with_suffix("")
+    with contextlib.suppress(ValueError):
+        path = path.resolve().relative_to(Path.cwd().resolve())
+    if path.is_absolute() or len(path.parts) < 2 or not all(map(str.isidentifier, path.parts)):
+        return "Name it as a module, from the folder above its package: package.module:callable"
+    return f"Name it as a module of its package: --{kind} {'.'.join(path.parts)}:{attribute}"
 
 
 def _load_file(path: Path, where: str) -> Any:

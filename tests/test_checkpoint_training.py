@@ -352,3 +352,37 @@ def test_the_allowance_ends_with_the_reading(tmp_path: Path) -> None:
     assert set(torch.serialization.get_safe_globals()) == before
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         torch.load(name, weights_only=True)
+
+
+@pytest.mark.parametrize("script", [True, False])
+def test_parts_of_a_checkpoint_of_zero_3_name_the_script_that_puts_them_together(
+    script: bool, losscli: Losscli, tmp_path: Path
+) -> None:
+    """Each rank of DeepSpeed writes its share of all weights as one row, and empty tensors."""
+    whole = MLP("4-3-2").state_dict()
+    step = tmp_path / "run" / "global_step100"
+    step.mkdir(parents=True)
+    if script:
+        (tmp_path / "run" / "zero_to_fp32.py").touch()
+    flat = torch.cat([t.flatten() for t in whole.values()]).chunk(2)
+    for rank, part in enumerate(flat):
+        empty = {name: torch.empty(0, dtype=torch.bfloat16) for name in whole}
+        torch.save({"module": empty}, step / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        optimiser = {"optimizer_state_dict": {"zero_stage": 3, "fp32_flat_groups": [part]}}
+        torch.save(optimiser, step / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    before = sorted(tmp_path.rglob("*"))
+    names = [step, *step.iterdir(), *([step.parent] if script else [])]
+    for name in names:
+        done = losscli("interpolate", name, "init:0", "-m", "mlp:4-3-2", "-o", tmp_path / "out")
+        assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        if script:
+            run = step.parent
+            told = f"Put its parts together: python {run}/zero_to_fp32.py {run} FOLDER, and name"
+        else:
+            told = "Put its parts together with DeepSpeed's zero_to_fp32.py, and name what it"
+        assert told in done.stderr, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    # One empty tensor among others is a mismatch as any.
+    torch.save({**whole, "layers.0.bias": torch.empty(0)}, tmp_path / "odd.pt")
+    done = losscli("interpolate", tmp_path / "odd.pt", "init:0", "-m", "mlp:4-3-2")
+    assert "layers.0.bias is [0], not [3] as needed" in done.stderr

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,7 +227,7 @@ def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None
         (["interpolate", "a.pt", "b.pt", "-o", "x/"], 2, "is a folder"),
         (["interpolate", "a.pt", "b.pt", "--seed", "9" * 30], 2, "no seed"),
         (["interpolate", "a.pt", "b.pt", "-d", "leaves.py:data"], 1, "SystemExit"),
-        (["interpolate", "a.pt", "b.pt", "-o", "nowhere/x"], 1, "mkdir -p nowhere"),
+        (["interpolate", "a.pt", "b.pt", "-o", "a.pt/x"], 1, "a.pt is no folder. Choose another"),
         (["interpolate", "a.pt", "absent.pt"], 1, "no checkpoint absent.pt"),
         (["interpolate", "a.pt", "data.npz"], 1, "no checkpoint that torch can read"),
         (["interpolate", "a.pt", "empty.pt"], 1, "empty.pt is empty"),
@@ -421,8 +422,17 @@ def test_a_reader_that_leaves_early_is_told_of_in_one_line(unbuffered: str, fold
         )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plot", "--help"], ["--version"]])
-def test_a_help_text_that_nobody_reads_is_told_of_in_one_line(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["plot", "--help"], 0),
+        (["--show-completion"], 0),
+        (["--version"], 1),
+    ],
+)
+def test_a_help_text_that_is_read_no_further_is_no_error(arguments: list[str], status: int) -> None:
+    """As by head. A result that is read no further is one."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as stdout:
@@ -431,10 +441,129 @@ def test_a_help_text_that_nobody_reads_is_told_of_in_one_line(arguments: list[st
             check=False,
             stdout=stdout,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "SHELL": "/bin/bash"},
         )
-    assert done.returncode == 1
-    assert done.stderr == b"losscli: stdout was closed before the result was written to it\n"
+    assert done.returncode == status
+    told = b"losscli: stdout was closed before the result was written to it\n"
+    assert done.stderr == (told if status else b"")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize("shell", [[], ["bash"]])
+def test_completion_is_shown_and_installed_without_a_complaint(
+    shell: list[str], tmp_path: Path
+) -> None:
+    for option in ("--show-completion", "--install-completion"):
+        done = subprocess.run(
+            ["bash", "-c", '"$0" "$@"; exit $?', *COMMAND, option, *shell],
+            check=False,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path),
+                 "SHELL": shutil.which("bash") or ""},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "_losscli_completion" in done.stdout or "completion installed" in done.stdout
+    # What is installed is a script that bash can read, and that completes.
+    asked = "source .bashrc && COMP_WORDS=(losscli insp) COMP_CWORD=1 && complete -p losscli"
+    done = subprocess.run(
+        ["bash", "-c", asked], check=False, capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "_losscli_completion" in done.stdout
+
+
+def test_a_command_that_exits_is_told_of_though_an_argument_looks_like_completion(
+    folder: Path, losscli: Losscli
+) -> None:
+    (folder / "exits.py").write_text("def net(): raise SystemExit(0)\n")
+    done = losscli("interpolate", "init:0", "init:1", "-m", "exits.py:net", "-o",
+                   "--install-completion")  # fmt: skip
+    assert done.status == 1
+    assert "code that this command runs ended with SystemExit(0)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ("interpolate a.pt b.pt --range 0,2", "--range 0 2"),
+        ("interpolate a.pt b.pt --range -0.5,1.5", "--range -0.5 1.5"),
+        ("plane a.pt --range 0,1e-3", "--range 0 1e-3"),
+    ],
+)
+def test_numbers_with_a_comma_between_them_are_told_of(
+    arguments: str, written: str, folder: Path, losscli: Losscli
+) -> None:
+    done = losscli(*arguments.split(), "-o", "out")
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.endswith(f". Separate the numbers by spaces: {written}\n")
+    assert not list(folder.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "written"),
+    [
+        ("line.png", [], {"line.csv", "line.json", "line.png"}),
+        ("line.pdf", [], {"line.csv", "line.json", "line.pdf"}),
+        ("line.SVG", [], {"line.csv", "line.json", "line.SVG"}),
+        ("line.csv", [], {"line.csv", "line.json", "line.png"}),
+        ("line.svg", ["--no-figure"], {"line.csv", "line.json"}),
+        ("line.svg", ["--figure", "p.png"], {"line.csv", "line.json", "p.png"}),
+        ("line.1", [], {"line.1.csv", "line.1.json", "line.1.png"}),
+        (".png", [], {".png.csv", ".png.json", ".png.png"}),
+        ("new/deep/line", [], {f"new/deep/line.{s}" for s in ("csv", "json", "png")}),
+        ("new/line.pdf", [], {f"new/line.{s}" for s in ("csv", "json", "pdf")}),
+    ],
+)
+def test_out_is_a_stem_or_a_file_that_is_written_and_its_folder_is_made(
+    out: str, options: list[str], written: set[str], folder: Path, losscli: Losscli
+) -> None:
+    before = set(folder.rglob("*"))
+    run = ("interpolate", "a.pt", "b.pt", "--points", 3, "-o", out, *options)
+    assert losscli(*run, "--dry-run").status == 0
+    assert set(folder.rglob("*")) == before
+    done = losscli(*run)
+    assert done.status == 0, done.stderr
+    files = {path for path in set(folder.rglob("*")) - before if path.is_file()}
+    assert files == {folder / name for name in written}
+    # The same command again is the same run.
+    assert losscli(*run).status == 0
+    if out.endswith((".pdf", ".png")) and len(out) > 4 and not options:
+        drawn = losscli("plot", str(Path(out).with_suffix(".csv")), "-o", f"again/{out}")
+        assert (drawn.status, drawn.stdout) == (0, f"again/{out}\n")
+        assert (folder / "again" / out).exists()
+
+
+_WARNS = """
+import logging, warnings
+import torch, matplotlib
+from torch import nn
+def net():
+    torch.nn.functional.mse_loss(torch.ones(2), torch.ones(2, 1))
+    torch.nn.functional.dropout2d(torch.ones(2, 3))
+    warnings.warn("Glyph 26085 missing", UserWarning)
+    logging.getLogger("matplotlib.font_manager").warning("findfont: Font family not found.")
+    return nn.Linear(6, 3)
+"""
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_leaves_the_warnings_of_libraries_out(quiet: bool, folder: Path) -> None:
+    (folder / "warns.py").write_text(_WARNS)
+    command = "interpolate init:0 init:1 -m warns.py:net -d npz:data.npz --points 3 -o out"
+    done = subprocess.run(
+        [*COMMAND, *command.split(), *["-q"] * quiet],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if quiet:
+        assert done.stderr == ""
+    for told in ("target size", "dropout2d", "Glyph 26085", "findfont"):
+        assert (told in done.stderr) is not quiet, told
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_inspect_keeps_other_pictures(losscli: Losscli, folder: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["a.pt", "--figure", "x.jpg"], 2, "no suffix of a picture"),
-        (["a.pt", "--figure", "no/x.png"], 1, "mkdir -p no"),
+        (["a.pt", "--figure", "a.pt/x.png"], 1, "a.pt is no folder"),
         (["absent.pt", "--figure", "x.png"], 1, "no checkpoint absent.pt"),
         (["a.pt", "b.pt", "a.pt", "--figure", "x.png"], 2, "one checkpoint or two"),
     ],

@@ -7,6 +7,9 @@ import json
 import math
 import os
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ import pytest
 import torch
 
 from losscli import regular
+from losscli.checkpoint import read
 from losscli.errors import TableError
 from losscli.table import Table
 from tests.conftest import Losscli
@@ -249,6 +253,59 @@ def test_what_is_unpacked_is_held_against_the_memory_at_hand(
         assert done.status == 0, done.stderr
         for path in folder.glob("out.*"):
             path.unlink()
+
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+STAND_INS = {
+    POINTER: ("a pointer of Git LFS, not the file itself", "git lfs pull --include {name}"),
+    "<!DOCTYPE html>\n<html><head>": ("an HTML page, not the file itself", "Download it again"),
+    "\n <HTML><body>404": ("an HTML page, not the file itself", "Download it again"),
+}
+
+
+@pytest.mark.parametrize("content", STAND_INS)
+@pytest.mark.parametrize("name", ["f.pt", "f.bin", "f.safetensors", "data.npz", "d.safetensors",
+                                  "mnist/t10k-images-idx3-ubyte"])  # fmt: skip
+def test_what_was_not_downloaded_itself_is_named(
+    content: str, name: str, losscli: Losscli, folder: Path
+) -> None:
+    (folder / "mnist").mkdir()
+    (folder / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(bytes(9))
+    (folder / name).write_text(content)
+    scheme = name.partition("/")[0] if "/" in name else {"data.npz": "npz:data.npz"}.get(
+        name, f"safetensors:{name}")  # fmt: skip
+    spec = "mnist:mnist" if scheme == "mnist" else scheme
+    run = ("interpolate", name if name[0] == "f" else "a.pt", "b.pt", "-o", "out")
+    what, cure = STAND_INS[content]
+    refused(losscli, folder, f"{name} is {what}", *run, "-d", spec if name[0] != "f" else
+            "npz:data.npz")  # fmt: skip
+    done = losscli(*run, "-d", spec if name[0] != "f" else "npz:data.npz")
+    assert cure.format(name=Path(name).name) in done.stderr
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("arrays", [True, False])
+def test_a_plain_pickle_has_a_cure_that_works(
+    protocol: int, arrays: bool, losscli: Losscli, folder: Path
+) -> None:
+    """What pickle.dump wrote, torch.load does not read, with or without weights_only."""
+    import pickle
+
+    state = torch.load("a.pt", weights_only=True)["state_dict"]
+    content = {"epoch": 3, "net": {n: t.numpy() if arrays else t for n, t in state.items()}}
+    (folder / "f.pkl").write_bytes(pickle.dumps(content, protocol))
+    refused(losscli, folder, "none of it was run. If you trust it", "inspect", "f.pkl")
+    told = losscli("inspect", "f.pkl").stderr
+    command = re.search(r"save its state dict again: (python .*)", told)
+    assert command
+    _, *rest = shlex.split(command[1])
+    subprocess.run([sys.executable, *rest], check=True, capture_output=True)
+    loaded = read("f-weights.pt#net").select(None).weights
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[n], state[n]) for n in state)
 
 
 def test_plot_does_not_wait_for_a_writer(losscli: Losscli, folder: Path) -> None:

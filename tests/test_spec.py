@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -491,6 +492,52 @@ def test_code_that_cannot_be_imported_says_why(
         find(f"{tmp_path}/specs_broken.py:f")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "specs_broken.py") in str(caught.value)
+
+
+PARSES = "import argparse\np = argparse.ArgumentParser()\np.add_argument('--lr')\n"
+
+
+def test_a_script_that_parses_arguments_on_import_is_one_line(
+    losscli: Losscli, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "specs_script.py").write_text(PARSES + "p.add_argument('--x', required=True)\n"
+                                            "a = p.parse_args()\ndef net(): pass\n")  # fmt: skip
+    for m in ("specs_script.py:net", "specs_script:net"):
+        done = losscli("interpolate", "a.pt", "b.pt", "-m", m, "-o", "out")
+        assert (done.status, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert f"model {m}: it parses the command line while it is imported (" in done.stderr
+        assert "the following arguments are required: --x)" in done.stderr
+        assert done.stderr.endswith('under if __name__ == "__main__":\n')
+    assert capfd.readouterr() == ("", "")  # nor does argparse say anything
+    assert not list(folder.glob("out*"))
+    # A parser that is called later says what it has to say as it does.
+    with pytest.raises(SystemExit):
+        argparse.ArgumentParser().parse_args(["--unknown"])
+    assert "usage: " in capfd.readouterr().err
+
+
+def test_a_file_that_imports_relative_to_its_package_is_named_as_a_module(
+    losscli: Losscli, folder: Path, modules: None
+) -> None:
+    package = folder / "specs_nets"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "blocks.py").write_text("from torch import nn\nlinear = nn.Linear\n")
+    (package / "net.py").write_text("from .blocks import linear\ndef Net(): return linear(6, 3)\n")
+    run = ("interpolate", "init:0", "init:1", "-d", "npz:data.npz", "--points", 3, "-o", "out")
+    for name in ("specs_nets/net.py", "./specs_nets/net.py", str(package / "net.py")):
+        done = losscli(*run, "-m", f"{name}:Net")
+        assert (done.status, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert "attempted relative import with no known parent package" in done.stderr
+        assert done.stderr.endswith(
+            "Name it as a module of its package: --model specs_nets.net:Net\n"
+        )
+        assert not list(folder.glob("out*"))
+    # The cure works.
+    assert losscli(*run, "-m", "specs_nets.net:Net").status == 0
+    (folder / "specs_alone.py").write_text("from .blocks import linear\n")
+    done = losscli(*run, "-m", "specs_alone.py:Net")
+    assert done.stderr.endswith("from the folder above its package: package.module:callable\n")
 
 
 def test_an_interrupt_of_an_import_goes_through(tmp_path: Path, modules: None) -> None:

@@ -20,7 +20,7 @@ from losscli.checkpoint.claims import OLD_FORMAT, AmbiguousError, ClaimError, Re
 from losscli.checkpoint.names import metadata_of, natural
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
-from losscli.regular import open_regular, read_regular
+from losscli.regular import open_regular, read_regular, stand_in
 
 __all__ = ["SUFFIXES", "read_file", "read_json"]
 
@@ -34,6 +34,16 @@ _RESAVE = (
     "tensors = lambda x: {k: v.clone(memory_format=torch.contiguous_format) for k, v in "
     "x.items() if torch.is_tensor(v)} if isinstance(x, dict) else {}; "
     "s.save_file(max([tensors(state(x)) for x in [c, *c.values()]], key=len), sys.argv[2])"
+)
+
+
+# The same for what pickle.dump wrote, which torch.load does not read: also of arrays.
+_CONVERT = (
+    "import sys, pickle, torch; "
+    'c = pickle.load(open(sys.argv[1], "rb")); '
+    "t = lambda x: {k: t(v) for k, v in x.items()} if isinstance(x, dict) else "
+    'torch.as_tensor(x) if hasattr(x, "__array__") else x; '
+    'torch.save(t(c.state_dict() if hasattr(c, "state_dict") else c), sys.argv[2])'
 )
 
 
@@ -79,6 +89,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _need_itself(path: Path, name: str) -> None:
+    """Makes sure that a file that cannot be read is not something else in its place.
+
+    Args:
+        path: Where it lies.
+        name: How the user named it.
+
+    Raises:
+        CheckpointError: It is a pointer of Git LFS, or a page of a web site.
+    """
+    if found := stand_in(path):
+        what, cure = found
+        raise CheckpointError(f"{name} is {what}", cure) from None
+
+
 def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         # safetensors takes a file that may not be read for a missing one.
@@ -95,6 +120,7 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
             "Was it written for something else?",
         ) from None
     except (SafetensorError, RuntimeError, ValueError) as error:
+        _need_itself(path, name)
         raise CheckpointError(
             f"{name} is no whole safetensors file: {one_line(error)}",
             "Was its writing cut off?",
@@ -113,6 +139,7 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # noqa: BLE001 - a broken file makes the unpickler raise anything
+        _need_itself(path, name)
         raise _unreadable(name, path, error) from None
     if magic == b"GGUF":
         raise CheckpointError(
@@ -160,6 +187,18 @@ def _is_cut(path: Path) -> bool:
     return False
 
 
+def _is_plain_pickle(path: Path) -> bool:
+    """Whether a file is a pickle that torch.save did not write."""
+    try:
+        with _mapped(path) as file:
+            if file[:1] != b"\x80":
+                return False
+            values = [value for _, value, _ in pickletools.genops(file)]
+    except (OSError, ValueError):
+        return False
+    return OLD_FORMAT not in values
+
+
 def _is_exported(path: Path) -> bool:
     """Whether a file was written by torch.export.save, of this or of an older torch."""
     try:
@@ -202,12 +241,15 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
     elif "operand 149" in text:
         # Where the opcode FRAME stands, the pickle is of protocol 4 or above.
         thing = "is a pickle of a protocol that torch reads only together with code"
-    if thing:
-        target = path.with_name(f"{path.stem}-weights.safetensors")
+    plain = _is_plain_pickle(path)
+    if thing or plain:
+        thing = thing or "is a pickle that torch.save did not write"
+        suffix, script = ("pt", _CONVERT) if plain else ("safetensors", _RESAVE)
+        target = path.with_name(f"{path.stem}-weights.{suffix}")
         return CheckpointError(
             f"{name} {thing}; none of it was run",
             "If you trust it, save its state dict again: "
-            f"python -c '{_RESAVE}' {shlex.quote(str(path))} {shlex.quote(str(target))}",
+            f"python -c '{script}' {shlex.quote(str(path))} {shlex.quote(str(target))}",
         )
     return CheckpointError(
         f"{name} is no checkpoint that torch can read ({type(error).__name__})",

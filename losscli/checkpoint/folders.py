@@ -13,7 +13,7 @@ from losscli.checkpoint.adapters import CONFIG, Adapter
 from losscli.checkpoint.distributed import METADATA, read_distributed
 from losscli.checkpoint.files import SUFFIXES, read_file, read_json
 from losscli.checkpoint.names import natural, state_dicts
-from losscli.checkpoint.state import CheckpointFile
+from losscli.checkpoint.state import CheckpointFile, put_together
 from losscli.errors import CheckpointError, one_line
 
 __all__ = ["in_folder", "is_index", "read_adapter", "read_folder", "read_index"]
@@ -146,7 +146,10 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
             f"{folder} has a config.json and none of {', '.join(_WEIGHTS)}",
             "Save the model with save_pretrained, or name a file in it",
         )
-    return CheckpointError(f"{folder} is a folder, not a checkpoint file", "Name a file in it")
+    return CheckpointError(
+        f"{folder} is a folder, not a checkpoint file",
+        put_together(folder) or "Name a file in it",
+    )
 
 
 def is_index(path: Path) -> bool:

@@ -11,7 +11,7 @@ from losscli.checkpoint.folders import is_index, read_adapter, read_folder, read
 from losscli.checkpoint.given import Given
 from losscli.checkpoint.names import state_dicts
 from losscli.checkpoint.quantised import packed
-from losscli.checkpoint.state import CheckpointFile
+from losscli.checkpoint.state import CheckpointFile, put_together
 from losscli.errors import CheckpointError
 
 __all__ = ["base_of", "read"]
@@ -41,7 +41,8 @@ def read(name: str) -> CheckpointFile:
         file = file.at(key)
     if not file.candidates and not file.quantised:
         raise CheckpointError(
-            f"{name} holds no tensors under names", "Save the model's state_dict() in it"
+            f"{name} holds no tensors under names",
+            put_together(path) or "Save the model's state_dict() in it",
         )
     for label, weights in file.choice.items():
         file.need_dense(label, weights)

@@ -27,7 +27,7 @@ __all__ = ["Checkpoint", "CheckpointFile", "tied"]
 _MOST_KEYS = 12
 
 # So many names that do not fit are listed.
-_TOLD = 100
+_TOLD = 3
 
 
 @dataclass(frozen=True)
@@ -290,10 +290,17 @@ class CheckpointFile:
             return label in others, part.holds, common, -size if common else size
 
         label, part = max(found, key=likeness)
+        empty = [not t.numel() and name in expected for name, t in part.weights.items()]
+        if empty and all(empty) and any(t.numel() for t in expected.values()):
+            raise MismatchError(
+                f"the tensors of {self.name} are empty, as in one rank's part of a checkpoint of "
+                "DeepSpeed ZeRO-3",
+                put_together(self.path) or "Name the checkpoint that has the weights",
+            )
         wrong = mismatches(part.weights, expected)
         inner = f"{label}.{part.prefix}".strip(".") if part.prefix else label
         name = f"{self.where}#{inner}" if inner and (len(others) > 1 or part.prefix) else self.name
-        more = f"; and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
+        more = f" and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
         raise MismatchError(f"{name} does not fit {whose}: {'; '.join(wrong[:_TOLD])}{more}")
 
     def _onto(self, base: Checkpoint, expected: Weights | None) -> Checkpoint:
@@ -375,6 +382,28 @@ def _counts(dtype: torch.dtype) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return True
+
+
+def put_together(path: Path) -> str:
+    """Returns how the parts of a DeepSpeed checkpoint become one file.
+
+    Args:
+        path: A file or a folder of it.
+
+    Returns:
+        The cure; an empty text where it is none.
+    """
+    folder = path if path.is_dir() else path.parent
+    for place in (folder, folder.parent):
+        script = place / "zero_to_fp32.py"
+        if script.is_file():
+            return (
+                f"Put its parts together: python {shlex.quote(str(script))} "
+                f"{shlex.quote(str(place))} FOLDER, and name the file that it writes"
+            )
+    if any(folder.glob("*zero_pp_rank_*.pt")):
+        return "Put its parts together with DeepSpeed's zero_to_fp32.py, and name what it writes"
+    return ""
 
 
 def tied(weights: Weights) -> dict[str, list[str]]:

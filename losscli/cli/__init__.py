@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +24,8 @@ __all__ = ["main"]
 
 # What several processes do together. All else takes no longer by rank 0 alone.
 _SHARED = frozenset({"interpolate", "trajectory", "plane", "barriers", "check"})
+
+_COMPLETION = frozenset({"--install-completion", "--show-completion"})
 
 # Seconds after which a signal that was dropped is sent again.
 _MOMENT = 0.01
@@ -68,7 +72,8 @@ def run(arguments: Sequence[str], console: Console) -> int:
     before = {n: signal.signal(n, _signalled) for n in (signal.SIGINT, signal.SIGTERM)}
     hook, sys.unraisablehook = sys.unraisablehook, partial(_unraisable, sys.unraisablehook)
     try:
-        return _attempt(partial(_dispatch, arguments), console)
+        with warnings.catch_warnings():  # -q leaves them out
+            return _attempt(partial(_dispatch, arguments), console)
     except _Signalled as sent:
         # While another end was told of, or when all was done.
         return 128 + sent.number
@@ -100,9 +105,6 @@ def _attempt(work: Callable[[Console], int], console: Console) -> int:
     except SystemExit as error:
         if "_LOSSCLI_COMPLETE" in os.environ:  # a shell asked typer for completions
             return error.code if isinstance(error.code, int) else 0
-        if isinstance(error.__context__, BrokenPipeError):  # so typer and rich end a help text
-            console.error("stdout was closed before the result was written to it")
-            return 1
         ended = f"code that this command runs ended with SystemExit({error.code})"
         console.error(_with_what_is_kept(ended, console))
         return 1
@@ -186,6 +188,23 @@ def _among_ranks(arguments: Sequence[str], console: Console) -> int:
     return status
 
 
+def _without_commas(arguments: Sequence[str]) -> str:
+    """Returns a cure where the numbers of an option have commas between them; else nothing."""
+    for option, value in pairwise(arguments):
+        numbers = value.split(",")
+        if option.startswith("-") and len(numbers) > 1 and all(map(_is_number, numbers)):
+            return f"Separate the numbers by spaces: {option} {' '.join(numbers)}"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _parse(arguments: Sequence[str], console: Console) -> int:
     # typer takes a tenth of a second to import: within `run`, so that Ctrl-C is heard meanwhile.
     import typer
@@ -196,21 +215,32 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
     click_exception: type[Any] = typer.BadParameter.__mro__[2]
     notes = _Notes(console)
     logging.getLogger("losscli").addHandler(notes)
-    # So help is asked for, which typer writes.
+    # So help is asked for, which typer writes; and completion, after which it ends the process.
     helps = not arguments or not {"-h", "--help"}.isdisjoint(arguments)
+    completes = not _COMPLETION.isdisjoint(arguments[:1])
     try:
         status = app(args=list(arguments), prog_name="losscli", standalone_mode=False, obj=console)
         if helps and sys.stdout is None:
             raise console.lost()
-    except OSError as error:
-        if not helps or error.filename:
+    except SystemExit as error:
+        # So rich ends a text that is read no further, as by head: nothing is lost.
+        if (helps or completes) and isinstance(error.__context__, BrokenPipeError):
+            return 0
+        if not completes:
             raise
-        raise console.lost(error) from None
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except OSError as error:
+        if not (helps or completes) or error.filename:
+            raise
+        lost = console.lost(error)
+        if isinstance(error, BrokenPipeError):
+            return 0
+        raise lost from None
     except click_exception as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "losscli")
         raise UsageError(
             error.format_message() or "no command is given",
-            f"See {command} --help",
+            _without_commas(arguments) or f"See {command} --help",
         ) from None
     finally:
         logging.getLogger("losscli").removeHandler(notes)

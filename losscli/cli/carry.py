@@ -83,6 +83,7 @@ def carry_out(
 
     with console.guard_stdout():
         basis = study.basis
+    output.make_folder()
     with (
         Journal.open(output.stem, basis.identity, basis.told) as journal,
         _keeping(journal, console),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from losscli.errors import UsageError
-from losscli.results import Output, default_stem, stem_of
+from losscli.results import Output, default_stem, picture_of, stem_of
 from losscli.settings import Buffers, DType, Settings
 
 __all__ = [
@@ -208,7 +211,7 @@ _OUTPUT_OPTIONS: dict[str, Any] = {
 }
 
 _CONSOLE: dict[str, Any] = {
-    "quiet": Annotated[bool, _option(_OUTPUT, "No progress, no notes.", "-q", "--quiet")],
+    "quiet": Annotated[bool, _option(_OUTPUT, "No progress, notes or warnings.", "-q", "--quiet")],
     "traceback": Annotated[
         bool, _option(_OUTPUT, "Show where in the code an error comes from.", "--traceback")
     ],
@@ -302,7 +305,8 @@ class Write:
                     )
             return None
         stem = stem_of(self.out) if self.out is not None else Path(default_stem(command, names))
-        return Output.plan(stem, self.figure, draw=not self.no_figure, force=self.force)
+        figures = self.figure or (() if self.no_figure else picture_of(self.out))
+        return Output.plan(stem, figures, draw=not self.no_figure, force=self.force)
 
 
 def with_settings(command: Command) -> Command:
@@ -367,6 +371,10 @@ def with_console(command: Command) -> Command:
     def gather(values: dict[str, Any]) -> dict[str, Any]:
         console = values["ctx"].obj
         console.quiet, console.traceback = values["quiet"], values["traceback"]
+        if console.quiet and not sys.warnoptions:
+            # What matplotlib and torch say of themselves, such as a sign that a font lacks.
+            warnings.simplefilter("ignore")
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)
         return {"console": console}
 
     return _expand(command, "console", {"ctx": typer.Context, **_CONSOLE}, gather)

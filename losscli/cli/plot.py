@@ -18,7 +18,7 @@ from losscli.cli.options import with_console
 from losscli.console import Console, stdin
 from losscli.errors import TableError, UsageError, one_line
 from losscli.regular import read_regular
-from losscli.results import Output, need_few, stem_of
+from losscli.results import Output, need_few, picture_of, stem_of
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -134,7 +134,7 @@ def plot(
         return
     alone = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((alone or "").removesuffix(".csv") or "plot")
-    output = Output.plan(stem, tuple(figure or ()), force=force)
+    output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
     from losscli.figure import Run, draw, render
 
     _need_few(csvs, runs)

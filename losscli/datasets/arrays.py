@@ -19,6 +19,7 @@ from torch import Tensor
 from losscli.datasets.batch import Pixels, to_tensor
 from losscli.datasets.memory import need_memory
 from losscli.errors import DataError, SpecError, one_line
+from losscli.regular import stand_in
 
 __all__ = ["load_mnist", "load_npz", "load_safetensors", "scaled"]
 
@@ -106,6 +107,7 @@ def load_safetensors(
         with path.open("rb"), safe_open(path, framework="pt") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        _need_itself(path)
         raise DataError(
             f"{path} is no whole safetensors file: {one_line(error)}", "Was its writing cut off?"
         ) from None
@@ -142,6 +144,7 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - a broken archive makes its reader raise anything
+        _need_itself(path)
         raise DataError(
             f"{path} is no NumPy archive of numbers: {one_line(error)}",
             "Write it with numpy.savez, arrays of numbers alone",
@@ -249,6 +252,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             f"{path} cannot be read: {one_line(error)}", "Was its download cut off?"
         ) from None
     if content[:4] != bytes([0, 0, 8, dimensions]):
+        _need_itself(path)
         raise DataError(
             f"{path} is no IDX file of bytes in {dimensions} dimensions",
             "Is it another file, or a labels file in the place of images?",
@@ -262,6 +266,12 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
         )
     values = np.frombuffer(bytearray(content), np.uint8, offset=start)
     return torch.from_numpy(values.reshape(shape))
+
+
+def _need_itself(path: Path) -> None:
+    if found := stand_in(path):
+        what, cure = found
+        raise DataError(f"{path} is {what}", cure) from None
 
 
 def _exists(path: Path) -> None:
