@@ -41,11 +41,13 @@ def interpolation(summary: Mapping[str, Any]) -> str:
     """
     a, b = (printable(c["name"]) for c in summary["checkpoints"])
     low, high = summary["range"]
-    moving = summary["moving"]
     lines = [
         f"A  {a}",
         f"B  {b}",
-        (f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over {_moving(moving)}"),
+        (
+            f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over "
+            f"{_moving(summary)}"
+        ),
     ]
     if refined := summary["refined"]:
         lines.append(
@@ -95,10 +97,10 @@ def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
     ]
 
 
-def _moving(moving: Mapping[str, int]) -> str:
+def _moving(summary: Mapping[str, Any]) -> str:
     """How many parameters move, and how many buffers move along."""
+    moving, along = summary["moving"], summary["moving_buffers"]
     told = f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}"
-    along = moving["buffers"]
     return (
         f"{told}; {_count(along, 'buffer')} move{'s' if along == 1 else ''} along"
         if along
@@ -201,12 +203,12 @@ def trajectory(summary: Mapping[str, Any]) -> str:
         Lines of text.
     """
     names = [printable(c["name"]) for c in summary["checkpoints"]]
-    path, moving = summary["path"], summary["moving"]
+    path = summary["path"]
     length, walked, farthest = path["length"], path["walked"], path["farthest"]
     last = len(names) - 1
     back = path["steps_back"]
     off = farthest["residual"]
-    line = f"‖d‖ = {length:.4g} over {_moving(moving)}"
+    line = f"‖d‖ = {length:.4g} over {_moving(summary)}"
     walk = f"{_count(last, 'step')}, {walked:.4g} long: {walked / length:.3g} times the line"
     far = f"r = {off:.4g}, {off / length:.2g} ‖d‖, at step {farthest['step']}"
     rows = [
@@ -265,7 +267,6 @@ def plane(summary: Mapping[str, Any]) -> str:
         Lines of text.
     """
     names = [printable(c["name"]) for c in summary["checkpoints"]]
-    moving = summary["moving"]
     letters = "ABC" if summary["plane"] == "points" else ""
     if letters or len(names) == 1:
         rows = [(letters[t : t + 1] or "at (0, 0)", name) for t, name in enumerate(names)]
@@ -276,7 +277,7 @@ def plane(summary: Mapping[str, Any]) -> str:
         explained = axis["explained_variance"]
         share = "" if explained is None else f", {explained:.1%} of the variance"
         rows.append((letter, f"{axis['name']}{share}, from {low:g} to {high:g}"))
-    rows.append(("moving", _moving(moving)))
+    rows.append(("moving", _moving(summary)))
     if summary["plane"] == "pca":
         size = max(abs(x) for letter in "xy" for x in summary[f"{letter}_range"])
         off = summary["off_plane"]
@@ -318,12 +319,12 @@ def barriers(summary: Mapping[str, Any]) -> str:
     few = len(names) <= _MATRIX
     number = {c["name"]: str(t) for t, c in enumerate(summary["checkpoints"], start=1)}
     lines = [f"{t:>2}  {name}" for t, name in enumerate(names, start=1)] if few else []
-    moving, points = summary["moving"], len(summary["alphas"])
+    points = len(summary["alphas"])
     length = [x for i, row in enumerate(summary["distances"]) for x in row[i + 1 :] if _known(x)]
     far = f"‖B − A‖ from {min(length):.4g} to {max(length):.4g}" if length else "‖B − A‖ not finite"
     lines.append(
         f"{_count(len(names), 'checkpoint')}, {_count(pairs, 'pair')}, {points:,} points each; "
-        f"{far} over {_moving(moving)}"
+        f"{far} over {_moving(summary)}"
     )
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_count(summary['examples'][name], 'example')}"]
@@ -449,7 +450,7 @@ def plan(description: Mapping[str, Any]) -> str:
         ("data", f"{d['data']}: {splits} examples"),
         ("loss", ", ".join([d["loss"], *d["metrics"]])),
         ("device", f"{d['device']}, {d['dtype']}, batches of {d['batch_size']}"),
-        ("moving", _moving(d["moving"])),
+        ("moving", _moving(d)),
         *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),
         *([("pairs", f"{d['pairs']:,}")] if "pairs" in d else []),
         ("points", f"{d['points']:,}, {d['points_at_once']:,} at once"),

@@ -380,8 +380,8 @@ class Study(ABC):
             "moving": {
                 "tensors": len(counted),
                 "values": dimension(self.problem.first.weights, counted),
-                "buffers": len(self.moving) - len(counted),
             },
+            "moving_buffers": len(self.moving) - len(counted),
         }
 
     def seconds(self, swept: float) -> dict[str, float]:
