@@ -41,12 +41,14 @@ def interpolation(summary: Mapping[str, Any]) -> str:
     """
     a, b = (printable(c["name"]) for c in summary["checkpoints"])
     low, high = summary["range"]
-    moving = summary["moving"]
     lines = [
         *_task(summary, 9),
         f"A  {a}",
         f"B  {b}",
-        (f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over {_moving(moving)}"),
+        (
+            f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over "
+            f"{_moving(summary)}"
+        ),
     ]
     if refined := summary["refined"]:
         lines.append(
@@ -106,10 +108,10 @@ def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
     ]
 
 
-def _moving(moving: Mapping[str, int]) -> str:
+def _moving(summary: Mapping[str, Any]) -> str:
     """How many parameters move, and how many buffers move along."""
+    moving, along = summary["moving"], summary["moving_buffers"]
     told = f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}"
-    along = moving["buffers"]
     return (
         f"{told}; {_count(along, 'buffer')} move{'s' if along == 1 else ''} along"
         if along
@@ -220,12 +222,12 @@ def trajectory(summary: Mapping[str, Any]) -> str:
         Lines of text.
     """
     names = [printable(c["name"]) for c in summary["checkpoints"]]
-    path, moving = summary["path"], summary["moving"]
+    path = summary["path"]
     length, walked, farthest = path["length"], path["walked"], path["farthest"]
     last = len(names) - 1
     back = path["steps_back"]
     off = farthest["residual"]
-    line = f"‖d‖ = {length:.4g} over {_moving(moving)}"
+    line = f"‖d‖ = {length:.4g} over {_moving(summary)}"
     walk = f"{_count(last, 'step')}, {walked:.4g} long: {walked / length:.3g} times the line"
     far = f"r = {off:.4g}, {off / length:.2g} ‖d‖, at step {farthest['step']}"
     rows = [
@@ -283,7 +285,6 @@ def plane(summary: Mapping[str, Any]) -> str:
         Lines of text.
     """
     names = [printable(c["name"]) for c in summary["checkpoints"]]
-    moving = summary["moving"]
     letters = "ABC" if summary["plane"] == "points" else ""
     if letters or len(names) == 1:
         rows = [(letters[t : t + 1] or "at (0, 0)", name) for t, name in enumerate(names)]
@@ -294,7 +295,7 @@ def plane(summary: Mapping[str, Any]) -> str:
         explained = axis["explained_variance"]
         share = "" if explained is None else f", {explained:.1%} of the variance"
         rows.append((letter, f"{axis['name']}{share}, from {low:g} to {high:g}"))
-    rows.append(("moving", _moving(moving)))
+    rows.append(("moving", _moving(summary)))
     if summary["plane"] == "pca":
         size = max(abs(x) for letter in "xy" for x in summary[f"{letter}_range"])
         off = summary["off_plane"]
@@ -338,12 +339,12 @@ def barriers(summary: Mapping[str, Any]) -> str:
     number = {c["name"]: str(t) for t, c in enumerate(summary["checkpoints"], start=1)}
     lines = _task(summary, 9)
     lines += [f"{t:>2}  {name}" for t, name in enumerate(names, start=1)] if few else []
-    moving, points = summary["moving"], len(summary["alphas"])
+    points = len(summary["alphas"])
     length = [x for i, row in enumerate(summary["distances"]) for x in row[i + 1 :] if _known(x)]
     far = f"‖B − A‖ from {min(length):.4g} to {max(length):.4g}" if length else "‖B − A‖ not finite"
     lines.append(
         f"{_count(len(names), 'checkpoint')}, {_count(pairs, 'pair')}, {points:,} points each; "
-        f"{far} over {_moving(moving)}"
+        f"{far} over {_moving(summary)}"
     )
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
@@ -491,7 +492,7 @@ def plan(description: Mapping[str, Any]) -> str:
         ("loss", f"{d['loss']} ({d['sources']['loss']})"),
         ("metrics", f"{', '.join(d['metrics']) or 'none'} ({d['sources']['metrics']})"),
         ("device", f"{d['device']}, {d['dtype']}, {batches}"),
-        ("moving", _moving(d["moving"])),
+        ("moving", _moving(d)),
         *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),
         *([("pairs", f"{d['pairs']:,}")] if "pairs" in d else []),
         ("points", f"{d['points']:,}, {d['points_at_once']:,} at once"),

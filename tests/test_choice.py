@@ -101,7 +101,7 @@ def test_a_path_is_measured_and_evaluated_in_the_chosen_tensors(
     assert counted(result)
     assert result.summary["notes"][:2] == [
         STAYS,
-        "projections, residuals and distances are those of the moving tensors",
+        "projections, residuals and distances are those of the moving parameters",
     ]
 
 
@@ -124,7 +124,7 @@ def test_a_plane_through_three_lies_in_the_chosen_tensors(
     assert counted(result)
     assert result.summary["notes"] == [
         STAYS,
-        "axes and distances are those of the moving tensors",
+        "axes and distances are those of the moving parameters",
     ]
 
 

@@ -235,6 +235,25 @@ def test_an_initialisation_is_no_file_to_export_from(losscli: Losscli, folder: P
     assert not Path("best.safetensors").exists()
 
 
+def test_buffers_count_in_no_norm_of_the_whole(tmp_path: Path, losscli: Losscli) -> None:
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = CNN("3", channels=1, classes=3, batchnorm=True)
+        model.train()(torch.randn(9, 1, 4, 4))
+        states.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        torch.save(model.state_dict(), tmp_path / f"{seed}.pt")
+    done = losscli("inspect", tmp_path / "1.pt", tmp_path / "2.pt", "--json")
+    told = json.loads(done.stdout)
+    norms = [math.hypot(*(float(t.double().norm()) for t in s.values())) for s in states]
+    assert [c["norm"] for c in told["checkpoints"]] == pytest.approx(norms, rel=1e-12)
+    far = (float((states[1][n].double() - t.double()).norm()) for n, t in states[0].items())
+    assert told["distance"] == pytest.approx(math.hypot(*far), rel=1e-12)
+    assert told["buffers"] == ["norms.0.running_mean", "norms.0.running_var"]
+    shown = losscli("inspect", tmp_path / "1.pt").stdout
+    assert "buffers count in neither norm nor distance: norms.0.running_mean and 1 more" in shown
+
+
 def spoilt_batchnorm(folder: Path, prefix: str = "") -> None:
     """Two networks with BatchNorm statistics of their own, and data."""
     for seed, name in enumerate(("a", "b")):

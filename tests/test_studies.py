@@ -132,6 +132,9 @@ def test_distances_are_over_the_parameters_alone(name: str, tmp_path: Path) -> N
     assert line.summary["distance"] == pytest.approx(length, rel=1e-12)
     moving = [n for n in parameters if not torch.equal(one[n], other[n])]
     assert line.summary["moving"]["tensors"] == len(moving)
+    buffers = case.build().named_buffers()
+    along = [n for n, t in buffers if t.is_floating_point() and not torch.equal(one[n], other[n])]
+    assert line.summary["moving_buffers"] == len(along)
     assert line.summary["moving"]["values"] == sum(one[n].numel() for n in moving)
     pairs = losscli.barriers(files, **given, points=3)
     assert pairs.table.floats("distance") == [line.summary["distance"]]

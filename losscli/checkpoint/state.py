@@ -295,7 +295,8 @@ class CheckpointFile:
             raise MismatchError(
                 f"the tensors of {self.name} are empty, as in one rank's part of a checkpoint of "
                 "DeepSpeed ZeRO-3",
-                put_together(self.path) or "Name the checkpoint that has the weights",
+                (self.path and put_together(self.path))
+                or "Name the checkpoint that has the weights",
             )
         wrong = mismatches(part.weights, expected)
         inner = f"{label}.{part.prefix}".strip(".") if part.prefix else label

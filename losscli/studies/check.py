@@ -603,7 +603,7 @@ class Check(Study):
                 for name in objective.splits
             },
             "escape": escape,
-            "notes": [*self.kept(), *self._notes(heard, found)],
+            "notes": [*self.kept(), *self.spectral_norms(), *self._notes(heard, found)],
             "seconds": seconds,
         }
         return Result(table, summary, more)

@@ -385,8 +385,8 @@ class Study(ABC):
             "moving": {
                 "tensors": len(counted),
                 "values": dimension(self.problem.first.weights, counted),
-                "buffers": len(self.moving) - len(counted),
             },
+            "moving_buffers": len(self.moving) - len(counted),
         }
 
     def seconds(self, swept: float) -> dict[str, float]:
@@ -621,39 +621,37 @@ class Study(ABC):
             name in self.moving for layer in layers for name in layer.names
         ):
             return []
+        name, split = next(iter(objective.splits.items()))
+        size = min(max(objective.batch_size, _FEW), _MANY, len(split))
         trained = (w for w in ends if not all(layer.is_fresh(w) for layer in layers))
-        own = [self._with_statistics(weights) for weights in itertools.islice(trained, _ENDS)]
-        if not own:
+        some = list(itertools.islice(trained, _ENDS))
+        if size < 2 or not some:
             return []
-        notes = []
-        for name, (moved, batch) in self._with_statistics(between()).items():
-            chance = sum(_gap(*end[name]) for end in own) / len(own)
-            gap = _gap(moved, batch)
-            if math.isfinite(batch) and gap > max(2 * chance, _MATTERS * abs(batch)):
-                notes.append(
-                    "between the checkpoints BatchNorm's statistics are not those of the data: the "
-                    f"loss of a first batch of {name} is {moved:.4g}, and {batch:.4g} with the "
-                    "statistics of that batch; --buffers recalibrate re-estimates them"
-                )
-                break
-        objective.load(self.problem.origin)
-        return notes
+        batch = split.first(size).to(objective.device)
+        try:
+            own = [self._with_statistics(weights, batch) for weights in some]
+            moved, there = self._with_statistics(between(), batch)
+        except (torch.OutOfMemoryError, MemoryError):
+            return []
+        finally:
+            objective.load(self.problem.origin)
+        chance = sum(_gap(*losses) for losses in own) / len(own)
+        if math.isfinite(there) and _gap(moved, there) > max(2 * chance, _MATTERS * abs(there)):
+            note = (
+                "between the checkpoints BatchNorm's statistics are not those of the data: the "
+                f"loss of a first batch of {name} is {moved:.4g}, and {there:.4g} with the "
+                "statistics of that batch; --buffers recalibrate re-estimates them"
+            )
+            return [note]
+        return []
 
-    def _with_statistics(self, weights: Weights) -> dict[str, tuple[float, float]]:
-        """The mean loss of first batches at a point: with its statistics, with the batch's."""
-        objective = self.problem.objective
-        found = {}
-        for name, split in objective.splits.items():
-            size = min(max(objective.batch_size, _FEW), _MANY, len(split))
-            if size < 2:
-                continue
-            batch = split.first(size).to(objective.device)
-            losses = [objective.plain(weights, {name: batch})[name].losses]
-            with objective.estimating_on(batch):
-                losses.append(objective.plain(weights, {name: batch})[name].losses)
-            moved, own = (float(values.double().mean()) for values in losses)
-            found[name] = moved, own
-        return found
+    def _with_statistics(self, weights: Weights, batch: Split) -> tuple[float, float]:
+        """The mean loss of a batch at a point: with its statistics, with those of the batch."""
+        objective, batches = self.problem.objective, {"": batch}
+        moved = objective.plain(weights, batches)[""].losses
+        with objective.estimating_on(batch):
+            own = objective.plain(weights, batches)[""].losses
+        return float(moved.double().mean()), float(own.double().mean())
 
     def middle(self, a: Weights, b: Weights) -> Weights:
         """Makes the point in the middle of two.

@@ -29,6 +29,7 @@ from losscli.settings import Settings
 from losscli.studies.study import Study, count, moving_along
 from losscli.sweep import check, settle, sweep_each, sweep_plain
 from losscli.table import Cell, Table
+from losscli.weights import dimension
 
 __all__ = ["Trajectory", "trajectory"]
 
@@ -326,8 +327,8 @@ class Trajectory(Study):
     def _walks(self) -> list[Path]:
         if not self.random_walk:
             return []
-        dimension = self.origin()["moving"]["values"]
-        return random_walks(self.path.steps, dimension, _WALKS, self.problem.settings.seed)
+        size = dimension(self.problem.first.weights, self.counted)
+        return random_walks(self.path.steps, size, _WALKS, self.problem.settings.seed)
 
     def _more(self, found: Mapping[str, Estimate], walks: Sequence[Path]) -> dict[str, Table]:
         more = {}
