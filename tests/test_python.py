@@ -356,7 +356,7 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
         ("metric", "accuracy"),
         ("metric", accuracy),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_repeatable_option_takes_one_value_or_several(option: str, one: Any) -> None:
     def generated() -> Iterator[Any]:
