@@ -8,10 +8,10 @@ the rounding of the type that the network is computed in.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Literal, Self
 
 import numpy as np
@@ -21,10 +21,19 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from losscli.datasets import Examples, Split
+from losscli.differences import (
+    CURE,
+    DETACHED,
+    FIRST,
+    FIRST_IN_FLOAT32,
+    NEEDED,
+    POINTS,
+    SECOND,
+)
 from losscli.elementary import Elementary
 from losscli.errors import ModelError, OutOfMemoryError, UsageError, one_line
 from losscli.objective import Objective, Progress
-from losscli.weights import Weights
+from losscli.weights import Weights, norm
 
 __all__ = [
     "DENSE_LIMIT",
@@ -35,6 +44,8 @@ __all__ = [
     "Eigenpair",
     "Extremes",
     "Verdict",
+    "add_rounding",
+    "check_derivatives",
     "verdict",
 ]
 
@@ -70,6 +81,9 @@ _ANY = 1e100
 
 # Rows of a whole Hessian for which a batch is differentiated once.
 _ROWS = 16
+
+# How far from a point derivatives are compared with differences, as a share of its norm.
+_AWAY = 0.01
 
 # How far parameters that no gradient reaches are moved, as a share of their size.
 _NUDGE = 1 / 16
@@ -132,11 +146,19 @@ class DenseHessian:
     error: float
 
     @property
-    def minimal_ratio(self) -> float:
-        """The share of eigenvalues above ``error``; those within it count as not positive."""
+    def shares(self) -> tuple[float, float, float]:
+        """The shares of eigenvalues above ``error``, below ``-error``, and undecided between."""
         if math.isnan(self.error):
-            return math.nan
-        return float(np.mean(self.eigenvalues > self.error))
+            return math.nan, math.nan, math.nan
+        positive = float(np.mean(self.eigenvalues > self.error))
+        negative = float(np.mean(self.eigenvalues < -self.error))
+        undecided = float(np.mean(np.abs(self.eigenvalues) <= self.error))
+        return positive, negative, undecided
+
+    def newton_change(self, gradient: _Matrix) -> float:
+        """Returns ½ gᵀH⁻¹g, by which a quadratic loss falls from here to its critical point."""
+        along = self.eigenvectors.T @ gradient
+        return float(np.sum(along**2 / self.eigenvalues) / 2)
 
 
 class Curvature:
@@ -648,10 +670,148 @@ def _replace(vectors: Tensor, better: Tensor) -> Tensor:
     return torch.cat([better, vectors[likeness.argsort()[: max(0, len(vectors) - len(better))]]])
 
 
+def add_rounding(
+    extremes: Extremes, single: Curvature, double: Curvature, *, whole: bool
+) -> Extremes:
+    """Adds the rounding of products with the Hessian to the errors of eigenvalues.
+
+    With H the exact Hessian and H' that of the forward type, ‖Hv - λv‖ <= ‖H'v - λv‖ + ‖(H' - H)v‖.
+    Where activations cancel, the second term is far above √n ε. On some of the examples it is not
+    known exactly, and counts twice: rounding that is random is smaller on all of them, rounding
+    that is not is the same.
+
+    Args:
+        extremes: The eigenvalues, found with products of the forward type.
+        single: Products of the forward type on some examples.
+        double: Products in float64 on the same ones.
+        whole: Whether these are all examples.
+
+    Returns:
+        The eigenvalues with larger errors.
+    """
+
+    def widen(pair: Eigenpair) -> Eigenpair:
+        if not math.isfinite(pair.error):
+            return pair
+        rounding = float((single.product(pair.vector) - double.product(pair.vector)).norm())
+        return replace(pair, error=pair.error + (1 if whole else 2) * rounding)
+
+    smallest, largest = (tuple(map(widen, end)) for end in (extremes.smallest, extremes.largest))
+    return replace(extremes, smallest=smallest, largest=largest)
+
+
+def check_derivatives(
+    objective: Objective,
+    weights: Weights,
+    names: Sequence[str],
+    sample: Split,
+    directions: Mapping[str, Tensor],
+    seed: int,
+) -> None:
+    """Compares gradients with differences of the loss, and products with those of gradients.
+
+    The comparison takes place near the point, 1 % of the weights away in a random direction: at
+    weights of zero, say, a network has kinks. It is made along each of the directions given and
+    along random ones, four in all.
+
+    Args:
+        objective: The model, the loss and the data, in float64 where possible. Products are
+            compared only there.
+        weights: The point: all tensors of the model; they are loaded in the end.
+        names: The parameters that are differentiated.
+        sample: A few examples.
+        directions: Vectors ``[n]`` of length one, by what they are called.
+        seed: Of the random directions.
+
+    Raises:
+        ModelError: Derivatives contradict differences along two directions or more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    precise = objective.dtype == torch.float64
+    with Curvature(objective, weights, names, sample) as here:
+        point = {name: objective.tensors[name].detach().clone() for name in names}
+        length = norm(point) or 1.0
+
+        def random() -> dict[str, Tensor]:
+            """A step as long as the weights, in proportion to the size of each tensor."""
+            typical = length / math.sqrt(here.size)
+            steps = {
+                name: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+                * (norm({name: t}) / math.sqrt(t.numel()) or typical)
+                for name, t in point.items()
+                if t.numel()
+            }
+            return {name: step * (length / (norm(steps) or 1.0)) for name, step in steps.items()}
+
+        ways = {
+            f"the eigenvector of {name}": {
+                n: t.to(point[n]) * length for n, t in here.named(v).items()
+            }
+            for name, v in directions.items()
+            if bool(v.isfinite().all())
+        }
+        ways |= {f"random direction {k + 1}": random() for k in range(POINTS - len(ways))}
+
+        def moved(base: Weights, way: Weights, step: float) -> Weights:
+            return {name: base[name] + step * t for name, t in way.items()}
+
+        def loss(at: Weights) -> Tensor:
+            return objective.plain(at, {"": sample})[""].losses.double().mean()
+
+        def gradient(at: Weights) -> Tensor:
+            return Curvature(objective, at, names, sample).gradient()
+
+        slopes, products = [], []
+        for name, way in ways.items():
+            base = moved(point, random(), _AWAY)
+            flat = torch.cat([way[n].reshape(-1).double() for n in names]).to(here._device)
+            at = Curvature(objective, base, names, sample)
+            slope, product = at.gradient() @ flat, at.product(flat) if precise else None
+            size = abs(at.loss)
+
+            def difference(
+                function: Callable[[Weights], Tensor],
+                step: float,
+                base: Weights = base,
+                way: Weights = way,
+            ) -> Tensor:
+                ahead, behind = (function(moved(base, way, sign * step)) for sign in (1, -1))
+                return (ahead - behind) / (2 * step)
+
+            rule = FIRST if precise else FIRST_IN_FLOAT32
+            other = rule.contradicting(slope.cpu(), size, partial(difference, loss))
+            if other is not None:
+                slopes.append((name, float(slope), float(other)))
+            elif product is not None:
+                size = max(float(at.gradient().norm()), size / length)
+                other = SECOND.contradicting(product, size, partial(difference, gradient))
+                if other is not None:
+                    along = flat / length**2
+                    products.append((name, float(product @ along), float(other @ along)))
+    objective.load(weights)
+    if len(slopes) >= NEEDED:
+        name, one, two = slopes[0]
+        raise ModelError(
+            f"{DETACHED}: slope along {name} is {one / length:.3g}, but {two / length:.3g} by "
+            "differences of the loss",
+            f"{CURE}, or leave out with --except the tensors that they affect",
+        )
+    if len(products) >= NEEDED:
+        name, one, two = products[0]
+        raise ModelError(
+            f"the second derivative is wrong: curvature along {name} is {one:.3g}, but {two:.3g} "
+            "by differences of the gradient",
+            "Write operators with a backward of their own in elementary ones",
+        )
+
+
 def verdict(
     gradient_norm: float, tolerance: float, smallest: Eigenpair, largest: Eigenpair
 ) -> Verdict:
-    """Says what a point of weight space is, never more than the figures show.
+    """Says what a point of weight space is by its gradient and its eigenvalues alone.
+
+    `losscli.studies.check` asks for more: that the loss falls to both sides of a saddle, and that
+    a minimum is critical to the accuracy of the loss.
 
     - ``not critical``: ‖∇L‖ > tolerance. The eigenvalues then say nothing about an extremum.
     - ``saddle``: critical, and λ_min + error < 0: a direction of negative curvature exists, for

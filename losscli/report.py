@@ -381,6 +381,12 @@ def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         f"critical        where ‖∇L‖ is at most {tolerance:g}",
         f"θ               {moving['values']:,} values in {_count(moving['tensors'], 'tensor')}",
     ]
+    if (threshold := summary["threshold"]) is not None:
+        rate, momentum = summary["learning_rate"], summary["momentum"]
+        how = f"(2 + 2 · {momentum:g}) / {rate:g}" if momentum else f"2 / {rate:g}"
+        lines.append(
+            f"stable          full-batch training, where λ max is below {threshold:.4g} = {how}"
+        )
     told = {
         (point["checkpoint"], point["split"]): point
         for split in summary["splits"].values()
@@ -392,15 +398,27 @@ def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         heading = f"{printable(row['checkpoint'])}, {printable(row['split'])}"
         lines += ["", f"{heading}, {_count(number, 'example')}: {row['verdict']}"]
         found = [
+            *([("because", point["reason"])] if point["reason"] else []),
             ("loss", _number(row["loss"])),
             ("‖∇L‖", _number(row["gradient_norm"])),
             ("λ min", _eigenvalue(row, "lambda_min", point)),
             ("λ max", _eigenvalue(row, "lambda_max", point)),
         ]
-        if _known(row["minimal_ratio"]):
-            found.append(("positive λ", f"{row['minimal_ratio']:.2%} of {moving['values']:,}"))
+        if _known(row["positive"]):
+            shares = (f"{row[kind]:.2%} {kind}" for kind in ("positive", "negative", "undecided"))
+            found.append(("signs of λ", f"{', '.join(shares)} of {moving['values']:,}"))
+            found.append(("trace", _number(row["trace"])))
+        if (predicted := point["predicted"]) and not point["reason"]:
+            bound = "by" if predicted["exact"] else "by at most"
+            way = "falls" if row["verdict"] == "minimum" else "rises"
+            change = _number(predicted["change"], 2)
+            found.append(("predicted", f"the loss {way} {bound} {change} to the {row['verdict']}"))
         if descent := point["descent"]:
             found.append(("along −∇L", _gain(descent)))
+        if row["verdict"] == "saddle":
+            sides = point["sides"]
+            gains = (_number(sides[side]["gain"], 2) for side in ("negative", "positive"))
+            found.append(("along ∓v", f"the loss falls to both sides, by {' and '.join(gains)}"))
         lines += [f"  {label:<14}{text}" for label, text in found]
     if escape := summary["escape"]:
         lines += [
@@ -455,6 +473,8 @@ def plan(description: Mapping[str, Any]) -> str:
     ]
     if "products_at_most" in d:
         rows.append(("products", f"with the Hessian, at most about {d['products_at_most']:,}"))
+        steps = d["steps_at_most"]
+        rows.append(("steps", f"down −∇L and along v, at most {steps:,}, each a pass over a split"))
     rows.append(("time", _estimate(d["estimate"], d["device"], d["processes"])))
     return "".join(f"{label:<13}{printable(text)}\n" for label, text in rows)
 

@@ -19,11 +19,20 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from losscli.curvature import DENSE_LIMIT, Curvature, Eigenpair, Extremes, verdict
+from losscli.curvature import (
+    DENSE_LIMIT,
+    Curvature,
+    Eigenpair,
+    Extremes,
+    add_rounding,
+    check_derivatives,
+    verdict,
+)
 from losscli.datasets import DataSet, Split
 from losscli.errors import ModelError, OutOfMemoryError, UsageError
 from losscli.losses import LOSSES
 from losscli.objective import Objective
+from tests import oracle, stopped
 from tests.cases import CASES, Case
 from tests.test_objective import objective_of
 
@@ -605,19 +614,19 @@ def test_the_error_covers_the_rounding_of_the_forward_type(dtype: torch.dtype, n
 
 
 @pytest.mark.parametrize(
-    ("spectrum", "dtype", "ratio"),
+    ("spectrum", "dtype", "shares"),
     [
-        ([1.0, 2.0, 3.0, 0.0, -1.0, -2.0], torch.float64, 0.5),
-        ([1.0, 1e-9, -1e-9, -1.0], torch.float64, 0.5),
-        ([1.0, 1e-9, -1e-9, -1.0], torch.float32, 0.25),
-        ([0.0, 0.0], torch.float32, 0.0),
-        ([4.0], torch.float32, 1.0),
+        ([1.0, 2.0, 3.0, 0.0, -1.0, -2.0, 0.0, 0.0], torch.float64, (3 / 8, 2 / 8, 3 / 8)),
+        ([1.0, 1e-9, -1e-9, -1.0], torch.float64, (0.5, 0.5, 0.0)),
+        ([1.0, 1e-9, -1e-9, -1.0], torch.float32, (0.25, 0.25, 0.5)),
+        ([0.0, 0.0], torch.float32, (0.0, 0.0, 1.0)),
+        ([4.0], torch.float32, (1.0, 0.0, 0.0)),
     ],
 )
-def test_the_minimal_ratio_counts_what_is_positive_beyond_rounding(
-    spectrum: list[float], dtype: torch.dtype, ratio: float
+def test_eigenvalues_within_their_error_have_no_sign(
+    spectrum: list[float], dtype: torch.dtype, shares: tuple[float, float, float]
 ) -> None:
-    assert diagonal(spectrum, dtype=dtype).dense().minimal_ratio == ratio
+    assert diagonal(spectrum, dtype=dtype).dense().shares == shares
 
 
 @pytest.mark.parametrize("n", [3, 100])
@@ -631,9 +640,169 @@ def test_what_is_not_finite_gives_nan_and_no_verdict(n: int) -> None:
         assert math.isnan(pair.error)
         assert not pair.converged
     dense = poisoned.dense()
-    assert math.isnan(dense.minimal_ratio)
+    assert all(map(math.isnan, dense.shares))
     assert np.isnan(dense.eigenvalues).all()
     assert verdict(0.0, 1e-3, found.smallest[0], found.largest[0]) == "undecided"
+
+
+# Comparison with differences, and errors beyond √n ε.
+
+
+def compare(objective: Objective, state: Mapping[str, Tensor], *, ends: bool = True) -> None:
+    """Compares derivatives along the outermost eigenvectors and random directions."""
+    names = parameters_of(objective.model)
+    sample = objective.splits["all"].first(16)
+    precise = objective.in_float64(sample) or objective
+    with Curvature(precise, state, names, sample) as curvature:
+        found = curvature.extremes(1, tolerance=1e-3, seed=0, limit=60)
+    vectors = {"λ min": found.smallest[0].vector, "λ max": found.largest[0].vector}
+    check_derivatives(precise, state, names, sample, vectors if ends else {}, seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", SEEN, ids=str)
+def test_right_derivatives_do_not_contradict_differences(case: Case, dtype: torch.dtype) -> None:
+    objective = objective_of(case, dtype=dtype)
+    state = case.state(1)
+    objective.check(state)
+    compare(objective, state)
+
+
+@pytest.mark.parametrize("case", SEEN, ids=str)
+def test_nor_do_they_without_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_of(case, dtype=torch.float32)
+    monkeypatch.setattr(objective, "in_float64", lambda _: None)
+    state = case.state(1)
+    objective.check(state)
+    compare(objective, state)
+    kept = objective.model.state_dict()
+    assert all(torch.equal(kept[n], t.to(kept[n].dtype)) for n, t in state.items())
+
+
+@pytest.mark.parametrize("name", stopped.HONEST)
+def test_kinks_and_jumps_do_not_contradict_differences(name: str) -> None:
+    case = stopped.case(stopped.HONEST[name])
+    for seed in range(1, 5):
+        objective, state = objective_of(case, dtype=torch.float32), case.state(seed)
+        objective.check(state)
+        compare(objective, state, ends=seed == 1)
+        # Where every hidden unit is at its kink.
+        compare(objective, {n: torch.zeros_like(t) for n, t in state.items()}, ends=False)
+
+
+@pytest.mark.parametrize("precise", [True, False])
+@pytest.mark.parametrize("name", stopped.STOPPED)
+def test_a_gradient_that_is_stopped_in_part_contradicts_differences(
+    name: str, precise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = stopped.case(stopped.STOPPED[name])
+    objective = objective_of(case, dtype=torch.float32)
+    if not precise:
+        monkeypatch.setattr(objective, "in_float64", lambda _: None)
+    state = case.state(1)
+    objective.check(state)
+    with pytest.raises(ModelError, match=r"detached from autograd: slope along the eig.*--except"):
+        compare(objective, state)
+
+
+def test_a_constant_weight_of_a_loss_contradicts_differences() -> None:
+    case = stopped.case(torch.tanh)
+    objective, state = objective_of(case), case.state(1)
+    objective.loss = stopped.focal
+    with pytest.raises(ModelError, match="detached from autograd"):
+        compare(objective, state)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_twin_in_float64_has_the_same_losses_and_no_tensor_of_the_original(case: Case) -> None:
+    objective = objective_of(case, dtype=torch.float32)
+    a, b = case.state(1), case.state(2)
+    objective.check(a)
+    twin = objective.in_float64(objective.splits["all"].first(16))
+    kept = objective.model.state_dict()
+    assert all(torch.equal(kept[n], t.to(kept[n].dtype)) for n, t in a.items())
+    if twin is None:
+        # A closure and a wrapped forward are those of the original.
+        assert case.name in {"closure", "patched"}
+        return
+    objective.load(b)
+    (found,) = twin.plain(a).values()
+    expected = oracle.losses(
+        case.build, a, copy.deepcopy(case.inputs), case.targets, case.per_example
+    )
+    np.testing.assert_allclose(found.losses[0], expected, rtol=1e-12)
+
+
+class Offset(nn.Module):
+    """LayerNorm of features with an offset, in which float32 cancels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(20, 24), nn.LayerNorm(24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.body(x) + 1000)))
+
+
+class Shifted(nn.Module):
+    """Logits with an offset, which does not change the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(20, 40), nn.Linear(40, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x))) + 1e5
+
+
+CANCELLING = [
+    Case(model.__name__, model, random(60, 20, seed=2).float(), torch.arange(60) % 5)
+    for model in (Offset, Shifted)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", [20, 60])
+@pytest.mark.parametrize("case", [*SEARCHED, *CANCELLING], ids=str)
+def test_errors_cover_the_distance_from_float64(
+    case: Case, number: int, dtype: torch.dtype
+) -> None:
+    objective, state = objective_of(case, dtype=dtype), case.state(1)
+    objective.check(state)
+    names, split = parameters_of(objective.model), objective.splits["all"]
+    sample = split.first(number)
+    precise = objective.in_float64(sample)
+    if precise is None:
+        return
+    with Curvature(precise, state, names, split) as curvature:
+        truth = curvature.dense().eigenvalues
+    with Curvature(objective, state, names, split) as curvature:
+        found = curvature.extremes(2, tolerance=1e-4, seed=0)
+    whole = len(sample) == len(split)
+    with (
+        Curvature(objective, state, names, sample) as rough,
+        Curvature(precise, state, names, sample) as fine,
+    ):
+        wider = add_rounding(found, rough, fine, whole=whole)
+    for before, after in zip(pairs_of(found), pairs_of(wider), strict=True):
+        assert before.value == after.value
+        assert before.error <= after.error
+        assert np.abs(truth - after.value).min() <= after.error
+
+
+@pytest.mark.parametrize("case", CANCELLING, ids=str)
+def test_without_measuring_errors_would_be_too_small_where_activations_cancel(case: Case) -> None:
+    objective, state = objective_of(case, dtype=torch.float32), case.state(1)
+    objective.check(state)
+    names, split = parameters_of(objective.model), objective.splits["all"]
+    v = torch.nn.functional.normalize(random(sum(t.numel() for t in state.values())), dim=0)
+    precise = objective.in_float64(split)
+    assert precise is not None
+    rough, fine = (Curvature(o, state, names, split) for o in (objective, precise))
+    assert float((rough.product(v) - fine.product(v)).norm()) > 0
+    largest = rough.extremes(1, tolerance=1e-4, seed=0).largest[0]
+    off = float((rough.product(largest.vector) - fine.product(largest.vector)).norm())
+    assert off > 3 * rough._rounding * abs(largest.value)
 
 
 # Verdicts.
@@ -653,7 +822,7 @@ def test_a_linear_model_with_squared_error_has_the_covariance_of_its_inputs_for_
     # Two outputs, of which the loss takes the mean: each eigenvalue twice, times 2 / 2.
     expected = np.repeat(np.linalg.eigvalsh(covariance.numpy()), 2)
     np.testing.assert_allclose(found.dense().eigenvalues, expected, rtol=1e-12)
-    assert found.dense().minimal_ratio == 1
+    assert found.dense().shares == (1, 0, 0)
     assert judged(found) == "not critical"
     best = torch.linalg.lstsq(extended, case.targets.double()).solution
     weights = {"layers.0.weight": best[:-1].T, "layers.0.bias": best[-1]}
@@ -691,7 +860,7 @@ def test_two_linear_layers_at_zero_are_a_saddle() -> None:
     found = curvature.extremes(1, tolerance=1e-6, seed=0)
     assert found.smallest[0].value == pytest.approx(-2 * abs(xy), rel=1e-12)
     assert found.largest[0].value == pytest.approx(2 * abs(xy), rel=1e-12)
-    assert curvature.dense().minimal_ratio == 0.5
+    assert curvature.dense().shares == (0.5, 0.5, 0)
     assert judged(curvature) == "saddle"
 
 
@@ -711,7 +880,7 @@ def test_the_valley_of_two_linear_layers_is_undecided() -> None:
     found = curvature.extremes(1, tolerance=1e-6, seed=0)
     assert found.largest[0].value == pytest.approx(4 * a * a * xx, rel=1e-12)
     assert judged(curvature) == "undecided"
-    assert curvature.dense().minimal_ratio == 0.5
+    assert curvature.dense().shares == (0.5, 0, 0.5)
 
 
 @pytest.mark.parametrize("n", [1, 5, 100])

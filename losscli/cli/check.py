@@ -57,7 +57,17 @@ def check(
         typer.Option(
             "--learning-rate",
             metavar="X",
-            help="Draw 2 / X beside the eigenvalues over training.",
+            help="Compare λ max with 2 / X, the limit of stable full-batch training.",
+            rich_help_panel=_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    momentum: Annotated[
+        float | None,
+        typer.Option(
+            "--momentum",
+            metavar="X",
+            help="That of training, with --learning-rate η: the limit is (2 + 2X) / η.",
             rich_help_panel=_PANEL,
             show_default=False,
         ),
@@ -66,8 +76,8 @@ def check(
     """Is it a critical point at all, and a minimum or a saddle?
 
     The gradient norm over all examples, the largest and the smallest eigenvalue of the Hessian,
-    each with its error, and a verdict that claims no more than these allow. Where the curvature is
-    negative, the loss along that direction, both ways (STEM.escape.csv).
+    each with its error, and a verdict that claims no more than these and the loss allow. Where the
+    curvature is negative, the loss along that direction, both ways (STEM.escape.csv).
     """
 
     def plan() -> Study:
@@ -79,6 +89,7 @@ def check(
             tolerance=tolerance,
             eigenvalues=eigenvalues,
             learning_rate=learning_rate,
+            momentum=momentum,
         )
 
     names = names_of(checkpoints)

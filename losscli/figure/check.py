@@ -158,7 +158,7 @@ def _draw_several(
     label = shorten(figure, f"loss{loss_name([run])}", 140, 10)
     loss.set_ylabel(f"{label}\nlog scale" if log else label)
     notes += _draw_gradients(gradient, series, _number(run.summary.get("tolerance")))
-    notes += _draw_high(high, series, _number(run.summary.get("learning_rate")))
+    notes += _draw_high(high, series, run.summary)
     notes += _draw_low(low, series)
     verdicts = _draw_verdicts(strip, run.table, names, splits)
     for panel in (loss, high, strip):
@@ -245,13 +245,21 @@ def _draw_gradients(axes: Axes, series: Sequence[Series], tolerance: float) -> l
     return notes
 
 
-def _draw_high(axes: Axes, series: Sequence[Series], rate: float) -> list[str]:
+def _draw_high(axes: Axes, series: Sequence[Series], summary: Mapping[str, Any]) -> list[str]:
     notes = draw_panel(axes, series, _HIGH, log=False)
     values = _reach(series, _HIGH)
-    edge = 2 / rate if SMALLEST < rate < LARGEST else math.nan
+    rate, momentum = (_number(summary.get(key)) for key in ("learning_rate", "momentum"))
+    momentum = momentum if 0 <= momentum < 1 else 0.0
+    edge = (2 + 2 * momentum) / rate if SMALLEST < rate < LARGEST else math.nan
+    how = (
+        f"(2 + 2 · {format_number(momentum)}) / learning rate" if momentum else "2 / learning rate"
+    )
+    text = f"{how} = {format_number(edge)}" if math.isfinite(edge) else ""
     if edge > _FAR * max(values, default=edge):
-        notes.append(f"2 / learning rate = {format_number(edge)}, far above {_HIGH}: not drawn")
+        notes.append(f"{text}, far above {_HIGH}: not drawn")
         edge = math.nan
+    elif text:
+        notes.append(f"{text}: full-batch training is unstable where {_HIGH} is above")
     shown = np.append(values, edge)
     shown = shown[np.isfinite(shown)]
     far = bool(values.size and shown.max() > _WIDE_HIGH * np.median(values))
@@ -263,7 +271,6 @@ def _draw_high(axes: Axes, series: Sequence[Series], rate: float) -> list[str]:
     _draw_bars(axes, series, _HIGH)
     axes.set_ylabel(f"largest eigenvalue\n{_HIGH}" + f", {how}" * bool(how))
     if math.isfinite(edge):
-        text = f"2 / learning rate = {format_number(edge)}"
         _draw_rule(axes, edge, text, series, _HIGH, above=True, dashes=(0, (5, 3)))
     return notes
 
@@ -492,7 +499,9 @@ def _draw_one(
         ]
     rows = [dict(zip(run.table.columns, row, strict=True)) for row in run.table.rows]
     facts = [_facts(row, eigenvalues=bool(spectrum)) for row in rows]
-    notes = [*facts, _basis(run), *notes] if facts else ["There are no points"]
+    notes = (
+        [*facts, *_reasons(run, splits), _basis(run), *notes] if facts else ["There are no points"]
+    )
 
     lines = _split_entries(run, splits)
     for place, (line, _) in enumerate(lines if spectrum else []):
@@ -509,6 +518,17 @@ def _draw_one(
     return figure, panel, notes, [lines, verdicts]
 
 
+def _reasons(run: Run, splits: Sequence[str]) -> list[str]:
+    """Why nothing is decided."""
+    about = run.summary.get("splits") or {}
+    points = ((s, point) for s in splits if s in about for point in about[s].get("points", []))
+    return [
+        f"Undecided on {plain(split)}: {plain(str(point['reason']))}."
+        for split, point in points
+        if point.get("reason")
+    ]
+
+
 def _facts(row: Mapping[str, Cell], *, eigenvalues: bool) -> str:
     """A row of the table as a sentence; with the eigenvalues where no panel tells them."""
     said = [
@@ -517,9 +537,15 @@ def _facts(row: Mapping[str, Cell], *, eigenvalues: bool) -> str:
     ]
     for symbol, name in ((_LOW, "lambda_min"), (_HIGH, "lambda_max")) if eigenvalues else ():
         said.append(f"{symbol} = {_tell(_number(row[name]), _number(row.get(f'{name}_error')))}")
-    ratio = _number(row.get("minimal_ratio"))
-    if math.isfinite(ratio):
-        said.append(f"{format_number(100 * ratio)}% of the eigenvalues are positive")
+    # A CSV of an older version has the first share alone.
+    columns = {"positive": "minimal_ratio", "negative": "negative", "undecided": "undecided"}
+    shares = [
+        f"{format_number(100 * share)}% {sign}"
+        for sign, column in columns.items()
+        if math.isfinite(share := _number(row.get(column)))
+    ]
+    if shares:
+        said.append(f"eigenvalues {', '.join(shares)}")
     return f"{plain(str(row['split']))}: {', '.join(said)}."
 
 

@@ -6,13 +6,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from losscli.curvature import (
@@ -20,14 +21,18 @@ from losscli.curvature import (
     LEAST,
     PRODUCT_LIMIT,
     Curvature,
+    DenseHessian,
     Eigenpair,
     Extremes,
     Verdict,
+    add_rounding,
+    check_derivatives,
     verdict,
 )
 from losscli.curve import standard_error
-from losscli.datasets import Examples
+from losscli.datasets import Examples, Split
 from losscli.device import float32_precision
+from losscli.differences import SAMPLE
 from losscli.errors import UsageError
 from losscli.geometry import Line
 from losscli.journal import Journal
@@ -59,8 +64,20 @@ _STEPS = tuple(2.0**k for k in range(4, -21, -1))
 # Points of the escape's curve to either side.
 _SIDE = 20
 
+# Examples on which rounding is measured against float64.
+_MEASURED = 256
+
+# Roundings of a loss, in units of ε: as many as decide about extrema of curves.
+_ROUNDINGS = 16
+
+# A predicted change of the loss this many times its accuracy is far beyond it.
+_FAR = 10
+
 # What is told of a step that gains.
 _DESCENT = "distance", "loss", "gain", "gain_stderr"
+
+# The sides of a point, seen along an eigenvector.
+_SIDES = "negative", "positive"
 
 # Before the names of tensors in a record.
 _DOWN = "down "
@@ -79,6 +96,7 @@ def check(
     tolerance: float = 1e-3,
     eigenvalues: int = 1,
     learning_rate: float | None = None,
+    momentum: float | None = None,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
 ) -> Result:
@@ -88,7 +106,10 @@ def check(
         names: The checkpoints, in the order of training where there are several.
         tolerance: The largest gradient norm of a critical point.
         eigenvalues: How many eigenvalues of either end of the Hessian's spectrum are found.
-        learning_rate: That of training, to draw 2 / learning rate beside the eigenvalues.
+        learning_rate: The learning rate η of training. The largest eigenvalue is compared with
+            2/η, above which full-batch gradient descent is unstable.
+        momentum: The momentum β of training, with which that is (2 + 2β)/η; heavy ball, without
+            dampening or Nesterov's correction.
         progress: Called with the number of checkpoints done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -106,6 +127,7 @@ def check(
         tolerance=tolerance,
         eigenvalues=eigenvalues,
         learning_rate=learning_rate,
+        momentum=momentum,
     )
     return plan.run(progress)
 
@@ -119,10 +141,11 @@ class _Found:
     loss: float
     gradient_norm: float
     extremes: Extremes
-    minimal_ratio: float | None
+    shares: Sequence[float]
     spectrum: Sequence[tuple[float, float]]
     verdict: str
     descent: Mapping[str, Any] | None
+    judgement: _Judgement
 
     @property
     def smallest(self) -> Eigenpair:
@@ -137,7 +160,7 @@ class _Found:
         cls, checkpoint: str, split: str, known: Mapping[str, NDArray[Any]]
     ) -> tuple[Self, Weights | None]:
         """Takes what `arrays` gave, but for eigenvectors; and the way down, if any."""
-        loss, size, *ratio = known["numbers"].tolist()
+        loss, size, *shares = known["numbers"].tolist()
         products, exact, *_ = known["counts"].tolist()
         nothing = torch.empty(0, dtype=torch.float64)
         smallest, largest = (
@@ -146,7 +169,7 @@ class _Found:
             )
             for end in ("smallest", "largest")
         )
-        descent = dict(zip(_DESCENT, known["descent"].tolist(), strict=False)) or None
+        descent = _told(known["descent"].tolist())
         down = {
             key.removeprefix(_DOWN): torch.from_numpy(array)
             for key, array in known.items()
@@ -155,10 +178,11 @@ class _Found:
         one = cls(
             *(checkpoint, split, loss, size),
             Extremes(smallest, largest, products, bool(exact)),
-            ratio[0] if ratio else None,
+            shares,
             [(value, error) for value, error in known["spectrum"].tolist()],
             _verdict(known),
             descent,
+            _Judgement.recalled(known),
         )
         return one, down or None
 
@@ -166,11 +190,10 @@ class _Found:
         """All that is to be known again, with the way down and the objective's state."""
         batch_size = objective.batch_size
         idle = [i for i, layer in enumerate(objective.batchnorm) if layer in objective.idle]
-        ratio = () if self.minimal_ratio is None else (self.minimal_ratio,)
         ends = {"smallest": self.extremes.smallest, "largest": self.extremes.largest}
         kind = get_args(Verdict).index(self.verdict)
         return {
-            "numbers": np.array([self.loss, self.gradient_norm, *ratio]),
+            "numbers": np.array([self.loss, self.gradient_norm, *self.shares]),
             "counts": np.array([self.extremes.products, self.extremes.exact, kind, batch_size]),
             **{
                 end: np.array([(pair.value, pair.error, pair.converged) for pair in pairs])
@@ -179,15 +202,20 @@ class _Found:
             "idle": np.array(idle, np.int64),
             "spectrum": np.array(self.spectrum),
             "descent": np.array([(self.descent or {})[key] for key in _DESCENT if self.descent]),
+            **self.judgement.arrays(),
             **{f"{_DOWN}{key}": t.cpu().numpy() for key, t in (down or {}).items()},
         }
 
     def row(self) -> list[Cell]:
+        # The trace of a whole Hessian is exact.
+        positive, negative, undecided, trace, stderr = (
+            (*self.shares, 0.0) if self.shares else [None] * 5
+        )
         return [
             *(self.checkpoint, self.split, self.loss, self.gradient_norm),
             *(self.smallest.value, self.smallest.error),
             *(self.largest.value, self.largest.error),
-            *(self.minimal_ratio, self.verdict),
+            *(positive, positive, negative, undecided, trace, stderr, self.verdict),
         ]
 
     def told(self) -> dict[str, Any]:
@@ -196,11 +224,115 @@ class _Found:
             "checkpoint": self.checkpoint,
             "split": self.split,
             "verdict": self.verdict,
+            **self.judgement.told(),
             "lambda_min_converged": self.smallest.converged,
             "lambda_max_converged": self.largest.converged,
             "exact": self.extremes.exact,
             "products": self.extremes.products,
             "descent": self.descent,
+        }
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """What a verdict rests on beside the eigenvalues.
+
+    Attributes:
+        reason: Why nothing is decided; empty where something is.
+        slope: ⟨∇L, v⟩, v the eigenvector of λ_min.
+        loss_rounding: How much of a change of the mean loss may be rounding.
+        change: By how much the loss is predicted to change towards a minimum (downwards) or a
+            maximum (upwards); nan for other points. An upper bound where it is not exact.
+        exact: Whether ``change`` is ½ gᵀ|H|⁻¹g, and not its bound ‖g‖² / 2 min abs(λ).
+        sides: The lowest loss to the negative and to the positive side of v, as far as it is
+            below that of the point; None where the curvature is not negative.
+        measured: Examples on which the rounding of eigenvalues was measured; 0 where they were
+            computed in float64, or could not be.
+    """
+
+    reason: str = ""
+    slope: float = math.nan
+    loss_rounding: float = math.nan
+    change: float = math.nan
+    exact: bool = False
+    sides: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None] | None = None
+    measured: int = 0
+
+    @classmethod
+    def recalled(cls, known: Mapping[str, NDArray[Any]]) -> Self:
+        slope, rounding, change, exact, measured = known["judgement"].tolist()
+        sides = [_told(known[side].tolist()) for side in _SIDES if side in known]
+        sides = [side and {**side, "falls": bool(side["falls"])} for side in sides]
+        return cls(
+            known["reason"].tobytes().decode(),
+            *(slope, rounding, change, bool(exact)),
+            (sides[0], sides[1]) if sides else None,
+            int(measured),
+        )
+
+    def decide(
+        self, decided: Verdict, smallest: Eigenpair, largest: Eigenpair, stored: float
+    ) -> tuple[Verdict, Self]:
+        """Withdraws a verdict that says more than the losses show, and says why.
+
+        Args:
+            decided: The verdict by the gradient and the eigenvalues.
+            smallest: λ_min.
+            largest: λ_max.
+            stored: What rounding of the weights themselves does to the loss at a minimum.
+
+        Returns:
+            The verdict, and what it rests on.
+        """
+        reason = ""
+        if decided == "saddle":
+            falls = [bool(side and side["falls"]) for side in self.sides or ()]
+            at = f"⟨∇L, v⟩ = {self.slope:.3g} and λ min = {smallest.value:.3g}"
+            if not all(falls):
+                where = "falls on one side only" if any(falls) else "does not fall beyond rounding"
+                reason = f"along the eigenvector v of λ min the loss {where}: {at}"
+        elif decided in {"minimum", "maximum"}:
+            accuracy = self.loss_rounding + stored
+            if not self.change <= _FAR * accuracy:
+                step = "a Newton step" if self.exact else "a step"
+                may = "would" if self.exact else "could"
+                way = "lower" if decided == "minimum" else "raise"
+                bound = "" if self.exact else "up to "
+                reason = (
+                    f"{step} {may} {way} the loss by {bound}{self.change:.2g}, and the loss "
+                    f"is known to {accuracy:.2g}: the point is beside a {decided}, not at it"
+                )
+        elif decided == "undecided":
+            figures = smallest.value, smallest.error, largest.value, largest.error
+            if not all(map(math.isfinite, figures)):
+                reason = "the loss or its derivatives are not finite"
+            elif smallest.value > smallest.error:
+                reason = "the search for λ min has not converged"
+            else:
+                reason = "λ min may be zero: it is within its error of zero"
+        return "undecided" if reason else decided, replace(self, reason=reason)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        numbers = self.slope, self.loss_rounding, self.change, self.exact, self.measured
+        sides = dict(zip(_SIDES, self.sides, strict=True)) if self.sides else {}
+        return {
+            "judgement": np.array(numbers, np.float64),
+            "reason": np.frombuffer(self.reason.encode(), np.uint8),
+            **{
+                name: np.array([side[key] for key in (*_DESCENT, "falls")] if side else [])
+                for name, side in sides.items()
+            },
+        }
+
+    def told(self) -> dict[str, Any]:
+        predicted = {"change": self.change, "exact": self.exact}
+        return {
+            "reason": self.reason or None,
+            "slope_along_lambda_min": self.slope,
+            "loss_rounding": self.loss_rounding,
+            "predicted": predicted if math.isfinite(self.change) else None,
+            "sides": dict(zip(_SIDES, self.sides, strict=True)) if self.sides else None,
+            "rounding_measured_on": self.measured or None,
         }
 
 
@@ -212,6 +344,7 @@ class Check(Study):
         tolerance: The largest gradient norm of a critical point.
         eigenvalues: How many of either end are found.
         learning_rate: That of training, if known.
+        momentum: Likewise; 0 where it is None.
     """
 
     command = "check"
@@ -219,6 +352,7 @@ class Check(Study):
     tolerance: float
     eigenvalues: int
     learning_rate: float | None
+    momentum: float | None
 
     @classmethod
     def plan(
@@ -229,6 +363,7 @@ class Check(Study):
         tolerance: float,
         eigenvalues: int,
         learning_rate: float | None,
+        momentum: float | None = None,
     ) -> Check:
         """Reads and matches everything, and evaluates nothing.
 
@@ -238,6 +373,7 @@ class Check(Study):
             tolerance: The largest gradient norm of a critical point.
             eigenvalues: How many of either end will be found.
             learning_rate: That of training.
+            momentum: Likewise.
 
         Returns:
             The plan.
@@ -262,6 +398,13 @@ class Check(Study):
             )
         if learning_rate is not None and not 1e-12 <= learning_rate <= 1e12:
             raise UsageError(f"--learning-rate {learning_rate} is none", "Give 0.1")
+        if momentum is not None and learning_rate is None:
+            raise UsageError(
+                "--momentum changes the threshold of a learning rate, and none is given",
+                "Add --learning-rate",
+            )
+        if momentum is not None and not 0 <= momentum < 1:
+            raise UsageError(f"--momentum {momentum} is not in [0, 1)", "Give 0.9")
         if settings.sampling_error is not None:
             raise UsageError(
                 "a gradient is that of all examples, so --sampling-error has no place in a check",
@@ -272,7 +415,7 @@ class Check(Study):
         moving = tuple(name for name in problem.moving if name not in problem.buffers)
         if not moving:
             raise UsageError("no parameter is left to differentiate", "Widen --only")
-        return cls(problem, moving, begun, tolerance, eigenvalues, learning_rate)
+        return cls(problem, moving, begun, tolerance, eigenvalues, learning_rate, momentum)
 
     @property
     def settled(self) -> dict[str, Any]:
@@ -281,20 +424,40 @@ class Check(Study):
             "tolerance": self.tolerance,
             "eigenvalues": self.eigenvalues,
             "learning_rate": self.learning_rate,
+            "momentum": self.momentum,
         }
+
+    @property
+    def threshold(self) -> float | None:
+        """The largest λ_max at which full-batch training is stable: (2 + 2β)/η."""
+        # Cohen et al. 2021 (arXiv 2103.00065), of heavy ball without dampening.
+        if self.learning_rate is None:
+            return None
+        return (2 + 2 * (self.momentum or 0.0)) / self.learning_rate
 
     def describe(self) -> dict[str, Any]:
         """Tells what a run will do.
 
         Returns:
-            As for every study, and the number of Hessian-vector products, each of which costs a
-            few passes over the data.
+            As for every study, and the most Hessian-vector products, each of which costs a few
+            passes over the data, and the most points along directions, each of which costs one.
         """
         told = super().describe()
         size = told["moving"]["values"]
         splits = len(self.problem.objective.splits)
         most = size if size <= DENSE_LIMIT else PRODUCT_LIMIT
-        return {**told, "products_at_most": most * splits * len(self.problem.names)}
+        return {
+            **told,
+            "products_at_most": most * splits * len(self.problem.names),
+            "steps_at_most": self._steps * splits,
+        }
+
+    @property
+    def _steps(self) -> int:
+        """Points along directions at which a split is evaluated, at most."""
+        # Each checkpoint is followed along −∇L, or along v to both sides, and the last one both
+        # ways; one of them has its loss drawn.
+        return len(_STEPS) * (2 * len(self.problem.names) + 1) + 2 * _SIDE + 4
 
     def further(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:
         """Tells what gradients and products with the Hessian take; their number is not known.
@@ -324,13 +487,12 @@ class Check(Study):
         # A gradient takes no more than a product; and of a whole Hessian many share one.
         fewest, most = (size / 3, size) if size <= DENSE_LIMIT else (LEAST, PRODUCT_LIMIT)
         measured = 1 + 2 * self.eigenvalues
-        steps = number * len(_STEPS) + 2 * (len(_STEPS) + _SIDE)
         return {
             "seconds": seconds + number * fewest * product,
             "kind": "at least",
             "seconds_at_most": seconds
             + number * (most + measured) * product
-            + steps * examples * pace.plain,
+            + self._steps * examples * pace.plain,
             "product": {"seconds": product},
         }
 
@@ -408,7 +570,8 @@ class Check(Study):
             [
                 *("checkpoint", "split", "loss", "gradient_norm"),
                 *("lambda_min", "lambda_min_error", "lambda_max", "lambda_max_error"),
-                *("minimal_ratio", "verdict"),
+                *("minimal_ratio", "positive", "negative", "undecided"),
+                *("trace", "trace_stderr", "verdict"),
             ],
             (one.row() for one in found),
         )
@@ -417,6 +580,8 @@ class Check(Study):
             "tables": list(more),
             "tolerance": self.tolerance,
             "learning_rate": self.learning_rate,
+            "momentum": self.momentum,
+            "threshold": self.threshold,
             "examples": {name: len(split) for name, split in objective.splits.items()},
             "splits": {
                 name: {"points": [one.told() for one in found if one.split == name]}
@@ -547,41 +712,134 @@ class Check(Study):
         # What is differentiated, and followed, is a function of the parameters alone.
         with objective.held():
             (losses,) = sweep_plain(objective, [weights], splits=examples, journal=journal)
-            curved = Curvature(objective, weights, self.moving, objective.splits[split], progress)
+            here = losses[split]
+            sample = objective.splits[split].first(_MEASURED).to(objective.device)
+            precise = self._precise
+            single = precise or objective
+            # What is small enough for a whole Hessian has all derivatives in float64.
+            whole = sum(weights[name].numel() for name in self.moving) <= DENSE_LIMIT
+            every, seed = objective.splits[split], self.problem.settings.seed
+            curved = Curvature(
+                single if whole else objective, weights, self.moving, every, progress
+            )
             with curved as curvature:
                 gradient = curvature.gradient()
                 size = float(gradient.norm())
-                ratio, spectrum = None, []
-                if curvature.size <= DENSE_LIMIT:
-                    dense = curvature.dense()
-                    ratio = dense.minimal_ratio
-                    spectrum = [(float(value), dense.error) for value in dense.eigenvalues]
-                seed = self.problem.settings.seed
+                dense = curvature.dense() if whole else None
                 extremes = curvature.extremes(self.eigenvalues, tolerance=_TOLERANCE, seed=seed)
-                if not spectrum:
-                    pairs = [*extremes.smallest, *reversed(extremes.largest)]
-                    spectrum = [(pair.value, pair.error) for pair in pairs]
-                smallest, largest = extremes.smallest[0], extremes.largest[0]
-                decided = verdict(size, self.tolerance, smallest, largest)
-                down = None
-                if decided in wanted and smallest.value + smallest.error < 0:
-                    down = curvature.named(smallest.vector)
+                vector = extremes.smallest[0].vector
+                down = curvature.named(vector)
                 along = curvature.named(-gradient / size) if size > 0 else None
+            measured = 0
+            if not whole and precise is not None and precise is not objective:
+                measured = len(sample)
+                with (
+                    Curvature(objective, weights, self.moving, sample) as rough,
+                    Curvature(precise, weights, self.moving, sample) as fine,
+                ):
+                    extremes = add_rounding(extremes, rough, fine, whole=measured == len(every))
+            ends = {"λ min": vector, "λ max": extremes.largest[0].vector}
+            few = sample.first(SAMPLE)
+            check_derivatives(single, weights, self.moving, few, ends, seed)
+            objective.load(weights)
+            smallest, largest = extremes.smallest[0], extremes.largest[0]
+            decided = verdict(size, self.tolerance, smallest, largest)
+            change = math.nan
+            if decided in {"minimum", "maximum"}:
+                least = abs(smallest.value if decided == "minimum" else largest.value)
+                change = size**2 / (2 * least)
+                if dense is not None:
+                    change = abs(dense.newton_change(gradient.cpu().numpy()))
+            judgement = _Judgement(
+                slope=float(gradient @ vector),
+                loss_rounding=self._loss_rounding(weights, here, sample),
+                change=change,
+                exact=dense is not None,
+                measured=measured,
+            )
+            if smallest.value + smallest.error < 0 and decided in {*wanted, "saddle"}:
+                judgement = self._fall(weights, down, smallest.value, examples, here, judgement)
             descent = None
             if decided == "not critical" and along is not None and math.isfinite(size):
-                descent = self._descend(weights, along, examples, losses[split], journal)
+                descent = self._descend(weights, along, examples, here, journal)
+            stored = self._stored_rounding(t, weights, dense, largest.value)
+            decided, judgement = judgement.decide(decided, smallest, largest, stored)
+        if dense is None:
+            pairs = [*extremes.smallest, *reversed(extremes.largest)]
+            spectrum = [(pair.value, pair.error) for pair in pairs]
+        else:
+            spectrum = [(float(value), dense.error) for value in dense.eigenvalues]
         one = _Found(
             self.problem.names[t],
             split,
-            float(Estimate.of_evaluation(losses[split]).mean[0]),
+            float(Estimate.of_evaluation(here).mean[0]),
             size,
             extremes,
-            ratio,
+            () if dense is None else (*dense.shares, float(np.trace(dense.matrix))),
             spectrum,
             decided,
             descent,
+            judgement,
         )
-        return one.arrays(down, objective)
+        return one.arrays(down if judgement.sides and decided in wanted else None, objective)
+
+    @cached_property
+    def _precise(self) -> Objective | None:
+        """The objective in float64, if there is one."""
+        objective = self.problem.objective
+        sample = next(iter(objective.splits.values())).first(SAMPLE).to(objective.device)
+        return objective.in_float64(sample)
+
+    def _loss_rounding(self, weights: Weights, here: Evaluation, sample: Split) -> float:
+        """Returns how much of a change of the mean loss may be rounding."""
+        # Where activations cancel, that is far more than some roundings of the losses.
+        own = here.losses[0].double()
+        dtype = self.problem.objective.dtype
+        rounding = _ROUNDINGS * torch.finfo(dtype).eps * float(own.abs().mean())
+        if self._precise is not None and dtype != torch.float64:
+            (found,) = self._precise.plain(weights, {"": sample}).values()
+            apart = own[: len(sample)] - found.losses[0]
+            rounding = max(rounding, float(apart.square().mean().sqrt()))
+        return rounding
+
+    def _stored_rounding(
+        self, t: int, weights: Weights, dense: DenseHessian | None, largest: float
+    ) -> float:
+        """Returns what rounding θ for its file does to the loss at a minimum: ½ Σ Hᵢᵢ (u θᵢ)²."""
+        stored = self.problem.open(t).weights
+        units = {n: torch.finfo(stored[n].dtype).eps / 2 for n in self.moving}
+        steps = torch.cat([weights[n].cpu().double().reshape(-1) * units[n] for n in self.moving])
+        curvatures = abs(largest) if dense is None else torch.from_numpy(dense.matrix).diag().abs()
+        weighted: Tensor = steps.square() * curvatures
+        return float(weighted.sum()) / 2
+
+    def _fall(
+        self,
+        weights: Weights,
+        direction: Weights,
+        curvature: float,
+        splits: Mapping[str, Examples],
+        here: Evaluation,
+        judgement: _Judgement,
+    ) -> _Judgement:
+        """Tries steps to both sides along the most negative curvature."""
+        # With the slope g and the curvature λ < 0 the loss rises by g² / 2 abs(λ) on one side
+        # before it falls. A fall beyond a much higher hill has nothing to do with this point.
+        size = norm(weights, self.moving) or 1.0
+        hill = 2 * judgement.slope**2 / (2 * abs(curvature)) + judgement.loss_rounding
+        sides = []
+        for sign in (-1, 1):
+            distances = [sign * size * share for share in _STEPS]
+            found = self._along(weights, direction, distances, splits, None)
+            best = _best(distances, found, here)
+            rise = Estimate.of_evaluation(found).mean - Estimate.of_evaluation(here).mean[0]
+            # From the shortest step on.
+            for change in rise[::-1]:
+                if change < -judgement.loss_rounding or not change <= hill:
+                    break
+            falls = bool(change < -judgement.loss_rounding)
+            sides.append(best and {**best, "falls": falls})
+        return replace(judgement, sides=(sides[0], sides[1]))
 
     def _along(
         self,
@@ -642,21 +900,23 @@ class Check(Study):
         splits: Mapping[str, Examples],
         journal: Journal | None,
     ) -> tuple[Mapping[str, Any], Table]:
-        size = norm(weights, self.moving) or 1.0
-        tried = [sign * size * share for share in _STEPS for sign in (1, -1)]
-        best = _best(tried, self._along(weights, direction, tried, splits, journal), here)
+        sides = [side for side in one.judgement.sides or () if side]
         # Where nothing was gained, the valley is finer than the steps tried.
-        reach = 2 * abs(best["distance"]) if best else size * _STEPS[-1]
-        steps = [reach * i / _SIDE for i in range(-_SIDE, _SIDE + 1) if i]
+        shortest = (norm(weights, self.moving) or 1.0) * _STEPS[-1]
+        reach = max((2 * abs(side["distance"]) for side in sides), default=shortest)
+        grid = {reach * i / _SIDE for i in range(-_SIDE, _SIDE + 1) if i}
+        # A fall may be too close to be among these.
+        steps = sorted(grid | {sign * side["distance"] for side in sides for sign in (1, -1)})
         found = self._along(weights, direction, steps, splits, journal)
         lowest = _best(steps, found, here)
         along, own = Estimate.of_evaluation(found), Estimate.of_evaluation(here)
         rows: list[list[Cell]] = [[step, *along.row(i, {})] for i, step in enumerate(steps)]
-        rows.insert(_SIDE, [0.0, *own.row(0, {})])
+        rows.insert(len(rows) // 2, [0.0, *own.row(0, {})])
         told = {
             "checkpoint": one.checkpoint,
             "split": one.split,
             "eigenvalue": one.smallest.value,
+            "slope": one.judgement.slope,
             **(lowest or {"distance": 0.0, "loss": one.loss, "gain": 0.0, "gain_stderr": 0.0}),
         }
         return told, Table.build(["distance", "loss", "loss_stderr"], rows)
@@ -705,6 +965,11 @@ class Check(Study):
                 f"the search for eigenvalues has not converged at {len(missed)} of "
                 f"{len(found)} points: no minimum or maximum is claimed there"
             )
+
+
+def _told(numbers: Sequence[float]) -> dict[str, Any] | None:
+    """A step that was recorded, if there was one."""
+    return dict(zip((*_DESCENT, "falls"), numbers, strict=False)) or None
 
 
 def _verdict(arrays: Arrays) -> str:
