@@ -712,7 +712,7 @@ def check_derivatives(
 
     The comparison takes place near the point, 1 % of the weights away in a random direction: at
     weights of zero, say, a network has kinks. It is made along each of the directions given and
-    along random ones, four in all.
+    along four random ones: an eigenvector of a wrong Hessian may avoid what makes it wrong.
 
     Args:
         objective: The model, the loss and the data, in float64 where possible. Products are
@@ -750,7 +750,7 @@ def check_derivatives(
             for name, v in directions.items()
             if bool(v.isfinite().all())
         }
-        ways |= {f"random direction {k + 1}": random() for k in range(POINTS - len(ways))}
+        ways |= {f"random direction {k + 1}": random() for k in range(POINTS)}
 
         def moved(base: Weights, way: Weights, step: float) -> Weights:
             return {name: base[name] + step * t for name, t in way.items()}

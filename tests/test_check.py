@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 import losscli
 from losscli.errors import ModelError, UsageError
 from losscli.models import CNN, MLP
-from tests import oracle
+from tests import oracle, stopped
 from tests.conftest import ROOT, Losscli
 
 
@@ -70,6 +72,7 @@ def test_the_same_point_upside_down_is_a_maximum_and_its_way_down_is_shown(tmp_p
     result = losscli.check([file], **given)
     assert row_of(result)["verdict"] == "maximum"
     assert row_of(result)["minimal_ratio"] == 0
+    assert row_of(result)["negative"] == 1
     assert "escape" in result.more
 
 
@@ -102,7 +105,8 @@ def test_the_tolerance_decides_what_counts_as_critical(tolerance: float, tmp_pat
     file = save(tmp_path, "a", weight=solution + 1e-3)
     given = {"model": linear, "data": {"all": (x, y)}, "loss": squared, "dtype": "float64"}
     result = losscli.check([file], tolerance=tolerance, **given)
-    assert row_of(result)["verdict"] == ("minimum" if tolerance > 1 else "not critical")
+    # The loss is still to fall by 1e-6, of which float64 leaves no doubt.
+    assert row_of(result)["verdict"] == ("undecided" if tolerance > 1 else "not critical")
 
 
 def test_a_flat_valley_is_undecided(tmp_path: Path) -> None:
@@ -111,10 +115,14 @@ def test_a_flat_valley_is_undecided(tmp_path: Path) -> None:
     twice = torch.cat([x, x[:, :1]], 1)
     file = save(tmp_path, "a", weight=torch.cat([solution, torch.zeros(1, 1)], 1))
     given = {"model": lambda: linear(4), "data": {"all": (twice, y)}, "loss": squared}
-    row = row_of(losscli.check([file], **given, dtype="float64"))
+    result = losscli.check([file], **given, dtype="float64")
+    row = row_of(result)
     assert row["verdict"] == "undecided"
     assert abs(row["lambda_min"]) <= row["lambda_min_error"]
-    assert row["minimal_ratio"] == 0.75
+    assert row["minimal_ratio"] == row["positive"] == 0.75
+    assert (row["negative"], row["undecided"]) == (0, 0.25)
+    (point,) = result.summary["splits"]["all"]["points"]
+    assert point["reason"] == "λ min may be zero: it is within its error of zero"
 
 
 class Product(nn.Module):
@@ -156,6 +164,12 @@ def test_zero_is_a_saddle_of_a_two_layer_linear_network_with_known_curvatures(
 
 
 def dense_hessian(model: nn.Module, x: Tensor, y: Tensor) -> np.ndarray:
+    return dense_hessian_of(nn.functional.cross_entropy, model, x, y)
+
+
+def dense_hessian_of(
+    function: Callable[[Tensor, Tensor], Tensor], model: nn.Module, x: Tensor, y: Tensor
+) -> np.ndarray:
     names = [n for n, _ in model.named_parameters()]
     shapes = [p.shape for p in model.parameters()]
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
@@ -164,7 +178,7 @@ def dense_hessian(model: nn.Module, x: Tensor, y: Tensor) -> np.ndarray:
         parts = torch.split(theta, [s.numel() for s in shapes])
         state = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
         outputs = torch.func.functional_call(model, state, (x,))
-        return nn.functional.cross_entropy(outputs, y)
+        return function(outputs, y).mean()
 
     return torch.autograd.functional.hessian(loss, flat).numpy()
 
@@ -194,7 +208,8 @@ def test_eigenvalues_by_search_are_those_of_the_dense_hessian(
         batch_size=batch_size,
         eigenvalues=3,
     )
-    assert row_of(result)["minimal_ratio"] is None
+    shares = ("minimal_ratio", "positive", "negative", "undecided", "trace", "trace_stderr")
+    assert all(row_of(result)[column] is None for column in shares)
     found = result.more["spectrum"]
     expected = [*values[:3], *values[-3:]]
     for value, error, true in zip(
@@ -287,6 +302,7 @@ def test_a_loss_that_is_not_finite_decides_nothing(tmp_path: Path) -> None:
         ("eigenvalues", 0),
         ("learning_rate", 0.0),
         ("sampling_error", 0.1),
+        ("momentum", 0.9),
     ],
 )
 def test_options_that_make_no_sense_are_refused(option: str, value: float, tmp_path: Path) -> None:
@@ -309,13 +325,317 @@ def test_the_samples_saddle_is_one_and_the_picture_is_drawn_again(
     header = Path("out.csv").read_text().splitlines()[0]
     assert header == (
         "checkpoint,split,loss,gradient_norm,lambda_min,lambda_min_error,lambda_max,"
-        "lambda_max_error,minimal_ratio,verdict"
+        "lambda_max_error,minimal_ratio,positive,negative,undecided,trace,trace_stderr,verdict"
     )
     assert Path("out.escape.csv").read_text().splitlines()[0] == "distance,loss,loss_stderr"
     assert json.loads(Path("out.json").read_text())["escape"]["gain"] > 0.3
     done = losscli("plot", "out.csv", "-o", "again")
     assert done.status == 0, done.stderr
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+
+
+# Verdicts near critical points, by closed forms of two weights.
+
+
+class Polynomial(nn.Module):
+    """The loss itself, as a function of w and u."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w, self.u = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.w, self.u) + 0 * x
+
+
+def first(outputs: Tensor, _: Tensor) -> Tensor:
+    return outputs[:, 0]
+
+
+def check_polynomial(
+    folder: Path,
+    function: Callable[[Tensor, Tensor], Tensor],
+    w: float,
+    u: float,
+    dtype: str = "float64",
+) -> tuple[str, dict[str, Any], losscli.Result]:
+    file = save(folder, "a", w=torch.tensor(w).double(), u=torch.tensor(u).double())
+    data = {"all": (torch.ones(4, 1), torch.zeros(4))}
+    given = {"model": lambda: Polynomial(function), "data": data, "loss": first, "dtype": dtype}
+    result = losscli.check([file], **given, metric=("none",))
+    (point,) = result.summary["splits"]["all"]["points"]
+    return str(row_of(result)["verdict"]), point, result
+
+
+def falls(result: losscli.Result) -> tuple[bool, bool]:
+    """Whether the escape falls to the negative and to the positive side."""
+    table = result.more["escape"]
+    distances, losses = np.array(table.floats("distance")), np.array(table.floats("loss"))
+    start = losses[distances == 0][0]
+    return bool((losses[distances < 0] < start).any()), bool((losses[distances > 0] < start).any())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, u: 9e-4 * w + w**3 + u * u,
+        # Far away, behind a hill, there is something lower.
+        lambda w, u: 9e-4 * w + w**3 - w**4 / 10 + (u - 3) ** 2,
+    ],
+)
+def test_a_slope_along_negative_curvature_is_no_saddle(
+    function: Callable[[Tensor, Tensor], Tensor], tmp_path: Path
+) -> None:
+    u = 3.0 if function(torch.tensor(0.0), torch.tensor(3.0)) == 0 else 0.0
+    verdict, point, result = check_polynomial(tmp_path, function, -1e-3, u)
+    assert verdict == "undecided"
+    slope = 9e-4 + 3e-6
+    assert point["reason"].startswith("along the eigenvector v of λ min the loss falls on one side")
+    assert f"⟨∇L, v⟩ = {slope:.3g}" in point["reason"]
+    assert abs(point["slope_along_lambda_min"]) == pytest.approx(slope, rel=1e-3)
+    assert point["sides"]["negative"]["falls"]
+    assert result.summary["escape"]["slope"] == point["slope_along_lambda_min"]
+
+
+@pytest.mark.parametrize("u", [0.0, 1e-6, 1e-4])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_saddle_is_one_also_beside_its_critical_point(
+    u: float, dtype: str, tmp_path: Path
+) -> None:
+    function = lambda w, u: 1 + w * w - u * u + u**4  # noqa: E731
+    verdict, point, result = check_polynomial(tmp_path, function, 0.0, u, dtype)
+    assert verdict == "saddle"
+    assert point["reason"] is None
+    assert falls(result) == (True, True)
+
+
+def test_a_fall_that_is_close_to_a_saddle_is_in_the_table(tmp_path: Path) -> None:
+    # To one side the loss falls by 2.5e-7 at 5e-4, to the other far away.
+    def function(w: Tensor, u: Tensor) -> Tensor:
+        return w * w - u * u + torch.where(u < 0, 2e6 * u**4, u**4 / 100) + 1e-3
+
+    verdict, point, result = check_polynomial(tmp_path, lambda w, u: function(w - 1, u), 1.0, 0.0)
+    assert verdict == "saddle"
+    assert falls(result) == (True, True)
+    assert abs(point["sides"]["positive"]["distance"]) > 100 * abs(
+        point["sides"]["negative"]["distance"]
+    )
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "minimum"), ("float64", "undecided")])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_minimum_is_critical_to_the_accuracy_of_the_loss(
+    sign: int, dtype: str, expected: str, tmp_path: Path
+) -> None:
+    # ½ gᵀH⁻¹g is exactly what is left of the parabola: 1.6e-7.
+    function = lambda w, u: 1 + sign * (w * w + 5 * u * u)  # noqa: E731
+    verdict, point, _ = check_polynomial(tmp_path, function, 4e-4, 0.0, dtype)
+    kind = "minimum" if sign > 0 else "maximum"
+    assert verdict == (kind if expected == "minimum" else "undecided")
+    assert point["predicted"]["change"] == pytest.approx(1.6e-7, rel=1e-6)
+    assert point["predicted"]["exact"]
+    way = "lower" if sign > 0 else "raise"
+    assert (point["reason"] is None) == (verdict == kind)
+    if verdict != kind:
+        assert point["reason"].startswith(f"a Newton step would {way} the loss by 1.6e-07, and")
+
+
+def test_a_minimum_that_was_rounded_for_its_file_is_one_in_float64(tmp_path: Path) -> None:
+    x, y, solution = regression(40, 200)
+    file = save(tmp_path, "a", weight=solution.float())
+    given = {"model": lambda: linear(40), "data": {"all": (x, y)}, "loss": squared}
+    result = losscli.check([file], **given, dtype="float64")
+    assert row_of(result)["verdict"] == "minimum"
+    (point,) = result.summary["splits"]["all"]["points"]
+    left = float((x @ (solution.float().double() - solution).T).square().mean())
+    assert point["predicted"]["change"] == pytest.approx(left, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_trained_networks_have_no_verdict_that_their_losses_do_not_show(
+    seed: int, dtype: str, tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (50,), generator=generator)
+    torch.manual_seed(seed)
+    model = MLP("3-5-3", activation="tanh").double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+    for _ in range(20_000):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y, label_smoothing=0.1).backward()
+        if sum(float(p.grad.square().sum()) for p in model.parameters()) < 9e-4**2:
+            break
+        optimizer.step()
+
+    def smoothed(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1, reduction="none")
+
+    file = save(tmp_path, "a", **model.float().state_dict())
+    result = losscli.check(
+        [file], model="mlp:3-5-3,activation=tanh", data={"all": (x, y)}, loss=smoothed, dtype=dtype
+    )
+    (point,) = result.summary["splits"]["all"]["points"]
+    row = row_of(result)
+    hessian = dense_hessian_of(smoothed, model.double(), x, y)
+    assert row["lambda_min"] == pytest.approx(float(np.linalg.eigvalsh(hessian)[0]), abs=1e-12)
+    assert row["trace"] == pytest.approx(float(np.trace(hessian)), rel=1e-9)
+    assert row["verdict"] != "saddle" or falls(result) == (True, True)
+    assert row["verdict"] != "minimum" or point["predicted"]["change"] < 1e-5
+    assert (point["reason"] is not None) == (row["verdict"] == "undecided")
+
+
+def test_a_reason_is_in_the_text_and_in_the_summary(losscli: Losscli, folder: Path) -> None:
+    Path("mine.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n        self.w = nn.Parameter(torch.zeros(2))\n"
+        "    def forward(self, x):\n        w, u = self.w\n"
+        "        return 9e-4 * w + w**3 + u * u + 0 * x\n"
+        "def loss(outputs, targets):\n    return outputs[:, 0]\n"
+        "def data():\n    return {'all': (torch.ones(4, 1), torch.zeros(4))}\n"
+    )
+    torch.save({"w": torch.tensor([-1e-3, 0.0])}, "a.pt")
+    given = ("-m", "mine.py:Net", "-d", "mine.py:data", "--loss", "mine.py:loss")
+    done = losscli("check", "a.pt", *given, "--metric", "none", "--dtype", "float64", "-o", "out")
+    assert done.status == 0, done.stderr
+    (point,) = json.loads(Path("out.json").read_text())["splits"]["all"]["points"]
+    assert f"because       {point['reason']}" in done.stdout
+    assert "1 side" not in done.stdout
+
+
+# Derivatives that are not those of the loss.
+
+
+def test_a_stopped_gradient_is_an_error_of_one_line(losscli: Losscli, folder: Path) -> None:
+    case = stopped.case(stopped.STOPPED["straight-through rounding"])
+    torch.save(case.state(1), "a.pt")
+    Path("mine.py").write_text(
+        "from tests import stopped\n"
+        "case = stopped.case(stopped.STOPPED['straight-through rounding'])\n"
+        "def data():\n    return {'all': (case.inputs, case.targets)}\n"
+    )
+    done = losscli("check", "a.pt", "-m", "mine.py:case.build", "-d", "mine.py:data", "-o", "out")
+    assert done.status == 1
+    assert "detached from autograd: slope along" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert not [*folder.glob("out*.csv"), *folder.glob("out*.json")]
+
+
+# Errors of eigenvalues.
+
+
+class Offset(nn.Module):
+    """More than 1,000 weights, and LayerNorm of features with an offset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(20, 42), nn.LayerNorm(42), nn.Linear(42, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.body(x) + 1000)))
+
+
+class Shifted(nn.Module):
+    """Logits with an offset, which changes no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(20, 42), nn.Linear(42, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x))) + 1e5
+
+
+@pytest.mark.parametrize("model", [Offset, Shifted])
+def test_errors_in_float32_cover_the_eigenvalues_of_the_dense_float64_hessian(
+    model: type[nn.Module], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    state = model().state_dict()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 20, generator=generator)
+    y = torch.arange(60) % 5
+    file = save(tmp_path, "a", **state)
+    result = losscli.check([file], model=model, data={"all": (x, y)}, eigenvalues=2)
+    plain = model().double()
+    plain.load_state_dict(state)
+    values = np.linalg.eigvalsh(dense_hessian(plain, x.double(), y))
+    assert len(values) > 1000
+    found = result.more["spectrum"]
+    expected = [*values[:2], *values[-2:]]
+    for value, error, true in zip(
+        found.floats("eigenvalue"), found.floats("error"), expected, strict=True
+    ):
+        assert abs(value - true) <= error
+    (point,) = result.summary["splits"]["all"]["points"]
+    assert point["rounding_measured_on"] == 60
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_signs_are_those_of_the_float64_hessian_in_every_dtype(dtype: str, tmp_path: Path) -> None:
+    # A softmax head is convex, and constant along a shift of all logits: 1 of 4 directions.
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(200, 19, generator=generator), torch.arange(200) % 4
+    file = save(tmp_path, "a", **nn.Linear(19, 4).state_dict())
+    given = {"model": lambda: nn.Linear(19, 4), "data": {"all": (x, y)}, "dtype": dtype}
+    row = row_of(losscli.check([file], **given))
+    assert (row["positive"], row["negative"], row["undecided"]) == (0.75, 0, 0.25)
+    assert row["minimal_ratio"] == row["positive"]
+    assert row["trace_stderr"] == 0
+
+
+# The limit of stable training.
+
+
+def write_small() -> None:
+    torch.save(MLP("6-4-3").state_dict(), "a.pt")
+    inputs = np.random.default_rng(0).random((20, 6))
+    np.savez("data.npz", all_inputs=inputs, all_targets=np.arange(20) % 3)
+
+
+@pytest.mark.parametrize(("momentum", "limit"), [(None, 40.0), (0.0, 40.0), (0.9, 76.0)])
+def test_momentum_raises_the_limit_of_the_largest_eigenvalue(
+    momentum: float | None, limit: float, losscli: Losscli, folder: Path
+) -> None:
+    write_small()
+    given = ["-m", "mlp:6-4-3", "-d", "npz:data.npz", "--learning-rate", "0.05", "-o", "out"]
+    given += [] if momentum is None else ["--momentum", str(momentum)]
+    done = losscli("check", "a.pt", *given)
+    assert done.status == 0, done.stderr
+    summary = json.loads(Path("out.json").read_text())
+    assert summary["threshold"] == pytest.approx(limit)
+    assert summary["momentum"] == momentum
+    how = "(2 + 2 · 0.9) / 0.05" if momentum else "2 / 0.05"
+    assert f"full-batch training, where λ max is below {limit:g} = {how}" in done.stdout
+
+
+@pytest.mark.parametrize("given", [["0.9"], ["1", "0.1"], ["-0.1", "0.1"], ["nan", "0.1"]])
+def test_a_momentum_that_makes_no_sense_is_refused(
+    given: list[str], losscli: Losscli, folder: Path
+) -> None:
+    momentum, *rate = given
+    write_small()
+    options = [*(["--learning-rate", *rate] if rate else []), f"--momentum={momentum}"]
+    done = losscli("check", "a.pt", "-m", "mlp:6-4-3", "-d", "npz:data.npz", *options, "-o", "out")
+    assert done.status == 2
+    assert "--momentum" in done.stderr
+    assert ("--learning-rate" if not rate else "[0, 1)") in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert not [*folder.glob("out*")]
+
+
+def test_the_steps_of_escapes_are_counted_before_a_run(losscli: Losscli, folder: Path) -> None:
+    write_small()
+    given = ("-m", "mlp:6-4-3", "-d", "npz:data.npz", "--dry-run")
+    done = losscli("check", "a.pt", *given, "--json")
+    assert done.status == 0, done.stderr
+    # Of 25 lengths those to both sides and along the gradient, and the loss that is drawn.
+    assert json.loads(done.stdout)["steps_at_most"] == 3 * 25 + 2 * 20 + 4
+    assert "down −∇L and along v, at most 119" in losscli("check", "a.pt", *given).stdout
 
 
 def normed() -> nn.Module:

@@ -690,8 +690,11 @@ def test_kinks_and_jumps_do_not_contradict_differences(name: str) -> None:
         compare(objective, {n: torch.zeros_like(t) for n, t in state.items()}, ends=False)
 
 
-@pytest.mark.parametrize("precise", [True, False])
-@pytest.mark.parametrize("name", stopped.STOPPED)
+# The wide steps of float32 go over many roundings, of which the slope is that on average.
+@pytest.mark.parametrize(
+    ("name", "precise"),
+    [(name, p) for name in stopped.STOPPED for p in (True, False) if p or "rounding" not in name],
+)
 def test_a_gradient_that_is_stopped_in_part_contradicts_differences(
     name: str, precise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -701,7 +704,10 @@ def test_a_gradient_that_is_stopped_in_part_contradicts_differences(
         monkeypatch.setattr(objective, "in_float64", lambda _: None)
     state = case.state(1)
     objective.check(state)
-    with pytest.raises(ModelError, match=r"detached from autograd: slope along the eig.*--except"):
+    with pytest.raises(
+        ModelError,
+        match=r"detached from autograd: slope along .* by differences of the loss.*--except",
+    ):
         compare(objective, state)
 
 
@@ -749,7 +755,7 @@ class Shifted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.head = nn.Linear(20, 40), nn.Linear(40, 5)
+        self.body, self.head = nn.Linear(20, 30), nn.Linear(30, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.body(x))) + 1e5

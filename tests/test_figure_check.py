@@ -216,6 +216,12 @@ def test_two_over_the_learning_rate_is_drawn_only_where_it_is_given() -> None:
     assert wide.get_yscale() == "log"
     assert wide.get_ylabel().endswith("log scale")
     assert levels(wide) == {2000.0: "--"}
+    assert "full-batch training is unstable where λₘₐₓ is above" in sentence(figure)
+    moved = draw_check(run(21, learning_rate=0.05, momentum=0.9))
+    assert levels(panel(moved, "largest")) == {0.0: "-", 76.0: "--"}
+    assert "(2 + 2 · 0.9) / learning rate = 76" in texts(moved)
+    still = draw_check(run(21, learning_rate=0.05, momentum=0.0))
+    assert "2 / learning rate = 40" in texts(still)
     far = draw_check(run(21, learning_rate=1e-6))
     assert panel(far, "largest").get_ylim()[1] < 60
     assert "2 / learning rate = 2×10⁶, far above" in sentence(far)
@@ -402,10 +408,26 @@ def test_one_checkpoint_is_told_in_words_and_drawn_as_a_row_a_split() -> None:
     assert len(zeros) == 1
 
 
-def test_share_of_positive_eigenvalues_is_told_where_it_is_known() -> None:
-    known = run(1, ("train",), lambda t, s: (*training(t, s)[:6], 0.875, "saddle"))
-    assert "87.5% of the eigenvalues are positive" in sentence(draw_check(known))
+def test_shares_of_signs_are_told_where_they_are_known() -> None:
+    told = run(1, ("train",), lambda t, s: (*training(t, s)[:6], 0.875, "saddle"))
+    # A table of an older version has the first share alone.
+    assert "eigenvalues 87.5% positive." in sentence(draw_check(told))
     assert "positive" not in sentence(draw_check(run(1)))
+    columns, (row,) = told.table.columns, told.table.rows
+    new = ("positive", "negative", "undecided", "trace", "trace_stderr")
+    table = Table.build((*columns, *new), [(*row, 0.875, 0.1, 0.025, 3.0, 0.0)])
+    figure = draw_check(replace(told, table=table))
+    assert "eigenvalues 87.5% positive, 10% negative, 2.5% undecided." in sentence(figure)
+
+
+def test_why_nothing_is_decided_is_told() -> None:
+    told = run(1, ("train",), lambda t, s: (*training(t, s)[:7], "undecided"))
+    points = {
+        "train": {"points": [{"reason": "λ min may be zero: it is within its error of zero"}]}
+    }
+    figure = draw_check(replace(told, summary={**told.summary, "splits": points}))
+    assert "Undecided on train: λ min may be zero: it is within its error" in sentence(figure)
+    assert "Undecided" not in sentence(draw_check(told))
 
 
 def test_spectrum_is_drawn_over_the_rank() -> None:

@@ -48,7 +48,9 @@ _FURTHER = {
     "path": ("step", "checkpoint", "x", "y", "off_plane", "split", "loss"),
 }
 
-_ERRORS = frozenset({"loss_stderr", "barrier_stderr", "lambda_min_error", "lambda_max_error"})
+_ERRORS = frozenset({
+    "loss_stderr", "barrier_stderr", "lambda_min_error", "lambda_max_error", "trace_stderr",
+})  # fmt: skip
 _PLACES = {"blocks": "alpha", "context": "alpha"}
 
 # The columns that span a grid; of barriers, each pair of names.

@@ -758,7 +758,9 @@ class Check(Study):
                 measured=measured,
             )
             if smallest.value + smallest.error < 0 and decided in {*wanted, "saddle"}:
-                judgement = self._fall(weights, down, smallest.value, examples, here, judgement)
+                judgement = self._fall(
+                    weights, down, smallest.value, examples, here, judgement, journal
+                )
             descent = None
             if decided == "not critical" and along is not None and math.isfinite(size):
                 descent = self._descend(weights, along, examples, here, journal)
@@ -821,23 +823,27 @@ class Check(Study):
         splits: Mapping[str, Examples],
         here: Evaluation,
         judgement: _Judgement,
+        journal: Journal | None,
     ) -> _Judgement:
         """Tries steps to both sides along the most negative curvature."""
         # With the slope g and the curvature λ < 0 the loss rises by g² / 2 abs(λ) on one side
         # before it falls. A fall beyond a much higher hill has nothing to do with this point.
+        rounding = judgement.loss_rounding
+        hill = 2 * judgement.slope**2 / (2 * abs(curvature)) + rounding
+        # Steps as short as √(2ρ / abs(λ)) change the loss by no more than its rounding ρ.
         size = norm(weights, self.moving) or 1.0
-        hill = 2 * judgement.slope**2 / (2 * abs(curvature)) + judgement.loss_rounding
+        size = max(size, math.sqrt(2 * rounding / abs(curvature)) if rounding < math.inf else 0.0)
         sides = []
         for sign in (-1, 1):
             distances = [sign * size * share for share in _STEPS]
-            found = self._along(weights, direction, distances, splits, None)
+            found = self._along(weights, direction, distances, splits, journal)
             best = _best(distances, found, here)
             rise = Estimate.of_evaluation(found).mean - Estimate.of_evaluation(here).mean[0]
             # From the shortest step on.
             for change in rise[::-1]:
-                if change < -judgement.loss_rounding or not change <= hill:
+                if change < -rounding or not change <= hill:
                     break
-            falls = bool(change < -judgement.loss_rounding)
+            falls = bool(change < -rounding)
             sides.append(best and {**best, "falls": falls})
         return replace(judgement, sides=(sides[0], sides[1]))
 
