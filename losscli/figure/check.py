@@ -227,7 +227,8 @@ def _basis(run: Run) -> str:
         critical = f"critical is a gradient norm of at most {format_number(tolerance)}"
     return (
         f"Verdicts: {critical}; an eigenvalue of the Hessian lies within each bar around λ, and "
-        "its sign counts only where the bar is clear of zero."
+        "its sign counts only where the bar is clear of zero. At a saddle the loss falls to both "
+        "sides along the eigenvector of λₘᵢₙ."
     )
 
 
@@ -259,7 +260,7 @@ def _draw_high(axes: Axes, series: Sequence[Series], summary: Mapping[str, Any])
         notes.append(f"{text}, far above {_HIGH}: not drawn")
         edge = math.nan
     elif text:
-        notes.append(f"{text}: full-batch training is unstable where {_HIGH} is above")
+        notes.append(f"{text}: full-batch training is unstable where {_HIGH} is above this.")
     shown = np.append(values, edge)
     shown = shown[np.isfinite(shown)]
     far = bool(values.size and shown.max() > _WIDE_HIGH * np.median(values))
