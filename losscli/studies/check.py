@@ -471,16 +471,15 @@ class Check(Study):
             ``seconds`` for the fewest products, ``seconds_at_most`` for the most, and what a
             ``product`` takes on all examples of the splits.
         """
-        objective = self.problem.objective
+        objective, origin = self.problem.objective, self.problem.origin
         batch = next(iter(objective.splits.values())).first(objective.batch_size)
         batch = batch.to(objective.device)
-        with (
-            objective.held(),
-            Curvature(objective, self.problem.origin, self.moving, batch) as curvature,
-        ):
-            # Once, so that what is set up is set up.
-            v = curvature.gradient()
-            took = timed(objective, lambda: curvature.product(v), clock)
+        with objective.held():
+            differentiated = self._differentiated(origin)
+            with Curvature(differentiated, origin, self.moving, batch) as curvature:
+                # Once, so that what is set up is set up.
+                v = curvature.gradient()
+                took = timed(differentiated, lambda: curvature.product(v), clock)
         examples = sum(map(len, objective.splits.values()))
         product = took * examples / len(batch)
         number, size = len(self.problem.names), curvature.size
@@ -715,16 +714,13 @@ class Check(Study):
             here = losses[split]
             sample = objective.splits[split].first(_MEASURED).to(objective.device)
             precise = self._precise
-            single = precise or objective
-            # What is small enough for a whole Hessian has all derivatives in float64.
-            whole = sum(weights[name].numel() for name in self.moving) <= DENSE_LIMIT
+            checked = precise or objective
             every, seed = objective.splits[split], self.problem.settings.seed
-            curved = Curvature(
-                single if whole else objective, weights, self.moving, every, progress
-            )
+            curved = Curvature(self._differentiated(weights), weights, self.moving, every, progress)
             with curved as curvature:
                 gradient = curvature.gradient()
                 size = float(gradient.norm())
+                whole = curvature.size <= DENSE_LIMIT
                 dense = curvature.dense() if whole else None
                 extremes = curvature.extremes(self.eigenvalues, tolerance=_TOLERANCE, seed=seed)
                 vector = extremes.smallest[0].vector
@@ -740,7 +736,7 @@ class Check(Study):
                     extremes = add_rounding(extremes, rough, fine, whole=measured == len(every))
             ends = {"λ min": vector, "λ max": extremes.largest[0].vector}
             few = sample.first(SAMPLE)
-            check_derivatives(single, weights, self.moving, few, ends, seed)
+            check_derivatives(checked, weights, self.moving, few, ends, seed)
             objective.load(weights)
             smallest, largest = extremes.smallest[0], extremes.largest[0]
             decided = verdict(size, self.tolerance, smallest, largest)
@@ -791,6 +787,11 @@ class Check(Study):
         objective = self.problem.objective
         sample = next(iter(objective.splits.values())).first(SAMPLE).to(objective.device)
         return objective.in_float64(sample)
+
+    def _differentiated(self, weights: Weights) -> Objective:
+        """Returns what gradient and eigenvalues are computed with: a whole Hessian in float64."""
+        small = sum(weights[name].numel() for name in self.moving) <= DENSE_LIMIT
+        return (self._precise if small else None) or self.problem.objective
 
     def _loss_rounding(self, weights: Weights, here: Evaluation, sample: Split) -> float:
         """Returns how much of a change of the mean loss may be rounding."""
