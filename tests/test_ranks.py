@@ -378,7 +378,8 @@ def line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Makes a command that takes a point at a time, and writes down the points that it takes."""
     (folder / "own.py").write_text(LOSS)
     monkeypatch.setattr("losscli.sweep._CPU_STACK", 1)
-    for name, value in (("TORCHELASTIC_RESTART_COUNT", "0"), ("RANK", "0"), ("KILL", "")):
+    alone = {"TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0", "WORLD_SIZE": "1", "KILL": ""}
+    for name, value in alone.items():
         monkeypatch.setenv(name, value)
 
     def begin(stem: str) -> str:
