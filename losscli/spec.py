@@ -257,6 +257,7 @@ def look_up(
     kind: str,
     *,
     trusted: bool,
+    source: str = "a file",
     runs_code: Collection[str] = (),
 ) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """Finds what a spec names: an entry of a registry, or code of the user's own.
@@ -267,6 +268,7 @@ def look_up(
         kind: What the entries are ("model", "data", …), for the errors.
         trusted: Whether the command line itself named the spec. Only then may it name code,
             which is imported and so run.
+        source: What named it, if not the command line.
         runs_code: Entries that run what a file holds; they count as code.
 
     Returns:
@@ -292,7 +294,7 @@ def look_up(
     if not trusted:
         option = {"model": "--model", "data": "--data", "loss": "--loss"}.get(kind, f"--{kind}")
         raise UntrustedCodeError(
-            f"a file names code to run as its {kind}, {str(spec)!r}, and code is run only when "
+            f"{source} names code to run as its {kind}, {str(spec)!r}, and code is run only when "
             "the command line names it",
             f"If you trust it, write {option} {shlex.quote(str(spec))}",
         )

@@ -682,9 +682,30 @@ def test_a_toml_file_may_not_name_code(kind: str, folder: Path, losscli: Losscli
     (folder / "x.toml").write_text('name = "evil.py:build"\n')
     done = losscli("interpolate", "a.pt", "b.pt", f"--{kind}", "x.toml", "-o", "x")
     assert done.status == 1
-    assert f"a file names code to run as its {kind}, 'evil.py:build'" in done.stderr
+    assert f"x.toml names code to run as its {kind}, 'evil.py:build'" in done.stderr
     assert f"write --{kind} evil.py:build" in done.stderr
     assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["model", "data", "loss"])
+def test_code_in_a_losscli_toml_is_refused_with_the_name_of_the_file(
+    kind: str, folder: Path, losscli: Losscli
+) -> None:
+    (folder / "evil.py").write_text("open('ran', 'w')\ndef build(): pass\n")
+    specs = {"model": "mlp:6-5-3", "data": "npz:data.npz", "loss": "mse", kind: "evil.py:build"}
+    lines = [f'{key} = "{value}"\n' for key, value in specs.items()]
+    (folder / "losscli.toml").write_text("".join(lines))
+    for name in "ab":
+        state = torch.load(f"{name}.pt", weights_only=True)["state_dict"]
+        torch.save(state, f"{name}.pt")
+    done = losscli("interpolate", "a.pt", "b.pt", "-o", "x")
+    assert done.status == 1
+    place = folder / "losscli.toml"
+    assert f"{place} names code to run as its {kind}, 'evil.py:build'" in done.stderr
+    assert f"write --{kind} evil.py:build" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (folder / "ran").exists()
+    assert not list(folder.glob("x.*"))
 
 
 def test_a_toml_file_with_an_unknown_key_says_which_there_are(

@@ -45,6 +45,7 @@ def load(
     text: str,
     *,
     trusted: bool,
+    source: str = "a file",
     folder: Path | None = None,
     splits: Sequence[str] = (),
     limit: int | None = None,
@@ -57,6 +58,7 @@ def load(
         text: The spec, or the name of a TOML file that stands for it; beside its entry's own keys
             it may have ``mean``, ``std``, ``flatten`` and ``limit``.
         trusted: Whether it may name code, or a data set on the hub.
+        source: What named it, if not the command line.
         folder: What relative paths in it are relative to; the current folder by default.
         splits: The splits wanted; none names all.
         limit: How many examples of each, of those that the spec's own limit leaves; None for all.
@@ -72,9 +74,11 @@ def load(
         UntrustedCodeError: It names code, or a data set on the hub, and is not trusted.
         UsageError: There is no such split, or the limit is below 1.
     """
-    text, trusted, folder = unfold(text, trusted=trusted, folder=folder)
+    named = text
+    text, trusted, folder = unfold(named, trusted=trusted, folder=folder)
+    source = source if text == named else named
     spec = Spec.parse(text)
-    function, arguments = look_up(spec, DATASETS, "data", trusted=trusted)
+    function, arguments = look_up(spec, DATASETS, "data", trusted=trusted, source=source)
     options: dict[str, Any] = dict(spec.options)
     common = {key: options.pop(key, None) for key in _COMMON}
     if common["mean"] == "imagenet" and common["std"] is None:
@@ -101,7 +105,7 @@ def load(
         on_hub = function is load_hub and not os.path.exists(path)  # noqa: PTH110
         if on_hub and not trusted:
             raise UntrustedCodeError(
-                f"a file names {text!r} as its data, there is no folder {path}, and the hub is "
+                f"{source} names {text!r} as its data, there is no folder {path}, and the hub is "
                 "asked only for what the command line names",
                 f"If you trust it, write --data {shlex.quote(str(spec))}",
             )

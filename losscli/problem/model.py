@@ -46,7 +46,12 @@ def build(found: Found, shapes: CheckpointFile | None = None) -> nn.Module:
         else:
             spec = Spec.parse(found.value)
             function, arguments = look_up(
-                spec, MODELS, "model", trusted=found.trusted, runs_code=RUNS_CODE
+                spec,
+                MODELS,
+                "model",
+                trusted=found.trusted,
+                source=found.source,
+                runs_code=RUNS_CODE,
             )
             if function in map(MODELS.get, FROM_FILES):
                 arguments = tuple(str(Path(found.folder or "", path)) for path in arguments)

@@ -32,7 +32,8 @@ class Found:
         """Takes what was named: where that is a TOML file, what the file says."""
         if not isinstance(value, str):
             return cls(value, trusted, folder, source)
-        return cls(*unfold(value, trusted=trusted, folder=folder), source)
+        text, may_name_code, place = unfold(value, trusted=trusted, folder=folder)
+        return cls(text, may_name_code, place, source if text == value else value)
 
     @property
     def text(self) -> str:

@@ -91,7 +91,13 @@ def data_of(settings: Settings, first: CheckpointFile | None) -> tuple[DataSet, 
         "batching": Batching(settings.batch_size) if settings.batch_loss else None,
     }
     if isinstance(found.value, str):
-        data = load(found.value, trusted=found.trusted, folder=found.folder, **chosen)
+        data = load(
+            found.value,
+            trusted=found.trusted,
+            source=found.source,
+            folder=found.folder,
+            **chosen,
+        )
     else:
         data = from_object(found.value, "data", **chosen)
     return data, found.text
@@ -255,7 +261,7 @@ def _per_example(
         function: PerExample = found.value
         return function, found.text
     spec = Spec.parse(found.value)
-    function, arguments = look_up(spec, registry, kind, trusted=found.trusted)
+    function, arguments = look_up(spec, registry, kind, trusted=found.trusted, source=found.source)
     if arguments and not isinstance(function, type):
         raise SpecError(f"{where}: {kind} functions take no argument")
     if is_of_torch(function) and not arguments:
