@@ -108,7 +108,9 @@ def _difference(what: str, values: Tensor, rows: Tensor, found: Tensor, share: f
     finite = truth.isfinite() & found.isfinite()
     size = torch.where(finite, truth.abs(), 0.0)
     off = torch.where(finite, (found - truth).abs(), 0.0)
-    rounding = share * (size + size.mean() / 10)
+    # A small cross-entropy is e^−z: the rounding of the scores, a share of z, is a share of it.
+    scores = 1 + torch.where(size > 0, size.log().abs(), 0.0)
+    rounding = share * (size * scores + size.mean() / 10)
     # One of two is not finite, and the other is.
     broken = truth.isfinite() != found.isfinite()
     excess = torch.where(off > 0, off / rounding, 0.0).masked_fill(broken, math.inf)

@@ -69,7 +69,16 @@ from losscli.losses import (
 from losscli.mapped import let_go
 from losscli.models import HEADLESS, cure_of, is_headless
 from losscli.operations import Trace, addresses, operations
-from losscli.points import Loaded, Plain, Points, Stacked, Way, is_known, tensors_of
+from losscli.points import (
+    Loaded,
+    NothingSharedError,
+    Plain,
+    Points,
+    Stacked,
+    Way,
+    is_known,
+    tensors_of,
+)
 from losscli.recalibration import Layer, Recalibration, layers_of
 from losscli.spectral import SpectralLayer, normalise, spectral_layers
 from losscli.torch_losses import TorchLoss
@@ -222,6 +231,7 @@ class Objective:
         self._differentiates = False
         self._forms: dict[tuple[str, ...], _Form] = {}
         self._way: Way | None = None
+        self._provisional = False
         self._proving = False
         self._operations: int | None = None
         self._traced = False
@@ -783,15 +793,17 @@ class Objective:
         """Chooses the fastest way to evaluate points that gives the numbers of the plain one.
 
         A few points are evaluated on a part of a batch by loading each plainly, then in every
-        way from the fastest on until one agrees. The choice is made once.
+        way from the fastest on until one agrees. The choice is made once, at the first points
+        that share a first layer: so it does not depend on the order of slices.
 
         Args:
             slice_: The slice.
             coordinates: As many points as will be evaluated at once.
             examples: Examples to prove a way on, at most.
         """
-        if self._way is not None:
+        if self.way is not None:
             return
+        self._provisional = False
         moving = sum(self.tensors[name].nbytes for name in slice_.ends[0])
         if moving > _LARGE_BYTES and not self._folds:
             # The proof would cost a second copy. Whoever sweeps a line compares its ends anyway.
@@ -816,15 +828,21 @@ class Objective:
             context, tolerance = proofs[proof]
             try:
                 with context():
-                    found = self.at(slice_, few, sample)[name].losses
+                    try:
+                        found = self.at(slice_, few, sample)[name].losses
+                    except NothingSharedError:
+                        self._provisional, self._proving = True, False
+                        found = self.at(slice_, few, sample)[name].losses
             except (ModelError, LossError):
                 return False
+            finally:
+                self._proving = True
             return _agree(found, truths[proof], tolerance)
 
         self._proving = True
         try:
             for way in self._ways():
-                self._way = way
+                self.way = way
                 if all(map(agrees, range(len(proofs)))):
                     return
         except BaseException:
@@ -833,16 +851,16 @@ class Objective:
             raise
         finally:
             self._proving = False
-        self._way = Way.LOADED
+        self.way = Way.LOADED
 
     @property
     def way(self) -> Way | None:
         """How points are evaluated; None before it is settled. To be set to one that was proven."""
-        return self._way
+        return None if self._provisional else self._way
 
     @way.setter
     def way(self, way: Way | None) -> None:
-        self._way = way
+        self._way, self._provisional = way, False
 
     def _ways(self) -> list[Way]:
         if self._folds:

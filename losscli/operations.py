@@ -47,7 +47,7 @@ def addresses(tensors: Iterable[object]) -> dict[int, Tensor]:
     """
     found = {}
     for tensor in tensors:
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
             # Within functorch's transforms, and on no device, there is no memory.
             with contextlib.suppress(RuntimeError, NotImplementedError):
                 found[tensor.untyped_storage().data_ptr()] = tensor

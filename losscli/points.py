@@ -34,6 +34,7 @@ from losscli.weights import Weights
 __all__ = [
     "Loaded",
     "Network",
+    "NothingSharedError",
     "Plain",
     "Points",
     "Record",
@@ -48,6 +49,10 @@ __all__ = [
 # Values that are taken into another type at once: on a CPU so few that they stay in its cache.
 _STRETCH = 1 << 14
 _STRETCH_ELSEWHERE = 1 << 22
+
+
+class NothingSharedError(ModelError):
+    """A way cannot be proved at points where the products at the ends nearly cancel."""
 
 
 class Record(Protocol):
@@ -402,7 +407,7 @@ class Points:
             lost = watch.layer.cancels(self._coordinates)
             self._apart = frozenset(p for p, one in enumerate(lost) if one)
             if all(lost) and self._proving:
-                raise ModelError("no point shares the first layer")
+                raise NothingSharedError("no point shares the first layer")
             self._shares = self._proving or len(self) - len(self._apart) > len(self._slice.ends)
         return (watch.layer if self._shares else None), done
 

@@ -200,7 +200,9 @@ def unpack(
         What was found on each split, the points of the chunk, and how many were taken at a time.
     """
     number, chunk, objective.batch_size, way = arrays["state"].tolist()
-    objective.way = Way(way) if way else None
+    if way:
+        # What was recorded before a way was chosen does not undo the choice.
+        objective.way = Way(way)
     objective.idle = [objective.batchnorm[i] for i in arrays["idle"].tolist()]
     evaluations = {
         name: Evaluation(

@@ -637,7 +637,7 @@ def _read_table(folder: Path, number: int) -> object:
     from losscli.terminal import draw as in_terminal
 
     path = folder / "run.csv"
-    run = _read(str(path), "")
+    run = _read(str(path))
     names = " → ".join(str(c["name"]) for c in run.summary.get("checkpoints", []))
     log = number % 2 == 0
     if run.table.command == "interpolate":

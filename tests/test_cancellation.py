@@ -239,10 +239,16 @@ def test_points_that_do_not_cancel_go_on_sharing(
     assert shared == expected
 
 
-def test_a_way_is_not_proved_by_points_that_share_nothing() -> None:
+def test_a_way_is_not_proved_by_points_that_share_nothing_and_they_do_not_choose_it() -> None:
+    sharing_nothing = [(0.74 + i / 1000,) for i in range(11)]
     slice_, _, objective = made(CASES[0])
-    objective.settle(slice_, [(0.74 + i / 1000,) for i in range(11)])
-    assert objective.way is Way.BOUND
+    objective.settle(slice_, sharing_nothing)
+    assert objective.way is None
+    found = objective.at(slice_, sharing_nothing)["all"].losses
+    objective.settle(slice_, LINE)
+    assert objective.way not in {None, Way.BOUND, Way.LOADED}
+    # In whatever order slices are evaluated, the numbers are the same.
+    assert torch.equal(objective.at(slice_, sharing_nothing)["all"].losses, found)
 
 
 def test_slopes_at_such_points_are_as_exact() -> None:

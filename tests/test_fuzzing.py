@@ -319,7 +319,7 @@ def test_shards_that_are_links_are_read_and_nothing_is_written_beside_them(
 @pytest.mark.parametrize(
     "stem",
     ["a b", "-dash", "é中", "per%cent", "$HOME", "semi;colon", "quote'\"", "new\nline", "..x",
-     "sub/../flat", "esc\x1b[2J", "x.csv", "a#b", "*?[x]"],
+     "sub/../flat", "esc\x1b[2J", "x.txt", "a#b", "*?[x]"],
 )  # fmt: skip
 def test_a_stem_of_odd_characters_is_where_the_files_go_and_nowhere_else(
     stem: str, losscli: Losscli, folder: Path

@@ -42,7 +42,7 @@ def read(name: str) -> CheckpointFile:
     if not file.candidates and not file.quantised:
         raise CheckpointError(
             f"{name} holds no tensors under names",
-            put_together(path) or "Save the model's state_dict() in it",
+            (file.path and put_together(file.path)) or "Save the model's state_dict() in it",
         )
     for label, weights in file.choice.items():
         file.need_dense(label, weights)

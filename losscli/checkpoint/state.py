@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import shlex
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -302,7 +303,7 @@ class CheckpointFile:
         inner = f"{label}.{part.prefix}".strip(".") if part.prefix else label
         name = f"{self.where}#{inner}" if inner and (len(others) > 1 or part.prefix) else self.name
         more = f" and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
-        raise MismatchError(f"{name} does not fit {whose}: {'; '.join(wrong[:_TOLD])}{more}")
+        raise MismatchError(f"{name} does not fit {whose}: {'; '.join(_of_each_kind(wrong))}{more}")
 
     def _onto(self, base: Checkpoint, expected: Weights | None) -> Checkpoint:
         assert self.adapter is not None
@@ -383,6 +384,18 @@ def _counts(dtype: torch.dtype) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return True
+
+
+def _of_each_kind(wrong: Sequence[str]) -> list[str]:
+    """Chooses the mismatches that are listed: names that are missing and unexpected, and shapes."""
+    number = Counter[str]()
+    order = []
+    for place, phrase in enumerate(wrong):
+        kind = phrase.partition(" ")[0]
+        kind = kind if kind in {"missing", "unexpected"} else "other"
+        order.append((number[kind], place))
+        number[kind] += 1
+    return [wrong[place] for place in sorted(place for _, place in sorted(order)[:_TOLD])]
 
 
 def put_together(path: Path) -> str:

@@ -926,9 +926,11 @@ class Check(Study):
         # Where nothing was gained, the valley is finer than the steps tried.
         shortest = (norm(weights, self.moving) or 1.0) * _STEPS[-1]
         reach = max((2 * abs(side["distance"]) for side in sides), default=shortest)
-        grid = {reach * i / _SIDE for i in range(-_SIDE, _SIDE + 1) if i}
-        # A fall may be too close to be among these.
-        steps = sorted(grid | {sign * side["distance"] for side in sides for sign in (1, -1)})
+        grid = [reach * i / _SIDE for i in range(-_SIDE, _SIDE + 1) if i]
+        # A fall may be too close to be among these, or be one of them up to rounding.
+        falls = {sign * side["distance"] for side in sides for sign in (1, -1)}
+        apart = [x for x in grid if not any(math.isclose(x, fall) for fall in falls)]
+        steps = sorted({*apart, *falls})
         found = self._along(weights, direction, steps, splits, journal)
         lowest = _best(steps, found, here)
         along, own = Estimate.of_evaluation(found), Estimate.of_evaluation(here)
