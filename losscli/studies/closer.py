@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from losscli.curve import near_rounding
 from losscli.geometry import Line
@@ -17,7 +14,6 @@ from losscli.ranks import decided
 from losscli.refinement import Curve, propose
 from losscli.slopes import slopes
 from losscli.studies.seen import Derivatives, LineCurve, Looked
-from losscli.studies.study import FRESH_BYTES
 from losscli.sweep import halving, sweep
 from losscli.weights import Weights
 
@@ -148,8 +144,7 @@ class CloseUp:
         """
         objective, dtype = self.problem.objective, self.problem.settings.dtype
         curves, again = looked.curves, set[float]()
-        size = sum(tensor.nbytes for tensor in objective.tensors.values())
-        if dtype == "float64" or objective.device.type == "mps" or size > FRESH_BYTES:
+        if dtype == "float64":
             return curves, 0
         precise: Objective | None = None
         while True:
@@ -162,7 +157,11 @@ class CloseUp:
             if not order:
                 return curves, len(again)
             if precise is None:
-                precise = self._in_float64()
+                objective.load(self.start)
+                precise = objective.in_float64(next(iter(objective.first_batches().values())))
+            # Among ranks it is made by all, or used by none.
+            if not decided(precise is not None) or precise is None:
+                return curves, len(again)
             points = [(alpha,) for alpha in order]
             found = sweep(precise, self.line, points, journal=self.journal)
             places = [2 + looked.alphas.index(alpha) for alpha in order]
@@ -171,9 +170,3 @@ class CloseUp:
                 for name, curve in curves.items()
             }
             again |= set(order)
-
-    def _in_float64(self) -> Objective:
-        objective = self.problem.objective
-        precise = objective.twin(copy.deepcopy(objective.model), torch.float64)
-        precise.load(self.start)
-        return precise
