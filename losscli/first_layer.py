@@ -252,13 +252,24 @@ def _gram(
         rows = [real(product.flatten(0, -2)) for product in products]
     else:
         squares = inputs.abs().to(wide).square()
-        linear = function is F.linear
-        size = (squares.flatten(0, -2).mean(0) if linear else squares.mean()).sqrt()
+        if function is F.linear:
+            size = squares.flatten(0, -2).mean(0).sqrt()
+        else:
+            size = _sizes_of_channels(squares, ends[0][0])
         rows = []
         for weight, bias in ends:
             row = real(weight.flatten(1) * size)
             rows.append(row if bias is None else torch.cat([row, real(bias[:, None])], 1))
     return torch.stack([torch.stack([(x * y).sum(1) for y in rows], 1) for x in rows], 1)
+
+
+def _sizes_of_channels(squares: Tensor, weight: Tensor) -> Tensor:
+    """The root mean square of the input at each weight of a convolution, ``[out, in/groups · k]``."""
+    batched = squares.ndim == weight.ndim
+    channels = squares.transpose(0, 1) if batched else squares
+    sizes = channels.flatten(1).mean(1).sqrt().view(-1, weight.shape[1])
+    of_units = sizes.repeat_interleave(weight.shape[0] // len(sizes), 0)
+    return of_units.repeat_interleave(weight[0, 0].numel(), 1)
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:

@@ -119,6 +119,19 @@ def convolving() -> nn.Module:
     )
 
 
+def grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 16, 4), nn.Tanh()
+    )
+
+
+def channel(a: State) -> Line:
+    """A line on which the weights of the first channel of each group vanish at α = 0.5."""
+    b = {name: tensor.clone() for name, tensor in a.items()}
+    b["0.weight"][:, 0] *= -1
+    return Line(a, b)
+
+
 def embedding() -> nn.Module:
     return nn.Sequential(
         nn.Embedding(9, 5), nn.LayerNorm(5), nn.Flatten(), nn.Linear(15, 4), nn.Tanh()
@@ -145,6 +158,12 @@ CASES = [
                of_line),
     Cancelling("convolution", convolving, normal(EXAMPLES, 2, 6, 6, scale=1e4),
                opposite(FIRST, 1e-3), LINE, of_line),
+    Cancelling("channel", convolving,
+               normal(EXAMPLES, 2, 6, 6) * torch.tensor([1e6, 1.0])[:, None, None],
+               lambda a, b, c: channel(a), LINE, of_line),
+    Cancelling("group", grouped,
+               normal(EXAMPLES, 4, 6, 6) * torch.tensor([1.0, 1.0, 1e6, 1.0])[:, None, None],
+               lambda a, b, c: channel(a), LINE, of_line),
     Cancelling("embedding", embedding, TOKENS, opposite(["0.weight"], 1e-5), LINE, of_line),
     Cancelling("far", dense, normal(EXAMPLES, 6), near(1e-3), WIDE, of_line),
     Cancelling("span", dense, normal(EXAMPLES, 6, scale=1e4), span, GRID, of_span),
