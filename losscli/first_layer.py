@@ -264,7 +264,7 @@ def _gram(
 
 
 def _sizes_of_channels(squares: Tensor, weight: Tensor) -> Tensor:
-    """The root mean square of the input at each weight of a convolution, ``[out, in/groups · k]``."""
+    """The root mean square of the input at each weight of a kernel, ``[out, in/groups · k]``."""
     batched = squares.ndim == weight.ndim
     channels = squares.transpose(0, 1) if batched else squares
     sizes = channels.flatten(1).mean(1).sqrt().view(-1, weight.shape[1])

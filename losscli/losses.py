@@ -1,7 +1,8 @@
 """Losses and metrics, each per example: outputs and targets in, one number an example out.
 
 Losses are computed in float64, those over a vocabulary in float32, and by formulas without
-cancellation: a loss is as exact as the outputs that it is computed from, however small it is.
+cancellation: a loss is as exact as the outputs that it is computed from, however small it is; only
+a cross-entropy with probabilities as targets is exact as a share of the scores.
 
 Where examples have weights (`weights_of`), the mean is the sum of the numbers over that of weights.
 """
@@ -83,8 +84,8 @@ def cross_entropy(
 
     Args:
         outputs: Scores before the softmax, ``[B, C, *]`` or ``[B, *, C]``.
-        targets: Classes 0…C−1, ``[B, *]``; or the probabilities of the classes, ``[B, C, *]``.
-            Targets of −100 are ignored, and those of 255 where C ≤ 255.
+        targets: Classes 0…C−1, ``[B, *]``; or the probabilities of the classes, of the shape of
+            the outputs. Targets of −100 are ignored, and those of 255 where C ≤ 255.
         dim: The dimension of the classes, 1 or −1; None takes the one that fits the targets.
         weight: The weight of each class, ``[C]``; each term is multiplied by it.
         ignore_index: A further target that is ignored.
@@ -98,8 +99,11 @@ def cross_entropy(
         LossError: The shapes do not fit, or both dimensions fit and ``dim`` is None.
     """
     if targets.is_floating_point() and outputs.ndim > 1 and outputs.shape == targets.shape:
+        own = _dim_of_shares(targets, dim)
         return _in_float64(
-            partial(_soft_surprise, weight=weight, smoothing=label_smoothing), outputs, targets
+            partial(_soft_surprise, weight=weight, smoothing=label_smoothing),
+            outputs.movedim(own, 1),
+            targets.movedim(own, 1),
         )
     if not targets.is_floating_point() and _one_score_a_target(outputs, targets):
         labels = "bce for labels 0 and 1, or --loss " if _are_labels(targets) else ""
@@ -122,6 +126,21 @@ def cross_entropy(
     return _in_float64(
         partial(_surprise, weight=weight, smoothing=label_smoothing), outputs, targets
     )
+
+
+def _dim_of_shares(targets: Tensor, dim: int | None) -> int:
+    """Finds the dimension of the classes in targets that are probabilities."""
+    if dim is not None or targets.ndim < 3:
+        return dim or 1
+    # That in which they add up to one; both, or none, is read as torch does.
+    ones = [_add_up(targets, each) for each in (1, -1)]
+    return -1 if ones == [False, True] else 1
+
+
+def _add_up(shares: Tensor, dim: int) -> bool:
+    """Tells whether the sums of shares are one, up to the rounding of half precision."""
+    sums = shares.sum(dim, dtype=torch.float32)
+    return bool(((sums - 1).abs() < _NEAR_ONE).all())
 
 
 def nll(
@@ -455,17 +474,24 @@ def of_mean(metric: PerExample, mean: float) -> float:
 
 
 def accuracy(
-    outputs: Tensor, targets: Tensor, *, dim: int | None = None, ignore_index: int | None = None
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    dim: int | None = None,
+    ignore_index: int | None = None,
+    soft: bool = False,
 ) -> Tensor:
     """Tells which examples are classified right.
 
     Args:
         outputs: Scores, ``[B, C, *]`` or ``[B, *, C]``; the highest is the answer. With C = 1, or
             no C, a positive score answers 1.
-        targets: Classes, ``[B, *]``. Those that `cross_entropy` ignores do not count.
+        targets: Classes, ``[B, *]``, or their probabilities, of which the highest is right. Those
+            that `cross_entropy` ignores do not count.
         dim: The dimension of the classes, 1 or −1; None takes that of the loss, or else the one
             that fits the targets.
         ignore_index: A further target that does not count.
+        soft: Whether targets of the shape of the outputs are probabilities of classes.
 
     Returns:
         1 or 0 for each example, ``[B]``; over any further dimensions the share of right ones among
@@ -474,6 +500,11 @@ def accuracy(
     Raises:
         LossError: The shapes do not fit, or both dimensions fit and ``dim`` is None.
     """
+    if soft and targets.is_floating_point() and outputs.shape == targets.shape:
+        own = _dim_of_shares(targets, dim)
+        scores, answers = outputs.max(own)
+        right = (answers == targets.argmax(own)).to(torch.float32)
+        return per_example_mean(right.masked_fill(scores.isnan(), math.nan))
     if outputs.shape == targets.shape:
         scores, answers = outputs, outputs > 0
     elif (dim := _class_dim(outputs, targets, "accuracy", dim)) is None:
@@ -691,8 +722,15 @@ def _weigh_next_tokens(outputs: Tensor, targets: Tensor, **options: Any) -> Tens
 
 
 def _weigh_answers(
-    outputs: Tensor, targets: Tensor, *, dim: int | None = None, ignore_index: int | None = None
-) -> Tensor:
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    dim: int | None = None,
+    ignore_index: int | None = None,
+    soft: bool = False,
+) -> Tensor | None:
+    if soft and targets.is_floating_point():
+        return None
     counts = _answered(outputs, targets, dim, ignore_index)
     return counts.reshape(len(counts), -1).any(1).to(_wide(targets))
 
@@ -751,11 +789,8 @@ def doubts_of(
         dim = 1
         if outputs.ndim > 2:
             dim = class_dim_of(functions[0]) or _class_dim(outputs, targets, "", None) or 1
-        if _are_shares(outputs) and outputs.shape[dim] > 1:
-            # Half precision has three digits.
-            sums = outputs.sum(dim, dtype=torch.float32)
-            if bool(((sums - 1).abs() < _NEAR_ONE).all()):
-                found.add(Doubt.SOFTMAX)
+        if _are_shares(outputs) and outputs.shape[dim] > 1 and _add_up(outputs, dim):
+            found.add(Doubt.SOFTMAX)
     return frozenset(found)
 
 
@@ -805,7 +840,7 @@ def _form(tensor: Tensor) -> str:
 
 _WEIGHTS: dict[PerExample, Callable[..., Tensor | None]] = {
     cross_entropy: _weigh_classes,
-    nll: _weigh_classes,
+    nll: partial(_weigh_classes, dim=1),
     token_cross_entropy: _weigh_tokens,
     causal_lm: _weigh_next_tokens,
     perplexity: _weigh_next_tokens,

@@ -118,7 +118,7 @@ _LARGE_BYTES = 64 << 20
 # Seeds that are tried where a forward pass draws random numbers: a rare one changes few losses.
 _SEEDS = 8
 
-_KNOWN_FUNCTIONS = frozenset({*LOSSES.values(), *METRICS.values()})
+_KNOWN_FUNCTIONS = frozenset({nll, *LOSSES.values(), *METRICS.values()})
 
 _OF_CLASSES = frozenset({cross_entropy, nll})
 
@@ -519,22 +519,62 @@ class Objective:
             with contextlib.suppress(ModelError, LossError, torch.OutOfMemoryError, MemoryError):
                 pair = examples.first(2).to(self.device)
                 batch, whole = pair, self._values(pair)
+        self._compare_halves(batch, whole, name, torch.arange(len(batch)))
+        return doubts
+
+    @torch.no_grad()
+    def check_independence(self, weights: Weights) -> None:
+        """Makes sure at another point that a loss depends on its own example alone.
+
+        An initialisation may give all examples the same outputs, and the first batch of sorted
+        data examples of one class: here a batch is spread over all examples in memory.
+
+        Args:
+            weights: All tensors of the model; they stay loaded.
+
+        Raises:
+            LossError: A loss depends on other examples.
+            NondeterministicModelError: One point has two answers.
+        """
+        self.load(weights)
+        for name, examples in ({} if self.batch_loss else self.splits).items():
+            batch = examples.first(self.batch_size)
+            rows = torch.arange(len(batch))
+            if isinstance(examples, Split):
+                rows = torch.linspace(0, len(examples) - 1, len(batch)).round().long()
+                batch = examples.take(rows.to(examples.targets.device))
+            batch = batch.to(self.device)
+            self._compare_halves(batch, self._values(batch), name, rows)
+
+    def _compare_halves(self, batch: Split, whole: Values, name: str, rows: Tensor) -> None:
+        """Compares the values of a batch with those of its halves; its rows are those of a split.
+
+        Raises:
+            LossError: They differ beyond rounding.
+            NondeterministicModelError: The values of the whole batch differ when it is repeated.
+        """
         found = compare(self._values, batch, whole, self.dtype) if len(batch) > 1 else None
         self.unchecked.discard(name)
         if found is not None and found.excess <= 1:
-            return doubts
+            return
         self._check_repetition(batch, whole)
         if found is None:
             self.unchecked |= {name} if len(batch) > 1 else set()
-        elif is_dependent(found, batch, self.dtype, self._wider()):
+            return
+        narrowest = Narrowest(self.dtype)
+        if self.dtype == torch.float64:
+            # There is no wider type, but the model may compute in a narrower one.
+            with narrowest:
+                whole = self._values(batch)
+            found = compare(self._values, batch, whole, narrowest.dtype) or found
+        if found.excess > 1 and is_dependent(found, batch, narrowest.dtype, self._wider()):
             raise LossError(
                 f"the {found.what} of an example depends on the other examples in its batch: for "
-                f"example {found.row} of the split {name!r} it is {found.whole:.7g} in one batch "
-                f"and {found.other:.7g} in another",
+                f"example {int(rows[found.row])} of the split {name!r} it is {found.whole:.7g} in "
+                f"one batch and {found.other:.7g} in another",
                 "If the loss is one number per batch, give --batch-loss; otherwise compute it from "
                 "each example alone (BatchNorm needs track_running_stats=True)",
             )
-        return doubts
 
     def _first_values(self, batch: Split, name: str) -> tuple[Values, list[frozenset[Doubt]]]:
         """Evaluates a first batch, and makes sure that model, loss and data fit together."""
@@ -1084,7 +1124,7 @@ class Objective:
         Raises:
             LossError: It fails, or gives something else.
         """
-        if _is_registered(function):
+        if _is_registered(function) or isinstance(function, TorchLoss):
             outputs = _scores(outputs)
         half = isinstance(outputs, Tensor) and outputs.dtype in _HALF
         if half and function_of(function) not in TAKES_HALF:

@@ -110,14 +110,18 @@ def _is_streamed(splits: Mapping[str, Examples]) -> bool:
     return any(not isinstance(split, Split) for split in splits.values())
 
 
-def check(objective: Objective, weights: Weights) -> None:
+def check(objective: Objective, weights: Weights, other: Weights | None = None) -> None:
     """Makes sure that model, loss and data work together; out of memory, the batch is halved.
 
     Args:
         objective: What will be evaluated.
         weights: All tensors of the model; what no slice moves stays loaded.
+        other: The same at another point, where losses must not depend on their batch either.
     """
     halving(objective, lambda: objective.check(weights))
+    if other is not None:
+        halving(objective, lambda: objective.check_independence(other))
+        objective.load(weights)
 
 
 def settle(objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]) -> None:

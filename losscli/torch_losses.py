@@ -146,6 +146,9 @@ def from_torch(value: Any, options: Mapping[str, Any], where: str) -> tuple[PerE
     written = ", ".join(f"{key}={_written(option)}" for key, option in described.items())
     text = f"{_name(value)}({written})"
     if kind in _OF_CLASSES:
+        if _OF_CLASSES[kind] is cross_entropy:
+            # Torch's own reads the classes there.
+            described["dim"] = 1
         return partial(_OF_CLASSES[kind], **described), text
     if isinstance(value, nn.modules.loss._Loss):
         value.reduction = "none"

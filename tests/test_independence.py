@@ -378,3 +378,69 @@ def test_rare_dropout_is_refused_whatever_is_drawn(folder: Path) -> None:
         torch.manual_seed(seed)
         with pytest.raises(NondeterministicModelError, match="random numbers"):
             losscli.interpolate("a.pt", "b.pt", model=lambda: Rare("6-5-3"), points=3)
+
+
+class Centred(nn.Module):
+    """A network with features that depend on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        return self.head(hidden - hidden.mean(0))
+
+
+def of_each_class(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Weighs each example by one over the number of its class in the batch."""
+    numbers = torch.bincount(targets, minlength=3)[targets]
+    return F.cross_entropy(outputs, targets, reduction="none") * len(targets) / numbers
+
+
+STUDIES: dict[str, Callable[..., Any]] = {
+    "interpolate": lambda files, **study: losscli.interpolate(files[0], files[-1], **study),
+    "trajectory": losscli.trajectory,
+    "plane": losscli.plane,
+    "barriers": losscli.barriers,
+    "check": losscli.check,
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("where", ["initialisation", "sorted data"])
+def test_a_dependence_that_a_first_batch_of_the_first_checkpoint_hides_is_refused(
+    name: str, where: str, tmp_path: Path
+) -> None:
+    build: Callable[[], nn.Module] = Centred if where == "initialisation" else lambda: MLP("6-5-3")
+    files = [str(tmp_path / f"{i}.pt") for i in range(3)]
+    for i, file in enumerate(files):
+        torch.manual_seed(i)
+        state = build().state_dict()
+        if i == 0 and where == "initialisation":
+            # As many initialisations have it: all outputs are the same.
+            state["head.weight"] = torch.zeros_like(state["head.weight"])
+        torch.save(state, file)
+    targets = (torch.arange(60) % 3).sort().values
+    loss = "cross_entropy" if where == "initialisation" else of_each_class
+    with pytest.raises(LossError, match="depends on the other examples in its batch"):
+        STUDIES[name](
+            files, model=build, data={"all": (inputs(60), targets)}, loss=loss, batch_size=8
+        )
+
+
+@pytest.mark.parametrize("number", [2, 12])
+def test_a_model_that_computes_in_float32_is_none_that_depends_on_the_batch(number: int) -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = MLP("6-500-500-3")
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = {n: 3 * p.float() for n, p in self.body.named_parameters()}
+            return torch.func.functional_call(self.body, weights, x.float()).double()
+
+    torch.manual_seed(0)
+    model = Narrow()
+    objective_of(model, number=number, dtype=torch.float64).check(model.state_dict())

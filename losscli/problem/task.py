@@ -21,6 +21,7 @@ from losscli.losses import (
     accuracy,
     causal_lm,
     class_dim_of,
+    cross_entropy,
     function_of,
     options_of,
     token_cross_entropy,
@@ -237,6 +238,7 @@ def _like_loss(loss: PerExample, metric: PerExample) -> PerExample:
     shared = {"ignore_index": options_of(loss).get("ignore_index")}
     if function_of(metric) is accuracy:
         shared["dim"] = class_dim_of(loss)
+        shared["soft"] = function_of(loss) is cross_entropy or None
     shared = {key: value for key, value in shared.items() if value is not None}
     return partial(metric, **{**shared, **options_of(metric)}) if shared else metric
 

@@ -195,7 +195,7 @@ class Barriers(Study):
         distances: dict[tuple[int, int], float] = {}
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
-            check(objective, placed[0])
+            check(objective, placed[0], placed[-1])
             difference, stays = self._prove(placed)
             found = grow(
                 objective.splits,

@@ -550,7 +550,9 @@ class Check(Study):
         names, splits = self.problem.names, list(objective.splits)
         with float32_precision(tf32=self.problem.settings.tf32):
             swept = time.perf_counter()
-            check_objective(objective, self.problem.origin)
+            last = self.problem.place(self.problem.last.weights)
+            check_objective(objective, self.problem.origin, last)
+            del last
             heard = self._heard()
             ranks = current()
             records = (

@@ -302,7 +302,7 @@ class Interpolation(Study):
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
             line = Line(self.on_device(self.start), self.on_device(self.end))
-            check(objective, self.start)
+            check(objective, self.start, self.end)
             settle(objective, line, [(alpha,) for alpha in self.alphas])
             anchors = [((0.0,), self.start), ((1.0,), self.end)]
             difference = self.meets(line, anchors, [(0.5,)])

@@ -257,7 +257,7 @@ class Plane(Study):
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
             here = self._here()
-            check(objective, self.problem.origin)
+            check(objective, self.problem.origin, self.problem.place(self.problem.last.weights))
             settle(objective, here, points)
             difference = self._difference(here, points)
             last = self.problem.place(self.problem.last.weights)

@@ -201,7 +201,7 @@ class Trajectory(Study):
         objective, settings = self.problem.objective, self.problem.settings
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
-            check(objective, self.problem.origin)
+            check(objective, self.problem.origin, self.problem.place(self.problem.last.weights))
             difference, stays = self._prove()
             found = grow(
                 objective.splits,
