@@ -33,12 +33,14 @@ __all__ = [
     "accuracy",
     "bce",
     "causal_lm",
+    "check_shares",
     "class_dim_of",
     "classes_of",
     "counted",
     "cross_entropy",
     "doubts_of",
     "function_of",
+    "has_label",
     "mse",
     "nll",
     "of_mean",
@@ -738,6 +740,42 @@ def _weigh_answers(
 def _wide(targets: Tensor) -> torch.dtype:
     # MPS has no float64.
     return torch.float32 if targets.device.type == "mps" else torch.float64
+
+
+def check_shares(loss: PerExample, targets: Tensor, where: str) -> None:
+    """Makes sure that targets that stand for probabilities lie in 0…1.
+
+    Args:
+        loss: The loss.
+        targets: The targets.
+        where: What to call them in errors.
+
+    Raises:
+        LossError: One is outside.
+    """
+    function = function_of(loss)
+    if function is not bce and not (function is cross_entropy and targets.is_floating_point()):
+        return
+    low, high = float(targets.min()), float(targets.max())
+    if low < 0 or high > 1:
+        raise LossError(
+            f"{where} has the target {low if low < 0 else high:g}, and "
+            f"{function.__name__} takes probabilities from 0 to 1",
+            "Leave out examples without a label, or mask them in a --loss of your own",
+        )
+
+
+def has_label(outputs: Tensor, targets: Tensor) -> bool:
+    """Tells whether targets are classes that scores can choose.
+
+    Args:
+        outputs: The scores of a batch.
+        targets: Its targets.
+
+    Returns:
+        Whether they are; with one score for each target they are the labels 0 and 1.
+    """
+    return not _one_score_a_target(outputs, targets) or _are_labels(targets)
 
 
 class Doubt(enum.Enum):

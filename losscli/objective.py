@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from losscli.datasets import (
     DataSet,
@@ -54,11 +54,13 @@ from losscli.losses import (
     Doubt,
     PerExample,
     causal_lm,
+    check_shares,
     classes_of,
     counted,
     cross_entropy,
     doubts_of,
     function_of,
+    has_label,
     mse,
     nll,
     options_of,
@@ -228,6 +230,7 @@ class Objective:
         self._optional = frozenset(optional)
         self._remarks: dict[str, None] = {}
         self._copies_inputs = False
+        self._copies_outputs = False
         self._differentiates = False
         self._forms: dict[tuple[str, ...], _Form] = {}
         self._way: Way | None = None
@@ -261,6 +264,7 @@ class Objective:
             batch_loss=self.batch_loss,
         )
         twin._copies_inputs = self._copies_inputs
+        twin._copies_outputs = self._copies_outputs
         twin._differentiates = self._differentiates
         return twin
 
@@ -426,10 +430,15 @@ class Objective:
         """
         # What is decoded on the way has not been seen before it comes.
         unseen = not isinstance(split, Split)
-        done = 0
+        done, lengths = 0, set[torch.Size]()
         for batch in split.batches(size or self.batch_size, order):
             if unseen and self._classes is not None:
                 self._check_range(batch.targets, "the data")
+            if unseen and function_of(self.loss) in _OF_CLASSES and not self.batch_loss:
+                lengths.add(batch.targets.shape[1:])
+                self._check_lengths(lengths)
+            if unseen:
+                check_shares(self.loss, batch.targets, "the data")
             if unseen and _is_registered(self.loss) and not self.batch_loss:
                 place = _not_finite(batch.targets)
                 if place is not None:
@@ -538,11 +547,7 @@ class Objective:
         """
         self.load(weights)
         for name, examples in ({} if self.batch_loss else self.splits).items():
-            batch = examples.first(self.batch_size)
-            rows = torch.arange(len(batch))
-            if isinstance(examples, Split):
-                rows = torch.linspace(0, len(examples) - 1, len(batch)).round().long()
-                batch = examples.take(rows.to(examples.targets.device))
+            batch, rows = examples.spread(self.batch_size)
             batch = batch.to(self.device)
             self._compare_halves(batch, self._values(batch), name, rows)
 
@@ -593,7 +598,11 @@ class Objective:
         # A model that writes on its inputs would spoil them for every later point.
         self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
         self._check_labels(outputs, batch.targets, name)
+        given = [tensor for tensor in tree_leaves(outputs) if isinstance(tensor, Tensor)]
+        versions = [tensor._version for tensor in given]
         values = self.per_example(self.loss, outputs, batch.targets, "loss")
+        # And so would a loss that writes on the outputs spoil them for the metrics.
+        self._copies_outputs |= versions != [tensor._version for tensor in given]
         self._check_targets(name)
         self._check_metrics(outputs, batch.targets)
         doubts = []
@@ -607,6 +616,21 @@ class Objective:
         outputs = self.forward(self.model, self.data.prepare(batch.inputs, self.dtype))
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
         return self._own_values(outputs, batch.targets, loss)
+
+    @torch.no_grad()
+    def narrowest(self, sample: Split) -> torch.dtype:
+        """Finds the narrowest floating-point type that the model and the loss compute in.
+
+        Args:
+            sample: A few examples, on the device.
+
+        Returns:
+            The type; where code casts, it is narrower than that of the forward pass.
+        """
+        narrowest = Narrowest(self.dtype)
+        with narrowest:
+            self._values(sample)
+        return narrowest.dtype
 
     def _own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> Values:
         values = {"loss": loss}
@@ -1126,6 +1150,8 @@ class Objective:
         """
         if _is_registered(function) or isinstance(function, TorchLoss):
             outputs = _scores(outputs)
+        if self._copies_outputs:
+            outputs = tree_map_only(Tensor, Tensor.clone, outputs)
         half = isinstance(outputs, Tensor) and outputs.dtype in _HALF
         if half and function_of(function) not in TAKES_HALF:
             outputs = outputs.float()
@@ -1188,6 +1214,10 @@ class Objective:
             try:
                 if metric in self._optional and not _classifies(self.loss):
                     raise LossError("the loss is not one of classification")  # noqa: TRY301
+                scores = _scores(outputs)
+                unfit = isinstance(scores, Tensor) and not has_label(scores, targets)
+                if metric in self._optional and unfit:
+                    raise LossError("the targets are not the labels 0 and 1")  # noqa: TRY301
                 self.per_example(function, outputs, targets, what)
             except LossError as error:
                 if metric not in self._optional:
@@ -1197,12 +1227,12 @@ class Objective:
 
     def _check_labels(self, outputs: Any, targets: Tensor, name: str) -> None:
         """Finds labels out of range before a GPU kernel does, which would end the process."""
-        outputs = _scores(outputs)
+        outputs, split = _scores(outputs), self.splits[name]
+        seen = split if isinstance(split, Split) else split.first(self.batch_size)
+        check_shares(self.loss, seen.targets, f"the split {name!r}")
         if not isinstance(outputs, Tensor) or targets.is_floating_point():
             return
         self._classes = classes_of(self.loss, outputs, targets)
-        split = self.splits[name]
-        seen = split if isinstance(split, Split) else split.first(self.batch_size)
         if self._classes is None:
             return
         self._check_range(seen.targets, f"the split {name!r}")
@@ -1215,7 +1245,7 @@ class Objective:
                 f"the split {name!r} has no target that counts",
                 f"Give data with other targets than {IGNORED} and those without weight",
             )
-        if without:
+        if without and not self.batch_loss:
             counts = f"{without:,} of {len(seen.targets):,} examples have no target that counts"
             self._remarks[f"{name}: {counts} and are left out of the mean"] = None
         weighted = options_of(self.loss).get("weight") is not None
@@ -1244,6 +1274,17 @@ class Objective:
             f"{where}: the target of example {split.position(index)} (counted from 0) is {value}",
             "Leave the example out, or give a --loss of your own that does",
         )
+
+    def _check_lengths(self, lengths: Collection[torch.Size]) -> None:
+        """Makes sure that each target counts the same in a mean over all of them."""
+        if len(lengths) > 1:
+            one, other = sorted(map(list, lengths))[:2]
+            raise LossError(
+                f"examples have targets of the shapes {one} and {other}, and the loss is a mean "
+                "over all targets",
+                f"Fill them up to one shape with {IGNORED}, or give --loss token_cross_entropy, a "
+                "mean over the sequences",
+            )
 
     def _check_range(self, labels: Tensor, where: str) -> None:
         counts, classes = counted(self.loss, labels, self._classes), self._classes

@@ -396,10 +396,10 @@ def _refuse_what_is_delayed(value: Tensor) -> None:
 def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> _Way:
     """Chooses the first way that works, and whose derivatives are right on a few examples."""
     objective = course.objective
-    sample = split.first(min(objective.batch_size, _SAMPLE)).to(objective.device)
+    sample = split.spread(min(objective.batch_size, _SAMPLE))[0].to(objective.device)
     few = [alphas[k * (len(alphas) - 1) // (_PROOF_POINTS - 1)] for k in range(_PROOF_POINTS)]
     few = list(dict.fromkeys(few))
-    trial = _Trial.prepare(course, alphas, sample.first(SAMPLE))
+    trial = _Trial.prepare(course, alphas, sample.spread(SAMPLE)[0])
     reasons: dict[str, dict[str, None]] = {}
     for way in _Way:
         try:
@@ -463,7 +463,12 @@ class _Trial:
 
     def contradiction(self, way: _Way) -> str:
         """Says what derivatives contradict differences at two points or more; nothing if none."""
-        precise = self.course.objective.dtype == torch.float64
+        objective = self.course.objective
+        narrowest = objective.narrowest(self.sample)
+        if narrowest.itemsize < torch.float32.itemsize:
+            # Differences are multiples of its rounding, and contradict any derivative.
+            return ""
+        precise = objective.dtype == narrowest == torch.float64
         try:
             told = self._contradictions(FIRST if precise else FIRST_IN_FLOAT32, self._loss, way, 0)
             if len(told) >= NEEDED:

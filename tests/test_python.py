@@ -594,3 +594,19 @@ def test_help_shows_the_arguments_of_each_function() -> None:
         assert function.__name__ == name
         assert "Args:" in (function.__doc__ or "")
         assert "arguments" not in inspect.signature(function).parameters
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_module_of_torchscript_is_refused_and_a_function_that_builds_it_is_not() -> None:
+    state = {name: tensor.clone() for name, tensor in nn.Linear(6, 3).state_dict().items()}
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    data = {"all": (torch.rand(7, 6), torch.arange(7) % 3)}
+
+    def build() -> nn.Module:
+        return torch.jit.script(nn.Linear(6, 3))  # type: ignore[no-any-return]
+
+    for model in (build(), nn.Sequential(build())):
+        with pytest.raises(ModelError, match=r"TorchScript\. Give a function that builds it"):
+            losscli.interpolate(state, other, model=model, data=data)
+    found = losscli.interpolate(state, other, model=build, data=data, points=2)
+    assert found.summary["distance"] == pytest.approx(math.sqrt(21))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+import losscli
 from losscli import elementary
 from losscli import slopes as module
 from losscli.datasets import DataSet, Split
@@ -505,3 +506,45 @@ def test_a_relu_network_between_its_kinks_is_as_curved_as_its_loss() -> None:
     found = slopes(objective, line, [0.2, 0.8])["all"]
     assert found.slope.tolist() == [-2.0, 2.0]
     assert found.curvature.tolist() == [0.0, 0.0]
+
+
+def test_a_gradient_that_is_stopped_for_the_last_examples_alone_is_refused() -> None:
+    """Sorted data begin with examples of one class, whose gradients may be right."""
+
+    def stopped(outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = F.cross_entropy(outputs, targets, reduction="none")
+        return torch.where(targets == 2, losses.detach(), losses)
+
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)) for _ in range(2)]
+    data = {"all": (torch.randn(90, 6), (torch.arange(90) % 3).sort().values)}
+    with pytest.raises(ModelError, match="detached from autograd"):
+        losscli.interpolate(
+            *(model.state_dict() for model in models),
+            model=models[0],
+            data=data,
+            loss=stopped,
+            points=3,
+            derivatives=True,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_half_precision_inside_is_no_stopped_gradient(dtype: torch.dtype) -> None:
+    class Rounding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).to(dtype).to(x.dtype)
+
+    torch.manual_seed(0)
+    models = [Rounding() for _ in range(2)]
+    study: dict[str, Any] = {
+        "model": models[0],
+        "data": {"all": (torch.randn(30, 6), torch.arange(30) % 3)},
+    }
+    states = [model.state_dict() for model in models]
+    losscli.interpolate(*states, points=3, derivatives=True, **study)
+    losscli.check(states[0], **study)

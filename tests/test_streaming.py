@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -38,6 +39,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+import losscli
 from losscli.curvature import Curvature
 from losscli.datasets import DataSet, Split, from_object, leaves
 from losscli.datasets import flow as flow_
@@ -1010,3 +1012,36 @@ def test_a_gpu_gets_streamed_and_kept_data_batch_by_batch(
     )
     for evaluation in found.values():
         np.testing.assert_allclose(evaluation.losses[0], expected, rtol=1e-5)
+
+
+class Ragged(IterableDataset[Any]):
+    """Sequences of two lengths, each batch of one."""
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(0)
+        for length, number in ((7, 8), (3, 8)):
+            for _ in range(number):
+                yield torch.rand(length, 4, generator=generator), torch.arange(length) % 3
+
+
+def test_a_mean_over_targets_of_different_lengths_is_refused_and_one_over_sequences_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("losscli.datasets.objects.host_budget", lambda: 0)
+    states = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        states.append(nn.Linear(4, 3).state_dict())
+    study: dict[str, Any] = {
+        "model": nn.Linear(4, 3),
+        "data": {"all": DataLoader(Ragged(), batch_size=8)},
+        "batch_size": 8,
+        "points": 2,
+        "metric": "none",
+    }
+    with pytest.raises(LossError, match=r"shapes \[3\] and \[7\].*--loss token_cross_entropy"):
+        losscli.interpolate(*states, **study)
+    found = losscli.interpolate(*states, loss="token_cross_entropy", **study)
+    own = [F.cross_entropy(F.linear(x, *states[0].values()), y).item() for x, y in iter(Ragged())]
+    alpha = found.table["alpha"].index(0)
+    assert found.table["loss"][alpha] == pytest.approx(sum(own) / len(own), rel=1e-6)

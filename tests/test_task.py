@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import losscli as library
 from losscli import report
 from losscli.errors import LosscliError, LossError
+from losscli.losses import accuracy, cross_entropy
 from tests import oracle
 from tests.conftest import Losscli
 
@@ -474,3 +475,120 @@ def test_points_of_a_block_as_low_as_its_lowest_are_told_of(tmp_path: Path) -> N
     low = found["blocks"]["0"]["splits"]["all"]["minimum"]
     assert (low["alpha"], low["loss"], low["ties"]) == (0.5, 0.0, 4)
     assert "0 at α = 0.5 and 3 more" in report.interpolation(found)
+
+
+# --- Probabilities, ranges and what spoils a metric -----------------------------------------------
+
+
+def between(
+    folder: Path, build: Callable[[], nn.Module], inputs: Tensor, targets: Tensor, **more: Any
+) -> Any:
+    """The line between two random networks."""
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        torch.save(build().state_dict(), folder / f"{name}.pt")
+    return line(folder, build(), inputs, targets, **more)
+
+
+def soft(*shape: int) -> Tensor:
+    """Probabilities along the last dimension."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).mul(3).softmax(-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": [0.2, 1.0, 3.0]}])
+@pytest.mark.parametrize(
+    ("dim", "place"), [(None, "first"), (1, "first"), (None, "last"), (-1, "last"), (None, "flat")]
+)
+def test_probabilities_are_read_along_the_dimension_of_the_classes(
+    dim: int | None, place: str, options: dict[str, Any]
+) -> None:
+    shares = soft(5, 3) if place == "flat" else soft(5, 4, 3)
+    scores = torch.randn(shares.shape, generator=torch.Generator().manual_seed(4)).double()
+    flat = dict(options)
+    if "weight" in flat:
+        flat["weight"] = torch.tensor(flat["weight"], dtype=torch.float64)
+    expected = F.cross_entropy(
+        scores.reshape(-1, 3), shares.reshape(-1, 3), reduction="none", **flat
+    )
+    expected = expected.view(shares.shape[:-1]).reshape(5, -1).mean(1)
+    if place == "first":
+        shares, scores = shares.movedim(-1, 1), scores.movedim(-1, 1)
+    found = cross_entropy(scores, shares, dim=dim, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    answers = accuracy(scores, shares, dim=dim, soft=True)
+    own = -1 if place != "first" else 1
+    right = (scores.argmax(own) == shares.argmax(own)).double().reshape(5, -1).mean(1)
+    torch.testing.assert_close(answers.double(), right, rtol=1e-6, atol=0)
+
+
+def test_accuracy_with_probabilities_is_that_of_the_most_probable_class(tmp_path: Path) -> None:
+    inputs, shares = torch.randn(20, 4), soft(20, 3)
+    result = between(
+        tmp_path, lambda: nn.Linear(4, 3), inputs, shares, loss="cross_entropy", metric="accuracy"
+    )
+    state = torch.load(tmp_path / "a.pt")
+    right = (F.linear(inputs, *state.values()).argmax(1) == shares.argmax(1)).double().mean()
+    assert result.table["accuracy"][result.table["alpha"].index(0)] == pytest.approx(float(right))
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "told"),
+    [
+        ("bce", torch.tensor([[0.0, 1.0, -100.0]] * 9), "the target -100, and bce takes"),
+        ("bce", torch.tensor([[0, 1, 255]] * 9), "the target 255, and bce takes"),
+        ("bce", torch.tensor([[-1.0, 1.0, 1.0]] * 9), "the target -1, and bce takes"),
+        ("cross_entropy", torch.tensor([[0.5, 0.8, -0.3]] * 9), "and cross_entropy takes"),
+    ],
+)
+def test_targets_that_are_no_probabilities_are_refused(
+    loss: str, targets: Tensor, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LossError, match=f"the split 'all' has .*{told} probabilities from 0 to 1"):
+        between(tmp_path, lambda: nn.Linear(4, 3), torch.randn(9, 4), targets, loss=loss)
+
+
+def test_a_loss_that_writes_on_the_outputs_does_not_spoil_the_metrics(tmp_path: Path) -> None:
+    def negative(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.neg_().neg(), targets, reduction="none")
+
+    inputs, targets = torch.randn(30, 4), torch.arange(30) % 3
+    study = {"metric": "accuracy"}
+    written = between(tmp_path, lambda: nn.Linear(4, 3), inputs, targets, loss=negative, **study)
+    plain = between(tmp_path, lambda: nn.Linear(4, 3), inputs, targets, **study)
+    assert written.table["accuracy"] == plain.table["accuracy"]
+    assert written.table["loss"] == pytest.approx(plain.table["loss"], rel=1e-6)
+
+
+def test_accuracy_is_left_out_where_targets_are_no_labels(tmp_path: Path) -> None:
+    result = between(
+        tmp_path, lambda: nn.Linear(4, 1), torch.randn(20, 4), whole(31, 20), loss=squares
+    )
+    assert result.summary["metrics"] == []
+    assert "accuracy is left out: the targets are not the labels 0 and 1" in result.summary["notes"]
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(), nn.NLLLoss(), "torch.nn:CrossEntropyLoss", F.nll_loss]
+)
+def test_losses_of_torch_read_the_classes_where_torch_does(loss: Any, tmp_path: Path) -> None:
+    inputs, targets = torch.randn(6, 4, 4), whole(4, 6, 4)
+    found = between(tmp_path, lambda: nn.Linear(4, 4), inputs, targets, loss=loss, metric="none")
+    state = torch.load(tmp_path / "a.pt")
+    function = F.cross_entropy if "Cross" in str(loss) else F.nll_loss
+    expected = function(F.linear(inputs, *state.values()), targets)
+    assert found.table["loss"][found.table["alpha"].index(0)] == pytest.approx(
+        float(expected), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("loss", [nn.SmoothL1Loss(), nn.BCEWithLogitsLoss(), nn.MSELoss()])
+def test_losses_of_torch_take_the_logits_of_a_mapping(loss: Any, tmp_path: Path) -> None:
+    class Wrapped(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": super().forward(x)}
+
+    inputs, targets = torch.randn(9, 4), torch.rand(9, 3)
+    wrapped = between(tmp_path, lambda: Wrapped(4, 3), inputs, targets, loss=loss)
+    plain = between(tmp_path, lambda: nn.Linear(4, 3), inputs, targets, loss=loss)
+    assert wrapped.table["loss"] == plain.table["loss"]

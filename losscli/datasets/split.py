@@ -151,6 +151,18 @@ class Examples(ABC):
             The batches, in memory where the examples are.
         """
 
+    def spread(self, number: int) -> tuple[Split, Tensor]:
+        """Takes examples from all parts of a split that is in memory; else the first ones.
+
+        Args:
+            number: How many; all where there are fewer.
+
+        Returns:
+            Those examples, and their positions.
+        """
+        few = self.first(number)
+        return few, torch.arange(len(few))
+
     @abstractmethod
     def first(self, number: int) -> Split:
         """Takes the first examples into memory.
@@ -232,6 +244,18 @@ class Split(Examples):
             Those examples.
         """
         return self.take(slice(0, number))
+
+    def spread(self, number: int) -> tuple[Split, Tensor]:
+        """Takes examples from all parts of the split: sorted data begin with a single class.
+
+        Args:
+            number: How many; all where there are fewer.
+
+        Returns:
+            Those examples, and their positions.
+        """
+        rows = torch.linspace(0, len(self) - 1, min(number, len(self))).round().long()
+        return self.take(rows.to(self.targets.device)), rows
 
     def to(self, device: torch.device) -> Self:
         """Moves the split to a device.

@@ -23,6 +23,8 @@ from losscli.spec import Spec, call, look_up
 
 __all__ = ["build", "check_copy"]
 
+_BUILD = "Give a function that builds it"
+
 
 def build(found: Found, shapes: CheckpointFile | None = None) -> nn.Module:
     """Builds a model.
@@ -73,6 +75,9 @@ def build(found: Found, shapes: CheckpointFile | None = None) -> nn.Module:
 
 
 def _copy(module: nn.Module) -> nn.Module:
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        # Its parameters would become plain tensors.
+        raise ModelError("the model cannot be copied: it is TorchScript", _BUILD)
     # Buffers without values, those of lazy layers, are the only ones that cannot be copied.
     empty = {
         id(buffer): nn.parameter.UninitializedBuffer(  # type: ignore[call-arg]
@@ -84,9 +89,7 @@ def _copy(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(module, empty)
     except Exception as error:
-        raise ModelError(
-            f"the model cannot be copied: {one_line(error)}", "Give a function that builds it"
-        ) from error
+        raise ModelError(f"the model cannot be copied: {one_line(error)}", _BUILD) from error
 
 
 def _materialise(model: nn.Module, shapes: CheckpointFile) -> None:

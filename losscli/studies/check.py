@@ -752,7 +752,7 @@ class Check(Study):
                 ):
                     extremes = add_rounding(extremes, rough, fine, whole=measured == len(every))
             ends = {"λ min": vector, "λ max": extremes.largest[0].vector}
-            few = sample.first(SAMPLE)
+            few, _ = sample.spread(SAMPLE)
             check_derivatives(checked, weights, self.moving, few, ends, seed)
             objective.load(weights)
             smallest, largest = extremes.smallest[0], extremes.largest[0]
@@ -802,7 +802,7 @@ class Check(Study):
     def _precise(self) -> Objective | None:
         """The objective in float64, if there is one."""
         objective = self.problem.objective
-        sample = next(iter(objective.splits.values())).first(SAMPLE).to(objective.device)
+        sample = next(iter(objective.splits.values())).spread(SAMPLE)[0].to(objective.device)
         return objective.in_float64(sample)
 
     def _differentiated(self, weights: Weights) -> Objective:
