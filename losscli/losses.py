@@ -715,7 +715,7 @@ def _weigh_tokens(
     counts = _counts(targets, None, ignore_index)
     weights = _class_weights(weight, outputs.shape[-1], _wide(targets), targets.device)
     if weights is not None:
-        counts &= weights[targets.masked_fill(~counts, 0)] != 0
+        counts &= weights[targets.long().masked_fill(~counts, 0)] != 0
     return counts.flatten(1).any(1).to(_wide(targets))
 
 
@@ -756,7 +756,10 @@ def check_shares(loss: PerExample, targets: Tensor, where: str) -> None:
     function = function_of(loss)
     if function is not bce and not (function is cross_entropy and targets.is_floating_point()):
         return
-    low, high = float(targets.min()), float(targets.max())
+    finite = targets[targets.isfinite()]
+    if not finite.numel():
+        return
+    low, high = float(finite.min()), float(finite.max())
     if low < 0 or high > 1:
         raise LossError(
             f"{where} has the target {low if low < 0 else high:g}, and "

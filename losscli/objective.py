@@ -1150,6 +1150,8 @@ class Objective:
         """
         if _is_registered(function) or isinstance(function, TorchLoss):
             outputs = _scores(outputs)
+            # What the user's code gives in another type reaches the user's functions as it is.
+            targets = targets if targets.is_floating_point() else targets.long()
         if self._copies_outputs:
             outputs = tree_map_only(Tensor, Tensor.clone, outputs)
         half = isinstance(outputs, Tensor) and outputs.dtype in _HALF
@@ -1229,7 +1231,6 @@ class Objective:
         """Finds labels out of range before a GPU kernel does, which would end the process."""
         outputs, split = _scores(outputs), self.splits[name]
         seen = split if isinstance(split, Split) else split.first(self.batch_size)
-        check_shares(self.loss, seen.targets, f"the split {name!r}")
         if not isinstance(outputs, Tensor) or targets.is_floating_point():
             return
         self._classes = classes_of(self.loss, outputs, targets)
@@ -1253,8 +1254,10 @@ class Objective:
             self._remarks["the mean loss is weighted by class, Σwl/Σw, as torch's"] = None
 
     def _check_targets(self, name: str) -> None:
-        """Finds a target that is not finite, if the loss does not leave it out."""
+        """Finds a target out of range, or not finite if the loss does not leave it out."""
         split = self.splits[name]
+        seen = split if isinstance(split, Split) else split.first(self.batch_size)
+        check_shares(self.loss, seen.targets, f"the split {name!r}")
         place = _not_finite(split.targets) if isinstance(split, Split) else None
         if place is None or not isinstance(split, Split) or self.batch_loss:
             return

@@ -336,7 +336,7 @@ def test_tensors_of_another_kind_are_not_cast(dtype: torch.dtype, tmp_path: Path
     torch.save({**old, **masks}, file)
     assert same(select_for(read(str(file)), tiny(1)).weights, whole(tiny(0)))
     torch.save({**old, **masks, "wpe.weight": old["wpe.weight"].to(dtype)}, file)
-    with pytest.raises(MismatchError, match=rf"missing {name} .*; unexpected wpe\.weight"):
+    with pytest.raises(MismatchError, match=r"missing .*; unexpected wte\.weight"):
         select_for(read(str(file)), tiny(1))
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import losscli
 from losscli.datasets import DataSet, from_object, load
 from losscli.datasets import objects as objects_
 from losscli.datasets import stream as stream_
@@ -341,3 +343,43 @@ def test_a_model_that_takes_no_whole_numbers_names_the_cure(
         f"the code of --data, for example {WHOLE[dtype]}\n"
     )
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("container", ["tensors", "dataset", "loader"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+)
+def test_targets_of_code_reach_its_loss_in_their_own_type(
+    dtype: torch.dtype, container: str
+) -> None:
+    seen: set[torch.dtype] = set()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.add(targets.dtype)
+        # Of a bool ~ is not, and of a whole number it is −1 − n.
+        return (~targets) * outputs[:, 0].square() + targets * (outputs[:, 0] - 1).square()
+
+    inputs = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    targets = (torch.arange(12) % 2).to(dtype)
+    pairs = TensorDataset(inputs, targets)
+    data: Any = {
+        "tensors": {"all": (inputs, targets)},
+        "dataset": pairs,
+        "loader": DataLoader([*pairs], batch_size=5),
+    }[container]
+    torch.manual_seed(0)
+    models = [nn.Linear(4, 2).double() for _ in range(2)]
+    states = [model.state_dict() for model in models]
+    found = losscli.interpolate(
+        *states, model=models[0], data=data, loss=loss, dtype="float64", points=2
+    )
+    assert seen == {dtype}
+    expected = loss(models[0](inputs.double()), targets).mean().item()
+    assert found.table["loss"][found.table["alpha"].index(0)] == pytest.approx(expected)
+    # Losses of losscli and of torch take them for classes.
+    for own in ("cross_entropy", nn.CrossEntropyLoss()):
+        found = losscli.interpolate(
+            *states, model=models[0], data=data, loss=own, dtype="float64", points=2
+        )
+        expected = F.cross_entropy(models[0](inputs.double()), targets.long()).item()
+        assert found.table["loss"][found.table["alpha"].index(0)] == pytest.approx(expected)

@@ -97,7 +97,10 @@ def _checked(split: Split, where: str) -> Split:
     if targets.dtype == torch.uint64 and (targets.long() < 0).any():
         largest = int(targets.numpy().max())
         raise DataError(f"{where}: the target {largest} is above 2^63 - 1", "Number classes from 0")
-    return replace(split, targets=targets if targets.is_floating_point() else targets.long())
+    # Of these, torch has few operators.
+    if targets.dtype in {torch.uint16, torch.uint32, torch.uint64}:
+        return replace(split, targets=targets.long())
+    return split
 
 
 def is_language(batch: object) -> bool:

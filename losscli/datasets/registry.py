@@ -17,7 +17,7 @@ from losscli.datasets.cifar import load_cifar10, load_cifar100
 from losscli.datasets.hub import load_hub
 from losscli.datasets.images import load_image_folder
 from losscli.datasets.objects import Batching, cut, into_memory, wrap
-from losscli.datasets.split import DataSet, leaves
+from losscli.datasets.split import DataSet, Examples, Split, leaves
 from losscli.datasets.text import load_text
 from losscli.errors import DataError, SpecError, UntrustedCodeError, one_line
 from losscli.spec import Spec, call, look_up, unfold
@@ -122,10 +122,19 @@ def load(
     except Exception as error:
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
     data = replace(wrap(loaded, f"data {text!r}", seed, batching), **normalisation)
+    if function in DATASETS.values():
+        data = replace(data, splits={n: _with_classes(s) for n, s in data.splits.items()})
     _check_normalisation(data, text)
     data = _unscaled(data, text, imagenet="imagenet" in (common["mean"], common["std"]))
     data = cut(data.select([], own, seed), f"data {text!r}", batching)
     return into_memory(data.select(splits, limit, seed))
+
+
+def _with_classes(split: Examples) -> Examples:
+    """Stores the classes of a file in the type that losses take; those of code stay as they are."""
+    if not isinstance(split, Split) or split.targets.is_floating_point():
+        return split
+    return replace(split, targets=split.targets.long())
 
 
 def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:

@@ -181,7 +181,8 @@ class Split(Examples):
 
     Attributes:
         inputs: Their inputs as stored: images may be uint8.
-        targets: Their targets, ``[N, *]``: int64 for classification, floating-point else.
+        targets: Their targets, ``[N, *]``: whole numbers or bool for classification,
+            floating-point else.
     """
 
     inputs: Inputs
