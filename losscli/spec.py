@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import difflib
 import functools
@@ -411,8 +412,44 @@ def _load_file(path: Path, where: str) -> Any:
     sys.modules[name] = module
     # Its neighbours are importable from it, as they are when it is run as a script.
     _OWN.add(str(path.resolve().parent))
+    _need_own_neighbours(path.resolve(), where)
     loader.loader.exec_module(module)
     return module
+
+
+def _need_own_neighbours(path: Path, where: str) -> None:
+    """Makes sure that a file does not get a neighbour of another file for one of its own.
+
+    Args:
+        path: The file.
+        where: What to call it in errors.
+
+    Raises:
+        SpecError: It imports a neighbour, and another folder's module of that name is loaded.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (SyntaxError, ValueError, RecursionError):
+        return  # as importing it will say
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+    for name in sorted({name.partition(".")[0] for name in names}):
+        loaded = getattr(sys.modules.get(name), "__file__", None)
+        found = importlib.machinery.PathFinder.find_spec(name, [str(path.parent)])
+        own = found and found.origin
+        if own and loaded and os.path.realpath(own) != os.path.realpath(loaded) and _is_own(loaded):
+            raise SpecError(
+                f"{where}: it imports {name!r}, and Python keeps one module of a name: {loaded} is "
+                f"loaded, and {own} is not",
+                "Rename one of them, or put both into one folder",
+            )
+
+
+def _is_own(file: str) -> bool:
+    """Tells whether a loaded file is one of the user's own, and not of an installed package."""
+    path = Path(os.path.realpath(file))
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return not installed and any(path.is_relative_to(folder) for folder in _OWN.folders)
 
 
 class _OwnFolders(importlib.abc.MetaPathFinder):

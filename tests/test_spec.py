@@ -721,3 +721,29 @@ def test_a_toml_file_with_an_unknown_key_says_which_there_are(
     assert done.status == 2
     assert done.stderr.startswith("losscli: x.toml cannot be read: TOMLDecodeError")
     assert not list(folder.glob("x.[cjp]*"))
+
+
+def test_two_files_with_neighbours_of_one_name_are_refused(
+    folder: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "own_scale_of_both", raising=False)
+    for name, scale in (("one", 1), ("two", 3)):
+        (folder / name).mkdir()
+        (folder / name / "own_scale_of_both.py").write_text(f"SCALE = {scale}\n")
+    (folder / "one/model.py").write_text(
+        "import own_scale_of_both\nfrom losscli.models import MLP\ndef net(): return MLP('6-5-3')\n"
+    )
+    (folder / "two/data.py").write_text(
+        "import torch\nfrom own_scale_of_both import SCALE\n"
+        "def data(): return {'t': (SCALE * torch.ones(4, 6), torch.arange(4) % 3)}\n"
+    )
+    run = ("interpolate", "a.pt", "b.pt", "-m", "one/model.py:net", "-d", "two/data.py:data")
+    done = losscli(*run, "-o", "x")
+    assert done.status == 2
+    assert "data two/data.py:data: it imports 'own_scale_of_both', and Python keeps" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(folder.glob("x.*"))
+    # In one folder there is one of them.
+    (folder / "two/data.py").rename(folder / "one/data.py")
+    done = losscli(*run[:-1], "one/data.py:data", "-o", "x", "--points", 2, "--no-figure")
+    assert done.status == 0, done.stderr
