@@ -563,3 +563,16 @@ def test_no_name_steers_a_terminal_through_json(losscli: Losscli, folder: Path) 
     assert [row["tensor"] for row in told["rows"]] == names
     assert told["checkpoints"][0]["metadata"] == {"note\x9b": "\u2066x"}
     assert "α.β" in done.stdout
+
+
+@pytest.mark.parametrize("names", [("eight.pt", "b.pt"), ("b.pt", "eight.pt")])
+def test_export_refuses_quantised_weights_at_either_end(
+    names: tuple[str, str], losscli: Losscli, folder: Path
+) -> None:
+    state = torch.load("a.pt", weights_only=True)["state_dict"]
+    torch.save({name: t.to(torch.float8_e4m3fn) for name, t in state.items()}, "eight.pt")
+    done = losscli("export", *names, "--alpha", 0.5, "-o", "x.safetensors")
+    assert done.status == 1
+    assert "eight.pt is quantised" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not Path("x.safetensors").exists()

@@ -256,12 +256,12 @@ class CheckpointFile:
         if expected is None:
             candidates = self.choice
             if not candidates:
-                self._refuse_quantised()
+                self.refuse_quantised()
             if len(candidates) > 1:
                 raise self.ambiguous(list(candidates), "No model is known here that would decide. ")
             (weights,) = candidates.values()
             return self.checkpoint(self.fetch(weights))
-        self._refuse_quantised()
+        self.refuse_quantised()
         return self.checkpoint(self.fetch(self._choose(expected, whose)))
 
     def _choose(self, expected: Weights, whose: str) -> Weights:
@@ -307,13 +307,18 @@ class CheckpointFile:
 
     def _onto(self, base: Checkpoint, expected: Weights | None) -> Checkpoint:
         assert self.adapter is not None
-        self._refuse_quantised()
+        self.refuse_quantised()
         (tensors,) = self.candidates.values()
         twins = tied({n: t for n, t in (expected or {}).items() if isinstance(t, Tensor)})
         weights = self.adapter.merge(base.weights, tensors, twins)
         return Checkpoint(self.name, weights, base.metadata, self.path, self.files + base.files)
 
-    def _refuse_quantised(self) -> None:
+    def refuse_quantised(self) -> None:
+        """Makes sure that points lie between the weights of a file and others.
+
+        Raises:
+            CheckpointError: They are quantised.
+        """
         found = self.quantised or next(filter(None, map(quantised, self.candidates.values())), None)
         if found:
             raise CheckpointError(

@@ -298,6 +298,7 @@ def export(
     a, b = named(a, "A"), named(b, "B")
     files, name = [read(a), read(b)], base_of([a, b])
     base = read(name).select(None) if name and any(f.adapter for f in files) else None
+    files[0].refuse_quantised()
     first = files[0].select(None, base)
     second = _second(files[1], first, base)
     if summary is not None:
