@@ -1183,6 +1183,8 @@ class Objective:
                 else "Return one number per example, as with reduction=none; or give --batch-loss, "
                 "if the loss is one number per batch",
             )
+        if values.is_complex():
+            raise LossError(f"the {what} gives complex numbers", "Return real ones")
         if _is_crossed(values, outputs, targets):
             raise LossError(
                 f"the {what} gives {list(values.shape)} for outputs {list(outputs.shape)} and "

@@ -722,3 +722,24 @@ def test_a_checkpoint_named_twice_is_refused(tmp_path: Path) -> None:
     given = {"model": linear, "data": {"all": (x, y)}, "loss": squared}
     with pytest.raises(UsageError, match="named twice"):
         losscli.check([file, file], **given)
+
+
+class Caching(nn.Module):
+    """Keeps what it computed from its weights at its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 3)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.body.weight * 2
+        return self.body(x) + x @ self.kept.T
+
+
+def test_a_model_that_keeps_what_it_computed_from_its_weights_is_refused() -> None:
+    torch.manual_seed(0)
+    data = {"all": (torch.randn(20, 6), torch.arange(20) % 3)}
+    with pytest.raises(ModelError, match="It keeps something from the weights it had before"):
+        losscli.check(Caching().state_dict(), model=Caching, data=data)

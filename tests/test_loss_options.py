@@ -406,3 +406,14 @@ def test_a_metric_of_the_users_own_that_fails_writes_nothing(
     assert (done.status, done.stderr.count("\n")) == (1, 1)
     assert "Choose another --metric, or --metric none" in done.stderr
     assert {f for f in folder.rglob("*") if "__pycache__" not in f.parts} == before
+
+
+def test_a_complex_loss_is_refused() -> None:
+    states = [nn.Linear(4, 3).state_dict() for _ in range(2)]
+    with pytest.raises(LossError, match="the loss gives complex numbers"):
+        losscli.interpolate(
+            *states,
+            model=nn.Linear(4, 3),
+            data={"all": (torch.randn(9, 4), torch.arange(9) % 3)},
+            loss=lambda outputs, targets: torch.complex(outputs[:, 0], outputs[:, 1]),
+        )

@@ -68,6 +68,9 @@ _SIDE = 20
 # Examples on which rounding is measured against float64.
 _MEASURED = 256
 
+# Weights beside a point: a model that keeps what it computed from the point shows it there.
+_BESIDE = 1.01
+
 # Roundings of a loss, in units of ε: as many as decide about extrema of curves.
 _ROUNDINGS = 16
 
@@ -552,6 +555,9 @@ class Check(Study):
             swept = time.perf_counter()
             last = self.problem.place(self.problem.last.weights)
             check_objective(objective, self.problem.origin, last)
+            # Beside the point, where the way down and differences are evaluated.
+            self.hold_against_fresh({**last, **{n: last[n] * _BESIDE for n in self.moving}})
+            objective.load(self.problem.origin)
             del last
             heard = self._heard()
             ranks = current()
