@@ -598,7 +598,8 @@ class Objective:
         # A model that writes on its inputs would spoil them for every later point.
         self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
         self._check_labels(outputs, batch.targets, name)
-        given = [tensor for tensor in tree_leaves(outputs) if isinstance(tensor, Tensor)]
+        tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+        given = [tensor for tensor in tensors if not tensor.is_inference()]
         versions = [tensor._version for tensor in given]
         values = self.per_example(self.loss, outputs, batch.targets, "loss")
         # And so would a loss that writes on the outputs spoil them for the metrics.

@@ -146,3 +146,19 @@ def test_what_has_no_gradients_is_told_how_to_get_them(
     told = str(refused.value)
     assert told.startswith(f"{what}: RuntimeError: element 0 of tensors does not require grad")
     assert "use neither torch.no_grad() nor detach() on the way" in told
+
+
+def test_outputs_of_inference_mode_are_evaluated_and_not_differentiated(files: list[str]) -> None:
+    class Inference(Solution):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return self.u(x)
+
+    study: dict[str, Any] = {"model": Inference, "data": {"t": (X, TARGETS)}}
+    found = losscli.interpolate(*files, points=3, loss=lambda o, t: (o - t)[:, 0] ** 2, **study)
+    model = Solution()
+    model.load_state_dict(state(0))
+    expected = model.u(X).square().mean().item()
+    assert found.table["loss"][found.table["alpha"].index(0)] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ModelError, match="derivatives"):
+        losscli.interpolate(*files, points=3, derivatives=True, **study)

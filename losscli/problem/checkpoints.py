@@ -78,13 +78,13 @@ class Checkpoints:
         told: dict[str, dict[str, Any]] = {}
         first: Checkpoint | None = None
         wrong: list[str] = []
-        cures: set[str] = set()
+        cures: list[str] = []
         for name in dict.fromkeys(names):
             try:
                 checkpoint = self.open(name)
             except MismatchError as error:
                 wrong.append(error.what)
-                cures.add(error.cure)
+                cures.append(error.cure)
                 continue
             path = str(checkpoint.path) if checkpoint.path else None
             told[name] = {"name": name, "path": path, "sha256": checkpoint.sha256()}
@@ -95,7 +95,7 @@ class Checkpoints:
             more = f" | and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
             raise MismatchError(
                 " | ".join(wrong[:_TOLD]) + more,
-                (cures.pop() if len(cures) == 1 else "")
+                (cures[0] if all(cures) else "")
                 or f"The model is {self._found.text}; choose with -m",
             )
         assert first is not None
