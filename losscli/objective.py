@@ -628,9 +628,9 @@ class Objective:
         Returns:
             The type; where code casts, it is narrower than that of the forward pass.
         """
-        narrowest = Narrowest(self.dtype)
+        narrowest, batch = Narrowest(self.dtype), sample.first(self.batch_size)
         with narrowest:
-            self._values(sample)
+            self._values(batch)
         return narrowest.dtype
 
     def _own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> Values:
