@@ -419,3 +419,35 @@ def test_where_no_model_is_known_export_says_so(losscli: Losscli, folder: Path) 
     torch.save({"model": a, "ema": a}, "two.pt")
     done = losscli("export", "two.pt", "old.pt", "--alpha", 0.5, "-o", "e.safetensors")
     assert "No model is known here that would decide. Choose one, for example two" in done.stderr
+
+
+class Tripling(nn.Linear):
+    """Before version 2 its weights were a third of what they are."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        if local_metadata.get("version", 1) < 2 and f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight"] = 3 * state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_hooks_that_change_tensors_by_the_version_of_a_file_are_refused(tmp_path: Path) -> None:
+    study: dict[str, Any] = {"model": Tripling, "data": {"all": (INPUTS, TARGETS)}, "points": 2}
+    for seed in (1, 2):
+        torch.save(seeded(Tripling, seed).state_dict(), tmp_path / f"{seed}.pt")
+    with pytest.raises(CheckpointError, match="by the version that the file notes"):
+        library.interpolate(tmp_path / "1.pt", tmp_path / "2.pt", **study)
+    # Without a version the hooks do what they do when anybody loads the file.
+    for seed in (1, 2):
+        torch.save(dict(seeded(Tripling, seed).state_dict()), tmp_path / f"{seed}.pt")
+    found = library.interpolate(tmp_path / "1.pt", tmp_path / "2.pt", **study)
+    model = Tripling()
+    model.load_state_dict(torch.load(tmp_path / "1.pt"))
+    expected = torch.nn.functional.cross_entropy(model(INPUTS), TARGETS).item()
+    assert found.table["loss"][found.table["alpha"].index(0)] == pytest.approx(expected, rel=1e-5)

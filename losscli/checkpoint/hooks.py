@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from losscli.checkpoint.names import unmarked
@@ -58,6 +59,22 @@ class LoadHooks:
             if (found := self._load(state)) is not None:
                 return found
         return None
+
+    def depend_on_versions(self, weights: Weights) -> bool:
+        """Tells whether hooks of the user's code make other tensors by the versions of modules.
+
+        Args:
+            weights: A state dict, with the versions that it noted.
+
+        Returns:
+            Whether they do; a point between checkpoints has no versions.
+        """
+        if not any(map(_has_own_hooks, self._model.modules())):
+            return False
+        noted, without = self.translate(weights), self.translate(dict(weights))
+        if noted is None or without is None:
+            return False
+        return any(not torch.equal(tensor, without[name]) for name, tensor in noted.items())
 
     def views(self, weights: Weights) -> Iterator[OrderedDict[str, Any]]:
         """Names tensors by the model's modules, under the prefixes that hold most of these.
@@ -133,6 +150,15 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._load_state_dict_pre_hooks) or any(
         getattr(type(module), name) is not getattr(nn.Module, name)
         for name in ("_load_from_state_dict", "load_state_dict")
+    )
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
+    """Whether a module takes part in loading by code that is not torch's."""
+    hooks = (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values())
+    methods = (getattr(type(module), name) for name in ("_load_from_state_dict", "load_state_dict"))
+    return any(
+        not str(getattr(code, "__module__", "")).startswith("torch.") for code in (*hooks, *methods)
     )
 
 

@@ -55,12 +55,19 @@ def select_for(
         MismatchError: Nothing in the file fits, or it gives a tied tensor two values.
     """
     expected = _tensors(model.state_dict())
+    hooks = hooks or LoadHooks(model)
     try:
         found = file.select(expected, base)
+        if any(map(hooks.depend_on_versions, map(file.fetch, file.candidates.values()))):
+            raise CheckpointError(
+                f"{file.name}: the load hooks of the model change its tensors by the version that "
+                "the file notes, and a point between checkpoints has none",
+                "Give a --model without these hooks",
+            )
     except MismatchError:
         if file.adapter:
             raise
-        translated = _translated(file, hooks or LoadHooks(model), expected)
+        translated = _translated(file, hooks, expected)
         if translated is None:
             translated = _transformed(file, model, expected)
         if translated is None:
