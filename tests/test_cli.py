@@ -427,7 +427,7 @@ def test_a_reader_that_leaves_early_is_told_of_in_one_line(unbuffered: str, fold
     [
         (["--help"], 0),
         (["plot", "--help"], 0),
-        (["--show-completion"], 0),
+        (["--show-completion", "bash"], 0),
         (["--version"], 1),
     ],
 )
