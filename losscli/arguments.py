@@ -109,7 +109,7 @@ def listed(value: Any) -> list[Any] | None:
         value: An iterable of them, such as a list, a generator or an array.
 
     Returns:
-        The values; None for a string and for what is no iterable.
+        The values; None for a string and for an object that is not iterable.
     """
     if isinstance(value, str | bytes):
         return None
@@ -164,7 +164,7 @@ def _several(option: str, value: Any, hint: Any) -> tuple[Any, ...]:
     """One value or several."""
     if value is None:
         return ()
-    # What is no text and can be called, such as a module or a class, is one value.
+    # A callable that is not a string, such as a module or a class, is one value.
     values = None if callable(value) else listed(value)
     if isinstance(value, Mapping):
         raise _refusal(option, "a string or a list of them", value)
@@ -193,14 +193,14 @@ def _whole(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    # An array of one number is no number, and neither is text.
+    # An array with one number is not a number, and neither is a string.
     if isinstance(value, bool | str | bytes) or getattr(value, "ndim", None):
         raise TypeError
     return float(value)
 
 
 def _truth(value: Any) -> bool:
-    # NumPy has a type of its own, whose name depends on the version.
+    # NumPy has its own type, with a name that depends on the version.
     if not isinstance(value, bool) and type(value).__name__ not in {"bool", "bool_"}:
         raise TypeError
     return bool(value)

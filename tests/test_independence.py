@@ -118,8 +118,6 @@ DEPENDENT: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 def test_a_loss_that_depends_on_the_batch_is_refused(
     name: str, number: int, dtype: torch.dtype
 ) -> None:
-    if name == "neighbour" and number == 2:
-        pytest.skip("of two rows, each is the neighbour of the other in any half")
     model, loss = DEPENDENT[name]()
     objective = objective_of(model, loss, number=number, dtype=dtype)
     with pytest.raises(LossError, match=r"depends on the other examples.*--batch-loss"):

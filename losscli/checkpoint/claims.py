@@ -269,7 +269,7 @@ class _Record:
 
     Attributes:
         entry: The part.
-        name: Its name in the folder; empty for what lies outside of it.
+        name: Its name in the folder; empty for a part outside the folder.
         folded: The name as it is looked up, without regard to the case of ASCII letters.
     """
 
@@ -320,7 +320,7 @@ def _records(entries: list[zipfile.ZipInfo]) -> list[_Record]:
 def _need_one_directory(file: IO[bytes], start: int, count: int) -> None:
     """Makes sure that torch's reader (miniz) finds the directory that Python's zipfile found.
 
-    Python looks for the directory right before the record at the end of the file that tells of it;
+    Python looks for the directory right before the end record, which describes it;
     miniz looks where that record says.
 
     Args:
@@ -337,15 +337,15 @@ def _need_one_directory(file: IO[bytes], start: int, count: int) -> None:
     tail = file.read()
     at = tail.rfind(b"PK\5\6", 0, len(tail) - _END.size + 4)
     found = _END.unpack_from(tail, at) if at >= 0 else (0, -1, 0, -1)
-    total, told = found[1], found[3]
+    total, offset = found[1], found[3]
     if at >= _LOCATOR.size:
         signature, place = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
         if signature == b"PK\6\7" and place + _END_64.size <= size:
             file.seek(place)
-            signature, _, total_64, _, told_64 = _END_64.unpack(file.read(_END_64.size))
+            signature, _, total_64, _, offset_64 = _END_64.unpack(file.read(_END_64.size))
             if signature == b"PK\6\6":
-                total, told = total_64, told_64
-    if (total, told) != (count, start):
+                total, offset = total_64, offset_64
+    if (total, offset) != (count, start):
         raise AmbiguousError("it has more than one directory of its parts")
 
 
