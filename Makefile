@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SAMPLES := sample_checkpoints
-# Networks for the tests alone, apart from the environment: see tests/test_real_models.py.
+# Networks for the tests alone, apart from the environment: see tests/models/test_real_models.py.
 VISION := torchvision==0.28.0 timm==1.0.31
 
 .PHONY: demo test check samples gallery bench readme golden clean
@@ -45,7 +45,7 @@ bench: .venv/installed
 
 # Draws the pictures that the tests compare with again, from their stored tables.
 golden: .venv/installed
-	LOSSCLI_REGENERATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/test_figure.py tests/test_figure_barriers.py tests/test_figure_check.py tests/test_figure_parts.py tests/test_figure_plane.py tests/test_figure_trajectory.py
+	LOSSCLI_REGENERATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/plotting
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from losscli.errors import OutputError, UsageError
-from losscli.regular import create, read_regular
+from losscli.files import create, read_regular
 from losscli.table import Table
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Result:
             A matplotlib figure.
         """
         # matplotlib takes most of a second to import, and not every user wants a picture.
-        from losscli.figure import Run, draw
+        from losscli.plotting.drawing import Run, draw
 
         return draw([Run(self.table, self.summary, more=self.more)], log=log)
 
@@ -282,7 +282,7 @@ class Output:
         for name, table in result.more.items():
             contents[self._file(f".{name}.csv")] = table.to_csv().encode()
         if self.figures:
-            from losscli.figure import render
+            from losscli.plotting.drawing import render
 
             for path in self.figures:
                 contents[path] = render(result.figure(log=log), path.suffix.lower())
@@ -311,7 +311,7 @@ class Output:
         Raises:
             OutputError: A file holds another picture, or cannot be written.
         """
-        from losscli.figure import render
+        from losscli.plotting.drawing import render
 
         contents = {path: render(figure(), path.suffix.lower()) for path in self.figures}
         for path, content in contents.items():

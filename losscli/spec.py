@@ -28,7 +28,7 @@ from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from losscli.errors import SpecError, UntrustedCodeError, one_line
-from losscli.regular import IrregularError, read_regular
+from losscli.files import IrregularError, read_regular
 
 __all__ = [
     "Scalar",

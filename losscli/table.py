@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from losscli.errors import TableError
-from losscli.regular import open_regular, read_pipe, read_text
+from losscli.files import open_regular, read_pipe, read_text
 
 __all__ = ["Cell", "Table"]
 

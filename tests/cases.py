@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losscli import losses
+from losscli.evaluation import losses
 from losscli.models import CNN, MLP
 from tests import foreign
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from losscli.cli import run
-from losscli.console import Console
+from losscli.cli.console import Console
 from losscli.models import MLP
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ import torch
 from matplotlib.backends import backend_agg  # noqa: F401 - else each child imports it
 
 from losscli.cli import run
-from losscli.console import Console
+from losscli.cli.console import Console
 
 __all__ = ["child", "ended"]
 

@@ -452,8 +452,8 @@ def state(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def _inspect(name: str) -> Callable[[Path, int], object]:
     def read(folder: Path, number: int) -> object:
-        from losscli import report
         from losscli.checkpoint import in_folder, read
+        from losscli.cli import report
         from losscli.results import to_json
         from losscli.studies.inspection import inspect
 
@@ -632,9 +632,9 @@ def _tables_damage(content: bytes, rng: Rng) -> bytes:
 
 def _read_table(folder: Path, number: int) -> object:
     from losscli.cli.plot import _read
-    from losscli.figure import Run, draw
+    from losscli.plotting.drawing import Run, draw
+    from losscli.plotting.terminal import draw as in_terminal
     from losscli.studies.inspection import lowest
-    from losscli.terminal import draw as in_terminal
 
     path = folder / "run.csv"
     run = _read(str(path))
@@ -663,8 +663,8 @@ def _specs(folder: Path) -> list[str]:
 
 
 def _read_spec(folder: Path, number: int) -> object:
-    from losscli.datasets import DATASETS
-    from losscli.losses import LOSSES, METRICS
+    from losscli.data import DATASETS
+    from losscli.evaluation.losses import LOSSES, METRICS
     from losscli.models import MODELS
     from losscli.spec import Spec, look_up, unfold
 
@@ -698,9 +698,9 @@ def _toml(folder: Path) -> list[str]:
 
 def _read_toml(folder: Path, number: int) -> object:
     from losscli.checkpoint import read
-    from losscli.datasets import load
-    from losscli.problem.model import build
-    from losscli.problem.source import find
+    from losscli.data import load
+    from losscli.studies.problem.model import build
+    from losscli.studies.problem.source import find
 
     first = read(str(folder / "a.pt"))
     for kind in ("model", "data", "loss"):
@@ -730,7 +730,7 @@ def _idx(squeeze: bool) -> Callable[[Path], list[str]]:
 
 def _data(spec: str) -> Callable[[Path, int], object]:
     def read(folder: Path, number: int) -> object:
-        from losscli.datasets import load
+        from losscli.data import load
 
         return load(spec.format(folder=folder), trusted=False)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.models import CNN, MLP
-from losscli.permutations import Group, permutation_groups
+from losscli.weight_space.permutations import Group, permutation_groups
 from tests import foreign
 
 

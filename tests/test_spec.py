@@ -350,7 +350,7 @@ def test_a_library_that_losscli_misses_is_not_looked_for_in_a_folder_of_own_code
     del sys.modules["specs_library"]
     for how in ("import specs_library", "__import__('importlib').import_module('specs_library')"):
         with pytest.raises(ModuleNotFoundError):
-            exec(how, {"__name__": "losscli.datasets.hub"})
+            exec(how, {"__name__": "losscli.data.hub"})
         exec(how, {"__name__": "somebody.else"})
         del sys.modules["specs_library"]
 
@@ -372,7 +372,7 @@ def test_workers_find_the_modules_of_own_code(shadowed: Path, start: str) -> Non
         f"    multiprocessing_context={start!r})}}\n"
     )
     (shadowed / "run.py").write_text(
-        "import losscli.datasets.objects as objects\n"
+        "import losscli.data.objects as objects\n"
         "objects.host_budget = lambda: 200\n"  # too little to be kept in memory
         "from losscli.cli import main\n"
         "if __name__ == '__main__': main()\n"

@@ -60,7 +60,7 @@ def _serve(place: str) -> None:
     import matplotlib.backends.backend_agg  # noqa: F401
 
     import losscli.cli.app  # noqa: F401
-    import losscli.figure  # noqa: F401
+    import losscli.plotting  # noqa: F401
     from losscli.studies import (  # noqa: F401
         alignment,
         barriers,

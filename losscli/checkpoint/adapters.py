@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from losscli.errors import CheckpointError, MismatchError
-from losscli.weights import Weights, working_type
+from losscli.weight_space.vectors import Weights, working_type
 
 __all__ = ["CONFIG", "Adapter"]
 

@@ -19,9 +19,9 @@ from typing import IO, Any, NoReturn, cast
 
 import torch
 
+from losscli.checkpoint.pickles import BrokenPickleError, load
 from losscli.errors import one_line
-from losscli.pickles import BrokenPickleError, load
-from losscli.regular import open_regular
+from losscli.files import open_regular
 
 __all__ = [
     "OLD_FORMAT",

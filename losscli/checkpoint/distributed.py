@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from losscli.checkpoint.names import state_dicts
+from losscli.checkpoint.pickles import ForbiddenPickleError, load
 from losscli.checkpoint.standins import Path as PathText
 from losscli.checkpoint.standins import Record, load_tensors
 from losscli.checkpoint.state import CheckpointFile
 from losscli.errors import CheckpointError, one_line
-from losscli.pickles import ForbiddenPickleError, load
-from losscli.regular import open_regular, read_regular
-from losscli.weights import Weights
+from losscli.files import open_regular, read_regular
+from losscli.weight_space.vectors import Weights
 
 __all__ = ["METADATA", "read_distributed"]
 

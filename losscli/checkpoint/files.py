@@ -20,7 +20,7 @@ from losscli.checkpoint.claims import OLD_FORMAT, AmbiguousError, ClaimError, Re
 from losscli.checkpoint.names import metadata_of, natural
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
-from losscli.regular import open_regular, read_regular, stand_in
+from losscli.files import open_regular, read_regular, stand_in
 
 __all__ = ["SUFFIXES", "read_file", "read_json"]
 

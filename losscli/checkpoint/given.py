@@ -13,9 +13,9 @@ from losscli.arguments import listed, shown
 from losscli.checkpoint.names import metadata_of, state_dicts
 from losscli.checkpoint.quantised import packed
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
-from losscli.digest import digest
 from losscli.errors import CheckpointError, UsageError
-from losscli.mapped import is_mapped
+from losscli.mmap import is_mapped
+from losscli.weight_space.digest import digest
 
 __all__ = ["CheckpointLike", "Given", "named", "named_all"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from losscli.checkpoint.names import unmarked
 from losscli.errors import one_line
-from losscli.weights import Weights
+from losscli.weight_space.vectors import Weights
 
 __all__ = ["LoadHooks"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from losscli.weights import Weights, mismatches
+from losscli.weight_space.vectors import Weights, mismatches
 
 __all__ = [
     "OPTIMISER",

@@ -14,7 +14,7 @@ from losscli.checkpoint.given import Given
 from losscli.checkpoint.names import natural
 from losscli.checkpoint.reading import read
 from losscli.checkpoint.state import CheckpointFile
-from losscli.weights import Weights, equal
+from losscli.weight_space.vectors import Weights, equal
 
 __all__ = ["all_in", "path_of"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from losscli.weights import Weights
+from losscli.weight_space.vectors import Weights
 
 __all__ = ["quantised"]
 

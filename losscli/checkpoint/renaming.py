@@ -22,8 +22,8 @@ from losscli.checkpoint.hooks import LoadHooks
 from losscli.checkpoint.names import OPTIMISER
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied
 from losscli.errors import CheckpointError, MismatchError
-from losscli.mapped import let_go
-from losscli.weights import Weights, kind, mismatches, pieces
+from losscli.mmap import let_go
+from losscli.weight_space.vectors import Weights, kind, mismatches, pieces
 
 __all__ = ["select_for"]
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, complex128
 
 from losscli.errors import OutputError, one_line
-from losscli.regular import create
-from losscli.weights import Weights
+from losscli.files import create
+from losscli.weight_space.vectors import Weights
 
 __all__ = ["save"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from losscli.checkpoint.names import OPTIMISER, Part, parts, under
 from losscli.checkpoint.quantised import quantised
 from losscli.errors import CheckpointError, MismatchError
-from losscli.regular import open_regular
-from losscli.weights import Weights, mismatches
+from losscli.files import open_regular
+from losscli.weight_space.vectors import Weights, mismatches
 
 if TYPE_CHECKING:
     from losscli.checkpoint.adapters import Adapter

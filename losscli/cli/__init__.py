@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from losscli.console import Console, SilentConsole
+from losscli.cli.console import Console, SilentConsole
 from losscli.errors import LosscliError, UsageError
-from losscli.mapped import tell_of_lost_pages
+from losscli.mmap import tell_of_lost_pages
 
 __all__ = ["main"]
 
@@ -161,7 +161,7 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
     except FileNotFoundError:
         raise UsageError("the current folder is gone", "Change to one that is there") from None
     if "RANK" in os.environ:
-        from losscli.ranks import is_one_of_many
+        from losscli.evaluation.ranks import is_one_of_many
 
         if is_one_of_many():
             return _among_ranks(arguments, console)
@@ -173,7 +173,7 @@ def _among_ranks(arguments: Sequence[str], console: Console) -> int:
     leads = os.environ["RANK"] == "0"
     if not set(arguments[:1]) <= _SHARED or not {"-h", "--help"}.isdisjoint(arguments):
         return _parse(arguments, console) if leads else 0
-    from losscli.ranks import joined
+    from losscli.evaluation.ranks import joined
 
     # torch would log the frames of its C++ where a connection ends; what follows tells of it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from losscli import report
+from losscli.cli import report
+from losscli.cli.console import Console
 from losscli.cli.files import writable
 from losscli.cli.options import Force, Json, with_console, with_some_settings
-from losscli.console import Console
 from losscli.results import to_json
 from losscli.settings import Settings
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from losscli.cli.console import Console
 from losscli.cli.options import with_console
-from losscli.console import Console
 
 __all__ = ["catalogue"]
 
@@ -23,8 +23,8 @@ def catalogue(
     console: Console,
 ) -> None:
     """Entries of a registry, with their keys and what they are."""
-    from losscli.datasets import DATASETS
-    from losscli.losses import LOSSES, METRICS
+    from losscli.data import DATASETS
+    from losscli.evaluation.losses import LOSSES, METRICS
     from losscli.models import MODELS
 
     registries: dict[str, Mapping[str, Callable[..., Any]]] = {

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from losscli.cli.carry import carry_out, names_of
+from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
-from losscli.console import Console
+from losscli.cli.run_study import carry_out, names_of
 from losscli.settings import Settings
 
 if TYPE_CHECKING:
-    from losscli.studies.study import Study
+    from losscli.studies.base import Study
 
 __all__ = ["check"]
 

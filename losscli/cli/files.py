@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from losscli import report
+from losscli.cli import report
+from losscli.cli.console import Console
 from losscli.cli.options import Force, Json, with_console
-from losscli.console import Console
 from losscli.errors import OutputError, UsageError
 from losscli.results import Output, to_json
 

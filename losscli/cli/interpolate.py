@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from losscli.cli.carry import carry_out
+from losscli.cli.console import Console
 from losscli.cli.options import Write, with_console, with_output, with_settings
-from losscli.console import Console
+from losscli.cli.run_study import carry_out
 from losscli.errors import UsageError
 from losscli.settings import Settings
 from losscli.table import Table
 
 if TYPE_CHECKING:
-    from losscli.studies.study import Study
+    from losscli.studies.base import Study
 
 __all__ = ["interpolate"]
 

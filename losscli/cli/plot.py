@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
+from losscli.cli.console import Console, stdin
 from losscli.cli.options import with_console
-from losscli.console import Console, stdin
 from losscli.errors import TableError, UsageError, one_line
-from losscli.regular import read_regular
+from losscli.files import read_regular
 from losscli.results import Output, need_few, picture_of, stem_of
 from losscli.table import Table
 
@@ -135,7 +135,7 @@ def plot(
     alone = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((alone or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
-    from losscli.figure import Run, draw, render
+    from losscli.plotting.drawing import Run, draw, render
 
     _need_few(csvs, runs)
     drawable = [
@@ -327,7 +327,7 @@ def _need_few(names: Sequence[str], runs: Sequence[_Run]) -> None:
 
 
 def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:
-    from losscli.terminal import draw
+    from losscli.plotting.terminal import draw
 
     width, height = shutil.get_terminal_size((80, 24))
     encoding = getattr(console.stdout, "encoding", None) or "ascii"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from losscli.errors import ModelError, one_line
-from losscli.regular import read_regular
+from losscli.files import read_regular
 
 __all__ = ["has_config", "pretrained"]
 

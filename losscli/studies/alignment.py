@@ -14,8 +14,7 @@ from torch import Tensor
 
 from losscli.arguments import checked
 from losscli.checkpoint import Checkpoint, CheckpointLike, named
-from losscli.datasets import Inputs, map_inputs
-from losscli.device import Narrowest
+from losscli.data import Inputs, map_inputs
 from losscli.errors import (
     CheckpointError,
     DeviceError,
@@ -23,12 +22,13 @@ from losscli.errors import (
     NondeterministicModelError,
     UsageError,
 )
-from losscli.matching import inner_product, match
-from losscli.objective import DETERMINISTIC
-from losscli.permutations import Group, obstacles, permutation_groups, permute
-from losscli.problem import Problem, prepare
+from losscli.evaluation.device import Narrowest
+from losscli.evaluation.objective import DETERMINISTIC
 from losscli.settings import Settings
-from losscli.weights import Weights, distance
+from losscli.studies.problem import Problem, prepare
+from losscli.weight_space.matching import inner_product, match
+from losscli.weight_space.permutations import Group, obstacles, permutation_groups, permute
+from losscli.weight_space.vectors import Weights, distance
 
 __all__ = ["Alignment", "align"]
 

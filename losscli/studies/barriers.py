@@ -16,20 +16,20 @@ from numpy.typing import NDArray
 
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, all_in, named_all
-from losscli.datasets import Examples
-from losscli.device import float32_precision
+from losscli.data import Examples
 from losscli.errors import UsageError
-from losscli.geometry import Line, grid, need_room
-from losscli.journal import Journal
-from losscli.objective import Evaluation
-from losscli.problem import counted, prepare
+from losscli.evaluation.device import float32_precision
+from losscli.evaluation.journal import Journal
+from losscli.evaluation.objective import Evaluation
+from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
 from losscli.results import Result
-from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
-from losscli.studies.study import Study, count
-from losscli.sweep import check, settle, sweep_each, sweep_plain
+from losscli.studies.base import Study, count
+from losscli.studies.problem import counted, prepare
 from losscli.table import Table
-from losscli.weights import Weights, distance, equal
+from losscli.weight_space.slices import Line, grid, need_room
+from losscli.weight_space.vectors import Weights, distance, equal
 
 __all__ = ["Barriers", "barriers"]
 

@@ -17,7 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, named_all, path_of
-from losscli.curvature import (
+from losscli.data import Examples, Split
+from losscli.errors import UsageError
+from losscli.evaluation.cost import Clock, Pace, timed
+from losscli.evaluation.curvature import (
     DENSE_LIMIT,
     LEAST,
     PRODUCT_LIMIT,
@@ -30,26 +33,23 @@ from losscli.curvature import (
     check_derivatives,
     verdict,
 )
-from losscli.curve import standard_error
-from losscli.datasets import Examples, Split
-from losscli.device import float32_precision
-from losscli.differences import SAMPLE
-from losscli.errors import UsageError
-from losscli.geometry import Line
-from losscli.journal import Journal
-from losscli.objective import Evaluation, Objective
-from losscli.pace import Clock, Pace, timed
-from losscli.problem import prepare
-from losscli.ranks import Arrays, Ranks, current
-from losscli.recording import Log
+from losscli.evaluation.device import float32_precision
+from losscli.evaluation.differences import SAMPLE
+from losscli.evaluation.journal import Journal
+from losscli.evaluation.objective import Evaluation, Objective
+from losscli.evaluation.ranks import Arrays, Ranks, current
+from losscli.evaluation.records import Log
+from losscli.evaluation.sampling import Estimate
+from losscli.evaluation.sweep import check as check_objective
+from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.results import Result
-from losscli.sampling import Estimate
 from losscli.settings import Settings
-from losscli.studies.study import Study, count, need_derivatives
-from losscli.sweep import check as check_objective
-from losscli.sweep import sweep, sweep_plain
+from losscli.studies.base import Study, count, need_derivatives
+from losscli.studies.problem import prepare
 from losscli.table import Cell, Table
-from losscli.weights import Weights, norm
+from losscli.weight_space.curve import standard_error
+from losscli.weight_space.slices import Line
+from losscli.weight_space.vectors import Weights, norm
 
 __all__ = ["Check", "check"]
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from losscli.curve import near_rounding
-from losscli.geometry import Line
-from losscli.journal import Journal
-from losscli.objective import Objective
-from losscli.problem import Problem
-from losscli.ranks import decided
-from losscli.refinement import Curve, propose
-from losscli.slopes import slopes
+from losscli.evaluation.derivatives import slopes
+from losscli.evaluation.journal import Journal
+from losscli.evaluation.objective import Objective
+from losscli.evaluation.ranks import decided
+from losscli.evaluation.sweep import halving, sweep
+from losscli.studies.problem import Problem
 from losscli.studies.seen import Derivatives, LineCurve, Looked
-from losscli.sweep import halving, sweep
-from losscli.weights import Weights
+from losscli.weight_space.curve import near_rounding
+from losscli.weight_space.refinement import Curve, propose
+from losscli.weight_space.slices import Line
+from losscli.weight_space.vectors import Weights
 
 __all__ = ["CloseUp", "Further"]
 

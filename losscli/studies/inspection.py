@@ -23,12 +23,12 @@ from losscli.checkpoint import (
     read,
 )
 from losscli.errors import CheckpointError, MismatchError, TableError, UsageError
-from losscli.geometry import Line
-from losscli.regular import read_regular
+from losscli.evaluation.spectral import normalise_stored
+from losscli.files import read_regular
 from losscli.results import Result
-from losscli.spectral import normalise_stored
 from losscli.table import Cell, Table
-from losscli.weights import (
+from losscli.weight_space.slices import Line
+from losscli.weight_space.vectors import (
     Weights,
     can_move,
     cosine,

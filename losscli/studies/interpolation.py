@@ -13,27 +13,27 @@ import torch
 
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, named
-from losscli.curve import describe
-from losscli.datasets import Examples
-from losscli.device import float32_precision
+from losscli.data import Examples
 from losscli.errors import UsageError
-from losscli.geometry import Line, grid
-from losscli.journal import Journal
-from losscli.objective import Evaluation
-from losscli.pace import Clock, Pace, timed
-from losscli.problem import counted, prepare
-from losscli.refinement import uniform_points
+from losscli.evaluation.cost import Clock, Pace, timed
+from losscli.evaluation.derivatives import trial
+from losscli.evaluation.device import float32_precision
+from losscli.evaluation.journal import Journal
+from losscli.evaluation.objective import Evaluation
+from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
 from losscli.results import Result
-from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
-from losscli.slopes import trial
+from losscli.studies.base import Study, count, need_derivatives
 from losscli.studies.closer import CloseUp, Further
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
+from losscli.studies.problem import counted, prepare
 from losscli.studies.seen import LineCurve, Looked
-from losscli.studies.study import Study, count, need_derivatives
-from losscli.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
 from losscli.table import Table
-from losscli.weights import Weights, can_move, dimension, distance, equal
+from losscli.weight_space.curve import describe
+from losscli.weight_space.refinement import uniform_points
+from losscli.weight_space.slices import Line, grid
+from losscli.weight_space.vectors import Weights, can_move, dimension, distance, equal
 
 __all__ = ["Interpolation", "interpolate"]
 

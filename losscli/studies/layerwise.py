@@ -14,11 +14,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from losscli.blocks import blocks_of
-from losscli.curve import lowest
 from losscli.errors import UsageError
-from losscli.objective import Evaluation, Objective
-from losscli.sampling import Estimate
+from losscli.evaluation.objective import Evaluation, Objective
+from losscli.evaluation.sampling import Estimate
+from losscli.weight_space.blocks import blocks_of
+from losscli.weight_space.curve import lowest
 
 __all__ = ["Block", "BlockCurve", "moving_blocks", "points_of"]
 

@@ -13,22 +13,22 @@ from torch import nn
 
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, all_in, named_all, path_of
-from losscli.curve import lowest
-from losscli.datasets import Examples
-from losscli.device import float32_precision
-from losscli.directions import random_directions
+from losscli.data import Examples
 from losscli.errors import CheckpointError, UsageError
-from losscli.geometry import Slice, Span, Triangle, grid, need_room
-from losscli.journal import Journal
-from losscli.paths import principal_axes
-from losscli.problem import Problem, counted, prepare
+from losscli.evaluation.device import float32_precision
+from losscli.evaluation.journal import Journal
+from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sweep import check, settle, sweep, sweep_plain
 from losscli.results import Result
-from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
-from losscli.studies.study import Study, count, moving_along
-from losscli.sweep import check, settle, sweep, sweep_plain
+from losscli.studies.base import Study, count, moving_along
+from losscli.studies.problem import Problem, counted, prepare
 from losscli.table import Table
-from losscli.weights import Weights
+from losscli.weight_space.curve import lowest
+from losscli.weight_space.directions import random_directions
+from losscli.weight_space.slices import Slice, Span, Triangle, grid, need_room
+from losscli.weight_space.trajectory import principal_axes
+from losscli.weight_space.vectors import Weights
 
 __all__ = ["Plane", "plane"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from losscli.objective import Evaluation
-from losscli.sampling import Estimate, extended
+from losscli.evaluation.objective import Evaluation
+from losscli.evaluation.sampling import Estimate, extended
 
 __all__ = ["Derivatives", "LineCurve", "Looked"]
 

@@ -14,22 +14,22 @@ import torch
 
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, named_all, path_of
-from losscli.curve import lowest
-from losscli.datasets import Examples
-from losscli.device import float32_precision
+from losscli.data import Examples
 from losscli.errors import UsageError
-from losscli.geometry import Line, grid, need_room
-from losscli.journal import Journal
-from losscli.paths import Path, measure, random_walks, ribbon
-from losscli.problem import counted, prepare
-from losscli.ranks import current
+from losscli.evaluation.device import float32_precision
+from losscli.evaluation.journal import Journal
+from losscli.evaluation.ranks import current
+from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
 from losscli.results import Result
-from losscli.sampling import Estimate, grow
 from losscli.settings import Settings
-from losscli.studies.study import Study, count, moving_along
-from losscli.sweep import check, settle, sweep_each, sweep_plain
+from losscli.studies.base import Study, count, moving_along
+from losscli.studies.problem import counted, prepare
 from losscli.table import Cell, Table
-from losscli.weights import dimension
+from losscli.weight_space.curve import lowest
+from losscli.weight_space.slices import Line, grid, need_room
+from losscli.weight_space.trajectory import Path, measure, random_walks, ribbon
+from losscli.weight_space.vectors import dimension
 
 __all__ = ["Trajectory", "trajectory"]
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from losscli.datasets import DataSet, Split
-from losscli.geometry import Line
-from losscli.losses import cross_entropy
-from losscli.objective import Objective
-from losscli.sweep import sweep
+from losscli.data import DataSet, Split
+from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.objective import Objective
+from losscli.evaluation.sweep import sweep
+from losscli.weight_space.slices import Line
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,26 @@
+"""Data sets: files or code in; named splits of examples out, decoded once where they fit."""
+
+from losscli.data.memory import device_budget, host_budget, host_memory
+from losscli.data.objects import Batching, from_object
+from losscli.data.randomness import Draws, seed_all
+from losscli.data.registry import DATASETS, load
+from losscli.data.split import DataSet, Examples, Inputs, Split, Task, leaves, map_inputs
+
+__all__ = [
+    "DATASETS",
+    "Batching",
+    "DataSet",
+    "Draws",
+    "Examples",
+    "Inputs",
+    "Split",
+    "Task",
+    "device_budget",
+    "from_object",
+    "host_budget",
+    "host_memory",
+    "leaves",
+    "load",
+    "map_inputs",
+    "seed_all",
+]

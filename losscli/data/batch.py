@@ -1,0 +1,208 @@
+"""Batches as code gives them: what is inputs, what is targets, and batches joined to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from losscli.data.split import Batches, Inputs, Split, leaves
+from losscli.errors import DataError, one_line
+
+__all__ = ["Pixels", "RaggedError", "is_language", "join", "to_tensor", "understand"]
+
+_TARGETS = ("targets", "target", "labels", "label", "y")
+
+
+class Pixels(dict[str, Any]):
+    """Splits by name, in which uint8 inputs 0…255 stand for numbers 0…1.
+
+    Args:
+        splits: Inputs and targets of each split, or a Dataset of them.
+        note: What the user should know about it.
+    """
+
+    def __init__(self, splits: Mapping[str, Any], note: str = "") -> None:
+        super().__init__(splits)
+        self.note = note
+
+
+class RaggedError(DataError):
+    """Batches whose examples have different sizes cannot be one."""
+
+
+def understand(batch: object, where: str) -> Split:
+    """Finds inputs and targets in a batch; what is not understood is an error, never skipped.
+
+    Args:
+        batch: ``(inputs, targets)``, or a mapping with a key for its targets.
+        where: What to call the data in errors.
+
+    Returns:
+        The examples.
+
+    Raises:
+        DataError: It is something else, or has not one target an example.
+    """
+    if isinstance(batch, Mapping):
+        keys = [key for key in batch if key in _TARGETS]
+        if len(keys) != 1:
+            raise DataError(
+                f"{where}: a batch with the keys {', '.join(map(str, batch))} has "
+                f"{'no' if not keys else 'more than one'} key for its targets",
+                f"Call them one of {', '.join(_TARGETS)}",
+            )
+        inputs: Inputs = {
+            str(key): to_tensor(value, where, key) for key, value in batch.items() if key != keys[0]
+        }
+        targets = batch[keys[0]]
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        first, targets = batch
+        if isinstance(first, Mapping):
+            inputs = {str(key): to_tensor(value, where, key) for key, value in first.items()}
+        elif isinstance(first, tuple | list):
+            inputs = tuple(to_tensor(value, where, i) for i, value in enumerate(first))
+        else:
+            inputs = to_tensor(first, where, "inputs")
+    else:
+        several = isinstance(batch, tuple | list)
+        what = f"{len(batch)}-element batch" if several else f"{type(batch).__name__} as a batch"  # type: ignore[arg-type]
+        raise DataError(
+            f"{where}: cannot interpret a {what}; expected (inputs, targets)",
+            "Group several inputs as ((x1, x2), y)"
+            if several and len(batch) > 2  # type: ignore[arg-type]
+            else "Give (inputs, targets), or a mapping with a key such as targets or labels",
+        )
+    if not leaves(inputs):
+        raise DataError(f"{where}: a batch has targets and no inputs", "Give (inputs, targets)")
+    return _checked(Split(inputs, to_tensor(targets, where, "targets")), where)
+
+
+def _checked(split: Split, where: str) -> Split:
+    targets = split.targets
+    if any(t.ndim == 0 for t in [*leaves(split.inputs), targets]):
+        raise DataError(f"{where}: a single number is no column of examples", "Give tensors [N, …]")
+    sizes = {len(t) for t in [*leaves(split.inputs), targets]}
+    if len(sizes) > 1:
+        counts = " and ".join(str(len(t)) for t in leaves(split.inputs))
+        raise DataError(
+            f"{where}: {counts} inputs for {len(targets)} targets", "Give one target an example"
+        )
+    if sizes == {0}:
+        raise DataError(f"{where} is empty", "Give it at least one example")
+    if targets.dtype == torch.uint64 and (targets.long() < 0).any():
+        largest = int(targets.numpy().max())
+        raise DataError(f"{where}: the target {largest} is above 2^63 - 1", "Number classes from 0")
+    # Of these, torch has few operators.
+    if targets.dtype in {torch.uint16, torch.uint32, torch.uint64}:
+        return replace(split, targets=targets.long())
+    return split
+
+
+def is_language(batch: object) -> bool:
+    """Tells whether a batch has a target for each token that its model scores.
+
+    Args:
+        batch: A batch as code gives it.
+
+    Returns:
+        Whether it is a mapping with whole-number ``labels`` of the shape of its
+        ``decoder_input_ids``, or where it has none, of its ``input_ids``.
+    """
+    if not isinstance(batch, Mapping):
+        return False
+    scored = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+    tokens, labels = (getattr(batch.get(key), "shape", None) for key in (scored, "labels"))
+    # Probabilities of as many labels as there are tokens are not tokens.
+    whole = "float" not in str(getattr(batch.get("labels"), "dtype", ""))
+    return tokens is not None and len(tokens) > 1 and tokens == labels and whole
+
+
+def to_tensor(value: object, where: str, key: object) -> Tensor:
+    """Makes a tensor of what stands for one.
+
+    Args:
+        value: A tensor or a NumPy array.
+        where: What to call the data in errors.
+        key: What to call the value in errors.
+
+    Returns:
+        A dense tensor of real numbers on the CPU.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.itemsize <= 8:
+        # torch takes arrays of the machine's own byte order that may be written to.
+        value = torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
+    if (
+        not isinstance(value, Tensor)
+        or value.is_complex()
+        or value.is_quantized
+        or value.layout != torch.strided
+    ):
+        raise DataError(
+            f"{where}: {key!r} is a {type(value).__name__}, not a dense tensor of real numbers",
+            "Give tensors or NumPy arrays",
+        )
+    return value.detach().cpu()
+
+
+def join(batches: Sequence[Split], where: str) -> Split:
+    """Lays batches one after the other.
+
+    Args:
+        batches: The batches.
+        where: What to call the data in errors.
+
+    Returns:
+        All their examples.
+
+    Raises:
+        DataError: There are none, or they differ in their structure or types.
+        RaggedError: They differ in the size of their examples.
+    """
+    if not batches:
+        raise DataError(f"{where} is empty")
+    if len(batches) == 1:
+        return batches[0]
+    if all(isinstance(batch, Batches) for batch in batches):
+        sizes = tuple(batch.rows for batch in batches)
+        plain = [Split(batch.inputs, batch.targets) for batch in batches]
+        whole = join(plain, where)
+        return Batches(whole.inputs, whole.targets, sizes)
+    first = batches[0].inputs
+    if isinstance(first, dict):
+        # Later batches may have the keys in another order.
+        batches = [
+            Split({key: b.inputs[key] for key in first}, b.targets)
+            if isinstance(b.inputs, dict) and b.inputs.keys() == first.keys()
+            else b
+            for b in batches
+        ]
+    rows = [[*leaves(b.inputs), b.targets] for b in batches]
+    structures = {
+        (type(b.inputs), *(b.inputs if isinstance(b.inputs, dict) else ()), *(t.dtype for t in row))
+        for b, row in zip(batches, rows, strict=True)
+    }
+    if len(structures) > 1:
+        raise DataError(
+            f"{where}: the batches differ in their structure or types",
+            "Give every batch the same inputs, in the same types",
+        )
+    try:
+        *columns, targets = (torch.cat(column) for column in zip(*rows, strict=True))
+    except (RuntimeError, TypeError) as error:
+        raise RaggedError(
+            f"{where}: the batches do not fit together: {one_line(error)}",
+            "Pad the examples to one size",
+        ) from None
+    if isinstance(first, Tensor):
+        return Split(columns[0], targets)
+    if isinstance(first, tuple):
+        return Split(tuple(columns), targets)
+    return Split(dict(zip(first, columns, strict=True)), targets)

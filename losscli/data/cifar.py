@@ -1,0 +1,277 @@
+"""CIFAR-10 and CIFAR-100, in their binary and in their python version."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from losscli.checkpoint.pickles import BrokenPickleError, ForbiddenPickleError, load
+from losscli.data.batch import Pixels
+from losscli.errors import DataError, SpecError, one_line
+
+__all__ = ["load_cifar10", "load_cifar100"]
+
+_PIXELS = 3 * 32 * 32
+_SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
+Bytes = npt.NDArray[np.uint8]
+_Reader = Callable[[Path], tuple[Bytes, npt.NDArray[np.int64]]]
+_Files = dict[str, list[Path]]
+
+
+def load_cifar10(path: Path, /) -> Pixels:
+    """Reads CIFAR-10, the binary or the python version; no code in the latter is run.
+
+    Args:
+        path: The folder of data_batch_1.bin … or of data_batch_1 …, or the one above it.
+
+    Returns:
+        Images ``[N, 3, 32, 32]`` as uint8 and classes of the splits train and test, those that
+        are there; a part of the training batches will do.
+
+    Raises:
+        DataError: There is no such file, or one is broken or wants to run code.
+    """
+    train = [f"data_batch_{i}" for i in range(1, 6)]
+    files, binary = _find(
+        path,
+        {"train": [f"{name}.bin" for name in train], "test": ["test_batch.bin"]},
+        {"train": train, "test": ["test_batch"]},
+        ("cifar-10-batches-bin", "cifar-10-batches-py"),
+    )
+
+    def read(file: Path) -> tuple[Bytes, npt.NDArray[np.int64]]:
+        return _read_binary(file, 1, 0) if binary else _read_python(file, "labels")
+
+    return Pixels({split: _read_all(names, read, 10) for split, names in files.items()})
+
+
+def load_cifar100(path: Path, /, *, labels: str = "fine") -> Pixels:
+    """Reads CIFAR-100 in the same versions, with its 100 fine or its 20 coarse classes.
+
+    Args:
+        path: The folder of train.bin and test.bin or of train and test, or the one above it.
+        labels: ``fine`` or ``coarse``.
+
+    Returns:
+        Images ``[N, 3, 32, 32]`` as uint8 and classes of the splits train and test, those that
+        are there.
+
+    Raises:
+        DataError: There is no such file, or one is broken or wants to run code.
+        SpecError: There are no such labels.
+    """
+    if labels not in {"fine", "coarse"}:
+        raise SpecError(f"cifar100 has no labels {labels!r}", "Write labels=fine or labels=coarse")
+    fine = labels == "fine"
+    files, binary = _find(
+        path,
+        {"train": ["train.bin"], "test": ["test.bin"]},
+        {"train": ["train"], "test": ["test"]},
+        ("cifar-100-binary", "cifar-100-python"),
+    )
+
+    def read(file: Path) -> tuple[Bytes, npt.NDArray[np.int64]]:
+        return (
+            _read_binary(file, 2, int(fine)) if binary else _read_python(file, f"{labels}_labels")
+        )
+
+    count = 100 if fine else 20
+    return Pixels({split: _read_all(names, read, count) for split, names in files.items()})
+
+
+def _find(
+    folder: Path,
+    binary: Mapping[str, list[str]],
+    python: Mapping[str, list[str]],
+    inside: tuple[str, str],
+) -> tuple[_Files, bool]:
+    """Finds the version of which there are more files, and tells whether it is the binary one."""
+    found: list[tuple[_Files, bool]] = []
+    for place in (folder, *(folder / name for name in inside)):
+        for version, is_binary in ((binary, True), (python, False)):
+            there = {
+                split: [place / name for name in names if (place / name).is_file()]
+                for split, names in version.items()
+            }
+            found.append(({split: files for split, files in there.items() if files}, is_binary))
+    best = max(found, key=lambda version: sum(map(len, version[0].values())))
+    if best[0]:
+        return best
+    archives = [folder, *sorted(folder.glob("cifar-*.tar.gz"))] if folder.exists() else []
+    for archive in archives:
+        if archive.is_file():
+            raise DataError(
+                f"{archive} is no folder of CIFAR's files",
+                f"Unpack it if it is an archive (tar -xzf {archive.name}) and name the folder",
+            )
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}", "Name the folder of CIFAR's files")
+    raise DataError(
+        f"{folder} holds none of {', '.join(name for names in binary.values() for name in names)}, "
+        "nor the like of them without .bin",
+        f"Name the folder of an unpacked archive from {_SOURCE}",
+    )
+
+
+def _read_all(files: list[Path], read: _Reader, classes: int) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for file in files:
+        image, label = read(file)
+        if not len(label):
+            raise DataError(f"{file} is empty", "Was its writing cut off?")
+        if not 0 <= label.min() <= label.max() < classes:
+            raise DataError(
+                f"{file} has labels from {label.min()} to {label.max()} for {classes} classes",
+                "Is it a file of the other CIFAR, or broken?",
+            )
+        images.append(torch.from_numpy(image.reshape(-1, 3, 32, 32)))
+        labels.append(torch.from_numpy(label))
+    return torch.cat(images), torch.cat(labels)
+
+
+def _read(file: Path) -> bytearray:
+    try:
+        return bytearray(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {one_line(error)}") from None
+
+
+def _read_binary(file: Path, labels: int, which: int) -> tuple[Bytes, npt.NDArray[np.int64]]:
+    """Reads records of one or two labels and the pixels: red, green and blue, row by row."""
+    content = _read(file)
+    size = labels + _PIXELS
+    if len(content) % size:
+        raise DataError(
+            f"{file}: {len(content)} bytes are no whole number of records of {size} bytes",
+            "Was its download cut off?",
+        )
+    records = np.frombuffer(content, np.uint8).reshape(-1, size)
+    return records[:, labels:], records[:, which].astype(np.int64)
+
+
+def _read_python(file: Path, key: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
+    try:
+        batch = load(bytes(_read(file)), _STAND_INS, encoding="bytes")
+    except ForbiddenPickleError as error:
+        raise DataError(
+            f"{file} is a pickle that wants to run code ({error.wanted}); none of it was run",
+            f"Get the original from {_SOURCE}",
+        ) from None
+    except BrokenPickleError as error:
+        raise DataError(
+            f"{file} is no whole pickle ({error})", f"Get the original from {_SOURCE}"
+        ) from None
+    try:
+        images, labels = _entry(batch, "data"), _entry(batch, key)
+        if images.dtype != np.uint8 or images.shape != (len(images), _PIXELS):
+            raise ValueError(  # noqa: TRY301
+                f"data are {images.dtype} {list(images.shape)}, not uint8 [N, {_PIXELS}]"
+            )
+        if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+            raise ValueError(  # noqa: TRY301
+                f"{key} are {labels.dtype} {list(labels.shape)} for {len(images)} images"
+            )
+        return images, labels.astype(np.int64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(
+            f"{file} is no batch of CIFAR: {one_line(error)}", f"Get the original from {_SOURCE}"
+        ) from None
+
+
+def _entry(batch: Any, key: str) -> npt.NDArray[Any]:
+    for name in (key, key.encode()):
+        if isinstance(batch, dict) and name in batch:
+            value = batch[name]
+            return value.numpy() if isinstance(value, _Array) else _numbers(value)
+    raise ValueError(f"it has no {key!r}")
+
+
+def _numbers(values: Any) -> npt.NDArray[np.int64]:
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise TypeError("its labels are no list of whole numbers")
+    return np.array(values, np.int64)
+
+
+# What stands for NumPy's own functions in a pickle. Given a state, NumPy's would believe it.
+
+
+class _DType:
+    """A type of numbers: its code, such as u1, and its byte order."""
+
+    def __init__(self, code: Any = None, *_: Any) -> None:
+        self.code, self.order = _text(code), "|"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = _text(state[1])
+
+    def numpy(self) -> np.dtype[Any]:
+        """Makes it a type of NumPy's, if it is one of whole numbers."""
+        if self.code not in {"u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8"}:
+            raise TypeError(f"an array is of the type {self.code!r}")
+        return np.dtype(f"{self.order if self.order in {'<', '>'} else '='}{self.code}")
+
+
+class _Array:
+    """An array as it is pickled: shape, type, order of the dimensions, bytes."""
+
+    shape: Any = ()
+    dtype: Any = None
+    fortran: Any = False
+    content: Any = b""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, self.shape, self.dtype, self.fortran, self.content = state
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """Makes it an array of NumPy's, if its parts agree."""
+        shape, content = self.shape, self.content
+        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+            raise TypeError("an array has no shape")
+        if not isinstance(self.dtype, _DType) or not isinstance(content, bytes | bytearray):
+            raise TypeError("an array has no numbers")
+        dtype = self.dtype.numpy()
+        if math.prod(shape) * dtype.itemsize != len(content):
+            raise ValueError(f"{len(content)} bytes for an array {dtype} {list(shape)}")
+        values = np.frombuffer(bytearray(content), dtype)
+        return values.reshape(shape, order="F" if self.fortran else "C")
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def _reconstruct(*_: Any) -> _Array:
+    """Begins an array; its state is set next."""
+    return _Array()
+
+
+def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    """Makes an array at once, as protocol 5 has it."""
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", content))
+    return array
+
+
+def _encode(text: str, *_: Any) -> bytes:
+    """Undoes how Python 3 writes bytes for Python 2."""
+    return text.encode("latin-1")
+
+
+def _stand_ins() -> Iterator[tuple[tuple[str, str], object]]:
+    yield ("numpy", "dtype"), _DType
+    yield ("numpy", "ndarray"), None  # said of every array, and of no use
+    yield ("_codecs", "encode"), _encode
+    for core in ("core", "_core"):  # before NumPy 2, and since
+        yield (f"numpy.{core}.multiarray", "_reconstruct"), _reconstruct
+        yield (f"numpy.{core}.numeric", "_frombuffer"), _frombuffer
+
+
+_STAND_INS = dict(_stand_ins())

@@ -1,0 +1,606 @@
+"""Data sets of Hugging Face's library, from its folders or its hub, told apart by their columns."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import weakref
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from losscli.data.arrays import scaled
+from losscli.data.batch import Pixels, to_tensor
+from losscli.data.images import Images, open_image
+from losscli.data.memory import need_memory
+from losscli.data.split import DataSet, Inputs, Split
+from losscli.data.text import IGNORED, read_texts
+from losscli.errors import DataError, SpecError, one_line, printable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["load_hub"]
+
+# The columns that are taken where the spec names none, the first that is there.
+_INPUTS = ("input_ids", "image", "img", "pixel_values", "inputs", "input", "features", "x", "text")
+_TARGETS = ("labels", "label", "targets", "target", "fine_label", "y")
+# What stands beside input_ids in the inputs of transformers' models.
+_BESIDE = ("attention_mask", "token_type_ids")
+
+_PROBE_SECONDS = 10
+
+
+def load_hub(
+    source: Path | str,
+    /,
+    *,
+    inputs: str | None = None,
+    targets: str | None = None,
+    config: str | None = None,
+    size: int | None = None,
+    grayscale: bool | None = None,
+    tokenizer: str | Path | None = None,
+    context: int | None = None,
+    scale: bool | None = None,
+) -> Any:
+    """Reads a data set of Hugging Face's library: a folder of save_to_disk or of data files.
+
+    What it is for, its columns say: images and classes (size, grayscale as in imagefolder); text
+    to be predicted, the rows joined end to end (tokenizer, context as in text); ``input_ids`` of
+    sequences, which are predicted themselves, or as ``labels`` has it, where that holds
+    sequences; or numbers.
+
+    Args:
+        source: The folder; as a string, the name of a data set on the hub.
+        inputs: The column of the inputs.
+        targets: The column of the targets.
+        config: Which configuration of the data set, where it has several.
+        size: The side of the square that each image is made.
+        grayscale: Whether images have one channel and not three.
+        tokenizer: Of text: a tokenizer's folder or ``bytes``.
+        context: Of text: tokens in a sequence.
+        scale: Of numbers: whether uint8 inputs are divided by 255, as in npz.
+
+    Returns:
+        The splits: Datasets of images, tensors of everything else.
+
+    Raises:
+        DataError: It cannot be read, or its columns are not understood.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"Hugging Face data sets are read by datasets, which is not installed "
+            f"({one_line(error)})",
+            "pip install 'losscli[hf]'",
+        ) from None
+    cache = _Cache()
+    with _quiet():
+        tables = _tables(source, None if config is None else str(config), cache)
+    where = f"hf:{source}"
+    for split, table in tables.items():
+        if not len(table):
+            raise DataError(
+                f"{where}, split {split!r} is empty", "Leave the split out, or give it rows"
+            )
+    columns = dict(next(iter(tables.values())).features)
+    chosen = _choose(columns, inputs, _INPUTS, "inputs", where)
+    if chosen is None:
+        raise DataError(f"{where} has the columns {', '.join(columns)}", "Say which: inputs=COLUMN")
+    feature = columns[chosen]
+    image = isinstance(feature, datasets.Image)
+    text = getattr(feature, "dtype", "") in {"string", "large_string"} and not image
+    _leave_out("images", where, chosen, here=image, size=size, grayscale=grayscale)
+    _leave_out("text", where, chosen, here=text, tokenizer=tokenizer, context=context)
+    tokens = chosen == "input_ids"
+    _leave_out("numbers", where, chosen, here=not (image or text or tokens), scale=scale)
+    if text:
+        if targets is not None:
+            raise SpecError(
+                f"{where}: {chosen!r} is text, which is its own target",
+                "Leave out targets=; to classify text, save it as input_ids and label",
+            )
+        read = read_texts(tokenizer or "bytes", 1024 if context is None else context)
+        joined = {
+            split: read(_texts(table, chosen, where), f"{where}, split {split!r}")
+            for split, table in tables.items()
+        }
+        return DataSet(joined, language=True)
+    goal = _choose(columns, targets, _TARGETS, "targets", where)
+    # A model that takes nothing but token ids is served by inputs=input_ids.
+    beside = [] if inputs else [name for name in _BESIDE if name in columns]
+    if tokens and (goal is None or _is_list(columns[goal])):
+        found = {split: _language(table, goal, beside, where) for split, table in tables.items()}
+        return DataSet(found, language=True)
+    if goal is None:
+        raise DataError(
+            f"{where} has the columns {', '.join(columns)}", "Say which: targets=COLUMN"
+        )
+
+    def examples(table: Any, here: str) -> Any:
+        answers = _numbers(table, goal, here)
+        if image:
+            options = {"size": size, "grayscale": bool(grayscale)}
+            return _Rows(table, chosen, here, answers, source, cache, **options)
+        if tokens:
+            return _tokens(table, beside, here), answers
+        return _features(table, chosen, here), answers
+
+    made = {split: examples(table, f"{where}, split {split!r}") for split, table in tables.items()}
+    if image:
+        cache.unlink()
+        return Pixels(made)
+    return made if tokens else scaled(made, where, scale)
+
+
+class _Cache:
+    """A cache of the library that one reading of a folder has to itself.
+
+    The library's usual cache does not distinguish folders by their place or by their content, and
+    would return the rows of another folder, or those that the folder had before.
+
+    Attributes:
+        state: A text that is another one after a change of the files that were read.
+    """
+
+    def __init__(self) -> None:
+        self.state = ""
+        self._folder: str | None = None
+
+    def folder(self) -> str:
+        """Makes the folder, which is removed when this object is, or when its process ends."""
+        import datasets
+
+        # Where the library would write too: temporary files may be kept in memory.
+        root = Path(datasets.config.HF_DATASETS_CACHE)
+        root.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.mkdtemp(prefix="losscli-", dir=root)
+        weakref.finalize(self, _remove, self._folder, os.getpid())
+        return self._folder
+
+    def unlink(self) -> None:
+        """Removes the files now, if they are mapped: then nothing is left after a kill either.
+
+        Elsewhere than on Linux workers map them again, and what was unpacked is opened by its name.
+        """
+        if self._folder is not None and sys.platform == "linux":
+            if not Path(self._folder, "downloads").exists():
+                _remove(self._folder, os.getpid())
+
+
+def _remove(folder: str, process: int) -> None:
+    # A worker that was forked ends with its copy of the object.
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leave_out(kind: str, where: str, column: str, *, here: bool, **keys: Any) -> None:
+    """Refuses keys of a spec that are about a kind of data, where the column holds another."""
+    for key, value in keys.items():
+        if value is not None and not here:
+            raise SpecError(f"{where}: {key}= is of {kind}, and {column!r} holds none", "Leave it")
+
+
+def _choose(
+    columns: Mapping[str, Any],
+    named: str | None,
+    usual: tuple[str, ...],
+    key: str,
+    where: str,
+) -> str | None:
+    if named is None:
+        return next((name for name in usual if name in columns), None)
+    if str(named) not in columns:
+        raise DataError(
+            f"{where} has no column {str(named)!r}", f"{key}= is one of {', '.join(columns)}"
+        )
+    return str(named)
+
+
+def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, Any]:
+    """Opens all splits of a data set, the training data first."""
+    import datasets
+
+    on_disk = isinstance(source, Path) and any(
+        (source / name).is_file() for name in ("dataset_dict.json", "state.json")
+    )
+    if isinstance(source, Path) and not source.is_dir():
+        raise DataError(f"{source} is no folder", "Name the folder that it lies in")
+    if on_disk and config is not None:
+        raise SpecError(f"{source} has one configuration", "Leave out config=")
+    try:
+        if isinstance(source, str):
+            loaded = _fetch(source, config)
+        elif on_disk:
+            _need_inside_saved(source)
+            with _offline():
+                loaded = datasets.load_from_disk(str(source))
+        else:
+            _need_inside_card(source)
+            # An absolute name: text, json and the like name readers, wherever they are folders.
+            folder = str(source.resolve())
+            with _offline():
+                place = cache.folder()
+                loaded = datasets.load_dataset(
+                    folder, config, cache_dir=place, trust_remote_code=False
+                )
+                builder = datasets.load_dataset_builder(folder, config, cache_dir=place)
+            cache.state = _state(builder.config.data_files)
+    except DataError:
+        raise
+    except Exception as error:
+        if on_disk and isinstance(error, IndexError) and _has_no_rows(source):
+            raise DataError(
+                f"{source} is empty", "Leave empty splits out, or give them rows"
+            ) from error
+        cure = "Does datasets.load_dataset read it in Python?"
+        if "pick one among" in str(error):
+            cure = "Write config=NAME"
+        raise DataError(f"{source} cannot be read: {one_line(error)}", cure) from error
+    if not isinstance(loaded, Mapping):
+        loaded = {str(loaded.split or "data"): loaded}
+    order = sorted(loaded, key=lambda split: split != "train")
+    return {printable(str(split)): loaded[split] for split in order}
+
+
+def _state(data_files: Mapping[Any, list[str]]) -> str:
+    """Tells one state of data files from another by their names, sizes and times."""
+    told = hashlib.sha256()
+    for name in (str(name) for names in data_files.values() for name in names):
+        found = os.stat(name)  # noqa: PTH116 - there may be a million of them
+        told.update(
+            f"{name}\0{found.st_size} {found.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
+        )
+    return told.hexdigest()
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keeps the libraries off the network while they read a folder."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+def _need_inside_saved(folder: Path) -> None:
+    """Refuses a folder of save_to_disk whose own files name places outside it."""
+    splits = _json(folder / "dataset_dict.json").get("splits")
+    names = [str(name) for name in splits] if isinstance(splits, list) else []
+    for name in names:
+        _need_inside(name, folder, folder / "dataset_dict.json")
+    for place in (folder, *(folder / name for name in names)):
+        files = _json(place / "state.json").get("_data_files")
+        for entry in files if isinstance(files, list) else ():
+            if isinstance(entry, dict):
+                name = str(entry.get("filename"))
+                _need_inside(name, place, place / "state.json")
+                if (place / name).exists() and not (place / name).is_file():
+                    raise DataError(
+                        f"{place / name} is no regular file", "Save it with save_to_disk"
+                    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Reads an object; whatever is wrong with a file, the library will have a word on."""
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def _need_inside_card(folder: Path) -> None:
+    """Refuses a folder of data files whose card says that some of them are outside it."""
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub import DatasetCard
+
+    card, settings = folder / "README.md", folder / ".huggingface.yaml"
+    contents = {}
+    if card.is_file():
+        contents[card] = DatasetCard.load(card).data.to_dict()
+    if settings.is_file():
+        contents[settings] = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    elif settings.exists():
+        raise DataError(f"{settings} is no regular file", "Remove it")
+    for file, content in contents.items():
+        configs = content.get("configs") if isinstance(content, dict) else None
+        for entry in configs if isinstance(configs, list) else ():
+            for key in ("data_files", "data_dir"):
+                for name in _strings(entry.get(key) if isinstance(entry, dict) else None):
+                    _need_inside(name, folder, file)
+
+
+def _strings(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _strings(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _strings(value)
+
+
+def _need_inside(name: str, folder: Path, file: Path) -> None:
+    """Refuses a name, or a pattern of names, that is not one of something in a folder."""
+    cure = f"Mend {file.name}, or name the folder that holds the data"
+    if "://" in name or "::" in name:
+        raise DataError(f"{file} names a place on the network, {printable(name)!r}", cure)
+    # A pattern such as **/.. leads out wherever ** stands for nothing.
+    if ".." in re.split(r"[/\\]", name) or not _lies_in(folder / name, folder):
+        raise DataError(f"{file} leads out of the folder, to {printable(name)!r}", cure)
+
+
+def _lies_in(path: Path, *folders: Path) -> bool:
+    """Tells by the names alone: links in a folder were made by its user, or by the library."""
+    place = os.path.abspath(path)  # noqa: PTH100 - resolves no links
+    return any(
+        Path(place).is_relative_to(name)
+        for folder in folders
+        for name in (os.path.abspath(folder), folder.resolve())  # noqa: PTH100
+    )
+
+
+def _has_no_rows(source: Path | str) -> bool:
+    """Tells whether a split was saved with no file of rows, which the library does not read."""
+    states = [*Path(source).glob("state.json"), *Path(source).glob("*/state.json")]
+    return not all(any(state.parent.glob("*.arrow")) for state in states)
+
+
+def _fetch(name: str, config: str | None) -> Any:
+    """Loads a data set from the hub, or from the cache where the hub does not answer."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise DataError(f"there is no folder {name}", f"Relative names start at {Path.cwd()}")
+    asked = datasets.config.HF_HUB_OFFLINE
+    try:
+        # Asked once: the library itself would ask for half a minute.
+        HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, timeout=_PROBE_SECONDS)
+    except HfHubHTTPError:
+        pass  # it answers, and what it has to say the library says better
+    except Exception:  # noqa: BLE001 - of whichever library makes the connection
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(name, config, trust_remote_code=False)
+    except ConnectionError as error:
+        raise DataError(
+            f"{name} is no folder here and not in the cache of data sets, and the hub cannot be "
+            f"reached: {one_line(error)}",
+            "Name a folder, or try again when there is a connection",
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = asked
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the library from writing to stderr while it reads."""
+    import datasets
+    from datasets.utils import are_progress_bars_disabled, logging
+
+    verbosity, silent = logging.get_verbosity(), are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if not silent:
+            datasets.enable_progress_bars()
+
+
+def _is_list(feature: Any) -> bool:
+    """Tells sequences from single values; the classes that are lists have changed their names."""
+    return not hasattr(feature, "dtype") or hasattr(feature, "feature")
+
+
+def _chunks(table: Any, column: str) -> list[Any]:
+    """Reads a column as Arrow keeps it, so that no number changes its type."""
+    return list(table.select_columns([column]).with_format("arrow")[:][column].chunks)
+
+
+def _texts(table: Any, column: str, where: str) -> list[str]:
+    texts = [text for chunk in _chunks(table, column) for text in chunk.to_pylist()]
+    if None in texts:
+        raise DataError(f"{where}: {column!r} has rows without text", "Filter them out")
+    return texts
+
+
+def _unwrap(array: Any) -> Any:
+    """Arrays of fixed dimensions are lists under another name."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    return array.storage if isinstance(array.type, pa.BaseExtensionType) else array
+
+
+def _numbers(table: Any, column: str, where: str) -> Tensor:
+    """Reads a column of numbers, or of lists of them of one shape, as a tensor ``[N, *]``."""
+    import pyarrow as pa
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    parts = []
+    for chunk in _chunks(table, column):
+        array, shape = _unwrap(chunk), [len(chunk)]
+        while not array.null_count and pa.types.is_nested(array.type):
+            if pa.types.is_struct(array.type):
+                break
+            lengths = pc.unique(pc.list_value_length(array)).to_pylist()
+            if len(lengths) != 1:
+                raise DataError(
+                    f"{where}: the rows of {column!r} differ in their length",
+                    "Pad them to one length",
+                )
+            shape.append(lengths[0])
+            array = _unwrap(pc.list_flatten(array))
+        if array.null_count:
+            raise DataError(f"{where}: {column!r} has rows without a value", "Filter them out")
+        kind, types = array.type, pa.types
+        if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
+            raise DataError(
+                f"{where}: {column!r} holds values of the type "
+                f"{printable(str(kind).partition('<')[0])}, not numbers",
+                f"Number them with table.class_encode_column({column!r}), or name another column"
+                if types.is_string(kind) or types.is_large_string(kind)
+                else "Make them numbers, or name another column",
+            )
+        parts.append(array.to_numpy(zero_copy_only=False).reshape(shape))
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise DataError(
+            f"{where}: the rows of {column!r} differ in their length", "Pad them to one length"
+        )
+    return to_tensor(np.concatenate(parts), where, column)
+
+
+def _features(table: Any, column: str, where: str) -> Tensor:
+    numbers = _numbers(table, column, where)
+    # A layer takes features; whole numbers that stand alone are indices.
+    alone = numbers.ndim == 1 and numbers.is_floating_point()
+    return numbers.unsqueeze(1) if alone else numbers
+
+
+def _lists(table: Any, column: str, where: str) -> tuple[Tensor, Tensor]:
+    """Reads a column of lists of whole numbers: the lengths ``[N]``, all values in a row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    lengths, values = [], []
+    for chunk in _chunks(table, column):
+        array = _unwrap(chunk)
+        inner = getattr(array.type, "value_type", None)
+        if inner is None or not pa.types.is_integer(inner):
+            raise DataError(
+                f"{where}: {column!r} holds no lists of whole numbers", "Give token ids"
+            )
+        flat = pc.list_flatten(array)
+        if array.null_count or flat.null_count:
+            raise DataError(f"{where}: {column!r} has rows without a value", "Filter them out")
+        lengths.append(pc.list_value_length(array).to_numpy(zero_copy_only=False))
+        values.append(flat.to_numpy(zero_copy_only=False))
+    return (
+        torch.from_numpy(np.concatenate(lengths).astype(np.int64)),
+        torch.from_numpy(np.concatenate(values).astype(np.int64)),
+    )
+
+
+def _padded(table: Any, columns: list[tuple[str, int]], where: str) -> list[Tensor]:
+    """Reads columns of lists, padded at their ends with a value each to the longest row."""
+    rows = {column: _lists(table, column, where) for column, _ in columns}
+    lengths, _ = next(iter(rows.values()))
+    for column, (these, _) in rows.items():
+        if not torch.equal(these, lengths):
+            raise DataError(
+                f"{where}: the rows of {column!r} are not as long as those of {columns[0][0]!r}",
+                "Give one value a token",
+            )
+    filled = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    return [
+        torch.full(filled.shape, padding).masked_scatter(filled, rows[column][1])
+        for column, padding in columns
+    ]
+
+
+def _tokens(table: Any, beside: list[str], where: str) -> Inputs:
+    """Reads sequences of token ids, with what stands beside them by name."""
+    names = ["input_ids", *beside]
+    padded = _padded(table, [(name, 0) for name in names], where)
+    return dict(zip(names, padded, strict=True)) if beside else padded[0]
+
+
+def _language(table: Any, goal: str | None, beside: list[str], where: str) -> Split:
+    """Makes sequences of token ids, with labels or themselves for targets."""
+    inputs = _tokens(table, beside, where)
+    _, targets = _padded(table, [("input_ids", 0), (goal or "input_ids", IGNORED)], where)
+    if goal is None and "attention_mask" in table.column_names:
+        _, mask = _padded(table, [("input_ids", 0), ("attention_mask", 0)], where)
+        targets = targets.masked_fill(mask == 0, IGNORED)
+    return Split(inputs, targets)
+
+
+class _Rows(Images):
+    """The images of a column, turned by EXIF where the library turns them."""
+
+    def __init__(
+        self,
+        table: Any,
+        column: str,
+        where: str,
+        targets: Tensor,
+        source: Path | str,
+        cache: _Cache,
+        **options: Any,
+    ) -> None:
+        import datasets
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        # As Arrow keeps them: the library itself would open any format and any place.
+        self._rows = table.select_columns([column]).with_format("arrow")
+        self._column = column
+        self._where = where
+        self._cache = cache
+        self._mode_of_column = table.features[column].mode
+        settings = datasets.config
+        places = (settings.HF_DATASETS_CACHE, settings.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+        caches = [Path(place) for place in places]
+        self._folders = caches if isinstance(source, str) else [source, *caches]
+        super().__init__(targets, **options)
+
+    def open(self, index: int) -> Image:
+        from PIL.ExifTags import Base
+        from PIL.ImageOps import exif_transpose
+
+        cell = self._rows[index][self._column][0].as_py() or {}
+        content, path = cell.get("bytes"), cell.get("path")
+        if content is not None:
+            image = open_image(io.BytesIO(content))
+        elif path is not None:
+            image = open_image(self._file(path, index))
+        else:
+            raise ValueError("the row has none")
+        image.load()
+        if image.getexif().get(Base.Orientation) is not None:
+            image = exif_transpose(image)
+        mode = self._mode_of_column
+        return image.convert(mode) if mode and mode != image.mode else image
+
+    def _file(self, path: str, index: int) -> str | io.BytesIO:
+        """Finds the image that a row names: a file, or zip://ONE::in a file."""
+        inner, _, outer = path.rpartition("::")
+        inside = re.fullmatch(r"zip://([^:]+)", inner)
+        if "://" in outer or (inner and not inside) or not _lies_in(Path(outer), *self._folders):
+            raise DataError(
+                f"{self.name(index)} leads out of the folder, to {printable(path)!r}",
+                "Save the data set with its images in it, by save_to_disk",
+            )
+        if inside:
+            with zipfile.ZipFile(outer) as archive:
+                need_memory(archive.getinfo(inside[1]).file_size, self.name(index))
+                return io.BytesIO(archive.read(inside[1]))
+        return outer
+
+    def name(self, index: int) -> str:
+        return f"{self._where}, row {index}, {self._column!r}"
+
+    def state(self, positions: list[int]) -> str:  # noqa: ARG002 - a table has one for all of it
+        return self._cache.state or str(self._rows._fingerprint)

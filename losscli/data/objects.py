@@ -1,0 +1,332 @@
+"""Data sets as code gives them: tensors, batches, DataLoaders and Datasets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+
+from losscli.data.batch import Pixels, is_language, understand
+from losscli.data.iterable import Flow, Source
+from losscli.data.memory import host_budget
+from losscli.data.randomness import private_randomness, seed_all
+from losscli.data.split import Batches, DataSet, Examples, Split
+from losscli.data.stream import Decoder, Prepare, Stream, Workers
+from losscli.errors import DataError, UsageError, one_line
+
+__all__ = ["Batching", "cut", "from_object", "into_memory", "wrap"]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How data are cut into whole batches, for a loss that is one number per batch.
+
+    A DataLoader's batches are kept.
+
+    Attributes:
+        size: Examples per batch of what has no batches of its own; None where it is not given.
+    """
+
+    size: int | None
+
+
+def from_object(
+    loaded: object,
+    where: str,
+    *,
+    splits: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
+    batching: Batching | None = None,
+) -> DataSet:
+    """Makes a data set of what the user's own code gives.
+
+    Args:
+        loaded: A mapping from split names to ``(inputs, targets)``, DataLoaders or Datasets; or
+            one DataLoader or Dataset, which becomes the split ``data``.
+        where: What to call it in errors.
+        splits: The splits wanted; none names all.
+        limit: How many examples of each; None for all.
+        seed: Of everything random: the draw of ``limit``, the order of a loader.
+        batching: How the data are cut into whole batches; None where examples are single.
+
+    Returns:
+        The data set: in memory what fits, to be decoded in each pass what does not.
+
+    Raises:
+        DataError: It is none of these, a batch is not understood, or examples do not fit
+            together.
+        UsageError: There is no such split.
+    """
+    data = cut(wrap(loaded, where, seed, batching), where, batching)
+    return into_memory(data.select(splits, limit, seed))
+
+
+def cut(data: DataSet, where: str, batching: Batching | None) -> DataSet:
+    """Cuts what has no batches of its own into whole batches.
+
+    Args:
+        data: The data set.
+        where: What to call it in errors.
+        batching: How; None where examples are single.
+
+    Returns:
+        The data set, each example a whole batch.
+
+    Raises:
+        UsageError: The size of a batch is missing.
+    """
+    if batching is None:
+        return data
+    loose = {name: split for name, split in data.splits.items() if not split.in_batches}
+    if loose and batching.size is None:
+        raise UsageError(
+            f"{where}, split {next(iter(loose))!r} has no batches of its own, and with "
+            "--batch-loss the loss depends on their size",
+            "Give --batch-size, or a DataLoader",
+        )
+    splits: dict[str, Examples] = dict(data.splits)
+    for name, split in loose.items():
+        if isinstance(split, Split):
+            splits[name] = Batches.of(split, batching.size)
+        elif isinstance(split, Stream):
+            order = torch.split(torch.arange(len(split)), batching.size or 1)
+            splits[name] = split.cut([part.tolist() for part in order])
+    return replace(data, splits=splits)
+
+
+def wrap(loaded: object, where: str, seed: int, batching: Batching | None = None) -> DataSet:
+    """Makes a data set of what the user's own code gives, and decodes nothing but first examples.
+
+    Args:
+        loaded: As for `from_object`.
+        where: What to call it in errors.
+        seed: Of the order of a loader.
+        batching: How the data are cut into whole batches: those of a DataLoader are kept.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: It is not understood.
+        UsageError: The size of a batch has no effect.
+    """
+    if isinstance(loaded, DataSet):
+        return loaded
+    if isinstance(loaded, DataLoader | Dataset):
+        loaded = {"data": loaded}
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise DataError(
+            f"{where} gives a {type(loaded).__name__}",
+            "Return a mapping from split names to (inputs, targets), or a DataLoader or Dataset",
+        )
+    loaders = all(isinstance(content, DataLoader) for content in loaded.values())
+    if loaders and batching is not None and batching.size is not None:
+        raise UsageError(
+            f"--batch-size {batching.size} has no effect: --batch-loss keeps the batches of a "
+            "DataLoader",
+            "Leave it out",
+        )
+    splits: dict[str, Examples] = {}
+    language = set()
+    for name, content in loaded.items():
+        here = f"{where}, split {name!r}"
+        if isinstance(content, DataLoader | Dataset):
+            examples = _examples(content, here, seed, batching)
+            language.add(not isinstance(examples, Split) and examples.language)
+            splits[str(name)] = examples
+        else:
+            splits[str(name)] = understand(content, here)
+            language.add(is_language(content))
+    floating = {split.first(1).targets.is_floating_point() for split in splits.values()}
+    if len(floating) > 1:
+        raise DataError(
+            f"{where}: some splits have whole-number targets and some do not",
+            "Give all of them whole numbers for classes, or none",
+        )
+    if len(language) > 1:
+        raise DataError(
+            f"{where}: some splits have a label for each of their input_ids and some do not",
+            "Give all of them labels of the shape of input_ids, or none",
+        )
+    data = DataSet(splits, language=language == {True})
+    if isinstance(loaded, Pixels):
+        data = replace(data, scale=True, notes=(loaded.note,) if loaded.note else ())
+    return data
+
+
+def into_memory(data: DataSet) -> DataSet:
+    """Decodes splits into memory as long as they fit; the others are streamed.
+
+    Args:
+        data: The data set.
+
+    Returns:
+        The data set; what is streamed is the same in each pass.
+
+    Raises:
+        DataError: Examples cannot be decoded, or do not fit together.
+    """
+    budget = host_budget() - sum(split.nbytes for split in data.splits.values())
+    splits: dict[str, Examples] = {}
+    for name, split in data.splits.items():
+        decoded = split.decode(budget) if isinstance(split, Stream | Flow) else None
+        budget -= decoded.nbytes if decoded is not None else 0
+        if decoded is None and isinstance(split, Stream):
+            split.check()
+        splits[name] = split if decoded is None else decoded
+    return replace(data, splits=splits)
+
+
+def _examples(
+    content: DataLoader[Any] | Dataset[Any], where: str, seed: int, batching: Batching | None
+) -> Split | Stream | Flow:
+    if isinstance(content, DataLoader):
+        whole = batching is not None
+        drops = content.drop_last or getattr(content.batch_sampler, "drop_last", False)
+        if drops and not whole:
+            raise DataError(
+                f"{where}: the DataLoader drops the last batch where it is not full",
+                "Build it with drop_last=False",
+            )
+        if isinstance(content.dataset, IterableDataset):
+            return Flow(Source(content, where, seed, in_batches=whole))
+        if whole and content.batch_sampler is not None:
+            return _whole_batches(content, where, seed)
+        keys = _keys(content, where, seed)
+        if content.batch_sampler is None:
+            return Flow(Source(_in_order(content, keys), where, seed, in_batches=whole))
+        if type(content.dataset) is TensorDataset and content.collate_fn is default_collate:
+            split = understand(list(content.dataset.tensors), where)
+            return split if keys is None else split.take(torch.tensor(keys))
+        return _stream(
+            content.dataset,
+            keys,
+            content.collate_fn,
+            where,
+            seed,
+            number=content.num_workers,
+            options=_options(content),
+        )
+    if type(content) is TensorDataset:
+        return understand(list(content.tensors), where)
+    if isinstance(content, IterableDataset):
+        if batching is not None and batching.size is not None:
+            return Flow(Source(content, where, seed, size=batching.size, in_batches=True))
+        return Flow(Source(content, where, seed))
+    if getattr(content, "__len__", None) is None:
+        raise DataError(
+            f"{where}: the Dataset has no length", "Give it __len__, or an IterableDataset"
+        )
+    return _stream(content, None, default_collate, where, seed)
+
+
+def _whole_batches(loader: DataLoader[Any], where: str, seed: int) -> Split | Stream:
+    """The batches of a loader, their order drawn once."""
+    with private_randomness():
+        seed_all(seed)
+        try:
+            batches = [list(batch) for batch in loader.batch_sampler or ()]
+        except Exception as error:
+            raise DataError(f"{where}: the sampler failed: {one_line(error)}") from error
+    keys = [key for batch in batches for key in batch]
+    if not keys:
+        raise DataError(f"{where} is empty")
+    if type(loader.dataset) is TensorDataset and loader.collate_fn is default_collate:
+        split = understand(list(loader.dataset.tensors), where).take(torch.tensor(keys))
+        return Batches(split.inputs, split.targets, tuple(map(len, batches)))
+    stream = _stream(
+        loader.dataset,
+        keys,
+        loader.collate_fn,
+        where,
+        seed,
+        number=loader.num_workers,
+        options=_options(loader),
+    )
+    ends = [0, *itertools.accumulate(map(len, batches))]
+    return stream.cut([list(range(*pair)) for pair in itertools.pairwise(ends)])
+
+
+def _stream(
+    dataset: Dataset[Any],
+    keys: Sequence[Any] | None,
+    collate: Callable[[list[Any]], Any],
+    where: str,
+    seed: int,
+    *,
+    number: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Stream:
+    # A data set may be asked for what is no position at all.
+    whole = keys is None or all(type(key) is int for key in keys)
+    if keys is not None and not whole:
+        dataset = Subset(dataset, keys)
+    if keys is not None and whole:
+        index = torch.tensor(keys, dtype=torch.long)
+    else:
+        index = torch.arange(_length(dataset, where))
+    if not len(index):
+        raise DataError(f"{where} is empty")
+    return Stream(Workers(Decoder(dataset, collate, where, seed), number, options or {}), index)
+
+
+def _length(dataset: Dataset[Any], where: str) -> int:
+    try:
+        return len(dataset)  # type: ignore[arg-type]
+    except Exception as error:
+        raise DataError(f"{where} failed: {one_line(error)}") from error
+
+
+def _keys(loader: DataLoader[Any], where: str, seed: int) -> Sequence[Any] | None:
+    """What a loader's samplers ask for, drawn once; None for all examples in their own order."""
+    # Beside a batch_sampler that was given, the loader's own sampler stands idle.
+    batches = loader.batch_sampler if loader.batch_size is None else None
+    sampler: Any = loader.sampler
+    dataset: object = loader.dataset
+    if batches is None and type(sampler) is SequentialSampler and sampler.data_source is dataset:
+        return None
+    with private_randomness():
+        seed_all(seed)
+        try:
+            if batches is None:
+                return list(loader.sampler)
+            return [key for batch in batches for key in batch]
+        except Exception as error:
+            raise DataError(f"{where}: the sampler failed: {one_line(error)}") from error
+
+
+def _in_order(loader: DataLoader[Any], keys: Sequence[Any] | None) -> DataLoader[Any]:
+    """A loader of whole batches that asks for the same ones in each pass."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=None,
+        sampler=keys,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        **_options(loader),
+    )
+
+
+def _options(loader: DataLoader[Any]) -> dict[str, Any]:
+    """What a loader says of its workers."""
+    if not loader.num_workers:
+        return {}
+    return {
+        "timeout": loader.timeout,
+        "prefetch_factor": loader.prefetch_factor,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "worker_init_fn": Prepare(loader.worker_init_fn),
+    }

@@ -1,0 +1,196 @@
+"""The data sets by name, and what all of their specs have in common."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from losscli.data.arrays import load_mnist, load_npz, load_safetensors
+from losscli.data.cifar import load_cifar10, load_cifar100
+from losscli.data.hub import load_hub
+from losscli.data.images import load_image_folder
+from losscli.data.objects import Batching, cut, into_memory, wrap
+from losscli.data.split import DataSet, Examples, Split, leaves
+from losscli.data.text import load_text
+from losscli.errors import DataError, SpecError, UntrustedCodeError, one_line
+from losscli.spec import Spec, call, look_up, unfold
+
+__all__ = ["DATASETS", "load"]
+
+_COMMON = ("mean", "std", "flatten", "limit")
+
+# The statistics that pretrained models for ImageNet expect, as torchvision's presets have them.
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+DATASETS: dict[str, Callable[..., Any]] = {
+    "safetensors": load_safetensors,
+    "npz": load_npz,
+    "mnist": load_mnist,
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+    "imagefolder": load_image_folder,
+    "text": load_text,
+    "hf": load_hub,
+}
+
+
+def load(
+    text: str,
+    *,
+    trusted: bool,
+    source: str = "a file",
+    folder: Path | None = None,
+    splits: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
+    batching: Batching | None = None,
+) -> DataSet:
+    """Loads the data set that a spec names.
+
+    Args:
+        text: The spec, or the name of a TOML file that stands for it; beside its entry's own keys
+            it may have ``mean``, ``std``, ``flatten`` and ``limit``.
+        trusted: Whether it may name code, or a data set on the hub.
+        source: What named it, if not the command line.
+        folder: What relative paths in it are relative to; the current folder by default.
+        splits: The splits wanted; none names all.
+        limit: How many examples of each, of those that the spec's own limit leaves; None for all.
+        seed: Of everything random: the draw of ``limit``, the order of a loader.
+        batching: How the data are cut into whole batches; None where examples are single.
+
+    Returns:
+        The data set: in memory what fits, to be decoded in each pass what does not.
+
+    Raises:
+        DataError: The data cannot be read or understood.
+        SpecError: The spec names nothing known, or its keys are wrong.
+        UntrustedCodeError: It names code, or a data set on the hub, and is not trusted.
+        UsageError: There is no such split, or the limit is below 1.
+    """
+    named = text
+    text, trusted, folder = unfold(named, trusted=trusted, folder=folder)
+    source = source if text == named else named
+    spec = Spec.parse(text)
+    function, arguments = look_up(spec, DATASETS, "data", trusted=trusted, source=source)
+    options: dict[str, Any] = dict(spec.options)
+    common = {key: options.pop(key, None) for key in _COMMON}
+    if common["mean"] == "imagenet" and common["std"] is None:
+        common["std"] = "imagenet"
+    normalisation: dict[str, Any] = {
+        key: _channels(common[key], key, text) for key in ("mean", "std") if common[key] is not None
+    }
+    if common["flatten"] is not None:
+        normalisation["flatten"] = common["flatten"]
+        if not isinstance(common["flatten"], bool):
+            raise SpecError(
+                f"data {text!r}: flatten={common['flatten']} is neither true nor false",
+                "Write flatten=true",
+            )
+    own = common["limit"]
+    if own is not None and not (type(own) is int and own > 0):
+        raise SpecError(f"data {text!r}: limit={own} is no number of examples", "Give 1 or more")
+    if function in DATASETS.values():
+        if not arguments:
+            name = spec.target.rstrip(":")
+            raise SpecError(f"data {text!r} names no file", f"Write {name}:PATH")
+        path = Path(folder or "", arguments[0])
+        # A name that is that of no folder may be one on the hub.
+        on_hub = function is load_hub and not os.path.exists(path)  # noqa: PTH110
+        if on_hub and not trusted:
+            raise UntrustedCodeError(
+                f"{source} names {text!r} as its data, there is no folder {path}, and the hub is "
+                "asked only for what the command line names",
+                f"If you trust it, write --data {shlex.quote(str(spec))}",
+            )
+        paths: tuple[str | Path, ...] = (arguments[0] if on_hub else path,)
+        if options.get("tokenizer", "bytes") != "bytes":
+            options["tokenizer"] = Path(folder or "", str(options["tokenizer"]))
+    else:
+        paths = arguments
+    torch.manual_seed(seed)
+    try:
+        loaded = call(function, paths, options, f"data {text!r}", also=_COMMON)
+    except (DataError, SpecError):
+        raise
+    except Exception as error:
+        raise DataError(f"data {text!r} failed: {one_line(error)}") from error
+    data = replace(wrap(loaded, f"data {text!r}", seed, batching), **normalisation)
+    if function in DATASETS.values():
+        data = replace(data, splits={n: _with_classes(s) for n, s in data.splits.items()})
+    _check_normalisation(data, text)
+    data = _unscaled(data, text, imagenet="imagenet" in (common["mean"], common["std"]))
+    data = cut(data.select([], own, seed), f"data {text!r}", batching)
+    return into_memory(data.select(splits, limit, seed))
+
+
+def _with_classes(split: Examples) -> Examples:
+    """Stores the classes of a file in the type that losses take; those of code stay as they are."""
+    if not isinstance(split, Split) or split.targets.is_floating_point():
+        return split
+    return replace(split, targets=split.targets.long())
+
+
+def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    values = (
+        _IMAGENET[key] if value == "imagenet" else value if isinstance(value, list) else [value]
+    )
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        raise SpecError(
+            f"data {text!r}: {key}={value} is no number a channel", f"Write {key}=0.5-0.4-0.5"
+        )
+    if not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
+        raise SpecError(
+            f"data {text!r}: {key}={value} is not {'above 0' if key == 'std' else 'finite'}",
+            f"Write {key}=0.5, or {key}=0.5-0.4-0.5 for three channels",
+        )
+    return tuple(map(float, values))
+
+
+def _unscaled(data: DataSet, text: str, *, imagenet: bool) -> DataSet:
+    """Notes that bytes which are not scaled are normalised as they are."""
+    firsts = [leaf for s in data.splits.values() for leaf in leaves(s.first(1).inputs)]
+    kept = not data.scale and any(leaf.dtype == torch.uint8 for leaf in firsts)
+    if not kept or (data.mean is None and data.std is None):
+        return data
+    if imagenet:
+        raise SpecError(
+            f"data {text!r}: the statistics of imagenet are of pixels 0…1, and the inputs are "
+            "uint8 that are not scaled",
+            "Return x.float() / 255 from your code; for files of arrays write scale=true",
+        )
+    note = "mean= and std= are applied to the uint8 inputs as they are, not scaled to 0…1"
+    return replace(data, notes=(*data.notes, note))
+
+
+def _check_normalisation(data: DataSet, text: str) -> None:
+    asked = [key for key in ("mean", "std", "flatten") if getattr(data, key) not in {None, False}]
+    for split in data.splits.values() if asked else ():
+        scaled = [
+            tensor
+            for tensor in leaves(split.first(1).inputs)
+            if tensor.is_floating_point() or tensor.dtype == torch.uint8
+        ]
+        if not scaled:
+            raise SpecError(
+                f"data {text!r}: {asked[0]}= is of pixels and other measured numbers, and the "
+                "inputs are whole numbers such as token ids, which stay as they are",
+                f"Leave out {', '.join(f'{key}=' for key in asked)}",
+            )
+        for tensor in scaled:
+            for values in (data.mean, data.std):
+                channels = tensor.shape[1] if tensor.ndim > 1 else 1
+                if values is not None and len(values) not in {1, channels}:
+                    raise DataError(
+                        f"data {text!r}: {len(values)} values of mean or std for "
+                        f"{channels} channels",
+                        "Give one value, or one a channel",
+                    )

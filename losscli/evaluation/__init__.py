@@ -1,0 +1,1 @@
+"""Losses and derivatives at points of weight space: exact, resumable and distributed."""

@@ -1,0 +1,117 @@
+"""The device that is computed on, and how exactly it computes."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from losscli.errors import DeviceError, one_line
+from losscli.evaluation.ranks import current
+
+__all__ = ["Narrowest", "choose_device", "describe_device", "float32_precision"]
+
+
+def choose_device(name: str, dtype: str) -> torch.device:
+    """Chooses the device, and makes sure that it is there.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda``, ``cuda:I`` or ``mps``.
+        dtype: The type of the forward pass: not every device has each.
+
+    Returns:
+        The device; of several processes on one machine each has a GPU of its own.
+
+    Raises:
+        DeviceError: It is not to be had here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available() and dtype != "float64":
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+        ranks = current()
+        if ranks is not None and name == "cuda":
+            device = torch.device("cuda", ranks.local)
+        # Only an allocation tells whether a device is really there.
+        torch.empty(1, dtype=getattr(torch, dtype), device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise DeviceError(
+            f"the device {name!r} with {dtype} is not to be had here: "
+            f"{one_line(error).split('. ')[0]}",
+            f"Choose one of auto, cpu{''.join(f', {d}' for d in there)}",
+        ) from None
+    if device.type not in {"cpu", "cuda", "mps"}:
+        raise DeviceError(f"the device {name!r} is not supported", "Choose auto, cpu, cuda or mps")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """Names the hardware.
+
+    Args:
+        device: The device.
+
+    Returns:
+        What its maker calls it, as far as that is known.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+@contextmanager
+def float32_precision(*, tf32: bool) -> Iterator[None]:
+    """Lets a GPU compute float32 products in full, or in TF32, and leaves all as it was after.
+
+    Args:
+        tf32: Whether TF32 is allowed.
+
+    Yields:
+        Nothing.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+class Narrowest(TorchFunctionMode):
+    """Finds the narrowest floating-point type of what is computed in the context.
+
+    Args:
+        dtype: The type to start from.
+
+    Attributes:
+        dtype: The narrowest type so far.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.dtype = max(self.dtype, result.dtype, key=lambda t: torch.finfo(t).eps)
+        return result

@@ -1,0 +1,209 @@
+"""Files that one process at a time holds, and that are on the disk when they are said to be."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+from losscli.errors import OutputError, printable
+from losscli.evaluation.journal.frames import holder
+
+__all__ = [
+    "explained",
+    "is_at",
+    "lock",
+    "open_regular",
+    "set_aside",
+    "sync",
+    "sync_folder",
+]
+
+_BUSY = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+def _flags() -> int:
+    # No link is followed, no reader of a pipe waited for, and no newline translated.
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    return flags
+
+
+def open_regular(path: Path) -> FileIO:
+    """Opens a file to be read and written, or makes it.
+
+    Args:
+        path: Its name.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: It is a link, a folder or a pipe.
+        OSError: The system does not let it be opened.
+    """
+    kinds = {
+        stat.S_ISLNK: "a symbolic link",
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISREG: "",
+    }
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        kind = next((name for test, name in kinds.items() if test(mode)), "no regular file")
+        if kind:
+            raise OutputError(
+                f"{_named(path)} is {kind}, and a run's journal has to be a file of its own",
+                "Remove it, or choose another --out",
+            )
+    file = FileIO(os.open(path, _flags(), 0o666), "r+b")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OutputError(f"{_named(path)} is no regular file", "Choose another --out")
+    return file
+
+
+def is_at(file: FileIO, path: Path) -> bool:
+    """Tells whether an open file is the one that a path names.
+
+    Args:
+        file: The file.
+        path: The path.
+
+    Returns:
+        Whether it is; it may have been removed or replaced.
+    """
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def lock(file: FileIO, path: Path) -> bool:
+    """Keeps other runs out, until the file is closed or the process has ended.
+
+    Args:
+        file: A journal, or what is to be one.
+        path: Its name.
+
+    Returns:
+        Whether they are kept out: some file systems have no locks.
+
+    Raises:
+        OutputError: Another run holds it.
+        OSError: The system fails in another way.
+    """
+    # On NFS, Linux makes a lock of the server's of it, which holds between machines too.
+    try:
+        _lock_now(file.fileno())
+    except OSError as error:
+        if error.errno in _BUSY:
+            raise OutputError(
+                f"{_named(path)} is held by another run{holder(file)}, which writes the same "
+                "results",
+                "Wait for that run to end, or choose another --out",
+            ) from None
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def set_aside(path: Path) -> str:
+    """Gives a file that losscli did not write another name.
+
+    Args:
+        path: Its name.
+
+    Returns:
+        What to tell of that.
+
+    Raises:
+        OutputError: The other name is taken.
+    """
+    other = path.with_name(f"{path.name}.old")
+    if os.path.lexists(other):
+        raise OutputError(
+            f"{_named(path)} is no journal of losscli, and {_named(other)}, which it would be "
+            "called, is there already",
+            "Move one of them away, or choose another --out",
+        )
+    path.rename(other)
+    return f"it was no journal of losscli, and is now {_named(other)}"
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock_now(number: int) -> None:
+        # Locked bytes cannot be read by others; these are ones that no journal reaches.
+        os.lseek(number, 1 << 62, os.SEEK_SET)
+        msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
+        os.lseek(number, 0, os.SEEK_SET)
+
+else:
+    import fcntl
+
+    def _lock_now(number: int) -> None:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def sync(file: FileIO) -> None:
+    """Makes what is written survive a loss of power.
+
+    Args:
+        file: Where it is written.
+    """
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename survive a loss of power.
+
+    Args:
+        folder: Where it is done.
+    """
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        # Some file systems keep no folders back that they would have to write.
+        if error.errno not in _NO_LOCKS:
+            raise
+    finally:
+        os.close(number)
+
+
+def _named(path: Path) -> str:
+    return printable(str(path))
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Says what the operating system does not let be done, and what helps.
+
+    Args:
+        path: What is written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputError: Something is not let be done.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"{_named(path)} cannot be written: {error.strerror}"
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            cure = "Make room"
+        else:
+            cure = "Choose another --out"
+        raise OutputError(what, cure) from None

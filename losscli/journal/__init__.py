@@ -1,8 +1,0 @@
-"""The journal of a run, beside its results, and how two runs differ."""
-
-from __future__ import annotations
-
-from losscli.journal.journal import Journal
-from losscli.journal.words import differences
-
-__all__ = ["Journal", "differences"]

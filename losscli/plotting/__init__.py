@@ -1,0 +1,1 @@
+"""Figures from tables; nothing is evaluated here and torch is not imported."""

@@ -1,0 +1,310 @@
+"""The figure of ``losscli barriers``: a matrix of all pairs of checkpoints, a panel a split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import LogLocator, MaxNLocator
+from numpy.typing import NDArray
+
+from losscli.plotting.style import (
+    INCH,
+    INK,
+    LARGEST,
+    PALE,
+    SMALL,
+    SMALLEST,
+    STEPS,
+    WIDTH,
+    Numbers,
+    Run,
+    add_title,
+    examples,
+    format_number,
+    house_style,
+    loss_name,
+    plain,
+    shorten,
+    text_width,
+)
+from losscli.plotting.surface import WIDE, add_foot, settle
+from losscli.table import Table
+
+__all__ = ["draw_barriers"]
+
+Floats = NDArray[np.float64]
+
+# Viridis is even to the eye, also grey and colour-blind; turned over, since a hill is dark on the
+# white of no hill.
+_COLOURS = mpl.colormaps["viridis_r"]
+_NONE = "#ffffff"
+_UNKNOWN = "#d4d4d4"
+_ITSELF = "#ebebeb"
+_EDGE = "#dedede"
+
+_NUMBERS = 12  # so many checkpoints have numbers in their cells
+_BESIDE = 6  # panels of so few, or of so many that there are no numbers, stand side by side
+_NAME = 130.0  # points, the room of a name
+_LETTERS = 8.5  # points, of numbers in cells with room for them
+
+
+@dataclass(frozen=True)
+class _Square:
+    """The barriers of one split, symmetric, ``[N, N]``; nan where one is not known."""
+
+    split: str
+    heights: Floats
+
+
+def draw_barriers(run: Run, *, title: str = "", log: bool = False) -> Figure:
+    """Draws the barriers between all pairs of checkpoints as a symmetric matrix for each split.
+
+    All splits have one scale. A barrier of 0 is white, whatever the scale; one that is not known,
+    since a loss on its line is not finite, is hatched.
+
+    Args:
+        run: The table and summary of barriers.
+        title: Stands above the panels.
+        log: Makes the scale of the colours logarithmic.
+
+    Returns:
+        The figure, laid out and ready to `render`.
+    """
+    names = [str(name) for name in run.table.unique("a", "b")]
+    squares = _read(run.table, names)
+    number = len(names)
+    with house_style():
+        two = len(squares) > 1 and not _BESIDE < number <= _NUMBERS
+        columns = 2 if two else 1
+        rows = math.ceil(len(squares) / columns) or 1
+        width = WIDE if two else WIDTH
+        side = 3.5 if two else min(5.2, 2.4 + 0.45 * number)
+        figure = Figure(figsize=(width, rows * (side + 0.3) + 0.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        cells = figure.add_gridspec(rows, columns)
+        norm = _norm(squares, log=log)
+        labels, shared = _labels(figure, run.checkpoint_labels or names)
+        panels: list[Axes] = []
+        for place, square in enumerate(squares):
+            panel = figure.add_subplot(cells[divmod(place, columns)])
+            room = side * INCH / max(number, 1)
+            _draw(panel, square.heights, norm, room)
+            _name(
+                panel, labels, room, below=place + columns >= len(squares), left=not place % columns
+            )
+            name = plain(square.split) + examples([run], square.split)
+            panel.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
+            panels.append(panel)
+        if not panels:
+            panels = [figure.add_subplot(cells[0, 0])]
+        _add_colour_bar(figure, panels, norm, f"barrier{loss_name([run])}", log=log)
+        if title:
+            add_title(figure, title)
+        add_foot(figure, panels[0], _notes(run, squares, shared), [_legend(squares)])
+        settle(figure)
+    return figure
+
+
+def _pairs(table: Table) -> list[tuple[object, object]]:
+    return list(zip(table["a"], table["b"], strict=True))
+
+
+def _read(table: Table, names: Sequence[str]) -> list[_Square]:
+    place = {name: k for k, name in enumerate(names)}
+    squares = []
+    for split in table.unique("split"):
+        rows = table.where("split", split)
+        heights = np.full((len(names), len(names)), np.nan)
+        np.fill_diagonal(heights, 0.0)
+        for (a, b), height in zip(_pairs(rows), rows.floats("barrier"), strict=True):
+            i, j = place[str(a)], place[str(b)]
+            heights[i, j] = heights[j, i] = height
+        squares.append(_Square(str(split), heights))
+    return squares
+
+
+def _shown(squares: Sequence[_Square]) -> Floats:
+    """All barriers that have a colour."""
+    found = [square.heights[_coloured(square.heights)] for square in squares]
+    return np.concatenate([*found, np.empty(0)])
+
+
+def _coloured(heights: Floats) -> NDArray[np.bool_]:
+    return np.isfinite(heights) & (heights > SMALLEST) & (heights < LARGEST)
+
+
+def _unknown(heights: Floats) -> NDArray[np.bool_]:
+    return ~(np.isfinite(heights) & (heights < LARGEST))
+
+
+def _norm(squares: Sequence[_Square], *, log: bool) -> Normalize:
+    shown = _shown(squares)
+    high = float(shown.max()) if shown.size else 1.0
+    if not log:
+        return Normalize(0.0, high)
+    low = float(shown.min()) if shown.size else 0.1
+    return LogNorm(low if low < 0.9 * high else high / 10, high)
+
+
+def _draw(axes: Axes, heights: Floats, norm: Normalize, room: float) -> None:
+    """Draws the cells, each of them so many points wide."""
+    number = len(heights)
+    colours = np.ones((number, number, 4))
+    colours[..., :] = mpl.colors.to_rgba(_NONE)
+    coloured, unknown = _coloured(heights), _unknown(heights)
+    colours[coloured] = _COLOURS(np.asarray(norm(heights[coloured])))
+    colours[unknown] = mpl.colors.to_rgba(_UNKNOWN)
+    colours[np.arange(number), np.arange(number)] = mpl.colors.to_rgba(_ITSELF)
+    axes.imshow(colours, interpolation="nearest", aspect="equal")
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+        spine.set_linewidth(0.6)
+    if room > 4:
+        edges = np.arange(1, number) - 0.5
+        axes.hlines(edges, -0.5, number - 0.5, colors=_EDGE, linewidths=0.6)
+        axes.vlines(edges, -0.5, number - 0.5, colors=_EDGE, linewidths=0.6)
+    _hatch(axes, unknown)
+    if number <= _NUMBERS:
+        _write(axes, heights, colours, room)
+
+
+def _write(axes: Axes, heights: Floats, colours: Floats, room: float) -> None:
+    """Writes the barriers into their cells, all in one size."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    places = np.argwhere(~_unknown(heights) & ~np.eye(len(heights), dtype=bool))
+    digits = 3 if room > 40 else 2
+    told = [format_number(float(heights[i, j]), digits) for i, j in places]
+    widest = max((text_width(figure, text, _LETTERS) for text in told), default=0.0)
+    size = min(_LETTERS, _LETTERS * 0.9 * room / widest) if widest else _LETTERS
+    light = colours[..., :3] @ np.array([0.21, 0.72, 0.07]) > 0.45
+    for (i, j), text in zip(places, told, strict=True):
+        colour = INK if light[i, j] else "white"
+        axes.text(j, i, text, ha="center", va="center_baseline", fontsize=size, color=colour)
+
+
+def _hatch(axes: Axes, cells: NDArray[np.bool_]) -> None:
+    """Hatches cells, those beside each other in one."""
+    corners: list[tuple[float, float]] = []
+    for i, row in enumerate(cells):
+        turns = np.flatnonzero(np.diff(np.concatenate([[False], row, [False]]).astype(int)))
+        for start, stop in turns.reshape(-1, 2):
+            left, right, top, bottom = start - 0.5, stop - 0.5, i - 0.5, i + 0.5
+            corners += [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+    if not corners:
+        return
+    steps = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
+    path = Path(corners, steps * (len(corners) // len(steps)))
+    axes.add_patch(PathPatch(path, fill=False, hatch="////", ec=PALE, lw=0))
+
+
+def _labels(figure: Figure, names: Sequence[str]) -> tuple[list[str], str]:
+    """What is each checkpoint's own in its name; and all names, a star in the place of that."""
+    whole = [plain(name) for name in names]
+    parts = [name.split("/") for name in whole]
+    most = min(map(len, parts), default=1) - 1
+    before = _common(parts, most)
+    after = _common([part[::-1] for part in parts], most - before)
+    own = ["/".join(part[before : len(part) - after]) for part in parts]
+    ending = "." + own[0].rpartition(".")[2] if own and "." in own[0] else ""
+    if not all(name.endswith(ending) and len(name) > len(ending) for name in own):
+        ending = ""
+    own = [name.removesuffix(ending) for name in own]
+    shared = ""
+    if len(whole) > 1 and len(set(own)) == len(own):
+        around = [*parts[0][:before], f"*{ending}", *parts[0][len(parts[0]) - after :]]
+        shared = "/".join(around) if len(around) > 1 or ending else ""
+    else:
+        own = whole
+    labels = [shorten(figure, name, _NAME) for name in own]
+    if len(set(labels)) < len(labels):
+        labels = [f"{k} {shorten(figure, name, _NAME - 20)}" for k, name in enumerate(own, start=1)]
+    return labels, shared
+
+
+def _common(parts: Sequence[Sequence[str]], most: int) -> int:
+    """How many parts all names begin with, and no more than so many."""
+    length = 0
+    while length < most and len({part[length] for part in parts}) == 1:
+        length += 1
+    return length
+
+
+def _name(axes: Axes, labels: Sequence[str], room: float, *, below: bool, left: bool) -> None:
+    """Writes the names beside the cells, as many as there is room for."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    size = SMALL if room >= 12 else SMALL - 2
+    stride = math.ceil(1.25 * size / room) if room else 1
+    places = range(0, len(labels), stride)
+    told = [labels[k] for k in places]
+    flat = stride == 1 and all(text_width(figure, label, size) < 0.9 * room for label in labels)
+    axes.set_xticks(places, told if below else [], fontsize=size)
+    axes.set_yticks(places, told if left else [], fontsize=size)
+    if not flat:
+        axes.tick_params(axis="x", labelrotation=90)
+    axes.tick_params(length=0 if stride == 1 else 2, labelcolor=INK)
+
+
+def _add_colour_bar(
+    figure: Figure, panels: Sequence[Axes], norm: Normalize, label: str, *, log: bool
+) -> None:
+    bar = figure.colorbar(
+        ScalarMappable(norm, _COLOURS),
+        ax=list(panels),
+        label=shorten(figure, f"{label}, log scale" if log else label, 220, 10),
+        fraction=0.05,
+        shrink=0.9,
+        aspect=26,
+        pad=0.02,
+    )
+    wide = log and float(norm.vmax or 1) > 5 * float(norm.vmin or 1)
+    subs = (
+        (1.0,) if wide and float(norm.vmax or 1) > 300 * float(norm.vmin or 1) else (1.0, 2.0, 5.0)
+    )
+    bar.ax.yaxis.set_major_locator(
+        LogLocator(subs=subs) if wide else MaxNLocator("auto", steps=STEPS)
+    )
+    bar.ax.yaxis.set_major_formatter(Numbers(log=log))
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize=SMALL)
+    bar.outline.set_visible(False)
+
+
+def _legend(squares: Sequence[_Square]) -> list[tuple[Artist, str]]:
+    """What the cells without a colour mean, as far as there are any."""
+    entries: list[tuple[Artist, str]] = []
+    for square in squares:
+        apart = ~np.eye(len(square.heights), dtype=bool)
+        if (apart & ~_coloured(square.heights) & ~_unknown(square.heights)).any():
+            white = Patch(fc=_NONE, ec=PALE, lw=0.5)
+            entries.append((white, "0: no point seen lies above the chord"))
+            break
+    if any(_unknown(square.heights).any() for square in squares):
+        grey = Patch(fc=_UNKNOWN, ec=PALE, hatch="////", lw=0)
+        entries.append((grey, "not known: a loss on the line is not finite"))
+    return entries
+
+
+def _notes(run: Run, squares: Sequence[_Square], shared: str) -> list[str]:
+    if not squares:
+        return ["There are no pairs"]
+    alphas = run.summary.get("alphas", ())
+    seen = f", over {len(alphas)} points from α = 0 to 1" if alphas else ""
+    notes = [f"Barrier: the largest height above the chord between two checkpoints{seen}"]
+    if shared:
+        notes.append(f"Checkpoints {shared}")
+    return notes

@@ -1,0 +1,788 @@
+"""The figure of ``losscli check``: gradients, curvatures and verdicts, and the way down."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import Normal, Stroke
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from numpy.typing import NDArray
+
+from losscli.plotting.lines import Series, draw_panel
+from losscli.plotting.style import (
+    DASHES,
+    INK,
+    LARGEST,
+    PALE,
+    PALETTE,
+    SMALL,
+    SMALLEST,
+    STEPS,
+    WIDTH,
+    Numbers,
+    Run,
+    add_title,
+    drawable,
+    examples,
+    extent,
+    format_number,
+    house_style,
+    loss_name,
+    plain,
+    scale_y,
+    shorten,
+    steady,
+)
+from losscli.plotting.surface import WIDE, add_foot, settle, short_name
+from losscli.table import Cell, Table
+
+__all__ = ["draw_check"]
+
+Floats = NDArray[np.float64]
+Group = list[tuple[Artist, str]]
+
+_COLOUR = PALETTE[0]
+_SHADE = "#f1f1f1"
+_LINE = "#9a9a9a"  # of zero, and of what else is only there to be read against
+_GRADIENT, _LOW, _HIGH = "gradient norm", "λₘᵢₙ", "λₘₐₓ"
+_FEW = 40  # so few values are shown one by one
+_WIDE_LOSS = 1e3  # losses this far apart are shown on a logarithmic scale
+_WIDE_HIGH = 10.0  # and so are largest eigenvalues this many times the middle one
+_UNEVEN = 20.0  # eigenvalues below zero, as many times smaller than those above it or the reverse
+_MOST_TICKS = 9
+_FAR = 1e3  # beyond this many times the largest eigenvalue, 2 / learning rate is only told
+
+# What the verdicts look like: told apart by their shape as well as by their colour.
+_VERDICTS: dict[str, dict[str, Any]] = {
+    "not critical": {"marker": "o", "mec": PALE, "mfc": "#c8c8c8"},
+    "undecided": {"marker": "d", "mec": "#CC79A7", "mfc": "white"},
+    "saddle": {"marker": "s", "mec": "#D55E00", "mfc": "#D55E00"},
+    "minimum": {"marker": "v", "mec": "#009E73", "mfc": "#009E73"},
+    "maximum": {"marker": "^", "mec": "#000000", "mfc": "#000000"},
+}
+_START: dict[str, Any] = {"marker": "o", "mec": INK, "mfc": "white", "mew": 1.4, "ms": 7.5}
+_LOWEST: dict[str, Any] = {"marker": "D", "mec": _COLOUR, "mfc": "white", "mew": 1.3, "ms": 6}
+
+
+def draw_check(run: Run, *, title: str = "", log: bool = False) -> Figure:
+    """Draws how critical checkpoints are.
+
+    Several checkpoints: loss, gradient norm and the two outermost eigenvalues of the Hessian over
+    their order, with the verdicts. One checkpoint: its eigenvalues. A table ``escape`` adds the
+    loss along the most negative curvature, a table ``spectrum`` further eigenvalues.
+
+    Args:
+        run: The run.
+        title: Stands above the panels.
+        log: Makes the axes of the loss logarithmic.
+
+    Returns:
+        The figure, laid out and ready to `render`.
+    """
+    with house_style():
+        names = [str(name) for name in run.table.unique("checkpoint")]
+        splits = [str(split) for split in run.table.unique("split")]
+        escape = _Escape.read(run)
+        draw = _draw_several if len(names) > 1 else _draw_one
+        figure, panel, notes, groups = draw(run, names, splits, escape, log=log)
+        if escape:
+            groups.append(escape.entries(figure))
+        if title:
+            add_title(figure, title)
+        add_foot(figure, panel, notes, groups)
+        settle(figure)
+        steady(figure)
+    return figure
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _split_entries(run: Run, splits: Sequence[str]) -> Group:
+    return [
+        (
+            Line2D([], [], color=_COLOUR, linestyle=DASHES[place % len(DASHES)]),
+            plain(split) + examples([run], split),
+        )
+        for place, split in enumerate(splits)
+    ]
+
+
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+
+
+def _number(value: Any) -> float:
+    """A number of a summary; nan where there is none."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+# --- Several checkpoints -------------------------------------------------------------------------
+
+
+def _draw_several(
+    run: Run, names: Sequence[str], splits: Sequence[str], escape: _Escape | None, *, log: bool
+) -> tuple[Figure, Axes, list[str], list[Group]]:
+    strip_height = 0.2 + 0.17 * len(splits)
+    heights = [strip_height, 2.0, 1.75, *([2.3] if escape else [])]
+    figure = _new_figure(WIDE, sum(heights) + 0.5 + 0.5 * bool(escape))
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    loss = figure.add_subplot(grid[1, 0])
+    gradient = figure.add_subplot(grid[2, 0], sharex=loss)
+    high = figure.add_subplot(grid[0:2, 1], sharex=loss)
+    low = figure.add_subplot(grid[2, 1], sharex=loss)
+    strip = figure.add_subplot(grid[0, 0], sharex=loss)
+
+    series = _read(run.table, names, splits)
+    room = 0.03 * (len(names) - 1)
+    loss.set_xlim(-room, len(names) - 1 + room)
+    loss.xaxis.set_major_locator(_whole_numbers())
+    loss.xaxis.set_major_formatter(Numbers())
+
+    notes = [_first_and_last(figure, names)]
+    notes += draw_panel(loss, series, "loss", log=log)
+    label = shorten(figure, f"loss{loss_name([run])}", 140, 10)
+    loss.set_ylabel(f"{label}\nlog scale" if log else label)
+    notes += _draw_gradients(gradient, series, _number(run.summary.get("tolerance")))
+    notes += _draw_high(high, series, run.summary)
+    notes += _draw_low(low, series)
+    verdicts = _draw_verdicts(strip, run.table, names, splits)
+    for panel in (loss, high, strip):
+        panel.tick_params(labelbottom=False)
+    for panel in (gradient, low):
+        panel.set_xlabel("checkpoint, in the order given")
+    figure.align_ylabels([loss, gradient])
+    figure.align_ylabels([high, low])
+    notes.append(_basis(run))
+
+    if escape:
+        panel = figure.add_subplot(grid[3, :])
+        notes += _draw_escape(panel, escape, run, splits, log=log)
+        at = names.index(escape.checkpoint) if escape.checkpoint in names else -1
+        if escape.split in splits and at >= 0:
+            rows = run.table.where("split", escape.split).where("checkpoint", escape.checkpoint)
+            # Where below the way down begins.
+            low.plot([at], rows.floats("lambda_min")[:1], ls="none", zorder=5, **_START)
+    return figure, loss, notes, [_split_entries(run, splits), verdicts]
+
+
+def _read(table: Table, names: Sequence[str], splits: Sequence[str]) -> list[Series]:
+    """The rows of each split over their checkpoints' places in the order."""
+    places = {name: place for place, name in enumerate(names)}
+    series = []
+    for number, split in enumerate(splits):
+        rows = table.where("split", split)
+        values = {
+            "loss": "loss",
+            _GRADIENT: "gradient_norm",
+            _LOW: "lambda_min",
+            f"{_LOW} error": "lambda_min_error",
+            _HIGH: "lambda_max",
+            f"{_HIGH} error": "lambda_max_error",
+        }
+        x = np.array([places[str(name)] for name in rows["checkpoint"]], dtype=np.float64)
+        series.append(
+            Series(
+                run=0,
+                split=split,
+                name=plain(split),
+                colour=_COLOUR,
+                dashes=DASHES[number % len(DASHES)],
+                x=x,
+                ends=np.zeros(len(x), dtype=np.bool_),
+                values={
+                    key: np.array(rows.floats(column))
+                    for key, column in values.items()
+                    if column in rows.columns
+                },
+            )
+        )
+    return series
+
+
+def _first_and_last(figure: Figure, names: Sequence[str]) -> str:
+    first, last = (short_name(figure, plain(names[at]), 200) for at in (0, -1))
+    return f"Checkpoint 0 is {first}, checkpoint {len(names) - 1} is {last}."
+
+
+def _basis(run: Run) -> str:
+    """What the verdicts rest on."""
+    tolerance = _number(run.summary.get("tolerance"))
+    critical = "a checkpoint is critical where its gradient norm is small"
+    if 0 <= tolerance < LARGEST:
+        critical = f"critical is a gradient norm of at most {format_number(tolerance)}"
+    return (
+        f"Verdicts: {critical}; an eigenvalue of the Hessian lies within each bar around λ, and "
+        "its sign counts only where the bar is clear of zero. At a saddle the loss falls to both "
+        "sides along the eigenvector of λₘᵢₙ."
+    )
+
+
+def _draw_gradients(axes: Axes, series: Sequence[Series], tolerance: float) -> list[str]:
+    notes = draw_panel(axes, series, _GRADIENT, log=True)
+    axes.set_ylabel("gradient norm ‖∇L‖\nlog scale")
+    values = np.concatenate([*(s[_GRADIENT] for s in series), np.empty(0)])
+    values = values[drawable(values, log=True)]
+    if not SMALLEST < tolerance < LARGEST:
+        return notes
+    scale_y(axes, np.append(values, tolerance), log=True)
+    text = f"critical below {format_number(tolerance)}"
+    _draw_rule(axes, tolerance, text, series, _GRADIENT, ground=_SHADE)
+    axes.axhspan(axes.get_ylim()[0], tolerance, color=_SHADE, lw=0, zorder=0.5)
+    return notes
+
+
+def _draw_high(axes: Axes, series: Sequence[Series], summary: Mapping[str, Any]) -> list[str]:
+    notes = draw_panel(axes, series, _HIGH, log=False)
+    values = _reach(series, _HIGH)
+    rate, momentum = (_number(summary.get(key)) for key in ("learning_rate", "momentum"))
+    momentum = momentum if 0 <= momentum < 1 else 0.0
+    edge = (2 + 2 * momentum) / rate if SMALLEST < rate < LARGEST else math.nan
+    how = (
+        f"(2 + 2 · {format_number(momentum)}) / learning rate" if momentum else "2 / learning rate"
+    )
+    text = f"{how} = {format_number(edge)}" if math.isfinite(edge) else ""
+    if edge > _FAR * max(values, default=edge):
+        notes.append(f"{text}, far above {_HIGH}: not drawn")
+        edge = math.nan
+    elif text:
+        notes.append(f"{text}: full-batch training is unstable where {_HIGH} is above this.")
+    shown = np.append(values, edge)
+    shown = shown[np.isfinite(shown)]
+    far = bool(values.size and shown.max() > _WIDE_HIGH * np.median(values))
+    if far and shown.min() > SMALLEST:
+        scale_y(axes, shown, log=True)
+        how = "log scale"
+    else:
+        how = _scale_eigenvalues(axes, "y", shown)
+    _draw_bars(axes, series, _HIGH)
+    axes.set_ylabel(f"largest eigenvalue\n{_HIGH}" + f", {how}" * bool(how))
+    if math.isfinite(edge):
+        _draw_rule(axes, edge, text, series, _HIGH, above=True, dashes=(0, (5, 3)))
+    return notes
+
+
+def _draw_low(axes: Axes, series: Sequence[Series]) -> list[str]:
+    notes = draw_panel(axes, series, _LOW, log=False)
+    how = _scale_eigenvalues(axes, "y", _reach(series, _LOW))
+    _draw_bars(axes, series, _LOW)
+    axes.set_ylabel(f"smallest eigenvalue\n{_LOW}" + f", {how}" * bool(how))
+    return notes
+
+
+def _reach(series: Sequence[Series], column: str) -> Floats:
+    """How far values and their bars go."""
+    ends = [np.empty(0)]
+    for s in series:
+        error = s[f"{column} error"]
+        error = np.where(drawable(error, log=False), error, 0.0)
+        ends += [s[column] - error, s[column] + error]
+    values = np.concatenate(ends)
+    return values[drawable(values, log=False)]
+
+
+def _draw_bars(axes: Axes, series: Sequence[Series], column: str) -> None:
+    """Draws within which bounds the eigenvalues lie."""
+    for s in series:
+        error = s[f"{column} error"]
+        ok = drawable(s[column], log=False) & drawable(error, log=False)
+        few = ok.sum() <= _FEW
+        axes.errorbar(
+            s.x[ok],
+            s[column][ok],
+            error[ok],
+            fmt="none",
+            ecolor=s.colour,
+            elinewidth=1.0 if few else 0.8,
+            capsize=2.5 if few else 0,
+            alpha=0.7 if few else 0.35,
+            zorder=2.4,
+        )
+
+
+def _draw_rule(
+    axes: Axes,
+    y: float,
+    text: str,
+    series: Sequence[Series],
+    column: str,
+    *,
+    above: bool = False,
+    dashes: Any = "solid",
+    ground: str = "white",
+) -> None:
+    """Draws a level line and names it, at that end of it where the curves leave more room."""
+    to_unit = axes.transScale + axes.transLimits
+    low, high = axes.get_ylim()
+    forward = axes.yaxis.get_transform()
+    bottom, at, top = (float(v) for v in forward.transform(np.array([low, y, high])))
+    # The name wants a line's room between the line and the edge.
+    if above:
+        top = max(top, bottom + (at - bottom) / 0.86)
+    else:
+        bottom = min(bottom, top - (top - at) / 0.84)
+    axes.set_ylim(*(float(v) for v in forward.inverted().transform(np.array([bottom, top]))))
+    axes.axhline(y, color=INK, lw=0.9, linestyle=dashes, zorder=1.9)
+    rooms = []
+    for left in (True, False):
+        near = [1.0]
+        for s in series:
+            ok = drawable(s[column], log=axes.get_yscale() == "log")
+            points = to_unit.transform(np.column_stack([s.x[ok], s[column][ok]]))
+            points = points[points[:, 0] < 0.4 if left else points[:, 0] > 0.6]
+            level = to_unit.transform([[axes.get_xlim()[0], y]])[0, 1]
+            gaps = points[:, 1] - level if above else level - points[:, 1]
+            near += [*np.where(gaps < -0.02, 1.0, gaps)]
+        rooms.append(min(near))
+    left = rooms[0] >= rooms[1]
+    axes.annotate(
+        text,
+        xy=(0.015 if left else 0.985, y),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 3 if above else -3),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        va="bottom" if above else "top",
+        fontsize=SMALL,
+        path_effects=[Stroke(linewidth=2.5, foreground=ground), Normal()],
+        zorder=6,
+    )
+
+
+def _draw_verdicts(axes: Axes, table: Table, names: Sequence[str], splits: Sequence[str]) -> Group:
+    """Draws a row of marks for each split; returns those that occur, for the legend."""
+    places = {name: place for place, name in enumerate(names)}
+    rows = {split: row for row, split in enumerate(splits)}
+    found: dict[str, list[tuple[int, int]]] = {}
+    cells = (table["checkpoint"], table["split"], table["verdict"])
+    for name, split, verdict in zip(*cells, strict=True):
+        if verdict:
+            found.setdefault(str(verdict), []).append((places[str(name)], rows[str(split)]))
+    size = min(max(250 / len(names), 2.4), 6.5)
+    entries: Group = []
+    for verdict in sorted(found, key=_rank):
+        x, y = zip(*found[verdict], strict=True)
+        mark = {**_mark(verdict), "mew": min(1.2, size / 4)}
+        axes.plot(x, y, ls="none", ms=size, clip_on=False, **mark)
+        entries.append((Line2D([], [], ls="none", ms=6.5, **_mark(verdict)), plain(verdict)))
+    axes.set_ylim(len(splits) - 0.4, -0.6)
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    labels = [shorten(figure, plain(split), 80) for split in splits]
+    axes.set_yticks(range(len(splits)), labels, fontsize=SMALL)
+    axes.set_title("verdict", loc="left", fontsize=10, pad=3)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return entries
+
+
+def _rank(verdict: str) -> int:
+    return [*_VERDICTS, verdict].index(verdict)
+
+
+def _mark(verdict: str) -> dict[str, Any]:
+    # A word that this version does not know is shown all the same.
+    return _VERDICTS.get(verdict, {"marker": "*", "mec": INK, "mfc": INK})
+
+
+# --- Axes of eigenvalues -------------------------------------------------------------------------
+
+
+def _scale_eigenvalues(axes: Axes, which: Literal["x", "y"], values: Floats) -> str:
+    """Sets an axis that is to show eigenvalues, with zero and a line there.
+
+    Where those of one sign are far smaller than those of the other, or most are far smaller than
+    the largest, the axis is linear around zero and logarithmic beyond.
+
+    Args:
+        axes: Where.
+        which: The axis.
+        values: All finite; may be none.
+
+    Returns:
+        What the label of the axis is to say of it.
+    """
+    (axes.axhline if which == "y" else axes.axvline)(0, color=_LINE, lw=1.1, zorder=1.5)
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    set_limits = axes.set_ylim if which == "y" else axes.set_xlim
+    low, high = extent(np.append(values, 0.0)) if values.size else (-1.0, 1.0)
+    linear = _linear_part(values)
+    if not linear:
+        room = 0.06 * (high - low)
+        set_limits(low - room, high + room)
+        axis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+        axis.set_major_formatter(Numbers())
+        return ""
+    set_scale = axes.set_yscale if which == "y" else axes.set_xscale
+    set_scale("symlog", linthresh=linear, linscale=0.6)
+    forward = axis.get_transform()
+    bottom, top = (float(v) for v in forward.transform(np.array([low, high])))
+    room = 0.07 * (top - bottom)
+    edges = forward.inverted().transform(np.array([bottom - room, top + room]))
+    set_limits(*(float(v) for v in edges))
+    axis.set_major_locator(FixedLocator(_symlog_ticks(linear, *(float(v) for v in edges))))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(Numbers(log=True))
+    return f"log beyond ±{format_number(linear)}"
+
+
+def _linear_part(values: Floats) -> float:
+    """How far from zero an axis is to be linear before it is logarithmic; 0 for all of it."""
+    largest = float(np.abs(values).max(initial=0.0))
+    # Four powers of ten are enough: what is smaller is next to nothing beside the largest.
+    least = max(1e-4 * largest, SMALLEST)
+    sizes = np.abs(values[np.abs(values) > least])
+    if not sizes.size:
+        return 0.0
+    sides = (float(-values.min()), float(values.max()))
+    smaller = min(side for side in sides if side > least)
+    typical = float(np.quantile(sizes, 0.25))
+    if largest <= _UNEVEN * smaller and largest <= 100 * typical:
+        return 0.0
+    return float(10.0 ** math.floor(math.log10(max(min(smaller, typical), least))))
+
+
+def _symlog_ticks(linear: float, low: float, high: float) -> list[float]:
+    """Zero and powers of ten to both sides of it, no more than can be read."""
+    first, last = round(math.log10(linear)), math.floor(math.log10(max(-low, high)))
+    for step in itertools.count(1):
+        # Counted from the largest, where the eye begins.
+        powers = [10.0**k for k in range(last, first - 1, -step)]
+        ticks = [-p for p in powers if -p >= low] + [0.0] + [p for p in powers if p <= high]
+        if len(ticks) <= _MOST_TICKS:
+            break
+    return sorted(ticks)
+
+
+# --- One checkpoint ------------------------------------------------------------------------------
+
+
+def _draw_one(
+    run: Run, names: Sequence[str], splits: Sequence[str], escape: _Escape | None, *, log: bool
+) -> tuple[Figure, Axes, list[str], list[Group]]:
+    spectrum = _read_spectrum(run, splits)
+    if spectrum:
+        figure = _new_figure(WIDE if escape else WIDTH, 3.9)
+        grid = figure.add_gridspec(
+            1, 2 if escape else 1, width_ratios=[1.35, 1][: 1 + bool(escape)]
+        )
+        panel = figure.add_subplot(grid[0, -1])
+        notes = _draw_spectrum(panel, spectrum)
+    else:
+        low = 0.55 + 0.62 * max(len(splits), 1)
+        heights = [*([3.0] if escape else []), low]
+        figure = _new_figure(WIDTH, sum(heights) + 0.6)
+        grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+        panel = figure.add_subplot(grid[-1, 0])
+        notes = _draw_extremes(panel, run.table, splits)
+    if not escape and names:
+        name = short_name(figure, plain(names[0]), 380)
+        panel.set_title(name, loc="left", fontsize=10)
+    if escape:
+        notes = [
+            *_draw_escape(figure.add_subplot(grid[0, 0]), escape, run, splits, log=log),
+            *notes,
+        ]
+    rows = [dict(zip(run.table.columns, row, strict=True)) for row in run.table.rows]
+    facts = [_facts(row, eigenvalues=bool(spectrum)) for row in rows]
+    notes = (
+        [*facts, *_reasons(run, splits), _basis(run), *notes] if facts else ["There are no points"]
+    )
+
+    lines = _split_entries(run, splits)
+    for place, (line, _) in enumerate(lines if spectrum else []):
+        line.set(marker="o", ms=4, mfc=_face(place), mew=0.9)
+    cells = zip(run.table["split"], run.table["verdict"], strict=True)
+    verdicts: Group = [
+        (
+            Line2D([], [], ls="none", ms=6.5, **_mark(str(verdict))),
+            f"{plain(str(split))}: {plain(str(verdict))}",
+        )
+        for split, verdict in cells
+        if verdict
+    ]
+    return figure, panel, notes, [lines, verdicts]
+
+
+def _reasons(run: Run, splits: Sequence[str]) -> list[str]:
+    """Why nothing is decided."""
+    about = run.summary.get("splits") or {}
+    points = ((s, point) for s in splits if s in about for point in about[s].get("points", []))
+    return [
+        f"Undecided on {plain(split)}: {plain(str(point['reason']))}."
+        for split, point in points
+        if point.get("reason")
+    ]
+
+
+def _facts(row: Mapping[str, Cell], *, eigenvalues: bool) -> str:
+    """A row of the table as a sentence; with the eigenvalues where no panel tells them."""
+    said = [
+        f"loss {_tell(_number(row['loss']))}",
+        f"gradient norm {_tell(_number(row['gradient_norm']))}",
+    ]
+    for symbol, name in ((_LOW, "lambda_min"), (_HIGH, "lambda_max")) if eigenvalues else ():
+        said.append(f"{symbol} = {_tell(_number(row[name]), _number(row.get(f'{name}_error')))}")
+    # A CSV of an older version has the first share alone.
+    columns = {"positive": "minimal_ratio", "negative": "negative", "undecided": "undecided"}
+    shares = [
+        f"{format_number(100 * share)}% {sign}"
+        for sign, column in columns.items()
+        if math.isfinite(share := _number(row.get(column)))
+    ]
+    if shares:
+        said.append(f"eigenvalues {', '.join(shares)}")
+    return f"{plain(str(row['split']))}: {', '.join(said)}."
+
+
+def _tell(value: float, error: float = math.nan) -> str:
+    """A number, and how far off it may be."""
+    if not math.isfinite(value):
+        return "not finite"
+    off = f" ± {format_number(error, 2)}" if math.isfinite(error) else ""
+    return format_number(value) + off
+
+
+def _read_spectrum(run: Run, splits: Sequence[str]) -> dict[str, tuple[Floats, Floats]]:
+    """The eigenvalues of each split from the largest to the smallest, and their errors."""
+    table = run.more.get("spectrum")
+    found = {}
+    for split in splits if table else ():
+        assert table is not None
+        rows = table.where("split", split)
+        values, errors = np.array(rows.floats("eigenvalue")), np.array(rows.floats("error"))
+        order = np.argsort(-values, kind="stable")
+        if drawable(values, log=False).any():
+            found[split] = values[order], errors[order]
+    return found
+
+
+def _face(place: int) -> str:
+    """The dots of the first split are filled, those of further ones open."""
+    return "white" if place else _COLOUR
+
+
+def _draw_spectrum(axes: Axes, spectrum: dict[str, tuple[Floats, Floats]]) -> list[str]:
+    """Draws eigenvalues over their rank."""
+    notes, reach = [], [np.empty(0)]
+    most = max(len(values) for values, _ in spectrum.values())
+    few = most <= _FEW
+    for place, (split, (every, every_error)) in enumerate(spectrum.items()):
+        ok = drawable(every, log=False)
+        if missing := int((~ok).sum()):
+            notes.append(f"{missing} eigenvalue{'s' * (missing > 1)} of {plain(split)} not finite")
+        values, errors = every[ok], every_error[ok]
+        # Side by side, where there is room: two splits have much the same eigenvalues.
+        shift = 0.16 * (place - (len(spectrum) - 1) / 2) if few else 0.0
+        rank = np.arange(1, len(values) + 1) + shift
+        style = DASHES[place % len(DASHES)]
+        size = 4.5 if few else 2.5
+        axes.plot(rank, values, color=_COLOUR, lw=0.8, linestyle=style, alpha=0.6, zorder=2.4)
+        axes.plot(rank, values, "o", mec=_COLOUR, mfc=_face(place), ms=size, mew=0.9, zorder=3)
+        known = drawable(errors, log=False)
+        bars: dict[str, Any] = {"fmt": "none", "ecolor": _COLOUR, "elinewidth": 1.0, "zorder": 2.5}
+        axes.errorbar(rank[known], values[known], errors[known], capsize=2.5 * few, **bars)
+        reach += [values, (values - errors)[known], (values + errors)[known]]
+    values = np.concatenate(reach)
+    how = _scale_eigenvalues(axes, "y", values[drawable(values, log=False)])
+    axes.set_ylabel("eigenvalue λ of the Hessian" + f"\n{how}" * bool(how))
+    axes.set_xlim(1 - 0.03 * most - 0.3, most + 0.03 * most + 0.3)
+    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.xaxis.set_major_formatter(Numbers())
+    axes.set_xlabel("rank among the eigenvalues found")
+    return notes
+
+
+def _draw_extremes(axes: Axes, table: Table, splits: Sequence[str]) -> list[str]:
+    """Draws a row for each split, from its smallest eigenvalue to its largest."""
+    series = _read(table, [str(name) for name in table.unique("checkpoint")], splits)
+    reach = np.concatenate([_reach(series, _LOW), _reach(series, _HIGH)])
+    how = _scale_eigenvalues(axes, "x", reach)
+    missing = 0
+    for row, s in enumerate(series):
+        ends = [s[column][:1] for column in (_LOW, _HIGH)]
+        axes.plot(
+            np.concatenate(ends), [row, row], color=_COLOUR, linestyle=s.dashes, alpha=0.6, lw=1.2
+        )
+        for column, value in zip((_LOW, _HIGH), ends, strict=True):
+            if not drawable(value, log=False).all():
+                missing += 1
+                continue
+            error = s[f"{column} error"][:1]
+            known = bool(drawable(error, log=False).all())
+            axes.errorbar(
+                value,
+                [row],
+                xerr=error if known else None,
+                fmt="o",
+                color=_COLOUR,
+                ms=5.5,
+                capsize=3,
+                elinewidth=1.2,
+            )
+            lower = column == _LOW
+            axes.annotate(
+                f"{column} = {_tell(float(value[0]), float(error[0]))}",
+                xy=(float(value[0]), row),
+                # One above and one below: however close the two are, their names do not meet.
+                xytext=(-4 if lower else 4, -6 if lower else 6),
+                textcoords="offset points",
+                ha="left" if lower else "right",
+                va="top" if lower else "bottom",
+                fontsize=SMALL,
+                bbox={"fc": "white", "ec": "none", "pad": 0.8},
+            )
+    axes.set_ylim(max(len(series), 1) - 0.35, -0.65)
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    labels = [shorten(figure, s.name, 90, 10) for s in series]
+    axes.set_yticks(range(len(series)), labels)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("eigenvalues λ of the Hessian" + f" ({how})" * bool(how))
+    if not missing:
+        return []
+    return [f"{missing} eigenvalue{'s are' if missing > 1 else ' is'} not finite: left blank"]
+
+
+# --- The escape ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Escape:
+    """The loss along the direction of the most negative curvature.
+
+    Attributes:
+        checkpoint: Where it starts; empty where that is not known.
+        split: Of which split the losses are.
+        eigenvalue: The curvature; nan where it is not known.
+        distance: The distances, in ascending order.
+        loss: The losses.
+        stderr: Their standard errors.
+        told: The distance of the lowest loss by the summary; nan where that says nothing.
+        gain_stderr: The standard error of the gain there.
+    """
+
+    checkpoint: str
+    split: str
+    eigenvalue: float
+    distance: Floats
+    loss: Floats
+    stderr: Floats
+    told: float
+    gain_stderr: float
+
+    @classmethod
+    def read(cls, run: Run) -> _Escape | None:
+        """Reads it; None where there is none."""
+        table = run.more.get("escape")
+        if table is None:
+            return None
+        distance = np.array(table.floats("distance"))
+        order = np.argsort(distance, kind="stable")
+        order = order[drawable(distance[order], log=False)]
+        if not order.size:
+            return None
+        about = run.summary.get("escape") or {}
+        loss, stderr = (np.array(table.floats(c))[order] for c in ("loss", "loss_stderr"))
+        checkpoint, split = (str(about.get(key) or "") for key in ("checkpoint", "split"))
+        eigenvalue, told, error = (
+            _number(about.get(key)) for key in ("eigenvalue", "distance", "gain_stderr")
+        )
+        return cls(checkpoint, split, eigenvalue, distance[order], loss, stderr, told, error)
+
+    @property
+    def start(self) -> float:
+        """The loss of the checkpoint itself; nan where it is not among the points."""
+        return float(next(iter(self.loss[self.distance == 0]), math.nan))
+
+    @property
+    def lowest(self) -> int:
+        """Which point is the lowest, -1 where none is below the checkpoint."""
+        shown = np.where(drawable(self.loss, log=False), self.loss, np.inf)
+        at = int(np.argmin(shown))
+        return at if shown[at] < self.start else -1
+
+    def entries(self, figure: Figure) -> Group:
+        """What the legend says of it."""
+        entries: Group = []
+        if math.isfinite(self.start):
+            name = short_name(figure, plain(self.checkpoint), 200)
+            said = f"the checkpoint  {name}".strip()
+            entries.append((Line2D([], [], ls="none", **_START), said))
+        if self.lowest >= 0:
+            at, loss = float(self.distance[self.lowest]), float(self.loss[self.lowest])
+            said = f"lowest: {format_number(loss)} at distance {format_number(at)}"
+            gain_error = self.gain_stderr if at == self.told else math.nan
+            said += f", a gain of {_tell(self.start - loss, gain_error)}"
+            entries.append((Line2D([], [], ls="none", **_LOWEST), said))
+        if (drawable(self.stderr, log=False) & (self.stderr > 0)).any():
+            entries.append((Patch(color=_COLOUR, alpha=0.18, lw=0), "± one standard error"))
+        return entries
+
+
+def _draw_escape(
+    axes: Axes, escape: _Escape, run: Run, splits: Sequence[str], *, log: bool
+) -> list[str]:
+    """Draws the loss along the most negative curvature, both ways."""
+    place = splits.index(escape.split) if escape.split in splits else 0
+    series = Series(
+        run=0,
+        split=escape.split,
+        name="the curve",
+        colour=_COLOUR,
+        dashes=DASHES[place % len(DASHES)],
+        x=escape.distance,
+        ends=np.zeros(len(escape.distance), dtype=np.bool_),
+        values={"loss": escape.loss, "loss_stderr": escape.stderr},
+    )
+    shown = escape.loss[drawable(escape.loss, log=False)]
+    log = log or bool(shown.size and 0 < _WIDE_LOSS * shown.min() < shown.max())
+    notes = draw_panel(axes, [series], "loss", log=log)
+    axes.axvline(0, color=_LINE, lw=0.9, zorder=1.5)
+    for distance, loss, mark in (
+        (0.0, escape.start, _START),
+        (escape.distance[escape.lowest], escape.loss[escape.lowest], _LOWEST),
+    ):
+        if mark is _LOWEST and escape.lowest < 0:
+            continue
+        if drawable(np.array([loss]), log=log).all():
+            axes.plot([distance], [loss], ls="none", zorder=6, **mark)
+    low, high = float(escape.distance[0]), float(escape.distance[-1])
+    room = 0.02 * (high - low) or 0.5
+    axes.set_xlim(low - room, high + room)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+    axes.xaxis.set_major_formatter(Numbers())
+
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    label = shorten(figure, f"loss{loss_name([run])}", 190, 10)
+    axes.set_ylabel(f"{label}\nlog scale" if log else label)
+    where = "smallest" if escape.eigenvalue >= 0 else "most negative"
+    where = f"distance along the {where} curvature"
+    if math.isfinite(escape.eigenvalue):
+        where += f" (λ = {format_number(escape.eigenvalue)})"
+    axes.set_xlabel(where)
+    split = f"loss on {plain(escape.split)}" if escape.split else "loss"
+    name = short_name(figure, plain(escape.checkpoint), 200)
+    title = f"Around {name}: {split}" if name else f"Around the checkpoint: {split}"
+    axes.set_title(shorten(figure, title, 330, 10), loc="left", fontsize=10)
+    if escape.lowest < 0 and math.isfinite(escape.start):
+        notes.append("Along this direction no point lies below the checkpoint.")
+    return notes

@@ -1,0 +1,284 @@
+"""The figure of ``losscli inspect``: how large each tensor is, or how far it moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from losscli.plotting.layerwise import block_colours
+from losscli.plotting.style import (
+    INCH,
+    INK,
+    LARGEST,
+    PALE,
+    SMALL,
+    SMALLEST,
+    STEPS,
+    WIDTH,
+    Numbers,
+    Run,
+    add_legend,
+    add_notes,
+    add_title,
+    checkpoint_names,
+    format_number,
+    freeze,
+    house_style,
+    plain,
+    shorten,
+    text_width,
+)
+
+__all__ = ["draw_inspection"]
+
+_MOST_BARS = 60
+_NAME = 190.0  # points, the room of a name
+_WIDE = 100.0  # a range that only a logarithmic axis shows
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A tensor, or several whose names begin the same.
+
+    Attributes:
+        name: What they are called.
+        tensors: How many.
+        values: Of how many numbers.
+        square: ‖θ‖² of the first checkpoint.
+        moved: ‖B − A‖², where there are two.
+    """
+
+    name: str
+    tensors: int
+    values: int
+    square: float
+    moved: float
+
+    @property
+    def mean(self) -> float:
+        """The root mean square of the values; of no values, nan."""
+        return math.sqrt(self.square / self.values) if self.values else math.nan
+
+    @property
+    def change(self) -> float:
+        """How far it moved, as a share of its length at A; from nothing, inf."""
+        if not self.square:
+            return math.inf if self.moved else 0.0
+        return math.sqrt(self.moved / self.square)
+
+    @property
+    def from_nothing(self) -> bool:
+        """Whether it is all zero at A and not at B, so that no share says how far it moved."""
+        return not self.square and 0 < self.moved < math.inf
+
+
+def draw_inspection(run: Run, *, title: str = "") -> Figure:
+    """Draws a bar for each tensor: its root mean square, or ‖B − A‖ / ‖A‖ between two checkpoints.
+
+    Tensors are in the order of the checkpoint, and in one colour where they are of one part of the
+    model. More than 60 are drawn by the beginnings of their names, as long as still fit.
+
+    Args:
+        run: The table and summary of an inspection.
+        title: Stands above the panel.
+
+    Returns:
+        The figure, laid out and ready to `render`.
+    """
+    two = "distance" in run.table.columns
+    tensors = _read(run, two=two)
+    bars = _gather(tensors)
+    size: Callable[[_Bar], float] = (lambda bar: bar.change) if two else lambda bar: bar.mean
+    values = np.array([size(bar) for bar in bars], dtype=np.float64)
+    buffers = {plain(name) for name in run.summary.get("buffers", ())}
+    whole = _join("", [tensor for tensor in tensors if tensor.name not in buffers])
+    with house_style():
+        row = 0.19 if len(bars) <= 30 else 0.16
+        figure = Figure(figsize=(WIDTH, 1.0 + row * max(len(bars), 3)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        notes = _draw(axes, bars, values, whole=size(whole), small=row < 0.19)
+        what = "‖B − A‖ / ‖A‖" if two else "root mean square of the values"
+        each = "of each tensor" if len(bars) == len(tensors) else "of each part"
+        scale = ", log scale" if axes.get_xscale() == "log" else ""
+        axes.set_xlabel(f"{what} {each}{scale}")
+        if not bars:
+            notes.append("There are no tensors of floating-point numbers")
+        if len(bars) < len(tensors):
+            notes.append(f"{len(tensors)} tensors, drawn together where their names begin the same")
+        notes += _left_out(run, len(tensors))
+        if bars and math.isfinite(size(whole)):
+            line = Line2D([], [], color=INK, lw=1.2, ls=(0, (4, 2)))
+            what = "parameters" if buffers else "tensors"
+            label = f"all {what} together: {format_number(size(whole))}"
+            add_legend(figure, [[(line, label)]])
+        add_notes(axes, notes)
+        names = _name(axes, checkpoint_names(run))
+        if title:
+            add_title(figure, title)
+        freeze(figure)
+        # Above the names of the tensors too, not only above the panel.
+        panel = axes.get_position()
+        names.set_x((0.02 - panel.x0) / panel.width)
+    return figure
+
+
+def _read(run: Run, *, two: bool) -> list[_Bar]:
+    return [
+        _Bar(
+            plain(str(record["tensor"])),
+            1,
+            int(record["values"] or 0),
+            _square(record["norm"]),
+            _square(record["distance"]) if two else 0.0,
+        )
+        for record in run.table.records()
+        if "float" in str(record["dtype"]) or "complex" in str(record["dtype"])
+    ]
+
+
+def _square(cell: object) -> float:
+    value = float(cell) if isinstance(cell, int | float) else math.nan
+    return value * value
+
+
+def _join(name: str, parts: Sequence[_Bar]) -> _Bar:
+    return _Bar(
+        name,
+        sum(part.tensors for part in parts),
+        sum(part.values for part in parts),
+        math.fsum(part.square for part in parts),
+        math.fsum(part.moved for part in parts),
+    )
+
+
+def _gather(tensors: Sequence[_Bar]) -> list[_Bar]:
+    """Puts tensors together by the first components of their names, as many as still fit."""
+    if len(tensors) <= _MOST_BARS:
+        return list(tensors)
+    found: list[_Bar] = []
+    for depth in range(1, max(bar.name.count(".") for bar in tensors) + 2):
+        groups: dict[str, list[_Bar]] = {}
+        for bar in tensors:
+            groups.setdefault(".".join(bar.name.split(".")[:depth]), []).append(bar)
+        if found and len(groups) > _MOST_BARS:
+            break
+        found = [_join(name, parts) for name, parts in groups.items()]
+    return found
+
+
+def _part(name: str) -> str:
+    """The part of the model that a name is of: up to its first number, or without its last word."""
+    words = name.split(".")
+    for place, word in enumerate(words):
+        if word.isdecimal():
+            return ".".join(words[: place + 1])
+    return ".".join(words[:-1]) or name
+
+
+def _draw(
+    axes: Axes, bars: Sequence[_Bar], values: np.ndarray, *, whole: float, small: bool
+) -> list[str]:
+    """Draws the bars from the top down; returns notes on those that have no length."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    letters = 6.5 if small else 7.5
+    parts = list(dict.fromkeys(_part(bar.name) for bar in bars))
+    colours = dict(zip(parts, block_colours(len(parts)), strict=True))
+    places = range(len(bars))
+    shown = np.isfinite(values) & (values > SMALLEST) & (values < LARGEST)
+    low, high, log = _scale(axes, values[shown])
+    for place, bar, value, ok in zip(places, bars, values, shown, strict=True):
+        # Beside the panel: no line can cross a number there.
+        axes.text(
+            1.012,
+            place,
+            format_number(float(value)) if ok else _words(bar, value),
+            transform=axes.get_yaxis_transform(),
+            va="center_baseline",
+            fontsize=letters,
+            color=INK if ok else PALE,
+        )
+        colour = colours[_part(bar.name)]
+        if ok and log:
+            # The length of a bar on a logarithmic axis means nothing: the dot is what counts.
+            axes.plot([low, value], [place, place], color=colour, lw=0.8, alpha=0.5, zorder=2)
+            axes.plot([value], [place], "o", color=colour, ms=4.5, zorder=3)
+        elif ok:
+            axes.barh(place, value, height=0.72, color=colour, zorder=2)
+    if bars and low <= whole <= high:
+        axes.axvline(whole, color=INK, lw=1.2, ls=(0, (4, 2)), zorder=2.5)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_yticks(
+        places, [shorten(figure, bar.name, _NAME, letters) for bar in bars], fontsize=letters
+    )
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.grid(visible=False, axis="y")
+    if any(bar.from_nothing for bar in bars):
+        return ["from 0: all zero at A, so that no share of it says how far it moved"]
+    return []
+
+
+def _words(bar: _Bar, value: float) -> str:
+    """What stands in the place of a bar that is not drawn."""
+    if not bar.values:
+        return "empty"
+    if bar.from_nothing:
+        return "from 0"
+    if not math.isfinite(value):
+        return "not finite"
+    return format_number(value) if value > LARGEST else "0"
+
+
+def _scale(axes: Axes, values: np.ndarray) -> tuple[float, float, bool]:
+    """Sets the x axis to the values, all above 0; returns where it begins and ends."""
+    high = float(values.max()) if values.size else 1.0
+    low = float(values.min()) if values.size else 1.0
+    log = high > _WIDE * low
+    if log:
+        axes.set_xscale("log")
+        decades = math.log10(high / low)
+        low, high = low / 10 ** (0.04 * decades), high * 10 ** (0.04 * decades)
+        axes.xaxis.set_major_locator(LogLocator(numticks=8))
+        axes.xaxis.set_minor_locator(LogLocator(subs="auto", numticks=8))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        low, high = 0.0, 1.03 * high
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_formatter(Numbers(log=log))
+    return low, high, log
+
+
+def _left_out(run: Run, drawn: int) -> list[str]:
+    notes = []
+    if others := len(run.table.rows) - drawn:
+        s = "s" * (others > 1)
+        notes.append(f"{others} tensor{s} of whole numbers not drawn")
+    if wrong := len(run.summary.get("mismatches", ())):
+        s, do = ("s", "do") if wrong > 1 else ("", "does")
+        notes.append(f"{wrong} tensor{s} that {do} not match not drawn")
+    return notes
+
+
+def _name(axes: Axes, names: Sequence[str]) -> Text:
+    """Writes what the checkpoints are called above the panel."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    letters = "AB" if len(names) == 2 else ("",)
+    room = WIDTH * INCH * 0.92 / max(len(names), 1)
+    told = []
+    for letter, name in zip(letters, names, strict=False):
+        before = f"{letter}  " if letter else ""
+        width = room - text_width(figure, before) - 18
+        told.append(before + shorten(figure, name, width))
+    return axes.set_title("      ".join(told), loc="left", fontsize=SMALL, pad=8)

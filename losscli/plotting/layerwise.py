@@ -1,0 +1,200 @@
+"""The figure of ``losscli interpolate --layerwise``: each block moving alone, beside the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from losscli.plotting.interpolation import (
+    draw_ends,
+    lowest_label,
+    mark_ends,
+    mark_lowest,
+    name_ends,
+    read,
+    scale_alpha,
+    swamped,
+)
+from losscli.plotting.lines import Series, draw_panel
+from losscli.plotting.style import (
+    INK,
+    SMALL,
+    WIDTH,
+    Run,
+    add_legend,
+    add_notes,
+    add_title,
+    end_names,
+    examples,
+    freeze,
+    house_style,
+    loss_name,
+    plain,
+    shorten,
+)
+
+__all__ = ["block_colours", "draw_layerwise"]
+
+_MOST_NAMES = 16  # so many blocks have their names in the legend
+_NAME = 118.0  # points, the room of a name
+_ROW = 0.192  # inches, a row of the legend
+# From six blocks on neighbours differ in their dashes, beside a little in their colours; where
+# there are too many to tell one from another, it is the order that counts.
+_FEW = 5
+_MOST_BANDS = 8  # so many blocks have bands of their standard errors
+_DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.6)), (0, (1, 1.3)))
+
+
+def block_colours(number: int) -> list[str]:
+    """Colours in the order of a model, from dark to light, for any eye and on paper without any.
+
+    Args:
+        number: How many.
+
+    Returns:
+        The colours.
+    """
+    return [to_hex(c) for c in mpl.colormaps["plasma"](np.linspace(0.0, 0.84, number))]
+
+
+def draw_layerwise(run: Run, *, title: str = "", log: bool = False) -> Figure:
+    """Draws the loss over the line for the whole network and for each block alone.
+
+    A panel for each split: the whole in black, the blocks in colours in the order of the model.
+
+    Args:
+        run: The run, with its further table ``blocks``.
+        title: Stands above the panels.
+        log: Makes the axes of the loss logarithmic.
+
+    Returns:
+        The figure, laid out and ready to `render`.
+    """
+    with house_style():
+        splits = [str(split) for split in run.table.unique("split")]
+        names = [str(name) for name in run.more["blocks"].unique("block")]
+        colours = block_colours(len(names))
+        height = max(3.3, _ROW * (min(len(names), _MOST_NAMES) + 3))
+        figure = Figure(figsize=(WIDTH, 0.6 + height * max(len(splits), 1)), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(max(len(splits), 1), 1, sharex=True, squeeze=False)[:, 0].tolist()
+
+        curves = _read_blocks(run, names, colours, splits)
+        whole = [
+            replace(s, colour=INK, dashes="solid", width=2.4) for s in read([run], [""], splits)
+        ]
+        view = scale_alpha(panels[-1], [*curves, *whole])
+        notes = [] if whole else ["There are no points"]
+        lowest = []
+        for axes, split in zip(panels, splits, strict=False):
+            own = [s for s in whole if s.split == split]
+            # The whole comes last, to lie on top.
+            notes += draw_panel(
+                axes, [s for s in curves if s.split == split] + own, "loss", log=log
+            )
+            lowest += mark_lowest(axes, own, log=log)
+            axes.set_ylabel(_label(figure, run, split, log=log))
+        notes += swamped([*curves, *whole], view, log=log)
+        if len(names) > _MOST_NAMES:
+            about = "from dark to light in the order of the model"
+            notes.append(f"{len(names)} blocks, {about}, {_MOST_NAMES} of them named")
+        panels[-1].set_xlabel("α:  θ(α) = A + α (B − A), of all blocks or of one, all others at A")
+        figure.align_ylabels(panels)
+        _name_blocks(figure, names, curves)
+        if len(names) > _MOST_BANDS:
+            notes.append("Single blocks are drawn without their standard errors")
+        add_legend(figure, [_marks(whole, curves, lowest, len(splits))])
+        add_notes(panels[-1], notes)
+        if title:
+            add_title(figure, title)
+        draw_ends(panels, view)
+        ends = mark_ends(panels[0], view, end_names([run]))
+        freeze(figure)
+        name_ends(panels[0], ends)
+    return figure
+
+
+def _read_blocks(
+    run: Run, names: Sequence[str], colours: Sequence[str], splits: Sequence[str]
+) -> list[Series]:
+    series = []
+    table = run.more["blocks"]
+    many = len(names) > _MOST_NAMES
+    for place, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        dashes = _DASHES[0 if many or len(names) <= _FEW else place % len(_DASHES)]
+        alone = Run(table.where("block", name), {})
+        series += [
+            replace(
+                s,
+                run=place,
+                name=f"{plain(name)} alone, {plain(s.split)}",
+                colour=colour,
+                dashes=dashes,
+                width=1.0 if many else 1.4,
+                values=s.values
+                if len(names) <= _MOST_BANDS
+                else {c: v for c, v in s.values.items() if c != "loss_stderr"},
+            )
+            for s in read([alone], [""], splits)
+        ]
+    return series
+
+
+def _label(figure: Figure, run: Run, split: str, *, log: bool) -> str:
+    what = f"{plain(split)}{examples([run], split)}"
+    scale = ", log scale" if log else ""
+    lines = f"loss{loss_name([run])}{scale}", what
+    return "\n".join(shorten(figure, line, 200, 10) for line in lines)
+
+
+def _name_blocks(figure: Figure, names: Sequence[str], curves: Sequence[Series]) -> None:
+    """Lists the blocks beside the panels, in their order; of very many, some evenly spaced."""
+    entries: list[tuple[Artist, str]] = [
+        (Line2D([], [], color=INK, linewidth=2.4), "all blocks together")
+    ]
+    lines = {s.run: s for s in curves}
+    named = np.linspace(0, len(names) - 1, min(len(names), _MOST_NAMES)).round().astype(int)
+    for place in named.tolist():
+        if place in lines:
+            s = lines[place]
+            handle = Line2D([], [], color=s.colour, linestyle=s.dashes, linewidth=1.8)
+            entries.append((handle, shorten(figure, plain(names[place]), _NAME)))
+    figure.legend(
+        [handle for handle, _ in entries],
+        [name for _, name in entries],
+        title="moving",
+        title_fontsize=SMALL,
+        alignment="left",
+        loc="outside right upper",
+        frameon=False,
+        handlelength=2.2,
+        handletextpad=0.7,
+        labelspacing=0.45,
+        borderpad=0,
+        borderaxespad=0.8,
+    )
+
+
+def _marks(
+    whole: Sequence[Series],
+    curves: Sequence[Series],
+    lowest: Sequence[tuple[Series, float, float]],
+    splits: int,
+) -> list[tuple[Artist, str]]:
+    marks: list[tuple[Artist, str]] = []
+    if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in [*whole, *curves]):
+        marks.append((Patch(color=INK, alpha=0.18, lw=0), "± one standard error"))
+    if lowest:
+        mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=INK, mew=1.3, ms=6)
+        marks.append((mark, lowest_label(lowest, 1, splits, " of all together")))
+    return marks

@@ -1,0 +1,326 @@
+"""The figure of ``losscli plane``: the loss on a plane through weight space, and who lies on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
+from matplotlib.patheffects import Normal, Stroke
+from matplotlib.ticker import MaxNLocator
+from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from losscli.plotting.style import (
+    INCH,
+    INK,
+    LARGEST,
+    STEPS,
+    WIDTH,
+    Numbers,
+    Run,
+    add_title,
+    count_points,
+    examples,
+    extent,
+    format_number,
+    house_style,
+    loss_name,
+    plain,
+    shorten,
+)
+from losscli.plotting.surface import (
+    PATH,
+    WIDE,
+    Contours,
+    Grid,
+    Scale,
+    add_colour_bar,
+    add_foot,
+    add_relief,
+    draw_contours,
+    draw_dots,
+    draw_path,
+    draw_relief,
+    label_contours,
+    path_entries,
+    scale_losses,
+    settle,
+    short_name,
+)
+from losscli.table import Table
+
+__all__ = ["draw_plane"]
+
+Floats = NDArray[np.float64]
+
+_FEW = 4  # so few checkpoints are told one by one
+_LONG = 2.2  # a box longer than this fills its panel rather than keep its proportions
+
+
+@dataclass(frozen=True)
+class _Checkpoints:
+    """The checkpoints, in their order: places on the plane, distances from it, losses by split."""
+
+    names: Sequence[str]
+    x: Floats
+    y: Floats
+    off: Floats
+    losses: Mapping[str, Floats]
+
+    @classmethod
+    def read(cls, table: Table) -> _Checkpoints:
+        """Reads the table ``path``."""
+        rows = [table.where("step", step) for step in table.unique("step")]
+        rows.sort(key=lambda row: row.floats("step")[0])
+        x, y, off = (np.array([r.floats(c)[0] for r in rows]) for c in ("x", "y", "off_plane"))
+        losses = {
+            str(split): np.array([
+                [*r.where("split", split).floats("loss"), np.nan][0] for r in rows
+            ])
+            for split in table.unique("split")
+        }
+        return cls([plain(str(r["checkpoint"][0])) for r in rows], x, y, off, losses)
+
+    def loss(self, split: str) -> Floats:
+        """Their losses on a split; nan where there is none."""
+        return self.losses.get(split, np.full(len(self.names), np.nan))
+
+
+_NOBODY = Table.build(("step", "checkpoint", "x", "y", "off_plane", "split", "loss"), ())
+
+
+def draw_plane(run: Run, *, title: str = "", log: bool = False, surface: bool = False) -> Figure:
+    """Draws the loss on a plane as contours, a panel for each split, and its checkpoints.
+
+    Every checkpoint has the colour of its own loss, from the table ``path``: where it is that of
+    the plane below it, the plane tells the truth about it.
+
+    Args:
+        run: The run.
+        title: Stands above the panels.
+        log: Makes the scale of the loss logarithmic.
+        surface: Adds the same in three dimensions beside each panel.
+
+    Returns:
+        The figure, laid out and ready to `render`.
+    """
+    with house_style():
+        grids = _read(run.table)
+        marks = _Checkpoints.read(run.more.get("path", _NOBODY))
+        own = [marks.loss(grid.split) for grid in grids]
+        losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
+        scale = scale_losses(np.concatenate(losses), log=log)
+        kind = str(run.summary.get("plane", ""))
+        joined = kind == "pca" or len(marks.names) > _FEW
+        view = _view(grids)
+        ratio = (view[1][1] - view[1][0]) / (view[0][1] - view[0][0])
+        equal = kind == "points" or 1 / _LONG <= ratio <= _LONG
+
+        figure, cells = _sheet(len(grids), ratio if equal else 1.0, surface=surface)
+        labels, short = _labels(run, kind)
+        panels: list[Axes] = []
+        contours: list[Contours] = []
+        for number, (grid, loss) in enumerate(zip(grids, own, strict=True)):
+            place = divmod(number * (1 + surface), cells.ncols)
+            panel = figure.add_subplot(cells[place])
+            drawn = draw_contours(panel, grid, scale)
+            _frame(panel, view, equal=equal)
+            _draw_marks(panel, marks, loss, scale, joined=joined)
+            name = plain(grid.split) + examples([run], grid.split)
+            panel.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
+            panel.set_xlabel(labels[0])
+            if not place[1]:
+                panel.set_ylabel(labels[1].replace(" (", "\n("))
+            panels.append(panel)
+            contours.append(drawn)
+            if surface:
+                relief = add_relief(figure, cells[place[0], 1], (*short, "loss"), -60)
+                _frame(relief, view, equal=False)
+                draw_relief(relief, scale, drawn)
+                _draw_marks(relief, marks, loss, scale, joined=joined)
+                panels.append(relief)
+        if not panels:
+            panels = [figure.add_subplot(cells[0, 0])]
+        label = shorten(figure, f"loss{loss_name([run])}", 190, 10)
+        add_colour_bar(figure, panels, scale, f"{label}, log scale" if scale.log else label)
+
+        if title:
+            add_title(figure, title)
+        notes = [] if grids else ["There are no points"]
+        notes += _blank(contours) + _tell(figure, marks, view, joined=joined)
+        legend: list[tuple[Artist, str]] = []
+        if joined and marks.names:
+            what = f"path of the {len(marks.names)} checkpoints"
+            legend = path_entries(figure, PATH, what, marks.names[0], marks.names[-1])
+        add_foot(figure, panels[0], notes, [legend])
+        settle(figure)
+        for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
+            label_contours(panel, drawn, marks.x, marks.y, apart=14 if joined else 28)
+    return figure
+
+
+def _sheet(panels: int, ratio: float, *, surface: bool) -> tuple[Figure, GridSpec]:
+    """A figure with room for a panel a split, whose height is so many times its width."""
+    columns = 2 if surface else min(2, panels)
+    rows = math.ceil(panels * (1 + surface) / columns) if panels else 1
+    wide = columns == 2
+    lowest = 3.3 if surface else 2.2
+    height = min(max((3.6 if wide else 5.1) * ratio, lowest), 5.1)
+    size = WIDE if wide else WIDTH, rows * (height + 0.75)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_gridspec(rows, max(columns, 1))
+
+
+def _read(table: Table) -> list[Grid]:
+    """A grid for each split, whatever the order of the rows."""
+    places = [sorted({v for v in table.floats(c) if abs(v) < LARGEST}) for c in ("x", "y")]
+    column = [{value: k for k, value in enumerate(values)} for values in places]
+    x, y = np.meshgrid(*places, indexing="ij")
+    grids = []
+    for split in table.unique("split") if x.size else ():
+        loss = np.full(x.shape, np.nan)
+        rows = table.where("split", split)
+        for a, b, value in zip(*map(rows.floats, ("x", "y", "loss")), strict=True):
+            if a in column[0] and b in column[1]:
+                loss[column[0][a], column[1][b]] = value
+        grids.append(Grid(str(split), x, y, loss))
+    return grids
+
+
+def _view(grids: Sequence[Grid]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The part of the plane that was looked at."""
+    if not grids:
+        return (0.0, 1.0), (0.0, 1.0)
+    return extent(grids[0].x), extent(grids[0].y)
+
+
+def _frame(axes: Axes, view: Sequence[tuple[float, float]], *, equal: bool) -> None:
+    axes.set_xlim(*view[0])
+    axes.set_ylim(*view[1])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        axis.set_major_formatter(Numbers())
+    if equal:
+        axes.set_aspect("equal")
+
+
+def _labels(run: Run, kind: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """What the axes stand for, at length and in short."""
+    axes = [axis if isinstance(axis, Mapping) else {} for axis in run.summary.get("axes", ())]
+    first, second = [*axes, {}, {}][:2]
+    if kind == "random":
+        what = "random direction {}, filter-normalised"
+        return (f"x: {what.format('δ')}", f"y: {what.format('η')}"), ("δ", "η")
+    if kind == "points":
+        short = ("along B − A", "at right angles to it")
+        return (f"distance {short[0]}", f"distance {short[1]}"), short
+    if kind == "pca":
+        short = ("first component", "second component")
+        return (
+            f"first principal component{_variance(first)}",
+            f"second principal component{_variance(second)}",
+        ), short
+    names = (plain(str(first.get("name", ""))) or "x", plain(str(second.get("name", ""))) or "y")
+    return names, names
+
+
+def _variance(axis: Mapping[str, Any]) -> str:
+    share = axis.get("explained_variance")
+    return f" ({format_number(100 * share)} % of the variance)" if share is not None else ""
+
+
+def _draw_marks(
+    axes: Axes, marks: _Checkpoints, loss: Floats, scale: Scale, *, joined: bool
+) -> None:
+    """Draws the checkpoints that are in view."""
+    coordinates = [marks.x, marks.y]
+    if isinstance(axes, Axes3D):
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        seen = (left <= marks.x) & (marks.x <= right) & (low <= marks.y) & (marks.y <= high)
+        coordinates = [np.where(seen, c, np.nan) for c in (*coordinates, scale(loss) + 0.008)]
+    if joined:
+        draw_path(axes, *coordinates, faces=scale.colours(loss), clip=True)
+        return
+    draw_dots(axes, *coordinates, faces=scale.colours(loss), size=8)
+    write: Any = axes.text
+    for letter, place in zip("ABCD", np.column_stack(coordinates), strict=False):
+        if not np.isfinite(place).all():
+            continue
+        write(
+            *place,
+            f"  {letter}",
+            va="bottom",
+            weight="bold",
+            color=INK,
+            zorder=6,
+            clip_on=True,
+            path_effects=[Stroke(linewidth=2.5, foreground="white"), Normal()],
+        )
+
+
+def _blank(contours: Sequence[Contours]) -> list[str]:
+    reasons = dict.fromkeys(why for drawn in contours for _, why in drawn.blank)
+    notes = []
+    for reason in reasons:
+        counts = [
+            (number, plain(drawn.grid.split))
+            for drawn in contours
+            for number, why in drawn.blank
+            if why == reason
+        ]
+        notes.append(f"{count_points(counts)} {reason}: left blank (×)")
+    return notes
+
+
+def _tell(
+    figure: Figure,
+    marks: _Checkpoints,
+    view: Sequence[tuple[float, float]],
+    *,
+    joined: bool,
+) -> list[str]:
+    """Each checkpoint's own loss and how far it lies off the plane; of many, the first and last."""
+    number = len(marks.names)
+    if not number:
+        return []
+    (left, right), (low, high) = view
+    size = max(abs(v) for v in (left, right, low, high, *marks.x, *marks.y))
+    off = np.where(marks.off <= 1e-5 * size, 0.0, marks.off)
+    ends = [("Start", 0), ("End", number - 1)][:number]
+    notes = []
+    for what, k in ends if joined else zip("ABCD", range(number), strict=False):
+        losses = [f"{_loss(loss[k])} ({plain(split)})" for split, loss in marks.losses.items()]
+        if len(losses) == 1:
+            losses = [_loss(loss[k]) for loss in marks.losses.values()]
+        place = f"{format_number(float(off[k]))} off the plane" if off[k] else "on the plane"
+        name = short_name(figure, marks.names[k], figure.get_figwidth() * INCH - 320)
+        notes.append(f"{what}  {name}: loss {', '.join(losses)}; {place}")
+    notes.append(
+        f"{'Each' if number > 1 else 'The'} dot has the colour of its checkpoint's own loss."
+    )
+    if np.nanmax(off, initial=0.0) > 0:
+        far = format_number(float(np.nanmax(off)))
+        notes.append(
+            f"The checkpoints lie up to {far} off the plane: a contour is not the loss of a point "
+            "that lies off it."
+        )
+    elif joined:
+        notes.append("All checkpoints lie on the plane.")
+    inside = (left <= marks.x) & (marks.x <= right) & (low <= marks.y) & (marks.y <= high)
+    if beyond := int((~inside).sum()):
+        lies = "checkpoint lies" if beyond == 1 else "checkpoints lie"
+        notes.append(f"{beyond} {lies} beyond the edges.")
+    return notes
+
+
+def _loss(value: float) -> str:
+    return format_number(float(value)) if math.isfinite(value) else "not finite"

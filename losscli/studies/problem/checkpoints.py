@@ -1,0 +1,133 @@
+"""Checkpoints by their names, with the tensors of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losscli.checkpoint import Checkpoint, Given, LoadHooks, read, select_for
+from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
+from losscli.models import RUNS_CODE
+from losscli.studies.problem.model import build
+from losscli.studies.problem.source import Found
+
+__all__ = ["Checkpoints"]
+
+# Of so many checkpoints that do not match is told why.
+_TOLD = 5
+
+
+class Checkpoints:
+    """Opens checkpoints by their names, for one model."""
+
+    def __init__(
+        self, model: nn.Module, found: Found, base: str | None, names: Sequence[str] = ()
+    ) -> None:
+        self._model = model
+        self._hooks = LoadHooks(model)
+        self._found = found
+        self._base = base  # what adapters change
+        self._objects = {str(name): name for name in names if isinstance(name, Given)}
+        # Without their tensors.
+        self._seen: dict[str, tuple[Checkpoint, object]] = {}
+
+    def open(self, name: str) -> Checkpoint:
+        """Opens one, its tensors under the model's names."""
+        with torch.random.fork_rng(devices=[]):
+            if name.startswith("init:"):
+                return _initialisation(name, self._found)
+            file, base = read(self._objects.get(name, name)), None
+            if file.adapter and self._base:
+                base = select_for(read(self._base), self._model, hooks=self._hooks)
+            checkpoint = select_for(file, self._model, base, self._hooks)
+        if checkpoint.path is not None:
+            seen = checkpoint.stamp()
+            if self._seen.setdefault(name, (replace(checkpoint, weights={}), seen))[1] != seen:
+                raise _changed(name)
+        return checkpoint
+
+    def unchanged(self) -> None:
+        """Makes sure that all that were opened are what they were then, or are gone.
+
+        What was mapped of a file that is gone stays as it was.
+        """
+        for name, (checkpoint, seen) in self._seen.items():
+            try:
+                now = checkpoint.stamp()
+            except CheckpointError:
+                continue
+            if now != seen:
+                raise _changed(name)
+
+    def survey(self, names: Sequence[str]) -> tuple[list[dict[str, Any]], Checkpoint]:
+        """Opens each in turn; what does not match in any of them is one error.
+
+        Args:
+            names: Their names.
+
+        Returns:
+            What the summary tells of each, and the first of them.
+
+        Raises:
+            MismatchError: They do not have the model's tensors.
+        """
+        told: dict[str, dict[str, Any]] = {}
+        first: Checkpoint | None = None
+        wrong: list[str] = []
+        cures: list[str] = []
+        for name in dict.fromkeys(names):
+            try:
+                checkpoint = self.open(name)
+            except MismatchError as error:
+                wrong.append(error.what)
+                cures.append(error.cure)
+                continue
+            path = str(checkpoint.path) if checkpoint.path else None
+            told[name] = {"name": name, "path": path, "sha256": checkpoint.sha256()}
+            first = first or checkpoint
+            del checkpoint  # before the next one is opened
+        if wrong:
+            wrong = list(dict.fromkeys(wrong))
+            more = f" | and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
+            raise MismatchError(
+                " | ".join(wrong[:_TOLD]) + more,
+                (cures[0] if all(cures) else "")
+                or f"The model is {self._found.text}; choose with -m",
+            )
+        assert first is not None
+        return [told[name] for name in names], first
+
+
+def _changed(name: str) -> ChangedError:
+    return ChangedError(
+        f"{name} was changed while it was looked at", "Start again once it is left alone"
+    )
+
+
+def _initialisation(name: str, found: Found) -> Checkpoint:
+    try:
+        seed = int(name.removeprefix("init:"))
+    except ValueError:
+        raise UsageError(f"{name} has no seed", f"Write init:0, or ./{name} for a file") from None
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"{name} has no seed", "Give a number from 0 to 2^63 − 1")
+    torch.manual_seed(seed)
+    if isinstance(found.value, nn.Module):
+        raise UsageError(
+            f"{name}: a module that stands already has no initialisation to draw",
+            "Give model= as a spec or a function that builds it",
+        )
+    if isinstance(found.value, str) and found.value.partition(":")[0] in RUNS_CODE:
+        raise UsageError(
+            f"{name}: a saved program has no initialisation to draw", "Give a checkpoint file"
+        )
+    state = {
+        key: tensor
+        for key, tensor in build(found).state_dict().items()
+        if isinstance(tensor, Tensor)
+    }
+    return Checkpoint(name, state, {})

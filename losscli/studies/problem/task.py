@@ -1,0 +1,311 @@
+"""What is asked of the model: the data, the loss and the metrics."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from losscli.checkpoint import CheckpointFile
+from losscli.data import Batching, DataSet, from_object, load
+from losscli.errors import LosscliError, LossError, SpecError, UsageError, one_line
+from losscli.evaluation import losses
+from losscli.evaluation.losses import (
+    LOSSES,
+    METRICS,
+    PerExample,
+    accuracy,
+    causal_lm,
+    class_dim_of,
+    cross_entropy,
+    function_of,
+    options_of,
+    token_cross_entropy,
+)
+from losscli.evaluation.recalibration import Recalibration, layers_of
+from losscli.evaluation.strategies import tensors_of
+from losscli.evaluation.torch_losses import from_torch, is_of_torch
+from losscli.models import (
+    HEADLESS,
+    NEEDS_DECODER,
+    is_headless,
+    label_loss,
+    needs_decoder_inputs,
+    scores_of,
+)
+from losscli.settings import Settings
+from losscli.spec import Spec, call, look_up
+from losscli.studies.problem.source import Found, find
+
+__all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
+
+_METRIC_OF_TASK = {"classification": "accuracy", "regression": "none", "language": "perplexity"}
+# Columns of some study's own.
+_COLUMNS = frozenset({
+    "alpha", "block", "split", "loss", "loss_stderr", "slope", "curvature", "examples", "step",
+    "checkpoint", "projection", "residual", "distance", "turn_degrees", "x", "y", "off_plane",
+    "a", "b",
+})  # fmt: skip
+
+_LOSS_OF_TASK = {
+    "classification": "cross_entropy",
+    "regression": "mse",
+    "language": "causal_lm",
+}
+_TARGETS_OF_TASK = {
+    "classification": "integer targets",
+    "regression": "float targets",
+    "language": "language data",
+}
+
+
+def data_of(settings: Settings, first: CheckpointFile | None) -> tuple[DataSet, str]:
+    """Reads the data.
+
+    Args:
+        settings: The settings.
+        first: The checkpoint that may name it, if any.
+
+    Returns:
+        The data set and what it is called. All its splits, where BatchNorm's statistics are
+        estimated on one that no loss may be evaluated on.
+
+    Raises:
+        UsageError: Nobody names any.
+    """
+    found = find("data", settings.data, first)
+    if found is None:
+        raise UsageError(
+            "no data set is named, neither by --data nor by the checkpoint's metadata nor by a "
+            "losscli.toml beside it",
+            "Give --data, for example --data mnist:FOLDER (losscli list data)",
+        )
+    chosen: dict[str, Any] = {
+        # Training examples may be needed that no loss is evaluated on.
+        "splits": () if settings.buffers == "recalibrate" else settings.split,
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "batching": Batching(settings.batch_size) if settings.batch_loss else None,
+    }
+    if isinstance(found.value, str):
+        data = load(
+            found.value,
+            trusted=found.trusted,
+            source=found.source,
+            folder=found.folder,
+            **chosen,
+        )
+    else:
+        data = from_object(found.value, "data", **chosen)
+    return data, found.text
+
+
+def recalibration_of(
+    model: nn.Module, whole: DataSet, data: DataSet, settings: Settings
+) -> Recalibration | None:
+    """Plans how BatchNorm's statistics are estimated anew, if they are.
+
+    Args:
+        model: The model.
+        whole: All splits of the data.
+        data: What the loss is evaluated on.
+        settings: The settings.
+
+    Returns:
+        The plan: on the split ``train``, or the only one.
+
+    Raises:
+        UsageError: The model has no such statistics, or the data no training examples.
+    """
+    if settings.buffers != "recalibrate":
+        return None
+    if not layers_of(model, tensors_of(model)):
+        raise UsageError(
+            "--buffers recalibrate has nothing to re-estimate: the model has no BatchNorm layer "
+            "that tracks statistics",
+            "Leave it out",
+        )
+    name = "train" if "train" in whole.splits else next(iter(whole.splits))
+    if name != "train" and len(whole.splits) > 1:
+        raise UsageError(
+            "--buffers recalibrate takes the split train, and the data's splits are "
+            f"{', '.join(whole.splits)}",
+            "Give data with a split train, or with no other split than that to take",
+        )
+    split = data.splits.get(name)
+    if split is None:
+        split = whole.select((name,), None, settings.seed).splits[name]
+    if len(split) < 2:
+        raise UsageError(
+            f"--buffers recalibrate has no more than one example of {name}, which has no variance",
+            "Give more" if settings.limit is None else "Give more with --limit",
+        )
+    return Recalibration.plan(name, split, settings.seed)
+
+
+def loss_of(
+    settings: Settings, first: CheckpointFile | None, data: DataSet, model: nn.Module
+) -> tuple[PerExample, str, str]:
+    """Finds the loss: the one that is named, or the one of the data's task.
+
+    Args:
+        settings: The settings.
+        first: The checkpoint that may name it, if any.
+        data: What it is evaluated on.
+        model: The model, whose scores decide where the data are sequences of tokens.
+
+    Returns:
+        The per-example loss, what it is called, and where it came from.
+    """
+    found = find("loss", settings.loss, first)
+    if found is None:
+        own = label_loss(model, floating=data.task == "regression")
+        name = own or (_language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task])
+        source = f"default for {'the config of the model' if own else _TARGETS_OF_TASK[data.task]}"
+        found = Found(name, trusted=True, source=source)
+    loss, text = _per_example(found, LOSSES, "loss")
+    return loss, text, found.source
+
+
+def _language_loss(data: DataSet, model: nn.Module) -> str:
+    """Chooses the loss of a label for each token, by what the model's scores are those of."""
+    scores = scores_of(model)
+    if scores == "next":
+        return "causal_lm"
+    kind = type(model).__name__
+    if any(needs_decoder_inputs(model, s.first(1).inputs) for s in data.splits.values()):
+        raise LossError(f"{kind} predicts from decoder_input_ids, and has none", NEEDS_DECODER)
+    if scores == "own":
+        return "token_cross_entropy"
+    if is_headless(model):
+        raise LossError(f"{kind} has no scores for tokens", HEADLESS)
+    raise LossError(
+        f"the data have a label for each token, and what {kind} scores is not known",
+        "Give --loss: causal_lm, token_cross_entropy, or path/to/file.py:callable",
+    )
+
+
+def metrics_of(
+    settings: Settings, data: DataSet, loss: PerExample, model: nn.Module
+) -> tuple[dict[str, PerExample], list[str], str]:
+    """Finds the metrics: those that are named, or that of the data's task.
+
+    Args:
+        settings: The settings.
+        data: What they are evaluated on.
+        loss: The loss.
+        model: The model.
+
+    Returns:
+        The per-example metrics by the names of their columns, what they are called, and where
+        they came from.
+
+    Raises:
+        UsageError: Two columns would have one name.
+    """
+    # Whoever asks for causal_lm means tokens, whatever the data's form.
+    function = function_of(loss)
+    default = _METRIC_OF_TASK["language" if function is causal_lm else data.task]
+    source = f"default for {_TARGETS_OF_TASK[data.task]}"
+    next_tokens = function is causal_lm or scores_of(model) == "next"
+    if function is token_cross_entropy or (data.language and not next_tokens):
+        default = "none"
+    if settings.metric:
+        source = "--metric"
+    metrics: dict[str, PerExample] = {}
+    texts = []
+    for value in settings.metric or (default,):
+        if value == "none":
+            continue
+        found = Found.named(value, trusted=True)
+        name = _column(found.value)
+        if name in metrics or name in _COLUMNS:
+            raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
+        metric, text = _per_example(found, METRICS, "metric")
+        metrics[name] = _like_loss(loss, metric)
+        texts.append(text)
+    return metrics, texts, source
+
+
+def _like_loss(loss: PerExample, metric: PerExample) -> PerExample:
+    """Makes a built-in metric ignore the targets that the loss ignores, and read the same dim."""
+    if function_of(metric) not in METRICS.values():
+        return metric
+    shared = {"ignore_index": options_of(loss).get("ignore_index")}
+    if function_of(metric) is accuracy:
+        shared["dim"] = class_dim_of(loss)
+        shared["soft"] = function_of(loss) is cross_entropy or None
+    shared = {key: value for key, value in shared.items() if value is not None}
+    return partial(metric, **{**shared, **options_of(metric)}) if shared else metric
+
+
+def _column(metric: Any) -> str:
+    """Names a metric's column: an entry's name, or the last name of a path to code."""
+    if not isinstance(metric, str):
+        return str(getattr(metric, "__name__", type(metric).__name__))
+    target = Spec.parse(metric).target
+    return target if target in METRICS else target.rpartition(":")[2].rpartition(".")[2]
+
+
+def _per_example(
+    found: Found, registry: Mapping[str, PerExample], kind: str
+) -> tuple[PerExample, str]:
+    """Makes the function that is named, and says what it is called."""
+    where = f"{kind} {found.text!r}"
+    if not isinstance(found.value, str):
+        if is_of_torch(found.value):
+            made, text = from_torch(found.value, {}, where)
+            return _checked(made, where), text
+        function: PerExample = found.value
+        return function, found.text
+    spec = Spec.parse(found.value)
+    function, arguments = look_up(spec, registry, kind, trusted=found.trusted, source=found.source)
+    if arguments and not isinstance(function, type):
+        raise SpecError(f"{where}: {kind} functions take no argument")
+    if is_of_torch(function) and not arguments:
+        function, _ = from_torch(function, spec.options, where)
+    elif isinstance(function, type):
+        try:
+            function = call(function, arguments, spec.options, where)
+        except LosscliError:
+            raise
+        except Exception as error:
+            raise LossError(f"{where} cannot be built: {one_line(error)}") from error
+    elif spec.options:
+        function = partial(function, **spec.options)
+    return _checked(function, where), found.text
+
+
+def _checked(function: PerExample, where: str) -> PerExample:
+    """Makes sure that the options of a function of losscli's own are such as it takes."""
+    if function_of(function).__module__ != losses.__name__:
+        return function
+    parameters = inspect.signature(function_of(function)).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for key, value in options_of(function).items():
+        if key not in known:
+            raise SpecError(
+                f"{where}: the key {key!r} is not known",
+                f"It takes {', '.join(known) or 'no keys'}",
+            )
+        if key in {"weight", "pos_weight"} and not _are_weights(value):
+            raise SpecError(
+                f"{where}: {key} needs numbers from 0 up, not all of them 0",
+                f"Write {key}=0.2-1-5 for three classes",
+            )
+        if key == "ignore_index" and type(value) is not int:
+            raise SpecError(f"{where}: ignore_index needs a whole number", "Give one, such as 0")
+        if key == "label_smoothing" and not (type(value) in {int, float} and 0 <= value <= 1):
+            raise SpecError(f"{where}: label_smoothing needs a number from 0 to 1", "Give 0.1")
+    return function
+
+
+def _are_weights(value: Any) -> bool:
+    if isinstance(value, bool | str):
+        return False
+    weights = torch.as_tensor(value, dtype=torch.float64)
+    return bool(weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any())

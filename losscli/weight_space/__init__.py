@@ -1,0 +1,1 @@
+"""Vectors of parameters: lines, planes, paths, directions and permutations."""

@@ -1,0 +1,741 @@
+"""The permutations of hidden units that leave a network's function as it is, from its graph.
+
+The network is traced by ``torch.export`` into core ATen operators. Every axis of every tensor in
+the graph is labelled with what may be permuted on it (`losscli.weight_space.axes`), and every
+operator ties the axes that must move alike for it to commute with the permutation: an addition ties
+its operands, a product of matrices what is summed over. The network's inputs and outputs stay as
+they are, and so does everything that meets an operator that is not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import operator
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram, default_decompositions, export
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from losscli.errors import ModelError
+from losscli.weight_space.axes import Axis, concatenate, cut, multiply, pin, regroup, tie, units
+from losscli.weight_space.vectors import Weights
+
+__all__ = ["Group", "Member", "obstacles", "permutation_groups", "permute"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the units of a group lie on one axis of one tensor.
+
+    Attributes:
+        name: The tensor.
+        axis: Which of its axes.
+        positions: The positions of each unit on it, ``[units, block]``: one a unit in a linear
+            layer's weight; height × width of them where the units are channels that were flattened.
+    """
+
+    name: str
+    axis: int
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that may be permuted together, in every tensor that they reach.
+
+    Attributes:
+        size: The number of units.
+        members: Where they lie, for each tied tensor under all of its names.
+    """
+
+    size: int
+    members: tuple[Member, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that the group reaches."""
+        return tuple(dict.fromkeys(member.name for member in self.members))
+
+
+def permutation_groups(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> tuple[Group, ...]:
+    """Finds the groups of hidden units whose order does not matter.
+
+    Args:
+        model: The model, in eval mode; it is traced, and may keep what tracing left in it.
+        args: A small batch of inputs by position.
+        kwargs: Inputs by name.
+
+    Returns:
+        The groups, in the order of the model's tensors. Any permutation of each, of its members in
+        all tensors at once, leaves what the model gives, or its ``logits``, as it is.
+
+    Raises:
+        ModelError: The model cannot be traced.
+    """
+    program = _trace(_Scores(model), tuple(args), dict(kwargs or {}))
+    return _label(program, _names(model), Labels())
+
+
+def obstacles(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
+    """Names what holds units of a model in their order, where no group of them is found.
+
+    Args:
+        model: The model, in eval mode.
+        args: A small batch of inputs by position.
+        kwargs: Inputs by name.
+
+    Returns:
+        The operators that units meet and that may heed their order, and the constants but for which
+        some could be permuted.
+
+    Raises:
+        ModelError: The model cannot be traced.
+    """
+    program = _trace(_Scores(model), tuple(args), dict(kwargs or {}))
+    names, labels, free = _names(model), Labels(), Labels(constants_free=True)
+    _label(program, names, labels)
+    matter = _label(program, names, free)
+    return (*labels.heeding, *(free.constants if matter else ()))
+
+
+class Labels(dict[Node, Any]):
+    """The labels of the tensors of a graph, and what was met on the way.
+
+    Args:
+        constants_free: Whether constants are taken for ones whose order can be changed.
+
+    Attributes:
+        heeding: The operators that units meet and that may heed their order.
+        constants: The constants.
+    """
+
+    def __init__(self, *, constants_free: bool = False) -> None:
+        super().__init__()
+        self.constants_free = constants_free
+        self.heeding: dict[str, None] = {}
+        self.constants: dict[str, None] = {}
+
+    def hold(self, node: Node, axes: Iterable[Axis]) -> None:
+        """Pins axes to which an operator may heed the order.
+
+        Args:
+            node: The operator.
+            axes: The axes.
+        """
+        for axis in axes:
+            if any(units(axis)):
+                self.heeding[_operator(node)] = None
+            pin(axis)
+
+    def constant(self, node: Node, name: str) -> Any:
+        """Labels a tensor that is no input and none of the model's own.
+
+        Args:
+            node: Where it comes from.
+            name: What it is called.
+
+        Returns:
+            Its labels.
+        """
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.numel() < 2:
+            return _pinned_like(node)
+        self.constants[name] = None
+        return _fresh(_shape(node)) if self.constants_free else _pinned_like(node)
+
+
+def _label(program: ExportedProgram, names: Mapping[str, str], labels: Labels) -> tuple[Group, ...]:
+    axes: dict[str, list[Axis]] = {}
+    kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    for node in program.graph.nodes:
+        _check_shapes(node)
+        if node.op == "placeholder":
+            spec = kinds[node.name]
+            first = names.get((spec.target or "").removeprefix("model."))
+            if spec.kind in {InputKind.PARAMETER, InputKind.BUFFER} and first and node.users:
+                if first not in axes:
+                    axes[first] = _fresh(_shape(node))
+                labels[node] = axes[first]
+            elif spec.kind in {InputKind.CONSTANT_TENSOR, InputKind.BUFFER}:
+                name = (spec.target or node.name).removeprefix("model.")
+                labels[node] = labels.constant(node, f"the constant {name}")
+            else:
+                labels[node] = _pinned_like(node)
+        elif node.op == "call_function":
+            labels[node] = _apply(node, labels)
+        elif node.op == "output":
+            for axis in _met(node, labels):
+                pin(axis)
+    return _groups(axes, names)
+
+
+def permute(
+    weights: Weights, groups: Sequence[Group], permutations: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Permutes the units of groups.
+
+    Args:
+        weights: The tensors.
+        groups: The groups.
+        permutations: For each group which unit comes to each place, ``[units]``.
+
+    Returns:
+        The tensors, with new ones in the place of those that any group reaches.
+    """
+    permuted = dict(weights)
+    for group, permutation in zip(groups, permutations, strict=True):
+        if torch.equal(permutation, torch.arange(group.size)):
+            continue
+        for member in group.members:
+            if member.name not in permuted:
+                continue
+            tensor = permuted[member.name]
+            order = torch.arange(tensor.shape[member.axis])
+            order[member.positions] = member.positions[permutation]
+            permuted[member.name] = tensor.index_select(member.axis, order.to(tensor.device))
+    return permuted
+
+
+class _Scores(nn.Module):
+    """A model reduced to its scores, which Hugging Face models wrap."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.model(*args, **kwargs)
+        return getattr(outputs, "logits", outputs)
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    # Fused attention kernels would hide what is in them.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), _silence():
+            # Attention is left whole: its parts may not fit the strides that the whole left behind.
+            table = default_decompositions()
+            whole = torch.ops.aten.scaled_dot_product_attention.default
+            table.pop(whole, None)  # type: ignore[no-untyped-call]
+            program = export(model.eval(), args, kwargs, strict=False)
+            lowered: ExportedProgram = program.run_decompositions(table)
+            return lowered
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        raise ModelError(
+            f"the model cannot be traced by torch.export: {what}",
+            "Its forward must take the same way for all inputs (torch.where instead of if); --model"
+            " may name another with the same tensors that does",
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps to itself what torch.export says to developers of models; errors are passed on."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _check_shapes(node: Node) -> None:
+    value = node.meta.get("val")
+    for tensor in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(tensor, Tensor) and not all(isinstance(size, int) for size in tensor.shape):
+            raise ModelError(
+                f"the model cannot be traced: a shape in it depends on values ({node.name})",
+                "Its forward must give tensors of the same shapes for all inputs",
+            )
+
+
+def _names(model: nn.Module) -> dict[str, str]:
+    """For each floating-point tensor of the state dict the first of the names that it has."""
+    kept = model.state_dict().keys()
+    first: dict[int, str] = {}
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {
+        name: first.setdefault(id(tensor), name)
+        for name, tensor in named
+        if name in kept and tensor.is_floating_point()
+    }
+
+
+def _groups(axes: Mapping[str, list[Axis]], names: Mapping[str, str]) -> tuple[Group, ...]:
+    members: dict[Axis, list[Member]] = {}
+    for name, first in names.items():
+        for i, axis in enumerate(axes.get(first, ())):
+            for leaf, positions in units(axis):
+                members.setdefault(leaf, []).append(Member(name, i, positions))
+    return tuple(Group(leaf.size, tuple(found)) for leaf, found in members.items())
+
+
+# What follows are the operators: each takes a node of the graph and the labels of all tensors
+# before it, a list of axes for each, and gives the labels of what it computes.
+
+Rule = Callable[[Node, Labels], Any]
+
+
+def _apply(node: Node, labels: Labels) -> Any:
+    if node.target is operator.getitem:
+        outputs, index = node.args
+        found = labels.get(outputs)  # type: ignore[arg-type]
+        # Of what is not labelled all inputs were pinned.
+        return found[index] if isinstance(found, tuple) else _pinned_like(node)  # type: ignore[index]
+    if not all(isinstance(labels.get(source), list) for source in node.all_input_nodes):
+        return _unknown(node, labels)
+    name = _operator(node)
+    if match := _SPATIAL.fullmatch(name):
+        return _spatial(node, labels, int(match[1]))
+    tags = getattr(node.target, "tags", ())
+    random = torch.Tag.nondeterministic_seeded in tags
+    single = isinstance(node.meta.get("val"), Tensor)
+    pointwise = torch.Tag.pointwise in tags and single and not random
+    return _RULES.get(name, _pointwise if pointwise else _unknown)(node, labels)
+
+
+def _operator(node: Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
+
+
+def _fresh(shape: Sequence[int]) -> list[Axis]:
+    return [Axis(int(size)) for size in shape]
+
+
+def _pinned(shape: Sequence[int]) -> list[Axis]:
+    return [Axis(int(size), pinned=True) for size in shape]
+
+
+def _pinned_like(node: Node) -> Any:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return _pinned(value.shape)
+    if isinstance(value, list | tuple):
+        return tuple(_pinned(v.shape) if isinstance(v, Tensor) else None for v in value)
+    return None
+
+
+def _met(node: Node, labels: Labels) -> Iterator[Axis]:
+    for source in node.all_input_nodes:
+        found = labels.get(source)
+        for axes in found if isinstance(found, tuple) else (found,):
+            yield from axes or ()
+
+
+def _unknown(node: Node, labels: Labels) -> Any:
+    if not node.all_input_nodes:
+        return labels.constant(node, _operator(node))
+    labels.hold(node, _met(node, labels))
+    return _pinned_like(node)
+
+
+def _nothing(node: Node, labels: Labels) -> Any:
+    """An assertion, which gives nothing."""
+
+
+def _shape(node: Node) -> list[int]:
+    return [int(size) for size in node.meta["val"].shape]
+
+
+def _argument(node: Node, name: str) -> Any:
+    """An argument by its name in the operator's schema; None where the overload has none such."""
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(name)
+            return argument.default_value if given is None else given
+    return None
+
+
+def _of(labels: Labels, node: Any) -> list[Axis]:
+    axes: list[Axis] = labels[node]
+    return axes
+
+
+def _broadcast(shape: Sequence[int], operands: Sequence[list[Axis]]) -> list[Axis]:
+    """Ties operands as broadcasting aligns them; what is repeated is the same at every place."""
+    result = []
+    for i in range(-len(shape), 0):
+        size = shape[i]
+        meeting = [o[i] for o in operands if len(o) >= -i and o[i].size == size]
+        for other in meeting[1:]:
+            tie(meeting[0], other)
+        result.append(meeting[0] if meeting else Axis(size))
+    return result
+
+
+def _pointwise(node: Node, labels: Labels) -> Any:
+    return _broadcast(_shape(node), [_of(labels, source) for source in node.all_input_nodes])
+
+
+def _constant(node: Node, labels: Labels) -> Any:  # noqa: ARG001 - every rule takes both
+    return _fresh(_shape(node))
+
+
+def _view(node: Node, labels: Labels) -> Any:
+    """Axes of size 1 come and go; the others are matched in the smallest chunks of one size."""
+    old = [axis for axis in _of(labels, node.args[0]) if axis.size != 1]
+    shape = _shape(node)
+    new = [size for size in shape if size != 1]
+    if 0 in shape or math.prod(a.size for a in old) != math.prod(new):
+        return _unknown(node, labels)  # nothing to view, or as another type
+    found: list[Axis] = []
+    while old:
+        axes, sizes = [old.pop(0)], [new.pop(0)]
+        before, after = axes[0].size, sizes[0]
+        while before != after:
+            if before < after:
+                axes.append(old.pop(0))
+                before *= axes[-1].size
+            else:
+                sizes.append(new.pop(0))
+                after *= sizes[-1]
+        found += axes if len(axes) == len(sizes) == 1 else regroup(axes, sizes)
+    return [Axis(1, pinned=True) if size == 1 else found.pop(0) for size in shape]
+
+
+def _permute(node: Node, labels: Labels) -> Any:
+    axes = _of(labels, node.args[0])
+    return [axes[i] for i in _argument(node, "dims")]
+
+
+def _transpose(node: Node, labels: Labels) -> Any:
+    axes = list(_of(labels, node.args[0]))
+    i, j = _argument(node, "dim0"), _argument(node, "dim1")
+    if len(axes) > 1:
+        axes[i], axes[j] = axes[j], axes[i]
+    return axes
+
+
+def _expand(node: Node, labels: Labels) -> Any:
+    return _broadcast(_shape(node), [_of(labels, node.args[0])])
+
+
+def _repeat(node: Node, labels: Labels) -> Any:
+    axes = _of(labels, node.args[0])
+    times = _argument(node, "repeats")
+    axes = [Axis(1, pinned=True)] * (len(times) - len(axes)) + axes
+    return [
+        axis if n == 1 else multiply([Axis(n), axis]) for n, axis in zip(times, axes, strict=True)
+    ]
+
+
+def _slice(node: Node, labels: Labels) -> Any:
+    axes = list(_of(labels, node.args[0]))
+    dim = _argument(node, "dim")
+    size = axes[dim].size
+    start, stop, step = slice(
+        _argument(node, "start"), _argument(node, "end"), _argument(node, "step")
+    ).indices(size)
+    stop = max(start, stop)
+    if step == 1:
+        axes[dim] = cut(axes[dim], [start, stop - start, size - stop])[1]
+    else:
+        labels.hold(node, [axes[dim]])
+        axes[dim] = Axis(_shape(node)[dim], pinned=True)
+    return axes
+
+
+def _select(node: Node, labels: Labels) -> Any:
+    axes = list(_of(labels, node.args[0]))
+    labels.hold(node, [axes.pop(_argument(node, "dim"))])
+    return axes
+
+
+def _split(node: Node, labels: Labels) -> Any:
+    axes = _of(labels, node.args[0])
+    dim = _argument(node, "dim")
+    pieces = cut(axes[dim], [int(v.shape[dim]) for v in node.meta["val"]])
+    found = []
+    for piece in pieces:
+        own = list(axes)
+        own[dim] = piece
+        found.append(own)
+    return tuple(found)
+
+
+def _index(node: Node, labels: Labels) -> Any:
+    """Places picked along adjacent axes by tensors of whole numbers."""
+    axes = _of(labels, node.args[0])
+    indices = _argument(node, "indices")
+    picked = [i for i, index in enumerate(indices) if index is not None]
+    if picked != list(range(picked[0], picked[-1] + 1)) or any(
+        not isinstance(indices[i], Node) or indices[i].meta["val"].dtype == torch.bool
+        for i in picked
+    ):
+        return _unknown(node, labels)
+    held = axes[picked[0] : picked[-1] + 1]
+    labels.hold(node, [*held, *(a for i in picked for a in labels[indices[i]])])
+    before, after = axes[: picked[0]], axes[picked[-1] + 1 :]
+    shape = _shape(node)
+    return [*before, *_pinned(shape[len(before) : len(shape) - len(after)]), *after]
+
+
+def _cat(node: Node, labels: Labels) -> Any:
+    operands = [_of(labels, source) for source in node.args[0]]  # type: ignore[union-attr]
+    shape = _shape(node)
+    # An empty vector may be put before anything.
+    operands = [o for o in operands if len(o) == len(shape)]
+    dim = _argument(node, "dim") % len(shape)
+    found = []
+    for i in range(len(shape)):
+        if i == dim:
+            found.append(concatenate([o[i] for o in operands]))
+        else:
+            for other in operands[1:]:
+                tie(operands[0][i], other[i])
+            found.append(operands[0][i])
+    return found
+
+
+def _pad(node: Node, labels: Labels) -> Any:
+    axes = list(_of(labels, node.args[0]))
+    pads = _argument(node, "pad")
+    for k in range(len(pads) // 2):
+        before, after = pads[2 * k], pads[2 * k + 1]
+        if min(before, after) < 0:
+            return _unknown(node, labels)
+        if before or after:
+            # One constant all along: what is added may be permuted at will.
+            axes[-1 - k] = concatenate([Axis(before), axes[-1 - k], Axis(after)])
+    return axes
+
+
+def _reduce(node: Node, labels: Labels) -> Any:
+    """Sums, means, largest values: the order of what is reduced does not matter."""
+    axes = _of(labels, node.args[0])
+    dims = _argument(node, "dim")
+    return _without(axes, dims, keep=len(_shape(node)) == len(axes))
+
+
+def _moments(node: Node, labels: Labels) -> Any:
+    axes = _of(labels, node.args[0])
+    keep = node.meta["val"][0].ndim == len(axes)
+    found = _without(axes, _argument(node, "dim"), keep=keep)
+    return found, found
+
+
+def _without(axes: list[Axis], dims: Any, *, keep: bool) -> list[Axis]:
+    if not axes:
+        return []
+    dims = [dims] if isinstance(dims, int) else dims
+    # All of them where none are named.
+    gone = {i % len(axes) for i in dims} if dims else set(range(len(axes)))
+    return [
+        Axis(1, pinned=True) if i in gone else axis
+        for i, axis in enumerate(axes)
+        if keep or i not in gone
+    ]
+
+
+def _ordered(node: Node, labels: Labels) -> Any:
+    """Operators to which the order along some axes matters, and along no others."""
+    axes = _of(labels, node.args[0])
+    dims = _argument(node, "dims" if node.target is torch.ops.aten.flip.default else "dim")
+    if not axes or dims is None:
+        return _unknown(node, labels)
+    found = list(axes)
+    for dim in [dims] if isinstance(dims, int) else dims:
+        labels.hold(node, [axes[dim]])
+        found[dim] = Axis(-1)
+    return _fitted(node, found)
+
+
+def _fitted(node: Node, axes: list[Axis]) -> Any:
+    """Gives axes of unknown size that of the outputs, or leaves them out where these do."""
+    value = node.meta["val"]
+
+    def fit(output: Tensor) -> list[Axis]:
+        kept = axes if output.ndim == len(axes) else [a for a in axes if a.size >= 0]
+        return [
+            Axis(int(size), pinned=True) if axis.size < 0 else axis
+            for axis, size in zip(kept, output.shape, strict=True)
+        ]
+
+    return fit(value) if isinstance(value, Tensor) else tuple(fit(v) for v in value)
+
+
+def _same(node: Node, labels: Labels) -> Any:
+    return _of(labels, node.args[0])
+
+
+def _matrices(node: Node, labels: Labels) -> Any:
+    """A product of two matrices, of a matrix and a vector, or of batches of matrices."""
+    return _product(_of(labels, node.args[0]), _of(labels, node.args[1]))
+
+
+def _add_matrices(node: Node, labels: Labels) -> Any:
+    product = _product(_of(labels, node.args[1]), _of(labels, node.args[2]))
+    return _broadcast(_shape(node), [product, _of(labels, node.args[0])])
+
+
+def _product(a: list[Axis], b: list[Axis]) -> list[Axis]:
+    batch = len(a) - 2 if len(a) == len(b) > 2 else 0
+    for x, y in zip(a[:batch], b[:batch], strict=True):
+        tie(x, y)
+    tie(a[-1], b[batch])
+    return a[:-1] + b[batch + 1 :]
+
+
+def _convolution(node: Node, labels: Labels) -> Any:
+    x, weight = (_of(labels, source) for source in node.args[:2])
+    bias, transposed, groups = node.args[2], node.args[6], node.args[8]
+    assert isinstance(groups, int)
+    labels.hold(node, x[2:])
+    for axis in weight[2:]:
+        pin(axis)
+    # Of a transposed convolution the first axis is that of the inputs, [groups × in, out, …]; else
+    # it is that of the outputs, [groups × out, in, …].
+    group = Axis(groups)
+    whole = Axis(weight[0].size // groups)
+    tie(weight[0], multiply([group, whole]))
+    inner, outer = (whole, weight[1]) if transposed else (weight[1], whole)
+    tie(x[1], multiply([group, inner]))
+    channels = multiply([group, outer])
+    if bias is not None:
+        tie(channels, _of(labels, bias)[0])
+    return [x[0], channels, *_pinned(_shape(node)[2:])]
+
+
+def _embedding(node: Node, labels: Labels) -> Any:
+    weight, indices = (_of(labels, source) for source in node.args[:2])
+    pin(weight[0])
+    return [*indices, weight[1]]
+
+
+def _batch_norm(node: Node, labels: Labels) -> Any:
+    x = _of(labels, node.args[0])
+    # Of weights and running statistics there are as many as the overload takes.
+    for source in node.args[1:]:
+        if isinstance(source, Node):
+            tie(x[1], _of(labels, source)[0])
+    size = [x[1].size]
+    outputs = node.meta["val"][1:]
+    return x, *([x[1]] if list(v.shape) == size else _pinned(v.shape) for v in outputs)
+
+
+def _layer_norm(node: Node, labels: Labels) -> Any:
+    x = _of(labels, node.args[0])
+    count = len(node.args[1])  # type: ignore[arg-type]
+    for source in node.args[2:4]:
+        if isinstance(source, Node):
+            for axis, other in zip(x[-count:], _of(labels, source), strict=True):
+                tie(axis, other)
+    rest = [*x[:-count], *_pinned([1] * count)]
+    return x, rest, rest
+
+
+def _group_norm(node: Node, labels: Labels) -> Any:
+    x = _of(labels, node.args[0])
+    groups = node.args[6]
+    assert isinstance(groups, int)
+    group = Axis(groups)
+    tie(x[1], multiply([group, Axis(x[1].size // groups)]))
+    for source in node.args[1:3]:
+        if isinstance(source, Node):
+            tie(x[1], _of(labels, source)[0])
+    return x, [x[0], group], [x[0], group]
+
+
+def _weight_norm(node: Node, labels: Labels) -> Any:
+    v, g = (_of(labels, source) for source in node.args[:2])
+    return _broadcast([axis.size for axis in v], [v, g]), g
+
+
+def _attention(node: Node, labels: Labels) -> Any:
+    """softmax(q kᵀ + mask) v, where several heads of q may share one of k and v."""
+    query, key, value = (list(_of(labels, source)) for source in node.args[:3])
+    pin(query[-2])  # the mask may be a causal one
+    pin(key[-2])
+    heads = query[-3] if len(query) > 3 else None
+    if heads is not None and heads.size != key[-3].size:
+        tie(heads, multiply([key[-3], Axis(heads.size // key[-3].size)]))
+        tie(key[-3], value[-3])
+        key[-3] = value[-3] = heads
+    scores = _product(query, [*key[:-2], key[-1], key[-2]])
+    for mask in [*node.args[3:], *node.kwargs.values()]:
+        if isinstance(mask, Node):
+            _broadcast([axis.size for axis in scores], [scores, _of(labels, mask)])
+    return _product(scores, value)
+
+
+def _spatial(node: Node, labels: Labels, count: int) -> Any:
+    """Pooling, resizing and padding over the last axes, each channel by itself."""
+    x = _of(labels, node.args[0])
+    labels.hold(node, x[-count:])
+
+    def one(output: Tensor) -> list[Axis]:
+        return [*x[:-count], *_pinned([int(size) for size in output.shape[-count:]])]
+
+    value = node.meta["val"]
+    return one(value) if isinstance(value, Tensor) else tuple(map(one, value))
+
+
+_SPATIAL = re.compile(
+    r"(?:_?(?:adaptive_)?(?:avg|max)_pool|_?upsample_[a-z_]+|(?:reflection|replication)_pad)"
+    r"([123])d(?:_with_indices|_aa)?"
+)
+
+
+def _rules() -> dict[str, Rule]:
+    by_rule: dict[Rule, str] = {
+        _same: "alias clone contiguous detach lift_fresh_copy _to_copy _softmax _log_softmax",
+        _pointwise: "hardswish hardsigmoid nan_to_num fill",
+        _nothing: "_assert_async _assert_scalar _assert_tensor_metadata",
+        _constant: "full full_like zeros zeros_like ones ones_like scalar_tensor",
+        _view: "view _unsafe_view reshape squeeze unsqueeze",
+        _permute: "permute",
+        _transpose: "transpose",
+        _expand: "expand",
+        _repeat: "repeat",
+        _slice: "slice",
+        _select: "select",
+        _split: "split split_with_sizes",
+        _index: "index _unsafe_index",
+        _cat: "cat",
+        _pad: "constant_pad_nd",
+        _reduce: "sum mean amax amin prod any all logsumexp var linalg_vector_norm norm",
+        _moments: "var_mean",
+        _ordered: "max min argmax argmin cumsum cumprod flip sort topk",
+        _matrices: "mm bmm mv dot",
+        _add_matrices: "addmm baddbmm",
+        _convolution: "convolution",
+        _embedding: "embedding",
+        _batch_norm: "_native_batch_norm_legit_no_training _native_batch_norm_legit",
+        _layer_norm: "native_layer_norm",
+        _group_norm: "native_group_norm",
+        _weight_norm: "_weight_norm_interface",
+        _attention: "scaled_dot_product_attention",
+    }
+    return {name: rule for rule, names in by_rule.items() for name in names.split()}
+
+
+_RULES = _rules()

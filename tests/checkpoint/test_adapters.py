@@ -1,0 +1,503 @@
+"""LoRA adapters written by peft, held against its own merging in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from losscli.checkpoint import Checkpoint, base_of, in_folder, read
+from losscli.errors import CheckpointError, MismatchError
+from losscli.models import MLP
+from tests import oracle
+from tests.checkpoint.test_files import refusal, same, state, write
+from tests.checkpoint.test_folders import tiny
+from tests.conftest import Losscli
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"peft\..*|torch\..*|transformers\..*")
+        yield
+
+
+class Mixed(nn.Module):
+    """Layers of every kind that LoRA changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 4)
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.point = nn.Conv2d(4, 4, 1)
+        self.line = nn.Conv1d(4, 5, 3)
+        self.square = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+        self.norm = nn.LayerNorm(3)
+
+
+def mixed(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Mixed()
+
+
+def mlp(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return MLP("4-3-2")
+
+
+def adapt(model: nn.Module, folder: Path, *, seed: int = 1, **config: Any) -> dict[str, Tensor]:
+    """Trains an adapter, so to speak, saves it, and returns what peft makes of both."""
+    torch.manual_seed(seed)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    wrapped.save_pretrained(folder)
+    merged = wrapped.merge_and_unload()
+    return {name: t.detach().clone() for name, t in merged.state_dict().items()}
+
+
+def opened(base: dict[str, Tensor], adapter: Path, expected: dict[str, Tensor]) -> Checkpoint:
+    return read(str(adapter)).select(expected, Checkpoint("base", base, {"losscli.model": "x"}))
+
+
+EVERY = ["words", "conv", "point", "line", "square", "head"]
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "linear": (mlp, {"r": 2, "target_modules": ["layers.0", "layers.1"]}),
+    "alpha": (mlp, {"r": 2, "lora_alpha": 5, "target_modules": ["layers.0"]}),
+    "rslora": (mlp, {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["layers.1"]}),
+    "every kind": (mixed, {"r": 2, "target_modules": EVERY}),
+    "patterns": (
+        mixed,
+        {
+            "r": 2,
+            "target_modules": EVERY,
+            "rank_pattern": {"head": 3, "^conv": 1},
+            "alpha_pattern": {"point|line": 7, "square": 0.5},
+        },
+    ),
+    "trained biases": (mixed, {"r": 2, "target_modules": ["conv", "head"], "bias": "all"}),
+    "biases of its own": (mixed, {"r": 2, "target_modules": ["conv", "head"], "bias": "lora_only"}),
+    "biases of LoRA": (mixed, {"r": 2, "target_modules": ["conv", "square"], "lora_bias": True}),
+    "whole modules": (
+        mixed, {"r": 2, "target_modules": ["conv"], "modules_to_save": ["head", "norm"]},
+    ),
+    "whole modules and biases": (
+        mixed, {"r": 2, "target_modules": ["conv"], "modules_to_save": ["norm"], "bias": "all"},
+    ),
+    "gaussian": (mlp, {"r": 2, "target_modules": ["layers.0"], "init_lora_weights": "gaussian"}),
+    "gpt2": (
+        lambda: tiny(0),
+        {"r": 2, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    ),
+    "gpt2's embedding": (
+        lambda: tiny(0, tie_word_embeddings=False),
+        {"r": 2, "target_modules": ["wte", "c_attn"], "fan_in_fan_out": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_changes_its_base_as_peft_does(case: str, suffix: str, tmp_path: Path) -> None:
+    build, config = CASES[case]
+    base = {n: t.clone() for n, t in build().double().state_dict().items()}
+    merged = adapt(build().double(), tmp_path, **config)
+    if suffix == ".bin":
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        torch.save(tensors, tmp_path / "adapter_model.bin")
+        (tmp_path / "adapter_model.safetensors").unlink()
+    found = opened(base, tmp_path, build().state_dict()).weights
+    assert found.keys() == merged.keys() == base.keys()
+    touched = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert touched
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float64
+        assert torch.allclose(tensor, merged[name], rtol=1e-13, atol=1e-15), name
+        # What the adapter does not change is the base's own tensor, not a copy.
+        assert (tensor is base[name]) == (name not in touched), name
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_half_precision_is_merged_in_float32(stored: torch.dtype, tmp_path: Path) -> None:
+    base = {n: t.to(stored) for n, t in mlp().state_dict().items()}
+    adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"])
+    wide = mlp()
+    wide.load_state_dict(base)
+    exact = peft.PeftModel.from_pretrained(wide.double(), tmp_path).merge_and_unload().state_dict()
+    found = opened(base, tmp_path, mlp().state_dict()).weights
+    assert found["layers.0.weight"].dtype == torch.float32
+    assert torch.allclose(found["layers.0.weight"].double(), exact["layers.0.weight"], rtol=1e-6)
+    assert found["layers.1.weight"] is base["layers.1.weight"]
+
+
+def test_a_square_weight_whose_layout_is_not_known_is_refused(tmp_path: Path) -> None:
+    model = tiny(0)
+    base = {n: t.clone() for n, t in model.state_dict().items()}
+    adapt(model, tmp_path, r=2, target_modules=["c_proj", "c_attn"], fan_in_fan_out=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["fan_in_fan_out"] = False
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"attn\.c_proj\.weight is square: how it is"):
+        opened(base, tmp_path, tiny(0).state_dict())
+
+
+# On the command line
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """base.pt, its adapter and data in the current folder; what both make together."""
+    monkeypatch.chdir(tmp_path)
+    write({"model": mlp().state_dict(), "losscli.model": "mlp:4-3-2"}, tmp_path / "base.pt")
+    merged = adapt(mlp(), tmp_path / "adapter", r=2, target_modules=["layers.0"])
+    torch.manual_seed(0)
+    data = {"inputs": torch.rand(9, 4), "targets": torch.arange(9) % 2}
+    save_file(data, tmp_path / "data.safetensors")
+    (tmp_path / "losscli.toml").write_text('data = "safetensors:data.safetensors"\n')
+    return merged
+
+
+def loss(weights: Any) -> float:
+    data = load_file("data.safetensors")
+    return oracle.mean(
+        oracle.losses(
+            lambda: MLP("4-3-2"),
+            weights,
+            data["inputs"],
+            data["targets"],
+            lambda o, t: nn.functional.cross_entropy(o, t, reduction="none"),
+        )
+    )
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_line_goes_from_the_base_to_base_and_adapter(
+    turned: bool, pair: dict[str, Tensor], losscli: Losscli
+) -> None:
+    names = ["adapter", "base.pt"] if turned else ["base.pt", "adapter"]
+    done = losscli("interpolate", *names, "-q", "--json", "--dtype", "float64", "-o", "x")
+    assert done.status == 0, done.stderr
+    summary = json.loads(done.stdout)
+    losses = [loss(mlp().state_dict()), loss(pair)]
+    found = summary["splits"]["data"]
+    ends = losses[::-1] if turned else losses
+    assert [found["loss_a"], found["loss_b"]] == pytest.approx(ends, rel=1e-6)
+    assert summary["moving"] == {"tensors": 1, "values": 12}
+    told = {c["name"]: c for c in summary["checkpoints"]}
+    assert told["adapter"]["path"] == "adapter"
+    assert told["adapter"]["sha256"] != told["base.pt"]["sha256"]
+
+
+def test_inspect_and_export_merge_too(pair: dict[str, Tensor], losscli: Losscli) -> None:
+    alone = losscli("inspect", "adapter")
+    assert "base_model.model.layers.0.lora_A.weight" in alone.stdout
+    both = json.loads(losscli("inspect", "base.pt", "adapter", "--json").stdout)
+    base = mlp().state_dict()
+    moved = (pair["layers.0.weight"].double() - base["layers.0.weight"].double()).norm()
+    assert both["distance"] == pytest.approx(float(moved), rel=1e-6)
+    assert both["mismatches"] == []
+    done = losscli("export", "base.pt", "adapter", "--alpha", 0.25, "-o", "p.safetensors")
+    assert done.status == 0, done.stderr
+    point = read("p.safetensors").select(None)
+    assert point.metadata["losscli.model"] == "mlp:4-3-2"
+    expected = oracle.blend(base, pair, 0.25)
+    for name, tensor in point.weights.items():
+        assert torch.allclose(tensor.double(), expected[name], rtol=1e-5, atol=1e-8)
+
+
+def folder_of_base(tmp_path: Path) -> Path:
+    folder = tmp_path / "the base"
+    folder.mkdir()
+    save_file(mlp().state_dict(), folder / "model.safetensors", {"losscli.model": "mlp:4-3-2"})
+    return folder
+
+
+def name_base(adapter: Path, base: str | None) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_adapters_alone_have_the_base_that_they_name(
+    pair: dict[str, Tensor], losscli: Losscli, tmp_path: Path
+) -> None:
+    base = folder_of_base(tmp_path)
+    other = adapt(mlp(), tmp_path / "other", seed=2, r=2, target_modules=["layers.1"])
+    for adapter in ("adapter", "other"):
+        name_base(tmp_path / adapter, str(base))
+    done = losscli("interpolate", "adapter", "other", "-q", "--json", "-o", "x")
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)["splits"]["data"]
+    assert [found["loss_a"], found["loss_b"]] == pytest.approx([loss(pair), loss(other)], rel=1e-6)
+    # A change of the base is a change of the adapter's checkpoint.
+    digest = json.loads(done.stdout)["checkpoints"][0]["sha256"]
+    save_file(mlp(5).state_dict(), base / "model.safetensors", {"losscli.model": "mlp:4-3-2"})
+    again = losscli("interpolate", "adapter", "other", "-q", "--json", "-o", "y")
+    assert json.loads(again.stdout)["checkpoints"][0]["sha256"] != digest
+    name_base(tmp_path / "other", "elsewhere")
+    done = losscli("interpolate", "adapter", "other", "-o", "z")
+    assert (done.status, done.stderr.count("\n")) == (1, 1)
+    assert "and other on 'elsewhere'. Name the checkpoint that both change first" in done.stderr
+    # A checkpoint of the command comes before what the config says.
+    assert base_of(["init:0", "adapter", "base.pt"]) == "base.pt"
+    assert base_of(["init:0"]) is None
+
+
+@pytest.mark.parametrize("base", [None, "meta-llama/Llama-3.1-8B", "\0"])
+def test_a_base_that_is_not_here_is_an_error_and_never_fetched(
+    base: str | None, pair: dict[str, Tensor], losscli: Losscli, tmp_path: Path
+) -> None:
+    name_base(tmp_path / "adapter", base)
+    for names in (("adapter", "init:0"), ("adapter", "adapter")):
+        done = losscli("interpolate", *names, "-m", "mlp:4-3-2", "-o", "x")
+        assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "Name the checkpoint that it changes first" in done.stderr
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_path_of_adapters(pair: dict[str, Tensor], losscli: Losscli, tmp_path: Path) -> None:
+    for step in (20, 100, 3):
+        adapt(
+            mlp(), tmp_path / f"out/checkpoint-{step}", seed=step, r=2, target_modules=["layers.0"]
+        )
+        torch.save({}, tmp_path / f"out/checkpoint-{step}" / "optimizer.pt")
+    names = [f"out/checkpoint-{step}" for step in (3, 20, 100)]
+    assert in_folder("out") == names
+    done = losscli("trajectory", "base.pt", "out", "-o", "-", "--no-surface")
+    assert done.status == 0, done.stderr
+    assert [r.split(",")[1] for r in done.stdout.splitlines()[1:]] == ["base.pt", *names]
+
+
+def test_an_adapter_that_changes_while_it_is_looked_at(
+    pair: dict[str, Tensor], tmp_path: Path
+) -> None:
+    from losscli.settings import Settings
+    from losscli.studies.problem import prepare
+
+    for changed in (tmp_path / "adapter" / "adapter_config.json", tmp_path / "base.pt"):
+        problem = prepare(["base.pt", "adapter"], Settings())
+        assert torch.allclose(
+            problem.open(1).weights["layers.0.weight"], pair["layers.0.weight"], rtol=1e-5
+        )
+        changed.write_bytes(changed.read_bytes())
+        with pytest.raises(CheckpointError, match="adapter was changed while it was looked at"):
+            problem.open(1)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"use_dora": True}, "DoRA is not read, only plain LoRA. Merge it with peft"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora', which changes the base"),
+        ({"target_parameters": ["layers.0.weight"], "target_modules": []}, "bare parameters"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:9],
+)
+def test_other_kinds_of_lora_are_refused(config: dict[str, Any], told: str, tmp_path: Path) -> None:
+    adapt(mlp(), tmp_path, **{"r": 2, "target_modules": ["layers.0"]} | config)
+    assert told in refusal(tmp_path)
+
+
+def test_lora_of_multi_head_attention_is_refused(tmp_path: Path) -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+
+    adapt(Attending(), tmp_path, r=2, target_modules=["attention"])
+    expected = dict(Attending().state_dict())
+    with pytest.raises(CheckpointError, match=r"here attention, is not read\. Merge it with peft"):
+        opened(expected, tmp_path, expected)
+
+
+def test_other_kinds_of_adapters_are_refused(losscli: Losscli, tmp_path: Path) -> None:
+    write(state(), tmp_path / "base.pt")
+    for config in (
+        peft.IA3Config(target_modules=["layers.0"], feedforward_modules=[]),
+        peft.LoHaConfig(target_modules=["layers.0"]),
+    ):
+        folder = tmp_path / type(config).__name__
+        peft.get_peft_model(mlp(), config).save_pretrained(folder)
+        done = losscli("interpolate", tmp_path / "base.pt", folder, "-m", "mlp:4-3-2", "-o", "-")
+        assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "is of an adapter of the type" in done.stderr
+        assert "Merge it with peft (merge_and_unload) and save the whole model" in done.stderr
+
+
+def change(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"r": 0}, "r is 0, which is no rank"),
+        ({"r": "2"}, "r is '2', which is no rank"),
+        ({"rank_pattern": {"layers.0": True}}, "layers.0 is True, which is no rank"),
+        ({"rank_pattern": [1]}, "its patterns are no JSON objects"),
+        ({"lora_alpha": None}, "lora_alpha is None, which is no factor"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, which is no factor"),
+        ({"alpha_pattern": {"(": 1}}, "'(' is no regular expression"),
+        ({"peft_type": None}, "an adapter of the type None"),
+        ({"peft_type": ["LORA"]}, "an adapter of the type ['LORA']"),
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_sense_is_told(
+    values: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"])
+    change(tmp_path, **values)
+    assert told in refusal(tmp_path)
+
+
+def test_a_base_that_is_not_the_adapters_is_a_mismatch(tmp_path: Path) -> None:
+    adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"])
+    for base, told in (
+        (state(0, "4-5-2"), r"changes layers\.0\.weight \[3, 4\], and its base has it as \[5, 4\]"),
+        ({"w": torch.ones(2)}, r"changes layers\.0\.weight \[3, 4\], and its base has no such"),
+    ):
+        with pytest.raises(MismatchError, match=told):
+            opened(base, tmp_path, base)
+    change(tmp_path, r=3)
+    with pytest.raises(CheckpointError, match=r"rank of layers\.0 is 3, and its tensors .* rank 2"):
+        opened(state(), tmp_path, state())
+
+
+def test_tensors_that_no_rule_explains_are_refused(tmp_path: Path) -> None:
+    adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"])
+    file = tmp_path / "adapter_model.safetensors"
+    own = load_file(file)
+    a = "base_model.model.layers.0.lora_A.weight"
+    for more, told in (
+        ({"base_model.model.layers.0.lora_magnitude_vector": torch.ones(3)}, "of no plain LoRA"),
+        ({a: torch.ones(2)}, r"lora_A\.weight \[2\] is no factor"),
+        ({a: torch.ones(5, 4)}, r"says that the rank of layers\.0 is 2, and .* of rank 5"),
+        ({a: torch.ones(2, 9)}, r"changes layers\.0\.weight \[3, 9\], and its base has it as"),
+        ({"base_model.model.x.lora_B.weight": torch.ones(2, 2)}, "x has one factor of two"),
+        ({"base_model.model.x.weight": torch.ones(2, 2)}, r"changes x\.weight \[2, 2\]"),
+    ):
+        save_file({**own, **more}, file)
+        with pytest.raises((CheckpointError, MismatchError), match=told) as caught:
+            opened(state(), tmp_path, state())
+        assert "\n" not in str(caught.value)
+    file.write_bytes(b"x" * 100)
+    assert "no whole safetensors file" in refusal(tmp_path)
+
+
+def test_a_tied_tensor_that_is_changed_in_two_ways_is_refused(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3, bias=False)
+            self.b = nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+    adapt(Tied(), tmp_path, r=2, target_modules=["a", "b"])
+    expected = dict(Tied().state_dict())
+    with pytest.raises(CheckpointError, match=r"a\.weight and b\.weight are one tensor in"):
+        opened(expected, tmp_path, expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["wte", "c_attn"]},
+        {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+        {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["wte", "wte saved", "lm_head saved"],
+)
+def test_one_name_of_a_tied_tensor_alone_is_not_changed(
+    config: dict[str, Any], tmp_path: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny(0).save_pretrained("base")
+    adapt(tiny(0), Path("adapter"), r=2, fan_in_fan_out=True, **config)
+    Path("t.txt").write_bytes(bytes(range(10)))
+    done = losscli("interpolate", "base", "adapter", "-d", "text:t.txt,context=5", "-o", "x")
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert not list(tmp_path.glob("x*"))
+    changed, other = "transformer.wte.weight", "lm_head.weight"
+    if "lm_head" in config.get("modules_to_save", ()):
+        changed, other = other, changed
+        # Without a model what is known is that the base's file lacks what the adapter changes.
+        for command in (
+            ("inspect", "base", "adapter"),
+            ("export", "base", "adapter", "--alpha", 1, "-o", "x.safetensors"),
+        ):
+            done_too = losscli(*command)
+            assert (done_too.status, done_too.stdout, done_too.stderr.count("\n")) == (1, "", 1)
+            assert (
+                "the adapter adapter changes lm_head.weight, and its base has "
+                "transformer.wte.weight alone, to which the model ties it. Save the base untied"
+            ) in done_too.stderr
+        assert not list(tmp_path.glob("x*"))
+    assert (
+        f"{changed} and {other} are one tensor in the model, and the adapter changes {changed} "
+        "alone. Save the base untied (tie_word_embeddings=false, both tensors in its file), merge"
+    ) in done.stderr
+
+
+@pytest.mark.parametrize("kept", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32])
+def test_what_peft_keeps_tied_is_one_change(kept: str, stored: torch.dtype, tmp_path: Path) -> None:
+    import transformers
+
+    def tied_llama() -> Any:
+        torch.manual_seed(0)
+        shape = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        config = transformers.LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=True)
+        return transformers.LlamaForCausalLM(config).to(stored).eval()
+
+    config = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "ensure_weight_tying": True}
+    config[kept] = [*config.get(kept, []), "embed_tokens"]  # type: ignore[misc]
+    adapt(tied_llama(), tmp_path, r=3, lora_alpha=5, **config)
+    base = {n: t.clone() for n, t in tied_llama().state_dict().items()}
+    found = opened(base, tmp_path, tied_llama().state_dict()).weights
+    assert found["lm_head.weight"] is found["model.embed_tokens.weight"]
+    # As it was trained: not merged, which in peft 0.21 adds a tied change twice.
+    trained = peft.PeftModel.from_pretrained(tied_llama(), tmp_path).eval()
+    plain = tied_llama()
+    plain.load_state_dict(found)
+    words = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(words).logits, trained(words).logits)
+
+
+def test_no_damage_to_a_config_raises_anything_else(tmp_path: Path) -> None:
+    adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"], rank_pattern={"layers.0": 2})
+    file = tmp_path / "adapter_config.json"
+    content = file.read_bytes()
+    generator = random.Random(0)
+    base = {name: t.clone() for name, t in mlp().state_dict().items()}
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(content)
+        for _ in range(generator.choice([1, 5, 30])):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(32, 127)
+        file.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError, MismatchError):
+            assert opened(base, tmp_path, base).weights.keys() == base.keys()
+            continue
+        refused += 1
+    assert refused > 50
+    assert same(base, dict(mlp().state_dict()))

@@ -1,0 +1,310 @@
+"""The order of a path: numbered files, the first, the last and the best, names from a shell."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import losscli as library
+from losscli.checkpoint import all_in, path_of
+from losscli.errors import CheckpointError
+from losscli.models import MLP
+from tests.checkpoint.test_distributed import put
+from tests.conftest import Losscli
+
+STEPS = 12
+
+
+def state(t: int) -> dict[str, torch.Tensor]:
+    """A bent path: no step has the weights of another."""
+    torch.manual_seed(0)
+    a, b = MLP("6-5-3").state_dict(), MLP("6-5-3").state_dict()
+    return {n: a[n] + t * b[n] + t * t * a[n].flip(0) / 10 for n in a}
+
+
+def save(folder: Path, files: Mapping[str, int]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, t in files.items():
+        torch.save({"net": state(t), "optimizer": {"x": torch.rand(3)}, "epoch": t}, folder / name)
+
+
+NUMBERED = {f"step-{t}.pt": t for t in range(STEPS)}
+ORDERED = [f"step-{t}.pt" for t in range(STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected", "notes"),
+    [
+        ({}, ORDERED, []),
+        ({"last.pt": 11}, ORDERED, ["last.pt is left out: its weights are those of p/step-11.pt"]),
+        ({"last.pt": 40}, [*ORDERED, "last.pt"], []),
+        # Not the last of the numbered files, but a copy of one of them.
+        ({"final.pth": 3}, ORDERED, ["final.pth is left out: its weights are those of p/step-3"]),
+        ({"final.pt": 40}, [*ORDERED, "final.pt"], ["p/final.pt is taken last"]),
+        (
+            {"final_model.pt": 40, "last.ckpt": 40},
+            [*ORDERED, "final_model.pt"],
+            ["p/final_model.pt is taken last", "weights are those of p/final_model.pt"],
+        ),
+        ({"best.pt": 40}, ORDERED, ["p/best.pt is left out: the best"]),
+        ({"model_best.pth.tar": 5}, ORDERED, ["p/model_best.pth.tar is left out: the best"]),
+        ({"best-epoch=3.pt": 5, "best_7.pt": 7}, ORDERED, ["p/best-epoch=3.pt, p/best_7.pt are"]),
+        ({"init.pt": 20}, ["init.pt", *ORDERED], []),
+        ({"xinit.pt": 20, "init.pt": 21}, ["init.pt", *ORDERED, "xinit.pt"], []),
+        (
+            {"zz.pt": 20, "initial-7.pt": 21},
+            ["initial-7.pt", *ORDERED, "zz.pt"],
+            [],
+        ),
+        (
+            {"a.pt": 13, "init_.pt": 20, "last-v1.ckpt": 14, "best.pt": 5},
+            ["init_.pt", "a.pt", *ORDERED, "last-v1.ckpt"],
+            ["p/best.pt is", "p/init_.pt is taken first and p/last-v1.ckpt is taken last"],
+        ),
+    ],
+)  # fmt: skip
+def test_of_a_numbered_folder_the_first_the_last_and_the_best_are_told_apart(
+    more: dict[str, int],
+    expected: list[str],
+    notes: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(Path("p"), {**NUMBERED, **more})
+    for name, key in (("p", ""), ("p#net", "#net"), ("p/", "")):
+        found, told = path_of([name])
+        assert found == [f"p/{file}{key}" for file in expected]
+        if not key:
+            for text in notes:
+                assert any(text in note for note in told), (text, told)
+            said = bool({"taken", "left"} & set(" ".join(told).split()))
+            assert said or found == all_in([name])
+    assert path_of(["p"], keep_order=True) == (all_in(["p"]), [])
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        # As fairseq, detectron2 and many scripts name them: the words stand elsewhere.
+        (
+            ["checkpoint1.pt", "checkpoint2.pt", "checkpoint10.pt", "checkpoint_best.pt",
+             "checkpoint_last.pt"],
+            ["checkpoint1.pt", "checkpoint2.pt", "checkpoint10.pt", "checkpoint_last.pt"],
+        ),
+        (
+            ["model_0004999.pth", "model_0009999.pth", "model_final.pth"],
+            ["model_0004999.pth", "model_0009999.pth", "model_final.pth"],
+        ),
+        # A number that all names share is no number of a step.
+        (
+            ["resnet18-best.pt", "resnet18-init.pt", "resnet18-last.pt", "resnet18-e2.pt",
+             "resnet18-e10.pt"],
+            ["resnet18-init.pt", "resnet18-e2.pt", "resnet18-e10.pt", "resnet18-last.pt"],
+        ),
+        # A part of a word says nothing, and a number of its own says more than a word.
+        (["blast.pt", "e1.pt", "e2-last.pt"], ["blast.pt", "e1.pt", "e2-last.pt"]),
+        # Without numbered files nothing is left out.
+        (["best.pt", "final.pt", "init.pt", "z.pt"], ["init.pt", "best.pt", "z.pt", "final.pt"]),
+        (["last_1.pt", "last_2.pt", "last_10.pt"], ["last_1.pt", "last_2.pt", "last_10.pt"]),
+        (["best_1.pt", "best_10.pt"], ["best_1.pt", "best_10.pt"]),
+    ],
+)  # fmt: skip
+def test_names_of_other_tools_are_read_alike(
+    files: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    save(tmp_path / "p", {name: t for t, name in enumerate(files)})
+    found, _ = path_of([str(tmp_path / "p")])
+    assert [Path(name).name for name in found] == expected
+
+
+@pytest.mark.parametrize("change", ["value", "type", "name", "shape"])
+def test_a_last_file_is_left_out_only_if_every_weight_is_equal(change: str, tmp_path: Path) -> None:
+    save(tmp_path / "p", NUMBERED)
+    last = state(11)
+    name = next(iter(last))
+    if change == "value":
+        last[name].view(-1)[-1] += 1e-6
+    elif change == "type":
+        last[name] = last[name].double()
+    elif change == "name":
+        last["other"] = last.pop(name)
+    else:
+        last[name] = last[name][None]
+    torch.save({"net": last}, tmp_path / "p" / "last.pt")
+    found, notes = path_of([str(tmp_path / "p")])
+    assert len(found) == STEPS + 1
+    assert Path(found[-1]).name == "last.pt"
+    assert [note for note in notes if "left out" in note] == []
+
+
+def test_folders_that_are_checkpoints_are_compared_too(tmp_path: Path) -> None:
+    for name, t in {"checkpoint-500": 1, "checkpoint-1000": 2, "final": 2, "last": 3}.items():
+        put({"model": state(t)}, tmp_path / name)
+    found, notes = path_of([str(tmp_path)])
+    names = [Path(name).name for name in found]
+    assert names == ["checkpoint-500", "checkpoint-1000", "last"]
+    assert "final is left out" in notes[0]
+
+
+def test_a_last_file_that_is_cut_off_is_told(tmp_path: Path) -> None:
+    save(tmp_path / "p", {**NUMBERED, "last.pt": 5})
+    file = tmp_path / "p" / "last.pt"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"last\.pt"):
+        path_of([str(tmp_path / "p")])
+
+
+def shell(names: Sequence[str], folder: Path) -> list[str]:
+    """The order in which a shell lists names."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    done = subprocess.run(
+        ["bash", "-c", "printf '%s\\n' *"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+TEMPLATES = [
+    "checkpoint-{}.pth.tar", "ckpt{}.pt", "epoch={}-step={}0-val_loss=0.5.ckpt", "{}.pt",
+    "run2/step_{}.pt", "Model_{}-x.pt", "e{}/model.safetensors",
+]  # fmt: skip
+
+
+def letters(name: str) -> str:
+    """What the locale en_US compares first."""
+    return "".join(filter(str.isalnum, name)).lower()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("steps", [range(12), [0, 1, 10, 100, 1000, 20, 3], [9, 10], range(3, 31)])
+@pytest.mark.parametrize("order", [str, letters])
+def test_names_in_the_order_of_a_shell_are_put_into_natural_order(
+    order: Callable[[str], str], template: str, steps: Sequence[int]
+) -> None:
+    natural = [template.format(t, t) for t in sorted(steps)]
+    given = sorted(natural, key=order)
+    for before, after in (([], []), (["init:0"], []), (["start.pt"], ["end.pt"])):
+        found, notes = path_of([*before, *given, *after])
+        assert found == [*before, *natural, *after]
+        assert bool(notes) == (given != natural)
+        # In natural order already, or kept by choice: as given, and not a word.
+        assert path_of([*before, *natural, *after]) == ([*before, *natural, *after], [])
+        assert path_of([*before, *given, *after], keep_order=True) == (
+            [*before, *given, *after],
+            [],
+        )
+
+
+def test_what_a_shell_really_lists_is_put_into_natural_order(tmp_path: Path) -> None:
+    natural = [f"ckpt{t}.pt" for t in range(1, 21)]
+    found, notes = path_of(shell(natural, tmp_path / "there"))
+    assert found == natural
+    assert len(notes) == 1
+    assert "natural order: ckpt1.pt, ckpt2.pt, ckpt3.pt and 17 more. --keep-order" in notes[0]
+
+
+def test_an_order_that_somebody_chose_is_kept() -> None:
+    generator = random.Random(0)
+    natural = [f"step-{t}.pt" for t in range(20)]
+    for given in (natural[::-1], sorted(natural)[::-1], generator.sample(natural, 20)):
+        assert path_of(given) == (given, [])
+    # The order of words alone is no order of a shell.
+    for given in (["start.pt", "middle.pt", "end.pt"], ["b.pt", "_a.pt"], ["a.pt", "B.pt"]):
+        assert path_of(given) == (given, [])
+
+
+def rows(table: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(table)))
+
+
+def commands() -> list[tuple[str, list[str], str]]:
+    return [
+        ("trajectory", ["--no-surface"], "out.csv"),
+        ("plane", ["--pca", "--points", "3"], "out.path.csv"),
+        ("check", [], "out.csv"),
+    ]
+
+
+@pytest.mark.parametrize(("command", "options", "table"), commands())
+def test_the_commands_that_take_a_path_order_it_and_say_so(
+    command: str, options: list[str], table: str, losscli: Losscli, folder: Path
+) -> None:
+    files = {f"e{t}.pt": t for t in (1, 2, 10)}
+    save(folder / "p", {**files, "final.pt": 10, "best.pt": 2, "init.pt": 0})
+    arguments = [*options, "-m", "mlp:6-5-3", "--split", "test", "--no-figure", "-o", "out"]
+    expected = ["p/init.pt", "p/e1.pt", "p/e2.pt", "p/e10.pt"]
+    done = losscli(command, "p", *arguments)
+    assert done.status == 0, done.stderr
+    assert [row["checkpoint"] for row in rows(Path(table).read_text())] == expected
+    for text in ("p/final.pt is left out", "p/best.pt is left out", "p/init.pt is taken first"):
+        assert f"note: {text}" in done.stderr
+        assert any(text in note for note in json.loads(Path("out.json").read_text())["notes"])
+    dry = losscli(command, "p", *arguments, "--dry-run", "--force")
+    assert "note: p/final.pt is left out" in dry.stderr
+    # A shell's order, and the same kept: another run.
+    given = ["p/e1.pt", "p/e10.pt", "p/e2.pt"]
+    done = losscli(command, *given, *arguments, "--force")
+    assert done.status == 0, done.stderr
+    assert [row["checkpoint"] for row in rows(Path(table).read_text())] == expected[1:]
+    assert "are taken in natural order: p/e1.pt, p/e2.pt, p/e10.pt" in done.stderr
+    done = losscli(command, *given, *arguments, "--keep-order")
+    assert done.status == 1
+    assert "holds the results of another run" in done.stderr
+    done = losscli(command, *given, *arguments, "--keep-order", "--force")
+    assert done.status == 0, done.stderr
+    assert [row["checkpoint"] for row in rows(Path(table).read_text())] == given
+    assert "natural order" not in done.stderr
+    done = losscli(command, "p", *arguments, "--keep-order", "--force")
+    names = [row["checkpoint"] for row in rows(Path(table).read_text())]
+    assert names == [f"p/{n}.pt" for n in ("best", "e1", "e2", "e10", "final", "init")]
+
+
+def test_a_plane_without_a_path_has_no_order_to_keep(losscli: Losscli, folder: Path) -> None:
+    done = losscli("plane", "a.pt", "--keep-order", "--points", 3, "-o", "out")
+    assert (done.status, done.stdout) == (2, "")
+    assert done.stderr == (
+        "losscli: --keep-order is about the order of a path. Give it with --pca\n"
+    )
+    assert not list(folder.glob("out*"))
+
+
+def test_barriers_are_those_of_a_set_which_is_taken_whole(losscli: Losscli, folder: Path) -> None:
+    save(folder / "p", {"e1.pt": 1, "e2.pt": 2, "best.pt": 2, "last.pt": 5})
+    done = losscli("barriers", "p", "-m", "mlp:6-5-3", "--points", 3, "-o", "-", "--split", "test")
+    assert done.status == 0, done.stderr
+    names = {row["a"] for row in rows(done.stdout)} | {row["b"] for row in rows(done.stdout)}
+    assert names == {"p/best.pt", "p/e1.pt", "p/e2.pt", "p/last.pt"}
+    assert "left out" not in done.stderr
+
+
+@pytest.mark.parametrize("function", ["trajectory", "check", "barriers"])
+def test_from_python_a_folder_with_a_key_is_its_files(function: str, folder: Path) -> None:
+    save(folder / "p", {f"e{t}.pt": t for t in (1, 2, 10)})
+    for name in Path("p").iterdir():
+        content = torch.load(name)
+        torch.save({**content, "ema": state(30 + content["epoch"])}, name)
+    options: dict[str, Any] = {"model": "mlp:6-5-3", "data": "npz:data.npz", "split": ("test",)}
+    if function == "trajectory":
+        options["surface"] = False
+    result = getattr(library, function)(["p#ema"], **options)
+    column = "a" if function == "barriers" else "checkpoint"
+    assert result.table.unique(column)[0] == "p/e1.pt#ema"
+    named = getattr(library, function)([f"p/e{t}.pt#ema" for t in (1, 2, 10)], **options)
+    assert named.table.rows == result.table.rows
+    other = getattr(library, function)(["p#net"], **options)
+    assert other.table.rows != result.table.rows

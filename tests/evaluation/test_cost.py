@@ -1,0 +1,304 @@
+"""How long a run will take: what is counted exactly, on a clock that the test turns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from losscli.cli.report import plan as told
+from losscli.evaluation.cost import Pace, measure, timed
+from losscli.evaluation.curvature import LEAST, PRODUCT_LIMIT
+from losscli.evaluation.objective import Objective
+from losscli.settings import Settings
+from losscli.studies.barriers import Barriers
+from losscli.studies.base import Study
+from losscli.studies.check import Check
+from losscli.studies.interpolation import Interpolation
+from losscli.studies.plane import Plane
+from losscli.studies.trajectory import Trajectory
+from losscli.weight_space.slices import Slice
+from tests.conftest import Losscli
+
+CPU = {"device": "cpu", "model": "mlp:6-5-3"}
+NAMES = ["a.pt", "b.pt", "init:5"]
+
+PLANS: dict[str, Callable[..., Study]] = {
+    "interpolate": lambda **s: Interpolation.plan(
+        "a.pt", "b.pt", Settings(**s), points=11, range_=(0.0, 1.0)
+    ),
+    "layerwise": lambda **s: Interpolation.plan(
+        "a.pt", "b.pt", Settings(**s), points=11, range_=(0.0, 1.0), layerwise=True
+    ),
+    "trajectory": lambda **s: Trajectory.plan(
+        NAMES, Settings(**s), surface=True, residuals=4, reach=1.0, random_walk=False
+    ),
+    "path": lambda **s: Trajectory.plan(
+        NAMES, Settings(**s), surface=False, residuals=4, reach=1.0, random_walk=False
+    ),
+    "plane": lambda **s: Plane.plan(
+        NAMES[:1], Settings(**s), pca=False, points=5, range_=None, surface=False
+    ),
+    "barriers": lambda **s: Barriers.plan(NAMES, Settings(**s), points=5),
+}
+
+# How many points are loaded plainly, and how many are swept.
+POINTS = {
+    "interpolate": (2, 9),
+    "layerwise": (2, 9 + 2 * 10),
+    "trajectory": (3, 3 * 4),
+    "path": (3, 0),
+    "plane": (1, 25),
+    "barriers": (3, 3 * 3),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_a_run_evaluates_is_counted(name: str, folder: Path) -> None:
+    study = PLANS[name](**CPU)
+    plain, swept = POINTS[name]
+    examples = 29 + 11
+    assert study.evaluations == plain + swept
+    # In units that no other part has: before it begins a run evaluates first batches, here all.
+    pace = Pace(29, 0.5, 1e9, 1.0, 1e3, 1e6, 1e12)
+    assert study.cost(pace) == examples * (plain + 16 + swept * 1e3) + swept * 1e6
+    done: list[float] = []
+    study.run(done.append)
+    assert done[-1] == pytest.approx(plain + swept)
+    # Twice the examples take twice as long, whatever the batch.
+    half = PLANS[name](**CPU, split=("train",))
+    assert half.cost(Pace(8, 0.1, 0, 0, 1.0, 0, 0)) == 29 * swept
+
+
+class _Turned:
+    """A clock that stands but where something is evaluated."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, load: float, each: float) -> None:
+        self.now = 0.0
+        self.batches: list[tuple[int, int]] = []
+        at, plain = Objective.at, Objective.plain
+
+        def slowly_at(
+            own: Objective, slice_: Slice, points: Any, splits: Any = None, progress: Any = None
+        ) -> Any:
+            for split in splits.values():
+                self.batches.append((len(points), len(split)))
+                self.now += each * len(points) * len(split)
+            self.now += load * len(points)
+            return at(own, slice_, points, splits, progress)
+
+        def slowly(own: Objective, weights: Any, splits: Any = None, progress: Any = None) -> Any:
+            for split in splits.values():
+                self.batches.append((1, len(split)))
+                self.now += 2 * each * len(split)
+            return plain(own, weights, splits, progress)
+
+        monkeypatch.setattr(Objective, "at", slowly_at)
+        monkeypatch.setattr(Objective, "plain", slowly)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_batch_and_a_few_points_tell_the_rest(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = PLANS["interpolate"](**CPU)
+    clock = _Turned(monkeypatch, load=3.0, each=2.0)
+    found = study.estimate(clock)
+    assert found == {
+        "seconds": pytest.approx(40 * (2 * 4 + 9 * 2 + 16 * 4) + 9 * 3),
+        "kind": "about",
+        "batch": {"examples": 29, "seconds": 2 * 2 * 29},
+    }
+    # A slow batch is seen once, and of the points at once a single example.
+    together = [n for points, n in clock.batches if points > 4]
+    assert set(together) == {1}
+
+
+def test_a_fast_batch_is_looked_at_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = PLANS["interpolate"](**CPU)
+    clock = _Turned(monkeypatch, load=1e-6, each=1e-6)
+    seconds = study.estimate(clock)["seconds"]
+    assert seconds == pytest.approx(1e-6 * (40 * (2 * 2 + 9 + 16 * 2) + 9))
+    assert (min(9, max(8, 2 * torch.get_num_threads())), 29) in clock.batches
+
+
+def test_what_else_there_is_to_do_is_added(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(**more: Any) -> Interpolation:
+        return Interpolation.plan(
+            "a.pt", "b.pt", Settings(**CPU), points=11, range_=(0.0, 1.0), **more
+        )
+
+    refined = plan(refine=0.01)
+    clock = _Turned(monkeypatch, load=0.0, each=1.0)
+    once = refined.estimate(clock)
+    assert once["kind"] == "at least"
+    monkeypatch.setattr("losscli.studies.interpolation.timed", lambda *_: 29 * 7.0)
+    both = plan(derivatives=True).estimate(clock)
+    assert both["kind"] == "about"
+    assert both["seconds"] == pytest.approx(once["seconds"] + 11 * 40 * 7)
+
+
+def test_a_sample_is_at_most_the_whole(folder: Path) -> None:
+    assert PLANS["plane"](**CPU, sampling_error=0.1).estimate()["kind"] == "at most"
+
+
+def test_a_check_takes_few_products_or_many(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(number: int) -> Check:
+        return Check.plan(
+            NAMES[:number], Settings(**CPU), tolerance=1e-3, eigenvalues=1, learning_rate=None
+        )
+
+    monkeypatch.setattr("losscli.studies.check.timed", lambda *_: 29.0)
+    clock = _Turned(monkeypatch, load=0.0, each=0.0)
+    for number in (1, 2):
+        found = plan(number).estimate(clock)
+        assert found["kind"] == "at least"
+        assert found["product"] == {"seconds": 40.0}
+        # So small a Hessian is made as a whole, of 53 products.
+        assert found["seconds"] == pytest.approx(40 * number * 53 / 3)
+        assert found["seconds_at_most"] == pytest.approx(40 * number * (53 + 3))
+    monkeypatch.setattr("losscli.studies.check.DENSE_LIMIT", 10)
+    found = plan(2).estimate(clock)
+    assert found["seconds"] == pytest.approx(40 * 2 * LEAST)
+    assert found["seconds_at_most"] == pytest.approx(40 * 2 * (PRODUCT_LIMIT + 3))
+
+
+def test_statistics_cost_their_examples_at_every_point(folder: Path) -> None:
+    study = Interpolation.plan(
+        "init:1",
+        "init:2",
+        Settings(
+            device="cpu",
+            model="cnn:4,channels=1,classes=3,batchnorm=true",
+            data=_images(folder),
+            buffers="recalibrate",
+        ),
+        points=11,
+        range_=(0.0, 1.0),
+    )
+    training = study.problem.objective.recalibration
+    assert training is not None
+    assert study.cost(Pace(20, 0, 0, 0, 0, 0, 1.0)) == 11 * len(training)
+    assert math.isfinite(study.estimate()["seconds"])
+
+
+def _images(folder: Path) -> str:
+    import numpy as np
+
+    images, labels = torch.rand(20, 1, 6, 6).numpy(), (torch.arange(20) % 3).numpy()
+    np.savez(folder / "images.npz", train_inputs=images, train_targets=labels)
+    return f"npz:{folder / 'images.npz'}"
+
+
+def test_what_is_decoded_costs_in_each_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "own.py").write_text(
+        "import torch\n"
+        "from torch.utils.data import Subset, TensorDataset\n"
+        "def data():\n"
+        "    whole = TensorDataset(torch.rand(40, 6), torch.arange(40) % 3)\n"
+        "    return {'all': Subset(whole, range(40))}\n"
+    )
+    monkeypatch.setattr("losscli.data.objects.host_budget", lambda: 100)
+    study = PLANS["interpolate"](**CPU, data="own.py:data")
+    # The two ends, and all between them together.
+    assert study.cost(Pace(40, 0, 1.0, 0, 0, 0, 0)) == 3 * 40
+    clock = iter(range(1000))
+    pace = measure(study.problem.objective, study.problem.origin, None, (), lambda: next(clock))
+    assert pace.decoding == 1 / 40
+    held = PLANS["interpolate"](**CPU)
+    assert held.cost(Pace(29, 0, 1.0, 0, 0, 0, 0)) == 0
+    assert measure(held.problem.objective, held.problem.origin, None, (), lambda: 0).decoding == 0
+
+
+def test_the_shortest_look_counts_and_few_are_taken() -> None:
+    objective = type("Here", (), {"device": torch.device("cpu")})()
+    times = iter([0.0, 0.2, 1.0, 1.05, 2.0, 2.15])
+    assert timed(objective, lambda: None, lambda: next(times)) == pytest.approx(0.05)
+    slow = iter([0.0, 5.0])
+    assert timed(objective, lambda: None, lambda: next(slow)) == 5
+
+
+def test_a_dry_run_tells_the_time_and_leaves_nothing(losscli: Losscli, folder: Path) -> None:
+    before = sorted(folder.iterdir())
+    for command in (
+        "interpolate a.pt b.pt",
+        "interpolate a.pt b.pt --derivatives",
+        "trajectory a.pt b.pt init:5",
+        "plane a.pt",
+        "barriers a.pt b.pt init:5",
+        "check a.pt",
+    ):
+        done = losscli(*command.split(), "--dry-run", "--json")
+        assert done.status == 0, done.stderr
+        assert not done.stderr
+        found = json.loads(done.stdout)["estimate"]
+        assert found["seconds"] > 0
+        assert found["batch"]["examples"] == 29
+        text = losscli(*command.split(), "--dry-run").stdout
+        assert f"time         {'about' if 'check' in command else found['kind']} " in text
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_journal_is_not_touched(losscli: Losscli, folder: Path) -> None:
+    journal = folder / "x.journal"
+    journal.write_bytes(b"losscli journal 1\nwhatever is in it")
+    assert losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--dry-run").status == 0
+    assert journal.read_bytes() == b"losscli journal 1\nwhatever is in it"
+
+
+def test_a_model_that_fails_on_the_batch_fails_the_dry_run(losscli: Losscli, folder: Path) -> None:
+    (folder / "own.py").write_text("def loss(outputs, targets):\n    raise ValueError('no')\n")
+    line = ("interpolate", "a.pt", "b.pt", "--loss", "own.py:loss")
+    real, dry = losscli(*line), losscli(*line, "--dry-run")
+    assert real.status == dry.status == 1
+    assert real.stderr == dry.stderr == "losscli: the loss fails: ValueError: no\n"
+
+
+def test_a_batch_that_does_not_fit_is_halved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = PLANS["interpolate"](**CPU, batch_size=16)
+    forward = Objective.forward
+
+    def little(own: Objective, model: Any, inputs: Any) -> Any:
+        if len(inputs) > 8:
+            raise torch.OutOfMemoryError
+        return forward(own, model, inputs)
+
+    monkeypatch.setattr(Objective, "forward", little)
+    assert study.estimate()["batch"]["examples"] == 8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.00041, "0.41 ms"),
+        (0.041, "41 ms"),
+        (0.56, "0.56 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min"),
+        (130, "2 min 10 s"),
+        (3599.7, "1 h"),
+        (11100, "3 h 5 min"),
+        (86399, "24 h"),
+        (200000, "2 d 8 h"),
+    ],
+)
+def test_time_is_told_in_words(folder: Path, seconds: float, words: str) -> None:
+    plan = {
+        **PLANS["path"](**CPU).describe(),
+        "estimate": {
+            "seconds": seconds,
+            "kind": "at least",
+            "batch": {"examples": 1024, "seconds": 0.041},
+        },
+    }
+    line = told(plan).splitlines()[-1]
+    assert line == f"time         at least {words} on cpu (one batch of 1,024 took 41 ms)"

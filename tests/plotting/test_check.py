@@ -1,0 +1,539 @@
+"""The figure of a check: what it shows, what it says, what it survives.
+
+The tables come from fixed formulas: training that comes to rest near a saddle.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from losscli.errors import UsageError
+from losscli.plotting.drawing import Run, draw, draw_check, render
+from losscli.table import Cell, Table
+from tests.plotting.test_interpolation import check_golden, legend, number, texts
+from tests.plotting.test_trajectory import sentence
+
+NAN, INF = math.nan, math.inf
+COLUMNS = (
+    *("checkpoint", "split", "loss", "gradient_norm", "lambda_min", "lambda_min_error"),
+    *("lambda_max", "lambda_max_error", "minimal_ratio", "verdict"),
+)
+
+
+def judge(gradient: float, low: float, error: float) -> str:
+    """The verdict by the contract, with the default tolerance."""
+    if not gradient <= 1e-3:
+        return "not critical"
+    return "saddle" if low + error < 0 else "minimum" if low - error > 0 else "undecided"
+
+
+def training(t: float, split: str) -> tuple[Cell, ...]:
+    """Loss, gradient norm and eigenvalues at a share t of the training."""
+    extra = 0.3 * t if split != "train" else 0.0
+    gradient = 2.5 * math.exp(-8.5 * t) + 2e-4
+    low = -1.6 * t * math.exp(-3 * t) - 0.02 + (0.24 * t**6 if split == "train" else 0)
+    high = 6 + 36 * (1 - math.exp(-4 * t)) + 1.5 * math.sin(40 * t)
+    error = 0.01 + 0.05 * t**4
+    loss = 2.3 * math.exp(-5 * t) + 0.02 + extra
+    return (loss, gradient, low, error, high, 0.2, None, judge(gradient, low, error))
+
+
+def way_down(points: int = 41, reach: float = 4.0) -> Table:
+    distances = [reach * (2 * k / (points - 1) - 1) for k in range(points)]
+    rows = [(d, 0.34 - 0.06 * d**2 + 0.007 * d**3 + 0.005 * d**4, 0.012) for d in distances]
+    return Table.build(("distance", "loss", "loss_stderr"), rows)
+
+
+def spectrum(name: str, splits: Sequence[str], size: int = 30) -> Table:
+    rows = [
+        (name, split, (42.0 if split == "train" else 37.0) * math.exp(-0.4 * k) - 0.11, 0.002)
+        for split in splits
+        for k in range(size)
+    ]
+    return Table.build(("checkpoint", "split", "eigenvalue", "error"), rows)
+
+
+def run(
+    checkpoints: int = 21,
+    splits: Sequence[str] = ("train", "test"),
+    row: Callable[[float, str], tuple[Cell, ...]] = training,
+    *,
+    escape: bool = False,
+    eigenvalues: int = 0,
+    **summary: Any,
+) -> Run:
+    """A run of so many checkpoints."""
+    names = [f"runs/{k}.pt" for k in range(checkpoints)]
+    shares = [1.0] if checkpoints == 1 else [k / (checkpoints - 1) for k in range(checkpoints)]
+    rows = [(n, s, *row(t, s)) for n, t in zip(names, shares, strict=True) for s in splits]
+    more = {}
+    about: dict[str, Any] = {"tolerance": 1e-3, "loss": "cross_entropy", "learning_rate": None}
+    if escape:
+        more["escape"] = way_down()
+        about["escape"] = {"checkpoint": names[-1], "split": splits[-1], "eigenvalue": -0.12}
+    if eigenvalues:
+        more["spectrum"] = spectrum(names[-1], splits, eigenvalues)
+    return Run(Table.build(COLUMNS, rows), {**about, **summary}, more=more)
+
+
+PICTURES = {
+    "check": lambda: draw_check(run(escape=True, learning_rate=0.05), title="To a saddle"),
+    "check-one": lambda: draw_check(run(1, escape=True, eigenvalues=30)),
+}
+
+
+def lines(axes: Axes) -> list[Line2D]:
+    """The curves of the splits."""
+    found = [line for line in axes.get_lines() if line.get_color() == "#0072B2"]
+    return [line for line in found if line.get_linestyle() != "None"]
+
+
+def levels(axes: Axes) -> dict[float, str]:
+    """The level lines and how they are drawn."""
+    found = [line for line in axes.get_lines() if [*np.asarray(line.get_xdata())] == [0, 1]]
+    return {float(np.asarray(line.get_ydata())[0]): str(line.get_linestyle()) for line in found}
+
+
+def marks(axes: Axes) -> dict[str, int]:
+    """How many marks of each shape."""
+    shapes = [str(line.get_marker()) for line in axes.get_lines()]
+    return {
+        shape: sum(
+            len(np.asarray(a.get_xdata())) for a in axes.get_lines() if a.get_marker() == shape
+        )
+        for shape in shapes
+        if shape != "None"
+    }
+
+
+def panel(figure: Figure, label: str) -> Axes:
+    """The panel whose vertical axis is called so."""
+    (found,) = [axes for axes in figure.axes if axes.get_ylabel().startswith(label)]
+    return found
+
+
+def strip(figure: Figure) -> Axes:
+    (found,) = [axes for axes in figure.axes if axes.get_title("left") == "verdict"]
+    return found
+
+
+def bars(axes: Axes) -> list[tuple[float, float, float]]:
+    """Where error bars are, and from where to where they go."""
+    found = [c for c in axes.collections if isinstance(c, LineCollection)]
+    segments = [s for c in found for s in c.get_segments() if len(s) == 2]
+    return [(s[0][0], s[0][1], s[1][1]) for s in segments if s[0][0] == s[1][0]]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_golden(name: str) -> None:
+    check_golden(name, PICTURES[name]())
+
+
+@pytest.mark.parametrize("checkpoints", [1, 9])
+def test_picture_from_the_csv_is_the_same(checkpoints: int) -> None:
+    def read(table: Table) -> Table:
+        return Table.from_csv(io.StringIO(table.to_csv(), newline=""), "x")
+
+    drawn = run(checkpoints, escape=True, eigenvalues=7)
+    again = replace(
+        drawn, table=read(drawn.table), more={k: read(t) for k, t in drawn.more.items()}
+    )
+    figure = draw_check(drawn)
+    for suffix in (".png", ".svg"):
+        assert render(figure, suffix) == render(draw_check(again), suffix)
+
+
+def test_several_checkpoints_have_their_quantities_over_their_order() -> None:
+    figure = draw_check(run(21))
+    assert len(figure.axes) == 5
+    for label, column in (
+        ("loss (cross_entropy)", 0),
+        ("gradient norm", 1),
+        ("smallest eigenvalue\nλ", 2),
+        ("largest eigenvalue\nλ", 4),
+    ):
+        axes = panel(figure, label)
+        train, test = lines(axes)
+        np.testing.assert_array_equal(train.get_xdata(), range(21))
+        expected = [training(k / 20, "test")[column] for k in range(21)]
+        np.testing.assert_array_equal(test.get_ydata(), expected)
+        assert (train.get_linestyle(), test.get_linestyle()) == ("-", "--")
+    below = [a.get_xlabel() for a in figure.axes if a.get_xlabel()]
+    assert below == ["checkpoint, in the order given"] * 2
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    assert "Checkpoint 0 is runs/0.pt, checkpoint 20 is runs/20.pt." in sentence(figure)
+    assert set(legend(figure)) == {"train", "test", "not critical", "saddle", "minimum"}
+
+
+def test_steps_are_the_checkpoints_in_the_order_of_their_first_row() -> None:
+    drawn = run(3, ("train", "test"))
+    rows = [drawn.table.rows[k] for k in (4, 0, 1, 2, 3)]  # the last one's test row is missing
+    figure = draw_check(replace(drawn, table=Table.build(COLUMNS, rows)))
+    train, test = lines(panel(figure, "loss"))
+    np.testing.assert_array_equal(train.get_xdata(), [0, 1, 2])
+    np.testing.assert_array_equal(test.get_xdata(), [1, 2])
+    assert "not finite" not in sentence(figure)
+
+
+def test_tolerance_is_a_line_and_a_shade_where_it_is_known() -> None:
+    figure = draw_check(run(21))
+    axes = panel(figure, "gradient norm")
+    assert axes.get_yscale() == "log"
+    assert levels(axes) == {1e-3: "-"}
+    assert "critical below 0.001" in texts(figure)
+    assert axes.get_ylim()[0] < 5e-4
+    assert "critical is a gradient norm of at most 0.001" in sentence(figure)
+    high_above = draw_check(run(21, tolerance=50.0))
+    assert panel(high_above, "gradient norm").get_ylim()[1] > 50
+    for unknown in (None, 0.0, INF):
+        other = draw_check(run(21, tolerance=unknown))
+        assert levels(panel(other, "gradient norm")) == {}
+        assert not [text for text in texts(other) if text.startswith("critical below")]
+
+
+def test_two_over_the_learning_rate_is_drawn_only_where_it_is_given() -> None:
+    figure = draw_check(run(21, learning_rate=0.05))
+    axes = panel(figure, "largest")
+    assert levels(axes) == {0.0: "-", 40.0: "--"}
+    assert "2 / learning rate = 40" in texts(figure)
+    assert axes.get_ylim()[1] > 44
+    for rate in (None, 0.0, NAN):
+        other = draw_check(run(21, learning_rate=rate))
+        assert levels(panel(other, "largest")) == {0.0: "-"}
+        assert "learning rate" not in " ".join(texts(other))
+    wide = panel(draw_check(run(21, learning_rate=1e-3)), "largest")
+    assert wide.get_yscale() == "log"
+    assert wide.get_ylabel().endswith("log scale")
+    assert levels(wide) == {2000.0: "--"}
+    assert "full-batch training is unstable where λₘₐₓ is above" in sentence(figure)
+    moved = draw_check(run(21, learning_rate=0.05, momentum=0.9))
+    assert {round(level, 9) for level in levels(panel(moved, "largest"))} == {0.0, 76.0}
+    assert "(2 + 2 · 0.9) / learning rate = 76" in texts(moved)
+    still = draw_check(run(21, learning_rate=0.05, momentum=0.0))
+    assert "2 / learning rate = 40" in texts(still)
+    far = draw_check(run(21, learning_rate=1e-6))
+    assert panel(far, "largest").get_ylim()[1] < 60
+    assert "2 / learning rate = 2×10⁶, far above" in sentence(far)
+
+
+def test_both_signs_are_legible() -> None:
+    even = panel(draw_check(run(21)), "smallest")
+    assert even.get_yscale() == "linear"
+    assert 0.0 in levels(even)
+    wide = panel(
+        draw_check(
+            run(
+                21, row=lambda t, s: (1.0, 1.0, -(10 ** (1 - 5 * t)), 0.0, 9.0, 0.0, None, "saddle")
+            )
+        ),
+        "smallest",
+    )
+    assert wide.get_yscale() == "symlog"
+    assert wide.get_ylabel().endswith("log beyond ±0.01")
+    labels = [t.get_text() for t in wide.get_yticklabels()]
+    ticks = [float(tick) for tick in wide.get_yticks()]
+    assert {"0", "−10", "−1"} <= set(labels)
+    assert [number(label) for label in labels] == pytest.approx(ticks)
+    # Both sides of zero, however far apart in size, have at least a twelfth of the axis.
+    lopsided = run(
+        1, ("train",), lambda t, s: (1.0, 1e-4, -0.03, 0.001, 250.0, 0.1, None, "saddle")
+    )
+    figure = draw_check(lopsided)
+    (axes,) = figure.axes
+    forward = axes.xaxis.get_transform().transform
+    left, zero, low, right = forward(np.array([axes.get_xlim()[0], 0, -0.03, axes.get_xlim()[1]]))
+    assert (zero - low) / (right - left) > 1 / 12
+    assert left < low
+    assert "log beyond ±0.01" in axes.get_xlabel()
+
+
+def test_bars_go_as_far_as_the_errors() -> None:
+    figure = draw_check(run(5, ("train",)))
+    found = bars(panel(figure, "smallest"))
+    rows = [training(k / 4, "train") for k in range(5)]
+    expected = [(k, low - error, low + error) for k, (_, _, low, error, *_) in enumerate(rows)]
+    np.testing.assert_allclose(found, np.array(expected, dtype=np.float64))
+    axes = panel(figure, "smallest")
+    assert axes.get_ylim()[0] < min(low for _, low, _ in found)
+    assert axes.get_ylim()[1] > max(high for _, _, high in found)
+
+
+def test_a_value_without_a_bar_is_in_the_panel() -> None:
+    figure = draw_check(ODD["huge"])
+    for label, value in (("smallest", -1e150), ("largest", 1e150)):
+        low, high = panel(figure, label).get_ylim()
+        assert low < value < high
+
+
+def test_ranks_and_steps_are_whole_numbers() -> None:
+    one = panel(draw_check(ODD["one, one eigenvalue"]), "eigenvalue")
+    two = panel(draw_check(ODD["two"]), "smallest")
+    for axes, expected in ((one, ["1"]), (two, ["0", "1"])):
+        low, high = axes.get_xlim()
+        ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        assert [t.get_text() for x, t in ticks if low <= x <= high] == expected
+
+
+def test_verdicts_are_those_of_the_table() -> None:
+    verdicts = ["not critical", "undecided", "saddle", "minimum", "maximum", "undecided", "", "new"]
+
+    def row(t: float, split: str) -> tuple[Cell, ...]:
+        return (*training(t, split)[:7], verdicts[round(7 * t)])
+
+    figure = draw_check(run(8, ("train", "test"), row))
+    assert marks(strip(figure)) == {"o": 2, "d": 4, "s": 2, "v": 2, "^": 2, "*": 2}
+    assert set(legend(figure)) == {"train", "test", *verdicts} - {""}
+    assert [t.get_text() for t in strip(figure).get_yticklabels()] == ["train", "test"]
+    (saddle,) = [line for line in strip(figure).get_lines() if line.get_marker() == "s"]
+    np.testing.assert_array_equal(saddle.get_xdata(), [2, 2])
+    np.testing.assert_array_equal(saddle.get_ydata(), [0, 1])
+
+
+def test_what_is_not_finite_is_blank_and_counted() -> None:
+    def row(t: float, split: str) -> tuple[Cell, ...]:
+        if 0.3 < t < 0.55:
+            return (NAN, NAN, None, None, None, None, None, "undecided")
+        if t > 0.9:
+            return (0.1, 0.01, NAN, NAN, 3.0, INF, None, "undecided")
+        return training(t, split)
+
+    figure = draw_check(run(11, ("train",), row))
+    said = sentence(figure)
+    assert "2 points of train are not finite: not drawn (×)" in said
+    assert "λₘᵢₙ: 1 point of train is not finite: not drawn (×)" in said
+    assert "λₘₐₓ" not in said.split("Verdicts")[0]
+    (line,) = lines(panel(figure, "loss"))
+    assert np.isnan(np.asarray(line.get_ydata(), dtype=np.float64)).sum() == 2
+    assert len(bars(panel(figure, "largest"))) == 8
+    assert "nan" not in " ".join(texts(figure)).replace("finite", "")
+
+
+def test_a_gradient_norm_of_zero_has_no_logarithm() -> None:
+    figure = draw_check(run(3, ("train",), lambda t, s: (1.0, 0.0, 1.0, 0, 2.0, 0, 1.0, "minimum")))
+    assert "gradient norm: 3 points of train are not above 0: not drawn (×)" in sentence(figure)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 12])
+def test_escape_shows_the_checkpoint_and_its_gain(checkpoints: int) -> None:
+    drawn = run(checkpoints, escape=True)
+    figure = draw_check(drawn)
+    (axes,) = [a for a in figure.axes if a.get_xlabel().startswith("distance")]
+    assert axes.get_xlabel() == "distance along the most negative curvature (λ = −0.12)"
+    assert axes.get_title("left") == f"Around runs/{checkpoints - 1}.pt: loss on test"
+    rings = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    (start,) = [ring for ring in rings if len(np.asarray(ring.get_xdata()))]
+    (lowest,) = [line for line in axes.get_lines() if line.get_marker() == "D"]
+    assert (start.get_xdata(), start.get_ydata()) == ([0.0], [0.34])
+    table = way_down()
+    losses = table.floats("loss")
+    at = losses.index(min(losses))
+    assert (lowest.get_xdata(), lowest.get_ydata()) == (
+        [table.floats("distance")[at]],
+        [losses[at]],
+    )
+    assert f"the checkpoint  runs/{checkpoints - 1}.pt" in legend(figure)
+    assert "lowest: 0.016 at distance −3, a gain of 0.324" in legend(figure)
+    assert "± one standard error" in legend(figure)
+    # The losses are those of the second split.
+    (curve,) = lines(axes)
+    assert curve.get_linestyle() == "--"
+    if checkpoints > 1:
+        (ring,) = [
+            a
+            for a in panel(figure, "smallest").get_lines()
+            if a.get_color() != "#0072B2" and a.get_marker() == "o"
+        ]
+        assert [*np.asarray(ring.get_xdata())] == [11]
+
+
+def test_the_gain_has_the_error_of_the_summary_where_it_is_of_that_point() -> None:
+    drawn = run(1, escape=True)
+    about = {"distance": -3.0, "gain_stderr": 0.0125}
+    for distance, said in ((-3.0, "0.324 ± 0.013"), (2.0, "0.324"), (None, "0.324")):
+        escape = {**about, "distance": distance}
+        figure = draw_check(replace(drawn, summary={**drawn.summary, "escape": escape}))
+        assert f"lowest: 0.016 at distance −3, a gain of {said}" in legend(figure)
+
+
+def test_an_escape_that_gains_nothing_says_so() -> None:
+    drawn = run(1, escape=True)
+    up = Table.build(
+        ("distance", "loss", "loss_stderr"), [(d, 1.0 + d * d, 0.0) for d in (-1.0, 0.0, 1.0)]
+    )
+    summary = {**drawn.summary, "escape": {"eigenvalue": 0.5}}
+    figure = draw_check(replace(drawn, more={"escape": up}, summary=summary))
+    assert "Along this direction no point lies below the checkpoint." in sentence(figure)
+    assert "gain" not in " ".join(legend(figure))
+    assert "± one standard error" not in legend(figure)
+    assert figure.axes[-1].get_xlabel() == "distance along the smallest curvature (λ = 0.5)"
+    nowhere = replace(drawn, more={"escape": up}, summary={**drawn.summary, "escape": None})
+    assert draw_check(nowhere).axes[-1].get_xlabel().endswith("curvature")
+
+
+def test_losses_have_a_logarithmic_axis_where_asked_for_or_far_apart() -> None:
+    drawn = run(5, escape=True)
+    assert [a.get_yscale() for a in draw_check(drawn).axes if "loss" in a.get_ylabel()] == [
+        "linear"
+    ] * 2
+    logs = [a for a in draw_check(drawn, log=True).axes if a.get_ylabel().startswith("loss")]
+    assert [a.get_yscale() for a in logs] == ["log"] * 2
+    assert all(a.get_ylabel().endswith("log scale") for a in logs)
+    steep = Table.build(
+        ("distance", "loss", "loss_stderr"), [(d, 10.0 ** (d + 1), 0.0) for d in (-1.0, 0.0, 4.0)]
+    )
+    figure = draw_check(replace(drawn, more={"escape": steep}))
+    assert figure.axes[-1].get_yscale() == "log"
+
+
+def test_one_checkpoint_is_told_in_words_and_drawn_as_a_row_a_split() -> None:
+    figure = draw_check(run(1))
+    (axes,) = figure.axes
+    assert axes.get_title("left") == "runs/0.pt"
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["train", "test"]
+    assert {"λₘₐₓ = 42.5 ± 0.2", "λₘᵢₙ = −0.0997 ± 0.06"} <= set(texts(figure))
+    assert "train: loss 0.0355, gradient norm 7.09×10⁻⁴." in sentence(figure)
+    assert set(legend(figure)) == {"train", "test", "train: minimum", "test: saddle"}
+    zeros = [line for line in axes.get_lines() if [*np.asarray(line.get_xdata())] == [0, 0]]
+    assert len(zeros) == 1
+
+
+def test_shares_of_signs_are_told_where_they_are_known() -> None:
+    told = run(1, ("train",), lambda t, s: (*training(t, s)[:6], 0.875, "saddle"))
+    # A table of an older version has the first share alone.
+    assert "eigenvalues 87.5% positive." in sentence(draw_check(told))
+    assert "positive" not in sentence(draw_check(run(1)))
+    columns, (row,) = told.table.columns, told.table.rows
+    new = ("positive", "negative", "undecided", "trace", "trace_stderr")
+    table = Table.build((*columns, *new), [(*row, 0.875, 0.1, 0.025, 3.0, 0.0)])
+    figure = draw_check(replace(told, table=table))
+    assert "eigenvalues 87.5% positive, 10% negative, 2.5% undecided." in sentence(figure)
+
+
+def test_why_nothing_is_decided_is_told() -> None:
+    told = run(1, ("train",), lambda t, s: (*training(t, s)[:7], "undecided"))
+    points = {
+        "train": {"points": [{"reason": "λ min may be zero: it is within its error of zero"}]}
+    }
+    figure = draw_check(replace(told, summary={**told.summary, "splits": points}))
+    assert "Undecided on train: λ min may be zero: it is within its error" in sentence(figure)
+    assert "Undecided" not in sentence(draw_check(told))
+
+
+def test_spectrum_is_drawn_over_the_rank() -> None:
+    figure = draw_check(run(1, ("train",), eigenvalues=30))
+    axes = panel(figure, "eigenvalue λ of the Hessian")
+    assert axes.get_yscale() == "symlog"
+    assert axes.get_xlabel() == "rank among the eigenvalues found"
+    (dots,) = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    values = np.asarray(dots.get_ydata(), dtype=np.float64)
+    assert len(values) == 30
+    assert (np.diff(values) < 0).all()
+    assert len(bars(axes)) == 30
+    assert 0.0 in levels(axes)
+    assert "λₘₐₓ = 42.5 ± 0.2" in sentence(figure)
+    assert len(draw_check(run(1, escape=True, eigenvalues=5)).axes) == 2
+
+
+def test_eigenvalues_next_to_zero_do_not_ask_for_a_logarithm() -> None:
+    values = (
+        [0.24 - 0.001 * k for k in range(90)]
+        + [1e-12] * 500
+        + [-0.1 - 0.001 * k for k in range(90)]
+    )
+    table = Table.build(
+        ("checkpoint", "split", "eigenvalue", "error"), [("a", "train", v, 1e-6) for v in values]
+    )
+    figure = draw_check(replace(run(1, ("train",)), more={"spectrum": table}))
+    assert panel(figure, "eigenvalue").get_yscale() == "linear"
+
+
+NOTHING: tuple[Cell, ...] = (NAN, NAN, NAN, NAN, NAN, NAN, None, "undecided")
+ODD = {
+    "no rows": run(0),
+    "two": run(2, ("train",)),
+    "many": run(200, ("train", "test", "val", "other"), escape=True, learning_rate=1e-3),
+    "nan": run(5, row=lambda t, s: NOTHING),
+    "one, nan": run(1, row=lambda t, s: NOTHING, escape=True),
+    "one, many eigenvalues": run(1, eigenvalues=400, escape=True),
+    "one, one eigenvalue": run(1, ("train",), eigenvalues=1),
+    "all zero": run(4, row=lambda t, s: (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "undecided")),
+    "one, all zero": run(1, row=lambda t, s: (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "undecided")),
+    "huge": run(6, row=lambda t, s: (1e300, 1e250, -1e150, 1e300, 1e150, INF, 1.0, "saddle")),
+    "tiny": run(6, row=lambda t, s: (1e-30, 1e-99, -1e-99 * t, 1e-300, 1e-80, 0.0, 1.0, "saddle")),
+    "negative": run(6, row=lambda t, s: (1.0, 1e-4, -9 - t, 0.1, -1 - t, 0.1, 0.0, "maximum")),
+    "no summary": replace(run(6, escape=True), summary={}),
+    "one, no summary": replace(run(1, escape=True, eigenvalues=3), summary={}),
+    "empty tables": replace(
+        run(1),
+        more={
+            "escape": Table.build(("distance", "loss", "loss_stderr"), ()),
+            "spectrum": Table.build(("checkpoint", "split", "eigenvalue", "error"), ()),
+        },
+    ),
+}
+FOLDER = "Модель/" * 40
+for count in (1, 7):
+    ODD[f"odd names, {count}"] = replace(
+        run(count, ("$x_1$\n\x1b[31m" + "long" * 30, "模型🙂"), escape=True, eigenvalues=count),
+        summary={
+            "loss": "\x07$l$" * 40,
+            "tolerance": 1e-3,
+            "escape": {"checkpoint": FOLDER + "$a$\n.pt", "split": "模型🙂", "eigenvalue": -1e-9},
+        },
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # measured here outside of render
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("log", [False, True])
+def test_odd_tables_are_drawn(case: str, log: bool) -> None:
+    figure = draw_check(ODD[case], log=log, title="A title")
+    figure.draw_without_rendering()
+    page, box = figure.bbox_inches, figure.get_tightbbox()
+    assert box.x0 >= -0.01
+    assert box.y0 >= -0.01
+    assert box.x1 <= page.x1 + 0.01
+    assert box.y1 <= page.y1 + 0.01
+    for axes in figure.axes:
+        for limits in (axes.get_xlim(), axes.get_ylim()):
+            assert np.isfinite(limits).all()
+            assert limits[0] != limits[1]
+    assert not [c for text in texts(figure) for c in text.replace("\n", "") if c < " "]
+    assert figure.legends or case == "no rows"
+
+
+def test_no_row_is_no_crash() -> None:
+    assert "There are no points" in sentence(draw_check(run(0)))
+
+
+def test_panels_do_not_overlap() -> None:
+    for drawn in (ODD["many"], run(21, escape=True, learning_rate=0.05), run(1, escape=True)):
+        figure = draw_check(drawn, title="A title")
+        figure.draw_without_rendering()
+        boxes = [axes.get_tightbbox() for axes in figure.axes]
+        boxes += [legend.get_window_extent() for legend in figure.legends]
+        for k, one in enumerate(boxes):
+            for other in boxes[:k]:
+                assert one is not None
+                assert other is not None
+                width = min(one.x1, other.x1) - max(one.x0, other.x0)
+                height = min(one.y1, other.y1) - max(one.y0, other.y0)
+                assert width <= 1 or height <= 1
+
+
+def test_draw_knows_a_check_and_refuses_two() -> None:
+    one = run(3)
+    assert render(draw([one], log=True), ".png") == render(draw_check(one, log=True), ".png")
+    with pytest.raises(UsageError, match="one check cannot be laid over another"):
+        draw([one, one])

@@ -1,0 +1,253 @@
+"""The figure of a plane: what it shows, what it says, what it survives.
+
+The tables come from fixed formulas: three hollows, a bowl, and a path that winds into it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from losscli.plotting.drawing import Run, draw_plane, render
+from losscli.table import Table
+from tests.plotting.test_interpolation import check_golden, legend, texts
+from tests.plotting.test_trajectory import contour_panels, note, reliefs, sentence
+
+NAN = math.nan
+COLUMNS = ("x", "y", "split", "loss", "loss_stderr")
+PATH = ("step", "checkpoint", "x", "y", "off_plane", "split", "loss")
+
+CORNERS = ((0.0, 0.0, 0.0), (10.0, 0.0, 0.0), (4.0, 8.0, 0.0))
+WINDING = tuple(
+    (-12 * (1 - t / 20), 3.5 * math.sin(t / 6) * (1 - t / 20), 0.08 * t * (20 - t) / 5)
+    for t in range(21)
+)
+
+
+def hollows(x: float, y: float) -> float:
+    """Low at the three corners, with a hill between them."""
+    deep = sum(math.exp(-((x - a) ** 2 + (y - b) ** 2) / 9) for a, b, _ in CORNERS)
+    far = 0.004 * ((x - 5) ** 2 + (y - 3) ** 2)
+    return 0.003 + (1 + far) * max(0.0, 1 - deep)
+
+
+def bowl(x: float, y: float) -> float:
+    return 0.01 + 2.4 * (1 - math.exp(-(x * x + 2 * y * y) / 60))
+
+
+def run(
+    kind: str = "points",
+    checkpoints: Sequence[tuple[float, float, float]] = CORNERS,
+    loss: Callable[[float, float], float] = hollows,
+    splits: Sequence[str] = ("train",),
+    size: tuple[int, int] = (17, 13),
+    box: tuple[float, float, float, float] = (-3, 13, -3, 11),
+    own: Callable[[float, float], float] | None = None,
+) -> Run:
+    """A run on a grid of this size, and these checkpoints (x, y, off the plane)."""
+    xs = np.linspace(box[0], box[1], size[0]).tolist()
+    ys = np.linspace(box[2], box[3], size[1]).tolist()
+    rows = [(x, y, s, loss(x, y), 0.01) for x in xs for y in ys for s in splits]
+    path = [
+        (k, f"runs/{k}.pt", x, y, off, s, (own or loss)(x, y))
+        for k, (x, y, off) in enumerate(checkpoints)
+        for s in splits
+    ]
+    summary: dict[str, Any] = {
+        "plane": kind,
+        "loss": "cross_entropy",
+        "axes": [
+            {"name": "first", "explained_variance": 0.947},
+            {"name": "second", "explained_variance": None},
+        ],
+    }
+    return Run(Table.build(COLUMNS, rows), summary, "", {"path": Table.build(PATH, path)})
+
+
+def winding() -> Run:
+    return run("pca", WINDING, bowl, box=(-15, 4, -5, 6))
+
+
+PICTURES = {
+    "plane-points": lambda: draw_plane(run(splits=("train", "test")), title="Three solutions"),
+    "plane-pca": lambda: draw_plane(winding(), surface=True),
+}
+
+
+def dots(figure: Figure) -> PathCollection:
+    (found,) = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
+    return found
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_golden(name: str) -> None:
+    check_golden(name, PICTURES[name]())
+
+
+def test_picture_from_the_csv_in_any_order_is_the_same() -> None:
+    def read(table: Table) -> Table:
+        again = Table.from_csv(io.StringIO(table.to_csv(), newline=""), "x")
+        return Table(again.columns, tuple(random.Random(0).sample(again.rows, len(again.rows))))
+
+    drawn = run()
+    again = replace(
+        drawn, table=read(drawn.table), more={k: read(t) for k, t in drawn.more.items()}
+    )
+    figure = draw_plane(drawn, surface=True)
+    for suffix in (".png", ".svg"):
+        assert render(figure, suffix) == render(draw_plane(again, surface=True), suffix)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_panel_for_each_split(number: int) -> None:
+    splits = ["train", "test", "other", "last"][:number]
+    figure = draw_plane(run(splits=splits))
+    assert [axes.get_title("left") for axes in contour_panels(figure)] == splits
+    assert len(figure.axes) == number + 1
+    assert not reliefs(figure)
+    if number < 3:
+        solid = draw_plane(run(splits=splits), surface=True)
+        assert len(contour_panels(solid)) == len(reliefs(solid)) == number
+
+
+def test_axes_are_named_by_the_plane() -> None:
+    def labels(drawn: Run) -> tuple[str, str]:
+        panel = draw_plane(drawn).axes[0]
+        return panel.get_xlabel(), panel.get_ylabel()
+
+    assert labels(run("points")) == ("distance along B − A", "distance at right angles to it")
+    assert labels(run("random", [(0, 0, 0)])) == (
+        "x: random direction δ, filter-normalised",
+        "y: random direction η, filter-normalised",
+    )
+    assert labels(winding()) == (
+        "first principal component (94.7 % of the variance)",
+        "second principal component",
+    )
+    assert labels(run("other")) == ("first", "second")
+    assert labels(replace(run(), summary={})) == ("x", "y")
+
+
+def test_distances_are_equal_on_both_axes() -> None:
+    long = (-30.0, 30.0, -1.0, 1.0)
+    assert draw_plane(run("points", box=long)).axes[0].get_aspect() == 1
+    assert draw_plane(run("points")).axes[0].get_aspect() == 1
+    assert draw_plane(run("pca", WINDING)).axes[0].get_aspect() == 1
+    assert draw_plane(run("pca", WINDING, box=long)).axes[0].get_aspect() == "auto"
+
+
+def test_checkpoints_are_told_one_by_one() -> None:
+    figure = draw_plane(
+        run(checkpoints=[(0, 0, 0), (10, 0, 1e-9), (4, 8, 3.2)], own=lambda x, y: x)
+    )
+    assert {"  A", "  B", "  C"} <= set(texts(figure))
+    assert note(figure).splitlines()[:3] == [
+        "A  runs/0.pt: loss 0; on the plane",
+        "B  runs/1.pt: loss 10; on the plane",
+        "C  runs/2.pt: loss 4; 3.2 off the plane",
+    ]
+    assert "lie up to 3.2 off the plane: a contour is not the loss of a point" in sentence(figure)
+    two = draw_plane(run(splits=("train", "test")))
+    assert "A  runs/0.pt: loss 0.003 (train), 0.003 (test); on the plane" in note(two)
+    assert "off the plane" not in note(two)
+
+
+def test_a_path_has_its_ends_and_its_farthest_distance() -> None:
+    figure = draw_plane(winding())
+    assert legend(figure) == ["path of the 21 checkpoints", "start  runs/0.pt", "end  runs/20.pt"]
+    assert "The checkpoints lie up to 1.6 off the plane" in note(figure)
+    assert note(figure).startswith("Start  runs/0.pt: loss ")
+    assert not {"  A", "  B"} & set(texts(figure))
+    flat = draw_plane(run("pca", [(x, y, 0) for x, y, _ in WINDING], bowl))
+    assert "All checkpoints lie on the plane." in note(flat)
+
+
+def test_dots_have_the_colour_of_their_own_loss() -> None:
+    def true(x: float, y: float) -> float:
+        return 2.0 if x == 0 else 0.5 if x == 10 else NAN
+
+    figure = draw_plane(run(loss=lambda x, y: 1 + x / 13, own=true))
+    first, second, third = (to_rgb(c) for c in dots(figure).get_facecolor())
+    # Yellow stands for much, blue for little, white for what is not finite.
+    assert first[0] > first[2]
+    assert second[2] > second[0]
+    assert third == (1, 1, 1)
+    assert "C  runs/2.pt: loss not finite" in note(figure)
+
+
+def test_checkpoints_beyond_the_edges_do_not_stretch_the_picture() -> None:
+    figure = draw_plane(run("pca", [*WINDING, (50.0, 0.0, 0.0)], bowl, box=(-15, 4, -5, 6)))
+    assert figure.axes[0].get_xlim() == (-15, 4)
+    assert "1 checkpoint lies beyond the edges." in note(figure)
+    assert "beyond" not in note(draw_plane(winding()))
+
+
+def test_what_is_not_finite_is_blank() -> None:
+    figure = draw_plane(run(loss=lambda x, y: NAN if x > 9 and y > 5 else hollows(x, y)))
+    (panel,) = contour_panels(figure)
+    (cross,) = [line for line in panel.get_lines() if line.get_marker() == "x"]
+    missing = len(cross.get_xdata())  # type: ignore[arg-type]
+    assert missing == 4 * 6
+    assert f"{missing} points of train are not finite: left blank (×)" in note(figure)
+    zeros = draw_plane(run(loss=lambda x, y: max(x, 0.0)), log=True)
+    assert "are not above 0: left blank (×)" in note(zeros)
+
+
+def test_contour_lines_are_few_and_labelled() -> None:
+    figure = draw_plane(run())
+    bar = figure.axes[-1]
+    ticks = [t.get_text() for t in bar.get_yticklabels()]
+    assert 4 <= len(ticks) <= 10
+    assert bar.get_ylabel() == "loss (cross_entropy), log scale"
+    written = {t.get_text() for t in figure.axes[0].texts} & set(ticks)
+    assert len(written) >= 3
+
+
+ODD = {
+    "no rows": run(size=(0, 0), checkpoints=[]),
+    "one point": run(size=(1, 1)),
+    "one column": run(size=(1, 9)),
+    "constant": run(loss=lambda x, y: 0.7),
+    "nan": run(loss=lambda x, y: NAN),
+    "huge": run(loss=lambda x, y: 1e30 * (1 + x * x)),
+    "tiny": run(loss=lambda x, y: 1e-30 * (1 + x * x)),
+    "huge and tiny": run(loss=lambda x, y: 10 ** (3 * x)),
+    "zeros": run(loss=lambda x, y: max(x, 0.0)),
+    "many checkpoints": run("pca", [(k / 30, k / 40, 1.0) for k in range(300)]),
+    "no place": run("pca", [(0, 0, 0), (NAN, 0, NAN), (1, 1, 1)]),
+    "no path": replace(run(), more={}),
+    "nothing known": Run(run().table, {}),
+    "odd names": replace(
+        run(splits=("$x_1$\n\x1b[31m", "模型🙂")),
+        summary={"loss": "\x07$l$", "axes": [{"name": "$a$\n"}]},
+        more={
+            "path": Table.build(
+                PATH, [(0, "Модель/" * 60 + "模型" * 90, 0.0, 0.0, 1.0, "模型🙂", 1.0)]
+            )
+        },
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # measured here outside of render
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("surface", [False, True])
+def test_odd_tables_are_drawn(case: str, surface: bool) -> None:
+    figure = draw_plane(ODD[case], log=surface, surface=surface)
+    figure.draw_without_rendering()
+    page, box = figure.bbox_inches, figure.get_tightbbox()
+    assert box.x0 >= -0.01
+    assert box.y0 >= -0.01
+    assert box.x1 <= page.x1 + 0.01
+    assert box.y1 <= page.y1 + 0.01
+    assert not [line for text in texts(figure) for line in text if line < " " and line != "\n"]

@@ -1,0 +1,519 @@
+"""Faults on purpose: what a run meets on machines that are full, small, foreign or interrupted."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import json
+import os
+import random
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from losscli.evaluation.journal import Journal
+from losscli.evaluation.objective import Objective
+from losscli.models import MLP
+from losscli.studies import interpolation
+from tests.conftest import ROOT, Losscli
+from tests.forks import child, ended
+
+RUN = ["interpolate", "a.pt", "b.pt", "-o", "out", "--points", "5"]
+
+TO = ["--no-figure", "-o", "out"]
+STUDIES = {
+    "interpolate": ["interpolate", "a.pt", "b.pt", "--points", "5", "--layerwise", *TO],
+    "trajectory": [
+        "trajectory",
+        "a.pt",
+        "b.pt",
+        "init:3",
+        "--residuals",
+        "3",
+        "--random-walk",
+        *TO,
+    ],
+    "plane": ["plane", "a.pt", "b.pt", "init:3", "--points", "3", *TO],
+    "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "3", *TO],
+    "check": ["check", "a.pt", "b.pt", "--tolerance", "10", *TO],
+}
+# All that write files; the last two draw what the first finds.
+WRITING = {
+    **STUDIES,
+    "picture": RUN,
+    "align": ["align", "a.pt", "b.pt", "-o", "out.safetensors"],
+    "export": ["export", "a.pt", "b.pt", "--alpha", "0.5", "-o", "out.safetensors"],
+    "plot": ["plot", "line.csv", "--figure", "out.png"],
+    "inspect": ["inspect", "a.pt", "b.pt", "--figure", "out.png"],
+}
+
+forking = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
+
+@pytest.fixture
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log") / "stderr"
+
+
+def ready(name: str, losscli: Losscli) -> list[str]:
+    """A command, and what it needs."""
+    if name == "plot":
+        assert losscli(*RUN[:3], "--points", 3, "--no-figure", "-o", "line").status == 0
+    return WRITING[name]
+
+
+def command(
+    *arguments: str, limit: Callable[[], None] | None = None, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "losscli", *arguments],
+        check=False,
+        capture_output=True,
+        preexec_fn=limit,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def listing(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()} - {"__pycache__"}
+
+
+# What a process does between its start and its end, once losscli is loaded: a fork for each.
+_FORKS = """
+import os, signal, sys, time
+import torch, typer
+import losscli.cli, losscli.cli.app, losscli.studies.interpolation, losscli.plotting.drawing
+import matplotlib.backends.backend_agg
+from losscli.cli.console import Console
+
+both = {signal.SIGINT, signal.SIGTERM}
+
+def run():
+    # Until the command has set its own, as a shell would have it.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    os.setpgid(0, 0)
+    with open(sys.argv[1] + "/stderr", "wb") as errors, open(os.devnull, "wb") as nothing:
+        os.dup2(errors.fileno(), 2)
+        os.dup2(nothing.fileno(), 1)
+    try:
+        losscli.cli.main(sys.argv[2:])
+    except SystemExit as ended:
+        os._exit(ended.code or 0)
+
+# Once here: torch imports much of itself late.
+where = [a.replace("out", sys.argv[1] + "/warm") for a in sys.argv[2:]]
+if losscli.cli.run(where, Console(open(os.devnull, "w"), sys.stderr)):
+    sys.exit(1)
+
+for line in sys.stdin:
+    number, delay = line.split()
+    signal.pthread_sigmask(signal.SIG_BLOCK, both)  # a child is not itself at once
+    child = os.fork()
+    if not child:
+        try:
+            run()
+        finally:
+            os._exit(99)
+    if int(number):
+        time.sleep(float(delay))
+        os.kill(child, int(number))
+    begun = time.monotonic()
+    _, status = os.waitpid(child, 0)
+    try:
+        os.killpg(child, 0)
+        orphans = 1
+    except ProcessLookupError:
+        orphans = 0
+    print(os.waitstatus_to_exitcode(status), orphans, flush=True)
+"""
+
+
+def test_ctrl_c_at_any_instant_ends_with_130_or_a_whole_run(folder: Path) -> None:
+    """At 50 random instants, and SIGTERM at 10: one line, whole files or none, no orphans."""
+    aside = folder / "aside"
+    aside.mkdir()
+    rng = random.Random(0)
+    with subprocess.Popen(
+        [sys.executable, "-c", _FORKS, str(aside), *RUN, "--no-figure"],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def interrupt(number: int, delay: float) -> tuple[int, str]:
+            server.stdin.write(f"{number} {delay}\n")  # type: ignore[union-attr]
+            server.stdin.flush()  # type: ignore[union-attr]
+            status, orphans = map(int, server.stdout.readline().split())  # type: ignore[union-attr]
+            assert orphans == 0
+            return status, (aside / "stderr").read_text()
+
+        before = listing(folder)
+        whole = before | {"out.csv", "out.json"}
+        assert interrupt(0, 0)[0] == 0  # which waits until the server is there
+        (folder / "out.json").unlink()
+        (folder / "out.csv").unlink()
+        begun = time.monotonic()
+        assert interrupt(0, 0)[0] == 0
+        length = time.monotonic() - begun
+        assert listing(folder) == whole
+        unbroken = (folder / "out.csv").read_bytes()
+        for i in range(60):
+            for name in whole - before:
+                (folder / name).unlink(missing_ok=True)
+            number = signal.SIGTERM if i % 6 == 5 else signal.SIGINT
+            status, stderr = interrupt(number, rng.random() * length * 1.05)
+            left = listing(folder)
+            if status == 0:
+                assert left == whole
+                assert (folder / "out.csv").read_bytes() == unbroken
+            else:
+                assert status == 128 + number, stderr
+                told = [line for line in stderr.splitlines() if not line.startswith("note: ")]
+                assert all(line.startswith("losscli: ") for line in told), stderr
+                # Before it has begun, and once all is written, there is nothing to say.
+                assert len(told) <= 1, stderr
+                # No temporary file: at most what the next run goes on from.
+                assert left <= whole | {"out.journal"}
+                # What it had written when it was interrupted is whole.
+                if "out.json" in left:
+                    json.loads((folder / "out.json").read_text())
+        server.stdin.close()
+
+
+def anew(folder: Path, before: set[str]) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in listing(folder) - before}
+
+
+def numbers(files: dict[str, bytes]) -> dict[str, bytes]:
+    """All but the summaries, which tell the time."""
+    return {name: content for name, content in files.items() if not name.endswith(".json")}
+
+
+@forking
+@pytest.mark.parametrize("name", WRITING)
+def test_a_full_disk_leaves_whole_files_or_none(
+    name: str, folder: Path, log: Path, losscli: Losscli
+) -> None:
+    """The disk is full in each of the files in turn; with room the same command goes on."""
+    command = ready(name, losscli)
+    before = listing(folder)
+    # In this process: what a command imports late, the others then need not.
+    done = losscli(*command)
+    assert done.status == 0, done.stderr
+    whole = anew(folder, before)
+    assert whole
+    for file in whole:
+        (folder / file).unlink()
+    for size in sorted({9, *(len(content) * 9 // 10 for content in whole.values())}):
+
+        def limit(size: int = size) -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+        assert ended(child(command, log, limit)) == 1
+        last = log.read_text().splitlines()[-1]
+        assert last.startswith("losscli: ")
+        assert "File too large" in last
+        left = anew(folder, before)
+        assert left.keys() <= {"out.journal"}
+        # No journal stays in which there is nothing.
+        assert all(b'"key"' in content for content in left.values())
+        # What is kept is told of.
+        told = "hat was finished is in out.journal: the same command goes on from there" in last
+        assert told == (b'"key"' in left.get("out.journal", b""))
+    assert ended(child(command, log)) == 0, log.read_text()
+    assert numbers(anew(folder, before)) == numbers(whole)
+    if not any(file.endswith(".csv") for file in whole):
+        return
+    # A folder that has the name of a result is in the way of all of them.
+    (folder / "out.csv").unlink()
+    (folder / "out.csv").mkdir()
+    again = anew(folder, before | {"out.csv"})
+    assert ended(child([*command, "--force"], log)) == 1
+    assert "out.csv is a folder. Move it away" in log.read_text()
+    assert anew(folder, before | {"out.csv", "out.journal"}) == again
+
+
+def _without_privilege() -> None:
+    """Gives up what lets root write into folders that forbid it (CAP_DAC_OVERRIDE)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(header, sets) == 0
+    for i in range(2):
+        sets[i] &= ~2
+    assert libc.capset(header, sets) == 0
+
+
+@forking
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are of Linux")
+@pytest.mark.parametrize("name", WRITING)
+def test_a_folder_that_may_not_be_written_to(
+    name: str, folder: Path, log: Path, losscli: Losscli
+) -> None:
+    command = ready(name, losscli)
+    closed = folder / "closed"
+    closed.mkdir()
+    for end in ("", ".safetensors", ".png"):
+        command = [f"closed/out{end}" if word == f"out{end}" else word for word in command]
+    closed.chmod(0o555)
+    before = listing(folder)
+    assert ended(child(command, log, _without_privilege)) == 1
+    told = log.read_text()
+    assert "cannot be written" in told
+    assert told.count("\n") == 1
+    assert listing(closed) == set()
+    assert listing(folder) == before
+
+
+# A file that is not what it was
+
+
+@pytest.mark.parametrize(
+    ("when", "lost", "missed"),
+    [
+        ("planning", "a.pt", False),
+        ("planning", "b.pt", True),
+        ("running", "a.pt", False),
+        ("running", "b.pt", True),
+    ],
+)
+def test_a_checkpoint_that_vanishes_is_missed_only_if_it_has_to_be_read_again(
+    when: str,
+    lost: str,
+    missed: bool,
+    losscli: Losscli,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once everything is planned, or when half of the points are finished."""
+    assert losscli(*RUN, "--no-figure").status == 0
+    unbroken = Path("out.csv").read_bytes()
+    for name in ("out.csv", "out.json"):
+        Path(name).unlink()
+    content, before = Path(lost).read_bytes(), listing(folder)
+    with monkeypatch.context() as patch:
+        if when == "planning":
+            original = interpolation.Interpolation.plan
+
+            def late(*arguments: Any, **options: Any) -> Any:
+                study = original(*arguments, **options)
+                Path(lost).unlink()
+                return study
+
+            patch.setattr(interpolation.Interpolation, "plan", staticmethod(late))
+        else:
+            meanwhile(patch, Path(lost).unlink)
+        done = losscli(*RUN, "--no-figure")
+    assert not Path(lost).exists()
+    if missed:
+        assert done.status == 1
+        assert done.stderr.startswith("losscli: ")
+        assert done.stderr.count("\n") == 1
+        assert lost in done.stderr
+        # What was finished is of the file as it was.
+        assert listing(folder) - before <= {"out.journal"}
+        Path(lost).write_bytes(content)
+        assert losscli(*RUN, "--no-figure").status == 0
+    else:
+        # What was mapped of it stays as it was.
+        assert done.status == 0, done.stderr
+    assert Path("out.csv").read_bytes() == unbroken
+
+
+def meanwhile(patch: pytest.MonkeyPatch, what: Callable[[], Any]) -> None:
+    """Has something happen when a run has its first record."""
+    original, happened = Journal.record, []
+
+    def record(self: Journal, *rest: Any) -> None:
+        original(self, *rest)
+        if not happened:
+            happened.append(True)
+            what()
+
+    patch.setattr(Journal, "record", record)
+
+
+@pytest.mark.parametrize("lost", ["a.pt", "b.pt"])
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_checkpoint_that_changes_ends_the_run(
+    name: str, how: str, lost: str, losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is mapped changes with its file: no result may be of a mixture, nor be kept."""
+    before = listing(folder)
+    content = bytearray(Path(lost).read_bytes())
+
+    def change() -> None:
+        at = content.index(torch.load(lost)["state_dict"]["layers.0.weight"].numpy().tobytes())
+        content[at : at + 40] = bytes(40)
+        if how == "replaced":
+            Path("new").write_bytes(content)
+            Path("new").replace(lost)
+        else:
+            with Path(lost).open("r+b") as file:
+                file.write(content)
+
+    meanwhile(monkeypatch, change)
+    done = losscli(*WRITING[name])
+    assert done.status == 1, done.stderr
+    assert done.stderr == (
+        f"losscli: {lost} was changed while it was looked at. Start again once it is left alone\n"
+    )
+    assert listing(folder) == before
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("points", "batch"), [(3, 64), (2, 7), (1, 64), (1, 2), (1, 1)])
+@pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers"])
+def test_out_of_memory_at_any_size_gives_the_same_numbers(
+    name: str, points: int, batch: int, losscli: Losscli, monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+) -> None:  # fmt: skip
+    command = [*WRITING[name][:-1], "-", "--dtype", "float64"]
+    truth = list(csv.reader(losscli(*command).stdout.splitlines()))
+    real_at, real_plain = Objective.at, Objective.plain
+
+    def at(self: Objective, slice_: Any, coordinates: Sequence[Any], *rest: Any) -> Any:
+        if len(coordinates) > points or self.batch_size > batch:
+            raise torch.OutOfMemoryError("on purpose")
+        return real_at(self, slice_, coordinates, *rest)
+
+    def plain(self: Objective, *rest: Any) -> Any:
+        if self.batch_size > batch:
+            raise MemoryError
+        return real_plain(self, *rest)
+
+    monkeypatch.setattr(Objective, "at", at)
+    monkeypatch.setattr(Objective, "plain", plain)
+    done = losscli(*command)
+    assert done.status == 0, done.stderr
+    found = list(csv.reader(done.stdout.splitlines()))
+    assert len(found) == len(truth)
+    for one, other in zip(found, truth, strict=True):
+        for cell, value in zip(one, other, strict=True):
+            try:
+                assert float(cell) == pytest.approx(float(value), rel=1e-9, abs=1e-12, nan_ok=True)
+            except ValueError:
+                assert cell == value
+    monkeypatch.setattr(Objective, "plain", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    before = listing(folder)
+    done = losscli(*WRITING[name])
+    assert done.status == 1
+    assert done.stderr.startswith("losscli: one point and one example do not fit into the memory")
+    assert done.stderr.count("\n") == 1
+    assert listing(folder) == before
+
+
+def test_a_clock_that_jumps_changes_no_number(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = losscli(*RUN[:3], "-o", "-", "--points", 5)
+    jumps = random.Random(0)
+    for name in ("time", "monotonic", "perf_counter"):
+        monkeypatch.setattr(time, name, lambda: jumps.uniform(-1e9, 1e9))
+    again = losscli(*RUN[:3], "-o", "-", "--points", 5)
+    assert again.stdout == first.stdout
+    done = losscli(*RUN, "--no-figure")
+    assert done.status == 0, done.stderr
+
+
+def test_a_locale_without_utf_8_and_a_foreign_path(folder: Path) -> None:
+    """The whole command with α and Δ to write, in an encoding that has neither."""
+    place = folder / "a b\n'\"中é"
+    place.mkdir()
+    for name in ("a.pt", "b.pt"):
+        (folder / name).rename(place / f"Δ {name}")
+    names = [str(place / "Δ a.pt"), str(place / "Δ b.pt")]
+    for out in ("-", str(place / "out")):
+        done = command("interpolate", *names, "-o", out, "--points", "3", LC_ALL="C",
+                       PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        done.stdout.decode("ascii")
+        done.stderr.decode("ascii")
+    assert {"out.csv", "out.json", "out.png"} <= {p.name for p in place.iterdir()}
+
+
+def test_many_points_and_few_open_files(folder: Path) -> None:
+    """10,000 points under ulimit -n 64."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+    done = command("interpolate", "a.pt", "b.pt", "-o", "-", "--points", "10000", "-q", limit=limit)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 20_000
+
+
+def test_two_thousand_checkpoints_under_few_open_files(folder: Path) -> None:
+    """Every tenth of them of torch, more than the files that may be open; the others not."""
+    many = folder / "many"
+    many.mkdir()
+    torch.manual_seed(0)
+    weights = MLP("6-5-3").state_dict()
+    for step in range(2000):
+        moved = {name: t + 0.001 * step + 0.01 * torch.randn_like(t) for name, t in weights.items()}
+        if step % 10:
+            save_file(moved, many / f"{step}.safetensors")
+        else:
+            torch.save({"state_dict": moved, "losscli.model": "mlp:6-5-3"}, many / f"{step}.pt")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+    done = command("trajectory", "many", "-o", "path", "--no-surface", "--no-figure", "-q",
+                   "--limit", "5", limit=limit)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(Path("path.csv").read_text().splitlines()) == 1 + 2000 * 2
+
+
+def in_a_shell(line: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a line of bash, in which {losscli} is the command with its arguments."""
+    losscli = " ".join(map(shlex.quote, [sys.executable, "-m", "losscli", *arguments]))
+    return subprocess.run(
+        ["bash", "-c", line.format(losscli=losscli)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_a_pipe_that_breaks_in_a_shell_is_one_line(folder: Path) -> None:
+    done = in_a_shell("{losscli} --points 3000 | head -1", *RUN[:3], "-o", "-")
+    assert done.returncode == 0  # that of head
+    assert done.stdout.startswith("alpha,split,loss")
+    assert done.stderr == "losscli: stdout was closed before the result was written to it\n"
+
+
+def test_a_current_folder_that_is_gone_is_one_line(folder: Path) -> None:
+    done = in_a_shell("mkdir gone && cd gone && rmdir ../gone && {losscli}", "inspect", "a.pt")
+    assert done.returncode == 2
+    # What the shell itself says comes before.
+    told = [line for line in done.stderr.splitlines() if not line.startswith("shell-init")]
+    assert told == ["losscli: the current folder is gone. Change to one that is there"]
+
+
+def test_a_backend_of_matplotlib_that_is_not_there_is_not_asked(folder: Path) -> None:
+    done = command(*RUN, "-q", MPLBACKEND="nope")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out.png").exists()

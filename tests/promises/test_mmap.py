@@ -1,0 +1,91 @@
+"""Pages of mapped files: given back, and never a value changed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from losscli import cli
+from losscli.checkpoint import read
+from losscli.mmap import let_go
+
+VALUES = 3 << 20
+
+
+def resident(part: str) -> int:
+    """MiB of this process's memory that are pages of files, or are not."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith(part))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told of elsewhere")
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_pages_of_a_file_are_given_back_and_read_again(suffix: str, tmp_path: Path) -> None:
+    values = torch.arange(VALUES, dtype=torch.float32)
+    file = tmp_path / f"c.{suffix}"
+    if suffix == "pt":
+        torch.save({"w": values, "v": values[: 1 << 18] + 1}, file)
+    else:
+        save_file({"w": values, "v": values[: 1 << 18] + 1}, file)
+    weights = next(iter(read(str(file)).candidates.values()))
+    before = resident("RssFile")
+    assert torch.equal(weights["w"], values)
+    assert resident("RssFile") >= before + 8
+    let_go(*weights.values())
+    assert resident("RssFile") <= before + 2
+    assert torch.equal(weights["w"], values)
+    assert torch.equal(weights["v"], values[: 1 << 18] + 1)
+
+
+def test_memory_that_is_no_file_is_left_alone() -> None:
+    values = torch.arange(VALUES, dtype=torch.float32)
+    held = values.clone()
+    parts = held[::2], held[: VALUES // 2], held.view(-1, 2).T, torch.ones(3)
+    let_go(held, *parts)
+    assert torch.equal(held, values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal is handled there")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_file_that_is_cut_off_is_one_line_and_no_bus_error(
+    suffix: str, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other such signal ends a process as it ever did."""
+    values = torch.arange(VALUES // 8, dtype=torch.float32)
+    file, told = tmp_path / f"c d.{suffix}", tmp_path / "told"
+    (torch.save if suffix == "pt" else save_file)({"w": values}, file)
+
+    def work(*_: object) -> int:
+        weights = next(iter(read(str(file)).candidates.values()))
+        if not cut:
+            os.kill(os.getpid(), signal.SIGBUS)
+        os.truncate(file, 5000)
+        return int(weights["w"].sum())
+
+    child = os.fork()
+    if not child:
+        try:
+            os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+            torch.set_num_threads(1)
+            monkeypatch.setattr(cli, "run", work)
+            monkeypatch.setattr("sys.stderr", os.fdopen(2, "w"))
+            cli.main([])
+        finally:
+            os._exit(99)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if cut:
+        assert status == 1
+        assert told.read_text() == (
+            f"losscli: {file} was cut off while it was looked at. "
+            "Start again once it is left alone\n"
+        )
+    else:
+        assert status == -signal.SIGBUS

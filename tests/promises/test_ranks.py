@@ -1,0 +1,852 @@
+"""Several processes, as torchrun starts them, find what one finds."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed import HashStore, TCPStore
+
+from losscli.cli import run
+from losscli.cli.console import Console
+from losscli.errors import ChangedError, UsageError
+from losscli.evaluation import ranks as module
+from losscli.evaluation import sweep
+from losscli.evaluation.journal import Journal
+from losscli.evaluation.objective import Objective
+from losscli.evaluation.ranks import Arrays, Ranks, RanksError, current, is_one_of_many
+from losscli.evaluation.strategies import Way
+from losscli.evaluation.sweep import _agree, _cut
+from losscli.models import MLP
+from tests.conftest import ROOT, Losscli, Outcome
+from tests.forks import child, ended
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+# Of a fork beside threads: the child has one thread, and uses no other.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
+# Runs a command in each process that torchrun starts, a point at a time.
+DRIVER = """
+import sys
+from losscli.evaluation import sweep
+from losscli.cli import main
+
+sweep._CPU_STACK = 1
+main(sys.argv[1:])
+"""
+
+# A loss that writes down what it found, and kills its process where it is told to.
+LOSS = """
+import os, signal, time
+from pathlib import Path
+import torch
+
+def loss(outputs, targets):
+    found = torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+    me = ".".join(os.environ[x] for x in ("RUN", "TORCHELASTIC_RESTART_COUNT", "RANK"))
+    name = f"evaluated.{me}"
+    if len(outputs) == 29:
+        done = len(Path(name).read_text().splitlines()) if os.path.exists(name) else 0
+        kill = os.environ["KILL"].split()
+        if any(of.startswith(me[:-2]) or me.startswith(of) for of in kill):
+            time.sleep(0.02)  # it takes torchrun a tenth of a second to notice
+        if f"{me}.{done}" in kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        number = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(number, f"{found.double().mean().item()!r}\\n".encode())
+        os.close(number)
+    return found
+
+def fails(outputs, targets):
+    if os.environ.get("RANK") == "1":
+        raise ValueError("of rank 1 alone")
+    return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+"""
+
+DATA = """
+import os
+import torch
+
+def data():
+    generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
+    return {"train": (torch.rand(9, 6, generator=generator), torch.arange(9) % 3)}
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 21
+    def __getitem__(self, i):
+        return torch.rand(6, generator=torch.Generator().manual_seed(i)), i % 3
+
+def streamed():
+    return Rows()
+"""
+
+
+START = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+
+
+def torchrun(command: str, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
+    """Starts a command in two processes."""
+    return driver([*START, f"--max-restarts={restarts}"], command, **environment)
+
+
+def driver(start: Sequence[str], command: str, **environment: str) -> subprocess.Popen[str]:
+    Path("driver.py").write_text(DRIVER)
+    return subprocess.Popen(
+        [*start, "driver.py", *command.split()],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said(process: subprocess.Popen[str]) -> list[str]:
+    """Waits for torchrun; returns what losscli said."""
+    own = re.compile("losscli: |note: ")
+    _, stderr = process.communicate(timeout=60)
+    return [line for line in stderr.splitlines() if own.match(line)]
+
+
+def ports(number: int) -> list[int]:
+    """Finds ports that nobody listens at."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in opened:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in opened]
+
+
+def forked(
+    commands: Sequence[str],
+    size: int,
+    before: Callable[[int], None] = lambda _: None,
+    meanwhile: Callable[[Sequence[int]], None] = lambda _: None,
+) -> list[list[Outcome]]:
+    """Runs commands one after the other in processes with the environment that torchrun gives.
+
+    They are forks of this one: nothing is imported anew.
+
+    Args:
+        commands: The commands.
+        size: How many processes.
+        before: Called in each with its rank.
+        meanwhile: Called here with their ids.
+
+    Returns:
+        For each process the outcome of each command.
+    """
+    heard = Path("heard")
+    heard.mkdir(exist_ok=True)
+    free = ports(len(commands))
+    pids = []
+    for rank in range(size):
+        sys.stdout.flush()
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        try:
+            torch.set_num_threads(1)
+            before(rank)
+            outcomes = []
+            for i, line in enumerate(commands):
+                os.environ.update(
+                    RANK=str(rank),
+                    WORLD_SIZE=str(size),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(free[i]),
+                )
+                console = Console(io.StringIO(), io.StringIO())
+                status = run(line.split(), console)
+                texts = (stream.getvalue() for stream in (console.stdout, console.stderr))  # type: ignore[union-attr]
+                outcomes.append([status, *texts])
+            (heard / f"{rank}.json").write_text(json.dumps(outcomes))
+        finally:
+            os._exit(0)
+    meanwhile(pids)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    files = (heard / f"{rank}.json" for rank in range(size))
+    told = [[Outcome(*of) for of in json.loads(file.read_text())] for file in files]
+    shutil.rmtree(heard)
+    return told
+
+
+def alone(commands: Sequence[str], losscli: Losscli) -> list[Outcome]:
+    """Runs commands in this process, with the one thread that a fork has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [losscli(*line.split()) for line in commands]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def rows(file: str) -> list[dict[str, str]]:
+    with Path(file).open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def assert_same(one: str, other: str) -> None:
+    """The same words to the letter, and the same numbers to 1e-6."""
+    expected, found = rows(one), rows(other)
+    assert len(expected) == len(found) > 0
+    for here, there in zip(expected, found, strict=True):
+        assert here.keys() == there.keys()
+        for key, text in here.items():
+            if key in {"split", "checkpoint", "a", "b", "verdict"} or text == "":
+                assert there[key] == text
+            else:
+                assert math.isclose(float(there[key]), float(text), rel_tol=1e-6, abs_tol=1e-7)
+
+
+def summary(stem: str) -> dict[str, Any]:
+    """What a run tells, but for how it came about."""
+    told: dict[str, Any] = json.loads(Path(f"{stem}.json").read_text())
+    return {key: told[key] for key in told if key not in {"seconds", "processes"}}
+
+
+@pytest.fixture
+def more(folder: Path) -> Path:
+    """A folder with four checkpoints and code."""
+    for seed in (2, 3):
+        torch.manual_seed(seed)
+        torch.save({"state_dict": MLP("6-5-3").state_dict()}, f"{'abcd'[seed]}.pt")
+    (folder / "own.py").write_text(LOSS)
+    (folder / "own_data.py").write_text(DATA)
+    return folder
+
+
+FOUR = "a.pt b.pt c.pt d.pt -m mlp:6-5-3"
+
+
+@forks
+def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None:
+    commands = [
+        "interpolate a.pt b.pt --points 11 --refine 0.02",
+        "interpolate a.pt b.pt --points 9 --derivatives",
+        "interpolate a.pt b.pt --points 9 --sampling-error 0.5",
+        f"trajectory {FOUR} --residuals 4",
+        f"plane {' '.join(FOUR.split()[:3])} -m mlp:6-5-3 --points 5",
+        f"barriers {FOUR} --points 5",
+        f"barriers {FOUR} --points 9 --sampling-error 0.5",
+        f"check {FOUR} --tolerance 1",
+        f"check {FOUR} --split train",
+    ]
+    lines = [f"{line} -q --no-figure -o @{i}" for i, line in enumerate(commands)]
+    lines += ["interpolate a.pt b.pt --points 3 --dry-run", "list losses"]
+    lines += ["interpolate a.pt b.pt --points 5 -o - -q"]
+    expected = alone([line.replace("@", "one") for line in lines], losscli)
+    assert [outcome.status for outcome in expected] == [0] * 12, expected
+    before = {path.name for path in more.iterdir()}
+
+    def hear(rank: int) -> None:
+        def hear(event: str, args: Any) -> None:
+            if event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR):
+                path = Path(args[0]).absolute()
+                if path.parent == more:
+                    path.with_name(f"{path.name} of another rank").mkdir()
+
+        if rank:
+            sys.addaudithook(hear)
+
+    first, other = forked([line.replace("@", "two") for line in lines], 2, hear)
+    assert [outcome.status for outcome in (*first, *other)] == [0] * 24, first
+    # No other rank than 0 writes or talks, and what rank 0 writes are the files of one process.
+    assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
+    new = {path.name for path in more.iterdir()} - before
+    assert new == {x.replace("one", "two") for x in before if x.startswith("one")}
+    for name in before:
+        if name.startswith("one") and name.endswith(".csv"):
+            assert_same(name, name.replace("one", "two"))
+    # Where every line and every search is one rank's, or the arithmetic is that of a CPU, the
+    # numbers are the same to the last bit; so --refine adds the same points.
+    assert {"one7.escape.csv", "one8.escape.csv", "one5.curves.csv", "one3.surface.csv"} <= before
+    for i in (0, 3, 5, 7):
+        assert summary(f"two{i}") == summary(f"one{i}")
+    assert json.loads(Path("two0.json").read_text())["processes"] == 2
+    assert json.loads(Path("one0.json").read_text())["processes"] == 1
+    # Rank 0 says what one process says, but how long that took.
+    for i in (9, 10):
+        told, said = (of[i].stdout.partition("\ntime ")[0] for of in (expected, first))
+        assert told == said
+    assert len(first[11].stdout.splitlines()) == len(expected[11].stdout.splitlines())
+
+
+@forks
+def test_what_fails_on_one_rank_or_differs_there_is_one_line(more: Path) -> None:
+    first, other = forked(
+        [
+            "interpolate a.pt b.pt --points 5 --loss own.py:fails -o failed",
+            "interpolate a.pt b.pt --points 5 --data own_data.py:data -o failed",
+            f"check {FOUR} --loss own.py:fails -o failed",
+            f"barriers {FOUR} --data own_data.py:data -o failed",
+            "barriers a.pt -o failed",
+            "interpolate a.pt b.pt --points none",
+        ],
+        2,
+    )
+    assert [outcome.status for outcome in first] == [1, 2, 1, 2, 2, 2]
+    assert all(outcome.status for outcome in other)
+    # Each error is one line, once; what failed on rank 1 alone is told by rank 0.
+    errors = [outcome.stderr for outcome in first]
+    assert all(error.startswith("losscli: ") and error.count("\n") == 1 for error in errors)
+    for i in (0, 2):
+        assert re.match("losscli: rank 1 on .*: the loss fails: ValueError: of rank 1", errors[i])
+    for i in (1, 3):
+        assert "the examples of train: not the same for rank 0 on" in errors[i]
+    assert not list(more.glob("failed*"))
+    assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
+
+
+@forks
+def test_streamed_data(more: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("losscli.data.objects.host_budget", lambda: 10)
+    options = "-q --no-figure --data own_data.py:streamed"
+    lines = [
+        f"interpolate a.pt b.pt --points 9 {options} -o @line",
+        f"barriers {FOUR} --points 5 {options} -o @pairs",
+        f"check {FOUR} {options} -o @points",
+    ]
+    plain = alone([line.replace("@", "one") for line in lines], losscli)
+    first, other = forked([line.replace("@", "two") for line in lines], 2)
+    assert [outcome.status for outcome in (*plain, *first, *other)] == [0] * 9, (plain, first)
+    for of in ("line", "pairs", "points"):
+        notes = summary(f"two{of}")["notes"]
+        assert any("decoded anew in each pass" in note for note in notes)
+        assert notes == summary(f"one{of}")["notes"]
+        assert_same(f"one{of}.csv", f"two{of}.csv")
+
+
+@forks
+def test_a_rank_out_of_memory_takes_smaller_batches(more: Path, losscli: Losscli) -> None:
+    lines = [
+        "interpolate a.pt b.pt --points 9 -q --no-figure -o @line",
+        f"barriers {FOUR} --points 5 -q --no-figure -o @pairs",
+        f"check {FOUR} -q --no-figure -o @points",
+    ]
+    real = Objective.forward
+
+    def cramped(rank: int) -> None:
+        def forward(self: Objective, model: Callable[..., Any], inputs: Any) -> Any:
+            if len(inputs) > 4:
+                (more / f"full {rank}").touch()
+                raise torch.OutOfMemoryError("on purpose")
+            return real(self, model, inputs)
+
+        if rank:
+            Objective.forward = forward  # type: ignore[method-assign]
+
+    plain = alone([line.replace("@", "one") for line in lines], losscli)
+    first, other = forked([line.replace("@", "two") for line in lines], 2, cramped)
+    assert [outcome.status for outcome in (*plain, *first, *other)] == [0] * 9, (first, other)
+    assert (more / "full 1").exists()
+    for of in ("line", "pairs", "points"):
+        assert_same(f"one{of}.csv", f"two{of}.csv")
+
+
+LINE = "interpolate a.pt b.pt --points 41 --loss own.py:loss --split train --no-figure"
+
+
+@pytest.fixture
+def line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Makes a command that takes a point at a time, and writes down the points that it takes."""
+    (folder / "own.py").write_text(LOSS)
+    monkeypatch.setattr("losscli.evaluation.sweep._CPU_STACK", 1)
+    alone = {"TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0", "WORLD_SIZE": "1", "KILL": ""}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+
+    def begin(stem: str) -> str:
+        monkeypatch.setenv("RUN", stem)
+        return f"{LINE} -o {stem}"
+
+    return begin
+
+
+def evaluated(run: str, attempt: int) -> list[list[str]]:
+    """What each rank evaluated, in its order."""
+    files = (Path(f"evaluated.{run}.{attempt}.{rank}") for rank in (0, 1))
+    return [file.read_text().splitlines() for file in files]
+
+
+@forks
+def test_a_rank_that_dies_takes_nothing_finished_with_it(
+    folder: Path, line: Callable[[str], str]
+) -> None:
+    first, other = forked([line("whole")], 2)
+    assert [outcome.status for outcome in (*first, *other)] == [0, 0], first
+    # Rank 1 is killed with some points done, and later rank 0, which alone writes.
+    process = torchrun(line("broken"), 2, KILL="broken.0.1.27 broken.1.0.25")
+    told = said(process)
+    assert process.returncode == 0, told
+    assert Path("broken.csv").read_bytes() == Path("whole.csv").read_bytes()
+    assert summary("broken") == summary("whole")
+    assert not list(folder.glob("*.journal"))
+    assert sum("goes on where broken.journal ends" in x for x in told) == 2
+
+    # Points that no check looks at.
+    usual = Counter(itertools.chain(*evaluated("whole", 0)))
+    points = {repr(float(row["loss"])) for row in rows("whole.csv")}
+    points = {point for point in points if usual[point] == 1}
+    assert len(points) > 30
+    attempts = [[points & set(of) for of in evaluated("broken", i)] for i in range(3)]
+    (lead, died), (dead, _), last = attempts
+    assert min(map(len, (died, dead, set().union(*last)))) > 1
+    assert set().union(*itertools.chain(*attempts)) == points
+    # What either had finished is not evaluated again, but for the point at which rank 0 was when
+    # it was told to end; nor what rank 0 had when it died.
+    assert len((lead | died) & set().union(*attempts[1], *last)) <= 1
+    assert not dead & set().union(*last)
+
+
+def wait_for_points() -> None:
+    """Waits until some points are in the journal."""
+    path, until = Path("broken.journal"), time.monotonic() + 60
+    while not path.exists() or path.read_bytes().count(b'{"key": ') < 3:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_sigterm_to_torchrun_ends_all_and_the_next_run_goes_on(
+    line: Callable[[str], str], losscli: Losscli
+) -> None:
+    process = torchrun(line("broken"), KILL="broken.0")
+    wait_for_points()
+    process.terminate()
+    told = said(process)
+    assert process.returncode
+    assert "losscli: terminated; what was finished is in broken.journal" in told[-1]
+    # Nobody holds the journal, and what is in it is known again, also by one process.
+    told = said(driver([sys.executable], line("broken")))
+    assert any("goes on where broken.journal ends" in x for x in told)
+    assert losscli(*line("whole").split()).status == 0
+    assert_same("whole.csv", "broken.csv")
+    assert not Path("broken.journal").exists()
+
+
+@forks
+def test_ctrl_c_ends_all_and_the_next_run_goes_on(
+    line: Callable[[str], str], losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KILL", "broken.0")
+
+    def interrupt(pids: Sequence[int]) -> None:
+        wait_for_points()
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)
+
+    first, other = forked([line("broken")], 2, meanwhile=interrupt)
+    assert [outcome.status for outcome in (*first, *other)] == [130, 130]
+    assert "losscli: interrupted; what was finished is in broken.journal" in first[0].stderr
+    monkeypatch.setenv("KILL", "")
+    whole, done = (losscli(*line(stem).split()) for stem in ("whole", "broken"))
+    assert (whole.status, done.status) == (0, 0), done.stderr
+    assert "goes on where broken.journal ends" in done.stderr
+    assert_same("whole.csv", "broken.csv")
+
+
+@forks
+def test_a_checkpoint_that_changes_for_one_rank_leaves_nothing(
+    folder: Path, line: Callable[[str], str]
+) -> None:
+    real = Objective.at
+
+    def before(rank: int) -> None:
+        def at(self: Objective, *rest: Any) -> Any:
+            if Path("changed.journal").exists():
+                raise ChangedError("b.pt was changed", "Start again")
+            return real(self, *rest)
+
+        if rank:
+            Objective.at = at  # type: ignore[method-assign]
+
+    first, other = forked([line("changed")], 2, before)
+    assert [outcome.status for outcome in (*first, *other)] == [1, 1]
+    assert re.fullmatch(r"losscli: rank 1 on .*: b.pt was changed. Start again\n", first[0].stderr)
+    # What was finished may be of what the file was for a moment.
+    assert not list(folder.glob("changed*"))
+
+
+def test_ranks_that_have_not_settled_on_a_way_leave_it_to_the_others() -> None:
+    def agree(*ways: Way | None) -> Way | None:
+        told = [[3, 8, way.value if way else 0] for way in ways]
+        ranks = SimpleNamespace(gather=lambda _: told)
+        objective = SimpleNamespace(batch_size=8, way=ways[0])
+        assert _agree(ranks, objective, 3, []) == 3  # type: ignore[arg-type]
+        way: Way | None = objective.way
+        return way
+
+    assert agree(Way.SHARED, Way.SHARED) == Way.SHARED
+    assert agree(Way.SHARED, None) == Way.SHARED
+    assert agree(None, Way.SHARED) is None
+    assert agree(Way.SHARED, Way.BOUND) == Way.LOADED
+    assert agree(None, Way.SHARED, Way.BOUND) == Way.LOADED
+
+
+def together(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """Does something in a thread for each rank; returns what each found, or what it raised."""
+    store = HashStore()
+    found: list[Any] = [None] * size
+
+    def one(rank: int) -> None:
+        own = Ranks(store, rank, size)
+        try:
+            found[rank] = work(own)
+        except Exception as error:  # noqa: BLE001 - looked at below
+            found[rank] = error
+            own.fail(str(error))
+        finally:
+            own.leave(0)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+def test_work_is_dealt_once_and_found_by_all() -> None:
+    sizes = [3, 1, 4, 1, 5, 9, 2, 6]
+    done: list[int] = []
+    kept: dict[int, Arrays] = {}
+    progress: list[float] = []
+
+    def share(ranks: Ranks) -> list[list[Arrays]]:
+        def work(i: int, tell: Callable[[float], None]) -> Arrays:
+            done.append(i)
+            tell(sizes[i] / 2)
+            return {"square": np.array([i * i, np.nan]), "nothing": np.empty((0, 3), np.float32)}
+
+        known = {2: {"square": np.array([-1.0])}}
+        first = ranks.deal(
+            sizes, work, known=known, found=kept.__setitem__, progress=progress.append
+        )
+        return [first, ranks.deal([1], work), ranks.deal([], work)]
+
+    found = together(3, share)
+    assert sorted(done) == [0, 0, 1, 3, 4, 5, 6, 7]
+    for first, second, third in found:
+        assert [x["square"].tolist()[0] for x in first] == [0, 1, -1, 9, 16, 25, 36, 49]
+        assert all(np.isnan(first[i]["square"][1]) for i in (0, 7))
+        assert first[0]["nothing"].shape == (0, 3)
+        assert first[0]["nothing"].dtype == np.float32
+        assert len(second) == 1
+        assert third == []
+    assert sorted(kept) == [0, 1, 3, 4, 5, 6, 7]
+    assert progress == sorted(progress)
+    assert progress[-1] == sum(sizes)
+
+
+def test_arrays_larger_than_what_the_store_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE", 1000)
+    large = np.arange(5000.0)
+    found = together(2, lambda ranks: ranks.deal([1], lambda i, tell: {"x": large}))
+    assert all(np.array_equal(arrays["x"], large) for (arrays,) in found)
+
+
+def test_ranks_hear_of_each_other() -> None:
+    found = together(3, lambda r: [r.gather(r.rank * 1.5), r.decide(f"rank {r.rank}"), r.leads])
+    assert found == [[[0.0, 1.5, 3.0], "rank 0", rank == 0] for rank in range(3)]
+
+
+def test_ranks_do_not_take_those_that_died_for_each_other() -> None:
+    store = HashStore()
+    names: list[list[str]] = []
+    for _ in range(3):
+        found: dict[int, str] = {}
+
+        def meet(rank: int, found: dict[int, str] = found) -> None:
+            found[rank] = module._meet(store, rank, 3, module._Wait(lambda _: None))
+
+        threads = [threading.Thread(target=meet, args=(rank,)) for rank in (2, 0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        names.append(list(found.values()))
+    assert all(len(set(of)) == 1 and len(of) == 3 for of in names)
+    assert len({of[0] for of in names}) == 3
+
+
+def test_what_differs_between_ranks_is_an_error() -> None:
+    def share(ranks: Ranks) -> None:
+        ranks.agree({"--seed": "1"})
+        ranks.agree({"the examples of test": f"{ranks.rank // 2}"})
+
+    for error in together(3, share):
+        assert isinstance(error, UsageError | RanksError)
+        assert "the examples of test: not the same for rank 0" in str(error)
+        assert "rank 2" in str(error)
+
+
+def test_an_error_of_one_rank_ends_all() -> None:
+    def late(ranks: Ranks) -> None:
+        if ranks.rank == 1:
+            raise ValueError("out of luck")
+        ranks.gather(None)
+
+    first, second = together(2, late)
+    assert isinstance(second, ValueError)
+    assert isinstance(first, RanksError)
+    assert re.fullmatch("rank 1 on .*: out of luck", str(first))
+
+
+def test_a_rank_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MISSED", 0.2)
+    monkeypatch.setattr(module, "_BEAT", 0.05)
+    leader = Ranks(HashStore(), 0, 2)
+    with pytest.raises(RanksError, match=r"rank 1 was not heard of for .* Does every rank run"):
+        leader.gather(None)
+    leader.leave(1)
+
+
+def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert current() is None
+    assert not is_one_of_many()
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not is_one_of_many()
+    monkeypatch.setenv("RANK", "0")
+    assert is_one_of_many()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not is_one_of_many()
+
+
+NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize("missing", [NEEDED, NEEDED[:1], NEEDED[1:], NEEDED[2:]])
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_an_environment_that_tells_of_ranks_in_part_is_one_line_at_once(
+    rank: str,
+    missing: tuple[str, ...],
+    losscli: Losscli,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    for name in NEEDED:
+        if name in missing:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, "2")
+    done = losscli("interpolate", "a.pt", "b.pt", "-o", "out")
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    are = "is" if len(missing) == 1 else "are"
+    told = f"RANK is set in the environment ({rank}), and {', '.join(missing)} {are} not"
+    assert told in done.stderr
+    assert done.stderr.endswith("env -u RANK losscli …\n")
+    assert not list(folder.glob("out*"))
+
+
+def test_a_long_wait_for_other_ranks_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("losscli.evaluation.ranks.time.monotonic", lambda: now[0])
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node1")):
+        monkeypatch.setenv(name, value)
+    told: list[str] = []
+    wait = module._Wait(told.append)
+    for now[0] in (0.0, 19.9, 20.1, 300.0):
+        wait.look()
+        assert len(told) == (now[0] > 20)
+    assert "waiting up to 600 s for the other ranks" in told[0]
+    assert "(RANK 0, WORLD_SIZE 2, MASTER_ADDR node1)" in told[0]
+
+
+def test_a_store_that_is_gone_is_an_error_of_one_line() -> None:
+    (port,) = ports(1)
+    server = [TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
+    calls: dict[str, Callable[[Ranks], Any]] = {
+        "gather": lambda ranks: ranks.gather(1),
+        "decide": lambda ranks: [ranks.decide(1), ranks.attend()],
+        "agree": lambda ranks: ranks.agree({}),
+        "deal": lambda ranks: ranks.deal([1.0], lambda i, tell: {}),
+        "attend": lambda ranks: ranks.attend(),
+    }
+    clients = {
+        (name, rank): Ranks(TCPStore("127.0.0.1", port, is_master=False), rank, 2)
+        for name in calls
+        for rank in (0, 1)
+    }
+    server.clear()
+    for (name, rank), ranks in clients.items():
+        with pytest.raises(RanksError) as caught:
+            calls[name](ranks)
+        assert "the run's store is gone: torchrun, or" in str(caught.value), (name, rank)
+        assert str(caught.value).endswith("Give the same command to torchrun again")
+        assert "\n" not in str(caught.value)
+        assert "frame #" not in str(caught.value)
+        # What cannot be told to others is no error of its own.
+        ranks.fail("another")
+        ranks.leave(1)
+
+
+@forks
+@pytest.mark.parametrize("when", ["at work", "all is written"])
+def test_a_store_that_is_killed_ends_the_run_in_one_line_and_what_is_written_stands(
+    when: str, more: Path, losscli: Losscli
+) -> None:
+    """As when torchrun's own process is killed, which keeps the store."""
+    command = "interpolate a.pt b.pt -m mlp:6-5-3 --points 21 --no-figure -o"
+    whole = losscli(*command.split(), "whole")
+    assert whole.status == 0, whole.stderr
+    code = (
+        "import sys, time, torch.distributed as d\n"
+        "kept = d.TCPStore('127.0.0.1', int(sys.argv[1]), is_master=True, wait_for_workers=False)\n"
+        "print(flush=True)\ntime.sleep(600)\n"
+    )
+    real_ports = ports
+    (port,) = real_ports(1)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(port)], stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+
+        def before(rank: int) -> None:
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            os.environ["MASTER_PORT"] = str(port)
+            records = [0]
+            record, finish = Journal.record, Journal.finish
+
+            def counted(self: Journal, *rest: Any) -> None:
+                record(self, *rest)
+                records[0] += 1
+                if records[0] == 3 and when == "at work":
+                    os.kill(server.pid, signal.SIGKILL)
+
+            def finished(self: Journal) -> None:
+                if when != "at work":
+                    os.kill(server.pid, signal.SIGKILL)
+                finish(self)
+
+            sweep._CPU_STACK = 1
+            if rank == 0:
+                Journal.record, Journal.finish = counted, finished  # type: ignore[method-assign]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "ports", lambda number: [port] * number)
+            first, _ = forked([f"{command} out"], 2, before)
+        server.kill()
+    told = [line for line in first[0].stderr.splitlines() if not line.startswith("note: ")]
+    if when == "at work":
+        assert first[0].status == 1
+        (line,) = told
+        assert "losscli: the run's store is gone: torchrun, or the machine" in line
+        assert line.endswith("What was finished is in out.journal: the same command goes on from "
+                             "there")  # fmt: skip
+        assert not Path("out.csv").exists()
+        again = losscli(*command.split(), "out")
+        assert again.status == 0, again.stderr
+        assert "goes on where out.journal ends" in again.stderr
+    else:
+        assert (first[0].status, told) == (0, [])
+    assert_same("whole.csv", "out.csv")
+    assert not Path("out.journal").exists()
+
+
+@given(
+    st.integers(1, 200),
+    st.integers(1, 64),
+    st.integers(2, 9),
+    st.booleans(),
+    st.sets(st.integers(0, 200)),
+)
+def test_points_are_cut_without_gaps(
+    number: int, most: int, ranks: int, even: bool, taken: set[int]
+) -> None:
+    cut = partial(_cut, most=most, ranks=ranks, least=3, even=even)
+    whole = cut(number, [])
+    known = [chunk for i, chunk in enumerate(whole) if i in taken]
+    # What another number of processes took, too.
+    alone = _cut(number, [], 7, 1, least=3, even=True)
+    other = [chunk for i, chunk in enumerate(alone) if i in taken]
+    for before in ([], known, other):
+        chunks = cut(number, before)
+        assert [i for chunk in chunks for i in range(*chunk)] == list(range(number))
+        assert set(before) <= set(chunks)
+        assert all(b - a <= most for a, b in set(chunks) - set(before))
+    # Chunks that this many processes took leave the others as they were.
+    assert cut(number, known) == whole
+    # No rank has more than its share, and no chunk fewer points than share a first layer.
+    sizes = [b - a for a, b in whole]
+    assert max(sizes) <= max(math.ceil(number / ranks), 5)
+    assert min(sizes) >= min(number, most, 3) or most < 6
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("number", [49, 99, 199, 961])
+def test_no_rank_waits_long_for_another(number: int, ranks: int) -> None:
+    chunks = _cut(number, [], number, ranks, least=3, even=False)
+
+    def ends(speeds: Sequence[float]) -> float:
+        """When all is done, as a share of the least time; a chunk costs three points more."""
+        free = [0.0] * len(speeds)
+        for start, stop in chunks:
+            rank = min(range(len(free)), key=free.__getitem__)
+            free[rank] += (stop - start + 3) / speeds[rank]
+        return max(free) * sum(speeds) / (number + 3 * len(speeds))
+
+    assert ends([1.0] * ranks) < 1.26
+    # Even shares would take 1.5 to 2 times as long beside a rank of half the speed.
+    assert ends([0.5, *[1.0] * (ranks - 1)]) < (2.1 if number < 3 * ranks * ranks else 1.47)
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, "0"), (signal.SIGINT, "1")])
+def test_a_signal_is_heard_while_the_others_are_not_there(
+    number: signal.Signals, rank: str, folder: Path
+) -> None:
+    (port,) = ports(1)
+    with socket.create_server(("127.0.0.1", port)) if rank == "1" else contextlib.nullcontext():
+        there = {
+            "RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": f"{port}",
+        }
+
+        def before() -> None:
+            os.environ.update(there)
+            threading.Thread(target=tell, daemon=True).start()
+
+        def tell() -> None:
+            while not any(thread.name == "rendezvous" for thread in threading.enumerate()):
+                time.sleep(0.01)
+            Path("waiting").touch()
+
+        pid = child(["interpolate", "a.pt", "b.pt", "-o", "out"], Path("log"), before)
+        while not Path("waiting").exists():
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+            time.sleep(0.01)
+        os.kill(pid, number)
+        assert ended(pid) == 128 + number
+    assert Path("log").read_text().count("\n") == 1
+    assert not list(folder.glob("out*"))

@@ -1,0 +1,435 @@
+"""A run that was broken off anywhere ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Subset, TensorDataset
+
+import losscli
+from losscli.data import DataSet, Examples, Split
+from losscli.data.objects import wrap
+from losscli.evaluation.journal import Journal
+from losscli.evaluation.objective import Evaluation, Objective
+from losscli.evaluation.recalibration import Recalibration
+from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.strategies import Way
+from losscli.evaluation.sweep import sweep, sweep_plain
+from losscli.models import MLP
+from losscli.results import to_json
+from losscli.settings import Settings
+from losscli.studies.base import Study
+from losscli.studies.check import Check
+from losscli.studies.interpolation import Interpolation
+from losscli.studies.plane import Plane
+from losscli.studies.trajectory import Trajectory
+from losscli.weight_space.digest import digest
+from losscli.weight_space.slices import Line
+from tests.cases import CASES, Case
+
+ALPHAS = [(x,) for x in np.linspace(-0.5, 1.5, 11).tolist()]
+TRIED = [case for case in CASES if str(case) in {"mlp-relu", "cnn-batchnorm", "attention-tied"}]
+
+
+class _BrokenError(Exception):
+    """What breaks a run off."""
+
+
+class _Breaking:
+    """A journal that breaks the run off at a record."""
+
+    def __init__(self, journal: Journal, records: int) -> None:
+        self._journal = journal
+        self._left = records
+        self.recall = journal.recall
+        self.skipped = 0
+
+    def record(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        if not self._left:
+            raise _BrokenError
+        self._left -= 1
+        self._journal.record(key, arrays)
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power is lost here, and to wait for the disk takes a while."""
+    monkeypatch.setattr("losscli.evaluation.journal.journal.sync", lambda _: None)
+    monkeypatch.setattr("losscli.evaluation.journal.journal.sync_folder", lambda _: None)
+
+
+def build(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    *,
+    recalibrate: bool = False,
+) -> Objective:
+    split = Split(case.inputs, case.targets)
+    return Objective(
+        case.build(),
+        case.per_example,
+        {"accuracy": losscli.evaluation.losses.METRICS["accuracy"]}
+        if case.loss == "cross_entropy"
+        else {},
+        DataSet({"all": split}),
+        device=torch.device("cpu"),
+        dtype=dtype,
+        batch_size=batch_size,
+        recalibration=Recalibration.plan("all", split, 0) if recalibrate else None,
+    )
+
+
+def line(case: Case) -> tuple[dict[str, torch.Tensor], Line]:
+    a, b = case.state(1), case.state(2)
+    moving = [name for name, tensor in a.items() if tensor.is_floating_point()]
+    return a, Line({n: a[n] for n in moving}, {n: b[n] for n in moving})
+
+
+def walk(
+    case: Case, journal: Any, chunk: int | None = 3, *, recalibrate: bool = False
+) -> list[Evaluation]:
+    """What a study does: the ends plainly, then the points, on all examples."""
+    objective, (a, there) = build(case, recalibrate=recalibrate), line(case)
+    objective.check(a)
+    (first,) = sweep_plain(objective, [a], journal=journal)
+    found = sweep(objective, there, ALPHAS, chunk=chunk, journal=journal)
+    again = sweep(objective, there, [(0.33,), (0.77,)], journal=journal)
+    return [first["all"], found["all"], again["all"]]
+
+
+def same(found: Sequence[Evaluation], truth: Sequence[Evaluation]) -> bool:
+    return all(
+        torch.equal(one.losses, other.losses)
+        and one.losses.dtype == other.losses.dtype
+        and one.metrics.keys() == other.metrics.keys()
+        and all(torch.equal(one.metrics[name], other.metrics[name]) for name in one.metrics)
+        for one, other in zip(found, truth, strict=True)
+    )
+
+
+def broken_anywhere(
+    stem: Path,
+    run: Callable[[Any], Any],
+    resumed: Callable[[Any], Any],
+    *,
+    coarse: int = 1000,
+    steady: bool = True,
+) -> list[Any]:
+    """Breaks a run off at every record in turn, of many at some; returns what is found after.
+
+    Where both runs are of one kind, no more is recorded than by a run that was not broken off.
+    """
+    found: list[Any] = []
+    recorded: set[int] = set()
+    records = 0
+    while True:
+        with Journal.open(stem, "i", {}) as journal:
+            try:
+                run(_Breaking(journal, records))
+            except _BrokenError:
+                assert len(journal) == records
+            else:
+                assert not steady or recorded == {len(journal)}
+                return found
+        with Journal.open(stem, "i", {}) as journal:
+            found.append(resumed(journal))
+            recorded.add(len(journal))
+            journal.finish()
+        records += 1 + records // coarse
+
+
+@pytest.mark.parametrize("case", TRIED, ids=str)
+def test_a_walk_that_was_broken_off_ends_with_the_same_bits(case: Case, tmp_path: Path) -> None:
+    truth = walk(case, None)
+    found = broken_anywhere(tmp_path / "run", partial(walk, case), partial(walk, case))
+    assert len(found) == 1 + 4 + 1
+    assert all(same(one, truth) for one in found)
+
+
+@pytest.mark.parametrize("statistics", ["moved", "left"])
+def test_estimated_statistics_are_those_of_an_unbroken_run(
+    statistics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in TRIED if str(case) == "cnn-batchnorm")
+    if statistics == "left":
+        a, there = line(case)
+        ends = ({n: t for n, t in end.items() if "running" not in n} for end in there.ends)
+        part = Line(*ends)
+        monkeypatch.setattr(f"{__name__}.line", lambda case: (a, part))
+    run = partial(walk, case, recalibrate=True)
+    truth = run(None)
+    found = broken_anywhere(tmp_path / "run", run, run)
+    assert len(found) == 1 + 4 + 1
+    assert all(same(one, truth) for one in found)
+    assert not same(walk(case, None), truth)
+
+
+def test_what_was_finished_is_not_evaluated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen, told = Objective.at, [], []
+
+    def at(self: Objective, slice_: Any, points: Sequence[Any], *rest: Any) -> Any:
+        seen.extend(points)
+        return real(self, slice_, points, *rest)
+
+    case, stem = TRIED[0], tmp_path / "run"
+    with Journal.open(stem, "i", {}) as journal, pytest.raises(_BrokenError):
+        walk(case, _Breaking(journal, 3))
+    monkeypatch.setattr(Objective, "at", at)
+    monkeypatch.setattr(Objective, "plain", None)
+    with Journal.open(stem, "i", {}) as journal:
+        objective, (a, there) = build(case), line(case)
+        sweep_plain(objective, [a], journal=journal, progress=told.append)
+        assert told == [1]
+        # What a slice does not move is as last loaded.
+        assert all(torch.equal(objective.tensors[name], tensor) for name, tensor in a.items())
+        told.clear()
+        sweep(objective, there, ALPHAS, chunk=3, journal=journal, progress=told.append)
+    assert seen == ALPHAS[6:]
+    assert told[:2] == [3, 6]
+    assert told[-1] == pytest.approx(11)
+
+
+def _tight(monkeypatch: pytest.MonkeyPatch, points: int, batch: int) -> None:
+    """Lets no more points and examples into the memory."""
+    real = Objective.at
+
+    def at(self: Objective, slice_: Any, coordinates: Sequence[Any], *rest: Any) -> Any:
+        if len(coordinates) > points or self.batch_size > batch:
+            raise torch.OutOfMemoryError("on purpose")
+        return real(self, slice_, coordinates, *rest)
+
+    monkeypatch.setattr(Objective, "at", at)
+
+
+@pytest.mark.parametrize(("points", "batch"), [(2, 16), (1, 5)])
+@pytest.mark.parametrize("lasting", [True, False])
+def test_chunks_and_batches_that_memory_halved_stay_halved(
+    points: int, batch: int, lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = TRIED[0]
+
+    def tight(journal: Any) -> list[Evaluation]:
+        with monkeypatch.context() as patch:
+            _tight(patch, points, batch)
+            return walk(case, journal, chunk=None)
+
+    truth = tight(None)
+    resumed = tight if lasting else partial(walk, case, chunk=None)
+    found = broken_anywhere(tmp_path / "run", tight, resumed, steady=lasting)
+    assert len(found) > 4
+    # Where memory was tight once and no chunk of a sweep had been finished, the next run has
+    # nothing to go by, as if it had never been tight.
+    for records, one in enumerate(found):
+        if lasting or records >= 2:
+            assert same(one[:2], truth[:2])
+        if lasting:
+            assert same(one, truth)
+
+
+def test_the_way_that_was_settled_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, stem = TRIED[0], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "_ways", lambda self: [])
+        truth = walk(case, None)
+        with Journal.open(stem, "i", {}) as journal, pytest.raises(_BrokenError):
+            walk(case, _Breaking(journal, 2))
+    ways = []
+    real = Objective.at
+
+    def at(self: Objective, *rest: Any) -> Any:
+        ways.append(self.way)
+        return real(self, *rest)
+
+    with Journal.open(stem, "i", {}) as journal:
+        monkeypatch.setattr(Objective, "at", at)
+        assert same(walk(case, journal), truth)
+    assert set(ways) == {Way.LOADED}
+
+
+def test_another_point_slice_type_or_loaded_tensor_is_not_recalled(tmp_path: Path) -> None:
+    case = next(case for case in TRIED if str(case) == "cnn-batchnorm")
+    a, there = line(case)
+    statistics = [name for name in a if "running" in name]
+    part = Line(*({n: t for n, t in end.items() if n not in statistics} for end in there.ends))
+    other = {n: t + 0.5 if n in statistics else t for n, t in a.items()}
+    tries: list[tuple[Any, ...]] = [
+        (a, part, torch.float32, ALPHAS[:2]),
+        (other, part, torch.float32, ALPHAS[:2]),
+        (a, Line(part.b, part.a), torch.float32, ALPHAS[:2]),
+        (a, part, torch.float64, ALPHAS[:2]),
+        (a, part, torch.float32, ALPHAS[1:3]),
+        (a, part, torch.float32, [(ALPHAS[0][0] + 1e-16,), ALPHAS[1]]),
+    ]
+    with Journal.open(tmp_path / "run", "i", {}) as journal:
+        for known, (loaded, slice_, dtype, points) in enumerate(tries):
+            for _ in range(2):
+                objective = build(case, dtype)
+                objective.load(loaded)
+                found = sweep(objective, slice_, points, journal=journal)
+                assert len(journal) == known + 1
+            fresh = build(case, dtype)
+            fresh.load(loaded)
+            assert same([found["all"]], [sweep(fresh, slice_, points)["all"]])
+
+
+def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
+    case = Case("many", lambda: MLP("4-3"), torch.rand(1200, 4), torch.arange(1200) % 3)
+
+    def run(journal: Any) -> list[float]:
+        objective, (a, there) = build(case, batch_size=256), line(case)
+        objective.check(a)
+
+        def evaluate(splits: Any, _: object) -> dict[str, Estimate]:
+            found = sweep(objective, there, ALPHAS, chunk=4, splits=splits, journal=journal)
+            return {name: Estimate.of_evaluation(e) for name, e in found.items()}
+
+        found = grow(objective.splits, 1e-6, 0, evaluate)["all"]
+        assert found.examples == 1200
+        return [*found.mean.tolist(), *found.squares.tolist()]
+
+    truth = run(None)
+    found = broken_anywhere(tmp_path / "run", run, run)
+    assert len(found) == 3 * 3
+    assert all(one == truth for one in found)
+
+
+def _interpolate(**more: Any) -> Callable[[], Study]:
+    own = {key: more.pop(key) for key in ("refine", "derivatives", "layerwise") if key in more}
+    settings = Settings(**more)
+    return lambda: Interpolation.plan("a.pt", "b.pt", settings, points=7, range_=(0, 1), **own)
+
+
+def _trajectory(**more: Any) -> Callable[[], Study]:
+    names, own = ["a.pt", "b.pt", "init:3"], {"reach": 1.25, "random_walk": False}
+    settings = Settings(model="mlp:6-5-3", **more)
+    return lambda: Trajectory.plan(names, settings, surface=True, residuals=4, **own)
+
+
+def _plane(*names: str) -> Callable[[], Study]:
+    settings = Settings(model="mlp:6-5-3")
+    own: dict[str, Any] = {"pca": False, "range_": None, "surface": False}
+    return lambda: Plane.plan(names, settings, points=4, **own)
+
+
+def _check(tolerance: float) -> Callable[[], Study]:
+    own: dict[str, Any] = {"eigenvalues": 2, "learning_rate": None}
+    return lambda: Check.plan(["a.pt", "b.pt"], Settings(), tolerance=tolerance, **own)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    "plan",
+    [
+        _interpolate(layerwise=True),
+        _interpolate(refine=0.05, derivatives=True, dtype="bfloat16"),
+        _interpolate(sampling_error=1e-3, data="npz:many.npz"),
+        _trajectory(),
+        _trajectory(sampling_error=1e-3, data="npz:many.npz"),
+        _plane("a.pt"),
+        _plane("a.pt", "b.pt", "init:3"),
+        _check(1e-3),
+        _check(10),
+    ],
+)
+def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
+    plan: Callable[[], Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    np.savez(
+        "many.npz",
+        inputs=generator.random((1100, 6), dtype=np.float32),
+        targets=generator.integers(0, 3, 1100),
+    )
+    monkeypatch.setattr("losscli.evaluation.sweep.points_that_fit", lambda *_: 3)
+
+    def told(journal: Any) -> list[str]:
+        result = plan().run(None, journal)
+        summary = {key: value for key, value in result.summary.items() if key != "seconds"}
+        tables = (result.table, *result.more.values())
+        return [to_json(summary), *(table.to_csv() for table in tables)]
+
+    truth = told(None)
+    found = broken_anywhere(tmp_path / "run", told, told, coarse=1)
+    assert len(found) > 2
+    assert all(one == truth for one in found)
+
+
+@pytest.mark.usefixtures("folder")
+def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for plan, what in (
+        (_interpolate(derivatives=True, dtype="float64"), "slopes._Course.sums"),
+        (_check(10), "studies.check.Curvature"),
+    ):
+        with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
+            truth = plan().run(None, journal).table.to_csv()
+            patch.setattr(f"losscli.{what}", None)
+            assert plan().run(None, journal).table.to_csv() == truth
+            journal.finish()
+
+
+def test_a_way_whose_proof_ran_out_of_memory_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, (a, there) = build(TRIED[0]), line(TRIED[0])
+    objective.check(a)
+
+    def at(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "at", at)
+        with pytest.raises(torch.OutOfMemoryError):
+            objective.settle(there, ALPHAS)
+    assert objective.way is None
+    objective.settle(there, ALPHAS)
+    assert objective.way is not None
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "type", "name"])
+def test_a_digest_is_that_of_what_is_there_now(change: str) -> None:
+    one = torch.arange(6.0)
+    before = digest({"a": one})
+    assert digest({"a": one.clone()}) == before
+    if change == "in place":
+        one[3] = 7
+    elif change == "loaded":
+        one.copy_(torch.ones(6))
+    elif change == "type":
+        one = one.view(torch.int32)
+    assert digest({"b" if change == "name" else "a": one}) != before
+    one.copy_(torch.arange(6.0).view(one.dtype))
+
+
+def test_large_tensors_are_digested_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"{i}": torch.full((1000,), float(i)) for i in range(5)}
+    before = digest({name: tensor.clone() for name, tensor in tensors.items()})
+    monkeypatch.setattr("losscli.weight_space.digest._MANY", 0)
+    assert digest(tensors) == before
+
+
+def test_every_form_of_examples_has_a_digest_that_tells_a_change() -> None:
+    inputs, targets = torch.rand(40, 3), torch.arange(40) % 3
+    other = inputs.clone()
+    other[39, 2] += 1
+    forms: list[Callable[[torch.Tensor], Examples]] = [
+        lambda x: Split(x, targets),
+        lambda x: Split({"x": x}, targets),
+        lambda x: wrap(Subset(TensorDataset(x, targets), range(40)), "here", 0).splits["data"],
+    ]
+    found = set()
+    for form in forms:
+        assert form(inputs).digest == form(inputs.clone()).digest
+        assert form(inputs).digest != form(other).digest
+        halves = [form(inputs).take(slice(0, 20)).digest, form(inputs).take(slice(20, 40)).digest]
+        found.update([form(inputs).digest, *halves])
+    assert len(found) == 3 * len(forms)
