@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from losscli.checkpoint import Versions, loadable, takes_part
 from losscli.datasets import (
     DataSet,
     Draws,
@@ -192,6 +193,8 @@ class Objective:
             it is not known whether losses depend on the rest of a batch.
         unused: The parameters that have no influence on the outputs of a first batch.
         constant: Whether different checkpoints were found to have the same losses on first batches.
+        versions: Those of the model's modules, which the weights of every point are of.
+        extra: The extra state of modules that is not a tensor, the same at every point.
     """
 
     def __init__(
@@ -219,6 +222,9 @@ class Objective:
         self._chooses_batch = batch_size is None and not batch_loss
         self.splits: Mapping[str, Examples] = self._place(data.splits)
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
+        self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
+        self.extra: Mapping[str, Any] = {}
+        self._takes_part = takes_part(self.model)
         self._classes: int | None = None
         self.batchnorm = layers_of(self.model, self.tensors)
         self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
@@ -263,6 +269,7 @@ class Objective:
             recalibration=self.recalibration,
             batch_loss=self.batch_loss,
         )
+        twin.extra = self.extra
         twin._copies_inputs = self._copies_inputs
         twin._copies_outputs = self._copies_outputs
         twin._differentiates = self._differentiates
@@ -459,7 +466,13 @@ class Objective:
         # Some models fold their weights into others when they are put into eval mode.
         if self._folds:
             self.model.train()
-        self.model.load_state_dict(dict(weights), strict=False)
+        state = loadable(weights, self.versions, self.extra)
+        self.model.load_state_dict(state, strict=False)
+        if self._takes_part:
+            # Hooks changed the checkpoints when these were opened, and may change a point again.
+            for name, tensor in self.tensors.items():
+                if name in weights:
+                    tensor.copy_(weights[name])
         if self._normalises:
             normalise(self.spectral, self.tensors)
         let_go(*weights.values())
