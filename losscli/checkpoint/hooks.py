@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from losscli.checkpoint.names import StateDict, beneath, loadable, state_dicts, unmarked
+from losscli.checkpoint.standins import has_record
 from losscli.errors import ModelError, one_line
 from losscli.weights import Weights
 
@@ -105,8 +106,12 @@ class LoadHooks:
             What the model's own ``state_dict`` is then, its versions those of the model's code.
 
         Raises:
-            ModelError: The model does not take it, or cannot be copied.
+            ModelError: The model does not take it, or cannot be copied; or its extra state has
+                objects that are not read.
         """
+        for key, value in state.extra.items():
+            if has_record(value):
+                raise ModelError(f"{key} holds an object that weights_only does not read")
         empty = _copied(self._model, lambda tensor: tensor.to("meta"))
         try:
             if empty is not None:
@@ -142,21 +147,30 @@ def takes_part(model: nn.Module) -> bool:
     return any(map(_has_own_hooks, model.modules()))
 
 
+# The methods by which a module takes part in loading.
+_METHODS = ("_load_from_state_dict", "load_state_dict", "set_extra_state")
+
+
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a module takes part in loading, beyond copying tensors of the same names."""
-    return bool(module._load_state_dict_pre_hooks) or any(
-        getattr(type(module), name) is not getattr(nn.Module, name)
-        for name in ("_load_from_state_dict", "load_state_dict")
+    return bool(_hooks(module)) or any(
+        getattr(type(module), name) is not getattr(nn.Module, name) for name in _METHODS
     )
 
 
 def _has_own_hooks(module: nn.Module) -> bool:
-    hooks = (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values())
-    names = ("_load_from_state_dict", "load_state_dict", "set_extra_state")
-    methods = (getattr(type(module), name) for name in names)
+    """Whether a module takes part in loading by code that is not torch's."""
+    methods = (getattr(type(module), name) for name in _METHODS)
     return any(
-        not str(getattr(code, "__module__", "")).startswith("torch.") for code in (*hooks, *methods)
+        not str(getattr(code, "__module__", "")).startswith("torch.")
+        for code in (*_hooks(module), *methods)
     )
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """The functions that are called before and after a module is loaded."""
+    before = (getattr(h, "hook", h) for h in module._load_state_dict_pre_hooks.values())
+    return [*before, *module._load_state_dict_post_hooks.values()]
 
 
 def _loadable(state: StateDict) -> OrderedDict[str, Any]:

@@ -97,9 +97,7 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
 
 
-def state_dicts(
-    content: Any, label: str = "", depth: int = 0
-) -> Iterator[tuple[str, StateDict]]:
+def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, StateDict]]:
     """Finds the mappings in a file that hold tensors under names.
 
     Args:
@@ -305,9 +303,7 @@ def _part(
         # Of the modules that are one without the marks, the innermost, which has the tensors.
         modules = sorted({name[:dot] for name in expected for dot in _dots(name)}, key=len)
         places = {naming(module): module for module in modules}
-        noted = beneath(
-            whole, prefix, lambda module: places.get(naming(module), naming(module))
-        )
+        noted = beneath(whole, prefix, lambda module: places.get(naming(module), naming(module)))
         filled = StateDict(filled, *noted)
     return Part(prefix, filled, holds=holds, fits=holds and len(inner) == len(filled))
 

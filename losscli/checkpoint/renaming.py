@@ -89,13 +89,9 @@ def _loaded(
     try:
         weights = hooks.load(StateDict(found.weights, found.versions, found.extra))
     except ModelError as error:
-        raise MismatchError(
-            f"{file.name} does not fit the model, whose load_state_dict says {error.what}"
-        ) from None
+        raise MismatchError(f"{file.name} cannot be loaded into the model: {error.what}") from None
     if wrong := mismatches(weights, expected):
-        raise MismatchError(
-            f"{file.name} does not fit the model after its load hooks: {wrong[0]}"
-        )
+        raise MismatchError(f"{file.name} does not fit the model after its load hooks: {wrong[0]}")
     # Of an object its values are known, but not by which versions they were changed.
     known = file.digest and digest(weights)
     return replace(file.checkpoint(weights), digest=known)

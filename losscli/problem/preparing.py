@@ -124,7 +124,7 @@ def _compare_extra_states(
         MismatchError: It has other losses.
     """
     kept, notes = objective.extra, list[str]()
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(names) if kept else ():
         checkpoint = checkpoints.open(name)
         keys = [key for key, state in kept.items() if not is_same(state, checkpoint.extra.get(key))]
         if not keys:
