@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +23,10 @@ __all__ = [
     "loadable",
     "metadata_of",
     "natural",
+    "naturally",
     "parts",
     "state_dicts",
+    "stem",
     "under",
     "unmarked",
 ]
@@ -95,6 +98,55 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     """
     parts = re.split(r"([0-9]+)", name)
     return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
+
+
+# Two whole numbers with a point between them, and no third.
+_DECIMAL = re.compile(r"(?<![0-9])(?<![0-9]\.)([0-9]+\.[0-9]+)(?!\.?[0-9])")
+
+# What ends a file's name, with #KEY.
+_ENDING = re.compile(r"(\.[A-Za-z]\w*)+(#.*)?$", re.DOTALL)
+
+
+def stem(name: str) -> str:
+    """Takes the suffixes of a file's name off, which begin with a letter, and #KEY.
+
+    Args:
+        name: The name.
+
+    Returns:
+        What is before them.
+    """
+    return _ENDING.sub("", name)
+
+
+def naturally(names: Sequence[str]) -> list[str]:
+    """Sorts the names of files with numbers in them by their values: 2 before 10, 0.15 before 0.2.
+
+    A name comes before those that continue it: ``last.ckpt`` before ``last-v1.ckpt``, which
+    Lightning writes where ``last.ckpt`` is there already.
+
+    Args:
+        names: The names.
+
+    Returns:
+        The names in order.
+    """
+    split = {name: stem(name) for name in names}
+    fractions = [
+        number.partition(".")[2] for part in split.values() for number in _DECIMAL.findall(part)
+    ]
+    # 1.9, 1.10, 1.11: the parts are counted, as no decimal ends in 0 where others are shorter.
+    counted = len({len(fraction) for fraction in fractions}) > 1 and any(
+        len(fraction) > 1 and fraction.endswith("0") for fraction in fractions
+    )
+
+    def key(name: str) -> tuple[list[tuple[int, Decimal | int | str]], list[tuple[int, int | str]]]:
+        found: list[tuple[int, Decimal | int | str]] = []
+        for i, part in enumerate([split[name]] if counted else _DECIMAL.split(split[name])):
+            found += [(0, Decimal(part))] if i % 2 else [k for k in natural(part) if k != (1, "")]
+        return found, natural(name.removeprefix(split[name]))
+
+    return sorted(names, key=key)
 
 
 def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, StateDict]]:
