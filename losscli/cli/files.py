@@ -72,8 +72,8 @@ def export(
         typer.Option(
             "-o",
             "--out",
-            metavar="FILE.safetensors|pt",
-            help="The file to write; .pt keeps versions of modules and extra state.",
+            metavar="FILE.safetensors",
+            help="The file to write; FILE.pt also stores module versions.",
             show_default=False,
         ),
     ],
