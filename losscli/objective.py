@@ -466,10 +466,12 @@ class Objective:
         # Some models fold their weights into others when they are put into eval mode.
         if self._folds:
             self.model.train()
-        state = loadable(weights, self.versions, self.extra)
+        # Code of the user's own may write on the tensors that it is given.
+        given = {n: t.clone() for n, t in weights.items()} if self._takes_part else weights
+        state = loadable(given, self.versions, self.extra)
         self.model.load_state_dict(state, strict=False)
         if self._takes_part:
-            # Hooks changed the checkpoints when these were opened, and may change a point again.
+            # It changed the checkpoints when these were opened, and may change a point again.
             for name, tensor in self.tensors.items():
                 if name in weights:
                     tensor.copy_(weights[name])

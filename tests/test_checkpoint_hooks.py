@@ -476,6 +476,18 @@ class Frozen(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
+class Writing(nn.Linear):
+    """It writes on the tensors of the file."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_load_state_dict_post_hook(_add)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        state_dict[f"{prefix}weight"] *= 0.5
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
 class Reading(Tripling):
     """It copies by itself, from the state dict into its own tensors."""
 
@@ -545,6 +557,7 @@ HOOKED: dict[str, Callable[[], nn.Module]] = {
     "version": lambda: Changed(Tripling(5, 3)),
     "noted version": lambda: Changed(Frozen()),
     "copying": lambda: Changed(Reading(5, 3)),
+    "writing": lambda: Changed(Writing(5, 3)),
     "shape": lambda: Changed(Flat(5, 3)),
     "type": lambda: Changed(Bytes(5, 3)),
     "always": lambda: Changed(Halving(5, 3)),
@@ -643,10 +656,23 @@ def test_a_file_is_changed_once_as_load_state_dict_changes_it(
     (row,) = library.check(names[:1], **study).table.records()
     assert row["loss"] == pytest.approx(losses[0], rel=1e-12)
     assert row["gradient_norm"] == pytest.approx(norm, rel=1e-9)
-    # From Python as from files.
+    # From Python as from files, and the objects stay as they are.
     objects = [torch.load(name) for name in names[:2]]
+    before = copy.deepcopy(objects)
     again = library.interpolate(*objects, points=3, range=(0, 1), **study)
     assert again.table.floats("loss") == line.table.floats("loss")
+    for state, own in zip(objects, before, strict=True):
+        assert all(torch.equal(state[n], t) for n, t in own.items() if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize("kind", ["always", "version", "extra state"])
+def test_a_module_is_evaluated_as_it_is(kind: str, tmp_path: Path) -> None:
+    (name,) = written(kind, tmp_path, [1])
+    model = loaded(kind, name)
+    # Given as the model, as the checkpoint, or as both.
+    for given in (HOOKED[kind], model):
+        found = library.check(model, **{**STUDY, "model": given})
+        assert found.table.floats("loss") == [pytest.approx(loss_of(model).item(), rel=1e-12)]
 
 
 @pytest.mark.parametrize("kind", ["version", "noted version", "extra state"])

@@ -72,8 +72,8 @@ class Given(str):
                 candidates[key][name] = own = _own(tensor)
                 whole[f"{key}.{name}"] = own.dequantize() if own.is_quantized else own
         given = cls(label)
-        given.file = replace(file, digest=digest(whole))
         given.module = value if isinstance(value, nn.Module) else None
+        given.file = replace(file, digest=digest(whole), live=given.module is not None)
         return given
 
 

@@ -8,7 +8,6 @@ of the old ``weight_norm``, and BatchNorm takes a checkpoint without ``num_batch
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from losscli.checkpoint.names import StateDict, beneath, loadable, state_dicts, unmarked
 from losscli.checkpoint.standins import has_record
 from losscli.errors import ModelError, one_line
-from losscli.weights import Weights
+from losscli.weights import Weights, equal
 
 __all__ = ["LoadHooks", "takes_part"]
 
@@ -112,13 +111,17 @@ class LoadHooks:
         for key, value in state.extra.items():
             if has_record(value):
                 raise ModelError(f"{key} holds an object that weights_only does not read")
+        # Code of the user's own may write on the tensors that it is given.
+        given = {n: t.clone() for n, t in state.items()} if self.are_own else state
         empty = _copied(self._model, lambda tensor: tensor.to("meta"))
         try:
             if empty is not None:
-                empty.load_state_dict(_loadable(state), strict=True, assign=True)
+                empty.load_state_dict(
+                    loadable(given, state.versions, state.extra), strict=True, assign=True
+                )
                 found = _state_of(empty)
                 if not any(tensor.is_meta for tensor in found.values()):
-                    return found
+                    return _without_copies(found, given, state)
         except Exception as error:  # noqa: BLE001 - hooks are the user's code
             if (text := one_line(error)).startswith(_REFUSED):
                 raise ModelError(text) from None
@@ -129,7 +132,8 @@ class LoadHooks:
         if whole is None:
             raise ModelError("the model cannot be copied with copy.deepcopy")
         try:
-            whole.load_state_dict(_loadable(state), strict=True)
+            given = {n: t.clone() for n, t in state.items()}
+            whole.load_state_dict(loadable(given, state.versions, state.extra), strict=True)
             return _state_of(whole)
         except Exception as error:  # noqa: BLE001 - hooks are the user's code
             raise ModelError(one_line(error)) from None
@@ -173,8 +177,14 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [*before, *module._load_state_dict_post_hooks.values()]
 
 
-def _loadable(state: StateDict) -> OrderedDict[str, Any]:
-    return loadable(state, state.versions, state.extra)
+def _without_copies(found: StateDict, copies: Weights, originals: Weights) -> StateDict:
+    """Puts the tensors of a file, which may be mapped, where their copies are unchanged."""
+    names = {tensor.data_ptr(): name for name, tensor in copies.items()}
+    for name, tensor in found.items():
+        original = originals.get(names.get(tensor.data_ptr(), ""))
+        if original is not None and original.dtype == tensor.dtype and equal(original, tensor):
+            found[name] = original
+    return found
 
 
 def _state_of(model: nn.Module) -> StateDict:

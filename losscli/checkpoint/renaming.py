@@ -70,7 +70,7 @@ def select_for(
         found = translated
     else:
         # An adapter changes a base that was loaded already.
-        if not file.adapter and (hooks.are_own or found.extra):
+        if not (file.adapter or file.live) and (hooks.are_own or found.extra):
             found = _loaded(file, found, hooks, expected)
     if differ := _torn(found.weights, expected):
         raise MismatchError(

@@ -119,6 +119,7 @@ class CheckpointFile:
             model's own.
         fetch: Reads the tensors that were chosen, where ``candidates`` only has their shapes.
         digest: That of the tensors of an object.
+        live: Whether they are those of a module, which was loaded already.
     """
 
     name: str
@@ -130,6 +131,7 @@ class CheckpointFile:
     adapter: Adapter | None = None
     fetch: Callable[[Weights], Weights] = _as_they_are
     digest: str | None = None
+    live: bool = False
 
     @property
     def folder(self) -> Path:
