@@ -466,8 +466,10 @@ class Objective:
         # Some models fold their weights into others when they are put into eval mode.
         if self._folds:
             self.model.train()
-        # Code of the user's own may write on the tensors that it is given.
-        given = {n: t.clone() for n, t in weights.items()} if self._takes_part else weights
+        given = weights
+        if self._takes_part:
+            # Code of the user's own takes every tensor, and may write on it.
+            given = {n: weights.get(n, own).detach().clone() for n, own in self.tensors.items()}
         state = loadable(given, self.versions, self.extra)
         self.model.load_state_dict(state, strict=False)
         if self._takes_part:

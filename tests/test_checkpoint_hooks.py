@@ -665,6 +665,16 @@ def test_a_file_is_changed_once_as_load_state_dict_changes_it(
         assert all(torch.equal(state[n], t) for n, t in own.items() if isinstance(t, Tensor))
 
 
+@pytest.mark.parametrize("kind", ["always", "copying", "writing", "shape"])
+def test_hooks_find_every_tensor_where_some_move(kind: str, tmp_path: Path) -> None:
+    names = written(kind, tmp_path, [1, 3])
+    a, b = (loaded(kind, name) for name in names)
+    study = {**STUDY, "model": HOOKED[kind], "points": 3, "range": (0, 1)}
+    line = library.interpolate(*names, only="first.*", **study)
+    a.first.load_state_dict(b.first.state_dict())  # type: ignore[operator,union-attr]
+    assert line.table.floats("loss")[2] == pytest.approx(loss_of(a).item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["always", "version", "extra state"])
 def test_a_module_is_evaluated_as_it_is(kind: str, tmp_path: Path) -> None:
     (name,) = written(kind, tmp_path, [1])
