@@ -466,22 +466,25 @@ class Objective:
         # Some models fold their weights into others when they are put into eval mode.
         if self._folds:
             self.model.train()
-        given = weights
-        if self._takes_part:
-            # Code of the user's own takes every tensor, and may write on it.
-            given = {n: weights.get(n, own).detach().clone() for n, own in self.tensors.items()}
+        point = self._whole(weights) if self._takes_part else {}
+        # Code of the user's own may write on the tensors that it is given.
+        given = {name: tensor.clone() for name, tensor in point.items()} or weights
         state = loadable(given, self.versions, self.extra)
         self.model.load_state_dict(state, strict=False)
-        if self._takes_part:
-            # It changed the checkpoints when these were opened, and may change a point again.
-            for name, tensor in self.tensors.items():
-                if name in weights:
-                    tensor.copy_(weights[name])
+        # It changed the checkpoints when these were opened, and may change a point again.
+        for name, tensor in point.items():
+            self.tensors[name].copy_(tensor)
         if self._normalises:
             normalise(self.spectral, self.tensors)
         let_go(*weights.values())
         if self._folds:
             self.model.eval()
+
+    def _whole(self, weights: Weights) -> Weights:
+        """All tensors of the model: those that are given, and its own where none is."""
+        given = {id(own): weights[n] for n, own in self.tensors.items() if n in weights}
+        own = {name: given.get(id(tensor), tensor) for name, tensor in self.tensors.items()}
+        return {name: tensor.detach().clone() for name, tensor in own.items()}
 
     @property
     def _folds(self) -> bool:
