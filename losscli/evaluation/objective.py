@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from losscli.checkpoint import Versions, loadable, takes_part
 from losscli.data import (
     DataSet,
     Draws,
@@ -182,6 +183,8 @@ class Objective(ScoredModel):
             it is not known whether losses depend on the rest of a batch.
         unused: The parameters that have no influence on the outputs of a first batch.
         constant: Whether different checkpoints were found to have the same losses on first batches.
+        versions: Those of the model's modules, which the weights of every point are of.
+        extra: The extra state of modules that is not a tensor, the same at every point.
     """
 
     def __init__(
@@ -207,6 +210,9 @@ class Objective(ScoredModel):
         self._chooses_batch = batch_size is None and not batch_loss
         self.splits: Mapping[str, Examples] = self._place(data.splits)
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
+        self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
+        self.extra: Mapping[str, Any] = {}
+        self._takes_part = takes_part(self.model)
         self._classes: int | None = None
         self.batchnorm = layers_of(self.model, self.tensors)
         self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
@@ -247,6 +253,7 @@ class Objective(ScoredModel):
             recalibration=self.recalibration,
             batch_loss=self.batch_loss,
         )
+        twin.extra = self.extra
         twin.copies_inputs = self.copies_inputs
         twin.copies_outputs = self.copies_outputs
         twin.differentiates = self.differentiates
@@ -443,12 +450,25 @@ class Objective(ScoredModel):
         # Some models fold their weights into others when they are put into eval mode.
         if self._folds:
             self.model.train()
-        self.model.load_state_dict(dict(weights), strict=False)
+        point = self._whole(weights) if self._takes_part else {}
+        # Code of the user's own may write on the tensors that it is given.
+        given = {name: tensor.clone() for name, tensor in point.items()} or weights
+        state = loadable(given, self.versions, self.extra)
+        self.model.load_state_dict(state, strict=False)
+        # It changed the checkpoints when these were opened, and may change a point again.
+        for name, tensor in point.items():
+            self.tensors[name].copy_(tensor)
         if self._normalises:
             normalise(self.spectral, self.tensors)
         let_go(*weights.values())
         if self._folds:
             self.model.eval()
+
+    def _whole(self, weights: Weights) -> Weights:
+        """All tensors of the model: those that are given, and its own where none is."""
+        given = {id(own): weights[n] for n, own in self.tensors.items() if n in weights}
+        own = {name: given.get(id(tensor), tensor) for name, tensor in self.tensors.items()}
+        return {name: tensor.detach().clone() for name, tensor in own.items()}
 
     @property
     def _folds(self) -> bool:
