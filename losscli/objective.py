@@ -33,7 +33,7 @@ from losscli.datasets import (
     map_inputs,
     seed_all,
 )
-from losscli.device import Narrowest
+from losscli.device import Narrowest, widened
 from losscli.errors import (
     DataError,
     LosscliError,
@@ -232,6 +232,7 @@ class Objective:
         self._copies_inputs = False
         self._copies_outputs = False
         self._differentiates = False
+        self._widens = False
         self._forms: dict[tuple[str, ...], _Form] = {}
         self._way: Way | None = None
         self._provisional = False
@@ -269,21 +270,24 @@ class Objective:
         return twin
 
     @torch.no_grad()
-    def in_float64(self, sample: Split) -> Objective | None:
+    def in_float64(self, sample: Split, *, inside: bool = False) -> Objective | None:
         """Returns an objective of the same function that computes in float64.
 
         Args:
             sample: A few examples, on the device.
+            inside: Whether code that casts to a narrower type computes in float64 too.
 
         Returns:
             This objective if it computes in float64; else a twin with the weights that are loaded.
             None if the device has no float64, if a second copy of the model is too large, or if
             the copy fails or still uses tensors of the original, such as through a closure.
         """
-        if self.dtype == torch.float64:
+        if self.dtype == torch.float64 and not (inside and self.narrowest(sample) != self.dtype):
             return self
-        size = sum(tensor.nbytes for tensor in self.tensors.values())
-        if self.device.type == "mps" or size > _LARGE_BYTES:
+        numbers = sum(tensor.numel() for tensor in self.tensors.values())
+        budget = device_budget(self.device) or host_budget()
+        # The copy, and the weights of two points.
+        if self.device.type == "mps" or numbers * 2 * torch.float64.itemsize > budget:
             return None
         own = {name: tensor.clone() for name, tensor in self.tensors.items()}
         floating = {name: t for name, t in own.items() if t.is_floating_point()}
@@ -291,6 +295,7 @@ class Objective:
             try:
                 twin = self.twin(copy.deepcopy(self.model), torch.float64)
                 twin.load(own)
+                twin._widens = inside and not twin._is_wide(sample)
                 before = twin.plain(own, {"": sample})[""].losses
                 self.load({name: tensor * 1.5 + 0.5 for name, tensor in floating.items()})
                 after = twin.plain(own, {"": sample})[""].losses
@@ -299,6 +304,21 @@ class Objective:
             finally:
                 self.load(own)
         return twin if _agree(after, before, _AGREE[torch.float64]) else None
+
+    def _is_wide(self, sample: Split) -> bool:
+        """Whether the model and the loss take float64, and compute in nothing narrower."""
+        try:
+            return self.narrowest(sample) == torch.float64
+        except (ModelError, LossError):
+            return False
+
+    def remark(self, text: str) -> None:
+        """Adds a note.
+
+        Args:
+            text: The note; what is noted already is not noted twice.
+        """
+        self._remarks[text] = None
 
     def _bring(self, recalibration: Recalibration) -> Recalibration:
         """Brings training examples to the device, where a split of the data is there already."""
@@ -311,8 +331,13 @@ class Objective:
         return replace(recalibration, split=split)
 
     @property
+    def remarks(self) -> list[str]:
+        """What was noted."""
+        return list(self._remarks)
+
+    @property
     def notes(self) -> list[str]:
-        """What to know about the targets and metrics, as far as it was found."""
+        """What to know about the targets, metrics and derivatives, as far as it was found."""
         left_out = (f"{name} is left out: {why}" for name, why in self.left_out.items())
         return [*self._remarks, *left_out]
 
@@ -1069,7 +1094,7 @@ class Objective:
             inputs = map_inputs(Tensor.clone, inputs)
         args, kwargs = self.arguments(inputs)
         try:
-            with self._gradients():
+            with self.computing(), self._gradients():
                 if isinstance(inputs, dict) and self._forms[tuple(inputs)] is _Form.EITHER:
                     outputs = self._try_forms(model, inputs)
                 else:
@@ -1087,6 +1112,14 @@ class Objective:
             ) from error
         # Hugging Face models wrap their scores.
         return getattr(outputs, "logits", outputs)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Computes in the type of the forward pass.
+
+        Returns:
+            A context for all that computes with the model, such as a backward pass.
+        """
+        return widened() if self._widens else contextlib.nullcontext()
 
     def _gradients(self) -> AbstractContextManager[Any]:
         """Enables gradients, where the model or the loss differentiates."""
@@ -1161,7 +1194,7 @@ class Objective:
         if function_of(function) in _KNOWN_FUNCTIONS and not isinstance(outputs, Tensor):
             raise LossError(f"the {what} takes a tensor, and the model returns a {_kind(outputs)}")
         try:
-            with self._gradients():
+            with self.computing(), self._gradients():
                 values = function(outputs, targets)
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
