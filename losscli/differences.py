@@ -53,7 +53,7 @@ _AGREEING = 3
 _APART = 1 / 8
 
 # A difference with a larger error, as a share of the derivative, shows nothing.
-_COARSE = 0.1
+_COARSE = 0.02
 
 # A derivative below this share of what is differentiated, per unit, counts as zero.
 _FLAT = 1e-4
@@ -122,7 +122,7 @@ class Differences:
 
         e(h) = max(6 σ/h, 2 abs(D(h) - D(h/2)), 8 ε abs(f)/h),
 
-    and D(h) is resolved if e(h) is at most a tenth of the derivative. From the smallest step up:
+    and D(h) is resolved if e(h) is at most 2 % of the derivative. From the smallest step up:
 
     - right: the first resolved D(h) has abs(D(h) - s) <= share · max(abs(s), abs(D(h))) + e(h).
     - wrong: that is so for no h; and three D(h) in a row, with errors of at most an eighth of
