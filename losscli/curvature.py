@@ -24,15 +24,12 @@ from losscli.datasets import Examples, Split
 from losscli.differences import (
     CURE,
     DETACHED,
-    FIRST,
-    FIRST_ROUNDED,
     NEEDED,
     POINTS,
-    SECOND,
-    SECOND_ROUNDED,
     Comparison,
     are_verified,
     noise_of,
+    rules,
     unverified,
 )
 from losscli.elementary import Elementary
@@ -803,7 +800,7 @@ def check_derivatives(
     """
     generator = torch.Generator().manual_seed(seed)
     objective.load(weights)
-    precise = objective.narrowest(sample) == torch.float64
+    first, second = rules(objective.narrowest(sample))
     with Curvature(objective, weights, names, sample) as here:
         point = {name: objective.tensors[name].detach().clone() for name in names}
         length = norm(point) or 1.0
@@ -835,16 +832,14 @@ def check_derivatives(
             flat = torch.cat([way[n].reshape(-1).double() for n in names]).to(here._device)
             at = Curvature(objective, base, names, sample)
             slope, product, size = at.gradient() @ flat, at.product(flat), abs(at.loss)
-            rule = FIRST if precise else FIRST_ROUNDED
-            one = rule.compare(slope.cpu(), size, along(losses, base, way))
+            one = first.compare(slope.cpu(), size, along(losses, base, way))
             slopes.append(one)
             if one.limit is not None:
                 found, limit = (float(x) / length for x in (slope, one.limit))
                 bent.append(f"{name} is {found:.3g}, but {limit:.3g} by differences of the loss")
                 continue
-            rule = SECOND if precise else SECOND_ROUNDED
             size = max(float(at.gradient().norm()), size / length)
-            one = rule.compare(product, size, along(gradient, base, way))
+            one = second.compare(product, size, along(gradient, base, way))
             products.append(one)
             if one.limit is not None:
                 found, limit = (float(x @ flat) / length**2 for x in (product, one.limit))

@@ -17,18 +17,15 @@ from torch import Tensor
 __all__ = [
     "CURE",
     "DETACHED",
-    "FIRST",
-    "FIRST_ROUNDED",
     "NEEDED",
     "POINTS",
     "SAMPLE",
-    "SECOND",
-    "SECOND_ROUNDED",
     "Comparison",
     "Differences",
     "Outcome",
     "are_verified",
     "noise_of",
+    "rules",
     "unverified",
 ]
 
@@ -264,7 +261,7 @@ def unverified(what: str, of: str) -> str:
     return f"{what} not verified: rounding or jumps hide differences of the {of} on a few examples"
 
 
-FIRST = Differences(
+_FIRST = Differences(
     steps=[10 ** (-6 + k / 2) for k in range(7)],
     share=1e-3,
     wrong=1e-3,
@@ -274,12 +271,12 @@ FIRST = Differences(
 )
 """For the derivatives of a loss in float64: h from 1e-6 to 1e-3."""
 
-FIRST_ROUNDED = replace(
-    FIRST, steps=[10 ** (-5 + k / 2) for k in range(9)], share=1e-2, wrong=0.1, zero=False
+_FIRST_ROUNDED = replace(
+    _FIRST, steps=[10 ** (-5 + k / 2) for k in range(9)], share=1e-2, wrong=0.1, zero=False
 )
 """Where something is computed in a narrower type: h from 1e-5 to 0.1."""
 
-SECOND = Differences(
+_SECOND = Differences(
     steps=[10 ** (-8 + k / 2) for k in range(9)],
     share=1e-2,
     wrong=1e-2,
@@ -289,7 +286,24 @@ SECOND = Differences(
 )
 """For the derivatives of a gradient in float64: h from 1e-8 to 1e-4."""
 
-SECOND_ROUNDED = replace(
-    SECOND, steps=[10 ** (-4 + k / 2) for k in range(7)], share=5e-2, wrong=math.inf
+_SECOND_ROUNDED = replace(
+    _SECOND, steps=[10 ** (-4 + k / 2) for k in range(7)], share=5e-2, wrong=math.inf
 )
 """Where something is computed in a narrower type: h from 1e-4 to 0.1, with kinks in between."""
+
+
+def rules(narrowest: torch.dtype) -> tuple[Differences, Differences]:
+    """Chooses how first and second derivatives are compared.
+
+    Args:
+        narrowest: The narrowest type that the model and the loss compute in.
+
+    Returns:
+        The rule for the first derivatives, and that for the second.
+    """
+    if narrowest == torch.float64:
+        return _FIRST, _SECOND
+    if narrowest.itemsize < torch.float32.itemsize:
+        # Rounding may hide a part of the network whole, which then looks as if detached.
+        return replace(_FIRST_ROUNDED, wrong=math.inf), _SECOND_ROUNDED
+    return _FIRST_ROUNDED, _SECOND_ROUNDED

@@ -26,17 +26,14 @@ from losscli.datasets import Examples, Split
 from losscli.differences import (
     CURE,
     DETACHED,
-    FIRST,
-    FIRST_ROUNDED,
     NEEDED,
     POINTS,
     SAMPLE,
-    SECOND,
-    SECOND_ROUNDED,
     Comparison,
     Differences,
     Outcome,
     are_verified,
+    rules,
     unverified,
 )
 from losscli.elementary import Elementary
@@ -504,15 +501,15 @@ class _Trial:
             What derivative is wrong, if one is; and what could not be verified, if anything.
         """
         objective = self.course.objective
-        precise = objective.narrowest(self.sample) == torch.float64
+        first_rule, second_rule = rules(objective.narrowest(self.sample))
         try:
-            first, told = self._compare(FIRST if precise else FIRST_ROUNDED, self._losses, way, 0)
+            first, told = self._compare(first_rule, self._losses, way, 0)
             if len(told) >= NEEDED:
                 return f"{DETACHED}: slope at {told[0]} of the loss", ""
             if not are_verified(first):
                 return "", unverified("slope and curvature", "loss")
             slope = partial(self._derivative, way, 0)
-            second, told = self._compare(SECOND if precise else SECOND_ROUNDED, slope, way, 1)
+            second, told = self._compare(second_rule, slope, way, 1)
             if len(told) >= NEEDED:
                 return f"the second derivative is wrong: curvature at {told[0]} of the slope", ""
             return "", "" if are_verified(second) else unverified("curvature", "slope")
