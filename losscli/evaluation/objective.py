@@ -260,21 +260,24 @@ class Objective(ScoredModel):
         return twin
 
     @torch.no_grad()
-    def in_float64(self, sample: Split) -> Objective | None:
+    def in_float64(self, sample: Split, *, inside: bool = False) -> Objective | None:
         """Returns an objective of the same function that computes in float64.
 
         Args:
             sample: A few examples, on the device.
+            inside: Whether code that casts to a narrower type computes in float64 too.
 
         Returns:
             This objective if it computes in float64; else a twin with the weights that are loaded.
             None if the device has no float64, if a second copy of the model is too large, or if
             the copy fails or still uses tensors of the original, such as through a closure.
         """
-        if self.dtype == torch.float64:
+        if self.dtype == torch.float64 and not (inside and self.narrowest(sample) != self.dtype):
             return self
-        size = sum(tensor.nbytes for tensor in self.tensors.values())
-        if self.device.type == "mps" or size > _LARGE_BYTES:
+        numbers = sum(tensor.numel() for tensor in self.tensors.values())
+        budget = device_budget(self.device) or host_budget()
+        # The copy, and the weights of two points.
+        if self.device.type == "mps" or numbers * 2 * torch.float64.itemsize > budget:
             return None
         own = {name: tensor.clone() for name, tensor in self.tensors.items()}
         floating = {name: t for name, t in own.items() if t.is_floating_point()}
@@ -282,6 +285,7 @@ class Objective(ScoredModel):
             try:
                 twin = self.twin(copy.deepcopy(self.model), torch.float64)
                 twin.load(own)
+                twin.widens = inside and not twin._is_wide(sample)
                 before = twin.plain(own, {"": sample})[""].losses
                 self.load({name: tensor * 1.5 + 0.5 for name, tensor in floating.items()})
                 after = twin.plain(own, {"": sample})[""].losses
@@ -290,6 +294,21 @@ class Objective(ScoredModel):
             finally:
                 self.load(own)
         return twin if _agree(after, before, _AGREE[torch.float64]) else None
+
+    def _is_wide(self, sample: Split) -> bool:
+        """Whether the model and the loss take float64, and compute in nothing narrower."""
+        try:
+            return self.narrowest(sample) == torch.float64
+        except (ModelError, LossError):
+            return False
+
+    def remark(self, text: str) -> None:
+        """Adds a note.
+
+        Args:
+            text: The note; what is noted already is not noted twice.
+        """
+        self._remarks[text] = None
 
     def _bring(self, recalibration: Recalibration) -> Recalibration:
         """Brings training examples to the device, where a split of the data is there already."""
@@ -302,8 +321,13 @@ class Objective(ScoredModel):
         return replace(recalibration, split=split)
 
     @property
+    def remarks(self) -> list[str]:
+        """What was noted."""
+        return list(self._remarks)
+
+    @property
     def notes(self) -> list[str]:
-        """What to know about the targets and metrics, as far as it was found."""
+        """What to know about the targets, metrics and derivatives, as far as it was found."""
         left_out = (f"{name} is left out: {why}" for name, why in self.left_out.items())
         return [*self._remarks, *left_out]
 
