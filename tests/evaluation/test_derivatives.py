@@ -204,7 +204,7 @@ def test_what_the_line_does_not_move_keeps_its_value() -> None:
 def test_the_model_is_left_as_it_was(name: str, way: _Way, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(c for c in CASES if c.name == name)
     objective, line = ready(case)
-    monkeypatch.setattr(module, "_settle", lambda *_: way)
+    monkeypatch.setattr(module, "_settle", lambda *_: (way, ""))
     objective.model.requires_grad_(False)
     next(objective.model.parameters()).requires_grad_(True)
     kept = {n: (id(t), t.data_ptr(), t.clone()) for n, t in objective.tensors.items()}
