@@ -967,7 +967,7 @@ def test_help_and_version_say_that_stdout_is_closed(
 
 def test_no_command_is_told_of(losscli: Losscli) -> None:
     done = losscli()
-    assert (done.status, done.stderr) == (2, "losscli: no command is given. See losscli --help\n")
+    assert (done.status, done.stderr) == (2, "losscli: Missing command. See losscli --help\n")
 
 
 def test_a_picture_too_large_for_the_disk_is_named(

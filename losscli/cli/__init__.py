@@ -216,7 +216,7 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
     notes = _Notes(console)
     logging.getLogger("losscli").addHandler(notes)
     # So help is asked for, which typer writes; and completion, after which it ends the process.
-    helps = not arguments or not {"-h", "--help"}.isdisjoint(arguments)
+    helps = not {"-h", "--help"}.isdisjoint(arguments)
     completes = not _COMPLETION.isdisjoint(arguments[:1])
     try:
         status = app(args=list(arguments), prog_name="losscli", standalone_mode=False, obj=console)
@@ -239,7 +239,7 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
     except click_exception as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "losscli")
         raise UsageError(
-            error.format_message() or "no command is given",
+            error.format_message(),
             _without_commas(arguments) or f"See {command} --help",
         ) from None
     finally:
