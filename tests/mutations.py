@@ -549,7 +549,7 @@ def _distributed(folder: Path) -> list[str]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save({"model": state(), "step": 3}, checkpoint_id=folder, no_dist=True)
+        dcp.save({"model": state(), "step": 3}, checkpoint_id=folder)
     return [".metadata", next(p.name for p in folder.glob("*.distcp"))]
 
 

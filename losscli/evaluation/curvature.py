@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self
+from inspect import signature
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -422,6 +423,9 @@ class Curvature:
         from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 
         n = self.size
+        # Where a basis is its own image, ARPACK goes on from random vectors. SciPy 1.17 takes their
+        # seed; older versions have one generator for the whole process.
+        seed: dict[str, Any] = {"rng": 0} if "rng" in signature(eigsh).parameters else {}
 
         def times(x: _Matrix) -> _Matrix:
             v = torch.from_numpy(x.reshape(n)).to(self._device)
@@ -439,8 +443,7 @@ class Curvature:
                 ncv=width,
                 maxiter=restarts,
                 tol=goal,
-                # Of the vectors with which a basis goes on that is its own image.
-                rng=0,
+                **seed,
             )
         except ArpackNoConvergence as error:
             vectors = error.eigenvectors

@@ -539,12 +539,17 @@ def settle(figure: Figure) -> None:
     """Lays the figure out once and for all, surfaces as large as their places allow."""
     engine = figure.get_layout_engine()
     assert engine is not None
+    solid = [axes for axes in figure.axes if isinstance(axes, Axes3D)]
+    if solid and mpl.__version_info__[:2] < (3, 11):
+        # Before Matplotlib 3.11 the labels of such axes have no place until they are drawn.
+        figure.set_layout_engine("none")
+        figure.draw_without_rendering()
+        figure.set_layout_engine(engine)
     # A panel of fixed proportions shrinks after its margins were measured: measure them again.
     for _ in range(2):
         engine.execute(figure)
     freeze(figure)
     page = figure.transSubfigure.inverted()
-    solid = [axes for axes in figure.axes if isinstance(axes, Axes3D)]
     places = [axes.get_position(original=True) for axes in solid]
     # Letters keep their size, so that it takes more than one step.
     for _ in range(3 if solid else 0):

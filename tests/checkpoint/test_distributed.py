@@ -38,7 +38,7 @@ def put(content: Any, folder: Path) -> str:
     """Saves as one process does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(content, checkpoint_id=str(folder), no_dist=True)
+        dcp.save(content, checkpoint_id=str(folder))
     return str(folder)
 
 

@@ -314,16 +314,17 @@ class Reduced:
 
 def hostile() -> Iterator[Any]:
     """What a pickle may try with the names that are allowed."""
-    from numpy._core import multiarray
+    # Of numpy._core or numpy.core, by the version.
+    scalar, reconstruct = np.float64().__reduce__()[0], np.zeros(0).__reduce__()[0]
 
     yield Reduced(argparse.Namespace, (1, 2))
     yield Reduced(argparse.Namespace, (), {"__class__": dict, "__setstate__": 3})
     yield Reduced(argparse.Namespace, (), (None, {"__class__": dict}))
-    yield Reduced(multiarray.scalar, (np.dtype("O"), b"x"))
-    yield Reduced(multiarray.scalar, (np.dtype("f8"), b"x"))
-    yield Reduced(multiarray.scalar, (np.dtype("f8"), "not bytes"))
-    yield Reduced(multiarray.scalar, ())
-    yield Reduced(multiarray._reconstruct, (dict, (1 << 60,), b"b"), (1, (1 << 60,), 3, 4, 5))
+    yield Reduced(scalar, (np.dtype("O"), b"x"))
+    yield Reduced(scalar, (np.dtype("f8"), b"x"))
+    yield Reduced(scalar, (np.dtype("f8"), "not bytes"))
+    yield Reduced(scalar, ())
+    yield Reduced(reconstruct, (dict, (1 << 60,), b"b"), (1, (1 << 60,), 3, 4, 5))
     yield Reduced(np.dtype, ("f8", 0, 1), (3, "<", None, None, None, -1, -1, 1 << 40))
     yield Reduced(collections.defaultdict, (list, 3))
     yield Reduced(pathlib.PurePosixPath, (1, {}, []))

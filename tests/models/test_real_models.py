@@ -19,15 +19,18 @@ import losscli
 from tests import oracle
 from tests.conftest import ROOT
 
-# They are installed beside the environment, since transformers would import torchvision, too. On a
-# build of torch for the CPU that works only where the operators that it expects are declared.
+# They are installed beside the environment, since transformers would import torchvision, too.
 sys.path.append(str(ROOT / ".venv" / "vision"))
-_OPERATORS = torch.library.Library("torchvision", "DEF")
-for _schema in ("nms(Tensor a) -> Tensor", "qnms(Tensor a) -> Tensor"):
-    _OPERATORS.define(_schema)
-
+try:
+    torchvision = importlib.import_module("torchvision")
+except RuntimeError:
+    # Its own library needs CUDA. With a build of torch for the CPU, it does not load, and the
+    # operators that torchvision expects have to be declared here.
+    _OPERATORS = torch.library.Library("torchvision", "DEF")
+    for _schema in ("nms(Tensor a) -> Tensor", "qnms(Tensor a) -> Tensor"):
+        _OPERATORS.define(_schema)
+    torchvision = importlib.import_module("torchvision")
 timm = importlib.import_module("timm")
-torchvision = importlib.import_module("torchvision")
 
 CLASSES = 3
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {

@@ -575,7 +575,7 @@ def claimants(folder: Path) -> Iterator[tuple[str, list[str]]]:
     parts.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save({"w": torch.arange(3.0)}, checkpoint_id=parts, no_dist=True)
+        dcp.save({"w": torch.arange(3.0)}, checkpoint_id=parts)
     metadata = (parts / ".metadata").read_bytes()
     huge = b"\x8a\x07" + (1 << 42).to_bytes(7, "little")
     for number, found in enumerate(re.finditer(b"K\x03", metadata)):

@@ -459,7 +459,7 @@ def training(
     }
     content = {"model": model, "ema": ema, "opt": {"state": adam}}
     if distributed:
-        dcp.save(content, checkpoint_id=str(folder / "dcp"), no_dist=True)
+        dcp.save(content, checkpoint_id=str(folder / "dcp"))
     else:
         torch.save({**content, "epoch": 4}, folder / "all.pt")
     keys = {f"opt.state.{name}": tensors for name, tensors in adam.items()}

@@ -341,7 +341,7 @@ def test_projection_is_the_least_squares_of_numpy(dtype: torch.dtype, kind: str)
     else:
         axes = np.stack([u, v], axis=1)
     step = flat(point) - o
-    expected, *_ = np.linalg.lstsq(axes, step)
+    expected, *_ = np.linalg.lstsq(axes, step, rcond=None)
     x, y, off = plane.project({**point, "more": torch.ones(3)})
     np.testing.assert_allclose([x, y], expected, rtol=1e-12, atol=1e-13)
     assert off == pytest.approx(np.linalg.norm(step - axes @ expected), rel=1e-12)
