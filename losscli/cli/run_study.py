@@ -76,7 +76,7 @@ def carry_out(
         with console.guard_stdout():
             ranks.agree(_alike(study))
     if output is None:
-        console.result(_evaluate(study, console, None).table.to_csv())
+        console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
     output.guard(study.identity, study.tables)
     from losscli.evaluation.journal import Journal
@@ -90,7 +90,7 @@ def carry_out(
     ):
         for note in _notes(journal):
             console.note(note)
-        result = _evaluate(study, console, journal)
+        result = _evaluate(study, console, ranks, journal)
         files = output.write(result, log=write.log)
         console.written = True
         journal.finish()
@@ -103,13 +103,15 @@ def carry_out(
 
 def _help(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Console) -> None:
     """Does a rank's share of a study that rank 0 carries out."""
+    from losscli.evaluation.tasks import Execution
+
     with console.guard_stdout():
         study = plan()
         if write.dry_run:
             return
         ranks.agree(_alike(study))
         try:
-            study.run()
+            study.run(Execution(ranks=ranks))
         except ChangedError as error:
             ranks.fail(str(error), changed=True)
             raise
@@ -121,15 +123,19 @@ def _alike(study: Study) -> dict[str, str]:
     return {name: json.dumps(value) for name, value in told.items() if name not in _OWN}
 
 
-def _evaluate(study: Study, console: Console, journal: Journal | None) -> Result:
+def _evaluate(
+    study: Study, console: Console, ranks: Ranks | None, journal: Journal | None
+) -> Result:
     """Runs a study, and tells its notes."""
+    from losscli.evaluation.tasks import Execution
+
     with (
         console.guard_stdout(),
         console.progress(
             study.steps, study.unit, lambda: 0.0 if journal is None else journal.skipped
         ) as tell,
     ):
-        result = study.run(tell, journal)
+        result = study.run(Execution(tell, journal, ranks))
     for note in result.summary["notes"]:
         console.note(note)
     return result

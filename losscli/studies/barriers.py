@@ -19,10 +19,10 @@ from losscli.checkpoint import CheckpointLike, all_in, named_all
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
+from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -65,7 +65,7 @@ def barriers(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Barriers.plan(named_all(names), Settings(**settings), points=points)
-    return plan.run(progress)
+    return plan.run(Execution(progress))
 
 
 @dataclass(frozen=True)
@@ -174,14 +174,11 @@ class Barriers(Study):
         """
         return self.states[t]
 
-    def run(
-        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result:
         """Evaluates each checkpoint once, loaded plainly, and each line between two by a sweep.
 
         Args:
-            progress: Called with the number of points done so far.
-            journal: Where what is finished is recorded, and recalled from.
+            execution: How its tasks are executed. Progress counts points.
 
         Returns:
             The result.
@@ -201,8 +198,8 @@ class Barriers(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits, tell: self._evaluate(placed, splits, tell, distances, journal),
-                progress,
+                partial(self._evaluate, placed, distances),
+                execution,
             )
             seconds = self.seconds(swept)
         examples = {name: seen.examples for name, seen in found.items()}
@@ -275,14 +272,13 @@ class Barriers(Study):
     def _evaluate(
         self,
         placed: Sequence[Weights],
-        splits: Mapping[str, Examples],
-        tell: Callable[[float], None],
         distances: dict[tuple[int, int], float],
-        journal: Journal | None,
+        splits: Mapping[str, Examples],
+        execution: Execution,
     ) -> dict[str, _Seen]:
         """Evaluates all checkpoints, then all lines; of the lines no more than means is kept."""
         objective, points = self.problem.objective, [(alpha,) for alpha in self._inner]
-        own = sweep_plain(objective, placed, splits=splits, progress=tell, journal=journal)
+        own = sweep_plain(objective, placed, splits=splits, execution=execution)
         lines: dict[str, list[Estimate]] = {name: [] for name in splits}
         excess: dict[str, list[Estimate]] = {name: [] for name in splits}
         row: dict[int, Weights] = {}
@@ -304,8 +300,7 @@ class Barriers(Study):
             points,
             moving=self.moving,
             splits=splits,
-            progress=partial(_further, tell, len(placed)),
-            journal=journal,
+            execution=execution.after(len(placed)),
         )
         for (i, j), seen in zip(self.pairs, found, strict=True):
             for name, evaluation in seen.items():
@@ -507,7 +502,3 @@ def _above(alphas: Sequence[float], found: Evaluation, a: Evaluation, b: Evaluat
             chord = (1 - alpha) * start + alpha * end
             rows.append(Estimate.of((row - chord)[None], {}, weights))
     return Estimate.join(rows)
-
-
-def _further(tell: Callable[[float], None], before: int, done: float) -> None:
-    tell(before + done)

@@ -20,10 +20,9 @@ from losscli.data import Examples, Split
 from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.evaluation.cost import Clock, Pace, measure
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.journal import Journal
 from losscli.evaluation.losses import Doubt
-from losscli.evaluation.ranks import apart
 from losscli.evaluation.sweep import check, halving, points_at_once, sweep, sweep_plain
+from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.spec import own_code
 from losscli.studies.problem import Problem
@@ -146,15 +145,11 @@ class Study(ABC):
         return self.evaluations
 
     @abstractmethod
-    def run(
-        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result:
         """Evaluates.
 
         Args:
-            progress: Called with the number of points done so far.
-            journal: Of this study's `basis`: what is finished is recorded there, and what was is
-                recalled.
+            execution: How its tasks are executed. Its journal is that of this study's `basis`.
 
         Returns:
             The result.
@@ -281,7 +276,7 @@ class Study(ABC):
         Raises:
             LosscliError: The model or the loss fails on the batch, or one example does not fit.
         """
-        with float32_precision(tf32=self.problem.settings.tf32), apart():
+        with float32_precision(tf32=self.problem.settings.tf32):
             pace = self.pace(clock)
             seconds, sample = self.cost(pace), self.problem.settings.sampling_error
             return {
@@ -702,11 +697,11 @@ class Study(ABC):
         objective, dtype = self.problem.objective, self.problem.settings.dtype
         # The same statistics for both, whatever they are: what differs is the way.
         # And every rank for itself: it may have a device of its own.
-        with objective.held(), apart():
+        with objective.held():
             worst = self._apart(slice_, anchors, more, _TOLERANCE[dtype])
         if objective.recalibration is None:
             return worst
-        with objective.brief(), apart():
+        with objective.brief():
             return max(worst, self._apart(slice_, anchors, more, _TOLERANCE_OF_ESTIMATES[dtype]))
 
     def _apart(

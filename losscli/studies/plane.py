@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from losscli.checkpoint import CheckpointLike, all_in, named_all, path_of
 from losscli.data import Examples
 from losscli.errors import CheckpointError, UsageError
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.journal import Journal
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import check, settle, sweep, sweep_plain
+from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count, moving_along
@@ -98,7 +99,7 @@ def plane(
         surface=surface,
         keep_order=keep_order,
     )
-    return plan.run(progress)
+    return plan.run(Execution(progress))
 
 
 @dataclass(frozen=True)
@@ -236,14 +237,11 @@ class Plane(Study):
         points = [(x, y) for y in self.ys for x in self.xs]
         return self._here(), points[:number]
 
-    def run(
-        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result:
         """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep.
 
         Args:
-            progress: Called with the number of points done so far.
-            journal: Where what is finished is recorded, and recalled from.
+            execution: How its tasks are executed. Progress counts points.
 
         Returns:
             The result.
@@ -276,8 +274,8 @@ class Plane(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits, tell: self._evaluate(here, points, splits, tell, journal),
-                progress,
+                partial(self._evaluate, here, points),
+                execution,
             )
             seconds = self.seconds(swept)
         metrics = objective.metrics
@@ -364,26 +362,13 @@ class Plane(Study):
         here: Triangle | Span,
         points: Sequence[tuple[float, float]],
         splits: Mapping[str, Examples],
-        tell: Callable[[float], None],
-        journal: Journal | None,
+        execution: Execution,
     ) -> dict[str, Estimate]:
         """Evaluates all checkpoints, then the grid."""
-        objective, names = self.problem.objective, self.problem.names
-        checkpoints = sweep_plain(
-            objective,
-            self.problem.places(range(len(names))),
-            splits=splits,
-            progress=tell,
-            journal=journal,
-        )
-        found = sweep(
-            objective,
-            here,
-            points,
-            splits=splits,
-            progress=lambda done: tell(len(names) + done),
-            journal=journal,
-        )
+        objective, steps = self.problem.objective, range(len(self.problem.names))
+        placed, after = self.problem.places(steps), execution.after(len(steps))
+        checkpoints = sweep_plain(objective, placed, splits=splits, execution=execution)
+        found = sweep(objective, here, points, splits=splits, execution=after)
         # Of each point no more than means is kept.
         return {
             name: Estimate.join([

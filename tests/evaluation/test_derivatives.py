@@ -22,6 +22,7 @@ from losscli.evaluation.derivatives import Slopes, _Course, _Way, slopes
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import sweep
+from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.weight_space.slices import Line
 from tests import oracle, stopped
@@ -445,7 +446,7 @@ def test_each_split_has_its_own_and_progress_reaches_the_number_of_points() -> N
     a, line = line_of(case)
     objective.check(a)
     told: list[float] = []
-    found = slopes(objective, line, ALPHAS, progress=told.append)
+    found = slopes(objective, line, ALPHAS, execution=Execution(told.append))
     assert told == sorted(told)
     assert told[-1] == pytest.approx(len(ALPHAS))
     whole = found_in(case)

@@ -18,6 +18,7 @@ from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.strategies import Way, is_known
 from losscli.evaluation.sweep import check, sweep, sweep_plain
+from losscli.evaluation.tasks import Execution
 from losscli.weight_space.slices import Line, grid
 from tests import foreign, oracle
 from tests.cases import CASES, Case
@@ -289,7 +290,7 @@ def test_progress_reaches_the_number_of_points() -> None:
     objective = objective_of(CASES[0], batch_size=5)
     _, line = line_of(CASES[0])
     told: list[float] = []
-    sweep(objective, line, [(x,) for x in ALPHAS], chunk=3, progress=told.append)
+    sweep(objective, line, [(x,) for x in ALPHAS], chunk=3, execution=Execution(told.append))
     assert told == sorted(told)
     assert told[-1] == pytest.approx(len(ALPHAS))
 

@@ -22,6 +22,7 @@ from losscli.evaluation.recalibration import Recalibration
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.strategies import Way
 from losscli.evaluation.sweep import sweep, sweep_plain
+from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.results import to_json
 from losscli.settings import Settings
@@ -99,9 +100,10 @@ def walk(
     """What a study does: the ends plainly, then the points, on all examples."""
     objective, (a, there) = build(case, recalibrate=recalibrate), line(case)
     objective.check(a)
-    (first,) = sweep_plain(objective, [a], journal=journal)
-    found = sweep(objective, there, ALPHAS, chunk=chunk, journal=journal)
-    again = sweep(objective, there, [(0.33,), (0.77,)], journal=journal)
+    (first,) = sweep_plain(objective, [a], execution=Execution(journal=journal))
+    execution = Execution(journal=journal)
+    found = sweep(objective, there, ALPHAS, chunk=chunk, execution=execution)
+    again = sweep(objective, there, [(0.33,), (0.77,)], execution=execution)
     return [first["all"], found["all"], again["all"]]
 
 
@@ -188,12 +190,13 @@ def test_what_was_finished_is_not_evaluated_again(
     monkeypatch.setattr(Objective, "plain", None)
     with Journal.open(stem, "i", {}) as journal:
         objective, (a, there) = build(case), line(case)
-        sweep_plain(objective, [a], journal=journal, progress=told.append)
+        execution = Execution(told.append, journal)
+        sweep_plain(objective, [a], execution=execution)
         assert told == [1]
         # What a slice does not move is as last loaded.
         assert all(torch.equal(objective.tensors[name], tensor) for name, tensor in a.items())
         told.clear()
-        sweep(objective, there, ALPHAS, chunk=3, journal=journal, progress=told.append)
+        sweep(objective, there, ALPHAS, chunk=3, execution=execution)
     assert seen == ALPHAS[6:]
     assert told[:2] == [3, 6]
     assert told[-1] == pytest.approx(11)
@@ -275,7 +278,7 @@ def test_another_point_slice_type_or_loaded_tensor_is_not_recalled(tmp_path: Pat
             for _ in range(2):
                 objective = build(case, dtype)
                 objective.load(loaded)
-                found = sweep(objective, slice_, points, journal=journal)
+                found = sweep(objective, slice_, points, execution=Execution(journal=journal))
                 assert len(journal) == known + 1
             fresh = build(case, dtype)
             fresh.load(loaded)
@@ -290,7 +293,8 @@ def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
         objective.check(a)
 
         def evaluate(splits: Any, _: object) -> dict[str, Estimate]:
-            found = sweep(objective, there, ALPHAS, chunk=4, splits=splits, journal=journal)
+            execution = Execution(journal=journal)
+            found = sweep(objective, there, ALPHAS, chunk=4, splits=splits, execution=execution)
             return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 
         found = grow(objective.splits, 1e-6, 0, evaluate)["all"]
@@ -353,7 +357,7 @@ def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
     monkeypatch.setattr("losscli.evaluation.sweep.points_that_fit", lambda *_: 3)
 
     def told(journal: Any) -> list[str]:
-        result = plan().run(None, journal)
+        result = plan().run(Execution(journal=journal))
         summary = {key: value for key, value in result.summary.items() if key != "seconds"}
         tables = (result.table, *result.more.values())
         return [to_json(summary), *(table.to_csv() for table in tables)]
@@ -369,13 +373,13 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for plan, what in (
-        (_interpolate(derivatives=True, dtype="float64"), "slopes._Course.sums"),
+        (_interpolate(derivatives=True, dtype="float64"), "evaluation.derivatives._Course.sums"),
         (_check(10), "studies.check.Curvature"),
     ):
         with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
-            truth = plan().run(None, journal).table.to_csv()
+            truth = plan().run(Execution(journal=journal)).table.to_csv()
             patch.setattr(f"losscli.{what}", None)
-            assert plan().run(None, journal).table.to_csv() == truth
+            assert plan().run(Execution(journal=journal)).table.to_csv() == truth
             journal.finish()
 
 

@@ -25,6 +25,7 @@ from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import Way
 from losscli.evaluation.sweep import sweep, sweep_plain
+from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
@@ -365,7 +366,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_numbers(
         )
         ends = (str(tmp_path / "0.pt"), str(tmp_path / "1.pt"))
         plan = Interpolation.plan(*ends, settings, points=41, range_=(0.0, 1.0))
-        return plan.run(journal=journal).table.to_csv()
+        return plan.run(Execution(journal=journal)).table.to_csv()
 
     whole = study(None)
     found = broken_anywhere(tmp_path / "run", study, study)

@@ -25,9 +25,10 @@ from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.losses import accuracy, cross_entropy
 from losscli.evaluation.objective import Evaluation, Objective
-from losscli.evaluation.records import pack, unpack
+from losscli.evaluation.records import decode, encode
 from losscli.evaluation.strategies import Way
 from losscli.evaluation.sweep import sweep
+from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies.check import _best
@@ -476,8 +477,8 @@ def test_what_was_recorded_has_its_weights() -> None:
     objective = objective_of(partial(cross_entropy, weight=WEIGHT), (x, y))
     objective.check(states()[0])
     found = objective.plain(states()[0])
-    arrays = pack(objective, objective.splits, found, 1, 1)
-    back, _, _ = unpack(objective, objective.splits, arrays)
+    arrays = encode(objective, objective.splits, found, 1, 1)
+    back = decode(arrays, objective.splits, objective.metrics)
     assert torch.equal(back["all"].losses, found["all"].losses)
     assert back["all"].weights is not None
     assert torch.equal(back["all"].weights, found["all"].weights)
@@ -496,10 +497,10 @@ def test_a_run_that_goes_on_from_its_journal_has_the_same_numbers(
 
     first = plan(nn.CrossEntropyLoss(weight=W))
     with Journal.open(tmp_path / "x", first.basis.identity, first.basis.told) as journal:
-        truth = first.run(journal=journal)
+        truth = first.run(Execution(journal=journal))
     again = plan(nn.CrossEntropyLoss(weight=W))
     with Journal.open(tmp_path / "x", again.basis.identity, again.basis.told) as journal:
-        found = again.run(lambda _: None, journal=journal)
+        found = again.run(Execution(lambda _: None, journal))
         assert journal.skipped > 0
     assert found.table.to_csv() == truth.table.to_csv()
     # Weights of an object are no text, and settle the numbers.
