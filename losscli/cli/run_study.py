@@ -11,11 +11,11 @@ from losscli.cli import report
 from losscli.cli.console import Console, stdin
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.evaluation.ranks import Ranks, current, decided
 from losscli.results import Result, need_few, to_json
 
 if TYPE_CHECKING:
     from losscli.evaluation.journal import Journal
+    from losscli.evaluation.ranks import Ranks
     from losscli.studies.base import Study
 
 __all__ = ["carry_out", "names_of"]
@@ -46,7 +46,7 @@ def carry_out(
         write: Where its result goes.
         console: The streams.
     """
-    ranks = current()
+    ranks = console.ranks
     if ranks is not None and not ranks.leads:
         _help(ranks, plan, write, console)
         return
@@ -172,11 +172,12 @@ def _notes(journal: Journal) -> Iterator[str]:
         )
 
 
-def names_of(arguments: Sequence[str]) -> list[str]:
+def names_of(arguments: Sequence[str], ranks: Ranks | None) -> list[str]:
     """Lists the names that arguments stand for.
 
     Args:
         arguments: Names; ``-`` for names on stdin, one per line.
+        ranks: The processes that share the run, of which rank 0 alone reads stdin.
 
     Returns:
         The names in their order.
@@ -189,9 +190,9 @@ def names_of(arguments: Sequence[str]) -> list[str]:
     names: list[str] = []
     for argument in arguments:
         if argument == "-":
-            ranks = current()
-            own = b"" if ranks is not None and not ranks.leads else stdin()
-            text = decided(own.decode("utf-8-sig", "surrogateescape"))
+            own = stdin() if ranks is None or ranks.leads else b""
+            text = own.decode("utf-8-sig", "surrogateescape")
+            text = text if ranks is None else ranks.decide(text)
             # Only at the ends of lines: a name may hold what Python else takes for one.
             lines = text.replace("\r\n", "\n").split("\n")
             names += [line for line in lines if line.strip()]

@@ -34,9 +34,6 @@ __all__ = [
     "Arrays",
     "Ranks",
     "RanksError",
-    "apart",
-    "current",
-    "decided",
     "is_one_of_many",
     "joined",
 ]
@@ -207,8 +204,7 @@ class Ranks:
                     deal.mine = before + done
                     self.attend()
 
-                with apart():
-                    arrays = work(i, tell)
+                arrays = work(i, tell)
                 deal.mine = before + sizes[i]
                 deal.have[i] = arrays
                 self._publish(deal, i, arrays)
@@ -429,45 +425,6 @@ class _Deal:
         self.counted = 0  # what of that the others know, in parts
 
 
-_CURRENT: Ranks | None = None
-
-
-def current() -> Ranks | None:
-    """Tells with whom this process shares its run.
-
-    Returns:
-        The ranks; None where it runs alone.
-    """
-    return _CURRENT
-
-
-def decided(value: _T) -> _T:
-    """Leaves a decision to rank 0, where there are ranks.
-
-    Args:
-        value: What this process would say, of JSON's types.
-
-    Returns:
-        What is to be done.
-    """
-    return value if _CURRENT is None else _CURRENT.decide(value)
-
-
-@contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """Lets each rank do by itself what it would share.
-
-    Yields:
-        Nothing.
-    """
-    global _CURRENT  # noqa: PLW0603
-    others, _CURRENT = _CURRENT, None
-    try:
-        yield
-    finally:
-        _CURRENT = others
-
-
 def is_one_of_many() -> bool:
     """Tells whether this process was started as one of several, as torchrun does.
 
@@ -497,12 +454,11 @@ def joined(tell: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
         tell: Called with a note where they are long in coming.
 
     Yields:
-        The ranks, which are the current ones meanwhile.
+        The ranks.
 
     Raises:
         RanksError: They cannot be reached.
     """
-    global _CURRENT  # noqa: PLW0603 - there is one environment, and one run in it
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -520,11 +476,7 @@ def joined(tell: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
             "Start all of them with torchrun, or leave RANK and WORLD_SIZE out of the environment "
             "to run alone",
         ) from None
-    _CURRENT = Ranks(store, rank, size, local)
-    try:
-        yield _CURRENT
-    finally:
-        _CURRENT = None
+    yield Ranks(store, rank, size, local)
 
 
 class _Wait:

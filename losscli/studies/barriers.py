@@ -20,6 +20,7 @@ from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.objective import Evaluation
+from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -84,13 +85,21 @@ class Barriers(Study):
     alphas: tuple[float, ...]
 
     @classmethod
-    def plan(cls, names: Sequence[str], settings: Settings, *, points: int) -> Barriers:
+    def plan(
+        cls,
+        names: Sequence[str],
+        settings: Settings,
+        *,
+        points: int,
+        ranks: Ranks | None = None,
+    ) -> Barriers:
         """Reads and matches everything, and evaluates nothing.
 
         Args:
             names: The checkpoints.
             settings: The settings.
             points: Evenly spaced values of α.
+            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -116,7 +125,7 @@ class Barriers(Study):
                 f"--points {points} leaves no point between two checkpoints", "Give 3 or more"
             )
         need_room("--points", points, points * math.comb(len(names), 2))
-        problem = prepare(names, settings)
+        problem = prepare(names, settings, ranks=ranks)
         first, *others = states = [problem.open(t).weights for t, _ in enumerate(names)]
         moving = tuple(
             name

@@ -37,7 +37,7 @@ from losscli.evaluation.curvature import (
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.differences import SAMPLE
 from losscli.evaluation.objective import Evaluation, Objective
-from losscli.evaluation.ranks import Arrays
+from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import idle_layers, record_key, restore
 from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.sweep import check as check_objective
@@ -374,6 +374,7 @@ class Check(Study):
         learning_rate: float | None,
         keep_order: bool = False,
         momentum: float | None = None,
+        ranks: Ranks | None = None,
     ) -> Check:
         """Reads and matches everything, and evaluates nothing.
 
@@ -385,6 +386,7 @@ class Check(Study):
             learning_rate: That of training.
             keep_order: Whether the names stay in the order in which they are given.
             momentum: Likewise.
+            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -427,7 +429,7 @@ class Check(Study):
                 "a gradient is that of all examples, so --sampling-error has no place in a check",
                 "Look at fewer with --limit",
             )
-        problem = prepare(names, settings, notes)
+        problem = prepare(names, settings, notes, ranks)
         # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
         moving = problem.parameters(problem.moving)
         if not moving:

@@ -20,6 +20,7 @@ from losscli.evaluation.cost import Clock, Pace, timed
 from losscli.evaluation.derivatives import trial
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.objective import Evaluation
+from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -130,6 +131,7 @@ class Interpolation(Study):
         refine: float | None = None,
         context: Table | None = None,
         layerwise: bool = False,
+        ranks: Ranks | None = None,
     ) -> Interpolation:
         """Reads and matches everything, and evaluates nothing.
 
@@ -143,6 +145,7 @@ class Interpolation(Study):
             refine: The error to refine to, if any.
             context: The table of the whole line, if it is to be drawn.
             layerwise: Whether each block moves alone, too.
+            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -178,7 +181,7 @@ class Interpolation(Study):
         if layerwise and context is not None:
             raise UsageError("--context and --layerwise are two pictures", "Leave one of them out")
         alphas = grid(points, *range_, include=(0.0, 1.0))
-        problem = prepare((a, b), settings)
+        problem = prepare((a, b), settings, ranks=ranks)
         start, end = problem.origin, problem.place(problem.last.weights)
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.

@@ -17,6 +17,7 @@ from losscli.checkpoint import CheckpointLike, all_in, named_all, path_of
 from losscli.data import Examples
 from losscli.errors import CheckpointError, UsageError
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import check, settle, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -139,6 +140,7 @@ class Plane(Study):
         range_: tuple[float, float] | None,
         surface: bool,
         keep_order: bool = False,
+        ranks: Ranks | None = None,
     ) -> Plane:
         """Reads and matches everything, lays the plane, and evaluates nothing.
 
@@ -150,6 +152,7 @@ class Plane(Study):
             range_: The lowest and the highest value of both coordinates.
             surface: Whether the picture will show the surface.
             keep_order: Whether the names of a path stay in the order in which they are given.
+            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -176,7 +179,7 @@ class Plane(Study):
         need_room("--points", points, points**2)
         if range_ is not None:
             grid(points, *range_)
-        problem = prepare(names, settings, notes)
+        problem = prepare(names, settings, notes, ranks)
         slice_: Triangle | Span
         shares: tuple[float, ...] = ()
         if len(names) == 1:

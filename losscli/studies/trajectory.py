@@ -17,6 +17,7 @@ from losscli.checkpoint import CheckpointLike, named_all, path_of
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -117,6 +118,7 @@ class Trajectory(Study):
         reach: float,
         random_walk: bool,
         keep_order: bool = False,
+        ranks: Ranks | None = None,
     ) -> Trajectory:
         """Reads and matches everything, measures the path, and evaluates nothing.
 
@@ -128,6 +130,7 @@ class Trajectory(Study):
             reach: The largest b, as a multiple of the largest residual.
             random_walk: Whether random walks will be drawn.
             keep_order: Whether the names stay in the order in which they are given.
+            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -148,7 +151,7 @@ class Trajectory(Study):
             need_room("--residuals", residuals, residuals * len(names))
         if surface and not 0 < reach <= _FARTHEST:
             raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
-        problem = prepare(names, settings, notes)
+        problem = prepare(names, settings, notes, ranks)
         moving = moving_along(problem)
         counted = problem.parameters(moving)
         if moving and not counted:

@@ -38,7 +38,7 @@ from losscli.evaluation import ranks as module
 from losscli.evaluation import sweep
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.ranks import Arrays, Ranks, RanksError, current, is_one_of_many
+from losscli.evaluation.ranks import Arrays, Ranks, RanksError, is_one_of_many
 from losscli.evaluation.strategies import Way
 from losscli.evaluation.sweep import _agree, _cut
 from losscli.models import MLP
@@ -628,7 +628,6 @@ def test_a_rank_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert current() is None
     assert not is_one_of_many()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
