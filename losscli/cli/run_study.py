@@ -47,7 +47,7 @@ def carry_out(
         console: The streams.
     """
     ranks = console.ranks
-    if ranks is not None and not ranks.leads:
+    if ranks is not None and not ranks.is_leader:
         _help(ranks, plan, write, console)
         return
     # A long path is named after its ends.
@@ -190,7 +190,7 @@ def names_of(arguments: Sequence[str], ranks: Ranks | None) -> list[str]:
     names: list[str] = []
     for argument in arguments:
         if argument == "-":
-            own = stdin() if ranks is None or ranks.leads else b""
+            own = stdin() if ranks is None or ranks.is_leader else b""
             text = own.decode("utf-8-sig", "surrogateescape")
             text = text if ranks is None else ranks.decide(text)
             # Only at the ends of lines: a name may hold what Python else takes for one.

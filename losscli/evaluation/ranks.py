@@ -96,7 +96,7 @@ class Ranks:
         self._beating.start()
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this is rank 0, which alone reads and writes results, and talks."""
         return self.rank == 0
 
@@ -131,7 +131,7 @@ class Ranks:
             RanksError: A rank failed or is gone.
         """
         key = f"{self._next()}/decided"
-        if self.leads:
+        if self.is_leader:
             self._store.set(key, json.dumps(value))
             return value
         self._wait(lambda: self._store.check([key]))
@@ -150,7 +150,7 @@ class Ranks:
         hosts = self.gather(socket.gethostname())
         first, *others = self.gather(dict(told))
         # Rank 0 judges, and the others hear of it.
-        for rank, other in enumerate(others if self.leads else (), 1):
+        for rank, other in enumerate(others if self.is_leader else (), 1):
             for name in dict.fromkeys([*first, *other]):
                 if first.get(name) != other.get(name):
                     raise UsageError(
@@ -187,8 +187,8 @@ class Ranks:
             RanksError: A rank failed or is gone.
         """
         step = self._next()
-        deal = _Deal(step, found if self.leads else None, progress if self.leads else None)
-        for i, arrays in (known or {}).items() if self.leads else ():
+        deal = _Deal(step, found if self.is_leader else None, progress if self.is_leader else None)
+        for i, arrays in (known or {}).items() if self.is_leader else ():
             deal.have[i] = arrays
             self._publish(deal, i, arrays)
         todo = self.decide([i for i in range(len(sizes)) if i not in deal.have])
@@ -253,7 +253,7 @@ class Ranks:
         """
         # Whatever becomes of the store now, this rank has done its part.
         with contextlib.suppress(RanksError):
-            if self.leads:
+            if self.is_leader:
                 self._store.set("over", "")
                 if not status and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                     self._stay()
@@ -333,7 +333,7 @@ class Ranks:
 
     def _forget(self) -> None:
         """Makes room in the store, where all have read what was in it."""
-        if not self.leads:
+        if not self.is_leader:
             self._past.clear()
             return
         for deal in list(self._past):
@@ -360,7 +360,7 @@ class Ranks:
         if now - self._watched < _BEAT:
             return
         self._watched = now
-        for rank in range(1, self.size) if self.leads else (0,):
+        for rank in range(1, self.size) if self.is_leader else (0,):
             beats = self._store.add(f"beat/{rank}", 0)
             before, since = self._heard[rank]
             if beats != before:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from losscli.data import Examples
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.mmap import let_go
 from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Slice
@@ -39,14 +39,14 @@ class State(NamedTuple):
         number: How many points there are.
         points_at_once: How many were to be evaluated at once.
         batch_size: The examples in a batch.
-        way: How points were evaluated; 0 if that was not chosen yet.
+        strategy: How points were evaluated; 0 if that was not chosen yet.
         idle: The BatchNorm layers that took no batch, by their places.
     """
 
     number: int
     points_at_once: int
     batch_size: int
-    way: int
+    strategy: int
     idle: Sequence[int]
 
 
@@ -136,8 +136,8 @@ def encode(
     Returns:
         What `decode` and `state_of` take.
     """
-    way = objective.way
-    state = [number, points_at_once, objective.batch_size, way.value if way else 0]
+    strategy = objective.strategy
+    state = [number, points_at_once, objective.batch_size, strategy.value if strategy else 0]
     arrays: dict[str, NDArray[Any]] = {"state": np.array(state), "idle": idle_layers(objective)}
     for i, name in enumerate(splits):
         found = evaluations[name]
@@ -187,8 +187,8 @@ def state_of(arrays: Arrays) -> State:
     Returns:
         The state.
     """
-    number, points_at_once, batch_size, way = arrays["state"].tolist()
-    return State(number, points_at_once, batch_size, way, arrays["idle"].tolist())
+    number, points_at_once, batch_size, strategy = arrays["state"].tolist()
+    return State(number, points_at_once, batch_size, strategy, arrays["idle"].tolist())
 
 
 def idle_layers(objective: Objective) -> NDArray[np.int64]:
@@ -204,7 +204,7 @@ def idle_layers(objective: Objective) -> NDArray[np.int64]:
     return np.array([i for i, layer in layers if layer in objective.idle], np.int64)
 
 
-def restore(objective: Objective, batch_size: int, idle: Iterable[int], way: int = 0) -> None:
+def restore(objective: Objective, batch_size: int, idle: Iterable[int], strategy: int = 0) -> None:
     """Puts an objective into the state that it was in when something was recorded.
 
     A run that recalls a record goes on in this state. So it takes the very chunks that the run
@@ -214,9 +214,9 @@ def restore(objective: Objective, batch_size: int, idle: Iterable[int], way: int
         objective: The objective.
         batch_size: The examples in a batch.
         idle: The BatchNorm layers that took no batch, by their places.
-        way: How points were evaluated; 0 leaves a choice as it is.
+        strategy: How points were evaluated; 0 leaves a choice as it is.
     """
     objective.batch_size = batch_size
     objective.idle = [objective.batchnorm[i] for i in idle]
-    if way:
-        objective.way = Way(way)
+    if strategy:
+        objective.strategy = Strategy(strategy)

@@ -1,4 +1,4 @@
-"""Walks many points in chunks that fit the memory; what does not fit is halved."""
+"""Evaluates many points in chunks that fit into memory; a chunk that does not fit is halved."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from losscli.errors import OutOfMemoryError
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import decode, encode, record_key, restore, slice_key, state_of
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
 __all__ = [
     "check",
+    "choose_strategy",
     "halving",
     "points_at_once",
     "points_that_fit",
-    "settle",
     "sweep",
     "sweep_each",
     "sweep_plain",
@@ -84,7 +84,7 @@ def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
 def points_at_once(
     objective: Objective, names: Iterable[str], splits: Mapping[str, Examples] | None = None
 ) -> int:
-    """Settles how many points are taken at a time: as many as fit, but no more than a minute's.
+    """Chooses how many points are evaluated at once: as many as fit, but at most a minute's work.
 
     Args:
         objective: The objective.
@@ -125,8 +125,10 @@ def check(objective: Objective, weights: Weights, other: Weights | None = None) 
         objective.load(weights)
 
 
-def settle(objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]) -> None:
-    """Settles how points are evaluated; out of memory, for fewer points, then for half the batch.
+def choose_strategy(
+    objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
+) -> None:
+    """Chooses how points are evaluated; out of memory, for fewer points, then for half the batch.
 
     Args:
         objective: What will be evaluated.
@@ -135,11 +137,11 @@ def settle(objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[f
     """
     for few in (coordinates, [coordinates[0], coordinates[-1]]):
         try:
-            objective.settle(slice_, few)
+            objective.choose_strategy(slice_, few)
         except (torch.OutOfMemoryError, MemoryError):
             continue
         return
-    halving(objective, lambda: objective.settle(slice_, coordinates[-1:]))
+    halving(objective, lambda: objective.choose_strategy(slice_, coordinates[-1:]))
 
 
 def sweep(
@@ -176,7 +178,7 @@ def sweep(
     key = execution.key(lambda: slice_key(objective, splits, slice_, coordinates))
     if execution.size == 1 or not coordinates:
         return _walk(objective, slice_, coordinates, chunk, splits, execution, key)
-    halving(objective, lambda: objective.settle(slice_, coordinates[:chunk]))
+    halving(objective, lambda: objective.choose_strategy(slice_, coordinates[:chunk]))
     (found,) = _share(objective, [lambda: slice_], coordinates, chunk, splits, execution, [key])
     return found
 
@@ -198,8 +200,8 @@ def sweep_each(
     Args:
         objective: What to evaluate.
         slices: Makes a slice, its ends on the objective's device, and loads the tensors that it
-            does not move. Called when the slice is needed, more than once for some. How points are
-            evaluated has been settled on one along which something moves.
+            does not move. Called when the slice is needed, more than once for some. The strategy
+            has been chosen on one along which something moves.
         coordinates: The P points.
         moving: The tensors that the slices move at the most.
         splits: The examples; all by default.
@@ -241,7 +243,7 @@ def _walk(
     """Evaluates points chunk by chunk, by this process alone."""
 
     def evaluate(points: Sequence[Sequence[float]], chunk: int, own: Execution) -> Arrays:
-        objective.settle(slice_, points)
+        objective.choose_strategy(slice_, points)
         found = objective.at(slice_, points, splits, _Tally(own.tell).add)
         return encode(objective, splits, found, len(points), chunk)
 
@@ -279,7 +281,7 @@ def _take(
 ) -> dict[str, Evaluation]:
     """Takes a chunk, whoever evaluated it, and goes on in the state that it was left in."""
     state = state_of(arrays)
-    restore(objective, state.batch_size, state.idle, state.way)
+    restore(objective, state.batch_size, state.idle, state.strategy)
     return decode(arrays, splits, objective.metrics)
 
 
@@ -313,7 +315,7 @@ def _share(
     # What is decoded in each pass goes by as seldom as may be.
     streamed = _is_streamed(splits)
     # More than a line has ends, or a plane: so many share a first layer.
-    shared = objective.way not in {Way.BOUND, Way.LOADED}
+    shared = objective.strategy not in {Strategy.BOUND, Strategy.LOADED}
     least = len(coordinates[0]) + 2 if shared else 1
     # Whole slices, as long as there is one for each rank; of the rest each has parts.
     whole = len(slices) // execution.size * execution.size
@@ -359,12 +361,12 @@ def _known(execution: Execution, key: str | None, number: int) -> dict[int, Arra
 def _agree(execution: Execution, objective: Objective, chunk: int, known: Iterable[Arrays]) -> int:
     """Makes ranks evaluate alike: returns the points at a time that fit the least of them."""
     batch = min([objective.batch_size, *(state_of(arrays).batch_size for arrays in known)])
-    way = objective.way
-    told = execution.gather([chunk, batch, way.value if way else 0])
+    strategy = objective.strategy
+    told = execution.gather([chunk, batch, strategy.value if strategy else 0])
     objective.batch_size = min(batch for _, batch, _ in told)
-    if len({way for *_, way in told if way}) > 1:
-        # On devices of several kinds, one way that is right on all of them.
-        objective.way = Way.LOADED
+    if len({strategy for *_, strategy in told if strategy}) > 1:
+        # On devices of several kinds, one strategy that is right on all of them.
+        objective.strategy = Strategy.LOADED
     return min(chunk for chunk, *_ in told)
 
 

@@ -22,7 +22,7 @@ from losscli.evaluation.device import float32_precision
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
+from losscli.evaluation.sweep import check, choose_strategy, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
@@ -263,7 +263,7 @@ class Barriers(Study):
         start = self.on_device(placed[0])
         lines = (self._line(start, placed[0], other) for other in placed[1:])
         lead = next((line for line in lines if line.a), Line({}, {}))
-        settle(objective, lead, inner)
+        choose_strategy(objective, lead, inner)
         difference = 0.0
         for a, b in pairwise(placed):
             line = self._line(self.on_device(a), a, b)

@@ -22,7 +22,14 @@ from losscli.evaluation.device import float32_precision
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
+from losscli.evaluation.sweep import (
+    check,
+    choose_strategy,
+    halving,
+    points_at_once,
+    sweep,
+    sweep_plain,
+)
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
@@ -303,7 +310,7 @@ class Interpolation(Study):
             swept = time.perf_counter()
             line = Line(self.on_device(self.start), self.on_device(self.end))
             check(objective, self.start, self.end)
-            settle(objective, line, [(alpha,) for alpha in self.alphas])
+            choose_strategy(objective, line, [(alpha,) for alpha in self.alphas])
             anchors = [((0.0,), self.start), ((1.0,), self.end)]
             difference = self.meets(line, anchors, [(0.5,)])
             self.hold_against_fresh(self.end)

@@ -19,7 +19,7 @@ from losscli.errors import CheckpointError, UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.sweep import check, settle, sweep, sweep_plain
+from losscli.evaluation.sweep import check, choose_strategy, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
@@ -259,7 +259,7 @@ class Plane(Study):
             swept = time.perf_counter()
             here = self._here()
             check(objective, self.problem.origin, self.problem.place(self.problem.last.weights))
-            settle(objective, here, points)
+            choose_strategy(objective, here, points)
             difference = self._difference(here, points)
             last = self.problem.place(self.problem.last.weights)
             # At a corner of the grid: a model that remembers the first point it saw is found out.

@@ -19,7 +19,7 @@ from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
+from losscli.evaluation.sweep import check, choose_strategy, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
@@ -235,7 +235,7 @@ class Trajectory(Study):
         if self.offsets:
             line = Line(self.on_device(first), self.on_device(last))
             steps = len(self.offsets)
-            settle(self.problem.objective, line, [(i / steps,) for i in range(steps)])
+            choose_strategy(self.problem.objective, line, [(i / steps,) for i in range(steps)])
             difference = self.meets(line, [((0.0,), first), ((1.0,), last)], [(0.5,)])
         self.hold_against_fresh(last)
         notes = [*self.whole_numbers(last, weights), *self.spectral_norms()]

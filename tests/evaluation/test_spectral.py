@@ -22,7 +22,7 @@ from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.records import slice_key
 from losscli.evaluation.spectral import spectral_layers
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.studies.inspection import export
 from losscli.weight_space.slices import Line
@@ -168,12 +168,12 @@ def test_every_way_gives_the_same_numbers(build: Any, normalise: Any) -> None:
     names = [n for n, _ in objective.model.named_parameters()]
     line = Line(*({n: s[n] for n in names} for s in (a, b)))
     found = {}
-    for way in (Way.LOADED, Way.BOUND, Way.SHARED, Way.THREADS):
+    for way in (Strategy.LOADED, Strategy.BOUND, Strategy.SHARED, Strategy.THREADS):
         objective.load(a)
-        objective.way = way
+        objective.strategy = way
         found[way] = sweep(objective, line, [(k / 7,) for k in range(8)])["train"].losses
-    for way in (Way.BOUND, Way.SHARED, Way.THREADS):
-        torch.testing.assert_close(found[way], found[Way.LOADED], rtol=1e-12, atol=1e-13)
+    for way in (Strategy.BOUND, Strategy.SHARED, Strategy.THREADS):
+        torch.testing.assert_close(found[way], found[Strategy.LOADED], rtol=1e-12, atol=1e-13)
 
 
 def test_planes_paths_and_barriers_have_them(tmp_path: Path) -> None:

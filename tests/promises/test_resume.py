@@ -20,7 +20,7 @@ from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
@@ -242,7 +242,7 @@ def test_chunks_and_batches_that_memory_halved_stay_halved(
 def test_the_way_that_was_settled_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, stem = TRIED[0], tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "_ways", lambda self: [])
+        patch.setattr(Objective, "_strategies", lambda self: [])
         truth = walk(case, None)
         with Journal.open(stem, "i", {}) as journal, pytest.raises(_BrokenError):
             walk(case, _Breaking(journal, 2))
@@ -250,13 +250,13 @@ def test_the_way_that_was_settled_stays(tmp_path: Path, monkeypatch: pytest.Monk
     real = Objective.at
 
     def at(self: Objective, *rest: Any) -> Any:
-        ways.append(self.way)
+        ways.append(self.strategy)
         return real(self, *rest)
 
     with Journal.open(stem, "i", {}) as journal:
         monkeypatch.setattr(Objective, "at", at)
         assert same(walk(case, journal), truth)
-    assert set(ways) == {Way.LOADED}
+    assert set(ways) == {Strategy.LOADED}
 
 
 def test_another_point_slice_type_or_loaded_tensor_is_not_recalled(tmp_path: Path) -> None:
@@ -393,10 +393,10 @@ def test_a_way_whose_proof_ran_out_of_memory_is_not_taken(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "at", at)
         with pytest.raises(torch.OutOfMemoryError):
-            objective.settle(there, ALPHAS)
-    assert objective.way is None
-    objective.settle(there, ALPHAS)
-    assert objective.way is not None
+            objective.choose_strategy(there, ALPHAS)
+    assert objective.strategy is None
+    objective.choose_strategy(there, ALPHAS)
+    assert objective.strategy is not None
 
 
 @pytest.mark.parametrize("change", ["in place", "loaded", "type", "name"])

@@ -23,7 +23,7 @@ from losscli.data.split import Batches
 from losscli.errors import DataError, LossError, OutOfMemoryError, UsageError
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
@@ -189,8 +189,8 @@ def test_the_loss_is_the_mean_over_the_batches_of_the_data(
     assert all(f"{min(sizes)} to {max(sizes)} examples" in note for note in noted)
 
 
-@pytest.mark.parametrize("way", Way)
-def test_every_way_to_evaluate_gives_the_same_numbers(way: Way) -> None:
+@pytest.mark.parametrize("way", Strategy)
+def test_every_way_to_evaluate_gives_the_same_numbers(way: Strategy) -> None:
     data = DataSet({"all": Batches.of(Split(X, Y), 5)})
     objective = Objective(
         MLP("6-5-3"),
@@ -203,7 +203,7 @@ def test_every_way_to_evaluate_gives_the_same_numbers(way: Way) -> None:
     )
     a, b = ({n: t.double() for n, t in state(seed).items()} for seed in (0, 1))
     objective.check(a)
-    objective.way = way
+    objective.strategy = way
     alphas = [-0.3, 0.1, 0.4, 0.7, 1.2]
     found = sweep(objective, Line(a, b), [(alpha,) for alpha in alphas])["all"].losses
     source = SOURCES["loader"]

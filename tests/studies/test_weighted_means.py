@@ -26,7 +26,7 @@ from losscli.evaluation.journal import Journal
 from losscli.evaluation.losses import accuracy, cross_entropy
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.records import decode, encode
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
@@ -370,11 +370,11 @@ def test_weights_of_one_change_no_digit(loss: str, option: str) -> None:
     assert plain.summary.get("blocks") == weighted.summary.get("blocks")
 
 
-WAYS = [Way.LOADED, Way.BOUND, Way.SHARED, Way.THREADS, Way.STACKED]
+WAYS = [Strategy.LOADED, Strategy.BOUND, Strategy.SHARED, Strategy.THREADS, Strategy.STACKED]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_evaluate_weighs_alike(way: Way) -> None:
+def test_every_way_to_evaluate_weighs_alike(way: Strategy) -> None:
     def mlp() -> nn.Module:
         return MLP("4-6-3")
 
@@ -383,7 +383,7 @@ def test_every_way_to_evaluate_weighs_alike(way: Way) -> None:
     torch.manual_seed(1)
     a, b = (mlp().double().state_dict() for _ in range(2))
     objective.check(a)
-    objective.way = way
+    objective.strategy = way
     found = sweep(objective, Line(a, b), [(alpha,) for alpha in ALPHAS])["all"]
     for k, alpha in enumerate(ALPHAS):
         model = mlp().double()
