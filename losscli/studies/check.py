@@ -624,10 +624,11 @@ class Check(Study):
         """
         objective, seed = self.problem.objective, self.problem.settings.seed
         splits = objective.splits
-        # The longest first, so that no rank is left alone with one of these. The last checkpoint
-        # comes first: of saddles, the way out of the last one is shown.
-        order = sorted(splits, key=lambda split: -len(splits[split]))
-        pieces = [(t, split) for split in order for t in range(len(self.problem.names))[::-1]]
+        # The last checkpoint comes first: of saddles, the way out of the last one is shown.
+        pieces = [(t, split) for t in range(len(self.problem.names))[::-1] for split in splits]
+        if execution.size > 1:
+            # The longest first, so that no rank is left alone with one of these.
+            pieces.sort(key=lambda piece: -len(splits[piece[1]]))
         placed = lru_cache(maxsize=1)(self._placed)
         found: dict[tuple[int, str], Arrays] = {}
 
