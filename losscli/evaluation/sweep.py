@@ -177,9 +177,11 @@ def sweep(
     chunk = min(chunk, max(1, len(coordinates)))
     key = execution.key(lambda: slice_key(objective, splits, slice_, coordinates))
     if execution.size == 1 or not coordinates:
-        return _walk(objective, slice_, coordinates, chunk, splits, execution, key)
+        return _evaluate_alone(objective, slice_, coordinates, chunk, splits, execution, key)
     halving(objective, lambda: objective.choose_strategy(slice_, coordinates[:chunk]))
-    (found,) = _share(objective, [lambda: slice_], coordinates, chunk, splits, execution, [key])
+    (found,) = _evaluate_among_ranks(
+        objective, [lambda: slice_], coordinates, chunk, splits, execution, [key]
+    )
     return found
 
 
@@ -227,11 +229,11 @@ def sweep_each(
         chunk = min(points_at_once(objective, names, splits), number)
         keys = [execution.key(partial(key, make)) for make in some]
         own = execution.after(done)
-        yield from _share(objective, some, coordinates, chunk, splits, own, keys)
+        yield from _evaluate_among_ranks(objective, some, coordinates, chunk, splits, own, keys)
         done += len(some) * number
 
 
-def _walk(
+def _evaluate_alone(
     objective: Objective,
     slice_: Slice,
     coordinates: Sequence[Sequence[float]],
@@ -262,7 +264,7 @@ def _walk(
             else:
                 _halve_batch(objective)
             continue
-        parts.append(_take(objective, splits, arrays))
+        parts.append(_continue_from(objective, splits, arrays))
         chunk = state_of(arrays).points_at_once
         start += len(points)
     if not parts:
@@ -276,7 +278,7 @@ def _walk(
     return _join(objective, parts)
 
 
-def _take(
+def _continue_from(
     objective: Objective, splits: Mapping[str, Examples], arrays: Arrays
 ) -> dict[str, Evaluation]:
     """Takes a chunk, whoever evaluated it, and goes on in the state that it was left in."""
@@ -300,7 +302,7 @@ def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> di
     }
 
 
-def _share(
+def _evaluate_among_ranks(
     objective: Objective,
     slices: Sequence[Callable[[], Slice]],
     coordinates: Sequence[Sequence[float]],
@@ -310,7 +312,7 @@ def _share(
     keys: Sequence[str | None],
 ) -> list[dict[str, Evaluation]]:
     """Evaluates points of slices together with other ranks, chunks going to whoever is free."""
-    known = [_known(execution, key, len(coordinates)) for key in keys]
+    known = [_recall_chunks(execution, key, len(coordinates)) for key in keys]
     most = _agree(execution, objective, chunk, [a for of in known for a in of.values()])
     # What is decoded in each pass goes by as seldom as may be.
     streamed = _is_streamed(splits)
@@ -330,7 +332,7 @@ def _share(
     chunks = execution.decide(chunks)
 
     def evaluate(k: int, points: Sequence[Sequence[float]], own: Execution) -> Arrays:
-        found = _walk(objective, slices[k](), points, len(points), splits, own)
+        found = _evaluate_alone(objective, slices[k](), points, len(points), splits, own)
         return encode(objective, splits, found, len(points), most)
 
     def task(k: int, start: int, stop: int) -> Task:
@@ -340,11 +342,11 @@ def _share(
     tasks = itertools.starmap(task, chunks)
     joined: list[list[dict[str, Evaluation]]] = [[] for _ in slices]
     for (k, *_), arrays in zip(chunks, execution.run(tasks), strict=True):
-        joined[k].append(_take(objective, splits, arrays))
+        joined[k].append(_continue_from(objective, splits, arrays))
     return [_join(objective, of) for of in joined]
 
 
-def _known(execution: Execution, key: str | None, number: int) -> dict[int, Arrays]:
+def _recall_chunks(execution: Execution, key: str | None, number: int) -> dict[int, Arrays]:
     """Recalls chunks, whoever took them, by their first points."""
     known: dict[int, Arrays] = {}
     start = 0
@@ -459,7 +461,7 @@ def sweep_plain(
     if execution.size > 1 and checkpoints:
         tasks = list(tasks)
         _agree(execution, objective, 1, [t.known for t in tasks if t.known is not None])
-    found = [_take(objective, splits, arrays) for arrays in execution.run(tasks)]
+    found = [_continue_from(objective, splits, arrays) for arrays in execution.run(tasks)]
     if loaded != last:
         # What comes next may find these weights where a slice moves nothing.
         objective.load(opened(last))
