@@ -45,8 +45,10 @@ from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.results import Result
 from losscli.settings import Settings
-from losscli.studies.base import Study, count, need_derivatives
+from losscli.studies.base import Study, count
+from losscli.studies.notes import general_notes, spectral_notes
 from losscli.studies.problem import prepare
+from losscli.studies.verification import check_differentiable, verify_fresh_model
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line
@@ -434,11 +436,11 @@ class Check(Study):
         moving = problem.parameters(problem.moving)
         if not moving:
             raise UsageError("no parameter is left to differentiate", "Widen --only")
-        need_derivatives(problem, moving, "check")
+        check_differentiable(problem, moving, "check")
         return cls(problem, moving, begun, tolerance, eigenvalues, learning_rate, momentum)
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """What decides and how much is found."""
         return {
             "tolerance": self.tolerance,
@@ -455,19 +457,20 @@ class Check(Study):
             return None
         return (2 + 2 * (self.momentum or 0.0)) / self.learning_rate
 
-    def describe(self) -> dict[str, Any]:
-        """Tells what a run will do.
+    def extra_description(self, description: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the work beside evaluating the checkpoints.
+
+        Args:
+            description: What every study describes.
 
         Returns:
-            As for every study, and the most Hessian-vector products, each of which costs a few
-            passes over the data, and the most points along directions, each of which costs one.
+            The most Hessian-vector products, each of which costs a few passes over the data, and
+            the most points along directions, each of which costs one.
         """
-        told = super().describe()
-        size = told["moving"]["values"]
+        size = description["moving"]["values"]
         splits = len(self.problem.objective.splits)
         most = size if size <= DENSE_LIMIT else PRODUCT_LIMIT
         return {
-            **told,
             "products_at_most": most * splits * len(self.problem.names),
             "steps_at_most": self._steps * splits,
         }
@@ -479,7 +482,7 @@ class Check(Study):
         # ways; one of them has its loss drawn.
         return len(_STEPS) * (2 * len(self.problem.names) + 1) + 2 * _SIDE + 4
 
-    def further(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:
+    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:
         """Tells what gradients and products with the Hessian take; their number is not known.
 
         Args:
@@ -555,7 +558,9 @@ class Check(Study):
             last = self.problem.place(self.problem.last.weights)
             check_objective(objective, self.problem.origin, last)
             # Beside the point, where the way down and differences are evaluated.
-            self.hold_against_fresh({**last, **{n: last[n] * _BESIDE for n in self.moving}})
+            verify_fresh_model(
+                self.problem, {**last, **{n: last[n] * _BESIDE for n in self.moving}}
+            )
             objective.load(self.problem.origin)
             del last
             heard = self._heard()
@@ -604,7 +609,7 @@ class Check(Study):
                 for name in objective.splits
             },
             "escape": escape,
-            "notes": [*self.kept(), *self.spectral_norms(), *self._notes(heard, found)],
+            "notes": [*general_notes(self), *spectral_notes(self), *self._notes(heard, found)],
             "seconds": seconds,
         }
         return Result(table, summary, more)
