@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,13 +28,15 @@ from losscli.evaluation.decompositions import Elementary
 from losscli.evaluation.differences import (
     CURE,
     DETACHED,
-    FIRST,
-    FIRST_IN_FLOAT32,
     NEEDED,
     POINTS,
     SAMPLE,
-    SECOND,
+    Comparison,
     Differences,
+    Outcome,
+    are_verified,
+    rules,
+    unverified,
 )
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays
@@ -113,12 +117,12 @@ def slopes(
     total = sum(map(len, splits.values()))
 
     @cache
-    def way() -> _Way:
+    def way() -> tuple[_Way, str]:
         return _settle(course, alphas, next(iter(splits.values())))
 
     def differentiate(alpha: float, tell: Callable[[float], None]) -> Arrays:
-        chosen, weights, seen = way(), course.at(alpha), 0
-        found = {}
+        (chosen, doubt), weights, seen = way(), course.at(alpha), 0
+        found: dict[str, NDArray[Any]] = {}
         for k, split in enumerate(splits.values()):
             both, weight = torch.zeros(2, dtype=torch.float64), 0.0
             for batch in objective.batches(split):
@@ -130,6 +134,9 @@ def slopes(
             if weight != len(split):
                 both *= len(split) / weight if weight else math.nan
             found[f"{k}"] = both.numpy()
+        if doubt:
+            # Noted also by other ranks, and by a run that recalls the point.
+            found["unverified"] = np.frombuffer(doubt.encode(), np.uint8)
         return found
 
     def evaluate(alpha: float, own: Execution) -> Arrays:
@@ -143,6 +150,9 @@ def slopes(
     )
     tasks = (Task(1, partial(evaluate, alpha), key, alpha) for alpha in alphas)
     points = list(execution.run(tasks))
+    for point in points:
+        if "unverified" in point:
+            objective.remark(point["unverified"].tobytes().decode())
     found = {
         name: torch.stack([torch.from_numpy(point[f"{k}"]) for point in points], 1)
         for k, name in enumerate(splits)
@@ -165,7 +175,8 @@ def trial(objective: Objective, line: Line, split: Examples) -> Callable[[], obj
         ModelError: There are no derivatives that can be trusted.
     """
     course = _Course(objective, line)
-    way, weights = _settle(course, [0.25, 0.5, 0.75], split), course.at(0.5)
+    way, _ = _settle(course, [0.25, 0.5, 0.75], split)
+    weights = course.at(0.5)
     batch = split.first(objective.batch_size).to(objective.device)
     return lambda: course.sums(way, weights, batch)
 
@@ -244,7 +255,7 @@ class _Course:
     def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float]:
         """Differentiates the sum of the losses of a batch, once and twice."""
         try:
-            with way.kernels():
+            with way.kernels(), self.objective.computing():
                 return (self._forward if way.mode == "forward" else self._reverse)(weights, batch)
         except (torch.OutOfMemoryError, MemoryError):
             raise
@@ -333,8 +344,12 @@ def _refuse_what_is_delayed(value: Tensor) -> None:
         nodes += [below for below, _ in node.next_functions]
 
 
-def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> _Way:
-    """Chooses the first way that works, and whose derivatives are right on a few examples."""
+def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> tuple[_Way, str]:
+    """Chooses the first way that works, and whose derivatives are not wrong on a few examples.
+
+    Returns:
+        The way, and what could not be verified.
+    """
     objective = course.objective
     sample = split.spread(min(objective.batch_size, _SAMPLE))[0].to(objective.device)
     few = [alphas[k * (len(alphas) - 1) // (_PROOF_POINTS - 1)] for k in range(_PROOF_POINTS)]
@@ -345,13 +360,15 @@ def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> _Way:
         try:
             found = [course.sums(way, course.at(alpha), sample) for alpha in few]
             reason = ""
+            doubt = ""
             if way.mode == "forward":
                 reason = _contest(course, way, few, sample, found)
-            reason = reason or trial.contradiction(way)
+            if not reason:
+                reason, doubt = trial.judge(way)
         except ModelError as error:
             reason = error.what[:_LONGEST_REASON]
         if not reason:
-            return way
+            return way, doubt
         if reason.startswith(DETACHED):
             # What is not in the graph is in neither mode.
             raise ModelError(reason, f"{CURE}, or leave out --derivatives")
@@ -393,7 +410,7 @@ class _Trial:
         length = distance(line.a, line.b, list(line.a))
         unit = (norm(line.a, list(line.a)) or length) / length if length else 1.0
         kept: Weights = {}
-        precise = objective.in_float64(sample)
+        precise = objective.in_float64(sample, inside=True)
         if precise is None or precise is objective:
             kept = {name: objective.tensors[name].detach().clone() for name in line.a}
         else:
@@ -401,55 +418,63 @@ class _Trial:
             course = _Course(precise, Line(a, b))
         return cls(course, places, sample, unit, kept)
 
-    def contradiction(self, way: _Way) -> str:
-        """Says what derivatives contradict differences at two points or more; nothing if none."""
+    def judge(self, way: _Way) -> tuple[str, str]:
+        """Compares both derivatives with differences.
+
+        Args:
+            way: How they are computed.
+
+        Returns:
+            What derivative is wrong, if one is; and what could not be verified, if anything.
+        """
         objective = self.course.objective
-        narrowest = objective.narrowest(self.sample)
-        if narrowest.itemsize < torch.float32.itemsize:
-            # Differences are multiples of its rounding, and contradict any derivative.
-            return ""
-        precise = objective.dtype == narrowest == torch.float64
+        first_rule, second_rule = rules(objective.narrowest(self.sample))
         try:
-            told = self._contradictions(FIRST if precise else FIRST_IN_FLOAT32, self._loss, way, 0)
+            first, told = self._compare(first_rule, self._losses, way, 0)
             if len(told) >= NEEDED:
-                return f"{DETACHED}: slope at {told[0]} of the loss"
-            if precise:
-                slope = partial(self._derivative, way, 0)
-                told = self._contradictions(SECOND, slope, way, 1)
-                if len(told) >= NEEDED:
-                    return f"the second derivative is wrong: curvature at {told[0]} of the slope"
-            return ""
+                return f"{DETACHED}: slope at {told[0]} of the loss", ""
+            if not are_verified(first):
+                return "", unverified("slope and curvature", "loss")
+            slope = partial(self._derivative, way, 0)
+            second, told = self._compare(second_rule, slope, way, 1)
+            if len(told) >= NEEDED:
+                return f"the second derivative is wrong: curvature at {told[0]} of the slope", ""
+            return "", "" if are_verified(second) else unverified("curvature", "slope")
         finally:
             if self.kept:
                 self.course.objective.load(self.kept)
 
-    def _contradictions(
+    def _compare(
         self, rule: Differences, function: Callable[[float], Tensor], way: _Way, order: int
-    ) -> list[str]:
-        told = []
+    ) -> tuple[Sequence[Comparison], Sequence[str]]:
+        """Compares a derivative at all points; and says where it is wrong."""
+        compared, told = [], []
         for alpha in self.alphas:
-            found = self._derivative(way, order, alpha)
+            found = self._derivative(way, order, alpha)[0]
             # A slope is small near a minimum; how large its terms are shows in the loss.
-            size = max(float(self._loss(alpha).abs()), float(function(alpha).abs()))
-            other = rule.contradicting(found, size, partial(self._difference, function, alpha))
-            if other is not None:
-                one, two = (float(x) / self.unit ** (order + 1) for x in (found, other))
+            size = max(float(f(alpha).mean().abs()) for f in (self._losses, function))
+            comparison = rule.compare(found, size, self._along(function, alpha))
+            compared.append(comparison)
+            if comparison.outcome is Outcome.WRONG:
+                assert comparison.limit is not None
+                one, two = (float(x) / self.unit ** (order + 1) for x in (found, comparison.limit))
                 told.append(f"α = {alpha:.3g} is {one:.3g}, but {two:.3g} by differences")
-        return told
+        return compared, told
 
-    def _loss(self, alpha: float) -> Tensor:
+    def _along(
+        self, function: Callable[[float], Tensor], alpha: float
+    ) -> Callable[[float], Tensor]:
+        return lambda step: function(alpha + step * self.unit)
+
+    def _losses(self, alpha: float) -> Tensor:
         objective = self.course.objective
-        return objective.plain(self.course.at(alpha), {"": self.sample})[""].losses.double().mean()
+        return objective.plain(self.course.at(alpha), {"": self.sample})[""].losses[0]
 
     def _derivative(self, way: _Way, order: int, alpha: float) -> Tensor:
-        """The first or second derivative of the mean loss by α / ``unit``."""
+        """The first or second derivative of the mean loss by α / ``unit``, ``[1]``."""
         sums = self.course.sums(way, self.course.at(alpha), self.sample)
         value = sums[order] * self.unit ** (order + 1) / (self.course.weight or 1)
-        return torch.tensor(value, dtype=torch.float64)
-
-    def _difference(self, function: Callable[[float], Tensor], alpha: float, step: float) -> Tensor:
-        ahead, behind = (function(alpha + sign * step * self.unit) for sign in (1, -1))
-        return (ahead - behind) / (2 * step)
+        return torch.tensor([value], dtype=torch.float64)
 
 
 def _contest(

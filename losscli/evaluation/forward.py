@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from losscli.data import Inputs, leaves, map_inputs
 from losscli.errors import LosscliError, LossError, ModelError, one_line
+from losscli.evaluation.device import widened
 from losscli.evaluation.losses import (
     LOSSES,
     METRICS,
@@ -54,6 +55,7 @@ class ScoredModel:
         copies_outputs: Whether the loss writes on the outputs of the model.
         differentiates: Whether the model or the loss differentiates, as physics-informed networks
             do by their inputs.
+        widens: Whether code that casts to a narrower type computes in float64 nevertheless.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ScoredModel:
         self.copies_inputs = False
         self.copies_outputs = False
         self.differentiates = False
+        self.widens = False
         self._forms: dict[tuple[str, ...], _Form] = {}
 
     @property
@@ -98,7 +101,7 @@ class ScoredModel:
             inputs = map_inputs(Tensor.clone, inputs)
         args, kwargs = self.arguments(inputs)
         try:
-            with self._gradients():
+            with self.computing(), self._gradients():
                 if isinstance(inputs, dict) and self._forms[tuple(inputs)] is _Form.EITHER:
                     outputs = self._try_forms(model, inputs)
                 else:
@@ -116,6 +119,14 @@ class ScoredModel:
             ) from error
         # Hugging Face models wrap their scores.
         return getattr(outputs, "logits", outputs)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Computes in the type of the forward pass.
+
+        Returns:
+            A context for all that computes with the model, such as a backward pass.
+        """
+        return widened() if self.widens else contextlib.nullcontext()
 
     def _gradients(self) -> AbstractContextManager[Any]:
         """Enables gradients, where the model or the loss differentiates."""
@@ -192,7 +203,7 @@ class ScoredModel:
                 f"the {what} takes a tensor, and the model returns a {type(outputs).__name__}"
             )
         try:
-            with self._gradients():
+            with self.computing(), self._gradients():
                 values = function(outputs, targets)
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise

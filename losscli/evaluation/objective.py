@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from losscli.checkpoint import Versions, loadable, takes_part
 from losscli.data import (
     DataSet,
     Draws,
@@ -182,6 +183,8 @@ class Objective(ScoredModel):
             it is not known whether losses depend on the rest of a batch.
         unused: The parameters that have no influence on the outputs of a first batch.
         constant: Whether different checkpoints were found to have the same losses on first batches.
+        versions: Those of the model's modules, which the weights of every point are of.
+        extra: The extra state of modules that is not a tensor, the same at every point.
     """
 
     def __init__(
@@ -207,6 +210,9 @@ class Objective(ScoredModel):
         self._chooses_batch = batch_size is None and not batch_loss
         self.splits: Mapping[str, Examples] = self._place(data.splits)
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
+        self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
+        self.extra: Mapping[str, Any] = {}
+        self._takes_part = takes_part(self.model)
         self._classes: int | None = None
         self.batchnorm = layers_of(self.model, self.tensors)
         self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
@@ -247,27 +253,31 @@ class Objective(ScoredModel):
             recalibration=self.recalibration,
             batch_loss=self.batch_loss,
         )
+        twin.extra = self.extra
         twin.copies_inputs = self.copies_inputs
         twin.copies_outputs = self.copies_outputs
         twin.differentiates = self.differentiates
         return twin
 
     @torch.no_grad()
-    def in_float64(self, sample: Split) -> Objective | None:
+    def in_float64(self, sample: Split, *, inside: bool = False) -> Objective | None:
         """Returns an objective of the same function that computes in float64.
 
         Args:
             sample: A few examples, on the device.
+            inside: Whether code that casts to a narrower type computes in float64 too.
 
         Returns:
             This objective if it computes in float64; else a twin with the weights that are loaded.
             None if the device has no float64, if a second copy of the model is too large, or if
             the copy fails or still uses tensors of the original, such as through a closure.
         """
-        if self.dtype == torch.float64:
+        if self.dtype == torch.float64 and not (inside and self.narrowest(sample) != self.dtype):
             return self
-        size = sum(tensor.nbytes for tensor in self.tensors.values())
-        if self.device.type == "mps" or size > _LARGE_BYTES:
+        numbers = sum(tensor.numel() for tensor in self.tensors.values())
+        budget = device_budget(self.device) or host_budget()
+        # The copy, and the weights of two points.
+        if self.device.type == "mps" or numbers * 2 * torch.float64.itemsize > budget:
             return None
         own = {name: tensor.clone() for name, tensor in self.tensors.items()}
         floating = {name: t for name, t in own.items() if t.is_floating_point()}
@@ -275,6 +285,7 @@ class Objective(ScoredModel):
             try:
                 twin = self.twin(copy.deepcopy(self.model), torch.float64)
                 twin.load(own)
+                twin.widens = inside and not twin._is_wide(sample)
                 before = twin.plain(own, {"": sample})[""].losses
                 self.load({name: tensor * 1.5 + 0.5 for name, tensor in floating.items()})
                 after = twin.plain(own, {"": sample})[""].losses
@@ -283,6 +294,21 @@ class Objective(ScoredModel):
             finally:
                 self.load(own)
         return twin if _agree(after, before, _AGREE[torch.float64]) else None
+
+    def _is_wide(self, sample: Split) -> bool:
+        """Whether the model and the loss take float64, and compute in nothing narrower."""
+        try:
+            return self.narrowest(sample) == torch.float64
+        except (ModelError, LossError):
+            return False
+
+    def remark(self, text: str) -> None:
+        """Adds a note.
+
+        Args:
+            text: The note; what is noted already is not noted twice.
+        """
+        self._remarks[text] = None
 
     def _bring(self, recalibration: Recalibration) -> Recalibration:
         """Brings training examples to the device, where a split of the data is there already."""
@@ -295,8 +321,13 @@ class Objective(ScoredModel):
         return replace(recalibration, split=split)
 
     @property
+    def remarks(self) -> list[str]:
+        """What was noted."""
+        return list(self._remarks)
+
+    @property
     def notes(self) -> list[str]:
-        """What to know about the targets and metrics, as far as it was found."""
+        """What to know about the targets, metrics and derivatives, as far as it was found."""
         left_out = (f"{name} is left out: {why}" for name, why in self.left_out.items())
         return [*self._remarks, *left_out]
 
@@ -443,12 +474,25 @@ class Objective(ScoredModel):
         # Some models fold their weights into others when they are put into eval mode.
         if self._folds:
             self.model.train()
-        self.model.load_state_dict(dict(weights), strict=False)
+        point = self._whole(weights) if self._takes_part else {}
+        # Code of the user's own may write on the tensors that it is given.
+        given = {name: tensor.clone() for name, tensor in point.items()} or weights
+        state = loadable(given, self.versions, self.extra)
+        self.model.load_state_dict(state, strict=False)
+        # It changed the checkpoints when these were opened, and may change a point again.
+        for name, tensor in point.items():
+            self.tensors[name].copy_(tensor)
         if self._normalises:
             normalise(self.spectral, self.tensors)
         let_go(*weights.values())
         if self._folds:
             self.model.eval()
+
+    def _whole(self, weights: Weights) -> Weights:
+        """All tensors of the model: those that are given, and its own where none is."""
+        given = {id(own): weights[n] for n, own in self.tensors.items() if n in weights}
+        own = {name: given.get(id(tensor), tensor) for name, tensor in self.tensors.items()}
+        return {name: tensor.detach().clone() for name, tensor in own.items()}
 
     @property
     def _folds(self) -> bool:

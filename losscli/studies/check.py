@@ -32,10 +32,11 @@ from losscli.evaluation.curvature import (
     Verdict,
     add_rounding,
     check_derivatives,
+    nearby,
     verdict,
 )
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.differences import SAMPLE
+from losscli.evaluation.differences import SAMPLE, noise_of
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import idle_layers, record_key, restore
@@ -258,7 +259,9 @@ class _Judgement:
         sides: The lowest loss to the negative and to the positive side of v, as far as it is
             below that of the point; None where the curvature is not negative.
         measured: Examples on which the rounding of eigenvalues was measured; 0 where they were
-            computed in float64, or could not be.
+            computed in float64.
+        scattered: Whether it was measured by the scatter of products, and not against float64.
+        unverified: What derivatives could not be compared with differences; empty if none.
     """
 
     reason: str = ""
@@ -268,10 +271,12 @@ class _Judgement:
     exact: bool = False
     sides: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None] | None = None
     measured: int = 0
+    scattered: bool = False
+    unverified: str = ""
 
     @classmethod
     def recalled(cls, known: Mapping[str, NDArray[Any]]) -> Self:
-        slope, rounding, change, exact, measured = known["judgement"].tolist()
+        slope, rounding, change, exact, measured, scattered = known["judgement"].tolist()
         sides = [_told(known[side].tolist()) for side in _SIDES if side in known]
         sides = [side and {**side, "falls": bool(side["falls"])} for side in sides]
         return cls(
@@ -279,6 +284,8 @@ class _Judgement:
             *(slope, rounding, change, bool(exact)),
             (sides[0], sides[1]) if sides else None,
             int(measured),
+            bool(scattered),
+            known["unverified"].tobytes().decode(),
         )
 
     def decide(
@@ -324,11 +331,13 @@ class _Judgement:
         return "undecided" if reason else decided, replace(self, reason=reason)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        numbers = self.slope, self.loss_rounding, self.change, self.exact, self.measured
+        numbers = [self.slope, self.loss_rounding, self.change, self.exact]
+        numbers += [self.measured, self.scattered]
         sides = dict(zip(_SIDES, self.sides, strict=True)) if self.sides else {}
         return {
             "judgement": np.array(numbers, np.float64),
             "reason": np.frombuffer(self.reason.encode(), np.uint8),
+            "unverified": np.frombuffer(self.unverified.encode(), np.uint8),
             **{
                 name: np.array([side[key] for key in (*_DESCENT, "falls")] if side else [])
                 for name, side in sides.items()
@@ -344,6 +353,7 @@ class _Judgement:
             "predicted": predicted if math.isfinite(self.change) else None,
             "sides": dict(zip(_SIDES, self.sides, strict=True)) if self.sides else None,
             "rounding_measured_on": self.measured or None,
+            "unverified": self.unverified or None,
         }
 
 
@@ -689,7 +699,6 @@ class Check(Study):
             here = losses[split]
             sample = objective.splits[split].first(_MEASURED).to(objective.device)
             precise = self._precise
-            checked = precise or objective
             every, seed = objective.splits[split], self.problem.settings.seed
 
             def attend(_: float) -> None:
@@ -707,16 +716,22 @@ class Check(Study):
                 down = curvature.named(vector)
                 along = curvature.named(-gradient / size) if size > 0 else None
             measured = 0
-            if not whole and precise is not None and precise is not objective:
+            if precise is None or not (whole or precise is objective):
                 measured = len(sample)
-                with (
-                    Curvature(objective, weights, self.moving, sample) as rough,
-                    Curvature(precise, weights, self.moving, sample) as fine,
-                ):
-                    extremes = add_rounding(extremes, rough, fine, whole=measured == len(every))
+                rough = extremes.largest[0].error
+                extremes = add_rounding(
+                    *(extremes, objective, precise, weights, self.moving, sample),
+                    whole=measured == len(every),
+                    seed=seed,
+                )
+                if dense is not None:
+                    added = extremes.largest[0].error - rough
+                    dense = replace(dense, error=dense.error + added)
             ends = {"λ min": vector, "λ max": extremes.largest[0].vector}
             few, _ = sample.spread(SAMPLE)
-            check_derivatives(checked, weights, self.moving, few, ends, seed)
+            unverified = check_derivatives(
+                precise or objective, weights, self.moving, few, ends, seed
+            )
             objective.load(weights)
             smallest, largest = extremes.smallest[0], extremes.largest[0]
             decided = verdict(size, self.tolerance, smallest, largest)
@@ -732,6 +747,8 @@ class Check(Study):
                 change=change,
                 exact=dense is not None,
                 measured=measured,
+                scattered=measured > 0 and precise is None,
+                unverified=unverified,
             )
             if smallest.value + smallest.error < 0 and decided in {*wanted, "saddle"}:
                 judgement = self._fall(
@@ -766,7 +783,7 @@ class Check(Study):
         """The objective in float64, if there is one."""
         objective = self.problem.objective
         sample = next(iter(objective.splits.values())).spread(SAMPLE)[0].to(objective.device)
-        return objective.in_float64(sample)
+        return objective.in_float64(sample, inside=True)
 
     def _differentiated(self, weights: Weights) -> Objective:
         """Returns what gradient and eigenvalues are computed with: a whole Hessian in float64."""
@@ -777,9 +794,15 @@ class Check(Study):
         """Returns how much of a change of the mean loss may be rounding."""
         # Where activations cancel, that is far more than some roundings of the losses.
         own = here.losses[0].double()
-        dtype = self.problem.objective.dtype
+        objective = self.problem.objective
+        dtype = objective.dtype
         rounding = _ROUNDINGS * torch.finfo(dtype).eps * float(own.abs().mean())
-        if self._precise is not None and dtype != torch.float64:
+        if self._precise is None:
+            near = nearby(weights, self.moving, dtype, self.problem.settings.seed)
+            losses = [objective.plain(at, {"": sample})[""].losses[0].double() for at in near]
+            objective.load(weights)
+            rounding = max(rounding, noise_of(losses))
+        elif self._precise is not objective:
             (found,) = self._precise.plain(weights, {"": sample}).values()
             apart = own[: len(sample)] - found.losses[0]
             rounding = max(rounding, float(apart.square().mean().sqrt()))
@@ -935,6 +958,14 @@ class Check(Study):
             yield (
                 f"{', '.join(kinks)} {have} kinks: the Hessian is that of the smooth piece around "
                 "each checkpoint, and says nothing of the kinks beside it"
+            )
+        yield from dict.fromkeys(
+            one.judgement.unverified for one in found if one.judgement.unverified
+        )
+        if any(one.judgement.scattered for one in found):
+            yield (
+                "no float64 copy of the model can be made: errors of eigenvalues include rounding "
+                "only as far as products at points nearby show it"
             )
         lost = [one for one in found if not math.isfinite(one.smallest.value)]
         if lost:

@@ -14,6 +14,7 @@ import torch
 from torch.distributed import HashStore
 
 from losscli.data import DataSet, Split
+from losscli.evaluation import derivatives
 from losscli.evaluation.derivatives import _Course, slopes
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
@@ -212,3 +213,20 @@ def test_the_last_checkpoint_stays_loaded_whoever_evaluated_it(tmp_path: Path) -
             sweep_plain(objective, [line.a, line.b], execution=execution)
             assert all(torch.equal(objective.tensors[n], t) for n, t in line.b.items())
         assert len(journal) == 2
+
+
+def test_what_could_not_be_verified_is_noted_by_every_rank_and_whoever_recalls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(derivatives, "_settle", lambda *_: (derivatives._Way.FORWARD, "a doubt"))
+    pair: Any = _Pair()
+    for ranks in (None, pair):
+        with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
+            for _ in range(2):
+                objective, line = objective_and_line(16)
+                execution = Execution(journal=journal, ranks=ranks)
+                slopes(objective, line, [0.2, 0.7], execution=execution)
+                assert objective.remarks == ["a doubt"]
+                patch.setattr(derivatives._Course, "sums", None)
+            assert len(journal) == 2
+            journal.finish()
