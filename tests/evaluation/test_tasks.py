@@ -136,11 +136,14 @@ class _Pair:
         sizes: Sequence[float],
         work: Callable[[int, Callable[[float], None]], Arrays],
         known: Mapping[int, Arrays],
+        found: Callable[[int, Arrays], None],
         **_: Any,
     ) -> list[Arrays]:
-        order = [i for i in range(len(sizes)) if i not in known][::-1]
-        found = {**known, **{i: work(i, lambda _: None) for i in order}}
-        return [found[i] for i in range(len(sizes))]
+        have = dict(known)
+        for i in sorted(set(range(len(sizes))) - set(known), reverse=True):
+            have[i] = work(i, lambda _: None)
+            found(i, have[i])
+        return [have[i] for i in range(len(sizes))]
 
 
 def objective_and_line(batch_size: int) -> tuple[Objective, Line]:
