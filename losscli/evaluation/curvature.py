@@ -35,6 +35,7 @@ from losscli.evaluation.differences import (
     unverified,
 )
 from losscli.evaluation.objective import Objective, Progress
+from losscli.evaluation.precision import narrowest_type
 from losscli.weight_space.vectors import Weights, norm
 
 __all__ = [
@@ -800,7 +801,7 @@ def check_derivatives(
     """
     generator = torch.Generator().manual_seed(seed)
     objective.load(weights)
-    first, second = rules(objective.narrowest(sample))
+    first, second = rules(narrowest_type(objective, sample))
     with Curvature(objective, weights, names, sample) as here:
         point = {name: objective.tensors[name].detach().clone() for name in names}
         length = norm(point) or 1.0

@@ -39,6 +39,7 @@ from losscli.evaluation.differences import (
     unverified,
 )
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.precision import in_float64, narrowest_type
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import record_key
 from losscli.evaluation.strategies import combining_type
@@ -410,7 +411,7 @@ class _Trial:
         length = distance(line.a, line.b, list(line.a))
         unit = (norm(line.a, list(line.a)) or length) / length if length else 1.0
         kept: Weights = {}
-        precise = objective.in_float64(sample, inside=True)
+        precise = in_float64(objective, sample, inside=True)
         if precise is None or precise is objective:
             kept = {name: objective.tensors[name].detach().clone() for name in line.a}
         else:
@@ -428,7 +429,7 @@ class _Trial:
             What derivative is wrong, if one is; and what could not be verified, if anything.
         """
         objective = self.course.objective
-        first_rule, second_rule = rules(objective.narrowest(self.sample))
+        first_rule, second_rule = rules(narrowest_type(objective, self.sample))
         try:
             first, told = self._compare(first_rule, self._losses, way, 0)
             if len(told) >= NEEDED:

@@ -6,7 +6,6 @@ However points are evaluated, one law holds: the numbers of the checkpoint loade
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from losscli.checkpoint import Versions, loadable, takes_part
 from losscli.data import (
@@ -24,45 +22,26 @@ from losscli.data import (
     Examples,
     Split,
     device_budget,
-    host_budget,
     leaves,
     map_inputs,
-    seed_all,
 )
 from losscli.errors import (
-    DataError,
-    LosscliError,
     LossError,
     ModelError,
     NondeterministicModelError,
     OutOfMemoryError,
 )
-from losscli.evaluation.device import Narrowest
-from losscli.evaluation.flops import Trace, addresses, operations
+from losscli.evaluation.flops import Trace, operations
 from losscli.evaluation.forward import (
     HALF,
-    NO_GRAPH,
     ScoredModel,
     is_registered,
-    scores_in,
 )
-from losscli.evaluation.independence import Evaluate, Values, compare, is_dependent
+from losscli.evaluation.independence import Values
 from losscli.evaluation.losses import (
-    IGNORED,
-    VOID,
     Doubt,
     PerExample,
     check_shares,
-    classes_of,
-    counted,
-    cross_entropy,
-    doubts_of,
-    function_of,
-    has_label,
-    mse,
-    nll,
-    options_of,
-    weights_of,
 )
 from losscli.evaluation.output_collector import OutputCollector, join_weights
 from losscli.evaluation.recalibration import Layer, Recalibration, layers_of
@@ -77,13 +56,18 @@ from losscli.evaluation.strategies import (
     is_known,
     tensors_of,
 )
-from losscli.evaluation.torch_losses import TorchLoss
+from losscli.evaluation.targets import (
+    check_lengths,
+    check_range,
+    first_not_finite,
+    is_of_classes,
+    target_error,
+)
 from losscli.mmap import let_go
-from losscli.models import HEADLESS, is_headless
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights, can_move
 
-__all__ = ["DETERMINISTIC", "Evaluation", "Objective", "Progress"]
+__all__ = ["AGREEMENT", "DETERMINISTIC", "PROBE", "Evaluation", "Objective", "Progress", "is_close"]
 
 Progress = Callable[[float], None]
 """Called with the share of a point that was done since the last call."""
@@ -94,31 +78,19 @@ Progress = Callable[[float], None]
 _BATCH = {"cpu": (8 << 20, 2048)}
 _BATCH_ELSEWHERE = (256 << 20, 4096)
 
-# Bytes that the outputs of a batch may have: those of a language model are a number for every token
-# and every word.
-_OUTPUTS = {"cpu": 128 << 20}
-_OUTPUTS_ELSEWHERE = 2 << 30
-
 # Examples from which the size of an example's outputs is known. Not one: code may squeeze that.
-_PROBE = 2
+PROBE = 2
 
 # Examples on which a strategy is held against the plain one.
 _PROOF_EXAMPLES = 256
 
 # How far its losses may be from those of the plain one, as a share; and where BatchNorm's
 # statistics are estimated too, which takes the rounding of every layer on to the next.
-_AGREE = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(HALF, 5e-2)}
+AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(HALF, 5e-2)}
 _AGREE_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys(HALF, 0.3)}
 
 # Above this size a model has no second copy, and few enough points at once that none is missed.
 _LARGE_BYTES = 64 << 20
-
-# Seeds that are tried where a forward pass draws random numbers: a rare one changes few losses.
-_SEEDS = 8
-
-_OF_CLASSES = frozenset({cross_entropy, nll})
-
-_WITHOUT_METRICS = "Choose another --metric, or --metric none"
 
 # What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
@@ -207,13 +179,13 @@ class Objective(ScoredModel):
         self.data = data
         self.dtype = dtype
         self.batch_size = 1 if batch_loss else batch_size or self._default_batch()
-        self._chooses_batch = batch_size is None and not batch_loss
+        self.chooses_batch = batch_size is None and not batch_loss
         self.splits: Mapping[str, Examples] = self._place(data.splits)
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
         self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
         self.extra: Mapping[str, Any] = {}
         self._takes_part = takes_part(self.model)
-        self._classes: int | None = None
+        self.classes: int | None = None
         self.batchnorm = layers_of(self.model, self.tensors)
         self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
         self._normalises = True
@@ -221,94 +193,25 @@ class Objective(ScoredModel):
         self.idle: Sequence[Layer] = ()
         self.doubts: frozenset[Doubt] = frozenset()
         self.left_out: dict[str, str] = {}
-        self._optional = frozenset(optional)
+        self.optional = frozenset(optional)
         self._remarks: dict[str, None] = {}
         self._strategy: Strategy | None = None
         self._provisional = False
         self._proving = False
         self._operations: int | None = None
-        self._traced = False
+        self.traced = False
         self.unchecked: set[str] = set()
         self.unused: tuple[str, ...] = ()
         self.constant = False
-
-    def twin(self, model: nn.Module, dtype: torch.dtype) -> Objective:
-        """Makes another objective of the same loss and data, without metrics.
-
-        Args:
-            model: Its model, which it takes over.
-            dtype: The type of its forward pass.
-
-        Returns:
-            The objective; the data are not copied.
-        """
-        twin = Objective(
-            model,
-            self.loss,
-            {},
-            replace(self.data, splits=self.splits),
-            device=self.device,
-            dtype=dtype,
-            batch_size=self.batch_size,
-            recalibration=self.recalibration,
-            batch_loss=self.batch_loss,
-        )
-        twin.extra = self.extra
-        twin.copies_inputs = self.copies_inputs
-        twin.copies_outputs = self.copies_outputs
-        twin.differentiates = self.differentiates
-        return twin
-
-    @torch.no_grad()
-    def in_float64(self, sample: Split, *, inside: bool = False) -> Objective | None:
-        """Returns an objective of the same function that computes in float64.
-
-        Args:
-            sample: A few examples, on the device.
-            inside: Whether code that casts to a narrower type computes in float64 too.
-
-        Returns:
-            This objective if it computes in float64; else a twin with the weights that are loaded.
-            None if the device has no float64, if a second copy of the model is too large, or if
-            the copy fails or still uses tensors of the original, such as through a closure.
-        """
-        if self.dtype == torch.float64 and not (inside and self.narrowest(sample) != self.dtype):
-            return self
-        numbers = sum(tensor.numel() for tensor in self.tensors.values())
-        budget = device_budget(self.device) or host_budget()
-        # The copy, and the weights of two points.
-        if self.device.type == "mps" or numbers * 2 * torch.float64.itemsize > budget:
-            return None
-        own = {name: tensor.clone() for name, tensor in self.tensors.items()}
-        floating = {name: t for name, t in own.items() if t.is_floating_point()}
-        with self.held():
-            try:
-                twin = self.twin(copy.deepcopy(self.model), torch.float64)
-                twin.load(own)
-                twin.widens = inside and not twin._is_wide(sample)
-                before = twin.plain(own, {"": sample})[""].losses
-                self.load({name: tensor * 1.5 + 0.5 for name, tensor in floating.items()})
-                after = twin.plain(own, {"": sample})[""].losses
-            except Exception:  # noqa: BLE001 - user code may refuse a copy or float64 in any way
-                return None
-            finally:
-                self.load(own)
-        return twin if _agree(after, before, _AGREE[torch.float64]) else None
-
-    def _is_wide(self, sample: Split) -> bool:
-        """Whether the model and the loss take float64, and compute in nothing narrower."""
-        try:
-            return self.narrowest(sample) == torch.float64
-        except (ModelError, LossError):
-            return False
 
     def remark(self, text: str) -> None:
         """Adds a note.
 
         Args:
-            text: The note; what is noted already is not noted twice.
+            text: The note; empty for none. The same note is not added twice.
         """
-        self._remarks[text] = None
+        if text:
+            self._remarks[text] = None
 
     def _bring(self, recalibration: Recalibration) -> Recalibration:
         """Brings training examples to the device, where a split of the data is there already."""
@@ -443,24 +346,36 @@ class Objective(ScoredModel):
         Yields:
             The batches, as stored, on the device.
         """
-        # What is decoded on the way has not been seen before it comes.
-        unseen = not isinstance(split, Split)
+        # What is decoded in passing has not been checked before.
+        unchecked = not isinstance(split, Split)
         done, lengths = 0, set[torch.Size]()
         for batch in split.batches(size or self.batch_size, order):
-            if unseen and self._classes is not None:
-                self._check_range(batch.targets, "the data")
-            if unseen and function_of(self.loss) in _OF_CLASSES and not self.batch_loss:
-                lengths.add(batch.targets.shape[1:])
-                self._check_lengths(lengths)
-            if unseen:
-                check_shares(self.loss, batch.targets, "the data")
-            if unseen and is_registered(self.loss) and not self.batch_loss:
-                place = _not_finite(batch.targets)
-                if place is not None:
-                    index = done + place if order is None else int(order[done + place])
-                    raise self._target_error(batch.targets[place], split, index)
+            if unchecked:
+                self._check_targets(batch.targets, lengths)
+                row = first_not_finite(batch.targets) if self._needs_finite else None
+                if row is not None:
+                    index = done + row if order is None else int(order[done + row])
+                    raise target_error(batch.targets[row], self.where(split), split.position(index))
             done += len(batch)
             yield batch.send(self.device)
+
+    @property
+    def _needs_finite(self) -> bool:
+        return is_registered(self.loss) and not self.batch_loss
+
+    def _check_targets(self, targets: Tensor, lengths: set[torch.Size]) -> None:
+        """Checks the targets of a batch, with the shapes of those of the batches before."""
+        if self.classes is not None:
+            self.remark(check_range(self.loss, targets, self.classes, "the data"))
+        if is_of_classes(self.loss) and not self.batch_loss:
+            lengths.add(targets.shape[1:])
+            check_lengths(lengths)
+        check_shares(self.loss, targets, "the data")
+
+    def where(self, split: Examples) -> str:
+        """Returns what to call the examples of a split in errors."""
+        found = [name for name, examples in self.splits.items() if examples is split]
+        return f"the split {found[0]!r}" if found else "the data"
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
@@ -500,168 +415,21 @@ class Objective(ScoredModel):
             type(module).train.__module__ not in _PLAIN_MODES for module in self.model.modules()
         )
 
-    @torch.no_grad()
-    def check(self, weights: Weights, names: Sequence[str] | None = None) -> None:
-        """Makes sure that the model, the loss and the data work together, on a first batch.
+    def values(self, batch: Split) -> Values:
+        """Evaluates a batch.
 
         Args:
-            weights: All tensors of the model; they stay loaded.
-            names: The splits that it is tried on; all by default.
-
-        Raises:
-            LossError: Labels are out of the model's range, or a loss depends on other examples.
-            NondeterministicModelError: One point has two answers, or random numbers are drawn.
-        """
-        self.load(weights)
-        try:
-            self._check(names)
-        except (ModelError, LossError) as error:
-            if self.differentiates or NO_GRAPH not in error.what:
-                raise
-            # As physics-informed networks do, by their inputs.
-            self.differentiates = True
-            self._check(names)
-
-    def _check(self, names: Sequence[str] | None) -> None:
-        doubts: list[frozenset[Doubt]] = []
-        with Draws(self.device):
-            if self._chooses_batch:
-                self._fit_outputs()
-            for name in self.splits if names is None else names:
-                doubts += self._check_split(name)
-            # While it is known which weights are loaded: which way an example takes may be theirs.
-            if not self._traced:
-                trace = Trace()
-                self._operations = self._count(trace)
-                self._check_parameters(trace)
-                self._traced = True
-        self.doubts = frozenset.intersection(*doubts) if doubts else frozenset()
-
-    def _check_split(self, name: str) -> list[frozenset[Doubt]]:
-        """Checks a first batch of a split: evaluates it whole, then again in halves.
+            batch: The batch, on the device.
 
         Returns:
-            The doubts about the loss, if the model returns scores.
+            The loss of each example, and the metrics that are not known to be per example.
         """
-        examples = self.splits[name]
-        batch = examples.first(self.batch_size).to(self.device)
-        seed_all(0, self.device)
-        with Draws(self.device) as draws:
-            whole, doubts = self._first_values(batch, name)
-        if draws.names:
-            raise self._random(draws.names, batch, whole)
-        # What is drawn from a generator that the model puts back is drawn from another seed now.
-        seed_all(1, self.device)
-        if len(batch) == 1 < len(examples) and not self.batch_loss:
-            with contextlib.suppress(ModelError, LossError, torch.OutOfMemoryError, MemoryError):
-                pair = examples.first(2).to(self.device)
-                batch, whole = pair, self._values(pair)
-        self._compare_halves(batch, whole, name, torch.arange(len(batch)))
-        return doubts
-
-    @torch.no_grad()
-    def check_independence(self, weights: Weights) -> None:
-        """Makes sure at another point that a loss depends on its own example alone.
-
-        An initialisation may give all examples the same outputs, and the first batch of sorted
-        data examples of one class: here a batch is spread over all examples in memory.
-
-        Args:
-            weights: All tensors of the model; they stay loaded.
-
-        Raises:
-            LossError: A loss depends on other examples.
-            NondeterministicModelError: One point has two answers.
-        """
-        self.load(weights)
-        for name, examples in ({} if self.batch_loss else self.splits).items():
-            batch, rows = examples.spread(self.batch_size)
-            batch = batch.to(self.device)
-            self._compare_halves(batch, self._values(batch), name, rows)
-
-    def _compare_halves(self, batch: Split, whole: Values, name: str, rows: Tensor) -> None:
-        """Compares the values of a batch with those of its halves; its rows are those of a split.
-
-        Raises:
-            LossError: They differ beyond rounding.
-            NondeterministicModelError: The values of the whole batch differ when it is repeated.
-        """
-        found = compare(self._values, batch, whole, self.dtype) if len(batch) > 1 else None
-        self.unchecked.discard(name)
-        if found is not None and found.excess <= 1:
-            return
-        self._check_repetition(batch, whole)
-        if found is None:
-            self.unchecked |= {name} if len(batch) > 1 else set()
-            return
-        narrowest = Narrowest(self.dtype)
-        if self.dtype == torch.float64:
-            # There is no wider type, but the model may compute in a narrower one.
-            with narrowest:
-                whole = self._values(batch)
-            found = compare(self._values, batch, whole, narrowest.dtype) or found
-        if found.excess > 1 and is_dependent(found, batch, narrowest.dtype, self._wider()):
-            raise LossError(
-                f"the {found.what} of an example depends on the other examples in its batch: for "
-                f"example {int(rows[found.row])} of the split {name!r} it is {found.whole:.7g} in "
-                f"one batch and {found.other:.7g} in another",
-                "If the loss is one number per batch, give --batch-loss; otherwise compute it from "
-                "each example alone (BatchNorm needs track_running_stats=True)",
-            )
-
-    def _first_values(self, batch: Split, name: str) -> tuple[Values, list[frozenset[Doubt]]]:
-        """Evaluates a first batch, and makes sure that model, loss and data fit together."""
-        inputs = self.data.prepare(map_inputs(Tensor.clone, batch.inputs), self.dtype)
-        versions = [tensor._version for tensor in leaves(inputs)]
-        outputs = self.forward(self.model, inputs)
-        scores = scores_in(outputs)
-        if not isinstance(scores, Tensor) and is_registered(self.loss):
-            raise LossError(
-                f"the model returns a {type(outputs).__name__}, and the loss takes a tensor",
-                HEADLESS
-                if is_headless(self.model)
-                else "Give a --loss of your own that takes it, or a model that returns its scores, "
-                "alone or under the key logits",
-            )
-        # A model that writes on its inputs would spoil them for every later point.
-        self.copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
-        self._check_labels(outputs, batch.targets, name)
-        tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
-        given = [tensor for tensor in tensors if not tensor.is_inference()]
-        versions = [tensor._version for tensor in given]
-        values = self.per_example(self.loss, outputs, batch.targets, "loss")
-        # And so would a loss that writes on the outputs spoil them for the metrics.
-        self.copies_outputs |= versions != [tensor._version for tensor in given]
-        self._check_targets(name)
-        self._check_metrics(outputs, batch.targets)
-        doubts = []
-        if isinstance(scores, Tensor):
-            functions = [self.loss, *self.metrics.values()]
-            doubts = [doubts_of(functions, scores, batch.targets)]
-        return self._own_values(outputs, batch.targets, values), doubts
-
-    def _values(self, batch: Split) -> Values:
-        """Evaluates a batch: the loss, and the metrics that are not known to be per example."""
         outputs = self.forward(self.model, self.data.prepare(batch.inputs, self.dtype))
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
-        return self._own_values(outputs, batch.targets, loss)
+        return self.own_values(outputs, batch.targets, loss)
 
-    @torch.no_grad()
-    def narrowest(self, sample: Split) -> torch.dtype:
-        """Finds the narrowest floating-point type that the model and the loss compute in.
-
-        Args:
-            sample: A few examples, on the device.
-
-        Returns:
-            The type; where code casts, it is narrower than that of the forward pass.
-        """
-        narrowest, batch = Narrowest(self.dtype), sample.first(self.batch_size)
-        with narrowest:
-            self._values(batch)
-        return narrowest.dtype
-
-    def _own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> Values:
+    def own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> Values:
+        """Returns what `values` returns, from the outputs and the losses of a batch."""
         values = {"loss": loss}
         for name, metric in self.metrics.items():
             if not is_registered(metric):
@@ -669,64 +437,10 @@ class Objective(ScoredModel):
                 values[what] = self.per_example(metric, outputs, targets, what)
         return {what: own.cpu().double() for what, own in values.items()}
 
-    def _check_repetition(self, batch: Split, whole: Values) -> None:
-        again = self._values(batch)
-        for what, values in whole.items():
-            if not torch.allclose(values, again[what], rtol=1e-5, atol=1e-7, equal_nan=True):
-                raise NondeterministicModelError(
-                    f"the model gives two answers for the same weights and data, even in eval "
-                    f"mode: the {what} differs",
-                    DETERMINISTIC,
-                )
-
-    def _random(self, names: Sequence[str], batch: Split, whole: Values) -> LosscliError:
-        """The error of a forward pass that draws random numbers; says what they change."""
-        changes = False
-        for seed in range(1, 1 + _SEEDS):
-            seed_all(seed, self.device)
-            again = self._values(batch)
-            changes |= any(not torch.equal(whole[what], again[what]) for what in whole)
-        then = (
-            "the losses differ from seed to seed"
-            if changes
-            else f"no loss on a first batch differs between {1 + _SEEDS} seeds"
-        )
-        return NondeterministicModelError(
-            f"the forward pass draws random numbers from {' and '.join(names)}, even in eval mode: "
-            f"{then}",
-            DETERMINISTIC,
-        )
-
-    def _wider(self) -> Iterator[tuple[Evaluate, Narrowest]]:
-        """Makes copies of the model in wider types, of which each is dropped before the next."""
-        numbers = sum(tensor.numel() for tensor in self.tensors.values())
-        budget = device_budget(self.device) or host_budget()
-        for dtype in (torch.float32, torch.float64):
-            if torch.finfo(dtype).eps >= torch.finfo(self.dtype).eps:
-                continue
-            if numbers * dtype.itemsize > budget:
-                return
-            try:
-                twin = self.twin(copy.deepcopy(self.model), dtype)
-            except Exception:  # noqa: BLE001 - the user's objects, or a device without float64
-                return
-            twin.metrics, twin.copies_inputs = self.metrics, self.copies_inputs
-            narrowest = Narrowest(dtype)
-
-            def evaluate(
-                batch: Split, twin: Objective = twin, narrowest: Narrowest = narrowest
-            ) -> Values:
-                with narrowest:
-                    return twin._values(batch)
-
-            yield evaluate, narrowest
-
     @property
     def operations(self) -> int:
         """The floating-point operations of one example's forward pass: two a weight, or more."""
-        if self._operations is None:
-            self._operations = self._count()
-        return self._operations
+        return self.count_operations() if self._operations is None else self._operations
 
     def trace(self) -> Trace:
         """Traces a forward pass on a few examples, with the weights that are loaded.
@@ -736,95 +450,29 @@ class Objective(ScoredModel):
         """
         trace = Trace()
         with torch.no_grad(), Draws(self.device):
-            self._count(trace)
+            self.count_operations(trace)
         return trace
 
-    def _check_parameters(self, trace: Trace) -> None:
-        """Makes sure that a forward pass reads the model's own parameters.
+    def count_operations(self, trace: Trace | None = None) -> int:
+        """Counts the operations of a forward pass on a few examples.
 
-        What is not seen to be read, as in another thread, is told by its influence.
+        Args:
+            trace: Told what the pass computes and reads.
+
+        Returns:
+            The floating-point operations of one example: two for each weight, or more.
         """
-        own = addresses(self.tensors.values())
-        parameters = {
-            name: tensor
-            for name, tensor in self.tensors.items()
-            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-        }
-        unread = [
-            name
-            for name, tensor in parameters.items()
-            if not trace.read.intersection(addresses([tensor])) and tensor.numel()
-        ]
-        # Where nothing was seen at all, the pass failed, or is hidden from a trace.
-        if not unread or not trace.read or self._have_influence(unread):
-            return
-        self.unused = tuple(unread)
-        foreign = {shape for place, shape in trace.parameters.items() if place not in own}
-        other = next((name for name in unread if parameters[name].shape in foreign), None)
-        if len(unread) == len(parameters):
-            what = "no parameter of the model has an influence on its outputs"
-        elif other is not None:
-            what = (
-                f"the forward pass reads a parameter {list(parameters[other].shape)} that is not "
-                f"the model's own, and {other} of the same shape has no influence on its outputs"
-            )
-        else:
-            return
-        raise ModelError(
-            what,
-            "Does its code hold another module (a closure, a patched forward), or a value computed "
-            "from its weights? Let forward read the parameters of the model that it is called on",
-        )
-
-    def _have_influence(self, names: Sequence[str]) -> bool:
-        """Tells whether tensors, loaded as not-a-number, change the outputs of a first batch."""
-        batch = next(iter(self.splits.values())).first(self.batch_size).to(self.device)
-        inputs = self.data.prepare(batch.inputs, self.dtype)
-        own = {name: self.tensors[name].clone() for name in names}
-        nothing = {name: torch.full_like(tensor, torch.nan) for name, tensor in own.items()}
-
-        def outputs(weights: Weights) -> list[Tensor]:
-            self.load(weights)
-            leaves = tree_leaves(self.forward(self.model, inputs))
-            return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
-
-        try:
-            before, after = outputs(own), outputs(nothing)
-        except ModelError:
-            return True
-        finally:
-            self.load(own)
-        return not before or any(
-            x.shape != y.shape or not torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
-            for x, y in zip(before, after, strict=True)
-        )
-
-    def _count(self, trace: Trace | None = None) -> int:
-        once = 2 * sum(parameter.numel() for parameter in self.model.parameters())
+        self._operations = max(1, 2 * sum(p.numel() for p in self.model.parameters()))
         split = next(iter(self.splits.values()))
         # Some models take a whole batch alone, and some no counter can look into.
-        for number in dict.fromkeys((min(_PROBE, self.batch_size), self.batch_size)):
+        for number in dict.fromkeys((min(PROBE, self.batch_size), self.batch_size)):
             few = split.first(number).to(self.device)
             inputs = self.data.prepare(map_inputs(Tensor.clone, few.inputs), self.dtype)
             with contextlib.suppress(ModelError):
                 found = operations(self.model, partial(self.forward, self.model, inputs), trace)
-                return max(1, once, found // len(few))
-        return max(1, once)
-
-    def _fit_outputs(self) -> None:
-        """Makes the batch smaller, where the outputs of one would be large; the same every run."""
-        budget = _OUTPUTS.get(self.device.type, _OUTPUTS_ELSEWHERE)
-        for split in self.splits.values():
-            few = split.first(min(_PROBE, self.batch_size)).to(self.device)
-            inputs = self.data.prepare(map_inputs(Tensor.clone, few.inputs), self.dtype)
-            try:
-                outputs = self.forward(self.model, inputs)
-            except ModelError:
-                # Told of the whole batch, which may be the only size that the model takes.
-                return
-            if isinstance(scores := scores_in(outputs), Tensor):
-                fit = max(1, budget * len(few) // max(1, scores.nbytes))
-                self.batch_size = min(self.batch_size, 1 << (fit.bit_length() - 1))
+                self._operations = max(self._operations, found // len(few))
+                break
+        return self._operations
 
     @torch.no_grad()
     def plain(
@@ -906,7 +554,7 @@ class Objective(ScoredModel):
         sample = {name: split.first(min(self.batch_size, examples)).to(self.device)}
         few = [tuple(coordinates[i * (len(coordinates) - 1) // 3]) for i in range(4)]
         few = list(dict.fromkeys(few))
-        proofs = [(self.held, _AGREE[self.dtype])]
+        proofs = [(self.held, AGREEMENT[self.dtype])]
         if self.recalibration is not None:
             proofs.append((self.brief, _AGREE_ON_ESTIMATES[self.dtype]))
         own = {n: self.tensors[n].clone() for layer in self.statistics for n in layer.names}
@@ -930,7 +578,7 @@ class Objective(ScoredModel):
                 return False
             finally:
                 self._proving = True
-            return _agree(found, truths[proof], tolerance)
+            return is_close(found, truths[proof], tolerance)
 
         self._proving = True
         try:
@@ -1075,116 +723,6 @@ class Objective(ScoredModel):
         for _ in points:
             tell(examples)
 
-    def _check_metrics(self, outputs: Any, targets: Tensor) -> None:
-        """Makes sure that the metrics work; those that nobody asked for are left out if not."""
-        for metric, function in list(self.metrics.items()):
-            what = f"metric {metric!r}"
-            try:
-                if metric in self._optional and not _classifies(self.loss):
-                    raise LossError("the loss is not one of classification")  # noqa: TRY301
-                scores = scores_in(outputs)
-                unfit = isinstance(scores, Tensor) and not has_label(scores, targets)
-                if metric in self._optional and unfit:
-                    raise LossError("the targets are not the labels 0 and 1")  # noqa: TRY301
-                self.per_example(function, outputs, targets, what)
-            except LossError as error:
-                if metric not in self._optional:
-                    raise LossError(error.what, _WITHOUT_METRICS) from error
-                del self.metrics[metric]
-                self.left_out[metric] = error.what
-
-    def _check_labels(self, outputs: Any, targets: Tensor, name: str) -> None:
-        """Finds labels out of range before a GPU kernel does, which would end the process."""
-        outputs, split = scores_in(outputs), self.splits[name]
-        seen = split if isinstance(split, Split) else split.first(self.batch_size)
-        if not isinstance(outputs, Tensor) or targets.is_floating_point():
-            return
-        self._classes = classes_of(self.loss, outputs, targets)
-        if self._classes is None:
-            return
-        self._check_range(seen.targets, f"the split {name!r}")
-        if not isinstance(split, Split):
-            return
-        weights = weights_of(self.loss, outputs, seen.targets)
-        without = 0 if weights is None else int((weights == 0).sum())
-        if without == len(seen.targets):
-            raise LossError(
-                f"the split {name!r} has no target that counts",
-                f"Give data with other targets than {IGNORED} and those without weight",
-            )
-        if without and not self.batch_loss:
-            counts = f"{without:,} of {len(seen.targets):,} examples have no target that counts"
-            self._remarks[f"{name}: {counts} and are left out of the mean"] = None
-        weighted = options_of(self.loss).get("weight") is not None
-        if function_of(self.loss) in _OF_CLASSES and weighted:
-            self._remarks["the mean loss is weighted by class, Σwl/Σw, as torch's"] = None
-
-    def _check_targets(self, name: str) -> None:
-        """Finds a target out of range, or not finite if the loss does not leave it out."""
-        split = self.splits[name]
-        seen = split if isinstance(split, Split) else split.first(self.batch_size)
-        check_shares(self.loss, seen.targets, f"the split {name!r}")
-        place = _not_finite(split.targets) if isinstance(split, Split) else None
-        if place is None or not isinstance(split, Split) or self.batch_loss:
-            return
-        start = place - place % self.batch_size
-        batch = split.take(slice(start, start + self.batch_size)).send(self.device)
-        inputs = self.data.prepare(map_inputs(Tensor.clone, batch.inputs), self.dtype)
-        outputs = self.forward(self.model, inputs)
-        losses = self.per_example(self.loss, outputs, batch.targets, "loss")
-        if not losses[place - start].isfinite():
-            raise self._target_error(split.targets[place], split, place)
-
-    def _target_error(self, target: Tensor, split: Examples, index: int) -> DataError:
-        found = [name for name, examples in self.splits.items() if examples is split]
-        where = f"the split {found[0]!r}" if found else "the data"
-        value = float(target[~target.isfinite()].flatten()[0])
-        return DataError(
-            f"{where}: the target of example {split.position(index)} (counted from 0) is {value}",
-            "Leave the example out, or give a --loss of your own that does",
-        )
-
-    def _check_lengths(self, lengths: Collection[torch.Size]) -> None:
-        """Makes sure that each target counts the same in a mean over all of them."""
-        if len(lengths) > 1:
-            one, other = sorted(map(list, lengths))[:2]
-            raise LossError(
-                f"examples have targets of the shapes {one} and {other}, and the loss is a mean "
-                "over all targets",
-                f"Fill them up to one shape with {IGNORED}, or give --loss token_cross_entropy, a "
-                "mean over the sequences",
-            )
-
-    def _check_range(self, labels: Tensor, where: str) -> None:
-        counts, classes = counted(self.loss, labels, self._classes), self._classes
-        void = classes is not None and classes <= VOID and function_of(self.loss) in _OF_CLASSES
-        if void and bool((labels == VOID).any()):
-            told = f"targets of {VOID} are ignored: the model has {classes} classes"
-            self._remarks[told] = None
-        labels = labels[counts]
-        if not labels.numel():
-            return
-        low, high = int(labels.min()), int(labels.max())
-        if classes is not None and (low < 0 or high >= classes):
-            raise LossError(
-                f"{where} has the label {low if low < 0 else high}, and the model's {classes} "
-                f"outputs stand for the labels 0 to {classes - 1}",
-                "Choose a model or data with as many classes",
-            )
-
-
-def _not_finite(targets: Tensor) -> int | None:
-    """The first example whose target is infinite or not a number."""
-    if not targets.is_floating_point():
-        return None
-    bad = ~targets.isfinite().flatten(1).all(1) if targets.ndim > 1 else ~targets.isfinite()
-    return int(bad.nonzero()[0]) if bool(bad.any()) else None
-
-
-def _classifies(loss: PerExample) -> bool:
-    """Tells whether the highest score of a class may be an answer, as far as the loss is known."""
-    return loss.of_scores if isinstance(loss, TorchLoss) else function_of(loss) is not mse
-
 
 def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Moves a model to a device and casts it; complex tensors stay complex."""
@@ -1211,7 +749,17 @@ def _bytes_in_forward(inputs: Tensor) -> int:
     return inputs[0].numel() * factor
 
 
-def _agree(found: Tensor, truth: Tensor, tolerance: float) -> bool:
+def is_close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
+    """Compares losses that are finite in the same places.
+
+    Args:
+        found: The losses.
+        truth: What they should be.
+        tolerance: The largest norm of the difference, as a share of the norm of the truth.
+
+    Returns:
+        Whether they agree.
+    """
     finite = truth.isfinite()
     if not torch.equal(found.isfinite(), finite):
         return False

@@ -38,6 +38,7 @@ from losscli.evaluation.curvature import (
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.differences import SAMPLE, noise_of
 from losscli.evaluation.objective import Evaluation, Objective
+from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import idle_layers, record_key, restore
 from losscli.evaluation.sampling import Estimate
@@ -783,7 +784,7 @@ class Check(Study):
         """The objective in float64, if there is one."""
         objective = self.problem.objective
         sample = next(iter(objective.splits.values())).spread(SAMPLE)[0].to(objective.device)
-        return objective.in_float64(sample, inside=True)
+        return in_float64(objective, sample, inside=True)
 
     def _differentiated(self, weights: Weights) -> Objective:
         """Returns what gradient and eigenvalues are computed with: a whole Hessian in float64."""

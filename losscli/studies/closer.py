@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from losscli.evaluation.derivatives import slopes
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.precision import in_float64
 from losscli.evaluation.sweep import halving, sweep
 from losscli.evaluation.tasks import Execution
 from losscli.studies.problem import Problem
@@ -118,7 +119,7 @@ class CloseUp:
                 return curves, len(again)
             if precise is None:
                 objective.load(self.start)
-                precise = objective.in_float64(next(iter(objective.first_batches().values())))
+                precise = in_float64(objective, next(iter(objective.first_batches().values())))
             # Among ranks it is made by all, or used by none.
             if not self.execution.decide(precise is not None) or precise is None:
                 return curves, len(again)

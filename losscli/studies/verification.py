@@ -10,6 +10,7 @@ import torch
 
 from losscli.data import Examples
 from losscli.errors import ModelError, UsageError
+from losscli.evaluation.precision import with_model
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.studies.problem import Problem
 from losscli.weight_space.slices import Slice
@@ -120,7 +121,7 @@ def verify_fresh_model(problem: Problem, weights: Weights) -> None:
         return
     with torch.random.fork_rng(devices=[]):
         model = problem.fresh()
-    anew = objective.twin(model, objective.dtype)
+    anew = with_model(objective, model, objective.dtype)
     batches: Mapping[str, Examples] = objective.first_batches()
     estimated = objective.recalibration is not None
     share = _TOLERANCE_OF_ESTIMATES[problem.settings.dtype] if estimated else 1e-5

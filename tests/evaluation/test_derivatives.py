@@ -22,6 +22,7 @@ from losscli.evaluation.derivatives import Slopes, _Course, _Way, slopes
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import sweep
+from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.weight_space.slices import Line
@@ -40,7 +41,7 @@ WHOLE = [case for case in CASES if case.name not in CUT_OFF]
 def ready(case: Case, *, seed: int = 1, **settings: Any) -> tuple[Objective, Line]:
     objective = objective_of(case, **settings)
     a, line = line_of(case, seeds=(seed, seed + 1))
-    objective.check(a)
+    check_task(objective, a)
     return objective, line
 
 
@@ -151,7 +152,7 @@ def test_a_product_of_two_weights_has_the_derivatives_of_its_polynomial() -> Non
     objective = objective_of(case)
     a = {"u": torch.tensor([2.0]), "v": torch.tensor([-1.0])}
     b = {"u": torch.tensor([3.0]), "v": torch.tensor([1.0])}
-    objective.check(a)
+    check_task(objective, a)
     found = slopes(objective, Line(a, b), ALPHAS)["all"]
     # ((2 + α)(2α − 1))²
     loss = np.poly1d([2, 3, -2]) ** 2
@@ -166,7 +167,7 @@ def test_buffers_that_move_alone_are_differentiated_in_both_modes() -> None:
     case = Case("smooth", build, CASES[4].inputs, torch.arange(37) % 3)
     objective = objective_of(case)
     a, whole = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     names = [n for n in whole.a if "running" in n]
     line = Line({n: whole.a[n] for n in names}, {n: whole.b[n] for n in names})
     h = 1e-3
@@ -192,7 +193,7 @@ def test_what_the_line_does_not_move_keeps_its_value() -> None:
     line = Line({name: whole.a[name]}, {name: whole.b[name]})
     found = []
     for rest in (case.state(1), case.state(5)):
-        objective.check(rest)
+        check_task(objective, rest)
         found.append(slopes(objective, line, [0.3])["all"].slope)
         h = 1e-6
         low, high = sweep(objective, line, [(0.3 - h,), (0.3 + h,)])["all"].losses.mean(1)
@@ -444,7 +445,7 @@ def test_each_split_has_its_own_and_progress_reaches_the_number_of_points() -> N
         batch_size=4,
     )
     a, line = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     told: list[float] = []
     found = slopes(objective, line, ALPHAS, execution=Execution(told.append))
     assert told == sorted(told)
@@ -505,7 +506,7 @@ def test_a_relu_network_between_its_kinks_is_as_curved_as_its_loss() -> None:
     )
     names = ["layer.layers.0.weight", "layer.layers.0.bias"]
     a = {names[0]: torch.tensor([[1.0]]), names[1]: torch.tensor([0.0])}
-    objective.check(a)
+    check_task(objective, a)
     line = Line({names[0]: a[names[0]]}, {names[0]: -a[names[0]]})
     found = slopes(objective, line, [0.2, 0.8])["all"]
     assert found.slope.tolist() == [-2.0, 2.0]
@@ -596,7 +597,7 @@ def test_without_float64_derivatives_are_right_or_refused_or_noted(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No right derivative is refused, and no wrong one passes in silence."""
-    monkeypatch.setattr(Objective, "in_float64", lambda *_, **__: None)
+    monkeypatch.setattr(module, "in_float64", lambda *_, **__: None)
     wrong = {**stopped.STOPPED, "lying": stopped.lying}
     for name, middle in {**stopped.SMOOTH, **wrong}.items():
         objective, line = ready(stopped.case(middle), dtype=dtype)

@@ -22,6 +22,7 @@ from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import decode, encode, restore, state_of
 from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep_plain
+from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.weight_space.slices import Line
 from tests.cases import CASES
@@ -156,7 +157,7 @@ def objective_and_line(batch_size: int) -> tuple[Objective, Line]:
         batch_size=batch_size,
     )
     a, b = ({n: t.double() for n, t in case.state(seed).items()} for seed in (1, 2))
-    objective.check(a)
+    check_task(objective, a)
     return objective, Line(a, b)
 
 

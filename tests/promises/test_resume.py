@@ -22,6 +22,7 @@ from losscli.evaluation.recalibration import Recalibration
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep, sweep_plain
+from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.results import to_json
@@ -99,7 +100,7 @@ def walk(
 ) -> list[Evaluation]:
     """What a study does: the ends plainly, then the points, on all examples."""
     objective, (a, there) = build(case, recalibrate=recalibrate), line(case)
-    objective.check(a)
+    check_task(objective, a)
     (first,) = sweep_plain(objective, [a], execution=Execution(journal=journal))
     execution = Execution(journal=journal)
     found = sweep(objective, there, ALPHAS, chunk=chunk, execution=execution)
@@ -290,7 +291,7 @@ def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
 
     def run(journal: Any) -> list[float]:
         objective, (a, there) = build(case, batch_size=256), line(case)
-        objective.check(a)
+        check_task(objective, a)
 
         def evaluate(splits: Any, _: object) -> dict[str, Estimate]:
             execution = Execution(journal=journal)
@@ -385,7 +386,7 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
 
 def test_a_way_whose_proof_ran_out_of_memory_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, (a, there) = build(TRIED[0]), line(TRIED[0])
-    objective.check(a)
+    check_task(objective, a)
 
     def at(*_: Any) -> Any:
         raise torch.OutOfMemoryError("on purpose")

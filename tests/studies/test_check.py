@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import losscli
-from losscli import objective as objective_module
 from losscli.errors import ModelError, UsageError
-from losscli.evaluation.objective import Objective
+from losscli.evaluation import precision
 from losscli.models import CNN, MLP
 from tests import oracle, stopped
 from tests.conftest import ROOT, Losscli
@@ -582,7 +581,7 @@ def test_without_a_copy_errors_cover_the_dense_float64_hessian_and_a_note_tells_
     only: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of more than 1,000 weights, and of fewer: the whole spectrum.
-    monkeypatch.setattr(Objective, "in_float64", lambda *_, **__: None)
+    monkeypatch.setattr("losscli.studies.check.in_float64", lambda *_, **__: None)
     torch.manual_seed(0)
     model = Offset()
     x = torch.randn(60, 20, generator=torch.Generator().manual_seed(1))
@@ -611,7 +610,7 @@ def test_what_rounding_hides_is_noted(
 ) -> None:
     if limited:
         # A copy does not fit into memory.
-        monkeypatch.setattr(objective_module, "host_budget", lambda: 1)
+        monkeypatch.setattr(precision, "host_budget", lambda: 1)
     x, y = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
     torch.manual_seed(0)
     files = [save(tmp_path, name, **MLP("6-4-3").state_dict()) for name in "ab"]

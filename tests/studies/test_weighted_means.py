@@ -28,6 +28,7 @@ from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.records import decode, encode
 from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep
+from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.settings import Settings
@@ -382,7 +383,7 @@ def test_every_way_to_evaluate_weighs_alike(way: Strategy) -> None:
     objective = objective_of(partial(cross_entropy, weight=WEIGHT), (x, y), mlp, batch_size=16)
     torch.manual_seed(1)
     a, b = (mlp().double().state_dict() for _ in range(2))
-    objective.check(a)
+    check_task(objective, a)
     objective.strategy = way
     found = sweep(objective, Line(a, b), [(alpha,) for alpha in ALPHAS])["all"]
     for k, alpha in enumerate(ALPHAS):
@@ -475,7 +476,7 @@ def test_a_stream_is_weighed_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_was_recorded_has_its_weights() -> None:
     x, y = classes()
     objective = objective_of(partial(cross_entropy, weight=WEIGHT), (x, y))
-    objective.check(states()[0])
+    check_task(objective, states()[0])
     found = objective.plain(states()[0])
     arrays = encode(objective, objective.splits, found, 1, 1)
     back = decode(arrays, objective.splits, objective.metrics)

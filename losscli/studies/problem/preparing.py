@@ -16,6 +16,7 @@ from losscli.errors import MismatchError, UsageError
 from losscli.evaluation.device import choose_device, describe_device
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Ranks
+from losscli.evaluation.task_checks import check_task
 from losscli.settings import Buffers, DType, Settings
 from losscli.studies.problem.checkpoints import Checkpoints, is_same
 from losscli.studies.problem.model import build, check_copy
@@ -136,7 +137,7 @@ def _compare_extra_states(
         keys = [key for key, state in kept.items() if not is_same(state, checkpoint.extra.get(key))]
         if not keys:
             continue
-        objective.check(checkpoint.weights)
+        check_task(objective, checkpoint.weights)
         batches, losses = objective.first_batches(), []
         for objective.extra in (checkpoint.extra, kept):
             evaluations = objective.plain(checkpoint.weights, batches)
