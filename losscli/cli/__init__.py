@@ -180,6 +180,7 @@ def _among_ranks(arguments: Sequence[str], console: Console) -> int:
     silent = SilentConsole()
     with joined(console.note) as ranks:
         own = console if leads else silent
+        own.ranks = ranks
         status = _attempt(partial(_parse, arguments), own)
         # What ends by a signal was told to, and the others were too.
         if 0 < status <= 128:

@@ -52,7 +52,7 @@ def barriers(
     def plan() -> Study:
         from losscli.studies.barriers import Barriers
 
-        return Barriers.plan(names, settings, points=points)
+        return Barriers.plan(names, settings, points=points, ranks=console.ranks)
 
-    names = names_of(checkpoints)
+    names = names_of(checkpoints, console.ranks)
     carry_out("barriers", checkpoints, plan, write, console)

@@ -92,7 +92,8 @@ def check(
             learning_rate=learning_rate,
             keep_order=keep_order,
             momentum=momentum,
+            ranks=console.ranks,
         )
 
-    names = names_of(checkpoints)
+    names = names_of(checkpoints, console.ranks)
     carry_out("check", checkpoints, plan, write, console)

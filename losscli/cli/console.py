@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from losscli.errors import LosscliError, OutputError, UsageError, printable
 from losscli.files import IrregularError, read_text
+
+if TYPE_CHECKING:
+    from losscli.evaluation.ranks import Ranks
 
 __all__ = ["Console", "SilentConsole", "stdin"]
 
@@ -39,6 +42,7 @@ class Console:
         traceback: Whether an error shows where in the code it came from.
         kept: Where what was finished lies if the command ends too early; None where nothing was.
         written: Whether the results stand.
+        ranks: The processes that share the command; None if this one runs it alone.
     """
 
     def __init__(self, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
@@ -49,6 +53,7 @@ class Console:
         self.traceback = False
         self.kept: Path | None = None
         self.written = False
+        self.ranks: Ranks | None = None
 
     @property
     def animated(self) -> bool:

@@ -114,6 +114,7 @@ def interpolate(
             refine=refine,
             context=whole,
             layerwise=layerwise,
+            ranks=console.ranks,
         )
 
     whole = None

@@ -85,7 +85,8 @@ def plane(
             range_=range_,
             surface=surface,
             keep_order=keep_order,
+            ranks=console.ranks,
         )
 
-    names = names_of(checkpoints)
+    names = names_of(checkpoints, console.ranks)
     carry_out("plane", checkpoints, plan, write, console)

@@ -11,11 +11,11 @@ from losscli.cli import report
 from losscli.cli.console import Console, stdin
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.evaluation.ranks import Ranks, current, decided
 from losscli.results import Result, need_few, to_json
 
 if TYPE_CHECKING:
     from losscli.evaluation.journal import Journal
+    from losscli.evaluation.ranks import Ranks
     from losscli.studies.base import Study
 
 __all__ = ["carry_out", "names_of"]
@@ -46,8 +46,8 @@ def carry_out(
         write: Where its result goes.
         console: The streams.
     """
-    ranks = current()
-    if ranks is not None and not ranks.leads:
+    ranks = console.ranks
+    if ranks is not None and not ranks.is_leader:
         _help(ranks, plan, write, console)
         return
     # A long path is named after its ends.
@@ -78,7 +78,7 @@ def carry_out(
         with console.guard_stdout():
             ranks.agree(_alike(study))
     if output is None:
-        console.result(_evaluate(study, console, None).table.to_csv())
+        console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
     output.guard(study.identity, study.tables)
     from losscli.evaluation.journal import Journal
@@ -92,7 +92,7 @@ def carry_out(
     ):
         for note in _notes(journal):
             console.note(note)
-        result = _evaluate(study, console, journal)
+        result = _evaluate(study, console, ranks, journal)
         files = output.write(result, log=write.log)
         console.written = True
         journal.finish()
@@ -105,13 +105,15 @@ def carry_out(
 
 def _help(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Console) -> None:
     """Does a rank's share of a study that rank 0 carries out."""
+    from losscli.evaluation.tasks import Execution
+
     with console.guard_stdout():
         study = plan()
         if write.dry_run:
             return
         ranks.agree(_alike(study))
         try:
-            study.run()
+            study.run(Execution(ranks=ranks))
         except ChangedError as error:
             ranks.fail(str(error), changed=True)
             raise
@@ -123,15 +125,19 @@ def _alike(study: Study) -> dict[str, str]:
     return {name: json.dumps(value) for name, value in conditions.items() if name not in _OWN}
 
 
-def _evaluate(study: Study, console: Console, journal: Journal | None) -> Result:
+def _evaluate(
+    study: Study, console: Console, ranks: Ranks | None, journal: Journal | None
+) -> Result:
     """Runs a study, and tells its notes."""
+    from losscli.evaluation.tasks import Execution
+
     with (
         console.guard_stdout(),
         console.progress(
             study.steps, study.unit, lambda: 0.0 if journal is None else journal.skipped
         ) as tell,
     ):
-        result = study.run(tell, journal)
+        result = study.run(Execution(tell, journal, ranks))
     for note in result.summary["notes"]:
         console.note(note)
     return result
@@ -168,11 +174,12 @@ def _notes(journal: Journal) -> Iterator[str]:
         )
 
 
-def names_of(arguments: Sequence[str]) -> list[str]:
+def names_of(arguments: Sequence[str], ranks: Ranks | None) -> list[str]:
     """Lists the names that arguments stand for.
 
     Args:
         arguments: Names; ``-`` for names on stdin, one per line.
+        ranks: The processes that share the run, of which rank 0 alone reads stdin.
 
     Returns:
         The names in their order.
@@ -185,9 +192,9 @@ def names_of(arguments: Sequence[str]) -> list[str]:
     names: list[str] = []
     for argument in arguments:
         if argument == "-":
-            ranks = current()
-            own = b"" if ranks is not None and not ranks.leads else stdin()
-            text = decided(own.decode("utf-8-sig", "surrogateescape"))
+            own = stdin() if ranks is None or ranks.is_leader else b""
+            text = own.decode("utf-8-sig", "surrogateescape")
+            text = text if ranks is None else ranks.decide(text)
             # Only at the ends of lines: a name may hold what Python else takes for one.
             lines = text.replace("\r\n", "\n").split("\n")
             names += [line for line in lines if line.strip()]

@@ -85,7 +85,8 @@ def trajectory(
             reach=reach,
             random_walk=random_walk,
             keep_order=keep_order,
+            ranks=console.ranks,
         )
 
-    names = names_of(checkpoints)
+    names = names_of(checkpoints, console.ranks)
     carry_out("trajectory", checkpoints, plan, write, console)

@@ -32,7 +32,7 @@ _SPEND = 0.5
 _TRIED = 8
 _TRIED_ELSEWHERE = 64
 
-# Points that are evaluated where a way to evaluate is proven, about.
+# Points that are evaluated where a strategy is proven, about.
 _PROOF = 8
 
 
@@ -122,7 +122,9 @@ def _among_others(
     def affordable(number: int, most: int) -> int:
         return max(1, most if not plain else min(most, int(_SPEND / (number * plain))))
 
-    halving(objective, lambda: objective.settle(slice_, points, affordable(_PROOF, len(batch))))
+    halving(
+        objective, lambda: objective.choose_strategy(slice_, points, affordable(_PROOF, len(batch)))
+    )
     part = batch.take(slice(0, affordable(len(points), len(batch))))
     with objective.held():
         # Once, so that what is set up is set up.

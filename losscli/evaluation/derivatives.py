@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,13 +38,13 @@ from losscli.evaluation.differences import (
     rules,
     unverified,
 )
-from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.precision import in_float64, narrowest_type
-from losscli.evaluation.ranks import Arrays, Ranks, current
-from losscli.evaluation.records import Log
+from losscli.evaluation.ranks import Arrays
+from losscli.evaluation.records import record_key
 from losscli.evaluation.strategies import combining_type
 from losscli.evaluation.sweep import halving
+from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, distance, norm, pieces
 
@@ -62,9 +62,6 @@ _SAME = {torch.float64: 1e-8, torch.float32: 1e-3}
 _SAME_IN_HALF = 5e-2
 
 _LONGEST_REASON = 160
-
-# Pieces of work for each of several ranks.
-_SHARES = 4
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,7 @@ def slopes(
     line: Line,
     alphas: Sequence[float],
     splits: Mapping[str, Examples] | None = None,
-    progress: Callable[[float], None] | None = None,
-    journal: Journal | None = None,
+    execution: Execution = ALONE,
 ) -> dict[str, Slopes]:
     """Differentiates the mean loss along a line, exactly.
 
@@ -105,8 +101,7 @@ def slopes(
             it moves, such as the statistics of BatchNorm, are differentiated like parameters.
         alphas: The P points.
         splits: The examples; all by default.
-        progress: Called with the points done so far, a growing number up to P.
-        journal: Where finished points are recorded, and recalled from instead of computed.
+        execution: How points are executed. Progress counts points.
 
     Returns:
         For each split its derivatives at the P points.
@@ -115,55 +110,55 @@ def slopes(
         ModelError: The model, or the loss, has no such derivatives, or none that can be trusted.
     """
     splits = objective.splits if splits is None else splits
-    found = {
-        name: Slopes(*torch.zeros(2, len(alphas), dtype=torch.float64).unbind()) for name in splits
-    }
     if not line.a or not alphas:
-        return found
-    ranks = current()
-    if ranks is not None:
-        return _deal(ranks, objective, line, alphas, splits, progress, journal)
+        nothing = torch.zeros(2, len(alphas), dtype=torch.float64)
+        return {name: Slopes(*nothing.clone().unbind()) for name in splits}
+    objective.batch_size = min(execution.gather(objective.batch_size))
     course = _Course(objective, line)
-    log = None
-    if journal is not None:
-        # Whoever halves the batch begins anew.
-        log = Log(journal, objective, splits, "slopes", line.ends, objective.batch_size)
-        _recall_note(objective, log)
-    way: _Way | None = None
-    tell = progress or (lambda _: None)
     total = sum(map(len, splits.values()))
-    seen = 0
-    for i, alpha in enumerate(alphas):
-        known = None if log is None else log.recall(alpha)
-        if known is not None:
-            for k, name in enumerate(splits):
-                found[name].slope[i], found[name].curvature[i] = known[f"{k}"].tolist()
-            seen += total
-            if journal is not None and progress is not None:
-                journal.skipped += 1
-                progress(seen / total)
-            continue
-        if way is None:
-            way, note = _settle(course, alphas, next(iter(splits.values())))
-            if note:
-                _note(objective, log, note)
-        weights = course.at(alpha)
-        for name, split in splits.items():
-            weight = 0.0
+
+    @cache
+    def way() -> tuple[_Way, str]:
+        return _settle(course, alphas, next(iter(splits.values())))
+
+    def differentiate(alpha: float, tell: Callable[[float], None]) -> Arrays:
+        (chosen, doubt), weights, seen = way(), course.at(alpha), 0
+        found: dict[str, NDArray[Any]] = {}
+        for k, split in enumerate(splits.values()):
+            both, weight = torch.zeros(2, dtype=torch.float64), 0.0
             for batch in objective.batches(split):
-                slope, curvature = course.sums(way, weights, batch)
-                found[name].slope[i] += slope / len(split)
-                found[name].curvature[i] += curvature / len(split)
+                sums = course.sums(chosen, weights, batch)
+                both += torch.tensor(sums, dtype=torch.float64) / len(split)
                 weight += course.weight
                 seen += len(batch)
                 tell(seen / total)
             if weight != len(split):
-                for values in (found[name].slope, found[name].curvature):
-                    values[i] *= len(split) / weight if weight else math.nan
-        if log is not None:
-            both = ((found[name].slope[i], found[name].curvature[i]) for name in splits)
-            log.record(alpha, {f"{k}": np.array(pair) for k, pair in enumerate(both)})
-    return found
+                both *= len(split) / weight if weight else math.nan
+            found[f"{k}"] = both.numpy()
+        if doubt:
+            # Noted also by other ranks, and by a run that recalls the point.
+            found["unverified"] = np.frombuffer(doubt.encode(), np.uint8)
+        return found
+
+    def evaluate(alpha: float, own: Execution) -> Arrays:
+        if execution.size == 1:
+            # Whoever halves the batch begins anew: all points have one batch size.
+            return differentiate(alpha, own.tell)
+        return halving(objective, lambda: differentiate(alpha, own.tell))
+
+    key = execution.key(
+        lambda: record_key(objective, splits, "slopes", line.ends, objective.batch_size)
+    )
+    tasks = (Task(1, partial(evaluate, alpha), key, alpha) for alpha in alphas)
+    points = list(execution.run(tasks))
+    for point in points:
+        if "unverified" in point:
+            objective.remark(point["unverified"].tobytes().decode())
+    found = {
+        name: torch.stack([torch.from_numpy(point[f"{k}"]) for point in points], 1)
+        for k, name in enumerate(splits)
+    }
+    return {name: Slopes(*both.unbind()) for name, both in found.items()}
 
 
 def trial(objective: Objective, line: Line, split: Examples) -> Callable[[], object]:
@@ -185,74 +180,6 @@ def trial(objective: Objective, line: Line, split: Examples) -> Callable[[], obj
     weights = course.at(0.5)
     batch = split.first(objective.batch_size).to(objective.device)
     return lambda: course.sums(way, weights, batch)
-
-
-def _deal(
-    ranks: Ranks,
-    objective: Objective,
-    line: Line,
-    alphas: Sequence[float],
-    splits: Mapping[str, Examples],
-    progress: Callable[[float], None] | None,
-    journal: Journal | None,
-) -> dict[str, Slopes]:
-    """Differentiates at some points, and has other ranks do so at others."""
-    objective.batch_size = min(ranks.gather(objective.batch_size))
-    known: dict[int, Arrays] = {}
-    log = None
-    if journal is not None:
-        log = Log(journal, objective, splits, "slopes", line.ends, objective.batch_size)
-        recalled = ((i, log.recall(alpha)) for i, alpha in enumerate(alphas))
-        known = {i: arrays for i, arrays in recalled if arrays is not None}
-        _recall_note(objective, log)
-    # Whoever takes points holds the way to differentiate against others first.
-    left = [i for i in range(len(alphas)) if i not in known]
-    size = math.ceil(len(left) / (_SHARES * ranks.size)) or 1
-    blocks = [left[at : at + size] for at in range(0, len(left), size)]
-    pieces = ranks.decide([*([i] for i in known), *blocks])
-
-    def work(k: int, tell: Callable[[float], None]) -> Arrays:
-        points = [alphas[i] for i in pieces[k]]
-        found = halving(objective, lambda: slopes(objective, line, points, splits, tell))
-        both = (np.stack([found[name].slope, found[name].curvature], 1) for name in splits)
-        return {f"{n}": pairs for n, pairs in enumerate(both)}
-
-    def keep(k: int, arrays: Arrays) -> None:
-        if log is not None:
-            for place, i in enumerate(pieces[k]):
-                log.record(alphas[i], {name: pairs[place] for name, pairs in arrays.items()})
-
-    if journal is not None and progress is not None:
-        journal.skipped += len(known)
-    noted = set(objective.remarks)
-    parts = ranks.deal(
-        [len(piece) for piece in pieces],
-        work,
-        known={k: {n: pair[None] for n, pair in known[i].items()} for k, i in enumerate(known)},
-        found=keep,
-        progress=progress,
-    )
-    for note in dict.fromkeys(itertools.chain.from_iterable(ranks.gather(objective.remarks))):
-        if note not in noted:
-            _note(objective, log, note)
-    order = torch.tensor([i for piece in pieces for i in piece]).argsort()
-    together = (
-        torch.from_numpy(np.concatenate([part[f"{n}"] for part in parts]))[order]
-        for n, _ in enumerate(splits)
-    )
-    return {name: Slopes(*t.unbind(1)) for name, t in zip(splits, together, strict=True)}
-
-
-def _note(objective: Objective, log: Log | None, note: str) -> None:
-    """Notes what could not be verified, also for a run that recalls all points."""
-    objective.remark(note)
-    if log is not None:
-        log.record("note", {"text": np.frombuffer(note.encode(), np.uint8)})
-
-
-def _recall_note(objective: Objective, log: Log) -> None:
-    if (known := log.recall("note")) is not None:
-        objective.remark(known["text"].tobytes().decode())
 
 
 class _Way(enum.Enum):

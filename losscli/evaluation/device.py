@@ -13,20 +13,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from losscli.errors import DeviceError, one_line
-from losscli.evaluation.ranks import current
 
 __all__ = ["Narrowest", "choose_device", "describe_device", "float32_precision", "widened"]
 
 
-def choose_device(name: str, dtype: str) -> torch.device:
+def choose_device(name: str, dtype: str, local: int | None = None) -> torch.device:
     """Chooses the device, and makes sure that it is there.
 
     Args:
         name: ``auto``, ``cpu``, ``cuda``, ``cuda:I`` or ``mps``.
         dtype: The type of the forward pass: not every device has each.
+        local: Of several processes on one machine the number of this one, and so of its GPU.
 
     Returns:
-        The device; of several processes on one machine each has a GPU of its own.
+        The device.
 
     Raises:
         DeviceError: It is not to be had here.
@@ -40,9 +40,8 @@ def choose_device(name: str, dtype: str) -> torch.device:
             name = "cpu"
     try:
         device = torch.device(name)
-        ranks = current()
-        if ranks is not None and name == "cuda":
-            device = torch.device("cuda", ranks.local)
+        if local is not None and name == "cuda":
+            device = torch.device("cuda", local)
         # Only an allocation tells whether a device is really there.
         torch.empty(1, dtype=getattr(torch, dtype), device=device)
     except (RuntimeError, AssertionError, TypeError) as error:

@@ -52,7 +52,7 @@ from losscli.evaluation.strategies import (
     Plain,
     Points,
     Stacked,
-    Way,
+    Strategy,
     is_known,
     tensors_of,
 )
@@ -81,7 +81,7 @@ _BATCH_ELSEWHERE = (256 << 20, 4096)
 # Examples from which the size of an example's outputs is known. Not one: code may squeeze that.
 PROBE = 2
 
-# Examples on which a way to evaluate is held against the plain one.
+# Examples on which a strategy is held against the plain one.
 _PROOF_EXAMPLES = 256
 
 # How far its losses may be from those of the plain one, as a share; and where BatchNorm's
@@ -195,7 +195,7 @@ class Objective(ScoredModel):
         self.left_out: dict[str, str] = {}
         self.optional = frozenset(optional)
         self._remarks: dict[str, None] = {}
-        self._way: Way | None = None
+        self._strategy: Strategy | None = None
         self._provisional = False
         self._proving = False
         self._operations: int | None = None
@@ -240,7 +240,7 @@ class Objective(ScoredModel):
         return () if self.recalibration is None else self.batchnorm
 
     def brief(self) -> AbstractContextManager[None]:
-        """Lets a first training batch do, where ways to evaluate are held against each other.
+        """Lets a first training batch do, where strategies are held against each other.
 
         Returns:
             A context within which BatchNorm's statistics are estimated on that batch alone.
@@ -514,41 +514,41 @@ class Objective(ScoredModel):
         Returns:
             For each split its evaluation at the P points.
         """
-        way = self._way or Way.LOADED
-        if way is Way.LOADED:
+        strategy = self._strategy or Strategy.LOADED
+        if strategy is Strategy.LOADED:
             return self._evaluate(Loaded(self, slice_, coordinates), splits, progress)
-        if way is Way.STACKED:
+        if strategy is Strategy.STACKED:
             points: Points = Stacked(self, slice_, coordinates, proving=self._proving)
         else:
-            points = Points(self, slice_, coordinates, way, proving=self._proving)
+            points = Points(self, slice_, coordinates, strategy, proving=self._proving)
         with points:
             return self._evaluate(points, splits, progress)
 
     @torch.no_grad()
-    def settle(
+    def choose_strategy(
         self,
         slice_: Slice,
         coordinates: Sequence[Sequence[float]],
         examples: int = _PROOF_EXAMPLES,
     ) -> None:
-        """Chooses the fastest way to evaluate points that gives the numbers of the plain one.
+        """Chooses the fastest strategy that gives the numbers of the plain one.
 
-        A few points are evaluated on a part of a batch by loading each plainly, then in every
-        way from the fastest on until one agrees. The choice is made once, at the first points
+        A few points are evaluated on a part of a batch by loading each plainly, then by every
+        strategy from the fastest on until one agrees. The choice is made once, at the first points
         that share a first layer: so it does not depend on the order of slices.
 
         Args:
             slice_: The slice.
             coordinates: As many points as will be evaluated at once.
-            examples: Examples to prove a way on, at most.
+            examples: Examples to prove a strategy on, at most.
         """
-        if self.way is not None:
+        if self.strategy is not None:
             return
         self._provisional = False
         moving = sum(self.tensors[name].nbytes for name in slice_.ends[0])
         if moving > _LARGE_BYTES and not self._folds:
             # The proof would cost a second copy. Whoever sweeps a line compares its ends anyway.
-            self._way = Way.BOUND
+            self._strategy = Strategy.BOUND
             return
         name, split = next(iter(self.splits.items()))
         sample = {name: split.first(min(self.batch_size, examples)).to(self.device)}
@@ -582,43 +582,43 @@ class Objective(ScoredModel):
 
         self._proving = True
         try:
-            for way in self._ways():
-                self.way = way
+            for strategy in self._strategies():
+                self.strategy = strategy
                 if all(map(agrees, range(len(proofs)))):
                     return
         except BaseException:
-            # Out of memory, say: the way that was tried is not one that was proven.
-            self._way = None
+            # Out of memory, say: the strategy that was tried is not one that was proven.
+            self._strategy = None
             raise
         finally:
             self._proving = False
-        self.way = Way.LOADED
+        self.strategy = Strategy.LOADED
 
     @property
-    def way(self) -> Way | None:
+    def strategy(self) -> Strategy | None:
         """How points are evaluated; None before it is settled. To be set to one that was proven."""
-        return None if self._provisional else self._way
+        return None if self._provisional else self._strategy
 
-    @way.setter
-    def way(self, way: Way | None) -> None:
-        self._way, self._provisional = way, False
+    @strategy.setter
+    def strategy(self, strategy: Strategy | None) -> None:
+        self._strategy, self._provisional = strategy, False
 
-    def _ways(self) -> list[Way]:
+    def _strategies(self) -> list[Strategy]:
         if self._folds:
             return []
-        ways = [Way.SHARED, Way.BOUND]
+        strategies = [Strategy.SHARED, Strategy.BOUND]
         functions = [self.loss, *self.metrics.values()]
         known = is_known(self.model) and all(map(is_registered, functions))
         if self.device.type == "cpu" and known:
-            ways.insert(0, Way.THREADS)
+            strategies.insert(0, Strategy.THREADS)
         # Mapped over weights a convolution becomes one of many groups, which is slower than the
         # same convolutions in turn; and on a CPU nothing waits for a launch.
         # And of a module that has two names, functional_call does not put the tensors back.
         modules = list(self.model.modules())
         twice = len(list(self.model.named_modules(remove_duplicate=False))) > len(modules)
         if self.device.type == "cuda" and not twice and not any(map(_convolves, modules)):
-            ways.insert(0, Way.STACKED)
-        return ways
+            strategies.insert(0, Strategy.STACKED)
+        return strategies
 
     def _evaluate(
         self,

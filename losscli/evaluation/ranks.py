@@ -34,9 +34,6 @@ __all__ = [
     "Arrays",
     "Ranks",
     "RanksError",
-    "apart",
-    "current",
-    "decided",
     "is_one_of_many",
     "joined",
 ]
@@ -99,7 +96,7 @@ class Ranks:
         self._beating.start()
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this is rank 0, which alone reads and writes results, and talks."""
         return self.rank == 0
 
@@ -134,7 +131,7 @@ class Ranks:
             RanksError: A rank failed or is gone.
         """
         key = f"{self._next()}/decided"
-        if self.leads:
+        if self.is_leader:
             self._store.set(key, json.dumps(value))
             return value
         self._wait(lambda: self._store.check([key]))
@@ -153,7 +150,7 @@ class Ranks:
         hosts = self.gather(socket.gethostname())
         first, *others = self.gather(dict(told))
         # Rank 0 judges, and the others hear of it.
-        for rank, other in enumerate(others if self.leads else (), 1):
+        for rank, other in enumerate(others if self.is_leader else (), 1):
             for name in dict.fromkeys([*first, *other]):
                 if first.get(name) != other.get(name):
                     raise UsageError(
@@ -190,8 +187,8 @@ class Ranks:
             RanksError: A rank failed or is gone.
         """
         step = self._next()
-        deal = _Deal(step, found if self.leads else None, progress if self.leads else None)
-        for i, arrays in (known or {}).items() if self.leads else ():
+        deal = _Deal(step, found if self.is_leader else None, progress if self.is_leader else None)
+        for i, arrays in (known or {}).items() if self.is_leader else ():
             deal.have[i] = arrays
             self._publish(deal, i, arrays)
         todo = self.decide([i for i in range(len(sizes)) if i not in deal.have])
@@ -207,8 +204,7 @@ class Ranks:
                     deal.mine = before + done
                     self.attend()
 
-                with apart():
-                    arrays = work(i, tell)
+                arrays = work(i, tell)
                 deal.mine = before + sizes[i]
                 deal.have[i] = arrays
                 self._publish(deal, i, arrays)
@@ -257,7 +253,7 @@ class Ranks:
         """
         # Whatever becomes of the store now, this rank has done its part.
         with contextlib.suppress(RanksError):
-            if self.leads:
+            if self.is_leader:
                 self._store.set("over", "")
                 if not status and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                     self._stay()
@@ -337,7 +333,7 @@ class Ranks:
 
     def _forget(self) -> None:
         """Makes room in the store, where all have read what was in it."""
-        if not self.leads:
+        if not self.is_leader:
             self._past.clear()
             return
         for deal in list(self._past):
@@ -364,7 +360,7 @@ class Ranks:
         if now - self._watched < _BEAT:
             return
         self._watched = now
-        for rank in range(1, self.size) if self.leads else (0,):
+        for rank in range(1, self.size) if self.is_leader else (0,):
             beats = self._store.add(f"beat/{rank}", 0)
             before, since = self._heard[rank]
             if beats != before:
@@ -429,45 +425,6 @@ class _Deal:
         self.counted = 0  # what of that the others know, in parts
 
 
-_CURRENT: Ranks | None = None
-
-
-def current() -> Ranks | None:
-    """Tells with whom this process shares its run.
-
-    Returns:
-        The ranks; None where it runs alone.
-    """
-    return _CURRENT
-
-
-def decided(value: _T) -> _T:
-    """Leaves a decision to rank 0, where there are ranks.
-
-    Args:
-        value: What this process would say, of JSON's types.
-
-    Returns:
-        What is to be done.
-    """
-    return value if _CURRENT is None else _CURRENT.decide(value)
-
-
-@contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """Lets each rank do by itself what it would share.
-
-    Yields:
-        Nothing.
-    """
-    global _CURRENT  # noqa: PLW0603
-    others, _CURRENT = _CURRENT, None
-    try:
-        yield
-    finally:
-        _CURRENT = others
-
-
 def is_one_of_many() -> bool:
     """Tells whether this process was started as one of several, as torchrun does.
 
@@ -497,12 +454,11 @@ def joined(tell: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
         tell: Called with a note where they are long in coming.
 
     Yields:
-        The ranks, which are the current ones meanwhile.
+        The ranks.
 
     Raises:
         RanksError: They cannot be reached.
     """
-    global _CURRENT  # noqa: PLW0603 - there is one environment, and one run in it
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -520,11 +476,7 @@ def joined(tell: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
             "Start all of them with torchrun, or leave RANK and WORLD_SIZE out of the environment "
             "to run alone",
         ) from None
-    _CURRENT = Ranks(store, rank, size, local)
-    try:
-        yield _CURRENT
-    finally:
-        _CURRENT = None
+    yield Ranks(store, rank, size, local)
 
 
 class _Wait:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from losscli.data import Examples
 from losscli.evaluation.losses import PerExample, of_mean
 from losscli.evaluation.objective import Evaluation
-from losscli.evaluation.ranks import decided
+from losscli.evaluation.tasks import ALONE, Execution
 from losscli.table import Cell
 from losscli.weight_space.curve import relative
 
@@ -283,8 +283,8 @@ def grow(
     splits: Mapping[str, Examples],
     tolerance: float | None,
     seed: int,
-    evaluate: Callable[[Mapping[str, Examples], Callable[[float], None]], Mapping[str, _T]],
-    progress: Callable[[float], None] | None = None,
+    evaluate: Callable[[Mapping[str, Examples], Execution], Mapping[str, _T]],
+    execution: Execution = ALONE,
 ) -> dict[str, _T]:
     """Evaluates on whole splits, or on as many of their examples as are needed.
 
@@ -293,15 +293,14 @@ def grow(
         tolerance: What the standard error may be, as a share of the height of what is evaluated;
             None for all examples.
         seed: Of the order in which examples are looked at.
-        evaluate: Evaluates on the splits it is given, and tells the points done so far.
-        progress: Called with the points done so far, counted as if all examples were needed.
+        evaluate: Evaluates on the splits it is given.
+        execution: How that is executed. Progress is counted as if all examples were needed.
 
     Returns:
         What was found on each split.
     """
-    tell = progress or (lambda _: None)
     if tolerance is None:
-        return dict(evaluate(splits, tell))
+        return dict(evaluate(splits, execution))
     found: dict[str, _T] = {}
     generator = torch.Generator().manual_seed(seed)
     order = {n: s.order(generator) for n, s in splits.items()}
@@ -317,16 +316,17 @@ def grow(
         def further(done: float, before: float = looked, share: float = share) -> None:
             nonlocal most
             most = max(most, done)
-            tell(before + share * done)
+            execution.tell(before + share * done)
 
-        for name, block in evaluate(blocks, further).items():
+        own = replace(execution, progress=further)
+        for name, block in evaluate(blocks, own).items():
             found[name] = found[name].extend(block) if name in found else block
         left = [
             name
             for name, split in going.items()
             if size < len(split) and not found[name].is_known_to(tolerance)
         ]
-        going = {name: going[name] for name in decided(left)}
+        going = {name: going[name] for name in execution.decide(left)}
         looked += share * most
         size *= 2
     return found

@@ -1,7 +1,7 @@
-"""Points of a slice on a batch of examples: several ways to one answer.
+"""Points of a slice on a batch of examples: several strategies, one answer.
 
-The surest way loads each point plainly. The others make the weights of all points first and bind
-the model's tensors to them, share what a first layer gives, and take the points in turn, in
+The surest strategy loads each point plainly. The others make the weights of all points first and
+bind the model's tensors to them, share what a first layer gives, and take the points in turn, in
 threads, or all at once. Which of them gives the same numbers is for the objective to prove.
 """
 
@@ -39,7 +39,7 @@ __all__ = [
     "Points",
     "Record",
     "Stacked",
-    "Way",
+    "Strategy",
     "combining_type",
     "is_known",
     "tensors_of",
@@ -52,7 +52,7 @@ _STRETCH_ELSEWHERE = 1 << 22
 
 
 class NothingSharedError(ModelError):
-    """A way cannot be proved at points where the products at the ends nearly cancel."""
+    """A strategy cannot be proved at points where the products at the ends nearly cancel."""
 
 
 class Record(Protocol):
@@ -105,7 +105,7 @@ class Network(Protocol):
         """
 
 
-class Way(enum.Enum):
+class Strategy(enum.Enum):
     """How points are evaluated, from the fastest to the surest."""
 
     STACKED = enum.auto()
@@ -259,8 +259,8 @@ class Points:
         network: The model. Within the context its tensors are bound to those of the points.
         slice_: The slice.
         coordinates: The points.
-        way: How to evaluate them.
-        proving: Whether the way is being proved, which takes a point that shares a first layer.
+        strategy: How to evaluate them.
+        proving: Whether the strategy is being proved: some point has to share a first layer.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class Points:
         network: Network,
         slice_: Slice,
         coordinates: Sequence[Sequence[float]],
-        way: Way,
+        strategy: Strategy,
         *,
         proving: bool = False,
     ) -> None:
@@ -276,7 +276,7 @@ class Points:
         self._slice = slice_
         self._coordinates = coordinates
         # Beside the ends there must be enough points for their products to pay.
-        self._shares = way is not Way.BOUND and len(coordinates) > len(slice_.ends)
+        self._shares = strategy is not Strategy.BOUND and len(coordinates) > len(slice_.ends)
         self._proving = proving
         # The points where the products at the ends nearly cancel: they share nothing.
         self._apart: frozenset[int] | None = None
@@ -298,7 +298,7 @@ class Points:
         if self._spectral:
             self._normalise()
         self._threads = torch.get_num_threads()
-        self._workers = min(self._threads, len(coordinates)) if way is Way.THREADS else 1
+        self._workers = min(self._threads, len(coordinates)) if strategy is Strategy.THREADS else 1
         # The first, the model itself, looks ahead where others do the work.
         self._first, *others = _replicas(network, self._workers + 1 if self._workers > 1 else 1)
         self._replicas: queue.SimpleQueue[_Replica] = queue.SimpleQueue()
@@ -463,7 +463,7 @@ class Stacked(Points):
         network: The model.
         slice_: The slice.
         coordinates: The points.
-        proving: Whether the way is being proved.
+        proving: Whether the strategy is being proved.
     """
 
     def __init__(
@@ -474,7 +474,7 @@ class Stacked(Points):
         *,
         proving: bool = False,
     ) -> None:
-        super().__init__(network, slice_, coordinates, Way.STACKED, proving=proving)
+        super().__init__(network, slice_, coordinates, Strategy.STACKED, proving=proving)
 
     def evaluate(self, inputs: Inputs, record: Record) -> Iterator[int]:
         """Takes a batch to all points.
@@ -510,7 +510,7 @@ class Stacked(Points):
                 return self._network.forward(call, inputs)
 
         with warnings.catch_warnings():
-            # What vmap does one by one is not worth it: an error, so that another way is taken.
+            # What vmap does one by one is not worth it: an error, so that another is taken.
             warnings.filterwarnings("error", "There is a performance drop")
             mapped = vmap(at, in_dims=(0, None if products is None else 0))
             record.all(mapped(self._stacks, products))

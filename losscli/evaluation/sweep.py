@@ -1,4 +1,4 @@
-"""Walks many points in chunks that fit the memory; what does not fit is halved."""
+"""Evaluates many points in chunks that fit into memory; a chunk that does not fit is halved."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
 
 from losscli.data import Examples, Split
 from losscli.errors import OutOfMemoryError
-from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
-from losscli.evaluation.ranks import Arrays, Ranks, current
-from losscli.evaluation.records import Log, pack, unpack
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.ranks import Arrays
+from losscli.evaluation.records import decode, encode, record_key, restore, slice_key, state_of
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.task_checks import check_independence, check_task
+from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
 __all__ = [
     "check",
+    "choose_strategy",
     "halving",
     "points_at_once",
     "points_that_fit",
-    "settle",
     "sweep",
     "sweep_each",
     "sweep_plain",
@@ -84,7 +85,7 @@ def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
 def points_at_once(
     objective: Objective, names: Iterable[str], splits: Mapping[str, Examples] | None = None
 ) -> int:
-    """Settles how many points are taken at a time: as many as fit, but no more than a minute's.
+    """Chooses how many points are evaluated at once: as many as fit, but at most a minute's work.
 
     Args:
         objective: The objective.
@@ -125,8 +126,10 @@ def check(objective: Objective, weights: Weights, other: Weights | None = None) 
         objective.load(weights)
 
 
-def settle(objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]) -> None:
-    """Settles how points are evaluated; out of memory, for fewer points, then for half the batch.
+def choose_strategy(
+    objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
+) -> None:
+    """Chooses how points are evaluated; out of memory, for fewer points, then for half the batch.
 
     Args:
         objective: What will be evaluated.
@@ -135,11 +138,11 @@ def settle(objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[f
     """
     for few in (coordinates, [coordinates[0], coordinates[-1]]):
         try:
-            objective.settle(slice_, few)
+            objective.choose_strategy(slice_, few)
         except (torch.OutOfMemoryError, MemoryError):
             continue
         return
-    halving(objective, lambda: objective.settle(slice_, coordinates[-1:]))
+    halving(objective, lambda: objective.choose_strategy(slice_, coordinates[-1:]))
 
 
 def sweep(
@@ -149,8 +152,7 @@ def sweep(
     *,
     chunk: int | None = None,
     splits: Mapping[str, Examples] | None = None,
-    progress: Callable[[float], None] | None = None,
-    journal: Journal | None = None,
+    execution: Execution = ALONE,
 ) -> dict[str, Evaluation]:
     """Evaluates any number of points of a slice.
 
@@ -163,8 +165,7 @@ def sweep(
         coordinates: The P points.
         chunk: Points at a time; by the memory at hand and what they cost where it is None.
         splits: The examples; all by default.
-        progress: Called with the points done so far, a growing number up to P.
-        journal: Where finished chunks are recorded, and recalled from instead of evaluated.
+        execution: How chunks are executed. Progress counts points.
 
     Returns:
         For each split its evaluation at all P points, in their order.
@@ -175,18 +176,14 @@ def sweep(
     splits = objective.splits if splits is None else splits
     chunk = chunk or points_at_once(objective, slice_.ends[0], splits)
     chunk = min(chunk, max(1, len(coordinates)))
-    log = None
-    if journal is not None:
-        log = Log.of_slice(journal, objective, splits, slice_, coordinates)
-    ranks = current()
-    if ranks is not None and coordinates:
-        logs = [log] if log is not None else []
-        halving(objective, lambda: objective.settle(slice_, coordinates[:chunk]))
-        (found,) = _deal(
-            ranks, objective, [lambda: slice_], coordinates, chunk, splits, progress, journal, logs
-        )
-        return found
-    return _walk(objective, slice_, coordinates, chunk, splits, progress, journal, log)
+    key = execution.key(lambda: slice_key(objective, splits, slice_, coordinates))
+    if execution.size == 1 or not coordinates:
+        return _evaluate_alone(objective, slice_, coordinates, chunk, splits, execution, key)
+    halving(objective, lambda: objective.choose_strategy(slice_, coordinates[:chunk]))
+    (found,) = _evaluate_among_ranks(
+        objective, [lambda: slice_], coordinates, chunk, splits, execution, [key]
+    )
+    return found
 
 
 def sweep_each(
@@ -196,8 +193,7 @@ def sweep_each(
     *,
     moving: Iterable[str],
     splits: Mapping[str, Examples] | None = None,
-    progress: Callable[[float], None] | None = None,
-    journal: Journal | None = None,
+    execution: Execution = ALONE,
 ) -> Iterator[dict[str, Evaluation]]:
     """Evaluates the same points of many slices, several ranks at slices of their own.
 
@@ -207,80 +203,71 @@ def sweep_each(
     Args:
         objective: What to evaluate.
         slices: Makes a slice, its ends on the objective's device, and loads the tensors that it
-            does not move. Called when the slice is needed, more than once for some. How points are
-            evaluated has been settled on one along which something moves.
+            does not move. Called when the slice is needed, more than once for some. The strategy
+            has been chosen on one along which something moves.
         coordinates: The P points.
         moving: The tensors that the slices move at the most.
         splits: The examples; all by default.
-        progress: Called with the points done so far, a growing number.
-        journal: Where finished chunks are recorded, and recalled from instead of evaluated.
+        execution: How chunks are executed. Progress counts points.
 
     Yields:
         For each slice in turn what `sweep` returns.
     """
     splits = objective.splits if splits is None else splits
-    ranks, done, remaining = current(), 0, iter(slices)
-
-    def tell(further: float) -> None:
-        if progress is not None:
-            progress(done + further)
-
-    if ranks is None or not coordinates:
-        for make in remaining:
-            yield sweep(
-                objective, make(), coordinates, splits=splits, progress=tell, journal=journal
-            )
-            done += len(coordinates)
+    number, remaining, names = len(coordinates), iter(slices), list(moving)
+    if execution.size == 1 or not coordinates:
+        for i, make in enumerate(remaining):
+            own = execution.after(i * number)
+            yield sweep(objective, make(), coordinates, splits=splits, execution=own)
         return
-    names = list(moving)
+
+    def key(make: Callable[[], Slice]) -> str:
+        return slice_key(objective, splits, make(), coordinates)
+
     # Some at a time: of slices that were yielded nothing is held.
-    while some := list(itertools.islice(remaining, _SHARES * ranks.size)):
-        chunk = min(points_at_once(objective, names, splits), len(coordinates))
-        logs = []
-        if journal is not None:
-            logs = [Log.of_slice(journal, objective, splits, m(), coordinates) for m in some]
-        yield from _deal(ranks, objective, some, coordinates, chunk, splits, tell, journal, logs)
-        done += len(some) * len(coordinates)
+    done = 0
+    while some := list(itertools.islice(remaining, _SHARES * execution.size)):
+        chunk = min(points_at_once(objective, names, splits), number)
+        keys = [execution.key(partial(key, make)) for make in some]
+        own = execution.after(done)
+        yield from _evaluate_among_ranks(objective, some, coordinates, chunk, splits, own, keys)
+        done += len(some) * number
 
 
-def _walk(
+def _evaluate_alone(
     objective: Objective,
     slice_: Slice,
     coordinates: Sequence[Sequence[float]],
     chunk: int,
     splits: Mapping[str, Examples],
-    progress: Callable[[float], None] | None,
-    journal: Journal | None = None,
-    log: Log | None = None,
+    execution: Execution,
+    key: str | None = None,
 ) -> dict[str, Evaluation]:
-    """Evaluates points chunk by chunk."""
+    """Evaluates points chunk by chunk, by this process alone."""
+
+    def evaluate(points: Sequence[Sequence[float]], chunk: int, own: Execution) -> Arrays:
+        objective.choose_strategy(slice_, points)
+        found = objective.at(slice_, points, splits, _Tally(own.tell).add)
+        return encode(objective, splits, found, len(points), chunk)
+
     parts: list[dict[str, Evaluation]] = []
-    done = 0
-    while done < len(coordinates):
-        known = None if log is None else log.recall_chunk(done)
-        if known is not None:
-            part, number, chunk = known
-            parts.append(part)
-            done += number
-            if journal is not None and progress is not None:
-                journal.skipped += number
-                progress(done)
-            continue
-        points = coordinates[done : done + chunk]
-        tell = _Tally(done, progress)
+    start = 0
+    while start < len(coordinates):
+        known = execution.recall(key, start)
+        number = chunk if known is None else state_of(known).number
+        points = coordinates[start : start + number]
+        task = Task(len(points), partial(evaluate, points, chunk), key, start, known)
         try:
-            objective.settle(slice_, points)
-            part = objective.at(slice_, points, splits, tell.add)
+            (arrays,) = execution.after(start).run([task])
         except (torch.OutOfMemoryError, MemoryError):
             if len(points) > 1:
                 chunk = len(points) // 2
             else:
                 _halve_batch(objective)
             continue
-        if log is not None:
-            log.record_chunk(done, part, len(points), chunk)
-        parts.append(part)
-        done += len(points)
+        parts.append(_continue_from(objective, splits, arrays))
+        chunk = state_of(arrays).points_at_once
+        start += len(points)
     if not parts:
         # Of a line, the ends may be all there is to see; they are loaded plainly.
         exact = torch.float64 if objective.dtype == torch.float64 else torch.float32
@@ -290,6 +277,15 @@ def _walk(
             for name, split in splits.items()
         }
     return _join(objective, parts)
+
+
+def _continue_from(
+    objective: Objective, splits: Mapping[str, Examples], arrays: Arrays
+) -> dict[str, Evaluation]:
+    """Takes a chunk, whoever evaluated it, and goes on in the state that it was left in."""
+    state = state_of(arrays)
+    restore(objective, state.batch_size, state.idle, state.strategy)
+    return decode(arrays, splits, objective.metrics)
 
 
 def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> dict[str, Evaluation]:
@@ -307,92 +303,73 @@ def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> di
     }
 
 
-def _deal(
-    ranks: Ranks,
+def _evaluate_among_ranks(
     objective: Objective,
     slices: Sequence[Callable[[], Slice]],
     coordinates: Sequence[Sequence[float]],
     chunk: int,
     splits: Mapping[str, Examples],
-    progress: Callable[[float], None] | None,
-    journal: Journal | None,
-    logs: Sequence[Log],
+    execution: Execution,
+    keys: Sequence[str | None],
 ) -> list[dict[str, Evaluation]]:
     """Evaluates points of slices together with other ranks, chunks going to whoever is free."""
-    known = [_known(log, len(coordinates)) for log in logs] or [{} for _ in slices]
-    most = _agree(ranks, objective, chunk, [arrays for of in known for arrays in of.values()])
+    known = [_recall_chunks(execution, key, len(coordinates)) for key in keys]
+    most = _agree(execution, objective, chunk, [a for of in known for a in of.values()])
     # What is decoded in each pass goes by as seldom as may be.
     streamed = _is_streamed(splits)
     # More than a line has ends, or a plane: so many share a first layer.
-    shared = objective.way not in {Way.BOUND, Way.LOADED}
+    shared = objective.strategy not in {Strategy.BOUND, Strategy.LOADED}
     least = len(coordinates[0]) + 2 if shared else 1
     # Whole slices, as long as there is one for each rank; of the rest each has parts.
-    whole = len(slices) // ranks.size * ranks.size
-    parts = math.ceil(ranks.size / max(1, len(slices) - whole))
+    whole = len(slices) // execution.size * execution.size
+    parts = math.ceil(execution.size / max(1, len(slices) - whole))
     chunks: list[tuple[int, int, int]] = []
     for k, of in enumerate(known):
-        taken = [(start, start + _number(arrays)) for start, arrays in of.items()]
+        taken = [(start, start + state_of(arrays).number) for start, arrays in of.items()]
         shares = 1 if k < whole else parts
         even = streamed or shares == 1
         cuts = _cut(len(coordinates), taken, most, shares, least=least, even=even)
         chunks += [(k, start, stop) for start, stop in cuts]
-    chunks = ranks.decide(chunks)
+    chunks = execution.decide(chunks)
 
-    def work(i: int, tell: Callable[[float], None]) -> Arrays:
-        k, start, stop = chunks[i]
-        points = coordinates[start:stop]
-        found = _walk(objective, slices[k](), points, len(points), splits, tell)
-        return pack(objective, splits, found, len(points), most)
+    def evaluate(k: int, points: Sequence[Sequence[float]], own: Execution) -> Arrays:
+        found = _evaluate_alone(objective, slices[k](), points, len(points), splits, own)
+        return encode(objective, splits, found, len(points), most)
 
-    def keep(i: int, arrays: Arrays) -> None:
-        if logs:
-            k, start, _ = chunks[i]
-            logs[k].record(start, arrays)
+    def task(k: int, start: int, stop: int) -> Task:
+        work = partial(evaluate, k, coordinates[start:stop])
+        return Task(stop - start, work, keys[k], start, known[k].get(start))
 
-    had = {i: known[k][start] for i, (k, start, _) in enumerate(chunks) if start in known[k]}
-    if journal is not None and progress is not None:
-        journal.skipped += sum(map(_number, had.values()))
-    found = ranks.deal(
-        [stop - start for _, start, stop in chunks],
-        work,
-        known=had,
-        found=keep,
-        progress=progress,
-    )
-    joined = []
-    for k, _ in enumerate(slices):
-        own = [arrays for (of, *_), arrays in zip(chunks, found, strict=True) if of == k]
-        joined.append(_join(objective, [unpack(objective, splits, arrays)[0] for arrays in own]))
-    return joined
+    tasks = itertools.starmap(task, chunks)
+    joined: list[list[dict[str, Evaluation]]] = [[] for _ in slices]
+    for (k, *_), arrays in zip(chunks, execution.run(tasks), strict=True):
+        joined[k].append(_continue_from(objective, splits, arrays))
+    return [_join(objective, of) for of in joined]
 
 
-def _known(log: Log, number: int) -> dict[int, Arrays]:
+def _recall_chunks(execution: Execution, key: str | None, number: int) -> dict[int, Arrays]:
     """Recalls chunks, whoever took them, by their first points."""
     known: dict[int, Arrays] = {}
     start = 0
     while start < number:
-        found = log.recall(start)
+        found = execution.recall(key, start)
         if found is None:
             start += 1
         else:
             known[start] = found
-            start += _number(found)
+            start += state_of(found).number
     return known
 
 
-def _number(arrays: Arrays) -> int:
-    return int(arrays["state"][0])
-
-
-def _agree(ranks: Ranks, objective: Objective, chunk: int, known: Iterable[Arrays]) -> int:
+def _agree(execution: Execution, objective: Objective, chunk: int, known: Iterable[Arrays]) -> int:
     """Makes ranks evaluate alike: returns the points at a time that fit the least of them."""
-    batch = min([objective.batch_size, *(int(arrays["state"][2]) for arrays in known)])
-    way = objective.way
-    told = ranks.gather([chunk, batch, way.value if way else 0])
+    batch = min([objective.batch_size, *(state_of(arrays).batch_size for arrays in known)])
+    strategy = objective.strategy
+    told = execution.gather([chunk, batch, strategy.value if strategy else 0])
     objective.batch_size = min(batch for _, batch, _ in told)
-    if len({way for *_, way in told if way}) > 1:
-        # On devices of several kinds, one way that is right on all of them.
-        objective.way = Way.LOADED
+    if len({strategy for *_, strategy in told if strategy}) > 1:
+        # On devices of several kinds, one strategy that is right on all of them.
+        objective.strategy = Strategy.LOADED
     return min(chunk for chunk, *_ in told)
 
 
@@ -451,87 +428,45 @@ def sweep_plain(
     checkpoints: Sequence[Weights],
     *,
     splits: Mapping[str, Examples] | None = None,
-    progress: Callable[[float], None] | None = None,
-    journal: Journal | None = None,
+    execution: Execution = ALONE,
 ) -> list[dict[str, Evaluation]]:
     """Evaluates checkpoints, each loaded plainly; out of memory, the batch is halved.
 
     Args:
-        objective: What to evaluate.
+        objective: What to evaluate. The last checkpoint stays loaded.
         checkpoints: All tensors of the model, for each point; each is taken when it is needed.
         splits: The examples; all by default.
-        progress: Called with the points done so far.
-        journal: Where finished points are recorded, and recalled from instead of evaluated.
+        execution: How points are executed. Progress counts points.
 
     Returns:
         For each checkpoint and split the evaluation at this one point.
     """
     splits = objective.splits if splits is None else splits
-    ranks = current()
-    if ranks is not None and checkpoints:
-        return _deal_plain(ranks, objective, checkpoints, splits, progress, journal)
-    results: list[dict[str, Evaluation]] = []
-    for weights in checkpoints:
-        log = None if journal is None else Log(journal, objective, splits, "plain", [weights])
-        known = None if log is None else log.recall_chunk(0)
-        if known is not None:
-            # What comes next may find these weights where a slice moves nothing.
-            objective.load(weights)
-            results.append(known[0])
-            if journal is not None and progress is not None:
-                journal.skipped += 1
-                progress(len(results))
-            continue
-        tell = _Tally(len(results), progress)
-        found = _plain(objective, weights, splits, tell)
-        if log is not None:
-            log.record_chunk(0, found, 1, 1)
-        results.append(found)
-    return results
+    opened = lru_cache(maxsize=1)(checkpoints.__getitem__)
+    last, loaded = len(checkpoints) - 1, -1
 
+    def key(i: int) -> str:
+        return record_key(objective, splits, "plain", [opened(i)])
 
-def _plain(
-    objective: Objective, weights: Weights, splits: Mapping[str, Examples], tally: _Tally
-) -> dict[str, Evaluation]:
-    def evaluate() -> dict[str, Evaluation]:
-        return objective.plain(weights, splits, tally.anew().add)
+    def evaluate(i: int, own: Execution) -> Arrays:
+        nonlocal loaded
+        weights, loaded = opened(i), i
+        found = halving(objective, lambda: objective.plain(weights, splits, _Tally(own.tell).add))
+        return encode(objective, splits, found, 1, 1)
 
-    return halving(objective, evaluate)
+    def task(i: int) -> Task:
+        own = execution.key(partial(key, i))
+        return Task(1, partial(evaluate, i), own, 0, execution.recall(own, 0))
 
-
-def _deal_plain(
-    ranks: Ranks,
-    objective: Objective,
-    checkpoints: Sequence[Weights],
-    splits: Mapping[str, Examples],
-    progress: Callable[[float], None] | None,
-    journal: Journal | None,
-) -> list[dict[str, Evaluation]]:
-    """Evaluates checkpoints together with other ranks; each opens those that it evaluates."""
-    logs: list[Log] = []
-    known: dict[int, Arrays] = {}
-    if journal is not None:
-        for i, weights in enumerate(checkpoints):
-            logs.append(Log(journal, objective, splits, "plain", [weights]))
-            found = logs[i].recall(0)
-            if found is not None:
-                known[i] = found
-    _agree(ranks, objective, 1, known.values())
-
-    def work(i: int, tell: Callable[[float], None]) -> Arrays:
-        found = _plain(objective, checkpoints[i], splits, _Tally(0, tell))
-        return pack(objective, splits, found, 1, 1)
-
-    def keep(i: int, arrays: Arrays) -> None:
-        if logs:
-            logs[i].record(0, arrays)
-
-    if journal is not None and progress is not None:
-        journal.skipped += len(known)
-    parts = ranks.deal([1] * len(checkpoints), work, known=known, found=keep, progress=progress)
-    # What comes next may find these weights where a slice moves nothing.
-    objective.load(checkpoints[-1])
-    return [unpack(objective, splits, part)[0] for part in parts]
+    tasks: Iterable[Task] = map(task, range(len(checkpoints)))
+    if execution.size > 1 and checkpoints:
+        tasks = list(tasks)
+        _agree(execution, objective, 1, [t.known for t in tasks if t.known is not None])
+    found = [_continue_from(objective, splits, arrays) for arrays in execution.run(tasks)]
+    if loaded != last:
+        # What comes next may find these weights where a slice moves nothing.
+        objective.load(opened(last))
+    return found
 
 
 def halving(objective: Objective, work: Callable[[], _T]) -> _T:
@@ -572,19 +507,12 @@ def _halve_batch(objective: Objective) -> None:
 
 
 class _Tally:
-    """Adds shares of points to those that were done before."""
+    """Adds up the shares that are done."""
 
-    def __init__(self, done: float, progress: Callable[[float], None] | None) -> None:
-        self._done = done
-        self._begun = done
-        self._progress = progress
-
-    def anew(self) -> _Tally:
-        """Begins anew, after what was done was lost."""
-        self._done = self._begun
-        return self
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._done = 0.0
+        self._tell = tell
 
     def add(self, share: float) -> None:
         self._done += share
-        if self._progress is not None:
-            self._progress(self._done)
+        self._tell(self._done)

@@ -19,10 +19,11 @@ from losscli.checkpoint import CheckpointLike, all_in, named_all
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation
+from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
+from losscli.evaluation.sweep import check, choose_strategy, sweep_each, sweep_plain
+from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -74,7 +75,7 @@ def barriers(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Barriers.plan(named_all(names), Settings(**settings), points=points)
-    return plan.run(progress)
+    return plan.run(Execution(progress))
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,21 @@ class Barriers(Study):
     alphas: tuple[float, ...]
 
     @classmethod
-    def plan(cls, names: Sequence[str], settings: Settings, *, points: int) -> Barriers:
+    def plan(
+        cls,
+        names: Sequence[str],
+        settings: Settings,
+        *,
+        points: int,
+        ranks: Ranks | None = None,
+    ) -> Barriers:
         """Reads and matches everything, and evaluates nothing.
 
         Args:
             names: The checkpoints.
             settings: The settings.
             points: Evenly spaced values of α.
+            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -125,7 +134,7 @@ class Barriers(Study):
                 f"--points {points} leaves no point between two checkpoints", "Give 3 or more"
             )
         need_room("--points", points, points * math.comb(len(names), 2))
-        problem = prepare(names, settings)
+        problem = prepare(names, settings, ranks=ranks)
         first, *others = states = [problem.open(t).weights for t, _ in enumerate(names)]
         moving = tuple(
             name
@@ -179,14 +188,11 @@ class Barriers(Study):
         """
         return self.states[t]
 
-    def run(
-        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result:
         """Evaluates each checkpoint once, loaded plainly, and each line between two by a sweep.
 
         Args:
-            progress: Called with the number of points done so far.
-            journal: Where what is finished is recorded, and recalled from.
+            execution: How its tasks are executed. Progress counts points.
 
         Returns:
             The result.
@@ -206,8 +212,8 @@ class Barriers(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits, tell: self._evaluate(placed, splits, tell, distances, journal),
-                progress,
+                partial(self._evaluate, placed, distances),
+                execution,
             )
             seconds = self.seconds(swept)
         examples = {name: seen.examples for name, seen in found.items()}
@@ -266,7 +272,7 @@ class Barriers(Study):
         start = self.on_device(placed[0])
         lines = (self._line(start, placed[0], other) for other in placed[1:])
         lead = next((line for line in lines if line.a), Line({}, {}))
-        settle(objective, lead, inner)
+        choose_strategy(objective, lead, inner)
         difference = 0.0
         for a, b in pairwise(placed):
             line = self._line(self.on_device(a), a, b)
@@ -286,14 +292,13 @@ class Barriers(Study):
     def _evaluate(
         self,
         placed: Sequence[Weights],
-        splits: Mapping[str, Examples],
-        tell: Callable[[float], None],
         distances: dict[tuple[int, int], float],
-        journal: Journal | None,
+        splits: Mapping[str, Examples],
+        execution: Execution,
     ) -> dict[str, _Seen]:
         """Evaluates all checkpoints, then all lines; of the lines no more than means is kept."""
         objective, points = self.problem.objective, [(alpha,) for alpha in self._inner]
-        own = sweep_plain(objective, placed, splits=splits, progress=tell, journal=journal)
+        own = sweep_plain(objective, placed, splits=splits, execution=execution)
         lines: dict[str, list[Estimate]] = {name: [] for name in splits}
         excess: dict[str, list[Estimate]] = {name: [] for name in splits}
         row: dict[int, Weights] = {}
@@ -315,8 +320,7 @@ class Barriers(Study):
             points,
             moving=self.moving,
             splits=splits,
-            progress=partial(_further, tell, len(placed)),
-            journal=journal,
+            execution=execution.after(len(placed)),
         )
         for (i, j), seen in zip(self.pairs, found, strict=True):
             for name, evaluation in seen.items():
@@ -518,7 +522,3 @@ def _above(alphas: Sequence[float], found: Evaluation, a: Evaluation, b: Evaluat
             chord = (1 - alpha) * start + alpha * end
             rows.append(Estimate.of((row - chord)[None], {}, weights))
     return Estimate.join(rows)
-
-
-def _further(tell: Callable[[float], None], before: int, done: float) -> None:
-    tell(before + done)

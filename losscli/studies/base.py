@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 from losscli.evaluation.cost import Clock, Pace
-from losscli.evaluation.journal import Journal
+from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.studies.fingerprint import Fingerprint, fingerprint_of, identity_of
 from losscli.studies.problem import Problem
@@ -82,15 +82,12 @@ class Study(ABC):
         return self.evaluations
 
     @abstractmethod
-    def run(
-        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result:
         """Evaluates.
 
         Args:
-            progress: Called with the number of points done so far.
-            journal: Opened with this study's `fingerprint`: finished work is recorded there, and
-                recalled from there.
+            execution: How its tasks are executed. A journal is opened with this study's
+                `fingerprint`.
 
         Returns:
             The result.

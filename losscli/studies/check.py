@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
+from itertools import starmap
 from typing import Any, Self, get_args
 
 import numpy as np
@@ -36,14 +37,14 @@ from losscli.evaluation.curvature import (
 )
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.differences import SAMPLE, noise_of
-from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.precision import in_float64
-from losscli.evaluation.ranks import Arrays, Ranks, current
-from losscli.evaluation.records import Log
+from losscli.evaluation.ranks import Arrays, Ranks
+from losscli.evaluation.records import idle_layers, record_key, restore
 from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.sweep import check as check_objective
 from losscli.evaluation.sweep import sweep, sweep_plain
+from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -142,7 +143,7 @@ def check(
         keep_order=keep_order,
         momentum=momentum,
     )
-    return plan.run(progress)
+    return plan.run(Execution(progress))
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,6 @@ class _Found:
     def arrays(self, down: Weights | None, objective: Objective) -> dict[str, NDArray[Any]]:
         """All that is to be known again, with the way down and the objective's state."""
         batch_size = objective.batch_size
-        idle = [i for i, layer in enumerate(objective.batchnorm) if layer in objective.idle]
         ends = {"smallest": self.extremes.smallest, "largest": self.extremes.largest}
         kind = get_args(Verdict).index(self.verdict)
         return {
@@ -212,7 +212,7 @@ class _Found:
                 end: np.array([(pair.value, pair.error, pair.converged) for pair in pairs])
                 for end, pairs in ends.items()
             },
-            "idle": np.array(idle, np.int64),
+            "idle": idle_layers(objective),
             "spectrum": np.array(self.spectrum),
             "descent": np.array([(self.descent or {})[key] for key in _DESCENT if self.descent]),
             **self.judgement.arrays(),
@@ -387,6 +387,7 @@ class Check(Study):
         learning_rate: float | None,
         keep_order: bool = False,
         momentum: float | None = None,
+        ranks: Ranks | None = None,
     ) -> Check:
         """Reads and matches everything, and evaluates nothing.
 
@@ -398,6 +399,7 @@ class Check(Study):
             learning_rate: That of training.
             keep_order: Whether the names stay in the order in which they are given.
             momentum: Likewise.
+            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -440,7 +442,7 @@ class Check(Study):
                 "a gradient is that of all examples, so --sampling-error has no place in a check",
                 "Look at fewer with --limit",
             )
-        problem = prepare(names, settings, notes)
+        problem = prepare(names, settings, notes, ranks)
         # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
         moving = problem.parameters(problem.moving)
         if not moving:
@@ -547,14 +549,11 @@ class Check(Study):
         """What progress counts."""
         return "checkpoints"
 
-    def run(
-        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result:
         """Finds gradients and eigenvalues, and says what follows.
 
         Args:
-            progress: Called with the number of checkpoints done so far.
-            journal: Where what is finished is recorded, and recalled from.
+            execution: How its tasks are executed. Progress counts checkpoints.
 
         Returns:
             The result.
@@ -576,12 +575,7 @@ class Check(Study):
             objective.load(self.problem.origin)
             del last
             heard = self._heard()
-            ranks = current()
-            records = (
-                self._look_at_all(progress or (lambda _: None), journal)
-                if ranks is None
-                else self._deal(ranks, progress, journal)
-            )
+            records = self._look_at_all(execution)
             seen = {
                 (t, split): _Found.recalled(names[t], split, records[t, split])
                 for t, _ in enumerate(names)
@@ -594,7 +588,7 @@ class Check(Study):
             ways = [t for t, _ in enumerate(names) if seen[t, splits[0]][1] is not None]
             if ways:
                 t = max(ways, key=lambda t: (seen[t, splits[0]][0].verdict == "saddle", t))
-                escape, curve = self._escape(t, *seen[t, splits[0]], journal)
+                escape, curve = self._escape(t, *seen[t, splits[0]], execution.quiet)
             seconds = self.seconds(swept)
         more = {}
         if any(len(one.spectrum) > 2 for one in found):
@@ -631,85 +625,50 @@ class Check(Study):
         }
         return Result(table, summary, more)
 
-    def _look_at_all(
-        self, tell: Callable[[float], None], journal: Journal | None
-    ) -> dict[tuple[int, str], Arrays]:
-        """Looks at one checkpoint after the other; returns what `_Found.recalled` takes of each."""
-        splits = self.problem.objective.splits
-        found: dict[tuple[int, str], Arrays] = {}
-        for t in self._order:
-            placed = self._placed(t)
-            for split in splits:
-                log = None if journal is None else self._log(journal, split, placed)
-                known = None if log is None else log.recall("")
-                if known is None:
-                    wanted = self._wanted(t, split, found)
-                    found[t, split] = self._look(t, split, placed, wanted, journal)
-                    if log is not None:
-                        log.record("", found[t, split])
-                elif journal is not None:
-                    journal.skipped += 1 / len(splits)
-                    self._recall_state(known)
-                    found[t, split] = known
-                tell(len(found) / len(splits))
-        return found
-
-    def _deal(
-        self, ranks: Ranks, progress: Callable[[float], None] | None, journal: Journal | None
-    ) -> dict[tuple[int, str], Arrays]:
-        """Looks at checkpoints together with other ranks.
+    def _look_at_all(self, execution: Execution) -> dict[tuple[int, str], Arrays]:
+        """Looks at all checkpoints on all splits.
 
         Each checkpoint and split is looked at by one rank: a search for eigenvalues is a row of
         products, each of which begins where the one before has ended. So where there is but one
         checkpoint and one split, the other ranks wait for it. The way down is swept by all.
 
         Args:
-            ranks: The ranks.
-            progress: Called with the number of checkpoints done so far.
-            journal: Where what is finished is recorded, and recalled from.
+            execution: How that is executed.
 
         Returns:
             What `_Found.recalled` takes of each.
         """
-        splits = self.problem.objective.splits
-        # The longest first, so that no rank is left alone with one of these.
-        order = sorted(splits, key=lambda split: -len(splits[split]))
-        pieces = [(t, split) for split in order for t in self._order]
-        own: dict[tuple[int, str], Arrays] = {}
-        logs: dict[int, Log] = {}
-        known: dict[int, Arrays] = {}
-        for i, (t, split) in enumerate(pieces if journal is not None else ()):
-            assert journal is not None
-            logs[i] = self._log(journal, split, self._placed(t))
-            recalled = logs[i].recall("")
-            if recalled is not None:
-                known[i] = recalled
-                journal.skipped += 1 / len(splits)
+        objective, seed = self.problem.objective, self.problem.settings.seed
+        splits = objective.splits
+        # The last checkpoint comes first: of saddles, the way out of the last one is shown.
+        pieces = [(t, split) for t in range(len(self.problem.names))[::-1] for split in splits]
+        if execution.size > 1:
+            # The longest first, so that no rank is left alone with one of these.
+            pieces.sort(key=lambda piece: -len(splits[piece[1]]))
+        placed = lru_cache(maxsize=1)(self._placed)
+        found: dict[tuple[int, str], Arrays] = {}
 
-        def work(i: int, tell: Callable[[float], None]) -> Arrays:
-            t, split = pieces[i]
-            # How far it is nobody knows, but others may have been faster.
-            wanted, further = self._wanted(t, split, own), lambda _: tell(0)
-            own[t, split] = self._look(t, split, self._placed(t), wanted, None, further)
-            return own[t, split]
+        def key(t: int, split: str) -> str:
+            numbers = [list(self.moving), self.eigenvalues, self.tolerance, seed]
+            return record_key(objective, {split: splits[split]}, "check", [placed(t)], numbers)
 
-        def keep(i: int, arrays: Arrays) -> None:
-            if logs:
-                logs[i].record("", arrays)
+        def evaluate(t: int, split: str, own: Execution) -> Arrays:
+            wanted = self._wanted(t, split, found)
+            found[t, split] = self._look(t, split, placed(t), wanted, own)
+            return found[t, split]
 
-        share = 1 / len(splits)
-        found = ranks.deal([share] * len(pieces), work, known=known, found=keep, progress=progress)
-        for arrays in found:
-            self._recall_state(arrays)
-        return dict(zip(pieces, found, strict=True))
+        def task(t: int, split: str) -> Task:
+            own = execution.key(partial(key, t, split))
+            return Task(1 / len(splits), partial(evaluate, t, split), own, "")
+
+        tasks = starmap(task, pieces)
+        for piece, arrays in zip(pieces, execution.run(tasks), strict=True):
+            restore(objective, int(arrays["counts"][-1]), arrays["idle"].tolist())
+            found[piece] = arrays
+        return found
 
     def _placed(self, t: int) -> Weights:
         return self.problem.place(self.problem.open(t).weights)
-
-    @property
-    def _order(self) -> Sequence[int]:
-        """The last checkpoint comes first: of saddles, the way out of the last one is shown."""
-        return range(len(self.problem.names))[::-1]
 
     def _wanted(
         self, t: int, split: str, found: Mapping[tuple[int, str], Arrays]
@@ -723,38 +682,31 @@ class Check(Study):
         # It has a number for every weight.
         return () if "saddle" in later else ("saddle",)
 
-    def _log(self, journal: Journal, split: str, placed: Weights) -> Log:
-        objective, seed = self.problem.objective, self.problem.settings.seed
-        numbers = [list(self.moving), self.eigenvalues, self.tolerance, seed]
-        return Log(journal, objective, {split: objective.splits[split]}, "check", [placed], numbers)
-
-    def _recall_state(self, arrays: Arrays) -> None:
-        """Puts the objective into the state that it was in when something was found."""
-        objective = self.problem.objective
-        objective.batch_size = int(arrays["counts"][-1])
-        objective.idle = [objective.batchnorm[i] for i in arrays["idle"].tolist()]
-
     def _look(
         self,
         t: int,
         split: str,
         placed: Weights,
         wanted: Collection[str],
-        journal: Journal | None,
-        progress: Callable[[float], None] | None = None,
+        execution: Execution,
     ) -> Arrays:
         """Looks at one checkpoint on one split; also for a way down, if the verdict is wanted."""
-        objective = self.problem.objective
+        objective, quiet = self.problem.objective, execution.quiet
         examples = {split: objective.splits[split]}
         weights = objective.recalibrated(placed)
         # What is differentiated, and followed, is a function of the parameters alone.
         with objective.held():
-            (losses,) = sweep_plain(objective, [weights], splits=examples, journal=journal)
+            (losses,) = sweep_plain(objective, [weights], splits=examples, execution=quiet)
             here = losses[split]
             sample = objective.splits[split].first(_MEASURED).to(objective.device)
             precise = self._precise
             every, seed = objective.splits[split], self.problem.settings.seed
-            curved = Curvature(self._differentiated(weights), weights, self.moving, every, progress)
+
+            def attend(_: float) -> None:
+                # How far a search is nobody knows, but others may have failed meanwhile.
+                execution.attend()
+
+            curved = Curvature(self._differentiated(weights), weights, self.moving, every, attend)
             with curved as curvature:
                 gradient = curvature.gradient()
                 size = float(gradient.norm())
@@ -801,11 +753,11 @@ class Check(Study):
             )
             if smallest.value + smallest.error < 0 and decided in {*wanted, "saddle"}:
                 judgement = self._fall(
-                    weights, down, smallest.value, examples, here, judgement, journal
+                    weights, down, smallest.value, examples, here, judgement, quiet
                 )
             descent = None
             if decided == "not critical" and along is not None and math.isfinite(size):
-                descent = self._descend(weights, along, examples, here, journal)
+                descent = self._descend(weights, along, examples, here, quiet)
             stored = self._stored_rounding(t, weights, dense, largest.value)
             decided, judgement = judgement.decide(decided, smallest, largest, stored)
         if dense is None:
@@ -876,7 +828,7 @@ class Check(Study):
         splits: Mapping[str, Examples],
         here: Evaluation,
         judgement: _Judgement,
-        journal: Journal | None,
+        execution: Execution,
     ) -> _Judgement:
         """Tries steps to both sides along the most negative curvature."""
         # With the slope g and the curvature λ < 0 the loss rises by g² / 2 abs(λ) on one side
@@ -889,7 +841,7 @@ class Check(Study):
         sides = []
         for sign in (-1, 1):
             distances = [sign * size * share for share in _STEPS]
-            found = self._along(weights, direction, distances, splits, journal)
+            found = self._along(weights, direction, distances, splits, execution)
             best = _best(distances, found, here)
             rise = Estimate.of_evaluation(found).mean - Estimate.of_evaluation(here).mean[0]
             # From the shortest step on.
@@ -906,7 +858,7 @@ class Check(Study):
         direction: Weights,
         distances: Sequence[float],
         splits: Mapping[str, Examples],
-        journal: Journal | None,
+        execution: Execution,
     ) -> Evaluation:
         """Evaluates one split at distances along a direction of length one."""
         objective = self.problem.objective
@@ -919,10 +871,8 @@ class Check(Study):
         }
         objective.load(weights)
         points = [(distance,) for distance in distances]
-        (found,) = sweep(
-            objective, Line(start, end), points, splits=splits, journal=journal
-        ).values()
-        return found
+        found = sweep(objective, Line(start, end), points, splits=splits, execution=execution)
+        return next(iter(found.values()))
 
     def _descend(
         self,
@@ -930,16 +880,16 @@ class Check(Study):
         direction: Weights,
         splits: Mapping[str, Examples],
         here: Evaluation,
-        journal: Journal | None,
+        execution: Execution,
     ) -> Mapping[str, Any] | None:
         """Tries steps of many lengths; returns the one that gains most."""
         size = norm(weights, self.moving) or 1.0
         distances = [size * share for share in _STEPS]
-        found = self._along(weights, direction, distances, splits, journal)
+        found = self._along(weights, direction, distances, splits, execution)
         return _best(distances, found, here)
 
     def _escape(
-        self, t: int, one: _Found, direction: Weights | None, journal: Journal | None
+        self, t: int, one: _Found, direction: Weights | None, execution: Execution
     ) -> tuple[Mapping[str, Any], Table]:
         """Follows the most negative curvature both ways, as far as the loss falls and beyond."""
         assert direction is not None
@@ -947,8 +897,8 @@ class Check(Study):
         splits = {one.split: objective.splits[one.split]}
         weights = objective.recalibrated(self._placed(t))
         with objective.held():
-            (plain,) = sweep_plain(objective, [weights], splits=splits, journal=journal)
-            return self._follow(one, weights, direction, plain[one.split], splits, journal)
+            (plain,) = sweep_plain(objective, [weights], splits=splits, execution=execution)
+            return self._follow(one, weights, direction, plain[one.split], splits, execution)
 
     def _follow(
         self,
@@ -957,7 +907,7 @@ class Check(Study):
         direction: Weights,
         here: Evaluation,
         splits: Mapping[str, Examples],
-        journal: Journal | None,
+        execution: Execution,
     ) -> tuple[Mapping[str, Any], Table]:
         sides = [side for side in one.judgement.sides or () if side]
         # Where nothing was gained, the valley is finer than the steps tried.
@@ -968,7 +918,7 @@ class Check(Study):
         falls = {sign * side["distance"] for side in sides for sign in (1, -1)}
         apart = [x for x in grid if not any(math.isclose(x, fall) for fall in falls)]
         steps = sorted({*apart, *falls})
-        found = self._along(weights, direction, steps, splits, journal)
+        found = self._along(weights, direction, steps, splits, execution)
         lowest = _best(steps, found, here)
         along, own = Estimate.of_evaluation(found), Estimate.of_evaluation(here)
         rows: list[list[Cell]] = [[step, *along.row(i, {})] for i, step in enumerate(steps)]

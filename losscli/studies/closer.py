@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from losscli.evaluation.derivatives import slopes
-from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.precision import in_float64
-from losscli.evaluation.ranks import decided
 from losscli.evaluation.sweep import halving, sweep
+from losscli.evaluation.tasks import Execution
 from losscli.studies.problem import Problem
 from losscli.studies.seen import Derivatives, LineCurve, Looked
 from losscli.weight_space.curve import near_rounding
@@ -18,42 +17,13 @@ from losscli.weight_space.refinement import Curve, propose
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["CloseUp", "Further"]
+__all__ = ["CloseUp"]
 
 # What rounding may do to a mean loss, as a share of it.
 _NOISE = {"float64": 1e-14, "float32": 1e-7, "float16": 1e-3, "bfloat16": 1e-2}
 
 
-class Further:
-    """Tells progress that goes on behind what is done.
-
-    Args:
-        tell: Called with how much is done.
-        done: How much is done already.
-    """
-
-    def __init__(self, tell: Callable[[float], None], done: float) -> None:
-        self._tell = tell
-        self._done = done
-
-    def add(self, done: float) -> None:
-        """Tells how much of the next part is done.
-
-        Args:
-            done: So much.
-        """
-        self._tell(self._done + done)
-
-    def over(self, done: float) -> None:
-        """Ends a part.
-
-        Args:
-            done: How much it was.
-        """
-        self._done += done
-
-
-@dataclass(frozen=True)
+@dataclass
 class CloseUp:
     """A line of which more is to be seen than its losses at the points asked for.
 
@@ -62,16 +32,14 @@ class CloseUp:
         start: All tensors at α = 0.
         line: The line, its ends on the device.
         derivatives: Whether slopes and curvatures are computed.
-        told: Told how much is done beyond the points asked for.
-        journal: Where what is finished is recorded, and recalled from.
+        execution: How further points are executed. Progress counts those beyond what is done.
     """
 
     problem: Problem
     start: Weights
     line: Line
     derivatives: bool
-    told: Further
-    journal: Journal | None
+    execution: Execution
 
     def slopes(self, alphas: Sequence[float]) -> dict[str, Derivatives]:
         """Differentiates, if that is asked for.
@@ -87,11 +55,9 @@ class CloseUp:
         objective = self.problem.objective
         found = halving(
             objective,
-            lambda: slopes(
-                objective, self.line, alphas, progress=self.told.add, journal=self.journal
-            ),
+            lambda: slopes(objective, self.line, alphas, execution=self.execution),
         )
-        self.told.over(len(alphas))
+        self.execution = self.execution.after(len(alphas))
         return {name: (s.slope.numpy(), s.curvature.numpy()) for name, s in found.items()}
 
     def refine(self, looked: Looked, tolerance: float) -> tuple[Looked, bool]:
@@ -120,18 +86,12 @@ class CloseUp:
             proposal = propose(
                 looked.alphas, curves, tolerance, noise=_NOISE[self.problem.settings.dtype]
             )
-            alphas = decided(list(proposal.alphas))
+            alphas = self.execution.decide(list(proposal.alphas))
             if not alphas:
                 return looked, proposal.exhausted
             points = [(alpha,) for alpha in alphas]
-            found = sweep(
-                self.problem.objective,
-                self.line,
-                points,
-                progress=self.told.add,
-                journal=self.journal,
-            )
-            self.told.over(len(points))
+            found = sweep(self.problem.objective, self.line, points, execution=self.execution)
+            self.execution = self.execution.after(len(points))
             looked = looked.add(alphas, found, self.slopes(alphas))
 
     def without_rounding(self, looked: Looked) -> tuple[Mapping[str, LineCurve], int]:
@@ -154,17 +114,17 @@ class CloseUp:
                 for curve in curves.values()
                 for alpha in near_rounding(looked.alphas, curve.means, dtype)
             } - again
-            order = decided(sorted(doubted))
+            order = self.execution.decide(sorted(doubted))
             if not order:
                 return curves, len(again)
             if precise is None:
                 objective.load(self.start)
                 precise = in_float64(objective, next(iter(objective.first_batches().values())))
             # Among ranks it is made by all, or used by none.
-            if not decided(precise is not None) or precise is None:
+            if not self.execution.decide(precise is not None) or precise is None:
                 return curves, len(again)
             points = [(alpha,) for alpha in order]
-            found = sweep(precise, self.line, points, journal=self.journal)
+            found = sweep(precise, self.line, points, execution=self.execution.quiet)
             places = [2 + looked.alphas.index(alpha) for alpha in order]
             curves = {
                 name: curve.replace(places, found[name].losses.numpy())

@@ -9,7 +9,6 @@ from typing import Any
 from losscli.data import Split
 from losscli.evaluation.cost import Clock, Pace, measure
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.ranks import apart
 from losscli.evaluation.sweep import points_at_once
 from losscli.studies.base import Study
 
@@ -70,7 +69,7 @@ def estimate(study: Study, clock: Clock = time.perf_counter) -> dict[str, Any]:
     Raises:
         LosscliError: The model or the loss fails on the batch, or one example does not fit.
     """
-    with float32_precision(tf32=study.problem.settings.tf32), apart():
+    with float32_precision(tf32=study.problem.settings.tf32):
         pace = _pace(study, clock)
         seconds, sample = evaluation_seconds(study, pace), study.problem.settings.sampling_error
         return {

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,22 @@ from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Pace, timed
 from losscli.evaluation.derivatives import trial
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation
+from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
+from losscli.evaluation.sweep import (
+    check,
+    choose_strategy,
+    halving,
+    points_at_once,
+    sweep,
+    sweep_plain,
+)
+from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
-from losscli.studies.closer import CloseUp, Further
+from losscli.studies.closer import CloseUp
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
 from losscli.studies.notes import (
     batchnorm_notes,
@@ -96,7 +105,7 @@ def interpolate(
         context=context,
         layerwise=layerwise,
     )
-    return plan.run(progress)
+    return plan.run(Execution(progress))
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,7 @@ class Interpolation(Study):
         refine: float | None = None,
         context: Table | None = None,
         layerwise: bool = False,
+        ranks: Ranks | None = None,
     ) -> Interpolation:
         """Reads and matches everything, and evaluates nothing.
 
@@ -151,6 +161,7 @@ class Interpolation(Study):
             refine: The error to refine to, if any.
             context: The table of the whole line, if it is to be drawn.
             layerwise: Whether each block moves alone, too.
+            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -186,7 +197,7 @@ class Interpolation(Study):
         if layerwise and context is not None:
             raise UsageError("--context and --layerwise are two pictures", "Leave one of them out")
         alphas = grid(points, *range_, include=(0.0, 1.0))
-        problem = prepare((a, b), settings)
+        problem = prepare((a, b), settings, ranks=ranks)
         start, end = problem.origin, problem.place(problem.last.weights)
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.
@@ -288,17 +299,14 @@ class Interpolation(Study):
             told["seconds"] = seconds + len(self.alphas) * examples * took / batch
         return told
 
-    def run(
-        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result:
         """Evaluates the line.
 
         The ends are evaluated as anybody would, by ``load_state_dict``; the way in which the
         other points are evaluated is held against them on a first batch.
 
         Args:
-            progress: Called with the number of points done so far.
-            journal: Where what is finished is recorded, and recalled from.
+            execution: How its tasks are executed. Progress counts points.
 
         Returns:
             The result.
@@ -308,12 +316,11 @@ class Interpolation(Study):
                 point, or does not fit into the memory.
         """
         objective, settings = self.problem.objective, self.problem.settings
-        tell = progress or (lambda _: None)
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
             line = Line(self.on_device(self.start), self.on_device(self.end))
             check(objective, self.start, self.end)
-            settle(objective, line, [(alpha,) for alpha in self.alphas])
+            choose_strategy(objective, line, [(alpha,) for alpha in self.alphas])
             anchors = [((0.0,), self.start), ((1.0,), self.end)]
             difference = verify_sweep(self.problem, line, anchors, [(0.5,)])
             verify_fresh_model(self.problem, self.end)
@@ -330,12 +337,12 @@ class Interpolation(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits, tell: self._evaluate(line, splits, tell, journal),
-                progress,
+                partial(self._evaluate, line),
+                execution,
             )
             curves = {name: parts.whole for name, parts in seen.items()}
-            told = Further(tell, self.evaluations)
-            closer = CloseUp(self.problem, self.start, line, self.derivatives, told, journal)
+            beyond = execution.after(self.evaluations)
+            closer = CloseUp(self.problem, self.start, line, self.derivatives, beyond)
             looked, exhausted = Looked(self.alphas, curves, closer.slopes(self.alphas)), False
             if self.refine is not None:
                 looked, exhausted = closer.refine(looked, self.refine)
@@ -466,34 +473,26 @@ class Interpolation(Study):
         self,
         line: Line,
         splits: Mapping[str, Examples],
-        tell: Callable[[float], None],
-        journal: Journal | None,
+        execution: Execution,
     ) -> dict[str, _Seen]:
         """Evaluates the ends plainly and the points between and beyond them by a sweep."""
         objective = self.problem.objective
-        ends = sweep_plain(
-            objective, [self.start, self.end], splits=splits, progress=tell, journal=journal
-        )
+        both = [self.start, self.end]
+        ends = sweep_plain(objective, both, splits=splits, execution=execution)
         inner = [alpha for alpha in self.alphas if alpha not in {0.0, 1.0}]
         parts = list(ends)
         if inner:
             points = [(alpha,) for alpha in inner]
-            more = sweep(
-                objective,
-                line,
-                points,
-                splits=splits,
-                progress=lambda done: tell(2 + done),
-                journal=journal,
+            parts.append(
+                sweep(objective, line, points, splits=splits, execution=execution.after(2))
             )
-            parts.append(more)
         # The ends come first, whether or not they are among the points, then the points.
         place = {0.0: 0, 1.0: 1} | {alpha: 2 + i for i, alpha in enumerate(inner)}
         order = [0, 1, *(place[alpha] for alpha in self.alphas)]
         blocks: dict[str, dict[str, BlockCurve]] = {name: {} for name in splits}
         done = 2 + len(inner)
         for block in self.blocks:
-            found = self._sweep_alone(block, splits, tell, done, journal)
+            found = self._sweep_alone(block, splits, execution.after(done))
             done += len(points_of(self.alphas))
             for name in splits:
                 at_a = ends[0][name]
@@ -504,14 +503,9 @@ class Interpolation(Study):
         }
 
     def _sweep_alone(
-        self,
-        block: Block,
-        splits: Mapping[str, Examples],
-        tell: Callable[[float], None],
-        before: int,
-        journal: Journal | None,
+        self, block: Block, splits: Mapping[str, Examples], execution: Execution
     ) -> dict[str, Evaluation]:
-        """Evaluates a line on which one block moves; so many points were done before."""
+        """Evaluates a line on which one block moves."""
         line, _ = self._alone(block)
         # What moved on the line before is anywhere on it.
         self.problem.objective.load(self.start)
@@ -520,8 +514,7 @@ class Interpolation(Study):
             line,
             [(alpha,) for alpha in points_of(self.alphas)],
             splits=splits,
-            progress=lambda done: tell(before + done),
-            journal=journal,
+            execution=execution,
         )
 
     def _refined(self, looked: Looked, *, exhausted: bool) -> dict[str, Any] | None:

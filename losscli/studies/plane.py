@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from losscli.checkpoint import CheckpointLike, all_in, named_all, path_of
 from losscli.data import Examples
 from losscli.errors import CheckpointError, UsageError
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.journal import Journal
+from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.sweep import check, settle, sweep, sweep_plain
+from losscli.evaluation.sweep import check, choose_strategy, sweep, sweep_plain
+from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -107,7 +109,7 @@ def plane(
         surface=surface,
         keep_order=keep_order,
     )
-    return plan.run(progress)
+    return plan.run(Execution(progress))
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class Plane(Study):
         range_: tuple[float, float] | None,
         surface: bool,
         keep_order: bool = False,
+        ranks: Ranks | None = None,
     ) -> Plane:
         """Reads and matches everything, lays the plane, and evaluates nothing.
 
@@ -158,6 +161,7 @@ class Plane(Study):
             range_: The lowest and the highest value of both coordinates.
             surface: Whether the picture will show the surface.
             keep_order: Whether the names of a path stay in the order in which they are given.
+            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -184,7 +188,7 @@ class Plane(Study):
         need_room("--points", points, points**2)
         if range_ is not None:
             grid(points, *range_)
-        problem = prepare(names, settings, notes)
+        problem = prepare(names, settings, notes, ranks)
         slice_: Triangle | Span
         shares: tuple[float, ...] = ()
         if len(names) == 1:
@@ -245,14 +249,11 @@ class Plane(Study):
         points = [(x, y) for y in self.ys for x in self.xs]
         return self._here(), points[:number]
 
-    def run(
-        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result:
         """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep.
 
         Args:
-            progress: Called with the number of points done so far.
-            journal: Where what is finished is recorded, and recalled from.
+            execution: How its tasks are executed. Progress counts points.
 
         Returns:
             The result.
@@ -267,7 +268,7 @@ class Plane(Study):
             swept = time.perf_counter()
             here = self._here()
             check(objective, self.problem.origin, self.problem.place(self.problem.last.weights))
-            settle(objective, here, points)
+            choose_strategy(objective, here, points)
             difference = self._difference(here, points)
             last = self.problem.place(self.problem.last.weights)
             # At a corner of the grid: a model that remembers the first point it saw is found out.
@@ -286,8 +287,8 @@ class Plane(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits, tell: self._evaluate(here, points, splits, tell, journal),
-                progress,
+                partial(self._evaluate, here, points),
+                execution,
             )
             seconds = self.seconds(swept)
         metrics = objective.metrics
@@ -374,26 +375,13 @@ class Plane(Study):
         here: Triangle | Span,
         points: Sequence[tuple[float, float]],
         splits: Mapping[str, Examples],
-        tell: Callable[[float], None],
-        journal: Journal | None,
+        execution: Execution,
     ) -> dict[str, Estimate]:
         """Evaluates all checkpoints, then the grid."""
-        objective, names = self.problem.objective, self.problem.names
-        checkpoints = sweep_plain(
-            objective,
-            self.problem.places(range(len(names))),
-            splits=splits,
-            progress=tell,
-            journal=journal,
-        )
-        found = sweep(
-            objective,
-            here,
-            points,
-            splits=splits,
-            progress=lambda done: tell(len(names) + done),
-            journal=journal,
-        )
+        objective, steps = self.problem.objective, range(len(self.problem.names))
+        placed, after = self.problem.places(steps), execution.after(len(steps))
+        checkpoints = sweep_plain(objective, placed, splits=splits, execution=execution)
+        found = sweep(objective, here, points, splits=splits, execution=after)
         # Of each point no more than means is kept.
         return {
             name: Estimate.join([

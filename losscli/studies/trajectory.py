@@ -17,10 +17,10 @@ from losscli.checkpoint import CheckpointLike, named_all, path_of
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.journal import Journal
-from losscli.evaluation.ranks import current
+from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
+from losscli.evaluation.sweep import check, choose_strategy, sweep_each, sweep_plain
+from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -97,7 +97,7 @@ def trajectory(
         random_walk=random_walk,
         keep_order=keep_order,
     )
-    return plan.run(progress)
+    return plan.run(Execution(progress))
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ class Trajectory(Study):
         reach: float,
         random_walk: bool,
         keep_order: bool = False,
+        ranks: Ranks | None = None,
     ) -> Trajectory:
         """Reads and matches everything, measures the path, and evaluates nothing.
 
@@ -138,6 +139,7 @@ class Trajectory(Study):
             reach: The largest b, as a multiple of the largest residual.
             random_walk: Whether random walks will be drawn.
             keep_order: Whether the names stay in the order in which they are given.
+            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -158,7 +160,7 @@ class Trajectory(Study):
             need_room("--residuals", residuals, residuals * len(names))
         if surface and not 0 < reach <= _FARTHEST:
             raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
-        problem = prepare(names, settings, notes)
+        problem = prepare(names, settings, notes, ranks)
         moving = differing_tensors(problem)
         counted = problem.parameters(moving)
         if moving and not counted:
@@ -191,14 +193,11 @@ class Trajectory(Study):
         """How many points a run evaluates: the checkpoints and the ribbon."""
         return len(self.problem.names) * (1 + len(self.offsets))
 
-    def run(
-        self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result:
         """Evaluates the checkpoints, each loaded plainly, and the ribbon, each step by a sweep.
 
         Args:
-            progress: Called with the number of points done so far.
-            journal: Where what is finished is recorded, and recalled from.
+            execution: How its tasks are executed. Progress counts points.
 
         Returns:
             The result.
@@ -216,8 +215,8 @@ class Trajectory(Study):
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
-                lambda splits, tell: self._evaluate(splits, tell, journal),
-                progress,
+                self._evaluate,
+                execution,
             )
             seconds = self.seconds(swept)
         examples = {name: estimate.examples for name, estimate in found.items()}
@@ -245,7 +244,7 @@ class Trajectory(Study):
         if self.offsets:
             line = Line(self.on_device(first), self.on_device(last))
             steps = len(self.offsets)
-            settle(self.problem.objective, line, [(i / steps,) for i in range(steps)])
+            choose_strategy(self.problem.objective, line, [(i / steps,) for i in range(steps)])
             difference = verify_sweep(
                 self.problem, line, [((0.0,), first), ((1.0,), last)], [(0.5,)]
             )
@@ -256,45 +255,33 @@ class Trajectory(Study):
         return difference, notes
 
     def _evaluate(
-        self,
-        splits: Mapping[str, Examples],
-        tell: Callable[[float], None],
-        journal: Journal | None,
+        self, splits: Mapping[str, Examples], execution: Execution
     ) -> dict[str, Estimate]:
         """Evaluates all checkpoints, then the ribbon; of each step no more than means is kept."""
         checkpoints, across = [], []
         steps, number, done = range(len(self.problem.names)), len(self.offsets), 0
-        ranks = current()
         # Among several ranks checkpoints are dealt, so there have to be some.
-        at_once = 1 if ranks is None else _SHARES * ranks.size
+        at_once = 1 if execution.size == 1 else _SHARES * execution.size
         for begin in range(0, len(steps), at_once):
             some = steps[begin : begin + at_once]
-            checkpoints += self._steps(some, splits, partial(_further, tell, done), journal)
+            checkpoints += self._steps(some, splits, execution.after(done))
             done += len(some)
-            across += self._across(some, splits, partial(_further, tell, done), journal)
+            across += self._across(some, splits, execution.after(done))
             done += len(some) * number
         return {
             name: Estimate.join([part[name] for part in (*checkpoints, *across)]) for name in splits
         }
 
     def _steps(
-        self,
-        steps: Sequence[int],
-        splits: Mapping[str, Examples],
-        tell: Callable[[float], None],
-        journal: Journal | None,
+        self, steps: Sequence[int], splits: Mapping[str, Examples], execution: Execution
     ) -> list[dict[str, Estimate]]:
         """Evaluates checkpoints, loaded plainly."""
         objective, weights = self.problem.objective, self.problem.places(steps)
-        found = sweep_plain(objective, weights, splits=splits, progress=tell, journal=journal)
+        found = sweep_plain(objective, weights, splits=splits, execution=execution)
         return [{name: Estimate.of_evaluation(e) for name, e in one.items()} for one in found]
 
     def _across(
-        self,
-        steps: Sequence[int],
-        splits: Mapping[str, Examples],
-        tell: Callable[[float], None],
-        journal: Journal | None,
+        self, steps: Sequence[int], splits: Mapping[str, Examples], execution: Execution
     ) -> list[dict[str, Estimate]]:
         """Evaluates the lines across the path at checkpoints, if there is a ribbon."""
         found = sweep_each(
@@ -303,8 +290,7 @@ class Trajectory(Study):
             [(b / self.offsets[-1],) for b in self.offsets],
             moving=self.moving,
             splits=splits,
-            progress=tell,
-            journal=journal,
+            execution=execution,
         )
         return [{name: Estimate.of_evaluation(e) for name, e in one.items()} for one in found]
 
@@ -426,10 +412,6 @@ class Trajectory(Study):
                 if number:
                     notes.append(f"{name}: the loss of {_count(number, where)} is not finite")
         return notes
-
-
-def _further(tell: Callable[[float], None], before: int, done: float) -> None:
-    tell(before + done)
 
 
 def _count(number: int, where: str) -> str:

@@ -11,7 +11,6 @@ import torch
 from losscli.data import Examples
 from losscli.errors import ModelError, UsageError
 from losscli.evaluation.precision import with_model
-from losscli.evaluation.ranks import apart
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.studies.problem import Problem
 from losscli.weight_space.slices import Slice
@@ -56,11 +55,11 @@ def verify_sweep(
     objective, dtype = problem.objective, problem.settings.dtype
     # BatchNorm's statistics stay as they are loaded: only the strategy differs. Every rank verifies
     # by itself, since it may have a device of its own.
-    with objective.held(), apart():
+    with objective.held():
         worst = _difference(problem, slice_, anchors, more, _TOLERANCE[dtype])
     if objective.recalibration is None:
         return worst
-    with objective.brief(), apart():
+    with objective.brief():
         return max(
             worst, _difference(problem, slice_, anchors, more, _TOLERANCE_OF_ESTIMATES[dtype])
         )

@@ -21,7 +21,7 @@ from losscli.evaluation.derivatives import slopes
 from losscli.evaluation.first_layer import FirstLayer
 from losscli.evaluation.losses import cross_entropy
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.task_checks import check_task
 from losscli.weight_space.slices import Line, Slice, Span, Triangle
 
@@ -215,12 +215,14 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("way", list(Way))
-def test_no_way_has_a_larger_error_than_a_plain_float32_loop(case: Cancelling, way: Way) -> None:
+@pytest.mark.parametrize("way", list(Strategy))
+def test_no_way_has_a_larger_error_than_a_plain_float32_loop(
+    case: Cancelling, way: Strategy
+) -> None:
     slice_, targets, objective = made(case)
     truth = plain(case, slice_, targets, torch.float64)
     own = error(plain(case, slice_, targets, torch.float32), truth)
-    objective.way = way
+    objective.strategy = way
     found = objective.at(slice_, case.points)["all"].losses
     # Losses are stored in float32.
     assert error(found, truth) <= 4 * own + 2.0**-24 * float(truth.max())
@@ -231,10 +233,10 @@ def test_nor_has_the_way_that_is_chosen(case: Cancelling) -> None:
     slice_, targets, objective = made(case)
     truth = plain(case, slice_, targets, torch.float64)
     own = error(plain(case, slice_, targets, torch.float32), truth)
-    objective.settle(slice_, case.points)
+    objective.choose_strategy(slice_, case.points)
     found = objective.at(slice_, case.points)["all"].losses
     assert error(found, truth) <= 4 * own + 2.0**-24 * float(truth.max())
-    assert objective.way is not Way.LOADED
+    assert objective.strategy is not Strategy.LOADED
 
 
 @pytest.mark.parametrize("numbers", [1, 40, 1 << 20])
@@ -251,7 +253,7 @@ def test_points_that_do_not_cancel_go_on_sharing(
         return output(self, point)
 
     slice_, _, objective = made(CASES[0])
-    objective.way = Way.SHARED
+    objective.strategy = Strategy.SHARED
     monkeypatch.setattr(FirstLayer, "output", watching)
     objective.at(slice_, LINE)
     # The terms 1 − 2α/3 are more than 8 times as large as |1 − 4α/3| for 0.7 < α < 0.79.
@@ -262,11 +264,11 @@ def test_points_that_do_not_cancel_go_on_sharing(
 def test_a_way_is_not_proved_by_points_that_share_nothing_and_they_do_not_choose_it() -> None:
     sharing_nothing = [(0.74 + i / 1000,) for i in range(11)]
     slice_, _, objective = made(CASES[0])
-    objective.settle(slice_, sharing_nothing)
-    assert objective.way is None
+    objective.choose_strategy(slice_, sharing_nothing)
+    assert objective.strategy is None
     found = objective.at(slice_, sharing_nothing)["all"].losses
-    objective.settle(slice_, LINE)
-    assert objective.way not in {None, Way.BOUND, Way.LOADED}
+    objective.choose_strategy(slice_, LINE)
+    assert objective.strategy not in {None, Strategy.BOUND, Strategy.LOADED}
     # In whatever order slices are evaluated, the numbers are the same.
     assert torch.equal(objective.at(slice_, sharing_nothing)["all"].losses, found)
 

@@ -18,7 +18,7 @@ from losscli.data import DataSet, Split
 from losscli.errors import LosscliError
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.weight_space.digest import digest
 from losscli.weight_space.directions import random_directions
@@ -127,11 +127,11 @@ def test_every_way_gives_the_same_numbers(build: Any) -> None:
         device=torch.device("cpu"), dtype=torch.float64, batch_size=8,
     )  # fmt: skip
     line, found = Line(a, b), {}
-    for way in (Way.LOADED, Way.BOUND, Way.SHARED, Way.THREADS):
+    for way in (Strategy.LOADED, Strategy.BOUND, Strategy.SHARED, Strategy.THREADS):
         objective.load(a)
-        objective.way = way
+        objective.strategy = way
         found[way] = sweep(objective, line, [(k / 7,) for k in range(8)])["train"].losses
-        torch.testing.assert_close(found[way], found[Way.LOADED], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(found[way], found[Strategy.LOADED], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("build", MODELS)

@@ -23,6 +23,7 @@ from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import sweep
 from losscli.evaluation.task_checks import check_task
+from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.weight_space.slices import Line
 from tests import oracle, stopped
@@ -446,7 +447,7 @@ def test_each_split_has_its_own_and_progress_reaches_the_number_of_points() -> N
     a, line = line_of(case)
     check_task(objective, a)
     told: list[float] = []
-    found = slopes(objective, line, ALPHAS, progress=told.append)
+    found = slopes(objective, line, ALPHAS, execution=Execution(told.append))
     assert told == sorted(told)
     assert told[-1] == pytest.approx(len(ALPHAS))
     whole = found_in(case)

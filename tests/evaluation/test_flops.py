@@ -17,6 +17,7 @@ from losscli.data import DataSet, Split
 from losscli.data.objects import wrap
 from losscli.evaluation import losses
 from losscli.evaluation.flops import _elementary, operations
+from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.recalibration import Recalibration
 from losscli.evaluation.sweep import points_at_once, points_that_fit, sweep
@@ -240,15 +241,13 @@ def test_the_journal_of_a_small_model_grows(
     """A sweep of many points of a small network is recorded sixteen at a time, where it is long."""
     monkeypatch.setattr("losscli.evaluation.sweep._WORK", {"cpu": 0})
     recorded: list[int] = []
-    from losscli.evaluation.records import Log
+    own = Journal.record
 
-    own = Log.record_chunk
+    def recording(self: Journal, key: str, arrays: Any) -> None:
+        recorded.append(int(arrays["state"][0]))
+        own(self, key, arrays)
 
-    def recording(self: Log, start: int, found: Any, number: int, chunk: int) -> None:
-        recorded.append(number)
-        own(self, start, found, number, chunk)
-
-    monkeypatch.setattr(Log, "record_chunk", recording)
+    monkeypatch.setattr(Journal, "record", recording)
     line = ("interpolate", "a.pt", "b.pt", "--points", 50, "--range", 0, 1, "--no-figure")
     planned = losscli(*line, "--dry-run")
     assert "points       50, 16 at once" in planned.stdout

@@ -16,9 +16,10 @@ from losscli.evaluation import losses as losses_
 from losscli.evaluation.first_layer import FirstLayer
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Evaluation, Objective
-from losscli.evaluation.strategies import Way, is_known
+from losscli.evaluation.strategies import Strategy, is_known
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
+from losscli.evaluation.tasks import Execution
 from losscli.weight_space.slices import Line, grid
 from tests import foreign, oracle
 from tests.cases import CASES, Case
@@ -190,7 +191,7 @@ def test_a_first_layer_is_shared_where_its_input_is_the_same_at_all_points(
     a, line = line_of(case)
     check_task(objective, a)
     points = [(x,) for x in ALPHAS]
-    objective.settle(line, points)
+    objective.choose_strategy(line, points)
     monkeypatch.setattr(FirstLayer, "output", counting)
     sweep(objective, line, points)
     # All points share it but those where some unit's weights nearly cancel; and code of a user's
@@ -214,9 +215,9 @@ def test_all_points_at_once_give_the_numbers_of_points_in_turn(
     a, line = line_of(case)
     check_task(objective, a)
     points = [(x,) for x in ALPHAS]
-    monkeypatch.setattr(objective, "_ways", lambda: [Way.STACKED])
-    objective.settle(line, points)
-    assert objective._way is (Way.LOADED if case.name in REFUSED else Way.STACKED)
+    monkeypatch.setattr(objective, "_strategies", lambda: [Strategy.STACKED])
+    objective.choose_strategy(line, points)
+    assert objective._strategy is (Strategy.LOADED if case.name in REFUSED else Strategy.STACKED)
     found = sweep(objective, line, points)["all"]
     torch.testing.assert_close(
         found.losses, curve(case, ALPHAS), rtol=1e-10, atol=1e-12, equal_nan=True
@@ -228,12 +229,12 @@ def test_metrics_of_all_points_at_once_are_those_of_points_in_turn(
 ) -> None:
     case = CASES[0]
     found = []
-    for ways in ([Way.STACKED], [Way.BOUND]):
+    for ways in ([Strategy.STACKED], [Strategy.BOUND]):
         objective = objective_of(case, batch_size=5)
         objective.metrics = {"accuracy": losses_.accuracy}
         a, line = line_of(case)
         check_task(objective, a)
-        monkeypatch.setattr(objective, "_ways", lambda ways=ways: ways)
+        monkeypatch.setattr(objective, "_strategies", lambda ways=ways: ways)
         found.append(sweep(objective, line, [(x,) for x in ALPHAS])["all"].metrics["accuracy"])
     assert torch.equal(*found)
 
@@ -290,7 +291,7 @@ def test_progress_reaches_the_number_of_points() -> None:
     objective = objective_of(CASES[0], batch_size=5)
     _, line = line_of(CASES[0])
     told: list[float] = []
-    sweep(objective, line, [(x,) for x in ALPHAS], chunk=3, progress=told.append)
+    sweep(objective, line, [(x,) for x in ALPHAS], chunk=3, execution=Execution(told.append))
     assert told == sorted(told)
     assert told[-1] == pytest.approx(len(ALPHAS))
 
@@ -325,7 +326,7 @@ def cramped(
 ) -> tuple[Objective, Cramped]:
     objective = objective_of(CASES[0], batch_size=8)
     _, line = line_of(CASES[0])
-    objective.settle(line, [(x,) for x in ALPHAS])
+    objective.choose_strategy(line, [(x,) for x in ALPHAS])
     space = Cramped(objective, points=points, batch=batch)
     monkeypatch.setattr(objective, "at", space.at)
     monkeypatch.setattr(objective, "plain", space.plain)
@@ -450,9 +451,9 @@ def test_a_gpu_gives_the_numbers_of_a_plain_float64_loop(case: Case) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize(
-    ("name", "way"), [("mlp-relu", Way.STACKED), ("cnn-batchnorm", Way.SHARED)]
+    ("name", "way"), [("mlp-relu", Strategy.STACKED), ("cnn-batchnorm", Strategy.SHARED)]
 )
-def test_a_gpu_takes_points_at_once_where_nothing_is_convolved(name: str, way: Way) -> None:
+def test_a_gpu_takes_points_at_once_where_nothing_is_convolved(name: str, way: Strategy) -> None:
     case = next(c for c in CASES if c.name == name)
     device = torch.device("cuda")
     data = DataSet({"all": Split(case.inputs, case.targets)})
@@ -460,8 +461,8 @@ def test_a_gpu_takes_points_at_once_where_nothing_is_convolved(name: str, way: W
     a, line = line_of(case)
     check_task(objective, a)
     there = Line(*({n: t.to(device) for n, t in end.items()} for end in line.ends))
-    objective.settle(there, [(x,) for x in ALPHAS])
-    assert objective._way is way
+    objective.choose_strategy(there, [(x,) for x in ALPHAS])
+    assert objective._strategy is way
 
 
 def test_kernels_have_their_channels_last_and_the_model_gets_its_own_back() -> None:

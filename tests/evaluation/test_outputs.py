@@ -18,7 +18,7 @@ from losscli.data import objects as objects_
 from losscli.errors import ModelError
 from losscli.evaluation.losses import accuracy, bce, cross_entropy, mse
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.task_checks import check_task
 from tests.conftest import Losscli
 
@@ -241,8 +241,10 @@ def test_losses_and_metrics_take_the_logits_of_a_mapping(loss: str, dtype: torch
     assert found[0].losses.unique().numel() > 1
 
 
-@pytest.mark.parametrize("way", [Way.STACKED, Way.SHARED, Way.BOUND, Way.LOADED])
-def test_every_way_takes_the_logits_of_a_mapping(way: Way) -> None:
+@pytest.mark.parametrize(
+    "way", [Strategy.STACKED, Strategy.SHARED, Strategy.BOUND, Strategy.LOADED]
+)
+def test_every_way_takes_the_logits_of_a_mapping(way: Strategy) -> None:
     from losscli.weight_space.slices import Line
 
     a, b = state(Bare, 0), state(Bare, 1)
@@ -251,7 +253,7 @@ def test_every_way_takes_the_logits_of_a_mapping(way: Way) -> None:
     for model in (Bare(), Wrapped()):
         objective = objective_of(model, (X, Y), metrics={"accuracy": accuracy})
         check_task(objective, a)
-        objective.way = way
+        objective.strategy = way
         losses.append(objective.at(line, [(0.0,), (0.4,), (1.0,)])["all"].losses)
     assert torch.equal(*losses)
     assert losses[0].shape == (3, N)

@@ -20,7 +20,7 @@ from losscli.evaluation import recalibration
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.recalibration import Recalibration, layers_of
-from losscli.evaluation.strategies import Plain, Points, Way
+from losscli.evaluation.strategies import Plain, Points, Strategy
 from losscli.evaluation.sweep import check, points_that_fit, sweep, sweep_plain
 from losscli.models import CNN
 from losscli.settings import Settings
@@ -191,7 +191,7 @@ def curve(
     case: Case,
     alphas: list[float],
     *,
-    way: Way | None = None,
+    way: Strategy | None = None,
     chunk: int | None = None,
     seeds: tuple[int, int] = (1, 2),
     **more: Any,
@@ -199,7 +199,7 @@ def curve(
     objective = objective_of(case, **more)
     a, line = line_of(case, seeds)
     check(objective, a)
-    objective._way = way
+    objective._strategy = way
     return sweep(objective, line, [(x,) for x in alphas], chunk=chunk)["all"].losses
 
 
@@ -218,25 +218,30 @@ def truth(case: Case, alpha: float, states: tuple[dict[str, Tensor], ...]) -> li
 @pytest.mark.parametrize("case", OWN, ids=str)
 def test_every_point_has_the_statistics_of_a_loop_by_hand(case: Case) -> None:
     states = case.state(1), case.state(2)
-    for way in (None, Way.LOADED):
+    for way in (None, Strategy.LOADED):
         found = curve(case, ALPHAS, way=way)
         for alpha, row in zip(ALPHAS, found, strict=True):
             np.testing.assert_allclose(row, truth(case, alpha, states), rtol=1e-9, atol=1e-11)
 
 
 # functional_call does not put back the tensors of a layer that has two names.
-BOTH = [(case, way) for case in OWN for way in Way if (case.name, way) != ("reusing", Way.STACKED)]
+BOTH = [
+    (case, way)
+    for case in OWN
+    for way in Strategy
+    if (case.name, way) != ("reusing", Strategy.STACKED)
+]
 
 
 @pytest.mark.parametrize(("case", "way"), BOTH, ids=str)
-def test_every_way_gives_the_same_numbers(case: Case, way: Way) -> None:
+def test_every_way_gives_the_same_numbers(case: Case, way: Strategy) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         found = curve(case, ALPHAS, way=way)
     finally:
         torch.set_num_threads(threads)
-    expected = curve(case, ALPHAS, way=Way.LOADED)
+    expected = curve(case, ALPHAS, way=Strategy.LOADED)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
@@ -264,19 +269,19 @@ def test_a_checkpoint_loaded_plainly_gets_its_statistics_too(case: Case) -> None
 
 
 def test_the_fast_ways_are_chosen_with_new_statistics_as_without() -> None:
-    for name, way in (("residual", Way.SHARED), ("cnn-batchnorm", Way.THREADS)):
+    for name, way in (("residual", Strategy.SHARED), ("cnn-batchnorm", Strategy.THREADS)):
         objective = objective_of(PLAIN[name], dtype=torch.float32)
         a, line = line_of(PLAIN[name])
         check(objective, a)
-        objective.settle(line, [(x,) for x in ALPHAS])
-        assert objective._way is way
+        objective.choose_strategy(line, [(x,) for x in ALPHAS])
+        assert objective._strategy is way
 
 
 def test_no_points_are_stacked_where_a_layer_has_two_names() -> None:
     for name, stacked in (("reusing", False), ("scaled", True)):
         objective = objective_of(PLAIN[name])
         objective.device = torch.device("cuda")
-        assert (Way.STACKED in objective._ways()) is stacked
+        assert (Strategy.STACKED in objective._strategies()) is stacked
 
 
 def test_a_way_with_other_statistics_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,8 +289,8 @@ def test_a_way_with_other_statistics_is_not_chosen(monkeypatch: pytest.MonkeyPat
     a, line = line_of(PLAIN["residual"])
     check(objective, a)
     monkeypatch.setattr(Points, "adopt", lambda self: [])
-    objective.settle(line, [(x,) for x in ALPHAS])
-    assert objective._way is Way.LOADED
+    objective.choose_strategy(line, [(x,) for x in ALPHAS])
+    assert objective._strategy is Strategy.LOADED
 
 
 def test_the_statistics_are_those_of_update_bn_where_the_batches_agree() -> None:
@@ -340,8 +345,8 @@ def test_statistics_that_are_not_finite_do_not_outlast_their_point() -> None:
     objective = objective_of(case)
     a, line = line_of(case)
     check(objective, a)
-    for way in (Way.THREADS, Way.BOUND, Way.LOADED):
-        objective._way = way
+    for way in (Strategy.THREADS, Strategy.BOUND, Strategy.LOADED):
+        objective._strategy = way
         # At the second point the variances overflow.
         far = [(0.5,), (1e307,), (0.25,), (0.5,)]
         found = sweep(objective, line, far)["all"].losses.mean(1)
@@ -385,7 +390,7 @@ def test_out_of_memory_in_the_statistics_there_are_fewer_points_at_once(
     objective = objective_of(case)
     a, line = line_of(case)
     check(objective, a)
-    objective._way = Way.SHARED
+    objective._strategy = Strategy.SHARED
     sizes, whole = [], Points.estimate
 
     def scarce(self: Points, inputs: Any) -> Any:

@@ -23,7 +23,7 @@ from losscli.errors import LossError
 from losscli.evaluation import task_checks
 from losscli.evaluation.losses import causal_lm, perplexity
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.evaluation.targets import check_range
 from losscli.evaluation.task_checks import check_task
@@ -202,12 +202,14 @@ def line(start: dict[str, Tensor], end: dict[str, Tensor]) -> Line:
     return Line({n: start[n] for n in names}, {n: end[n] for n in names})
 
 
-@pytest.mark.parametrize("way", [w for w in Way if w is not Way.THREADS], ids=lambda w: w.name)
-def test_tied_weights_move_as_one_in_every_way(way: Way) -> None:
+@pytest.mark.parametrize(
+    "way", [w for w in Strategy if w is not Strategy.THREADS], ids=lambda w: w.name
+)
+def test_tied_weights_move_as_one_in_every_way(way: Strategy) -> None:
     found = objective(batch_size=4)
     a, b = state(0), state(1)
     check_task(found, a)
-    found._way = way
+    found._strategy = way
     alphas = [-0.5, 0.0, 0.3, 1.0]
     # On a CPU vmap cannot map fused attention, and this way is never chosen there.
     with sdpa_kernel(SDPBackend.MATH):
@@ -220,8 +222,8 @@ def test_tied_weights_move_as_one_in_every_way(way: Way) -> None:
 def test_a_model_of_transformers_need_not_be_loaded_anew_at_every_point() -> None:
     found = objective()
     check_task(found, state(0))
-    found.settle(line(state(0), state(1)), [(x / 4,) for x in range(5)])
-    assert found._way in {Way.SHARED, Way.BOUND}
+    found.choose_strategy(line(state(0), state(1)), [(x / 4,) for x in range(5)])
+    assert found._strategy in {Strategy.SHARED, Strategy.BOUND}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 5e-3)])

@@ -38,8 +38,8 @@ from losscli.evaluation import ranks as module
 from losscli.evaluation import sweep
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.ranks import Arrays, Ranks, RanksError, current, is_one_of_many
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.ranks import Arrays, Ranks, RanksError, is_one_of_many
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import _agree, _cut
 from losscli.models import MLP
 from tests.conftest import ROOT, Losscli, Outcome
@@ -494,19 +494,19 @@ def test_a_checkpoint_that_changes_for_one_rank_leaves_nothing(
 
 
 def test_ranks_that_have_not_settled_on_a_way_leave_it_to_the_others() -> None:
-    def agree(*ways: Way | None) -> Way | None:
+    def agree(*ways: Strategy | None) -> Strategy | None:
         told = [[3, 8, way.value if way else 0] for way in ways]
         ranks = SimpleNamespace(gather=lambda _: told)
-        objective = SimpleNamespace(batch_size=8, way=ways[0])
+        objective = SimpleNamespace(batch_size=8, strategy=ways[0])
         assert _agree(ranks, objective, 3, []) == 3  # type: ignore[arg-type]
-        way: Way | None = objective.way
+        way: Strategy | None = objective.strategy
         return way
 
-    assert agree(Way.SHARED, Way.SHARED) == Way.SHARED
-    assert agree(Way.SHARED, None) == Way.SHARED
-    assert agree(None, Way.SHARED) is None
-    assert agree(Way.SHARED, Way.BOUND) == Way.LOADED
-    assert agree(None, Way.SHARED, Way.BOUND) == Way.LOADED
+    assert agree(Strategy.SHARED, Strategy.SHARED) == Strategy.SHARED
+    assert agree(Strategy.SHARED, None) == Strategy.SHARED
+    assert agree(None, Strategy.SHARED) is None
+    assert agree(Strategy.SHARED, Strategy.BOUND) == Strategy.LOADED
+    assert agree(None, Strategy.SHARED, Strategy.BOUND) == Strategy.LOADED
 
 
 def together(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
@@ -572,7 +572,7 @@ def test_arrays_larger_than_what_the_store_takes_at_once(monkeypatch: pytest.Mon
 
 
 def test_ranks_hear_of_each_other() -> None:
-    found = together(3, lambda r: [r.gather(r.rank * 1.5), r.decide(f"rank {r.rank}"), r.leads])
+    found = together(3, lambda r: [r.gather(r.rank * 1.5), r.decide(f"rank {r.rank}"), r.is_leader])
     assert found == [[[0.0, 1.5, 3.0], "rank 0", rank == 0] for rank in range(3)]
 
 
@@ -628,7 +628,6 @@ def test_a_rank_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert current() is None
     assert not is_one_of_many()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")

@@ -20,9 +20,10 @@ from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
+from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.results import to_json
 from losscli.settings import Settings
@@ -100,9 +101,10 @@ def walk(
     """What a study does: the ends plainly, then the points, on all examples."""
     objective, (a, there) = build(case, recalibrate=recalibrate), line(case)
     check_task(objective, a)
-    (first,) = sweep_plain(objective, [a], journal=journal)
-    found = sweep(objective, there, ALPHAS, chunk=chunk, journal=journal)
-    again = sweep(objective, there, [(0.33,), (0.77,)], journal=journal)
+    (first,) = sweep_plain(objective, [a], execution=Execution(journal=journal))
+    execution = Execution(journal=journal)
+    found = sweep(objective, there, ALPHAS, chunk=chunk, execution=execution)
+    again = sweep(objective, there, [(0.33,), (0.77,)], execution=execution)
     return [first["all"], found["all"], again["all"]]
 
 
@@ -189,12 +191,13 @@ def test_what_was_finished_is_not_evaluated_again(
     monkeypatch.setattr(Objective, "plain", None)
     with Journal.open(stem, "i", {}) as journal:
         objective, (a, there) = build(case), line(case)
-        sweep_plain(objective, [a], journal=journal, progress=told.append)
+        execution = Execution(told.append, journal)
+        sweep_plain(objective, [a], execution=execution)
         assert told == [1]
         # What a slice does not move is as last loaded.
         assert all(torch.equal(objective.tensors[name], tensor) for name, tensor in a.items())
         told.clear()
-        sweep(objective, there, ALPHAS, chunk=3, journal=journal, progress=told.append)
+        sweep(objective, there, ALPHAS, chunk=3, execution=execution)
     assert seen == ALPHAS[6:]
     assert told[:2] == [3, 6]
     assert told[-1] == pytest.approx(11)
@@ -240,7 +243,7 @@ def test_chunks_and_batches_that_memory_halved_stay_halved(
 def test_the_way_that_was_settled_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, stem = TRIED[0], tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "_ways", lambda self: [])
+        patch.setattr(Objective, "_strategies", lambda self: [])
         truth = walk(case, None)
         with Journal.open(stem, "i", {}) as journal, pytest.raises(_BrokenError):
             walk(case, _Breaking(journal, 2))
@@ -248,13 +251,13 @@ def test_the_way_that_was_settled_stays(tmp_path: Path, monkeypatch: pytest.Monk
     real = Objective.at
 
     def at(self: Objective, *rest: Any) -> Any:
-        ways.append(self.way)
+        ways.append(self.strategy)
         return real(self, *rest)
 
     with Journal.open(stem, "i", {}) as journal:
         monkeypatch.setattr(Objective, "at", at)
         assert same(walk(case, journal), truth)
-    assert set(ways) == {Way.LOADED}
+    assert set(ways) == {Strategy.LOADED}
 
 
 def test_another_point_slice_type_or_loaded_tensor_is_not_recalled(tmp_path: Path) -> None:
@@ -276,7 +279,7 @@ def test_another_point_slice_type_or_loaded_tensor_is_not_recalled(tmp_path: Pat
             for _ in range(2):
                 objective = build(case, dtype)
                 objective.load(loaded)
-                found = sweep(objective, slice_, points, journal=journal)
+                found = sweep(objective, slice_, points, execution=Execution(journal=journal))
                 assert len(journal) == known + 1
             fresh = build(case, dtype)
             fresh.load(loaded)
@@ -291,7 +294,8 @@ def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
         check_task(objective, a)
 
         def evaluate(splits: Any, _: object) -> dict[str, Estimate]:
-            found = sweep(objective, there, ALPHAS, chunk=4, splits=splits, journal=journal)
+            execution = Execution(journal=journal)
+            found = sweep(objective, there, ALPHAS, chunk=4, splits=splits, execution=execution)
             return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 
         found = grow(objective.splits, 1e-6, 0, evaluate)["all"]
@@ -354,7 +358,7 @@ def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
     monkeypatch.setattr("losscli.evaluation.sweep.points_that_fit", lambda *_: 3)
 
     def told(journal: Any) -> list[str]:
-        result = plan().run(None, journal)
+        result = plan().run(Execution(journal=journal))
         summary = {key: value for key, value in result.summary.items() if key != "seconds"}
         tables = (result.table, *result.more.values())
         return [to_json(summary), *(table.to_csv() for table in tables)]
@@ -374,9 +378,9 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
         (_check(10), "studies.check.Curvature"),
     ):
         with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
-            truth = plan().run(None, journal).table.to_csv()
+            truth = plan().run(Execution(journal=journal)).table.to_csv()
             patch.setattr(f"losscli.{what}", None)
-            assert plan().run(None, journal).table.to_csv() == truth
+            assert plan().run(Execution(journal=journal)).table.to_csv() == truth
             journal.finish()
 
 
@@ -390,10 +394,10 @@ def test_a_way_whose_proof_ran_out_of_memory_is_not_taken(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "at", at)
         with pytest.raises(torch.OutOfMemoryError):
-            objective.settle(there, ALPHAS)
-    assert objective.way is None
-    objective.settle(there, ALPHAS)
-    assert objective.way is not None
+            objective.choose_strategy(there, ALPHAS)
+    assert objective.strategy is None
+    objective.choose_strategy(there, ALPHAS)
+    assert objective.strategy is not None
 
 
 @pytest.mark.parametrize("change", ["in place", "loaded", "type", "name"])

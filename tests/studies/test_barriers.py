@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 import losscli
 from losscli.errors import ModelError
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies import verification
@@ -281,7 +282,7 @@ def test_progress_counts_points(tmp_path: Path) -> None:
     files = save(RELU, tmp_path)
     plan = Barriers.plan(files, Settings(**options(RELU)), points=POINTS)
     told: list[float] = []
-    plan.run(told.append)
+    plan.run(Execution(told.append))
     assert plan.evaluations == 3 + 3 * 3
     assert told == sorted(told)
     assert told[-1] == pytest.approx(plan.evaluations)

@@ -23,9 +23,10 @@ from losscli.data.split import Batches
 from losscli.errors import DataError, LossError, OutOfMemoryError, UsageError
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
+from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
@@ -189,8 +190,8 @@ def test_the_loss_is_the_mean_over_the_batches_of_the_data(
     assert all(f"{min(sizes)} to {max(sizes)} examples" in note for note in noted)
 
 
-@pytest.mark.parametrize("way", Way)
-def test_every_way_to_evaluate_gives_the_same_numbers(way: Way) -> None:
+@pytest.mark.parametrize("way", Strategy)
+def test_every_way_to_evaluate_gives_the_same_numbers(way: Strategy) -> None:
     data = DataSet({"all": Batches.of(Split(X, Y), 5)})
     objective = Objective(
         MLP("6-5-3"),
@@ -203,7 +204,7 @@ def test_every_way_to_evaluate_gives_the_same_numbers(way: Way) -> None:
     )
     a, b = ({n: t.double() for n, t in state(seed).items()} for seed in (0, 1))
     check_task(objective, a)
-    objective.way = way
+    objective.strategy = way
     alphas = [-0.3, 0.1, 0.4, 0.7, 1.2]
     found = sweep(objective, Line(a, b), [(alpha,) for alpha in alphas])["all"].losses
     source = SOURCES["loader"]
@@ -366,7 +367,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_numbers(
         )
         ends = (str(tmp_path / "0.pt"), str(tmp_path / "1.pt"))
         plan = Interpolation.plan(*ends, settings, points=41, range_=(0.0, 1.0))
-        return plan.run(journal=journal).table.to_csv()
+        return plan.run(Execution(journal=journal)).table.to_csv()
 
     whole = study(None)
     found = broken_anywhere(tmp_path / "run", study, study)

@@ -15,6 +15,7 @@ from losscli.cli.report import plan as told
 from losscli.evaluation.cost import Pace, measure, timed
 from losscli.evaluation.curvature import LEAST, PRODUCT_LIMIT
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.tasks import Execution
 from losscli.settings import Settings
 from losscli.studies import dry_run
 from losscli.studies.barriers import Barriers
@@ -72,7 +73,7 @@ def test_what_a_run_evaluates_is_counted(name: str, folder: Path) -> None:
         == examples * (plain + 16 + swept * 1e3) + swept * 1e6
     )
     done: list[float] = []
-    study.run(done.append)
+    study.run(Execution(done.append))
     assert done[-1] == pytest.approx(plain + swept)
     # Twice the examples take twice as long, whatever the batch.
     half = PLANS[name](**CPU, split=("train",))

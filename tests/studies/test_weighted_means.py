@@ -25,10 +25,11 @@ from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.losses import accuracy, cross_entropy
 from losscli.evaluation.objective import Evaluation, Objective
-from losscli.evaluation.records import pack, unpack
-from losscli.evaluation.strategies import Way
+from losscli.evaluation.records import decode, encode
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.evaluation.task_checks import check_task
+from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies.check import _best
@@ -370,11 +371,11 @@ def test_weights_of_one_change_no_digit(loss: str, option: str) -> None:
     assert plain.summary.get("blocks") == weighted.summary.get("blocks")
 
 
-WAYS = [Way.LOADED, Way.BOUND, Way.SHARED, Way.THREADS, Way.STACKED]
+WAYS = [Strategy.LOADED, Strategy.BOUND, Strategy.SHARED, Strategy.THREADS, Strategy.STACKED]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_evaluate_weighs_alike(way: Way) -> None:
+def test_every_way_to_evaluate_weighs_alike(way: Strategy) -> None:
     def mlp() -> nn.Module:
         return MLP("4-6-3")
 
@@ -383,7 +384,7 @@ def test_every_way_to_evaluate_weighs_alike(way: Way) -> None:
     torch.manual_seed(1)
     a, b = (mlp().double().state_dict() for _ in range(2))
     check_task(objective, a)
-    objective.way = way
+    objective.strategy = way
     found = sweep(objective, Line(a, b), [(alpha,) for alpha in ALPHAS])["all"]
     for k, alpha in enumerate(ALPHAS):
         model = mlp().double()
@@ -477,8 +478,8 @@ def test_what_was_recorded_has_its_weights() -> None:
     objective = objective_of(partial(cross_entropy, weight=WEIGHT), (x, y))
     check_task(objective, states()[0])
     found = objective.plain(states()[0])
-    arrays = pack(objective, objective.splits, found, 1, 1)
-    back, _, _ = unpack(objective, objective.splits, arrays)
+    arrays = encode(objective, objective.splits, found, 1, 1)
+    back = decode(arrays, objective.splits, objective.metrics)
     assert torch.equal(back["all"].losses, found["all"].losses)
     assert back["all"].weights is not None
     assert torch.equal(back["all"].weights, found["all"].weights)
@@ -499,12 +500,12 @@ def test_a_run_that_goes_on_from_its_journal_has_the_same_numbers(
     with Journal.open(
         tmp_path / "x", first.fingerprint.identity, first.fingerprint.conditions
     ) as journal:
-        truth = first.run(journal=journal)
+        truth = first.run(Execution(journal=journal))
     again = plan(nn.CrossEntropyLoss(weight=W))
     with Journal.open(
         tmp_path / "x", again.fingerprint.identity, again.fingerprint.conditions
     ) as journal:
-        found = again.run(lambda _: None, journal=journal)
+        found = again.run(Execution(lambda _: None, journal))
         assert journal.skipped > 0
     assert found.table.to_csv() == truth.table.to_csv()
     # Weights of an object are no text, and settle the numbers.

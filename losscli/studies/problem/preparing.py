@@ -15,7 +15,7 @@ from losscli.checkpoint import Given, base_of, read
 from losscli.errors import MismatchError, UsageError
 from losscli.evaluation.device import choose_device, describe_device
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.ranks import current
+from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.task_checks import check_task
 from losscli.settings import Buffers, DType, Settings
 from losscli.studies.problem.checkpoints import Checkpoints, is_same
@@ -27,13 +27,19 @@ from losscli.studies.problem.task import data_of, loss_of, metrics_of, recalibra
 __all__ = ["prepare"]
 
 
-def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ()) -> Problem:
+def prepare(
+    names: Sequence[str],
+    settings: Settings,
+    notes: Sequence[str] = (),
+    ranks: Ranks | None = None,
+) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
     Args:
         names: The checkpoints: files, ``init:SEED``, or objects.
         settings: The settings.
         notes: How the checkpoints were put in order, where they were.
+        ranks: The processes that share the run, if there are several.
 
     Returns:
         The problem, ready to be evaluated.
@@ -42,7 +48,8 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
         LosscliError: Something is missing, broken or does not fit; the text says what and where.
     """
     _check(settings)
-    device = choose_device(settings.device, settings.dtype)
+    local = None if ranks is None else ranks.local
+    device = choose_device(settings.device, settings.dtype, local)
     base = base_of(names)
     file = read(base) if base else None
     with torch.random.fork_rng(devices=[]):
@@ -100,7 +107,7 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
         moving_names(objective, buffers, settings),
         lambda: build(found, file),
         buffers,
-        _provenance(settings, objective, specs, entries),
+        _provenance(settings, objective, specs, entries, 1 if ranks is None else ranks.size),
         settings,
         checkpoints.open,
         checkpoints.unchanged,
@@ -153,16 +160,17 @@ def _provenance(
     objective: Objective,
     specs: Mapping[str, object],
     entries: Sequence[Mapping[str, Any]],
+    processes: int,
 ) -> dict[str, Any]:
     """Tells where all of a problem came from."""
-    recalibration, ranks = objective.recalibration, current()
+    recalibration = objective.recalibration
     return {
         "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(objective.device),
         "device_name": describe_device(objective.device),
-        "processes": 1 if ranks is None else ranks.size,
+        "processes": processes,
         "dtype": settings.dtype,
         "tf32": settings.tf32,
         **specs,
