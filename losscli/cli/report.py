@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from losscli.errors import printable
+from losscli.results import Result
 
 __all__ = [
     "alignment",
@@ -27,18 +28,19 @@ _STATIONARY = 1e-3
 _MATRIX = 10
 
 
-def interpolation(summary: Mapping[str, Any]) -> str:
+def interpolation(result: Result) -> str:
     """Tells what a line showed.
 
     B is the end of training, and a lower point is a lower point seen on this line: whether either
     is a minimum is not for a line to say.
 
     Args:
-        summary: The summary of an interpolation.
+        result: The result of an interpolation.
 
     Returns:
         Lines of text.
     """
+    summary = result.summary
     a, b = (printable(c["name"]) for c in summary["checkpoints"])
     low, high = summary["range"]
     lines = [
@@ -212,15 +214,16 @@ def _rise(split: Mapping[str, Any]) -> str:
     return "none among the points seen"
 
 
-def trajectory(summary: Mapping[str, Any]) -> str:
+def trajectory(result: Result) -> str:
     """Tells what a training path showed.
 
     Args:
-        summary: The summary of a trajectory.
+        result: The result of a trajectory.
 
     Returns:
         Lines of text.
     """
+    summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
     path = summary["path"]
     length, walked, farthest = path["length"], path["walked"], path["farthest"]
@@ -275,15 +278,16 @@ def trajectory(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plane(summary: Mapping[str, Any]) -> str:
+def plane(result: Result) -> str:
     """Tells what a plane showed.
 
     Args:
-        summary: The summary of a plane.
+        result: The result of a plane.
 
     Returns:
         Lines of text.
     """
+    summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
     letters = "ABC" if summary["plane"] == "points" else ""
     if letters or len(names) == 1:
@@ -324,15 +328,16 @@ def plane(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def barriers(summary: Mapping[str, Any]) -> str:
+def barriers(result: Result) -> str:
     """Tells what the lines between all pairs of checkpoints showed.
 
     Args:
-        summary: The summary of barriers.
+        result: The result of barriers.
 
     Returns:
         Lines of text.
     """
+    summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
     pairs = math.comb(len(names), 2)
     few = len(names) <= _MATRIX
@@ -391,16 +396,16 @@ def _pair(pair: Mapping[str, Any] | None, number: Mapping[str, str]) -> str:
     return f"{_with_error(pair) if pair['height'] else 'none'}{at}, between {between}"
 
 
-def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def check(result: Result) -> str:
     """Tells what was found of critical points.
 
     Args:
-        summary: The summary of a check.
-        rows: The rows of its table.
+        result: The result of a check.
 
     Returns:
         Lines of text.
     """
+    summary, rows = result.summary, _rows(result)
     moving, tolerance = summary["moving"], summary["tolerance"]
     lines = [
         *_task(summary, 16, metrics=False),
@@ -454,6 +459,10 @@ def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
             + (_gain(escape) if escape["gain"] > 0 else "no lower point was seen"),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _rows(result: Result) -> Sequence[Mapping[str, Any]]:
+    return result.table.records()
 
 
 def _eigenvalue(row: Mapping[str, Any], which: str, point: Mapping[str, Any]) -> str:
@@ -552,17 +561,16 @@ def _where(d: Mapping[str, Any]) -> Iterator[str]:
         yield f"not {', '.join(d['streamed_splits'])}: decoded anew in each pass"
 
 
-def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Any]) -> str:
+def inspection(result: Result) -> str:
     """Tells what is in a checkpoint or which state dicts are, or how far apart two are.
 
     Args:
-        summary: The summary of an inspection.
-        columns: The columns of its table.
-        rows: The rows of its table.
+        result: The result of an inspection.
 
     Returns:
         Lines of text.
     """
+    summary, columns, rows = result.summary, result.table.columns, result.table.rows
     lines = []
     several = len(summary.get("state_dicts", ()))
     for checkpoint in summary["checkpoints"]:

@@ -1,32 +1,27 @@
-"""Carrying out a study: plan, run, tell and write, the same for every command."""
+"""Running a study: plan, run, report and write, the same for every command."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from losscli.cli import report
 from losscli.cli.console import Console, stdin
+from losscli.cli.figures import check_panel_count, render_files
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
 from losscli.evaluation.ranks import Ranks, current, decided
-from losscli.results import Result, need_few, to_json
+from losscli.results import Result, to_json
+from losscli.studies.registry import COMMANDS, further_table_names
 
 if TYPE_CHECKING:
     from losscli.evaluation.journal import Journal
     from losscli.studies.base import Study
 
-__all__ = ["carry_out", "names_of"]
-
-_TOLD: Mapping[str, Callable[[Result], str]] = {
-    "interpolate": lambda result: report.interpolation(result.summary),
-    "trajectory": lambda result: report.trajectory(result.summary),
-    "plane": lambda result: report.plane(result.summary),
-    "barriers": lambda result: report.barriers(result.summary),
-    "check": lambda result: report.check(result.summary, result.table.records()),
-}
+__all__ = ["names_of", "run_study"]
 
 # What the basis of a study tells of the machine.
 _OWN = frozenset({
@@ -34,13 +29,13 @@ _OWN = frozenset({
 })  # fmt: skip
 
 
-def carry_out(
-    command: str, names: Sequence[str], plan: Callable[[], Study], write: Write, console: Console
+def run_study(
+    name: str, names: Sequence[str], plan: Callable[[], Study], write: Write, console: Console
 ) -> None:
-    """Carries out a study.
+    """Runs a study and writes its result.
 
     Args:
-        command: The command.
+        name: The command.
         names: The checkpoints, for the default stem.
         plan: Plans the study.
         write: Where its result goes.
@@ -51,13 +46,14 @@ def carry_out(
         _help(ranks, plan, write, console)
         return
     # A long path is named after its ends.
-    output = write.plan(command, names if len(names) <= 3 else [names[0], names[-1]])
+    output = write.plan(name, names if len(names) <= 3 else [names[0], names[-1]])
+    command = COMMANDS[name]
     with console.guard_stdout():
         study = plan()
     if output is not None and output.figures:
         objective = study.problem.objective
-        need_few(
-            "" if study.settled.get("layerwise") else command,
+        check_panel_count(
+            command.panels_with(["blocks"] if study.settled.get("layerwise") else []),
             len(objective.splits),
             len(objective.metrics),
             "Choose fewer by --split and --metric, or give --no-figure",
@@ -78,7 +74,7 @@ def carry_out(
     if output is None:
         console.result(_evaluate(study, console, None).table.to_csv())
         return
-    output.guard(study.identity, study.tables)
+    output.guard(study.identity, command.further_tables)
     from losscli.evaluation.journal import Journal
 
     with console.guard_stdout():
@@ -91,18 +87,19 @@ def carry_out(
         for note in _notes(journal):
             console.note(note)
         result = _evaluate(study, console, journal)
-        files = output.write(result, log=write.log)
+        pictures = render_files(partial(result.figure, log=write.log), output.figures)
+        files = output.write(result, pictures, further_table_names())
         console.written = True
         journal.finish()
     if write.json:
         console.result(f"{to_json(result.summary, indent=None)}\n")
     else:
-        console.result(_TOLD[command](result))
+        console.result(command.describe(result))
     console.note(f"wrote {', '.join(map(str, files))}")
 
 
 def _help(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Console) -> None:
-    """Does a rank's share of a study that rank 0 carries out."""
+    """Does a rank's share of a study that rank 0 runs."""
     with console.guard_stdout():
         study = plan()
         if write.dry_run:

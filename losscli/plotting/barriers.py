@@ -29,7 +29,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    Run,
     add_title,
     examples,
     format_number,
@@ -40,6 +39,7 @@ from losscli.plotting.style import (
     text_width,
 )
 from losscli.plotting.surface import WIDE, add_foot, settle
+from losscli.results import Run
 from losscli.table import Table
 
 __all__ = ["draw_barriers"]

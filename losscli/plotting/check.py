@@ -31,7 +31,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    Run,
     add_title,
     drawable,
     examples,
@@ -45,6 +44,7 @@ from losscli.plotting.style import (
     steady,
 )
 from losscli.plotting.surface import WIDE, add_foot, settle, short_name
+from losscli.results import Run
 from losscli.table import Cell, Table
 
 __all__ = ["draw_check"]

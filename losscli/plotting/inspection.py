@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from losscli.errors import UsageError
 from losscli.plotting.layerwise import block_colours
 from losscli.plotting.style import (
     INCH,
@@ -25,7 +26,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    Run,
     add_legend,
     add_notes,
     add_title,
@@ -37,6 +37,7 @@ from losscli.plotting.style import (
     shorten,
     text_width,
 )
+from losscli.results import Run
 
 __all__ = ["draw_inspection"]
 
@@ -81,7 +82,7 @@ class _Bar:
         return not self.square and 0 < self.moved < math.inf
 
 
-def draw_inspection(run: Run, *, title: str = "") -> Figure:
+def draw_inspection(run: Run, *, title: str = "", log: bool = False) -> Figure:
     """Draws a bar for each tensor: its root mean square, or ‖B − A‖ / ‖A‖ between two checkpoints.
 
     Tensors are in the order of the checkpoint, and in one colour where they are of one part of the
@@ -90,10 +91,19 @@ def draw_inspection(run: Run, *, title: str = "") -> Figure:
     Args:
         run: The table and summary of an inspection.
         title: Stands above the panel.
+        log: Has no effect: there is no loss.
 
     Returns:
         The figure, laid out and ready to `render`.
+
+    Raises:
+        UsageError: It is of a checkpoint of several state dicts.
     """
+    del log
+    if "key" in run.table.columns:
+        raise UsageError(
+            "a checkpoint of several state dicts is not drawn", "Choose one with FILE#KEY"
+        )
     two = "distance" in run.table.columns
     tensors = _read(run, two=two)
     bars = _gather(tensors)

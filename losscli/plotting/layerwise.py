@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from losscli.plotting.interpolation import (
+from losscli.plotting.line_axis import (
     draw_ends,
     lowest_label,
     mark_ends,
@@ -30,7 +30,6 @@ from losscli.plotting.style import (
     INK,
     SMALL,
     WIDTH,
-    Run,
     add_legend,
     add_notes,
     add_title,
@@ -42,6 +41,7 @@ from losscli.plotting.style import (
     plain,
     shorten,
 )
+from losscli.results import Run
 
 __all__ = ["block_colours", "draw_layerwise"]
 

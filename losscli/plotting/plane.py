@@ -25,7 +25,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    Run,
     add_title,
     count_points,
     examples,
@@ -55,6 +54,7 @@ from losscli.plotting.surface import (
     settle,
     short_name,
 )
+from losscli.results import Run
 from losscli.table import Table
 
 __all__ = ["draw_plane"]
@@ -97,17 +97,17 @@ class _Checkpoints:
 _NOBODY = Table.build(("step", "checkpoint", "x", "y", "off_plane", "split", "loss"), ())
 
 
-def draw_plane(run: Run, *, title: str = "", log: bool = False, surface: bool = False) -> Figure:
+def draw_plane(run: Run, *, title: str = "", log: bool = False) -> Figure:
     """Draws the loss on a plane as contours, a panel for each split, and its checkpoints.
 
     Every checkpoint has the colour of its own loss, from the table ``path``: where it is that of
-    the plane below it, the plane tells the truth about it.
+    the plane below it, the plane tells the truth about it. If the summary says ``surface``, the
+    same stands in three dimensions beside each panel.
 
     Args:
         run: The run.
         title: Stands above the panels.
         log: Makes the scale of the loss logarithmic.
-        surface: Adds the same in three dimensions beside each panel.
 
     Returns:
         The figure, laid out and ready to `render`.
@@ -118,7 +118,7 @@ def draw_plane(run: Run, *, title: str = "", log: bool = False, surface: bool = 
         own = [marks.loss(grid.split) for grid in grids]
         losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
         scale = scale_losses(np.concatenate(losses), log=log)
-        kind = str(run.summary.get("plane", ""))
+        kind, surface = str(run.summary.get("plane", "")), bool(run.summary.get("surface"))
         joined = kind == "pca" or len(marks.names) > _FEW
         view = _view(grids)
         ratio = (view[1][1] - view[1][0]) / (view[0][1] - view[0][0])

@@ -10,7 +10,6 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib as mpl
@@ -33,7 +32,7 @@ from matplotlib.ticker import (
 from numpy.typing import NDArray
 
 from losscli.errors import UsageError
-from losscli.table import Table
+from losscli.results import Run
 
 __all__ = [
     "DASHES",
@@ -47,7 +46,6 @@ __all__ = [
     "STEPS",
     "WIDTH",
     "Numbers",
-    "Run",
     "add_legend",
     "add_notes",
     "add_title",
@@ -72,26 +70,6 @@ __all__ = [
     "steady",
     "text_width",
 ]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a command, to be drawn.
-
-    Attributes:
-        table: Its rows, as in STEM.csv.
-        summary: Its JSON, or ``{}`` where only the CSV is at hand.
-        label: What to call it beside other runs; by default its first and last checkpoint.
-        more: Its further tables by the name in their file: ``surface`` for STEM.surface.csv.
-        checkpoint_labels: What to call the checkpoints of a matrix of barriers, in its order;
-            by default their names.
-    """
-
-    table: Table
-    summary: Mapping[str, Any]
-    label: str = ""
-    more: Mapping[str, Table] = field(default_factory=dict)
-    checkpoint_labels: Sequence[str] = ()
 
 
 # --- The style -----------------------------------------------------------------------------------

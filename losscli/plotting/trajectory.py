@@ -23,7 +23,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    Run,
     add_title,
     checkpoint_names,
     count_points,
@@ -50,6 +49,7 @@ from losscli.plotting.surface import (
     scale_losses,
     settle,
 )
+from losscli.results import Run
 from losscli.table import Table
 
 __all__ = ["draw_trajectory"]

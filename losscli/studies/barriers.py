@@ -27,6 +27,7 @@ from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
 from losscli.studies.problem import counted, prepare
+from losscli.studies.registry import COMMANDS
 from losscli.table import Table
 from losscli.weight_space.slices import Line, grid, need_room
 from losscli.weight_space.vectors import Weights, distance, equal
@@ -131,11 +132,6 @@ class Barriers(Study):
         return {"alphas": self.alphas}
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """The losses on all lines."""
-        return ("curves",)
-
-    @property
     def pairs(self) -> Iterator[tuple[int, int]]:
         """The places of the two checkpoints of each pair, in the order of the rows."""
         return combinations(range(len(self.states)), 2)
@@ -221,7 +217,9 @@ class Barriers(Study):
             "notes": [*stays, *self._notes(placed, splits, lengths), *self.sampled(examples)],
             "seconds": seconds,
         }
-        return Result(self._table(found, heights, lengths), summary, more)
+        return Result(
+            self._table(found, heights, lengths), summary, COMMANDS[self.command].draw, more
+        )
 
     def _line(self, start: Weights, a: Weights, b: Weights) -> Line:
         """The line from A, whose tensors are on the device already, to B."""

@@ -122,11 +122,6 @@ class Study(ABC):
 
     @property
     @abstractmethod
-    def tables(self) -> tuple[str, ...]:
-        """The further tables that a run may write, by the names in their files."""
-
-    @property
-    @abstractmethod
     def settled(self) -> dict[str, Any]:
         """What settles the points, beside the checkpoints and the settings."""
 

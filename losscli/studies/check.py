@@ -46,6 +46,7 @@ from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count, need_derivatives
 from losscli.studies.problem import prepare
+from losscli.studies.registry import COMMANDS
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line
@@ -514,11 +515,6 @@ class Check(Study):
         }
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """The way out of a saddle, and the eigenvalues."""
-        return "escape", "spectrum"
-
-    @property
     def slices(self) -> tuple[int, int]:
         """None is swept by plan; where there is a way down, it is."""
         return 0, 0
@@ -613,7 +609,7 @@ class Check(Study):
             "notes": [*self.kept(), *self.spectral_norms(), *self._notes(heard, found)],
             "seconds": seconds,
         }
-        return Result(table, summary, more)
+        return Result(table, summary, COMMANDS[self.command].draw, more)
 
     def _look_at_all(
         self, tell: Callable[[float], None], journal: Journal | None

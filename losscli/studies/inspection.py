@@ -26,6 +26,7 @@ from losscli.errors import CheckpointError, MismatchError, TableError, UsageErro
 from losscli.evaluation.spectral import normalise_stored
 from losscli.files import read_regular
 from losscli.results import Result
+from losscli.studies.registry import COMMANDS, command_of
 from losscli.table import Cell, Table
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import (
@@ -93,7 +94,7 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
         for name, t in first.weights.items()
     }  # fmt: skip
     if not others:
-        return Result(Table.build(columns, described.values()), summary)
+        return Result(Table.build(columns, described.values()), summary, COMMANDS["inspect"].draw)
     (other,) = others
     shared = [
         name
@@ -112,7 +113,11 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
         ]
         for name in shared
     )
-    return Result(Table.build([*columns, "norm_b", "distance", "cosine"], rows), summary)
+    return Result(
+        Table.build([*columns, "norm_b", "distance", "cosine"], rows),
+        summary,
+        COMMANDS["inspect"].draw,
+    )
 
 
 def _contents(file: CheckpointFile) -> Result:
@@ -147,7 +152,11 @@ def _contents(file: CheckpointFile) -> Result:
         ],
         "state_dicts": list(file.candidates),
     }
-    return Result(Table.build(["key", "tensors", "values", "bytes", "norm"], rows), summary)
+    return Result(
+        Table.build(["key", "tensors", "values", "bytes", "norm"], rows),
+        summary,
+        COMMANDS["inspect"].draw,
+    )
 
 
 def _gather(candidates: Mapping[str, Weights]) -> dict[str, list[Weights]]:
@@ -225,7 +234,7 @@ def lowest(csv: Path, split: str) -> Lowest:
         UsageError: The table is not one of `interpolate`, or has no such split.
     """
     table = Table.read(csv)
-    if table.command != "interpolate":
+    if command_of(table) is not COMMANDS["interpolate"]:
         raise UsageError(f"--csv {csv} is no table of interpolate", "Give the CSV of a line")
     if split not in table.unique("split"):
         known = ", ".join(map(str, table.unique("split"))) or "none"

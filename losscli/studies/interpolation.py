@@ -28,6 +28,7 @@ from losscli.studies.base import Study, count, need_derivatives
 from losscli.studies.closer import CloseUp, Further
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
 from losscli.studies.problem import counted, prepare
+from losscli.studies.registry import COMMANDS
 from losscli.studies.seen import LineCurve, Looked
 from losscli.table import Table
 from losscli.weight_space.curve import describe
@@ -210,11 +211,6 @@ class Interpolation(Study):
         }
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """The whole line, if it is given, and the blocks that move alone."""
-        return ("context", "blocks")
-
-    @property
     def slices(self) -> tuple[int, int]:
         """One line, between and beyond its ends: these are evaluated plainly."""
         inner = len(set(self.alphas) - {0.0, 1.0})
@@ -364,7 +360,7 @@ class Interpolation(Study):
             ],
             "seconds": seconds,
         }
-        return Result(self._table(looked), summary, more)
+        return Result(self._table(looked), summary, COMMANDS[self.command].draw, more)
 
     def _table(self, looked: Looked) -> Table:
         metrics = self.problem.objective.metrics

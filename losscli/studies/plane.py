@@ -23,6 +23,7 @@ from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count, moving_along
 from losscli.studies.problem import Problem, counted, prepare
+from losscli.studies.registry import COMMANDS
 from losscli.table import Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.directions import random_directions
@@ -210,11 +211,6 @@ class Plane(Study):
         return {"plane": self.kind, "xs": self.xs, "ys": self.ys}
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """The checkpoints."""
-        return ("path",)
-
-    @property
     def slices(self) -> tuple[int, int]:
         """One plane."""
         return 1, len(self.xs) * len(self.ys)
@@ -323,7 +319,7 @@ class Plane(Study):
             "notes": [*stays, *self._notes(splits), *self.sampled(examples)],
             "seconds": seconds,
         }
-        return Result(table, summary, {"path": path})
+        return Result(table, summary, COMMANDS[self.command].draw, {"path": path})
 
     def _here(self) -> Triangle | Span:
         """The plane on the device."""

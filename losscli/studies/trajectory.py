@@ -25,6 +25,7 @@ from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count, moving_along
 from losscli.studies.problem import counted, prepare
+from losscli.studies.registry import COMMANDS
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.slices import Line, grid, need_room
@@ -168,11 +169,6 @@ class Trajectory(Study):
         return {"offsets": self.offsets, "random_walk": self.random_walk}
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """The surface and the walks."""
-        return "surface", "walk"
-
-    @property
     def slices(self) -> tuple[int, int]:
         """A line across the path at each step."""
         return (len(self.problem.names) if self.offsets else 0), len(self.offsets)
@@ -226,7 +222,7 @@ class Trajectory(Study):
             "notes": [*stays, *self._notes(splits), *self.sampled(examples)],
             "seconds": seconds,
         }
-        return Result(self._table(found), summary, more)
+        return Result(self._table(found), summary, COMMANDS[self.command].draw, more)
 
     def _prove(self) -> tuple[float | None, list[str]]:
         """Holds the sweep against both ends; what is held here is let go of."""

@@ -734,7 +734,7 @@ def test_plot_does_not_blame_a_summary_for_what_fails_without_it(
     def fails(*_: Any, **__: Any) -> Any:
         raise TypeError("of losscli")
 
-    monkeypatch.setattr("losscli.plotting.drawing.draw", fails)
+    monkeypatch.setattr("losscli.plotting.interpolation.draw_interpolation", fails)
     done = losscli("plot", "x.csv")
     assert done.status == 1
     assert "unexpected TypeError: of losscli. This is a fault of losscli" in done.stderr

@@ -39,7 +39,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from losscli.errors import UsageError
-from losscli.plotting.drawing import Run, draw_interpolation, render
+from losscli.plotting.interpolation import draw_interpolation
+from losscli.plotting.style import render
+from losscli.results import Run
 from losscli.table import Table
 
 GOLDEN = Path(__file__).parent / "golden"
