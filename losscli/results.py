@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from losscli.errors import OutputError, UsageError
 from losscli.files import create, read_regular
@@ -39,8 +39,12 @@ FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 _BEYOND_ASCII = re.compile(r"[^\n -~]")
 
 
+S_co = TypeVar("S_co", bound=Mapping[str, object], covariant=True)
+"""The type of the summary, of `losscli.summaries`."""
+
+
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[S_co]):
     """One run of a command, to be drawn.
 
     Attributes:
@@ -53,7 +57,7 @@ class Run:
     """
 
     table: Table
-    summary: Mapping[str, Any]
+    summary: S_co
     label: str = ""
     more: Mapping[str, Table] = field(default_factory=dict)
     checkpoint_labels: Sequence[str] = ()
@@ -62,7 +66,7 @@ class Run:
 class Drawing(Protocol):
     """Draws runs of one command."""
 
-    def __call__(self, runs: Sequence[Run], *, log: bool) -> Figure:
+    def __call__(self, runs: Sequence[Run[Any]], *, log: bool) -> Figure:
         """Draws.
 
         Args:
@@ -75,7 +79,7 @@ class Drawing(Protocol):
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Generic[S_co]):
     """What a study found.
 
     Attributes:
@@ -86,7 +90,7 @@ class Result:
     """
 
     table: Table
-    summary: Mapping[str, Any]
+    summary: S_co
     draw: Drawing = field(repr=False, compare=False)
     more: Mapping[str, Table] = field(default_factory=dict)
 
@@ -279,7 +283,7 @@ class Output:
             )
 
     def write(
-        self, result: Result, pictures: Mapping[Path, bytes], known_tables: Collection[str]
+        self, result: Result[Any], pictures: Mapping[Path, bytes], known_tables: Collection[str]
     ) -> list[Path]:
         """Writes a result: every file under a temporary name first, then all are renamed.
 

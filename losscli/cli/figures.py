@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ def check_curve_count(curves: int, cure: str) -> None:
         raise UsageError(f"a picture has room for {_MOST_CURVES} curves, and not {curves}", cure)
 
 
-def render_files(figure: Callable[[], Figure], paths: Iterable[Path]) -> dict[Path, bytes]:
+def render_files(figure: Callable[[], Figure], paths: Sequence[Path]) -> dict[Path, bytes]:
     """Renders a figure in the format of each file.
 
     Args:
@@ -63,9 +63,8 @@ def render_files(figure: Callable[[], Figure], paths: Iterable[Path]) -> dict[Pa
     Returns:
         What each file is to hold.
     """
-    contents = {}
-    for path in paths:
-        from losscli.plotting.style import render  # imports matplotlib: not where none is drawn
+    if not paths:
+        return {}
+    from losscli.plotting.style import render
 
-        contents[path] = render(figure(), path.suffix)
-    return contents
+    return {path: render(figure(), path.suffix) for path in paths}

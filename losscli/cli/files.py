@@ -54,7 +54,7 @@ def inspect(
         summary = {**result.summary, "rows": result.table.records()}
         console.result(f"{to_json(summary, indent=None)}\n")
     else:
-        console.result(COMMANDS["inspect"].describe(result))
+        console.result(COMMANDS["inspect"].as_text(result))
     if files:
         console.note(f"wrote {', '.join(map(str, files))}")
 

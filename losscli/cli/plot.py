@@ -17,7 +17,7 @@ import typer
 from losscli.cli.console import Console, stdin
 from losscli.cli.figures import check_curve_count, check_panel_count, render_files
 from losscli.cli.options import with_console
-from losscli.errors import TableError, UsageError, one_line
+from losscli.errors import TableError, UsageError, printable
 from losscli.files import read_regular
 from losscli.results import Output, Run, picture_of, stem_of
 from losscli.studies.registry import (
@@ -28,6 +28,7 @@ from losscli.studies.registry import (
     draw,
     further_table_of,
 )
+from losscli.summaries import from_json
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -111,32 +112,17 @@ def plot(
     stem = stem_of(out) if out is not None else Path((alone or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
     _check_panel_counts(csvs, runs)
-    try:
-        pictures = render_files(lambda: draw(runs, title=title, log=log), output.figures)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        summaries = [str(_beside(c)) for c, run in zip(csvs, runs, strict=True) if run.summary]
-        # What fails without summaries too is not theirs, but a fault of losscli.
-        bare = [replace(run, summary={}) for run in runs]
-        render_files(lambda: draw(bare, title=title, log=log), output.figures)
-        raise TableError(
-            f"{' or '.join(summaries)} does not hold what losscli writes: {one_line(error)}",
-            "Move it away, or make it again with its CSV",
-        ) from error
+    pictures = render_files(lambda: draw(runs, title=title, log=log), output.figures)
     files = output.write_pictures(pictures)
     console.written = True
     console.result("".join(f"{path}\n" for path in files))
 
 
-def _beside(csv: str) -> Path:
-    """The summary of a table."""
-    return Path(csv).with_suffix(".json")
-
-
-def _split_count(run: Run) -> int:
+def _split_count(run: Run[Any]) -> int:
     return len(run.table.unique("split")) if "split" in run.table.columns else 0
 
 
-def _with_labels(runs: Sequence[Run], labels: Sequence[str]) -> list[Run]:
+def _with_labels(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
     """Gives each CSV its label, or each checkpoint where one matrix of barriers is drawn."""
     command = command_of(runs[0].table)
     columns = command.labelled if command and len(runs) == 1 else ()
@@ -153,7 +139,7 @@ def _with_labels(runs: Sequence[Run], labels: Sequence[str]) -> list[Run]:
     ]
 
 
-def _read(name: str) -> Run:
+def _read(name: str) -> Run[Any]:
     if name == "-":
         text = stdin().decode("utf-8-sig", "replace")
         table = Table.from_csv(io.StringIO(text, newline=""), "stdin")
@@ -222,8 +208,9 @@ def _check_grid(table: Table, name: str, expected: TableFormat) -> None:
 
 def _summary(path: Path, command: Command) -> dict[str, Any]:
     """Reads the summary beside a CSV; without one, the picture has no names to show."""
+    beside = path.with_suffix(".json")
     try:
-        summary = json.loads(read_regular(_beside(str(path))).decode())
+        summary = json.loads(read_regular(beside).decode())
     except (OSError, ValueError, RecursionError):
         return {}
     match summary:
@@ -236,8 +223,20 @@ def _summary(path: Path, command: Command) -> dict[str, Any]:
             listed = isinstance(summary.get("tables", []), list)
             named = all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in checkpoints)
             if listed and named and all(isinstance(split, dict) for split in splits.values()):
-                return dict(summary)
+                return _checked(summary, beside, command)
     return {}
+
+
+def _checked(summary: dict[str, Any], path: Path, command: Command) -> dict[str, Any]:
+    """Reads a summary as the type of its command."""
+    try:
+        read: dict[str, Any] = from_json(summary, command.summary)
+    except ValueError as fault:
+        raise TableError(
+            f"{path} does not hold what losscli writes: {printable(str(fault))}",
+            "Move it away, or make it again with its CSV",
+        ) from None
+    return read
 
 
 def _read_further(
@@ -281,7 +280,7 @@ def _check_same_run(
         )
 
 
-def _check_panel_counts(names: Sequence[str], runs: Sequence[Run]) -> None:
+def _check_panel_counts(names: Sequence[str], runs: Sequence[Run[Any]]) -> None:
     """Checks that there are no more panels than a figure can show."""
     for name, run in zip(names, runs, strict=True):
         command = command_of(run.table)
@@ -293,7 +292,7 @@ def _check_panel_counts(names: Sequence[str], runs: Sequence[Run]) -> None:
             raise UsageError(f"{name}: {error.what}", error.cure) from None
 
 
-def _draw_in_terminal(runs: list[Run], console: Console, *, log: bool) -> None:
+def _draw_in_terminal(runs: list[Run[Any]], console: Console, *, log: bool) -> None:
     from losscli.plotting.terminal import draw
 
     width, height = shutil.get_terminal_size((80, 24))
@@ -316,6 +315,6 @@ def _draw_in_terminal(runs: list[Run], console: Console, *, log: bool) -> None:
     console.result(drawn if drawn.endswith("\n") else f"{drawn}\n", drawn=True)
 
 
-def _name(run: Run) -> str:
+def _name(run: Run[Any]) -> str:
     checkpoints = [c["name"] for c in run.summary.get("checkpoints", [])]
     return " → ".join(checkpoints)

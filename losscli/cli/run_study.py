@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from losscli.cli import report
 from losscli.cli.console import Console, stdin
@@ -16,6 +16,7 @@ from losscli.errors import ChangedError, UsageError
 from losscli.evaluation.ranks import Ranks, current, decided
 from losscli.results import Result, to_json
 from losscli.studies.registry import COMMANDS, further_table_names
+from losscli.summaries import Description
 
 if TYPE_CHECKING:
     from losscli.evaluation.journal import Journal
@@ -64,9 +65,9 @@ def run_study(
         for note in study.problem.notes:
             console.note(note)
         # The batch that fits is known by now.
-        description = {**study.describe(), "estimate": estimate}
-        told = f"{to_json(description, indent=None)}\n" if write.json else report.plan(description)
-        console.result(told)
+        description: Description = {**study.describe(), "estimate": estimate}
+        text = f"{to_json(description, indent=None)}\n" if write.json else report.plan(description)
+        console.result(text)
         return
     if ranks is not None:
         with console.guard_stdout():
@@ -94,7 +95,7 @@ def run_study(
     if write.json:
         console.result(f"{to_json(result.summary, indent=None)}\n")
     else:
-        console.result(command.describe(result))
+        console.result(command.as_text(result))
     console.note(f"wrote {', '.join(map(str, files))}")
 
 
@@ -118,7 +119,7 @@ def _alike(study: Study) -> dict[str, str]:
     return {name: json.dumps(value) for name, value in told.items() if name not in _OWN}
 
 
-def _evaluate(study: Study, console: Console, journal: Journal | None) -> Result:
+def _evaluate(study: Study, console: Console, journal: Journal | None) -> Result[Any]:
     """Runs a study, and tells its notes."""
     with (
         console.guard_stdout(),

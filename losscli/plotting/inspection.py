@@ -38,6 +38,7 @@ from losscli.plotting.style import (
     text_width,
 )
 from losscli.results import Run
+from losscli.summaries import InspectionSummary
 
 __all__ = ["draw_inspection"]
 
@@ -82,7 +83,7 @@ class _Bar:
         return not self.square and 0 < self.moved < math.inf
 
 
-def draw_inspection(run: Run, *, title: str = "", log: bool = False) -> Figure:
+def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws a bar for each tensor: its root mean square, or ‖B − A‖ / ‖A‖ between two checkpoints.
 
     Tensors are in the order of the checkpoint, and in one colour where they are of one part of the
@@ -142,7 +143,7 @@ def draw_inspection(run: Run, *, title: str = "", log: bool = False) -> Figure:
     return figure
 
 
-def _read(run: Run, *, two: bool) -> list[_Bar]:
+def _read(run: Run[InspectionSummary], *, two: bool) -> list[_Bar]:
     return [
         _Bar(
             plain(str(record["tensor"])),
@@ -269,7 +270,7 @@ def _scale(axes: Axes, values: np.ndarray) -> tuple[float, float, bool]:
     return low, high, log
 
 
-def _left_out(run: Run, drawn: int) -> list[str]:
+def _left_out(run: Run[InspectionSummary], drawn: int) -> list[str]:
     notes = []
     if others := len(run.table.rows) - drawn:
         s = "s" * (others > 1)

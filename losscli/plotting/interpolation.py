@@ -49,6 +49,7 @@ from losscli.plotting.style import (
     steady,
 )
 from losscli.results import Run
+from losscli.summaries import LineSummary
 
 __all__ = ["draw_interpolation"]
 
@@ -56,7 +57,9 @@ _MOST_MARKS = 12  # so many local minima and maxima are marked
 _ABOVE = 1.5  # inches, for the whole line above a part of it
 
 
-def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
+def draw_interpolation(
+    runs: Sequence[Run[LineSummary]], *, title: str = "", log: bool = False
+) -> Figure:
     """Draws losses, and metrics where there are any, over the line from A to B.
 
     One colour a run, one line style a split, a band of one standard error to either side. What
@@ -134,7 +137,7 @@ def _is_wide(series: Sequence[Series], column: str) -> bool:
 
 def _mark_turns(
     axes: Axes,
-    runs: Sequence[Run],
+    runs: Sequence[Run[LineSummary]],
     series: Sequence[Series],
     lowest: Sequence[tuple[Series, float, float]],
     *,
@@ -155,13 +158,15 @@ def _mark_turns(
     taken = {(id(s), alpha) for s, alpha, _ in lowest}
     found: list[tuple[float, str, Series, float, float]] = []
     for s in series:
-        about = (runs[s.run].summary.get("splits") or {}).get(s.split) or {}
-        for kind, size in (("minima", "depth"), ("maxima", "height")):
-            for turn in about.get(f"local_{kind}") or ():
-                at = np.flatnonzero((s.x == turn.get("alpha")) & drawable(s["loss"], log=log))
-                if turn.get("beyond_noise") is True and at.size:
-                    alpha, loss = float(s.x[at[0]]), float(s["loss"][at[0]])
-                    found.append((turn.get(size) or 0.0, kind, s, alpha, loss))
+        about = runs[s.run].summary.get("splits", {}).get(s.split, {})
+        turns = [("minima", turn) for turn in about.get("local_minima", ())]
+        turns += [("maxima", turn) for turn in about.get("local_maxima", ())]
+        for kind, turn in turns:
+            at = np.flatnonzero((s.x == turn.get("alpha")) & drawable(s["loss"], log=log))
+            if turn.get("beyond_noise") and at.size:
+                alpha, loss = float(s.x[at[0]]), float(s["loss"][at[0]])
+                size = turn.get("depth", 0.0) if kind == "minima" else turn.get("height", 0.0)
+                found.append((size, kind, s, alpha, loss))
     found.sort(key=lambda turn: -turn[0])
     number = len(found)
     found = [t for t in found[:_MOST_MARKS] if (id(t[2]), t[3]) not in taken]
@@ -182,7 +187,7 @@ def _mark_turns(
     return entries, [note] if found else []
 
 
-def _read_whole(runs: Sequence[Run], splits: Sequence[str]) -> list[Series]:
+def _read_whole(runs: Sequence[Run[LineSummary]], splits: Sequence[str]) -> list[Series]:
     """The curves of the whole line of which one run is a part; none where it is not."""
     if len(runs) != 1 or "context" not in runs[0].more:
         return []
@@ -236,7 +241,7 @@ def _connect(overview: Axes, panel: Axes) -> None:
 
 
 def _entries(
-    runs: Sequence[Run],
+    runs: Sequence[Run[LineSummary]],
     names: Sequence[str],
     splits: Sequence[str],
     series: Sequence[Series],

@@ -27,6 +27,7 @@ from losscli.plotting.style import (
     text_width,
 )
 from losscli.results import Run
+from losscli.summaries import LineSummary
 
 __all__ = [
     "LINE",
@@ -45,7 +46,9 @@ LINE = "#9a9a9a"
 _FEW_LINES = 4  # the lowest points of so few are marked
 
 
-def read(runs: Sequence[Run], names: Sequence[str], splits: Sequence[str]) -> list[Series]:
+def read(
+    runs: Sequence[Run[LineSummary]], names: Sequence[str], splits: Sequence[str]
+) -> list[Series]:
     """The curves of runs, each with its points in the order of α."""
     series = []
     colours = run_colours(len(runs))

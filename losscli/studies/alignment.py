@@ -26,6 +26,7 @@ from losscli.evaluation.device import Narrowest
 from losscli.evaluation.objective import DETERMINISTIC
 from losscli.settings import Settings
 from losscli.studies.problem import Problem, prepare
+from losscli.summaries import AlignmentSummary
 from losscli.weight_space.matching import inner_product, match
 from losscli.weight_space.permutations import Group, obstacles, permutation_groups, permute
 from losscli.weight_space.vectors import Weights, distance
@@ -50,7 +51,7 @@ class Alignment:
     """
 
     checkpoint: Checkpoint
-    summary: Mapping[str, Any]
+    summary: AlignmentSummary
 
 
 @checked(Settings)
@@ -106,9 +107,18 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
             "Does its forward use weights in a way that its graph does not show?",
         )
     moved = [int((p != torch.arange(len(p))).sum()) for p in matching.permutations]
-    summary = {
+    source = problem.provenance
+    summary: AlignmentSummary = {
         "command": "align",
-        **{k: v for k, v in problem.provenance.items() if k in _TOLD},
+        "version": source["version"],
+        "torch": source["torch"],
+        "python": source["python"],
+        "device": source["device"],
+        "device_name": source["device_name"],
+        "model": source["model"],
+        "data": source["data"],
+        "seed": source["seed"],
+        "checkpoints": source["checkpoints"],
         "groups": [
             {"units": group.size, "moved": n, "tensors": list(group.names)}
             for group, n in zip(groups, moved, strict=True)
@@ -135,10 +145,6 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
     }
     checkpoint = Checkpoint(f"{b} aligned with {a}", aligned, last.metadata)
     return Alignment(checkpoint, summary)
-
-
-_TOLD = ("version", "torch", "python", "device", "device_name", "model", "data", "seed",
-         "checkpoints")  # fmt: skip
 
 
 def _prepare(a: str, b: str, settings: Settings) -> tuple[Problem, list[Tensor], torch.dtype]:

@@ -28,6 +28,7 @@ from losscli.settings import Settings
 from losscli.studies.base import Study, count
 from losscli.studies.problem import counted, prepare
 from losscli.studies.registry import COMMANDS
+from losscli.summaries import BarriersSplit, BarriersSummary, Description, PairBarrier
 from losscli.table import Table
 from losscli.weight_space.slices import Line, grid, need_room
 from losscli.weight_space.vectors import Weights, distance, equal
@@ -45,7 +46,7 @@ def barriers(
     points: int = 11,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
-) -> Result:
+) -> Result[BarriersSummary]:
     """Finds the barrier of the loss on the straight line between each two checkpoints.
 
     The barrier is the largest height above the chord, for 0 ≤ α ≤ 1, and never below 0 (Entezari
@@ -151,7 +152,7 @@ class Barriers(Study):
     def _inner(self) -> tuple[float, ...]:
         return self.alphas[1:-1]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         """Tells what a run will do.
 
         Returns:
@@ -172,7 +173,7 @@ class Barriers(Study):
 
     def run(
         self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    ) -> Result[BarriersSummary]:
         """Evaluates each checkpoint once, loaded plainly, and each line between two by a sweep.
 
         Args:
@@ -206,7 +207,7 @@ class Barriers(Study):
         lengths = [self._length(placed, distances, i, j) for i, j in self.pairs]
         splits = {name: self._found(heights[name], seen, lengths) for name, seen in found.items()}
         more = {"curves": self._curves(found)}
-        summary = {
+        summary: BarriersSummary = {
             **self.origin(),
             "alphas": list(self.alphas),
             "tables": list(more),
@@ -342,12 +343,12 @@ class Barriers(Study):
 
     def _found(
         self, heights: Sequence[_Height], seen: _Seen, lengths: Sequence[float]
-    ) -> dict[str, Any]:
+    ) -> BarriersSplit:
         """Tells what was found on one split."""
         pairs = list(self.pairs)
         known = [p for p, height in enumerate(heights) if not math.isnan(height.height)]
 
-        def told(p: int | None) -> dict[str, Any] | None:
+        def told(p: int | None) -> PairBarrier | None:
             if p is None:
                 return None
             a, b = (self.problem.names[t] for t in pairs[p])
@@ -429,7 +430,10 @@ class Barriers(Study):
         )
 
     def _notes(
-        self, placed: Sequence[Weights], splits: Mapping[str, Any], lengths: Sequence[float]
+        self,
+        placed: Sequence[Weights],
+        splits: Mapping[str, BarriersSplit],
+        lengths: Sequence[float],
     ) -> list[str]:
         notes = [*self.kept(), *self.stored_types()]
         if self.chosen:

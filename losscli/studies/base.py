@@ -27,6 +27,7 @@ from losscli.evaluation.sweep import check, halving, points_at_once, sweep, swee
 from losscli.results import Result
 from losscli.spec import own_code
 from losscli.studies.problem import Problem
+from losscli.summaries import CostEstimate, Description, Origin, Seconds
 from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Line, Slice
 from losscli.weight_space.vectors import Weights, can_move, dimension, equal, working_type
@@ -143,7 +144,7 @@ class Study(ABC):
     @abstractmethod
     def run(
         self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    ) -> Result[Any]:
         """Evaluates.
 
         Args:
@@ -180,7 +181,7 @@ class Study(ABC):
                 point.
         """
         objective, settings = self.problem.objective, self.problem.settings
-        provenance = self.problem.provenance
+        provenance: Mapping[str, Any] = self.problem.provenance
         data = {f"the examples of {n}": split.digest for n, split in objective.splits.items()}
         if objective.recalibration is not None:
             data["the examples of statistics"] = objective.recalibration.split.digest
@@ -231,7 +232,7 @@ class Study(ABC):
         # Some kernels of a GPU add in any order: then it tells nothing.
         return _digest([first, one] if one == other else [])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         """Tells what a run will do.
 
         Returns:
@@ -249,8 +250,10 @@ class Study(ABC):
         if training is not None:
             examples += len(training)
         streamed = [n for n, split in objective.splits.items() if not isinstance(split, Split)]
+        added: Description = {}  # by the studies that override this
         return {
             **self.origin(),
+            **added,
             "points": self.evaluations,
             "batch_size": None if objective.batch_loss else objective.batch_size,
             "forward_passes": self.evaluations * examples,
@@ -263,7 +266,7 @@ class Study(ABC):
             "streamed_splits": streamed,
         }
 
-    def estimate(self, clock: Clock = time.perf_counter) -> dict[str, Any]:
+    def estimate(self, clock: Clock = time.perf_counter) -> CostEstimate:
         """Tells how long a run will take, from one batch; all else in it is counted.
 
         Args:
@@ -331,7 +334,7 @@ class Study(ABC):
             Seconds.
         """
         objective = self.problem.objective
-        passes: int = self.describe()["passes_over_data"]
+        passes = self.describe()["passes_over_data"]
         splits = objective.splits.values()
         examples = sum(map(len, splits))
         training = 0 if objective.recalibration is None else len(objective.recalibration)
@@ -346,7 +349,7 @@ class Study(ABC):
             + _PROOFS * firsts * pace.plain
         )
 
-    def further(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:  # noqa: ARG002
+    def further(self, pace: Pace, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
         """Tells what else takes time.
 
         Args:
@@ -359,7 +362,7 @@ class Study(ABC):
         """
         return {}
 
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> Origin:
         """Tells where the numbers come from.
 
         Returns:
@@ -384,7 +387,7 @@ class Study(ABC):
             "moving_buffers": len(self.moving) - len(counted),
         }
 
-    def seconds(self, swept: float) -> dict[str, float]:
+    def seconds(self, swept: float) -> Seconds:
         """Tells how long it took.
 
         Args:

@@ -27,6 +27,7 @@ from losscli.evaluation.spectral import normalise_stored
 from losscli.files import read_regular
 from losscli.results import Result
 from losscli.studies.registry import COMMANDS, command_of
+from losscli.summaries import InspectionSummary
 from losscli.table import Cell, Table
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import (
@@ -46,7 +47,7 @@ _MOST_KEYS = 30
 
 
 @checked()
-def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
+def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[InspectionSummary]:
     """Shows what one checkpoint holds, or how far apart two are, tensor by tensor.
 
     Of one that holds several state dicts, it shows these.
@@ -70,7 +71,7 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
     if len(files) == 1 and len(files[0].choice) > 1:
         return _contents(files[0])
     first, *others = checkpoints = _open(files)
-    summary: dict[str, Any] = {
+    summary: InspectionSummary = {
         "command": "inspect",
         "checkpoints": [
             {
@@ -120,7 +121,7 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
     )
 
 
-def _contents(file: CheckpointFile) -> Result:
+def _contents(file: CheckpointFile) -> Result[InspectionSummary]:
     """Shows the state dicts of a file that holds several."""
     for label, weights in file.candidates.items():
         file.need_dense(label, weights)
@@ -137,7 +138,7 @@ def _contents(file: CheckpointFile) -> Result:
         for key, found in parts.items()
     ]
     tensors, values, size = (sum(column) for column in zip(*counted.values(), strict=True))
-    summary = {
+    summary: InspectionSummary = {
         "command": "inspect",
         "checkpoints": [
             {

@@ -30,6 +30,14 @@ from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_o
 from losscli.studies.problem import counted, prepare
 from losscli.studies.registry import COMMANDS
 from losscli.studies.seen import LineCurve, Looked
+from losscli.summaries import (
+    BlockSummary,
+    CostEstimate,
+    Description,
+    LineSplit,
+    LineSummary,
+    Refined,
+)
 from losscli.table import Table
 from losscli.weight_space.curve import describe
 from losscli.weight_space.refinement import uniform_points
@@ -52,7 +60,7 @@ def interpolate(
     layerwise: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
-) -> Result:
+) -> Result[LineSummary]:
     """Evaluates the loss along the line through two checkpoints, θ(α) = A + α (B − A).
 
     After Goodfellow, Vinyals & Saxe 2015, arXiv 1412.6544.
@@ -227,7 +235,7 @@ class Interpolation(Study):
         """What is evaluated, and the derivatives; refining adds to them."""
         return self.evaluations + (len(self.alphas) if self.derivatives else 0)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         """Tells what a run will do.
 
         Returns:
@@ -249,7 +257,7 @@ class Interpolation(Study):
         """How many points are evaluated by sweeps: those of blocks, too."""
         return super().swept + len(self.blocks) * len(points_of(self.alphas))
 
-    def further(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:  # noqa: ARG002
+    def further(self, pace: Pace, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
         """Tells what derivatives take, and that refining adds points.
 
         Args:
@@ -260,7 +268,7 @@ class Interpolation(Study):
         Returns:
             What an estimate tells otherwise.
         """
-        told: dict[str, Any] = {} if self.refine is None else {"kind": "at least"}
+        told: CostEstimate = {} if self.refine is None else {"kind": "at least"}
         objective = self.problem.objective
         if self.derivatives and self.moving:
             line, _ = self.trial(1)
@@ -276,7 +284,7 @@ class Interpolation(Study):
 
     def run(
         self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    ) -> Result[LineSummary]:
         """Evaluates the line.
 
         The ends are evaluated as anybody would, by ``load_state_dict``; the way in which the
@@ -340,7 +348,8 @@ class Interpolation(Study):
         more = {} if self.context is None else {"context": self.context}
         if self.blocks:
             more["blocks"] = self._block_table(seen)
-        summary = {
+        with_blocks: LineSummary = {"blocks": blocks} if self.blocks else {}
+        summary: LineSummary = {
             **self.origin(),
             "range": list(self.range),
             **counted(objective, examples),
@@ -349,7 +358,7 @@ class Interpolation(Study):
             "refined": self._refined(looked, exhausted=exhausted),
             "tables": list(more),
             "splits": splits,
-            **({"blocks": blocks} if self.blocks else {}),
+            **with_blocks,
             "endpoint_difference": difference,
             "notes": [
                 *stays,
@@ -400,7 +409,7 @@ class Interpolation(Study):
                 stays["b" if name in at_b else "a"].append(name)
         return stays
 
-    def _blocks(self, seen: Mapping[str, _Seen]) -> dict[str, Any]:
+    def _blocks(self, seen: Mapping[str, _Seen]) -> dict[str, BlockSummary]:
         """What the summary tells of each block."""
         counted = {block.name: self.problem.parameters(block.moving) for block in self.blocks}
         return {
@@ -510,7 +519,7 @@ class Interpolation(Study):
             journal=journal,
         )
 
-    def _refined(self, looked: Looked, *, exhausted: bool) -> dict[str, Any] | None:
+    def _refined(self, looked: Looked, *, exhausted: bool) -> Refined | None:
         if self.refine is None:
             return None
         return {
@@ -558,7 +567,9 @@ class Interpolation(Study):
         kept, other = "AB" if end == "first" else "BA"
         return f"{kept}'s", f"the end {other} of the line is not the checkpoint {other}"
 
-    def _notes(self, splits: Mapping[str, Any], blocks: Mapping[str, Any]) -> list[str]:
+    def _notes(
+        self, splits: Mapping[str, LineSplit], blocks: Mapping[str, BlockSummary]
+    ) -> list[str]:
         notes = []
         if not self.moving:
             notes.append("A and B are the same in every tensor that may move: nothing moves")

@@ -24,6 +24,7 @@ from losscli.settings import Settings
 from losscli.studies.base import Study, count, moving_along
 from losscli.studies.problem import Problem, counted, prepare
 from losscli.studies.registry import COMMANDS
+from losscli.summaries import PlaneAxis, PlaneSplit, PlaneSummary
 from losscli.table import Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.directions import random_directions
@@ -64,7 +65,7 @@ def plane(
     keep_order: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
-) -> Result:
+) -> Result[PlaneSummary]:
     """Evaluates the loss in a plane of weight space.
 
     Of one checkpoint: along two random directions, filter-normalised (Li et al. 2018, arXiv
@@ -121,7 +122,7 @@ class Plane(Study):
 
     slice_: Triangle | Span
     kind: str
-    axes: tuple[Mapping[str, Any], Mapping[str, Any]]
+    axes: tuple[PlaneAxis, PlaneAxis]
     places: tuple[tuple[float, float, float], ...]
     xs: tuple[float, ...]
     ys: tuple[float, ...]
@@ -234,7 +235,7 @@ class Plane(Study):
 
     def run(
         self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    ) -> Result[PlaneSummary]:
         """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep.
 
         Args:
@@ -304,11 +305,11 @@ class Plane(Study):
         )
         examples = {name: estimate.examples for name, estimate in found.items()}
         splits = {name: self._found(points, e.mean.tolist()) for name, e in found.items()}
-        summary = {
+        summary: PlaneSummary = {
             **self.origin(),
             "tables": ["path"],
             "plane": self.kind,
-            "axes": [dict(axis) for axis in self.axes],
+            "axes": [*self.axes],
             "surface": self.surface,
             "x_range": [self.xs[0], self.xs[-1]],
             "y_range": [self.ys[0], self.ys[-1]],
@@ -388,9 +389,7 @@ class Plane(Study):
             for name in splits
         }
 
-    def _found(
-        self, points: Sequence[tuple[float, float]], losses: Sequence[float]
-    ) -> dict[str, Any]:
+    def _found(self, points: Sequence[tuple[float, float]], losses: Sequence[float]) -> PlaneSplit:
         """Tells what was found on one split."""
         own = len(self.problem.names)
         plane_ = losses[own:]
@@ -410,7 +409,7 @@ class Plane(Study):
             "not_finite": len(plane_) - len(finite),
         }
 
-    def _notes(self, splits: Mapping[str, Any]) -> list[str]:
+    def _notes(self, splits: Mapping[str, PlaneSplit]) -> list[str]:
         notes = [*self.kept(), *self.stored_types()]
         if self.chosen:
             notes.append(
@@ -432,7 +431,7 @@ class Plane(Study):
         return notes
 
 
-def _axis(name: str, explained: float | None = None) -> Mapping[str, Any]:
+def _axis(name: str, explained: float | None = None) -> PlaneAxis:
     return {"name": name, "explained_variance": explained}
 
 

@@ -13,6 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from losscli.errors import UsageError
+from losscli.summaries import (
+    BarriersSummary,
+    CheckSummary,
+    InspectionSummary,
+    LineSummary,
+    PlaneSummary,
+    TrajectorySummary,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,6 +87,7 @@ class Command:
         report: The function that puts a `Result` into words.
         drawing: The function that draws runs: a sequence of them, or one where several cannot be
             overlaid.
+        summary: The type of the summary, STEM.json.
         table: The main table, STEM.csv.
         further_tables: The tables that are written beside it, by NAME of STEM.NAME.csv.
         panels: What the figure has a panel for.
@@ -93,6 +102,7 @@ class Command:
     cli: str
     report: str
     drawing: str
+    summary: type
     table: TableFormat
     further_tables: Mapping[str, TableFormat] = field(default_factory=dict)
     panels: Panels = "splits"
@@ -112,7 +122,7 @@ class Command:
         formats = (self.further_tables[name] for name in tables if name in self.further_tables)
         return next((table.panels for table in formats if table.panels), self.panels)
 
-    def draw(self, runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
+    def draw(self, runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
         """Draws one run or several.
 
         Args:
@@ -132,7 +142,7 @@ class Command:
         figure: Figure = load(self.drawing)(what, title=title, log=log)
         return figure
 
-    def describe(self, result: Result) -> str:
+    def as_text(self, result: Result[Any]) -> str:
         """Puts a result into words.
 
         Args:
@@ -156,6 +166,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.interpolate:interpolate",
             report="losscli.cli.report:interpolation",
             drawing="losscli.plotting.interpolation:draw_interpolation",
+            summary=LineSummary,
             table=TableFormat(("alpha", *_LOSS), errors=("loss_stderr",), position="alpha"),
             further_tables={
                 "context": TableFormat(
@@ -182,6 +193,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.trajectory:trajectory",
             report="losscli.cli.report:trajectory",
             drawing="losscli.plotting.trajectory:draw_trajectory",
+            summary=TrajectorySummary,
             table=TableFormat(
                 (
                     *("step", "checkpoint", "projection", "residual", "distance"),
@@ -205,6 +217,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.plane:plane",
             report="losscli.cli.report:plane",
             drawing="losscli.plotting.plane:draw_plane",
+            summary=PlaneSummary,
             table=TableFormat(("x", "y", *_LOSS), errors=("loss_stderr",), grid=("x", "y")),
             further_tables={
                 "path": TableFormat(("step", "checkpoint", "x", "y", "off_plane", "split", "loss")),
@@ -217,6 +230,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.check:check",
             report="losscli.cli.report:check",
             drawing="losscli.plotting.check:draw_check",
+            summary=CheckSummary,
             table=TableFormat(
                 (
                     *("checkpoint", "split", "loss", "gradient_norm"),
@@ -241,6 +255,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.barriers:barriers",
             report="losscli.cli.report:barriers",
             drawing="losscli.plotting.barriers:draw_barriers",
+            summary=BarriersSummary,
             table=TableFormat(
                 (
                     *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
@@ -264,6 +279,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="",
             report="losscli.cli.report:inspection",
             drawing="losscli.plotting.inspection:draw_inspection",
+            summary=InspectionSummary,
             table=TableFormat(("tensor", "shape", "dtype", "values", "norm")),
             panels="tensors",
             distributed=False,
@@ -313,7 +329,7 @@ def further_table_names() -> frozenset[str]:
     return frozenset(name for command in COMMANDS.values() for name in command.further_tables)
 
 
-def draw(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
+def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
     """Draws runs of one command, by the columns of their tables.
 
     Args:

@@ -26,6 +26,7 @@ from losscli.settings import Settings
 from losscli.studies.base import Study, count, moving_along
 from losscli.studies.problem import counted, prepare
 from losscli.studies.registry import COMMANDS
+from losscli.summaries import PathLengths, RandomWalks, TrajectorySplit, TrajectorySummary
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.slices import Line, grid, need_room
@@ -54,7 +55,7 @@ def trajectory(
     keep_order: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
-) -> Result:
+) -> Result[TrajectorySummary]:
     """Measures a training path against the straight line between its ends, and its losses.
 
     After Goodfellow, Vinyals & Saxe 2015, arXiv 1412.6544: the projection p_t onto the line, the
@@ -180,7 +181,7 @@ class Trajectory(Study):
 
     def run(
         self, progress: Callable[[float], None] | None = None, journal: Journal | None = None
-    ) -> Result:
+    ) -> Result[TrajectorySummary]:
         """Evaluates the checkpoints, each loaded plainly, and the ribbon, each step by a sweep.
 
         Args:
@@ -211,7 +212,7 @@ class Trajectory(Study):
         splits = {name: self._found(estimate) for name, estimate in found.items()}
         walks = self._walks()
         more = self._more(found, walks)
-        summary = {
+        summary: TrajectorySummary = {
             **self.origin(),
             "tables": list(more),
             **counted(objective, examples),
@@ -343,7 +344,7 @@ class Trajectory(Study):
             more["walk"] = _table(walks)
         return more
 
-    def _path(self) -> dict[str, Any]:
+    def _path(self) -> PathLengths:
         path = self.path
         farthest = max(range(len(path.residual)), key=path.residual.__getitem__)
         back = [
@@ -361,13 +362,13 @@ class Trajectory(Study):
             "steps_back": back,
         }
 
-    def _found(self, estimate: Estimate) -> dict[str, Any]:
+    def _found(self, estimate: Estimate) -> TrajectorySplit:
         """Tells what was found on one split."""
         steps = len(self.problem.names)
         losses, ribbon_ = estimate.mean[:steps].tolist(), estimate.mean[steps:].tolist()
         finite = [t for t in range(steps) if math.isfinite(losses[t])]
         shared = lowest(losses)
-        told: dict[str, Any] = {
+        told: TrajectorySplit = {
             "loss_first": losses[0],
             "loss_last": losses[-1],
             "lowest": None
@@ -395,7 +396,7 @@ class Trajectory(Study):
             told["surface_not_finite"] = len(ribbon_) - len(points)
         return told
 
-    def _notes(self, splits: Mapping[str, Any]) -> list[str]:
+    def _notes(self, splits: Mapping[str, TrajectorySplit]) -> list[str]:
         notes = [*self.kept(), *self.stored_types()]
         if self.chosen:
             notes.append("projections, residuals and distances are those of the moving parameters")
@@ -422,7 +423,7 @@ def _count(number: int, where: str) -> str:
     return f"{count(number, thing)}{' ' if of else ''}{of}"
 
 
-def _described(walks: Sequence[Path]) -> dict[str, float] | None:
+def _described(walks: Sequence[Path]) -> RandomWalks | None:
     """How long the lines through random walks are, and how far these stray; on average."""
     if not walks:
         return None

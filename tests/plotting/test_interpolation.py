@@ -536,7 +536,7 @@ def test_what_may_be_noise_is_not_marked(beyond: bool | None) -> None:
             del turn["beyond_noise"]
         del split["local_maxima"]
     assert render(draw_interpolation([Run(table, summary)]), ".png") == png
-    assert render(draw_interpolation([Run(table, {**summary, "splits": None})]), ".png") == png
+    assert render(draw_interpolation([Run(table, {**summary, "splits": {}})]), ".png") == png
 
 
 def test_the_lowest_point_has_one_mark() -> None:

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import losscli as library
-from losscli.results import Result
+from losscli.results import Result, to_json
 from losscli.studies.registry import COMMANDS, command_of, load
+from losscli.summaries import from_json
 
 ROOT = Path(__file__).parent.parent.parent
 
 PATH = ("a.pt", "b.pt", "init:7")
 LINE = {"points": 3, "model": "mlp:6-5-3"}
 
-# Together the runs of a command write all of its further tables.
+# Keys of a summary that some runs do not write.
+OPTIONAL = {"batches", "blocks", "mismatches", "distance", "state_dicts", "buffers"}
+
+# Together the runs of a command write all of its further tables, and all kinds of numbers.
 RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "interpolate": lambda: [
         library.interpolate("a.pt", "b.pt", layerwise=True, **LINE),
+        library.interpolate("a.pt", "b.pt", derivatives=True, refine=0.1, **LINE),
+        library.interpolate("a.pt", "b.pt", batch_loss=True, batch_size=9, limit=2, **LINE),
+        library.interpolate("a.pt", "b.pt", sampling_error=0.5, range=(2.0, 3.0), **LINE),
         library.interpolate(
             "a.pt", "b.pt", context=library.interpolate("a.pt", "b.pt", **LINE).table, **LINE
         ),
     ],
     "trajectory": lambda: [library.trajectory(PATH, residuals=2, random_walk=True)],
     "plane": lambda: [library.plane(PATH, points=2)],
-    "check": lambda: [library.check("a.pt", eigenvalues=2)],
+    "check": lambda: [
+        library.check("a.pt", eigenvalues=2),
+        library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
+    ],
     "barriers": lambda: [library.barriers(PATH, points=3)],
     "inspect": lambda: [library.inspect("a.pt"), library.inspect(["a.pt", "b.pt"])],
 }
@@ -47,7 +59,11 @@ def test_a_command_writes_the_tables_that_the_registry_says(name: str, folder: P
             used = {*expected.errors, expected.position, *expected.grid, *expected.shared} - {""}
             assert {*expected.columns, *used} <= {*table.columns}
             assert further == "context" or command_of(table) is None
-        assert command.describe(result).strip()
+        assert command.as_text(result).strip()
+        # What is written is of the type that the registry says, to the last key.
+        text = to_json(result.summary)
+        assert to_json(from_json(json.loads(text), command.summary)) == text
+        assert get_type_hints(command.summary).keys() - OPTIONAL <= result.summary.keys()
     assert {*command.further_tables} == {further for result in results for further in result.more}
 
 
@@ -64,7 +80,7 @@ _RIDGE = '''
 import typer
 from losscli.cli.options import with_console
 from losscli.plotting.style import house_style
-from losscli.results import Result
+from losscli.results import Result, to_json
 from losscli.studies.registry import COMMANDS
 from losscli.table import Table
 
@@ -77,7 +93,7 @@ def command(path: str, console) -> None:
     """Follow a ridge."""
     result = ridge(path)
     open(f"{path}.csv", "w", newline="").write(result.table.to_csv())
-    console.result(COMMANDS["ridge"].describe(result))
+    console.result(COMMANDS["ridge"].as_text(result))
 
 def report(result):
     return f"a ridge of {len(result.table.rows)} points\\n"
@@ -99,6 +115,7 @@ COMMANDS["ridge"] = Command(
     cli="ridge:command",
     report="ridge:report",
     drawing="ridge:draw",
+    summary=dict[str, int],
     table=TableFormat(("height", "width"), grid=("height", "width")),
     not_overlaid=("one ridge cannot be laid over another", "Give one"),
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from losscli.studies.problem.model import build, check_copy
 from losscli.studies.problem.problem import Problem, counted, floating_buffers, moving_names
 from losscli.studies.problem.source import find
 from losscli.studies.problem.task import data_of, loss_of, metrics_of, recalibration_of
+from losscli.summaries import CheckpointEntry, Provenance
 
 __all__ = ["prepare"]
 
@@ -83,7 +84,7 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
     if isinstance(found.value, nn.Module):
         check_copy(found.value, objective)
     buffers = floating_buffers(objective)
-    specs = {
+    specs: Provenance = {
         "model": found.text,
         "data": data_name,
         "loss": loss_name,
@@ -108,9 +109,9 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
 def _provenance(
     settings: Settings,
     objective: Objective,
-    specs: Mapping[str, object],
-    entries: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+    specs: Provenance,
+    entries: list[CheckpointEntry],
+) -> Provenance:
     """Tells where all of a problem came from."""
     recalibration, ranks = objective.recalibration, current()
     return {
