@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import types
+from functools import cache
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 __all__ = [
@@ -600,6 +601,8 @@ _NAMES = {
     list: "a list",
 }
 
+_fields_of = cache(get_type_hints)
+
 
 def from_json(value: Any, expected: Any, place: str = "it") -> Any:
     """Reads a value of a type from what JSON holds.
@@ -632,7 +635,7 @@ def from_json(value: Any, expected: Any, place: str = "it") -> Any:
         (item,) = get_args(expected)
         return [from_json(inner, item, f"{place}[{k}]") for k, inner in enumerate(value)]
     if kind is dict:
-        hints = get_type_hints(expected) if is_typeddict(expected) else {}
+        hints = _fields_of(expected) if is_typeddict(expected) else {}
         within = "" if place == "it" else f"{place}."
         return {
             key: from_json(inner, hints.get(key) or get_args(expected)[-1], f"{within}{key}")
