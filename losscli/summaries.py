@@ -482,6 +482,7 @@ class CheckedPoint(TypedDict, total=False):
     predicted: Predicted | None
     sides: Sides | None
     rounding_measured_on: int | None
+    unverified: str | None
     lambda_min_converged: bool
     lambda_max_converged: bool
     exact: bool

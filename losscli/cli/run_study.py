@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["names_of", "run_study"]
 
-# What the basis of a study tells of the machine.
+# Conditions in the fingerprint of a study that are of the machine.
 _OWN = frozenset({
     "Python", "the device", "the number of threads", "what the model makes of a first batch",
 })  # fmt: skip
@@ -54,18 +54,20 @@ def run_study(
     if output is not None and output.figures:
         objective = study.problem.objective
         check_panel_count(
-            command.panels_with(["blocks"] if study.settled.get("layerwise") else []),
+            command.panels_with(["blocks"] if study.options.get("layerwise") else []),
             len(objective.splits),
             len(objective.metrics),
             "Choose fewer by --split and --metric, or give --no-figure",
         )
     if write.dry_run:
+        from losscli.studies import dry_run
+
         with console.guard_stdout():
-            estimate = study.estimate()
+            estimate = dry_run.estimate(study)
         for note in study.problem.notes:
             console.note(note)
         # The batch that fits is known by now.
-        description: Description = {**study.describe(), "estimate": estimate}
+        description: Description = {**dry_run.describe(study), "estimate": estimate}
         text = f"{to_json(description, indent=None)}\n" if write.json else report.plan(description)
         console.result(text)
         return
@@ -79,10 +81,10 @@ def run_study(
     from losscli.evaluation.journal import Journal
 
     with console.guard_stdout():
-        basis = study.basis
+        fingerprint = study.fingerprint
     output.make_folder()
     with (
-        Journal.open(output.stem, basis.identity, basis.told) as journal,
+        Journal.open(output.stem, fingerprint.identity, fingerprint.conditions) as journal,
         _keeping(journal, console),
     ):
         for note in _notes(journal):
@@ -115,8 +117,8 @@ def _help(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Consol
 
 def _alike(study: Study) -> dict[str, str]:
     """What has to be the same for all ranks, whatever machines they are on."""
-    told = study.basis.told
-    return {name: json.dumps(value) for name, value in told.items() if name not in _OWN}
+    conditions = study.fingerprint.conditions
+    return {name: json.dumps(value) for name, value in conditions.items() if name not in _OWN}
 
 
 def _evaluate(study: Study, console: Console, journal: Journal | None) -> Result[Any]:

@@ -12,6 +12,7 @@ import torch
 from losscli.data import Split
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import halving
+from losscli.evaluation.task_checks import check_task
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
@@ -87,7 +88,7 @@ def measure(
     first = split.first(objective.batch_size)
     decoding = (clock() - begun) / len(first) / split.decoders
     decoding = 0.0 if isinstance(split, Split) else decoding
-    halving(objective, lambda: objective.check(origin, [name]))
+    halving(objective, lambda: check_task(objective, origin, [name]))
     batch = split.first(objective.batch_size).to(objective.device)
     with objective.held():
         seconds = timed(objective, lambda: objective.plain(origin, {name: batch}), clock)

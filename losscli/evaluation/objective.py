@@ -6,68 +6,44 @@ However points are evaluated, one law holds: the numbers of the checkpoint loade
 from __future__ import annotations
 
 import contextlib
-import copy
-import enum
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from losscli.checkpoint import Versions, loadable, takes_part
 from losscli.data import (
     DataSet,
     Draws,
     Examples,
-    Inputs,
     Split,
     device_budget,
-    host_budget,
     leaves,
     map_inputs,
-    seed_all,
 )
 from losscli.errors import (
-    DataError,
-    LosscliError,
     LossError,
     ModelError,
     NondeterministicModelError,
     OutOfMemoryError,
-    one_line,
 )
-from losscli.evaluation.device import Narrowest
-from losscli.evaluation.flops import Trace, addresses, operations
-from losscli.evaluation.independence import Evaluate, Values, compare, is_dependent
+from losscli.evaluation.flops import Trace, operations
+from losscli.evaluation.forward import (
+    HALF,
+    ScoredModel,
+    is_registered,
+)
+from losscli.evaluation.independence import Values
 from losscli.evaluation.losses import (
-    IGNORED,
-    LOSSES,
-    METRICS,
-    TAKES_HALF,
-    VOID,
     Doubt,
     PerExample,
-    causal_lm,
     check_shares,
-    classes_of,
-    counted,
-    cross_entropy,
-    doubts_of,
-    function_of,
-    has_label,
-    mse,
-    nll,
-    options_of,
-    per_example_mean,
-    perplexity,
-    weights_of,
 )
+from losscli.evaluation.output_collector import OutputCollector, join_weights
 from losscli.evaluation.recalibration import Layer, Recalibration, layers_of
 from losscli.evaluation.spectral import SpectralLayer, normalise, spectral_layers
 from losscli.evaluation.strategies import (
@@ -80,13 +56,18 @@ from losscli.evaluation.strategies import (
     is_known,
     tensors_of,
 )
-from losscli.evaluation.torch_losses import TorchLoss
+from losscli.evaluation.targets import (
+    check_lengths,
+    check_range,
+    first_not_finite,
+    is_of_classes,
+    target_error,
+)
 from losscli.mmap import let_go
-from losscli.models import HEADLESS, cure_of, is_headless
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights, can_move
 
-__all__ = ["DETERMINISTIC", "Evaluation", "Objective", "Progress"]
+__all__ = ["AGREEMENT", "DETERMINISTIC", "PROBE", "Evaluation", "Objective", "Progress", "is_close"]
 
 Progress = Callable[[float], None]
 """Called with the share of a point that was done since the last call."""
@@ -97,34 +78,19 @@ Progress = Callable[[float], None]
 _BATCH = {"cpu": (8 << 20, 2048)}
 _BATCH_ELSEWHERE = (256 << 20, 4096)
 
-# Bytes that the outputs of a batch may have: those of a language model are a number for every token
-# and every word.
-_OUTPUTS = {"cpu": 128 << 20}
-_OUTPUTS_ELSEWHERE = 2 << 30
-
 # Examples from which the size of an example's outputs is known. Not one: code may squeeze that.
-_PROBE = 2
+PROBE = 2
 
 # Examples on which a way to evaluate is held against the plain one.
 _PROOF_EXAMPLES = 256
 
 # How far its losses may be from those of the plain one, as a share; and where BatchNorm's
 # statistics are estimated too, which takes the rounding of every layer on to the next.
-_HALF = torch.bfloat16, torch.float16
-_AGREE = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(_HALF, 5e-2)}
-_AGREE_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys(_HALF, 0.3)}
+AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(HALF, 5e-2)}
+_AGREE_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys(HALF, 0.3)}
 
 # Above this size a model has no second copy, and few enough points at once that none is missed.
 _LARGE_BYTES = 64 << 20
-
-# Seeds that are tried where a forward pass draws random numbers: a rare one changes few losses.
-_SEEDS = 8
-
-_KNOWN_FUNCTIONS = frozenset({nll, *LOSSES.values(), *METRICS.values()})
-
-_OF_CLASSES = frozenset({cross_entropy, nll})
-
-_WITHOUT_METRICS = "Choose another --metric, or --metric none"
 
 # What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
@@ -134,9 +100,6 @@ DETERMINISTIC = (
     "over fixed seeds (--stochastic N) is not available yet"
 )
 """How to get a model that gives one answer."""
-
-# What torch says of a tensor that cannot be differentiated.
-_NO_GRAPH = "does not require grad"
 
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -161,7 +124,7 @@ class Evaluation:
     counts: Mapping[str, float] = field(default_factory=dict)
 
 
-class Objective:
+class Objective(ScoredModel):
     """The empirical risk of a model on a data set, as a function of the model's weights.
 
     Args:
@@ -192,6 +155,8 @@ class Objective:
             it is not known whether losses depend on the rest of a batch.
         unused: The parameters that have no influence on the outputs of a first batch.
         constant: Whether different checkpoints were found to have the same losses on first batches.
+        versions: Those of the model's modules, which the weights of every point are of.
+        extra: The extra state of modules that is not a tensor, the same at every point.
     """
 
     def __init__(
@@ -208,18 +173,19 @@ class Objective:
         batch_loss: bool = False,
         optional: Collection[str] = (),
     ) -> None:
-        self.model = _cast(model, device, dtype).eval()
-        self.loss = loss
-        self.metrics = dict(metrics)
+        super().__init__(
+            _cast(model, device, dtype).eval(), loss, metrics, device, batch_loss=batch_loss
+        )
         self.data = data
-        self.device = device
         self.dtype = dtype
-        self.batch_loss = batch_loss
         self.batch_size = 1 if batch_loss else batch_size or self._default_batch()
-        self._chooses_batch = batch_size is None and not batch_loss
+        self.chooses_batch = batch_size is None and not batch_loss
         self.splits: Mapping[str, Examples] = self._place(data.splits)
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
-        self._classes: int | None = None
+        self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
+        self.extra: Mapping[str, Any] = {}
+        self._takes_part = takes_part(self.model)
+        self.classes: int | None = None
         self.batchnorm = layers_of(self.model, self.tensors)
         self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
         self._normalises = True
@@ -227,78 +193,25 @@ class Objective:
         self.idle: Sequence[Layer] = ()
         self.doubts: frozenset[Doubt] = frozenset()
         self.left_out: dict[str, str] = {}
-        self._optional = frozenset(optional)
+        self.optional = frozenset(optional)
         self._remarks: dict[str, None] = {}
-        self._copies_inputs = False
-        self._copies_outputs = False
-        self._differentiates = False
-        self._forms: dict[tuple[str, ...], _Form] = {}
         self._way: Way | None = None
         self._provisional = False
         self._proving = False
         self._operations: int | None = None
-        self._traced = False
+        self.traced = False
         self.unchecked: set[str] = set()
         self.unused: tuple[str, ...] = ()
         self.constant = False
 
-    def twin(self, model: nn.Module, dtype: torch.dtype) -> Objective:
-        """Makes another objective of the same loss and data, without metrics.
+    def remark(self, text: str) -> None:
+        """Adds a note.
 
         Args:
-            model: Its model, which it takes over.
-            dtype: The type of its forward pass.
-
-        Returns:
-            The objective; the data are not copied.
+            text: The note; empty for none. The same note is not added twice.
         """
-        twin = Objective(
-            model,
-            self.loss,
-            {},
-            replace(self.data, splits=self.splits),
-            device=self.device,
-            dtype=dtype,
-            batch_size=self.batch_size,
-            recalibration=self.recalibration,
-            batch_loss=self.batch_loss,
-        )
-        twin._copies_inputs = self._copies_inputs
-        twin._copies_outputs = self._copies_outputs
-        twin._differentiates = self._differentiates
-        return twin
-
-    @torch.no_grad()
-    def in_float64(self, sample: Split) -> Objective | None:
-        """Returns an objective of the same function that computes in float64.
-
-        Args:
-            sample: A few examples, on the device.
-
-        Returns:
-            This objective if it computes in float64; else a twin with the weights that are loaded.
-            None if the device has no float64, if a second copy of the model is too large, or if
-            the copy fails or still uses tensors of the original, such as through a closure.
-        """
-        if self.dtype == torch.float64:
-            return self
-        size = sum(tensor.nbytes for tensor in self.tensors.values())
-        if self.device.type == "mps" or size > _LARGE_BYTES:
-            return None
-        own = {name: tensor.clone() for name, tensor in self.tensors.items()}
-        floating = {name: t for name, t in own.items() if t.is_floating_point()}
-        with self.held():
-            try:
-                twin = self.twin(copy.deepcopy(self.model), torch.float64)
-                twin.load(own)
-                before = twin.plain(own, {"": sample})[""].losses
-                self.load({name: tensor * 1.5 + 0.5 for name, tensor in floating.items()})
-                after = twin.plain(own, {"": sample})[""].losses
-            except Exception:  # noqa: BLE001 - user code may refuse a copy or float64 in any way
-                return None
-            finally:
-                self.load(own)
-        return twin if _agree(after, before, _AGREE[torch.float64]) else None
+        if text:
+            self._remarks[text] = None
 
     def _bring(self, recalibration: Recalibration) -> Recalibration:
         """Brings training examples to the device, where a split of the data is there already."""
@@ -311,8 +224,13 @@ class Objective:
         return replace(recalibration, split=split)
 
     @property
+    def remarks(self) -> list[str]:
+        """What was noted."""
+        return list(self._remarks)
+
+    @property
     def notes(self) -> list[str]:
-        """What to know about the targets and metrics, as far as it was found."""
+        """What to know about the targets, metrics and derivatives, as far as it was found."""
         left_out = (f"{name} is left out: {why}" for name, why in self.left_out.items())
         return [*self._remarks, *left_out]
 
@@ -428,24 +346,36 @@ class Objective:
         Yields:
             The batches, as stored, on the device.
         """
-        # What is decoded on the way has not been seen before it comes.
-        unseen = not isinstance(split, Split)
+        # What is decoded in passing has not been checked before.
+        unchecked = not isinstance(split, Split)
         done, lengths = 0, set[torch.Size]()
         for batch in split.batches(size or self.batch_size, order):
-            if unseen and self._classes is not None:
-                self._check_range(batch.targets, "the data")
-            if unseen and function_of(self.loss) in _OF_CLASSES and not self.batch_loss:
-                lengths.add(batch.targets.shape[1:])
-                self._check_lengths(lengths)
-            if unseen:
-                check_shares(self.loss, batch.targets, "the data")
-            if unseen and _is_registered(self.loss) and not self.batch_loss:
-                place = _not_finite(batch.targets)
-                if place is not None:
-                    index = done + place if order is None else int(order[done + place])
-                    raise self._target_error(batch.targets[place], split, index)
+            if unchecked:
+                self._check_targets(batch.targets, lengths)
+                row = first_not_finite(batch.targets) if self._needs_finite else None
+                if row is not None:
+                    index = done + row if order is None else int(order[done + row])
+                    raise target_error(batch.targets[row], self.where(split), split.position(index))
             done += len(batch)
             yield batch.send(self.device)
+
+    @property
+    def _needs_finite(self) -> bool:
+        return is_registered(self.loss) and not self.batch_loss
+
+    def _check_targets(self, targets: Tensor, lengths: set[torch.Size]) -> None:
+        """Checks the targets of a batch, with the shapes of those of the batches before."""
+        if self.classes is not None:
+            self.remark(check_range(self.loss, targets, self.classes, "the data"))
+        if is_of_classes(self.loss) and not self.batch_loss:
+            lengths.add(targets.shape[1:])
+            check_lengths(lengths)
+        check_shares(self.loss, targets, "the data")
+
+    def where(self, split: Examples) -> str:
+        """Returns what to call the examples of a split in errors."""
+        found = [name for name, examples in self.splits.items() if examples is split]
+        return f"the split {found[0]!r}" if found else "the data"
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
@@ -459,12 +389,25 @@ class Objective:
         # Some models fold their weights into others when they are put into eval mode.
         if self._folds:
             self.model.train()
-        self.model.load_state_dict(dict(weights), strict=False)
+        point = self._whole(weights) if self._takes_part else {}
+        # Code of the user's own may write on the tensors that it is given.
+        given = {name: tensor.clone() for name, tensor in point.items()} or weights
+        state = loadable(given, self.versions, self.extra)
+        self.model.load_state_dict(state, strict=False)
+        # It changed the checkpoints when these were opened, and may change a point again.
+        for name, tensor in point.items():
+            self.tensors[name].copy_(tensor)
         if self._normalises:
             normalise(self.spectral, self.tensors)
         let_go(*weights.values())
         if self._folds:
             self.model.eval()
+
+    def _whole(self, weights: Weights) -> Weights:
+        """All tensors of the model: those that are given, and its own where none is."""
+        given = {id(own): weights[n] for n, own in self.tensors.items() if n in weights}
+        own = {name: given.get(id(tensor), tensor) for name, tensor in self.tensors.items()}
+        return {name: tensor.detach().clone() for name, tensor in own.items()}
 
     @property
     def _folds(self) -> bool:
@@ -472,233 +415,32 @@ class Objective:
             type(module).train.__module__ not in _PLAIN_MODES for module in self.model.modules()
         )
 
-    @torch.no_grad()
-    def check(self, weights: Weights, names: Sequence[str] | None = None) -> None:
-        """Makes sure that the model, the loss and the data work together, on a first batch.
+    def values(self, batch: Split) -> Values:
+        """Evaluates a batch.
 
         Args:
-            weights: All tensors of the model; they stay loaded.
-            names: The splits that it is tried on; all by default.
-
-        Raises:
-            LossError: Labels are out of the model's range, or a loss depends on other examples.
-            NondeterministicModelError: One point has two answers, or random numbers are drawn.
-        """
-        self.load(weights)
-        try:
-            self._check(names)
-        except (ModelError, LossError) as error:
-            if self._differentiates or _NO_GRAPH not in error.what:
-                raise
-            # As physics-informed networks do, by their inputs.
-            self._differentiates = True
-            self._check(names)
-
-    def _check(self, names: Sequence[str] | None) -> None:
-        doubts: list[frozenset[Doubt]] = []
-        with Draws(self.device):
-            if self._chooses_batch:
-                self._fit_outputs()
-            for name in self.splits if names is None else names:
-                doubts += self._check_split(name)
-            # While it is known which weights are loaded: which way an example takes may be theirs.
-            if not self._traced:
-                trace = Trace()
-                self._operations = self._count(trace)
-                self._check_parameters(trace)
-                self._traced = True
-        self.doubts = frozenset.intersection(*doubts) if doubts else frozenset()
-
-    def _check_split(self, name: str) -> list[frozenset[Doubt]]:
-        """Checks a first batch of a split: evaluates it whole, then again in halves.
+            batch: The batch, on the device.
 
         Returns:
-            The doubts about the loss, if the model returns scores.
+            The loss of each example, and the metrics that are not known to be per example.
         """
-        examples = self.splits[name]
-        batch = examples.first(self.batch_size).to(self.device)
-        seed_all(0, self.device)
-        with Draws(self.device) as draws:
-            whole, doubts = self._first_values(batch, name)
-        if draws.names:
-            raise self._random(draws.names, batch, whole)
-        # What is drawn from a generator that the model puts back is drawn from another seed now.
-        seed_all(1, self.device)
-        if len(batch) == 1 < len(examples) and not self.batch_loss:
-            with contextlib.suppress(ModelError, LossError, torch.OutOfMemoryError, MemoryError):
-                pair = examples.first(2).to(self.device)
-                batch, whole = pair, self._values(pair)
-        self._compare_halves(batch, whole, name, torch.arange(len(batch)))
-        return doubts
-
-    @torch.no_grad()
-    def check_independence(self, weights: Weights) -> None:
-        """Makes sure at another point that a loss depends on its own example alone.
-
-        An initialisation may give all examples the same outputs, and the first batch of sorted
-        data examples of one class: here a batch is spread over all examples in memory.
-
-        Args:
-            weights: All tensors of the model; they stay loaded.
-
-        Raises:
-            LossError: A loss depends on other examples.
-            NondeterministicModelError: One point has two answers.
-        """
-        self.load(weights)
-        for name, examples in ({} if self.batch_loss else self.splits).items():
-            batch, rows = examples.spread(self.batch_size)
-            batch = batch.to(self.device)
-            self._compare_halves(batch, self._values(batch), name, rows)
-
-    def _compare_halves(self, batch: Split, whole: Values, name: str, rows: Tensor) -> None:
-        """Compares the values of a batch with those of its halves; its rows are those of a split.
-
-        Raises:
-            LossError: They differ beyond rounding.
-            NondeterministicModelError: The values of the whole batch differ when it is repeated.
-        """
-        found = compare(self._values, batch, whole, self.dtype) if len(batch) > 1 else None
-        self.unchecked.discard(name)
-        if found is not None and found.excess <= 1:
-            return
-        self._check_repetition(batch, whole)
-        if found is None:
-            self.unchecked |= {name} if len(batch) > 1 else set()
-            return
-        narrowest = Narrowest(self.dtype)
-        if self.dtype == torch.float64:
-            # There is no wider type, but the model may compute in a narrower one.
-            with narrowest:
-                whole = self._values(batch)
-            found = compare(self._values, batch, whole, narrowest.dtype) or found
-        if found.excess > 1 and is_dependent(found, batch, narrowest.dtype, self._wider()):
-            raise LossError(
-                f"the {found.what} of an example depends on the other examples in its batch: for "
-                f"example {int(rows[found.row])} of the split {name!r} it is {found.whole:.7g} in "
-                f"one batch and {found.other:.7g} in another",
-                "If the loss is one number per batch, give --batch-loss; otherwise compute it from "
-                "each example alone (BatchNorm needs track_running_stats=True)",
-            )
-
-    def _first_values(self, batch: Split, name: str) -> tuple[Values, list[frozenset[Doubt]]]:
-        """Evaluates a first batch, and makes sure that model, loss and data fit together."""
-        inputs = self.data.prepare(map_inputs(Tensor.clone, batch.inputs), self.dtype)
-        versions = [tensor._version for tensor in leaves(inputs)]
-        outputs = self.forward(self.model, inputs)
-        scores = _scores(outputs)
-        if not isinstance(scores, Tensor) and _is_registered(self.loss):
-            raise LossError(
-                f"the model returns a {_kind(outputs)}, and the loss takes a tensor",
-                HEADLESS
-                if is_headless(self.model)
-                else "Give a --loss of your own that takes it, or a model that returns its scores, "
-                "alone or under the key logits",
-            )
-        # A model that writes on its inputs would spoil them for every later point.
-        self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
-        self._check_labels(outputs, batch.targets, name)
-        tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
-        given = [tensor for tensor in tensors if not tensor.is_inference()]
-        versions = [tensor._version for tensor in given]
-        values = self.per_example(self.loss, outputs, batch.targets, "loss")
-        # And so would a loss that writes on the outputs spoil them for the metrics.
-        self._copies_outputs |= versions != [tensor._version for tensor in given]
-        self._check_targets(name)
-        self._check_metrics(outputs, batch.targets)
-        doubts = []
-        if isinstance(scores, Tensor):
-            functions = [self.loss, *self.metrics.values()]
-            doubts = [doubts_of(functions, scores, batch.targets)]
-        return self._own_values(outputs, batch.targets, values), doubts
-
-    def _values(self, batch: Split) -> Values:
-        """Evaluates a batch: the loss, and the metrics that are not known to be per example."""
         outputs = self.forward(self.model, self.data.prepare(batch.inputs, self.dtype))
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
-        return self._own_values(outputs, batch.targets, loss)
+        return self.own_values(outputs, batch.targets, loss)
 
-    @torch.no_grad()
-    def narrowest(self, sample: Split) -> torch.dtype:
-        """Finds the narrowest floating-point type that the model and the loss compute in.
-
-        Args:
-            sample: A few examples, on the device.
-
-        Returns:
-            The type; where code casts, it is narrower than that of the forward pass.
-        """
-        narrowest, batch = Narrowest(self.dtype), sample.first(self.batch_size)
-        with narrowest:
-            self._values(batch)
-        return narrowest.dtype
-
-    def _own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> Values:
+    def own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> Values:
+        """Returns what `values` returns, from the outputs and the losses of a batch."""
         values = {"loss": loss}
         for name, metric in self.metrics.items():
-            if not _is_registered(metric):
+            if not is_registered(metric):
                 what = f"metric {name!r}"
                 values[what] = self.per_example(metric, outputs, targets, what)
         return {what: own.cpu().double() for what, own in values.items()}
 
-    def _check_repetition(self, batch: Split, whole: Values) -> None:
-        again = self._values(batch)
-        for what, values in whole.items():
-            if not torch.allclose(values, again[what], rtol=1e-5, atol=1e-7, equal_nan=True):
-                raise NondeterministicModelError(
-                    f"the model gives two answers for the same weights and data, even in eval "
-                    f"mode: the {what} differs",
-                    DETERMINISTIC,
-                )
-
-    def _random(self, names: Sequence[str], batch: Split, whole: Values) -> LosscliError:
-        """The error of a forward pass that draws random numbers; says what they change."""
-        changes = False
-        for seed in range(1, 1 + _SEEDS):
-            seed_all(seed, self.device)
-            again = self._values(batch)
-            changes |= any(not torch.equal(whole[what], again[what]) for what in whole)
-        then = (
-            "the losses differ from seed to seed"
-            if changes
-            else f"no loss on a first batch differs between {1 + _SEEDS} seeds"
-        )
-        return NondeterministicModelError(
-            f"the forward pass draws random numbers from {' and '.join(names)}, even in eval mode: "
-            f"{then}",
-            DETERMINISTIC,
-        )
-
-    def _wider(self) -> Iterator[tuple[Evaluate, Narrowest]]:
-        """Makes copies of the model in wider types, of which each is dropped before the next."""
-        numbers = sum(tensor.numel() for tensor in self.tensors.values())
-        budget = device_budget(self.device) or host_budget()
-        for dtype in (torch.float32, torch.float64):
-            if torch.finfo(dtype).eps >= torch.finfo(self.dtype).eps:
-                continue
-            if numbers * dtype.itemsize > budget:
-                return
-            try:
-                twin = self.twin(copy.deepcopy(self.model), dtype)
-            except Exception:  # noqa: BLE001 - the user's objects, or a device without float64
-                return
-            twin.metrics, twin._copies_inputs = self.metrics, self._copies_inputs
-            narrowest = Narrowest(dtype)
-
-            def evaluate(
-                batch: Split, twin: Objective = twin, narrowest: Narrowest = narrowest
-            ) -> Values:
-                with narrowest:
-                    return twin._values(batch)
-
-            yield evaluate, narrowest
-
     @property
     def operations(self) -> int:
         """The floating-point operations of one example's forward pass: two a weight, or more."""
-        if self._operations is None:
-            self._operations = self._count()
-        return self._operations
+        return self.count_operations() if self._operations is None else self._operations
 
     def trace(self) -> Trace:
         """Traces a forward pass on a few examples, with the weights that are loaded.
@@ -708,95 +450,29 @@ class Objective:
         """
         trace = Trace()
         with torch.no_grad(), Draws(self.device):
-            self._count(trace)
+            self.count_operations(trace)
         return trace
 
-    def _check_parameters(self, trace: Trace) -> None:
-        """Makes sure that a forward pass reads the model's own parameters.
+    def count_operations(self, trace: Trace | None = None) -> int:
+        """Counts the operations of a forward pass on a few examples.
 
-        What is not seen to be read, as in another thread, is told by its influence.
+        Args:
+            trace: Told what the pass computes and reads.
+
+        Returns:
+            The floating-point operations of one example: two for each weight, or more.
         """
-        own = addresses(self.tensors.values())
-        parameters = {
-            name: tensor
-            for name, tensor in self.tensors.items()
-            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-        }
-        unread = [
-            name
-            for name, tensor in parameters.items()
-            if not trace.read.intersection(addresses([tensor])) and tensor.numel()
-        ]
-        # Where nothing was seen at all, the pass failed, or is hidden from a trace.
-        if not unread or not trace.read or self._have_influence(unread):
-            return
-        self.unused = tuple(unread)
-        foreign = {shape for place, shape in trace.parameters.items() if place not in own}
-        other = next((name for name in unread if parameters[name].shape in foreign), None)
-        if len(unread) == len(parameters):
-            what = "no parameter of the model has an influence on its outputs"
-        elif other is not None:
-            what = (
-                f"the forward pass reads a parameter {list(parameters[other].shape)} that is not "
-                f"the model's own, and {other} of the same shape has no influence on its outputs"
-            )
-        else:
-            return
-        raise ModelError(
-            what,
-            "Does its code hold another module (a closure, a patched forward), or a value computed "
-            "from its weights? Let forward read the parameters of the model that it is called on",
-        )
-
-    def _have_influence(self, names: Sequence[str]) -> bool:
-        """Tells whether tensors, loaded as not-a-number, change the outputs of a first batch."""
-        batch = next(iter(self.splits.values())).first(self.batch_size).to(self.device)
-        inputs = self.data.prepare(batch.inputs, self.dtype)
-        own = {name: self.tensors[name].clone() for name in names}
-        nothing = {name: torch.full_like(tensor, torch.nan) for name, tensor in own.items()}
-
-        def outputs(weights: Weights) -> list[Tensor]:
-            self.load(weights)
-            leaves = tree_leaves(self.forward(self.model, inputs))
-            return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
-
-        try:
-            before, after = outputs(own), outputs(nothing)
-        except ModelError:
-            return True
-        finally:
-            self.load(own)
-        return not before or any(
-            x.shape != y.shape or not torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
-            for x, y in zip(before, after, strict=True)
-        )
-
-    def _count(self, trace: Trace | None = None) -> int:
-        once = 2 * sum(parameter.numel() for parameter in self.model.parameters())
+        self._operations = max(1, 2 * sum(p.numel() for p in self.model.parameters()))
         split = next(iter(self.splits.values()))
         # Some models take a whole batch alone, and some no counter can look into.
-        for number in dict.fromkeys((min(_PROBE, self.batch_size), self.batch_size)):
+        for number in dict.fromkeys((min(PROBE, self.batch_size), self.batch_size)):
             few = split.first(number).to(self.device)
             inputs = self.data.prepare(map_inputs(Tensor.clone, few.inputs), self.dtype)
             with contextlib.suppress(ModelError):
                 found = operations(self.model, partial(self.forward, self.model, inputs), trace)
-                return max(1, once, found // len(few))
-        return max(1, once)
-
-    def _fit_outputs(self) -> None:
-        """Makes the batch smaller, where the outputs of one would be large; the same every run."""
-        budget = _OUTPUTS.get(self.device.type, _OUTPUTS_ELSEWHERE)
-        for split in self.splits.values():
-            few = split.first(min(_PROBE, self.batch_size)).to(self.device)
-            inputs = self.data.prepare(map_inputs(Tensor.clone, few.inputs), self.dtype)
-            try:
-                outputs = self.forward(self.model, inputs)
-            except ModelError:
-                # Told of the whole batch, which may be the only size that the model takes.
-                return
-            if isinstance(scores := _scores(outputs), Tensor):
-                fit = max(1, budget * len(few) // max(1, scores.nbytes))
-                self.batch_size = min(self.batch_size, 1 << (fit.bit_length() - 1))
+                self._operations = max(self._operations, found // len(few))
+                break
+        return self._operations
 
     @torch.no_grad()
     def plain(
@@ -878,7 +554,7 @@ class Objective:
         sample = {name: split.first(min(self.batch_size, examples)).to(self.device)}
         few = [tuple(coordinates[i * (len(coordinates) - 1) // 3]) for i in range(4)]
         few = list(dict.fromkeys(few))
-        proofs = [(self.held, _AGREE[self.dtype])]
+        proofs = [(self.held, AGREEMENT[self.dtype])]
         if self.recalibration is not None:
             proofs.append((self.brief, _AGREE_ON_ESTIMATES[self.dtype]))
         own = {n: self.tensors[n].clone() for layer in self.statistics for n in layer.names}
@@ -902,7 +578,7 @@ class Objective:
                 return False
             finally:
                 self._proving = True
-            return _agree(found, truths[proof], tolerance)
+            return is_close(found, truths[proof], tolerance)
 
         self._proving = True
         try:
@@ -932,7 +608,7 @@ class Objective:
             return []
         ways = [Way.SHARED, Way.BOUND]
         functions = [self.loss, *self.metrics.values()]
-        known = is_known(self.model) and all(map(_is_registered, functions))
+        known = is_known(self.model) and all(map(is_registered, functions))
         if self.device.type == "cpu" and known:
             ways.insert(0, Way.THREADS)
         # Mapped over weights a convolution becomes one of many groups, which is slower than the
@@ -999,7 +675,7 @@ class Objective:
         """Takes all points through the data, a batch at a time, without waiting for the device."""
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         losses = torch.empty(len(points), len(split), dtype=exact, device=self.device)
-        zeros = torch.zeros(len(points), dtype=self._wide, device=self.device)
+        zeros = torch.zeros(len(points), dtype=self.sum_type, device=self.device)
         totals = {name: zeros.clone() for name in self.metrics}
         # Each batch has sums of its own, added when all its points are done: two threads may be at
         # one point with two batches, and the order of adding settles the last digit.
@@ -1011,14 +687,14 @@ class Objective:
             columns = losses[:, start : start + len(batch)]
             start += len(batch)
             sums = {name: zeros.clone() for name in self.metrics}
-            record = _Record(self, batch.targets, columns, sums)
-            weighed.append(record.weights)
-            done = points.evaluate(inputs, record)
+            collector = OutputCollector(self, batch.targets, columns, sums)
+            weighed.append(collector.weights)
+            done = points.evaluate(inputs, collector)
             # One batch ahead, so that no thread waits for the last point of the one before.
             self._add(*before, totals, tell)
             before = done, len(batch), sums
         self._add(*before, totals, tell)
-        weights = {name: _joined(weighed, name) for name in (None, *self.metrics)}
+        weights = {name: join_weights(weighed, name) for name in (None, *self.metrics)}
         counts = {name: float(w.sum()) for name, w in weights.items() if name and w is not None}
         losses, own = losses.cpu(), weights[None]
         if own is not None:
@@ -1029,11 +705,6 @@ class Objective:
             for name, total in totals.items()
         }
         return Evaluation(losses, metrics, own, counts)
-
-    @property
-    def _wide(self) -> torch.dtype:
-        # float64 where the device has it: MPS does not, and counts of examples fit float32 there.
-        return torch.float32 if self.device.type == "mps" else torch.float64
 
     def _add(
         self,
@@ -1051,441 +722,6 @@ class Objective:
     def _finish(points: Iterator[int], examples: int, tell: Callable[[int], None]) -> None:
         for _ in points:
             tell(examples)
-
-    def forward(self, model: Callable[..., Any], inputs: Inputs) -> Any:
-        """Runs the model, or what stands in for it.
-
-        Args:
-            model: What to call.
-            inputs: A prepared batch.
-
-        Returns:
-            What the model returns.
-
-        Raises:
-            ModelError: The model fails.
-        """
-        if self._copies_inputs:
-            inputs = map_inputs(Tensor.clone, inputs)
-        args, kwargs = self.arguments(inputs)
-        try:
-            with self._gradients():
-                if isinstance(inputs, dict) and self._forms[tuple(inputs)] is _Form.EITHER:
-                    outputs = self._try_forms(model, inputs)
-                else:
-                    outputs = model(*args, **kwargs)
-        except (torch.OutOfMemoryError, MemoryError, LosscliError):
-            raise
-        except Exception as error:
-            shapes = " and ".join(str(list(tensor.shape)) for tensor in leaves(inputs))
-            raise ModelError(
-                f"the model fails on inputs of shape {shapes}: {one_line(error)}",
-                cure_of(self.model, inputs, leaves(inputs))
-                or _cure_of_graph(error)
-                or _cure_of_type(error, inputs)
-                or "Do --model and --data belong together? (flatten=true flattens images)",
-            ) from error
-        # Hugging Face models wrap their scores.
-        return getattr(outputs, "logits", outputs)
-
-    def _gradients(self) -> AbstractContextManager[Any]:
-        """Enables gradients, where the model or the loss differentiates."""
-        return torch.enable_grad() if self._differentiates else contextlib.nullcontext()
-
-    def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arranges inputs as the model's ``forward`` takes them.
-
-        Args:
-            inputs: A prepared batch.
-
-        Returns:
-            The arguments by position and by name. Inputs with names are passed by name where
-            ``forward`` has parameters of these names, else as the mapping that they are; a single
-            one whose name is not known, by position.
-        """
-        if isinstance(inputs, Tensor):
-            return (inputs,), {}
-        if isinstance(inputs, tuple):
-            return inputs, {}
-        names = tuple(inputs)
-        if names not in self._forms:
-            self._forms[names] = _form_of(self.model, names)
-        form = self._forms[names]
-        if form is _Form.KEYWORDS:
-            return (), inputs
-        return (inputs if form is _Form.MAPPING else inputs[names[0]],), {}
-
-    def _try_forms(self, model: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
-        """Runs the model on a single named input, and keeps the form in which it takes it."""
-        (name,) = inputs
-        form = _Form.VALUE
-        try:
-            outputs = model(inputs[name])
-        except (torch.OutOfMemoryError, MemoryError, LosscliError):
-            raise
-        except Exception as error:  # noqa: BLE001 - the user's code may raise anything
-            form = _Form.MAPPING
-            try:
-                outputs = model(inputs)
-            except Exception:  # noqa: BLE001 - the first failure is reported
-                raise error from None
-        self._forms[name,] = form
-        return outputs
-
-    def per_example(self, function: PerExample, outputs: Any, targets: Tensor, what: str) -> Tensor:
-        """Takes a loss or a metric of a batch.
-
-        Args:
-            function: The loss or metric.
-            outputs: What the model returned; half-precision scores are made float32 for a function
-                that does not take care of that itself.
-            targets: The targets of the batch, ``[B, …]``.
-            what: What to call the function in errors.
-
-        Returns:
-            One number per example, ``[B]``; of a loss that is one number per batch ``[1]``, the
-            mean where it gives a number per example.
-
-        Raises:
-            LossError: It fails, or gives something else.
-        """
-        if _is_registered(function) or isinstance(function, TorchLoss):
-            outputs = _scores(outputs)
-            # What the user's code gives in another type reaches the user's functions as it is.
-            targets = targets if targets.is_floating_point() else targets.long()
-        if self._copies_outputs:
-            outputs = tree_map_only(Tensor, Tensor.clone, outputs)
-        half = isinstance(outputs, Tensor) and outputs.dtype in _HALF
-        if half and function_of(function) not in TAKES_HALF:
-            outputs = outputs.float()
-        if function_of(function) in _KNOWN_FUNCTIONS and not isinstance(outputs, Tensor):
-            raise LossError(f"the {what} takes a tensor, and the model returns a {_kind(outputs)}")
-        try:
-            with self._gradients():
-                values = function(outputs, targets)
-        except (torch.OutOfMemoryError, MemoryError, LosscliError):
-            raise
-        except Exception as error:
-            cure = _cure_of_graph(error)
-            if isinstance(outputs, Mapping):
-                keys = ", ".join(map(str, outputs))
-                cure = f"It receives the mapping that the model returns, with the keys {keys}"
-            raise LossError(f"the {what} fails: {one_line(error)}", cure) from error
-        if not isinstance(values, Tensor) or not (
-            values.ndim <= 1 and values.numel()
-            if self.batch_loss
-            else values.shape[:1] == targets.shape[:1]
-        ):
-            got = list(values.shape) if isinstance(values, Tensor) else _kind(values)
-            raise LossError(
-                f"the {what} gives {got} for a batch of {len(targets)} examples",
-                "Return one number per batch, or one per example, of which the mean is taken"
-                if self.batch_loss
-                else "Return one number per example, as with reduction=none; or give --batch-loss, "
-                "if the loss is one number per batch",
-            )
-        if values.is_complex():
-            raise LossError(f"the {what} gives complex numbers", "Return real ones")
-        if _is_crossed(values, outputs, targets):
-            raise LossError(
-                f"the {what} gives {list(values.shape)} for outputs {list(outputs.shape)} and "
-                f"targets {list(targets.shape)}: it pairs outputs with targets of other examples",
-                "Give outputs and targets of one shape, for example with outputs.squeeze(1)",
-            )
-        if not self.batch_loss:
-            return per_example_mean(values)
-        values = values.to(self._wide)
-        weights = weights_of(function, outputs, targets)
-        mean = values.mean() if weights is None else values.sum() / weights.sum()
-        return mean.reshape(1)
-
-    def weight(self, outputs: Any, targets: Tensor) -> float:
-        """Adds up the weights of the examples of a batch in the mean loss.
-
-        Args:
-            outputs: What the model returned.
-            targets: The targets of the batch.
-
-        Returns:
-            The sum of the losses over it is the batch's mean loss.
-        """
-        weights = weights_of(self.loss, _scores(outputs), targets)
-        return float(len(targets) if weights is None else weights.sum())
-
-    def _check_metrics(self, outputs: Any, targets: Tensor) -> None:
-        """Makes sure that the metrics work; those that nobody asked for are left out if not."""
-        for metric, function in list(self.metrics.items()):
-            what = f"metric {metric!r}"
-            try:
-                if metric in self._optional and not _classifies(self.loss):
-                    raise LossError("the loss is not one of classification")  # noqa: TRY301
-                scores = _scores(outputs)
-                unfit = isinstance(scores, Tensor) and not has_label(scores, targets)
-                if metric in self._optional and unfit:
-                    raise LossError("the targets are not the labels 0 and 1")  # noqa: TRY301
-                self.per_example(function, outputs, targets, what)
-            except LossError as error:
-                if metric not in self._optional:
-                    raise LossError(error.what, _WITHOUT_METRICS) from error
-                del self.metrics[metric]
-                self.left_out[metric] = error.what
-
-    def _check_labels(self, outputs: Any, targets: Tensor, name: str) -> None:
-        """Finds labels out of range before a GPU kernel does, which would end the process."""
-        outputs, split = _scores(outputs), self.splits[name]
-        seen = split if isinstance(split, Split) else split.first(self.batch_size)
-        if not isinstance(outputs, Tensor) or targets.is_floating_point():
-            return
-        self._classes = classes_of(self.loss, outputs, targets)
-        if self._classes is None:
-            return
-        self._check_range(seen.targets, f"the split {name!r}")
-        if not isinstance(split, Split):
-            return
-        weights = weights_of(self.loss, outputs, seen.targets)
-        without = 0 if weights is None else int((weights == 0).sum())
-        if without == len(seen.targets):
-            raise LossError(
-                f"the split {name!r} has no target that counts",
-                f"Give data with other targets than {IGNORED} and those without weight",
-            )
-        if without and not self.batch_loss:
-            counts = f"{without:,} of {len(seen.targets):,} examples have no target that counts"
-            self._remarks[f"{name}: {counts} and are left out of the mean"] = None
-        weighted = options_of(self.loss).get("weight") is not None
-        if function_of(self.loss) in _OF_CLASSES and weighted:
-            self._remarks["the mean loss is weighted by class, Σwl/Σw, as torch's"] = None
-
-    def _check_targets(self, name: str) -> None:
-        """Finds a target out of range, or not finite if the loss does not leave it out."""
-        split = self.splits[name]
-        seen = split if isinstance(split, Split) else split.first(self.batch_size)
-        check_shares(self.loss, seen.targets, f"the split {name!r}")
-        place = _not_finite(split.targets) if isinstance(split, Split) else None
-        if place is None or not isinstance(split, Split) or self.batch_loss:
-            return
-        start = place - place % self.batch_size
-        batch = split.take(slice(start, start + self.batch_size)).send(self.device)
-        inputs = self.data.prepare(map_inputs(Tensor.clone, batch.inputs), self.dtype)
-        outputs = self.forward(self.model, inputs)
-        losses = self.per_example(self.loss, outputs, batch.targets, "loss")
-        if not losses[place - start].isfinite():
-            raise self._target_error(split.targets[place], split, place)
-
-    def _target_error(self, target: Tensor, split: Examples, index: int) -> DataError:
-        found = [name for name, examples in self.splits.items() if examples is split]
-        where = f"the split {found[0]!r}" if found else "the data"
-        value = float(target[~target.isfinite()].flatten()[0])
-        return DataError(
-            f"{where}: the target of example {split.position(index)} (counted from 0) is {value}",
-            "Leave the example out, or give a --loss of your own that does",
-        )
-
-    def _check_lengths(self, lengths: Collection[torch.Size]) -> None:
-        """Makes sure that each target counts the same in a mean over all of them."""
-        if len(lengths) > 1:
-            one, other = sorted(map(list, lengths))[:2]
-            raise LossError(
-                f"examples have targets of the shapes {one} and {other}, and the loss is a mean "
-                "over all targets",
-                f"Fill them up to one shape with {IGNORED}, or give --loss token_cross_entropy, a "
-                "mean over the sequences",
-            )
-
-    def _check_range(self, labels: Tensor, where: str) -> None:
-        counts, classes = counted(self.loss, labels, self._classes), self._classes
-        void = classes is not None and classes <= VOID and function_of(self.loss) in _OF_CLASSES
-        if void and bool((labels == VOID).any()):
-            told = f"targets of {VOID} are ignored: the model has {classes} classes"
-            self._remarks[told] = None
-        labels = labels[counts]
-        if not labels.numel():
-            return
-        low, high = int(labels.min()), int(labels.max())
-        if classes is not None and (low < 0 or high >= classes):
-            raise LossError(
-                f"{where} has the label {low if low < 0 else high}, and the model's {classes} "
-                f"outputs stand for the labels 0 to {classes - 1}",
-                "Choose a model or data with as many classes",
-            )
-
-
-class _Form(enum.Enum):
-    """How a model takes inputs with names."""
-
-    KEYWORDS = enum.auto()
-    """By name."""
-    MAPPING = enum.auto()
-    """All in one mapping."""
-    VALUE = enum.auto()
-    """A single one, by position."""
-    EITHER = enum.auto()
-    """A single one by position, or where that fails in a mapping."""
-
-
-def _form_of(model: nn.Module, names: tuple[str, ...]) -> _Form:
-    """Finds out from the signature of ``forward`` how it takes inputs with names."""
-    single = len(names) == 1
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # of compiled code
-        return _Form.EITHER if single else _Form.KEYWORDS
-    explicit = [p.name for p in signature.parameters.values() if p.kind not in _VARIABLE]
-    by_name = _binds(signature, **dict.fromkeys(names))
-    if not _binds(signature, None):
-        return _Form.KEYWORDS
-    if not single:
-        return _Form.KEYWORDS if by_name else _Form.MAPPING
-    if explicit[:1] == [names[0]]:
-        return _Form.VALUE
-    # A model that takes any name may want a single input by its position.
-    return _Form.KEYWORDS if by_name and names[0] in explicit else _Form.EITHER
-
-
-_VARIABLE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-
-
-def _binds(signature: inspect.Signature, /, *args: Any, **kwargs: Any) -> bool:
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
-
-
-def _not_finite(targets: Tensor) -> int | None:
-    """The first example whose target is infinite or not a number."""
-    if not targets.is_floating_point():
-        return None
-    bad = ~targets.isfinite().flatten(1).all(1) if targets.ndim > 1 else ~targets.isfinite()
-    return int(bad.nonzero()[0]) if bool(bad.any()) else None
-
-
-def _cure_of_graph(error: Exception) -> str:
-    """Explains that what is differentiated has no gradients; empty for other errors."""
-    if _NO_GRAPH not in str(error):
-        return ""
-    return (
-        "What is differentiated inside needs gradients: call x.requires_grad_(True) on it first, "
-        "and use neither torch.no_grad() nor detach() on the way; torch.enable_grad() enables them"
-    )
-
-
-def _is_registered(function: PerExample) -> bool:
-    """Whether a loss or metric is one of losscli's own, with or without options."""
-    return function_of(function) in _KNOWN_FUNCTIONS
-
-
-def _scores(outputs: Any) -> Any:
-    """The scores among a model's outputs: what stands under ``logits`` in a mapping."""
-    return outputs.get("logits", outputs) if isinstance(outputs, Mapping) else outputs
-
-
-class _Record:
-    """Takes down the losses and the sums of the metrics of one batch.
-
-    Args:
-        objective: Whose loss and metrics.
-        targets: The targets of the batch, ``[B, …]``.
-        losses: Where its losses go, ``[P, B]``.
-        sums: Where the sums of its metrics go, ``[P]`` each.
-
-    Attributes:
-        weights: The weights of its examples in the mean loss, under None, and in that of each
-            metric; they are those of the targets, the same at every point.
-    """
-
-    def __init__(
-        self, objective: Objective, targets: Tensor, losses: Tensor, sums: Mapping[str, Tensor]
-    ) -> None:
-        self._objective = objective
-        self._targets = targets
-        self._losses = losses
-        self._sums = sums
-        self.weights: dict[str | None, Tensor | None] = {}
-
-    def one(self, p: int, outputs: Any) -> None:
-        """Takes the outputs at one point."""
-        if p == 0:
-            self._weigh(outputs)
-        for name, values in self._all_values(self._values, outputs):
-            if name is None:
-                self._losses[p] = values
-            else:
-                self._sums[name][p] = values.to(self._sums[name].dtype).sum()
-
-    def all(self, outputs: Any) -> None:
-        """Takes the outputs at all points."""
-        scores = _scores(outputs)
-        self._weigh(scores[0] if isinstance(scores, Tensor) else outputs)
-        for name, values in self._all_values(self._mapped, outputs):
-            if name is None:
-                self._losses[:] = values
-            else:
-                self._sums[name][:] = values.to(self._sums[name].dtype).sum(1)
-
-    def _weigh(self, outputs: Any) -> None:
-        functions: dict[str | None, PerExample] = {None: self._objective.loss}
-        functions.update(self._objective.metrics)
-        for name, function in functions.items():
-            if self._objective.batch_loss:
-                # Every batch counts the same.
-                self.weights[name] = None
-                continue
-            self.weights[name] = weights_of(function, _scores(outputs), self._targets)
-
-    def _all_values(
-        self, take: Callable[[PerExample, str, Any], Tensor], outputs: Any
-    ) -> Iterator[tuple[str | None, Tensor]]:
-        """Takes the loss, which has no name, and every metric."""
-        loss = take(self._objective.loss, "loss", outputs)
-        yield None, loss
-        for name, function in self._objective.metrics.items():
-            # A large vocabulary is not gone through twice.
-            own, loss_of = function_of(function), self._objective.loss
-            same = own is perplexity and function_of(loss_of) is causal_lm
-            same &= options_of(function) == options_of(loss_of)
-            yield name, loss if same else take(function, f"metric {name!r}", outputs)
-
-    def _values(self, function: PerExample, what: str, outputs: Any) -> Tensor:
-        return self._objective.per_example(function, outputs, self._targets, what)
-
-    def _mapped(self, function: PerExample, what: str, outputs: Any) -> Tensor:
-        mapped: Tensor = vmap(partial(self._values, function, what))(outputs)
-        return mapped
-
-
-def _joined(
-    weighed: Sequence[Mapping[str | None, Tensor | None]], name: str | None
-) -> Tensor | None:
-    """Joins the weights of the examples of all batches; None where all are 1."""
-    parts = [weights for one in weighed if (weights := one[name]) is not None]
-    if not parts:
-        return None
-    weights = torch.cat(parts).cpu().double()
-    return None if bool((weights == 1).all()) else weights
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
-
-
-def _classifies(loss: PerExample) -> bool:
-    """Tells whether the highest score of a class may be an answer, as far as the loss is known."""
-    return loss.of_scores if isinstance(loss, TorchLoss) else function_of(loss) is not mse
-
-
-def _is_crossed(values: Tensor, outputs: Any, targets: Tensor) -> bool:
-    """Tells whether broadcasting paired the outputs of examples with the targets of others."""
-    if values.ndim < 2 or not isinstance(outputs, Tensor):
-        return False
-    if values.shape in {outputs.shape, targets.shape}:
-        return False
-    try:
-        together = np.broadcast_shapes(outputs.shape, targets.shape)
-    except ValueError:
-        return False
-    return values.shape == together
 
 
 def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -1505,22 +741,6 @@ def _convolves(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd)
 
 
-def _cure_of_type(error: Exception, inputs: Inputs) -> str:
-    """Explains a type that a model does not take, where whole numbers reach it unchanged."""
-    # The words of torch: "must have the same dtype", "Input type (unsigned char) and bias type".
-    if "type" not in str(error):
-        return ""
-    for tensor in leaves(inputs):
-        if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            scale = " / 255, or for npz, safetensors and hf scale=true" if kind == "uint8" else ""
-            return (
-                f"Inputs of the type {kind} reach the model unchanged: convert them in its forward "
-                f"or in the code of --data, for example x.float(){scale}"
-            )
-    return ""
-
-
 def _bytes_in_forward(inputs: Tensor) -> int:
     """The bytes that an example takes in a forward pass, as far as its inputs show them."""
     whole = not inputs.is_floating_point() and inputs.dtype not in {torch.uint8, torch.bool}
@@ -1529,7 +749,17 @@ def _bytes_in_forward(inputs: Tensor) -> int:
     return inputs[0].numel() * factor
 
 
-def _agree(found: Tensor, truth: Tensor, tolerance: float) -> bool:
+def is_close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
+    """Compares losses that are finite in the same places.
+
+    Args:
+        found: The losses.
+        truth: What they should be.
+        tolerance: The largest norm of the difference, as a share of the norm of the truth.
+
+    Returns:
+        Whether they agree.
+    """
     finite = truth.isfinite()
     if not torch.equal(found.isfinite(), finite):
         return False

@@ -17,6 +17,7 @@ from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays, Ranks, current
 from losscli.evaluation.records import Log, pack, unpack
 from losscli.evaluation.strategies import Way
+from losscli.evaluation.task_checks import check_independence, check_task
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
@@ -118,9 +119,9 @@ def check(objective: Objective, weights: Weights, other: Weights | None = None) 
         weights: All tensors of the model; what no slice moves stays loaded.
         other: The same at another point, where losses must not depend on their batch either.
     """
-    halving(objective, lambda: objective.check(weights))
+    halving(objective, lambda: check_task(objective, weights))
     if other is not None:
-        halving(objective, lambda: objective.check_independence(other))
+        halving(objective, lambda: check_independence(objective, other))
         objective.load(weights)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from losscli.evaluation.derivatives import slopes
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import decided
 from losscli.evaluation.sweep import halving, sweep
 from losscli.studies.problem import Problem
@@ -158,7 +159,7 @@ class CloseUp:
                 return curves, len(again)
             if precise is None:
                 objective.load(self.start)
-                precise = objective.in_float64(next(iter(objective.first_batches().values())))
+                precise = in_float64(objective, next(iter(objective.first_batches().values())))
             # Among ranks it is made by all, or used by none.
             if not decided(precise is not None) or precise is None:
                 return curves, len(again)

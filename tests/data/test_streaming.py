@@ -53,6 +53,7 @@ from losscli.evaluation.losses import accuracy, cross_entropy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import sweep, sweep_plain
+from losscli.evaluation.task_checks import check_task
 from losscli.models import MLP
 from losscli.weight_space.slices import Line
 from tests import oracle
@@ -208,7 +209,7 @@ def test_losses_slopes_and_curvature_are_those_from_memory(
     cramped(100)
     data = from_object(FORMS[form](), "here")
     objective = objective_of(data, batch_size)
-    objective.check(a)
+    check_task(objective, a)
     found = sweep(objective, line, ALPHAS)["data"]
     states = [{n: torch.lerp(line.a[n], line.b[n], x) for n in a} for (x,) in ALPHAS]
     for row, state in zip(found.losses, states, strict=True):
@@ -217,7 +218,7 @@ def test_losses_slopes_and_curvature_are_those_from_memory(
         )
         np.testing.assert_allclose(row, expected, rtol=1e-6)
     held = objective_of(DataSet({"data": IN_MEMORY}), batch_size)
-    held.check(a)
+    check_task(held, a)
     truth = sweep(held, line, ALPHAS)["data"]
     torch.testing.assert_close(found.losses, truth.losses, rtol=1e-13, atol=0)
     assert torch.equal(found.metrics["accuracy"], truth.metrics["accuracy"])
@@ -295,7 +296,7 @@ def test_no_more_than_a_few_batches_are_ever_in_memory(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DataSet, "prepare", watch)
-        objective.check(a)
+        check_task(objective, a)
         sweep(objective, line, ALPHAS, chunk=2)
     gc.collect()
     # What is decoded before it is known not to fit, and one batch.
@@ -619,7 +620,7 @@ def test_labels_out_of_range_are_found_before_the_loss_sees_them(
         row = partial(_mislabelled, place)
         objective = objective_of(from_object(Rows(row), "here"), 4)
         with pytest.raises(LossError, match=message):
-            (objective.check(a), sweep_plain(objective, [a]))
+            (check_task(objective, a), sweep_plain(objective, [a]))
 
 
 def _mislabelled(place: int, i: int) -> Any:
@@ -1002,7 +1003,7 @@ def test_a_gpu_gets_streamed_and_kept_data_batch_by_batch(
     objective = Objective(
         MLP("6-5-3"), cross_entropy, {}, data, device=torch.device("cuda"), batch_size=8
     )
-    objective.check(a)
+    check_task(objective, a)
     kept = objective.splits["kept"]
     assert isinstance(kept, Split)
     assert kept.targets.device.type == "cpu"

@@ -22,6 +22,7 @@ from losscli.evaluation.first_layer import FirstLayer
 from losscli.evaluation.losses import cross_entropy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import Way
+from losscli.evaluation.task_checks import check_task
 from losscli.weight_space.slices import Line, Slice, Span, Triangle
 
 State = dict[str, Tensor]
@@ -204,7 +205,7 @@ def made(case: Cancelling) -> tuple[Slice, Tensor, Objective]:
     targets = torch.randint(4, (EXAMPLES,), generator=torch.Generator().manual_seed(2))
     data = DataSet({"all": Split(case.inputs, targets)})
     objective = Objective(case.build(), cross_entropy, {}, data, device=torch.device("cpu"))
-    objective.check(states[0])
+    check_task(objective, states[0])
     return case.slice_(*states), targets, objective
 
 

@@ -32,6 +32,8 @@ from losscli.evaluation.curvature import (
 )
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.precision import in_float64
+from losscli.evaluation.task_checks import check_task
 from tests import oracle, stopped
 from tests.cases import CASES, Case
 from tests.evaluation.test_objective import objective_of
@@ -61,7 +63,7 @@ def curvature_of(
 ) -> Curvature:
     objective = objective_of(case, dtype=dtype, batch_size=batch_size)
     state = case.state(1)
-    objective.check(state)
+    check_task(objective, state)
     return Curvature(
         objective, state, parameters_of(objective.model), objective.splits["all"], progress
     )
@@ -172,7 +174,7 @@ def test_a_product_is_how_the_gradient_changes(case: Case) -> None:
     gradients = []
     for step in (-h, h):
         objective, state = objective_of(case), case.state(1)
-        objective.check(state)
+        check_task(objective, state)
         names, split = parameters_of(objective.model), objective.splits["all"]
         named = Curvature(objective, state, names, split).named(v)
         moved = {n: state[n].double() + step * d for n, d in named.items()}
@@ -646,15 +648,17 @@ def test_what_is_not_finite_gives_nan_and_no_verdict(n: int) -> None:
 # Comparison with differences, and errors beyond √n ε.
 
 
-def compare(objective: Objective, state: Mapping[str, Tensor], *, ends: bool = True) -> None:
+def compare(objective: Objective, state: Mapping[str, Tensor], *, ends: bool = True) -> str:
     """Compares derivatives along the outermost eigenvectors and random directions."""
     names = parameters_of(objective.model)
     sample = objective.splits["all"].first(16)
-    precise = objective.in_float64(sample) or objective
-    with Curvature(precise, state, names, sample) as curvature:
-        found = curvature.extremes(1, tolerance=1e-3, seed=0, limit=60)
-    vectors = {"λ min": found.smallest[0].vector, "λ max": found.largest[0].vector}
-    check_derivatives(precise, state, names, sample, vectors if ends else {}, seed=0)
+    precise = in_float64(objective, sample, inside=True) or objective
+    vectors = {}
+    if ends:
+        with Curvature(precise, state, names, sample) as curvature:
+            found = curvature.extremes(1, tolerance=1e-3, seed=0, limit=60)
+        vectors = {"λ min": found.smallest[0].vector, "λ max": found.largest[0].vector}
+    return check_derivatives(precise, state, names, sample, vectors, seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -662,16 +666,16 @@ def compare(objective: Objective, state: Mapping[str, Tensor], *, ends: bool = T
 def test_right_derivatives_do_not_contradict_differences(case: Case, dtype: torch.dtype) -> None:
     objective = objective_of(case, dtype=dtype)
     state = case.state(1)
-    objective.check(state)
+    check_task(objective, state)
     compare(objective, state)
 
 
 @pytest.mark.parametrize("case", SEEN, ids=str)
 def test_nor_do_they_without_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = objective_of(case, dtype=torch.float32)
-    monkeypatch.setattr(objective, "in_float64", lambda _: None)
+    monkeypatch.setattr(f"{__name__}.in_float64", lambda *_, **__: None)
     state = case.state(1)
-    objective.check(state)
+    check_task(objective, state)
     compare(objective, state)
     kept = objective.model.state_dict()
     assert all(torch.equal(kept[n], t.to(kept[n].dtype)) for n, t in state.items())
@@ -682,7 +686,7 @@ def test_kinks_and_jumps_do_not_contradict_differences(name: str) -> None:
     case = stopped.case(stopped.HONEST[name])
     for seed in range(1, 5):
         objective, state = objective_of(case, dtype=torch.float32), case.state(seed)
-        objective.check(state)
+        check_task(objective, state)
         compare(objective, state, ends=seed == 1)
         # Where every hidden unit is at its kink.
         compare(objective, {n: torch.zeros_like(t) for n, t in state.items()}, ends=False)
@@ -699,9 +703,9 @@ def test_a_gradient_that_is_stopped_in_part_contradicts_differences(
     case = stopped.case(stopped.STOPPED[name])
     objective = objective_of(case, dtype=torch.float32)
     if not precise:
-        monkeypatch.setattr(objective, "in_float64", lambda _: None)
+        monkeypatch.setattr(f"{__name__}.in_float64", lambda *_, **__: None)
     state = case.state(1)
-    objective.check(state)
+    check_task(objective, state)
     with pytest.raises(
         ModelError,
         match=r"detached from autograd: slope along .* by differences of the loss.*--except",
@@ -721,8 +725,8 @@ def test_a_constant_weight_of_a_loss_contradicts_differences() -> None:
 def test_a_twin_in_float64_has_the_same_losses_and_no_tensor_of_the_original(case: Case) -> None:
     objective = objective_of(case, dtype=torch.float32)
     a, b = case.state(1), case.state(2)
-    objective.check(a)
-    twin = objective.in_float64(objective.splits["all"].first(16))
+    check_task(objective, a)
+    twin = in_float64(objective, objective.splits["all"].first(16))
     kept = objective.model.state_dict()
     assert all(torch.equal(kept[n], t.to(kept[n].dtype)) for n, t in a.items())
     if twin is None:
@@ -772,35 +776,100 @@ def test_errors_cover_the_distance_from_float64(
     case: Case, number: int, dtype: torch.dtype
 ) -> None:
     objective, state = objective_of(case, dtype=dtype), case.state(1)
-    objective.check(state)
+    check_task(objective, state)
     names, split = parameters_of(objective.model), objective.splits["all"]
     sample = split.first(number)
-    precise = objective.in_float64(sample)
+    precise = in_float64(objective, sample)
     if precise is None:
         return
     with Curvature(precise, state, names, split) as curvature:
         truth = curvature.dense().eigenvalues
     with Curvature(objective, state, names, split) as curvature:
         found = curvature.extremes(2, tolerance=1e-4, seed=0)
-    whole = len(sample) == len(split)
-    with (
-        Curvature(objective, state, names, sample) as rough,
-        Curvature(precise, state, names, sample) as fine,
-    ):
-        wider = add_rounding(found, rough, fine, whole=whole)
+    given = found, objective, precise, state, names, sample
+    wider = add_rounding(*given, whole=len(sample) == len(split), seed=0)
     for before, after in zip(pairs_of(found), pairs_of(wider), strict=True):
         assert before.value == after.value
         assert before.error <= after.error
         assert np.abs(truth - after.value).min() <= after.error
 
 
+@pytest.mark.parametrize("case", [*SEARCHED, *CANCELLING], ids=str)
+def test_errors_cover_the_distance_from_float64_without_float64(case: Case) -> None:
+    objective, state = objective_of(case, dtype=torch.float32), case.state(1)
+    check_task(objective, state)
+    names, split = parameters_of(objective.model), objective.splits["all"]
+    oracle = Oracle(case)
+    hessian = torch.autograd.functional.hessian(oracle.loss, oracle.point, vectorize=True)
+    truth = torch.linalg.eigvalsh(hessian).numpy()
+    with Curvature(objective, state, names, split) as curvature:
+        found = curvature.extremes(2, tolerance=1e-4, seed=0)
+    wider = add_rounding(found, objective, None, state, names, split, whole=True, seed=0)
+    for before, after in zip(pairs_of(found), pairs_of(wider), strict=True):
+        assert before.error < after.error
+        assert np.abs(truth - after.value).min() <= after.error
+
+
+@pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", stopped.SMOOTH)
+def test_right_derivatives_are_verified_whatever_is_computed_in_inside(
+    name: str, inside: torch.dtype
+) -> None:
+    case = stopped.case(stopped.cast(stopped.SMOOTH[name], inside))
+    objective, state = objective_of(case, dtype=torch.float32), case.state(1)
+    check_task(objective, state)
+    assert not compare(objective, state)
+
+
+@pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("middle", "error"),
+    [
+        (stopped.STOPPED["partly detached"], "detached from autograd"),
+        (stopped.STOPPED["straight-through rounding"], "detached from autograd"),
+        (stopped.lying, "second derivatives? .* wrong"),
+    ],
+)
+def test_wrong_derivatives_are_refused_whatever_is_computed_in_inside(
+    middle: Callable[[Tensor], Tensor], error: str, dtype: torch.dtype, inside: torch.dtype
+) -> None:
+    case = stopped.case(stopped.cast(middle, inside))
+    objective, state = objective_of(case, dtype=dtype), case.state(1)
+    check_task(objective, state)
+    with pytest.raises(ModelError, match=error):
+        compare(objective, state, ends=False)
+
+
+def test_without_float64_derivatives_are_right_or_refused_or_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No right derivative is refused, and no wrong one passes in silence."""
+    monkeypatch.setattr(f"{__name__}.in_float64", lambda *_, **__: None)
+    wrong = {**stopped.STOPPED, "lying": stopped.lying}
+    for dtype, inside in itertools.product(
+        (torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16)
+    ):
+        for name, middle in {**stopped.SMOOTH, **wrong}.items():
+            case = stopped.case(stopped.cast(middle, inside))
+            objective, state = objective_of(case, dtype=dtype), case.state(1)
+            check_task(objective, state)
+            refused, noted = False, ""
+            try:
+                noted = compare(objective, state, ends=False)
+            except ModelError:
+                refused = True
+            assert not refused or name in wrong
+            assert refused or noted or name not in wrong
+
+
 @pytest.mark.parametrize("case", CANCELLING, ids=str)
 def test_without_measuring_errors_would_be_too_small_where_activations_cancel(case: Case) -> None:
     objective, state = objective_of(case, dtype=torch.float32), case.state(1)
-    objective.check(state)
+    check_task(objective, state)
     names, split = parameters_of(objective.model), objective.splits["all"]
     v = torch.nn.functional.normalize(random(sum(t.numel() for t in state.values())), dim=0)
-    precise = objective.in_float64(split)
+    precise = in_float64(objective, split)
     assert precise is not None
     rough, fine = (Curvature(o, state, names, split) for o in (objective, precise))
     assert float((rough.product(v) - fine.product(v)).norm()) > 0
@@ -1067,7 +1136,7 @@ def test_progress_is_told_by_the_batch_and_adds_up_to_the_products() -> None:
 def test_model_and_data_are_left_as_they_were(case: Case) -> None:
     objective = objective_of(case, batch_size=8)
     state = case.state(1)
-    objective.check(state)
+    check_task(objective, state)
     model = objective.model
     flags = [(i % 2 == 0) for i, _ in enumerate(model.parameters())]
     for parameter, flag in zip(model.parameters(), flags, strict=True):
@@ -1136,7 +1205,7 @@ def test_a_gpu_has_the_derivatives_of_a_cpu(case: Case, dtype: torch.dtype) -> N
         case.build(), LOSSES[case.loss], {}, data, device=device, dtype=dtype, batch_size=9
     )
     state = case.state(1)
-    objective.check(state)
+    check_task(objective, state)
     names = parameters_of(objective.model)
     found = Curvature(objective, state, names, objective.splits["all"])
     expected = curvature_of(case)

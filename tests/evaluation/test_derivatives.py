@@ -22,6 +22,7 @@ from losscli.evaluation.derivatives import Slopes, _Course, _Way, slopes
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import sweep
+from losscli.evaluation.task_checks import check_task
 from losscli.models import MLP
 from losscli.weight_space.slices import Line
 from tests import oracle, stopped
@@ -39,7 +40,7 @@ WHOLE = [case for case in CASES if case.name not in CUT_OFF]
 def ready(case: Case, *, seed: int = 1, **settings: Any) -> tuple[Objective, Line]:
     objective = objective_of(case, **settings)
     a, line = line_of(case, seeds=(seed, seed + 1))
-    objective.check(a)
+    check_task(objective, a)
     return objective, line
 
 
@@ -150,7 +151,7 @@ def test_a_product_of_two_weights_has_the_derivatives_of_its_polynomial() -> Non
     objective = objective_of(case)
     a = {"u": torch.tensor([2.0]), "v": torch.tensor([-1.0])}
     b = {"u": torch.tensor([3.0]), "v": torch.tensor([1.0])}
-    objective.check(a)
+    check_task(objective, a)
     found = slopes(objective, Line(a, b), ALPHAS)["all"]
     # ((2 + α)(2α − 1))²
     loss = np.poly1d([2, 3, -2]) ** 2
@@ -165,7 +166,7 @@ def test_buffers_that_move_alone_are_differentiated_in_both_modes() -> None:
     case = Case("smooth", build, CASES[4].inputs, torch.arange(37) % 3)
     objective = objective_of(case)
     a, whole = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     names = [n for n in whole.a if "running" in n]
     line = Line({n: whole.a[n] for n in names}, {n: whole.b[n] for n in names})
     h = 1e-3
@@ -191,7 +192,7 @@ def test_what_the_line_does_not_move_keeps_its_value() -> None:
     line = Line({name: whole.a[name]}, {name: whole.b[name]})
     found = []
     for rest in (case.state(1), case.state(5)):
-        objective.check(rest)
+        check_task(objective, rest)
         found.append(slopes(objective, line, [0.3])["all"].slope)
         h = 1e-6
         low, high = sweep(objective, line, [(0.3 - h,), (0.3 + h,)])["all"].losses.mean(1)
@@ -204,7 +205,7 @@ def test_what_the_line_does_not_move_keeps_its_value() -> None:
 def test_the_model_is_left_as_it_was(name: str, way: _Way, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(c for c in CASES if c.name == name)
     objective, line = ready(case)
-    monkeypatch.setattr(module, "_settle", lambda *_: way)
+    monkeypatch.setattr(module, "_settle", lambda *_: (way, ""))
     objective.model.requires_grad_(False)
     next(objective.model.parameters()).requires_grad_(True)
     kept = {n: (id(t), t.data_ptr(), t.clone()) for n, t in objective.tensors.items()}
@@ -443,7 +444,7 @@ def test_each_split_has_its_own_and_progress_reaches_the_number_of_points() -> N
         batch_size=4,
     )
     a, line = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     told: list[float] = []
     found = slopes(objective, line, ALPHAS, progress=told.append)
     assert told == sorted(told)
@@ -504,7 +505,7 @@ def test_a_relu_network_between_its_kinks_is_as_curved_as_its_loss() -> None:
     )
     names = ["layer.layers.0.weight", "layer.layers.0.bias"]
     a = {names[0]: torch.tensor([[1.0]]), names[1]: torch.tensor([0.0])}
-    objective.check(a)
+    check_task(objective, a)
     line = Line({names[0]: a[names[0]]}, {names[0]: -a[names[0]]})
     found = slopes(objective, line, [0.2, 0.8])["all"]
     assert found.slope.tolist() == [-2.0, 2.0]
@@ -551,3 +552,62 @@ def test_rounding_to_half_precision_inside_is_no_stopped_gradient(dtype: torch.d
     states = [model.state_dict() for model in models]
     losscli.interpolate(*states, points=3, derivatives=True, **study)
     losscli.check(states[0], **study)
+
+
+INSIDE = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("name", stopped.SMOOTH)
+def test_right_derivatives_are_verified_whatever_is_computed_in_inside(
+    name: str, inside: torch.dtype
+) -> None:
+    middle = stopped.SMOOTH[name]
+    case = stopped.case(stopped.cast(middle, inside))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        objective, line = ready(case, dtype=dtype)
+        found = slopes(objective, line, ALPHAS)["all"]
+        assert not objective.remarks
+        if (name, inside, dtype) == ("tanh", torch.float32, torch.float64):
+            expected = [differences(stopped.case(middle), alpha)[0] for alpha in ALPHAS]
+            np.testing.assert_allclose(found.slope, np.array(expected)[:, 0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("middle", "error"),
+    [
+        (stopped.STOPPED["partly detached"], "detached from autograd"),
+        (stopped.STOPPED["straight-through rounding"], "detached from autograd"),
+        (stopped.lying, "second derivative is wrong"),
+    ],
+)
+def test_wrong_derivatives_are_refused_whatever_is_computed_in_inside(
+    middle: Any, error: str, dtype: torch.dtype, inside: torch.dtype
+) -> None:
+    objective, line = ready(stopped.case(stopped.cast(middle, inside)), dtype=dtype)
+    with pytest.raises(ModelError, match=error):
+        slopes(objective, line, ALPHAS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_float64_derivatives_are_right_or_refused_or_noted(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No right derivative is refused, and no wrong one passes in silence."""
+    monkeypatch.setattr(module, "in_float64", lambda *_, **__: None)
+    wrong = {**stopped.STOPPED, "lying": stopped.lying}
+    for name, middle in {**stopped.SMOOTH, **wrong}.items():
+        objective, line = ready(stopped.case(middle), dtype=dtype)
+        refused = False
+        try:
+            slopes(objective, line, ALPHAS)
+        except ModelError as error:
+            refused = "detached" in error.what
+        noted = any("not verified" in note for note in objective.remarks)
+        assert not refused or name in wrong
+        assert refused or noted or name not in wrong
+        if dtype == torch.bfloat16:
+            # Its rounding hides all differences.
+            assert noted

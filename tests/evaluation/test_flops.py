@@ -20,6 +20,7 @@ from losscli.evaluation.flops import _elementary, operations
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.recalibration import Recalibration
 from losscli.evaluation.sweep import points_at_once, points_that_fit, sweep
+from losscli.evaluation.task_checks import check_task
 from losscli.models import CNN, MLP
 from losscli.weight_space.slices import Line
 from tests.cases import CASES, Case
@@ -122,7 +123,7 @@ def test_every_model_has_a_number_the_same_each_time(case: Case) -> None:
         data = DataSet({"all": Split(case.inputs, case.targets)})
         cpu = torch.device("cpu")
         objective = Objective(case.build(), case.per_example, {}, data, device=cpu)
-        objective.check(case.state(1))
+        check_task(objective, case.state(1))
         return objective.operations, sum(p.numel() for p in objective.model.parameters())
 
     (first, weights), (second, _) = count(), count()
@@ -149,7 +150,7 @@ def test_a_model_that_no_counter_looks_into_counts_by_its_weights() -> None:
             return x @ self.weight
 
     objective = objective_of(Odd())
-    objective.check({"weight": torch.ones(12, 5)})
+    check_task(objective, {"weight": torch.ones(12, 5)})
     assert objective.operations == 2 * 60
 
 
@@ -206,7 +207,7 @@ def test_a_sweep_takes_such_chunks_and_finds_the_same(
     a, b = case.state(1), case.state(2)
     data = DataSet({"all": Split(case.inputs, case.targets)})
     objective = Objective(case.build(), case.per_example, {}, data, device=torch.device("cpu"))
-    objective.check(a)
+    check_task(objective, a)
     where = [(i / 40,) for i in range(45)]
     whole = sweep(objective, Line(a, b), where)["all"].losses
     taken: list[int] = []

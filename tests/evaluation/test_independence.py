@@ -17,6 +17,7 @@ import losscli
 from losscli.data import DataSet, Draws, Split
 from losscli.errors import LosscliError, LossError, NondeterministicModelError
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.task_checks import check_task
 from losscli.models import MLP
 from tests.conftest import Losscli
 
@@ -121,14 +122,14 @@ def test_a_loss_that_depends_on_the_batch_is_refused(
     model, loss = DEPENDENT[name]()
     objective = objective_of(model, loss, number=number, dtype=dtype)
     with pytest.raises(LossError, match=r"depends on the other examples.*--batch-loss"):
-        objective.check(model.state_dict())
+        check_task(objective, model.state_dict())
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_small_batches_hide_no_dependence(batch_size: int) -> None:
     objective = objective_of(net(), contrastive, batch_size=batch_size)
     with pytest.raises(LossError, match="--batch-loss"):
-        objective.check(net().state_dict())
+        check_task(objective, net().state_dict())
 
 
 def test_equal_halves_hide_no_dependence() -> None:
@@ -136,13 +137,13 @@ def test_equal_halves_hide_no_dependence() -> None:
     data = DataSet({"all": Split(x, torch.arange(16) % 3)})
     objective = Objective(net(), contrastive, {}, data, device=torch.device("cpu"))
     with pytest.raises(LossError, match="--batch-loss"):
-        objective.check(net().state_dict())
+        check_task(objective, net().state_dict())
 
 
 def test_a_metric_that_depends_on_the_batch_is_refused() -> None:
     objective = objective_of(net(), metrics={"contrast": contrastive})
     with pytest.raises(LossError, match=r"the metric 'contrast' of an example depends"):
-        objective.check(net().state_dict())
+        check_task(objective, net().state_dict())
 
 
 class Deep(nn.Module):
@@ -175,26 +176,26 @@ def test_rounding_is_no_dependence(
 ) -> None:
     model = Deep(scale, normalise=normalise)
     objective = objective_of(model, number=number, dtype=dtype)
-    objective.check(model.state_dict())
+    check_task(objective, model.state_dict())
     assert not objective.unchecked
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_nor_where_a_model_computes_in_a_narrower_type_than_it_is_asked_for(scale: float) -> None:
     model = Applied(lambda x: (x.bfloat16() * scale).to(x.dtype), before=False)
-    objective_of(model, number=64).check(model.state_dict())
+    check_task(objective_of(model, number=64), model.state_dict())
 
 
 def test_without_a_wider_copy_rounding_is_told_by_its_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("losscli.evaluation.objective.host_budget", lambda: 0)
+    monkeypatch.setattr("losscli.evaluation.precision.host_budget", lambda: 0)
     for dtype in (torch.float32, torch.bfloat16):
         model = Deep(1e3, normalise=False, depth=1)
-        objective_of(model, number=64, dtype=dtype).check(model.state_dict())
+        check_task(objective_of(model, number=64, dtype=dtype), model.state_dict())
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(LossError, match="--batch-loss"):
-            objective_of(net(), contrastive, dtype=dtype).check(net().state_dict())
+            check_task(objective_of(net(), contrastive, dtype=dtype), net().state_dict())
 
 
 class Whole(nn.Module):
@@ -218,12 +219,12 @@ def test_a_model_that_takes_whole_batches_alone_is_checked_too(size: int) -> Non
         return objective_of(model, number=size, batch_size=size), model.state_dict()
 
     free, state = objective(torch.tanh)
-    free.check(state)
+    check_task(free, state)
     assert not free.unchecked
     bound, state = objective(lambda x: x - x.mean(0))
     if size > 1:
         with pytest.raises(LossError, match="--batch-loss"):
-            bound.check(state)
+            check_task(bound, state)
 
 
 def test_what_could_not_be_checked_is_noted(folder: Path) -> None:
@@ -244,7 +245,7 @@ def test_the_batch_is_evaluated_twice_in_all() -> None:
     seen: list[int] = []
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     objective = objective_of(model, batch_size=12)
-    objective.check(model.state_dict())
+    check_task(objective, model.state_dict())
     # The last pass counts the operations of two examples.
     assert seen == [12, 6, 6, 2]
 
@@ -337,7 +338,7 @@ def test_a_forward_pass_that_draws_random_numbers_is_refused(name: str) -> None:
     assert not draws.names
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     with pytest.raises(NondeterministicModelError, match=message) as caught:
-        objective_of(model).check(model.state_dict())
+        check_task(objective_of(model), model.state_dict())
     assert "--stochastic N) is not available yet" in str(caught.value)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
@@ -350,7 +351,7 @@ def test_a_loss_or_metric_that_draws_is_refused_too() -> None:
 
     for loss, metrics in ((noisy, {}), (F.cross_entropy, {"noisy": noisy})):
         with pytest.raises(NondeterministicModelError, match="random numbers"):
-            objective_of(net(), loss, metrics=metrics).check(net().state_dict())
+            check_task(objective_of(net(), loss, metrics=metrics), net().state_dict())
 
 
 def test_dropout_at_one_checkpoint_alone_is_found(folder: Path) -> None:
@@ -441,4 +442,4 @@ def test_a_model_that_computes_in_float32_is_none_that_depends_on_the_batch(numb
 
     torch.manual_seed(0)
     model = Narrow()
-    objective_of(model, number=number, dtype=torch.float64).check(model.state_dict())
+    check_task(objective_of(model, number=number, dtype=torch.float64), model.state_dict())

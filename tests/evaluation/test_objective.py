@@ -18,6 +18,7 @@ from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.strategies import Way, is_known
 from losscli.evaluation.sweep import check, sweep, sweep_plain
+from losscli.evaluation.task_checks import check_task
 from losscli.weight_space.slices import Line, grid
 from tests import foreign, oracle
 from tests.cases import CASES, Case
@@ -68,7 +69,7 @@ def curve(
 ) -> Tensor:
     objective = objective_of(case, dtype=dtype, batch_size=batch_size)
     a, line = line_of(case, seeds=seeds)
-    objective.check(a)
+    check_task(objective, a)
     return sweep(objective, line, [(x,) for x in alphas], chunk=chunk)["all"].losses
 
 
@@ -89,7 +90,7 @@ def test_every_example_at_every_point_has_the_loss_of_a_plain_float64_loop(case:
 def test_float32_agrees_with_a_plain_float32_loop(case: Case) -> None:
     objective = objective_of(case, dtype=torch.float32)
     a, line = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     found = sweep(objective, line, [(x,) for x in ALPHAS])["all"].losses.double().mean(1)
     states = [{**a, **{n: torch.lerp(line.a[n], line.b[n], x) for n in line.a}} for x in ALPHAS]
     if case.name == "attention-tied":
@@ -139,7 +140,7 @@ def test_any_batch_gives_the_same_loss_in_float32_to_1e_6(case: Case) -> None:
 def test_a_checkpoint_loaded_plainly_has_its_own_loss_to_the_last_bit(case: Case) -> None:
     objective = objective_of(case, dtype=torch.float32, batch_size=10)
     state = case.state(1)
-    objective.check(state)
+    check_task(objective, state)
     (found,) = sweep_plain(objective, [state])
     model = case.build()
     model.load_state_dict(state)
@@ -187,7 +188,7 @@ def test_a_first_layer_is_shared_where_its_input_is_the_same_at_all_points(
 
     objective = objective_of(case, batch_size=1000)
     a, line = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     points = [(x,) for x in ALPHAS]
     objective.settle(line, points)
     monkeypatch.setattr(FirstLayer, "output", counting)
@@ -211,7 +212,7 @@ def test_all_points_at_once_give_the_numbers_of_points_in_turn(
 ) -> None:
     objective = objective_of(case, batch_size=9)
     a, line = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     points = [(x,) for x in ALPHAS]
     monkeypatch.setattr(objective, "_ways", lambda: [Way.STACKED])
     objective.settle(line, points)
@@ -231,7 +232,7 @@ def test_metrics_of_all_points_at_once_are_those_of_points_in_turn(
         objective = objective_of(case, batch_size=5)
         objective.metrics = {"accuracy": losses_.accuracy}
         a, line = line_of(case)
-        objective.check(a)
+        check_task(objective, a)
         monkeypatch.setattr(objective, "_ways", lambda ways=ways: ways)
         found.append(sweep(objective, line, [(x,) for x in ALPHAS])["all"].metrics["accuracy"])
     assert torch.equal(*found)
@@ -241,7 +242,7 @@ def test_ends_in_half_precision_move_in_float32() -> None:
     case = CASES[0]
     a, b = ({n: t.bfloat16() for n, t in case.state(s).items()} for s in (1, 2))
     objective = objective_of(case, dtype=torch.float32)
-    objective.check(a)
+    check_task(objective, a)
     found = sweep(objective, Line(a, b), [(0.3,)])["all"].losses[0]
     state = oracle.blend(a, b, 0.3)
     expected = oracle.losses(case.build, state, case.inputs, case.targets, case.per_example)
@@ -267,7 +268,7 @@ def test_metrics_are_means_over_examples() -> None:
         batch_size=5,
     )
     a, line = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     found = sweep(objective, line, [(0.0,), (0.4,)])["all"].metrics["accuracy"]
     for alpha, value in zip((0.0, 0.4), found, strict=True):
         model = case.build()
@@ -365,7 +366,7 @@ def test_checks_halve_their_batch_too(monkeypatch: pytest.MonkeyPatch) -> None:
         if objective.batch_size > 2:
             raise torch.OutOfMemoryError("on purpose")
 
-    monkeypatch.setattr(objective, "check", checking)
+    monkeypatch.setattr("losscli.evaluation.sweep.check_task", checking)
     check(objective, a)
     assert tried == [8, 4, 2]
 
@@ -380,7 +381,7 @@ def test_one_example_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_a_model_that_is_random_in_eval_mode_is_refused() -> None:
     case = Case("random", foreign.Random, torch.rand(9, 4), torch.arange(9) % 3)
     with pytest.raises(NondeterministicModelError, match="random numbers"):
-        objective_of(case).check(case.state(1))
+        check_task(objective_of(case), case.state(1))
 
 
 @pytest.mark.parametrize("label", [-1, 5])
@@ -389,7 +390,7 @@ def test_labels_out_of_range_are_found_before_any_kernel_does(label: int) -> Non
     targets[20] = label
     case = Case("labels", CASES[0].build, CASES[0].inputs, targets)
     with pytest.raises(LossError, match=f"has the label {label}.*labels 0 to 4"):
-        objective_of(case).check(case.state(1))
+        check_task(objective_of(case), case.state(1))
 
 
 def test_a_loss_that_is_no_number_an_example_is_refused() -> None:
@@ -397,13 +398,13 @@ def test_a_loss_that_is_no_number_an_example_is_refused() -> None:
     data = DataSet({"all": Split(case.inputs, case.targets)})
     objective = Objective(case.build(), foreign.batch_mean, {}, data, device=torch.device("cpu"))
     with pytest.raises(LossError, match="reduction=none"):
-        objective.check(case.state(1))
+        check_task(objective, case.state(1))
 
 
 def test_a_model_that_does_not_take_the_data_says_so() -> None:
     case = Case("wide", CASES[0].build, torch.rand(9, 5), torch.arange(9) % 3)
     with pytest.raises(ModelError, match=r"\[9, 5\].*--data"):
-        objective_of(case).check(case.state(1))
+        check_task(objective_of(case), case.state(1))
 
 
 def test_the_stored_data_is_never_changed() -> None:
@@ -440,7 +441,7 @@ def test_a_gpu_gives_the_numbers_of_a_plain_float64_loop(case: Case) -> None:
         case.build(), LOSSES[case.loss], {}, data, device=device, dtype=torch.float64, batch_size=9
     )
     a, line = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     there = Line(*({n: t.to(device) for n, t in end.items()} for end in line.ends))
     found = sweep(objective, there, [(x,) for x in ALPHAS])["all"].losses
     torch.testing.assert_close(found, curve(case, ALPHAS), rtol=1e-9, atol=1e-11, equal_nan=True)
@@ -457,7 +458,7 @@ def test_a_gpu_takes_points_at_once_where_nothing_is_convolved(name: str, way: W
     data = DataSet({"all": Split(case.inputs, case.targets)})
     objective = Objective(case.build(), LOSSES[case.loss], {}, data, device=device)
     a, line = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     there = Line(*({n: t.to(device) for n, t in end.items()} for end in line.ends))
     objective.settle(there, [(x,) for x in ALPHAS])
     assert objective._way is way
@@ -467,7 +468,7 @@ def test_kernels_have_their_channels_last_and_the_model_gets_its_own_back() -> N
     case = next(c for c in CASES if c.name == "cnn-batchnorm")
     objective = objective_of(case)
     a, line = line_of(case)
-    objective.check(a)
+    check_task(objective, a)
     kernels = {n: t for n, t in objective.tensors.items() if t.ndim == 4}
     seen = []
     for module in objective.model.modules():

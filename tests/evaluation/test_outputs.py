@@ -19,6 +19,7 @@ from losscli.errors import ModelError
 from losscli.evaluation.losses import accuracy, bce, cross_entropy, mse
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import Way
+from losscli.evaluation.task_checks import check_task
 from tests.conftest import Losscli
 
 N = 13
@@ -177,7 +178,7 @@ def test_a_model_that_takes_no_mapping_fails_by_its_own_error() -> None:
 
     objective = objective_of(Wrong(), {"ids": X, "y": Y})
     with pytest.raises(ModelError, match=r"shape \[13, 4\]: RuntimeError: the first failure\."):
-        objective.check(weights_of(objective))
+        check_task(objective, weights_of(objective))
 
 
 def test_the_form_in_which_a_model_takes_its_input_is_chosen_once() -> None:
@@ -233,7 +234,7 @@ def test_losses_and_metrics_take_the_logits_of_a_mapping(loss: str, dtype: torch
     found = []
     for model in (Bare(), Wrapped()):
         objective = objective_of(model, (X, targets), function, metrics, dtype)
-        objective.check(weights)
+        check_task(objective, weights)
         found.append(objective.plain(weights)["all"])
     assert torch.equal(found[0].losses, found[1].losses)
     assert found[0].metrics == found[1].metrics
@@ -249,7 +250,7 @@ def test_every_way_takes_the_logits_of_a_mapping(way: Way) -> None:
     losses = []
     for model in (Bare(), Wrapped()):
         objective = objective_of(model, (X, Y), metrics={"accuracy": accuracy})
-        objective.check(a)
+        check_task(objective, a)
         objective.way = way
         losses.append(objective.at(line, [(0.0,), (0.4,), (1.0,)])["all"].losses)
     assert torch.equal(*losses)

@@ -20,11 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import losscli
 from losscli.data import DataSet, Split
 from losscli.errors import LossError
-from losscli.evaluation import objective as objective_module
+from losscli.evaluation import task_checks
 from losscli.evaluation.losses import causal_lm, perplexity
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import Way
 from losscli.evaluation.sweep import sweep
+from losscli.evaluation.targets import check_range
+from losscli.evaluation.task_checks import check_task
 from losscli.models import MODELS
 from losscli.models.pretrained import pretrained
 from losscli.weight_space.slices import Line
@@ -204,7 +206,7 @@ def line(start: dict[str, Tensor], end: dict[str, Tensor]) -> Line:
 def test_tied_weights_move_as_one_in_every_way(way: Way) -> None:
     found = objective(batch_size=4)
     a, b = state(0), state(1)
-    found.check(a)
+    check_task(found, a)
     found._way = way
     alphas = [-0.5, 0.0, 0.3, 1.0]
     # On a CPU vmap cannot map fused attention, and this way is never chosen there.
@@ -217,7 +219,7 @@ def test_tied_weights_move_as_one_in_every_way(way: Way) -> None:
 
 def test_a_model_of_transformers_need_not_be_loaded_anew_at_every_point() -> None:
     found = objective()
-    found.check(state(0))
+    check_task(found, state(0))
     found.settle(line(state(0), state(1)), [(x / 4,) for x in range(5)])
     assert found._way in {Way.SHARED, Way.BOUND}
 
@@ -252,12 +254,12 @@ def test_half_precision_scores_are_not_copied_whole() -> None:
 def test_the_batch_is_of_a_size_that_its_outputs_fit(
     budget: int, batch: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective_module, "_OUTPUTS", {"cpu": budget})
+    monkeypatch.setattr(task_checks, "_OUTPUTS", {"cpu": budget})
     found, before = objective(dtype=torch.float32), objective().batch_size
-    found.check(state(0))
+    check_task(found, state(0))
     assert found.batch_size == (batch or before)
     chosen = objective(batch_size=5)
-    chosen.check(state(0))
+    check_task(chosen, state(0))
     assert chosen.batch_size == 5
     expected = torch.tensor([truth(0.0)], dtype=torch.float32)
     torch.testing.assert_close(found.plain(state(0))["all"].losses, expected)
@@ -292,11 +294,11 @@ def test_tokens_that_no_loss_can_be_taken_of_are_told_before(
 
 def test_sequences_that_come_later_are_looked_at_too() -> None:
     found = objective()
-    found.check(state(0))
+    check_task(found, state(0))
     targets = labels()
     targets[3, 2] = V
     with pytest.raises(LossError, match=f"the data has the label {V}"):
-        found._check_range(targets, "the data")
+        check_range(found.loss, targets, found.classes, "the data")
 
 
 def test_a_sequence_without_a_token_to_predict_is_left_out_of_all_means() -> None:

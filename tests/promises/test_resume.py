@@ -22,6 +22,7 @@ from losscli.evaluation.recalibration import Recalibration
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.strategies import Way
 from losscli.evaluation.sweep import sweep, sweep_plain
+from losscli.evaluation.task_checks import check_task
 from losscli.models import MLP
 from losscli.results import to_json
 from losscli.settings import Settings
@@ -98,7 +99,7 @@ def walk(
 ) -> list[Evaluation]:
     """What a study does: the ends plainly, then the points, on all examples."""
     objective, (a, there) = build(case, recalibrate=recalibrate), line(case)
-    objective.check(a)
+    check_task(objective, a)
     (first,) = sweep_plain(objective, [a], journal=journal)
     found = sweep(objective, there, ALPHAS, chunk=chunk, journal=journal)
     again = sweep(objective, there, [(0.33,), (0.77,)], journal=journal)
@@ -287,7 +288,7 @@ def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
 
     def run(journal: Any) -> list[float]:
         objective, (a, there) = build(case, batch_size=256), line(case)
-        objective.check(a)
+        check_task(objective, a)
 
         def evaluate(splits: Any, _: object) -> dict[str, Estimate]:
             found = sweep(objective, there, ALPHAS, chunk=4, splits=splits, journal=journal)
@@ -369,7 +370,7 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for plan, what in (
-        (_interpolate(derivatives=True, dtype="float64"), "slopes._Course.sums"),
+        (_interpolate(derivatives=True, dtype="float64"), "evaluation.derivatives._Course.sums"),
         (_check(10), "studies.check.Curvature"),
     ):
         with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
@@ -381,7 +382,7 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
 
 def test_a_way_whose_proof_ran_out_of_memory_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, (a, there) = build(TRIED[0]), line(TRIED[0])
-    objective.check(a)
+    check_task(objective, a)
 
     def at(*_: Any) -> Any:
         raise torch.OutOfMemoryError("on purpose")

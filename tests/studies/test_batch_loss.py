@@ -25,6 +25,7 @@ from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import Way
 from losscli.evaluation.sweep import sweep, sweep_plain
+from losscli.evaluation.task_checks import check_task
 from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
@@ -201,7 +202,7 @@ def test_every_way_to_evaluate_gives_the_same_numbers(way: Way) -> None:
         batch_loss=True,
     )
     a, b = ({n: t.double() for n, t in state(seed).items()} for seed in (0, 1))
-    objective.check(a)
+    check_task(objective, a)
     objective.way = way
     alphas = [-0.3, 0.1, 0.4, 0.7, 1.2]
     found = sweep(objective, Line(a, b), [(alpha,) for alpha in alphas])["all"].losses

@@ -28,6 +28,7 @@ from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.records import pack, unpack
 from losscli.evaluation.strategies import Way
 from losscli.evaluation.sweep import sweep
+from losscli.evaluation.task_checks import check_task
 from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies.check import _best
@@ -381,7 +382,7 @@ def test_every_way_to_evaluate_weighs_alike(way: Way) -> None:
     objective = objective_of(partial(cross_entropy, weight=WEIGHT), (x, y), mlp, batch_size=16)
     torch.manual_seed(1)
     a, b = (mlp().double().state_dict() for _ in range(2))
-    objective.check(a)
+    check_task(objective, a)
     objective.way = way
     found = sweep(objective, Line(a, b), [(alpha,) for alpha in ALPHAS])["all"]
     for k, alpha in enumerate(ALPHAS):
@@ -474,7 +475,7 @@ def test_a_stream_is_weighed_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_was_recorded_has_its_weights() -> None:
     x, y = classes()
     objective = objective_of(partial(cross_entropy, weight=WEIGHT), (x, y))
-    objective.check(states()[0])
+    check_task(objective, states()[0])
     found = objective.plain(states()[0])
     arrays = pack(objective, objective.splits, found, 1, 1)
     back, _, _ = unpack(objective, objective.splits, arrays)
@@ -495,10 +496,14 @@ def test_a_run_that_goes_on_from_its_journal_has_the_same_numbers(
         return Interpolation.plan("init:1", "init:2", settings, points=5, range_=(0, 1))
 
     first = plan(nn.CrossEntropyLoss(weight=W))
-    with Journal.open(tmp_path / "x", first.basis.identity, first.basis.told) as journal:
+    with Journal.open(
+        tmp_path / "x", first.fingerprint.identity, first.fingerprint.conditions
+    ) as journal:
         truth = first.run(journal=journal)
     again = plan(nn.CrossEntropyLoss(weight=W))
-    with Journal.open(tmp_path / "x", again.basis.identity, again.basis.told) as journal:
+    with Journal.open(
+        tmp_path / "x", again.fingerprint.identity, again.fingerprint.conditions
+    ) as journal:
         found = again.run(lambda _: None, journal=journal)
         assert journal.skipped > 0
     assert found.table.to_csv() == truth.table.to_csv()

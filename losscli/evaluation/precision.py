@@ -1,0 +1,145 @@
+"""Copies of an objective that compute in another floating-point type."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from losscli.data import Split, device_budget, host_budget
+from losscli.errors import LossError, ModelError
+from losscli.evaluation.device import Narrowest
+from losscli.evaluation.independence import Evaluate, Values
+from losscli.evaluation.objective import AGREEMENT, Objective, is_close
+
+__all__ = ["in_float64", "narrowest_type", "wider_copies", "with_model"]
+
+
+def with_model(objective: Objective, model: nn.Module, dtype: torch.dtype) -> Objective:
+    """Makes another objective of the same loss and data, without metrics.
+
+    Args:
+        objective: The objective.
+        model: Its model, which it takes over.
+        dtype: The type of its forward pass.
+
+    Returns:
+        The objective; the data are not copied.
+    """
+    other = Objective(
+        model,
+        objective.loss,
+        {},
+        replace(objective.data, splits=objective.splits),
+        device=objective.device,
+        dtype=dtype,
+        batch_size=objective.batch_size,
+        recalibration=objective.recalibration,
+        batch_loss=objective.batch_loss,
+    )
+    other.extra = objective.extra
+    other.copies_inputs = objective.copies_inputs
+    other.copies_outputs = objective.copies_outputs
+    other.differentiates = objective.differentiates
+    return other
+
+
+@torch.no_grad()
+def in_float64(objective: Objective, sample: Split, *, inside: bool = False) -> Objective | None:
+    """Returns an objective of the same function that computes in float64.
+
+    Args:
+        objective: The objective.
+        sample: A few examples, on the device.
+        inside: Whether code that casts to a narrower type computes in float64 too.
+
+    Returns:
+        This objective if it computes in float64; else a twin with the weights that are loaded.
+        None if the device has no float64, if a second copy of the model is too large, or if
+        the copy fails or still uses tensors of the original, such as through a closure.
+    """
+    if objective.dtype == torch.float64 and not (
+        inside and narrowest_type(objective, sample) != objective.dtype
+    ):
+        return objective
+    numbers = sum(tensor.numel() for tensor in objective.tensors.values())
+    budget = device_budget(objective.device) or host_budget()
+    # The copy, and the weights of two points.
+    if objective.device.type == "mps" or numbers * 2 * torch.float64.itemsize > budget:
+        return None
+    own = {name: tensor.clone() for name, tensor in objective.tensors.items()}
+    floating = {name: t for name, t in own.items() if t.is_floating_point()}
+    with objective.held():
+        try:
+            twin = with_model(objective, copy.deepcopy(objective.model), torch.float64)
+            twin.load(own)
+            twin.widens = inside and not _is_wide(twin, sample)
+            before = twin.plain(own, {"": sample})[""].losses
+            objective.load({name: tensor * 1.5 + 0.5 for name, tensor in floating.items()})
+            after = twin.plain(own, {"": sample})[""].losses
+        except Exception:  # noqa: BLE001 - user code may refuse a copy or float64 in any way
+            return None
+        finally:
+            objective.load(own)
+    return twin if is_close(after, before, AGREEMENT[torch.float64]) else None
+
+
+def _is_wide(objective: Objective, sample: Split) -> bool:
+    """Whether the model and the loss take float64, and compute in nothing narrower."""
+    try:
+        return narrowest_type(objective, sample) == torch.float64
+    except (ModelError, LossError):
+        return False
+
+
+def wider_copies(objective: Objective) -> Iterator[tuple[Evaluate, Narrowest]]:
+    """Makes copies of an objective that compute in wider types.
+
+    Args:
+        objective: The objective.
+
+    Yields:
+        A function that evaluates a batch, and the context that knows the type it computes in. Each
+        copy is dropped before the next one is made.
+    """
+    numbers = sum(tensor.numel() for tensor in objective.tensors.values())
+    budget = device_budget(objective.device) or host_budget()
+    for dtype in (torch.float32, torch.float64):
+        if torch.finfo(dtype).eps >= torch.finfo(objective.dtype).eps:
+            continue
+        if numbers * dtype.itemsize > budget:
+            return
+        try:
+            twin = with_model(objective, copy.deepcopy(objective.model), dtype)
+        except Exception:  # noqa: BLE001 - the user's objects, or a device without float64
+            return
+        twin.metrics, twin.copies_inputs = objective.metrics, objective.copies_inputs
+        narrowest = Narrowest(dtype)
+
+        def evaluate(
+            batch: Split, twin: Objective = twin, narrowest: Narrowest = narrowest
+        ) -> Values:
+            with narrowest:
+                return twin.values(batch)
+
+        yield evaluate, narrowest
+
+
+@torch.no_grad()
+def narrowest_type(objective: Objective, sample: Split) -> torch.dtype:
+    """Finds the narrowest floating-point type that the model and the loss compute in.
+
+    Args:
+        objective: The objective.
+        sample: A few examples, on the device.
+
+    Returns:
+        The type; where code casts, it is narrower than that of the forward pass.
+    """
+    narrowest, batch = Narrowest(objective.dtype), sample.first(objective.batch_size)
+    with narrowest:
+        objective.values(batch)
+    return narrowest.dtype
