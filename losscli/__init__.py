@@ -8,63 +8,48 @@ result.table, result.summary, result.figure()
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from losscli._version import __version__
+from losscli._version import __version__ as __version__
+from losscli.studies.registry import COMMANDS, load
 
-if TYPE_CHECKING:
-    from losscli.errors import LosscliError
-    from losscli.results import Result
-    from losscli.settings import Settings
-    from losscli.studies.alignment import align
-    from losscli.studies.barriers import barriers
-    from losscli.studies.check import check
-    from losscli.studies.inspection import export, inspect
-    from losscli.studies.interpolation import interpolate
-    from losscli.studies.plane import plane
-    from losscli.studies.trajectory import trajectory
-    from losscli.table import Table
+if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot read the list below
+    from losscli.errors import LosscliError as LosscliError
+    from losscli.results import Result as Result
+    from losscli.settings import Settings as Settings
+    from losscli.studies.alignment import align as align
+    from losscli.studies.barriers import barriers as barriers
+    from losscli.studies.check import check as check
+    from losscli.studies.inspection import export as export
+    from losscli.studies.inspection import inspect as inspect
+    from losscli.studies.interpolation import interpolate as interpolate
+    from losscli.studies.plane import plane as plane
+    from losscli.studies.trajectory import trajectory as trajectory
+    from losscli.table import Table as Table
 
-__all__ = [
-    "LosscliError",
-    "Result",
-    "Settings",
-    "Table",
-    "__version__",
-    "align",
-    "barriers",
-    "check",
-    "export",
-    "inspect",
-    "interpolate",
-    "plane",
-    "trajectory",
-]
-
-_HOME = {
-    "LosscliError": "errors",
-    "Result": "results",
-    "Settings": "settings",
-    "Table": "table",
-    "align": "studies.alignment",
-    "barriers": "studies.barriers",
-    "check": "studies.check",
-    "export": "studies.inspection",
-    "inspect": "studies.inspection",
-    "interpolate": "studies.interpolation",
-    "plane": "studies.plane",
-    "trajectory": "studies.trajectory",
+_TARGETS = {
+    "LosscliError": "losscli.errors:LosscliError",
+    "Result": "losscli.results:Result",
+    "Settings": "losscli.settings:Settings",
+    "Table": "losscli.table:Table",
+    "align": "losscli.studies.alignment:align",
+    "export": "losscli.studies.inspection:export",
+    **{name: command.function for name, command in COMMANDS.items()},
 }
+
+_NAMES = ("__version__", *_TARGETS)
+
+if not TYPE_CHECKING:
+    __all__ = list(_NAMES)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(_NAMES)
 
 
 def __getattr__(name: str) -> Any:
-    # Names are handed on when they are asked for (PEP 562), so that `losscli --help` does not
+    # Names are imported when they are asked for (PEP 562), so that `losscli --help` does not
     # wait for torch.
-    if name in _HOME:
-        return getattr(importlib.import_module(f"losscli.{_HOME[name]}"), name)
+    if name in _TARGETS:
+        return load(_TARGETS[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,11 +9,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from losscli.errors import OutputError, UsageError
 from losscli.files import create, read_regular
@@ -22,33 +22,76 @@ from losscli.table import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Output", "Result", "default_stem", "need_few", "picture_of", "stem_of", "to_json"]
+__all__ = [
+    "Drawing",
+    "Output",
+    "Result",
+    "Run",
+    "default_stem",
+    "picture_of",
+    "stem_of",
+    "to_json",
+]
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
-
-# Laying out more panels takes minutes, and more curves cannot be told from each other.
-_MOST_PANELS = 24
-_MOST_CURVES = 200
 
 # Those below a space are escaped by json itself, all but the ends of its own lines.
 _BEYOND_ASCII = re.compile(r"[^\n -~]")
 
-# The further tables that runs write, by the names in their files.
-_TABLES = ("blocks", "context", "curves", "escape", "path", "spectrum", "surface", "walk")
+
+S_co = TypeVar("S_co", bound=Mapping[str, object], covariant=True)
+"""The type of the summary, of `losscli.summaries`."""
 
 
 @dataclass(frozen=True)
-class Result:
+class Run(Generic[S_co]):
+    """One run of a command, to be drawn.
+
+    Attributes:
+        table: Its rows, as in STEM.csv.
+        summary: Its JSON, or ``{}`` where only the CSV is at hand.
+        label: What to call it beside other runs; by default its first and last checkpoint.
+        more: Its further tables by the name in their file: ``surface`` for STEM.surface.csv.
+        checkpoint_labels: What to call the checkpoints of a matrix of barriers, in its order;
+            by default their names.
+    """
+
+    table: Table
+    summary: S_co
+    label: str = ""
+    more: Mapping[str, Table] = field(default_factory=dict)
+    checkpoint_labels: Sequence[str] = ()
+
+
+class Drawing(Protocol):
+    """Draws runs of one command."""
+
+    def __call__(self, runs: Sequence[Run[Any]], *, log: bool) -> Figure:
+        """Draws.
+
+        Args:
+            runs: The runs.
+            log: Whether the loss has a logarithmic axis.
+
+        Returns:
+            A matplotlib figure.
+        """
+
+
+@dataclass(frozen=True)
+class Result(Generic[S_co]):
     """What a study found.
 
     Attributes:
         table: One row for each evaluated point and split.
         summary: What was found and where it came from, made of JSON's types and floats.
+        draw: Draws the result; it imports matplotlib when it is called.
         more: Further tables, by the name that their files have: STEM.NAME.csv.
     """
 
     table: Table
-    summary: Mapping[str, Any]
+    summary: S_co
+    draw: Drawing = field(repr=False, compare=False)
     more: Mapping[str, Table] = field(default_factory=dict)
 
     def figure(self, *, log: bool = False) -> Figure:
@@ -60,10 +103,7 @@ class Result:
         Returns:
             A matplotlib figure.
         """
-        # matplotlib takes most of a second to import, and not every user wants a picture.
-        from losscli.plotting.drawing import Run, draw
-
-        return draw([Run(self.table, self.summary, more=self.more)], log=log)
+        return self.draw([Run(self.table, self.summary, more=self.more)], log=log)
 
 
 def to_json(summary: Mapping[str, Any], *, indent: int | None = 2) -> str:
@@ -117,25 +157,6 @@ def default_stem(command: str, names: Sequence[str]) -> str:
         words += [Path(path).stem, key]
     stem = "-".join(re.sub(r"[^\w.+]+", "-", word).strip("-") for word in words if word)
     return stem[:120]
-
-
-def need_few(command: str, splits: int, metrics: int, cure: str) -> None:
-    """Makes sure that a picture has no more panels and curves than it can show.
-
-    Args:
-        command: The command; empty for what has no metrics in its picture.
-        splits: How many splits there are, those of all runs together.
-        metrics: How many metrics.
-        cure: What helps where there are too many.
-
-    Raises:
-        UsageError: There are too many.
-    """
-    number, what = (metrics, "metrics") if command == "interpolate" else (splits, "splits")
-    if number > _MOST_PANELS:
-        raise UsageError(f"a picture has panels for {_MOST_PANELS} {what}, and not {number}", cure)
-    if splits > _MOST_CURVES:
-        raise UsageError(f"a picture has room for {_MOST_CURVES} curves, and not {splits}", cure)
 
 
 def stem_of(out: str) -> Path:
@@ -236,7 +257,7 @@ class Output:
                 "Choose another --out",
             ) from None
 
-    def guard(self, identity: str, tables: Sequence[str] = ()) -> None:
+    def guard(self, identity: str, tables: Iterable[str] = ()) -> None:
         """Refuses to overwrite the results of another run.
 
         Args:
@@ -261,12 +282,16 @@ class Output:
                 "Choose another --out, or overwrite it with --force",
             )
 
-    def write(self, result: Result, *, log: bool = False) -> list[Path]:
+    def write(
+        self, result: Result[Any], pictures: Mapping[Path, bytes], known_tables: Collection[str]
+    ) -> list[Path]:
         """Writes a result: every file under a temporary name first, then all are renamed.
 
         Args:
             result: The result.
-            log: Whether the pictures have a logarithmic loss axis.
+            pictures: What the ``figures`` are to hold.
+            known_tables: The names of the further tables that any run may write. One that an
+                older run left in the place of this one is removed.
 
         Returns:
             The files.
@@ -281,11 +306,7 @@ class Output:
         contents = {self._file(".json"): summary}
         for name, table in result.more.items():
             contents[self._file(f".{name}.csv")] = table.to_csv().encode()
-        if self.figures:
-            from losscli.plotting.drawing import render
-
-            for path in self.figures:
-                contents[path] = render(result.figure(log=log), path.suffix.lower())
+        contents |= pictures
         contents[self._file(".csv")] = result.table.to_csv().encode()
         for path in contents:
             # A run that was killed while it wrote has left them.
@@ -294,16 +315,16 @@ class Output:
         replace_all(contents)
         # What an older run left would be taken for this one's.
         for name in older if isinstance(older, list) else ():
-            if name in _TABLES and name not in result.more:
+            if name in known_tables and name not in result.more:
                 self._file(f".{name}.csv").unlink(missing_ok=True)
         more = (self._file(f".{name}.csv") for name in result.more)
         return [self._file(".csv"), *more, *self.figures, self._file(".json")]
 
-    def draw(self, figure: Callable[[], Figure]) -> list[Path]:
-        """Writes the pictures alone, and no other picture's place is taken.
+    def write_pictures(self, pictures: Mapping[Path, bytes]) -> list[Path]:
+        """Writes pictures alone, and overwrites no other picture.
 
         Args:
-            figure: Draws the picture; called for each file, since rendering may leave its marks.
+            pictures: What the ``figures`` are to hold.
 
         Returns:
             The files.
@@ -311,16 +332,13 @@ class Output:
         Raises:
             OutputError: A file holds another picture, or cannot be written.
         """
-        from losscli.plotting.drawing import render
-
-        contents = {path: render(figure(), path.suffix.lower()) for path in self.figures}
-        for path, content in contents.items():
+        for path, content in pictures.items():
             if not self.force and path.exists() and _held(path) != content:
                 raise OutputError(
                     f"{path} is another picture",
                     "Choose another name, or overwrite it with --force",
                 )
-        return replace_all(contents)
+        return replace_all(pictures)
 
     def _before(self) -> dict[str, Any]:
         """The summary of the run whose results are there, if any."""

@@ -30,25 +30,6 @@ _BEFORE = {
 
 _INTEGER = frozenset({"step", "walk", "examples", "tensors", "values", "bytes"})
 
-# The columns that tell which command a table is of.
-_COMMANDS = {
-    "interpolate": ("alpha", "split", "loss", "loss_stderr"),
-    "trajectory": (
-        *("step", "checkpoint", "projection", "residual", "distance", "turn_degrees"),
-        *("split", "loss", "loss_stderr"),
-    ),
-    "plane": ("x", "y", "split", "loss", "loss_stderr"),
-    "check": (
-        *("checkpoint", "split", "loss", "gradient_norm", "lambda_min", "lambda_min_error"),
-        *("lambda_max", "lambda_max_error", "minimal_ratio", "verdict"),
-    ),
-    "barriers": (
-        *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
-        *("loss_a", "loss_b"),
-    ),
-    "inspect": ("tensor", "shape", "dtype", "values", "norm"),
-}
-
 # What a line has besides its metrics.
 _NO_METRICS = frozenset({"alpha", "split", "loss", "loss_stderr", "slope", "curvature", "examples"})
 
@@ -83,13 +64,6 @@ class Table:
             The table.
         """
         return cls(tuple(columns), tuple(tuple(row) for row in rows))
-
-    @property
-    def command(self) -> str:
-        """The command whose table this is by its columns; empty where it is of none."""
-        if "block" in self.columns or {"a", "loss"} <= {*self.columns}:
-            return ""  # STEM.blocks.csv and STEM.curves.csv have those of a line besides
-        return next((c for c, needed in _COMMANDS.items() if {*needed} <= {*self.columns}), "")
 
     @property
     def metrics(self) -> list[str]:

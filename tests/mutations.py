@@ -461,7 +461,7 @@ def _inspect(name: str) -> Callable[[Path, int], object]:
         in_folder(path)
         try:
             result = inspect([path])
-            report.inspection(result.summary, result.table.columns, result.table.rows)
+            report.inspection(result)
             to_json(result.summary)
         finally:
             read(path).select(MODEL).sha256()
@@ -632,19 +632,19 @@ def _tables_damage(content: bytes, rng: Rng) -> bytes:
 
 def _read_table(folder: Path, number: int) -> object:
     from losscli.cli.plot import _read
-    from losscli.plotting.drawing import Run, draw
     from losscli.plotting.terminal import draw as in_terminal
     from losscli.studies.inspection import lowest
+    from losscli.studies.registry import command_of, draw
 
     path = folder / "run.csv"
     run = _read(str(path))
     names = " → ".join(str(c["name"]) for c in run.summary.get("checkpoints", []))
     log = number % 2 == 0
-    if run.table.command == "interpolate":
+    if (command := command_of(run.table)) and command.name == "interpolate":
         text = in_terminal([(names, run.table)], width=60, height=12, colour=False, log=log)
         assert "\x1b" not in text
     if number % 25 == 0:
-        draw([Run(run.table, run.summary, "", run.more)], log=log)
+        draw([run], log=log)
     split = run.table["split"][0] if run.table.rows else ""
     return lowest(path, str(split))
 

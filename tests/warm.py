@@ -60,16 +60,12 @@ def _serve(place: str) -> None:
     import matplotlib.backends.backend_agg  # noqa: F401
 
     import losscli.cli.app  # noqa: F401
-    import losscli.plotting  # noqa: F401
-    from losscli.studies import (  # noqa: F401
-        alignment,
-        barriers,
-        check,
-        inspection,
-        interpolation,
-        plane,
-        trajectory,
-    )
+    from losscli.studies import alignment  # noqa: F401
+    from losscli.studies.registry import COMMANDS, load
+
+    for command in COMMANDS.values():
+        load(command.function)
+        load(command.drawing)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:

@@ -19,11 +19,9 @@ from typing import Any
 from losscli.cli.console import Console, SilentConsole
 from losscli.errors import LosscliError, UsageError
 from losscli.mmap import tell_of_lost_pages
+from losscli.studies.registry import COMMANDS
 
 __all__ = ["main"]
-
-# What several processes do together. All else takes no longer by rank 0 alone.
-_SHARED = frozenset({"interpolate", "trajectory", "plane", "barriers", "check"})
 
 _COMPLETION = frozenset({"--install-completion", "--show-completion"})
 
@@ -171,7 +169,9 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
 def _among_ranks(arguments: Sequence[str], console: Console) -> int:
     """Runs a command together with other processes, of which rank 0 alone talks."""
     leads = os.environ["RANK"] == "0"
-    if not set(arguments[:1]) <= _SHARED or not {"-h", "--help"}.isdisjoint(arguments):
+    # All other commands take no longer by rank 0 alone.
+    distributed = {name for name, command in COMMANDS.items() if command.distributed}
+    if not set(arguments[:1]) <= distributed or not {"-h", "--help"}.isdisjoint(arguments):
         return _parse(arguments, console) if leads else 0
     from losscli.evaluation.ranks import joined
 

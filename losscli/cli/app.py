@@ -8,14 +8,10 @@ import typer
 
 from losscli._version import __version__
 from losscli.cli.align import align
-from losscli.cli.barriers import barriers
 from losscli.cli.catalogue import catalogue
-from losscli.cli.check import check
 from losscli.cli.files import export, inspect
-from losscli.cli.interpolate import interpolate
-from losscli.cli.plane import plane
 from losscli.cli.plot import plot
-from losscli.cli.trajectory import trajectory
+from losscli.studies.registry import COMMANDS, load
 
 __all__ = ["app"]
 
@@ -44,11 +40,9 @@ def _root(
     """See the loss surface of a neural network, from checkpoint files."""
 
 
-app.command("interpolate")(interpolate)
-app.command("trajectory")(trajectory)
-app.command("plane")(plane)
-app.command("check")(check)
-app.command("barriers")(barriers)
+for name, command in COMMANDS.items():
+    if command.cli:
+        app.command(name)(load(command.cli))
 app.command("plot")(plot)
 app.command("inspect")(inspect)
 app.command("align")(align)

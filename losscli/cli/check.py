@@ -8,7 +8,7 @@ import typer
 
 from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
-from losscli.cli.run_study import carry_out, names_of
+from losscli.cli.run_study import names_of, run_study
 from losscli.settings import Settings
 
 if TYPE_CHECKING:
@@ -96,4 +96,4 @@ def check(
         )
 
     names = names_of(checkpoints, console.ranks)
-    carry_out("check", checkpoints, plan, write, console)
+    run_study("check", checkpoints, plan, write, console)

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from losscli.cli import report
 from losscli.cli.console import Console
+from losscli.cli.figures import render_files
 from losscli.cli.options import Force, Json, with_console
 from losscli.errors import OutputError, UsageError
 from losscli.results import Output, to_json
+from losscli.studies.registry import COMMANDS
 
 __all__ = ["export", "inspect", "writable"]
 
@@ -47,13 +48,13 @@ def inspect(
     from losscli.studies.inspection import inspect as study
 
     result = study(checkpoints)
-    files = output.draw(result.figure) if output else []
+    files = output.write_pictures(render_files(result.figure, output.figures)) if output else []
     console.written = bool(files)
     if json_:
         summary = {**result.summary, "rows": result.table.records()}
         console.result(f"{to_json(summary, indent=None)}\n")
     else:
-        console.result(report.inspection(result.summary, result.table.columns, result.table.rows))
+        console.result(COMMANDS["inspect"].as_text(result))
     if files:
         console.note(f"wrote {', '.join(map(str, files))}")
 

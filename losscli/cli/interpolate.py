@@ -9,9 +9,10 @@ import typer
 
 from losscli.cli.console import Console
 from losscli.cli.options import Write, with_console, with_output, with_settings
-from losscli.cli.run_study import carry_out
+from losscli.cli.run_study import run_study
 from losscli.errors import UsageError
 from losscli.settings import Settings
+from losscli.studies.registry import COMMANDS, command_of
 from losscli.table import Table
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ def interpolate(
         if write.out not in {None, "-"} and Path(f"{write.out}.csv").resolve() == context.resolve():
             raise UsageError(f"--out {write.out} would overwrite --context", "Choose another --out")
         whole = Table.read(context)
-        if whole.command != "interpolate":
+        if command_of(whole) is not COMMANDS["interpolate"]:
             raise UsageError(
                 f"--context {context} is no table of interpolate", "Give the CSV of the whole line"
             )
-    carry_out("interpolate", [a, b], plan, write, console)
+    run_study("interpolate", [a, b], plan, write, console)

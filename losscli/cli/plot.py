@@ -7,55 +7,32 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from losscli.cli.console import Console, stdin
+from losscli.cli.figures import check_curve_count, check_panel_count, render_files
 from losscli.cli.options import with_console
-from losscli.errors import TableError, UsageError, one_line
+from losscli.errors import TableError, UsageError, printable
 from losscli.files import read_regular
-from losscli.results import Output, need_few, picture_of, stem_of
+from losscli.results import Output, Run, picture_of, stem_of
+from losscli.studies.registry import (
+    COMMANDS,
+    Command,
+    TableFormat,
+    command_of,
+    draw,
+    further_table_of,
+)
+from losscli.summaries import from_json
 from losscli.table import Table
 
 __all__ = ["plot"]
 
-
-@dataclass(frozen=True)
-class _Run:
-    table: Table
-    summary: dict[str, Any]
-    label: str = ""
-    more: dict[str, Table] = field(default_factory=dict)
-    checkpoint_labels: Sequence[str] = ()
-
-
-_TABLES = {
-    "interpolate": ("context", "blocks"),
-    "trajectory": ("surface", "walk"),
-    "plane": ("path",),
-    "check": ("escape", "spectrum"),
-}
-_FURTHER = {
-    "blocks": ("block", "alpha", "split", "loss", "loss_stderr"),
-    "context": ("alpha", "split", "loss"),
-    "escape": ("distance", "loss", "loss_stderr"),
-    "spectrum": ("checkpoint", "split", "eigenvalue", "error"),
-    "surface": ("step", "projection", "residual", "split", "loss"),
-    "walk": ("walk", "step", "projection", "residual"),
-    "path": ("step", "checkpoint", "x", "y", "off_plane", "split", "loss"),
-}
-
-_ERRORS = frozenset({
-    "loss_stderr", "barrier_stderr", "lambda_min_error", "lambda_max_error", "trace_stderr",
-})  # fmt: skip
-_PLACES = {"blocks": "alpha", "context": "alpha"}
-
-# The columns that span a grid; of barriers, each pair of names.
-_AXES = {"plane": ("x", "y"), "surface": ("step", "residual"), "barriers": ("a", "b")}
 
 # Points of a grid for each row: a table may lack some, but not most of them.
 _SPARSEST = 4
@@ -122,11 +99,10 @@ def plot(
             "a picture does not go to stdout, as --out - asks",
             "Give --out STEM, or see it here with --terminal",
         )
-    runs = _labelled([_read(name) for name in csvs], label or ())
-    lines = [run for run in runs if "split" in run.table.columns]
-    need_few("interpolate", sum(len(run.table.unique("split")) for run in lines), 0, _FEWER)
+    runs = _with_labels([_read(name) for name in csvs], label or ())
+    check_curve_count(sum(map(_split_count, runs)), _FEWER)
     if terminal:
-        if {run.table.command for run in runs} != {"interpolate"}:
+        if any(command_of(run.table) is not COMMANDS["interpolate"] for run in runs):
             raise UsageError(
                 "a terminal shows the lines of interpolate alone", "Leave --terminal out"
             )
@@ -135,126 +111,106 @@ def plot(
     alone = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((alone or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
-    from losscli.plotting.drawing import Run, draw, render
-
-    _need_few(csvs, runs)
-    drawable = [
-        Run(run.table, run.summary, run.label, run.more, run.checkpoint_labels) for run in runs
-    ]
-    try:
-        files = output.draw(lambda: draw(drawable, title=title, log=log))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        told = [str(_beside(c)) for c, run in zip(csvs, runs, strict=True) if run.summary]
-        # What fails without summaries too is not theirs, but a fault of losscli.
-        render(draw([replace(run, summary={}) for run in drawable], title=title, log=log), ".png")
-        raise TableError(
-            f"{' or '.join(told)} does not hold what losscli writes: {one_line(error)}",
-            "Move it away, or make it again with its CSV",
-        ) from error
+    _check_panel_counts(csvs, runs)
+    pictures = render_files(lambda: draw(runs, title=title, log=log), output.figures)
+    files = output.write_pictures(pictures)
     console.written = True
     console.result("".join(f"{path}\n" for path in files))
 
 
-def _beside(csv: str) -> Path:
-    """The summary of a table."""
-    return Path(csv).with_suffix(".json")
+def _split_count(run: Run[Any]) -> int:
+    return len(run.table.unique("split")) if "split" in run.table.columns else 0
 
 
-def _labelled(runs: Sequence[_Run], labels: Sequence[str]) -> list[_Run]:
+def _with_labels(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
     """Gives each CSV its label, or each checkpoint where one matrix of barriers is drawn."""
-    matrix = len(runs) == 1 and runs[0].table.command == "barriers"
-    number = len(runs[0].table.unique("a", "b")) if matrix else len(runs)
+    command = command_of(runs[0].table)
+    columns = command.labelled if command and len(runs) == 1 else ()
+    number = len(runs[0].table.unique(*columns)) if columns else len(runs)
     if labels and len(labels) != number:
-        things = "checkpoints" if matrix else "CSV files"
+        things = "checkpoints" if columns else "CSV files"
         raise UsageError(
             f"{len(labels)} labels for {number} {things}", "Give --label once for each, in order"
         )
-    if matrix:
+    if columns:
         return [replace(runs[0], checkpoint_labels=labels)]
     return [
         replace(run, label=label) for run, label in zip(runs, labels or [""] * number, strict=True)
     ]
 
 
-def _read(name: str) -> _Run:
+def _read(name: str) -> Run[Any]:
     if name == "-":
         text = stdin().decode("utf-8-sig", "replace")
         table = Table.from_csv(io.StringIO(text, newline=""), "stdin")
-        return _Run(_checked(table, "stdin"), {})
+        _check_main(table, "stdin")
+        return Run(table, {})
     path = Path(name)
-    table = _checked(Table.read(path, pipe=True), name)
-    summary = _summary(path, table.command)
-    return _Run(table, summary, more=_more(path, table, summary))
+    table = Table.read(path, pipe=True)
+    command = _check_main(table, name)
+    summary = _summary(path, command)
+    return Run(table, summary, more=_read_further(path, command, table, summary))
 
 
-def _checked(table: Table, name: str) -> Table:
-    if "block" in table.columns:
-        raise TableError(
-            f"{name} has the blocks of a line alone",
-            "Name the CSV of the line, with which they are drawn",
-        )
-    if not table.command:
+def _check_main(table: Table, name: str) -> Command:
+    """Checks that a main table can be drawn; returns the command that it is of."""
+    further = further_table_of(table.columns)
+    if further and further.refused_alone:
+        what, cure = further.refused_alone
+        raise TableError(f"{name} {what}", cure)
+    command = command_of(table)
+    if command is None:
+        *others, last = (c.name for c in COMMANDS.values() if c.cli)
         raise TableError(
             f"{name} is no table that can be drawn: its columns are {', '.join(table.columns)}",
-            "Name the CSV of losscli interpolate, trajectory, plane, check or barriers",
+            f"Name the CSV of losscli {', '.join(others)} or {last}",
         )
     if not table.rows:
         raise TableError(f"{name} has no rows")
-    _need_sense(table, name, _ERRORS, "alpha" if table.command == "interpolate" else "")
-    _need_grid(table, name, table.command)
-    return table
+    _check_cells(table, name, command.table)
+    _check_grid(table, name, command.table)
+    return command
 
 
-def _need_sense(table: Table, name: str, errors: Collection[str], place: str) -> None:
-    """Makes sure that no cell is what no axis can show.
-
-    Args:
-        table: The table.
-        name: What to call it.
-        errors: The columns that are not negative, as far as it has them.
-        place: The column that every row has its place by; empty for none.
-    """
-    for column in (c for c in table.columns if c in errors or c == place):
+def _check_cells(table: Table, name: str, expected: TableFormat) -> None:
+    """Checks that an axis can show positions and errors."""
+    for column in table.columns:
+        if column not in {expected.position, *expected.errors}:
+            continue
         for number, value in enumerate(table.floats(column), start=2):
-            if column == place and not abs(value) <= _FARTHEST:
+            if column == expected.position and not abs(value) <= _FARTHEST:
                 raise TableError(
                     f"{name}, record {number}: {column} is {value}, no point of a line",
                     f"Give numbers from {-_FARTHEST:g} to {_FARTHEST:g}",
                 )
-            if column in errors and value < 0:
+            if column in expected.errors and value < 0:
                 raise TableError(
                     f"{name}, record {number}: {column} is {value}, and no error is negative",
                     "Give the CSV as losscli wrote it",
                 )
 
 
-def _need_grid(table: Table, name: str, kind: str) -> None:
-    """Makes sure that rows fill most of the grid that is drawn of them: it takes memory as a whole.
-
-    Args:
-        table: The table.
-        name: What to call it.
-        kind: The command that it is of, or the name of a further table.
-    """
-    if kind not in _AXES:
+def _check_grid(table: Table, name: str, expected: TableFormat) -> None:
+    """Checks that rows fill most of the grid, which takes memory as a whole."""
+    if not expected.grid:
         return
-    values = [set(table[column]) - {None} for column in _AXES[kind]]
-    if kind == "barriers":
-        points = math.comb(len(set().union(*values)), 2)
-    else:
-        points = math.prod(map(len, values))
+    values = [set(table[column]) - {None} for column in expected.grid]
+    points = (
+        math.comb(len(set().union(*values)), 2) if expected.pairs else math.prod(map(len, values))
+    )
     if points > _SPARSEST * len(table.rows):
         raise TableError(
             f"{name} has {len(table.rows):,} rows for the {points:,} points that its columns "
-            f"{' and '.join(_AXES[kind])} make, and is no grid",
+            f"{' and '.join(expected.grid)} make, and is no grid",
             "Give a CSV as losscli wrote it",
         )
 
 
-def _summary(path: Path, command: str) -> dict[str, Any]:
+def _summary(path: Path, command: Command) -> dict[str, Any]:
     """Reads the summary beside a CSV; without one, the picture has no names to show."""
+    beside = path.with_suffix(".json")
     try:
-        summary = json.loads(read_regular(_beside(str(path))).decode())
+        summary = json.loads(read_regular(beside).decode())
     except (OSError, ValueError, RecursionError):
         return {}
     match summary:
@@ -263,70 +219,80 @@ def _summary(path: Path, command: str) -> dict[str, Any]:
             "checkpoints": [*checkpoints],
             "splits": dict(splits),
             "examples": dict(),
-        } if made_by == command:
+        } if made_by == command.name:
             listed = isinstance(summary.get("tables", []), list)
             named = all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in checkpoints)
             if listed and named and all(isinstance(split, dict) for split in splits.values()):
-                return dict(summary)
+                return _checked(summary, beside, command)
     return {}
 
 
-def _more(path: Path, own: Table, summary: dict[str, Any]) -> dict[str, Table]:
+def _checked(summary: dict[str, Any], path: Path, command: Command) -> dict[str, Any]:
+    """Reads a summary as the type of its command."""
+    try:
+        read: dict[str, Any] = from_json(summary, command.summary)
+    except ValueError as fault:
+        raise TableError(
+            f"{path} does not hold what losscli writes: {printable(str(fault))}",
+            "Move it away, or make it again with its CSV",
+        ) from None
+    return read
+
+
+def _read_further(
+    path: Path, command: Command, main: Table, summary: dict[str, Any]
+) -> dict[str, Table]:
     """Reads the further tables of a run; without a summary, all that lie beside its CSV."""
-    known = _TABLES.get(own.command, ())
     more = {}
-    for name in known:
+    for name, expected in command.further_tables.items():
         beside = path.with_suffix(f".{name}.csv")
-        if name in summary.get("tables", known) and beside.exists():
+        if (
+            expected.drawn
+            and name in summary.get("tables", command.further_tables)
+            and beside.exists()
+        ):
             table = Table.read(beside)
-            missing = [column for column in _FURTHER[name] if column not in table.columns]
+            missing = [column for column in expected.columns if column not in table.columns]
             if missing:
                 raise TableError(
                     f"{beside} is not the {name} of {path}: it has no column {missing[0]!r}",
                     f"Give {path} without it, or make both again",
                 )
-            _need_sense(table, str(beside), {"error", *_ERRORS}, _PLACES.get(name, ""))
-            _need_grid(table, str(beside), name)
-            _need_kinship(path, name, table, own)
+            _check_cells(table, str(beside), expected)
+            _check_grid(table, str(beside), expected)
+            _check_same_run(path, main, beside, table, expected.shared)
             more[name] = table
     return more
 
 
-def _need_kinship(path: Path, name: str, table: Table, own: Table) -> None:
-    """Makes sure that a further table is of the same run, as far as their rows can tell."""
-    shared = {
-        "blocks": ("alpha", "split"),
-        "surface": ("step", "projection"),
-        "spectrum": ("checkpoint", "split"),
-    }.get(name, ())
-    if not shared:
-        return
-    there = set(zip(*(own[column] for column in shared), strict=True))
-    others = [row for row in zip(*(table[column] for column in shared), strict=True)
-              if row not in there]  # fmt: skip
-    if others:
-        told = ", ".join(f"{c} {v}" for c, v in zip(shared, others[0], strict=True))
-        beside = path.with_suffix(f".{name}.csv")
+def _check_same_run(
+    path: Path, main: Table, beside: Path, table: Table, shared: Sequence[str]
+) -> None:
+    """Checks that a further table is of the same run, as far as shared columns show."""
+    known, rows = (zip(*(t[column] for column in shared), strict=True) for t in (main, table))
+    there = set(known)
+    unknown = next((row for row in rows if row not in there), None)
+    if unknown:
+        which = ", ".join(f"{c} {v}" for c, v in zip(shared, unknown, strict=True))
         raise TableError(
-            f"{beside} is of another run than {path}, which has no {told}",
+            f"{beside} is of another run than {path}, which has no {which}",
             "Give both as one run wrote them",
         )
 
 
-def _need_few(names: Sequence[str], runs: Sequence[_Run]) -> None:
-    """Makes sure that there are no more panels than a picture can show."""
+def _check_panel_counts(names: Sequence[str], runs: Sequence[Run[Any]]) -> None:
+    """Checks that there are no more panels than a figure can show."""
     for name, run in zip(names, runs, strict=True):
-        if run.table.command == "inspect":
-            continue
-        splits = len(run.table.unique("split"))
-        command = "" if "blocks" in run.more else run.table.command
+        command = command_of(run.table)
+        assert command is not None  # it was read as the table of one
+        panels = command.panels_with(run.more)
         try:
-            need_few(command, splits, len(run.table.metrics), _FEWER)
+            check_panel_count(panels, _split_count(run), len(run.table.metrics), _FEWER)
         except UsageError as error:
             raise UsageError(f"{name}: {error.what}", error.cure) from None
 
 
-def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:
+def _draw_in_terminal(runs: list[Run[Any]], console: Console, *, log: bool) -> None:
     from losscli.plotting.terminal import draw
 
     width, height = shutil.get_terminal_size((80, 24))
@@ -349,6 +315,6 @@ def _draw_in_terminal(runs: list[_Run], console: Console, *, log: bool) -> None:
     console.result(drawn if drawn.endswith("\n") else f"{drawn}\n", drawn=True)
 
 
-def _name(run: _Run) -> str:
+def _name(run: Run[Any]) -> str:
     checkpoints = [c["name"] for c in run.summary.get("checkpoints", [])]
     return " → ".join(checkpoints)

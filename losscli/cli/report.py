@@ -5,9 +5,34 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from losscli.errors import printable
+from losscli.results import Result
+from losscli.summaries import (
+    AlignmentSummary,
+    BarriersSplit,
+    BarriersSummary,
+    BlockSummary,
+    CheckSummary,
+    CostEstimate,
+    Counts,
+    Description,
+    Extremum,
+    Height,
+    InspectionSummary,
+    LineSplit,
+    LineSummary,
+    LowestOnLine,
+    Origin,
+    PairBarrier,
+    PlaneSummary,
+    Rise,
+    Slope,
+    Step,
+    Summary,
+    TrajectorySummary,
+)
 
 __all__ = [
     "alignment",
@@ -27,18 +52,19 @@ _STATIONARY = 1e-3
 _MATRIX = 10
 
 
-def interpolation(summary: Mapping[str, Any]) -> str:
+def interpolation(result: Result[LineSummary]) -> str:
     """Tells what a line showed.
 
     B is the end of training, and a lower point is a lower point seen on this line: whether either
     is a minimum is not for a line to say.
 
     Args:
-        summary: The summary of an interpolation.
+        result: The result of an interpolation.
 
     Returns:
         Lines of text.
     """
+    summary = result.summary
     a, b = (printable(c["name"]) for c in summary["checkpoints"])
     low, high = summary["range"]
     lines = [
@@ -65,15 +91,16 @@ def interpolation(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _task(summary: Mapping[str, Any], width: int, *, metrics: bool = True) -> list[str]:
+def _task(summary: Summary, width: int, *, metrics: bool = True) -> list[str]:
     """The loss and the metrics, and where each came from."""
-    sources, rows = summary["sources"], [("loss", summary["loss"])]
+    sources = summary["sources"]
+    rows = [("loss", summary["loss"], sources["loss"])]
     if metrics:
-        rows.append(("metrics", ", ".join(summary["metrics"]) or "none"))
-    return [printable(f"{label:<{width}}{name} ({sources[label]})") for label, name in rows]
+        rows.append(("metrics", ", ".join(summary["metrics"]) or "none", sources["metrics"]))
+    return [printable(f"{label:<{width}}{name} ({source})") for label, name, source in rows]
 
 
-def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
+def _blocks(blocks: Mapping[str, BlockSummary], split: str) -> list[str]:
     """A table of what was seen of each block moving alone."""
     rows = [("block", "values", "‖d‖", "loss at α = 1", "change from A", "lowest seen", "barrier")]
     for name, block in blocks.items():
@@ -89,7 +116,7 @@ def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
             f"{block['distance']:.4g}",
             _number(found["loss_at_1"]),
             change,
-            f"{_number(low['loss'])} at α = {low['alpha']:.4g}{_shared(low, short=True)}"
+            f"{_number(low['loss'])} at α = {low['alpha']:.4g}{_shared(low['ties'], short=True)}"
             if low
             else "none is finite",
             "not looked at"
@@ -108,7 +135,7 @@ def _blocks(blocks: Mapping[str, Any], split: str) -> list[str]:
     ]
 
 
-def _moving(summary: Mapping[str, Any]) -> str:
+def _moving(summary: Origin) -> str:
     """How many parameters move, and how many buffers move along."""
     moving, along = summary["moving"], summary["moving_buffers"]
     told = f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}"
@@ -119,25 +146,23 @@ def _moving(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _findings(
-    split: Mapping[str, Any], low: float, high: float, length: float
-) -> list[tuple[str, str]]:
+def _findings(split: LineSplit, low: float, high: float, length: float) -> list[tuple[str, str]]:
     found = [("loss at A", _number(split["loss_a"])), ("loss at B", _number(split["loss_b"]))]
     minimum = split["minimum"]
     if minimum is None:
         return [*found, ("lowest seen", "none: no point has a finite loss")]
-    found.append(("lowest seen", _lowest(split, low, high)))
+    found.append(("lowest seen", _lowest(split, minimum, low, high)))
     found += [("barrier", _barrier(split)), ("largest rise", _rise(split))]
     found += [
-        _extrema(split, "minima", "depth", low, high),
-        _extrema(split, "maxima", "height", low, high),
+        _extrema("minima", split["local_minima"], low, high),
+        _extrema("maxima", split["local_maxima"], low, high),
     ]
     if slope := split.get("slope_at_b"):
         found.append(("slope at B", _slope(slope, length)))
     return found
 
 
-def _slope(at: Mapping[str, float], length: float) -> str:
+def _slope(at: Slope, length: float) -> str:
     """Whether the end of training is stationary along the line, which is less than critical."""
     steep = at["slope"] / length if length else 0.0
     text = f"{_number(at['slope'])}, curvature {_number(at['curvature'])}; "
@@ -147,28 +172,31 @@ def _slope(at: Mapping[str, float], length: float) -> str:
     return f"{text}not stationary: the loss {way} by {_number(abs(steep))} a unit of length"
 
 
-def _extrema(
-    split: Mapping[str, Any], which: str, size: str, low: float, high: float
-) -> tuple[str, str]:
+def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -> tuple[str, str]:
     """The local minima or maxima of the curve, the largest first, and which are beyond noise."""
-    there = split[f"local_{which}"]
     label = f"local {which}"
-    if not there:
+    if not extrema:
         return label, f"none of the curve between {low:g} and {high:g}"
-    largest = sorted(there, key=lambda e: -e[size])[:3]
+    minima = which == "minima"
+    size = "depth" if minima else "height"
+    sizes = [
+        (e["depth"], e["depth_stderr"], e["alpha"])
+        if minima
+        else (e["height"], e["height_stderr"], e["alpha"])
+        for e in extrema
+    ]
     told = "; ".join(
-        f"α = {e['alpha']:.4g}, {size} {_number(e[size])}"
-        + (f" ± {_number(e[f'{size}_stderr'], 2)}" if _known(e[f"{size}_stderr"]) else "")
-        for e in largest
+        f"α = {alpha:.4g}, {size} {_number(height)}"
+        + (f" ± {_number(error, 2)}" if _known(error) else "")
+        for height, error, alpha in sorted(sizes, key=lambda found: -found[0])[:3]
     )
-    beyond = sum(bool(e["beyond_noise"]) for e in there)
-    more = f"; {len(there) - 3} more" if len(there) > 3 else ""
-    return label, f"{len(there)} of the curve, {beyond} of them beyond noise: {told}{more}"
+    beyond = sum(e["beyond_noise"] for e in extrema)
+    more = f"; {len(extrema) - 3} more" if len(extrema) > 3 else ""
+    return label, f"{len(extrema)} of the curve, {beyond} of them beyond noise: {told}{more}"
 
 
-def _lowest(split: Mapping[str, Any], low: float, high: float) -> str:
-    minimum = split["minimum"]
-    text = f"{_number(minimum['loss'])} at α = {minimum['alpha']:.4g}{_shared(minimum)}"
+def _lowest(split: LineSplit, minimum: LowestOnLine, low: float, high: float) -> str:
+    text = f"{_number(minimum['loss'])} at α = {minimum['alpha']:.4g}{_shared(minimum['ties'])}"
     below = minimum["below_b"]
     if _known(below) and below > 0:
         text += f", lower than B by {_number(below, 3)}"
@@ -182,15 +210,14 @@ def _lowest(split: Mapping[str, Any], low: float, high: float) -> str:
     return text
 
 
-def _shared(minimum: Mapping[str, Any], *, short: bool = False) -> str:
+def _shared(number: int, *, short: bool = False) -> str:
     """Says that the first of several points as low is not the only one."""
-    number = minimum["ties"]
     if number == 1:
         return ""
     return f" and {number - 1} more" if short else f", shared by {number:,} points"
 
 
-def _barrier(split: Mapping[str, Any]) -> str:
+def _barrier(split: LineSplit) -> str:
     barrier = split["barrier"]
     if not (_known(split["loss_a"]) and _known(split["loss_b"])):
         return "not defined: the loss at A or B is not finite"
@@ -201,7 +228,7 @@ def _barrier(split: Mapping[str, Any]) -> str:
     return "none: no point seen lies above the chord from A to B"
 
 
-def _rise(split: Mapping[str, Any]) -> str:
+def _rise(split: LineSplit) -> str:
     rise = split["largest_rise"]
     if rise is None:
         return "not looked at: no point between A and B"
@@ -212,15 +239,16 @@ def _rise(split: Mapping[str, Any]) -> str:
     return "none among the points seen"
 
 
-def trajectory(summary: Mapping[str, Any]) -> str:
+def trajectory(result: Result[TrajectorySummary]) -> str:
     """Tells what a training path showed.
 
     Args:
-        summary: The summary of a trajectory.
+        result: The result of a trajectory.
 
     Returns:
         Lines of text.
     """
+    summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
     path = summary["path"]
     length, walked, farthest = path["length"], path["walked"], path["farthest"]
@@ -260,7 +288,7 @@ def trajectory(summary: Mapping[str, Any]) -> str:
         else:
             at = "" if lowest["step"] == last else f" ({printable(lowest['checkpoint'])})"
             low = f"{_number(lowest['loss'])} at step {lowest['step']} of {last}{at}"
-            found.append(("lowest seen", low + _shared(lowest)))
+            found.append(("lowest seen", low + _shared(lowest["ties"])))
         rises = split["rises"]
         found.append((
             "loss rises",
@@ -269,35 +297,37 @@ def trajectory(summary: Mapping[str, Any]) -> str:
         beside = split.get("surface_lowest")
         if beside:
             where = f"p = {beside['projection']:.3g}, residual {beside['residual']:.3g}"
-            low = f"lowest {_number(beside['loss'])} at {where}{_shared(beside)}"
+            low = f"lowest {_number(beside['loss'])} at {where}{_shared(beside['ties'])}"
             found.append(("on the surface", low))
         lines += [f"  {label:<16}{text}" for label, text in found]
     return "\n".join(lines) + "\n"
 
 
-def plane(summary: Mapping[str, Any]) -> str:
+def plane(result: Result[PlaneSummary]) -> str:
     """Tells what a plane showed.
 
     Args:
-        summary: The summary of a plane.
+        result: The result of a plane.
 
     Returns:
         Lines of text.
     """
+    summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
     letters = "ABC" if summary["plane"] == "points" else ""
     if letters or len(names) == 1:
         rows = [(letters[t : t + 1] or "at (0, 0)", name) for t, name in enumerate(names)]
     else:
         rows = [("first", names[0]), ("last, at (0, 0)", names[-1])]
-    for axis, letter in zip(summary["axes"], "xy", strict=True):
-        low, high = summary[f"{letter}_range"]
+    ranges = {"x": summary["x_range"], "y": summary["y_range"]}
+    for axis, letter in zip(summary["axes"], ranges, strict=True):
+        low, high = ranges[letter]
         explained = axis["explained_variance"]
         share = "" if explained is None else f", {explained:.1%} of the variance"
         rows.append((letter, f"{axis['name']}{share}, from {low:g} to {high:g}"))
     rows.append(("moving", _moving(summary)))
     if summary["plane"] == "pca":
-        size = max(abs(x) for letter in "xy" for x in summary[f"{letter}_range"])
+        size = max(abs(x) for values in ranges.values() for x in values)
         off = summary["off_plane"]
         # The axes are float32: what is smaller is rounding.
         rows.append(("off the plane", f"up to {off:.4g}" if off > 1e-6 * size else "none"))
@@ -317,22 +347,23 @@ def plane(summary: Mapping[str, Any]) -> str:
             told.append(("lowest seen", "none: no point of the plane has a finite loss"))
         else:
             where = f"({lowest['x']:.4g}, {lowest['y']:.4g})"
-            low = f"{_number(lowest['loss'])} at {where} of the plane{_shared(lowest)}"
-            told.append(("lowest seen", low))
+            least = f"{_number(lowest['loss'])} at {where} of the plane{_shared(lowest['ties'])}"
+            told.append(("lowest seen", least))
             told.append(("highest seen", _number(split["highest_loss"])))
         lines += [f"  {label:<16}{text}" for label, text in told]
     return "\n".join(lines) + "\n"
 
 
-def barriers(summary: Mapping[str, Any]) -> str:
+def barriers(result: Result[BarriersSummary]) -> str:
     """Tells what the lines between all pairs of checkpoints showed.
 
     Args:
-        summary: The summary of barriers.
+        result: The result of barriers.
 
     Returns:
         Lines of text.
     """
+    summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
     pairs = math.comb(len(names), 2)
     few = len(names) <= _MATRIX
@@ -364,7 +395,7 @@ def barriers(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _matrix(split: Mapping[str, Any]) -> list[str]:
+def _matrix(split: BarriersSplit) -> list[str]:
     """The losses of the checkpoints, and below the diagonal the barriers between them."""
     square = split["barriers"]
     size = len(square)
@@ -381,7 +412,7 @@ def _matrix(split: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _pair(pair: Mapping[str, Any] | None, number: Mapping[str, str]) -> str:
+def _pair(pair: PairBarrier | None, number: Mapping[str, str]) -> str:
     """A barrier, and between which two checkpoints: by their numbers, where they have some."""
     if pair is None:
         return "none is known"
@@ -391,16 +422,16 @@ def _pair(pair: Mapping[str, Any] | None, number: Mapping[str, str]) -> str:
     return f"{_with_error(pair) if pair['height'] else 'none'}{at}, between {between}"
 
 
-def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def check(result: Result[CheckSummary]) -> str:
     """Tells what was found of critical points.
 
     Args:
-        summary: The summary of a check.
-        rows: The rows of its table.
+        result: The result of a check.
 
     Returns:
         Lines of text.
     """
+    summary, rows = result.summary, _rows(result)
     moving, tolerance = summary["moving"], summary["tolerance"]
     lines = [
         *_task(summary, 16, metrics=False),
@@ -427,8 +458,8 @@ def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
             *([("because", point["reason"])] if point["reason"] else []),
             ("loss", _number(row["loss"])),
             ("‖∇L‖", _number(row["gradient_norm"])),
-            ("λ min", _eigenvalue(row, "lambda_min", point)),
-            ("λ max", _eigenvalue(row, "lambda_max", point)),
+            ("λ min", _eigenvalue(row, "lambda_min", converged=point["lambda_min_converged"])),
+            ("λ max", _eigenvalue(row, "lambda_max", converged=point["lambda_max_converged"])),
         ]
         if _known(row["positive"]):
             shares = (f"{row[kind]:.2%} {kind}" for kind in ("positive", "negative", "undecided"))
@@ -441,9 +472,9 @@ def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
             found.append(("predicted", f"the loss {way} {bound} {change} to the {row['verdict']}"))
         if descent := point["descent"]:
             found.append(("along −∇L", _gain(descent)))
-        if row["verdict"] == "saddle":
-            sides = point["sides"]
-            gains = (_number(sides[side]["gain"], 2) for side in ("negative", "positive"))
+        if row["verdict"] == "saddle" and (sides := point["sides"]):
+            steps = (sides["negative"], sides["positive"])
+            gains = (_number(step["gain"], 2) for step in steps if step)
             found.append(("along ∓v", f"the loss falls to both sides, by {' and '.join(gains)}"))
         lines += [f"  {label:<14}{text}" for label, text in found]
     if escape := summary["escape"]:
@@ -456,19 +487,23 @@ def check(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _eigenvalue(row: Mapping[str, Any], which: str, point: Mapping[str, Any]) -> str:
+def _rows(result: Result[Any]) -> Sequence[Mapping[str, Any]]:
+    return result.table.records()
+
+
+def _eigenvalue(row: Mapping[str, Any], which: str, *, converged: bool) -> str:
     error = f" ± {_number(row[f'{which}_error'], 2)}" if _known(row[f"{which}_error"]) else ""
-    unsure = "" if point[f"{which}_converged"] else ", not converged"
+    unsure = "" if converged else ", not converged"
     return f"{_number(row[which])}{error}{unsure}"
 
 
-def _gain(step: Mapping[str, Any]) -> str:
+def _gain(step: Step) -> str:
     error = f" ± {_number(step['gain_stderr'], 2)}" if _known(step["gain_stderr"]) else ""
     gain = f"{_number(step['gain'])}{error}"
     return f"a step of {_number(abs(step['distance']), 3)} lowers the loss by {gain}"
 
 
-def plan(description: Mapping[str, Any]) -> str:
+def plan(description: Description) -> str:
     """Tells what a run will do.
 
     Args:
@@ -483,7 +518,7 @@ def plan(description: Mapping[str, Any]) -> str:
     batches = f"batches of {d['batch_size']}" if d["batch_size"] else "whole batches"
     statistics, training = d["passes_for_statistics"], d["recalibration"]
     data = f"{d['passes_over_data']:,} over the data"
-    if statistics:
+    if statistics and training:
         data += f", {statistics:,} over {training['split']} for statistics"
     rows = [
         ("checkpoints", _route([c["name"] for c in d["checkpoints"]])),
@@ -508,7 +543,7 @@ def plan(description: Mapping[str, Any]) -> str:
     return "".join(f"{label:<13}{printable(text)}\n" for label, text in rows)
 
 
-def _estimate(e: Mapping[str, Any], device: str, processes: int) -> str:
+def _estimate(e: CostEstimate, device: str, processes: int) -> str:
     """How long a run will take, and what that rests on."""
     batch = e["batch"]
     looked = [f"one batch of {batch['examples']:,} took {_span(batch['seconds'])}"]
@@ -546,23 +581,22 @@ def _span(seconds: float) -> str:
     return f"{whole} s"
 
 
-def _where(d: Mapping[str, Any]) -> Iterator[str]:
+def _where(d: Description) -> Iterator[str]:
     yield f"{d['bytes_of_data'] / 2**20:,.1f} MiB of data"
     if d["streamed"]:
         yield f"not {', '.join(d['streamed_splits'])}: decoded anew in each pass"
 
 
-def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Any]) -> str:
+def inspection(result: Result[InspectionSummary]) -> str:
     """Tells what is in a checkpoint or which state dicts are, or how far apart two are.
 
     Args:
-        summary: The summary of an inspection.
-        columns: The columns of its table.
-        rows: The rows of its table.
+        result: The result of an inspection.
 
     Returns:
         Lines of text.
     """
+    summary, columns, rows = result.summary, result.table.columns, result.table.rows
     lines = []
     several = len(summary.get("state_dicts", ()))
     for checkpoint in summary["checkpoints"]:
@@ -593,7 +627,7 @@ def inspection(summary: Mapping[str, Any], columns: Sequence[str], rows: Sequenc
     return "\n".join(lines) + "\n"
 
 
-def alignment(summary: Mapping[str, Any]) -> str:
+def alignment(summary: AlignmentSummary) -> str:
     """Tells how one network was put into the order of another.
 
     Args:
@@ -645,7 +679,7 @@ def _route(names: Sequence[str]) -> str:
     return f"{names[0]} → … → {names[-1]}, {len(names)} in all"
 
 
-def _examples(summary: Mapping[str, Any], split: str) -> str:
+def _examples(summary: Counts, split: str) -> str:
     """Counts the examples of a split, and its batches where the loss is one number per batch."""
     text = _count(summary["examples"][split], "example")
     if "batches" not in summary:
@@ -658,11 +692,11 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing if number == 1 else many}"
 
 
-def _known(value: float | None) -> bool:
+def _known(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def _with_error(thing: Mapping[str, Any]) -> str:
+def _with_error(thing: Height | Rise | PairBarrier) -> str:
     error = f" ± {_number(thing['stderr'], 2)}" if _known(thing["stderr"]) else ""
     return _number(thing["height"]) + error
 

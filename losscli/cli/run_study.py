@@ -1,32 +1,28 @@
-"""Carrying out a study: plan, run, tell and write, the same for every command."""
+"""Running a study: plan, run, report and write, the same for every command."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from losscli.cli import report
 from losscli.cli.console import Console, stdin
+from losscli.cli.figures import check_panel_count, render_files
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.results import Result, need_few, to_json
+from losscli.results import Result, to_json
+from losscli.studies.registry import COMMANDS, further_table_names
+from losscli.summaries import Description
 
 if TYPE_CHECKING:
     from losscli.evaluation.journal import Journal
     from losscli.evaluation.ranks import Ranks
     from losscli.studies.base import Study
 
-__all__ = ["carry_out", "names_of"]
-
-_TOLD: Mapping[str, Callable[[Result], str]] = {
-    "interpolate": lambda result: report.interpolation(result.summary),
-    "trajectory": lambda result: report.trajectory(result.summary),
-    "plane": lambda result: report.plane(result.summary),
-    "barriers": lambda result: report.barriers(result.summary),
-    "check": lambda result: report.check(result.summary, result.table.records()),
-}
+__all__ = ["names_of", "run_study"]
 
 # Conditions in the fingerprint of a study that are of the machine.
 _OWN = frozenset({
@@ -34,13 +30,13 @@ _OWN = frozenset({
 })  # fmt: skip
 
 
-def carry_out(
-    command: str, names: Sequence[str], plan: Callable[[], Study], write: Write, console: Console
+def run_study(
+    name: str, names: Sequence[str], plan: Callable[[], Study], write: Write, console: Console
 ) -> None:
-    """Carries out a study.
+    """Runs a study and writes its result.
 
     Args:
-        command: The command.
+        name: The command.
         names: The checkpoints, for the default stem.
         plan: Plans the study.
         write: Where its result goes.
@@ -51,13 +47,14 @@ def carry_out(
         _help(ranks, plan, write, console)
         return
     # A long path is named after its ends.
-    output = write.plan(command, names if len(names) <= 3 else [names[0], names[-1]])
+    output = write.plan(name, names if len(names) <= 3 else [names[0], names[-1]])
+    command = COMMANDS[name]
     with console.guard_stdout():
         study = plan()
     if output is not None and output.figures:
         objective = study.problem.objective
-        need_few(
-            "" if study.options.get("layerwise") else command,
+        check_panel_count(
+            command.panels_with(["blocks"] if study.options.get("layerwise") else []),
             len(objective.splits),
             len(objective.metrics),
             "Choose fewer by --split and --metric, or give --no-figure",
@@ -70,9 +67,9 @@ def carry_out(
         for note in study.problem.notes:
             console.note(note)
         # The batch that fits is known by now.
-        description = {**dry_run.describe(study), "estimate": estimate}
-        told = f"{to_json(description, indent=None)}\n" if write.json else report.plan(description)
-        console.result(told)
+        description: Description = {**dry_run.describe(study), "estimate": estimate}
+        text = f"{to_json(description, indent=None)}\n" if write.json else report.plan(description)
+        console.result(text)
         return
     if ranks is not None:
         with console.guard_stdout():
@@ -80,7 +77,7 @@ def carry_out(
     if output is None:
         console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
-    output.guard(study.identity, study.tables)
+    output.guard(study.identity, command.further_tables)
     from losscli.evaluation.journal import Journal
 
     with console.guard_stdout():
@@ -93,18 +90,19 @@ def carry_out(
         for note in _notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
-        files = output.write(result, log=write.log)
+        pictures = render_files(partial(result.figure, log=write.log), output.figures)
+        files = output.write(result, pictures, further_table_names())
         console.written = True
         journal.finish()
     if write.json:
         console.result(f"{to_json(result.summary, indent=None)}\n")
     else:
-        console.result(_TOLD[command](result))
+        console.result(command.as_text(result))
     console.note(f"wrote {', '.join(map(str, files))}")
 
 
 def _help(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Console) -> None:
-    """Does a rank's share of a study that rank 0 carries out."""
+    """Does a rank's share of a study that rank 0 runs."""
     from losscli.evaluation.tasks import Execution
 
     with console.guard_stdout():
@@ -127,7 +125,7 @@ def _alike(study: Study) -> dict[str, str]:
 
 def _evaluate(
     study: Study, console: Console, ranks: Ranks | None, journal: Journal | None
-) -> Result:
+) -> Result[Any]:
     """Runs a study, and tells its notes."""
     from losscli.evaluation.tasks import Execution
 

@@ -29,7 +29,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    Run,
     add_title,
     examples,
     format_number,
@@ -40,6 +39,8 @@ from losscli.plotting.style import (
     text_width,
 )
 from losscli.plotting.surface import WIDE, add_foot, settle
+from losscli.results import Run
+from losscli.summaries import BarriersSummary
 from losscli.table import Table
 
 __all__ = ["draw_barriers"]
@@ -68,7 +69,7 @@ class _Square:
     heights: Floats
 
 
-def draw_barriers(run: Run, *, title: str = "", log: bool = False) -> Figure:
+def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws the barriers between all pairs of checkpoints as a symmetric matrix for each split.
 
     All splits have one scale. A barrier of 0 is white, whatever the scale; one that is not known,
@@ -299,7 +300,7 @@ def _legend(squares: Sequence[_Square]) -> list[tuple[Artist, str]]:
     return entries
 
 
-def _notes(run: Run, squares: Sequence[_Square], shared: str) -> list[str]:
+def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -> list[str]:
     if not squares:
         return ["There are no pairs"]
     alphas = run.summary.get("alphas", ())

@@ -31,7 +31,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    Run,
     add_title,
     drawable,
     examples,
@@ -45,6 +44,8 @@ from losscli.plotting.style import (
     steady,
 )
 from losscli.plotting.surface import WIDE, add_foot, settle, short_name
+from losscli.results import Run
+from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
 
 __all__ = ["draw_check"]
@@ -75,7 +76,7 @@ _START: dict[str, Any] = {"marker": "o", "mec": INK, "mfc": "white", "mew": 1.4,
 _LOWEST: dict[str, Any] = {"marker": "D", "mec": _COLOUR, "mfc": "white", "mew": 1.3, "ms": 6}
 
 
-def draw_check(run: Run, *, title: str = "", log: bool = False) -> Figure:
+def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws how critical checkpoints are.
 
     Several checkpoints: loss, gradient norm and the two outermost eigenvalues of the Hessian over
@@ -112,7 +113,7 @@ def _new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _split_entries(run: Run, splits: Sequence[str]) -> Group:
+def _split_entries(run: Run[CheckSummary], splits: Sequence[str]) -> Group:
     return [
         (
             Line2D([], [], color=_COLOUR, linestyle=DASHES[place % len(DASHES)]),
@@ -135,7 +136,12 @@ def _number(value: Any) -> float:
 
 
 def _draw_several(
-    run: Run, names: Sequence[str], splits: Sequence[str], escape: _Escape | None, *, log: bool
+    run: Run[CheckSummary],
+    names: Sequence[str],
+    splits: Sequence[str],
+    escape: _Escape | None,
+    *,
+    log: bool,
 ) -> tuple[Figure, Axes, list[str], list[Group]]:
     strip_height = 0.2 + 0.17 * len(splits)
     heights = [strip_height, 2.0, 1.75, *([2.3] if escape else [])]
@@ -219,7 +225,7 @@ def _first_and_last(figure: Figure, names: Sequence[str]) -> str:
     return f"Checkpoint 0 is {first}, checkpoint {len(names) - 1} is {last}."
 
 
-def _basis(run: Run) -> str:
+def _basis(run: Run[CheckSummary]) -> str:
     """What the verdicts rest on."""
     tolerance = _number(run.summary.get("tolerance"))
     critical = "a checkpoint is critical where its gradient norm is small"
@@ -246,10 +252,10 @@ def _draw_gradients(axes: Axes, series: Sequence[Series], tolerance: float) -> l
     return notes
 
 
-def _draw_high(axes: Axes, series: Sequence[Series], summary: Mapping[str, Any]) -> list[str]:
+def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> list[str]:
     notes = draw_panel(axes, series, _HIGH, log=False)
     values = _reach(series, _HIGH)
-    rate, momentum = (_number(summary.get(key)) for key in ("learning_rate", "momentum"))
+    rate, momentum = _number(summary.get("learning_rate")), _number(summary.get("momentum"))
     momentum = momentum if 0 <= momentum < 1 else 0.0
     edge = (2 + 2 * momentum) / rate if SMALLEST < rate < LARGEST else math.nan
     how = (
@@ -473,7 +479,12 @@ def _symlog_ticks(linear: float, low: float, high: float) -> list[float]:
 
 
 def _draw_one(
-    run: Run, names: Sequence[str], splits: Sequence[str], escape: _Escape | None, *, log: bool
+    run: Run[CheckSummary],
+    names: Sequence[str],
+    splits: Sequence[str],
+    escape: _Escape | None,
+    *,
+    log: bool,
 ) -> tuple[Figure, Axes, list[str], list[Group]]:
     spectrum = _read_spectrum(run, splits)
     if spectrum:
@@ -519,14 +530,14 @@ def _draw_one(
     return figure, panel, notes, [lines, verdicts]
 
 
-def _reasons(run: Run, splits: Sequence[str]) -> list[str]:
+def _reasons(run: Run[CheckSummary], splits: Sequence[str]) -> list[str]:
     """Why nothing is decided."""
-    about = run.summary.get("splits") or {}
-    points = ((s, point) for s in splits if s in about for point in about[s].get("points", []))
+    about = run.summary.get("splits", {})
+    points = ((s, point) for s in splits for point in about.get(s, {}).get("points", ()))
     return [
-        f"Undecided on {plain(split)}: {plain(str(point['reason']))}."
+        f"Undecided on {plain(split)}: {plain(reason)}."
         for split, point in points
-        if point.get("reason")
+        if (reason := point.get("reason"))
     ]
 
 
@@ -558,7 +569,9 @@ def _tell(value: float, error: float = math.nan) -> str:
     return format_number(value) + off
 
 
-def _read_spectrum(run: Run, splits: Sequence[str]) -> dict[str, tuple[Floats, Floats]]:
+def _read_spectrum(
+    run: Run[CheckSummary], splits: Sequence[str]
+) -> dict[str, tuple[Floats, Floats]]:
     """The eigenvalues of each split from the largest to the smallest, and their errors."""
     table = run.more.get("spectrum")
     found = {}
@@ -689,7 +702,7 @@ class _Escape:
     gain_stderr: float
 
     @classmethod
-    def read(cls, run: Run) -> _Escape | None:
+    def read(cls, run: Run[CheckSummary]) -> _Escape | None:
         """Reads it; None where there is none."""
         table = run.more.get("escape")
         if table is None:
@@ -699,13 +712,18 @@ class _Escape:
         order = order[drawable(distance[order], log=False)]
         if not order.size:
             return None
-        about = run.summary.get("escape") or {}
+        about: Escape = run.summary.get("escape") or {}
         loss, stderr = (np.array(table.floats(c))[order] for c in ("loss", "loss_stderr"))
-        checkpoint, split = (str(about.get(key) or "") for key in ("checkpoint", "split"))
-        eigenvalue, told, error = (
-            _number(about.get(key)) for key in ("eigenvalue", "distance", "gain_stderr")
+        return cls(
+            about.get("checkpoint", ""),
+            about.get("split", ""),
+            _number(about.get("eigenvalue")),
+            distance[order],
+            loss,
+            stderr,
+            _number(about.get("distance")),
+            _number(about.get("gain_stderr")),
         )
-        return cls(checkpoint, split, eigenvalue, distance[order], loss, stderr, told, error)
 
     @property
     def start(self) -> float:
@@ -738,7 +756,7 @@ class _Escape:
 
 
 def _draw_escape(
-    axes: Axes, escape: _Escape, run: Run, splits: Sequence[str], *, log: bool
+    axes: Axes, escape: _Escape, run: Run[CheckSummary], splits: Sequence[str], *, log: bool
 ) -> list[str]:
     """Draws the loss along the most negative curvature, both ways."""
     place = splits.index(escape.split) if escape.split in splits else 0

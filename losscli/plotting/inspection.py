@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from losscli.errors import UsageError
 from losscli.plotting.layerwise import block_colours
 from losscli.plotting.style import (
     INCH,
@@ -25,7 +26,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    Run,
     add_legend,
     add_notes,
     add_title,
@@ -37,6 +37,8 @@ from losscli.plotting.style import (
     shorten,
     text_width,
 )
+from losscli.results import Run
+from losscli.summaries import InspectionSummary
 
 __all__ = ["draw_inspection"]
 
@@ -81,7 +83,7 @@ class _Bar:
         return not self.square and 0 < self.moved < math.inf
 
 
-def draw_inspection(run: Run, *, title: str = "") -> Figure:
+def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws a bar for each tensor: its root mean square, or ‖B − A‖ / ‖A‖ between two checkpoints.
 
     Tensors are in the order of the checkpoint, and in one colour where they are of one part of the
@@ -90,10 +92,19 @@ def draw_inspection(run: Run, *, title: str = "") -> Figure:
     Args:
         run: The table and summary of an inspection.
         title: Stands above the panel.
+        log: Has no effect: there is no loss.
 
     Returns:
         The figure, laid out and ready to `render`.
+
+    Raises:
+        UsageError: It is of a checkpoint of several state dicts.
     """
+    del log
+    if "key" in run.table.columns:
+        raise UsageError(
+            "a checkpoint of several state dicts is not drawn", "Choose one with FILE#KEY"
+        )
     two = "distance" in run.table.columns
     tensors = _read(run, two=two)
     bars = _gather(tensors)
@@ -132,7 +143,7 @@ def draw_inspection(run: Run, *, title: str = "") -> Figure:
     return figure
 
 
-def _read(run: Run, *, two: bool) -> list[_Bar]:
+def _read(run: Run[InspectionSummary], *, two: bool) -> list[_Bar]:
     return [
         _Bar(
             plain(str(record["tensor"])),
@@ -259,7 +270,7 @@ def _scale(axes: Axes, values: np.ndarray) -> tuple[float, float, bool]:
     return low, high, log
 
 
-def _left_out(run: Run, drawn: int) -> list[str]:
+def _left_out(run: Run[InspectionSummary], drawn: int) -> list[str]:
     notes = []
     if others := len(run.table.rows) - drawn:
         s = "s" * (others > 1)

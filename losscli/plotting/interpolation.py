@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,26 +12,32 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch, Patch
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import ScaledTranslation
 
+from losscli.plotting.layerwise import draw_layerwise
+from losscli.plotting.line_axis import (
+    LINE,
+    draw_ends,
+    lowest_label,
+    mark_ends,
+    mark_lowest,
+    name_ends,
+    read,
+    scale_alpha,
+    span,
+    swamped,
+)
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
-    INCH,
     INK,
-    SMALL,
     STEPS,
-    Numbers,
-    Run,
     add_legend,
     add_notes,
     add_title,
     drawable,
     end_names,
     examples,
-    format_number,
     freeze,
     house_style,
     loss_name,
@@ -42,32 +47,24 @@ from losscli.plotting.style import (
     shorten,
     stacked_panels,
     steady,
-    text_width,
 )
+from losscli.results import Run
+from losscli.summaries import LineSummary
 
-__all__ = [
-    "draw_ends",
-    "draw_interpolation",
-    "lowest_label",
-    "mark_ends",
-    "mark_lowest",
-    "name_ends",
-    "read",
-    "scale_alpha",
-    "swamped",
-]
+__all__ = ["draw_interpolation"]
 
-_FEW_LINES = 4  # the lowest points of so few are marked
 _MOST_MARKS = 12  # so many local minima and maxima are marked
 _ABOVE = 1.5  # inches, for the whole line above a part of it
-_LINE = "#9a9a9a"
 
 
-def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
+def draw_interpolation(
+    runs: Sequence[Run[LineSummary]], *, title: str = "", log: bool = False
+) -> Figure:
     """Draws losses, and metrics where there are any, over the line from A to B.
 
     One colour a run, one line style a split, a band of one standard error to either side. What
-    cannot be drawn is left out of the lines, marked at the edge and counted in a note.
+    cannot be drawn is left out of the lines, marked at the edge and counted in a note. One run
+    with a table ``blocks`` is drawn by `draw_layerwise`.
 
     Args:
         runs: The runs.
@@ -77,6 +74,8 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
     Returns:
         The figure, laid out and ready to `render`.
     """
+    if len(runs) == 1 and "blocks" in runs[0].more:
+        return draw_layerwise(runs[0], title=title, log=log)
     with house_style():
         splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
         metrics = list(dict.fromkeys(m for r in runs for m in r.table.metrics))
@@ -107,7 +106,7 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
         if overview:
             about = _draw_whole(overview, whole, panels[0].get_xlim(), log=log)
             notes += [f"The whole line: {note}" for note in about]
-            shade = Patch(color=_LINE, alpha=0.3, lw=0)
+            shade = Patch(color=LINE, alpha=0.3, lw=0)
             others.append([(shade, "shaded: the part below")])
         figure.align_ylabels([overview, *panels] if overview else panels)
 
@@ -118,7 +117,7 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
         draw_ends(panels, view)
         named = panels[0]
         if overview:
-            named, view = overview, _span(whole)
+            named, view = overview, span(whole)
             draw_ends([named], view)
         ends = mark_ends(named, view, end_names(runs))
         freeze(figure)
@@ -129,52 +128,6 @@ def draw_interpolation(runs: Sequence[Run], *, title: str = "", log: bool = Fals
     return figure
 
 
-def read(runs: Sequence[Run], names: Sequence[str], splits: Sequence[str]) -> list[Series]:
-    """The curves of runs, each with its points in the order of α."""
-    series = []
-    colours = run_colours(len(runs))
-    for number, run in enumerate(runs):
-        for place, split in enumerate(splits):
-            table = run.table.where("split", split)
-            alpha = np.array(table.floats("alpha"))
-            order = np.argsort(alpha, kind="stable")
-            order = order[np.isfinite(alpha[order])]
-            if not order.size:
-                continue
-            columns = [c for c in table.columns if c not in {"alpha", "block", "split"}]
-            series.append(
-                Series(
-                    run=number,
-                    split=split,
-                    name=f"{names[number]}, {plain(split)}" if len(runs) > 1 else plain(split),
-                    colour=colours[number],
-                    dashes=DASHES[place % len(DASHES)],
-                    x=alpha[order],
-                    ends=np.isin(alpha[order], (0.0, 1.0)),
-                    values={c: np.array(table.floats(c))[order] for c in columns},
-                )
-            )
-    return series
-
-
-def scale_alpha(axes: Axes, series: Sequence[Series]) -> tuple[float, float]:
-    """Sets the x axis to the points that there are; returns the first and the last α."""
-    low, high = _span(series)
-    room = 0.02 * (high - low) or 0.05 * max(1.0, abs(low))
-    axes.set_xlim(low - room, high + room)
-    # Close to each other the points have long numbers, which need room.
-    close = high - low < 1e-3 * max(abs(low), abs(high))
-    axes.xaxis.set_major_locator(MaxNLocator(4 if close else "auto", steps=STEPS))
-    axes.xaxis.set_major_formatter(Numbers())
-    return low, high
-
-
-def _span(series: Sequence[Series]) -> tuple[float, float]:
-    """The first and the last α."""
-    alpha = np.concatenate([s.x for s in series]) if series else np.array([0.0, 1.0])
-    return float(alpha.min()), float(alpha.max())
-
-
 def _is_wide(series: Sequence[Series], column: str) -> bool:
     """Whether a column goes over so many powers of ten that only a logarithmic axis shows it."""
     values = np.concatenate([s[column] for s in series])
@@ -182,29 +135,9 @@ def _is_wide(series: Sequence[Series], column: str) -> bool:
     return bool(values.size and values.min() > 0 and values.max() > 1e3 * values.min())
 
 
-def mark_lowest(
-    axes: Axes, series: Sequence[Series], *, log: bool
-) -> list[tuple[Series, float, float]]:
-    """Marks the lowest point of each curve; not of many, nor where several are as low."""
-    lowest = []
-    for s in series if len(series) <= _FEW_LINES else ():
-        loss = np.where(drawable(s["loss"], log=False), s["loss"], np.nan)
-        finite = loss[np.isfinite(loss)]
-        if np.count_nonzero(finite == finite.min(initial=np.inf)) != 1:
-            continue
-        at = int(np.nanargmin(loss))
-        if not drawable(loss, log=log)[at]:
-            continue
-        axes.plot(
-            s.x[at], loss[at], "D", mfc="white", mec=s.colour, mew=1.3, markersize=6, zorder=6
-        )
-        lowest.append((s, float(s.x[at]), float(loss[at])))
-    return lowest
-
-
 def _mark_turns(
     axes: Axes,
-    runs: Sequence[Run],
+    runs: Sequence[Run[LineSummary]],
     series: Sequence[Series],
     lowest: Sequence[tuple[Series, float, float]],
     *,
@@ -225,13 +158,15 @@ def _mark_turns(
     taken = {(id(s), alpha) for s, alpha, _ in lowest}
     found: list[tuple[float, str, Series, float, float]] = []
     for s in series:
-        about = (runs[s.run].summary.get("splits") or {}).get(s.split) or {}
-        for kind, size in (("minima", "depth"), ("maxima", "height")):
-            for turn in about.get(f"local_{kind}") or ():
-                at = np.flatnonzero((s.x == turn.get("alpha")) & drawable(s["loss"], log=log))
-                if turn.get("beyond_noise") is True and at.size:
-                    alpha, loss = float(s.x[at[0]]), float(s["loss"][at[0]])
-                    found.append((turn.get(size) or 0.0, kind, s, alpha, loss))
+        about = runs[s.run].summary.get("splits", {}).get(s.split, {})
+        turns = [("minima", turn) for turn in about.get("local_minima", ())]
+        turns += [("maxima", turn) for turn in about.get("local_maxima", ())]
+        for kind, turn in turns:
+            at = np.flatnonzero((s.x == turn.get("alpha")) & drawable(s["loss"], log=log))
+            if turn.get("beyond_noise") and at.size:
+                alpha, loss = float(s.x[at[0]]), float(s["loss"][at[0]])
+                size = turn.get("depth", 0.0) if kind == "minima" else turn.get("height", 0.0)
+                found.append((size, kind, s, alpha, loss))
     found.sort(key=lambda turn: -turn[0])
     number = len(found)
     found = [t for t in found[:_MOST_MARKS] if (id(t[2]), t[3]) not in taken]
@@ -252,7 +187,7 @@ def _mark_turns(
     return entries, [note] if found else []
 
 
-def _read_whole(runs: Sequence[Run], splits: Sequence[str]) -> list[Series]:
+def _read_whole(runs: Sequence[Run[LineSummary]], splits: Sequence[str]) -> list[Series]:
     """The curves of the whole line of which one run is a part; none where it is not."""
     if len(runs) != 1 or "context" not in runs[0].more:
         return []
@@ -278,7 +213,7 @@ def _draw_whole(
     low, high = axes.get_xlim()
     # A part that the whole line does not reach is in the picture all the same.
     axes.set_xlim(min(low, part[0]), max(high, part[1]))
-    axes.axvspan(*part, color=_LINE, alpha=0.3, lw=0, zorder=1.2)
+    axes.axvspan(*part, color=LINE, alpha=0.3, lw=0, zorder=1.2)
     if not log:
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     axes.set_ylabel("loss on the\nwhole line")
@@ -298,29 +233,15 @@ def _connect(overview: Axes, panel: Axes) -> None:
                 (corner, 1),
                 overview.get_xaxis_transform(),
                 panel.transAxes,
-                color=_LINE,
+                color=LINE,
                 lw=0.8,
                 zorder=-1,
             )
         )
 
 
-def swamped(series: Sequence[Series], view: tuple[float, float], *, log: bool) -> list[str]:
-    """A note with the losses between A and B, where those outside press them flat."""
-    if log or not series or view[0] > 0 or view[1] < 1:
-        return []
-    alpha = np.concatenate([s.x for s in series])
-    loss = np.concatenate([s["loss"] for s in series])
-    alpha, loss = alpha[drawable(loss, log=False)], loss[drawable(loss, log=False)]
-    between = loss[(alpha >= 0) & (alpha <= 1)]
-    if not between.size or np.ptp(between) >= 0.03 * np.ptp(loss):
-        return []
-    low, high = format_number(float(between.min())), format_number(float(between.max()))
-    return [f"Between A and B the loss lies within {low} … {high}"]
-
-
 def _entries(
-    runs: Sequence[Run],
+    runs: Sequence[Run[LineSummary]],
     names: Sequence[str],
     splits: Sequence[str],
     series: Sequence[Series],
@@ -342,81 +263,3 @@ def _entries(
         marks.append((mark, lowest_label(lowest, len(runs), len(splits))))
     called = zip(colours, names, strict=True) if several else ()
     return [[(Line2D([], [], color=colour), name) for colour, name in called], marks]
-
-
-def lowest_label(
-    lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int, of: str = ""
-) -> str:
-    """What the legend says of the marks of lowest points, where need be with whose they are."""
-    if runs > 1 or splits > 2:
-        return f"lowest point{of}"
-    parts = [
-        f"{plain(s.split)} " * (splits > 1) + f"{format_number(loss)} at α = {format_number(alpha)}"
-        for s, alpha, loss in lowest
-    ]
-    return f"lowest{of}: {', '.join(parts)}"
-
-
-@dataclass(frozen=True)
-class _End:
-    """A or B: where its line meets the upper edge, as a share of the width, and what to call it."""
-
-    place: float
-    text: Text
-    before: str
-    name: str
-    after: str
-
-
-def draw_ends(panels: Sequence[Axes], view: tuple[float, float]) -> None:
-    """Draws a line at A and at B where they are in view."""
-    for alpha in (0.0, 1.0):
-        if view[0] <= alpha <= view[1]:
-            for panel in panels:
-                panel.axvline(alpha, color=_LINE, lw=0.9, zorder=1.5)
-
-
-def mark_ends(axes: Axes, view: tuple[float, float], names: tuple[str, str]) -> list[_End]:
-    """Leaves room above a panel for the names of A and B.
-
-    Args:
-        axes: The panel.
-        view: The first and the last α.
-        names: What A and B are called; may be empty.
-
-    Returns:
-        A and B, to be named once the width of the panel is known.
-    """
-    figure = axes.figure
-    low, high = axes.get_xlim()
-    above = axes.transAxes + ScaledTranslation(0, 5 / INCH, figure.dpi_scale_trans)
-    ends = []
-    for alpha, letter, name in zip((0.0, 1.0), "AB", names, strict=True):
-        before, after = "← " * (alpha < view[0]), " →" * (alpha > view[1])
-        place = min(max((alpha - low) / (high - low), 0.0), 1.0)
-        text = axes.text(place, 1, letter, fontsize=SMALL, transform=above)
-        before += f"{letter}  " if name else letter
-        ends.append(_End(place, text, before, name, after))
-    return ends
-
-
-def name_ends(axes: Axes, ends: Sequence[_End]) -> None:
-    """Names A and B above their lines, side by side: moved and shortened as far as they must be."""
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    room = axes.get_window_extent().width / figure.dpi * INCH
-    gap = 14.0
-    full = [text_width(figure, end.before + end.name + end.after) for end in ends]
-    for end, other in zip(ends, reversed(full), strict=True):
-        fits = max((room - gap) / 2, room - gap - other)
-        frame = text_width(figure, end.before + end.after)
-        end.text.set_text(end.before + shorten(figure, end.name, fits - frame) + end.after)
-    a, b = (text_width(figure, end.text.get_text()) for end in ends)
-    left = min(max(ends[0].place * room - a / 2, 0), room - a)
-    right = min(max(ends[1].place * room - b / 2, 0), room - b)
-    if (overlap := left + a + gap - right) > 0:
-        left = max(0, left - overlap / 2)
-        right = min(left + a + gap, room - b)
-        left = min(left, right - gap - a)
-    ends[0].text.set_x(left / room)
-    ends[1].text.set_x(right / room)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from losscli.plotting.interpolation import (
+from losscli.plotting.line_axis import (
     draw_ends,
     lowest_label,
     mark_ends,
@@ -30,7 +30,6 @@ from losscli.plotting.style import (
     INK,
     SMALL,
     WIDTH,
-    Run,
     add_legend,
     add_notes,
     add_title,
@@ -42,6 +41,8 @@ from losscli.plotting.style import (
     plain,
     shorten,
 )
+from losscli.results import Run
+from losscli.summaries import LineSummary
 
 __all__ = ["block_colours", "draw_layerwise"]
 
@@ -67,7 +68,7 @@ def block_colours(number: int) -> list[str]:
     return [to_hex(c) for c in mpl.colormaps["plasma"](np.linspace(0.0, 0.84, number))]
 
 
-def draw_layerwise(run: Run, *, title: str = "", log: bool = False) -> Figure:
+def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws the loss over the line for the whole network and for each block alone.
 
     A panel for each split: the whole in black, the blocks in colours in the order of the model.
@@ -125,14 +126,14 @@ def draw_layerwise(run: Run, *, title: str = "", log: bool = False) -> Figure:
 
 
 def _read_blocks(
-    run: Run, names: Sequence[str], colours: Sequence[str], splits: Sequence[str]
+    run: Run[LineSummary], names: Sequence[str], colours: Sequence[str], splits: Sequence[str]
 ) -> list[Series]:
     series = []
     table = run.more["blocks"]
     many = len(names) > _MOST_NAMES
     for place, (name, colour) in enumerate(zip(names, colours, strict=True)):
         dashes = _DASHES[0 if many or len(names) <= _FEW else place % len(_DASHES)]
-        alone = Run(table.where("block", name), {})
+        alone: Run[LineSummary] = Run(table.where("block", name), {})
         series += [
             replace(
                 s,
@@ -150,7 +151,7 @@ def _read_blocks(
     return series
 
 
-def _label(figure: Figure, run: Run, split: str, *, log: bool) -> str:
+def _label(figure: Figure, run: Run[LineSummary], split: str, *, log: bool) -> str:
     what = f"{plain(split)}{examples([run], split)}"
     scale = ", log scale" if log else ""
     lines = f"loss{loss_name([run])}{scale}", what

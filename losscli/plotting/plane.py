@@ -25,7 +25,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    Run,
     add_title,
     count_points,
     examples,
@@ -55,6 +54,8 @@ from losscli.plotting.surface import (
     settle,
     short_name,
 )
+from losscli.results import Run
+from losscli.summaries import PlaneAxis, PlaneSummary
 from losscli.table import Table
 
 __all__ = ["draw_plane"]
@@ -97,17 +98,17 @@ class _Checkpoints:
 _NOBODY = Table.build(("step", "checkpoint", "x", "y", "off_plane", "split", "loss"), ())
 
 
-def draw_plane(run: Run, *, title: str = "", log: bool = False, surface: bool = False) -> Figure:
+def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws the loss on a plane as contours, a panel for each split, and its checkpoints.
 
     Every checkpoint has the colour of its own loss, from the table ``path``: where it is that of
-    the plane below it, the plane tells the truth about it.
+    the plane below it, the plane tells the truth about it. If the summary says ``surface``, the
+    same stands in three dimensions beside each panel.
 
     Args:
         run: The run.
         title: Stands above the panels.
         log: Makes the scale of the loss logarithmic.
-        surface: Adds the same in three dimensions beside each panel.
 
     Returns:
         The figure, laid out and ready to `render`.
@@ -118,7 +119,7 @@ def draw_plane(run: Run, *, title: str = "", log: bool = False, surface: bool = 
         own = [marks.loss(grid.split) for grid in grids]
         losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
         scale = scale_losses(np.concatenate(losses), log=log)
-        kind = str(run.summary.get("plane", ""))
+        kind, surface = run.summary.get("plane", ""), run.summary.get("surface", False)
         joined = kind == "pca" or len(marks.names) > _FEW
         view = _view(grids)
         ratio = (view[1][1] - view[1][0]) / (view[0][1] - view[0][0])
@@ -213,10 +214,10 @@ def _frame(axes: Axes, view: Sequence[tuple[float, float]], *, equal: bool) -> N
         axes.set_aspect("equal")
 
 
-def _labels(run: Run, kind: str) -> tuple[tuple[str, str], tuple[str, str]]:
+def _labels(run: Run[PlaneSummary], kind: str) -> tuple[tuple[str, str], tuple[str, str]]:
     """What the axes stand for, at length and in short."""
-    axes = [axis if isinstance(axis, Mapping) else {} for axis in run.summary.get("axes", ())]
-    first, second = [*axes, {}, {}][:2]
+    unknown: list[PlaneAxis] = [{}, {}]
+    first, second = [*run.summary.get("axes", ()), *unknown][:2]
     if kind == "random":
         what = "random direction {}, filter-normalised"
         return (f"x: {what.format('δ')}", f"y: {what.format('η')}"), ("δ", "η")
@@ -229,11 +230,11 @@ def _labels(run: Run, kind: str) -> tuple[tuple[str, str], tuple[str, str]]:
             f"first principal component{_variance(first)}",
             f"second principal component{_variance(second)}",
         ), short
-    names = (plain(str(first.get("name", ""))) or "x", plain(str(second.get("name", ""))) or "y")
+    names = (plain(first.get("name", "")) or "x", plain(second.get("name", "")) or "y")
     return names, names
 
 
-def _variance(axis: Mapping[str, Any]) -> str:
+def _variance(axis: PlaneAxis) -> str:
     share = axis.get("explained_variance")
     return f" ({format_number(100 * share)} % of the variance)" if share is not None else ""
 

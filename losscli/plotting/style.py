@@ -10,7 +10,6 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib as mpl
@@ -33,7 +32,8 @@ from matplotlib.ticker import (
 from numpy.typing import NDArray
 
 from losscli.errors import UsageError
-from losscli.table import Table
+from losscli.results import Run
+from losscli.summaries import InspectionSummary, Summary
 
 __all__ = [
     "DASHES",
@@ -47,7 +47,6 @@ __all__ = [
     "STEPS",
     "WIDTH",
     "Numbers",
-    "Run",
     "add_legend",
     "add_notes",
     "add_title",
@@ -72,26 +71,6 @@ __all__ = [
     "steady",
     "text_width",
 ]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a command, to be drawn.
-
-    Attributes:
-        table: Its rows, as in STEM.csv.
-        summary: Its JSON, or ``{}`` where only the CSV is at hand.
-        label: What to call it beside other runs; by default its first and last checkpoint.
-        more: Its further tables by the name in their file: ``surface`` for STEM.surface.csv.
-        checkpoint_labels: What to call the checkpoints of a matrix of barriers, in its order;
-            by default their names.
-    """
-
-    table: Table
-    summary: Mapping[str, Any]
-    label: str = ""
-    more: Mapping[str, Table] = field(default_factory=dict)
-    checkpoint_labels: Sequence[str] = ()
 
 
 # --- The style -----------------------------------------------------------------------------------
@@ -266,6 +245,8 @@ def _trim(text: str) -> str:
 
 def format_number(value: float, digits: int = 3) -> str:
     """A number in a sentence, to so many significant digits."""
+    if not math.isfinite(value):
+        return "not finite"
     if value and not 1e-3 <= abs(value) < 1e5:
         return _scientific(value, digits)
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
@@ -502,7 +483,7 @@ def steady(figure: Figure) -> None:
         ))
 
 
-def run_names(runs: Sequence[Run]) -> list[str]:
+def run_names(runs: Sequence[Run[Summary]]) -> list[str]:
     """What to call each run: its label, or its first and last checkpoint."""
     names = []
     for number, run in enumerate(runs, start=1):
@@ -512,22 +493,22 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def checkpoint_names(run: Run) -> list[str]:
+def checkpoint_names(run: Run[Summary] | Run[InspectionSummary]) -> list[str]:
     """The names of the checkpoints, where they are known."""
     checkpoints = run.summary.get("checkpoints", ())
-    return [plain(str(checkpoint.get("name", ""))) for checkpoint in checkpoints]
+    return [plain(checkpoint.get("name", "")) for checkpoint in checkpoints]
 
 
-def end_names(runs: Sequence[Run]) -> tuple[str, str]:
+def end_names(runs: Sequence[Run[Summary]]) -> tuple[str, str]:
     """The names of A and B where all runs share them, else none."""
     pairs = {tuple(checkpoint_names(run)) for run in runs}
     names = pairs.pop() if len(pairs) == 1 else ()
     return names if len(names) == 2 else ("", "")
 
 
-def loss_name(runs: Sequence[Run]) -> str:
+def loss_name(runs: Sequence[Run[Summary]]) -> str:
     """The name of the loss in brackets, where all runs share it."""
-    names = {plain(str(run.summary["loss"])) for run in runs if "loss" in run.summary}
+    names = {plain(run.summary["loss"]) for run in runs if "loss" in run.summary}
     return f" ({names.pop()})" if len(names) == 1 else ""
 
 
@@ -546,15 +527,19 @@ def count_points(counts: Sequence[tuple[int, str]]) -> str:
     return f"{text} {'is' if [n for n, _ in counts] == [1] else 'are'}"
 
 
-def examples(runs: Sequence[Run], split: str) -> str:
+def examples(runs: Sequence[Run[Summary]], split: str) -> str:
     """The number of examples of a split, or of its whole batches, where it is one number."""
     units = {"batches" in run.summary for run in runs}
-    key = "batches" if units == {True} else "examples"
-    numbers = {run.summary.get(key, {}).get(split) for run in runs} if len(units) == 1 else set()
+    batches = units == {True}
+    counts = [
+        run.summary.get("batches", {}) if batches else run.summary.get("examples", {})
+        for run in runs
+    ]
+    numbers = {count.get(split) for count in counts} if len(units) == 1 else set()
     if len(numbers) != 1 or any("examples" in run.table.columns for run in runs):
         return ""
     number = numbers.pop()
-    of = " batches" if key == "batches" else ""
+    of = " batches" if batches else ""
     return f" (n = {number}{of})" if number else ""
 
 

@@ -23,7 +23,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    Run,
     add_title,
     checkpoint_names,
     count_points,
@@ -50,6 +49,8 @@ from losscli.plotting.surface import (
     scale_losses,
     settle,
 )
+from losscli.results import Run
+from losscli.summaries import TrajectorySummary
 from losscli.table import Table
 
 __all__ = ["draw_trajectory"]
@@ -91,7 +92,9 @@ class _Path:
         return np.array([found.get(step, np.nan) for step in self.steps])
 
 
-def draw_trajectory(runs: Sequence[Run], *, title: str = "", log: bool = False) -> Figure:
+def draw_trajectory(
+    runs: Sequence[Run[TrajectorySummary]], *, title: str = "", log: bool = False
+) -> Figure:
     """Draws the paths of one or several runs.
 
     One run with a table ``surface``: for each split the losses over projection and residual as
@@ -127,7 +130,7 @@ def _steps(number: int) -> str:
 
 
 def _draw_paths(
-    runs: Sequence[Run],
+    runs: Sequence[Run[TrajectorySummary]],
     paths: Sequence[_Path],
     notes: Sequence[str],
     *,
@@ -149,7 +152,7 @@ def _draw_both(
     figure: Figure,
     upper: Axes,
     lower: Axes,
-    runs: Sequence[Run],
+    runs: Sequence[Run[TrajectorySummary]],
     paths: Sequence[_Path],
     *,
     log: bool,
@@ -233,7 +236,7 @@ def _draw_both(
     return notes, [*groups, marks, others]
 
 
-def _end_names(runs: Sequence[Run]) -> tuple[str, str]:
+def _end_names(runs: Sequence[Run[TrajectorySummary]]) -> tuple[str, str]:
     """The first and the last checkpoint's name, where all runs share it."""
     names = [checkpoint_names(run) for run in runs]
     firsts, lasts = ({n[at] if n else "" for n in names} for at in (0, -1))
@@ -319,7 +322,7 @@ def _read_ribbon(table: Table, splits: Sequence[str]) -> tuple[list[Grid], list[
 
 
 def _draw_ribbon(
-    run: Run,
+    run: Run[TrajectorySummary],
     path: _Path,
     ribbon: Sequence[Grid],
     notes: Sequence[str],

@@ -34,6 +34,7 @@ from losscli.evaluation.objective import DETERMINISTIC
 from losscli.evaluation.strategies import tensors_of
 from losscli.settings import Settings
 from losscli.studies.problem import Problem, prepare
+from losscli.summaries import AlignmentSummary
 from losscli.weight_space.matching import inner_product, match
 from losscli.weight_space.permutations import Group, obstacles, permutation_groups, permute
 from losscli.weight_space.vectors import Weights, distance
@@ -58,7 +59,7 @@ class Alignment:
     """
 
     checkpoint: Checkpoint
-    summary: Mapping[str, Any]
+    summary: AlignmentSummary
 
 
 @checked(Settings)
@@ -114,9 +115,18 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
             "Does its forward use weights in a way that its graph does not show?",
         )
     moved = [int((p != torch.arange(len(p))).sum()) for p in matching.permutations]
-    summary = {
+    source = problem.provenance
+    summary: AlignmentSummary = {
         "command": "align",
-        **{k: v for k, v in problem.provenance.items() if k in _TOLD},
+        "version": source["version"],
+        "torch": source["torch"],
+        "python": source["python"],
+        "device": source["device"],
+        "device_name": source["device_name"],
+        "model": source["model"],
+        "data": source["data"],
+        "seed": source["seed"],
+        "checkpoints": source["checkpoints"],
         "groups": [
             {"units": group.size, "moved": n, "tensors": list(group.names)}
             for group, n in zip(groups, moved, strict=True)
@@ -149,10 +159,6 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
         extra=last.extra,
     )
     return Alignment(checkpoint, summary)
-
-
-_TOLD = ("version", "torch", "python", "device", "device_name", "model", "data", "seed",
-         "checkpoints")  # fmt: skip
 
 
 def _prepare(a: str, b: str, settings: Settings) -> tuple[Problem, list[Tensor], torch.dtype]:

@@ -36,7 +36,9 @@ from losscli.studies.notes import (
     storage_notes,
 )
 from losscli.studies.problem import counted, prepare
+from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import verify_fresh_model, verify_sweep
+from losscli.summaries import BarriersSplit, BarriersSummary, Description, PairBarrier
 from losscli.table import Table
 from losscli.weight_space.slices import Line, grid, need_room
 from losscli.weight_space.vectors import Weights, distance, equal
@@ -54,7 +56,7 @@ def barriers(
     points: int = 11,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
-) -> Result:
+) -> Result[BarriersSummary]:
     """Finds the barrier of the loss on the straight line between each two checkpoints.
 
     The barrier is the largest height above the chord, for 0 ≤ α ≤ 1, and never below 0 (Entezari
@@ -149,11 +151,6 @@ class Barriers(Study):
         return {"alphas": self.alphas}
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """The losses on all lines."""
-        return ("curves",)
-
-    @property
     def pairs(self) -> Iterator[tuple[int, int]]:
         """The places of the two checkpoints of each pair, in the order of the rows."""
         return combinations(range(len(self.states)), 2)
@@ -173,7 +170,7 @@ class Barriers(Study):
     def _inner(self) -> tuple[float, ...]:
         return self.alphas[1:-1]
 
-    def extra_description(self, description: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+    def extra_description(self, description: Description) -> Description:  # noqa: ARG002
         """Returns the number of pairs."""
         return {"pairs": self.slices[0]}
 
@@ -188,7 +185,7 @@ class Barriers(Study):
         """
         return self.states[t]
 
-    def run(self, execution: Execution = ALONE) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result[BarriersSummary]:
         """Evaluates each checkpoint once, loaded plainly, and each line between two by a sweep.
 
         Args:
@@ -221,7 +218,7 @@ class Barriers(Study):
         lengths = [self._length(placed, distances, i, j) for i, j in self.pairs]
         splits = {name: self._found(heights[name], seen, lengths) for name, seen in found.items()}
         more = {"curves": self._curves(found)}
-        summary = {
+        summary: BarriersSummary = {
             **self.origin(),
             "alphas": list(self.alphas),
             "tables": list(more),
@@ -236,7 +233,9 @@ class Barriers(Study):
             ],
             "seconds": seconds,
         }
-        return Result(self._table(found, heights, lengths), summary, more)
+        return Result(
+            self._table(found, heights, lengths), summary, COMMANDS[self.command].draw, more
+        )
 
     def _line(self, start: Weights, a: Weights, b: Weights) -> Line:
         """The line from A, whose tensors are on the device already, to B."""
@@ -359,12 +358,12 @@ class Barriers(Study):
 
     def _found(
         self, heights: Sequence[_Height], seen: _Seen, lengths: Sequence[float]
-    ) -> dict[str, Any]:
+    ) -> BarriersSplit:
         """Tells what was found on one split."""
         pairs = list(self.pairs)
         known = [p for p, height in enumerate(heights) if not math.isnan(height.height)]
 
-        def told(p: int | None) -> dict[str, Any] | None:
+        def told(p: int | None) -> PairBarrier | None:
             if p is None:
                 return None
             a, b = (self.problem.names[t] for t in pairs[p])
@@ -446,7 +445,10 @@ class Barriers(Study):
         )
 
     def _notes(
-        self, placed: Sequence[Weights], splits: Mapping[str, Any], lengths: Sequence[float]
+        self,
+        placed: Sequence[Weights],
+        splits: Mapping[str, BarriersSplit],
+        lengths: Sequence[float],
     ) -> list[str]:
         notes = [*general_notes(self), *storage_notes(self)]
         if self.chosen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.studies.fingerprint import Fingerprint, fingerprint_of, identity_of
 from losscli.studies.problem import Problem
+from losscli.summaries import CostEstimate, Description, Origin, Seconds
 from losscli.weight_space.slices import Line, Slice
 from losscli.weight_space.vectors import Weights, dimension, equal, working_type
 
@@ -48,11 +49,6 @@ class Study(ABC):
 
     @property
     @abstractmethod
-    def tables(self) -> tuple[str, ...]:
-        """The further tables that a run may write, by the names in their files."""
-
-    @property
-    @abstractmethod
     def options(self) -> dict[str, Any]:
         """The options of the command itself, which determine the points."""
 
@@ -82,7 +78,7 @@ class Study(ABC):
         return self.evaluations
 
     @abstractmethod
-    def run(self, execution: Execution = ALONE) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result[Any]:
         """Evaluates.
 
         Args:
@@ -109,11 +105,11 @@ class Study(ABC):
         slices, points = self.slices
         return slices * points
 
-    def extra_description(self, description: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+    def extra_description(self, description: Description) -> Description:  # noqa: ARG002
         """Returns what a dry run describes otherwise than other studies, or in addition."""
         return {}
 
-    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:  # noqa: ARG002
+    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
         """Returns what a dry run estimates otherwise than other studies, or in addition.
 
         Args:
@@ -126,7 +122,7 @@ class Study(ABC):
         """
         return {}
 
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> Origin:
         """Tells where the numbers come from.
 
         Returns:
@@ -151,7 +147,7 @@ class Study(ABC):
             "moving_buffers": len(self.moving) - len(counted),
         }
 
-    def seconds(self, swept: float) -> dict[str, float]:
+    def seconds(self, swept: float) -> Seconds:
         """Tells how long it took.
 
         Args:

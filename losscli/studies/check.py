@@ -50,7 +50,17 @@ from losscli.settings import Settings
 from losscli.studies.base import Study, count
 from losscli.studies.notes import general_notes, spectral_notes
 from losscli.studies.problem import prepare
+from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import check_differentiable, verify_fresh_model
+from losscli.summaries import (
+    CheckedPoint,
+    CheckSummary,
+    CostEstimate,
+    Description,
+    Escape,
+    Predicted,
+    Step,
+)
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line
@@ -82,9 +92,6 @@ _ROUNDINGS = 16
 # A predicted change of the loss this many times its accuracy is far beyond it.
 _FAR = 10
 
-# What is told of a step that gains.
-_DESCENT = "distance", "loss", "gain", "gain_stderr"
-
 # The sides of a point, seen along an eigenvector.
 _SIDES = "negative", "positive"
 
@@ -110,7 +117,7 @@ def check(
     momentum: float | None = None,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
-) -> Result:
+) -> Result[CheckSummary]:
     """Checks whether checkpoints are critical points, and of which kind.
 
     Args:
@@ -158,7 +165,7 @@ class _Found:
     shares: Sequence[float]
     spectrum: Sequence[tuple[float, float]]
     verdict: str
-    descent: Mapping[str, Any] | None
+    descent: Step | None
     judgement: _Judgement
 
     @property
@@ -214,7 +221,7 @@ class _Found:
             },
             "idle": idle_layers(objective),
             "spectrum": np.array(self.spectrum),
-            "descent": np.array([(self.descent or {})[key] for key in _DESCENT if self.descent]),
+            "descent": np.array([*self.descent.values()] if self.descent else []),
             **self.judgement.arrays(),
             **{f"{_DOWN}{key}": t.cpu().numpy() for key, t in (down or {}).items()},
         }
@@ -231,7 +238,7 @@ class _Found:
             *(positive, positive, negative, undecided, trace, stderr, self.verdict),
         ]
 
-    def told(self) -> dict[str, Any]:
+    def told(self) -> CheckedPoint:
         """What the table does not hold."""
         return {
             "checkpoint": self.checkpoint,
@@ -270,7 +277,7 @@ class _Judgement:
     loss_rounding: float = math.nan
     change: float = math.nan
     exact: bool = False
-    sides: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None] | None = None
+    sides: tuple[Step | None, Step | None] | None = None
     measured: int = 0
     scattered: bool = False
     unverified: str = ""
@@ -279,7 +286,6 @@ class _Judgement:
     def recalled(cls, known: Mapping[str, NDArray[Any]]) -> Self:
         slope, rounding, change, exact, measured, scattered = known["judgement"].tolist()
         sides = [_told(known[side].tolist()) for side in _SIDES if side in known]
-        sides = [side and {**side, "falls": bool(side["falls"])} for side in sides]
         return cls(
             known["reason"].tobytes().decode(),
             *(slope, rounding, change, bool(exact)),
@@ -339,20 +345,17 @@ class _Judgement:
             "judgement": np.array(numbers, np.float64),
             "reason": np.frombuffer(self.reason.encode(), np.uint8),
             "unverified": np.frombuffer(self.unverified.encode(), np.uint8),
-            **{
-                name: np.array([side[key] for key in (*_DESCENT, "falls")] if side else [])
-                for name, side in sides.items()
-            },
+            **{name: np.array([*side.values()] if side else []) for name, side in sides.items()},
         }
 
-    def told(self) -> dict[str, Any]:
-        predicted = {"change": self.change, "exact": self.exact}
+    def told(self) -> CheckedPoint:
+        predicted: Predicted = {"change": self.change, "exact": self.exact}
         return {
             "reason": self.reason or None,
             "slope_along_lambda_min": self.slope,
             "loss_rounding": self.loss_rounding,
             "predicted": predicted if math.isfinite(self.change) else None,
-            "sides": dict(zip(_SIDES, self.sides, strict=True)) if self.sides else None,
+            "sides": self.sides and {"negative": self.sides[0], "positive": self.sides[1]},
             "rounding_measured_on": self.measured or None,
             "unverified": self.unverified or None,
         }
@@ -468,7 +471,7 @@ class Check(Study):
             return None
         return (2 + 2 * (self.momentum or 0.0)) / self.learning_rate
 
-    def extra_description(self, description: Mapping[str, Any]) -> dict[str, Any]:
+    def extra_description(self, description: Description) -> Description:
         """Returns the work beside evaluating the checkpoints.
 
         Args:
@@ -493,7 +496,7 @@ class Check(Study):
         # ways; one of them has its loss drawn.
         return len(_STEPS) * (2 * len(self.problem.names) + 1) + 2 * _SIDE + 4
 
-    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:
+    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> CostEstimate:
         """Tells what gradients and products with the Hessian take; their number is not known.
 
         Args:
@@ -530,11 +533,6 @@ class Check(Study):
         }
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """The way out of a saddle, and the eigenvalues."""
-        return "escape", "spectrum"
-
-    @property
     def slices(self) -> tuple[int, int]:
         """None is swept by plan; where there is a way down, it is."""
         return 0, 0
@@ -549,7 +547,7 @@ class Check(Study):
         """What progress counts."""
         return "checkpoints"
 
-    def run(self, execution: Execution = ALONE) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result[CheckSummary]:
         """Finds gradients and eigenvalues, and says what follows.
 
         Args:
@@ -583,7 +581,7 @@ class Check(Study):
             }
             found = [one for one, _ in seen.values()]
             # A saddle's way out is shown before that of a point which is not critical.
-            escape: Mapping[str, Any] | None = None
+            escape: Escape | None = None
             curve: Table | None = None
             ways = [t for t, _ in enumerate(names) if seen[t, splits[0]][1] is not None]
             if ways:
@@ -607,7 +605,7 @@ class Check(Study):
             ],
             (one.row() for one in found),
         )
-        summary = {
+        summary: CheckSummary = {
             **self.origin(),
             "tables": list(more),
             "tolerance": self.tolerance,
@@ -623,7 +621,7 @@ class Check(Study):
             "notes": [*general_notes(self), *spectral_notes(self), *self._notes(heard, found)],
             "seconds": seconds,
         }
-        return Result(table, summary, more)
+        return Result(table, summary, COMMANDS[self.command].draw, more)
 
     def _look_at_all(self, execution: Execution) -> dict[tuple[int, str], Arrays]:
         """Looks at all checkpoints on all splits.
@@ -881,7 +879,7 @@ class Check(Study):
         splits: Mapping[str, Examples],
         here: Evaluation,
         execution: Execution,
-    ) -> Mapping[str, Any] | None:
+    ) -> Step | None:
         """Tries steps of many lengths; returns the one that gains most."""
         size = norm(weights, self.moving) or 1.0
         distances = [size * share for share in _STEPS]
@@ -890,7 +888,7 @@ class Check(Study):
 
     def _escape(
         self, t: int, one: _Found, direction: Weights | None, execution: Execution
-    ) -> tuple[Mapping[str, Any], Table]:
+    ) -> tuple[Escape, Table]:
         """Follows the most negative curvature both ways, as far as the loss falls and beyond."""
         assert direction is not None
         objective = self.problem.objective
@@ -908,7 +906,7 @@ class Check(Study):
         here: Evaluation,
         splits: Mapping[str, Examples],
         execution: Execution,
-    ) -> tuple[Mapping[str, Any], Table]:
+    ) -> tuple[Escape, Table]:
         sides = [side for side in one.judgement.sides or () if side]
         # Where nothing was gained, the valley is finer than the steps tried.
         shortest = (norm(weights, self.moving) or 1.0) * _STEPS[-1]
@@ -923,12 +921,13 @@ class Check(Study):
         along, own = Estimate.of_evaluation(found), Estimate.of_evaluation(here)
         rows: list[list[Cell]] = [[step, *along.row(i, {})] for i, step in enumerate(steps)]
         rows.insert(len(rows) // 2, [0.0, *own.row(0, {})])
-        told = {
+        nothing: Step = {"distance": 0.0, "loss": one.loss, "gain": 0.0, "gain_stderr": 0.0}
+        told: Escape = {
             "checkpoint": one.checkpoint,
             "split": one.split,
             "eigenvalue": one.smallest.value,
             "slope": one.judgement.slope,
-            **(lowest or {"distance": 0.0, "loss": one.loss, "gain": 0.0, "gain_stderr": 0.0}),
+            **(lowest or nothing),
         }
         return told, Table.build(["distance", "loss", "loss_stderr"], rows)
 
@@ -986,9 +985,13 @@ class Check(Study):
             )
 
 
-def _told(numbers: Sequence[float]) -> dict[str, Any] | None:
+def _told(numbers: Sequence[float]) -> Step | None:
     """A step that was recorded, if there was one."""
-    return dict(zip((*_DESCENT, "falls"), numbers, strict=False)) or None
+    if not numbers:
+        return None
+    distance, loss, gain, stderr, *falls = numbers
+    step: Step = {"distance": distance, "loss": loss, "gain": gain, "gain_stderr": stderr}
+    return {**step, "falls": bool(falls[0])} if falls else step
 
 
 def _verdict(arrays: Arrays) -> str:
@@ -1015,9 +1018,7 @@ class _Listening(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _best(
-    distances: Sequence[float], found: Evaluation, here: Evaluation
-) -> Mapping[str, Any] | None:
+def _best(distances: Sequence[float], found: Evaluation, here: Evaluation) -> Step | None:
     """The distance with the lowest loss, if it is below that at zero; errors are paired."""
     losses, own = found.losses.numpy(), here.losses[0].numpy()
     weights = None if here.weights is None else here.weights.numpy()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 from losscli.data import Split
 from losscli.evaluation.cost import Clock, Pace, measure
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.sweep import points_at_once
 from losscli.studies.base import Study
+from losscli.summaries import CostEstimate, Description
 
 __all__ = ["describe", "estimate", "evaluation_seconds"]
 
@@ -18,7 +18,7 @@ __all__ = ["describe", "estimate", "evaluation_seconds"]
 _PROOFS = 16
 
 
-def describe(study: Study) -> dict[str, Any]:
+def describe(study: Study) -> Description:
     """Describes what a run will do.
 
     Args:
@@ -39,8 +39,10 @@ def describe(study: Study) -> dict[str, Any]:
     if training is not None:
         examples += len(training)
     streamed = [n for n, split in objective.splits.items() if not isinstance(split, Split)]
-    description = {
+    added: Description = {}  # by single studies
+    description: Description = {
         **study.origin(),
+        **added,
         "points": study.evaluations,
         "batch_size": None if objective.batch_loss else objective.batch_size,
         "forward_passes": study.evaluations * examples,
@@ -55,7 +57,7 @@ def describe(study: Study) -> dict[str, Any]:
     return {**description, **study.extra_description(description)}
 
 
-def estimate(study: Study, clock: Clock = time.perf_counter) -> dict[str, Any]:
+def estimate(study: Study, clock: Clock = time.perf_counter) -> CostEstimate:
     """Estimates how long a run will take, from one batch; everything else is counted.
 
     Args:

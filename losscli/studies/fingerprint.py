@@ -83,7 +83,7 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
         LosscliError: The model or the loss fails on the data, or gives two answers for one point.
     """
     objective, settings = problem.objective, problem.settings
-    provenance = problem.provenance
+    provenance: Mapping[str, Any] = problem.provenance
     data = {f"the examples of {n}": split.digest for n, split in objective.splits.items()}
     if objective.recalibration is not None:
         data["the examples of statistics"] = objective.recalibration.split.digest

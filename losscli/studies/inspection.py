@@ -26,6 +26,8 @@ from losscli.errors import CheckpointError, MismatchError, TableError, UsageErro
 from losscli.evaluation.spectral import normalise_stored
 from losscli.files import read_regular
 from losscli.results import Result
+from losscli.studies.registry import COMMANDS, command_of
+from losscli.summaries import InspectionSummary
 from losscli.table import Cell, Table
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import (
@@ -45,7 +47,7 @@ _MOST_KEYS = 30
 
 
 @checked()
-def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
+def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[InspectionSummary]:
     """Shows what one checkpoint holds, or how far apart two are, tensor by tensor.
 
     Of one that holds several state dicts, it shows these.
@@ -69,7 +71,7 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
     if len(files) == 1 and len(files[0].choice) > 1:
         return _contents(files[0])
     first, *others = checkpoints = _open(files)
-    summary: dict[str, Any] = {
+    summary: InspectionSummary = {
         "command": "inspect",
         "checkpoints": [
             {
@@ -93,7 +95,7 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
         for name, t in first.weights.items()
     }  # fmt: skip
     if not others:
-        return Result(Table.build(columns, described.values()), summary)
+        return Result(Table.build(columns, described.values()), summary, COMMANDS["inspect"].draw)
     (other,) = others
     shared = [
         name
@@ -112,10 +114,14 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result:
         ]
         for name in shared
     )
-    return Result(Table.build([*columns, "norm_b", "distance", "cosine"], rows), summary)
+    return Result(
+        Table.build([*columns, "norm_b", "distance", "cosine"], rows),
+        summary,
+        COMMANDS["inspect"].draw,
+    )
 
 
-def _contents(file: CheckpointFile) -> Result:
+def _contents(file: CheckpointFile) -> Result[InspectionSummary]:
     """Shows the state dicts of a file that holds several."""
     for label, weights in file.candidates.items():
         file.need_dense(label, weights)
@@ -132,7 +138,7 @@ def _contents(file: CheckpointFile) -> Result:
         for key, found in parts.items()
     ]
     tensors, values, size = (sum(column) for column in zip(*counted.values(), strict=True))
-    summary = {
+    summary: InspectionSummary = {
         "command": "inspect",
         "checkpoints": [
             {
@@ -147,7 +153,11 @@ def _contents(file: CheckpointFile) -> Result:
         ],
         "state_dicts": list(file.candidates),
     }
-    return Result(Table.build(["key", "tensors", "values", "bytes", "norm"], rows), summary)
+    return Result(
+        Table.build(["key", "tensors", "values", "bytes", "norm"], rows),
+        summary,
+        COMMANDS["inspect"].draw,
+    )
 
 
 def _gather(candidates: Mapping[str, Weights]) -> dict[str, list[Weights]]:
@@ -225,7 +235,7 @@ def lowest(csv: Path, split: str) -> Lowest:
         UsageError: The table is not one of `interpolate`, or has no such split.
     """
     table = Table.read(csv)
-    if table.command != "interpolate":
+    if command_of(table) is not COMMANDS["interpolate"]:
         raise UsageError(f"--csv {csv} is no table of interpolate", "Give the CSV of a line")
     if split not in table.unique("split"):
         known = ", ".join(map(str, table.unique("split"))) or "none"

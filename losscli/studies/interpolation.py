@@ -45,8 +45,17 @@ from losscli.studies.notes import (
     storage_notes,
 )
 from losscli.studies.problem import counted, prepare
+from losscli.studies.registry import COMMANDS
 from losscli.studies.seen import LineCurve, Looked
 from losscli.studies.verification import check_differentiable, verify_fresh_model, verify_sweep
+from losscli.summaries import (
+    BlockSummary,
+    CostEstimate,
+    Description,
+    LineSplit,
+    LineSummary,
+    Refined,
+)
 from losscli.table import Table
 from losscli.weight_space.curve import describe
 from losscli.weight_space.refinement import uniform_points
@@ -69,7 +78,7 @@ def interpolate(
     layerwise: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
-) -> Result:
+) -> Result[LineSummary]:
     """Evaluates the loss along the line through two checkpoints, θ(α) = A + α (B − A).
 
     After Goodfellow, Vinyals & Saxe 2015, arXiv 1412.6544.
@@ -230,11 +239,6 @@ class Interpolation(Study):
         }
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """The whole line, if it is given, and the blocks that move alone."""
-        return ("context", "blocks")
-
-    @property
     def slices(self) -> tuple[int, int]:
         """One line, between and beyond its ends: these are evaluated plainly."""
         inner = len(set(self.alphas) - {0.0, 1.0})
@@ -251,7 +255,7 @@ class Interpolation(Study):
         """What is evaluated, and the derivatives; refining adds to them."""
         return self.evaluations + (len(self.alphas) if self.derivatives else 0)
 
-    def extra_description(self, description: Mapping[str, Any]) -> dict[str, Any]:
+    def extra_description(self, description: Description) -> Description:
         """Returns the blocks that move alone, and the passes that they and derivatives add.
 
         Args:
@@ -274,7 +278,7 @@ class Interpolation(Study):
         """How many points are evaluated by sweeps: those of blocks, too."""
         return super().swept + len(self.blocks) * len(points_of(self.alphas))
 
-    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:  # noqa: ARG002
+    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
         """Tells what derivatives take, and that refining adds points.
 
         Args:
@@ -285,7 +289,7 @@ class Interpolation(Study):
         Returns:
             What an estimate tells otherwise.
         """
-        told: dict[str, Any] = {} if self.refine is None else {"kind": "at least"}
+        told: CostEstimate = {} if self.refine is None else {"kind": "at least"}
         objective = self.problem.objective
         if self.derivatives and self.moving:
             line, _ = self.sample(1)
@@ -299,7 +303,7 @@ class Interpolation(Study):
             told["seconds"] = seconds + len(self.alphas) * examples * took / batch
         return told
 
-    def run(self, execution: Execution = ALONE) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result[LineSummary]:
         """Evaluates the line.
 
         The ends are evaluated as anybody would, by ``load_state_dict``; the way in which the
@@ -361,7 +365,8 @@ class Interpolation(Study):
         more = {} if self.context is None else {"context": self.context}
         if self.blocks:
             more["blocks"] = self._block_table(seen)
-        summary = {
+        with_blocks: LineSummary = {"blocks": blocks} if self.blocks else {}
+        summary: LineSummary = {
             **self.origin(),
             "range": list(self.range),
             **counted(objective, examples),
@@ -370,7 +375,7 @@ class Interpolation(Study):
             "refined": self._refined(looked, exhausted=exhausted),
             "tables": list(more),
             "splits": splits,
-            **({"blocks": blocks} if self.blocks else {}),
+            **with_blocks,
             "endpoint_difference": difference,
             "notes": [
                 *stays,
@@ -381,7 +386,7 @@ class Interpolation(Study):
             ],
             "seconds": seconds,
         }
-        return Result(self._table(looked), summary, more)
+        return Result(self._table(looked), summary, COMMANDS[self.command].draw, more)
 
     def _table(self, looked: Looked) -> Table:
         metrics = self.problem.objective.metrics
@@ -421,7 +426,7 @@ class Interpolation(Study):
                 stays["b" if name in at_b else "a"].append(name)
         return stays
 
-    def _blocks(self, seen: Mapping[str, _Seen]) -> dict[str, Any]:
+    def _blocks(self, seen: Mapping[str, _Seen]) -> dict[str, BlockSummary]:
         """What the summary tells of each block."""
         counted = {block.name: self.problem.parameters(block.moving) for block in self.blocks}
         return {
@@ -517,7 +522,7 @@ class Interpolation(Study):
             execution=execution,
         )
 
-    def _refined(self, looked: Looked, *, exhausted: bool) -> dict[str, Any] | None:
+    def _refined(self, looked: Looked, *, exhausted: bool) -> Refined | None:
         if self.refine is None:
             return None
         return {
@@ -565,7 +570,9 @@ class Interpolation(Study):
         kept, other = "AB" if end == "first" else "BA"
         return f"{kept}'s", f"the end {other} of the line is not the checkpoint {other}"
 
-    def _notes(self, splits: Mapping[str, Any], blocks: Mapping[str, Any]) -> list[str]:
+    def _notes(
+        self, splits: Mapping[str, LineSplit], blocks: Mapping[str, BlockSummary]
+    ) -> list[str]:
         notes = []
         if not self.moving:
             notes.append("A and B are the same in every tensor that may move: nothing moves")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from losscli.errors import UsageError
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.sampling import Estimate
+from losscli.summaries import BlockSplit, Height
 from losscli.weight_space.blocks import blocks_of
 from losscli.weight_space.curve import lowest
 
@@ -142,7 +143,7 @@ class BlockCurve:
             self.excesses.extend(more.excesses),
         )
 
-    def describe(self, alphas: Sequence[float]) -> dict[str, Any]:
+    def describe(self, alphas: Sequence[float]) -> BlockSplit:
         """Describes the curve.
 
         Args:
@@ -177,7 +178,7 @@ class BlockCurve:
             "not_finite": end - len(finite),
         }
 
-    def _barrier(self, alphas: Sequence[float]) -> dict[str, Any] | None:
+    def _barrier(self, alphas: Sequence[float]) -> Height | None:
         between = [i for i, alpha in enumerate(alphas) if 0 < alpha < 1]
         # Where an end is not finite, nothing is above the chord by a number.
         heights: NDArray[np.float64] = self.excesses.mean

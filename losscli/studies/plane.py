@@ -33,7 +33,9 @@ from losscli.studies.notes import (
     storage_notes,
 )
 from losscli.studies.problem import Problem, counted, differing_tensors, prepare
+from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import verify_fresh_model, verify_sweep
+from losscli.summaries import PlaneAxis, PlaneSplit, PlaneSummary
 from losscli.table import Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.directions import random_directions
@@ -74,7 +76,7 @@ def plane(
     keep_order: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
-) -> Result:
+) -> Result[PlaneSummary]:
     """Evaluates the loss in a plane of weight space.
 
     Of one checkpoint: along two random directions, filter-normalised (Li et al. 2018, arXiv
@@ -131,7 +133,7 @@ class Plane(Study):
 
     slice_: Triangle | Span
     kind: str
-    axes: tuple[Mapping[str, Any], Mapping[str, Any]]
+    axes: tuple[PlaneAxis, PlaneAxis]
     places: tuple[tuple[float, float, float], ...]
     xs: tuple[float, ...]
     ys: tuple[float, ...]
@@ -223,11 +225,6 @@ class Plane(Study):
         return {"plane": self.kind, "xs": self.xs, "ys": self.ys}
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """The checkpoints."""
-        return ("path",)
-
-    @property
     def slices(self) -> tuple[int, int]:
         """One plane."""
         return 1, len(self.xs) * len(self.ys)
@@ -249,7 +246,7 @@ class Plane(Study):
         points = [(x, y) for y in self.ys for x in self.xs]
         return self._here(), points[:number]
 
-    def run(self, execution: Execution = ALONE) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result[PlaneSummary]:
         """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep.
 
         Args:
@@ -319,11 +316,11 @@ class Plane(Study):
         )
         examples = {name: estimate.examples for name, estimate in found.items()}
         splits = {name: self._found(points, e.mean.tolist()) for name, e in found.items()}
-        summary = {
+        summary: PlaneSummary = {
             **self.origin(),
             "tables": ["path"],
             "plane": self.kind,
-            "axes": [dict(axis) for axis in self.axes],
+            "axes": [*self.axes],
             "surface": self.surface,
             "x_range": [self.xs[0], self.xs[-1]],
             "y_range": [self.ys[0], self.ys[-1]],
@@ -334,7 +331,7 @@ class Plane(Study):
             "notes": [*stays, *self._notes(splits), *sampling_notes(self, examples)],
             "seconds": seconds,
         }
-        return Result(table, summary, {"path": path})
+        return Result(table, summary, COMMANDS[self.command].draw, {"path": path})
 
     def _here(self) -> Triangle | Span:
         """The plane on the device."""
@@ -390,9 +387,7 @@ class Plane(Study):
             for name in splits
         }
 
-    def _found(
-        self, points: Sequence[tuple[float, float]], losses: Sequence[float]
-    ) -> dict[str, Any]:
+    def _found(self, points: Sequence[tuple[float, float]], losses: Sequence[float]) -> PlaneSplit:
         """Tells what was found on one split."""
         own = len(self.problem.names)
         plane_ = losses[own:]
@@ -412,7 +407,7 @@ class Plane(Study):
             "not_finite": len(plane_) - len(finite),
         }
 
-    def _notes(self, splits: Mapping[str, Any]) -> list[str]:
+    def _notes(self, splits: Mapping[str, PlaneSplit]) -> list[str]:
         notes = [*general_notes(self), *storage_notes(self)]
         if self.chosen:
             notes.append(
@@ -434,7 +429,7 @@ class Plane(Study):
         return notes
 
 
-def _axis(name: str, explained: float | None = None) -> Mapping[str, Any]:
+def _axis(name: str, explained: float | None = None) -> PlaneAxis:
     return {"name": name, "explained_variance": explained}
 
 

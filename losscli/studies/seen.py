@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.sampling import Estimate, extended
+from losscli.summaries import Slope
 
 __all__ = ["Derivatives", "LineCurve", "Looked"]
 
@@ -177,7 +178,7 @@ class Looked:
             },
         )
 
-    def derivatives(self, split: str, alpha: float) -> dict[str, float] | None:
+    def derivatives(self, split: str, alpha: float) -> Slope | None:
         """Tells the derivatives at a point.
 
         Args:

@@ -33,7 +33,9 @@ from losscli.studies.notes import (
     storage_notes,
 )
 from losscli.studies.problem import counted, differing_tensors, prepare
+from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import verify_fresh_model, verify_sweep
+from losscli.summaries import PathLengths, RandomWalks, TrajectorySplit, TrajectorySummary
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.slices import Line, grid, need_room
@@ -62,7 +64,7 @@ def trajectory(
     keep_order: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
-) -> Result:
+) -> Result[TrajectorySummary]:
     """Measures a training path against the straight line between its ends, and its losses.
 
     After Goodfellow, Vinyals & Saxe 2015, arXiv 1412.6544: the projection p_t onto the line, the
@@ -179,11 +181,6 @@ class Trajectory(Study):
         return {"offsets": self.offsets, "random_walk": self.random_walk}
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """The surface and the walks."""
-        return "surface", "walk"
-
-    @property
     def slices(self) -> tuple[int, int]:
         """A line across the path at each step."""
         return (len(self.problem.names) if self.offsets else 0), len(self.offsets)
@@ -193,7 +190,7 @@ class Trajectory(Study):
         """How many points a run evaluates: the checkpoints and the ribbon."""
         return len(self.problem.names) * (1 + len(self.offsets))
 
-    def run(self, execution: Execution = ALONE) -> Result:
+    def run(self, execution: Execution = ALONE) -> Result[TrajectorySummary]:
         """Evaluates the checkpoints, each loaded plainly, and the ribbon, each step by a sweep.
 
         Args:
@@ -223,7 +220,7 @@ class Trajectory(Study):
         splits = {name: self._found(estimate) for name, estimate in found.items()}
         walks = self._walks()
         more = self._more(found, walks)
-        summary = {
+        summary: TrajectorySummary = {
             **self.origin(),
             "tables": list(more),
             **counted(objective, examples),
@@ -234,7 +231,7 @@ class Trajectory(Study):
             "notes": [*stays, *self._notes(splits), *sampling_notes(self, examples)],
             "seconds": seconds,
         }
-        return Result(self._table(found), summary, more)
+        return Result(self._table(found), summary, COMMANDS[self.command].draw, more)
 
     def _prove(self) -> tuple[float | None, list[str]]:
         """Holds the sweep against both ends; what is held here is let go of."""
@@ -344,7 +341,7 @@ class Trajectory(Study):
             more["walk"] = _table(walks)
         return more
 
-    def _path(self) -> dict[str, Any]:
+    def _path(self) -> PathLengths:
         path = self.path
         farthest = max(range(len(path.residual)), key=path.residual.__getitem__)
         back = [
@@ -362,13 +359,13 @@ class Trajectory(Study):
             "steps_back": back,
         }
 
-    def _found(self, estimate: Estimate) -> dict[str, Any]:
+    def _found(self, estimate: Estimate) -> TrajectorySplit:
         """Tells what was found on one split."""
         steps = len(self.problem.names)
         losses, ribbon_ = estimate.mean[:steps].tolist(), estimate.mean[steps:].tolist()
         finite = [t for t in range(steps) if math.isfinite(losses[t])]
         shared = lowest(losses)
-        told: dict[str, Any] = {
+        told: TrajectorySplit = {
             "loss_first": losses[0],
             "loss_last": losses[-1],
             "lowest": None
@@ -396,7 +393,7 @@ class Trajectory(Study):
             told["surface_not_finite"] = len(ribbon_) - len(points)
         return told
 
-    def _notes(self, splits: Mapping[str, Any]) -> list[str]:
+    def _notes(self, splits: Mapping[str, TrajectorySplit]) -> list[str]:
         notes = [*general_notes(self), *storage_notes(self)]
         if self.chosen:
             notes.append("projections, residuals and distances are those of the moving parameters")
@@ -419,7 +416,7 @@ def _count(number: int, where: str) -> str:
     return f"{count(number, thing)}{' ' if of else ''}{of}"
 
 
-def _described(walks: Sequence[Path]) -> dict[str, float] | None:
+def _described(walks: Sequence[Path]) -> RandomWalks | None:
     """How long the lines through random walks are, and how far these stray; on average."""
     if not walks:
         return None

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from losscli.summaries import Extremum, Height, LineSplit, LowestOnLine, Rise
+
 __all__ = ["describe", "lowest", "near_rounding", "relative", "standard_error"]
 
 # The relative rounding of one operation in each type that a forward pass may have, and how many
@@ -110,7 +112,7 @@ def describe(
     loss_a: Losses,
     loss_b: Losses,
     weights: Weights | None = None,
-) -> dict[str, Any]:
+) -> LineSplit:
     """Describes a curve on one split.
 
     Points whose mean loss is not finite are left out and counted; the two ends count as seen
@@ -159,8 +161,8 @@ def describe(
         "barrier": _barrier(seen, a, b) if looked else None,
         "largest_rise": rise,
         "monotonic": monotonic,
-        "local_minima": _local(points, 1, "depth"),
-        "local_maxima": _local(points, -1, "height"),
+        "local_minima": _local(points, 1),
+        "local_maxima": _local(points, -1),
         "not_finite": len(points) - len(finite),
     }
 
@@ -188,7 +190,7 @@ def _means(losses: Losses) -> NDArray[np.float64]:
     return means
 
 
-def _minimum(points: Sequence[_Point], b: _Point) -> dict[str, Any] | None:
+def _minimum(points: Sequence[_Point], b: _Point) -> LowestOnLine | None:
     if not points:
         return None
     shared = lowest([p.loss for p in points])
@@ -202,7 +204,7 @@ def _minimum(points: Sequence[_Point], b: _Point) -> dict[str, Any] | None:
     }
 
 
-def _barrier(points: Sequence[_Point], a: _Point, b: _Point) -> dict[str, Any] | None:
+def _barrier(points: Sequence[_Point], a: _Point, b: _Point) -> Height | None:
     if not (a.finite and b.finite):
         return None
 
@@ -222,8 +224,8 @@ def _barrier(points: Sequence[_Point], a: _Point, b: _Point) -> dict[str, Any] |
     }
 
 
-def _largest_rise(points: Sequence[_Point]) -> dict[str, Any]:
-    best: dict[str, Any] = {"height": 0.0, "stderr": 0.0, "alpha_from": None, "alpha_to": None}
+def _largest_rise(points: Sequence[_Point]) -> Rise:
+    best: Rise = {"height": 0.0, "stderr": 0.0, "alpha_from": None, "alpha_to": None}
     pair = None
     low = None
     for point in points:
@@ -238,19 +240,23 @@ def _largest_rise(points: Sequence[_Point]) -> dict[str, Any]:
     return best
 
 
-def _local(points: Sequence[_Point], sign: int, size: str) -> list[dict[str, Any]]:
+def _local(points: Sequence[_Point], sign: int) -> list[Extremum]:
     """Lists minima (sign 1, by depth) or maxima (sign −1, by height)."""
-    found = []
+    found: list[Extremum] = []
     for segment in _segments(points):
         for i, k in _extrema([sign * p.loss for p in segment]):
             here, rim = segment[i], segment[k]
             height = sign * (rim.loss - here.loss)
             error = rim.above(here)
+            size: Extremum = (
+                {"depth": height, "depth_stderr": error}
+                if sign > 0
+                else {"height": height, "height_stderr": error}
+            )
             found.append({
                 "alpha": here.alpha,
                 "loss": here.loss,
-                size: height,
-                f"{size}_stderr": error,
+                **size,
                 "beyond_noise": math.isfinite(error) and height > _STANDARD_ERRORS * error,
             })
     return found

@@ -701,16 +701,17 @@ def test_plot_ignores_a_summary_that_is_not_its_own(
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("place", "value", "fault"),
     [
-        (("splits", "train", "local_maxima"), ["x"]),
-        (("splits", "train", "local_minima"), [[]]),
-        (("splits", "train", "local_minima"), {"x": None}),
-        (("examples", "train"), [5]),
+        (("splits", "train", "local_maxima"), ["x"], "[0] is not an object"),
+        (("splits", "train", "local_minima"), [[]], "[0] is not an object"),
+        (("splits", "train", "local_minima"), {"x": None}, " is not a list"),
+        (("examples", "train"), [5], " is not a whole number"),
+        (("stays", "\n"), 5, " is not a list"),
     ],
 )
 def test_plot_names_a_summary_that_does_not_hold_what_losscli_writes(
-    place: tuple[str, ...], value: Any, losscli: Losscli, folder: Path
+    place: tuple[str, ...], value: Any, fault: str, losscli: Losscli, folder: Path
 ) -> None:
     losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--no-figure", "--points", 3)
     summary = json.loads(Path("x.json").read_text())
@@ -721,7 +722,9 @@ def test_plot_names_a_summary_that_does_not_hold_what_losscli_writes(
     Path("x.json").write_text(json.dumps(summary))
     done = losscli("plot", "x.csv")
     assert done.status == 1
-    assert done.stderr.startswith("losscli: x.json does not hold what losscli writes: ")
+    where = ".".join(place).replace("\n", "\\n")
+    told = f"losscli: x.json does not hold what losscli writes: {where}{fault}. Move it away"
+    assert done.stderr.startswith(told)
     assert done.stderr.count("\n") == 1
     assert not Path("x.png").exists()
 
@@ -734,7 +737,7 @@ def test_plot_does_not_blame_a_summary_for_what_fails_without_it(
     def fails(*_: Any, **__: Any) -> Any:
         raise TypeError("of losscli")
 
-    monkeypatch.setattr("losscli.plotting.drawing.draw", fails)
+    monkeypatch.setattr("losscli.plotting.interpolation.draw_interpolation", fails)
     done = losscli("plot", "x.csv")
     assert done.status == 1
     assert "unexpected TypeError: of losscli. This is a fault of losscli" in done.stderr

@@ -16,7 +16,10 @@ from matplotlib.patches import PathPatch
 from numpy.typing import NDArray
 
 from losscli.errors import UsageError
-from losscli.plotting.drawing import Run, draw, draw_barriers, render
+from losscli.plotting.barriers import draw_barriers
+from losscli.plotting.style import render
+from losscli.results import Run
+from losscli.studies.registry import draw
 from losscli.table import Table
 from tests.plotting.test_interpolation import check_golden, legend, texts
 

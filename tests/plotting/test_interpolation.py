@@ -39,7 +39,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from losscli.errors import UsageError
-from losscli.plotting.drawing import Run, draw_interpolation, render
+from losscli.plotting.interpolation import draw_interpolation
+from losscli.plotting.style import render
+from losscli.results import Run
 from losscli.table import Table
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -534,7 +536,7 @@ def test_what_may_be_noise_is_not_marked(beyond: bool | None) -> None:
             del turn["beyond_noise"]
         del split["local_maxima"]
     assert render(draw_interpolation([Run(table, summary)]), ".png") == png
-    assert render(draw_interpolation([Run(table, {**summary, "splits": None})]), ".png") == png
+    assert render(draw_interpolation([Run(table, {**summary, "splits": {}})]), ".png") == png
 
 
 def test_the_lowest_point_has_one_mark() -> None:

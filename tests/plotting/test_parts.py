@@ -17,8 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from losscli.errors import UsageError
-from losscli.plotting.drawing import Run, draw, draw_inspection, draw_layerwise, render
-from losscli.plotting.layerwise import block_colours
+from losscli.plotting.inspection import draw_inspection
+from losscli.plotting.layerwise import block_colours, draw_layerwise
+from losscli.plotting.style import render
+from losscli.results import Run
+from losscli.studies.registry import draw
 from losscli.table import Cell, Table
 from tests.plotting.test_interpolation import check_golden, ends, legend, marked, note, runs, texts
 

@@ -18,7 +18,9 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from losscli.plotting.drawing import Run, draw_plane, render
+from losscli.plotting.plane import draw_plane
+from losscli.plotting.style import render
+from losscli.results import Run
 from losscli.table import Table
 from tests.plotting.test_interpolation import check_golden, legend, texts
 from tests.plotting.test_trajectory import contour_panels, note, reliefs, sentence
@@ -78,9 +80,14 @@ def winding() -> Run:
     return run("pca", WINDING, bowl, box=(-15, 4, -5, 6))
 
 
+def solid(drawn: Run) -> Run:
+    """The same run, with its surface in three dimensions too."""
+    return replace(drawn, summary={**drawn.summary, "surface": True})
+
+
 PICTURES = {
     "plane-points": lambda: draw_plane(run(splits=("train", "test")), title="Three solutions"),
-    "plane-pca": lambda: draw_plane(winding(), surface=True),
+    "plane-pca": lambda: draw_plane(solid(winding())),
 }
 
 
@@ -103,9 +110,9 @@ def test_picture_from_the_csv_in_any_order_is_the_same() -> None:
     again = replace(
         drawn, table=read(drawn.table), more={k: read(t) for k, t in drawn.more.items()}
     )
-    figure = draw_plane(drawn, surface=True)
+    figure = draw_plane(solid(drawn))
     for suffix in (".png", ".svg"):
-        assert render(figure, suffix) == render(draw_plane(again, surface=True), suffix)
+        assert render(figure, suffix) == render(draw_plane(solid(again)), suffix)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
@@ -116,8 +123,8 @@ def test_a_panel_for_each_split(number: int) -> None:
     assert len(figure.axes) == number + 1
     assert not reliefs(figure)
     if number < 3:
-        solid = draw_plane(run(splits=splits), surface=True)
-        assert len(contour_panels(solid)) == len(reliefs(solid)) == number
+        both = draw_plane(solid(run(splits=splits)))
+        assert len(contour_panels(both)) == len(reliefs(both)) == number
 
 
 def test_axes_are_named_by_the_plane() -> None:
@@ -243,7 +250,7 @@ ODD = {
 @pytest.mark.parametrize("case", ODD)
 @pytest.mark.parametrize("surface", [False, True])
 def test_odd_tables_are_drawn(case: str, surface: bool) -> None:
-    figure = draw_plane(ODD[case], log=surface, surface=surface)
+    figure = draw_plane(solid(ODD[case]) if surface else ODD[case], log=surface)
     figure.draw_without_rendering()
     page, box = figure.bbox_inches, figure.get_tightbbox()
     assert box.x0 >= -0.01

@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from mpl_toolkits.mplot3d import Axes3D
 
-from losscli.plotting.drawing import Run, draw_trajectory, render
+from losscli.plotting.style import render
+from losscli.plotting.trajectory import draw_trajectory
+from losscli.results import Run
 from losscli.table import Table
 from tests.plotting.test_interpolation import check_golden, legend, texts
 

@@ -93,7 +93,7 @@ def listing(folder: Path) -> set[str]:
 _FORKS = """
 import os, signal, sys, time
 import torch, typer
-import losscli.cli, losscli.cli.app, losscli.studies.interpolation, losscli.plotting.drawing
+import losscli.cli, losscli.cli.app, losscli.studies.interpolation, losscli.plotting.interpolation
 import matplotlib.backends.backend_agg
 from losscli.cli.console import Console
 

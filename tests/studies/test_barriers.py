@@ -30,6 +30,7 @@ from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies import verification
 from losscli.studies.barriers import Barriers
+from losscli.studies.registry import COMMANDS, command_of
 from losscli.table import Table
 from tests import oracle
 from tests.cases import CASES, Case
@@ -406,7 +407,7 @@ def test_files_text_and_json(several: Path, losscli: Losscli) -> None:
     done = losscli("barriers", "a.pt", "b.pt", "c.pt", "-o", "out")
     assert done.status == 0
     table = Table.read(several / "out.csv")
-    assert table.command == "barriers"
+    assert command_of(table) is COMMANDS["barriers"]
     assert table.columns == (
         *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
         *("loss_a", "loss_b"),

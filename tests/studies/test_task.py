@@ -477,8 +477,8 @@ def test_points_of_a_block_as_low_as_its_lowest_are_told_of(tmp_path: Path) -> N
         points=5,
         range=(0.0, 2.0),
         layerwise=True,
-    ).summary
-    low = found["blocks"]["0"]["splits"]["all"]["minimum"]
+    )
+    low = found.summary["blocks"]["0"]["splits"]["all"]["minimum"]
     assert (low["alpha"], low["loss"], low["ties"]) == (0.5, 0.0, 4)
     assert "0 at α = 0.5 and 3 more" in report.interpolation(found)
 

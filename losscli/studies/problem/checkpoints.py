@@ -14,6 +14,7 @@ from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageEr
 from losscli.models import RUNS_CODE
 from losscli.studies.problem.model import build
 from losscli.studies.problem.source import Found
+from losscli.summaries import CheckpointEntry
 
 __all__ = ["Checkpoints", "is_same"]
 
@@ -63,7 +64,7 @@ class Checkpoints:
             if now != seen:
                 raise _changed(name)
 
-    def survey(self, names: Sequence[str]) -> tuple[list[dict[str, Any]], Checkpoint]:
+    def survey(self, names: Sequence[str]) -> tuple[list[CheckpointEntry], Checkpoint]:
         """Opens each in turn; what does not match in any of them is one error.
 
         Args:
@@ -75,7 +76,7 @@ class Checkpoints:
         Raises:
             MismatchError: They do not have the model's tensors.
         """
-        told: dict[str, dict[str, Any]] = {}
+        entries: dict[str, CheckpointEntry] = {}
         first: Checkpoint | None = None
         wrong: list[str] = []
         cures: list[str] = []
@@ -87,7 +88,7 @@ class Checkpoints:
                 cures.append(error.cure)
                 continue
             path = str(checkpoint.path) if checkpoint.path else None
-            told[name] = {"name": name, "path": path, "sha256": checkpoint.sha256()}
+            entries[name] = {"name": name, "path": path, "sha256": checkpoint.sha256()}
             first = first or checkpoint
             del checkpoint  # before the next one is opened
         if wrong:
@@ -99,7 +100,7 @@ class Checkpoints:
                 or f"The model is {self._found.text}; choose with -m",
             )
         assert first is not None
-        return [told[name] for name in names], first
+        return [entries[name] for name in names], first
 
 
 def _changed(name: str) -> ChangedError:

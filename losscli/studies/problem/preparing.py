@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from losscli.studies.problem.model import build, check_copy
 from losscli.studies.problem.problem import Problem, counted, floating_buffers, moving_names
 from losscli.studies.problem.source import find
 from losscli.studies.problem.task import data_of, loss_of, metrics_of, recalibration_of
+from losscli.summaries import CheckpointEntry, Provenance
 
 __all__ = ["prepare"]
 
@@ -93,7 +94,7 @@ def prepare(
     if isinstance(found.value, nn.Module):
         check_copy(found.value, objective)
     buffers = floating_buffers(objective)
-    specs = {
+    specs: Provenance = {
         "model": found.text,
         "data": data_name,
         "loss": loss_name,
@@ -158,10 +159,10 @@ def _compare_extra_states(
 def _provenance(
     settings: Settings,
     objective: Objective,
-    specs: Mapping[str, object],
-    entries: Sequence[Mapping[str, Any]],
+    specs: Provenance,
+    entries: list[CheckpointEntry],
     processes: int,
-) -> dict[str, Any]:
+) -> Provenance:
     """Tells where all of a problem came from."""
     recalibration = objective.recalibration
     return {

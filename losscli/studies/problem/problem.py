@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, overload
+from typing import overload
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from losscli.checkpoint import Checkpoint
 from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.evaluation.objective import Objective
 from losscli.settings import Settings
+from losscli.summaries import Counts, Provenance
 from losscli.weight_space.vectors import Weights, can_move, choose, equal
 
 __all__ = ["Problem", "counted", "differing_tensors", "floating_buffers", "moving_names"]
@@ -42,7 +43,7 @@ class Problem:
     moving: tuple[str, ...]
     fresh: Callable[[], nn.Module]
     buffers: tuple[str, ...]
-    provenance: Mapping[str, Any]
+    provenance: Provenance
     settings: Settings
     read: Callable[[str], Checkpoint]
     unchanged: Callable[[], None]
@@ -143,7 +144,7 @@ class _Places(Sequence[Weights]):
         return self._problem.place(self._problem.open(self._steps[at]).weights)
 
 
-def counted(objective: Objective, numbers: Mapping[str, int]) -> dict[str, dict[str, int]]:
+def counted(objective: Objective, numbers: Mapping[str, int]) -> Counts:
     """Counts what a loss is the mean of.
 
     Args:

@@ -1,0 +1,206 @@
+"""What the figures of a line share: its points, the axis of α, the names of A and B."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
+
+from losscli.plotting.lines import Series
+from losscli.plotting.style import (
+    DASHES,
+    INCH,
+    SMALL,
+    STEPS,
+    Numbers,
+    drawable,
+    format_number,
+    plain,
+    run_colours,
+    shorten,
+    text_width,
+)
+from losscli.results import Run
+from losscli.summaries import LineSummary
+
+__all__ = [
+    "LINE",
+    "draw_ends",
+    "lowest_label",
+    "mark_ends",
+    "mark_lowest",
+    "name_ends",
+    "read",
+    "scale_alpha",
+    "span",
+    "swamped",
+]
+
+LINE = "#9a9a9a"
+_FEW_LINES = 4  # the lowest points of so few are marked
+
+
+def read(
+    runs: Sequence[Run[LineSummary]], names: Sequence[str], splits: Sequence[str]
+) -> list[Series]:
+    """The curves of runs, each with its points in the order of α."""
+    series = []
+    colours = run_colours(len(runs))
+    for number, run in enumerate(runs):
+        for place, split in enumerate(splits):
+            table = run.table.where("split", split)
+            alpha = np.array(table.floats("alpha"))
+            order = np.argsort(alpha, kind="stable")
+            order = order[np.isfinite(alpha[order])]
+            if not order.size:
+                continue
+            columns = [c for c in table.columns if c not in {"alpha", "block", "split"}]
+            series.append(
+                Series(
+                    run=number,
+                    split=split,
+                    name=f"{names[number]}, {plain(split)}" if len(runs) > 1 else plain(split),
+                    colour=colours[number],
+                    dashes=DASHES[place % len(DASHES)],
+                    x=alpha[order],
+                    ends=np.isin(alpha[order], (0.0, 1.0)),
+                    values={c: np.array(table.floats(c))[order] for c in columns},
+                )
+            )
+    return series
+
+
+def scale_alpha(axes: Axes, series: Sequence[Series]) -> tuple[float, float]:
+    """Sets the x axis to the points that there are; returns the first and the last α."""
+    low, high = span(series)
+    room = 0.02 * (high - low) or 0.05 * max(1.0, abs(low))
+    axes.set_xlim(low - room, high + room)
+    # Close to each other the points have long numbers, which need room.
+    close = high - low < 1e-3 * max(abs(low), abs(high))
+    axes.xaxis.set_major_locator(MaxNLocator(4 if close else "auto", steps=STEPS))
+    axes.xaxis.set_major_formatter(Numbers())
+    return low, high
+
+
+def span(series: Sequence[Series]) -> tuple[float, float]:
+    """The first and the last α."""
+    alpha = np.concatenate([s.x for s in series]) if series else np.array([0.0, 1.0])
+    return float(alpha.min()), float(alpha.max())
+
+
+def mark_lowest(
+    axes: Axes, series: Sequence[Series], *, log: bool
+) -> list[tuple[Series, float, float]]:
+    """Marks the lowest point of each curve; not of many, nor where several are as low."""
+    lowest = []
+    for s in series if len(series) <= _FEW_LINES else ():
+        loss = np.where(drawable(s["loss"], log=False), s["loss"], np.nan)
+        finite = loss[np.isfinite(loss)]
+        if np.count_nonzero(finite == finite.min(initial=np.inf)) != 1:
+            continue
+        at = int(np.nanargmin(loss))
+        if not drawable(loss, log=log)[at]:
+            continue
+        axes.plot(
+            s.x[at], loss[at], "D", mfc="white", mec=s.colour, mew=1.3, markersize=6, zorder=6
+        )
+        lowest.append((s, float(s.x[at]), float(loss[at])))
+    return lowest
+
+
+def swamped(series: Sequence[Series], view: tuple[float, float], *, log: bool) -> list[str]:
+    """A note with the losses between A and B, where those outside press them flat."""
+    if log or not series or view[0] > 0 or view[1] < 1:
+        return []
+    alpha = np.concatenate([s.x for s in series])
+    loss = np.concatenate([s["loss"] for s in series])
+    alpha, loss = alpha[drawable(loss, log=False)], loss[drawable(loss, log=False)]
+    between = loss[(alpha >= 0) & (alpha <= 1)]
+    if not between.size or np.ptp(between) >= 0.03 * np.ptp(loss):
+        return []
+    low, high = format_number(float(between.min())), format_number(float(between.max()))
+    return [f"Between A and B the loss lies within {low} … {high}"]
+
+
+def lowest_label(
+    lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int, of: str = ""
+) -> str:
+    """What the legend says of the marks of lowest points, where need be with whose they are."""
+    if runs > 1 or splits > 2:
+        return f"lowest point{of}"
+    parts = [
+        f"{plain(s.split)} " * (splits > 1) + f"{format_number(loss)} at α = {format_number(alpha)}"
+        for s, alpha, loss in lowest
+    ]
+    return f"lowest{of}: {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class _End:
+    """A or B: where its line meets the upper edge, as a share of the width, and what to call it."""
+
+    place: float
+    text: Text
+    before: str
+    name: str
+    after: str
+
+
+def draw_ends(panels: Sequence[Axes], view: tuple[float, float]) -> None:
+    """Draws a line at A and at B where they are in view."""
+    for alpha in (0.0, 1.0):
+        if view[0] <= alpha <= view[1]:
+            for panel in panels:
+                panel.axvline(alpha, color=LINE, lw=0.9, zorder=1.5)
+
+
+def mark_ends(axes: Axes, view: tuple[float, float], names: tuple[str, str]) -> list[_End]:
+    """Leaves room above a panel for the names of A and B.
+
+    Args:
+        axes: The panel.
+        view: The first and the last α.
+        names: What A and B are called; may be empty.
+
+    Returns:
+        A and B, to be named once the width of the panel is known.
+    """
+    figure = axes.figure
+    low, high = axes.get_xlim()
+    above = axes.transAxes + ScaledTranslation(0, 5 / INCH, figure.dpi_scale_trans)
+    ends = []
+    for alpha, letter, name in zip((0.0, 1.0), "AB", names, strict=True):
+        before, after = "← " * (alpha < view[0]), " →" * (alpha > view[1])
+        place = min(max((alpha - low) / (high - low), 0.0), 1.0)
+        text = axes.text(place, 1, letter, fontsize=SMALL, transform=above)
+        before += f"{letter}  " if name else letter
+        ends.append(_End(place, text, before, name, after))
+    return ends
+
+
+def name_ends(axes: Axes, ends: Sequence[_End]) -> None:
+    """Names A and B above their lines, side by side: moved and shortened as far as they must be."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    room = axes.get_window_extent().width / figure.dpi * INCH
+    gap = 14.0
+    full = [text_width(figure, end.before + end.name + end.after) for end in ends]
+    for end, other in zip(ends, reversed(full), strict=True):
+        fits = max((room - gap) / 2, room - gap - other)
+        frame = text_width(figure, end.before + end.after)
+        end.text.set_text(end.before + shorten(figure, end.name, fits - frame) + end.after)
+    a, b = (text_width(figure, end.text.get_text()) for end in ends)
+    left = min(max(ends[0].place * room - a / 2, 0), room - a)
+    right = min(max(ends[1].place * room - b / 2, 0), room - b)
+    if (overlap := left + a + gap - right) > 0:
+        left = max(0, left - overlap / 2)
+        right = min(left + a + gap, room - b)
+        left = min(left, right - gap - a)
+    ends[0].text.set_x(left / room)
+    ends[1].text.set_x(right / room)

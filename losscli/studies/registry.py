@@ -1,0 +1,366 @@
+"""The registry of commands: the tables, the text report and the figure of each.
+
+A new command is a module in `studies`, one in `cli`, one in `plotting`, and an entry here.
+Functions are named as ``module:function`` and imported when they are called: this module imports
+neither torch nor matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from losscli.errors import UsageError
+from losscli.summaries import (
+    BarriersSummary,
+    CheckSummary,
+    InspectionSummary,
+    LineSummary,
+    PlaneSummary,
+    TrajectorySummary,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from losscli.results import Result, Run
+    from losscli.table import Table
+
+__all__ = [
+    "COMMANDS",
+    "Command",
+    "Panels",
+    "TableFormat",
+    "command_of",
+    "draw",
+    "further_table_names",
+    "further_table_of",
+    "load",
+]
+
+Panels = Literal["metrics", "splits", "tensors"]
+"""What a figure has a panel for: each metric, each split, or all tensors in one."""
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """The columns of a table, and what they must hold for the table to be drawn.
+
+    Attributes:
+        columns: The columns that it must have.
+        errors: The columns of standard errors and error bounds, which are not negative.
+        position: The column with the position on a line; every row has one. Empty for none.
+        grid: The two columns that span a grid; the rows must fill most of it.
+        pairs: Whether the grid is symmetric: a point for each pair of names in either column.
+        shared: Of a further table, the columns with values that rows of the main table have too.
+        identified_by: Of a further table that has the columns of a main table, the columns that
+            distinguish it.
+        panels: What the figure has a panel for if this further table is drawn; by default as
+            without it.
+        drawn: Whether a figure shows it.
+        refused_alone: Why a further table is not drawn alone, and how to draw it.
+    """
+
+    columns: tuple[str, ...]
+    errors: tuple[str, ...] = ()
+    position: str = ""
+    grid: tuple[str, ...] = ()
+    pairs: bool = False
+    shared: tuple[str, ...] = ()
+    identified_by: tuple[str, ...] = ()
+    panels: Panels | None = None
+    drawn: bool = True
+    refused_alone: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that makes a result.
+
+    Attributes:
+        name: Its name.
+        function: The function of the Python API.
+        cli: The function of the command line; empty if it is not one of the studies that
+            `losscli.cli.app` adds first.
+        report: The function that puts a `Result` into words.
+        drawing: The function that draws runs: a sequence of them, or one where several cannot be
+            overlaid.
+        summary: The type of the summary, STEM.json.
+        table: The main table, STEM.csv.
+        further_tables: The tables that are written beside it, by NAME of STEM.NAME.csv.
+        panels: What the figure has a panel for.
+        distributed: Whether several processes share its work.
+        not_overlaid: Why several runs have no figure together, and what to do; None if they have.
+        labelled: The columns with names that ``plot --label`` replaces in the figure of one run;
+            empty if a label names a run.
+    """
+
+    name: str
+    function: str
+    cli: str
+    report: str
+    drawing: str
+    summary: type
+    table: TableFormat
+    further_tables: Mapping[str, TableFormat] = field(default_factory=dict)
+    panels: Panels = "splits"
+    distributed: bool = True
+    not_overlaid: tuple[str, str] | None = None
+    labelled: tuple[str, ...] = ()
+
+    def panels_with(self, tables: Collection[str]) -> Panels:
+        """Says what the figure has a panel for.
+
+        Args:
+            tables: The names of the further tables of the run.
+
+        Returns:
+            What it is.
+        """
+        formats = (self.further_tables[name] for name in tables if name in self.further_tables)
+        return next((table.panels for table in formats if table.panels), self.panels)
+
+    def draw(self, runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
+        """Draws one run or several.
+
+        Args:
+            runs: The runs.
+            title: Stands above the panels.
+            log: Whether the loss has a logarithmic axis.
+
+        Returns:
+            The figure, laid out and ready to be rendered.
+
+        Raises:
+            UsageError: Several runs have no figure together, or this one has none.
+        """
+        if self.not_overlaid and len(runs) > 1:
+            raise UsageError(*self.not_overlaid)
+        what = runs[0] if self.not_overlaid else runs
+        figure: Figure = load(self.drawing)(what, title=title, log=log)
+        return figure
+
+    def as_text(self, result: Result[Any]) -> str:
+        """Puts a result into words.
+
+        Args:
+            result: The result.
+
+        Returns:
+            Lines of text.
+        """
+        text: str = load(self.report)(result)
+        return text
+
+
+_LOSS = ("split", "loss", "loss_stderr")
+
+COMMANDS: Mapping[str, Command] = {
+    command.name: command
+    for command in (
+        Command(
+            name="interpolate",
+            function="losscli.studies.interpolation:interpolate",
+            cli="losscli.cli.interpolate:interpolate",
+            report="losscli.cli.report:interpolation",
+            drawing="losscli.plotting.interpolation:draw_interpolation",
+            summary=LineSummary,
+            table=TableFormat(("alpha", *_LOSS), errors=("loss_stderr",), position="alpha"),
+            further_tables={
+                "context": TableFormat(
+                    ("alpha", "split", "loss"), errors=("loss_stderr",), position="alpha"
+                ),
+                "blocks": TableFormat(
+                    ("block", "alpha", *_LOSS),
+                    errors=("loss_stderr",),
+                    position="alpha",
+                    shared=("alpha", "split"),
+                    identified_by=("block",),
+                    panels="splits",
+                    refused_alone=(
+                        "has the blocks of a line alone",
+                        "Name the CSV of the line, with which they are drawn",
+                    ),
+                ),
+            },
+            panels="metrics",
+        ),
+        Command(
+            name="trajectory",
+            function="losscli.studies.trajectory:trajectory",
+            cli="losscli.cli.trajectory:trajectory",
+            report="losscli.cli.report:trajectory",
+            drawing="losscli.plotting.trajectory:draw_trajectory",
+            summary=TrajectorySummary,
+            table=TableFormat(
+                (
+                    *("step", "checkpoint", "projection", "residual", "distance"),
+                    *("turn_degrees", *_LOSS),
+                ),
+                errors=("loss_stderr",),
+            ),
+            further_tables={
+                "surface": TableFormat(
+                    ("step", "projection", "residual", "split", "loss"),
+                    errors=("loss_stderr",),
+                    grid=("step", "residual"),
+                    shared=("step", "projection"),
+                ),
+                "walk": TableFormat(("walk", "step", "projection", "residual")),
+            },
+        ),
+        Command(
+            name="plane",
+            function="losscli.studies.plane:plane",
+            cli="losscli.cli.plane:plane",
+            report="losscli.cli.report:plane",
+            drawing="losscli.plotting.plane:draw_plane",
+            summary=PlaneSummary,
+            table=TableFormat(("x", "y", *_LOSS), errors=("loss_stderr",), grid=("x", "y")),
+            further_tables={
+                "path": TableFormat(("step", "checkpoint", "x", "y", "off_plane", "split", "loss")),
+            },
+            not_overlaid=("one plane cannot be laid over another", "Give one CSV of a plane"),
+        ),
+        Command(
+            name="check",
+            function="losscli.studies.check:check",
+            cli="losscli.cli.check:check",
+            report="losscli.cli.report:check",
+            drawing="losscli.plotting.check:draw_check",
+            summary=CheckSummary,
+            table=TableFormat(
+                (
+                    *("checkpoint", "split", "loss", "gradient_norm"),
+                    *("lambda_min", "lambda_min_error", "lambda_max", "lambda_max_error"),
+                    *("minimal_ratio", "verdict"),
+                ),
+                errors=("lambda_min_error", "lambda_max_error", "trace_stderr"),
+            ),
+            further_tables={
+                "escape": TableFormat(("distance", "loss", "loss_stderr"), errors=("loss_stderr",)),
+                "spectrum": TableFormat(
+                    ("checkpoint", "split", "eigenvalue", "error"),
+                    errors=("error",),
+                    shared=("checkpoint", "split"),
+                ),
+            },
+            not_overlaid=("one check cannot be laid over another", "Give one CSV of a check"),
+        ),
+        Command(
+            name="barriers",
+            function="losscli.studies.barriers:barriers",
+            cli="losscli.cli.barriers:barriers",
+            report="losscli.cli.report:barriers",
+            drawing="losscli.plotting.barriers:draw_barriers",
+            summary=BarriersSummary,
+            table=TableFormat(
+                (
+                    *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
+                    *("loss_a", "loss_b"),
+                ),
+                errors=("barrier_stderr",),
+                grid=("a", "b"),
+                pairs=True,
+            ),
+            further_tables={
+                "curves": TableFormat(
+                    ("a", "b", "alpha", *_LOSS), identified_by=("a", "loss"), drawn=False
+                ),
+            },
+            not_overlaid=("one matrix cannot be laid over another", "Give one CSV of barriers"),
+            labelled=("a", "b"),
+        ),
+        Command(
+            name="inspect",
+            function="losscli.studies.inspection:inspect",
+            cli="",
+            report="losscli.cli.report:inspection",
+            drawing="losscli.plotting.inspection:draw_inspection",
+            summary=InspectionSummary,
+            table=TableFormat(("tensor", "shape", "dtype", "values", "norm")),
+            panels="tensors",
+            distributed=False,
+            not_overlaid=(
+                "one inspection cannot be laid over another",
+                "Inspect two checkpoints together",
+            ),
+        ),
+    )
+}
+
+
+def command_of(table: Table) -> Command | None:
+    """Finds the command that a table is of, by its columns.
+
+    Args:
+        table: The table.
+
+    Returns:
+        The command with this main table; None if there is none.
+    """
+    columns = {*table.columns}
+    if further_table_of(columns):
+        return None
+    return next((c for c in COMMANDS.values() if {*c.table.columns} <= columns), None)
+
+
+def further_table_of(columns: Collection[str]) -> TableFormat | None:
+    """Finds the further table that has the columns of a main table too.
+
+    Args:
+        columns: The columns.
+
+    Returns:
+        Its format; None if it is none of those.
+    """
+    tables = (t for command in COMMANDS.values() for t in command.further_tables.values())
+    return next((t for t in tables if t.identified_by and {*t.identified_by} <= {*columns}), None)
+
+
+def further_table_names() -> frozenset[str]:
+    """Lists the names of the further tables of all commands.
+
+    Returns:
+        Each NAME of a file STEM.NAME.csv.
+    """
+    return frozenset(name for command in COMMANDS.values() for name in command.further_tables)
+
+
+def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
+    """Draws runs of one command, by the columns of their tables.
+
+    Args:
+        runs: One or more, each with the table of a command.
+        title: Stands above the panels.
+        log: Whether the loss has a logarithmic axis.
+
+    Returns:
+        The figure, laid out and ready to be rendered.
+
+    Raises:
+        UsageError: The runs are of several commands, or have no figure together.
+    """
+    commands = {command.name: command for run in runs if (command := command_of(run.table))}
+    if len(commands) > 1:
+        raise UsageError(
+            f"tables of {' and '.join(sorted(commands))} have no axes in common",
+            "Lay tables of one command over each other",
+        )
+    (command,) = commands.values()
+    return command.draw(runs, title=title, log=log)
+
+
+def load(target: str) -> Any:
+    """Imports a function.
+
+    Args:
+        target: The function as ``module:function``.
+
+    Returns:
+        The function.
+    """
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,152 @@
+"""The registry of commands: what it says of each is what the command does, and all it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+import losscli as library
+from losscli.results import Result, to_json
+from losscli.studies.registry import COMMANDS, command_of, load
+from losscli.summaries import from_json
+
+ROOT = Path(__file__).parent.parent.parent
+
+PATH = ("a.pt", "b.pt", "init:7")
+LINE = {"points": 3, "model": "mlp:6-5-3"}
+
+# Keys of a summary that some runs do not write.
+OPTIONAL = {"batches", "blocks", "mismatches", "distance", "state_dicts", "buffers"}
+
+# Together the runs of a command write all of its further tables, and all kinds of numbers.
+RUNS: dict[str, Callable[[], Sequence[Result]]] = {
+    "interpolate": lambda: [
+        library.interpolate("a.pt", "b.pt", layerwise=True, **LINE),
+        library.interpolate("a.pt", "b.pt", derivatives=True, refine=0.1, **LINE),
+        library.interpolate("a.pt", "b.pt", batch_loss=True, batch_size=9, limit=2, **LINE),
+        library.interpolate("a.pt", "b.pt", sampling_error=0.5, range=(2.0, 3.0), **LINE),
+        library.interpolate(
+            "a.pt", "b.pt", context=library.interpolate("a.pt", "b.pt", **LINE).table, **LINE
+        ),
+    ],
+    "trajectory": lambda: [library.trajectory(PATH, residuals=2, random_walk=True)],
+    "plane": lambda: [library.plane(PATH, points=2)],
+    "check": lambda: [
+        library.check("a.pt", eigenvalues=2),
+        library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
+    ],
+    "barriers": lambda: [library.barriers(PATH, points=3)],
+    "inspect": lambda: [library.inspect("a.pt"), library.inspect(["a.pt", "b.pt"])],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_writes_the_tables_that_the_registry_says(name: str, folder: Path) -> None:
+    command = COMMANDS[name]
+    results = RUNS[name]()
+    for result in results:
+        assert command_of(result.table) is command
+        assert set(command.table.errors) <= {*result.table.columns, "trace_stderr"}
+        for further, table in result.more.items():
+            expected = command.further_tables[further]
+            used = {*expected.errors, expected.position, *expected.grid, *expected.shared} - {""}
+            assert {*expected.columns, *used} <= {*table.columns}
+            assert further == "context" or command_of(table) is None
+        assert command.as_text(result).strip()
+        # What is written is of the type that the registry says, to the last key.
+        text = to_json(result.summary)
+        assert to_json(from_json(json.loads(text), command.summary)) == text
+        assert get_type_hints(command.summary).keys() - OPTIONAL <= result.summary.keys()
+    assert {*command.further_tables} == {further for result in results for further in result.more}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_functions_of_a_command_are_there(name: str) -> None:
+    command = COMMANDS[name]
+    assert load(command.function) is getattr(library, name)
+    targets = filter(None, (command.cli, command.report, command.drawing))
+    assert all(callable(load(target)) for target in targets)
+
+
+# A command that losscli does not have: its functions, and its entry in the registry.
+_RIDGE = '''
+import typer
+from losscli.cli.options import with_console
+from losscli.plotting.style import house_style
+from losscli.results import Result, to_json
+from losscli.studies.registry import COMMANDS
+from losscli.table import Table
+
+def ridge(path):
+    table = Table.build(["height", "width"], [[1.0, 2.0], [3.0, 4.0]])
+    return Result(table, {"command": "ridge"}, COMMANDS["ridge"].draw)
+
+@with_console
+def command(path: str, console) -> None:
+    """Follow a ridge."""
+    result = ridge(path)
+    open(f"{path}.csv", "w", newline="").write(result.table.to_csv())
+    console.result(COMMANDS["ridge"].as_text(result))
+
+def report(result):
+    return f"a ridge of {len(result.table.rows)} points\\n"
+
+def draw(run, *, title, log):
+    from matplotlib.figure import Figure
+    with house_style():
+        figure = Figure()
+        figure.add_subplot().plot(run.table["height"], run.table["width"])
+    return figure
+'''
+_ENTRY = """
+import sys
+from losscli.studies.registry import COMMANDS, Command, TableFormat
+
+COMMANDS["ridge"] = Command(
+    name="ridge",
+    function="ridge:ridge",
+    cli="ridge:command",
+    report="ridge:report",
+    drawing="ridge:draw",
+    summary=dict[str, int],
+    table=TableFormat(("height", "width"), grid=("height", "width")),
+    not_overlaid=("one ridge cannot be laid over another", "Give one"),
+)
+# losscli itself was imported first, to get there.
+for name in [name for name in sys.modules if name == "losscli"]:
+    del sys.modules[name]
+
+import losscli
+from losscli.cli import run
+from losscli.cli.console import Console
+
+assert "ridge" in dir(losscli) and losscli.ridge("x").figure().axes
+assert run(["ridge", "x"], Console()) == 0
+assert run(["plot", "x.csv"], Console()) == 0
+assert run(["plot", "x.csv", "x.csv"], Console()) == 2
+assert run(["--help"], Console()) == 0
+"""
+
+
+def test_a_new_command_takes_its_modules_and_one_entry(tmp_path: Path) -> None:
+    (tmp_path / "ridge.py").write_text(_RIDGE)
+    done = subprocess.run(
+        [sys.executable, "-c", _ENTRY],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a ridge of 2 points" in done.stdout
+    assert "Follow a ridge." in done.stdout
+    assert "one ridge cannot be laid over another" in done.stderr
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
