@@ -195,13 +195,15 @@ def test_float32_agrees_with_float64(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", SEEN, ids=str)
-@pytest.mark.parametrize("batch_size", [1, 5, 36])
-def test_batches_and_the_ragged_last_one_do_not_matter(case: Case, batch_size: int) -> None:
-    whole, parts = (curvature_of(case, batch_size=b) for b in (1000, batch_size))
+def test_batches_and_the_ragged_last_one_do_not_matter(case: Case) -> None:
+    whole = curvature_of(case, batch_size=1000)
     v = random(whole.size)
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
-    assert relative(parts.gradient(), whole.gradient()) < 1e-10
-    assert relative(parts.product(v), whole.product(v)) < 1e-10
+    gradient, product = whole.gradient(), whole.product(v)
+    for batch_size in (1, 5, 36):
+        parts = curvature_of(case, batch_size=batch_size)
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
+        assert relative(parts.gradient(), gradient) < 1e-10
+        assert relative(parts.product(v), product) < 1e-10
 
 
 def test_a_gradient_is_taken_where_nobody_asked_for_any() -> None:
@@ -666,7 +668,8 @@ def test_right_derivatives_do_not_contradict_differences(case: Case, dtype: torc
     objective = objective_of(case, dtype=dtype)
     state = case.state(1)
     objective.check(state)
-    compare(objective, state)
+    # In float64 the twin of float32 has the same eigenvectors.
+    compare(objective, state, ends=dtype == torch.float64)
 
 
 @pytest.mark.parametrize("case", SEEN, ids=str)
@@ -769,6 +772,11 @@ CANCELLING = [
 ]
 
 
+@cache
+def two_at_each_end(case: Case, dtype: torch.dtype) -> Extremes:
+    return curvature_of(case, dtype=dtype).extremes(2, tolerance=1e-4, seed=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("number", [20, 60])
 @pytest.mark.parametrize("case", [*SEARCHED, *CANCELLING], ids=str)
@@ -783,8 +791,7 @@ def test_errors_cover_the_distance_from_float64(
     if precise is None:
         return
     truth = spectrum_of(case)
-    with Curvature(objective, state, names, split) as curvature:
-        found = curvature.extremes(2, tolerance=1e-4, seed=0)
+    found = two_at_each_end(case, dtype)
     whole = len(sample) == len(split)
     with (
         Curvature(objective, state, names, sample) as rough,
