@@ -39,7 +39,7 @@ def create(package: Any, name: str, **settings: Any) -> nn.Module:
 VIT = "vit_tiny_patch16_224"
 # Narrow, with every kind of layer that the models as published have.
 NARROW: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "narrow_resnet18": (partial(create, timm, "resnet18", channels=(8, 16, 24, 32)), "fc"),
+    "narrow_resnet18": (partial(create, timm, "resnet18", channels=(64, 16, 24, 32)), "fc"),
     "narrow_mobilenet": (
         partial(create, torchvision, "mobilenet_v3_small", width_mult=0.25),
         "classifier.3",
