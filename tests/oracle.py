@@ -52,7 +52,7 @@ def losses(
                 outputs = model(*(_cast(x[batch], dtype) for x in inputs))
             else:
                 outputs = model(_cast(inputs[batch], dtype))
-            found += loss(outputs, _cast(targets[batch], dtype)).tolist()
+            found += loss(outputs, _cast(targets[batch], dtype)).reshape(-1).tolist()
     return found
 
 
