@@ -12,11 +12,11 @@ demo: .venv/installed
 	$(BIN)/losscli interpolate $(SAMPLES)/relu/init.pt $(SAMPLES)/relu/final.pt -o demo --force
 	@echo "The picture is $(CURDIR)/demo.png"
 
-# A process for each core, and a thread for each process: threads that wait for cores spin. Each file
-# is run by one process: what its tests share is made once, and of the README's commands some take
+# A process for each core, and a thread for each process, but in tests of threads; those that wait
+# sleep instead of spinning on a core that another process needs. Each file is run by one process: what its tests share is made once, and of the README's commands some take
 # what others wrote.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed
 	$(BIN)/ruff check .

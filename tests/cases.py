@@ -14,8 +14,10 @@ from losscli.models import CNN, MLP
 from tests import foreign
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
+    """A case; it is hashed by identity, so that what is computed for it can be cached."""
+
     name: str
     build: Callable[[], nn.Module]
     inputs: Any

@@ -36,24 +36,23 @@ def losses(
     loss: Callable[[Tensor, Tensor], Tensor],
     *,
     dtype: torch.dtype = torch.float64,
+    batch_size: int = 1,
 ) -> list[float]:
-    """The loss of each example, one example at a time."""
+    """The loss of each example, by default one example at a time."""
     model = build().to(dtype)
     model.load_state_dict(state)
     model.eval()
     found = []
     with torch.no_grad():
-        for i in range(len(targets)):
-            one = slice(i, i + 1)
+        for i in range(0, len(targets), batch_size):
+            batch = slice(i, i + batch_size)
             if isinstance(inputs, dict):
-                outputs = model(**{key: _cast(x[one], dtype) for key, x in inputs.items()})
+                outputs = model(**{key: _cast(x[batch], dtype) for key, x in inputs.items()})
             elif isinstance(inputs, tuple):
-                outputs = model(*(_cast(x[one], dtype) for x in inputs))
+                outputs = model(*(_cast(x[batch], dtype) for x in inputs))
             else:
-                outputs = model(_cast(inputs[one], dtype))
-            target = targets[one]
-            value = loss(outputs, target.to(dtype) if target.is_floating_point() else target)
-            found.append(float(value))
+                outputs = model(_cast(inputs[batch], dtype))
+            found += loss(outputs, _cast(targets[batch], dtype)).reshape(-1).tolist()
     return found
 
 

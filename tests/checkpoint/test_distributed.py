@@ -9,8 +9,8 @@ import os
 import pickle
 import random
 import re
-import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
@@ -25,13 +26,14 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
 )
+from torch.distributed.fsdp import fully_shard
 
 from losscli.checkpoint import in_folder, read
 from losscli.checkpoint.distributed import _not_covered_once as not_covered_once
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests.checkpoint.test_files import Calling, prefixed, refusal, same, state, touch
-from tests.conftest import ROOT, Losscli
+from tests.conftest import Losscli
 
 
 def put(content: Any, folder: Path) -> str:
@@ -129,33 +131,31 @@ def test_tied_tensors_are_read_once_and_given_to_both(tmp_path: Path) -> None:
     assert torch.equal(found["b.weight"], w)
 
 
-_SHARDED = """
-import os, sys, warnings
-import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch.distributed.fsdp import fully_shard
-from losscli.models import MLP
-rank, folder = (1 if os.fork() else 0), sys.argv[1]
-warnings.simplefilter("ignore")
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-torch.manual_seed(0)
-model = fully_shard(MLP("4-3-2"), mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
-assert type(model.layers[0].weight).__name__ == "DTensor"
-dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/saved")
-dist.destroy_process_group()
-if rank:
-    assert os.wait()[1] == 0
-"""
+def save_sharded(rank: int, folder: Path) -> None:
+    """Saves one rank's part of a model that FSDP shards over two, and ends the process."""
+    try:
+        warnings.simplefilter("ignore")
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+        )
+        torch.manual_seed(0)
+        model = fully_shard(MLP("4-3-2"), mesh=dist.init_device_mesh("cpu", (2,)))
+        assert type(model.layers[0].weight).__name__ == "DTensor"
+        dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "saved")
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001 - the process ends here, whatever it raised
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 def test_what_fsdp_shards_over_two_processes_is_put_together(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _SHARDED, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    processes = []
+    for rank in range(2):
+        processes.append(os.fork())
+        if not processes[-1]:
+            save_sharded(rank, tmp_path)
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
     # Of three rows one rank has two and the other one.
     assert len(list((tmp_path / "saved").glob("*.distcp"))) == 2
     assert same(read(f"{tmp_path}/saved").select(state(1)).weights, state(0))

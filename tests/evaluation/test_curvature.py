@@ -126,16 +126,21 @@ def _cast(x: Tensor) -> Tensor:
 
 
 @cache
-def hessian_of(name: str) -> Tensor:
-    oracle = Oracle(next(case for case in CASES if case.name == name))
+def hessian_of(case: Case) -> Tensor:
+    oracle = Oracle(case)
     hessian = torch.autograd.functional.hessian(oracle.loss, oracle.point, vectorize=True)
     assert isinstance(hessian, Tensor)
     return hessian
 
 
+@cache
+def spectrum_of(case: Case) -> NDArray[np.float64]:
+    return np.linalg.eigvalsh(hessian_of(case).numpy())
+
+
 def times(case: Case, v: Tensor) -> Tensor:
     if len(v) <= DENSE_LIMIT:
-        return hessian_of(case.name) @ v
+        return hessian_of(case) @ v
     oracle = Oracle(case)
     product = torch.autograd.functional.vhp(oracle.loss, oracle.point, v)[1]
     assert isinstance(product, Tensor)
@@ -192,13 +197,15 @@ def test_float32_agrees_with_float64(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", SEEN, ids=str)
-@pytest.mark.parametrize("batch_size", [1, 5, 36])
-def test_batches_and_the_ragged_last_one_do_not_matter(case: Case, batch_size: int) -> None:
-    whole, parts = (curvature_of(case, batch_size=b) for b in (1000, batch_size))
+def test_batches_and_the_ragged_last_one_do_not_matter(case: Case) -> None:
+    whole = curvature_of(case, batch_size=1000)
     v = random(whole.size)
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
-    assert relative(parts.gradient(), whole.gradient()) < 1e-10
-    assert relative(parts.product(v), whole.product(v)) < 1e-10
+    gradient, product = whole.gradient(), whole.product(v)
+    for batch_size in (1, 5, 36):
+        parts = curvature_of(case, batch_size=batch_size)
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
+        assert relative(parts.gradient(), gradient) < 1e-10
+        assert relative(parts.product(v), product) < 1e-10
 
 
 def test_a_gradient_is_taken_where_nobody_asked_for_any() -> None:
@@ -482,8 +489,7 @@ def test_the_whole_hessian_is_that_of_the_oracle(case: Case) -> None:
             curvature.dense()
         return
     dense = curvature.dense()
-    expected = hessian_of(case.name).numpy()
-    spectrum = np.linalg.eigvalsh(expected)
+    expected, spectrum = hessian_of(case).numpy(), spectrum_of(case)
     scale = np.abs(spectrum).max()
     np.testing.assert_allclose(dense.matrix, expected, rtol=0, atol=1e-12 * scale)
     np.testing.assert_array_equal(dense.matrix, dense.matrix.T)
@@ -499,7 +505,7 @@ def test_searched_eigenvalues_are_the_ends_of_the_dense_spectrum(case: Case) -> 
     curvature = curvature_of(case, batch_size=8)
     found = curvature.extremes(2, tolerance=1e-6, seed=0)
     assert not found.exact
-    spectrum = np.linalg.eigvalsh(hessian_of(case.name).numpy())
+    spectrum = spectrum_of(case)
     values = [pair.value for pair in pairs_of(found)]
     expected = [spectrum[0], spectrum[1], spectrum[-1], spectrum[-2]]
     assert all(pair.converged for pair in pairs_of(found))
@@ -513,8 +519,7 @@ def test_an_eigenvalue_lies_within_the_error_even_where_the_search_was_cut_short
 ) -> None:
     curvature = curvature_of(case)
     found = curvature.extremes(2, tolerance=1e-6, seed=0, limit=limit)
-    hessian = hessian_of(case.name).numpy()
-    spectrum = np.linalg.eigvalsh(hessian)
+    hessian, spectrum = hessian_of(case).numpy(), spectrum_of(case)
     for pair in pairs_of(found):
         v = pair.vector.numpy()
         assert np.abs(spectrum - pair.value).min() <= pair.error
@@ -667,7 +672,8 @@ def test_right_derivatives_do_not_contradict_differences(case: Case, dtype: torc
     objective = objective_of(case, dtype=dtype)
     state = case.state(1)
     check_task(objective, state)
-    compare(objective, state)
+    # In float64 the twin of float32 has the same eigenvectors.
+    compare(objective, state, ends=dtype == torch.float64)
 
 
 @pytest.mark.parametrize("case", SEEN, ids=str)
@@ -682,9 +688,10 @@ def test_nor_do_they_without_float64(case: Case, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", stopped.HONEST)
-def test_kinks_and_jumps_do_not_contradict_differences(name: str) -> None:
+@pytest.mark.parametrize("seeds", [[1], pytest.param([2, 3, 4], marks=pytest.mark.stress)])
+def test_kinks_and_jumps_do_not_contradict_differences(name: str, seeds: list[int]) -> None:
     case = stopped.case(stopped.HONEST[name])
-    for seed in range(1, 5):
+    for seed in seeds:
         objective, state = objective_of(case, dtype=torch.float32), case.state(seed)
         check_task(objective, state)
         compare(objective, state, ends=seed == 1)
@@ -769,6 +776,11 @@ CANCELLING = [
 ]
 
 
+@cache
+def two_at_each_end(case: Case, dtype: torch.dtype) -> Extremes:
+    return curvature_of(case, dtype=dtype).extremes(2, tolerance=1e-4, seed=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("number", [20, 60])
 @pytest.mark.parametrize("case", [*SEARCHED, *CANCELLING], ids=str)
@@ -782,10 +794,8 @@ def test_errors_cover_the_distance_from_float64(
     precise = in_float64(objective, sample)
     if precise is None:
         return
-    with Curvature(precise, state, names, split) as curvature:
-        truth = curvature.dense().eigenvalues
-    with Curvature(objective, state, names, split) as curvature:
-        found = curvature.extremes(2, tolerance=1e-4, seed=0)
+    truth = spectrum_of(case)
+    found = two_at_each_end(case, dtype)
     given = found, objective, precise, state, names, sample
     wider = add_rounding(*given, whole=len(sample) == len(split), seed=0)
     for before, after in zip(pairs_of(found), pairs_of(wider), strict=True):
@@ -1183,7 +1193,7 @@ def test_some_of_the_parameters_have_their_block_of_the_hessian() -> None:
     sizes = [objective.tensors[n].numel() for n in names]
     starts = np.cumsum([0, *sizes])
     places = np.r_[starts[2] : starts[3], starts[0] : starts[1]]
-    expected = hessian_of(case.name).numpy()[np.ix_(places, places)]
+    expected = hessian_of(case).numpy()[np.ix_(places, places)]
     np.testing.assert_allclose(curvature.dense().matrix, expected, rtol=0, atol=1e-12)
     named = curvature.named(torch.arange(curvature.size))
     assert list(named) == chosen

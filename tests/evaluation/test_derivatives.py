@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ CUT_OFF = {"threaded", "folding", "differentiating"}
 
 WHOLE = [case for case in CASES if case.name not in CUT_OFF]
 
+SEEDS = [range(1, 2), pytest.param(range(2, 11), marks=pytest.mark.stress)]
+
 
 def ready(case: Case, *, seed: int = 1, **settings: Any) -> tuple[Objective, Line]:
     objective = objective_of(case, **settings)
@@ -50,13 +53,23 @@ def found_in(case: Case, alphas: list[float] = ALPHAS, **settings: Any) -> Slope
     return slopes(objective, line, alphas)["all"]
 
 
+@cache
+def found_in_float64(case: Case, batch_size: int | None = None) -> Slopes:
+    """By default in one batch, which has room for all examples."""
+    return found_in(case, batch_size=batch_size)
+
+
+@cache
+def ends(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return case.state(1), case.state(2)
+
+
 def mean_loss(case: Case, alpha: float) -> float:
-    a, b = case.state(1), case.state(2)
+    a, b = ends(case)
     state = oracle.blend(a, b, alpha)
     state |= {n: t for n, t in a.items() if torch.equal(t, b[n])}
-    return oracle.mean(
-        oracle.losses(case.build, state, copy.deepcopy(case.inputs), case.targets, case.per_example)
-    )
+    arguments = case.build, state, copy.deepcopy(case.inputs), case.targets, case.per_example
+    return oracle.mean(oracle.losses(*arguments, batch_size=len(case.targets)))
 
 
 def differences(case: Case, alpha: float) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +94,7 @@ def differences(case: Case, alpha: float) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("case", WHOLE, ids=str)
 def test_derivatives_are_those_of_a_plain_float64_loop(case: Case) -> None:
-    found = found_in(case, batch_size=8)
+    found = found_in_float64(case, 8)
     for i, alpha in enumerate(ALPHAS):
         expected, errors = differences(case, alpha)
         scale = max(1.0, np.abs(expected).max())
@@ -106,7 +119,7 @@ def test_forward_and_reverse_mode_agree(case: Case) -> None:
 
 @pytest.mark.parametrize("case", WHOLE, ids=str)
 def test_float32_is_near_float64(case: Case) -> None:
-    single, double = (found_in(case, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    single, double = found_in(case, dtype=torch.float32), found_in_float64(case)
     for one, other in ((single.slope, double.slope), (single.curvature, double.curvature)):
         scale = float(other.abs().max())
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5 * scale)
@@ -114,8 +127,7 @@ def test_float32_is_near_float64(case: Case) -> None:
 
 @pytest.mark.parametrize("case", WHOLE, ids=str)
 def test_any_batch_gives_the_same_numbers(case: Case) -> None:
-    whole = found_in(case, batch_size=1000)
-    parts = found_in(case, batch_size=5)
+    whole, parts = found_in_float64(case), found_in_float64(case, 8)
     torch.testing.assert_close(parts.slope, whole.slope, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(parts.curvature, whole.curvature, rtol=1e-11, atol=1e-13)
 
@@ -273,15 +285,19 @@ def test_a_loss_with_a_constant_weight_is_refused(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", stopped.HONEST)
-def test_kinks_jumps_and_rounding_are_no_stopped_gradients(name: str, dtype: torch.dtype) -> None:
-    for seed in range(1, 11):
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_kinks_jumps_and_rounding_are_no_stopped_gradients(
+    name: str, dtype: torch.dtype, seeds: range
+) -> None:
+    for seed in seeds:
         objective, line = ready(stopped.case(stopped.HONEST[name]), dtype=dtype, seed=seed)
         slopes(objective, line, ALPHAS)
 
 
 @pytest.mark.parametrize("name", stopped.LOSSES)
-def test_losses_of_pieces_are_no_stopped_gradients(name: str) -> None:
-    for seed in range(1, 11):
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_losses_of_pieces_are_no_stopped_gradients(name: str, seeds: range) -> None:
+    for seed in seeds:
         objective, line = ready(stopped.case(torch.relu), seed=seed)
         objective.loss = stopped.LOSSES[name]
         slopes(objective, line, ALPHAS)

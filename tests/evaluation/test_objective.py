@@ -120,11 +120,11 @@ def test_swapping_the_ends_mirrors_the_curve(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
-def test_any_chunk_and_batch_give_the_same_numbers(case: Case, chunk: int) -> None:
+def test_any_chunk_and_batch_give_the_same_numbers(case: Case) -> None:
     whole = curve(case, ALPHAS, batch_size=1000)
-    parts = curve(case, ALPHAS, batch_size=2 * chunk + 1, chunk=chunk)
-    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14, equal_nan=True)
+    for chunk in (1, 2, 3, 7):
+        parts = curve(case, ALPHAS, batch_size=2 * chunk + 1, chunk=chunk)
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

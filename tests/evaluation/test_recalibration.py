@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,16 @@ def curve(
     return sweep(objective, line, [(x,) for x in alphas], chunk=chunk)["all"].losses
 
 
+@cache
+def loaded(case: Case) -> Tensor:
+    return curve(case, ALPHAS, way=Strategy.LOADED)
+
+
+@cache
+def whole(case: Case) -> Tensor:
+    return curve(case, ALPHAS)
+
+
 @pytest.fixture(autouse=True)
 def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four batches of nine examples, and one example left over."""
@@ -218,10 +229,10 @@ def truth(case: Case, alpha: float, states: tuple[dict[str, Tensor], ...]) -> li
 @pytest.mark.parametrize("case", OWN, ids=str)
 def test_every_point_has_the_statistics_of_a_loop_by_hand(case: Case) -> None:
     states = case.state(1), case.state(2)
-    for way in (None, Strategy.LOADED):
-        found = curve(case, ALPHAS, way=way)
-        for alpha, row in zip(ALPHAS, found, strict=True):
-            np.testing.assert_allclose(row, truth(case, alpha, states), rtol=1e-9, atol=1e-11)
+    for alpha, *rows in zip(ALPHAS, whole(case), loaded(case), strict=True):
+        expected = truth(case, alpha, states)
+        for row in rows:
+            np.testing.assert_allclose(row, expected, rtol=1e-9, atol=1e-11)
 
 
 # functional_call does not put back the tensors of a layer that has two names.
@@ -241,22 +252,20 @@ def test_every_way_gives_the_same_numbers(case: Case, way: Strategy) -> None:
         found = curve(case, ALPHAS, way=way)
     finally:
         torch.set_num_threads(threads)
-    expected = curve(case, ALPHAS, way=Strategy.LOADED)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found, loaded(case), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", OWN, ids=str)
 @pytest.mark.parametrize(("chunk", "batch_size"), [(1, 7), (2, 1000)])
 def test_any_chunk_and_batch_give_the_same_numbers(case: Case, chunk: int, batch_size: int) -> None:
     parts = curve(case, ALPHAS, chunk=chunk, batch_size=batch_size)
-    torch.testing.assert_close(parts, curve(case, ALPHAS), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(parts, whole(case), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", OWN, ids=str)
 def test_swapping_the_ends_mirrors_the_curve(case: Case) -> None:
-    forth = curve(case, ALPHAS)
     back = curve(case, [1 - x for x in reversed(ALPHAS)], seeds=(2, 1))
-    torch.testing.assert_close(back.flip(0), forth, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(back.flip(0), whole(case), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", OWN, ids=str)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,37 @@ except RuntimeError:
     torchvision = importlib.import_module("torchvision")
 timm = importlib.import_module("timm")
 
-CLASSES = 3
-MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=CLASSES), "fc"),
-    "mobilenet_v3_small": (
-        lambda: torchvision.models.mobilenet_v3_small(num_classes=CLASSES),
+
+def create(package: Any, name: str, **settings: Any) -> nn.Module:
+    factory = timm.create_model if package is timm else torchvision.models.get_model
+    model: nn.Module = factory(name, num_classes=3, **settings)
+    return model
+
+
+VIT = "vit_tiny_patch16_224"
+# Narrow, with every kind of layer that the models as published have.
+NARROW: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "narrow_resnet18": (partial(create, timm, "resnet18", channels=(64, 16, 24, 32)), "fc"),
+    "narrow_mobilenet": (
+        partial(create, torchvision, "mobilenet_v3_small", width_mult=0.25),
         "classifier.3",
     ),
-    "vit_tiny": (
-        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=CLASSES),
-        "head",
-    ),
-    "convnext_atto": (
-        lambda: timm.create_model("convnext_atto", num_classes=CLASSES),
+    "narrow_vit": (partial(create, timm, VIT, img_size=32, depth=2, embed_dim=48), "head"),
+    "narrow_convnext": (
+        partial(create, timm, "convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)),
         "head.fc",
     ),
 }
+PUBLISHED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "resnet18": (partial(create, torchvision, "resnet18"), "fc"),
+    "mobilenet_v3_small": (partial(create, torchvision, "mobilenet_v3_small"), "classifier.3"),
+    "vit_tiny": (partial(create, timm, VIT, img_size=32), "head"),
+    "convnext_atto": (partial(create, timm, "convnext_atto"), "head.fc"),
+}
+MODELS = NARROW | PUBLISHED
 
 
-@functools.cache
+@cache
 def state(name: str, seed: int) -> dict[str, Tensor]:
     """Weights as after training: the statistics of BatchNorm are not the initial ones."""
     torch.manual_seed(seed)
@@ -65,7 +77,7 @@ def state(name: str, seed: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@functools.cache
+@cache
 def data() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return torch.rand(5, 3, 32, 32, generator=generator), torch.tensor([0, 2, 1, 0, 2])
@@ -73,11 +85,13 @@ def data() -> tuple[Tensor, Tensor]:
 
 def mean_loss(name: str, weights: oracle.State) -> float:
     build, _ = MODELS[name]
-    loss = functools.partial(F.cross_entropy, reduction="none")
+    loss = partial(F.cross_entropy, reduction="none")
     return oracle.mean(oracle.losses(build, weights, *data(), loss))
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(
+    params=[*NARROW, *(pytest.param(name, marks=pytest.mark.stress) for name in PUBLISHED)]
+)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -166,24 +180,27 @@ def permuted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             if module in readers:
                 new[key] = new[key][:, order]
 
-    for stage, channels in enumerate((64, 128, 256, 512), start=1):
-        for block in (f"layer{stage}.{k}" for k in range(2)):
-            shuffle([f"{block}.conv1", f"{block}.bn1"], [f"{block}.conv2"], channels)
+    for block in (f"layer{stage}.{k}" for stage in range(1, 5) for k in range(2)):
+        channels = len(weights[f"{block}.conv1.weight"])
+        shuffle([f"{block}.conv1", f"{block}.bn1"], [f"{block}.conv2"], channels)
     blocks = ["layer1.0", "layer1.1"]
     ends = [f"{block}.{part}" for block in blocks for part in ("conv2", "bn2")]
     starts = [*(f"{block}.conv1" for block in blocks), "layer2.0.conv1", "layer2.0.downsample.0"]
-    shuffle(["conv1", "bn1", *ends], starts, 64)
+    shuffle(["conv1", "bn1", *ends], starts, len(weights["conv1.weight"]))
     return new
 
 
-def test_align_finds_a_planted_permutation_of_resnet18(tmp_path: Path) -> None:
-    weights = state("resnet18", 0)
+@pytest.mark.parametrize(
+    "name", ["narrow_resnet18", pytest.param("resnet18", marks=pytest.mark.stress)]
+)
+def test_align_finds_a_planted_permutation_of_resnet18(name: str, tmp_path: Path) -> None:
+    weights = state(name, 0)
     shuffled = permuted(weights)
-    assert mean_loss("resnet18", shuffled) == pytest.approx(mean_loss("resnet18", weights))
+    assert mean_loss(name, shuffled) == pytest.approx(mean_loss(name, weights))
     for file, content in (("a", weights), ("b", shuffled)):
         torch.save(content, tmp_path / f"{file}.pt")
-    found = losscli.align(tmp_path / "a.pt", tmp_path / "b.pt", **study("resnet18"))
-    assert found.summary["distance"]["before"] > 10
+    found = losscli.align(tmp_path / "a.pt", tmp_path / "b.pt", **study(name))
+    assert found.summary["distance"]["before"] > 1
     assert found.summary["distance"]["after"] == 0
     aligned = found.checkpoint.weights
     assert all(torch.equal(weights[key], aligned[key]) for key in weights)
