@@ -459,7 +459,9 @@ def test_a_clock_that_jumps_changes_no_number(
     assert done.status == 0, done.stderr
 
 
-def test_a_locale_without_utf_8_and_a_foreign_path(folder: Path) -> None:
+def test_a_locale_without_utf_8_a_foreign_path_and_a_backend_that_is_not_there(
+    folder: Path,
+) -> None:
     """The whole command with α and Δ to write, in an encoding that has neither."""
     place = folder / "a b\n'\"中é"
     place.mkdir()
@@ -474,7 +476,7 @@ def test_a_locale_without_utf_8_and_a_foreign_path(folder: Path) -> None:
     )
     done = python("-c", code, "interpolate", *names, "--points", "3", "-o", "-",
                   str(place / "out"), LC_ALL="C", PYTHONUTF8="0",
-                  PYTHONCOERCECLOCALE="0")  # fmt: skip
+                  PYTHONCOERCECLOCALE="0", MPLBACKEND="nope")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("ascii")
     assert done.stderr.decode("ascii")
@@ -539,9 +541,3 @@ def test_a_current_folder_that_is_gone_is_one_line(folder: Path) -> None:
     # What the shell itself says comes before.
     told = [line for line in done.stderr.splitlines() if not line.startswith("shell-init")]
     assert told == ["losscli: the current folder is gone. Change to one that is there"]
-
-
-def test_a_backend_of_matplotlib_that_is_not_there_is_not_asked(folder: Path) -> None:
-    done = python("-m", "losscli", *RUN, "-q", MPLBACKEND="nope")
-    assert done.returncode == 0, done.stderr
-    assert (folder / "out.png").exists()
