@@ -6,6 +6,7 @@ Every kind of stop that leaves some gradient: no parameter is without one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -117,6 +118,39 @@ HONEST: dict[str, Callable[[Tensor], Tensor]] = {
     "sharp": lambda h: torch.sin(300 * h),
     "steep": lambda h: torch.sigmoid(1e4 * h),
     "hidden by an offset": lambda h: (h + 1e6) - 1e6,
+}
+
+
+class _Lying(torch.autograd.Function):
+    """Its backward is right, and that of its backward is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (1 - x.detach().tanh().square())
+
+
+def lying(h: Tensor) -> Tensor:
+    """Has a wrong second derivative."""
+    found: Tensor = _Lying.apply(h)
+    return found
+
+
+def cast(middle: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Computes in another type inside."""
+    return lambda h: middle(h.to(dtype)).to(h.dtype)
+
+
+SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sines": lambda h: torch.sin(30 * torch.sin(30 * h)),
+    "offset": lambda h: F.layer_norm(h + 1000, (8,)),
 }
 
 

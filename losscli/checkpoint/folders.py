@@ -12,7 +12,7 @@ from torch import Tensor
 from losscli.checkpoint.adapters import CONFIG, Adapter
 from losscli.checkpoint.distributed import METADATA, read_distributed
 from losscli.checkpoint.files import SUFFIXES, read_file, read_json
-from losscli.checkpoint.names import natural, state_dicts
+from losscli.checkpoint.names import natural, naturally, state_dicts
 from losscli.checkpoint.state import CheckpointFile, put_together
 from losscli.errors import CheckpointError, one_line
 
@@ -69,7 +69,7 @@ def in_folder(name: str) -> list[str]:
         raise CheckpointError(
             f"the folder {name} holds no checkpoints", f"Their names end in {', '.join(SUFFIXES)}"
         )
-    return [f"{path}{key}" for path in sorted(found, key=lambda path: natural(path.name))]
+    return [f"{folder / name}{key}" for name in naturally([path.name for path in found])]
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from losscli.arguments import listed, shown
-from losscli.checkpoint.names import metadata_of, state_dicts
+from losscli.checkpoint.names import loadable, metadata_of, state_dicts
 from losscli.checkpoint.quantised import packed
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
 from losscli.errors import CheckpointError, UsageError
@@ -59,7 +59,8 @@ class Given(str):
             _need_values(value, label)
             content = value.state_dict()
         elif isinstance(value, Checkpoint):
-            metadata, content = value.metadata, value.weights
+            metadata = value.metadata
+            content = loadable(value.weights, value.versions, value.extra)
         else:
             metadata = metadata_of(value)
         candidates = dict(state_dicts(content))
@@ -71,8 +72,8 @@ class Given(str):
                 candidates[key][name] = own = _own(tensor)
                 whole[f"{key}.{name}"] = own.dequantize() if own.is_quantized else own
         given = cls(label)
-        given.file = replace(file, digest=digest(whole))
         given.module = value if isinstance(value, nn.Module) else None
+        given.file = replace(file, digest=digest(whole), live=given.module is not None)
         return given
 
 

@@ -8,18 +8,17 @@ of the old ``weight_norm``, and BatchNorm takes a checkpoint without ``num_batch
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from losscli.checkpoint.names import unmarked
-from losscli.errors import one_line
-from losscli.weight_space.vectors import Weights
+from losscli.checkpoint.names import StateDict, beneath, loadable, state_dicts, unmarked
+from losscli.checkpoint.standins import has_record
+from losscli.errors import ModelError, one_line
+from losscli.weight_space.vectors import Weights, equal
 
-__all__ = ["LoadHooks"]
+__all__ = ["LoadHooks", "takes_part"]
 
 # A state dict may lie under many prefixes: so many of the likeliest are tried.
 _TRIED = 3
@@ -41,49 +40,38 @@ class LoadHooks:
         # A copy with values, for hooks that compute with those of the model.
         self._initial: nn.Module | None = None
 
-    def translate(self, weights: Weights) -> Weights | None:
+    @property
+    def are_own(self) -> bool:
+        """Whether code that is not torch's takes part in loading."""
+        return takes_part(self._model)
+
+    def translate(self, weights: Weights) -> StateDict | None:
         """Loads a state dict as the model does, ``load_state_dict(weights, strict=True)``.
 
         Args:
             weights: The state dict, perhaps under a prefix or with the marks of wrappers.
 
         Returns:
-            The tensors under the model's names, mapped as before where the hooks only rename them;
-            None where the model does not take it.
+            What the model's own ``state_dict`` is then, its tensors mapped as before where the
+            hooks only rename them; None where the model does not take it.
         """
         if not any(map(_has_hooks, self._model.modules())):
             return None
-        extra = {k: v for k, v in self._model.state_dict().items() if not isinstance(v, Tensor)}
         for state in self.views(weights):
-            state.update(extra)
-            if (found := self._load(state)) is not None:
-                return found
+            try:
+                return self.load(state)
+            except ModelError:
+                continue
         return None
 
-    def depend_on_versions(self, weights: Weights) -> bool:
-        """Tells whether hooks of the user's code make other tensors by the versions of modules.
-
-        Args:
-            weights: A state dict, with the versions that it noted.
-
-        Returns:
-            Whether they do; a point between checkpoints has no versions.
-        """
-        if not any(map(_has_own_hooks, self._model.modules())):
-            return False
-        noted, without = self.translate(weights), self.translate(dict(weights))
-        if noted is None or without is None:
-            return False
-        return any(not torch.equal(tensor, without[name]) for name, tensor in noted.items())
-
-    def views(self, weights: Weights) -> Iterator[OrderedDict[str, Any]]:
+    def views(self, weights: Weights) -> Iterator[StateDict]:
         """Names tensors by the model's modules, under the prefixes that hold most of these.
 
         Args:
             weights: A state dict.
 
         Yields:
-            What lies under a prefix, the likeliest first, with the versions of modules.
+            What lies under a prefix, the likeliest first.
         """
         counts = {"": 0}
         modules = [name.rpartition(".")[0] for name in weights]
@@ -93,77 +81,114 @@ class LoadHooks:
                 prefix = ".".join(parts[:depth])
                 known = unmarked(".".join(parts[depth:])) in self._places
                 counts[prefix] = counts.get(prefix, 0) + known
-        # A file may say anything there.
-        versions = {
-            module: version
-            for module, version in getattr(weights, "_metadata", {}).items()
-            if isinstance(module, str) and isinstance(version, Mapping)
-        }
         likeliest = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))
         for prefix in likeliest[:_TRIED]:
-            state: OrderedDict[str, Any] = OrderedDict()
             start = f"{prefix}." if prefix else ""
+            tensors = {}
             for name, tensor in weights.items():
                 if name.startswith(start):
                     module, _, leaf = name.removeprefix(start).rpartition(".")
-                    state[f"{self._place(module)}.{leaf}".removeprefix(".")] = tensor
-            # Copied, since load_state_dict writes on it.
-            metadata = {
-                self._place(module[len(start) :]): dict(version)
-                for module, version in versions.items()
-                if f"{module}.".startswith(start)
-            }
-            if metadata:
-                state._metadata = metadata  # type: ignore[attr-defined]
-            yield state
+                    tensors[f"{self._place(module)}.{leaf}".removeprefix(".")] = tensor
+            yield StateDict(tensors, *beneath(weights, prefix, self._place))
 
     def _place(self, module: str) -> str:
         own = unmarked(module)
         return self._places.get(own, own)
 
-    def _load(self, state: OrderedDict[str, Any]) -> Weights | None:
+    def load(self, state: StateDict) -> StateDict:
+        """Loads a state dict with the model's names, exactly as ``load_state_dict`` does.
+
+        Args:
+            state: The state dict.
+
+        Returns:
+            What the model's own ``state_dict`` is then, its versions those of the model's code.
+
+        Raises:
+            ModelError: The model does not take it, or cannot be copied; or its extra state has
+                objects that are not read.
+        """
+        for key, value in state.extra.items():
+            if has_record(value):
+                raise ModelError(f"{key} holds an object that weights_only does not read")
+        # Code of the user's own may write on the tensors that it is given.
+        given = {n: t.clone() for n, t in state.items()} if self.are_own else state
         empty = _copied(self._model, lambda tensor: tensor.to("meta"))
         try:
             if empty is not None:
-                empty.load_state_dict(state, strict=True, assign=True)
-                found = _tensors(empty)
+                empty.load_state_dict(
+                    loadable(given, state.versions, state.extra), strict=True, assign=True
+                )
+                found = _state_of(empty)
                 if not any(tensor.is_meta for tensor in found.values()):
-                    return found
+                    return _without_copies(found, given, state)
         except Exception as error:  # noqa: BLE001 - hooks are the user's code
-            if one_line(error).startswith(_REFUSED):
-                return None
+            if (text := one_line(error)).startswith(_REFUSED):
+                raise ModelError(text) from None
         # A hook needs values, or the model's own load_state_dict assigns nothing.
         if self._initial is None:
             self._initial = _copied(self._model, Tensor.clone)
         whole = self._initial and _copied(self._initial, Tensor.clone)
+        if whole is None:
+            raise ModelError("the model cannot be copied with copy.deepcopy")
         try:
-            if whole is None:
-                return None
-            whole.load_state_dict(state, strict=True)
-        except Exception:  # noqa: BLE001 - hooks are the user's code
-            return None
-        return _tensors(whole)
+            given = {n: t.clone() for n, t in state.items()}
+            whole.load_state_dict(loadable(given, state.versions, state.extra), strict=True)
+            return _state_of(whole)
+        except Exception as error:  # noqa: BLE001 - hooks are the user's code
+            raise ModelError(one_line(error)) from None
+
+
+def takes_part(model: nn.Module) -> bool:
+    """Tells whether code that is not torch's takes part in loading a model.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Whether it has load hooks, loads by methods of its own, or has extra state.
+    """
+    return any(map(_has_own_hooks, model.modules()))
+
+
+# The methods by which a module takes part in loading.
+_METHODS = ("_load_from_state_dict", "load_state_dict", "set_extra_state")
 
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a module takes part in loading, beyond copying tensors of the same names."""
-    return bool(module._load_state_dict_pre_hooks) or any(
-        getattr(type(module), name) is not getattr(nn.Module, name)
-        for name in ("_load_from_state_dict", "load_state_dict")
+    return bool(_hooks(module)) or any(
+        getattr(type(module), name) is not getattr(nn.Module, name) for name in _METHODS
     )
 
 
 def _has_own_hooks(module: nn.Module) -> bool:
     """Whether a module takes part in loading by code that is not torch's."""
-    hooks = (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values())
-    methods = (getattr(type(module), name) for name in ("_load_from_state_dict", "load_state_dict"))
+    methods = (getattr(type(module), name) for name in _METHODS)
     return any(
-        not str(getattr(code, "__module__", "")).startswith("torch.") for code in (*hooks, *methods)
+        not str(getattr(code, "__module__", "")).startswith("torch.")
+        for code in (*_hooks(module), *methods)
     )
 
 
-def _tensors(model: nn.Module) -> Weights:
-    return {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+def _hooks(module: nn.Module) -> list[Any]:
+    """The functions that are called before and after a module is loaded."""
+    before = (getattr(h, "hook", h) for h in module._load_state_dict_pre_hooks.values())
+    return [*before, *module._load_state_dict_post_hooks.values()]
+
+
+def _without_copies(found: StateDict, copies: Weights, originals: Weights) -> StateDict:
+    """Puts the tensors of a file, which may be mapped, where their copies are unchanged."""
+    names = {tensor.data_ptr(): name for name, tensor in copies.items()}
+    for name, tensor in found.items():
+        original = originals.get(names.get(tensor.data_ptr(), ""))
+        if original is not None and original.dtype == tensor.dtype and equal(original, tensor):
+            found[name] = original
+    return found
+
+
+def _state_of(model: nn.Module) -> StateDict:
+    return dict(state_dicts(model.state_dict())).get("", StateDict({}))
 
 
 def _copied(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module | None:

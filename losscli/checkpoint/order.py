@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 
 from torch import Tensor
 
 from losscli.checkpoint.folders import in_folder
 from losscli.checkpoint.given import Given
-from losscli.checkpoint.names import natural
+from losscli.checkpoint.names import naturally, stem
 from losscli.checkpoint.reading import read
 from losscli.checkpoint.state import CheckpointFile
 from losscli.weight_space.vectors import Weights, equal
 
 __all__ = ["all_in", "path_of"]
 
-# What the beginning of a name, or a word in it, says about the place in training.
+# What the beginning of a name, or a word in it, says about the place in training. A word may run
+# into another of these: bestmodel.pt, but not bestiary.pt.
+_MORE = r"(?![a-z])|(?=acc|checkpoint|ckpt|epoch|loss|model|net|params|step|val|weights)"
 _STARTS = (
-    *(("init", "first"), ("final", "last"), ("last", "last")),
-    *(("best", "best"), ("model_best", "best")),
+    (re.compile(r"(?i:init)"), "first"),
+    (re.compile(rf"(?i:final|last|latest)(?:{_MORE})"), "last"),
+    (re.compile(rf"(?i:model_best|best)(?:{_MORE})"), "best"),
 )
 _WORDS = {"init": "first", "initial": "first", "final": "last", "last": "last", "latest": "last",
           "best": "best"}  # fmt: skip
@@ -50,8 +53,9 @@ def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str
 
     Names in lexicographic order where natural order differs (1, 10, 2: a shell pattern) are put
     into natural order. In a folder ``init*`` comes first, ``final*`` and ``last*`` come last. If
-    the folder has numbered files, ``best*`` and ``model_best*`` are left out, and so are ``final*``
-    and ``last*`` if they equal a numbered file.
+    the folder has numbered files, ``best*`` and ``model_best*`` are left out, and a name of theirs
+    without the number (``model.pt`` beside ``model_10.pt``) comes last too. What comes last is
+    left out if it equals a numbered file.
 
     Args:
         names: Names of checkpoints and of folders of checkpoints.
@@ -91,12 +95,12 @@ def _files(name: str) -> list[str]:
 def _in_natural_order(names: Sequence[str]) -> list[str]:
     """Sorts names that a shell pattern gave: all of them, or neighbours that differ in numbers."""
     if list(names) == sorted(names):
-        return sorted(names, key=natural)
+        return naturally(names)
     found: list[str] = []
     for _, group in groupby(names, key=lambda name: re.sub(r"[0-9]+", "0", name)):
         alike = list(group)
         patterns = (sorted(alike), sorted(alike, key=_letters))
-        found += sorted(alike, key=natural) if alike in patterns else alike
+        found += naturally(alike) if alike in patterns else alike
     return found
 
 
@@ -113,11 +117,13 @@ def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
     )
     notes: list[str] = []
     last: list[str] = []
+    bare = list(compress(steps, _bare(list(map(_file, steps)))))
+    steps = [name for name in steps if name not in bare]
     numbered = [name for name in steps if re.search(r"[0-9]", _file(name))]
     if not numbered:
         last, steps = final, [name for name in files if places[name] in {"best", ""}]
     else:
-        for name in final:
+        for name in [*bare, *final]:
             if twin := _twin(name, [*last, *reversed(numbered)]):
                 notes.append(f"{name} is left out: its weights are those of {twin}")
             else:
@@ -151,17 +157,36 @@ def _some(names: Sequence[str]) -> str:
 
 def _places(files: Sequence[str]) -> list[str]:
     """Reads from file names which are the first, the last and the best of a training."""
-    numbers = [set(re.findall(r"[0-9]+", file)) for file in files]
-    common = set.intersection(*numbers)
     places = []
-    for file, own in zip(files, numbers, strict=True):
-        place = next((place for start, place in _STARTS if file.lower().startswith(start)), "")
+    for file, has_number in zip(files, _have_numbers(files), strict=True):
+        place = next((place for start, place in _STARTS if start.match(file)), "")
         # Elsewhere in a name a word counts if no number of its own says more: resnet18-last.pt.
-        if not place and not own - common:
+        if not place and not has_number:
             words = re.split(r"[\W_]+", file.lower())
             place = next((_WORDS[word] for word in words if word in _WORDS), "")
         places.append(place)
     return places
+
+
+def _bare(files: Sequence[str]) -> list[bool]:
+    """Finds the names of numbered files without the number, as the latest is often named."""
+    stems = [stem(file.lower()) for file in files]
+    bare = []
+    for own, has_number in zip(stems, _have_numbers(files), strict=True):
+        longer = [other.removeprefix(own) for other in stems if other.startswith(own)]
+        # Of a model.pt: model10.pt, model_10.pt and model-epoch-10.pt, but not models_10.pt.
+        numbered = [rest for rest in longer if re.match(r"(?![a-z]).*[0-9]", rest)]
+        # Lightning writes a name-v1.ckpt after a name.ckpt.
+        again = any(re.fullmatch(r"-v[0-9]+", rest) for rest in numbered)
+        bare.append(bool(numbered) and not again and not has_number)
+    return bare
+
+
+def _have_numbers(files: Sequence[str]) -> list[bool]:
+    """Finds the names with a number that not all names share: resnet18-last.pt has none."""
+    numbers = [set(re.findall(r"[0-9]+", file)) for file in files]
+    common = set.intersection(*numbers) if numbers else set()
+    return [bool(own - common) for own in numbers]
 
 
 def _twin(name: str, others: Sequence[str]) -> str | None:

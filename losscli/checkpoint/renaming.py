@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from losscli.checkpoint.hooks import LoadHooks
-from losscli.checkpoint.names import OPTIMISER
+from losscli.checkpoint.names import OPTIMISER, StateDict
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied
-from losscli.errors import CheckpointError, MismatchError
+from losscli.errors import CheckpointError, MismatchError, ModelError
 from losscli.mmap import let_go
+from losscli.weight_space.digest import digest
 from losscli.weight_space.vectors import Weights, kind, mismatches, pieces
 
 __all__ = ["select_for"]
@@ -58,12 +59,6 @@ def select_for(
     hooks = hooks or LoadHooks(model)
     try:
         found = file.select(expected, base)
-        if any(map(hooks.depend_on_versions, map(file.fetch, file.candidates.values()))):
-            raise CheckpointError(
-                f"{file.name}: the load hooks of the model change its tensors by the version that "
-                "the file notes, and a point between checkpoints has none",
-                "Give a --model without these hooks",
-            )
     except MismatchError:
         if file.adapter:
             raise
@@ -73,6 +68,10 @@ def select_for(
         if translated is None:
             raise
         found = translated
+    else:
+        # An adapter changes a base that was loaded already.
+        if not (file.adapter or file.live) and (hooks.are_own or found.extra):
+            found = _loaded(file, found, hooks, expected)
     if differ := _torn(found.weights, expected):
         raise MismatchError(
             f"{file.name} gives {' and '.join(differ)} different values, and they are one tensor "
@@ -81,6 +80,21 @@ def select_for(
             "save the checkpoint without one of them",
         )
     return found
+
+
+def _loaded(
+    file: CheckpointFile, found: Checkpoint, hooks: LoadHooks, expected: Weights
+) -> Checkpoint:
+    """Lets the model's load hooks change tensors that have the model's names."""
+    try:
+        weights = hooks.load(StateDict(found.weights, found.versions, found.extra))
+    except ModelError as error:
+        raise MismatchError(f"{file.name} cannot be loaded into the model: {error.what}") from None
+    if wrong := mismatches(weights, expected):
+        raise MismatchError(f"{file.name} does not fit the model after its load hooks: {wrong[0]}")
+    # Of an object its values are known, but not by which versions they were changed.
+    known = file.digest and digest(weights)
+    return replace(file.checkpoint(weights), digest=known)
 
 
 def _translated(file: CheckpointFile, hooks: LoadHooks, expected: Weights) -> Checkpoint | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from losscli.checkpoint.claims import Fixed, hold_against_size
 
-__all__ = ["Path", "Record", "load_tensors"]
+__all__ = ["Path", "Record", "has_record", "load_tensors"]
 
 
 class Record(metaclass=Fixed):
@@ -46,6 +47,22 @@ class Record(metaclass=Fixed):
 
     def __getitem__(self, name: str) -> Any:
         return self.state.get(name) if isinstance(self.state, dict) else None
+
+
+def has_record(value: Any) -> bool:
+    """Tells whether something that was read is not what was written.
+
+    Args:
+        value: What was read.
+
+    Returns:
+        Whether it is a record, or a collection that holds one.
+    """
+    if isinstance(value, Mapping):
+        return any(map(has_record, value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(map(has_record, value))
+    return isinstance(value, Record)
 
 
 def load_tensors(file: Any, *, mmap: bool = False) -> Any:

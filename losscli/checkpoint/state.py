@@ -7,14 +7,14 @@ import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from losscli.checkpoint.names import OPTIMISER, Part, parts, under
+from losscli.checkpoint.names import OPTIMISER, Part, StateDict, Versions, parts, under
 from losscli.checkpoint.quantised import quantised
 from losscli.errors import CheckpointError, MismatchError
 from losscli.files import open_regular
@@ -42,6 +42,8 @@ class Checkpoint:
         path: The file or the folder it came from; None for an initialisation or an object.
         files: The files that make it up.
         digest: That of the tensors of an object that Python code gave.
+        versions: The versions of modules that the tensors are of.
+        extra: The extra state of modules that is not a tensor, by its keys.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Checkpoint:
     path: Path | None = None
     files: tuple[Path, ...] = ()
     digest: str | None = None
+    versions: Versions = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def sha256(self) -> str | None:
         """Digests the files that make it up.
@@ -115,6 +119,7 @@ class CheckpointFile:
             model's own.
         fetch: Reads the tensors that were chosen, where ``candidates`` only has their shapes.
         digest: That of the tensors of an object.
+        live: Whether they are those of a module, which was loaded already.
     """
 
     name: str
@@ -126,6 +131,7 @@ class CheckpointFile:
     adapter: Adapter | None = None
     fetch: Callable[[Weights], Weights] = _as_they_are
     digest: str | None = None
+    live: bool = False
 
     @property
     def folder(self) -> Path:
@@ -311,7 +317,8 @@ class CheckpointFile:
         (tensors,) = self.candidates.values()
         twins = tied({n: t for n, t in (expected or {}).items() if isinstance(t, Tensor)})
         weights = self.adapter.merge(base.weights, tensors, twins)
-        return Checkpoint(self.name, weights, base.metadata, self.path, self.files + base.files)
+        files = self.files + base.files
+        return replace(base, name=self.name, weights=weights, path=self.path, files=files)
 
     def refuse_quantised(self) -> None:
         """Makes sure that points lie between the weights of a file and others.
@@ -336,7 +343,10 @@ class CheckpointFile:
         Returns:
             The checkpoint.
         """
-        return Checkpoint(self.name, weights, self.metadata, self.path, self.files, self.digest)
+        noted = (weights.versions, weights.extra) if isinstance(weights, StateDict) else ({}, {})
+        return Checkpoint(
+            self.name, weights, self.metadata, self.path, self.files, self.digest, *noted
+        )
 
     def ambiguous(self, labels: list[str], why: str = "") -> CheckpointError:
         """Makes the error that several state dicts could be meant.

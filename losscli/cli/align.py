@@ -59,7 +59,8 @@ def align(
 
     with console.guard_stdout():
         alignment = study(a, b, **asdict(settings))
-    save(alignment.checkpoint.weights, alignment.checkpoint.metadata, out)
+    found = alignment.checkpoint
+    save(found.weights, found.metadata, out, found.versions, found.extra)
     console.written = True
     if json_:
         console.result(f"{to_json({**alignment.summary, 'file': str(out)}, indent=None)}\n")

@@ -73,7 +73,7 @@ def export(
             "-o",
             "--out",
             metavar="FILE.safetensors",
-            help="The file to write.",
+            help="The file to write; FILE.pt also stores module versions.",
             show_default=False,
         ),
     ],
@@ -120,7 +120,7 @@ def export(
         alpha, summary = point.alpha, point.summary
     assert alpha is not None
     checkpoint = study(a, b, alpha, summary=summary)
-    save(checkpoint.weights, checkpoint.metadata, out)
+    save(checkpoint.weights, checkpoint.metadata, out, checkpoint.versions, checkpoint.extra)
     console.written = True
     console.result(f"{out}\n")
     if best is not None:
@@ -142,14 +142,16 @@ def writable(out: Path, *, force: bool) -> None:
         force: Whether it may be overwritten.
 
     Raises:
-        UsageError: It is a folder, or its name is not that of a safetensors file.
+        UsageError: It is a folder, or its name is not that of a file that is written.
         OutputError: Its folder is not there or cannot be written to, or it is there and may not
             be overwritten.
     """
     if not out.name or out.is_dir():
         raise UsageError(f"--out {str(out)!r} is a folder", "Give folder/name.safetensors")
-    if out.suffix != ".safetensors":
-        raise UsageError(f"{out} is no name of a safetensors file", f"Write {out.stem}.safetensors")
+    if out.suffix not in {".safetensors", ".pt", ".pth"}:
+        raise UsageError(
+            f"{out} is no name of a safetensors file", f"Write {out.stem}.safetensors or .pt"
+        )
     if not out.parent.is_dir():
         raise OutputError(f"there is no folder {out.parent}", f"mkdir -p {out.parent}")
     if not os.access(out.parent, os.W_OK | os.X_OK):

@@ -28,7 +28,7 @@ _TOLD: Mapping[str, Callable[[Result], str]] = {
     "check": lambda result: report.check(result.summary, result.table.records()),
 }
 
-# What the basis of a study tells of the machine.
+# Conditions in the fingerprint of a study that are of the machine.
 _OWN = frozenset({
     "Python", "the device", "the number of threads", "what the model makes of a first batch",
 })  # fmt: skip
@@ -57,18 +57,20 @@ def carry_out(
     if output is not None and output.figures:
         objective = study.problem.objective
         need_few(
-            "" if study.settled.get("layerwise") else command,
+            "" if study.options.get("layerwise") else command,
             len(objective.splits),
             len(objective.metrics),
             "Choose fewer by --split and --metric, or give --no-figure",
         )
     if write.dry_run:
+        from losscli.studies import dry_run
+
         with console.guard_stdout():
-            estimate = study.estimate()
+            estimate = dry_run.estimate(study)
         for note in study.problem.notes:
             console.note(note)
         # The batch that fits is known by now.
-        description = {**study.describe(), "estimate": estimate}
+        description = {**dry_run.describe(study), "estimate": estimate}
         told = f"{to_json(description, indent=None)}\n" if write.json else report.plan(description)
         console.result(told)
         return
@@ -82,10 +84,10 @@ def carry_out(
     from losscli.evaluation.journal import Journal
 
     with console.guard_stdout():
-        basis = study.basis
+        fingerprint = study.fingerprint
     output.make_folder()
     with (
-        Journal.open(output.stem, basis.identity, basis.told) as journal,
+        Journal.open(output.stem, fingerprint.identity, fingerprint.conditions) as journal,
         _keeping(journal, console),
     ):
         for note in _notes(journal):
@@ -117,8 +119,8 @@ def _help(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Consol
 
 def _alike(study: Study) -> dict[str, str]:
     """What has to be the same for all ranks, whatever machines they are on."""
-    told = study.basis.told
-    return {name: json.dumps(value) for name, value in told.items() if name not in _OWN}
+    conditions = study.fingerprint.conditions
+    return {name: json.dumps(value) for name, value in conditions.items() if name not in _OWN}
 
 
 def _evaluate(study: Study, console: Console, journal: Journal | None) -> Result:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal, Self
 
 import numpy as np
@@ -26,11 +26,13 @@ from losscli.evaluation.decompositions import Elementary
 from losscli.evaluation.differences import (
     CURE,
     DETACHED,
-    FIRST,
-    FIRST_IN_FLOAT32,
     NEEDED,
     POINTS,
-    SECOND,
+    Comparison,
+    are_verified,
+    noise_of,
+    rules,
+    unverified,
 )
 from losscli.evaluation.objective import Objective, Progress
 from losscli.weight_space.vectors import Weights, norm
@@ -46,6 +48,7 @@ __all__ = [
     "Verdict",
     "add_rounding",
     "check_derivatives",
+    "nearby",
     "verdict",
 ]
 
@@ -85,6 +88,11 @@ _ROWS = 16
 # How far from a point derivatives are compared with differences, as a share of its norm.
 _AWAY = 0.01
 
+# How far away rounding is measured without float64, as a share of the norm of the weights, and how
+# many standard deviations bound it. Over so long a step most numbers are rounded differently.
+_SPREAD = 1e-3
+_DEVIATIONS = 3
+
 # How far parameters that no gradient reaches are moved, as a share of their size.
 _NUDGE = 1 / 16
 
@@ -96,7 +104,8 @@ class Eigenpair:
     Attributes:
         value: λ = vᵀHv.
         error: ‖Hv − λv‖, from a product of its own; no smaller than the rounding of the forward
-            type (√n ε times the largest |λ| found). Some eigenvalue of H lies within it of λ.
+            type (√n ε times the largest |λ| found). Some eigenvalue of H lies within it of λ, if
+            the rounding of Hv is no larger. `add_rounding` adds that rounding as it is measured.
         vector: v, of length 1, ``[n]``, float64, its largest entry positive.
         converged: Whether λ may be taken for the extreme eigenvalue it stands for. Where not, the
             error still holds, but an eigenvalue further out may have been missed.
@@ -136,7 +145,8 @@ class DenseHessian:
         eigenvalues: The spectrum, ``[n]``, ascending; nan where H is not finite.
         eigenvectors: Its vectors as columns, ``[n, n]``.
         error: The noise floor of each eigenvalue: the asymmetry, or √n ε times the largest |λ|
-            where that is more, ε the rounding unit of the forward type.
+            where that is more, ε the rounding unit of the forward type. Rounding that is symmetric,
+            such as that of activations which cancel, is not in it; `add_rounding` measures that.
     """
 
     matrix: _Matrix
@@ -661,6 +671,7 @@ class Curvature:
         """Keeps to operators that can be differentiated twice, also in eval mode."""
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(self._objective.computing())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self._recurrent:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -678,33 +689,85 @@ def _replace(vectors: Tensor, better: Tensor) -> Tensor:
 
 
 def add_rounding(
-    extremes: Extremes, single: Curvature, double: Curvature, *, whole: bool
+    extremes: Extremes,
+    objective: Objective,
+    precise: Objective | None,
+    weights: Weights,
+    names: Sequence[str],
+    sample: Split,
+    *,
+    whole: bool,
+    seed: int,
 ) -> Extremes:
     """Adds the rounding of products with the Hessian to the errors of eigenvalues.
 
     With H the exact Hessian and H' that of the forward type, ‖Hv - λv‖ <= ‖H'v - λv‖ + ‖(H' - H)v‖.
-    Where activations cancel, the second term is far above √n ε. On some of the examples it is not
-    known exactly, and counts twice: rounding that is random is smaller on all of them, rounding
-    that is not is the same.
+    Where activations cancel, the second term is far above √n ε. It is measured against float64.
+    Without that, it is taken from the fourth difference of H'v near the point, which rounding
+    changes at random; rounding that is the same at all these points does not show.
+
+    On some of the examples it is not known exactly, and counts twice: rounding that is random is
+    smaller on all of them, rounding that is not is the same.
 
     Args:
         extremes: The eigenvalues, found with products of the forward type.
-        single: Products of the forward type on some examples.
-        double: Products in float64 on the same ones.
+        objective: Computes in the forward type.
+        precise: Computes in float64, if possible.
+        weights: The point: all tensors of the model; they are loaded in the end.
+        names: The parameters that are differentiated.
+        sample: Some examples.
         whole: Whether these are all examples.
+        seed: Of the direction in which points nearby lie.
 
     Returns:
         The eigenvalues with larger errors.
     """
+    pairs = [*extremes.smallest, *extremes.largest]
 
-    def widen(pair: Eigenpair) -> Eigenpair:
-        if not math.isfinite(pair.error):
-            return pair
-        rounding = float((single.product(pair.vector) - double.product(pair.vector)).norm())
-        return replace(pair, error=pair.error + (1 if whole else 2) * rounding)
+    def products(objective: Objective, at: Weights) -> Tensor:
+        with Curvature(objective, at, names, sample) as curvature:
+            return torch.stack([curvature.product(pair.vector) for pair in pairs])
 
-    smallest, largest = (tuple(map(widen, end)) for end in (extremes.smallest, extremes.largest))
-    return replace(extremes, smallest=smallest, largest=largest)
+    if precise is None:
+        near = nearby(weights, names, objective.dtype, seed)
+        off = _scatter([products(objective, at) for at in near])
+    else:
+        off = (products(objective, weights) - products(precise, weights)).norm(dim=1)
+    objective.load(weights)
+    off *= 1 if whole else 2
+    wider = [
+        replace(pair, error=pair.error + rounding) if math.isfinite(pair.error) else pair
+        for pair, rounding in zip(pairs, off.tolist(), strict=True)
+    ]
+    number = len(extremes.smallest)
+    return replace(extremes, smallest=tuple(wider[:number]), largest=tuple(wider[number:]))
+
+
+def _scatter(near: Sequence[Tensor]) -> Tensor:
+    """Estimates a bound of the rounding of products, ``[K]``, from those at points `nearby`."""
+    noise = [noise_of([v[None] for v in row]) for row in zip(*near, strict=True)]
+    return _DEVIATIONS * torch.tensor(noise)
+
+
+def nearby(
+    weights: Weights, names: Sequence[str], dtype: torch.dtype, seed: int
+) -> Iterator[Weights]:
+    """Makes the points between which rounding is measured without float64, by `noise_of`.
+
+    Args:
+        weights: The point: all tensors of the model.
+        names: The parameters that move.
+        dtype: The type of the forward pass.
+        seed: Of the direction.
+
+    Yields:
+        Five evenly spaced points.
+    """
+    point = {name: weights[name].to(torch.promote_types(dtype, torch.float32)) for name in names}
+    way = _step(point, torch.Generator().manual_seed(seed))
+    step = max(_SPREAD, 4 * torch.finfo(dtype).eps)
+    for share in (-1, -0.5, 0, 0.5, 1):
+        yield {**weights, **_moved(point, way, share * step)}
 
 
 def check_derivatives(
@@ -714,7 +777,7 @@ def check_derivatives(
     sample: Split,
     directions: Mapping[str, Tensor],
     seed: int,
-) -> None:
+) -> str:
     """Compares gradients with differences of the loss, and products with those of gradients.
 
     The comparison takes place near the point, 1 % of the weights away in a random direction: at
@@ -722,39 +785,25 @@ def check_derivatives(
     along four random ones: an eigenvector of a wrong Hessian may avoid what makes it wrong.
 
     Args:
-        objective: The model, the loss and the data, in float64 where possible. Products are
-            compared only there.
+        objective: The model, the loss and the data, in float64 where possible.
         weights: The point: all tensors of the model; they are loaded in the end.
         names: The parameters that are differentiated.
         sample: A few examples.
         directions: Vectors ``[n]`` of length one, by what they are called.
         seed: Of the random directions.
 
+    Returns:
+        What could not be verified; empty if nothing.
+
     Raises:
         ModelError: Derivatives contradict differences along two directions or more.
     """
     generator = torch.Generator().manual_seed(seed)
     objective.load(weights)
-    narrowest = objective.narrowest(sample)
-    if narrowest.itemsize < torch.float32.itemsize:
-        # Differences are multiples of its rounding, and contradict any derivative.
-        return
-    precise = objective.dtype == narrowest == torch.float64
+    first, second = rules(objective.narrowest(sample))
     with Curvature(objective, weights, names, sample) as here:
         point = {name: objective.tensors[name].detach().clone() for name in names}
         length = norm(point) or 1.0
-
-        def random() -> dict[str, Tensor]:
-            """A step as long as the weights, in proportion to the size of each tensor."""
-            typical = length / math.sqrt(here.size)
-            steps = {
-                name: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
-                * (norm({name: t}) / math.sqrt(t.numel()) or typical)
-                for name, t in point.items()
-                if t.numel()
-            }
-            return {name: step * (length / (norm(steps) or 1.0)) for name, step in steps.items()}
-
         ways = {
             f"the eigenvector of {name}": {
                 n: t.to(point[n]) * length for n, t in here.named(v).items()
@@ -762,59 +811,72 @@ def check_derivatives(
             for name, v in directions.items()
             if bool(v.isfinite().all())
         }
-        ways |= {f"random direction {k + 1}": random() for k in range(POINTS)}
+        ways |= {f"random direction {k + 1}": _step(point, generator) for k in range(POINTS)}
 
-        def moved(base: Weights, way: Weights, step: float) -> Weights:
-            return {name: base[name] + step * t for name, t in way.items()}
-
-        def loss(at: Weights) -> Tensor:
-            return objective.plain(at, {"": sample})[""].losses.double().mean()
+        def losses(at: Weights) -> Tensor:
+            return objective.plain(at, {"": sample})[""].losses[0]
 
         def gradient(at: Weights) -> Tensor:
-            return Curvature(objective, at, names, sample).gradient()
+            return Curvature(objective, at, names, sample).gradient().unsqueeze(0)
 
-        slopes, products = [], []
+        def along(
+            function: Callable[[Weights], Tensor], base: Weights, way: Weights
+        ) -> Callable[[float], Tensor]:
+            return lambda step: function(_moved(base, way, step))
+
+        slopes: list[Comparison] = []
+        products: list[Comparison] = []
+        bent, wrong = [], []
         for name, way in ways.items():
-            base = moved(point, random(), _AWAY)
+            base = _moved(point, _step(point, generator), _AWAY)
             flat = torch.cat([way[n].reshape(-1).double() for n in names]).to(here._device)
             at = Curvature(objective, base, names, sample)
-            slope, product = at.gradient() @ flat, at.product(flat) if precise else None
-            size = abs(at.loss)
-
-            def difference(
-                function: Callable[[Weights], Tensor],
-                step: float,
-                base: Weights = base,
-                way: Weights = way,
-            ) -> Tensor:
-                ahead, behind = (function(moved(base, way, sign * step)) for sign in (1, -1))
-                return (ahead - behind) / (2 * step)
-
-            rule = FIRST if precise else FIRST_IN_FLOAT32
-            other = rule.contradicting(slope.cpu(), size, partial(difference, loss))
-            if other is not None:
-                slopes.append((name, float(slope), float(other)))
-            elif product is not None:
-                size = max(float(at.gradient().norm()), size / length)
-                other = SECOND.contradicting(product, size, partial(difference, gradient))
-                if other is not None:
-                    along = flat / length**2
-                    products.append((name, float(product @ along), float(other @ along)))
+            slope, product, size = at.gradient() @ flat, at.product(flat), abs(at.loss)
+            one = first.compare(slope.cpu(), size, along(losses, base, way))
+            slopes.append(one)
+            if one.limit is not None:
+                found, limit = (float(x) / length for x in (slope, one.limit))
+                bent.append(f"{name} is {found:.3g}, but {limit:.3g} by differences of the loss")
+                continue
+            size = max(float(at.gradient().norm()), size / length)
+            one = second.compare(product, size, along(gradient, base, way))
+            products.append(one)
+            if one.limit is not None:
+                found, limit = (float(x @ flat) / length**2 for x in (product, one.limit))
+                wrong.append(
+                    f"{name} is {found:.3g}, but {limit:.3g} by differences of the gradient"
+                )
     objective.load(weights)
-    if len(slopes) >= NEEDED:
-        name, one, two = slopes[0]
+    if len(bent) >= NEEDED:
         raise ModelError(
-            f"{DETACHED}: slope along {name} is {one / length:.3g}, but {two / length:.3g} by "
-            "differences of the loss",
+            f"{DETACHED}: slope along {bent[0]}",
             f"{CURE}, or leave out with --except the tensors that they affect",
         )
-    if len(products) >= NEEDED:
-        name, one, two = products[0]
+    if len(wrong) >= NEEDED:
         raise ModelError(
-            f"the second derivative is wrong: curvature along {name} is {one:.3g}, but {two:.3g} "
-            "by differences of the gradient",
+            f"the second derivative is wrong: curvature along {wrong[0]}",
             "Write operators with a backward of their own in elementary ones",
         )
+    if not are_verified(slopes):
+        return unverified("gradient and Hessian", "loss")
+    return "" if are_verified(products) else unverified("Hessian", "gradient")
+
+
+def _step(point: Weights, generator: torch.Generator) -> dict[str, Tensor]:
+    """Makes a random step as long as the weights, in proportion to the size of each tensor."""
+    length = norm(point) or 1.0
+    typical = length / math.sqrt(sum(t.numel() for t in point.values()))
+    steps = {
+        name: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+        * (norm({name: t}) / math.sqrt(t.numel()) or typical)
+        for name, t in point.items()
+        if t.numel()
+    }
+    return {name: step * (length / (norm(steps) or 1.0)) for name, step in steps.items()}
+
+
+def _moved(base: Weights, way: Weights, step: float) -> Weights:
+    return {name: base[name] + step * t for name, t in way.items()}
 
 
 def verdict(

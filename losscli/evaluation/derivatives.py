@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +28,15 @@ from losscli.evaluation.decompositions import Elementary
 from losscli.evaluation.differences import (
     CURE,
     DETACHED,
-    FIRST,
-    FIRST_IN_FLOAT32,
     NEEDED,
     POINTS,
     SAMPLE,
-    SECOND,
+    Comparison,
     Differences,
+    Outcome,
+    are_verified,
+    rules,
+    unverified,
 )
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
@@ -124,6 +127,7 @@ def slopes(
     if journal is not None:
         # Whoever halves the batch begins anew.
         log = Log(journal, objective, splits, "slopes", line.ends, objective.batch_size)
+        _recall_note(objective, log)
     way: _Way | None = None
     tell = progress or (lambda _: None)
     total = sum(map(len, splits.values()))
@@ -139,7 +143,9 @@ def slopes(
                 progress(seen / total)
             continue
         if way is None:
-            way = _settle(course, alphas, next(iter(splits.values())))
+            way, note = _settle(course, alphas, next(iter(splits.values())))
+            if note:
+                _note(objective, log, note)
         weights = course.at(alpha)
         for name, split in splits.items():
             weight = 0.0
@@ -174,7 +180,8 @@ def trial(objective: Objective, line: Line, split: Examples) -> Callable[[], obj
         ModelError: There are no derivatives that can be trusted.
     """
     course = _Course(objective, line)
-    way, weights = _settle(course, [0.25, 0.5, 0.75], split), course.at(0.5)
+    way, _ = _settle(course, [0.25, 0.5, 0.75], split)
+    weights = course.at(0.5)
     batch = split.first(objective.batch_size).to(objective.device)
     return lambda: course.sums(way, weights, batch)
 
@@ -196,6 +203,7 @@ def _deal(
         log = Log(journal, objective, splits, "slopes", line.ends, objective.batch_size)
         recalled = ((i, log.recall(alpha)) for i, alpha in enumerate(alphas))
         known = {i: arrays for i, arrays in recalled if arrays is not None}
+        _recall_note(objective, log)
     # Whoever takes points holds the way to differentiate against others first.
     left = [i for i in range(len(alphas)) if i not in known]
     size = math.ceil(len(left) / (_SHARES * ranks.size)) or 1
@@ -215,6 +223,7 @@ def _deal(
 
     if journal is not None and progress is not None:
         journal.skipped += len(known)
+    noted = set(objective.remarks)
     parts = ranks.deal(
         [len(piece) for piece in pieces],
         work,
@@ -222,12 +231,27 @@ def _deal(
         found=keep,
         progress=progress,
     )
+    for note in dict.fromkeys(itertools.chain.from_iterable(ranks.gather(objective.remarks))):
+        if note not in noted:
+            _note(objective, log, note)
     order = torch.tensor([i for piece in pieces for i in piece]).argsort()
     together = (
         torch.from_numpy(np.concatenate([part[f"{n}"] for part in parts]))[order]
         for n, _ in enumerate(splits)
     )
     return {name: Slopes(*t.unbind(1)) for name, t in zip(splits, together, strict=True)}
+
+
+def _note(objective: Objective, log: Log | None, note: str) -> None:
+    """Notes what could not be verified, also for a run that recalls all points."""
+    objective.remark(note)
+    if log is not None:
+        log.record("note", {"text": np.frombuffer(note.encode(), np.uint8)})
+
+
+def _recall_note(objective: Objective, log: Log) -> None:
+    if (known := log.recall("note")) is not None:
+        objective.remark(known["text"].tobytes().decode())
 
 
 class _Way(enum.Enum):
@@ -304,7 +328,7 @@ class _Course:
     def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float]:
         """Differentiates the sum of the losses of a batch, once and twice."""
         try:
-            with way.kernels():
+            with way.kernels(), self.objective.computing():
                 return (self._forward if way.mode == "forward" else self._reverse)(weights, batch)
         except (torch.OutOfMemoryError, MemoryError):
             raise
@@ -393,8 +417,12 @@ def _refuse_what_is_delayed(value: Tensor) -> None:
         nodes += [below for below, _ in node.next_functions]
 
 
-def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> _Way:
-    """Chooses the first way that works, and whose derivatives are right on a few examples."""
+def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> tuple[_Way, str]:
+    """Chooses the first way that works, and whose derivatives are not wrong on a few examples.
+
+    Returns:
+        The way, and what could not be verified.
+    """
     objective = course.objective
     sample = split.spread(min(objective.batch_size, _SAMPLE))[0].to(objective.device)
     few = [alphas[k * (len(alphas) - 1) // (_PROOF_POINTS - 1)] for k in range(_PROOF_POINTS)]
@@ -405,13 +433,15 @@ def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> _Way:
         try:
             found = [course.sums(way, course.at(alpha), sample) for alpha in few]
             reason = ""
+            doubt = ""
             if way.mode == "forward":
                 reason = _contest(course, way, few, sample, found)
-            reason = reason or trial.contradiction(way)
+            if not reason:
+                reason, doubt = trial.judge(way)
         except ModelError as error:
             reason = error.what[:_LONGEST_REASON]
         if not reason:
-            return way
+            return way, doubt
         if reason.startswith(DETACHED):
             # What is not in the graph is in neither mode.
             raise ModelError(reason, f"{CURE}, or leave out --derivatives")
@@ -453,7 +483,7 @@ class _Trial:
         length = distance(line.a, line.b, list(line.a))
         unit = (norm(line.a, list(line.a)) or length) / length if length else 1.0
         kept: Weights = {}
-        precise = objective.in_float64(sample)
+        precise = objective.in_float64(sample, inside=True)
         if precise is None or precise is objective:
             kept = {name: objective.tensors[name].detach().clone() for name in line.a}
         else:
@@ -461,55 +491,63 @@ class _Trial:
             course = _Course(precise, Line(a, b))
         return cls(course, places, sample, unit, kept)
 
-    def contradiction(self, way: _Way) -> str:
-        """Says what derivatives contradict differences at two points or more; nothing if none."""
+    def judge(self, way: _Way) -> tuple[str, str]:
+        """Compares both derivatives with differences.
+
+        Args:
+            way: How they are computed.
+
+        Returns:
+            What derivative is wrong, if one is; and what could not be verified, if anything.
+        """
         objective = self.course.objective
-        narrowest = objective.narrowest(self.sample)
-        if narrowest.itemsize < torch.float32.itemsize:
-            # Differences are multiples of its rounding, and contradict any derivative.
-            return ""
-        precise = objective.dtype == narrowest == torch.float64
+        first_rule, second_rule = rules(objective.narrowest(self.sample))
         try:
-            told = self._contradictions(FIRST if precise else FIRST_IN_FLOAT32, self._loss, way, 0)
+            first, told = self._compare(first_rule, self._losses, way, 0)
             if len(told) >= NEEDED:
-                return f"{DETACHED}: slope at {told[0]} of the loss"
-            if precise:
-                slope = partial(self._derivative, way, 0)
-                told = self._contradictions(SECOND, slope, way, 1)
-                if len(told) >= NEEDED:
-                    return f"the second derivative is wrong: curvature at {told[0]} of the slope"
-            return ""
+                return f"{DETACHED}: slope at {told[0]} of the loss", ""
+            if not are_verified(first):
+                return "", unverified("slope and curvature", "loss")
+            slope = partial(self._derivative, way, 0)
+            second, told = self._compare(second_rule, slope, way, 1)
+            if len(told) >= NEEDED:
+                return f"the second derivative is wrong: curvature at {told[0]} of the slope", ""
+            return "", "" if are_verified(second) else unverified("curvature", "slope")
         finally:
             if self.kept:
                 self.course.objective.load(self.kept)
 
-    def _contradictions(
+    def _compare(
         self, rule: Differences, function: Callable[[float], Tensor], way: _Way, order: int
-    ) -> list[str]:
-        told = []
+    ) -> tuple[Sequence[Comparison], Sequence[str]]:
+        """Compares a derivative at all points; and says where it is wrong."""
+        compared, told = [], []
         for alpha in self.alphas:
-            found = self._derivative(way, order, alpha)
+            found = self._derivative(way, order, alpha)[0]
             # A slope is small near a minimum; how large its terms are shows in the loss.
-            size = max(float(self._loss(alpha).abs()), float(function(alpha).abs()))
-            other = rule.contradicting(found, size, partial(self._difference, function, alpha))
-            if other is not None:
-                one, two = (float(x) / self.unit ** (order + 1) for x in (found, other))
+            size = max(float(f(alpha).mean().abs()) for f in (self._losses, function))
+            comparison = rule.compare(found, size, self._along(function, alpha))
+            compared.append(comparison)
+            if comparison.outcome is Outcome.WRONG:
+                assert comparison.limit is not None
+                one, two = (float(x) / self.unit ** (order + 1) for x in (found, comparison.limit))
                 told.append(f"α = {alpha:.3g} is {one:.3g}, but {two:.3g} by differences")
-        return told
+        return compared, told
 
-    def _loss(self, alpha: float) -> Tensor:
+    def _along(
+        self, function: Callable[[float], Tensor], alpha: float
+    ) -> Callable[[float], Tensor]:
+        return lambda step: function(alpha + step * self.unit)
+
+    def _losses(self, alpha: float) -> Tensor:
         objective = self.course.objective
-        return objective.plain(self.course.at(alpha), {"": self.sample})[""].losses.double().mean()
+        return objective.plain(self.course.at(alpha), {"": self.sample})[""].losses[0]
 
     def _derivative(self, way: _Way, order: int, alpha: float) -> Tensor:
-        """The first or second derivative of the mean loss by α / ``unit``."""
+        """The first or second derivative of the mean loss by α / ``unit``, ``[1]``."""
         sums = self.course.sums(way, self.course.at(alpha), self.sample)
         value = sums[order] * self.unit ** (order + 1) / (self.course.weight or 1)
-        return torch.tensor(value, dtype=torch.float64)
-
-    def _difference(self, function: Callable[[float], Tensor], alpha: float, step: float) -> Tensor:
-        ahead, behind = (function(alpha + sign * step * self.unit) for sign in (1, -1))
-        return (ahead - behind) / (2 * step)
+        return torch.tensor([value], dtype=torch.float64)
 
 
 def _contest(

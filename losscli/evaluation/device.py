@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from losscli.errors import DeviceError, one_line
 from losscli.evaluation.ranks import current
 
-__all__ = ["Narrowest", "choose_device", "describe_device", "float32_precision"]
+__all__ = ["Narrowest", "choose_device", "describe_device", "float32_precision", "widened"]
 
 
 def choose_device(name: str, dtype: str) -> torch.device:
@@ -115,3 +116,56 @@ class Narrowest(TorchFunctionMode):
         if isinstance(result, Tensor) and result.is_floating_point():
             self.dtype = max(self.dtype, result.dtype, key=lambda t: torch.finfo(t).eps)
         return result
+
+
+@contextmanager
+def widened() -> Iterator[None]:
+    """Computes in float64 where code casts to a narrower floating-point type, or has tensors of it.
+
+    Autocast leaves float64 as it is. Compiled and scripted code is not changed.
+
+    Yields:
+        Nothing.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widened():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Widened(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        # What writes into a tensor, or reads an attribute of it, needs the tensor itself.
+        kept = getattr(function, "__name__", "").endswith("_")
+        args, kwargs = tree_map(_kept if kept else _widened, (tuple(args), kwargs or {}))
+        return _CASTS.get(function, function)(*args, **kwargs)
+
+
+_CASTS: Mapping[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
+    (Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double
+)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_floating_point:
+        return torch.float64
+    return torch.complex128 if dtype.is_complex else dtype
+
+
+def _kept(value: object) -> object:
+    return _wide(value) if isinstance(value, torch.dtype) else value
+
+
+def _widened(value: object) -> object:
+    if isinstance(value, Tensor) and value.dtype != _wide(value.dtype):
+        return value.to(_wide(value.dtype))
+    return _kept(value)

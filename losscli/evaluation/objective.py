@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import enum
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from losscli.checkpoint import Versions, loadable, takes_part
 from losscli.data import (
     DataSet,
     Draws,
     Examples,
-    Inputs,
     Split,
     device_budget,
     host_budget,
@@ -40,20 +36,22 @@ from losscli.errors import (
     ModelError,
     NondeterministicModelError,
     OutOfMemoryError,
-    one_line,
 )
 from losscli.evaluation.device import Narrowest
 from losscli.evaluation.flops import Trace, addresses, operations
+from losscli.evaluation.forward import (
+    HALF,
+    NO_GRAPH,
+    ScoredModel,
+    is_registered,
+    scores_in,
+)
 from losscli.evaluation.independence import Evaluate, Values, compare, is_dependent
 from losscli.evaluation.losses import (
     IGNORED,
-    LOSSES,
-    METRICS,
-    TAKES_HALF,
     VOID,
     Doubt,
     PerExample,
-    causal_lm,
     check_shares,
     classes_of,
     counted,
@@ -64,10 +62,9 @@ from losscli.evaluation.losses import (
     mse,
     nll,
     options_of,
-    per_example_mean,
-    perplexity,
     weights_of,
 )
+from losscli.evaluation.output_collector import OutputCollector, join_weights
 from losscli.evaluation.recalibration import Layer, Recalibration, layers_of
 from losscli.evaluation.spectral import SpectralLayer, normalise, spectral_layers
 from losscli.evaluation.strategies import (
@@ -82,7 +79,7 @@ from losscli.evaluation.strategies import (
 )
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.mmap import let_go
-from losscli.models import HEADLESS, cure_of, is_headless
+from losscli.models import HEADLESS, is_headless
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights, can_move
 
@@ -110,17 +107,14 @@ _PROOF_EXAMPLES = 256
 
 # How far its losses may be from those of the plain one, as a share; and where BatchNorm's
 # statistics are estimated too, which takes the rounding of every layer on to the next.
-_HALF = torch.bfloat16, torch.float16
-_AGREE = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(_HALF, 5e-2)}
-_AGREE_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys(_HALF, 0.3)}
+_AGREE = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(HALF, 5e-2)}
+_AGREE_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys(HALF, 0.3)}
 
 # Above this size a model has no second copy, and few enough points at once that none is missed.
 _LARGE_BYTES = 64 << 20
 
 # Seeds that are tried where a forward pass draws random numbers: a rare one changes few losses.
 _SEEDS = 8
-
-_KNOWN_FUNCTIONS = frozenset({nll, *LOSSES.values(), *METRICS.values()})
 
 _OF_CLASSES = frozenset({cross_entropy, nll})
 
@@ -134,9 +128,6 @@ DETERMINISTIC = (
     "over fixed seeds (--stochastic N) is not available yet"
 )
 """How to get a model that gives one answer."""
-
-# What torch says of a tensor that cannot be differentiated.
-_NO_GRAPH = "does not require grad"
 
 # A token id stands for a vector: it is counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -161,7 +152,7 @@ class Evaluation:
     counts: Mapping[str, float] = field(default_factory=dict)
 
 
-class Objective:
+class Objective(ScoredModel):
     """The empirical risk of a model on a data set, as a function of the model's weights.
 
     Args:
@@ -192,6 +183,8 @@ class Objective:
             it is not known whether losses depend on the rest of a batch.
         unused: The parameters that have no influence on the outputs of a first batch.
         constant: Whether different checkpoints were found to have the same losses on first batches.
+        versions: Those of the model's modules, which the weights of every point are of.
+        extra: The extra state of modules that is not a tensor, the same at every point.
     """
 
     def __init__(
@@ -208,17 +201,18 @@ class Objective:
         batch_loss: bool = False,
         optional: Collection[str] = (),
     ) -> None:
-        self.model = _cast(model, device, dtype).eval()
-        self.loss = loss
-        self.metrics = dict(metrics)
+        super().__init__(
+            _cast(model, device, dtype).eval(), loss, metrics, device, batch_loss=batch_loss
+        )
         self.data = data
-        self.device = device
         self.dtype = dtype
-        self.batch_loss = batch_loss
         self.batch_size = 1 if batch_loss else batch_size or self._default_batch()
         self._chooses_batch = batch_size is None and not batch_loss
         self.splits: Mapping[str, Examples] = self._place(data.splits)
         self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
+        self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
+        self.extra: Mapping[str, Any] = {}
+        self._takes_part = takes_part(self.model)
         self._classes: int | None = None
         self.batchnorm = layers_of(self.model, self.tensors)
         self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
@@ -229,10 +223,6 @@ class Objective:
         self.left_out: dict[str, str] = {}
         self._optional = frozenset(optional)
         self._remarks: dict[str, None] = {}
-        self._copies_inputs = False
-        self._copies_outputs = False
-        self._differentiates = False
-        self._forms: dict[tuple[str, ...], _Form] = {}
         self._way: Way | None = None
         self._provisional = False
         self._proving = False
@@ -263,27 +253,31 @@ class Objective:
             recalibration=self.recalibration,
             batch_loss=self.batch_loss,
         )
-        twin._copies_inputs = self._copies_inputs
-        twin._copies_outputs = self._copies_outputs
-        twin._differentiates = self._differentiates
+        twin.extra = self.extra
+        twin.copies_inputs = self.copies_inputs
+        twin.copies_outputs = self.copies_outputs
+        twin.differentiates = self.differentiates
         return twin
 
     @torch.no_grad()
-    def in_float64(self, sample: Split) -> Objective | None:
+    def in_float64(self, sample: Split, *, inside: bool = False) -> Objective | None:
         """Returns an objective of the same function that computes in float64.
 
         Args:
             sample: A few examples, on the device.
+            inside: Whether code that casts to a narrower type computes in float64 too.
 
         Returns:
             This objective if it computes in float64; else a twin with the weights that are loaded.
             None if the device has no float64, if a second copy of the model is too large, or if
             the copy fails or still uses tensors of the original, such as through a closure.
         """
-        if self.dtype == torch.float64:
+        if self.dtype == torch.float64 and not (inside and self.narrowest(sample) != self.dtype):
             return self
-        size = sum(tensor.nbytes for tensor in self.tensors.values())
-        if self.device.type == "mps" or size > _LARGE_BYTES:
+        numbers = sum(tensor.numel() for tensor in self.tensors.values())
+        budget = device_budget(self.device) or host_budget()
+        # The copy, and the weights of two points.
+        if self.device.type == "mps" or numbers * 2 * torch.float64.itemsize > budget:
             return None
         own = {name: tensor.clone() for name, tensor in self.tensors.items()}
         floating = {name: t for name, t in own.items() if t.is_floating_point()}
@@ -291,6 +285,7 @@ class Objective:
             try:
                 twin = self.twin(copy.deepcopy(self.model), torch.float64)
                 twin.load(own)
+                twin.widens = inside and not twin._is_wide(sample)
                 before = twin.plain(own, {"": sample})[""].losses
                 self.load({name: tensor * 1.5 + 0.5 for name, tensor in floating.items()})
                 after = twin.plain(own, {"": sample})[""].losses
@@ -299,6 +294,21 @@ class Objective:
             finally:
                 self.load(own)
         return twin if _agree(after, before, _AGREE[torch.float64]) else None
+
+    def _is_wide(self, sample: Split) -> bool:
+        """Whether the model and the loss take float64, and compute in nothing narrower."""
+        try:
+            return self.narrowest(sample) == torch.float64
+        except (ModelError, LossError):
+            return False
+
+    def remark(self, text: str) -> None:
+        """Adds a note.
+
+        Args:
+            text: The note; what is noted already is not noted twice.
+        """
+        self._remarks[text] = None
 
     def _bring(self, recalibration: Recalibration) -> Recalibration:
         """Brings training examples to the device, where a split of the data is there already."""
@@ -311,8 +321,13 @@ class Objective:
         return replace(recalibration, split=split)
 
     @property
+    def remarks(self) -> list[str]:
+        """What was noted."""
+        return list(self._remarks)
+
+    @property
     def notes(self) -> list[str]:
-        """What to know about the targets and metrics, as far as it was found."""
+        """What to know about the targets, metrics and derivatives, as far as it was found."""
         left_out = (f"{name} is left out: {why}" for name, why in self.left_out.items())
         return [*self._remarks, *left_out]
 
@@ -439,7 +454,7 @@ class Objective:
                 self._check_lengths(lengths)
             if unseen:
                 check_shares(self.loss, batch.targets, "the data")
-            if unseen and _is_registered(self.loss) and not self.batch_loss:
+            if unseen and is_registered(self.loss) and not self.batch_loss:
                 place = _not_finite(batch.targets)
                 if place is not None:
                     index = done + place if order is None else int(order[done + place])
@@ -459,12 +474,25 @@ class Objective:
         # Some models fold their weights into others when they are put into eval mode.
         if self._folds:
             self.model.train()
-        self.model.load_state_dict(dict(weights), strict=False)
+        point = self._whole(weights) if self._takes_part else {}
+        # Code of the user's own may write on the tensors that it is given.
+        given = {name: tensor.clone() for name, tensor in point.items()} or weights
+        state = loadable(given, self.versions, self.extra)
+        self.model.load_state_dict(state, strict=False)
+        # It changed the checkpoints when these were opened, and may change a point again.
+        for name, tensor in point.items():
+            self.tensors[name].copy_(tensor)
         if self._normalises:
             normalise(self.spectral, self.tensors)
         let_go(*weights.values())
         if self._folds:
             self.model.eval()
+
+    def _whole(self, weights: Weights) -> Weights:
+        """All tensors of the model: those that are given, and its own where none is."""
+        given = {id(own): weights[n] for n, own in self.tensors.items() if n in weights}
+        own = {name: given.get(id(tensor), tensor) for name, tensor in self.tensors.items()}
+        return {name: tensor.detach().clone() for name, tensor in own.items()}
 
     @property
     def _folds(self) -> bool:
@@ -488,10 +516,10 @@ class Objective:
         try:
             self._check(names)
         except (ModelError, LossError) as error:
-            if self._differentiates or _NO_GRAPH not in error.what:
+            if self.differentiates or NO_GRAPH not in error.what:
                 raise
             # As physics-informed networks do, by their inputs.
-            self._differentiates = True
+            self.differentiates = True
             self._check(names)
 
     def _check(self, names: Sequence[str] | None) -> None:
@@ -586,24 +614,24 @@ class Objective:
         inputs = self.data.prepare(map_inputs(Tensor.clone, batch.inputs), self.dtype)
         versions = [tensor._version for tensor in leaves(inputs)]
         outputs = self.forward(self.model, inputs)
-        scores = _scores(outputs)
-        if not isinstance(scores, Tensor) and _is_registered(self.loss):
+        scores = scores_in(outputs)
+        if not isinstance(scores, Tensor) and is_registered(self.loss):
             raise LossError(
-                f"the model returns a {_kind(outputs)}, and the loss takes a tensor",
+                f"the model returns a {type(outputs).__name__}, and the loss takes a tensor",
                 HEADLESS
                 if is_headless(self.model)
                 else "Give a --loss of your own that takes it, or a model that returns its scores, "
                 "alone or under the key logits",
             )
         # A model that writes on its inputs would spoil them for every later point.
-        self._copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
+        self.copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
         self._check_labels(outputs, batch.targets, name)
         tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
         given = [tensor for tensor in tensors if not tensor.is_inference()]
         versions = [tensor._version for tensor in given]
         values = self.per_example(self.loss, outputs, batch.targets, "loss")
         # And so would a loss that writes on the outputs spoil them for the metrics.
-        self._copies_outputs |= versions != [tensor._version for tensor in given]
+        self.copies_outputs |= versions != [tensor._version for tensor in given]
         self._check_targets(name)
         self._check_metrics(outputs, batch.targets)
         doubts = []
@@ -636,7 +664,7 @@ class Objective:
     def _own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> Values:
         values = {"loss": loss}
         for name, metric in self.metrics.items():
-            if not _is_registered(metric):
+            if not is_registered(metric):
                 what = f"metric {name!r}"
                 values[what] = self.per_example(metric, outputs, targets, what)
         return {what: own.cpu().double() for what, own in values.items()}
@@ -682,7 +710,7 @@ class Objective:
                 twin = self.twin(copy.deepcopy(self.model), dtype)
             except Exception:  # noqa: BLE001 - the user's objects, or a device without float64
                 return
-            twin.metrics, twin._copies_inputs = self.metrics, self._copies_inputs
+            twin.metrics, twin.copies_inputs = self.metrics, self.copies_inputs
             narrowest = Narrowest(dtype)
 
             def evaluate(
@@ -794,7 +822,7 @@ class Objective:
             except ModelError:
                 # Told of the whole batch, which may be the only size that the model takes.
                 return
-            if isinstance(scores := _scores(outputs), Tensor):
+            if isinstance(scores := scores_in(outputs), Tensor):
                 fit = max(1, budget * len(few) // max(1, scores.nbytes))
                 self.batch_size = min(self.batch_size, 1 << (fit.bit_length() - 1))
 
@@ -932,7 +960,7 @@ class Objective:
             return []
         ways = [Way.SHARED, Way.BOUND]
         functions = [self.loss, *self.metrics.values()]
-        known = is_known(self.model) and all(map(_is_registered, functions))
+        known = is_known(self.model) and all(map(is_registered, functions))
         if self.device.type == "cpu" and known:
             ways.insert(0, Way.THREADS)
         # Mapped over weights a convolution becomes one of many groups, which is slower than the
@@ -999,7 +1027,7 @@ class Objective:
         """Takes all points through the data, a batch at a time, without waiting for the device."""
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         losses = torch.empty(len(points), len(split), dtype=exact, device=self.device)
-        zeros = torch.zeros(len(points), dtype=self._wide, device=self.device)
+        zeros = torch.zeros(len(points), dtype=self.sum_type, device=self.device)
         totals = {name: zeros.clone() for name in self.metrics}
         # Each batch has sums of its own, added when all its points are done: two threads may be at
         # one point with two batches, and the order of adding settles the last digit.
@@ -1011,14 +1039,14 @@ class Objective:
             columns = losses[:, start : start + len(batch)]
             start += len(batch)
             sums = {name: zeros.clone() for name in self.metrics}
-            record = _Record(self, batch.targets, columns, sums)
-            weighed.append(record.weights)
-            done = points.evaluate(inputs, record)
+            collector = OutputCollector(self, batch.targets, columns, sums)
+            weighed.append(collector.weights)
+            done = points.evaluate(inputs, collector)
             # One batch ahead, so that no thread waits for the last point of the one before.
             self._add(*before, totals, tell)
             before = done, len(batch), sums
         self._add(*before, totals, tell)
-        weights = {name: _joined(weighed, name) for name in (None, *self.metrics)}
+        weights = {name: join_weights(weighed, name) for name in (None, *self.metrics)}
         counts = {name: float(w.sum()) for name, w in weights.items() if name and w is not None}
         losses, own = losses.cpu(), weights[None]
         if own is not None:
@@ -1029,11 +1057,6 @@ class Objective:
             for name, total in totals.items()
         }
         return Evaluation(losses, metrics, own, counts)
-
-    @property
-    def _wide(self) -> torch.dtype:
-        # float64 where the device has it: MPS does not, and counts of examples fit float32 there.
-        return torch.float32 if self.device.type == "mps" else torch.float64
 
     def _add(
         self,
@@ -1052,166 +1075,6 @@ class Objective:
         for _ in points:
             tell(examples)
 
-    def forward(self, model: Callable[..., Any], inputs: Inputs) -> Any:
-        """Runs the model, or what stands in for it.
-
-        Args:
-            model: What to call.
-            inputs: A prepared batch.
-
-        Returns:
-            What the model returns.
-
-        Raises:
-            ModelError: The model fails.
-        """
-        if self._copies_inputs:
-            inputs = map_inputs(Tensor.clone, inputs)
-        args, kwargs = self.arguments(inputs)
-        try:
-            with self._gradients():
-                if isinstance(inputs, dict) and self._forms[tuple(inputs)] is _Form.EITHER:
-                    outputs = self._try_forms(model, inputs)
-                else:
-                    outputs = model(*args, **kwargs)
-        except (torch.OutOfMemoryError, MemoryError, LosscliError):
-            raise
-        except Exception as error:
-            shapes = " and ".join(str(list(tensor.shape)) for tensor in leaves(inputs))
-            raise ModelError(
-                f"the model fails on inputs of shape {shapes}: {one_line(error)}",
-                cure_of(self.model, inputs, leaves(inputs))
-                or _cure_of_graph(error)
-                or _cure_of_type(error, inputs)
-                or "Do --model and --data belong together? (flatten=true flattens images)",
-            ) from error
-        # Hugging Face models wrap their scores.
-        return getattr(outputs, "logits", outputs)
-
-    def _gradients(self) -> AbstractContextManager[Any]:
-        """Enables gradients, where the model or the loss differentiates."""
-        return torch.enable_grad() if self._differentiates else contextlib.nullcontext()
-
-    def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arranges inputs as the model's ``forward`` takes them.
-
-        Args:
-            inputs: A prepared batch.
-
-        Returns:
-            The arguments by position and by name. Inputs with names are passed by name where
-            ``forward`` has parameters of these names, else as the mapping that they are; a single
-            one whose name is not known, by position.
-        """
-        if isinstance(inputs, Tensor):
-            return (inputs,), {}
-        if isinstance(inputs, tuple):
-            return inputs, {}
-        names = tuple(inputs)
-        if names not in self._forms:
-            self._forms[names] = _form_of(self.model, names)
-        form = self._forms[names]
-        if form is _Form.KEYWORDS:
-            return (), inputs
-        return (inputs if form is _Form.MAPPING else inputs[names[0]],), {}
-
-    def _try_forms(self, model: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
-        """Runs the model on a single named input, and keeps the form in which it takes it."""
-        (name,) = inputs
-        form = _Form.VALUE
-        try:
-            outputs = model(inputs[name])
-        except (torch.OutOfMemoryError, MemoryError, LosscliError):
-            raise
-        except Exception as error:  # noqa: BLE001 - the user's code may raise anything
-            form = _Form.MAPPING
-            try:
-                outputs = model(inputs)
-            except Exception:  # noqa: BLE001 - the first failure is reported
-                raise error from None
-        self._forms[name,] = form
-        return outputs
-
-    def per_example(self, function: PerExample, outputs: Any, targets: Tensor, what: str) -> Tensor:
-        """Takes a loss or a metric of a batch.
-
-        Args:
-            function: The loss or metric.
-            outputs: What the model returned; half-precision scores are made float32 for a function
-                that does not take care of that itself.
-            targets: The targets of the batch, ``[B, …]``.
-            what: What to call the function in errors.
-
-        Returns:
-            One number per example, ``[B]``; of a loss that is one number per batch ``[1]``, the
-            mean where it gives a number per example.
-
-        Raises:
-            LossError: It fails, or gives something else.
-        """
-        if _is_registered(function) or isinstance(function, TorchLoss):
-            outputs = _scores(outputs)
-            # What the user's code gives in another type reaches the user's functions as it is.
-            targets = targets if targets.is_floating_point() else targets.long()
-        if self._copies_outputs:
-            outputs = tree_map_only(Tensor, Tensor.clone, outputs)
-        half = isinstance(outputs, Tensor) and outputs.dtype in _HALF
-        if half and function_of(function) not in TAKES_HALF:
-            outputs = outputs.float()
-        if function_of(function) in _KNOWN_FUNCTIONS and not isinstance(outputs, Tensor):
-            raise LossError(f"the {what} takes a tensor, and the model returns a {_kind(outputs)}")
-        try:
-            with self._gradients():
-                values = function(outputs, targets)
-        except (torch.OutOfMemoryError, MemoryError, LosscliError):
-            raise
-        except Exception as error:
-            cure = _cure_of_graph(error)
-            if isinstance(outputs, Mapping):
-                keys = ", ".join(map(str, outputs))
-                cure = f"It receives the mapping that the model returns, with the keys {keys}"
-            raise LossError(f"the {what} fails: {one_line(error)}", cure) from error
-        if not isinstance(values, Tensor) or not (
-            values.ndim <= 1 and values.numel()
-            if self.batch_loss
-            else values.shape[:1] == targets.shape[:1]
-        ):
-            got = list(values.shape) if isinstance(values, Tensor) else _kind(values)
-            raise LossError(
-                f"the {what} gives {got} for a batch of {len(targets)} examples",
-                "Return one number per batch, or one per example, of which the mean is taken"
-                if self.batch_loss
-                else "Return one number per example, as with reduction=none; or give --batch-loss, "
-                "if the loss is one number per batch",
-            )
-        if values.is_complex():
-            raise LossError(f"the {what} gives complex numbers", "Return real ones")
-        if _is_crossed(values, outputs, targets):
-            raise LossError(
-                f"the {what} gives {list(values.shape)} for outputs {list(outputs.shape)} and "
-                f"targets {list(targets.shape)}: it pairs outputs with targets of other examples",
-                "Give outputs and targets of one shape, for example with outputs.squeeze(1)",
-            )
-        if not self.batch_loss:
-            return per_example_mean(values)
-        values = values.to(self._wide)
-        weights = weights_of(function, outputs, targets)
-        mean = values.mean() if weights is None else values.sum() / weights.sum()
-        return mean.reshape(1)
-
-    def weight(self, outputs: Any, targets: Tensor) -> float:
-        """Adds up the weights of the examples of a batch in the mean loss.
-
-        Args:
-            outputs: What the model returned.
-            targets: The targets of the batch.
-
-        Returns:
-            The sum of the losses over it is the batch's mean loss.
-        """
-        weights = weights_of(self.loss, _scores(outputs), targets)
-        return float(len(targets) if weights is None else weights.sum())
-
     def _check_metrics(self, outputs: Any, targets: Tensor) -> None:
         """Makes sure that the metrics work; those that nobody asked for are left out if not."""
         for metric, function in list(self.metrics.items()):
@@ -1219,7 +1082,7 @@ class Objective:
             try:
                 if metric in self._optional and not _classifies(self.loss):
                     raise LossError("the loss is not one of classification")  # noqa: TRY301
-                scores = _scores(outputs)
+                scores = scores_in(outputs)
                 unfit = isinstance(scores, Tensor) and not has_label(scores, targets)
                 if metric in self._optional and unfit:
                     raise LossError("the targets are not the labels 0 and 1")  # noqa: TRY301
@@ -1232,7 +1095,7 @@ class Objective:
 
     def _check_labels(self, outputs: Any, targets: Tensor, name: str) -> None:
         """Finds labels out of range before a GPU kernel does, which would end the process."""
-        outputs, split = _scores(outputs), self.splits[name]
+        outputs, split = scores_in(outputs), self.splits[name]
         seen = split if isinstance(split, Split) else split.first(self.batch_size)
         if not isinstance(outputs, Tensor) or targets.is_floating_point():
             return
@@ -1310,49 +1173,6 @@ class Objective:
             )
 
 
-class _Form(enum.Enum):
-    """How a model takes inputs with names."""
-
-    KEYWORDS = enum.auto()
-    """By name."""
-    MAPPING = enum.auto()
-    """All in one mapping."""
-    VALUE = enum.auto()
-    """A single one, by position."""
-    EITHER = enum.auto()
-    """A single one by position, or where that fails in a mapping."""
-
-
-def _form_of(model: nn.Module, names: tuple[str, ...]) -> _Form:
-    """Finds out from the signature of ``forward`` how it takes inputs with names."""
-    single = len(names) == 1
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # of compiled code
-        return _Form.EITHER if single else _Form.KEYWORDS
-    explicit = [p.name for p in signature.parameters.values() if p.kind not in _VARIABLE]
-    by_name = _binds(signature, **dict.fromkeys(names))
-    if not _binds(signature, None):
-        return _Form.KEYWORDS
-    if not single:
-        return _Form.KEYWORDS if by_name else _Form.MAPPING
-    if explicit[:1] == [names[0]]:
-        return _Form.VALUE
-    # A model that takes any name may want a single input by its position.
-    return _Form.KEYWORDS if by_name and names[0] in explicit else _Form.EITHER
-
-
-_VARIABLE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-
-
-def _binds(signature: inspect.Signature, /, *args: Any, **kwargs: Any) -> bool:
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
-
-
 def _not_finite(targets: Tensor) -> int | None:
     """The first example whose target is infinite or not a number."""
     if not targets.is_floating_point():
@@ -1361,131 +1181,9 @@ def _not_finite(targets: Tensor) -> int | None:
     return int(bad.nonzero()[0]) if bool(bad.any()) else None
 
 
-def _cure_of_graph(error: Exception) -> str:
-    """Explains that what is differentiated has no gradients; empty for other errors."""
-    if _NO_GRAPH not in str(error):
-        return ""
-    return (
-        "What is differentiated inside needs gradients: call x.requires_grad_(True) on it first, "
-        "and use neither torch.no_grad() nor detach() on the way; torch.enable_grad() enables them"
-    )
-
-
-def _is_registered(function: PerExample) -> bool:
-    """Whether a loss or metric is one of losscli's own, with or without options."""
-    return function_of(function) in _KNOWN_FUNCTIONS
-
-
-def _scores(outputs: Any) -> Any:
-    """The scores among a model's outputs: what stands under ``logits`` in a mapping."""
-    return outputs.get("logits", outputs) if isinstance(outputs, Mapping) else outputs
-
-
-class _Record:
-    """Takes down the losses and the sums of the metrics of one batch.
-
-    Args:
-        objective: Whose loss and metrics.
-        targets: The targets of the batch, ``[B, …]``.
-        losses: Where its losses go, ``[P, B]``.
-        sums: Where the sums of its metrics go, ``[P]`` each.
-
-    Attributes:
-        weights: The weights of its examples in the mean loss, under None, and in that of each
-            metric; they are those of the targets, the same at every point.
-    """
-
-    def __init__(
-        self, objective: Objective, targets: Tensor, losses: Tensor, sums: Mapping[str, Tensor]
-    ) -> None:
-        self._objective = objective
-        self._targets = targets
-        self._losses = losses
-        self._sums = sums
-        self.weights: dict[str | None, Tensor | None] = {}
-
-    def one(self, p: int, outputs: Any) -> None:
-        """Takes the outputs at one point."""
-        if p == 0:
-            self._weigh(outputs)
-        for name, values in self._all_values(self._values, outputs):
-            if name is None:
-                self._losses[p] = values
-            else:
-                self._sums[name][p] = values.to(self._sums[name].dtype).sum()
-
-    def all(self, outputs: Any) -> None:
-        """Takes the outputs at all points."""
-        scores = _scores(outputs)
-        self._weigh(scores[0] if isinstance(scores, Tensor) else outputs)
-        for name, values in self._all_values(self._mapped, outputs):
-            if name is None:
-                self._losses[:] = values
-            else:
-                self._sums[name][:] = values.to(self._sums[name].dtype).sum(1)
-
-    def _weigh(self, outputs: Any) -> None:
-        functions: dict[str | None, PerExample] = {None: self._objective.loss}
-        functions.update(self._objective.metrics)
-        for name, function in functions.items():
-            if self._objective.batch_loss:
-                # Every batch counts the same.
-                self.weights[name] = None
-                continue
-            self.weights[name] = weights_of(function, _scores(outputs), self._targets)
-
-    def _all_values(
-        self, take: Callable[[PerExample, str, Any], Tensor], outputs: Any
-    ) -> Iterator[tuple[str | None, Tensor]]:
-        """Takes the loss, which has no name, and every metric."""
-        loss = take(self._objective.loss, "loss", outputs)
-        yield None, loss
-        for name, function in self._objective.metrics.items():
-            # A large vocabulary is not gone through twice.
-            own, loss_of = function_of(function), self._objective.loss
-            same = own is perplexity and function_of(loss_of) is causal_lm
-            same &= options_of(function) == options_of(loss_of)
-            yield name, loss if same else take(function, f"metric {name!r}", outputs)
-
-    def _values(self, function: PerExample, what: str, outputs: Any) -> Tensor:
-        return self._objective.per_example(function, outputs, self._targets, what)
-
-    def _mapped(self, function: PerExample, what: str, outputs: Any) -> Tensor:
-        mapped: Tensor = vmap(partial(self._values, function, what))(outputs)
-        return mapped
-
-
-def _joined(
-    weighed: Sequence[Mapping[str | None, Tensor | None]], name: str | None
-) -> Tensor | None:
-    """Joins the weights of the examples of all batches; None where all are 1."""
-    parts = [weights for one in weighed if (weights := one[name]) is not None]
-    if not parts:
-        return None
-    weights = torch.cat(parts).cpu().double()
-    return None if bool((weights == 1).all()) else weights
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
-
-
 def _classifies(loss: PerExample) -> bool:
     """Tells whether the highest score of a class may be an answer, as far as the loss is known."""
     return loss.of_scores if isinstance(loss, TorchLoss) else function_of(loss) is not mse
-
-
-def _is_crossed(values: Tensor, outputs: Any, targets: Tensor) -> bool:
-    """Tells whether broadcasting paired the outputs of examples with the targets of others."""
-    if values.ndim < 2 or not isinstance(outputs, Tensor):
-        return False
-    if values.shape in {outputs.shape, targets.shape}:
-        return False
-    try:
-        together = np.broadcast_shapes(outputs.shape, targets.shape)
-    except ValueError:
-        return False
-    return values.shape == together
 
 
 def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -1503,22 +1201,6 @@ def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 def _convolves(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd)
-
-
-def _cure_of_type(error: Exception, inputs: Inputs) -> str:
-    """Explains a type that a model does not take, where whole numbers reach it unchanged."""
-    # The words of torch: "must have the same dtype", "Input type (unsigned char) and bias type".
-    if "type" not in str(error):
-        return ""
-    for tensor in leaves(inputs):
-        if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            scale = " / 255, or for npz, safetensors and hf scale=true" if kind == "uint8" else ""
-            return (
-                f"Inputs of the type {kind} reach the model unchanged: convert them in its forward "
-                f"or in the code of --data, for example x.float(){scale}"
-            )
-    return ""
 
 
 def _bytes_in_forward(inputs: Tensor) -> int:

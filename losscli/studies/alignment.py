@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from losscli.arguments import checked
-from losscli.checkpoint import Checkpoint, CheckpointLike, named
+from losscli.checkpoint import (
+    Checkpoint,
+    CheckpointLike,
+    Versions,
+    loadable,
+    named,
+    takes_part,
+)
 from losscli.data import Inputs, map_inputs
 from losscli.errors import (
     CheckpointError,
@@ -24,6 +31,7 @@ from losscli.errors import (
 )
 from losscli.evaluation.device import Narrowest
 from losscli.evaluation.objective import DETERMINISTIC
+from losscli.evaluation.strategies import tensors_of
 from losscli.settings import Settings
 from losscli.studies.problem import Problem, prepare
 from losscli.weight_space.matching import inner_product, match
@@ -133,7 +141,13 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
         },
         "seconds": {"total": time.perf_counter() - begun},
     }
-    checkpoint = Checkpoint(f"{b} aligned with {a}", aligned, last.metadata)
+    checkpoint = Checkpoint(
+        f"{b} aligned with {a}",
+        aligned,
+        last.metadata,
+        versions=_needed_versions(problem, aligned),
+        extra=last.extra,
+    )
     return Alignment(checkpoint, summary)
 
 
@@ -237,6 +251,20 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
             )
         raise ModelError(what, "It takes a hidden layer; without one there is nothing to align")
     return groups
+
+
+@torch.no_grad()
+def _needed_versions(problem: Problem, weights: Weights) -> Versions:
+    """The versions of modules, if the model would load other tensors without them."""
+    with torch.random.fork_rng(devices=[]):
+        model = problem.fresh().cpu()
+    if not takes_part(model):
+        return {}
+    own, extra = tensors_of(model), problem.last.extra
+    model.load_state_dict(loadable(weights, {}, extra), strict=False)
+    if all(torch.equal(own[name], tensor.to(own[name])) for name, tensor in weights.items()):
+        return {}
+    return problem.objective.versions
 
 
 def _on_cpu(inputs: Inputs) -> Inputs:

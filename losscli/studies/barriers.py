@@ -26,7 +26,16 @@ from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
+from losscli.studies.notes import (
+    batchnorm_notes,
+    general_notes,
+    integer_notes,
+    sampling_notes,
+    spectral_notes,
+    storage_notes,
+)
 from losscli.studies.problem import counted, prepare
+from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.table import Table
 from losscli.weight_space.slices import Line, grid, need_room
 from losscli.weight_space.vectors import Weights, distance, equal
@@ -126,7 +135,7 @@ class Barriers(Study):
         return cls(problem, moving, begun, tuple(states), tuple(grid(points, 0, 1)))
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The values of α."""
         return {"alphas": self.alphas}
 
@@ -155,13 +164,9 @@ class Barriers(Study):
     def _inner(self) -> tuple[float, ...]:
         return self.alphas[1:-1]
 
-    def describe(self) -> dict[str, Any]:
-        """Tells what a run will do.
-
-        Returns:
-            What every study tells, and the number of pairs.
-        """
-        return {**super().describe(), "pairs": self.slices[0]}
+    def extra_description(self, description: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Returns the number of pairs."""
+        return {"pairs": self.slices[0]}
 
     def weights(self, t: int) -> Weights:
         """Reads a checkpoint, which this study has done once and for all.
@@ -218,7 +223,11 @@ class Barriers(Study):
             "distances": self._square(lengths),
             "splits": splits,
             "endpoint_difference": difference,
-            "notes": [*stays, *self._notes(placed, splits, lengths), *self.sampled(examples)],
+            "notes": [
+                *stays,
+                *self._notes(placed, splits, lengths),
+                *sampling_notes(self, examples),
+            ],
             "seconds": seconds,
         }
         return Result(self._table(found, heights, lengths), summary, more)
@@ -261,15 +270,17 @@ class Barriers(Study):
         difference = 0.0
         for a, b in pairwise(placed):
             line = self._line(self.on_device(a), a, b)
-            difference = max(difference, self.meets(line, [((0.0,), a), ((1.0,), b)], [(0.5,)]))
-        self.hold_against_fresh(placed[-1])
+            difference = max(
+                difference, verify_sweep(self.problem, line, [((0.0,), a), ((1.0,), b)], [(0.5,)])
+            )
+        verify_fresh_model(self.problem, placed[-1])
         pairs = zip(placed, self.states, strict=True)
-        notes = (self.whole_numbers(point, weights) for point, weights in pairs)
+        notes = (integer_notes(self, point, weights) for point, weights in pairs)
         hints = (
-            self.mixed_statistics((a, b), partial(self.middle, a, b))
+            batchnorm_notes(self, (a, b), partial(self.middle, a, b))
             for a, b in islice(pairwise(placed), _HINTS)
         )
-        found = [*next(filter(None, notes), []), *self.spectral_norms()]
+        found = [*next(filter(None, notes), []), *spectral_notes(self)]
         return difference, [*found, *next(filter(None, hints), [])]
 
     def _evaluate(
@@ -433,7 +444,7 @@ class Barriers(Study):
     def _notes(
         self, placed: Sequence[Weights], splits: Mapping[str, Any], lengths: Sequence[float]
     ) -> list[str]:
-        notes = [*self.kept(), *self.stored_types()]
+        notes = [*general_notes(self), *storage_notes(self)]
         if self.chosen:
             notes.append("distances are those of the moving parameters")
         zero = [pair for pair, length in zip(self.pairs, lengths, strict=True) if length == 0]

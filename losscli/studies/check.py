@@ -31,10 +31,11 @@ from losscli.evaluation.curvature import (
     Verdict,
     add_rounding,
     check_derivatives,
+    nearby,
     verdict,
 )
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.differences import SAMPLE
+from losscli.evaluation.differences import SAMPLE, noise_of
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays, Ranks, current
@@ -44,8 +45,10 @@ from losscli.evaluation.sweep import check as check_objective
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.results import Result
 from losscli.settings import Settings
-from losscli.studies.base import Study, count, need_derivatives
+from losscli.studies.base import Study, count
+from losscli.studies.notes import general_notes, spectral_notes
 from losscli.studies.problem import prepare
+from losscli.studies.verification import check_differentiable, verify_fresh_model
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line
@@ -256,7 +259,9 @@ class _Judgement:
         sides: The lowest loss to the negative and to the positive side of v, as far as it is
             below that of the point; None where the curvature is not negative.
         measured: Examples on which the rounding of eigenvalues was measured; 0 where they were
-            computed in float64, or could not be.
+            computed in float64.
+        scattered: Whether it was measured by the scatter of products, and not against float64.
+        unverified: What derivatives could not be compared with differences; empty if none.
     """
 
     reason: str = ""
@@ -266,10 +271,12 @@ class _Judgement:
     exact: bool = False
     sides: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None] | None = None
     measured: int = 0
+    scattered: bool = False
+    unverified: str = ""
 
     @classmethod
     def recalled(cls, known: Mapping[str, NDArray[Any]]) -> Self:
-        slope, rounding, change, exact, measured = known["judgement"].tolist()
+        slope, rounding, change, exact, measured, scattered = known["judgement"].tolist()
         sides = [_told(known[side].tolist()) for side in _SIDES if side in known]
         sides = [side and {**side, "falls": bool(side["falls"])} for side in sides]
         return cls(
@@ -277,6 +284,8 @@ class _Judgement:
             *(slope, rounding, change, bool(exact)),
             (sides[0], sides[1]) if sides else None,
             int(measured),
+            bool(scattered),
+            known["unverified"].tobytes().decode(),
         )
 
     def decide(
@@ -322,11 +331,13 @@ class _Judgement:
         return "undecided" if reason else decided, replace(self, reason=reason)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        numbers = self.slope, self.loss_rounding, self.change, self.exact, self.measured
+        numbers = [self.slope, self.loss_rounding, self.change, self.exact]
+        numbers += [self.measured, self.scattered]
         sides = dict(zip(_SIDES, self.sides, strict=True)) if self.sides else {}
         return {
             "judgement": np.array(numbers, np.float64),
             "reason": np.frombuffer(self.reason.encode(), np.uint8),
+            "unverified": np.frombuffer(self.unverified.encode(), np.uint8),
             **{
                 name: np.array([side[key] for key in (*_DESCENT, "falls")] if side else [])
                 for name, side in sides.items()
@@ -342,6 +353,7 @@ class _Judgement:
             "predicted": predicted if math.isfinite(self.change) else None,
             "sides": dict(zip(_SIDES, self.sides, strict=True)) if self.sides else None,
             "rounding_measured_on": self.measured or None,
+            "unverified": self.unverified or None,
         }
 
 
@@ -432,11 +444,11 @@ class Check(Study):
         moving = problem.parameters(problem.moving)
         if not moving:
             raise UsageError("no parameter is left to differentiate", "Widen --only")
-        need_derivatives(problem, moving, "check")
+        check_differentiable(problem, moving, "check")
         return cls(problem, moving, begun, tolerance, eigenvalues, learning_rate, momentum)
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """What decides and how much is found."""
         return {
             "tolerance": self.tolerance,
@@ -453,19 +465,20 @@ class Check(Study):
             return None
         return (2 + 2 * (self.momentum or 0.0)) / self.learning_rate
 
-    def describe(self) -> dict[str, Any]:
-        """Tells what a run will do.
+    def extra_description(self, description: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the work beside evaluating the checkpoints.
+
+        Args:
+            description: What every study describes.
 
         Returns:
-            As for every study, and the most Hessian-vector products, each of which costs a few
-            passes over the data, and the most points along directions, each of which costs one.
+            The most Hessian-vector products, each of which costs a few passes over the data, and
+            the most points along directions, each of which costs one.
         """
-        told = super().describe()
-        size = told["moving"]["values"]
+        size = description["moving"]["values"]
         splits = len(self.problem.objective.splits)
         most = size if size <= DENSE_LIMIT else PRODUCT_LIMIT
         return {
-            **told,
             "products_at_most": most * splits * len(self.problem.names),
             "steps_at_most": self._steps * splits,
         }
@@ -477,7 +490,7 @@ class Check(Study):
         # ways; one of them has its loss drawn.
         return len(_STEPS) * (2 * len(self.problem.names) + 1) + 2 * _SIDE + 4
 
-    def further(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:
+    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:
         """Tells what gradients and products with the Hessian take; their number is not known.
 
         Args:
@@ -556,7 +569,9 @@ class Check(Study):
             last = self.problem.place(self.problem.last.weights)
             check_objective(objective, self.problem.origin, last)
             # Beside the point, where the way down and differences are evaluated.
-            self.hold_against_fresh({**last, **{n: last[n] * _BESIDE for n in self.moving}})
+            verify_fresh_model(
+                self.problem, {**last, **{n: last[n] * _BESIDE for n in self.moving}}
+            )
             objective.load(self.problem.origin)
             del last
             heard = self._heard()
@@ -610,7 +625,7 @@ class Check(Study):
                 for name in objective.splits
             },
             "escape": escape,
-            "notes": [*self.kept(), *self.spectral_norms(), *self._notes(heard, found)],
+            "notes": [*general_notes(self), *spectral_notes(self), *self._notes(heard, found)],
             "seconds": seconds,
         }
         return Result(table, summary, more)
@@ -737,7 +752,6 @@ class Check(Study):
             here = losses[split]
             sample = objective.splits[split].first(_MEASURED).to(objective.device)
             precise = self._precise
-            checked = precise or objective
             every, seed = objective.splits[split], self.problem.settings.seed
             curved = Curvature(self._differentiated(weights), weights, self.moving, every, progress)
             with curved as curvature:
@@ -750,16 +764,22 @@ class Check(Study):
                 down = curvature.named(vector)
                 along = curvature.named(-gradient / size) if size > 0 else None
             measured = 0
-            if not whole and precise is not None and precise is not objective:
+            if precise is None or not (whole or precise is objective):
                 measured = len(sample)
-                with (
-                    Curvature(objective, weights, self.moving, sample) as rough,
-                    Curvature(precise, weights, self.moving, sample) as fine,
-                ):
-                    extremes = add_rounding(extremes, rough, fine, whole=measured == len(every))
+                rough = extremes.largest[0].error
+                extremes = add_rounding(
+                    *(extremes, objective, precise, weights, self.moving, sample),
+                    whole=measured == len(every),
+                    seed=seed,
+                )
+                if dense is not None:
+                    added = extremes.largest[0].error - rough
+                    dense = replace(dense, error=dense.error + added)
             ends = {"λ min": vector, "λ max": extremes.largest[0].vector}
             few, _ = sample.spread(SAMPLE)
-            check_derivatives(checked, weights, self.moving, few, ends, seed)
+            unverified = check_derivatives(
+                precise or objective, weights, self.moving, few, ends, seed
+            )
             objective.load(weights)
             smallest, largest = extremes.smallest[0], extremes.largest[0]
             decided = verdict(size, self.tolerance, smallest, largest)
@@ -775,6 +795,8 @@ class Check(Study):
                 change=change,
                 exact=dense is not None,
                 measured=measured,
+                scattered=measured > 0 and precise is None,
+                unverified=unverified,
             )
             if smallest.value + smallest.error < 0 and decided in {*wanted, "saddle"}:
                 judgement = self._fall(
@@ -809,7 +831,7 @@ class Check(Study):
         """The objective in float64, if there is one."""
         objective = self.problem.objective
         sample = next(iter(objective.splits.values())).spread(SAMPLE)[0].to(objective.device)
-        return objective.in_float64(sample)
+        return objective.in_float64(sample, inside=True)
 
     def _differentiated(self, weights: Weights) -> Objective:
         """Returns what gradient and eigenvalues are computed with: a whole Hessian in float64."""
@@ -820,9 +842,15 @@ class Check(Study):
         """Returns how much of a change of the mean loss may be rounding."""
         # Where activations cancel, that is far more than some roundings of the losses.
         own = here.losses[0].double()
-        dtype = self.problem.objective.dtype
+        objective = self.problem.objective
+        dtype = objective.dtype
         rounding = _ROUNDINGS * torch.finfo(dtype).eps * float(own.abs().mean())
-        if self._precise is not None and dtype != torch.float64:
+        if self._precise is None:
+            near = nearby(weights, self.moving, dtype, self.problem.settings.seed)
+            losses = [objective.plain(at, {"": sample})[""].losses[0].double() for at in near]
+            objective.load(weights)
+            rounding = max(rounding, noise_of(losses))
+        elif self._precise is not objective:
             (found,) = self._precise.plain(weights, {"": sample}).values()
             apart = own[: len(sample)] - found.losses[0]
             rounding = max(rounding, float(apart.square().mean().sqrt()))
@@ -980,6 +1008,14 @@ class Check(Study):
             yield (
                 f"{', '.join(kinks)} {have} kinks: the Hessian is that of the smooth piece around "
                 "each checkpoint, and says nothing of the kinks beside it"
+            )
+        yield from dict.fromkeys(
+            one.judgement.unverified for one in found if one.judgement.unverified
+        )
+        if any(one.judgement.scattered for one in found):
+            yield (
+                "no float64 copy of the model can be made: errors of eigenvalues include rounding "
+                "only as far as products at points nearby show it"
             )
         lost = [one for one in found if not math.isfinite(one.smallest.value)]
         if lost:

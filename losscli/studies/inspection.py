@@ -273,8 +273,8 @@ def export(
     """Makes the checkpoint at a point of the line, θ(α) = A + α (B − A).
 
     Floating-point tensors move, in float32 or wider, and have the wider of the types that the two
-    store them in; whole-number tensors are A's. Between the ends the singular vectors of spectral
-    normalisation are computed from the weights.
+    store them in; whole-number tensors and the extra state of modules are A's. Between the ends
+    the singular vectors of spectral normalisation are computed from the weights.
 
     Args:
         a: The checkpoint at α = 0.
@@ -310,7 +310,8 @@ def export(
     }
     if alpha not in {0.0, 1.0}:
         weights |= normalise_stored(weights)
-    return Checkpoint(f"{a} + {alpha} ({b} − {a})", weights, first.metadata)
+    name = f"{a} + {alpha} ({b} − {a})"
+    return Checkpoint(name, weights, first.metadata, versions=first.versions, extra=first.extra)
 
 
 def _is_of_a_line(summary: Any) -> bool:
@@ -337,6 +338,14 @@ def _second(file: CheckpointFile, first: Checkpoint, base: Checkpoint | None) ->
         raise MismatchError(error.what, error.cure or cure) from None
     if wrong := mismatches(second.weights, first.weights):
         raise MismatchError(f"{second.name} does not fit {first.name}: {'; '.join(wrong)}", cure)
+    for module, version in first.versions.items():
+        if (other := second.versions.get(module, version)) != version:
+            raise MismatchError(
+                f"{first.name} and {second.name} note different versions of "
+                f"{module or 'the model'}: {dict(version)} and {dict(other)}",
+                "No model is known here that would convert them: load each into a model with "
+                "load_state_dict, and save that model's state_dict()",
+            )
     return second
 
 

@@ -24,11 +24,20 @@ from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import check, halving, points_at_once, settle, sweep, sweep_plain
 from losscli.results import Result
 from losscli.settings import Settings
-from losscli.studies.base import Study, count, need_derivatives
+from losscli.studies.base import Study, count
 from losscli.studies.closer import CloseUp, Further
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
+from losscli.studies.notes import (
+    batchnorm_notes,
+    general_notes,
+    integer_notes,
+    sampling_notes,
+    spectral_notes,
+    storage_notes,
+)
 from losscli.studies.problem import counted, prepare
 from losscli.studies.seen import LineCurve, Looked
+from losscli.studies.verification import check_differentiable, verify_fresh_model, verify_sweep
 from losscli.table import Table
 from losscli.weight_space.curve import describe
 from losscli.weight_space.refinement import uniform_points
@@ -183,7 +192,7 @@ class Interpolation(Study):
         # the masks of attention do, it could not.
         moving = tuple(n for n in problem.moving if not equal(start[n], end[n]))
         if derivatives:
-            need_derivatives(problem, moving, "--derivatives")
+            check_differentiable(problem, moving, "--derivatives")
         return cls(
             problem,
             moving,
@@ -199,7 +208,7 @@ class Interpolation(Study):
         )
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The values of α to begin with, and what is added to them."""
         return {
             "alphas": self.alphas,
@@ -231,29 +240,30 @@ class Interpolation(Study):
         """What is evaluated, and the derivatives; refining adds to them."""
         return self.evaluations + (len(self.alphas) if self.derivatives else 0)
 
-    def describe(self) -> dict[str, Any]:
-        """Tells what a run will do.
+    def extra_description(self, description: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the blocks that move alone, and the passes that they and derivatives add.
+
+        Args:
+            description: What every study describes.
 
         Returns:
-            What every study tells; and the blocks, where they move alone. Derivatives take a pass
-            over the data for each point.
+            The blocks, if any, and all passes over the data: a derivative takes one for each point.
         """
-        description = super().describe()
-        description["passes_over_data"] += len(self.alphas) if self.derivatives else 0
+        passes = description["passes_over_data"] + len(self.alphas) * self.derivatives
         if not self.blocks:
-            return description
+            return {"passes_over_data": passes}
         objective, points = self.problem.objective, len(points_of(self.alphas))
         chunks = (min(points_at_once(objective, b.moving), points) for b in self.blocks)
         # Each block has a sweep of its own; its points were counted as if each were loaded plainly.
-        description["passes_over_data"] += sum(math.ceil(points / c) - points for c in chunks)
-        return {**description, "blocks": [block.name for block in self.blocks]}
+        passes += sum(math.ceil(points / c) - points for c in chunks)
+        return {"passes_over_data": passes, "blocks": [block.name for block in self.blocks]}
 
     @property
     def swept(self) -> int:
         """How many points are evaluated by sweeps: those of blocks, too."""
         return super().swept + len(self.blocks) * len(points_of(self.alphas))
 
-    def further(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:  # noqa: ARG002
+    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> dict[str, Any]:  # noqa: ARG002
         """Tells what derivatives take, and that refining adds points.
 
         Args:
@@ -267,7 +277,7 @@ class Interpolation(Study):
         told: dict[str, Any] = {} if self.refine is None else {"kind": "at least"}
         objective = self.problem.objective
         if self.derivatives and self.moving:
-            line, _ = self.trial(1)
+            line, _ = self.sample(1)
             assert isinstance(line, Line)
             split = next(iter(objective.splits.values()))
             objective.load(self.start)
@@ -305,13 +315,13 @@ class Interpolation(Study):
             check(objective, self.start, self.end)
             settle(objective, line, [(alpha,) for alpha in self.alphas])
             anchors = [((0.0,), self.start), ((1.0,), self.end)]
-            difference = self.meets(line, anchors, [(0.5,)])
-            self.hold_against_fresh(self.end)
+            difference = verify_sweep(self.problem, line, anchors, [(0.5,)])
+            verify_fresh_model(self.problem, self.end)
             stays = [
-                *self.whole_numbers(self.end, self.problem.last.weights),
-                *self.spectral_norms(),
-                *self.mixed_statistics(
-                    (self.start, self.end), lambda: self.middle(self.start, self.end)
+                *integer_notes(self, self.end, self.problem.last.weights),
+                *spectral_notes(self),
+                *batchnorm_notes(
+                    self, (self.start, self.end), lambda: self.middle(self.start, self.end)
                 ),
             ]
             for block in self.blocks:
@@ -358,7 +368,7 @@ class Interpolation(Study):
             "notes": [
                 *stays,
                 *self._notes(splits, blocks),
-                *self.sampled(examples),
+                *sampling_notes(self, examples),
                 *self._doubts(again, exhausted=exhausted),
                 *self._strange(looked),
             ],
@@ -450,7 +460,7 @@ class Interpolation(Study):
     def _meets_alone(self, block: Block) -> float:
         line, end = self._alone(block)
         # Three points, so that they share a first layer as those of the sweep will.
-        return self.meets(line, [((1.0,), end)], [(0.0,), (0.5,)])
+        return verify_sweep(self.problem, line, [((1.0,), end)], [(0.0,), (0.5,)])
 
     def _evaluate(
         self,
@@ -568,8 +578,8 @@ class Interpolation(Study):
             notes.append("A and B are the same in every tensor that may move: nothing moves")
         elif not self.counted:
             notes.append("A and B differ only in buffers: ‖B − A‖, over the parameters, is 0")
-        notes += self.kept()
-        notes += self.stored_types()
+        notes += general_notes(self)
+        notes += storage_notes(self)
         buffers = self.problem.settings.buffers
         if buffers == "interpolate" and any(s["not_finite"] for s in splits.values()):
             below = [n for n in self.moving if n in self.problem.buffers and self._sinks(n)]

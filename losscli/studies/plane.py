@@ -21,8 +21,17 @@ from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import check, settle, sweep, sweep_plain
 from losscli.results import Result
 from losscli.settings import Settings
-from losscli.studies.base import Study, count, moving_along
-from losscli.studies.problem import Problem, counted, prepare
+from losscli.studies.base import Study, count
+from losscli.studies.notes import (
+    batchnorm_notes,
+    general_notes,
+    integer_notes,
+    sampling_notes,
+    spectral_notes,
+    storage_notes,
+)
+from losscli.studies.problem import Problem, counted, differing_tensors, prepare
+from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.table import Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.directions import random_directions
@@ -189,7 +198,7 @@ class Plane(Study):
                 _axis("principal component 2", shares[1]),
             )
         else:
-            moving = moving_along(problem)
+            moving = differing_tensors(problem)
             counted = _counted(problem, moving)
             a, b, c = (_chosen(problem.open(t).weights, moving) for t in (0, 1, 2))
             slice_, kind = Triangle.through(a, b, c, counted), "points"
@@ -205,7 +214,7 @@ class Plane(Study):
         )
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The plane's kind and its grid."""
         return {"plane": self.kind, "xs": self.xs, "ys": self.ys}
 
@@ -224,7 +233,7 @@ class Plane(Study):
         """How many points a run evaluates: the grid and the checkpoints."""
         return len(self.xs) * len(self.ys) + len(self.problem.names)
 
-    def trial(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
+    def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
         """Takes a part of the grid.
 
         Args:
@@ -262,12 +271,13 @@ class Plane(Study):
             difference = self._difference(here, points)
             last = self.problem.place(self.problem.last.weights)
             # At a corner of the grid: a model that remembers the first point it saw is found out.
-            self.hold_against_fresh(self._at(points[0]))
+            verify_fresh_model(self.problem, self._at(points[0]))
             middle = [sum(at) / len(self.places) for at in list(zip(*self.places, strict=True))[:2]]
             stays = [
-                *self.whole_numbers(last, self.problem.last.weights),
-                *self.spectral_norms(),
-                *self.mixed_statistics(
+                *integer_notes(self, last, self.problem.last.weights),
+                *spectral_notes(self),
+                *batchnorm_notes(
+                    self,
                     self.problem.places(range(len(self.problem.names))),
                     lambda: self._at((middle[0], middle[1])),
                 ),
@@ -320,7 +330,7 @@ class Plane(Study):
             "off_plane": max(off for *_, off in self.places),
             "splits": splits,
             "endpoint_difference": difference,
-            "notes": [*stays, *self._notes(splits), *self.sampled(examples)],
+            "notes": [*stays, *self._notes(splits), *sampling_notes(self, examples)],
             "seconds": seconds,
         }
         return Result(table, summary, {"path": path})
@@ -357,7 +367,7 @@ class Plane(Study):
         else:
             anchors = [((0.0, 0.0), problem.place(problem.last.weights))]
         # Enough of the grid that a first layer is shared.
-        return self.meets(here, anchors, points[:: max(1, len(points) // 4)])
+        return verify_sweep(self.problem, here, anchors, points[:: max(1, len(points) // 4)])
 
     def _evaluate(
         self,
@@ -415,7 +425,7 @@ class Plane(Study):
         }
 
     def _notes(self, splits: Mapping[str, Any]) -> list[str]:
-        notes = [*self.kept(), *self.stored_types()]
+        notes = [*general_notes(self), *storage_notes(self)]
         if self.chosen:
             notes.append(
                 "random directions are zero in all but the chosen tensors"
@@ -461,7 +471,7 @@ def _random(problem: Problem) -> Span:
 
 def _principal(problem: Problem) -> tuple[Span, tuple[float, ...]]:
     """The plane of the first two principal components, and what all of them explain."""
-    moving = moving_along(problem)
+    moving = differing_tensors(problem)
     counted = _counted(problem, moving)
     along = [name for name in moving if name not in counted]
     opener, number = (lambda t: problem.open(t).weights), len(problem.names)

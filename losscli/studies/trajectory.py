@@ -23,8 +23,17 @@ from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import check, settle, sweep_each, sweep_plain
 from losscli.results import Result
 from losscli.settings import Settings
-from losscli.studies.base import Study, count, moving_along
-from losscli.studies.problem import counted, prepare
+from losscli.studies.base import Study, count
+from losscli.studies.notes import (
+    batchnorm_notes,
+    general_notes,
+    integer_notes,
+    sampling_notes,
+    spectral_notes,
+    storage_notes,
+)
+from losscli.studies.problem import counted, differing_tensors, prepare
+from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.slices import Line, grid, need_room
@@ -150,7 +159,7 @@ class Trajectory(Study):
         if surface and not 0 < reach <= _FARTHEST:
             raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
         problem = prepare(names, settings, notes)
-        moving = moving_along(problem)
+        moving = differing_tensors(problem)
         counted = problem.parameters(moving)
         if moving and not counted:
             raise UsageError(
@@ -163,7 +172,7 @@ class Trajectory(Study):
         return cls(problem, moving, begun, path, tuple(offsets), random_walk)
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The values of b, and whether there are walks."""
         return {"offsets": self.offsets, "random_walk": self.random_walk}
 
@@ -223,7 +232,7 @@ class Trajectory(Study):
             "random_walks": _described(walks),
             "splits": splits,
             "endpoint_difference": difference,
-            "notes": [*stays, *self._notes(splits), *self.sampled(examples)],
+            "notes": [*stays, *self._notes(splits), *sampling_notes(self, examples)],
             "seconds": seconds,
         }
         return Result(self._table(found), summary, more)
@@ -237,11 +246,13 @@ class Trajectory(Study):
             line = Line(self.on_device(first), self.on_device(last))
             steps = len(self.offsets)
             settle(self.problem.objective, line, [(i / steps,) for i in range(steps)])
-            difference = self.meets(line, [((0.0,), first), ((1.0,), last)], [(0.5,)])
-        self.hold_against_fresh(last)
-        notes = [*self.whole_numbers(last, weights), *self.spectral_norms()]
+            difference = verify_sweep(
+                self.problem, line, [((0.0,), first), ((1.0,), last)], [(0.5,)]
+            )
+        verify_fresh_model(self.problem, last)
+        notes = [*integer_notes(self, last, weights), *spectral_notes(self)]
         if self.offsets:
-            notes += self.mixed_statistics((first, last), lambda: self.middle(first, last))
+            notes += batchnorm_notes(self, (first, last), lambda: self.middle(first, last))
         return difference, notes
 
     def _evaluate(
@@ -400,7 +411,7 @@ class Trajectory(Study):
         return told
 
     def _notes(self, splits: Mapping[str, Any]) -> list[str]:
-        notes = [*self.kept(), *self.stored_types()]
+        notes = [*general_notes(self), *storage_notes(self)]
         if self.chosen:
             notes.append("projections, residuals and distances are those of the moving parameters")
         if not max(self.path.residual):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -126,7 +128,7 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = build()
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor) * 0.3)
             assert tensor.isfinite().all(), name
@@ -421,13 +423,24 @@ def test_where_no_model_is_known_export_says_so(losscli: Losscli, folder: Path) 
     assert "No model is known here that would decide. Choose one, for example two" in done.stderr
 
 
+# --- hooks that change values ---------------------------------------------------------------------
+
+
+class Changed(nn.Module):
+    """Two layers; the second is loaded by a hook."""
+
+    def __init__(self, second: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), second or nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
 class Tripling(nn.Linear):
     """Before version 2 its weights were a third of what they are."""
 
     _version = 2
-
-    def __init__(self) -> None:
-        super().__init__(4, 3)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
@@ -437,17 +450,371 @@ class Tripling(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
-def test_hooks_that_change_tensors_by_the_version_of_a_file_are_refused(tmp_path: Path) -> None:
-    study: dict[str, Any] = {"model": Tripling, "data": {"all": (INPUTS, TARGETS)}, "points": 2}
-    for seed in (1, 2):
-        torch.save(seeded(Tripling, seed).state_dict(), tmp_path / f"{seed}.pt")
-    with pytest.raises(CheckpointError, match="by the version that the file notes"):
-        library.interpolate(tmp_path / "1.pt", tmp_path / "2.pt", **study)
-    # Without a version the hooks do what they do when anybody loads the file.
-    for seed in (1, 2):
-        torch.save(dict(seeded(Tripling, seed).state_dict()), tmp_path / f"{seed}.pt")
-    found = library.interpolate(tmp_path / "1.pt", tmp_path / "2.pt", **study)
-    model = Tripling()
-    model.load_state_dict(torch.load(tmp_path / "1.pt"))
-    expected = torch.nn.functional.cross_entropy(model(INPUTS), TARGETS).item()
-    assert found.table["loss"][found.table["alpha"].index(0)] == pytest.approx(expected, rel=1e-5)
+class Frozen(nn.Module):
+    """As FrozenBatchNorm2d of detectron2: only a file that notes an old version is changed."""
+
+    _version = 3
+    eps = 0.125
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return (self.layer(x) - self.running_mean) * scale + self.bias
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        version = local_metadata.get("version", None)
+        if version is not None and version < 3:
+            state_dict[f"{prefix}running_var"] = state_dict[f"{prefix}running_var"] - self.eps
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+class Writing(nn.Linear):
+    """It writes on the tensors of the file."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_load_state_dict_post_hook(_add)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        state_dict[f"{prefix}weight"] *= 0.5
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Reading(Tripling):
+    """It copies by itself, from the state dict into its own tensors."""
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        for name, parameter in self.named_parameters():
+            with torch.no_grad():
+                parameter.copy_(state_dict[prefix + name])
+                if local_metadata.get("version", 1) < 2:
+                    parameter.add_(1)
+
+
+class Flat(nn.Linear):
+    """Its files hold the weight flattened."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        weight = state_dict[f"{prefix}weight"]
+        state_dict[f"{prefix}weight"] = weight.reshape(self.weight.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Bytes(nn.Linear):
+    """Its files hold the weight in bytes."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if not (weight := state_dict[f"{prefix}weight"]).is_floating_point():
+            state_dict[f"{prefix}weight"] = weight.float() / 64 - 2
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Halving(nn.Linear):
+    """It halves its weight whenever it is loaded, and adds to its bias afterwards."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_load_state_dict_pre_hook(_halve)
+        self.register_load_state_dict_post_hook(_add)
+
+
+def _halve(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    state[f"{prefix}weight"] = state[f"{prefix}weight"] / 2
+
+
+def _add(module: nn.Module, _: Any) -> None:
+    with torch.no_grad():
+        module.bias.add_(0.25)
+
+
+class Scaling(nn.Linear):
+    """It scales by its extra state, which its own code stores."""
+
+    scale, seen = 1.0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"scale": self.scale, "seen": [torch.full((2,), self.seen)]}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.scale, self.seen = state["scale"], int(state["seen"][0][0])
+        state["scale"] = 0.0  # a state of its own may be written on
+
+
+HOOKED: dict[str, Callable[[], nn.Module]] = {
+    "version": lambda: Changed(Tripling(5, 3)),
+    "noted version": lambda: Changed(Frozen()),
+    "copying": lambda: Changed(Reading(5, 3)),
+    "writing": lambda: Changed(Writing(5, 3)),
+    "shape": lambda: Changed(Flat(5, 3)),
+    "type": lambda: Changed(Bytes(5, 3)),
+    "always": lambda: Changed(Halving(5, 3)),
+    "extra state": lambda: Changed(Scaling(5, 3)),
+    "root": lambda: Tripling(4, 3),
+}
+
+
+def stored(kind: str, seed: int, version: int | None) -> dict[str, Any]:
+    """The state dict of a file that notes a version, or none at all."""
+    state: dict[str, Any] = seeded(HOOKED[kind], seed).state_dict()
+    weight = "second.weight"
+    if kind == "shape":
+        state[weight] = state[weight].flatten()
+    if kind == "type":
+        state[weight] = (64 * (state[weight] + 2)).to(torch.uint8)
+    if kind == "extra state":
+        state["second._extra_state"]["scale"] = 0.5
+    if version is None:
+        return dict(state)
+    for module in state._metadata.values():  # type: ignore[attr-defined]
+        module["version"] = version
+    return state
+
+
+def loaded(kind: str, file: str, key: str | None = None) -> nn.Module:
+    """What torch alone makes of a file."""
+    torch.manual_seed(0)
+    model = HOOKED[kind]()
+    content = torch.load(file)
+    model.load_state_dict(content[key] if key else content)
+    return model.double().eval()
+
+
+def opened_as(kind: str, name: str, expected: Mapping[str, Any]) -> None:
+    """Whether a file is opened as the state of a model that torch loaded."""
+    found = select_for(read(name), HOOKED[kind]())
+    assert {*found.weights, *found.extra} == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(found.weights[key].to(value.dtype), value), (name, key)
+        else:
+            assert found.extra[key]["scale"] == value["scale"] == 0.5
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return nn.functional.cross_entropy(model(INPUTS.double()), TARGETS)
+
+
+def written(
+    kind: str, folder: Path, versions: Sequence[int | None], *, key: str | None = None
+) -> list[str]:
+    names = []
+    for i, version in enumerate(versions):
+        state = stored(kind, i + 1, version)
+        torch.save({key: state, "epoch": 3} if key else state, folder / f"{i}.pt")
+        names.append(str(folder / f"{i}.pt"))
+    return names
+
+
+STUDY: dict[str, Any] = {
+    "data": {"all": (INPUTS, TARGETS)},
+    "dtype": "float64",
+    "metric": ("none",),
+}
+
+
+@pytest.mark.parametrize("versions", [(1, 3, None), (3, None, 1), (None, 1, 3)])
+@pytest.mark.parametrize("kind", HOOKED)
+def test_a_file_is_changed_once_as_load_state_dict_changes_it(
+    kind: str, versions: Sequence[int | None], tmp_path: Path
+) -> None:
+    names = written(kind, tmp_path, versions)
+    models = [loaded(kind, name) for name in names]
+    a, b = models[:2]
+    between = oracle.blend(
+        *(
+            {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+            for model in (a, b)
+        ),
+        0.5,
+    )
+    middle = copy.deepcopy(a)
+    with torch.no_grad():
+        for name, tensor in [*middle.named_parameters(), *middle.named_buffers()]:
+            tensor.copy_(between[name])
+    study = {**STUDY, "model": HOOKED[kind]}
+    line = library.interpolate(*names[:2], points=3, range=(0, 1), **study)
+    for found, model in zip(line.table.floats("loss"), (a, middle, b), strict=True):
+        assert found == pytest.approx(loss_of(model).item(), rel=1e-12)
+    path = library.trajectory(names, surface=False, **study)
+    losses = [loss_of(model).item() for model in models]
+    assert path.table.floats("loss") == pytest.approx(losses, rel=1e-12)
+    gradient = torch.autograd.grad(loss_of(a), list(a.parameters()))
+    norm = torch.cat([g.flatten() for g in gradient]).norm().item()
+    (row,) = library.check(names[:1], **study).table.records()
+    assert row["loss"] == pytest.approx(losses[0], rel=1e-12)
+    assert row["gradient_norm"] == pytest.approx(norm, rel=1e-9)
+    # From Python as from files, and the objects stay as they are.
+    objects = [torch.load(name) for name in names[:2]]
+    before = copy.deepcopy(objects)
+    again = library.interpolate(*objects, points=3, range=(0, 1), **study)
+    assert again.table.floats("loss") == line.table.floats("loss")
+    for state, own in zip(objects, before, strict=True):
+        assert all(torch.equal(state[n], t) for n, t in own.items() if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize("kind", ["always", "copying", "writing", "shape"])
+def test_hooks_find_every_tensor_where_some_move(kind: str, tmp_path: Path) -> None:
+    names = written(kind, tmp_path, [1, 3])
+    a, b = (loaded(kind, name) for name in names)
+    study = {**STUDY, "model": HOOKED[kind], "points": 3, "range": (0, 1)}
+    line = library.interpolate(*names, only="first.*", **study)
+    a.first.load_state_dict(b.first.state_dict())  # type: ignore[operator,union-attr]
+    assert line.table.floats("loss")[2] == pytest.approx(loss_of(a).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["always", "version", "extra state"])
+def test_a_module_is_evaluated_as_it_is(kind: str, tmp_path: Path) -> None:
+    (name,) = written(kind, tmp_path, [1])
+    model = loaded(kind, name)
+    # Given as the model, as the checkpoint, or as both.
+    for given in (HOOKED[kind], model):
+        found = library.check(model, **{**STUDY, "model": given})
+        assert found.table.floats("loss") == [pytest.approx(loss_of(model).item(), rel=1e-12)]
+
+
+@pytest.mark.parametrize("kind", ["version", "noted version", "extra state"])
+def test_versions_and_extra_state_are_found_wherever_the_state_dict_lies(
+    kind: str, tmp_path: Path
+) -> None:
+    (name,) = written(kind, tmp_path, [1], key="net")
+    expected = loaded(kind, name, "net").state_dict()
+    state = torch.load(name)["net"]
+    wrapped = collections.OrderedDict((f"module.{key}", value) for key, value in state.items())
+    wrapped._metadata = {  # type: ignore[attr-defined]
+        "": {"version": 1},
+        **{f"module.{m}".strip("."): v for m, v in state._metadata.items()},
+    }
+    inner = collections.OrderedDict((f"a.{key}", value) for key, value in wrapped.items())
+    inner["b.weight"] = torch.ones(2)
+    inner._metadata = {f"a.{m}".strip("."): v for m, v in wrapped._metadata.items()}  # type: ignore[attr-defined]
+    forms = {"wrapped": wrapped, "two": {"net": state, "ema": stored(kind, 2, 1)}, "inner": inner}
+    for form, content in forms.items():
+        torch.save(content, tmp_path / f"{form}.pt")
+    for named in (
+        "0.pt",
+        "0.pt#net",
+        "wrapped.pt",
+        "two.pt#net",
+        "inner.pt#a",
+        "inner.pt#a.module",
+    ):
+        opened_as(kind, str(tmp_path / named), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha"),
+    # Whole-number tensors are A's.
+    [(kind, alpha) for kind in HOOKED for alpha in (0.0, 1.0) if (kind, alpha) != ("type", 1.0)],
+)
+@pytest.mark.parametrize("version", [1, 3, None])
+@pytest.mark.parametrize("key", [None, "state_dict"])
+def test_what_export_writes_is_loaded_as_its_ends_are(
+    kind: str, alpha: float, version: int | None, key: str | None, tmp_path: Path, losscli: Losscli
+) -> None:
+    names = written(kind, tmp_path, (version, version), key=key)
+    out = str(tmp_path / "e.pt")
+    done = losscli("export", *names, "--alpha", alpha, "-o", out)
+    assert done.status == 0, done.stderr
+    expected = loaded(kind, names[int(alpha)], key).state_dict()
+    found = loaded(kind, out, key).state_dict()
+    assert all(
+        torch.equal(found[n], t) if isinstance(t, Tensor) else n.endswith("_extra_state")
+        for n, t in expected.items()
+    )
+    opened_as(kind, out, expected)
+
+
+def test_export_refuses_what_it_cannot_write_for_a_model_it_does_not_know(
+    losscli: Losscli, tmp_path: Path
+) -> None:
+    names = written("version", tmp_path, (1, 3))
+    done = losscli("export", *names, "--alpha", 0.5, "-o", tmp_path / "e.pt")
+    assert (done.status, done.stdout) == (1, "")
+    assert "note different versions of the model: {'version': 1} and {'version': 3}" in done.stderr
+    for kind, what in (("version", "version 3 of the model"), ("extra state", "second._extra")):
+        names = written(kind, tmp_path, (3, 3))
+        done = losscli("export", *names, "--alpha", 0.5, "-o", tmp_path / "e.safetensors")
+        assert (done.status, done.stdout) == (1, "")
+        assert f"safetensors does not store {what}" in done.stderr
+        assert f"Write {tmp_path}/e.pt" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("e.*"))
+
+
+def test_missing_and_unknown_extra_state_is_refused_as_torch_refuses_it(tmp_path: Path) -> None:
+    state = stored("extra state", 1, 1)
+    without_it = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    plain = seeded(Changed, 1).state_dict()
+    cases: list[tuple[Callable[[], nn.Module], Any, str]] = [
+        (HOOKED["extra state"], without_it, 'Missing key.* "second._extra_state"'),
+        (Changed, {**plain, "second._extra_state": 3}, 'Unexpected key.* "second._extra_state"'),
+        (HOOKED["extra state"], {**state, "second._extra_state": 3}, "not subscriptable"),
+    ]
+    for build, content, message in cases:
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises((RuntimeError, TypeError), match=message):
+            build().load_state_dict(torch.load(tmp_path / "a.pt"))
+        with pytest.raises(MismatchError, match=rf"a\.pt cannot be loaded .*{message}") as caught:
+            select_for(read(str(tmp_path / "a.pt")), build())
+        assert "\n" not in str(caught.value)
+    # A stand-in is not what was written.
+    torch.save({**state, "second._extra_state": {"scale": np.ones(2)}}, tmp_path / "a.pt")
+    with pytest.raises(MismatchError, match=r"second\._extra_state holds an object that"):
+        select_for(read(str(tmp_path / "a.pt")), HOOKED["extra state"]())
+
+
+def test_extra_states_that_differ_are_refused_where_they_change_the_loss(tmp_path: Path) -> None:
+    a, b, c = (stored("extra state", seed, 1) for seed in (1, 2, 3))
+    b["second._extra_state"]["scale"] = 0.75
+    c["second._extra_state"]["seen"] = [torch.tensor([7, 7])]
+    names = [str(tmp_path / f"{name}.pt") for name in "abc"]
+    for name, state in zip(names, (a, b, c), strict=True):
+        torch.save(state, name)
+    study = {**STUDY, "model": HOOKED["extra state"], "points": 3, "range": (0, 1)}
+    with pytest.raises(
+        MismatchError, match=r"second\._extra_state of .*b\.pt is not that of .*a\.pt"
+    ):
+        library.interpolate(names[0], names[1], **study)
+    line = library.interpolate(names[0], names[2], **study)
+    (note,) = (note for note in line.summary["notes"] if "_extra_state" in note)
+    assert "the losses are the same with either" in note
+    expected = [loss_of(loaded("extra state", names[i])).item() for i in (0, 2)]
+    losses = line.table.floats("loss")
+    assert [losses[0], losses[2]] == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_align_writes_is_loaded_as_it_was_aligned(losscli: Losscli, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    (tmp_path / "net.py").write_text(
+        "from tests.test_checkpoint_hooks import HOOKED\n"
+        "def version(): return HOOKED['version']()\n"
+        "def flat(): return HOOKED['shape']()\n"
+    )
+    np.savez(tmp_path / "data.npz", inputs=INPUTS.numpy(), targets=TARGETS.numpy())
+    for kind, model in (("version", "version"), ("shape", "flat")):
+        names = written(kind, tmp_path, (1, 1))
+        options = ["-m", f"{tmp_path}/net.py:{model}", "-d", f"npz:{tmp_path}/data.npz", "--force"]
+        done = losscli("align", *names, "-o", tmp_path / "x.safetensors", *options)
+        out = tmp_path / "x.safetensors"
+        if kind == "version":
+            assert done.status == 1
+            assert "safetensors does not store version 2 of second" in done.stderr
+            out = tmp_path / "x.pt"
+            done = losscli("align", *names, "-o", out, *options)
+        assert done.status == 0, done.stderr
+        found = library.check([out, names[1]], model=HOOKED[kind], **STUDY)
+        one, other = found.table.floats("loss")
+        assert one == pytest.approx(other, rel=1e-5)

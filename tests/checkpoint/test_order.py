@@ -127,6 +127,75 @@ def test_names_of_other_tools_are_read_alike(
     assert [Path(name).name for name in found] == expected
 
 
+# The files of a folder in the order of training; those that are left out; what a note says.
+FOLDERS: list[tuple[str, str, str]] = [
+    # Decimals by their values, also those with as many digits.
+    ("w_0.1.pt w_0.15.pt w_0.2.pt w_0.25.pt w_1.0.pt w_10.5.pt", "", ""),
+    ("0.5.pt 0.75.pt 1.pt 1.5.pt 2.pt 10.pt", "", ""),
+    ("alpha=0.05.ckpt alpha=0.10.ckpt alpha=0.50.ckpt", "", ""),
+    ("e=1-loss=0.9.ckpt e=2-loss=0.25.ckpt e=10-loss=0.125.ckpt", "", ""),
+    # Counted parts: no decimal ends in 0 where others are shorter; versions have two points.
+    ("step_1.8.pt step_1.9.pt step_1.10.pt step_1.11.pt", "", ""),
+    ("v1.2.9.pt v1.2.10.pt v1.10.0.pt", "", ""),
+    # The name without the number is the latest.
+    ("checkpoint_1.pth checkpoint_2.pth checkpoint_10.pth checkpoint.pth", "",
+     "checkpoint.pth is taken last"),
+    ("model-epoch2.pth model-epoch10.pth model.pth", "", "model.pth is taken last"),
+    ("ckpt2.pt ckpt10.pt ckpt.pt", "", "ckpt.pt is taken last"),
+    ("w_0.1.pt w_0.15.pt w.pt", "", "w.pt is taken last"),
+    ("resnet18_2.pth resnet18_10.pth resnet18.pth", "", "resnet18.pth is taken last"),
+    ("init.pt model_2.pt model_10.pt model.pt model_last.pt", "model_best.pt",
+     "model.pt, p/model_last.pt are taken last"),
+    # Other names are not, nor is one without numbered files.
+    ("model.pt models_1.pt models_2.pt", "", ""),
+    ("a.pt model.pt step_1.pt step_2.pt", "", ""),
+    ("model.pt model_x.pt", "", ""),
+    # Lightning writes name-v1.ckpt where name.ckpt is there already.
+    ("last.ckpt last-v1.ckpt last-v2.ckpt last-v10.ckpt", "", ""),
+    ("epoch=1-step=5.ckpt epoch=1-step=5-v1.ckpt epoch=2-step=9.ckpt last.ckpt last-v1.ckpt", "",
+     ""),
+    ("model.ckpt model-v1.ckpt model-v2.ckpt", "", ""),
+    # A word may run into another of these, and not into any letters.
+    ("bestiary_1.pt bestiary_2.pt", "", ""),
+    ("bestiary_1.pt step_1.pt step_2.pt", "", ""),
+    ("finale_1.pt lasting_1.pt step_1.pt", "", ""),
+    ("e1.pt e2.pt lastmodel.pt", "bestmodel.pt bestAcc_7.pt model_best_2.pt", "best"),
+    ("initial_weights.pt e1.pt e2.pt finalModel.pt", "BEST.pt", "taken first"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ordered", "left_out", "note"), FOLDERS)
+def test_a_folder_is_put_into_the_order_of_training(
+    ordered: str, left_out: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [*ordered.split(), *left_out.split()]
+    save(Path("p"), {name: t for t, name in enumerate(names)})
+    found, notes = path_of(["p"])
+    assert [Path(name).name for name in found] == ordered.split()
+    assert note in " ".join(notes)
+    for name in left_out.split():
+        assert any(f"p/{name}" in told and "left out" in told for told in notes)
+    assert (found == all_in(["p"])) == (not notes)
+
+
+def test_the_latest_without_a_number_is_left_out_if_it_equals_a_numbered_one(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path / "p", {"model_1.pt": 1, "model_2.pt": 2, "model.pt": 2})
+    found, notes = path_of([str(tmp_path / "p")])
+    assert [Path(name).name for name in found] == ["model_1.pt", "model_2.pt"]
+    assert f"{tmp_path}/p/model.pt is left out: its weights are those of" in notes[0]
+
+
+def test_decimals_that_a_shell_lists_are_in_their_order() -> None:
+    given = ["w_0.1.pt", "w_0.15.pt", "w_0.2.pt", "w_10.0.pt", "w_2.5.pt"]
+    found, notes = path_of(given)
+    assert found == [*given[:3], "w_2.5.pt", "w_10.0.pt"]
+    assert "are taken in natural order" in notes[0]
+    assert path_of(found) == (found, [])
+
+
 @pytest.mark.parametrize("change", ["value", "type", "name", "shape"])
 def test_a_last_file_is_left_out_only_if_every_weight_is_equal(change: str, tmp_path: Path) -> None:
     save(tmp_path / "p", NUMBERED)

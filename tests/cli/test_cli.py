@@ -248,7 +248,7 @@ def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None
         ),
         (["inspect", "a.pt", "b.pt", "a.pt"], 2, "one checkpoint or two"),
         (["inspect", "absent.pt"], 1, "no checkpoint"),
-        (["export", "a.pt", "b.pt", "--alpha", "0.5", "-o", "x.pt"], 2, "safetensors"),
+        (["export", "a.pt", "b.pt", "--alpha", "0.5", "-o", "x.npz"], 2, "safetensors"),
         (["export", "a.pt", "b.pt", "--alpha", "0.5", "-o", "no/x.safetensors"], 1, "mkdir -p no"),
         (["list", "nonsense"], 2, "nonsense"),
     ],

@@ -646,15 +646,17 @@ def test_what_is_not_finite_gives_nan_and_no_verdict(n: int) -> None:
 # Comparison with differences, and errors beyond √n ε.
 
 
-def compare(objective: Objective, state: Mapping[str, Tensor], *, ends: bool = True) -> None:
+def compare(objective: Objective, state: Mapping[str, Tensor], *, ends: bool = True) -> str:
     """Compares derivatives along the outermost eigenvectors and random directions."""
     names = parameters_of(objective.model)
     sample = objective.splits["all"].first(16)
-    precise = objective.in_float64(sample) or objective
-    with Curvature(precise, state, names, sample) as curvature:
-        found = curvature.extremes(1, tolerance=1e-3, seed=0, limit=60)
-    vectors = {"λ min": found.smallest[0].vector, "λ max": found.largest[0].vector}
-    check_derivatives(precise, state, names, sample, vectors if ends else {}, seed=0)
+    precise = objective.in_float64(sample, inside=True) or objective
+    vectors = {}
+    if ends:
+        with Curvature(precise, state, names, sample) as curvature:
+            found = curvature.extremes(1, tolerance=1e-3, seed=0, limit=60)
+        vectors = {"λ min": found.smallest[0].vector, "λ max": found.largest[0].vector}
+    return check_derivatives(precise, state, names, sample, vectors, seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -669,7 +671,7 @@ def test_right_derivatives_do_not_contradict_differences(case: Case, dtype: torc
 @pytest.mark.parametrize("case", SEEN, ids=str)
 def test_nor_do_they_without_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = objective_of(case, dtype=torch.float32)
-    monkeypatch.setattr(objective, "in_float64", lambda _: None)
+    monkeypatch.setattr(objective, "in_float64", lambda *_, **__: None)
     state = case.state(1)
     objective.check(state)
     compare(objective, state)
@@ -699,7 +701,7 @@ def test_a_gradient_that_is_stopped_in_part_contradicts_differences(
     case = stopped.case(stopped.STOPPED[name])
     objective = objective_of(case, dtype=torch.float32)
     if not precise:
-        monkeypatch.setattr(objective, "in_float64", lambda _: None)
+        monkeypatch.setattr(objective, "in_float64", lambda *_, **__: None)
     state = case.state(1)
     objective.check(state)
     with pytest.raises(
@@ -782,16 +784,81 @@ def test_errors_cover_the_distance_from_float64(
         truth = curvature.dense().eigenvalues
     with Curvature(objective, state, names, split) as curvature:
         found = curvature.extremes(2, tolerance=1e-4, seed=0)
-    whole = len(sample) == len(split)
-    with (
-        Curvature(objective, state, names, sample) as rough,
-        Curvature(precise, state, names, sample) as fine,
-    ):
-        wider = add_rounding(found, rough, fine, whole=whole)
+    given = found, objective, precise, state, names, sample
+    wider = add_rounding(*given, whole=len(sample) == len(split), seed=0)
     for before, after in zip(pairs_of(found), pairs_of(wider), strict=True):
         assert before.value == after.value
         assert before.error <= after.error
         assert np.abs(truth - after.value).min() <= after.error
+
+
+@pytest.mark.parametrize("case", [*SEARCHED, *CANCELLING], ids=str)
+def test_errors_cover_the_distance_from_float64_without_float64(case: Case) -> None:
+    objective, state = objective_of(case, dtype=torch.float32), case.state(1)
+    objective.check(state)
+    names, split = parameters_of(objective.model), objective.splits["all"]
+    oracle = Oracle(case)
+    hessian = torch.autograd.functional.hessian(oracle.loss, oracle.point, vectorize=True)
+    truth = torch.linalg.eigvalsh(hessian).numpy()
+    with Curvature(objective, state, names, split) as curvature:
+        found = curvature.extremes(2, tolerance=1e-4, seed=0)
+    wider = add_rounding(found, objective, None, state, names, split, whole=True, seed=0)
+    for before, after in zip(pairs_of(found), pairs_of(wider), strict=True):
+        assert before.error < after.error
+        assert np.abs(truth - after.value).min() <= after.error
+
+
+@pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", stopped.SMOOTH)
+def test_right_derivatives_are_verified_whatever_is_computed_in_inside(
+    name: str, inside: torch.dtype
+) -> None:
+    case = stopped.case(stopped.cast(stopped.SMOOTH[name], inside))
+    objective, state = objective_of(case, dtype=torch.float32), case.state(1)
+    objective.check(state)
+    assert not compare(objective, state)
+
+
+@pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("middle", "error"),
+    [
+        (stopped.STOPPED["partly detached"], "detached from autograd"),
+        (stopped.STOPPED["straight-through rounding"], "detached from autograd"),
+        (stopped.lying, "second derivatives? .* wrong"),
+    ],
+)
+def test_wrong_derivatives_are_refused_whatever_is_computed_in_inside(
+    middle: Callable[[Tensor], Tensor], error: str, dtype: torch.dtype, inside: torch.dtype
+) -> None:
+    case = stopped.case(stopped.cast(middle, inside))
+    objective, state = objective_of(case, dtype=dtype), case.state(1)
+    objective.check(state)
+    with pytest.raises(ModelError, match=error):
+        compare(objective, state, ends=False)
+
+
+def test_without_float64_derivatives_are_right_or_refused_or_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No right derivative is refused, and no wrong one passes in silence."""
+    monkeypatch.setattr(Objective, "in_float64", lambda *_, **__: None)
+    wrong = {**stopped.STOPPED, "lying": stopped.lying}
+    for dtype, inside in itertools.product(
+        (torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16)
+    ):
+        for name, middle in {**stopped.SMOOTH, **wrong}.items():
+            case = stopped.case(stopped.cast(middle, inside))
+            objective, state = objective_of(case, dtype=dtype), case.state(1)
+            objective.check(state)
+            refused, noted = False, ""
+            try:
+                noted = compare(objective, state, ends=False)
+            except ModelError:
+                refused = True
+            assert not refused or name in wrong
+            assert refused or noted or name not in wrong
 
 
 @pytest.mark.parametrize("case", CANCELLING, ids=str)

@@ -204,7 +204,7 @@ def test_what_the_line_does_not_move_keeps_its_value() -> None:
 def test_the_model_is_left_as_it_was(name: str, way: _Way, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(c for c in CASES if c.name == name)
     objective, line = ready(case)
-    monkeypatch.setattr(module, "_settle", lambda *_: way)
+    monkeypatch.setattr(module, "_settle", lambda *_: (way, ""))
     objective.model.requires_grad_(False)
     next(objective.model.parameters()).requires_grad_(True)
     kept = {n: (id(t), t.data_ptr(), t.clone()) for n, t in objective.tensors.items()}
@@ -551,3 +551,62 @@ def test_rounding_to_half_precision_inside_is_no_stopped_gradient(dtype: torch.d
     states = [model.state_dict() for model in models]
     losscli.interpolate(*states, points=3, derivatives=True, **study)
     losscli.check(states[0], **study)
+
+
+INSIDE = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("name", stopped.SMOOTH)
+def test_right_derivatives_are_verified_whatever_is_computed_in_inside(
+    name: str, inside: torch.dtype
+) -> None:
+    middle = stopped.SMOOTH[name]
+    case = stopped.case(stopped.cast(middle, inside))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        objective, line = ready(case, dtype=dtype)
+        found = slopes(objective, line, ALPHAS)["all"]
+        assert not objective.remarks
+        if (name, inside, dtype) == ("tanh", torch.float32, torch.float64):
+            expected = [differences(stopped.case(middle), alpha)[0] for alpha in ALPHAS]
+            np.testing.assert_allclose(found.slope, np.array(expected)[:, 0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("middle", "error"),
+    [
+        (stopped.STOPPED["partly detached"], "detached from autograd"),
+        (stopped.STOPPED["straight-through rounding"], "detached from autograd"),
+        (stopped.lying, "second derivative is wrong"),
+    ],
+)
+def test_wrong_derivatives_are_refused_whatever_is_computed_in_inside(
+    middle: Any, error: str, dtype: torch.dtype, inside: torch.dtype
+) -> None:
+    objective, line = ready(stopped.case(stopped.cast(middle, inside)), dtype=dtype)
+    with pytest.raises(ModelError, match=error):
+        slopes(objective, line, ALPHAS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_float64_derivatives_are_right_or_refused_or_noted(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No right derivative is refused, and no wrong one passes in silence."""
+    monkeypatch.setattr(Objective, "in_float64", lambda *_, **__: None)
+    wrong = {**stopped.STOPPED, "lying": stopped.lying}
+    for name, middle in {**stopped.SMOOTH, **wrong}.items():
+        objective, line = ready(stopped.case(middle), dtype=dtype)
+        refused = False
+        try:
+            slopes(objective, line, ALPHAS)
+        except ModelError as error:
+            refused = "detached" in error.what
+        noted = any("not verified" in note for note in objective.remarks)
+        assert not refused or name in wrong
+        assert refused or noted or name not in wrong
+        if dtype == torch.bfloat16:
+            # Its rounding hides all differences.
+            assert noted

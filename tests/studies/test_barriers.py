@@ -27,7 +27,7 @@ from losscli.errors import ModelError
 from losscli.evaluation.objective import Objective
 from losscli.models import MLP
 from losscli.settings import Settings
-from losscli.studies import base as study
+from losscli.studies import verification
 from losscli.studies.barriers import Barriers
 from losscli.table import Table
 from tests import oracle
@@ -362,7 +362,7 @@ def test_every_checkpoint_is_held_against_the_sweep(
 ) -> None:
     files = save(RELU, tmp_path, (1, 2, 3, 4))
     plan = Barriers.plan(files, Settings(**options(RELU)), points=POINTS)
-    sweep = study.sweep
+    sweep = verification.sweep
 
     def wrong(objective: Any, slice_: Any, coordinates: Any, **more: Any) -> Any:
         found = sweep(objective, slice_, coordinates, **more)
@@ -370,7 +370,7 @@ def test_every_checkpoint_is_held_against_the_sweep(
             return {n: dataclasses.replace(e, losses=1.01 * e.losses) for n, e in found.items()}
         return found
 
-    monkeypatch.setattr(study, "sweep", wrong)
+    monkeypatch.setattr(verification, "sweep", wrong)
     with pytest.raises(ModelError, match="the sweep does not meet the checkpoints"):
         plan.run()
     assert Barriers.plan(files[:3], Settings(**options(RELU)), points=POINTS).run().table.rows

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import losscli
+from losscli import objective as objective_module
 from losscli.errors import ModelError, UsageError
+from losscli.evaluation.objective import Objective
 from losscli.models import CNN, MLP
 from tests import oracle, stopped
 from tests.conftest import ROOT, Losscli
@@ -573,6 +575,54 @@ def test_errors_in_float32_cover_the_eigenvalues_of_the_dense_float64_hessian(
         assert abs(value - true) <= error
     (point,) = result.summary["splits"]["all"]["points"]
     assert point["rounding_measured_on"] == 60
+
+
+@pytest.mark.parametrize("only", [(), ("head.*",)])
+def test_without_a_copy_errors_cover_the_dense_float64_hessian_and_a_note_tells_it(
+    only: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of more than 1,000 weights, and of fewer: the whole spectrum.
+    monkeypatch.setattr(Objective, "in_float64", lambda *_, **__: None)
+    torch.manual_seed(0)
+    model = Offset()
+    x = torch.randn(60, 20, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(60) % 5
+    file = save(tmp_path, "a", **model.state_dict())
+    result = losscli.check([file], model=Offset, data={"all": (x, y)}, only=only)
+    values = np.linalg.eigvalsh(moving_hessian(model, x, y, only))
+    row = row_of(result)
+    for end, true in (("lambda_min", values[0]), ("lambda_max", values[-1])):
+        assert abs(row[end] - true) <= row[f"{end}_error"]  # type: ignore[operator]
+    assert any("no float64 copy" in note for note in result.summary["notes"])
+
+
+def moving_hessian(model: nn.Module, x: Tensor, y: Tensor, only: tuple[str, ...]) -> np.ndarray:
+    """The block of the dense Hessian that belongs to the parameters that move."""
+    whole = dense_hessian(model.double(), x.double(), y)
+    sizes = [(name, p.numel()) for name, p in model.named_parameters()]
+    moving = [name.startswith("head") or not only for name, size in sizes for _ in range(size)]
+    block: np.ndarray = whole[np.ix_(moving, moving)]
+    return block
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_what_rounding_hides_is_noted(
+    limited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limited:
+        # A copy does not fit into memory.
+        monkeypatch.setattr(objective_module, "host_budget", lambda: 1)
+    x, y = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+    torch.manual_seed(0)
+    files = [save(tmp_path, name, **MLP("6-4-3").state_dict()) for name in "ab"]
+    study: dict[str, Any] = {"model": "mlp:6-4-3", "data": {"all": (x, y)}, "dtype": "bfloat16"}
+    checked = losscli.check(files[:1], **study)
+    line = losscli.interpolate(*files, points=3, derivatives=True, **study)
+    for result in (checked, line):
+        noted = [note for note in result.summary["notes"] if "not verified" in note]
+        assert len(noted) == limited
+    (point,) = checked.summary["splits"]["all"]["points"]
+    assert bool(point["unverified"]) == limited
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])

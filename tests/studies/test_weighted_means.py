@@ -495,10 +495,14 @@ def test_a_run_that_goes_on_from_its_journal_has_the_same_numbers(
         return Interpolation.plan("init:1", "init:2", settings, points=5, range_=(0, 1))
 
     first = plan(nn.CrossEntropyLoss(weight=W))
-    with Journal.open(tmp_path / "x", first.basis.identity, first.basis.told) as journal:
+    with Journal.open(
+        tmp_path / "x", first.fingerprint.identity, first.fingerprint.conditions
+    ) as journal:
         truth = first.run(journal=journal)
     again = plan(nn.CrossEntropyLoss(weight=W))
-    with Journal.open(tmp_path / "x", again.basis.identity, again.basis.told) as journal:
+    with Journal.open(
+        tmp_path / "x", again.fingerprint.identity, again.fingerprint.conditions
+    ) as journal:
         found = again.run(lambda _: None, journal=journal)
         assert journal.skipped > 0
     assert found.table.to_csv() == truth.table.to_csv()

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from losscli.studies.problem.preparing import prepare
-from losscli.studies.problem.problem import Problem, counted
+from losscli.studies.problem.problem import Problem, counted, differing_tensors
 
-__all__ = ["Problem", "counted", "prepare"]
+__all__ = ["Problem", "counted", "differing_tensors", "prepare"]

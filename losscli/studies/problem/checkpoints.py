@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from losscli.models import RUNS_CODE
 from losscli.studies.problem.model import build
 from losscli.studies.problem.source import Found
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "is_same"]
 
 # Of so many checkpoints that do not match is told why.
 _TOLD = 5
@@ -125,9 +125,29 @@ def _initialisation(name: str, found: Found) -> Checkpoint:
         raise UsageError(
             f"{name}: a saved program has no initialisation to draw", "Give a checkpoint file"
         )
-    state = {
-        key: tensor
-        for key, tensor in build(found).state_dict().items()
-        if isinstance(tensor, Tensor)
-    }
-    return Checkpoint(name, state, {})
+    state = build(found).state_dict()
+    tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    extra = {key: value for key, value in state.items() if key not in tensors}
+    return Checkpoint(name, tensors, {}, extra=extra)
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Compares the extra state of modules.
+
+    Args:
+        one: Any object.
+        other: Another.
+
+    Returns:
+        Whether they are known to be equal.
+    """
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:  # noqa: BLE001 - classes of the user compare in any way
+        return False

@@ -12,12 +12,12 @@ from torch import nn
 
 from losscli._version import __version__
 from losscli.checkpoint import Given, base_of, read
-from losscli.errors import UsageError
+from losscli.errors import MismatchError, UsageError
 from losscli.evaluation.device import choose_device, describe_device
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import current
 from losscli.settings import Buffers, DType, Settings
-from losscli.studies.problem.checkpoints import Checkpoints
+from losscli.studies.problem.checkpoints import Checkpoints, is_same
 from losscli.studies.problem.model import build, check_copy
 from losscli.studies.problem.problem import Problem, counted, floating_buffers, moving_names
 from losscli.studies.problem.source import find
@@ -80,6 +80,8 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
         # Nobody asked for the default metrics.
         optional=() if settings.metric else metrics,
     )
+    objective.extra = first.extra
+    notes = [*notes, *_compare_extra_states(objective, checkpoints, names)]
     if isinstance(found.value, nn.Module):
         check_copy(found.value, objective)
     buffers = floating_buffers(objective)
@@ -103,6 +105,46 @@ def prepare(names: Sequence[str], settings: Settings, notes: Sequence[str] = ())
         checkpoints.unchanged,
         tuple(notes),
     )
+
+
+def _compare_extra_states(
+    objective: Objective, checkpoints: Checkpoints, names: Sequence[str]
+) -> list[str]:
+    """Compares the extra state of checkpoints, between which no point lies: the first one's stays.
+
+    Args:
+        objective: What is evaluated, with the extra state of the first checkpoint.
+        checkpoints: Opens them.
+        names: The checkpoints.
+
+    Returns:
+        A note where another has other extra state, and the same losses with either.
+
+    Raises:
+        MismatchError: It has other losses.
+    """
+    kept, notes = objective.extra, list[str]()
+    for name in dict.fromkeys(names) if kept else ():
+        checkpoint = checkpoints.open(name)
+        keys = [key for key, state in kept.items() if not is_same(state, checkpoint.extra.get(key))]
+        if not keys:
+            continue
+        objective.check(checkpoint.weights)
+        batches, losses = objective.first_batches(), []
+        for objective.extra in (checkpoint.extra, kept):
+            evaluations = objective.plain(checkpoint.weights, batches)
+            losses.append([evaluations[split].losses for split in batches])
+        if not all(map(torch.equal, *losses)):
+            raise MismatchError(
+                f"{keys[0]} of {name} is not that of {names[0]}, and no point lies between two "
+                "extra states",
+                "Give checkpoints with the same extra state",
+            )
+        notes.append(
+            f"{keys[0]} of {name} is not that of {names[0]}, which stays; on first batches the "
+            "losses are the same with either"
+        )
+    return notes[:1]
 
 
 def _provenance(

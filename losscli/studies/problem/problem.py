@@ -10,12 +10,12 @@ from typing import Any, overload
 from torch import nn
 
 from losscli.checkpoint import Checkpoint
-from losscli.errors import ModelError, UsageError
+from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.evaluation.objective import Objective
 from losscli.settings import Settings
-from losscli.weight_space.vectors import Weights, can_move, choose
+from losscli.weight_space.vectors import Weights, can_move, choose, equal
 
-__all__ = ["Problem", "counted", "floating_buffers", "moving_names"]
+__all__ = ["Problem", "counted", "differing_tensors", "floating_buffers", "moving_names"]
 
 
 @dataclass(frozen=True)
@@ -215,3 +215,38 @@ def moving_names(
     if not moving:
         raise UsageError("--only and --except leave no tensor to move", "Widen the patterns")
     return moving
+
+
+def differing_tensors(problem: Problem) -> tuple[str, ...]:
+    """Finds the tensors that are not the same in all checkpoints, one checkpoint at a time.
+
+    Args:
+        problem: The checkpoints.
+
+    Returns:
+        Their names.
+
+    Raises:
+        CheckpointError: One of them is not finite in some checkpoint.
+    """
+    # What never moves may hold infinities, as the masks of attention do.
+    first = problem.first.weights
+    still = set(problem.moving)
+    for t in range(1, len(problem.names)):
+        weights = problem.open(t).weights
+        still = {name for name in still if equal(first[name], weights[name])}
+        _need_finite(problem.names[t], weights, set(problem.moving) - still)
+        del weights  # before the next one is opened
+    moving = tuple(name for name in problem.moving if name not in still)
+    _need_finite(problem.names[0], first, moving)
+    return moving
+
+
+def _need_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:
+    for tensor in moving:
+        if not weights[tensor].isfinite().all():
+            raise CheckpointError(
+                f"{name}: {tensor} has weights that are infinite or not a number, and lies nowhere "
+                "in weight space",
+                "Leave this checkpoint out",
+            )

@@ -16,6 +16,7 @@ from losscli.evaluation.cost import Pace, measure, timed
 from losscli.evaluation.curvature import LEAST, PRODUCT_LIMIT
 from losscli.evaluation.objective import Objective
 from losscli.settings import Settings
+from losscli.studies import dry_run
 from losscli.studies.barriers import Barriers
 from losscli.studies.base import Study
 from losscli.studies.check import Check
@@ -66,13 +67,16 @@ def test_what_a_run_evaluates_is_counted(name: str, folder: Path) -> None:
     assert study.evaluations == plain + swept
     # In units that no other part has: before it begins a run evaluates first batches, here all.
     pace = Pace(29, 0.5, 1e9, 1.0, 1e3, 1e6, 1e12)
-    assert study.cost(pace) == examples * (plain + 16 + swept * 1e3) + swept * 1e6
+    assert (
+        dry_run.evaluation_seconds(study, pace)
+        == examples * (plain + 16 + swept * 1e3) + swept * 1e6
+    )
     done: list[float] = []
     study.run(done.append)
     assert done[-1] == pytest.approx(plain + swept)
     # Twice the examples take twice as long, whatever the batch.
     half = PLANS[name](**CPU, split=("train",))
-    assert half.cost(Pace(8, 0.1, 0, 0, 1.0, 0, 0)) == 29 * swept
+    assert dry_run.evaluation_seconds(half, Pace(8, 0.1, 0, 0, 1.0, 0, 0)) == 29 * swept
 
 
 class _Turned:
@@ -110,7 +114,7 @@ def test_a_batch_and_a_few_points_tell_the_rest(
 ) -> None:
     study = PLANS["interpolate"](**CPU)
     clock = _Turned(monkeypatch, load=3.0, each=2.0)
-    found = study.estimate(clock)
+    found = dry_run.estimate(study, clock)
     assert found == {
         "seconds": pytest.approx(40 * (2 * 4 + 9 * 2 + 16 * 4) + 9 * 3),
         "kind": "about",
@@ -124,7 +128,7 @@ def test_a_batch_and_a_few_points_tell_the_rest(
 def test_a_fast_batch_is_looked_at_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = PLANS["interpolate"](**CPU)
     clock = _Turned(monkeypatch, load=1e-6, each=1e-6)
-    seconds = study.estimate(clock)["seconds"]
+    seconds = dry_run.estimate(study, clock)["seconds"]
     assert seconds == pytest.approx(1e-6 * (40 * (2 * 2 + 9 + 16 * 2) + 9))
     assert (min(9, max(8, 2 * torch.get_num_threads())), 29) in clock.batches
 
@@ -137,16 +141,16 @@ def test_what_else_there_is_to_do_is_added(folder: Path, monkeypatch: pytest.Mon
 
     refined = plan(refine=0.01)
     clock = _Turned(monkeypatch, load=0.0, each=1.0)
-    once = refined.estimate(clock)
+    once = dry_run.estimate(refined, clock)
     assert once["kind"] == "at least"
     monkeypatch.setattr("losscli.studies.interpolation.timed", lambda *_: 29 * 7.0)
-    both = plan(derivatives=True).estimate(clock)
+    both = dry_run.estimate(plan(derivatives=True), clock)
     assert both["kind"] == "about"
     assert both["seconds"] == pytest.approx(once["seconds"] + 11 * 40 * 7)
 
 
 def test_a_sample_is_at_most_the_whole(folder: Path) -> None:
-    assert PLANS["plane"](**CPU, sampling_error=0.1).estimate()["kind"] == "at most"
+    assert dry_run.estimate(PLANS["plane"](**CPU, sampling_error=0.1))["kind"] == "at most"
 
 
 def test_a_check_takes_few_products_or_many(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,14 +162,14 @@ def test_a_check_takes_few_products_or_many(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("losscli.studies.check.timed", lambda *_: 29.0)
     clock = _Turned(monkeypatch, load=0.0, each=0.0)
     for number in (1, 2):
-        found = plan(number).estimate(clock)
+        found = dry_run.estimate(plan(number), clock)
         assert found["kind"] == "at least"
         assert found["product"] == {"seconds": 40.0}
         # So small a Hessian is made as a whole, of 53 products.
         assert found["seconds"] == pytest.approx(40 * number * 53 / 3)
         assert found["seconds_at_most"] == pytest.approx(40 * number * (53 + 3))
     monkeypatch.setattr("losscli.studies.check.DENSE_LIMIT", 10)
-    found = plan(2).estimate(clock)
+    found = dry_run.estimate(plan(2), clock)
     assert found["seconds"] == pytest.approx(40 * 2 * LEAST)
     assert found["seconds_at_most"] == pytest.approx(40 * 2 * (PRODUCT_LIMIT + 3))
 
@@ -185,8 +189,8 @@ def test_statistics_cost_their_examples_at_every_point(folder: Path) -> None:
     )
     training = study.problem.objective.recalibration
     assert training is not None
-    assert study.cost(Pace(20, 0, 0, 0, 0, 0, 1.0)) == 11 * len(training)
-    assert math.isfinite(study.estimate()["seconds"])
+    assert dry_run.evaluation_seconds(study, Pace(20, 0, 0, 0, 0, 0, 1.0)) == 11 * len(training)
+    assert math.isfinite(dry_run.estimate(study)["seconds"])
 
 
 def _images(folder: Path) -> str:
@@ -208,12 +212,12 @@ def test_what_is_decoded_costs_in_each_pass(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("losscli.data.objects.host_budget", lambda: 100)
     study = PLANS["interpolate"](**CPU, data="own.py:data")
     # The two ends, and all between them together.
-    assert study.cost(Pace(40, 0, 1.0, 0, 0, 0, 0)) == 3 * 40
+    assert dry_run.evaluation_seconds(study, Pace(40, 0, 1.0, 0, 0, 0, 0)) == 3 * 40
     clock = iter(range(1000))
     pace = measure(study.problem.objective, study.problem.origin, None, (), lambda: next(clock))
     assert pace.decoding == 1 / 40
     held = PLANS["interpolate"](**CPU)
-    assert held.cost(Pace(29, 0, 1.0, 0, 0, 0, 0)) == 0
+    assert dry_run.evaluation_seconds(held, Pace(29, 0, 1.0, 0, 0, 0, 0)) == 0
     assert measure(held.problem.objective, held.problem.origin, None, (), lambda: 0).decoding == 0
 
 
@@ -271,7 +275,7 @@ def test_a_batch_that_does_not_fit_is_halved(folder: Path, monkeypatch: pytest.M
         return forward(own, model, inputs)
 
     monkeypatch.setattr(Objective, "forward", little)
-    assert study.estimate()["batch"]["examples"] == 8
+    assert dry_run.estimate(study)["batch"]["examples"] == 8
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,7 @@ def test_a_batch_that_does_not_fit_is_halved(folder: Path, monkeypatch: pytest.M
 )
 def test_time_is_told_in_words(folder: Path, seconds: float, words: str) -> None:
     plan = {
-        **PLANS["path"](**CPU).describe(),
+        **dry_run.describe(PLANS["path"](**CPU)),
         "estimate": {
             "seconds": seconds,
             "kind": "at least",

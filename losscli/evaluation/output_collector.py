@@ -1,0 +1,108 @@
+"""Collects the losses and metrics of a batch at the points of a slice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from losscli.evaluation.forward import ScoredModel, scores_in
+from losscli.evaluation.losses import (
+    PerExample,
+    causal_lm,
+    function_of,
+    options_of,
+    perplexity,
+    weights_of,
+)
+
+__all__ = ["OutputCollector", "join_weights"]
+
+
+class OutputCollector:
+    """Collects the losses and the sums of the metrics of one batch.
+
+    Args:
+        model: The model with its loss and metrics.
+        targets: The targets of the batch, ``[B, …]``.
+        losses: Where its losses go, ``[P, B]``.
+        sums: Where the sums of its metrics go, ``[P]`` each.
+
+    Attributes:
+        weights: The weights of its examples in the mean loss, under None, and in that of each
+            metric; they are those of the targets, the same at every point.
+    """
+
+    def __init__(
+        self, model: ScoredModel, targets: Tensor, losses: Tensor, sums: Mapping[str, Tensor]
+    ) -> None:
+        self._model = model
+        self._targets = targets
+        self._losses = losses
+        self._sums = sums
+        self.weights: dict[str | None, Tensor | None] = {}
+
+    def one(self, p: int, outputs: Any) -> None:
+        """Takes the outputs at one point."""
+        if p == 0:
+            self._weigh(outputs)
+        for name, values in self._all_values(self._values, outputs):
+            if name is None:
+                self._losses[p] = values
+            else:
+                self._sums[name][p] = values.to(self._sums[name].dtype).sum()
+
+    def all(self, outputs: Any) -> None:
+        """Takes the outputs at all points."""
+        scores = scores_in(outputs)
+        self._weigh(scores[0] if isinstance(scores, Tensor) else outputs)
+        for name, values in self._all_values(self._mapped, outputs):
+            if name is None:
+                self._losses[:] = values
+            else:
+                self._sums[name][:] = values.to(self._sums[name].dtype).sum(1)
+
+    def _weigh(self, outputs: Any) -> None:
+        functions: dict[str | None, PerExample] = {None: self._model.loss}
+        functions.update(self._model.metrics)
+        for name, function in functions.items():
+            if self._model.batch_loss:
+                # Every batch counts the same.
+                self.weights[name] = None
+                continue
+            self.weights[name] = weights_of(function, scores_in(outputs), self._targets)
+
+    def _all_values(
+        self, take: Callable[[PerExample, str, Any], Tensor], outputs: Any
+    ) -> Iterator[tuple[str | None, Tensor]]:
+        """Takes the loss, which has no name, and every metric."""
+        loss = take(self._model.loss, "loss", outputs)
+        yield None, loss
+        for name, function in self._model.metrics.items():
+            # A large vocabulary is not gone through twice.
+            own, loss_of = function_of(function), self._model.loss
+            same = own is perplexity and function_of(loss_of) is causal_lm
+            same &= options_of(function) == options_of(loss_of)
+            yield name, loss if same else take(function, f"metric {name!r}", outputs)
+
+    def _values(self, function: PerExample, what: str, outputs: Any) -> Tensor:
+        return self._model.per_example(function, outputs, self._targets, what)
+
+    def _mapped(self, function: PerExample, what: str, outputs: Any) -> Tensor:
+        mapped: Tensor = vmap(partial(self._values, function, what))(outputs)
+        return mapped
+
+
+def join_weights(
+    weighed: Sequence[Mapping[str | None, Tensor | None]], name: str | None
+) -> Tensor | None:
+    """Joins the weights of the examples of all batches; None where all are 1."""
+    parts = [weights for one in weighed if (weights := one[name]) is not None]
+    if not parts:
+        return None
+    weights = torch.cat(parts).cpu().double()
+    return None if bool((weights == 1).all()) else weights

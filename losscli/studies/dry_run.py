@@ -1,0 +1,118 @@
+"""What a run will do and how long it will take, without running it."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from losscli.data import Split
+from losscli.evaluation.cost import Clock, Pace, measure
+from losscli.evaluation.device import float32_precision
+from losscli.evaluation.ranks import apart
+from losscli.evaluation.sweep import points_at_once
+from losscli.studies.base import Study
+
+__all__ = ["describe", "estimate", "evaluation_seconds"]
+
+# How often a run evaluates first batches before it begins, to compare each strategy with another.
+_PROOFS = 16
+
+
+def describe(study: Study) -> dict[str, Any]:
+    """Describes what a run will do.
+
+    Args:
+        study: What will be run.
+
+    Returns:
+        The number of points, of examples and of forward passes of an example; the tensors
+        that move; the points whose weights are in memory at once, their bytes, how often the
+        data goes by, and how often the training examples of BatchNorm's statistics; the bytes
+        of data in memory, and the splits that are not there but decoded in each pass.
+    """
+    objective = study.problem.objective
+    examples = sum(split.rows for split in objective.splits.values())
+    slices, points = study.slices
+    chunk = min(points_at_once(objective, study.moving), points) if slices else 1
+    passes = study.evaluations - slices * points + slices * math.ceil(points / chunk)
+    training = objective.recalibration
+    if training is not None:
+        examples += len(training)
+    streamed = [n for n, split in objective.splits.items() if not isinstance(split, Split)]
+    description = {
+        **study.origin(),
+        "points": study.evaluations,
+        "batch_size": None if objective.batch_loss else objective.batch_size,
+        "forward_passes": study.evaluations * examples,
+        "points_at_once": chunk,
+        "passes_over_data": passes,
+        "passes_for_statistics": 0 if training is None else passes,
+        "bytes_of_weights": chunk * sum(objective.tensors[n].nbytes for n in study.moving),
+        "bytes_of_data": sum(split.nbytes for split in objective.splits.values()),
+        "streamed": bool(streamed),
+        "streamed_splits": streamed,
+    }
+    return {**description, **study.extra_description(description)}
+
+
+def estimate(study: Study, clock: Clock = time.perf_counter) -> dict[str, Any]:
+    """Estimates how long a run will take, from one batch; everything else is counted.
+
+    Args:
+        study: What will be run.
+        clock: The clock.
+
+    Returns:
+        ``seconds``; of what ``kind`` they are: ``about``, ``at least`` or ``at most``; and the
+        ``batch``, its ``examples`` and its ``seconds`` at one point.
+
+    Raises:
+        LosscliError: The model or the loss fails on the batch, or one example does not fit.
+    """
+    with float32_precision(tf32=study.problem.settings.tf32), apart():
+        pace = _pace(study, clock)
+        seconds, sample = evaluation_seconds(study, pace), study.problem.settings.sampling_error
+        return {
+            "seconds": seconds,
+            "kind": "about" if sample is None else "at most",
+            "batch": {"examples": pace.examples, "seconds": pace.batch},
+            **study.extra_cost(pace, clock, seconds),
+        }
+
+
+def _pace(study: Study, clock: Clock) -> Pace:
+    """Measures how fast points are evaluated."""
+    slices, points = study.slices
+    objective, origin = study.problem.objective, study.problem.origin
+    if not (slices and points):
+        return measure(objective, origin, None, (), clock)
+    fit = points_at_once(objective, study.moving)
+    return measure(objective, origin, *study.sample(min(points, fit)), clock)
+
+
+def evaluation_seconds(study: Study, pace: Pace) -> float:
+    """Adds up what the evaluations of a run take.
+
+    Args:
+        study: What will be run.
+        pace: How fast points are evaluated.
+
+    Returns:
+        Seconds.
+    """
+    objective = study.problem.objective
+    passes: int = describe(study)["passes_over_data"]
+    splits = objective.splits.values()
+    examples = sum(map(len, splits))
+    training = 0 if objective.recalibration is None else len(objective.recalibration)
+    plain = study.evaluations - study.swept
+    firsts = sum(min(objective.batch_size, len(split)) for split in splits)
+    streamed = sum(len(split) for split in splits if not isinstance(split, Split))
+    return (
+        examples * (plain * pace.plain + study.swept * pace.point)
+        + study.swept * pace.making
+        + study.evaluations * training * pace.statistics
+        + passes * streamed * pace.decoding
+        + _PROOFS * firsts * pace.plain
+    )

@@ -1,0 +1,150 @@
+"""What the numbers of a run depend on: two runs with one fingerprint give the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from losscli.evaluation.device import float32_precision
+from losscli.evaluation.sweep import check, halving
+from losscli.spec import own_code
+from losscli.studies.problem import Problem
+from losscli.weight_space.digest import digest
+
+__all__ = ["Fingerprint", "fingerprint_of", "identity_of"]
+
+# Parts of the provenance that change no numbers, or are compared in another form.
+_ELSEWHERE = {"device", "device_name", "processes", "python", "checkpoints", "sources"}
+
+# Options, and their names in the provenance.
+_OPTIONS = {
+    "model": "model",
+    "data": "data",
+    "loss": "loss",
+    "metric": "metrics",
+    "limit": "limit",
+    "batch-loss": "batch_loss",
+    "dtype": "dtype",
+    "tf32": "tf32",
+    "seed": "seed",
+    "sampling-error": "sampling_error",
+    "buffers": "buffers",
+    "only": "only",
+    "except": "except",
+}
+
+
+class Fingerprint(NamedTuple):
+    """What the numbers of a run depend on.
+
+    Attributes:
+        identity: A digest of it.
+        conditions: It in words, and what may change the last digits, for `Journal.open`.
+    """
+
+    identity: str
+    conditions: Mapping[str, Any]
+
+
+def identity_of(command: str, problem: Problem, options: Mapping[str, Any]) -> str:
+    """Returns a digest of everything that a command line determines.
+
+    Args:
+        command: The command.
+        problem: The checkpoints, the model and the data.
+        options: The options of the command itself.
+
+    Returns:
+        The digest, equal for two runs of one command.
+    """
+    parts = {key: value for key, value in problem.provenance.items() if key not in _ELSEWHERE}
+    parts["checkpoints"] = [_content(c) for c in problem.provenance["checkpoints"]]
+    parts |= {"command": command, **options}
+    return _digest(parts)
+
+
+def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -> Fingerprint:
+    """Collects what the numbers depend on; for that, a first batch is evaluated.
+
+    Args:
+        command: The command.
+        problem: The checkpoints, the model and the data.
+        options: The options of the command itself.
+
+    Returns:
+        The fingerprint. Where it is the same, and the machine too, the numbers are the same.
+
+    Raises:
+        LosscliError: The model or the loss fails on the data, or gives two answers for one point.
+    """
+    objective, settings = problem.objective, problem.settings
+    provenance = problem.provenance
+    data = {f"the examples of {n}": split.digest for n, split in objective.splits.items()}
+    if objective.recalibration is not None:
+        data["the examples of statistics"] = objective.recalibration.split.digest
+    with float32_precision(tf32=settings.tf32):
+        check(objective, problem.origin)
+        tried = halving(objective, lambda: _first_losses(problem))
+    # Now that all of it was called, which may have imported more.
+    code = {f"the code in {file}": content for file, content in own_code().items()}
+    conditions = {
+        "the command": command,
+        **{f"the checkpoint {c['name']}": _content(c) for c in provenance["checkpoints"]},
+        "the list of checkpoints": [c["name"] for c in provenance["checkpoints"]],
+        **{f"--{o}": provenance[key] for o, key in _OPTIONS.items()},
+        "--split": list(settings.split),
+        "--batch-size": settings.batch_size,
+        **{f"--{key.replace('_', '-')}": value for key, value in options.items()},
+        **data,
+        **code,
+        "losscli": provenance["version"],
+        "torch": provenance["torch"],
+        "Python": provenance["python"],
+        "the device": f"{objective.device.type} ({provenance['device_name']})",
+        "the number of processes": provenance["processes"],
+        "the number of threads": torch.get_num_threads(),
+        "what the model makes of a first batch": tried,
+    }
+    settles = [
+        *(identity_of(command, problem, options), settings.batch_size, objective.device.type),
+        *(data, list(code.values()), tried),
+    ]
+    return Fingerprint(_digest(settles), conditions)
+
+
+def _first_losses(problem: Problem) -> str:
+    """Returns a digest of the losses of first batches at both ends, if they are reproducible."""
+    objective = problem.objective
+    batches = objective.first_batches()
+    last = problem.place(problem.last.weights)
+    found = []
+    with objective.brief():
+        for weights in (problem.origin, last, last):
+            evaluations = objective.plain(weights, batches)
+            values = {f"loss {name}": e.losses for name, e in evaluations.items()}
+            for name, evaluation in evaluations.items():
+                values |= {f"{m} {name}": v for m, v in evaluation.metrics.items()}
+            found.append(digest(values))
+    objective.load(problem.origin)
+    first, one, other = found
+    # Some kernels of a GPU add in any order: then the losses identify nothing.
+    return _digest([first, one] if one == other else [])
+
+
+def _content(entry: Mapping[str, Any]) -> str:
+    """Identifies the content of a checkpoint, also of one of several within a file."""
+    name, path, content = entry["name"], entry["path"], entry["sha256"]
+    if content is None:
+        return str(name)
+    file, _, key = name.rpartition("#")
+    inside = bool(file) and Path(name) != Path(path)
+    return _digest([content, key]) if inside else str(content)
+
+
+def _digest(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,300 @@
+"""What a user has to know beside the numbers: tensors that stay, statistics, doubtful losses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from losscli.data import Split
+from losscli.evaluation.losses import Doubt
+from losscli.evaluation.objective import Objective
+from losscli.studies.base import Study, count
+from losscli.weight_space.vectors import Weights, can_move, equal
+
+__all__ = [
+    "batchnorm_notes",
+    "general_notes",
+    "integer_notes",
+    "sampling_notes",
+    "spectral_notes",
+    "storage_notes",
+]
+
+# BatchNorm's statistics matter where they change the loss by more than this share of it.
+_MATTERS = 0.05
+
+# Examples that the statistics of a batch are taken of, at least and at most; and checkpoints that
+# are looked at.
+_FEW, _MANY = 32, 256
+_ENDS = 2
+
+# Spectral norms matter where they change the loss by more than this share of it.
+_SPECTRAL = 1e-4
+
+
+def general_notes(study: Study) -> list[str]:
+    """Notes on the order of the checkpoints, the loss, the data, and tensors that stay.
+
+    Args:
+        study: The study.
+
+    Returns:
+        The notes, with those of the objective.
+    """
+    problem, settings = study.problem, study.problem.settings
+    notes = [*problem.notes, *_task_notes(study), *problem.objective.notes]
+    notes += [*_estimated(study), *problem.objective.data.notes]
+    for name, split in problem.objective.splits.items():
+        notes += [f"{name}: {remark}" for remark in split.remarks]
+    if problem.objective.constant:
+        notes.append(
+            "on a first batch different checkpoints have the same losses to the last bit: does "
+            "the forward pass use the tensors that move?"
+        )
+    unused = [name for name in problem.objective.unused if name in study.moving]
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        notes.append(
+            f"no influence on the outputs of a first batch: {unused[0]}{more}; does forward "
+            "use a value computed from it before?"
+        )
+    for name in sorted(problem.objective.unchecked):
+        notes.append(
+            f"{name}: the model takes no other batch than the first one whole, so it could not "
+            "be checked that the loss of an example depends on that example alone"
+        )
+    end = {"a": "first", "b": "last"}.get(settings.buffers)
+    if end and problem.buffers and len(problem.names) > 1:
+        whose, but = study.words(end)
+        notes.append(f"floating-point buffers stay at {whose}: {but}")
+    if masks := _masks(study):
+        more = f" and {len(masks) - 1} more" if len(masks) > 1 else ""
+        whose, _ = study.words("first")
+        notes.append(
+            f"buffers of 0 and 1 such as masks differ, and between the checkpoints they are "
+            f"fractions: {masks[0]}{more}; --buffers a keeps {whose}"
+        )
+    if _holds_back(study):
+        whose, but = study.words("first")
+        notes.append(f"some tensors stay at {whose}: {but}")
+    return notes
+
+
+def sampling_notes(study: Study, examples: Mapping[str, int]) -> list[str]:
+    """Notes on how many examples were looked at.
+
+    Args:
+        study: The study.
+        examples: Their number on each split.
+
+    Returns:
+        The notes, where it was not all of them by plan.
+    """
+    if study.problem.settings.sampling_error is None:
+        return []
+    whole = study.problem.objective.splits
+    return [
+        f"{name}: {number} of {len(whole[name])} examples were looked at"
+        for name, number in examples.items()
+    ]
+
+
+def integer_notes(study: Study, end: Weights, last: Weights) -> list[str]:
+    """Notes on whole-number tensors, which stay at the first checkpoint's.
+
+    Args:
+        study: The study.
+        end: All tensors of the point that stands for the last checkpoint.
+        last: The last checkpoint.
+
+    Returns:
+        The notes, where the last checkpoint's own would make a difference.
+    """
+    objective = study.problem.objective
+    other = {
+        name: last[name]
+        for name, tensor in end.items()
+        if not can_move(tensor) and not torch.equal(tensor, last[name])
+    }
+    if not other:
+        return []
+    batches = objective.first_batches()
+    with objective.brief():
+        kept, own = (objective.plain(w, batches) for w in (end, {**end, **other}))
+    objective.load(study.problem.origin)
+    if all(torch.equal(kept[n].losses, own[n].losses) for n in batches):
+        return []
+    whose, but = study.words("first")
+    return [f"whole-number tensors such as {next(iter(other))} stay at {whose} and matter: {but}"]
+
+
+def spectral_notes(study: Study) -> list[str]:
+    """Notes on spectral norms, which are computed from the weights at every point.
+
+    Args:
+        study: The study.
+
+    Returns:
+        The notes: with the largest difference that this makes to the loss of a checkpoint on
+        a first batch, where there is one.
+    """
+    objective = study.problem.objective
+    if not objective.spectral:
+        return []
+    batches = objective.first_batches()
+    names = [name for layer in objective.spectral for name in layer.names]
+    differences = []
+    for t, checkpoint in enumerate(study.problem.names):
+        weights = study.weights(t)
+        point = {**study.problem.place(weights), **{name: weights[name] for name in names}}
+        with objective.as_stored():
+            own = objective.plain(point, batches)
+        there = objective.plain(point, batches)
+        for split in batches:
+            one, other = (float(e[split].losses.double().mean()) for e in (own, there))
+            differences.append((_gap(one, other), checkpoint, split, one, other))
+        del weights, point  # before the next one is opened
+    objective.load(study.problem.origin)
+    whose = f"of {count(len(objective.spectral), 'spectral norm')} such as {names[0]}"
+    note = f"the singular vectors {whose} are computed from the weights at every point"
+    gap, checkpoint, split, one, other = max(differences, key=lambda found: found[0])
+    if gap > _SPECTRAL * abs(other):
+        note += (
+            f": on a first batch of {split} {checkpoint} has the loss {one:.4g} with those of "
+            f"its file, and {other:.4g} with these"
+        )
+    return [note]
+
+
+def batchnorm_notes(
+    study: Study, ends: Iterable[Weights], between: Callable[[], Weights]
+) -> list[str]:
+    """Notes on BatchNorm's statistics that move along with the parameters.
+
+    The loss of a first batch is compared with the one that the statistics of this batch
+    itself give: between the checkpoints, and at those that were trained. There it shows how
+    far off the statistics of a batch are by chance.
+
+    Args:
+        study: The study.
+        ends: All tensors of checkpoints.
+        between: Makes all tensors of a point between them.
+
+    Returns:
+        The notes, where the statistics change the loss between the checkpoints, and less at
+        the checkpoints.
+    """
+    objective = study.problem.objective
+    layers = objective.batchnorm
+    if study.problem.settings.buffers != "interpolate" or not any(
+        name in study.moving for layer in layers for name in layer.names
+    ):
+        return []
+    name, split = next(iter(objective.splits.items()))
+    size = min(max(objective.batch_size, _FEW), _MANY, len(split))
+    trained = (w for w in ends if not all(layer.is_fresh(w) for layer in layers))
+    some = list(itertools.islice(trained, _ENDS))
+    if size < 2 or not some:
+        return []
+    batch = split.first(size).to(objective.device)
+    try:
+        own = [_with_statistics(objective, weights, batch) for weights in some]
+        moved, there = _with_statistics(objective, between(), batch)
+    except (torch.OutOfMemoryError, MemoryError):
+        return []
+    finally:
+        objective.load(study.problem.origin)
+    chance = sum(_gap(*losses) for losses in own) / len(own)
+    if math.isfinite(there) and _gap(moved, there) > max(2 * chance, _MATTERS * abs(there)):
+        note = (
+            "between the checkpoints BatchNorm's statistics are not those of the data: the "
+            f"loss of a first batch of {name} is {moved:.4g}, and {there:.4g} with the "
+            "statistics of that batch; --buffers recalibrate re-estimates them"
+        )
+        return [note]
+    return []
+
+
+def storage_notes(study: Study) -> list[str]:
+    """Notes on the types that tensors are stored in.
+
+    Args:
+        study: The study.
+
+    Returns:
+        The notes.
+    """
+    stored = set[str]()
+    for t, _ in enumerate(study.problem.names):
+        weights = study.weights(t)
+        stored |= {str(weights[n].dtype) for n in study.moving}
+        del weights  # before the next one is opened
+    half = sorted(d.removeprefix("torch.") for d in stored & {"torch.bfloat16", "torch.float16"})
+    return [f"tensors stored in {' and '.join(half)} move in float32"] if half else []
+
+
+def _masks(study: Study) -> list[str]:
+    """Lists the buffers that move and hold nothing but 0 and 1 in all checkpoints."""
+    counted = set(study.counted)
+    names = [name for name in study.moving if name not in counted]
+    for t in range(len(study.problem.names) if names else 0):
+        weights = study.weights(t)
+        names = [name for name in names if bool(((x := weights[name]) == x.bool()).all())]
+        del weights  # before the next one is opened
+        if not names:
+            break
+    return names
+
+
+def _task_notes(study: Study) -> list[str]:
+    """Notes on a loss that may be the wrong one for the data or the model."""
+    default = study.problem.provenance["sources"]["loss"].startswith("default")
+    found = study.problem.objective.doubts
+    return [d.value for d in Doubt if d in found and (default or d is not Doubt.LABELS)]
+
+
+def _holds_back(study: Study) -> bool:
+    """Whether a tensor stays by choice that is not the same in all checkpoints."""
+    kept, first = study.problem.kept, study.problem.first.weights
+    for t in range(1, len(study.problem.names) if kept else 0):
+        weights = study.problem.open(t).weights
+        if not all(equal(first[name], weights[name]) for name in kept):
+            return True
+        del weights  # before the next one is opened
+    return False
+
+
+def _estimated(study: Study) -> list[str]:
+    """Notes on statistics that are estimated anew."""
+    objective = study.problem.objective
+    training = objective.recalibration
+    if training is None:
+        return []
+    source = f"from {len(training):,} examples of {training.name}"
+    but = "the checkpoints' losses are not those of their files"
+    notes = [f"BatchNorm's statistics are re-estimated at every point, {source}: {but}"]
+    if objective.idle:
+        names = [layer.mean.rpartition(".")[0] for layer in objective.idle]
+        whose, _ = study.words("first")
+        notes.append(
+            f"{count(len(names), 'BatchNorm layer')} such as {names[0]} took no batch: the "
+            f"statistics stay at {whose}"
+        )
+    return notes
+
+
+def _with_statistics(objective: Objective, weights: Weights, batch: Split) -> tuple[float, float]:
+    """The mean loss of a batch at a point: with its statistics, with those of the batch."""
+    batches = {"": batch}
+    moved = objective.plain(weights, batches)[""].losses
+    with objective.estimating_on(batch):
+        own = objective.plain(weights, batches)[""].losses
+    return float(moved.double().mean()), float(own.double().mean())
+
+
+def _gap(one: float, other: float) -> float:
+    """How far apart two losses are; one that is not finite is infinitely far."""
+    return abs(one - other) if math.isfinite(one - other) else math.inf

@@ -1,0 +1,165 @@
+"""Verifies how points are evaluated: the sweep against checkpoints that are loaded plainly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from losscli.data import Examples
+from losscli.errors import ModelError, UsageError
+from losscli.evaluation.ranks import apart
+from losscli.evaluation.sweep import sweep, sweep_plain
+from losscli.studies.problem import Problem
+from losscli.weight_space.slices import Slice
+from losscli.weight_space.vectors import Weights
+
+__all__ = ["FRESH_BYTES", "check_differentiable", "verify_fresh_model", "verify_sweep"]
+
+FRESH_BYTES = 64 << 20
+"""Up to this size a second model is built, to compare the first with."""
+
+# How far the mean of a first batch may lie from that of the checkpoint loaded plainly, as a share.
+# Of a small cross-entropy rounding takes as large a share as the scores are off: kernels of another
+# layout made 1e-6 of it in a small network.
+_TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
+
+# The same where BatchNorm's statistics are estimated at the point: these are rounded with every
+# layer before them, and a small cross-entropy moves by as large a share of itself as the scores
+# move, so by some thousand units of rounding in a deep network.
+_TOLERANCE_OF_ESTIMATES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+
+
+def verify_sweep(
+    problem: Problem,
+    slice_: Slice,
+    anchors: Sequence[tuple[Sequence[float], Weights]],
+    more: Sequence[Any],
+) -> float:
+    """Compares the losses of a sweep with those of plainly loaded weights, on a first batch.
+
+    Args:
+        problem: What is evaluated.
+        slice_: The slice.
+        anchors: Points that are known: their coordinates, and all tensors there.
+        more: Further points, so that there are enough to share a first layer.
+
+    Returns:
+        The largest relative difference of the mean losses.
+
+    Raises:
+        ModelError: It is beyond rounding.
+    """
+    objective, dtype = problem.objective, problem.settings.dtype
+    # BatchNorm's statistics stay as they are loaded: only the strategy differs. Every rank verifies
+    # by itself, since it may have a device of its own.
+    with objective.held(), apart():
+        worst = _difference(problem, slice_, anchors, more, _TOLERANCE[dtype])
+    if objective.recalibration is None:
+        return worst
+    with objective.brief(), apart():
+        return max(
+            worst, _difference(problem, slice_, anchors, more, _TOLERANCE_OF_ESTIMATES[dtype])
+        )
+
+
+def _difference(
+    problem: Problem,
+    slice_: Slice,
+    anchors: Sequence[tuple[Sequence[float], Weights]],
+    more: Sequence[Any],
+    tolerance: float,
+) -> float:
+    objective = problem.objective
+    batches = objective.first_batches()
+    plain = sweep_plain(objective, [weights for _, weights in anchors], splits=batches)
+    coordinates = [*(point for point, _ in anchors), *more]
+    found = sweep(objective, slice_, coordinates, splits=batches)
+    # A loss of 0 may be that of two networks that both fit the batch.
+    objective.constant |= bool(slice_.ends[0]) and all(
+        len(plain) > 1
+        and bool(end[name].losses.isfinite().all())
+        and bool(end[name].losses.any())
+        and torch.equal(end[name].losses, plain[0][name].losses)
+        for end in plain
+        for name in batches
+    )
+    worst = 0.0
+    for name in batches:
+        for p, end in enumerate(plain):
+            there = end[name].losses[0].double().mean()
+            here = found[name].losses[p].double().mean()
+            if not torch.equal(there.isfinite(), here.isfinite()):
+                return math.inf
+            if there.isfinite():
+                worst = max(worst, float((here - there).abs() / there.abs().clamp(min=1e-12)))
+    # A negated comparison, since a difference may be no number.
+    if not worst <= tolerance:
+        raise ModelError(
+            "the sweep does not meet the checkpoints: at an end its loss differs from that of "
+            f"the checkpoint loaded plainly by {worst:.1e} of it",
+            "Does the model keep something from one forward pass to the next?",
+        )
+    return worst
+
+
+def verify_fresh_model(problem: Problem, weights: Weights) -> None:
+    """Makes sure that a newly built model has the same loss at a point.
+
+    Args:
+        problem: What is evaluated.
+        weights: All tensors of a point other than the one at which the model was built.
+
+    Raises:
+        ModelError: It has another loss.
+    """
+    objective = problem.objective
+    size = sum(tensor.nbytes for tensor in objective.tensors.values())
+    if size > FRESH_BYTES:
+        return
+    with torch.random.fork_rng(devices=[]):
+        model = problem.fresh()
+    anew = objective.twin(model, objective.dtype)
+    batches: Mapping[str, Examples] = objective.first_batches()
+    estimated = objective.recalibration is not None
+    share = _TOLERANCE_OF_ESTIMATES[problem.settings.dtype] if estimated else 1e-5
+    with objective.brief(), anew.brief():
+        here, there = (o.plain(weights, batches) for o in (objective, anew))
+    for name in batches:
+        used, new = (e[name].losses[0].double().mean() for e in (here, there))
+        if not torch.allclose(used, new, rtol=share, atol=1e-9, equal_nan=True):
+            raise ModelError(
+                f"the model has another loss at a point ({used:.6g}) after it was at another "
+                f"than one that was never anywhere else ({new:.6g})",
+                "It keeps something from the weights it had before; clear that in eval()",
+            )
+
+
+def check_differentiable(problem: Problem, moving: Iterable[str], option: str) -> None:
+    """Refuses to differentiate what autograd would differentiate wrongly.
+
+    Args:
+        problem: What is evaluated.
+        moving: The tensors that move.
+        option: What needs derivatives.
+
+    Raises:
+        UsageError: A tensor that moves is complex; or it is spectrally normalised: its singular
+            vectors are functions of it, and constants to autograd.
+    """
+    names = set(moving)
+    if some := [n for n in moving if problem.objective.tensors[n].is_complex()]:
+        raise UsageError(
+            f"{option} differentiates real parameters, and {some[0]} is complex",
+            f"Leave it out with --except {some[0]!r}",
+        )
+    found = [n for layer in problem.objective.spectral for n in layer.sources if n in names]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UsageError(
+            f"{option} cannot differentiate {found[0]}{more} twice: autograd takes the singular "
+            "vectors of a spectral norm for constants",
+            f"Leave such weights out with --except {found[0]!r}",
+        )
