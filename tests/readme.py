@@ -25,6 +25,7 @@ GALLERY = ROOT / "sample_checkpoints" / "gallery"
 MEASURED = ROOT / "tests" / "benchmarks" / "results" / "cpu.json"
 
 _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
+_ALL_POINTS = re.compile(r"^losscli (interpolate|plane|barriers)(?!.*--points)")
 _HELP = re.compile(r"(<!-- (losscli [a-z ]*--help) -->\n```text\n).*?(```\n)", re.DOTALL)
 
 
@@ -56,7 +57,8 @@ def commands(text: str) -> list[str]:
 def sample(commands: list[str]) -> list[str]:
     """Commands that show each command and option of losscli, and those that write what they read.
 
-    Every line that is none of losscli itself is among them.
+    Every line that is none of losscli itself is among them. What does not say how many points it
+    takes, takes a few.
     """
     kept: list[str] = []
     shown: set[str] = set()
@@ -65,7 +67,7 @@ def sample(commands: list[str]) -> list[str]:
         shows = set(re.findall(r"losscli \w+|(?<= )--?[a-z][\w-]*", command)) or {command}
         writes = set(re.findall(r" -o ([\w-]+)", command))
         if shows - shown or writes & read:
-            kept.insert(0, command)
+            kept.insert(0, _ALL_POINTS.sub(r"\g<0> --points 9", command))
             shown |= shows
             read |= set(re.findall(r"([\w-]+)\.(?:csv|safetensors)", command))
     return kept
