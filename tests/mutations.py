@@ -909,7 +909,9 @@ def judge(name: str, folder: Path, watch: Watch, cases: int) -> dict[str, Any]:
     good = {target: (inside / target).read_bytes() for target in set(targets)}
     os.chdir(folder)
     made = list(_cases(name, form, targets, good, cases))
-    for codec in ("cp437", "unicode_escape", "utf_16"):  # of names in archives, and of pickles
+    # Of names in archives, of pickles, and what json takes bytes for.
+    wide = (f"utf_{size}{order}" for size in (16, 32) for order in ("", "_be", "_le"))
+    for codec in ("cp437", "unicode_escape", "utf_8_sig", *wide):
         codecs.lookup(codec)
     form.read(inside, 0)  # what else it imports late is imported now
     before = _files(folder)

@@ -10,6 +10,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -150,7 +151,8 @@ class Source:
                     restore(state)
                     try:
                         if batches is None:
-                            with signals_held():
+                            # Without workers this runs the user's own code, for any time.
+                            with signals_held() if loader.num_workers else nullcontext():
                                 batches = iter(loader)
                         found = next(batches, None)
                     except Exception as error:
