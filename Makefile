@@ -6,17 +6,23 @@ SAMPLES := sample_checkpoints
 # Networks for the tests alone, apart from the environment: see tests/models/test_real_models.py.
 VISION := torchvision==0.28.0 timm==1.0.31
 
-.PHONY: demo test check samples gallery bench readme golden clean
+.PHONY: demo test stress check samples gallery bench readme golden clean
 
 demo: .venv/installed
 	$(BIN)/losscli interpolate $(SAMPLES)/relu/init.pt $(SAMPLES)/relu/final.pt -o demo --force
 	@echo "The picture is $(CURDIR)/demo.png"
 
-# A process for each core, and a thread for each process, but in tests of threads; those that wait
-# sleep instead of spinning on a core that another process needs. Each file is run by one process: what its tests share is made once, and of the README's commands some take
-# what others wrote.
+# One process per core with one thread each; in tests of threads, those that wait sleep instead of
+# spinning on a core that another process needs. Each process runs neighbouring tests, which share
+# what they compute, and takes tests from another when it is done.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist worksteal
+
 test: .venv/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# The full counts of which `make test` takes a sample.
+stress: .venv/installed
+	$(PYTEST) -m stress
 
 check: .venv/installed
 	$(BIN)/ruff check .

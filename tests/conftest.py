@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from losscli.cli import run
 from losscli.cli.console import Console
 from losscli.models import MLP
 
 ROOT = Path(__file__).parent.parent
+
+# What hypothesis says of an example that takes long would depend on what else the machine does.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,10 @@ from matplotlib.backends import backend_agg  # noqa: F401 - else each child impo
 from losscli.cli import run
 from losscli.cli.console import Console
 
-__all__ = ["child", "ended"]
+__all__ = ["PATIENCE", "child", "ended"]
+
+# Seconds after which what still waits would wait forever.
+PATIENCE = 600
 
 
 def child(command: list[str], log: Path, before: Callable[[], Any] = lambda: None) -> int:

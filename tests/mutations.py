@@ -1,7 +1,8 @@
 """Damaged and hostile files of every format, and a judge of how they are read.
 
 Run as a program it keeps a process in which losscli is loaded, and forks it for every batch:
-``python -m tests.mutations`` reads the name of a format a line and answers with a line of JSON.
+``python -m tests.mutations`` reads lines of JSON (the name of a format, a folder and the number of
+cases) and answers each with another.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ from losscli.errors import (
 from losscli.models import MLP
 
 CASES = 1000
+SAMPLE = 84
+"""Each kind of damage six times."""
 SECONDS = 5.0
 """Of computing for one case, a hundred times and more of what any takes; of waiting, ten times."""
 ROOM = 128 << 20
@@ -881,19 +884,23 @@ def _files(folder: Path) -> set[str]:
 def _cases(
     name: str, form: Format, targets: list[str], good: dict[str, bytes], cases: int
 ) -> Iterator[tuple[str, str, bytes]]:
-    """Yields the file to damage, how that is done, and what it is then."""
+    """Yields the file to damage, how that is done, and what it is then.
+
+    All kinds of damage in turn, half of which know the format, to all files in turn.
+    """
+    kinds = [*itertools.islice(itertools.cycle(form.damage), len(ANY)), *ANY]
     for number in range(cases):
         rng = Rng(f"{name} {number}")
-        target = rng.choice(targets)
-        # Half of it knows the format.
-        mutate = rng.choice(form.damage if rng.random() < 0.5 else ANY)
+        rounds, kind = divmod(number, len(kinds))
+        mutate = kinds[kind]
+        target = targets[(rounds + kind) % len(targets)]
         damaged = mutate(good[target], rng)
         if rng.random() < 0.1:
             damaged = rng.choice(ANY)(damaged, rng)
         yield target, mutate.__name__, damaged
 
 
-def judge(name: str, folder: Path, watch: Watch, cases: int = CASES) -> dict[str, Any]:
+def judge(name: str, folder: Path, watch: Watch, cases: int) -> dict[str, Any]:
     """Has damaged files of a format read, and tells of whatever should not be."""
     form = FORMATS[name]
     inside = folder / "files"
@@ -902,7 +909,9 @@ def judge(name: str, folder: Path, watch: Watch, cases: int = CASES) -> dict[str
     good = {target: (inside / target).read_bytes() for target in set(targets)}
     os.chdir(folder)
     made = list(_cases(name, form, targets, good, cases))
-    for codec in ("cp437", "unicode_escape", "utf_16"):  # of names in archives, and of pickles
+    # Of names in archives, of pickles, and what json takes bytes for.
+    wide = (f"utf_{size}{order}" for size in (16, 32) for order in ("", "_be", "_le"))
+    for codec in ("cp437", "unicode_escape", "utf_8_sig", *wide):
         codecs.lookup(codec)
     form.read(inside, 0)  # what else it imports late is imported now
     before = _files(folder)

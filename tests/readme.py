@@ -25,24 +25,25 @@ GALLERY = ROOT / "sample_checkpoints" / "gallery"
 MEASURED = ROOT / "tests" / "benchmarks" / "results" / "cpu.json"
 
 _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
+_ALL_POINTS = re.compile(r"^losscli (interpolate|plane|barriers)(?!.*--points)")
+_WHOLE_PATH = re.compile(r"(?<=^losscli check )(\S+)/path")
 _HELP = re.compile(r"(<!-- (losscli [a-z ]*--help) -->\n```text\n).*?(```\n)", re.DOTALL)
 
 
-def in_step(text: str) -> str:
+def in_step(text: str, *first: Path) -> str:
     """The README with every help text and every measurement as it is now."""
-    text = _HELP.sub(lambda m: m[1] + help_text(m[2]).strip("\n") + "\n" + m[3], text)
+    text = _HELP.sub(lambda m: m[1] + help_text(m[2], *first).strip("\n") + "\n" + m[3], text)
     found = json.loads(MEASURED.read_text(encoding="utf-8"))
     return _SPEED.sub(lambda m: f"{m[1]}\n{table(found)}\n{m[2]}", text)
 
 
-def help_text(command: str) -> str:
-    _, *arguments = shlex.split(command)
+def help_text(command: str, *first: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "losscli", *arguments],
+        shlex.split(command),
         check=True,
         capture_output=True,
         text=True,
-        env=environment() | {"COLUMNS": "98"},
+        env=environment(*first) | {"COLUMNS": "98"},
     )
     return "\n".join(line.rstrip() for line in done.stdout.splitlines())
 
@@ -52,6 +53,26 @@ def commands(text: str) -> list[str]:
     blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+def sample(commands: list[str]) -> list[str]:
+    """Commands that show each command and option of losscli, and those that write what they read.
+
+    Every line that is none of losscli itself is among them. They do less: what does not say how
+    many points it takes, takes a few, and of a path only its end is checked.
+    """
+    kept: list[str] = []
+    shown: set[str] = set()
+    read: set[str] = set()
+    for command in reversed(commands):
+        shows = set(re.findall(r"losscli \w+|(?<= )--?[a-z][\w-]*", command)) or {command}
+        writes = set(re.findall(r" -o ([\w-]+)", command))
+        if shows - shown or writes & read:
+            shorter = _ALL_POINTS.sub(r"\g<0> --points 9", command)
+            kept.insert(0, _WHOLE_PATH.sub(r"\1/final.pt", shorter))
+            shown |= shows
+            read |= set(re.findall(r"([\w-]+)\.(?:csv|safetensors)", command))
+    return kept
 
 
 def programs(text: str) -> dict[str, str]:

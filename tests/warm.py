@@ -7,6 +7,7 @@ stead, as a process that had only just begun would.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -57,7 +58,7 @@ def serving(folder: Path) -> Iterator[Path]:
 
 def _serve(place: str) -> None:
     # What any command may need, but nothing that begins a thread.
-    import matplotlib.backends.backend_agg  # noqa: F401
+    from matplotlib.figure import Figure
 
     import losscli.cli.app  # noqa: F401
     from losscli.studies import alignment  # noqa: F401
@@ -67,6 +68,8 @@ def _serve(place: str) -> None:
         load(command.function)
         load(command.drawing)
 
+    # Loads the fonts.
+    Figure().subplots().figure.savefig(io.BytesIO())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -88,8 +89,10 @@ def load(
             asks of them.
     """
     try:
-        _scan(content, _TRICKS if persistent else _TRICKS | _PERSISTENT)
-        return _Unpickler(io.BytesIO(content), allowed, encoding, persistent).load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in the text of protocol 0
+            _scan(content, _TRICKS if persistent else _TRICKS | _PERSISTENT)
+            return _Unpickler(io.BytesIO(content), allowed, encoding, persistent).load()
     except (ForbiddenPickleError, BrokenPickleError):
         raise
     except Exception as error:  # noqa: BLE001 - a broken pickle makes its reader raise anything

@@ -10,6 +10,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from losscli.data.batch import RaggedError, is_language, join, understand
 from losscli.data.randomness import capture, private_randomness, restore, seed_all
 from losscli.data.split import Batches, Examples, Split, remark_on
-from losscli.data.stream import Failure, Parcel, Prepare, children_unheard, own
+from losscli.data.stream import Failure, Parcel, Prepare, children_unheard, own, signals_held
 from losscli.errors import DataError, one_line
 from losscli.spec import own_folders_in_path
 
@@ -149,7 +150,10 @@ class Source:
                 with private_randomness(), children_unheard(), own_folders_in_path():
                     restore(state)
                     try:
-                        batches = iter(loader) if batches is None else batches
+                        if batches is None:
+                            # Without workers this runs the user's own code, for any time.
+                            with signals_held() if loader.num_workers else nullcontext():
+                                batches = iter(loader)
                         found = next(batches, None)
                     except Exception as error:
                         # torch waits five seconds for a worker whose iterable has failed.

@@ -43,6 +43,7 @@ __all__ = [
     "Workers",
     "children_unheard",
     "own",
+    "signals_held",
 ]
 
 # Bytes of examples for which no worker is started: that takes as long as decoding them.
@@ -63,6 +64,9 @@ _TELLING = 16
 # What is decoded at once on the way into memory.
 _DECODED_EXAMPLES = 512
 _DECODED_BYTES = 64 << 20
+
+# Signals that end a run.
+_ENDING = {signal.SIGINT, signal.SIGTERM}
 
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -328,6 +332,11 @@ class Prepare:
             worker: Its number.
         """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        # The thread that hands over shared memory prints a traceback by this hook, and by it alone,
+        # if the process that started this one ends meanwhile. That process reports what it lacks.
+        sys.excepthook = lambda *_: None
         if self.then is not None:
             self.then(worker)
 
@@ -348,6 +357,23 @@ def children_unheard() -> Iterator[None]:
     finally:
         if number is not None and before is not None and _is_main_thread():
             signal.signal(number, before)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back while workers start: in them until they are prepared.
+
+    Yields:
+        Nothing.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _is_main_thread() -> bool:
@@ -438,7 +464,8 @@ class Workers:
                     generator=torch.Generator(),
                     **options,
                 )
-                iter(loader)
+                with signals_held():
+                    iter(loader)
         except OSError:  # no more processes, files or semaphores: then without
             self.number = 0
             return False

@@ -77,6 +77,10 @@ def test_instances_are_built_of_the_stand_in(protocol: int) -> None:
     assert (built.x, built.y) == (3, 4)
 
 
+def test_an_escape_that_means_nothing_is_left_and_warned_of_by_nobody() -> None:
+    assert load(rb"S'a\|b'" + b"\n.", {}) == r"a\|b"
+
+
 def test_strings_of_python_2_are_decoded_as_asked() -> None:
     content = b"\x80\x02U\x02\xc3\xa9q\x00."  # what Python 2 writes for 'é' in UTF-8
     assert load(content, {}, encoding="bytes") == "é".encode()

@@ -111,6 +111,7 @@ DTYPES = [
     *(torch.int64, torch.uint64, torch.bool),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
 ]
+FEW = {torch.uint8, torch.int64, torch.bool, torch.bfloat16, torch.float32}
 OTHER = torch.arange(N * 5).reshape(N, 5)
 
 # What user code returns, and the inputs that it means.
@@ -146,8 +147,19 @@ CONTAINERS: dict[str, Callable[[Tensor], tuple[Any, dict[int | str, Tensor]]]] =
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
-@pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("container", "dtype"),
+    [
+        pytest.param(
+            *(container, dtype),
+            id=f"{dtype}-{container}",
+            # Each starts processes: here bytes, whole numbers, flags and numbers of two sizes.
+            marks=[pytest.mark.stress] if "worker" in container and dtype not in FEW else [],
+        )
+        for dtype in DTYPES
+        for container in CONTAINERS
+    ],
+)
 def test_a_model_receives_what_the_code_returns(
     dtype: torch.dtype, container: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,14 +10,17 @@ import os
 import random
 import re
 import resource
+import select
 import signal
-import subprocess
+import socket
 import sys
 import time
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,7 @@ from losscli.models import MLP
 from losscli.weight_space.slices import Line
 from tests import oracle
 from tests.conftest import Losscli
+from tests.forks import PATIENCE, child, ended
 
 N = 37
 ALPHAS = [(-0.5,), (0.0,), (0.3,), (1.0,), (1.7,)]
@@ -200,6 +204,26 @@ def objective_of(data: DataSet, batch_size: int) -> Objective:
     )
 
 
+Derivatives = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def derivatives(objective: Objective, split: Any) -> Derivatives:
+    """Slopes and curvature along the line, and gradient and Hessian-vector product at A."""
+    a, line = model_and_line()
+    along = slopes(objective, line, [0.2, 0.8])["data"]
+    with Curvature(objective, a, list(a), split) as curvature:
+        vector = torch.linspace(-1, 1, curvature.size, dtype=torch.float64)
+        return along.slope, along.curvature, curvature.gradient(), curvature.product(vector)
+
+
+@cache
+def from_memory(batch_size: int) -> tuple[Any, Derivatives]:
+    a, line = model_and_line()
+    held = objective_of(DataSet({"data": IN_MEMORY}), batch_size)
+    held.check(a)
+    return sweep(held, line, ALPHAS)["data"], derivatives(held, IN_MEMORY)
+
+
 @pytest.mark.parametrize("batch_size", [4, 16, 1000])
 @pytest.mark.parametrize("form", ["a data set", "a loader with workers", "an iterable"])
 def test_losses_slopes_and_curvature_are_those_from_memory(
@@ -217,22 +241,11 @@ def test_losses_slopes_and_curvature_are_those_from_memory(
             lambda: MLP("6-5-3"), state, IN_MEMORY.inputs, IN_MEMORY.targets, cross_entropy
         )
         np.testing.assert_allclose(row, expected, rtol=1e-6)
-    held = objective_of(DataSet({"data": IN_MEMORY}), batch_size)
-    check_task(held, a)
-    truth = sweep(held, line, ALPHAS)["data"]
+    truth, expected = from_memory(batch_size)
     torch.testing.assert_close(found.losses, truth.losses, rtol=1e-13, atol=0)
     assert torch.equal(found.metrics["accuracy"], truth.metrics["accuracy"])
-    alphas = [0.2, 0.8]
-    one, other = (slopes(o, line, alphas)["data"] for o in (objective, held))
-    torch.testing.assert_close(one.slope, other.slope, rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(one.curvature, other.curvature, rtol=1e-12, atol=1e-15)
-    products = []
-    for one, split in ((objective, objective.splits["data"]), (held, IN_MEMORY)):
-        with Curvature(one, a, list(a), split) as curvature:
-            vector = torch.linspace(-1, 1, curvature.size, dtype=torch.float64)
-            products.append((curvature.gradient(), curvature.product(vector)))
-    for one, other in zip(*products, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+    streamed = derivatives(objective, objective.splits["data"])
+    torch.testing.assert_close(streamed, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("form", ["a data set", "an iterable"])
@@ -282,7 +295,7 @@ def test_no_more_than_a_few_batches_are_ever_in_memory(
 
     cramped(64 * 32)
     a, line = model_and_line()
-    objective = objective_of(from_object(make(row, 600), "here"), 16)
+    objective = objective_of(from_object(make(row, 300), "here"), 16)
     assert not isinstance(objective.splits["data"], Split)
     seen = weakref.WeakSet[Tensor]()
     batches = 0
@@ -732,7 +745,11 @@ def failing(): return DataLoader(Rows(act=bad), 16, num_workers=2)
 def die(i):
     if i == 150: os.kill(os.getpid(), signal.SIGKILL)
 def dying(): return DataLoader(Rows(act=die), 16, num_workers=1)
-def slow(): return DataLoader(Rows(100000, lambda i: time.sleep(0.05)), 16, num_workers=2)
+def work(i):
+    if torch.utils.data.get_worker_info() is not None:
+        open(os.environ["WORKING"], "w").close()
+    time.sleep(0.05)
+def slow(): return DataLoader(Rows(100000, work), 16, num_workers=2)
 class Coming(IterableDataset):
     count = 400
     def __iter__(self):
@@ -764,9 +781,7 @@ def chained():
 def crawling():
     class Slow(IterableDataset):
         def __iter__(self):
-            for i in range(100000):
-                time.sleep(0.05)
-                yield Rows()[i]
+            yield from (Rows(act=work)[i] for i in range(100000))
     return DataLoader(Slow(), 2, num_workers=2)
 def counted(i):
     with open("decoded", "a") as file:
@@ -925,20 +940,23 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_nothing_is_written(
     assert [path.name for path in code.iterdir()] == ["code.py"]
 
 
-def start(code: Path, data: str, **options: Any) -> subprocess.Popen[str]:
-    driver = (
-        "import losscli.data.objects as o, sys; o.host_budget = lambda: 1000; "
-        "from losscli.cli import main; main(sys.argv[1:])"
-    )
+def start(data: str, aside: Path, before: Callable[[], Any]) -> int:
+    """Begins a command in a fork of this process, which has a session of its own.
+
+    Its log and what else comes to stderr are in a folder, as are signs of work.
+    """
     words = ["interpolate", "init:0", "init:1", *RUN, "-d", f"code.py:{data}", "-o", "out"]
-    return subprocess.Popen(
-        [sys.executable, "-c", driver, *map(str, words)],
-        cwd=code,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+
+    def prepare() -> None:
+        os.closerange(3, 4096)  # what the process that runs the tests has open
+        os.setsid()
+        os.dup2(os.open(aside / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        os.environ["WORKING"] = str(aside / "working")
+        warnings.resetwarnings()  # those of pytest
+        before()
+
+    return child([str(word) for word in words], aside / "log", prepare)
 
 
 def children(pid: int) -> list[int]:
@@ -946,47 +964,85 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in found.split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
-@pytest.mark.parametrize(
-    ("data", "number"),
-    [("slow", signal.SIGINT), ("slow", signal.SIGTERM), ("crawling", signal.SIGINT),
-     ("crawling", signal.SIGTERM)],
-)  # fmt: skip
-def test_a_signal_leaves_no_process_behind(code: Path, data: str, number: int) -> None:
-    process = start(code, data, start_new_session=True)
-    workers: list[int] = []
-    while len(workers) < 2 and process.poll() is None:
-        time.sleep(0.05)
-        workers = children(process.pid)
-    time.sleep(0.3)
+linux = pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+forking = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
+
+@linux
+@forking
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("data", ["slow", "crawling"])
+def test_a_signal_leaves_no_process_behind(
+    data: str, number: int, code: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    aside = tmp_path_factory.mktemp("aside")
+    pid = start(data, aside, lambda: None)
+    while not (aside / "working").exists() or len(workers := children(pid)) < 2:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        time.sleep(0.01)
+    watched = [os.pidfd_open(worker) for worker in workers]
     # Ctrl-C reaches the whole group, as a terminal sends it.
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 128 + number
-    assert len(workers) >= 2
-    assert stderr.count("Traceback") == 0
-    assert stderr.strip().endswith("nothing was written")
+    (os.killpg if number == signal.SIGINT else os.kill)(pid, number)
+    assert ended(pid) == 128 + number
+    assert (aside / "log").read_text().strip().endswith("nothing was written")
     # They were told to end, and are no children of this process that it could wait for.
-    for _ in range(100):
-        if not any(Path(f"/proc/{worker}").exists() for worker in workers):
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("a worker lives on")
+    for worker in watched:
+        assert select.select([worker], [], [], PATIENCE)[0], "a worker lives on"
+        os.close(worker)
+    assert (aside / "stderr").read_text() == ""
     assert [path.name for path in code.iterdir()] == ["code.py"]
 
 
-def test_a_low_limit_of_open_files_is_enough(code: Path) -> None:
+@linux
+@forking
+@pytest.mark.parametrize("data", ["workers", "crawling"])
+def test_ctrl_c_when_a_worker_starts_is_heard_by_the_run_alone(
+    data: str, code: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    aside = tmp_path_factory.mktemp("aside")
+
+    def before() -> None:
+        os.register_at_fork(after_in_child=lambda: os.killpg(0, signal.SIGINT))
+
+    assert ended(start(data, aside, before)) == 128 + signal.SIGINT
+    assert (aside / "stderr").read_text() == ""
+    assert (aside / "log").read_text().strip().endswith("nothing was written")
+
+
+def hanging_up(i: int) -> tuple[Tensor, int]:
+    """Asks the thread that hands over shared memory for something, and then ends the call."""
+    if torch.utils.data.get_worker_info() is not None:
+        shared: Any = resource_sharer.DupFd(0)  # type: ignore[attr-defined]
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(shared._id[0])
+        os.close(shared.detach())  # which it answers after the call that ended
+    return example(i)
+
+
+@linux
+@pytest.mark.parametrize("make", [Rows, Coming])
+def test_a_run_that_ends_while_it_takes_a_batch_leaves_no_traceback(
+    make: Any, cramped: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    cramped(10)
+    given = DataLoader(make(hanging_up), 5, num_workers=1, multiprocessing_context="fork")
+    split = from_object(given, "here").splits["data"]
+    assert torch.equal(whole(split).targets, IN_MEMORY.targets)
+    assert capfd.readouterr().err == ""
+
+
+@linux
+@forking
+def test_a_low_limit_of_open_files_is_enough(
+    code: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    aside = tmp_path_factory.mktemp("aside")
+
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
-    process = start(code, "many", preexec_fn=limit)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    assert "Too many" not in stderr
+    assert ended(start("many", aside, limit)) == 0, (aside / "log").read_text()
+    assert "Too many" not in (aside / "log").read_text() + (aside / "stderr").read_text()
     assert (code / "out.csv").exists()
 
 

@@ -675,8 +675,8 @@ for _ in range(20):
                 os.write(writer, b".")
     os.close(writer)
     os.read(reader, 1)
-    promised = 0
-    while promised < draw.randrange(3):
+    promised, least = 0, draw.randrange(3)
+    while promised < least:
         promised += len(os.read(reader, 1))
     time.sleep(draw.uniform(0, 0.02))
     os.kill(child, signal.SIGKILL)

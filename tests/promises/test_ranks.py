@@ -43,7 +43,7 @@ from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import _agree, _cut
 from losscli.models import MLP
 from tests.conftest import ROOT, Losscli, Outcome
-from tests.forks import child, ended
+from tests.forks import PATIENCE, child, ended
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 # Of a fork beside threads: the child has one thread, and uses no other.
@@ -59,7 +59,7 @@ sweep._CPU_STACK = 1
 main(sys.argv[1:])
 """
 
-# A loss that writes down what it found, and kills its process where it is told to.
+# A loss that writes down what it found, and after so many evaluations kills or holds its process.
 LOSS = """
 import os, signal, time
 from pathlib import Path
@@ -71,11 +71,10 @@ def loss(outputs, targets):
     name = f"evaluated.{me}"
     if len(outputs) == 29:
         done = len(Path(name).read_text().splitlines()) if os.path.exists(name) else 0
-        kill = os.environ["KILL"].split()
-        if any(of.startswith(me[:-2]) or me.startswith(of) for of in kill):
-            time.sleep(0.02)  # it takes torchrun a tenth of a second to notice
-        if f"{me}.{done}" in kill:
+        if f"{me}.{done}" in os.environ["KILL"].split():
             os.kill(os.getpid(), signal.SIGKILL)
+        while f"{me}.{done}" in os.environ["HOLD"].split():
+            time.sleep(0.01)
         number = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(number, f"{found.double().mean().item()!r}\\n".encode())
         os.close(number)
@@ -129,7 +128,7 @@ def driver(start: Sequence[str], command: str, **environment: str) -> subprocess
 def said(process: subprocess.Popen[str]) -> list[str]:
     """Waits for torchrun; returns what losscli said."""
     own = re.compile("losscli: |note: ")
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     return [line for line in stderr.splitlines() if own.match(line)]
 
 
@@ -242,6 +241,7 @@ def more(folder: Path) -> Path:
     return folder
 
 
+THREE = "a.pt b.pt c.pt -m mlp:6-5-3"
 FOUR = "a.pt b.pt c.pt d.pt -m mlp:6-5-3"
 
 
@@ -252,11 +252,11 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
         "interpolate a.pt b.pt --points 9 --derivatives",
         "interpolate a.pt b.pt --points 9 --sampling-error 0.5",
         f"trajectory {FOUR} --residuals 4",
-        f"plane {' '.join(FOUR.split()[:3])} -m mlp:6-5-3 --points 5",
+        f"plane {THREE} --points 5",
         f"barriers {FOUR} --points 5",
         f"barriers {FOUR} --points 9 --sampling-error 0.5",
-        f"check {FOUR} --tolerance 1",
-        f"check {FOUR} --split train",
+        "check a.pt b.pt --tolerance 1",
+        f"check {THREE} --split train",
     ]
     lines = [f"{line} -q --no-figure -o @{i}" for i, line in enumerate(commands)]
     lines += ["interpolate a.pt b.pt --points 3 --dry-run", "list losses"]
@@ -331,7 +331,7 @@ def test_streamed_data(more: Path, losscli: Losscli, monkeypatch: pytest.MonkeyP
     lines = [
         f"interpolate a.pt b.pt --points 9 {options} -o @line",
         f"barriers {FOUR} --points 5 {options} -o @pairs",
-        f"check {FOUR} {options} -o @points",
+        f"check {THREE} {options} -o @points",
     ]
     plain = alone([line.replace("@", "one") for line in lines], losscli)
     first, other = forked([line.replace("@", "two") for line in lines], 2)
@@ -348,7 +348,7 @@ def test_a_rank_out_of_memory_takes_smaller_batches(more: Path, losscli: Losscli
     lines = [
         "interpolate a.pt b.pt --points 9 -q --no-figure -o @line",
         f"barriers {FOUR} --points 5 -q --no-figure -o @pairs",
-        f"check {FOUR} -q --no-figure -o @points",
+        f"check {THREE} -q --no-figure -o @points",
     ]
     real = Objective.forward
 
@@ -378,7 +378,8 @@ def line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Makes a command that takes a point at a time, and writes down the points that it takes."""
     (folder / "own.py").write_text(LOSS)
     monkeypatch.setattr("losscli.evaluation.sweep._CPU_STACK", 1)
-    alone = {"TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0", "WORLD_SIZE": "1", "KILL": ""}
+    alone = {"TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    alone |= {"KILL": "", "HOLD": ""}
     for name, value in alone.items():
         monkeypatch.setenv(name, value)
 
@@ -395,40 +396,90 @@ def evaluated(run: str, attempt: int) -> list[list[str]]:
     return [file.read_text().splitlines() for file in files]
 
 
+def points(run: str, ranks: Sequence[int] = (0, 1)) -> tuple[set[str], int]:
+    """The points of a whole run that no check looks at, and how many evaluations come before."""
+    files = (Path(f"evaluated.{run}.0.{rank}") for rank in ranks)
+    orders = [file.read_text().splitlines() for file in files]
+    usual = Counter(itertools.chain(*orders))
+    losses = {repr(float(row["loss"])) for row in rows(f"{run}.csv")}
+    found = {loss for loss in losses if usual[loss] == 1}
+    assert len(found) > 30
+    checks = [len(list(itertools.takewhile(lambda x: x not in found, of))) for of in orders]
+    return found, max(checks)
+
+
+def by_forks(command: str, **environment: str) -> list[str]:
+    """Does what torchrun does: keeps the store, and starts all again when one dies."""
+    (port,) = ports(1)
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for attempt in range(3):
+        pids: list[int] = []
+        for rank in range(2):
+            there = {
+                **environment,
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": str(attempt),
+            }
+            before = partial(os.environ.update, there)
+            pids.append(child(command.split(), Path(f"log.{rank}"), before))
+            os.setpgid(pids[-1], pids[0])
+        first, status = os.waitpid(-pids[0], 0)
+        (other,) = {*pids} - {first}
+        if os.WIFSIGNALED(status):
+            os.kill(other, signal.SIGTERM)
+        if ended(other) == 0:
+            break
+    del store
+    return Path("log.0").read_text().splitlines()
+
+
+def by_torchrun(command: str, **environment: str) -> list[str]:
+    process = torchrun(command, 2, **environment)
+    told = said(process)
+    assert process.returncode == 0, told
+    return told
+
+
 @forks
+@pytest.mark.parametrize("start", [by_forks, pytest.param(by_torchrun, marks=pytest.mark.stress)])
 def test_a_rank_that_dies_takes_nothing_finished_with_it(
-    folder: Path, line: Callable[[str], str]
+    start: Callable[..., list[str]], folder: Path, line: Callable[[str], str]
 ) -> None:
     first, other = forked([line("whole")], 2)
     assert [outcome.status for outcome in (*first, *other)] == [0, 0], first
-    # Rank 1 is killed with some points done, and later rank 0, which alone writes.
-    process = torchrun(line("broken"), 2, KILL="broken.0.1.27 broken.1.0.25")
-    told = said(process)
-    assert process.returncode == 0, told
+    found, checks = points("whole")
+    # Rank 1 is killed with some points done, and later rank 0, which alone writes. Meanwhile the
+    # other has no more than as many, however fast it is.
+    most = checks + 6
+    told = start(
+        line("broken"),
+        KILL=f"broken.0.1.{most} broken.1.0.{most}",
+        HOLD=f"broken.0.0.{most} broken.1.1.{most}",
+    )
+    assert any("goes on where broken.journal ends" in x for x in told)
     assert Path("broken.csv").read_bytes() == Path("whole.csv").read_bytes()
     assert summary("broken") == summary("whole")
     assert not list(folder.glob("*.journal"))
-    assert sum("goes on where broken.journal ends" in x for x in told) == 2
 
-    # Points that no check looks at.
-    usual = Counter(itertools.chain(*evaluated("whole", 0)))
-    points = {repr(float(row["loss"])) for row in rows("whole.csv")}
-    points = {point for point in points if usual[point] == 1}
-    assert len(points) > 30
-    attempts = [[points & set(of) for of in evaluated("broken", i)] for i in range(3)]
+    attempts = [[found & set(of) for of in evaluated("broken", i)] for i in range(3)]
     (lead, died), (dead, _), last = attempts
     assert min(map(len, (died, dead, set().union(*last)))) > 1
-    assert set().union(*itertools.chain(*attempts)) == points
+    assert set().union(*itertools.chain(*attempts)) == found
     # What either had finished is not evaluated again, but for the point at which rank 0 was when
     # it was told to end; nor what rank 0 had when it died.
     assert len((lead | died) & set().union(*attempts[1], *last)) <= 1
     assert not dead & set().union(*last)
 
 
-def wait_for_points() -> None:
-    """Waits until some points are in the journal."""
-    path, until = Path("broken.journal"), time.monotonic() + 60
-    while not path.exists() or path.read_bytes().count(b'{"key": ') < 3:
+def wait_for_both(run: str, most: int) -> None:
+    """Waits until both ranks are held."""
+    until = time.monotonic() + PATIENCE
+    files = [Path(f"evaluated.{run}.0.{rank}") for rank in (0, 1)]
+    while not all(file.exists() and file.read_text().count("\n") == most for file in files):
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -436,8 +487,11 @@ def wait_for_points() -> None:
 def test_sigterm_to_torchrun_ends_all_and_the_next_run_goes_on(
     line: Callable[[str], str], losscli: Losscli
 ) -> None:
-    process = torchrun(line("broken"), KILL="broken.0")
-    wait_for_points()
+    assert losscli(*line("whole").split()).status == 0
+    _, checks = points("whole", [0])
+    most = checks + 6
+    process = torchrun(line("broken"), HOLD=f"broken.0.0.{most} broken.0.1.{most}")
+    wait_for_both("broken", most)
     process.terminate()
     told = said(process)
     assert process.returncode
@@ -445,7 +499,6 @@ def test_sigterm_to_torchrun_ends_all_and_the_next_run_goes_on(
     # Nobody holds the journal, and what is in it is known again, also by one process.
     told = said(driver([sys.executable], line("broken")))
     assert any("goes on where broken.journal ends" in x for x in told)
-    assert losscli(*line("whole").split()).status == 0
     assert_same("whole.csv", "broken.csv")
     assert not Path("broken.journal").exists()
 
@@ -454,18 +507,21 @@ def test_sigterm_to_torchrun_ends_all_and_the_next_run_goes_on(
 def test_ctrl_c_ends_all_and_the_next_run_goes_on(
     line: Callable[[str], str], losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KILL", "broken.0")
+    whole = losscli(*line("whole").split())
+    _, checks = points("whole", [0])
+    most = checks + 6
+    monkeypatch.setenv("HOLD", f"broken.0.0.{most} broken.0.1.{most}")
 
     def interrupt(pids: Sequence[int]) -> None:
-        wait_for_points()
+        wait_for_both("broken", most)
         for pid in pids:
             os.kill(pid, signal.SIGINT)
 
     first, other = forked([line("broken")], 2, meanwhile=interrupt)
     assert [outcome.status for outcome in (*first, *other)] == [130, 130]
     assert "losscli: interrupted; what was finished is in broken.journal" in first[0].stderr
-    monkeypatch.setenv("KILL", "")
-    whole, done = (losscli(*line(stem).split()) for stem in ("whole", "broken"))
+    monkeypatch.setenv("HOLD", "")
+    done = losscli(*line("broken").split())
     assert (whole.status, done.status) == (0, 0), done.stderr
     assert "goes on where broken.journal ends" in done.stderr
     assert_same("whole.csv", "broken.csv")
@@ -528,7 +584,7 @@ def together(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     return found
 
 
@@ -589,7 +645,7 @@ def test_ranks_do_not_take_those_that_died_for_each_other() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE)
         names.append(list(found.values()))
     assert all(len(set(of)) == 1 and len(of) == 3 for of in names)
     assert len({of[0] for of in names}) == 3
