@@ -649,6 +649,7 @@ def test_beside_a_toml_file_stand_no_keys(tmp_path: Path) -> None:
         unfold("x.toml,limit=3", trusted=True, folder=tmp_path)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_every_kind_of_spec_may_be_a_toml_file(folder: Path, losscli: Losscli) -> None:
     write(folder / "specs/model.toml", 'name = "mlp:6-5-3"\nactivation = "tanh"\n')
     write(folder / "specs/data.toml", 'name = "npz:../data.npz"\nlimit = 5\nmean = [0.25]\n')

@@ -597,6 +597,7 @@ def write_small() -> None:
     np.savez("data.npz", all_inputs=inputs, all_targets=np.arange(20) % 3)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(("momentum", "limit"), [(None, 40.0), (0.0, 40.0), (0.9, 76.0)])
 def test_momentum_raises_the_limit_of_the_largest_eigenvalue(
     momentum: float | None, limit: float, losscli: Losscli, folder: Path

@@ -437,6 +437,7 @@ def test_a_dry_run_counts_the_blocks(losscli: Losscli, folder: Path) -> None:
     assert not list(folder.glob("x*"))
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
     ("more", "message"),
     [
