@@ -92,23 +92,26 @@ def test_names_come_from_stdin_in_their_order(folder: Path, path: list[str], at_
     ],
 )
 @pytest.mark.parametrize(
-    "suffix",
+    ("layout", "suffix"),
     [
-        pytest.param(".svg", marks=pytest.mark.usefixtures("unlaid")),
-        pytest.param(".png", marks=pytest.mark.stress),
+        ("unlaid", ".svg"),
+        pytest.param("laid_out", ".svg", marks=pytest.mark.stress),
+        pytest.param("laid_out", ".png", marks=pytest.mark.stress),
     ],
 )
 def test_plot_draws_the_same_bytes_again(
     arguments: list[str],
     further: set[str],
+    layout: str,
     suffix: str,
     losscli: Losscli,
-    folder: Path,
     path: list[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    request.getfixturevalue(layout)
     done = losscli(*arguments, "-o", "out", "--figure", f"first{suffix}")
     assert done.status == 0, done.stderr
-    assert {p.name.split(".")[1] for p in folder.glob("out.*.csv")} == further
+    assert {p.name.split(".")[1] for p in Path().glob("out.*.csv")} == further
     log = ["--log"] if "--log" in arguments else []
     done = losscli("plot", "out.csv", *log, "--figure", f"again{suffix}")
     assert done.status == 0, done.stderr
