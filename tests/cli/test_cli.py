@@ -397,7 +397,7 @@ def test_plot_never_loads_torch(losscli: Losscli, folder: Path) -> None:
     assert "torch" not in imported(code)
 
 
-@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("unbuffered", [False, pytest.param(True, marks=pytest.mark.stress)])
 def test_a_reader_that_leaves_early_is_told_of_in_one_line(
     unbuffered: bool, folder: Path, at_hand: Path
 ) -> None:
@@ -589,7 +589,10 @@ def test_a_signal_while_the_result_is_told_does_not_deny_it(
     assert list(folder.glob("out*"))
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.stress)],
+)
 def test_a_signal_ends_the_run_with_one_line_and_no_file(
     sent: signal.Signals, status: int, folder: Path
 ) -> None:
@@ -624,8 +627,9 @@ def test_a_signal_ends_the_run_with_one_line_and_no_file(
 
 
 def test_a_closed_stdout_is_told_of_in_one_line(folder: Path) -> None:
+    (folder / "g.csv").write_text(f"{_LINE}\n0,train,1,1\n1,train,2,1\n")
     done = subprocess.run(
-        f"{sys.executable} -m losscli interpolate a.pt b.pt -o - >&-",
+        f"{sys.executable} -m losscli plot g.csv --terminal >&-",
         shell=True,
         check=False,
         stderr=subprocess.PIPE,
@@ -659,7 +663,8 @@ def test_what_a_model_prints_does_not_reach_stdout(folder: Path, at_hand: Path) 
 
 def test_a_closed_stderr_is_no_failure(folder: Path) -> None:
     done = subprocess.run(
-        f"{sys.executable} -m losscli interpolate a.pt b.pt --points 3 -o out 2>&- >/dev/null",
+        f"{sys.executable} -m losscli interpolate a.pt b.pt --points 3 --no-figure -o out "
+        "2>&- >/dev/null",
         shell=True,
         check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

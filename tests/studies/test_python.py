@@ -134,8 +134,21 @@ def of_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*names are not those|.*DataParallel")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("function", [*LINES, *PATHS])
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        pytest.param(
+            *(function, kind),
+            # All functions read their checkpoints in one of two places.
+            marks=()
+            if function in {"interpolate", "trajectory", "inspect"}
+            or kind in {"module", "checkpoint"}
+            else pytest.mark.stress,
+        )
+        for function in [*LINES, *PATHS]
+        for kind in KINDS
+    ],
+)
 def test_every_function_takes_every_kind_of_checkpoint(
     function: str, kind: str, tmp_path: Path, of_files: Callable[[str], Any]
 ) -> None:
