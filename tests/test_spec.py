@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -410,6 +411,22 @@ def test_two_files_of_one_name_are_both_code_of_the_run(tmp_path: Path, modules:
     assert found == ["a", "b", "a"]
     files = [Path(file) for file in own_code() if file.endswith("specs_same.py")]
     assert files == [tmp_path / "a" / "specs_same.py", tmp_path / "b" / "specs_same.py"]
+
+
+def test_code_behind_a_link_is_judged_by_where_it_lies(
+    tmp_path: Path, modules: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, mine = tmp_path / "site-packages", tmp_path / "mine"
+    for folder, name in ((site, "theirs"), (mine, "own")):
+        folder.mkdir()
+        (folder / f"specs_{name}.py").touch()
+    (mine / "specs_of_site.py").symlink_to(site / "specs_theirs.py")
+    (site / "specs_of_mine.py").symlink_to(mine / "specs_own.py")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site), str(mine)])
+    for name in ("specs_of_site", "specs_of_mine"):
+        importlib.import_module(name)
+    found = [Path(file) for file in own_code() if Path(file).is_relative_to(tmp_path)]
+    assert found == [mine / "specs_own.py"]
 
 
 @pytest.mark.parametrize(
