@@ -542,7 +542,8 @@ def own_code() -> dict[str, str]:
     """
     library = Path(sysconfig.get_path("stdlib")).resolve()
     others = tuple(f"{folder}{os.sep}" for folder in (library, Path(__file__).resolve().parent))
-    # There are thousands of modules, and few folders.
+    packages = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+    # There are thousands of modules, and few folders; a Path for each module takes longer.
     real = functools.cache(os.path.realpath)
     found = {}
     for name, module in list(sys.modules.items()):
@@ -550,13 +551,13 @@ def own_code() -> dict[str, str]:
         if name == "__main__" or not isinstance(file, str):
             continue
         folder, base = os.path.split(file)
-        path = Path(real(folder), base)
-        if path.is_symlink():
-            path = path.resolve()
-        if {"site-packages", "dist-packages"} & set(path.parts) or str(path).startswith(others):
+        path = f"{real(folder)}{os.sep}{base}"
+        if os.path.islink(path):  # noqa: PTH114
+            path = os.path.realpath(path)
+        if path.startswith(others) or any(part in path for part in packages):
             continue
         try:
-            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         except OSError:
             # It may lie in an archive, or be gone.
             continue

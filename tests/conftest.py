@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from losscli.cli import run
 from losscli.cli.console import Console
 from losscli.models import MLP
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +50,38 @@ def losscli() -> Losscli:
         return Outcome(status, console.stdout.getvalue(), console.stderr.getvalue())  # type: ignore[attr-defined]
 
     return invoke
+
+
+@pytest.fixture(scope="session")
+def at_hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder to begin PATH with for a losscli in a process of its own that begins at once."""
+    with warm.serving(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def laid_out() -> None:
+    """For tests of where things are in a figure, where `unlaid` holds for the others of a file."""
+
+
+@pytest.fixture
+def unlaid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the layout, most of the time of drawing a figure; its artists are the same."""
+    if "laid_out" not in request.fixturenames:
+        monkeypatch.setattr(
+            "matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None
+        )
+        monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda *_: None)
+
+
+@pytest.fixture
+def unseen(unlaid: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws figures without rendering them, for tests of when a picture is written, and where."""
+
+    def write(_: object, file: io.BytesIO, *, format: str, **__: object) -> None:  # noqa: A002
+        file.write(format.encode())
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", write)
 
 
 @pytest.fixture

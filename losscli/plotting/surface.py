@@ -546,7 +546,7 @@ def settle(figure: Figure) -> None:
         figure.draw_without_rendering()
         figure.set_layout_engine(engine)
     # A panel of fixed proportions shrinks after its margins were measured: measure them again.
-    for _ in range(2):
+    for _ in range(2 if any(axes.get_aspect() != "auto" for axes in figure.axes) else 0):
         engine.execute(figure)
     freeze(figure)
     page = figure.transSubfigure.inverted()

@@ -24,6 +24,7 @@ from PIL import Image
 import losscli as library
 from losscli.cli import run
 from losscli.cli.console import Console
+from losscli.errors import CheckpointError
 from losscli.models import MLP
 from tests.conftest import ROOT, Losscli
 
@@ -65,6 +66,7 @@ def test_the_csv_is_that_of_the_library(losscli: Losscli, folder: Path) -> None:
     assert not any(name.endswith((".csv", ".png", ".json")) for name in files(folder))
 
 
+@pytest.mark.usefixtures("unseen")
 def test_the_default_stem_is_named_after_the_command_and_the_checkpoints(
     losscli: Losscli, folder: Path
 ) -> None:
@@ -75,6 +77,7 @@ def test_the_default_stem_is_named_after_the_command_and_the_checkpoints(
     assert Path("interpolate-init-0-init-1.csv").exists()
 
 
+@pytest.mark.usefixtures("unseen")
 def test_json_is_one_object_on_one_line(losscli: Losscli, folder: Path) -> None:
     done = losscli("interpolate", "a.pt", "b.pt", "-o", "out", "--json", "-q")
     assert done.stderr == ""
@@ -121,6 +124,7 @@ def test_plot_draws_the_same_bytes_again(losscli: Losscli, folder: Path, suffix:
     assert Path(f"x{suffix}").read_bytes() == before
 
 
+@pytest.mark.usefixtures("unseen")
 def test_plot_lays_several_over_each_other(losscli: Losscli, folder: Path) -> None:
     losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--no-figure")
     losscli("interpolate", "b.pt", "a.pt", "-o", "y", "--no-figure")
@@ -133,15 +137,19 @@ def test_plot_lays_several_over_each_other(losscli: Losscli, folder: Path) -> No
     assert "\x1b" not in drawn.stdout
 
 
-def test_plot_reads_stdin(folder: Path) -> None:
+def beginning_at_once(at_hand: Path) -> dict[str, str]:
+    """An environment with a losscli that has imported everything."""
+    return {**os.environ, "PATH": f"{at_hand}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_plot_reads_stdin(folder: Path, at_hand: Path) -> None:
     drawn = subprocess.run(
-        f"{sys.executable} -m losscli interpolate a.pt b.pt -q -o - | "
-        f"{sys.executable} -m losscli plot - --terminal",
+        "losscli interpolate a.pt b.pt -q -o - | losscli plot - --terminal",
         shell=True,
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        env=beginning_at_once(at_hand),
     )
     assert drawn.stderr == ""
     assert re.search("[\u2801-\u28ff]", drawn.stdout)
@@ -191,6 +199,7 @@ def test_plot_takes_a_label_for_each_csv_or_each_checkpoint_of_barriers(
     assert all(f"<!-- run {i}" in drawn for i in range(number))
 
 
+@pytest.mark.usefixtures("unseen")
 def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None:
     run = ["interpolate", "a.pt", "b.pt", "-o", "out", "--points", "5"]
     losscli(*run)
@@ -290,6 +299,7 @@ def test_a_folder_that_cannot_be_written_to(
     assert "cannot be written to" in done.stderr
 
 
+@pytest.mark.usefixtures("unseen")
 def test_a_write_that_fails_leaves_nothing_behind(
     losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,13 +322,12 @@ def test_names_from_files_bring_no_escape_codes_to_the_terminal(
         assert "\\x1b[2J\\nevil" in done.stderr + done.stdout
 
 
-def test_traceback_shows_where_an_error_comes_from(folder: Path) -> None:
-    arguments = ["interpolate", "a.pt", "absent.pt", "--traceback"]
-    done = process(*arguments)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
+def test_traceback_shows_where_an_error_comes_from(losscli: Losscli, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="absent"):
+        losscli("interpolate", "a.pt", "absent.pt", "--traceback")
 
 
+@pytest.mark.usefixtures("unseen")
 def test_inspect_and_export_and_list(losscli: Losscli, folder: Path) -> None:
     assert "layers.0.weight  5×6" in losscli("inspect", "a.pt").stdout
     both = json.loads(losscli("inspect", "a.pt", "b.pt", "--json").stdout)
@@ -347,26 +356,12 @@ def test_inspect_and_export_and_list(losscli: Losscli, folder: Path) -> None:
         assert entry in losscli("list", kind).stdout
 
 
-def process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
-        **options,  # type: ignore[call-overload]
-    )
-
-
-def test_the_device_may_come_from_the_environment(folder: Path) -> None:
-    done = subprocess.run(
-        [*COMMAND, "interpolate", "a.pt", "b.pt"],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "LOSSCLI_DEVICE": "abacus"},
-    )
-    assert done.returncode == 1
+def test_the_device_may_come_from_the_environment(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOSSCLI_DEVICE", "abacus")
+    done = losscli("interpolate", "a.pt", "b.pt")
+    assert done.status == 1
     assert "'abacus'" in done.stderr
 
 
@@ -385,17 +380,15 @@ HEAVY = {"torch", "matplotlib", "numpy"}
 
 
 def test_help_loads_neither_torch_nor_matplotlib(folder: Path) -> None:
+    code = "import losscli, losscli.cli.app\n"
+    code += "from losscli.cli import run\nfrom losscli.cli.console import Console\n"
     for arguments in (["--help"], ["interpolate", "--help"], ["--version"], ["plot", "--help"]):
-        code = (
-            "from losscli.cli import run\nfrom losscli.cli.console import Console\n"
-            f"assert run({arguments!r}, Console()) == 0"
-        )
-        assert not imported(code) & HEAVY
-    assert not imported("import losscli, losscli.cli, losscli.cli.app") & HEAVY
+        code += f"assert run({arguments!r}, Console()) == 0\n"
+    assert not imported(code) & HEAVY
 
 
 def test_plot_never_loads_torch(losscli: Losscli, folder: Path) -> None:
-    losscli("interpolate", "a.pt", "b.pt", "-o", "x")
+    losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--points", 3, "--no-figure")
     code = (
         "from losscli.cli import run\nfrom losscli.cli.console import Console\n"
         "assert run(['plot', 'x.csv'], Console()) == 0\n"
@@ -404,13 +397,16 @@ def test_plot_never_loads_torch(losscli: Losscli, folder: Path) -> None:
     assert "torch" not in imported(code)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_leaves_early_is_told_of_in_one_line(unbuffered: str, folder: Path) -> None:
+@pytest.mark.parametrize("unbuffered", [False, pytest.param(True, marks=pytest.mark.stress)])
+def test_a_reader_that_leaves_early_is_told_of_in_one_line(
+    unbuffered: bool, folder: Path, at_hand: Path
+) -> None:
+    command = [sys.executable, "-u", "-m", "losscli"] if unbuffered else ["losscli"]
     with subprocess.Popen(
-        [*COMMAND, "interpolate", "a.pt", "b.pt", "-o", "-", "--points", "1001", "-q"],
+        [*command, "interpolate", "a.pt", "b.pt", "-o", "-", "--points", "1001", "-q"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+        env=beginning_at_once(at_hand) | {"PYTHONPATH": str(ROOT)},
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
@@ -503,6 +499,7 @@ def test_numbers_with_a_comma_between_them_are_told_of(
     assert not list(folder.glob("out*"))
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
     ("out", "options", "written"),
     [
@@ -551,16 +548,18 @@ def net():
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_quiet_leaves_the_warnings_of_libraries_out(quiet: bool, folder: Path) -> None:
+def test_quiet_leaves_the_warnings_of_libraries_out(
+    quiet: bool, folder: Path, at_hand: Path
+) -> None:
     (folder / "warns.py").write_text(_WARNS)
     command = "interpolate init:0 init:1 -m warns.py:net -d npz:data.npz --points 3 -o out"
     done = subprocess.run(
-        [*COMMAND, *command.split(), *["-q"] * quiet],
+        ["losscli", *command.split(), *["-q"] * quiet],
         check=False,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        env=beginning_at_once(at_hand),
+    )
     assert done.returncode == 0, done.stderr
     if quiet:
         assert done.stderr == ""
@@ -568,6 +567,7 @@ def test_quiet_leaves_the_warnings_of_libraries_out(quiet: bool, folder: Path) -
         assert (told in done.stderr) is not quiet, told
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
     "command",
     [
@@ -589,7 +589,10 @@ def test_a_signal_while_the_result_is_told_does_not_deny_it(
     assert list(folder.glob("out*"))
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.stress)],
+)
 def test_a_signal_ends_the_run_with_one_line_and_no_file(
     sent: signal.Signals, status: int, folder: Path
 ) -> None:
@@ -624,8 +627,9 @@ def test_a_signal_ends_the_run_with_one_line_and_no_file(
 
 
 def test_a_closed_stdout_is_told_of_in_one_line(folder: Path) -> None:
+    (folder / "g.csv").write_text(f"{_LINE}\n0,train,1,1\n1,train,2,1\n")
     done = subprocess.run(
-        f"{sys.executable} -m losscli interpolate a.pt b.pt -o - >&-",
+        f"{sys.executable} -m losscli plot g.csv --terminal >&-",
         shell=True,
         check=False,
         stderr=subprocess.PIPE,
@@ -635,15 +639,21 @@ def test_a_closed_stdout_is_told_of_in_one_line(folder: Path) -> None:
     assert done.stderr == b"losscli: stdout was closed before the result was written to it\n"
 
 
-def test_what_a_model_prints_does_not_reach_stdout(folder: Path) -> None:
+def test_what_a_model_prints_does_not_reach_stdout(folder: Path, at_hand: Path) -> None:
     Path("talking.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Linear):\n"
         "    def __init__(self): super().__init__(6, 3); print('built')\n"
         "    def forward(self, x): print('forward'); return super().forward(x)\n"
     )
-    done = process("interpolate", "init:0", "init:1", "-m", "talking.py:Net", "-d", "npz:data.npz",
-                   "--points", "3", "-o", "-")  # fmt: skip
+    command = "losscli interpolate init:0 init:1 -m talking.py:Net -d npz:data.npz --points 3 -o -"
+    done = subprocess.run(
+        command.split(),
+        check=False,
+        capture_output=True,
+        text=True,
+        env=beginning_at_once(at_hand),
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("alpha,split")
     assert "built" not in done.stdout
@@ -653,7 +663,8 @@ def test_what_a_model_prints_does_not_reach_stdout(folder: Path) -> None:
 
 def test_a_closed_stderr_is_no_failure(folder: Path) -> None:
     done = subprocess.run(
-        f"{sys.executable} -m losscli interpolate a.pt b.pt --points 3 -o out 2>&- >/dev/null",
+        f"{sys.executable} -m losscli interpolate a.pt b.pt --points 3 --no-figure -o out "
+        "2>&- >/dev/null",
         shell=True,
         check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -666,20 +677,21 @@ def test_a_closed_stderr_is_no_failure(folder: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", ["interpolate a.pt b.pt --points 3 -o -", "--help", "list models"]
 )
-def test_a_full_stdout_is_one_line(arguments: str, folder: Path) -> None:
+def test_a_full_stdout_is_one_line(arguments: str, folder: Path, at_hand: Path) -> None:
     done = subprocess.run(
-        f"{sys.executable} -m losscli {arguments} >/dev/full",
+        f"losscli {arguments} >/dev/full",
         shell=True,
         check=False,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=beginning_at_once(at_hand),
     )
     assert done.returncode == 1
     assert "No space left" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
     "summary",
     [
@@ -700,6 +712,7 @@ def test_plot_ignores_a_summary_that_is_not_its_own(
     assert losscli("plot", "x.csv", "--terminal").status == 0
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
     ("place", "value", "fault"),
     [
@@ -786,12 +799,14 @@ def test_no_more_than_three_names_that_do_not_fit_are_listed(
     assert f"many.pt does not fit the model: {listed} and 3,001 more. " in done.stderr
 
 
+@pytest.mark.usefixtures("unseen")
 def test_plot_reads_what_a_spreadsheet_saved(losscli: Losscli, folder: Path) -> None:
     losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--no-figure", "--points", 3)
     Path("x.csv").write_bytes(b"\xef\xbb\xbf" + Path("x.csv").read_bytes())
     assert losscli("plot", "x.csv").status == 0
 
 
+@pytest.mark.usefixtures("unseen")
 def test_a_name_that_is_not_utf_8_works(losscli: Losscli, folder: Path) -> None:
     name = os.fsdecode(b"\xff.pt")
     Path("a.pt").rename(name)
@@ -800,6 +815,7 @@ def test_a_name_that_is_not_utf_8_works(losscli: Losscli, folder: Path) -> None:
     assert json.loads(Path("out.json").read_text())["checkpoints"][0]["name"] == name
 
 
+@pytest.mark.usefixtures("unseen")
 def test_ranges_beside_the_line_claim_nothing_of_it(losscli: Losscli, folder: Path) -> None:
     done = losscli("interpolate", "a.pt", "b.pt", "--range", 1.5, 2, "--points", 3, "-o", "x")
     assert done.stdout.count("not looked at: no point between A and B") == 4

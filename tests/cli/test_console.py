@@ -20,7 +20,11 @@ from tests.conftest import Losscli
 IMAGES = "-m cnn:4,channels=1,classes=3,batchnorm=true -d npz:images.npz --buffers recalibrate"
 COMMANDS = {
     "interpolate": ("interpolate a.pt b.pt --points 12", 14, "points"),
-    "derivatives": ("interpolate a.pt b.pt --points 12 --derivatives", 14 + 14, "points"),
+    "derivatives": (
+        "interpolate a.pt b.pt --points 12 --derivatives --split test",
+        14 + 14,
+        "points",
+    ),
     "refine": ("interpolate a.pt b.pt --points 5 --refine 0.01", None, "points"),
     "layerwise": ("interpolate a.pt b.pt --points 5 --range 0 1 --layerwise", 5 + 2 * 4, "points"),
     "sample": ("interpolate a.pt b.pt --points 5 --range 0 1 --sampling-error 0.01", 5, "points"),
@@ -28,7 +32,7 @@ COMMANDS = {
     "plane": ("plane a.pt -m mlp:6-5-3 --points 4", 17, "points"),
     "plane-sample": ("plane a.pt --points 4 --sampling-error 0.01", 17, "points"),
     "barriers": ("barriers a.pt b.pt c.pt --points 5", 3 + 3 * 3, "points"),
-    "check": ("check a.pt b.pt", 2, "checkpoints"),
+    "check": ("check a.pt b.pt --split test", 2, "checkpoints"),
     "recalibrate": (f"interpolate init:1 init:2 {IMAGES} --points 5 --range 0 1", 5, "points"),
 }
 

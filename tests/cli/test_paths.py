@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,6 @@ from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies.trajectory import Trajectory
 from tests.conftest import Losscli
-
-COMMAND = [sys.executable, "-m", "losscli"]
 
 
 @pytest.fixture
@@ -43,6 +40,7 @@ def files(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.usefixtures("unseen")
 def test_trajectory_writes_path_surface_and_walk(
     losscli: Losscli, folder: Path, path: list[str]
 ) -> None:
@@ -70,9 +68,9 @@ def test_trajectory_writes_path_surface_and_walk(
     assert "farthest off" in done.stdout
 
 
-def test_names_come_from_stdin_in_their_order(folder: Path, path: list[str]) -> None:
+def test_names_come_from_stdin_in_their_order(folder: Path, path: list[str], at_hand: Path) -> None:
     done = subprocess.run(
-        [*COMMAND, "trajectory", "-", "-o", "-", "--no-surface"],
+        [at_hand / "losscli", "trajectory", "-", "-o", "-", "--no-surface"],
         input="\n".join(reversed(path)) + "\n\n",
         capture_output=True,
         text=True,
@@ -93,35 +91,46 @@ def test_names_come_from_stdin_in_their_order(folder: Path, path: list[str]) -> 
         (["plane", "--pca", "path", "--points", "5", "--log"], {"path"}),
     ],
 )
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
+@pytest.mark.parametrize(
+    ("layout", "suffix"),
+    [
+        ("unlaid", ".svg"),
+        pytest.param("laid_out", ".svg", marks=pytest.mark.stress),
+        pytest.param("laid_out", ".png", marks=pytest.mark.stress),
+    ],
+)
 def test_plot_draws_the_same_bytes_again(
     arguments: list[str],
     further: set[str],
+    layout: str,
     suffix: str,
     losscli: Losscli,
-    folder: Path,
     path: list[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    request.getfixturevalue(layout)
     done = losscli(*arguments, "-o", "out", "--figure", f"first{suffix}")
     assert done.status == 0, done.stderr
-    assert {p.name.split(".")[1] for p in folder.glob("out.*.csv")} == further
+    assert {p.name.split(".")[1] for p in Path().glob("out.*.csv")} == further
     log = ["--log"] if "--log" in arguments else []
     done = losscli("plot", "out.csv", *log, "--figure", f"again{suffix}")
     assert done.status == 0, done.stderr
     assert Path(f"again{suffix}").read_bytes() == Path(f"first{suffix}").read_bytes()
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_without_its_summary_a_path_is_drawn_with_all_that_lies_beside_it(
     losscli: Losscli, folder: Path, path: list[str]
 ) -> None:
     losscli("trajectory", "path", "-o", "out", "--residuals", 3, "--no-figure")
     Path("out.json").unlink()
-    assert losscli("plot", "out.csv", "-o", "with").status == 0
+    assert losscli("plot", "out.csv", "-o", "with.svg").status == 0
     Path("out.surface.csv").unlink()
-    assert losscli("plot", "out.csv", "-o", "without").status == 0
-    assert Path("with.png").read_bytes() != Path("without.png").read_bytes()
+    assert losscli("plot", "out.csv", "-o", "without.svg").status == 0
+    assert Path("with.svg").read_bytes() != Path("without.svg").read_bytes()
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_an_older_surface_is_not_drawn_with_a_path_that_has_none(
     losscli: Losscli, folder: Path, path: list[str]
 ) -> None:
@@ -131,6 +140,7 @@ def test_an_older_surface_is_not_drawn_with_a_path_that_has_none(
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
 
 
+@pytest.mark.usefixtures("unseen")
 def test_several_paths_lie_over_each_other(losscli: Losscli, folder: Path, path: list[str]) -> None:
     losscli("trajectory", *path, "-o", "one", "--no-figure", "--residuals", 3)
     losscli("trajectory", *path[::2], "b.pt", "-o", "two", "--no-surface", "--no-figure")
@@ -286,12 +296,12 @@ def test_an_initialisation_is_none_of_the_folders(
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_names_on_stdin_end_where_their_lines_do(
-    ending: str, folder: Path, path: list[str]
+    ending: str, folder: Path, path: list[str], at_hand: Path
 ) -> None:
     odd = "path/\u2028x\x0b.pt"
     Path(path[1]).rename(odd)
     done = subprocess.run(
-        [*COMMAND, "trajectory", "-", "-o", "-", "--no-surface"],
+        [at_hand / "losscli", "trajectory", "-", "-o", "-", "--no-surface"],
         input=("\ufeff" + ending.join([path[0], odd, path[2]]) + ending).encode(),
         capture_output=True,
         check=False,

@@ -220,7 +220,7 @@ def derivatives(objective: Objective, split: Any) -> Derivatives:
 def from_memory(batch_size: int) -> tuple[Any, Derivatives]:
     a, line = model_and_line()
     held = objective_of(DataSet({"data": IN_MEMORY}), batch_size)
-    held.check(a)
+    check_task(held, a)
     return sweep(held, line, ALPHAS)["data"], derivatives(held, IN_MEMORY)
 
 

@@ -197,11 +197,13 @@ def check_golden(name: str, figure: Figure) -> None:
     assert difference(png, golden.read_bytes()) < TOLERANCE
 
 
+@pytest.mark.usefixtures("laid_out")
 @pytest.mark.parametrize("name", PICTURES)
 def test_golden(name: str) -> None:
     check_golden(name, PICTURES[name]())
 
 
+@pytest.mark.usefixtures("laid_out")
 def test_golden_comparison_notices_another_curve() -> None:
     smooth = stored("smooth")
     at = smooth.table.columns.index("loss")
@@ -214,6 +216,7 @@ def test_golden_comparison_notices_another_curve() -> None:
     assert difference(png, (GOLDEN / "smooth.png").read_bytes()) > TOLERANCE
 
 
+@pytest.mark.usefixtures("laid_out")
 def test_bytes_are_the_same_again() -> None:
     # A figure that was rendered before, and one drawn anew.
     used, fresh = draw_interpolation([curve()]), draw_interpolation([curve()])
@@ -249,6 +252,7 @@ print("matplotlib.pyplot" in sys.modules)
 """
 
 
+@pytest.mark.usefixtures("laid_out")
 def test_neither_pyplot_nor_the_users_matplotlibrc(tmp_path: Path) -> None:
     settings = "axes.facecolor: red\nfont.size: 30\nsvg.fonttype: none\nsavefig.bbox: tight\n"
     settings += "text.parse_math: True\naxes.formatter.use_mathtext: True\nbackend: svg\n"
@@ -365,6 +369,7 @@ def number(label: str) -> float:
     return float(label.replace("−", "-"))
 
 
+@pytest.mark.usefixtures("laid_out")
 def test_names_are_no_mathematics_and_no_control_characters() -> None:
     maths = r"$x_1$/\frac{1}{2}^%#&<b>"
     control = "line\nbreak\ttab\r\x1b[31m\x00\x07"
@@ -419,6 +424,7 @@ def test_a_range_without_the_ends_is_not_stretched() -> None:
     assert {"← A  init.pt", "B  final.pt →"} <= set(texts(figure))
 
 
+@pytest.mark.usefixtures("laid_out")
 @pytest.mark.parametrize("span", [(0.0, 1.0), (-0.5, 2.0), (-20.0, 200.0), (2.0, 3.0), (0.9, 1.1)])
 def test_long_names_fit(span: tuple[float, float]) -> None:
     folder = "runs/2024-05-01/a-folder-with-a-long-name/checkpoints/"
@@ -433,6 +439,7 @@ def test_long_names_fit(span: tuple[float, float]) -> None:
     assert one.y0 > panel.y1
 
 
+@pytest.mark.usefixtures("laid_out")
 @pytest.mark.parametrize("number", [1, 12])
 def test_everything_lies_in_the_picture_and_beside_the_curves(number: int) -> None:
     gaps = [(0.0, 200.0), (0.25, 0.0), (0.5, NAN), (1.0, 0.5)]
@@ -560,6 +567,7 @@ def test_only_the_most_prominent_are_marked() -> None:
     assert "beyond two standard errors, the 12 most prominent of 39" in note(figure)
 
 
+@pytest.mark.usefixtures("laid_out")
 def test_a_part_is_shown_on_the_whole_line() -> None:
     figure = draw_interpolation([zoom()])
     whole, part = figure.axes
@@ -582,14 +590,15 @@ def test_a_part_is_shown_on_the_whole_line() -> None:
     assert ends(part) == []
 
 
+@pytest.mark.usefixtures("laid_out")
 def test_a_part_reads_back_from_its_csv_as_the_same_picture() -> None:
     def read(table: Table) -> Table:
         return Table.from_csv(io.StringIO(table.to_csv(), newline=""), "x")
 
     drawn = zoom()
     again = replace(drawn, table=read(drawn.table), more={"context": read(drawn.more["context"])})
+    one, other = draw_interpolation([drawn]), draw_interpolation([again])
     for suffix in (".png", ".svg"):
-        one, other = draw_interpolation([drawn]), draw_interpolation([again])
         assert render(one, suffix) == render(other, suffix)
 
 
@@ -626,6 +635,7 @@ ODD = {
 }
 
 
+@pytest.mark.usefixtures("laid_out")
 @pytest.mark.parametrize("case", ODD)
 def test_odd_tables_are_drawn(case: str) -> None:
     figure = draw_interpolation(ODD[case], log=case.startswith("log"))

@@ -307,6 +307,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.usefixtures("unseen")
 def test_every_study_tells_of_batches(mine: Path, losscli: Losscli) -> None:
     for i, command in enumerate(COMMANDS):
         done = losscli(*command.split(), "-o", f"x{i}")
@@ -320,6 +321,7 @@ def test_every_study_tells_of_batches(mine: Path, losscli: Losscli) -> None:
         assert drawn.status == 0, drawn
 
 
+@pytest.mark.usefixtures("unseen")
 def test_of_one_batch_no_error_is_known(mine: Path, losscli: Losscli) -> None:
     for i, command in enumerate(COMMANDS):
         done = losscli(*command.split(), "--limit", 1, "-o", f"x{i}")
@@ -334,6 +336,7 @@ def test_of_one_batch_no_error_is_known(mine: Path, losscli: Losscli) -> None:
         assert drawn.status == 0, drawn
 
 
+@pytest.mark.usefixtures("unseen")
 @forks
 def test_two_processes_find_what_one_finds(mine: Path, losscli: Losscli) -> None:
     torch.set_num_threads(1)

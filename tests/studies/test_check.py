@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -184,26 +186,28 @@ def dense_hessian_of(
     return torch.autograd.functional.hessian(loss, flat).numpy()
 
 
+@cache
+def searched() -> tuple[Tensor, Tensor, dict[str, Tensor], np.ndarray]:
+    """Data, weights, and the eigenvalues of their dense Hessian, of which only a few are asked."""
+    torch.manual_seed(0)
+    model = MLP("30-32-5", activation="tanh")
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(33, 30, generator=generator, dtype=torch.float64)
+    y = torch.randint(5, (33,), generator=generator)
+    values = np.linalg.eigvalsh(dense_hessian(copy.deepcopy(model).double(), x, y))
+    return x, y, model.state_dict(), values
+
+
 @pytest.mark.parametrize("batch_size", [7, 1000])
 def test_eigenvalues_by_search_are_those_of_the_dense_hessian(
     batch_size: int, tmp_path: Path
 ) -> None:
-    def build() -> nn.Module:
-        return MLP("30-32-5", activation="tanh")
-
-    torch.manual_seed(0)
-    state = build().state_dict()
+    x, y, state, values = searched()
     file = save(tmp_path, "a", **state)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.rand(33, 30, generator=generator, dtype=torch.float64)
-    y = torch.randint(5, (33,), generator=generator)
-    model = build().double()
-    model.load_state_dict(state)
-    values = np.linalg.eigvalsh(dense_hessian(model, x, y))
     assert len(values) > 1000
     result = losscli.check(
         [file],
-        model=build,
+        model="mlp:30-32-5,activation=tanh",
         data={"all": (x, y)},
         dtype="float64",
         batch_size=batch_size,
@@ -453,11 +457,13 @@ def test_a_minimum_that_was_rounded_for_its_file_is_one_in_float64(tmp_path: Pat
     assert point["predicted"]["change"] == pytest.approx(left, rel=1e-3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_trained_networks_have_no_verdict_that_their_losses_do_not_show(
-    seed: int, dtype: str, tmp_path: Path
-) -> None:
+def smoothed(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1, reduction="none")
+
+
+@cache
+def trained(seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor], np.ndarray]:
+    """Data, weights at rest next to a critical point, and the dense Hessian there."""
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(50, 3, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (50,), generator=generator)
@@ -466,21 +472,26 @@ def test_trained_networks_have_no_verdict_that_their_losses_do_not_show(
     optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
     for _ in range(20_000):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y, label_smoothing=0.1).backward()
+        smoothed(model(x), y).mean().backward()
         if sum(float(p.grad.square().sum()) for p in model.parameters()) < 9e-4**2:
             break
         optimizer.step()
+    state = model.float().state_dict()
+    return x, y, state, dense_hessian_of(smoothed, copy.deepcopy(model).double(), x, y)
 
-    def smoothed(outputs: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1, reduction="none")
 
-    file = save(tmp_path, "a", **model.float().state_dict())
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_trained_networks_have_no_verdict_that_their_losses_do_not_show(
+    seed: int, dtype: str, tmp_path: Path
+) -> None:
+    x, y, state, hessian = trained(seed)
+    file = save(tmp_path, "a", **state)
     result = losscli.check(
         [file], model="mlp:3-5-3,activation=tanh", data={"all": (x, y)}, loss=smoothed, dtype=dtype
     )
     (point,) = result.summary["splits"]["all"]["points"]
     row = row_of(result)
-    hessian = dense_hessian_of(smoothed, model.double(), x, y)
     assert row["lambda_min"] == pytest.approx(float(np.linalg.eigvalsh(hessian)[0]), abs=1e-12)
     assert row["trace"] == pytest.approx(float(np.trace(hessian)), rel=1e-9)
     assert row["verdict"] != "saddle" or falls(result) == (True, True)
@@ -646,6 +657,7 @@ def write_small() -> None:
     np.savez("data.npz", all_inputs=inputs, all_targets=np.arange(20) % 3)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(("momentum", "limit"), [(None, 40.0), (0.0, 40.0), (0.9, 76.0)])
 def test_momentum_raises_the_limit_of_the_largest_eigenvalue(
     momentum: float | None, limit: float, losscli: Losscli, folder: Path

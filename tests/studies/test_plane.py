@@ -15,6 +15,7 @@ from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.table import Table
 from tests import oracle
 from tests.cases import CASES, Case
+from tests.studies.sample import SAMPLE
 
 
 def save(case: Case, folder: Path, *seeds: int) -> list[str]:
@@ -72,7 +73,7 @@ def grid_of(table: Table) -> list[tuple[float, float, float]]:
     return list(zip(table.floats("x"), table.floats("y"), table.floats("loss"), strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SAMPLE)
 def test_the_plane_through_three_has_the_losses_of_a_plain_float64_loop(
     case: Case, tmp_path: Path
 ) -> None:

@@ -644,23 +644,24 @@ def test_sampling_looks_at_no_more_examples_than_the_error_asks_for(folder: Path
 
 def test_standard_errors_of_a_sample_cover_the_truth_as_often_as_they_say(folder: Path) -> None:
     # Of a normal mean, 68.3 % lie within one standard error and 95.4 % within two.
-    n = 65536
-    data = noisy_data(n)
+    n = 16384
+    # Ten splits of other data: each run draws ten samples.
+    data = {str(k): noisy_data(n, seed=k)["all"] for k in range(10)}
     whole = losscli.interpolate("a.pt", "b.pt", data=data, points=5, range=(-3.0, 4.0))
     truth = np.array(whole.table.floats("loss"))
     within = []
-    for seed in range(150):
+    for seed in range(15):
         result = losscli.interpolate(
             "a.pt",
             "b.pt",
             data=data,
             points=5,
             range=(-3.0, 4.0),
-            sampling_error=0.05,
+            sampling_error=0.1,
             seed=seed,
             metric=("none",),
         )
-        assert result.summary["examples"]["all"] < n / 16
+        assert max(result.summary["examples"].values()) < n / 16
         off = (np.array(result.table.floats("loss")) - truth) / result.table.floats("loss_stderr")
         within.append(np.abs(off))
     shares = [np.mean(np.array(within) < k) for k in (1, 2)]

@@ -354,7 +354,7 @@ COMMANDS = [
     ("trajectory", ("init:5", "a.pt", "b.pt", "--no-surface")),
     ("plane", ("a.pt", "--points", 3)),
     ("barriers", ("a.pt", "b.pt", "--points", 3)),
-    ("check", ("a.pt", "--limit", 4)),
+    ("check", ("a.pt", "--limit", 4, "--split", "test")),
     ("interpolate", ("a.pt", "b.pt", "--dry-run")),
 ]
 
