@@ -10,8 +10,9 @@ from functools import partial
 import torch
 
 from losscli.data import Split
+from losscli.evaluation.memory import halving
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.sweep import halving
+from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.task_checks import check_task
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
@@ -90,12 +91,12 @@ def measure(
     decoding = 0.0 if isinstance(split, Split) else decoding
     halving(objective, lambda: check_task(objective, origin, [name]))
     batch = split.first(objective.batch_size).to(objective.device)
-    with objective.held():
+    with objective.frozen_statistics():
         seconds = timed(objective, lambda: objective.plain(origin, {name: batch}), clock)
     plain = point = seconds / len(batch)
     making = statistics = 0.0
     if objective.recalibration is not None:
-        with objective.brief():
+        with objective.first_batch_only():
             both = timed(objective, lambda: objective.plain(origin, {name: batch}), clock)
         statistics = max(0.0, both - seconds) / objective.recalibration.size
     if slice_ is not None and points:
@@ -123,10 +124,10 @@ def _among_others(
         return max(1, most if not plain else min(most, int(_SPEND / (number * plain))))
 
     halving(
-        objective, lambda: objective.choose_strategy(slice_, points, affordable(_PROOF, len(batch)))
+        objective, lambda: find_strategy(objective, slice_, points, affordable(_PROOF, len(batch)))
     )
     part = batch.take(slice(0, affordable(len(points), len(batch))))
-    with objective.held():
+    with objective.frozen_statistics():
         # Once, so that what is set up is set up.
         objective.at(slice_, points, {name: part})
         once, twice = (

@@ -38,12 +38,12 @@ from losscli.evaluation.differences import (
     rules,
     unverified,
 )
+from losscli.evaluation.memory import halving
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.precision import in_float64, narrowest_type
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import record_key
 from losscli.evaluation.strategies import combining_type
-from losscli.evaluation.sweep import halving
 from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, distance, norm, pieces

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from losscli.data import Inputs, leaves, map_inputs
 from losscli.errors import LosscliError, LossError, ModelError, one_line
 from losscli.evaluation.device import widened
+from losscli.evaluation.loading import LoadableModel
 from losscli.evaluation.losses import (
     LOSSES,
     METRICS,
@@ -40,7 +41,7 @@ _KNOWN_FUNCTIONS = frozenset({nll, *LOSSES.values(), *METRICS.values()})
 NO_GRAPH = "does not require grad"
 
 
-class ScoredModel:
+class ScoredModel(LoadableModel):
     """A model with its loss and metrics.
 
     Args:
@@ -48,6 +49,7 @@ class ScoredModel:
         loss: The per-example loss.
         metrics: The per-example metrics by name.
         device: Where to compute.
+        dtype: The type of the forward pass.
         batch_loss: Whether the loss is one number per batch.
 
     Attributes:
@@ -63,14 +65,14 @@ class ScoredModel:
         model: nn.Module,
         loss: PerExample,
         metrics: Mapping[str, PerExample],
-        device: torch.device,
         *,
+        device: torch.device,
+        dtype: torch.dtype,
         batch_loss: bool,
     ) -> None:
-        self.model = model
+        super().__init__(model, device, dtype)
         self.loss = loss
         self.metrics = dict(metrics)
-        self.device = device
         self.batch_loss = batch_loss
         self.copies_inputs = False
         self.copies_outputs = False
@@ -240,6 +242,24 @@ class ScoredModel:
         weights = weights_of(function, outputs, targets)
         mean = values.mean() if weights is None else values.sum() / weights.sum()
         return mean.reshape(1)
+
+    def own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        """Adds the metrics that are not known to be per example to the losses of a batch.
+
+        Args:
+            outputs: What the model returned.
+            targets: The targets of the batch.
+            loss: The loss of each example.
+
+        Returns:
+            The values by name, ``[B]`` each, float64 on the CPU.
+        """
+        values = {"loss": loss}
+        for name, metric in self.metrics.items():
+            if not is_registered(metric):
+                what = f"metric {name!r}"
+                values[what] = self.per_example(metric, outputs, targets, what)
+        return {what: own.cpu().double() for what, own in values.items()}
 
     def weight(self, outputs: Any, targets: Tensor) -> float:
         """Adds up the weights of the examples of a batch in the mean loss.

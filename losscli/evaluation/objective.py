@@ -10,12 +10,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from losscli.checkpoint import Versions, loadable, takes_part
 from losscli.data import (
     DataSet,
     Draws,
@@ -26,7 +24,6 @@ from losscli.data import (
     map_inputs,
 )
 from losscli.errors import (
-    LossError,
     ModelError,
     NondeterministicModelError,
     OutOfMemoryError,
@@ -45,16 +42,12 @@ from losscli.evaluation.losses import (
 )
 from losscli.evaluation.output_collector import OutputCollector, join_weights
 from losscli.evaluation.recalibration import Layer, Recalibration, layers_of
-from losscli.evaluation.spectral import SpectralLayer, normalise, spectral_layers
 from losscli.evaluation.strategies import (
     Loaded,
-    NothingSharedError,
     Plain,
     Points,
     Stacked,
     Strategy,
-    is_known,
-    tensors_of,
 )
 from losscli.evaluation.targets import (
     check_lengths,
@@ -63,11 +56,19 @@ from losscli.evaluation.targets import (
     is_of_classes,
     target_error,
 )
-from losscli.mmap import let_go
 from losscli.weight_space.slices import Slice
-from losscli.weight_space.vectors import Weights, can_move
+from losscli.weight_space.vectors import Weights
 
-__all__ = ["AGREEMENT", "DETERMINISTIC", "PROBE", "Evaluation", "Objective", "Progress", "is_close"]
+__all__ = [
+    "AGREEMENT",
+    "DETERMINISTIC",
+    "PROBE",
+    "Evaluation",
+    "Objective",
+    "Progress",
+    "is_close",
+    "recalibrated",
+]
 
 Progress = Callable[[float], None]
 """Called with the share of a point that was done since the last call."""
@@ -81,19 +82,8 @@ _BATCH_ELSEWHERE = (256 << 20, 4096)
 # Examples from which the size of an example's outputs is known. Not one: code may squeeze that.
 PROBE = 2
 
-# Examples on which a strategy is held against the plain one.
-_PROOF_EXAMPLES = 256
-
-# How far its losses may be from those of the plain one, as a share; and where BatchNorm's
-# statistics are estimated too, which takes the rounding of every layer on to the next.
+# How far the losses of a strategy may be from those of the plain one, as a share.
 AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(HALF, 5e-2)}
-_AGREE_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys(HALF, 0.3)}
-
-# Above this size a model has no second copy, and few enough points at once that none is missed.
-_LARGE_BYTES = 64 << 20
-
-# What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
-_PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
 
 DETERMINISTIC = (
     "Take the randomness (dropout outside nn.Dropout, sampling) out of the forward pass; averaging "
@@ -145,18 +135,13 @@ class Objective(ScoredModel):
 
     Attributes:
         left_out: Those that were left out, and why.
-        tensors: The model's parameters and buffers by the names of its state dict.
         batchnorm: The model's BatchNorm layers that track statistics.
-        spectral: Its spectrally normalised weights, whose singular vectors are computed from
-            whatever weights are loaded.
         idle: Those of them that took no batch when statistics were last estimated.
         doubts: Whether the loss may be the wrong one, by the first batch of every split checked.
         unchecked: The splits on which the model takes the first batch whole and no other, so that
             it is not known whether losses depend on the rest of a batch.
         unused: The parameters that have no influence on the outputs of a first batch.
         constant: Whether different checkpoints were found to have the same losses on first batches.
-        versions: Those of the model's modules, which the weights of every point are of.
-        extra: The extra state of modules that is not a tensor, the same at every point.
     """
 
     def __init__(
@@ -173,31 +158,24 @@ class Objective(ScoredModel):
         batch_loss: bool = False,
         optional: Collection[str] = (),
     ) -> None:
-        super().__init__(
-            _cast(model, device, dtype).eval(), loss, metrics, device, batch_loss=batch_loss
-        )
+        super().__init__(model, loss, metrics, device=device, dtype=dtype, batch_loss=batch_loss)
         self.data = data
-        self.dtype = dtype
-        self.batch_size = 1 if batch_loss else batch_size or self._default_batch()
+        self.batch_size = 1 if batch_loss else batch_size or _default_batch(data, device)
         self.chooses_batch = batch_size is None and not batch_loss
-        self.splits: Mapping[str, Examples] = self._place(data.splits)
-        self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
-        self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
-        self.extra: Mapping[str, Any] = {}
-        self._takes_part = takes_part(self.model)
+        self.splits: Mapping[str, Examples] = _place(data.splits, device)
         self.classes: int | None = None
         self.batchnorm = layers_of(self.model, self.tensors)
-        self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
-        self._normalises = True
-        self.recalibration = recalibration and self._bring(recalibration)
+        self.recalibration = recalibration and _placed_recalibration(
+            recalibration, data.splits, self.splits, device
+        )
         self.idle: Sequence[Layer] = ()
         self.doubts: frozenset[Doubt] = frozenset()
         self.left_out: dict[str, str] = {}
         self.optional = frozenset(optional)
         self._remarks: dict[str, None] = {}
-        self._strategy: Strategy | None = None
-        self._provisional = False
-        self._proving = False
+        self.strategy: Strategy | None = None
+        self.provisional: Strategy | None = None
+        self.proving = False
         self._operations: int | None = None
         self.traced = False
         self.unchecked: set[str] = set()
@@ -212,16 +190,6 @@ class Objective(ScoredModel):
         """
         if text:
             self._remarks[text] = None
-
-    def _bring(self, recalibration: Recalibration) -> Recalibration:
-        """Brings training examples to the device, where a split of the data is there already."""
-        for name, split in self.data.splits.items():
-            if split is recalibration.split:
-                return replace(recalibration, split=self.splits[name])
-        split = recalibration.split
-        if isinstance(split, Split):
-            split = split.to(self.device)
-        return replace(recalibration, split=split)
 
     @property
     def remarks(self) -> list[str]:
@@ -239,30 +207,21 @@ class Objective(ScoredModel):
         """The BatchNorm layers whose statistics are estimated anew at every point."""
         return () if self.recalibration is None else self.batchnorm
 
-    def brief(self) -> AbstractContextManager[None]:
-        """Lets a first training batch do, where strategies are held against each other.
+    def first_batch_only(self) -> AbstractContextManager[None]:
+        """Estimates BatchNorm's statistics on a first training batch alone.
 
         Returns:
-            A context within which BatchNorm's statistics are estimated on that batch alone.
+            A context, for comparing strategies with each other.
         """
         return self._recalibrating(self.recalibration and self.recalibration.brief())
 
-    def held(self) -> AbstractContextManager[None]:
-        """Holds BatchNorm's statistics.
+    def frozen_statistics(self) -> AbstractContextManager[None]:
+        """Leaves BatchNorm's statistics as they are loaded.
 
         Returns:
-            A context within which they are as they are loaded.
+            A context.
         """
         return self._recalibrating(None)
-
-    @contextmanager
-    def as_stored(self) -> Iterator[None]:
-        """Loads the singular vectors of spectral normalisation as they are given."""
-        self._normalises = False
-        try:
-            yield
-        finally:
-            self._normalises = True
 
     @contextmanager
     def estimating_on(self, batch: Split) -> Iterator[None]:
@@ -285,44 +244,6 @@ class Objective(ScoredModel):
             yield
         finally:
             self.recalibration = own
-
-    @torch.no_grad()
-    def recalibrated(self, weights: Weights) -> Weights:
-        """Estimates BatchNorm's statistics at a point.
-
-        Args:
-            weights: All tensors of the model; they stay loaded, but for the statistics.
-
-        Returns:
-            The weights with the new statistics; the same ones where there are none.
-        """
-        if self.recalibration is None:
-            return weights
-        self.load(weights)
-        self._recalibrate(Plain(self), lambda _: None)
-        names = [name for layer in self.statistics for name in layer.names]
-        return {**weights, **{n: self.tensors[n].to(weights[n].device, copy=True) for n in names}}
-
-    def _default_batch(self) -> int:
-        """The power of two that fits the bytes a batch may have; the same for every run."""
-        budget, most = _BATCH.get(self.device.type, _BATCH_ELSEWHERE)
-        example = max(
-            sum(map(_bytes_in_forward, leaves(split.first(1).inputs)))
-            for split in self.data.splits.values()
-        )
-        return 1 << (min(most, max(1, budget // max(1, example))).bit_length() - 1)
-
-    def _place(self, splits: Mapping[str, Examples]) -> dict[str, Examples]:
-        """Moves what is in memory to the device, split by split as long as it fits there."""
-        budget = device_budget(self.device)
-        placed: dict[str, Examples] = {}
-        for name, split in splits.items():
-            new = split.nbytes if isinstance(split, Split) and not split.is_on(self.device) else 0
-            fits = budget is None or new <= budget
-            placed[name] = split.to(self.device) if isinstance(split, Split) and fits else split
-            if budget is not None and fits:
-                budget -= new
-        return placed
 
     def first_batches(self) -> dict[str, Split]:
         """Takes a sample of the data for checks.
@@ -377,44 +298,6 @@ class Objective(ScoredModel):
         found = [name for name, examples in self.splits.items() if examples is split]
         return f"the split {found[0]!r}" if found else "the data"
 
-    @torch.no_grad()
-    def load(self, weights: Weights) -> None:
-        """Loads every tensor plainly; what a slice does not move stays as it was last loaded.
-
-        The singular vectors of spectrally normalised weights are computed from these.
-
-        Args:
-            weights: All tensors of the model.
-        """
-        # Some models fold their weights into others when they are put into eval mode.
-        if self._folds:
-            self.model.train()
-        point = self._whole(weights) if self._takes_part else {}
-        # Code of the user's own may write on the tensors that it is given.
-        given = {name: tensor.clone() for name, tensor in point.items()} or weights
-        state = loadable(given, self.versions, self.extra)
-        self.model.load_state_dict(state, strict=False)
-        # It changed the checkpoints when these were opened, and may change a point again.
-        for name, tensor in point.items():
-            self.tensors[name].copy_(tensor)
-        if self._normalises:
-            normalise(self.spectral, self.tensors)
-        let_go(*weights.values())
-        if self._folds:
-            self.model.eval()
-
-    def _whole(self, weights: Weights) -> Weights:
-        """All tensors of the model: those that are given, and its own where none is."""
-        given = {id(own): weights[n] for n, own in self.tensors.items() if n in weights}
-        own = {name: given.get(id(tensor), tensor) for name, tensor in self.tensors.items()}
-        return {name: tensor.detach().clone() for name, tensor in own.items()}
-
-    @property
-    def _folds(self) -> bool:
-        return any(
-            type(module).train.__module__ not in _PLAIN_MODES for module in self.model.modules()
-        )
-
     def values(self, batch: Split) -> Values:
         """Evaluates a batch.
 
@@ -428,30 +311,10 @@ class Objective(ScoredModel):
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
         return self.own_values(outputs, batch.targets, loss)
 
-    def own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> Values:
-        """Returns what `values` returns, from the outputs and the losses of a batch."""
-        values = {"loss": loss}
-        for name, metric in self.metrics.items():
-            if not is_registered(metric):
-                what = f"metric {name!r}"
-                values[what] = self.per_example(metric, outputs, targets, what)
-        return {what: own.cpu().double() for what, own in values.items()}
-
     @property
     def operations(self) -> int:
         """The floating-point operations of one example's forward pass: two a weight, or more."""
         return self.count_operations() if self._operations is None else self._operations
-
-    def trace(self) -> Trace:
-        """Traces a forward pass on a few examples, with the weights that are loaded.
-
-        Returns:
-            What it computes and reads; as far as it comes, if it fails.
-        """
-        trace = Trace()
-        with torch.no_grad(), Draws(self.device):
-            self.count_operations(trace)
-        return trace
 
     def count_operations(self, trace: Trace | None = None) -> int:
         """Counts the operations of a forward pass on a few examples.
@@ -492,7 +355,7 @@ class Objective(ScoredModel):
             For each split its evaluation at this one point, P = 1.
         """
         self.load(weights)
-        return self._evaluate(Plain(self), splits, progress)
+        return self.evaluate(Plain(self), splits, progress)
 
     @torch.no_grad()
     def at(
@@ -514,118 +377,32 @@ class Objective(ScoredModel):
         Returns:
             For each split its evaluation at the P points.
         """
-        strategy = self._strategy or Strategy.LOADED
+        strategy = self.strategy or self.provisional or Strategy.LOADED
         if strategy is Strategy.LOADED:
-            return self._evaluate(Loaded(self, slice_, coordinates), splits, progress)
+            return self.evaluate(Loaded(self, slice_, coordinates), splits, progress)
         if strategy is Strategy.STACKED:
-            points: Points = Stacked(self, slice_, coordinates, proving=self._proving)
+            points: Points = Stacked(self, slice_, coordinates, proving=self.proving)
         else:
-            points = Points(self, slice_, coordinates, strategy, proving=self._proving)
+            points = Points(self, slice_, coordinates, strategy, proving=self.proving)
         with points:
-            return self._evaluate(points, splits, progress)
+            return self.evaluate(points, splits, progress)
 
-    @torch.no_grad()
-    def choose_strategy(
-        self,
-        slice_: Slice,
-        coordinates: Sequence[Sequence[float]],
-        examples: int = _PROOF_EXAMPLES,
-    ) -> None:
-        """Chooses the fastest strategy that gives the numbers of the plain one.
-
-        A few points are evaluated on a part of a batch by loading each plainly, then by every
-        strategy from the fastest on until one agrees. The choice is made once, at the first points
-        that share a first layer: so it does not depend on the order of slices.
-
-        Args:
-            slice_: The slice.
-            coordinates: As many points as will be evaluated at once.
-            examples: Examples to prove a strategy on, at most.
-        """
-        if self.strategy is not None:
-            return
-        self._provisional = False
-        moving = sum(self.tensors[name].nbytes for name in slice_.ends[0])
-        if moving > _LARGE_BYTES and not self._folds:
-            # The proof would cost a second copy. Whoever sweeps a line compares its ends anyway.
-            self._strategy = Strategy.BOUND
-            return
-        name, split = next(iter(self.splits.items()))
-        sample = {name: split.first(min(self.batch_size, examples)).to(self.device)}
-        few = [tuple(coordinates[i * (len(coordinates) - 1) // 3]) for i in range(4)]
-        few = list(dict.fromkeys(few))
-        proofs = [(self.held, AGREEMENT[self.dtype])]
-        if self.recalibration is not None:
-            proofs.append((self.brief, _AGREE_ON_ESTIMATES[self.dtype]))
-        own = {n: self.tensors[n].clone() for layer in self.statistics for n in layer.names}
-        truths = []
-        for context, _ in proofs:
-            with context():
-                truths.append(self._evaluate(Loaded(self, slice_, few), sample, None)[name].losses)
-        if own:
-            self.load(own)
-
-        def agrees(proof: int) -> bool:
-            context, tolerance = proofs[proof]
-            try:
-                with context():
-                    try:
-                        found = self.at(slice_, few, sample)[name].losses
-                    except NothingSharedError:
-                        self._provisional, self._proving = True, False
-                        found = self.at(slice_, few, sample)[name].losses
-            except (ModelError, LossError):
-                return False
-            finally:
-                self._proving = True
-            return is_close(found, truths[proof], tolerance)
-
-        self._proving = True
-        try:
-            for strategy in self._strategies():
-                self.strategy = strategy
-                if all(map(agrees, range(len(proofs)))):
-                    return
-        except BaseException:
-            # Out of memory, say: the strategy that was tried is not one that was proven.
-            self._strategy = None
-            raise
-        finally:
-            self._proving = False
-        self.strategy = Strategy.LOADED
-
-    @property
-    def strategy(self) -> Strategy | None:
-        """How points are evaluated; None before it is settled. To be set to one that was proven."""
-        return None if self._provisional else self._strategy
-
-    @strategy.setter
-    def strategy(self, strategy: Strategy | None) -> None:
-        self._strategy, self._provisional = strategy, False
-
-    def _strategies(self) -> list[Strategy]:
-        if self._folds:
-            return []
-        strategies = [Strategy.SHARED, Strategy.BOUND]
-        functions = [self.loss, *self.metrics.values()]
-        known = is_known(self.model) and all(map(is_registered, functions))
-        if self.device.type == "cpu" and known:
-            strategies.insert(0, Strategy.THREADS)
-        # Mapped over weights a convolution becomes one of many groups, which is slower than the
-        # same convolutions in turn; and on a CPU nothing waits for a launch.
-        # And of a module that has two names, functional_call does not put the tensors back.
-        modules = list(self.model.modules())
-        twice = len(list(self.model.named_modules(remove_duplicate=False))) > len(modules)
-        if self.device.type == "cuda" and not twice and not any(map(_convolves, modules)):
-            strategies.insert(0, Strategy.STACKED)
-        return strategies
-
-    def _evaluate(
+    def evaluate(
         self,
         points: Plain | Loaded | Points,
-        splits: Mapping[str, Examples] | None,
-        progress: Progress | None,
+        splits: Mapping[str, Examples] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
+        """Evaluates points.
+
+        Args:
+            points: The points, by the strategy that they are evaluated with.
+            splits: The examples; all by default.
+            progress: Told how far it is.
+
+        Returns:
+            For each split its evaluation at the points.
+        """
         splits = self.splits if splits is None else splits
         total = sum(map(len, splits.values()))
         if self.recalibration is not None:
@@ -636,7 +413,7 @@ class Objective(ScoredModel):
                 progress(examples / total)
 
         with Draws(self.device) as draws:
-            self._recalibrate(points, tell)
+            self.recalibrate(points, tell)
             found = {name: self._walk(points, split, tell) for name, split in splits.items()}
         if draws.names:
             raise NondeterministicModelError(
@@ -646,8 +423,18 @@ class Objective(ScoredModel):
             )
         return found
 
-    def _recalibrate(self, points: Plain | Loaded | Points, tell: Callable[[int], None]) -> None:
-        """Estimates BatchNorm's statistics at all points, a batch at a time."""
+    def recalibrate(
+        self, points: Plain | Loaded | Points, tell: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Estimates BatchNorm's statistics at all points, a batch at a time.
+
+        Args:
+            points: The points.
+            tell: Called with the examples of each batch that is done.
+
+        Raises:
+            OutOfMemoryError: One point and one batch do not fit.
+        """
         if self.recalibration is None:
             return
         try:
@@ -724,21 +511,42 @@ class Objective(ScoredModel):
             tell(examples)
 
 
-def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Moves a model to a device and casts it; complex tensors stay complex."""
-    if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
-        return model.to(device=device, dtype=dtype)
-
-    # nn.Module.to would take the imaginary parts away.
-    model.to(device)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if can_move(tensor):
-            tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
-    return model
+def _default_batch(data: DataSet, device: torch.device) -> int:
+    """The power of two that fits the bytes a batch may have; the same for every run."""
+    budget, most = _BATCH.get(device.type, _BATCH_ELSEWHERE)
+    example = max(
+        sum(map(_bytes_in_forward, leaves(split.first(1).inputs))) for split in data.splits.values()
+    )
+    return 1 << (min(most, max(1, budget // max(1, example))).bit_length() - 1)
 
 
-def _convolves(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
+def _place(splits: Mapping[str, Examples], device: torch.device) -> dict[str, Examples]:
+    """Moves what is in memory to the device, split by split as long as it fits there."""
+    budget = device_budget(device)
+    placed: dict[str, Examples] = {}
+    for name, split in splits.items():
+        new = split.nbytes if isinstance(split, Split) and not split.is_on(device) else 0
+        fits = budget is None or new <= budget
+        placed[name] = split.to(device) if isinstance(split, Split) and fits else split
+        if budget is not None and fits:
+            budget -= new
+    return placed
+
+
+def _placed_recalibration(
+    recalibration: Recalibration,
+    splits: Mapping[str, Examples],
+    placed: Mapping[str, Examples],
+    device: torch.device,
+) -> Recalibration:
+    """Brings training examples to the device, where a split of the data is there already."""
+    for name, split in splits.items():
+        if split is recalibration.split:
+            return replace(recalibration, split=placed[name])
+    split = recalibration.split
+    if isinstance(split, Split):
+        split = split.to(device)
+    return replace(recalibration, split=split)
 
 
 def _bytes_in_forward(inputs: Tensor) -> int:
@@ -765,3 +573,22 @@ def is_close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
         return False
     found, truth = found.double()[finite], truth.double()[finite]
     return bool((found - truth).norm() <= tolerance * truth.norm())
+
+
+@torch.no_grad()
+def recalibrated(objective: Objective, weights: Weights) -> Weights:
+    """Estimates BatchNorm's statistics at a point.
+
+    Args:
+        objective: The objective.
+        weights: All tensors of the model; they stay loaded, but for the statistics.
+
+    Returns:
+        The weights with the new statistics; the same ones where there are none.
+    """
+    if objective.recalibration is None:
+        return weights
+    objective.load(weights)
+    objective.recalibrate(Plain(objective))
+    names = [name for layer in objective.statistics for name in layer.names]
+    return {**weights, **{n: objective.tensors[n].to(weights[n].device, copy=True) for n in names}}

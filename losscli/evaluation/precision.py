@@ -72,7 +72,7 @@ def in_float64(objective: Objective, sample: Split, *, inside: bool = False) -> 
         return None
     own = {name: tensor.clone() for name, tensor in objective.tensors.items()}
     floating = {name: t for name, t in own.items() if t.is_floating_point()}
-    with objective.held():
+    with objective.frozen_statistics():
         try:
             twin = with_model(objective, copy.deepcopy(objective.model), torch.float64)
             twin.load(own)

@@ -7,109 +7,28 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TypeVar
 
 import torch
 
-from losscli.data import Examples, Split
-from losscli.errors import OutOfMemoryError
+from losscli.data import Examples
+from losscli.evaluation.memory import halve_batch, halving, is_streamed, points_at_once
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import decode, encode, record_key, restore, slice_key, state_of
 from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.task_checks import check_independence, check_task
 from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
-__all__ = [
-    "check",
-    "choose_strategy",
-    "halving",
-    "points_at_once",
-    "points_that_fit",
-    "sweep",
-    "sweep_each",
-    "sweep_plain",
-]
-
-_T = TypeVar("_T")
-
-_CPU_STACK = 256 << 20
-_GPU_SHARE = 0.25
+__all__ = ["check", "sweep", "sweep_each", "sweep_plain"]
 
 # Points that share a first layer have to be some: a chunk costs about three more.
 _FEW = 8
 
-# Floating-point operations of a chunk of points, about a minute's: so much at most is lost where a
-# run is killed. Counted, not timed: the same command takes the same chunks.
-_WORK = {"cpu": 2 * 10**12, "cuda": 10**15}
-_WORK_ELSEWHERE = 3 * 10**13
-
-# Fewer points than these are no chunk, whatever they cost.
-_LEAST = 16
-
-# What decoding an example is counted as: where it takes longer than evaluating it at the points of
-# a chunk, these are more.
-_DECODING = {"cpu": 10**9}
-_DECODING_ELSEWHERE = 10**10
-
 # Slices for each of several ranks that are dealt at once.
 _SHARES = 8
-
-
-def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
-    """Finds how many points may have their weights in memory at once.
-
-    Args:
-        objective: The objective.
-        names: The tensors that move.
-
-    Returns:
-        At least 1; the weights of so many points take at most 256 MiB on a CPU, or a quarter of
-        the free memory of a GPU.
-    """
-    size = sum(objective.tensors[name].nbytes for name in names)
-    for layer in objective.statistics:
-        # Of statistics there are the sums too, in float64.
-        own = [objective.tensors[name] for name in layer.names]
-        size += sum(tensor.nbytes + 8 * tensor.numel() for tensor in own)
-    if objective.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(objective.device)
-        budget = int(free * _GPU_SHARE)
-    else:
-        budget = _CPU_STACK
-    return max(1, budget // max(1, size))
-
-
-def points_at_once(
-    objective: Objective, names: Iterable[str], splits: Mapping[str, Examples] | None = None
-) -> int:
-    """Chooses how many points are evaluated at once: as many as fit, but at most a minute's work.
-
-    Args:
-        objective: The objective.
-        names: The tensors that move.
-        splits: The examples; all by default.
-
-    Returns:
-        At least 1. Where their weights fit, at least 16, and where data is decoded in each pass
-        so many that evaluating takes about as long as decoding.
-    """
-    splits = objective.splits if splits is None else splits
-    examples = sum(map(len, splits.values()))
-    if objective.recalibration is not None:
-        examples += len(objective.recalibration)
-    kind, each = objective.device.type, objective.operations
-    most = _WORK.get(kind, _WORK_ELSEWHERE) // (each * max(1, examples))
-    least = _LEAST
-    if _is_streamed(splits):
-        least = max(least, _DECODING.get(kind, _DECODING_ELSEWHERE) // each)
-    return min(points_that_fit(objective, names), max(least, most))
-
-
-def _is_streamed(splits: Mapping[str, Examples]) -> bool:
-    return any(not isinstance(split, Split) for split in splits.values())
 
 
 def check(objective: Objective, weights: Weights, other: Weights | None = None) -> None:
@@ -124,25 +43,6 @@ def check(objective: Objective, weights: Weights, other: Weights | None = None) 
     if other is not None:
         halving(objective, lambda: check_independence(objective, other))
         objective.load(weights)
-
-
-def choose_strategy(
-    objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
-) -> None:
-    """Chooses how points are evaluated; out of memory, for fewer points, then for half the batch.
-
-    Args:
-        objective: What will be evaluated.
-        slice_: The slice.
-        coordinates: The points.
-    """
-    for few in (coordinates, [coordinates[0], coordinates[-1]]):
-        try:
-            objective.choose_strategy(slice_, few)
-        except (torch.OutOfMemoryError, MemoryError):
-            continue
-        return
-    halving(objective, lambda: objective.choose_strategy(slice_, coordinates[-1:]))
 
 
 def sweep(
@@ -179,7 +79,7 @@ def sweep(
     key = execution.key(lambda: slice_key(objective, splits, slice_, coordinates))
     if execution.size == 1 or not coordinates:
         return _evaluate_alone(objective, slice_, coordinates, chunk, splits, execution, key)
-    halving(objective, lambda: objective.choose_strategy(slice_, coordinates[:chunk]))
+    halving(objective, lambda: find_strategy(objective, slice_, coordinates[:chunk]))
     (found,) = _evaluate_among_ranks(
         objective, [lambda: slice_], coordinates, chunk, splits, execution, [key]
     )
@@ -246,7 +146,7 @@ def _evaluate_alone(
     """Evaluates points chunk by chunk, by this process alone."""
 
     def evaluate(points: Sequence[Sequence[float]], chunk: int, own: Execution) -> Arrays:
-        objective.choose_strategy(slice_, points)
+        find_strategy(objective, slice_, points)
         found = objective.at(slice_, points, splits, _Tally(own.tell).add)
         return encode(objective, splits, found, len(points), chunk)
 
@@ -263,7 +163,7 @@ def _evaluate_alone(
             if len(points) > 1:
                 chunk = len(points) // 2
             else:
-                _halve_batch(objective)
+                halve_batch(objective)
             continue
         parts.append(_continue_from(objective, splits, arrays))
         chunk = state_of(arrays).points_at_once
@@ -316,7 +216,7 @@ def _evaluate_among_ranks(
     known = [_recall_chunks(execution, key, len(coordinates)) for key in keys]
     most = _agree(execution, objective, chunk, [a for of in known for a in of.values()])
     # What is decoded in each pass goes by as seldom as may be.
-    streamed = _is_streamed(splits)
+    streamed = is_streamed(splits)
     # More than a line has ends, or a plane: so many share a first layer.
     shared = objective.strategy not in {Strategy.BOUND, Strategy.LOADED}
     least = len(coordinates[0]) + 2 if shared else 1
@@ -467,43 +367,6 @@ def sweep_plain(
         # What comes next may find these weights where a slice moves nothing.
         objective.load(opened(last))
     return found
-
-
-def halving(objective: Objective, work: Callable[[], _T]) -> _T:
-    """Does some work, anew with half the batch whenever it is out of memory.
-
-    Args:
-        objective: Whose batch.
-        work: What to do.
-
-    Returns:
-        What the work returns.
-
-    Raises:
-        OutOfMemoryError: One example does not fit.
-    """
-    while True:
-        try:
-            return work()
-        except (torch.OutOfMemoryError, MemoryError):
-            _halve_batch(objective)
-
-
-def _halve_batch(objective: Objective) -> None:
-    if objective.batch_loss:
-        raise OutOfMemoryError(
-            f"one point and one batch do not fit into the memory of {objective.device}, and with "
-            "--batch-loss batches are never halved",
-            "Give smaller batches, --device cpu or --dtype bfloat16",
-        )
-    if objective.batch_size == 1:
-        raise OutOfMemoryError(
-            f"one point and one example do not fit into the memory of {objective.device}",
-            "Try --device cpu or --dtype bfloat16",
-        )
-    objective.batch_size //= 2
-    if objective.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 class _Tally:

@@ -37,7 +37,7 @@ from losscli.evaluation.curvature import (
 )
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.differences import SAMPLE, noise_of
-from losscli.evaluation.objective import Evaluation, Objective
+from losscli.evaluation.objective import Evaluation, Objective, recalibrated
 from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import idle_layers, record_key, restore
@@ -511,7 +511,7 @@ class Check(Study):
         objective, origin = self.problem.objective, self.problem.origin
         batch = next(iter(objective.splits.values())).first(objective.batch_size)
         batch = batch.to(objective.device)
-        with objective.held():
+        with objective.frozen_statistics():
             differentiated = self._differentiated(origin)
             with Curvature(differentiated, origin, self.moving, batch) as curvature:
                 # Once, so that what is set up is set up.
@@ -691,9 +691,9 @@ class Check(Study):
         """Looks at one checkpoint on one split; also for a way down, if the verdict is wanted."""
         objective, quiet = self.problem.objective, execution.quiet
         examples = {split: objective.splits[split]}
-        weights = objective.recalibrated(placed)
+        weights = recalibrated(objective, placed)
         # What is differentiated, and followed, is a function of the parameters alone.
-        with objective.held():
+        with objective.frozen_statistics():
             (losses,) = sweep_plain(objective, [weights], splits=examples, execution=quiet)
             here = losses[split]
             sample = objective.splits[split].first(_MEASURED).to(objective.device)
@@ -893,8 +893,8 @@ class Check(Study):
         assert direction is not None
         objective = self.problem.objective
         splits = {one.split: objective.splits[one.split]}
-        weights = objective.recalibrated(self._placed(t))
-        with objective.held():
+        weights = recalibrated(objective, self._placed(t))
+        with objective.frozen_statistics():
             (plain,) = sweep_plain(objective, [weights], splits=splits, execution=execution)
             return self._follow(one, weights, direction, plain[one.split], splits, execution)
 

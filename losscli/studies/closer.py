@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from losscli.evaluation.derivatives import slopes
+from losscli.evaluation.memory import halving
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.precision import in_float64
-from losscli.evaluation.sweep import halving, sweep
+from losscli.evaluation.sweep import sweep
 from losscli.evaluation.tasks import Execution
 from losscli.studies.problem import Problem
 from losscli.studies.seen import Derivatives, LineCurve, Looked

@@ -8,7 +8,7 @@ import time
 from losscli.data import Split
 from losscli.evaluation.cost import Clock, Pace, measure
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.sweep import points_at_once
+from losscli.evaluation.memory import points_at_once
 from losscli.studies.base import Study
 from losscli.summaries import CostEstimate, Description
 

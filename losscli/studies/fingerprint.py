@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.sweep import check, halving
+from losscli.evaluation.memory import halving
+from losscli.evaluation.sweep import check
 from losscli.spec import own_code
 from losscli.studies.problem import Problem
 from losscli.weight_space.digest import digest
@@ -123,7 +124,7 @@ def _first_losses(problem: Problem) -> str:
     batches = objective.first_batches()
     last = problem.place(problem.last.weights)
     found = []
-    with objective.brief():
+    with objective.first_batch_only():
         for weights in (problem.origin, last, last):
             evaluations = objective.plain(weights, batches)
             values = {f"loss {name}": e.losses for name, e in evaluations.items()}

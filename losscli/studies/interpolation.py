@@ -19,17 +19,12 @@ from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Pace, timed
 from losscli.evaluation.derivatives import trial
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.memory import halving, points_at_once
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.sweep import (
-    check,
-    choose_strategy,
-    halving,
-    points_at_once,
-    sweep,
-    sweep_plain,
-)
+from losscli.evaluation.strategy_choice import choose_strategy
+from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings

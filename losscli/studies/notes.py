@@ -122,7 +122,7 @@ def integer_notes(study: Study, end: Weights, last: Weights) -> list[str]:
     if not other:
         return []
     batches = objective.first_batches()
-    with objective.brief():
+    with objective.first_batch_only():
         kept, own = (objective.plain(w, batches) for w in (end, {**end, **other}))
     objective.load(study.problem.origin)
     if all(torch.equal(kept[n].losses, own[n].losses) for n in batches):

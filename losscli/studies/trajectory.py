@@ -19,7 +19,8 @@ from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, grow
-from losscli.evaluation.sweep import check, choose_strategy, sweep_each, sweep_plain
+from losscli.evaluation.strategy_choice import choose_strategy
+from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings

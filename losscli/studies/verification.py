@@ -55,11 +55,11 @@ def verify_sweep(
     objective, dtype = problem.objective, problem.settings.dtype
     # BatchNorm's statistics stay as they are loaded: only the strategy differs. Every rank verifies
     # by itself, since it may have a device of its own.
-    with objective.held():
+    with objective.frozen_statistics():
         worst = _difference(problem, slice_, anchors, more, _TOLERANCE[dtype])
     if objective.recalibration is None:
         return worst
-    with objective.brief():
+    with objective.first_batch_only():
         return max(
             worst, _difference(problem, slice_, anchors, more, _TOLERANCE_OF_ESTIMATES[dtype])
         )
@@ -125,7 +125,7 @@ def verify_fresh_model(problem: Problem, weights: Weights) -> None:
     batches: Mapping[str, Examples] = objective.first_batches()
     estimated = objective.recalibration is not None
     share = _TOLERANCE_OF_ESTIMATES[problem.settings.dtype] if estimated else 1e-5
-    with objective.brief(), anew.brief():
+    with objective.first_batch_only(), anew.first_batch_only():
         here, there = (o.plain(weights, batches) for o in (objective, anew))
     for name in batches:
         used, new = (e[name].losses[0].double().mean() for e in (here, there))

@@ -21,7 +21,7 @@ from losscli.data import objects as objects_
 from losscli.data import stream as stream_
 from losscli.errors import SpecError
 from losscli.evaluation.losses import cross_entropy
-from losscli.evaluation.objective import Objective
+from losscli.evaluation.objective import Objective, recalibrated
 from losscli.evaluation.recalibration import Recalibration
 from tests.conftest import Losscli
 
@@ -67,7 +67,7 @@ def received(
     )
     weights = {name: tensor.clone() for name, tensor in objective.tensors.items()}
     if training:
-        objective.recalibrated(weights)
+        recalibrated(objective, weights)
     else:
         objective.plain(weights)
     return model.received()

@@ -22,6 +22,7 @@ from losscli.evaluation.first_layer import FirstLayer
 from losscli.evaluation.losses import cross_entropy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.task_checks import check_task
 from losscli.weight_space.slices import Line, Slice, Span, Triangle
 
@@ -233,7 +234,7 @@ def test_nor_has_the_way_that_is_chosen(case: Cancelling) -> None:
     slice_, targets, objective = made(case)
     truth = plain(case, slice_, targets, torch.float64)
     own = error(plain(case, slice_, targets, torch.float32), truth)
-    objective.choose_strategy(slice_, case.points)
+    find_strategy(objective, slice_, case.points)
     found = objective.at(slice_, case.points)["all"].losses
     assert error(found, truth) <= 4 * own + 2.0**-24 * float(truth.max())
     assert objective.strategy is not Strategy.LOADED
@@ -264,10 +265,10 @@ def test_points_that_do_not_cancel_go_on_sharing(
 def test_a_way_is_not_proved_by_points_that_share_nothing_and_they_do_not_choose_it() -> None:
     sharing_nothing = [(0.74 + i / 1000,) for i in range(11)]
     slice_, _, objective = made(CASES[0])
-    objective.choose_strategy(slice_, sharing_nothing)
+    find_strategy(objective, slice_, sharing_nothing)
     assert objective.strategy is None
     found = objective.at(slice_, sharing_nothing)["all"].losses
-    objective.choose_strategy(slice_, LINE)
+    find_strategy(objective, slice_, LINE)
     assert objective.strategy not in {None, Strategy.BOUND, Strategy.LOADED}
     # In whatever order slices are evaluated, the numbers are the same.
     assert torch.equal(objective.at(slice_, sharing_nothing)["all"].losses, found)

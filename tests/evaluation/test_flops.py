@@ -18,9 +18,10 @@ from losscli.data.objects import wrap
 from losscli.evaluation import losses
 from losscli.evaluation.flops import _elementary, operations
 from losscli.evaluation.journal import Journal
+from losscli.evaluation.memory import points_at_once, points_that_fit
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.recalibration import Recalibration
-from losscli.evaluation.sweep import points_at_once, points_that_fit, sweep
+from losscli.evaluation.sweep import sweep
 from losscli.evaluation.task_checks import check_task
 from losscli.models import CNN, MLP
 from losscli.weight_space.slices import Line
@@ -168,15 +169,16 @@ def test_a_chunk_holds_no_more_than_its_work(monkeypatch: pytest.MonkeyPatch) ->
     objective = objective_of(MLP("12-9-5"), examples=100)
     point = 100 * objective.operations
     for work, points in ((100 * point, 100), (40 * point + 1, 40), (17 * point - 1, 16), (0, 16)):
-        monkeypatch.setattr("losscli.evaluation.sweep._WORK", {"cpu": work})
+        monkeypatch.setattr("losscli.evaluation.memory._WORK", {"cpu": work})
         assert points_at_once(objective, names(objective)) == points
     # A part of the data costs as much less.
-    monkeypatch.setattr("losscli.evaluation.sweep._WORK", {"cpu": 20 * point})
+    monkeypatch.setattr("losscli.evaluation.memory._WORK", {"cpu": 20 * point})
     part = {"part": objective.splits["all"].take(slice(0, 50))}
     assert points_at_once(objective, names(objective), part) == 40
     # And what does not fit does not fit.
     monkeypatch.setattr(
-        "losscli.evaluation.sweep._CPU_STACK", 3 * sum(t.nbytes for t in objective.tensors.values())
+        "losscli.evaluation.memory._CPU_STACK",
+        3 * sum(t.nbytes for t in objective.tensors.values()),
     )
     assert points_at_once(objective, names(objective)) == 3
 
@@ -186,7 +188,7 @@ def test_the_examples_of_statistics_are_work_too(monkeypatch: pytest.MonkeyPatch
     told = Recalibration.plan("all", split, 0)
     model = CNN("4-6", channels=2, classes=3, batchnorm=True)
     objective = objective_of(model, shape=(2, 6, 6), recalibration=told)
-    monkeypatch.setattr("losscli.evaluation.sweep._WORK", {"cpu": 40 * 16 * objective.operations})
+    monkeypatch.setattr("losscli.evaluation.memory._WORK", {"cpu": 40 * 16 * objective.operations})
     assert points_at_once(objective, names(objective)) == 40
 
 
@@ -194,8 +196,8 @@ def test_what_is_decoded_goes_by_as_seldom_as_pays(monkeypatch: pytest.MonkeyPat
     inputs, targets = torch.zeros(50, 12), torch.zeros(50, dtype=torch.long)
     stream = wrap(Subset(TensorDataset(inputs, targets), range(50)), "here", seed=0).splits["data"]
     objective = objective_of(MLP("12-9-5"))
-    monkeypatch.setattr("losscli.evaluation.sweep._WORK", {"cpu": 0})
-    monkeypatch.setattr("losscli.evaluation.sweep._DECODING", {"cpu": 70 * objective.operations})
+    monkeypatch.setattr("losscli.evaluation.memory._WORK", {"cpu": 0})
+    monkeypatch.setattr("losscli.evaluation.memory._DECODING", {"cpu": 70 * objective.operations})
     assert points_at_once(objective, names(objective), {"all": stream}) == 70
     assert points_at_once(objective, names(objective)) == 16
 
@@ -220,7 +222,7 @@ def test_a_sweep_takes_such_chunks_and_finds_the_same(
 
     monkeypatch.setattr(objective, "at", counting)
     work = points * len(case.targets) * objective.operations
-    monkeypatch.setattr("losscli.evaluation.sweep._WORK", {"cpu": work})
+    monkeypatch.setattr("losscli.evaluation.memory._WORK", {"cpu": work})
     cut = sweep(objective, Line(a, b), where)["all"].losses
     assert torch.allclose(whole, cut, rtol=1e-6, atol=0)
     assert taken == [min(points, 45 - start) for start in range(0, 45, points)]
@@ -239,7 +241,7 @@ def test_the_journal_of_a_small_model_grows(
     folder: Path, losscli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sweep of many points of a small network is recorded sixteen at a time, where it is long."""
-    monkeypatch.setattr("losscli.evaluation.sweep._WORK", {"cpu": 0})
+    monkeypatch.setattr("losscli.evaluation.memory._WORK", {"cpu": 0})
     recorded: list[int] = []
     own = Journal.record
 

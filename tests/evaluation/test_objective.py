@@ -17,6 +17,7 @@ from losscli.evaluation.first_layer import FirstLayer
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.strategies import Strategy, is_known
+from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import Execution
@@ -191,7 +192,7 @@ def test_a_first_layer_is_shared_where_its_input_is_the_same_at_all_points(
     a, line = line_of(case)
     check_task(objective, a)
     points = [(x,) for x in ALPHAS]
-    objective.choose_strategy(line, points)
+    find_strategy(objective, line, points)
     monkeypatch.setattr(FirstLayer, "output", counting)
     sweep(objective, line, points)
     # All points share it but those where some unit's weights nearly cancel; and code of a user's
@@ -215,9 +216,13 @@ def test_all_points_at_once_give_the_numbers_of_points_in_turn(
     a, line = line_of(case)
     check_task(objective, a)
     points = [(x,) for x in ALPHAS]
-    monkeypatch.setattr(objective, "_strategies", lambda: [Strategy.STACKED])
-    objective.choose_strategy(line, points)
-    assert objective._strategy is (Strategy.LOADED if case.name in REFUSED else Strategy.STACKED)
+    monkeypatch.setattr(
+        "losscli.evaluation.strategy_choice.candidates", lambda _: [Strategy.STACKED]
+    )
+    find_strategy(objective, line, points)
+    assert (objective.strategy or objective.provisional) is (
+        Strategy.LOADED if case.name in REFUSED else Strategy.STACKED
+    )
     found = sweep(objective, line, points)["all"]
     torch.testing.assert_close(
         found.losses, curve(case, ALPHAS), rtol=1e-10, atol=1e-12, equal_nan=True
@@ -234,7 +239,9 @@ def test_metrics_of_all_points_at_once_are_those_of_points_in_turn(
         objective.metrics = {"accuracy": losses_.accuracy}
         a, line = line_of(case)
         check_task(objective, a)
-        monkeypatch.setattr(objective, "_strategies", lambda ways=ways: ways)
+        monkeypatch.setattr(
+            "losscli.evaluation.strategy_choice.candidates", lambda _, ways=ways: ways
+        )
         found.append(sweep(objective, line, [(x,) for x in ALPHAS])["all"].metrics["accuracy"])
     assert torch.equal(*found)
 
@@ -326,7 +333,7 @@ def cramped(
 ) -> tuple[Objective, Cramped]:
     objective = objective_of(CASES[0], batch_size=8)
     _, line = line_of(CASES[0])
-    objective.choose_strategy(line, [(x,) for x in ALPHAS])
+    find_strategy(objective, line, [(x,) for x in ALPHAS])
     space = Cramped(objective, points=points, batch=batch)
     monkeypatch.setattr(objective, "at", space.at)
     monkeypatch.setattr(objective, "plain", space.plain)
@@ -461,8 +468,8 @@ def test_a_gpu_takes_points_at_once_where_nothing_is_convolved(name: str, way: S
     a, line = line_of(case)
     check_task(objective, a)
     there = Line(*({n: t.to(device) for n, t in end.items()} for end in line.ends))
-    objective.choose_strategy(there, [(x,) for x in ALPHAS])
-    assert objective._strategy is way
+    find_strategy(objective, there, [(x,) for x in ALPHAS])
+    assert (objective.strategy or objective.provisional) is way
 
 
 def test_kernels_have_their_channels_last_and_the_model_gets_its_own_back() -> None:

@@ -19,10 +19,12 @@ import losscli
 from losscli.data import DataSet, Split
 from losscli.evaluation import recalibration
 from losscli.evaluation.losses import LOSSES
-from losscli.evaluation.objective import Objective
+from losscli.evaluation.memory import points_that_fit
+from losscli.evaluation.objective import Objective, recalibrated
 from losscli.evaluation.recalibration import Recalibration, layers_of
 from losscli.evaluation.strategies import Plain, Points, Strategy
-from losscli.evaluation.sweep import check, points_that_fit, sweep, sweep_plain
+from losscli.evaluation.strategy_choice import candidates, find_strategy
+from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.models import CNN
 from losscli.settings import Settings
 from losscli.studies.problem import prepare
@@ -200,7 +202,7 @@ def curve(
     objective = objective_of(case, **more)
     a, line = line_of(case, seeds)
     check(objective, a)
-    objective._strategy = way
+    objective.strategy = way
     return sweep(objective, line, [(x,) for x in alphas], chunk=chunk)["all"].losses
 
 
@@ -282,15 +284,15 @@ def test_the_fast_ways_are_chosen_with_new_statistics_as_without() -> None:
         objective = objective_of(PLAIN[name], dtype=torch.float32)
         a, line = line_of(PLAIN[name])
         check(objective, a)
-        objective.choose_strategy(line, [(x,) for x in ALPHAS])
-        assert objective._strategy is way
+        find_strategy(objective, line, [(x,) for x in ALPHAS])
+        assert (objective.strategy or objective.provisional) is way
 
 
 def test_no_points_are_stacked_where_a_layer_has_two_names() -> None:
     for name, stacked in (("reusing", False), ("scaled", True)):
         objective = objective_of(PLAIN[name])
         objective.device = torch.device("cuda")
-        assert (Strategy.STACKED in objective._strategies()) is stacked
+        assert (Strategy.STACKED in candidates(objective)) is stacked
 
 
 def test_a_way_with_other_statistics_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,8 +300,8 @@ def test_a_way_with_other_statistics_is_not_chosen(monkeypatch: pytest.MonkeyPat
     a, line = line_of(PLAIN["residual"])
     check(objective, a)
     monkeypatch.setattr(Points, "adopt", lambda self: [])
-    objective.choose_strategy(line, [(x,) for x in ALPHAS])
-    assert objective._strategy is Strategy.LOADED
+    find_strategy(objective, line, [(x,) for x in ALPHAS])
+    assert (objective.strategy or objective.provisional) is Strategy.LOADED
 
 
 def test_the_statistics_are_those_of_update_bn_where_the_batches_agree() -> None:
@@ -309,7 +311,7 @@ def test_the_statistics_are_those_of_update_bn_where_the_batches_agree() -> None
     model.load_state_dict(state)
     loader = [case.inputs[index].double() for index in dealt(N)]
     torch.optim.swa_utils.update_bn(loader, model)
-    found = objective.recalibrated(state)
+    found = recalibrated(objective, state)
     assert objective.idle == []
     for name, expected in model.state_dict().items():
         if "running" in name:
@@ -355,7 +357,7 @@ def test_statistics_that_are_not_finite_do_not_outlast_their_point() -> None:
     a, line = line_of(case)
     check(objective, a)
     for way in (Strategy.THREADS, Strategy.BOUND, Strategy.LOADED):
-        objective._strategy = way
+        objective.strategy = way
         # At the second point the variances overflow.
         far = [(0.5,), (1e307,), (0.25,), (0.5,)]
         found = sweep(objective, line, far)["all"].losses.mean(1)
@@ -385,9 +387,9 @@ def test_statistics_count_as_memory_of_a_point(monkeypatch: pytest.MonkeyPatch) 
     _, line = line_of(PLAIN["residual"])
     weights = sum(t.numel() for t in line.a.values()) * 8
     statistics = 3 * 2 * 6 * (8 + 8)
-    monkeypatch.setattr("losscli.evaluation.sweep._CPU_STACK", 10 * (weights + statistics))
+    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 10 * (weights + statistics))
     assert points_that_fit(objective, line.a) == 10
-    monkeypatch.setattr("losscli.evaluation.sweep._CPU_STACK", 10 * (weights + statistics) - 1)
+    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 10 * (weights + statistics) - 1)
     assert points_that_fit(objective, line.a) == 9
 
 
@@ -399,7 +401,7 @@ def test_out_of_memory_in_the_statistics_there_are_fewer_points_at_once(
     objective = objective_of(case)
     a, line = line_of(case)
     check(objective, a)
-    objective._strategy = Strategy.SHARED
+    objective.strategy = Strategy.SHARED
     sizes, whole = [], Points.estimate
 
     def scarce(self: Points, inputs: Any) -> Any:

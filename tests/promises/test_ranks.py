@@ -377,7 +377,7 @@ LINE = "interpolate a.pt b.pt --points 41 --loss own.py:loss --split train --no-
 def line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Makes a command that takes a point at a time, and writes down the points that it takes."""
     (folder / "own.py").write_text(LOSS)
-    monkeypatch.setattr("losscli.evaluation.sweep._CPU_STACK", 1)
+    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 1)
     alone = {"TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     alone |= {"KILL": "", "HOLD": ""}
     for name, value in alone.items():

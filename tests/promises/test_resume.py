@@ -21,6 +21,7 @@ from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import Execution
@@ -243,7 +244,7 @@ def test_chunks_and_batches_that_memory_halved_stay_halved(
 def test_the_way_that_was_settled_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, stem = TRIED[0], tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "_strategies", lambda self: [])
+        patch.setattr("losscli.evaluation.strategy_choice.candidates", lambda _: [])
         truth = walk(case, None)
         with Journal.open(stem, "i", {}) as journal, pytest.raises(_BrokenError):
             walk(case, _Breaking(journal, 2))
@@ -398,9 +399,9 @@ def test_a_way_whose_proof_ran_out_of_memory_is_not_taken(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "at", at)
         with pytest.raises(torch.OutOfMemoryError):
-            objective.choose_strategy(there, ALPHAS)
+            find_strategy(objective, there, ALPHAS)
     assert objective.strategy is None
-    objective.choose_strategy(there, ALPHAS)
+    find_strategy(objective, there, ALPHAS)
     assert objective.strategy is not None
 
 

@@ -356,7 +356,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_numbers(
     monkeypatch.setattr("losscli.evaluation.journal.journal.sync", lambda _: None)
     monkeypatch.setattr("losscli.evaluation.journal.journal.sync_folder", lambda _: None)
     # So that there is more than one chunk.
-    monkeypatch.setattr("losscli.evaluation.sweep._WORK", {"cpu": 1})
+    monkeypatch.setattr("losscli.evaluation.memory._WORK", {"cpu": 1})
     for seed in (0, 1):
         torch.save(state(seed), tmp_path / f"{seed}.pt")
 

@@ -13,9 +13,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves
 
 from losscli.checkpoint import CheckpointFile, LoadHooks
-from losscli.data import host_memory
+from losscli.data import Draws, host_memory
 from losscli.errors import LosscliError, ModelError, one_line
-from losscli.evaluation.flops import addresses
+from losscli.evaluation.flops import Trace, addresses
 from losscli.evaluation.objective import Objective
 from losscli.models import FROM_FILES, MODELS, RUNS_CODE
 from losscli.spec import Spec, call, look_up
@@ -137,13 +137,15 @@ def check_copy(original: nn.Module, objective: Objective) -> None:
     filled = (b for b in original.buffers() if not nn.parameter.is_lazy(b))
     buffers = [(buffer, buffer.clone()) for buffer in filled]
     try:
-        read = objective.trace().read
+        trace = Trace()
+        with torch.no_grad(), Draws(objective.device):
+            objective.count_operations(trace)
     finally:
         with torch.no_grad():
             for buffer, own in buffers:
                 if not torch.equal(buffer, own):
                     buffer.copy_(own)
-    shared = theirs.keys() & (read | addresses(objective.tensors.values()).keys())
+    shared = theirs.keys() & (trace.read | addresses(objective.tensors.values()).keys())
     if shared:
         names = {id(tensor): name for name, tensor in original.state_dict(keep_vars=True).items()}
         tensors = sorted(names.get(id(theirs[place]), "") for place in shared)

@@ -1,0 +1,109 @@
+"""A model with weights that can be set, as ``load_state_dict`` sets them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losscli.checkpoint import Versions, loadable, takes_part
+from losscli.evaluation.spectral import SpectralLayer, normalise, spectral_layers
+from losscli.evaluation.strategies import tensors_of
+from losscli.mmap import let_go
+from losscli.weight_space.vectors import Weights, can_move
+
+__all__ = ["LoadableModel"]
+
+# What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
+_PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
+
+
+class LoadableModel:
+    """A model in eval mode, on a device and in a floating-point type.
+
+    Args:
+        model: The model, which is taken over: its weights are overwritten.
+        device: Where to compute.
+        dtype: The type of the forward pass.
+
+    Attributes:
+        tensors: The model's parameters and buffers by the names of its state dict.
+        spectral: Its spectrally normalised weights, with singular vectors that are computed from
+            whatever weights are loaded.
+        versions: Those of the model's modules, which the weights of every point are of.
+        extra: The extra state of modules that is not a tensor, the same at every point.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = _cast(model, device, dtype).eval()
+        self.device = device
+        self.dtype = dtype
+        self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
+        self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
+        self.extra: Mapping[str, Any] = {}
+        self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
+        self._takes_part = takes_part(self.model)
+        self._normalises = True
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Loads the singular vectors of spectral normalisation as they are given."""
+        self._normalises = False
+        try:
+            yield
+        finally:
+            self._normalises = True
+
+    @torch.no_grad()
+    def load(self, weights: Weights) -> None:
+        """Loads every tensor plainly; what a slice does not move stays as it was last loaded.
+
+        The singular vectors of spectrally normalised weights are computed from these.
+
+        Args:
+            weights: All tensors of the model.
+        """
+        if self.folds:
+            self.model.train()
+        point = self._whole(weights) if self._takes_part else {}
+        # Code of the user's own may write on the tensors that it is given.
+        given = {name: tensor.clone() for name, tensor in point.items()} or weights
+        state = loadable(given, self.versions, self.extra)
+        self.model.load_state_dict(state, strict=False)
+        # It changed the checkpoints when these were opened, and may change a point again.
+        for name, tensor in point.items():
+            self.tensors[name].copy_(tensor)
+        if self._normalises:
+            normalise(self.spectral, self.tensors)
+        let_go(*weights.values())
+        if self.folds:
+            self.model.eval()
+
+    def _whole(self, weights: Weights) -> Weights:
+        """All tensors of the model: those that are given, and its own where none is."""
+        given = {id(own): weights[n] for n, own in self.tensors.items() if n in weights}
+        own = {name: given.get(id(tensor), tensor) for name, tensor in self.tensors.items()}
+        return {name: tensor.detach().clone() for name, tensor in own.items()}
+
+    @property
+    def folds(self) -> bool:
+        """Whether the model folds weights into others when it is put into eval mode."""
+        return any(
+            type(module).train.__module__ not in _PLAIN_MODES for module in self.model.modules()
+        )
+
+
+def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Moves a model to a device and casts it; complex tensors stay complex."""
+    if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
+        return model.to(device=device, dtype=dtype)
+
+    # nn.Module.to would take the imaginary parts away.
+    model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if can_move(tensor):
+            tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
+    return model

@@ -1,0 +1,132 @@
+"""How many points and examples are evaluated at once: as many as the memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+import torch
+
+from losscli.data import Examples, Split
+from losscli.errors import OutOfMemoryError
+from losscli.evaluation.objective import Objective
+
+__all__ = ["halve_batch", "halving", "is_streamed", "points_at_once", "points_that_fit"]
+
+_T = TypeVar("_T")
+
+_CPU_STACK = 256 << 20
+_GPU_SHARE = 0.25
+
+# Floating-point operations of a chunk of points, about a minute's: so much at most is lost where a
+# run is killed. Counted, not timed: the same command takes the same chunks.
+_WORK = {"cpu": 2 * 10**12, "cuda": 10**15}
+_WORK_ELSEWHERE = 3 * 10**13
+
+# Fewer points than these are no chunk, whatever they cost.
+_LEAST = 16
+
+# What decoding an example is counted as: where it takes longer than evaluating it at the points of
+# a chunk, these are more.
+_DECODING = {"cpu": 10**9}
+_DECODING_ELSEWHERE = 10**10
+
+
+def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
+    """Finds how many points may have their weights in memory at once.
+
+    Args:
+        objective: The objective.
+        names: The tensors that move.
+
+    Returns:
+        At least 1; the weights of so many points take at most 256 MiB on a CPU, or a quarter of
+        the free memory of a GPU.
+    """
+    size = sum(objective.tensors[name].nbytes for name in names)
+    for layer in objective.statistics:
+        # Of statistics there are the sums too, in float64.
+        own = [objective.tensors[name] for name in layer.names]
+        size += sum(tensor.nbytes + 8 * tensor.numel() for tensor in own)
+    if objective.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(objective.device)
+        budget = int(free * _GPU_SHARE)
+    else:
+        budget = _CPU_STACK
+    return max(1, budget // max(1, size))
+
+
+def points_at_once(
+    objective: Objective, names: Iterable[str], splits: Mapping[str, Examples] | None = None
+) -> int:
+    """Chooses how many points are evaluated at once: as many as fit, but at most a minute's work.
+
+    Args:
+        objective: The objective.
+        names: The tensors that move.
+        splits: The examples; all by default.
+
+    Returns:
+        At least 1. Where their weights fit, at least 16, and where data is decoded in each pass
+        so many that evaluating takes about as long as decoding.
+    """
+    splits = objective.splits if splits is None else splits
+    examples = sum(map(len, splits.values()))
+    if objective.recalibration is not None:
+        examples += len(objective.recalibration)
+    kind, each = objective.device.type, objective.operations
+    most = _WORK.get(kind, _WORK_ELSEWHERE) // (each * max(1, examples))
+    least = _LEAST
+    if is_streamed(splits):
+        least = max(least, _DECODING.get(kind, _DECODING_ELSEWHERE) // each)
+    return min(points_that_fit(objective, names), max(least, most))
+
+
+def is_streamed(splits: Mapping[str, Examples]) -> bool:
+    """Whether examples of some split are decoded in each pass."""
+    return any(not isinstance(split, Split) for split in splits.values())
+
+
+def halving(objective: Objective, work: Callable[[], _T]) -> _T:
+    """Does some work, anew with half the batch whenever it is out of memory.
+
+    Args:
+        objective: Whose batch.
+        work: What to do.
+
+    Returns:
+        What the work returns.
+
+    Raises:
+        OutOfMemoryError: One example does not fit.
+    """
+    while True:
+        try:
+            return work()
+        except (torch.OutOfMemoryError, MemoryError):
+            halve_batch(objective)
+
+
+def halve_batch(objective: Objective) -> None:
+    """Halves the batch of an objective.
+
+    Args:
+        objective: The objective.
+
+    Raises:
+        OutOfMemoryError: A batch is one example, or must not be halved.
+    """
+    if objective.batch_loss:
+        raise OutOfMemoryError(
+            f"one point and one batch do not fit into the memory of {objective.device}, and with "
+            "--batch-loss batches are never halved",
+            "Give smaller batches, --device cpu or --dtype bfloat16",
+        )
+    if objective.batch_size == 1:
+        raise OutOfMemoryError(
+            f"one point and one example do not fit into the memory of {objective.device}",
+            "Try --device cpu or --dtype bfloat16",
+        )
+    objective.batch_size //= 2
+    if objective.device.type == "cuda":
+        torch.cuda.empty_cache()
