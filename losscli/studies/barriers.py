@@ -41,7 +41,7 @@ from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import BarriersSplit, BarriersSummary, Description, PairBarrier
 from losscli.table import Table
-from losscli.weight_space.slices import Line, grid, need_room
+from losscli.weight_space.slices import Line, grid, midpoint, need_room
 from losscli.weight_space.vectors import Weights, distance, equal
 
 __all__ = ["Barriers", "barriers"]
@@ -283,7 +283,7 @@ class Barriers(Study):
         pairs = zip(placed, self.states, strict=True)
         notes = (integer_notes(self, point, weights) for point, weights in pairs)
         hints = (
-            batchnorm_notes(self, (a, b), partial(self.middle, a, b))
+            batchnorm_notes(self, (a, b), partial(midpoint, a, b, self.moving))
             for a, b in islice(pairwise(placed), _HINTS)
         )
         found = [*next(filter(None, notes), []), *spectral_notes(self)]
@@ -452,7 +452,7 @@ class Barriers(Study):
         lengths: Sequence[float],
     ) -> list[str]:
         notes = [*general_notes(self), *storage_notes(self)]
-        if self.chosen:
+        if self.problem.chosen:
             notes.append("distances are those of the moving parameters")
         zero = [pair for pair, length in zip(self.pairs, lengths, strict=True) if length == 0]
         same = [(i, j) for i, j in zero if not self._between(placed[i], placed[j])]

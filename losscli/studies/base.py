@@ -16,7 +16,7 @@ from losscli.studies.fingerprint import Fingerprint, fingerprint_of, identity_of
 from losscli.studies.problem import Problem
 from losscli.summaries import CostEstimate, Description, Origin, Seconds
 from losscli.weight_space.slices import Line, Slice
-from losscli.weight_space.vectors import Weights, dimension, equal, working_type
+from losscli.weight_space.vectors import Weights, dimension
 
 __all__ = ["Study", "count"]
 
@@ -148,68 +148,20 @@ class Study(ABC):
         }
 
     def seconds(self, swept: float) -> Seconds:
-        """Tells how long it took.
-
-        Args:
-            swept: When the evaluation began.
-
-        Returns:
-            Seconds for the evaluation and since planning began.
-        """
+        """Returns the seconds since evaluation began, at ``swept``, and since planning began."""
         now = time.perf_counter()
         return {"sweep": now - swept, "total": now - self.begun}
 
-    @property
-    def chosen(self) -> bool:
-        """Whether the user chose which tensors move."""
-        return bool(self.problem.settings.only or self.problem.settings.except_)
-
     def words(self, end: str) -> tuple[str, str]:
-        """Words for something that stays at one end's.
-
-        Args:
-            end: ``first`` or ``last``.
-
-        Returns:
-            Whose it stays, and what follows from that.
-        """
+        """Says whose values stay if they stay at ``end``, and what follows from that."""
         return f"the {end} checkpoint's", "the losses of the others are not those of their files"
 
     def weights(self, t: int) -> Weights:
-        """Reads a checkpoint.
-
-        Args:
-            t: Its place among the names.
-
-        Returns:
-            All its tensors.
-        """
+        """Reads all tensors of the checkpoint with the number ``t`` in the order of the names."""
         return self.problem.open(t).weights
 
-    def middle(self, a: Weights, b: Weights) -> Weights:
-        """Makes the point in the middle of two.
-
-        Args:
-            a: All tensors of the one.
-            b: All tensors of the other.
-
-        Returns:
-            All tensors of the point.
-        """
-        line, names = Line({}, {}), [name for name in self.moving if not equal(a[name], b[name])]
-        wide = {name: working_type(a[name], b[name]) for name in names}
-        return {**a} | {n: line.combine([a[n].to(w), b[n].to(w)], (0.5,)) for n, w in wide.items()}
-
     def on_device(self, weights: Weights, names: Iterable[str] | None = None) -> Weights:
-        """Brings moving tensors to where they are computed with.
-
-        Args:
-            weights: A checkpoint.
-            names: Which; those that move by default.
-
-        Returns:
-            The tensors on the device.
-        """
+        """Copies tensors of a checkpoint to the device, by default those that move."""
         device = self.problem.objective.device
         return {n: weights[n].to(device) for n in (self.moving if names is None else names)}
 

@@ -944,7 +944,7 @@ class Check(Study):
 
     def _notes(self, heard: set[str], found: Sequence[_Found]) -> Iterator[str]:
         model = self.problem.objective.model
-        if self.chosen:
+        if self.problem.chosen:
             yield (
                 f"gradient and Hessian are those of {count(len(self.moving), 'tensor')}, and the "
                 "verdict is one on these alone"

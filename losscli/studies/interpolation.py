@@ -54,7 +54,7 @@ from losscli.summaries import (
 from losscli.table import Table
 from losscli.weight_space.curve import describe
 from losscli.weight_space.refinement import uniform_points
-from losscli.weight_space.slices import Line, grid
+from losscli.weight_space.slices import Line, grid, midpoint
 from losscli.weight_space.vectors import Weights, can_move, dimension, distance, equal
 
 __all__ = ["Interpolation", "interpolate"]
@@ -327,7 +327,9 @@ class Interpolation(Study):
                 *integer_notes(self, self.end, self.problem.last.weights),
                 *spectral_notes(self),
                 *batchnorm_notes(
-                    self, (self.start, self.end), lambda: self.middle(self.start, self.end)
+                    self,
+                    (self.start, self.end),
+                    lambda: midpoint(self.start, self.end, self.moving),
                 ),
             ]
             for block in self.blocks:

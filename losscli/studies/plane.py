@@ -410,7 +410,7 @@ class Plane(Study):
 
     def _notes(self, splits: Mapping[str, PlaneSplit]) -> list[str]:
         notes = [*general_notes(self), *storage_notes(self)]
-        if self.chosen:
+        if self.problem.chosen:
             notes.append(
                 "random directions are zero in all but the chosen tensors"
                 if self.kind == "random"

@@ -39,7 +39,7 @@ from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import PathLengths, RandomWalks, TrajectorySplit, TrajectorySummary
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import lowest
-from losscli.weight_space.slices import Line, grid, need_room
+from losscli.weight_space.slices import Line, grid, midpoint, need_room
 from losscli.weight_space.trajectory import Path, measure, random_walks, ribbon
 from losscli.weight_space.vectors import dimension
 
@@ -249,7 +249,9 @@ class Trajectory(Study):
         verify_fresh_model(self.problem, last)
         notes = [*integer_notes(self, last, weights), *spectral_notes(self)]
         if self.offsets:
-            notes += batchnorm_notes(self, (first, last), lambda: self.middle(first, last))
+            notes += batchnorm_notes(
+                self, (first, last), lambda: midpoint(first, last, self.moving)
+            )
         return difference, notes
 
     def _evaluate(
@@ -396,7 +398,7 @@ class Trajectory(Study):
 
     def _notes(self, splits: Mapping[str, TrajectorySplit]) -> list[str]:
         notes = [*general_notes(self), *storage_notes(self)]
-        if self.chosen:
+        if self.problem.chosen:
             notes.append("projections, residuals and distances are those of the moving parameters")
         if not max(self.path.residual):
             notes.append(

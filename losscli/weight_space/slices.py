@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from losscli.errors import CheckpointError, UsageError
-from losscli.weight_space.vectors import Weights, distance, norm, pieces
+from losscli.weight_space.vectors import Weights, distance, equal, norm, pieces, working_type
 
-__all__ = ["Line", "Slice", "Span", "Triangle", "grid", "need_room"]
+__all__ = ["Line", "Slice", "Span", "Triangle", "grid", "midpoint", "need_room"]
 
 
 # Farther out, products with weights leave the range of float32.
@@ -336,6 +336,22 @@ class Span:
             rest = (point - origin).sub_(u, alpha=x).sub_(v, alpha=y)
             square += float(rest.dot(rest))
         return x, y, math.sqrt(square)
+
+
+def midpoint(a: Weights, b: Weights, names: Iterable[str]) -> Weights:
+    """Returns the point in the middle of two.
+
+    Args:
+        a: All tensors of the one point.
+        b: All tensors of the other point.
+        names: The tensors that move; the others are those of ``a``.
+
+    Returns:
+        All tensors of the point.
+    """
+    line = Line({}, {})
+    wide = {name: working_type(a[name], b[name]) for name in names if not equal(a[name], b[name])}
+    return {**a} | {n: line.combine([a[n].to(w), b[n].to(w)], (0.5,)) for n, w in wide.items()}
 
 
 def grid(points: int, low: float, high: float, *, include: Sequence[float] = ()) -> list[float]:

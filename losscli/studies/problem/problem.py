@@ -73,6 +73,11 @@ class Problem:
         moving = set(self.moving)
         return tuple(n for n in moving_names(self.objective, self.buffers, free) if n not in moving)
 
+    @property
+    def chosen(self) -> bool:
+        """Whether the user chose which tensors move."""
+        return bool(self.settings.only or self.settings.except_)
+
     def parameters(self, names: Iterable[str]) -> tuple[str, ...]:
         """Selects the parameters among tensors that move.
 
