@@ -799,7 +799,7 @@ def test_extra_states_that_differ_are_refused_where_they_change_the_loss(tmp_pat
 def test_what_align_writes_is_loaded_as_it_was_aligned(losscli: Losscli, tmp_path: Path) -> None:
     torch.manual_seed(0)
     (tmp_path / "net.py").write_text(
-        "from tests.test_checkpoint_hooks import HOOKED\n"
+        "from tests.checkpoint.test_hooks import HOOKED\n"
         "def version(): return HOOKED['version']()\n"
         "def flat(): return HOOKED['shape']()\n"
     )
