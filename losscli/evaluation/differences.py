@@ -24,6 +24,7 @@ __all__ = [
     "Differences",
     "Outcome",
     "are_verified",
+    "is_decided",
     "noise_of",
     "rules",
     "unverified",
@@ -156,15 +157,16 @@ class Differences:
     zero: bool
 
     def compare(
-        self, found: Tensor, size: float, function: Callable[[float], Tensor]
+        self, found: Tensor, size: float, here: Tensor, function: Callable[[float], Tensor]
     ) -> Comparison:
         """Compares a derivative with differences.
 
         Args:
             found: The derivative, of any shape.
             size: The size of what is differentiated, per unit of its argument.
-            function: Computes f(t + h) for h, as terms ``[N, …]`` whose mean is f: those of single
-                examples show rounding better than their mean.
+            here: f(t), as terms ``[N, …]`` whose mean it is: those of single examples show rounding
+                better than their mean.
+            function: Computes f(t + h) for h, as such terms.
 
         Returns:
             What the differences say.
@@ -172,7 +174,7 @@ class Differences:
         found = found.detach().to(torch.float64)
         if not found.isfinite().all():
             return Comparison(Outcome.NOT_FINITE)
-        here = function(0.0).detach().to(torch.float64)
+        here = here.detach().to(torch.float64)
         against: list[_Difference] = []
         for step in self.steps:
             one = self._difference(step, found, size, here, function)
@@ -246,6 +248,21 @@ def are_verified(comparisons: Iterable[Comparison]) -> bool:
     """
     outcomes = [c.outcome for c in comparisons if c.outcome is not Outcome.NOT_FINITE]
     return outcomes.count(Outcome.RIGHT) >= min(NEEDED, len(outcomes))
+
+
+def is_decided(comparisons: Iterable[Comparison], left: int) -> bool:
+    """Says whether the verdict on a derivative is the same whatever other points say.
+
+    Args:
+        comparisons: Those of some points.
+        left: How many points are left.
+
+    Returns:
+        Whether it is wrong at as many points as are needed, or verified and too few are left.
+    """
+    outcomes = [c.outcome for c in comparisons]
+    wrong, right = (outcomes.count(outcome) for outcome in (Outcome.WRONG, Outcome.RIGHT))
+    return wrong >= NEEDED or (right >= NEEDED and wrong + left < NEEDED)
 
 
 def unverified(what: str, of: str) -> str:
