@@ -35,7 +35,6 @@ from losscli.evaluation.differences import (
     Differences,
     Outcome,
     are_verified,
-    is_decided,
     rules,
     unverified,
 )
@@ -477,7 +476,7 @@ class _Trial:
         compared: list[Comparison] = []
         told = []
         for alpha in self.alphas:
-            if is_decided(compared, len(self.alphas) - len(compared)):
+            if rule.decides(compared, len(self.alphas) - len(compared)):
                 break
             found, here = derivatives(alpha)[order], function(alpha)
             # A slope is small near a minimum; how large its terms are shows in the loss.

@@ -24,7 +24,6 @@ __all__ = [
     "Differences",
     "Outcome",
     "are_verified",
-    "is_decided",
     "noise_of",
     "rules",
     "unverified",
@@ -188,6 +187,29 @@ class Differences:
                 against.append(one)
         return self._judge(against)
 
+    def decides(self, comparisons: Sequence[Comparison], left: int) -> bool:
+        """Says whether the verdict is the same whatever the points say that are left.
+
+        Args:
+            comparisons: Those of some points.
+            left: How many points are left.
+
+        Returns:
+            Whether the derivative is wrong at as many points as are needed, or can no longer
+            become so, and is verified or can no longer be.
+        """
+        outcomes = [c.outcome for c in comparisons]
+        wrong, right, useless = (
+            outcomes.count(outcome)
+            for outcome in (Outcome.WRONG, Outcome.RIGHT, Outcome.NOT_FINITE)
+        )
+        if wrong >= NEEDED:
+            return True
+        if math.isfinite(self.wrong) and wrong + left >= NEEDED:
+            return False
+        finite = len(outcomes) - useless
+        return right >= NEEDED or (finite >= NEEDED and right + left < NEEDED)
+
     def _difference(
         self,
         step: float,
@@ -248,21 +270,6 @@ def are_verified(comparisons: Iterable[Comparison]) -> bool:
     """
     outcomes = [c.outcome for c in comparisons if c.outcome is not Outcome.NOT_FINITE]
     return outcomes.count(Outcome.RIGHT) >= min(NEEDED, len(outcomes))
-
-
-def is_decided(comparisons: Iterable[Comparison], left: int) -> bool:
-    """Says whether the verdict on a derivative is the same whatever other points say.
-
-    Args:
-        comparisons: Those of some points.
-        left: How many points are left.
-
-    Returns:
-        Whether it is wrong at as many points as are needed, or verified and too few are left.
-    """
-    outcomes = [c.outcome for c in comparisons]
-    wrong, right = (outcomes.count(outcome) for outcome in (Outcome.WRONG, Outcome.RIGHT))
-    return wrong >= NEEDED or (right >= NEEDED and wrong + left < NEEDED)
 
 
 def unverified(what: str, of: str) -> str:
