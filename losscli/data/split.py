@@ -249,14 +249,29 @@ class Split(Examples):
     def spread(self, number: int) -> tuple[Split, Tensor]:
         """Takes examples from all parts of the split: sorted data begin with a single class.
 
+        Positions are random, and the same in each call: where kinds of examples alternate, evenly
+        spaced positions miss some. Each class gives as many examples as the others, as far as it
+        has them.
+
         Args:
             number: How many; all where there are fewer.
 
         Returns:
-            Those examples, and their positions.
+            Those examples in their order, and their positions.
         """
-        rows = torch.linspace(0, len(self) - 1, min(number, len(self))).round().long()
-        return self.take(rows.to(self.targets.device)), rows
+        rows = torch.arange(len(self))
+        if number < len(self):
+            rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+            if self._has_classes:
+                rows = rows[_alternate(self.targets.cpu()[rows])]
+            rows = rows[:number].sort().values
+        return self.take(rows), rows
+
+    @property
+    def _has_classes(self) -> bool:
+        """Whether each example has one class."""
+        whole = not (self.targets.is_floating_point() or self.targets.is_complex())
+        return whole and self.targets.ndim == 1 and not self.in_batches
 
     def to(self, device: torch.device) -> Self:
         """Moves the split to a device.
@@ -379,6 +394,22 @@ class Batches(Split):
 
     def _rows(self, index: Tensor | slice) -> tuple[Inputs, Tensor]:
         return map_inputs(lambda t: t[index], self.inputs), self.targets[index]
+
+
+def _alternate(classes: Tensor) -> Tensor:
+    """Orders examples so that the first of each class come first, then the second ones, and so on.
+
+    Args:
+        classes: The class of each example, ``[N]``.
+
+    Returns:
+        Their positions, ``[N]``.
+    """
+    _, index, counts = classes.unique(return_inverse=True, return_counts=True)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    place = torch.empty_like(index)
+    place[index.argsort(stable=True)] = torch.arange(len(classes)) - starts
+    return place.argsort(stable=True)
 
 
 def remark_on(sizes: Iterable[int]) -> tuple[str, ...]:

@@ -30,12 +30,12 @@ from losscli.evaluation.differences import (
     DETACHED,
     NEEDED,
     POINTS,
-    SAMPLE,
     Comparison,
     Differences,
     Outcome,
     are_verified,
     rules,
+    sample_size,
     unverified,
 )
 from losscli.evaluation.memory import halving
@@ -372,17 +372,19 @@ def _settle(course: _Course, alphas: Sequence[float], split: Examples) -> tuple[
     """
     objective = course.objective
     sample = split.spread(min(objective.batch_size, _SAMPLE))[0].to(objective.device)
-    few = [alphas[k * (len(alphas) - 1) // (_PROOF_POINTS - 1)] for k in range(_PROOF_POINTS)]
-    few = list(dict.fromkeys(few))
-    trial = _Trial.prepare(course, alphas, sample.spread(SAMPLE)[0])
+    few = split.spread(min(objective.batch_size, sample_size(objective.operations)))[0]
+    few = few.to(objective.device)
+    points = [alphas[k * (len(alphas) - 1) // (_PROOF_POINTS - 1)] for k in range(_PROOF_POINTS)]
+    points = list(dict.fromkeys(points))
+    trial = _Trial.prepare(course, alphas, few)
     reasons: dict[str, dict[str, None]] = {}
     for way in _Way:
         try:
-            found = [course.sums(way, course.at(alpha), sample) for alpha in few]
+            found = [course.sums(way, course.at(alpha), sample) for alpha in points]
             reason = ""
             doubt = ""
             if way.mode == "forward":
-                reason = _contest(course, way, few, sample, found)
+                reason = _contest(course, way, points, sample, found)
             if not reason:
                 reason, doubt = trial.judge(way)
         except ModelError as error:

@@ -19,18 +19,15 @@ __all__ = [
     "DETACHED",
     "NEEDED",
     "POINTS",
-    "SAMPLE",
     "Comparison",
     "Differences",
     "Outcome",
     "are_verified",
     "noise_of",
     "rules",
+    "sample_size",
     "unverified",
 ]
-
-SAMPLE = 16
-"""Examples on which derivatives are compared with differences."""
 
 POINTS = 4
 """Points at which they are compared. None is special: ReLU has its kink at zero weights, say."""
@@ -43,6 +40,12 @@ CURE = (
     "Remove detach(), no_grad() and roundings with a gradient of their own from the model's "
     "forward and from the loss"
 )
+
+# Examples on which derivatives are compared with differences: the fewest, the most, and the
+# operations of the forward passes up to which there are more than the fewest.
+_FEWEST = 16
+_MOST = 64
+_OPERATIONS = 10**8
 
 # Consecutive differences that must agree with each other, and how well, as a share of their
 # distance from the derivative.
@@ -243,6 +246,18 @@ class Differences:
             if off <= _APART * best.apart and best.apart > self.wrong * best.scale:
                 return Comparison(Outcome.WRONG, best.value)
         return Comparison(Outcome.HIDDEN)
+
+
+def sample_size(operations: int) -> int:
+    """Chooses the number of examples on which derivatives are compared with differences.
+
+    Args:
+        operations: The floating-point operations of the forward pass of one example.
+
+    Returns:
+        The number; larger for a small model, so that rare examples are among them.
+    """
+    return min(max(_FEWEST, _OPERATIONS // operations), _MOST)
 
 
 def noise_of(values: Sequence[Tensor]) -> float:

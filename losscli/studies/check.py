@@ -36,7 +36,7 @@ from losscli.evaluation.curvature import (
     verdict,
 )
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.differences import SAMPLE, noise_of
+from losscli.evaluation.differences import noise_of, sample_size
 from losscli.evaluation.objective import Evaluation, Objective, recalibrated
 from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays, Ranks
@@ -696,9 +696,10 @@ class Check(Study):
         with objective.frozen_statistics():
             (losses,) = sweep_plain(objective, [weights], splits=examples, execution=quiet)
             here = losses[split]
-            sample = objective.splits[split].first(_MEASURED).to(objective.device)
-            precise = self._precise
             every, seed = objective.splits[split], self.problem.settings.seed
+            sample, rows = every.spread(_MEASURED)
+            sample = sample.to(objective.device)
+            precise = self._precise
 
             def attend(_: float) -> None:
                 # How far a search is nobody knows, but others may have failed meanwhile.
@@ -727,7 +728,7 @@ class Check(Study):
                     added = extremes.largest[0].error - rough
                     dense = replace(dense, error=dense.error + added)
             ends = {"λ min": vector, "λ max": extremes.largest[0].vector}
-            few, _ = sample.spread(SAMPLE)
+            few = every.spread(sample_size(objective.operations))[0].to(objective.device)
             unverified = check_derivatives(
                 precise or objective, weights, self.moving, few, ends, seed
             )
@@ -742,7 +743,7 @@ class Check(Study):
                     change = abs(dense.newton_change(gradient.cpu().numpy()))
             judgement = _Judgement(
                 slope=float(gradient @ vector),
-                loss_rounding=self._loss_rounding(weights, here, sample),
+                loss_rounding=self._loss_rounding(weights, here, sample, rows),
                 change=change,
                 exact=dense is not None,
                 measured=measured,
@@ -781,16 +782,26 @@ class Check(Study):
     def _precise(self) -> Objective | None:
         """The objective in float64, if there is one."""
         objective = self.problem.objective
-        sample = next(iter(objective.splits.values())).spread(SAMPLE)[0].to(objective.device)
-        return in_float64(objective, sample, inside=True)
+        split = next(iter(objective.splits.values()))
+        sample, _ = split.spread(sample_size(objective.operations))
+        return in_float64(objective, sample.to(objective.device), inside=True)
 
     def _differentiated(self, weights: Weights) -> Objective:
         """Returns what gradient and eigenvalues are computed with: a whole Hessian in float64."""
         small = sum(weights[name].numel() for name in self.moving) <= DENSE_LIMIT
         return (self._precise if small else None) or self.problem.objective
 
-    def _loss_rounding(self, weights: Weights, here: Evaluation, sample: Split) -> float:
-        """Returns how much of a change of the mean loss may be rounding."""
+    def _loss_rounding(
+        self, weights: Weights, here: Evaluation, sample: Split, rows: Tensor
+    ) -> float:
+        """Returns how much of a change of the mean loss may be rounding.
+
+        Args:
+            weights: The point.
+            here: The split at the point.
+            sample: Some examples of the split.
+            rows: Their positions.
+        """
         # Where activations cancel, that is far more than some roundings of the losses.
         own = here.losses[0].double()
         objective = self.problem.objective
@@ -803,7 +814,7 @@ class Check(Study):
             rounding = max(rounding, noise_of(losses))
         elif self._precise is not objective:
             (found,) = self._precise.plain(weights, {"": sample}).values()
-            apart = own[: len(sample)] - found.losses[0]
+            apart = own[rows] - found.losses[0]
             rounding = max(rounding, float(apart.square().mean().sqrt()))
         return rounding
 
