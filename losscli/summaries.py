@@ -481,7 +481,7 @@ class CheckedPoint(TypedDict, total=False):
     loss_rounding: float
     predicted: Predicted | None
     sides: Sides | None
-    rounding_measured_on: int | None
+    rounding_measured_on: int
     unverified: str | None
     lambda_min_converged: bool
     lambda_max_converged: bool

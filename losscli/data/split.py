@@ -262,14 +262,14 @@ class Split(Examples):
         rows = torch.arange(len(self))
         if number < len(self):
             rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-            if self._has_classes:
+            if self.has_classes:
                 rows = rows[_alternate(self.targets.cpu()[rows])]
             rows = rows[:number].sort().values
         return self.take(rows), rows
 
     @property
-    def _has_classes(self) -> bool:
-        """Whether each example has one class."""
+    def has_classes(self) -> bool:
+        """Whether each example has one class: a whole number."""
         whole = not (self.targets.is_floating_point() or self.targets.is_complex())
         return whole and self.targets.ndim == 1 and not self.in_batches
 

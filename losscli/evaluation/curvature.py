@@ -30,7 +30,9 @@ from losscli.evaluation.differences import (
     NEEDED,
     POINTS,
     Comparison,
+    Differences,
     are_verified,
+    finer,
     noise_of,
     rules,
     unverified,
@@ -43,6 +45,7 @@ __all__ = [
     "DENSE_LIMIT",
     "LEAST",
     "PRODUCT_LIMIT",
+    "ROWS",
     "Curvature",
     "DenseHessian",
     "Eigenpair",
@@ -50,6 +53,7 @@ __all__ = [
     "Verdict",
     "add_rounding",
     "check_derivatives",
+    "hessian_rounding",
     "nearby",
     "verdict",
 ]
@@ -59,6 +63,9 @@ DENSE_LIMIT = 1000
 
 PRODUCT_LIMIT = 1000
 """Hessian-vector products after which the search for eigenvalues ends as far as it came, about."""
+
+ROWS = 16
+"""Rows of a whole Hessian for which a batch is differentiated once."""
 
 LEAST = 50
 """Products before a search may be believed to have met both ends. From a random start, 50 of them
@@ -84,16 +91,18 @@ _BASIS_BYTES = 1 << 30
 _ANY = 1e100
 
 
-# Rows of a whole Hessian for which a batch is differentiated once.
-_ROWS = 16
-
 # How far from a point derivatives are compared with differences, as a share of its norm.
 _AWAY = 0.01
 
-# How far away rounding is measured without float64, as a share of the norm of the weights, and how
-# many standard deviations bound it. Over so long a step most numbers are rounded differently.
+# How far away rounding is measured by its scatter, as a share of the norm of the weights, and how
+# many standard deviations bound it. Over so long a step most numbers are rounded differently, and
+# a smooth function has no fourth difference above its rounding.
 _SPREAD = 1e-3
+_SPREAD_IN_FLOAT64 = 1e-7
 _DEVIATIONS = 3
+
+# Random vectors by which the rounding of a whole Hessian is measured.
+_PROBES = 8
 
 # How far parameters that no gradient reaches are moved, as a share of their size.
 _NUDGE = 1 / 16
@@ -135,6 +144,16 @@ class Extremes:
     products: int
     exact: bool
 
+    def widened(self, *rounding: float) -> Extremes:
+        """Adds rounding to the errors of all pairs, or of each pair: the smallest, the largest."""
+        pairs = [*self.smallest, *self.largest]
+        wider = tuple(
+            replace(pair, error=pair.error + added) if math.isfinite(pair.error) else pair
+            for pair, added in zip(pairs, rounding * (len(pairs) // len(rounding)), strict=True)
+        )
+        number = len(self.smallest)
+        return replace(self, smallest=wider[:number], largest=wider[number:])
+
 
 @dataclass(frozen=True)
 class DenseHessian:
@@ -148,7 +167,7 @@ class DenseHessian:
         eigenvectors: Its vectors as columns, ``[n, n]``.
         error: The noise floor of each eigenvalue: the asymmetry, or √n ε times the largest |λ|
             where that is more, ε the rounding unit of the forward type. Rounding that is symmetric,
-            such as that of activations which cancel, is not in it; `add_rounding` measures that.
+            such as that of activations which cancel, is not in it: see `hessian_rounding`.
     """
 
     matrix: _Matrix
@@ -249,12 +268,36 @@ class Curvature:
         linear in the weights, the product is zero.
 
         Args:
-            v: ``[n]``, float64; rounded to the forward type.
+            v: ``[n]``, or several as ``[K, n]``; float64, rounded to the forward type.
 
         Returns:
-            H v, ``[n]``, float64, on the device of the gradient.
+            H v, of the same shape, float64, on the device of the gradient.
         """
-        return self._times(v.unsqueeze(0)).squeeze(0)
+        return self._times(v.view(-1, self.size)).view_as(v)
+
+    def squared_jacobian(self, generator: torch.Generator) -> float:
+        """Estimates the mean over the examples of ‖∂z/∂θ‖_F², z the outputs of the model.
+
+        It is that of ‖∂⟨z, s⟩/∂θ‖², the signs s random. Batches are those of a first derivative.
+
+        Args:
+            generator: Of the signs.
+
+        Returns:
+            The estimate; 0 where the outputs are not a tensor that depends on the weights.
+        """
+        objective, total = self._objective, 0.0
+        for batch in objective.batches(self._split):
+            inputs = objective.data.prepare(batch.inputs, objective.dtype)
+            with self._differentiable():
+                outputs = objective.forward(objective.model, inputs)
+                if not (isinstance(outputs, Tensor) and outputs.requires_grad):
+                    return 0.0
+                signs = torch.randint(2, outputs.shape, generator=generator) * 2 - 1
+                along = (outputs * signs.to(outputs)).sum()
+                parts = torch.autograd.grad(along, self._parameters, allow_unused=True)
+            total += float(self._flat(parts).square().sum())
+        return total / len(self._split)
 
     def named(self, v: Tensor) -> dict[str, Tensor]:
         """Cuts a vector into the tensors that it is made of.
@@ -288,7 +331,7 @@ class Curvature:
             )
         if self._dense is None:
             identity = torch.eye(self.size, dtype=torch.float64)
-            rows = torch.cat([self._times(part).cpu() for part in torch.split(identity, _ROWS)])
+            rows = torch.cat([self._times(part).cpu() for part in torch.split(identity, ROWS)])
             self._dense = self._decompose(rows.numpy())
         return self._dense
 
@@ -716,7 +759,7 @@ def add_rounding(
     Args:
         extremes: The eigenvalues, found with products of the forward type.
         objective: Computes in the forward type.
-        precise: Computes in float64, if possible.
+        precise: Computes in float64 what ``objective`` does not, if possible.
         weights: The point: all tensors of the model; they are loaded in the end.
         names: The parameters that are differentiated.
         sample: Some examples.
@@ -730,7 +773,7 @@ def add_rounding(
 
     def products(objective: Objective, at: Weights) -> Tensor:
         with Curvature(objective, at, names, sample) as curvature:
-            return torch.stack([curvature.product(pair.vector) for pair in pairs])
+            return curvature.product(torch.stack([pair.vector for pair in pairs]))
 
     if precise is None:
         near = nearby(weights, names, objective.dtype, seed)
@@ -739,12 +782,54 @@ def add_rounding(
         off = (products(objective, weights) - products(precise, weights)).norm(dim=1)
     objective.load(weights)
     off *= 1 if whole else 2
-    wider = [
-        replace(pair, error=pair.error + rounding) if math.isfinite(pair.error) else pair
-        for pair, rounding in zip(pairs, off.tolist(), strict=True)
-    ]
-    number = len(extremes.smallest)
-    return replace(extremes, smallest=tuple(wider[:number]), largest=tuple(wider[number:]))
+    return extremes.widened(*off.tolist())
+
+
+def hessian_rounding(
+    objective: Objective,
+    weights: Weights,
+    names: Sequence[str],
+    sample: Split,
+    *,
+    whole: bool,
+    seed: int,
+) -> float:
+    """Estimates how far rounding moves the eigenvalues of a whole Hessian at most.
+
+    No eigenvalue moves by more than ‖E‖₂ <= ‖E‖_F, E = H' - H (Weyl). As E v has a mean square of
+    ‖E‖_F² for vectors v of independent standard normal numbers, a few products show it. Their
+    rounding is measured as in `add_rounding` without float64.
+
+    Probabilities p of classes are rounded by up to ε whatever p(1 - p) is, and the same nearby
+    where they are saturated. So with ∂z/∂θ the Jacobian of the logits, H is known to
+    ε ‖∂z/∂θ‖_F² on the mean at best.
+
+    Args:
+        objective: Computed the Hessian.
+        weights: The point: all tensors of the model; they are loaded in the end.
+        names: The parameters that are differentiated.
+        sample: Some examples.
+        whole: Whether these are all examples.
+        seed: Of the vectors, and of the direction in which points nearby lie.
+
+    Returns:
+        The bound.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    near = []
+    saturated = 0.0
+    for at in nearby(weights, names, objective.dtype, seed):
+        with Curvature(objective, at, names, sample) as curvature:
+            if not near:
+                shape = _PROBES, curvature.size
+                vectors = torch.randn(shape, generator=generator, dtype=torch.float64)
+                if sample.has_classes:
+                    unit = torch.finfo(objective.dtype).eps
+                    saturated = unit * curvature.squared_jacobian(generator)
+            near.append(curvature.product(vectors))
+    objective.load(weights)
+    rounding = float(_scatter(near).square().mean().sqrt())
+    return saturated + (rounding if whole else 2 * rounding)
 
 
 def _scatter(near: Sequence[Tensor]) -> Tensor:
@@ -756,7 +841,7 @@ def _scatter(near: Sequence[Tensor]) -> Tensor:
 def nearby(
     weights: Weights, names: Sequence[str], dtype: torch.dtype, seed: int
 ) -> Iterator[Weights]:
-    """Makes the points between which rounding is measured without float64, by `noise_of`.
+    """Makes the points between which rounding is measured by its scatter, with `noise_of`.
 
     Args:
         weights: The point: all tensors of the model.
@@ -769,7 +854,8 @@ def nearby(
     """
     point = {name: weights[name].to(torch.promote_types(dtype, torch.float32)) for name in names}
     way = _step(point, torch.Generator().manual_seed(seed))
-    step = max(_SPREAD, 4 * torch.finfo(dtype).eps)
+    wide = dtype == torch.float64
+    step = _SPREAD_IN_FLOAT64 if wide else max(_SPREAD, 4 * torch.finfo(dtype).eps)
     for share in (-1, -0.5, 0, 0.5, 1):
         yield {**weights, **_moved(point, way, share * step)}
 
@@ -810,30 +896,12 @@ def check_derivatives(
         length = norm(point) or 1.0
         ways = _ways(here, point, directions, generator)
 
-        def losses(at: Weights) -> Tensor:
-            return objective.plain(at, {"": sample})[""].losses[0]
-
         def gradient(at: Weights) -> Tensor:
             return Curvature(objective, at, names, sample).gradient().unsqueeze(0)
 
-        def along(
-            function: Callable[[Weights], Tensor], base: Weights, way: Weights
-        ) -> Callable[[float], Tensor]:
-            return lambda step: function(_moved(base, way, step))
-
-        slopes: list[Comparison] = []
+        slopes, bent = _compare_slopes(first, here, point, ways, generator)
         products: list[Comparison] = []
-        bent, wrong = {}, []
-        for name, way, base, flat in _places(here, point, ways, generator):
-            at = Curvature(objective, base, names, sample)
-            slope, size = at.gradient() @ flat, abs(at.loss)
-            one = first.compare(slope.cpu(), size, losses(base), along(losses, base, way))
-            slopes.append(one)
-            if one.limit is not None:
-                found, limit = (float(x) / length for x in (slope, one.limit))
-                bent[name] = f"{name} is {found:.3g}, but {limit:.3g} by differences of the loss"
-            if first.decides(slopes, len(ways) - len(slopes)):
-                break
+        wrong = []
         verified = are_verified(slopes)
         # Where none is ever found wrong, products could only be verified, and in vain.
         told = len(bent) < NEEDED and (verified or second.wrong < math.inf)
@@ -843,7 +911,7 @@ def check_derivatives(
             at = Curvature(objective, base, names, sample)
             product, gradients = at.product(flat), at.gradient()
             size = max(float(gradients.norm()), abs(at.loss) / length)
-            one = second.compare(product, size, gradients.unsqueeze(0), along(gradient, base, way))
+            one = second.compare(product, size, gradients.unsqueeze(0), _along(gradient, base, way))
             products.append(one)
             if one.limit is not None:
                 found, limit = (float(x @ flat) / length**2 for x in (product, one.limit))
@@ -852,6 +920,8 @@ def check_derivatives(
                 )
             if second.decides(products, len(ways) - len(bent) - len(products)):
                 break
+        if len(wrong) >= NEEDED:
+            _, bent = _compare_slopes(finer(first), here, point, ways, generator)
     objective.load(weights)
     if len(bent) >= NEEDED:
         raise ModelError(
@@ -866,6 +936,45 @@ def check_derivatives(
     if not verified:
         return unverified("gradient and Hessian", "loss")
     return "" if are_verified(products) else unverified("Hessian", "gradient")
+
+
+def _compare_slopes(
+    rule: Differences,
+    here: Curvature,
+    point: Weights,
+    ways: Mapping[str, Weights],
+    generator: torch.Generator,
+) -> tuple[Sequence[Comparison], dict[str, str]]:
+    """Compares gradients with differences of the loss along as many directions as decide.
+
+    Returns:
+        What the differences say; and by the names of directions, how a slope is wrong.
+    """
+    objective, sample = here._objective, here._split
+    length = norm(point) or 1.0
+
+    def losses(at: Weights) -> Tensor:
+        return objective.plain(at, {"": sample})[""].losses[0]
+
+    slopes: list[Comparison] = []
+    wrong = {}
+    for name, way, base, flat in _places(here, point, ways, generator):
+        at = Curvature(objective, base, here._names, sample)
+        slope, size = at.gradient() @ flat, abs(at.loss)
+        one = rule.compare(slope.cpu(), size, losses(base), _along(losses, base, way))
+        slopes.append(one)
+        if one.limit is not None:
+            found, limit = (float(x) / length for x in (slope, one.limit))
+            wrong[name] = f"{name} is {found:.3g}, but {limit:.3g} by differences of the loss"
+        if rule.decides(slopes, len(ways) - len(slopes)):
+            break
+    return slopes, wrong
+
+
+def _along(
+    function: Callable[[Weights], Tensor], base: Weights, way: Weights
+) -> Callable[[float], Tensor]:
+    return lambda step: function(_moved(base, way, step))
 
 
 def _ways(

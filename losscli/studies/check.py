@@ -25,6 +25,7 @@ from losscli.evaluation.curvature import (
     DENSE_LIMIT,
     LEAST,
     PRODUCT_LIMIT,
+    ROWS,
     Curvature,
     DenseHessian,
     Eigenpair,
@@ -32,6 +33,7 @@ from losscli.evaluation.curvature import (
     Verdict,
     add_rounding,
     check_derivatives,
+    hessian_rounding,
     nearby,
     verdict,
 )
@@ -266,9 +268,8 @@ class _Judgement:
         exact: Whether ``change`` is ½ gᵀ|H|⁻¹g, and not its bound ‖g‖² / 2 min abs(λ).
         sides: The lowest loss to the negative and to the positive side of v, as far as it is
             below that of the point; None where the curvature is not negative.
-        measured: Examples on which the rounding of eigenvalues was measured; 0 where they were
-            computed in float64.
-        scattered: Whether it was measured by the scatter of products, and not against float64.
+        measured: Examples on which the rounding of eigenvalues was measured.
+        scattered: Whether there was no float64 to measure it against, or to compute in.
         unverified: What derivatives could not be compared with differences; empty if none.
     """
 
@@ -356,7 +357,7 @@ class _Judgement:
             "loss_rounding": self.loss_rounding,
             "predicted": predicted if math.isfinite(self.change) else None,
             "sides": self.sides and {"negative": self.sides[0], "positive": self.sides[1]},
-            "rounding_measured_on": self.measured or None,
+            "rounding_measured_on": self.measured,
             "unverified": self.unverified or None,
         }
 
@@ -514,14 +515,16 @@ class Check(Study):
         with objective.frozen_statistics():
             differentiated = self._differentiated(origin)
             with Curvature(differentiated, origin, self.moving, batch) as curvature:
+                whole = curvature.size <= DENSE_LIMIT
+                v = curvature.gradient().expand(ROWS if whole else 1, -1)
                 # Once, so that what is set up is set up.
-                v = curvature.gradient()
-                took = timed(differentiated, lambda: curvature.product(v), clock)
+                curvature.product(v)
+                took = timed(differentiated, lambda: curvature.product(v), clock) / len(v)
         examples = sum(map(len, objective.splits.values()))
         product = took * examples / len(batch)
         number, size = len(self.problem.names), curvature.size
-        # A gradient takes no more than a product; and of a whole Hessian many share one.
-        fewest, most = (size / 3, size) if size <= DENSE_LIMIT else (LEAST, PRODUCT_LIMIT)
+        # A gradient takes no more than a product.
+        fewest, most = (size, size) if whole else (LEAST, PRODUCT_LIMIT)
         measured = 1 + 2 * self.eigenvalues
         return {
             "seconds": seconds + number * fewest * product,
@@ -705,8 +708,8 @@ class Check(Study):
                 # How far a search is nobody knows, but others may have failed meanwhile.
                 execution.attend()
 
-            curved = Curvature(self._differentiated(weights), weights, self.moving, every, attend)
-            with curved as curvature:
+            differentiated = self._differentiated(weights)
+            with Curvature(differentiated, weights, self.moving, every, attend) as curvature:
                 gradient = curvature.gradient()
                 size = float(gradient.norm())
                 whole = curvature.size <= DENSE_LIMIT
@@ -715,18 +718,17 @@ class Check(Study):
                 vector = extremes.smallest[0].vector
                 down = curvature.named(vector)
                 along = curvature.named(-gradient / size) if size > 0 else None
-            measured = 0
-            if precise is None or not (whole or precise is objective):
-                measured = len(sample)
-                rough = extremes.largest[0].error
-                extremes = add_rounding(
-                    *(extremes, objective, precise, weights, self.moving, sample),
-                    whole=measured == len(every),
-                    seed=seed,
+            is_whole = len(sample) == len(every)
+            if dense is None:
+                wider = None if precise is objective else precise
+                given = extremes, objective, wider, weights, self.moving, sample
+                extremes = add_rounding(*given, whole=is_whole, seed=seed)
+            else:
+                added = hessian_rounding(
+                    differentiated, weights, self.moving, sample, whole=is_whole, seed=seed
                 )
-                if dense is not None:
-                    added = extremes.largest[0].error - rough
-                    dense = replace(dense, error=dense.error + added)
+                dense = replace(dense, error=dense.error + added)
+                extremes = extremes.widened(added)
             ends = {"λ min": vector, "λ max": extremes.largest[0].vector}
             few = every.spread(sample_size(objective.operations))[0].to(objective.device)
             unverified = check_derivatives(
@@ -746,8 +748,8 @@ class Check(Study):
                 loss_rounding=self._loss_rounding(weights, here, sample, rows),
                 change=change,
                 exact=dense is not None,
-                measured=measured,
-                scattered=measured > 0 and precise is None,
+                measured=len(sample),
+                scattered=precise is None,
                 unverified=unverified,
             )
             if smallest.value + smallest.error < 0 and decided in {*wanted, "saddle"}:
@@ -807,12 +809,12 @@ class Check(Study):
         objective = self.problem.objective
         dtype = objective.dtype
         rounding = _ROUNDINGS * torch.finfo(dtype).eps * float(own.abs().mean())
-        if self._precise is None:
+        if self._precise is None or self._precise is objective:
             near = nearby(weights, self.moving, dtype, self.problem.settings.seed)
             losses = [objective.plain(at, {"": sample})[""].losses[0].double() for at in near]
             objective.load(weights)
             rounding = max(rounding, noise_of(losses))
-        elif self._precise is not objective:
+        else:
             (found,) = self._precise.plain(weights, {"": sample}).values()
             apart = own[rows] - found.losses[0]
             rounding = max(rounding, float(apart.square().mean().sqrt()))
