@@ -35,11 +35,11 @@ __all__ = [
     "Spec",
     "Value",
     "call",
+    "expand_toml",
     "look_up",
-    "own_code",
-    "own_folders_in_path",
     "read_toml",
-    "unfold",
+    "user_code_digests",
+    "user_folders_on_path",
 ]
 
 Scalar = bool | int | float | str
@@ -168,7 +168,7 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise SpecError(f"{file} cannot be read: {one_line(error)}", cure) from None
 
 
-def unfold(
+def expand_toml(
     text: str, *, trusted: bool, folder: Path | None = None
 ) -> tuple[str, bool, Path | None]:
     """Puts what a TOML file says in the place of a spec that names the file.
@@ -516,7 +516,7 @@ _OWN = _OwnFolders()
 
 
 @contextmanager
-def own_folders_in_path() -> Iterator[None]:
+def user_folders_on_path() -> Iterator[None]:
     """Appends the folders of the user's code to `sys.path` while processes are started.
 
     A process that is spawned takes over `sys.path`, and nothing else of how modules are found.
@@ -534,7 +534,7 @@ def own_folders_in_path() -> Iterator[None]:
                 sys.path.remove(folder)
 
 
-def own_code() -> dict[str, str]:
+def user_code_digests() -> dict[str, str]:
     """Digests the code that was loaded and is not installed: the user's own, and what it imports.
 
     Returns:

@@ -69,7 +69,7 @@ class Adapter:
     transposed: bool
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], where: Path) -> Adapter:
+    def from_config(cls, config: Mapping[str, Any], where: Path) -> Adapter:
         """Reads a config.
 
         Args:

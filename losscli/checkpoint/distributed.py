@@ -18,8 +18,7 @@ from torch import Tensor
 
 from losscli.checkpoint.names import state_dicts
 from losscli.checkpoint.pickles import ForbiddenPickleError, load
-from losscli.checkpoint.standins import Path as PathText
-from losscli.checkpoint.standins import Record, load_tensors
+from losscli.checkpoint.standins import PathText, StandIn, load_tensors
 from losscli.checkpoint.state import CheckpointFile
 from losscli.errors import CheckpointError, one_line
 from losscli.files import open_regular, read_regular
@@ -30,15 +29,15 @@ __all__ = ["METADATA", "read_distributed"]
 METADATA = ".metadata"
 
 
-class _Tensor(Record):
+class _Tensor(StandIn):
     """TensorStorageMetadata."""
 
 
-class _Key(Record):
+class _Key(StandIn):
     """MetadataIndex."""
 
 
-class _Tuple(Record):
+class _Tuple(StandIn):
     """torch.Size."""
 
     def __new__(cls, items: Any = ()) -> Any:
@@ -57,16 +56,16 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 
 # Nothing here looks anything up, opens a file, or keeps more than its arguments.
 _KNOWN: dict[tuple[str, str], Any] = {
-    (_METADATA, "Metadata"): Record,
+    (_METADATA, "Metadata"): StandIn,
     (_METADATA, "TensorStorageMetadata"): _Tensor,
-    (_METADATA, "BytesStorageMetadata"): Record,
-    (_METADATA, "ChunkStorageMetadata"): Record,
-    (_METADATA, "TensorProperties"): Record,
-    (_METADATA, "_MEM_FORMAT_ENCODING"): Record,
+    (_METADATA, "BytesStorageMetadata"): StandIn,
+    (_METADATA, "ChunkStorageMetadata"): StandIn,
+    (_METADATA, "TensorProperties"): StandIn,
+    (_METADATA, "_MEM_FORMAT_ENCODING"): StandIn,
     (_METADATA, "MetadataIndex"): _Key,
-    (_METADATA, "StorageMeta"): Record,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Record,
-    ("torch.serialization", "_get_layout"): Record,
+    (_METADATA, "StorageMeta"): StandIn,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StandIn,
+    ("torch.serialization", "_get_layout"): StandIn,
     ("torch", "Size"): _Tuple,
     ("collections", "OrderedDict"): dict,
     **{

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from losscli.checkpoint.names import metadata_of, natural
+from losscli.checkpoint.names import metadata_of, natural_key
 from losscli.checkpoint.size_checks import OLD_FORMAT, AmbiguousError, RepeatedError, SizeError
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
@@ -110,7 +110,7 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
         with open_regular(path), safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             # The file lists them as they lie in it: by the sizes of their types, and as text.
-            keys = sorted(file.keys(), key=natural)
+            keys = sorted(file.keys(), key=natural_key)
             return {key: file.get_tensor(key) for key in keys}, metadata
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None

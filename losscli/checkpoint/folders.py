@@ -12,11 +12,11 @@ from torch import Tensor
 from losscli.checkpoint.adapters import CONFIG, Adapter
 from losscli.checkpoint.distributed import METADATA, read_distributed
 from losscli.checkpoint.files import SUFFIXES, read_file, read_json
-from losscli.checkpoint.names import natural, naturally, state_dicts
-from losscli.checkpoint.state import CheckpointFile, put_together
+from losscli.checkpoint.names import natural_key, sort_naturally, state_dicts
+from losscli.checkpoint.state import CheckpointFile, consolidation_hint
 from losscli.errors import CheckpointError, one_line
 
-__all__ = ["in_folder", "is_index", "read_adapter", "read_folder", "read_index"]
+__all__ = ["is_index", "list_checkpoints", "read_adapter", "read_folder", "read_index"]
 
 # As transformers seeks them; the names of other libraries end alike.
 _WEIGHTS = (
@@ -32,7 +32,7 @@ _INDEX = re.compile(r".*\.(safetensors|bin|pt|pth)\.index(\.[\w-]+)?\.json")
 _BESIDE = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state(_\d+)?)\.(pt|pth|bin)")
 
 
-def in_folder(name: str) -> list[str]:
+def list_checkpoints(name: str) -> list[str]:
     """Lists the checkpoints in a folder.
 
     Args:
@@ -69,7 +69,7 @@ def in_folder(name: str) -> list[str]:
         raise CheckpointError(
             f"the folder {name} holds no checkpoints", f"Their names end in {', '.join(SUFFIXES)}"
         )
-    return [f"{folder / name}{key}" for name in naturally([path.name for path in found])]
+    return [f"{folder / name}{key}" for name in sort_naturally([path.name for path in found])]
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -148,7 +148,7 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
         )
     return CheckpointError(
         f"{folder} is a folder, not a checkpoint file",
-        put_together(folder) or "Name a file in it",
+        consolidation_hint(folder) or "Name a file in it",
     )
 
 
@@ -209,7 +209,7 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
             )
         weights |= {tensor: content[tensor] for tensor in tensors}
     # Sorted, so that the order of shards makes no difference.
-    ordered = dict(sorted(weights.items(), key=lambda item: natural(item[0])))
+    ordered = dict(sorted(weights.items(), key=lambda item: natural_key(item[0])))
     files = [index, *(folder / shard for shard in sorted(shards))]
     return _with_config(path, name, ordered, metadata, files)
 
@@ -233,7 +233,7 @@ def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
         CheckpointError: It is broken, or of a kind that no line is drawn to.
     """
     config = file.parent / CONFIG
-    adapter = Adapter.of(read_json(config), config)
+    adapter = Adapter.from_config(read_json(config), config)
     content, _ = read_file(file, str(file))
     tensors = dict(state_dicts(content)).get("")
     if not tensors:

@@ -17,7 +17,7 @@ from losscli.errors import CheckpointError, UsageError
 from losscli.files import is_mapped
 from losscli.weight_space.digest import digest
 
-__all__ = ["CheckpointLike", "Given", "named", "named_all"]
+__all__ = ["CheckpointLike", "InMemoryCheckpoint", "name_checkpoint", "name_checkpoints"]
 
 CheckpointLike = str | os.PathLike[str] | Mapping[str, Any] | nn.Module | Checkpoint
 """What Python code may give for a checkpoint: a name, a state dict, or a module."""
@@ -27,7 +27,7 @@ _ONE = (str, bytes, os.PathLike, Mapping, nn.Module, Checkpoint)
 _CURE = "Give the name of a file, a state dict or an nn.Module"
 
 
-class Given(str):
+class InMemoryCheckpoint(str):
     """The name of a checkpoint that is an object, with its content.
 
     Attributes:
@@ -40,7 +40,7 @@ class Given(str):
     module: nn.Module | None
 
     @classmethod
-    def of(cls, label: str, value: Mapping[Any, Any] | nn.Module | Checkpoint) -> Self:
+    def from_object(cls, label: str, value: Mapping[Any, Any] | nn.Module | Checkpoint) -> Self:
         """Names an object. Its tensors are shared with it, or copied where that is not safe.
 
         Args:
@@ -66,7 +66,7 @@ class Given(str):
         candidates = dict(state_dicts(content))
         file = CheckpointFile(label, None, candidates, metadata, (), quantised=packed(content))
         whole = {}
-        for key, weights in file.choice.items():
+        for key, weights in file.model_candidates.items():
             file.require_dense(key, weights)
             for name, tensor in weights.items():
                 candidates[key][name] = own = _own(tensor)
@@ -91,7 +91,7 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.clone() if is_mapped(tensor) else tensor.cpu()
 
 
-def named(value: object, label: str) -> str:
+def name_checkpoint(value: object, label: str) -> str:
     """Names a checkpoint.
 
     Args:
@@ -105,10 +105,10 @@ def named(value: object, label: str) -> str:
         UsageError: The value is nothing of this, or an empty name.
         CheckpointError: A tensor of a module has no values yet.
     """
-    if isinstance(value, Given):
+    if isinstance(value, InMemoryCheckpoint):
         return value
     if isinstance(value, Mapping | nn.Module | Checkpoint):
-        return Given.of(label, value)
+        return InMemoryCheckpoint.from_object(label, value)
     if not isinstance(value, _ONE):
         raise UsageError(f"{label} is {shown(value)}, which is no checkpoint", _CURE)
     name = os.fsdecode(value)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def named(value: object, label: str) -> str:
     return name
 
 
-def named_all(values: object) -> list[str]:
+def name_checkpoints(values: object) -> list[str]:
     """Names one checkpoint, or each of several.
 
     Args:
@@ -134,11 +134,13 @@ def named_all(values: object) -> list[str]:
     each = [values] if isinstance(values, _ONE) else listed(values)
     if each is None:
         raise UsageError(f"{shown(values)} is no checkpoint and no list of them", _CURE)
-    names = [named(value, f"checkpoint {i}") for i, value in enumerate(each)]
+    names = [name_checkpoint(value, f"checkpoint {i}") for i, value in enumerate(each)]
     places: dict[object, str] = {}
     for name in names:
-        if isinstance(name, Given):
-            tensors = [t for weights in name.file.choice.values() for t in weights.values()]
+        if isinstance(name, InMemoryCheckpoint):
+            tensors = [
+                t for weights in name.file.model_candidates.values() for t in weights.values()
+            ]
             place = tuple(t.data_ptr() for t in tensors if t.numel())
             first = places.setdefault(place, name)
             if place and first is not name:

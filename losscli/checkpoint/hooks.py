@@ -13,12 +13,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from losscli.checkpoint.names import StateDict, beneath, loadable, state_dicts, unmarked
-from losscli.checkpoint.standins import has_record
+from losscli.checkpoint.names import (
+    StateDict,
+    loadable,
+    module_state_under,
+    state_dicts,
+    strip_wrappers,
+)
+from losscli.checkpoint.standins import has_stand_in
 from losscli.errors import ModelError, one_line
 from losscli.weight_space.vectors import Weights, equal
 
-__all__ = ["LoadHooks", "takes_part"]
+__all__ = ["LoadHooks", "has_custom_loading"]
 
 # A state dict may lie under many prefixes: so many of the likeliest are tried.
 _TRIED = 3
@@ -36,14 +42,16 @@ class LoadHooks:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._places: dict[str, str] = {unmarked(name): name for name, _ in model.named_modules()}
+        self._places: dict[str, str] = {
+            strip_wrappers(name): name for name, _ in model.named_modules()
+        }
         # A copy with values, for hooks that compute with those of the model.
         self._initial: nn.Module | None = None
 
     @property
-    def are_own(self) -> bool:
+    def are_custom(self) -> bool:
         """Whether code that is not torch's takes part in loading."""
-        return takes_part(self._model)
+        return has_custom_loading(self._model)
 
     def translate(self, weights: Weights) -> StateDict | None:
         """Loads a state dict as the model does, ``load_state_dict(weights, strict=True)``.
@@ -79,7 +87,7 @@ class LoadHooks:
             parts = module.split(".") if module else []
             for depth in range(len(parts) + 1):
                 prefix = ".".join(parts[:depth])
-                known = unmarked(".".join(parts[depth:])) in self._places
+                known = strip_wrappers(".".join(parts[depth:])) in self._places
                 counts[prefix] = counts.get(prefix, 0) + known
         likeliest = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))
         for prefix in likeliest[:_TRIED]:
@@ -89,10 +97,10 @@ class LoadHooks:
                 if name.startswith(start):
                     module, _, leaf = name.removeprefix(start).rpartition(".")
                     tensors[f"{self._place(module)}.{leaf}".removeprefix(".")] = tensor
-            yield StateDict(tensors, *beneath(weights, prefix, self._place))
+            yield StateDict(tensors, *module_state_under(weights, prefix, self._place))
 
     def _place(self, module: str) -> str:
-        own = unmarked(module)
+        own = strip_wrappers(module)
         return self._places.get(own, own)
 
     def load(self, state: StateDict) -> StateDict:
@@ -109,10 +117,10 @@ class LoadHooks:
                 objects that are not read.
         """
         for key, value in state.extra.items():
-            if has_record(value):
+            if has_stand_in(value):
                 raise ModelError(f"{key} holds an object that weights_only does not read")
         # Code of the user's own may write on the tensors that it is given.
-        given = {n: t.clone() for n, t in state.items()} if self.are_own else state
+        given = {n: t.clone() for n, t in state.items()} if self.are_custom else state
         empty = _copied(self._model, lambda tensor: tensor.to("meta"))
         try:
             if empty is not None:
@@ -139,7 +147,7 @@ class LoadHooks:
             raise ModelError(one_line(error)) from None
 
 
-def takes_part(model: nn.Module) -> bool:
+def has_custom_loading(model: nn.Module) -> bool:
     """Tells whether code that is not torch's takes part in loading a model.
 
     Args:

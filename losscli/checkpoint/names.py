@@ -19,16 +19,16 @@ __all__ = [
     "Part",
     "StateDict",
     "Versions",
-    "beneath",
+    "find_parts",
     "loadable",
     "metadata_of",
-    "natural",
-    "naturally",
-    "parts",
+    "module_state_under",
+    "natural_key",
+    "sort_naturally",
     "state_dicts",
     "stem",
-    "under",
-    "unmarked",
+    "strip_wrappers",
+    "tensors_under",
 ]
 
 OPTIMISER = re.compile(r"(.*\.)?state\.\d+|optim(i[sz]ers?)?(_states?(_dict)?)?(\..*)?", re.DOTALL)
@@ -87,7 +87,7 @@ class Part:
     fits: bool
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
+def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Orders names with numbers in them by their values, 2 before 10.
 
     Args:
@@ -119,7 +119,7 @@ def stem(name: str) -> str:
     return _ENDING.sub("", name)
 
 
-def naturally(names: Sequence[str]) -> list[str]:
+def sort_naturally(names: Sequence[str]) -> list[str]:
     """Sorts the names of files with numbers in them by their values: 2 before 10, 0.15 before 0.2.
 
     A name comes before those that continue it: ``last.ckpt`` before ``last-v1.ckpt``, which
@@ -143,8 +143,10 @@ def naturally(names: Sequence[str]) -> list[str]:
     def key(name: str) -> tuple[list[tuple[int, Decimal | int | str]], list[tuple[int, int | str]]]:
         found: list[tuple[int, Decimal | int | str]] = []
         for i, part in enumerate([split[name]] if counted else _DECIMAL.split(split[name])):
-            found += [(0, Decimal(part))] if i % 2 else [k for k in natural(part) if k != (1, "")]
-        return found, natural(name.removeprefix(split[name]))
+            found += (
+                [(0, Decimal(part))] if i % 2 else [k for k in natural_key(part) if k != (1, "")]
+            )
+        return found, natural_key(name.removeprefix(split[name]))
 
     return sorted(names, key=key)
 
@@ -204,7 +206,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return own.resolve_conj().resolve_neg() if own.is_conj() or own.is_neg() else own
 
 
-def under(weights: Weights, prefix: str) -> Weights:
+def tensors_under(weights: Weights, prefix: str) -> Weights:
     """Picks the tensors whose names begin with a prefix.
 
     Args:
@@ -216,10 +218,10 @@ def under(weights: Weights, prefix: str) -> Weights:
     """
     start = f"{prefix}."
     tensors = {n.removeprefix(start): t for n, t in weights.items() if n.startswith(start)}
-    return StateDict(tensors, *beneath(weights, prefix))
+    return StateDict(tensors, *module_state_under(weights, prefix))
 
 
-def beneath(
+def module_state_under(
     weights: Weights, prefix: str, place: Callable[[str], str] = str
 ) -> tuple[Versions, Mapping[str, Any]]:
     """Picks the versions and the extra state of the modules under a prefix.
@@ -267,7 +269,9 @@ def loadable(
     return state
 
 
-def parts(weights: Weights, expected: Weights, aliases: Mapping[str, list[str]]) -> Iterator[Part]:
+def find_parts(
+    weights: Weights, expected: Weights, aliases: Mapping[str, list[str]]
+) -> Iterator[Part]:
     """Finds where in a state dict a model's tensors may lie.
 
     Names are taken as they are; where nothing of that holds the model, without the marks that
@@ -292,7 +296,7 @@ def parts(weights: Weights, expected: Weights, aliases: Mapping[str, list[str]])
         for dot in re.finditer(r"\.", name):
             groups.setdefault(name[: dot.start()], {})[name[dot.end() :]] = tensor
     unlike: list[Part] = []
-    for naming in (str, unmarked):
+    for naming in (str, strip_wrappers):
         own = {naming(name): name for name in expected}
         holders: dict[tuple[int, ...], Part] = {}
         for prefix, group in groups.items():
@@ -317,7 +321,7 @@ def parts(weights: Weights, expected: Weights, aliases: Mapping[str, list[str]])
     yield from unlike
 
 
-def unmarked(name: str) -> str:
+def strip_wrappers(name: str) -> str:
     """Takes the marks that wrappers leave out of a name.
 
     Args:
@@ -355,7 +359,9 @@ def _part(
         # Of the modules that are one without the marks, the innermost, which has the tensors.
         modules = sorted({name[:dot] for name in expected for dot in _dots(name)}, key=len)
         places = {naming(module): module for module in modules}
-        noted = beneath(whole, prefix, lambda module: places.get(naming(module), naming(module)))
+        noted = module_state_under(
+            whole, prefix, lambda module: places.get(naming(module), naming(module))
+        )
         filled = StateDict(filled, *noted)
     return Part(prefix, filled, holds=holds, fits=holds and len(inner) == len(filled))
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from losscli.checkpoint.folders import in_folder
-from losscli.checkpoint.given import Given
-from losscli.checkpoint.names import naturally, stem
+from losscli.checkpoint.folders import list_checkpoints
+from losscli.checkpoint.given import InMemoryCheckpoint
+from losscli.checkpoint.names import sort_naturally, stem
 from losscli.checkpoint.reading import read
 from losscli.checkpoint.state import CheckpointFile
 from losscli.weight_space.vectors import Weights, equal
 
-__all__ = ["all_in", "path_of"]
+__all__ = ["expand_folders", "order_path"]
 
 # What the beginning of a name, or a word in it, says about the place in training. A word may run
 # into another of these: bestmodel.pt, but not bestiary.pt.
@@ -33,7 +33,7 @@ _WORDS = {"init": "first", "initial": "first", "final": "last", "last": "last", 
 _LISTED = 3
 
 
-def all_in(names: Sequence[str]) -> list[str]:
+def expand_folders(names: Sequence[str]) -> list[str]:
     """Lists a set of checkpoints.
 
     Args:
@@ -48,7 +48,7 @@ def all_in(names: Sequence[str]) -> list[str]:
     return [found for name in names for found in _files(name) or [name]]
 
 
-def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str], list[str]]:
+def order_path(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str], list[str]]:
     """Lists the checkpoints of a path in the order of training.
 
     Names in lexicographic order where natural order differs (1, 10, 2: a shell pattern) are put
@@ -68,9 +68,9 @@ def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str
         CheckpointError: A folder holds no checkpoints, or a final checkpoint cannot be read.
     """
     if keep_order:
-        return all_in(names), []
+        return expand_folders(names), []
     notes: list[str] = []
-    objects = any(isinstance(name, Given) for name in names)
+    objects = any(isinstance(name, InMemoryCheckpoint) for name in names)
     given = list(names) if objects else _in_natural_order(names)
     if given != list(names):
         notes.append(
@@ -89,18 +89,18 @@ def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str
 
 
 def _files(name: str) -> list[str]:
-    return [] if isinstance(name, Given) else in_folder(name)
+    return [] if isinstance(name, InMemoryCheckpoint) else list_checkpoints(name)
 
 
 def _in_natural_order(names: Sequence[str]) -> list[str]:
     """Sorts names that a shell pattern gave: all of them, or neighbours that differ in numbers."""
     if list(names) == sorted(names):
-        return naturally(names)
+        return sort_naturally(names)
     found: list[str] = []
     for _, group in groupby(names, key=lambda name: re.sub(r"[0-9]+", "0", name)):
         alike = list(group)
         patterns = (sorted(alike), sorted(alike, key=_letters))
-        found += naturally(alike) if alike in patterns else alike
+        found += sort_naturally(alike) if alike in patterns else alike
     return found
 
 
@@ -201,9 +201,9 @@ def _is_equal(file: CheckpointFile, other: CheckpointFile) -> bool:
         any(
             weights.keys() == held.keys()
             and all(_is_same(_one(file, weights, n), _one(other, held, n)) for n in weights)
-            for held in other.choice.values()
+            for held in other.model_candidates.values()
         )
-        for weights in file.choice.values()
+        for weights in file.model_candidates.values()
     )
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from losscli.checkpoint.adapters import CONFIG
 from losscli.checkpoint.files import read_file
 from losscli.checkpoint.folders import is_index, read_adapter, read_folder, read_index
-from losscli.checkpoint.given import Given
+from losscli.checkpoint.given import InMemoryCheckpoint
 from losscli.checkpoint.names import state_dicts
 from losscli.checkpoint.quantised import packed
-from losscli.checkpoint.state import CheckpointFile, put_together
+from losscli.checkpoint.state import CheckpointFile, consolidation_hint
 from losscli.errors import CheckpointError
 
-__all__ = ["base_of", "read"]
+__all__ = ["find_base", "read"]
 
 
 def read(name: str) -> CheckpointFile:
@@ -30,7 +30,7 @@ def read(name: str) -> CheckpointFile:
         CheckpointError: There is no such file, it is no checkpoint, it wants code to be run, or
             it has no such key.
     """
-    if isinstance(name, Given):
+    if isinstance(name, InMemoryCheckpoint):
         file = name.file
     else:
         path, key = _locate(name)
@@ -42,14 +42,14 @@ def read(name: str) -> CheckpointFile:
     if not file.candidates and not file.quantised:
         raise CheckpointError(
             f"{name} holds no tensors under names",
-            (file.path and put_together(file.path)) or "Save the model's state_dict() in it",
+            (file.path and consolidation_hint(file.path)) or "Save the model's state_dict() in it",
         )
-    for label, weights in file.choice.items():
+    for label, weights in file.model_candidates.items():
         file.require_dense(label, weights)
     return file
 
 
-def base_of(names: Sequence[str]) -> str | None:
+def find_base(names: Sequence[str]) -> str | None:
     """Finds the checkpoint that adapters among others change.
 
     Args:
@@ -92,7 +92,7 @@ def _is_folder(name: str) -> bool:
 
 
 def _is_adapter(name: str) -> bool:
-    if isinstance(name, Given):
+    if isinstance(name, InMemoryCheckpoint):
         return False
     path = Path(name)
     folder = path if path.is_dir() else path.parent

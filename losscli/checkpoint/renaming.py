@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from losscli.checkpoint.hooks import LoadHooks
 from losscli.checkpoint.names import OPTIMISER, StateDict
-from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied
+from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 from losscli.errors import CheckpointError, MismatchError, ModelError
 from losscli.files import release_pages
 from losscli.weight_space.digest import digest
@@ -70,7 +70,7 @@ def select_for(
         found = translated
     else:
         # An adapter changes a base that was loaded already.
-        if not (file.adapter or file.live) and (hooks.are_own or found.extra):
+        if not (file.adapter or file.live) and (hooks.are_custom or found.extra):
             found = _loaded(file, found, hooks, expected)
     if differ := _torn(found.weights, expected):
         raise MismatchError(
@@ -127,7 +127,7 @@ def _transformed(file: CheckpointFile, model: nn.Module, expected: Weights) -> C
 
 def _torn(weights: Weights, expected: Weights) -> tuple[str, str] | None:
     """Finds two names of one tensor of a model for which a file has different values."""
-    for name, twins in tied(expected).items():
+    for name, twins in tied_names(expected).items():
         for twin in twins:
             a, b = weights[name], weights[twin]
             if name < twin and a.data_ptr() != b.data_ptr() and not _alike(a, b):

@@ -26,7 +26,7 @@ from losscli.files import open_regular
 __all__ = [
     "OLD_FORMAT",
     "AmbiguousError",
-    "Fixed",
+    "Immutable",
     "RepeatedError",
     "SizeError",
     "check_sizes",
@@ -51,14 +51,14 @@ class AmbiguousError(BrokenPickleError):
     """Two readers of an archive may find different content under one name."""
 
 
-class Fixed(type):
+class Immutable(type):
     """Keeps a pickle from setting attributes of the classes that it is given."""
 
     def __setattr__(cls, name: str, _value: object) -> NoReturn:
         raise TypeError(f"{cls.__name__}.{name} stays as it is")
 
 
-class _Anything(metaclass=Fixed):
+class _Anything(metaclass=Immutable):
     """Stands for whatever a pickle names, and takes whatever it does to that."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
@@ -135,7 +135,7 @@ _SIZES: dict[str, float] = {
 _TYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
-class _Dictionary(dict[Any, Any], metaclass=Fixed):
+class _Dictionary(dict[Any, Any], metaclass=Immutable):
     """Stands for those of collections, which state dicts are."""
 
     def __setstate__(self, _: Any) -> None:

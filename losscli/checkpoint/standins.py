@@ -10,12 +10,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from losscli.checkpoint.size_checks import Fixed, check_sizes
+from losscli.checkpoint.size_checks import Immutable, check_sizes
 
-__all__ = ["Path", "Record", "has_record", "load_tensors"]
+__all__ = ["PathText", "StandIn", "has_stand_in", "load_tensors"]
 
 
-class Record(metaclass=Fixed):
+class StandIn(metaclass=Immutable):
     """Stands in for an object of any class: keeps what it is built of, and does nothing.
 
     Attributes:
@@ -49,7 +49,7 @@ class Record(metaclass=Fixed):
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-def has_record(value: Any) -> bool:
+def has_stand_in(value: Any) -> bool:
     """Tells whether something that was read is not what was written.
 
     Args:
@@ -59,10 +59,10 @@ def has_record(value: Any) -> bool:
         Whether it is a record, or a collection that holds one.
     """
     if isinstance(value, Mapping):
-        return any(map(has_record, value.values()))
+        return any(map(has_stand_in, value.values()))
     if isinstance(value, list | tuple | set):
-        return any(map(has_record, value))
-    return isinstance(value, Record)
+        return any(map(has_stand_in, value))
+    return isinstance(value, StandIn)
 
 
 def load_tensors(file: Any, *, mmap: bool = False) -> Any:
@@ -91,11 +91,11 @@ def load_tensors(file: Any, *, mmap: bool = False) -> Any:
 # or calls what it is given.
 
 
-class _DType(Record):
+class _DType(StandIn):
     """A NumPy type: its code, such as f8, and the byte order in its state."""
 
 
-class _Scalar(Record):
+class _Scalar(StandIn):
     """A NumPy number; of a type that its code alone tells, its value."""
 
     def __new__(cls, *arguments: Any) -> Any:
@@ -119,7 +119,7 @@ class _Scalar(Record):
         return np.frombuffer(value, f"{order}{code}", 1)[0].item()
 
 
-class Path(Record):
+class PathText(StandIn):
     """A path, as text: nobody looks at the disk."""
 
     def __new__(cls, *parts: Any) -> Any:
@@ -134,7 +134,7 @@ class Path(Record):
         return "/".join(map(str, parts)).replace("//", "/", 1)
 
 
-class _Defaults(Record):
+class _Defaults(StandIn):
     """A dictionary with a factory, which is never called: a plain one."""
 
     def __new__(cls, *_factory: Any) -> Any:
@@ -149,23 +149,23 @@ class _Defaults(Record):
         return {}
 
 
-_HARMLESS: dict[str, type[Record]] = {
+_HARMLESS: dict[str, type[StandIn]] = {
     # Objects of attributes, and arrays, which are of no use here: what they hold stays unread.
-    "argparse.Namespace": Record,
-    "types.SimpleNamespace": Record,
-    "numpy.ndarray": Record,
+    "argparse.Namespace": StandIn,
+    "types.SimpleNamespace": StandIn,
+    "numpy.ndarray": StandIn,
     "numpy.dtype": _DType,
     "collections.defaultdict": _Defaults,
     # The factories of defaults.
-    **{f"builtins.{name}": Record for name in ("dict", "list", "int", "float", "bool", "str")},
+    **{f"builtins.{name}": StandIn for name in ("dict", "list", "int", "float", "bool", "str")},
     **{
-        f"pathlib{module}.{name}": Path
+        f"pathlib{module}.{name}": PathText
         for module in ("", "._local")  # where Python 3.13 keeps them
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     },
     **{
         f"numpy.{core}.multiarray.{name}": standin
         for core in ("core", "_core")  # before NumPy 2, and since
-        for name, standin in (("scalar", _Scalar), ("_reconstruct", Record))
+        for name, standin in (("scalar", _Scalar), ("_reconstruct", StandIn))
     },
 }

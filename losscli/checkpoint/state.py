@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from losscli.checkpoint.names import OPTIMISER, Part, StateDict, Versions, parts, under
+from losscli.checkpoint.names import OPTIMISER, Part, StateDict, Versions, find_parts, tensors_under
 from losscli.checkpoint.quantised import quantised
 from losscli.errors import CheckpointError, MismatchError
 from losscli.files import open_regular
@@ -23,7 +23,7 @@ from losscli.weight_space.vectors import Weights, mismatches
 if TYPE_CHECKING:
     from losscli.checkpoint.adapters import Adapter
 
-__all__ = ["Checkpoint", "CheckpointFile", "tied"]
+__all__ = ["Checkpoint", "CheckpointFile", "tied_names"]
 
 _MOST_KEYS = 12
 
@@ -147,7 +147,7 @@ class CheckpointFile:
         return self.name if self.path is None else str(self.path)
 
     @property
-    def choice(self) -> Mapping[str, Weights]:
+    def model_candidates(self) -> Mapping[str, Weights]:
         """The state dicts to choose from without a model.
 
         Optimiser state, the state of random generators, and single numbers beside a state dict
@@ -183,7 +183,7 @@ class CheckpointFile:
             inside = {key: inside[key]}
         if not inside:
             deeper = (
-                under(weights, key.removeprefix(f"{label}."))
+                tensors_under(weights, key.removeprefix(f"{label}."))
                 for label, weights in found.items()
                 if not label or key.startswith(f"{label}.")
             )
@@ -260,7 +260,7 @@ class CheckpointFile:
         if self.adapter and base:
             return self._onto(base, expected)
         if expected is None:
-            candidates = self.choice
+            candidates = self.model_candidates
             if not candidates:
                 self.refuse_quantised()
             if len(candidates) > 1:
@@ -273,11 +273,11 @@ class CheckpointFile:
     def _choose(self, expected: Weights, whose: str) -> Weights:
         # Modules may keep state beside their tensors, of which nothing can be interpolated.
         expected = {name: t for name, t in expected.items() if isinstance(t, Tensor)}
-        aliases = tied(expected)
+        aliases = tied_names(expected)
         found = [
             (label, part)
             for label, candidate in self.candidates.items()
-            for part in parts(candidate, expected, aliases)
+            for part in find_parts(candidate, expected, aliases)
         ]
         holders = [
             (f"{label}.{part.prefix}".strip(".") if part.prefix else label, part)
@@ -302,7 +302,7 @@ class CheckpointFile:
             raise MismatchError(
                 f"the tensors of {self.name} are empty, as in one rank's part of a checkpoint of "
                 "DeepSpeed ZeRO-3",
-                (self.path and put_together(self.path))
+                (self.path and consolidation_hint(self.path))
                 or "Name the checkpoint that has the weights",
             )
         wrong = mismatches(part.weights, expected)
@@ -315,7 +315,7 @@ class CheckpointFile:
         assert self.adapter is not None
         self.refuse_quantised()
         (tensors,) = self.candidates.values()
-        twins = tied({n: t for n, t in (expected or {}).items() if isinstance(t, Tensor)})
+        twins = tied_names({n: t for n, t in (expected or {}).items() if isinstance(t, Tensor)})
         weights = self.adapter.merge(base.weights, tensors, twins)
         files = self.files + base.files
         return replace(base, name=self.name, weights=weights, path=self.path, files=files)
@@ -413,7 +413,7 @@ def _of_each_kind(wrong: Sequence[str]) -> list[str]:
     return [wrong[place] for place in sorted(place for _, place in sorted(order)[:_TOLD])]
 
 
-def put_together(path: Path) -> str:
+def consolidation_hint(path: Path) -> str:
     """Returns how the parts of a DeepSpeed checkpoint become one file.
 
     Args:
@@ -435,7 +435,7 @@ def put_together(path: Path) -> str:
     return ""
 
 
-def tied(weights: Weights) -> dict[str, list[str]]:
+def tied_names(weights: Weights) -> dict[str, list[str]]:
     """Finds the names that stand for one and the same tensor.
 
     Args:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from losscli.errors import ModelError, one_line
 
-__all__ = ["exported"]
+__all__ = ["load_exported"]
 
 
-def exported(file: str | Path) -> nn.Module:
+def load_exported(file: str | Path) -> nn.Module:
     """Loads a program that torch.export saved (.pt2); it runs what is in the file.
 
     Args:

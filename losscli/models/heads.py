@@ -15,15 +15,15 @@ from torch import Tensor, nn
 __all__ = [
     "HEADLESS",
     "NEEDS_DECODER",
-    "Scores",
-    "cure_of",
+    "ScoreKind",
     "is_headless",
     "label_loss",
     "needs_decoder_inputs",
-    "scores_of",
+    "score_kind",
+    "suggest_fix",
 ]
 
-Scores = Literal["next", "own", "other"]
+ScoreKind = Literal["next", "own", "other"]
 """Scores of each next token, of each token itself or its class, or of something else."""
 
 HEADLESS = (
@@ -48,7 +48,7 @@ _LABELLED = re.compile(r".*For(Sequence|Image|Video)Classification")
 _GENERATES = re.compile(r".*ForConditionalGeneration")
 
 
-def scores_of(model: nn.Module) -> Scores:
+def score_kind(model: nn.Module) -> ScoreKind:
     """Tells what the scores of a language model are those of, as its own loss takes them.
 
     Args:
@@ -129,7 +129,7 @@ def needs_decoder_inputs(model: nn.Module, inputs: object) -> bool:
     return generates and _is_encoder_decoder(model) and not given
 
 
-def cure_of(model: Any, inputs: object, tensors: Iterable[Tensor]) -> str:
+def suggest_fix(model: Any, inputs: object, tensors: Iterable[Tensor]) -> str:
     """Finds out why a model of transformers may have failed.
 
     Args:

@@ -15,7 +15,7 @@ from torch import nn
 from losscli.errors import ModelError, one_line
 from losscli.files import read_regular
 
-__all__ = ["has_config", "pretrained"]
+__all__ = ["build_pretrained", "has_config"]
 
 # How the names of architectures end, and the Auto classes that know them.
 _HEADS = (
@@ -65,7 +65,7 @@ def has_config(folder: Path) -> bool:
     return isinstance(content, dict) and isinstance(content.get("model_type"), str)
 
 
-def pretrained(folder: str | Path) -> nn.Module:
+def build_pretrained(folder: str | Path) -> nn.Module:
     """Builds the model of a Hugging Face folder from its config.json, never from the network.
 
     Its weights are those of an initialisation. No code of the folder is run: transformers itself

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from torch import nn
 
 from losscli.models.built_in import CNN, MLP
-from losscli.models.exported import exported
-from losscli.models.pretrained import pretrained
+from losscli.models.exported import load_exported
+from losscli.models.pretrained import build_pretrained
 
 __all__ = ["FROM_FILES", "MODELS", "RUNS_CODE"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
-    "transformers": pretrained,
-    "pt2": exported,
+    "transformers": build_pretrained,
+    "pt2": load_exported,
 }
 
 FROM_FILES = frozenset({"transformers", "pt2"})
