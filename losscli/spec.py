@@ -117,10 +117,10 @@ def _value(text: str, where: str) -> Value:
     try:
         if _LIST.fullmatch(text):
             parts = re.findall(_NUMBER, text)
-            whole = all(part.isdigit() for part in parts)
-            numbers = [int(part) for part in parts] if whole else [float(part) for part in parts]
+            integers = all(part.isdigit() for part in parts)
+            numbers = [int(part) for part in parts] if integers else [float(part) for part in parts]
             # One beyond what a float holds could not be written again.
-            return numbers if whole or all(map(math.isfinite, numbers)) else text
+            return numbers if integers or all(map(math.isfinite, numbers)) else text
         value = tomllib.loads(f"v = {text}")
     except (ValueError, RecursionError):  # besides TOML's own errors: thousands of digits, of [
         return text
@@ -159,13 +159,13 @@ def read_toml(file: Path) -> dict[str, Any]:
     except IrregularError as error:
         raise SpecError(f"{file} cannot be read: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
-        cure = {
+        fix = {
             UnicodeDecodeError: "Save it as UTF-8",
             tomllib.TOMLDecodeError: "Mend it there: it has to be TOML",
             RecursionError: "Nest its lists less deeply",
             ValueError: "Write shorter numbers in it",
         }.get(type(error), "Give a file of TOML that can be read")
-        raise SpecError(f"{file} cannot be read: {one_line(error)}", cure) from None
+        raise SpecError(f"{file} cannot be read: {one_line(error)}", fix) from None
 
 
 def expand_toml(
@@ -305,10 +305,10 @@ def look_up(
 def _may_be_code(module: str) -> bool:
     """Tells a mistyped name from a module, without running anything."""
     try:
-        here = Path(f"{module}.py").exists() or Path(module).is_dir()
+        exists = Path(f"{module}.py").exists() or Path(module).is_dir()
     except OSError:  # no file has so long a name
         return False
-    if here or "." in module or module in sys.modules:
+    if exists or "." in module or module in sys.modules:
         return True
     return module.isidentifier() and importlib.util.find_spec(module) is not None
 
@@ -316,11 +316,11 @@ def _may_be_code(module: str) -> bool:
 def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
     where = f"{kind} {module}:{attribute}"
     try:
-        with _no_arguments():
+        with _forbid_argument_parsing():
             if module.endswith(".py"):
                 loaded = _load_file(Path(module), where)
             else:
-                _OWN.add(str(Path.cwd()))
+                _USER_FOLDERS.add(str(Path.cwd()))
                 loaded = importlib.import_module(module)
     except SpecError:
         raise
@@ -332,14 +332,15 @@ def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         missing = f"no module named {error.name!r}" if error.name else one_line(error)
         raise SpecError(
-            f"{where}: {missing}", _OWN.hidden(error) or "Install it, or give a path to a .py file"
+            f"{where}: {missing}",
+            _USER_FOLDERS.shadowing_hint(error) or "Install it, or give a path to a .py file",
         ) from error
     except (Exception, SystemExit) as error:  # scripts that parse their arguments exit
         alone = f"python {shlex.quote(module)}" if module.endswith(".py") else f"python -m {module}"
         raise SpecError(
             f"{where}: importing it failed: {one_line(error)}",
-            _OWN.hidden(error)
-            or _package(error, module, attribute, kind)
+            _USER_FOLDERS.shadowing_hint(error)
+            or _package_hint(error, module, attribute, kind)
             or f"Try it alone: {alone}",
         ) from error
     found: Any = loaded
@@ -368,7 +369,7 @@ class _ArgumentsError(SystemExit):
 
 
 @contextmanager
-def _no_arguments() -> Iterator[None]:
+def _forbid_argument_parsing() -> Iterator[None]:
     """Keeps argparse from writing its usage, and from ending the process without a word on why."""
 
     def error(self: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -382,7 +383,7 @@ def _no_arguments() -> Iterator[None]:
         argparse.ArgumentParser.error = before  # type: ignore[method-assign]
 
 
-def _package(error: BaseException, module: str, attribute: str, kind: str) -> str:
+def _package_hint(error: BaseException, module: str, attribute: str, kind: str) -> str:
     """Returns a cure for a file that imports relative to its package; an empty text for others."""
     if not isinstance(error, ImportError) or "relative import" not in str(error):
         return ""
@@ -411,13 +412,13 @@ def _load_file(path: Path, where: str) -> Any:
     # Registered before it runs, so that its dataclasses and pickles find their module.
     sys.modules[name] = module
     # Its neighbours are importable from it, as they are when it is run as a script.
-    _OWN.add(str(path.resolve().parent))
-    _require_own_neighbours(path.resolve(), where)
+    _USER_FOLDERS.add(str(path.resolve().parent))
+    _check_neighbours(path.resolve(), where)
     loader.loader.exec_module(module)
     return module
 
 
-def _require_own_neighbours(path: Path, where: str) -> None:
+def _check_neighbours(path: Path, where: str) -> None:
     """Makes sure that a file does not get a neighbour of another file for one of its own.
 
     Args:
@@ -436,23 +437,28 @@ def _require_own_neighbours(path: Path, where: str) -> None:
     for name in sorted({name.partition(".")[0] for name in names}):
         loaded = getattr(sys.modules.get(name), "__file__", None)
         found = importlib.machinery.PathFinder.find_spec(name, [str(path.parent)])
-        own = found and found.origin
-        if own and loaded and os.path.realpath(own) != os.path.realpath(loaded) and _is_own(loaded):
+        neighbour = found and found.origin
+        if (
+            neighbour
+            and loaded
+            and os.path.realpath(neighbour) != os.path.realpath(loaded)
+            and _is_user_code(loaded)
+        ):
             raise SpecError(
                 f"{where}: it imports {name!r}, and Python keeps one module of a name: {loaded} is "
-                f"loaded, and {own} is not",
+                f"loaded, and {neighbour} is not",
                 "Rename one of them, or put both into one folder",
             )
 
 
-def _is_own(file: str) -> bool:
+def _is_user_code(file: str) -> bool:
     """Tells whether a loaded file is one of the user's own, and not of an installed package."""
     path = Path(os.path.realpath(file))
     installed = {"site-packages", "dist-packages"} & set(path.parts)
-    return not installed and any(path.is_relative_to(folder) for folder in _OWN.folders)
+    return not installed and any(path.is_relative_to(folder) for folder in _USER_FOLDERS.folders)
 
 
-class _OwnFolders(importlib.abc.MetaPathFinder):
+class _UserFolders(importlib.abc.MetaPathFinder):
     """Finds modules in folders of the user's code, after everything that is installed.
 
     Python asks it last. So a file matplotlib.py beside the user's code is never taken for the
@@ -475,11 +481,11 @@ class _OwnFolders(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         # What is inside a package is found by way of the package.
-        if path is not None or self._asked_by_losscli():
+        if path is not None or self._is_imported_by_losscli():
             return None
         return importlib.machinery.PathFinder.find_spec(fullname, self.folders, target)
 
-    def _asked_by_losscli(self) -> bool:
+    def _is_imported_by_losscli(self) -> bool:
         """Whether losscli imports, which takes a missing library for no folder of the user's."""
         frame: FrameType | None = sys._getframe(2)
         while frame and frame.f_globals.get("__name__", "").startswith("importlib"):
@@ -487,7 +493,7 @@ class _OwnFolders(importlib.abc.MetaPathFinder):
         name = frame.f_globals.get("__name__", "") if frame else ""
         return name.startswith("losscli.") and name != __name__
 
-    def hidden(self, error: BaseException) -> str:
+    def shadowing_hint(self, error: BaseException) -> str:
         """Returns a cure for an import that found an installed module and not the user's own.
 
         Args:
@@ -500,19 +506,23 @@ class _OwnFolders(importlib.abc.MetaPathFinder):
             return ""
         top = error.name.partition(".")[0]
         spec = getattr(sys.modules.get(top), "__spec__", None)
-        places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-        found = [Path(place) for place in places if place]
+        origins = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+        found = [Path(origin) for origin in origins if origin]
         for folder in self.folders:
-            for mine in (Path(folder, f"{top}.py"), Path(folder, top)):
-                if found and mine.exists() and not any(f.is_relative_to(folder) for f in found):
+            for user_path in (Path(folder, f"{top}.py"), Path(folder, top)):
+                if (
+                    found
+                    and user_path.exists()
+                    and not any(f.is_relative_to(folder) for f in found)
+                ):
                     return (
-                        f"The installed module {top!r} ({found[0]}) comes before {mine}: rename "
+                        f"The installed module {top!r} ({found[0]}) comes before {user_path}: rename "
                         "yours"
                     )
         return ""
 
 
-_OWN = _OwnFolders()
+_USER_FOLDERS = _UserFolders()
 
 
 @contextmanager
@@ -524,7 +534,7 @@ def user_folders_on_path() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    added = [folder for folder in _OWN.folders if folder not in sys.path]
+    added = [folder for folder in _USER_FOLDERS.folders if folder not in sys.path]
     sys.path.extend(added)
     try:
         yield
@@ -541,27 +551,27 @@ def user_code_digests() -> dict[str, str]:
         For each file the SHA-256 of its content, in the order of their names.
     """
     library = Path(sysconfig.get_path("stdlib")).resolve()
-    others = tuple(f"{folder}{os.sep}" for folder in (library, Path(__file__).resolve().parent))
+    excluded = tuple(f"{folder}{os.sep}" for folder in (library, Path(__file__).resolve().parent))
     packages = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
     # There are thousands of modules, and few folders; a Path for each module takes longer.
-    real = functools.cache(os.path.realpath)
-    found = {}
+    real_path = functools.cache(os.path.realpath)
+    digests = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name == "__main__" or not isinstance(file, str):
             continue
         folder, base = os.path.split(file)
-        path = f"{real(folder)}{os.sep}{base}"
+        path = f"{real_path(folder)}{os.sep}{base}"
         if os.path.islink(path):  # noqa: PTH114
             path = os.path.realpath(path)
-        if path.startswith(others) or any(part in path for part in packages):
+        if path.startswith(excluded) or any(marker in path for marker in packages):
             continue
         try:
-            found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         except OSError:
             # It may lie in an archive, or be gone.
             continue
-    return dict(sorted(found.items()))
+    return dict(sorted(digests.items()))
 
 
 def call(

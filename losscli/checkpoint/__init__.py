@@ -1,4 +1,4 @@
-"""From file to checkpoint and back: the only room that unwraps, strips prefixes, reads pickles."""
+"""Read and write checkpoints. Only this package reads pickles or strips prefixes of names."""
 
 from __future__ import annotations
 

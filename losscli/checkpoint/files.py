@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from losscli.checkpoint.names import metadata_of, natural_key
-from losscli.checkpoint.size_checks import OLD_FORMAT, AmbiguousError, RepeatedError, SizeError
+from losscli.checkpoint.size_checks import LEGACY_MAGIC, AmbiguousError, RepeatedError, SizeError
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
 from losscli.files import open_regular, read_regular, stand_in
@@ -178,7 +178,7 @@ def _is_cut(path: Path) -> bool:
             pickles = 1
             for number in range(4):
                 for _, value, _ in pickletools.genops(file):
-                    if number == 0 and value == OLD_FORMAT:
+                    if number == 0 and value == LEGACY_MAGIC:
                         pickles = 4
                 if number + 1 == pickles:
                     break
@@ -196,7 +196,7 @@ def _is_plain_pickle(path: Path) -> bool:
             values = [value for _, value, _ in pickletools.genops(file)]
     except (OSError, ValueError):
         return False
-    return OLD_FORMAT not in values
+    return LEGACY_MAGIC not in values
 
 
 def _is_exported(path: Path) -> bool:

@@ -29,7 +29,9 @@ _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _INDEX = re.compile(r".*\.(safetensors|bin|pt|pth)\.index(\.[\w-]+)?\.json")
 
 # What the trainer of transformers keeps beside weights.
-_BESIDE = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state(_\d+)?)\.(pt|pth|bin)")
+_TRAINING_STATE = re.compile(
+    r"(optimizer|scheduler|scaler|training_args|rng_state(_\d+)?)\.(pt|pth|bin)"
+)
 
 
 def list_checkpoints(name: str) -> list[str]:
@@ -51,7 +53,7 @@ def list_checkpoints(name: str) -> list[str]:
         if "#" in name and not folder.exists():
             folder, key = Path(name.rpartition("#")[0]), f"#{name.rpartition('#')[2]}"
         # init:SEED is no folder, whatever there is.
-        if name.startswith("init:") or not folder.is_dir() or _weights_in(folder):
+        if name.startswith("init:") or not folder.is_dir() or _checkpoint_files(folder):
             return []
         found = [
             path
@@ -60,7 +62,9 @@ def list_checkpoints(name: str) -> list[str]:
             and (
                 _is_checkpoint(path)
                 if path.is_dir()
-                else path.suffix in SUFFIXES and path.is_file() and not _BESIDE.fullmatch(path.name)
+                else path.suffix in SUFFIXES
+                and path.is_file()
+                and not _TRAINING_STATE.fullmatch(path.name)
             )
         ]
     except (OSError, ValueError) as error:
@@ -74,12 +78,12 @@ def list_checkpoints(name: str) -> list[str]:
 
 def _is_checkpoint(folder: Path) -> bool:
     try:
-        return bool(_weights_in(folder))
+        return bool(_checkpoint_files(folder))
     except OSError:  # it may not be looked into
         return False
 
 
-def _weights_in(folder: Path) -> list[Path]:
+def _checkpoint_files(folder: Path) -> list[Path]:
     """Lists the files that make a folder one checkpoint: each is a checkpoint, all or in part."""
     # A pipe of such a name is there too: who reads it says what is wrong.
     found = [folder / name for name in _WEIGHTS if (folder / name).exists()][:1]
@@ -109,14 +113,14 @@ def read_folder(folder: Path, name: str) -> CheckpointFile:
     Raises:
         CheckpointError: It is none, or more than one, or broken.
     """
-    found = _weights_in(folder)
+    found = _checkpoint_files(folder)
     if len(found) > 1:
         raise CheckpointError(
             f"{folder} holds more than one checkpoint: {', '.join(f.name for f in found)}",
             f"Name one, for example {found[0]}",
         )
     if not found:
-        raise _no_checkpoint(folder)
+        raise _no_checkpoint_error(folder)
     (file,) = found
     if file.name == METADATA:
         return read_distributed(folder, name)
@@ -125,10 +129,10 @@ def read_folder(folder: Path, name: str) -> CheckpointFile:
     if is_index(file):
         return read_index(file, name, folder)
     content, metadata = read_file(file, str(file))
-    return _with_config(folder, name, content, metadata, [file])
+    return _file_with_config(folder, name, content, metadata, [file])
 
 
-def _no_checkpoint(folder: Path) -> CheckpointError:
+def _no_checkpoint_error(folder: Path) -> CheckpointError:
     names = {path.name for path in folder.iterdir()}
     if any(name.endswith(".distcp") for name in names):
         return CheckpointError(
@@ -179,11 +183,11 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
         CheckpointError: A shard is missing or broken, or has not what the index says.
     """
     folder = index.parent
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map", "Was it written for something else?")
     shards: dict[str, list[str]] = {}
-    for tensor, shard in places.items():
+    for tensor, shard in weight_map.items():
         is_name = isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
         if not is_name or shard in {"", ".."}:
             raise CheckpointError(
@@ -199,8 +203,8 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
             raise CheckpointError(
                 f"{index} names {shard!r}, which is not there", "Was the checkpoint copied whole?"
             )
-        content, more = read_file(file, str(file))
-        metadata |= more
+        content, shard_metadata = read_file(file, str(file))
+        metadata |= shard_metadata
         missing = [t for t in tensors if not isinstance(_item(content, t), Tensor)]
         if missing:
             raise CheckpointError(
@@ -211,7 +215,7 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
     # Sorted, so that the order of shards makes no difference.
     ordered = dict(sorted(weights.items(), key=lambda item: natural_key(item[0])))
     files = [index, *(folder / shard for shard in sorted(shards))]
-    return _with_config(path, name, ordered, metadata, files)
+    return _file_with_config(path, name, ordered, metadata, files)
 
 
 def _item(content: Any, name: str) -> Any:
@@ -243,23 +247,23 @@ def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
     return CheckpointFile(name, path, {"": tensors}, {}, (config, file), adapter=adapter)
 
 
-def _with_config(
+def _file_with_config(
     path: Path, name: str, content: Any, metadata: Mapping[str, str], files: list[Path]
 ) -> CheckpointFile:
     """Puts together a checkpoint of weights and, where there is one, their config.json."""
     config = files[0].parent / "config.json"
-    how = None
+    method = None
     if config.exists():
-        how = _quantisation(read_json(config))
+        method = _quantisation_method(read_json(config))
         files = [config, *files]
     return CheckpointFile(
-        name, path, dict(state_dicts(content)), dict(metadata), tuple(files), quantised=how
+        name, path, dict(state_dicts(content)), dict(metadata), tuple(files), quantised=method
     )
 
 
-def _quantisation(config: dict[str, Any]) -> str | None:
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
+def _quantisation_method(config: dict[str, Any]) -> str | None:
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
         found = part.get("quantization_config")
         if isinstance(found, dict) and found:
             return f"config.json: {found.get('quant_method', 'quantization_config')}"

@@ -22,9 +22,9 @@ __all__ = ["CheckpointLike", "InMemoryCheckpoint", "name_checkpoint", "name_chec
 CheckpointLike = str | os.PathLike[str] | Mapping[str, Any] | nn.Module | Checkpoint
 """What Python code may give for a checkpoint: a name, a state dict, or a module."""
 
-_ONE = (str, bytes, os.PathLike, Mapping, nn.Module, Checkpoint)
+_SINGLE_TYPES = (str, bytes, os.PathLike, Mapping, nn.Module, Checkpoint)
 
-_CURE = "Give the name of a file, a state dict or an nn.Module"
+_FIX = "Give the name of a file, a state dict or an nn.Module"
 
 
 class InMemoryCheckpoint(str):
@@ -65,15 +65,15 @@ class InMemoryCheckpoint(str):
             metadata = metadata_of(value)
         candidates = dict(state_dicts(content))
         file = CheckpointFile(label, None, candidates, metadata, (), quantised=packed(content))
-        whole = {}
+        tensors = {}
         for key, weights in file.model_candidates.items():
             file.require_dense(key, weights)
             for name, tensor in weights.items():
-                candidates[key][name] = own = _own(tensor)
-                whole[f"{key}.{name}"] = own.dequantize() if own.is_quantized else own
+                candidates[key][name] = stored = _safe_tensor(tensor)
+                tensors[f"{key}.{name}"] = stored.dequantize() if stored.is_quantized else stored
         given = cls(label)
         given.module = value if isinstance(value, nn.Module) else None
-        given.file = replace(file, digest=digest(whole), live=given.module is not None)
+        given.file = replace(file, digest=digest(tensors), live=given.module is not None)
         return given
 
 
@@ -85,7 +85,7 @@ def _require_values(module: nn.Module, label: str) -> None:
             )
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _safe_tensor(tensor: Tensor) -> Tensor:
     # Pages that are mapped from a file are given back once they were looked at, and what somebody
     # wrote on them would be lost.
     return tensor.clone() if is_mapped(tensor) else tensor.cpu()
@@ -109,8 +109,8 @@ def name_checkpoint(value: object, label: str) -> str:
         return value
     if isinstance(value, Mapping | nn.Module | Checkpoint):
         return InMemoryCheckpoint.from_object(label, value)
-    if not isinstance(value, _ONE):
-        raise UsageError(f"{label} is {shown(value)}, which is no checkpoint", _CURE)
+    if not isinstance(value, _SINGLE_TYPES):
+        raise UsageError(f"{label} is {shown(value)}, which is no checkpoint", _FIX)
     name = os.fsdecode(value)  # type: ignore[arg-type]
     if not name:
         raise UsageError("the name of a checkpoint is empty", "Is a shell variable unset?")
@@ -131,19 +131,19 @@ def name_checkpoints(values: object) -> list[str]:
         UsageError: A value is no checkpoint, or two objects share their tensors.
         CheckpointError: A tensor of a module has no values yet.
     """
-    each = [values] if isinstance(values, _ONE) else listed(values)
+    each = [values] if isinstance(values, _SINGLE_TYPES) else listed(values)
     if each is None:
-        raise UsageError(f"{shown(values)} is no checkpoint and no list of them", _CURE)
+        raise UsageError(f"{shown(values)} is no checkpoint and no list of them", _FIX)
     names = [name_checkpoint(value, f"checkpoint {i}") for i, value in enumerate(each)]
-    places: dict[object, str] = {}
+    owners: dict[object, str] = {}
     for name in names:
         if isinstance(name, InMemoryCheckpoint):
             tensors = [
                 t for weights in name.file.model_candidates.values() for t in weights.values()
             ]
-            place = tuple(t.data_ptr() for t in tensors if t.numel())
-            first = places.setdefault(place, name)
-            if place and first is not name:
+            pointers = tuple(t.data_ptr() for t in tensors if t.numel())
+            first = owners.setdefault(pointers, name)
+            if pointers and first is not name:
                 raise UsageError(
                     f"{first} and {name} are the same tensors",
                     "state_dict() does not copy: keep copy.deepcopy(model.state_dict())",

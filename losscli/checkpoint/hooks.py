@@ -27,10 +27,10 @@ from losscli.weight_space.vectors import Weights, equal
 __all__ = ["LoadHooks", "has_custom_loading"]
 
 # A state dict may lie under many prefixes: so many of the likeliest are tried.
-_TRIED = 3
+_MAX_TRIED = 3
 
 # The beginning of what torch says where a state dict does not fit after all hooks were called.
-_REFUSED = "RuntimeError: Error(s) in loading state_dict"
+_LOAD_ERROR = "RuntimeError: Error(s) in loading state_dict"
 
 
 class LoadHooks:
@@ -42,7 +42,7 @@ class LoadHooks:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._places: dict[str, str] = {
+        self._module_names: dict[str, str] = {
             strip_wrappers(name): name for name, _ in model.named_modules()
         }
         # A copy with values, for hooks that compute with those of the model.
@@ -87,21 +87,21 @@ class LoadHooks:
             parts = module.split(".") if module else []
             for depth in range(len(parts) + 1):
                 prefix = ".".join(parts[:depth])
-                known = strip_wrappers(".".join(parts[depth:])) in self._places
+                known = strip_wrappers(".".join(parts[depth:])) in self._module_names
                 counts[prefix] = counts.get(prefix, 0) + known
         likeliest = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))
-        for prefix in likeliest[:_TRIED]:
+        for prefix in likeliest[:_MAX_TRIED]:
             start = f"{prefix}." if prefix else ""
             tensors = {}
             for name, tensor in weights.items():
                 if name.startswith(start):
                     module, _, leaf = name.removeprefix(start).rpartition(".")
-                    tensors[f"{self._place(module)}.{leaf}".removeprefix(".")] = tensor
-            yield StateDict(tensors, *module_state_under(weights, prefix, self._place))
+                    tensors[f"{self._module_name(module)}.{leaf}".removeprefix(".")] = tensor
+            yield StateDict(tensors, *module_state_under(weights, prefix, self._module_name))
 
-    def _place(self, module: str) -> str:
-        own = strip_wrappers(module)
-        return self._places.get(own, own)
+    def _module_name(self, module: str) -> str:
+        stripped = strip_wrappers(module)
+        return self._module_names.get(stripped, stripped)
 
     def load(self, state: StateDict) -> StateDict:
         """Loads a state dict with the model's names, exactly as ``load_state_dict`` does.
@@ -120,29 +120,29 @@ class LoadHooks:
             if has_stand_in(value):
                 raise ModelError(f"{key} holds an object that weights_only does not read")
         # Code of the user's own may write on the tensors that it is given.
-        given = {n: t.clone() for n, t in state.items()} if self.are_custom else state
-        empty = _copied(self._model, lambda tensor: tensor.to("meta"))
+        tensors = {n: t.clone() for n, t in state.items()} if self.are_custom else state
+        meta_model = _copy_model(self._model, lambda tensor: tensor.to("meta"))
         try:
-            if empty is not None:
-                empty.load_state_dict(
-                    loadable(given, state.versions, state.extra), strict=True, assign=True
+            if meta_model is not None:
+                meta_model.load_state_dict(
+                    loadable(tensors, state.versions, state.extra), strict=True, assign=True
                 )
-                found = _state_of(empty)
-                if not any(tensor.is_meta for tensor in found.values()):
-                    return _without_copies(found, given, state)
+                loaded = _state_of(meta_model)
+                if not any(tensor.is_meta for tensor in loaded.values()):
+                    return _restore_originals(loaded, tensors, state)
         except Exception as error:  # noqa: BLE001 - hooks are the user's code
-            if (text := one_line(error)).startswith(_REFUSED):
+            if (text := one_line(error)).startswith(_LOAD_ERROR):
                 raise ModelError(text) from None
         # A hook needs values, or the model's own load_state_dict assigns nothing.
         if self._initial is None:
-            self._initial = _copied(self._model, Tensor.clone)
-        whole = self._initial and _copied(self._initial, Tensor.clone)
-        if whole is None:
+            self._initial = _copy_model(self._model, Tensor.clone)
+        full_model = self._initial and _copy_model(self._initial, Tensor.clone)
+        if full_model is None:
             raise ModelError("the model cannot be copied with copy.deepcopy")
         try:
-            given = {n: t.clone() for n, t in state.items()}
-            whole.load_state_dict(loadable(given, state.versions, state.extra), strict=True)
-            return _state_of(whole)
+            tensors = {n: t.clone() for n, t in state.items()}
+            full_model.load_state_dict(loadable(tensors, state.versions, state.extra), strict=True)
+            return _state_of(full_model)
         except Exception as error:  # noqa: BLE001 - hooks are the user's code
             raise ModelError(one_line(error)) from None
 
@@ -156,7 +156,7 @@ def has_custom_loading(model: nn.Module) -> bool:
     Returns:
         Whether it has load hooks, loads by methods of its own, or has extra state.
     """
-    return any(map(_has_own_hooks, model.modules()))
+    return any(map(_has_custom_hooks, model.modules()))
 
 
 # The methods by which a module takes part in loading.
@@ -170,7 +170,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _has_own_hooks(module: nn.Module) -> bool:
+def _has_custom_hooks(module: nn.Module) -> bool:
     """Whether a module takes part in loading by code that is not torch's."""
     methods = (getattr(type(module), name) for name in _METHODS)
     return any(
@@ -185,7 +185,7 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [*before, *module._load_state_dict_post_hooks.values()]
 
 
-def _without_copies(found: StateDict, copies: Weights, originals: Weights) -> StateDict:
+def _restore_originals(found: StateDict, copies: Weights, originals: Weights) -> StateDict:
     """Puts the tensors of a file, which may be mapped, where their copies are unchanged."""
     names = {tensor.data_ptr(): name for name, tensor in copies.items()}
     for name, tensor in found.items():
@@ -199,18 +199,18 @@ def _state_of(model: nn.Module) -> StateDict:
     return dict(state_dicts(model.state_dict())).get("", StateDict({}))
 
 
-def _copied(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module | None:
+def _copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module | None:
     """Copies a model, but for its tensors, which are made of its own."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         # Among its attributes are weights that hooks compute, which cannot be copied.
-        own = (module._parameters, module._buffers, vars(module))
-        for tensor in (value for values in own for value in values.values()):
+        attributes = (module._parameters, module._buffers, vars(module))
+        for tensor in (value for values in attributes for value in values.values()):
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                made = make(tensor.detach())
+                converted = convert(tensor.detach())
                 if isinstance(tensor, nn.Parameter):
-                    made = nn.Parameter(made, tensor.requires_grad)
-                memo[id(tensor)] = made
+                    converted = nn.Parameter(converted, tensor.requires_grad)
+                memo[id(tensor)] = converted
     try:
         return copy.deepcopy(model, memo)
     except Exception:  # noqa: BLE001 - what cannot be copied translates nothing

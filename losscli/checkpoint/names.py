@@ -36,7 +36,7 @@ OPTIMISER = re.compile(r"(.*\.)?state\.\d+|optim(i[sz]ers?)?(_states?(_dict)?)?(
 
 # What wrappers put into names, at their beginning or around a part of a model: DataParallel and
 # DDP, torch.compile, FSDP, activation checkpointing.
-_MARKS = frozenset({
+_WRAPPERS = frozenset({
     "module",
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -44,7 +44,7 @@ _MARKS = frozenset({
 })
 
 
-_EXTRA = "_extra_state"
+_EXTRA_STATE = "_extra_state"
 
 Versions = Mapping[str, Mapping[str, Any]]
 """What ``state_dict`` notes about modules, by their names: ``_metadata``."""
@@ -169,17 +169,20 @@ def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple
     extra = {
         key: value
         for key, value in content.items()
-        if isinstance(key, str) and key.rpartition(".")[2] == _EXTRA and key not in tensors
+        if isinstance(key, str) and key.rpartition(".")[2] == _EXTRA_STATE and key not in tensors
     }
     if tensors:
         versions = getattr(content, "_metadata", None)
         # A file may say anything there.
-        noted = {
+        module_versions = {
             module: version
             for module, version in (versions.items() if isinstance(versions, Mapping) else ())
             if isinstance(module, str) and isinstance(version, Mapping)
         }
-        yield label, StateDict({k: _plain(v) for k, v in tensors.items()}, noted, extra)
+        yield (
+            label,
+            StateDict({k: _resolved(v) for k, v in tensors.items()}, module_versions, extra),
+        )
     for key, value in content.items():
         if isinstance(value, Mapping) and key not in extra:
             yield from state_dicts(value, f"{label}.{key}" if label else str(key), depth + 1)
@@ -200,10 +203,14 @@ def metadata_of(content: Any) -> dict[str, str]:
     }
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _resolved(tensor: Tensor) -> Tensor:
     """A tensor without its history, and without a sign or a conjugate that is still to be made."""
-    own = tensor.detach() if tensor.requires_grad else tensor
-    return own.resolve_conj().resolve_neg() if own.is_conj() or own.is_neg() else own
+    detached = tensor.detach() if tensor.requires_grad else tensor
+    return (
+        detached.resolve_conj().resolve_neg()
+        if detached.is_conj() or detached.is_neg()
+        else detached
+    )
 
 
 def tensors_under(weights: Weights, prefix: str) -> Weights:
@@ -222,7 +229,7 @@ def tensors_under(weights: Weights, prefix: str) -> Weights:
 
 
 def module_state_under(
-    weights: Weights, prefix: str, place: Callable[[str], str] = str
+    weights: Weights, prefix: str, rename: Callable[[str], str] = str
 ) -> tuple[Versions, Mapping[str, Any]]:
     """Picks the versions and the extra state of the modules under a prefix.
 
@@ -238,12 +245,14 @@ def module_state_under(
         return {}, {}
     start = f"{prefix}." if prefix else ""
     versions = {
-        place(module[len(start) :]): version
+        rename(module[len(start) :]): version
         for module, version in weights.versions.items()
         if f"{module}.".startswith(start)
     }
     extra = {
-        f"{place(key[len(start) :].removesuffix(_EXTRA).rstrip('.'))}.{_EXTRA}".lstrip("."): state
+        f"{rename(key[len(start) :].removesuffix(_EXTRA_STATE).rstrip('.'))}.{_EXTRA_STATE}".lstrip(
+            "."
+        ): state
         for key, state in weights.extra.items()
         if key.startswith(start)
     }
@@ -286,8 +295,8 @@ def find_parts(
         The parts that hold the model; where there is none, those with names in common, and the
         whole.
     """
-    own = {name: name for name in expected}
-    whole = _part("", weights, weights, str, own, expected, aliases)
+    model_names = {name: name for name in expected}
+    whole = _match_group("", weights, weights, str, model_names, expected, aliases)
     if whole and whole.fits:  # as it mostly does
         yield whole
         return
@@ -295,12 +304,12 @@ def find_parts(
     for name, tensor in weights.items():
         for dot in re.finditer(r"\.", name):
             groups.setdefault(name[: dot.start()], {})[name[dot.end() :]] = tensor
-    unlike: list[Part] = []
-    for naming in (str, strip_wrappers):
-        own = {naming(name): name for name in expected}
+    partial: list[Part] = []
+    for normalise in (str, strip_wrappers):
+        model_names = {normalise(name): name for name in expected}
         holders: dict[tuple[int, ...], Part] = {}
         for prefix, group in groups.items():
-            part = _part(prefix, group, weights, naming, own, expected, aliases)
+            part = _match_group(prefix, group, weights, normalise, model_names, expected, aliases)
             if part is None:
                 continue
             # A prefix of all names, such as that of DDP, makes no part of its own.
@@ -308,7 +317,7 @@ def find_parts(
             outer = next(prefix[:end] for end in ends if len(groups[prefix[:end]]) == len(group))
             part = replace(part, prefix=outer)
             if not part.holds:
-                unlike.append(part)
+                partial.append(part)
                 continue
             # Seen from further out, through marks, the same tensors may have others beside them.
             tensors = tuple(id(part.weights[name]) for name in expected)
@@ -318,7 +327,7 @@ def find_parts(
             found = list(holders.values())
             yield from [p for p in found if p.fits and not p.prefix][:1] or found
             return
-    yield from unlike
+    yield from partial
 
 
 def strip_wrappers(name: str) -> str:
@@ -330,40 +339,40 @@ def strip_wrappers(name: str) -> str:
     Returns:
         The name without them.
     """
-    return ".".join(part for part in name.split(".") if part not in _MARKS)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _part(
+def _match_group(
     prefix: str,
     group: Weights,
     whole: Weights,
-    naming: Callable[[str], str],
-    own: Mapping[str, str],
+    normalise: Callable[[str], str],
+    model_names: Mapping[str, str],
     expected: Weights,
     aliases: Mapping[str, list[str]],
 ) -> Part | None:
     """Names the tensors under a prefix as the model does; None where none is the model's."""
-    view = {naming(name): tensor for name, tensor in group.items()}
+    normalised = {normalise(name): tensor for name, tensor in group.items()}
     # Names that would fall together are never merged.
-    apart = len(view) == len(group) and len(own) == len(expected)
-    common = len(view.keys() & own.keys()) if apart else 0
+    distinct = len(normalised) == len(group) and len(model_names) == len(expected)
+    common = len(normalised.keys() & model_names.keys()) if distinct else 0
     if not common:
         return None if prefix else Part(prefix, group, holds=False, fits=False)
-    renamed = {own.get(name, name): tensor for name, tensor in view.items()}
+    renamed = {model_names.get(name, name): tensor for name, tensor in normalised.items()}
     if common < len(expected) - len(aliases):
         return Part(prefix, renamed, holds=False, fits=False)
-    filled = _fill(renamed, aliases)
-    inner = {name: tensor for name, tensor in filled.items() if name in expected}
-    holds = not mismatches(inner, expected)
+    filled = _fill_tied(renamed, aliases)
+    shared = {name: tensor for name, tensor in filled.items() if name in expected}
+    holds = not mismatches(shared, expected)
     if holds:
         # Of the modules that are one without the marks, the innermost, which has the tensors.
         modules = sorted({name[:dot] for name in expected for dot in _dots(name)}, key=len)
-        places = {naming(module): module for module in modules}
-        noted = module_state_under(
-            whole, prefix, lambda module: places.get(naming(module), naming(module))
+        originals = {normalise(module): module for module in modules}
+        module_state = module_state_under(
+            whole, prefix, lambda module: originals.get(normalise(module), normalise(module))
         )
-        filled = StateDict(filled, *noted)
-    return Part(prefix, filled, holds=holds, fits=holds and len(inner) == len(filled))
+        filled = StateDict(filled, *module_state)
+    return Part(prefix, filled, holds=holds, fits=holds and len(shared) == len(filled))
 
 
 def _dots(name: str) -> list[int]:
@@ -371,7 +380,7 @@ def _dots(name: str) -> list[int]:
     return [0, *(dot.start() for dot in re.finditer(r"\.", name))]
 
 
-def _fill(weights: Weights, aliases: Mapping[str, list[str]]) -> Weights:
+def _fill_tied(weights: Weights, aliases: Mapping[str, list[str]]) -> Weights:
     """Gives tied names that a file leaves out the tensor of their twin."""
     missing = {
         name: weights[twin]

@@ -33,7 +33,7 @@ def read(name: str) -> CheckpointFile:
     if isinstance(name, InMemoryCheckpoint):
         file = name.file
     else:
-        path, key = _locate(name)
+        path, key = _split_key(name)
         try:
             file = _read(path, name)
         except OSError as error:
@@ -114,7 +114,7 @@ def _read(path: Path, name: str) -> CheckpointFile:
     return CheckpointFile(name, path, candidates, metadata, (path,), quantised=packed(content))
 
 
-def _locate(name: str) -> tuple[Path, str]:
+def _split_key(name: str) -> tuple[Path, str]:
     """Splits FILE#KEY; a file whose own name has a # in it comes first."""
     path, key = Path(name), ""
     try:

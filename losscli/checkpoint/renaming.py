@@ -29,7 +29,7 @@ from losscli.weight_space.vectors import Weights, kind, mismatches, pieces
 __all__ = ["select_for"]
 
 # So many state dicts of a file are translated.
-_TRIED = 8
+_MAX_TRIED = 8
 
 
 def select_for(
@@ -62,19 +62,19 @@ def select_for(
     except MismatchError:
         if file.adapter:
             raise
-        translated = _translated(file, hooks, expected)
+        translated = _translate_with_hooks(file, hooks, expected)
         if translated is None:
-            translated = _transformed(file, model, expected)
+            translated = _load_with_transformers(file, model, expected)
         if translated is None:
             raise
         found = translated
     else:
         # An adapter changes a base that was loaded already.
         if not (file.adapter or file.live) and (hooks.are_custom or found.extra):
-            found = _loaded(file, found, hooks, expected)
-    if differ := _torn(found.weights, expected):
+            found = _apply_hooks(file, found, hooks, expected)
+    if conflicting := _conflicting_aliases(found.weights, expected):
         raise MismatchError(
-            f"{file.name} gives {' and '.join(differ)} different values, and they are one tensor "
+            f"{file.name} gives {' and '.join(conflicting)} different values, and they are one tensor "
             "in the model",
             "Give a --model that does not tie them (tie_word_embeddings=false in config.json), or "
             "save the checkpoint without one of them",
@@ -82,7 +82,7 @@ def select_for(
     return found
 
 
-def _loaded(
+def _apply_hooks(
     file: CheckpointFile, found: Checkpoint, hooks: LoadHooks, expected: Weights
 ) -> Checkpoint:
     """Lets the model's load hooks change tensors that have the model's names."""
@@ -97,13 +97,15 @@ def _loaded(
     return replace(file.checkpoint(weights), digest=known)
 
 
-def _translated(file: CheckpointFile, hooks: LoadHooks, expected: Weights) -> Checkpoint | None:
+def _translate_with_hooks(
+    file: CheckpointFile, hooks: LoadHooks, expected: Weights
+) -> Checkpoint | None:
     """Lets the model's load hooks translate each state dict; at most one may then fit."""
     others = {k: v for k, v in file.candidates.items() if not OPTIMISER.fullmatch(k)}
     # An optimiser of another name may keep one for each tensor of the model.
     likeliest = sorted(others, key=lambda label: abs(len(others[label]) - len(expected)))
     found = {}
-    for label in likeliest[:_TRIED]:
+    for label in likeliest[:_MAX_TRIED]:
         weights = hooks.translate(file.fetch(others[label]))
         if weights is not None and not mismatches(weights, expected):
             found[label] = weights
@@ -112,7 +114,9 @@ def _translated(file: CheckpointFile, hooks: LoadHooks, expected: Weights) -> Ch
     return next((file.checkpoint(weights) for weights in found.values()), None)
 
 
-def _transformed(file: CheckpointFile, model: nn.Module, expected: Weights) -> Checkpoint | None:
+def _load_with_transformers(
+    file: CheckpointFile, model: nn.Module, expected: Weights
+) -> Checkpoint | None:
     """Lets transformers load a state dict into a model of its own."""
     library = sys.modules.get("transformers")
     if library is None or not isinstance(model, library.PreTrainedModel):
@@ -121,28 +125,28 @@ def _transformed(file: CheckpointFile, model: nn.Module, expected: Weights) -> C
         stored = file.select(None)
     except CheckpointError:
         return None
-    weights = _load(library, model, _of_kinds(stored.weights, expected))
+    weights = _from_pretrained(library, model, _without_casts(stored.weights, expected))
     return None if mismatches(weights, expected) else replace(stored, weights=weights)
 
 
-def _torn(weights: Weights, expected: Weights) -> tuple[str, str] | None:
+def _conflicting_aliases(weights: Weights, expected: Weights) -> tuple[str, str] | None:
     """Finds two names of one tensor of a model for which a file has different values."""
-    for name, twins in tied_names(expected).items():
-        for twin in twins:
-            a, b = weights[name], weights[twin]
-            if name < twin and a.data_ptr() != b.data_ptr() and not _alike(a, b):
-                return name, twin
+    for name, aliases in tied_names(expected).items():
+        for alias in aliases:
+            a, b = weights[name], weights[alias]
+            if name < alias and a.data_ptr() != b.data_ptr() and not _equal_or_nan(a, b):
+                return name, alias
     return None
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _equal_or_nan(a: Tensor, b: Tensor) -> bool:
     # A value that is not a number is equal to none, and here to its like.
     same = all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pieces(a, b))
     release_pages(a, b)
     return same
 
 
-def _of_kinds(weights: Weights, expected: Weights) -> Weights:
+def _without_casts(weights: Weights, expected: Weights) -> Weights:
     """Leaves out what the loader of transformers would cast: then it is missing there."""
     known = {(name.rpartition(".")[2], kind(tensor)) for name, tensor in expected.items()}
 
@@ -154,12 +158,12 @@ def _of_kinds(weights: Weights, expected: Weights) -> Weights:
     return {name: tensor for name, tensor in weights.items() if fits(name, tensor)}
 
 
-def _load(library: Any, model: nn.Module, weights: Weights) -> Weights:
+def _from_pretrained(library: Any, model: nn.Module, weights: Weights) -> Weights:
     """Loads tensors as transformers does; nothing where any is missing or left over."""
     types = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     with _silent(library):
         try:
-            loaded, told = type(model).from_pretrained(  # type: ignore[attr-defined]
+            loaded, loading_info = type(model).from_pretrained(  # type: ignore[attr-defined]
                 None,
                 config=copy.deepcopy(model.config),
                 state_dict=dict(weights),
@@ -171,7 +175,7 @@ def _load(library: Any, model: nn.Module, weights: Weights) -> Weights:
             )
         except Exception:  # noqa: BLE001 - what it cannot load does not fit
             return {}
-    if any(told.values()):
+    if any(loading_info.values()):
         return {}
     return _tensors(loaded.state_dict())
 

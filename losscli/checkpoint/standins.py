@@ -79,7 +79,7 @@ def load_tensors(file: Any, *, mmap: bool = False) -> Any:
         BrokenPickleError: It claims to hold more than its size allows, or is broken.
     """
     check_sizes(file)
-    allowed = [(standin, name) for name, standin in _HARMLESS.items()]
+    allowed = [(standin, name) for name, standin in _STAND_INS.items()]
     with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
         # What torch has to say of old formats is of no use to the reader of a curve.
         warnings.simplefilter("ignore")
@@ -149,7 +149,7 @@ class _Defaults(StandIn):
         return {}
 
 
-_HARMLESS: dict[str, type[StandIn]] = {
+_STAND_INS: dict[str, type[StandIn]] = {
     # Objects of attributes, and arrays, which are of no use here: what they hold stays unread.
     "argparse.Namespace": StandIn,
     "types.SimpleNamespace": StandIn,

@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 # A file may name any number; each layer takes some milliseconds to build and to hold.
-_DEEPEST = 500
+_MAX_LAYERS = 500
 
 
 class MLP(nn.Module):
@@ -147,9 +147,9 @@ def _widths(sizes: str | Sequence[int], model: str, *, at_least: int) -> list[in
         widths = [int(size) for size in given]
     except (TypeError, ValueError, OverflowError):
         given = widths = []
-    if len(widths) > _DEEPEST:
+    if len(widths) > _MAX_LAYERS:
         raise SpecError(
-            f"{model}: {len(widths):,} sizes are more than the {_DEEPEST:,} it has layers for",
+            f"{model}: {len(widths):,} sizes are more than the {_MAX_LAYERS:,} it has layers for",
             "Name code of your own that builds the model",
         )
     rounded = not isinstance(sizes, str) and widths != given

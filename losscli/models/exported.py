@@ -34,7 +34,7 @@ def load_exported(file: str | Path) -> nn.Module:
     if not path.is_file():
         raise ModelError(f"there is no file {path}", f"Relative names start at {Path.cwd()}")
     try:
-        with warnings.catch_warnings(), _unlogged():
+        with warnings.catch_warnings(), _logging_disabled():
             # Of what torch replaces within itself.
             warnings.simplefilter("ignore")
             program = torch.export.load(path)
@@ -47,13 +47,13 @@ def load_exported(file: str | Path) -> nn.Module:
     # In their place stand refusals; the program is as it was exported, whatever the mode.
     for name in ("train", "eval"):
         vars(module).pop(name, None)
-    if (fixed := _batch(program)) is not None:
-        module.register_forward_pre_hook(partial(_require_batch, path, fixed), with_kwargs=True)
+    if (fixed := _fixed_batch_size(program)) is not None:
+        module.register_forward_pre_hook(partial(_check_batch_size, path, fixed), with_kwargs=True)
     return module
 
 
 @contextmanager
-def _unlogged() -> Iterator[None]:
+def _logging_disabled() -> Iterator[None]:
     """Keeps torch from logging the traceback of an error that it then raises."""
     before = logging.root.manager.disable
     logging.disable()
@@ -63,7 +63,7 @@ def _unlogged() -> Iterator[None]:
         logging.disable(before)
 
 
-def _batch(program: torch.export.ExportedProgram) -> int | None:
+def _fixed_batch_size(program: torch.export.ExportedProgram) -> int | None:
     """The only number of examples that a program takes; None where it takes any."""
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -77,7 +77,7 @@ def _batch(program: torch.export.ExportedProgram) -> int | None:
     return None
 
 
-def _require_batch(
+def _check_batch_size(
     path: Path, fixed: int, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]

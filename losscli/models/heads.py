@@ -39,13 +39,13 @@ NEEDS_DECODER = (
 """The cure where an encoder-decoder has nothing to decode from."""
 
 # Three that are named like those of next tokens, and whose labels are not shifted.
-_OWN = re.compile(
+_SAME_POSITION = re.compile(
     r".*For(MaskedLM|TokenClassification)|(XLM|Flaubert)WithLMHeadModel|XLNetLMHeadModel"
 )
-_NEXT = re.compile(r".*(ForCausalLM|LMHeadModel|WithLMHead)")
+_NEXT_TOKEN = re.compile(r".*(ForCausalLM|LMHeadModel|WithLMHead)")
 # Those that choose a loss by config.problem_type and config.num_labels.
-_LABELLED = re.compile(r".*For(Sequence|Image|Video)Classification")
-_GENERATES = re.compile(r".*ForConditionalGeneration")
+_LABEL_DEPENDENT = re.compile(r".*For(Sequence|Image|Video)Classification")
+_CONDITIONAL = re.compile(r".*ForConditionalGeneration")
 
 
 def score_kind(model: nn.Module) -> ScoreKind:
@@ -62,11 +62,11 @@ def score_kind(model: nn.Module) -> ScoreKind:
     if not _is_pretrained(model):
         return "next"
     for name in (cls.__name__ for cls in type(model).__mro__):
-        if _OWN.fullmatch(name):
+        if _SAME_POSITION.fullmatch(name):
             return "own"
-        if _NEXT.fullmatch(name):
+        if _NEXT_TOKEN.fullmatch(name):
             return "next"
-        if _GENERATES.fullmatch(name):
+        if _CONDITIONAL.fullmatch(name):
             return "own" if _is_encoder_decoder(model) else "next"
     return "other"
 
@@ -82,14 +82,14 @@ def label_loss(model: nn.Module, *, floating: bool) -> Literal["bce", "mse"] | N
         ``"bce"`` for several labels per example, ``"mse"`` for regression, by ``problem_type`` of
         its config, else by ``num_labels`` and the labels; None for classes, and for other models.
     """
-    kinds = type(model).__mro__ if _is_pretrained(model) else ()
-    if not any(_LABELLED.fullmatch(kind.__name__) for kind in kinds):
+    classes = type(model).__mro__ if _is_pretrained(model) else ()
+    if not any(_LABEL_DEPENDENT.fullmatch(cls.__name__) for cls in classes):
         return None
     config: Any = model.config
     problem = getattr(config, "problem_type", None)
     if problem is None:
-        several = "multi_label_classification" if floating else "single_label_classification"
-        problem = "regression" if config.num_labels == 1 else several
+        default = "multi_label_classification" if floating else "single_label_classification"
+        problem = "regression" if config.num_labels == 1 else default
     losses: dict[str, Literal["bce", "mse"]] = {
         "multi_label_classification": "bce",
         "regression": "mse",
@@ -123,10 +123,10 @@ def needs_decoder_inputs(model: nn.Module, inputs: object) -> bool:
         Whether it is an encoder-decoder without ``decoder_input_ids``.
     """
     generates = _is_pretrained(model) and any(
-        _GENERATES.fullmatch(cls.__name__) for cls in type(model).__mro__
+        _CONDITIONAL.fullmatch(cls.__name__) for cls in type(model).__mro__
     )
-    given = isinstance(inputs, Mapping) and "decoder_input_ids" in inputs
-    return generates and _is_encoder_decoder(model) and not given
+    has_inputs = isinstance(inputs, Mapping) and "decoder_input_ids" in inputs
+    return generates and _is_encoder_decoder(model) and not has_inputs
 
 
 def suggest_fix(model: Any, inputs: object, tensors: Iterable[Tensor]) -> str:
@@ -144,15 +144,15 @@ def suggest_fix(model: Any, inputs: object, tensors: Iterable[Tensor]) -> str:
         return ""
     if needs_decoder_inputs(model, inputs):
         return NEEDS_DECODER
-    most = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config, "max_position_embeddings", None)
     length = max(map(_length, tensors), default=0)
-    if type(most) is int and length > most:
+    if type(limit) is int and length > limit:
         key = getattr(model.config, "attribute_map", {}).get(
             "max_position_embeddings", "max_position_embeddings"
         )
         return (
-            f"The model has {most} positions ({key} in its config.json), and sequences are of "
-            f"{length} tokens: give --data with context={most} or less, or cut them"
+            f"The model has {limit} positions ({key} in its config.json), and sequences are of "
+            f"{length} tokens: give --data with context={limit} or less, or cut them"
         )
     return ""
 

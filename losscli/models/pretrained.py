@@ -45,8 +45,8 @@ _HEADS = (
 
 # How the numbers of what a model is built of are called, and how many of each it may have. Lists of
 # them are counts for each stage, or else say which layers are of some kind.
-_PARTS = re.compile(r"(?:.*_)?(?:layers?|experts|(?P<stages>blocks|depths?))")
-_MOST_PARTS = 2000
+_PART_KEYS = re.compile(r"(?:.*_)?(?:layers?|experts|(?P<stages>blocks|depths?))")
+_MAX_PARTS = 2000
 
 
 def has_config(folder: Path) -> bool:
@@ -84,8 +84,8 @@ def build_pretrained(folder: str | Path) -> nn.Module:
             config.json that it understands.
     """
     path = Path(folder)
-    named = _read(path)
-    _require_few_parts(path / "config.json", named)
+    content = _read_config(path)
+    _check_part_counts(path / "config.json", content)
     try:
         import transformers
     except ImportError as error:
@@ -93,9 +93,9 @@ def build_pretrained(folder: str | Path) -> nn.Module:
             f"{path} is a model of transformers, which is not installed ({one_line(error)})",
             "pip install 'losscli[hf]'",
         ) from None
-    kind, architectures = named["model_type"], named.get("architectures") or []
+    kind, architectures = content["model_type"], content.get("architectures") or []
     if kind not in transformers.CONFIG_MAPPING:
-        if "auto_map" in named:
+        if "auto_map" in content:
             raise ModelError(
                 f"{path / 'config.json'} names code to run: its model_type {kind!r} is not one of "
                 "transformers, and a file may not name code",
@@ -108,7 +108,7 @@ def build_pretrained(folder: str | Path) -> nn.Module:
             "Try a newer one: pip install --upgrade transformers",
         )
     try:
-        with _alone(transformers):
+        with _offline(transformers):
             config = transformers.AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
@@ -119,7 +119,7 @@ def build_pretrained(folder: str | Path) -> nn.Module:
         raise ModelError(f"{path / 'config.json'} makes no model: {one_line(error)}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not path.is_dir():
         raise ModelError(
@@ -146,21 +146,21 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _require_few_parts(file: Path, config: Mapping[str, Any]) -> None:
+def _check_part_counts(file: Path, config: Mapping[str, Any]) -> None:
     """Refuses a number of layers that no model has: to build them would take hours."""
     for key, value in config.items():
         if isinstance(value, dict) and key != "label2id":  # whose keys are words of anything
-            _require_few_parts(file, value)
-        named = _PARTS.fullmatch(key)
-        if named is None:
+            _check_part_counts(file, value)
+        match = _PART_KEYS.fullmatch(key)
+        if match is None:
             continue
         values = value if isinstance(value, list) else [value]
         numbers = [v for v in values if type(v) is int]
-        many = sum(numbers) if named["stages"] else max(numbers, default=0)
-        if max(many, len(values)) > _MOST_PARTS:
-            told = f"{key} of {len(values):,} values" if len(values) > 9 else f"{key}={value}"
+        count = sum(numbers) if match["stages"] else max(numbers, default=0)
+        if max(count, len(values)) > _MAX_PARTS:
+            text = f"{key} of {len(values):,} values" if len(values) > 9 else f"{key}={value}"
             raise ModelError(
-                f"{file} asks for {told}, more than the {_MOST_PARTS:,} of any model",
+                f"{file} asks for {text}, more than the {_MAX_PARTS:,} of any model",
                 "Correct it, or give a --model of your own that builds it",
             )
 
@@ -190,7 +190,7 @@ def _build(transformers: Any, config: Any, architecture: str) -> nn.Module:
 
 
 @contextmanager
-def _alone(transformers: Any) -> Iterator[None]:
+def _offline(transformers: Any) -> Iterator[None]:
     """Keeps Hugging Face's own client from the network, whatever a config.json asks for.
 
     What transformers has to say of a config it also keeps for itself: a library never prints.
