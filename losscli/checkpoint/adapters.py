@@ -1,4 +1,4 @@
-"""LoRA adapters: low-rank changes of another checkpoint's weights, as peft writes them.
+"""LoRA adapters of peft: low-rank updates of the weights of another checkpoint.
 
 Hu et al. 2021, arXiv 2106.09685: W becomes W + (α / r) B A. With rank stabilisation (Kalajdzievski
 2023, arXiv 2312.03732) the factor is α / √r.
@@ -26,7 +26,7 @@ CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.(weight|bias))?")
 
-# Ways to train that change more than W + s B A, or the base itself, by their keys in the config.
+# Methods that are not W + s B A with the given base, by their keys in the config.
 _UNSUPPORTED = {
     "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
@@ -40,23 +40,23 @@ _UNSUPPORTED = {
     "target_parameters": "LoRA on bare parameters",
     "trainable_token_indices": "trained tokens",
 }
-# Initialisations that leave the base as it is; the others keep a part of it in the adapter.
+# Initialisations that do not change the base; others move a part of it into the adapter.
 _NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the config of a LoRA adapter says.
+    """The configuration of a LoRA adapter.
 
     Attributes:
-        where: The config.
-        base: What it was trained on, as its trainer named it.
-        rank: r, where no pattern says another.
-        alpha: α, where no pattern says another.
-        ranks: r by patterns of modules' names.
-        alphas: α by patterns of modules' names.
+        where: The path of the config file.
+        base: The name of the base model in the config, if any.
+        rank: The default of r.
+        alpha: The default of α.
+        ranks: r by regular expressions for module names.
+        alphas: α by regular expressions for module names.
         stabilised: Whether the factor is α / √r.
-        transposed: Whether weights are stored [in, out], as those of GPT-2 are.
+        transposed: Whether weights are stored as [in, out], as in GPT-2.
     """
 
     where: Path
@@ -70,17 +70,17 @@ class Adapter:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: Path) -> Adapter:
-        """Reads a config.
+        """Creates an adapter from the content of its config file.
 
         Args:
-            config: Its content.
-            where: The file, for the errors.
+            config: The content.
+            where: The path of the file.
 
         Returns:
             The adapter.
 
         Raises:
-            CheckpointError: It is of another kind than LoRA, or has values that make no sense.
+            CheckpointError: The adapter is not plain LoRA, or a value is invalid.
         """
         kind = config.get("peft_type")
         if kind != "LORA":
@@ -129,20 +129,20 @@ class Adapter:
     def merge(
         self, base: Weights, tensors: Weights, aliases: Mapping[str, list[str]]
     ) -> dict[str, Tensor]:
-        """Changes the weights of a model.
+        """Merges the adapter into the weights of a model.
 
         Args:
-            base: The model's tensors.
-            tensors: The adapter's tensors under peft's names.
-            twins: For each tied name of the model, the other names of its tensor.
+            base: The tensors of the model.
+            tensors: The tensors of the adapter under peft's names.
+            aliases: For each tied name of the model, the other names of its tensor.
 
         Returns:
-            The model's tensors: new ones in float32 or wider where the adapter changes them, and
-            otherwise the base's own.
+            The tensors of the model. Those that the adapter changes are new, in float32 or wider;
+            the others are the tensors of the base.
 
         Raises:
-            MismatchError: The adapter changes what the base does not have, or in another shape.
-            CheckpointError: It has tensors that no rule of LoRA explains.
+            MismatchError: The adapter changes a tensor that the base lacks or has in another shape.
+            CheckpointError: The adapter has a tensor that is not plain LoRA.
         """
         factors, replaced = _sort_tensors(tensors, self.where)
         changed: dict[str, Tensor] = {}
@@ -153,7 +153,7 @@ class Adapter:
         for module, pair in factors.items():
             name = f"{module}.weight"
             if name not in base and f"{module}.in_proj_weight" in base:
-                # peft 0.21 adds the change of its output projection twice, in training too.
+                # peft 0.21 applies the update of the output projection twice, in training too.
                 raise CheckpointError(
                     f"{self.where}: LoRA of nn.MultiheadAttention, here {module}, is not read",
                     _MERGE,
@@ -178,13 +178,13 @@ class Adapter:
         return {**base, **changed}
 
     def _tie(self, name: str, alias: str, base: Weights, changed: dict[str, Tensor]) -> None:
-        """Makes sure that the names of a tied tensor are changed as one.
+        """Checks that an adapter changes all aliases of a tied tensor equally.
 
-        Changed under one name the model that was trained had two tensors there. Where peft kept
-        them tied (ensure_weight_tying), its files have both names.
+        If it changes only one, the trained model had two tensors. If peft kept them tied
+        (ensure_weight_tying), the adapter has both names.
         """
         new, other = changed[name], changed.get(alias, base[alias])
-        # Of an embedding the product is made the other way round: the last bit may differ.
+        # The product for an embedding is transposed, so that the last bit may differ.
         rounding = 4 * torch.finfo(working_type(new, other)).eps
         difference = (new.double() - other.double()).abs().max()
         if new is other or difference <= rounding * new.double().abs().max():
@@ -214,7 +214,7 @@ class Adapter:
         base: Weights,
         tensors: Weights,
     ) -> Tensor:
-        """Computes B A in float64, laid out as the base's weight is."""
+        """Computes B A in float64, in the layout of the base weight."""
         a, b = pair["A"], pair["B"]
         if b.shape[1] != a.shape[0]:
             raise self._mismatch(name, torch.Size([b.shape[0], *a.shape[1:]]), base)
@@ -225,7 +225,7 @@ class Adapter:
         if "embedding" in pair:
             product = product.T
         elif product.ndim == 2 and shape[:1] == shape[1:]:
-            # peft stores one flag for modules of both kinds, and that of the last one made.
+            # peft stores one flag, that of the last module, even if modules differ.
             if _contradicts_layout(base, tensors, transposed=self.transposed):
                 raise CheckpointError(
                     f"{self.where}: fan_in_fan_out is {str(self.transposed).lower()} and not so of "
@@ -263,17 +263,17 @@ _SAVE_AGAIN = "Save the adapter again with save_pretrained"
 
 
 def _matching_pattern(patterns: Mapping[str, Any], module: str) -> str:
-    """Finds the pattern that fits a module, as peft does: the first, at the end of the name."""
+    """Returns the first pattern that matches the end of a module name, as peft does."""
     return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), "")
 
 
 def _sort_tensors(tensors: Weights, where: Path) -> tuple[dict[str, dict[str, Tensor]], Weights]:
-    """Sorts an adapter's tensors: the factors of each module, and whole tensors that replace."""
+    """Splits the tensors of an adapter into LoRA factors by module, and full tensors by name."""
     factors: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     trained: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
-        # peft wraps the layers it changes; the names of their own tensors are without that.
+        # peft wraps the layers that it changes and adds base_layer to their names.
         name = full.removeprefix(_PREFIX).replace(".base_layer.", ".")
         if match := _FACTOR.fullmatch(name):
             module, embedding, letter, kind = match.groups()
@@ -289,7 +289,7 @@ def _sort_tensors(tensors: Weights, where: Path) -> tuple[dict[str, dict[str, Te
                 if embedding:
                     pair["embedding"] = tensor
         elif ".original_module." in name:
-            continue  # what the trained copy stands in for
+            continue  # the original that modules_to_save replaces
         elif ".modules_to_save." in name:
             trained[name.replace(".modules_to_save.", ".")] = tensor
         elif "lora_" in name or "token_adapter" in name:
@@ -300,7 +300,7 @@ def _sort_tensors(tensors: Weights, where: Path) -> tuple[dict[str, dict[str, Te
 
 
 def _contradicts_layout(base: Weights, tensors: Weights, *, transposed: bool) -> bool:
-    """Whether a weight that is not square is stored the other way round than the config says."""
+    """Whether the shape of any non-square weight contradicts ``fan_in_fan_out``."""
     factors, _ = _sort_tensors(tensors, Path())
     for module, pair in factors.items():
         weight = base.get(f"{module}.weight")

@@ -1,8 +1,8 @@
-"""Checkpoints with old names, which a model's own load hooks translate.
+"""Load checkpoints of older versions of a model through the model's load hooks.
 
-``load_state_dict`` calls the hooks that a module registered and its ``_load_from_state_dict``, with
-the versions that ``state_dict`` noted. So a parametrised model takes ``weight_g`` and ``weight_v``
-of the old ``weight_norm``, and BatchNorm takes a checkpoint without ``num_batches_tracked``.
+``load_state_dict`` calls the registered hooks and ``_load_from_state_dict`` of each module with the
+stored versions. For example, a parametrised model loads ``weight_g`` and ``weight_v`` of the old
+``weight_norm``, and BatchNorm loads a checkpoint without ``num_batches_tracked``.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ from losscli.weight_space.vectors import Weights, equal
 
 __all__ = ["LoadHooks", "has_custom_loading"]
 
-# A state dict may lie under many prefixes: so many of the likeliest are tried.
+# Maximum number of prefixes that are tried, the most likely first.
 _MAX_TRIED = 3
 
-# The beginning of what torch says where a state dict does not fit after all hooks were called.
+# The beginning of the error of torch for a state dict that does not fit after all hooks ran.
 _LOAD_ERROR = "RuntimeError: Error(s) in loading state_dict"
 
 
 class LoadHooks:
-    """What a model makes of a state dict when it loads it.
+    """Runs the load hooks of a model on state dicts without changing the model.
 
-    The model itself stays as it is: a copy of it without memory, on the device ``meta``, is
-    assigned the tensors of the checkpoint.
+    The tensors are assigned to a copy of the model on the device ``meta``, which needs no memory.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,23 +44,23 @@ class LoadHooks:
         self._module_names: dict[str, str] = {
             strip_wrappers(name): name for name, _ in model.named_modules()
         }
-        # A copy with values, for hooks that compute with those of the model.
+        # A copy with values, for hooks that use the values of the model.
         self._initial: nn.Module | None = None
 
     @property
     def are_custom(self) -> bool:
-        """Whether code that is not torch's takes part in loading."""
+        """Whether the model runs loading code that is not part of torch."""
         return has_custom_loading(self._model)
 
     def translate(self, weights: Weights) -> StateDict | None:
-        """Loads a state dict as the model does, ``load_state_dict(weights, strict=True)``.
+        """Loads a state dict with ``load_state_dict(weights, strict=True)``.
 
         Args:
-            weights: The state dict, perhaps under a prefix or with the marks of wrappers.
+            weights: The state dict, which may have a prefix or names of wrappers.
 
         Returns:
-            What the model's own ``state_dict`` is then, its tensors mapped as before where the
-            hooks only rename them; None where the model does not take it.
+            The resulting ``state_dict`` of the model. Tensors that the hooks only rename stay
+            memory-mapped. None if the model does not accept the state dict.
         """
         if not any(map(_has_hooks, self._model.modules())):
             return None
@@ -73,13 +72,13 @@ class LoadHooks:
         return None
 
     def views(self, weights: Weights) -> Iterator[StateDict]:
-        """Names tensors by the model's modules, under the prefixes that hold most of these.
+        """Selects the tensors under each prefix that has many of the model's modules.
 
         Args:
-            weights: A state dict.
+            weights: The state dict.
 
         Yields:
-            What lies under a prefix, the likeliest first.
+            The tensors under a prefix by the model's names, the most likely prefix first.
         """
         counts = {"": 0}
         modules = [name.rpartition(".")[0] for name in weights]
@@ -104,22 +103,22 @@ class LoadHooks:
         return self._module_names.get(stripped, stripped)
 
     def load(self, state: StateDict) -> StateDict:
-        """Loads a state dict with the model's names, exactly as ``load_state_dict`` does.
+        """Loads a state dict that has the model's names with ``load_state_dict``.
 
         Args:
             state: The state dict.
 
         Returns:
-            What the model's own ``state_dict`` is then, its versions those of the model's code.
+            The resulting ``state_dict`` of the model, with the versions of the model.
 
         Raises:
-            ModelError: The model does not take it, or cannot be copied; or its extra state has
-                objects that are not read.
+            ModelError: The model does not accept the state dict or cannot be copied, or the extra
+                state has objects that ``weights_only`` does not read.
         """
         for key, value in state.extra.items():
             if has_stand_in(value):
                 raise ModelError(f"{key} holds an object that weights_only does not read")
-        # Code of the user's own may write on the tensors that it is given.
+        # User code may modify the tensors.
         tensors = {n: t.clone() for n, t in state.items()} if self.are_custom else state
         meta_model = _copy_model(self._model, lambda tensor: tensor.to("meta"))
         try:
@@ -133,7 +132,7 @@ class LoadHooks:
         except Exception as error:  # noqa: BLE001 - hooks are the user's code
             if (text := one_line(error)).startswith(_LOAD_ERROR):
                 raise ModelError(text) from None
-        # A hook needs values, or the model's own load_state_dict assigns nothing.
+        # A hook needs values, or the model overrides load_state_dict and assigns nothing.
         if self._initial is None:
             self._initial = _copy_model(self._model, Tensor.clone)
         full_model = self._initial and _copy_model(self._initial, Tensor.clone)
@@ -148,30 +147,31 @@ class LoadHooks:
 
 
 def has_custom_loading(model: nn.Module) -> bool:
-    """Tells whether code that is not torch's takes part in loading a model.
+    """Whether a model runs loading code that is not part of torch.
 
     Args:
         model: The model.
 
     Returns:
-        Whether it has load hooks, loads by methods of its own, or has extra state.
+        Whether any module has load hooks, overrides the loading methods or has extra state,
+        other than the modules of torch.
     """
     return any(map(_has_custom_hooks, model.modules()))
 
 
-# The methods by which a module takes part in loading.
+# The methods that a module overrides to customise loading.
 _METHODS = ("_load_from_state_dict", "load_state_dict", "set_extra_state")
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a module takes part in loading, beyond copying tensors of the same names."""
+    """Whether a module does more than copy tensors of the same names while it loads."""
     return bool(_hooks(module)) or any(
         getattr(type(module), name) is not getattr(nn.Module, name) for name in _METHODS
     )
 
 
 def _has_custom_hooks(module: nn.Module) -> bool:
-    """Whether a module takes part in loading by code that is not torch's."""
+    """Whether a module has hooks or loading methods that are not part of torch."""
     methods = (getattr(type(module), name) for name in _METHODS)
     return any(
         not str(getattr(code, "__module__", "")).startswith("torch.")
@@ -180,13 +180,13 @@ def _has_custom_hooks(module: nn.Module) -> bool:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """The functions that are called before and after a module is loaded."""
+    """The hooks that run before and after a module loads."""
     before = (getattr(h, "hook", h) for h in module._load_state_dict_pre_hooks.values())
     return [*before, *module._load_state_dict_post_hooks.values()]
 
 
 def _restore_originals(found: StateDict, copies: Weights, originals: Weights) -> StateDict:
-    """Puts the tensors of a file, which may be mapped, where their copies are unchanged."""
+    """Replaces unchanged copies by the original tensors, which may be memory-mapped."""
     names = {tensor.data_ptr(): name for name, tensor in copies.items()}
     for name, tensor in found.items():
         original = originals.get(names.get(tensor.data_ptr(), ""))
@@ -200,10 +200,10 @@ def _state_of(model: nn.Module) -> StateDict:
 
 
 def _copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module | None:
-    """Copies a model, but for its tensors, which are made of its own."""
+    """Copies a model with each tensor replaced by its conversion; None if it cannot be copied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        # Among its attributes are weights that hooks compute, which cannot be copied.
+        # Attributes include weights that hooks compute, which deepcopy does not accept.
         attributes = (module._parameters, module._buffers, vars(module))
         for tensor in (value for values in attributes for value in values.values()):
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
@@ -213,5 +213,5 @@ def _copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Mod
                 memo[id(tensor)] = converted
     try:
         return copy.deepcopy(model, memo)
-    except Exception:  # noqa: BLE001 - what cannot be copied translates nothing
+    except Exception:  # noqa: BLE001 - without a copy, nothing is translated
         return None

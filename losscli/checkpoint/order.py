@@ -1,4 +1,4 @@
-"""The order of checkpoints on a path: that of training, not that of a shell or a folder."""
+"""Order the checkpoints of a path by training progress."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from losscli.weight_space.vectors import Weights, equal
 
 __all__ = ["expand_folders", "order_path"]
 
-# What the beginning of a name, or a word in it, says about the place in training. A word may run
-# into another of these: bestmodel.pt, but not bestiary.pt.
+# Prefixes and words of file names that state the position in training. Another known word may
+# follow directly: bestmodel.pt, but not bestiary.pt.
 _WORD_END = r"(?![a-z])|(?=acc|checkpoint|ckpt|epoch|loss|model|net|params|step|val|weights)"
 _PREFIXES = (
     (re.compile(r"(?i:init)"), "first"),
@@ -29,12 +29,12 @@ _PREFIXES = (
 _WORDS = {"init": "first", "initial": "first", "final": "last", "last": "last", "latest": "last",
           "best": "best"}  # fmt: skip
 
-# So many names are listed in a note.
+# Maximum number of names in a note.
 _MAX_LISTED = 3
 
 
 def expand_folders(names: Sequence[str]) -> list[str]:
-    """Lists a set of checkpoints.
+    """Replaces each folder of checkpoints by the checkpoints in it.
 
     Args:
         names: Names of checkpoints and of folders of checkpoints.
@@ -43,7 +43,7 @@ def expand_folders(names: Sequence[str]) -> list[str]:
         The checkpoints, those of each folder in natural order.
 
     Raises:
-        CheckpointError: A folder holds no checkpoints.
+        CheckpointError: A folder has no checkpoints.
     """
     return [found for name in names for found in _expand(name) or [name]]
 
@@ -51,21 +51,22 @@ def expand_folders(names: Sequence[str]) -> list[str]:
 def order_path(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str], list[str]]:
     """Lists the checkpoints of a path in the order of training.
 
-    Names in lexicographic order where natural order differs (1, 10, 2: a shell pattern) are put
-    into natural order. In a folder ``init*`` comes first, ``final*`` and ``last*`` come last. If
-    the folder has numbered files, ``best*`` and ``model_best*`` are left out, and a name of theirs
-    without the number (``model.pt`` beside ``model_10.pt``) comes last too. What comes last is
-    left out if it equals a numbered file.
+    Names in lexicographic order (1, 10, 2, as from a shell pattern) are sorted into natural order.
+    In a folder, ``init*`` comes first; ``final*`` and ``last*`` come last. If the folder has
+    numbered files, ``best*`` and ``model_best*`` are left out, and a name like theirs without the
+    number (``model.pt`` next to ``model_10.pt``) also comes last. A last checkpoint is left out if
+    its weights equal those of a numbered file.
 
     Args:
         names: Names of checkpoints and of folders of checkpoints.
-        keep_order: Keep names as they are given, and all files of a folder in natural order.
+        keep_order: Whether to keep the order of the names, and all files of a folder in natural
+            order.
 
     Returns:
         The checkpoints, and a note on each change.
 
     Raises:
-        CheckpointError: A folder holds no checkpoints, or a final checkpoint cannot be read.
+        CheckpointError: A folder has no checkpoints, or a final checkpoint cannot be read.
     """
     if keep_order:
         return expand_folders(names), []
@@ -75,8 +76,8 @@ def order_path(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[
     if given != list(names):
         notes.append(
             f"the checkpoints were named in the order of their characters (1, 10, 2), as a shell "
-            f"lists them, and are taken in natural order: {_join_names(given)}. --keep-order keeps the "
-            "order of the names"
+            f"lists them, and are taken in natural order: {_join_names(given)}. --keep-order keeps "
+            "the order of the names"
         )
     found: list[str] = []
     for name in given:
@@ -93,7 +94,7 @@ def _expand(name: str) -> list[str]:
 
 
 def _in_natural_order(names: Sequence[str]) -> list[str]:
-    """Sorts names that a shell pattern gave: all of them, or neighbours that differ in numbers."""
+    """Sorts names from shell patterns: all names, or each run that differs only in numbers."""
     if list(names) == sorted(names):
         return sort_naturally(names)
     found: list[str] = []
@@ -105,12 +106,12 @@ def _in_natural_order(names: Sequence[str]) -> list[str]:
 
 
 def _letters_and_digits(name: str) -> str:
-    """What many locales compare first: letters and digits, without case and punctuation."""
+    """Removes case and punctuation, which many locales ignore at first."""
     return re.sub(r"[\W_]+", "", name).casefold()
 
 
 def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sorts the files of a folder, which are in natural order, by what their names say."""
+    """Moves files of a folder to the start or the end, or leaves them out, by their names."""
     positions = dict(
         zip(files, _training_positions([_file_name(name) for name in files]), strict=True)
     )
@@ -133,8 +134,8 @@ def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
                 last.append(name)
         if best:
             notes.append(
-                f"{_join_with_verb(best)} left out: the best checkpoint of a training is a copy of one of "
-                "its steps. Name it to take it, or give --keep-order"
+                f"{_join_with_verb(best)} left out: the best checkpoint of a training is a copy of "
+                "one of its steps. Name it to take it, or give --keep-order"
             )
     ordered = [*first, *steps, *last]
     if ordered != [name for name in files if name in set(ordered)]:
@@ -148,7 +149,7 @@ def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _file_name(name: str) -> str:
-    """The name of the file or folder itself, without ``#KEY``."""
+    """Returns the name of the file or folder, without its parents and ``#KEY``."""
     path = Path(name)
     return path.name if "#" not in name or path.exists() else Path(name.rpartition("#")[0]).name
 
@@ -163,11 +164,11 @@ def _join_with_verb(names: Sequence[str]) -> str:
 
 
 def _training_positions(files: Sequence[str]) -> list[str]:
-    """Reads from file names which are the first, the last and the best of a training."""
+    """Returns "first", "last", "best" or "" for each file name."""
     positions = []
     for file, has_number in zip(files, _have_numbers(files), strict=True):
         position = next((position for start, position in _PREFIXES if start.match(file)), "")
-        # Elsewhere in a name a word counts if no number of its own says more: resnet18-last.pt.
+        # Words elsewhere in a name count if it has no distinctive number: resnet18-last.pt.
         if not position and not has_number:
             words = re.split(r"[\W_]+", file.lower())
             position = next((_WORDS[word] for word in words if word in _WORDS), "")
@@ -176,34 +177,34 @@ def _training_positions(files: Sequence[str]) -> list[str]:
 
 
 def _lack_number(files: Sequence[str]) -> list[bool]:
-    """Finds the names of numbered files without the number, as the latest is often named."""
+    """Whether each name is that of numbered files without the number: often the latest."""
     stems = [stem(file.lower()) for file in files]
     unnumbered = []
     for name, has_number in zip(stems, _have_numbers(files), strict=True):
         suffixes = [other.removeprefix(name) for other in stems if other.startswith(name)]
-        # Of a model.pt: model10.pt, model_10.pt and model-epoch-10.pt, but not models_10.pt.
+        # For model.pt: model10.pt, model_10.pt and model-epoch-10.pt, but not models_10.pt.
         numbered = [suffix for suffix in suffixes if re.match(r"(?![a-z]).*[0-9]", suffix)]
-        # Lightning writes a name-v1.ckpt after a name.ckpt.
+        # Lightning writes name-v1.ckpt after name.ckpt.
         is_version = any(re.fullmatch(r"-v[0-9]+", suffix) for suffix in numbered)
         unnumbered.append(bool(numbered) and not is_version and not has_number)
     return unnumbered
 
 
 def _have_numbers(files: Sequence[str]) -> list[bool]:
-    """Finds the names with a number that not all names share: resnet18-last.pt has none."""
+    """Whether each name has a number that not all names share."""
     numbers = [set(re.findall(r"[0-9]+", file)) for file in files]
     common = set.intersection(*numbers) if numbers else set()
     return [bool(found - common) for found in numbers]
 
 
 def _find_duplicate(name: str, others: Sequence[str]) -> str | None:
-    """Finds a checkpoint with the same weights."""
+    """Returns the first of the other checkpoints that has the same weights, if any."""
     file = read(name)
     return next((other for other in others if _has_same_weights(file, read(other))), None)
 
 
 def _has_same_weights(file: CheckpointFile, other: CheckpointFile) -> bool:
-    """Whether each state dict of a file is one of another file too."""
+    """Whether another file has an equal state dict for each state dict of a file."""
     return all(
         any(
             weights.keys() == others.keys()
@@ -222,5 +223,5 @@ def _is_same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 def _fetch_tensor(file: CheckpointFile, weights: Weights, name: str) -> Tensor:
-    # Of a distributed checkpoint one tensor is read at a time.
+    # Reads one tensor of a distributed checkpoint at a time.
     return file.fetch({name: weights[name]})[name]

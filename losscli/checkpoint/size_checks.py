@@ -356,9 +356,9 @@ def _require_one_directory(file: IO[bytes], start: int, count: int) -> None:
         raise AmbiguousError("it has more than one directory of its parts")
 
 
-# The records at the end of an archive. The end records (of 32 and of 64 bits) have the number of
-# directory entries on this disk and in total, the size of the directory, and its offset. The locator
-# has the offset of the end record of 64 bits.
+# The records at the end of an archive. The end records (32 and 64 bits) have the number of directory
+# entries on this disk and in total, the size of the directory, and its offset. The locator has the
+# offset of the 64-bit end record.
 _END_RECORD = struct.Struct("<8x2HII2x")
 _LOCATOR = struct.Struct("<4s4xQ4x")
 _END_RECORD_64 = struct.Struct("<4s20x4Q")
@@ -367,7 +367,7 @@ _MAX_TAIL = (1 << 16) + _END_RECORD.size
 
 
 def _check_legacy(file: io.BytesIO | mmap.mmap) -> None:
-    """Checks a file of the format before torch 1.6: four pickles (the last is the content), data."""
+    """Checks a file of the format before torch 1.6: four pickles (content last), data."""
     start = 0
     try:
         for number in range(4):

@@ -250,7 +250,7 @@ class CheckpointFile:
 
         Raises:
             CheckpointError: Several state dicts fit, or the weights are quantised.
-            MismatchError: No state dict fits; the message lists mismatches of the most similar.
+            MismatchError: No state dict fits; the message lists the mismatches of the most similar.
         """
         if self.adapter and base:
             return self._merge_adapter(base, expected)
