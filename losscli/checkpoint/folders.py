@@ -1,4 +1,4 @@
-"""Folders: which are one checkpoint and which hold several, and what lies in them."""
+"""Find and read checkpoints in folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from losscli.errors import CheckpointError, one_line
 
 __all__ = ["is_index", "list_checkpoints", "read_adapter", "read_folder", "read_index"]
 
-# As transformers seeks them; the names of other libraries end alike.
+# In the order in which transformers looks for them; other libraries use the same suffixes.
 _WEIGHTS = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -28,7 +28,7 @@ _WEIGHTS = (
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _INDEX = re.compile(r".*\.(safetensors|bin|pt|pth)\.index(\.[\w-]+)?\.json")
 
-# What the trainer of transformers keeps beside weights.
+# Files that the trainer of transformers writes next to the weights.
 _TRAINING_STATE = re.compile(
     r"(optimizer|scheduler|scaler|training_args|rng_state(_\d+)?)\.(pt|pth|bin)"
 )
@@ -38,21 +38,21 @@ def list_checkpoints(name: str) -> list[str]:
     """Lists the checkpoints in a folder.
 
     Args:
-        name: A name as a user gives it: ``DIR``, or ``DIR#KEY`` for a key of every file.
+        name: ``DIR``, or ``DIR#KEY`` for a key of every file.
 
     Returns:
-        Its files with the suffixes of checkpoints, and the folders in it that are checkpoints, in
-        natural order, step-9 before step-10, each with the key; none where the name is not that of
-        a folder, or is that of a folder which is one checkpoint itself.
+        The checkpoint files and checkpoint folders in the folder, in natural order (step-9 before
+        step-10), each with the key. Empty if the name is not that of a folder, or if the folder
+        itself is one checkpoint.
 
     Raises:
-        CheckpointError: It is a folder without such files, or cannot be read.
+        CheckpointError: The folder has no checkpoints or cannot be read.
     """
     folder, key = Path(name), ""
     try:
         if "#" in name and not folder.exists():
             folder, key = Path(name.rpartition("#")[0]), f"#{name.rpartition('#')[2]}"
-        # init:SEED is no folder, whatever there is.
+        # init:SEED is never a folder, even if one of that name exists.
         if name.startswith("init:") or not folder.is_dir() or _checkpoint_files(folder):
             return []
         found = [
@@ -79,13 +79,13 @@ def list_checkpoints(name: str) -> list[str]:
 def _is_checkpoint(folder: Path) -> bool:
     try:
         return bool(_checkpoint_files(folder))
-    except OSError:  # it may not be looked into
+    except OSError:  # no permission
         return False
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
-    """Lists the files that make a folder one checkpoint: each is a checkpoint, all or in part."""
-    # A pipe of such a name is there too: who reads it says what is wrong.
+    """Lists the main files of the checkpoints that a folder itself is."""
+    # Irregular files, such as pipes, count too: reading them raises the error.
     found = [folder / name for name in _WEIGHTS if (folder / name).exists()][:1]
     if (folder / CONFIG).exists():
         found += [folder / name for name in _ADAPTERS if (folder / name).exists()][:1]
@@ -104,14 +104,14 @@ def read_folder(folder: Path, name: str) -> CheckpointFile:
     """Reads a folder that is one checkpoint.
 
     Args:
-        folder: Where it lies.
-        name: How the user named it.
+        folder: The folder.
+        name: The name that the user gave.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: It is none, or more than one, or broken.
+        CheckpointError: The folder is not a checkpoint, is more than one, or is broken.
     """
     found = _checkpoint_files(folder)
     if len(found) > 1:
@@ -157,30 +157,31 @@ def _no_checkpoint_error(folder: Path) -> CheckpointError:
 
 
 def is_index(path: Path) -> bool:
-    """Tells the index of a sharded checkpoint by its name.
+    """Whether the name of a file is that of the index of a sharded checkpoint.
 
     Args:
-        path: A file.
+        path: The file.
 
     Returns:
-        Whether it is one.
+        Whether it is an index.
     """
     return bool(_INDEX.fullmatch(path.name))
 
 
 def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
-    """Reads a sharded checkpoint, one shard after the other.
+    """Reads a sharded checkpoint.
 
     Args:
-        index: The file that says which tensor is in which shard.
-        name: How the user named it.
-        path: What the checkpoint's path shall be: the folder, or the index.
+        index: The file that maps tensors to shards.
+        name: The name that the user gave.
+        path: The path of the checkpoint: the folder or the index.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: A shard is missing or broken, or has not what the index says.
+        CheckpointError: A shard is missing or broken, or lacks a tensor that the index assigns
+            to it.
     """
     folder = index.parent
     weight_map = read_json(index).get("weight_map")
@@ -212,7 +213,7 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
                 "Do the shards and the index belong together?",
             )
         weights |= {tensor: content[tensor] for tensor in tensors}
-    # Sorted, so that the order of shards makes no difference.
+    # Sorted, so that the result does not depend on the order of shards.
     ordered = dict(sorted(weights.items(), key=lambda item: natural_key(item[0])))
     files = [index, *(folder / shard for shard in sorted(shards))]
     return _file_with_config(path, name, ordered, metadata, files)
@@ -226,15 +227,15 @@ def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
     """Reads a LoRA adapter.
 
     Args:
-        file: Its tensors.
-        name: How the user named it.
-        path: What the checkpoint's path shall be: the folder, or the file.
+        file: The file with its tensors.
+        name: The name that the user gave.
+        path: The path of the checkpoint: the folder or the file.
 
     Returns:
-        The adapter, its tensors under their own names.
+        The adapter, with its tensors under peft's names.
 
     Raises:
-        CheckpointError: It is broken, or of a kind that no line is drawn to.
+        CheckpointError: The adapter is broken or not plain LoRA.
     """
     config = file.parent / CONFIG
     adapter = Adapter.from_config(read_json(config), config)
@@ -250,7 +251,7 @@ def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
 def _file_with_config(
     path: Path, name: str, content: Any, metadata: Mapping[str, str], files: list[Path]
 ) -> CheckpointFile:
-    """Puts together a checkpoint of weights and, where there is one, their config.json."""
+    """Creates a checkpoint file from weights and the config.json next to them, if any."""
     config = files[0].parent / "config.json"
     method = None
     if config.exists():

@@ -1,4 +1,4 @@
-"""Checkpoints that Python code gives as objects: state dicts and modules."""
+"""Checkpoints that are passed as Python objects: state dicts and modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from losscli.weight_space.digest import digest
 __all__ = ["CheckpointLike", "InMemoryCheckpoint", "name_checkpoint", "name_checkpoints"]
 
 CheckpointLike = str | os.PathLike[str] | Mapping[str, Any] | nn.Module | Checkpoint
-"""What Python code may give for a checkpoint: a name, a state dict, or a module."""
+"""A checkpoint in Python code: a name, a path, a state dict, a module or a `Checkpoint`."""
 
 _SINGLE_TYPES = (str, bytes, os.PathLike, Mapping, nn.Module, Checkpoint)
 
@@ -28,11 +28,11 @@ _FIX = "Give the name of a file, a state dict or an nn.Module"
 
 
 class InMemoryCheckpoint(str):
-    """The name of a checkpoint that is an object, with its content.
+    """The name of a checkpoint that is a Python object, with its content.
 
     Attributes:
-        file: The content, as if a file held it.
-        module: The module, if it is one.
+        file: The content, in the form of a file that was read.
+        module: The module; None for other objects.
     """
 
     __slots__ = ("file", "module")
@@ -41,17 +41,17 @@ class InMemoryCheckpoint(str):
 
     @classmethod
     def from_object(cls, label: str, value: Mapping[Any, Any] | nn.Module | Checkpoint) -> Self:
-        """Names an object. Its tensors are shared with it, or copied where that is not safe.
+        """Creates a named checkpoint from an object.
 
         Args:
             label: The name.
-            value: The object.
+            value: The object. Its tensors are shared, or copied if sharing is not safe.
 
         Returns:
-            The name.
+            The named checkpoint.
 
         Raises:
-            CheckpointError: A tensor has no values, or none that can be computed with.
+            CheckpointError: A tensor has no values, or does not support arithmetic.
         """
         content: Any = value
         metadata: Mapping[str, str] = {}
@@ -86,24 +86,23 @@ def _require_values(module: nn.Module, label: str) -> None:
 
 
 def _safe_tensor(tensor: Tensor) -> Tensor:
-    # Pages that are mapped from a file are given back once they were looked at, and what somebody
-    # wrote on them would be lost.
+    # Mapped pages are released after use, which would discard what the caller wrote to them.
     return tensor.clone() if is_mapped(tensor) else tensor.cpu()
 
 
 def name_checkpoint(value: object, label: str) -> str:
-    """Names a checkpoint.
+    """Returns the name of a checkpoint.
 
     Args:
-        value: Its name, a path, a state dict, a module, or a `Checkpoint`.
-        label: The name of an object.
+        value: A name, a path, a state dict, a module or a `Checkpoint`.
+        label: The name to use for an object.
 
     Returns:
-        The name; that of an object is a `Given`.
+        The name; an `InMemoryCheckpoint` for an object.
 
     Raises:
-        UsageError: The value is nothing of this, or an empty name.
-        CheckpointError: A tensor of a module has no values yet.
+        UsageError: The value has another type, or the name is empty.
+        CheckpointError: A tensor of an object has no values, or does not support arithmetic.
     """
     if isinstance(value, InMemoryCheckpoint):
         return value
@@ -118,18 +117,18 @@ def name_checkpoint(value: object, label: str) -> str:
 
 
 def name_checkpoints(values: object) -> list[str]:
-    """Names one checkpoint, or each of several.
+    """Returns the names of one or several checkpoints.
 
     Args:
-        values: What `named` takes, or an iterable of it. Objects are named by their places,
-            counted from 0.
+        values: A value that `name_checkpoint` accepts, or an iterable of such values. Objects are
+            named by their index, which starts at 0.
 
     Returns:
         The names.
 
     Raises:
-        UsageError: A value is no checkpoint, or two objects share their tensors.
-        CheckpointError: A tensor of a module has no values yet.
+        UsageError: A value is not a checkpoint, or two objects share their tensors.
+        CheckpointError: A tensor of an object has no values, or does not support arithmetic.
     """
     each = [values] if isinstance(values, _SINGLE_TYPES) else listed(values)
     if each is None:

@@ -153,8 +153,8 @@ def has_custom_loading(model: nn.Module) -> bool:
         model: The model.
 
     Returns:
-        Whether any module has load hooks, overrides the loading methods or has extra state,
-        other than the modules of torch.
+        Whether a module has load hooks, loading methods or extra state that torch does not
+        define.
     """
     return any(map(_has_custom_hooks, model.modules()))
 

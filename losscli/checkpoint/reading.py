@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to what lies there."""
+"""Read a checkpoint by its name."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["find_base", "read"]
 
 
 def read(name: str) -> CheckpointFile:
-    """Reads a checkpoint without running anything that it holds.
+    """Reads a checkpoint without running code in it.
 
     Args:
         name: ``FILE``, ``FILE#KEY``, a folder that is one checkpoint, or an object.
 
     Returns:
-        The file, memory-mapped where its format allows it.
+        The content, memory-mapped if the format allows it.
 
     Raises:
-        CheckpointError: There is no such file, it is no checkpoint, it wants code to be run, or
-            it has no such key.
+        CheckpointError: The file does not exist, is not a checkpoint, needs code to run, or does
+            not have the key.
     """
     if isinstance(name, InMemoryCheckpoint):
         file = name.file
@@ -50,17 +50,17 @@ def read(name: str) -> CheckpointFile:
 
 
 def find_base(names: Sequence[str]) -> str | None:
-    """Finds the checkpoint that adapters among others change.
+    """Finds the base checkpoint for the adapters among several checkpoints.
 
     Args:
-        names: The checkpoints of a command.
+        names: The names of the checkpoints.
 
     Returns:
-        The first that is neither an initialisation nor an adapter; where there is none, the
-        folder that the first adapter names as its base; None where there are no files at all.
+        The first checkpoint that is not an initialisation or an adapter. If there is none, the
+        base folder that the adapters name. None if all are initialisations.
 
     Raises:
-        CheckpointError: The adapter names no folder that is here.
+        CheckpointError: The adapters name different bases, or not an existing folder.
     """
     files = [name for name in names if not name.startswith("init:")]
     for name in files:
@@ -115,7 +115,7 @@ def _read(path: Path, name: str) -> CheckpointFile:
 
 
 def _split_key(name: str) -> tuple[Path, str]:
-    """Splits FILE#KEY; a file whose own name has a # in it comes first."""
+    """Splits ``FILE#KEY``, unless a file with the whole name exists."""
     path, key = Path(name), ""
     try:
         if not path.exists() and "#" in name:

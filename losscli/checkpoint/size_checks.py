@@ -356,9 +356,9 @@ def _require_one_directory(file: IO[bytes], start: int, count: int) -> None:
         raise AmbiguousError("it has more than one directory of its parts")
 
 
-# The records at the end of an archive. The end records (32 and 64 bits) have the number of directory
-# entries on this disk and in total, the size of the directory, and its offset. The locator has the
-# offset of the 64-bit end record.
+# The records at the end of an archive. The end records (32 and 64 bits) have the number of entries
+# in the directory on this disk and in total, the size of the directory, and its offset. The locator
+# has the offset of the 64-bit end record.
 _END_RECORD = struct.Struct("<8x2HII2x")
 _LOCATOR = struct.Struct("<4s4xQ4x")
 _END_RECORD_64 = struct.Struct("<4s20x4Q")

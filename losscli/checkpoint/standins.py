@@ -86,8 +86,8 @@ def load_tensors(file: Any, *, mmap: bool = False) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-# The classes themselves are not safe with arbitrary state: numpy.dtype, for example, trusts the flags
-# in a pickle. No stand-in imports, opens or calls its arguments.
+# The classes themselves are not safe with arbitrary state: numpy.dtype, for example, trusts the
+# flags in a pickle. No stand-in imports, opens or calls its arguments.
 
 
 class _DType(StandIn):

@@ -1,4 +1,4 @@
-"""Models by name: losscli's own, those of transformers, and saved programs."""
+"""Models by name: built-in models, models of transformers, and exported programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of the library transformers, built from the config.json of a folder."""
+"""Build models of transformers from the config.json of a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from losscli.files import read_regular
 
 __all__ = ["build_pretrained", "has_config"]
 
-# How the names of architectures end, and the Auto classes that know them.
+# Suffixes of architecture names, and the Auto classes for them.
 _HEADS = (
     (("ForCausalLM", "LMHeadModel"), ("AutoModelForCausalLM",)),
     (
@@ -43,20 +43,20 @@ _HEADS = (
     (("ForPreTraining",), ("AutoModelForPreTraining",)),
 )
 
-# How the numbers of what a model is built of are called, and how many of each it may have. Lists of
-# them are counts for each stage, or else say which layers are of some kind.
+# Config keys with numbers of layers, experts or blocks, and the maximum of each. A list has either
+# one count per stage or the indices of layers of some kind.
 _PART_KEYS = re.compile(r"(?:.*_)?(?:layers?|experts|(?P<stages>blocks|depths?))")
 _MAX_PARTS = 2000
 
 
 def has_config(folder: Path) -> bool:
-    """Tells whether a folder says how its model is built.
+    """Whether a folder has a config.json of transformers.
 
     Args:
         folder: The folder.
 
     Returns:
-        Whether a config.json of transformers is in it.
+        Whether it has a config.json with a ``model_type``.
     """
     try:
         content = json.loads(read_regular(folder / "config.json"))
@@ -66,22 +66,22 @@ def has_config(folder: Path) -> bool:
 
 
 def build_pretrained(folder: str | Path) -> nn.Module:
-    """Builds the model of a Hugging Face folder from its config.json, never from the network.
+    """Builds the model of a Hugging Face folder from its config.json, without network access.
 
-    Its weights are those of an initialisation. No code of the folder is run: transformers itself
-    must know the model.
+    The weights are freshly initialised. Code in the folder is never run, so that transformers
+    itself must support the model.
 
     Args:
         folder: The folder.
 
     Returns:
-        The model with the head that config.json names first under ``architectures``, or without
-        a head where it names none. Attention is computed by PyTorch's own
-        ``scaled_dot_product_attention`` where the model can, and nothing is cached.
+        The model, with the first head in ``architectures`` of config.json, or without a head if
+        there is none. It uses PyTorch's ``scaled_dot_product_attention`` if it supports that, and
+        no cache.
 
     Raises:
-        ModelError: transformers is not installed, or does not know the model; or there is no
-            config.json that it understands.
+        ModelError: transformers is not installed or does not support the model, or config.json is
+            missing or invalid.
     """
     path = Path(folder)
     content = _read_config(path)
@@ -147,9 +147,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_part_counts(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a number of layers that no model has: to build them would take hours."""
+    """Refuses an unrealistic number of layers, which would take hours to build."""
     for key, value in config.items():
-        if isinstance(value, dict) and key != "label2id":  # whose keys are words of anything
+        if isinstance(value, dict) and key != "label2id":  # its keys are arbitrary labels
             _check_part_counts(file, value)
         match = _PART_KEYS.fullmatch(key)
         if match is None:
@@ -176,12 +176,12 @@ def _build(transformers: Any, config: Any, architecture: str) -> nn.Module:
             f"transformers has no {architecture} for the model_type {config.model_type!r}",
             "Correct architectures in config.json, or give a --model of your own that builds it",
         )
-    # A config.json may name kernels that would be fetched and run. Without a name it is PyTorch's
-    # own attention, or the model's where it cannot use that.
+    # A config.json may name kernels, which transformers would download and run. None selects
+    # PyTorch's attention, or that of the model if it does not support PyTorch's.
     config._attn_implementation = None
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
-    # Its initialisation is that of float32, whatever type a checkpoint beside it was stored in.
+    # Initialise in float32, whatever dtype the config has.
     dtype = {"dtype" if hasattr(config, "dtype") else "torch_dtype": torch.float32}
     model: nn.Module = getattr(transformers, known[0]).from_config(
         config, trust_remote_code=False, **dtype
@@ -191,10 +191,7 @@ def _build(transformers: Any, config: Any, architecture: str) -> nn.Module:
 
 @contextmanager
 def _offline(transformers: Any) -> Iterator[None]:
-    """Keeps Hugging Face's own client from the network, whatever a config.json asks for.
-
-    What transformers has to say of a config it also keeps for itself: a library never prints.
-    """
+    """Prevents network access by the Hugging Face client, and logging by transformers."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, transformers.logging.get_verbosity()
