@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from losscli.arguments import listed, shown
 from losscli.checkpoint.names import loadable, metadata_of, state_dicts
-from losscli.checkpoint.quantised import packed
+from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
 from losscli.errors import CheckpointError, UsageError
 from losscli.files import is_mapped
@@ -64,7 +64,9 @@ class InMemoryCheckpoint(str):
         else:
             metadata = metadata_of(value)
         candidates = dict(state_dicts(content))
-        file = CheckpointFile(label, None, candidates, metadata, (), quantised=packed(content))
+        file = CheckpointFile(
+            label, None, candidates, metadata, (), quantised=find_packed_parameters(content)
+        )
         tensors = {}
         for key, weights in file.model_candidates.items():
             file.require_dense(key, weights)

@@ -376,7 +376,7 @@ def _match_group(
 
 
 def _dots(name: str) -> list[int]:
-    """The end positions of the names of all modules that contain a tensor, outermost first."""
+    """The end positions in a tensor name of the modules around it, outermost first."""
     return [0, *(dot.start() for dot in re.finditer(r"\.", name))]
 
 

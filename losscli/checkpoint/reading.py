@@ -10,7 +10,7 @@ from losscli.checkpoint.files import read_file
 from losscli.checkpoint.folders import is_index, read_adapter, read_folder, read_index
 from losscli.checkpoint.given import InMemoryCheckpoint
 from losscli.checkpoint.names import state_dicts
-from losscli.checkpoint.quantised import packed
+from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import CheckpointFile, consolidation_hint
 from losscli.errors import CheckpointError
 
@@ -111,7 +111,9 @@ def _read(path: Path, name: str) -> CheckpointFile:
         return read_adapter(path, name, path)
     content, metadata = read_file(path, name)
     candidates = dict(state_dicts(content))
-    return CheckpointFile(name, path, candidates, metadata, (path,), quantised=packed(content))
+    return CheckpointFile(
+        name, path, candidates, metadata, (path,), quantised=find_packed_parameters(content)
+    )
 
 
 def _split_key(name: str) -> tuple[Path, str]:

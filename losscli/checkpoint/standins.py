@@ -50,7 +50,7 @@ class StandIn(metaclass=Immutable):
 
 
 def has_stand_in(value: Any) -> bool:
-    """Whether a value that was read differs from the value that was saved.
+    """Whether a value contains stand-ins, and so differs from what was saved.
 
     Args:
         value: The value that was read.

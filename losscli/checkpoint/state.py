@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from losscli.checkpoint.names import OPTIMISER, Part, StateDict, Versions, find_parts, tensors_under
-from losscli.checkpoint.quantised import quantised
+from losscli.checkpoint.quantised import find_quantisation
 from losscli.errors import CheckpointError, MismatchError
 from losscli.files import open_regular
 from losscli.weight_space.vectors import Weights, mismatches
@@ -323,7 +323,9 @@ class CheckpointFile:
         Raises:
             CheckpointError: The weights are quantised.
         """
-        found = self.quantised or next(filter(None, map(quantised, self.candidates.values())), None)
+        found = self.quantised or next(
+            filter(None, map(find_quantisation, self.candidates.values())), None
+        )
         if found:
             raise CheckpointError(
                 f"{self.name} is quantised ({found}), and between quantised weights there is no "

@@ -1,4 +1,4 @@
-"""The models by name."""
+"""The registry of models by name."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ FROM_FILES = frozenset({"transformers", "pt2"})
 """Entries whose argument is a path."""
 
 RUNS_CODE = frozenset({"pt2"})
-"""Entries that run what a file holds, for the command line alone to name."""
+"""Entries that run code in a file; only the command line may name them."""
