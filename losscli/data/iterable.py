@@ -26,7 +26,7 @@ from losscli.data.randomness import capture, private_randomness, restore, seed_a
 from losscli.data.split import Batches, Examples, Split, remark_on
 from losscli.data.stream import Failure, Parcel, Prepare, children_unheard, own, signals_held
 from losscli.errors import DataError, one_line
-from losscli.spec import own_folders_in_path
+from losscli.spec import user_folders_on_path
 
 __all__ = ["IterableStream", "Source"]
 
@@ -147,7 +147,7 @@ class Source:
         try:
             while True:
                 # What it draws is no matter of whoever draws between two batches.
-                with private_randomness(), children_unheard(), own_folders_in_path():
+                with private_randomness(), children_unheard(), user_folders_on_path():
                     restore(state)
                     try:
                         if batches is None:

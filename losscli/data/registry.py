@@ -20,7 +20,7 @@ from losscli.data.objects import Batching, cut, into_memory, wrap
 from losscli.data.split import DataSet, Examples, Split, leaves
 from losscli.data.text import load_text
 from losscli.errors import DataError, SpecError, UntrustedCodeError, one_line
-from losscli.spec import Spec, call, look_up, unfold
+from losscli.spec import Spec, call, expand_toml, look_up
 
 __all__ = ["DATASETS", "load"]
 
@@ -75,7 +75,7 @@ def load(
         UsageError: There is no such split, or the limit is below 1.
     """
     named = text
-    text, trusted, folder = unfold(named, trusted=trusted, folder=folder)
+    text, trusted, folder = expand_toml(named, trusted=trusted, folder=folder)
     source = source if text == named else named
     spec = Spec.parse(text)
     function, arguments = look_up(spec, DATASETS, "data", trusted=trusted, source=source)

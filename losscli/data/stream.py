@@ -31,7 +31,7 @@ from losscli.data.memory import host_budget
 from losscli.data.randomness import private_randomness, seed_all
 from losscli.data.split import Batches, Examples, Split, leaves, remark_on
 from losscli.errors import DataError, one_line
-from losscli.spec import own_folders_in_path
+from losscli.spec import user_folders_on_path
 
 __all__ = [
     "BatchDecoder",
@@ -449,7 +449,7 @@ class Workers:
         options = {"worker_init_fn": Prepare(), **self.options, "multiprocessing_context": context}
         self._plan.index = self._plan.index[:0]
         try:
-            with warnings.catch_warnings(), children_unheard(), own_folders_in_path():
+            with warnings.catch_warnings(), children_unheard(), user_folders_on_path():
                 # The user's own loader has said so.
                 warnings.filterwarnings("ignore", "This DataLoader will create")
                 # The threads of a pool that waits hold no lock that a worker needs.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losscli.arguments import checked
-from losscli.checkpoint import CheckpointLike, all_in, named_all
+from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
@@ -77,7 +77,7 @@ def barriers(
     Raises:
         LosscliError: Something is missing, broken or does not fit.
     """
-    plan = Barriers.plan(named_all(names), Settings(**settings), points=points)
+    plan = Barriers.plan(name_checkpoints(names), Settings(**settings), points=points)
     return plan.run(Execution(progress))
 
 
@@ -120,7 +120,7 @@ class Barriers(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
-        names = all_in(names)
+        names = expand_folders(names)
         if len(names) < 2:
             raise UsageError(
                 f"barriers needs two checkpoints or more, and got {len(names)}",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from losscli.arguments import checked
-from losscli.checkpoint import CheckpointLike, named_all, path_of
+from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
@@ -92,7 +92,7 @@ def trajectory(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Trajectory.plan(
-        named_all(names),
+        name_checkpoints(names),
         Settings(**settings),
         surface=surface,
         residuals=residuals,
@@ -151,7 +151,7 @@ class Trajectory(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
-        names, notes = path_of(names, keep_order=keep_order)
+        names, notes = order_path(names, keep_order=keep_order)
         if len(names) < 3:
             raise UsageError(
                 f"trajectory needs three checkpoints or more, and got {len(names)}",

@@ -100,7 +100,7 @@ def _materialise(model: nn.Module, shapes: CheckpointFile) -> None:
         return
     naming = LoadHooks(model)
     own = {name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    for weights in shapes.choice.values():
+    for weights in shapes.model_candidates.values():
         for view in naming.views(weights):
             # A part of a state dict may fit any shape: only the whole is taken.
             if view.keys() == own and len(view) == len(weights):
