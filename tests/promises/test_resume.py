@@ -15,7 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import losscli
 from losscli.data import DataSet, Examples, Split
-from losscli.data.objects import wrap
+from losscli.data.objects import to_data_set
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
@@ -434,7 +434,9 @@ def test_every_form_of_examples_has_a_digest_that_tells_a_change() -> None:
     forms: list[Callable[[torch.Tensor], Examples]] = [
         lambda x: Split(x, targets),
         lambda x: Split({"x": x}, targets),
-        lambda x: wrap(Subset(TensorDataset(x, targets), range(40)), "here", 0).splits["data"],
+        lambda x: to_data_set(Subset(TensorDataset(x, targets), range(40)), "here", 0).splits[
+            "data"
+        ],
     ]
     found = set()
     for form in forms:
