@@ -423,7 +423,7 @@ def test_a_digest_is_that_of_what_is_there_now(change: str) -> None:
 def test_large_tensors_are_digested_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"{i}": torch.full((1000,), float(i)) for i in range(5)}
     before = digest({name: tensor.clone() for name, tensor in tensors.items()})
-    monkeypatch.setattr("losscli.weight_space.digest._MANY", 0)
+    monkeypatch.setattr("losscli.weight_space.digest._PARALLEL_BYTES", 0)
     assert digest(tensors) == before
 
 
