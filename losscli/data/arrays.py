@@ -99,7 +99,7 @@ def load_safetensors(
         Inputs and targets of each split.
 
     Raises:
-        DataError: It is not there, broken, or not of this form.
+        DataError: The file is missing or broken, or has another structure.
     """
     _require_file(path)
     try:
@@ -126,7 +126,7 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
         Inputs and targets of each split.
 
     Raises:
-        DataError: It is not there, broken, or not of this form.
+        DataError: The file is missing or broken, or has another structure.
     """
     _require_file(path)
     try:
@@ -207,7 +207,7 @@ def load_mnist(path: Path, /) -> Pixels:
         Inputs and targets of each split.
 
     Raises:
-        DataError: It is not there, broken, or not of this form.
+        DataError: The file is missing or broken, or has another structure.
     """
     if not path.is_dir():
         raise DataError(f"there is no folder {path}", "Name the folder of the IDX files")

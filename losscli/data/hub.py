@@ -104,10 +104,10 @@ def load_hub(
     feature = columns[column]
     image = isinstance(feature, datasets.Image)
     text = getattr(feature, "dtype", "") in {"string", "large_string"} and not image
-    _refuse_keys("images", where, column, here=image, size=size, grayscale=grayscale)
-    _refuse_keys("text", where, column, here=text, tokenizer=tokenizer, context=context)
+    _refuse_keys("images", where, column, applies=image, size=size, grayscale=grayscale)
+    _refuse_keys("text", where, column, applies=text, tokenizer=tokenizer, context=context)
     tokens = column == "input_ids"
-    _refuse_keys("numbers", where, column, here=not (image or text or tokens), scale=scale)
+    _refuse_keys("numbers", where, column, applies=not (image or text or tokens), scale=scale)
     if text:
         if targets is not None:
             raise SpecError(
@@ -193,10 +193,10 @@ def _remove(folder: str, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refuse_keys(kind: str, where: str, column: str, *, here: bool, **keys: Any) -> None:
+def _refuse_keys(kind: str, where: str, column: str, *, applies: bool, **keys: Any) -> None:
     """Refuses keys of a spec for one kind of data if the column has another kind."""
     for key, value in keys.items():
-        if value is not None and not here:
+        if value is not None and not applies:
             raise SpecError(f"{where}: {key}= is of {kind}, and {column!r} holds none", "Leave it")
 
 
@@ -566,8 +566,8 @@ class _ImageColumn(Images):
         self._cache = cache
         self._mode_of_column = table.features[column].mode
         settings = datasets.config
-        places = (settings.HF_DATASETS_CACHE, settings.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
-        caches = [Path(place) for place in places]
+        folders = (settings.HF_DATASETS_CACHE, settings.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+        caches = [Path(place) for place in folders]
         self._folders = caches if isinstance(source, str) else [source, *caches]
         super().__init__(targets, **options)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "State", "capture", "private_randomness", "restore", "seed_all"]
+__all__ = ["RandomnessDetector", "State", "capture", "private_randomness", "restore", "seed_all"]
 
 State = tuple[Any, Any, Tensor]
 """States of the generators of Python, NumPy and torch (CPU)."""
@@ -69,7 +69,7 @@ def private_randomness() -> Iterator[None]:
         restore(before)
 
 
-class Draws:
+class RandomnessDetector:
     """Context manager that detects which random generators advance, and restores them.
 
     It covers the global generators of Python, NumPy and torch, and the generator of a device, but

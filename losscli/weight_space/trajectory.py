@@ -22,9 +22,9 @@ from losscli.weight_space.vectors import (
     Weights,
     dimension,
     distance,
+    flatten_real,
     norm,
     pieces,
-    real,
     working_type,
 )
 
@@ -254,7 +254,7 @@ def _map_pieces(
     """Applies an elementwise function in float64, piece by piece."""
     dtype = torch.promote_types(working_type(*tensors), min_dtype)
     result = torch.empty(tensors[0].shape, dtype=dtype)
-    flat, start = real(result), 0
+    flat, start = flatten_real(result), 0
     for parts in pieces(*tensors):
         values = function(*parts)
         flat[start : start + len(values)] = values
@@ -473,7 +473,7 @@ def _noise(rows: Tensor, last: Tensor, block: _Block, like: Weights) -> float:
 def _gather(weights: Weights, block: _Block, row: Tensor) -> None:
     offset = 0
     for name, start, stop in block:
-        row[offset : offset + stop - start] = real(weights[name])[start:stop]
+        row[offset : offset + stop - start] = flatten_real(weights[name])[start:stop]
         offset += stop - start
 
 
@@ -481,7 +481,7 @@ def _scatter(rows: Tensor, block: _Block, axes: Sequence[Weights]) -> None:
     offset = 0
     for name, start, stop in block:
         for row, axis in zip(rows, axes, strict=True):
-            real(axis[name])[start:stop] = row[offset : offset + stop - start]
+            flatten_real(axis[name])[start:stop] = row[offset : offset + stop - start]
         offset += stop - start
 
 

@@ -19,17 +19,17 @@ from losscli.files import release_pages
 __all__ = [
     "Weights",
     "can_move",
-    "choose",
     "cosine",
     "dimension",
     "distance",
     "equal",
-    "kind",
+    "flatten_real",
     "known_buffers",
     "mismatches",
     "norm",
+    "number_kind",
     "pieces",
-    "real",
+    "select_names",
     "working_type",
 ]
 
@@ -50,7 +50,7 @@ def can_move(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def real(tensor: Tensor) -> Tensor:
+def flatten_real(tensor: Tensor) -> Tensor:
     """Flattens a tensor into a real vector.
 
     Args:
@@ -87,7 +87,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     Yields:
         The same piece of each tensor, flattened, in float64.
     """
-    flat = [real(tensor) for tensor in tensors]
+    flat = [flatten_real(tensor) for tensor in tensors]
     for start in range(0, flat[0].numel(), _PIECE):
         yield tuple(t[start : start + _PIECE].to(torch.float64) for t in flat)
 
@@ -198,18 +198,18 @@ def mismatches(found: Weights, expected: Weights) -> list[str]:
             phrases.append(
                 f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)} as needed"
             )
-        elif kind(tensor) != kind(expected[name]):
+        elif number_kind(tensor) != number_kind(expected[name]):
             phrases.append(f"{name} is {_type(tensor)}, not {_type(expected[name])} as needed")
     return phrases
 
 
-def choose(names: Iterable[str], only: Iterable[str], but: Iterable[str]) -> list[str]:
+def select_names(names: Iterable[str], only: Iterable[str], excluded: Iterable[str]) -> list[str]:
     """Selects names by shell patterns.
 
     Args:
         names: The names.
         only: A name must match one of these patterns; no patterns select all names.
-        but: A name must match none of these patterns.
+        excluded: A name must match none of these patterns.
 
     Returns:
         The selected names, in their order.
@@ -217,22 +217,22 @@ def choose(names: Iterable[str], only: Iterable[str], but: Iterable[str]) -> lis
     Raises:
         UsageError: A pattern matches no name, or no name is left.
     """
-    names, only, but = list(names), list(only), list(but)
-    for pattern in [*only, *but]:
+    names, only, excluded = list(names), list(only), list(excluded)
+    for pattern in [*only, *excluded]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UsageError(
                 f"the pattern {pattern!r} fits none of the {len(names)} tensors",
                 f"Their names are such as {', '.join(names[:3])}",
             )
-    chosen = [
+    selected = [
         name
         for name in names
         if (not only or any(fnmatchcase(name, p) for p in only))
-        and not any(fnmatchcase(name, p) for p in but)
+        and not any(fnmatchcase(name, p) for p in excluded)
     ]
-    if not chosen:
+    if not selected:
         raise UsageError("--only and --except leave no tensor to move", "Widen the patterns")
-    return chosen
+    return selected
 
 
 def known_buffers(names: Iterable[str]) -> list[str]:
@@ -256,13 +256,13 @@ def known_buffers(names: Iterable[str]) -> list[str]:
             return True
         if last in {"_u", "_v"}:
             return "parametrizations" in prefix.split(".")
-        stem, _, kind_ = name.rpartition("_")
-        return kind_ in {"u", "v", "mask"} and f"{stem}_orig" in known
+        stem, _, kind = name.rpartition("_")
+        return kind in {"u", "v", "mask"} and f"{stem}_orig" in known
 
     return [name for name in names if is_buffer(name)]
 
 
-def kind(tensor: Tensor) -> tuple[bool, bool]:
+def number_kind(tensor: Tensor) -> tuple[bool, bool]:
     """Returns the kind of numbers in a tensor.
 
     Args:
