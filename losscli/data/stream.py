@@ -286,7 +286,7 @@ class Failure:
     cure: str
 
 
-class _Remote(Dataset[Any]):
+class _WorkerDataset(Dataset[Any]):
     """Data set of batches for a worker; an item is requested by a list of positions."""
 
     def __init__(self, decoder: Decoder) -> None:
@@ -460,7 +460,7 @@ class Workers:
                 # Idle threads of a pool hold no lock that a worker needs.
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded")
                 loader: DataLoader[Any] = DataLoader(
-                    _Remote(self.decoder),
+                    _WorkerDataset(self.decoder),
                     batch_size=None,
                     sampler=self._sampler,
                     collate_fn=_identity,

@@ -114,7 +114,7 @@ def propose(
         points |= analysis.points
     new = sorted(midpoints)
     for point in sorted(points):
-        separation = analysis.near / _SEPARATION
+        separation = analysis.accuracy / _SEPARATION
         if np.abs(x - point).min() >= separation and (
             not new or min(abs(other - point) for other in new) >= separation
         ):
@@ -167,7 +167,7 @@ class _Analysis:
         noise: Relative rounding error.
 
     Attributes:
-        near: Absolute accuracy of positions.
+        accuracy: Absolute accuracy of positions.
         points: Points to evaluate in addition to the midpoints.
     """
 
@@ -176,12 +176,12 @@ class _Analysis:
     ) -> None:
         self.x, self.y, self.s = x, y, s
         self.noise = noise
-        self.reach = float(x[-1] - x[0]) if len(x) else 0.0
+        self.span = float(x[-1] - x[0]) if len(x) else 0.0
         finite = y[np.isfinite(y)]
         self.allowed = tolerance * float(np.ptp(finite)) if len(finite) else 0.0
         known = np.abs(s[np.isfinite(s)])
         self.slope_noise = noise * float(known.max()) if len(known) else 0.0
-        self.near = POSITION * self.reach
+        self.accuracy = POSITION * self.span
         self.points: set[float] = set()
         self._split: set[int] = set()
         self._analyse()
@@ -191,13 +191,13 @@ class _Analysis:
         return {
             0.5 * (float(self.x[i]) + float(self.x[i + 1]))
             for i in self._split
-            if self._width(i) > _MIN_WIDTH * self.reach
+            if self._width(i) > _MIN_WIDTH * self.span
         }
 
     def _analyse(self) -> None:
         finite = np.isfinite(self.y)
         for i in np.flatnonzero(finite[1:] != finite[:-1]).tolist():
-            if self._width(i) > self.near:
+            if self._width(i) > self.accuracy:
                 self._split.add(i)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], finite.astype(int), [0]])))
         for first, last in edges.reshape(-1, 2):
@@ -216,7 +216,7 @@ class _Analysis:
         if len(segment) < 5:
             # A prediction needs four other points. A shorter segment between losses that are not
             # finite is split until its intervals are as narrow as an edge.
-            self._split |= {i for i in segment[:-1] if self._width(i) > self.near}
+            self._split |= {i for i in segment[:-1] if self._width(i) > self.accuracy}
             return
         for i in segment[1:-1]:
             if self._exceeds_tolerance(i, segment):
@@ -281,7 +281,7 @@ class _Analysis:
 
     def _grade(self, segment: range) -> None:
         """Splits intervals that are much wider than an adjacent one."""
-        min_width = _MIN_GRADED_WIDTH * self.reach
+        min_width = _MIN_GRADED_WIDTH * self.span
         widths = [self._width(i) for i in segment[:-1]]
         for i, (left, right) in enumerate(itertools.pairwise(widths), segment[0]):
             if left > _MAX_RATIO * max(right, min_width):
@@ -301,12 +301,14 @@ class _Analysis:
             # A flat bottom: only its edges are refined. A bottom of two points may have the
             # extremum between them, so this interval is refined as well.
             ends = {first, last - 1} | ({inner[0]} if len(inner) == 2 else set())
-            self._split |= {i for i in ends if self._width(i) > self.near}
+            self._split |= {i for i in ends if self._width(i) > self.accuracy}
             return
         (i,) = inner
         left, right = self._width(i - 1), self._width(i)
         vertex, depth = self._parabola(i)
-        if max(left, right) <= self.near and depth <= self.allowed + self.noise * abs(self.y[i]):
+        if max(left, right) <= self.accuracy and depth <= self.allowed + self.noise * abs(
+            self.y[i]
+        ):
             return
         # Bisection of the wider side always makes progress. If the parabola is accurate, the two
         # points around its vertex end the search.
@@ -333,7 +335,7 @@ class _Analysis:
             return
         for support, i in ((segment[:4], segment[0]), (segment[-4:], segment[-2])):
             width = self._width(i)
-            if width <= self.near:
+            if width <= self.accuracy:
                 continue
             x, y = self.x[support[0] : support[-1] + 1], self.y[support[0] : support[-1] + 1]
             with np.errstate(all="ignore"):
@@ -360,13 +362,13 @@ class _Analysis:
             if not (math.isfinite(s0) and math.isfinite(s1)) or s0 * s1 >= 0:
                 continue
             rounding = self.noise * max(abs(self.y[i]), abs(self.y[i + 1]))
-            if width > self.near and width * min(abs(s0), abs(s1)) > rounding:
+            if width > self.accuracy and width * min(abs(s0), abs(s1)) > rounding:
                 self._split.add(i)
                 self._add_around(float(self.x[i]) + width * s0 / (s0 - s1), i, i + 1)
 
     def _add_around(self, vertex: float, first: int, last: int) -> None:
         """Adds a point on either side of a predicted extremum, within the required accuracy."""
-        step = 0.45 * self.near
+        step = 0.45 * self.accuracy
         for point in (vertex - step, vertex + step):
             if float(self.x[first]) < point < float(self.x[last]):
                 self.points.add(point)
