@@ -24,7 +24,7 @@ from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 from losscli.errors import CheckpointError, MismatchError, ModelError
 from losscli.files import release_pages
 from losscli.weight_space.digest import digest
-from losscli.weight_space.vectors import Weights, kind, mismatches, pieces
+from losscli.weight_space.vectors import Weights, mismatches, number_kind, pieces
 
 __all__ = ["select_for"]
 
@@ -150,12 +150,12 @@ def _equal_or_nan(a: Tensor, b: Tensor) -> bool:
 
 def _without_casts(weights: Weights, expected: Weights) -> Weights:
     """Drops tensors that transformers would cast to another kind, so that it reports them."""
-    known = {(name.rpartition(".")[2], kind(tensor)) for name, tensor in expected.items()}
+    known = {(name.rpartition(".")[2], number_kind(tensor)) for name, tensor in expected.items()}
 
     def fits(name: str, tensor: Tensor) -> bool:
         if name in expected:
-            return kind(tensor) == kind(expected[name])
-        return tensor.is_floating_point() or (name.rpartition(".")[2], kind(tensor)) in known
+            return number_kind(tensor) == number_kind(expected[name])
+        return tensor.is_floating_point() or (name.rpartition(".")[2], number_kind(tensor)) in known
 
     return {name: tensor for name, tensor in weights.items() if fits(name, tensor)}
 

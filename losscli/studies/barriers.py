@@ -41,7 +41,7 @@ from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import BarriersSplit, BarriersSummary, Description, PairBarrier
 from losscli.table import Table
-from losscli.weight_space.slices import Line, grid, midpoint, require_room
+from losscli.weight_space.slices import Line, check_point_count, grid, midpoint
 from losscli.weight_space.vectors import Weights, distance, equal
 
 __all__ = ["Barriers", "barriers"]
@@ -136,7 +136,7 @@ class Barriers(Study):
             raise UsageError(
                 f"--points {points} leaves no point between two checkpoints", "Give 3 or more"
             )
-        require_room("--points", points, points * math.comb(len(names), 2))
+        check_point_count("--points", points, points * math.comb(len(names), 2))
         problem = prepare(names, settings, ranks=ranks)
         first, *others = states = [problem.open(t).weights for t, _ in enumerate(names)]
         moving = tuple(

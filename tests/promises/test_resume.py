@@ -15,7 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import losscli
 from losscli.data import DataSet, Examples, Split
-from losscli.data.objects import wrap
+from losscli.data.objects import to_data_set
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
@@ -423,7 +423,7 @@ def test_a_digest_is_that_of_what_is_there_now(change: str) -> None:
 def test_large_tensors_are_digested_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"{i}": torch.full((1000,), float(i)) for i in range(5)}
     before = digest({name: tensor.clone() for name, tensor in tensors.items()})
-    monkeypatch.setattr("losscli.weight_space.digest._MANY", 0)
+    monkeypatch.setattr("losscli.weight_space.digest._PARALLEL_BYTES", 0)
     assert digest(tensors) == before
 
 
@@ -434,7 +434,9 @@ def test_every_form_of_examples_has_a_digest_that_tells_a_change() -> None:
     forms: list[Callable[[torch.Tensor], Examples]] = [
         lambda x: Split(x, targets),
         lambda x: Split({"x": x}, targets),
-        lambda x: wrap(Subset(TensorDataset(x, targets), range(40)), "here", 0).splits["data"],
+        lambda x: to_data_set(Subset(TensorDataset(x, targets), range(40)), "here", 0).splits[
+            "data"
+        ],
     ]
     found = set()
     for form in forms:
