@@ -540,21 +540,13 @@ def own_code() -> dict[str, str]:
     Returns:
         For each file the SHA-256 of its content, in the order of their names.
     """
-    library = Path(sysconfig.get_path("stdlib")).resolve()
-    others = tuple(f"{folder}{os.sep}" for folder in (library, Path(__file__).resolve().parent))
-    packages = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
-    # There are thousands of modules, and few folders; a Path for each module takes longer.
-    real = functools.cache(os.path.realpath)
     found = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name == "__main__" or not isinstance(file, str):
             continue
-        folder, base = os.path.split(file)
-        path = f"{real(folder)}{os.sep}{base}"
-        if os.path.islink(path):  # noqa: PTH114
-            path = os.path.realpath(path)
-        if path.startswith(others) or any(part in path for part in packages):
+        path = _own_place(file)
+        if path is None:
             continue
         try:
             found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -562,6 +554,28 @@ def own_code() -> dict[str, str]:
             # It may lie in an archive, or be gone.
             continue
     return dict(sorted(found.items()))
+
+
+# There are thousands of modules, in few folders, and each lies where it lay when it was loaded.
+_real = functools.cache(os.path.realpath)
+
+
+@functools.cache
+def _own_place(file: str) -> str | None:
+    """Where the file of a module lies, whatever links lead there; none for what is installed."""
+    folder, base = os.path.split(file)
+    path = f"{_real(folder)}{os.sep}{base}"
+    if os.path.islink(path):  # noqa: PTH114
+        path = os.path.realpath(path)
+    packages = (f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+    installed = path.startswith(_libraries()) or any(part in path for part in packages)
+    return None if installed else path
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    folders = sysconfig.get_path("stdlib"), Path(__file__).parent
+    return tuple(f"{_real(folder)}{os.sep}" for folder in folders)
 
 
 def call(

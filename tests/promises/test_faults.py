@@ -213,6 +213,7 @@ def limited(resource_: int, most: int) -> Iterator[None]:
         resource.setrlimit(resource_, before)
 
 
+@pytest.mark.usefixtures("unlaid")
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.stress)])
 @pytest.mark.parametrize("name", WRITING)
 def test_a_full_disk_leaves_whole_files_or_none(
@@ -248,6 +249,7 @@ def test_a_full_disk_leaves_whole_files_or_none(
     assert numbers(anew(folder, before)) == numbers(whole)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("name", [*STUDIES, "picture"])
 def test_a_folder_that_has_the_name_of_a_result_is_in_the_way_of_all(
     name: str, folder: Path, losscli: Losscli

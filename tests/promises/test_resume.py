@@ -360,7 +360,7 @@ def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
         inputs=generator.random((1100, 6), dtype=np.float32),
         targets=generator.integers(0, 3, 1100),
     )
-    monkeypatch.setattr("losscli.evaluation.sweep.points_that_fit", lambda *_: 3)
+    monkeypatch.setattr("losscli.evaluation.memory.points_that_fit", lambda *_: 3)
 
     def told(journal: Any) -> list[str]:
         result = plan().run(Execution(journal=journal))
