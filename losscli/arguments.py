@@ -14,7 +14,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from losscli.errors import UsageError
 
-__all__ = ["checked", "convert", "listed", "need_known", "shown"]
+__all__ = ["checked", "convert", "listed", "require_known", "shown"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
 
         @functools.wraps(function)
         def call(*arguments: P.args, **options: P.kwargs) -> T:
-            need_known(name, options, known)
+            require_known(name, options, known)
             try:
                 bound = signature.bind(*arguments, **options)
             except TypeError as error:
@@ -64,7 +64,7 @@ class _Nothing:
     """No fields."""
 
 
-def need_known(name: str, options: Iterable[str], known: Sequence[str]) -> None:
+def require_known(name: str, options: Iterable[str], known: Sequence[str]) -> None:
     """Makes sure that a function takes the keywords that it is given.
 
     Args:

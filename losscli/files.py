@@ -1,26 +1,40 @@
-"""Reading files that end: pipes and devices, which may give nothing or never stop, are told apart.
+"""Regular files, pipes and memory that is mapped from files.
 
-Their errors are an OSError, so that each reader says what it was about to read. And creating files
-that nobody else has prepared.
+Reading does not block on a FIFO and refuses devices. Errors are an OSError, so that each reader can
+add what it was about to read. Files are created only where nothing has their name.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import functools
+import mmap
 import os
 import stat
-from collections.abc import Callable
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+if TYPE_CHECKING:
+    # Help and pictures are made without torch.
+    from torch import Tensor
 
 __all__ = [
     "IrregularError",
+    "MappedRegion",
     "create",
+    "is_mapped",
+    "mapped_regions",
     "open_regular",
     "read_pipe",
     "read_regular",
     "read_text",
+    "release_pages",
     "stand_in",
 ]
 
@@ -28,6 +42,9 @@ __all__ = [
 _MOST = 256 << 20
 _LONGEST = 1 << 20
 _BLOCK = 1 << 16
+
+# The pages of smaller tensors are not worth a system call.
+_LARGE = 1 << 20
 
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISFIFO, "a pipe"),
@@ -81,10 +98,10 @@ def open_regular(path: Path) -> BufferedReader:
         IsADirectoryError: It is a folder.
         OSError: The system does not let it be opened.
     """
-    _need_regular(path.stat().st_mode)  # to open a device may do something
+    _require_regular(path.stat().st_mode)  # to open a device may do something
     file = _open(path)
     try:
-        _need_regular(os.fstat(file.fileno()).st_mode)
+        _require_regular(os.fstat(file.fileno()).st_mode)
     except OSError:
         file.close()
         raise
@@ -199,6 +216,79 @@ def read_text(file: BinaryIO, first: bytes = b"") -> bytes:
     return bytes(text)
 
 
+def release_pages(*tensors: Tensor) -> None:
+    """Returns the pages of tensors that are mapped from files to the system.
+
+    Pages of a file count as a process's own from when they are first read: two checkpoints that
+    are compared would be held twice over. The tensors stay as they are; where they are read
+    again, the pages come from the system's cache of the file. On other systems than Linux, and
+    for tensors that are not mapped, nothing is done.
+
+    Args:
+        *tensors: The tensors, which nobody has written on.
+    """
+    ranges = [
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+        for tensor in tensors
+        if tensor.nbytes >= _LARGE and tensor.device.type == "cpu" and tensor.is_contiguous()
+    ]
+    advise = _madvise() if ranges else None
+    if advise is None:
+        return
+    page = mmap.PAGESIZE
+    files = sorted((m.start, m.stop) for m in mapped_regions())
+    for first, last in ranges:
+        # Pages that are shared with a neighbour are kept.
+        start, stop = -(-first // page) * page, last // page * page
+        i = bisect_right(files, (start, sys.maxsize)) - 1
+        if i >= 0 and start < stop <= files[i][1]:
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Tells whether `release_pages` would have an effect on a tensor.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Whether it is large, and lies in memory that is mapped from a file.
+    """
+    if tensor.nbytes < _LARGE or tensor.device.type != "cpu":
+        return False
+    return any(m.start <= tensor.data_ptr() < m.stop for m in mapped_regions())
+
+
+class MappedRegion(NamedTuple):
+    """Memory that is mapped from a file.
+
+    Attributes:
+        start: Its first address.
+        stop: The address behind its last.
+        offset: Where in the file it begins.
+        path: The file.
+    """
+
+    start: int
+    stop: int
+    offset: int
+    path: str
+
+
+def mapped_regions() -> Iterator[MappedRegion]:
+    """Lists the memory of this process that is mapped from files.
+
+    Yields:
+        Each region; nothing on other systems than Linux.
+    """
+    with contextlib.suppress(OSError):
+        for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n"):
+            addresses, _, offset, _, inode, *path = [*line.split(maxsplit=5), *[""] * 5][:6]
+            if inode not in {"0", ""}:
+                start, stop = addresses.split("-")
+                yield MappedRegion(int(start, 16), int(stop, 16), int(offset, 16), "".join(path))
+
+
 def _open(path: Path) -> BufferedReader:
     flags = os.O_RDONLY
     for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
@@ -211,7 +301,7 @@ def _open(path: Path) -> BufferedReader:
         raise
 
 
-def _need_regular(mode: int) -> None:
+def _require_regular(mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
@@ -220,3 +310,14 @@ def _need_regular(mode: int) -> None:
         raise IrregularError(
             f"it is {kind} and no regular file. {cure if stat.S_ISFIFO(mode) else 'Name a file'}"
         )
+
+
+@functools.cache
+def _madvise() -> Callable[..., int] | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        advise: Callable[..., int] = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    return advise

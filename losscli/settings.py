@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_type_hints
 
-from losscli.arguments import convert, need_known, shown
+from losscli.arguments import convert, require_known, shown
 from losscli.errors import UsageError
 
 __all__ = ["Buffers", "DType", "Settings"]
@@ -68,7 +68,7 @@ class Settings:
 
     def __new__(cls, *_: Any, **options: Any) -> Self:
         """Refuses a keyword that is not known."""
-        need_known(cls.__name__, options, [field.name for field in fields(cls)])
+        require_known(cls.__name__, options, [field.name for field in fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -412,12 +412,12 @@ def _load_file(path: Path, where: str) -> Any:
     sys.modules[name] = module
     # Its neighbours are importable from it, as they are when it is run as a script.
     _OWN.add(str(path.resolve().parent))
-    _need_own_neighbours(path.resolve(), where)
+    _require_own_neighbours(path.resolve(), where)
     loader.loader.exec_module(module)
     return module
 
 
-def _need_own_neighbours(path: Path, where: str) -> None:
+def _require_own_neighbours(path: Path, where: str) -> None:
     """Makes sure that a file does not get a neighbour of another file for one of its own.
 
     Args:

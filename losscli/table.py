@@ -40,7 +40,7 @@ _CURE = "Give a CSV as losscli wrote it"
 class Table:
     """Named columns and rows of cells.
 
-    A column's name settles its type: ``a``, ``b``, ``split``, ``checkpoint``, ``block`` and
+    The name of a column determines its type: ``a``, ``b``, ``split``, ``checkpoint``, ``block`` and
     ``verdict`` are text, ``step``, ``walk`` and ``examples`` whole numbers, all others floats.
     ``None`` is an empty cell; among text, an empty cell reads back as ``""``.
 

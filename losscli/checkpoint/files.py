@@ -16,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from losscli.checkpoint.claims import OLD_FORMAT, AmbiguousError, ClaimError, RepeatedError
 from losscli.checkpoint.names import metadata_of, natural
+from losscli.checkpoint.size_checks import OLD_FORMAT, AmbiguousError, RepeatedError, SizeError
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
 from losscli.files import open_regular, read_regular, stand_in
@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _need_itself(path: Path, name: str) -> None:
+def _require_itself(path: Path, name: str) -> None:
     """Makes sure that a file that cannot be read is not something else in its place.
 
     Args:
@@ -120,7 +120,7 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
             "Was it written for something else?",
         ) from None
     except (SafetensorError, RuntimeError, ValueError) as error:
-        _need_itself(path, name)
+        _require_itself(path, name)
         raise CheckpointError(
             f"{name} is no whole safetensors file: {one_line(error)}",
             "Was its writing cut off?",
@@ -139,7 +139,7 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # noqa: BLE001 - a broken file makes the unpickler raise anything
-        _need_itself(path, name)
+        _require_itself(path, name)
         raise _unreadable(name, path, error) from None
     if magic == b"GGUF":
         raise CheckpointError(
@@ -224,7 +224,7 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
             f"{name} is an ambiguous archive: {error}",
             "Save it again with torch.save",
         )
-    if isinstance(error, ClaimError):
+    if isinstance(error, SizeError):
         return CheckpointError(
             f"{name} claims more than it holds: {error}", "Was its writing cut off?"
         )

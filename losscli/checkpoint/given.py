@@ -14,7 +14,7 @@ from losscli.checkpoint.names import loadable, metadata_of, state_dicts
 from losscli.checkpoint.quantised import packed
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
 from losscli.errors import CheckpointError, UsageError
-from losscli.mmap import is_mapped
+from losscli.files import is_mapped
 from losscli.weight_space.digest import digest
 
 __all__ = ["CheckpointLike", "Given", "named", "named_all"]
@@ -56,7 +56,7 @@ class Given(str):
         content: Any = value
         metadata: Mapping[str, str] = {}
         if isinstance(value, nn.Module):
-            _need_values(value, label)
+            _require_values(value, label)
             content = value.state_dict()
         elif isinstance(value, Checkpoint):
             metadata = value.metadata
@@ -67,7 +67,7 @@ class Given(str):
         file = CheckpointFile(label, None, candidates, metadata, (), quantised=packed(content))
         whole = {}
         for key, weights in file.choice.items():
-            file.need_dense(key, weights)
+            file.require_dense(key, weights)
             for name, tensor in weights.items():
                 candidates[key][name] = own = _own(tensor)
                 whole[f"{key}.{name}"] = own.dequantize() if own.is_quantized else own
@@ -77,7 +77,7 @@ class Given(str):
         return given
 
 
-def _need_values(module: nn.Module, label: str) -> None:
+def _require_values(module: nn.Module, label: str) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise CheckpointError(

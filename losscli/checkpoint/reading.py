@@ -45,7 +45,7 @@ def read(name: str) -> CheckpointFile:
             (file.path and put_together(file.path)) or "Save the model's state_dict() in it",
         )
     for label, weights in file.choice.items():
-        file.need_dense(label, weights)
+        file.require_dense(label, weights)
     return file
 
 

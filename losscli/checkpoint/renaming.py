@@ -22,7 +22,7 @@ from losscli.checkpoint.hooks import LoadHooks
 from losscli.checkpoint.names import OPTIMISER, StateDict
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied
 from losscli.errors import CheckpointError, MismatchError, ModelError
-from losscli.mmap import let_go
+from losscli.files import release_pages
 from losscli.weight_space.digest import digest
 from losscli.weight_space.vectors import Weights, kind, mismatches, pieces
 
@@ -138,7 +138,7 @@ def _torn(weights: Weights, expected: Weights) -> tuple[str, str] | None:
 def _alike(a: Tensor, b: Tensor) -> bool:
     # A value that is not a number is equal to none, and here to its like.
     same = all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pieces(a, b))
-    let_go(a, b)
+    release_pages(a, b)
     return same
 
 

@@ -54,7 +54,7 @@ def save(
         raise OutputError(f"{path} is a folder", "Name a file")
     state = loadable(weights, versions or {}, extra or {})
     if safe := path.suffix not in _BY_TORCH:
-        _need_tensors_alone(weights, path, versions or {}, extra or {})
+        _require_tensors_alone(weights, path, versions or {}, extra or {})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a process of this number that was killed
@@ -77,7 +77,7 @@ def save(
             temporary.unlink()
 
 
-def _need_tensors_alone(
+def _require_tensors_alone(
     weights: Weights, path: Path, versions: Versions, extra: Mapping[str, Any]
 ) -> None:
     """Refuses what safetensors does not store."""

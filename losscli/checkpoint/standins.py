@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from losscli.checkpoint.claims import Fixed, hold_against_size
+from losscli.checkpoint.size_checks import Fixed, check_sizes
 
 __all__ = ["Path", "Record", "has_record", "load_tensors"]
 
@@ -78,7 +78,7 @@ def load_tensors(file: Any, *, mmap: bool = False) -> Any:
     Raises:
         BrokenPickleError: It claims to hold more than its size allows, or is broken.
     """
-    hold_against_size(file)
+    check_sizes(file)
     allowed = [(standin, name) for name, standin in _HARMLESS.items()]
     with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
         # What torch has to say of old formats is of no use to the reader of a curve.

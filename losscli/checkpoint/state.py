@@ -196,7 +196,7 @@ class CheckpointFile:
             )
         return replace(self, candidates=inside)
 
-    def need_dense(self, label: str, weights: Weights) -> None:
+    def require_dense(self, label: str, weights: Weights) -> None:
         """Makes sure that tensors hold numbers that can be computed with.
 
         Args:

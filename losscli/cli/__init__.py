@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Any
 
 from losscli.cli.console import Console, SilentConsole
+from losscli.cli.sigbus import exit_on_lost_pages
 from losscli.errors import LosscliError, UsageError
-from losscli.mmap import tell_of_lost_pages
 from losscli.studies.registry import COMMANDS
 
 __all__ = ["main"]
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     # Files alone are drawn. What a desktop's session has there may not be installed here.
     os.environ["MPLBACKEND"] = "agg"
-    tell_of_lost_pages(console.error)
+    exit_on_lost_pages(console.error)
     status = run(sys.argv[1:] if arguments is None else list(arguments), console)
     if status > 128:
         # A thread that hangs in a model's code must not keep a process that was told to end.

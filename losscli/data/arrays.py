@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from losscli.data.batch import Pixels, to_tensor
-from losscli.data.memory import need_memory
+from losscli.data.memory import require_memory
 from losscli.errors import DataError, SpecError, one_line
 from losscli.files import stand_in
 
@@ -107,7 +107,7 @@ def load_safetensors(
         with path.open("rb"), safe_open(path, framework="pt") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        _need_itself(path)
+        _require_itself(path)
         raise DataError(
             f"{path} is no whole safetensors file: {one_line(error)}", "Was its writing cut off?"
         ) from None
@@ -137,14 +137,14 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
             stream.seek(0)
             shapes = _hold_against_size(stream, str(path))
             if shapes:
-                _need_alike(shapes, str(path))
+                _require_alike(shapes, str(path))
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as file:
                 arrays = {key: to_tensor(file[key], str(path), key) for key in file.files}
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - a broken archive makes its reader raise anything
-        _need_itself(path)
+        _require_itself(path)
         raise DataError(
             f"{path} is no NumPy archive of numbers: {one_line(error)}",
             "Write it with numpy.savez, arrays of numbers alone",
@@ -174,12 +174,12 @@ def _hold_against_size(stream: IO[bytes], where: str) -> dict[str, tuple[int, ..
                         f"{entry.filename!r} claims {dtype} {list(shape)} in {held:,} bytes"
                     )
                 shapes[entry.filename.removesuffix(".npy")] = shape
-        need_memory(sum(entry.file_size for entry in archive.infolist()), where)
+        require_memory(sum(entry.file_size for entry in archive.infolist()), where)
         # What else is in it will be told of.
         return shapes if len(shapes) == len(archive.infolist()) else {}
 
 
-def _need_alike(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+def _require_alike(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Compares counts before arrays are unpacked, to a thousand times the room of their file."""
     for split, (inputs, targets) in _pairs(shapes, where).items():
         if inputs and targets and inputs[0] != targets[0]:
@@ -244,7 +244,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
                 content = file.read(start)
                 words = np.frombuffer(content[4:].ljust(start - 4, b"\xff"), ">u4")
                 claimed = min(math.prod(words.tolist()), most)
-                need_memory(2 * claimed, str(path))  # it is copied once
+                require_memory(2 * claimed, str(path))  # it is copied once
                 # What is more or less than that is told of below.
                 content += file.read(claimed + 1)
     except (OSError, EOFError, zlib.error) as error:
@@ -252,7 +252,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             f"{path} cannot be read: {one_line(error)}", "Was its download cut off?"
         ) from None
     if content[:4] != bytes([0, 0, 8, dimensions]):
-        _need_itself(path)
+        _require_itself(path)
         raise DataError(
             f"{path} is no IDX file of bytes in {dimensions} dimensions",
             "Is it another file, or a labels file in the place of images?",
@@ -268,7 +268,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     return torch.from_numpy(values.reshape(shape))
 
 
-def _need_itself(path: Path) -> None:
+def _require_itself(path: Path) -> None:
     if found := stand_in(path):
         what, cure = found
         raise DataError(f"{path} is {what}", cure) from None

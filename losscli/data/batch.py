@@ -13,7 +13,7 @@ from torch import Tensor
 from losscli.data.split import Batches, Inputs, Split, leaves
 from losscli.errors import DataError, one_line
 
-__all__ = ["Pixels", "RaggedError", "is_language", "join", "to_tensor", "understand"]
+__all__ = ["Pixels", "RaggedError", "is_language", "join", "parse_batch", "to_tensor"]
 
 _TARGETS = ("targets", "target", "labels", "label", "y")
 
@@ -35,7 +35,7 @@ class RaggedError(DataError):
     """Batches whose examples have different sizes cannot be one."""
 
 
-def understand(batch: object, where: str) -> Split:
+def parse_batch(batch: object, where: str) -> Split:
     """Finds inputs and targets in a batch; what is not understood is an error, never skipped.
 
     Args:

@@ -24,7 +24,7 @@ from torch import Tensor
 from losscli.data.arrays import scaled
 from losscli.data.batch import Pixels, to_tensor
 from losscli.data.images import Images, open_image
-from losscli.data.memory import need_memory
+from losscli.data.memory import require_memory
 from losscli.data.split import DataSet, Inputs, Split
 from losscli.data.text import IGNORED, read_texts
 from losscli.errors import DataError, SpecError, one_line, printable
@@ -226,11 +226,11 @@ def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, 
         if isinstance(source, str):
             loaded = _fetch(source, config)
         elif on_disk:
-            _need_inside_saved(source)
+            _require_inside_saved(source)
             with _offline():
                 loaded = datasets.load_from_disk(str(source))
         else:
-            _need_inside_card(source)
+            _require_inside_card(source)
             # An absolute name: text, json and the like name readers, wherever they are folders.
             folder = str(source.resolve())
             with _offline():
@@ -282,18 +282,18 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-def _need_inside_saved(folder: Path) -> None:
+def _require_inside_saved(folder: Path) -> None:
     """Refuses a folder of save_to_disk whose own files name places outside it."""
     splits = _json(folder / "dataset_dict.json").get("splits")
     names = [str(name) for name in splits] if isinstance(splits, list) else []
     for name in names:
-        _need_inside(name, folder, folder / "dataset_dict.json")
+        _require_inside(name, folder, folder / "dataset_dict.json")
     for place in (folder, *(folder / name for name in names)):
         files = _json(place / "state.json").get("_data_files")
         for entry in files if isinstance(files, list) else ():
             if isinstance(entry, dict):
                 name = str(entry.get("filename"))
-                _need_inside(name, place, place / "state.json")
+                _require_inside(name, place, place / "state.json")
                 if (place / name).exists() and not (place / name).is_file():
                     raise DataError(
                         f"{place / name} is no regular file", "Save it with save_to_disk"
@@ -308,7 +308,7 @@ def _json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _need_inside_card(folder: Path) -> None:
+def _require_inside_card(folder: Path) -> None:
     """Refuses a folder of data files whose card says that some of them are outside it."""
     import yaml  # type: ignore[import-untyped]
     from huggingface_hub import DatasetCard
@@ -326,7 +326,7 @@ def _need_inside_card(folder: Path) -> None:
         for entry in configs if isinstance(configs, list) else ():
             for key in ("data_files", "data_dir"):
                 for name in _strings(entry.get(key) if isinstance(entry, dict) else None):
-                    _need_inside(name, folder, file)
+                    _require_inside(name, folder, file)
 
 
 def _strings(content: Any) -> Iterator[str]:
@@ -340,7 +340,7 @@ def _strings(content: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _need_inside(name: str, folder: Path, file: Path) -> None:
+def _require_inside(name: str, folder: Path, file: Path) -> None:
     """Refuses a name, or a pattern of names, that is not one of something in a folder."""
     cure = f"Mend {file.name}, or name the folder that holds the data"
     if "://" in name or "::" in name:
@@ -595,7 +595,7 @@ class _Rows(Images):
             )
         if inside:
             with zipfile.ZipFile(outer) as archive:
-                need_memory(archive.getinfo(inside[1]).file_size, self.name(index))
+                require_memory(archive.getinfo(inside[1]).file_size, self.name(index))
                 return io.BytesIO(archive.read(inside[1]))
         return outer
 

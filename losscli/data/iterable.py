@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from losscli.data.batch import RaggedError, is_language, join, understand
+from losscli.data.batch import RaggedError, is_language, join, parse_batch
 from losscli.data.randomness import capture, private_randomness, restore, seed_all
 from losscli.data.split import Batches, Examples, Split, remark_on
 from losscli.data.stream import Failure, Parcel, Prepare, children_unheard, own, signals_held
 from losscli.errors import DataError, one_line
 from losscli.spec import own_folders_in_path
 
-__all__ = ["Flow", "Source"]
+__all__ = ["IterableStream", "Source"]
 
 # Examples that an iterable without batches of its own is asked for at a time.
 _AT_A_TIME = 64
@@ -60,7 +60,7 @@ class _Collate:
     def __call__(self, rows: Any) -> Parcel | Failure:
         try:
             raw = self.collate(rows)
-            batch = understand(raw, self.where)
+            batch = parse_batch(raw, self.where)
             whole = Batches.of(batch) if self.in_batches else batch
             return Parcel.pack(whole, language=is_language(raw))
         except DataError as error:
@@ -191,7 +191,7 @@ def _cause(error: BaseException) -> str:
     return " ".join(found[1].split()) if found else kind
 
 
-class Flow(Examples):
+class IterableStream(Examples):
     """Examples of an iterable, in the order in which it gives them.
 
     Args:
@@ -258,7 +258,7 @@ class Flow(Examples):
         """
         return torch.arange(len(self))
 
-    def draw(self, number: int, generator: torch.Generator) -> Flow:  # noqa: ARG002
+    def draw(self, number: int, generator: torch.Generator) -> IterableStream:  # noqa: ARG002
         """Takes the first examples: there is nothing to draw from.
 
         Args:
@@ -271,9 +271,9 @@ class Flow(Examples):
         stop = self._start + number
         if self._stop is not None:
             stop = min(stop, self._stop)
-        return Flow(self._source, self._start, stop)
+        return IterableStream(self._source, self._start, stop)
 
-    def take(self, index: Tensor | slice) -> Flow:
+    def take(self, index: Tensor | slice) -> IterableStream:
         """Picks examples that follow each other.
 
         Args:
@@ -285,7 +285,7 @@ class Flow(Examples):
         if isinstance(index, Tensor):
             index = slice(int(index[0]), int(index[-1]) + 1)
         start, stop, _ = index.indices(len(self))
-        part = Flow(self._source, self._start + start, self._start + stop)
+        part = IterableStream(self._source, self._start + start, self._start + stop)
         part._length = stop - start
         return part
 

@@ -10,7 +10,7 @@ import torch
 
 from losscli.errors import DataError
 
-__all__ = ["device_budget", "host_budget", "host_memory", "need_memory"]
+__all__ = ["device_budget", "host_budget", "host_memory", "require_memory"]
 
 # Joining what was decoded takes twice its bytes for a moment, and the weights need room too.
 _SHARE = 0.25
@@ -77,7 +77,7 @@ def free_memory() -> int:
     return max(0, free)
 
 
-def need_memory(nbytes: int, where: str) -> None:
+def require_memory(nbytes: int, where: str) -> None:
     """Makes sure that there is memory for what a file is unpacked to.
 
     Args:

@@ -18,8 +18,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from losscli.data.batch import Pixels, is_language, understand
-from losscli.data.iterable import Flow, Source
+from losscli.data.batch import Pixels, is_language, parse_batch
+from losscli.data.iterable import IterableStream, Source
 from losscli.data.memory import host_budget
 from losscli.data.randomness import private_randomness, seed_all
 from losscli.data.split import Batches, DataSet, Examples, Split
@@ -148,7 +148,7 @@ def wrap(loaded: object, where: str, seed: int, batching: Batching | None = None
             language.add(not isinstance(examples, Split) and examples.language)
             splits[str(name)] = examples
         else:
-            splits[str(name)] = understand(content, here)
+            splits[str(name)] = parse_batch(content, here)
             language.add(is_language(content))
     floating = {split.first(1).targets.is_floating_point() for split in splits.values()}
     if len(floating) > 1:
@@ -182,7 +182,7 @@ def into_memory(data: DataSet) -> DataSet:
     budget = host_budget() - sum(split.nbytes for split in data.splits.values())
     splits: dict[str, Examples] = {}
     for name, split in data.splits.items():
-        decoded = split.decode(budget) if isinstance(split, Stream | Flow) else None
+        decoded = split.decode(budget) if isinstance(split, Stream | IterableStream) else None
         budget -= decoded.nbytes if decoded is not None else 0
         if decoded is None and isinstance(split, Stream):
             split.check()
@@ -192,7 +192,7 @@ def into_memory(data: DataSet) -> DataSet:
 
 def _examples(
     content: DataLoader[Any] | Dataset[Any], where: str, seed: int, batching: Batching | None
-) -> Split | Stream | Flow:
+) -> Split | Stream | IterableStream:
     if isinstance(content, DataLoader):
         whole = batching is not None
         drops = content.drop_last or getattr(content.batch_sampler, "drop_last", False)
@@ -202,14 +202,14 @@ def _examples(
                 "Build it with drop_last=False",
             )
         if isinstance(content.dataset, IterableDataset):
-            return Flow(Source(content, where, seed, in_batches=whole))
+            return IterableStream(Source(content, where, seed, in_batches=whole))
         if whole and content.batch_sampler is not None:
             return _whole_batches(content, where, seed)
         keys = _keys(content, where, seed)
         if content.batch_sampler is None:
-            return Flow(Source(_in_order(content, keys), where, seed, in_batches=whole))
+            return IterableStream(Source(_in_order(content, keys), where, seed, in_batches=whole))
         if type(content.dataset) is TensorDataset and content.collate_fn is default_collate:
-            split = understand(list(content.dataset.tensors), where)
+            split = parse_batch(list(content.dataset.tensors), where)
             return split if keys is None else split.take(torch.tensor(keys))
         return _stream(
             content.dataset,
@@ -221,11 +221,11 @@ def _examples(
             options=_options(content),
         )
     if type(content) is TensorDataset:
-        return understand(list(content.tensors), where)
+        return parse_batch(list(content.tensors), where)
     if isinstance(content, IterableDataset):
         if batching is not None and batching.size is not None:
-            return Flow(Source(content, where, seed, size=batching.size, in_batches=True))
-        return Flow(Source(content, where, seed))
+            return IterableStream(Source(content, where, seed, size=batching.size, in_batches=True))
+        return IterableStream(Source(content, where, seed))
     if getattr(content, "__len__", None) is None:
         raise DataError(
             f"{where}: the Dataset has no length", "Give it __len__, or an IterableDataset"
@@ -245,7 +245,7 @@ def _whole_batches(loader: DataLoader[Any], where: str, seed: int) -> Split | St
     if not keys:
         raise DataError(f"{where} is empty")
     if type(loader.dataset) is TensorDataset and loader.collate_fn is default_collate:
-        split = understand(list(loader.dataset.tensors), where).take(torch.tensor(keys))
+        split = parse_batch(list(loader.dataset.tensors), where).take(torch.tensor(keys))
         return Batches(split.inputs, split.targets, tuple(map(len, batches)))
     stream = _stream(
         loader.dataset,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from losscli.data.batch import RaggedError, is_language, join, understand
+from losscli.data.batch import RaggedError, is_language, join, parse_batch
 from losscli.data.images import Images
 from losscli.data.memory import host_budget
 from losscli.data.randomness import private_randomness, seed_all
@@ -115,7 +115,7 @@ class Decoder:
         Raises:
             DataError: An example cannot be decoded, or the batch is not understood.
         """
-        batch = understand(self.collated(positions), self.where)
+        batch = parse_batch(self.collated(positions), self.where)
         if len(batch) != len(positions):
             raise DataError(
                 f"{self.where}: a batch of {len(positions)} examples is collated to {len(batch)}",
@@ -196,7 +196,7 @@ class BatchDecoder(Decoder):
         Raises:
             DataError: An example cannot be decoded, or the batch is not understood.
         """
-        return Batches.of(understand(self.collated(positions), self.where))
+        return Batches.of(parse_batch(self.collated(positions), self.where))
 
     def collated(self, positions: list[int]) -> Any:
         """Decodes a batch, and leaves it as it is.

@@ -133,7 +133,7 @@ def _bytes(texts: Sequence[bytes | str]) -> Iterable[npt.ArrayLike]:
         yield np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
 
 
-def _need_regular(folder: Path) -> None:
+def _require_regular(folder: Path) -> None:
     """Refuses pipes and devices among the files: from these the library would read without end."""
     for path in folder.iterdir():
         try:
@@ -144,7 +144,7 @@ def _need_regular(folder: Path) -> None:
             continue  # a folder; and of what cannot be opened the library has a word
 
 
-def _need_printable(folder: Path) -> None:
+def _require_printable(folder: Path) -> None:
     """Refuses keys that would steer a terminal: the library prints those that it does not know."""
     for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
         try:
@@ -185,8 +185,8 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
             f"tokenizers are read by transformers, which is not installed ({one_line(error)})",
             "pip install 'losscli[hf]'",
         ) from None
-    _need_regular(folder)
-    _need_printable(folder)
+    _require_regular(folder)
+    _require_printable(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the library would write to stderr
     try:
@@ -200,7 +200,7 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    _need_vocabulary(folder, tokenizer)
+    _require_vocabulary(folder, tokenizer)
 
     def encode(texts: Sequence[bytes | str]) -> list[list[int]]:
         decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]
@@ -214,7 +214,7 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
     return tokenizer.pad_token_id or 0, encode
 
 
-def _need_vocabulary(folder: Path, tokenizer: Any) -> None:
+def _require_vocabulary(folder: Path, tokenizer: Any) -> None:
     """Refuses a tokenizer that was made of a model's configuration alone, and knows no words."""
     # Some have none to read, such as that of bytes.
     own = tokenizer.vocab_files_names.values()

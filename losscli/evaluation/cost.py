@@ -17,7 +17,7 @@ from losscli.evaluation.task_checks import check_task
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["Clock", "Pace", "measure", "timed"]
+__all__ = ["Clock", "Timings", "measure", "timed"]
 
 Clock = Callable[[], float]
 """Tells the time in seconds, from whenever on."""
@@ -38,7 +38,7 @@ _PROOF = 8
 
 
 @dataclass(frozen=True)
-class Pace:
+class Timings:
     """What a run's parts take, in seconds.
 
     Attributes:
@@ -66,7 +66,7 @@ def measure(
     slice_: Slice | None,
     points: Sequence[Sequence[float]],
     clock: Clock,
-) -> Pace:
+) -> Timings:
     """Evaluates one batch of the first split as a run will, and looks at the clock.
 
     The batch is checked first, and so has been seen before it is timed.
@@ -79,7 +79,7 @@ def measure(
         clock: The clock.
 
     Returns:
-        The pace.
+        The timings.
 
     Raises:
         LosscliError: The model or the loss fails on the batch, or one example does not fit.
@@ -106,7 +106,7 @@ def measure(
         points = points[:tried]
         point, making = _among_others(objective, slice_, points, name, batch, plain, clock)
         statistics *= min(1.0, point / plain) if plain else 1.0
-    return Pace(batch.rows, seconds, decoding, plain, point, making, statistics)
+    return Timings(batch.rows, seconds, decoding, plain, point, making, statistics)
 
 
 def _among_others(

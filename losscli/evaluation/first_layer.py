@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from losscli.weight_space.slices import Slice
 
-__all__ = ["FirstLayer", "Found", "Watch"]
+__all__ = ["FirstLayer", "FirstLayerFound", "Watch"]
 
 # The functions that are affine in their weight and bias.
 _AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
@@ -131,7 +131,7 @@ class FirstLayer:
         return _Replay(self.function, tensors[self.weight], output)
 
 
-class Found(BaseException):
+class FirstLayerFound(BaseException):
     """Ends a forward pass whose first layer is known; no handler of errors takes it for one."""
 
 
@@ -141,7 +141,7 @@ class Watch(TorchFunctionMode):
     Args:
         tensors: The moving tensors by name.
         slice_: The slice that they move in.
-        stops: Whether `Found` ends the forward pass once the first layer is known.
+        stops: Whether `FirstLayerFound` ends the forward pass once the first layer is known.
         measures: Whether the first layer's Gram matrix is computed.
 
     Attributes:
@@ -172,7 +172,7 @@ class Watch(TorchFunctionMode):
             # Here and now: the layer's input may be overwritten later in the pass.
             self.layer = self._compute(func, args, kwargs)
             if self._stops and self.layer is not None:
-                raise Found
+                raise FirstLayerFound
         return func(*args, **kwargs)
 
     def _compute(

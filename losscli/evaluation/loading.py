@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from losscli.checkpoint import Versions, loadable, takes_part
 from losscli.evaluation.spectral import SpectralLayer, normalise, spectral_layers
 from losscli.evaluation.strategies import tensors_of
-from losscli.mmap import let_go
+from losscli.files import release_pages
 from losscli.weight_space.vectors import Weights, can_move
 
 __all__ = ["LoadableModel"]
@@ -78,7 +78,7 @@ class LoadableModel:
             self.tensors[name].copy_(tensor)
         if self._normalises:
             normalise(self.spectral, self.tensors)
-        let_go(*weights.values())
+        release_pages(*weights.values())
         if self.folds:
             self.model.eval()
 

@@ -465,7 +465,7 @@ class Objective(ScoredModel):
         zeros = torch.zeros(len(points), dtype=self.sum_type, device=self.device)
         totals = {name: zeros.clone() for name in self.metrics}
         # Each batch has sums of its own, added when all its points are done: two threads may be at
-        # one point with two batches, and the order of adding settles the last digit.
+        # one point with two batches, and the order of adding determines the last digit.
         before: tuple[Iterator[int], int, dict[str, Tensor]] = iter(()), 0, {}
         start = 0
         weighed: list[Mapping[str | None, Tensor | None]] = []

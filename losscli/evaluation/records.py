@@ -15,7 +15,7 @@ from losscli.data import Examples
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.strategies import Strategy
-from losscli.mmap import let_go
+from losscli.files import release_pages
 from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
@@ -81,7 +81,7 @@ def record_key(
     ]
     ends = [digest(end) for end in (*weights, _rest(objective, weights[0]))]
     for end in weights:
-        let_go(*end.values())
+        release_pages(*end.values())
     return hashlib.sha256(json.dumps([told, ends]).encode()).hexdigest()
 
 

@@ -24,10 +24,10 @@ from torch.func import functional_call, vmap
 
 from losscli.data import Inputs
 from losscli.errors import ModelError
-from losscli.evaluation.first_layer import FirstLayer, Found, Watch
+from losscli.evaluation.first_layer import FirstLayer, FirstLayerFound, Watch
 from losscli.evaluation.recalibration import Layer, Statistics, estimating, layers_of
 from losscli.evaluation.spectral import SpectralLayer, normalise
-from losscli.mmap import let_go
+from losscli.files import release_pages
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
@@ -401,7 +401,7 @@ class Points:
         done = range(1)
         try:
             take(0, self._first, watch)
-        except Found:
+        except FirstLayerFound:
             done = range(0)
         if watch.layer is not None and self._apart is None:
             lost = watch.layer.cancels(self._coordinates)
@@ -449,7 +449,7 @@ class Points:
             else:
                 stack = own.new_empty(number, *own.shape)
             _fill(stack, self._slice, name, self._coordinates)
-            let_go(*(end[name] for end in self._slice.ends))
+            release_pages(*(end[name] for end in self._slice.ends))
             stacks[name] = stack
         return stacks
 

@@ -48,7 +48,7 @@ def exported(file: str | Path) -> nn.Module:
     for name in ("train", "eval"):
         vars(module).pop(name, None)
     if (fixed := _batch(program)) is not None:
-        module.register_forward_pre_hook(partial(_need_batch, path, fixed), with_kwargs=True)
+        module.register_forward_pre_hook(partial(_require_batch, path, fixed), with_kwargs=True)
     return module
 
 
@@ -77,7 +77,7 @@ def _batch(program: torch.export.ExportedProgram) -> int | None:
     return None
 
 
-def _need_batch(
+def _require_batch(
     path: Path, fixed: int, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]

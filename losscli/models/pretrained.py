@@ -85,7 +85,7 @@ def pretrained(folder: str | Path) -> nn.Module:
     """
     path = Path(folder)
     named = _read(path)
-    _need_few_parts(path / "config.json", named)
+    _require_few_parts(path / "config.json", named)
     try:
         import transformers
     except ImportError as error:
@@ -146,11 +146,11 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _need_few_parts(file: Path, config: Mapping[str, Any]) -> None:
+def _require_few_parts(file: Path, config: Mapping[str, Any]) -> None:
     """Refuses a number of layers that no model has: to build them would take hours."""
     for key, value in config.items():
         if isinstance(value, dict) and key != "label2id":  # whose keys are words of anything
-            _need_few_parts(file, value)
+            _require_few_parts(file, value)
         named = _PARTS.fullmatch(key)
         if named is None:
             continue

@@ -38,7 +38,7 @@ from losscli.plotting.style import (
     shorten,
     text_width,
 )
-from losscli.plotting.surface import WIDE, add_foot, settle
+from losscli.plotting.surface import WIDE, add_foot, finish_layout
 from losscli.results import Run
 from losscli.summaries import BarriersSummary
 from losscli.table import Table
@@ -114,7 +114,7 @@ def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = Fal
         if title:
             add_title(figure, title)
         add_foot(figure, panels[0], _notes(run, squares, shared), [_legend(squares)])
-        settle(figure)
+        finish_layout(figure)
     return figure
 
 

@@ -43,7 +43,7 @@ from losscli.plotting.style import (
     shorten,
     steady,
 )
-from losscli.plotting.surface import WIDE, add_foot, settle, short_name
+from losscli.plotting.surface import WIDE, add_foot, finish_layout, short_name
 from losscli.results import Run
 from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
@@ -102,7 +102,7 @@ def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) ->
         if title:
             add_title(figure, title)
         add_foot(figure, panel, notes, groups)
-        settle(figure)
+        finish_layout(figure)
         steady(figure)
     return figure
 

@@ -48,10 +48,10 @@ from losscli.plotting.surface import (
     draw_dots,
     draw_path,
     draw_relief,
+    finish_layout,
     label_contours,
     path_entries,
     scale_losses,
-    settle,
     short_name,
 )
 from losscli.results import Run
@@ -162,7 +162,7 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
             what = f"path of the {len(marks.names)} checkpoints"
             legend = path_entries(figure, PATH, what, marks.names[0], marks.names[-1])
         add_foot(figure, panels[0], notes, [legend])
-        settle(figure)
+        finish_layout(figure)
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
             label_contours(panel, drawn, marks.x, marks.y, apart=14 if joined else 28)
     return figure

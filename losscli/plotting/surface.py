@@ -54,10 +54,10 @@ __all__ = [
     "draw_dots",
     "draw_path",
     "draw_relief",
+    "finish_layout",
     "label_contours",
     "path_entries",
     "scale_losses",
-    "settle",
     "short_name",
 ]
 
@@ -535,7 +535,7 @@ def path_entries(
 # --- The layout ----------------------------------------------------------------------------------
 
 
-def settle(figure: Figure) -> None:
+def finish_layout(figure: Figure) -> None:
     """Lays the figure out once and for all, surfaces as large as their places allow."""
     engine = figure.get_layout_engine()
     assert engine is not None

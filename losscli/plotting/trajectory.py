@@ -44,10 +44,10 @@ from losscli.plotting.surface import (
     draw_contours,
     draw_path,
     draw_relief,
+    finish_layout,
     label_contours,
     path_entries,
     scale_losses,
-    settle,
 )
 from losscli.results import Run
 from losscli.summaries import TrajectorySummary
@@ -144,7 +144,7 @@ def _draw_paths(
     if title:
         add_title(figure, title)
     add_foot(figure, upper, [*notes, *about, _TURNS], groups)
-    settle(figure)
+    finish_layout(figure)
     return figure
 
 
@@ -385,7 +385,7 @@ def _draw_ribbon(
     if title:
         add_title(figure, title)
     add_foot(figure, panels[0], [*notes, _TURNS], groups)
-    settle(figure)
+    finish_layout(figure)
     for panel, contours in zip(panels[::2], lines, strict=True):
         label_contours(panel, contours, path.along, path.aside)
     return figure

@@ -41,7 +41,7 @@ from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import BarriersSplit, BarriersSummary, Description, PairBarrier
 from losscli.table import Table
-from losscli.weight_space.slices import Line, grid, midpoint, need_room
+from losscli.weight_space.slices import Line, grid, midpoint, require_room
 from losscli.weight_space.vectors import Weights, distance, equal
 
 __all__ = ["Barriers", "barriers"]
@@ -136,7 +136,7 @@ class Barriers(Study):
             raise UsageError(
                 f"--points {points} leaves no point between two checkpoints", "Give 3 or more"
             )
-        need_room("--points", points, points * math.comb(len(names), 2))
+        require_room("--points", points, points * math.comb(len(names), 2))
         problem = prepare(names, settings, ranks=ranks)
         first, *others = states = [problem.open(t).weights for t, _ in enumerate(names)]
         moving = tuple(
@@ -295,7 +295,7 @@ class Barriers(Study):
         distances: dict[tuple[int, int], float],
         splits: Mapping[str, Examples],
         execution: Execution,
-    ) -> dict[str, _Seen]:
+    ) -> dict[str, _SplitBarriers]:
         """Evaluates all checkpoints, then all lines; of the lines no more than means is kept."""
         objective, points = self.problem.objective, [(alpha,) for alpha in self._inner]
         own = sweep_plain(objective, placed, splits=splits, execution=execution)
@@ -327,7 +327,7 @@ class Barriers(Study):
                 lines[name].append(Estimate.of_evaluation(evaluation))
                 excess[name].append(_above(self._inner, evaluation, own[i][name], own[j][name]))
         return {
-            name: _Seen(
+            name: _SplitBarriers(
                 Estimate.join([Estimate.of_evaluation(at[name]) for at in own]),
                 Estimate.join(lines[name]),
                 Estimate.join(excess[name]),
@@ -335,7 +335,7 @@ class Barriers(Study):
             for name in splits
         }
 
-    def _heights(self, seen: _Seen) -> list[_Height]:
+    def _heights(self, seen: _SplitBarriers) -> list[_Height]:
         """Finds the barrier of each pair on one split."""
         own, means, errors = (x.tolist() for x in (seen.own.mean, seen.lines.mean, seen.errors))
         heights = []
@@ -358,7 +358,7 @@ class Barriers(Study):
         return heights
 
     def _found(
-        self, heights: Sequence[_Height], seen: _Seen, lengths: Sequence[float]
+        self, heights: Sequence[_Height], seen: _SplitBarriers, lengths: Sequence[float]
     ) -> BarriersSplit:
         """Tells what was found on one split."""
         pairs = list(self.pairs)
@@ -397,7 +397,7 @@ class Barriers(Study):
 
     def _table(
         self,
-        found: Mapping[str, _Seen],
+        found: Mapping[str, _SplitBarriers],
         heights: Mapping[str, Sequence[_Height]],
         lengths: Sequence[float],
     ) -> Table:
@@ -422,12 +422,12 @@ class Barriers(Study):
             ),
         )
 
-    def _curves(self, found: Mapping[str, _Seen]) -> Table:
+    def _curves(self, found: Mapping[str, _SplitBarriers]) -> Table:
         names, metrics = self.problem.names, self.problem.objective.metrics
         sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         last = len(self.alphas) - 1
 
-        def at(seen: _Seen, p: int, i: int, j: int, k: int) -> list[Any]:
+        def at(seen: _SplitBarriers, p: int, i: int, j: int, k: int) -> list[Any]:
             if k in {0, last}:
                 return seen.own.row(j if k else i, metrics)
             return seen.lines.row(p * len(self._inner) + k - 1, metrics)
@@ -479,7 +479,7 @@ class _Height:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _SplitBarriers:
     """One split.
 
     Attributes:
@@ -501,9 +501,9 @@ class _Seen:
         """The standard errors of the heights, both losses being of the same examples."""
         return self.excess.stderr
 
-    def extend(self, more: _Seen) -> _Seen:
+    def extend(self, more: _SplitBarriers) -> _SplitBarriers:
         """Adds the examples of another block of the data."""
-        return _Seen(
+        return _SplitBarriers(
             self.own.extend(more.own),
             self.lines.extend(more.lines),
             self.excess.extend(more.excess),

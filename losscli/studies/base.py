@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from losscli.evaluation.cost import Clock, Pace
+from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.studies.fingerprint import Fingerprint, fingerprint_of, identity_of
@@ -109,11 +109,11 @@ class Study(ABC):
         """Returns what a dry run describes otherwise than other studies, or in addition."""
         return {}
 
-    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
+    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
         """Returns what a dry run estimates otherwise than other studies, or in addition.
 
         Args:
-            pace: How fast points are evaluated.
+            timings: How fast points are evaluated.
             clock: The clock.
             seconds: What the evaluation of all points takes.
 

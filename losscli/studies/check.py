@@ -20,7 +20,7 @@ from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, named_all, path_of
 from losscli.data import Examples, Split
 from losscli.errors import UsageError
-from losscli.evaluation.cost import Clock, Pace, timed
+from losscli.evaluation.cost import Clock, Timings, timed
 from losscli.evaluation.curvature import (
     DENSE_LIMIT,
     LEAST,
@@ -496,11 +496,11 @@ class Check(Study):
         # ways; one of them has its loss drawn.
         return len(_STEPS) * (2 * len(self.problem.names) + 1) + 2 * _SIDE + 4
 
-    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> CostEstimate:
+    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:
         """Tells what gradients and products with the Hessian take; their number is not known.
 
         Args:
-            pace: How fast points are evaluated.
+            timings: How fast points are evaluated.
             clock: The clock.
             seconds: What their evaluation takes.
 
@@ -528,7 +528,7 @@ class Check(Study):
             "kind": "at least",
             "seconds_at_most": seconds
             + number * (most + measured) * product
-            + self._steps * examples * pace.plain,
+            + self._steps * examples * timings.plain,
             "product": {"seconds": product},
         }
 

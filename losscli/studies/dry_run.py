@@ -6,7 +6,7 @@ import math
 import time
 
 from losscli.data import Split
-from losscli.evaluation.cost import Clock, Pace, measure
+from losscli.evaluation.cost import Clock, Timings, measure
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import points_at_once
 from losscli.studies.base import Study
@@ -72,17 +72,17 @@ def estimate(study: Study, clock: Clock = time.perf_counter) -> CostEstimate:
         LosscliError: The model or the loss fails on the batch, or one example does not fit.
     """
     with float32_precision(tf32=study.problem.settings.tf32):
-        pace = _pace(study, clock)
-        seconds, sample = evaluation_seconds(study, pace), study.problem.settings.sampling_error
+        timings = _pace(study, clock)
+        seconds, sample = evaluation_seconds(study, timings), study.problem.settings.sampling_error
         return {
             "seconds": seconds,
             "kind": "about" if sample is None else "at most",
-            "batch": {"examples": pace.examples, "seconds": pace.batch},
-            **study.extra_cost(pace, clock, seconds),
+            "batch": {"examples": timings.examples, "seconds": timings.batch},
+            **study.extra_cost(timings, clock, seconds),
         }
 
 
-def _pace(study: Study, clock: Clock) -> Pace:
+def _pace(study: Study, clock: Clock) -> Timings:
     """Measures how fast points are evaluated."""
     slices, points = study.slices
     objective, origin = study.problem.objective, study.problem.origin
@@ -92,12 +92,12 @@ def _pace(study: Study, clock: Clock) -> Pace:
     return measure(objective, origin, *study.sample(min(points, fit)), clock)
 
 
-def evaluation_seconds(study: Study, pace: Pace) -> float:
+def evaluation_seconds(study: Study, timings: Timings) -> float:
     """Adds up what the evaluations of a run take.
 
     Args:
         study: What will be run.
-        pace: How fast points are evaluated.
+        timings: How fast points are evaluated.
 
     Returns:
         Seconds.
@@ -111,9 +111,9 @@ def evaluation_seconds(study: Study, pace: Pace) -> float:
     firsts = sum(min(objective.batch_size, len(split)) for split in splits)
     streamed = sum(len(split) for split in splits if not isinstance(split, Split))
     return (
-        examples * (plain * pace.plain + study.swept * pace.point)
-        + study.swept * pace.making
-        + study.evaluations * training * pace.statistics
-        + passes * streamed * pace.decoding
-        + _PROOFS * firsts * pace.plain
+        examples * (plain * timings.plain + study.swept * timings.point)
+        + study.swept * timings.making
+        + study.evaluations * training * timings.statistics
+        + passes * streamed * timings.decoding
+        + _PROOFS * firsts * timings.plain
     )

@@ -111,11 +111,11 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
         "the number of threads": torch.get_num_threads(),
         "what the model makes of a first batch": tried,
     }
-    settles = [
+    parts = [
         *(identity_of(command, problem, options), settings.batch_size, objective.device.type),
         *(data, list(code.values()), tried),
     ]
-    return Fingerprint(_digest(settles), conditions)
+    return Fingerprint(_digest(parts), conditions)
 
 
 def _first_losses(problem: Problem) -> str:

@@ -124,7 +124,7 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[Inspecti
 def _contents(file: CheckpointFile) -> Result[InspectionSummary]:
     """Shows the state dicts of a file that holds several."""
     for label, weights in file.candidates.items():
-        file.need_dense(label, weights)
+        file.require_dense(label, weights)
     parts = _gather(file.candidates)
     counted = {
         key: (len(tensors), sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
@@ -312,7 +312,7 @@ def export(
     first = files[0].select(None, base)
     second = _second(files[1], first, base)
     if summary is not None:
-        _need_the_same((first, second), summary, alpha)
+        _require_the_same((first, second), summary, alpha)
     ends = _ends(first.weights, summary)
     weights = {
         name: _between(t, second.weights[name], ends.get(name, alpha))
@@ -359,7 +359,7 @@ def _second(file: CheckpointFile, first: Checkpoint, base: Checkpoint | None) ->
     return second
 
 
-def _need_the_same(
+def _require_the_same(
     checkpoints: Sequence[Checkpoint], summary: Mapping[str, Any], alpha: float
 ) -> None:
     """Makes sure that checkpoints are those of a summary, as far as their digests tell."""

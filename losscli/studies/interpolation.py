@@ -16,7 +16,7 @@ from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, named
 from losscli.data import Examples
 from losscli.errors import UsageError
-from losscli.evaluation.cost import Clock, Pace, timed
+from losscli.evaluation.cost import Clock, Timings, timed
 from losscli.evaluation.derivatives import trial
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import halving, points_at_once
@@ -29,8 +29,8 @@ from losscli.evaluation.tasks import ALONE, Execution
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
-from losscli.studies.closer import CloseUp
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
+from losscli.studies.line_curve import LineCurve, RefinedCurve
 from losscli.studies.notes import (
     batchnorm_notes,
     general_notes,
@@ -40,8 +40,8 @@ from losscli.studies.notes import (
     storage_notes,
 )
 from losscli.studies.problem import counted, prepare
+from losscli.studies.refiner import Refiner
 from losscli.studies.registry import COMMANDS
-from losscli.studies.seen import LineCurve, Looked
 from losscli.studies.verification import check_differentiable, verify_fresh_model, verify_sweep
 from losscli.summaries import (
     BlockSummary,
@@ -273,11 +273,11 @@ class Interpolation(Study):
         """How many points are evaluated by sweeps: those of blocks, too."""
         return super().swept + len(self.blocks) * len(points_of(self.alphas))
 
-    def extra_cost(self, pace: Pace, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
+    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
         """Tells what derivatives take, and that refining adds points.
 
         Args:
-            pace: How fast points are evaluated.
+            timings: How fast points are evaluated.
             clock: The clock.
             seconds: What their evaluation takes.
 
@@ -343,20 +343,23 @@ class Interpolation(Study):
             )
             curves = {name: parts.whole for name, parts in seen.items()}
             beyond = execution.after(self.evaluations)
-            closer = CloseUp(self.problem, self.start, line, self.derivatives, beyond)
-            looked, exhausted = Looked(self.alphas, curves, closer.slopes(self.alphas)), False
+            closer = Refiner(self.problem, self.start, line, self.derivatives, beyond)
+            refined, exhausted = (
+                RefinedCurve(self.alphas, curves, closer.slopes(self.alphas)),
+                False,
+            )
             if self.refine is not None:
-                looked, exhausted = closer.refine(looked, self.refine)
-            sure, again = closer.without_rounding(looked)
+                refined, exhausted = closer.refine(refined, self.refine)
+            sure, again = closer.without_rounding(refined)
             seconds = self.seconds(swept)
         splits = {
             name: describe(
-                looked.alphas, curve.losses[2:], curve.losses[0], curve.losses[1], curve.weights
+                refined.alphas, curve.losses[2:], curve.losses[0], curve.losses[1], curve.weights
             )
             for name, curve in sure.items()
         }
-        for name in looked.slopes:
-            splits[name]["slope_at_b"] = looked.derivatives(name, 1.0)
+        for name in refined.slopes:
+            splits[name]["slope_at_b"] = refined.derivatives(name, 1.0)
         examples = {name: curve.examples for name, curve in curves.items()}
         blocks = self._blocks(seen)
         more = {} if self.context is None else {"context": self.context}
@@ -369,7 +372,7 @@ class Interpolation(Study):
             **counted(objective, examples),
             "distance": distance(self.start, self.end, self.counted),
             "stays": self._stays(),
-            "refined": self._refined(looked, exhausted=exhausted),
+            "refined": self._refined(refined, exhausted=exhausted),
             "tables": list(more),
             "splits": splits,
             **with_blocks,
@@ -379,26 +382,26 @@ class Interpolation(Study):
                 *self._notes(splits, blocks),
                 *sampling_notes(self, examples),
                 *self._doubts(again, exhausted=exhausted),
-                *self._strange(looked),
+                *self._strange(refined),
             ],
             "seconds": seconds,
         }
-        return Result(self._table(looked), summary, COMMANDS[self.command].draw, more)
+        return Result(self._table(refined), summary, COMMANDS[self.command].draw, more)
 
-    def _table(self, looked: Looked) -> Table:
+    def _table(self, refined: RefinedCurve) -> Table:
         metrics = self.problem.objective.metrics
-        derived = ["slope", "curvature"] if looked.slopes else []
+        derived = ["slope", "curvature"] if refined.slopes else []
         sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
-        estimates = {name: curve.estimate for name, curve in looked.curves.items()}
+        estimates = {name: curve.estimate for name, curve in refined.curves.items()}
         return Table.build(
             ["alpha", "split", "loss", "loss_stderr", *metrics, *derived, *sampled],
             (
                 [
                     *(alpha, name, *estimate.row(i, metrics)),
-                    *(float(values[i]) for values in looked.slopes.get(name, ())),
+                    *(float(values[i]) for values in refined.slopes.get(name, ())),
                     *(estimate.examples for _ in sampled),
                 ]
-                for i, alpha in enumerate(looked.alphas)
+                for i, alpha in enumerate(refined.alphas)
                 for name, estimate in estimates.items()
             ),
         )
@@ -423,7 +426,7 @@ class Interpolation(Study):
                 stays["b" if name in at_b else "a"].append(name)
         return stays
 
-    def _blocks(self, seen: Mapping[str, _Seen]) -> dict[str, BlockSummary]:
+    def _blocks(self, seen: Mapping[str, _SplitCurves]) -> dict[str, BlockSummary]:
         """What the summary tells of each block."""
         counted = {block.name: self.problem.parameters(block.moving) for block in self.blocks}
         return {
@@ -439,7 +442,7 @@ class Interpolation(Study):
             for block in self.blocks
         }
 
-    def _block_table(self, seen: Mapping[str, _Seen]) -> Table:
+    def _block_table(self, seen: Mapping[str, _SplitCurves]) -> Table:
         metrics = self.problem.objective.metrics
         sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
         estimates = {
@@ -476,7 +479,7 @@ class Interpolation(Study):
         line: Line,
         splits: Mapping[str, Examples],
         execution: Execution,
-    ) -> dict[str, _Seen]:
+    ) -> dict[str, _SplitCurves]:
         """Evaluates the ends plainly and the points between and beyond them by a sweep."""
         objective = self.problem.objective
         both = [self.start, self.end]
@@ -500,7 +503,7 @@ class Interpolation(Study):
                 at_a = ends[0][name]
                 blocks[name][block.name] = BlockCurve.of(self.alphas, at_a, found[name])
         return {
-            name: _Seen(LineCurve.arrange([p[name] for p in parts], order), blocks[name])
+            name: _SplitCurves(LineCurve.arrange([p[name] for p in parts], order), blocks[name])
             for name in splits
         }
 
@@ -519,13 +522,13 @@ class Interpolation(Study):
             execution=execution,
         )
 
-    def _refined(self, looked: Looked, *, exhausted: bool) -> Refined | None:
+    def _refined(self, refined: RefinedCurve, *, exhausted: bool) -> Refined | None:
         if self.refine is None:
             return None
         return {
             "tolerance": self.refine,
-            "points": len(looked.alphas),
-            "uniform_points": uniform_points(looked.alphas),
+            "points": len(refined.alphas),
+            "uniform_points": uniform_points(refined.alphas),
             "exhausted": exhausted,
         }
 
@@ -540,11 +543,11 @@ class Interpolation(Study):
             notes.append("the curve is not known to --refine everywhere: it would take more points")
         return notes
 
-    def _strange(self, looked: Looked) -> list[str]:
+    def _strange(self, refined: RefinedCurve) -> list[str]:
         """Notes on a context that is of something else, as the ends tell."""
         if self.context is None:
             return []
-        for name, curve in looked.curves.items():
+        for name, curve in refined.curves.items():
             rows = self.context.where("split", name)
             for alpha, loss in zip(rows.floats("alpha"), rows.floats("loss"), strict=True):
                 if alpha in {0.0, 1.0}:
@@ -608,7 +611,7 @@ class Interpolation(Study):
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _SplitCurves:
     """One split on the line and on those of single blocks.
 
     Attributes:
@@ -623,10 +626,10 @@ class _Seen:
     def examples(self) -> int:
         return self.whole.examples
 
-    def extend(self, more: _Seen) -> _Seen:
+    def extend(self, more: _SplitCurves) -> _SplitCurves:
         """Adds the examples of another block of the data."""
         blocks = {name: curve.extend(more.blocks[name]) for name, curve in self.blocks.items()}
-        return _Seen(self.whole.extend(more.whole), blocks)
+        return _SplitCurves(self.whole.extend(more.whole), blocks)
 
     def is_known_to(self, tolerance: float) -> bool:
         """Whether every standard error is below a share of the height of all curves together."""

@@ -40,7 +40,7 @@ from losscli.summaries import PlaneAxis, PlaneSplit, PlaneSummary
 from losscli.table import Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.directions import random_directions
-from losscli.weight_space.slices import Slice, Span, Triangle, grid, need_room
+from losscli.weight_space.slices import Slice, Span, Triangle, grid, require_room
 from losscli.weight_space.trajectory import principal_axes
 from losscli.weight_space.vectors import Weights
 
@@ -188,7 +188,7 @@ class Plane(Study):
             )
         if points < 2:
             raise UsageError(f"--points {points} is no plane", "Give 2 or more")
-        need_room("--points", points, points**2)
+        require_room("--points", points, points**2)
         if range_ is not None:
             grid(points, *range_)
         problem = prepare(names, settings, notes, ranks)

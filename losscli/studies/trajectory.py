@@ -39,7 +39,7 @@ from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import PathLengths, RandomWalks, TrajectorySplit, TrajectorySummary
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import lowest
-from losscli.weight_space.slices import Line, grid, midpoint, need_room
+from losscli.weight_space.slices import Line, grid, midpoint, require_room
 from losscli.weight_space.trajectory import Path, measure, random_walks, ribbon
 from losscli.weight_space.vectors import dimension
 
@@ -160,7 +160,7 @@ class Trajectory(Study):
         if surface and residuals < 2:
             raise UsageError(f"--residuals {residuals} is no surface", "Give 2 or more")
         if surface:
-            need_room("--residuals", residuals, residuals * len(names))
+            require_room("--residuals", residuals, residuals * len(names))
         if surface and not 0 < reach <= _FARTHEST:
             raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
         problem = prepare(names, settings, notes, ranks)

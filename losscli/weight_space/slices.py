@@ -14,7 +14,7 @@ from torch import Tensor
 from losscli.errors import CheckpointError, UsageError
 from losscli.weight_space.vectors import Weights, distance, equal, norm, pieces, working_type
 
-__all__ = ["Line", "Slice", "Span", "Triangle", "grid", "midpoint", "need_room"]
+__all__ = ["Line", "Slice", "Span", "Triangle", "grid", "midpoint", "require_room"]
 
 
 # Farther out, products with weights leave the range of float32.
@@ -372,7 +372,7 @@ def grid(points: int, low: float, high: float, *, include: Sequence[float] = ())
     """
     if points < 1:
         raise UsageError(f"--points {points} leaves nothing to evaluate", "Give 1 or more")
-    need_room("--points", points, points)
+    require_room("--points", points, points)
     try:
         first, last = Fraction(repr(float(low))), Fraction(repr(float(high)))
     except ValueError:
@@ -392,7 +392,7 @@ def grid(points: int, low: float, high: float, *, include: Sequence[float] = ())
     return sorted(even | {float(x) for x in include if low <= x <= high})
 
 
-def need_room(option: str, value: int, points: int) -> None:
+def require_room(option: str, value: int, points: int) -> None:
     """Makes sure that a table is not longer than any memory and any patience.
 
     Args:

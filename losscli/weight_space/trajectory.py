@@ -83,7 +83,7 @@ def measure(open_: Opener, count: int, names: Sequence[str]) -> Path:
         CheckpointError: A checkpoint has weights that are not finite.
         UsageError: There are fewer than three checkpoints, or the first and the last are equal.
     """
-    _need_three(count)
+    _require_three(count)
     projection, residual, far, length = _places(open_, count, names)
     steps, turn = _turns(open_, projection, residual, length, names)
     return Path(tuple(projection), tuple(residual), tuple(far), tuple(turn), tuple(steps), length)
@@ -95,8 +95,8 @@ def _places(
     """Finds projections, residuals and distances, with both ends and one more step at a time."""
     first, last = open_(0), open_(count - 1)
     sizes = norm(first, names), norm(last, names)
-    _need_finite(sizes[0], 0)
-    _need_finite(sizes[1], count - 1)
+    _require_finite(sizes[0], 0)
+    _require_finite(sizes[1], count - 1)
     length = distance(first, last, names)
     if length == 0:
         raise UsageError(
@@ -109,7 +109,7 @@ def _places(
     projection, residual, far = [0.0], [0.0], [0.0]
     for t in range(1, count - 1):
         p, r, x = _place(first, last, open_(t), length, spread, names)
-        _need_finite(x, t)
+        _require_finite(x, t)
         projection.append(p)
         residual.append(r)
         far.append(x)
@@ -280,7 +280,7 @@ def random_walks(steps: Sequence[float], dimension: int, number: int, seed: int)
     Raises:
         UsageError: There are fewer than two steps, none has a length, or there is no dimension.
     """
-    _need_three(len(steps) + 1)
+    _require_three(len(steps) + 1)
     lengths = np.asarray(steps, dtype=np.float64)
     total = float(lengths.sum())
     if dimension < 1 or not 0 < total < math.inf:
@@ -367,7 +367,7 @@ def principal_axes(
         CheckpointError: A checkpoint has weights that are not finite.
         UsageError: There are fewer than three checkpoints, all are equal, or all are on a line.
     """
-    _need_three(count)
+    _require_three(count)
     axes = _empty(open_(count - 1), [*names, *along], dtype)
     width = max(1, _BLOCK_BYTES // (8 * count))
     blocks, others = (list(_blocks(axes[0], some, width)) for some in (names, along))
@@ -444,7 +444,7 @@ def _centred(open_: Opener, count: int, block: _Block) -> tuple[Tensor, Tensor]:
     rows = torch.empty(count, sum(stop - start for _, start, stop in block), dtype=torch.float64)
     for t in range(count):
         _gather(open_(t), block, rows[t])
-        _need_finite(float(rows[t].sum()), t)
+        _require_finite(float(rows[t].sum()), t)
     last = rows[-1].clone()
     # Less the last before the mean: the mean of large numbers would be rounded as they are.
     rows -= last
@@ -496,14 +496,14 @@ def _rounding(*tensors: Tensor) -> float:
     return _ROUNDING if exact else torch.finfo(torch.float32).eps
 
 
-def _need_three(count: int) -> None:
+def _require_three(count: int) -> None:
     if count < 3:
         raise UsageError(
             f"a path of {count} checkpoints has nothing between its ends", "Give three or more"
         )
 
 
-def _need_finite(size: float, t: int) -> None:
+def _require_finite(size: float, t: int) -> None:
     if not math.isfinite(size):
         raise CheckpointError(
             f"checkpoint {t} of the path, counted from 0, has weights that are infinite or not a "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from losscli.errors import UsageError
-from losscli.mmap import let_go
+from losscli.files import release_pages
 
 __all__ = [
     "Weights",
@@ -121,7 +121,7 @@ def norm(weights: Weights, names: Iterable[str] | None = None) -> float:
     for name in weights if names is None else names:
         for (x,) in pieces(weights[name]):
             total += float(x.dot(x))
-        let_go(weights[name])
+        release_pages(weights[name])
     return math.sqrt(total)
 
 
@@ -141,7 +141,7 @@ def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> floa
         for x, y in pieces(a[name], b[name]):
             d = y - x
             total += float(d.dot(d))
-        let_go(a[name], b[name])
+        release_pages(a[name], b[name])
     return math.sqrt(total)
 
 
@@ -156,7 +156,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
         Whether they have one shape and the same values.
     """
     same = torch.equal(a, b)
-    let_go(a, b)
+    release_pages(a, b)
     return same
 
 

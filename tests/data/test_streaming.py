@@ -47,7 +47,7 @@ from losscli.data import DataSet, Split, from_object, leaves
 from losscli.data import iterable as flow_
 from losscli.data import objects as objects_
 from losscli.data import stream as stream_
-from losscli.data.iterable import Flow, Source
+from losscli.data.iterable import IterableStream, Source
 from losscli.data.stream import Stream
 from losscli.errors import DataError, LossError
 from losscli.evaluation.curvature import Curvature
@@ -159,7 +159,7 @@ def test_streamed_examples_are_those_in_memory(form: str, cramped: Callable[[int
     assert isinstance(held, Split)
     cramped(100)
     streamed = from_object(FORMS[form](), "here").splits["data"]
-    assert isinstance(streamed, Stream | Flow)
+    assert isinstance(streamed, Stream | IterableStream)
     assert streamed.nbytes == 0
     assert len(streamed) == len(held) == N
     # Workers: started once, for batches of any size, abandoned passes and parts.
@@ -671,7 +671,7 @@ def test_an_endless_stream_says_after_ten_seconds_that_it_needs_a_limit(
         caplog.clear()
         rows = [example(0)] * (64 * batches)
         ticks = itertools.count()
-        counting(Flow(Source(Listed(rows), "here", 0, lambda ticks=ticks: next(ticks))))
+        counting(IterableStream(Source(Listed(rows), "here", 0, lambda ticks=ticks: next(ticks))))
         assert [record.getMessage() for record in caplog.records] == (
             ["here: 576 examples in 10 s and no end yet. If it is endless, give --limit"]
             if batches >= 10
@@ -689,7 +689,7 @@ def test_a_limit_ends_an_endless_stream_and_no_further_example_is_asked_for(
     stream = Endless()
     data = from_object(stream, "here", limit=limit)
     split = data.splits["data"]
-    assert isinstance(split, Flow) == streamed
+    assert isinstance(split, IterableStream) == streamed
     assert len(split) == limit
     found = whole(split)
     assert torch.equal(found.inputs, torch.stack([example(i)[0] for i in range(limit)]))  # type: ignore[arg-type]

@@ -27,8 +27,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from losscli.checkpoint.claims import hold_against_size
 from losscli.checkpoint.pickles import BrokenPickleError
+from losscli.checkpoint.size_checks import check_sizes
 from losscli.errors import printable
 from losscli.models import MLP
 from tests.conftest import ROOT, Losscli
@@ -445,7 +445,7 @@ def test_a_pickle_under_another_spelling_is_checked_as_torch_reads_it(
 
 def _why(content: bytes) -> str:
     try:
-        hold_against_size(io.BytesIO(content))
+        check_sizes(io.BytesIO(content))
     except BrokenPickleError as error:
         return str(error)
     return ""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from losscli.cli.report import plan as told
-from losscli.evaluation.cost import Pace, measure, timed
+from losscli.evaluation.cost import Timings, measure, timed
 from losscli.evaluation.curvature import LEAST, PRODUCT_LIMIT
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.tasks import Execution
@@ -67,9 +67,9 @@ def test_what_a_run_evaluates_is_counted(name: str, folder: Path) -> None:
     examples = 29 + 11
     assert study.evaluations == plain + swept
     # In units that no other part has: before it begins a run evaluates first batches, here all.
-    pace = Pace(29, 0.5, 1e9, 1.0, 1e3, 1e6, 1e12)
+    timings = Timings(29, 0.5, 1e9, 1.0, 1e3, 1e6, 1e12)
     assert (
-        dry_run.evaluation_seconds(study, pace)
+        dry_run.evaluation_seconds(study, timings)
         == examples * (plain + 16 + swept * 1e3) + swept * 1e6
     )
     done: list[float] = []
@@ -77,7 +77,7 @@ def test_what_a_run_evaluates_is_counted(name: str, folder: Path) -> None:
     assert done[-1] == pytest.approx(plain + swept)
     # Twice the examples take twice as long, whatever the batch.
     half = PLANS[name](**CPU, split=("train",))
-    assert dry_run.evaluation_seconds(half, Pace(8, 0.1, 0, 0, 1.0, 0, 0)) == 29 * swept
+    assert dry_run.evaluation_seconds(half, Timings(8, 0.1, 0, 0, 1.0, 0, 0)) == 29 * swept
 
 
 class _Turned:
@@ -190,7 +190,7 @@ def test_statistics_cost_their_examples_at_every_point(folder: Path) -> None:
     )
     training = study.problem.objective.recalibration
     assert training is not None
-    assert dry_run.evaluation_seconds(study, Pace(20, 0, 0, 0, 0, 0, 1.0)) == 11 * len(training)
+    assert dry_run.evaluation_seconds(study, Timings(20, 0, 0, 0, 0, 0, 1.0)) == 11 * len(training)
     assert math.isfinite(dry_run.estimate(study)["seconds"])
 
 
@@ -213,12 +213,12 @@ def test_what_is_decoded_costs_in_each_pass(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("losscli.data.objects.host_budget", lambda: 100)
     study = PLANS["interpolate"](**CPU, data="own.py:data")
     # The two ends, and all between them together.
-    assert dry_run.evaluation_seconds(study, Pace(40, 0, 1.0, 0, 0, 0, 0)) == 3 * 40
+    assert dry_run.evaluation_seconds(study, Timings(40, 0, 1.0, 0, 0, 0, 0)) == 3 * 40
     clock = iter(range(1000))
-    pace = measure(study.problem.objective, study.problem.origin, None, (), lambda: next(clock))
-    assert pace.decoding == 1 / 40
+    timings = measure(study.problem.objective, study.problem.origin, None, (), lambda: next(clock))
+    assert timings.decoding == 1 / 40
     held = PLANS["interpolate"](**CPU)
-    assert dry_run.evaluation_seconds(held, Pace(29, 0, 1.0, 0, 0, 0, 0)) == 0
+    assert dry_run.evaluation_seconds(held, Timings(29, 0, 1.0, 0, 0, 0, 0)) == 0
     assert measure(held.problem.objective, held.problem.origin, None, (), lambda: 0).decoding == 0
 
 

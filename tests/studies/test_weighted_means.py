@@ -34,7 +34,7 @@ from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies.check import _best
 from losscli.studies.interpolation import Interpolation
-from losscli.studies.seen import LineCurve
+from losscli.studies.line_curve import LineCurve
 from losscli.weight_space.slices import Line
 
 Numbers = NDArray[np.float64]

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from losscli.evaluation.journal.journal import Journal
-from losscli.evaluation.journal.words import differences
+from losscli.evaluation.journal.messages import differences
 
 __all__ = ["Journal", "differences"]

@@ -34,7 +34,7 @@ from losscli.evaluation.journal.frames import (
     sign,
     write,
 )
-from losscli.evaluation.journal.words import differences
+from losscli.evaluation.journal.messages import differences
 from losscli.files import create
 
 __all__ = ["Journal"]
@@ -85,7 +85,7 @@ class Journal:
 
         Args:
             stem: That of the results: the journal is ``STEM.journal``.
-            identity: A digest of all that settles the numbers: records of another identity are
+            identity: A digest of all that determines the numbers: records of another identity are
                 never recalled.
             told: What the user may know of it, by names that make sense in a sentence, such as
                 ``--limit``; made of JSON's types. A digest of a content is written as 64

@@ -13,7 +13,7 @@ from losscli.checkpoint import Checkpoint, Given, LoadHooks, read, select_for
 from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
 from losscli.models import RUNS_CODE
 from losscli.studies.problem.model import build
-from losscli.studies.problem.source import Found
+from losscli.studies.problem.source import SourcedSpec
 from losscli.summaries import CheckpointEntry
 
 __all__ = ["Checkpoints", "is_same"]
@@ -26,7 +26,7 @@ class Checkpoints:
     """Opens checkpoints by their names, for one model."""
 
     def __init__(
-        self, model: nn.Module, found: Found, base: str | None, names: Sequence[str] = ()
+        self, model: nn.Module, found: SourcedSpec, base: str | None, names: Sequence[str] = ()
     ) -> None:
         self._model = model
         self._hooks = LoadHooks(model)
@@ -109,7 +109,7 @@ def _changed(name: str) -> ChangedError:
     )
 
 
-def _initialisation(name: str, found: Found) -> Checkpoint:
+def _initialisation(name: str, found: SourcedSpec) -> Checkpoint:
     try:
         seed = int(name.removeprefix("init:"))
     except ValueError:

@@ -19,14 +19,14 @@ from losscli.evaluation.flops import Trace, addresses
 from losscli.evaluation.objective import Objective
 from losscli.models import FROM_FILES, MODELS, RUNS_CODE
 from losscli.spec import Spec, call, look_up
-from losscli.studies.problem.source import Found
+from losscli.studies.problem.source import SourcedSpec
 
 __all__ = ["build", "check_copy"]
 
 _BUILD = "Give a function that builds it"
 
 
-def build(found: Found, shapes: CheckpointFile | None = None) -> nn.Module:
+def build(found: SourcedSpec, shapes: CheckpointFile | None = None) -> nn.Module:
     """Builds a model.
 
     Args:
@@ -58,7 +58,7 @@ def build(found: Found, shapes: CheckpointFile | None = None) -> nn.Module:
             if function in map(MODELS.get, FROM_FILES):
                 arguments = tuple(str(Path(found.folder or "", path)) for path in arguments)
             elif not found.trusted:
-                _need_memory(partial(call, function, arguments, spec.options, where), where)
+                _require_memory(partial(call, function, arguments, spec.options, where), where)
             model = call(function, arguments, spec.options, where)
     except LosscliError:
         raise
@@ -157,7 +157,7 @@ def check_copy(original: nn.Module, objective: Objective) -> None:
         )
 
 
-def _need_memory(build: Callable[[], nn.Module], where: str) -> None:
+def _require_memory(build: Callable[[], nn.Module], where: str) -> None:
     """Refuses a model that a file names and that no memory here holds, before any is taken."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         size = sum(tensor.nbytes for tensor in build().state_dict().values())

@@ -66,7 +66,7 @@ def prepare(
             )
         torch.manual_seed(settings.seed)
         model = build(found, file)
-        _need_precision(model, settings.dtype)
+        _require_precision(model, settings.dtype)
         checkpoints = Checkpoints(model, found, base, names)
         # Their content would be kept as long as their names are.
         names = [str(name) for name in names]
@@ -195,7 +195,7 @@ def _provenance(
     }
 
 
-def _need_precision(model: nn.Module, dtype: str) -> None:
+def _require_precision(model: nn.Module, dtype: str) -> None:
     """Refuses half precision where there are complex numbers: torch has few operators for it."""
     named = [*model.named_parameters(), *model.named_buffers()]
     names = [name for name, tensor in named if tensor.is_complex()]

@@ -241,14 +241,14 @@ def differing_tensors(problem: Problem) -> tuple[str, ...]:
     for t in range(1, len(problem.names)):
         weights = problem.open(t).weights
         still = {name for name in still if equal(first[name], weights[name])}
-        _need_finite(problem.names[t], weights, set(problem.moving) - still)
+        _require_finite(problem.names[t], weights, set(problem.moving) - still)
         del weights  # before the next one is opened
     moving = tuple(name for name in problem.moving if name not in still)
-    _need_finite(problem.names[0], first, moving)
+    _require_finite(problem.names[0], first, moving)
     return moving
 
 
-def _need_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:
+def _require_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:
     for tensor in moving:
         if not weights[tensor].isfinite().all():
             raise CheckpointError(

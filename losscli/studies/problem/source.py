@@ -13,11 +13,11 @@ from losscli.errors import SpecError
 from losscli.models import has_config
 from losscli.spec import Spec, read_toml, unfold
 
-__all__ = ["Found", "find"]
+__all__ = ["SourcedSpec", "find"]
 
 
 @dataclass(frozen=True)
-class Found:
+class SourcedSpec:
     """A spec, who named it, what its relative paths are relative to, and where it came from."""
 
     value: Any
@@ -28,7 +28,7 @@ class Found:
     @classmethod
     def named(
         cls, value: Any, *, trusted: bool, folder: Path | None = None, source: str = ""
-    ) -> Found:
+    ) -> SourcedSpec:
         """Takes what was named: where that is a TOML file, what the file says."""
         if not isinstance(value, str):
             return cls(value, trusted, folder, source)
@@ -45,7 +45,7 @@ class Found:
         return str(getattr(self.value, "__qualname__", type(self.value).__qualname__))
 
 
-def find(kind: str, given: Any, first: CheckpointFile | None) -> Found | None:
+def find(kind: str, given: Any, first: CheckpointFile | None) -> SourcedSpec | None:
     """Finds a spec: the option, then the checkpoint's metadata, then the nearest losscli.toml.
 
     Args:
@@ -57,7 +57,7 @@ def find(kind: str, given: Any, first: CheckpointFile | None) -> Found | None:
         The spec; None where nobody names one.
     """
     if given is not None:
-        return Found.named(given, trusted=True, source=f"--{kind}")
+        return SourcedSpec.named(given, trusted=True, source=f"--{kind}")
     if first is None:
         return None
     folder = first.folder
@@ -66,16 +66,18 @@ def find(kind: str, given: Any, first: CheckpointFile | None) -> Found | None:
     own = folder if path is None else path if path.is_dir() else path.parent
     if f"losscli.{kind}" in first.metadata:
         own_spec = first.metadata[f"losscli.{kind}"]
-        return Found.named(own_spec, trusted=False, folder=folder, source="checkpoint metadata")
+        return SourcedSpec.named(
+            own_spec, trusted=False, folder=folder, source="checkpoint metadata"
+        )
     for place in (folder, *folder.parents):
         file = place / "losscli.toml"
         if file.is_file():
             value = _read_toml(file).get(kind)
             if value is not None:
-                return Found.named(value, trusted=False, folder=place, source=str(file))
+                return SourcedSpec.named(value, trusted=False, folder=place, source=str(file))
         # Beside the checkpoint a config.json of transformers names a model too.
         if kind == "model" and place == folder and has_config(own):
-            return Found(str(Spec(f"transformers:{own}")), trusted=False)
+            return SourcedSpec(str(Spec(f"transformers:{own}")), trusted=False)
     return None
 
 

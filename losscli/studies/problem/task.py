@@ -39,7 +39,7 @@ from losscli.models import (
 )
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
-from losscli.studies.problem.source import Found, find
+from losscli.studies.problem.source import SourcedSpec, find
 
 __all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
 
@@ -166,7 +166,7 @@ def loss_of(
         own = label_loss(model, floating=data.task == "regression")
         name = own or (_language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task])
         source = f"default for {'the config of the model' if own else _TARGETS_OF_TASK[data.task]}"
-        found = Found(name, trusted=True, source=source)
+        found = SourcedSpec(name, trusted=True, source=source)
     loss, text = _per_example(found, LOSSES, "loss")
     return loss, text, found.source
 
@@ -221,7 +221,7 @@ def metrics_of(
     for value in settings.metric or (default,):
         if value == "none":
             continue
-        found = Found.named(value, trusted=True)
+        found = SourcedSpec.named(value, trusted=True)
         name = _column(found.value)
         if name in metrics or name in _COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
@@ -252,7 +252,7 @@ def _column(metric: Any) -> str:
 
 
 def _per_example(
-    found: Found, registry: Mapping[str, PerExample], kind: str
+    found: SourcedSpec, registry: Mapping[str, PerExample], kind: str
 ) -> tuple[PerExample, str]:
     """Makes the function that is named, and says what it is called."""
     where = f"{kind} {found.text!r}"

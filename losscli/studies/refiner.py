@@ -11,21 +11,21 @@ from losscli.evaluation.objective import Objective
 from losscli.evaluation.precision import in_float64
 from losscli.evaluation.sweep import sweep
 from losscli.evaluation.tasks import Execution
+from losscli.studies.line_curve import Derivatives, LineCurve, RefinedCurve
 from losscli.studies.problem import Problem
-from losscli.studies.seen import Derivatives, LineCurve, Looked
 from losscli.weight_space.curve import near_rounding
 from losscli.weight_space.refinement import Curve, propose
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["CloseUp"]
+__all__ = ["Refiner"]
 
 # What rounding may do to a mean loss, as a share of it.
 _NOISE = {"float64": 1e-14, "float32": 1e-7, "float16": 1e-3, "bfloat16": 1e-2}
 
 
 @dataclass
-class CloseUp:
+class Refiner:
     """A line of which more is to be seen than its losses at the points asked for.
 
     Attributes:
@@ -61,7 +61,7 @@ class CloseUp:
         self.execution = self.execution.after(len(alphas))
         return {name: (s.slope.numpy(), s.curvature.numpy()) for name, s in found.items()}
 
-    def refine(self, looked: Looked, tolerance: float) -> tuple[Looked, bool]:
+    def refine(self, refined: RefinedCurve, tolerance: float) -> tuple[RefinedCurve, bool]:
         """Adds points until none is proposed.
 
         A search for an extremum ends at the vertex of a parabola, whose place is as little known
@@ -70,7 +70,7 @@ class CloseUp:
         the number of processes changes none, where their points fit into memory at once.
 
         Args:
-            looked: What was seen.
+            refined: What was seen.
             tolerance: The error to refine to, as a share of the curve's height.
 
         Returns:
@@ -80,32 +80,32 @@ class CloseUp:
             curves = {
                 name: Curve(
                     curve.means,
-                    looked.slopes[name][0].tolist() if looked.slopes else None,
+                    refined.slopes[name][0].tolist() if refined.slopes else None,
                 )
-                for name, curve in looked.curves.items()
+                for name, curve in refined.curves.items()
             }
             proposal = propose(
-                looked.alphas, curves, tolerance, noise=_NOISE[self.problem.settings.dtype]
+                refined.alphas, curves, tolerance, noise=_NOISE[self.problem.settings.dtype]
             )
             alphas = self.execution.decide(list(proposal.alphas))
             if not alphas:
-                return looked, proposal.exhausted
+                return refined, proposal.exhausted
             points = [(alpha,) for alpha in alphas]
             found = sweep(self.problem.objective, self.line, points, execution=self.execution)
             self.execution = self.execution.after(len(points))
-            looked = looked.add(alphas, found, self.slopes(alphas))
+            refined = refined.add(alphas, found, self.slopes(alphas))
 
-    def without_rounding(self, looked: Looked) -> tuple[Mapping[str, LineCurve], int]:
+    def without_rounding(self, refined: RefinedCurve) -> tuple[Mapping[str, LineCurve], int]:
         """Evaluates anew, in float64, the points where rounding alone could make an extremum.
 
         Args:
-            looked: What was seen.
+            refined: What was seen.
 
         Returns:
             The curves with the losses found there, and how many points that took.
         """
         objective, dtype = self.problem.objective, self.problem.settings.dtype
-        curves, again = looked.curves, set[float]()
+        curves, again = refined.curves, set[float]()
         if dtype == "float64":
             return curves, 0
         precise: Objective | None = None
@@ -113,7 +113,7 @@ class CloseUp:
             doubted = {
                 alpha
                 for curve in curves.values()
-                for alpha in near_rounding(looked.alphas, curve.means, dtype)
+                for alpha in near_rounding(refined.alphas, curve.means, dtype)
             } - again
             order = self.execution.decide(sorted(doubted))
             if not order:
@@ -126,7 +126,7 @@ class CloseUp:
                 return curves, len(again)
             points = [(alpha,) for alpha in order]
             found = sweep(precise, self.line, points, execution=self.execution.quiet)
-            places = [2 + looked.alphas.index(alpha) for alpha in order]
+            places = [2 + refined.alphas.index(alpha) for alpha in order]
             curves = {
                 name: curve.replace(places, found[name].losses.numpy())
                 for name, curve in curves.items()

@@ -26,10 +26,10 @@ from losscli.files import open_regular
 __all__ = [
     "OLD_FORMAT",
     "AmbiguousError",
-    "ClaimError",
     "Fixed",
     "RepeatedError",
-    "hold_against_size",
+    "SizeError",
+    "check_sizes",
 ]
 
 OLD_FORMAT = 0x1950A86A20F9469CFC6C
@@ -39,11 +39,11 @@ OLD_FORMAT = 0x1950A86A20F9469CFC6C
 _REPEATED = 16 << 20
 
 
-class ClaimError(BrokenPickleError):
+class SizeError(BrokenPickleError):
     """A file claims to hold more than it does."""
 
 
-class RepeatedError(ClaimError):
+class RepeatedError(SizeError):
     """A tensor repeats what it holds (stride 0), and is far larger than that."""
 
 
@@ -99,7 +99,7 @@ class _Tensor(_Anything):
             storage, offset, sizes, strides = arguments[:4]
             numbers = [offset, *sizes, *strides]
             if len(sizes) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
-                raise ClaimError("a tensor has a shape of no whole numbers")
+                raise SizeError("a tensor has a shape of no whole numbers")
             if all(sizes):
                 # Types without a storage of their own name themselves.
                 types = (a.itemsize for a in arguments if isinstance(a, torch.dtype))
@@ -112,7 +112,7 @@ class _Tensor(_Anything):
                         f"{storage.nbytes:,} bytes it holds"
                     )
                 if last * itemsize > storage.nbytes:
-                    raise ClaimError(
+                    raise SizeError(
                         f"a tensor of the shape {list(sizes)} in {storage.nbytes:,} bytes"
                     )
         return super().__new__(cls)
@@ -177,7 +177,7 @@ class _Names(Mapping[tuple[str, str], Any]):
         return True
 
 
-def hold_against_size(file: Path | io.BytesIO | mmap.mmap) -> None:
+def check_sizes(file: Path | io.BytesIO | mmap.mmap) -> None:
     """Makes sure that a file of torch is as large as what it claims to hold.
 
     What is no such file passes: torch has a word on it.
@@ -186,7 +186,7 @@ def hold_against_size(file: Path | io.BytesIO | mmap.mmap) -> None:
         file: An archive, or any such file in memory, left at its beginning.
 
     Raises:
-        ClaimError: It claims more.
+        SizeError: It claims more.
         BrokenPickleError: The pickle in it is broken.
     """
     if isinstance(file, Path):
@@ -234,7 +234,7 @@ def _archive(file: IO[bytes]) -> None:
         raise BrokenPickleError(f"its archive is broken ({error})") from None
     with archive:
         entries = archive.infolist()
-        _need_one_directory(file, archive.start_dir, len(entries))
+        _require_one_directory(file, archive.start_dir, len(entries))
         records = _records(entries)
         # Of a program, which is refused as such, torch reads no more than the version.
         if b"constants.pkl" in (record.name for record in records):
@@ -245,9 +245,9 @@ def _archive(file: IO[bytes]) -> None:
             # torch compresses nothing, and maps what it reads as it lies in the file.
             packed = entry.compress_type != zipfile.ZIP_STORED
             if packed or entry.file_size != entry.compress_size:
-                raise ClaimError(f"its part {entry.filename!r} is compressed, as torch writes none")
+                raise SizeError(f"its part {entry.filename!r} is compressed, as torch writes none")
             if entry.header_offset + entry.file_size > size:
-                raise ClaimError(f"its part {entry.filename!r} is of {entry.file_size:,} bytes")
+                raise SizeError(f"its part {entry.filename!r} is of {entry.file_size:,} bytes")
             held[record.folded] = entry.file_size
         for record in records:
             if record.folded != b"data.pkl":
@@ -317,7 +317,7 @@ def _records(entries: list[zipfile.ZipInfo]) -> list[_Record]:
     return records
 
 
-def _need_one_directory(file: IO[bytes], start: int, count: int) -> None:
+def _require_one_directory(file: IO[bytes], start: int, count: int) -> None:
     """Makes sure that torch's reader (miniz) finds the directory that Python's zipfile found.
 
     Python looks for the directory right before the end record, which describes it;
@@ -391,10 +391,10 @@ def _read(content: bytes, fits: Callable[[str, int], bool]) -> None:
             return _Anything
         kind, name, key, _, count, *_ = claim
         if kind != "storage" or name not in _SIZES or type(count) is not int or count < 0:
-            raise ClaimError("a tensor has no storage")
+            raise SizeError("a tensor has no storage")
         found = _Storage(count * max(1, int(_SIZES[name])), _SIZES[name])
         if not fits(str(key), found.nbytes):
-            raise ClaimError(f"{found.nbytes:,} bytes of a tensor that are not in it")
+            raise SizeError(f"{found.nbytes:,} bytes of a tensor that are not in it")
         return found
 
     load(content, _Names(), encoding="latin-1", persistent=storage)

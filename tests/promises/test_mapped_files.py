@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from losscli import cli
 from losscli.checkpoint import read
-from losscli.mmap import let_go
+from losscli.files import release_pages
 
 VALUES = 3 << 20
 
@@ -37,7 +37,7 @@ def test_pages_of_a_file_are_given_back_and_read_again(suffix: str, tmp_path: Pa
     before = resident("RssFile")
     assert torch.equal(weights["w"], values)
     assert resident("RssFile") >= before + 8
-    let_go(*weights.values())
+    release_pages(*weights.values())
     assert resident("RssFile") <= before + 2
     assert torch.equal(weights["w"], values)
     assert torch.equal(weights["v"], values[: 1 << 18] + 1)
@@ -47,7 +47,7 @@ def test_memory_that_is_no_file_is_left_alone() -> None:
     values = torch.arange(VALUES, dtype=torch.float32)
     held = values.clone()
     parts = held[::2], held[: VALUES // 2], held.view(-1, 2).T, torch.ones(3)
-    let_go(held, *parts)
+    release_pages(held, *parts)
     assert torch.equal(held, values)
 
 

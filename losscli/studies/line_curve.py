@@ -15,7 +15,7 @@ from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.sampling import Estimate, extended
 from losscli.summaries import Slope
 
-__all__ = ["Derivatives", "LineCurve", "Looked"]
+__all__ = ["Derivatives", "LineCurve", "RefinedCurve"]
 
 Derivatives = tuple[NDArray[np.float64], NDArray[np.float64]]
 """The slope and the curvature at P points, ``[P]`` each."""
@@ -135,7 +135,7 @@ class LineCurve:
 
 
 @dataclass(frozen=True)
-class Looked:
+class RefinedCurve:
     """What was seen of the line so far.
 
     Attributes:
@@ -153,7 +153,7 @@ class Looked:
         alphas: Sequence[float],
         found: Mapping[str, Evaluation],
         slopes_: Mapping[str, Derivatives],
-    ) -> Looked:
+    ) -> RefinedCurve:
         """Adds points that lie between those at hand.
 
         Args:
@@ -166,7 +166,7 @@ class Looked:
         """
         together = [*self.alphas, *alphas]
         order = sorted(range(len(together)), key=together.__getitem__)
-        return Looked(
+        return RefinedCurve(
             tuple(together[i] for i in order),
             {name: curve.insert(found[name], order) for name, curve in self.curves.items()},
             {
