@@ -107,7 +107,7 @@ def test_slopes_are_those_of_finite_differences_of_a_plain_loop(name: str, tmp_p
         loss=case.loss,
         metric=("none",),
         dtype="float64",
-        points=3,
+        points=2,
         range=(0.2, 0.8),
         derivatives=True,
     )
