@@ -51,8 +51,8 @@ from losscli.errors import (
 from losscli.models import MLP
 
 CASES = 1000
-SAMPLE = 42
-"""Each kind of damage three times."""
+SAMPLE = 84
+"""Each kind of damage six times."""
 SECONDS = 5.0
 """Of computing for one case, a hundred times and more of what any takes; of waiting, ten times."""
 ROOM = 128 << 20
@@ -971,6 +971,15 @@ def judge(name: str, folder: Path, watch: Watch, cases: int) -> dict[str, Any]:
 
 def _serve() -> None:
     """Answers for each line, a format and a folder, with what its judge says."""
+    # What the batches have in common, so that they do not import it each.
+    import torch.distributed.checkpoint  # noqa: F401
+
+    from losscli.cli import report  # noqa: F401
+    from losscli.studies.registry import COMMANDS, load
+
+    for command in COMMANDS.values():
+        load(command.function)
+        load(command.drawing)
     watch = Watch()
     for line in sys.stdin:
         name, place, cases = json.loads(line)

@@ -83,7 +83,7 @@ def judge() -> Iterator[Judge]:
 @pytest.mark.parametrize(
     ("name", "cases"),
     [
-        *((name, SAMPLE // 3 if name in FEWER else SAMPLE) for name in FORMATS),
+        *((name, SAMPLE // 6 if name in FEWER else SAMPLE) for name in FORMATS),
         *(pytest.param(name, FEWER.get(name, CASES), marks=pytest.mark.stress) for name in FORMATS),
     ],
 )
