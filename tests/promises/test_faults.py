@@ -403,14 +403,23 @@ def test_a_checkpoint_that_changes_ends_the_run(
 # Memory
 
 
+# How many points, and how many examples, fit into memory.
+FIT = ((3, 64), (2, 7), (1, 64), (1, 2), (1, 1))
+
+
+@pytest.mark.parametrize("fit", [FIT[::2], pytest.param(FIT, marks=pytest.mark.stress)])
 @pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers"])
 def test_out_of_memory_at_any_size_gives_the_same_numbers(
-    name: str, losscli: Losscli, monkeypatch: pytest.MonkeyPatch, folder: Path
+    name: str,
+    fit: Sequence[tuple[int, int]],
+    losscli: Losscli,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
 ) -> None:
     command = [*WRITING[name][:-1], "-", "--dtype", "float64"]
     truth = list(csv.reader(losscli(*command).stdout.splitlines()))
     real_at, real_plain = Objective.at, Objective.plain
-    for points, batch in ((3, 64), (2, 7), (1, 64), (1, 2), (1, 1)):
+    for points, batch in fit:
 
         def at(
             self: Objective, slice_: Any, coordinates: Sequence[Any], *rest: Any,
@@ -500,7 +509,7 @@ def test_many_points_and_few_open_files(points: int, folder: Path, log: Path) ->
 
 
 @forking
-@pytest.mark.parametrize("number", [200, pytest.param(2000, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("number", [140, pytest.param(2000, marks=pytest.mark.stress)])
 def test_many_checkpoints_under_few_open_files(number: int, folder: Path, log: Path) -> None:
     """Of either kind more than the files that may be open."""
     many = folder / "many"

@@ -34,8 +34,8 @@ from torch.distributed import HashStore, TCPStore
 from losscli.cli import run
 from losscli.cli.console import Console
 from losscli.errors import ChangedError, UsageError
-from losscli.evaluation import ranks as module
 from losscli.evaluation import memory
+from losscli.evaluation import ranks as module
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays, Ranks, RanksError, is_one_of_many

@@ -334,9 +334,9 @@ def _plane(*names: str) -> Callable[[], Study]:
     return lambda: Plane.plan(names, settings, points=3, **own)
 
 
-def _check(tolerance: float, *names: str) -> Callable[[], Study]:
+def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
     own: dict[str, Any] = {"eigenvalues": 1, "learning_rate": None}
-    return lambda: Check.plan(names, Settings(), tolerance=tolerance, **own)
+    return lambda: Check.plan(names, Settings(**more), tolerance=tolerance, **own)
 
 
 @pytest.mark.usefixtures("folder")
@@ -350,7 +350,7 @@ def _check(tolerance: float, *names: str) -> Callable[[], Study]:
         _trajectory(sampling_error=1e-3, data="npz:many.npz"),
         _plane("a.pt"),
         _plane("a.pt", "b.pt", "init:3"),
-        _check(1e-3, "b.pt"),
+        _check(1e-3, "b.pt", split="test"),
         _check(10, "a.pt"),
         *(
             pytest.param(_check(tolerance, "a.pt", "b.pt"), marks=pytest.mark.stress)
