@@ -545,7 +545,8 @@ def own_code() -> dict[str, str]:
         file = getattr(module, "__file__", None)
         if name == "__main__" or not isinstance(file, str):
             continue
-        path = _own_place(file)
+        absolute = file if os.path.isabs(file) else os.path.realpath(file)  # noqa: PTH117
+        path = _own_place(absolute)
         if path is None:
             continue
         try:

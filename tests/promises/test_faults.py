@@ -539,8 +539,9 @@ def in_a_shell(line: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_pipe_that_breaks_in_a_shell_is_one_line(folder: Path) -> None:
-    done = in_a_shell("{losscli} --points 1200 | head -1", *RUN[:3], "-o", "-")
+def test_a_pipe_that_breaks_in_a_shell_is_one_line(folder: Path, at_hand: Path) -> None:
+    line = f"{shlex.join([str(at_hand / 'losscli'), *RUN[:3]])} -o - --points 1200 | head -1"
+    done = in_a_shell(line)
     assert done.returncode == 0  # that of head
     assert done.stdout.startswith("alpha,split,loss")
     assert done.stderr == "losscli: stdout was closed before the result was written to it\n"

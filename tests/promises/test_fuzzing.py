@@ -320,7 +320,7 @@ def test_shards_that_are_links_are_read_and_nothing_is_written_beside_them(
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.usefixtures("unlaid")
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
     "stem",
     ["a b", "-dash", "é中", "per%cent", "$HOME", "semi;colon", "quote'\"", "new\nline", "..x",

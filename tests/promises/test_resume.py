@@ -351,7 +351,7 @@ def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
         _plane("a.pt"),
         _plane("a.pt", "b.pt", "init:3"),
         _check(1e-3, "b.pt", split="test"),
-        _check(10, "a.pt"),
+        _check(10, "a.pt", split="test"),
         *(
             pytest.param(_check(tolerance, "a.pt", "b.pt"), marks=pytest.mark.stress)
             for tolerance in (1e-3, 10)
