@@ -21,7 +21,7 @@ from losscli.settings import Buffers, DType, Settings
 from losscli.studies.problem.checkpoints import Checkpoints, is_same
 from losscli.studies.problem.model import build, check_copy
 from losscli.studies.problem.problem import Problem, counted, floating_buffers, moving_names
-from losscli.studies.problem.source import find
+from losscli.studies.problem.source import find_specs
 from losscli.studies.problem.task import data_of, loss_of, metrics_of, recalibration_of
 from losscli.summaries import CheckpointEntry, Provenance
 
@@ -57,7 +57,8 @@ def prepare(
         given = settings.model
         if given is None and isinstance(base, Given):
             given = base.module
-        found = find("model", given, file)
+        specs = find_specs(settings, given, file)
+        found = specs.model
         if found is None:
             raise UsageError(
                 "no model is named, neither by --model nor by the checkpoint's metadata nor by a "
@@ -71,9 +72,9 @@ def prepare(
         # Their content would be kept as long as their names are.
         names = [str(name) for name in names]
         entries, first = checkpoints.survey(names)
-        whole, data_name = data_of(settings, file)
+        whole, data_name = data_of(settings, specs.data)
         data = whole.select(settings.split, None, settings.seed)
-        loss, loss_name, loss_source = loss_of(settings, file, data, model)
+        loss, loss_name, loss_source = loss_of(specs.loss, data, model)
         metrics, metric_names, metric_source = metrics_of(settings, data, loss, model)
         recalibration = recalibration_of(model, whole, data, settings)
     objective = Objective(
@@ -94,7 +95,7 @@ def prepare(
     if isinstance(found.value, nn.Module):
         check_copy(found.value, objective)
     buffers = floating_buffers(objective)
-    specs: Provenance = {
+    named: Provenance = {
         "model": found.text,
         "data": data_name,
         "loss": loss_name,
@@ -108,7 +109,7 @@ def prepare(
         moving_names(objective, buffers, settings),
         lambda: build(found, file),
         buffers,
-        _provenance(settings, objective, specs, entries, 1 if ranks is None else ranks.size),
+        _provenance(settings, objective, named, entries, 1 if ranks is None else ranks.size),
         settings,
         checkpoints.open,
         checkpoints.unchanged,

@@ -1,19 +1,20 @@
-"""Where a spec comes from: the command line, a checkpoint, or a losscli.toml beside it."""
+"""Specs of the model, data and loss: from the command line, a checkpoint or a losscli.toml."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from losscli.checkpoint import CheckpointFile
 from losscli.errors import SpecError
 from losscli.models import has_config
+from losscli.settings import Settings
 from losscli.spec import Spec, read_toml, unfold
 
-__all__ = ["SourcedSpec", "find"]
+__all__ = ["SourcedSpec", "Specs", "find", "find_specs"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,29 @@ class SourcedSpec:
         if isinstance(self.value, nn.Module):
             return type(self.value).__qualname__
         return str(getattr(self.value, "__qualname__", type(self.value).__qualname__))
+
+
+class Specs(NamedTuple):
+    """What to evaluate: each a spec, or None if neither the user nor a file gives one."""
+
+    model: SourcedSpec | None
+    data: SourcedSpec | None
+    loss: SourcedSpec | None
+
+
+def find_specs(settings: Settings, model: Any, first: CheckpointFile | None) -> Specs:
+    """Finds the specs of a run.
+
+    Args:
+        settings: The options.
+        model: The model that the options or the checkpoint give as an object or a spec, if any.
+        first: The checkpoint that is asked next, if any.
+
+    Returns:
+        The specs.
+    """
+    given = {"model": model, "data": settings.data, "loss": settings.loss}
+    return Specs(**{kind: find(kind, value, first) for kind, value in given.items()})
 
 
 def find(kind: str, given: Any, first: CheckpointFile | None) -> SourcedSpec | None:

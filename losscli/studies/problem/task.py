@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from losscli.checkpoint import CheckpointFile
 from losscli.data import Batching, DataSet, from_object, load
 from losscli.errors import LosscliError, LossError, SpecError, UsageError, one_line
 from losscli.evaluation import losses
@@ -39,7 +38,7 @@ from losscli.models import (
 )
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
-from losscli.studies.problem.source import SourcedSpec, find
+from losscli.studies.problem.source import SourcedSpec
 
 __all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
 
@@ -63,12 +62,12 @@ _TARGETS_OF_TASK = {
 }
 
 
-def data_of(settings: Settings, first: CheckpointFile | None) -> tuple[DataSet, str]:
+def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str]:
     """Reads the data.
 
     Args:
         settings: The settings.
-        first: The checkpoint that may name it, if any.
+        found: The spec of the data.
 
     Returns:
         The data set and what it is called. All its splits, where BatchNorm's statistics are
@@ -77,7 +76,6 @@ def data_of(settings: Settings, first: CheckpointFile | None) -> tuple[DataSet, 
     Raises:
         UsageError: Nobody names any.
     """
-    found = find("data", settings.data, first)
     if found is None:
         raise UsageError(
             "no data set is named, neither by --data nor by the checkpoint's metadata nor by a "
@@ -148,20 +146,18 @@ def recalibration_of(
 
 
 def loss_of(
-    settings: Settings, first: CheckpointFile | None, data: DataSet, model: nn.Module
+    found: SourcedSpec | None, data: DataSet, model: nn.Module
 ) -> tuple[PerExample, str, str]:
     """Finds the loss: the one that is named, or the one of the data's task.
 
     Args:
-        settings: The settings.
-        first: The checkpoint that may name it, if any.
+        found: The spec of the loss; None for the default.
         data: What it is evaluated on.
         model: The model, whose scores decide where the data are sequences of tokens.
 
     Returns:
         The per-example loss, what it is called, and where it came from.
     """
-    found = find("loss", settings.loss, first)
     if found is None:
         own = label_loss(model, floating=data.task == "regression")
         name = own or (_language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task])
