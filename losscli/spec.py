@@ -551,21 +551,14 @@ def user_code_digests() -> dict[str, str]:
     Returns:
         The hexadecimal digests by file path, sorted by path.
     """
-    library = Path(sysconfig.get_path("stdlib")).resolve()
-    excluded = tuple(f"{folder}{os.sep}" for folder in (library, Path(__file__).resolve().parent))
-    packages = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
-    # For speed: there are thousands of modules in few folders, and Path objects are slow.
-    real_path = functools.cache(os.path.realpath)
     digests = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name == "__main__" or not isinstance(file, str):
             continue
-        folder, base = os.path.split(file)
-        path = f"{real_path(folder)}{os.sep}{base}"
-        if os.path.islink(path):  # noqa: PTH114
-            path = os.path.realpath(path)
-        if path.startswith(excluded) or any(marker in path for marker in packages):
+        absolute = file if os.path.isabs(file) else os.path.realpath(file)  # noqa: PTH117
+        path = _user_file(absolute)
+        if path is None:
             continue
         try:
             digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -573,6 +566,28 @@ def user_code_digests() -> dict[str, str]:
             # It may be in an archive, or deleted.
             continue
     return dict(sorted(digests.items()))
+
+
+# There are thousands of modules in few folders, and a module stays in the file it was loaded from.
+_real_path = functools.cache(os.path.realpath)
+
+
+@functools.cache
+def _user_file(file: str) -> str | None:
+    """Returns the real path of a module's file; None if the module is installed."""
+    folder, base = os.path.split(file)
+    path = f"{_real_path(folder)}{os.sep}{base}"
+    if os.path.islink(path):  # noqa: PTH114
+        path = os.path.realpath(path)
+    packages = (f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+    installed = path.startswith(_library_folders()) or any(part in path for part in packages)
+    return None if installed else path
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    folders = sysconfig.get_path("stdlib"), Path(__file__).parent
+    return tuple(f"{_real_path(folder)}{os.sep}" for folder in folders)
 
 
 def call(

@@ -971,11 +971,20 @@ def judge(name: str, folder: Path, watch: Watch, cases: int) -> dict[str, Any]:
 
 def _serve() -> None:
     """Answers for each line, a format and a folder, with what its judge says."""
+    # What the batches have in common, so that they do not import it each.
+    import torch.distributed.checkpoint  # noqa: F401
+
+    from losscli.cli import report  # noqa: F401
+    from losscli.studies.registry import COMMANDS, load
+
+    for command in COMMANDS.values():
+        load(command.function)
+        load(command.drawing)
     watch = Watch()
-    if "transformers" in sys.argv[1:]:
-        import transformers  # noqa: F401
     for line in sys.stdin:
         name, place, cases = json.loads(line)
+        if name in {"config", "tokenizer"}:
+            import transformers  # noqa: F401 - once for both
         told = Path(place) / "verdict"
         child = os.fork()
         if not child:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import itertools
 import json
 import os
@@ -311,7 +310,6 @@ def test_no_more_than_a_few_batches_are_ever_in_memory(
         patch.setattr(DataSet, "prepare", watch)
         check_task(objective, a)
         sweep(objective, line, ALPHAS, chunk=2)
-    gc.collect()
     # What is decoded before it is known not to fit, and one batch.
     assert most <= 128
     assert batches <= 4
