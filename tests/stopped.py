@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -144,6 +145,22 @@ def lying(h: Tensor) -> Tensor:
 def cast(middle: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Computes in another type inside."""
     return lambda h: middle(h.to(dtype)).to(h.dtype)
+
+
+TYPES = [
+    (torch.float32, torch.bfloat16),
+    (torch.float64, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    *(
+        pytest.param(*types, marks=pytest.mark.stress)
+        for types in (
+            (torch.float32, torch.float32),
+            (torch.float64, torch.bfloat16),
+            (torch.bfloat16, torch.float32),
+        )
+    ),
+]
+"""Types of the forward pass, and of what is computed inside."""
 
 
 SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {

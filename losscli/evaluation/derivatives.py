@@ -255,9 +255,20 @@ class _Course:
 
     def sums(self, way: _Way, weights: Weights, batch: Split) -> tuple[float, float]:
         """Differentiates the sum of the losses of a batch, once and twice."""
+        slope, curvature = self._differentiate(way, weights, batch, twice=True)
+        return slope, curvature
+
+    def slope(self, way: _Way, weights: Weights, batch: Split) -> float:
+        """Differentiates the sum of the losses of a batch once."""
+        return self._differentiate(way, weights, batch, twice=False)[0]
+
+    def _differentiate(
+        self, way: _Way, weights: Weights, batch: Split, *, twice: bool
+    ) -> tuple[float, ...]:
+        differentiate = self._forward if way.mode == "forward" else self._reverse
         try:
             with way.kernels(), self.objective.computing():
-                return (self._forward if way.mode == "forward" else self._reverse)(weights, batch)
+                return differentiate(weights, batch, twice)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -273,7 +284,7 @@ class _Course:
         return objective.per_example(objective.loss, outputs, batch.targets, "loss")
 
     @torch.no_grad()
-    def _forward(self, weights: Weights, batch: Split) -> tuple[float, float]:
+    def _forward(self, weights: Weights, batch: Split, twice: bool) -> tuple[float, ...]:
         def losses(weights: dict[str, Tensor]) -> Tensor:
             def call(*args: Any, **kwargs: Any) -> Any:
                 return functional_call(self.objective.model, weights, args, kwargs)
@@ -285,17 +296,21 @@ class _Course:
             return slope
 
         # Dual numbers of dual numbers: levels of torch.autograd.forward_ad do not nest.
-        both = jvp(once, (dict(weights),), (self._direction,))
-        slope, curvature = (float(values.cpu().double().sum()) for values in both)
-        return slope, curvature
+        at = dict(weights)
+        found = jvp(once, (at,), (self._direction,)) if twice else (once(at),)
+        return tuple(float(values.cpu().double().sum()) for values in found)
 
-    def _reverse(self, weights: Weights, batch: Split) -> tuple[float, float]:
+    def _reverse(self, weights: Weights, batch: Split, twice: bool) -> tuple[float, ...]:
         model = self.objective.model
         with self._bound(weights) as leaves, torch.enable_grad():
             total = self._losses(model, batch).sum()
-            gradient = _gradient(total, leaves)
+            gradient = _gradient(total, leaves, create_graph=twice)
+            if not twice:
+                return (self._along(gradient),)
             slope = sum((g * self._direction[n]).sum() for n, g in gradient.items())
-            second = _gradient(slope, leaves) if isinstance(slope, Tensor) else {}
+            second = (
+                _gradient(slope, leaves, create_graph=False) if isinstance(slope, Tensor) else {}
+            )
             return self._along(gradient), self._along(second)
 
     def _along(self, gradient: Weights) -> float:
@@ -323,12 +338,16 @@ class _Course:
                 leaf.requires_grad_(requires_grad)
 
 
-def _gradient(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _gradient(
+    value: Tensor, leaves: Mapping[str, Tensor], *, create_graph: bool
+) -> dict[str, Tensor]:
     """Differentiates a number by those of the leaves that it depends on."""
     if not value.requires_grad:
         return {}
     _refuse_what_is_delayed(value)
-    found = torch.autograd.grad(value, list(leaves.values()), create_graph=True, allow_unused=True)
+    found = torch.autograd.grad(
+        value, list(leaves.values()), create_graph=create_graph, allow_unused=True
+    )
     return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
 
@@ -430,14 +449,15 @@ class _Trial:
         """
         objective = self.course.objective
         first_rule, second_rule = rules(narrowest_type(objective, self.sample))
+        found = cache(partial(self._derivatives, way))
         try:
-            first, told = self._compare(first_rule, self._losses, way, 0)
+            first, told = self._compare(first_rule, self._losses, found, 0)
             if len(told) >= NEEDED:
                 return f"{DETACHED}: slope at {told[0]} of the loss", ""
             if not are_verified(first):
                 return "", unverified("slope and curvature", "loss")
-            slope = partial(self._derivative, way, 0)
-            second, told = self._compare(second_rule, slope, way, 1)
+            slope = partial(self._slope, way)
+            second, told = self._compare(second_rule, slope, found, 1)
             if len(told) >= NEEDED:
                 return f"the second derivative is wrong: curvature at {told[0]} of the slope", ""
             return "", "" if are_verified(second) else unverified("curvature", "slope")
@@ -446,15 +466,23 @@ class _Trial:
                 self.course.objective.load(self.kept)
 
     def _compare(
-        self, rule: Differences, function: Callable[[float], Tensor], way: _Way, order: int
+        self,
+        rule: Differences,
+        function: Callable[[float], Tensor],
+        derivatives: Callable[[float], Tensor],
+        order: int,
     ) -> tuple[Sequence[Comparison], Sequence[str]]:
-        """Compares a derivative at all points; and says where it is wrong."""
-        compared, told = [], []
+        """Compares a derivative at as many points as decide; and says where it is wrong."""
+        compared: list[Comparison] = []
+        told = []
         for alpha in self.alphas:
-            found = self._derivative(way, order, alpha)[0]
+            if rule.decides(compared, len(self.alphas) - len(compared)):
+                break
+            found, here = derivatives(alpha)[order], function(alpha)
             # A slope is small near a minimum; how large its terms are shows in the loss.
-            size = max(float(f(alpha).mean().abs()) for f in (self._losses, function))
-            comparison = rule.compare(found, size, self._along(function, alpha))
+            losses = here if order == 0 else self._losses(alpha)
+            size = max(float(terms.mean().abs()) for terms in (losses, here))
+            comparison = rule.compare(found, size, here, self._along(function, alpha))
             compared.append(comparison)
             if comparison.outcome is Outcome.WRONG:
                 assert comparison.limit is not None
@@ -471,10 +499,16 @@ class _Trial:
         objective = self.course.objective
         return objective.plain(self.course.at(alpha), {"": self.sample})[""].losses[0]
 
-    def _derivative(self, way: _Way, order: int, alpha: float) -> Tensor:
-        """The first or second derivative of the mean loss by α / ``unit``, ``[1]``."""
-        sums = self.course.sums(way, self.course.at(alpha), self.sample)
-        value = sums[order] * self.unit ** (order + 1) / (self.course.weight or 1)
+    def _derivatives(self, way: _Way, alpha: float) -> Tensor:
+        """The first and the second derivative of the mean loss by α / ``unit``, ``[2]``."""
+        slope, curvature = self.course.sums(way, self.course.at(alpha), self.sample)
+        scaled = slope * self.unit, curvature * self.unit**2
+        return torch.tensor(scaled, dtype=torch.float64) / (self.course.weight or 1)
+
+    def _slope(self, way: _Way, alpha: float) -> Tensor:
+        """The first, ``[1]``, without the second."""
+        slope = self.course.slope(way, self.course.at(alpha), self.sample)
+        value = slope * self.unit / (self.course.weight or 1)
         return torch.tensor([value], dtype=torch.float64)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -126,13 +127,22 @@ def widened() -> Iterator[None]:
     Yields:
         Nothing.
     """
+    # A second mode within the first would look at all calls once more.
+    if _IS_WIDENED.get():
+        yield
+        return
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
+    outside = _IS_WIDENED.set(True)
     try:
         with _Widened():
             yield
     finally:
+        _IS_WIDENED.reset(outside)
         torch.set_default_dtype(default)
+
+
+_IS_WIDENED = ContextVar("_IS_WIDENED", default=False)
 
 
 class _Widened(TorchFunctionMode):
@@ -145,7 +155,9 @@ class _Widened(TorchFunctionMode):
     ) -> Any:
         # What writes into a tensor, or reads an attribute of it, needs the tensor itself.
         kept = getattr(function, "__name__", "").endswith("_")
-        args, kwargs = tree_map(_kept if kept else _widened, (tuple(args), kwargs or {}))
+        change = _kept if kept else _widened
+        args = [_mapped(change, value) for value in args]
+        kwargs = {key: _mapped(change, value) for key, value in (kwargs or {}).items()}
         return _CASTS.get(function, function)(*args, **kwargs)
 
 
@@ -158,6 +170,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_floating_point:
         return torch.float64
     return torch.complex128 if dtype.is_complex else dtype
+
+
+def _mapped(change: Callable[[object], object], value: object) -> object:
+    # Most calls have nothing else, and PyTorch's walk takes longer than they do.
+    if value is None or isinstance(value, Tensor | torch.dtype | int | float | str):
+        return change(value)
+    return tree_map(change, value)
 
 
 def _kept(value: object) -> object:

@@ -156,15 +156,16 @@ class Differences:
     zero: bool
 
     def compare(
-        self, found: Tensor, size: float, function: Callable[[float], Tensor]
+        self, found: Tensor, size: float, here: Tensor, function: Callable[[float], Tensor]
     ) -> Comparison:
         """Compares a derivative with differences.
 
         Args:
             found: The derivative, of any shape.
             size: The size of what is differentiated, per unit of its argument.
-            function: Computes f(t + h) for h, as terms ``[N, …]`` whose mean is f: those of single
-                examples show rounding better than their mean.
+            here: f(t), as terms ``[N, …]`` whose mean it is: those of single examples show rounding
+                better than their mean.
+            function: Computes f(t + h) for h, as such terms.
 
         Returns:
             What the differences say.
@@ -172,7 +173,7 @@ class Differences:
         found = found.detach().to(torch.float64)
         if not found.isfinite().all():
             return Comparison(Outcome.NOT_FINITE)
-        here = function(0.0).detach().to(torch.float64)
+        here = here.detach().to(torch.float64)
         against: list[_Difference] = []
         for step in self.steps:
             one = self._difference(step, found, size, here, function)
@@ -185,6 +186,29 @@ class Differences:
             if one.error <= _APART * one.apart:
                 against.append(one)
         return self._judge(against)
+
+    def decides(self, comparisons: Sequence[Comparison], left: int) -> bool:
+        """Says whether the verdict is the same whatever the points say that are left.
+
+        Args:
+            comparisons: Those of some points.
+            left: How many points are left.
+
+        Returns:
+            Whether the derivative is wrong at as many points as are needed, or can no longer
+            become so, and is verified or can no longer be.
+        """
+        outcomes = [c.outcome for c in comparisons]
+        wrong, right, useless = (
+            outcomes.count(outcome)
+            for outcome in (Outcome.WRONG, Outcome.RIGHT, Outcome.NOT_FINITE)
+        )
+        if wrong >= NEEDED:
+            return True
+        if math.isfinite(self.wrong) and wrong + left >= NEEDED:
+            return False
+        finite = len(outcomes) - useless
+        return right >= NEEDED or (finite >= NEEDED and right + left < NEEDED)
 
     def _difference(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import re
 from dataclasses import replace
 from functools import cache
@@ -20,6 +22,14 @@ from losscli.errors import ModelError
 from losscli.evaluation import decompositions as elementary
 from losscli.evaluation import derivatives as module
 from losscli.evaluation.derivatives import Slopes, _Course, _Way, slopes
+from losscli.evaluation.differences import (
+    NEEDED,
+    POINTS,
+    Comparison,
+    Outcome,
+    are_verified,
+    rules,
+)
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import sweep
@@ -93,10 +103,11 @@ def differences(case: Case, alpha: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("case", WHOLE, ids=str)
-def test_derivatives_are_those_of_a_plain_float64_loop(case: Case) -> None:
+@pytest.mark.parametrize("points", [[0, 1], pytest.param([2], marks=pytest.mark.stress)])
+def test_derivatives_are_those_of_a_plain_float64_loop(case: Case, points: list[int]) -> None:
     found = found_in_float64(case, 8)
-    for i, alpha in enumerate(ALPHAS):
-        expected, errors = differences(case, alpha)
+    for i in points:
+        expected, errors = differences(case, ALPHAS[i])
         scale = max(1.0, np.abs(expected).max())
         # The nearest kink decides how well differences tell: at worst, well enough to matter.
         assert errors[0] < 1e-6
@@ -590,8 +601,7 @@ def test_right_derivatives_are_verified_whatever_is_computed_in_inside(
             np.testing.assert_allclose(found.slope, np.array(expected)[:, 0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("inside", INSIDE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "inside"), stopped.TYPES)
 @pytest.mark.parametrize(
     ("middle", "error"),
     [
@@ -628,3 +638,24 @@ def test_without_float64_derivatives_are_right_or_refused_or_noted(
         if dtype == torch.bfloat16:
             # Its rounding hides all differences.
             assert noted
+
+
+@pytest.mark.parametrize("narrowest", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seen", range(5))
+def test_points_are_left_out_only_where_they_change_no_verdict(
+    narrowest: torch.dtype, seen: int
+) -> None:
+    def verdict(outcomes: tuple[Outcome, ...]) -> str:
+        if outcomes.count(Outcome.WRONG) >= NEEDED:
+            return "wrong"
+        return "right" if are_verified(map(Comparison, outcomes)) else "unverified"
+
+    for rule in rules(narrowest):
+        possible = [o for o in Outcome if o is not Outcome.WRONG or rule.wrong < math.inf]
+        for begun in itertools.product(possible, repeat=seen):
+            if rule.decides([*map(Comparison, begun)], POINTS - seen):
+                ends = itertools.product(possible, repeat=POINTS - seen)
+                assert {verdict(begun + end) for end in ends} == {verdict(begun)}
+        assert rule.decides([Comparison(Outcome.RIGHT)] * seen, POINTS - seen) == (
+            seen >= (POINTS - 1 if rule.wrong < math.inf else NEEDED)
+        )
