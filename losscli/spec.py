@@ -1,4 +1,4 @@
-"""Specs, ``NAME:ARG,key=value,…``: how a command line names a model, a data set or a loss."""
+"""Specs of models, data sets and losses on the command line: ``NAME:ARG,key=value,…``."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ __all__ = [
     "Spec",
     "Value",
     "call",
+    "expand_toml",
     "look_up",
-    "own_code",
-    "own_folders_in_path",
     "read_toml",
-    "unfold",
+    "user_code_digests",
+    "user_folders_on_path",
 ]
 
 Scalar = bool | int | float | str
@@ -56,12 +56,12 @@ _CALLABLE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 class Spec:
     """A parsed spec.
 
-    The target is ``NAME`` or ``NAME:ARG``; which part is the name depends on the registry that
-    it is looked up in, because code (``package.module:callable``) has a colon of its own.
+    The target is ``NAME`` or ``NAME:ARG``. `look_up` splits it, because the name of user code
+    (``package.module:callable``) also contains a colon.
 
     Attributes:
-        target: Everything before the first comma that is not in double quotes.
-        options: The keys and values behind it, in the order given.
+        target: The text before the first comma outside double quotes.
+        options: The keys and values after it, in their order.
     """
 
     target: str
@@ -69,7 +69,7 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """Reads a spec.
+        """Parses a spec.
 
         Args:
             text: ``NAME``, ``NAME:ARG``, ``NAME,key=value,…`` or ``NAME:ARG,key=value,…``.
@@ -78,7 +78,7 @@ class Spec:
             The spec; ``Spec.parse(str(spec)) == spec``.
 
         Raises:
-            SpecError: The text is empty, a key is no identifier, stands twice or has no value.
+            SpecError: The text is empty, or a key is invalid, repeated or without a value.
         """
         target, *pairs = _split(text)
         if target.startswith('"'):
@@ -117,12 +117,12 @@ def _value(text: str, where: str) -> Value:
     try:
         if _LIST.fullmatch(text):
             parts = re.findall(_NUMBER, text)
-            whole = all(part.isdigit() for part in parts)
-            numbers = [int(part) for part in parts] if whole else [float(part) for part in parts]
-            # One beyond what a float holds could not be written again.
-            return numbers if whole or all(map(math.isfinite, numbers)) else text
+            integers = all(part.isdigit() for part in parts)
+            numbers = [int(part) for part in parts] if integers else [float(part) for part in parts]
+            # A number that overflows to infinity could not be formatted as a list again.
+            return numbers if integers or all(map(math.isfinite, numbers)) else text
         value = tomllib.loads(f"v = {text}")
-    except (ValueError, RecursionError):  # besides TOML's own errors: thousands of digits, of [
+    except (ValueError, RecursionError):  # TOML errors, thousands of digits or of brackets
         return text
     if value.keys() == {"v"} and type(value["v"]) in {bool, int, float}:
         number: Scalar = value["v"]
@@ -149,43 +149,43 @@ def read_toml(file: Path) -> dict[str, Any]:
         file: The file.
 
     Returns:
-        What it holds.
+        The content.
 
     Raises:
-        SpecError: It cannot be read, or is no TOML.
+        SpecError: The file cannot be read or is not valid TOML.
     """
     try:
         return tomllib.loads(read_regular(file).decode("utf-8"))
     except IrregularError as error:
         raise SpecError(f"{file} cannot be read: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
-        cure = {
+        fix = {
             UnicodeDecodeError: "Save it as UTF-8",
             tomllib.TOMLDecodeError: "Mend it there: it has to be TOML",
             RecursionError: "Nest its lists less deeply",
             ValueError: "Write shorter numbers in it",
         }.get(type(error), "Give a file of TOML that can be read")
-        raise SpecError(f"{file} cannot be read: {one_line(error)}", cure) from None
+        raise SpecError(f"{file} cannot be read: {one_line(error)}", fix) from None
 
 
-def unfold(
+def expand_toml(
     text: str, *, trusted: bool, folder: Path | None = None
 ) -> tuple[str, bool, Path | None]:
-    """Puts what a TOML file says in the place of a spec that names the file.
+    """Replaces the name of a TOML file by the spec in that file.
 
-    The file has a line ``name = "NAME"`` or ``name = "NAME:ARG"``, and one for each key.
+    The file has a line ``name = "NAME"`` or ``name = "NAME:ARG"``, and one line per key.
 
     Args:
         text: A spec, or the name of a TOML file.
-        trusted: Whether the command line itself named it.
-        folder: What relative paths in it are relative to; the current folder by default.
+        trusted: Whether the text comes from the command line.
+        folder: The folder of relative paths; by default the current folder.
 
     Returns:
-        The spec; whether it may name code, which one from a file may not; and what its relative
-        paths are relative to, for one from a file the folder of that file.
+        The spec; whether it may name code, which is False for a spec from a file; and the folder
+        of relative paths in it, which is the file's folder for a spec from a file.
 
     Raises:
-        SpecError: The file cannot be read, or says what no spec can.
+        SpecError: The file cannot be read, or a value cannot be written in a spec.
     """
     target, options = (spec := Spec.parse(text)).target, spec.options
     if not target.endswith(".toml") or ":" in target:
@@ -207,7 +207,7 @@ def unfold(
 
 
 def _from_toml(value: Any, where: str) -> Value:
-    """Takes a value that can be written in a spec, and no other."""
+    """Converts a TOML value to one that can be written in a spec; refuses any other."""
     if isinstance(value, list):
         numbers = [v for v in value if type(v) in {int, float}]
         if len(numbers) == len(value) == 1:
@@ -236,7 +236,7 @@ def _quote(text: str) -> str:
 def _escape(character: str) -> str:
     if character in {'"', "\\"}:
         return f"\\{character}"
-    # TOML has no escapes for surrogates, which stand for undecodable bytes in names of files.
+    # TOML has no escapes for surrogates, which represent undecodable bytes in file names.
     if character.isprintable() or "\ud800" <= character <= "\udfff":
         return character
     return f"\\U{ord(character):08x}"
@@ -261,23 +261,23 @@ def look_up(
     source: str = "a file",
     runs_code: Collection[str] = (),
 ) -> tuple[Callable[..., Any], tuple[str, ...]]:
-    """Finds what a spec names: an entry of a registry, or code of the user's own.
+    """Finds the callable that a spec names: an entry of a registry, or user code.
 
     Args:
-        spec: What to find.
+        spec: The spec.
         registry: The entries by name.
-        kind: What the entries are ("model", "data", …), for the errors.
-        trusted: Whether the command line itself named the spec. Only then may it name code,
-            which is imported and so run.
-        source: What named it, if not the command line.
-        runs_code: Entries that run what a file holds; they count as code.
+        kind: The kind of the entries ("model", "data", …), for the errors.
+        trusted: Whether the spec comes from the command line. Only then may it name code, which
+            is imported and thereby run.
+        source: The source of a spec that is not from the command line.
+        runs_code: Entries that run code in a file, and so need a trusted spec.
 
     Returns:
-        The callable and its positional arguments: ``(ARG,)``, or nothing where there is no ARG.
+        The callable and its positional arguments: ``(ARG,)``, or ``()`` without ARG.
 
     Raises:
-        SpecError: No entry has this name, or the code named is not there.
-        UntrustedCodeError: The spec names code and did not come from the command line.
+        SpecError: No entry has this name, or the code does not exist or cannot be imported.
+        UntrustedCodeError: The spec names code and is not from the command line.
     """
     name, _, argument = spec.target.partition(":")
     if name in registry and (trusted or name not in runs_code):
@@ -303,12 +303,12 @@ def look_up(
 
 
 def _may_be_code(module: str) -> bool:
-    """Tells a mistyped name from a module, without running anything."""
+    """Whether a name can be that of a module, instead of a typing error. Runs no code."""
     try:
-        here = Path(f"{module}.py").exists() or Path(module).is_dir()
-    except OSError:  # no file has so long a name
+        exists = Path(f"{module}.py").exists() or Path(module).is_dir()
+    except OSError:  # the name is too long for a file
         return False
-    if here or "." in module or module in sys.modules:
+    if exists or "." in module or module in sys.modules:
         return True
     return module.isidentifier() and importlib.util.find_spec(module) is not None
 
@@ -316,11 +316,11 @@ def _may_be_code(module: str) -> bool:
 def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
     where = f"{kind} {module}:{attribute}"
     try:
-        with _no_arguments():
+        with _forbid_argument_parsing():
             if module.endswith(".py"):
                 loaded = _load_file(Path(module), where)
             else:
-                _OWN.add(str(Path.cwd()))
+                _USER_FOLDERS.add(str(Path.cwd()))
                 loaded = importlib.import_module(module)
     except SpecError:
         raise
@@ -332,14 +332,15 @@ def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         missing = f"no module named {error.name!r}" if error.name else one_line(error)
         raise SpecError(
-            f"{where}: {missing}", _OWN.hidden(error) or "Install it, or give a path to a .py file"
+            f"{where}: {missing}",
+            _USER_FOLDERS.shadowing_hint(error) or "Install it, or give a path to a .py file",
         ) from error
-    except (Exception, SystemExit) as error:  # scripts that parse their arguments exit
+    except (Exception, SystemExit) as error:  # a script may exit
         alone = f"python {shlex.quote(module)}" if module.endswith(".py") else f"python -m {module}"
         raise SpecError(
             f"{where}: importing it failed: {one_line(error)}",
-            _OWN.hidden(error)
-            or _package(error, module, attribute, kind)
+            _USER_FOLDERS.shadowing_hint(error)
+            or _package_hint(error, module, attribute, kind)
             or f"Try it alone: {alone}",
         ) from error
     found: Any = loaded
@@ -353,7 +354,7 @@ def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
             f"{where}: there is no {attribute!r} in it",
             f"Did you mean {close[0]!r}?" if close else "Name a function or class of it",
         ) from None
-    except Exception as error:  # a module may make its names on demand
+    except Exception as error:  # a module may define __getattr__
         raise SpecError(f"{where}: importing it failed: {one_line(error)}") from error
     if not callable(found):
         raise SpecError(
@@ -364,12 +365,12 @@ def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
 
 
 class _ArgumentsError(SystemExit):
-    """The user's code parses the arguments of the command line, which are losscli's."""
+    """User code parses the command line arguments, which belong to losscli."""
 
 
 @contextmanager
-def _no_arguments() -> Iterator[None]:
-    """Keeps argparse from writing its usage, and from ending the process without a word on why."""
+def _forbid_argument_parsing() -> Iterator[None]:
+    """Makes errors of argparse raise, instead of printing the usage and exiting."""
 
     def error(self: argparse.ArgumentParser, message: str) -> NoReturn:
         raise _ArgumentsError(f"{self.prog}: {message}")
@@ -382,8 +383,8 @@ def _no_arguments() -> Iterator[None]:
         argparse.ArgumentParser.error = before  # type: ignore[method-assign]
 
 
-def _package(error: BaseException, module: str, attribute: str, kind: str) -> str:
-    """Returns a cure for a file that imports relative to its package; an empty text for others."""
+def _package_hint(error: BaseException, module: str, attribute: str, kind: str) -> str:
+    """Returns a fix for a file with relative imports; empty for other errors."""
     if not isinstance(error, ImportError) or "relative import" not in str(error):
         return ""
     path = Path(module).with_suffix("")
@@ -400,7 +401,7 @@ def _load_file(path: Path, where: str) -> Any:
             f"{where}: there is no file {path}", f"Relative names start at {Path.cwd()}"
         )
     name = f"losscli_user_{path.stem}"
-    # A file of the same name in another folder keeps its module.
+    # Do not replace the module of a file with the same name in another folder.
     absolute = str(Path.cwd() / path)
     while getattr(sys.modules.get(name), "__file__", absolute) != absolute:
         name += "_"
@@ -408,65 +409,71 @@ def _load_file(path: Path, where: str) -> Any:
     if loader is None or loader.loader is None:
         raise SpecError(f"{where}: {path} is no Python file")
     module = importlib.util.module_from_spec(loader)
-    # Registered before it runs, so that its dataclasses and pickles find their module.
+    # Registered before it runs, since dataclasses and pickle look up the module.
     sys.modules[name] = module
-    # Its neighbours are importable from it, as they are when it is run as a script.
-    _OWN.add(str(path.resolve().parent))
-    _require_own_neighbours(path.resolve(), where)
+    # It can import files of its folder, as a script can.
+    _USER_FOLDERS.add(str(path.resolve().parent))
+    _check_neighbours(path.resolve(), where)
     loader.loader.exec_module(module)
     return module
 
 
-def _require_own_neighbours(path: Path, where: str) -> None:
-    """Makes sure that a file does not get a neighbour of another file for one of its own.
+def _check_neighbours(path: Path, where: str) -> None:
+    """Checks that imports of files in the same folder do not get modules of another folder.
 
     Args:
         path: The file.
-        where: What to call it in errors.
+        where: Its description for the errors.
 
     Raises:
-        SpecError: It imports a neighbour, and another folder's module of that name is loaded.
+        SpecError: It imports a file of its folder, but a user module of that name is loaded from
+            another folder.
     """
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError, RecursionError):
-        return  # as importing it will say
+        return  # importing it raises the error
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
     for name in sorted({name.partition(".")[0] for name in names}):
         loaded = getattr(sys.modules.get(name), "__file__", None)
         found = importlib.machinery.PathFinder.find_spec(name, [str(path.parent)])
-        own = found and found.origin
-        if own and loaded and os.path.realpath(own) != os.path.realpath(loaded) and _is_own(loaded):
+        neighbour = found and found.origin
+        if (
+            neighbour
+            and loaded
+            and os.path.realpath(neighbour) != os.path.realpath(loaded)
+            and _is_user_code(loaded)
+        ):
             raise SpecError(
                 f"{where}: it imports {name!r}, and Python keeps one module of a name: {loaded} is "
-                f"loaded, and {own} is not",
+                f"loaded, and {neighbour} is not",
                 "Rename one of them, or put both into one folder",
             )
 
 
-def _is_own(file: str) -> bool:
-    """Tells whether a loaded file is one of the user's own, and not of an installed package."""
+def _is_user_code(file: str) -> bool:
+    """Whether a loaded file is user code, and not part of an installed package."""
     path = Path(os.path.realpath(file))
     installed = {"site-packages", "dist-packages"} & set(path.parts)
-    return not installed and any(path.is_relative_to(folder) for folder in _OWN.folders)
+    return not installed and any(path.is_relative_to(folder) for folder in _USER_FOLDERS.folders)
 
 
-class _OwnFolders(importlib.abc.MetaPathFinder):
-    """Finds modules in folders of the user's code, after everything that is installed.
+class _UserFolders(importlib.abc.MetaPathFinder):
+    """Finds modules in the folders of user code, after all installed modules.
 
-    Python asks it last. So a file matplotlib.py beside the user's code is never taken for the
-    library, neither now nor by an import later in the run, and `sys.path` stays as it is.
+    Because this is the last finder, a file matplotlib.py next to user code never replaces the
+    library, now or in a later import, and `sys.path` does not change.
 
     Attributes:
-        folders: Where it looks; first what was named last.
+        folders: The folders, the most recently added first.
     """
 
     def __init__(self) -> None:
         self.folders: list[str] = []
 
     def add(self, folder: str) -> None:
-        """Looks in a folder before the others, from now on."""
+        """Adds a folder before the others."""
         self.folders = [folder, *(f for f in self.folders if f != folder)]
         if self not in sys.meta_path:
             sys.meta_path.append(self)
@@ -474,57 +481,61 @@ class _OwnFolders(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        # What is inside a package is found by way of the package.
-        if path is not None or self._asked_by_losscli():
+        # Submodules are found through their package.
+        if path is not None or self._is_imported_by_losscli():
             return None
         return importlib.machinery.PathFinder.find_spec(fullname, self.folders, target)
 
-    def _asked_by_losscli(self) -> bool:
-        """Whether losscli imports, which takes a missing library for no folder of the user's."""
+    def _is_imported_by_losscli(self) -> bool:
+        """Whether losscli itself imports: a user folder must not replace a missing library."""
         frame: FrameType | None = sys._getframe(2)
         while frame and frame.f_globals.get("__name__", "").startswith("importlib"):
             frame = frame.f_back
         name = frame.f_globals.get("__name__", "") if frame else ""
         return name.startswith("losscli.") and name != __name__
 
-    def hidden(self, error: BaseException) -> str:
-        """Returns a cure for an import that found an installed module and not the user's own.
+    def shadowing_hint(self, error: BaseException) -> str:
+        """Returns a fix for an import that found an installed module instead of user code.
 
         Args:
-            error: How the import failed.
+            error: The error of the import.
 
         Returns:
-            The cure; nothing where that is not the reason.
+            The fix; empty for other causes.
         """
         if not isinstance(error, ImportError) or not error.name:
             return ""
         top = error.name.partition(".")[0]
         spec = getattr(sys.modules.get(top), "__spec__", None)
-        places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-        found = [Path(place) for place in places if place]
+        origins = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+        found = [Path(origin) for origin in origins if origin]
         for folder in self.folders:
-            for mine in (Path(folder, f"{top}.py"), Path(folder, top)):
-                if found and mine.exists() and not any(f.is_relative_to(folder) for f in found):
+            for user_path in (Path(folder, f"{top}.py"), Path(folder, top)):
+                if (
+                    found
+                    and user_path.exists()
+                    and not any(f.is_relative_to(folder) for f in found)
+                ):
                     return (
-                        f"The installed module {top!r} ({found[0]}) comes before {mine}: rename "
-                        "yours"
+                        f"The installed module {top!r} ({found[0]}) comes before {user_path}: "
+                        "rename yours"
                     )
         return ""
 
 
-_OWN = _OwnFolders()
+_USER_FOLDERS = _UserFolders()
 
 
 @contextmanager
-def own_folders_in_path() -> Iterator[None]:
-    """Appends the folders of the user's code to `sys.path` while processes are started.
+def user_folders_on_path() -> Iterator[None]:
+    """Appends the folders of user code to `sys.path` while processes start.
 
-    A process that is spawned takes over `sys.path`, and nothing else of how modules are found.
+    A spawned process inherits `sys.path`, but not the finders of modules.
 
     Yields:
         Nothing.
     """
-    added = [folder for folder in _OWN.folders if folder not in sys.path]
+    added = [folder for folder in _USER_FOLDERS.folders if folder not in sys.path]
     sys.path.extend(added)
     try:
         yield
@@ -534,34 +545,49 @@ def own_folders_in_path() -> Iterator[None]:
                 sys.path.remove(folder)
 
 
-def own_code() -> dict[str, str]:
-    """Digests the code that was loaded and is not installed: the user's own, and what it imports.
+def user_code_digests() -> dict[str, str]:
+    """Computes the SHA-256 of each loaded Python file that is not installed.
 
     Returns:
-        For each file the SHA-256 of its content, in the order of their names.
+        The hexadecimal digests by file path, sorted by path.
     """
-    library = Path(sysconfig.get_path("stdlib")).resolve()
-    others = tuple(f"{folder}{os.sep}" for folder in (library, Path(__file__).resolve().parent))
-    packages = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
-    # There are thousands of modules, and few folders; a Path for each module takes longer.
-    real = functools.cache(os.path.realpath)
-    found = {}
+    digests = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name == "__main__" or not isinstance(file, str):
             continue
-        folder, base = os.path.split(file)
-        path = f"{real(folder)}{os.sep}{base}"
-        if os.path.islink(path):  # noqa: PTH114
-            path = os.path.realpath(path)
-        if path.startswith(others) or any(part in path for part in packages):
+        absolute = file if os.path.isabs(file) else os.path.realpath(file)  # noqa: PTH117
+        path = _user_file(absolute)
+        if path is None:
             continue
         try:
-            found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         except OSError:
-            # It may lie in an archive, or be gone.
+            # It may be in an archive, or deleted.
             continue
-    return dict(sorted(found.items()))
+    return dict(sorted(digests.items()))
+
+
+# There are thousands of modules in few folders, and a module stays in the file it was loaded from.
+_real_path = functools.cache(os.path.realpath)
+
+
+@functools.cache
+def _user_file(file: str) -> str | None:
+    """Returns the real path of a module's file; None if the module is installed."""
+    folder, base = os.path.split(file)
+    path = f"{_real_path(folder)}{os.sep}{base}"
+    if os.path.islink(path):  # noqa: PTH114
+        path = os.path.realpath(path)
+    packages = (f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+    installed = path.startswith(_library_folders()) or any(part in path for part in packages)
+    return None if installed else path
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    folders = sysconfig.get_path("stdlib"), Path(__file__).parent
+    return tuple(f"{_real_path(folder)}{os.sep}" for folder in folders)
 
 
 def call(
@@ -572,17 +598,17 @@ def call(
     *,
     also: Sequence[str] = (),
 ) -> Any:
-    """Calls what a spec names, and tells an argument that it does not take from a failure in it.
+    """Calls the callable that a spec names, after checking the arguments against its signature.
 
     Args:
-        function: The callable found.
-        arguments: Its positional arguments.
-        options: Its keyword arguments.
+        function: The callable.
+        arguments: The positional arguments.
+        options: The keyword arguments.
         where: The spec, for the errors.
-        also: Keys of the spec that the caller takes itself, for the errors.
+        also: Additional keys of the spec that the caller handles, for the errors.
 
     Returns:
-        What the callable returns.
+        The result of the callable.
 
     Raises:
         SpecError: A key is unknown or missing.

@@ -455,13 +455,13 @@ def state(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def _inspect(name: str) -> Callable[[Path, int], object]:
     def read(folder: Path, number: int) -> object:
-        from losscli.checkpoint import in_folder, read
+        from losscli.checkpoint import list_checkpoints, read
         from losscli.cli import report
         from losscli.results import to_json
         from losscli.studies.inspection import inspect
 
         path = str(folder / name) if name else str(folder)
-        in_folder(path)
+        list_checkpoints(path)
         try:
             result = inspect([path])
             report.inspection(result)
@@ -590,10 +590,10 @@ def _adapter(folder: Path) -> list[str]:
 
 
 def _read_adapter(folder: Path, number: int) -> object:
-    from losscli.checkpoint import base_of, read
+    from losscli.checkpoint import find_base, read
 
     base, lora = str(folder / "base"), str(folder / "lora")
-    base_of([lora])
+    find_base([lora])
     return read(lora).select(MODEL, read(base).select(None))
 
 
@@ -609,10 +609,10 @@ def _config(folder: Path) -> list[str]:
 
 
 def _read_config(folder: Path, number: int) -> object:
-    from losscli.models.pretrained import has_config, pretrained
+    from losscli.models.pretrained import build_pretrained, has_config
 
     has_config(folder)
-    return pretrained(folder)
+    return build_pretrained(folder)
 
 
 def _tables(folder: Path) -> list[str]:
@@ -669,12 +669,12 @@ def _read_spec(folder: Path, number: int) -> object:
     from losscli.data import DATASETS
     from losscli.evaluation.losses import LOSSES, METRICS
     from losscli.models import MODELS
-    from losscli.spec import Spec, look_up, unfold
+    from losscli.spec import Spec, expand_toml, look_up
 
     for file in folder.iterdir():
         # As they come from a file's metadata: they may not name code.
         told = file.read_bytes().decode("utf-8", "surrogateescape")
-        text, trusted, _ = unfold(told, trusted=False)
+        text, trusted, _ = expand_toml(told, trusted=False)
         assert not trusted
         spec = Spec.parse(text)
         assert str(Spec.parse(str(spec))) == str(spec)
@@ -971,11 +971,20 @@ def judge(name: str, folder: Path, watch: Watch, cases: int) -> dict[str, Any]:
 
 def _serve() -> None:
     """Answers for each line, a format and a folder, with what its judge says."""
+    # What the batches have in common, so that they do not import it each.
+    import torch.distributed.checkpoint  # noqa: F401
+
+    from losscli.cli import report  # noqa: F401
+    from losscli.studies.registry import COMMANDS, load
+
+    for command in COMMANDS.values():
+        load(command.function)
+        load(command.drawing)
     watch = Watch()
-    if "transformers" in sys.argv[1:]:
-        import transformers  # noqa: F401
     for line in sys.stdin:
         name, place, cases = json.loads(line)
+        if name in {"config", "tokenizer"}:
+            import transformers  # noqa: F401 - once for both
         told = Path(place) / "verdict"
         child = os.fork()
         if not child:

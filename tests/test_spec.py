@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from losscli.errors import SpecError, UntrustedCodeError
 from losscli.models import MODELS
-from losscli.spec import Spec, Value, call, look_up, own_code, unfold
+from losscli.spec import Spec, Value, call, expand_toml, look_up, user_code_digests
 from tests.conftest import ROOT, Losscli
 
 KEYS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*", fullmatch=True)
@@ -409,7 +409,7 @@ def test_two_files_of_one_name_are_both_code_of_the_run(tmp_path: Path, modules:
         (tmp_path / folder / "specs_same.py").write_text(f"def f(): return {folder!r}\n")
     found = [find(f"{tmp_path}/{folder}/specs_same.py:f") for folder in ("a", "b", "a")]
     assert found == ["a", "b", "a"]
-    files = [Path(file) for file in own_code() if file.endswith("specs_same.py")]
+    files = [Path(file) for file in user_code_digests() if file.endswith("specs_same.py")]
     assert files == [tmp_path / "a" / "specs_same.py", tmp_path / "b" / "specs_same.py"]
 
 
@@ -425,7 +425,7 @@ def test_code_behind_a_link_is_judged_by_where_it_lies(
     monkeypatch.setattr(sys, "path", [*sys.path, str(site), str(mine)])
     for name in ("specs_of_site", "specs_of_mine"):
         importlib.import_module(name)
-    found = [Path(file) for file in own_code() if Path(file).is_relative_to(tmp_path)]
+    found = [Path(file) for file in user_code_digests() if Path(file).is_relative_to(tmp_path)]
     assert found == [mine / "specs_own.py"]
 
 
@@ -622,7 +622,7 @@ def test_a_toml_file_stands_for_a_spec(tmp_path: Path) -> None:
         'name = "npz:some, data.npz"\nmean = [0.5, 1]\nsizes = [3, 4]\nstd = [0.25]\n'
         'flatten = true\nlimit = 7\nwords = "a,b"\nshare = -1e-5\n',
     )
-    text, trusted, folder = unfold("data.toml", trusted=True, folder=file.parent)
+    text, trusted, folder = expand_toml("data.toml", trusted=True, folder=file.parent)
     assert Spec.parse(text) == Spec(
         "npz:some, data.npz",
         {
@@ -642,7 +642,7 @@ def test_a_toml_file_stands_for_a_spec(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["mlp:6-5-3", "mnist:x.toml", "a.py:f", "x,file=y.toml"])
 def test_other_specs_stay_as_they_are(text: str, tmp_path: Path) -> None:
-    assert unfold(text, trusted=True, folder=tmp_path) == (text, True, tmp_path)
+    assert expand_toml(text, trusted=True, folder=tmp_path) == (text, True, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -671,14 +671,14 @@ def test_a_toml_file_that_is_no_spec_is_refused(
     if content is not None:
         (tmp_path / "x.toml").write_text(content, encoding="latin-1")
     with pytest.raises(SpecError, match=message) as caught:
-        unfold("x.toml", trusted=True, folder=tmp_path)
+        expand_toml("x.toml", trusted=True, folder=tmp_path)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
 
 
 def test_beside_a_toml_file_stand_no_keys(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"stand keys\. Write them into the file"):
-        unfold("x.toml,limit=3", trusted=True, folder=tmp_path)
+        expand_toml("x.toml,limit=3", trusted=True, folder=tmp_path)
 
 
 @pytest.mark.usefixtures("unseen")

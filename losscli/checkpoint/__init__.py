@@ -1,36 +1,41 @@
-"""From file to checkpoint and back: the only room that unwraps, strips prefixes, reads pickles."""
+"""Read and write checkpoints. Only this package reads pickles or strips prefixes of names."""
 
 from __future__ import annotations
 
 from losscli.checkpoint.files import SUFFIXES
-from losscli.checkpoint.folders import in_folder
-from losscli.checkpoint.given import CheckpointLike, Given, named, named_all
-from losscli.checkpoint.hooks import LoadHooks, takes_part
+from losscli.checkpoint.folders import list_checkpoints
+from losscli.checkpoint.given import (
+    CheckpointLike,
+    InMemoryCheckpoint,
+    name_checkpoint,
+    name_checkpoints,
+)
+from losscli.checkpoint.hooks import LoadHooks, has_custom_loading
 from losscli.checkpoint.names import Versions, loadable
-from losscli.checkpoint.order import all_in, path_of
-from losscli.checkpoint.reading import base_of, read
+from losscli.checkpoint.order import expand_folders, order_path
+from losscli.checkpoint.reading import find_base, read
 from losscli.checkpoint.renaming import select_for
 from losscli.checkpoint.saving import save
-from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied
+from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 
 __all__ = [
     "SUFFIXES",
     "Checkpoint",
     "CheckpointFile",
     "CheckpointLike",
-    "Given",
+    "InMemoryCheckpoint",
     "LoadHooks",
     "Versions",
-    "all_in",
-    "base_of",
-    "in_folder",
+    "expand_folders",
+    "find_base",
+    "has_custom_loading",
+    "list_checkpoints",
     "loadable",
-    "named",
-    "named_all",
-    "path_of",
+    "name_checkpoint",
+    "name_checkpoints",
+    "order_path",
     "read",
     "save",
     "select_for",
-    "takes_part",
-    "tied",
+    "tied_names",
 ]

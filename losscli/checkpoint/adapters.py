@@ -1,4 +1,4 @@
-"""LoRA adapters: low-rank changes of another checkpoint's weights, as peft writes them.
+"""LoRA adapters of peft: low-rank updates of the weights of another checkpoint.
 
 Hu et al. 2021, arXiv 2106.09685: W becomes W + (α / r) B A. With rank stabilisation (Kalajdzievski
 2023, arXiv 2312.03732) the factor is α / √r.
@@ -26,8 +26,8 @@ CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.(weight|bias))?")
 
-# Ways to train that change more than W + s B A, or the base itself, by their keys in the config.
-_OTHERS = {
+# Methods that are not W + s B A with the given base, by their keys in the config.
+_UNSUPPORTED = {
     "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
@@ -40,23 +40,23 @@ _OTHERS = {
     "target_parameters": "LoRA on bare parameters",
     "trainable_token_indices": "trained tokens",
 }
-# Initialisations that leave the base as it is; the others keep a part of it in the adapter.
-_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
+# Initialisations that do not change the base; others move a part of it into the adapter.
+_NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the config of a LoRA adapter says.
+    """The configuration of a LoRA adapter.
 
     Attributes:
-        where: The config.
-        base: What it was trained on, as its trainer named it.
-        rank: r, where no pattern says another.
-        alpha: α, where no pattern says another.
-        ranks: r by patterns of modules' names.
-        alphas: α by patterns of modules' names.
+        where: The path of the config file.
+        base: The name of the base model in the config, if any.
+        rank: The default of r.
+        alpha: The default of α.
+        ranks: r by regular expressions for module names.
+        alphas: α by regular expressions for module names.
         stabilised: Whether the factor is α / √r.
-        transposed: Whether weights are stored [in, out], as those of GPT-2 are.
+        transposed: Whether weights are stored as [in, out], as in GPT-2.
     """
 
     where: Path
@@ -69,27 +69,27 @@ class Adapter:
     transposed: bool
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], where: Path) -> Adapter:
-        """Reads a config.
+    def from_config(cls, config: Mapping[str, Any], where: Path) -> Adapter:
+        """Creates an adapter from the content of its config file.
 
         Args:
-            config: Its content.
-            where: The file, for the errors.
+            config: The content.
+            where: The path of the file.
 
         Returns:
             The adapter.
 
         Raises:
-            CheckpointError: It is of another kind than LoRA, or has values that make no sense.
+            CheckpointError: The adapter is not plain LoRA, or a value is invalid.
         """
         kind = config.get("peft_type")
         if kind != "LORA":
             raise CheckpointError(
                 f"{where} is of an adapter of the type {kind!r}, and only LORA is read", _MERGE
             )
-        other = next((what for key, what in _OTHERS.items() if config.get(key)), None)
+        other = next((name for key, name in _UNSUPPORTED.items() if config.get(key)), None)
         initial = config.get("init_lora_weights")
-        if other is None and initial not in _INITIAL:
+        if other is None and initial not in _NEUTRAL_INITIALISATIONS:
             other = f"init_lora_weights={initial!r}, which changes the base as well"
         if other:
             raise CheckpointError(f"{where}: {other} is not read, only plain LoRA", _MERGE)
@@ -99,19 +99,21 @@ class Adapter:
         rank, alpha = config.get("r"), config.get("lora_alpha")
         ranks, alphas = ranks or {}, alphas or {}
         if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-            raise CheckpointError(f"{where}: its patterns are no JSON objects", _BROKEN)
+            raise CheckpointError(f"{where}: its patterns are no JSON objects", _SAVE_AGAIN)
         for key, value in (("r", rank), *ranks.items()):
             if type(value) is not int or value < 1:
-                raise CheckpointError(f"{where}: {key} is {value!r}, which is no rank", _BROKEN)
+                raise CheckpointError(f"{where}: {key} is {value!r}, which is no rank", _SAVE_AGAIN)
         for key, value in (("lora_alpha", alpha), *alphas.items()):
             if type(value) not in {int, float} or not abs(value) < 1e30:
-                raise CheckpointError(f"{where}: {key} is {value!r}, which is no factor", _BROKEN)
+                raise CheckpointError(
+                    f"{where}: {key} is {value!r}, which is no factor", _SAVE_AGAIN
+                )
         for pattern in (*ranks, *alphas):
             try:
                 re.compile(pattern)
             except (re.error, RecursionError, OverflowError):
                 raise CheckpointError(
-                    f"{where}: {pattern!r} is no regular expression", _BROKEN
+                    f"{where}: {pattern!r} is no regular expression", _SAVE_AGAIN
                 ) from None
         return cls(
             where,
@@ -125,39 +127,39 @@ class Adapter:
         )
 
     def merge(
-        self, base: Weights, tensors: Weights, twins: Mapping[str, list[str]]
+        self, base: Weights, tensors: Weights, aliases: Mapping[str, list[str]]
     ) -> dict[str, Tensor]:
-        """Changes the weights of a model.
+        """Merges the adapter into the weights of a model.
 
         Args:
-            base: The model's tensors.
-            tensors: The adapter's tensors under peft's names.
-            twins: For each tied name of the model, the other names of its tensor.
+            base: The tensors of the model.
+            tensors: The tensors of the adapter under peft's names.
+            aliases: For each tied name of the model, the other names of its tensor.
 
         Returns:
-            The model's tensors: new ones in float32 or wider where the adapter changes them, and
-            otherwise the base's own.
+            The tensors of the model. Those that the adapter changes are new, in float32 or wider;
+            the others are the tensors of the base.
 
         Raises:
-            MismatchError: The adapter changes what the base does not have, or in another shape.
-            CheckpointError: It has tensors that no rule of LoRA explains.
+            MismatchError: The adapter changes a tensor that the base lacks or has in another shape.
+            CheckpointError: The adapter has a tensor that is not plain LoRA.
         """
-        factors, replaced = _sorted(tensors, self.where)
+        factors, replaced = _sort_tensors(tensors, self.where)
         changed: dict[str, Tensor] = {}
         for name, tensor in replaced.items():
             if name not in base or base[name].shape != tensor.shape:
-                raise self._unlike(name, tensor.shape, base)
+                raise self._mismatch(name, tensor.shape, base)
             changed[name] = tensor
         for module, pair in factors.items():
             name = f"{module}.weight"
             if name not in base and f"{module}.in_proj_weight" in base:
-                # peft 0.21 adds the change of its output projection twice, in training too.
+                # peft 0.21 applies the update of the output projection twice, in training too.
                 raise CheckpointError(
                     f"{self.where}: LoRA of nn.MultiheadAttention, here {module}, is not read",
                     _MERGE,
                 )
             if "A" not in pair or "B" not in pair:
-                raise CheckpointError(f"{self.where}: {module} has one factor of two", _BROKEN)
+                raise CheckpointError(f"{self.where}: {module} has one factor of two", _SAVE_AGAIN)
             scale = self._scale(module, pair["A"])
             product = self._product(name, pair, base, tensors)
             before = changed.get(name, base[name])
@@ -166,37 +168,37 @@ class Adapter:
             if "bias" in pair:
                 bias = f"{module}.bias"
                 if bias not in base or base[bias].shape != pair["bias"].shape:
-                    raise self._unlike(bias, pair["bias"].shape, base)
+                    raise self._mismatch(bias, pair["bias"].shape, base)
                 old = changed.get(bias, base[bias])
                 dtype = working_type(old, pair["bias"])
                 changed[bias] = (old.double() + pair["bias"].double() * scale).to(dtype)
         for name in list(changed):
-            for twin in twins.get(name, []):
-                self._tie(name, twin, base, changed)
+            for alias in aliases.get(name, []):
+                self._tie(name, alias, base, changed)
         return {**base, **changed}
 
-    def _tie(self, name: str, twin: str, base: Weights, changed: dict[str, Tensor]) -> None:
-        """Makes sure that the names of a tied tensor are changed as one.
+    def _tie(self, name: str, alias: str, base: Weights, changed: dict[str, Tensor]) -> None:
+        """Checks that an adapter changes all aliases of a tied tensor equally.
 
-        Changed under one name the model that was trained had two tensors there. Where peft kept
-        them tied (ensure_weight_tying), its files have both names.
+        If it changes only one, the trained model had two tensors. If peft kept them tied
+        (ensure_weight_tying), the adapter has both names.
         """
-        new, other = changed[name], changed.get(twin, base[twin])
-        # Of an embedding the product is made the other way round: the last bit may differ.
+        new, other = changed[name], changed.get(alias, base[alias])
+        # The product for an embedding is transposed, so that the last bit may differ.
         rounding = 4 * torch.finfo(working_type(new, other)).eps
-        apart = (new.double() - other.double()).abs().max()
-        if new is other or apart <= rounding * new.double().abs().max():
-            changed[twin] = new
+        difference = (new.double() - other.double()).abs().max()
+        if new is other or difference <= rounding * new.double().abs().max():
+            changed[alias] = new
             return
-        how = "changes them in two ways" if twin in changed else f"changes {name} alone"
+        how = "changes them in two ways" if alias in changed else f"changes {name} alone"
         raise CheckpointError(
-            f"{self.where}: {name} and {twin} are one tensor in the model, and the adapter {how}",
+            f"{self.where}: {name} and {alias} are one tensor in the model, and the adapter {how}",
             _UNTIE,
         )
 
     def _scale(self, module: str, a: Tensor) -> float:
-        rank = self.ranks.get(_pattern(self.ranks, module), self.rank)
-        alpha = self.alphas.get(_pattern(self.alphas, module), self.alpha)
+        rank = self.ranks.get(_matching_pattern(self.ranks, module), self.rank)
+        alpha = self.alphas.get(_matching_pattern(self.alphas, module), self.alpha)
         if a.shape[0] != rank:
             raise CheckpointError(
                 f"{self.where} says that the rank of {module} is {rank}, and its tensors are of "
@@ -212,19 +214,19 @@ class Adapter:
         base: Weights,
         tensors: Weights,
     ) -> Tensor:
-        """Computes B A in float64, laid out as the base's weight is."""
+        """Computes B A in float64, in the layout of the base weight."""
         a, b = pair["A"], pair["B"]
         if b.shape[1] != a.shape[0]:
-            raise self._unlike(name, torch.Size([b.shape[0], *a.shape[1:]]), base)
+            raise self._mismatch(name, torch.Size([b.shape[0], *a.shape[1:]]), base)
         product = torch.einsum("or,r...->o...", b.double().flatten(1), a.double())
         if name not in base:
-            raise self._unlike(name, product.shape, base)
+            raise self._mismatch(name, product.shape, base)
         shape = base[name].shape
         if "embedding" in pair:
             product = product.T
         elif product.ndim == 2 and shape[:1] == shape[1:]:
-            # peft stores one flag for modules of both kinds, and that of the last one made.
-            if _contradicts(base, tensors, transposed=self.transposed):
+            # peft stores one flag, that of the last module, even if modules differ.
+            if _contradicts_layout(base, tensors, transposed=self.transposed):
                 raise CheckpointError(
                     f"{self.where}: fan_in_fan_out is {str(self.transposed).lower()} and not so of "
                     f"all its modules, and {name} is square: how it is stored is not known",
@@ -234,14 +236,14 @@ class Adapter:
         elif product.ndim == 2 and product.T.shape == shape:
             product = product.T
         if product.shape != shape:
-            raise self._unlike(name, product.shape, base)
+            raise self._mismatch(name, product.shape, base)
         return product
 
-    def _unlike(self, name: str, shape: torch.Size, base: Weights) -> MismatchError:
-        twins = [n for n, t in base.items() if t.shape == shape]
-        if name not in base and name.endswith("lm_head.weight") and len(twins) == 1:
+    def _mismatch(self, name: str, shape: torch.Size, base: Weights) -> MismatchError:
+        same_shape = [n for n, t in base.items() if t.shape == shape]
+        if name not in base and name.endswith("lm_head.weight") and len(same_shape) == 1:
             return MismatchError(
-                f"the adapter {self.where.parent} changes {name}, and its base has {twins[0]} "
+                f"the adapter {self.where.parent} changes {name}, and its base has {same_shape[0]} "
                 "alone, to which the model ties it",
                 _UNTIE,
             )
@@ -257,37 +259,37 @@ _UNTIE = (
     "Save the base untied (tie_word_embeddings=false, both tensors in its file), merge the adapter "
     "into that with peft (merge_and_unload), and name these two"
 )
-_BROKEN = "Save the adapter again with save_pretrained"
+_SAVE_AGAIN = "Save the adapter again with save_pretrained"
 
 
-def _pattern(patterns: Mapping[str, Any], module: str) -> str:
-    """Finds the pattern that fits a module, as peft does: the first, at the end of the name."""
+def _matching_pattern(patterns: Mapping[str, Any], module: str) -> str:
+    """Returns the first pattern that matches the end of a module name, as peft does."""
     return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), "")
 
 
-def _sorted(tensors: Weights, where: Path) -> tuple[dict[str, dict[str, Tensor]], Weights]:
-    """Sorts an adapter's tensors: the factors of each module, and whole tensors that replace."""
+def _sort_tensors(tensors: Weights, where: Path) -> tuple[dict[str, dict[str, Tensor]], Weights]:
+    """Splits the tensors of an adapter into LoRA factors by module, and full tensors by name."""
     factors: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     trained: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
-        # peft wraps the layers it changes; the names of their own tensors are without that.
+        # peft wraps the layers that it changes and adds base_layer to their names.
         name = full.removeprefix(_PREFIX).replace(".base_layer.", ".")
-        if found := _FACTOR.fullmatch(name):
-            module, embedding, letter, kind = found.groups()
+        if match := _FACTOR.fullmatch(name):
+            module, embedding, letter, kind = match.groups()
             pair = factors.setdefault(module, {})
             if kind == "bias" and letter == "B":
                 pair["bias"] = tensor
             elif tensor.ndim < 2 or kind == "bias":
                 raise CheckpointError(
-                    f"{where.parent}: {full} {list(tensor.shape)} is no factor", _BROKEN
+                    f"{where.parent}: {full} {list(tensor.shape)} is no factor", _SAVE_AGAIN
                 )
             else:
                 pair[letter] = tensor
                 if embedding:
                     pair["embedding"] = tensor
         elif ".original_module." in name:
-            continue  # what the trained copy stands in for
+            continue  # the original that modules_to_save replaces
         elif ".modules_to_save." in name:
             trained[name.replace(".modules_to_save.", ".")] = tensor
         elif "lora_" in name or "token_adapter" in name:
@@ -297,9 +299,9 @@ def _sorted(tensors: Weights, where: Path) -> tuple[dict[str, dict[str, Tensor]]
     return factors, {**replaced, **trained}
 
 
-def _contradicts(base: Weights, tensors: Weights, *, transposed: bool) -> bool:
-    """Whether a weight that is not square is stored the other way round than the config says."""
-    factors, _ = _sorted(tensors, Path())
+def _contradicts_layout(base: Weights, tensors: Weights, *, transposed: bool) -> bool:
+    """Whether the shape of any non-square weight contradicts ``fan_in_fan_out``."""
+    factors, _ = _sort_tensors(tensors, Path())
     for module, pair in factors.items():
         weight = base.get(f"{module}.weight")
         if weight is None or weight.ndim != 2 or "embedding" in pair or len(pair) < 2:

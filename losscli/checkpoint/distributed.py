@@ -1,7 +1,7 @@
-"""Folders of torch.distributed.checkpoint, read without a process group.
+"""Read checkpoints of ``torch.distributed.checkpoint`` without a process group.
 
-The names of classes in ``.metadata`` are never looked up: stand-ins keep what they are built of.
-Only tensors are read from the parts, each with ``weights_only``.
+The classes in ``.metadata`` are never imported; stand-ins store their arguments. From the other
+files, only tensors are read, each with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from losscli.checkpoint.names import state_dicts
 from losscli.checkpoint.pickles import ForbiddenPickleError, load
-from losscli.checkpoint.standins import Path as PathText
-from losscli.checkpoint.standins import Record, load_tensors
+from losscli.checkpoint.standins import PathText, StandIn, load_tensors
 from losscli.checkpoint.state import CheckpointFile
 from losscli.errors import CheckpointError, one_line
 from losscli.files import open_regular, read_regular
@@ -30,22 +29,22 @@ __all__ = ["METADATA", "read_distributed"]
 METADATA = ".metadata"
 
 
-class _Tensor(Record):
+class _Tensor(StandIn):
     """TensorStorageMetadata."""
 
 
-class _Key(Record):
+class _Key(StandIn):
     """MetadataIndex."""
 
 
-class _Tuple(Record):
+class _Tuple(StandIn):
     """torch.Size."""
 
     def __new__(cls, items: Any = ()) -> Any:
-        """Makes a tuple.
+        """Creates a tuple.
 
         Args:
-            items: What is in it.
+            items: The items.
 
         Returns:
             The tuple.
@@ -55,18 +54,18 @@ class _Tuple(Record):
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 
-# Nothing here looks anything up, opens a file, or keeps more than its arguments.
-_KNOWN: dict[tuple[str, str], Any] = {
-    (_METADATA, "Metadata"): Record,
+# None of these imports a name or opens a file; each only stores its arguments.
+_ALLOWED: dict[tuple[str, str], Any] = {
+    (_METADATA, "Metadata"): StandIn,
     (_METADATA, "TensorStorageMetadata"): _Tensor,
-    (_METADATA, "BytesStorageMetadata"): Record,
-    (_METADATA, "ChunkStorageMetadata"): Record,
-    (_METADATA, "TensorProperties"): Record,
-    (_METADATA, "_MEM_FORMAT_ENCODING"): Record,
+    (_METADATA, "BytesStorageMetadata"): StandIn,
+    (_METADATA, "ChunkStorageMetadata"): StandIn,
+    (_METADATA, "TensorProperties"): StandIn,
+    (_METADATA, "_MEM_FORMAT_ENCODING"): StandIn,
     (_METADATA, "MetadataIndex"): _Key,
-    (_METADATA, "StorageMeta"): Record,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Record,
-    ("torch.serialization", "_get_layout"): Record,
+    (_METADATA, "StorageMeta"): StandIn,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StandIn,
+    ("torch.serialization", "_get_layout"): StandIn,
     ("torch", "Size"): _Tuple,
     ("collections", "OrderedDict"): dict,
     **{
@@ -76,7 +75,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     },
     **{
         (f"pathlib{module}", name): PathText
-        for module in ("", "._local")  # where Python 3.13 keeps them
+        for module in ("", "._local")  # since Python 3.13
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     },
 }
@@ -84,7 +83,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A block of a tensor: where it begins and how large it is, and the bytes that hold it."""
+    """A block of a tensor: its offsets and sizes, and the file and byte range of its data."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -94,22 +93,22 @@ class _Chunk:
 
 
 def read_distributed(folder: Path, name: str) -> CheckpointFile:
-    """Reads what a folder holds; of its tensors only names, shapes and types.
+    """Reads the metadata of a distributed checkpoint. The values of tensors are read later.
 
     Args:
-        folder: Where it lies.
-        name: How the user named it.
+        folder: The folder.
+        name: The name that the user gave.
 
     Returns:
-        The checkpoint, in which one state dict is still to be chosen and read.
+        The checkpoint file, with tensors on ``meta``; its ``fetch`` reads their values.
 
     Raises:
-        CheckpointError: It is broken, or wants code to be run.
+        CheckpointError: The metadata is broken or needs code to run.
     """
     where = f"{folder / METADATA}"
     try:
-        metadata = load(read_regular(folder / METADATA), _KNOWN)
-        shapes, chunks, content = _tables(metadata, folder)
+        metadata = load(read_regular(folder / METADATA), _ALLOWED)
+        shapes, chunks, content = _parse_metadata(metadata, folder)
     except ForbiddenPickleError as error:
         raise CheckpointError(
             f"{where} is a pickle that wants to run code ({error.wanted}); none of it was run",
@@ -135,7 +134,7 @@ def read_distributed(folder: Path, name: str) -> CheckpointFile:
                 read[id(tensor)] = _read(label, tensor, chunks[label], name)
         return {label: read[id(tensor)] for label, tensor in weights.items()}
 
-    files = {chunk.file for of_one in chunks.values() for chunk in of_one}
+    files = {chunk.file for tensor_chunks in chunks.values() for chunk in tensor_chunks}
     return CheckpointFile(
         name,
         folder,
@@ -146,12 +145,12 @@ def read_distributed(folder: Path, name: str) -> CheckpointFile:
     )
 
 
-def _tables(
+def _parse_metadata(
     metadata: Any, folder: Path
 ) -> tuple[dict[str, Tensor], dict[str, list[_Chunk]], dict[Any, Any]]:
-    """Takes the metadata apart: a tensor without values for each name, and where these are."""
+    """Returns a meta tensor and the chunks for each name, and the nested state dicts."""
     stored = {
-        (key["fqn"], None if key["offset"] is None else _whole(key["offset"])): info
+        (key["fqn"], None if key["offset"] is None else _checked_sizes(key["offset"])): info
         for key, info in metadata["storage_data"].items()
         if isinstance(key, _Key)
     }
@@ -159,34 +158,38 @@ def _tables(
     shapes: dict[str, Tensor] = {}
     chunks: dict[str, list[_Chunk]] = {}
     content: dict[Any, Any] = {}
-    for label, told in metadata["state_dict_metadata"].items():
-        if not isinstance(told, _Tensor):
+    for label, entry in metadata["state_dict_metadata"].items():
+        if not isinstance(entry, _Tensor):
             continue
-        dtype = told["properties"].state[0]
-        shape = _whole(told["size"])
+        dtype = entry["properties"].state[0]
+        shape = _checked_sizes(entry["size"])
         if not isinstance(label, str) or not isinstance(dtype, torch.dtype):
             raise TypeError(label)
-        blocks = [(_whole(c["offsets"]), _whole(c["sizes"])) for c in told["chunks"]]
-        # A rank that has none of a tensor may have written an empty chunk.
-        full = [(offsets, sizes) for offsets, sizes in blocks if math.prod(sizes)]
-        if fault := _not_covered_once(full, shape):
+        blocks = [
+            (_checked_sizes(c["offsets"]), _checked_sizes(c["sizes"])) for c in entry["chunks"]
+        ]
+        # A rank without any part of a tensor may have written an empty chunk.
+        nonempty = [(offsets, sizes) for offsets, sizes in blocks if math.prod(sizes)]
+        if why := _not_covered_once(nonempty, shape):
             raise CheckpointError(
-                f"the chunks of tensor {label!r} in {folder} do not cover it exactly once: {fault}",
+                f"the chunks of tensor {label!r} in {folder} do not cover it exactly once: {why}",
                 "Copy or save the checkpoint again",
             )
-        chunks[label] = [_chunk(label, offsets, sizes, stored, folder) for offsets, sizes in full]
+        chunks[label] = [
+            _chunk(label, offsets, sizes, stored, folder) for offsets, sizes in nonempty
+        ]
         shapes[label] = torch.empty(shape, dtype=dtype, device="meta")
-        # The planner says by which keys a name was made; without it the name is the only key.
-        place = paths.get(label, (label,)) if isinstance(paths, dict) else (label,)
-        *keys, last = place
-        inner = content
+        # The planner data maps each name to its nested keys; by default the name is the key.
+        path = paths.get(label, (label,)) if isinstance(paths, dict) else (label,)
+        *keys, last = path
+        parent = content
         for key in keys:
-            inner = inner.setdefault(key, {})
-        inner[last] = shapes[label]
+            parent = parent.setdefault(key, {})
+        parent[last] = shapes[label]
     return shapes, chunks, content
 
 
-def _whole(numbers: Any) -> tuple[int, ...]:
+def _checked_sizes(numbers: Any) -> tuple[int, ...]:
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise ValueError("a size is no whole number")
     return tuple(numbers)
@@ -195,12 +198,12 @@ def _whole(numbers: Any) -> tuple[int, ...]:
 def _not_covered_once(
     blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]
 ) -> str:
-    """Returns why blocks are not a partition of a tensor; an empty text where they are one.
+    """Returns why blocks are not a partition of a tensor; an empty string if they are one.
 
-    Blocks inside the tensor that do not overlap and have its volume leave no gap.
+    Blocks inside the tensor that do not overlap and have its volume cover it.
 
     Args:
-        blocks: The offsets and sizes of each block, none of them empty.
+        blocks: The offsets and sizes of each block, which is not empty.
         shape: The shape of the tensor.
     """
     for offsets, sizes in blocks:
@@ -208,7 +211,7 @@ def _not_covered_once(
             return f"one has {len(sizes)} dimensions and the tensor {len(shape)}"
         if any(o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
             return f"{list(sizes)} at {list(offsets)} reaches beyond {list(shape)}"
-    # Sorted along the dimension with the most cuts, a block meets few of those before it.
+    # Sorted along the dimension with the most cuts, few earlier blocks can overlap with a block.
     cuts = [len(set(starts)) for starts in zip(*(offsets for offsets, _ in blocks), strict=True)]
     first = cuts.index(max(cuts)) if cuts else 0
     open_blocks: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -241,7 +244,7 @@ def _chunk(
     folder: Path,
 ) -> _Chunk:
     info = stored[label, offsets]
-    file, (start, length) = info["relative_path"], _whole((info["offset"], info["length"]))
+    file, (start, length) = info["relative_path"], _checked_sizes((info["offset"], info["length"]))
     if not isinstance(file, str) or Path(file).name != file or "\0" in file:
         raise CheckpointError(
             f"{folder / METADATA} says that {label!r} is in {file!r}, which is no file of the "
@@ -258,9 +261,9 @@ def _chunk(
 
 
 def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
-    """Reads a tensor from its chunks, each of which is a small file of torch within a part."""
+    """Reads a tensor from its chunks, each of which is a torch file inside a part."""
     try:
-        whole = torch.empty(shape.shape, dtype=shape.dtype)
+        result = torch.empty(shape.shape, dtype=shape.dtype)
     except RuntimeError:
         raise CheckpointError(
             f"{name}: {label!r} of shape {list(shape.shape)} does not fit in memory",
@@ -274,10 +277,10 @@ def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
             if not isinstance(content, Tensor):
                 raise TypeError("it holds no tensor")  # noqa: TRY301
             content = content.detach()
-            if tuple(content.shape) != chunk.sizes or content.dtype != whole.dtype:
+            if tuple(content.shape) != chunk.sizes or content.dtype != result.dtype:
                 raise ValueError(f"it holds {list(content.shape)} {content.dtype}")  # noqa: TRY301
-            place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-            whole[place] = content
+            region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+            result[region] = content
         except OSError as error:
             raise CheckpointError(
                 f"{name}: {chunk.file} cannot be read: {error.strerror or error}",
@@ -288,4 +291,4 @@ def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
                 f"{name}: {label!r} cannot be read from {chunk.file} ({type(error).__name__})",
                 "Was its writing cut off?",
             ) from None
-    return whole
+    return result

@@ -1,4 +1,4 @@
-"""Single files: safetensors, and whatever torch.save writes."""
+"""Read single files: safetensors, and all formats of ``torch.save``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from losscli.checkpoint.names import metadata_of, natural
-from losscli.checkpoint.size_checks import OLD_FORMAT, AmbiguousError, RepeatedError, SizeError
+from losscli.checkpoint.names import metadata_of, natural_key
+from losscli.checkpoint.size_checks import LEGACY_MAGIC, AmbiguousError, RepeatedError, SizeError
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
 from losscli.files import open_regular, read_regular, stand_in
@@ -26,7 +26,7 @@ __all__ = ["SUFFIXES", "read_file", "read_json"]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
 
-# For a shell, in single quotes: takes the largest state dict, or that of a whole module.
+# For a shell, in single quotes. Saves the largest state dict, or that of a pickled module.
 _RESAVE = (
     "import sys, torch, safetensors.torch as s; "
     'state = lambda x: x.state_dict() if hasattr(x, "state_dict") else x; '
@@ -37,7 +37,7 @@ _RESAVE = (
 )
 
 
-# The same for what pickle.dump wrote, which torch.load does not read: also of arrays.
+# The same for files of pickle.dump, which torch.load does not read. Also converts arrays.
 _CONVERT = (
     "import sys, pickle, torch; "
     'c = pickle.load(open(sys.argv[1], "rb")); '
@@ -48,33 +48,33 @@ _CONVERT = (
 
 
 def read_file(path: Path, name: str) -> tuple[Any, dict[str, str]]:
-    """Reads a file without running anything that it holds.
+    """Reads a checkpoint file without running code in it.
 
     Args:
-        path: Where it lies.
-        name: How the user named it.
+        path: The file.
+        name: The name that the user gave.
 
     Returns:
-        What it holds, and the plain values beside the tensors.
+        The content, and the metadata: strings, numbers and booleans at its top level.
 
     Raises:
-        CheckpointError: It is no checkpoint, or wants code to be run.
+        CheckpointError: The file is not a checkpoint, or needs code to run.
     """
     read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     return read(path, name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a small file of JSON beside weights.
+    """Reads a JSON file of a checkpoint.
 
     Args:
         path: The file.
 
     Returns:
-        The object in it.
+        The JSON object.
 
     Raises:
-        CheckpointError: It cannot be read, or holds no object.
+        CheckpointError: The file cannot be read, or has no JSON object.
     """
     try:
         content = json.loads(read_regular(path))
@@ -89,38 +89,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _require_itself(path: Path, name: str) -> None:
-    """Makes sure that a file that cannot be read is not something else in its place.
+def _check_placeholder(path: Path, name: str) -> None:
+    """Checks whether an unreadable file is a placeholder for the real file.
 
     Args:
-        path: Where it lies.
-        name: How the user named it.
+        path: The file.
+        name: The name that the user gave.
 
     Raises:
-        CheckpointError: It is a pointer of Git LFS, or a page of a web site.
+        CheckpointError: The file is a Git LFS pointer or a web page.
     """
     if found := stand_in(path):
-        what, cure = found
-        raise CheckpointError(f"{name} is {what}", cure) from None
+        description, fix = found
+        raise CheckpointError(f"{name} is {description}", fix) from None
 
 
 def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        # safetensors takes a file that may not be read for a missing one.
+        # Opened first, since safetensors reports a file without read permission as missing.
         with open_regular(path), safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            # The file lists them as they lie in it: by the sizes of their types, and as text.
-            keys = sorted(file.keys(), key=natural)
+            # The file has them sorted by element size and then lexicographically.
+            keys = sorted(file.keys(), key=natural_key)
             return {key: file.get_tensor(key) for key in keys}, metadata
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
-    except (TypeError, OverflowError):  # whose text is of torch's own frames
+    except (TypeError, OverflowError):  # the message is a stack trace of torch
         raise CheckpointError(
             f"{name} has a tensor of a shape that torch cannot make",
             "Was it written for something else?",
         ) from None
     except (SafetensorError, RuntimeError, ValueError) as error:
-        _require_itself(path, name)
+        _check_placeholder(path, name)
         raise CheckpointError(
             f"{name} is no whole safetensors file: {one_line(error)}",
             "Was its writing cut off?",
@@ -139,7 +139,7 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # noqa: BLE001 - a broken file makes the unpickler raise anything
-        _require_itself(path, name)
+        _check_placeholder(path, name)
         raise _unreadable(name, path, error) from None
     if magic == b"GGUF":
         raise CheckpointError(
@@ -151,7 +151,7 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[Any]:
-    """Opens a file to be read as it lies; one that reads makes room for any length it is asked."""
+    """Maps a file into memory, since reading allocates memory for any length in the file."""
     with (
         open_regular(path) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
@@ -160,7 +160,7 @@ def _mapped(path: Path) -> Iterator[Any]:
 
 
 def _is_utf8(path: Path) -> bool:
-    """Whether torch, which maps files by their names in UTF-8, can map this one."""
+    """Whether a path is valid UTF-8, which torch needs to map the file."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -168,17 +168,17 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _is_cut(path: Path) -> bool:
-    """Whether a file ends within a pickle: what it then seems to name is half a name."""
+def _is_truncated(path: Path) -> bool:
+    """Whether a file ends inside a pickle, so that a name in it may be incomplete."""
     try:
         with _mapped(path) as file:
             if file[:4] == b"PK\x03\x04":  # an archive has its directory at the end
                 return False
-            # In the old format three small ones, the first a number, come before the content.
+            # In the old format, three small pickles (first the magic number) precede the content.
             pickles = 1
             for number in range(4):
                 for _, value, _ in pickletools.genops(file):
-                    if number == 0 and value == OLD_FORMAT:
+                    if number == 0 and value == LEGACY_MAGIC:
                         pickles = 4
                 if number + 1 == pickles:
                     break
@@ -196,11 +196,11 @@ def _is_plain_pickle(path: Path) -> bool:
             values = [value for _, value, _ in pickletools.genops(file)]
     except (OSError, ValueError):
         return False
-    return OLD_FORMAT not in values
+    return LEGACY_MAGIC not in values
 
 
 def _is_exported(path: Path) -> bool:
-    """Whether a file was written by torch.export.save, of this or of an older torch."""
+    """Whether a file was written by ``torch.export.save`` of any version."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -229,25 +229,25 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
             f"{name} claims more than it holds: {error}", "Was its writing cut off?"
         )
     text = str(error)
-    # The unpickler's refusal names what the pickle wanted to import, in one of these forms.
+    # The error of the unpickler contains the refused name in one of these forms.
     wanted = re.search(r"GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)|function ([\w.]+)", text)
-    thing = ""
+    problem = ""
     if "weights_only" not in text.lower().replace(" ", "_") or "invalid load" in text:
         wanted = None
-    if wanted and not _is_cut(path):
-        thing = f"is a pickle that wants to run code ({next(filter(None, wanted.groups()))})"
+    if wanted and not _is_truncated(path):
+        problem = f"is a pickle that wants to run code ({next(filter(None, wanted.groups()))})"
     elif "TorchScript" in text:
-        thing = "is a TorchScript program, which is code"
+        problem = "is a TorchScript program, which is code"
     elif "operand 149" in text:
-        # Where the opcode FRAME stands, the pickle is of protocol 4 or above.
-        thing = "is a pickle of a protocol that torch reads only together with code"
-    plain = _is_plain_pickle(path)
-    if thing or plain:
-        thing = thing or "is a pickle that torch.save did not write"
-        suffix, script = ("pt", _CONVERT) if plain else ("safetensors", _RESAVE)
+        # 149 is the opcode FRAME, which pickles of protocol 4 or higher have.
+        problem = "is a pickle of a protocol that torch reads only together with code"
+    is_plain = _is_plain_pickle(path)
+    if problem or is_plain:
+        problem = problem or "is a pickle that torch.save did not write"
+        suffix, script = ("pt", _CONVERT) if is_plain else ("safetensors", _RESAVE)
         target = path.with_name(f"{path.stem}-weights.{suffix}")
         return CheckpointError(
-            f"{name} {thing}; none of it was run",
+            f"{name} {problem}; none of it was run",
             "If you trust it, save its state dict again: "
             f"python -c '{script}' {shlex.quote(str(path))} {shlex.quote(str(target))}",
         )

@@ -1,4 +1,4 @@
-"""Folders: which are one checkpoint and which hold several, and what lies in them."""
+"""Find and read checkpoints in folders."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from losscli.checkpoint.adapters import CONFIG, Adapter
 from losscli.checkpoint.distributed import METADATA, read_distributed
 from losscli.checkpoint.files import SUFFIXES, read_file, read_json
-from losscli.checkpoint.names import natural, naturally, state_dicts
-from losscli.checkpoint.state import CheckpointFile, put_together
+from losscli.checkpoint.names import natural_key, sort_naturally, state_dicts
+from losscli.checkpoint.state import CheckpointFile, consolidation_hint
 from losscli.errors import CheckpointError, one_line
 
-__all__ = ["in_folder", "is_index", "read_adapter", "read_folder", "read_index"]
+__all__ = ["is_index", "list_checkpoints", "read_adapter", "read_folder", "read_index"]
 
-# As transformers seeks them; the names of other libraries end alike.
+# In the order in which transformers looks for them; other libraries use the same suffixes.
 _WEIGHTS = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -28,30 +28,32 @@ _WEIGHTS = (
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _INDEX = re.compile(r".*\.(safetensors|bin|pt|pth)\.index(\.[\w-]+)?\.json")
 
-# What the trainer of transformers keeps beside weights.
-_BESIDE = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state(_\d+)?)\.(pt|pth|bin)")
+# Files that the trainer of transformers writes next to the weights.
+_TRAINING_STATE = re.compile(
+    r"(optimizer|scheduler|scaler|training_args|rng_state(_\d+)?)\.(pt|pth|bin)"
+)
 
 
-def in_folder(name: str) -> list[str]:
+def list_checkpoints(name: str) -> list[str]:
     """Lists the checkpoints in a folder.
 
     Args:
-        name: A name as a user gives it: ``DIR``, or ``DIR#KEY`` for a key of every file.
+        name: ``DIR``, or ``DIR#KEY`` for a key of every file.
 
     Returns:
-        Its files with the suffixes of checkpoints, and the folders in it that are checkpoints, in
-        natural order, step-9 before step-10, each with the key; none where the name is not that of
-        a folder, or is that of a folder which is one checkpoint itself.
+        The checkpoint files and checkpoint folders in the folder, in natural order (step-9 before
+        step-10), each with the key. Empty if the name is not that of a folder, or if the folder
+        itself is one checkpoint.
 
     Raises:
-        CheckpointError: It is a folder without such files, or cannot be read.
+        CheckpointError: The folder has no checkpoints or cannot be read.
     """
     folder, key = Path(name), ""
     try:
         if "#" in name and not folder.exists():
             folder, key = Path(name.rpartition("#")[0]), f"#{name.rpartition('#')[2]}"
-        # init:SEED is no folder, whatever there is.
-        if name.startswith("init:") or not folder.is_dir() or _weights_in(folder):
+        # init:SEED is never a folder, even if one of that name exists.
+        if name.startswith("init:") or not folder.is_dir() or _checkpoint_files(folder):
             return []
         found = [
             path
@@ -60,7 +62,9 @@ def in_folder(name: str) -> list[str]:
             and (
                 _is_checkpoint(path)
                 if path.is_dir()
-                else path.suffix in SUFFIXES and path.is_file() and not _BESIDE.fullmatch(path.name)
+                else path.suffix in SUFFIXES
+                and path.is_file()
+                and not _TRAINING_STATE.fullmatch(path.name)
             )
         ]
     except (OSError, ValueError) as error:
@@ -69,19 +73,19 @@ def in_folder(name: str) -> list[str]:
         raise CheckpointError(
             f"the folder {name} holds no checkpoints", f"Their names end in {', '.join(SUFFIXES)}"
         )
-    return [f"{folder / name}{key}" for name in naturally([path.name for path in found])]
+    return [f"{folder / name}{key}" for name in sort_naturally([path.name for path in found])]
 
 
 def _is_checkpoint(folder: Path) -> bool:
     try:
-        return bool(_weights_in(folder))
-    except OSError:  # it may not be looked into
+        return bool(_checkpoint_files(folder))
+    except OSError:  # no permission
         return False
 
 
-def _weights_in(folder: Path) -> list[Path]:
-    """Lists the files that make a folder one checkpoint: each is a checkpoint, all or in part."""
-    # A pipe of such a name is there too: who reads it says what is wrong.
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """Lists the main files of the checkpoints that a folder itself is."""
+    # Irregular files, such as pipes, count too: reading them raises the error.
     found = [folder / name for name in _WEIGHTS if (folder / name).exists()][:1]
     if (folder / CONFIG).exists():
         found += [folder / name for name in _ADAPTERS if (folder / name).exists()][:1]
@@ -100,23 +104,23 @@ def read_folder(folder: Path, name: str) -> CheckpointFile:
     """Reads a folder that is one checkpoint.
 
     Args:
-        folder: Where it lies.
-        name: How the user named it.
+        folder: The folder.
+        name: The name that the user gave.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: It is none, or more than one, or broken.
+        CheckpointError: The folder is not a checkpoint, is more than one, or is broken.
     """
-    found = _weights_in(folder)
+    found = _checkpoint_files(folder)
     if len(found) > 1:
         raise CheckpointError(
             f"{folder} holds more than one checkpoint: {', '.join(f.name for f in found)}",
             f"Name one, for example {found[0]}",
         )
     if not found:
-        raise _no_checkpoint(folder)
+        raise _no_checkpoint_error(folder)
     (file,) = found
     if file.name == METADATA:
         return read_distributed(folder, name)
@@ -125,10 +129,10 @@ def read_folder(folder: Path, name: str) -> CheckpointFile:
     if is_index(file):
         return read_index(file, name, folder)
     content, metadata = read_file(file, str(file))
-    return _with_config(folder, name, content, metadata, [file])
+    return _file_with_config(folder, name, content, metadata, [file])
 
 
-def _no_checkpoint(folder: Path) -> CheckpointError:
+def _no_checkpoint_error(folder: Path) -> CheckpointError:
     names = {path.name for path in folder.iterdir()}
     if any(name.endswith(".distcp") for name in names):
         return CheckpointError(
@@ -148,42 +152,43 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
         )
     return CheckpointError(
         f"{folder} is a folder, not a checkpoint file",
-        put_together(folder) or "Name a file in it",
+        consolidation_hint(folder) or "Name a file in it",
     )
 
 
 def is_index(path: Path) -> bool:
-    """Tells the index of a sharded checkpoint by its name.
+    """Whether the name of a file is that of the index of a sharded checkpoint.
 
     Args:
-        path: A file.
+        path: The file.
 
     Returns:
-        Whether it is one.
+        Whether it is an index.
     """
     return bool(_INDEX.fullmatch(path.name))
 
 
 def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
-    """Reads a sharded checkpoint, one shard after the other.
+    """Reads a sharded checkpoint.
 
     Args:
-        index: The file that says which tensor is in which shard.
-        name: How the user named it.
-        path: What the checkpoint's path shall be: the folder, or the index.
+        index: The file that maps tensors to shards.
+        name: The name that the user gave.
+        path: The path of the checkpoint: the folder or the index.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: A shard is missing or broken, or has not what the index says.
+        CheckpointError: A shard is missing or broken, or lacks a tensor that the index assigns
+            to it.
     """
     folder = index.parent
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map", "Was it written for something else?")
     shards: dict[str, list[str]] = {}
-    for tensor, shard in places.items():
+    for tensor, shard in weight_map.items():
         is_name = isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
         if not is_name or shard in {"", ".."}:
             raise CheckpointError(
@@ -199,8 +204,8 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
             raise CheckpointError(
                 f"{index} names {shard!r}, which is not there", "Was the checkpoint copied whole?"
             )
-        content, more = read_file(file, str(file))
-        metadata |= more
+        content, shard_metadata = read_file(file, str(file))
+        metadata |= shard_metadata
         missing = [t for t in tensors if not isinstance(_item(content, t), Tensor)]
         if missing:
             raise CheckpointError(
@@ -208,10 +213,10 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
                 "Do the shards and the index belong together?",
             )
         weights |= {tensor: content[tensor] for tensor in tensors}
-    # Sorted, so that the order of shards makes no difference.
-    ordered = dict(sorted(weights.items(), key=lambda item: natural(item[0])))
+    # Sorted, so that the result does not depend on the order of shards.
+    ordered = dict(sorted(weights.items(), key=lambda item: natural_key(item[0])))
     files = [index, *(folder / shard for shard in sorted(shards))]
-    return _with_config(path, name, ordered, metadata, files)
+    return _file_with_config(path, name, ordered, metadata, files)
 
 
 def _item(content: Any, name: str) -> Any:
@@ -222,18 +227,18 @@ def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
     """Reads a LoRA adapter.
 
     Args:
-        file: Its tensors.
-        name: How the user named it.
-        path: What the checkpoint's path shall be: the folder, or the file.
+        file: The file with its tensors.
+        name: The name that the user gave.
+        path: The path of the checkpoint: the folder or the file.
 
     Returns:
-        The adapter, its tensors under their own names.
+        The adapter, with its tensors under peft's names.
 
     Raises:
-        CheckpointError: It is broken, or of a kind that no line is drawn to.
+        CheckpointError: The adapter is broken or not plain LoRA.
     """
     config = file.parent / CONFIG
-    adapter = Adapter.of(read_json(config), config)
+    adapter = Adapter.from_config(read_json(config), config)
     content, _ = read_file(file, str(file))
     tensors = dict(state_dicts(content)).get("")
     if not tensors:
@@ -243,23 +248,23 @@ def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
     return CheckpointFile(name, path, {"": tensors}, {}, (config, file), adapter=adapter)
 
 
-def _with_config(
+def _file_with_config(
     path: Path, name: str, content: Any, metadata: Mapping[str, str], files: list[Path]
 ) -> CheckpointFile:
-    """Puts together a checkpoint of weights and, where there is one, their config.json."""
+    """Creates a checkpoint file from weights and the config.json next to them, if any."""
     config = files[0].parent / "config.json"
-    how = None
+    method = None
     if config.exists():
-        how = _quantisation(read_json(config))
+        method = _quantisation_method(read_json(config))
         files = [config, *files]
     return CheckpointFile(
-        name, path, dict(state_dicts(content)), dict(metadata), tuple(files), quantised=how
+        name, path, dict(state_dicts(content)), dict(metadata), tuple(files), quantised=method
     )
 
 
-def _quantisation(config: dict[str, Any]) -> str | None:
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
+def _quantisation_method(config: dict[str, Any]) -> str | None:
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
         found = part.get("quantization_config")
         if isinstance(found, dict) and found:
             return f"config.json: {found.get('quant_method', 'quantization_config')}"

@@ -1,4 +1,4 @@
-"""Checkpoints that Python code gives as objects: state dicts and modules."""
+"""Checkpoints that are passed as Python objects: state dicts and modules."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import Tensor, nn
 
 from losscli.arguments import listed, shown
 from losscli.checkpoint.names import loadable, metadata_of, state_dicts
-from losscli.checkpoint.quantised import packed
+from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
 from losscli.errors import CheckpointError, UsageError
 from losscli.files import is_mapped
 from losscli.weight_space.digest import digest
 
-__all__ = ["CheckpointLike", "Given", "named", "named_all"]
+__all__ = ["CheckpointLike", "InMemoryCheckpoint", "name_checkpoint", "name_checkpoints"]
 
 CheckpointLike = str | os.PathLike[str] | Mapping[str, Any] | nn.Module | Checkpoint
-"""What Python code may give for a checkpoint: a name, a state dict, or a module."""
+"""A checkpoint in Python code: a name, a path, a state dict, a module or a `Checkpoint`."""
 
-_ONE = (str, bytes, os.PathLike, Mapping, nn.Module, Checkpoint)
+_SINGLE_TYPES = (str, bytes, os.PathLike, Mapping, nn.Module, Checkpoint)
 
-_CURE = "Give the name of a file, a state dict or an nn.Module"
+_FIX = "Give the name of a file, a state dict or an nn.Module"
 
 
-class Given(str):
-    """The name of a checkpoint that is an object, with its content.
+class InMemoryCheckpoint(str):
+    """The name of a checkpoint that is a Python object, with its content.
 
     Attributes:
-        file: The content, as if a file held it.
-        module: The module, if it is one.
+        file: The content, in the form of a file that was read.
+        module: The module; None for other objects.
     """
 
     __slots__ = ("file", "module")
@@ -40,18 +40,18 @@ class Given(str):
     module: nn.Module | None
 
     @classmethod
-    def of(cls, label: str, value: Mapping[Any, Any] | nn.Module | Checkpoint) -> Self:
-        """Names an object. Its tensors are shared with it, or copied where that is not safe.
+    def from_object(cls, label: str, value: Mapping[Any, Any] | nn.Module | Checkpoint) -> Self:
+        """Creates a named checkpoint from an object.
 
         Args:
             label: The name.
-            value: The object.
+            value: The object. Its tensors are shared, or copied if sharing is not safe.
 
         Returns:
-            The name.
+            The named checkpoint.
 
         Raises:
-            CheckpointError: A tensor has no values, or none that can be computed with.
+            CheckpointError: A tensor has no values, or does not support arithmetic.
         """
         content: Any = value
         metadata: Mapping[str, str] = {}
@@ -64,16 +64,18 @@ class Given(str):
         else:
             metadata = metadata_of(value)
         candidates = dict(state_dicts(content))
-        file = CheckpointFile(label, None, candidates, metadata, (), quantised=packed(content))
-        whole = {}
-        for key, weights in file.choice.items():
+        file = CheckpointFile(
+            label, None, candidates, metadata, (), quantised=find_packed_parameters(content)
+        )
+        tensors = {}
+        for key, weights in file.model_candidates.items():
             file.require_dense(key, weights)
             for name, tensor in weights.items():
-                candidates[key][name] = own = _own(tensor)
-                whole[f"{key}.{name}"] = own.dequantize() if own.is_quantized else own
+                candidates[key][name] = stored = _safe_tensor(tensor)
+                tensors[f"{key}.{name}"] = stored.dequantize() if stored.is_quantized else stored
         given = cls(label)
         given.module = value if isinstance(value, nn.Module) else None
-        given.file = replace(file, digest=digest(whole), live=given.module is not None)
+        given.file = replace(file, digest=digest(tensors), live=given.module is not None)
         return given
 
 
@@ -85,63 +87,64 @@ def _require_values(module: nn.Module, label: str) -> None:
             )
 
 
-def _own(tensor: Tensor) -> Tensor:
-    # Pages that are mapped from a file are given back once they were looked at, and what somebody
-    # wrote on them would be lost.
+def _safe_tensor(tensor: Tensor) -> Tensor:
+    # Mapped pages are released after use, which would discard what the caller wrote to them.
     return tensor.clone() if is_mapped(tensor) else tensor.cpu()
 
 
-def named(value: object, label: str) -> str:
-    """Names a checkpoint.
+def name_checkpoint(value: object, label: str) -> str:
+    """Returns the name of a checkpoint.
 
     Args:
-        value: Its name, a path, a state dict, a module, or a `Checkpoint`.
-        label: The name of an object.
+        value: A name, a path, a state dict, a module or a `Checkpoint`.
+        label: The name to use for an object.
 
     Returns:
-        The name; that of an object is a `Given`.
+        The name; an `InMemoryCheckpoint` for an object.
 
     Raises:
-        UsageError: The value is nothing of this, or an empty name.
-        CheckpointError: A tensor of a module has no values yet.
+        UsageError: The value has another type, or the name is empty.
+        CheckpointError: A tensor of an object has no values, or does not support arithmetic.
     """
-    if isinstance(value, Given):
+    if isinstance(value, InMemoryCheckpoint):
         return value
     if isinstance(value, Mapping | nn.Module | Checkpoint):
-        return Given.of(label, value)
-    if not isinstance(value, _ONE):
-        raise UsageError(f"{label} is {shown(value)}, which is no checkpoint", _CURE)
+        return InMemoryCheckpoint.from_object(label, value)
+    if not isinstance(value, _SINGLE_TYPES):
+        raise UsageError(f"{label} is {shown(value)}, which is no checkpoint", _FIX)
     name = os.fsdecode(value)  # type: ignore[arg-type]
     if not name:
         raise UsageError("the name of a checkpoint is empty", "Is a shell variable unset?")
     return name
 
 
-def named_all(values: object) -> list[str]:
-    """Names one checkpoint, or each of several.
+def name_checkpoints(values: object) -> list[str]:
+    """Returns the names of one or several checkpoints.
 
     Args:
-        values: What `named` takes, or an iterable of it. Objects are named by their places,
-            counted from 0.
+        values: A value that `name_checkpoint` accepts, or an iterable of such values. Objects are
+            named by their index, which starts at 0.
 
     Returns:
         The names.
 
     Raises:
-        UsageError: A value is no checkpoint, or two objects share their tensors.
-        CheckpointError: A tensor of a module has no values yet.
+        UsageError: A value is not a checkpoint, or two objects share their tensors.
+        CheckpointError: A tensor of an object has no values, or does not support arithmetic.
     """
-    each = [values] if isinstance(values, _ONE) else listed(values)
+    each = [values] if isinstance(values, _SINGLE_TYPES) else listed(values)
     if each is None:
-        raise UsageError(f"{shown(values)} is no checkpoint and no list of them", _CURE)
-    names = [named(value, f"checkpoint {i}") for i, value in enumerate(each)]
-    places: dict[object, str] = {}
+        raise UsageError(f"{shown(values)} is no checkpoint and no list of them", _FIX)
+    names = [name_checkpoint(value, f"checkpoint {i}") for i, value in enumerate(each)]
+    owners: dict[object, str] = {}
     for name in names:
-        if isinstance(name, Given):
-            tensors = [t for weights in name.file.choice.values() for t in weights.values()]
-            place = tuple(t.data_ptr() for t in tensors if t.numel())
-            first = places.setdefault(place, name)
-            if place and first is not name:
+        if isinstance(name, InMemoryCheckpoint):
+            tensors = [
+                t for weights in name.file.model_candidates.values() for t in weights.values()
+            ]
+            pointers = tuple(t.data_ptr() for t in tensors if t.numel())
+            first = owners.setdefault(pointers, name)
+            if pointers and first is not name:
                 raise UsageError(
                     f"{first} and {name} are the same tensors",
                     "state_dict() does not copy: keep copy.deepcopy(model.state_dict())",

@@ -1,8 +1,8 @@
-"""Checkpoints with old names, which a model's own load hooks translate.
+"""Load checkpoints of older versions of a model through the model's load hooks.
 
-``load_state_dict`` calls the hooks that a module registered and its ``_load_from_state_dict``, with
-the versions that ``state_dict`` noted. So a parametrised model takes ``weight_g`` and ``weight_v``
-of the old ``weight_norm``, and BatchNorm takes a checkpoint without ``num_batches_tracked``.
+``load_state_dict`` calls the registered hooks and ``_load_from_state_dict`` of each module with the
+stored versions. For example, a parametrised model loads ``weight_g`` and ``weight_v`` of the old
+``weight_norm``, and BatchNorm loads a checkpoint without ``num_batches_tracked``.
 """
 
 from __future__ import annotations
@@ -13,47 +13,54 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from losscli.checkpoint.names import StateDict, beneath, loadable, state_dicts, unmarked
-from losscli.checkpoint.standins import has_record
+from losscli.checkpoint.names import (
+    StateDict,
+    loadable,
+    module_state_under,
+    state_dicts,
+    strip_wrappers,
+)
+from losscli.checkpoint.standins import has_stand_in
 from losscli.errors import ModelError, one_line
 from losscli.weight_space.vectors import Weights, equal
 
-__all__ = ["LoadHooks", "takes_part"]
+__all__ = ["LoadHooks", "has_custom_loading"]
 
-# A state dict may lie under many prefixes: so many of the likeliest are tried.
-_TRIED = 3
+# Maximum number of prefixes that are tried, the most likely first.
+_MAX_TRIED = 3
 
-# The beginning of what torch says where a state dict does not fit after all hooks were called.
-_REFUSED = "RuntimeError: Error(s) in loading state_dict"
+# The beginning of the error of torch for a state dict that does not fit after all hooks ran.
+_LOAD_ERROR = "RuntimeError: Error(s) in loading state_dict"
 
 
 class LoadHooks:
-    """What a model makes of a state dict when it loads it.
+    """Runs the load hooks of a model on state dicts without changing the model.
 
-    The model itself stays as it is: a copy of it without memory, on the device ``meta``, is
-    assigned the tensors of the checkpoint.
+    The tensors are assigned to a copy of the model on the device ``meta``, which needs no memory.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._places: dict[str, str] = {unmarked(name): name for name, _ in model.named_modules()}
-        # A copy with values, for hooks that compute with those of the model.
+        self._module_names: dict[str, str] = {
+            strip_wrappers(name): name for name, _ in model.named_modules()
+        }
+        # A copy with values, for hooks that use the values of the model.
         self._initial: nn.Module | None = None
 
     @property
-    def are_own(self) -> bool:
-        """Whether code that is not torch's takes part in loading."""
-        return takes_part(self._model)
+    def are_custom(self) -> bool:
+        """Whether the model runs loading code that is not part of torch."""
+        return has_custom_loading(self._model)
 
     def translate(self, weights: Weights) -> StateDict | None:
-        """Loads a state dict as the model does, ``load_state_dict(weights, strict=True)``.
+        """Loads a state dict with ``load_state_dict(weights, strict=True)``.
 
         Args:
-            weights: The state dict, perhaps under a prefix or with the marks of wrappers.
+            weights: The state dict, which may have a prefix or names of wrappers.
 
         Returns:
-            What the model's own ``state_dict`` is then, its tensors mapped as before where the
-            hooks only rename them; None where the model does not take it.
+            The resulting ``state_dict`` of the model. Tensors that the hooks only rename stay
+            memory-mapped. None if the model does not accept the state dict.
         """
         if not any(map(_has_hooks, self._model.modules())):
             return None
@@ -65,13 +72,13 @@ class LoadHooks:
         return None
 
     def views(self, weights: Weights) -> Iterator[StateDict]:
-        """Names tensors by the model's modules, under the prefixes that hold most of these.
+        """Selects the tensors under each prefix that has many of the model's modules.
 
         Args:
-            weights: A state dict.
+            weights: The state dict.
 
         Yields:
-            What lies under a prefix, the likeliest first.
+            The tensors under a prefix by the model's names, the most likely prefix first.
         """
         counts = {"": 0}
         modules = [name.rpartition(".")[0] for name in weights]
@@ -79,91 +86,92 @@ class LoadHooks:
             parts = module.split(".") if module else []
             for depth in range(len(parts) + 1):
                 prefix = ".".join(parts[:depth])
-                known = unmarked(".".join(parts[depth:])) in self._places
+                known = strip_wrappers(".".join(parts[depth:])) in self._module_names
                 counts[prefix] = counts.get(prefix, 0) + known
         likeliest = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))
-        for prefix in likeliest[:_TRIED]:
+        for prefix in likeliest[:_MAX_TRIED]:
             start = f"{prefix}." if prefix else ""
             tensors = {}
             for name, tensor in weights.items():
                 if name.startswith(start):
                     module, _, leaf = name.removeprefix(start).rpartition(".")
-                    tensors[f"{self._place(module)}.{leaf}".removeprefix(".")] = tensor
-            yield StateDict(tensors, *beneath(weights, prefix, self._place))
+                    tensors[f"{self._module_name(module)}.{leaf}".removeprefix(".")] = tensor
+            yield StateDict(tensors, *module_state_under(weights, prefix, self._module_name))
 
-    def _place(self, module: str) -> str:
-        own = unmarked(module)
-        return self._places.get(own, own)
+    def _module_name(self, module: str) -> str:
+        stripped = strip_wrappers(module)
+        return self._module_names.get(stripped, stripped)
 
     def load(self, state: StateDict) -> StateDict:
-        """Loads a state dict with the model's names, exactly as ``load_state_dict`` does.
+        """Loads a state dict that has the model's names with ``load_state_dict``.
 
         Args:
             state: The state dict.
 
         Returns:
-            What the model's own ``state_dict`` is then, its versions those of the model's code.
+            The resulting ``state_dict`` of the model, with the versions of the model.
 
         Raises:
-            ModelError: The model does not take it, or cannot be copied; or its extra state has
-                objects that are not read.
+            ModelError: The model does not accept the state dict or cannot be copied, or the extra
+                state has objects that ``weights_only`` does not read.
         """
         for key, value in state.extra.items():
-            if has_record(value):
+            if has_stand_in(value):
                 raise ModelError(f"{key} holds an object that weights_only does not read")
-        # Code of the user's own may write on the tensors that it is given.
-        given = {n: t.clone() for n, t in state.items()} if self.are_own else state
-        empty = _copied(self._model, lambda tensor: tensor.to("meta"))
+        # User code may modify the tensors.
+        tensors = {n: t.clone() for n, t in state.items()} if self.are_custom else state
+        meta_model = _copy_model(self._model, lambda tensor: tensor.to("meta"))
         try:
-            if empty is not None:
-                empty.load_state_dict(
-                    loadable(given, state.versions, state.extra), strict=True, assign=True
+            if meta_model is not None:
+                meta_model.load_state_dict(
+                    loadable(tensors, state.versions, state.extra), strict=True, assign=True
                 )
-                found = _state_of(empty)
-                if not any(tensor.is_meta for tensor in found.values()):
-                    return _without_copies(found, given, state)
+                loaded = _state_of(meta_model)
+                if not any(tensor.is_meta for tensor in loaded.values()):
+                    return _restore_originals(loaded, tensors, state)
         except Exception as error:  # noqa: BLE001 - hooks are the user's code
-            if (text := one_line(error)).startswith(_REFUSED):
+            if (text := one_line(error)).startswith(_LOAD_ERROR):
                 raise ModelError(text) from None
-        # A hook needs values, or the model's own load_state_dict assigns nothing.
+        # A hook needs values, or the model overrides load_state_dict and assigns nothing.
         if self._initial is None:
-            self._initial = _copied(self._model, Tensor.clone)
-        whole = self._initial and _copied(self._initial, Tensor.clone)
-        if whole is None:
+            self._initial = _copy_model(self._model, Tensor.clone)
+        full_model = self._initial and _copy_model(self._initial, Tensor.clone)
+        if full_model is None:
             raise ModelError("the model cannot be copied with copy.deepcopy")
         try:
-            given = {n: t.clone() for n, t in state.items()}
-            whole.load_state_dict(loadable(given, state.versions, state.extra), strict=True)
-            return _state_of(whole)
+            tensors = {n: t.clone() for n, t in state.items()}
+            full_model.load_state_dict(loadable(tensors, state.versions, state.extra), strict=True)
+            return _state_of(full_model)
         except Exception as error:  # noqa: BLE001 - hooks are the user's code
             raise ModelError(one_line(error)) from None
 
 
-def takes_part(model: nn.Module) -> bool:
-    """Tells whether code that is not torch's takes part in loading a model.
+def has_custom_loading(model: nn.Module) -> bool:
+    """Whether a model runs loading code that is not part of torch.
 
     Args:
         model: The model.
 
     Returns:
-        Whether it has load hooks, loads by methods of its own, or has extra state.
+        Whether a module has load hooks, loading methods or extra state that torch does not
+        define.
     """
-    return any(map(_has_own_hooks, model.modules()))
+    return any(map(_has_custom_hooks, model.modules()))
 
 
-# The methods by which a module takes part in loading.
+# The methods that a module overrides to customise loading.
 _METHODS = ("_load_from_state_dict", "load_state_dict", "set_extra_state")
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a module takes part in loading, beyond copying tensors of the same names."""
+    """Whether a module does more than copy tensors of the same names while it loads."""
     return bool(_hooks(module)) or any(
         getattr(type(module), name) is not getattr(nn.Module, name) for name in _METHODS
     )
 
 
-def _has_own_hooks(module: nn.Module) -> bool:
-    """Whether a module takes part in loading by code that is not torch's."""
+def _has_custom_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks or loading methods that are not part of torch."""
     methods = (getattr(type(module), name) for name in _METHODS)
     return any(
         not str(getattr(code, "__module__", "")).startswith("torch.")
@@ -172,13 +180,13 @@ def _has_own_hooks(module: nn.Module) -> bool:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """The functions that are called before and after a module is loaded."""
+    """The hooks that run before and after a module loads."""
     before = (getattr(h, "hook", h) for h in module._load_state_dict_pre_hooks.values())
     return [*before, *module._load_state_dict_post_hooks.values()]
 
 
-def _without_copies(found: StateDict, copies: Weights, originals: Weights) -> StateDict:
-    """Puts the tensors of a file, which may be mapped, where their copies are unchanged."""
+def _restore_originals(found: StateDict, copies: Weights, originals: Weights) -> StateDict:
+    """Replaces unchanged copies by the original tensors, which may be memory-mapped."""
     names = {tensor.data_ptr(): name for name, tensor in copies.items()}
     for name, tensor in found.items():
         original = originals.get(names.get(tensor.data_ptr(), ""))
@@ -191,19 +199,19 @@ def _state_of(model: nn.Module) -> StateDict:
     return dict(state_dicts(model.state_dict())).get("", StateDict({}))
 
 
-def _copied(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module | None:
-    """Copies a model, but for its tensors, which are made of its own."""
+def _copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module | None:
+    """Copies a model with each tensor replaced by its conversion; None if it cannot be copied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        # Among its attributes are weights that hooks compute, which cannot be copied.
-        own = (module._parameters, module._buffers, vars(module))
-        for tensor in (value for values in own for value in values.values()):
+        # Attributes include weights that hooks compute, which deepcopy does not accept.
+        attributes = (module._parameters, module._buffers, vars(module))
+        for tensor in (value for values in attributes for value in values.values()):
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                made = make(tensor.detach())
+                converted = convert(tensor.detach())
                 if isinstance(tensor, nn.Parameter):
-                    made = nn.Parameter(made, tensor.requires_grad)
-                memo[id(tensor)] = made
+                    converted = nn.Parameter(converted, tensor.requires_grad)
+                memo[id(tensor)] = converted
     try:
         return copy.deepcopy(model, memo)
-    except Exception:  # noqa: BLE001 - what cannot be copied translates nothing
+    except Exception:  # noqa: BLE001 - without a copy, nothing is translated
         return None

@@ -1,4 +1,4 @@
-"""Names of tensors: where in a state dict a model's own lie, under which prefixes and marks."""
+"""Find the tensors of a model in a state dict, below prefixes and names that wrappers add."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = [
     "Part",
     "StateDict",
     "Versions",
-    "beneath",
+    "find_parts",
     "loadable",
     "metadata_of",
-    "natural",
-    "naturally",
-    "parts",
+    "module_state_under",
+    "natural_key",
+    "sort_naturally",
     "state_dicts",
     "stem",
-    "under",
-    "unmarked",
+    "strip_wrappers",
+    "tensors_under",
 ]
 
 OPTIMISER = re.compile(r"(.*\.)?state\.\d+|optim(i[sz]ers?)?(_states?(_dict)?)?(\..*)?", re.DOTALL)
-"""State dicts of torch's optimisers number their parameters; others go by the key's name."""
+"""Keys of optimiser state: ``state.N`` of torch's optimisers, or names such as ``optimizer``."""
 
-# What wrappers put into names, at their beginning or around a part of a model: DataParallel and
-# DDP, torch.compile, FSDP, activation checkpointing.
-_MARKS = frozenset({
+# Name components that wrappers of a model or of a part add: DataParallel and DDP, torch.compile,
+# FSDP, activation checkpointing.
+_WRAPPERS = frozenset({
     "module",
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -44,18 +44,18 @@ _MARKS = frozenset({
 })
 
 
-_EXTRA = "_extra_state"
+_EXTRA_STATE = "_extra_state"
 
 Versions = Mapping[str, Mapping[str, Any]]
-"""What ``state_dict`` notes about modules, by their names: ``_metadata``."""
+"""The ``_metadata`` of a state dict: for each module name, its version and other values."""
 
 
 class StateDict(OrderedDict[str, Tensor]):
-    """Tensors by their names, with what ``torch.nn.Module.state_dict`` stores beside them.
+    """Tensors by name, with the other content of ``torch.nn.Module.state_dict``.
 
     Attributes:
-        versions: What was noted about modules.
-        extra: The extra state of modules that is not a tensor, by its keys.
+        versions: The versions of the modules.
+        extra: The extra state of modules that is not a tensor, by key.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class StateDict(OrderedDict[str, Tensor]):
 
 @dataclass(frozen=True)
 class Part:
-    """A state dict, or those of its names that lie under a prefix.
+    """A state dict, or the part of it under a prefix.
 
     Attributes:
-        prefix: The prefix; empty where it is the whole, under a prefix of all its names or none.
-        weights: The tensors under the names that the model would have for them; where the part
-            holds the model, with the versions of its modules and their extra state.
-        holds: Whether all of the model's tensors are among them.
-        fits: Whether they are the model's tensors and no more.
+        prefix: The prefix; empty for the whole state dict, even if all its names share a prefix.
+        weights: The tensors under the model's names. If the part holds the model, a `StateDict`
+            with the versions and the extra state of its modules.
+        holds: Whether it has all tensors of the model.
+        fits: Whether it has exactly the tensors of the model.
     """
 
     prefix: str
@@ -87,55 +87,55 @@ class Part:
     fits: bool
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
-    """Orders names with numbers in them by their values, 2 before 10.
-
-    Args:
-        name: A name.
-
-    Returns:
-        The key to sort by.
-    """
-    parts = re.split(r"([0-9]+)", name)
-    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
-
-
-# Two whole numbers with a point between them, and no third.
-_DECIMAL = re.compile(r"(?<![0-9])(?<![0-9]\.)([0-9]+\.[0-9]+)(?!\.?[0-9])")
-
-# What ends a file's name, with #KEY.
-_ENDING = re.compile(r"(\.[A-Za-z]\w*)+(#.*)?$", re.DOTALL)
-
-
-def stem(name: str) -> str:
-    """Takes the suffixes of a file's name off, which begin with a letter, and #KEY.
+def natural_key(name: str) -> list[tuple[int, int | str]]:
+    """Returns a sort key that compares the numbers in names by value: 2 before 10.
 
     Args:
         name: The name.
 
     Returns:
-        What is before them.
+        The sort key.
+    """
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
+
+
+# Two integers separated by a dot, and no third: 0.15, but not 1.2.3.
+_DECIMAL = re.compile(r"(?<![0-9])(?<![0-9]\.)([0-9]+\.[0-9]+)(?!\.?[0-9])")
+
+# The suffixes of a file name, and #KEY.
+_ENDING = re.compile(r"(\.[A-Za-z]\w*)+(#.*)?$", re.DOTALL)
+
+
+def stem(name: str) -> str:
+    """Removes the suffixes of a file name that begin with a letter, and ``#KEY``.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The name without them.
     """
     return _ENDING.sub("", name)
 
 
-def naturally(names: Sequence[str]) -> list[str]:
-    """Sorts the names of files with numbers in them by their values: 2 before 10, 0.15 before 0.2.
+def sort_naturally(names: Sequence[str]) -> list[str]:
+    """Sorts file names in natural order, numbers by value: 2 before 10, 0.15 before 0.2.
 
-    A name comes before those that continue it: ``last.ckpt`` before ``last-v1.ckpt``, which
-    Lightning writes where ``last.ckpt`` is there already.
+    A name comes before longer names that begin with it: ``last.ckpt`` before ``last-v1.ckpt``,
+    which Lightning writes if ``last.ckpt`` exists.
 
     Args:
         names: The names.
 
     Returns:
-        The names in order.
+        The sorted names.
     """
     split = {name: stem(name) for name in names}
     fractions = [
         number.partition(".")[2] for part in split.values() for number in _DECIMAL.findall(part)
     ]
-    # 1.9, 1.10, 1.11: the parts are counted, as no decimal ends in 0 where others are shorter.
+    # 1.9, 1.10, 1.11 are versions, not decimals: a decimal would not end in 0 next to shorter ones.
     counted = len({len(fraction) for fraction in fractions}) > 1 and any(
         len(fraction) > 1 and fraction.endswith("0") for fraction in fractions
     )
@@ -143,23 +143,25 @@ def naturally(names: Sequence[str]) -> list[str]:
     def key(name: str) -> tuple[list[tuple[int, Decimal | int | str]], list[tuple[int, int | str]]]:
         found: list[tuple[int, Decimal | int | str]] = []
         for i, part in enumerate([split[name]] if counted else _DECIMAL.split(split[name])):
-            found += [(0, Decimal(part))] if i % 2 else [k for k in natural(part) if k != (1, "")]
-        return found, natural(name.removeprefix(split[name]))
+            found += (
+                [(0, Decimal(part))] if i % 2 else [k for k in natural_key(part) if k != (1, "")]
+            )
+        return found, natural_key(name.removeprefix(split[name]))
 
     return sorted(names, key=key)
 
 
 def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, StateDict]]:
-    """Finds the mappings in a file that hold tensors under names.
+    """Finds the state dicts in the content of a file.
 
     Args:
-        content: What the file holds.
-        label: The dotted keys that lead to it.
-        depth: How many they are.
+        content: The content of the file, or of the mapping at `label`.
+        label: The dotted key of the content.
+        depth: The number of keys in `label`.
 
     Yields:
-        The dotted keys of each and its tensors, outermost first, with the versions of modules and
-        their extra state.
+        The dotted key and the tensors of each mapping that has tensors, outermost first, with the
+        versions and the extra state of modules.
     """
     if not isinstance(content, Mapping) or depth > 4:
         return
@@ -167,30 +169,33 @@ def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple
     extra = {
         key: value
         for key, value in content.items()
-        if isinstance(key, str) and key.rpartition(".")[2] == _EXTRA and key not in tensors
+        if isinstance(key, str) and key.rpartition(".")[2] == _EXTRA_STATE and key not in tensors
     }
     if tensors:
         versions = getattr(content, "_metadata", None)
-        # A file may say anything there.
-        noted = {
+        # A file may have any object there.
+        module_versions = {
             module: version
             for module, version in (versions.items() if isinstance(versions, Mapping) else ())
             if isinstance(module, str) and isinstance(version, Mapping)
         }
-        yield label, StateDict({k: _plain(v) for k, v in tensors.items()}, noted, extra)
+        yield (
+            label,
+            StateDict({k: _resolved(v) for k, v in tensors.items()}, module_versions, extra),
+        )
     for key, value in content.items():
         if isinstance(value, Mapping) and key not in extra:
             yield from state_dicts(value, f"{label}.{key}" if label else str(key), depth + 1)
 
 
 def metadata_of(content: Any) -> dict[str, str]:
-    """Reads the plain values beside tensors.
+    """Reads the strings, numbers and booleans at the top level of a file.
 
     Args:
-        content: What a file holds.
+        content: The content of the file.
 
     Returns:
-        The values by their keys.
+        The values as strings, by key.
     """
     plain = content.items() if isinstance(content, Mapping) else ()
     return {
@@ -198,50 +203,56 @@ def metadata_of(content: Any) -> dict[str, str]:
     }
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """A tensor without its history, and without a sign or a conjugate that is still to be made."""
-    own = tensor.detach() if tensor.requires_grad else tensor
-    return own.resolve_conj().resolve_neg() if own.is_conj() or own.is_neg() else own
+def _resolved(tensor: Tensor) -> Tensor:
+    """Detaches a tensor and resolves lazy conjugation and negation."""
+    detached = tensor.detach() if tensor.requires_grad else tensor
+    return (
+        detached.resolve_conj().resolve_neg()
+        if detached.is_conj() or detached.is_neg()
+        else detached
+    )
 
 
-def under(weights: Weights, prefix: str) -> Weights:
-    """Picks the tensors whose names begin with a prefix.
+def tensors_under(weights: Weights, prefix: str) -> Weights:
+    """Selects the tensors under a prefix.
 
     Args:
         weights: The tensors.
-        prefix: The prefix, without the dot behind it.
+        prefix: The prefix, without the trailing dot.
 
     Returns:
-        Those tensors, the prefix taken off.
+        The tensors by their names without the prefix.
     """
     start = f"{prefix}."
     tensors = {n.removeprefix(start): t for n, t in weights.items() if n.startswith(start)}
-    return StateDict(tensors, *beneath(weights, prefix))
+    return StateDict(tensors, *module_state_under(weights, prefix))
 
 
-def beneath(
-    weights: Weights, prefix: str, place: Callable[[str], str] = str
+def module_state_under(
+    weights: Weights, prefix: str, rename: Callable[[str], str] = str
 ) -> tuple[Versions, Mapping[str, Any]]:
-    """Picks the versions and the extra state of the modules under a prefix.
+    """Selects the versions and the extra state of the modules under a prefix.
 
     Args:
-        weights: A state dict.
-        prefix: The prefix, without the dot behind it; empty for all of it.
-        place: Makes the model's name of a module of that without the prefix.
+        weights: The state dict.
+        prefix: The prefix, without the trailing dot; empty for the whole state dict.
+        rename: Maps a module name without the prefix to the name in the model.
 
     Returns:
-        The versions and the extra state by the model's names.
+        The versions and the extra state, by names in the model.
     """
     if not isinstance(weights, StateDict):
         return {}, {}
     start = f"{prefix}." if prefix else ""
     versions = {
-        place(module[len(start) :]): version
+        rename(module[len(start) :]): version
         for module, version in weights.versions.items()
         if f"{module}.".startswith(start)
     }
     extra = {
-        f"{place(key[len(start) :].removesuffix(_EXTRA).rstrip('.'))}.{_EXTRA}".lstrip("."): state
+        f"{rename(key[len(start) :].removesuffix(_EXTRA_STATE).rstrip('.'))}.{_EXTRA_STATE}".lstrip(
+            "."
+        ): state
         for key, state in weights.extra.items()
         if key.startswith(start)
     }
@@ -251,7 +262,7 @@ def beneath(
 def loadable(
     weights: Weights, versions: Versions, extra: Mapping[str, Any]
 ) -> OrderedDict[str, Any]:
-    """Puts together what ``load_state_dict`` takes.
+    """Creates a state dict for ``load_state_dict``.
 
     Args:
         weights: The tensors.
@@ -259,7 +270,7 @@ def loadable(
         extra: The extra state of modules.
 
     Returns:
-        The state dict. Versions and extra state are copies, since the model may write on them.
+        The state dict. Versions and extra state are copied, since the model may modify them.
     """
     state: OrderedDict[str, Any] = OrderedDict({**weights, **copy.deepcopy(dict(extra))})
     if versions:
@@ -267,46 +278,48 @@ def loadable(
     return state
 
 
-def parts(weights: Weights, expected: Weights, aliases: Mapping[str, list[str]]) -> Iterator[Part]:
-    """Finds where in a state dict a model's tensors may lie.
+def find_parts(
+    weights: Weights, expected: Weights, aliases: Mapping[str, list[str]]
+) -> Iterator[Part]:
+    """Finds the parts of a state dict that may hold a model.
 
-    Names are taken as they are; where nothing of that holds the model, without the marks that
-    wrappers leave in them. Parts under a prefix are looked at where the whole is not the model.
+    The search compares unchanged names first. If no part holds the model, it compares names
+    without the components that wrappers add. Prefixes are tried if the whole does not fit.
 
     Args:
         weights: The state dict.
-        expected: The model's own.
-        aliases: The model's tied names, of which a file may leave out all but one.
+        expected: The state dict of the model.
+        aliases: The aliases of tied tensors; a file may omit all aliases of a tensor but one.
 
     Yields:
-        The parts that hold the model; where there is none, those with names in common, and the
-        whole.
+        The parts that hold the model. If there are none, the whole and all parts that share names
+        with the model.
     """
-    own = {name: name for name in expected}
-    whole = _part("", weights, weights, str, own, expected, aliases)
-    if whole and whole.fits:  # as it mostly does
+    model_names = {name: name for name in expected}
+    whole = _match_group("", weights, weights, str, model_names, expected, aliases)
+    if whole and whole.fits:  # the common case
         yield whole
         return
     groups: dict[str, dict[str, Tensor]] = {"": dict(weights)}
     for name, tensor in weights.items():
         for dot in re.finditer(r"\.", name):
             groups.setdefault(name[: dot.start()], {})[name[dot.end() :]] = tensor
-    unlike: list[Part] = []
-    for naming in (str, unmarked):
-        own = {naming(name): name for name in expected}
+    partial: list[Part] = []
+    for normalise in (str, strip_wrappers):
+        model_names = {normalise(name): name for name in expected}
         holders: dict[tuple[int, ...], Part] = {}
         for prefix, group in groups.items():
-            part = _part(prefix, group, weights, naming, own, expected, aliases)
+            part = _match_group(prefix, group, weights, normalise, model_names, expected, aliases)
             if part is None:
                 continue
-            # A prefix of all names, such as that of DDP, makes no part of its own.
+            # A prefix that all names share, such as that of DDP, does not separate a part.
             ends = [*_dots(prefix), len(prefix)]
             outer = next(prefix[:end] for end in ends if len(groups[prefix[:end]]) == len(group))
             part = replace(part, prefix=outer)
             if not part.holds:
-                unlike.append(part)
+                partial.append(part)
                 continue
-            # Seen from further out, through marks, the same tensors may have others beside them.
+            # A shorter prefix may select the same tensors, through wrappers, and others.
             tensors = tuple(id(part.weights[name]) for name in expected)
             if tensors not in holders or (part.fits and not holders[tensors].fits):
                 holders[tensors] = part
@@ -314,59 +327,61 @@ def parts(weights: Weights, expected: Weights, aliases: Mapping[str, list[str]])
             found = list(holders.values())
             yield from [p for p in found if p.fits and not p.prefix][:1] or found
             return
-    yield from unlike
+    yield from partial
 
 
-def unmarked(name: str) -> str:
-    """Takes the marks that wrappers leave out of a name.
+def strip_wrappers(name: str) -> str:
+    """Removes the components that wrappers add to a name.
 
     Args:
-        name: The name of a tensor or of a module.
+        name: The name of a tensor or a module.
 
     Returns:
         The name without them.
     """
-    return ".".join(part for part in name.split(".") if part not in _MARKS)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _part(
+def _match_group(
     prefix: str,
     group: Weights,
     whole: Weights,
-    naming: Callable[[str], str],
-    own: Mapping[str, str],
+    normalise: Callable[[str], str],
+    model_names: Mapping[str, str],
     expected: Weights,
     aliases: Mapping[str, list[str]],
 ) -> Part | None:
-    """Names the tensors under a prefix as the model does; None where none is the model's."""
-    view = {naming(name): tensor for name, tensor in group.items()}
-    # Names that would fall together are never merged.
-    apart = len(view) == len(group) and len(own) == len(expected)
-    common = len(view.keys() & own.keys()) if apart else 0
+    """Renames the tensors under a prefix to the model's names; None if they share no name."""
+    normalised = {normalise(name): tensor for name, tensor in group.items()}
+    # Different names that become equal are never merged.
+    distinct = len(normalised) == len(group) and len(model_names) == len(expected)
+    common = len(normalised.keys() & model_names.keys()) if distinct else 0
     if not common:
         return None if prefix else Part(prefix, group, holds=False, fits=False)
-    renamed = {own.get(name, name): tensor for name, tensor in view.items()}
+    renamed = {model_names.get(name, name): tensor for name, tensor in normalised.items()}
     if common < len(expected) - len(aliases):
         return Part(prefix, renamed, holds=False, fits=False)
-    filled = _fill(renamed, aliases)
-    inner = {name: tensor for name, tensor in filled.items() if name in expected}
-    holds = not mismatches(inner, expected)
+    filled = _fill_tied(renamed, aliases)
+    shared = {name: tensor for name, tensor in filled.items() if name in expected}
+    holds = not mismatches(shared, expected)
     if holds:
-        # Of the modules that are one without the marks, the innermost, which has the tensors.
+        # Of modules with equal names without wrappers, the innermost has the tensors.
         modules = sorted({name[:dot] for name in expected for dot in _dots(name)}, key=len)
-        places = {naming(module): module for module in modules}
-        noted = beneath(whole, prefix, lambda module: places.get(naming(module), naming(module)))
-        filled = StateDict(filled, *noted)
-    return Part(prefix, filled, holds=holds, fits=holds and len(inner) == len(filled))
+        originals = {normalise(module): module for module in modules}
+        module_state = module_state_under(
+            whole, prefix, lambda module: originals.get(normalise(module), normalise(module))
+        )
+        filled = StateDict(filled, *module_state)
+    return Part(prefix, filled, holds=holds, fits=holds and len(shared) == len(filled))
 
 
 def _dots(name: str) -> list[int]:
-    """Where the names of the modules end that hold a tensor, the outermost first."""
+    """The end positions in a tensor name of the modules around it, outermost first."""
     return [0, *(dot.start() for dot in re.finditer(r"\.", name))]
 
 
-def _fill(weights: Weights, aliases: Mapping[str, list[str]]) -> Weights:
-    """Gives tied names that a file leaves out the tensor of their twin."""
+def _fill_tied(weights: Weights, aliases: Mapping[str, list[str]]) -> Weights:
+    """Adds tied names that a file omits, with the tensor of an alias."""
     missing = {
         name: weights[twin]
         for name, twins in aliases.items()

@@ -1,4 +1,4 @@
-"""The order of checkpoints on a path: that of training, not that of a shell or a folder."""
+"""Order the checkpoints of a path by training progress."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from pathlib import Path
 
 from torch import Tensor
 
-from losscli.checkpoint.folders import in_folder
-from losscli.checkpoint.given import Given
-from losscli.checkpoint.names import naturally, stem
+from losscli.checkpoint.folders import list_checkpoints
+from losscli.checkpoint.given import InMemoryCheckpoint
+from losscli.checkpoint.names import sort_naturally, stem
 from losscli.checkpoint.reading import read
 from losscli.checkpoint.state import CheckpointFile
 from losscli.weight_space.vectors import Weights, equal
 
-__all__ = ["all_in", "path_of"]
+__all__ = ["expand_folders", "order_path"]
 
-# What the beginning of a name, or a word in it, says about the place in training. A word may run
-# into another of these: bestmodel.pt, but not bestiary.pt.
-_MORE = r"(?![a-z])|(?=acc|checkpoint|ckpt|epoch|loss|model|net|params|step|val|weights)"
-_STARTS = (
+# Prefixes and words of file names that state the position in training. Another known word may
+# follow directly: bestmodel.pt, but not bestiary.pt.
+_WORD_END = r"(?![a-z])|(?=acc|checkpoint|ckpt|epoch|loss|model|net|params|step|val|weights)"
+_PREFIXES = (
     (re.compile(r"(?i:init)"), "first"),
-    (re.compile(rf"(?i:final|last|latest)(?:{_MORE})"), "last"),
-    (re.compile(rf"(?i:model_best|best)(?:{_MORE})"), "best"),
+    (re.compile(rf"(?i:final|last|latest)(?:{_WORD_END})"), "last"),
+    (re.compile(rf"(?i:model_best|best)(?:{_WORD_END})"), "best"),
 )
 _WORDS = {"init": "first", "initial": "first", "final": "last", "last": "last", "latest": "last",
           "best": "best"}  # fmt: skip
 
-# So many names are listed in a note.
-_LISTED = 3
+# Maximum number of names in a note.
+_MAX_LISTED = 3
 
 
-def all_in(names: Sequence[str]) -> list[str]:
-    """Lists a set of checkpoints.
+def expand_folders(names: Sequence[str]) -> list[str]:
+    """Replaces each folder of checkpoints by the checkpoints in it.
 
     Args:
         names: Names of checkpoints and of folders of checkpoints.
@@ -43,44 +43,45 @@ def all_in(names: Sequence[str]) -> list[str]:
         The checkpoints, those of each folder in natural order.
 
     Raises:
-        CheckpointError: A folder holds no checkpoints.
+        CheckpointError: A folder has no checkpoints.
     """
-    return [found for name in names for found in _files(name) or [name]]
+    return [found for name in names for found in _expand(name) or [name]]
 
 
-def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str], list[str]]:
+def order_path(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str], list[str]]:
     """Lists the checkpoints of a path in the order of training.
 
-    Names in lexicographic order where natural order differs (1, 10, 2: a shell pattern) are put
-    into natural order. In a folder ``init*`` comes first, ``final*`` and ``last*`` come last. If
-    the folder has numbered files, ``best*`` and ``model_best*`` are left out, and a name of theirs
-    without the number (``model.pt`` beside ``model_10.pt``) comes last too. What comes last is
-    left out if it equals a numbered file.
+    Names in lexicographic order (1, 10, 2, as from a shell pattern) are sorted into natural order.
+    In a folder, ``init*`` comes first; ``final*`` and ``last*`` come last. If the folder has
+    numbered files, ``best*`` and ``model_best*`` are left out, and a name like theirs without the
+    number (``model.pt`` next to ``model_10.pt``) also comes last. A last checkpoint is left out if
+    its weights equal those of a numbered file.
 
     Args:
         names: Names of checkpoints and of folders of checkpoints.
-        keep_order: Keep names as they are given, and all files of a folder in natural order.
+        keep_order: Whether to keep the order of the names, and all files of a folder in natural
+            order.
 
     Returns:
         The checkpoints, and a note on each change.
 
     Raises:
-        CheckpointError: A folder holds no checkpoints, or a final checkpoint cannot be read.
+        CheckpointError: A folder has no checkpoints, or a final checkpoint cannot be read.
     """
     if keep_order:
-        return all_in(names), []
+        return expand_folders(names), []
     notes: list[str] = []
-    objects = any(isinstance(name, Given) for name in names)
+    objects = any(isinstance(name, InMemoryCheckpoint) for name in names)
     given = list(names) if objects else _in_natural_order(names)
     if given != list(names):
         notes.append(
             f"the checkpoints were named in the order of their characters (1, 10, 2), as a shell "
-            f"lists them, and are taken in natural order: {_listed(given)}. --keep-order keeps the "
-            "order of the names"
+            f"lists them, and are taken in natural order: {_join_names(given)}. --keep-order keeps "
+            "the order of the names"
         )
     found: list[str] = []
     for name in given:
-        files = _files(name)
+        files = _expand(name)
         if files:
             files, more = _in_training_order(files)
             notes += more
@@ -88,129 +89,139 @@ def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str
     return found, notes
 
 
-def _files(name: str) -> list[str]:
-    return [] if isinstance(name, Given) else in_folder(name)
+def _expand(name: str) -> list[str]:
+    return [] if isinstance(name, InMemoryCheckpoint) else list_checkpoints(name)
 
 
 def _in_natural_order(names: Sequence[str]) -> list[str]:
-    """Sorts names that a shell pattern gave: all of them, or neighbours that differ in numbers."""
+    """Sorts names from shell patterns: all names, or each run that differs only in numbers."""
     if list(names) == sorted(names):
-        return naturally(names)
+        return sort_naturally(names)
     found: list[str] = []
     for _, group in groupby(names, key=lambda name: re.sub(r"[0-9]+", "0", name)):
-        alike = list(group)
-        patterns = (sorted(alike), sorted(alike, key=_letters))
-        found += naturally(alike) if alike in patterns else alike
+        similar = list(group)
+        patterns = (sorted(similar), sorted(similar, key=_letters_and_digits))
+        found += sort_naturally(similar) if similar in patterns else similar
     return found
 
 
-def _letters(name: str) -> str:
-    """What many locales compare first: letters and digits, without case and punctuation."""
+def _letters_and_digits(name: str) -> str:
+    """Removes case and punctuation, which many locales ignore at first."""
     return re.sub(r"[\W_]+", "", name).casefold()
 
 
 def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sorts the files of a folder, which are in natural order, by what their names say."""
-    places = dict(zip(files, _places([_file(name) for name in files]), strict=True))
+    """Moves files of a folder to the start or the end, or leaves them out, by their names."""
+    positions = dict(
+        zip(files, _training_positions([_file_name(name) for name in files]), strict=True)
+    )
     first, final, best, steps = (
-        [name for name in files if places[name] == place] for place in ("first", "last", "best", "")
+        [name for name in files if positions[name] == position]
+        for position in ("first", "last", "best", "")
     )
     notes: list[str] = []
     last: list[str] = []
-    bare = list(compress(steps, _bare(list(map(_file, steps)))))
-    steps = [name for name in steps if name not in bare]
-    numbered = [name for name in steps if re.search(r"[0-9]", _file(name))]
+    unnumbered = list(compress(steps, _lack_number(list(map(_file_name, steps)))))
+    steps = [name for name in steps if name not in unnumbered]
+    numbered = [name for name in steps if re.search(r"[0-9]", _file_name(name))]
     if not numbered:
-        last, steps = final, [name for name in files if places[name] in {"best", ""}]
+        last, steps = final, [name for name in files if positions[name] in {"best", ""}]
     else:
-        for name in [*bare, *final]:
-            if twin := _twin(name, [*last, *reversed(numbered)]):
-                notes.append(f"{name} is left out: its weights are those of {twin}")
+        for name in [*unnumbered, *final]:
+            if duplicate := _find_duplicate(name, [*last, *reversed(numbered)]):
+                notes.append(f"{name} is left out: its weights are those of {duplicate}")
             else:
                 last.append(name)
         if best:
             notes.append(
-                f"{_some(best)} left out: the best checkpoint of a training is a copy of one of "
-                "its steps. Name it to take it, or give --keep-order"
+                f"{_join_with_verb(best)} left out: the best checkpoint of a training is a copy of "
+                "one of its steps. Name it to take it, or give --keep-order"
             )
     ordered = [*first, *steps, *last]
     if ordered != [name for name in files if name in set(ordered)]:
         ends = ((first, "first"), (last, "last"))
-        notes.append(" and ".join(f"{_some(some)} taken {place}" for some, place in ends if some))
+        notes.append(
+            " and ".join(
+                f"{_join_with_verb(group)} taken {position}" for group, position in ends if group
+            )
+        )
     return ordered, notes
 
 
-def _file(name: str) -> str:
-    """The name of the file or folder itself, without ``#KEY``."""
+def _file_name(name: str) -> str:
+    """Returns the name of the file or folder, without its parents and ``#KEY``."""
     path = Path(name)
     return path.name if "#" not in name or path.exists() else Path(name.rpartition("#")[0]).name
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{', '.join(names[:_LISTED])}{more}"
+def _join_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return f"{', '.join(names[:_MAX_LISTED])}{more}"
 
 
-def _some(names: Sequence[str]) -> str:
-    return f"{_listed(names)} {'is' if len(names) == 1 else 'are'}"
+def _join_with_verb(names: Sequence[str]) -> str:
+    return f"{_join_names(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def _places(files: Sequence[str]) -> list[str]:
-    """Reads from file names which are the first, the last and the best of a training."""
-    places = []
+def _training_positions(files: Sequence[str]) -> list[str]:
+    """Returns "first", "last", "best" or "" for each file name."""
+    positions = []
     for file, has_number in zip(files, _have_numbers(files), strict=True):
-        place = next((place for start, place in _STARTS if start.match(file)), "")
-        # Elsewhere in a name a word counts if no number of its own says more: resnet18-last.pt.
-        if not place and not has_number:
+        position = next((position for start, position in _PREFIXES if start.match(file)), "")
+        # Words elsewhere in a name count if it has no distinctive number: resnet18-last.pt.
+        if not position and not has_number:
             words = re.split(r"[\W_]+", file.lower())
-            place = next((_WORDS[word] for word in words if word in _WORDS), "")
-        places.append(place)
-    return places
+            position = next((_WORDS[word] for word in words if word in _WORDS), "")
+        positions.append(position)
+    return positions
 
 
-def _bare(files: Sequence[str]) -> list[bool]:
-    """Finds the names of numbered files without the number, as the latest is often named."""
+def _lack_number(files: Sequence[str]) -> list[bool]:
+    """Whether each name is that of numbered files without the number: often the latest."""
     stems = [stem(file.lower()) for file in files]
-    bare = []
-    for own, has_number in zip(stems, _have_numbers(files), strict=True):
-        longer = [other.removeprefix(own) for other in stems if other.startswith(own)]
-        # Of a model.pt: model10.pt, model_10.pt and model-epoch-10.pt, but not models_10.pt.
-        numbered = [rest for rest in longer if re.match(r"(?![a-z]).*[0-9]", rest)]
-        # Lightning writes a name-v1.ckpt after a name.ckpt.
-        again = any(re.fullmatch(r"-v[0-9]+", rest) for rest in numbered)
-        bare.append(bool(numbered) and not again and not has_number)
-    return bare
+    unnumbered = []
+    for name, has_number in zip(stems, _have_numbers(files), strict=True):
+        suffixes = [other.removeprefix(name) for other in stems if other.startswith(name)]
+        # For model.pt: model10.pt, model_10.pt and model-epoch-10.pt, but not models_10.pt.
+        numbered = [suffix for suffix in suffixes if re.match(r"(?![a-z]).*[0-9]", suffix)]
+        # Lightning writes name-v1.ckpt after name.ckpt.
+        is_version = any(re.fullmatch(r"-v[0-9]+", suffix) for suffix in numbered)
+        unnumbered.append(bool(numbered) and not is_version and not has_number)
+    return unnumbered
 
 
 def _have_numbers(files: Sequence[str]) -> list[bool]:
-    """Finds the names with a number that not all names share: resnet18-last.pt has none."""
+    """Whether each name has a number that not all names share."""
     numbers = [set(re.findall(r"[0-9]+", file)) for file in files]
     common = set.intersection(*numbers) if numbers else set()
-    return [bool(own - common) for own in numbers]
+    return [bool(found - common) for found in numbers]
 
 
-def _twin(name: str, others: Sequence[str]) -> str | None:
-    """Finds a checkpoint with the same weights."""
+def _find_duplicate(name: str, others: Sequence[str]) -> str | None:
+    """Returns the first of the other checkpoints that has the same weights, if any."""
     file = read(name)
-    return next((other for other in others if _is_equal(file, read(other))), None)
+    return next((other for other in others if _has_same_weights(file, read(other))), None)
 
 
-def _is_equal(file: CheckpointFile, other: CheckpointFile) -> bool:
-    """Whether each state dict of a file is one of another file too."""
+def _has_same_weights(file: CheckpointFile, other: CheckpointFile) -> bool:
+    """Whether another file has an equal state dict for each state dict of a file."""
     return all(
         any(
-            weights.keys() == held.keys()
-            and all(_is_same(_one(file, weights, n), _one(other, held, n)) for n in weights)
-            for held in other.choice.values()
+            weights.keys() == others.keys()
+            and all(
+                _is_same_tensor(_fetch_tensor(file, weights, n), _fetch_tensor(other, others, n))
+                for n in weights
+            )
+            for others in other.model_candidates.values()
         )
-        for weights in file.choice.values()
+        for weights in file.model_candidates.values()
     )
 
 
-def _is_same(a: Tensor, b: Tensor) -> bool:
+def _is_same_tensor(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and equal(a, b)
 
 
-def _one(file: CheckpointFile, weights: Weights, name: str) -> Tensor:
-    # Of a distributed checkpoint one tensor is read at a time.
+def _fetch_tensor(file: CheckpointFile, weights: Weights, name: str) -> Tensor:
+    # Reads one tensor of a distributed checkpoint at a time.
     return file.fetch({name: weights[name]})[name]

@@ -1,4 +1,4 @@
-"""Pickles read as data: what they name comes from a list of the reader's, and nothing else runs."""
+"""Read pickles safely: each global name is replaced by an object from a list of the caller."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from losscli.errors import one_line
 
 __all__ = ["BrokenPickleError", "ForbiddenPickleError", "load"]
 
-# These get their objects past the list: from the reader's hooks, from a registry of the process.
-_TRICKS = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
-_PERSISTENT = {"PERSID", "BINPERSID"}
+# These opcodes bypass the list: they get objects from hooks or from the extension registry.
+_FORBIDDEN_OPCODES = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
+_PERSISTENT_OPCODES = {"PERSID", "BINPERSID"}
 
 
 class ForbiddenPickleError(Exception):
-    """A pickle wants something that is not on the reader's list; nothing of it was run.
+    """A pickle requests an object that is not on the list. Nothing in it was run.
 
     Args:
-        wanted: What it wants, ``module.name`` or the pickle's own word for it.
+        wanted: The requested object: ``module.name``, or the name of an opcode.
 
     Attributes:
-        wanted: The same.
+        wanted: The requested object.
     """
 
     def __init__(self, wanted: str) -> None:
@@ -35,7 +35,7 @@ class ForbiddenPickleError(Exception):
 
 
 class BrokenPickleError(Exception):
-    """Bytes are no whole pickle, or what it asks of the listed objects fails."""
+    """A pickle is invalid or incomplete, or an operation on a listed object failed."""
 
 
 class _Unpickler(pickle.Unpickler):  # noqa: S301 - it imports nothing, see find_class
@@ -56,7 +56,7 @@ class _Unpickler(pickle.Unpickler):  # noqa: S301 - it imports nothing, see find
         return self._allowed[module, name]
 
     def persistent_load(self, pid: Any, /) -> Any:
-        assert self._persistent is not None  # the scan has seen none
+        assert self._persistent is not None  # the scan refuses these opcodes otherwise
         return self._persistent(pid)
 
 
@@ -67,31 +67,33 @@ def load(
     encoding: str = "ASCII",
     persistent: Callable[[Any], object] | None = None,
 ) -> Any:
-    """Reads a pickle without importing anything that it names.
+    """Reads a pickle without importing anything.
 
     Args:
-        content: The bytes; what follows the first whole pickle is left alone.
-        allowed: What stands for each ``(module, name)`` in the pickle, to the letter: names of
-            Python 2 are not translated. The pickle calls these with arguments of its own and
-            sets the attributes of what they return, and their own: list only functions and
-            classes made for it that are harmless with any arguments, and constants. What the
-            pickle makes without a ``__reduce__`` (opcode NEWOBJ) needs a class.
-        encoding: Of the 8-bit strings of Python 2; ``bytes`` leaves them as they are.
-        persistent: Gives the object of a persistent id; without it these are refused.
+        content: The bytes. Bytes after the first complete pickle are ignored.
+        allowed: The object for each ``(module, name)`` in the pickle. Names of Python 2 are not
+            translated. The pickle may call these objects with any arguments, and may set
+            attributes on them and on the results. List only constants, and functions and classes
+            that are written for this and safe with any arguments. Objects that the pickle creates
+            with the opcode NEWOBJ need a class.
+        encoding: The encoding of 8-bit strings of Python 2; ``bytes`` keeps them as bytes.
+        persistent: Maps a persistent id to its object. If None, persistent ids are refused.
 
     Returns:
         The object.
 
     Raises:
-        ForbiddenPickleError: It names something else, or uses persistent ids, extension codes or
-            buffers from outside.
-        BrokenPickleError: It is cut off, no pickle at all, or the listed objects refuse what it
-            asks of them.
+        ForbiddenPickleError: The pickle names another object, or uses persistent ids, extension
+            codes or out-of-band buffers.
+        BrokenPickleError: The pickle is invalid or incomplete, or a listed object raised an error.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in the text of protocol 0
-            _scan(content, _TRICKS if persistent else _TRICKS | _PERSISTENT)
+            warnings.simplefilter("ignore")  # about invalid escapes in strings of protocol 0
+            _scan(
+                content,
+                _FORBIDDEN_OPCODES if persistent else _FORBIDDEN_OPCODES | _PERSISTENT_OPCODES,
+            )
             return _Unpickler(io.BytesIO(content), allowed, encoding, persistent).load()
     except (ForbiddenPickleError, BrokenPickleError):
         raise
@@ -99,12 +101,12 @@ def load(
         raise BrokenPickleError(one_line(error)) from None
 
 
-def _scan(content: bytes, tricks: AbstractSet[str]) -> None:
-    """Goes over the opcodes once, so that no length or index in them is believed unseen."""
+def _scan(content: bytes, forbidden: AbstractSet[str]) -> None:
+    """Checks all opcodes, their lengths and their memo indices before the pickle is read."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        if opcode.name in tricks:
+        if opcode.name in forbidden:
             raise ForbiddenPickleError(f"the opcode {opcode.name}")
-        # Picklers number what they remember; the reader allocates a slot for every number below.
-        remembers = opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"}
-        if remembers and isinstance(argument, int) and argument > count:
+        # Memo indices are consecutive, and the reader allocates a slot for each up to the largest.
+        memoises = opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"}
+        if memoises and isinstance(argument, int) and argument > count:
             raise ValueError(f"object {argument} is remembered after {count} opcodes")

@@ -1,4 +1,4 @@
-"""Weights that are quantised, told by their names and types."""
+"""Detect quantised weights by their names and types."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["quantised"]
+__all__ = ["find_quantisation"]
 
-_NAMES = {
+_METHODS = {
     ".qweight": "qweight: GPTQ or AWQ",
     ".qzeros": "qzeros: GPTQ or AWQ",
     ".absmax": "absmax: bitsandbytes",
@@ -19,19 +19,19 @@ _NAMES = {
 }
 
 
-def quantised(weights: Weights) -> str | None:
-    """Tells whether weights are quantised.
+def find_quantisation(weights: Weights) -> str | None:
+    """Detects quantised weights.
 
     Args:
         weights: The tensors of a file.
 
     Returns:
-        What shows it; None where nothing does.
+        The evidence, such as a name and its method; None if there is none.
     """
     for name, tensor in weights.items():
-        for end, what in _NAMES.items():
-            if f".{name}".endswith(end) or f"{end}." in f".{name}":
-                return what
+        for suffix, method in _METHODS.items():
+            if f".{name}".endswith(suffix) or f"{suffix}." in f".{name}":
+                return method
         if ".quant_state." in f".{name}":
             return "quant_state: bitsandbytes"
         if tensor.is_quantized:
@@ -41,21 +41,21 @@ def quantised(weights: Weights) -> str | None:
     return None
 
 
-def packed(content: Any, depth: int = 0) -> str | None:
-    """Tells whether a file holds packed parameters of torch's own quantised layers.
+def find_packed_parameters(content: Any, depth: int = 0) -> str | None:
+    """Detects packed parameters of the quantised layers of torch.
 
     Args:
-        content: What the file holds.
-        depth: How many keys lead to it.
+        content: The content of a file, or a mapping inside it.
+        depth: The number of keys that lead to the content.
 
     Returns:
-        What shows it; None where nothing does.
+        The evidence; None if there is none.
     """
     if not isinstance(content, Mapping) or depth > 4:
         return None
     for key, value in content.items():
         if isinstance(key, str) and key.rpartition(".")[2] == "_packed_params":
-            return _NAMES["._packed_params"]
-        if found := packed(value, depth + 1):
+            return _METHODS["._packed_params"]
+        if found := find_packed_parameters(value, depth + 1):
             return found
     return None

@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to what lies there."""
+"""Read a checkpoint by its name."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from pathlib import Path
 from losscli.checkpoint.adapters import CONFIG
 from losscli.checkpoint.files import read_file
 from losscli.checkpoint.folders import is_index, read_adapter, read_folder, read_index
-from losscli.checkpoint.given import Given
+from losscli.checkpoint.given import InMemoryCheckpoint
 from losscli.checkpoint.names import state_dicts
-from losscli.checkpoint.quantised import packed
-from losscli.checkpoint.state import CheckpointFile, put_together
+from losscli.checkpoint.quantised import find_packed_parameters
+from losscli.checkpoint.state import CheckpointFile, consolidation_hint
 from losscli.errors import CheckpointError
 
-__all__ = ["base_of", "read"]
+__all__ = ["find_base", "read"]
 
 
 def read(name: str) -> CheckpointFile:
-    """Reads a checkpoint without running anything that it holds.
+    """Reads a checkpoint without running code in it.
 
     Args:
         name: ``FILE``, ``FILE#KEY``, a folder that is one checkpoint, or an object.
 
     Returns:
-        The file, memory-mapped where its format allows it.
+        The content, memory-mapped if the format allows it.
 
     Raises:
-        CheckpointError: There is no such file, it is no checkpoint, it wants code to be run, or
-            it has no such key.
+        CheckpointError: The file does not exist, is not a checkpoint, needs code to run, or does
+            not have the key.
     """
-    if isinstance(name, Given):
+    if isinstance(name, InMemoryCheckpoint):
         file = name.file
     else:
-        path, key = _locate(name)
+        path, key = _split_key(name)
         try:
             file = _read(path, name)
         except OSError as error:
@@ -42,25 +42,25 @@ def read(name: str) -> CheckpointFile:
     if not file.candidates and not file.quantised:
         raise CheckpointError(
             f"{name} holds no tensors under names",
-            (file.path and put_together(file.path)) or "Save the model's state_dict() in it",
+            (file.path and consolidation_hint(file.path)) or "Save the model's state_dict() in it",
         )
-    for label, weights in file.choice.items():
+    for label, weights in file.model_candidates.items():
         file.require_dense(label, weights)
     return file
 
 
-def base_of(names: Sequence[str]) -> str | None:
-    """Finds the checkpoint that adapters among others change.
+def find_base(names: Sequence[str]) -> str | None:
+    """Finds the base checkpoint for the adapters among several checkpoints.
 
     Args:
-        names: The checkpoints of a command.
+        names: The names of the checkpoints.
 
     Returns:
-        The first that is neither an initialisation nor an adapter; where there is none, the
-        folder that the first adapter names as its base; None where there are no files at all.
+        The first checkpoint that is not an initialisation or an adapter. If there is none, the
+        base folder that the adapters name. None if all are initialisations.
 
     Raises:
-        CheckpointError: The adapter names no folder that is here.
+        CheckpointError: The adapters name different bases, or not an existing folder.
     """
     files = [name for name in names if not name.startswith("init:")]
     for name in files:
@@ -92,7 +92,7 @@ def _is_folder(name: str) -> bool:
 
 
 def _is_adapter(name: str) -> bool:
-    if isinstance(name, Given):
+    if isinstance(name, InMemoryCheckpoint):
         return False
     path = Path(name)
     folder = path if path.is_dir() else path.parent
@@ -111,11 +111,13 @@ def _read(path: Path, name: str) -> CheckpointFile:
         return read_adapter(path, name, path)
     content, metadata = read_file(path, name)
     candidates = dict(state_dicts(content))
-    return CheckpointFile(name, path, candidates, metadata, (path,), quantised=packed(content))
+    return CheckpointFile(
+        name, path, candidates, metadata, (path,), quantised=find_packed_parameters(content)
+    )
 
 
-def _locate(name: str) -> tuple[Path, str]:
-    """Splits FILE#KEY; a file whose own name has a # in it comes first."""
+def _split_key(name: str) -> tuple[Path, str]:
+    """Splits ``FILE#KEY``, unless a file with the whole name exists."""
     path, key = Path(name), ""
     try:
         if not path.exists() and "#" in name:

@@ -1,8 +1,8 @@
-"""Checkpoints with names other than the model's, which the model's own code translates.
+"""Select the state dict for a model, if necessary by the model's own loading code.
 
-Load hooks translate names of an older version of a module. Some models of transformers rename,
-split or fuse tensors as they are loaded: the experts of a mixture, or names of years ago. Its own
-loader knows how.
+Load hooks convert state dicts of older versions of a module. Some models of transformers rename,
+split or fuse tensors while they load, such as the experts of a mixture; the loader of transformers
+does this.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from losscli.checkpoint.hooks import LoadHooks
 from losscli.checkpoint.names import OPTIMISER, StateDict
-from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied
+from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 from losscli.errors import CheckpointError, MismatchError, ModelError
 from losscli.files import release_pages
 from losscli.weight_space.digest import digest
-from losscli.weight_space.vectors import Weights, kind, mismatches, pieces
+from losscli.weight_space.vectors import Weights, mismatches, number_kind, pieces
 
 __all__ = ["select_for"]
 
-# So many state dicts of a file are translated.
-_TRIED = 8
+# Maximum number of state dicts that are passed to the load hooks.
+_MAX_TRIED = 8
 
 
 def select_for(
@@ -38,22 +38,24 @@ def select_for(
     base: Checkpoint | None = None,
     hooks: LoadHooks | None = None,
 ) -> Checkpoint:
-    """Chooses the state dict that fits a model, or that it takes by ``load_state_dict``.
+    """Selects the state dict that fits a model or that the model can load.
 
-    For a model of transformers: or that its loader takes.
+    A model can load what ``load_state_dict`` accepts and, for transformers, what
+    ``from_pretrained`` accepts.
 
     Args:
-        file: What was read.
+        file: The checkpoint file.
         model: The model.
-        base: What an adapter changes.
-        hooks: The model's, from before anything was loaded; those that it has now by default.
+        base: The checkpoint that an adapter changes.
+        hooks: The load hooks of the model before anything was loaded; by default those that it
+            has now.
 
     Returns:
-        The checkpoint, its names those of the model.
+        The checkpoint with the model's names.
 
     Raises:
-        CheckpointError: The model takes several state dicts of the file.
-        MismatchError: Nothing in the file fits, or it gives a tied tensor two values.
+        CheckpointError: The model can load several state dicts of the file.
+        MismatchError: No state dict fits, or aliases of a tied tensor have different values.
     """
     expected = _tensors(model.state_dict())
     hooks = hooks or LoadHooks(model)
@@ -62,48 +64,50 @@ def select_for(
     except MismatchError:
         if file.adapter:
             raise
-        translated = _translated(file, hooks, expected)
+        translated = _translate_with_hooks(file, hooks, expected)
         if translated is None:
-            translated = _transformed(file, model, expected)
+            translated = _load_with_transformers(file, model, expected)
         if translated is None:
             raise
         found = translated
     else:
-        # An adapter changes a base that was loaded already.
-        if not (file.adapter or file.live) and (hooks.are_own or found.extra):
-            found = _loaded(file, found, hooks, expected)
-    if differ := _torn(found.weights, expected):
+        # The base of an adapter was loaded before.
+        if not (file.adapter or file.live) and (hooks.are_custom or found.extra):
+            found = _apply_hooks(file, found, hooks, expected)
+    if conflicting := _conflicting_aliases(found.weights, expected):
         raise MismatchError(
-            f"{file.name} gives {' and '.join(differ)} different values, and they are one tensor "
-            "in the model",
+            f"{file.name} gives {' and '.join(conflicting)} different values, and they are one "
+            "tensor in the model",
             "Give a --model that does not tie them (tie_word_embeddings=false in config.json), or "
             "save the checkpoint without one of them",
         )
     return found
 
 
-def _loaded(
+def _apply_hooks(
     file: CheckpointFile, found: Checkpoint, hooks: LoadHooks, expected: Weights
 ) -> Checkpoint:
-    """Lets the model's load hooks change tensors that have the model's names."""
+    """Applies the model's load hooks to a checkpoint that fits."""
     try:
         weights = hooks.load(StateDict(found.weights, found.versions, found.extra))
     except ModelError as error:
         raise MismatchError(f"{file.name} cannot be loaded into the model: {error.what}") from None
     if wrong := mismatches(weights, expected):
         raise MismatchError(f"{file.name} does not fit the model after its load hooks: {wrong[0]}")
-    # Of an object its values are known, but not by which versions they were changed.
+    # The digest of an object must include what the hooks changed.
     known = file.digest and digest(weights)
     return replace(file.checkpoint(weights), digest=known)
 
 
-def _translated(file: CheckpointFile, hooks: LoadHooks, expected: Weights) -> Checkpoint | None:
-    """Lets the model's load hooks translate each state dict; at most one may then fit."""
+def _translate_with_hooks(
+    file: CheckpointFile, hooks: LoadHooks, expected: Weights
+) -> Checkpoint | None:
+    """Applies the load hooks to each state dict, and returns the one that then fits, if any."""
     others = {k: v for k, v in file.candidates.items() if not OPTIMISER.fullmatch(k)}
-    # An optimiser of another name may keep one for each tensor of the model.
+    # Optimiser state under an unknown key may have several tensors per weight.
     likeliest = sorted(others, key=lambda label: abs(len(others[label]) - len(expected)))
     found = {}
-    for label in likeliest[:_TRIED]:
+    for label in likeliest[:_MAX_TRIED]:
         weights = hooks.translate(file.fetch(others[label]))
         if weights is not None and not mismatches(weights, expected):
             found[label] = weights
@@ -112,8 +116,10 @@ def _translated(file: CheckpointFile, hooks: LoadHooks, expected: Weights) -> Ch
     return next((file.checkpoint(weights) for weights in found.values()), None)
 
 
-def _transformed(file: CheckpointFile, model: nn.Module, expected: Weights) -> Checkpoint | None:
-    """Lets transformers load a state dict into a model of its own."""
+def _load_with_transformers(
+    file: CheckpointFile, model: nn.Module, expected: Weights
+) -> Checkpoint | None:
+    """Loads the only state dict with ``from_pretrained``, if the model is of transformers."""
     library = sys.modules.get("transformers")
     if library is None or not isinstance(model, library.PreTrainedModel):
         return None
@@ -121,49 +127,49 @@ def _transformed(file: CheckpointFile, model: nn.Module, expected: Weights) -> C
         stored = file.select(None)
     except CheckpointError:
         return None
-    weights = _load(library, model, _of_kinds(stored.weights, expected))
+    weights = _from_pretrained(library, model, _without_casts(stored.weights, expected))
     return None if mismatches(weights, expected) else replace(stored, weights=weights)
 
 
-def _torn(weights: Weights, expected: Weights) -> tuple[str, str] | None:
-    """Finds two names of one tensor of a model for which a file has different values."""
-    for name, twins in tied(expected).items():
-        for twin in twins:
-            a, b = weights[name], weights[twin]
-            if name < twin and a.data_ptr() != b.data_ptr() and not _alike(a, b):
-                return name, twin
+def _conflicting_aliases(weights: Weights, expected: Weights) -> tuple[str, str] | None:
+    """Returns two aliases of a tied tensor that have different values, if any."""
+    for name, aliases in tied_names(expected).items():
+        for alias in aliases:
+            a, b = weights[name], weights[alias]
+            if name < alias and a.data_ptr() != b.data_ptr() and not _equal_or_nan(a, b):
+                return name, alias
     return None
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    # A value that is not a number is equal to none, and here to its like.
+def _equal_or_nan(a: Tensor, b: Tensor) -> bool:
+    # NaN equals NaN here.
     same = all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pieces(a, b))
     release_pages(a, b)
     return same
 
 
-def _of_kinds(weights: Weights, expected: Weights) -> Weights:
-    """Leaves out what the loader of transformers would cast: then it is missing there."""
-    known = {(name.rpartition(".")[2], kind(tensor)) for name, tensor in expected.items()}
+def _without_casts(weights: Weights, expected: Weights) -> Weights:
+    """Drops tensors that transformers would cast to another kind, so that it reports them."""
+    known = {(name.rpartition(".")[2], number_kind(tensor)) for name, tensor in expected.items()}
 
     def fits(name: str, tensor: Tensor) -> bool:
         if name in expected:
-            return kind(tensor) == kind(expected[name])
-        return tensor.is_floating_point() or (name.rpartition(".")[2], kind(tensor)) in known
+            return number_kind(tensor) == number_kind(expected[name])
+        return tensor.is_floating_point() or (name.rpartition(".")[2], number_kind(tensor)) in known
 
     return {name: tensor for name, tensor in weights.items() if fits(name, tensor)}
 
 
-def _load(library: Any, model: nn.Module, weights: Weights) -> Weights:
-    """Loads tensors as transformers does; nothing where any is missing or left over."""
+def _from_pretrained(library: Any, model: nn.Module, weights: Weights) -> Weights:
+    """Loads tensors with transformers; returns {} if any is missing, unexpected or mismatched."""
     types = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     with _silent(library):
         try:
-            loaded, told = type(model).from_pretrained(  # type: ignore[attr-defined]
+            loaded, loading_info = type(model).from_pretrained(  # type: ignore[attr-defined]
                 None,
                 config=copy.deepcopy(model.config),
                 state_dict=dict(weights),
-                # One type for all: the widest, in which each keeps its value.
+                # The promoted type represents each value exactly.
                 dtype=functools.reduce(torch.promote_types, types, torch.bfloat16)
                 if len(types) > 1
                 else next(iter(types), torch.float32),
@@ -171,7 +177,7 @@ def _load(library: Any, model: nn.Module, weights: Weights) -> Weights:
             )
         except Exception:  # noqa: BLE001 - what it cannot load does not fit
             return {}
-    if any(told.values()):
+    if any(loading_info.values()):
         return {}
     return _tensors(loaded.state_dict())
 
@@ -182,7 +188,7 @@ def _tensors(state: dict[str, Any]) -> Weights:
 
 @contextmanager
 def _silent(library: Any) -> Iterator[None]:
-    """Keeps transformers from telling what it loads, and leaves its settings as they were."""
+    """Silences the logging and the progress bars of transformers, then restores them."""
     logging = library.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint."""
+"""Save checkpoints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from losscli.weight_space.vectors import Weights
 
 __all__ = ["save"]
 
-# The suffixes of files that ``torch.save`` writes; others are safetensors.
-_BY_TORCH = (".pt", ".pth")
+# Suffixes of files written with ``torch.save``; all others are written as safetensors.
+_TORCH_SUFFIXES = (".pt", ".pth")
 
-# The version of torch's normalisation layers, which are known by their tensors. Without it they
-# load the same values.
-_NORMALISATION = 2
+# The version of torch's normalisation layers, which load the same values without it.
+_NORMALISATION_VERSION = 2
 
 
 def save(
@@ -35,35 +34,35 @@ def save(
     versions: Versions | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint, whole or not at all.
+    """Saves a checkpoint atomically.
 
-    Safetensors stores tensors and metadata. ``torch.save`` stores a state dict; where there is
-    metadata, under the key ``state_dict``.
+    A safetensors file has the tensors and the metadata. ``torch.save`` writes the state dict; if
+    there is metadata, under the key ``state_dict`` next to the metadata.
 
     Args:
         weights: The tensors.
-        metadata: What the file shall say of itself.
-        path: The file, replaced if it exists. Its suffix says how it is written.
-        versions: The versions of modules that the tensors are of.
+        metadata: The metadata.
+        path: The file, which is replaced if it exists. Its suffix determines the format.
+        versions: The versions of the modules that saved the tensors.
         extra: The extra state of modules.
 
     Raises:
-        OutputError: The file cannot be written, or would lose what the model needs to load it.
+        OutputError: The file cannot be written, or the format cannot store what the model needs
+            to load it.
     """
     if not path.name:
         raise OutputError(f"{path} is a folder", "Name a file")
     state = loadable(weights, versions or {}, extra or {})
-    if safe := path.suffix not in _BY_TORCH:
-        _require_tensors_alone(weights, path, versions or {}, extra or {})
+    if safe := path.suffix not in _TORCH_SUFFIXES:
+        _check_safetensors_support(weights, path, versions or {}, extra or {})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # of a process of this number that was killed
-        # An empty file first, which nobody else has prepared, and for the permissions that files
-        # have here: safetensors sets its own.
+        temporary.unlink(missing_ok=True)  # of a killed process with the same ID
+        # Create the file exclusively, and keep its permissions, since safetensors sets others.
         with create(temporary) as file:
             mode = os.fstat(file.fileno()).st_mode
         if safe:
-            save_file(_apart(weights), temporary, dict(metadata))
+            save_file(_without_shared_memory(weights), temporary, dict(metadata))
         else:
             torch.save({"state_dict": state, **metadata} if metadata else state, temporary)
         temporary.chmod(mode)
@@ -77,23 +76,25 @@ def save(
             temporary.unlink()
 
 
-def _require_tensors_alone(
+def _check_safetensors_support(
     weights: Weights, path: Path, versions: Versions, extra: Mapping[str, Any]
 ) -> None:
-    """Refuses what safetensors does not store."""
+    """Refuses types, versions and extra state that safetensors cannot store."""
     if wide := [name for name, tensor in weights.items() if tensor.dtype == torch.complex128]:
         raise OutputError(
             f"{path} cannot be written: safetensors has no complex128, the type of {wide[0]}",
             "Store the checkpoints in complex64",
         )
     lost = next(iter(extra), None)
-    for module, noted in versions.items():
-        version = noted.get("version")
+    for module, values in versions.items():
+        version = values.get("version")
         start = f"{module}." if module else ""
-        inner = {n.removeprefix(start): t for n, t in weights.items() if n.startswith(start)}
-        vectors = all(tensor.ndim == 1 for tensor in inner.values())
-        known = "running_mean" in inner or (inner.keys() <= {"weight", "bias"} and vectors)
-        if version not in {None, 1, *([_NORMALISATION] if known else [])}:
+        tensors = {n.removeprefix(start): t for n, t in weights.items() if n.startswith(start)}
+        vectors = all(tensor.ndim == 1 for tensor in tensors.values())
+        is_normalisation = "running_mean" in tensors or (
+            tensors.keys() <= {"weight", "bias"} and vectors
+        )
+        if version not in {None, 1, *([_NORMALISATION_VERSION] if is_normalisation else [])}:
             lost = lost or f"version {version} of {module or 'the model'}"
     if lost:
         raise OutputError(
@@ -103,13 +104,13 @@ def _require_tensors_alone(
         )
 
 
-def _apart(weights: Weights) -> dict[str, Tensor]:
-    """Gives every tensor memory of its own, in order, as safetensors needs it."""
+def _without_shared_memory(weights: Weights) -> dict[str, Tensor]:
+    """Makes tensors contiguous, and copies those that share memory, as safetensors requires."""
     seen: set[int] = set()
-    own = {}
+    copies = {}
     for name, tensor in weights.items():
-        own[name] = (
+        copies[name] = (
             tensor.contiguous().clone() if tensor.data_ptr() in seen else tensor.contiguous()
         )
         seen.add(tensor.data_ptr())
-    return own
+    return copies

@@ -1,7 +1,7 @@
-"""What files of torch claim of their own content, held against their size before it is believed.
+"""Check the tensor sizes in files of torch against the file size before torch loads them.
 
-torch takes room for as many numbers as the pickle in a file speaks of, and only then looks for them
-in the file, if it looks at all.
+torch allocates memory for the sizes that the pickle states. It checks them against the content
+later, or not at all.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from losscli.errors import one_line
 from losscli.files import open_regular
 
 __all__ = [
-    "OLD_FORMAT",
+    "LEGACY_MAGIC",
     "AmbiguousError",
-    "Fixed",
+    "Immutable",
     "RepeatedError",
     "SizeError",
     "check_sizes",
 ]
 
-OLD_FORMAT = 0x1950A86A20F9469CFC6C
-"""The number with which files begin that torch wrote before version 1.6."""
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""The magic number of files that torch wrote before version 1.6."""
 
-# A tensor may repeat what it holds (stride 0): so many bytes more than are in the file.
-_REPEATED = 16 << 20
+# Bytes that a tensor with repeated elements (stride 0) may have beyond those of its storage.
+_MAX_REPEATED = 16 << 20
 
 
 class SizeError(BrokenPickleError):
-    """A file claims to hold more than it does."""
+    """A file states larger tensors than it contains."""
 
 
 class RepeatedError(SizeError):
-    """A tensor repeats what it holds (stride 0), and is far larger than that."""
+    """A tensor with repeated elements (stride 0) is far larger than its storage."""
 
 
 class AmbiguousError(BrokenPickleError):
-    """Two readers of an archive may find different content under one name."""
+    """Two readers of an archive may read different content for one name."""
 
 
-class Fixed(type):
-    """Keeps a pickle from setting attributes of the classes that it is given."""
+class Immutable(type):
+    """Metaclass that prevents a pickle from setting class attributes."""
 
     def __setattr__(cls, name: str, _value: object) -> NoReturn:
         raise TypeError(f"{cls.__name__}.{name} stays as it is")
 
 
-class _Anything(metaclass=Fixed):
-    """Stands for whatever a pickle names, and takes whatever it does to that."""
+class _Inert(metaclass=Immutable):
+    """Replaces any object in a pickle. It accepts all arguments and operations and ignores them."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return super().__new__(cls)
@@ -84,7 +84,7 @@ class _Anything(metaclass=Fixed):
 
 
 class _Storage:
-    """The bytes behind a tensor: how many there are, and how many make one number."""
+    """The size of a storage and of one element, in bytes."""
 
     __slots__ = ("itemsize", "nbytes")
 
@@ -92,21 +92,21 @@ class _Storage:
         self.nbytes, self.itemsize = nbytes, itemsize
 
 
-class _Tensor(_Anything):
+class _Tensor(_Inert):
     def __new__(cls, *arguments: Any, **_: Any) -> Any:
-        """Checks the claim of a tensor: an offset, sizes and strides in a storage."""
+        """Checks that offset, sizes and strides of a tensor lie within its storage."""
         if len(arguments) >= 4 and isinstance(arguments[0], _Storage):
             storage, offset, sizes, strides = arguments[:4]
             numbers = [offset, *sizes, *strides]
             if len(sizes) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
                 raise SizeError("a tensor has a shape of no whole numbers")
             if all(sizes):
-                # Types without a storage of their own name themselves.
+                # Types without a storage class are passed as an argument.
                 types = (a.itemsize for a in arguments if isinstance(a, torch.dtype))
                 itemsize = next(types, storage.itemsize)
                 last = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + 1
                 repeated = math.prod(sizes) * itemsize - storage.nbytes
-                if last * itemsize <= storage.nbytes and repeated > _REPEATED:
+                if last * itemsize <= storage.nbytes and repeated > _MAX_REPEATED:
                     raise RepeatedError(
                         f"a tensor of the shape {list(sizes)} that repeats the "
                         f"{storage.nbytes:,} bytes it holds"
@@ -118,8 +118,8 @@ class _Tensor(_Anything):
         return super().__new__(cls)
 
 
-# Bytes of a number in the storages that pickles name; the last two pack several into a byte.
-_SIZES: dict[str, float] = {
+# Bytes per element by storage class; the last two pack several elements into a byte.
+_ITEM_SIZES: dict[str, float] = {
     "UntypedStorage": 1,
     **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage", "QInt8Storage"), 1),
     **dict.fromkeys(("ShortStorage", "HalfStorage", "BFloat16Storage"), 2),
@@ -132,17 +132,17 @@ _SIZES: dict[str, float] = {
 }
 
 
-_TYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
-class _Dictionary(dict[Any, Any], metaclass=Fixed):
-    """Stands for those of collections, which state dicts are."""
+class _Dictionary(dict[Any, Any], metaclass=Immutable):
+    """Replaces the dictionary classes of collections, which state dicts use."""
 
     def __setstate__(self, _: Any) -> None:
         pass
 
 
-class _Defaults(_Anything):
+class _DefaultDictionary(_Inert):
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return _Dictionary()
 
@@ -150,22 +150,22 @@ class _Defaults(_Anything):
 _COLLECTIONS: dict[tuple[str, str], type] = {
     ("collections", "OrderedDict"): _Dictionary,
     ("collections", "Counter"): _Dictionary,
-    ("collections", "defaultdict"): _Defaults,
+    ("collections", "defaultdict"): _DefaultDictionary,
 }
 
 
-class _Names(Mapping[tuple[str, str], Any]):
-    """What stands for each name in a pickle: nothing of it is imported."""
+class _InertGlobals(Mapping[tuple[str, str], Any]):
+    """Maps each global name of a pickle to a replacement. Nothing is imported."""
 
     def __getitem__(self, key: tuple[str, str]) -> Any:
         module, name = key
-        if module in {"torch", "torch.storage"} and name in _SIZES:
-            return name  # a text has nothing that a pickle could call
+        if module in {"torch", "torch.storage"} and name in _ITEM_SIZES:
+            return name  # a pickle cannot call a string
         if module == "torch._utils" and name.startswith(("_rebuild_tensor", "_rebuild_qtensor")):
             return _Tensor
-        if module == "torch" and name in _TYPES:
-            return _TYPES[name]
-        return _COLLECTIONS.get(key, _Anything)
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        return _COLLECTIONS.get(key, _Inert)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(())
@@ -178,36 +178,39 @@ class _Names(Mapping[tuple[str, str], Any]):
 
 
 def check_sizes(file: Path | io.BytesIO | mmap.mmap) -> None:
-    """Makes sure that a file of torch is as large as what it claims to hold.
+    """Checks that a file of torch contains the bytes of all its tensors.
 
-    What is no such file passes: torch has a word on it.
+    Files of another format pass, since torch rejects them itself.
 
     Args:
-        file: An archive, or any such file in memory, left at its beginning.
+        file: The path of an archive, or a file of any format of torch in memory. The position of
+            a file in memory is reset to its start.
 
     Raises:
-        SizeError: It claims more.
-        BrokenPickleError: The pickle in it is broken.
+        SizeError: The file states larger tensors than it contains.
+        BrokenPickleError: The pickle or the archive is broken.
     """
     if isinstance(file, Path):
         with open_regular(file) as stream:
-            _archive(stream)
+            _check_archive(stream)
         return
     magic = file.read(4)
     file.seek(0)
     if magic == b"PK\x03\x04":
-        # zipfile asks more of a file than mapped memory has.
-        _archive(file if isinstance(file, io.BytesIO) else io.BufferedReader(_Mapped(file)))
+        # zipfile uses file methods that mmap does not have.
+        _check_archive(
+            file if isinstance(file, io.BytesIO) else io.BufferedReader(_MappedFile(file))
+        )
     else:
-        _old(file)
+        _check_legacy(file)
     file.seek(0)
 
 
-class _Mapped(io.RawIOBase):
-    """Mapped memory as a file."""
+class _MappedFile(io.RawIOBase):
+    """A file object that reads from mapped memory."""
 
     def __init__(self, mapped: mmap.mmap) -> None:
-        self._mapped, self._at = mapped, 0
+        self._mapped, self._position = mapped, 0
 
     def readable(self) -> bool:
         return True
@@ -216,17 +219,17 @@ class _Mapped(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = offset + (0, self._at, len(self._mapped))[whence]
-        return self._at
+        self._position = offset + (0, self._position, len(self._mapped))[whence]
+        return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        piece = self._mapped[self._at : self._at + len(buffer)]
+        piece = self._mapped[self._position : self._position + len(buffer)]
         buffer[: len(piece)] = piece
-        self._at += len(piece)
+        self._position += len(piece)
         return len(piece)
 
 
-def _archive(file: IO[bytes]) -> None:
+def _check_archive(file: IO[bytes]) -> None:
     size = file.seek(0, io.SEEK_END)
     try:
         archive = zipfile.ZipFile(file)
@@ -235,20 +238,20 @@ def _archive(file: IO[bytes]) -> None:
     with archive:
         entries = archive.infolist()
         _require_one_directory(file, archive.start_dir, len(entries))
-        records = _records(entries)
-        # Of a program, which is refused as such, torch reads no more than the version.
+        records = _named_records(entries)
+        # torch refuses TorchScript programs after reading only the version.
         if b"constants.pkl" in (record.name for record in records):
-            records = [record for record in records if record.folded in _VERSIONS]
-        held: dict[bytes, int] = {}
+            records = [record for record in records if record.folded in _VERSION_RECORDS]
+        sizes: dict[bytes, int] = {}
         for record in records:
             entry = record.entry
-            # torch compresses nothing, and maps what it reads as it lies in the file.
-            packed = entry.compress_type != zipfile.ZIP_STORED
-            if packed or entry.file_size != entry.compress_size:
+            # torch never compresses, and maps the records directly from the file.
+            compressed = entry.compress_type != zipfile.ZIP_STORED
+            if compressed or entry.file_size != entry.compress_size:
                 raise SizeError(f"its part {entry.filename!r} is compressed, as torch writes none")
             if entry.header_offset + entry.file_size > size:
                 raise SizeError(f"its part {entry.filename!r} is of {entry.file_size:,} bytes")
-            held[record.folded] = entry.file_size
+            sizes[record.folded] = entry.file_size
         for record in records:
             if record.folded != b"data.pkl":
                 continue
@@ -256,21 +259,23 @@ def _archive(file: IO[bytes]) -> None:
                 content = archive.read(record.entry)
             except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as error:
                 raise BrokenPickleError(f"its archive is broken ({error})") from None
-            _read(content, lambda key, nbytes: nbytes <= held.get(_folded(f"data/{key}"), -1))
+            _check_pickle(
+                content, lambda key, nbytes: nbytes <= sizes.get(_fold_case(f"data/{key}"), -1)
+            )
 
 
-# What torch's reader looks up before it refuses a program.
-_VERSIONS = {b"version", b".data/version"}
+# Records that torch reads before it refuses a TorchScript program.
+_VERSION_RECORDS = {b"version", b".data/version"}
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A part of an archive as torch's reader names it: without the folder that all are in.
+    """A record of an archive under torch's name, which omits the common folder.
 
     Attributes:
-        entry: The part.
-        name: Its name in the folder; empty for a part outside the folder.
-        folded: The name as it is looked up, without regard to the case of ASCII letters.
+        entry: The entry of the archive.
+        name: The name relative to the folder; empty for an entry outside it.
+        folded: The name in lower case, as torch's reader compares it.
     """
 
     entry: zipfile.ZipInfo
@@ -278,123 +283,125 @@ class _Record:
     folded: bytes
 
 
-def _folded(name: str) -> bytes:
-    """Writes a name as torch's reader (miniz) compares it: ASCII letters in lower case."""
+def _fold_case(name: str) -> bytes:
+    """Converts ASCII letters to lower case, as torch's reader (miniz) does to compare names."""
     return name.encode("utf-8", "surrogatepass").lower()
 
 
-def _records(entries: list[zipfile.ZipInfo]) -> list[_Record]:
-    """Names the parts of an archive as torch's reader does, which takes the first one's folder.
+def _named_records(entries: list[zipfile.ZipInfo]) -> list[_Record]:
+    """Names the entries of an archive as torch's reader does, relative to the first one's folder.
 
     Args:
-        entries: The parts, in the order of the directory.
+        entries: The entries, in the order of the directory.
 
     Returns:
-        The parts with the names that torch asks for.
+        The records with the names that torch looks up.
 
     Raises:
-        AmbiguousError: Two parts have one name to that reader, or a name ends early to one.
+        AmbiguousError: Two names are equal to torch's reader, or a name contains a zero byte.
     """
-    seen: dict[bytes, str] = {}
+    names: dict[bytes, str] = {}
     for entry in entries:
         name = entry.orig_filename
         if "\0" in name:
             raise AmbiguousError(f"the name of its part {name!r} holds a zero byte")
-        if (other := seen.get(_folded(name))) is not None:
+        if (other := names.get(_fold_case(name))) is not None:
             raise AmbiguousError(
                 f"its parts {other!r} and {name!r} have the same name"
                 + (" but for upper and lower case" if other != name else "")
             )
-        seen[_folded(name)] = name
+        names[_fold_case(name)] = name
     folder = entries[0].orig_filename.partition("/")[0] + "/" if entries else ""
     records = []
     for entry in entries:
         name = entry.orig_filename
-        # An archive with parts outside of its folder is refused by torch, whatever their names.
-        inside = _folded(name).startswith(_folded(folder))
+        # torch refuses an archive with entries outside its folder.
+        inside = _fold_case(name).startswith(_fold_case(folder))
         inner = name[len(folder) :] if inside else ""
-        records.append(_Record(entry, inner.encode("utf-8", "surrogatepass"), _folded(inner)))
+        records.append(_Record(entry, inner.encode("utf-8", "surrogatepass"), _fold_case(inner)))
     return records
 
 
 def _require_one_directory(file: IO[bytes], start: int, count: int) -> None:
-    """Makes sure that torch's reader (miniz) finds the directory that Python's zipfile found.
+    """Checks that torch's reader (miniz) reads the same directory as Python's zipfile.
 
-    Python looks for the directory right before the end record, which describes it;
-    miniz looks where that record says.
+    zipfile expects the directory directly before the end record; miniz uses the offset in that
+    record.
 
     Args:
         file: The archive.
-        start: Where the directory is that zipfile read.
-        count: How many entries it has.
+        start: The offset of the directory that zipfile read.
+        count: The number of its entries.
 
     Raises:
         AmbiguousError: miniz would read another directory.
     """
     size = file.seek(0, io.SEEK_END)
-    tail_start = max(0, size - _TAIL)
+    tail_start = max(0, size - _MAX_TAIL)
     file.seek(tail_start)
     tail = file.read()
-    at = tail.rfind(b"PK\5\6", 0, len(tail) - _END.size + 4)
-    found = _END.unpack_from(tail, at) if at >= 0 else (0, -1, 0, -1)
+    position = tail.rfind(b"PK\5\6", 0, len(tail) - _END_RECORD.size + 4)
+    found = _END_RECORD.unpack_from(tail, position) if position >= 0 else (0, -1, 0, -1)
     total, offset = found[1], found[3]
-    if at >= _LOCATOR.size:
-        signature, place = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
-        if signature == b"PK\6\7" and place + _END_64.size <= size:
-            file.seek(place)
-            signature, _, total_64, _, offset_64 = _END_64.unpack(file.read(_END_64.size))
+    if position >= _LOCATOR.size:
+        signature, offset_64_record = _LOCATOR.unpack_from(tail, position - _LOCATOR.size)
+        if signature == b"PK\6\7" and offset_64_record + _END_RECORD_64.size <= size:
+            file.seek(offset_64_record)
+            signature, _, total_64, _, offset_64 = _END_RECORD_64.unpack(
+                file.read(_END_RECORD_64.size)
+            )
             if signature == b"PK\6\6":
                 total, offset = total_64, offset_64
     if (total, offset) != (count, start):
         raise AmbiguousError("it has more than one directory of its parts")
 
 
-# The records at the end of an archive: the signature, then of the directory the number of entries
-# on this disk and in all, its size, and where it starts; those of 64 bits, and what tells where
-# these are.
-_END = struct.Struct("<8x2HII2x")
+# The records at the end of an archive. The end records (32 and 64 bits) have the number of entries
+# in the directory on this disk and in total, the size of the directory, and its offset. The locator
+# has the offset of the 64-bit end record.
+_END_RECORD = struct.Struct("<8x2HII2x")
 _LOCATOR = struct.Struct("<4s4xQ4x")
-_END_64 = struct.Struct("<4s20x4Q")
-# The comment behind the last record is no longer than 64 KiB.
-_TAIL = (1 << 16) + _END.size
+_END_RECORD_64 = struct.Struct("<4s20x4Q")
+# The comment after the last record has at most 64 KiB.
+_MAX_TAIL = (1 << 16) + _END_RECORD.size
 
 
-def _old(file: io.BytesIO | mmap.mmap) -> None:
-    """Looks into what torch wrote before version 1.6: three small pickles, the content, data."""
+def _check_legacy(file: io.BytesIO | mmap.mmap) -> None:
+    """Checks a file of the format before torch 1.6: four pickles (content last), data."""
     start = 0
     try:
         for number in range(4):
             start = file.tell()
             values = [value for _, value, _ in pickletools.genops(cast("IO[bytes]", file))]
-            if number == 0 and OLD_FORMAT not in values:
+            if number == 0 and LEGACY_MAGIC not in values:
                 return
     except ValueError as error:
         raise BrokenPickleError(one_line(error)) from None
     stop = file.tell()
-    size = file.seek(0, io.SEEK_END) or file.tell()  # mapped memory does not say where it went
-    left: dict[str, int] = {}
+    size = file.seek(0, io.SEEK_END) or file.tell()  # mmap.seek returns None
+    largest: dict[str, int] = {}
     total = 0
 
     def fits(key: str, nbytes: int) -> bool:
         nonlocal total
-        total += max(0, nbytes - left.get(key, 0))
-        left[key] = max(nbytes, left.get(key, 0))
+        total += max(0, nbytes - largest.get(key, 0))
+        largest[key] = max(nbytes, largest.get(key, 0))
         return total <= size - stop
 
     file.seek(start)
-    _read(file.read(stop - start), fits)
+    _check_pickle(file.read(stop - start), fits)
 
 
-def _read(content: bytes, fits: Callable[[str, int], bool]) -> None:
-    def storage(claim: Any) -> Any:
-        if claim[0] == "module":  # a class, which is code: torch has a word on it
-            return _Anything
-        kind, name, key, _, count, *_ = claim
-        if kind != "storage" or name not in _SIZES or type(count) is not int or count < 0:
+def _check_pickle(content: bytes, fits: Callable[[str, int], bool]) -> None:
+    def storage(persistent_id: Any) -> Any:
+        if persistent_id[0] == "module":  # a class, which is code: torch refuses it itself
+            return _Inert
+        kind, name, key, _, count, *_ = persistent_id
+        if kind != "storage" or name not in _ITEM_SIZES or type(count) is not int or count < 0:
             raise SizeError("a tensor has no storage")
-        found = _Storage(count * max(1, int(_SIZES[name])), _SIZES[name])
-        if not fits(str(key), found.nbytes):
-            raise SizeError(f"{found.nbytes:,} bytes of a tensor that are not in it")
-        return found
+        stored = _Storage(count * max(1, int(_ITEM_SIZES[name])), _ITEM_SIZES[name])
+        if not fits(str(key), stored.nbytes):
+            raise SizeError(f"{stored.nbytes:,} bytes of a tensor that are not in it")
+        return stored
 
-    load(content, _Names(), encoding="latin-1", persistent=storage)
+    load(content, _InertGlobals(), encoding="latin-1", persistent=storage)

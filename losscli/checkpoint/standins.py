@@ -1,4 +1,4 @@
-"""Inert stand-ins for a few things that training code pickles beside tensors, and no more."""
+"""Inert stand-ins for common objects that training code pickles with tensors."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from losscli.checkpoint.size_checks import Fixed, check_sizes
+from losscli.checkpoint.size_checks import Immutable, check_sizes
 
-__all__ = ["Path", "Record", "has_record", "load_tensors"]
+__all__ = ["PathText", "StandIn", "has_stand_in", "load_tensors"]
 
 
-class Record(metaclass=Fixed):
-    """Stands in for an object of any class: keeps what it is built of, and does nothing.
+class StandIn(metaclass=Immutable):
+    """Replaces an object of any class. It only stores the arguments and the state.
 
     Attributes:
-        arguments: What it was constructed with.
-        state: What was set as its state.
+        arguments: The arguments of the constructor.
+        state: The argument of ``__setstate__``.
     """
 
     arguments: tuple[Any, ...]
     state: Any = None
 
     def __new__(cls, *arguments: Any) -> Self:
-        """Keeps the arguments, whatever they are.
+        """Stores the arguments.
 
         Args:
-            *arguments: Those of the constructor.
+            *arguments: The arguments of the constructor.
 
         Returns:
-            The record.
+            The stand-in.
         """
         self = super().__new__(cls)
         self.arguments = arguments
@@ -49,63 +49,62 @@ class Record(metaclass=Fixed):
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-def has_record(value: Any) -> bool:
-    """Tells whether something that was read is not what was written.
+def has_stand_in(value: Any) -> bool:
+    """Whether a value contains stand-ins, and so differs from what was saved.
 
     Args:
-        value: What was read.
+        value: The value that was read.
 
     Returns:
-        Whether it is a record, or a collection that holds one.
+        Whether it is a stand-in or a collection that contains one.
     """
     if isinstance(value, Mapping):
-        return any(map(has_record, value.values()))
+        return any(map(has_stand_in, value.values()))
     if isinstance(value, list | tuple | set):
-        return any(map(has_record, value))
-    return isinstance(value, Record)
+        return any(map(has_stand_in, value))
+    return isinstance(value, StandIn)
 
 
 def load_tensors(file: Any, *, mmap: bool = False) -> Any:
-    """Reads a file of torch with ``weights_only``, and what research code likes to put beside.
+    """Reads a file of torch with ``weights_only`` and with stand-ins for some other classes.
 
     Args:
-        file: The path of an archive, or any such file in memory.
-        mmap: Whether the tensors are mapped to memory rather than read.
+        file: The path of an archive, or a file of any format of torch in memory.
+        mmap: Whether to memory-map the tensors instead of reading them.
 
     Returns:
-        What it holds, on the CPU.
+        The content, on the CPU.
 
     Raises:
-        BrokenPickleError: It claims to hold more than its size allows, or is broken.
+        BrokenPickleError: The file is broken, or states larger tensors than it contains.
     """
     check_sizes(file)
-    allowed = [(standin, name) for name, standin in _HARMLESS.items()]
+    allowed = [(standin, name) for name, standin in _STAND_INS.items()]
     with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
-        # What torch has to say of old formats is of no use to the reader of a curve.
+        # Warnings of torch about old formats.
         warnings.simplefilter("ignore")
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-# Stand-ins, since the things themselves are not all harmless when fed with any state at all
-# (numpy.dtype, for one, believes what a pickle says of its flags). None of these imports, opens,
-# or calls what it is given.
+# The classes themselves are not safe with arbitrary state: numpy.dtype, for example, trusts the
+# flags in a pickle. No stand-in imports, opens or calls its arguments.
 
 
-class _DType(Record):
-    """A NumPy type: its code, such as f8, and the byte order in its state."""
+class _DType(StandIn):
+    """A NumPy dtype: its code, such as f8, and the byte order in its state."""
 
 
-class _Scalar(Record):
-    """A NumPy number; of a type that its code alone tells, its value."""
+class _Scalar(StandIn):
+    """A NumPy scalar, converted to a Python number if its dtype is a plain number."""
 
     def __new__(cls, *arguments: Any) -> Any:
-        """Reads the number.
+        """Converts the scalar.
 
         Args:
-            *arguments: The type and the bytes.
+            *arguments: The dtype and the bytes.
 
         Returns:
-            The number, or a record of what is none.
+            The number, or a stand-in for any other value.
         """
         record = super().__new__(cls, *arguments)
         dtype, value = arguments if len(arguments) == 2 else (None, None)
@@ -119,8 +118,8 @@ class _Scalar(Record):
         return np.frombuffer(value, f"{order}{code}", 1)[0].item()
 
 
-class Path(Record):
-    """A path, as text: nobody looks at the disk."""
+class PathText(StandIn):
+    """A path as a string, without access to the disk."""
 
     def __new__(cls, *parts: Any) -> Any:
         """Joins the parts.
@@ -129,19 +128,19 @@ class Path(Record):
             *parts: The parts of the path.
 
         Returns:
-            The text.
+            The path as a string.
         """
         return "/".join(map(str, parts)).replace("//", "/", 1)
 
 
-class _Defaults(Record):
-    """A dictionary with a factory, which is never called: a plain one."""
+class _Defaults(StandIn):
+    """A plain dictionary for a ``defaultdict``; the factory is never called."""
 
     def __new__(cls, *_factory: Any) -> Any:
-        """Begins an empty dictionary.
+        """Creates an empty dictionary.
 
         Args:
-            *_factory: What would make a missing value.
+            *_factory: The factory of missing values, which is ignored.
 
         Returns:
             The dictionary.
@@ -149,23 +148,23 @@ class _Defaults(Record):
         return {}
 
 
-_HARMLESS: dict[str, type[Record]] = {
-    # Objects of attributes, and arrays, which are of no use here: what they hold stays unread.
-    "argparse.Namespace": Record,
-    "types.SimpleNamespace": Record,
-    "numpy.ndarray": Record,
+_STAND_INS: dict[str, type[StandIn]] = {
+    # Namespaces, and arrays, whose values are not read.
+    "argparse.Namespace": StandIn,
+    "types.SimpleNamespace": StandIn,
+    "numpy.ndarray": StandIn,
     "numpy.dtype": _DType,
     "collections.defaultdict": _Defaults,
-    # The factories of defaults.
-    **{f"builtins.{name}": Record for name in ("dict", "list", "int", "float", "bool", "str")},
+    # Factories of defaultdict.
+    **{f"builtins.{name}": StandIn for name in ("dict", "list", "int", "float", "bool", "str")},
     **{
-        f"pathlib{module}.{name}": Path
-        for module in ("", "._local")  # where Python 3.13 keeps them
+        f"pathlib{module}.{name}": PathText
+        for module in ("", "._local")  # since Python 3.13
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     },
     **{
         f"numpy.{core}.multiarray.{name}": standin
         for core in ("core", "_core")  # before NumPy 2, and since
-        for name, standin in (("scalar", _Scalar), ("_reconstruct", Record))
+        for name, standin in (("scalar", _Scalar), ("_reconstruct", StandIn))
     },
 }

@@ -1,4 +1,4 @@
-"""A checkpoint, and a file in which one is still to be chosen."""
+"""Checkpoints, and checkpoint files from which a state dict is selected."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from losscli.checkpoint.names import OPTIMISER, Part, StateDict, Versions, parts, under
-from losscli.checkpoint.quantised import quantised
+from losscli.checkpoint.names import OPTIMISER, Part, StateDict, Versions, find_parts, tensors_under
+from losscli.checkpoint.quantised import find_quantisation
 from losscli.errors import CheckpointError, MismatchError
 from losscli.files import open_regular
 from losscli.weight_space.vectors import Weights, mismatches
@@ -23,12 +23,12 @@ from losscli.weight_space.vectors import Weights, mismatches
 if TYPE_CHECKING:
     from losscli.checkpoint.adapters import Adapter
 
-__all__ = ["Checkpoint", "CheckpointFile", "tied"]
+__all__ = ["Checkpoint", "CheckpointFile", "tied_names"]
 
-_MOST_KEYS = 12
+_MAX_KEYS = 12
 
-# So many names that do not fit are listed.
-_TOLD = 3
+# Number of mismatched tensors that an error lists.
+_MAX_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Checkpoint:
     """The tensors of one model.
 
     Attributes:
-        name: How the user named it.
-        weights: Its tensors under the model's names, memory-mapped where the format allows it.
-        metadata: What the file says of itself, ``losscli.model`` and the like.
-        path: The file or the folder it came from; None for an initialisation or an object.
-        files: The files that make it up.
-        digest: That of the tensors of an object that Python code gave.
-        versions: The versions of modules that the tensors are of.
-        extra: The extra state of modules that is not a tensor, by its keys.
+        name: The name that the user gave.
+        weights: The tensors under the model's names, memory-mapped if the format allows it.
+        metadata: The metadata of the file, such as ``losscli.model``.
+        path: The file or folder; None for an initialisation or an object.
+        files: All files of the checkpoint.
+        digest: The digest of the tensors, if the checkpoint was passed as a Python object.
+        versions: The versions of the modules that saved the tensors.
+        extra: The extra state of modules that is not a tensor, by key.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Checkpoint:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def sha256(self) -> str | None:
-        """Digests the files that make it up.
+        """Computes the SHA-256 of the checkpoint.
 
         Returns:
-            In hexadecimal the SHA-256 of the bytes of a single file, and of several that of a
-            list of their names and digests, as ``sha256sum`` writes it; of an object that of its
-            tensors; None for an initialisation.
+            The hexadecimal digest: of the content, for a single file; of the names and digests in
+            the format of ``sha256sum``, for several files; of the tensors, for an object. None
+            for an initialisation.
 
         Raises:
-            CheckpointError: A file can no longer be read.
+            CheckpointError: A file cannot be read any more.
         """
         files = self.files or ((self.path,) if self.path else ())
         if not files:
@@ -79,13 +79,13 @@ class Checkpoint:
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
     def stamp(self) -> tuple[tuple[int, int, int], ...]:
-        """Tells one state of the files from another.
+        """Identifies the current version of the files.
 
         Returns:
-            Of each its place on the disk, its size, and when it was last changed.
+            For each file, its inode, its size and its modification time in nanoseconds.
 
         Raises:
-            CheckpointError: A file is no longer there.
+            CheckpointError: A file does not exist any more.
         """
         try:
             states = [file.stat() for file in self.files]
@@ -99,27 +99,25 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _as_they_are(weights: Weights) -> Weights:
+def _unchanged(weights: Weights) -> Weights:
     return weights
 
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A file or folder as it was read, in which one state dict is still to be chosen.
+    """The content of a checkpoint file or folder, which may have several state dicts.
 
     Attributes:
-        name: How the user named it.
-        path: Where it lies; None for an object that Python code gives.
-        candidates: Every mapping of names to tensors in it, by the dotted keys that lead to it;
-            ``""`` is the file itself.
-        metadata: The plain values beside them.
-        files: The files that make it up.
-        quantised: How the weights are quantised, where a file beside them says so.
-        adapter: How its tensors change those of another checkpoint; None where they are a
-            model's own.
-        fetch: Reads the tensors that were chosen, where ``candidates`` only has their shapes.
-        digest: That of the tensors of an object.
-        live: Whether they are those of a module, which was loaded already.
+        name: The name that the user gave.
+        path: The file or folder; None for a Python object.
+        candidates: All state dicts in it by their dotted keys; ``""`` is the top level.
+        metadata: The strings, numbers and booleans next to the state dicts.
+        files: All files of the checkpoint.
+        quantised: The quantisation method, if the checkpoint declares one.
+        adapter: The LoRA adapter to apply to another checkpoint; None for a full model.
+        fetch: Reads the selected tensors, if ``candidates`` has only their shapes.
+        digest: The digest of the tensors of a Python object.
+        live: Whether the tensors come from a module, which has loaded them already.
     """
 
     name: str
@@ -129,13 +127,13 @@ class CheckpointFile:
     files: tuple[Path, ...]
     quantised: str | None = None
     adapter: Adapter | None = None
-    fetch: Callable[[Weights], Weights] = _as_they_are
+    fetch: Callable[[Weights], Weights] = _unchanged
     digest: str | None = None
     live: bool = False
 
     @property
     def folder(self) -> Path:
-        """The folder of a file; a checkpoint that is a folder itself; the current one."""
+        """The checkpoint folder, or the folder of the file; for an object, the current folder."""
         if self.path is None:
             return Path.cwd()
         path = self.path.resolve()
@@ -143,19 +141,19 @@ class CheckpointFile:
 
     @property
     def where(self) -> str:
-        """The file or folder, or the name of an object."""
+        """The path of the file or folder, or the name of the object."""
         return self.name if self.path is None else str(self.path)
 
     @property
-    def choice(self) -> Mapping[str, Weights]:
-        """The state dicts to choose from without a model.
+    def model_candidates(self) -> Mapping[str, Weights]:
+        """The state dicts that may hold a model.
 
-        Optimiser state, the state of random generators, and single numbers beside a state dict
-        count only if there is nothing else.
+        Optimiser state, states of random generators and scalars next to a state dict are left
+        out, unless the file has nothing else.
         """
         others = {k: v for k, v in self.candidates.items() if not OPTIMISER.fullmatch(k)}
         dicts = {k: v for k, v in others.items() if any(map(_is_weight, v.values()))}
-        # Tensors that lie about beside a state dict, such as the weights of classes.
+        # Single tensors next to a state dict, such as class weights, are not a model.
         sizes = {k: sum(t.numel() for t in v.values() if _is_weight(t)) for k, v in dicts.items()}
         flat = "." not in "".join(dicts.get("", ()))
         if flat and sizes.get("", 0) < max(sizes.values(), default=0):
@@ -163,61 +161,60 @@ class CheckpointFile:
         return dicts or others or self.candidates
 
     def at(self, key: str) -> CheckpointFile:
-        """Keeps what lies under a key.
+        """Selects the state dicts under a key.
 
         Args:
-            key: The dotted keys that lead to a state dict, or on into it to the names that begin
-                with them; empty for all of it.
+            key: The dotted key of a state dict, or a prefix of names inside one; empty for all.
 
         Returns:
-            The file with fewer candidates.
+            The file with only the matching candidates.
 
         Raises:
-            CheckpointError: There is nothing under the key.
+            CheckpointError: No state dict matches the key.
         """
         if not key:
             return self
-        found = self.candidates
-        inside = {k: v for k, v in found.items() if k == key or k.startswith(f"{key}.")}
-        if key in inside:
-            inside = {key: inside[key]}
-        if not inside:
-            deeper = (
-                under(weights, key.removeprefix(f"{label}."))
-                for label, weights in found.items()
+        candidates = self.candidates
+        matching = {k: v for k, v in candidates.items() if k == key or k.startswith(f"{key}.")}
+        if key in matching:
+            matching = {key: matching[key]}
+        if not matching:
+            nested = (
+                tensors_under(weights, key.removeprefix(f"{label}."))
+                for label, weights in candidates.items()
                 if not label or key.startswith(f"{label}.")
             )
-            if weights := next(filter(None, deeper), None):
-                inside = {key: weights}
-        if not inside:
+            if weights := next(filter(None, nested), None):
+                matching = {key: weights}
+        if not matching:
             known = ", ".join(self._keys(key)) or "none"
             raise CheckpointError(
                 f"{self.where} has no state dict under {key!r}", f"Its keys: {known}"
             )
-        return replace(self, candidates=inside)
+        return replace(self, candidates=matching)
 
     def require_dense(self, label: str, weights: Weights) -> None:
-        """Makes sure that tensors hold numbers that can be computed with.
+        """Checks that tensors are dense and support arithmetic.
 
         Args:
-            label: The keys that lead to them.
+            label: The key of their state dict.
             weights: Tensors of the file.
 
         Raises:
-            CheckpointError: One is sparse, nested, of a type without arithmetic, or on ``meta``,
-                where there are only shapes.
+            CheckpointError: A tensor is sparse, nested, on ``meta`` (without values), or of a type
+                without arithmetic.
         """
         for name, tensor in weights.items():
-            shapes_alone = tensor.is_meta and self.fetch is _as_they_are
-            if found := _odd(tensor, shapes_alone=shapes_alone):
-                what, cure = found
+            shapes_only = tensor.is_meta and self.fetch is _unchanged
+            if problem := _unsupported(tensor, shapes_only=shapes_only):
+                description, fix = problem
                 where = f"{self.name}#{label}" if label else self.name
                 if len(self.candidates) > 1:
-                    cure += f", or name another state dict of the file, {self.where}#KEY"
-                raise CheckpointError(f"tensor {name!r} of {where} is {what}", cure)
+                    fix += f", or name another state dict of the file, {self.where}#KEY"
+                raise CheckpointError(f"tensor {name!r} of {where} is {description}", fix)
 
-    def _keys(self, like: str) -> list[str]:
-        """Lists keys that lead somewhere: of state dicts, and one step on into them."""
+    def _keys(self, wanted: str) -> list[str]:
+        """Lists the keys of the state dicts and the first-level prefixes inside them."""
         labels = [k for k in self.candidates if k and not OPTIMISER.fullmatch(k)]
         steps = dict.fromkeys(
             f"{label}.{name.partition('.')[0]}".removeprefix(".")
@@ -226,41 +223,39 @@ class CheckpointFile:
             for name in weights
             if "." in name
         )
-        # First what may have been meant.
-        inner = sorted(
-            (k for k in steps if k not in labels), key=lambda k: not f".{k}".endswith(f".{like}")
+        # Keys that end like the wanted one come first.
+        nested = sorted(
+            (k for k in steps if k not in labels), key=lambda k: not f".{k}".endswith(f".{wanted}")
         )
-        keys = [*labels, *inner]
-        return keys if len(keys) <= _MOST_KEYS else [*keys[:_MOST_KEYS], "…"]
+        keys = [*labels, *nested]
+        return keys if len(keys) <= _MAX_KEYS else [*keys[:_MAX_KEYS], "…"]
 
     def select(
         self,
         expected: Weights | None,
         base: Checkpoint | None = None,
-        whose: str = "the model",
+        owner: str = "the model",
     ) -> Checkpoint:
-        """Chooses the state dict that fits a model, its names made the model's.
+        """Selects the state dict that fits a model and renames its tensors to the model's names.
 
         Args:
-            expected: The model's own state dict; None where no model is known. Then the file's
-                only state dict is taken, optimiser state aside.
-            base: What an adapter changes, its names those of the model; None for the bare
-                tensors of an adapter.
-
-            whose: What the expected tensors belong to, for the errors.
+            expected: The state dict of the model. If None, the only state dict of the file is
+                selected (optimiser state is ignored).
+            base: The checkpoint that an adapter changes, with the model's names. If None, the
+                tensors of the adapter itself are returned.
+            owner: The owner of the expected tensors, for the errors.
 
         Returns:
             The checkpoint.
 
         Raises:
-            CheckpointError: Two state dicts fit, or, without a model, there are several; or the
-                weights are quantised, so that nothing lies between them.
-            MismatchError: None fits; the text names every tensor that does not match the best.
+            CheckpointError: Several state dicts fit, or the weights are quantised.
+            MismatchError: No state dict fits; the message lists the mismatches of the most similar.
         """
         if self.adapter and base:
-            return self._onto(base, expected)
+            return self._merge_adapter(base, expected)
         if expected is None:
-            candidates = self.choice
+            candidates = self.model_candidates
             if not candidates:
                 self.refuse_quantised()
             if len(candidates) > 1:
@@ -268,65 +263,69 @@ class CheckpointFile:
             (weights,) = candidates.values()
             return self.checkpoint(self.fetch(weights))
         self.refuse_quantised()
-        return self.checkpoint(self.fetch(self._choose(expected, whose)))
+        return self.checkpoint(self.fetch(self._choose(expected, owner)))
 
-    def _choose(self, expected: Weights, whose: str) -> Weights:
-        # Modules may keep state beside their tensors, of which nothing can be interpolated.
+    def _choose(self, expected: Weights, owner: str) -> Weights:
+        # Extra state of modules need not be a tensor.
         expected = {name: t for name, t in expected.items() if isinstance(t, Tensor)}
-        aliases = tied(expected)
-        found = [
+        aliases = tied_names(expected)
+        labelled = [
             (label, part)
             for label, candidate in self.candidates.items()
-            for part in parts(candidate, expected, aliases)
+            for part in find_parts(candidate, expected, aliases)
         ]
-        holders = [
+        matches = [
             (f"{label}.{part.prefix}".strip(".") if part.prefix else label, part)
-            for label, part in found
+            for label, part in labelled
             if part.holds
         ]
-        if len(holders) > 1:
-            raise self.ambiguous([label for label, _ in holders])
-        if holders and holders[0][1].fits:
-            return holders[0][1].weights
+        if len(matches) > 1:
+            raise self.ambiguous([label for label, _ in matches])
+        if matches and matches[0][1].fits:
+            return matches[0][1].weights
         others = [label for label in self.candidates if not OPTIMISER.fullmatch(label)]
 
-        def likeness(found: tuple[str, Part]) -> tuple[bool, bool, int, int]:
-            label, part = found
+        def similarity(labelled: tuple[str, Part]) -> tuple[bool, bool, int, int]:
+            label, part = labelled
             common = len(part.weights.keys() & expected.keys())
             size = len(part.weights)
             return label in others, part.holds, common, -size if common else size
 
-        label, part = max(found, key=likeness)
+        label, part = max(labelled, key=similarity)
         empty = [not t.numel() and name in expected for name, t in part.weights.items()]
         if empty and all(empty) and any(t.numel() for t in expected.values()):
             raise MismatchError(
                 f"the tensors of {self.name} are empty, as in one rank's part of a checkpoint of "
                 "DeepSpeed ZeRO-3",
-                (self.path and put_together(self.path))
+                (self.path and consolidation_hint(self.path))
                 or "Name the checkpoint that has the weights",
             )
         wrong = mismatches(part.weights, expected)
-        inner = f"{label}.{part.prefix}".strip(".") if part.prefix else label
-        name = f"{self.where}#{inner}" if inner and (len(others) > 1 or part.prefix) else self.name
-        more = f" and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
-        raise MismatchError(f"{name} does not fit {whose}: {'; '.join(_of_each_kind(wrong))}{more}")
+        key = f"{label}.{part.prefix}".strip(".") if part.prefix else label
+        name = f"{self.where}#{key}" if key and (len(others) > 1 or part.prefix) else self.name
+        rest = f" and {len(wrong) - _MAX_LISTED:,} more" if len(wrong) > _MAX_LISTED else ""
+        raise MismatchError(
+            f"{name} does not fit {owner}: {'; '.join(_select_mismatches(wrong))}{rest}"
+        )
 
-    def _onto(self, base: Checkpoint, expected: Weights | None) -> Checkpoint:
+    def _merge_adapter(self, base: Checkpoint, expected: Weights | None) -> Checkpoint:
         assert self.adapter is not None
         self.refuse_quantised()
         (tensors,) = self.candidates.values()
-        twins = tied({n: t for n, t in (expected or {}).items() if isinstance(t, Tensor)})
-        weights = self.adapter.merge(base.weights, tensors, twins)
+        aliases = tied_names({n: t for n, t in (expected or {}).items() if isinstance(t, Tensor)})
+        weights = self.adapter.merge(base.weights, tensors, aliases)
         files = self.files + base.files
         return replace(base, name=self.name, weights=weights, path=self.path, files=files)
 
     def refuse_quantised(self) -> None:
-        """Makes sure that points lie between the weights of a file and others.
+        """Checks that the weights are not quantised, since those cannot be interpolated.
 
         Raises:
-            CheckpointError: They are quantised.
+            CheckpointError: The weights are quantised.
         """
-        found = self.quantised or next(filter(None, map(quantised, self.candidates.values())), None)
+        found = self.quantised or next(
+            filter(None, map(find_quantisation, self.candidates.values())), None
+        )
         if found:
             raise CheckpointError(
                 f"{self.name} is quantised ({found}), and between quantised weights there is no "
@@ -335,25 +334,27 @@ class CheckpointFile:
             )
 
     def checkpoint(self, weights: Weights) -> Checkpoint:
-        """Makes a checkpoint.
+        """Creates a checkpoint from tensors of this file.
 
         Args:
-            weights: Its tensors, which this file holds.
+            weights: The tensors.
 
         Returns:
             The checkpoint.
         """
-        noted = (weights.versions, weights.extra) if isinstance(weights, StateDict) else ({}, {})
+        module_state = (
+            (weights.versions, weights.extra) if isinstance(weights, StateDict) else ({}, {})
+        )
         return Checkpoint(
-            self.name, weights, self.metadata, self.path, self.files, self.digest, *noted
+            self.name, weights, self.metadata, self.path, self.files, self.digest, *module_state
         )
 
     def ambiguous(self, labels: list[str], why: str = "") -> CheckpointError:
-        """Makes the error that several state dicts could be meant.
+        """Creates the error for several state dicts that fit equally.
 
         Args:
-            labels: The keys that lead to them.
-            why: A sentence on why none is chosen.
+            labels: The keys of the state dicts.
+            why: A sentence with the reason why none is selected.
 
         Returns:
             The error.
@@ -372,28 +373,28 @@ class CheckpointFile:
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    """Whether a tensor may be one of a model's weights: an array of numbers that are not whole."""
+    """Whether a tensor may be a weight: floating-point, complex or quantised, and not a scalar."""
     numbers = tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized
     return numbers and tensor.ndim > 0
 
 
-def _odd(tensor: Tensor, *, shapes_alone: bool) -> tuple[str, str] | None:
+def _unsupported(tensor: Tensor, *, shapes_only: bool) -> tuple[str, str] | None:
     if tensor.is_nested:
         return "nested, of rows of different lengths", "Save each row as a tensor of its own"
     if tensor.layout != torch.strided:
         kind = str(tensor.layout).removeprefix("torch.")
         return f"sparse ({kind})", "Save it dense, as tensor.to_dense()"
-    if shapes_alone:
+    if shapes_only:
         return "on the device meta, which holds no numbers", "Save it from where its numbers are"
-    if not tensor.is_quantized and not _counts(tensor.dtype):
+    if not tensor.is_quantized and not _supports_arithmetic(tensor.dtype):
         kind = str(tensor.dtype).removeprefix("torch.")
         return f"{kind}, with which torch does not compute", "Dequantise it first, and save that"
     return None
 
 
 @functools.cache
-def _counts(dtype: torch.dtype) -> bool:
-    """Whether torch makes other numbers of those of a type; of some it only keeps the bits."""
+def _supports_arithmetic(dtype: torch.dtype) -> bool:
+    """Whether torch computes with a type. For some types it only stores the bits."""
     try:
         torch.empty(1, dtype=dtype).to(torch.complex128)
     except (RuntimeError, NotImplementedError):
@@ -401,45 +402,45 @@ def _counts(dtype: torch.dtype) -> bool:
     return True
 
 
-def _of_each_kind(wrong: Sequence[str]) -> list[str]:
-    """Chooses the mismatches that are listed: names that are missing and unexpected, and shapes."""
-    number = Counter[str]()
+def _select_mismatches(wrong: Sequence[str]) -> list[str]:
+    """Selects the mismatches to list, with each kind (missing, unexpected, other) represented."""
+    counts = Counter[str]()
     order = []
-    for place, phrase in enumerate(wrong):
+    for index, phrase in enumerate(wrong):
         kind = phrase.partition(" ")[0]
         kind = kind if kind in {"missing", "unexpected"} else "other"
-        order.append((number[kind], place))
-        number[kind] += 1
-    return [wrong[place] for place in sorted(place for _, place in sorted(order)[:_TOLD])]
+        order.append((counts[kind], index))
+        counts[kind] += 1
+    return [wrong[index] for index in sorted(index for _, index in sorted(order)[:_MAX_LISTED])]
 
 
-def put_together(path: Path) -> str:
-    """Returns how the parts of a DeepSpeed checkpoint become one file.
+def consolidation_hint(path: Path) -> str:
+    """Explains how to consolidate a DeepSpeed checkpoint into one file.
 
     Args:
-        path: A file or a folder of it.
+        path: The folder of the checkpoint or a file in it.
 
     Returns:
-        The cure; an empty text where it is none.
+        The instructions; empty for other checkpoints.
     """
     folder = path if path.is_dir() else path.parent
-    for place in (folder, folder.parent):
-        script = place / "zero_to_fp32.py"
+    for location in (folder, folder.parent):
+        script = location / "zero_to_fp32.py"
         if script.is_file():
             return (
                 f"Put its parts together: python {shlex.quote(str(script))} "
-                f"{shlex.quote(str(place))} FOLDER, and name the file that it writes"
+                f"{shlex.quote(str(location))} FOLDER, and name the file that it writes"
             )
     if any(folder.glob("*zero_pp_rank_*.pt")):
         return "Put its parts together with DeepSpeed's zero_to_fp32.py, and name what it writes"
     return ""
 
 
-def tied(weights: Weights) -> dict[str, list[str]]:
-    """Finds the names that stand for one and the same tensor.
+def tied_names(weights: Weights) -> dict[str, list[str]]:
+    """Finds the names that share one tensor.
 
     Args:
-        weights: A model's state dict, whose tied parameters share their memory.
+        weights: The state dict of a model, in which tied parameters share memory.
 
     Returns:
         For each tied name, the other names of its tensor.

@@ -2,7 +2,7 @@
 
 from losscli.data.memory import device_budget, host_budget, host_memory
 from losscli.data.objects import Batching, from_object
-from losscli.data.randomness import Draws, seed_all
+from losscli.data.randomness import RandomnessDetector, seed_all
 from losscli.data.registry import DATASETS, load
 from losscli.data.split import DataSet, Examples, Inputs, Split, Task, leaves, map_inputs
 
@@ -10,9 +10,9 @@ __all__ = [
     "DATASETS",
     "Batching",
     "DataSet",
-    "Draws",
     "Examples",
     "Inputs",
+    "RandomnessDetector",
     "Split",
     "Task",
     "device_budget",

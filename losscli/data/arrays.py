@@ -1,4 +1,4 @@
-"""Files of whole arrays: safetensors, NumPy archives and the IDX files of MNIST."""
+"""Data files of arrays: safetensors, NumPy archives and the IDX files of MNIST."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from losscli.files import stand_in
 
 __all__ = ["load_mnist", "load_npz", "load_safetensors", "scaled"]
 
-# More than so many times its size no stretch of bytes has been before it was deflated.
-_DEFLATED = 1032
+# Largest compression ratio of the deflate algorithm.
+_MAX_DEFLATE_RATIO = 1032
 
 _Array = TypeVar("_Array")
 
 
 def _pairs(arrays: Mapping[str, _Array], where: str) -> dict[str, tuple[_Array, _Array]]:
-    """Sorts the arrays of a file into splits: NAME_inputs and NAME_targets, or those alone."""
+    """Groups arrays into splits by name: NAME_inputs and NAME_targets, or inputs and targets."""
     if not arrays:
         raise DataError(f"{where} is empty", "Give it arrays inputs and targets")
     splits: dict[str, dict[str, _Array]] = {}
@@ -44,9 +44,9 @@ def _pairs(arrays: Mapping[str, _Array], where: str) -> dict[str, tuple[_Array, 
         splits.setdefault(split or "data", {})[part] = tensor
     for split, parts in splits.items():
         if len(parts) < 2:
-            there, missing = sorted(("inputs", "targets"), key=parts.__contains__, reverse=True)
+            present, missing = sorted(("inputs", "targets"), key=parts.__contains__, reverse=True)
             raise DataError(
-                f"{where}: the split {split!r} has {there} alone",
+                f"{where}: the split {split!r} has {present} alone",
                 f"Add {missing if split == 'data' else f'{split}_{missing}'}",
             )
     # Some files sort their arrays by name; readers expect the training data first.
@@ -57,18 +57,18 @@ def _pairs(arrays: Mapping[str, _Array], where: str) -> dict[str, tuple[_Array, 
 def scaled(
     splits: dict[str, tuple[Tensor, Tensor]], where: str, scale: bool | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Decides whether arrays of bytes are pixels, which are scaled from 0…255 to 0…1.
+    """Marks uint8 inputs as pixels that are scaled from 0…255 to 0…1.
 
     Args:
         splits: Inputs and targets of each split.
-        where: What to call the data in errors.
-        scale: Whether they are; None for those with three dimensions or more.
+        where: Name of the data in error messages.
+        scale: Whether to scale; None scales inputs with three or more dimensions.
 
     Returns:
-        The splits, as `Pixels` if they are.
+        The splits, as `Pixels` if they are scaled.
 
     Raises:
-        SpecError: There are no bytes to scale.
+        SpecError: ``scale`` is True and there are no uint8 inputs.
     """
     if scale is not None and not isinstance(scale, bool):
         raise SpecError(f"{where}: scale={scale} is neither true nor false", "Write scale=true")
@@ -99,15 +99,15 @@ def load_safetensors(
         Inputs and targets of each split.
 
     Raises:
-        DataError: It is not there, broken, or not of this form.
+        DataError: The file is missing or broken, or has another structure.
     """
-    _exists(path)
+    _require_file(path)
     try:
-        # safetensors takes a file that may not be read for a missing one.
+        # safetensors reports an unreadable file as missing, so open it first.
         with path.open("rb"), safe_open(path, framework="pt") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        _require_itself(path)
+        _refuse_placeholder(path)
         raise DataError(
             f"{path} is no whole safetensors file: {one_line(error)}", "Was its writing cut off?"
         ) from None
@@ -126,25 +126,25 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
         Inputs and targets of each split.
 
     Raises:
-        DataError: It is not there, broken, or not of this form.
+        DataError: The file is missing or broken, or has another structure.
     """
-    _exists(path)
+    _require_file(path)
     try:
         with path.open("rb") as stream:
-            # What is no archive at all, NumPy takes for a pickle and advises to run.
+            # NumPy takes any other file for a pickle and recommends loading it.
             if not zipfile.is_zipfile(stream):
                 raise ValueError("no zip archive, or not all of one")  # noqa: TRY301
             stream.seek(0)
-            shapes = _hold_against_size(stream, str(path))
+            shapes = _check_sizes(stream, str(path))
             if shapes:
-                _require_alike(shapes, str(path))
+                _check_counts(shapes, str(path))
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as file:
                 arrays = {key: to_tensor(file[key], str(path), key) for key in file.files}
     except DataError:
         raise
-    except Exception as error:  # noqa: BLE001 - a broken archive makes its reader raise anything
-        _require_itself(path)
+    except Exception as error:  # noqa: BLE001 - readers raise any exception for a broken archive
+        _refuse_placeholder(path)
         raise DataError(
             f"{path} is no NumPy archive of numbers: {one_line(error)}",
             "Write it with numpy.savez, arrays of numbers alone",
@@ -152,35 +152,37 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
     return scaled(_pairs(arrays, str(path)), str(path), scale)
 
 
-def _hold_against_size(stream: IO[bytes], where: str) -> dict[str, tuple[int, ...]]:
-    """Makes sure that an archive is as large as its arrays claim, before room is made for them."""
+def _check_sizes(stream: IO[bytes], where: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all arrays, after checking sizes before memory is allocated.
+
+    The result is empty if the archive has members that are not plain arrays.
+    """
     shapes = {}
     with zipfile.ZipFile(stream) as archive:
         for entry in archive.infolist():
-            if entry.file_size > (entry.compress_size + 1) * _DEFLATED:
+            if entry.file_size > (entry.compress_size + 1) * _MAX_DEFLATE_RATIO:
                 raise ValueError(f"{entry.filename!r} cannot be of {entry.file_size:,} bytes")
             with archive.open(entry) as opened:
                 file = cast("zipfile.ZipExtFile", opened)
                 if not file.peek(6).startswith(b"\x93NUMPY"):
-                    continue  # no array, as will be said
+                    continue  # not an array; reported by the caller
                 version = np.lib.format.read_magic(file)
                 read = _HEADERS.get(version)
                 if read is None:
-                    continue  # a version that has names of columns, and no numbers alone
+                    continue  # a version for structured arrays, which have no plain numbers
                 shape, _, dtype = read(file)
-                held = entry.file_size - file.tell()
-                if math.prod(shape) * dtype.itemsize != held and not dtype.hasobject:
+                nbytes = entry.file_size - file.tell()
+                if math.prod(shape) * dtype.itemsize != nbytes and not dtype.hasobject:
                     raise ValueError(
-                        f"{entry.filename!r} claims {dtype} {list(shape)} in {held:,} bytes"
+                        f"{entry.filename!r} claims {dtype} {list(shape)} in {nbytes:,} bytes"
                     )
                 shapes[entry.filename.removesuffix(".npy")] = shape
         require_memory(sum(entry.file_size for entry in archive.infolist()), where)
-        # What else is in it will be told of.
         return shapes if len(shapes) == len(archive.infolist()) else {}
 
 
-def _require_alike(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Compares counts before arrays are unpacked, to a thousand times the room of their file."""
+def _check_counts(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compares the numbers of inputs and targets before the arrays are decompressed."""
     for split, (inputs, targets) in _pairs(shapes, where).items():
         if inputs and targets and inputs[0] != targets[0]:
             raise DataError(
@@ -205,7 +207,7 @@ def load_mnist(path: Path, /) -> Pixels:
         Inputs and targets of each split.
 
     Raises:
-        DataError: It is not there, broken, or not of this form.
+        DataError: The file is missing or broken, or has another structure.
     """
     if not path.is_dir():
         raise DataError(f"there is no folder {path}", "Name the folder of the IDX files")
@@ -239,20 +241,20 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
-            most = len(content) * _DEFLATED
+            limit = len(content) * _MAX_DEFLATE_RATIO
             with gzip.open(io.BytesIO(content)) as file:
                 content = file.read(start)
                 words = np.frombuffer(content[4:].ljust(start - 4, b"\xff"), ">u4")
-                claimed = min(math.prod(words.tolist()), most)
+                claimed = min(math.prod(words.tolist()), limit)
                 require_memory(2 * claimed, str(path))  # it is copied once
-                # What is more or less than that is told of below.
+                # One byte more than expected, to detect a wrong size below.
                 content += file.read(claimed + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read: {one_line(error)}", "Was its download cut off?"
         ) from None
     if content[:4] != bytes([0, 0, 8, dimensions]):
-        _require_itself(path)
+        _refuse_placeholder(path)
         raise DataError(
             f"{path} is no IDX file of bytes in {dimensions} dimensions",
             "Is it another file, or a labels file in the place of images?",
@@ -268,13 +270,14 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     return torch.from_numpy(values.reshape(shape))
 
 
-def _require_itself(path: Path) -> None:
+def _refuse_placeholder(path: Path) -> None:
+    """Refuses a file that stands for another one, such as a Git LFS pointer."""
     if found := stand_in(path):
         what, cure = found
         raise DataError(f"{path} is {what}", cure) from None
 
 
-def _exists(path: Path) -> None:
+def _require_file(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise DataError(f"{path} is no regular file", "Name a file of arrays on a disk")
     if not path.is_file():

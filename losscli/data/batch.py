@@ -1,4 +1,4 @@
-"""Batches as code gives them: what is inputs, what is targets, and batches joined to one."""
+"""Batches from user code: finding inputs and targets, and joining batches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _TARGETS = ("targets", "target", "labels", "label", "y")
 
 
 class Pixels(dict[str, Any]):
-    """Splits by name, in which uint8 inputs 0…255 stand for numbers 0…1.
+    """Splits by name, with uint8 inputs that are scaled from 0…255 to 0…1.
 
     Args:
         splits: Inputs and targets of each split, or a Dataset of them.
-        note: What the user should know about it.
+        note: Note for the user.
     """
 
     def __init__(self, splits: Mapping[str, Any], note: str = "") -> None:
@@ -32,21 +32,21 @@ class Pixels(dict[str, Any]):
 
 
 class RaggedError(DataError):
-    """Batches whose examples have different sizes cannot be one."""
+    """Batches cannot be joined because their examples have different shapes."""
 
 
 def parse_batch(batch: object, where: str) -> Split:
-    """Finds inputs and targets in a batch; what is not understood is an error, never skipped.
+    """Finds inputs and targets in a batch; anything that cannot be interpreted is an error.
 
     Args:
         batch: ``(inputs, targets)``, or a mapping with a key for its targets.
-        where: What to call the data in errors.
+        where: Name of the data in error messages.
 
     Returns:
         The examples.
 
     Raises:
-        DataError: It is something else, or has not one target an example.
+        DataError: The batch has another structure, or not exactly one target per example.
     """
     if isinstance(batch, Mapping):
         keys = [key for key in batch if key in _TARGETS]
@@ -97,47 +97,47 @@ def _checked(split: Split, where: str) -> Split:
     if targets.dtype == torch.uint64 and (targets.long() < 0).any():
         largest = int(targets.numpy().max())
         raise DataError(f"{where}: the target {largest} is above 2^63 - 1", "Number classes from 0")
-    # Of these, torch has few operators.
+    # torch has few operators for these dtypes.
     if targets.dtype in {torch.uint16, torch.uint32, torch.uint64}:
         return replace(split, targets=targets.long())
     return split
 
 
 def is_language(batch: object) -> bool:
-    """Tells whether a batch has a target for each token that its model scores.
+    """Returns whether a batch has one target per token.
 
     Args:
-        batch: A batch as code gives it.
+        batch: A batch from user code.
 
     Returns:
-        Whether it is a mapping with whole-number ``labels`` of the shape of its
-        ``decoder_input_ids``, or where it has none, of its ``input_ids``.
+        Whether it is a mapping with integer ``labels`` of the shape of its
+        ``decoder_input_ids``, or of its ``input_ids`` if it has no ``decoder_input_ids``.
     """
     if not isinstance(batch, Mapping):
         return False
     scored = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
     tokens, labels = (getattr(batch.get(key), "shape", None) for key in (scored, "labels"))
-    # Probabilities of as many labels as there are tokens are not tokens.
-    whole = "float" not in str(getattr(batch.get("labels"), "dtype", ""))
-    return tokens is not None and len(tokens) > 1 and tokens == labels and whole
+    # Floating-point labels are probabilities, even if there are as many as tokens.
+    integer = "float" not in str(getattr(batch.get("labels"), "dtype", ""))
+    return tokens is not None and len(tokens) > 1 and tokens == labels and integer
 
 
 def to_tensor(value: object, where: str, key: object) -> Tensor:
-    """Makes a tensor of what stands for one.
+    """Converts a value to a tensor.
 
     Args:
         value: A tensor or a NumPy array.
-        where: What to call the data in errors.
-        key: What to call the value in errors.
+        where: Name of the data in error messages.
+        key: Name of the value in error messages.
 
     Returns:
         A dense tensor of real numbers on the CPU.
 
     Raises:
-        DataError: It is something else.
+        DataError: The value is of another type.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.itemsize <= 8:
-        # torch takes arrays of the machine's own byte order that may be written to.
+        # torch requires a writable array in native byte order.
         value = torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
     if (
         not isinstance(value, Tensor)
@@ -153,18 +153,18 @@ def to_tensor(value: object, where: str, key: object) -> Tensor:
 
 
 def join(batches: Sequence[Split], where: str) -> Split:
-    """Lays batches one after the other.
+    """Concatenates batches.
 
     Args:
         batches: The batches.
-        where: What to call the data in errors.
+        where: Name of the data in error messages.
 
     Returns:
         All their examples.
 
     Raises:
-        DataError: There are none, or they differ in their structure or types.
-        RaggedError: They differ in the size of their examples.
+        DataError: There are no batches, or they differ in structure or dtype.
+        RaggedError: The batches differ in the shape of their examples.
     """
     if not batches:
         raise DataError(f"{where} is empty")
@@ -173,11 +173,11 @@ def join(batches: Sequence[Split], where: str) -> Split:
     if all(isinstance(batch, Batches) for batch in batches):
         sizes = tuple(batch.rows for batch in batches)
         plain = [Split(batch.inputs, batch.targets) for batch in batches]
-        whole = join(plain, where)
-        return Batches(whole.inputs, whole.targets, sizes)
+        joined = join(plain, where)
+        return Batches(joined.inputs, joined.targets, sizes)
     first = batches[0].inputs
     if isinstance(first, dict):
-        # Later batches may have the keys in another order.
+        # Later batches may have another key order.
         batches = [
             Split({key: b.inputs[key] for key in first}, b.targets)
             if isinstance(b.inputs, dict) and b.inputs.keys() == first.keys()

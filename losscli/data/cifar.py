@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, in their binary and in their python version."""
+"""CIFAR-10 and CIFAR-100, in their binary and Python versions."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _Files = dict[str, list[Path]]
 
 
 def load_cifar10(path: Path, /) -> Pixels:
-    """Reads CIFAR-10, the binary or the python version; no code in the latter is run.
+    """Reads the binary or Python version of CIFAR-10, without running pickled code.
 
     Args:
-        path: The folder of data_batch_1.bin … or of data_batch_1 …, or the one above it.
+        path: The folder of data_batch_1.bin … or data_batch_1 …, or its parent.
 
     Returns:
-        Images ``[N, 3, 32, 32]`` as uint8 and classes of the splits train and test, those that
-        are there; a part of the training batches will do.
+        Images ``[N, 3, 32, 32]`` as uint8 and classes of the splits train and test, from the files
+        that exist; not all training batches are required.
 
     Raises:
-        DataError: There is no such file, or one is broken or wants to run code.
+        DataError: There are no such files, or a file is broken or contains code.
     """
     train = [f"data_batch_{i}" for i in range(1, 6)]
     files, binary = _find(
@@ -54,19 +54,19 @@ def load_cifar10(path: Path, /) -> Pixels:
 
 
 def load_cifar100(path: Path, /, *, labels: str = "fine") -> Pixels:
-    """Reads CIFAR-100 in the same versions, with its 100 fine or its 20 coarse classes.
+    """Reads the binary or Python version of CIFAR-100, with 100 fine or 20 coarse classes.
 
     Args:
-        path: The folder of train.bin and test.bin or of train and test, or the one above it.
+        path: The folder of train.bin and test.bin or of train and test, or its parent.
         labels: ``fine`` or ``coarse``.
 
     Returns:
-        Images ``[N, 3, 32, 32]`` as uint8 and classes of the splits train and test, those that
-        are there.
+        Images ``[N, 3, 32, 32]`` as uint8 and classes of the splits train and test, from the files
+        that exist.
 
     Raises:
-        DataError: There is no such file, or one is broken or wants to run code.
-        SpecError: There are no such labels.
+        DataError: There are no such files, or a file is broken or contains code.
+        SpecError: ``labels`` has another value.
     """
     if labels not in {"fine", "coarse"}:
         raise SpecError(f"cifar100 has no labels {labels!r}", "Write labels=fine or labels=coarse")
@@ -91,18 +91,19 @@ def _find(
     folder: Path,
     binary: Mapping[str, list[str]],
     python: Mapping[str, list[str]],
-    inside: tuple[str, str],
+    subfolders: tuple[str, str],
 ) -> tuple[_Files, bool]:
-    """Finds the version of which there are more files, and tells whether it is the binary one."""
-    found: list[tuple[_Files, bool]] = []
-    for place in (folder, *(folder / name for name in inside)):
+    """Returns the files of the version with more files, and whether it is the binary version."""
+    candidates: list[tuple[_Files, bool]] = []
+    for parent in (folder, *(folder / name for name in subfolders)):
         for version, is_binary in ((binary, True), (python, False)):
-            there = {
-                split: [place / name for name in names if (place / name).is_file()]
+            existing = {
+                split: [parent / name for name in names if (parent / name).is_file()]
                 for split, names in version.items()
             }
-            found.append(({split: files for split, files in there.items() if files}, is_binary))
-    best = max(found, key=lambda version: sum(map(len, version[0].values())))
+            files = {split: paths for split, paths in existing.items() if paths}
+            candidates.append((files, is_binary))
+    best = max(candidates, key=lambda version: sum(map(len, version[0].values())))
     if best[0]:
         return best
     archives = [folder, *sorted(folder.glob("cifar-*.tar.gz"))] if folder.exists() else []
@@ -144,8 +145,8 @@ def _read(file: Path) -> bytearray:
         raise DataError(f"{file} cannot be read: {one_line(error)}") from None
 
 
-def _read_binary(file: Path, labels: int, which: int) -> tuple[Bytes, npt.NDArray[np.int64]]:
-    """Reads records of one or two labels and the pixels: red, green and blue, row by row."""
+def _read_binary(file: Path, labels: int, label: int) -> tuple[Bytes, npt.NDArray[np.int64]]:
+    """Reads records of ``labels`` label bytes and the red, green and blue pixels, row by row."""
     content = _read(file)
     size = labels + _PIXELS
     if len(content) % size:
@@ -154,12 +155,12 @@ def _read_binary(file: Path, labels: int, which: int) -> tuple[Bytes, npt.NDArra
             "Was its download cut off?",
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
-    return records[:, labels:], records[:, which].astype(np.int64)
+    return records[:, labels:], records[:, label].astype(np.int64)
 
 
 def _read_python(file: Path, key: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
     try:
-        batch = load(bytes(_read(file)), _STAND_INS, encoding="bytes")
+        batch = load(bytes(_read(file)), _REPLACEMENTS, encoding="bytes")
     except ForbiddenPickleError as error:
         raise DataError(
             f"{file} is a pickle that wants to run code ({error.wanted}); none of it was run",
@@ -200,11 +201,11 @@ def _numbers(values: Any) -> npt.NDArray[np.int64]:
     return np.array(values, np.int64)
 
 
-# What stands for NumPy's own functions in a pickle. Given a state, NumPy's would believe it.
+# Replacements of NumPy's classes in a pickle, which would not validate the pickled state.
 
 
 class _DType:
-    """A type of numbers: its code, such as u1, and its byte order."""
+    """A pickled dtype: its code, such as u1, and its byte order."""
 
     def __init__(self, code: Any = None, *_: Any) -> None:
         self.code, self.order = _text(code), "|"
@@ -213,14 +214,14 @@ class _DType:
         self.order = _text(state[1])
 
     def numpy(self) -> np.dtype[Any]:
-        """Makes it a type of NumPy's, if it is one of whole numbers."""
+        """Returns the NumPy dtype; raises TypeError unless it is an integer dtype."""
         if self.code not in {"u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8"}:
             raise TypeError(f"an array is of the type {self.code!r}")
         return np.dtype(f"{self.order if self.order in {'<', '>'} else '='}{self.code}")
 
 
 class _Array:
-    """An array as it is pickled: shape, type, order of the dimensions, bytes."""
+    """A pickled array: shape, dtype, memory order, bytes."""
 
     shape: Any = ()
     dtype: Any = None
@@ -231,7 +232,7 @@ class _Array:
         _, self.shape, self.dtype, self.fortran, self.content = state
 
     def numpy(self) -> npt.NDArray[Any]:
-        """Makes it an array of NumPy's, if its parts agree."""
+        """Returns the NumPy array; raises an error if its parts are inconsistent."""
         shape, content = self.shape, self.content
         if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
             raise TypeError("an array has no shape")
@@ -249,29 +250,29 @@ def _text(value: Any) -> str:
 
 
 def _reconstruct(*_: Any) -> _Array:
-    """Begins an array; its state is set next."""
+    """Creates an array without a state."""
     return _Array()
 
 
 def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    """Makes an array at once, as protocol 5 has it."""
+    """Creates an array with its state, as in pickle protocol 5."""
     array = _Array()
     array.__setstate__((1, shape, dtype, order == "F", content))
     return array
 
 
 def _encode(text: str, *_: Any) -> bytes:
-    """Undoes how Python 3 writes bytes for Python 2."""
+    """Restores bytes that Python 3 pickled for Python 2."""
     return text.encode("latin-1")
 
 
-def _stand_ins() -> Iterator[tuple[tuple[str, str], object]]:
+def _replacements() -> Iterator[tuple[tuple[str, str], object]]:
     yield ("numpy", "dtype"), _DType
-    yield ("numpy", "ndarray"), None  # said of every array, and of no use
+    yield ("numpy", "ndarray"), None  # an argument of every array that is not needed
     yield ("_codecs", "encode"), _encode
-    for core in ("core", "_core"):  # before NumPy 2, and since
+    for core in ("core", "_core"):  # before NumPy 2, and from NumPy 2 on
         yield (f"numpy.{core}.multiarray", "_reconstruct"), _reconstruct
         yield (f"numpy.{core}.numeric", "_frombuffer"), _frombuffer
 
 
-_STAND_INS = dict(_stand_ins())
+_REPLACEMENTS = dict(_replacements())

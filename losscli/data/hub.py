@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's library, from its folders or its hub, told apart by their columns."""
+"""Hugging Face data sets from a folder or the hub; the columns determine the task."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = ["load_hub"]
 
-# The columns that are taken where the spec names none, the first that is there.
+# Default columns; the first one that exists is used.
 _INPUTS = ("input_ids", "image", "img", "pixel_values", "inputs", "input", "features", "x", "text")
 _TARGETS = ("labels", "label", "targets", "target", "fine_label", "y")
-# What stands beside input_ids in the inputs of transformers' models.
-_BESIDE = ("attention_mask", "token_type_ids")
+# Further inputs of transformers' models with input_ids.
+_EXTRA_INPUTS = ("attention_mask", "token_type_ids")
 
 _PROBE_SECONDS = 10
 
@@ -56,29 +56,29 @@ def load_hub(
     context: int | None = None,
     scale: bool | None = None,
 ) -> Any:
-    """Reads a data set of Hugging Face's library: a folder of save_to_disk or of data files.
+    """Reads a Hugging Face data set: a folder of save_to_disk or of data files, or from the hub.
 
-    What it is for, its columns say: images and classes (size, grayscale as in imagefolder); text
-    to be predicted, the rows joined end to end (tokenizer, context as in text); ``input_ids`` of
-    sequences, which are predicted themselves, or as ``labels`` has it, where that holds
-    sequences; or numbers.
+    The columns determine the task: images and classes (``size`` and ``grayscale`` as in
+    imagefolder); text for language modelling, with concatenated rows (``tokenizer`` and
+    ``context`` as in text); ``input_ids`` of sequences, with ``labels`` of sequences or themselves
+    as targets; or numbers.
 
     Args:
-        source: The folder; as a string, the name of a data set on the hub.
-        inputs: The column of the inputs.
-        targets: The column of the targets.
-        config: Which configuration of the data set, where it has several.
-        size: The side of the square that each image is made.
-        grayscale: Whether images have one channel and not three.
-        tokenizer: Of text: a tokenizer's folder or ``bytes``.
-        context: Of text: tokens in a sequence.
-        scale: Of numbers: whether uint8 inputs are divided by 255, as in npz.
+        source: The folder; a string is the name of a data set on the hub.
+        inputs: Column of the inputs.
+        targets: Column of the targets.
+        config: Configuration of the data set, if it has several.
+        size: Images: side of the square output images.
+        grayscale: Images: whether they have one channel instead of three.
+        tokenizer: Text: folder of a tokenizer, or ``bytes``.
+        context: Text: number of tokens per sequence.
+        scale: Numbers: whether uint8 inputs are divided by 255, as in npz.
 
     Returns:
-        The splits: Datasets of images, tensors of everything else.
+        The splits: Datasets for images, otherwise tensors.
 
     Raises:
-        DataError: It cannot be read, or its columns are not understood.
+        DataError: The data set cannot be read, or its columns cannot be interpreted.
     """
     try:
         import datasets
@@ -98,63 +98,67 @@ def load_hub(
                 f"{where}, split {split!r} is empty", "Leave the split out, or give it rows"
             )
     columns = dict(next(iter(tables.values())).features)
-    chosen = _choose(columns, inputs, _INPUTS, "inputs", where)
-    if chosen is None:
+    column = _select_column(columns, inputs, _INPUTS, "inputs", where)
+    if column is None:
         raise DataError(f"{where} has the columns {', '.join(columns)}", "Say which: inputs=COLUMN")
-    feature = columns[chosen]
+    feature = columns[column]
     image = isinstance(feature, datasets.Image)
     text = getattr(feature, "dtype", "") in {"string", "large_string"} and not image
-    _leave_out("images", where, chosen, here=image, size=size, grayscale=grayscale)
-    _leave_out("text", where, chosen, here=text, tokenizer=tokenizer, context=context)
-    tokens = chosen == "input_ids"
-    _leave_out("numbers", where, chosen, here=not (image or text or tokens), scale=scale)
+    _refuse_keys("images", where, column, applies=image, size=size, grayscale=grayscale)
+    _refuse_keys("text", where, column, applies=text, tokenizer=tokenizer, context=context)
+    tokens = column == "input_ids"
+    _refuse_keys("numbers", where, column, applies=not (image or text or tokens), scale=scale)
     if text:
         if targets is not None:
             raise SpecError(
-                f"{where}: {chosen!r} is text, which is its own target",
+                f"{where}: {column!r} is text, which is its own target",
                 "Leave out targets=; to classify text, save it as input_ids and label",
             )
         read = read_texts(tokenizer or "bytes", 1024 if context is None else context)
         joined = {
-            split: read(_texts(table, chosen, where), f"{where}, split {split!r}")
+            split: read(_texts(table, column, where), f"{where}, split {split!r}")
             for split, table in tables.items()
         }
         return DataSet(joined, language=True)
-    goal = _choose(columns, targets, _TARGETS, "targets", where)
-    # A model that takes nothing but token ids is served by inputs=input_ids.
-    beside = [] if inputs else [name for name in _BESIDE if name in columns]
-    if tokens and (goal is None or _is_list(columns[goal])):
-        found = {split: _language(table, goal, beside, where) for split, table in tables.items()}
-        return DataSet(found, language=True)
-    if goal is None:
+    target = _select_column(columns, targets, _TARGETS, "targets", where)
+    # inputs=input_ids selects the token ids only, for models without further inputs.
+    extra = [] if inputs else [name for name in _EXTRA_INPUTS if name in columns]
+    if tokens and (target is None or _is_list(columns[target])):
+        sequences = {
+            split: _language(table, target, extra, where) for split, table in tables.items()
+        }
+        return DataSet(sequences, language=True)
+    if target is None:
         raise DataError(
             f"{where} has the columns {', '.join(columns)}", "Say which: targets=COLUMN"
         )
 
-    def examples(table: Any, here: str) -> Any:
-        answers = _numbers(table, goal, here)
+    def examples(table: Any, name: str) -> Any:
+        labels = _numbers(table, target, name)
         if image:
             options = {"size": size, "grayscale": bool(grayscale)}
-            return _Rows(table, chosen, here, answers, source, cache, **options)
+            return _ImageColumn(table, column, name, labels, source, cache, **options)
         if tokens:
-            return _tokens(table, beside, here), answers
-        return _features(table, chosen, here), answers
+            return _tokens(table, extra, name), labels
+        return _features(table, column, name), labels
 
-    made = {split: examples(table, f"{where}, split {split!r}") for split, table in tables.items()}
+    splits = {
+        split: examples(table, f"{where}, split {split!r}") for split, table in tables.items()
+    }
     if image:
         cache.unlink()
-        return Pixels(made)
-    return made if tokens else scaled(made, where, scale)
+        return Pixels(splits)
+    return splits if tokens else scaled(splits, where, scale)
 
 
 class _Cache:
-    """A cache of the library that one reading of a folder has to itself.
+    """A private cache folder of the library for reading one folder.
 
-    The library's usual cache does not distinguish folders by their place or by their content, and
-    would return the rows of another folder, or those that the folder had before.
+    The default cache of the library does not distinguish folders by path or content. It could
+    return rows of another folder, or rows from before a change.
 
     Attributes:
-        state: A text that is another one after a change of the files that were read.
+        state: A fingerprint of the files that were read.
     """
 
     def __init__(self) -> None:
@@ -162,10 +166,10 @@ class _Cache:
         self._folder: str | None = None
 
     def folder(self) -> str:
-        """Makes the folder, which is removed when this object is, or when its process ends."""
+        """Creates the folder, which is removed with this object or at the end of the process."""
         import datasets
 
-        # Where the library would write too: temporary files may be kept in memory.
+        # In the default cache folder of the library, since /tmp may be in memory.
         root = Path(datasets.config.HF_DATASETS_CACHE)
         root.mkdir(parents=True, exist_ok=True)
         self._folder = tempfile.mkdtemp(prefix="losscli-", dir=root)
@@ -173,9 +177,10 @@ class _Cache:
         return self._folder
 
     def unlink(self) -> None:
-        """Removes the files now, if they are mapped: then nothing is left after a kill either.
+        """Removes the files if they are memory-mapped, so that nothing remains after a kill.
 
-        Elsewhere than on Linux workers map them again, and what was unpacked is opened by its name.
+        They are kept if they are needed later: on systems other than Linux, workers map them again,
+        and unpacked images are opened by name.
         """
         if self._folder is not None and sys.platform == "linux":
             if not Path(self._folder, "downloads").exists():
@@ -183,27 +188,27 @@ class _Cache:
 
 
 def _remove(folder: str, process: int) -> None:
-    # A worker that was forked ends with its copy of the object.
+    # A forked worker has a copy of the object and must not remove the folder.
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _leave_out(kind: str, where: str, column: str, *, here: bool, **keys: Any) -> None:
-    """Refuses keys of a spec that are about a kind of data, where the column holds another."""
+def _refuse_keys(kind: str, where: str, column: str, *, applies: bool, **keys: Any) -> None:
+    """Refuses keys of a spec for one kind of data if the column has another kind."""
     for key, value in keys.items():
-        if value is not None and not here:
+        if value is not None and not applies:
             raise SpecError(f"{where}: {key}= is of {kind}, and {column!r} holds none", "Leave it")
 
 
-def _choose(
+def _select_column(
     columns: Mapping[str, Any],
     named: str | None,
-    usual: tuple[str, ...],
+    defaults: tuple[str, ...],
     key: str,
     where: str,
 ) -> str | None:
     if named is None:
-        return next((name for name in usual if name in columns), None)
+        return next((name for name in defaults if name in columns), None)
     if str(named) not in columns:
         raise DataError(
             f"{where} has no column {str(named)!r}", f"{key}= is one of {', '.join(columns)}"
@@ -231,7 +236,7 @@ def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, 
                 loaded = datasets.load_from_disk(str(source))
         else:
             _require_inside_card(source)
-            # An absolute name: text, json and the like name readers, wherever they are folders.
+            # An absolute path, since names such as text or json would select a reader.
             folder = str(source.resolve())
             with _offline():
                 place = cache.folder()
@@ -258,19 +263,19 @@ def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, 
 
 
 def _state(data_files: Mapping[Any, list[str]]) -> str:
-    """Tells one state of data files from another by their names, sizes and times."""
-    told = hashlib.sha256()
+    """Returns a fingerprint of data files from their names, sizes and modification times."""
+    digest = hashlib.sha256()
     for name in (str(name) for names in data_files.values() for name in names):
-        found = os.stat(name)  # noqa: PTH116 - there may be a million of them
-        told.update(
-            f"{name}\0{found.st_size} {found.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
+        status = os.stat(name)  # noqa: PTH116 - there may be a million of them
+        digest.update(
+            f"{name}\0{status.st_size} {status.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
         )
-    return told.hexdigest()
+    return digest.hexdigest()
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keeps the libraries off the network while they read a folder."""
+    """Disables network access of the libraries while they read a folder."""
     import datasets
     from huggingface_hub import constants
 
@@ -283,7 +288,7 @@ def _offline() -> Iterator[None]:
 
 
 def _require_inside_saved(folder: Path) -> None:
-    """Refuses a folder of save_to_disk whose own files name places outside it."""
+    """Refuses a folder of save_to_disk with references to files outside of it."""
     splits = _json(folder / "dataset_dict.json").get("splits")
     names = [str(name) for name in splits] if isinstance(splits, list) else []
     for name in names:
@@ -301,7 +306,7 @@ def _require_inside_saved(folder: Path) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Reads an object; whatever is wrong with a file, the library will have a word on."""
+    """Reads a JSON object; returns an empty one for other content, which the library reports."""
     if not file.is_file():
         return {}
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -309,7 +314,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _require_inside_card(folder: Path) -> None:
-    """Refuses a folder of data files whose card says that some of them are outside it."""
+    """Refuses a folder with a data set card that refers to files outside of the folder."""
     import yaml  # type: ignore[import-untyped]
     from huggingface_hub import DatasetCard
 
@@ -341,17 +346,17 @@ def _strings(content: Any) -> Iterator[str]:
 
 
 def _require_inside(name: str, folder: Path, file: Path) -> None:
-    """Refuses a name, or a pattern of names, that is not one of something in a folder."""
+    """Refuses a file name or pattern that refers to a file outside of a folder."""
     cure = f"Mend {file.name}, or name the folder that holds the data"
     if "://" in name or "::" in name:
         raise DataError(f"{file} names a place on the network, {printable(name)!r}", cure)
-    # A pattern such as **/.. leads out wherever ** stands for nothing.
+    # A pattern such as **/.. refers to the parent if ** matches nothing.
     if ".." in re.split(r"[/\\]", name) or not _lies_in(folder / name, folder):
         raise DataError(f"{file} leads out of the folder, to {printable(name)!r}", cure)
 
 
 def _lies_in(path: Path, *folders: Path) -> bool:
-    """Tells by the names alone: links in a folder were made by its user, or by the library."""
+    """Returns whether a path is in a folder, without resolving links, which are trusted."""
     place = os.path.abspath(path)  # noqa: PTH100 - resolves no links
     return any(
         Path(place).is_relative_to(name)
@@ -361,26 +366,26 @@ def _lies_in(path: Path, *folders: Path) -> bool:
 
 
 def _has_no_rows(source: Path | str) -> bool:
-    """Tells whether a split was saved with no file of rows, which the library does not read."""
+    """Returns whether a split was saved without rows, which the library cannot read."""
     states = [*Path(source).glob("state.json"), *Path(source).glob("*/state.json")]
     return not all(any(state.parent.glob("*.arrow")) for state in states)
 
 
 def _fetch(name: str, config: str | None) -> Any:
-    """Loads a data set from the hub, or from the cache where the hub does not answer."""
+    """Loads a data set from the hub, or from the cache if the hub does not respond."""
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise DataError(f"there is no folder {name}", f"Relative names start at {Path.cwd()}")
-    asked = datasets.config.HF_HUB_OFFLINE
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
-        # Asked once: the library itself would ask for half a minute.
+        # A single short request, since the library itself retries for half a minute.
         HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, timeout=_PROBE_SECONDS)
     except HfHubHTTPError:
-        pass  # it answers, and what it has to say the library says better
-    except Exception:  # noqa: BLE001 - of whichever library makes the connection
+        pass  # the hub responds; the library gives a better error message
+    except Exception:  # noqa: BLE001 - depends on the HTTP library
         datasets.config.HF_HUB_OFFLINE = True
     try:
         return datasets.load_dataset(name, config, trust_remote_code=False)
@@ -391,12 +396,12 @@ def _fetch(name: str, config: str | None) -> Any:
             "Name a folder, or try again when there is a connection",
         ) from error
     finally:
-        datasets.config.HF_HUB_OFFLINE = asked
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the library from writing to stderr while it reads."""
+    """Suppresses log messages and progress bars of the library."""
     import datasets
     from datasets.utils import are_progress_bars_disabled, logging
 
@@ -412,12 +417,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_list(feature: Any) -> bool:
-    """Tells sequences from single values; the classes that are lists have changed their names."""
+    """Returns whether a feature is a list; the class names differ between library versions."""
     return not hasattr(feature, "dtype") or hasattr(feature, "feature")
 
 
 def _chunks(table: Any, column: str) -> list[Any]:
-    """Reads a column as Arrow keeps it, so that no number changes its type."""
+    """Reads a column as Arrow arrays, with unchanged types."""
     return list(table.select_columns([column]).with_format("arrow")[:][column].chunks)
 
 
@@ -429,14 +434,14 @@ def _texts(table: Any, column: str, where: str) -> list[str]:
 
 
 def _unwrap(array: Any) -> Any:
-    """Arrays of fixed dimensions are lists under another name."""
+    """Returns the list array inside an extension array, such as one of fixed shape."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     return array.storage if isinstance(array.type, pa.BaseExtensionType) else array
 
 
 def _numbers(table: Any, column: str, where: str) -> Tensor:
-    """Reads a column of numbers, or of lists of them of one shape, as a tensor ``[N, *]``."""
+    """Reads a column of numbers, or of nested lists of equal shape, as a tensor ``[N, *]``."""
     import pyarrow as pa
     import pyarrow.compute as pc  # type: ignore[import-untyped]
 
@@ -475,13 +480,13 @@ def _numbers(table: Any, column: str, where: str) -> Tensor:
 
 def _features(table: Any, column: str, where: str) -> Tensor:
     numbers = _numbers(table, column, where)
-    # A layer takes features; whole numbers that stand alone are indices.
-    alone = numbers.ndim == 1 and numbers.is_floating_point()
-    return numbers.unsqueeze(1) if alone else numbers
+    # Scalar features get a feature dimension; scalar integers are indices.
+    scalar = numbers.ndim == 1 and numbers.is_floating_point()
+    return numbers.unsqueeze(1) if scalar else numbers
 
 
 def _lists(table: Any, column: str, where: str) -> tuple[Tensor, Tensor]:
-    """Reads a column of lists of whole numbers: the lengths ``[N]``, all values in a row."""
+    """Reads a column of lists of integers; returns the lengths ``[N]`` and all values."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -505,11 +510,11 @@ def _lists(table: Any, column: str, where: str) -> tuple[Tensor, Tensor]:
 
 
 def _padded(table: Any, columns: list[tuple[str, int]], where: str) -> list[Tensor]:
-    """Reads columns of lists, padded at their ends with a value each to the longest row."""
+    """Reads columns of lists, right-padded with the given values to the longest row."""
     rows = {column: _lists(table, column, where) for column, _ in columns}
     lengths, _ = next(iter(rows.values()))
-    for column, (these, _) in rows.items():
-        if not torch.equal(these, lengths):
+    for column, (other, _) in rows.items():
+        if not torch.equal(other, lengths):
             raise DataError(
                 f"{where}: the rows of {column!r} are not as long as those of {columns[0][0]!r}",
                 "Give one value a token",
@@ -521,25 +526,25 @@ def _padded(table: Any, columns: list[tuple[str, int]], where: str) -> list[Tens
     ]
 
 
-def _tokens(table: Any, beside: list[str], where: str) -> Inputs:
-    """Reads sequences of token ids, with what stands beside them by name."""
-    names = ["input_ids", *beside]
+def _tokens(table: Any, extra: list[str], where: str) -> Inputs:
+    """Reads sequences of token ids, as a mapping if there are further inputs."""
+    names = ["input_ids", *extra]
     padded = _padded(table, [(name, 0) for name in names], where)
-    return dict(zip(names, padded, strict=True)) if beside else padded[0]
+    return dict(zip(names, padded, strict=True)) if extra else padded[0]
 
 
-def _language(table: Any, goal: str | None, beside: list[str], where: str) -> Split:
-    """Makes sequences of token ids, with labels or themselves for targets."""
-    inputs = _tokens(table, beside, where)
-    _, targets = _padded(table, [("input_ids", 0), (goal or "input_ids", IGNORED)], where)
-    if goal is None and "attention_mask" in table.column_names:
+def _language(table: Any, target: str | None, extra: list[str], where: str) -> Split:
+    """Reads sequences of token ids with labels, or with themselves as targets."""
+    inputs = _tokens(table, extra, where)
+    _, targets = _padded(table, [("input_ids", 0), (target or "input_ids", IGNORED)], where)
+    if target is None and "attention_mask" in table.column_names:
         _, mask = _padded(table, [("input_ids", 0), ("attention_mask", 0)], where)
         targets = targets.masked_fill(mask == 0, IGNORED)
     return Split(inputs, targets)
 
 
-class _Rows(Images):
-    """The images of a column, turned by EXIF where the library turns them."""
+class _ImageColumn(Images):
+    """The images of a column, rotated by their EXIF orientation as in the library."""
 
     def __init__(
         self,
@@ -554,15 +559,15 @@ class _Rows(Images):
         import datasets
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        # As Arrow keeps them: the library itself would open any format and any place.
+        # Raw Arrow values, since the library would open any image format and any path.
         self._rows = table.select_columns([column]).with_format("arrow")
         self._column = column
         self._where = where
         self._cache = cache
         self._mode_of_column = table.features[column].mode
         settings = datasets.config
-        places = (settings.HF_DATASETS_CACHE, settings.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
-        caches = [Path(place) for place in places]
+        folders = (settings.HF_DATASETS_CACHE, settings.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+        caches = [Path(place) for place in folders]
         self._folders = caches if isinstance(source, str) else [source, *caches]
         super().__init__(targets, **options)
 
@@ -585,22 +590,22 @@ class _Rows(Images):
         return image.convert(mode) if mode and mode != image.mode else image
 
     def _file(self, path: str, index: int) -> str | io.BytesIO:
-        """Finds the image that a row names: a file, or zip://ONE::in a file."""
+        """Returns the image that a row refers to: a file, or zip://NAME::FILE for an archive."""
         inner, _, outer = path.rpartition("::")
-        inside = re.fullmatch(r"zip://([^:]+)", inner)
-        if "://" in outer or (inner and not inside) or not _lies_in(Path(outer), *self._folders):
+        member = re.fullmatch(r"zip://([^:]+)", inner)
+        if "://" in outer or (inner and not member) or not _lies_in(Path(outer), *self._folders):
             raise DataError(
                 f"{self.name(index)} leads out of the folder, to {printable(path)!r}",
                 "Save the data set with its images in it, by save_to_disk",
             )
-        if inside:
+        if member:
             with zipfile.ZipFile(outer) as archive:
-                require_memory(archive.getinfo(inside[1]).file_size, self.name(index))
-                return io.BytesIO(archive.read(inside[1]))
+                require_memory(archive.getinfo(member[1]).file_size, self.name(index))
+                return io.BytesIO(archive.read(member[1]))
         return outer
 
     def name(self, index: int) -> str:
         return f"{self._where}, row {index}, {self._column!r}"
 
-    def state(self, positions: list[int]) -> str:  # noqa: ARG002 - a table has one for all of it
+    def state(self, positions: list[int]) -> str:  # noqa: ARG002 - one fingerprint for the whole table
         return self._cache.state or str(self._rows._fingerprint)

@@ -1,4 +1,4 @@
-"""Images in folders of their classes, decoded one at a time when they are needed."""
+"""Image folders with one subfolder per class; images are decoded on demand."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ if TYPE_CHECKING:
 
 __all__ = ["Images", "load_image_folder", "open_image"]
 
-# Those that torchvision's ImageFolder takes for images.
+# Image suffixes of torchvision's ImageFolder.
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# Pillow's names for what those hold, and GIF, which often bears a name of theirs. No other is
-# tried, whatever a file begins with: for some (EPS) Pillow starts a program.
+# Pillow's names of these formats, and GIF, which often has one of these suffixes. No other format
+# is tried, because for some (EPS) Pillow starts a program.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-# Pillow's modes for pixels of more than 8 bits, which it would cut off at 255.
+# Pillow's modes with more than 8 bits per channel, which it would clip at 255.
 _DEEP = ("I", "F")
 
 
 def open_image(file: str | IO[bytes]) -> Image:
-    """Opens an image by Pillow in one of the usual formats, none of which starts a program.
+    """Opens an image with Pillow, in a format that does not start a program.
 
     Args:
-        file: Its name, or its bytes.
+        file: Name of the file, or its content.
 
     Returns:
         The image, not yet decoded.
 
     Raises:
-        ValueError: It is no regular file, or in none of those formats.
+        ValueError: The file is not a regular file, or its format is not supported.
     """
     from PIL import Image, UnidentifiedImageError
 
-    # To open a pipe would wait for a writer.
+    # Opening a FIFO would block.
     if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):  # noqa: PTH116
         raise ValueError("no regular file")
     try:
@@ -64,14 +64,14 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         targets: The targets, ``[N]``.
-        size: The side of the square that each image is made: the shorter side is resized to it
-            (bilinear, antialiased), then the centre is cut out, as torchvision's ``Resize`` and
-            ``CenterCrop`` do. None leaves the images as they are, all of one shape.
-        grayscale: Whether C is 1 and not 3.
+        size: Side of the square output images. The shorter side is resized to it (bilinear,
+            antialiased) and the centre is cropped, as by ``Resize`` and ``CenterCrop`` of
+            torchvision. None keeps the images, which must then have the same shape.
+        grayscale: Whether C is 1 instead of 3.
 
     Raises:
         DataError: Pillow is not installed, or the first image cannot be read.
-        SpecError: The size is no number of pixels, or grayscale neither true nor false.
+        SpecError: ``size`` is not a positive integer, or ``grayscale`` is not a bool.
     """
 
     def __init__(self, targets: Tensor, *, size: int | None, grayscale: bool) -> None:
@@ -96,7 +96,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         """Opens an image.
 
         Args:
-            index: Its position.
+            index: Index of the image.
 
         Returns:
             The image, decoded or not.
@@ -104,24 +104,24 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Names an image in errors.
+        """Returns the name of an image in error messages.
 
         Args:
-            index: Its position.
+            index: Index of the image.
 
         Returns:
-            Its name.
+            The name.
         """
 
     @abstractmethod
     def state(self, positions: list[int]) -> str:
-        """Tells one state of what images are decoded from, from another.
+        """Returns a fingerprint of the files that images are decoded from.
 
         Args:
-            positions: Of the images.
+            positions: Indices of the images.
 
         Returns:
-            A text that is another one after a change.
+            A string that changes if the files change.
         """
 
     def __len__(self) -> int:
@@ -130,10 +130,10 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pixels = self._decode(index)
         if pixels.shape != self._shape:
-            (_, here, wide), (_, first, first_wide) = pixels.shape, self._shape
+            (_, height, width), (_, first_height, first_width) = pixels.shape, self._shape
             raise DataError(
-                f"{self.name(index)} has {wide} × {here} pixels, {self.name(0)} has "
-                f"{first_wide} × {first}",
+                f"{self.name(index)} has {width} × {height} pixels, {self.name(0)} has "
+                f"{first_width} × {first_height}",
                 "Give size=N to make all images squares of N × N",
             )
         return pixels, self.targets[index]
@@ -146,7 +146,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
                     "how they become 0…255 is not known",
                     "Scale them as for the training and save them with 8 bits",
                 )
-            # No turning by EXIF: torchvision's loader does not turn either.
+            # EXIF orientation is ignored, as in torchvision's loader.
             image = opened.convert(self._mode)
             if self._size is not None:
                 image = _square(image, self._size)
@@ -159,7 +159,7 @@ def _square(image: Image, size: int) -> Image:
 
     width, height = image.size
     shorter = min(width, height)
-    # Sizes and offsets are rounded as torchvision rounds them.
+    # Sizes and offsets are rounded as in torchvision.
     width, height = int(size * width / shorter), int(size * height / shorter)
     if MAX_IMAGE_PIXELS is not None and width * height > MAX_IMAGE_PIXELS:
         raise DecompressionBombError(f"resized it has {width} × {height} pixels")
@@ -171,12 +171,12 @@ def _square(image: Image, size: int) -> Image:
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Makes what Pillow warns of or raises an error of one line."""
+    """Converts warnings and errors of Pillow to a `DataError`."""
     from PIL.Image import DecompressionBombError, DecompressionBombWarning
 
     try:
         with warnings.catch_warnings():
-            # Of odd metadata, of palettes with transparency: it reads those images all the same.
+            # Pillow reads images with unusual metadata or palettes in spite of its warnings.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", DecompressionBombWarning)
             yield
@@ -187,7 +187,7 @@ def _readable(name: str) -> Iterator[None]:
             f"{name} has more pixels than Pillow deems safe: {error}",
             "Make it smaller, or leave it out",
         ) from None
-    except Exception as error:  # noqa: BLE001 - a broken image makes its decoder raise anything
+    except Exception as error:  # noqa: BLE001 - decoders raise any exception for a broken image
         raise DataError(
             f"{name} is no whole image that Pillow reads: {one_line(error)}",
             "Write it again, or leave it out",
@@ -206,30 +206,32 @@ class _Folder(Images):
         return self._files[index]
 
     def state(self, positions: list[int]) -> str:
-        told = hashlib.sha256()
+        digest = hashlib.sha256()
         for file in (self._files[position] for position in positions):
             try:
-                found = os.stat(file)  # noqa: PTH116 - there may be a million of them
+                status = os.stat(file)  # noqa: PTH116 - there may be a million of them
             except OSError as error:
                 raise DataError(f"{file} cannot be read: {error.strerror}") from None
-            told.update(
-                f"{file}\0{found.st_size} {found.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
+            digest.update(
+                f"{file}\0{status.st_size} {status.st_mtime_ns}\0".encode(
+                    "utf-8", "surrogateescape"
+                )
             )
-        return told.hexdigest()
+        return digest.hexdigest()
 
 
 def load_image_folder(path: Path, /, *, size: int | None = None, grayscale: bool = False) -> Pixels:
-    """Reads DIR/SPLIT/CLASS/* or DIR/CLASS/*, images in folders named after their classes.
+    """Reads images in folders named by their classes, DIR/SPLIT/CLASS/* or DIR/CLASS/*.
 
-    Classes are numbered in the order of their names and images are made RGB, as torchvision's
-    ImageFolder does; nothing is turned by EXIF. Files without a suffix of images and names that
-    begin with a dot are passed over.
+    Classes are numbered in the order of their names and images are converted to RGB, as in
+    torchvision's ImageFolder; EXIF orientation is ignored. Files without an image suffix and names
+    that start with a dot are skipped.
 
     Args:
         path: The folder.
-        size: The side of the square that each image is made, by resizing and cutting out its
-            centre; without it all images must have one shape.
-        grayscale: Whether images have one channel and not three.
+        size: Side of the square output images, resized and center-cropped; None requires images of
+            the same shape.
+        grayscale: Whether images have one channel instead of three.
 
     Returns:
         The images of each split as uint8.
@@ -243,8 +245,8 @@ def load_image_folder(path: Path, /, *, size: int | None = None, grayscale: bool
     splits = _splits(path)
     names = {split: [folder.name for folder in _folders(place)] for split, place in splits.items()}
     classes = sorted(set().union(*names.values()))
-    for split, there in names.items():
-        if missing := [name for name in classes if name not in set(there)]:
+    for split, present in names.items():
+        if missing := [name for name in classes if name not in set(present)]:
             raise DataError(
                 f"{splits[split]} has no folder {', '.join(missing)}, which other splits have",
                 "Make it, empty if need be: a class has the same number in all splits",
@@ -267,37 +269,37 @@ def load_image_folder(path: Path, /, *, size: int | None = None, grayscale: bool
 
 
 def _splits(path: Path) -> dict[str, Path]:
-    """Tells the folders of splits from those of classes, by how deep the images lie."""
+    """Distinguishes folders of splits from folders of classes by the depth of the images."""
     folders = _folders(path)
-    near: list[Path] = []
-    far: list[Path] = []
+    direct: list[Path] = []
+    nested: list[Path] = []
     for folder in folders:
         if first := next(_walk(folder), None):
-            (near if Path(first[0]) == folder else far).append(folder)
-    if near and far:
+            (direct if Path(first[0]) == folder else nested).append(folder)
+    if direct and nested:
         raise DataError(
-            f"{path}: images lie in {near[0].name} itself and in folders of {far[0].name}, so that "
-            "neither are classes nor splits",
+            f"{path}: images lie in {direct[0].name} itself and in folders of {nested[0].name}, "
+            "so that neither are classes nor splits",
             "Arrange them as DIR/CLASS/* or as DIR/SPLIT/CLASS/*",
         )
-    if not near and not far:
+    if not direct and not nested:
         raise DataError(
             f"{path} holds no folders of images",
             f"Name a folder DIR/CLASS/* or DIR/SPLIT/CLASS/*; images end in {', '.join(_SUFFIXES)}",
         )
-    # Some data sets have CLASS/images/*: splits with one class each would make no sense.
-    inner = [[inside.name for inside in _folders(folder)] for folder in far]
-    alike = len(far) > 1 and all(len(names) == 1 and names == inner[0] for names in inner)
-    nested = alike and {"train", "test"}.isdisjoint(folder.name for folder in far)
-    if near or nested:
+    # Some data sets have the layout CLASS/images/*, which is not one split per class.
+    inner = [[child.name for child in _folders(folder)] for folder in nested]
+    same_name = len(nested) > 1 and all(len(names) == 1 and names == inner[0] for names in inner)
+    are_classes = same_name and {"train", "test"}.isdisjoint(folder.name for folder in nested)
+    if direct or are_classes:
         return {"data": path}
     return {folder.name: folder for folder in sorted(folders, key=lambda f: f.name != "train")}
 
 
 def _folders(path: Path) -> list[Path]:
-    # By the names as torchvision sorts them, which is not how all systems sort paths.
-    found = (entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    return sorted(found, key=lambda folder: folder.name)
+    # Sorted by name as in torchvision; some systems sort paths differently.
+    folders = (entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    return sorted(folders, key=lambda folder: folder.name)
 
 
 def _is_image(name: str) -> bool:
@@ -310,15 +312,15 @@ def _images(folder: Path) -> list[str]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    for place, inside, names in os.walk(folder, onerror=_fail, followlinks=True):
-        here = Path(place).resolve()
-        inside[:] = [
+    for parent, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
+        resolved = Path(parent).resolve()
+        folders[:] = [
             name
-            for name in inside
-            # A link to a folder that it lies in leads round in circles.
-            if name[0] != "." and not here.is_relative_to(Path(place, name).resolve())
+            for name in folders
+            # A link to one of its parents would be followed forever.
+            if name[0] != "." and not resolved.is_relative_to(Path(parent, name).resolve())
         ]
-        yield from ((place, name) for name in names if _is_image(name))
+        yield from ((parent, name) for name in files if _is_image(name))
 
 
 def _fail(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""Examples that come one after the other, from an iterable that is iterated anew in each pass."""
+"""Data sets that can only be read sequentially, and are iterated again on every pass."""
 
 from __future__ import annotations
 
@@ -23,25 +23,32 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from losscli.data.batch import RaggedError, is_language, join, parse_batch
 from losscli.data.randomness import capture, private_randomness, restore, seed_all
-from losscli.data.split import Batches, Examples, Split, remark_on
-from losscli.data.stream import Failure, Parcel, Prepare, children_unheard, own, signals_held
+from losscli.data.split import Batches, Examples, Split, batch_size_remarks
+from losscli.data.stream import (
+    Failure,
+    PackedBatch,
+    WorkerInit,
+    default_sigchld,
+    deferred_signals,
+    leave_shared_memory,
+)
 from losscli.errors import DataError, one_line
-from losscli.spec import own_folders_in_path
+from losscli.spec import user_folders_on_path
 
 __all__ = ["IterableStream", "Source"]
 
-# Examples that an iterable without batches of its own is asked for at a time.
-_AT_A_TIME = 64
+# Default batch size for an iterable that yields single examples.
+_BATCH_SIZE = 64
 
-# Seconds of counting after which a stream may be endless.
-_LONG = 10.0
+# Seconds after which to warn that a stream may be infinite.
+_SLOW_SECONDS = 10.0
 
 _LOG = logging.getLogger("losscli")
 
-# So many examples tell others than those that were.
-_TELLING = 16
+# Number of examples in a digest.
+_DIGEST_EXAMPLES = 16
 
-# Between the tracebacks of errors of which one led to the next.
+# The line between the tracebacks of chained exceptions.
 _CHAINED = re.compile(
     r"^(?:The above exception was the direct cause of the following exception"
     r"|During handling of the above exception, another exception occurred):$",
@@ -51,26 +58,26 @@ _CHAINED = re.compile(
 
 @dataclass(frozen=True)
 class _Collate:
-    """Makes parcels of what a loader collates, wherever it does."""
+    """Collates and serializes batches, in a worker or in this process."""
 
     collate: Callable[[Any], Any]
     where: str
     in_batches: bool
 
-    def __call__(self, rows: Any) -> Parcel | Failure:
+    def __call__(self, rows: Any) -> PackedBatch | Failure:
         try:
             raw = self.collate(rows)
             batch = parse_batch(raw, self.where)
-            whole = Batches.of(batch) if self.in_batches else batch
-            return Parcel.pack(whole, language=is_language(raw))
+            batch = Batches.of(batch) if self.in_batches else batch
+            return PackedBatch.pack(batch, language=is_language(raw))
         except DataError as error:
             return Failure(error.what, error.cure)
-        except Exception as error:  # noqa: BLE001 - one line of it is told
+        except Exception as error:  # noqa: BLE001 - reported in one line
             return Failure(f"{self.where} failed: {one_line(error)}", "")
 
 
 class _First(IterableDataset[Any]):
-    """The first examples of an iterable data set; no further one is asked for."""
+    """The first examples of an iterable data set; it requests no further ones."""
 
     def __init__(self, dataset: IterableDataset[Any], number: int | None) -> None:
         self._dataset = dataset
@@ -81,18 +88,18 @@ class _First(IterableDataset[Any]):
 
 
 class Source:
-    """Gives batches, anew in each pass, and from the same seed.
+    """Reads the batches of an iterable; every pass starts from the same seed.
 
     Args:
-        data: A loader that gives them, which is left as it is; or a data set without batches.
-        where: What to call it in errors.
-        seed: Of everything random in a pass.
-        clock: Tells seconds.
-        size: Examples per batch of a data set without batches.
+        data: A DataLoader, which is not modified, or a data set of single examples.
+        where: Name of the data in error messages.
+        seed: Random seed of each pass.
+        clock: Returns the time in seconds.
+        size: Examples per batch for a data set of single examples.
         in_batches: Whether each batch counts as one example.
 
     Attributes:
-        language: Whether the targets of the batches seen are the tokens of the inputs.
+        language: Whether the targets of any batch read so far are the tokens of its inputs.
     """
 
     def __init__(
@@ -102,7 +109,7 @@ class Source:
         seed: int,
         clock: Callable[[], float] = time.monotonic,
         *,
-        size: int = _AT_A_TIME,
+        size: int = _BATCH_SIZE,
         in_batches: bool = False,
     ) -> None:
         self.where = where
@@ -116,8 +123,8 @@ class Source:
         self._loader = copy.copy(loader)
         self._loader.collate_fn = self._collate
         self._loader._iterator = None
-        if not isinstance(loader.worker_init_fn, Prepare):
-            self._loader.worker_init_fn = Prepare(loader.worker_init_fn)
+        if not isinstance(loader.worker_init_fn, WorkerInit):
+            self._loader.worker_init_fn = WorkerInit(loader.worker_init_fn)
         with private_randomness():
             seed_all(seed)
             self._start = capture()
@@ -128,76 +135,76 @@ class Source:
         return DataLoader(_First(dataset, stop), batch_size=self._size)
 
     def batches(self, stop: int | None = None) -> Iterator[Split]:
-        """Goes by the data once.
+        """Iterates over the data once.
 
         Args:
-            stop: How many examples are needed. Batches of the user's own are whole.
+            stop: Number of examples needed; a DataLoader may yield more. None for all.
 
         Yields:
-            The batches as they come, of any size.
+            The batches, of any size.
 
         Raises:
-            DataError: Its code fails, or a batch is not understood.
+            DataError: The user's code fails, or a batch cannot be interpreted.
         """
-        state, seen, loader = self._start, 0, self._loader
+        state, count, loader = self._start, 0, self._loader
         if self._dataset is not None and stop is not None:
             loader = self._load(self._dataset, stop)
             loader.collate_fn = self._collate
-        batches: Iterator[Parcel | Failure] | None = None
+        batches: Iterator[PackedBatch | Failure] | None = None
         try:
             while True:
-                # What it draws is no matter of whoever draws between two batches.
-                with private_randomness(), children_unheard(), own_folders_in_path():
+                # Code that runs between two batches must not affect the random state of the data.
+                with private_randomness(), default_sigchld(), user_folders_on_path():
                     restore(state)
                     try:
                         if batches is None:
-                            # Without workers this runs the user's own code, for any time.
-                            with signals_held() if loader.num_workers else nullcontext():
+                            # Without workers this runs user code, which may take long.
+                            with deferred_signals() if loader.num_workers else nullcontext():
                                 batches = iter(loader)
-                        found = next(batches, None)
+                        packed = next(batches, None)
                     except Exception as error:
-                        # torch waits five seconds for a worker whose iterable has failed.
+                        # torch waits five seconds for a worker with a failed iterable.
                         for worker in getattr(batches, "_workers", ()):
                             worker.terminate()
                         raise DataError(
-                            f"{self.where} failed after {seen} examples: {_cause(error)}"
+                            f"{self.where} failed after {count} examples: {_cause(error)}"
                         ) from error
                     state = capture()
-                if found is None:
+                if packed is None:
                     return
-                if isinstance(found, Failure):
-                    raise DataError(found.what, found.cure)
-                self.language |= found.language
-                batch = found.unpack()
-                seen += len(batch)
+                if isinstance(packed, Failure):
+                    raise DataError(packed.what, packed.cure)
+                self.language |= packed.language
+                batch = packed.unpack()
+                count += len(batch)
                 yield batch
         finally:
-            # An iterator that is dropped waits for its workers, where a signal would be lost.
-            with children_unheard():
+            # Deleting the iterator waits for its workers, and a signal would be lost meanwhile.
+            with default_sigchld():
                 for worker in getattr(batches, "_workers", ()):
                     worker.terminate()
                 batches = None
 
 
 def _cause(error: BaseException) -> str:
-    """The type and text of an error; of one in a worker, out of the traceback it comes with."""
+    """Returns the type and message of an error, extracted from the traceback of a worker."""
     report = re.match(r"Caught (\w+) .*\.\nOriginal Traceback", text := str(error))
     if report is None:
         return one_line(error)
     kind = report[1]
-    # The text may have several lines; those of the traceback are indented.
+    # The message may have several lines; those of the traceback are indented.
     last = _CHAINED.split(text)[-1]
-    found = re.search(rf"(?ms)^(?:[\w.<>]+\.)?({kind}(?::.*)?)\Z", last.strip())
-    return " ".join(found[1].split()) if found else kind
+    message = re.search(rf"(?ms)^(?:[\w.<>]+\.)?({kind}(?::.*)?)\Z", last.strip())
+    return " ".join(message[1].split()) if message else kind
 
 
 class IterableStream(Examples):
-    """Examples of an iterable, in the order in which it gives them.
+    """Examples ``start`` to ``stop`` of an iterable, in its order.
 
     Args:
-        source: Gives them.
-        start: How many of its examples come before these.
-        stop: How many it gives at most until the last of these; to its end where None.
+        source: The source of the examples.
+        start: Index of the first example.
+        stop: Index after the last example; None for the end of the iterable.
     """
 
     nbytes = 0
@@ -219,12 +226,12 @@ class IterableStream(Examples):
 
     @property
     def in_batches(self) -> bool:
-        """Whether each of them is a whole batch."""
+        """Whether each element is a whole batch."""
         return self._source.in_batches
 
     @property
     def rows(self) -> int:
-        """The number of examples, also of those in whole batches."""
+        """The number of examples, counting those inside whole batches."""
         count = len(self)
         return sum(self._sizes) if self.in_batches else count
 
@@ -236,34 +243,38 @@ class IterableStream(Examples):
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the first of them, of where they are, and of all where these were seen."""
-        told = [self.first(_TELLING).digest, self._start, len(self), self._checksum]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        """A digest of the first examples, of their range, and of the checksum if it is known."""
+        content = [self.first(_DIGEST_EXAMPLES).digest, self._start, len(self), self._checksum]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What to know about these examples."""
-        anew = "iterated anew in each pass over the data"
-        part = f"{anew}; a part of it is its first examples, and not drawn"
-        return part, *(remark_on(self._sizes) if self.in_batches and self._sizes else ())
+        """Remarks for the user about these examples."""
+        sequential = (
+            "iterated anew in each pass over the data; a part of it is its first examples, and not "
+            "drawn"
+        )
+        return sequential, *(
+            batch_size_remarks(self._sizes) if self.in_batches and self._sizes else ()
+        )
 
     def order(self, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Tells the only order in which the examples are to be had.
+        """Returns the sequential order, since an iterable has no random access.
 
         Args:
-            generator: Not drawn from.
+            generator: Not used.
 
         Returns:
-            Positions, ``[N]``, ascending.
+            Indices, ``[N]``, ascending.
         """
         return torch.arange(len(self))
 
     def draw(self, number: int, generator: torch.Generator) -> IterableStream:  # noqa: ARG002
-        """Takes the first examples: there is nothing to draw from.
+        """Selects the first examples, since an iterable has no random access.
 
         Args:
-            number: How many; all where there are fewer.
-            generator: Not drawn from.
+            number: Number of examples; all if there are fewer.
+            generator: Not used.
 
         Returns:
             Those examples, not counted yet.
@@ -274,10 +285,10 @@ class IterableStream(Examples):
         return IterableStream(self._source, self._start, stop)
 
     def take(self, index: Tensor | slice) -> IterableStream:
-        """Picks examples that follow each other.
+        """Selects consecutive examples.
 
         Args:
-            index: Which ones: ascending positions ``[n]``, or a slice.
+            index: Consecutive indices ``[n]``, or a slice.
 
         Returns:
             Those examples.
@@ -290,17 +301,17 @@ class IterableStream(Examples):
         return part
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
-        """Goes by the examples once, a batch at a time.
+        """Iterates over the examples once, batch by batch.
 
         Args:
-            size: Examples a batch; the last one may have fewer.
-            order: Ascending positions ``[n]`` that follow each other; all where it is None.
+            size: Examples per batch; the last batch may have fewer.
+            order: Consecutive indices ``[n]``; all examples if None.
 
         Yields:
             The batches.
 
         Raises:
-            DataError: They are other examples than in the first pass, or more, or fewer.
+            DataError: The examples or their number differ from the first pass.
         """
         if order is not None:
             yield from self.take(order).batches(size)
@@ -308,77 +319,77 @@ class IterableStream(Examples):
         if self.in_batches:
             yield from self._pass()
             return
-        waiting: list[Split] = []
+        pending: list[Split] = []
         count = 0
         for batch in self._pass():
-            waiting.append(batch)
+            pending.append(batch)
             count += len(batch)
             if count < size:
                 continue
-            whole = join(waiting, self._source.where)
+            whole = join(pending, self._source.where)
             full = count - count % size
             for start in range(0, full, size):
                 yield whole.take(slice(start, start + size))
-            waiting = [whole.take(slice(full, None))] if count > full else []
+            pending = [whole.take(slice(full, None))] if count > full else []
             count -= full
-        if waiting:
-            yield join(waiting, self._source.where)
+        if pending:
+            yield join(pending, self._source.where)
 
     def first(self, number: int) -> Split:
-        """Takes the first examples into memory, and remembers them.
+        """Loads the first examples into memory and caches them.
 
         Args:
-            number: How many; all where there are fewer.
+            number: Number of examples; all if there are fewer.
 
         Returns:
             Those examples.
         """
         if number not in self._firsts:
-            # Where there is none at all, the pass says so.
+            # An empty iterable raises in `batches`.
             part = self.draw(number, torch.Generator())
             self._firsts[number] = next(part.batches(number))
         return self._firsts[number]
 
     def decode(self, budget: int) -> Split | None:
-        """Takes all examples into memory, where they fit; else they are counted.
+        """Loads all examples into memory if they fit; otherwise only counts them.
 
         Args:
-            budget: The bytes that they may take.
+            budget: Available memory in bytes.
 
         Returns:
-            The examples; None where they take more.
+            The examples; None if they need more memory.
 
         Raises:
-            DataError: They cannot be had, or do not fit together.
+            DataError: The examples cannot be read or joined.
         """
         batches: list[Split] | None = []
-        taken = 0
+        size = 0
         for batch in self._pass():
-            taken += batch.nbytes
+            size += batch.nbytes
             if batches is not None:
-                batches.append(own(batch))
-            if taken > budget:
+                batches.append(leave_shared_memory(batch))
+            if size > budget:
                 batches = None
         try:
             return None if batches is None else join(batches, self._source.where)
         except RaggedError:
-            # Batches that count as one need not be joined: they come anew in each pass.
+            # Whole batches of different shapes can be read again on every pass.
             if self.in_batches:
                 return None
             raise
 
     def _pass(self) -> Iterator[Split]:
-        """Goes by the examples in batches as they come, and holds each pass against the first."""
+        """Iterates over the batches of the source and compares each pass with the first."""
         position, count, checksum = 0, 0, 0
-        begun = self._source.clock() if self._stop is None and self._length is None else None
+        started = self._source.clock() if self._stop is None and self._length is None else None
         sizes: list[int] = []
         for batch in self._source.batches(self._stop):
-            if begun is not None and (spent := self._source.clock() - begun) >= _LONG:
+            if started is not None and (elapsed := self._source.clock() - started) >= _SLOW_SECONDS:
                 _LOG.warning(
                     "%s: %s examples in %.0f s and no end yet. If it is endless, give --limit",
-                    *(self._source.where, f"{position:,}", spent),
+                    *(self._source.where, f"{position:,}", elapsed),
                 )
-                begun = None
+                started = None
             first = max(0, self._start - position)
             last = len(batch) if self._stop is None else min(len(batch), self._stop - position)
             position += len(batch)
@@ -386,7 +397,7 @@ class IterableStream(Examples):
                 part = batch.take(slice(first, last))
                 count += len(part)
                 sizes.append(part.rows)
-                for _, _, content in Parcel.pack(part).columns:
+                for _, _, content in PackedBatch.pack(part).columns:
                     checksum = zlib.crc32(np.asarray(content).data, checksum)
                 yield part
             if position == self._stop or last < len(batch):

@@ -1,4 +1,4 @@
-"""How much data may be in memory: what fits is decoded once, what does not is streamed."""
+"""Memory budgets that decide whether data are kept in memory or streamed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from losscli.errors import DataError
 
 __all__ = ["device_budget", "host_budget", "host_memory", "require_memory"]
 
-# Joining what was decoded takes twice its bytes for a moment, and the weights need room too.
+# Joining decoded batches temporarily doubles their memory, and the weights need memory too.
 _SHARE = 0.25
 
 _MEMINFO = Path("/proc/meminfo")
 
-# Where a machine does not tell.
-_MEMORY = 8 << 30
+# Fallback if the system does not report its memory.
+_DEFAULT_MEMORY = 8 << 30
 
-# What a container may use, by the second and by the first version of control groups; beside each
-# is what it uses.
+# Memory limit of a container in cgroup v2 and v1. The usage is in a file of the same folder.
 _LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -30,24 +29,24 @@ _USED = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_
 
 
 def host_budget() -> int:
-    """Finds how many bytes of data may be in the host's memory.
+    """Returns the memory budget for data on the host in bytes.
 
     Returns:
-        A quarter of the memory that the machine, or the container, has: the same for every run.
+        A quarter of the total memory of the machine or container, the same for every run.
     """
     return int(host_memory() * _SHARE)
 
 
 def host_memory() -> int:
-    """Finds how many bytes of memory the host has.
+    """Returns the total memory of the host in bytes.
 
     Returns:
-        Those of the machine, or the container: the same for every run.
+        The total memory of the machine or container, the same for every run.
     """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        memory = _MEMORY
+        memory = _DEFAULT_MEMORY
     for path in _LIMITS:
         try:
             memory = min(memory, int(path.read_text(encoding="ascii")))
@@ -57,15 +56,15 @@ def host_memory() -> int:
 
 
 def free_memory() -> int:
-    """Finds how many bytes of memory are free now.
+    """Returns the free memory in bytes.
 
     Returns:
-        Those that the machine can give without swapping, and that the container may use.
+        The memory that is available without swapping and within the limit of the container.
     """
     free = host_memory()
     try:
-        told = re.search(r"MemAvailable: *(\d+) kB", _MEMINFO.read_text(encoding="ascii"))
-        free = min(free, int(told[1]) << 10) if told else free
+        available = re.search(r"MemAvailable: *(\d+) kB", _MEMINFO.read_text(encoding="ascii"))
+        free = min(free, int(available[1]) << 10) if available else free
     except (OSError, ValueError):
         pass
     for limit in _LIMITS:
@@ -78,14 +77,14 @@ def free_memory() -> int:
 
 
 def require_memory(nbytes: int, where: str) -> None:
-    """Makes sure that there is memory for what a file is unpacked to.
+    """Checks that the content of a compressed file fits in the free memory.
 
     Args:
-        nbytes: The bytes that it takes.
-        where: The file, for the error.
+        nbytes: Size of the content in bytes.
+        where: Name of the file in the error message.
 
     Raises:
-        DataError: There is less.
+        DataError: The content does not fit.
     """
     if nbytes > (free := free_memory()):
         raise DataError(
@@ -95,13 +94,13 @@ def require_memory(nbytes: int, where: str) -> None:
 
 
 def device_budget(device: torch.device) -> int | None:
-    """Finds how many bytes of data may be in a device's own memory.
+    """Returns the memory budget for data on a device in bytes.
 
     Args:
         device: The device.
 
     Returns:
-        A quarter of what is free on a GPU; None where data in memory is there already.
+        A quarter of the free memory of a GPU; None for a device that uses host memory.
     """
     if device.type != "cuda":
         return None

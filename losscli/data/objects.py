@@ -1,4 +1,4 @@
-"""Data sets as code gives them: tensors, batches, DataLoaders and Datasets."""
+"""Data sets from Python objects: tensors, batches, DataLoaders and Datasets."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from losscli.data.iterable import IterableStream, Source
 from losscli.data.memory import host_budget
 from losscli.data.randomness import private_randomness, seed_all
 from losscli.data.split import Batches, DataSet, Examples, Split
-from losscli.data.stream import Decoder, Prepare, Stream, Workers
+from losscli.data.stream import Decoder, Stream, WorkerInit, Workers
 from losscli.errors import DataError, UsageError, one_line
 
-__all__ = ["Batching", "cut", "from_object", "into_memory", "wrap"]
+__all__ = ["Batching", "cut_into_batches", "from_object", "load_into_memory", "to_data_set"]
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How data are cut into whole batches, for a loss that is one number per batch.
+    """Request to keep whole batches, for a loss with one value per batch.
 
-    A DataLoader's batches are kept.
+    A DataLoader keeps its own batches.
 
     Attributes:
-        size: Examples per batch of what has no batches of its own; None where it is not given.
+        size: Examples per batch for data without batches; None if not given.
     """
 
     size: int | None
@@ -51,54 +51,54 @@ def from_object(
     seed: int = 0,
     batching: Batching | None = None,
 ) -> DataSet:
-    """Makes a data set of what the user's own code gives.
+    """Makes a data set from an object of user code and loads it into memory if it fits.
 
     Args:
         loaded: A mapping from split names to ``(inputs, targets)``, DataLoaders or Datasets; or
             one DataLoader or Dataset, which becomes the split ``data``.
-        where: What to call it in errors.
-        splits: The splits wanted; none names all.
-        limit: How many examples of each; None for all.
-        seed: Of everything random: the draw of ``limit``, the order of a loader.
-        batching: How the data are cut into whole batches; None where examples are single.
+        where: Name of the data in error messages.
+        splits: Names of the splits; all if empty.
+        limit: Number of examples per split; None for all.
+        seed: Random seed of the draw for ``limit`` and of the order of a DataLoader.
+        batching: Keep whole batches; None for single examples.
 
     Returns:
-        The data set: in memory what fits, to be decoded in each pass what does not.
+        The data set; splits that do not fit in memory are decoded on every pass.
 
     Raises:
-        DataError: It is none of these, a batch is not understood, or examples do not fit
-            together.
-        UsageError: There is no such split.
+        DataError: The object has another type, a batch cannot be interpreted, or examples cannot
+            be joined.
+        UsageError: A split does not exist.
     """
-    data = cut(wrap(loaded, where, seed, batching), where, batching)
-    return into_memory(data.select(splits, limit, seed))
+    data = cut_into_batches(to_data_set(loaded, where, seed, batching), where, batching)
+    return load_into_memory(data.select(splits, limit, seed))
 
 
-def cut(data: DataSet, where: str, batching: Batching | None) -> DataSet:
-    """Cuts what has no batches of its own into whole batches.
+def cut_into_batches(data: DataSet, where: str, batching: Batching | None) -> DataSet:
+    """Divides splits of single examples into whole batches.
 
     Args:
         data: The data set.
-        where: What to call it in errors.
-        batching: How; None where examples are single.
+        where: Name of the data in error messages.
+        batching: Keep whole batches; None for single examples.
 
     Returns:
-        The data set, each example a whole batch.
+        The data set, in which each element is a whole batch.
 
     Raises:
-        UsageError: The size of a batch is missing.
+        UsageError: The batch size is missing.
     """
     if batching is None:
         return data
-    loose = {name: split for name, split in data.splits.items() if not split.in_batches}
-    if loose and batching.size is None:
+    unbatched = {name: split for name, split in data.splits.items() if not split.in_batches}
+    if unbatched and batching.size is None:
         raise UsageError(
-            f"{where}, split {next(iter(loose))!r} has no batches of its own, and with "
+            f"{where}, split {next(iter(unbatched))!r} has no batches of its own, and with "
             "--batch-loss the loss depends on their size",
             "Give --batch-size, or a DataLoader",
         )
     splits: dict[str, Examples] = dict(data.splits)
-    for name, split in loose.items():
+    for name, split in unbatched.items():
         if isinstance(split, Split):
             splits[name] = Batches.of(split, batching.size)
         elif isinstance(split, Stream):
@@ -107,21 +107,21 @@ def cut(data: DataSet, where: str, batching: Batching | None) -> DataSet:
     return replace(data, splits=splits)
 
 
-def wrap(loaded: object, where: str, seed: int, batching: Batching | None = None) -> DataSet:
-    """Makes a data set of what the user's own code gives, and decodes nothing but first examples.
+def to_data_set(loaded: object, where: str, seed: int, batching: Batching | None = None) -> DataSet:
+    """Makes a data set from an object of user code; decodes only the first examples.
 
     Args:
         loaded: As for `from_object`.
-        where: What to call it in errors.
-        seed: Of the order of a loader.
-        batching: How the data are cut into whole batches: those of a DataLoader are kept.
+        where: Name of the data in error messages.
+        seed: Random seed of the order of a DataLoader.
+        batching: Keep the batches of a DataLoader; None for single examples.
 
     Returns:
         The data set.
 
     Raises:
-        DataError: It is not understood.
-        UsageError: The size of a batch has no effect.
+        DataError: The object cannot be interpreted.
+        UsageError: The given batch size has no effect.
     """
     if isinstance(loaded, DataSet):
         return loaded
@@ -142,13 +142,13 @@ def wrap(loaded: object, where: str, seed: int, batching: Batching | None = None
     splits: dict[str, Examples] = {}
     language = set()
     for name, content in loaded.items():
-        here = f"{where}, split {name!r}"
+        split_name = f"{where}, split {name!r}"
         if isinstance(content, DataLoader | Dataset):
-            examples = _examples(content, here, seed, batching)
+            examples = _examples(content, split_name, seed, batching)
             language.add(not isinstance(examples, Split) and examples.language)
             splits[str(name)] = examples
         else:
-            splits[str(name)] = parse_batch(content, here)
+            splits[str(name)] = parse_batch(content, split_name)
             language.add(is_language(content))
     floating = {split.first(1).targets.is_floating_point() for split in splits.values()}
     if len(floating) > 1:
@@ -167,17 +167,17 @@ def wrap(loaded: object, where: str, seed: int, batching: Batching | None = None
     return data
 
 
-def into_memory(data: DataSet) -> DataSet:
-    """Decodes splits into memory as long as they fit; the others are streamed.
+def load_into_memory(data: DataSet) -> DataSet:
+    """Decodes splits into memory while they fit; the others stay streams.
 
     Args:
         data: The data set.
 
     Returns:
-        The data set; what is streamed is the same in each pass.
+        The data set; its streams were checked to be the same on every pass.
 
     Raises:
-        DataError: Examples cannot be decoded, or do not fit together.
+        DataError: Examples cannot be decoded or joined.
     """
     budget = host_budget() - sum(split.nbytes for split in data.splits.values())
     splits: dict[str, Examples] = {}
@@ -194,20 +194,21 @@ def _examples(
     content: DataLoader[Any] | Dataset[Any], where: str, seed: int, batching: Batching | None
 ) -> Split | Stream | IterableStream:
     if isinstance(content, DataLoader):
-        whole = batching is not None
+        in_batches = batching is not None
         drops = content.drop_last or getattr(content.batch_sampler, "drop_last", False)
-        if drops and not whole:
+        if drops and not in_batches:
             raise DataError(
                 f"{where}: the DataLoader drops the last batch where it is not full",
                 "Build it with drop_last=False",
             )
         if isinstance(content.dataset, IterableDataset):
-            return IterableStream(Source(content, where, seed, in_batches=whole))
-        if whole and content.batch_sampler is not None:
+            return IterableStream(Source(content, where, seed, in_batches=in_batches))
+        if in_batches and content.batch_sampler is not None:
             return _whole_batches(content, where, seed)
         keys = _keys(content, where, seed)
         if content.batch_sampler is None:
-            return IterableStream(Source(_in_order(content, keys), where, seed, in_batches=whole))
+            loader = _with_fixed_order(content, keys)
+            return IterableStream(Source(loader, where, seed, in_batches=in_batches))
         if type(content.dataset) is TensorDataset and content.collate_fn is default_collate:
             split = parse_batch(list(content.dataset.tensors), where)
             return split if keys is None else split.take(torch.tensor(keys))
@@ -234,7 +235,7 @@ def _examples(
 
 
 def _whole_batches(loader: DataLoader[Any], where: str, seed: int) -> Split | Stream:
-    """The batches of a loader, their order drawn once."""
+    """Returns the batches of a DataLoader, with an order drawn once."""
     with private_randomness():
         seed_all(seed)
         try:
@@ -270,11 +271,11 @@ def _stream(
     number: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Stream:
-    # A data set may be asked for what is no position at all.
-    whole = keys is None or all(type(key) is int for key in keys)
-    if keys is not None and not whole:
+    # A sampler may yield keys that are not integers.
+    integers = keys is None or all(type(key) is int for key in keys)
+    if keys is not None and not integers:
         dataset = Subset(dataset, keys)
-    if keys is not None and whole:
+    if keys is not None and integers:
         index = torch.tensor(keys, dtype=torch.long)
     else:
         index = torch.arange(_length(dataset, where))
@@ -291,8 +292,8 @@ def _length(dataset: Dataset[Any], where: str) -> int:
 
 
 def _keys(loader: DataLoader[Any], where: str, seed: int) -> Sequence[Any] | None:
-    """What a loader's samplers ask for, drawn once; None for all examples in their own order."""
-    # Beside a batch_sampler that was given, the loader's own sampler stands idle.
+    """Returns the keys that a sampler yields, drawn once; None for all examples in order."""
+    # A DataLoader ignores its sampler if the user gave a batch_sampler.
     batches = loader.batch_sampler if loader.batch_size is None else None
     sampler: Any = loader.sampler
     dataset: object = loader.dataset
@@ -308,8 +309,8 @@ def _keys(loader: DataLoader[Any], where: str, seed: int) -> Sequence[Any] | Non
             raise DataError(f"{where}: the sampler failed: {one_line(error)}") from error
 
 
-def _in_order(loader: DataLoader[Any], keys: Sequence[Any] | None) -> DataLoader[Any]:
-    """A loader of whole batches that asks for the same ones in each pass."""
+def _with_fixed_order(loader: DataLoader[Any], keys: Sequence[Any] | None) -> DataLoader[Any]:
+    """Returns a DataLoader without batching that reads the same keys on every pass."""
     return DataLoader(
         loader.dataset,
         batch_size=None,
@@ -321,12 +322,12 @@ def _in_order(loader: DataLoader[Any], keys: Sequence[Any] | None) -> DataLoader
 
 
 def _options(loader: DataLoader[Any]) -> dict[str, Any]:
-    """What a loader says of its workers."""
+    """Returns the worker options of a DataLoader."""
     if not loader.num_workers:
         return {}
     return {
         "timeout": loader.timeout,
         "prefetch_factor": loader.prefetch_factor,
         "multiprocessing_context": loader.multiprocessing_context,
-        "worker_init_fn": Prepare(loader.worker_init_fn),
+        "worker_init_fn": WorkerInit(loader.worker_init_fn),
     }

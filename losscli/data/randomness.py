@@ -1,4 +1,4 @@
-"""The generators that the user's code draws from, kept apart from everybody else's."""
+"""The global random generators that user code draws from: seeding, saving and restoring."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "State", "capture", "private_randomness", "restore", "seed_all"]
+__all__ = ["RandomnessDetector", "State", "capture", "private_randomness", "restore", "seed_all"]
 
 State = tuple[Any, Any, Tensor]
-"""Of the generators of Python, NumPy and torch (on the CPU)."""
+"""States of the generators of Python, NumPy and torch (CPU)."""
 
 
 def capture() -> State:
-    """Reads the generators.
+    """Returns the states of the global CPU generators.
 
     Returns:
-        Their states.
+        The states.
     """
     return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
 
 
 def restore(state: State) -> None:
-    """Sets the generators.
+    """Restores the states of the global CPU generators.
 
     Args:
-        state: To what.
+        state: States from `capture`.
     """
     random.setstate(state[0])
     np.random.set_state(state[1])  # noqa: NPY002
@@ -39,11 +39,11 @@ def restore(state: State) -> None:
 
 
 def seed_all(seed: int, device: torch.device | None = None) -> None:
-    """Seeds the generators.
+    """Seeds the global generators.
 
     Args:
         seed: A number below 2^63.
-        device: A device with a generator of its own to seed too; no data comes from one.
+        device: Device with another generator to seed; None for the CPU generators only.
     """
     random.seed(seed)
     np.random.seed(seed % (1 << 32))  # noqa: NPY002
@@ -57,10 +57,10 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
 
 @contextmanager
 def private_randomness() -> Iterator[None]:
-    """Leaves the generators as they were.
+    """Restores the global CPU generators on exit.
 
     Yields:
-        Nothing.
+        None.
     """
     before = capture()
     try:
@@ -69,17 +69,17 @@ def private_randomness() -> Iterator[None]:
         restore(before)
 
 
-class Draws:
-    """A context that finds which random generators advance in it, and restores all of them.
+class RandomnessDetector:
+    """Context manager that detects which random generators advance, and restores them.
 
-    These are the global generators of Python, NumPy and torch, and that of a device. A
-    ``torch.Generator`` that an object holds is not among them.
+    It covers the global generators of Python, NumPy and torch, and the generator of a device, but
+    not a separate ``torch.Generator``.
 
     Args:
         device: The device.
 
     Attributes:
-        names: The generators that advanced, known after the context.
+        names: The generators that advanced; set on exit.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -99,8 +99,8 @@ class Draws:
             "torch's generator": torch.equal(self._before[2], after[2]),
         }
         if self._device_before is not None and device_after is not None:
-            own = f"torch's generator of {self._device}"
-            same[own] = torch.equal(self._device_before, device_after)
+            name = f"torch's generator of {self._device}"
+            same[name] = torch.equal(self._device_before, device_after)
             _restore_device(self._device, self._device_before)
         restore(self._before)
         self.names = [name for name, equal in same.items() if not equal]

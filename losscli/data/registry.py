@@ -1,4 +1,4 @@
-"""The data sets by name, and what all of their specs have in common."""
+"""Registry of data set formats, and the options that all data specs share."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from losscli.data.arrays import load_mnist, load_npz, load_safetensors
 from losscli.data.cifar import load_cifar10, load_cifar100
 from losscli.data.hub import load_hub
 from losscli.data.images import load_image_folder
-from losscli.data.objects import Batching, cut, into_memory, wrap
+from losscli.data.objects import Batching, cut_into_batches, load_into_memory, to_data_set
 from losscli.data.split import DataSet, Examples, Split, leaves
 from losscli.data.text import load_text
 from losscli.errors import DataError, SpecError, UntrustedCodeError, one_line
-from losscli.spec import Spec, call, look_up, unfold
+from losscli.spec import Spec, call, expand_toml, look_up
 
 __all__ = ["DATASETS", "load"]
 
 _COMMON = ("mean", "std", "flatten", "limit")
 
-# The statistics that pretrained models for ImageNet expect, as torchvision's presets have them.
+# Channel statistics of ImageNet, as in the presets of torchvision.
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 DATASETS: dict[str, Callable[..., Any]] = {
@@ -55,27 +55,27 @@ def load(
     """Loads the data set that a spec names.
 
     Args:
-        text: The spec, or the name of a TOML file that stands for it; beside its entry's own keys
-            it may have ``mean``, ``std``, ``flatten`` and ``limit``.
-        trusted: Whether it may name code, or a data set on the hub.
-        source: What named it, if not the command line.
-        folder: What relative paths in it are relative to; the current folder by default.
-        splits: The splits wanted; none names all.
-        limit: How many examples of each, of those that the spec's own limit leaves; None for all.
-        seed: Of everything random: the draw of ``limit``, the order of a loader.
-        batching: How the data are cut into whole batches; None where examples are single.
+        text: The spec, or the name of a TOML file that contains it. In addition to the keys of its
+            format it may have ``mean``, ``std``, ``flatten`` and ``limit``.
+        trusted: Whether the spec may name code or a data set on the hub.
+        source: Where the spec comes from, if not from the command line.
+        folder: Base folder of relative paths; the current folder by default.
+        splits: Names of the splits; all if empty.
+        limit: Number of examples per split, applied after the ``limit`` of the spec; None for all.
+        seed: Random seed of the draw for ``limit`` and of the order of a DataLoader.
+        batching: Keep whole batches; None for single examples.
 
     Returns:
-        The data set: in memory what fits, to be decoded in each pass what does not.
+        The data set; splits that do not fit in memory are decoded on every pass.
 
     Raises:
-        DataError: The data cannot be read or understood.
-        SpecError: The spec names nothing known, or its keys are wrong.
-        UntrustedCodeError: It names code, or a data set on the hub, and is not trusted.
-        UsageError: There is no such split, or the limit is below 1.
+        DataError: The data cannot be read or interpreted.
+        SpecError: The spec names an unknown format, or its keys are wrong.
+        UntrustedCodeError: The spec names code or a data set on the hub and is not trusted.
+        UsageError: A split does not exist, or the limit is below 1.
     """
     named = text
-    text, trusted, folder = unfold(named, trusted=trusted, folder=folder)
+    text, trusted, folder = expand_toml(named, trusted=trusted, folder=folder)
     source = source if text == named else named
     spec = Spec.parse(text)
     function, arguments = look_up(spec, DATASETS, "data", trusted=trusted, source=source)
@@ -93,15 +93,17 @@ def load(
                 f"data {text!r}: flatten={common['flatten']} is neither true nor false",
                 "Write flatten=true",
             )
-    own = common["limit"]
-    if own is not None and not (type(own) is int and own > 0):
-        raise SpecError(f"data {text!r}: limit={own} is no number of examples", "Give 1 or more")
+    spec_limit = common["limit"]
+    if spec_limit is not None and not (type(spec_limit) is int and spec_limit > 0):
+        raise SpecError(
+            f"data {text!r}: limit={spec_limit} is no number of examples", "Give 1 or more"
+        )
     if function in DATASETS.values():
         if not arguments:
             name = spec.target.rstrip(":")
             raise SpecError(f"data {text!r} names no file", f"Write {name}:PATH")
         path = Path(folder or "", arguments[0])
-        # A name that is that of no folder may be one on the hub.
+        # A name without a local folder may be a data set on the hub.
         on_hub = function is load_hub and not os.path.exists(path)  # noqa: PTH110
         if on_hub and not trusted:
             raise UntrustedCodeError(
@@ -121,17 +123,17 @@ def load(
         raise
     except Exception as error:
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
-    data = replace(wrap(loaded, f"data {text!r}", seed, batching), **normalisation)
+    data = replace(to_data_set(loaded, f"data {text!r}", seed, batching), **normalisation)
     if function in DATASETS.values():
-        data = replace(data, splits={n: _with_classes(s) for n, s in data.splits.items()})
+        data = replace(data, splits={n: _with_long_targets(s) for n, s in data.splits.items()})
     _check_normalisation(data, text)
-    data = _unscaled(data, text, imagenet="imagenet" in (common["mean"], common["std"]))
-    data = cut(data.select([], own, seed), f"data {text!r}", batching)
-    return into_memory(data.select(splits, limit, seed))
+    data = _note_unscaled(data, text, imagenet="imagenet" in (common["mean"], common["std"]))
+    data = cut_into_batches(data.select([], spec_limit, seed), f"data {text!r}", batching)
+    return load_into_memory(data.select(splits, limit, seed))
 
 
-def _with_classes(split: Examples) -> Examples:
-    """Stores the classes of a file in the type that losses take; those of code stay as they are."""
+def _with_long_targets(split: Examples) -> Examples:
+    """Converts the classes of a file to int64, the dtype that losses expect."""
     if not isinstance(split, Split) or split.targets.is_floating_point():
         return split
     return replace(split, targets=split.targets.long())
@@ -155,11 +157,11 @@ def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
     return tuple(map(float, values))
 
 
-def _unscaled(data: DataSet, text: str, *, imagenet: bool) -> DataSet:
-    """Notes that bytes which are not scaled are normalised as they are."""
+def _note_unscaled(data: DataSet, text: str, *, imagenet: bool) -> DataSet:
+    """Adds a note if uint8 inputs are normalised without scaling to 0…1."""
     firsts = [leaf for s in data.splits.values() for leaf in leaves(s.first(1).inputs)]
-    kept = not data.scale and any(leaf.dtype == torch.uint8 for leaf in firsts)
-    if not kept or (data.mean is None and data.std is None):
+    unscaled = not data.scale and any(leaf.dtype == torch.uint8 for leaf in firsts)
+    if not unscaled or (data.mean is None and data.std is None):
         return data
     if imagenet:
         raise SpecError(
@@ -172,8 +174,8 @@ def _unscaled(data: DataSet, text: str, *, imagenet: bool) -> DataSet:
 
 
 def _check_normalisation(data: DataSet, text: str) -> None:
-    asked = [key for key in ("mean", "std", "flatten") if getattr(data, key) not in {None, False}]
-    for split in data.splits.values() if asked else ():
+    options = [key for key in ("mean", "std", "flatten") if getattr(data, key) not in {None, False}]
+    for split in data.splits.values() if options else ():
         scaled = [
             tensor
             for tensor in leaves(split.first(1).inputs)
@@ -181,9 +183,9 @@ def _check_normalisation(data: DataSet, text: str) -> None:
         ]
         if not scaled:
             raise SpecError(
-                f"data {text!r}: {asked[0]}= is of pixels and other measured numbers, and the "
+                f"data {text!r}: {options[0]}= is of pixels and other measured numbers, and the "
                 "inputs are whole numbers such as token ids, which stay as they are",
-                f"Leave out {', '.join(f'{key}=' for key in asked)}",
+                f"Leave out {', '.join(f'{key}=' for key in options)}",
             )
         for tensor in scaled:
             for values in (data.mean, data.std):

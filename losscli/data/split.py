@@ -1,4 +1,4 @@
-"""Splits of examples, and the data set that they make."""
+"""Splits of examples, and data sets of named splits."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Batches", "DataSet", "Examples", "Inputs", "Split", "Task", "leaves"
 Task = Literal["classification", "regression", "language"]
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
-"""What a model takes: one tensor, several by position, or several by name; each ``[N, *]``."""
+"""Model inputs: one tensor, several by position, or several by name; each ``[N, *]``."""
 
 
 def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """Applies a function to every tensor of a model's inputs.
 
     Args:
-        function: What to apply.
+        function: The function.
         inputs: The inputs.
 
     Returns:
@@ -55,7 +55,7 @@ def leaves(inputs: Inputs) -> list[Tensor]:
 
 
 class Examples(ABC):
-    """The examples of one split, in a fixed order, wherever they are."""
+    """The examples of one split in a fixed order, in memory or decoded on demand."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -64,61 +64,61 @@ class Examples(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """The bytes that they take in memory; nothing where they are decoded in each pass."""
+        """Size in memory in bytes; 0 if the examples are decoded on every pass."""
 
     @property
     def rows(self) -> int:
-        """The number of examples, also of those in whole batches."""
+        """The number of examples, counting those inside whole batches."""
         return len(self)
 
     @property
     def in_batches(self) -> bool:
-        """Whether each of them is a whole batch, as for a loss that is one number per batch."""
+        """Whether each element is a whole batch, for a loss with one value per batch."""
         return False
 
     @property
     @abstractmethod
     def digest(self) -> str:
-        """A digest of what they are, 64 hexadecimal digits, as far as it can be told at once."""
+        """A digest of the examples, 64 hexadecimal digits; of a sample if not in memory."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What to know about them."""
+        """Remarks for the user about the examples."""
         return ()
 
     @property
     def decoders(self) -> int:
-        """How many processes decode them at a time."""
+        """The number of processes that decode examples in parallel."""
         return 1
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Draws a random order to look at them in.
+        """Draws a random order of the examples.
 
         Args:
-            generator: Of the draw.
+            generator: Random generator.
 
         Returns:
-            Positions, ``[N]``; ascending where examples are to be had in their own order alone.
+            Indices, ``[N]``; ascending if the examples can only be read sequentially.
         """
         return torch.randperm(len(self), generator=generator)
 
     def position(self, index: int) -> int:
-        """Finds an example in the data that these are a part of.
+        """Returns the position of an example in the original data set.
 
         Args:
-            index: Its place among these examples.
+            index: Index of the example in this split.
 
         Returns:
-            Its position there, where it is known; else its place among these.
+            The position if it is known, else ``index``.
         """
         return index
 
     @abstractmethod
     def take(self, index: Tensor | slice) -> Examples:
-        """Picks examples.
+        """Selects examples.
 
         Args:
-            index: Which ones: positions ``[n]`` or a slice, in this order.
+            index: Indices ``[n]`` or a slice; the result has this order.
 
         Returns:
             Those examples.
@@ -128,11 +128,11 @@ class Examples(ABC):
         """Draws examples without replacement.
 
         Args:
-            number: How many; all where there are fewer.
-            generator: Of the draw.
+            number: Number of examples; all if there are fewer.
+            generator: Random generator.
 
         Returns:
-            Those examples, in the order that they had.
+            Those examples, in their original order.
         """
         if number >= len(self):
             return self
@@ -140,35 +140,34 @@ class Examples(ABC):
 
     @abstractmethod
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
-        """Goes by the examples once, a batch at a time.
+        """Iterates over the examples once, batch by batch.
 
         Args:
-            size: Examples a batch; the last one may have fewer.
-            order: Positions ``[n]``, as `order` draws them, or a part of them; all in their own
-                order where it is None.
+            size: Examples per batch; the last batch may have fewer.
+            order: Indices ``[n]`` from `order`, or a part of them; all examples in order if None.
 
         Yields:
-            The batches, in memory where the examples are.
+            The batches.
         """
 
     def spread(self, number: int) -> tuple[Split, Tensor]:
-        """Takes examples from all parts of a split that is in memory; else the first ones.
+        """Selects evenly spaced examples of a split in memory; otherwise the first examples.
 
         Args:
-            number: How many; all where there are fewer.
+            number: Number of examples; all if there are fewer.
 
         Returns:
-            Those examples, and their positions.
+            Those examples and their indices.
         """
-        few = self.first(number)
-        return few, torch.arange(len(few))
+        examples = self.first(number)
+        return examples, torch.arange(len(examples))
 
     @abstractmethod
     def first(self, number: int) -> Split:
-        """Takes the first examples into memory.
+        """Loads the first examples into memory.
 
         Args:
-            number: How many; all where there are fewer.
+            number: Number of examples; all if there are fewer.
 
         Returns:
             Those examples.
@@ -177,12 +176,12 @@ class Examples(ABC):
 
 @dataclass(frozen=True)
 class Split(Examples):
-    """Examples that are in memory.
+    """Examples in memory.
 
     Attributes:
-        inputs: Their inputs as stored: images may be uint8.
-        targets: Their targets, ``[N, *]``: whole numbers or bool for classification,
-            floating-point else.
+        inputs: The inputs as stored; images may be uint8.
+        targets: The targets, ``[N, *]``: integer or bool for classification, floating-point for
+            regression.
     """
 
     inputs: Inputs
@@ -193,7 +192,7 @@ class Split(Examples):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that they take in memory."""
+        """Size in memory in bytes."""
         return sum(tensor.nbytes for tensor in (*leaves(self.inputs), self.targets))
 
     @property
@@ -203,30 +202,30 @@ class Split(Examples):
 
     @cached_property
     def digest(self) -> str:
-        """A digest of all of them."""
+        """A digest of all examples."""
         keys = list(self.inputs) if isinstance(self.inputs, dict) else []
         columns = [*leaves(self.inputs), self.targets]
         return digest({f"{i} {keys[i : i + 1]}": column for i, column in enumerate(columns)})
 
     def take(self, index: Tensor | slice) -> Split:
-        """Picks examples.
+        """Selects examples.
 
         Args:
-            index: Which ones: positions ``[n]`` or a slice.
+            index: Indices ``[n]`` or a slice.
 
         Returns:
-            Those examples; by a slice, without a copy.
+            Those examples; views if ``index`` is a slice.
         """
         if isinstance(index, Tensor):
             index = index.to(self.targets.device)
         return Split(map_inputs(lambda t: t[index], self.inputs), self.targets[index])
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
-        """Goes by the examples once, a batch at a time.
+        """Iterates over the examples once, batch by batch.
 
         Args:
-            size: Examples a batch; the last one may have fewer.
-            order: Positions ``[n]``; all in their own order where it is None.
+            size: Examples per batch; the last batch may have fewer.
+            order: Indices ``[n]``; all examples in order if None.
 
         Yields:
             The batches.
@@ -236,10 +235,10 @@ class Split(Examples):
             yield self.take(part if order is None else order[part])
 
     def first(self, number: int) -> Split:
-        """Takes the first examples.
+        """Returns the first examples.
 
         Args:
-            number: How many; all where there are fewer.
+            number: Number of examples; all if there are fewer.
 
         Returns:
             Those examples.
@@ -247,17 +246,16 @@ class Split(Examples):
         return self.take(slice(0, number))
 
     def spread(self, number: int) -> tuple[Split, Tensor]:
-        """Takes examples from all parts of the split: sorted data begin with a single class.
+        """Selects random examples, the same in each call, since sorted data begin with one class.
 
-        Positions are random, and the same in each call: where kinds of examples alternate, evenly
-        spaced positions miss some. Each class gives as many examples as the others, as far as it
-        has them.
+        Evenly spaced ones would miss some kinds of examples if these alternate. Each class gets
+        the same number of examples, as far as it has them.
 
         Args:
-            number: How many; all where there are fewer.
+            number: Number of examples; all if there are fewer.
 
         Returns:
-            Those examples in their order, and their positions.
+            Those examples in their order, and their indices.
         """
         rows = torch.arange(len(self))
         if number < len(self):
@@ -277,10 +275,10 @@ class Split(Examples):
         """Moves the split to a device.
 
         Args:
-            device: Where to.
+            device: The device.
 
         Returns:
-            The split there, in the types it is stored in.
+            The split on the device, with unchanged dtypes.
         """
         return self.map(lambda tensor: tensor.to(device))
 
@@ -288,50 +286,50 @@ class Split(Examples):
         """Applies a function to the inputs and the targets.
 
         Args:
-            function: What to apply; it keeps the number of examples.
+            function: The function; it must keep the number of examples.
 
         Returns:
-            The split of the results.
+            A split of the results.
         """
         inputs = map_inputs(function, self.inputs)
         return replace(self, inputs=inputs, targets=function(self.targets))
 
     def send(self, device: torch.device) -> Self:
-        """Moves a batch to a device without waiting for it.
+        """Copies a batch to a device asynchronously.
 
         Args:
-            device: Where to.
+            device: The device.
 
         Returns:
-            The batch there; itself, where it is there already.
+            The batch on the device; the batch itself if it is already there.
         """
         if self.is_on(device):
             return self
         if device.type != "cuda" or self.targets.device.type != "cpu":
             return self.to(device)
 
-        # Only what is pinned is copied while the host goes on.
+        # Only pinned memory is copied asynchronously.
         def copy(tensor: Tensor) -> Tensor:
             return tensor.pin_memory().to(device, non_blocking=True)
 
         return self.map(copy)
 
     def is_on(self, device: torch.device) -> bool:
-        """Tells where the split is.
+        """Returns whether the split is on a device.
 
         Args:
-            device: A device.
+            device: The device.
 
         Returns:
             Whether it is there.
         """
-        here = self.targets.device
-        return here.type == device.type and device.index in {None, here.index}
+        current = self.targets.device
+        return current.type == device.type and device.index in {None, current.index}
 
 
 @dataclass(frozen=True)
 class Batches(Split):
-    """Whole batches that are in memory: each of them counts as one example.
+    """Whole batches in memory; each batch counts as one example.
 
     Attributes:
         sizes: The number of examples in each batch, in order.
@@ -341,11 +339,11 @@ class Batches(Split):
 
     @classmethod
     def of(cls, split: Split, size: int | None = None) -> Self:
-        """Cuts examples into batches, in their order.
+        """Divides examples into consecutive batches.
 
         Args:
             split: The examples.
-            size: Examples per batch, of which the last one may have fewer; None for one batch.
+            size: Examples per batch; the last batch may have fewer. None for a single batch.
 
         Returns:
             The batches.
@@ -360,37 +358,37 @@ class Batches(Split):
 
     @property
     def in_batches(self) -> bool:
-        """Each of them is a whole batch."""
+        """Always True: each element is a whole batch."""
         return True
 
     @cached_property
     def digest(self) -> str:
-        """A digest of all examples and of how they are cut."""
+        """A digest of all examples and of the batch sizes."""
         return digest({super().digest: torch.tensor(self.sizes)})
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Whether the batches differ in size."""
-        return remark_on(self.sizes)
+        """A remark if the batches differ in size."""
+        return batch_size_remarks(self.sizes)
 
     def take(self, index: Tensor | slice) -> Batches:
-        """Picks batches.
+        """Selects batches.
 
         Args:
-            index: Which ones: positions ``[n]`` or a slice.
+            index: Indices ``[n]`` or a slice.
 
         Returns:
-            Those batches; by a slice, without a copy.
+            Those batches; views if ``index`` is a slice.
         """
         starts = [0, *itertools.accumulate(self.sizes)]
         if isinstance(index, slice):
             first, last, _ = index.indices(len(self))
             rows = slice(starts[first], starts[max(first, last)])
             return Batches(*self._rows(rows), self.sizes[first:last])
-        chosen = index.tolist()
-        spans = [torch.arange(starts[i], starts[i + 1]) for i in chosen]
+        indices = index.tolist()
+        spans = [torch.arange(starts[i], starts[i + 1]) for i in indices]
         order = torch.cat([torch.empty(0, dtype=torch.long), *spans]).to(self.targets.device)
-        return Batches(*self._rows(order), tuple(self.sizes[i] for i in chosen))
+        return Batches(*self._rows(order), tuple(self.sizes[i] for i in indices))
 
     def _rows(self, index: Tensor | slice) -> tuple[Inputs, Tensor]:
         return map_inputs(lambda t: t[index], self.inputs), self.targets[index]
@@ -412,33 +410,35 @@ def _alternate(classes: Tensor) -> Tensor:
     return place.argsort(stable=True)
 
 
-def remark_on(sizes: Iterable[int]) -> tuple[str, ...]:
-    """Says whether batches differ in size.
+def batch_size_remarks(sizes: Iterable[int]) -> tuple[str, ...]:
+    """Returns a remark for the user if batches differ in size.
 
     Args:
         sizes: The number of examples in each batch.
 
     Returns:
-        The remark, if they do.
+        The remark, or an empty tuple.
     """
-    least, most = min(sizes := set(sizes)), max(sizes)
-    if least == most:
+    smallest, largest = min(sizes := set(sizes)), max(sizes)
+    if smallest == largest:
         return ()
-    return (f"the batches have {least} to {most} examples, and each batch counts the same",)
+    return (f"the batches have {smallest} to {largest} examples, and each batch counts the same",)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Named splits, and how the inputs are scaled on their way into a model.
+    """Named splits and the preprocessing of their inputs.
+
+    The preprocessing steps are applied in the order of the attributes.
 
     Attributes:
         splits: The splits by name.
-        scale: Whether uint8 inputs are divided by 255, as those of the readers of images are.
-        mean: Subtracted from each channel (dimension 1) after that; None for none.
-        std: Divides each channel after that; None for none.
+        scale: Whether uint8 inputs are divided by 255, as for image files.
+        mean: Mean per channel (dimension 1) to subtract; None to skip.
+        std: Standard deviation per channel to divide by; None to skip.
         flatten: Whether each example is flattened to one dimension.
-        language: Whether the targets are the tokens of the inputs themselves.
-        notes: What the user should know about the inputs.
+        language: Whether the targets are the tokens of the inputs.
+        notes: Notes for the user about the inputs.
     """
 
     splits: Mapping[str, Examples]
@@ -451,7 +451,7 @@ class DataSet:
 
     @property
     def task(self) -> Task:
-        """What the targets ask for: whole numbers are classes, others are to be regressed."""
+        """The task: integer targets mean classification, floating-point targets regression."""
         if self.language:
             return "language"
         firsts = (split.first(1) for split in self.splits.values())
@@ -459,16 +459,16 @@ class DataSet:
         return "regression" if floating else "classification"
 
     def prepare(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
-        """Makes stored inputs what the model takes.
+        """Preprocesses stored inputs for the model.
 
         Args:
             inputs: A batch as stored.
-            dtype: The type of the forward pass.
+            dtype: The dtype of the forward pass.
 
         Returns:
-            Floating-point as ``dtype``; uint8 too, where it is scaled or normalised. Both are
-            then normalised and flattened. Other integers (token ids) and booleans (masks) as they
-            are.
+            The inputs. Floating-point tensors are converted to ``dtype``, and so are uint8 tensors
+            if they are scaled or normalised; both are then normalised and flattened. Other
+            integers (token ids) and booleans (masks) are unchanged.
         """
         return map_inputs(lambda tensor: self._prepare(tensor, dtype), inputs)
 
@@ -489,15 +489,15 @@ class DataSet:
         return x.flatten(1) if self.flatten else x
 
     def select(self, names: Sequence[str], limit: int | None, seed: int) -> DataSet:
-        """Picks splits, and examples of each.
+        """Selects splits and draws examples of each without replacement.
 
         Args:
-            names: The splits wanted; none names all.
-            limit: How many examples of each; None for all.
-            seed: Of the draw without replacement.
+            names: Names of the splits; all if empty.
+            limit: Number of examples per split; None for all.
+            seed: Random seed of the draw.
 
         Returns:
-            The smaller data set; the examples keep their order.
+            The data set of the selected examples, in their original order.
 
         Raises:
             UsageError: There is no such split, or the limit is below 1.
@@ -509,10 +509,10 @@ class DataSet:
                 )
         if limit is not None and limit < 1:
             raise UsageError(f"a limit of {limit} leaves no examples", "Give 1 or more")
-        chosen = {}
+        selected: dict[str, Examples] = {}
         for name in dict.fromkeys(names or self.splits):
             split = self.splits[name]
             if limit is not None:
                 split = split.draw(limit, torch.Generator().manual_seed(seed))
-            chosen[name] = split
-        return replace(self, splits=chosen)
+            selected[name] = split
+        return replace(self, splits=selected)

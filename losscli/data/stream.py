@@ -1,4 +1,4 @@
-"""Examples that are decoded as they are needed, anew in each pass over the data."""
+"""Map-style data sets that do not fit in memory: examples are decoded on every pass."""
 
 from __future__ import annotations
 
@@ -29,59 +29,59 @@ from losscli.data.batch import RaggedError, is_language, join, parse_batch
 from losscli.data.images import Images
 from losscli.data.memory import host_budget
 from losscli.data.randomness import private_randomness, seed_all
-from losscli.data.split import Batches, Examples, Split, leaves, remark_on
+from losscli.data.split import Batches, Examples, Split, batch_size_remarks, leaves
 from losscli.errors import DataError, one_line
-from losscli.spec import own_folders_in_path
+from losscli.spec import user_folders_on_path
 
 __all__ = [
     "BatchDecoder",
     "Decoder",
     "Failure",
-    "Parcel",
-    "Prepare",
+    "PackedBatch",
     "Stream",
+    "WorkerInit",
     "Workers",
-    "children_unheard",
-    "own",
-    "signals_held",
+    "default_sigchld",
+    "deferred_signals",
+    "leave_shared_memory",
 ]
 
-# Bytes of examples for which no worker is started: that takes as long as decoding them.
+# Below this size in bytes no worker is started: decoding is as fast as starting one.
 _TINY = 64 << 20
 
 _MOST_WORKERS = 8
 
-# Files that a worker keeps open in this process, and those that are left for everything else.
-_FILES_EACH = 4
-_FILES_LEFT = 24
+# Open files per worker in this process, and open files reserved for everything else.
+_FILES_PER_WORKER = 4
+_RESERVED_FILES = 24
 
-# Open files that a process may have, where batches have some of their own.
+# Shared memory is used for batches only if the process may open this many files.
 _FILES_TO_SHARE = 1024
 
-# So many examples, evenly spaced, tell others than those that were.
-_TELLING = 16
+# Number of evenly spaced examples in a digest.
+_DIGEST_EXAMPLES = 16
 
-# What is decoded at once on the way into memory.
+# Largest batch, in examples and bytes, when a split is decoded into memory.
 _DECODED_EXAMPLES = 512
 _DECODED_BYTES = 64 << 20
 
-# Signals that end a run.
-_ENDING = {signal.SIGINT, signal.SIGTERM}
+# Signals that terminate a run.
+_TERMINATING = {signal.SIGINT, signal.SIGTERM}
 
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Decoder:
-    """Decodes examples of a map-style data set by their positions.
+    """Decodes examples of a map-style data set by position.
 
-    Before each example the generators of Python, NumPy and torch are seeded by its position: what
-    an example is drawn to be does not depend on the pass, the batch or the worker.
+    The generators of Python, NumPy and torch are seeded from the position before each example, so
+    random augmentation does not depend on the pass, the batch or the worker.
 
     Args:
         dataset: The data set.
-        collate: Makes a batch of a list of its examples.
-        where: What to call it in errors.
-        seed: Of everything random in it.
+        collate: Collates a list of examples into a batch.
+        where: Name of the data set in error messages.
+        seed: Base seed.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class Decoder:
         self._seed = seed
 
     def state(self, positions: list[int]) -> str:
-        """Tells one state of what examples are decoded from, from another, as far as is known.
+        """Returns a fingerprint of the files that examples are decoded from.
 
         Args:
-            positions: Of the examples.
+            positions: Positions of the examples.
 
         Returns:
-            What the data set says; nothing where it is the user's own.
+            The fingerprint; an empty string for a data set from user code.
         """
         return self._dataset.state(positions) if isinstance(self._dataset, Images) else ""
 
@@ -107,13 +107,13 @@ class Decoder:
         """Decodes a batch.
 
         Args:
-            positions: Of its examples.
+            positions: Positions of its examples.
 
         Returns:
             The batch.
 
         Raises:
-            DataError: An example cannot be decoded, or the batch is not understood.
+            DataError: An example cannot be decoded, or the batch cannot be interpreted.
         """
         batch = parse_batch(self.collated(positions), self.where)
         if len(batch) != len(positions):
@@ -124,13 +124,13 @@ class Decoder:
         return batch
 
     def collated(self, positions: list[int]) -> Any:
-        """Decodes a batch, and leaves it as it is.
+        """Decodes a batch without interpreting it.
 
         Args:
-            positions: Of its examples.
+            positions: Positions of its examples.
 
         Returns:
-            The batch as the user's code gives it.
+            The output of the collate function.
 
         Raises:
             DataError: An example cannot be decoded.
@@ -161,11 +161,11 @@ class Decoder:
 
 
 class BatchDecoder(Decoder):
-    """Decodes whole batches by their positions.
+    """Decodes whole batches by the position of the batch.
 
     Args:
-        decoder: Decodes their examples.
-        parts: The positions of the examples of each batch.
+        decoder: Decoder of the examples.
+        parts: Positions of the examples of each batch.
     """
 
     def __init__(self, decoder: Decoder, parts: Sequence[list[int]]) -> None:
@@ -173,39 +173,39 @@ class BatchDecoder(Decoder):
         self.parts = parts
 
     def state(self, positions: list[int]) -> str:
-        """Tells one state of what batches are decoded from, from another, as far as is known.
+        """Returns a fingerprint of the composition and the files of batches.
 
         Args:
-            positions: Of the batches.
+            positions: Positions of the batches.
 
         Returns:
-            The positions of their examples, and what the data set says of these.
+            The positions of their examples, followed by the fingerprint of the files.
         """
         parts = [self.parts[position] for position in positions]
         return json.dumps(parts) + super().state([row for part in parts for row in part])
 
     def __call__(self, positions: list[int]) -> Split:
-        """Decodes a batch.
+        """Decodes one batch.
 
         Args:
-            positions: Its position, alone.
+            positions: A list with the position of the batch.
 
         Returns:
             The batch, which counts as one example.
 
         Raises:
-            DataError: An example cannot be decoded, or the batch is not understood.
+            DataError: An example cannot be decoded, or the batch cannot be interpreted.
         """
         return Batches.of(parse_batch(self.collated(positions), self.where))
 
     def collated(self, positions: list[int]) -> Any:
-        """Decodes a batch, and leaves it as it is.
+        """Decodes one batch without interpreting it.
 
         Args:
-            positions: Its position, alone.
+            positions: A list with the position of the batch.
 
         Returns:
-            The batch as the user's code gives it.
+            The output of the collate function.
 
         Raises:
             DataError: An example cannot be decoded.
@@ -215,14 +215,14 @@ class BatchDecoder(Decoder):
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """A batch on its way from where it is decoded.
+class PackedBatch:
+    """A batch serialized for transfer between processes.
 
     Attributes:
-        keys: The names of its inputs, or how many they are, or None for one.
-        columns: The inputs and targets: type, shape and bytes.
-        language: Whether its targets are the tokens of its inputs.
-        sizes: Of the whole batches that it consists of, the number of examples; None of examples.
+        keys: The names of the inputs, their number if they have no names, or None for one tensor.
+        columns: Dtype, shape and bytes of each input, then of the targets.
+        language: Whether the targets are the tokens of the inputs.
+        sizes: Number of examples per batch for whole batches; None for single examples.
     """
 
     keys: tuple[str, ...] | int | None
@@ -231,20 +231,20 @@ class Parcel:
     sizes: tuple[int, ...] | None = None
 
     @classmethod
-    def pack(cls, batch: Split, *, language: bool = False) -> Parcel:
-        """Packs a batch.
+    def pack(cls, batch: Split, *, language: bool = False) -> PackedBatch:
+        """Serializes a batch.
 
         Args:
             batch: The batch.
             language: Whether its targets are the tokens of its inputs.
 
         Returns:
-            Its bytes.
+            The serialized batch.
         """
         inputs = batch.inputs
         keys = None if isinstance(inputs, Tensor) else len(inputs)
-        # Through shared memory it goes four times as fast as through a pipe; but that takes an
-        # open file for each tensor, and where there is no room for it a worker dies.
+        # Shared memory is four times as fast as a pipe, but it takes an open file per tensor, and
+        # a worker dies if shared memory is full.
         through_pipe = get_worker_info() is not None and not _may_share(batch.nbytes)
 
         def content(tensor: Tensor) -> Tensor | NDArray[np.uint8]:
@@ -256,7 +256,7 @@ class Parcel:
         return cls(tuple(inputs) if isinstance(inputs, dict) else keys, columns, language, sizes)
 
     def unpack(self) -> Split:
-        """Unpacks the batch.
+        """Restores the batch.
 
         Returns:
             The batch.
@@ -280,29 +280,29 @@ def _may_share(size: int) -> bool:
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in a worker."""
+    """An error in a worker, with the fields of `DataError`."""
 
     what: str
     cure: str
 
 
-class _Remote(Dataset[Any]):
-    """A decoder inside a worker: its items are batches."""
+class _WorkerDataset(Dataset[Any]):
+    """Data set of batches for a worker; an item is requested by a list of positions."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    def __getitem__(self, positions: list[int]) -> Parcel | Failure:
+    def __getitem__(self, positions: list[int]) -> PackedBatch | Failure:
         try:
-            return Parcel.pack(self._decoder(positions))
+            return PackedBatch.pack(self._decoder(positions))
         except DataError as error:
             return Failure(error.what, error.cure)
-        except Exception as error:  # noqa: BLE001 - one line of it is told
+        except Exception as error:  # noqa: BLE001 - reported in one line
             return Failure(f"{self._decoder.where} failed: {one_line(error)}", "")
 
 
-class _Plan:
-    """The batches of the pass that is under way."""
+class _BatchSampler:
+    """Sampler over the batches of the current pass."""
 
     def __init__(self) -> None:
         self.index = torch.empty(0, dtype=torch.long)
@@ -316,39 +316,40 @@ class _Plan:
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Prepares a worker: Ctrl-C reaches it too, but the process that started it ends it.
+class WorkerInit:
+    """Initializes a worker: it ignores Ctrl-C, since its parent terminates it.
 
     Attributes:
-        then: What else prepares it.
+        then: Further initialization, such as the user's ``worker_init_fn``.
     """
 
     then: Callable[[int], None] | None = None
 
     def __call__(self, worker: int) -> None:
-        """Prepares this process.
+        """Initializes this process.
 
         Args:
-            worker: Its number.
+            worker: Index of the worker.
         """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-        # The thread that hands over shared memory prints a traceback by this hook, and by it alone,
-        # if the process that started this one ends meanwhile. That process reports what it lacks.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _TERMINATING)
+        # The thread that transfers shared memory prints a traceback through this hook if the parent
+        # ends meanwhile. The parent reports the error.
         sys.excepthook = lambda *_: None
         if self.then is not None:
             self.then(worker)
 
 
 @contextmanager
-def children_unheard() -> Iterator[None]:
-    """Starts workers without a signal handler that raises, wherever this process is, when one dies.
+def default_sigchld() -> Iterator[None]:
+    """Restores the SIGCHLD handler after starting workers.
 
-    Their loader finds out by itself when it waits for a batch.
+    The handler that torch installs raises at an arbitrary point of the main thread when a worker
+    dies. A loader detects a dead worker itself when it waits for a batch.
 
     Yields:
-        Nothing.
+        None.
     """
     number = getattr(signal, "SIGCHLD", None)
     before = signal.getsignal(number) if number is not None else None
@@ -360,16 +361,16 @@ def children_unheard() -> Iterator[None]:
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back while workers start: in them until they are prepared.
+def deferred_signals() -> Iterator[None]:
+    """Blocks SIGINT and SIGTERM while workers start; `WorkerInit` unblocks them in each worker.
 
     Yields:
-        Nothing.
+        None.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TERMINATING)
     try:
         yield
     finally:
@@ -380,53 +381,53 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _unchanged(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 @dataclass
 class Workers:
-    """Processes that decode, started once and kept over all passes.
+    """Decoding processes, started once and reused in every pass.
 
     Attributes:
-        decoder: What they do.
-        number: How many; by the cores, the bytes of a batch and the limit of open files where it
-            is None.
-        options: Further arguments of their DataLoader.
+        decoder: The decoder.
+        number: Number of processes; None chooses it from the number of cores, the size of a batch
+            and the limit on open files.
+        options: Further arguments of the DataLoader.
     """
 
     decoder: Decoder
     number: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    _plan: _Plan = field(default_factory=_Plan)
+    _sampler: _BatchSampler = field(default_factory=_BatchSampler)
     _loader: DataLoader[Any] | None = None
     _busy: bool = False
 
     def decode(self, index: Tensor, size: int, example: int) -> Iterator[Split]:
-        """Decodes examples, a batch at a time.
+        """Decodes examples batch by batch.
 
         Args:
-            index: Their positions, ``[n]``.
-            size: Examples a batch.
-            example: The bytes of one of them.
+            index: Positions of the examples, ``[n]``.
+            size: Examples per batch.
+            example: Size of one example in bytes.
 
         Yields:
-            The batches, in this order.
+            The batches, in the order of ``index``.
 
         Raises:
             DataError: An example cannot be decoded.
         """
-        if not self._ready(len(index), size, example):
+        if not self._start(len(index), size, example):
             for part in torch.split(index, size):
                 yield self.decoder(part.tolist())
             return
         assert self._loader is not None
-        self._plan.index, self._plan.size, self._busy = index, size, True
+        self._sampler.index, self._sampler.size, self._busy = index, size, True
         try:
-            for found in self._loader:
-                if isinstance(found, Failure):
-                    raise DataError(found.what, found.cure)
-                yield found.unpack()
+            for batch in self._loader:
+                if isinstance(batch, Failure):
+                    raise DataError(batch.what, batch.cure)
+                yield batch.unpack()
         except (RuntimeError, OSError, EOFError) as error:
             self._loader = None
             raise DataError(
@@ -436,63 +437,67 @@ class Workers:
         finally:
             self._busy = False
 
-    def _ready(self, examples: int, size: int, example: int) -> bool:
-        """Makes sure that there are workers; not where they are not worth it, or cannot be."""
+    def _start(self, examples: int, size: int, example: int) -> bool:
+        """Starts workers if necessary; returns whether they can take this pass."""
         if self._busy:
             return False
         if self._loader is not None:
             return True
-        number = self.worth(examples, size, example)
-        context = self.options.get("multiprocessing_context") or _context()
-        if not number or not _travels(self.decoder, context):
+        number = self.useful_number(examples, size, example)
+        context = self.options.get("multiprocessing_context") or _start_method()
+        if not number or not _can_send(self.decoder, context):
             return False
-        options = {"worker_init_fn": Prepare(), **self.options, "multiprocessing_context": context}
-        self._plan.index = self._plan.index[:0]
+        options = {
+            "worker_init_fn": WorkerInit(),
+            **self.options,
+            "multiprocessing_context": context,
+        }
+        self._sampler.index = self._sampler.index[:0]
         try:
-            with warnings.catch_warnings(), children_unheard(), own_folders_in_path():
-                # The user's own loader has said so.
+            with warnings.catch_warnings(), default_sigchld(), user_folders_on_path():
+                # The user's own DataLoader has already shown this warning.
                 warnings.filterwarnings("ignore", "This DataLoader will create")
-                # The threads of a pool that waits hold no lock that a worker needs.
+                # Idle threads of a pool hold no lock that a worker needs.
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded")
                 loader: DataLoader[Any] = DataLoader(
-                    _Remote(self.decoder),
+                    _WorkerDataset(self.decoder),
                     batch_size=None,
-                    sampler=self._plan,
-                    collate_fn=_unchanged,
+                    sampler=self._sampler,
+                    collate_fn=_identity,
                     num_workers=number,
                     persistent_workers=True,
                     generator=torch.Generator(),
                     **options,
                 )
-                with signals_held():
+                with deferred_signals():
                     iter(loader)
-        except OSError:  # no more processes, files or semaphores: then without
+        except OSError:  # no more processes, files or semaphores: decode in this process
             self.number = 0
             return False
         self._loader = loader
         return True
 
-    def worth(self, examples: int, size: int, example: int) -> int:
-        """Tells how many workers some examples are worth.
+    def useful_number(self, examples: int, size: int, example: int) -> int:
+        """Returns how many workers to use for a number of examples.
 
         Args:
-            examples: Their number.
-            size: Examples a batch.
-            example: The bytes of one of them.
+            examples: Number of examples.
+            size: Examples per batch.
+            example: Size of one example in bytes.
 
         Returns:
-            The workers; 0 where this process is as fast, or where there can be none.
+            The number of workers; 0 if this process is as fast, or if no worker can be started.
         """
         number = self.number
         if number is None:
             if examples * example < _TINY:
                 return 0
-            # Two batches of each worker are on their way at a time.
+            # Each worker prefetches two batches.
             fits = host_budget() // (16 * size * max(1, example))
             number = min(_MOST_WORKERS, _cores(), fits)
-        # torch collates a worker's batch in shared memory.
+        # In a worker, torch collates a batch in shared memory.
         shared = _shared_bytes() // (2 * size * max(1, example))
-        return max(0, min(number, _files() // _FILES_EACH, shared))
+        return max(0, min(number, _free_files() // _FILES_PER_WORKER, shared))
 
 
 def _cores() -> int:
@@ -501,16 +506,16 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _files() -> int:
-    """How many files more may be opened for workers."""
+def _free_files() -> int:
+    """Returns how many more files may be opened for workers."""
     try:
-        return _open_files() - len(os.listdir("/dev/fd")) - _FILES_LEFT  # noqa: PTH208
+        return _open_files() - len(os.listdir("/dev/fd")) - _RESERVED_FILES  # noqa: PTH208
     except OSError:
-        return _FILES_EACH * _MOST_WORKERS
+        return _FILES_PER_WORKER * _MOST_WORKERS
 
 
 def _open_files() -> int:
-    """How many files a process may have open."""
+    """Returns the limit on open files of this process."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -519,37 +524,37 @@ def _open_files() -> int:
 
 
 def _shared_bytes() -> int:
-    """How much shared memory is free: few containers have more than 64 MiB."""
+    """Returns the free shared memory; many containers have only 64 MiB."""
     try:
         return shutil.disk_usage("/dev/shm").free  # noqa: S108
     except OSError:
         return 1 << 62
 
 
-def _context() -> str | None:
-    # A worker that is forked needs nothing sent to it; elsewhere than on Linux that is not safe.
+def _start_method() -> str | None:
+    # A forked worker needs no pickled decoder, but fork is safe on Linux only.
     return "fork" if sys.platform == "linux" else None
 
 
-def _travels(decoder: Decoder, context: str | BaseContext | None) -> bool:
-    """Tells whether workers can be given the decoder."""
+def _can_send(decoder: Decoder, context: str | BaseContext | None) -> bool:
+    """Returns whether the decoder can be sent to workers."""
     if context == "fork" or getattr(context, "_name", None) == "fork":
         return True
     try:
-        # Code from a file is known by its name in this process alone.
+        # A module loaded from a user's file can be imported by name in this process only.
         return b"losscli_user_" not in pickle.dumps(decoder)
     except Exception:  # noqa: BLE001 - the user's objects may raise anything
         return False
 
 
-def own(batch: Split) -> Split:
-    """Takes a batch out of shared memory, so that it keeps no file open.
+def leave_shared_memory(batch: Split) -> Split:
+    """Copies a batch out of shared memory, so that it keeps no file open.
 
     Args:
-        batch: A batch that came from a worker, perhaps.
+        batch: A batch, possibly from a worker.
 
     Returns:
-        The batch in this process's own memory.
+        The batch in private memory.
     """
     if not batch.targets.is_shared():  # type: ignore[no-untyped-call]
         return batch
@@ -557,11 +562,11 @@ def own(batch: Split) -> Split:
 
 
 class Stream(Examples):
-    """Examples of a map-style data set, decoded as they are needed.
+    """Examples of a map-style data set, decoded on demand.
 
     Args:
-        workers: Decode them.
-        index: Their positions in the data set, ``[N]``.
+        workers: The decoding processes.
+        index: Positions of the examples in the data set, ``[N]``.
     """
 
     nbytes = 0
@@ -576,7 +581,7 @@ class Stream(Examples):
 
     @property
     def _parts(self) -> list[list[int]] | None:
-        """The positions of the examples of each batch; None where these are single examples."""
+        """Positions of the examples of each batch; None for single examples."""
         decoder = self._workers.decoder
         if not isinstance(decoder, BatchDecoder):
             return None
@@ -584,20 +589,20 @@ class Stream(Examples):
 
     @property
     def in_batches(self) -> bool:
-        """Whether each of them is a whole batch."""
+        """Whether each element is a whole batch."""
         return isinstance(self._workers.decoder, BatchDecoder)
 
     @property
     def rows(self) -> int:
-        """The number of examples, those of whole batches before they are collated."""
+        """The number of examples; for whole batches, counted before collation."""
         parts = self._parts
         return len(self) if parts is None else sum(map(len, parts))
 
     def cut(self, parts: Sequence[list[int]]) -> Stream:
-        """Makes whole batches of the examples.
+        """Groups the examples into whole batches.
 
         Args:
-            parts: The examples of each batch, by their positions among these.
+            parts: Indices of the examples of each batch.
 
         Returns:
             The batches, not decoded yet.
@@ -614,30 +619,30 @@ class Stream(Examples):
 
     @cached_property
     def digest(self) -> str:
-        """A digest of their positions, of a few that are decoded, and of the state of files."""
+        """A digest of the positions, of a few decoded examples, and of the files."""
         positions = self._index.tolist()
-        telling = 1 if self.in_batches else min(_TELLING, len(self))
-        places = torch.linspace(0, len(self) - 1, telling).round().long()
-        few = self._workers.decoder(self._index[places].tolist())
-        told = [few.digest, positions, self._workers.decoder.state(positions)]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        number = 1 if self.in_batches else min(_DIGEST_EXAMPLES, len(self))
+        indices = torch.linspace(0, len(self) - 1, number).round().long()
+        sample = self._workers.decoder(self._index[indices].tolist())
+        content = [sample.digest, positions, self._workers.decoder.state(positions)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What to know about these examples."""
-        sizes = [] if self._parts is None else remark_on(map(len, self._parts))
+        """Remarks for the user about these examples."""
+        sizes = [] if self._parts is None else batch_size_remarks(map(len, self._parts))
         return ("decoded anew in each pass over the data", *sizes)
 
     @property
     def decoders(self) -> int:
-        """How many workers there are for them, or this process alone."""
-        return max(1, self._workers.worth(len(self), 1, self.first(1).nbytes))
+        """The number of decoding processes; 1 if this process decodes alone."""
+        return max(1, self._workers.useful_number(len(self), 1, self.first(1).nbytes))
 
     def position(self, index: int) -> int:
-        """Finds an example in the data set.
+        """Returns the position of an example in the data set.
 
         Args:
-            index: Its place among these examples.
+            index: Index of the example in this split.
 
         Returns:
             Its position in the data set.
@@ -645,10 +650,10 @@ class Stream(Examples):
         return int(self._index[index])
 
     def take(self, index: Tensor | slice) -> Stream:
-        """Picks examples.
+        """Selects examples.
 
         Args:
-            index: Which ones: positions ``[n]`` or a slice.
+            index: Indices ``[n]`` or a slice.
 
         Returns:
             Those examples, not decoded yet.
@@ -656,11 +661,11 @@ class Stream(Examples):
         return Stream(self._workers, self._index[index])
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
-        """Decodes the examples once, a batch at a time.
+        """Decodes the examples once, batch by batch.
 
         Args:
-            size: Examples a batch; the last one may have fewer.
-            order: Positions ``[n]``; all in their own order where it is None.
+            size: Examples per batch; the last batch may have fewer.
+            order: Indices ``[n]``; all examples in order if None.
 
         Returns:
             The batches.
@@ -669,10 +674,10 @@ class Stream(Examples):
         return self._workers.decode(index, size, self.first(1).nbytes)
 
     def first(self, number: int) -> Split:
-        """Decodes the first examples, and remembers them.
+        """Decodes the first examples and caches them.
 
         Args:
-            number: How many; all where there are fewer.
+            number: Number of examples; all if there are fewer.
 
         Returns:
             Those examples.
@@ -683,16 +688,16 @@ class Stream(Examples):
         return self._firsts[number]
 
     def decode(self, budget: int) -> Split | None:
-        """Decodes all examples into memory, where they fit.
+        """Decodes all examples into memory if they fit.
 
         Args:
-            budget: The bytes that they may take.
+            budget: Available memory in bytes.
 
         Returns:
-            The examples; None where they take more, or have different sizes from batch to batch.
+            The examples; None if they need more, or if example shapes differ between batches.
 
         Raises:
-            DataError: They cannot be decoded, or do not fit together.
+            DataError: The examples cannot be decoded or joined.
         """
         example = self.first(1).nbytes
         if len(self) * example > budget:
@@ -701,7 +706,7 @@ class Stream(Examples):
         size = 1 if self.in_batches else size
         batches, taken = [], 0
         for batch in self.batches(size):
-            batches.append(own(batch))
+            batches.append(leave_shared_memory(batch))
             taken += batch.nbytes
             if taken > budget:
                 return None
@@ -711,14 +716,14 @@ class Stream(Examples):
             return None
 
     def check(self) -> None:
-        """Makes sure that an example is the same each time it is decoded.
+        """Checks that decoding an example twice gives the same result.
 
         Raises:
-            DataError: It is not.
+            DataError: The results differ.
         """
         decoder = self._workers.decoder
         position = self._index[:1].tolist()
-        first, second = (Parcel.pack(decoder(position)) for _ in range(2))
+        first, second = (PackedBatch.pack(decoder(position)) for _ in range(2))
         if any(
             not np.array_equal(a[-1], b[-1])
             for a, b in zip(first.columns, second.columns, strict=True)

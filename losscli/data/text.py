@@ -1,4 +1,4 @@
-"""Text as sequences of tokens, cut one after the other."""
+"""Text files as consecutive sequences of tokens."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from losscli.files import IrregularError, open_regular, read_regular
 __all__ = ["IGNORED", "load_text", "read_texts"]
 
 IGNORED = -100
-"""The target of a position that is no part of the text, as transformers writes it."""
+"""The target of a padding position, as in transformers."""
 
-_TEXTS_AT_ONCE = 1000
+# Number of texts per call of the tokenizer.
+_TEXTS_PER_CALL = 1000
 
 
 def load_text(path: Path, /, *, tokenizer: str | Path = "bytes", context: int = 1024) -> DataSet:
-    """Reads a text file as sequences of context tokens, none overlapping.
+    """Reads a text file as non-overlapping sequences of ``context`` tokens.
 
     Args:
-        path: The file, in UTF-8, or with bytes for tokens of any kind; or a folder of SPLIT.txt.
-        tokenizer: A Hugging Face tokenizer's folder, which adds no special tokens; or ``bytes``,
-            for the ids 0…255.
-        context: Tokens in a sequence; all of them where there are fewer.
+        path: The file, in UTF-8, or any file with ``bytes``; or a folder of SPLIT.txt files.
+        tokenizer: Folder of a Hugging Face tokenizer, used without special tokens; or ``bytes``
+            for byte values as token ids.
+        context: Number of tokens per sequence; the length of the text if it is shorter.
 
     Returns:
-        Inputs ``[S, context]``; the targets are the same tokens, and −100 at the padding of the
-        last sequence. One token that is left over predicts nothing and is left out.
+        Inputs ``[S, context]`` and targets with the same tokens, −100 at the padding of the last
+        sequence. A last sequence of one token predicts nothing and is dropped.
 
     Raises:
         DataError: The text or the tokenizer cannot be read.
@@ -46,7 +47,7 @@ def load_text(path: Path, /, *, tokenizer: str | Path = "bytes", context: int = 
         files = {file.stem: file for file in sorted(path.glob("*.txt")) if file.is_file()}
         if not files:
             raise DataError(f"{path} holds no text files", "Name a file, or a folder of SPLIT.txt")
-        # As everywhere, the training data come first.
+        # The training data come first, as in all formats.
         files = {split: files[split] for split in sorted(files, key=lambda split: split != "train")}
     elif path.is_file():
         files = {"data": path}
@@ -56,7 +57,7 @@ def load_text(path: Path, /, *, tokenizer: str | Path = "bytes", context: int = 
         raise DataError(f"there is no text file {path}", f"Relative names start at {Path.cwd()}")
     read = read_texts(tokenizer, context)
     for file in files.values():
-        # A token takes 8 bytes, and of bytes each is one.
+        # A token takes 8 bytes, and each byte is a token of the byte tokenizer.
         size, memory = file.stat().st_size, host_memory()
         if (need := size * (8 if tokenizer == "bytes" else 1)) > memory:
             raise DataError(
@@ -79,18 +80,19 @@ def _content(file: Path) -> bytes:
 def read_texts(
     tokenizer: str | Path, context: int
 ) -> Callable[[Sequence[bytes | str], str], Split]:
-    """Prepares to make sequences of texts.
+    """Loads a tokenizer and returns a function that tokenizes texts.
 
     Args:
-        tokenizer: A tokenizer's folder, or ``bytes``.
-        context: Tokens in a sequence.
+        tokenizer: Folder of a tokenizer, or ``bytes``.
+        context: Number of tokens per sequence.
 
     Returns:
-        What makes sequences of texts that follow each other, given them and their name.
+        A function of consecutive texts and their name in error messages that returns sequences of
+        tokens.
 
     Raises:
         DataError: The tokenizer cannot be read.
-        SpecError: The context is no number of tokens.
+        SpecError: ``context`` is not an integer above 1.
     """
     if type(context) is not int or context < 2:
         raise SpecError(
@@ -99,7 +101,7 @@ def read_texts(
     padding, encode = (0, _bytes) if tokenizer == "bytes" else _tokenizer(Path(tokenizer))
 
     def read(texts: Sequence[bytes | str], where: str) -> Split:
-        blocks = (texts[i : i + _TEXTS_AT_ONCE] for i in range(0, len(texts), _TEXTS_AT_ONCE))
+        blocks = (texts[i : i + _TEXTS_PER_CALL] for i in range(0, len(texts), _TEXTS_PER_CALL))
         try:
             ids = [np.array(row, np.int64) for block in blocks for row in encode(block)]
         except UnicodeDecodeError as error:
@@ -134,44 +136,44 @@ def _bytes(texts: Sequence[bytes | str]) -> Iterable[npt.ArrayLike]:
 
 
 def _require_regular(folder: Path) -> None:
-    """Refuses pipes and devices among the files: from these the library would read without end."""
+    """Refuses FIFOs and devices, on which the library would block."""
     for path in folder.iterdir():
         try:
             open_regular(path).close()
         except IrregularError as error:
             raise DataError(f"{path} cannot be read: {error}") from None
         except OSError:
-            continue  # a folder; and of what cannot be opened the library has a word
+            continue  # a folder, or a file that the library reports as unreadable
 
 
 def _require_printable(folder: Path) -> None:
-    """Refuses keys that would steer a terminal: the library prints those that it does not know."""
+    """Refuses keys with control characters, since the library prints unknown keys."""
     for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
         try:
             content = json.loads(read_regular(folder / name))
         except (OSError, ValueError, RecursionError):
-            continue  # the library has a word on it
+            continue  # the library reports it
         if name == "tokenizer.json":  # its vocabulary may have any keys
             content = content.get("added_tokens") if isinstance(content, dict) else None
-        odd = next((key for key in _keys(content) if not key.isprintable()), None)
-        if odd is not None:
+        unprintable = next((key for key in _keys(content) if not key.isprintable()), None)
+        if unprintable is not None:
             raise DataError(
-                f"{folder / name} has the key {odd!r}",
+                f"{folder / name} has the key {unprintable!r}",
                 "Save the tokenizer with its save_pretrained(FOLDER)",
             )
 
 
 def _keys(content: object) -> Iterator[str]:
-    inner: Iterable[object] = content if isinstance(content, list) else ()
+    children: Iterable[object] = content if isinstance(content, list) else ()
     if isinstance(content, dict):
         yield from content
-        inner = content.values()
-    for part in inner:
-        yield from _keys(part)
+        children = content.values()
+    for child in children:
+        yield from _keys(child)
 
 
 def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], list[list[int]]]]:
-    """Loads a tokenizer without network or code; gives its padding and what encodes texts."""
+    """Loads a tokenizer without network or code; returns its padding id and encoder."""
     if not folder.is_dir():
         raise DataError(
             f"there is no folder {folder} of a tokenizer",
@@ -204,7 +206,7 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
 
     def encode(texts: Sequence[bytes | str]) -> list[list[int]]:
         decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]
-        # Not verbose: it would warn of texts longer than the model's context, which are cut here.
+        # With verbose, it would warn about texts longer than the context of the model.
         encoded = tokenizer(
             decoded, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
@@ -215,13 +217,14 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
 
 
 def _require_vocabulary(folder: Path, tokenizer: Any) -> None:
-    """Refuses a tokenizer that was made of a model's configuration alone, and knows no words."""
-    # Some have none to read, such as that of bytes.
-    own = tokenizer.vocab_files_names.values()
-    there = [*folder.glob("tokenizer.*"), *(folder / name for name in (*own, "tekken.json"))]
-    if own and not any(file.is_file() for file in there):
-        names = ", ".join(dict.fromkeys(["tokenizer.json", *own]))
+    """Refuses a tokenizer without vocabulary, constructed from a model configuration only."""
+    # Some tokenizers, such as those of bytes, have no vocabulary file.
+    vocabulary = tokenizer.vocab_files_names.values()
+    names = (*vocabulary, "tekken.json")
+    candidates = [*folder.glob("tokenizer.*"), *(folder / name for name in names)]
+    if vocabulary and not any(file.is_file() for file in candidates):
+        expected = ", ".join(dict.fromkeys(["tokenizer.json", *vocabulary]))
         raise DataError(
-            f"{folder} holds no tokenizer: none of {names} is there",
+            f"{folder} holds no tokenizer: none of {expected} is there",
             "Save the model's there with its save_pretrained(FOLDER), or name its own folder",
         )

@@ -29,7 +29,7 @@ from losscli.evaluation.losses import (
     weights_of,
 )
 from losscli.evaluation.torch_losses import TorchLoss
-from losscli.models import cure_of
+from losscli.models import suggest_fix
 
 __all__ = ["HALF", "NO_GRAPH", "ScoredModel", "is_registered", "scores_in"]
 
@@ -114,7 +114,7 @@ class ScoredModel(LoadableModel):
             shapes = " and ".join(str(list(tensor.shape)) for tensor in leaves(inputs))
             raise ModelError(
                 f"the model fails on inputs of shape {shapes}: {one_line(error)}",
-                cure_of(self.model, inputs, leaves(inputs))
+                suggest_fix(self.model, inputs, leaves(inputs))
                 or _cure_of_graph(error)
                 or _cure_of_type(error, inputs)
                 or "Do --model and --data belong together? (flatten=true flattens images)",

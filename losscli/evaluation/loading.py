@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losscli.checkpoint import Versions, loadable, takes_part
+from losscli.checkpoint import Versions, has_custom_loading, loadable
 from losscli.evaluation.spectral import SpectralLayer, normalise, spectral_layers
 from losscli.evaluation.strategies import tensors_of
 from losscli.files import release_pages
@@ -45,7 +45,7 @@ class LoadableModel:
         self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
         self.extra: Mapping[str, Any] = {}
         self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
-        self._takes_part = takes_part(self.model)
+        self._has_custom_loading = has_custom_loading(self.model)
         self._normalises = True
 
     @contextmanager
@@ -68,7 +68,7 @@ class LoadableModel:
         """
         if self.folds:
             self.model.train()
-        point = self._whole(weights) if self._takes_part else {}
+        point = self._whole(weights) if self._has_custom_loading else {}
         # Code of the user's own may write on the tensors that it is given.
         given = {name: tensor.clone() for name, tensor in point.items()} or weights
         state = loadable(given, self.versions, self.extra)

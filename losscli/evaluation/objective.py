@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from losscli.data import (
     DataSet,
-    Draws,
     Examples,
+    RandomnessDetector,
     Split,
     device_budget,
     leaves,
@@ -412,7 +412,7 @@ class Objective(ScoredModel):
             if progress is not None:
                 progress(examples / total)
 
-        with Draws(self.device) as draws:
+        with RandomnessDetector(self.device) as draws:
             self.recalibrate(points, tell)
             found = {name: self._walk(points, split, tell) for name, split in splits.items()}
         if draws.names:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from losscli.data import Draws, Split, leaves, map_inputs, seed_all
+from losscli.data import RandomnessDetector, Split, leaves, map_inputs, seed_all
 from losscli.errors import LosscliError, LossError, ModelError, NondeterministicModelError
 from losscli.evaluation.device import Narrowest
 from losscli.evaluation.flops import Trace, addresses
@@ -75,7 +75,7 @@ def check_task(objective: Objective, weights: Weights, names: Sequence[str] | No
 
 def _check(objective: Objective, names: Sequence[str] | None) -> None:
     doubts: list[frozenset[Doubt]] = []
-    with Draws(objective.device):
+    with RandomnessDetector(objective.device):
         if objective.chooses_batch:
             _fit_outputs(objective)
         for name in objective.splits if names is None else names:
@@ -98,7 +98,7 @@ def _check_split(objective: Objective, name: str) -> list[frozenset[Doubt]]:
     examples = objective.splits[name]
     batch = examples.first(objective.batch_size).to(objective.device)
     seed_all(0, objective.device)
-    with Draws(objective.device) as draws:
+    with RandomnessDetector(objective.device) as draws:
         whole, doubts = _first_values(objective, batch, name)
     if draws.names:
         raise _random(objective, draws.names, batch, whole)

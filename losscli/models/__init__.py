@@ -1,4 +1,4 @@
-"""Models by name: losscli's own, those of transformers, and saved programs."""
+"""Models by name: built-in models, models of transformers, and exported programs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from losscli.models.built_in import CNN, MLP
 from losscli.models.heads import (
     HEADLESS,
     NEEDS_DECODER,
-    cure_of,
     is_headless,
     label_loss,
     needs_decoder_inputs,
-    scores_of,
+    score_kind,
+    suggest_fix,
 )
 from losscli.models.pretrained import has_config
 from losscli.models.registry import FROM_FILES, MODELS, RUNS_CODE
@@ -23,10 +23,10 @@ __all__ = [
     "MODELS",
     "NEEDS_DECODER",
     "RUNS_CODE",
-    "cure_of",
     "has_config",
     "is_headless",
     "label_loss",
     "needs_decoder_inputs",
-    "scores_of",
+    "score_kind",
+    "suggest_fix",
 ]

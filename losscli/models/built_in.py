@@ -1,4 +1,4 @@
-"""The two architectures that losscli has itself, enough for a lecture's figures."""
+"""The built-in architectures: a multi-layer perceptron and a small convolutional network."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# A file may name any number; each layer takes some milliseconds to build and to hold.
-_DEEPEST = 500
+# A file may contain any number of sizes, and each layer takes milliseconds to build.
+_MAX_LAYERS = 500
 
 
 class MLP(nn.Module):
@@ -39,7 +39,7 @@ class MLP(nn.Module):
             pieces is below 1.
 
     Shape:
-        inputs ``[B, *]`` with ``sizes[0]`` values an example; outputs ``[B, sizes[-1]]``.
+        inputs ``[B, *]`` with ``sizes[0]`` values per example; outputs ``[B, sizes[-1]]``.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class CNN(nn.Module):
         widths: The channels of the blocks, such as ``16-32``.
         channels: The channels of the images.
         classes: The number of outputs.
-        batchnorm: Whether a BatchNorm stands behind each convolution.
+        batchnorm: Whether each convolution is followed by BatchNorm.
 
     Raises:
         SpecError: A width, ``channels`` or ``classes`` is not a positive number, or ``batchnorm``
@@ -147,9 +147,9 @@ def _widths(sizes: str | Sequence[int], model: str, *, at_least: int) -> list[in
         widths = [int(size) for size in given]
     except (TypeError, ValueError, OverflowError):
         given = widths = []
-    if len(widths) > _DEEPEST:
+    if len(widths) > _MAX_LAYERS:
         raise SpecError(
-            f"{model}: {len(widths):,} sizes are more than the {_DEEPEST:,} it has layers for",
+            f"{model}: {len(widths):,} sizes are more than the {_MAX_LAYERS:,} it has layers for",
             "Name code of your own that builds the model",
         )
     rounded = not isinstance(sizes, str) and widths != given

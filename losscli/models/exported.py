@@ -1,4 +1,4 @@
-"""Programs that torch.export saved, as models."""
+"""Load programs that ``torch.export`` saved."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 
 from losscli.errors import ModelError, one_line
 
-__all__ = ["exported"]
+__all__ = ["load_exported"]
 
 
-def exported(file: str | Path) -> nn.Module:
-    """Loads a program that torch.export saved (.pt2); it runs what is in the file.
+def load_exported(file: str | Path) -> nn.Module:
+    """Loads a program that ``torch.export.save`` wrote (.pt2). This runs code in the file.
 
     Args:
         file: The file.
 
     Returns:
-        The program as a module, its tensors under the names of the model that was exported.
+        The program as a module, with the tensor names of the exported model.
 
     Raises:
-        ModelError: There is no such file, or it is no such program.
+        ModelError: The file does not exist, or is not an exported program.
     """
     path = Path(file)
     if not path.is_file():
         raise ModelError(f"there is no file {path}", f"Relative names start at {Path.cwd()}")
     try:
-        with warnings.catch_warnings(), _unlogged():
-            # Of what torch replaces within itself.
+        with warnings.catch_warnings(), _logging_disabled():
+            # Deprecation warnings inside torch.
             warnings.simplefilter("ignore")
             program = torch.export.load(path)
             module = program.module()
@@ -44,17 +44,17 @@ def exported(file: str | Path) -> nn.Module:
             f"{path} is no program that torch {torch.__version__} can load: {one_line(error)}",
             "Save it with torch.export.save(torch.export.export(model, …), FILE)",
         ) from error
-    # In their place stand refusals; the program is as it was exported, whatever the mode.
+    # torch replaces these methods by ones that raise; the mode does not change the program.
     for name in ("train", "eval"):
         vars(module).pop(name, None)
-    if (fixed := _batch(program)) is not None:
-        module.register_forward_pre_hook(partial(_require_batch, path, fixed), with_kwargs=True)
+    if (fixed := _fixed_batch_size(program)) is not None:
+        module.register_forward_pre_hook(partial(_check_batch_size, path, fixed), with_kwargs=True)
     return module
 
 
 @contextmanager
-def _unlogged() -> Iterator[None]:
-    """Keeps torch from logging the traceback of an error that it then raises."""
+def _logging_disabled() -> Iterator[None]:
+    """Disables logging, since torch logs the traceback of an error that it also raises."""
     before = logging.root.manager.disable
     logging.disable()
     try:
@@ -63,8 +63,8 @@ def _unlogged() -> Iterator[None]:
         logging.disable(before)
 
 
-def _batch(program: torch.export.ExportedProgram) -> int | None:
-    """The only number of examples that a program takes; None where it takes any."""
+def _fixed_batch_size(program: torch.export.ExportedProgram) -> int | None:
+    """Returns the fixed batch size of a program; None if it is dynamic."""
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if (
@@ -77,7 +77,7 @@ def _batch(program: torch.export.ExportedProgram) -> int | None:
     return None
 
 
-def _require_batch(
+def _check_batch_size(
     path: Path, fixed: int, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]

@@ -1,6 +1,6 @@
-"""What models of transformers score, and what they need: told by their classes and their configs.
+"""Properties of the heads of transformers models, derived from class names and configs.
 
-Nothing is imported: where transformers is not loaded, no model is one of its.
+This module does not import transformers: if it is not loaded, no model belongs to it.
 """
 
 from __future__ import annotations
@@ -15,81 +15,84 @@ from torch import Tensor, nn
 __all__ = [
     "HEADLESS",
     "NEEDS_DECODER",
-    "Scores",
-    "cure_of",
+    "ScoreKind",
     "is_headless",
     "label_loss",
     "needs_decoder_inputs",
-    "scores_of",
+    "score_kind",
+    "suggest_fix",
 ]
 
-Scores = Literal["next", "own", "other"]
-"""Scores of each next token, of each token itself or its class, or of something else."""
+ScoreKind = Literal["next", "own", "other"]
+"""Whether outputs are scores of the next token, of the same position, or of something else."""
 
 HEADLESS = (
     "Its config.json names no architecture with a head: name it there under architectures, or "
     "give a --model of your own that builds it"
 )
-"""The cure where a model returns features and no scores."""
+"""How to fix a model that returns features instead of scores."""
 
 NEEDS_DECODER = (
     "An encoder-decoder needs decoder_input_ids beside labels of their shape: give --data of your "
     "own (path/to/file.py:callable) whose batches are mappings with that key"
 )
-"""The cure where an encoder-decoder has nothing to decode from."""
+"""How to fix missing ``decoder_input_ids`` of an encoder-decoder."""
 
-# Three that are named like those of next tokens, and whose labels are not shifted.
-_OWN = re.compile(
+# The last three are named like causal models, but do not shift the labels.
+_SAME_POSITION = re.compile(
     r".*For(MaskedLM|TokenClassification)|(XLM|Flaubert)WithLMHeadModel|XLNetLMHeadModel"
 )
-_NEXT = re.compile(r".*(ForCausalLM|LMHeadModel|WithLMHead)")
-# Those that choose a loss by config.problem_type and config.num_labels.
-_LABELLED = re.compile(r".*For(Sequence|Image|Video)Classification")
-_GENERATES = re.compile(r".*ForConditionalGeneration")
+_NEXT_TOKEN = re.compile(r".*(ForCausalLM|LMHeadModel|WithLMHead)")
+# Classes that choose a loss by config.problem_type and config.num_labels.
+_LABEL_DEPENDENT = re.compile(r".*For(Sequence|Image|Video)Classification")
+_CONDITIONAL = re.compile(r".*ForConditionalGeneration")
 
 
-def scores_of(model: nn.Module) -> Scores:
-    """Tells what the scores of a language model are those of, as its own loss takes them.
+def score_kind(model: nn.Module) -> ScoreKind:
+    """Returns which tokens the outputs of a language model score in its own loss.
 
     Args:
         model: The model.
 
     Returns:
-        ``"next"`` for causal language models, and for models that are none of transformers;
-        ``"own"`` where labels are not shifted: masked language models, classifiers of tokens, and
-        decoders that have an encoder; ``"other"`` for any other head.
+        ``"next"`` for causal language models and for models that are not of transformers;
+        ``"own"`` if labels are not shifted: masked language models, token classifiers and
+        encoder-decoders; ``"other"`` for any other head.
     """
     if not _is_pretrained(model):
         return "next"
     for name in (cls.__name__ for cls in type(model).__mro__):
-        if _OWN.fullmatch(name):
+        if _SAME_POSITION.fullmatch(name):
             return "own"
-        if _NEXT.fullmatch(name):
+        if _NEXT_TOKEN.fullmatch(name):
             return "next"
-        if _GENERATES.fullmatch(name):
+        if _CONDITIONAL.fullmatch(name):
             return "own" if _is_encoder_decoder(model) else "next"
     return "other"
 
 
 def label_loss(model: nn.Module, *, floating: bool) -> Literal["bce", "mse"] | None:
-    """Finds the loss that a classifier of transformers takes of labels that are not classes.
+    """Returns the loss of a classifier of transformers if its labels are not class indices.
+
+    The loss depends on ``problem_type`` in the config; if that is not set, on ``num_labels`` and
+    on the type of the labels.
 
     Args:
         model: The model.
         floating: Whether the labels are floating-point.
 
     Returns:
-        ``"bce"`` for several labels per example, ``"mse"`` for regression, by ``problem_type`` of
-        its config, else by ``num_labels`` and the labels; None for classes, and for other models.
+        ``"bce"`` for multi-label classification, ``"mse"`` for regression; None for class indices
+        and for other models.
     """
-    kinds = type(model).__mro__ if _is_pretrained(model) else ()
-    if not any(_LABELLED.fullmatch(kind.__name__) for kind in kinds):
+    classes = type(model).__mro__ if _is_pretrained(model) else ()
+    if not any(_LABEL_DEPENDENT.fullmatch(cls.__name__) for cls in classes):
         return None
     config: Any = model.config
     problem = getattr(config, "problem_type", None)
     if problem is None:
-        several = "multi_label_classification" if floating else "single_label_classification"
-        problem = "regression" if config.num_labels == 1 else several
+        default = "multi_label_classification" if floating else "single_label_classification"
+        problem = "regression" if config.num_labels == 1 else default
     losses: dict[str, Literal["bce", "mse"]] = {
         "multi_label_classification": "bce",
         "regression": "mse",
@@ -98,13 +101,13 @@ def label_loss(model: nn.Module, *, floating: bool) -> Literal["bce", "mse"] | N
 
 
 def is_headless(model: nn.Module) -> bool:
-    """Tells whether a model of transformers is the bare one, which returns features.
+    """Whether a model of transformers has no head and returns features.
 
     Args:
         model: The model.
 
     Returns:
-        Whether it is.
+        Whether it has no head; False for models that are not of transformers.
     """
     if not _is_pretrained(model):
         return False
@@ -113,46 +116,46 @@ def is_headless(model: nn.Module) -> bool:
 
 
 def needs_decoder_inputs(model: nn.Module, inputs: object) -> bool:
-    """Tells whether a decoder that generates has no tokens of its own to go on from.
+    """Whether an encoder-decoder lacks ``decoder_input_ids``.
 
     Args:
         model: The model.
-        inputs: What it is given: by name, or otherwise.
+        inputs: The inputs, as a mapping or in any other form.
 
     Returns:
-        Whether it is an encoder-decoder without ``decoder_input_ids``.
+        Whether the model is an encoder-decoder and the inputs have no ``decoder_input_ids``.
     """
     generates = _is_pretrained(model) and any(
-        _GENERATES.fullmatch(cls.__name__) for cls in type(model).__mro__
+        _CONDITIONAL.fullmatch(cls.__name__) for cls in type(model).__mro__
     )
-    given = isinstance(inputs, Mapping) and "decoder_input_ids" in inputs
-    return generates and _is_encoder_decoder(model) and not given
+    has_inputs = isinstance(inputs, Mapping) and "decoder_input_ids" in inputs
+    return generates and _is_encoder_decoder(model) and not has_inputs
 
 
-def cure_of(model: Any, inputs: object, tensors: Iterable[Tensor]) -> str:
-    """Finds out why a model of transformers may have failed.
+def suggest_fix(model: Any, inputs: object, tensors: Iterable[Tensor]) -> str:
+    """Suggests a fix for a failed forward pass of a transformers model.
 
     Args:
         model: The model.
-        inputs: What it failed on: by name, or otherwise.
-        tensors: The same, one after the other.
+        inputs: The inputs, as a mapping or in any other form.
+        tensors: The tensors in the inputs.
 
     Returns:
-        The cure; empty where none is known.
+        The suggestion; empty if the cause is unknown.
     """
     if not isinstance(model, nn.Module) or not _is_pretrained(model):
         return ""
     if needs_decoder_inputs(model, inputs):
         return NEEDS_DECODER
-    most = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config, "max_position_embeddings", None)
     length = max(map(_length, tensors), default=0)
-    if type(most) is int and length > most:
+    if type(limit) is int and length > limit:
         key = getattr(model.config, "attribute_map", {}).get(
             "max_position_embeddings", "max_position_embeddings"
         )
         return (
-            f"The model has {most} positions ({key} in its config.json), and sequences are of "
-            f"{length} tokens: give --data with context={most} or less, or cut them"
+            f"The model has {limit} positions ({key} in its config.json), and sequences are of "
+            f"{length} tokens: give --data with context={limit} or less, or cut them"
         )
     return ""
 

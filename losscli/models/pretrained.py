@@ -1,4 +1,4 @@
-"""Models of the library transformers, built from the config.json of a folder."""
+"""Build models of transformers from the config.json of a folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import nn
 from losscli.errors import ModelError, one_line
 from losscli.files import read_regular
 
-__all__ = ["has_config", "pretrained"]
+__all__ = ["build_pretrained", "has_config"]
 
-# How the names of architectures end, and the Auto classes that know them.
+# Suffixes of architecture names, and the Auto classes for them.
 _HEADS = (
     (("ForCausalLM", "LMHeadModel"), ("AutoModelForCausalLM",)),
     (
@@ -43,20 +43,20 @@ _HEADS = (
     (("ForPreTraining",), ("AutoModelForPreTraining",)),
 )
 
-# How the numbers of what a model is built of are called, and how many of each it may have. Lists of
-# them are counts for each stage, or else say which layers are of some kind.
-_PARTS = re.compile(r"(?:.*_)?(?:layers?|experts|(?P<stages>blocks|depths?))")
-_MOST_PARTS = 2000
+# Config keys with numbers of layers, experts or blocks, and the maximum of each. A list has either
+# one count per stage or the indices of layers of some kind.
+_PART_KEYS = re.compile(r"(?:.*_)?(?:layers?|experts|(?P<stages>blocks|depths?))")
+_MAX_PARTS = 2000
 
 
 def has_config(folder: Path) -> bool:
-    """Tells whether a folder says how its model is built.
+    """Whether a folder has a config.json of transformers.
 
     Args:
         folder: The folder.
 
     Returns:
-        Whether a config.json of transformers is in it.
+        Whether it has a config.json with a ``model_type``.
     """
     try:
         content = json.loads(read_regular(folder / "config.json"))
@@ -65,27 +65,27 @@ def has_config(folder: Path) -> bool:
     return isinstance(content, dict) and isinstance(content.get("model_type"), str)
 
 
-def pretrained(folder: str | Path) -> nn.Module:
-    """Builds the model of a Hugging Face folder from its config.json, never from the network.
+def build_pretrained(folder: str | Path) -> nn.Module:
+    """Builds the model of a Hugging Face folder from its config.json, without network access.
 
-    Its weights are those of an initialisation. No code of the folder is run: transformers itself
-    must know the model.
+    The weights are freshly initialised. Code in the folder is never run, so that transformers
+    itself must support the model.
 
     Args:
         folder: The folder.
 
     Returns:
-        The model with the head that config.json names first under ``architectures``, or without
-        a head where it names none. Attention is computed by PyTorch's own
-        ``scaled_dot_product_attention`` where the model can, and nothing is cached.
+        The model, with the first head in ``architectures`` of config.json, or without a head if
+        there is none. It uses PyTorch's ``scaled_dot_product_attention`` if it supports that, and
+        no cache.
 
     Raises:
-        ModelError: transformers is not installed, or does not know the model; or there is no
-            config.json that it understands.
+        ModelError: transformers is not installed or does not support the model, or config.json is
+            missing or invalid.
     """
     path = Path(folder)
-    named = _read(path)
-    _require_few_parts(path / "config.json", named)
+    content = _read_config(path)
+    _check_part_counts(path / "config.json", content)
     try:
         import transformers
     except ImportError as error:
@@ -93,9 +93,9 @@ def pretrained(folder: str | Path) -> nn.Module:
             f"{path} is a model of transformers, which is not installed ({one_line(error)})",
             "pip install 'losscli[hf]'",
         ) from None
-    kind, architectures = named["model_type"], named.get("architectures") or []
+    kind, architectures = content["model_type"], content.get("architectures") or []
     if kind not in transformers.CONFIG_MAPPING:
-        if "auto_map" in named:
+        if "auto_map" in content:
             raise ModelError(
                 f"{path / 'config.json'} names code to run: its model_type {kind!r} is not one of "
                 "transformers, and a file may not name code",
@@ -108,7 +108,7 @@ def pretrained(folder: str | Path) -> nn.Module:
             "Try a newer one: pip install --upgrade transformers",
         )
     try:
-        with _alone(transformers):
+        with _offline(transformers):
             config = transformers.AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
@@ -119,7 +119,7 @@ def pretrained(folder: str | Path) -> nn.Module:
         raise ModelError(f"{path / 'config.json'} makes no model: {one_line(error)}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not path.is_dir():
         raise ModelError(
@@ -146,21 +146,21 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _require_few_parts(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a number of layers that no model has: to build them would take hours."""
+def _check_part_counts(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuses an unrealistic number of layers, which would take hours to build."""
     for key, value in config.items():
-        if isinstance(value, dict) and key != "label2id":  # whose keys are words of anything
-            _require_few_parts(file, value)
-        named = _PARTS.fullmatch(key)
-        if named is None:
+        if isinstance(value, dict) and key != "label2id":  # its keys are arbitrary labels
+            _check_part_counts(file, value)
+        match = _PART_KEYS.fullmatch(key)
+        if match is None:
             continue
         values = value if isinstance(value, list) else [value]
         numbers = [v for v in values if type(v) is int]
-        many = sum(numbers) if named["stages"] else max(numbers, default=0)
-        if max(many, len(values)) > _MOST_PARTS:
-            told = f"{key} of {len(values):,} values" if len(values) > 9 else f"{key}={value}"
+        count = sum(numbers) if match["stages"] else max(numbers, default=0)
+        if max(count, len(values)) > _MAX_PARTS:
+            text = f"{key} of {len(values):,} values" if len(values) > 9 else f"{key}={value}"
             raise ModelError(
-                f"{file} asks for {told}, more than the {_MOST_PARTS:,} of any model",
+                f"{file} asks for {text}, more than the {_MAX_PARTS:,} of any model",
                 "Correct it, or give a --model of your own that builds it",
             )
 
@@ -176,12 +176,12 @@ def _build(transformers: Any, config: Any, architecture: str) -> nn.Module:
             f"transformers has no {architecture} for the model_type {config.model_type!r}",
             "Correct architectures in config.json, or give a --model of your own that builds it",
         )
-    # A config.json may name kernels that would be fetched and run. Without a name it is PyTorch's
-    # own attention, or the model's where it cannot use that.
+    # A config.json may name kernels, which transformers would download and run. None selects
+    # PyTorch's attention, or that of the model if it does not support PyTorch's.
     config._attn_implementation = None
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
-    # Its initialisation is that of float32, whatever type a checkpoint beside it was stored in.
+    # Initialise in float32, whatever dtype the config has.
     dtype = {"dtype" if hasattr(config, "dtype") else "torch_dtype": torch.float32}
     model: nn.Module = getattr(transformers, known[0]).from_config(
         config, trust_remote_code=False, **dtype
@@ -190,11 +190,8 @@ def _build(transformers: Any, config: Any, architecture: str) -> nn.Module:
 
 
 @contextmanager
-def _alone(transformers: Any) -> Iterator[None]:
-    """Keeps Hugging Face's own client from the network, whatever a config.json asks for.
-
-    What transformers has to say of a config it also keeps for itself: a library never prints.
-    """
+def _offline(transformers: Any) -> Iterator[None]:
+    """Prevents network access by the Hugging Face client, and logging by transformers."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, transformers.logging.get_verbosity()

@@ -17,9 +17,9 @@ from losscli.checkpoint import (
     Checkpoint,
     CheckpointLike,
     Versions,
+    has_custom_loading,
     loadable,
-    named,
-    takes_part,
+    name_checkpoint,
 )
 from losscli.data import Inputs, map_inputs
 from losscli.errors import (
@@ -86,7 +86,7 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
     begun = time.perf_counter()
     if settings.get("batch_loss"):
         raise UsageError("align evaluates no loss, and --batch-loss has no effect", "Leave it out")
-    a, b = named(a, "A"), named(b, "B")
+    a, b = name_checkpoint(a, "A"), name_checkpoint(b, "B")
     problem, before, dtype = _prepare(a, b, Settings(**settings))
     first, last = problem.first.weights, problem.last
     names = problem.parameters(problem.moving)
@@ -264,7 +264,7 @@ def _needed_versions(problem: Problem, weights: Weights) -> Versions:
     """The versions of modules, if the model would load other tensors without them."""
     with torch.random.fork_rng(devices=[]):
         model = problem.fresh().cpu()
-    if not takes_part(model):
+    if not has_custom_loading(model):
         return {}
     own, extra = tensors_of(model), problem.last.extra
     model.load_state_dict(loadable(weights, {}, extra), strict=False)

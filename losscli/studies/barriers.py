@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losscli.arguments import checked
-from losscli.checkpoint import CheckpointLike, all_in, named_all
+from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
@@ -41,7 +41,7 @@ from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import BarriersSplit, BarriersSummary, Description, PairBarrier
 from losscli.table import Table
-from losscli.weight_space.slices import Line, grid, midpoint, require_room
+from losscli.weight_space.slices import Line, check_point_count, grid, midpoint
 from losscli.weight_space.vectors import Weights, distance, equal
 
 __all__ = ["Barriers", "barriers"]
@@ -77,7 +77,7 @@ def barriers(
     Raises:
         LosscliError: Something is missing, broken or does not fit.
     """
-    plan = Barriers.plan(named_all(names), Settings(**settings), points=points)
+    plan = Barriers.plan(name_checkpoints(names), Settings(**settings), points=points)
     return plan.run(Execution(progress))
 
 
@@ -120,7 +120,7 @@ class Barriers(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
-        names = all_in(names)
+        names = expand_folders(names)
         if len(names) < 2:
             raise UsageError(
                 f"barriers needs two checkpoints or more, and got {len(names)}",
@@ -136,7 +136,7 @@ class Barriers(Study):
             raise UsageError(
                 f"--points {points} leaves no point between two checkpoints", "Give 3 or more"
             )
-        require_room("--points", points, points * math.comb(len(names), 2))
+        check_point_count("--points", points, points * math.comb(len(names), 2))
         problem = prepare(names, settings, ranks=ranks)
         first, *others = states = [problem.open(t).weights for t, _ in enumerate(names)]
         moving = tuple(

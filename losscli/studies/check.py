@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from losscli.arguments import checked
-from losscli.checkpoint import CheckpointLike, named_all, path_of
+from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.data import Examples, Split
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
@@ -144,7 +144,7 @@ def check(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Check.plan(
-        named_all(names),
+        name_checkpoints(names),
         Settings(**settings),
         tolerance=tolerance,
         eigenvalues=eigenvalues,
@@ -412,7 +412,7 @@ class Check(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
-        names, notes = path_of(names, keep_order=keep_order)
+        names, notes = order_path(names, keep_order=keep_order)
         if not names:
             raise UsageError("check needs a checkpoint", "Give one or more")
         if len(set(names)) < len(names):

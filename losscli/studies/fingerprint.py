@@ -13,7 +13,7 @@ import torch
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import halving
 from losscli.evaluation.sweep import check
-from losscli.spec import own_code
+from losscli.spec import user_code_digests
 from losscli.studies.problem import Problem
 from losscli.weight_space.digest import digest
 
@@ -92,7 +92,7 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
         check(objective, problem.origin)
         tried = halving(objective, lambda: _first_losses(problem))
     # Now that all of it was called, which may have imported more.
-    code = {f"the code in {file}": content for file, content in own_code().items()}
+    code = {f"the code in {file}": content for file, content in user_code_digests().items()}
     conditions = {
         "the command": command,
         **{f"the checkpoint {c['name']}": _content(c) for c in provenance["checkpoints"]},

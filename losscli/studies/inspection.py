@@ -17,9 +17,9 @@ from losscli.checkpoint import (
     Checkpoint,
     CheckpointFile,
     CheckpointLike,
-    base_of,
-    named,
-    named_all,
+    find_base,
+    name_checkpoint,
+    name_checkpoints,
     read,
 )
 from losscli.errors import CheckpointError, MismatchError, TableError, UsageError
@@ -64,11 +64,11 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[Inspecti
         UsageError: There are not one or two names.
         CheckpointError: A file cannot be read.
     """
-    names = named_all(names)
+    names = name_checkpoints(names)
     if len(names) not in {1, 2}:
         raise UsageError(f"inspect takes one checkpoint or two, not {len(names)}")
     files = [read(name) for name in names]
-    if len(files) == 1 and len(files[0].choice) > 1:
+    if len(files) == 1 and len(files[0].model_candidates) > 1:
         return _contents(files[0])
     first, *others = checkpoints = _open(files)
     summary: InspectionSummary = {
@@ -305,8 +305,8 @@ def export(
         raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
     if not (summary is None or _is_of_a_line(summary)):
         raise UsageError("summary is not that of interpolate", "Give result.summary")
-    a, b = named(a, "A"), named(b, "B")
-    files, name = [read(a), read(b)], base_of([a, b])
+    a, b = name_checkpoint(a, "A"), name_checkpoint(b, "B")
+    files, name = [read(a), read(b)], find_base([a, b])
     base = read(name).select(None) if name and any(f.adapter for f in files) else None
     files[0].refuse_quantised()
     first = files[0].select(None, base)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from losscli.arguments import checked
-from losscli.checkpoint import CheckpointLike, named
+from losscli.checkpoint import CheckpointLike, name_checkpoint
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
@@ -99,8 +99,8 @@ def interpolate(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Interpolation.plan(
-        named(a, "A"),
-        named(b, "B"),
+        name_checkpoint(a, "A"),
+        name_checkpoint(b, "B"),
         Settings(**settings),
         points=points,
         range_=range,

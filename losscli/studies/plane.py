@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from losscli.arguments import checked
-from losscli.checkpoint import CheckpointLike, all_in, named_all, path_of
+from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints, order_path
 from losscli.data import Examples
 from losscli.errors import CheckpointError, UsageError
 from losscli.evaluation.device import float32_precision
@@ -40,7 +40,7 @@ from losscli.summaries import PlaneAxis, PlaneSplit, PlaneSummary
 from losscli.table import Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.directions import random_directions
-from losscli.weight_space.slices import Slice, Span, Triangle, grid, require_room
+from losscli.weight_space.slices import Slice, Span, Triangle, check_point_count, grid
 from losscli.weight_space.trajectory import principal_axes
 from losscli.weight_space.vectors import Weights
 
@@ -104,7 +104,7 @@ def plane(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Plane.plan(
-        named_all(names),
+        name_checkpoints(names),
         Settings(**settings),
         pca=pca,
         points=points,
@@ -177,9 +177,9 @@ class Plane(Study):
         if keep_order and not pca:
             raise UsageError("--keep-order is about the order of a path", "Give it with --pca")
         if pca:
-            names, notes = path_of(names, keep_order=keep_order)
+            names, notes = order_path(names, keep_order=keep_order)
         else:
-            names = all_in(names)
+            names = expand_folders(names)
         if len(names) < 3 if pca else len(names) not in {1, 3}:
             needs = "with --pca three checkpoints or more" if pca else "one checkpoint or three"
             raise UsageError(
@@ -188,7 +188,7 @@ class Plane(Study):
             )
         if points < 2:
             raise UsageError(f"--points {points} is no plane", "Give 2 or more")
-        require_room("--points", points, points**2)
+        check_point_count("--points", points, points**2)
         if range_ is not None:
             grid(points, *range_)
         problem = prepare(names, settings, notes, ranks)

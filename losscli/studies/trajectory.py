@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from losscli.arguments import checked
-from losscli.checkpoint import CheckpointLike, named_all, path_of
+from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
@@ -39,7 +39,7 @@ from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import PathLengths, RandomWalks, TrajectorySplit, TrajectorySummary
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import lowest
-from losscli.weight_space.slices import Line, grid, midpoint, require_room
+from losscli.weight_space.slices import Line, check_point_count, grid, midpoint
 from losscli.weight_space.trajectory import Path, measure, random_walks, ribbon
 from losscli.weight_space.vectors import dimension
 
@@ -92,7 +92,7 @@ def trajectory(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Trajectory.plan(
-        named_all(names),
+        name_checkpoints(names),
         Settings(**settings),
         surface=surface,
         residuals=residuals,
@@ -151,7 +151,7 @@ class Trajectory(Study):
             LosscliError: Something is missing, broken or does not fit.
         """
         begun = time.perf_counter()
-        names, notes = path_of(names, keep_order=keep_order)
+        names, notes = order_path(names, keep_order=keep_order)
         if len(names) < 3:
             raise UsageError(
                 f"trajectory needs three checkpoints or more, and got {len(names)}",
@@ -160,7 +160,7 @@ class Trajectory(Study):
         if surface and residuals < 2:
             raise UsageError(f"--residuals {residuals} is no surface", "Give 2 or more")
         if surface:
-            require_room("--residuals", residuals, residuals * len(names))
+            check_point_count("--residuals", residuals, residuals * len(names))
         if surface and not 0 < reach <= _FARTHEST:
             raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
         problem = prepare(names, settings, notes, ranks)

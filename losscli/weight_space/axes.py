@@ -1,9 +1,9 @@
-"""Axes of tensors as products and sums of what may be permuted, tied where they must move alike.
+"""Axes of tensors as products and sums of leaves that may be permuted.
 
-A leaf of size n stands for n units that may change places, or, pinned, for n that may not. An axis
-is a leaf; or a product of others, as a flattened one of channels × height × width is; or a sum of
-others one behind the other, as a concatenation is. To tie two axes, to split one or to pin it only
-ever makes less permutable, so that what was found for it before still holds.
+A leaf of size n stands for n units that may be permuted, or that may not if the leaf is pinned. An
+axis is a leaf, a product of axes (such as a flattened channels × height × width), or a sum of axes
+(a concatenation). Axes that must be permuted together are tied. Tying, splitting and pinning only
+reduce the possible permutations, so earlier conclusions about an axis stay valid.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 __all__ = ["Axis", "concatenate", "cut", "multiply", "pin", "regroup", "tie", "units"]
 
-# So many copies of a part are written out one behind the other; more are pinned.
-_COPIES = 4096
+# A product with a larger outer factor is pinned instead of being expanded into a sum.
+_MAX_TERMS = 4096
 
 
 class Axis:
-    """One axis, a node that others may be tied to.
+    """One axis of a tensor; a node of a union-find structure of tied axes.
 
     Args:
-        size: Its size.
-        pinned: Whether nothing on it may change places.
+        size: Size of the axis.
+        pinned: Whether nothing on it may be permuted.
     """
 
     __slots__ = ("_factors", "_forward", "_terms", "pinned", "size")
@@ -41,7 +41,7 @@ def multiply(axes: Sequence[Axis]) -> Axis:
     """Flattens axes into one.
 
     Args:
-        axes: The axes, the outermost first.
+        axes: The axes, outermost first.
 
     Returns:
         Their product.
@@ -55,7 +55,7 @@ def multiply(axes: Sequence[Axis]) -> Axis:
 
 
 def concatenate(axes: Sequence[Axis]) -> Axis:
-    """Puts axes one behind the other.
+    """Concatenates axes.
 
     Args:
         axes: The axes.
@@ -72,7 +72,7 @@ def concatenate(axes: Sequence[Axis]) -> Axis:
 
 
 def pin(axis: Axis) -> None:
-    """Makes everything on an axis stay where it is.
+    """Excludes everything on an axis from permutations.
 
     Args:
         axis: The axis.
@@ -86,11 +86,11 @@ def pin(axis: Axis) -> None:
 
 
 def tie(a: Axis, b: Axis) -> None:
-    """Makes two axes one: what moves on the one moves alike on the other.
+    """Ties two axes, so that they are permuted together.
 
     Args:
-        a: The one.
-        b: The other, of the same size.
+        a: The first axis.
+        b: The second axis, of the same size.
     """
     a, b = _find(a), _find(b)
     if a is b:
@@ -105,11 +105,11 @@ def tie(a: Axis, b: Axis) -> None:
 
 
 def cut(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
-    """Cuts an axis into pieces one behind the other.
+    """Cuts an axis into consecutive pieces.
 
     Args:
         axis: The axis.
-        sizes: The sizes of the pieces, together that of the axis.
+        sizes: Sizes of the pieces, with the size of the axis as their sum.
 
     Returns:
         The pieces.
@@ -120,10 +120,10 @@ def cut(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
         piece: list[Axis] = []
         missing = size
         while missing:
-            # What was cut further in the meantime is taken as it is now.
+            # An earlier cut of a tied axis may have divided this term.
             left[:1] = _terms(left[0])
             if left[0].size > missing:
-                left[:1] = _part(left[0], missing)
+                left[:1] = _divide(left[0], missing)
             else:
                 missing -= left[0].size
                 piece.append(left.pop(0))
@@ -132,14 +132,14 @@ def cut(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
 
 
 def regroup(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
-    """Views axes, in row-major order, as others.
+    """Reshapes axes in row-major order.
 
     Args:
         axes: The axes.
-        sizes: The sizes of the new ones, whose product is that of the axes.
+        sizes: Sizes of the new axes; their product is that of the old axes.
 
     Returns:
-        The new axes; pinned like the old ones where neither can be written by means of the other.
+        The new axes. If the factors of old and new axes do not match, both are pinned.
     """
     left = [f for axis in axes for f in _factors(axis)]
     regrouped = []
@@ -162,14 +162,14 @@ def regroup(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
 
 
 def units(axis: Axis) -> Iterator[tuple[Axis, Tensor]]:
-    """Finds what may be permuted on an axis.
+    """Finds the units on an axis that may be permuted.
 
     Args:
         axis: The axis.
 
     Yields:
-        A leaf that is not pinned, and the positions on the axis of each of its units,
-        ``[units, block]``; a leaf that stands at several places comes several times.
+        A leaf that is not pinned, and the positions of each of its units on the axis,
+        ``[units, block]``. A leaf that occurs several times is yielded several times.
     """
     yield from _units(axis, torch.arange(axis.size).unsqueeze(1))
 
@@ -177,9 +177,9 @@ def units(axis: Axis) -> Iterator[tuple[Axis, Tensor]]:
 def _units(axis: Axis, positions: Tensor) -> Iterator[tuple[Axis, Tensor]]:
     axis = _find(axis)
     if axis._factors:
-        apart = positions.reshape([f.size for f in axis._factors] + [-1])
+        by_factor = positions.reshape([f.size for f in axis._factors] + [-1])
         for i, factor in enumerate(axis._factors):
-            yield from _units(factor, apart.movedim(i, 0).reshape(factor.size, -1))
+            yield from _units(factor, by_factor.movedim(i, 0).reshape(factor.size, -1))
     elif axis._terms:
         start = 0
         for term in axis._terms:
@@ -207,7 +207,7 @@ def _product(axes: Sequence[Axis]) -> int:
 
 
 def _factors(axis: Axis) -> list[Axis]:
-    """The factors of an axis, none of them a product nor of size 1."""
+    """Returns the factors of an axis, without nested products and factors of size 1."""
     axis = _find(axis)
     if axis._factors:
         return [f for factor in axis._factors for f in _factors(factor)]
@@ -215,7 +215,7 @@ def _factors(axis: Axis) -> list[Axis]:
 
 
 def _terms(axis: Axis) -> list[Axis]:
-    """The terms of an axis, none of them a sum nor empty."""
+    """Returns the terms of an axis, without nested sums and empty terms."""
     axis = _find(axis)
     if axis._terms:
         return [t for term in axis._terms for t in _terms(term)]
@@ -226,7 +226,7 @@ def _tie_parts(a: Axis, b: Axis) -> None:
     if a._terms or b._terms:
         for axis in (a, b):
             if axis._factors:
-                _write_out(axis)
+                _expand(axis)
         _tie_terms(_terms(a), _terms(b))
         return
     left, right = _factors(a), _factors(b)
@@ -252,16 +252,16 @@ def _tie_terms(left: list[Axis], right: list[Axis]) -> None:
         if x.size == y.size:
             tie(left.pop(0), right.pop(0))
         elif x.size > y.size:
-            left[:1] = _part(x, y.size)
+            left[:1] = _divide(x, y.size)
         else:
-            right[:1] = _part(y, x.size)
+            right[:1] = _divide(y, x.size)
 
 
 def _split(axis: Axis, outer: int) -> list[Axis]:
     """Splits a leaf or a sum into a product with an outer factor of the given size."""
     inner = axis.size // outer
     if axis._terms:
-        # Equal terms that move alike are copies of one of them, and their order is kept.
+        # Terms of equal size become tied copies of the first, in a fixed order.
         first, *others = _terms(axis)
         if all(t.size == inner for t in (first, *others)):
             for other in others:
@@ -277,10 +277,10 @@ def _split(axis: Axis, outer: int) -> list[Axis]:
     return factors
 
 
-def _part(axis: Axis, size: int) -> list[Axis]:
-    """Parts a leaf or a product into two terms or more, one of them ending at the given size."""
+def _divide(axis: Axis, size: int) -> list[Axis]:
+    """Divides a leaf or a product into terms, with a boundary at the given size if it is a leaf."""
     if axis._factors:
-        _write_out(axis)
+        _expand(axis)
         return _terms(axis)
     axis._terms = [
         Axis(size, pinned=axis.pinned),
@@ -289,12 +289,12 @@ def _part(axis: Axis, size: int) -> list[Axis]:
     return axis._terms[:]
 
 
-def _write_out(axis: Axis) -> None:
-    """Makes a product a sum: its outer factor stays in order, and its terms are written out."""
+def _expand(axis: Axis) -> None:
+    """Expands a product into a sum over its outer factor, which is pinned."""
     outer, *inner = _factors(axis)
     if outer._terms:
         terms = [multiply([term, *inner]) for term in _terms(outer)]
-    elif outer.size > _COPIES:
+    elif outer.size > _MAX_TERMS:
         pin(axis)
         terms = [Axis(axis.size, pinned=True)]
     else:

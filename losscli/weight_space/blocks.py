@@ -1,4 +1,4 @@
-"""The blocks of a model: the parts that a reader of its code would name, in their order."""
+"""The blocks of a model, such as its layers or stages, in the order of its tensors."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from torch import Tensor, nn
 __all__ = ["blocks_of"]
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
-# A number says little without the name of what it counts in.
+# Members of these have numeric names, so the name of the container is shown with them.
 _CONTAINERS = (*_LISTS, nn.Sequential)
 
 
 def blocks_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Finds the block of every tensor of a model.
 
-    A block is what the first component of a tensor's name stands for. A module that holds all
-    tensors is looked into, and so is one that keeps an ``nn.ModuleList`` or ``nn.ModuleDict``, the
-    members of which are blocks: ``h.0``, ``h.1``, … of a GPT-2. The names of modules that hold all
-    the others are left out. A tied tensor belongs to the block that has it first.
+    A block is the module named by the first component of a tensor's name. A module that contains
+    all tensors is replaced by its children, and so is a module with an ``nn.ModuleList`` or
+    ``nn.ModuleDict``; the members of these lists are blocks, such as ``h.0``, ``h.1``, … of GPT-2.
+    The names of modules that contain all tensors are removed. A tied tensor belongs to the block
+    of its first alias.
 
     Args:
         model: The model.
-        tensors: Its parameters and buffers themselves, by the names of its state dict.
+        tensors: Its parameters and buffers, not copies, by their names in the state dict.
 
     Returns:
         The block of each name, in the order of the names.
@@ -33,45 +34,45 @@ def blocks_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
     root = _root(modules, list(first.values()))
-    # A container's own name is part of those of its members.
-    shown = root
-    while shown and isinstance(modules[shown], _CONTAINERS):
-        shown = shown.rpartition(".")[0]
-    left_out = len(shown) + 1 if shown else 0
-    block = {name: _block(modules, root, name)[left_out:] for name in first.values()}
+    # The names of members include the name of their container.
+    hidden = root
+    while hidden and isinstance(modules[hidden], _CONTAINERS):
+        hidden = hidden.rpartition(".")[0]
+    prefix = len(hidden) + 1 if hidden else 0
+    block = {name: _block(modules, root, name)[prefix:] for name in first.values()}
     return {name: block[first[id(tensor)]] for name, tensor in tensors.items()}
 
 
 def _root(modules: Mapping[str, nn.Module], names: list[str]) -> str:
-    """Finds the innermost module with parts that holds all tensors."""
+    """Returns the innermost module with children that contains all tensors."""
     root = ""
     while True:
-        inside = {_step(root, name) for name in names}
-        only = inside.pop()
-        if inside or only not in modules or not any(modules[only].children()):
+        children = {_child_path(root, name) for name in names}
+        child = children.pop()
+        if children or child not in modules or not any(modules[child].children()):
             return root
-        root = only
+        root = child
 
 
 def _block(modules: Mapping[str, nn.Module], root: str, name: str) -> str:
-    """Finds the block of a tensor, by its full name."""
-    here = root
-    while not isinstance(modules[here], _CONTAINERS):
-        here = _step(here, name)
-        if here not in modules or not _keeps_list(modules[here]):
-            return here
-    return _step(here, name)
+    """Returns the block of a tensor with the given full name."""
+    path = root
+    while not isinstance(modules[path], _CONTAINERS):
+        path = _child_path(path, name)
+        if path not in modules or not _contains_list(modules[path]):
+            return path
+    return _child_path(path, name)
 
 
-def _keeps_list(module: nn.Module) -> bool:
-    # An nn.Sequential is one block, as a stage of a ResNet is, whatever is in it.
+def _contains_list(module: nn.Module) -> bool:
+    # An nn.Sequential is one block, like a stage of a ResNet.
     if isinstance(module, nn.Sequential):
         return False
-    return isinstance(module, _LISTS) or any(map(_keeps_list, module.children()))
+    return isinstance(module, _LISTS) or any(map(_contains_list, module.children()))
 
 
-def _step(path: str, name: str) -> str:
-    """Goes one component from a path towards a name below it."""
+def _child_path(path: str, name: str) -> str:
+    """Extends a path by one component towards a name below it."""
     start = len(path) + 1 if path else 0
     end = name.find(".", start)
     return name if end < 0 else name[:end]

@@ -1,7 +1,7 @@
-"""What can be said of a curve that was seen at some points, with the errors of what is said.
+"""Minimum, barrier, rises and local extrema of a sampled loss curve, with standard errors.
 
-Every standard error is one of paired differences: both losses are of the same examples, so what
-makes an example hard at both points drops out.
+All standard errors are those of paired differences. Both losses are of the same examples, so the
+variation between examples that is common to both points cancels.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from losscli.summaries import Extremum, Height, LineSplit, LowestOnLine, Rise
 
 __all__ = ["describe", "lowest", "near_rounding", "relative", "standard_error"]
 
-# The relative rounding of one operation in each type that a forward pass may have, and how many
-# such errors a loss may have gathered on its way through a model.
+# Relative rounding error of one operation in each dtype of a forward pass, and the number of such
+# errors that may accumulate in a loss.
 _ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-_GATHERED = 16
+_ACCUMULATED_ERRORS = 16
 
-# An extremum is beyond noise where its depth is more than so many standard errors of it.
+# An extremum is significant if its depth is more than this many standard errors.
 _STANDARD_ERRORS = 2
 
 Losses = NDArray[np.floating[Any]]
@@ -35,13 +35,14 @@ def standard_error(values: Losses, weights: Weights | None = None) -> float:
     """Computes the standard error of a mean.
 
     Args:
-        values: One number an example, ``[N]``: a loss, or a sum of multiples of its losses; with
-            weights times the example's weight over the mean weight.
-        weights: The weights w of the examples, ``[N]``; None where all are 1.
+        values: One number per example, ``[N]``: a loss, or a linear combination of losses. With
+            weights, it is multiplied by the weight of the example over the mean weight.
+        weights: The weights w of the examples, ``[N]``; None if all are 1.
 
     Returns:
-        The sample standard deviation (n − 1) over √n; nan for a single example. With weights the
-        error of the ratio Σwl/Σw: the same of the residuals, n being the examples with a weight.
+        The sample standard deviation (with n − 1) over √n; nan for a single example. With weights,
+        the standard error of the ratio Σwl/Σw: the same formula for the residuals, where n counts
+        the examples with a nonzero weight.
     """
     number = len(values) if weights is None else int(np.count_nonzero(weights))
     if number < 2:
@@ -60,7 +61,7 @@ def relative(weights: Weights) -> Weights:
         weights: The weights of examples, ``[N]``.
 
     Returns:
-        Weights with the mean 1; zeros where all are.
+        Weights with mean 1; zeros if all weights are zero.
     """
     mean = float(weights.mean()) if len(weights) else 0.0
     return weights / mean if mean else weights
@@ -73,37 +74,37 @@ def lowest(losses: Sequence[float]) -> list[int]:
         losses: The mean loss at each point, ``[P]``.
 
     Returns:
-        The places of all that share it, rising; empty where no loss is finite.
+        The indices of all points with this loss, ascending; empty if no loss is finite.
     """
-    least = min((loss for loss in losses if math.isfinite(loss)), default=None)
-    return [i for i, loss in enumerate(losses) if loss == least]
+    minimum = min((loss for loss in losses if math.isfinite(loss)), default=None)
+    return [i for i, loss in enumerate(losses) if loss == minimum]
 
 
 def near_rounding(alphas: Sequence[float], losses: Sequence[float], dtype: str) -> list[float]:
-    """Finds the points that decide about extrema which rounding could have made.
+    """Finds the points of extrema that may be caused by rounding.
 
-    Such an extremum is no deeper, or higher, than what rounding may do to a loss. A study that
-    evaluates these points in float64, and asks again with the losses found until no new points
-    come, has only extrema of the curve itself.
+    The depth or height of such an extremum is within the rounding error of a loss. To remove these
+    extrema, evaluate the returned points in float64 and call this function again with the new
+    losses, until it returns no new points.
 
     Args:
-        alphas: The P points, rising.
-        losses: The mean loss at each, ``[P]``.
-        dtype: The type of the forward pass, such as ``float32``.
+        alphas: The P points, ascending.
+        losses: The mean loss at each point, ``[P]``.
+        dtype: The dtype of the forward pass, such as ``float32``.
 
     Returns:
-        Each such extremum, its neighbours, and the point that its depth is measured to, rising.
+        Each such extremum, its neighbours, and the rim that its depth is measured to, ascending.
     """
     points = [_Point(x, y, np.empty(0)) for x, y in zip(alphas, losses, strict=True)]
-    doubt = _GATHERED * _ROUNDING[dtype]
-    found = set()
+    relative_error = _ACCUMULATED_ERRORS * _ROUNDING[dtype]
+    doubtful = set()
     for segment in _segments(points):
         for sign in (1, -1):
             for i, k in _extrema([sign * p.loss for p in segment]):
-                here, rim = segment[i].loss, segment[k].loss
-                if abs(rim - here) < doubt * max(abs(rim), abs(here)):
-                    found |= {segment[j].alpha for j in (i - 1, i, i + 1, k)}
-    return sorted(found)
+                loss, rim = segment[i].loss, segment[k].loss
+                if abs(rim - loss) < relative_error * max(abs(rim), abs(loss)):
+                    doubtful |= {segment[j].alpha for j in (i - 1, i, i + 1, k)}
+    return sorted(doubtful)
 
 
 def describe(
@@ -115,27 +116,31 @@ def describe(
 ) -> LineSplit:
     """Describes a curve on one split.
 
-    Points whose mean loss is not finite are left out and counted; the two ends count as seen
-    whether or not they are among the points.
+    Points with a mean loss that is not finite are excluded and counted. The two ends are included
+    even if they are not among the points.
 
     Args:
-        alphas: The P points, rising.
-        losses: The loss of each example at each of them, ``[P, N]``.
+        alphas: The P points, ascending.
+        losses: The loss of each example at each point, ``[P, N]``.
         loss_a: The loss of each example at α = 0, ``[N]``.
-        loss_b: The same at α = 1.
-        weights: The weights of the examples, ``[N]``, which the losses are multiplied by, over
-            their mean; None where all are 1.
+        loss_b: The loss of each example at α = 1, ``[N]``.
+        weights: The weights of the examples, ``[N]``; the losses are already multiplied by the
+            weight over the mean weight. None if all are 1.
 
     Returns:
-        ``loss_a``, ``loss_b``; ``minimum``, the lowest point, the first where several are as low,
-        with ``ties``, how many points have that loss, and ``below_b``, how much it lies below B;
-        ``barrier`` (Entezari et al. 2022, arXiv 2110.06296) and ``largest_rise`` (Lucas
-        et al. 2021, arXiv 2104.11044) over 0 ≤ α ≤ 1, None where no point between the ends was
-        looked at; ``monotonic``, whether the largest rise is 0, None where the points do not reach
-        from end to end or one of them is not finite; ``local_minima`` with their depth (their
-        topographic prominence) and ``local_maxima`` with their height, its mirror image, each with
-        its paired standard error, and ``beyond_noise``, whether it is more than twice that, which
-        nobody can say from a single example; ``not_finite``, the number of points left out.
+        A dictionary with these keys:
+
+        - ``loss_a``, ``loss_b``: the mean losses at the ends.
+        - ``minimum``: the lowest point, the first one if several have the same loss; ``ties`` is
+          the number of these points, and ``below_b`` the loss at B minus the minimum.
+        - ``barrier`` (Entezari et al. 2022, arXiv 2110.06296) and ``largest_rise`` (Lucas et al.
+          2021, arXiv 2104.11044) over 0 ≤ α ≤ 1; None without points between the ends.
+        - ``monotonic``: whether the largest rise is 0; None if the points do not cover 0 to 1, or
+          if a loss is not finite, unless a rise was found.
+        - ``local_minima`` with their depth (topographic prominence) and ``local_maxima`` with
+          their height (the prominence of −loss), each with its paired standard error;
+          ``beyond_noise`` is whether it exceeds two standard errors, False for a single example.
+        - ``not_finite``: the number of excluded points.
     """
     means = _means(losses)
     a, b = (
@@ -147,18 +152,18 @@ def describe(
     ]
     between = [a, *(p for p in points if 0 < p.alpha < 1), b]
     finite = [p for p in points if p.finite]
-    seen = [p for p in between if p.finite]
-    looked = len(between) > 2
-    rise = _largest_rise(seen) if looked else None
+    finite_between = [p for p in between if p.finite]
+    has_interior = len(between) > 2
+    rise = _largest_rise(finite_between) if has_interior else None
     monotonic: bool | None = None
     if rise is not None:
-        whole = len(seen) == len(between) and alphas[0] <= 0 and alphas[-1] >= 1
-        monotonic = False if rise["height"] > 0 else True if whole else None
+        complete = len(finite_between) == len(between) and alphas[0] <= 0 and alphas[-1] >= 1
+        monotonic = False if rise["height"] > 0 else True if complete else None
     return {
         "loss_a": a.loss,
         "loss_b": b.loss,
         "minimum": _minimum(finite, b),
-        "barrier": _barrier(seen, a, b) if looked else None,
+        "barrier": _barrier(finite_between, a, b) if has_interior else None,
         "largest_rise": rise,
         "monotonic": monotonic,
         "local_minima": _local(points, 1),
@@ -168,7 +173,7 @@ def describe(
 
 
 class _Point:
-    """A point of the curve: where, its mean loss, and the loss of each example there."""
+    """A point of the curve: α, the mean loss, and the loss of each example."""
 
     def __init__(
         self, alpha: float, loss: float, row: Losses, weights: Weights | None = None
@@ -179,12 +184,12 @@ class _Point:
         self.weights = weights
         self.finite = math.isfinite(loss)
 
-    def above(self, other: _Point) -> float:
+    def stderr_to(self, other: _Point) -> float:
         return standard_error(self.row.astype(np.float64) - other.row, self.weights)
 
 
 def _means(losses: Losses) -> NDArray[np.float64]:
-    # Overflow to inf and inf − inf are answers here, not accidents.
+    # Overflow to inf and inf − inf are valid results here.
     with np.errstate(all="ignore"):
         means: NDArray[np.float64] = np.mean(losses, axis=1, dtype=np.float64)
     return means
@@ -193,14 +198,14 @@ def _means(losses: Losses) -> NDArray[np.float64]:
 def _minimum(points: Sequence[_Point], b: _Point) -> LowestOnLine | None:
     if not points:
         return None
-    shared = lowest([p.loss for p in points])
-    first = points[shared[0]]
+    minima = lowest([p.loss for p in points])
+    first = points[minima[0]]
     return {
         "alpha": first.alpha,
         "loss": first.loss,
-        "ties": len(shared),
+        "ties": len(minima),
         "below_b": b.loss - first.loss,
-        "below_b_stderr": b.above(first) if b.finite else None,
+        "below_b_stderr": b.stderr_to(first) if b.finite else None,
     }
 
 
@@ -209,7 +214,7 @@ def _barrier(points: Sequence[_Point], a: _Point, b: _Point) -> Height | None:
         return None
 
     def excess(p: _Point) -> float:
-        # By what was lost at the ends, not by rounding, an end lies on its own chord.
+        # The ends lie on the chord by definition, without a rounding error.
         if p is a or p is b:
             return 0.0
         return p.loss - ((1 - p.alpha) * a.loss + p.alpha * b.loss)
@@ -236,30 +241,34 @@ def _largest_rise(points: Sequence[_Point]) -> Rise:
             pair = low, point
     if pair is not None:
         low, high = pair
-        best |= {"stderr": high.above(low), "alpha_from": low.alpha, "alpha_to": high.alpha}
+        best |= {
+            "stderr": high.stderr_to(low),
+            "alpha_from": low.alpha,
+            "alpha_to": high.alpha,
+        }
     return best
 
 
 def _local(points: Sequence[_Point], sign: int) -> list[Extremum]:
     """Lists minima (sign 1, by depth) or maxima (sign −1, by height)."""
-    found: list[Extremum] = []
+    extrema: list[Extremum] = []
     for segment in _segments(points):
         for i, k in _extrema([sign * p.loss for p in segment]):
-            here, rim = segment[i], segment[k]
-            height = sign * (rim.loss - here.loss)
-            error = rim.above(here)
+            point, rim = segment[i], segment[k]
+            height = sign * (rim.loss - point.loss)
+            error = rim.stderr_to(point)
             size: Extremum = (
                 {"depth": height, "depth_stderr": error}
                 if sign > 0
                 else {"height": height, "height_stderr": error}
             )
-            found.append({
-                "alpha": here.alpha,
-                "loss": here.loss,
+            extrema.append({
+                "alpha": point.alpha,
+                "loss": point.loss,
                 **size,
                 "beyond_noise": math.isfinite(error) and height > _STANDARD_ERRORS * error,
             })
-    return found
+    return extrema
 
 
 def _segments(points: Sequence[_Point]) -> list[list[_Point]]:
@@ -273,35 +282,39 @@ def _segments(points: Sequence[_Point]) -> list[list[_Point]]:
 
 
 def _extrema(losses: Sequence[float]) -> list[tuple[int, int]]:
-    """Finds minima, and for each its rim, the point that its depth is measured to."""
-    # The depth of a minimum is how high one must climb from it, on the easier side, before one can
-    # go lower than it or reaches the end of the curve: its topographic prominence. Points that are
-    # not finite end the curve.
+    """Returns the index of each minimum and of its rim, the point that its depth is measured to.
+
+    The depth is the topographic prominence: the smaller of the two heights to climb, on the left
+    and on the right, before the curve falls below the minimum or ends. The curve ends at points
+    that are not finite.
+    """
     last = len(losses) - 1
     rights = [None if k is None else last - k for k in reversed(_rims(losses[::-1]))]
-    found = []
+    minima = []
     for i, (left, right) in enumerate(zip(_rims(losses), rights, strict=True)):
-        # Of a flat bottom its first point stands for all.
+        # A flat bottom is represented by its first point.
         if left is None or right is None or losses[i - 1] == losses[i]:
             continue
-        found.append((i, min(left, right, key=lambda k: losses[k])))
-    return found
+        minima.append((i, min(left, right, key=lambda k: losses[k])))
+    return minima
 
 
 def _rims(losses: Sequence[float]) -> list[int | None]:
-    """For each point the highest on the way to its left, up to where that goes lower."""
-    # Each point waits, with its rim, until a lower one has passed over it: a point is looked at as
-    # often as it is passed over, which is once. None where the way does not lead up.
+    """Returns for each point the index of the highest point on its left before a lower one.
+
+    It is None if the curve does not rise on the left. Each point stays on a stack, with its rim,
+    until a lower point removes it, so the total time is linear.
+    """
     rims: list[int | None] = []
-    waiting: list[int] = []
+    stack: list[int] = []
     for i, loss in enumerate(losses):
         highest: int | None = None
-        while waiting and losses[waiting[-1]] >= loss:
-            passed = waiting.pop()
-            for k in (passed, rims[passed]):
+        while stack and losses[stack[-1]] >= loss:
+            removed = stack.pop()
+            for k in (removed, rims[removed]):
                 above = loss if highest is None else losses[highest]
                 if k is not None and losses[k] > above:
                     highest = k
         rims.append(highest)
-        waiting.append(i)
+        stack.append(i)
     return rims

@@ -1,4 +1,4 @@
-"""Digests of tensors: what was evaluated is known again by its content."""
+"""Digests of tensors, to recognise evaluated points by their content."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["digest"]
 
-# From so many bytes on several tensors are digested at a time.
-_MANY = 32 << 20
+# Above this size in bytes, tensors are digested in parallel.
+_PARALLEL_BYTES = 32 << 20
 
-# Of tensors that were digested: where their memory was and how often it was written on, and the
-# digest. Sweeps of one slice come again and again.
-_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# For each digested tensor its address, its version counter and its digest, since repeated sweeps of
+# a slice digest the same tensors.
+_CACHE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Digests named tensors.
+    """Computes a digest of named tensors.
 
     Args:
         tensors: Tensors by name, on any device.
 
     Returns:
-        In hexadecimal a SHA-256 of their names, types, shapes and values, whatever their order.
+        The hexadecimal SHA-256 of names, dtypes, shapes and values, independent of their order.
     """
-    found = {name: _known(tensor) for name, tensor in tensors.items()}
-    new = [name for name, known in found.items() if known is None]
-    if len(new) > 1 and sum(tensors[name].nbytes for name in new) >= _MANY:
+    digests = {name: _cached(tensor) for name, tensor in tensors.items()}
+    new = [name for name, cached in digests.items() if cached is None]
+    if len(new) > 1 and sum(tensors[name].nbytes for name in new) >= _PARALLEL_BYTES:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found.update(zip(new, pool.map(_digest, (tensors[n] for n in new)), strict=True))
+            digests.update(zip(new, pool.map(_digest, (tensors[n] for n in new)), strict=True))
     else:
-        found.update((name, _digest(tensors[name])) for name in new)
+        digests.update((name, _digest(tensors[name])) for name in new)
     for name in new:
         tensor = tensors[name]
-        _KNOWN[tensor] = _state(tensor), found[name]
-    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
+        _CACHE[tensor] = _state(tensor), digests[name]
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
-def _known(tensor: Tensor) -> str | None:
-    if tensor not in _KNOWN:
+def _cached(tensor: Tensor) -> str | None:
+    if tensor not in _CACHE:
         return None
-    state, found = _KNOWN[tensor]
-    return str(found) if state == _state(tensor) else None
+    state, cached = _CACHE[tensor]
+    return str(cached) if state == _state(tensor) else None
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
@@ -58,6 +58,6 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 def _digest(tensor: Tensor) -> str:
     tensor = tensor.detach().cpu().contiguous()
     flat = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    told = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
-    told.update(flat.reshape(-1).view(torch.uint8).numpy().data)
-    return told.hexdigest()
+    content = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
+    content.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()

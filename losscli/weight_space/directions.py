@@ -1,8 +1,8 @@
-"""Random directions through weight space, each filter as long as that of the weights.
+"""Random filter-normalised directions in weight space.
 
-The loss of most networks stays the same when a filter is scaled and the next layer is scaled back.
-Filter normalisation takes that freedom from the picture: planes of networks with small and with
-large weights may be compared.
+The loss of most networks does not change if a filter is scaled and the next layer is scaled back.
+Filter normalisation removes this invariance, so that planes of networks with small and with large
+weights can be compared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from losscli.weight_space.vectors import Weights, working_type
 
 __all__ = ["random_directions"]
 
-# Weights that are in float64 at a time.
+# Number of weights that are converted to float64 at once.
 _PIECE = 1 << 20
 
 
@@ -27,27 +27,27 @@ def random_directions(
 ) -> tuple[Weights, Weights]:
     """Draws two random directions, filter-normalised (Li et al. 2018, arXiv 1712.09913).
 
-    A filter is what stands at one index of a tensor's first dimension. Within each, two Gaussian
-    vectors are made orthogonal, and each is rescaled to the norm of that filter in the weights. So
-    the directions are orthogonal as a whole, and both are filter-normalised. Where filters have a
-    single weight, in which nothing is orthogonal, the tensor is taken for one filter. Biases, and
-    whatever else has no more than one dimension, do not move.
+    A filter is a slice of a tensor along its first dimension. For each filter, two Gaussian vectors
+    are orthogonalised and rescaled to the norm of the filter in the weights. The two directions are
+    therefore orthogonal and filter-normalised. If the filters have a single weight, the whole
+    tensor is treated as one filter. Biases and other tensors with at most one dimension do not
+    move.
 
-    Each tensor has random numbers of its own, by the seed and its name: leaving out a tensor
-    changes none of the others.
+    The random numbers of a tensor depend on the seed and its name only, so excluding a tensor does
+    not change the others.
 
     Args:
-        weights: The point that the directions start at.
+        weights: The origin of the directions.
         names: The tensors that move.
-        still: Those among them that stay: normalisation parameters and buffers.
-        seed: Another seed, other directions.
+        still: Tensors among them with zero directions: normalisation parameters and buffers.
+        seed: Random seed.
 
     Returns:
-        Two directions with the tensors of the names, zero where nothing moves; in float32, or in
-        float64 where the weights are.
+        Two directions for the tensors in ``names``, zero for tensors that do not move. The dtype
+        is float32, or float64 for float64 weights.
 
     Raises:
-        UsageError: Nothing moves, or no more than one weight of each tensor.
+        UsageError: A direction is zero.
     """
     directions: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     moves = [False, False]
@@ -71,7 +71,7 @@ def random_directions(
 
 def _normalised(tensor: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     if tensor.is_complex():
-        # Independent real and imaginary parts make a complex Gaussian vector.
+        # A complex Gaussian vector has independent real and imaginary parts.
         pair = _normalised(torch.view_as_real(tensor.resolve_conj()), generator)
         return torch.view_as_complex(pair[0]), torch.view_as_complex(pair[1])
     dtype = working_type(tensor)
@@ -85,11 +85,11 @@ def _normalised(tensor: Tensor, generator: torch.Generator) -> tuple[Tensor, Ten
 
 
 def _normalise(filters: Tensor, first: Tensor, second: Tensor) -> None:
-    """Makes the rows of two matrices orthogonal, and as long as those of a third; in place."""
+    """Orthogonalises the rows of two matrices and gives them the norms of ``filters``, in place."""
     columns = range(0, filters.shape[1], _PIECE)
     overlaps: list[Tensor] = []
 
-    def stretches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def pieces() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for start in columns:
             w, u, v = (
                 m[:, start : start + _PIECE].to(torch.float64) for m in (filters, first, second)
@@ -100,23 +100,23 @@ def _normalise(filters: Tensor, first: Tensor, second: Tensor) -> None:
 
     def dots(i: int, k: int) -> Tensor:
         total = torch.zeros(len(filters), 1, dtype=torch.float64)
-        for parts in stretches():
+        for parts in pieces():
             total += (parts[i] * parts[k]).sum(1, keepdim=True)
         return total
 
     lengths, squares = dots(0, 0), dots(1, 1)
-    # Once is not enough: of two vectors that are nearly parallel, rounding is most of what is left.
+    # Orthogonalise twice: for nearly parallel vectors, the first result is mostly rounding error.
     overlaps.append(_quotient(dots(1, 2), squares))
     overlaps.append(_quotient(dots(1, 2), squares))
-    # A single weight has nothing orthogonal to it, whatever rounding has left.
-    rests = dots(2, 2) if filters.shape[1] > 1 else torch.zeros_like(squares)
-    for start, (_, u, v) in zip(columns, stretches(), strict=True):
-        second[:, start : start + _PIECE] = v * _quotient(lengths, rests).sqrt()
+    # In one dimension the orthogonal component is zero, apart from rounding errors.
+    residuals = dots(2, 2) if filters.shape[1] > 1 else torch.zeros_like(squares)
+    for start, (_, u, v) in zip(columns, pieces(), strict=True):
+        second[:, start : start + _PIECE] = v * _quotient(lengths, residuals).sqrt()
         first[:, start : start + _PIECE] = u * _quotient(lengths, squares).sqrt()
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
-    """Divides; by zero, it gives zero."""
+    """Divides a by b; the result is zero where b is zero."""
     return torch.where(b > 0, a / b, 0)
 
 

@@ -1,8 +1,8 @@
-"""Weight matching: the hidden units of one network put in the order that fits another's best.
+"""Weight matching: permuting the hidden units of one network to match another network.
 
-Ainsworth, Hayase & Srinivasa 2022 (arXiv 2209.04836), algorithm 1: the permutations of all groups
-are to maximise Σ ⟨A_w, P B_w⟩ over all weights. With those of all other groups held, that of one is
-a linear assignment problem, and so they are improved in turn until none can be.
+Algorithm 1 of Ainsworth, Hayase & Srinivasa 2022 (arXiv 2209.04836) maximises Σ ⟨A_w, P B_w⟩ over
+all weights. The permutation of one group, with all others fixed, is the solution of a linear
+assignment problem. The groups are optimised in turn until none improves.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from losscli.weight_space.vectors import Weights, norm, pieces
 
 __all__ = ["Matching", "inner_product", "match"]
 
-# A gain below this share of ‖A‖ ‖B‖ is rounding.
+# A gain below this share of ‖A‖ ‖B‖ is a rounding error.
 _ROUNDING = 1e-13
 
-# Values of a weight that are in float64 at once.
+# Number of values that are converted to float64 at once.
 _PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Matching:
-    """What was found.
+    """The result of weight matching.
 
     Attributes:
-        permutations: For each group which of B's units comes to each place, ``[units]``.
-        products: Σ ⟨A_w, P B_w⟩ over the weights that any group reaches: as they were, and after
-            each improvement.
-        sweeps: How often all groups were gone through; in the last one none improved.
+        permutations: For each group the index of B's unit at each new position, ``[units]``.
+        products: Σ ⟨A_w, P B_w⟩ over the tensors of all groups: the initial value, and the value
+            after each improvement.
+        sweeps: Number of passes over all groups; the last pass has no improvement.
     """
 
     permutations: tuple[Tensor, ...]
@@ -47,12 +47,12 @@ def inner_product(a: Weights, b: Weights, names: Sequence[str]) -> float:
     """Computes ⟨A, B⟩ in float64.
 
     Args:
-        a: The one point.
-        b: The other.
-        names: The tensors that count.
+        a: The first point.
+        b: The second point.
+        names: Names of the tensors to use.
 
     Returns:
-        The sum over all their values.
+        The inner product.
     """
     return math.fsum(float(x.dot(y)) for name in names for x, y in pieces(a[name], b[name]))
 
@@ -60,52 +60,52 @@ def inner_product(a: Weights, b: Weights, names: Sequence[str]) -> float:
 def match(
     a: Weights, b: Weights, groups: Sequence[Group], names: Sequence[str], *, seed: int = 0
 ) -> Matching:
-    """Permutes B's units onto A's.
+    """Permutes the units of B to match those of A.
 
-    Coordinate descent from B as it is, over the groups in a new random order each time, until no
-    group improves. Where a group lies on two axes of one tensor, as in a recurrent layer, its
-    problem is not linear: the linear one around where it stands is solved, and its solution taken
-    where the sum really is larger. The end is a local optimum, not the best of all.
+    Coordinate ascent that starts at B and visits the groups in a new random order on every pass,
+    until no group improves. If a group is on two axes of one tensor, as in a recurrent layer, its
+    problem is not linear: the problem linearised at the current permutation is solved, and its
+    solution is accepted if the sum increases. The result is a local optimum.
 
     Args:
-        a: A's tensors.
-        b: B's.
+        a: The tensors of A.
+        b: The tensors of B.
         groups: The groups.
-        names: The tensors that count, each tied one under one name.
-        seed: Of the order.
+        names: Names of the tensors to use, with one name per tied tensor.
+        seed: Random seed of the order of the groups.
 
     Returns:
         The matching.
     """
     generator = torch.Generator().manual_seed(seed)
     current: Mapping[str, Tensor] = b
-    found = [torch.arange(group.size) for group in groups]
-    reached = [[n for n in group.names if n in set(names)] for group in groups]
-    reach = list(dict.fromkeys(n for own in reached for n in own))
-    products = [inner_product(a, b, reach)]
+    permutations = [torch.arange(group.size) for group in groups]
+    group_names = [[n for n in group.names if n in set(names)] for group in groups]
+    all_names = list(dict.fromkeys(n for members in group_names for n in members))
+    products = [inner_product(a, b, all_names)]
     sweeps, improved = 0, True
     while improved:
         sweeps, improved = sweeps + 1, False
         for g in torch.randperm(len(groups), generator=generator).tolist():
-            group, own = groups[g], reached[g]
-            likeness = _likeness(a, current, group, own)
-            _, columns = linear_sum_assignment(likeness.numpy(), maximize=True)
+            group, members = groups[g], group_names[g]
+            similarity = _similarity(a, current, group, members)
+            _, columns = linear_sum_assignment(similarity.numpy(), maximize=True)
             step = torch.from_numpy(columns)
             moved = permute({n: current[n] for n in group.names if n in current}, [group], [step])
-            gain = inner_product(a, moved, own) - inner_product(a, current, own)
-            if gain > _ROUNDING * norm(a, own) * norm(current, own):
+            gain = inner_product(a, moved, members) - inner_product(a, current, members)
+            if gain > _ROUNDING * norm(a, members) * norm(current, members):
                 current = {**current, **moved}
-                found[g] = found[g][step]
+                permutations[g] = permutations[g][step]
                 products.append(products[-1] + gain)
                 improved = True
-    return Matching(tuple(found), tuple(products), sweeps)
+    return Matching(tuple(permutations), tuple(products), sweeps)
 
 
-def _likeness(a: Weights, b: Weights, group: Group, names: Sequence[str]) -> Tensor:
-    """The inner product of each unit of A with each of B, over all that belongs to it.
+def _similarity(a: Weights, b: Weights, group: Group, names: Sequence[str]) -> Tensor:
+    """Computes the inner product of each unit of A with each unit of B.
 
     Returns:
-        ``[units, units]`` in float64, A's along the rows.
+        ``[units, units]`` in float64; rows are units of A.
     """
     total = torch.zeros(group.size, group.size, dtype=torch.float64)
     for member in group.members:
@@ -117,6 +117,6 @@ def _likeness(a: Weights, b: Weights, group: Group, names: Sequence[str]) -> Ten
         )
         width = max(1, _PIECE // group.size)
         for start in range(0, x.shape[1], width):
-            some = slice(start, start + width)
-            total += x[:, some].to(torch.float64) @ y[:, some].to(torch.float64).T
+            part = slice(start, start + width)
+            total += x[:, part].to(torch.float64) @ y[:, part].to(torch.float64).T
     return total

@@ -1,10 +1,10 @@
-"""The permutations of hidden units that leave a network's function as it is, from its graph.
+"""Permutations of hidden units that do not change a network's function, from its graph.
 
-The network is traced by ``torch.export`` into core ATen operators. Every axis of every tensor in
-the graph is labelled with what may be permuted on it (`losscli.weight_space.axes`), and every
-operator ties the axes that must move alike for it to commute with the permutation: an addition ties
-its operands, a product of matrices what is summed over. The network's inputs and outputs stay as
-they are, and so does everything that meets an operator that is not known here.
+``torch.export`` traces the network into core ATen operators. Every axis of every tensor in the
+graph has a label that says what may be permuted on it (`losscli.weight_space.axes`). Every operator
+ties the axes that must be permuted together so that it commutes with the permutation: an addition
+ties its operands, a matrix product ties the axes that it sums over. Inputs and outputs of the
+network are pinned, and so are the operands of operators that are not known here.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ __all__ = ["Group", "Member", "obstacles", "permutation_groups", "permute"]
 
 @dataclass(frozen=True)
 class Member:
-    """Where the units of a group lie on one axis of one tensor.
+    """The positions of the units of a group on one axis of one tensor.
 
     Attributes:
-        name: The tensor.
-        axis: Which of its axes.
-        positions: The positions of each unit on it, ``[units, block]``: one a unit in a linear
-            layer's weight; height × width of them where the units are channels that were flattened.
+        name: Name of the tensor.
+        axis: Index of the axis.
+        positions: Positions of each unit on the axis, ``[units, block]``. The block size is 1 for
+            the weight of a linear layer, and height × width for flattened channels.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that may be permuted together, in every tensor that they reach.
+    """Units that may be permuted, in all tensors that contain them at once.
 
     Attributes:
         size: The number of units.
-        members: Where they lie, for each tied tensor under all of its names.
+        members: The positions of the units; a tied tensor is listed under all of its names.
     """
 
     size: int
@@ -64,23 +64,23 @@ class Group:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors that the group reaches."""
+        """Names of the tensors that contain the units."""
         return tuple(dict.fromkeys(member.name for member in self.members))
 
 
 def permutation_groups(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> tuple[Group, ...]:
-    """Finds the groups of hidden units whose order does not matter.
+    """Finds the groups of hidden units that may be permuted.
 
     Args:
-        model: The model, in eval mode; it is traced, and may keep what tracing left in it.
-        args: A small batch of inputs by position.
-        kwargs: Inputs by name.
+        model: The model, in eval mode. Tracing may modify it.
+        args: A small batch of positional inputs.
+        kwargs: Keyword inputs.
 
     Returns:
-        The groups, in the order of the model's tensors. Any permutation of each, of its members in
-        all tensors at once, leaves what the model gives, or its ``logits``, as it is.
+        The groups, in the order of the model's tensors. A permutation of a group in all its
+        members at once does not change the output of the model, or its ``logits``.
 
     Raises:
         ModelError: The model cannot be traced.
@@ -92,16 +92,15 @@ def permutation_groups(
 def obstacles(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> tuple[str, ...]:
-    """Names what holds units of a model in their order, where no group of them is found.
+    """Lists the reasons why a model has no groups of units that may be permuted.
 
     Args:
         model: The model, in eval mode.
-        args: A small batch of inputs by position.
-        kwargs: Inputs by name.
+        args: A small batch of positional inputs.
+        kwargs: Keyword inputs.
 
     Returns:
-        The operators that units meet and that may heed their order, and the constants but for which
-        some could be permuted.
+        Operators that may depend on the order of units, and constants that prevent permutations.
 
     Raises:
         ModelError: The model cannot be traced.
@@ -109,29 +108,29 @@ def obstacles(
     program = _trace(_Scores(model), tuple(args), dict(kwargs or {}))
     names, labels, free = _names(model), Labels(), Labels(constants_free=True)
     _label(program, names, labels)
-    matter = _label(program, names, free)
-    return (*labels.heeding, *(free.constants if matter else ()))
+    groups = _label(program, names, free)
+    return (*labels.order_sensitive, *(free.constants if groups else ()))
 
 
 class Labels(dict[Node, Any]):
-    """The labels of the tensors of a graph, and what was met on the way.
+    """The labels of the tensors of a graph: one `Axis` for each axis.
 
     Args:
-        constants_free: Whether constants are taken for ones whose order can be changed.
+        constants_free: Whether the axes of constants may be permuted.
 
     Attributes:
-        heeding: The operators that units meet and that may heed their order.
-        constants: The constants.
+        order_sensitive: Operators that may depend on the order of units.
+        constants: Names of the constants.
     """
 
     def __init__(self, *, constants_free: bool = False) -> None:
         super().__init__()
         self.constants_free = constants_free
-        self.heeding: dict[str, None] = {}
+        self.order_sensitive: dict[str, None] = {}
         self.constants: dict[str, None] = {}
 
-    def hold(self, node: Node, axes: Iterable[Axis]) -> None:
-        """Pins axes to which an operator may heed the order.
+    def pin(self, node: Node, axes: Iterable[Axis]) -> None:
+        """Pins axes because an operator may depend on the order along them.
 
         Args:
             node: The operator.
@@ -139,15 +138,15 @@ class Labels(dict[Node, Any]):
         """
         for axis in axes:
             if any(units(axis)):
-                self.heeding[_operator(node)] = None
+                self.order_sensitive[_operator(node)] = None
             pin(axis)
 
     def constant(self, node: Node, name: str) -> Any:
-        """Labels a tensor that is no input and none of the model's own.
+        """Labels a constant tensor.
 
         Args:
-            node: Where it comes from.
-            name: What it is called.
+            node: The node of the constant.
+            name: Name of the constant.
 
         Returns:
             Its labels.
@@ -179,7 +178,7 @@ def _label(program: ExportedProgram, names: Mapping[str, str], labels: Labels) -
         elif node.op == "call_function":
             labels[node] = _apply(node, labels)
         elif node.op == "output":
-            for axis in _met(node, labels):
+            for axis in _input_axes(node, labels):
                 pin(axis)
     return _groups(axes, names)
 
@@ -192,10 +191,10 @@ def permute(
     Args:
         weights: The tensors.
         groups: The groups.
-        permutations: For each group which unit comes to each place, ``[units]``.
+        permutations: For each group the index of the unit at each new position, ``[units]``.
 
     Returns:
-        The tensors, with new ones in the place of those that any group reaches.
+        The tensors; those that contain permuted units are new.
     """
     permuted = dict(weights)
     for group, permutation in zip(groups, permutations, strict=True):
@@ -212,7 +211,7 @@ def permute(
 
 
 class _Scores(nn.Module):
-    """A model reduced to its scores, which Hugging Face models wrap."""
+    """A model that returns its scores only, for Hugging Face models with structured outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -224,15 +223,15 @@ class _Scores(nn.Module):
 
 
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    # Fused attention kernels would hide what is in them.
+    # Fused attention kernels would hide their operators from the trace.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), _silence():
-            # Attention is left whole: its parts may not fit the strides that the whole left behind.
+            # Attention is not decomposed: its parts may not match the strides of its output.
             table = default_decompositions()
-            whole = torch.ops.aten.scaled_dot_product_attention.default
-            table.pop(whole, None)  # type: ignore[no-untyped-call]
+            attention = torch.ops.aten.scaled_dot_product_attention.default
+            table.pop(attention, None)  # type: ignore[no-untyped-call]
             program = export(model.eval(), args, kwargs, strict=False)
             lowered: ExportedProgram = program.run_decompositions(table)
             return lowered
@@ -250,7 +249,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> E
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps to itself what torch.export says to developers of models; errors are passed on."""
+    """Suppresses the warnings and log messages of torch.export; exceptions propagate."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -276,8 +275,8 @@ def _check_shapes(node: Node) -> None:
 
 
 def _names(model: nn.Module) -> dict[str, str]:
-    """For each floating-point tensor of the state dict the first of the names that it has."""
-    kept = model.state_dict().keys()
+    """Maps each name of a floating-point tensor in the state dict to its first alias."""
+    saved = model.state_dict().keys()
     first: dict[int, str] = {}
     named = [
         *model.named_parameters(remove_duplicate=False),
@@ -286,7 +285,7 @@ def _names(model: nn.Module) -> dict[str, str]:
     return {
         name: first.setdefault(id(tensor), name)
         for name, tensor in named
-        if name in kept and tensor.is_floating_point()
+        if name in saved and tensor.is_floating_point()
     }
 
 
@@ -296,11 +295,11 @@ def _groups(axes: Mapping[str, list[Axis]], names: Mapping[str, str]) -> tuple[G
         for i, axis in enumerate(axes.get(first, ())):
             for leaf, positions in units(axis):
                 members.setdefault(leaf, []).append(Member(name, i, positions))
-    return tuple(Group(leaf.size, tuple(found)) for leaf, found in members.items())
+    return tuple(Group(leaf.size, tuple(listed)) for leaf, listed in members.items())
 
 
-# What follows are the operators: each takes a node of the graph and the labels of all tensors
-# before it, a list of axes for each, and gives the labels of what it computes.
+# The rules of the operators. A rule takes a node of the graph and the labels of all tensors before
+# it, and returns the labels of its output: a list of axes, or a tuple of lists for several outputs.
 
 Rule = Callable[[Node, Labels], Any]
 
@@ -308,9 +307,9 @@ Rule = Callable[[Node, Labels], Any]
 def _apply(node: Node, labels: Labels) -> Any:
     if node.target is operator.getitem:
         outputs, index = node.args
-        found = labels.get(outputs)  # type: ignore[arg-type]
-        # Of what is not labelled all inputs were pinned.
-        return found[index] if isinstance(found, tuple) else _pinned_like(node)  # type: ignore[index]
+        axes = labels.get(outputs)  # type: ignore[arg-type]
+        # If the outputs have no labels, all inputs were pinned.
+        return axes[index] if isinstance(axes, tuple) else _pinned_like(node)  # type: ignore[index]
     if not all(isinstance(labels.get(source), list) for source in node.all_input_nodes):
         return _unknown(node, labels)
     name = _operator(node)
@@ -344,22 +343,22 @@ def _pinned_like(node: Node) -> Any:
     return None
 
 
-def _met(node: Node, labels: Labels) -> Iterator[Axis]:
+def _input_axes(node: Node, labels: Labels) -> Iterator[Axis]:
     for source in node.all_input_nodes:
-        found = labels.get(source)
-        for axes in found if isinstance(found, tuple) else (found,):
+        outputs = labels.get(source)
+        for axes in outputs if isinstance(outputs, tuple) else (outputs,):
             yield from axes or ()
 
 
 def _unknown(node: Node, labels: Labels) -> Any:
     if not node.all_input_nodes:
         return labels.constant(node, _operator(node))
-    labels.hold(node, _met(node, labels))
+    labels.pin(node, _input_axes(node, labels))
     return _pinned_like(node)
 
 
-def _nothing(node: Node, labels: Labels) -> Any:
-    """An assertion, which gives nothing."""
+def _assertion(node: Node, labels: Labels) -> Any:
+    """An assertion has no output."""
 
 
 def _shape(node: Node) -> list[int]:
@@ -367,7 +366,7 @@ def _shape(node: Node) -> list[int]:
 
 
 def _argument(node: Node, name: str) -> Any:
-    """An argument by its name in the operator's schema; None where the overload has none such."""
+    """Returns an argument by its name in the operator's schema; None if there is none."""
     for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if argument.name == name:
             given = node.args[i] if i < len(node.args) else node.kwargs.get(name)
@@ -375,25 +374,25 @@ def _argument(node: Node, name: str) -> Any:
     return None
 
 
-def _of(labels: Labels, node: Any) -> list[Axis]:
+def _axes(labels: Labels, node: Any) -> list[Axis]:
     axes: list[Axis] = labels[node]
     return axes
 
 
 def _broadcast(shape: Sequence[int], operands: Sequence[list[Axis]]) -> list[Axis]:
-    """Ties operands as broadcasting aligns them; what is repeated is the same at every place."""
+    """Ties the axes that broadcasting aligns; a repeated axis may be permuted freely."""
     result = []
     for i in range(-len(shape), 0):
         size = shape[i]
-        meeting = [o[i] for o in operands if len(o) >= -i and o[i].size == size]
-        for other in meeting[1:]:
-            tie(meeting[0], other)
-        result.append(meeting[0] if meeting else Axis(size))
+        aligned = [o[i] for o in operands if len(o) >= -i and o[i].size == size]
+        for other in aligned[1:]:
+            tie(aligned[0], other)
+        result.append(aligned[0] if aligned else Axis(size))
     return result
 
 
 def _pointwise(node: Node, labels: Labels) -> Any:
-    return _broadcast(_shape(node), [_of(labels, source) for source in node.all_input_nodes])
+    return _broadcast(_shape(node), [_axes(labels, source) for source in node.all_input_nodes])
 
 
 def _constant(node: Node, labels: Labels) -> Any:  # noqa: ARG001 - every rule takes both
@@ -401,13 +400,13 @@ def _constant(node: Node, labels: Labels) -> Any:  # noqa: ARG001 - every rule t
 
 
 def _view(node: Node, labels: Labels) -> Any:
-    """Axes of size 1 come and go; the others are matched in the smallest chunks of one size."""
-    old = [axis for axis in _of(labels, node.args[0]) if axis.size != 1]
+    """Ignores axes of size 1, and matches the others in the smallest groups of equal size."""
+    old = [axis for axis in _axes(labels, node.args[0]) if axis.size != 1]
     shape = _shape(node)
     new = [size for size in shape if size != 1]
     if 0 in shape or math.prod(a.size for a in old) != math.prod(new):
-        return _unknown(node, labels)  # nothing to view, or as another type
-    found: list[Axis] = []
+        return _unknown(node, labels)  # an empty tensor, or a view with another dtype
+    result: list[Axis] = []
     while old:
         axes, sizes = [old.pop(0)], [new.pop(0)]
         before, after = axes[0].size, sizes[0]
@@ -418,17 +417,17 @@ def _view(node: Node, labels: Labels) -> Any:
             else:
                 sizes.append(new.pop(0))
                 after *= sizes[-1]
-        found += axes if len(axes) == len(sizes) == 1 else regroup(axes, sizes)
-    return [Axis(1, pinned=True) if size == 1 else found.pop(0) for size in shape]
+        result += axes if len(axes) == len(sizes) == 1 else regroup(axes, sizes)
+    return [Axis(1, pinned=True) if size == 1 else result.pop(0) for size in shape]
 
 
 def _permute(node: Node, labels: Labels) -> Any:
-    axes = _of(labels, node.args[0])
+    axes = _axes(labels, node.args[0])
     return [axes[i] for i in _argument(node, "dims")]
 
 
 def _transpose(node: Node, labels: Labels) -> Any:
-    axes = list(_of(labels, node.args[0]))
+    axes = list(_axes(labels, node.args[0]))
     i, j = _argument(node, "dim0"), _argument(node, "dim1")
     if len(axes) > 1:
         axes[i], axes[j] = axes[j], axes[i]
@@ -436,11 +435,11 @@ def _transpose(node: Node, labels: Labels) -> Any:
 
 
 def _expand(node: Node, labels: Labels) -> Any:
-    return _broadcast(_shape(node), [_of(labels, node.args[0])])
+    return _broadcast(_shape(node), [_axes(labels, node.args[0])])
 
 
 def _repeat(node: Node, labels: Labels) -> Any:
-    axes = _of(labels, node.args[0])
+    axes = _axes(labels, node.args[0])
     times = _argument(node, "repeats")
     axes = [Axis(1, pinned=True)] * (len(times) - len(axes)) + axes
     return [
@@ -449,7 +448,7 @@ def _repeat(node: Node, labels: Labels) -> Any:
 
 
 def _slice(node: Node, labels: Labels) -> Any:
-    axes = list(_of(labels, node.args[0]))
+    axes = list(_axes(labels, node.args[0]))
     dim = _argument(node, "dim")
     size = axes[dim].size
     start, stop, step = slice(
@@ -459,32 +458,32 @@ def _slice(node: Node, labels: Labels) -> Any:
     if step == 1:
         axes[dim] = cut(axes[dim], [start, stop - start, size - stop])[1]
     else:
-        labels.hold(node, [axes[dim]])
+        labels.pin(node, [axes[dim]])
         axes[dim] = Axis(_shape(node)[dim], pinned=True)
     return axes
 
 
 def _select(node: Node, labels: Labels) -> Any:
-    axes = list(_of(labels, node.args[0]))
-    labels.hold(node, [axes.pop(_argument(node, "dim"))])
+    axes = list(_axes(labels, node.args[0]))
+    labels.pin(node, [axes.pop(_argument(node, "dim"))])
     return axes
 
 
 def _split(node: Node, labels: Labels) -> Any:
-    axes = _of(labels, node.args[0])
+    axes = _axes(labels, node.args[0])
     dim = _argument(node, "dim")
     pieces = cut(axes[dim], [int(v.shape[dim]) for v in node.meta["val"]])
-    found = []
+    outputs = []
     for piece in pieces:
-        own = list(axes)
-        own[dim] = piece
-        found.append(own)
-    return tuple(found)
+        output = list(axes)
+        output[dim] = piece
+        outputs.append(output)
+    return tuple(outputs)
 
 
 def _index(node: Node, labels: Labels) -> Any:
-    """Places picked along adjacent axes by tensors of whole numbers."""
-    axes = _of(labels, node.args[0])
+    """Integer tensor indexing along adjacent axes."""
+    axes = _axes(labels, node.args[0])
     indices = _argument(node, "indices")
     picked = [i for i, index in enumerate(indices) if index is not None]
     if picked != list(range(picked[0], picked[-1] + 1)) or any(
@@ -492,85 +491,85 @@ def _index(node: Node, labels: Labels) -> Any:
         for i in picked
     ):
         return _unknown(node, labels)
-    held = axes[picked[0] : picked[-1] + 1]
-    labels.hold(node, [*held, *(a for i in picked for a in labels[indices[i]])])
+    indexed = axes[picked[0] : picked[-1] + 1]
+    labels.pin(node, [*indexed, *(a for i in picked for a in labels[indices[i]])])
     before, after = axes[: picked[0]], axes[picked[-1] + 1 :]
     shape = _shape(node)
     return [*before, *_pinned(shape[len(before) : len(shape) - len(after)]), *after]
 
 
 def _cat(node: Node, labels: Labels) -> Any:
-    operands = [_of(labels, source) for source in node.args[0]]  # type: ignore[union-attr]
+    operands = [_axes(labels, source) for source in node.args[0]]  # type: ignore[union-attr]
     shape = _shape(node)
-    # An empty vector may be put before anything.
+    # torch.cat accepts an empty vector among tensors of any shape.
     operands = [o for o in operands if len(o) == len(shape)]
     dim = _argument(node, "dim") % len(shape)
-    found = []
+    result = []
     for i in range(len(shape)):
         if i == dim:
-            found.append(concatenate([o[i] for o in operands]))
+            result.append(concatenate([o[i] for o in operands]))
         else:
             for other in operands[1:]:
                 tie(operands[0][i], other[i])
-            found.append(operands[0][i])
-    return found
+            result.append(operands[0][i])
+    return result
 
 
 def _pad(node: Node, labels: Labels) -> Any:
-    axes = list(_of(labels, node.args[0]))
+    axes = list(_axes(labels, node.args[0]))
     pads = _argument(node, "pad")
     for k in range(len(pads) // 2):
         before, after = pads[2 * k], pads[2 * k + 1]
         if min(before, after) < 0:
             return _unknown(node, labels)
         if before or after:
-            # One constant all along: what is added may be permuted at will.
+            # The padding is one constant, so it may be permuted freely.
             axes[-1 - k] = concatenate([Axis(before), axes[-1 - k], Axis(after)])
     return axes
 
 
 def _reduce(node: Node, labels: Labels) -> Any:
-    """Sums, means, largest values: the order of what is reduced does not matter."""
-    axes = _of(labels, node.args[0])
+    """Sums, means, maxima: the order along reduced axes does not matter."""
+    axes = _axes(labels, node.args[0])
     dims = _argument(node, "dim")
     return _without(axes, dims, keep=len(_shape(node)) == len(axes))
 
 
 def _moments(node: Node, labels: Labels) -> Any:
-    axes = _of(labels, node.args[0])
+    axes = _axes(labels, node.args[0])
     keep = node.meta["val"][0].ndim == len(axes)
-    found = _without(axes, _argument(node, "dim"), keep=keep)
-    return found, found
+    reduced = _without(axes, _argument(node, "dim"), keep=keep)
+    return reduced, reduced
 
 
 def _without(axes: list[Axis], dims: Any, *, keep: bool) -> list[Axis]:
     if not axes:
         return []
     dims = [dims] if isinstance(dims, int) else dims
-    # All of them where none are named.
-    gone = {i % len(axes) for i in dims} if dims else set(range(len(axes)))
+    # Without dims, all axes are reduced.
+    removed = {i % len(axes) for i in dims} if dims else set(range(len(axes)))
     return [
-        Axis(1, pinned=True) if i in gone else axis
+        Axis(1, pinned=True) if i in removed else axis
         for i, axis in enumerate(axes)
-        if keep or i not in gone
+        if keep or i not in removed
     ]
 
 
 def _ordered(node: Node, labels: Labels) -> Any:
-    """Operators to which the order along some axes matters, and along no others."""
-    axes = _of(labels, node.args[0])
+    """Operators that depend on the order along some axes only."""
+    axes = _axes(labels, node.args[0])
     dims = _argument(node, "dims" if node.target is torch.ops.aten.flip.default else "dim")
     if not axes or dims is None:
         return _unknown(node, labels)
-    found = list(axes)
+    result = list(axes)
     for dim in [dims] if isinstance(dims, int) else dims:
-        labels.hold(node, [axes[dim]])
-        found[dim] = Axis(-1)
-    return _fitted(node, found)
+        labels.pin(node, [axes[dim]])
+        result[dim] = Axis(-1)
+    return _with_output_sizes(node, result)
 
 
-def _fitted(node: Node, axes: list[Axis]) -> Any:
-    """Gives axes of unknown size that of the outputs, or leaves them out where these do."""
+def _with_output_sizes(node: Node, axes: list[Axis]) -> Any:
+    """Replaces axes of unknown size by those of the outputs, or drops them if they are reduced."""
     value = node.meta["val"]
 
     def fit(output: Tensor) -> list[Axis]:
@@ -584,17 +583,17 @@ def _fitted(node: Node, axes: list[Axis]) -> Any:
 
 
 def _same(node: Node, labels: Labels) -> Any:
-    return _of(labels, node.args[0])
+    return _axes(labels, node.args[0])
 
 
 def _matrices(node: Node, labels: Labels) -> Any:
-    """A product of two matrices, of a matrix and a vector, or of batches of matrices."""
-    return _product(_of(labels, node.args[0]), _of(labels, node.args[1]))
+    """A product of matrices, of a matrix and a vector, or of batches of matrices."""
+    return _product(_axes(labels, node.args[0]), _axes(labels, node.args[1]))
 
 
 def _add_matrices(node: Node, labels: Labels) -> Any:
-    product = _product(_of(labels, node.args[1]), _of(labels, node.args[2]))
-    return _broadcast(_shape(node), [product, _of(labels, node.args[0])])
+    product = _product(_axes(labels, node.args[1]), _axes(labels, node.args[2]))
+    return _broadcast(_shape(node), [product, _axes(labels, node.args[0])])
 
 
 def _product(a: list[Axis], b: list[Axis]) -> list[Axis]:
@@ -606,73 +605,74 @@ def _product(a: list[Axis], b: list[Axis]) -> list[Axis]:
 
 
 def _convolution(node: Node, labels: Labels) -> Any:
-    x, weight = (_of(labels, source) for source in node.args[:2])
+    x, weight = (_axes(labels, source) for source in node.args[:2])
     bias, transposed, groups = node.args[2], node.args[6], node.args[8]
     assert isinstance(groups, int)
-    labels.hold(node, x[2:])
+    labels.pin(node, x[2:])
     for axis in weight[2:]:
         pin(axis)
-    # Of a transposed convolution the first axis is that of the inputs, [groups × in, out, …]; else
-    # it is that of the outputs, [groups × out, in, …].
+    # The weight is [groups × out, in, …], or [groups × in, out, …] if transposed.
     group = Axis(groups)
-    whole = Axis(weight[0].size // groups)
-    tie(weight[0], multiply([group, whole]))
-    inner, outer = (whole, weight[1]) if transposed else (weight[1], whole)
+    channels_per_group = Axis(weight[0].size // groups)
+    tie(weight[0], multiply([group, channels_per_group]))
+    inner, outer = (
+        (channels_per_group, weight[1]) if transposed else (weight[1], channels_per_group)
+    )
     tie(x[1], multiply([group, inner]))
     channels = multiply([group, outer])
     if bias is not None:
-        tie(channels, _of(labels, bias)[0])
+        tie(channels, _axes(labels, bias)[0])
     return [x[0], channels, *_pinned(_shape(node)[2:])]
 
 
 def _embedding(node: Node, labels: Labels) -> Any:
-    weight, indices = (_of(labels, source) for source in node.args[:2])
+    weight, indices = (_axes(labels, source) for source in node.args[:2])
     pin(weight[0])
     return [*indices, weight[1]]
 
 
 def _batch_norm(node: Node, labels: Labels) -> Any:
-    x = _of(labels, node.args[0])
-    # Of weights and running statistics there are as many as the overload takes.
+    x = _axes(labels, node.args[0])
+    # The number of weights and running statistics depends on the overload.
     for source in node.args[1:]:
         if isinstance(source, Node):
-            tie(x[1], _of(labels, source)[0])
+            tie(x[1], _axes(labels, source)[0])
     size = [x[1].size]
     outputs = node.meta["val"][1:]
     return x, *([x[1]] if list(v.shape) == size else _pinned(v.shape) for v in outputs)
 
 
 def _layer_norm(node: Node, labels: Labels) -> Any:
-    x = _of(labels, node.args[0])
+    x = _axes(labels, node.args[0])
     count = len(node.args[1])  # type: ignore[arg-type]
     for source in node.args[2:4]:
         if isinstance(source, Node):
-            for axis, other in zip(x[-count:], _of(labels, source), strict=True):
+            for axis, other in zip(x[-count:], _axes(labels, source), strict=True):
                 tie(axis, other)
-    rest = [*x[:-count], *_pinned([1] * count)]
-    return x, rest, rest
+    statistics = [*x[:-count], *_pinned([1] * count)]
+    return x, statistics, statistics
 
 
 def _group_norm(node: Node, labels: Labels) -> Any:
-    x = _of(labels, node.args[0])
+    x = _axes(labels, node.args[0])
     groups = node.args[6]
     assert isinstance(groups, int)
     group = Axis(groups)
     tie(x[1], multiply([group, Axis(x[1].size // groups)]))
     for source in node.args[1:3]:
         if isinstance(source, Node):
-            tie(x[1], _of(labels, source)[0])
+            tie(x[1], _axes(labels, source)[0])
     return x, [x[0], group], [x[0], group]
 
 
 def _weight_norm(node: Node, labels: Labels) -> Any:
-    v, g = (_of(labels, source) for source in node.args[:2])
+    v, g = (_axes(labels, source) for source in node.args[:2])
     return _broadcast([axis.size for axis in v], [v, g]), g
 
 
 def _attention(node: Node, labels: Labels) -> Any:
-    """softmax(q kᵀ + mask) v, where several heads of q may share one of k and v."""
-    query, key, value = (list(_of(labels, source)) for source in node.args[:3])
+    """softmax(q kᵀ + mask) v; several heads of q may share one head of k and v."""
+    query, key, value = (list(_axes(labels, source)) for source in node.args[:3])
     pin(query[-2])  # the mask may be a causal one
     pin(key[-2])
     heads = query[-3] if len(query) > 3 else None
@@ -683,20 +683,20 @@ def _attention(node: Node, labels: Labels) -> Any:
     scores = _product(query, [*key[:-2], key[-1], key[-2]])
     for mask in [*node.args[3:], *node.kwargs.values()]:
         if isinstance(mask, Node):
-            _broadcast([axis.size for axis in scores], [scores, _of(labels, mask)])
+            _broadcast([axis.size for axis in scores], [scores, _axes(labels, mask)])
     return _product(scores, value)
 
 
 def _spatial(node: Node, labels: Labels, count: int) -> Any:
-    """Pooling, resizing and padding over the last axes, each channel by itself."""
-    x = _of(labels, node.args[0])
-    labels.hold(node, x[-count:])
+    """Pooling, resizing and padding over the last axes, separately for each channel."""
+    x = _axes(labels, node.args[0])
+    labels.pin(node, x[-count:])
 
-    def one(output: Tensor) -> list[Axis]:
+    def axes_of(output: Tensor) -> list[Axis]:
         return [*x[:-count], *_pinned([int(size) for size in output.shape[-count:]])]
 
     value = node.meta["val"]
-    return one(value) if isinstance(value, Tensor) else tuple(map(one, value))
+    return axes_of(value) if isinstance(value, Tensor) else tuple(map(axes_of, value))
 
 
 _SPATIAL = re.compile(
@@ -709,7 +709,7 @@ def _rules() -> dict[str, Rule]:
     by_rule: dict[Rule, str] = {
         _same: "alias clone contiguous detach lift_fresh_copy _to_copy _softmax _log_softmax",
         _pointwise: "hardswish hardsigmoid nan_to_num fill",
-        _nothing: "_assert_async _assert_scalar _assert_tensor_metadata",
+        _assertion: "_assert_async _assert_scalar _assert_tensor_metadata",
         _constant: "full full_like zeros zeros_like ones ones_like scalar_tensor",
         _view: "view _unsafe_view reshape squeeze unsqueeze",
         _permute: "permute",

@@ -1,4 +1,4 @@
-"""Lines and planes through weight space: points as coordinates on axes."""
+"""Lines and planes in weight space."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torch import Tensor
 from losscli.errors import CheckpointError, UsageError
 from losscli.weight_space.vectors import Weights, distance, equal, norm, pieces, working_type
 
-__all__ = ["Line", "Slice", "Span", "Triangle", "grid", "midpoint", "require_room"]
+__all__ = ["Line", "Slice", "Span", "Triangle", "check_point_count", "grid", "midpoint"]
 
 
-# Farther out, products with weights leave the range of float32.
-_FAR = 1e30
+# Largest coordinate; products of larger ones with weights overflow float32.
+_MAX_COORDINATE = 1e30
 
-# A row of a table takes some hundred bytes.
-_MOST_POINTS = 10_000_000
+# Longest table; a row takes a few hundred bytes.
+_MAX_POINTS = 10_000_000
 
-# Three points are on a line if the sine of each angle between them is under this.
-_FLAT = 1e-6
+# Three points are collinear if the sine of every angle of their triangle is below this.
+_COLLINEAR_SINE = 1e-6
 
-# Two axes are parallel if the least eigenvalue of their cosines is under this share of the largest.
-_PARALLEL = 1e-12
+# Two axes are parallel if the ratio of the eigenvalues of their cosine matrix is below this.
+_PARALLEL_RATIO = 1e-12
 
 
 class Slice(Protocol):
     """An affine family of points in weight space, θ(c) for coordinates c.
 
-    Every tensor of θ(c), and so everything that is affine in the tensors of θ(c), is one and the
-    same combination of its values at the slice's ends. `combine` is that combination; it serves
-    the weights and the outputs of first layers alike.
+    Every tensor of θ(c) is the same linear combination of its values at the ends of the slice, and
+    so is every affine function of the tensors. `combine` computes this combination, for weights
+    and for the outputs of first layers.
     """
 
     @property
@@ -44,7 +44,7 @@ class Slice(Protocol):
 
     @property
     def barycentric(self) -> bool:
-        """Whether the combination's coefficients sum to one: what all ends share stays as it is."""
+        """Whether the coefficients sum to one, so that values shared by all ends are unchanged."""
 
     def combine(
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
@@ -52,9 +52,9 @@ class Slice(Protocol):
         """Combines the values at the ends into the value at a point.
 
         Args:
-            values: One tensor for each end, all of one shape and type.
-            coordinates: The point.
-            out: Where to write the result, of the same shape and type.
+            values: One tensor per end, all with the same shape and dtype.
+            coordinates: Coordinates of the point.
+            out: Output tensor with the same shape and dtype; None allocates one.
 
         Returns:
             The value at the point.
@@ -67,7 +67,7 @@ class Line:
 
     Attributes:
         a: The moving tensors at α = 0.
-        b: Those at α = 1, of the same names and shapes.
+        b: The moving tensors at α = 1, with the same names and shapes.
     """
 
     a: Weights
@@ -80,7 +80,7 @@ class Line:
 
     @property
     def barycentric(self) -> bool:
-        """Its coefficients are 1 − α and α."""
+        """Always True: the coefficients are 1 − α and α."""
         return True
 
     def combine(
@@ -88,34 +88,35 @@ class Line:
     ) -> Tensor:
         """Combines the values at A and B into the value at α.
 
-        It works from the nearer end. That makes it exact at both, whatever they hold, and makes
-        the line from B to A the mirror of the line from A to B, to the last bit.
+        It is computed from the nearer end. It is therefore exact at both ends, and the line from B
+        to A is bit for bit the reverse of the line from A to B.
 
         Args:
-            values: The value at A and the value at B.
+            values: The values at A and B.
             coordinates: α.
-            out: Where to write the result.
+            out: Output tensor; None allocates one.
 
         Returns:
             (1 − α) values[0] + α values[1].
         """
         a, b = values
         (alpha,) = coordinates
-        return _between(a, b, alpha, out)
+        return _lerp(a, b, alpha, out)
 
 
 @dataclass(frozen=True)
 class Triangle:
     """The plane through three points (Garipov et al. 2018, arXiv 1802.10026), exact at all three.
 
-    Its axes are orthonormal: a step of one in a coordinate is a step of one in weight space.
+    The axes are orthonormal, so distances in coordinates are distances in weight space.
 
     Attributes:
         a: The moving tensors at (0, 0).
-        b: Those at (``corner_b``, 0), of the same names and shapes.
-        c: Those at ``corner_c``.
+        b: The moving tensors at (``corner_b``, 0), with the same names and shapes.
+        c: The moving tensors at ``corner_c``.
         corner_b: ‖B − A‖.
-        corner_c: How far C lies from A along B − A, and how far off it, which is above 0.
+        corner_c: Coordinates of C: the component of C − A along B − A, and its distance from the
+            line through A and B, which is positive.
     """
 
     a: Weights
@@ -128,21 +129,21 @@ class Triangle:
     def through(
         cls, a: Weights, b: Weights, c: Weights, names: Iterable[str] | None = None
     ) -> Self:
-        """Lays the plane through three points.
+        """Constructs the plane through three points.
 
         Args:
             a: The moving tensors at the origin.
-            b: Those that the first axis points to, of the same names and shapes.
-            c: Those that the second axis leans to.
-            names: Which of them count in lengths and angles; all by default. The others follow
-                the same combinations of the corners.
+            b: The moving tensors on the first axis, with the same names and shapes.
+            c: The moving tensors on the positive side of the first axis.
+            names: The tensors that define lengths and angles; all by default. The others use the
+                same combinations of the corners.
 
         Returns:
             The plane.
 
         Raises:
             CheckpointError: A point has weights that are not finite.
-            UsageError: Two of the points are equal, or the three are on a line.
+            UsageError: Two points are equal, or the three points are collinear.
         """
         names = list(a) if names is None else list(names)
         corners = {"A": a, "B": b, "C": c}
@@ -153,23 +154,23 @@ class Triangle:
                 f"{' and '.join(wrong)} has weights that are infinite or not a number",
                 "Give a checkpoint from before the training failed",
             )
-        for (one, other), edge in edges.items():
+        for (first, second), edge in edges.items():
             if edge == 0:
                 raise UsageError(
-                    f"{one} and {other} have the same parameters: two points determine no plane",
+                    f"{first} and {second} have the same parameters: two points determine no plane",
                     "Give three different checkpoints",
                 )
         b_x = edges["A", "B"]
-        c_x = sum(float((y - x).dot(z - x)) for x, y, z in _stretches(names, a, b, c)) / b_x
+        c_x = sum(float((y - x).dot(z - x)) for x, y, z in _common_pieces(names, a, b, c)) / b_x
         square = 0.0
-        for x, y, z in _stretches(names, a, b, c):
+        for x, y, z in _common_pieces(names, a, b, c):
             height = (z - x).sub_(y - x, alpha=c_x / b_x)
             square += float(height.dot(height))
         c_y = math.sqrt(square)
-        # The largest sine is at the corner between the two shorter edges. By that measure a
-        # triangle with one short edge is no line, whichever of its corners comes first.
-        short, middle, _ = sorted(edges.values())
-        if b_x * c_y < _FLAT * short * middle:
+        # The largest sine is at the corner between the two shorter edges. A triangle with one short
+        # edge is therefore not collinear, independent of the order of its corners.
+        shortest, middle, _ = sorted(edges.values())
+        if b_x * c_y < _COLLINEAR_SINE * shortest * middle:
             raise UsageError(
                 "A, B and C are on one line, and no plane is determined by a line",
                 "Give a third checkpoint off the line through the others",
@@ -183,7 +184,7 @@ class Triangle:
 
     @property
     def barycentric(self) -> bool:
-        """Its coefficients are the barycentric coordinates."""
+        """Always True: the coefficients are the barycentric coordinates."""
         return True
 
     def combine(
@@ -191,14 +192,14 @@ class Triangle:
     ) -> Tensor:
         """Combines the values at A, B and C into the value at (x, y).
 
-        On an edge it is the line through two corners, to the last bit. Elsewhere two differences
-        are added to the corner of the largest coefficient. So where a corner is near another, and
-        the coefficients of the two are large and opposite, their difference is small, and exact.
+        On an edge it equals the line through two corners bit for bit. Elsewhere, two differences
+        are added to the corner with the largest coefficient. If two corners are close and their
+        coefficients are large and opposite, their difference is small and exact.
 
         Args:
             values: The values at A, B and C.
             coordinates: x and y.
-            out: Where to write the result.
+            out: Output tensor; None allocates one.
 
         Returns:
             (1 − β − γ) values[0] + β values[1] + γ values[2], where γ = y / ``corner_c[1]`` and
@@ -208,50 +209,48 @@ class Triangle:
         b_x, (c_x, c_y) = self.corner_b, self.corner_c
         gamma = y / c_y
         beta = (x - gamma * c_x) / b_x
-        shares = 1 - beta - gamma, beta, gamma
-        corners = sorted(zip(shares, values, strict=True), key=lambda corner: -abs(corner[0]))
-        (_, base), (share, other), (least, last) = corners
-        if least == 0:
-            return _between(base, other, share, out)
-        return _between(base, last, least, out).add_(other - base, alpha=share)
+        terms = zip((1 - beta - gamma, beta, gamma), values, strict=True)
+        (_, base), (large, middle), (small, last) = sorted(terms, key=lambda term: -abs(term[0]))
+        if small == 0:
+            return _lerp(base, middle, large, out)
+        return _lerp(base, last, small, out).add_(middle - base, alpha=large)
 
     def project(
         self, weights: Weights, names: Iterable[str] | None = None
     ) -> tuple[float, float, float]:
-        """Projects a point onto the plane, orthogonally.
+        """Projects a point orthogonally onto the plane.
 
-        It works from the nearest corner, so that a corner is projected onto itself exactly.
+        It is computed from the nearest corner, so that the projection of a corner is exact.
 
         Args:
             weights: The point.
-            names: The tensors that count, those that counted in `through`; all that the plane
-                moves by default.
+            names: The tensors to use, as in `through`; all moving tensors by default.
 
         Returns:
-            The x and y of its projection, and its distance from the plane.
+            The coordinates x and y of the projection, and the distance from the plane.
         """
         corners = (0.0, 0.0), (self.corner_b, 0.0), self.corner_c
-        squares, along = [0.0] * 3, [[0.0, 0.0] for _ in range(3)]
+        squares, products = [0.0] * 3, [[0.0, 0.0] for _ in range(3)]
         names = list(self.a) if names is None else list(names)
-        for *ends, point in _stretches(names, self.a, self.b, self.c, weights):
+        for *ends, point in _common_pieces(names, self.a, self.b, self.c, weights):
             axes = self._axes(*ends)
             for i, end in enumerate(ends):
                 step = point - end
                 squares[i] += float(step.dot(step))
                 for k, axis in enumerate(axes):
-                    along[i][k] += float(axis.dot(step))
+                    products[i][k] += float(axis.dot(step))
         nearest = squares.index(min(squares))
-        dx, dy = along[nearest]
+        dx, dy = products[nearest]
         square = 0.0
-        for *ends, point in _stretches(names, self.a, self.b, self.c, weights):
+        for *ends, point in _common_pieces(names, self.a, self.b, self.c, weights):
             first, second = self._axes(*ends)
-            rest = (point - ends[nearest]).sub_(first, alpha=dx).sub_(second, alpha=dy)
-            square += float(rest.dot(rest))
+            residual = (point - ends[nearest]).sub_(first, alpha=dx).sub_(second, alpha=dy)
+            square += float(residual.dot(residual))
         x, y = corners[nearest]
         return x + dx, y + dy, math.sqrt(square)
 
     def _axes(self, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """The orthonormal axes, from a stretch of the corners."""
+        """Returns the orthonormal axes for one piece of the corners."""
         along, height = self.corner_c
         first = (b - a).div_(self.corner_b)
         return first, (c - a).sub_(first, alpha=along).div_(height)
@@ -263,8 +262,8 @@ class Span:
 
     Attributes:
         origin: The moving tensors at (0, 0), O.
-        first: The direction of x, of the same names and shapes; it need not be of length one.
-        second: The direction of y; it need not be orthogonal to the first.
+        first: The direction of x, with the same names and shapes; not necessarily of length one.
+        second: The direction of y; not necessarily orthogonal to ``first``.
     """
 
     origin: Weights
@@ -278,25 +277,25 @@ class Span:
 
     @property
     def barycentric(self) -> bool:
-        """Its coefficients are 1, x and y."""
+        """Always False: the coefficients are 1, x and y."""
         return False
 
     def combine(
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
     ) -> Tensor:
-        """Combines the values at the origin and of the two directions into the value at (x, y).
+        """Combines the values of the origin and the two directions into the value at (x, y).
 
         Args:
             values: The values of O, u and v.
             coordinates: x and y.
-            out: Where to write the result.
+            out: Output tensor; None allocates one.
 
         Returns:
             values[0] + x values[1] + y values[2].
         """
         origin, first, second = values
         x, y = coordinates
-        # Adding nothing is not the same as adding zero times a direction: −0 + 0 is 0.
+        # A zero coefficient is skipped, not multiplied: −0 + 0 is 0, and 0 · inf is nan.
         if x != 0:
             point = torch.add(origin, first, alpha=x, out=out)
         else:
@@ -306,78 +305,78 @@ class Span:
     def project(
         self, weights: Weights, names: Iterable[str] | None = None
     ) -> tuple[float, float, float]:
-        """Projects a point onto the plane, orthogonally, whatever the angle between the axes.
+        """Projects a point orthogonally onto the plane, for any angle between the axes.
 
         Args:
             weights: The point.
-            names: The tensors that count; all that the plane moves by default.
+            names: The tensors to use; all moving tensors by default.
 
         Returns:
-            The x and y of its projection, and its distance from the plane. Where the axes span no
-            plane, such as where one is zero, the x and y nearest to zero.
+            The coordinates x and y of the projection, and the distance from the plane. If the axes
+            are linearly dependent, x and y are the minimum-norm solution.
         """
         gram = torch.zeros(2, 2, dtype=torch.float64)
-        along = torch.zeros(2, dtype=torch.float64)
+        products = torch.zeros(2, dtype=torch.float64)
         names = list(self.origin) if names is None else list(names)
         ends = self.ends
-        for origin, u, v, point in _stretches(names, *ends, weights):
+        for origin, u, v, point in _common_pieces(names, *ends, weights):
             step, axes = point - origin, (u, v)
             for i in range(2):
-                along[i] += float(axes[i].dot(step))
+                products[i] += float(axes[i].dot(step))
                 for k in range(2):
                     gram[i, k] += float(axes[i].dot(axes[k]))
         lengths = gram.diagonal().sqrt()
         lengths = torch.where(lengths > 0, lengths, 1)
         cosines = gram / torch.outer(lengths, lengths)
-        solve = torch.linalg.pinv(cosines, rtol=_PARALLEL, hermitian=True)
-        x, y = (solve @ (along / lengths) / lengths).tolist()
+        inverse = torch.linalg.pinv(cosines, rtol=_PARALLEL_RATIO, hermitian=True)
+        x, y = (inverse @ (products / lengths) / lengths).tolist()
         square = 0.0
-        for origin, u, v, point in _stretches(names, *ends, weights):
-            rest = (point - origin).sub_(u, alpha=x).sub_(v, alpha=y)
-            square += float(rest.dot(rest))
+        for origin, u, v, point in _common_pieces(names, *ends, weights):
+            residual = (point - origin).sub_(u, alpha=x).sub_(v, alpha=y)
+            square += float(residual.dot(residual))
         return x, y, math.sqrt(square)
 
 
 def midpoint(a: Weights, b: Weights, names: Iterable[str]) -> Weights:
-    """Returns the point in the middle of two.
+    """Returns the midpoint of two points.
 
     Args:
-        a: All tensors of the one point.
-        b: All tensors of the other point.
-        names: The tensors that move; the others are those of ``a``.
+        a: All tensors of the first point.
+        b: All tensors of the second point.
+        names: The tensors that move; the others are taken from ``a``.
 
     Returns:
-        All tensors of the point.
+        All tensors of the midpoint.
     """
     line = Line({}, {})
-    wide = {name: working_type(a[name], b[name]) for name in names if not equal(a[name], b[name])}
-    return {**a} | {n: line.combine([a[n].to(w), b[n].to(w)], (0.5,)) for n, w in wide.items()}
+    dtypes = {n: working_type(a[n], b[n]) for n in names if not equal(a[n], b[n])}
+    return {**a} | {n: line.combine([a[n].to(t), b[n].to(t)], (0.5,)) for n, t in dtypes.items()}
 
 
 def grid(points: int, low: float, high: float, *, include: Sequence[float] = ()) -> list[float]:
-    """Spaces coordinates evenly.
+    """Returns evenly spaced coordinates.
 
     Args:
-        points: How many.
-        low: The first.
-        high: The last.
-        include: Values to have among them, where they lie in the range, beside the even ones.
+        points: Number of points.
+        low: First coordinate.
+        high: Last coordinate.
+        include: Further coordinates to add if they lie in the range.
 
     Returns:
-        The coordinates in rising order, each the float nearest to its exact value, so that a step
-        of a twentieth gives 0.15 and not 0.15000000000000002.
+        The coordinates in ascending order, each correctly rounded: a step of 1/20 gives 0.15, not
+        0.15000000000000002.
 
     Raises:
-        UsageError: There are no points, or the range is empty, reversed or not finite.
+        UsageError: ``points`` is below 1, or the range is empty, reversed or not finite.
     """
     if points < 1:
         raise UsageError(f"--points {points} leaves nothing to evaluate", "Give 1 or more")
-    require_room("--points", points, points)
+    check_point_count("--points", points, points)
     try:
         first, last = Fraction(repr(float(low))), Fraction(repr(float(high)))
     except ValueError:
         raise UsageError(f"--range {low} {high} is not finite", "Give two numbers") from None
-    if max(abs(first), abs(last)) > _FAR:
+    if max(abs(first), abs(last)) > _MAX_COORDINATE:
         raise UsageError(f"--range {low} {high} is beyond what float32 can hold")
     if first >= last:
         raise UsageError(
@@ -385,45 +384,46 @@ def grid(points: int, low: float, high: float, *, include: Sequence[float] = ())
             "Give the lower end first",
         )
     step = (last - first) / max(points - 1, 1)
-    # Over one denominator, since a division of whole numbers is rounded once, too, and is faster.
-    below = math.lcm(first.denominator, step.denominator)
-    start, stride = int(first * below), int(step * below)
-    even = {(start + i * stride) / below for i in range(points)}
+    # Integers over a common denominator: their division is correctly rounded, and faster than
+    # fractions.
+    denominator = math.lcm(first.denominator, step.denominator)
+    start, stride = int(first * denominator), int(step * denominator)
+    even = {(start + i * stride) / denominator for i in range(points)}
     return sorted(even | {float(x) for x in include if low <= x <= high})
 
 
-def require_room(option: str, value: int, points: int) -> None:
-    """Makes sure that a table is not longer than any memory and any patience.
+def check_point_count(option: str, value: int, points: int) -> None:
+    """Checks that a table has at most ten million points.
 
     Args:
-        option: What decides how long it is.
-        value: What was given.
-        points: How many points it has then.
+        option: The option that determines the number of points, for the error message.
+        value: Value of the option.
+        points: Number of points of the table.
 
     Raises:
-        UsageError: It has too many.
+        UsageError: The table has too many points.
     """
-    if points > _MOST_POINTS:
+    if points > _MAX_POINTS:
         raise UsageError(
-            f"{option} {value} makes more than {_MOST_POINTS} points, and each has its row in "
+            f"{option} {value} makes more than {_MAX_POINTS} points, and each has its row in "
             "memory",
             "Give fewer",
         )
 
 
-def _between(a: Tensor, b: Tensor, alpha: float, out: Tensor | None) -> Tensor:
+def _lerp(a: Tensor, b: Tensor, alpha: float, out: Tensor | None) -> Tensor:
     """Computes (1 − α) a + α b from the nearer end."""
     if alpha > 0.5:
         a, b, alpha = b, a, 1 - alpha
     if alpha == 0:
         return a.clone() if out is None else out.copy_(a)
     if alpha == 0.5:
-        # Both ends are as near, and neither may come first.
+        # Both ends are equally near; this formula is symmetric.
         return torch.mul(a, 0.5, out=out).add_(b, alpha=0.5)
     return torch.lerp(a, b, alpha, out=out)
 
 
-def _stretches(names: Iterable[str], *points: Weights) -> Iterator[tuple[Tensor, ...]]:
-    """Yields the same stretch of each point, in float64, over some names."""
+def _common_pieces(names: Iterable[str], *points: Weights) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the same piece of each point in float64, over all given names."""
     for name in names:
         yield from pieces(*(point[name] for point in points))

@@ -1,7 +1,7 @@
-"""Training paths through weight space: how far along a straight line they run, and how far off it.
+"""Training paths through weight space, measured relative to the line between their ends.
 
-A path may hold more checkpoints than fit into memory. They are opened one after the other, and
-never are more than three of them in use.
+A path may hold more checkpoints than fit in memory. They are opened one at a time, and at most
+three of them are in use.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from losscli.weight_space.vectors import (
     Weights,
     dimension,
     distance,
+    flatten_real,
     norm,
     pieces,
-    real,
     working_type,
 )
 
 __all__ = ["Opener", "Path", "measure", "principal_axes", "random_walks", "ribbon"]
 
 Opener = Callable[[int], Weights]
-"""Opens the checkpoint of a step, such as by mapping its file into memory."""
+"""Opens the checkpoint of a step, for example by mapping its file into memory."""
 
 _Matrix = NDArray[np.float64]
 _Block = list[tuple[str, int, int]]
 
-# What sums of many float64 numbers may be off by, as a share of the largest.
+# Relative rounding error of a sum of many float64 numbers.
 _ROUNDING = 2.0**-43
 
-# Bytes of float64 that a piece of all checkpoints may take.
+# Size in bytes of a float64 block of weights over all checkpoints.
 _BLOCK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Path:
-    """A path θ_0 … θ_n seen from the straight line between its ends, d = θ_n − θ_0.
+    """Geometry of a path θ_0 … θ_n relative to the line between its ends, d = θ_n − θ_0.
 
     Attributes:
         projection: p_t = ⟨θ_t − θ_0, d⟩ / ‖d‖², which is 0 at the first step and 1 at the last.
-        residual: r_t = ‖θ_t − θ_0 − p_t d‖; 0 where rounding alone puts θ_t off the line.
+        residual: r_t = ‖θ_t − θ_0 − p_t d‖; 0 if only rounding separates θ_t from the line.
         distance: ‖θ_t − θ_0‖.
-        turn: The angle between the residuals of t and t − 1, in degrees; None where there is no
-            such angle, as one of the two is zero.
-        steps: ‖θ_t − θ_{t−1}‖ from t = 1 on.
+        turn: The angle between the residuals of t and t − 1, in degrees; None if one of the two
+            is zero.
+        steps: ‖θ_t − θ_{t−1}‖ for t ≥ 1.
         length: ‖d‖.
     """
 
@@ -68,35 +68,37 @@ class Path:
 def measure(open_: Opener, count: int, names: Sequence[str]) -> Path:
     """Measures a training path.
 
-    Each checkpoint is opened twice, and gone through twice each time.
+    Each checkpoint is opened twice and read twice each time.
 
     Args:
         open_: Opens the checkpoint of a step.
-        count: How many checkpoints there are, n + 1.
-        names: The parameters that move. Buffers do not count.
+        count: Number of checkpoints, n + 1.
+        names: The parameters that move, without buffers.
 
     Returns:
-        The path. Its turns are good to about 10⁻¹⁵ radians times step · distance / residual², with
-        the distance from the nearer end, and near 0 and 180 degrees to the root of that.
+        The path. The error of a turn is about 10⁻¹⁵ radians times step · distance / residual²,
+        with the distance from the nearer end, and the square root of that near 0 and 180 degrees.
 
     Raises:
         CheckpointError: A checkpoint has weights that are not finite.
         UsageError: There are fewer than three checkpoints, or the first and the last are equal.
     """
     _require_three(count)
-    projection, residual, far, length = _places(open_, count, names)
+    projection, residual, distances, length = _coordinates(open_, count, names)
     steps, turn = _turns(open_, projection, residual, length, names)
-    return Path(tuple(projection), tuple(residual), tuple(far), tuple(turn), tuple(steps), length)
+    return Path(
+        tuple(projection), tuple(residual), tuple(distances), tuple(turn), tuple(steps), length
+    )
 
 
-def _places(
+def _coordinates(
     open_: Opener, count: int, names: Sequence[str]
 ) -> tuple[list[float], list[float], list[float], float]:
-    """Finds projections, residuals and distances, with both ends and one more step at a time."""
+    """Computes projections, residuals, distances and ‖d‖; three checkpoints are in use."""
     first, last = open_(0), open_(count - 1)
-    sizes = norm(first, names), norm(last, names)
-    _require_finite(sizes[0], 0)
-    _require_finite(sizes[1], count - 1)
+    norms = norm(first, names), norm(last, names)
+    _require_finite(norms[0], 0)
+    _require_finite(norms[1], count - 1)
     length = distance(first, last, names)
     if length == 0:
         raise UsageError(
@@ -104,19 +106,19 @@ def _places(
             "between them",
             "Give a path that ends elsewhere",
         )
-    # The lengths of d that a point moves along it, at most, if all weights change by their size.
-    spread = sum(sizes) / length
-    projection, residual, far = [0.0], [0.0], [0.0]
+    # Upper bound on the change of a projection if every weight changes by its own size.
+    spread = sum(norms) / length
+    projection, residual, distances = [0.0], [0.0], [0.0]
     for t in range(1, count - 1):
-        p, r, x = _place(first, last, open_(t), length, spread, names)
+        p, r, x = _project(first, last, open_(t), length, spread, names)
         _require_finite(x, t)
         projection.append(p)
         residual.append(r)
-        far.append(x)
-    return [*projection, 1.0], [*residual, 0.0], [*far, length], length
+        distances.append(x)
+    return [*projection, 1.0], [*residual, 0.0], [*distances, length], length
 
 
-def _place(
+def _project(
     first: Weights,
     last: Weights,
     point: Weights,
@@ -124,6 +126,7 @@ def _place(
     spread: float,
     names: Sequence[str],
 ) -> tuple[float, float, float]:
+    """Returns the projection, the residual and the distance from the first checkpoint."""
     from_first = from_last = square = 0.0
     for name in names:
         for a, b, x in pieces(first[name], last[name], point[name]):
@@ -131,7 +134,7 @@ def _place(
             from_first += float(step.dot(d))
             from_last += float((x - b).dot(d))
             square += float(step.dot(step))
-    # From the nearer end: so a point that is one of the ends has its place to the last bit.
+    # Measured from the nearer end, so that the ends themselves are exact.
     near_last = from_first > -from_last
     share = (from_last if near_last else from_first) / length**2
     rest_square, off_line = 0.0, False
@@ -142,9 +145,9 @@ def _place(
             d = b - a
             rest = (x - (b if near_last else a)).sub_(d, alpha=share)
             rest_square += float(rest.dot(rest))
-            # A point that was put on the line, then rounded to the type it is stored in, is this
-            # much off it at most, in every single weight: its own rounding, and by that of all
-            # weights together its place on the line. Such a residual has no direction.
+            # Upper bound on the distance of each weight from the line for a point on the line that
+            # was rounded to its storage dtype: the rounding of the weight itself, and the rounding
+            # of all weights through the projection. Such a residual has no direction.
             if not off_line:
                 size = a.abs() + b.abs() + x.abs() + spread * d.abs()
                 off_line = bool((rest.abs() > unit * size).any())
@@ -159,12 +162,12 @@ def _turns(
     length: float,
     names: Sequence[str],
 ) -> tuple[list[float], list[float | None]]:
-    """Finds the lengths of the steps and the turns, from one checkpoint to the next."""
+    """Computes the lengths of the steps and the turns between consecutive checkpoints."""
     steps: list[float] = []
     turns: list[float | None] = [None]
     current = open_(0)
     for t in range(1, len(projection)):
-        # In this order: the new one is opened when no more than two others are held.
+        # This releases checkpoint t − 2 before checkpoint t is opened.
         previous = current
         current = open_(t)
         steps.append(distance(previous, current, names))
@@ -174,10 +177,10 @@ def _turns(
 
 
 def _turn(r: float, s: float, step: float, along: float) -> float | None:
-    """The angle between two residuals, by their lengths and the step between their checkpoints."""
-    # The residuals themselves take four checkpoints, their two and both ends. But the step less its
-    # part along d is the third side of their triangle. Here the sides give the angle by
-    # tan² φ/2 = (1 − cos φ) / (1 + cos φ): small ones, too, of which the cosine knows little.
+    """Computes the angle between two residuals from their lengths and the step between them."""
+    # The residual vectors would need four checkpoints: their own two and both ends. Instead, the
+    # residuals and the component of the step orthogonal to d form a triangle, and its sides give
+    # the angle by tan² φ/2 = (1 − cos φ) / (1 + cos φ), which is accurate for small angles.
     if r == 0 or s == 0:
         return None
     square = (step - along) * (step + along)
@@ -193,22 +196,22 @@ def ribbon(
     reach: float,
     dtype: torch.dtype = torch.float32,
 ) -> Line | None:
-    """Lays the line across a path at one of its steps, θ_0 + p_t d + b v_t for 0 ≤ b ≤ reach.
+    """Returns the line across a path at step t, θ_0 + p_t d + b v_t for 0 ≤ b ≤ reach.
 
     Args:
         open_: Opens the checkpoint of a step.
-        path: What `measure` found.
+        path: The geometry of the path, from `measure`.
         t: The step.
-        names: The tensors that move: those that were measured, and buffers, which follow the same
+        names: The tensors that move: the measured parameters, and buffers, which use the same
             combination of the checkpoints.
         reach: The largest b.
-        dtype: The least type of its tensors; each end is made in float64 and rounded once.
+        dtype: Minimum precision of the tensors; each end is computed in float64 and rounded once.
 
     Returns:
-        The line, on which b is at α = b / reach: at α = 0 is the foot θ_0 + p_t d, and the
-        checkpoint at b = r_t. Where r_t = 0 the foot is the checkpoint, and the direction is that
-        of the nearest step that has a residual; the earlier of two. None where no step has one: a
-        straight path has no second direction.
+        The line, with α = b / reach. The foot θ_0 + p_t d is at α = 0, and the checkpoint at
+        b = r_t. If r_t = 0, the foot is the checkpoint, and the direction v_t is that of the
+        nearest step with a residual, the earlier one in case of a tie. None if no step has a
+        residual: a straight path has no second direction.
     """
     bent = [s for s, r in enumerate(path.residual) if r > 0]
     if not bent:
@@ -219,17 +222,17 @@ def ribbon(
     point = open_(source)
     if source == t:
         tensors = {name: (first[name], last[name], point[name]) for name in names}
-        foot = {n: _made(dtype, partial(_foot, p), *three) for n, three in tensors.items()}
-        end = {n: _made(dtype, partial(_end, p, share), *three) for n, three in tensors.items()}
+        foot = {n: _map_pieces(dtype, partial(_foot, p), *x) for n, x in tensors.items()}
+        end = {n: _map_pieces(dtype, partial(_end, p, share), *x) for n, x in tensors.items()}
         return Line(foot, end)
-    rest = {
-        name: _made(dtype, partial(_rest, p, share), first[name], last[name], point[name])
+    residual = {
+        name: _map_pieces(dtype, partial(_residual, p, share), first[name], last[name], point[name])
         for name in names
     }
     del first, last, point
-    here = open_(t)
-    foot = {name: here[name].to(rest[name].dtype) for name in names}
-    return Line(foot, {name: tensor + rest[name] for name, tensor in foot.items()})
+    checkpoint = open_(t)
+    foot = {name: checkpoint[name].to(residual[name].dtype) for name in names}
+    return Line(foot, {name: tensor + residual[name] for name, tensor in foot.items()})
 
 
 def _foot(p: float, a: Tensor, b: Tensor, _: Tensor) -> Tensor:
@@ -241,44 +244,47 @@ def _end(p: float, share: float, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     return foot + (x - foot) * share
 
 
-def _rest(p: float, share: float, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+def _residual(p: float, share: float, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     return (x - a).sub_(b - a, alpha=p).mul_(share)
 
 
-def _made(least: torch.dtype, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Makes a tensor a piece at a time, the function applied in float64."""
-    dtype = torch.promote_types(working_type(*tensors), least)
-    made = torch.empty(tensors[0].shape, dtype=dtype)
-    flat, start = real(made), 0
+def _map_pieces(
+    min_dtype: torch.dtype, function: Callable[..., Tensor], *tensors: Tensor
+) -> Tensor:
+    """Applies an elementwise function in float64, piece by piece."""
+    dtype = torch.promote_types(working_type(*tensors), min_dtype)
+    result = torch.empty(tensors[0].shape, dtype=dtype)
+    flat, start = flatten_real(result), 0
     for parts in pieces(*tensors):
         values = function(*parts)
         flat[start : start + len(values)] = values
         start += len(values)
-    return made
+    return result
 
 
 def random_walks(steps: Sequence[float], dimension: int, number: int, seed: int) -> list[Path]:
-    """Draws random walks: steps of given lengths, each in a uniformly random direction.
+    """Draws random walks with given step lengths and uniformly random directions.
 
-    A path's places depend on no more than the inner products of its n steps. A direction is
-    uniform if it is that of a standard Gaussian vector, and the inner products of n such vectors
-    in D dimensions, a Wishart matrix, are those of the rows of a triangular matrix: above the
-    diagonal zero, below it independent standard Gaussians, on it the roots of χ² variables with D,
-    D − 1, … degrees of freedom (Bartlett 1933, Proc. R. Soc. Edinburgh 53; Smith & Hocking 1972,
-    Applied Statistics 21, AS 53). So a walk through millions of dimensions takes n²/2 numbers, and
-    nothing is approximated. Where D < n the first D columns are all there is.
+    The geometry of a path depends only on the inner products of its n steps. The direction of a
+    standard Gaussian vector is uniform. The inner products of n such vectors in D dimensions, a
+    Wishart matrix, equal those of the rows of a lower triangular matrix: independent standard
+    Gaussians below the diagonal, and on it the square roots of χ² variables with D, D − 1, …
+    degrees of freedom (Bartlett 1933, Proc. R. Soc. Edinburgh 53; Smith & Hocking 1972, Applied
+    Statistics 21, AS 53). A walk through millions of dimensions therefore takes n²/2 numbers,
+    without approximation. If D < n, the matrix has only the first D columns.
 
     Args:
-        steps: The lengths of the steps, such as those of a training path; two or more.
+        steps: Lengths of the steps, such as those of a training path; two or more.
         dimension: D, the number of weights.
-        number: How many walks to draw.
-        seed: Another seed, other walks. Of more walks with one seed, the first are the same.
+        number: Number of walks.
+        seed: Random seed. With the same seed, the first walks do not depend on ``number``.
 
     Returns:
-        The walks. Those that end where they began, as on a line they may, are drawn again.
+        The walks. A walk that returns to its start, which can happen in one dimension, is drawn
+        again.
 
     Raises:
-        UsageError: There are fewer than two steps, none has a length, or there is no dimension.
+        UsageError: There are fewer than two steps, all lengths are zero, or D < 1.
     """
     _require_three(len(steps) + 1)
     lengths = np.asarray(steps, dtype=np.float64)
@@ -293,14 +299,14 @@ def random_walks(steps: Sequence[float], dimension: int, number: int, seed: int)
     while len(walks) < number:
         directions = _bartlett(len(lengths), dimension, generator)
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-        places = np.cumsum(lengths[:, None] * directions, axis=0)
-        if np.linalg.norm(places[-1]) > _ROUNDING * total:
-            walks.append(_walk(np.vstack([np.zeros_like(places[:1]), places]), lengths))
+        points = np.cumsum(lengths[:, None] * directions, axis=0)
+        if np.linalg.norm(points[-1]) > _ROUNDING * total:
+            walks.append(_measure_walk(np.vstack([np.zeros_like(points[:1]), points]), lengths))
     return walks
 
 
 def _bartlett(n: int, dimension: int, generator: np.random.Generator) -> _Matrix:
-    """Draws vectors with the inner products of n standard Gaussian ones in D dimensions."""
+    """Draws rows with the inner products of n standard Gaussian vectors in D dimensions."""
     width = min(n, dimension)
     vectors = np.tril(generator.standard_normal((n, width)), -1)
     diagonal = np.arange(width)
@@ -308,28 +314,28 @@ def _bartlett(n: int, dimension: int, generator: np.random.Generator) -> _Matrix
     return vectors
 
 
-def _walk(places: _Matrix, lengths: _Matrix) -> Path:
-    """Measures a walk that begins at zero."""
-    d = places[-1]
+def _measure_walk(points: _Matrix, lengths: _Matrix) -> Path:
+    """Measures a walk that starts at zero."""
+    d = points[-1]
     length = float(np.linalg.norm(d))
-    projection = places @ d / length**2
+    projection = points @ d / length**2
     projection[0], projection[-1] = 0, 1
-    rests = places - projection[:, None] * d
-    residual = np.linalg.norm(rests, axis=1)
+    residuals = points - projection[:, None] * d
+    residual = np.linalg.norm(residuals, axis=1)
     residual[residual <= _ROUNDING * lengths.sum()] = 0
     residual[[0, -1]] = 0
     turn: list[float | None] = [None]
-    for t in range(1, len(places)):
+    for t in range(1, len(points)):
         turn.append(None)
         if residual[t - 1] and residual[t]:
-            u, v = rests[t - 1] / residual[t - 1], rests[t] / residual[t]
-            # Unlike its cosine, the sides of the rhombus give every angle to its last digits.
+            u, v = residuals[t - 1] / residual[t - 1], residuals[t] / residual[t]
+            # Unlike arccos, the diagonals of the rhombus are accurate for every angle.
             angle = 2 * math.atan2(np.linalg.norm(v - u), np.linalg.norm(v + u))
             turn[t] = math.degrees(angle)
     return Path(
         tuple(projection.tolist()),
         tuple(residual.tolist()),
-        tuple(np.linalg.norm(places, axis=1).tolist()),
+        tuple(np.linalg.norm(points, axis=1).tolist()),
         tuple(turn),
         tuple(lengths.tolist()),
         length,
@@ -343,25 +349,25 @@ def principal_axes(
     along: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> tuple[tuple[Weights, Weights], tuple[float, ...]]:
-    """Finds the first two principal components of a path (Li et al. 2018, arXiv 1712.09913).
+    """Computes the first two principal components of a path (Li et al. 2018, arXiv 1712.09913).
 
-    They are those of θ_t − θ_n over all steps, centred by their mean as scikit-learn centres them.
-    The checkpoints are few and the weights many: so the components come from the inner products of
-    the checkpoints, a piece of all weights at a time, for which each checkpoint is opened once.
+    They are the components of θ_t − θ_n over all steps, with the mean subtracted as in
+    scikit-learn. There are few checkpoints and many weights, so the components are computed from
+    the Gram matrix of the checkpoints, block by block; each block opens each checkpoint once.
 
     Args:
         open_: Opens the checkpoint of a step.
-        count: How many checkpoints there are, n + 1.
-        names: The tensors that count.
-        along: Tensors that do not, and follow the same combinations of the checkpoints: buffers.
-        dtype: The least type of the directions.
+        count: Number of checkpoints, n + 1.
+        names: The tensors that define the components.
+        along: Further tensors, such as buffers, that use the same combinations of the checkpoints.
+        dtype: Minimum precision of the directions.
 
     Returns:
-        Two directions, orthogonal and of length one over the tensors that count, in this type, or
-        in float64 where the weights are; and the share that each principal component has in the
-        variance, falling. Along the first axis the path begins on the positive side of its end;
-        along the second the step farthest from the end is on the positive side, as it is along
-        the first where the path ends as it began.
+        Two orthonormal directions over ``names``, in ``dtype``, or in float64 if the weights are
+        float64; and the share of the variance of each component, in descending order. Signs: the
+        first step has a larger first coordinate than the last step, and the step farthest from
+        the last along the second axis has a larger second coordinate. If the path ends at its
+        start along the first axis, its sign is chosen like that of the second.
 
     Raises:
         CheckpointError: A checkpoint has weights that are not finite.
@@ -397,7 +403,7 @@ def principal_axes(
         rows, _ = _centred(open_, count, block)
         _scatter(shares @ rows, block, axes)
     for axis in axes:
-        # The less of the variance an axis has, the less exact is the length it comes with.
+        # An axis with a small share of the variance comes with a large error in its length.
         length = norm(axis, names)
         for name in axis:
             axis[name] /= length
@@ -406,23 +412,24 @@ def principal_axes(
 
 
 def _empty(
-    weights: Weights, names: Sequence[str], least: torch.dtype
+    weights: Weights, names: Sequence[str], min_dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Makes room for two directions."""
-    one, other = (
+    """Allocates two directions."""
+    first, second = (
         {
             name: torch.zeros(
-                weights[name].shape, dtype=torch.promote_types(working_type(weights[name]), least)
+                weights[name].shape,
+                dtype=torch.promote_types(working_type(weights[name]), min_dtype),
             )
             for name in names
         }
         for _ in range(2)
     )
-    return one, other
+    return first, second
 
 
 def _blocks(weights: Weights, names: Sequence[str], width: int) -> Iterator[_Block]:
-    """Deals weights into blocks of a width, each some stretches of flattened tensors."""
+    """Divides weights into blocks of a given width, each a list of slices of flat tensors."""
     block: _Block = []
     room = width
     for name in names:
@@ -440,58 +447,58 @@ def _blocks(weights: Weights, names: Sequence[str], width: int) -> Iterator[_Blo
 
 
 def _centred(open_: Opener, count: int, block: _Block) -> tuple[Tensor, Tensor]:
-    """Reads a block of all checkpoints, less its mean over them; and that of the last as it is."""
+    """Returns a block of all checkpoints minus its mean, and the block of the last checkpoint."""
     rows = torch.empty(count, sum(stop - start for _, start, stop in block), dtype=torch.float64)
     for t in range(count):
         _gather(open_(t), block, rows[t])
         _require_finite(float(rows[t].sum()), t)
     last = rows[-1].clone()
-    # Less the last before the mean: the mean of large numbers would be rounded as they are.
+    # Subtracting the last checkpoint first keeps the rounding error of the mean small.
     rows -= last
     rows -= rows.mean(dim=0)
     return rows, last
 
 
 def _noise(rows: Tensor, last: Tensor, block: _Block, like: Weights) -> float:
-    """The variance that rounding to the type of the storage may give to weights that move."""
-    total, at = 0.0, 0
+    """Returns the variance that rounding to the storage dtype may add to weights that move."""
+    total, offset = 0.0, 0
     for name, start, stop in block:
-        stretch = slice(at, at + stop - start)
-        moving = last[stretch] * rows[:, stretch].any(dim=0)
+        part = slice(offset, offset + stop - start)
+        moving = last[part] * rows[:, part].any(dim=0)
         total += _rounding(like[name]) ** 2 * float(moving.dot(moving))
-        at = stretch.stop
+        offset = part.stop
     return total
 
 
 def _gather(weights: Weights, block: _Block, row: Tensor) -> None:
-    at = 0
+    offset = 0
     for name, start, stop in block:
-        row[at : at + stop - start] = real(weights[name])[start:stop]
-        at += stop - start
+        row[offset : offset + stop - start] = flatten_real(weights[name])[start:stop]
+        offset += stop - start
 
 
 def _scatter(rows: Tensor, block: _Block, axes: Sequence[Weights]) -> None:
-    at = 0
+    offset = 0
     for name, start, stop in block:
         for row, axis in zip(rows, axes, strict=True):
-            real(axis[name])[start:stop] = row[at : at + stop - start]
-        at += stop - start
+            flatten_real(axis[name])[start:stop] = row[offset : offset + stop - start]
+        offset += stop - start
 
 
 def _signed(scores: Tensor, *, start: bool) -> Tensor:
-    """Gives a component its sign, by the checkpoints' coordinates relative to the last."""
-    seen = scores - scores[-1]
-    sizes = seen.abs()
-    # The first of those that are the largest but for rounding.
-    telling = int((sizes > (1 - 1e-9) * sizes.max()).nonzero()[0])
+    """Fixes the sign of a component by the coordinates of the steps relative to the last."""
+    relative = scores - scores[-1]
+    sizes = relative.abs()
+    # The first step with the largest coordinate, up to rounding.
+    reference = int((sizes > (1 - 1e-9) * sizes.max()).nonzero()[0])
     if start and sizes[0] > 1e-9 * sizes.max():
-        telling = 0
-    return scores if seen[telling] > 0 else -scores
+        reference = 0
+    return scores if relative[reference] > 0 else -scores
 
 
 def _rounding(*tensors: Tensor) -> float:
-    """What a weight that was computed, then stored, may be off by, as a share of itself."""
-    # Half precision is no excuse: what was trained in it moves by its units.
+    """Returns the relative rounding error of a computed and stored weight."""
+    # Not the precision of half types: weights trained in these really move in steps of that size.
     exact = all(tensor.dtype in {torch.float64, torch.complex128} for tensor in tensors)
     return _ROUNDING if exact else torch.finfo(torch.float32).eps
 

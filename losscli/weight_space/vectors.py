@@ -1,7 +1,7 @@
-"""The vector space of named tensors: differences, norms, and whether two of them match.
+"""The vector space of named tensors: norms, distances and comparisons.
 
-Tensors keep the type they are stored in; sums are made in float64, a piece at a time, so that no
-float64 copy of a large tensor ever exists.
+Tensors keep their storage dtype. Sums are computed in float64 piece by piece, without a float64
+copy of a large tensor.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from losscli.files import release_pages
 __all__ = [
     "Weights",
     "can_move",
-    "choose",
     "cosine",
     "dimension",
     "distance",
     "equal",
-    "kind",
+    "flatten_real",
     "known_buffers",
     "mismatches",
     "norm",
+    "number_kind",
     "pieces",
-    "real",
+    "select_names",
     "working_type",
 ]
 
@@ -39,7 +39,7 @@ _PIECE = 1 << 20
 
 
 def can_move(tensor: Tensor) -> bool:
-    """Tells whether a tensor can move along a line.
+    """Returns whether a tensor can move along a line.
 
     Args:
         tensor: The tensor.
@@ -50,15 +50,15 @@ def can_move(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def real(tensor: Tensor) -> Tensor:
-    """Flattens a tensor into real numbers.
+def flatten_real(tensor: Tensor) -> Tensor:
+    """Flattens a tensor into a real vector.
 
     Args:
         tensor: The tensor.
 
     Returns:
-        Its values, ``[n]``; of complex numbers the real and imaginary parts, ``[2n]``. A view
-        where the tensor is contiguous.
+        The values, ``[n]``, or the real and imaginary parts of complex values, ``[2n]``. A view
+        if the tensor is contiguous.
     """
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(
         -1
@@ -70,36 +70,36 @@ def dimension(weights: Weights, names: Iterable[str]) -> int:
 
     Args:
         weights: The tensors.
-        names: Which of them count.
+        names: Names of the tensors to count.
 
     Returns:
-        The dimension of the space that they span.
+        The dimension of their vector space.
     """
     return sum(weights[n].numel() * (2 if weights[n].is_complex() else 1) for n in names)
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Goes through tensors a piece at a time, for sums in float64.
+    """Iterates over tensors piece by piece, for sums in float64.
 
     Args:
-        *tensors: Tensors of one shape.
+        *tensors: Tensors of the same shape.
 
     Yields:
-        The same stretch of each, flattened, in float64.
+        The same piece of each tensor, flattened, in float64.
     """
-    flat = [real(tensor) for tensor in tensors]
+    flat = [flatten_real(tensor) for tensor in tensors]
     for start in range(0, flat[0].numel(), _PIECE):
         yield tuple(t[start : start + _PIECE].to(torch.float64) for t in flat)
 
 
 def working_type(*tensors: Tensor) -> torch.dtype:
-    """Finds the type that points between tensors are made in.
+    """Returns the dtype for points between tensors.
 
     Args:
-        *tensors: The tensors, of any floating-point or complex types.
+        *tensors: Tensors of any floating-point or complex dtype.
 
     Returns:
-        The widest of their types; float32 for half precision, complex64 where it is complex.
+        The promoted dtype of the tensors, at least float32 or complex64.
     """
     dtype = torch.float32
     for tensor in tensors:
@@ -112,7 +112,7 @@ def norm(weights: Weights, names: Iterable[str] | None = None) -> float:
 
     Args:
         weights: The tensors.
-        names: Which of them count; all by default.
+        names: Names of the tensors to use; all by default.
 
     Returns:
         ‖θ‖.
@@ -126,12 +126,12 @@ def norm(weights: Weights, names: Iterable[str] | None = None) -> float:
 
 
 def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> float:
-    """Computes the Euclidean distance of two points in weight space.
+    """Computes the Euclidean distance between two points in weight space.
 
     Args:
-        a: The one point.
-        b: The other, with tensors of the same names and shapes.
-        names: Which of them count; all of ``a``'s by default.
+        a: The first point.
+        b: The second point, with the same names and shapes.
+        names: Names of the tensors to use; all tensors of ``a`` by default.
 
     Returns:
         ‖b − a‖.
@@ -146,14 +146,14 @@ def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> floa
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Tells whether two tensors are the same to the last bit of their values.
+    """Returns whether two tensors have equal shapes and values.
 
     Args:
-        a: The one tensor.
-        b: The other.
+        a: The first tensor.
+        b: The second tensor.
 
     Returns:
-        Whether they have one shape and the same values.
+        Whether they are equal.
     """
     same = torch.equal(a, b)
     release_pages(a, b)
@@ -161,11 +161,11 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Computes the cosine of the angle between two tensors seen as vectors.
+    """Computes the cosine of the angle between two flattened tensors.
 
     Args:
-        a: The one tensor.
-        b: The other, of the same shape.
+        a: The first tensor.
+        b: The second tensor, of the same shape.
 
     Returns:
         ⟨a, b⟩ / (‖a‖ ‖b‖); nan where one of them is zero.
@@ -176,15 +176,15 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def mismatches(found: Weights, expected: Weights) -> list[str]:
-    """Lists in words what keeps tensors from standing in for others.
+    """Describes the differences in names, shapes and kinds between two sets of tensors.
 
     Args:
-        found: The tensors at hand.
-        expected: Those that are needed.
+        found: The available tensors.
+        expected: The required tensors.
 
     Returns:
-        One phrase for each name that is missing, unexpected, of another shape, or of another kind
-        of number (floating-point, whole, complex); empty where all fit.
+        One phrase per name that is missing, unexpected, or has another shape or kind of number
+        (floating-point, integer, complex); empty if all match.
     """
     phrases = [
         f"missing {name} {list(tensor.shape)}"
@@ -198,78 +198,78 @@ def mismatches(found: Weights, expected: Weights) -> list[str]:
             phrases.append(
                 f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)} as needed"
             )
-        elif kind(tensor) != kind(expected[name]):
+        elif number_kind(tensor) != number_kind(expected[name]):
             phrases.append(f"{name} is {_type(tensor)}, not {_type(expected[name])} as needed")
     return phrases
 
 
-def choose(names: Iterable[str], only: Iterable[str], but: Iterable[str]) -> list[str]:
-    """Picks names by shell patterns.
+def select_names(names: Iterable[str], only: Iterable[str], excluded: Iterable[str]) -> list[str]:
+    """Selects names by shell patterns.
 
     Args:
-        names: The names to pick from.
-        only: Patterns of which one must fit; none at all lets every name through.
-        but: Patterns of which none may fit.
+        names: The names.
+        only: A name must match one of these patterns; no patterns select all names.
+        excluded: A name must match none of these patterns.
 
     Returns:
-        The names picked, in their order.
+        The selected names, in their order.
 
     Raises:
-        UsageError: A pattern fits no name, or none is left.
+        UsageError: A pattern matches no name, or no name is left.
     """
-    names, only, but = list(names), list(only), list(but)
-    for pattern in [*only, *but]:
+    names, only, excluded = list(names), list(only), list(excluded)
+    for pattern in [*only, *excluded]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UsageError(
                 f"the pattern {pattern!r} fits none of the {len(names)} tensors",
                 f"Their names are such as {', '.join(names[:3])}",
             )
-    chosen = [
+    selected = [
         name
         for name in names
         if (not only or any(fnmatchcase(name, p) for p in only))
-        and not any(fnmatchcase(name, p) for p in but)
+        and not any(fnmatchcase(name, p) for p in excluded)
     ]
-    if not chosen:
+    if not selected:
         raise UsageError("--only and --except leave no tensor to move", "Widen the patterns")
-    return chosen
+    return selected
 
 
 def known_buffers(names: Iterable[str]) -> list[str]:
-    """Lists the floating-point buffers that PyTorch itself registers, known by their names.
+    """Lists the floating-point buffers of PyTorch layers, recognised by their names.
 
-    A file does not say which of its tensors are parameters. These are BatchNorm's running
-    statistics, the vectors of spectral normalisation, and the masks of pruning.
+    A file does not say which of its tensors are parameters. Recognised are the running statistics
+    of BatchNorm, the vectors of spectral normalisation, and the masks of pruning.
 
     Args:
         names: The names of a state dict.
 
     Returns:
-        Those of buffers, in their order.
+        The names of buffers, in their order.
     """
     names = list(names)
     known = set(names)
 
-    def registered(name: str) -> bool:
+    def is_buffer(name: str) -> bool:
         prefix, _, last = name.rpartition(".")
         if last in {"running_mean", "running_var"}:
             return True
         if last in {"_u", "_v"}:
             return "parametrizations" in prefix.split(".")
-        stem, _, kind_ = name.rpartition("_")
-        return kind_ in {"u", "v", "mask"} and f"{stem}_orig" in known
+        stem, _, kind = name.rpartition("_")
+        return kind in {"u", "v", "mask"} and f"{stem}_orig" in known
 
-    return [name for name in names if registered(name)]
+    return [name for name in names if is_buffer(name)]
 
 
-def kind(tensor: Tensor) -> tuple[bool, bool]:
-    """Tells what numbers a tensor holds.
+def number_kind(tensor: Tensor) -> tuple[bool, bool]:
+    """Returns the kind of numbers in a tensor.
 
     Args:
         tensor: The tensor.
 
     Returns:
-        Whether they are floating-point, and whether they are complex; neither where they are whole.
+        Whether they are floating-point, and whether they are complex; both False for integers.
     """
     return tensor.is_floating_point(), tensor.is_complex()
 

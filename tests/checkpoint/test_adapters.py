@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from losscli.checkpoint import Checkpoint, base_of, in_folder, read
+from losscli.checkpoint import Checkpoint, find_base, list_checkpoints, read
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests import oracle
@@ -252,8 +252,8 @@ def test_adapters_alone_have_the_base_that_they_name(
     assert (done.status, done.stderr.count("\n")) == (1, 1)
     assert "and other on 'elsewhere'. Name the checkpoint that both change first" in done.stderr
     # A checkpoint of the command comes before what the config says.
-    assert base_of(["init:0", "adapter", "base.pt"]) == "base.pt"
-    assert base_of(["init:0"]) is None
+    assert find_base(["init:0", "adapter", "base.pt"]) == "base.pt"
+    assert find_base(["init:0"]) is None
 
 
 @pytest.mark.parametrize("base", [None, "meta-llama/Llama-3.1-8B", "\0"])
@@ -275,7 +275,7 @@ def test_a_path_of_adapters(pair: dict[str, Tensor], losscli: Losscli, tmp_path:
         )
         torch.save({}, tmp_path / f"out/checkpoint-{step}" / "optimizer.pt")
     names = [f"out/checkpoint-{step}" for step in (3, 20, 100)]
-    assert in_folder("out") == names
+    assert list_checkpoints("out") == names
     done = losscli("trajectory", "base.pt", "out", "-o", "-", "--no-surface")
     assert done.status == 0, done.stderr
     assert [r.split(",")[1] for r in done.stdout.splitlines()[1:]] == ["base.pt", *names]

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.fsdp import fully_shard
 
-from losscli.checkpoint import in_folder, read
+from losscli.checkpoint import list_checkpoints, read
 from losscli.checkpoint.distributed import _not_covered_once as not_covered_once
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
@@ -77,7 +77,7 @@ def test_a_distributed_checkpoint_is_read_without_a_process_group(saved: Path) -
     assert {f.name for f in checkpoint.files} == {".metadata", "__0_0.distcp"}
     step = read(f"{saved}#optim.state.0").select(None).weights
     assert torch.equal(step["exp_avg"], trained()["optim"]["state"][0]["exp_avg"])
-    assert in_folder(str(saved)) == []
+    assert list_checkpoints(str(saved)) == []
     assert not torch.distributed.is_initialized()
 
 
@@ -163,7 +163,7 @@ def test_what_fsdp_shards_over_two_processes_is_put_together(tmp_path: Path) -> 
 
 def test_a_folder_of_steps_is_a_path(losscli: Losscli, tmp_path: Path) -> None:
     names = [put(trained(step), tmp_path / f"step-{step}") for step in (2, 10, 9)]
-    assert in_folder(str(tmp_path)) == [names[0], names[2], names[1]]
+    assert list_checkpoints(str(tmp_path)) == [names[0], names[2], names[1]]
     torch.save(
         {"inputs": torch.rand(9, 4), "targets": torch.arange(9) % 2}, tmp_path / "optimizer.pt"
     )

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from losscli.checkpoint import SUFFIXES, Checkpoint, read, save, tied
+from losscli.checkpoint import SUFFIXES, Checkpoint, read, save, tied_names
 from losscli.errors import CheckpointError, MismatchError, OutputError
 from losscli.models import CNN, MLP
 from losscli.weight_space.vectors import Weights
@@ -338,12 +338,12 @@ def test_a_tied_weight_that_a_file_leaves_out_is_that_of_its_twin(tmp_path: Path
 
 
 def test_tied_names_are_found_by_their_memory() -> None:
-    names = tied(Attention().state_dict())
+    names = tied_names(Attention().state_dict())
     assert names == {"embedding.weight": ["head.weight"], "head.weight": ["embedding.weight"]}
     w = torch.arange(6.0)
     views = {"a": w, "b": w[:3], "c": w.view(2, 3), "d": w.view(3, 2), "e": w, "f": w.clone()}
-    assert tied(views) == {"a": ["e"], "e": ["a"]}
-    assert tied({"a": torch.zeros(0), "b": torch.zeros(0)}) == {}
+    assert tied_names(views) == {"a": ["e"], "e": ["a"]}
+    assert tied_names({"a": torch.zeros(0), "b": torch.zeros(0)}) == {}
 
 
 def test_state_of_a_model_that_is_no_tensor_is_left_aside(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from losscli.checkpoint import in_folder, read, select_for
+from losscli.checkpoint import list_checkpoints, read, select_for
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests.checkpoint.test_files import refusal, same, state
@@ -398,8 +398,8 @@ def test_a_folder_of_the_trainer_is_a_path_in_natural_order(
     torch.save({}, run / "training_args.bin")
     torch.save(MLP("6-5-3").state_dict(), run / "zz-last.pt")
     names = [*(f"{run}/checkpoint-{step}" for step in (100, 900, 1000)), f"{run}/zz-last.pt"]
-    assert in_folder(str(run)) == names
-    assert in_folder(names[0]) == []
+    assert list_checkpoints(str(run)) == names
+    assert list_checkpoints(names[0]) == []
     data = {"inputs": torch.rand(9, 6), "targets": torch.arange(9) % 3}
     save_file(data, tmp_path / "data.safetensors")
     done = losscli(
@@ -415,7 +415,7 @@ def test_a_folder_without_checkpoints_says_so(losscli: Losscli, tmp_path: Path) 
     (tmp_path / "runs").mkdir()
     torch.save({}, tmp_path / "optimizer.pt")
     with pytest.raises(CheckpointError, match=r"holds no checkpoints\. Their names end in"):
-        in_folder(str(tmp_path))
+        list_checkpoints(str(tmp_path))
     done = losscli("trajectory", tmp_path, "-m", "mlp:2-2", "-o", "-")
     assert (done.status, done.stderr.count("\n")) == (1, 1)
 

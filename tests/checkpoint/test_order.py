@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import losscli as library
-from losscli.checkpoint import all_in, path_of
+from losscli.checkpoint import expand_folders, order_path
 from losscli.errors import CheckpointError
 from losscli.models import MLP
 from tests.checkpoint.test_distributed import put
@@ -82,14 +82,14 @@ def test_of_a_numbered_folder_the_first_the_last_and_the_best_are_told_apart(
     monkeypatch.chdir(tmp_path)
     save(Path("p"), {**NUMBERED, **more})
     for name, key in (("p", ""), ("p#net", "#net"), ("p/", "")):
-        found, told = path_of([name])
+        found, told = order_path([name])
         assert found == [f"p/{file}{key}" for file in expected]
         if not key:
             for text in notes:
                 assert any(text in note for note in told), (text, told)
             said = bool({"taken", "left"} & set(" ".join(told).split()))
-            assert said or found == all_in([name])
-    assert path_of(["p"], keep_order=True) == (all_in(["p"]), [])
+            assert said or found == expand_folders([name])
+    assert order_path(["p"], keep_order=True) == (expand_folders(["p"]), [])
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_names_of_other_tools_are_read_alike(
     files: list[str], expected: list[str], tmp_path: Path
 ) -> None:
     save(tmp_path / "p", {name: t for t, name in enumerate(files)})
-    found, _ = path_of([str(tmp_path / "p")])
+    found, _ = order_path([str(tmp_path / "p")])
     assert [Path(name).name for name in found] == expected
 
 
@@ -171,29 +171,29 @@ def test_a_folder_is_put_into_the_order_of_training(
     monkeypatch.chdir(tmp_path)
     names = [*ordered.split(), *left_out.split()]
     save(Path("p"), {name: t for t, name in enumerate(names)})
-    found, notes = path_of(["p"])
+    found, notes = order_path(["p"])
     assert [Path(name).name for name in found] == ordered.split()
     assert note in " ".join(notes)
     for name in left_out.split():
         assert any(f"p/{name}" in told and "left out" in told for told in notes)
-    assert (found == all_in(["p"])) == (not notes)
+    assert (found == expand_folders(["p"])) == (not notes)
 
 
 def test_the_latest_without_a_number_is_left_out_if_it_equals_a_numbered_one(
     tmp_path: Path,
 ) -> None:
     save(tmp_path / "p", {"model_1.pt": 1, "model_2.pt": 2, "model.pt": 2})
-    found, notes = path_of([str(tmp_path / "p")])
+    found, notes = order_path([str(tmp_path / "p")])
     assert [Path(name).name for name in found] == ["model_1.pt", "model_2.pt"]
     assert f"{tmp_path}/p/model.pt is left out: its weights are those of" in notes[0]
 
 
 def test_decimals_that_a_shell_lists_are_in_their_order() -> None:
     given = ["w_0.1.pt", "w_0.15.pt", "w_0.2.pt", "w_10.0.pt", "w_2.5.pt"]
-    found, notes = path_of(given)
+    found, notes = order_path(given)
     assert found == [*given[:3], "w_2.5.pt", "w_10.0.pt"]
     assert "are taken in natural order" in notes[0]
-    assert path_of(found) == (found, [])
+    assert order_path(found) == (found, [])
 
 
 @pytest.mark.parametrize("change", ["value", "type", "name", "shape"])
@@ -210,7 +210,7 @@ def test_a_last_file_is_left_out_only_if_every_weight_is_equal(change: str, tmp_
     else:
         last[name] = last[name][None]
     torch.save({"net": last}, tmp_path / "p" / "last.pt")
-    found, notes = path_of([str(tmp_path / "p")])
+    found, notes = order_path([str(tmp_path / "p")])
     assert len(found) == STEPS + 1
     assert Path(found[-1]).name == "last.pt"
     assert [note for note in notes if "left out" in note] == []
@@ -219,7 +219,7 @@ def test_a_last_file_is_left_out_only_if_every_weight_is_equal(change: str, tmp_
 def test_folders_that_are_checkpoints_are_compared_too(tmp_path: Path) -> None:
     for name, t in {"checkpoint-500": 1, "checkpoint-1000": 2, "final": 2, "last": 3}.items():
         put({"model": state(t)}, tmp_path / name)
-    found, notes = path_of([str(tmp_path)])
+    found, notes = order_path([str(tmp_path)])
     names = [Path(name).name for name in found]
     assert names == ["checkpoint-500", "checkpoint-1000", "last"]
     assert "final is left out" in notes[0]
@@ -230,7 +230,7 @@ def test_a_last_file_that_is_cut_off_is_told(tmp_path: Path) -> None:
     file = tmp_path / "p" / "last.pt"
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"last\.pt"):
-        path_of([str(tmp_path / "p")])
+        order_path([str(tmp_path / "p")])
 
 
 def shell(names: Sequence[str], folder: Path) -> list[str]:
@@ -268,12 +268,12 @@ def test_names_in_the_order_of_a_shell_are_put_into_natural_order(
     natural = [template.format(t, t) for t in sorted(steps)]
     given = sorted(natural, key=order)
     for before, after in (([], []), (["init:0"], []), (["start.pt"], ["end.pt"])):
-        found, notes = path_of([*before, *given, *after])
+        found, notes = order_path([*before, *given, *after])
         assert found == [*before, *natural, *after]
         assert bool(notes) == (given != natural)
         # In natural order already, or kept by choice: as given, and not a word.
-        assert path_of([*before, *natural, *after]) == ([*before, *natural, *after], [])
-        assert path_of([*before, *given, *after], keep_order=True) == (
+        assert order_path([*before, *natural, *after]) == ([*before, *natural, *after], [])
+        assert order_path([*before, *given, *after], keep_order=True) == (
             [*before, *given, *after],
             [],
         )
@@ -281,7 +281,7 @@ def test_names_in_the_order_of_a_shell_are_put_into_natural_order(
 
 def test_what_a_shell_really_lists_is_put_into_natural_order(tmp_path: Path) -> None:
     natural = [f"ckpt{t}.pt" for t in range(1, 21)]
-    found, notes = path_of(shell(natural, tmp_path / "there"))
+    found, notes = order_path(shell(natural, tmp_path / "there"))
     assert found == natural
     assert len(notes) == 1
     assert "natural order: ckpt1.pt, ckpt2.pt, ckpt3.pt and 17 more. --keep-order" in notes[0]
@@ -291,10 +291,10 @@ def test_an_order_that_somebody_chose_is_kept() -> None:
     generator = random.Random(0)
     natural = [f"step-{t}.pt" for t in range(20)]
     for given in (natural[::-1], sorted(natural)[::-1], generator.sample(natural, 20)):
-        assert path_of(given) == (given, [])
+        assert order_path(given) == (given, [])
     # The order of words alone is no order of a shell.
     for given in (["start.pt", "middle.pt", "end.pt"], ["b.pt", "_a.pt"], ["a.pt", "B.pt"]):
-        assert path_of(given) == (given, [])
+        assert order_path(given) == (given, [])
 
 
 def rows(table: str) -> list[dict[str, str]]:

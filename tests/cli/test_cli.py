@@ -99,6 +99,7 @@ def test_a_dry_run_counts_and_evaluates_nothing(losscli: Losscli, folder: Path) 
     assert files(folder) == before
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_pictures_by_name_come_instead_of_the_png(losscli: Losscli, folder: Path) -> None:
     before = files(folder)
     losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--figure", "p.svg", "--figure", "p.pdf")
@@ -110,6 +111,7 @@ def test_pictures_by_name_come_instead_of_the_png(losscli: Losscli, folder: Path
     assert "y.png" not in files(folder)
 
 
+@pytest.mark.usefixtures("unlaid")
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_plot_draws_the_same_bytes_again(losscli: Losscli, folder: Path, suffix: str) -> None:
     losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--figure", f"x{suffix}", "--log")

@@ -79,7 +79,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def stepwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the data go by in several blocks and batches, and a journal grow in several chunks."""
-    monkeypatch.setattr("losscli.evaluation.sweep.points_that_fit", lambda *_: 2)
+    monkeypatch.setattr("losscli.evaluation.memory.points_that_fit", lambda *_: 2)
     monkeypatch.setattr("losscli.evaluation.sampling._FIRST_BLOCK", 8)
 
 

@@ -84,11 +84,11 @@ def test_names_come_from_stdin_in_their_order(folder: Path, path: list[str], at_
 @pytest.mark.parametrize(
     ("arguments", "further"),
     [
-        (["trajectory", "path", "--random-walk", "--residuals", "4"], {"surface", "walk"}),
+        (["trajectory", "path", "--random-walk", "--residuals", "2"], {"surface", "walk"}),
         (["trajectory", "path", "--no-surface"], set()),
-        (["plane", "a.pt", "--points", "5", "--surface"], {"path"}),
-        (["plane", "a.pt", "b.pt", "path/step-5.pt", "--points", "5"], {"path"}),
-        (["plane", "--pca", "path", "--points", "5", "--log"], {"path"}),
+        (["plane", "a.pt", "--points", "3", "--surface"], {"path"}),
+        (["plane", "a.pt", "b.pt", "path/step-5.pt", "--points", "3"], {"path"}),
+        (["plane", "--pca", "path", "--points", "3", "--log"], {"path"}),
     ],
 )
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_plot_draws_the_same_bytes_again(
 def test_without_its_summary_a_path_is_drawn_with_all_that_lies_beside_it(
     losscli: Losscli, folder: Path, path: list[str]
 ) -> None:
-    losscli("trajectory", "path", "-o", "out", "--residuals", 3, "--no-figure")
+    losscli("trajectory", "path", "-o", "out", "--residuals", 2, "--no-figure")
     Path("out.json").unlink()
     assert losscli("plot", "out.csv", "-o", "with.svg").status == 0
     Path("out.surface.csv").unlink()
@@ -134,7 +134,7 @@ def test_without_its_summary_a_path_is_drawn_with_all_that_lies_beside_it(
 def test_an_older_surface_is_not_drawn_with_a_path_that_has_none(
     losscli: Losscli, folder: Path, path: list[str]
 ) -> None:
-    losscli("trajectory", "path", "-o", "out", "--residuals", 3, "--no-figure")
+    losscli("trajectory", "path", "-o", "out", "--residuals", 2, "--no-figure")
     losscli("trajectory", "path", "-o", "out", "--no-surface", "--force")
     assert losscli("plot", "out.csv", "-o", "again").status == 0
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()

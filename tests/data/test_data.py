@@ -970,3 +970,34 @@ def test_what_is_not_understood_is_an_error_and_never_guessed(form: str) -> None
     found = refusal(lambda: from_object(given, "here"))
     assert message in found
     assert found.startswith("here")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("order", ["sorted", "alternating", "shuffled", "one is rare"])
+def test_spread_examples_are_of_every_class(order: str, dtype: torch.dtype) -> None:
+    classes = 2 if dtype == torch.bool else 10
+    y = torch.arange(400) % classes
+    if order == "sorted":
+        y = y.sort().values
+    elif order == "shuffled":
+        y = y[torch.randperm(400, generator=torch.Generator().manual_seed(1))]
+    elif order == "one is rare":
+        y = y.clamp(max=classes - 2)
+        y[[17, 300]] = classes - 1
+    few, rows = Split(torch.arange(400.0), y.to(dtype)).spread(20)
+    assert len(set(rows.tolist())) == len(few) == 20
+    assert torch.equal(few.inputs, rows.float())
+    assert torch.equal(few.targets, y.to(dtype)[rows])
+    counts = few.targets.long().bincount(minlength=classes)
+    rarest = 2 if order == "one is rare" else 20 // classes
+    assert int(counts.min()) == min(rarest, 20 // classes)
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(1000), torch.zeros(1000, 2).long()])
+@pytest.mark.parametrize("period", [2, 5, 10, 16])
+def test_spread_examples_are_of_every_kind_where_targets_show_none(
+    period: int, targets: Tensor
+) -> None:
+    _, rows = Split(torch.zeros(1000), targets).spread(64)
+    assert set((rows % period).tolist()) == set(range(period))
+    assert len(set((rows // 100).tolist())) == 10

@@ -250,7 +250,7 @@ def test_images_are_those_that_the_folder_has_now_and_workers_read_them(
     tmp_path: Path,
 ) -> None:
     from losscli.data.hub import load_hub
-    from losscli.data.objects import wrap
+    from losscli.data.objects import to_data_set
     from losscli.data.stream import Stream
 
     digests = []
@@ -258,7 +258,7 @@ def test_images_are_those_that_the_folder_has_now_and_workers_read_them(
         pixels = GENERATOR.integers(0, 256, (6, 4, 5, 3), np.uint8)
         image_folder(tmp_path / "data", pixels)
         for _ in range(2):
-            stream = wrap(load_hub(tmp_path / "data"), "data", 0).splits["train"]
+            stream = to_data_set(load_hub(tmp_path / "data"), "data", 0).splits["train"]
             assert isinstance(stream, Stream)
             stream._workers.number = 2
             batches = list(stream.batches(2))

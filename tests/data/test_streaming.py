@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import itertools
 import json
 import os
@@ -311,7 +310,6 @@ def test_no_more_than_a_few_batches_are_ever_in_memory(
         patch.setattr(DataSet, "prepare", watch)
         check_task(objective, a)
         sweep(objective, line, ALPHAS, chunk=2)
-    gc.collect()
     # What is decoded before it is known not to fit, and one batch.
     assert most <= 128
     assert batches <= 4
@@ -589,17 +587,17 @@ def test_workers_come_where_they_are_worth_it(
     workers = split._workers
     monkeypatch.setattr(stream_, "_cores", lambda: 6)
     size = split.first(1).nbytes
-    assert workers.worth(100, 4, size) == split.decoders == 6
-    assert workers.worth(10, 4, size) == 0
+    assert workers.useful_number(100, 4, size) == split.decoders == 6
+    assert workers.useful_number(10, 4, size) == 0
     # One whose batches would fill the share of memory that is on its way is none.
-    assert workers.worth(100, 30, size) == (1 << 30) // (16 * 30 * size)
+    assert workers.useful_number(100, 30, size) == (1 << 30) // (16 * 30 * size)
     monkeypatch.setattr(stream_, "_open_files", lambda: 0)
-    assert workers.worth(100, 4, size) == 0
+    assert workers.useful_number(100, 4, size) == 0
     monkeypatch.setattr(stream_, "_open_files", lambda: 1024)
     monkeypatch.setattr(stream_, "_shared_bytes", lambda: 64 << 20)
-    assert workers.worth(1000, 30, size) == 1
+    assert workers.useful_number(1000, 30, size) == 1
     workers.number = 40
-    assert workers.worth(10, 1, size) == 31
+    assert workers.useful_number(10, 1, size) == 31
 
 
 @pytest.mark.parametrize("shared", [0, 1 << 60])
@@ -707,7 +705,7 @@ def test_a_limit_ends_an_endless_stream_and_no_further_example_is_asked_for(
 def test_what_is_said_of_an_endless_stream_is_a_note_of_the_command(
     losscli: Losscli, code: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow_, "_LONG", 0.0)
+    monkeypatch.setattr(flow_, "_SLOW_SECONDS", 0.0)
     done = interpolate(losscli, "coming", "-o", "a")
     assert done.status == 0
     (line,) = [line for line in done.stderr.splitlines() if "no end yet" in line]

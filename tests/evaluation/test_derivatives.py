@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import re
 from dataclasses import replace
 from functools import cache
@@ -20,6 +22,14 @@ from losscli.errors import ModelError
 from losscli.evaluation import decompositions as elementary
 from losscli.evaluation import derivatives as module
 from losscli.evaluation.derivatives import Slopes, _Course, _Way, slopes
+from losscli.evaluation.differences import (
+    NEEDED,
+    POINTS,
+    Comparison,
+    Outcome,
+    are_verified,
+    rules,
+)
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import sweep
@@ -628,3 +638,24 @@ def test_without_float64_derivatives_are_right_or_refused_or_noted(
         if dtype == torch.bfloat16:
             # Its rounding hides all differences.
             assert noted
+
+
+@pytest.mark.parametrize("narrowest", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seen", range(5))
+def test_points_are_left_out_only_where_they_change_no_verdict(
+    narrowest: torch.dtype, seen: int
+) -> None:
+    def verdict(outcomes: tuple[Outcome, ...]) -> str:
+        if outcomes.count(Outcome.WRONG) >= NEEDED:
+            return "wrong"
+        return "right" if are_verified(map(Comparison, outcomes)) else "unverified"
+
+    for rule in rules(narrowest):
+        possible = [o for o in Outcome if o is not Outcome.WRONG or rule.wrong < math.inf]
+        for begun in itertools.product(possible, repeat=seen):
+            if rule.decides([*map(Comparison, begun)], POINTS - seen):
+                ends = itertools.product(possible, repeat=POINTS - seen)
+                assert {verdict(begun + end) for end in ends} == {verdict(begun)}
+        assert rule.decides([Comparison(Outcome.RIGHT)] * seen, POINTS - seen) == (
+            seen >= (POINTS - 1 if rule.wrong < math.inf else NEEDED)
+        )

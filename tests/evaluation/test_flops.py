@@ -14,7 +14,7 @@ from torch.utils.data import Subset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from losscli.data import DataSet, Split
-from losscli.data.objects import wrap
+from losscli.data.objects import to_data_set
 from losscli.evaluation import losses
 from losscli.evaluation.flops import _elementary, operations
 from losscli.evaluation.journal import Journal
@@ -194,7 +194,9 @@ def test_the_examples_of_statistics_are_work_too(monkeypatch: pytest.MonkeyPatch
 
 def test_what_is_decoded_goes_by_as_seldom_as_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, targets = torch.zeros(50, 12), torch.zeros(50, dtype=torch.long)
-    stream = wrap(Subset(TensorDataset(inputs, targets), range(50)), "here", seed=0).splits["data"]
+    stream = to_data_set(Subset(TensorDataset(inputs, targets), range(50)), "here", seed=0).splits[
+        "data"
+    ]
     objective = objective_of(MLP("12-9-5"))
     monkeypatch.setattr("losscli.evaluation.memory._WORK", {"cpu": 0})
     monkeypatch.setattr("losscli.evaluation.memory._DECODING", {"cpu": 70 * objective.operations})

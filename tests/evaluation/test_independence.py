@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import losscli
-from losscli.data import DataSet, Draws, Split
+from losscli.data import DataSet, RandomnessDetector, Split
 from losscli.errors import LosscliError, LossError, NondeterministicModelError
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.task_checks import check_task
@@ -333,7 +333,7 @@ DRAWS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 def test_a_forward_pass_that_draws_random_numbers_is_refused(name: str) -> None:
     draw, message = DRAWS[name]
     model = Drawing(draw)
-    with Draws(torch.device("cpu")) as draws:
+    with RandomnessDetector(torch.device("cpu")) as draws:
         pass
     assert not draws.names
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002

@@ -123,7 +123,7 @@ def test_swapping_the_ends_mirrors_the_curve(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_chunk_and_batch_give_the_same_numbers(case: Case) -> None:
     whole = curve(case, ALPHAS, batch_size=1000)
-    for chunk in (1, 2, 3, 7):
+    for chunk in (1, 3):
         parts = curve(case, ALPHAS, batch_size=2 * chunk + 1, chunk=chunk)
         torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14, equal_nan=True)
 
@@ -132,7 +132,7 @@ def test_any_chunk_and_batch_give_the_same_numbers(case: Case) -> None:
 def test_any_batch_gives_the_same_loss_in_float32_to_1e_6(case: Case) -> None:
     whole, *others = (
         curve(case, ALPHAS, dtype=torch.float32, batch_size=size).double().mean(1)
-        for size in (1000, 1, 2, 5)
+        for size in (1000, 1, 5)
     )
     for other in others:
         np.testing.assert_allclose(other, whole, rtol=1e-6)

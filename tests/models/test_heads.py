@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from losscli.models import scores_of
+from losscli.models import score_kind
 from tests import oracle
 from tests.conftest import Losscli
 
@@ -266,8 +266,8 @@ def test_what_a_model_scores_is_known_by_its_class(name: str, scores: str) -> No
             nn.Module.__init__(self)
             self.config = kind.config_class()
 
-    assert scores_of(Own()) == scores
-    assert scores_of(nn.Linear(1, 1)) == "next"
+    assert score_kind(Own()) == scores
+    assert score_kind(nn.Linear(1, 1)) == "next"
 
 
 LABELLED: dict[str, tuple[dict[str, Any], str, str, str]] = {

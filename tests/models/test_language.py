@@ -29,7 +29,7 @@ from losscli.evaluation.sweep import sweep
 from losscli.evaluation.targets import check_range
 from losscli.evaluation.task_checks import check_task
 from losscli.models import MODELS
-from losscli.models.pretrained import pretrained
+from losscli.models.pretrained import build_pretrained
 from losscli.weight_space.slices import Line
 from tests import oracle
 from tests.conftest import Losscli
@@ -387,7 +387,7 @@ def test_layer_positions_and_labels_are_not_layer_counts(
         "label2id": {"tennis player": 5000, "layers": 6000},
     }
     (tmp_path / "config.json").write_text(json.dumps(content))
-    model = pretrained(tmp_path)
+    model = build_pretrained(tmp_path)
     assert sum(1 for name in model.state_dict() if name.endswith("attn.c_attn.weight")) == 1
 
 

@@ -103,7 +103,6 @@ def sentence(figure: Figure) -> str:
     return " ".join(line for text in texts(figure) for line in text.split("\n"))
 
 
-@pytest.mark.usefixtures("laid_out")
 def test_picture_from_the_csv_is_the_same() -> None:
     drawn = run(seeds(3), broken)
     table = Table.from_csv(io.StringIO(drawn.table.to_csv(), newline=""), "x")
@@ -274,7 +273,13 @@ LOG = ("nothing known", "no hills", "all the same", "huge and tiny", "too large"
 
 @pytest.mark.usefixtures("laid_out")
 @pytest.mark.filterwarnings("ignore:Glyph")  # measured here outside of render
-@pytest.mark.parametrize(("case", "log"), [*((c, False) for c in ODD), *((c, True) for c in LOG)])
+@pytest.mark.parametrize(
+    ("case", "log"),
+    [
+        *((case, case in LOG) for case in ODD),
+        *(pytest.param(case, False, marks=pytest.mark.stress) for case in LOG),
+    ],
+)
 def test_odd_tables_are_drawn(case: str, log: bool) -> None:
     figure = draw_barriers(ODD[case], log=log)
     figure.draw_without_rendering()

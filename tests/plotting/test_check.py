@@ -144,7 +144,6 @@ def test_golden(name: str) -> None:
     check_golden(name, PICTURES[name]())
 
 
-@pytest.mark.usefixtures("laid_out")
 @pytest.mark.parametrize("checkpoints", [1, 9])
 def test_picture_from_the_csv_is_the_same(checkpoints: int) -> None:
     def read(table: Table) -> Table:
@@ -507,11 +506,8 @@ LOG = ("nan", "one, nan", "all zero", "huge", "tiny", "no rows")
 @pytest.mark.parametrize(
     ("case", "log"),
     [
-        *((case, False) for case in ODD),
-        *(
-            pytest.param(case, True, marks=() if case in LOG else pytest.mark.stress)
-            for case in ODD
-        ),
+        *((case, case in LOG) for case in ODD),
+        *(pytest.param(case, case not in LOG, marks=pytest.mark.stress) for case in ODD),
     ],
 )
 def test_odd_tables_are_drawn(case: str, log: bool) -> None:

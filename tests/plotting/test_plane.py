@@ -102,7 +102,6 @@ def test_golden(name: str) -> None:
     check_golden(name, PICTURES[name]())
 
 
-@pytest.mark.usefixtures("laid_out")
 def test_picture_from_the_csv_in_any_order_is_the_same() -> None:
     def read(table: Table) -> Table:
         again = Table.from_csv(io.StringIO(table.to_csv(), newline=""), "x")
@@ -256,11 +255,8 @@ SURFACE = ("no rows", "one column", "constant", "huge and tiny", "nan", "no plac
 @pytest.mark.parametrize(
     ("case", "surface"),
     [
-        *((case, False) for case in ODD),
-        *(
-            pytest.param(case, True, marks=() if case in SURFACE else pytest.mark.stress)
-            for case in ODD
-        ),
+        *((case, case in SURFACE) for case in ODD),
+        *(pytest.param(case, case not in SURFACE, marks=pytest.mark.stress) for case in ODD),
     ],
 )
 def test_odd_tables_are_drawn(case: str, surface: bool) -> None:

@@ -118,7 +118,6 @@ def test_golden(name: str) -> None:
     check_golden(name, PICTURES[name]())
 
 
-@pytest.mark.usefixtures("laid_out")
 def test_picture_from_the_csv_is_the_same() -> None:
     def read(table: Table) -> Table:
         return Table.from_csv(io.StringIO(table.to_csv(), newline=""), "x")
@@ -298,11 +297,8 @@ LOG = ("no rows", "constant", "huge and tiny", "too large", "nan")
 @pytest.mark.parametrize(
     ("case", "log"),
     [
-        *((case, False) for case in ODD),
-        *(
-            pytest.param(case, True, marks=() if case in LOG else pytest.mark.stress)
-            for case in ODD
-        ),
+        *((case, case in LOG) for case in ODD),
+        *(pytest.param(case, case not in LOG, marks=pytest.mark.stress) for case in ODD),
     ],
 )
 def test_odd_tables_are_drawn(case: str, log: bool) -> None:

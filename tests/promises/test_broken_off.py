@@ -47,7 +47,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     No power is lost here, and to wait for the disk takes a while.
     """
-    monkeypatch.setattr("losscli.evaluation.sweep.points_that_fit", lambda *_: 2)
+    monkeypatch.setattr("losscli.evaluation.memory.points_that_fit", lambda *_: 2)
     monkeypatch.setattr("losscli.evaluation.journal.journal.sync", lambda _: None)
     monkeypatch.setattr("losscli.evaluation.journal.journal.sync_folder", lambda _: None)
     monkeypatch.setattr("os.fsync", lambda _: None)

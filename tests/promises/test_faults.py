@@ -213,6 +213,7 @@ def limited(resource_: int, most: int) -> Iterator[None]:
         resource.setrlimit(resource_, before)
 
 
+@pytest.mark.usefixtures("unlaid")
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.stress)])
 @pytest.mark.parametrize("name", WRITING)
 def test_a_full_disk_leaves_whole_files_or_none(
@@ -248,6 +249,7 @@ def test_a_full_disk_leaves_whole_files_or_none(
     assert numbers(anew(folder, before)) == numbers(whole)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("name", [*STUDIES, "picture"])
 def test_a_folder_that_has_the_name_of_a_result_is_in_the_way_of_all(
     name: str, folder: Path, losscli: Losscli
@@ -401,14 +403,23 @@ def test_a_checkpoint_that_changes_ends_the_run(
 # Memory
 
 
+# How many points, and how many examples, fit into memory.
+FIT = ((3, 64), (2, 7), (1, 64), (1, 2), (1, 1))
+
+
+@pytest.mark.parametrize("fit", [FIT[::2], pytest.param(FIT, marks=pytest.mark.stress)])
 @pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers"])
 def test_out_of_memory_at_any_size_gives_the_same_numbers(
-    name: str, losscli: Losscli, monkeypatch: pytest.MonkeyPatch, folder: Path
+    name: str,
+    fit: Sequence[tuple[int, int]],
+    losscli: Losscli,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
 ) -> None:
     command = [*WRITING[name][:-1], "-", "--dtype", "float64"]
     truth = list(csv.reader(losscli(*command).stdout.splitlines()))
     real_at, real_plain = Objective.at, Objective.plain
-    for points, batch in ((3, 64), (2, 7), (1, 64), (1, 2), (1, 1)):
+    for points, batch in fit:
 
         def at(
             self: Objective, slice_: Any, coordinates: Sequence[Any], *rest: Any,
@@ -498,7 +509,7 @@ def test_many_points_and_few_open_files(points: int, folder: Path, log: Path) ->
 
 
 @forking
-@pytest.mark.parametrize("number", [200, pytest.param(2000, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("number", [140, pytest.param(2000, marks=pytest.mark.stress)])
 def test_many_checkpoints_under_few_open_files(number: int, folder: Path, log: Path) -> None:
     """Of either kind more than the files that may be open."""
     many = folder / "many"
@@ -528,8 +539,9 @@ def in_a_shell(line: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_pipe_that_breaks_in_a_shell_is_one_line(folder: Path) -> None:
-    done = in_a_shell("{losscli} --points 1200 | head -1", *RUN[:3], "-o", "-")
+def test_a_pipe_that_breaks_in_a_shell_is_one_line(folder: Path, at_hand: Path) -> None:
+    line = f"{shlex.join([str(at_hand / 'losscli'), *RUN[:3]])} -o - --points 1200 | head -1"
+    done = in_a_shell(line)
     assert done.returncode == 0  # that of head
     assert done.stdout.startswith("alpha,split,loss")
     assert done.stderr == "losscli: stdout was closed before the result was written to it\n"

@@ -36,36 +36,31 @@ from tests.mutations import CASES, FORMATS, SAMPLE
 
 Judge = Callable[[str, int], dict[str, Any]]
 
-# Reading them takes transformers, which takes its time: so many cases of these.
-SLOW = {"config": 250, "tokenizer": 400}
-# No checkpoints, and of many parts.
-FEWER = {**SLOW, "program": 250}
+# Transformers, which reads the first two, takes its time, and programs have many parts.
+FEWER = {"config": 250, "tokenizer": 400, "program": 250}
 
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Judge]:
     """Has a batch of damaged files read in a process of its own, of limited memory."""
-    servers: dict[str, subprocess.Popen[str]] = {}
+    servers: list[subprocess.Popen[str]] = []
 
     def ask(name: str, cases: int) -> dict[str, Any]:
-        also = "transformers" if name in SLOW else ""
-        if also not in servers:
-            servers[also] = subprocess.Popen(
-                [sys.executable, "-m", "tests.mutations", *also.split()],
-                cwd=ROOT,
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                # One thread, so that it can be forked; and one arena, since glibc reserves 64 MB of
-                # addresses for every thread of a library, which the limit would count.
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "MALLOC_ARENA_MAX": "1",
-                    "PYTHONPATH": str(ROOT),
-                },
+        if not servers:
+            # One thread, so that it can be forked; and one arena, since glibc reserves 64 MB of
+            # addresses for every thread of a library, which the limit would count.
+            alone = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT)}
+            servers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.mutations"],
+                    cwd=ROOT,
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env={**os.environ, **alone},
+                )
             )
-        server = servers[also]
+        (server,) = servers
         assert server.stdin is not None
         assert server.stdout is not None
         # In memory where there is such a place: these are tens of thousands of small files.
@@ -77,7 +72,7 @@ def judge() -> Iterator[Judge]:
         return verdict
 
     yield ask
-    for server in servers.values():
+    for server in servers:
         assert server.stdin is not None
         assert server.stdout is not None
         server.stdin.close()
@@ -88,7 +83,7 @@ def judge() -> Iterator[Judge]:
 @pytest.mark.parametrize(
     ("name", "cases"),
     [
-        *((name, SAMPLE // 3 if name in FEWER else SAMPLE) for name in FORMATS),
+        *((name, SAMPLE // 6 if name in FEWER else SAMPLE) for name in FORMATS),
         *(pytest.param(name, FEWER.get(name, CASES), marks=pytest.mark.stress) for name in FORMATS),
     ],
 )
@@ -184,6 +179,7 @@ def test_specs_in_files_never_steer_a_terminal(
     assert "fault of losscli" not in done.stderr
 
 
+@pytest.mark.usefixtures("unlaid")
 @settings(quickly, max_examples=3)
 @given(hostile, hostile)
 def test_names_in_data_and_tables_never_steer_a_terminal_nor_stop_a_figure(
@@ -218,6 +214,7 @@ def test_names_in_data_and_tables_never_steer_a_terminal_nor_stop_a_figure(
         check_harmless(done.stdout, done.stderr)
 
 
+@pytest.mark.usefixtures("unlaid")
 @pytest.mark.parametrize(
     "command",
     [
@@ -323,6 +320,7 @@ def test_shards_that_are_links_are_read_and_nothing_is_written_beside_them(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
     "stem",
     ["a b", "-dash", "é中", "per%cent", "$HOME", "semi;colon", "quote'\"", "new\nline", "..x",

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from losscli.cli.app import app
-from tests import readme, warm
+from tests import readme
 
 TEXT = readme.README.read_text(encoding="utf-8")
 COMMANDS = readme.commands(TEXT)
 SAMPLE = readme.sample(COMMANDS)
-
-
-@pytest.fixture(scope="module")
-def at_hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A losscli that need not import everything for each command."""
-    with warm.serving(tmp_path_factory.mktemp("warm")) as folder:
-        yield folder
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import losscli
 from losscli.data import DataSet, Examples, Split
-from losscli.data.objects import wrap
+from losscli.data.objects import to_data_set
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
@@ -216,8 +216,15 @@ def _tight(monkeypatch: pytest.MonkeyPatch, points: int, batch: int) -> None:
     monkeypatch.setattr(Objective, "at", at)
 
 
-@pytest.mark.parametrize(("points", "batch"), [(2, 16), (1, 5)])
-@pytest.mark.parametrize("lasting", [True, False])
+@pytest.mark.parametrize(
+    ("points", "batch", "lasting"),
+    [
+        (2, 16, True),
+        (1, 5, True),
+        (2, 16, False),
+        pytest.param(1, 5, False, marks=pytest.mark.stress),
+    ],
+)
 def test_chunks_and_batches_that_memory_halved_stay_halved(
     points: int, batch: int, lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,24 +319,24 @@ def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
 def _interpolate(**more: Any) -> Callable[[], Study]:
     own = {key: more.pop(key) for key in ("refine", "derivatives", "layerwise") if key in more}
     settings = Settings(**more)
-    return lambda: Interpolation.plan("a.pt", "b.pt", settings, points=7, range_=(0, 1), **own)
+    return lambda: Interpolation.plan("a.pt", "b.pt", settings, points=5, range_=(0, 1), **own)
 
 
 def _trajectory(**more: Any) -> Callable[[], Study]:
     names, own = ["a.pt", "b.pt", "init:3"], {"reach": 1.25, "random_walk": False}
     settings = Settings(model="mlp:6-5-3", **more)
-    return lambda: Trajectory.plan(names, settings, surface=True, residuals=4, **own)
+    return lambda: Trajectory.plan(names, settings, surface=True, residuals=2, **own)
 
 
 def _plane(*names: str) -> Callable[[], Study]:
     settings = Settings(model="mlp:6-5-3")
     own: dict[str, Any] = {"pca": False, "range_": None, "surface": False}
-    return lambda: Plane.plan(names, settings, points=4, **own)
+    return lambda: Plane.plan(names, settings, points=3, **own)
 
 
-def _check(tolerance: float, *names: str) -> Callable[[], Study]:
+def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
     own: dict[str, Any] = {"eigenvalues": 1, "learning_rate": None}
-    return lambda: Check.plan(names, Settings(), tolerance=tolerance, **own)
+    return lambda: Check.plan(names, Settings(**more), tolerance=tolerance, **own)
 
 
 @pytest.mark.usefixtures("folder")
@@ -343,8 +350,8 @@ def _check(tolerance: float, *names: str) -> Callable[[], Study]:
         _trajectory(sampling_error=1e-3, data="npz:many.npz"),
         _plane("a.pt"),
         _plane("a.pt", "b.pt", "init:3"),
-        _check(1e-3, "b.pt"),
-        _check(10, "a.pt"),
+        _check(1e-3, "b.pt", split="test"),
+        _check(10, "a.pt", split="test"),
         *(
             pytest.param(_check(tolerance, "a.pt", "b.pt"), marks=pytest.mark.stress)
             for tolerance in (1e-3, 10)
@@ -360,7 +367,7 @@ def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
         inputs=generator.random((1100, 6), dtype=np.float32),
         targets=generator.integers(0, 3, 1100),
     )
-    monkeypatch.setattr("losscli.evaluation.sweep.points_that_fit", lambda *_: 3)
+    monkeypatch.setattr("losscli.evaluation.memory.points_that_fit", lambda *_: 3)
 
     def told(journal: Any) -> list[str]:
         result = plan().run(Execution(journal=journal))
@@ -423,7 +430,7 @@ def test_a_digest_is_that_of_what_is_there_now(change: str) -> None:
 def test_large_tensors_are_digested_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"{i}": torch.full((1000,), float(i)) for i in range(5)}
     before = digest({name: tensor.clone() for name, tensor in tensors.items()})
-    monkeypatch.setattr("losscli.weight_space.digest._MANY", 0)
+    monkeypatch.setattr("losscli.weight_space.digest._PARALLEL_BYTES", 0)
     assert digest(tensors) == before
 
 
@@ -434,7 +441,9 @@ def test_every_form_of_examples_has_a_digest_that_tells_a_change() -> None:
     forms: list[Callable[[torch.Tensor], Examples]] = [
         lambda x: Split(x, targets),
         lambda x: Split({"x": x}, targets),
-        lambda x: wrap(Subset(TensorDataset(x, targets), range(40)), "here", 0).splits["data"],
+        lambda x: to_data_set(Subset(TensorDataset(x, targets), range(40)), "here", 0).splits[
+            "data"
+        ],
     ]
     found = set()
     for form in forms:

@@ -481,7 +481,7 @@ def trained(seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor], np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.stress)])
 def test_trained_networks_have_no_verdict_that_their_losses_do_not_show(
     seed: int, dtype: str, tmp_path: Path
 ) -> None:
@@ -804,3 +804,65 @@ def test_a_model_that_keeps_what_it_computed_from_its_weights_is_refused() -> No
     data = {"all": (torch.randn(20, 6), torch.arange(20) % 3)}
     with pytest.raises(ModelError, match="It keeps something from the weights it had before"):
         losscli.check(Caching().state_dict(), model=Caching, data=data)
+
+
+class StoppedForOne(nn.Module):
+    """Detaches the features of the examples of one kind, which the last input tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x[:, :4]).tanh()
+        return self.head(torch.where(x[:, 4:] == 1, h.detach(), h))
+
+
+@pytest.mark.parametrize("classes", [4, 10])
+@pytest.mark.parametrize("is_sorted", [False, True])
+@pytest.mark.parametrize("command", ["check", "interpolate"])
+def test_a_gradient_that_is_stopped_for_one_kind_of_examples_is_refused(
+    command: str, is_sorted: bool, classes: int
+) -> None:
+    x = torch.randn(1600, 5, generator=torch.Generator().manual_seed(0))
+    kind = torch.arange(1600) % classes
+    x[:, 4] = kind.sort().values if is_sorted else kind
+    data = {"all": (x, x[:, :3].argmax(1))}
+    torch.manual_seed(0)
+    ends = [StoppedForOne().state_dict() for _ in range(2)]
+    with pytest.raises(ModelError, match="detached from autograd"):
+        if command == "check":
+            losscli.check(ends[:1], model=StoppedForOne(), data=data)
+        else:
+            losscli.interpolate(
+                *ends, model=StoppedForOne(), data=data, points=2, range=(0, 1), derivatives=True
+            )
+
+
+class Head(nn.Module):
+    """A convex softmax head."""
+
+    def __init__(self, offset: float = 0.0) -> None:
+        super().__init__()
+        self.linear, self.offset = nn.Linear(4, 3), offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.offset
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("offset", "scale"), [(0.0, 1.0), (1e3, 1.0), (1e5, 1.0), (1e8, 1.0), (0.0, 1e-4), (0.0, 1e4)]
+)
+def test_a_convex_head_has_no_negative_eigenvalue(offset: float, scale: float, dtype: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = scale * torch.randn(60, 4, generator=generator)
+    y = torch.randint(0, 3, (60,), generator=generator)
+    torch.manual_seed(1)
+    head = Head(offset)
+    given = {"model": head, "data": {"all": (x, y)}, "dtype": dtype}
+    table = losscli.check([head.state_dict()], **given).table
+    assert table["negative"] == [0.0]
+    # The sum of all logits, for each weight of a class, changes no loss: 5 of 15 are zero.
+    expected = 10 / 15 if scale <= 1 else 0.0
+    assert table["positive"] == [pytest.approx(expected)]

@@ -399,6 +399,7 @@ def test_a_metric_may_not_be_called_as_the_column_of_blocks(folder: Path) -> Non
 LAYERWISE = ["interpolate", "a.pt", "b.pt", "--layerwise", "--points", "4", "-o", "x"]
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_the_command_writes_the_blocks_and_tells_of_each(losscli: Losscli, folder: Path) -> None:
     done = losscli(*LAYERWISE, "--figure", "x.png", "--figure", "x.svg")
     assert done.status == 0

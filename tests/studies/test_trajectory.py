@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import losscli
-from losscli.checkpoint import Checkpoint, CheckpointFile, in_folder
+from losscli.checkpoint import Checkpoint, CheckpointFile, list_checkpoints
 from losscli.errors import CheckpointError, MismatchError, UsageError
 from losscli.models import MLP
 from losscli.settings import Settings
@@ -355,9 +355,9 @@ def test_a_folder_is_its_checkpoints_in_natural_order(tmp_path: Path) -> None:
     for name in ("step-10.pt", "step-9.pt", "step-100.pt", "a2.ckpt", "a10.ckpt", ".hidden.pt"):
         (tmp_path / name).touch()
     (tmp_path / "notes.txt").touch()
-    found = [Path(name).name for name in in_folder(str(tmp_path))]
+    found = [Path(name).name for name in list_checkpoints(str(tmp_path))]
     assert found == ["a2.ckpt", "a10.ckpt", "step-9.pt", "step-10.pt", "step-100.pt"]
-    assert in_folder(str(tmp_path / "step-9.pt")) == []
+    assert list_checkpoints(str(tmp_path / "step-9.pt")) == []
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoints"):
-        in_folder(str(tmp_path / "empty"))
+        list_checkpoints(str(tmp_path / "empty"))

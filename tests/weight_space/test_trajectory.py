@@ -382,7 +382,7 @@ STEPS = [1.0, 0.5, 2.0, 1.5, 0.25, 1.0]
 
 @pytest.mark.parametrize("dimension", [1, 2, 3, 5, 6, 7, 40])
 def test_random_walks_are_those_taken_in_all_dimensions(dimension: int) -> None:
-    number = 3000
+    number = 1500
     drawn = random_walks(STEPS, dimension, number, 0)
     taken = [w for s in range(number) if (w := simulate(STEPS, dimension, s)) is not None]
 

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from losscli.errors import UsageError
-from losscli.weight_space.vectors import choose, cosine, distance, known_buffers, mismatches, norm
+from losscli.weight_space.vectors import (
+    cosine,
+    distance,
+    known_buffers,
+    mismatches,
+    norm,
+    select_names,
+)
 
 PIECE = 1 << 20
 DTYPES = [
@@ -160,8 +167,8 @@ NAMES = ["conv.weight", "conv.bias", "norm.weight", "norm.bias", "head[0].weight
 def test_patterns_choose_names_in_their_order(
     only: list[str], but: list[str], chosen: list[str]
 ) -> None:
-    assert choose(NAMES, only, but) == chosen
-    assert choose(iter(NAMES), iter(only), iter(but)) == chosen
+    assert select_names(NAMES, only, but) == chosen
+    assert select_names(iter(NAMES), iter(only), iter(but)) == chosen
 
 
 @pytest.mark.parametrize(
@@ -178,7 +185,7 @@ def test_a_pattern_that_fits_nothing_is_a_usage_error(
     only: list[str], but: list[str], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        choose(NAMES, only, but)
+        select_names(NAMES, only, but)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losscli.checkpoint import Checkpoint, Given, LoadHooks, read, select_for
+from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, LoadHooks, read, select_for
 from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
 from losscli.models import RUNS_CODE
 from losscli.studies.problem.model import build
@@ -32,7 +32,7 @@ class Checkpoints:
         self._hooks = LoadHooks(model)
         self._found = found
         self._base = base  # what adapters change
-        self._objects = {str(name): name for name in names if isinstance(name, Given)}
+        self._objects = {str(name): name for name in names if isinstance(name, InMemoryCheckpoint)}
         # Without their tensors.
         self._seen: dict[str, tuple[Checkpoint, object]] = {}
 

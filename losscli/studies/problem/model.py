@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves
 
 from losscli.checkpoint import CheckpointFile, LoadHooks
-from losscli.data import Draws, host_memory
+from losscli.data import RandomnessDetector, host_memory
 from losscli.errors import LosscliError, ModelError, one_line
 from losscli.evaluation.flops import Trace, addresses
 from losscli.evaluation.objective import Objective
@@ -100,7 +100,7 @@ def _materialise(model: nn.Module, shapes: CheckpointFile) -> None:
         return
     naming = LoadHooks(model)
     own = {name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    for weights in shapes.choice.values():
+    for weights in shapes.model_candidates.values():
         for view in naming.views(weights):
             # A part of a state dict may fit any shape: only the whole is taken.
             if view.keys() == own and len(view) == len(weights):
@@ -138,7 +138,7 @@ def check_copy(original: nn.Module, objective: Objective) -> None:
     buffers = [(buffer, buffer.clone()) for buffer in filled]
     try:
         trace = Trace()
-        with torch.no_grad(), Draws(objective.device):
+        with torch.no_grad(), RandomnessDetector(objective.device):
             objective.count_operations(trace)
     finally:
         with torch.no_grad():

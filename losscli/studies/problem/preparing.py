@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from losscli._version import __version__
-from losscli.checkpoint import Given, base_of, read
+from losscli.checkpoint import InMemoryCheckpoint, find_base, read
 from losscli.errors import MismatchError, UsageError
 from losscli.evaluation.device import choose_device, describe_device
 from losscli.evaluation.objective import Objective
@@ -51,11 +51,11 @@ def prepare(
     _check(settings)
     local = None if ranks is None else ranks.local
     device = choose_device(settings.device, settings.dtype, local)
-    base = base_of(names)
+    base = find_base(names)
     file = read(base) if base else None
     with torch.random.fork_rng(devices=[]):
         given = settings.model
-        if given is None and isinstance(base, Given):
+        if given is None and isinstance(base, InMemoryCheckpoint):
             given = base.module
         specs = find_specs(settings, given, file)
         found = specs.model

@@ -14,7 +14,7 @@ from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.evaluation.objective import Objective
 from losscli.settings import Settings
 from losscli.summaries import Counts, Provenance
-from losscli.weight_space.vectors import Weights, can_move, choose, equal
+from losscli.weight_space.vectors import Weights, can_move, equal, select_names
 
 __all__ = ["Problem", "counted", "differing_tensors", "floating_buffers", "moving_names"]
 
@@ -213,8 +213,8 @@ def moving_names(
     if not names:
         raise ModelError("the model has no parameters to move")
     # And it is meant by any of them, but stays where one of them stays.
-    chosen = choose(names, settings.only, settings.except_)
-    stays = set(names) - set(choose(names, (), settings.except_))
+    chosen = select_names(names, settings.only, settings.except_)
+    stays = set(names) - set(select_names(names, (), settings.except_))
     meant, kept = ({id(objective.tensors[name]) for name in some} for some in (chosen, stays))
     ids = {name: id(objective.tensors[name]) for name in names}
     moving = tuple(n for n, i in ids.items() if last[i] == n and i in meant - kept)

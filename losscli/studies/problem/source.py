@@ -12,7 +12,7 @@ from losscli.checkpoint import CheckpointFile
 from losscli.errors import SpecError
 from losscli.models import has_config
 from losscli.settings import Settings
-from losscli.spec import Spec, read_toml, unfold
+from losscli.spec import Spec, expand_toml, read_toml
 
 __all__ = ["SourcedSpec", "Specs", "find", "find_specs"]
 
@@ -33,7 +33,7 @@ class SourcedSpec:
         """Takes what was named: where that is a TOML file, what the file says."""
         if not isinstance(value, str):
             return cls(value, trusted, folder, source)
-        text, may_name_code, place = unfold(value, trusted=trusted, folder=folder)
+        text, may_name_code, place = expand_toml(value, trusted=trusted, folder=folder)
         return cls(text, may_name_code, place, source if text == value else value)
 
     @property

@@ -34,7 +34,7 @@ from losscli.models import (
     is_headless,
     label_loss,
     needs_decoder_inputs,
-    scores_of,
+    score_kind,
 )
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
@@ -169,7 +169,7 @@ def loss_of(
 
 def _language_loss(data: DataSet, model: nn.Module) -> str:
     """Chooses the loss of a label for each token, by what the model's scores are those of."""
-    scores = scores_of(model)
+    scores = score_kind(model)
     if scores == "next":
         return "causal_lm"
     kind = type(model).__name__
@@ -207,7 +207,7 @@ def metrics_of(
     function = function_of(loss)
     default = _METRIC_OF_TASK["language" if function is causal_lm else data.task]
     source = f"default for {_TARGETS_OF_TASK[data.task]}"
-    next_tokens = function is causal_lm or scores_of(model) == "next"
+    next_tokens = function is causal_lm or score_kind(model) == "next"
     if function is token_cross_entropy or (data.language and not next_tokens):
         default = "none"
     if settings.metric:
