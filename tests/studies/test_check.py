@@ -830,13 +830,14 @@ def test_a_gradient_that_is_stopped_for_one_kind_of_examples_is_refused(
     data = {"all": (x, x[:, :3].argmax(1))}
     torch.manual_seed(0)
     ends = [StoppedForOne().state_dict() for _ in range(2)]
+    given = {"model": StoppedForOne(), "data": data}
+    line = {"points": 2, "range": (0, 1), "derivatives": True}
+    runs = {
+        "check": lambda: losscli.check(ends[:1], **given),
+        "interpolate": lambda: losscli.interpolate(*ends, **given, **line),
+    }
     with pytest.raises(ModelError, match="detached from autograd"):
-        if command == "check":
-            losscli.check(ends[:1], model=StoppedForOne(), data=data)
-        else:
-            losscli.interpolate(
-                *ends, model=StoppedForOne(), data=data, points=2, range=(0, 1), derivatives=True
-            )
+        runs[command]()
 
 
 class Head(nn.Module):
