@@ -403,7 +403,7 @@ def _alternate(classes: Tensor) -> Tensor:
     Returns:
         Their positions, ``[N]``.
     """
-    _, index, counts = classes.unique(return_inverse=True, return_counts=True)
+    _, index, counts = torch.unique(classes, return_inverse=True, return_counts=True)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
     place = torch.empty_like(index)
     place[index.argsort(stable=True)] = torch.arange(len(classes)) - starts

@@ -816,7 +816,7 @@ def hessian_rounding(
         The bound.
     """
     generator = torch.Generator().manual_seed(seed)
-    near = []
+    near: list[Tensor] = []
     saturated = 0.0
     for at in nearby(weights, names, objective.dtype, seed):
         with Curvature(objective, at, names, sample) as curvature:

@@ -867,3 +867,26 @@ def test_a_convex_head_has_no_negative_eigenvalue(offset: float, scale: float, d
     # The sum of all logits, for each weight of a class, changes no loss: 5 of 15 are zero.
     expected = 10 / 15 if scale <= 1 else 0.0
     assert table["positive"] == [pytest.approx(expected)]
+
+
+class Stepped(nn.Module):
+    """Rounds its features to many levels, with a gradient as if it did not."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.body, self.head, self.levels = nn.Linear(4, 6), nn.Linear(6, 3), levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).tanh()
+        return self.head(h + ((h * self.levels).round() / self.levels - h).detach())
+
+
+@pytest.mark.parametrize("levels", [2**6, 2**12, 2**14, 2**16])
+def test_a_rounding_to_many_levels_is_called_detached(levels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 4, generator=generator)
+    y = torch.randint(0, 3, (16,), generator=generator)
+    torch.manual_seed(0)
+    state = Stepped(levels).state_dict()
+    with pytest.raises(ModelError, match="detached from autograd"):
+        losscli.check([state], model=Stepped(levels), data={"all": (x, y)})
