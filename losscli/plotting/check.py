@@ -43,7 +43,7 @@ from losscli.plotting.style import (
     shorten,
     steady,
 )
-from losscli.plotting.surface import WIDE, add_foot, finish_layout, short_name
+from losscli.plotting.surface import WIDE, add_foot, finish_layout, shorten_path
 from losscli.results import Run
 from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
@@ -221,7 +221,7 @@ def _read(table: Table, names: Sequence[str], splits: Sequence[str]) -> list[Ser
 
 
 def _first_and_last(figure: Figure, names: Sequence[str]) -> str:
-    first, last = (short_name(figure, plain(names[at]), 200) for at in (0, -1))
+    first, last = (shorten_path(figure, plain(names[at]), 200) for at in (0, -1))
     return f"Checkpoint 0 is {first}, checkpoint {len(names) - 1} is {last}."
 
 
@@ -502,7 +502,7 @@ def _draw_one(
         panel = figure.add_subplot(grid[-1, 0])
         notes = _draw_extremes(panel, run.table, splits)
     if not escape and names:
-        name = short_name(figure, plain(names[0]), 380)
+        name = shorten_path(figure, plain(names[0]), 380)
         panel.set_title(name, loc="left", fontsize=10)
     if escape:
         notes = [
@@ -741,7 +741,7 @@ class _Escape:
         """What the legend says of it."""
         entries: Group = []
         if math.isfinite(self.start):
-            name = short_name(figure, plain(self.checkpoint), 200)
+            name = shorten_path(figure, plain(self.checkpoint), 200)
             said = f"the checkpoint  {name}".strip()
             entries.append((Line2D([], [], ls="none", **_START), said))
         if self.lowest >= 0:
@@ -798,7 +798,7 @@ def _draw_escape(
         where += f" (λ = {format_number(escape.eigenvalue)})"
     axes.set_xlabel(where)
     split = f"loss on {plain(escape.split)}" if escape.split else "loss"
-    name = short_name(figure, plain(escape.checkpoint), 200)
+    name = shorten_path(figure, plain(escape.checkpoint), 200)
     title = f"Around {name}: {split}" if name else f"Around the checkpoint: {split}"
     axes.set_title(shorten(figure, title, 330, 10), loc="left", fontsize=10)
     if escape.lowest < 0 and math.isfinite(escape.start):

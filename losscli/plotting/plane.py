@@ -43,16 +43,16 @@ from losscli.plotting.surface import (
     Scale,
     add_colour_bar,
     add_foot,
-    add_relief,
+    add_surface_axes,
     draw_contours,
     draw_dots,
     draw_path,
-    draw_relief,
+    draw_surface,
     finish_layout,
     label_contours,
     path_entries,
     scale_losses,
-    short_name,
+    shorten_path,
 )
 from losscli.results import Run
 from losscli.summaries import PlaneAxis, PlaneSummary
@@ -143,9 +143,9 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
             panels.append(panel)
             contours.append(drawn)
             if surface:
-                relief = add_relief(figure, cells[place[0], 1], (*short, "loss"), -60)
+                relief = add_surface_axes(figure, cells[place[0], 1], (*short, "loss"), -60)
                 _frame(relief, view, equal=False)
-                draw_relief(relief, scale, drawn)
+                draw_surface(relief, scale, drawn)
                 _draw_marks(relief, marks, loss, scale, joined=joined)
                 panels.append(relief)
         if not panels:
@@ -164,7 +164,7 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
         add_foot(figure, panels[0], notes, [legend])
         finish_layout(figure)
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
-            label_contours(panel, drawn, marks.x, marks.y, apart=14 if joined else 28)
+            label_contours(panel, drawn, marks.x, marks.y, clearance=14 if joined else 28)
     return figure
 
 
@@ -303,7 +303,7 @@ def _tell(
         if len(losses) == 1:
             losses = [_loss(loss[k]) for loss in marks.losses.values()]
         place = f"{format_number(float(off[k]))} off the plane" if off[k] else "on the plane"
-        name = short_name(figure, marks.names[k], figure.get_figwidth() * INCH - 320)
+        name = shorten_path(figure, marks.names[k], figure.get_figwidth() * INCH - 320)
         notes.append(f"{what}  {name}: loss {', '.join(losses)}; {place}")
     notes.append(
         f"{'Each' if number > 1 else 'The'} dot has the colour of its checkpoint's own loss."

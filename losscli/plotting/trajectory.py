@@ -40,10 +40,10 @@ from losscli.plotting.surface import (
     Grid,
     add_colour_bar,
     add_foot,
-    add_relief,
+    add_surface_axes,
     draw_contours,
     draw_path,
-    draw_relief,
+    draw_surface,
     finish_layout,
     label_contours,
     path_entries,
@@ -361,10 +361,12 @@ def _draw_ribbon(
         panel.set_ylabel(_ASIDE)
         name = plain(surface.split) + examples([run], surface.split)
         panel.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
-        relief = add_relief(figure, grid[place, 1], ("projection p", "residual r", "loss"), -52)
+        relief = add_surface_axes(
+            figure, grid[place, 1], ("projection p", "residual r", "loss"), -52
+        )
         relief.set_xlim(*ends)
         relief.set_ylim(0, high)
-        draw_relief(relief, scale, contours)
+        draw_surface(relief, scale, contours)
         # A hair above the surface, so that nobody wonders which is which.
         draw_path(relief, path.along, path.aside, scale(losses) + 0.008)
         panels += [panel, relief]
