@@ -42,11 +42,11 @@ from losscli.plotting.style import (
     house_style,
     loss_name,
     plain,
+    round_positions,
     run_colours,
     run_names,
     shorten,
     stacked_panels,
-    steady,
 )
 from losscli.results import Run
 from losscli.summaries import LineSummary
@@ -123,7 +123,7 @@ def draw_interpolation(
         freeze(figure)
         name_ends(named, ends)
         if overview:
-            steady(figure)
+            round_positions(figure)
             _connect(overview, panels[0])
     return figure
 
