@@ -17,13 +17,13 @@ from matplotlib.patches import Patch
 
 from losscli.plotting.line_axis import (
     draw_ends,
+    flat_range_notes,
     lowest_label,
     mark_ends,
     mark_lowest,
     name_ends,
-    read,
+    read_series,
     scale_alpha,
-    swamped,
 )
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
@@ -92,7 +92,8 @@ def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False)
 
         curves = _read_blocks(run, names, colours, splits)
         whole = [
-            replace(s, colour=INK, dashes="solid", width=2.4) for s in read([run], [""], splits)
+            replace(s, colour=INK, dashes="solid", width=2.4)
+            for s in read_series([run], [""], splits)
         ]
         view = scale_alpha(panels[-1], [*curves, *whole])
         notes = [] if whole else ["There are no points"]
@@ -105,7 +106,7 @@ def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False)
             )
             lowest += mark_lowest(axes, own, log=log)
             axes.set_ylabel(_label(figure, run, split, log=log))
-        notes += swamped([*curves, *whole], view, log=log)
+        notes += flat_range_notes([*curves, *whole], view, log=log)
         if len(names) > _MOST_NAMES:
             about = "from dark to light in the order of the model"
             notes.append(f"{len(names)} blocks, {about}, {_MOST_NAMES} of them named")
@@ -146,7 +147,7 @@ def _read_blocks(
                 if len(names) <= _MOST_BANDS
                 else {c: v for c, v in s.values.items() if c != "loss_stderr"},
             )
-            for s in read([alone], [""], splits)
+            for s in read_series([alone], [""], splits)
         ]
     return series
 
