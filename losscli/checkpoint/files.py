@@ -20,7 +20,7 @@ from losscli.checkpoint.names import metadata_of, natural
 from losscli.checkpoint.size_checks import OLD_FORMAT, AmbiguousError, RepeatedError, SizeError
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
-from losscli.files import open_regular, read_regular, stand_in
+from losscli.files import find_placeholder, open_regular, read_regular
 
 __all__ = ["SUFFIXES", "read_file", "read_json"]
 
@@ -99,7 +99,7 @@ def _require_itself(path: Path, name: str) -> None:
     Raises:
         CheckpointError: It is a pointer of Git LFS, or a page of a web site.
     """
-    if found := stand_in(path):
+    if found := find_placeholder(path):
         what, cure = found
         raise CheckpointError(f"{name} is {what}", cure) from None
 

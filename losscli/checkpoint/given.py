@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from losscli.arguments import listed, shown
+from losscli.arguments import as_list, describe
 from losscli.checkpoint.names import loadable, metadata_of, state_dicts
 from losscli.checkpoint.quantised import packed
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
@@ -110,7 +110,7 @@ def named(value: object, label: str) -> str:
     if isinstance(value, Mapping | nn.Module | Checkpoint):
         return Given.of(label, value)
     if not isinstance(value, _ONE):
-        raise UsageError(f"{label} is {shown(value)}, which is no checkpoint", _CURE)
+        raise UsageError(f"{label} is {describe(value)}, which is no checkpoint", _CURE)
     name = os.fsdecode(value)  # type: ignore[arg-type]
     if not name:
         raise UsageError("the name of a checkpoint is empty", "Is a shell variable unset?")
@@ -131,9 +131,9 @@ def named_all(values: object) -> list[str]:
         UsageError: A value is no checkpoint, or two objects share their tensors.
         CheckpointError: A tensor of a module has no values yet.
     """
-    each = [values] if isinstance(values, _ONE) else listed(values)
+    each = [values] if isinstance(values, _ONE) else as_list(values)
     if each is None:
-        raise UsageError(f"{shown(values)} is no checkpoint and no list of them", _CURE)
+        raise UsageError(f"{describe(values)} is no checkpoint and no list of them", _CURE)
     names = [named(value, f"checkpoint {i}") for i, value in enumerate(each)]
     places: dict[object, str] = {}
     for name in names:
