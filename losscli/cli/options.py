@@ -69,7 +69,7 @@ _SETTINGS: dict[str, Any] = {
         _option(
             _WHAT,
             "The per-example loss. Default: cross_entropy for integer targets, mse for float "
-            "targets, causal_lm for language. Also bce, of scores original the sigmoid.",
+            "targets, causal_lm for language. Also bce, of scores before the sigmoid.",
             "--loss",
             metavar="SPEC",
         ),
