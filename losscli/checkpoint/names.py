@@ -103,6 +103,9 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 # Two whole numbers with a point between them, and no third.
 _DECIMAL = re.compile(r"(?<![0-9])(?<![0-9]\.)([0-9]+\.[0-9]+)(?!\.?[0-9])")
 
+# A number with an exponent, which stands alone: step-1e3, but neither fold1e3 nor a part of a hash.
+_EXPONENT = re.compile(r"(?i)(?<![0-9a-z.])([0-9]+(?:\.[0-9]+)?e[-+]?[0-9]{1,3})(?![0-9a-z])")
+
 # What ends a file's name, with #KEY.
 _ENDING = re.compile(r"(\.[A-Za-z]\w*)+(#.*)?$", re.DOTALL)
 
@@ -120,7 +123,9 @@ def stem(name: str) -> str:
 
 
 def naturally(names: Sequence[str]) -> list[str]:
-    """Sorts the names of files with numbers in them by their values: 2 before 10, 0.15 before 0.2.
+    """Sorts the names of files with numbers in them by their values.
+
+    2 comes before 10, 0.15 before 0.2 and 2e3 before 1e4.
 
     A name comes before those that continue it: ``last.ckpt`` before ``last-v1.ckpt``, which
     Lightning writes where ``last.ckpt`` is there already.
@@ -132,8 +137,13 @@ def naturally(names: Sequence[str]) -> list[str]:
         The names in order.
     """
     split = {name: stem(name) for name in names}
+    # Numbers with exponents are at odd places.
+    parts = {name: _EXPONENT.split(found) for name, found in split.items()}
     fractions = [
-        number.partition(".")[2] for part in split.values() for number in _DECIMAL.findall(part)
+        number.partition(".")[2]
+        for found in parts.values()
+        for part in found[::2]
+        for number in _DECIMAL.findall(part)
     ]
     # 1.9, 1.10, 1.11: the parts are counted, as no decimal ends in 0 where others are shorter.
     counted = len({len(fraction) for fraction in fractions}) > 1 and any(
@@ -142,8 +152,13 @@ def naturally(names: Sequence[str]) -> list[str]:
 
     def key(name: str) -> tuple[list[tuple[int, Decimal | int | str]], list[tuple[int, int | str]]]:
         found: list[tuple[int, Decimal | int | str]] = []
-        for i, part in enumerate([split[name]] if counted else _DECIMAL.split(split[name])):
-            found += [(0, Decimal(part))] if i % 2 else [k for k in natural(part) if k != (1, "")]
+        for i, plain in enumerate(parts[name]):
+            inner = [plain] if counted or i % 2 else _DECIMAL.split(plain)
+            for j, part in enumerate(inner):
+                value = (i + j) % 2
+                found += (
+                    [(0, Decimal(part))] if value else [k for k in natural(part) if k != (1, "")]
+                )
         return found, natural(name.removeprefix(split[name]))
 
     return sorted(names, key=key)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
+from functools import reduce
 from itertools import compress, groupby
+from operator import and_
 from pathlib import Path
 
 from torch import Tensor
@@ -29,6 +33,19 @@ _STARTS = (
 _WORDS = {"init": "first", "initial": "first", "final": "last", "last": "last", "latest": "last",
           "best": "best"}  # fmt: skip
 
+# What a name may number its place in training by: a whole number, or one with an exponent. With a
+# decimal it is the name of a metric, such as train_loss_epoch=0.52.
+_KEYS = {
+    key: re.compile(
+        rf"(?i)(?<![a-z]){key}s?[-_= ]?"
+        r"([0-9]+(?:\.[0-9]+)?e\+?[0-9]{1,3}(?![0-9])|[0-9]+(?!\.?[0-9]|e[-+]?[0-9]))"
+    )
+    for key in ("epoch", "step")
+}
+
+# What Lightning puts behind a name that is there already.
+_AGAIN = re.compile(r"-v[0-9]+$")
+
 # So many names are listed in a note.
 _LISTED = 3
 
@@ -52,10 +69,11 @@ def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str
     """Lists the checkpoints of a path in the order of training.
 
     Names in lexicographic order where natural order differs (1, 10, 2: a shell pattern) are put
-    into natural order. In a folder ``init*`` comes first, ``final*`` and ``last*`` come last. If
-    the folder has numbered files, ``best*`` and ``model_best*`` are left out, and a name of theirs
-    without the number (``model.pt`` beside ``model_10.pt``) comes last too. What comes last is
-    left out if it equals a numbered file.
+    into natural order. Where all numbered names tell an epoch or a step that no two share, that
+    orders them (``val_loss=0.5-epoch=3``). In a folder ``init*`` comes first, ``final*`` and
+    ``last*`` come last. If the folder has numbered files, ``best*`` and ``model_best*`` are left
+    out, and a name of theirs without the number (``model.pt`` beside ``model_10.pt``) comes last
+    too. What comes last is left out if it equals a numbered file.
 
     Args:
         names: Names of checkpoints and of folders of checkpoints.
@@ -71,11 +89,11 @@ def path_of(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str
         return all_in(names), []
     notes: list[str] = []
     objects = any(isinstance(name, Given) for name in names)
-    given = list(names) if objects else _in_natural_order(names)
+    given, order = (list(names), "") if objects else _in_order(names)
     if given != list(names):
         notes.append(
             f"the checkpoints were named in the order of their characters (1, 10, 2), as a shell "
-            f"lists them, and are taken in natural order: {_listed(given)}. --keep-order keeps the "
+            f"lists them, and are taken in {order}: {_listed(given)}. --keep-order keeps the "
             "order of the names"
         )
     found: list[str] = []
@@ -92,16 +110,53 @@ def _files(name: str) -> list[str]:
     return [] if isinstance(name, Given) else in_folder(name)
 
 
-def _in_natural_order(names: Sequence[str]) -> list[str]:
-    """Sorts names that a shell pattern gave: all of them, or neighbours that differ in numbers."""
-    if list(names) == sorted(names):
-        return naturally(names)
-    found: list[str] = []
-    for _, group in groupby(names, key=lambda name: re.sub(r"[0-9]+", "0", name)):
-        alike = list(group)
-        patterns = (sorted(alike), sorted(alike, key=_letters))
-        found += naturally(alike) if alike in patterns else alike
-    return found
+def _in_order(names: Sequence[str]) -> tuple[list[str], str]:
+    """Sorts names that a shell pattern gave, all of them or neighbours that differ in numbers.
+
+    Returns:
+        The names, and what they are in the order of.
+    """
+    groups = [list(group) for _, group in groupby(names, key=_masked)]
+    if len(groups) > 1 and list(names) == sorted(names):
+        return naturally(names), "natural order"
+    found, keys = [], ""
+    for alike in groups:
+        listed = alike in (sorted(alike), sorted(alike, key=_letters))
+        ordered, by = _by_keys(naturally(alike)) if listed else (alike, "")
+        found += ordered
+        keys = keys or by
+    return found, f"the order of {keys}" if keys else "natural order"
+
+
+def _by_keys(names: list[str]) -> tuple[list[str], str]:
+    """Sorts names by the epoch and the step that they tell.
+
+    Args:
+        names: The names, in natural order.
+
+    Returns:
+        The names, and what they are sorted by; none where that is their order already, where not
+        all tell it, or where several tell the same and so are not of one training.
+    """
+    files = [_file(name) for name in names]
+    told = {key: [pattern.search(file) for file in files] for key, pattern in _KEYS.items()}
+    values = {
+        key: [Decimal(match[1]) for match in matches if match]
+        for key, matches in told.items()
+        if all(matches)
+    }
+    places = list(zip(*values.values(), strict=True))
+    unlike = {_AGAIN.sub("", stem(file)) for file in files}
+    if len(set(places)) < len(unlike):
+        return names, ""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    ordered = [names[i] for i in order]
+    return (ordered, " and ".join(values)) if ordered != names else (names, "")
+
+
+def _masked(name: str) -> str:
+    """A name without the values of its numbers."""
+    return re.sub(r"[0-9]+", "0", name)
 
 
 def _letters(name: str) -> str:
@@ -120,6 +175,12 @@ def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
     bare = list(compress(steps, _bare(list(map(_file, steps)))))
     steps = [name for name in steps if name not in bare]
     numbered = [name for name in steps if re.search(r"[0-9]", _file(name))]
+    numbered, keys = _by_keys(numbered)
+    if keys:
+        notes.append(
+            f"{_listed(numbered)} are taken in the order of {keys}, and not in natural order, "
+            "which --keep-order keeps"
+        )
     if not numbered:
         last, steps = final, [name for name in files if places[name] in {"best", ""}]
     else:
@@ -137,7 +198,8 @@ def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
     if ordered != [name for name in files if name in set(ordered)]:
         ends = ((first, "first"), (last, "last"))
         notes.append(" and ".join(f"{_some(some)} taken {place}" for some, place in ends if some))
-    return ordered, notes
+    moved, by_key = set(numbered), iter(numbered)
+    return [next(by_key) if name in moved else name for name in ordered], notes
 
 
 def _file(name: str) -> str:
@@ -177,16 +239,22 @@ def _bare(files: Sequence[str]) -> list[bool]:
         # Of a model.pt: model10.pt, model_10.pt and model-epoch-10.pt, but not models_10.pt.
         numbered = [rest for rest in longer if re.match(r"(?![a-z]).*[0-9]", rest)]
         # Lightning writes a name-v1.ckpt after a name.ckpt.
-        again = any(re.fullmatch(r"-v[0-9]+", rest) for rest in numbered)
+        again = any(_AGAIN.fullmatch(rest) for rest in numbered)
         bare.append(bool(numbered) and not again and not has_number)
     return bare
 
 
 def _have_numbers(files: Sequence[str]) -> list[bool]:
-    """Finds the names with a number that not all names share: resnet18-last.pt has none."""
-    numbers = [set(re.findall(r"[0-9]+", file)) for file in files]
-    common = set.intersection(*numbers) if numbers else set()
-    return [bool(own - common) for own in numbers]
+    """Finds the names with a number of their own: resnet18-last.pt beside resnet18-1.pt has none."""
+    # A value may stand twice in a name, as in seed1_epoch1.pt; and names that differ in numbers
+    # alone may have the same ones, as fold1_2.pt and fold2_1.pt.
+    numbers = [Counter(re.findall(r"[0-9]+", file)) for file in files]
+    common = reduce(and_, numbers) if numbers else Counter[str]()
+    alike = Counter(map(_masked, files))
+    return [
+        bool(own - common) or alike[_masked(file)] > 1
+        for file, own in zip(files, numbers, strict=True)
+    ]
 
 
 def _twin(name: str, others: Sequence[str]) -> str | None:
