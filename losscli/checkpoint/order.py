@@ -245,7 +245,7 @@ def _bare(files: Sequence[str]) -> list[bool]:
 
 
 def _have_numbers(files: Sequence[str]) -> list[bool]:
-    """Finds the names with a number of their own: resnet18-last.pt beside resnet18-1.pt has none."""
+    """Finds the names with a number of their own, which not all names share."""
     # A value may stand twice in a name, as in seed1_epoch1.pt; and names that differ in numbers
     # alone may have the same ones, as fold1_2.pt and fold2_1.pt.
     numbers = [Counter(re.findall(r"[0-9]+", file)) for file in files]
