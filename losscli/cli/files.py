@@ -55,6 +55,8 @@ def inspect(
         console.result(f"{to_json(summary, indent=None)}\n")
     else:
         console.result(COMMANDS["inspect"].as_text(result))
+    for note in result.summary.get("notes", ()):
+        console.note(note)
     if files:
         console.note(f"wrote {', '.join(map(str, files))}")
 
