@@ -1,4 +1,4 @@
-"""losscli shows what the loss surface of a neural network looks like, from checkpoint files.
+"""losscli shows the loss surface of a neural network from checkpoint files.
 
 import losscli
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from losscli._version import __version__ as __version__
 from losscli.studies.registry import COMMANDS, load
 
-if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot read the list below
+if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate __all__ below
     from losscli.errors import LosscliError as LosscliError
     from losscli.results import Result as Result
     from losscli.settings import Settings as Settings
@@ -48,8 +48,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # Names are imported when they are asked for (PEP 562), so that `losscli --help` does not
-    # wait for torch.
+    # Lazy imports (PEP 562), so that `losscli --help` does not import torch.
     if name in _TARGETS:
         return load(_TARGETS[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Arguments of public functions: taken as they are meant, or refused in one line."""
+"""Checks and converts the arguments of public functions."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from losscli.errors import UsageError
 
-__all__ = ["checked", "convert", "listed", "require_known", "shown"]
+__all__ = ["as_list", "checked", "convert", "describe", "require_known"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# So many names are listed in an error.
+# Maximum number of names in an error.
 _LISTED = 3
 
 
 def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Makes a function raise `UsageError` where it is called in a way that makes no sense.
+    """Makes a function raise `UsageError` for invalid arguments.
 
     Args:
-        more: The dataclass with the fields that ``**settings`` takes, if it does.
+        more: The dataclass with the fields that ``**settings`` accepts; None if it has none.
 
     Returns:
-        A decorator. By their annotations the function's own arguments are converted, for example
-        NumPy numbers, or refused.
+        A decorator that converts the arguments to their annotations, for example NumPy numbers,
+        or rejects them.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(function)
-        # Now, since that evaluates text, which no call of a function that reads files should do.
+        # At decoration, since it evaluates strings, which no call should do.
         hints = get_type_hints(function)
         name = function.__name__
-        own = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        known = own + [field.name for field in fields(more or _Nothing)]
+        parameters = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        known = parameters + [field.name for field in fields(more or _NoFields)]
 
         @functools.wraps(function)
         def call(*arguments: P.args, **options: P.kwargs) -> T:
@@ -50,7 +50,7 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
             except TypeError as error:
                 raise UsageError(f"{name}(): {error}", f"See help(losscli.{name})") from None
             for option, value in bound.arguments.items():
-                if option in own:
+                if option in parameters:
                     bound.arguments[option] = convert(option, value, hints.get(option, Any))
             return function(*bound.args, **bound.kwargs)
 
@@ -60,20 +60,20 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
 
 
 @dataclass(frozen=True)
-class _Nothing:
+class _NoFields:
     """No fields."""
 
 
 def require_known(name: str, options: Iterable[str], known: Sequence[str]) -> None:
-    """Makes sure that a function takes the keywords that it is given.
+    """Checks the keywords of a call.
 
     Args:
-        name: The function.
+        name: The name of the function.
         options: The keywords.
-        known: Those that it takes.
+        known: The keywords that the function accepts.
 
     Raises:
-        UsageError: One is not known; the error names the one that may be meant.
+        UsageError: A keyword is unknown; the error suggests a similar one.
     """
     for option in options:
         if option not in known:
@@ -87,14 +87,14 @@ def require_known(name: str, options: Iterable[str], known: Sequence[str]) -> No
             )
 
 
-def shown(value: object) -> str:
-    """Names a value in an error.
+def describe(value: object) -> str:
+    """Describes a value in an error.
 
     Args:
         value: The value.
 
     Returns:
-        A text or a number as Python writes it, cut if it is long; of all else the type.
+        The shortened repr of a string or number; the type of any other value.
     """
     if value is None or isinstance(value, str | bytes | int | float):
         return reprlib.repr(value)
@@ -102,44 +102,44 @@ def shown(value: object) -> str:
     return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 
 
-def listed(value: Any) -> list[Any] | None:
-    """Lists several values.
+def as_list(value: Any) -> list[Any] | None:
+    """Converts an iterable to a list.
 
     Args:
-        value: An iterable of them, such as a list, a generator or an array.
+        value: A value, such as a list, a generator or an array.
 
     Returns:
-        The values; None for a string and for an object that is not iterable.
+        The items; None for a string and for an object that is not iterable.
     """
     if isinstance(value, str | bytes):
         return None
     try:
-        # An array without an axis has a method for that, which raises.
-        each = iter(value)
+        # An array without dimensions has __iter__, which raises.
+        items = iter(value)
     except TypeError:
         return None
-    return list(each)
+    return list(items)
 
 
 def convert(option: str, value: Any, hint: Any) -> Any:
-    """Takes a value for what an annotation says.
+    """Converts a value to the type of an annotation.
 
     Args:
         option: The name of the argument.
-        value: What it was given.
+        value: The value.
         hint: The annotation: a union, a tuple or a type.
 
     Returns:
-        The value in the type of the annotation.
+        The converted value.
 
     Raises:
-        UsageError: It cannot be taken for that.
+        UsageError: The value cannot be converted.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in {Union, types.UnionType}:
         if value is None and type(None) in inner:
             return None
-        (hint, *_) = others = [one for one in inner if one is not type(None)]
+        (hint, *_) = others = [other for other in inner if other is not type(None)]
         return value if len(others) > 1 else convert(option, value, hint)
     if origin is tuple and inner[1:] == (...,):
         return _several(option, value, inner[0])
@@ -147,10 +147,10 @@ def convert(option: str, value: Any, hint: Any) -> Any:
         return _pair(option, value)
     if origin is Literal:
         hint = str
-    take, what = _TAKEN.get(hint, (None, ""))
-    if take is not None:
+    converter, what = _CONVERTERS.get(hint, (None, ""))
+    if converter is not None:
         try:
-            return take(value)
+            return converter(value)
         except (TypeError, ValueError, OverflowError):
             raise _refusal(option, what, value) from None
     kind = origin or hint
@@ -161,29 +161,29 @@ def convert(option: str, value: Any, hint: Any) -> Any:
 
 
 def _several(option: str, value: Any, hint: Any) -> tuple[Any, ...]:
-    """One value or several."""
+    """Converts one value or several to a tuple."""
     if value is None:
         return ()
     # A callable that is not a string, such as a module or a class, is one value.
-    values = None if callable(value) else listed(value)
+    values = None if callable(value) else as_list(value)
     if isinstance(value, Mapping):
         raise _refusal(option, "a string or a list of them", value)
-    return tuple(convert(option, one, hint) for one in ([value] if values is None else values))
+    return tuple(convert(option, item, hint) for item in ([value] if values is None else values))
 
 
 def _pair(option: str, value: Any) -> tuple[float, float]:
     what = "two numbers, the lowest and the highest value"
-    values = None if isinstance(value, Mapping) else listed(value)
+    values = None if isinstance(value, Mapping) else as_list(value)
     if values is None:
         raise _refusal(option, what, value)
     if len(values) != 2:
         raise UsageError(f"{option} must be {what}, not {len(values)} numbers")
-    low, high = (convert(option, one, float) for one in values)
+    low, high = (convert(option, item, float) for item in values)
     return low, high
 
 
 def _refusal(option: str, what: str, value: object) -> UsageError:
-    return UsageError(f"{option} must be {what}, not {shown(value)}")
+    return UsageError(f"{option} must be {what}, not {describe(value)}")
 
 
 def _whole(value: Any) -> int:
@@ -199,8 +199,8 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _truth(value: Any) -> bool:
-    # NumPy has its own type, with a name that depends on the version.
+def _boolean(value: Any) -> bool:
+    # The name of NumPy's bool type depends on the version.
     if not isinstance(value, bool) and type(value).__name__ not in {"bool", "bool_"}:
         raise TypeError
     return bool(value)
@@ -212,8 +212,8 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-_TAKEN: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
-    bool: (_truth, "True or False"),
+_CONVERTERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (_boolean, "True or False"),
     int: (_whole, "a whole number"),
     float: (_number, "a number"),
     str: (_text, "a string"),

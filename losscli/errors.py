@@ -1,4 +1,4 @@
-"""The family of errors: each is one line that says what went wrong, where, and the cure."""
+"""The exceptions of losscli: each message is one line with the problem, its place and a fix."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = [
 
 
 class LosscliError(Exception):
-    """Something that losscli could not do; its text is one line: what, where, the cure.
+    """Base class of all errors of losscli, with a message of one line.
 
     Args:
-        what: What went wrong and where.
-        cure: What to do about it; appended after a full stop.
+        what: What is wrong, and where.
+        cure: How to fix it; appended after a full stop.
 
     Attributes:
         exit_code: The exit status of the command that ends with this error.
@@ -43,17 +43,17 @@ class LosscliError(Exception):
 
 
 class UsageError(LosscliError):
-    """The command or its options do not make sense, whatever the files hold."""
+    """The command or its options are invalid, whatever the content of the files."""
 
     exit_code = 2
 
 
 class SpecError(UsageError):
-    """A spec does not parse, or names nothing that is known."""
+    """A spec cannot be parsed or names an unknown entry."""
 
 
 class UntrustedCodeError(LosscliError):
-    """A file names code to run, or data to fetch; only the command line may do so."""
+    """A file names code to run or data to fetch, which only the command line may do."""
 
 
 class CheckpointError(LosscliError):
@@ -61,7 +61,7 @@ class CheckpointError(LosscliError):
 
 
 class ChangedError(CheckpointError):
-    """A checkpoint is no longer what it was when the run began."""
+    """A checkpoint changed during a run."""
 
 
 class MismatchError(LosscliError):
@@ -73,11 +73,11 @@ class ModelError(LosscliError):
 
 
 class NondeterministicModelError(ModelError):
-    """A model in eval mode gives two answers for one point, so no curve is defined."""
+    """A model in eval mode gives different outputs for the same weights and inputs."""
 
 
 class DataError(LosscliError):
-    """A data set cannot be read, or is not of a form that is understood."""
+    """A data set cannot be read or has an unknown form."""
 
 
 class LossError(LosscliError):
@@ -85,11 +85,11 @@ class LossError(LosscliError):
 
 
 class DeviceError(LosscliError):
-    """The device asked for is not there."""
+    """The requested device is not available."""
 
 
 class OutOfMemoryError(LosscliError):
-    """Not even one point and one example fit into the memory of the device."""
+    """The memory of the device is too small for even one point and one example."""
 
 
 class TableError(LosscliError):
@@ -101,26 +101,26 @@ class OutputError(LosscliError):
 
 
 def one_line(error: BaseException) -> str:
-    """Puts a foreign error into one line.
+    """Formats an error of other code in one line.
 
     Args:
-        error: What was raised.
+        error: The error.
 
     Returns:
-        Its type and its text, white space folded.
+        Its type and its message, with whitespace collapsed.
     """
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Makes text from a file or a name harmless on a terminal.
+    """Escapes the control characters in text, which could control a terminal.
 
     Args:
-        text: The text.
+        text: Text from a file or a name.
 
     Returns:
-        The text with control characters, such as those that move a cursor, written as escapes.
+        The text with non-printable characters as escapes.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text

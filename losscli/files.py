@@ -1,7 +1,7 @@
-"""Regular files, pipes and memory that is mapped from files.
+"""Regular files, pipes and memory-mapped files.
 
-Reading does not block on a FIFO and refuses devices. Errors are an OSError, so that each reader can
-add what it was about to read. Files are created only where nothing has their name.
+Reading does not block on a FIFO and refuses devices. Errors are an OSError, so that each caller can
+add the name of the file. Creating never overwrites a file.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
-    # Help and pictures are made without torch.
+    # Help and figures work without importing torch.
     from torch import Tensor
 
 __all__ = [
     "IrregularError",
     "MappedRegion",
     "create",
+    "find_placeholder",
     "is_mapped",
     "mapped_regions",
     "open_regular",
@@ -35,15 +36,15 @@ __all__ = [
     "read_regular",
     "read_text",
     "release_pages",
-    "stand_in",
 ]
 
-# The largest tables are of planes: some 60 bytes for each point and split.
+# The largest table from a pipe and the longest first line, in bytes. The largest tables are planes,
+# with about 60 bytes per point and split.
 _MOST = 256 << 20
 _LONGEST = 1 << 20
 _BLOCK = 1 << 16
 
-# The pages of smaller tensors are not worth a system call.
+# The smallest tensor to release, in bytes: for smaller ones a system call costs more than it saves.
 _LARGE = 1 << 20
 
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
@@ -55,10 +56,10 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 class IrregularError(OSError):
-    """What is to be read is no regular file, or does not end as one does.
+    """The file is not a regular file, or its content is too long.
 
     Args:
-        what: What is wrong and the cure.
+        what: What is wrong and how to fix it.
     """
 
     def __init__(self, what: str) -> None:
@@ -69,14 +70,13 @@ class IrregularError(OSError):
 
 
 def create(path: Path) -> FileIO:
-    """Creates a file.
+    """Creates a file; fails if the path exists, also as a link.
 
     Args:
-        path: Its name, which nothing has yet: no link is followed, and no file is opened that
-            somebody else has put there.
+        path: The path.
 
     Returns:
-        The file, to be read and written.
+        The file, opened for reading and writing.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
@@ -85,20 +85,20 @@ def create(path: Path) -> FileIO:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Opens a regular file, and waits for nobody who may write to a pipe.
+    """Opens a regular file for reading; does not block on a FIFO.
 
     Args:
-        path: Its name, or that of a link to it.
+        path: The path of the file or of a link to it.
 
     Returns:
-        The file, to be read.
+        The file.
 
     Raises:
-        IrregularError: It is a pipe, a socket or a device.
-        IsADirectoryError: It is a folder.
-        OSError: The system does not let it be opened.
+        IrregularError: The path is a pipe, a socket or a device.
+        IsADirectoryError: The path is a folder.
+        OSError: The file cannot be opened.
     """
-    _require_regular(path.stat().st_mode)  # to open a device may do something
+    _require_regular(path.stat().st_mode)  # opening a device may have effects
     file = _open(path)
     try:
         _require_regular(os.fstat(file.fileno()).st_mode)
@@ -109,26 +109,26 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_regular(path: Path) -> bytes:
-    """Reads the whole of a regular file.
+    """Reads a regular file.
 
     Args:
-        path: Its name, or that of a link to it.
+        path: The path of the file or of a link to it.
 
     Returns:
-        What is in it.
+        The content.
     """
     with open_regular(path) as file:
         return file.read()
 
 
-def stand_in(path: Path) -> tuple[str, str] | None:
-    """Tells what lies in the place of a file that was not downloaded itself.
+def find_placeholder(path: Path) -> tuple[str, str] | None:
+    """Detects a placeholder for a file that was not downloaded: a Git LFS pointer or HTML.
 
     Args:
         path: The file.
 
     Returns:
-        What it is and the cure; None where it is no such thing.
+        The kind of placeholder and how to fix it; None if the file is not a placeholder.
     """
     try:
         with open_regular(path) as file:
@@ -149,17 +149,17 @@ def stand_in(path: Path) -> tuple[str, str] | None:
 
 
 def read_pipe(path: Path) -> bytes:
-    """Reads the text of a table from a regular file, or from a pipe that somebody writes to.
+    """Reads a table as text from a regular file or a pipe.
 
     Args:
-        path: Its name, such as ``/dev/fd/63`` of a shell's ``<(…)``.
+        path: The path, such as ``/dev/fd/63`` of a shell's ``<(…)``.
 
     Returns:
-        What is in it.
+        The content.
 
     Raises:
-        IrregularError: Nobody writes to the pipe, or what comes is no text of a table.
-        IsADirectoryError: It is a folder.
+        IrregularError: No process writes to the pipe, or the content is not text of a table.
+        IsADirectoryError: The path is a folder.
     """
     with _open(path) as file:
         mode = os.fstat(file.fileno()).st_mode
@@ -168,7 +168,7 @@ def read_pipe(path: Path) -> bytes:
             try:
                 first = os.read(file.fileno(), _BLOCK)
             except BlockingIOError:
-                pass  # a writer has it open and takes its time
+                pass  # a writer has opened the pipe but not written yet
             else:
                 if not first:
                     raise IrregularError(
@@ -180,22 +180,22 @@ def read_pipe(path: Path) -> bytes:
 
 
 def read_text(file: BinaryIO, first: bytes = b"") -> bytes:
-    """Reads the text of a table; from what is no regular file, no more than a table may be.
+    """Reads a table as text, with a size limit unless the file is regular.
 
     Args:
         file: The file, or stdin.
-        first: What was read from it before.
+        first: Bytes that were already read from it.
 
     Returns:
-        The text.
+        The content.
 
     Raises:
-        IrregularError: It holds zero bytes, its first line does not end, or it does not.
+        IrregularError: The content has zero bytes, its first line is too long, or it is too large.
     """
     try:
-        endless = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-    except OSError:  # in memory
-        endless = False
+        limited = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except OSError:  # an in-memory file
+        limited = False
     text, in_first_line = bytearray(), True
     block = first or file.read(_BLOCK)
     while block:
@@ -207,7 +207,7 @@ def read_text(file: BinaryIO, first: bytes = b"") -> bytes:
             raise IrregularError(
                 f"its first line is longer than {_LONGEST >> 20} MiB. Give a CSV file"
             )
-        if endless and len(text) > _MOST:
+        if limited and len(text) > _MOST:
             raise IrregularError(
                 f"more than {_MOST >> 20} MiB come out of it, and it is no regular file. Copy what "
                 "it holds to a file, and name that"
@@ -217,15 +217,14 @@ def read_text(file: BinaryIO, first: bytes = b"") -> bytes:
 
 
 def release_pages(*tensors: Tensor) -> None:
-    """Returns the pages of tensors that are mapped from files to the system.
+    """Releases the resident pages of memory-mapped tensors.
 
-    Pages of a file count as a process's own from when they are first read: two checkpoints that
-    are compared would be held twice over. The tensors stay as they are; where they are read
-    again, the pages come from the system's cache of the file. On other systems than Linux, and
-    for tensors that are not mapped, nothing is done.
+    Pages that were read count as resident memory of the process, so a comparison of two
+    checkpoints would need twice their size. The tensors remain valid: later reads load the pages
+    from the page cache. It has no effect on other systems than Linux or on other tensors.
 
     Args:
-        *tensors: The tensors, which nobody has written on.
+        *tensors: The tensors, which must be unmodified.
     """
     ranges = [
         (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
@@ -238,7 +237,7 @@ def release_pages(*tensors: Tensor) -> None:
     page = mmap.PAGESIZE
     files = sorted((m.start, m.stop) for m in mapped_regions())
     for first, last in ranges:
-        # Pages that are shared with a neighbour are kept.
+        # Only pages that lie completely inside the tensor.
         start, stop = -(-first // page) * page, last // page * page
         i = bisect_right(files, (start, sys.maxsize)) - 1
         if i >= 0 and start < stop <= files[i][1]:
@@ -246,13 +245,13 @@ def release_pages(*tensors: Tensor) -> None:
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Tells whether `release_pages` would have an effect on a tensor.
+    """Returns whether `release_pages` has an effect on a tensor.
 
     Args:
         tensor: The tensor.
 
     Returns:
-        Whether it is large, and lies in memory that is mapped from a file.
+        Whether the tensor is large and memory-mapped from a file.
     """
     if tensor.nbytes < _LARGE or tensor.device.type != "cpu":
         return False
@@ -260,12 +259,12 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 class MappedRegion(NamedTuple):
-    """Memory that is mapped from a file.
+    """A memory region that is mapped from a file.
 
     Attributes:
-        start: Its first address.
-        stop: The address behind its last.
-        offset: Where in the file it begins.
+        start: The first address.
+        stop: The address after the last.
+        offset: The offset of the start in the file.
         path: The file.
     """
 
@@ -276,10 +275,10 @@ class MappedRegion(NamedTuple):
 
 
 def mapped_regions() -> Iterator[MappedRegion]:
-    """Lists the memory of this process that is mapped from files.
+    """Lists the memory-mapped regions of this process.
 
     Yields:
-        Each region; nothing on other systems than Linux.
+        Each region; none on other systems than Linux.
     """
     with contextlib.suppress(OSError):
         for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n"):

@@ -1,4 +1,4 @@
-"""Results: tables and a summary, and the files they are written to, whole or not at all."""
+"""Results of studies, and their files, which are written atomically."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ __all__ = [
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
-# Those below a space are escaped by json itself, all but the ends of its own lines.
-_BEYOND_ASCII = re.compile(r"[^\n -~]")
+# Non-ASCII characters. json escapes control characters itself; its own newlines are kept.
+_NON_ASCII = re.compile(r"[^\n -~]")
 
 
 S_co = TypeVar("S_co", bound=Mapping[str, object], covariant=True)
-"""The type of the summary, of `losscli.summaries`."""
+"""The type of a summary, see `losscli.summaries`."""
 
 
 @dataclass(frozen=True)
 class Run(Generic[S_co]):
-    """One run of a command, to be drawn.
+    """One run of a command, to draw.
 
     Attributes:
-        table: Its rows, as in STEM.csv.
-        summary: Its JSON, or ``{}`` where only the CSV is at hand.
-        label: What to call it beside other runs; by default its first and last checkpoint.
-        more: Its further tables by the name in their file: ``surface`` for STEM.surface.csv.
-        checkpoint_labels: What to call the checkpoints of a matrix of barriers, in its order;
-            by default their names.
+        table: The main table, STEM.csv.
+        summary: The summary, STEM.json; ``{}`` if there is only the CSV.
+        label: The name in a figure of several runs; by default its first and last checkpoint.
+        more: The further tables by NAME of STEM.NAME.csv, such as ``surface``.
+        checkpoint_labels: The names of the checkpoints in a matrix of barriers, in its order; by
+            default those of the table.
     """
 
     table: Table
@@ -67,7 +67,7 @@ class Drawing(Protocol):
     """Draws runs of one command."""
 
     def __call__(self, runs: Sequence[Run[Any]], *, log: bool) -> Figure:
-        """Draws.
+        """Draws a figure.
 
         Args:
             runs: The runs.
@@ -80,13 +80,13 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class Result(Generic[S_co]):
-    """What a study found.
+    """The result of a study.
 
     Attributes:
         table: One row for each evaluated point and split.
-        summary: What was found and where it came from, made of JSON's types and floats.
-        draw: Draws the result; it imports matplotlib when it is called.
-        more: Further tables, by the name that their files have: STEM.NAME.csv.
+        summary: The findings and their origin, in the types of JSON; floats may be non-finite.
+        draw: Draws the result; it imports Matplotlib when it is called.
+        more: Further tables by NAME of STEM.NAME.csv.
     """
 
     table: Table
@@ -107,22 +107,22 @@ class Result(Generic[S_co]):
 
 
 def to_json(summary: Mapping[str, Any], *, indent: int | None = 2) -> str:
-    """Writes a summary as JSON.
+    """Serialises a summary as JSON.
 
     Args:
         summary: The summary.
-        indent: Spaces a level; None puts all into one line.
+        indent: The number of spaces per level; None for a single line.
 
     Returns:
-        Strict JSON: numbers that are not finite, which JSON does not know, are null. Characters
-        that are not printable stand as escapes, so that no name from a file steers a terminal.
+        Strict JSON, with null for non-finite numbers. Characters that are not printable are
+        escaped, so that names from files cannot control a terminal.
     """
     text = json.dumps(_strict(summary), indent=indent, allow_nan=False, ensure_ascii=False)
-    return _BEYOND_ASCII.sub(_escape, text)
+    return _NON_ASCII.sub(_escape, text)
 
 
-def _escape(found: re.Match[str]) -> str:
-    character = found[0]
+def _escape(match: re.Match[str]) -> str:
+    character = match[0]
     return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
@@ -137,15 +137,15 @@ def _strict(value: Any) -> Any:
 
 
 def default_stem(command: str, names: Sequence[str]) -> str:
-    """Names the results after the command and the checkpoints.
+    """Derives the default stem from the command and the checkpoints.
 
     Args:
         command: The command.
         names: The checkpoints as named by the user.
 
     Returns:
-        A stem for the current folder, such as ``interpolate-relu-init-final``: of each
-        checkpoint its folder, where it is another than the one before, and its name.
+        A stem in the current folder, such as ``interpolate-relu-init-final``: the name of each
+        checkpoint, after its folder if that differs from the previous one.
     """
     words, folder = [command], ""
     for name in names:
@@ -160,32 +160,32 @@ def default_stem(command: str, names: Sequence[str]) -> str:
 
 
 def stem_of(out: str) -> Path:
-    """Reads what ``--out`` says.
+    """Parses ``--out``.
 
     Args:
-        out: What it says.
+        out: The value of the option.
 
     Returns:
-        The stem: without the suffix of a file that a run writes, such as .png.
+        The stem, without the suffix of an output file such as .png.
 
     Raises:
-        UsageError: It is a folder.
+        UsageError: The value is a folder.
     """
     if not out or out.endswith("/") or Path(out).is_dir():
         raise UsageError(f"--out {out!r} is a folder, not a stem of file names", "Give folder/name")
     path = Path(out)
-    written = path.suffix.lower() in {*FIGURE_SUFFIXES, ".csv", ".json"} and path.stem
-    return path.with_suffix("") if written else path
+    has_suffix = path.suffix.lower() in {*FIGURE_SUFFIXES, ".csv", ".json"} and path.stem
+    return path.with_suffix("") if has_suffix else path
 
 
 def picture_of(out: str | None) -> tuple[Path, ...]:
-    """Reads which picture ``--out`` names, if any.
+    """Returns the figure that ``--out`` names.
 
     Args:
-        out: What it says; None where it is not given.
+        out: The value of the option; None if it is not given.
 
     Returns:
-        The picture; nothing where it is a stem of file names.
+        The path of the figure; empty if ``--out`` is a stem.
     """
     path = Path(out or "")
     return (path,) if path.suffix.lower() in FIGURE_SUFFIXES and path.stem else ()
@@ -193,11 +193,11 @@ def picture_of(out: str | None) -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class Output:
-    """The files that a run writes.
+    """The output files of a run.
 
     Attributes:
-        stem: Of STEM.csv, STEM.json and STEM.png.
-        figures: The pictures to write instead of STEM.png; empty for none at all.
+        stem: The stem of STEM.csv and STEM.json.
+        figures: The figures; empty for none.
         force: Whether the results of another run may be overwritten.
     """
 
@@ -209,19 +209,19 @@ class Output:
     def plan(
         cls, stem: Path, figures: Sequence[Path], *, draw: bool = True, force: bool = False
     ) -> Output:
-        """Plans the files and makes sure, before any work is done, that they can be written.
+        """Plans the files and checks, before any work is done, that they can be written.
 
         Args:
             stem: The stem.
-            figures: The pictures asked for by name.
-            draw: Whether STEM.png is drawn where no picture is named.
+            figures: The figures that the user named.
+            draw: Whether to draw STEM.png if ``figures`` is empty.
             force: Whether results of another run may be overwritten.
 
         Returns:
             The plan.
 
         Raises:
-            UsageError: A picture has an unknown suffix.
+            UsageError: A figure has an unknown suffix.
             OutputError: A folder cannot be written to.
         """
         if not figures and draw:
@@ -233,7 +233,7 @@ class Output:
                     f"Choose one of {', '.join(FIGURE_SUFFIXES)}",
                 )
         for parent in {path.parent for path in (stem, *figures)}:
-            # What is not there is made when it is written to.
+            # Missing folders are created later, inside the nearest existing one.
             folder = next(p for p in (parent, *parent.parents) if p.exists())
             if not folder.is_dir():
                 raise OutputError(f"{folder} is no folder", "Choose another --out")
@@ -244,10 +244,10 @@ class Output:
         return cls(stem, tuple(figures), force)
 
     def make_folder(self) -> None:
-        """Makes the folder of the files, where it is not there yet.
+        """Creates the folder of the stem if it does not exist.
 
         Raises:
-            OutputError: It cannot be made.
+            OutputError: The folder cannot be created.
         """
         try:
             self.stem.parent.mkdir(parents=True, exist_ok=True)
@@ -261,87 +261,87 @@ class Output:
         """Refuses to overwrite the results of another run.
 
         Args:
-            identity: What tells this run from others.
-            tables: The names of further tables that may be written.
+            identity: The identity of this run.
+            tables: The names of further tables that the run may write.
 
         Raises:
-            OutputError: A file is in the way that this very run did not write.
+            OutputError: A file of another run exists.
         """
         if self.force:
             return
         files = [self._file(".csv"), *(self._file(f".{name}.csv") for name in tables)]
-        there = [path for path in (*files, *self.figures) if path.exists()]
+        existing = [path for path in (*files, *self.figures) if path.exists()]
         summary = self._file(".json")
         if summary.exists():
-            there.append(summary)
-        if not there:
+            existing.append(summary)
+        if not existing:
             return
-        if self._before().get("identity") != identity:
+        if self._previous_summary().get("identity") != identity:
             raise OutputError(
-                f"{there[0]} holds the results of another run",
+                f"{existing[0]} holds the results of another run",
                 "Choose another --out, or overwrite it with --force",
             )
 
     def write(
         self, result: Result[Any], pictures: Mapping[Path, bytes], known_tables: Collection[str]
     ) -> list[Path]:
-        """Writes a result: every file under a temporary name first, then all are renamed.
+        """Writes a result: all files under temporary names first, then all are renamed.
 
         Args:
             result: The result.
-            pictures: What the ``figures`` are to hold.
-            known_tables: The names of the further tables that any run may write. One that an
-                older run left in the place of this one is removed.
+            pictures: The contents of ``figures``.
+            known_tables: The names of all further tables of any command. Those of an older run
+                with the same stem are removed.
 
         Returns:
             The files.
 
         Raises:
-            OutputError: A file cannot be written; then none is left behind.
+            OutputError: A file cannot be written. No file is changed then.
         """
-        older = self._before().get("tables")
+        old_tables = self._previous_summary().get("tables")
         summary = f"{to_json(result.summary)}\n".encode()
-        # The summary comes first: where this is killed between two files, it tells whose they are.
-        # The table comes last: where it stands, so does all else.
+        # The summary comes first: if the process is killed in between, it identifies the run. The
+        # main table comes last: if it exists, the result is complete.
         contents = {self._file(".json"): summary}
         for name, table in result.more.items():
             contents[self._file(f".{name}.csv")] = table.to_csv().encode()
         contents |= pictures
         contents[self._file(".csv")] = result.table.to_csv().encode()
         for path in contents:
-            # A run that was killed while it wrote has left them.
-            for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
-                left.unlink(missing_ok=True)
+            # Temporary files of runs that were killed.
+            for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+                leftover.unlink(missing_ok=True)
         replace_all(contents)
-        # What an older run left would be taken for this one's.
-        for name in older if isinstance(older, list) else ():
+        # Tables of an older run would be taken for tables of this run.
+        for name in old_tables if isinstance(old_tables, list) else ():
             if name in known_tables and name not in result.more:
                 self._file(f".{name}.csv").unlink(missing_ok=True)
         more = (self._file(f".{name}.csv") for name in result.more)
         return [self._file(".csv"), *more, *self.figures, self._file(".json")]
 
     def write_pictures(self, pictures: Mapping[Path, bytes]) -> list[Path]:
-        """Writes pictures alone, and overwrites no other picture.
+        """Writes figures only; refuses to overwrite different ones unless ``force``.
 
         Args:
-            pictures: What the ``figures`` are to hold.
+            pictures: The contents of ``figures``.
 
         Returns:
             The files.
 
         Raises:
-            OutputError: A file holds another picture, or cannot be written.
+            OutputError: A file exists with other content, or cannot be written.
         """
         for path, content in pictures.items():
-            if not self.force and path.exists() and _held(path) != content:
+            if not self.force and path.exists() and _read_if_possible(path) != content:
                 raise OutputError(
                     f"{path} is another picture",
                     "Choose another name, or overwrite it with --force",
                 )
         return replace_all(pictures)
 
-    def _before(self) -> dict[str, Any]:
-        """The summary of the run whose results are there, if any."""
+    def _previous_summary(self) -> dict[str, Any]:
+        """Reads the summary of the run that wrote to this stem before; empty if there is none."""
         try:
             summary = json.loads(read_regular(self._file(".json")).decode())
         except (OSError, ValueError, RecursionError):
@@ -352,7 +352,7 @@ class Output:
         return self.stem.with_name(self.stem.name + suffix)
 
 
-def _held(path: Path) -> bytes | None:
+def _read_if_possible(path: Path) -> bytes | None:
     try:
         return read_regular(path)
     except OSError:
@@ -360,38 +360,39 @@ def _held(path: Path) -> bytes | None:
 
 
 def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
-    """Writes files whole or not at all.
+    """Writes several files: either all or none.
 
     Args:
-        contents: What to write where.
+        contents: The content of each file.
 
     Returns:
         The files.
 
     Raises:
-        OutputError: A file cannot be written; then none is changed and nothing is left behind.
+        OutputError: A file cannot be written. No file is changed then, and no temporary file is
+            left.
     """
     for path in contents:
-        # The one thing that a rename fails at after others were renamed already.
+        # Checked first, since a rename would fail only after others have succeeded.
         if path.is_dir():
             raise OutputError(f"{path} is a folder", "Move it away, or choose another --out")
-    now = next(iter(contents), Path())
+    current = next(iter(contents), Path())
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
-        for now, content in contents.items():
-            now.parent.mkdir(parents=True, exist_ok=True)
-            temporary[now].unlink(missing_ok=True)  # of a process of this number that was killed
-            with io.BufferedWriter(create(temporary[now])) as file:
+        for current, content in contents.items():
+            current.parent.mkdir(parents=True, exist_ok=True)
+            temporary[current].unlink(missing_ok=True)  # of a killed process with the same id
+            with io.BufferedWriter(create(temporary[current])) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        for now, written in temporary.items():
-            written.replace(now)
+        for current, written in temporary.items():
+            written.replace(current)
     except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        is_full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
         raise OutputError(
-            f"{now} cannot be written: {error.strerror}",
-            "Make room" if full else "Choose another --out",
+            f"{current} cannot be written: {error.strerror}",
+            "Make room" if is_full else "Choose another --out",
         ) from None
     finally:
         for written in temporary.values():

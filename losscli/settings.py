@@ -1,4 +1,4 @@
-"""What all studies share: how a model, data and a device are named. One name, one meaning."""
+"""The settings of all studies: model, data, loss, device and tensors that move."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_type_hints
 
-from losscli.arguments import convert, require_known, shown
+from losscli.arguments import convert, describe, require_known
 from losscli.errors import UsageError
 
 __all__ = ["Buffers", "DType", "Settings"]
@@ -17,36 +17,36 @@ Buffers = Literal["interpolate", "a", "b", "recalibrate"]
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that every study takes.
+    """The settings of every study.
 
-    Specs are strings as on the command line, and since the caller names them they may name code.
-    From Python, a model may be an ``nn.Module`` (copied, never changed), data any mapping from
-    split names to ``(inputs, targets)``, a DataLoader or a Dataset, and a loss or metric any
-    function from outputs and targets to one number an example.
+    Specs are strings as on the command line, and may name code. From Python, a model may be an
+    ``nn.Module`` (which is copied and never changed), data a mapping from split names to
+    ``(inputs, targets)``, a DataLoader or a Dataset, and a loss or metric a function from outputs
+    and targets to one number per example.
 
     Attributes:
-        model: The architecture; by the checkpoints' metadata or ``losscli.toml`` where None.
-        data: The data set; likewise.
-        loss: The per-example loss; likewise, then by the data's task.
-        metric: The metrics; ``("none",)`` for none, by the data's task where empty.
-        split: Which splits; all where empty.
-        limit: Examples of each split, or with ``batch_loss`` batches, drawn once with the seed; all
-            where None.
-        batch_size: Examples a forward pass; by the device where None. With ``batch_loss`` the
+        model: The architecture; None takes it from the checkpoints' metadata or ``losscli.toml``.
+        data: The data set; None as for ``model``.
+        loss: The per-example loss; None as for ``model``, else by the task of the data.
+        metric: The metrics; ``("none",)`` for none, empty for those of the task of the data.
+        split: The splits; empty for all.
+        limit: The number of examples of each split, or of batches with ``batch_loss``, drawn once
+            with the seed; None for all.
+        batch_size: Examples per forward pass; None chooses it for the device. With ``batch_loss``,
             examples per batch of data that are not a DataLoader.
-        batch_loss: Whether the loss is one number per batch. A DataLoader's batches are kept, their
-            order is drawn once, and each batch counts the same.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        dtype: Of the forward pass; sums are always float64.
+        batch_loss: Whether the loss is one number per batch. The batches of a DataLoader are kept,
+            their order is drawn once, and each batch has the same weight.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        dtype: The dtype of the forward pass; sums are always float64.
         tf32: Whether a GPU may round float32 products to TF32.
-        sampling_error: Where a number, examples are looked at in a random order, in growing blocks,
-            until at every point the standard error of the loss is below this share of the
-            curve's height; all of them where None.
-        buffers: Whether floating-point buffers move with the parameters or stay at one end's, or
-            move but for BatchNorm's statistics, which are estimated anew at every point.
-        only: Patterns of the tensors that move; all where empty.
-        except_: Patterns of tensors that stay at A.
-        seed: Of every random choice.
+        sampling_error: If a number, examples are evaluated in a random order in growing blocks,
+            until the standard error of the loss at every point is below this fraction of the
+            height of the curve; None evaluates all.
+        buffers: Whether floating-point buffers move with the parameters, stay at A or B, or move
+            except for BatchNorm statistics, which are re-estimated at every point.
+        only: Patterns of the tensors that move; empty for all.
+        except_: Patterns of the tensors that stay at A.
+        seed: The seed of all random choices.
     """
 
     model: Any = None
@@ -67,12 +67,12 @@ class Settings:
     seed: int = 0
 
     def __new__(cls, *_: Any, **options: Any) -> Self:
-        """Refuses a keyword that is not known."""
+        """Rejects unknown keywords."""
         require_known(cls.__name__, options, [field.name for field in fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Takes values of other types for what they mean, or refuses them."""
+        """Converts values of other types, or rejects them."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in {"device", "dtype"} and type(value).__module__ == "torch":
@@ -88,7 +88,7 @@ class Settings:
             for value in values:
                 if value is not None and not isinstance(value, str) and not callable(value):
                     raise UsageError(
-                        f"{name} must be a string or a function, not {shown(value)}",
+                        f"{name} must be a string or a function, not {describe(value)}",
                         f"Give the name of a {name} as on the command line, or code",
                     )
 

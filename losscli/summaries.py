@@ -538,6 +538,7 @@ class InspectionSummary(TypedDict, total=False):
     mismatches: list[str]
     distance: float
     state_dicts: list[str]
+    notes: list[str]
 
 
 # --- align ---------------------------------------------------------------------------------------

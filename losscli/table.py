@@ -1,4 +1,4 @@
-"""Tables: one row per evaluated point, and CSV (RFC 4180) in and out."""
+"""Tables with one row per evaluated point, and their CSV format (RFC 4180)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Cell = float | int | str | None
 _TEXT = frozenset({
     "a", "b", "block", "split", "checkpoint", "verdict", "key", "tensor", "shape", "dtype",
 })  # fmt: skip
-# A spreadsheet takes a cell that begins so for a formula, and computes it.
+# Spreadsheets evaluate a cell that starts with one of these as a formula.
 _FORMULA = "=+-@\t\r"
-# What is put before such a cell: a name of a file stays one, and other text shows an apostrophe.
-_BEFORE = {
+# The prefix of such cells: a path stays valid after ./, other text gets an apostrophe.
+_PREFIXES = {
     **dict.fromkeys(("a", "b", "checkpoint"), "./"),
     **dict.fromkeys(("split", "block", "tensor", "key"), "'"),
 }
 
 _INTEGER = frozenset({"step", "walk", "examples", "tensors", "values", "bytes"})
 
-# What a line has besides its metrics.
+# The columns of a line that are not metrics.
 _NO_METRICS = frozenset({"alpha", "split", "loss", "loss_stderr", "slope", "curvature", "examples"})
 
 _CURE = "Give a CSV as losscli wrote it"
@@ -67,7 +67,7 @@ class Table:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics, where the table is one of interpolate."""
+        """The names of the metrics, if the table is one of interpolate."""
         return [column for column in self.columns if column not in _NO_METRICS]
 
     def __getitem__(self, column: str) -> list[Cell]:
@@ -75,45 +75,41 @@ class Table:
         return [row[index] for row in self.rows]
 
     def records(self) -> list[dict[str, Cell]]:
-        """Reads the rows by their columns.
-
-        Returns:
-            For each row its cells by the names of their columns.
-        """
+        """Returns each row as a mapping from column to cell."""
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
     def floats(self, column: str) -> list[float]:
-        """Reads a column of numbers.
+        """Returns a column as floats.
 
         Args:
-            column: Its name.
+            column: The name of a column of numbers.
 
         Returns:
-            Its cells as floats; an empty cell is nan.
+            The cells; nan for an empty cell.
         """
         return [float("nan") if cell is None else float(cell) for cell in self[column]]
 
     def where(self, column: str, value: Cell) -> Table:
-        """Picks rows.
+        """Selects rows.
 
         Args:
-            column: The column to look at.
-            value: What it must hold.
+            column: The name of a column.
+            value: The cell to select.
 
         Returns:
-            The table of the rows whose cell in ``column`` equals ``value``.
+            The table of the rows with ``value`` in ``column``.
         """
         index = self.columns.index(column)
         return Table(self.columns, tuple(row for row in self.rows if row[index] == value))
 
     def unique(self, *columns: str) -> list[Cell]:
-        """Lists what one or more columns hold.
+        """Lists the distinct cells of columns.
 
         Args:
-            columns: Their names.
+            *columns: The names of the columns.
 
         Returns:
-            The different cells, in the order of their first row and column.
+            The distinct cells, in the order of their first row and column.
         """
         rows = zip(*(self[column] for column in columns), strict=True)
         return list(dict.fromkeys(itertools.chain.from_iterable(rows)))
@@ -122,17 +118,16 @@ class Table:
         r"""Writes the table as CSV.
 
         Returns:
-            RFC 4180: a header, one record a row, lines ended by ``\r\n``. Floats are the shortest
-            decimals that read back to the same bits; not-a-number and infinity are ``nan``,
-            ``inf`` and ``-inf``; ``None`` is empty. A name that a spreadsheet would take for a
-            formula has ``./`` before it, or an apostrophe where it is no file's; `from_csv` takes
-            that away.
+            RFC 4180: a header and one record per row, with line ends ``\r\n``. Floats are the
+            shortest decimals that round-trip; non-finite numbers are ``nan``, ``inf`` and
+            ``-inf``; ``None`` is empty. Text that a spreadsheet would evaluate as a formula has
+            the prefix ``./`` if it is a path, else an apostrophe; `from_csv` removes it.
         """
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow(self.columns)
-        before = [_BEFORE.get(column, "") for column in self.columns]
-        writer.writerows(list(map(_write, row, before)) for row in self.rows)
+        prefixes = [_PREFIXES.get(column, "") for column in self.columns]
+        writer.writerows(list(map(_write, row, prefixes)) for row in self.rows)
         return text.getvalue()
 
     @classmethod
@@ -140,14 +135,14 @@ class Table:
         """Reads a CSV file.
 
         Args:
-            path: Where it lies.
-            pipe: Whether it may be a pipe, as one that the command line names.
+            path: The file.
+            pipe: Whether the file may be a pipe, such as ``/dev/fd/63`` of a shell's ``<(…)``.
 
         Returns:
             The table.
 
         Raises:
-            TableError: It cannot be read, or is not such a CSV.
+            TableError: The file cannot be read, or is not a CSV of losscli.
         """
         try:
             if pipe:
@@ -155,7 +150,7 @@ class Table:
             else:
                 with open_regular(path) as file:
                     content = read_text(file)
-            # Spreadsheets put a mark before the first column.
+            # Spreadsheets write a byte order mark.
             lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
             return cls.from_csv(lines, str(path))
         except (OSError, ValueError) as error:
@@ -164,17 +159,17 @@ class Table:
 
     @classmethod
     def from_csv(cls, lines: TextIO, name: str) -> Table:
-        """Reads what `to_csv` wrote.
+        """Reads the output of `to_csv`.
 
         Args:
             lines: The file, opened with ``newline=""``.
-            name: What to call it in errors.
+            name: The name of the file in errors.
 
         Returns:
-            The table, equal to the one written.
+            The table, equal to the written one.
 
         Raises:
-            TableError: The file is not such a CSV.
+            TableError: The file is not a CSV of losscli.
         """
         try:
             records = list(csv.reader(lines, strict=True))
@@ -197,27 +192,27 @@ class Table:
         return cls(columns, tuple(rows))
 
 
-def _write(cell: Cell, before: str) -> str:
+def _write(cell: Cell, prefix: str) -> str:
     if cell is None:
         return ""
-    if before and isinstance(cell, str) and _is_formula(cell, before):
-        return before + cell
-    # float() first: NumPy's own scalars write themselves as np.float64(…).
+    if prefix and isinstance(cell, str) and _is_formula(cell, prefix):
+        return prefix + cell
+    # float() first, since the repr of a NumPy scalar is np.float64(…).
     return repr(float(cell)) if isinstance(cell, float) else str(cell)
 
 
-def _is_formula(text: str, before: str) -> bool:
-    """Whether text begins as a formula does, behind any number of what is put before one."""
-    while text.startswith(before):
-        text = text[len(before) :]
+def _is_formula(text: str, prefix: str) -> bool:
+    """Returns whether text starts like a formula after any number of prefixes."""
+    while text.startswith(prefix):
+        text = text[len(prefix) :]
     return text[:1] != "" and text[0] in _FORMULA
 
 
 def _read(column: str, text: str) -> Cell:
     if column in _TEXT:
-        before = _BEFORE.get(column, "")
-        if before and text.startswith(before) and _is_formula(text, before):
-            return text[len(before) :]
+        prefix = _PREFIXES.get(column, "")
+        if prefix and text.startswith(prefix) and _is_formula(text, prefix):
+            return text[len(prefix) :]
         return text
     if not text:
         return None
@@ -228,6 +223,6 @@ def _read(column: str, text: str) -> Cell:
     except OverflowError:
         raise ValueError(f"the number under {column!r} is beyond a float's range") from None
     except ValueError:
-        what = "whole number" if kind is int else "number"
-        raise ValueError(f"{text!r} under {column!r} is no {what}") from None
+        noun = "whole number" if kind is int else "number"
+        raise ValueError(f"{text!r} under {column!r} is no {noun}") from None
     return number

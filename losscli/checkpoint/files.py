@@ -20,7 +20,7 @@ from losscli.checkpoint.names import metadata_of, natural_key
 from losscli.checkpoint.size_checks import LEGACY_MAGIC, AmbiguousError, RepeatedError, SizeError
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
-from losscli.files import open_regular, read_regular, stand_in
+from losscli.files import find_placeholder, open_regular, read_regular
 
 __all__ = ["SUFFIXES", "read_file", "read_json"]
 
@@ -99,7 +99,7 @@ def _check_placeholder(path: Path, name: str) -> None:
     Raises:
         CheckpointError: The file is a Git LFS pointer or a web page.
     """
-    if found := stand_in(path):
+    if found := find_placeholder(path):
         description, fix = found
         raise CheckpointError(f"{name} is {description}", fix) from None
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from losscli.arguments import listed, shown
+from losscli.arguments import as_list, describe
 from losscli.checkpoint.names import loadable, metadata_of, state_dicts
 from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
@@ -111,7 +111,7 @@ def name_checkpoint(value: object, label: str) -> str:
     if isinstance(value, Mapping | nn.Module | Checkpoint):
         return InMemoryCheckpoint.from_object(label, value)
     if not isinstance(value, _SINGLE_TYPES):
-        raise UsageError(f"{label} is {shown(value)}, which is no checkpoint", _FIX)
+        raise UsageError(f"{label} is {describe(value)}, which is no checkpoint", _FIX)
     name = os.fsdecode(value)  # type: ignore[arg-type]
     if not name:
         raise UsageError("the name of a checkpoint is empty", "Is a shell variable unset?")
@@ -132,9 +132,9 @@ def name_checkpoints(values: object) -> list[str]:
         UsageError: A value is not a checkpoint, or two objects share their tensors.
         CheckpointError: A tensor of an object has no values, or does not support arithmetic.
     """
-    each = [values] if isinstance(values, _SINGLE_TYPES) else listed(values)
+    each = [values] if isinstance(values, _SINGLE_TYPES) else as_list(values)
     if each is None:
-        raise UsageError(f"{shown(values)} is no checkpoint and no list of them", _FIX)
+        raise UsageError(f"{describe(values)} is no checkpoint and no list of them", _FIX)
     names = [name_checkpoint(value, f"checkpoint {i}") for i, value in enumerate(each)]
     owners: dict[object, str] = {}
     for name in names:

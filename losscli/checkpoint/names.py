@@ -103,6 +103,9 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 # Two integers separated by a dot, and no third: 0.15, but not 1.2.3.
 _DECIMAL = re.compile(r"(?<![0-9])(?<![0-9]\.)([0-9]+\.[0-9]+)(?!\.?[0-9])")
 
+# A number with an exponent that stands alone: step-1e3, but neither fold1e3 nor a part of a hash.
+_EXPONENT = re.compile(r"(?i)(?<![0-9a-z.])([0-9]+(?:\.[0-9]+)?e[-+]?[0-9]{1,3})(?![0-9a-z])")
+
 # The suffixes of a file name, and #KEY.
 _ENDING = re.compile(r"(\.[A-Za-z]\w*)+(#.*)?$", re.DOTALL)
 
@@ -120,7 +123,7 @@ def stem(name: str) -> str:
 
 
 def sort_naturally(names: Sequence[str]) -> list[str]:
-    """Sorts file names in natural order, numbers by value: 2 before 10, 0.15 before 0.2.
+    """Sorts file names by the values of numbers: 2 before 10, 0.15 before 0.2, 2e3 before 1e4.
 
     A name comes before longer names that begin with it: ``last.ckpt`` before ``last-v1.ckpt``,
     which Lightning writes if ``last.ckpt`` exists.
@@ -132,8 +135,13 @@ def sort_naturally(names: Sequence[str]) -> list[str]:
         The sorted names.
     """
     split = {name: stem(name) for name in names}
+    # Numbers with exponents are at odd places.
+    parts = {name: _EXPONENT.split(found) for name, found in split.items()}
     fractions = [
-        number.partition(".")[2] for part in split.values() for number in _DECIMAL.findall(part)
+        number.partition(".")[2]
+        for found in parts.values()
+        for part in found[::2]
+        for number in _DECIMAL.findall(part)
     ]
     # 1.9, 1.10, 1.11 are versions, not decimals: a decimal would not end in 0 next to shorter ones.
     counted = len({len(fraction) for fraction in fractions}) > 1 and any(
@@ -142,10 +150,15 @@ def sort_naturally(names: Sequence[str]) -> list[str]:
 
     def key(name: str) -> tuple[list[tuple[int, Decimal | int | str]], list[tuple[int, int | str]]]:
         found: list[tuple[int, Decimal | int | str]] = []
-        for i, part in enumerate([split[name]] if counted else _DECIMAL.split(split[name])):
-            found += (
-                [(0, Decimal(part))] if i % 2 else [k for k in natural_key(part) if k != (1, "")]
-            )
+        for i, plain in enumerate(parts[name]):
+            inner = [plain] if counted or i % 2 else _DECIMAL.split(plain)
+            for j, part in enumerate(inner):
+                value = (i + j) % 2
+                found += (
+                    [(0, Decimal(part))]
+                    if value
+                    else [k for k in natural_key(part) if k != (1, "")]
+                )
         return found, natural_key(name.removeprefix(split[name]))
 
     return sorted(names, key=key)

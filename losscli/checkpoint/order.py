@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
+from functools import reduce
 from itertools import compress, groupby
+from operator import and_
 from pathlib import Path
 
 from torch import Tensor
@@ -29,6 +33,19 @@ _PREFIXES = (
 _WORDS = {"init": "first", "initial": "first", "final": "last", "last": "last", "latest": "last",
           "best": "best"}  # fmt: skip
 
+# What a name may number its place in training by: a whole number, or one with an exponent. With a
+# decimal it is the name of a metric, such as train_loss_epoch=0.52.
+_KEYS = {
+    key: re.compile(
+        rf"(?i)(?<![a-z]){key}s?[-_= ]?"
+        r"([0-9]+(?:\.[0-9]+)?e\+?[0-9]{1,3}(?![0-9])|[0-9]+(?!\.?[0-9]|e[-+]?[0-9]))"
+    )
+    for key in ("epoch", "step")
+}
+
+# What Lightning puts behind a name that is there already.
+_VERSION = re.compile(r"-v[0-9]+$")
+
 # Maximum number of names in a note.
 _MAX_LISTED = 3
 
@@ -51,11 +68,12 @@ def expand_folders(names: Sequence[str]) -> list[str]:
 def order_path(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[str], list[str]]:
     """Lists the checkpoints of a path in the order of training.
 
-    Names in lexicographic order (1, 10, 2, as from a shell pattern) are sorted into natural order.
-    In a folder, ``init*`` comes first; ``final*`` and ``last*`` come last. If the folder has
-    numbered files, ``best*`` and ``model_best*`` are left out, and a name like theirs without the
-    number (``model.pt`` next to ``model_10.pt``) also comes last. A last checkpoint is left out if
-    its weights equal those of a numbered file.
+    Names in lexicographic order where natural order differs (1, 10, 2: a shell pattern) are put
+    into natural order. Where all numbered names tell an epoch or a step that no two share, that
+    orders them (``val_loss=0.5-epoch=3``). In a folder ``init*`` comes first, ``final*`` and
+    ``last*`` come last. If the folder has numbered files, ``best*`` and ``model_best*`` are left
+    out, and a name of theirs without the number (``model.pt`` beside ``model_10.pt``) comes last
+    too. What comes last is left out if it equals a numbered file.
 
     Args:
         names: Names of checkpoints and of folders of checkpoints.
@@ -72,12 +90,12 @@ def order_path(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[
         return expand_folders(names), []
     notes: list[str] = []
     objects = any(isinstance(name, InMemoryCheckpoint) for name in names)
-    given = list(names) if objects else _in_natural_order(names)
+    given, order = (list(names), "") if objects else _in_order(names)
     if given != list(names):
         notes.append(
             f"the checkpoints were named in the order of their characters (1, 10, 2), as a shell "
-            f"lists them, and are taken in natural order: {_join_names(given)}. --keep-order keeps "
-            "the order of the names"
+            f"lists them, and are taken in {order}: {_join_names(given)}. --keep-order keeps the "
+            "order of the names"
         )
     found: list[str] = []
     for name in given:
@@ -93,16 +111,55 @@ def _expand(name: str) -> list[str]:
     return [] if isinstance(name, InMemoryCheckpoint) else list_checkpoints(name)
 
 
-def _in_natural_order(names: Sequence[str]) -> list[str]:
-    """Sorts names from shell patterns: all names, or each run that differs only in numbers."""
-    if list(names) == sorted(names):
-        return sort_naturally(names)
-    found: list[str] = []
-    for _, group in groupby(names, key=lambda name: re.sub(r"[0-9]+", "0", name)):
-        similar = list(group)
-        patterns = (sorted(similar), sorted(similar, key=_letters_and_digits))
-        found += sort_naturally(similar) if similar in patterns else similar
-    return found
+def _in_order(names: Sequence[str]) -> tuple[list[str], str]:
+    """Sorts names that a shell pattern gave, all of them or neighbours that differ in numbers.
+
+    Returns:
+        The names, and what they are in the order of.
+    """
+    groups = [list(group) for _, group in groupby(names, key=_masked)]
+    if len(groups) > 1 and list(names) == sorted(names):
+        return sort_naturally(names), "natural order"
+    found, keys = [], ""
+    for similar in groups:
+        listed = similar in (sorted(similar), sorted(similar, key=_letters_and_digits))
+        ordered, by = _by_keys(sort_naturally(similar)) if listed else (similar, "")
+        found += ordered
+        keys = keys or by
+    return found, f"the order of {keys}" if keys else "natural order"
+
+
+def _by_keys(names: list[str]) -> tuple[list[str], str]:
+    """Sorts names by the epoch and the step that they tell.
+
+    Args:
+        names: The names, in natural order.
+
+    Returns:
+        The names, and what they are sorted by; none where that is their order already, where not
+        all tell it, or where several tell the same and so are not of one training.
+    """
+    files = [_file_name(name) for name in names]
+    matches_by_key = {
+        key: [pattern.search(file) for file in files] for key, pattern in _KEYS.items()
+    }
+    values = {
+        key: [Decimal(match[1]) for match in matches if match]
+        for key, matches in matches_by_key.items()
+        if all(matches)
+    }
+    positions = list(zip(*values.values(), strict=True))
+    unlike = {_VERSION.sub("", stem(file)) for file in files}
+    if len(set(positions)) < len(unlike):
+        return names, ""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    ordered = [names[i] for i in order]
+    return (ordered, " and ".join(values)) if ordered != names else (names, "")
+
+
+def _masked(name: str) -> str:
+    """A name without the values of its numbers."""
+    return re.sub(r"[0-9]+", "0", name)
 
 
 def _letters_and_digits(name: str) -> str:
@@ -124,6 +181,12 @@ def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
     unnumbered = list(compress(steps, _lack_number(list(map(_file_name, steps)))))
     steps = [name for name in steps if name not in unnumbered]
     numbered = [name for name in steps if re.search(r"[0-9]", _file_name(name))]
+    numbered, keys = _by_keys(numbered)
+    if keys:
+        notes.append(
+            f"{_join_names(numbered)} are taken in the order of {keys}, and not in natural order, "
+            "which --keep-order keeps"
+        )
     if not numbered:
         last, steps = final, [name for name in files if positions[name] in {"best", ""}]
     else:
@@ -141,11 +204,10 @@ def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
     if ordered != [name for name in files if name in set(ordered)]:
         ends = ((first, "first"), (last, "last"))
         notes.append(
-            " and ".join(
-                f"{_join_with_verb(group)} taken {position}" for group, position in ends if group
-            )
+            " and ".join(f"{_join_with_verb(some)} taken {place}" for some, place in ends if some)
         )
-    return ordered, notes
+    moved, by_key = set(numbered), iter(numbered)
+    return [next(by_key) if name in moved else name for name in ordered], notes
 
 
 def _file_name(name: str) -> str:
@@ -180,21 +242,27 @@ def _lack_number(files: Sequence[str]) -> list[bool]:
     """Whether each name is that of numbered files without the number: often the latest."""
     stems = [stem(file.lower()) for file in files]
     unnumbered = []
-    for name, has_number in zip(stems, _have_numbers(files), strict=True):
-        suffixes = [other.removeprefix(name) for other in stems if other.startswith(name)]
-        # For model.pt: model10.pt, model_10.pt and model-epoch-10.pt, but not models_10.pt.
-        numbered = [suffix for suffix in suffixes if re.match(r"(?![a-z]).*[0-9]", suffix)]
-        # Lightning writes name-v1.ckpt after name.ckpt.
-        is_version = any(re.fullmatch(r"-v[0-9]+", suffix) for suffix in numbered)
+    for own, has_number in zip(stems, _have_numbers(files), strict=True):
+        longer = [other.removeprefix(own) for other in stems if other.startswith(own)]
+        # Of a model.pt: model10.pt, model_10.pt and model-epoch-10.pt, but not models_10.pt.
+        numbered = [rest for rest in longer if re.match(r"(?![a-z]).*[0-9]", rest)]
+        # Lightning writes a name-v1.ckpt after a name.ckpt.
+        is_version = any(_VERSION.fullmatch(rest) for rest in numbered)
         unnumbered.append(bool(numbered) and not is_version and not has_number)
     return unnumbered
 
 
 def _have_numbers(files: Sequence[str]) -> list[bool]:
-    """Whether each name has a number that not all names share."""
-    numbers = [set(re.findall(r"[0-9]+", file)) for file in files]
-    common = set.intersection(*numbers) if numbers else set()
-    return [bool(found - common) for found in numbers]
+    """Finds the names with a number of their own, which not all names share."""
+    # A value may stand twice in a name, as in seed1_epoch1.pt; and names that differ in numbers
+    # alone may have the same ones, as fold1_2.pt and fold2_1.pt.
+    numbers = [Counter(re.findall(r"[0-9]+", file)) for file in files]
+    common = reduce(and_, numbers) if numbers else Counter[str]()
+    similar = Counter(map(_masked, files))
+    return [
+        bool(own - common) or similar[_masked(file)] > 1
+        for file, own in zip(files, numbers, strict=True)
+    ]
 
 
 def _find_duplicate(name: str, others: Sequence[str]) -> str | None:

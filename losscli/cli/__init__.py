@@ -1,4 +1,4 @@
-"""The command line: parse, call, write. Errors become one line and an exit status here."""
+"""The entry point of the command line, which turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["main"]
 
 _COMPLETION = frozenset({"--install-completion", "--show-completion"})
 
-# Seconds after which a signal that was dropped is sent again.
-_MOMENT = 0.01
+# Seconds before a lost signal is sent again.
+_RESEND_DELAY = 0.01
 
 
 class _Signalled(BaseException):
-    """Ctrl-C, or SIGTERM as a batch system sends it before it ends a job."""
+    """SIGINT (Ctrl-C), or SIGTERM as batch systems send it before they end a job."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -40,18 +40,18 @@ class _Signalled(BaseException):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and ends the process with its exit status.
 
-    0: done; 1: could not; 2: usage; 130: Ctrl-C; 143: SIGTERM.
+    0: success; 1: failure; 2: usage error; 130: Ctrl-C; 143: SIGTERM.
 
     Args:
-        arguments: The command line without the program's name; that of the process by default.
+        arguments: The arguments without the program name; ``sys.argv[1:]`` by default.
     """
     console = Console()
-    # Files alone are drawn. What a desktop's session has there may not be installed here.
+    # Figures are only written to files; an interactive backend may not be installed.
     os.environ["MPLBACKEND"] = "agg"
     exit_on_lost_pages(console.error)
     status = run(sys.argv[1:] if arguments is None else list(arguments), console)
     if status > 128:
-        # A thread that hangs in a model's code must not keep a process that was told to end.
+        # A thread that hangs in a model's code must not keep the process alive after a signal.
         os._exit(status)
     sys.exit(status)
 
@@ -60,137 +60,137 @@ def run(arguments: Sequence[str], console: Console) -> int:
     """Runs a command.
 
     Args:
-        arguments: The command line without the program's name.
-        console: Its streams.
+        arguments: The arguments without the program name.
+        console: The streams.
 
     Returns:
         The exit status.
     """
-    # Not a KeyboardInterrupt: typer would swallow it.
+    # typer would swallow a KeyboardInterrupt.
     before = {n: signal.signal(n, _signalled) for n in (signal.SIGINT, signal.SIGTERM)}
     hook, sys.unraisablehook = sys.unraisablehook, partial(_unraisable, sys.unraisablehook)
     try:
-        with warnings.catch_warnings():  # -q leaves them out
-            return _attempt(partial(_dispatch, arguments), console)
-    except _Signalled as sent:
-        # While another end was told of, or when all was done.
-        return 128 + sent.number
+        with warnings.catch_warnings():  # since -q changes the filters
+            return _run_and_report(partial(_dispatch, arguments), console)
+    except _Signalled as signalled:
+        # It came while another error was reported, or after the command had finished.
+        return 128 + signalled.number
     finally:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _attempt(work: Callable[[Console], int], console: Console) -> int:
-    """Does what a command asks for; returns its exit status, and tells of errors."""
+def _run_and_report(work: Callable[[Console], int], console: Console) -> int:
+    """Runs a command, reports its error and returns its exit status."""
     try:
         return work(console)
     except LosscliError as error:
         if console.traceback:
             raise
-        console.error(_with_what_is_kept(str(error), console))
+        console.error(_with_resume_hint(str(error), console))
         return error.exit_code
-    except _Signalled as sent:
+    except _Signalled as signalled:
         import multiprocessing
 
-        # Workers that decode data would else be waited for until they are done with a batch.
+        # Otherwise the process waits until its data workers have finished a batch.
         for child in multiprocessing.active_children():
             child.terminate()
-        how = "interrupted" if sent.number == signal.SIGINT else "terminated"
+        how = "interrupted" if signalled.number == signal.SIGINT else "terminated"
         written = "the results are written" if console.written else "nothing was written"
-        console.error(f"{how}; {_kept(console) or written}")
-        return 128 + sent.number
+        console.error(f"{how}; {_resume_hint(console) or written}")
+        return 128 + signalled.number
     except SystemExit as error:
-        if "_LOSSCLI_COMPLETE" in os.environ:  # a shell asked typer for completions
+        if "_LOSSCLI_COMPLETE" in os.environ:  # a shell asks for completions
             return error.code if isinstance(error.code, int) else 0
-        ended = f"code that this command runs ended with SystemExit({error.code})"
-        console.error(_with_what_is_kept(ended, console))
+        message = f"code that this command runs ended with SystemExit({error.code})"
+        console.error(_with_resume_hint(message, console))
         return 1
     except OSError as error:
         if console.traceback:
             raise
-        failed = f"{error.filename or 'a stream'}: {error.strerror}"
-        console.error(_with_what_is_kept(failed, console))
+        message = f"{error.filename or 'a stream'}: {error.strerror}"
+        console.error(_with_resume_hint(message, console))
         return 1
     except Exception as error:
         if console.traceback:
             raise
-        fault = (
+        message = (
             f"unexpected {type(error).__name__}: {error}. This is a fault of losscli: run again "
             "with --traceback and report what it shows"
         )
-        console.error(_with_what_is_kept(fault, console))
+        console.error(_with_resume_hint(message, console))
         return 1
 
 
-def _kept(console: Console) -> str:
-    """Says where what was finished lies, if anything was."""
-    if console.kept is None:
+def _resume_hint(console: Console) -> str:
+    """Returns how to resume a run; empty if it has no journal."""
+    if console.journal is None:
         return ""
-    return f"what was finished is in {console.kept}: the same command goes on from there"
+    return f"what was finished is in {console.journal}: the same command goes on from there"
 
 
-def _with_what_is_kept(text: str, console: Console) -> str:
-    kept = _kept(console)
-    return f"{text.rstrip('.')}. {kept[0].upper()}{kept[1:]}" if kept else text
+def _with_resume_hint(text: str, console: Console) -> str:
+    hint = _resume_hint(console)
+    return f"{text.rstrip('.')}. {hint[0].upper()}{hint[1:]}" if hint else text
 
 
 def _signalled(number: int, _frame: FrameType | None) -> None:
     raise _Signalled(number)
 
 
-def _unraisable(otherwise: Callable[[Any], Any], dropped: Any) -> None:
-    """Sends a signal again that fell into a finaliser or the hook of a fork, and so was dropped."""
-    if isinstance(dropped.exc_value, _Signalled):
-        # By a thread, in a moment: here it would be dropped again.
-        _thread.start_new_thread(_send_again, (dropped.exc_value.number,))
+def _unraisable(default_hook: Callable[[Any], Any], unraisable: Any) -> None:
+    """Sends a signal again if Python dropped it in a finaliser or a fork hook."""
+    if isinstance(unraisable.exc_value, _Signalled):
+        # From a thread and later, since an exception raised here would be dropped again.
+        _thread.start_new_thread(_send_again, (unraisable.exc_value.number,))
     else:
-        otherwise(dropped)
+        default_hook(unraisable)
 
 
 def _send_again(number: int) -> None:
-    time.sleep(_MOMENT)
+    time.sleep(_RESEND_DELAY)
     os.kill(os.getpid(), number)
 
 
 def _dispatch(arguments: Sequence[str], console: Console) -> int:
     try:
-        Path.cwd()  # without one torch ends the process
+        Path.cwd()  # torch aborts without a current folder
     except FileNotFoundError:
         raise UsageError("the current folder is gone", "Change to one that is there") from None
     if "RANK" in os.environ:
         from losscli.evaluation.ranks import is_one_of_many
 
         if is_one_of_many():
-            return _among_ranks(arguments, console)
+            return _run_as_rank(arguments, console)
     return _parse(arguments, console)
 
 
-def _among_ranks(arguments: Sequence[str], console: Console) -> int:
-    """Runs a command together with other processes, of which rank 0 alone talks."""
-    leads = os.environ["RANK"] == "0"
-    # All other commands take no longer by rank 0 alone.
+def _run_as_rank(arguments: Sequence[str], console: Console) -> int:
+    """Runs a command as one of several processes; only rank 0 writes to the streams."""
+    is_leader = os.environ["RANK"] == "0"
+    # Only rank 0 runs the other commands.
     distributed = {name for name, command in COMMANDS.items() if command.distributed}
     if not set(arguments[:1]) <= distributed or not {"-h", "--help"}.isdisjoint(arguments):
-        return _parse(arguments, console) if leads else 0
+        return _parse(arguments, console) if is_leader else 0
     from losscli.evaluation.ranks import joined
 
-    # torch would log the frames of its C++ where a connection ends; what follows tells of it.
+    # Otherwise torch logs C++ stack traces when a connection ends, which is reported below.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     silent = SilentConsole()
     with joined(console.note) as ranks:
-        own = console if leads else silent
-        own.ranks = ranks
-        status = _attempt(partial(_parse, arguments), own)
-        # What ends by a signal was told to, and the others were too.
+        rank_console = console if is_leader else silent
+        rank_console.ranks = ranks
+        status = _run_and_report(partial(_parse, arguments), rank_console)
+        # After a signal there is no failure to report: all ranks receive it.
         if 0 < status <= 128:
-            ranks.fail(silent.said)
+            ranks.fail(silent.last_error)
         ranks.leave(status)
     return status
 
 
-def _without_commas(arguments: Sequence[str]) -> str:
-    """Returns a cure where the numbers of an option have commas between them; else nothing."""
+def _comma_hint(arguments: Sequence[str]) -> str:
+    """Returns a hint if the numbers of an option are separated by commas, else an empty string."""
     for option, value in pairwise(arguments):
         numbers = value.split(",")
         if option.startswith("-") and len(numbers) > 1 and all(map(_is_number, numbers)):
@@ -207,24 +207,24 @@ def _is_number(text: str) -> bool:
 
 
 def _parse(arguments: Sequence[str], console: Console) -> int:
-    # typer takes a tenth of a second to import: within `run`, so that Ctrl-C is heard meanwhile.
+    # Imported within `run`, which handles Ctrl-C: typer takes a tenth of a second to import.
     import typer
 
     from losscli.cli.app import app
 
-    # Typer bundles click since its version 0.2x, so its exceptions have no stable home.
+    # Recent versions of typer bundle click, so the exception has no stable import path.
     click_exception: type[Any] = typer.BadParameter.__mro__[2]
     notes = _Notes(console)
     logging.getLogger("losscli").addHandler(notes)
-    # So help is asked for, which typer writes; and completion, after which it ends the process.
+    # typer writes the help itself, and ends the process after --install-completion.
     helps = not arguments or not {"-h", "--help"}.isdisjoint(arguments)
     completes = not _COMPLETION.isdisjoint(arguments[:1])
     try:
         status = app(args=list(arguments), prog_name="losscli", standalone_mode=False, obj=console)
         if helps and sys.stdout is None:
-            raise console.lost()
+            raise console.output_error()
     except SystemExit as error:
-        # So rich ends a text that is read no further, as by head: nothing is lost.
+        # rich raises it if the reader of a pipe, such as head, stops early: nothing is lost.
         if (helps or completes) and isinstance(error.__context__, BrokenPipeError):
             return 0
         if not completes:
@@ -233,15 +233,15 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
     except OSError as error:
         if not (helps or completes) or error.filename:
             raise
-        lost = console.lost(error)
+        output_error = console.output_error(error)
         if isinstance(error, BrokenPipeError):
             return 0
-        raise lost from None
+        raise output_error from None
     except click_exception as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "losscli")
         raise UsageError(
             error.format_message() or "no command is given",
-            _without_commas(arguments) or f"See {command} --help",
+            _comma_hint(arguments) or f"See {command} --help",
         ) from None
     finally:
         logging.getLogger("losscli").removeHandler(notes)
@@ -249,7 +249,7 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
 
 
 class _Notes(logging.Handler):
-    """Shows as a note what is logged while a command runs."""
+    """Shows warnings that losscli logs while a command runs as notes."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.WARNING)

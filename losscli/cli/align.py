@@ -10,7 +10,7 @@ import typer
 
 from losscli.cli import report
 from losscli.cli.console import Console
-from losscli.cli.files import writable
+from losscli.cli.files import check_writable
 from losscli.cli.options import Force, Json, with_console, with_some_settings
 from losscli.results import to_json
 from losscli.settings import Settings
@@ -53,7 +53,7 @@ def align(
     closest to A, so that `losscli interpolate` can show the hill between them without it. The
     function of the permuted network is held against B's on the data before anything is written.
     """
-    writable(out, force=force)
+    check_writable(out, force=force)
     from losscli.checkpoint import save
     from losscli.studies.alignment import align as study
 

@@ -1,4 +1,4 @@
-"""The commands put together."""
+"""The typer application with all commands."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ app = typer.Typer(
 )
 
 
-def _version(context: typer.Context, asked: bool) -> None:
-    if asked:
+def _version(context: typer.Context, requested: bool) -> None:
+    if requested:
         context.obj.result(f"losscli {__version__}\n")
         raise typer.Exit
 

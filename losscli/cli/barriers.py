@@ -8,7 +8,7 @@ import typer
 
 from losscli.cli.console import Console
 from losscli.cli.options import Write, with_console, with_output, with_settings
-from losscli.cli.run_study import names_of, run_study
+from losscli.cli.run_study import expand_names, run_study
 from losscli.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,5 +54,5 @@ def barriers(
 
         return Barriers.plan(names, settings, points=points, ranks=console.ranks)
 
-    names = names_of(checkpoints, console.ranks)
+    names = expand_names(checkpoints, console.ranks)
     run_study("barriers", checkpoints, plan, write, console)

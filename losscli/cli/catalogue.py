@@ -1,4 +1,4 @@
-"""``losscli list``: what the registries hold."""
+"""``losscli list``: the entries of the registries."""
 
 from __future__ import annotations
 

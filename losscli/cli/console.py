@@ -1,4 +1,4 @@
-"""The talk on stderr and the result on stdout: colour, progress, notes and errors."""
+"""The streams of a command: results on stdout; progress, notes and errors on stderr."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Console", "SilentConsole", "stdin"]
 
+# Seconds between two progress lines in a log file.
 _INTERVAL = 10.0
 
-# From so many columns on a bar has the rate beside it.
+# Minimum number of columns of a terminal for the rate beside the progress bar.
 _WIDE = 60
 
 _CLOSED = "stdout was closed before the result was written to it"
 
-# What shares of a point, added up, may be short of whole ones.
+# The rounding error of a sum of fractions of points.
 _ROUNDING = 1e-6
 
 
@@ -35,23 +36,23 @@ class Console:
 
     Args:
         stdout: Where results go; `sys.stdout` by default.
-        stderr: Where the talk goes; `sys.stderr` by default.
+        stderr: Where progress, notes and errors go; `sys.stderr` by default.
 
     Attributes:
-        quiet: Whether progress and notes are left out.
-        traceback: Whether an error shows where in the code it came from.
-        kept: Where what was finished lies if the command ends too early; None where nothing was.
-        written: Whether the results stand.
-        ranks: The processes that share the command; None if this one runs it alone.
+        quiet: Whether progress and notes are suppressed.
+        traceback: Whether an error shows its traceback.
+        journal: The journal of a run that ended early; None if it kept nothing.
+        written: Whether the results are written.
+        ranks: The processes that share the command; None if there is only this one.
     """
 
     def __init__(self, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
-        # Python's own streams are None where the caller closed them.
+        # Python sets its streams to None if the caller closed them.
         self.stdout: TextIO | None = stdout if stdout is not None else sys.stdout
         self.stderr: TextIO | None = stderr if stderr is not None else sys.stderr
         self.quiet = False
         self.traceback = False
-        self.kept: Path | None = None
+        self.journal: Path | None = None
         self.written = False
         self.ranks: Ranks | None = None
 
@@ -61,49 +62,49 @@ class Console:
         return self.stderr is not None and self.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def result(self, text: str, *, drawn: bool = False) -> None:
-        """Writes to stdout, and makes sure that it arrived.
+        """Writes a result to stdout and flushes it.
 
-        On a terminal, control characters of names from files become escapes. In a pipe or a file
-        they stay as they are.
+        On a terminal, control characters are written as escapes, since names come from files. In a
+        pipe or a file they are kept.
 
         Args:
-            text: What to write.
-            drawn: Whether its control characters are losscli's own, such as colours.
+            text: The result.
+            drawn: Whether the control characters are those of losscli, such as colours.
 
         Raises:
-            OutputError: Nobody reads it.
+            OutputError: stdout is closed or cannot be written to.
         """
         if self.stdout is None:
             raise OutputError(_CLOSED)
         if not drawn and self.stdout.isatty():
             text = "\n".join(map(printable, text.replace("\r\n", "\n").split("\n")))
-        # A name may hold what the stream's encoding lacks: better an escape than no result.
+        # Characters of names that the encoding lacks are written as escapes.
         encoded = text.encode(self.stdout.encoding or "utf-8", "backslashreplace")
         try:
             buffer = getattr(self.stdout, "buffer", None)
             if buffer is None:
                 self.stdout.write(text)
             else:
-                # An unbuffered stdout may take a part and say how much; Python's own text layer
-                # would drop the rest without a word.
-                left = memoryview(encoded)
-                while left:
-                    left = left[buffer.write(left) :]
+                # An unbuffered stdout may write only a part, and Python's text layer would drop
+                # the rest silently.
+                unwritten = memoryview(encoded)
+                while unwritten:
+                    unwritten = unwritten[buffer.write(unwritten) :]
             self.stdout.flush()
         except OSError as error:
-            raise self.lost(error) from None
+            raise self.output_error(error) from None
 
-    def lost(self, error: OSError | None = None) -> OutputError:
-        """Tells why nothing arrives at stdout, and writes no more to it.
+    def output_error(self, error: OSError | None = None) -> OutputError:
+        """Explains why writing to stdout failed, and redirects it to the null device.
 
         Args:
-            error: What writing to it raised; None where it was closed from the first.
+            error: The error of a write; None if stdout was closed from the start.
 
         Returns:
             The error to raise.
         """
         if error is not None and self.stdout is not None:
-            # Python would complain once more when it flushes stdout on its way out.
+            # Otherwise the flush of stdout at exit fails again.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
         if error is None or isinstance(error, BrokenPipeError):
@@ -112,29 +113,17 @@ class Console:
 
     @contextmanager
     def guard_stdout(self) -> Iterator[None]:
-        """Sends to stderr what a user's own code prints, so that stdout holds results alone.
-
-        Yields:
-            Nothing.
-        """
+        """Redirects prints of user code to stderr, so that stdout has only results."""
         with contextlib.redirect_stdout(self.stderr):
             yield
 
     def note(self, text: str) -> None:
-        """Tells something beside the result, in one line.
-
-        Args:
-            text: The note.
-        """
+        """Writes a note in one line, unless quiet."""
         if not self.quiet:
             self._line(f"note: {text}")
 
     def error(self, text: str) -> None:
-        """Tells why the command ends, in one line.
-
-        Args:
-            text: What, where, the cure.
-        """
+        """Writes an error in one line: what is wrong, where, and how to fix it."""
         self._line(f"losscli: {text}")
 
     def _line(self, text: str) -> None:
@@ -142,7 +131,7 @@ class Console:
             return
         encoding = getattr(self.stderr, "encoding", None) or "utf-8"
         line = printable(text).encode(encoding, "backslashreplace").decode(encoding)
-        # A talk that nobody can hear is no reason to fail.
+        # An unwritable stderr must not make the command fail.
         with contextlib.suppress(OSError):
             self.stderr.write(f"{line}\n")
             self.stderr.flush()
@@ -151,24 +140,24 @@ class Console:
     def progress(
         self, total: int, unit: str, skipped: Callable[[], float] = lambda: 0.0
     ) -> Iterator[Callable[[float], None]]:
-        """Shows how far a computation is: a bar on a terminal, else a line every ten seconds.
+        """Shows progress: a bar on a terminal, else a line every ten seconds.
 
         Args:
-            total: How much there is to do.
-            unit: What is counted, in the plural.
-            skipped: How much of what is done took no time, since it was known before.
+            total: The amount of work.
+            unit: The unit of work, in the plural.
+            skipped: Returns the amount of work that took no time, since it was in a journal.
 
         Yields:
-            A function to call with how much is done.
+            A function to call with the amount of work done so far.
         """
         if self.quiet:
             yield lambda _: None
         elif self.animated:
-            yield from self._bar(_Count(total, unit, skipped))
+            yield from self._bar(_WorkCounter(total, unit, skipped))
         else:
-            yield self._lines(_Count(total, unit, skipped))
+            yield self._lines(_WorkCounter(total, unit, skipped))
 
-    def _bar(self, count: _Count) -> Iterator[Callable[[float], None]]:
+    def _bar(self, count: _WorkCounter) -> Iterator[Callable[[float], None]]:
         # rich takes a while to import, and only a terminal needs it.
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, Progress, TextColumn
@@ -181,45 +170,46 @@ class Console:
         )
         console = RichConsole(file=self.stderr)
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("", total=count.total, count=count.told, rate="")
+            task = bar.add_task("", total=count.total, count=count.text, rate="")
 
-            def tell(done: float) -> None:
+            def update(done: float) -> None:
                 count.add(done)
-                # A narrow terminal has no room for more than how much is left.
+                # A narrow terminal has room only for the remaining time.
                 wide = console.width >= _WIDE
-                rate = (f"{count.rate:.3g} {count.unit}/s" if wide else "", count.left)
+                rate = (f"{count.rate:.3g} {count.unit}/s" if wide else "", count.remaining)
                 bar.update(
-                    task, completed=count.done, count=count.told, rate=" ".join(filter(None, rate))
+                    task, completed=count.done, count=count.text, rate=" ".join(filter(None, rate))
                 )
 
-            yield tell
+            yield update
 
-    def _lines(self, count: _Count) -> Callable[[float], None]:
+    def _lines(self, count: _WorkCounter) -> Callable[[float], None]:
         last = time.monotonic()
 
-        def tell(done: float) -> None:
+        def update(done: float) -> None:
             nonlocal last
             count.add(done)
             now = time.monotonic()
             if now - last >= _INTERVAL and count.rate:
                 last = now
-                self._line(", ".join(filter(None, (count.told, count.left))))
+                self._line(", ".join(filter(None, (count.text, count.remaining))))
 
-        return tell
+        return update
 
 
-class _Count:
-    """How far a computation is, and when it will be done.
+class _WorkCounter:
+    """Counts the work done and estimates the remaining time.
 
-    What was known before takes no time, and what is done anew, after it was lost, is no progress.
+    Work from a journal takes no time and does not count for the rate. Work that is repeated after
+    a failure is not progress.
 
     Args:
-        total: How much there is to do; it may turn out to be more.
-        unit: What is counted, in the plural.
-        skipped: How much of what is done took no time.
+        total: The amount of work; there may turn out to be more.
+        unit: The unit of work, in the plural.
+        skipped: Returns the amount of work that took no time.
 
     Attributes:
-        done: How much is done, which never falls.
+        done: The amount of work done, which never decreases.
     """
 
     def __init__(self, total: int, unit: str, skipped: Callable[[], float]) -> None:
@@ -227,78 +217,69 @@ class _Count:
         self.unit = unit
         self.done = 0.0
         self._skipped = skipped
-        self._known = skipped()
-        self._new = 0.0
-        self._begun = time.monotonic()
+        self._last_skipped = skipped()
+        self._computed = 0.0
+        self._start = time.monotonic()
 
     def add(self, done: float) -> None:
-        """Takes note of how much is done by now."""
-        known = self._skipped()
-        self._new += max(0.0, done - self.done - (known - self._known))
-        self._known = known
+        """Updates the amount of work done so far."""
+        skipped = self._skipped()
+        self._computed += max(0.0, done - self.done - (skipped - self._last_skipped))
+        self._last_skipped = skipped
         self.done = max(self.done, done)
 
     @property
     def rate(self) -> float:
-        """How much is done a second; 0 where nothing was, but for rounding."""
-        spent = time.monotonic() - self._begun
-        return self._new / max(spent, 1e-9) if self._new > _ROUNDING else 0.0
+        """The amount of work per second; 0 before any is done."""
+        elapsed = time.monotonic() - self._start
+        return self._computed / max(elapsed, 1e-9) if self._computed > _ROUNDING else 0.0
 
     @property
-    def told(self) -> str:
-        """How much is done, in words, and of how much where that is known."""
-        of = f"/{self.total}" if self.done <= self.total + _ROUNDING else ""
-        return f"{int(self.done + _ROUNDING)}{of} {self.unit}"
+    def text(self) -> str:
+        """The amount of work done, with the total unless it is exceeded."""
+        total = f"/{self.total}" if self.done <= self.total + _ROUNDING else ""
+        return f"{int(self.done + _ROUNDING)}{total} {self.unit}"
 
     @property
-    def left(self) -> str:
-        """The time that is left, in words; nothing where it is not known."""
-        left = self.total - self.done
-        if not self.rate or left < -_ROUNDING:
+    def remaining(self) -> str:
+        """The remaining time in words; empty if unknown."""
+        work = self.total - self.done
+        if not self.rate or work < -_ROUNDING:
             return ""
-        return f"{_duration(max(0.0, left) / self.rate)} left"
+        return f"{_duration(max(0.0, work) / self.rate)} left"
 
 
 class SilentConsole(Console):
-    """The streams of a process that leaves all talk to another one.
+    """A console without streams, for ranks other than 0.
 
     Attributes:
-        said: The last error that was to be told.
+        last_error: The last error; empty if there was none.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.stdout = self.stderr = None
-        self.said = ""
+        self.last_error = ""
 
     def result(self, text: str, *, drawn: bool = False) -> None:
-        """Writes nothing.
-
-        Args:
-            text: What another process writes.
-            drawn: Whether its control characters are losscli's own.
-        """
+        """Writes nothing."""
 
     def error(self, text: str) -> None:
-        """Keeps an error.
-
-        Args:
-            text: What another process may tell.
-        """
-        self.said = text
+        """Keeps the error as `last_error`."""
+        self.last_error = text
 
 
 def stdin() -> bytes:
     """Reads stdin to its end.
 
     Returns:
-        What it held.
+        The bytes.
 
     Raises:
-        UsageError: It is closed, or cannot be read.
-        LosscliError: What comes out of it is no text, or does not end.
+        UsageError: stdin is closed or cannot be read.
+        LosscliError: The content is not text, or is too long.
     """
-    if sys.stdin is None:  # so Python has it where the caller closed it
+    if sys.stdin is None:  # the caller closed it
         raise UsageError("stdin is closed, so - names nothing", "Give names, or a pipe to stdin")
     try:
         return read_text(sys.stdin.buffer)

@@ -1,4 +1,4 @@
-"""Figures that a command writes: how many panels they may have, and their bytes."""
+"""Checks the size of figures and renders them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_curve_count", "check_panel_count", "render_files"]
 
-# Laying out more panels takes minutes, and more curves cannot be told from each other.
+# Laying out more panels takes minutes; more curves are indistinguishable.
 _MOST_PANELS = 24
 _MOST_CURVES = 200
 
@@ -23,10 +23,10 @@ def check_panel_count(panels: Panels, splits: int, metrics: int, cure: str) -> N
     """Checks that a figure has no more panels and curves than it can show.
 
     Args:
-        panels: What it has a panel for.
+        panels: What the figure has a panel for.
         splits: The number of splits.
         metrics: The number of metrics.
-        cure: What to do if there are too many.
+        cure: How to fix it if there are too many.
 
     Raises:
         UsageError: There are too many.
@@ -43,8 +43,8 @@ def check_curve_count(curves: int, cure: str) -> None:
     """Checks that a figure has no more curves than it can show.
 
     Args:
-        curves: One for each split, those of all runs together.
-        cure: What to do if there are too many.
+        curves: The number of curves: one for each split of each run.
+        cure: How to fix it if there are too many.
 
     Raises:
         UsageError: There are too many.
@@ -57,11 +57,11 @@ def render_files(figure: Callable[[], Figure], paths: Sequence[Path]) -> dict[Pa
     """Renders a figure in the format of each file.
 
     Args:
-        figure: Draws it; called for each file, since rendering changes a figure.
+        figure: Draws the figure; called for each file, since rendering modifies it.
         paths: The files.
 
     Returns:
-        What each file is to hold.
+        The content of each file.
     """
     if not paths:
         return {}

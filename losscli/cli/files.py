@@ -1,4 +1,4 @@
-"""``losscli inspect`` and ``losscli export``: looking into checkpoints, and taking a point home."""
+"""``losscli inspect`` and ``losscli export``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from losscli.errors import OutputError, UsageError
 from losscli.results import Output, to_json
 from losscli.studies.registry import COMMANDS
 
-__all__ = ["export", "inspect", "writable"]
+__all__ = ["check_writable", "export", "inspect"]
 
 
 @with_console
@@ -55,6 +55,8 @@ def inspect(
         console.result(f"{to_json(summary, indent=None)}\n")
     else:
         console.result(COMMANDS["inspect"].as_text(result))
+    for note in result.summary.get("notes", ()):
+        console.note(note)
     if files:
         console.note(f"wrote {', '.join(map(str, files))}")
 
@@ -110,7 +112,7 @@ def export(
     if (best is None) != (csv is None):
         given, missing = ("--best", "--csv") if csv is None else ("--csv", "--best")
         raise UsageError(f"{given} is given without {missing}", "Give --best SPLIT --csv STEM.csv")
-    writable(out, force=force)
+    check_writable(out, force=force)
     from losscli.checkpoint import save
     from losscli.studies.inspection import export as study
     from losscli.studies.inspection import lowest
@@ -135,16 +137,16 @@ def export(
             )
 
 
-def writable(out: Path, *, force: bool) -> None:
-    """Makes sure, before any work is done, that a checkpoint can be written.
+def check_writable(out: Path, *, force: bool) -> None:
+    """Checks, before any work is done, that a checkpoint can be written.
 
     Args:
         out: The file.
-        force: Whether it may be overwritten.
+        force: Whether the file may be overwritten.
 
     Raises:
-        UsageError: It is a folder, or its name is not that of a file that is written.
-        OutputError: Its folder is not there or cannot be written to, or it is there and may not
+        UsageError: The path is a folder or has an unknown suffix.
+        OutputError: The folder does not exist or is not writable, or the file exists and may not
             be overwritten.
     """
     if not out.name or out.is_dir():

@@ -1,4 +1,4 @@
-"""Options that commands share: one name, one meaning, written once."""
+"""Options that commands share, each defined once."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ _CONSOLE: dict[str, Any] = {
     ],
 }
 
-# Of the commands that take a path.
+# For commands that take a path of checkpoints.
 KeepOrder = Annotated[
     bool,
     _option(
@@ -227,7 +227,7 @@ KeepOrder = Annotated[
     ),
 ]
 
-# Of the commands that write one file, or none.
+# For commands that write one file or none.
 Force = Annotated[bool, _option(_OUTPUT, "Overwrite the file.", "--force")]
 Json = Annotated[bool, _option(_OUTPUT, "Print one JSON object instead of text.", "--json")]
 
@@ -255,16 +255,16 @@ _DEFAULTS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Write:
-    """Where a command's result goes.
+    """The output options of a command.
 
     Attributes:
         out: STEM, ``-``, or None for the default.
-        figure: The pictures asked for by name.
-        no_figure: Whether none is drawn.
+        figure: The paths of ``--figure``.
+        no_figure: Whether no figure is drawn.
         log: Whether the loss has a logarithmic axis.
-        force: Whether the results of another run may be overwritten.
-        json: Whether stdout gets JSON.
-        dry_run: Whether nothing is evaluated but one batch.
+        force: Whether results of another run may be overwritten.
+        json: Whether stdout gets the summary as JSON.
+        dry_run: Whether to describe the run and time one batch instead.
     """
 
     out: str | None
@@ -281,14 +281,14 @@ class Write:
         return self.out == "-"
 
     def plan(self, command: str, names: Sequence[str]) -> Output | None:
-        """Plans the files and makes sure that they can be written.
+        """Plans the output files and checks that they can be written.
 
         Args:
             command: The command, for the default stem.
             names: The checkpoints, for the default stem.
 
         Returns:
-            The plan; None where the CSV goes to stdout.
+            The plan; None if the CSV goes to stdout.
 
         Raises:
             UsageError: The options contradict each other.
@@ -310,25 +310,25 @@ class Write:
 
 
 def with_settings(command: Command) -> Command:
-    """Gives a command the options that say what is evaluated and how.
+    """Replaces the parameter ``settings`` of a command by options for all its fields.
 
     Args:
         command: A function with a parameter ``settings``, a `Settings`.
 
     Returns:
-        The function with an option for each field in the place of it.
+        The function with an option per field instead.
     """
     return with_some_settings(*_SETTINGS)(command)
 
 
 def with_some_settings(*names: str) -> Callable[[Command], Command]:
-    """Gives a command some of the options that say what is evaluated and how.
+    """Replaces the parameter ``settings`` of a command by options for some of its fields.
 
     Args:
-        *names: The fields of `Settings` that it has a use for; the others are the defaults.
+        *names: The fields of `Settings` with an option; the others have their defaults.
 
     Returns:
-        What does that to a function with a parameter ``settings``, a `Settings`.
+        A decorator of functions with a parameter ``settings``, a `Settings`.
     """
 
     def gather(values: dict[str, Any]) -> dict[str, Any]:
@@ -341,13 +341,13 @@ def with_some_settings(*names: str) -> Callable[[Command], Command]:
 
 
 def with_output(command: Command) -> Command:
-    """Gives a command the options that say where its result goes.
+    """Replaces the parameter ``write`` of a command by the output options.
 
     Args:
         command: A function with a parameter ``write``, a `Write`.
 
     Returns:
-        The function with the options in the place of it.
+        The function with the options instead.
     """
 
     def gather(values: dict[str, Any]) -> dict[str, Any]:
@@ -359,20 +359,20 @@ def with_output(command: Command) -> Command:
 
 
 def with_console(command: Command) -> Command:
-    """Gives a command its streams, and the options that say how it talks.
+    """Replaces the parameter ``console`` of a command by ``--quiet`` and ``--traceback``.
 
     Args:
         command: A function with a parameter ``console``, a `Console`.
 
     Returns:
-        The function with the options, and the context that carries the streams, in its place.
+        The function with the options and typer's context, which has the console, instead.
     """
 
     def gather(values: dict[str, Any]) -> dict[str, Any]:
         console = values["ctx"].obj
         console.quiet, console.traceback = values["quiet"], values["traceback"]
         if console.quiet and not sys.warnoptions:
-            # What matplotlib and torch say of themselves, such as a sign that a font lacks.
+            # Warnings of Matplotlib and torch, such as glyphs missing from a font.
             warnings.simplefilter("ignore")
             logging.getLogger("matplotlib").setLevel(logging.ERROR)
         return {"console": console}
@@ -386,14 +386,14 @@ def _expand(
     options: Mapping[str, Any],
     gather: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Command:
-    """Puts options in the place of one parameter of a command; typer reads the signature."""
+    """Replaces a parameter of a command by options, in the signature that typer reads."""
 
     @functools.wraps(command)
     def expanded(**values: Any) -> None:
         rest = {key: value for key, value in values.items() if key not in options}
         command(**rest, **gather({key: values[key] for key in options}))
 
-    before = inspect.signature(command, eval_str=True).parameters.values()
+    original = inspect.signature(command, eval_str=True).parameters.values()
     added = [
         inspect.Parameter(
             name,
@@ -403,7 +403,7 @@ def _expand(
         )
         for name, annotation in options.items()
     ]
-    parameters = [p for p in before if p.name != parameter] + added
+    parameters = [p for p in original if p.name != parameter] + added
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {p.name: p.annotation for p in parameters}
     return expanded

@@ -1,4 +1,4 @@
-"""``losscli plot``: pictures from CSV files, without torch."""
+"""``losscli plot``: figures from CSV files, without torch."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from losscli.table import Table
 __all__ = ["plot"]
 
 
-# Points of a grid for each row: a table may lack some, but not most of them.
+# Maximum number of grid points per row: a table may lack some points, but not most of them.
 _SPARSEST = 4
 
 _FEWER = "Choose fewer by --split and --metric when a table is made, or give fewer tables"
 
-# Columns and lines of a terminal that are drawn on; the environment may say anything.
+# Maximum number of columns and lines in a terminal, since COLUMNS and LINES may be any number.
 _WIDEST = 1000
 
-# No line reaches farther, since no weight on it would be a float32.
-_FARTHEST = 1e30
+# Maximum |α|: beyond, weights on the line exceed the range of float32.
+_LARGEST_ALPHA = 1e30
 
 
 @with_console
@@ -108,8 +108,8 @@ def plot(
             )
         _draw_in_terminal(runs, console, log=log)
         return
-    alone = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
-    stem = stem_of(out) if out is not None else Path((alone or "").removesuffix(".csv") or "plot")
+    single = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
+    stem = stem_of(out) if out is not None else Path((single or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
     _check_panel_counts(csvs, runs)
     pictures = render_files(lambda: draw(runs, title=title, log=log), output.figures)
@@ -123,14 +123,14 @@ def _split_count(run: Run[Any]) -> int:
 
 
 def _with_labels(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
-    """Gives each CSV its label, or each checkpoint where one matrix of barriers is drawn."""
+    """Assigns labels to runs, or to checkpoints for a single matrix of barriers."""
     command = command_of(runs[0].table)
     columns = command.labelled if command and len(runs) == 1 else ()
     number = len(runs[0].table.unique(*columns)) if columns else len(runs)
     if labels and len(labels) != number:
-        things = "checkpoints" if columns else "CSV files"
+        targets = "checkpoints" if columns else "CSV files"
         raise UsageError(
-            f"{len(labels)} labels for {number} {things}", "Give --label once for each, in order"
+            f"{len(labels)} labels for {number} {targets}", "Give --label once for each, in order"
         )
     if columns:
         return [replace(runs[0], checkpoint_labels=labels)]
@@ -153,11 +153,11 @@ def _read(name: str) -> Run[Any]:
 
 
 def _check_main(table: Table, name: str) -> Command:
-    """Checks that a main table can be drawn; returns the command that it is of."""
+    """Checks that a main table can be drawn; returns its command."""
     further = further_table_of(table.columns)
     if further and further.refused_alone:
-        what, cure = further.refused_alone
-        raise TableError(f"{name} {what}", cure)
+        reason, cure = further.refused_alone
+        raise TableError(f"{name} {reason}", cure)
     command = command_of(table)
     if command is None:
         *others, last = (c.name for c in COMMANDS.values() if c.cli)
@@ -173,15 +173,15 @@ def _check_main(table: Table, name: str) -> Command:
 
 
 def _check_cells(table: Table, name: str, expected: TableFormat) -> None:
-    """Checks that an axis can show positions and errors."""
+    """Checks that positions and errors are in the range of an axis."""
     for column in table.columns:
         if column not in {expected.position, *expected.errors}:
             continue
         for number, value in enumerate(table.floats(column), start=2):
-            if column == expected.position and not abs(value) <= _FARTHEST:
+            if column == expected.position and not abs(value) <= _LARGEST_ALPHA:
                 raise TableError(
                     f"{name}, record {number}: {column} is {value}, no point of a line",
-                    f"Give numbers from {-_FARTHEST:g} to {_FARTHEST:g}",
+                    f"Give numbers from {-_LARGEST_ALPHA:g} to {_LARGEST_ALPHA:g}",
                 )
             if column in expected.errors and value < 0:
                 raise TableError(
@@ -191,7 +191,7 @@ def _check_cells(table: Table, name: str, expected: TableFormat) -> None:
 
 
 def _check_grid(table: Table, name: str, expected: TableFormat) -> None:
-    """Checks that rows fill most of the grid, which takes memory as a whole."""
+    """Checks that the rows fill enough of the grid, which is allocated as a whole."""
     if not expected.grid:
         return
     values = [set(table[column]) - {None} for column in expected.grid]
@@ -207,84 +207,84 @@ def _check_grid(table: Table, name: str, expected: TableFormat) -> None:
 
 
 def _summary(path: Path, command: Command) -> dict[str, Any]:
-    """Reads the summary beside a CSV; without one, the picture has no names to show."""
-    beside = path.with_suffix(".json")
+    """Reads the summary beside a CSV; empty if there is none or it is of another command."""
+    json_path = path.with_suffix(".json")
     try:
-        summary = json.loads(read_regular(beside).decode())
+        summary = json.loads(read_regular(json_path).decode())
     except (OSError, ValueError, RecursionError):
         return {}
     match summary:
         case {
-            "command": str(made_by),
+            "command": str(name),
             "checkpoints": [*checkpoints],
             "splits": dict(splits),
             "examples": dict(),
-        } if made_by == command.name:
-            listed = isinstance(summary.get("tables", []), list)
+        } if name == command.name:
+            has_tables = isinstance(summary.get("tables", []), list)
             named = all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in checkpoints)
-            if listed and named and all(isinstance(split, dict) for split in splits.values()):
-                return _checked(summary, beside, command)
+            if has_tables and named and all(isinstance(split, dict) for split in splits.values()):
+                return _checked(summary, json_path, command)
     return {}
 
 
 def _checked(summary: dict[str, Any], path: Path, command: Command) -> dict[str, Any]:
-    """Reads a summary as the type of its command."""
+    """Converts a summary to the type of its command."""
     try:
-        read: dict[str, Any] = from_json(summary, command.summary)
+        converted: dict[str, Any] = from_json(summary, command.summary)
     except ValueError as fault:
         raise TableError(
             f"{path} does not hold what losscli writes: {printable(str(fault))}",
             "Move it away, or make it again with its CSV",
         ) from None
-    return read
+    return converted
 
 
 def _read_further(
     path: Path, command: Command, main: Table, summary: dict[str, Any]
 ) -> dict[str, Table]:
-    """Reads the further tables of a run; without a summary, all that lie beside its CSV."""
+    """Reads the further tables in the summary of a run; without a summary, all beside its CSV."""
     more = {}
     for name, expected in command.further_tables.items():
-        beside = path.with_suffix(f".{name}.csv")
+        table_path = path.with_suffix(f".{name}.csv")
         if (
             expected.drawn
             and name in summary.get("tables", command.further_tables)
-            and beside.exists()
+            and table_path.exists()
         ):
-            table = Table.read(beside)
+            table = Table.read(table_path)
             missing = [column for column in expected.columns if column not in table.columns]
             if missing:
                 raise TableError(
-                    f"{beside} is not the {name} of {path}: it has no column {missing[0]!r}",
+                    f"{table_path} is not the {name} of {path}: it has no column {missing[0]!r}",
                     f"Give {path} without it, or make both again",
                 )
-            _check_cells(table, str(beside), expected)
-            _check_grid(table, str(beside), expected)
-            _check_same_run(path, main, beside, table, expected.shared)
+            _check_cells(table, str(table_path), expected)
+            _check_grid(table, str(table_path), expected)
+            _check_same_run(path, main, table_path, table, expected.shared)
             more[name] = table
     return more
 
 
 def _check_same_run(
-    path: Path, main: Table, beside: Path, table: Table, shared: Sequence[str]
+    path: Path, main: Table, table_path: Path, table: Table, shared: Sequence[str]
 ) -> None:
-    """Checks that a further table is of the same run, as far as shared columns show."""
+    """Checks that the main table has the shared columns of each row of a further table."""
     known, rows = (zip(*(t[column] for column in shared), strict=True) for t in (main, table))
-    there = set(known)
-    unknown = next((row for row in rows if row not in there), None)
+    keys = set(known)
+    unknown = next((row for row in rows if row not in keys), None)
     if unknown:
-        which = ", ".join(f"{c} {v}" for c, v in zip(shared, unknown, strict=True))
+        key = ", ".join(f"{c} {v}" for c, v in zip(shared, unknown, strict=True))
         raise TableError(
-            f"{beside} is of another run than {path}, which has no {which}",
+            f"{table_path} is of another run than {path}, which has no {key}",
             "Give both as one run wrote them",
         )
 
 
 def _check_panel_counts(names: Sequence[str], runs: Sequence[Run[Any]]) -> None:
-    """Checks that there are no more panels than a figure can show."""
+    """Checks that the figure of each run has no more panels than it can show."""
     for name, run in zip(names, runs, strict=True):
         command = command_of(run.table)
-        assert command is not None  # it was read as the table of one
+        assert command is not None  # see `_check_main`
         panels = command.panels_with(run.more)
         try:
             check_panel_count(panels, _split_count(run), len(run.table.metrics), _FEWER)
@@ -303,7 +303,7 @@ def _draw_in_terminal(runs: list[Run[Any]], console: Console, *, log: bool) -> N
         and "NO_COLOR" not in os.environ
         and os.environ.get("TERM") != "dumb"
     )
-    curves = [(run.label or _name(run), run.table) for run in runs]
+    curves = [(run.label or _run_name(run), run.table) for run in runs]
     drawn = draw(
         curves,
         width=min(width, _WIDEST),
@@ -315,6 +315,6 @@ def _draw_in_terminal(runs: list[Run[Any]], console: Console, *, log: bool) -> N
     console.result(drawn if drawn.endswith("\n") else f"{drawn}\n", drawn=True)
 
 
-def _name(run: Run[Any]) -> str:
+def _run_name(run: Run[Any]) -> str:
     checkpoints = [c["name"] for c in run.summary.get("checkpoints", [])]
     return " → ".join(checkpoints)

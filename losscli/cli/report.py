@@ -1,4 +1,4 @@
-"""A summary in words: what was seen on the line, and never more."""
+"""Summaries as text, limited to what the evaluated points show."""
 
 from __future__ import annotations
 
@@ -45,18 +45,17 @@ __all__ = [
     "trajectory",
 ]
 
-# So steep a line counts as level, as `losscli check` has it for gradients.
+# Below this slope per unit length B is stationary, the tolerance of `losscli check`.
 _STATIONARY = 1e-3
 
-# A matrix of more checkpoints is no easy reading, and wider than most terminals.
+# Maximum number of checkpoints in a printed matrix, which fits into most terminals.
 _MATRIX = 10
 
 
 def interpolation(result: Result[LineSummary]) -> str:
-    """Tells what a line showed.
+    """Describes the result of an interpolation.
 
-    B is the end of training, and a lower point is a lower point seen on this line: whether either
-    is a minimum is not for a line to say.
+    The text calls neither B nor a lower point a minimum, since a line cannot show that.
 
     Args:
         result: The result of an interpolation.
@@ -73,7 +72,7 @@ def interpolation(result: Result[LineSummary]) -> str:
         f"B  {b}",
         (
             f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over "
-            f"{_moving(summary)}"
+            f"{_moving_counts(summary)}"
         ),
     ]
     if refined := summary["refined"]:
@@ -83,7 +82,7 @@ def interpolation(result: Result[LineSummary]) -> str:
         )
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
-        findings = _findings(split, low, high, summary["distance"])
+        findings = _line_findings(split, low, high, summary["distance"])
         lines += [f"  {label:<14}{text}" for label, text in findings]
         if blocks := summary.get("blocks"):
             lines += ["  each block alone, all others at A"]
@@ -92,7 +91,7 @@ def interpolation(result: Result[LineSummary]) -> str:
 
 
 def _task(summary: Summary, width: int, *, metrics: bool = True) -> list[str]:
-    """The loss and the metrics, and where each came from."""
+    """Returns the lines of the loss and the metrics, each with its source."""
     sources = summary["sources"]
     rows = [("loss", summary["loss"], sources["loss"])]
     if metrics:
@@ -101,22 +100,24 @@ def _task(summary: Summary, width: int, *, metrics: bool = True) -> list[str]:
 
 
 def _blocks(blocks: Mapping[str, BlockSummary], split: str) -> list[str]:
-    """A table of what was seen of each block moving alone."""
+    """Returns a table of the curves of blocks that move alone."""
     rows = [("block", "values", "‖d‖", "loss at α = 1", "change from A", "lowest seen", "barrier")]
     for name, block in blocks.items():
-        found = block["splits"][split]
-        low, barrier = found["minimum"], found["barrier"]
+        curve = block["splits"][split]
+        low, barrier = curve["minimum"], curve["barrier"]
         change = "not defined"
-        if _known(found["change"]):
-            error = found["change_stderr"]
-            change = _number(found["change"]) + (f" ± {_number(error, 2)}" if _known(error) else "")
+        if _is_finite(curve["change"]):
+            error = curve["change_stderr"]
+            change = _number(curve["change"]) + (
+                f" ± {_number(error, 2)}" if _is_finite(error) else ""
+            )
         rows.append((
             printable(name),
             f"{block['values']:,}",
             f"{block['distance']:.4g}",
-            _number(found["loss_at_1"]),
+            _number(curve["loss_at_1"]),
             change,
-            f"{_number(low['loss'])} at α = {low['alpha']:.4g}{_shared(low['ties'], short=True)}"
+            f"{_number(low['loss'])} at α = {low['alpha']:.4g}{_ties(low['ties'], short=True)}"
             if low
             else "none is finite",
             "not looked at"
@@ -135,45 +136,47 @@ def _blocks(blocks: Mapping[str, BlockSummary], split: str) -> list[str]:
     ]
 
 
-def _moving(summary: Origin) -> str:
-    """How many parameters move, and how many buffers move along."""
-    moving, along = summary["moving"], summary["moving_buffers"]
-    told = f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}"
+def _moving_counts(summary: Origin) -> str:
+    """Returns the numbers of moving values, tensors and buffers."""
+    moving, buffers = summary["moving"], summary["moving_buffers"]
+    text = f"{moving['values']:,} values in {_count(moving['tensors'], 'tensor')}"
     return (
-        f"{told}; {_count(along, 'buffer')} move{'s' if along == 1 else ''} along"
-        if along
-        else told
+        f"{text}; {_count(buffers, 'buffer')} move{'s' if buffers == 1 else ''} along"
+        if buffers
+        else text
     )
 
 
-def _findings(split: LineSplit, low: float, high: float, length: float) -> list[tuple[str, str]]:
-    found = [("loss at A", _number(split["loss_a"])), ("loss at B", _number(split["loss_b"]))]
+def _line_findings(
+    split: LineSplit, low: float, high: float, length: float
+) -> list[tuple[str, str]]:
+    rows = [("loss at A", _number(split["loss_a"])), ("loss at B", _number(split["loss_b"]))]
     minimum = split["minimum"]
     if minimum is None:
-        return [*found, ("lowest seen", "none: no point has a finite loss")]
-    found.append(("lowest seen", _lowest(split, minimum, low, high)))
-    found += [("barrier", _barrier(split)), ("largest rise", _rise(split))]
-    found += [
+        return [*rows, ("lowest seen", "none: no point has a finite loss")]
+    rows.append(("lowest seen", _lowest(split, minimum, low, high)))
+    rows += [("barrier", _barrier(split)), ("largest rise", _rise(split))]
+    rows += [
         _extrema("minima", split["local_minima"], low, high),
         _extrema("maxima", split["local_maxima"], low, high),
     ]
     if slope := split.get("slope_at_b"):
-        found.append(("slope at B", _slope(slope, length)))
-    return found
+        rows.append(("slope at B", _slope_at_b(slope, length)))
+    return rows
 
 
-def _slope(at: Slope, length: float) -> str:
-    """Whether the end of training is stationary along the line, which is less than critical."""
-    steep = at["slope"] / length if length else 0.0
+def _slope_at_b(at: Slope, length: float) -> str:
+    """Describes whether B is stationary along the line, which does not imply a critical point."""
+    slope = at["slope"] / length if length else 0.0
     text = f"{_number(at['slope'])}, curvature {_number(at['curvature'])}; "
-    if abs(steep) <= _STATIONARY:
+    if abs(slope) <= _STATIONARY:
         return f"{text}stationary along the line, to {_STATIONARY:g} a unit of length"
-    way = "falls" if steep < 0 else "rises"
-    return f"{text}not stationary: the loss {way} by {_number(abs(steep))} a unit of length"
+    verb = "falls" if slope < 0 else "rises"
+    return f"{text}not stationary: the loss {verb} by {_number(abs(slope))} a unit of length"
 
 
 def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -> tuple[str, str]:
-    """The local minima or maxima of the curve, the largest first, and which are beyond noise."""
+    """Describes the local minima or maxima of a curve, the largest three first."""
     label = f"local {which}"
     if not extrema:
         return label, f"none of the curve between {low:g} and {high:g}"
@@ -185,33 +188,36 @@ def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -
         else (e["height"], e["height_stderr"], e["alpha"])
         for e in extrema
     ]
-    told = "; ".join(
+    largest = "; ".join(
         f"α = {alpha:.4g}, {size} {_number(height)}"
-        + (f" ± {_number(error, 2)}" if _known(error) else "")
-        for height, error, alpha in sorted(sizes, key=lambda found: -found[0])[:3]
+        + (f" ± {_number(error, 2)}" if _is_finite(error) else "")
+        for height, error, alpha in sorted(sizes, key=lambda size: -size[0])[:3]
     )
-    beyond = sum(e["beyond_noise"] for e in extrema)
+    significant = sum(e["beyond_noise"] for e in extrema)
     more = f"; {len(extrema) - 3} more" if len(extrema) > 3 else ""
-    return label, f"{len(extrema)} of the curve, {beyond} of them beyond noise: {told}{more}"
+    return (
+        label,
+        f"{len(extrema)} of the curve, {significant} of them beyond noise: {largest}{more}",
+    )
 
 
 def _lowest(split: LineSplit, minimum: LowestOnLine, low: float, high: float) -> str:
-    text = f"{_number(minimum['loss'])} at α = {minimum['alpha']:.4g}{_shared(minimum['ties'])}"
+    text = f"{_number(minimum['loss'])} at α = {minimum['alpha']:.4g}{_ties(minimum['ties'])}"
     below = minimum["below_b"]
-    if _known(below) and below > 0:
+    if _is_finite(below) and below > 0:
         text += f", lower than B by {_number(below, 3)}"
-        if _known(minimum["below_b_stderr"]):
+        if _is_finite(minimum["below_b_stderr"]):
             text += f" ± {_number(minimum['below_b_stderr'], 2)}"
     if minimum["alpha"] in {low, high} and minimum["ties"] == 1:
         text += ", where the range ends"
     ends = [split["loss_a"], split["loss_b"]]
-    if any(_known(end) and end < minimum["loss"] for end in ends):
+    if any(_is_finite(end) and end < minimum["loss"] for end in ends):
         text += "; an end outside the range is lower"
     return text
 
 
-def _shared(number: int, *, short: bool = False) -> str:
-    """Says that the first of several points as low is not the only one."""
+def _ties(number: int, *, short: bool = False) -> str:
+    """Returns a suffix with the number of points that share the loss; empty for one."""
     if number == 1:
         return ""
     return f" and {number - 1} more" if short else f", shared by {number:,} points"
@@ -219,7 +225,7 @@ def _shared(number: int, *, short: bool = False) -> str:
 
 def _barrier(split: LineSplit) -> str:
     barrier = split["barrier"]
-    if not (_known(split["loss_a"]) and _known(split["loss_b"])):
+    if not (_is_finite(split["loss_a"]) and _is_finite(split["loss_b"])):
         return "not defined: the loss at A or B is not finite"
     if barrier is None:
         return "not looked at: no point between A and B"
@@ -240,7 +246,7 @@ def _rise(split: LineSplit) -> str:
 
 
 def trajectory(result: Result[TrajectorySummary]) -> str:
-    """Tells what a training path showed.
+    """Describes the result of a trajectory.
 
     Args:
         result: The result of a trajectory.
@@ -255,7 +261,7 @@ def trajectory(result: Result[TrajectorySummary]) -> str:
     last = len(names) - 1
     back = path["steps_back"]
     off = farthest["residual"]
-    line = f"‖d‖ = {length:.4g} over {_moving(summary)}"
+    line = f"‖d‖ = {length:.4g} over {_moving_counts(summary)}"
     walk = f"{_count(last, 'step')}, {walked:.4g} long: {walked / length:.3g} times the line"
     far = f"r = {off:.4g}, {off / length:.2g} ‖d‖, at step {farthest['step']}"
     rows = [
@@ -278,33 +284,33 @@ def trajectory(result: Result[TrajectorySummary]) -> str:
     lines = [*_task(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
-        found = [
+        findings = [
             ("loss, first", _number(split["loss_first"])),
             ("loss, last", _number(split["loss_last"])),
         ]
         lowest = split["lowest"]
         if lowest is None:
-            found.append(("lowest seen", "none: no checkpoint has a finite loss"))
+            findings.append(("lowest seen", "none: no checkpoint has a finite loss"))
         else:
             at = "" if lowest["step"] == last else f" ({printable(lowest['checkpoint'])})"
             low = f"{_number(lowest['loss'])} at step {lowest['step']} of {last}{at}"
-            found.append(("lowest seen", low + _shared(lowest["ties"])))
+            findings.append(("lowest seen", low + _ties(lowest["ties"])))
         rises = split["rises"]
-        found.append((
+        findings.append((
             "loss rises",
             f"at {rises} of {_count(last, 'step')}" if rises else "at no step",
         ))
-        beside = split.get("surface_lowest")
-        if beside:
-            where = f"p = {beside['projection']:.3g}, residual {beside['residual']:.3g}"
-            low = f"lowest {_number(beside['loss'])} at {where}{_shared(beside['ties'])}"
-            found.append(("on the surface", low))
-        lines += [f"  {label:<16}{text}" for label, text in found]
+        point = split.get("surface_lowest")
+        if point:
+            where = f"p = {point['projection']:.3g}, residual {point['residual']:.3g}"
+            low = f"lowest {_number(point['loss'])} at {where}{_ties(point['ties'])}"
+            findings.append(("on the surface", low))
+        lines += [f"  {label:<16}{text}" for label, text in findings]
     return "\n".join(lines) + "\n"
 
 
 def plane(result: Result[PlaneSummary]) -> str:
-    """Tells what a plane showed.
+    """Describes the result of a plane.
 
     Args:
         result: The result of a plane.
@@ -325,37 +331,37 @@ def plane(result: Result[PlaneSummary]) -> str:
         explained = axis["explained_variance"]
         share = "" if explained is None else f", {explained:.1%} of the variance"
         rows.append((letter, f"{axis['name']}{share}, from {low:g} to {high:g}"))
-    rows.append(("moving", _moving(summary)))
+    rows.append(("moving", _moving_counts(summary)))
     if summary["plane"] == "pca":
         size = max(abs(x) for values in ranges.values() for x in values)
         off = summary["off_plane"]
-        # The axes are float32: what is smaller is rounding.
+        # The axes are float32, so smaller distances are rounding errors.
         rows.append(("off the plane", f"up to {off:.4g}" if off > 1e-6 * size else "none"))
     lines = [*_task(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
         losses = split["checkpoints"]
         if len(losses) <= len("ABC"):
-            told = [
+            findings = [
                 (f"loss at {letters[t : t + 1] or '(0, 0)'}", _number(loss))
                 for t, loss in enumerate(losses)
             ]
         else:
-            told = [("loss, first", _number(losses[0])), ("loss, last", _number(losses[-1]))]
+            findings = [("loss, first", _number(losses[0])), ("loss, last", _number(losses[-1]))]
         lowest = split["lowest"]
         if lowest is None:
-            told.append(("lowest seen", "none: no point of the plane has a finite loss"))
+            findings.append(("lowest seen", "none: no point of the plane has a finite loss"))
         else:
             where = f"({lowest['x']:.4g}, {lowest['y']:.4g})"
-            least = f"{_number(lowest['loss'])} at {where} of the plane{_shared(lowest['ties'])}"
-            told.append(("lowest seen", least))
-            told.append(("highest seen", _number(split["highest_loss"])))
-        lines += [f"  {label:<16}{text}" for label, text in told]
+            least = f"{_number(lowest['loss'])} at {where} of the plane{_ties(lowest['ties'])}"
+            findings.append(("lowest seen", least))
+            findings.append(("highest seen", _number(split["highest_loss"])))
+        lines += [f"  {label:<16}{text}" for label, text in findings]
     return "\n".join(lines) + "\n"
 
 
 def barriers(result: Result[BarriersSummary]) -> str:
-    """Tells what the lines between all pairs of checkpoints showed.
+    """Describes the result of barriers.
 
     Args:
         result: The result of barriers.
@@ -371,40 +377,46 @@ def barriers(result: Result[BarriersSummary]) -> str:
     lines = _task(summary, 9)
     lines += [f"{t:>2}  {name}" for t, name in enumerate(names, start=1)] if few else []
     points = len(summary["alphas"])
-    length = [x for i, row in enumerate(summary["distances"]) for x in row[i + 1 :] if _known(x)]
+    length = [
+        x for i, row in enumerate(summary["distances"]) for x in row[i + 1 :] if _is_finite(x)
+    ]
     far = f"‖B − A‖ from {min(length):.4g} to {max(length):.4g}" if length else "‖B − A‖ not finite"
     lines.append(
         f"{_count(len(names), 'checkpoint')}, {_count(pairs, 'pair')}, {points:,} points each; "
-        f"{far} over {_moving(summary)}"
+        f"{far} over {_moving_counts(summary)}"
     )
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
         if few:
             lines += [f"  {line}" for line in _matrix(split)]
-        found = [
-            (f"{which} barrier", _pair(split[which], number if few else {}))
+        findings = [
+            (f"{which} barrier", _pair_barrier(split[which], number if few else {}))
             for which in ("largest", "smallest")
         ]
         if split["without"]:
             none = f"{split['without']:,} of {_count(pairs, 'pair')}"
-            found.append(("no barrier", f"{none}: no point seen lies above the chord"))
+            findings.append(("no barrier", f"{none}: no point seen lies above the chord"))
         if split["not_finite"]:
-            wrong = f"{split['not_finite']:,} of {_count(pairs, 'pair')}"
-            found.append(("not known", f"{wrong}: a loss on the line is not finite"))
-        lines += [f"  {label:<18}{text}" for label, text in found]
+            unknown = f"{split['not_finite']:,} of {_count(pairs, 'pair')}"
+            findings.append(("not known", f"{unknown}: a loss on the line is not finite"))
+        lines += [f"  {label:<18}{text}" for label, text in findings]
     return "\n".join(lines) + "\n"
 
 
 def _matrix(split: BarriersSplit) -> list[str]:
-    """The losses of the checkpoints, and below the diagonal the barriers between them."""
+    """Returns a table of losses of the checkpoints and, below the diagonal, their barriers."""
     square = split["barriers"]
     size = len(square)
     rows = [["", "loss", *(f"to {t}" for t in range(1, size))]]
     for i, row in enumerate(square):
-        cells = [_number(x, 3) if _known(x) else "nan" for x in row[:i]]
+        cells = [_number(x, 3) if _is_finite(x) else "nan" for x in row[:i]]
         loss = split["losses"][i]
-        own = _number(loss) if _known(loss) else "nan"
-        rows.append([str(i + 1), own, *cells, *[""] * (size - 1 - i)])
+        rows.append([
+            str(i + 1),
+            _number(loss) if _is_finite(loss) else "nan",
+            *cells,
+            *[""] * (size - 1 - i),
+        ])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -412,8 +424,8 @@ def _matrix(split: BarriersSplit) -> list[str]:
     ]
 
 
-def _pair(pair: PairBarrier | None, number: Mapping[str, str]) -> str:
-    """A barrier, and between which two checkpoints: by their numbers, where they have some."""
+def _pair_barrier(pair: PairBarrier | None, number: Mapping[str, str]) -> str:
+    """Describes a barrier and its two checkpoints, by their numbers if they have any."""
     if pair is None:
         return "none is known"
     a, b = pair["a"], pair["b"]
@@ -423,7 +435,7 @@ def _pair(pair: PairBarrier | None, number: Mapping[str, str]) -> str:
 
 
 def check(result: Result[CheckSummary]) -> str:
-    """Tells what was found of critical points.
+    """Describes the result of a check for critical points.
 
     Args:
         result: The result of a check.
@@ -444,39 +456,42 @@ def check(result: Result[CheckSummary]) -> str:
         lines.append(
             f"stable          full-batch training, where λ max is below {threshold:.4g} = {how}"
         )
-    told = {
+    points = {
         (point["checkpoint"], point["split"]): point
         for split in summary["splits"].values()
         for point in split["points"]
     }
     for row in rows:
-        point = told[row["checkpoint"], row["split"]]
+        point = points[row["checkpoint"], row["split"]]
         number = summary["examples"][row["split"]]
         heading = f"{printable(row['checkpoint'])}, {printable(row['split'])}"
         lines += ["", f"{heading}, {_count(number, 'example')}: {row['verdict']}"]
-        found = [
+        findings = [
             *([("because", point["reason"])] if point["reason"] else []),
             ("loss", _number(row["loss"])),
             ("‖∇L‖", _number(row["gradient_norm"])),
             ("λ min", _eigenvalue(row, "lambda_min", converged=point["lambda_min_converged"])),
             ("λ max", _eigenvalue(row, "lambda_max", converged=point["lambda_max_converged"])),
         ]
-        if _known(row["positive"]):
+        if _is_finite(row["positive"]):
             shares = (f"{row[kind]:.2%} {kind}" for kind in ("positive", "negative", "undecided"))
-            found.append(("signs of λ", f"{', '.join(shares)} of {moving['values']:,}"))
-            found.append(("trace", _number(row["trace"])))
+            findings.append(("signs of λ", f"{', '.join(shares)} of {moving['values']:,}"))
+            findings.append(("trace", _number(row["trace"])))
         if (predicted := point["predicted"]) and not point["reason"]:
             bound = "by" if predicted["exact"] else "by at most"
-            way = "falls" if row["verdict"] == "minimum" else "rises"
+            verb = "falls" if row["verdict"] == "minimum" else "rises"
             change = _number(predicted["change"], 2)
-            found.append(("predicted", f"the loss {way} {bound} {change} to the {row['verdict']}"))
+            findings.append((
+                "predicted",
+                f"the loss {verb} {bound} {change} to the {row['verdict']}",
+            ))
         if descent := point["descent"]:
-            found.append(("along −∇L", _gain(descent)))
+            findings.append(("along −∇L", _gain(descent)))
         if row["verdict"] == "saddle" and (sides := point["sides"]):
             steps = (sides["negative"], sides["positive"])
             gains = (_number(step["gain"], 2) for step in steps if step)
-            found.append(("along ∓v", f"the loss falls to both sides, by {' and '.join(gains)}"))
-        lines += [f"  {label:<14}{text}" for label, text in found]
+            findings.append(("along ∓v", f"the loss falls to both sides, by {' and '.join(gains)}"))
+        lines += [f"  {label:<14}{text}" for label, text in findings]
     if escape := summary["escape"]:
         lines += [
             "",
@@ -492,22 +507,22 @@ def _rows(result: Result[Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _eigenvalue(row: Mapping[str, Any], which: str, *, converged: bool) -> str:
-    error = f" ± {_number(row[f'{which}_error'], 2)}" if _known(row[f"{which}_error"]) else ""
-    unsure = "" if converged else ", not converged"
-    return f"{_number(row[which])}{error}{unsure}"
+    error = f" ± {_number(row[f'{which}_error'], 2)}" if _is_finite(row[f"{which}_error"]) else ""
+    caveat = "" if converged else ", not converged"
+    return f"{_number(row[which])}{error}{caveat}"
 
 
 def _gain(step: Step) -> str:
-    error = f" ± {_number(step['gain_stderr'], 2)}" if _known(step["gain_stderr"]) else ""
+    error = f" ± {_number(step['gain_stderr'], 2)}" if _is_finite(step["gain_stderr"]) else ""
     gain = f"{_number(step['gain'])}{error}"
     return f"a step of {_number(abs(step['distance']), 3)} lowers the loss by {gain}"
 
 
 def plan(description: Description) -> str:
-    """Tells what a run will do.
+    """Describes a planned run.
 
     Args:
-        description: A plan's description.
+        description: The description of a study.
 
     Returns:
         Lines of text.
@@ -527,13 +542,13 @@ def plan(description: Description) -> str:
         ("loss", f"{d['loss']} ({d['sources']['loss']})"),
         ("metrics", f"{', '.join(d['metrics']) or 'none'} ({d['sources']['metrics']})"),
         ("device", f"{d['device']}, {d['dtype']}, {batches}"),
-        ("moving", _moving(d)),
+        ("moving", _moving_counts(d)),
         *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),
         *([("pairs", f"{d['pairs']:,}")] if "pairs" in d else []),
         ("points", f"{d['points']:,}, {d['points_at_once']:,} at once"),
         ("passes", f"{data}, {d['forward_passes']:,} examples"),
         ("weights", f"{d['bytes_of_weights'] / 2**20:,.1f} MiB for the points at once"),
-        ("in memory", ", ".join(_where(d))),
+        ("in memory", ", ".join(_memory(d))),
     ]
     if "products_at_most" in d:
         rows.append(("products", f"with the Hessian, at most about {d['products_at_most']:,}"))
@@ -544,27 +559,20 @@ def plan(description: Description) -> str:
 
 
 def _estimate(e: CostEstimate, device: str, processes: int) -> str:
-    """How long a run will take, and what that rests on."""
+    """Describes the estimated time and the measurements behind it."""
     batch = e["batch"]
-    looked = [f"one batch of {batch['examples']:,} took {_span(batch['seconds'])}"]
+    timings = [f"one batch of {batch['examples']:,} took {_duration(batch['seconds'])}"]
     if "product" in e:
-        looked.append(f"a product with the Hessian {_span(e['product']['seconds'])}")
-    long = f"{e['kind']} {_span(e['seconds'])}"
+        timings.append(f"a product with the Hessian {_duration(e['product']['seconds'])}")
+    time = f"{e['kind']} {_duration(e['seconds'])}"
     if "seconds_at_most" in e:
-        long = f"about {_span(e['seconds'])} to {_span(e['seconds_at_most'])}"
+        time = f"about {_duration(e['seconds'])} to {_duration(e['seconds_at_most'])}"
     alone = " for one process alone" if processes > 1 else ""
-    return f"{long} on {device}{alone} ({', '.join(looked)})"
+    return f"{time} on {device}{alone} ({', '.join(timings)})"
 
 
-def _span(seconds: float) -> str:
-    """Tells a span of time in words.
-
-    Args:
-        seconds: How long it is.
-
-    Returns:
-        For example ``41 ms``, ``2 min 10 s`` or ``3 h 5 min``.
-    """
+def _duration(seconds: float) -> str:
+    """Formats a duration, for example ``41 ms``, ``2 min 10 s`` or ``3 h 5 min``."""
     if seconds < 0.0995:
         return f"{1000 * seconds:.2g} ms"
     if seconds < 9.95:
@@ -581,14 +589,14 @@ def _span(seconds: float) -> str:
     return f"{whole} s"
 
 
-def _where(d: Description) -> Iterator[str]:
+def _memory(d: Description) -> Iterator[str]:
     yield f"{d['bytes_of_data'] / 2**20:,.1f} MiB of data"
     if d["streamed"]:
         yield f"not {', '.join(d['streamed_splits'])}: decoded anew in each pass"
 
 
 def inspection(result: Result[InspectionSummary]) -> str:
-    """Tells what is in a checkpoint or which state dicts are, or how far apart two are.
+    """Describes the tensors or state dicts of a checkpoint, or the distance of two checkpoints.
 
     Args:
         result: The result of an inspection.
@@ -628,7 +636,7 @@ def inspection(result: Result[InspectionSummary]) -> str:
 
 
 def alignment(summary: AlignmentSummary) -> str:
-    """Tells how one network was put into the order of another.
+    """Describes the result of an alignment.
 
     Args:
         summary: The summary of an alignment.
@@ -643,14 +651,14 @@ def alignment(summary: AlignmentSummary) -> str:
     groups = _count(len(summary["groups"]), "group")
     over = f"{_count(summary['values'], 'value')} in {_count(summary['tensors'], 'tensor')}"
     examples = _count(check["examples"], "example")
-    off = f"{check['largest_difference']:.1g} of the largest"
+    difference = f"{check['largest_difference']:.1g} of the largest"
     rows = [
         ("A", a),
         ("B", b),
         ("hidden units", f"{summary['units']:,} in {groups}; {summary['moved']:,} change places"),
         ("‖B − A‖", f"{before:.4g}, permuted {after:.4g}, over {over}"),
         ("⟨A, B⟩", f"{products[0]}, permuted {products[1]}"),
-        ("function", f"B's: the same outputs on {examples}, to {off}, in {check['dtype']}"),
+        ("function", f"B's: the same outputs on {examples}, to {difference}, in {check['dtype']}"),
     ]
     return "".join(f"{label:<14}{text}\n" for label, text in rows)
 
@@ -673,32 +681,32 @@ def _cell(cell: Any) -> str:
 
 
 def _route(names: Sequence[str]) -> str:
-    """The names of a few checkpoints, or the ends of a long path."""
+    """Returns the names of up to three checkpoints, or the ends of a longer path."""
     if len(names) <= 3:
         return " → ".join(names)
     return f"{names[0]} → … → {names[-1]}, {len(names)} in all"
 
 
 def _examples(summary: Counts, split: str) -> str:
-    """Counts the examples of a split, and its batches where the loss is one number per batch."""
+    """Returns the number of examples of a split, and of its batches with ``--batch-loss``."""
     text = _count(summary["examples"][split], "example")
     if "batches" not in summary:
         return text
     return f"{text} in {_count(summary['batches'][split], 'batch')}"
 
 
-def _count(number: int, thing: str) -> str:
-    many = f"{thing}es" if thing.endswith("ch") else f"{thing}s"
-    return f"{number:,} {thing if number == 1 else many}"
+def _count(number: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
-def _known(value: float | None) -> TypeGuard[float]:
+def _is_finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def _with_error(thing: Height | Rise | PairBarrier) -> str:
-    error = f" ± {_number(thing['stderr'], 2)}" if _known(thing["stderr"]) else ""
-    return _number(thing["height"]) + error
+def _with_error(height: Height | Rise | PairBarrier) -> str:
+    error = f" ± {_number(height['stderr'], 2)}" if _is_finite(height["stderr"]) else ""
+    return _number(height["height"]) + error
 
 
 def _number(value: float | None, digits: int = 4) -> str:

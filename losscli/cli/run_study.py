@@ -1,4 +1,4 @@
-"""Running a study: plan, run, report and write, the same for every command."""
+"""Plans, runs, reports and writes a study, for every command."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from losscli.evaluation.ranks import Ranks
     from losscli.studies.base import Study
 
-__all__ = ["names_of", "run_study"]
+__all__ = ["expand_names", "run_study"]
 
-# Conditions in the fingerprint of a study that are of the machine.
-_OWN = frozenset({
+# Conditions in the fingerprint of a study that may differ between machines.
+_MACHINE_CONDITIONS = frozenset({
     "Python", "the device", "the number of threads", "what the model makes of a first batch",
 })  # fmt: skip
 
@@ -39,14 +39,14 @@ def run_study(
         name: The command.
         names: The checkpoints, for the default stem.
         plan: Plans the study.
-        write: Where its result goes.
+        write: The output options.
         console: The streams.
     """
     ranks = console.ranks
     if ranks is not None and not ranks.is_leader:
-        _help(ranks, plan, write, console)
+        _run_follower(ranks, plan, write, console)
         return
-    # A long path is named after its ends.
+    # The default stem of a long path has only its first and last checkpoint.
     output = write.plan(name, names if len(names) <= 3 else [names[0], names[-1]])
     command = COMMANDS[name]
     with console.guard_stdout():
@@ -66,14 +66,14 @@ def run_study(
             estimate = dry_run.estimate(study)
         for note in study.problem.notes:
             console.note(note)
-        # The batch that fits is known by now.
+        # Described last, since the estimate determines the batch size that fits.
         description: Description = {**dry_run.describe(study), "estimate": estimate}
         text = f"{to_json(description, indent=None)}\n" if write.json else report.plan(description)
         console.result(text)
         return
     if ranks is not None:
         with console.guard_stdout():
-            ranks.agree(_alike(study))
+            ranks.agree(_shared_conditions(study))
     if output is None:
         console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
@@ -85,9 +85,9 @@ def run_study(
     output.make_folder()
     with (
         Journal.open(output.stem, fingerprint.identity, fingerprint.conditions) as journal,
-        _keeping(journal, console),
+        _reporting_journal(journal, console),
     ):
-        for note in _notes(journal):
+        for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
         pictures = render_files(partial(result.figure, log=write.log), output.figures)
@@ -101,15 +101,15 @@ def run_study(
     console.note(f"wrote {', '.join(map(str, files))}")
 
 
-def _help(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Console) -> None:
-    """Does a rank's share of a study that rank 0 runs."""
+def _run_follower(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Console) -> None:
+    """Runs the share of a rank other than 0, which writes nothing."""
     from losscli.evaluation.tasks import Execution
 
     with console.guard_stdout():
         study = plan()
         if write.dry_run:
             return
-        ranks.agree(_alike(study))
+        ranks.agree(_shared_conditions(study))
         try:
             study.run(Execution(ranks=ranks))
         except ChangedError as error:
@@ -117,52 +117,56 @@ def _help(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Consol
             raise
 
 
-def _alike(study: Study) -> dict[str, str]:
-    """What has to be the same for all ranks, whatever machines they are on."""
+def _shared_conditions(study: Study) -> dict[str, str]:
+    """Returns the conditions that must be equal on all ranks."""
     conditions = study.fingerprint.conditions
-    return {name: json.dumps(value) for name, value in conditions.items() if name not in _OWN}
+    return {
+        name: json.dumps(value)
+        for name, value in conditions.items()
+        if name not in _MACHINE_CONDITIONS
+    }
 
 
 def _evaluate(
     study: Study, console: Console, ranks: Ranks | None, journal: Journal | None
 ) -> Result[Any]:
-    """Runs a study, and tells its notes."""
+    """Runs a study and shows its progress and notes."""
     from losscli.evaluation.tasks import Execution
 
     with (
         console.guard_stdout(),
         console.progress(
             study.steps, study.unit, lambda: 0.0 if journal is None else journal.skipped
-        ) as tell,
+        ) as update,
     ):
-        result = study.run(Execution(tell, journal, ranks))
+        result = study.run(Execution(update, journal, ranks))
     for note in result.summary["notes"]:
         console.note(note)
     return result
 
 
 @contextmanager
-def _keeping(journal: Journal, console: Console) -> Iterator[None]:
-    """Remembers, where a run ends too early, that what it has finished is kept."""
+def _reporting_journal(journal: Journal, console: Console) -> Iterator[None]:
+    """Sets the journal of the console if the run ends early, for the error message."""
     try:
         yield
     except ChangedError:
-        # What was finished may be of what the files were for a moment.
+        # The journal may have results of the changed files.
         journal.finish()
         raise
     except BaseException:
-        console.kept = journal.path if len(journal) else None
+        console.journal = journal.path if len(journal) else None
         raise
 
 
-def _notes(journal: Journal) -> Iterator[str]:
-    """Tells what a run finds in its journal."""
+def _journal_notes(journal: Journal) -> Iterator[str]:
+    """Yields notes on the state of a journal when a run starts."""
     if journal.anew is not None:
         yield f"begins anew, and not where {journal.path} ends: {journal.anew}"
     elif len(journal):
         changes = "; ".join(journal.changes)
-        but = f", though {changes}: the last digits may be others" if changes else ""
-        yield f"goes on where {journal.path} ends{but}"
+        caveat = f", though {changes}: the last digits may be others" if changes else ""
+        yield f"goes on where {journal.path} ends{caveat}"
     if journal.cut:
         yield f"{journal.path}: a record that was not written to its end is left out"
     if not journal.locked:
@@ -172,28 +176,28 @@ def _notes(journal: Journal) -> Iterator[str]:
         )
 
 
-def names_of(arguments: Sequence[str], ranks: Ranks | None) -> list[str]:
-    """Lists the names that arguments stand for.
+def expand_names(arguments: Sequence[str], ranks: Ranks | None) -> list[str]:
+    """Expands ``-`` in arguments to the names on stdin.
 
     Args:
         arguments: Names; ``-`` for names on stdin, one per line.
-        ranks: The processes that share the run, of which rank 0 alone reads stdin.
+        ranks: The processes that share the run; only rank 0 reads stdin.
 
     Returns:
         The names in their order.
 
     Raises:
-        UsageError: stdin is named twice, or a name is empty.
+        UsageError: ``-`` is given twice, or a name is empty.
     """
     if list(arguments).count("-") > 1:
         raise UsageError("stdin can be read only once", "Give - once")
     names: list[str] = []
     for argument in arguments:
         if argument == "-":
-            own = stdin() if ranks is None or ranks.is_leader else b""
-            text = own.decode("utf-8-sig", "surrogateescape")
+            content = stdin() if ranks is None or ranks.is_leader else b""
+            text = content.decode("utf-8-sig", "surrogateescape")
             text = text if ranks is None else ranks.decide(text)
-            # Only at the ends of lines: a name may hold what Python else takes for one.
+            # Not splitlines(), which also splits at other characters that a name may contain.
             lines = text.replace("\r\n", "\n").split("\n")
             names += [line for line in lines if line.strip()]
         else:

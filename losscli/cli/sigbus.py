@@ -1,4 +1,4 @@
-"""Ends a process in one line if a file that it has mapped into memory was truncated."""
+"""Handles SIGBUS: a memory-mapped file was truncated while it was read."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from losscli.files import mapped_regions
 __all__ = ["exit_on_lost_pages"]
 
 
-def exit_on_lost_pages(tell: Callable[[str], None]) -> None:
-    """Has a process that reads where a file was cut off end with an error, from now on.
+def exit_on_lost_pages(report: Callable[[str], None]) -> None:
+    """Installs a SIGBUS handler that reports a truncated file and ends the process.
 
-    A file that is written anew in its place is empty for a moment. To read from it as it was
-    mapped is then an error that no code can catch: the system ends the process by SIGBUS. So the
-    handler, in whichever thread it is called, never returns to where it came from, unless no file
-    was cut off. On other systems than Linux nothing is done.
+    A file that is overwritten in place is empty for a moment. Reading its mapped pages then raises
+    SIGBUS, which Python code cannot catch. The handler may run in any thread and does not return
+    if a file was truncated; otherwise the default action follows. It is installed only on Linux.
 
     Args:
-        tell: Tells the user of an error, in one line.
+        report: Writes an error in one line.
     """
     if sys.platform != "linux":
         return
@@ -33,23 +32,23 @@ def exit_on_lost_pages(tell: Callable[[str], None]) -> None:
 
     def handle(number: int, info: int, _: int) -> None:
         try:
-            # As Linux lays out what it tells of a fault, on all machines of 64 bits.
+            # The layout of siginfo_t on 64-bit Linux.
             code = ctypes.c_int.from_address(info + 8).value
-            place = ctypes.c_uint64.from_address(info + 16).value
-            file = _beyond(place) if code > 0 else None
+            address = ctypes.c_uint64.from_address(info + 16).value
+            file = _truncated_file(address) if code > 0 else None
             if file is not None:
-                tell(
+                report(
                     f"{file} was cut off while it was looked at. Start again once it is left alone"
                 )
                 os._exit(1)
         finally:
-            library.signal(number, None)  # as it was; Python's own is for one thread alone
+            library.signal(number, None)  # SIG_DFL; signal.signal works only in the main thread
             os.kill(os.getpid(), number)
 
     with contextlib.suppress(OSError, AttributeError):
         action = _Action(_HANDLER(handle), flags=_WITH_INFORMATION)
         library.sigaction(signal.SIGBUS, ctypes.byref(action), None)
-        _KEPT.append(action)
+        _ACTIONS.append(action)
 
 
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
@@ -57,7 +56,7 @@ _WITH_INFORMATION = 4  # SA_SIGINFO
 
 
 class _Action(ctypes.Structure):
-    """What a process does on a signal: the C library's ``struct sigaction``."""
+    """``struct sigaction`` of the C library."""
 
     _fields_ = (
         ("handler", _HANDLER),
@@ -67,20 +66,20 @@ class _Action(ctypes.Structure):
     )
 
 
-# What the system calls has to stay.
-_KEPT: list[_Action] = []
+# Keeps the handlers alive, since C code holds only pointers to them.
+_ACTIONS: list[_Action] = []
 
 
-def _beyond(place: int) -> str | None:
-    """Names the file that is mapped at a place in memory and no longer goes as far."""
+def _truncated_file(address: int) -> str | None:
+    """Returns the file mapped at an address if it now ends before that address."""
     for mapping in mapped_regions():
-        if mapping.start <= place < mapping.stop:
+        if mapping.start <= address < mapping.stop:
             path = mapping.path.replace("\\012", "\n")
             try:
                 size = Path(path).stat().st_size
             except OSError:
-                # One that another machine keeps and deletes is lost; one of this machine is not.
+                # A deleted local file is still intact; one on a network file system is lost.
                 return None if path.endswith(" (deleted)") else path
-            if size <= mapping.offset + place - mapping.start:
+            if size <= mapping.offset + address - mapping.start:
                 return path
     return None

@@ -19,7 +19,7 @@ from torch import Tensor
 from losscli.data.batch import Pixels, to_tensor
 from losscli.data.memory import require_memory
 from losscli.errors import DataError, SpecError, one_line
-from losscli.files import stand_in
+from losscli.files import find_placeholder
 
 __all__ = ["load_mnist", "load_npz", "load_safetensors", "scaled"]
 
@@ -272,7 +272,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
 
 def _refuse_placeholder(path: Path) -> None:
     """Refuses a file that stands for another one, such as a Git LFS pointer."""
-    if found := stand_in(path):
+    if found := find_placeholder(path):
         what, cure = found
         raise DataError(f"{path} is {what}", cure) from None
 

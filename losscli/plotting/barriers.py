@@ -1,4 +1,4 @@
-"""The figure of ``losscli barriers``: a matrix of all pairs of checkpoints, a panel a split."""
+"""The figure of ``losscli barriers``: a matrix of all pairs of checkpoints for each split."""
 
 from __future__ import annotations
 
@@ -47,23 +47,22 @@ __all__ = ["draw_barriers"]
 
 Floats = NDArray[np.float64]
 
-# Viridis is even to the eye, also grey and colour-blind; turned over, since a hill is dark on the
-# white of no hill.
+# Reversed, so that high barriers are dark and low ones are close to the white of no barrier.
 _COLOURS = mpl.colormaps["viridis_r"]
 _NONE = "#ffffff"
 _UNKNOWN = "#d4d4d4"
-_ITSELF = "#ebebeb"
+_DIAGONAL = "#ebebeb"
 _EDGE = "#dedede"
 
-_NUMBERS = 12  # so many checkpoints have numbers in their cells
-_BESIDE = 6  # panels of so few, or of so many that there are no numbers, stand side by side
-_NAME = 130.0  # points, the room of a name
-_LETTERS = 8.5  # points, of numbers in cells with room for them
+_NUMBERS = 12  # maximum number of checkpoints for numbers in the cells
+_SIDE_BY_SIDE = 6  # up to this many checkpoints, or without numbers, panels are side by side
+_NAME = 130.0  # points, maximum width of a name
+_FONT_SIZE = 8.5  # points, maximum size of numbers in the cells
 
 
 @dataclass(frozen=True)
 class _Square:
-    """The barriers of one split, symmetric, ``[N, N]``; nan where one is not known."""
+    """The symmetric matrix ``[N, N]`` of the barriers of one split; nan if unknown."""
 
     split: str
     heights: Floats
@@ -72,13 +71,13 @@ class _Square:
 def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws the barriers between all pairs of checkpoints as a symmetric matrix for each split.
 
-    All splits have one scale. A barrier of 0 is white, whatever the scale; one that is not known,
+    All splits have the same scale. A barrier of 0 is white on any scale. A barrier that is unknown,
     since a loss on its line is not finite, is hatched.
 
     Args:
-        run: The table and summary of barriers.
-        title: Stands above the panels.
-        log: Makes the scale of the colours logarithmic.
+        run: The run.
+        title: The title of the figure.
+        log: Whether the colour scale is logarithmic.
 
     Returns:
         The figure, laid out and ready to `render`.
@@ -87,7 +86,7 @@ def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = Fal
     squares = _read(run.table, names)
     number = len(names)
     with house_style():
-        two = len(squares) > 1 and not _BESIDE < number <= _NUMBERS
+        two = len(squares) > 1 and not _SIDE_BY_SIDE < number <= _NUMBERS
         columns = 2 if two else 1
         rows = math.ceil(len(squares) / columns) or 1
         width = WIDE if two else WIDTH
@@ -98,12 +97,12 @@ def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = Fal
         norm = _norm(squares, log=log)
         labels, shared = _labels(figure, run.checkpoint_labels or names)
         panels: list[Axes] = []
-        for place, square in enumerate(squares):
-            panel = figure.add_subplot(cells[divmod(place, columns)])
+        for index, square in enumerate(squares):
+            panel = figure.add_subplot(cells[divmod(index, columns)])
             room = side * INCH / max(number, 1)
             _draw(panel, square.heights, norm, room)
-            _name(
-                panel, labels, room, below=place + columns >= len(squares), left=not place % columns
+            _label_axes(
+                panel, labels, room, below=index + columns >= len(squares), left=not index % columns
             )
             name = plain(square.split) + examples([run], square.split)
             panel.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
@@ -123,23 +122,23 @@ def _pairs(table: Table) -> list[tuple[object, object]]:
 
 
 def _read(table: Table, names: Sequence[str]) -> list[_Square]:
-    place = {name: k for k, name in enumerate(names)}
+    index = {name: k for k, name in enumerate(names)}
     squares = []
     for split in table.unique("split"):
         rows = table.where("split", split)
         heights = np.full((len(names), len(names)), np.nan)
         np.fill_diagonal(heights, 0.0)
         for (a, b), height in zip(_pairs(rows), rows.floats("barrier"), strict=True):
-            i, j = place[str(a)], place[str(b)]
+            i, j = index[str(a)], index[str(b)]
             heights[i, j] = heights[j, i] = height
         squares.append(_Square(str(split), heights))
     return squares
 
 
 def _shown(squares: Sequence[_Square]) -> Floats:
-    """All barriers that have a colour."""
-    found = [square.heights[_coloured(square.heights)] for square in squares]
-    return np.concatenate([*found, np.empty(0)])
+    """Returns all barriers with a colour."""
+    coloured = [square.heights[_coloured(square.heights)] for square in squares]
+    return np.concatenate([*coloured, np.empty(0)])
 
 
 def _coloured(heights: Floats) -> NDArray[np.bool_]:
@@ -160,14 +159,14 @@ def _norm(squares: Sequence[_Square], *, log: bool) -> Normalize:
 
 
 def _draw(axes: Axes, heights: Floats, norm: Normalize, room: float) -> None:
-    """Draws the cells, each of them so many points wide."""
+    """Draws the cells, each ``room`` points wide."""
     number = len(heights)
     colours = np.ones((number, number, 4))
     colours[..., :] = mpl.colors.to_rgba(_NONE)
     coloured, unknown = _coloured(heights), _unknown(heights)
     colours[coloured] = _COLOURS(np.asarray(norm(heights[coloured])))
     colours[unknown] = mpl.colors.to_rgba(_UNKNOWN)
-    colours[np.arange(number), np.arange(number)] = mpl.colors.to_rgba(_ITSELF)
+    colours[np.arange(number), np.arange(number)] = mpl.colors.to_rgba(_DIAGONAL)
     axes.imshow(colours, interpolation="nearest", aspect="equal")
     axes.grid(visible=False)
     for spine in axes.spines.values():
@@ -183,26 +182,26 @@ def _draw(axes: Axes, heights: Floats, norm: Normalize, room: float) -> None:
 
 
 def _write(axes: Axes, heights: Floats, colours: Floats, room: float) -> None:
-    """Writes the barriers into their cells, all in one size."""
+    """Writes the barriers into their cells, in one font size."""
     figure = axes.figure
     assert isinstance(figure, Figure)
-    places = np.argwhere(~_unknown(heights) & ~np.eye(len(heights), dtype=bool))
+    cells = np.argwhere(~_unknown(heights) & ~np.eye(len(heights), dtype=bool))
     digits = 3 if room > 40 else 2
-    told = [format_number(float(heights[i, j]), digits) for i, j in places]
-    widest = max((text_width(figure, text, _LETTERS) for text in told), default=0.0)
-    size = min(_LETTERS, _LETTERS * 0.9 * room / widest) if widest else _LETTERS
+    texts = [format_number(float(heights[i, j]), digits) for i, j in cells]
+    widest = max((text_width(figure, text, _FONT_SIZE) for text in texts), default=0.0)
+    size = min(_FONT_SIZE, _FONT_SIZE * 0.9 * room / widest) if widest else _FONT_SIZE
     light = colours[..., :3] @ np.array([0.21, 0.72, 0.07]) > 0.45
-    for (i, j), text in zip(places, told, strict=True):
+    for (i, j), text in zip(cells, texts, strict=True):
         colour = INK if light[i, j] else "white"
         axes.text(j, i, text, ha="center", va="center_baseline", fontsize=size, color=colour)
 
 
 def _hatch(axes: Axes, cells: NDArray[np.bool_]) -> None:
-    """Hatches cells, those beside each other in one."""
+    """Hatches cells; adjacent cells of a row form one rectangle."""
     corners: list[tuple[float, float]] = []
     for i, row in enumerate(cells):
-        turns = np.flatnonzero(np.diff(np.concatenate([[False], row, [False]]).astype(int)))
-        for start, stop in turns.reshape(-1, 2):
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], row, [False]]).astype(int)))
+        for start, stop in edges.reshape(-1, 2):
             left, right, top, bottom = start - 0.5, stop - 0.5, i - 0.5, i + 0.5
             corners += [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
     if not corners:
@@ -213,49 +212,53 @@ def _hatch(axes: Axes, cells: NDArray[np.bool_]) -> None:
 
 
 def _labels(figure: Figure, names: Sequence[str]) -> tuple[list[str], str]:
-    """What is each checkpoint's own in its name; and all names, a star in the place of that."""
+    """Returns the distinct part of each name, and the pattern of all names with ``*`` for it."""
     whole = [plain(name) for name in names]
     parts = [name.split("/") for name in whole]
     most = min(map(len, parts), default=1) - 1
     before = _common(parts, most)
     after = _common([part[::-1] for part in parts], most - before)
-    own = ["/".join(part[before : len(part) - after]) for part in parts]
-    ending = "." + own[0].rpartition(".")[2] if own and "." in own[0] else ""
-    if not all(name.endswith(ending) and len(name) > len(ending) for name in own):
-        ending = ""
-    own = [name.removesuffix(ending) for name in own]
+    distinct = ["/".join(part[before : len(part) - after]) for part in parts]
+    suffix = "." + distinct[0].rpartition(".")[2] if distinct and "." in distinct[0] else ""
+    if not all(name.endswith(suffix) and len(name) > len(suffix) for name in distinct):
+        suffix = ""
+    distinct = [name.removesuffix(suffix) for name in distinct]
     shared = ""
-    if len(whole) > 1 and len(set(own)) == len(own):
-        around = [*parts[0][:before], f"*{ending}", *parts[0][len(parts[0]) - after :]]
-        shared = "/".join(around) if len(around) > 1 or ending else ""
+    if len(whole) > 1 and len(set(distinct)) == len(distinct):
+        pattern = [*parts[0][:before], f"*{suffix}", *parts[0][len(parts[0]) - after :]]
+        shared = "/".join(pattern) if len(pattern) > 1 or suffix else ""
     else:
-        own = whole
-    labels = [shorten(figure, name, _NAME) for name in own]
+        distinct = whole
+    labels = [shorten(figure, name, _NAME) for name in distinct]
     if len(set(labels)) < len(labels):
-        labels = [f"{k} {shorten(figure, name, _NAME - 20)}" for k, name in enumerate(own, start=1)]
+        labels = [
+            f"{k} {shorten(figure, name, _NAME - 20)}" for k, name in enumerate(distinct, start=1)
+        ]
     return labels, shared
 
 
 def _common(parts: Sequence[Sequence[str]], most: int) -> int:
-    """How many parts all names begin with, and no more than so many."""
+    """Returns the number of leading parts that all names share, at most ``most``."""
     length = 0
     while length < most and len({part[length] for part in parts}) == 1:
         length += 1
     return length
 
 
-def _name(axes: Axes, labels: Sequence[str], room: float, *, below: bool, left: bool) -> None:
-    """Writes the names beside the cells, as many as there is room for."""
+def _label_axes(axes: Axes, labels: Sequence[str], room: float, *, below: bool, left: bool) -> None:
+    """Labels rows and columns with the names that fit."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     size = SMALL if room >= 12 else SMALL - 2
     stride = math.ceil(1.25 * size / room) if room else 1
-    places = range(0, len(labels), stride)
-    told = [labels[k] for k in places]
-    flat = stride == 1 and all(text_width(figure, label, size) < 0.9 * room for label in labels)
-    axes.set_xticks(places, told if below else [], fontsize=size)
-    axes.set_yticks(places, told if left else [], fontsize=size)
-    if not flat:
+    ticks = range(0, len(labels), stride)
+    shown = [labels[k] for k in ticks]
+    horizontal = stride == 1 and all(
+        text_width(figure, label, size) < 0.9 * room for label in labels
+    )
+    axes.set_xticks(ticks, shown if below else [], fontsize=size)
+    axes.set_yticks(ticks, shown if left else [], fontsize=size)
+    if not horizontal:
         axes.tick_params(axis="x", labelrotation=90)
     axes.tick_params(length=0 if stride == 1 else 2, labelcolor=INK)
 
@@ -286,11 +289,11 @@ def _add_colour_bar(
 
 
 def _legend(squares: Sequence[_Square]) -> list[tuple[Artist, str]]:
-    """What the cells without a colour mean, as far as there are any."""
+    """Returns the legend entries of cells without a colour."""
     entries: list[tuple[Artist, str]] = []
     for square in squares:
-        apart = ~np.eye(len(square.heights), dtype=bool)
-        if (apart & ~_coloured(square.heights) & ~_unknown(square.heights)).any():
+        pairs = ~np.eye(len(square.heights), dtype=bool)
+        if (pairs & ~_coloured(square.heights) & ~_unknown(square.heights)).any():
             white = Patch(fc=_NONE, ec=PALE, lw=0.5)
             entries.append((white, "0: no point seen lies above the chord"))
             break
@@ -304,8 +307,8 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
     if not squares:
         return ["There are no pairs"]
     alphas = run.summary.get("alphas", ())
-    seen = f", over {len(alphas)} points from α = 0 to 1" if alphas else ""
-    notes = [f"Barrier: the largest height above the chord between two checkpoints{seen}"]
+    points = f", over {len(alphas)} points from α = 0 to 1" if alphas else ""
+    notes = [f"Barrier: the largest height above the chord between two checkpoints{points}"]
     if shared:
         notes.append(f"Checkpoints {shared}")
     return notes

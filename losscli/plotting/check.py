@@ -1,4 +1,4 @@
-"""The figure of ``losscli check``: gradients, curvatures and verdicts, and the way down."""
+"""The figure of ``losscli check``: gradients, eigenvalues, verdicts and the escape direction."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from losscli.plotting.style import (
     house_style,
     loss_name,
     plain,
+    round_positions,
     scale_y,
     shorten,
-    steady,
 )
-from losscli.plotting.surface import WIDE, add_foot, finish_layout, short_name
+from losscli.plotting.surface import WIDE, add_foot, finish_layout, shorten_path
 from losscli.results import Run
 from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
@@ -55,16 +55,16 @@ Group = list[tuple[Artist, str]]
 
 _COLOUR = PALETTE[0]
 _SHADE = "#f1f1f1"
-_LINE = "#9a9a9a"  # of zero, and of what else is only there to be read against
+_LINE = "#9a9a9a"  # reference lines, such as zero
 _GRADIENT, _LOW, _HIGH = "gradient norm", "λₘᵢₙ", "λₘₐₓ"
-_FEW = 40  # so few values are shown one by one
-_WIDE_LOSS = 1e3  # losses this far apart are shown on a logarithmic scale
-_WIDE_HIGH = 10.0  # and so are largest eigenvalues this many times the middle one
-_UNEVEN = 20.0  # eigenvalues below zero, as many times smaller than those above it or the reverse
+_FEW = 40  # up to this many values have individual marks
+_LOG_LOSS_RATIO = 1e3  # above this ratio of highest to lowest loss the axis is logarithmic
+_LOG_HIGH_RATIO = 10.0  # the same for largest eigenvalue to its median over checkpoints
+_UNEVEN_RATIO = 20.0  # above this ratio of positive to negative range, or the reverse: symlog axis
 _MOST_TICKS = 9
-_FAR = 1e3  # beyond this many times the largest eigenvalue, 2 / learning rate is only told
+_FAR = 1e3  # above this multiple of the largest eigenvalue 2 / learning rate is only in a note
 
-# What the verdicts look like: told apart by their shape as well as by their colour.
+# The marks of the verdicts differ in shape and colour.
 _VERDICTS: dict[str, dict[str, Any]] = {
     "not critical": {"marker": "o", "mec": PALE, "mfc": "#c8c8c8"},
     "undecided": {"marker": "d", "mec": "#CC79A7", "mfc": "white"},
@@ -77,16 +77,16 @@ _LOWEST: dict[str, Any] = {"marker": "D", "mec": _COLOUR, "mfc": "white", "mew":
 
 
 def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) -> Figure:
-    """Draws how critical checkpoints are.
+    """Draws the result of a check for critical points.
 
-    Several checkpoints: loss, gradient norm and the two outermost eigenvalues of the Hessian over
-    their order, with the verdicts. One checkpoint: its eigenvalues. A table ``escape`` adds the
-    loss along the most negative curvature, a table ``spectrum`` further eigenvalues.
+    Several checkpoints: loss, gradient norm and the extreme eigenvalues of the Hessian over the
+    order of the checkpoints, with the verdicts. One checkpoint: its eigenvalues. A table ``escape``
+    adds the loss along the most negative curvature, a table ``spectrum`` further eigenvalues.
 
     Args:
         run: The run.
-        title: Stands above the panels.
-        log: Makes the axes of the loss logarithmic.
+        title: The title of the figure.
+        log: Whether the axes of the loss are logarithmic.
 
     Returns:
         The figure, laid out and ready to `render`.
@@ -103,7 +103,7 @@ def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) ->
             add_title(figure, title)
         add_foot(figure, panel, notes, groups)
         finish_layout(figure)
-        steady(figure)
+        round_positions(figure)
     return figure
 
 
@@ -116,10 +116,10 @@ def _new_figure(width: float, height: float) -> Figure:
 def _split_entries(run: Run[CheckSummary], splits: Sequence[str]) -> Group:
     return [
         (
-            Line2D([], [], color=_COLOUR, linestyle=DASHES[place % len(DASHES)]),
+            Line2D([], [], color=_COLOUR, linestyle=DASHES[index % len(DASHES)]),
             plain(split) + examples([run], split),
         )
-        for place, split in enumerate(splits)
+        for index, split in enumerate(splits)
     ]
 
 
@@ -128,7 +128,7 @@ def _whole_numbers() -> MaxNLocator:
 
 
 def _number(value: Any) -> float:
-    """A number of a summary; nan where there is none."""
+    """Returns a number of a summary; nan if it has none."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
@@ -173,7 +173,7 @@ def _draw_several(
         panel.set_xlabel("checkpoint, in the order given")
     figure.align_ylabels([loss, gradient])
     figure.align_ylabels([high, low])
-    notes.append(_basis(run))
+    notes.append(_criteria_note(run))
 
     if escape:
         panel = figure.add_subplot(grid[3, :])
@@ -181,14 +181,14 @@ def _draw_several(
         at = names.index(escape.checkpoint) if escape.checkpoint in names else -1
         if escape.split in splits and at >= 0:
             rows = run.table.where("split", escape.split).where("checkpoint", escape.checkpoint)
-            # Where below the way down begins.
+            # The start of the escape direction in the panel below.
             low.plot([at], rows.floats("lambda_min")[:1], ls="none", zorder=5, **_START)
     return figure, loss, notes, [_split_entries(run, splits), verdicts]
 
 
 def _read(table: Table, names: Sequence[str], splits: Sequence[str]) -> list[Series]:
-    """The rows of each split over their checkpoints' places in the order."""
-    places = {name: place for place, name in enumerate(names)}
+    """Returns a series for each split over the index of the checkpoints."""
+    indices = {name: index for index, name in enumerate(names)}
     series = []
     for number, split in enumerate(splits):
         rows = table.where("split", split)
@@ -200,7 +200,7 @@ def _read(table: Table, names: Sequence[str], splits: Sequence[str]) -> list[Ser
             _HIGH: "lambda_max",
             f"{_HIGH} error": "lambda_max_error",
         }
-        x = np.array([places[str(name)] for name in rows["checkpoint"]], dtype=np.float64)
+        x = np.array([indices[str(name)] for name in rows["checkpoint"]], dtype=np.float64)
         series.append(
             Series(
                 run=0,
@@ -221,12 +221,12 @@ def _read(table: Table, names: Sequence[str], splits: Sequence[str]) -> list[Ser
 
 
 def _first_and_last(figure: Figure, names: Sequence[str]) -> str:
-    first, last = (short_name(figure, plain(names[at]), 200) for at in (0, -1))
+    first, last = (shorten_path(figure, plain(names[at]), 200) for at in (0, -1))
     return f"Checkpoint 0 is {first}, checkpoint {len(names) - 1} is {last}."
 
 
-def _basis(run: Run[CheckSummary]) -> str:
-    """What the verdicts rest on."""
+def _criteria_note(run: Run[CheckSummary]) -> str:
+    """Returns a note on the criteria of the verdicts."""
     tolerance = _number(run.summary.get("tolerance"))
     critical = "a checkpoint is critical where its gradient norm is small"
     if 0 <= tolerance < LARGEST:
@@ -247,14 +247,14 @@ def _draw_gradients(axes: Axes, series: Sequence[Series], tolerance: float) -> l
         return notes
     scale_y(axes, np.append(values, tolerance), log=True)
     text = f"critical below {format_number(tolerance)}"
-    _draw_rule(axes, tolerance, text, series, _GRADIENT, ground=_SHADE)
+    _draw_reference(axes, tolerance, text, series, _GRADIENT, ground=_SHADE)
     axes.axhspan(axes.get_ylim()[0], tolerance, color=_SHADE, lw=0, zorder=0.5)
     return notes
 
 
 def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> list[str]:
     notes = draw_panel(axes, series, _HIGH, log=False)
-    values = _reach(series, _HIGH)
+    values = _bar_ends(series, _HIGH)
     rate, momentum = _number(summary.get("learning_rate")), _number(summary.get("momentum"))
     momentum = momentum if 0 <= momentum < 1 else 0.0
     edge = (2 + 2 * momentum) / rate if SMALLEST < rate < LARGEST else math.nan
@@ -269,7 +269,7 @@ def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> l
         notes.append(f"{text}: full-batch training is unstable where {_HIGH} is above this.")
     shown = np.append(values, edge)
     shown = shown[np.isfinite(shown)]
-    far = bool(values.size and shown.max() > _WIDE_HIGH * np.median(values))
+    far = bool(values.size and shown.max() > _LOG_HIGH_RATIO * np.median(values))
     if far and shown.min() > SMALLEST:
         scale_y(axes, shown, log=True)
         how = "log scale"
@@ -278,20 +278,20 @@ def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> l
     _draw_bars(axes, series, _HIGH)
     axes.set_ylabel(f"largest eigenvalue\n{_HIGH}" + f", {how}" * bool(how))
     if math.isfinite(edge):
-        _draw_rule(axes, edge, text, series, _HIGH, above=True, dashes=(0, (5, 3)))
+        _draw_reference(axes, edge, text, series, _HIGH, above=True, dashes=(0, (5, 3)))
     return notes
 
 
 def _draw_low(axes: Axes, series: Sequence[Series]) -> list[str]:
     notes = draw_panel(axes, series, _LOW, log=False)
-    how = _scale_eigenvalues(axes, "y", _reach(series, _LOW))
+    how = _scale_eigenvalues(axes, "y", _bar_ends(series, _LOW))
     _draw_bars(axes, series, _LOW)
     axes.set_ylabel(f"smallest eigenvalue\n{_LOW}" + f", {how}" * bool(how))
     return notes
 
 
-def _reach(series: Sequence[Series], column: str) -> Floats:
-    """How far values and their bars go."""
+def _bar_ends(series: Sequence[Series], column: str) -> Floats:
+    """Returns the drawable ends of the error bars of a column."""
     ends = [np.empty(0)]
     for s in series:
         error = s[f"{column} error"]
@@ -302,7 +302,7 @@ def _reach(series: Sequence[Series], column: str) -> Floats:
 
 
 def _draw_bars(axes: Axes, series: Sequence[Series], column: str) -> None:
-    """Draws within which bounds the eigenvalues lie."""
+    """Draws the error bounds of eigenvalues."""
     for s in series:
         error = s[f"{column} error"]
         ok = drawable(s[column], log=False) & drawable(error, log=False)
@@ -320,7 +320,7 @@ def _draw_bars(axes: Axes, series: Sequence[Series], column: str) -> None:
         )
 
 
-def _draw_rule(
+def _draw_reference(
     axes: Axes,
     y: float,
     text: str,
@@ -331,30 +331,30 @@ def _draw_rule(
     dashes: Any = "solid",
     ground: str = "white",
 ) -> None:
-    """Draws a level line and names it, at that end of it where the curves leave more room."""
+    """Draws a horizontal line with a label at the end where the curves leave more room."""
     to_unit = axes.transScale + axes.transLimits
     low, high = axes.get_ylim()
     forward = axes.yaxis.get_transform()
     bottom, at, top = (float(v) for v in forward.transform(np.array([low, y, high])))
-    # The name wants a line's room between the line and the edge.
+    # Leave room for one line of text between the line and the edge.
     if above:
         top = max(top, bottom + (at - bottom) / 0.86)
     else:
         bottom = min(bottom, top - (top - at) / 0.84)
     axes.set_ylim(*(float(v) for v in forward.inverted().transform(np.array([bottom, top]))))
     axes.axhline(y, color=INK, lw=0.9, linestyle=dashes, zorder=1.9)
-    rooms = []
+    clearances = []
     for left in (True, False):
-        near = [1.0]
+        distances = [1.0]
         for s in series:
             ok = drawable(s[column], log=axes.get_yscale() == "log")
             points = to_unit.transform(np.column_stack([s.x[ok], s[column][ok]]))
             points = points[points[:, 0] < 0.4 if left else points[:, 0] > 0.6]
             level = to_unit.transform([[axes.get_xlim()[0], y]])[0, 1]
             gaps = points[:, 1] - level if above else level - points[:, 1]
-            near += [*np.where(gaps < -0.02, 1.0, gaps)]
-        rooms.append(min(near))
-    left = rooms[0] >= rooms[1]
+            distances += [*np.where(gaps < -0.02, 1.0, gaps)]
+        clearances.append(min(distances))
+    left = clearances[0] >= clearances[1]
     axes.annotate(
         text,
         xy=(0.015 if left else 0.985, y),
@@ -370,18 +370,18 @@ def _draw_rule(
 
 
 def _draw_verdicts(axes: Axes, table: Table, names: Sequence[str], splits: Sequence[str]) -> Group:
-    """Draws a row of marks for each split; returns those that occur, for the legend."""
-    places = {name: place for place, name in enumerate(names)}
+    """Draws a row of verdict marks for each split; returns the legend entries."""
+    indices = {name: index for index, name in enumerate(names)}
     rows = {split: row for row, split in enumerate(splits)}
-    found: dict[str, list[tuple[int, int]]] = {}
+    points: dict[str, list[tuple[int, int]]] = {}
     cells = (table["checkpoint"], table["split"], table["verdict"])
     for name, split, verdict in zip(*cells, strict=True):
         if verdict:
-            found.setdefault(str(verdict), []).append((places[str(name)], rows[str(split)]))
+            points.setdefault(str(verdict), []).append((indices[str(name)], rows[str(split)]))
     size = min(max(250 / len(names), 2.4), 6.5)
     entries: Group = []
-    for verdict in sorted(found, key=_rank):
-        x, y = zip(*found[verdict], strict=True)
+    for verdict in sorted(points, key=_rank):
+        x, y = zip(*points[verdict], strict=True)
         mark = {**_mark(verdict), "mew": min(1.2, size / 4)}
         axes.plot(x, y, ls="none", ms=size, clip_on=False, **mark)
         entries.append((Line2D([], [], ls="none", ms=6.5, **_mark(verdict)), plain(verdict)))
@@ -402,7 +402,7 @@ def _rank(verdict: str) -> int:
 
 
 def _mark(verdict: str) -> dict[str, Any]:
-    # A word that this version does not know is shown all the same.
+    # Verdicts of other versions have a neutral mark.
     return _VERDICTS.get(verdict, {"marker": "*", "mec": INK, "mfc": INK})
 
 
@@ -410,18 +410,18 @@ def _mark(verdict: str) -> dict[str, Any]:
 
 
 def _scale_eigenvalues(axes: Axes, which: Literal["x", "y"], values: Floats) -> str:
-    """Sets an axis that is to show eigenvalues, with zero and a line there.
+    """Scales an axis of eigenvalues so that it includes zero, and draws a line at zero.
 
-    Where those of one sign are far smaller than those of the other, or most are far smaller than
-    the largest, the axis is linear around zero and logarithmic beyond.
+    The axis is linear around zero and logarithmic beyond (symlog) if the eigenvalues of one sign
+    are far smaller than those of the other, or most are far smaller than the largest.
 
     Args:
-        axes: Where.
+        axes: The panel.
         which: The axis.
-        values: All finite; may be none.
+        values: Finite eigenvalues; may be empty.
 
     Returns:
-        What the label of the axis is to say of it.
+        The scale in words for the label of the axis; empty if it is linear.
     """
     (axes.axhline if which == "y" else axes.axvline)(0, color=_LINE, lw=1.1, zorder=1.5)
     axis = axes.yaxis if which == "y" else axes.xaxis
@@ -448,9 +448,9 @@ def _scale_eigenvalues(axes: Axes, which: Literal["x", "y"], values: Floats) -> 
 
 
 def _linear_part(values: Floats) -> float:
-    """How far from zero an axis is to be linear before it is logarithmic; 0 for all of it."""
+    """Returns the linear range around zero of a symlog axis; 0 for a linear axis."""
     largest = float(np.abs(values).max(initial=0.0))
-    # Four powers of ten are enough: what is smaller is next to nothing beside the largest.
+    # Values more than four powers of ten below the largest are treated as zero.
     least = max(1e-4 * largest, SMALLEST)
     sizes = np.abs(values[np.abs(values) > least])
     if not sizes.size:
@@ -458,16 +458,16 @@ def _linear_part(values: Floats) -> float:
     sides = (float(-values.min()), float(values.max()))
     smaller = min(side for side in sides if side > least)
     typical = float(np.quantile(sizes, 0.25))
-    if largest <= _UNEVEN * smaller and largest <= 100 * typical:
+    if largest <= _UNEVEN_RATIO * smaller and largest <= 100 * typical:
         return 0.0
     return float(10.0 ** math.floor(math.log10(max(min(smaller, typical), least))))
 
 
 def _symlog_ticks(linear: float, low: float, high: float) -> list[float]:
-    """Zero and powers of ten to both sides of it, no more than can be read."""
+    """Returns zero and powers of ten on both sides of it, at most `_MOST_TICKS`."""
     first, last = round(math.log10(linear)), math.floor(math.log10(max(-low, high)))
     for step in itertools.count(1):
-        # Counted from the largest, where the eye begins.
+        # Counted from the largest power, which is always labelled.
         powers = [10.0**k for k in range(last, first - 1, -step)]
         ticks = [-p for p in powers if -p >= low] + [0.0] + [p for p in powers if p <= high]
         if len(ticks) <= _MOST_TICKS:
@@ -502,7 +502,7 @@ def _draw_one(
         panel = figure.add_subplot(grid[-1, 0])
         notes = _draw_extremes(panel, run.table, splits)
     if not escape and names:
-        name = short_name(figure, plain(names[0]), 380)
+        name = shorten_path(figure, plain(names[0]), 380)
         panel.set_title(name, loc="left", fontsize=10)
     if escape:
         notes = [
@@ -510,14 +510,16 @@ def _draw_one(
             *notes,
         ]
     rows = [dict(zip(run.table.columns, row, strict=True)) for row in run.table.rows]
-    facts = [_facts(row, eigenvalues=bool(spectrum)) for row in rows]
+    facts = [_row_as_sentence(row, eigenvalues=bool(spectrum)) for row in rows]
     notes = (
-        [*facts, *_reasons(run, splits), _basis(run), *notes] if facts else ["There are no points"]
+        [*facts, *_undecided_notes(run, splits), _criteria_note(run), *notes]
+        if facts
+        else ["There are no points"]
     )
 
     lines = _split_entries(run, splits)
-    for place, (line, _) in enumerate(lines if spectrum else []):
-        line.set(marker="o", ms=4, mfc=_face(place), mew=0.9)
+    for index, (line, _) in enumerate(lines if spectrum else []):
+        line.set(marker="o", ms=4, mfc=_face(index), mew=0.9)
     cells = zip(run.table["split"], run.table["verdict"], strict=True)
     verdicts: Group = [
         (
@@ -530,8 +532,8 @@ def _draw_one(
     return figure, panel, notes, [lines, verdicts]
 
 
-def _reasons(run: Run[CheckSummary], splits: Sequence[str]) -> list[str]:
-    """Why nothing is decided."""
+def _undecided_notes(run: Run[CheckSummary], splits: Sequence[str]) -> list[str]:
+    """Returns the reasons of undecided verdicts."""
     about = run.summary.get("splits", {})
     points = ((s, point) for s in splits for point in about.get(s, {}).get("points", ()))
     return [
@@ -541,15 +543,17 @@ def _reasons(run: Run[CheckSummary], splits: Sequence[str]) -> list[str]:
     ]
 
 
-def _facts(row: Mapping[str, Cell], *, eigenvalues: bool) -> str:
-    """A row of the table as a sentence; with the eigenvalues where no panel tells them."""
-    said = [
-        f"loss {_tell(_number(row['loss']))}",
-        f"gradient norm {_tell(_number(row['gradient_norm']))}",
+def _row_as_sentence(row: Mapping[str, Cell], *, eigenvalues: bool) -> str:
+    """Returns a row of the table as a sentence, with the extreme eigenvalues on request."""
+    parts = [
+        f"loss {_with_error(_number(row['loss']))}",
+        f"gradient norm {_with_error(_number(row['gradient_norm']))}",
     ]
     for symbol, name in ((_LOW, "lambda_min"), (_HIGH, "lambda_max")) if eigenvalues else ():
-        said.append(f"{symbol} = {_tell(_number(row[name]), _number(row.get(f'{name}_error')))}")
-    # A CSV of an older version has the first share alone.
+        parts.append(
+            f"{symbol} = {_with_error(_number(row[name]), _number(row.get(f'{name}_error')))}"
+        )
+    # CSV files of older versions have only the first share.
     columns = {"positive": "minimal_ratio", "negative": "negative", "undecided": "undecided"}
     shares = [
         f"{format_number(100 * share)}% {sign}"
@@ -557,37 +561,37 @@ def _facts(row: Mapping[str, Cell], *, eigenvalues: bool) -> str:
         if math.isfinite(share := _number(row.get(column)))
     ]
     if shares:
-        said.append(f"eigenvalues {', '.join(shares)}")
-    return f"{plain(str(row['split']))}: {', '.join(said)}."
+        parts.append(f"eigenvalues {', '.join(shares)}")
+    return f"{plain(str(row['split']))}: {', '.join(parts)}."
 
 
-def _tell(value: float, error: float = math.nan) -> str:
-    """A number, and how far off it may be."""
+def _with_error(value: float, error: float = math.nan) -> str:
+    """Formats a number and its error bound."""
     if not math.isfinite(value):
         return "not finite"
-    off = f" ± {format_number(error, 2)}" if math.isfinite(error) else ""
-    return format_number(value) + off
+    bound = f" ± {format_number(error, 2)}" if math.isfinite(error) else ""
+    return format_number(value) + bound
 
 
 def _read_spectrum(
     run: Run[CheckSummary], splits: Sequence[str]
 ) -> dict[str, tuple[Floats, Floats]]:
-    """The eigenvalues of each split from the largest to the smallest, and their errors."""
+    """Returns the eigenvalues of each split in descending order, and their errors."""
     table = run.more.get("spectrum")
-    found = {}
+    spectrum = {}
     for split in splits if table else ():
         assert table is not None
         rows = table.where("split", split)
         values, errors = np.array(rows.floats("eigenvalue")), np.array(rows.floats("error"))
         order = np.argsort(-values, kind="stable")
         if drawable(values, log=False).any():
-            found[split] = values[order], errors[order]
-    return found
+            spectrum[split] = values[order], errors[order]
+    return spectrum
 
 
-def _face(place: int) -> str:
-    """The dots of the first split are filled, those of further ones open."""
-    return "white" if place else _COLOUR
+def _face(index: int) -> str:
+    """Returns the fill colour of a split's dots: filled for the first split, else open."""
+    return "white" if index else _COLOUR
 
 
 def _draw_spectrum(axes: Axes, spectrum: dict[str, tuple[Floats, Floats]]) -> list[str]:
@@ -595,18 +599,18 @@ def _draw_spectrum(axes: Axes, spectrum: dict[str, tuple[Floats, Floats]]) -> li
     notes, reach = [], [np.empty(0)]
     most = max(len(values) for values, _ in spectrum.values())
     few = most <= _FEW
-    for place, (split, (every, every_error)) in enumerate(spectrum.items()):
-        ok = drawable(every, log=False)
+    for index, (split, (all_values, all_errors)) in enumerate(spectrum.items()):
+        ok = drawable(all_values, log=False)
         if missing := int((~ok).sum()):
             notes.append(f"{missing} eigenvalue{'s' * (missing > 1)} of {plain(split)} not finite")
-        values, errors = every[ok], every_error[ok]
-        # Side by side, where there is room: two splits have much the same eigenvalues.
-        shift = 0.16 * (place - (len(spectrum) - 1) / 2) if few else 0.0
+        values, errors = all_values[ok], all_errors[ok]
+        # Shifted if there is room, since the eigenvalues of two splits are often close.
+        shift = 0.16 * (index - (len(spectrum) - 1) / 2) if few else 0.0
         rank = np.arange(1, len(values) + 1) + shift
-        style = DASHES[place % len(DASHES)]
+        style = DASHES[index % len(DASHES)]
         size = 4.5 if few else 2.5
         axes.plot(rank, values, color=_COLOUR, lw=0.8, linestyle=style, alpha=0.6, zorder=2.4)
-        axes.plot(rank, values, "o", mec=_COLOUR, mfc=_face(place), ms=size, mew=0.9, zorder=3)
+        axes.plot(rank, values, "o", mec=_COLOUR, mfc=_face(index), ms=size, mew=0.9, zorder=3)
         known = drawable(errors, log=False)
         bars: dict[str, Any] = {"fmt": "none", "ecolor": _COLOUR, "elinewidth": 1.0, "zorder": 2.5}
         axes.errorbar(rank[known], values[known], errors[known], capsize=2.5 * few, **bars)
@@ -622,9 +626,9 @@ def _draw_spectrum(axes: Axes, spectrum: dict[str, tuple[Floats, Floats]]) -> li
 
 
 def _draw_extremes(axes: Axes, table: Table, splits: Sequence[str]) -> list[str]:
-    """Draws a row for each split, from its smallest eigenvalue to its largest."""
+    """Draws a row for each split from its smallest to its largest eigenvalue."""
     series = _read(table, [str(name) for name in table.unique("checkpoint")], splits)
-    reach = np.concatenate([_reach(series, _LOW), _reach(series, _HIGH)])
+    reach = np.concatenate([_bar_ends(series, _LOW), _bar_ends(series, _HIGH)])
     how = _scale_eigenvalues(axes, "x", reach)
     missing = 0
     for row, s in enumerate(series):
@@ -650,9 +654,9 @@ def _draw_extremes(axes: Axes, table: Table, splits: Sequence[str]) -> list[str]
             )
             lower = column == _LOW
             axes.annotate(
-                f"{column} = {_tell(float(value[0]), float(error[0]))}",
+                f"{column} = {_with_error(float(value[0]), float(error[0]))}",
                 xy=(float(value[0]), row),
-                # One above and one below: however close the two are, their names do not meet.
+                # One label above and one below, so that they never overlap.
                 xytext=(-4 if lower else 4, -6 if lower else 6),
                 textcoords="offset points",
                 ha="left" if lower else "right",
@@ -682,14 +686,14 @@ class _Escape:
     """The loss along the direction of the most negative curvature.
 
     Attributes:
-        checkpoint: Where it starts; empty where that is not known.
-        split: Of which split the losses are.
-        eigenvalue: The curvature; nan where it is not known.
+        checkpoint: The checkpoint at distance 0; empty if unknown.
+        split: The split of the losses; empty if unknown.
+        eigenvalue: The curvature; nan if unknown.
         distance: The distances, in ascending order.
         loss: The losses.
         stderr: Their standard errors.
-        told: The distance of the lowest loss by the summary; nan where that says nothing.
-        gain_stderr: The standard error of the gain there.
+        reported_distance: The distance of the lowest loss in the summary; nan if unknown.
+        gain_stderr: The standard error of the gain at that distance.
     """
 
     checkpoint: str
@@ -698,12 +702,12 @@ class _Escape:
     distance: Floats
     loss: Floats
     stderr: Floats
-    told: float
+    reported_distance: float
     gain_stderr: float
 
     @classmethod
     def read(cls, run: Run[CheckSummary]) -> _Escape | None:
-        """Reads it; None where there is none."""
+        """Reads the table ``escape`` of a run; None if there is nothing to draw."""
         table = run.more.get("escape")
         if table is None:
             return None
@@ -727,29 +731,29 @@ class _Escape:
 
     @property
     def start(self) -> float:
-        """The loss of the checkpoint itself; nan where it is not among the points."""
+        """The loss of the checkpoint itself; nan if distance 0 is not in the table."""
         return float(next(iter(self.loss[self.distance == 0]), math.nan))
 
     @property
     def lowest(self) -> int:
-        """Which point is the lowest, -1 where none is below the checkpoint."""
+        """The index of the lowest point; -1 if no point is below the checkpoint."""
         shown = np.where(drawable(self.loss, log=False), self.loss, np.inf)
         at = int(np.argmin(shown))
         return at if shown[at] < self.start else -1
 
     def entries(self, figure: Figure) -> Group:
-        """What the legend says of it."""
+        """Returns the legend entries."""
         entries: Group = []
         if math.isfinite(self.start):
-            name = short_name(figure, plain(self.checkpoint), 200)
-            said = f"the checkpoint  {name}".strip()
-            entries.append((Line2D([], [], ls="none", **_START), said))
+            name = shorten_path(figure, plain(self.checkpoint), 200)
+            label = f"the checkpoint  {name}".strip()
+            entries.append((Line2D([], [], ls="none", **_START), label))
         if self.lowest >= 0:
             at, loss = float(self.distance[self.lowest]), float(self.loss[self.lowest])
-            said = f"lowest: {format_number(loss)} at distance {format_number(at)}"
-            gain_error = self.gain_stderr if at == self.told else math.nan
-            said += f", a gain of {_tell(self.start - loss, gain_error)}"
-            entries.append((Line2D([], [], ls="none", **_LOWEST), said))
+            label = f"lowest: {format_number(loss)} at distance {format_number(at)}"
+            gain_error = self.gain_stderr if at == self.reported_distance else math.nan
+            label += f", a gain of {_with_error(self.start - loss, gain_error)}"
+            entries.append((Line2D([], [], ls="none", **_LOWEST), label))
         if (drawable(self.stderr, log=False) & (self.stderr > 0)).any():
             entries.append((Patch(color=_COLOUR, alpha=0.18, lw=0), "± one standard error"))
         return entries
@@ -758,20 +762,20 @@ class _Escape:
 def _draw_escape(
     axes: Axes, escape: _Escape, run: Run[CheckSummary], splits: Sequence[str], *, log: bool
 ) -> list[str]:
-    """Draws the loss along the most negative curvature, both ways."""
-    place = splits.index(escape.split) if escape.split in splits else 0
+    """Draws the loss along the most negative curvature, in both directions."""
+    index = splits.index(escape.split) if escape.split in splits else 0
     series = Series(
         run=0,
         split=escape.split,
         name="the curve",
         colour=_COLOUR,
-        dashes=DASHES[place % len(DASHES)],
+        dashes=DASHES[index % len(DASHES)],
         x=escape.distance,
         ends=np.zeros(len(escape.distance), dtype=np.bool_),
         values={"loss": escape.loss, "loss_stderr": escape.stderr},
     )
     shown = escape.loss[drawable(escape.loss, log=False)]
-    log = log or bool(shown.size and 0 < _WIDE_LOSS * shown.min() < shown.max())
+    log = log or bool(shown.size and 0 < _LOG_LOSS_RATIO * shown.min() < shown.max())
     notes = draw_panel(axes, [series], "loss", log=log)
     axes.axvline(0, color=_LINE, lw=0.9, zorder=1.5)
     for distance, loss, mark in (
@@ -792,13 +796,13 @@ def _draw_escape(
     assert isinstance(figure, Figure)
     label = shorten(figure, f"loss{loss_name([run])}", 190, 10)
     axes.set_ylabel(f"{label}\nlog scale" if log else label)
-    where = "smallest" if escape.eigenvalue >= 0 else "most negative"
-    where = f"distance along the {where} curvature"
+    which = "smallest" if escape.eigenvalue >= 0 else "most negative"
+    label = f"distance along the {which} curvature"
     if math.isfinite(escape.eigenvalue):
-        where += f" (λ = {format_number(escape.eigenvalue)})"
-    axes.set_xlabel(where)
+        label += f" (λ = {format_number(escape.eigenvalue)})"
+    axes.set_xlabel(label)
     split = f"loss on {plain(escape.split)}" if escape.split else "loss"
-    name = short_name(figure, plain(escape.checkpoint), 200)
+    name = shorten_path(figure, plain(escape.checkpoint), 200)
     title = f"Around {name}: {split}" if name else f"Around the checkpoint: {split}"
     axes.set_title(shorten(figure, title, 330, 10), loc="left", fontsize=10)
     if escape.lowest < 0 and math.isfinite(escape.start):

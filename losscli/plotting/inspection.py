@@ -1,4 +1,4 @@
-"""The figure of ``losscli inspect``: how large each tensor is, or how far it moved."""
+"""The figure of ``losscli inspect``: the size of each tensor, or its distance between two."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ from losscli.summaries import InspectionSummary
 __all__ = ["draw_inspection"]
 
 _MOST_BARS = 60
-_NAME = 190.0  # points, the room of a name
-_WIDE = 100.0  # a range that only a logarithmic axis shows
+_NAME = 190.0  # points, maximum width of a name
+_LOG_RATIO = 100.0  # above this ratio of highest to lowest value the axis is logarithmic
 
 
 @dataclass(frozen=True)
 class _Bar:
-    """A tensor, or several whose names begin the same.
+    """A tensor, or several with a common prefix in their names.
 
     Attributes:
-        name: What they are called.
-        tensors: How many.
-        values: Of how many numbers.
+        name: The name or the prefix.
+        tensors: The number of tensors.
+        values: The number of values.
         square: ‖θ‖² of the first checkpoint.
-        moved: ‖B − A‖², where there are two.
+        moved: ‖B − A‖²; 0 for one checkpoint.
     """
 
     name: str
@@ -67,38 +67,38 @@ class _Bar:
 
     @property
     def mean(self) -> float:
-        """The root mean square of the values; of no values, nan."""
+        """The root mean square of the values; nan without values."""
         return math.sqrt(self.square / self.values) if self.values else math.nan
 
     @property
     def change(self) -> float:
-        """How far it moved, as a share of its length at A; from nothing, inf."""
+        """The relative distance ‖B − A‖ / ‖A‖; inf if only A is zero."""
         if not self.square:
             return math.inf if self.moved else 0.0
         return math.sqrt(self.moved / self.square)
 
     @property
     def from_nothing(self) -> bool:
-        """Whether it is all zero at A and not at B, so that no share says how far it moved."""
+        """Whether A is zero but B is not, so that the relative distance is undefined."""
         return not self.square and 0 < self.moved < math.inf
 
 
 def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws a bar for each tensor: its root mean square, or ‖B − A‖ / ‖A‖ between two checkpoints.
 
-    Tensors are in the order of the checkpoint, and in one colour where they are of one part of the
-    model. More than 60 are drawn by the beginnings of their names, as long as still fit.
+    Tensors are in the order of the checkpoint; tensors of the same module have the same colour.
+    More than 60 are grouped by the longest prefixes of their names that give at most 60 groups.
 
     Args:
-        run: The table and summary of an inspection.
-        title: Stands above the panel.
-        log: Has no effect: there is no loss.
+        run: The run.
+        title: The title of the figure.
+        log: Has no effect, since there is no loss.
 
     Returns:
         The figure, laid out and ready to `render`.
 
     Raises:
-        UsageError: It is of a checkpoint of several state dicts.
+        UsageError: The checkpoint has several state dicts.
     """
     del log
     if "key" in run.table.columns:
@@ -107,7 +107,7 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
         )
     two = "distance" in run.table.columns
     tensors = _read(run, two=two)
-    bars = _gather(tensors)
+    bars = _group(tensors)
     size: Callable[[_Bar], float] = (lambda bar: bar.change) if two else lambda bar: bar.mean
     values = np.array([size(bar) for bar in bars], dtype=np.float64)
     buffers = {plain(name) for name in run.summary.get("buffers", ())}
@@ -118,10 +118,10 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         notes = _draw(axes, bars, values, whole=size(whole), small=row < 0.19)
-        what = "‖B − A‖ / ‖A‖" if two else "root mean square of the values"
+        quantity = "‖B − A‖ / ‖A‖" if two else "root mean square of the values"
         each = "of each tensor" if len(bars) == len(tensors) else "of each part"
         scale = ", log scale" if axes.get_xscale() == "log" else ""
-        axes.set_xlabel(f"{what} {each}{scale}")
+        axes.set_xlabel(f"{quantity} {each}{scale}")
         if not bars:
             notes.append("There are no tensors of floating-point numbers")
         if len(bars) < len(tensors):
@@ -129,15 +129,15 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
         notes += _left_out(run, len(tensors))
         if bars and math.isfinite(size(whole)):
             line = Line2D([], [], color=INK, lw=1.2, ls=(0, (4, 2)))
-            what = "parameters" if buffers else "tensors"
-            label = f"all {what} together: {format_number(size(whole))}"
+            kind = "parameters" if buffers else "tensors"
+            label = f"all {kind} together: {format_number(size(whole))}"
             add_legend(figure, [[(line, label)]])
         add_notes(axes, notes)
-        names = _name(axes, checkpoint_names(run))
+        names = _write_names(axes, checkpoint_names(run))
         if title:
             add_title(figure, title)
         freeze(figure)
-        # Above the names of the tensors too, not only above the panel.
+        # Aligned with the left edge of the figure.
         panel = axes.get_position()
         names.set_x((0.02 - panel.x0) / panel.width)
     return figure
@@ -172,65 +172,65 @@ def _join(name: str, parts: Sequence[_Bar]) -> _Bar:
     )
 
 
-def _gather(tensors: Sequence[_Bar]) -> list[_Bar]:
-    """Puts tensors together by the first components of their names, as many as still fit."""
+def _group(tensors: Sequence[_Bar]) -> list[_Bar]:
+    """Groups tensors by the longest prefixes of their names that give few enough bars."""
     if len(tensors) <= _MOST_BARS:
         return list(tensors)
-    found: list[_Bar] = []
+    bars: list[_Bar] = []
     for depth in range(1, max(bar.name.count(".") for bar in tensors) + 2):
         groups: dict[str, list[_Bar]] = {}
         for bar in tensors:
             groups.setdefault(".".join(bar.name.split(".")[:depth]), []).append(bar)
-        if found and len(groups) > _MOST_BARS:
+        if bars and len(groups) > _MOST_BARS:
             break
-        found = [_join(name, parts) for name, parts in groups.items()]
-    return found
+        bars = [_join(name, parts) for name, parts in groups.items()]
+    return bars
 
 
-def _part(name: str) -> str:
-    """The part of the model that a name is of: up to its first number, or without its last word."""
+def _module(name: str) -> str:
+    """Returns the module of a tensor: its name up to the first number, or without its last part."""
     words = name.split(".")
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if word.isdecimal():
-            return ".".join(words[: place + 1])
+            return ".".join(words[: index + 1])
     return ".".join(words[:-1]) or name
 
 
 def _draw(
     axes: Axes, bars: Sequence[_Bar], values: np.ndarray, *, whole: float, small: bool
 ) -> list[str]:
-    """Draws the bars from the top down; returns notes on those that have no length."""
+    """Draws the bars from top to bottom; returns notes on bars without a length."""
     figure = axes.figure
     assert isinstance(figure, Figure)
-    letters = 6.5 if small else 7.5
-    parts = list(dict.fromkeys(_part(bar.name) for bar in bars))
+    font_size = 6.5 if small else 7.5
+    parts = list(dict.fromkeys(_module(bar.name) for bar in bars))
     colours = dict(zip(parts, block_colours(len(parts)), strict=True))
-    places = range(len(bars))
+    rows = range(len(bars))
     shown = np.isfinite(values) & (values > SMALLEST) & (values < LARGEST)
     low, high, log = _scale(axes, values[shown])
-    for place, bar, value, ok in zip(places, bars, values, shown, strict=True):
-        # Beside the panel: no line can cross a number there.
+    for row, bar, value, ok in zip(rows, bars, values, shown, strict=True):
+        # Beside the panel, where no line crosses the number.
         axes.text(
             1.012,
-            place,
-            format_number(float(value)) if ok else _words(bar, value),
+            row,
+            format_number(float(value)) if ok else _placeholder(bar, value),
             transform=axes.get_yaxis_transform(),
             va="center_baseline",
-            fontsize=letters,
+            fontsize=font_size,
             color=INK if ok else PALE,
         )
-        colour = colours[_part(bar.name)]
+        colour = colours[_module(bar.name)]
         if ok and log:
-            # The length of a bar on a logarithmic axis means nothing: the dot is what counts.
-            axes.plot([low, value], [place, place], color=colour, lw=0.8, alpha=0.5, zorder=2)
-            axes.plot([value], [place], "o", color=colour, ms=4.5, zorder=3)
+            # A dot, since the length of a bar on a logarithmic axis has no meaning.
+            axes.plot([low, value], [row, row], color=colour, lw=0.8, alpha=0.5, zorder=2)
+            axes.plot([value], [row], "o", color=colour, ms=4.5, zorder=3)
         elif ok:
-            axes.barh(place, value, height=0.72, color=colour, zorder=2)
+            axes.barh(row, value, height=0.72, color=colour, zorder=2)
     if bars and low <= whole <= high:
         axes.axvline(whole, color=INK, lw=1.2, ls=(0, (4, 2)), zorder=2.5)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_yticks(
-        places, [shorten(figure, bar.name, _NAME, letters) for bar in bars], fontsize=letters
+        rows, [shorten(figure, bar.name, _NAME, font_size) for bar in bars], fontsize=font_size
     )
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(visible=False, axis="y")
@@ -239,8 +239,8 @@ def _draw(
     return []
 
 
-def _words(bar: _Bar, value: float) -> str:
-    """What stands in the place of a bar that is not drawn."""
+def _placeholder(bar: _Bar, value: float) -> str:
+    """Returns the text for a bar that is not drawn."""
     if not bar.values:
         return "empty"
     if bar.from_nothing:
@@ -251,10 +251,10 @@ def _words(bar: _Bar, value: float) -> str:
 
 
 def _scale(axes: Axes, values: np.ndarray) -> tuple[float, float, bool]:
-    """Sets the x axis to the values, all above 0; returns where it begins and ends."""
+    """Scales the x axis to positive values; returns its limits and whether it is logarithmic."""
     high = float(values.max()) if values.size else 1.0
     low = float(values.min()) if values.size else 1.0
-    log = high > _WIDE * low
+    log = high > _LOG_RATIO * low
     if log:
         axes.set_xscale("log")
         decades = math.log10(high / low)
@@ -281,15 +281,15 @@ def _left_out(run: Run[InspectionSummary], drawn: int) -> list[str]:
     return notes
 
 
-def _name(axes: Axes, names: Sequence[str]) -> Text:
-    """Writes what the checkpoints are called above the panel."""
+def _write_names(axes: Axes, names: Sequence[str]) -> Text:
+    """Writes the names of the checkpoints above the panel."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     letters = "AB" if len(names) == 2 else ("",)
     room = WIDTH * INCH * 0.92 / max(len(names), 1)
-    told = []
+    texts = []
     for letter, name in zip(letters, names, strict=False):
         before = f"{letter}  " if letter else ""
         width = room - text_width(figure, before) - 18
-        told.append(before + shorten(figure, name, width))
-    return axes.set_title("      ".join(told), loc="left", fontsize=SMALL, pad=8)
+        texts.append(before + shorten(figure, name, width))
+    return axes.set_title("      ".join(texts), loc="left", fontsize=SMALL, pad=8)

@@ -17,15 +17,15 @@ from matplotlib.ticker import MaxNLocator
 from losscli.plotting.layerwise import draw_layerwise
 from losscli.plotting.line_axis import (
     LINE,
+    alpha_range,
     draw_ends,
+    flat_range_notes,
     lowest_label,
     mark_ends,
     mark_lowest,
     name_ends,
-    read,
+    read_series,
     scale_alpha,
-    span,
-    swamped,
 )
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
@@ -42,34 +42,35 @@ from losscli.plotting.style import (
     house_style,
     loss_name,
     plain,
+    round_positions,
     run_colours,
     run_names,
     shorten,
     stacked_panels,
-    steady,
 )
 from losscli.results import Run
 from losscli.summaries import LineSummary
 
 __all__ = ["draw_interpolation"]
 
-_MOST_MARKS = 12  # so many local minima and maxima are marked
-_ABOVE = 1.5  # inches, for the whole line above a part of it
+_MOST_MARKS = 12  # maximum number of marked local minima and maxima
+_OVERVIEW_HEIGHT = 1.5  # inches, of the panel of the whole line above a part of it
 
 
 def draw_interpolation(
     runs: Sequence[Run[LineSummary]], *, title: str = "", log: bool = False
 ) -> Figure:
-    """Draws losses, and metrics where there are any, over the line from A to B.
+    """Draws losses and metrics over the line from A to B.
 
-    One colour a run, one line style a split, a band of one standard error to either side. What
-    cannot be drawn is left out of the lines, marked at the edge and counted in a note. One run
-    with a table ``blocks`` is drawn by `draw_layerwise`.
+    Colours distinguish runs, line styles distinguish splits, and a band shows one standard error.
+    Values that cannot be drawn leave a gap, a mark at the edge and a note with their number. One
+    run with a table ``blocks`` is drawn by `draw_layerwise`, one with a table ``context`` with an
+    overview of the whole line.
 
     Args:
         runs: The runs.
-        title: Stands above the panels.
-        log: Makes the axis of the loss logarithmic.
+        title: The title of the figure.
+        log: Whether the axis of the loss is logarithmic.
 
     Returns:
         The figure, laid out and ready to `render`.
@@ -80,32 +81,32 @@ def draw_interpolation(
         splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
         metrics = list(dict.fromkeys(m for r in runs for m in r.table.metrics))
         names = run_names(runs)
-        series = read(runs, names, splits)
+        series = read_series(runs, names, splits)
         whole = _read_whole(runs, splits)
-        figure, panels = stacked_panels(len(metrics), above=_ABOVE if whole else 0.0)
+        figure, panels = stacked_panels(len(metrics), above=_OVERVIEW_HEIGHT if whole else 0.0)
         overview = panels.pop(0) if whole else None
         view = scale_alpha(panels[-1], series)
 
         notes = [] if series else ["There are no points"]
         notes += draw_panel(panels[0], series, "loss", log=log)
         label = shorten(figure, f"loss{loss_name(runs)}", 190, 10)
-        of = "batches" if all("batches" in run.summary for run in runs) else "examples"
-        axis = f"mean over {of}, log scale" if log else f"mean over {of}"
+        units = "batches" if all("batches" in run.summary for run in runs) else "examples"
+        axis = f"mean over {units}, log scale" if log else f"mean over {units}"
         panels[0].set_ylabel(f"{label}\n{axis}")
         lowest = mark_lowest(panels[0], series, log=log)
-        turns, about = _mark_turns(panels[0], runs, series, lowest, log=log)
-        notes += about
-        notes += swamped(series, view, log=log)
+        extrema, more = _mark_extrema(panels[0], runs, series, lowest, log=log)
+        notes += more
+        notes += flat_range_notes(series, view, log=log)
         for axes, metric in zip(panels[1:], metrics, strict=True):
             wide = _is_wide(series, metric)
             notes += draw_panel(axes, series, metric, log=wide)
             label = shorten(figure, plain(metric), 88, 10)
             axes.set_ylabel(f"{label}\nlog scale" if wide else label)
         panels[-1].set_xlabel("α:  θ(α) = A + α (B − A)")
-        others = [turns]
+        others = [extrema]
         if overview:
-            about = _draw_whole(overview, whole, panels[0].get_xlim(), log=log)
-            notes += [f"The whole line: {note}" for note in about]
+            more = _draw_whole(overview, whole, panels[0].get_xlim(), log=log)
+            notes += [f"The whole line: {note}" for note in more]
             shade = Patch(color=LINE, alpha=0.3, lw=0)
             others.append([(shade, "shaded: the part below")])
         figure.align_ylabels([overview, *panels] if overview else panels)
@@ -117,25 +118,25 @@ def draw_interpolation(
         draw_ends(panels, view)
         named = panels[0]
         if overview:
-            named, view = overview, span(whole)
+            named, view = overview, alpha_range(whole)
             draw_ends([named], view)
         ends = mark_ends(named, view, end_names(runs))
         freeze(figure)
         name_ends(named, ends)
         if overview:
-            steady(figure)
+            round_positions(figure)
             _connect(overview, panels[0])
     return figure
 
 
 def _is_wide(series: Sequence[Series], column: str) -> bool:
-    """Whether a column goes over so many powers of ten that only a logarithmic axis shows it."""
+    """Returns whether a positive column spans more than three powers of ten."""
     values = np.concatenate([s[column] for s in series])
     values = values[drawable(values, log=False)]
     return bool(values.size and values.min() > 0 and values.max() > 1e3 * values.min())
 
 
-def _mark_turns(
+def _mark_extrema(
     axes: Axes,
     runs: Sequence[Run[LineSummary]],
     series: Sequence[Series],
@@ -143,67 +144,69 @@ def _mark_turns(
     *,
     log: bool,
 ) -> tuple[list[tuple[Artist, str]], list[str]]:
-    """Marks the local minima and maxima that noise does not explain.
+    """Marks the significant local minima and maxima (beyond two standard errors).
 
     Args:
-        axes: Where.
-        runs: The runs, whose summaries name them.
+        axes: The panel.
+        runs: The runs; their summaries list the extrema.
         series: Their curves.
-        lowest: Points that have a mark already.
+        lowest: Points that already have a mark.
         log: Whether the axis is logarithmic.
 
     Returns:
-        What the legend says, and notes.
+        The entries of the legend, and notes.
     """
-    taken = {(id(s), alpha) for s, alpha, _ in lowest}
-    found: list[tuple[float, str, Series, float, float]] = []
+    marked_already = {(id(s), alpha) for s, alpha, _ in lowest}
+    extrema: list[tuple[float, str, Series, float, float]] = []
     for s in series:
-        about = runs[s.run].summary.get("splits", {}).get(s.split, {})
-        turns = [("minima", turn) for turn in about.get("local_minima", ())]
-        turns += [("maxima", turn) for turn in about.get("local_maxima", ())]
-        for kind, turn in turns:
-            at = np.flatnonzero((s.x == turn.get("alpha")) & drawable(s["loss"], log=log))
-            if turn.get("beyond_noise") and at.size:
+        split = runs[s.run].summary.get("splits", {}).get(s.split, {})
+        reported = [("minima", extremum) for extremum in split.get("local_minima", ())]
+        reported += [("maxima", extremum) for extremum in split.get("local_maxima", ())]
+        for kind, extremum in reported:
+            at = np.flatnonzero((s.x == extremum.get("alpha")) & drawable(s["loss"], log=log))
+            if extremum.get("beyond_noise") and at.size:
                 alpha, loss = float(s.x[at[0]]), float(s["loss"][at[0]])
-                size = turn.get("depth", 0.0) if kind == "minima" else turn.get("height", 0.0)
-                found.append((size, kind, s, alpha, loss))
-    found.sort(key=lambda turn: -turn[0])
-    number = len(found)
-    found = [t for t in found[:_MOST_MARKS] if (id(t[2]), t[3]) not in taken]
+                size = (
+                    extremum.get("depth", 0.0) if kind == "minima" else extremum.get("height", 0.0)
+                )
+                extrema.append((size, kind, s, alpha, loss))
+    extrema.sort(key=lambda extremum: -extremum[0])
+    number = len(extrema)
+    extrema = [e for e in extrema[:_MOST_MARKS] if (id(e[2]), e[3]) not in marked_already]
     note = "Local minima and maxima: marked where beyond two standard errors"
     if number > _MOST_MARKS:
         note += f", the {_MOST_MARKS} most prominent of {number}"
     entries: list[tuple[Artist, str]] = []
     for kind, marker in (("minima", "v"), ("maxima", "^")):
         style: dict[str, Any] = {"marker": marker, "mfc": "white", "mew": 1.2, "ms": 5}
-        marked = [turn for turn in found if turn[1] == kind]
+        marked = [extremum for extremum in extrema if extremum[1] == kind]
         for _, _, s, alpha, loss in marked:
             axes.plot([alpha], [loss], ls="none", mec=s.colour, zorder=5.5, **style)
         if marked:
             colour = marked[0][2].colour if len(runs) == 1 else INK
             handle = Line2D([], [], ls="none", mec=colour, **style)
-            one = {"minima": "minimum", "maxima": "maximum"}[kind]
-            entries.append((handle, f"local {one}"))
-    return entries, [note] if found else []
+            singular = {"minima": "minimum", "maxima": "maximum"}[kind]
+            entries.append((handle, f"local {singular}"))
+    return entries, [note] if extrema else []
 
 
 def _read_whole(runs: Sequence[Run[LineSummary]], splits: Sequence[str]) -> list[Series]:
-    """The curves of the whole line of which one run is a part; none where it is not."""
+    """Reads the table ``context``: the curves of the whole line of which a run is a part."""
     if len(runs) != 1 or "context" not in runs[0].more:
         return []
-    return read([Run(runs[0].more["context"], {})], [""], splits)
+    return read_series([Run(runs[0].more["context"], {})], [""], splits)
 
 
 def _draw_whole(
     axes: Axes, whole: Sequence[Series], part: tuple[float, float], *, log: bool
 ) -> list[str]:
-    """Draws the whole line with the part that the panels below show.
+    """Draws the whole line and shades the part that the panels below show.
 
     Args:
-        axes: Where.
+        axes: The panel.
         whole: The curves.
-        part: From where to where the panels below go.
-        log: Makes the axis of the loss logarithmic.
+        part: The range of α in the panels below.
+        log: Whether the axis of the loss is logarithmic.
 
     Returns:
         Notes on what is not drawn.
@@ -211,20 +214,20 @@ def _draw_whole(
     notes = draw_panel(axes, whole, "loss", log=log)
     scale_alpha(axes, whole)
     low, high = axes.get_xlim()
-    # A part that the whole line does not reach is in the picture all the same.
+    # The part may exceed the whole line.
     axes.set_xlim(min(low, part[0]), max(high, part[1]))
     axes.axvspan(*part, color=LINE, alpha=0.3, lw=0, zorder=1.2)
     if not log:
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     axes.set_ylabel("loss on the\nwhole line")
     for label in axes.get_xticklabels():
-        # Lines to the part run by behind them.
+        # The lines of `_connect` pass behind the labels.
         label.set_path_effects([Stroke(linewidth=3, foreground="white"), Normal()])
     return notes
 
 
 def _connect(overview: Axes, panel: Axes) -> None:
-    """Draws lines from both ends of the shaded part to the upper corners of the panel it is."""
+    """Draws lines from both ends of the shaded part to the upper corners of the panel below."""
     figure = overview.figure
     for alpha, corner in zip(panel.get_xlim(), (0, 1), strict=True):
         figure.add_artist(
@@ -247,19 +250,19 @@ def _entries(
     series: Sequence[Series],
     lowest: Sequence[tuple[Series, float, float]],
 ) -> list[list[tuple[Artist, str]]]:
-    """What the legend holds: runs by their colour, splits by their dashes, and the other marks."""
+    """Returns the entries of the legend: runs by colour, splits by line style, and marks."""
     several = len(runs) > 1
     colours = run_colours(len(runs))
     colour = colours[0] if len(runs) == 1 else INK
     prefix = f"{plain(runs[0].label)}: " if len(runs) == 1 and runs[0].label else ""
     marks: list[tuple[Artist, str]] = []
-    for place, split in enumerate(splits):
-        line = Line2D([], [], color=colour, linestyle=DASHES[place % len(DASHES)])
+    for index, split in enumerate(splits):
+        line = Line2D([], [], color=colour, linestyle=DASHES[index % len(DASHES)])
         marks.append((line, prefix + plain(split) + examples(runs, split)))
     if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series):
         marks.append((Patch(color=colour, alpha=0.18, lw=0), "± one standard error"))
     if lowest:
         mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
         marks.append((mark, lowest_label(lowest, len(runs), len(splits))))
-    called = zip(colours, names, strict=True) if several else ()
-    return [[(Line2D([], [], color=colour), name) for colour, name in called], marks]
+    named = zip(colours, names, strict=True) if several else ()
+    return [[(Line2D([], [], color=colour), name) for colour, name in named], marks]

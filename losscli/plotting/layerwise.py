@@ -1,4 +1,4 @@
-"""The figure of ``losscli interpolate --layerwise``: each block moving alone, beside the whole."""
+"""The figure of ``losscli interpolate --layerwise``: curves of single blocks and of all blocks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from matplotlib.patches import Patch
 
 from losscli.plotting.line_axis import (
     draw_ends,
+    flat_range_notes,
     lowest_label,
     mark_ends,
     mark_lowest,
     name_ends,
-    read,
+    read_series,
     scale_alpha,
-    swamped,
 )
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
@@ -46,21 +46,21 @@ from losscli.summaries import LineSummary
 
 __all__ = ["block_colours", "draw_layerwise"]
 
-_MOST_NAMES = 16  # so many blocks have their names in the legend
-_NAME = 118.0  # points, the room of a name
-_ROW = 0.192  # inches, a row of the legend
-# From six blocks on neighbours differ in their dashes, beside a little in their colours; where
-# there are too many to tell one from another, it is the order that counts.
+_MOST_NAMES = 16  # maximum number of blocks in the legend
+_NAME = 118.0  # points, maximum width of a name
+_ROW = 0.192  # inches, height of a row of the legend
+# With more blocks, neighbours have similar colours and differ in their line styles. With more than
+# `_MOST_NAMES`, colours show only the order.
 _FEW = 5
-_MOST_BANDS = 8  # so many blocks have bands of their standard errors
+_MOST_BANDS = 8  # maximum number of blocks with bands of standard errors
 _DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.6)), (0, (1, 1.3)))
 
 
 def block_colours(number: int) -> list[str]:
-    """Colours in the order of a model, from dark to light, for any eye and on paper without any.
+    """Returns a sequence of colours from dark to light, safe for colour-blind and grey print.
 
     Args:
-        number: How many.
+        number: The number of colours.
 
     Returns:
         The colours.
@@ -71,12 +71,13 @@ def block_colours(number: int) -> list[str]:
 def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws the loss over the line for the whole network and for each block alone.
 
-    A panel for each split: the whole in black, the blocks in colours in the order of the model.
+    There is a panel per split, with all blocks together in black and single blocks in colours in
+    the order of the model.
 
     Args:
-        run: The run, with its further table ``blocks``.
-        title: Stands above the panels.
-        log: Makes the axes of the loss logarithmic.
+        run: The run, with the table ``blocks``.
+        title: The title of the figure.
+        log: Whether the axes of the loss are logarithmic.
 
     Returns:
         The figure, laid out and ready to `render`.
@@ -92,23 +93,24 @@ def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False)
 
         curves = _read_blocks(run, names, colours, splits)
         whole = [
-            replace(s, colour=INK, dashes="solid", width=2.4) for s in read([run], [""], splits)
+            replace(s, colour=INK, dashes="solid", width=2.4)
+            for s in read_series([run], [""], splits)
         ]
         view = scale_alpha(panels[-1], [*curves, *whole])
         notes = [] if whole else ["There are no points"]
         lowest = []
         for axes, split in zip(panels, splits, strict=False):
-            own = [s for s in whole if s.split == split]
-            # The whole comes last, to lie on top.
+            together = [s for s in whole if s.split == split]
+            # Drawn last, so that it is on top.
             notes += draw_panel(
-                axes, [s for s in curves if s.split == split] + own, "loss", log=log
+                axes, [s for s in curves if s.split == split] + together, "loss", log=log
             )
-            lowest += mark_lowest(axes, own, log=log)
+            lowest += mark_lowest(axes, together, log=log)
             axes.set_ylabel(_label(figure, run, split, log=log))
-        notes += swamped([*curves, *whole], view, log=log)
+        notes += flat_range_notes([*curves, *whole], view, log=log)
         if len(names) > _MOST_NAMES:
-            about = "from dark to light in the order of the model"
-            notes.append(f"{len(names)} blocks, {about}, {_MOST_NAMES} of them named")
+            order = "from dark to light in the order of the model"
+            notes.append(f"{len(names)} blocks, {order}, {_MOST_NAMES} of them named")
         panels[-1].set_xlabel("α:  θ(α) = A + α (B − A), of all blocks or of one, all others at A")
         figure.align_ylabels(panels)
         _name_blocks(figure, names, curves)
@@ -131,13 +133,13 @@ def _read_blocks(
     series = []
     table = run.more["blocks"]
     many = len(names) > _MOST_NAMES
-    for place, (name, colour) in enumerate(zip(names, colours, strict=True)):
-        dashes = _DASHES[0 if many or len(names) <= _FEW else place % len(_DASHES)]
-        alone: Run[LineSummary] = Run(table.where("block", name), {})
+    for index, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        dashes = _DASHES[0 if many or len(names) <= _FEW else index % len(_DASHES)]
+        block: Run[LineSummary] = Run(table.where("block", name), {})
         series += [
             replace(
                 s,
-                run=place,
+                run=index,
                 name=f"{plain(name)} alone, {plain(s.split)}",
                 colour=colour,
                 dashes=dashes,
@@ -146,30 +148,29 @@ def _read_blocks(
                 if len(names) <= _MOST_BANDS
                 else {c: v for c, v in s.values.items() if c != "loss_stderr"},
             )
-            for s in read([alone], [""], splits)
+            for s in read_series([block], [""], splits)
         ]
     return series
 
 
 def _label(figure: Figure, run: Run[LineSummary], split: str, *, log: bool) -> str:
-    what = f"{plain(split)}{examples([run], split)}"
     scale = ", log scale" if log else ""
-    lines = f"loss{loss_name([run])}{scale}", what
+    lines = f"loss{loss_name([run])}{scale}", f"{plain(split)}{examples([run], split)}"
     return "\n".join(shorten(figure, line, 200, 10) for line in lines)
 
 
 def _name_blocks(figure: Figure, names: Sequence[str], curves: Sequence[Series]) -> None:
-    """Lists the blocks beside the panels, in their order; of very many, some evenly spaced."""
+    """Adds a legend of up to `_MOST_NAMES` blocks, evenly spaced in their order."""
     entries: list[tuple[Artist, str]] = [
         (Line2D([], [], color=INK, linewidth=2.4), "all blocks together")
     ]
     lines = {s.run: s for s in curves}
     named = np.linspace(0, len(names) - 1, min(len(names), _MOST_NAMES)).round().astype(int)
-    for place in named.tolist():
-        if place in lines:
-            s = lines[place]
+    for index in named.tolist():
+        if index in lines:
+            s = lines[index]
             handle = Line2D([], [], color=s.colour, linestyle=s.dashes, linewidth=1.8)
-            entries.append((handle, shorten(figure, plain(names[place]), _NAME)))
+            entries.append((handle, shorten(figure, plain(names[index]), _NAME)))
     figure.legend(
         [handle for handle, _ in entries],
         [name for _, name in entries],

@@ -1,4 +1,4 @@
-"""What the figures of a line share: its points, the axis of α, the names of A and B."""
+"""Shared parts of figures over α: reading curves, the α axis, the names of A and B."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ from losscli.summaries import LineSummary
 
 __all__ = [
     "LINE",
+    "alpha_range",
     "draw_ends",
+    "flat_range_notes",
     "lowest_label",
     "mark_ends",
     "mark_lowest",
     "name_ends",
-    "read",
+    "read_series",
     "scale_alpha",
-    "span",
-    "swamped",
 ]
 
 LINE = "#9a9a9a"
-_FEW_LINES = 4  # the lowest points of so few are marked
+_FEW_LINES = 4  # up to this many curves have a mark at their lowest point
 
 
-def read(
+def read_series(
     runs: Sequence[Run[LineSummary]], names: Sequence[str], splits: Sequence[str]
 ) -> list[Series]:
-    """The curves of runs, each with its points in the order of α."""
+    """Returns a curve per run and split, with its points in the order of α."""
     series = []
     colours = run_colours(len(runs))
     for number, run in enumerate(runs):
-        for place, split in enumerate(splits):
+        for index, split in enumerate(splits):
             table = run.table.where("split", split)
             alpha = np.array(table.floats("alpha"))
             order = np.argsort(alpha, kind="stable")
@@ -67,7 +67,7 @@ def read(
                     split=split,
                     name=f"{names[number]}, {plain(split)}" if len(runs) > 1 else plain(split),
                     colour=colours[number],
-                    dashes=DASHES[place % len(DASHES)],
+                    dashes=DASHES[index % len(DASHES)],
                     x=alpha[order],
                     ends=np.isin(alpha[order], (0.0, 1.0)),
                     values={c: np.array(table.floats(c))[order] for c in columns},
@@ -77,19 +77,19 @@ def read(
 
 
 def scale_alpha(axes: Axes, series: Sequence[Series]) -> tuple[float, float]:
-    """Sets the x axis to the points that there are; returns the first and the last α."""
-    low, high = span(series)
+    """Sets the x axis to the range of the points; returns the lowest and the highest α."""
+    low, high = alpha_range(series)
     room = 0.02 * (high - low) or 0.05 * max(1.0, abs(low))
     axes.set_xlim(low - room, high + room)
-    # Close to each other the points have long numbers, which need room.
+    # A narrow range needs long tick labels, so fewer of them.
     close = high - low < 1e-3 * max(abs(low), abs(high))
     axes.xaxis.set_major_locator(MaxNLocator(4 if close else "auto", steps=STEPS))
     axes.xaxis.set_major_formatter(Numbers())
     return low, high
 
 
-def span(series: Sequence[Series]) -> tuple[float, float]:
-    """The first and the last α."""
+def alpha_range(series: Sequence[Series]) -> tuple[float, float]:
+    """Returns the lowest and the highest α; 0 and 1 without curves."""
     alpha = np.concatenate([s.x for s in series]) if series else np.array([0.0, 1.0])
     return float(alpha.min()), float(alpha.max())
 
@@ -97,7 +97,11 @@ def span(series: Sequence[Series]) -> tuple[float, float]:
 def mark_lowest(
     axes: Axes, series: Sequence[Series], *, log: bool
 ) -> list[tuple[Series, float, float]]:
-    """Marks the lowest point of each curve; not of many, nor where several are as low."""
+    """Marks the lowest point of each curve if it is unique and there are few curves.
+
+    Returns:
+        The curve, the α and the loss of each mark.
+    """
     lowest = []
     for s in series if len(series) <= _FEW_LINES else ():
         loss = np.where(drawable(s["loss"], log=False), s["loss"], np.nan)
@@ -114,8 +118,10 @@ def mark_lowest(
     return lowest
 
 
-def swamped(series: Sequence[Series], view: tuple[float, float], *, log: bool) -> list[str]:
-    """A note with the losses between A and B, where those outside press them flat."""
+def flat_range_notes(
+    series: Sequence[Series], view: tuple[float, float], *, log: bool
+) -> list[str]:
+    """Returns a note with the range between A and B if it looks flat beside the losses outside."""
     if log or not series or view[0] > 0 or view[1] < 1:
         return []
     alpha = np.concatenate([s.x for s in series])
@@ -129,23 +135,31 @@ def swamped(series: Sequence[Series], view: tuple[float, float], *, log: bool) -
 
 
 def lowest_label(
-    lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int, of: str = ""
+    lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int, suffix: str = ""
 ) -> str:
-    """What the legend says of the marks of lowest points, where need be with whose they are."""
+    """Returns the label of the marks of lowest points, with their splits if there are two."""
     if runs > 1 or splits > 2:
-        return f"lowest point{of}"
+        return f"lowest point{suffix}"
     parts = [
         f"{plain(s.split)} " * (splits > 1) + f"{format_number(loss)} at α = {format_number(alpha)}"
         for s, alpha, loss in lowest
     ]
-    return f"lowest{of}: {', '.join(parts)}"
+    return f"lowest{suffix}: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
 class _End:
-    """A or B: where its line meets the upper edge, as a share of the width, and what to call it."""
+    """The label of A or B above a panel.
 
-    place: float
+    Attributes:
+        position: The position of its line as a fraction of the width of the panel.
+        text: The artist.
+        before: The letter, with an arrow if the end is left of the panel.
+        name: The name of the checkpoint, which may be shortened.
+        after: An arrow if the end is right of the panel.
+    """
+
+    position: float
     text: Text
     before: str
     name: str
@@ -153,7 +167,7 @@ class _End:
 
 
 def draw_ends(panels: Sequence[Axes], view: tuple[float, float]) -> None:
-    """Draws a line at A and at B where they are in view."""
+    """Draws vertical lines at A and B if they are in the panels."""
     for alpha in (0.0, 1.0):
         if view[0] <= alpha <= view[1]:
             for panel in panels:
@@ -161,15 +175,15 @@ def draw_ends(panels: Sequence[Axes], view: tuple[float, float]) -> None:
 
 
 def mark_ends(axes: Axes, view: tuple[float, float], names: tuple[str, str]) -> list[_End]:
-    """Leaves room above a panel for the names of A and B.
+    """Adds the letters A and B above a panel, which reserves room for their names.
 
     Args:
         axes: The panel.
-        view: The first and the last α.
-        names: What A and B are called; may be empty.
+        view: The lowest and the highest α.
+        names: The names of A and B; may be empty.
 
     Returns:
-        A and B, to be named once the width of the panel is known.
+        The labels of A and B, for `name_ends` once the width of the panel is final.
     """
     figure = axes.figure
     low, high = axes.get_xlim()
@@ -177,15 +191,15 @@ def mark_ends(axes: Axes, view: tuple[float, float], names: tuple[str, str]) -> 
     ends = []
     for alpha, letter, name in zip((0.0, 1.0), "AB", names, strict=True):
         before, after = "← " * (alpha < view[0]), " →" * (alpha > view[1])
-        place = min(max((alpha - low) / (high - low), 0.0), 1.0)
-        text = axes.text(place, 1, letter, fontsize=SMALL, transform=above)
+        position = min(max((alpha - low) / (high - low), 0.0), 1.0)
+        text = axes.text(position, 1, letter, fontsize=SMALL, transform=above)
         before += f"{letter}  " if name else letter
-        ends.append(_End(place, text, before, name, after))
+        ends.append(_End(position, text, before, name, after))
     return ends
 
 
 def name_ends(axes: Axes, ends: Sequence[_End]) -> None:
-    """Names A and B above their lines, side by side: moved and shortened as far as they must be."""
+    """Writes the names of A and B above their lines, moved and shortened so that both fit."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     room = axes.get_window_extent().width / figure.dpi * INCH
@@ -196,8 +210,8 @@ def name_ends(axes: Axes, ends: Sequence[_End]) -> None:
         frame = text_width(figure, end.before + end.after)
         end.text.set_text(end.before + shorten(figure, end.name, fits - frame) + end.after)
     a, b = (text_width(figure, end.text.get_text()) for end in ends)
-    left = min(max(ends[0].place * room - a / 2, 0), room - a)
-    right = min(max(ends[1].place * room - b / 2, 0), room - b)
+    left = min(max(ends[0].position * room - a / 2, 0), room - a)
+    right = min(max(ends[1].position * room - b / 2, 0), room - b)
     if (overlap := left + a + gap - right) > 0:
         left = max(0, left - overlap / 2)
         right = min(left + a + gap, room - b)

@@ -1,4 +1,4 @@
-"""Lines over a horizontal axis, with what all of them have: bands, dots, gaps."""
+"""Curves over a horizontal axis with error bands, dots and marks for missing values."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from losscli.plotting.style import count_points, drawable, plain, scale_y
 
 __all__ = ["Series", "draw_panel"]
 
-_CROSSES = 6  # so many lie below each other, further ones on top of them
-_FEW_POINTS = 15  # so few are shown one by one
-_MANY_LINES = 9  # the ends of so many have smaller dots
+_CROSSES = 6  # number of rows of crosses; further ones overlap
+_FEW_POINTS = 15  # up to this many points have a dot each
+_MANY_LINES = 9  # from this many curves on, dots at the ends are smaller
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Series:
     """One split of one run.
 
     Attributes:
-        run: The number of the run.
+        run: The index of the run.
         split: The name of the split.
-        name: What to call it in a note.
-        colour: The run's.
-        dashes: The split's.
-        x: Where its points are.
-        ends: Which of them are the ends of a path, to be marked.
-        values: The columns of the table that are drawn over x, by their names.
-        width: Of the line, in points; None for that of the house.
+        name: The name in notes.
+        colour: The colour of the run.
+        dashes: The line style of the split.
+        x: The positions of the points.
+        ends: A mask of the points that are ends of a path, which are marked.
+        values: The columns to draw over x, by their names.
+        width: The line width in points; None for the default.
     """
 
     run: int
@@ -54,24 +54,24 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
     """Draws a column of all series over x.
 
     Args:
-        axes: Where.
-        series: The series; those without the column are passed over.
-        column: Its name.
-        log: Makes the y axis logarithmic.
+        axes: The panel.
+        series: The series; those without the column are ignored.
+        column: The name of the column.
+        log: Whether the y axis is logarithmic.
 
     Returns:
-        Notes on what is not drawn.
+        Notes on values that are not drawn.
     """
     series = [s for s in series if column in s.values]
     shown = [drawable(s[column], log=log) for s in series]
     errors = [
         np.where(ok, s[f"{column}_stderr"], np.nan) for s, ok in zip(series, shown, strict=True)
     ]
-    reach = [s[column][ok] for s, ok in zip(series, shown, strict=True)]
-    reach += [s[column] + e for s, e in zip(series, errors, strict=True)]
+    extremes = [s[column][ok] for s, ok in zip(series, shown, strict=True)]
+    extremes += [s[column] + e for s, e in zip(series, errors, strict=True)]
     if not log:
-        reach += [s[column] - e for s, e in zip(series, errors, strict=True)]
-    values = np.concatenate([*reach, np.empty(0)])
+        extremes += [s[column] - e for s, e in zip(series, errors, strict=True)]
+    values = np.concatenate([*extremes, np.empty(0)])
     values = values[drawable(values, log=log)]
     fraction = "accuracy" in column.lower() and bool(np.all((values >= 0) & (values <= 1)))
     scale_y(axes, values, log=log, fraction=fraction)
@@ -80,17 +80,17 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
     for s, ok, error in zip(series, shown, errors, strict=True):
         y = np.where(ok, s[column], np.nan)
         axes.plot(s.x, y, color=s.colour, linestyle=s.dashes, linewidth=s.width, zorder=2.5)
-        # A band that goes down to zero leaves a logarithmic axis at its lower edge.
+        # On a logarithmic axis a band down to zero ends at the lower edge.
         lower = np.maximum(y - error, axes.get_ylim()[0]) if log else y - error
         axes.fill_between(
             s.x, lower, y + error, where=np.isfinite(error), color=s.colour, alpha=0.18, lw=0
         )
-        # Neither a line nor a band shows a point without neighbours.
-        beside = np.pad(ok, 1)
-        alone = ok & ~beside[:-2] & ~beside[2:]
-        dots = ok if len(ok) <= _FEW_POINTS else alone
+        # A point without neighbours is visible neither as a line nor as a band.
+        padded = np.pad(ok, 1)
+        isolated = ok & ~padded[:-2] & ~padded[2:]
+        dots = ok if len(ok) <= _FEW_POINTS else isolated
         axes.plot(s.x[dots], y[dots], "o", color=s.colour, markersize=3, zorder=2.6)
-        bars = alone & np.isfinite(error)
+        bars = isolated & np.isfinite(error)
         axes.vlines(s.x[bars], lower[bars], (y + error)[bars], color=s.colour, alpha=0.4)
         end = ok & s.ends
         axes.plot(
@@ -107,19 +107,19 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
 
 
 def _mark_gaps(axes: Axes, series: Sequence[Series], column: str, *, log: bool) -> list[str]:
-    """Marks by a cross at the upper edge what is not finite, at the lower what has no logarithm."""
+    """Marks values that are not finite at the upper edge, and values without a logarithm below."""
     notes = []
-    what = "" if column == "loss" else f"{plain(column)}: "
+    prefix = "" if column == "loss" else f"{plain(column)}: "
     for upper in (True, False):
         counts = []
-        taken: Counter[float] = Counter()
+        crosses: Counter[float] = Counter()
         reason = "not finite" if upper else "not above 0"
         for s in series:
             finite = drawable(s[column], log=False)
             missing = ~finite if upper else finite & ~drawable(s[column], log=log)
-            # Curves that have no value at the same place have their crosses below each other.
-            depth = np.array([0.03 + 0.03 * (taken[x] % _CROSSES) for x in s.x[missing]])
-            taken.update(s.x[missing].tolist())
+            # Crosses of several curves at the same x form a column.
+            depth = np.array([0.03 + 0.03 * (crosses[x] % _CROSSES) for x in s.x[missing]])
+            crosses.update(s.x[missing].tolist())
             axes.plot(
                 s.x[missing],
                 1 - depth if upper else depth,
@@ -133,10 +133,10 @@ def _mark_gaps(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
             if upper and np.isfinite(s[column][missing]).any():
                 reason = "not finite or too large"
             if column != "loss":
-                # Where the loss is not finite, a note says so already.
+                # The note on the loss already covers these points.
                 missing &= drawable(s["loss"], log=False)
             if number := int(missing.sum()):
                 counts.append((number, s.name))
         if counts:
-            notes.append(f"{what}{count_points(counts)} {reason}: not drawn (×)")
+            notes.append(f"{prefix}{count_points(counts)} {reason}: not drawn (×)")
     return notes

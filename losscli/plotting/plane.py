@@ -1,4 +1,4 @@
-"""The figure of ``losscli plane``: the loss on a plane through weight space, and who lies on it."""
+"""The figure of ``losscli plane``: the loss on a plane through weight space, and checkpoints."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from losscli.plotting.surface import (
     Scale,
     add_colour_bar,
     add_foot,
-    add_relief,
+    add_surface_axes,
     draw_contours,
     draw_dots,
     draw_path,
-    draw_relief,
+    draw_surface,
     finish_layout,
     label_contours,
     path_entries,
     scale_losses,
-    short_name,
+    shorten_path,
 )
 from losscli.results import Run
 from losscli.summaries import PlaneAxis, PlaneSummary
@@ -62,13 +62,13 @@ __all__ = ["draw_plane"]
 
 Floats = NDArray[np.float64]
 
-_FEW = 4  # so few checkpoints are told one by one
-_LONG = 2.2  # a box longer than this fills its panel rather than keep its proportions
+_FEW = 4  # up to this many checkpoints have a letter and a note each
+_LONGEST = 2.2  # up to this ratio of its sides a plane has equal scales on both axes
 
 
 @dataclass(frozen=True)
 class _Checkpoints:
-    """The checkpoints, in their order: places on the plane, distances from it, losses by split."""
+    """The checkpoints in their order: coordinates, distances from the plane, losses by split."""
 
     names: Sequence[str]
     x: Floats
@@ -91,63 +91,63 @@ class _Checkpoints:
         return cls([plain(str(r["checkpoint"][0])) for r in rows], x, y, off, losses)
 
     def loss(self, split: str) -> Floats:
-        """Their losses on a split; nan where there is none."""
+        """Returns the losses of the checkpoints on a split; nan if unknown."""
         return self.losses.get(split, np.full(len(self.names), np.nan))
 
 
-_NOBODY = Table.build(("step", "checkpoint", "x", "y", "off_plane", "split", "loss"), ())
+_NO_CHECKPOINTS = Table.build(("step", "checkpoint", "x", "y", "off_plane", "split", "loss"), ())
 
 
 def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws the loss on a plane as contours, a panel for each split, and its checkpoints.
 
-    Every checkpoint has the colour of its own loss, from the table ``path``: where it is that of
-    the plane below it, the plane tells the truth about it. If the summary says ``surface``, the
-    same stands in three dimensions beside each panel.
+    Every checkpoint has the colour of its own loss, from the table ``path``: if it matches the
+    plane, the plane shows the loss at the checkpoint correctly. If the summary has ``surface``, a
+    3D surface stands beside each panel.
 
     Args:
         run: The run.
-        title: Stands above the panels.
-        log: Makes the scale of the loss logarithmic.
+        title: The title of the figure.
+        log: Whether the scale of the loss is logarithmic.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
     with house_style():
         grids = _read(run.table)
-        marks = _Checkpoints.read(run.more.get("path", _NOBODY))
-        own = [marks.loss(grid.split) for grid in grids]
-        losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
+        marks = _Checkpoints.read(run.more.get("path", _NO_CHECKPOINTS))
+        checkpoint_losses = [marks.loss(grid.split) for grid in grids]
+        losses = [*checkpoint_losses, *(grid.loss.ravel() for grid in grids), np.empty(0)]
         scale = scale_losses(np.concatenate(losses), log=log)
         kind, surface = run.summary.get("plane", ""), run.summary.get("surface", False)
         joined = kind == "pca" or len(marks.names) > _FEW
-        view = _view(grids)
+        view = _ranges(grids)
         ratio = (view[1][1] - view[1][0]) / (view[0][1] - view[0][0])
-        equal = kind == "points" or 1 / _LONG <= ratio <= _LONG
+        equal = kind == "points" or 1 / _LONGEST <= ratio <= _LONGEST
 
-        figure, cells = _sheet(len(grids), ratio if equal else 1.0, surface=surface)
+        figure, cells = _new_figure(len(grids), ratio if equal else 1.0, surface=surface)
         labels, short = _labels(run, kind)
         panels: list[Axes] = []
         contours: list[Contours] = []
-        for number, (grid, loss) in enumerate(zip(grids, own, strict=True)):
-            place = divmod(number * (1 + surface), cells.ncols)
-            panel = figure.add_subplot(cells[place])
+        for number, (grid, loss) in enumerate(zip(grids, checkpoint_losses, strict=True)):
+            row, column = divmod(number * (1 + surface), cells.ncols)
+            panel = figure.add_subplot(cells[row, column])
             drawn = draw_contours(panel, grid, scale)
             _frame(panel, view, equal=equal)
             _draw_marks(panel, marks, loss, scale, joined=joined)
             name = plain(grid.split) + examples([run], grid.split)
             panel.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
             panel.set_xlabel(labels[0])
-            if not place[1]:
+            if not column:
                 panel.set_ylabel(labels[1].replace(" (", "\n("))
             panels.append(panel)
             contours.append(drawn)
             if surface:
-                relief = add_relief(figure, cells[place[0], 1], (*short, "loss"), -60)
-                _frame(relief, view, equal=False)
-                draw_relief(relief, scale, drawn)
-                _draw_marks(relief, marks, loss, scale, joined=joined)
-                panels.append(relief)
+                axes_3d = add_surface_axes(figure, cells[row, 1], (*short, "loss"), -60)
+                _frame(axes_3d, view, equal=False)
+                draw_surface(axes_3d, scale, drawn)
+                _draw_marks(axes_3d, marks, loss, scale, joined=joined)
+                panels.append(axes_3d)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
         label = shorten(figure, f"loss{loss_name([run])}", 190, 10)
@@ -156,20 +156,20 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
         if title:
             add_title(figure, title)
         notes = [] if grids else ["There are no points"]
-        notes += _blank(contours) + _tell(figure, marks, view, joined=joined)
+        notes += _blank_notes(contours) + _checkpoint_notes(figure, marks, view, joined=joined)
         legend: list[tuple[Artist, str]] = []
         if joined and marks.names:
-            what = f"path of the {len(marks.names)} checkpoints"
-            legend = path_entries(figure, PATH, what, marks.names[0], marks.names[-1])
+            label = f"path of the {len(marks.names)} checkpoints"
+            legend = path_entries(figure, PATH, label, marks.names[0], marks.names[-1])
         add_foot(figure, panels[0], notes, [legend])
         finish_layout(figure)
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
-            label_contours(panel, drawn, marks.x, marks.y, apart=14 if joined else 28)
+            label_contours(panel, drawn, marks.x, marks.y, clearance=14 if joined else 28)
     return figure
 
 
-def _sheet(panels: int, ratio: float, *, surface: bool) -> tuple[Figure, GridSpec]:
-    """A figure with room for a panel a split, whose height is so many times its width."""
+def _new_figure(panels: int, ratio: float, *, surface: bool) -> tuple[Figure, GridSpec]:
+    """Creates a figure with a panel per split, of height ``ratio`` times its width."""
     columns = 2 if surface else min(2, panels)
     rows = math.ceil(panels * (1 + surface) / columns) if panels else 1
     wide = columns == 2
@@ -182,23 +182,23 @@ def _sheet(panels: int, ratio: float, *, surface: bool) -> tuple[Figure, GridSpe
 
 
 def _read(table: Table) -> list[Grid]:
-    """A grid for each split, whatever the order of the rows."""
-    places = [sorted({v for v in table.floats(c) if abs(v) < LARGEST}) for c in ("x", "y")]
-    column = [{value: k for k, value in enumerate(values)} for values in places]
-    x, y = np.meshgrid(*places, indexing="ij")
+    """Returns a grid for each split; the rows may be in any order."""
+    axes = [sorted({v for v in table.floats(c) if abs(v) < LARGEST}) for c in ("x", "y")]
+    index = [{value: k for k, value in enumerate(values)} for values in axes]
+    x, y = np.meshgrid(*axes, indexing="ij")
     grids = []
     for split in table.unique("split") if x.size else ():
         loss = np.full(x.shape, np.nan)
         rows = table.where("split", split)
         for a, b, value in zip(*map(rows.floats, ("x", "y", "loss")), strict=True):
-            if a in column[0] and b in column[1]:
-                loss[column[0][a], column[1][b]] = value
+            if a in index[0] and b in index[1]:
+                loss[index[0][a], index[1][b]] = value
         grids.append(Grid(str(split), x, y, loss))
     return grids
 
 
-def _view(grids: Sequence[Grid]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The part of the plane that was looked at."""
+def _ranges(grids: Sequence[Grid]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Returns the x and y ranges of the evaluated points."""
     if not grids:
         return (0.0, 1.0), (0.0, 1.0)
     return extent(grids[0].x), extent(grids[0].y)
@@ -215,7 +215,7 @@ def _frame(axes: Axes, view: Sequence[tuple[float, float]], *, equal: bool) -> N
 
 
 def _labels(run: Run[PlaneSummary], kind: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """What the axes stand for, at length and in short."""
+    """Returns the long and the short labels of both axes."""
     unknown: list[PlaneAxis] = [{}, {}]
     first, second = [*run.summary.get("axes", ()), *unknown][:2]
     if kind == "random":
@@ -242,22 +242,22 @@ def _variance(axis: PlaneAxis) -> str:
 def _draw_marks(
     axes: Axes, marks: _Checkpoints, loss: Floats, scale: Scale, *, joined: bool
 ) -> None:
-    """Draws the checkpoints that are in view."""
+    """Draws the checkpoints inside the panel."""
     coordinates = [marks.x, marks.y]
     if isinstance(axes, Axes3D):
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-        seen = (left <= marks.x) & (marks.x <= right) & (low <= marks.y) & (marks.y <= high)
-        coordinates = [np.where(seen, c, np.nan) for c in (*coordinates, scale(loss) + 0.008)]
+        inside = (left <= marks.x) & (marks.x <= right) & (low <= marks.y) & (marks.y <= high)
+        coordinates = [np.where(inside, c, np.nan) for c in (*coordinates, scale(loss) + 0.008)]
     if joined:
         draw_path(axes, *coordinates, faces=scale.colours(loss), clip=True)
         return
     draw_dots(axes, *coordinates, faces=scale.colours(loss), size=8)
     write: Any = axes.text
-    for letter, place in zip("ABCD", np.column_stack(coordinates), strict=False):
-        if not np.isfinite(place).all():
+    for letter, point in zip("ABCD", np.column_stack(coordinates), strict=False):
+        if not np.isfinite(point).all():
             continue
         write(
-            *place,
+            *point,
             f"  {letter}",
             va="bottom",
             weight="bold",
@@ -268,28 +268,31 @@ def _draw_marks(
         )
 
 
-def _blank(contours: Sequence[Contours]) -> list[str]:
-    reasons = dict.fromkeys(why for drawn in contours for _, why in drawn.blank)
+def _blank_notes(contours: Sequence[Contours]) -> list[str]:
+    reasons = dict.fromkeys(reason for drawn in contours for _, reason in drawn.blank)
     notes = []
     for reason in reasons:
         counts = [
             (number, plain(drawn.grid.split))
             for drawn in contours
-            for number, why in drawn.blank
-            if why == reason
+            for number, other in drawn.blank
+            if other == reason
         ]
         notes.append(f"{count_points(counts)} {reason}: left blank (×)")
     return notes
 
 
-def _tell(
+def _checkpoint_notes(
     figure: Figure,
     marks: _Checkpoints,
     view: Sequence[tuple[float, float]],
     *,
     joined: bool,
 ) -> list[str]:
-    """Each checkpoint's own loss and how far it lies off the plane; of many, the first and last."""
+    """Returns notes on the losses of checkpoints and their distances from the plane.
+
+    With a path, only its first and last checkpoint have a note each.
+    """
     number = len(marks.names)
     if not number:
         return []
@@ -298,13 +301,13 @@ def _tell(
     off = np.where(marks.off <= 1e-5 * size, 0.0, marks.off)
     ends = [("Start", 0), ("End", number - 1)][:number]
     notes = []
-    for what, k in ends if joined else zip("ABCD", range(number), strict=False):
+    for label, k in ends if joined else zip("ABCD", range(number), strict=False):
         losses = [f"{_loss(loss[k])} ({plain(split)})" for split, loss in marks.losses.items()]
         if len(losses) == 1:
             losses = [_loss(loss[k]) for loss in marks.losses.values()]
-        place = f"{format_number(float(off[k]))} off the plane" if off[k] else "on the plane"
-        name = short_name(figure, marks.names[k], figure.get_figwidth() * INCH - 320)
-        notes.append(f"{what}  {name}: loss {', '.join(losses)}; {place}")
+        distance = f"{format_number(float(off[k]))} off the plane" if off[k] else "on the plane"
+        name = shorten_path(figure, marks.names[k], figure.get_figwidth() * INCH - 320)
+        notes.append(f"{label}  {name}: loss {', '.join(losses)}; {distance}")
     notes.append(
         f"{'Each' if number > 1 else 'The'} dot has the colour of its checkpoint's own loss."
     )
@@ -317,9 +320,9 @@ def _tell(
     elif joined:
         notes.append("All checkpoints lie on the plane.")
     inside = (left <= marks.x) & (marks.x <= right) & (low <= marks.y) & (marks.y <= high)
-    if beyond := int((~inside).sum()):
-        lies = "checkpoint lies" if beyond == 1 else "checkpoints lie"
-        notes.append(f"{beyond} {lies} beyond the edges.")
+    if outside := int((~inside).sum()):
+        subject = "checkpoint lies" if outside == 1 else "checkpoints lie"
+        notes.append(f"{outside} {subject} beyond the edges.")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""What all figures share: the style, words and numbers, axes, colours, legends and notes."""
+"""Shared parts of all figures: style, text and numbers, axes, colours, legends and notes."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ __all__ = [
     "loss_name",
     "plain",
     "render",
+    "round_positions",
     "run_colours",
     "run_names",
     "scale_y",
     "shorten",
     "stacked_panels",
-    "steady",
     "text_width",
 ]
 
@@ -80,8 +80,8 @@ PALE = "#767676"
 _FAINT = "#e7e7e7"
 SMALL = 9.0  # points: legends, names, notes
 
-# Okabe & Ito's palette, which the colour-blind can tell apart, without its yellow: on white that
-# one cannot be seen.
+# The palette of Okabe and Ito, which is safe for colour-blind readers, without its yellow, which is
+# hard to see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = (
     "solid",
@@ -92,8 +92,7 @@ DASHES: tuple[Any, ...] = (
     (0, (3, 1.2, 1, 1.2, 1, 1.2)),
 )
 
-# Letters that DejaVu Sans, which comes with matplotlib, does not have are looked up in these,
-# where they are installed.
+# Fallback fonts, if installed, for characters that DejaVu Sans (part of Matplotlib) lacks.
 _FURTHER_FONTS = (
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -128,12 +127,12 @@ _STYLE: Mapping[Any, Any] = {
     "legend.fontsize": SMALL,
     "lines.linewidth": 1.7,
     "lines.solid_capstyle": "round",
-    # Type 3 fonts, the default, are turned away by many journals.
+    # Many journals reject Type 3 fonts, Matplotlib's default.
     "pdf.fonttype": 42,
     "savefig.dpi": 200,
     "svg.hashsalt": "losscli",
     "text.color": INK,
-    # A checkpoint may be called "$x_1$"; that is a name, not mathematics.
+    # Names such as "$x_1$" are shown literally.
     "text.parse_math": False,
     "xtick.color": PALE,
     "xtick.labelcolor": INK,
@@ -147,33 +146,33 @@ INCH = 72.0  # points
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Matplotlib's own defaults and this package's style, whatever the user's matplotlibrc says."""
+    """Applies Matplotlib's defaults and the style of losscli instead of the user's matplotlibrc."""
     with mpl.rc_context():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", mpl.MatplotlibDeprecationWarning)
-            # rc_context does not give the backend back.
+            # rc_context does not restore the backend.
             mpl.rcParams.update({k: v for k, v in mpl.rcParamsDefault.items() if k != "backend"})
         installed = set(fontManager.get_font_names())
         further = [name for name in _FURTHER_FONTS if name in installed]
         mpl.rcParams.update({**_STYLE, "font.family": ["DejaVu Sans", *further]})
         with warnings.catch_warnings():
-            # What no font has is drawn as a box; no reason to stop, or to talk.
+            # A character that no font has is drawn as a box; a warning would be noise.
             warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
             yield
 
 
 def render(figure: Figure, suffix: str) -> bytes:
-    """Writes a figure down.
+    """Renders a figure to bytes.
 
     Args:
-        figure: The figure, from this package.
-        suffix: The format, as a file's name ends: ``.png``, ``.svg`` or ``.pdf``.
+        figure: A figure of this package.
+        suffix: The format as a file suffix: ``.png``, ``.svg`` or ``.pdf``.
 
     Returns:
-        What the file is to hold. Equal figures give equal bytes.
+        The content of the file. Equal figures give equal bytes.
 
     Raises:
-        UsageError: The suffix is another one.
+        UsageError: The suffix is not one of these.
     """
     undated: dict[str, dict[str, Any]] = {
         ".png": {},
@@ -194,13 +193,13 @@ def render(figure: Figure, suffix: str) -> bytes:
     return out.getvalue()
 
 
-# --- Words and numbers ---------------------------------------------------------------------------
+# --- Text and numbers ----------------------------------------------------------------------------
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def plain(text: str) -> str:
-    """One line without control characters, lone surrogates and marks that reorder the text."""
+    """Returns text in one line without control characters, lone surrogates and bidi marks."""
     letters = (
         " " if letter.isspace() else "" if unicodedata.category(letter)[0] == "C" else letter
         for letter in text
@@ -209,14 +208,14 @@ def plain(text: str) -> str:
 
 
 def text_width(figure: Figure, text: str, size: float = SMALL) -> float:
-    """The width of a line of text in points."""
+    """Returns the width of a line of text in points."""
     artist = Text(0, 0, text, fontsize=size)
     artist.set_figure(figure)
     return artist.get_window_extent().width / figure.dpi * INCH
 
 
 def shorten(figure: Figure, text: str, width: float, size: float = SMALL) -> str:
-    """The end of a text, as much as fits: names differ in their ends, not in their folders."""
+    """Keeps the end of a text that fits a width in points: names differ in their last parts."""
     if text_width(figure, text, size) <= width:
         return text
     fits, too_long = 0, len(text)
@@ -239,12 +238,12 @@ def _scientific(value: float, digits: int) -> str:
 
 
 def _trim(text: str) -> str:
-    """Without the zeros that end a fraction, and with the sign that is as wide as a digit."""
+    """Removes trailing zeros of a fraction and writes a true minus sign."""
     return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    """A number in a sentence, to so many significant digits."""
+    """Formats a number for a sentence, to ``digits`` significant digits."""
     if not math.isfinite(value):
         return "not finite"
     if value and not 1e-3 <= abs(value) < 1e5:
@@ -254,11 +253,11 @@ def format_number(value: float, digits: int = 3) -> str:
 
 
 class Numbers(Formatter):
-    """Tick labels in full, all of one form: no offset, no common factor in a corner, no mathtext.
+    """Formats tick labels in full and in one form: no offset, common factor or mathtext.
 
     Args:
-        log: The axis is logarithmic.
-        percent: The numbers are shares of one.
+        log: Whether the axis is logarithmic.
+        percent: Whether the numbers are fractions, to show as percentages.
     """
 
     def __init__(self, *, log: bool = False, percent: bool = False) -> None:
@@ -269,15 +268,15 @@ class Numbers(Formatter):
         self._trims = False
 
     def set_locs(self, locs: Any) -> None:
-        """Chooses the form that all the ticks are written in."""
+        """Chooses the common form of all tick labels."""
         super().set_locs(locs)
         values = [float(x) * self._scale for x in locs]
         sizes = [abs(x) for x in values if x] or [1.0]
         low, high = min(sizes), max(sizes)
-        # Powers of ten are read one by one, even steps in a column.
+        # Trailing zeros align evenly spaced labels, but only clutter powers of ten.
         self._trims = self._log and high > 5 * low
         self._scientific = not 1e-4 < high < 1e6 or (self._log and not 1e-3 <= low <= high < 1e5)
-        # A label may be off by a thousandth of the distance to the next one.
+        # The rounding error of a label is at most a thousandth of the distance to the next one.
         steps = [abs(b - a) for a, b in itertools.pairwise(values) if b != a] or [high]
         slack = 1e-3 * (min(low, *steps) if self._log else min(steps))
         form = "e" if self._scientific else "f"
@@ -289,7 +288,7 @@ class Numbers(Formatter):
         self._digits = next(fits, 15)
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """Writes one tick."""
+        """Formats one tick label."""
         del pos
         if x == 0:
             return "0" + self._unit
@@ -302,39 +301,38 @@ class Numbers(Formatter):
 # --- Axes ----------------------------------------------------------------------------------------
 
 STEPS = [1, 2, 2.5, 5, 10]  # between ticks, up to powers of ten
-# Beyond these what matplotlib computes for an axis overflows or vanishes.
+# Outside these bounds Matplotlib's axis computations overflow or underflow.
 LARGEST, SMALLEST = 1e200, 1e-200
 
 
 def stacked_panels(extra: int, *, above: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A figure of one tall panel with ``extra`` lower ones below it that share its x axis.
+    """Creates a figure of one tall panel with ``extra`` lower panels below that share its x axis.
 
     Args:
-        extra: How many lower ones.
-        above: How many inches high a panel above them is that has an x axis of its own; 0 for
-            none.
+        extra: The number of lower panels.
+        above: The height in inches of a further panel at the top with its own x axis; 0 for none.
 
     Returns:
-        The figure and its panels, from the top down.
+        The figure and its panels, from top to bottom.
     """
     figure = Figure(figsize=(WIDTH, 3.7 + 1.35 * extra + above), layout="constrained")
     FigureCanvasAgg(figure)
     heights = [*([above] if above else []), 3.0, *[1.35] * extra]
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-    own = [figure.add_subplot(grid[0])] if above else []
-    panels = [figure.add_subplot(grid[len(own)])]
-    for row in range(len(own) + 1, len(heights)):
+    top = [figure.add_subplot(grid[0])] if above else []
+    panels = [figure.add_subplot(grid[len(top)])]
+    for row in range(len(top) + 1, len(heights)):
         panels.append(figure.add_subplot(grid[row], sharex=panels[0]))
     for panel in panels[:-1]:
         panel.tick_params(labelbottom=False)
-    return figure, own + panels
+    return figure, top + panels
 
 
 def extent(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The lowest and the highest of some values; around a level line, a tenth of its height."""
+    """Returns the range of values; for constant values, an interval around them."""
     low, high = float(values.min()), float(values.max())
     size = max(abs(low), abs(high))
-    # What varies by less than a millionth is level: rounding errors are no landscape.
+    # A relative variation below 1e-6 counts as constant, so that rounding errors are not magnified.
     if high - low > max(1e-6 * size, SMALLEST):
         return low, high
     room = 0.05 * size if size > SMALLEST else 0.5
@@ -342,13 +340,13 @@ def extent(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: bool = False) -> None:
-    """Sets scale, limits and ticks of a y axis that is to show all the values.
+    """Sets scale, limits and ticks of a y axis so that it shows all values.
 
     Args:
-        axes: Where.
-        values: All finite, and positive where ``log``; may be none.
-        log: Logarithmic.
-        fraction: The values are shares of one, to be written as percentages.
+        axes: The panel.
+        values: Finite values, positive if ``log``; may be empty.
+        log: Whether the axis is logarithmic.
+        fraction: Whether the values are fractions, to show as percentages.
     """
     if not values.size:
         axes.set_ylim(0, 1)
@@ -367,7 +365,7 @@ def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: boo
     low, high = math.log10(low), math.log10(high)
     room = 0.06 * (high - low)
     axes.set_ylim(10 ** (low - room), 10 ** (high + room))
-    # Over a short range ticks at whole powers would be too few: even steps serve it better.
+    # A short range has too few powers of ten for ticks: use evenly spaced ones.
     if high - low > 0.7:
         decades = high - low
         subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 3.5 else (1.0,)
@@ -381,19 +379,19 @@ def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: boo
 
 
 def run_colours(number: int) -> list[str]:
-    """One colour a run."""
+    """Returns one colour per run."""
     if number <= len(PALETTE):
         return list(PALETTE[:number])
-    # So many runs are told apart by their order, from dark to light.
+    # The palette is too short: a sequence from dark to light shows the order.
     return [to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0.0, 0.8, number))]
 
 
 def add_legend(figure: Figure, groups: Sequence[Sequence[tuple[Artist, str]]]) -> None:
-    """Lays the legend below the panels, in as few rows as may be; the figure grows by them.
+    """Adds a legend below the panels in as few rows as possible; the figure grows by its height.
 
     Args:
-        figure: Where.
-        groups: Handles and labels; every group begins a row.
+        figure: The figure.
+        groups: Handles and labels; every group starts a row.
     """
     line, gap = 29.0, 14.0
     available = figure.get_figwidth() * INCH - 24
@@ -410,8 +408,8 @@ def add_legend(figure: Figure, groups: Sequence[Sequence[tuple[Artist, str]]]) -
         for entry in entries:
             cells = entry + [blank] * (-len(entry) % columns)
             rows += [cells[k : k + columns] for k in range(0, len(cells), columns)]
-        wide = sum(max(width for width, _, _ in column) for column in zip(*rows, strict=True))
-        fits = wide + gap * (columns - 1) <= available
+        total = sum(max(width for width, _, _ in column) for column in zip(*rows, strict=True))
+        fits = total + gap * (columns - 1) <= available
         if not best or (fits and len(rows) < len(best)):
             best = rows
     if not best:
@@ -434,12 +432,12 @@ def add_legend(figure: Figure, groups: Sequence[Sequence[tuple[Artist, str]]]) -
 
 
 def grow(figure: Figure, inches: float) -> None:
-    """Makes a figure higher."""
+    """Increases the height of a figure."""
     figure.set_figheight(figure.get_figheight() + inches)
 
 
 def add_notes(axes: Axes, notes: Sequence[str]) -> None:
-    """Writes sentences below the label of the x axis; the figure grows by their lines."""
+    """Adds sentences below the label of the x axis; the figure grows by their height."""
     lines = [line for note in notes for line in textwrap.wrap(note, 100)]
     if not lines:
         return
@@ -461,17 +459,17 @@ def add_notes(axes: Axes, notes: Sequence[str]) -> None:
 
 
 def freeze(figure: Figure) -> None:
-    """Lays the figure out once and for all, so that every rendering of it is the same."""
+    """Computes the final layout, so that every rendering is the same."""
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
     figure.set_layout_engine("none")
 
 
-def steady(figure: Figure) -> None:
-    """Rids the places of a frozen figure's panels of the noise that a solver leaves in them.
+def round_positions(figure: Figure) -> None:
+    """Rounds the positions of panels, which contain rounding errors of the layout solver.
 
-    The names of things in an SVG are made from all digits of these places.
+    The identifiers in an SVG are hashes of all digits of these positions.
     """
     for axes in figure.axes:
         bounds = axes.get_position().bounds
@@ -484,7 +482,7 @@ def steady(figure: Figure) -> None:
 
 
 def run_names(runs: Sequence[Run[Summary]]) -> list[str]:
-    """What to call each run: its label, or its first and last checkpoint."""
+    """Returns the name of each run: its label, or its first and last checkpoint."""
     names = []
     for number, run in enumerate(runs, start=1):
         checkpoints = checkpoint_names(run)
@@ -494,32 +492,32 @@ def run_names(runs: Sequence[Run[Summary]]) -> list[str]:
 
 
 def checkpoint_names(run: Run[Summary] | Run[InspectionSummary]) -> list[str]:
-    """The names of the checkpoints, where they are known."""
+    """Returns the names of the checkpoints, as far as known."""
     checkpoints = run.summary.get("checkpoints", ())
     return [plain(checkpoint.get("name", "")) for checkpoint in checkpoints]
 
 
 def end_names(runs: Sequence[Run[Summary]]) -> tuple[str, str]:
-    """The names of A and B where all runs share them, else none."""
+    """Returns the names of A and B if all runs share them, else empty names."""
     pairs = {tuple(checkpoint_names(run)) for run in runs}
     names = pairs.pop() if len(pairs) == 1 else ()
     return names if len(names) == 2 else ("", "")
 
 
 def loss_name(runs: Sequence[Run[Summary]]) -> str:
-    """The name of the loss in brackets, where all runs share it."""
+    """Returns the name of the loss in parentheses if all runs share it, else an empty string."""
     names = {plain(run.summary["loss"]) for run in runs if "loss" in run.summary}
     return f" ({names.pop()})" if len(names) == 1 else ""
 
 
 def drawable(values: NDArray[np.float64], *, log: bool) -> NDArray[np.bool_]:
-    """Which values an axis can show."""
+    """Returns a mask of the values that an axis can show."""
     shown = np.isfinite(values) & (np.abs(values) < LARGEST)
     return shown & (values > SMALLEST) if log else shown
 
 
 def count_points(counts: Sequence[tuple[int, str]]) -> str:
-    """For example: 3 points of train and 1 point of test are."""
+    """Returns the subject of a sentence, such as ``3 points of train and 1 point of test are``."""
     if len(counts) > 4:
         return f"{sum(number for number, _ in counts)} points of {len(counts)} curves are"
     parts = [f"{number} point{'s' * (number > 1)} of {name}" for number, name in counts]
@@ -528,7 +526,7 @@ def count_points(counts: Sequence[tuple[int, str]]) -> str:
 
 
 def examples(runs: Sequence[Run[Summary]], split: str) -> str:
-    """The number of examples of a split, or of its whole batches, where it is one number."""
+    """Returns ``(n = …)``: the examples of a split, or its batches; empty if runs differ."""
     units = {"batches" in run.summary for run in runs}
     batches = units == {True}
     counts = [
@@ -539,12 +537,12 @@ def examples(runs: Sequence[Run[Summary]], split: str) -> str:
     if len(numbers) != 1 or any("examples" in run.table.columns for run in runs):
         return ""
     number = numbers.pop()
-    of = " batches" if batches else ""
-    return f" (n = {number}{of})" if number else ""
+    unit = " batches" if batches else ""
+    return f" (n = {number}{unit})" if number else ""
 
 
 def add_title(figure: Figure, title: str) -> None:
-    """Puts a title above the panels; the figure grows by its lines."""
+    """Adds a title above the panels; the figure grows by its height."""
     lines = textwrap.wrap(plain(title), 66)
     figure.suptitle("\n".join(lines), x=0.02, ha="left", fontsize=13)
     grow(figure, 0.24 * len(lines))

@@ -1,4 +1,4 @@
-"""Losses over two coordinates: contours, the same in three dimensions, and their colour bar."""
+"""Losses over two coordinates: contour plots, surface plots in 3D and their colour bar."""
 
 from __future__ import annotations
 
@@ -49,34 +49,34 @@ __all__ = [
     "Scale",
     "add_colour_bar",
     "add_foot",
-    "add_relief",
+    "add_surface_axes",
     "draw_contours",
     "draw_dots",
     "draw_path",
-    "draw_relief",
+    "draw_surface",
     "finish_layout",
     "label_contours",
     "path_entries",
     "scale_losses",
-    "short_name",
+    "shorten_path",
 ]
 
 Floats = NDArray[np.float64]
 
-WIDE = 9.6  # inches: two panels beside each other
-PATH = PALETTE[1]  # stands out on all of the colours below
+WIDE = 9.6  # inches: two panels side by side
+PATH = PALETTE[1]  # contrasts with every colour of the colour map below
 
-_RATIO = 30.0  # losses this far apart are shown on a logarithmic scale
+_LOG_RATIO = 30.0  # above this ratio of highest to lowest loss the scale is logarithmic
 _FILLS = 4  # bands of colour between two contour lines
-_FACETS = 60  # a side, at least, however few points the surface has
+_FACETS = 60  # minimum number of facets per side of a surface
 _NOTE = SMALL - 0.5
 _MANY_CROSSES = 400
 _MANY_DOTS = 40
 _BOX = np.array([1.0, 0.85, 0.62])
 _LIGHT = np.array([-0.35, -0.45, 0.82])
 
-# Viridis is even to the eye, also grey and colour-blind. A little white keeps its darkest end from
-# swallowing lines and dots.
+# Viridis is perceptually uniform, also in greyscale and for colour-blind readers. A little white
+# keeps lines and dots visible on its darkest end.
 _COLOURS = ListedColormap(0.12 + 0.88 * mpl.colormaps["viridis"](np.linspace(0.05, 1, 256))[:, :3])
 
 
@@ -87,8 +87,8 @@ class Grid:
     Attributes:
         split: The name of the split.
         x: The first coordinate, [nx, ny].
-        y: The second, [nx, ny].
-        loss: The loss, [nx, ny]; nan where there is none.
+        y: The second coordinate, [nx, ny].
+        loss: The loss, [nx, ny]; nan where it is unknown.
     """
 
     split: str
@@ -99,13 +99,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Scale:
-    """From losses to 0…1, where colours, contours and heights are drawn.
+    """Maps losses to [0, 1], the range of colours, contour levels and heights.
 
     Attributes:
-        log: Whether it goes by the logarithm.
-        low: The loss at 0.
-        high: The loss at 1.
-        lines: The losses that have a contour line.
+        log: Whether the map is logarithmic.
+        low: The loss that maps to 0.
+        high: The loss that maps to 1.
+        lines: The losses at the contour lines.
     """
 
     log: bool
@@ -114,7 +114,7 @@ class Scale:
     lines: tuple[float, ...]
 
     def __call__(self, losses: Any) -> Floats:
-        """Places losses on 0…1, and what cannot be drawn on nan."""
+        """Maps losses to [0, 1]; losses that cannot be drawn become nan."""
         values = np.asarray(losses, dtype=np.float64)
         shown = np.where(drawable(values, log=self.log), values, np.nan)
         if not self.log:
@@ -123,29 +123,29 @@ class Scale:
         return np.asarray((np.log10(shown) - low) / (high - low))
 
     def colours(self, losses: Floats) -> Floats:
-        """The colours of losses: white where they cannot be drawn."""
-        places = self(losses)
-        colours = _COLOURS(np.nan_to_num(places))
-        colours[np.isnan(places)] = 1.0
+        """Returns the colours of losses; white where a loss cannot be drawn."""
+        scaled = self(losses)
+        colours = _COLOURS(np.nan_to_num(scaled))
+        colours[np.isnan(scaled)] = 1.0
         return np.asarray(colours)
 
     def ticks(self, most: int) -> list[float]:
-        """Some of the losses with a contour line, powers of ten before others."""
+        """Selects losses with a contour line for ticks, preferably powers of ten."""
         chosen = [x for x in self.lines if self.log and math.log10(x).is_integer()]
         chosen = chosen if len(chosen) > 2 else list(self.lines)
         return chosen[:: math.ceil(len(chosen) / most) or 1]
 
     def labels(self, losses: Sequence[float]) -> list[str]:
-        """Writes the losses at ticks or lines."""
+        """Formats losses for ticks or contour lines."""
         return [str(label) for label in Numbers(log=self.log).format_ticks(list(losses))]
 
 
 def scale_losses(losses: Floats, *, log: bool) -> Scale:
-    """Chooses the scale of losses: logarithmic where asked for, or where they are far apart.
+    """Chooses the scale: logarithmic on request or if the losses span a large ratio.
 
     Args:
-        losses: All losses that are to be shown, in any order.
-        log: Makes it logarithmic.
+        losses: All losses to show, in any order.
+        log: Whether to force a logarithmic scale.
 
     Returns:
         The scale.
@@ -153,15 +153,15 @@ def scale_losses(losses: Floats, *, log: bool) -> Scale:
     shown = losses[drawable(losses, log=log)]
     if not shown.size:
         return Scale(log, 1.0, 10.0, ())
-    log = log or bool(shown.min() > 0 and shown.max() > _RATIO * shown.min())
-    # Of positive numbers, but too small to have a logarithm here.
+    log = log or bool(shown.min() > 0 and shown.max() > _LOG_RATIO * shown.min())
+    # Positive losses may still be too small for a logarithmic axis.
     shown = shown[drawable(shown, log=log)]
     low, high = extent(shown)
     return Scale(log, low, high, tuple(x for x in _levels(low, high, log=log) if low <= x <= high))
 
 
 def _levels(low: float, high: float, *, log: bool) -> list[float]:
-    """Round numbers for contour lines: few enough to be told apart."""
+    """Returns round numbers for contour lines, at most about ten."""
     even = [float(x) for x in MaxNLocator(9, steps=STEPS).tick_values(low, high)]
     if not log:
         return even
@@ -179,13 +179,13 @@ def _levels(low: float, high: float, *, log: bool) -> list[float]:
 
 @dataclass(frozen=True)
 class Contours:
-    """What was drawn.
+    """The contours in one panel.
 
     Attributes:
         grid: The losses.
-        lines: The lines, where there are any.
-        names: What to write on them.
-        blank: How many points were left blank, and why.
+        lines: The contour lines; None if there are none.
+        names: The labels of the lines.
+        blank: For each reason, the number of points left blank, and the reason.
     """
 
     grid: Grid
@@ -193,79 +193,81 @@ class Contours:
     names: Sequence[str]
     blank: Sequence[tuple[int, str]]
 
-    def pieces(self) -> Iterator[tuple[float, Floats]]:
-        """The pieces of the lines, each with its place on the scale."""
+    def segments(self) -> Iterator[tuple[float, Floats]]:
+        """Yields the level in [0, 1] and the points of each connected piece of a line."""
         if self.lines is not None:
-            for level, found in zip(self.lines.levels, self.lines.allsegs, strict=True):
-                for piece in found:
-                    if len(piece) > 1:
-                        yield float(level), np.asarray(piece)
+            for level, segments in zip(self.lines.levels, self.lines.allsegs, strict=True):
+                for segment in segments:
+                    if len(segment) > 1:
+                        yield float(level), np.asarray(segment)
 
 
 def draw_contours(axes: Axes, grid: Grid, scale: Scale) -> Contours:
-    """Draws losses as bands of colour with lines between them.
+    """Draws filled contours with lines between them.
 
     Args:
-        axes: Where.
-        grid: The losses, at least two each way.
+        axes: The panel.
+        grid: The losses.
         scale: Their scale.
 
     Returns:
-        The lines, to be labelled once the panel has its size, and what is left blank.
+        The contours, for `label_contours` once the layout is final.
     """
     axes.grid(visible=False)
-    at = scale(grid.loss)
-    missing = np.isnan(at)
-    places = scale(scale.lines)
-    inner = (places > 1e-9) & (places < 1 - 1e-9)
-    drawn = None
-    flat = min(at.shape) < 2
-    if flat or missing.all():
-        why = "too few points for a surface" if flat else "no finite loss"
-        axes.text(0.5, 0.5, why, ha="center", color=PALE, transform=axes.transAxes)
+    heights = scale(grid.loss)
+    missing = np.isnan(heights)
+    levels = scale(scale.lines)
+    inner = (levels > 1e-9) & (levels < 1 - 1e-9)
+    lines = None
+    too_few = min(heights.shape) < 2
+    if too_few or missing.all():
+        reason = "too few points for a surface" if too_few else "no finite loss"
+        axes.text(0.5, 0.5, reason, ha="center", color=PALE, transform=axes.transAxes)
     else:
-        shown = np.ma.masked_invalid(at)
-        bands = _bands(places[inner])
+        shown = np.ma.masked_invalid(heights)
+        bands = _bands(levels[inner])
         axes.contourf(grid.x, grid.y, shown, bands, cmap=_COLOURS, norm=Normalize(0, 1))
         if inner.any():
-            colours = _line_colours(places[inner])
-            drawn = axes.contour(
-                grid.x, grid.y, shown, places[inner], colors=colours, linewidths=0.8
+            colours = _line_colours(levels[inner])
+            lines = axes.contour(
+                grid.x, grid.y, shown, levels[inner], colors=colours, linewidths=0.8
             )
     if missing.sum() <= _MANY_CROSSES:
         axes.plot(grid.x[missing], grid.y[missing], "x", color="#9a9a9a", ms=3.5, mew=0.9, zorder=2)
     finite = drawable(grid.loss, log=False)
     blank = [(int((~finite).sum()), "not finite"), (int((missing & finite).sum()), "not above 0")]
     names = scale.labels(np.array(scale.lines)[inner].tolist())
-    return Contours(grid, drawn, names, [(number, why) for number, why in blank if number])
+    return Contours(grid, lines, names, [(number, reason) for number, reason in blank if number])
 
 
-def label_contours(axes: Axes, contours: Contours, *busy: Floats, apart: float = 14) -> None:
-    """Writes on each contour line its loss, where there is room for it.
+def label_contours(
+    axes: Axes, contours: Contours, *obstacles: Floats, clearance: float = 14
+) -> None:
+    """Labels each contour line with its loss if there is room.
 
     Args:
-        axes: Where; frozen, for the lines are cut open to the letters' size.
-        contours: The lines.
-        busy: The x and the y of what is not to be written on.
-        apart: How far to stay away from it, in points.
+        axes: The panel, with its final layout: a line is interrupted at its label.
+        contours: The contours.
+        *obstacles: The x and the y coordinates of points that labels keep away from.
+        clearance: The smallest distance from a label to obstacles and edges, in points.
     """
     if contours.lines is None:
         return
     size = np.array(axes.get_window_extent().size) / axes.figure.dpi * INCH
     to_points = axes.transData + axes.transAxes.inverted()
-    taken = [point * size for point in to_points.transform(np.column_stack(busy)) if busy]
+    taken = [point * size for point in to_points.transform(np.column_stack(obstacles)) if obstacles]
     chosen = []
     for level in contours.lines.levels:
-        places: list[Floats] = []
-        for piece in (found for at, found in contours.pieces() if at == level):
-            points = to_points.transform(piece) * size
+        candidates: list[Floats] = []
+        for segment in (points for other, points in contours.segments() if other == level):
+            points = to_points.transform(segment) * size
             length = np.concatenate([[0], np.hypot(*np.diff(points, axis=0).T).cumsum()])
-            # The middle of every stretch of line as long as a label and its surroundings.
-            middles = np.arange(30, length[-1] - 30, 12)
-            places += [*np.column_stack([np.interp(middles, length, p) for p in points.T])]
-        rooms = [_clearance(place, taken, size) for place in places]
-        if rooms and max(rooms) > apart:
-            taken.append(places[int(np.argmax(rooms))])
+            # Centres of all stretches that are long enough for a label with margins.
+            centres = np.arange(30, length[-1] - 30, 12)
+            candidates += [*np.column_stack([np.interp(centres, length, p) for p in points.T])]
+        distances = [_clearance(point, taken, size) for point in candidates]
+        if distances and max(distances) > clearance:
+            taken.append(candidates[int(np.argmax(distances))])
             chosen.append(to_points.inverted().transform(taken[-1] / size))
     if chosen:
         names = dict(zip(contours.lines.levels, contours.names, strict=True))
@@ -274,37 +276,37 @@ def label_contours(axes: Axes, contours: Contours, *busy: Floats, apart: float =
         )
 
 
-def _clearance(place: Floats, taken: Sequence[Floats], size: Floats) -> float:
-    """How far a place is from all that is taken and from the edges, in points."""
-    edges = np.concatenate([place, size - place])
-    return float(min([edges.min(), *(np.hypot(*(place - other)) for other in taken), 60.0]))
+def _clearance(point: Floats, taken: Sequence[Floats], size: Floats) -> float:
+    """Returns the distance to the nearest taken point or edge, in points; at most 60."""
+    edges = np.concatenate([point, size - point])
+    return float(min([edges.min(), *(np.hypot(*(point - other)) for other in taken), 60.0]))
 
 
 def _bands(lines: Floats) -> Floats:
-    """The edges of the bands of colour: the lines, and some between two."""
+    """Returns the edges of the colour bands: the lines, and `_FILLS` bands between two lines."""
     edges = np.concatenate([[0.0], lines, [1.0]])
     bands: Floats = np.interp(
         np.arange((len(edges) - 1) * _FILLS + 1) / _FILLS, range(len(edges)), edges
     )
-    # The lowest and the highest loss are to be inside, whatever rounding says.
+    # Rounding must not exclude the lowest and the highest loss.
     bands[0], bands[-1] = -1e-9, 1 + 1e-9
     return bands
 
 
-def _line_colours(places: Floats) -> list[tuple[float, float, float, float]]:
-    """Dark lines where the colour is light, light ones where it is dark."""
-    light = _COLOURS(places)[:, :3] @ np.array([0.21, 0.72, 0.07]) > 0.42
-    return [(0.1, 0.1, 0.1, 0.75) if yes else (1.0, 1.0, 1.0, 0.85) for yes in light]
+def _line_colours(levels: Floats) -> list[tuple[float, float, float, float]]:
+    """Returns dark lines for light fill colours and light lines for dark ones."""
+    light = _COLOURS(levels)[:, :3] @ np.array([0.21, 0.72, 0.07]) > 0.42
+    return [(0.1, 0.1, 0.1, 0.75) if is_light else (1.0, 1.0, 1.0, 0.85) for is_light in light]
 
 
 def add_colour_bar(figure: Figure, panels: Sequence[Axes], scale: Scale, label: str) -> None:
-    """Puts the colours' meaning to the right of some panels.
+    """Adds a colour bar to the right of panels.
 
     Args:
-        figure: Where.
-        panels: The panels that have these colours.
+        figure: The figure.
+        panels: The panels with these colours.
         scale: The scale.
-        label: What the colours stand for.
+        label: The label of the colour bar.
     """
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, 1), _COLOURS),
@@ -319,29 +321,31 @@ def add_colour_bar(figure: Figure, panels: Sequence[Axes], scale: Scale, label: 
     bar.ax.set_yticklabels(scale.labels(scale.lines))
     bar.ax.tick_params(which="both", length=0, labelsize=SMALL)
     bar.ax.minorticks_off()
-    places = scale(scale.lines)
-    bar.ax.hlines(places, 0, 1, colors=_line_colours(places), linewidths=0.8)
+    levels = scale(scale.lines)
+    bar.ax.hlines(levels, 0, 1, colors=_line_colours(levels), linewidths=0.8)
     bar.outline.set_visible(False)
 
 
 # --- In three dimensions -------------------------------------------------------------------------
 
 
-def add_relief(figure: Figure, place: Any, labels: tuple[str, str, str], azimuth: float) -> Axes3D:
-    """Adds empty axes for a surface.
+def add_surface_axes(
+    figure: Figure, cell: Any, labels: tuple[str, str, str], azimuth: float
+) -> Axes3D:
+    """Adds empty 3D axes for a surface.
 
     Args:
-        figure: Where.
-        place: The cell of a grid.
-        labels: What the three axes stand for.
-        azimuth: From where to look, in degrees.
+        figure: The figure.
+        cell: The cell of a gridspec.
+        labels: The labels of the three axes.
+        azimuth: The azimuth of the view, in degrees.
 
     Returns:
         The axes.
     """
-    # In the order they are drawn: what lies on the surface must not vanish in it. In a parallel
-    # view a shift towards the eye changes nothing but what hides what.
-    axes = figure.add_subplot(place, projection="3d", computed_zorder=False, proj_type="ortho")
+    # Artists keep their zorder, so that the surface does not hide a path on it. In an orthographic
+    # view a shift towards the viewer changes only which artist hides which.
+    axes = figure.add_subplot(cell, projection="3d", computed_zorder=False, proj_type="ortho")
     assert isinstance(axes, Axes3D)
     axes.view_init(elev=30, azim=azimuth)
     axes.set_box_aspect(_BOX, zoom=0.98)
@@ -355,13 +359,13 @@ def add_relief(figure: Figure, place: Any, labels: tuple[str, str, str], azimuth
     return axes
 
 
-def draw_relief(axes: Axes3D, scale: Scale, contours: Contours) -> None:
-    """Draws losses as a surface in the colours of the contours, with their lines on it.
+def draw_surface(axes: Axes3D, scale: Scale, contours: Contours) -> None:
+    """Draws losses as a surface in the colours of the contours, with the contour lines on it.
 
     Args:
-        axes: Where; its x and y limits are set.
+        axes: The 3D axes, with x and y limits set.
         scale: The scale.
-        contours: The losses and their lines.
+        contours: The losses and their contour lines.
     """
     grid = contours.grid
     axes.set_zlim(0, 1)
@@ -381,14 +385,14 @@ def draw_relief(axes: Axes3D, scale: Scale, contours: Contours) -> None:
     facets = facets[np.isfinite(facets).all((1, 2))]
     if not facets.size:
         return
-    # The lengths that the axes have in the picture.
+    # The data length of one unit of each axis in the picture.
     limits = np.array([axes.get_xlim(), axes.get_ylim(), axes.get_zlim()])
     size = (limits[:, 1] - limits[:, 0]) / _BOX
-    seen = facets / size
-    normals = np.cross(seen[:, 2] - seen[:, 0], seen[:, 3] - seen[:, 1])
+    scaled = facets / size
+    normals = np.cross(scaled[:, 2] - scaled[:, 0], scaled[:, 3] - scaled[:, 1])
     lengths = np.linalg.norm(normals, axis=1, keepdims=True)
     normals = np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0)
-    # Sorted steps may run either way: a surface has its light on the upper side.
+    # The sign of a normal depends on the order of the grid; the upper side is always lit.
     bright = np.abs(normals @ _LIGHT) / np.linalg.norm(_LIGHT)
     colours = _COLOURS(facets[:, :, 2].mean(1))
     colours[:, :3] *= (0.74 + 0.26 * bright)[:, None]
@@ -399,33 +403,33 @@ def draw_relief(axes: Axes3D, scale: Scale, contours: Contours) -> None:
         math.cos(elevation) * math.sin(azimuth),
         math.sin(elevation),
     ])
-    nearer = 0.04 * eye * size
-    pieces, inks = [], []
-    for at, line in contours.pieces():
-        # As short as the facets, among which they are sorted by their distance.
+    towards_eye = 0.04 * eye * size
+    strokes, stroke_colours = [], []
+    for level, line in contours.segments():
+        # As short as the facets, since Matplotlib sorts both by depth.
         length = np.concatenate([[0], np.hypot(*(np.diff(line, axis=0) / size[:2]).T).cumsum()])
-        places = np.linspace(0, length[-1], math.ceil(length[-1] * _FACETS) + 1)
-        points = [np.interp(places, length, line[:, k]) for k in (0, 1)]
-        points = np.column_stack([*points, np.full(len(places), at)]) + nearer
-        # There and back again: all have four corners, like the facets.
-        pieces += [points[[k, k + 1, k + 1, k]] for k in range(len(places) - 1)]
-        inks += _line_colours(np.array([at])) * (len(places) - 1)
-    colours = [*colours, *inks]
-    widths = [0.3] * len(facets) + [0.7] * len(pieces)
+        positions = np.linspace(0, length[-1], math.ceil(length[-1] * _FACETS) + 1)
+        points = [np.interp(positions, length, line[:, k]) for k in (0, 1)]
+        points = np.column_stack([*points, np.full(len(positions), level)]) + towards_eye
+        # A stroke is a degenerate quadrilateral, so that it fits into the array of facets.
+        strokes += [points[[k, k + 1, k + 1, k]] for k in range(len(positions) - 1)]
+        stroke_colours += _line_colours(np.array([level])) * (len(positions) - 1)
+    colours = [*colours, *stroke_colours]
+    widths = [0.3] * len(facets) + [0.7] * len(strokes)
     surface = Poly3DCollection(
-        np.array([*facets, *pieces]),
+        np.array([*facets, *strokes]),
         facecolors=colours,
         edgecolors=colours,
         linewidths=widths,
         zorder=2,
     )
-    # Its extent is known only when it is drawn, and within the axes' own anyway.
+    # Its extent is known only when it is drawn, and lies within the axes.
     surface.set_in_layout(False)
     axes.add_collection3d(surface)
 
 
 def _finer(values: Floats) -> Floats:
-    """More points between those there are, by straight interpolation: smaller facets look round."""
+    """Refines a grid by linear interpolation, so that facets look smooth."""
     for _ in range(2):
         old = np.arange(len(values))
         new = np.linspace(0, old[-1], old[-1] * max(1, _FACETS // old[-1]) + 1)
@@ -448,31 +452,31 @@ def draw_path(
     cased: bool = True,
     clip: bool = False,
 ) -> None:
-    """Draws a path with a dot at each checkpoint, and marks where it starts and ends.
+    """Draws a path with a dot at each checkpoint and marks at its start and end.
 
     Args:
-        axes: Where.
-        coordinates: Two or three for each checkpoint, in their order.
-        colour: The path's.
-        ends: The colour of the marks, if another.
-        faces: The colours of the dots, if others.
-        cased: Sets it off from what it lies on by white.
-        clip: Ends it at the edges. A path that runs along an axis itself is better not clipped.
+        axes: The panel.
+        *coordinates: Two or three coordinates of the checkpoints, in their order.
+        colour: The colour of the path.
+        ends: The colour of the marks at the ends; that of the path if empty.
+        faces: The colours of the dots; that of the path if None.
+        cased: Whether the path has a white outline.
+        clip: Whether it is clipped at the edges of the panel, which would cut a path on an axis.
     """
     number = len(coordinates[0])
     if not number:
         return
     casing = [Stroke(linewidth=3.6, foreground="white"), Normal()] if cased else None
     few = number <= _MANY_DOTS
-    drawn = axes.plot(*coordinates, color=colour, lw=1.7, zorder=4, path_effects=casing)
+    lines = axes.plot(*coordinates, color=colour, lw=1.7, zorder=4, path_effects=casing)
     if faces is None:
-        drawn += axes.plot(*coordinates, "o", color=colour, ms=4 if few else 2.2, zorder=4.1)
+        lines += axes.plot(*coordinates, "o", color=colour, ms=4 if few else 2.2, zorder=4.1)
     else:
         draw_dots(axes, *coordinates, faces=faces, size=5.5 if few else 3)
     for at, mark in ((0, _START), (-1, _END)):
-        place = [c[at : at + 1 or None] for c in coordinates]
-        drawn += axes.plot(*place, ls="none", zorder=5, **_mark(mark, ends or colour))
-    for line in drawn:
+        point = [c[at : at + 1 or None] for c in coordinates]
+        lines += axes.plot(*point, ls="none", zorder=5, **_mark(mark, ends or colour))
+    for line in lines:
         line.set_clip_on(clip)
         line.set_in_layout(False)
 
@@ -481,17 +485,17 @@ def draw_dots(axes: Axes, *coordinates: Floats, faces: NDArray[np.float64], size
     """Draws dots of different colours.
 
     Args:
-        axes: Where.
-        coordinates: Two or three for each dot.
-        faces: Their colours.
-        size: In points.
+        axes: The panel.
+        *coordinates: Two or three coordinates of the dots.
+        faces: The colours of the dots.
+        size: The diameter in points.
     """
     if not len(faces):
         return
     scatter: Any = axes.scatter
-    # Edges of dots in dense rows would be all that is seen of them.
+    # In dense rows, wide edges would hide the dots.
     edges = (0.9, 2.4) if size > 4 else (0.25, 0.25)
-    whole = {"depthshade": False} if isinstance(axes, Axes3D) else {}
+    unshaded = {"depthshade": False} if isinstance(axes, Axes3D) else {}
     dots = scatter(
         *coordinates,
         s=size**2,
@@ -500,7 +504,7 @@ def draw_dots(axes: Axes, *coordinates: Floats, faces: NDArray[np.float64], size
         linewidths=edges[0],
         zorder=4.5,
         path_effects=[Stroke(linewidth=edges[1], foreground="white"), Normal()],
-        **whole,
+        **unshaded,
     )
     dots.set_in_layout(False)
 
@@ -510,25 +514,25 @@ def _mark(style: Mapping[str, Any], colour: str) -> dict[str, Any]:
 
 
 def path_entries(
-    figure: Figure, colour: str, what: str, start: str, end: str
+    figure: Figure, colour: str, label: str, start: str, end: str
 ) -> list[tuple[Artist, str]]:
-    """What a legend says of a path.
+    """Returns the legend entries of a path.
 
     Args:
         figure: The figure.
-        colour: The path's.
-        what: What the path is.
-        start: The name of its first checkpoint, or nothing.
-        end: The name of its last one.
+        colour: The colour of the path.
+        label: The label of the path; no entry if empty.
+        start: The name of the first checkpoint; may be empty.
+        end: The name of the last checkpoint; may be empty.
 
     Returns:
         Handles and labels.
     """
     line = Line2D([], [], color=colour, marker="o", ms=4, lw=1.7)
-    entries: list[tuple[Artist, str]] = [(line, what)] if what else []
+    entries: list[tuple[Artist, str]] = [(line, label)] if label else []
     for word, name, mark in (("start", start, _START), ("end", end, _END)):
         handle = Line2D([], [], ls="none", **_mark(mark, colour))
-        entries.append((handle, f"{word}  {short_name(figure, name, 130)}".strip()))
+        entries.append((handle, f"{word}  {shorten_path(figure, name, 130)}".strip()))
     return entries
 
 
@@ -536,30 +540,30 @@ def path_entries(
 
 
 def finish_layout(figure: Figure) -> None:
-    """Lays the figure out once and for all, surfaces as large as their places allow."""
+    """Computes the final layout, with 3D axes as large as their cells allow."""
     engine = figure.get_layout_engine()
     assert engine is not None
-    solid = [axes for axes in figure.axes if isinstance(axes, Axes3D)]
-    if solid and mpl.__version_info__[:2] < (3, 11):
-        # Before Matplotlib 3.11 the labels of such axes have no place until they are drawn.
+    axes_3d = [axes for axes in figure.axes if isinstance(axes, Axes3D)]
+    if axes_3d and mpl.__version_info__[:2] < (3, 11):
+        # Before Matplotlib 3.11 the labels of 3D axes have no position until they are drawn.
         figure.set_layout_engine("none")
         figure.draw_without_rendering()
         figure.set_layout_engine(engine)
-    # A panel of fixed proportions shrinks after its margins were measured: measure them again.
+    # A panel with a fixed aspect ratio shrinks after its margins were measured: measure again.
     for _ in range(2 if any(axes.get_aspect() != "auto" for axes in figure.axes) else 0):
         engine.execute(figure)
     freeze(figure)
     page = figure.transSubfigure.inverted()
-    places = [axes.get_position(original=True) for axes in solid]
-    # Letters keep their size, so that it takes more than one step.
-    for _ in range(3 if solid else 0):
+    cells = [axes.get_position(original=True) for axes in axes_3d]
+    # Text keeps its size, so one step does not reach the final scale.
+    for _ in range(3 if axes_3d else 0):
         figure.draw_without_rendering()
-        for axes, place in zip(solid, places, strict=True):
+        for axes, cell in zip(axes_3d, cells, strict=True):
             drawn = axes.get_tightbbox().transformed(page)
             box = axes.get_position(original=True)
-            factor = min(place.width / drawn.width, place.height / drawn.height)
-            x = (place.x0 + place.x1) / 2 + (box.x0 - (drawn.x0 + drawn.x1) / 2) * factor
-            y = (place.y0 + place.y1) / 2 + (box.y0 - (drawn.y0 + drawn.y1) / 2) * factor
+            factor = min(cell.width / drawn.width, cell.height / drawn.height)
+            x = (cell.x0 + cell.x1) / 2 + (box.x0 - (drawn.x0 + drawn.x1) / 2) * factor
+            y = (cell.y0 + cell.y1) / 2 + (box.y0 - (drawn.y0 + drawn.y1) / 2) * factor
             axes.set_position([x, y, box.width * factor, box.height * factor])
 
 
@@ -567,7 +571,7 @@ def finish_layout(figure: Figure) -> None:
 
 
 def _wrap(figure: Figure, note: str, room: float) -> list[str]:
-    """Breaks a sentence into lines that are no wider than there is room, in points."""
+    """Breaks a sentence into lines of at most ``room`` points."""
     letters = len(note)
     while letters > 20:
         lines = textwrap.wrap(note, letters)
@@ -578,8 +582,8 @@ def _wrap(figure: Figure, note: str, room: float) -> list[str]:
     return textwrap.wrap(note, letters)
 
 
-def short_name(figure: Figure, name: str, width: float) -> str:
-    """A checkpoint's name, without as many of its first folders as must go to be so wide."""
+def shorten_path(figure: Figure, name: str, width: float) -> str:
+    """Shortens a checkpoint's name to a width in points, by its leading folders first."""
     parts = name.split("/")
     names = (f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts)))
     fitting = (n for n in (name, *names) if text_width(figure, n) <= width)
@@ -592,15 +596,15 @@ def add_foot(
     notes: Sequence[str],
     groups: Sequence[Sequence[tuple[Artist, str]]],
 ) -> None:
-    """Puts notes and a legend below several panels; the figure grows by them.
+    """Adds notes and a legend below the panels; the figure grows by their height.
 
-    To be called last before the figure is frozen: nothing may grow after it.
+    Call it last before the layout is final, since the figure must not grow afterwards.
 
     Args:
-        figure: Where.
+        figure: The figure.
         panel: Any of its panels.
         notes: Sentences.
-        groups: The legend's handles and labels; every group begins a row.
+        groups: Handles and labels of the legend; every group starts a row.
     """
     add_legend(figure, groups)
     room = 0.96 * figure.get_figwidth() * INCH
@@ -613,7 +617,7 @@ def add_foot(
     assert isinstance(engine, ConstrainedLayoutEngine)
     share = inches / figure.get_figheight()
     engine.set(rect=(0, share, 1, 1 - share))
-    # The legend lies below them, and its height is known when it is drawn.
+    # The legend lies below the notes; its height is known only when it is drawn.
     below: Any = figure.legends[0] if figure.legends else figure.transFigure
     text = panel.annotate(
         "\n".join(lines),

@@ -1,4 +1,4 @@
-"""Curves in the terminal, drawn with braille dots or plain characters."""
+"""Curves in the terminal, drawn with braille dots or ASCII characters."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from losscli.table import Table
 
 __all__ = ["draw"]
 
-# The figure's palette, as near as the 256 colours of a terminal come to it and both black and
-# white backgrounds bear.
+# The palette of the figures in the 256 colours of a terminal, legible on black and on white.
 _COLOURS = (32, 166, 36, 175, 178, 74, 245)
-# For each split a pattern: of so many dots so many are drawn.
+# A dash pattern for each split: the period in dots, and how many of them are drawn.
 _PATTERNS = ((1, 1), (3, 1), (8, 5), (6, 2))
 _MARKS = "123456789abcdefghijklmnopqrstuvwxyz"
 _GLYPHS = "*+ox#%&="
-# The bit of each dot in a braille letter, by row and column.
+# The bit of each dot in a braille character, by row and column.
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-# Beyond these the height of the picture would overflow or vanish.
+# Outside these bounds the height of the picture would overflow or underflow.
 _LARGEST, _SMALLEST = 1e200, 1e-200
 _LEAST_WIDTH = 12
 _LEAST_ROWS = 3
@@ -41,19 +40,19 @@ def draw(
 ) -> str:
     """Draws losses over the line from A to B for a terminal.
 
-    Several runs have a mark each, that stands on their curves and in the legend, and a colour each
-    where there is colour. Splits differ in their dots.
+    Several runs are distinguished by a mark on their curves and in the legend, and by colour if
+    there is colour. Splits are distinguished by dash patterns.
 
     Args:
-        curves: The label of each run, and its table: ``alpha``, ``split``, ``loss``.
-        width: The columns to use; at least 12 are.
-        height: The lines to use; more are where notes and legend leave no room for the curve.
-        colour: Colours the runs by ANSI escape sequences.
-        log: Makes the axis of the loss logarithmic.
-        ascii: Uses no character outside of ASCII.
+        curves: The label of each run and its table with ``alpha``, ``split`` and ``loss``.
+        width: The number of columns to use, at least 12.
+        height: The number of lines to use; exceeded if notes and legend leave too few for a curve.
+        colour: Whether to colour runs by ANSI escape sequences.
+        log: Whether the axis of the loss is logarithmic.
+        ascii: Whether to use only ASCII characters.
 
     Returns:
-        The lines, without a newline at the end.
+        The lines, without a trailing newline.
     """
     width = max(width, _LEAST_WIDTH)
     pen = _Pen(colour=colour, ascii=ascii, several=len(curves) > 1)
@@ -79,7 +78,7 @@ def draw(
         gutter = 0
     view = _View(x_range, y_range, log, width - gutter - 1, rows, pen.fine)
     canvas = _Canvas(pen.fine)
-    # The first run and split come to lie on top.
+    # In reverse order, so that the first run and split are on top.
     for line in reversed(lines):
         for drawable, part in itertools.groupby(line.points, key=lambda point: point is not None):
             if drawable:
@@ -89,7 +88,7 @@ def draw(
 
 @dataclass(frozen=True)
 class _Line:
-    """One split of one run: its points in the order of α, None where one cannot be drawn."""
+    """One split of one run: its points in the order of α; None for a point that cannot be drawn."""
 
     run: int
     split: int
@@ -101,7 +100,7 @@ class _Line:
 def _read(tables: Sequence[Table], splits: Sequence[str], *, log: bool) -> list[_Line]:
     lines = []
     for run, table in enumerate(tables):
-        for place, split in enumerate(splits):
+        for index, split in enumerate(splits):
             part = table.where("split", split)
             rows = zip(part.floats("alpha"), part.floats("loss"), strict=True)
             pairs = sorted((row for row in rows if math.isfinite(row[0])), key=lambda row: row[0])
@@ -115,7 +114,7 @@ def _read(tables: Sequence[Table], splits: Sequence[str], *, log: bool) -> list[
             lines.append(
                 _Line(
                     run=run,
-                    split=place,
+                    split=index,
                     points=[pair if ok else None for ok, pair in zip(shown, pairs, strict=True)],
                     infinite=finite.count(False),
                     negative=shown.count(False) - finite.count(False),
@@ -142,19 +141,19 @@ def _notes(
 # --- Numbers -------------------------------------------------------------------------------------
 
 
-def _extent(values: Sequence[float], share: float) -> tuple[float, float]:
-    """The lowest and the highest of some values; around a level line, a share of its height."""
+def _extent(values: Sequence[float], margin: float) -> tuple[float, float]:
+    """Returns the range of values; for constant values, an interval around them."""
     low, high = min(values), max(values)
     size = max(abs(low), abs(high))
-    # What varies by less than a millionth is level: rounding errors are no landscape.
+    # A relative variation below 1e-6 counts as constant, so that rounding errors are not magnified.
     if high - low > max(1e-6 * size, _SMALLEST):
         return low, high
-    room = share * size if size > _SMALLEST else 0.5
+    room = margin * size if size > _SMALLEST else 0.5
     return low - room, high + room
 
 
 def _ticks(low: float, high: float, number: int) -> list[tuple[float, str]]:
-    """Round numbers in a range, about so many, and how to write them."""
+    """Returns about ``number`` round numbers in a range, and their labels."""
     raw = (high - low) / max(number, 2)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.7)
@@ -165,7 +164,7 @@ def _ticks(low: float, high: float, number: int) -> list[tuple[float, str]]:
 
 
 def _log_ticks(low: float, high: float, number: int) -> list[tuple[float, str]]:
-    """The same on a logarithmic axis."""
+    """Returns powers of ten as ticks of a logarithmic axis; round numbers if it is too short."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     if last - first < 1:
         return _ticks(low, high, number)
@@ -178,7 +177,7 @@ def _log_ticks(low: float, high: float, number: int) -> list[tuple[float, str]]:
 
 @dataclass(frozen=True)
 class _View:
-    """Where numbers lie on a grid of cells, each of ``fine`` dots across and down."""
+    """Maps numbers to a grid of cells, each of ``fine`` dots horizontally and vertically."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -188,7 +187,7 @@ class _View:
     fine: tuple[int, int]
 
     def dot(self, x: float, y: float) -> tuple[int, int]:
-        """The dot of a point, from the upper left."""
+        """Returns the column and the row of the dot of a point, from the upper left."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         low, high, at = (math.log(v) if self.log else v for v in (*self.y, y))
         down = 1 - (at - low) / (high - low)
@@ -198,30 +197,29 @@ class _View:
         )
 
     def column(self, x: float) -> int:
-        """The column of cells where an α lies."""
+        """Returns the column of cells that contains an α."""
         return self.dot(x, self.y[0])[0] // self.fine[0]
 
     def row(self, y: float) -> int:
-        """The row of cells where a loss lies."""
+        """Returns the row of cells that contains a loss."""
         return self.dot(self.x[0], y)[1] // self.fine[1]
 
 
 def _nearest(x: float) -> int:
-    # Halves go down, and so does what rounding errors put a little above them: a level line in the
-    # middle stays one line.
+    # Halves, also with a small rounding error, round down: a constant line stays in one row.
     return math.floor(x + 0.5 - 1e-6)
 
 
 @dataclass(frozen=True)
 class _Canvas:
-    """Cells with dots in them, and the line that was drawn there last."""
+    """The cells with dots, and the line that was drawn last in each."""
 
     fine: tuple[int, int]
     dots: dict[tuple[int, int], int] = field(default_factory=dict)
     owners: dict[tuple[int, int], _Line] = field(default_factory=dict)
 
     def trace(self, dots: Sequence[tuple[int, int]], line: _Line) -> None:
-        """Draws a line through dots in its split's pattern."""
+        """Draws a line through dots in the dash pattern of its split."""
         period, on = _PATTERNS[line.split % len(_PATTERNS)]
         across, down = self.fine
         for number, (x, y) in enumerate(_between(dots)):
@@ -232,7 +230,7 @@ class _Canvas:
 
 
 def _between(dots: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The dots of straight lines from dot to dot, each once."""
+    """Yields the dots of the straight lines that connect dots, each once."""
     yield dots[0]
     for (x, y), (to_x, to_y) in itertools.pairwise(dots):
         steps = max(abs(to_x - x), abs(to_y - y))
@@ -242,12 +240,12 @@ def _between(dots: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _Pen:
-    """How things are written: with or without colour, in braille or in ASCII.
+    """How text is drawn: with or without colour, in braille or in ASCII.
 
     Attributes:
         colour: Whether to use ANSI escape sequences.
-        ascii: Whether to use nothing but ASCII.
-        several: Whether there are several runs to tell apart.
+        ascii: Whether to use only ASCII characters.
+        several: Whether there are several runs.
     """
 
     colour: bool
@@ -256,7 +254,7 @@ class _Pen:
 
     @property
     def fine(self) -> tuple[int, int]:
-        """The dots of a cell, across and down."""
+        """The number of dots of a cell, horizontally and vertically."""
         return (1, 1) if self.ascii else (2, 4)
 
     @property
@@ -266,11 +264,11 @@ class _Pen:
 
     @property
     def frame(self) -> tuple[str, ...]:
-        """The y axis, a tick on it, the corner, the x axis, a tick on it, the line at A and B."""
+        """The characters of the y axis, its ticks, the corner, the x axis, its ticks, A and B."""
         return tuple("|++-+:" if self.ascii else "│┤└─┬┊")
 
     def plain(self, text: str) -> str:
-        """One line without what could steer the terminal or reorder the text."""
+        """Returns text in one line without control characters and bidi marks."""
         letters = (
             " " if letter.isspace() else "" if unicodedata.category(letter)[0] == "C" else letter
             for letter in text
@@ -279,32 +277,32 @@ class _Pen:
         return line.encode("ascii", "replace").decode() if self.ascii else line
 
     def paint(self, text: str, run: int | None) -> str:
-        """Text in a run's colour; faint for no run."""
+        """Returns text in the colour of a run; faint if the run is None."""
         if not self.colour or not text.strip():
             return text
         code = "2" if run is None else f"38;5;{_COLOURS[run % len(_COLOURS)]}"
         return f"\x1b[{code}m{text}\x1b[0m"
 
     def mark(self, run: int) -> str:
-        """The character that stands for a run."""
+        """Returns the character that represents a run."""
         return _GLYPHS[run % len(_GLYPHS)] if self.ascii else _MARKS[run % len(_MARKS)]
 
     def letter(self, canvas: _Canvas, cell: tuple[int, int]) -> str:
-        """The character of a cell that has dots."""
+        """Returns the character of a cell with dots."""
         if not self.ascii:
             return chr(0x2800 + canvas.dots[cell])
         line = canvas.owners[cell]
         return _GLYPHS[(line.run if self.several else line.split) % len(_GLYPHS)]
 
     def legend(self, labels: Sequence[str], splits: Sequence[str], width: int) -> list[str]:
-        """The legend in lines: runs by mark and colour, splits by a sample of their dots."""
+        """Returns the lines of the legend: runs by mark and colour, splits by a sample."""
         entries: list[tuple[str, int | None, str]] = []
         if self.several:
             entries += [(self.mark(run), run, label) for run, label in enumerate(labels)]
         across, down = self.fine
-        for place, split in enumerate(splits):
+        for index, split in enumerate(splits):
             canvas = _Canvas(self.fine)
-            canvas.trace([(0, down // 2), (6 * across - 1, down // 2)], _Line(0, place))
+            canvas.trace([(0, down // 2), (6 * across - 1, down // 2)], _Line(0, index))
             cells = [(0, column) for column in range(6)]
             sample = "".join(self.letter(canvas, c) if c in canvas.dots else " " for c in cells)
             if self.ascii and self.several:
@@ -326,7 +324,7 @@ class _Pen:
 
 
 def _shorten(text: str, width: int, dots: str) -> str:
-    """The end of a text, as much as fits."""
+    """Keeps the end of a text that fits a width in columns."""
     if cell_len(text) <= width:
         return text
     room, kept = width - cell_len(dots), len(text)
@@ -336,12 +334,12 @@ def _shorten(text: str, width: int, dots: str) -> str:
 
 
 def _place_marks(canvas: _Canvas, runs: int, columns: int) -> dict[tuple[int, int], int]:
-    """Cells where the mark of a run stands on its curve: in three places, side by side."""
+    """Chooses up to three cells on the curve of each run for its mark, side by side."""
     marks = {}
     for run in range(runs):
         cells = sorted(cell for cell, line in canvas.owners.items() if line.run == run)
-        for place in range(3):
-            at = (place + (run + 0.5) / runs) * columns / 3
+        for third in range(3):
+            at = (third + (run + 0.5) / runs) * columns / 3
             near = [cell for cell in cells if abs(cell[1] + 0.5 - at) <= 1.5]
             if near:
                 marks[min(near, key=lambda cell: abs(cell[1] + 0.5 - at))] = run
@@ -356,7 +354,7 @@ def _panel(
     y_ticks: Sequence[tuple[float, str]],
     gutter: int,
 ) -> list[str]:
-    """The curves in their frame, line by line from the top."""
+    """Returns the lines of the panel, from top to bottom."""
     side, tick, corner, bottom, down, end = pen.frame
     marks = _place_marks(canvas, runs, view.columns) if pen.several and not pen.ascii else {}
     in_view = [alpha for alpha in (0.0, 1.0) if view.x[0] <= alpha <= view.x[1]]
@@ -383,7 +381,7 @@ def _panel(
         parts = itertools.groupby(cells, key=lambda pair: pair[0])
         painted = [pen.paint("".join(text for _, text in part), run) for run, part in parts]
         lines.append(margin(labels.get(row, "")) + edge + "".join(painted))
-    # The ends come first: where room is short, the other numbers give way.
+    # The labels of A and B have priority over other tick labels.
     ticks = [(alpha, f"{alpha:g}") for alpha in in_view]
     ticks += _ticks(*view.x, view.columns // 12)
     axis, numbers = [bottom] * view.columns, [" "] * view.columns

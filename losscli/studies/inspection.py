@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ from losscli.weight_space.vectors import (
 __all__ = ["Lowest", "export", "inspect", "lowest"]
 
 _MOST_KEYS = 30
+
+# What stands for a num_batches_tracked that A does not have.
+_NO_BATCHES = torch.tensor(0)
 
 
 @checked()
@@ -103,6 +107,7 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[Inspecti
         if name in other.weights and other.weights[name].shape == t.shape
     ]
     summary["mismatches"] = mismatches(other.weights, first.weights)
+    summary["notes"] = _version_notes(first, other)
     parameters = _parameters({name: first.weights[name] for name in shared})
     summary["distance"] = distance(first.weights, other.weights, parameters)
     rows = (
@@ -118,6 +123,39 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[Inspecti
         Table.build([*columns, "norm_b", "distance", "cosine"], rows),
         summary,
         COMMANDS["inspect"].draw,
+    )
+
+
+def _version_notes(first: Checkpoint, second: Checkpoint) -> list[str]:
+    """Notes on module versions by which a model would convert the tensors of one of two."""
+    differ = _other_versions(first, second)
+    if not differ:
+        return []
+    more = f", as of {len(differ) - 1:,} more" if len(differ) > 1 else ""
+    note = (
+        f"{differ[0]}{more}. A model may convert the tensors of either as it loads them, and none "
+        "is known here: to compare what they are then, load each into a model with "
+        "load_state_dict, and save that model's state_dict()"
+    )
+    return [note]
+
+
+def _other_versions(first: Checkpoint, second: Checkpoint) -> list[str]:
+    """Says of which modules two checkpoints note versions whose tensors may mean other things."""
+    return [
+        f"{first.name} and {second.name} note different versions of {module or 'the model'}: "
+        f"{dict(version)} and {dict(other)}"
+        for module, version in first.versions.items()
+        if (other := second.versions.get(module, version)) != version
+        and not _counts_batches(first.weights, module, (version, other))
+    ]
+
+
+def _counts_batches(weights: Weights, module: str, versions: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether versions are those of a BatchNorm without and with num_batches_tracked."""
+    start = f"{module}." if module else ""
+    return f"{start}running_mean" in weights and all(
+        dict(version) in ({"version": 1}, {"version": 2}) for version in versions
     )
 
 
@@ -283,8 +321,10 @@ def export(
     """Makes the checkpoint at a point of the line, θ(α) = A + α (B − A).
 
     Floating-point tensors move, in float32 or wider, and have the wider of the types that the two
-    store them in; whole-number tensors and the extra state of modules are A's. Between the ends
-    the singular vectors of spectral normalisation are computed from the weights.
+    store them in; whole-number tensors and the extra state of modules are A's. What one alone has
+    of BatchNorm's ``num_batches_tracked`` is kept; of the old and the new names of weight_norm
+    those of A are. Between the ends the singular vectors of spectral normalisation are computed
+    from the weights.
 
     Args:
         a: The checkpoint at α = 0.
@@ -310,7 +350,7 @@ def export(
     base = read(name).select(None) if name and any(f.adapter for f in files) else None
     files[0].refuse_quantised()
     first = files[0].select(None, base)
-    second = _second(files[1], first, base)
+    first, second = _both(files[1], first, base)
     if summary is not None:
         _require_the_same((first, second), summary, alpha)
     ends = _ends(first.weights, summary)
@@ -336,27 +376,77 @@ def _is_of_a_line(summary: Any) -> bool:
     return False
 
 
-def _second(file: CheckpointFile, first: Checkpoint, base: Checkpoint | None) -> Checkpoint:
-    """Opens B under the names of A."""
-    cure = (
-        "No model is known here that would translate names: load B into a model with "
-        "load_state_dict, and save that model's state_dict()"
-    )
-    try:
-        second = file.select(first.weights, base, first.name)
-    except MismatchError as error:
-        raise MismatchError(error.what, error.cure or cure) from None
-    if wrong := mismatches(second.weights, first.weights):
-        raise MismatchError(f"{second.name} does not fit {first.name}: {'; '.join(wrong)}", cure)
-    for module, version in first.versions.items():
-        if (other := second.versions.get(module, version)) != version:
-            raise MismatchError(
-                f"{first.name} and {second.name} note different versions of "
-                f"{module or 'the model'}: {dict(version)} and {dict(other)}",
-                "No model is known here that would convert them: load each into a model with "
-                "load_state_dict, and save that model's state_dict()",
-            )
-    return second
+def _both(
+    file: CheckpointFile, first: Checkpoint, base: Checkpoint | None
+) -> tuple[Checkpoint, Checkpoint]:
+    """Opens B under the names of A; where one alone counts BatchNorm's batches, both have that."""
+    refused: MismatchError | None = None
+    for names in _spellings(first.weights):
+        expected = {name: first.weights.get(own, _NO_BATCHES) for name, own in names.items()}
+        try:
+            second = _fitting(file, expected, base, first.name)
+            break
+        except MismatchError as error:
+            refused = refused or error
+    else:
+        assert refused is not None
+        cure = (
+            "No model is known here that would translate names: load B into a model with "
+            "load_state_dict, and save that model's state_dict()"
+        )
+        raise MismatchError(refused.what, refused.cure or cure)
+    weights = {names[name]: t for name, t in second.weights.items()}
+    second = replace(second, weights={**first.weights, **weights})
+    alone = {name: t for name, t in weights.items() if name not in first.weights}
+    first = replace(first, weights={**first.weights, **alone})
+    if differ := _other_versions(first, second):
+        raise MismatchError(
+            differ[0],
+            "No model is known here that would convert them: load each into a model with "
+            "load_state_dict, and save that model's state_dict()",
+        )
+    return first, second
+
+
+def _fitting(
+    file: CheckpointFile, expected: Weights, base: Checkpoint | None, whose: str
+) -> Checkpoint:
+    """Opens a checkpoint that has to have certain tensors; an adapter has those of its base."""
+    found = file.select(expected, base, whose)
+    if wrong := mismatches(found.weights, expected):
+        raise MismatchError(f"{found.name} does not fit {whose}: {'; '.join(wrong)}")
+    return found
+
+
+def _spellings(weights: Weights) -> Iterator[dict[str, str]]:
+    """Lists the names by which a file may have the tensors of a state dict, as PyTorch takes them.
+
+    Yields:
+        Those names and the state dict's own: the same; without the numbers of batches that
+        BatchNorm counts, and with them; those of the other ``weight_norm``.
+    """
+    own = {name: name for name in weights}
+    yield own
+    counts = {
+        f"{name.removesuffix('running_mean')}num_batches_tracked"
+        for name in own
+        if name.rpartition(".")[2] == "running_mean"
+    }
+    if counts:
+        yield {name: name for name in own if name not in counts}
+        yield own | {name: name for name in sorted(counts)}
+    normed = {_other_weight_norm(name): name for name in own}
+    if normed.keys() != own.keys() and len(normed) == len(own):
+        yield normed
+
+
+def _other_weight_norm(name: str) -> str:
+    """The name that the other ``weight_norm`` gives a tensor: weight_g is original0."""
+    if new := re.fullmatch(r"(.*\.)?parametrizations\.(\w+)\.original([01])", name):
+        return f"{new[1] or ''}{new[2]}_{'gv'[int(new[3])]}"
+    if old := re.fullmatch(r"(.*\.)?(\w+)_([gv])", name):
+        return f"{old[1] or ''}parametrizations.{old[2]}.original{'gv'.index(old[3])}"
+    return name
 
 
 def _require_the_same(

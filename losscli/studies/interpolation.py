@@ -38,6 +38,7 @@ from losscli.studies.notes import (
     sampling_notes,
     spectral_notes,
     storage_notes,
+    variance_notes,
 )
 from losscli.studies.problem import counted, prepare
 from losscli.studies.refiner import Refiner
@@ -580,14 +581,8 @@ class Interpolation(Study):
             notes.append("A and B differ only in buffers: ‖B − A‖, over the parameters, is 0")
         notes += general_notes(self)
         notes += storage_notes(self)
-        buffers = self.problem.settings.buffers
-        if buffers == "interpolate" and any(s["not_finite"] for s in splits.values()):
-            below = [n for n in self.moving if n in self.problem.buffers and self._sinks(n)]
-            if below:
-                notes.append(
-                    f"beyond the ends {below[0]} falls below 0, which a variance cannot: "
-                    "--buffers b keeps B's statistics at every point"
-                )
+        if any(split["not_finite"] for split in splits.values()):
+            notes += variance_notes(self, map(self._buffers_at, self.range))
         for name, split in splits.items():
             if split["not_finite"]:
                 number = split["not_finite"]
@@ -602,12 +597,13 @@ class Interpolation(Study):
                 notes.append(f"moved alone, {wrong[0]}{more} has losses of {name} not finite")
         return notes
 
-    def _sinks(self, name: str) -> bool:
-        """Whether a buffer that is nowhere below 0 at the ends is so within the range."""
-        a, b = self.start[name], self.end[name]
-        return bool((a >= 0).all() and (b >= 0).all()) and any(
-            bool((Line({}, {}).combine([a, b], (alpha,)) < 0).any()) for alpha in self.range
-        )
+    def _buffers_at(self, alpha: float) -> Weights:
+        """The buffers that move, at a point."""
+        return {
+            name: Line({}, {}).combine([self.start[name], self.end[name]], (alpha,))
+            for name in self.moving
+            if name in self.problem.buffers
+        }
 
 
 @dataclass(frozen=True)

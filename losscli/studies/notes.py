@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from losscli.data import Split
 from losscli.evaluation.losses import Doubt
@@ -21,6 +22,7 @@ __all__ = [
     "sampling_notes",
     "spectral_notes",
     "storage_notes",
+    "variance_notes",
 ]
 
 # BatchNorm's statistics matter where they change the loss by more than this share of it.
@@ -218,6 +220,37 @@ def batchnorm_notes(
     return []
 
 
+def variance_notes(study: Study, extremes: Iterable[Weights]) -> list[str]:
+    """Notes on why losses beyond the checkpoints may not be finite: a variance is below 0 there.
+
+    Args:
+        study: The study, some of whose losses are not finite.
+        extremes: Buffers that move, and maybe other tensors, at the points farthest out. Values
+            are linear in the point, so that they are lowest at one of these.
+
+    Returns:
+        The notes, where a buffer that is below 0 at no checkpoint is so at one of these points.
+    """
+    if study.problem.settings.buffers != "interpolate":
+        return []
+    names = [name for name in study.moving if name in study.problem.buffers]
+    for t in range(len(study.problem.names) if names else 0):
+        weights = study.weights(t)
+        names = [name for name in names if not _is_below_0(weights[name])]
+        del weights  # before the next one is opened
+    for point in extremes if names else ():
+        if below := next((name for name in names if _is_below_0(point[name])), None):
+            whose, _ = study.words("last")
+            batchnorm = study.problem.objective.batchnorm
+            cure = ", and --buffers recalibrate re-estimates BatchNorm's" if batchnorm else ""
+            note = (
+                f"beyond the checkpoints {below} falls below 0, which a variance cannot: "
+                f"--buffers b keeps {whose} statistics at every point{cure}"
+            )
+            return [note]
+    return []
+
+
 def storage_notes(study: Study) -> list[str]:
     """Notes on the types that tensors are stored in.
 
@@ -247,6 +280,11 @@ def _masks(study: Study) -> list[str]:
         if not names:
             break
     return names
+
+
+def _is_below_0(buffer: Tensor) -> bool:
+    """Whether a value is below 0; complex ones are not ordered."""
+    return not buffer.is_complex() and bool((buffer < 0).any())
 
 
 def _task_notes(study: Study) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ from losscli.studies.notes import (
     sampling_notes,
     spectral_notes,
     storage_notes,
+    variance_notes,
 )
 from losscli.studies.problem import Problem, counted, differing_tensors, prepare
 from losscli.studies.registry import COMMANDS
@@ -424,6 +426,9 @@ class Plane(Study):
             if len(pair) == 2 and pair[0] - pair[1] < _EQUAL * pair[0]:
                 told = f"principal components {k + 1} and {k + 2} explain {pair[0]:.2%} each"
                 notes.append(f"{told}: {what}")
+        if any(split["not_finite"] for split in splits.values()):
+            corners = itertools.product((self.xs[0], self.xs[-1]), (self.ys[0], self.ys[-1]))
+            notes += variance_notes(self, map(self._at, corners))
         for name, split in splits.items():
             if number := split["not_finite"]:
                 notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")

@@ -32,6 +32,7 @@ from losscli.studies.notes import (
     sampling_notes,
     spectral_notes,
     storage_notes,
+    variance_notes,
 )
 from losscli.studies.problem import counted, differing_tensors, prepare
 from losscli.studies.registry import COMMANDS
@@ -403,6 +404,10 @@ class Trajectory(Study):
         if not max(self.path.residual):
             notes.append(
                 "the path is the straight line: it has no residual direction, and no surface"
+            )
+        if any(split.get("surface_not_finite") for split in splits.values()):
+            notes += variance_notes(
+                self, (self._ribbon(t).b for t, _ in enumerate(self.problem.names))
             )
         for name, split in splits.items():
             for where, number in (

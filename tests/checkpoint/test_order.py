@@ -161,6 +161,37 @@ FOLDERS: list[tuple[str, str, str]] = [
     ("finale_1.pt lasting_1.pt step_1.pt", "", ""),
     ("e1.pt e2.pt lastmodel.pt", "bestmodel.pt bestAcc_7.pt model_best_2.pt", "best"),
     ("initial_weights.pt e1.pt e2.pt finalModel.pt", "BEST.pt", "taken first"),
+    # A number that all names share, and that is the value of another one too.
+    *(
+        (" ".join(template.format(t) for t in steps), "", "")
+        for template in ("seed1_epoch{}.pt", "model_v1_{}.pt", "lr0.1_epoch{}.pt", "resnet18_{}.pt",
+                         "{}_of_180.pt")
+        for steps in (range(13), (1, 2, 10), (1, 18, 180))
+    ),
+    ("seed1_epoch1.pt seed1_epoch10.pt seed1_last.pt", "seed1_best.pt", "best.pt is left out"),
+    ("resnet18_1.pt resnet18_18.pt resnet18.pt", "", "resnet18.pt is taken last"),
+    ("fold1_2.pt fold2_1.pt", "", ""),
+    ("fold1_2-last.pt fold2_1-best.pt fold3_5.pt", "", ""),
+    # Exponents by their values, where they are exponents.
+    ("step-1e3.pt step-2e3.pt step-1e4.pt step-1.5e4.pt", "", ""),
+    ("step-500.pt step-1e3.pt step-1500.pt step-2E+3.pt", "", ""),
+    ("lr=1e-05_x.pt lr=2e-5_x.pt lr=1e-04_x.pt", "", ""),
+    ("fold1e10.pt fold2e3.pt", "", ""),
+    ("1e2_v1.9.pt 1e3_v1.9.pt 1e3_v1.10.pt", "", ""),
+    # A metric before the epoch or the step.
+    ("val_loss=0.9-epoch=1.ckpt val_loss=0.5-epoch=2.ckpt val_loss=0.7-epoch=10.ckpt last.ckpt", "",
+     "in the order of epoch, and not in natural order"),
+    ("epoch=1-val_loss=0.9.ckpt val_loss=0.5-epoch=2.ckpt epoch=3-val_loss=0.1.ckpt", "",
+     "in the order of epoch"),
+    ("acc0.9_epoch1_step5.pt acc0.3_epoch1_step9.pt acc0.2_epoch2_step2.pt", "",
+     "in the order of epoch and step"),
+    ("loss=0.9-global_step=500.pt loss=0.5-global_step=1e3.pt", "", "in the order of step"),
+    ("loss_epoch=0.9-epoch=1.ckpt loss_epoch=0.5-epoch=2.ckpt", "", "in the order of epoch"),
+    ("x=9-epoch=1.ckpt x=2-epoch=3.ckpt x=2-epoch=3-v1.ckpt", "", "in the order of epoch"),
+    # Several trainings, and words that only end so.
+    ("seed1_epoch1.pt seed1_epoch2.pt seed2_epoch1.pt seed2_epoch2.pt", "", ""),
+    ("x1_timestep9.pt x2_timestep5.pt", "", ""),
+    ("x1_epoch9.pt x2.pt x3_epoch1.pt", "", ""),
 ]  # fmt: skip
 
 
@@ -177,6 +208,21 @@ def test_a_folder_is_put_into_the_order_of_training(
     for name in left_out.split():
         assert any(f"p/{name}" in told and "left out" in told for told in notes)
     assert (found == expand_folders(["p"])) == (not notes)
+
+
+@pytest.mark.parametrize(
+    ("ordered", "key"),
+    [
+        ("step-1e3.pt step-2e3.pt step-1e4.pt", "natural order"),
+        ("val_loss=0.9-epoch=1.ckpt val_loss=0.5-epoch=2.ckpt", "the order of epoch"),
+    ],
+)
+def test_names_that_a_shell_lists_are_sorted_by_what_a_folder_is(ordered: str, key: str) -> None:
+    names = ordered.split()
+    found, notes = order_path(sorted(names))
+    assert found == names
+    assert f"are taken in {key}: {', '.join(names)}. --keep-order keeps the order" in notes[0]
+    assert order_path(sorted(names), keep_order=True) == (sorted(names), [])
 
 
 def test_the_latest_without_a_number_is_left_out_if_it_equals_a_numbered_one(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import weight_norm as old_norm
+from torch.nn.utils.parametrizations import weight_norm as new_norm
 
 import losscli as library
+from losscli.errors import MismatchError
 from losscli.models import CNN, MLP
 from losscli.table import Table
 from tests import foreign, oracle
@@ -576,3 +581,99 @@ def test_export_refuses_quantised_weights_at_either_end(
     assert "eight.pt is quantised" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not Path("x.safetensors").exists()
+
+
+# --- the names and the versions of one model ----------------------------------------------------
+
+
+def batchnorm(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    found = CNN("3", channels=1, classes=3, batchnorm=True).state_dict()
+    found["norms.0.num_batches_tracked"] += seed
+    return dict(found)
+
+
+def normed(seed: int, norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(norm(nn.Linear(4, 5)), nn.ReLU(), norm(nn.Linear(5, 3)))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("has", ["A", "B", "neither"])
+def test_a_count_of_batches_that_one_alone_has_is_exported(
+    has: str, prefix: str, tmp_path: Path
+) -> None:
+    for seed, name in ((5, "A"), (7, "B")):
+        given = batchnorm(seed)
+        if name != has:
+            del given["norms.0.num_batches_tracked"]
+        if name == "B":
+            given = {f"{prefix}{n}": t for n, t in given.items()}
+        torch.save(given, tmp_path / name)
+    found = library.export(tmp_path / "A", tmp_path / "B", 0.25).weights
+    a, b = batchnorm(5), batchnorm(7)
+    for key, tensor in a.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(found[key], 0.75 * tensor + 0.25 * b[key])
+    count = found.get("norms.0.num_batches_tracked")
+    assert (None if count is None else int(count)) == {"A": 5, "B": 7, "neither": None}[has]
+    assert len(found) == len(a) - (has == "neither")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("first", [old_norm, new_norm])
+def test_old_and_new_names_of_weight_norm_are_those_of_one_model(
+    first: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    second = old_norm if first is new_norm else new_norm
+    torch.save(normed(1, first).state_dict(), tmp_path / "a")
+    torch.save(normed(2, second).state_dict(), tmp_path / "b")
+    torch.save(normed(2, first).state_dict(), tmp_path / "same")
+    found = library.export(tmp_path / "a", tmp_path / "b", 0.25).weights
+    expected = library.export(tmp_path / "a", tmp_path / "same", 0.25).weights
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    normed(0, first).load_state_dict(found)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("lost", ["0.weight_g", "0.weight_v", "0.bias"])
+def test_of_weight_norm_nothing_is_taken_for_granted(lost: str, tmp_path: Path) -> None:
+    given = normed(2, old_norm).state_dict()
+    del given[lost]
+    torch.save(normed(1, new_norm).state_dict(), tmp_path / "a")
+    torch.save(given, tmp_path / "b")
+    with pytest.raises(MismatchError, match="does not fit"):
+        library.export(tmp_path / "a", tmp_path / "b", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({"head": 1}, {"head": 2}, "different versions of head: {'version': 1}"),
+        ({"": 1}, {"": 3}, "different versions of the model"),
+        ({"head": 1, "norms.0": 2, "": 1}, {"head": 2, "norms.0": 3, "": 1}, ", as of 1 more. A"),
+        ({"norms.0": 2}, {"norms.0": 3}, "different versions of norms.0"),
+        # Of these BatchNorm differs in no more than the count of its batches.
+        ({"norms.0": 1}, {"norms.0": 2}, ""),
+        ({"head": 1}, {"head": 1}, ""),
+        ({"head": 1}, {}, ""),
+    ],
+)
+def test_versions_by_which_a_model_would_convert_are_noted_and_not_exported(
+    one: dict[str, int], other: dict[str, int], told: str, losscli: Losscli, folder: Path
+) -> None:
+    for name, versions in (("a.pt", one), ("b.pt", other)):
+        content = OrderedDict(batchnorm(1))
+        content._metadata = {m: {"version": v} for m, v in versions.items()}  # type: ignore[attr-defined]
+        torch.save(content, name)
+    done = losscli("inspect", "a.pt", "b.pt")
+    assert done.status == 0
+    assert done.stderr.count("note: ") == bool(told)
+    assert told in done.stderr
+    assert json.loads(losscli("inspect", "a.pt", "b.pt", "--json").stdout)["notes"] == (
+        [done.stderr.removeprefix("note: ").strip()] if told else []
+    )
+    exported = losscli("export", "a.pt", "b.pt", "--alpha", 0.5, "-o", "x.pt")
+    assert exported.status == bool(told)
+    assert "note different versions" in exported.stderr or not told

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -336,3 +338,28 @@ def test_checkpoints_too_far_apart_for_float32_are_refused(tmp_path: Path) -> No
         torch.save({n: 1e30 * t for n, t in case.state(seed).items()}, files[-1])
     with pytest.raises(CheckpointError, match="too far apart"):
         losscli.plane(files, **options(case))
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "told"),
+    [
+        (losscli.plane, {"range": (-9.0, 9.0)}, True),
+        (losscli.plane, {"range": (-9.0, 9.0), "pca": True}, True),
+        (losscli.plane, {"range": (-9.0, 9.0), "buffers": "b"}, False),
+        (losscli.plane, {"range": (-9.0, 9.0), "pca": True, "buffers": "recalibrate"}, False),
+        (losscli.trajectory, {"reach": 9.0, "residuals": 3}, True),
+        (losscli.trajectory, {"reach": 0.01, "residuals": 3}, False),
+    ],
+)
+def test_a_variance_below_zero_is_named_with_its_cures(
+    command: Callable[..., Any], more: dict[str, Any], told: bool, tmp_path: Path
+) -> None:
+    case = next(c for c in CASES if c.name == "cnn-batchnorm")
+    given = options(case, points=5) if command is losscli.plane else options(case)
+    result = command(save(case, tmp_path, 1, 2, 3), **{**given, **more})
+    notes = [note for note in result.summary["notes"] if "running_var falls below 0" in note]
+    assert bool(notes) == told
+    assert any("not finite" in note for note in result.summary["notes"]) == told
+    for note in notes:
+        assert "--buffers b keeps the last checkpoint's statistics" in note
+        assert "--buffers recalibrate re-estimates BatchNorm's" in note
