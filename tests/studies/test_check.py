@@ -890,3 +890,29 @@ def test_a_rounding_to_many_levels_is_called_detached(levels: int) -> None:
     state = Stepped(levels).state_dict()
     with pytest.raises(ModelError, match="detached from autograd"):
         losscli.check([state], model=Stepped(levels), data={"all": (x, y)})
+
+
+class OffsetOfTheExample(nn.Module):
+    """Activations that cancel where the last input, which is added to them, is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(9, 64), nn.LayerNorm(64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.body(x[:, :9]).tanh() + x[:, 9:]).tanh())
+
+
+def test_errors_cover_rounding_that_only_the_last_examples_show() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(600, 10, generator=generator)
+    x[:, 9] = 3000.0 * (torch.arange(600) >= 300)
+    y = torch.randint(0, 4, (600,), generator=generator)
+    torch.manual_seed(1)
+    model = OffsetOfTheExample()
+    found = losscli.check([model.state_dict()], model=model, data={"all": (x, y)}).table
+    values = np.linalg.eigvalsh(dense_hessian(copy.deepcopy(model).double(), x.double(), y))
+    assert len(values) > 1000
+    for end, true in (("lambda_min", values[0]), ("lambda_max", values[-1])):
+        (value,), (error,) = found.floats(end), found.floats(f"{end}_error")
+        assert abs(value - true) <= error
