@@ -92,6 +92,7 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[Inspecti
         ],
     }
     summary["buffers"] = known_buffers(first.weights)
+    summary["notes"] = []
     columns = ["tensor", "shape", "dtype", "values", "norm"]
     described: dict[str, list[Cell]] = {
         name: [name, "×".join(map(str, t.shape)), str(t.dtype).removeprefix("torch."), t.numel(),
@@ -190,6 +191,7 @@ def _contents(file: CheckpointFile) -> Result[InspectionSummary]:
             }
         ],
         "state_dicts": list(file.candidates),
+        "notes": [],
     }
     return Result(
         Table.build(["key", "tensors", "values", "bytes", "norm"], rows),

@@ -481,7 +481,7 @@ def wait_for_both(run: str, most: int) -> None:
 
 
 def test_sigterm_to_torchrun_ends_all_and_the_next_run_goes_on(
-    line: Callable[[str], str], losscli: Losscli, at_hand: Path
+    line: Callable[[str], str], losscli: Losscli
 ) -> None:
     assert losscli(*line("whole").split()).status == 0
     _, checks = points("whole", [0])
@@ -493,8 +493,9 @@ def test_sigterm_to_torchrun_ends_all_and_the_next_run_goes_on(
     assert process.returncode
     assert "losscli: terminated; what was finished is in broken.journal" in told[-1]
     # Nobody holds the journal, and what is in it is known again, also by one process.
-    again = [at_hand / "losscli", *line("broken").split()]
-    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    again = [sys.executable, "driver.py", *line("broken").split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(again, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "goes on where broken.journal ends" in done.stderr
     assert_same("whole.csv", "broken.csv")
