@@ -102,18 +102,20 @@ class Adapter:
             raise CheckpointError(f"{where}: its patterns are no JSON objects", _SAVE_AGAIN)
         for key, value in (("r", rank), *ranks.items()):
             if type(value) is not int or value < 1:
-                raise CheckpointError(f"{where}: {key} is {value!r}, which is no rank", _SAVE_AGAIN)
+                raise CheckpointError(
+                    f"{where}: {key} is {value!r}, which is not a rank", _SAVE_AGAIN
+                )
         for key, value in (("lora_alpha", alpha), *alphas.items()):
             if type(value) not in {int, float} or not abs(value) < 1e30:
                 raise CheckpointError(
-                    f"{where}: {key} is {value!r}, which is no factor", _SAVE_AGAIN
+                    f"{where}: {key} is {value!r}, which is not a factor", _SAVE_AGAIN
                 )
         for pattern in (*ranks, *alphas):
             try:
                 re.compile(pattern)
             except (re.error, RecursionError, OverflowError):
                 raise CheckpointError(
-                    f"{where}: {pattern!r} is no regular expression", _SAVE_AGAIN
+                    f"{where}: {pattern!r} is not a regular expression", _SAVE_AGAIN
                 ) from None
         return cls(
             where,
@@ -282,7 +284,7 @@ def _sort_tensors(tensors: Weights, where: Path) -> tuple[dict[str, dict[str, Te
                 pair["bias"] = tensor
             elif tensor.ndim < 2 or kind == "bias":
                 raise CheckpointError(
-                    f"{where.parent}: {full} {list(tensor.shape)} is no factor", _SAVE_AGAIN
+                    f"{where.parent}: {full} {list(tensor.shape)} is not a factor", _SAVE_AGAIN
                 )
             else:
                 pair[letter] = tensor

@@ -111,7 +111,7 @@ def name_checkpoint(value: object, label: str) -> str:
     if isinstance(value, Mapping | nn.Module | Checkpoint):
         return InMemoryCheckpoint.from_object(label, value)
     if not isinstance(value, _SINGLE_TYPES):
-        raise UsageError(f"{label} is {describe(value)}, which is no checkpoint", _FIX)
+        raise UsageError(f"{label} is {describe(value)}, which is not a checkpoint", _FIX)
     name = os.fsdecode(value)  # type: ignore[arg-type]
     if not name:
         raise UsageError("the name of a checkpoint is empty", "Is a shell variable unset?")
@@ -134,7 +134,9 @@ def name_checkpoints(values: object) -> list[str]:
     """
     each = [values] if isinstance(values, _SINGLE_TYPES) else as_list(values)
     if each is None:
-        raise UsageError(f"{describe(values)} is no checkpoint and no list of them", _FIX)
+        raise UsageError(
+            f"{describe(values)} is neither a checkpoint nor a list of checkpoints", _FIX
+        )
     names = [name_checkpoint(value, f"checkpoint {i}") for i, value in enumerate(each)]
     owners: dict[object, str] = {}
     for name in names:

@@ -153,7 +153,7 @@ def check_writable(out: Path, *, force: bool) -> None:
         raise UsageError(f"--out {str(out)!r} is a folder", "Give folder/name.safetensors")
     if out.suffix not in {".safetensors", ".pt", ".pth"}:
         raise UsageError(
-            f"{out} is no name of a safetensors file", f"Write {out.stem}.safetensors or .pt"
+            f"{out} is not the name of a safetensors file", f"Write {out.stem}.safetensors or .pt"
         )
     if not out.parent.is_dir():
         raise OutputError(f"there is no folder {out.parent}", f"mkdir -p {out.parent}")

@@ -201,7 +201,7 @@ def _check_grid(table: Table, name: str, expected: TableFormat) -> None:
     if points > _SPARSEST * len(table.rows):
         raise TableError(
             f"{name} has {len(table.rows):,} rows for the {points:,} points that its columns "
-            f"{' and '.join(expected.grid)} make, and is no grid",
+            f"{' and '.join(expected.grid)} make, so they are not a grid",
             "Give a CSV as losscli wrote it",
         )
 

@@ -162,7 +162,7 @@ def _reporting_journal(journal: Journal, console: Console) -> Iterator[None]:
 def _journal_notes(journal: Journal) -> Iterator[str]:
     """Yields notes on the state of a journal when a run starts."""
     if journal.anew is not None:
-        yield f"begins anew, and not where {journal.path} ends: {journal.anew}"
+        yield f"starting over instead of resuming {journal.path}: {journal.anew}"
     elif len(journal):
         changes = "; ".join(journal.changes)
         caveat = f", though {changes}: the last digits may be others" if changes else ""

@@ -950,7 +950,7 @@ def test_out_is_no_folder(command: str, out: str, losscli: Losscli, folder: Path
     before = set(folder.iterdir())
     done = losscli(*command.split(), "-o", out)
     assert done.status == 2
-    assert done.stderr.startswith("losscli: --out '") or "no name of a safetensors" in done.stderr
+    assert done.stderr.startswith("losscli: --out '") or "the name of a safetensors" in done.stderr
     assert done.stderr.count("\n") == 1
     assert set(folder.iterdir()) == before
 

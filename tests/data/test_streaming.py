@@ -939,7 +939,7 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_nothing_is_written(
 
 
 def start(data: str, aside: Path, before: Callable[[], Any]) -> int:
-    """Begins a command in a fork of this process, which has a session of its own.
+    """Starts a command in a fork of this process that is detached from its terminal.
 
     Its log and what else comes to stderr are in a folder, as are signs of work.
     """

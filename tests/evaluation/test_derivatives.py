@@ -312,21 +312,8 @@ def test_losses_of_pieces_are_no_stopped_gradients(name: str, seeds: range) -> N
 
 
 def test_a_wrong_second_derivative_is_refused() -> None:
-    class Lying(torch.autograd.Function):
-        """Its backward is right, and that of its backward is not."""
-
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x.tanh()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            (x,) = ctx.saved_tensors
-            return gradient * (1 - x.detach().tanh().square())
-
     with pytest.raises(ModelError, match=r"second derivative is wrong: curvature at α") as error:
-        found_in(custom(Lying))
+        found_in(stopped.case(stopped.lying))
     assert "\n" not in str(error.value)
 
 

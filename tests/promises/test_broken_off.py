@@ -237,8 +237,8 @@ def test_a_changed_input_begins_anew_and_says_why(
     more = changed(what, folder)
     command = [*(command if "--metric" in more else first), *more]
     assert ended(child(command, log)) == 0, log.read_text()
-    (note,) = [line for line in log.read_text().splitlines() if "anew" in line]
-    assert note.startswith("note: begins anew, and not where out.journal ends: ")
+    (note,) = [line for line in log.read_text().splitlines() if "starting over" in line]
+    assert note.startswith("note: starting over instead of resuming out.journal: ")
     assert told in note
     found = results(folder)
     whole = truth([*command, "--force"], folder, log)

@@ -607,7 +607,9 @@ def claimants(folder: Path) -> Iterator[tuple[str, list[str]]]:
         yield f"npz {packed}", data(f"npz:{path}")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is told of elsewhere")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="memory is measured through /proc"
+)
 def test_who_claims_terabytes_is_refused_where_there_is_no_memory(
     losscli: Losscli, tmp_path: Path, little_memory: None
 ) -> None:

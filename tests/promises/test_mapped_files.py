@@ -24,7 +24,7 @@ def resident(part: str) -> int:
     return next(int(line.split()[1]) >> 10 for line in lines if line.startswith(part))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is told of elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured through /proc")
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_pages_of_a_file_are_given_back_and_read_again(suffix: str, tmp_path: Path) -> None:
     values = torch.arange(VALUES, dtype=torch.float32)

@@ -206,7 +206,7 @@ def there(folder: Path) -> set[str]:
 
 
 FAILING = [
-    (["a.pt", "b.pt", "-o", "x.npz"], 2, "x.npz is no name of a safetensors file"),
+    (["a.pt", "b.pt", "-o", "x.npz"], 2, "x.npz is not the name of a safetensors file"),
     (["a.pt", "b.pt", "-o", "no/x.safetensors"], 1, "mkdir -p no"),
     (["a.pt", "b.pt", "-o", "there.safetensors"], 1, "--force"),
     (["a.pt", "b.pt"], 2, "--out"),

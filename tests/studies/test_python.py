@@ -521,10 +521,12 @@ def test_a_misuse_says_what_is_wrong(options: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize("function", [*LINES, *PATHS])
 def test_checkpoints_that_are_none_are_refused(function: str) -> None:
     for wrong in (3, None, 2.5, object(), torch.ones(2), print):
-        with pytest.raises(UsageError, match=r"is .* which is no checkpoint|is no checkpoint and"):
+        with pytest.raises(
+            UsageError, match=r"is .* which is not a checkpoint|is neither a checkpoint"
+        ):
             call(function, [wrong, state(2), state(3)])
         if function in PATHS:
-            with pytest.raises(UsageError, match="no checkpoint"):
+            with pytest.raises(UsageError, match=r"not a checkpoint|neither a checkpoint"):
                 getattr(losscli, function)(wrong)
     with pytest.raises(UsageError, match="the name of a checkpoint is empty"):
         call(function, ["", state(2), state(3)])
