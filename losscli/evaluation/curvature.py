@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from losscli.data import Examples, Split
 from losscli.errors import ModelError, OutOfMemoryError, UsageError, one_line
 from losscli.evaluation.decompositions import Elementary
-from losscli.evaluation.differences import (
+from losscli.evaluation.finite_differences import (
     CURE,
     DETACHED,
     NEEDED,

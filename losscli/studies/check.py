@@ -38,7 +38,7 @@ from losscli.evaluation.curvature import (
     verdict,
 )
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.differences import noise_of, sample_size
+from losscli.evaluation.finite_differences import noise_of, sample_size
 from losscli.evaluation.objective import Evaluation, Objective, recalibrated
 from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays, Ranks

@@ -17,7 +17,7 @@ from losscli.checkpoint import CheckpointLike, name_checkpoint
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
-from losscli.evaluation.derivatives import trial
+from losscli.evaluation.derivatives import prepare_first_batch
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import halving, points_at_once
 from losscli.evaluation.objective import Evaluation
@@ -292,7 +292,7 @@ class Interpolation(Study):
             assert isinstance(line, Line)
             split = next(iter(objective.splits.values()))
             objective.load(self.start)
-            work = halving(objective, lambda: trial(objective, line, split))
+            work = halving(objective, lambda: prepare_first_batch(objective, line, split))
             took = halving(objective, lambda: timed(objective, work, clock))
             examples = sum(map(len, objective.splits.values()))
             batch = min(objective.batch_size, len(split))

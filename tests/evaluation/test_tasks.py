@@ -15,8 +15,9 @@ from torch.distributed import HashStore
 
 from losscli.data import DataSet, Split
 from losscli.evaluation import derivatives
-from losscli.evaluation.derivatives import _Course, slopes
+from losscli.evaluation.derivatives import slopes
 from losscli.evaluation.journal import Journal
+from losscli.evaluation.line_derivatives import LineDerivatives, Method
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import decode, encode, restore, state_of
@@ -166,15 +167,15 @@ def test_derivatives_of_ranks_are_those_of_one_process(
     fits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alphas = [0.1 * i for i in range(7)]
-    real, calls = _Course.sums, [0]
+    real, calls = LineDerivatives.sums, [0]
 
-    def sums(course: _Course, way: Any, weights: Any, batch: Split) -> tuple[float, float]:
+    def sums(course: LineDerivatives, way: Any, weights: Any, batch: Split) -> tuple[float, float]:
         calls[0] += 1
         if len(batch) > fits and calls[0] > alone:
             raise torch.OutOfMemoryError("on purpose")
         return real(course, way, weights, batch)
 
-    monkeypatch.setattr(_Course, "sums", sums)
+    monkeypatch.setattr(LineDerivatives, "sums", sums)
     alone = 10**9
     truth = slopes(*objective_and_line(16), alphas)["all"]
     alone = calls[0]
@@ -222,7 +223,7 @@ def test_the_last_checkpoint_stays_loaded_whoever_evaluated_it(tmp_path: Path) -
 def test_what_could_not_be_verified_is_noted_by_every_rank_and_whoever_recalls_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(derivatives, "_settle", lambda *_: (derivatives._Way.FORWARD, "a doubt"))
+    monkeypatch.setattr(derivatives, "choose_method", lambda *_: (Method.FORWARD, "a doubt"))
     pair: Any = _Pair()
     for ranks in (None, pair):
         with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
@@ -231,6 +232,6 @@ def test_what_could_not_be_verified_is_noted_by_every_rank_and_whoever_recalls_i
                 execution = Execution(journal=journal, ranks=ranks)
                 slopes(objective, line, [0.2, 0.7], execution=execution)
                 assert objective.remarks == ["a doubt"]
-                patch.setattr(derivatives._Course, "sums", None)
+                patch.setattr(LineDerivatives, "sums", None)
             assert len(journal) == 2
             journal.finish()

@@ -386,7 +386,10 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for plan, what in (
-        (_interpolate(derivatives=True, dtype="float64"), "evaluation.derivatives._Course.sums"),
+        (
+            _interpolate(derivatives=True, dtype="float64"),
+            "evaluation.line_derivatives.LineDerivatives.sums",
+        ),
         (_check(10, "a.pt"), "studies.check.Curvature"),
     ):
         with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
