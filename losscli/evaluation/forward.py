@@ -17,17 +17,10 @@ from torch.utils._pytree import tree_map_only
 from losscli.data import Inputs, leaves, map_inputs
 from losscli.errors import LosscliError, LossError, ModelError, one_line
 from losscli.evaluation.device import widened
+from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.loading import LoadableModel
-from losscli.evaluation.losses import (
-    LOSSES,
-    METRICS,
-    TAKES_HALF,
-    PerExample,
-    function_of,
-    nll,
-    per_example_mean,
-    weights_of,
-)
+from losscli.evaluation.losses import LOSSES, PerExample, function_of, nll, per_example_mean
+from losscli.evaluation.metrics import METRICS
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.models import suggest_fix
 
@@ -198,9 +191,9 @@ class ScoredModel(LoadableModel):
         if self.copies_outputs:
             outputs = tree_map_only(Tensor, Tensor.clone, outputs)
         half = isinstance(outputs, Tensor) and outputs.dtype in HALF
-        if half and function_of(function) not in TAKES_HALF:
+        if half and not is_registered(function):
             outputs = outputs.float()
-        if function_of(function) in _KNOWN_FUNCTIONS and not isinstance(outputs, Tensor):
+        if is_registered(function) and not isinstance(outputs, Tensor):
             raise LossError(
                 f"the {what} takes a tensor, and the model returns a {type(outputs).__name__}"
             )
@@ -329,7 +322,7 @@ def _cure_of_graph(error: Exception) -> str:
 
 
 def is_registered(function: PerExample) -> bool:
-    """Whether a loss or metric is one of losscli's own, with or without options."""
+    """Whether a loss or metric is one of losscli's own; these take half-precision outputs."""
     return function_of(function) in _KNOWN_FUNCTIONS
 
 

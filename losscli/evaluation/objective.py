@@ -28,6 +28,7 @@ from losscli.errors import (
     NondeterministicModelError,
     OutOfMemoryError,
 )
+from losscli.evaluation.doubts import Doubt
 from losscli.evaluation.flops import Trace, operations
 from losscli.evaluation.forward import (
     HALF,
@@ -35,11 +36,7 @@ from losscli.evaluation.forward import (
     is_registered,
 )
 from losscli.evaluation.independence import Values
-from losscli.evaluation.losses import (
-    Doubt,
-    PerExample,
-    check_shares,
-)
+from losscli.evaluation.losses import PerExample
 from losscli.evaluation.output_collector import OutputCollector, join_weights
 from losscli.evaluation.recalibration import Layer, Recalibration, layers_of
 from losscli.evaluation.strategies import (
@@ -51,6 +48,7 @@ from losscli.evaluation.strategies import (
 )
 from losscli.evaluation.targets import (
     check_lengths,
+    check_probabilities,
     check_range,
     first_not_finite,
     is_of_classes,
@@ -291,7 +289,7 @@ class Objective(ScoredModel):
         if is_of_classes(self.loss) and not self.batch_loss:
             lengths.add(targets.shape[1:])
             check_lengths(lengths)
-        check_shares(self.loss, targets, "the data")
+        check_probabilities(self.loss, targets, "the data")
 
     def where(self, split: Examples) -> str:
         """Returns what to call the examples of a split in errors."""

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.forward import ScoredModel, scores_in
-from losscli.evaluation.losses import (
-    PerExample,
-    causal_lm,
-    function_of,
-    options_of,
-    perplexity,
-    weights_of,
-)
+from losscli.evaluation.losses import PerExample, causal_lm, function_of, options_of
+from losscli.evaluation.metrics import perplexity
 
 __all__ = ["OutputCollector", "join_weights"]
 

@@ -12,26 +12,25 @@ from torch.utils._pytree import tree_leaves
 
 from losscli.data import RandomnessDetector, Split, leaves, map_inputs, seed_all
 from losscli.errors import LosscliError, LossError, ModelError, NondeterministicModelError
+from losscli.evaluation.class_targets import IGNORED
 from losscli.evaluation.device import Narrowest
+from losscli.evaluation.doubts import Doubt, doubts_of
+from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.flops import Trace, addresses
 from losscli.evaluation.forward import NO_GRAPH, is_registered, scores_in
 from losscli.evaluation.independence import Values, compare, is_dependent
-from losscli.evaluation.losses import (
-    IGNORED,
-    Doubt,
-    PerExample,
-    check_shares,
-    classes_of,
-    doubts_of,
-    function_of,
-    has_label,
-    mse,
-    options_of,
-    weights_of,
-)
+from losscli.evaluation.losses import PerExample, function_of, mse, options_of
 from losscli.evaluation.objective import DETERMINISTIC, PROBE, Objective
 from losscli.evaluation.precision import wider_copies
-from losscli.evaluation.targets import check_range, first_not_finite, is_of_classes, target_error
+from losscli.evaluation.targets import (
+    check_probabilities,
+    check_range,
+    classes_of,
+    first_not_finite,
+    has_label,
+    is_of_classes,
+    target_error,
+)
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.models import HEADLESS, is_headless
 from losscli.weight_space.vectors import Weights
@@ -362,7 +361,7 @@ def _check_targets(objective: Objective, name: str) -> None:
     """Finds a target out of range, or not finite if the loss does not leave it out."""
     split = objective.splits[name]
     seen = split if isinstance(split, Split) else split.first(objective.batch_size)
-    check_shares(objective.loss, seen.targets, f"the split {name!r}")
+    check_probabilities(objective.loss, seen.targets, f"the split {name!r}")
     place = first_not_finite(split.targets) if isinstance(split, Split) else None
     if place is None or not isinstance(split, Split) or objective.batch_loss:
         return

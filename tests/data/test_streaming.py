@@ -51,7 +51,8 @@ from losscli.data.stream import Stream
 from losscli.errors import DataError, LossError
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.derivatives import slopes
-from losscli.evaluation.losses import accuracy, cross_entropy
+from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.metrics import accuracy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.sweep import sweep, sweep_plain

@@ -23,7 +23,8 @@ from losscli.data import objects as objects_
 from losscli.errors import ModelError
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.journal import Journal
-from losscli.evaluation.losses import accuracy, cross_entropy
+from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.metrics import accuracy
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.records import decode, encode
 from losscli.evaluation.strategies import Strategy
