@@ -73,7 +73,7 @@ def run_study(
         return
     if ranks is not None:
         with console.guard_stdout():
-            ranks.agree(_shared_conditions(study))
+            ranks.check_same(_shared_conditions(study))
     if output is None:
         console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
@@ -109,7 +109,7 @@ def _run_follower(ranks: Ranks, plan: Callable[[], Study], write: Write, console
         study = plan()
         if write.dry_run:
             return
-        ranks.agree(_shared_conditions(study))
+        ranks.check_same(_shared_conditions(study))
         try:
             study.run(Execution(ranks=ranks))
         except ChangedError as error:

@@ -18,7 +18,7 @@ from losscli.data import Split
 from losscli.errors import LosscliError, ModelError, one_line
 from losscli.evaluation.decompositions import Elementary
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import combining_type
+from losscli.evaluation.point_weights import combining_type
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, pieces
 

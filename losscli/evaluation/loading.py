@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from losscli.checkpoint import Versions, has_custom_loading, loadable
 from losscli.evaluation.spectral import SpectralLayer, normalise, spectral_layers
-from losscli.evaluation.strategies import tensors_of
 from losscli.files import release_pages
 from losscli.weight_space.vectors import Weights, can_move
 
-__all__ = ["LoadableModel"]
+__all__ = ["LoadableModel", "named_tensors"]
 
 # What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
@@ -41,7 +40,7 @@ class LoadableModel:
         self.model = _cast(model, device, dtype).eval()
         self.device = device
         self.dtype = dtype
-        self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
+        self.tensors: Mapping[str, Tensor] = named_tensors(self.model)
         self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
         self.extra: Mapping[str, Any] = {}
         self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
@@ -107,3 +106,19 @@ def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
         if can_move(tensor):
             tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
     return model
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters and buffers of a model.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The tensors themselves, by the names of its state dict.
+    """
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }

@@ -38,14 +38,9 @@ from losscli.evaluation.forward import (
 from losscli.evaluation.independence import Values
 from losscli.evaluation.losses import PerExample
 from losscli.evaluation.output_collector import OutputCollector, join_weights
-from losscli.evaluation.recalibration import Layer, Recalibration, layers_of
-from losscli.evaluation.strategies import (
-    Loaded,
-    Plain,
-    Points,
-    Stacked,
-    Strategy,
-)
+from losscli.evaluation.points import BoundPoints, LoadedPoint, LoadedPoints, Points, StackedPoints
+from losscli.evaluation.recalibration import BatchNormLayer, Recalibration, batchnorm_layers
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.targets import (
     check_lengths,
     check_probabilities,
@@ -162,11 +157,11 @@ class Objective(ScoredModel):
         self.chooses_batch = batch_size is None and not batch_loss
         self.splits: Mapping[str, Examples] = _place(data.splits, device)
         self.classes: int | None = None
-        self.batchnorm = layers_of(self.model, self.tensors)
+        self.batchnorm = batchnorm_layers(self.model, self.tensors)
         self.recalibration = recalibration and _placed_recalibration(
             recalibration, data.splits, self.splits, device
         )
-        self.idle: Sequence[Layer] = ()
+        self.idle: Sequence[BatchNormLayer] = ()
         self.doubts: frozenset[Doubt] = frozenset()
         self.left_out: dict[str, str] = {}
         self.optional = frozenset(optional)
@@ -201,7 +196,7 @@ class Objective(ScoredModel):
         return [*self._remarks, *left_out]
 
     @property
-    def statistics(self) -> Sequence[Layer]:
+    def statistics(self) -> Sequence[BatchNormLayer]:
         """The BatchNorm layers whose statistics are estimated anew at every point."""
         return () if self.recalibration is None else self.batchnorm
 
@@ -211,7 +206,7 @@ class Objective(ScoredModel):
         Returns:
             A context, for comparing strategies with each other.
         """
-        return self._recalibrating(self.recalibration and self.recalibration.brief())
+        return self._recalibrating(self.recalibration and self.recalibration.first_batch())
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
         """Leaves BatchNorm's statistics as they are loaded.
@@ -353,7 +348,7 @@ class Objective(ScoredModel):
             For each split its evaluation at this one point, P = 1.
         """
         self.load(weights)
-        return self.evaluate(Plain(self), splits, progress)
+        return self.evaluate(LoadedPoint(self), splits, progress)
 
     @torch.no_grad()
     def at(
@@ -377,17 +372,17 @@ class Objective(ScoredModel):
         """
         strategy = self.strategy or self.provisional or Strategy.LOADED
         if strategy is Strategy.LOADED:
-            return self.evaluate(Loaded(self, slice_, coordinates), splits, progress)
+            return self.evaluate(LoadedPoints(self, slice_, coordinates), splits, progress)
         if strategy is Strategy.STACKED:
-            points: Points = Stacked(self, slice_, coordinates, proving=self.proving)
+            points: BoundPoints = StackedPoints(self, slice_, coordinates, proving=self.proving)
         else:
-            points = Points(self, slice_, coordinates, strategy, proving=self.proving)
+            points = BoundPoints(self, slice_, coordinates, strategy, proving=self.proving)
         with points:
             return self.evaluate(points, splits, progress)
 
     def evaluate(
         self,
-        points: Plain | Loaded | Points,
+        points: Points,
         splits: Mapping[str, Examples] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
@@ -421,9 +416,7 @@ class Objective(ScoredModel):
             )
         return found
 
-    def recalibrate(
-        self, points: Plain | Loaded | Points, tell: Callable[[int], None] = lambda _: None
-    ) -> None:
+    def recalibrate(self, points: Points, tell: Callable[[int], None] = lambda _: None) -> None:
         """Estimates BatchNorm's statistics at all points, a batch at a time.
 
         Args:
@@ -438,8 +431,8 @@ class Objective(ScoredModel):
         try:
             for batch in self.recalibration.batches():
                 inputs = self.data.prepare(batch.to(self.device).inputs, self.dtype)
-                self._finish(points.estimate(inputs), len(batch), tell)
-            found = points.adopt()
+                self._finish(points.record_statistics(inputs), len(batch), tell)
+            found = points.use_statistics()
         except (torch.OutOfMemoryError, MemoryError):
             # With fewer points at once it may do; but a batch has to stay whole.
             if len(points) > 1:
@@ -453,7 +446,7 @@ class Objective(ScoredModel):
 
     def _walk(
         self,
-        points: Plain | Loaded | Points,
+        points: Points,
         split: Examples,
         tell: Callable[[int], None] = lambda _: None,
     ) -> Evaluation:
@@ -587,6 +580,6 @@ def recalibrated(objective: Objective, weights: Weights) -> Weights:
     if objective.recalibration is None:
         return weights
     objective.load(weights)
-    objective.recalibrate(Plain(objective))
+    objective.recalibrate(LoadedPoint(objective))
     names = [name for layer in objective.statistics for name in layer.names]
     return {**weights, **{n: objective.tensors[n].to(weights[n].device, copy=True) for n in names}}

@@ -697,7 +697,7 @@ class Check(Study):
 
             def attend(_: float) -> None:
                 # How far a search is nobody knows, but others may have failed meanwhile.
-                execution.attend()
+                execution.poll()
 
             differentiated = self._differentiated(weights)
             with Curvature(differentiated, weights, self.moving, every, attend) as curvature:

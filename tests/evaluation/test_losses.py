@@ -474,7 +474,9 @@ def test_perplexity_is_the_exponential_of_a_mean_and_not_a_mean_of_exponentials(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("function", sorted(key=lambda f: f.__name__))
+@pytest.mark.parametrize(
+    "function", sorted({nll, *LOSSES.values(), *METRICS.values()}, key=lambda f: f.__name__)
+)
 def test_what_takes_half_precision_gives_the_numbers_of_float32(
     function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
 ) -> None:

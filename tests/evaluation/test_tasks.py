@@ -114,7 +114,7 @@ def test_several_ranks_find_what_one_finds_and_rank_0_records_it(tmp_path: Path)
         assert (len(journal), journal.skipped) == (4, 3)
     # A rank does its task by itself, and hears meanwhile of the others.
     assert {(own.size, own.journal) for own in inside} == {(1, None)}
-    assert all(own.attend != ALONE.attend for own in inside)
+    assert all(own.poll != ALONE.poll for own in inside)
     assert told == sorted(told)
     assert told[-1] == sum(SIZES)
 
@@ -130,21 +130,21 @@ class _Pair:
     def decide(self, value: Any) -> Any:
         return value
 
-    def attend(self) -> None:
+    def poll(self) -> None:
         pass
 
-    def deal(
+    def distribute(
         self,
         sizes: Sequence[float],
         work: Callable[[int, Callable[[float], None]], Arrays],
         known: Mapping[int, Arrays],
-        found: Callable[[int, Arrays], None],
+        on_result: Callable[[int, Arrays], None],
         **_: Any,
     ) -> list[Arrays]:
         have = dict(known)
         for i in sorted(set(range(len(sizes))) - set(known), reverse=True):
             have[i] = work(i, lambda _: None)
-            found(i, have[i])
+            on_result(i, have[i])
         return [have[i] for i in range(len(sizes))]
 
 

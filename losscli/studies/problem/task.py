@@ -13,6 +13,7 @@ from torch import nn
 from losscli.data import Batching, DataSet, from_object, load
 from losscli.errors import LosscliError, LossError, SpecError, UsageError, one_line
 from losscli.evaluation.forward import is_registered
+from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.losses import (
     LOSSES,
     PerExample,
@@ -23,8 +24,7 @@ from losscli.evaluation.losses import (
     token_cross_entropy,
 )
 from losscli.evaluation.metrics import METRICS, accuracy
-from losscli.evaluation.recalibration import Recalibration, layers_of
-from losscli.evaluation.strategies import tensors_of
+from losscli.evaluation.recalibration import Recalibration, batchnorm_layers
 from losscli.evaluation.targets import class_dim_of
 from losscli.evaluation.torch_losses import from_torch, is_of_torch
 from losscli.models import (
@@ -120,7 +120,7 @@ def recalibration_of(
     """
     if settings.buffers != "recalibrate":
         return None
-    if not layers_of(model, tensors_of(model)):
+    if not batchnorm_layers(model, named_tensors(model)):
         raise UsageError(
             "--buffers recalibrate has nothing to re-estimate: the model has no BatchNorm layer "
             "that tracks statistics",
