@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from losscli.data import Examples, Split
 from losscli.errors import ModelError, OutOfMemoryError, UsageError, one_line
-from losscli.evaluation.decompositions import Elementary
+from losscli.evaluation.decompositions import Decomposed
 from losscli.evaluation.eigenvalues import DenseHessian, Extremes, eigenpairs
 from losscli.evaluation.lanczos import LanczosSearch
 from losscli.evaluation.objective import Objective, Progress
@@ -323,7 +323,7 @@ class Curvature:
         """Differentiates the losses of a batch; returns also the sum of its example weights."""
         objective = self.objective
         inputs = objective.data.prepare(batch.inputs, objective.dtype)
-        with Elementary():
+        with Decomposed():
             outputs = objective.forward(objective.model, inputs)
             losses = objective.per_example(objective.loss, outputs, batch.targets, "loss")
         return derive(losses), objective.weight(outputs, batch.targets)

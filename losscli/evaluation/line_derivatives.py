@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from losscli.data import Split
 from losscli.errors import LosscliError, ModelError, one_line
-from losscli.evaluation.decompositions import Elementary
+from losscli.evaluation.decompositions import Decomposed
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.point_weights import combining_type
 from losscli.weight_space.slices import Line
@@ -59,7 +59,7 @@ class Method(enum.Enum):
                 if not self.fused:
                     stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
                     stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-                stack.enter_context(Elementary())
+                stack.enter_context(Decomposed())
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,4 +1,4 @@
-"""Copies of an objective that compute in another floating-point type."""
+"""Copies of an objective in other floating-point types."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["in_float64", "narrowest_type", "wider_copies", "with_model"]
 
 
 def with_model(objective: Objective, model: nn.Module, dtype: torch.dtype) -> Objective:
-    """Makes another objective of the same loss and data, without metrics.
+    """Makes another objective with the same loss and data, and without metrics.
 
     Args:
         objective: The objective.
-        model: Its model, which it takes over.
+        model: The new objective's model, which it owns.
         dtype: The type of its forward pass.
 
     Returns:

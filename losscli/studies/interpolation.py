@@ -22,7 +22,7 @@ from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import halving, points_at_once
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -335,7 +335,7 @@ class Interpolation(Study):
             ]
             for block in self.blocks:
                 difference = max(difference, self._meets_alone(block))
-            seen = grow(
+            seen = evaluate_until_precise(
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,

@@ -386,7 +386,7 @@ def test_a_second_derivative_that_forward_mode_has_wrong_is_taken_in_reverse(
     # Without the normalisations made of elementary operators PyTorch's layer norm is used.
     case = next(c for c in CASES if c.name == "attention-tied")
     expected = found_in(case)
-    monkeypatch.setattr(elementary, "_ELEMENTARY", {})
+    monkeypatch.setattr(elementary, "_DECOMPOSITIONS", {})
     found = found_in(case)
     torch.testing.assert_close(found.curvature, expected.curvature, rtol=1e-10, atol=1e-12)
 
@@ -423,7 +423,7 @@ def test_normalisations_made_of_elementary_operators_are_pytorchs(dtype: torch.d
     ]
     rand_w, rand_b, rand_g = rand(3, 7), rand(3, 7), rand(5, 1, 1)
     for call in calls:
-        with elementary.Elementary():
+        with elementary.Decomposed():
             found = call()
         assert found.dtype == dtype
         ulp = torch.finfo(dtype).eps

@@ -41,7 +41,7 @@ from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays, Ranks, RanksError
 from losscli.evaluation.rendezvous import is_distributed
 from losscli.evaluation.strategies import Strategy
-from losscli.evaluation.sweep import _agree, _cut
+from losscli.evaluation.sweep import _divide, _synchronise
 from losscli.models import MLP
 from tests.conftest import ROOT, Losscli, Outcome
 from tests.forks import PATIENCE, child, ended
@@ -554,7 +554,7 @@ def test_ranks_that_have_not_settled_on_a_way_leave_it_to_the_others() -> None:
         told = [[3, 8, way.value if way else 0] for way in ways]
         ranks = SimpleNamespace(gather=lambda _: told)
         objective = SimpleNamespace(batch_size=8, strategy=ways[0])
-        assert _agree(ranks, objective, 3, []) == 3  # type: ignore[arg-type]
+        assert _synchronise(ranks, objective, 3, []) == 3  # type: ignore[arg-type]
         way: Strategy | None = objective.strategy
         return way
 
@@ -834,11 +834,11 @@ def test_a_store_that_is_killed_ends_the_run_in_one_line_and_what_is_written_sta
 def test_points_are_cut_without_gaps(
     number: int, most: int, ranks: int, even: bool, taken: set[int]
 ) -> None:
-    cut = partial(_cut, most=most, ranks=ranks, least=3, even=even)
+    cut = partial(_divide, most=most, ranks=ranks, least=3, even=even)
     whole = cut(number, [])
     known = [chunk for i, chunk in enumerate(whole) if i in taken]
     # What another number of processes took, too.
-    alone = _cut(number, [], 7, 1, least=3, even=True)
+    alone = _divide(number, [], 7, 1, least=3, even=True)
     other = [chunk for i, chunk in enumerate(alone) if i in taken]
     for before in ([], known, other):
         chunks = cut(number, before)
@@ -856,7 +856,7 @@ def test_points_are_cut_without_gaps(
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("number", [49, 99, 199, 961])
 def test_no_rank_waits_long_for_another(number: int, ranks: int) -> None:
-    chunks = _cut(number, [], number, ranks, least=3, even=False)
+    chunks = _divide(number, [], number, ranks, least=3, even=False)
 
     def ends(speeds: Sequence[float]) -> float:
         """When all is done, as a share of the least time; a chunk costs three points more."""

@@ -19,7 +19,7 @@ from losscli.data.objects import to_data_set
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
-from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.sweep import sweep, sweep_plain
@@ -306,7 +306,7 @@ def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
             found = sweep(objective, there, ALPHAS, chunk=4, splits=splits, execution=execution)
             return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 
-        found = grow(objective.splits, 1e-6, 0, evaluate)["all"]
+        found = evaluate_until_precise(objective.splits, 1e-6, 0, evaluate)["all"]
         assert found.examples == 1200
         return [*found.mean.tolist(), *found.squares.tolist()]
 
