@@ -136,7 +136,7 @@ def _evaluate(
     with (
         console.guard_stdout(),
         console.progress(
-            study.steps, study.unit, lambda: 0.0 if journal is None else journal.skipped
+            study.steps, study.unit, lambda: 0.0 if journal is None else journal.recalled
         ) as update,
     ):
         result = study.run(Execution(update, journal, ranks))
@@ -161,13 +161,13 @@ def _reporting_journal(journal: Journal, console: Console) -> Iterator[None]:
 
 def _journal_notes(journal: Journal) -> Iterator[str]:
     """Yields notes on the state of a journal when a run starts."""
-    if journal.anew is not None:
-        yield f"starting over instead of resuming {journal.path}: {journal.anew}"
+    if journal.restart_reason is not None:
+        yield f"starting over instead of resuming {journal.path}: {journal.restart_reason}"
     elif len(journal):
         changes = "; ".join(journal.changes)
         caveat = f", though {changes}: the last digits may be others" if changes else ""
         yield f"goes on where {journal.path} ends{caveat}"
-    if journal.cut:
+    if journal.truncated:
         yield f"{journal.path}: a record that was not written to its end is left out"
     if not journal.locked:
         yield (

@@ -78,7 +78,7 @@ class OutputCollector:
         loss = take(self._model.loss, "loss", outputs)
         yield None, loss
         for name, function in self._model.metrics.items():
-            # A perplexity with the options of the loss is not computed twice: vocabularies are large.
+            # A perplexity with the options of the loss is that loss: not computed twice.
             own, loss_of = function_of(function), self._model.loss
             same = own is perplexity and function_of(loss_of) is causal_lm
             same &= options_of(function) == options_of(loss_of)

@@ -179,7 +179,7 @@ class Execution:
         known = self.recall(task.key, task.part) if task.known is None else task.known
         if known is not None and self.journal is not None and self.progress is not None:
             # Recalling takes no time, which the estimate of the remaining time has to know.
-            self.journal.skipped += task.size
+            self.journal.recalled += task.size
         return known
 
     def _record(self, task: Task, arrays: Arrays) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from losscli.data import DataSet, Split
 from losscli.errors import LossError, ModelError, NondeterministicModelError, OutOfMemoryError
-from losscli.evaluation import losses as losses_
+from losscli.evaluation import metrics
 from losscli.evaluation.first_layer import FirstLayer
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Evaluation, Objective
@@ -237,7 +237,7 @@ def test_metrics_of_all_points_at_once_are_those_of_points_in_turn(
     found = []
     for ways in ([Strategy.STACKED], [Strategy.BOUND]):
         objective = objective_of(case, batch_size=5)
-        objective.metrics = {"accuracy": losses_.accuracy}
+        objective.metrics = {"accuracy": metrics.accuracy}
         a, line = line_of(case)
         check_task(objective, a)
         monkeypatch.setattr(
@@ -271,7 +271,7 @@ def test_metrics_are_means_over_examples() -> None:
     objective = Objective(
         case.build(),
         LOSSES[case.loss],
-        {"accuracy": losses_.accuracy},
+        {"accuracy": metrics.accuracy},
         data,
         device=torch.device("cpu"),
         batch_size=5,

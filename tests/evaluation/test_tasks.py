@@ -55,17 +55,17 @@ def test_tasks_are_evaluated_and_recorded_once_and_told_of_in_order(tmp_path: Pa
     with Journal.open(tmp_path / "run", "i", {}) as journal:
         execution = Execution(told.append, journal)
         assert values(list(execution.run(squares(done, inside)[:2]))) == [0, 1]
-        assert (done, journal.skipped) == ([0, 1], 0)
+        assert (done, journal.recalled) == ([0, 1], 0)
         # What is evaluated within a task may be recorded too.
         assert {own.journal for own in inside} == {journal}
         told.clear()
         assert values(list(execution.after(10).run(squares(done, inside)))) == [0, 1, 4, 9]
         assert done == [0, 1, 2, 3]
         assert told == [11, 11.5, 13, 14.5, 14.5, 14.625, 14.75, 14.75]
-        assert journal.skipped == 1.5
+        assert journal.recalled == 1.5
         # What does not count as progress is not left out of its rate either.
         assert values(list(execution.quiet.run(squares(done, inside)))) == [0, 1, 4, 9]
-        assert (len(done), len(journal), journal.skipped) == (4, 4, 1.5)
+        assert (len(done), len(journal), journal.recalled) == (4, 4, 1.5)
     assert values(list(ALONE.run(squares(done, inside)))) == [0, 1, 4, 9]
     assert len(done) == 8
 
@@ -111,7 +111,7 @@ def test_several_ranks_find_what_one_finds_and_rank_0_records_it(tmp_path: Path)
         assert found == {rank: [0, 1, -1, 9] for rank in range(3)}
         assert sorted(done) == [0, 1, 3]
         assert [int(journal.recall(f"key {i}")["square"][0]) for i in range(4)] == found[0]  # type: ignore[index]
-        assert (len(journal), journal.skipped) == (4, 3)
+        assert (len(journal), journal.recalled) == (4, 3)
     # A rank does its task by itself, and hears meanwhile of the others.
     assert {(own.size, own.journal) for own in inside} == {(1, None)}
     assert all(own.poll != ALONE.poll for own in inside)

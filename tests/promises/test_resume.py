@@ -52,7 +52,7 @@ class _Breaking:
         self._journal = journal
         self._left = records
         self.recall = journal.recall
-        self.skipped = 0
+        self.recalled = 0.0
 
     def record(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         if not self._left:
@@ -79,7 +79,7 @@ def build(
     return Objective(
         case.build(),
         case.per_example,
-        {"accuracy": losscli.evaluation.losses.METRICS["accuracy"]}
+        {"accuracy": losscli.evaluation.metrics.METRICS["accuracy"]}
         if case.loss == "cross_entropy"
         else {},
         DataSet({"all": split}),
