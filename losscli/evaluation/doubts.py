@@ -58,18 +58,18 @@ def doubts_of(
         The doubts.
     """
     loss, *metrics = map(function_of, functions)
-    found = set()
+    doubts = set()
     single = one_score_per_target(outputs, targets)
     if loss is mse and are_labels(targets) and bool(targets.any() and (targets == 0).any()):
-        found.add(Doubt.LABELS)
+        doubts.add(Doubt.LABELS)
     if loss is bce and are_probabilities(outputs):
-        found.add(Doubt.SIGMOID)
+        doubts.add(Doubt.SIGMOID)
     elif accuracy in metrics and single and are_probabilities(outputs):
-        found.add(Doubt.THRESHOLD)
+        doubts.add(Doubt.THRESHOLD)
     if loss is cross_entropy or loss in OF_TOKENS:
         dim = 1
         if outputs.ndim > 2:
             dim = class_dim_of(functions[0]) or class_dim(outputs, targets, "", None) or 1
         if are_probabilities(outputs) and outputs.shape[dim] > 1 and sums_to_one(outputs, dim):
-            found.add(Doubt.SOFTMAX)
-    return frozenset(found)
+            doubts.add(Doubt.SOFTMAX)
+    return frozenset(doubts)

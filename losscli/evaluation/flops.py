@@ -45,14 +45,14 @@ def addresses(tensors: Iterable[object]) -> dict[int, Tensor]:
     Returns:
         The tensors that have memory, by its address.
     """
-    found = {}
+    by_address = {}
     for tensor in tensors:
         if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
             # Raises within functorch's transforms and on the meta device.
             with contextlib.suppress(RuntimeError, NotImplementedError):
-                found[tensor.untyped_storage().data_ptr()] = tensor
-    found.pop(0, None)
-    return found
+                by_address[tensor.untyped_storage().data_ptr()] = tensor
+    by_address.pop(0, None)
+    return by_address
 
 
 def operations(model: nn.Module, forward: Callable[[], object], trace: Trace | None = None) -> int:

@@ -83,7 +83,7 @@ class ScoredModel(LoadableModel):
         """Runs the model, or a function in its place.
 
         Args:
-            model: What to call.
+            model: The model, or the function.
             inputs: A prepared batch.
 
         Returns:

@@ -103,16 +103,16 @@ def _evaluated(
             continue
 
 
-def _difference(what: str, values: Tensor, rows: Tensor, found: Tensor, share: float) -> Difference:
+def _difference(what: str, values: Tensor, rows: Tensor, other: Tensor, share: float) -> Difference:
     truth = values[rows]
-    finite = truth.isfinite() & found.isfinite()
+    finite = truth.isfinite() & other.isfinite()
     size = torch.where(finite, truth.abs(), 0.0)
-    off = torch.where(finite, (found - truth).abs(), 0.0)
+    off = torch.where(finite, (other - truth).abs(), 0.0)
     # A small cross-entropy is e^−z: its relative rounding is that of the scores times z.
     scores = 1 + torch.where(size > 0, size.log().abs(), 0.0)
     rounding = share * (size * scores + size.mean() / 10)
     # One value is finite and the other is not.
-    broken = truth.isfinite() != found.isfinite()
+    broken = truth.isfinite() != other.isfinite()
     excess = torch.where(off > 0, off / rounding, 0.0).masked_fill(broken, math.inf)
     at = int(excess.argmax())
     total = float(off.norm() / size.norm()) if off.any() else 0.0
@@ -120,7 +120,7 @@ def _difference(what: str, values: Tensor, rows: Tensor, found: Tensor, share: f
         what,
         int(rows[at]),
         float(truth[at]),
-        float(found[at]),
+        float(other[at]),
         float(excess[at]),
         math.inf if broken.any() else total,
         rows[excess.argsort(descending=True)],

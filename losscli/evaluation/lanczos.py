@@ -95,8 +95,8 @@ class LanczosSearch:
                 # A single basis without restarts is often enough. The shift is about twice the
                 # Frobenius norm of the Hessian.
                 shift = 2 * float(self._product(start).norm()) or 1.0
-                found = self._ritz(count, start, width, tolerance=_ANY, shift=shift, restarts=1)
-                vectors = found if len(found) else vectors
+                ritz = self._ritz(count, start, width, tolerance=_ANY, shift=shift, restarts=1)
+                vectors = ritz if len(ritz) else vectors
             while True:
                 pairs = self._measure(vectors)
                 pairs.sort(key=lambda pair: pair.value)
@@ -104,7 +104,7 @@ class LanczosSearch:
                 if all(pair.converged for pair in pairs) or left < 2 * widest:
                     return pairs
                 tolerance, shift = self._arpack_tolerance([pair.value for pair in pairs])
-                found = self._ritz(
+                better = self._ritz(
                     count,
                     start,
                     widest,
@@ -112,7 +112,7 @@ class LanczosSearch:
                     shift=shift,
                     restarts=(left - widest - 1) // (widest - count),
                 )
-                vectors = _replace(vectors, found)
+                vectors = _replace(vectors, better)
                 start = self._random_vector(generator)
         except _NotFiniteError:
             return self._measure(start.new_full((2 * number, self._size), math.nan))

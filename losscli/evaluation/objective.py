@@ -435,7 +435,7 @@ class Objective(ScoredModel):
             for batch in self.recalibration.batches():
                 inputs = self.data.prepare(batch.to(self.device).inputs, self.dtype)
                 self._finish(points.record_statistics(inputs), len(batch), report)
-            found = points.use_statistics()
+            updated = points.use_statistics()
         except (torch.OutOfMemoryError, MemoryError):
             # Fewer points at once may fit; but the batch must not be halved.
             if len(points) > 1:
@@ -445,7 +445,7 @@ class Objective(ScoredModel):
                 f"recalibrate takes at a time, does not fit into the memory of {self.device}",
                 "Try --device cpu or --dtype bfloat16",
             ) from None
-        self.idle = [layer for layer in self.batchnorm if layer.mean not in found]
+        self.idle = [layer for layer in self.batchnorm if layer.mean not in updated]
 
     def _evaluate_split(
         self,
@@ -551,11 +551,11 @@ def _bytes_in_forward(inputs: Tensor) -> int:
     return inputs[0].numel() * factor
 
 
-def is_close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
+def is_close(losses: Tensor, truth: Tensor, tolerance: float) -> bool:
     """Whether losses agree, and are finite in the same places.
 
     Args:
-        found: The losses.
+        losses: The losses.
         truth: The reference.
         tolerance: The largest norm of the difference, relative to the norm of the reference.
 
@@ -563,10 +563,10 @@ def is_close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
         Whether they agree.
     """
     finite = truth.isfinite()
-    if not torch.equal(found.isfinite(), finite):
+    if not torch.equal(losses.isfinite(), finite):
         return False
-    found, truth = found.double()[finite], truth.double()[finite]
-    return bool((found - truth).norm() <= tolerance * truth.norm())
+    losses, truth = losses.double()[finite], truth.double()[finite]
+    return bool((losses - truth).norm() <= tolerance * truth.norm())
 
 
 @torch.no_grad()

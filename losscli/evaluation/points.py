@@ -419,4 +419,4 @@ class StackedPoints(BoundPoints):
 
 
 Points = LoadedPoint | LoadedPoints | BoundPoints
-"""Points, evaluated in any way."""
+"""Points of any class: what `Objective.evaluate` takes."""

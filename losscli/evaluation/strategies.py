@@ -79,7 +79,7 @@ class Network(Protocol):
         """Runs the model, or a function in its place.
 
         Args:
-            model: What to call.
+            model: The model, or the function.
             inputs: A prepared batch.
 
         Returns:

@@ -54,7 +54,7 @@ class Journal:
             journal.
         truncated: The bytes of invalid or incomplete records that were removed.
         locked: Whether other runs are locked out; False if the file system has no locks.
-        recalled: How much of the progress was recalled; whoever recalls adds to it.
+        recalled: How much of the progress was recalled; the caller of `recall` adds to it.
     """
 
     path: Path
