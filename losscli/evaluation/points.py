@@ -1,4 +1,4 @@
-"""BoundPoints of weight space, and how a batch of examples is evaluated at them.
+"""Points of weight space, and how a batch of examples is evaluated at them.
 
 `LoadedPoint` and `LoadedPoints` load every point as a user would: slow, and the reference. The
 others compute the weights of all points first and bind the model's tensors to them: one point after
@@ -219,9 +219,9 @@ class BoundPoints:
         self._workers = min(self._threads, len(coordinates)) if strategy is Strategy.THREADS else 1
         # With threads, the first replica, the model itself, only finds the first layer.
         self._first, *others = make_replicas(network, self._workers + 1 if self._workers > 1 else 1)
-        self.make_replicas: queue.SimpleQueue[Replica] = queue.SimpleQueue()
+        self._replicas: queue.SimpleQueue[Replica] = queue.SimpleQueue()
         for replica in others or [self._first]:
-            self.make_replicas.put(replica)
+            self._replicas.put(replica)
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -293,7 +293,7 @@ class BoundPoints:
         layer, done = self._find_first_layer(take)
 
         def work(p: int) -> int:
-            replica = self.make_replicas.get()
+            replica = self._replicas.get()
             try:
                 replay: AbstractContextManager[Any] = nullcontext()
                 if layer is not None and p not in (self._unshared or ()):
@@ -301,7 +301,7 @@ class BoundPoints:
                 with torch.no_grad():
                     take(p, replica, replay)
             finally:
-                self.make_replicas.put(replica)
+                self._replicas.put(replica)
             return p
 
         points = range(len(done), len(self))
