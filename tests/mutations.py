@@ -667,7 +667,8 @@ def _specs(folder: Path) -> list[str]:
 
 def _read_spec(folder: Path, number: int) -> object:
     from losscli.data import DATASETS
-    from losscli.evaluation.losses import LOSSES, METRICS
+    from losscli.evaluation.losses import LOSSES
+    from losscli.evaluation.metrics import METRICS
     from losscli.models import MODELS
     from losscli.spec import Spec, expand_toml, look_up
 

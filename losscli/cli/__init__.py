@@ -159,9 +159,9 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
     except FileNotFoundError:
         raise UsageError("the current folder is gone", "Change to one that is there") from None
     if "RANK" in os.environ:
-        from losscli.evaluation.ranks import is_one_of_many
+        from losscli.evaluation.rendezvous import is_distributed
 
-        if is_one_of_many():
+        if is_distributed():
             return _run_as_rank(arguments, console)
     return _parse(arguments, console)
 
@@ -173,12 +173,12 @@ def _run_as_rank(arguments: Sequence[str], console: Console) -> int:
     distributed = {name for name, command in COMMANDS.items() if command.distributed}
     if not set(arguments[:1]) <= distributed or not {"-h", "--help"}.isdisjoint(arguments):
         return _parse(arguments, console) if is_leader else 0
-    from losscli.evaluation.ranks import joined
+    from losscli.evaluation.rendezvous import join_ranks
 
     # Otherwise torch logs C++ stack traces when a connection ends, which is reported below.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     silent = SilentConsole()
-    with joined(console.note) as ranks:
+    with join_ranks(console.note) as ranks:
         rank_console = console if is_leader else silent
         rank_console.ranks = ranks
         status = _run_and_report(partial(_parse, arguments), rank_console)

@@ -21,25 +21,15 @@ from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.data import Examples, Split
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
-from losscli.evaluation.curvature import (
-    DENSE_LIMIT,
-    LEAST,
-    PRODUCT_LIMIT,
-    ROWS,
-    Curvature,
-    DenseHessian,
-    Eigenpair,
-    Extremes,
-    Verdict,
-    add_rounding,
-    check_derivatives,
-    hessian_rounding,
-    nearby,
-    verdict,
-)
+from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT, ROWS_PER_PASS, Curvature
+from losscli.evaluation.curvature_check import check_derivatives
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.differences import noise_of, sample_size
+from losscli.evaluation.eigenvalues import DenseHessian, Eigenpair, Extremes
+from losscli.evaluation.finite_differences import noise_of, sample_size
+from losscli.evaluation.hessian_rounding import add_rounding, hessian_rounding
+from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.objective import Evaluation, Objective, recalibrated
+from losscli.evaluation.perturbation import nearby
 from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import idle_layers, record_key, restore
@@ -47,6 +37,7 @@ from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.sweep import check as check_objective
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution, Task
+from losscli.evaluation.verdict import Verdict, verdict
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -516,7 +507,7 @@ class Check(Study):
             differentiated = self._differentiated(origin)
             with Curvature(differentiated, origin, self.moving, batch) as curvature:
                 whole = curvature.size <= DENSE_LIMIT
-                v = curvature.gradient().expand(ROWS if whole else 1, -1)
+                v = curvature.gradient().expand(ROWS_PER_PASS if whole else 1, -1)
                 # Once, so that what is set up is set up.
                 curvature.product(v)
                 took = timed(differentiated, lambda: curvature.product(v), clock) / len(v)
@@ -524,7 +515,7 @@ class Check(Study):
         product = took * examples / len(batch)
         number, size = len(self.problem.names), curvature.size
         # A gradient takes no more than a product.
-        fewest, most = (size, size) if whole else (LEAST, PRODUCT_LIMIT)
+        fewest, most = (size, size) if whole else (MIN_PRODUCTS, PRODUCT_LIMIT)
         measured = 1 + 2 * self.eigenvalues
         return {
             "seconds": seconds + number * fewest * product,
@@ -706,7 +697,7 @@ class Check(Study):
 
             def attend(_: float) -> None:
                 # How far a search is nobody knows, but others may have failed meanwhile.
-                execution.attend()
+                execution.poll()
 
             differentiated = self._differentiated(weights)
             with Curvature(differentiated, weights, self.moving, every, attend) as curvature:

@@ -51,9 +51,10 @@ from losscli.data.stream import Stream
 from losscli.errors import DataError, LossError
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.derivatives import slopes
-from losscli.evaluation.losses import accuracy, cross_entropy
+from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.metrics import accuracy
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
 from losscli.models import MLP
@@ -260,7 +261,7 @@ def test_blocks_of_a_sample_are_of_the_stream(
         (found,) = sweep_plain(objective, [a], splits=splits)
         return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 
-    (found,) = grow(objective.splits, 1e-9, 0, evaluate).values()
+    (found,) = evaluate_until_precise(objective.splits, 1e-9, 0, evaluate).values()
     (truth,) = evaluate(objective.splits).values()
     assert found.examples == N
     np.testing.assert_allclose(found.mean, truth.mean, rtol=1e-12)
