@@ -636,8 +636,8 @@ def _tables_damage(content: bytes, rng: Rng) -> bytes:
 def _read_table(folder: Path, number: int) -> object:
     from losscli.cli.plot import _read
     from losscli.plotting.terminal import draw as in_terminal
+    from losscli.registry import command_of, draw
     from losscli.studies.inspection import lowest
-    from losscli.studies.registry import command_of, draw
 
     path = folder / "run.csv"
     run = _read(str(path))
@@ -975,7 +975,7 @@ def _serve() -> None:
     import torch.distributed.checkpoint  # noqa: F401
 
     from losscli.cli import report  # noqa: F401
-    from losscli.studies.registry import COMMANDS, load
+    from losscli.registry import COMMANDS, load
 
     for command in COMMANDS.values():
         load(command.function)

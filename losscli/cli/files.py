@@ -12,8 +12,8 @@ from losscli.cli.console import Console
 from losscli.cli.figures import render_files
 from losscli.cli.options import Force, Json, with_console
 from losscli.errors import OutputError, UsageError
+from losscli.registry import COMMANDS
 from losscli.results import Output, to_json
-from losscli.studies.registry import COMMANDS
 
 __all__ = ["check_writable", "export", "inspect"]
 

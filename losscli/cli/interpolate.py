@@ -11,8 +11,8 @@ from losscli.cli.console import Console
 from losscli.cli.options import Write, with_console, with_output, with_settings
 from losscli.cli.run_study import run_study
 from losscli.errors import UsageError
+from losscli.registry import COMMANDS, command_of
 from losscli.settings import Settings
-from losscli.studies.registry import COMMANDS, command_of
 from losscli.table import Table
 
 if TYPE_CHECKING:

@@ -19,15 +19,16 @@ from losscli.cli.figures import check_curve_count, check_panel_count, render_fil
 from losscli.cli.options import with_console
 from losscli.errors import TableError, UsageError, printable
 from losscli.files import read_regular
-from losscli.results import Output, Run, picture_of, stem_of
-from losscli.studies.registry import (
+from losscli.registry import (
     COMMANDS,
     Command,
     TableFormat,
     command_of,
     draw,
     further_table_of,
+    load,
 )
+from losscli.results import Output, Run, picture_of, stem_of
 from losscli.summaries import from_json
 from losscli.table import Table
 
@@ -230,7 +231,7 @@ def _summary(path: Path, command: Command) -> dict[str, Any]:
 def _checked(summary: dict[str, Any], path: Path, command: Command) -> dict[str, Any]:
     """Converts a summary to the type of its command."""
     try:
-        converted: dict[str, Any] = from_json(summary, command.summary)
+        converted: dict[str, Any] = from_json(summary, load(command.summary))
     except ValueError as fault:
         raise TableError(
             f"{path} does not hold what losscli writes: {printable(str(fault))}",

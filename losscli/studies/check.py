@@ -37,13 +37,13 @@ from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.sweep import check as check_objective
 from losscli.evaluation.sweep import sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution, Task
+from losscli.registry import COMMANDS
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study
 from losscli.studies.check_notes import check_notes, functions_called
 from losscli.studies.notes import general_notes, spectral_notes
 from losscli.studies.problem import prepare
-from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import check_differentiable, verify_fresh_model
 from losscli.summaries import CheckSummary, CostEstimate, Description, Escape, Step
 from losscli.table import Cell, Table

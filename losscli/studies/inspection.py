@@ -26,8 +26,8 @@ from losscli.checkpoint import (
 from losscli.errors import CheckpointError, MismatchError, TableError, UsageError
 from losscli.evaluation.spectral import normalise_stored
 from losscli.files import read_regular
+from losscli.registry import COMMANDS, command_of
 from losscli.results import Result
-from losscli.studies.registry import COMMANDS, command_of
 from losscli.summaries import InspectionSummary
 from losscli.table import Cell, Table
 from losscli.weight_space.slices import Line

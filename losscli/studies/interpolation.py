@@ -26,6 +26,7 @@ from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
+from losscli.registry import COMMANDS
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -42,7 +43,6 @@ from losscli.studies.notes import (
 )
 from losscli.studies.problem import counted, prepare
 from losscli.studies.refiner import Refiner
-from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import check_differentiable, verify_fresh_model, verify_sweep
 from losscli.summaries import (
     BlockSummary,

@@ -36,6 +36,7 @@ from losscli.models import (
     needs_decoder_inputs,
     score_kind,
 )
+from losscli.registry import RESERVED_COLUMNS
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
 from losscli.studies.problem.source import SourcedSpec
@@ -43,13 +44,6 @@ from losscli.studies.problem.source import SourcedSpec
 __all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
 
 _METRIC_OF_TASK = {"classification": "accuracy", "regression": "none", "language": "perplexity"}
-# Columns of some study's own.
-_COLUMNS = frozenset({
-    "alpha", "block", "split", "loss", "loss_stderr", "slope", "curvature", "examples", "step",
-    "checkpoint", "projection", "residual", "distance", "turn_degrees", "x", "y", "off_plane",
-    "a", "b",
-})  # fmt: skip
-
 _LOSS_OF_TASK = {
     "classification": "cross_entropy",
     "regression": "mse",
@@ -219,7 +213,7 @@ def metrics_of(
             continue
         found = SourcedSpec.named(value, trusted=True)
         name = _column(found.value)
-        if name in metrics or name in _COLUMNS:
+        if name in metrics or name in RESERVED_COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
         metric, text = _per_example(found, METRICS, "metric")
         metrics[name] = _like_loss(loss, metric)
