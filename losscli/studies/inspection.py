@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,9 +24,8 @@ from losscli.checkpoint import (
 )
 from losscli.errors import CheckpointError, MismatchError, TableError, UsageError
 from losscli.evaluation.spectral import normalise_stored
-from losscli.files import read_regular
 from losscli.registry import COMMANDS, command_of
-from losscli.results import Result
+from losscli.results import Result, read_summary
 from losscli.summaries import InspectionSummary
 from losscli.table import Cell, Table
 from losscli.weight_space.slices import Line
@@ -295,21 +293,16 @@ def lowest(csv: Path, split: str) -> Lowest:
             "Give the CSV as losscli wrote it, or choose a point with --alpha",
         )
     loss, alpha = min(points)
-    return Lowest(alpha, loss, sum(other == loss for other, _ in points), _beside(csv))
+    return Lowest(alpha, loss, sum(other == loss for other, _ in points), _summary_beside(csv))
 
 
-def _beside(csv: Path) -> Mapping[str, Any] | None:
-    """Reads the summary that was written with a table, if it is there."""
+def _summary_beside(csv: Path) -> dict[str, Any] | None:
+    """Reads the summary that was written with a table; None if there is no file."""
     path = csv.with_suffix(".json")
-    try:
-        summary = json.loads(read_regular(path).decode())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError):
-        summary = None
-    if _is_of_a_line(summary):
-        return dict(summary)
-    raise TableError(f"{path} is no summary of {csv}", "Give both as one run wrote them")
+    summary = read_summary(path, COMMANDS["interpolate"])
+    if not summary and path.exists():
+        raise TableError(f"{path} is no summary of {csv}", "Give both as one run wrote them")
+    return summary or None
 
 
 @checked()
