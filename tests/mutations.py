@@ -456,7 +456,7 @@ def state(seed: int = 0) -> dict[str, torch.Tensor]:
 def _inspect(name: str) -> Callable[[Path, int], object]:
     def read(folder: Path, number: int) -> object:
         from losscli.checkpoint import list_checkpoints, read
-        from losscli.cli import report
+        from losscli.cli import files
         from losscli.results import to_json
         from losscli.studies.inspection import inspect
 
@@ -464,7 +464,7 @@ def _inspect(name: str) -> Callable[[Path, int], object]:
         list_checkpoints(path)
         try:
             result = inspect([path])
-            report.inspection(result)
+            files.report(result)
             to_json(result.summary)
         finally:
             read(path).select(MODEL).sha256()
@@ -974,7 +974,7 @@ def _serve() -> None:
     # What the batches have in common, so that they do not import it each.
     import torch.distributed.checkpoint  # noqa: F401
 
-    from losscli.cli import report  # noqa: F401
+    import losscli.cli.app  # noqa: F401
     from losscli.registry import COMMANDS, load
 
     for command in COMMANDS.values():
