@@ -69,7 +69,7 @@ def prepare(
         model = build(found, file)
         _require_precision(model, settings.dtype)
         checkpoints = Checkpoints(model, found, base, names)
-        # Their content would be kept as long as their names are.
+        # Plain names, so that checkpoints given as objects are not kept in memory.
         names = [str(name) for name in names]
         entries, first = checkpoints.survey(names)
         whole, data_name = data_of(settings, specs.data)
@@ -87,7 +87,7 @@ def prepare(
         batch_size=settings.batch_size,
         recalibration=recalibration,
         batch_loss=settings.batch_loss,
-        # Nobody asked for the default metrics.
+        # Default metrics may be left out if they fail.
         optional=() if settings.metric else metrics,
     )
     objective.extra = first.extra
@@ -164,7 +164,7 @@ def _provenance(
     entries: list[CheckpointEntry],
     processes: int,
 ) -> Provenance:
-    """Tells where all of a problem came from."""
+    """Collects the origin of a problem."""
     recalibration = objective.recalibration
     return {
         "version": __version__,

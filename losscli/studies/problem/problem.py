@@ -21,19 +21,19 @@ __all__ = ["Problem", "counted", "differing_tensors", "floating_buffers", "movin
 
 @dataclass(frozen=True)
 class Problem:
-    """A model, its loss on a data set, and the checkpoints to look at.
+    """A model, its loss on a data set, and checkpoints.
 
     Attributes:
         objective: What is evaluated.
         names: The checkpoints in their order, as named by the user.
         first: The first of them, its names those of the model.
         moving: The tensors that may move, each tied tensor under one name.
-        fresh: Builds the model anew, or copies the module that was given.
+        fresh: Builds the model again, or copies the module that was given.
         buffers: Those of the model's floating-point buffers that any choice of tensors names.
         provenance: Where all of it came from, for the summary.
         settings: The settings that it was made from.
         read: Reads a checkpoint by its name.
-        unchanged: Makes sure that the checkpoints are what they were when they were read.
+        unchanged: Checks that the files of the checkpoints have not changed since they were read.
         notes: How the checkpoints were put in order, where they were.
     """
 
@@ -100,7 +100,7 @@ class Problem:
     @cached_property
     def origin(self) -> Weights:
         """All tensors of the first checkpoint, but the buffers that stay at the last one's."""
-        # Held like the first itself: every point that is placed asks for it.
+        # Cached, since every point that is placed needs it.
         if self.settings.buffers != "b" or not self.buffers:
             return self.first.weights
         last = self.last.weights
@@ -118,7 +118,7 @@ class Problem:
         return {**self.origin, **{name: weights[name] for name in self.moving}}
 
     def places(self, steps: Sequence[int]) -> Sequence[Weights]:
-        """Places checkpoints, each when it is asked for; none is held.
+        """Places checkpoints lazily; none is kept in memory.
 
         Args:
             steps: Their places among the names.
@@ -130,7 +130,7 @@ class Problem:
 
 
 class _Places(Sequence[Weights]):
-    """Points that stand for checkpoints, opened when they are asked for."""
+    """Points that stand for checkpoints, each opened on access."""
 
     def __init__(self, problem: Problem, steps: Sequence[int]) -> None:
         self._problem = problem
@@ -208,16 +208,18 @@ def moving_names(
     if settings.buffers in {"interpolate", "recalibrate"}:
         estimated = {id(objective.tensors[n]) for x in objective.statistics for n in x.names}
         names += [name for name in buffers if id(objective.tensors[name]) not in estimated]
-    # Of the names of a tied tensor, load_state_dict heeds the last.
+    # load_state_dict uses the last name of a tied tensor.
     last = {id(objective.tensors[name]): name for name in names}
     if not names:
         raise ModelError("the model has no parameters to move")
-    # And it is meant by any of them, but stays where one of them stays.
+    # A pattern of --only may match any of its names; --except of one name keeps the tensor.
     chosen = select_names(names, settings.only, settings.except_)
     stays = set(names) - set(select_names(names, (), settings.except_))
-    meant, kept = ({id(objective.tensors[name]) for name in some} for some in (chosen, stays))
+    chosen_ids, kept_ids = (
+        {id(objective.tensors[name]) for name in some} for some in (chosen, stays)
+    )
     ids = {name: id(objective.tensors[name]) for name in names}
-    moving = tuple(n for n, i in ids.items() if last[i] == n and i in meant - kept)
+    moving = tuple(n for n, i in ids.items() if last[i] == n and i in chosen_ids - kept_ids)
     if not moving:
         raise UsageError("--only and --except leave no tensor to move", "Widen the patterns")
     return moving
@@ -235,7 +237,7 @@ def differing_tensors(problem: Problem) -> tuple[str, ...]:
     Raises:
         CheckpointError: One of them is not finite in some checkpoint.
     """
-    # What never moves may hold infinities, as the masks of attention do.
+    # Tensors that never move may hold infinities, such as attention masks.
     first = problem.first.weights
     still = set(problem.moving)
     for t in range(1, len(problem.names)):

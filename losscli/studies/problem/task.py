@@ -1,4 +1,4 @@
-"""What is asked of the model: the data, the loss and the metrics."""
+"""The data, the loss and the metrics of a problem, from their specs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
 def recalibration_of(
     model: nn.Module, whole: DataSet, data: DataSet, settings: Settings
 ) -> Recalibration | None:
-    """Plans how BatchNorm's statistics are estimated anew, if they are.
+    """Plans how BatchNorm's statistics are re-estimated, if they are.
 
     Args:
         model: The model.
