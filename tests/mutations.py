@@ -702,8 +702,8 @@ def _toml(folder: Path) -> list[str]:
 def _read_toml(folder: Path, number: int) -> object:
     from losscli.checkpoint import read
     from losscli.data import load
-    from losscli.studies.problem.model import build
-    from losscli.studies.problem.source import find
+    from losscli.studies.model import build
+    from losscli.studies.specs import find
 
     first = read(str(folder / "a.pt"))
     for kind in ("model", "data", "loss"):

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from losscli.evaluation.critical_points import PointAnalysis
+from losscli.evaluation.function_mode import FunctionMode
 from losscli.evaluation.objective import Objective
 from losscli.studies.base import Study, count
 
@@ -91,21 +91,15 @@ def functions_called(objective: Objective) -> set[str]:
     return names
 
 
-class _FunctionRecorder(TorchFunctionMode):
+class _FunctionRecorder(FunctionMode):
     """Records the names of the functions that are called."""
-
-    names: set[str]
 
     def __init__(self) -> None:
         super().__init__()
-        self.names = set()
+        self.names: set[str] = set()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def intercept(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        self.names.add(getattr(func, "__name__", "").lstrip("_"))
-        return func(*args, **(kwargs or {}))
+        self.names.add(getattr(function, "__name__", "").lstrip("_"))
+        return function(*args, **kwargs)

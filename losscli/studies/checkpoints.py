@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, LoadHooks, read, select_for
 from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
 from losscli.models import RUNS_CODE
-from losscli.studies.problem.model import build
-from losscli.studies.problem.source import SourcedSpec
+from losscli.studies.model import build
+from losscli.studies.specs import SourcedSpec
 from losscli.summaries import CheckpointEntry
 
 __all__ = ["Checkpoints", "is_same"]

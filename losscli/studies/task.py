@@ -39,7 +39,7 @@ from losscli.models import (
 from losscli.registry import RESERVED_COLUMNS
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
-from losscli.studies.problem.source import SourcedSpec
+from losscli.studies.specs import SourcedSpec
 
 __all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
 
