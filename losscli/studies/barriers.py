@@ -88,7 +88,7 @@ class Barriers(Study):
     Attributes:
         states: The tensors of each checkpoint; of those that are mapped from files, none is in
             memory but while it is looked at.
-        alphas: The points of each line, rising from 0 to 1.
+        alphas: The points of each line, in ascending order from 0 to 1.
     """
 
     command = "barriers"

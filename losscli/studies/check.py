@@ -217,7 +217,7 @@ class Check(Study):
         return (2 + 2 * (self.momentum or 0.0)) / self.learning_rate
 
     def extra_description(self, description: Description) -> Description:
-        """Returns the work beside evaluating the checkpoints.
+        """Returns the work in addition to evaluating the checkpoints.
 
         Args:
             description: What every study describes.

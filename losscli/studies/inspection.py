@@ -140,7 +140,7 @@ def _version_notes(first: Checkpoint, second: Checkpoint) -> list[str]:
 
 
 def _other_versions(first: Checkpoint, second: Checkpoint) -> list[str]:
-    """Says of which modules two checkpoints note versions whose tensors may mean other things."""
+    """Lists modules of different versions, between which the meaning of tensors may differ."""
     return [
         f"{first.name} and {second.name} note different versions of {module or 'the model'}: "
         f"{dict(version)} and {dict(other)}"
@@ -250,7 +250,7 @@ class Lowest:
         alpha: Where it is.
         loss: The loss there.
         ties: How many points have that loss.
-        summary: The summary beside the table; None where there is none.
+        summary: The summary next to the table; None if there is none.
     """
 
     alpha: float
@@ -271,7 +271,7 @@ def lowest(csv: Path, split: str) -> Lowest:
         passed over.
 
     Raises:
-        TableError: The table, or the summary beside it, cannot be read or has no finite loss.
+        TableError: The table or its summary cannot be read, or there is no finite loss.
         UsageError: The table is not one of `interpolate`, or has no such split.
     """
     table = Table.read(csv)
@@ -499,6 +499,6 @@ def _interpolate(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def _parameters(weights: Weights) -> Weights:
-    """The floating-point tensors but for buffers, as far as their names tell."""
+    """Returns the floating-point tensors except for known buffers."""
     buffers = set(known_buffers(weights))
     return {n: t for n, t in weights.items() if can_move(t) and n not in buffers}

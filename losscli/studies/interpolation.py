@@ -87,7 +87,7 @@ def interpolate(
         derivatives: Whether the slope dL/dα and the curvature d²L/dα² are computed too.
         refine: Where a number, points are added until cubics through the points are accurate to
             this share of the curve's height, and every local minimum and maximum is located.
-        context: The table of the whole line, of which this is a part, to be drawn beside it.
+        context: The table of the whole line, of which this is a part, drawn next to it.
         layerwise: Whether each block of the network is moved along the line alone, too.
         progress: Called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
@@ -119,7 +119,7 @@ class Interpolation(Study):
     Attributes:
         start: All tensors at α = 0.
         end: All tensors at α = 1; those that do not move are those of ``start``.
-        alphas: The points, rising.
+        alphas: The points, in ascending order.
         range: The lowest and the highest α as given.
         derivatives: Whether slopes and curvatures are computed.
         refine: The error to refine to, as a share of the curve's height, if any.
@@ -301,8 +301,8 @@ class Interpolation(Study):
     def run(self, execution: Execution = ALONE) -> Result[LineSummary]:
         """Evaluates the line.
 
-        The ends are evaluated as anybody would, by ``load_state_dict``; the way in which the
-        other points are evaluated is held against them on a first batch.
+        The ends are evaluated plainly, by ``load_state_dict``. The strategy of the other points is
+        verified against them on a first batch.
 
         Args:
             execution: How its tasks are executed. Progress counts points.

@@ -333,5 +333,5 @@ def _with_statistics(objective: Objective, weights: Weights, batch: Split) -> tu
 
 
 def _gap(one: float, other: float) -> float:
-    """How far apart two losses are; one that is not finite is infinitely far."""
+    """Returns the distance of two losses; infinite if one is not finite."""
     return abs(one - other) if math.isfinite(one - other) else math.inf

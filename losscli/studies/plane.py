@@ -57,7 +57,7 @@ _FAR = 1e29
 # The least height of that box as a share of its width, so that a picture is no thread.
 _THINNEST = 0.2
 
-# Principal components whose variances differ by less than this share are taken for equal.
+# Principal components with variances that differ by less than this share count as equal.
 _EQUAL = 1e-3
 
 _NORMALISATION = (
@@ -126,8 +126,8 @@ class Plane(Study):
         kind: ``random``, ``points`` or ``pca``.
         axes: What the axes are, and the share of the variance that each explains.
         places: Of each checkpoint its x, its y and its distance from the plane.
-        xs: The values of x, rising.
-        ys: The values of y, rising.
+        xs: The values of x, in ascending order.
+        ys: The values of y, in ascending order.
         surface: Whether the picture shows the surface in three dimensions.
         shares: The share of the variance that each principal component explains, falling.
     """
@@ -510,5 +510,5 @@ def _grids(
 
 
 def _short(value: float) -> float:
-    """A value that nobody chose, to so many digits as can be read."""
+    """Rounds a default value to a few significant digits."""
     return float(f"{value:.4g}")

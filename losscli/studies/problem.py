@@ -45,7 +45,7 @@ class Problem:
         settings: The settings that it was made from.
         read: Reads a checkpoint by its name.
         unchanged: Checks that the files of the checkpoints have not changed since they were read.
-        notes: How the checkpoints were put in order, where they were.
+        notes: How the checkpoints were ordered, if they were.
     """
 
     objective: Objective
@@ -61,7 +61,7 @@ class Problem:
     notes: tuple[str, ...] = ()
 
     def open(self, t: int) -> Checkpoint:
-        """Opens a checkpoint; only the first is held.
+        """Opens a checkpoint; only the first is kept in memory.
 
         Args:
             t: Its place among the names.
@@ -126,7 +126,7 @@ class Problem:
             weights: All tensors of a checkpoint.
 
         Returns:
-            All tensors of the point that stands for it.
+            All tensors of its point.
         """
         return {**self.origin, **{name: weights[name] for name in self.moving}}
 
@@ -173,7 +173,7 @@ def prepare(
     Args:
         names: The checkpoints: files, ``init:SEED``, or objects.
         settings: The settings.
-        notes: How the checkpoints were put in order, where they were.
+        notes: How the checkpoints were ordered, if they were.
         ranks: The processes that share the run, if there are several.
 
     Returns:

@@ -78,7 +78,7 @@ def find(kind: str, given: Any, first: CheckpointFile | None) -> SourcedSpec | N
         first: The checkpoint that is searched next, if any.
 
     Returns:
-        The spec; None where nobody names one.
+        The spec; None if there is none.
     """
     if given is not None:
         return SourcedSpec.named(given, trusted=True, source=f"--{kind}")

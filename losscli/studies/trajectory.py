@@ -48,10 +48,10 @@ __all__ = ["Trajectory", "trajectory"]
 
 _WALKS = 10
 
-# Checkpoints for each of several ranks, of whose losses more than means are held.
+# Checkpoints per rank and round; the losses of all examples are kept for that long.
 _SHARES = 4
 
-# Farther off the path, as a multiple of the largest residual, nobody looks.
+# Maximum offset from the path, as a multiple of the largest residual.
 _FARTHEST = 1e6
 
 
@@ -110,7 +110,7 @@ class Trajectory(Study):
 
     Attributes:
         path: Its projections, residuals and turns.
-        offsets: The values of b at each step, rising from 0; none without a surface.
+        offsets: The values of b at each step, ascending from 0; empty without a surface.
         random_walk: Whether random walks are drawn.
     """
 
