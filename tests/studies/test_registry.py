@@ -93,7 +93,9 @@ def test_the_functions_of_a_command_are_there(name: str) -> None:
 
 # A command that losscli does not have: its functions, and its entry in the registry.
 _RIDGE = '''
-import typer
+from __future__ import annotations
+from losscli.arguments import checked
+from losscli.cli.console import Console
 from losscli.cli.options import with_console
 from losscli.plotting.style import house_style
 from losscli.results import Result, to_json
@@ -102,12 +104,13 @@ from losscli.table import Table
 
 Summary = dict[str, str]
 
-def ridge(path):
+@checked()
+def ridge(path: str) -> Result[TypeOfPlotting]:
     table = Table.build(["height", "width"], [[1.0, 2.0], [3.0, 4.0]])
     return Result(table, {"command": "ridge"}, COMMANDS["ridge"].draw)
 
 @with_console
-def command(path: str, console) -> None:
+def command(path: str, console: Console) -> None:
     """Follow a ridge."""
     result = ridge(path)
     open(f"{path}.csv", "w", newline="").write(result.table.to_csv())
