@@ -17,8 +17,8 @@ def verdict(
 ) -> Verdict:
     """Classifies a point of weight space by its gradient and its eigenvalues alone.
 
-    `losscli.studies.check` requires more: that the loss falls to both sides of a saddle, and that
-    a minimum is critical to the accuracy of the loss.
+    `losscli.evaluation.critical_points` requires more: that the loss falls to both sides of a
+    saddle, and that a minimum is critical to the accuracy of the loss.
 
     - ``not critical``: ‖∇L‖ > tolerance. The eigenvalues then say nothing about an extremum.
     - ``saddle``: critical, and λ_min + error < 0: a direction of negative curvature exists, because

@@ -19,8 +19,8 @@ from losscli.errors import ModelError, UsageError
 from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.losses import LOSSES
 from losscli.models import CNN, MLP
+from losscli.registry import command_of
 from losscli.studies.interpolation import Interpolation
-from losscli.studies.registry import command_of
 from losscli.table import Table
 from losscli.weight_space.blocks import blocks_of
 from tests import foreign, oracle
