@@ -60,7 +60,7 @@ def select_for(
     expected = _tensors(model.state_dict())
     hooks = hooks or LoadHooks(model)
     try:
-        found = file.select(expected, base)
+        found = file.select(expected, base, model=model)
     except MismatchError:
         if file.adapter:
             raise
