@@ -124,8 +124,20 @@ class PeftAdapter:
         own = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         if missing := sorted(own.keys() - tensors.keys()):
             raise ValueError(f"the adapter lacks {missing[0]}")
-        merged = wrapped.merge_and_unload(safe_merge=True).state_dict()
-        return {name: merged[name].detach() for name in base}
+        layers = dict(wrapped.eval().base_model.model.named_modules())
+        examples = {
+            name: example
+            for name, layer in model.named_modules()
+            if name in layers and type(layers[name]) is not type(layer)
+            if (example := _example_for(layer)) is not None
+        }
+        with torch.no_grad():
+            outputs = {name: layers[name](example) for name, example in examples.items()}
+            merged = wrapped.merge_and_unload(safe_merge=True)
+            for name, example in examples.items():
+                _check_output(name, merged.get_submodule(name)(example), outputs[name])
+        tensors = merged.state_dict()
+        return {name: tensors[name].detach() for name in base}
 
     def _wrap(
         self,
@@ -151,6 +163,32 @@ class PeftAdapter:
         if unknown:
             raise ValueError(f"the model has no place for {unknown[0]}")
         return wrapped
+
+
+def _example_for(layer: nn.Module) -> Tensor | None:
+    """Creates an input for a layer; None for layers of other kinds."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(layer, nn.Embedding):
+        return torch.arange(layer.num_embeddings)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        # Several overlapping positions of the kernel.
+        sizes = [d * k + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        shape = [layer.in_channels, *sizes]
+    elif isinstance(layer, nn.LayerNorm):
+        shape = [*layer.normalized_shape]
+    elif isinstance(layer, nn.Linear):
+        shape = [layer.in_features]
+    elif type(layer).__name__ == "Conv1D":  # a linear layer of GPT-2 in transformers
+        shape = [int(layer.weight.shape[0])]  # type: ignore[arg-type]
+    else:
+        return None
+    return torch.randn(2, *shape, dtype=torch.float64, generator=generator)
+
+
+def _check_output(name: str, merged: Tensor, adapted: Tensor) -> None:
+    """Checks that a layer computes with its merged weights what it did with the adapter."""
+    if not torch.allclose(merged, adapted, rtol=0, atol=1e-9 * float(adapted.abs().max())):
+        raise ValueError(f"{name} computes something else when it is merged")
 
 
 def _widen(tensor: Tensor) -> Tensor:

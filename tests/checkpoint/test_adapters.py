@@ -335,6 +335,18 @@ def test_what_peft_cannot_merge_is_one_line(tmp_path: Path) -> None:
         merged_into(words(), base, tmp_path)
 
 
+def test_a_layer_that_peft_merges_wrongly_is_refused(tmp_path: Path) -> None:
+    """In peft 0.21, OFT of a convolution computes something else once it is merged."""
+
+    def conv() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 4, 3))
+
+    train(conv(), peft.OFTConfig(target_modules=["0"], oft_block_size=2), tmp_path)
+    with pytest.raises(CheckpointError, match=r"0 computes something else when it is merged"):
+        merged_into(conv(), dict(conv().state_dict()), tmp_path)
+
+
 def test_a_series_of_endless_terms_is_refused(tmp_path: Path) -> None:
     train(words(), PEFT["OFT"], tmp_path)
     change(tmp_path, num_cayley_neumann_terms=1 << 40)
