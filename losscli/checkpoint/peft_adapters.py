@@ -179,7 +179,9 @@ def _example_for(layer: nn.Module) -> Tensor | None:
     elif isinstance(layer, nn.Linear):
         shape = [layer.in_features]
     elif type(layer).__name__ == "Conv1D":  # a linear layer of GPT-2 in transformers
-        shape = [int(layer.weight.shape[0])]  # type: ignore[arg-type]
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        shape = [weight.shape[0]]
     else:
         return None
     return torch.randn(2, *shape, dtype=torch.float64, generator=generator)
