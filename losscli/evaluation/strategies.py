@@ -27,7 +27,6 @@ from losscli.errors import ModelError
 from losscli.evaluation.first_layer import FirstLayer, FirstLayerFound, Watch
 from losscli.evaluation.recalibration import Layer, Statistics, estimating, layers_of
 from losscli.evaluation.spectral import SpectralLayer, normalise
-from losscli.files import release_pages
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
@@ -449,7 +448,6 @@ class Points:
             else:
                 stack = own.new_empty(number, *own.shape)
             _fill(stack, self._slice, name, self._coordinates)
-            release_pages(*(end[name] for end in self._slice.ends))
             stacks[name] = stack
         return stacks
 
