@@ -246,6 +246,7 @@ def _check_parts(file: BufferedReader | io.BytesIO) -> dict[int, int]:
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise BrokenPickleError(f"its archive is broken ({error})") from None
     program = any(e.filename.partition("/")[2] == "constants.pkl" for e in entries)
+    size = file.seek(0, io.SEEK_END)
     sizes = {}
     for entry in entries:
         if program and not entry.filename.lower().endswith(_FIRST_PARTS):
@@ -253,11 +254,11 @@ def _check_parts(file: BufferedReader | io.BytesIO) -> dict[int, int]:
         # torch never compresses, and maps the parts directly from the file.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise SizeError(f"its part {entry.filename!r} is compressed, as torch writes none")
-        file.seek(entry.header_offset)
-        header = file.read(_LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size:
+        start = entry.header_offset + _LOCAL_HEADER.size
+        if start + entry.file_size > size:
             raise SizeError(f"its part {entry.filename!r} is of {entry.file_size:,} bytes")
-        start = entry.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
+        file.seek(entry.header_offset)
+        start += sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size)))
         sizes[start] = entry.file_size
     return sizes
 
