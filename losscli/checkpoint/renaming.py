@@ -22,7 +22,6 @@ from losscli.checkpoint.hooks import LoadHooks
 from losscli.checkpoint.names import OPTIMISER, StateDict
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 from losscli.errors import CheckpointError, MismatchError, ModelError
-from losscli.files import release_pages
 from losscli.weight_space.digest import digest
 from losscli.weight_space.vectors import Weights, mismatches, number_kind, pieces
 
@@ -60,7 +59,7 @@ def select_for(
     expected = _tensors(model.state_dict())
     hooks = hooks or LoadHooks(model)
     try:
-        found = file.select(expected, base)
+        found = file.select(expected, base, model=model)
     except MismatchError:
         if file.adapter:
             raise
@@ -143,9 +142,7 @@ def _conflicting_aliases(weights: Weights, expected: Weights) -> tuple[str, str]
 
 def _equal_or_nan(a: Tensor, b: Tensor) -> bool:
     # NaN equals NaN here.
-    same = all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pieces(a, b))
-    release_pages(a, b)
-    return same
+    return all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pieces(a, b))
 
 
 def _without_casts(weights: Weights, expected: Weights) -> Weights:

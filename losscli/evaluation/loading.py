@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from losscli.checkpoint import Versions, has_custom_loading, loadable
 from losscli.evaluation.spectral import SpectralLayer, normalise, spectral_layers
-from losscli.files import release_pages
 from losscli.weight_space.vectors import Weights, can_move
 
 __all__ = ["LoadableModel", "named_tensors"]
@@ -78,7 +77,6 @@ class LoadableModel:
             self.tensors[name].copy_(tensor)
         if self._normalises:
             normalise(self.spectral, self.tensors)
-        release_pages(*weights.values())
         if self.folds:
             self.model.eval()
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from losscli.evaluation.strategies import Network
-from losscli.files import release_pages
 from losscli.weight_space.slices import Slice
 
 __all__ = ["combining_type", "stacked_weights"]
@@ -50,7 +49,6 @@ def stacked_weights(
         else:
             stack = own.new_empty(number, *own.shape)
         _fill(stack, slice_, name, coordinates)
-        release_pages(*(end[name] for end in slice_.ends))
         stacks[name] = stack
     return stacks
 

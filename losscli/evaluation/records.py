@@ -15,7 +15,6 @@ from losscli.data import Examples
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.strategies import Strategy
-from losscli.files import release_pages
 from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
@@ -80,8 +79,6 @@ def record_key(
         *([name, len(split), split.digest] for name, split in splits.items()),
     ]
     ends = [digest(end) for end in (*weights, _fixed_tensors(objective, weights[0]))]
-    for end in weights:
-        release_pages(*end.values())
     return hashlib.sha256(json.dumps([inputs, ends]).encode()).hexdigest()
 
 

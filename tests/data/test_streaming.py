@@ -592,8 +592,9 @@ def test_workers_come_where_they_are_worth_it(
     assert workers.useful_number(10, 4, size) == 0
     # One whose batches would fill the share of memory that is on its way is none.
     assert workers.useful_number(100, 30, size) == (1 << 30) // (16 * 30 * size)
-    monkeypatch.setattr(stream_, "_open_files", lambda: 0)
-    assert workers.useful_number(100, 4, size) == 0
+    for limit, number in ((resource.RLIM_INFINITY, 6), (256, 6), (255, 0)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert workers.useful_number(100, 4, size) == number
     monkeypatch.setattr(stream_, "_open_files", lambda: 1024)
     monkeypatch.setattr(stream_, "_shared_bytes", lambda: 64 << 20)
     assert workers.useful_number(1000, 30, size) == 1
