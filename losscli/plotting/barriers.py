@@ -12,7 +12,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
@@ -33,6 +33,7 @@ from losscli.plotting.style import (
     examples,
     format_number,
     house_style,
+    is_light,
     loss_name,
     plain,
     shorten,
@@ -47,8 +48,9 @@ __all__ = ["draw_barriers"]
 
 Floats = NDArray[np.float64]
 
-# Reversed, so that high barriers are dark and low ones are close to the white of no barrier.
-_COLOURS = mpl.colormaps["viridis_r"]
+# Reversed, so that high barriers are dark and low ones are close to the white of no barrier, with
+# some white, so that numbers are legible on every colour.
+_COLOURS = ListedColormap(0.25 + 0.75 * mpl.colormaps["viridis_r"](np.linspace(0, 1, 256))[:, :3])
 _NONE = "#ffffff"
 _UNKNOWN = "#d4d4d4"
 _DIAGONAL = "#ebebeb"
@@ -56,7 +58,7 @@ _EDGE = "#dedede"
 
 _NUMBERS = 12  # maximum number of checkpoints for numbers in the cells
 _SIDE_BY_SIDE = 6  # up to this many checkpoints, or without numbers, panels are side by side
-_NAME = 130.0  # points, maximum width of a name
+_NAME = 112.0  # points, maximum width of a name
 _FONT_SIZE = 8.5  # points, maximum size of numbers in the cells
 
 
@@ -190,9 +192,9 @@ def _write(axes: Axes, heights: Floats, colours: Floats, room: float) -> None:
     texts = [format_number(float(heights[i, j]), digits) for i, j in cells]
     widest = max((text_width(figure, text, _FONT_SIZE) for text in texts), default=0.0)
     size = min(_FONT_SIZE, _FONT_SIZE * 0.9 * room / widest) if widest else _FONT_SIZE
-    light = colours[..., :3] @ np.array([0.21, 0.72, 0.07]) > 0.45
+    light = is_light(colours[..., :3])
     for (i, j), text in zip(cells, texts, strict=True):
-        colour = INK if light[i, j] else "white"
+        colour = "black" if light[i, j] else "white"
         axes.text(j, i, text, ha="center", va="center_baseline", fontsize=size, color=colour)
 
 
@@ -230,10 +232,6 @@ def _labels(figure: Figure, names: Sequence[str]) -> tuple[list[str], str]:
     else:
         distinct = whole
     labels = [shorten(figure, name, _NAME) for name in distinct]
-    if len(set(labels)) < len(labels):
-        labels = [
-            f"{k} {shorten(figure, name, _NAME - 20)}" for k, name in enumerate(distinct, start=1)
-        ]
     return labels, shared
 
 
@@ -246,20 +244,19 @@ def _common(parts: Sequence[Sequence[str]], most: int) -> int:
 
 
 def _label_axes(axes: Axes, labels: Sequence[str], room: float, *, below: bool, left: bool) -> None:
-    """Labels rows and columns with the names that fit."""
+    """Labels rows and columns with their names, or columns with numbers if the names do not fit."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     size = SMALL if room >= 12 else SMALL - 2
-    stride = math.ceil(1.25 * size / room) if room else 1
+    columns, rows = list(labels), list(labels)
+    if any(text_width(figure, label, size) > 0.9 * room for label in labels):
+        columns = [str(number) for number in range(1, len(labels) + 1)]
+        rows = [f"{label}  {number}" for number, label in zip(columns, labels, strict=True)]
+    widest = max((text_width(figure, label, size) for label in columns), default=0.0)
+    stride = math.ceil(max(1.25 * size, widest + 3) / room) if room else 1
     ticks = range(0, len(labels), stride)
-    shown = [labels[k] for k in ticks]
-    horizontal = stride == 1 and all(
-        text_width(figure, label, size) < 0.9 * room for label in labels
-    )
-    axes.set_xticks(ticks, shown if below else [], fontsize=size)
-    axes.set_yticks(ticks, shown if left else [], fontsize=size)
-    if not horizontal:
-        axes.tick_params(axis="x", labelrotation=90)
+    axes.set_xticks(ticks, columns[::stride] if below else [], fontsize=size)
+    axes.set_yticks(ticks, rows[::stride] if left else [], fontsize=size)
     axes.tick_params(length=0 if stride == 1 else 2, labelcolor=INK)
 
 
@@ -295,11 +292,11 @@ def _legend(squares: Sequence[_Square]) -> list[tuple[Artist, str]]:
         pairs = ~np.eye(len(square.heights), dtype=bool)
         if (pairs & ~_coloured(square.heights) & ~_unknown(square.heights)).any():
             white = Patch(fc=_NONE, ec=PALE, lw=0.5)
-            entries.append((white, "0: no point seen lies above the chord"))
+            entries.append((white, "0: never above the straight line between the two losses"))
             break
     if any(_unknown(square.heights).any() for square in squares):
         grey = Patch(fc=_UNKNOWN, ec=PALE, hatch="////", lw=0)
-        entries.append((grey, "not known: a loss on the line is not finite"))
+        entries.append((grey, "unknown: a loss on the line is not finite"))
     return entries
 
 
@@ -307,8 +304,9 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
     if not squares:
         return ["There are no pairs"]
     alphas = run.summary.get("alphas", ())
-    points = f", over {len(alphas)} points from α = 0 to 1" if alphas else ""
-    notes = [f"Barrier: the largest height above the chord between two checkpoints{points}"]
+    points = f", at {len(alphas)} points from α = 0 to 1" if alphas else ""
+    above = "above the straight line between the losses of both checkpoints"
+    notes = [f"Barrier: the largest height of the loss {above}{points}"]
     if shared:
         notes.append(f"Checkpoints {shared}")
     return notes

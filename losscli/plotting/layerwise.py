@@ -110,8 +110,10 @@ def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False)
         notes += flat_range_notes([*curves, *whole], view, log=log)
         if len(names) > _MOST_NAMES:
             order = "from dark to light in the order of the model"
-            notes.append(f"{len(names)} blocks, {order}, {_MOST_NAMES} of them named")
-        panels[-1].set_xlabel("α:  θ(α) = A + α (B − A), of all blocks or of one, all others at A")
+            notes.append(f"{len(names)} blocks {order}; the legend names {_MOST_NAMES} of them")
+        panels[-1].set_xlabel(
+            "α:  θ(α) = A + α (B − A) for all blocks, or for one with the others at A"
+        )
         figure.align_ylabels(panels)
         _name_blocks(figure, names, curves)
         if len(names) > _MOST_BANDS:
@@ -198,5 +200,5 @@ def _marks(
         marks.append((Patch(color=INK, alpha=0.18, lw=0), "± one standard error"))
     if lowest:
         mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=INK, mew=1.3, ms=6)
-        marks.append((mark, lowest_label(lowest, 1, splits, " of all together")))
+        marks.append((mark, lowest_label(lowest, 1, splits, ", all blocks together")))
     return marks

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 import textwrap
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -23,6 +24,7 @@ from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import (
+    FixedLocator,
     Formatter,
     LogLocator,
     MaxNLocator,
@@ -60,16 +62,21 @@ __all__ = [
     "freeze",
     "grow",
     "house_style",
+    "is_light",
     "loss_name",
+    "number_checkpoints",
     "plain",
     "render",
     "round_positions",
     "run_colours",
     "run_names",
+    "scale_checkpoints",
+    "scale_symlog",
     "scale_y",
     "shorten",
     "stacked_panels",
     "text_width",
+    "whole_numbers",
 ]
 
 
@@ -303,6 +310,9 @@ class Numbers(Formatter):
 STEPS = [1, 2, 2.5, 5, 10]  # between ticks, up to powers of ten
 # Outside these bounds Matplotlib's axis computations overflow or underflow.
 LARGEST, SMALLEST = 1e200, 1e-200
+_MOST_TICKS = 9
+_FEW_CHECKPOINTS = 5  # up to this many, an axis of checkpoints is linear
+_CROWDED = 0.2  # with half of the checkpoints in this part of a linear axis it is logarithmic
 
 
 def stacked_panels(extra: int, *, above: float = 0.0) -> tuple[Figure, list[Axes]]:
@@ -339,7 +349,14 @@ def extent(values: NDArray[np.float64]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: bool = False) -> None:
+def scale_y(
+    axes: Axes,
+    values: NDArray[np.float64],
+    *,
+    log: bool,
+    fraction: bool = False,
+    least: float = 0.0,
+) -> None:
     """Sets scale, limits and ticks of a y axis so that it shows all values.
 
     Args:
@@ -347,6 +364,7 @@ def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: boo
         values: Finite values, positive if ``log``; may be empty.
         log: Whether the axis is logarithmic.
         fraction: Whether the values are fractions, to show as percentages.
+        least: The smallest range of an axis of fractions, at most 1.
     """
     if not values.size:
         axes.set_ylim(0, 1)
@@ -355,7 +373,10 @@ def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: boo
     low, high = extent(values)
     if not log:
         if fraction:
-            low, high = (0.0, 1.0) if high - low > 0.5 else (max(low, 0.0), min(high, 1.0))
+            low, high = max(low, 0.0), min(high, 1.0)
+            span = 1.0 if high - low > 0.5 else max(high - low, least)
+            low = min(max((low + high - span) / 2, 0.0), 1.0 - span)
+            high = low + span
         room = 0.06 * (high - low)
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
@@ -376,6 +397,114 @@ def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: boo
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(Numbers(log=True))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def scale_symlog(
+    axes: Axes, which: Literal["x", "y"], low: float, high: float, *, linear: float
+) -> None:
+    """Sets an axis that is linear around zero and logarithmic beyond.
+
+    Args:
+        axes: The panel.
+        which: The axis.
+        low: The lowest value.
+        high: The highest value.
+        linear: The end of the linear part on either side of zero.
+    """
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    set_scale = axes.set_yscale if which == "y" else axes.set_xscale
+    set_limits = axes.set_ylim if which == "y" else axes.set_xlim
+    set_scale("symlog", linthresh=linear, linscale=0.6)
+    forward = axis.get_transform()
+    bottom, top = (float(v) for v in forward.transform(np.array([low, high])))
+    room = 0.07 * (top - bottom)
+    edges = forward.inverted().transform(np.array([bottom - room, top + room]))
+    set_limits(*(float(v) for v in edges))
+    axis.set_major_locator(FixedLocator(_symlog_ticks(linear, *(float(v) for v in edges))))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(Numbers(log=True))
+
+
+def _symlog_ticks(linear: float, low: float, high: float) -> list[float]:
+    """Returns zero and powers of ten on both sides of it, at most `_MOST_TICKS`."""
+    first, last = round(math.log10(linear)), math.floor(math.log10(max(-low, high)))
+    for step in itertools.count(1):
+        # Counted from the largest power, which is always labelled.
+        powers = [10.0**k for k in range(last, first - 1, -step)]
+        ticks = [*(-p for p in powers), 0.0, *powers]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= _MOST_TICKS:
+            break
+    return sorted(ticks)
+
+
+# What counts checkpoints in their names: step-500, epoch=3, checkpoint_1000.
+_COUNTER = re.compile(r"(?i)(step|iteration|iter|epoch|checkpoint|ckpt)s?[\W_]*$")
+
+
+def number_checkpoints(names: Sequence[str]) -> tuple[NDArray[np.float64], str]:
+    """Returns the numbers of checkpoints: the step or epoch in their names, else their order.
+
+    Args:
+        names: The names, in their order. Their numbers are used if the names differ in nothing
+            else and the numbers increase.
+
+    Returns:
+        The number of each checkpoint, and the label of an axis of them.
+    """
+    parts = [re.split(r"([0-9]+)", name) for name in names]
+    if len(names) > 1 and len({tuple(part[::2]) for part in parts}) == 1:
+        words = parts[0]
+        # The last one first: epoch=3-step=1200.
+        for at in range(len(words) - 2, 0, -2):
+            counter = _COUNTER.search(words[at - 1])
+            decimal = words[at + 1] == "." and at + 2 < len(words)
+            numbers = np.array([float(part[at]) for part in parts])
+            if counter and not decimal and np.all(np.diff(numbers) > 0) and numbers[-1] < LARGEST:
+                return numbers, counter[1].lower()
+    return np.arange(len(names), dtype=np.float64), "checkpoint, in the order given"
+
+
+def whole_numbers() -> MaxNLocator:
+    """Returns a locator of ticks at whole numbers."""
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+
+
+def scale_checkpoints(axes: Axes, numbers: NDArray[np.float64], label: str) -> None:
+    """Scales and labels the x axis of `number_checkpoints`.
+
+    The axis is logarithmic if most numbers are small, as those of checkpoints that are saved ever
+    more rarely.
+
+    Args:
+        axes: The panel.
+        numbers: The numbers, in ascending order.
+        label: Their label.
+    """
+    low, high = (float(numbers[0]), float(numbers[-1])) if numbers.size else (0.0, 1.0)
+    if numbers.size > _FEW_CHECKPOINTS and np.median(numbers) - low < _CROWDED * (high - low):
+        scale_symlog(axes, "x", low, high, linear=float(numbers[numbers > 0][0]))
+        axes.set_xlabel(f"{label}, log scale")
+        return
+    room = 0.03 * (high - low) or 0.5
+    axes.set_xlim(low - room, high + room)
+    axes.xaxis.set_major_locator(whole_numbers())
+    axes.xaxis.set_major_formatter(Numbers())
+    axes.set_xlabel(label)
+
+
+def is_light(colours: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Returns whether black contrasts more than white with each colour, by WCAG 2.
+
+    The contrast of the better one is at least 4.5.
+
+    Args:
+        colours: The colours in sRGB, [..., 3].
+    """
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
+    # Equal contrasts: 1.05 / (luminance + 0.05) = (luminance + 0.05) / 0.05.
+    return np.asarray(luminance + 0.05 > math.sqrt(1.05 * 0.05))
 
 
 def run_colours(number: int) -> list[str]:
