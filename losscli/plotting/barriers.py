@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -250,14 +251,20 @@ def _label_axes(axes: Axes, labels: Sequence[str], room: float, *, below: bool, 
     size = SMALL if room >= 12 else SMALL - 2
     columns, rows = list(labels), list(labels)
     if any(text_width(figure, label, size) > 0.9 * room for label in labels):
-        columns = [str(number) for number in range(1, len(labels) + 1)]
-        rows = [f"{label}  {number}" for number, label in zip(columns, labels, strict=True)]
+        ends = [re.fullmatch(r"(.*?)([0-9]+)", label) for label in labels]
+        columns = [end[2] for end in ends if end]
+        if len(columns) < len(labels) or len({end[1] for end in ends if end}) > 1:
+            columns = [str(number) for number in range(1, len(labels) + 1)]
+            rows = [f"{label}  {number}" for number, label in zip(columns, labels, strict=True)]
     widest = max((text_width(figure, label, size) for label in columns), default=0.0)
-    stride = math.ceil(max(1.25 * size, widest + 3) / room) if room else 1
-    ticks = range(0, len(labels), stride)
-    axes.set_xticks(ticks, columns[::stride] if below else [], fontsize=size)
-    axes.set_yticks(ticks, rows[::stride] if left else [], fontsize=size)
-    axes.tick_params(length=0 if stride == 1 else 2, labelcolor=INK)
+    for axis, names, length, shown in (
+        (axes.xaxis, columns, widest + 3, below),
+        (axes.yaxis, rows, 1.25 * size, left),
+    ):
+        stride = math.ceil(length / room) if room else 1
+        ticks = range(0, len(names), stride)
+        axis.set_ticks(ticks, names[::stride] if shown else [], fontsize=size)
+        axis.set_tick_params(length=0 if stride == 1 else 2, labelcolor=INK)
 
 
 def _add_colour_bar(

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
+from matplotlib.text import Annotation
 from numpy.typing import NDArray
 
 from losscli.errors import UsageError
@@ -192,12 +193,11 @@ def test_numbers_are_legible_on_every_colour() -> None:
     number = 12
     (panel,) = panels(draw_barriers(run(seeds(number), lambda i, j, s: i + j / number)))
     background = colours(panel)
-    checked = 0
-    for text in panel.texts:
+    numbers = [text for text in panel.texts if not isinstance(text, Annotation)]
+    assert len(numbers) == number * (number - 1)
+    for text in numbers:
         x, y = (int(v) for v in text.get_position())
         assert contrast(to_rgb(text.get_color()), background[y, x].tolist()) > 4.5
-        checked += 1
-    assert checked == number * (number - 1)
 
 
 @pytest.mark.usefixtures("laid_out")
@@ -242,13 +242,17 @@ def test_long_names_that_end_alike_are_numbered() -> None:
 
 @pytest.mark.parametrize("number", [2, 5, 12, 40])
 def test_columns_are_numbered_where_names_do_not_fit(number: int) -> None:
-    for name in ("seed-{}", "runs-of-a-large-model-with-seed-{}"):
+    for name in ("seed-{}", "large-model-seed-{}", "seed-{}-large-model"):
         (panel,) = panels(draw_barriers(run([name.format(k) for k in range(number)])))
         assert all(label.get_rotation() == 0 for label in panel.get_xticklabels())
         columns, rows = ticks(panel, "x"), ticks(panel, "y")
-        assert len(columns) == len(rows)
+        assert len(rows) == number
         if columns != rows:
-            assert [row.rsplit("  ", 1)[1] for row in rows] == columns
+            numbers = [int(column) for column in columns]
+            # Those in the names where they end in them, else 1, 2, …
+            start = int(name.endswith("model"))
+            assert numbers == [*range(start, number + start)][:: numbers[1] - numbers[0]]
+            assert all(row.endswith(f"  {k}") for k, row in enumerate(rows, start=1)) == start
 
 
 @pytest.mark.usefixtures("laid_out")
@@ -258,7 +262,8 @@ def test_long_lists_are_thinned() -> None:
     (panel,) = panels(figure)
     found = ticks(panel, "y")
     assert 10 < len(found) < 60
-    assert found[0] == "seed-0  1"
+    assert found[0] == "seed-0"
+    assert ticks(panel, "x")[:1] == ["0"]
     boxes = [label.get_window_extent() for label in panel.get_yticklabels()]
     assert all(up.y0 >= down.y1 for up, down in itertools.pairwise(boxes))
     boxes = [label.get_window_extent() for label in panel.get_xticklabels()]
