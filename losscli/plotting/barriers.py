@@ -30,6 +30,7 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
+    add_foot,
     add_title,
     examples,
     format_number,
@@ -40,7 +41,7 @@ from losscli.plotting.style import (
     shorten,
     text_width,
 )
-from losscli.plotting.surface import WIDE, add_foot, finish_layout
+from losscli.plotting.surface import WIDE, finish_layout
 from losscli.results import Run
 from losscli.summaries import BarriersSummary
 from losscli.table import Table
@@ -115,7 +116,7 @@ def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = Fal
         _add_colour_bar(figure, panels, norm, f"barrier{loss_name([run])}", log=log)
         if title:
             add_title(figure, title)
-        add_foot(figure, panels[0], _notes(run, squares, shared), [_legend(squares)])
+        add_foot(figure, _notes(run, squares, shared), [_legend(squares)])
         finish_layout(figure)
     return figure
 

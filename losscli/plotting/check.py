@@ -30,6 +30,7 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
+    add_foot,
     add_title,
     drawable,
     examples,
@@ -44,9 +45,10 @@ from losscli.plotting.style import (
     scale_symlog,
     scale_y,
     shorten,
+    shorten_path,
     whole_numbers,
 )
-from losscli.plotting.surface import WIDE, add_foot, finish_layout, shorten_path
+from losscli.plotting.surface import WIDE, finish_layout
 from losscli.results import Run
 from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
@@ -82,7 +84,7 @@ def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) ->
     """Draws the result of a check for critical points.
 
     Several checkpoints: loss, gradient norm and the extreme eigenvalues of the Hessian over the
-    order of the checkpoints, with the verdicts. One checkpoint: its eigenvalues. A table ``escape``
+    step or epoch in their names, or else their order, with the verdicts. One checkpoint: its eigenvalues. A table ``escape``
     adds the loss along the most negative curvature, a table ``spectrum`` further eigenvalues.
 
     Args:
@@ -98,12 +100,12 @@ def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) ->
         splits = [str(split) for split in run.table.unique("split")]
         escape = _Escape.read(run)
         draw = _draw_several if len(names) > 1 else _draw_one
-        figure, panel, notes, groups = draw(run, names, splits, escape, log=log)
+        figure, notes, groups = draw(run, names, splits, escape, log=log)
         if escape:
             groups.append(escape.entries(figure))
         if title:
             add_title(figure, title)
-        add_foot(figure, panel, notes, groups)
+        add_foot(figure, notes, groups)
         finish_layout(figure)
         round_positions(figure)
     return figure
@@ -140,7 +142,7 @@ def _draw_several(
     escape: _Escape | None,
     *,
     log: bool,
-) -> tuple[Figure, Axes, list[str], list[Group]]:
+) -> tuple[Figure, list[str], list[Group]]:
     strip_height = 0.2 + 0.17 * len(splits)
     heights = [strip_height, 2.0, 1.75, *([2.3] if escape else [])]
     figure = _new_figure(WIDE, sum(heights) + 0.5 + 0.5 * bool(escape))
@@ -181,7 +183,7 @@ def _draw_several(
             rows = run.table.where("split", escape.split).where("checkpoint", escape.checkpoint)
             # The start of the escape direction in the panel below.
             low.plot([at], rows.floats("lambda_min")[:1], ls="none", zorder=5, **_START)
-    return figure, loss, notes, [_split_entries(run, splits), verdicts]
+    return figure, notes, [_split_entries(run, splits), verdicts]
 
 
 def _read(table: Table, number: Mapping[str, float], splits: Sequence[str]) -> list[Series]:
@@ -457,7 +459,7 @@ def _draw_one(
     escape: _Escape | None,
     *,
     log: bool,
-) -> tuple[Figure, Axes, list[str], list[Group]]:
+) -> tuple[Figure, list[str], list[Group]]:
     spectrum = _read_spectrum(run, splits)
     if spectrum:
         figure = _new_figure(WIDE if escape else WIDTH, 3.9)
@@ -501,7 +503,7 @@ def _draw_one(
         for split, verdict in cells
         if verdict
     ]
-    return figure, panel, notes, [lines, verdicts]
+    return figure, notes, [lines, verdicts]
 
 
 def _undecided_notes(run: Run[CheckSummary], splits: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -26,8 +27,7 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    add_legend,
-    add_notes,
+    add_foot,
     add_title,
     checkpoint_names,
     format_number,
@@ -127,12 +127,13 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
         if len(bars) < len(tensors):
             notes.append(f"{len(tensors)} tensors, grouped by the common prefixes of their names")
         notes += _left_out(run, len(tensors))
+        together: list[tuple[Artist, str]] = []
         if bars and math.isfinite(size(whole)):
             line = Line2D([], [], color=INK, lw=1.2, ls=(0, (4, 2)))
             kind = "parameters" if buffers else "tensors"
             label = f"all {kind} together: {format_number(size(whole))}"
-            add_legend(figure, [[(line, label)]])
-        add_notes(axes, notes)
+            together.append((line, label))
+        add_foot(figure, notes, [together])
         names = _write_names(axes, checkpoint_names(run))
         if title:
             add_title(figure, title)

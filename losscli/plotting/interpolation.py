@@ -31,8 +31,7 @@ from losscli.plotting.style import (
     DASHES,
     INK,
     STEPS,
-    add_legend,
-    add_notes,
+    add_foot,
     add_title,
     drawable,
     end_names,
@@ -121,8 +120,7 @@ def draw_interpolation(
             others.append([(shade, "range of the panel below")])
         figure.align_ylabels([overview, *panels] if overview else panels)
 
-        add_legend(figure, [*_entries(runs, names, splits, series, lowest), *others])
-        add_notes(panels[-1], notes)
+        add_foot(figure, notes, [*_entries(runs, names, splits, series, lowest), *others])
         if title:
             add_title(figure, title)
         draw_ends(panels, view)

@@ -30,8 +30,7 @@ from losscli.plotting.style import (
     INK,
     SMALL,
     WIDTH,
-    add_legend,
-    add_notes,
+    add_foot,
     add_title,
     end_names,
     examples,
@@ -118,8 +117,7 @@ def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False)
         _name_blocks(figure, names, curves)
         if len(names) > _MOST_BANDS:
             notes.append("Single blocks are drawn without their standard errors")
-        add_legend(figure, [_marks(whole, curves, lowest, len(splits))])
-        add_notes(panels[-1], notes)
+        add_foot(figure, notes, [_marks(whole, curves, lowest, len(splits))])
         if title:
             add_title(figure, title)
         draw_ends(panels, view)

@@ -19,7 +19,7 @@ __all__ = ["Series", "draw_panel"]
 _CROSSES = 6  # number of rows of crosses; further ones overlap
 _FEW_POINTS = 15  # up to this many points have a dot each
 _MANY_LINES = 9  # from this many curves on, dots at the ends are smaller
-_WIDER, _WIDEST = 2.4, 8.0  # points, by which dots of an earlier run are wider, and at most
+_WIDER, _WIDEST = 2.4, 8.0  # points, by which dots of an earlier colour are wider, and at most
 _LEAST_RANGE = 0.02  # of an axis of fractions
 
 
@@ -83,8 +83,8 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
     scale_y(axes, values, log=log, fraction=fraction, least=least)
 
     few = len(series) < _MANY_LINES
-    last = max((s.run for s in series), default=0)
-    wider = min(_WIDER, _WIDEST / max(last, 1)) if few else 0.0
+    colours = list(dict.fromkeys(s.colour for s in reversed(series)))
+    wider = min(_WIDER, _WIDEST / max(len(colours) - 1, 1)) if few else 0.0
     for s, ok, error in zip(series, shown, errors, strict=True):
         y = np.where(ok, s[column], np.nan)
         axes.plot(s.x, y, color=s.colour, linestyle=s.dashes, linewidth=s.width, zorder=2.5)
@@ -106,8 +106,8 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
             y[end],
             "o",
             color=s.colour,
-            # Wider the earlier, so that the ends of later runs do not hide them.
-            markersize=(5.5 if few else 3.5) + wider * (last - s.run),
+            # Wider the earlier, so that the ends of later curves do not hide them.
+            markersize=(5.5 if few else 3.5) + wider * colours.index(s.colour),
             mec="white" if few else s.colour,
             mew=0.8,
             zorder=5,

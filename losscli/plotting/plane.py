@@ -25,6 +25,7 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
+    add_foot,
     add_title,
     count_points,
     examples,
@@ -34,6 +35,7 @@ from losscli.plotting.style import (
     loss_name,
     plain,
     shorten,
+    shorten_path,
 )
 from losscli.plotting.surface import (
     HIDDEN,
@@ -44,7 +46,6 @@ from losscli.plotting.surface import (
     Grid,
     Scale,
     add_colour_bar,
-    add_foot,
     add_surface_axes,
     draw_contours,
     draw_dots,
@@ -55,7 +56,6 @@ from losscli.plotting.surface import (
     label_contours,
     path_entries,
     scale_losses,
-    shorten_path,
 )
 from losscli.results import Run
 from losscli.summaries import PlaneAxis, PlaneSummary
@@ -172,7 +172,7 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
         if joined and marks.names:
             label = f"path of the {len(marks.names)} checkpoints"
             legend = path_entries(figure, PATH, label, marks.names[0], marks.names[-1])
-        add_foot(figure, panels[0], notes, [legend])
+        add_foot(figure, notes, [legend])
         finish_layout(figure)
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
             label_contours(panel, drawn, marks.x, marks.y, clearance=14 if joined else 28)

@@ -49,8 +49,7 @@ __all__ = [
     "STEPS",
     "WIDTH",
     "Numbers",
-    "add_legend",
-    "add_notes",
+    "add_foot",
     "add_title",
     "checkpoint_names",
     "count_points",
@@ -60,7 +59,6 @@ __all__ = [
     "extent",
     "format_number",
     "freeze",
-    "grow",
     "house_style",
     "is_light",
     "loss_name",
@@ -74,6 +72,7 @@ __all__ = [
     "scale_symlog",
     "scale_y",
     "shorten",
+    "shorten_path",
     "stacked_panels",
     "text_width",
     "whole_numbers",
@@ -85,7 +84,8 @@ __all__ = [
 INK = "#262626"
 PALE = "#767676"
 _FAINT = "#e7e7e7"
-SMALL = 9.0  # points: legends, names, notes
+SMALL = 9.0  # points: legends, names
+_NOTE = SMALL - 0.5
 
 # The palette of Okabe and Ito, which is safe for colour-blind readers, without its yellow, which is
 # hard to see on white.
@@ -233,6 +233,14 @@ def shorten(figure: Figure, text: str, width: float, size: float = SMALL) -> str
         else:
             too_long = middle
     return "…" + text[len(text) - fits :]
+
+
+def shorten_path(figure: Figure, name: str, width: float) -> str:
+    """Shortens a checkpoint's name to a width in points, by its leading folders first."""
+    parts = name.split("/")
+    names = (f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts)))
+    fitting = (n for n in (name, *names) if text_width(figure, n) <= width)
+    return next(fitting, None) or shorten(figure, name, width)
 
 
 def _scientific(value: float, digits: int) -> str:
@@ -515,15 +523,23 @@ def run_colours(number: int) -> list[str]:
     return [to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0.0, 0.8, number))]
 
 
-def add_legend(figure: Figure, groups: Sequence[Sequence[tuple[Artist, str]]]) -> None:
-    """Adds a legend below the panels in as few rows as possible; the figure grows by its height.
+def add_foot(
+    figure: Figure,
+    notes: Sequence[str],
+    groups: Sequence[Sequence[tuple[Artist, str]]],
+) -> None:
+    """Adds notes and a legend below the panels; the figure grows by their height.
+
+    The notes are the title of the legend, so that the layout leaves room for both.
 
     Args:
         figure: The figure.
-        groups: Handles and labels; every group starts a row.
+        notes: Sentences.
+        groups: Handles and labels; every group starts a row, and there are as few rows as possible.
     """
     line, gap = 29.0, 14.0
-    available = figure.get_figwidth() * INCH - 24
+    available = 0.96 * figure.get_figwidth() * INCH
+    notes = [part for note in notes for part in _wrap(figure, note, available)]
     blank = (0.0, Line2D([], [], ls="none"), "")
     entries: list[list[tuple[float, Artist, str]]] = []
     for group in groups:
@@ -541,50 +557,44 @@ def add_legend(figure: Figure, groups: Sequence[Sequence[tuple[Artist, str]]]) -
         fits = total + gap * (columns - 1) <= available
         if not best or (fits and len(rows) < len(best)):
             best = rows
-    if not best:
+    if not best and not notes:
         return
     # Matplotlib fills a legend column by column.
     cells = [cell for column in zip(*best, strict=True) for cell in column]
-    figure.legend(
+    legend = figure.legend(
         [handle for _, handle, _ in cells],
         [label for _, _, label in cells],
-        loc="outside lower center",
-        ncols=len(best[0]),
+        title="\n".join(notes),
+        title_fontsize=_NOTE,
+        loc="outside lower left",
+        alignment="left",
+        ncols=len(best[0]) if best else 1,
         frameon=False,
         handlelength=2.5,
         handletextpad=0.7,
         columnspacing=gap / SMALL,
         borderpad=0,
-        borderaxespad=0.3,
+        borderaxespad=1.0,
     )
-    grow(figure, 0.19 * len(best))
+    legend.get_title().set(color=PALE, linespacing=1.25)
+    _grow(figure, legend.get_window_extent().height / figure.dpi)
 
 
-def grow(figure: Figure, inches: float) -> None:
+def _wrap(figure: Figure, note: str, room: float) -> list[str]:
+    """Breaks a sentence into lines of at most ``room`` points."""
+    letters = len(note)
+    while letters > 20:
+        lines = textwrap.wrap(note, letters)
+        widest = max(text_width(figure, line, _NOTE) for line in lines)
+        if widest <= room:
+            break
+        letters = min(letters - 1, int(letters * room / widest) + 1)
+    return textwrap.wrap(note, letters)
+
+
+def _grow(figure: Figure, inches: float) -> None:
     """Increases the height of a figure."""
     figure.set_figheight(figure.get_figheight() + inches)
-
-
-def add_notes(axes: Axes, notes: Sequence[str]) -> None:
-    """Adds sentences below the label of the x axis; the figure grows by their height."""
-    lines = [line for note in notes for line in textwrap.wrap(note, 100)]
-    if not lines:
-        return
-    axes.annotate(
-        "\n".join(lines),
-        xy=(0, 0),
-        xycoords=("axes fraction", axes.xaxis.label),
-        xytext=(0, -6),
-        textcoords="offset points",
-        va="top",
-        fontsize=SMALL - 0.5,
-        color=PALE,
-        linespacing=1.25,
-        annotation_clip=False,
-    )
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    grow(figure, 0.16 * len(lines) + 0.05)
 
 
 def freeze(figure: Figure) -> None:
@@ -674,4 +684,4 @@ def add_title(figure: Figure, title: str) -> None:
     """Adds a title above the panels; the figure grows by its height."""
     lines = textwrap.wrap(plain(title), 66)
     figure.suptitle("\n".join(lines), x=0.02, ha="left", fontsize=13)
-    grow(figure, 0.24 * len(lines))
+    _grow(figure, 0.24 * len(lines))

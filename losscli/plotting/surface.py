@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, MaxNLocator
@@ -32,14 +30,11 @@ from losscli.plotting.style import (
     SMALL,
     STEPS,
     Numbers,
-    add_legend,
     drawable,
     extent,
     freeze,
-    grow,
     is_light,
-    shorten,
-    text_width,
+    shorten_path,
 )
 
 __all__ = [
@@ -51,7 +46,6 @@ __all__ = [
     "Grid",
     "Scale",
     "add_colour_bar",
-    "add_foot",
     "add_surface_axes",
     "draw_contours",
     "draw_dots",
@@ -62,7 +56,6 @@ __all__ = [
     "label_contours",
     "path_entries",
     "scale_losses",
-    "shorten_path",
 ]
 
 Floats = NDArray[np.float64]
@@ -77,7 +70,6 @@ HIDDEN = "Pale marks and dotted lines are behind the surface."
 _LOG_RATIO = 30.0  # above this ratio of highest to lowest loss the scale is logarithmic
 _FILLS = 4  # bands of colour between two contour lines
 _FACETS = 60  # minimum number of facets per side of a surface
-_NOTE = SMALL - 0.5
 _MANY_CROSSES = 400
 _MANY_DOTS = 40
 _BOX = np.array([1.0, 0.85, 0.62])
@@ -630,69 +622,3 @@ def _thin_ticks(axes: Axes3D) -> None:
         if not any(tick.label1.get_window_extent().padded(gap, 0).overlaps(o) for o in others)
     ]
     axes.yaxis.set_major_locator(FixedLocator(kept))
-
-
-# --- Below the panels ----------------------------------------------------------------------------
-
-
-def _wrap(figure: Figure, note: str, room: float) -> list[str]:
-    """Breaks a sentence into lines of at most ``room`` points."""
-    letters = len(note)
-    while letters > 20:
-        lines = textwrap.wrap(note, letters)
-        widest = max(text_width(figure, line, _NOTE) for line in lines)
-        if widest <= room:
-            break
-        letters = min(letters - 1, int(letters * room / widest) + 1)
-    return textwrap.wrap(note, letters)
-
-
-def shorten_path(figure: Figure, name: str, width: float) -> str:
-    """Shortens a checkpoint's name to a width in points, by its leading folders first."""
-    parts = name.split("/")
-    names = (f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts)))
-    fitting = (n for n in (name, *names) if text_width(figure, n) <= width)
-    return next(fitting, None) or shorten(figure, name, width)
-
-
-def add_foot(
-    figure: Figure,
-    panel: Axes,
-    notes: Sequence[str],
-    groups: Sequence[Sequence[tuple[Artist, str]]],
-) -> None:
-    """Adds notes and a legend below the panels; the figure grows by their height.
-
-    Call it last before the layout is final, since the figure must not grow afterwards.
-
-    Args:
-        figure: The figure.
-        panel: Any of its panels.
-        notes: Sentences.
-        groups: Handles and labels of the legend; every group starts a row.
-    """
-    add_legend(figure, groups)
-    room = 0.96 * figure.get_figwidth() * INCH
-    lines = [line for note in notes for line in _wrap(figure, note, room)]
-    if not lines:
-        return
-    inches = 0.16 * len(lines) + 0.1
-    grow(figure, inches)
-    engine = figure.get_layout_engine()
-    assert isinstance(engine, ConstrainedLayoutEngine)
-    share = inches / figure.get_figheight()
-    engine.set(rect=(0, share, 1, 1 - share))
-    # The legend lies below the notes; its height is known only when it is drawn.
-    below: Any = figure.legends[0] if figure.legends else figure.transFigure
-    text = panel.annotate(
-        "\n".join(lines),
-        xy=(0.02, 1 if figure.legends else 0),
-        xycoords=("figure fraction", below),
-        xytext=(0, 0.12 * INCH),
-        textcoords="offset points",
-        fontsize=_NOTE,
-        color=PALE,
-        linespacing=1.25,
-        annotation_clip=False,
-    )
-    text.set_in_layout(False)

@@ -23,6 +23,7 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
+    add_foot,
     add_title,
     checkpoint_names,
     count_points,
@@ -42,7 +43,6 @@ from losscli.plotting.surface import (
     WIDE,
     Grid,
     add_colour_bar,
-    add_foot,
     add_surface_axes,
     draw_contours,
     draw_path,
@@ -147,7 +147,7 @@ def _draw_paths(
     more, groups = _draw_both(figure, upper, lower, runs, paths, log=log)
     if title:
         add_title(figure, title)
-    add_foot(figure, upper, [*notes, *more, _TURNS], groups)
+    add_foot(figure, [*notes, *more, _TURNS], groups)
     finish_layout(figure)
     return figure
 
@@ -422,7 +422,7 @@ def _draw_surfaces(
         groups += entries
     if title:
         add_title(figure, title)
-    add_foot(figure, panels[0], [*notes, _TURNS], groups)
+    add_foot(figure, [*notes, _TURNS], groups)
     finish_layout(figure)
     for panel, contours in zip(panels[::2], lines, strict=True):
         label_contours(panel, contours, path.projection, path.residual)

@@ -33,7 +33,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
-from matplotlib.text import Annotation, Text
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -153,8 +153,8 @@ def texts(figure: Figure) -> list[str]:
 
 
 def note(figure: Figure) -> str:
-    """The sentences below the panels."""
-    return "\n".join(t.get_text() for t in figure.axes[-1].texts if isinstance(t, Annotation))
+    """The sentences below the panels, above the legend."""
+    return "\n".join(box.get_title().get_text() for box in figure.legends[-1:])
 
 
 def runs(axes: Axes) -> list[Line2D]:

@@ -159,6 +159,17 @@ def test_a_panel_shows_the_whole_and_every_block_of_a_split() -> None:
     assert figure.legends[0].get_window_extent().x0 > right
 
 
+def test_the_dots_of_the_whole_do_not_hide_those_of_blocks() -> None:
+    (axes,) = draw_layerwise(layered(["one", "two", "three"])).axes
+    sizes = [
+        line.get_markersize()
+        for line in axes.get_lines()
+        if line.get_marker() == "o" and [*np.asarray(line.get_xdata())] == [0.0, 1.0]
+    ]
+    assert len(sizes) == 4
+    assert (np.diff(sizes) < -0.8).all()
+
+
 def lightness(colour: str) -> float:
     red, green, blue = (int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5))
     return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
@@ -354,7 +365,7 @@ def test_what_has_no_length_is_said_in_words() -> None:
         "Not drawn: 2 tensors that do not match",
     ]
     # With one that is not finite there is no mark of all together.
-    assert figure.legends == []
+    assert legend(figure) == []
     assert "count0" not in words(figure)
 
 

@@ -23,8 +23,8 @@ from losscli.plotting.plane import draw_plane
 from losscli.plotting.style import render
 from losscli.results import Run
 from losscli.table import Table
-from tests.plotting.test_interpolation import check_golden, legend, texts
-from tests.plotting.test_trajectory import contour_panels, note, reliefs, sentence
+from tests.plotting.test_interpolation import check_golden, legend, note, texts
+from tests.plotting.test_trajectory import contour_panels, reliefs, sentence
 
 NAN = math.nan
 COLUMNS = ("x", "y", "split", "loss", "loss_stderr")

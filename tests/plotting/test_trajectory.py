@@ -17,14 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 from mpl_toolkits.mplot3d import Axes3D
 
 from losscli.plotting.style import render
 from losscli.plotting.trajectory import draw_trajectory
 from losscli.results import Run
 from losscli.table import Table
-from tests.plotting.test_interpolation import check_golden, legend, texts
+from tests.plotting.test_interpolation import check_golden, legend, note, texts
 
 NAN, INF = math.nan, math.inf
 COLUMNS = (
@@ -89,11 +88,6 @@ PICTURES = {
     "ribbon": lambda: draw_trajectory([run()]),
     "paths": overlay,
 }
-
-
-def note(figure: Figure) -> str:
-    found = [t.get_text() for a in figure.axes for t in a.texts if isinstance(t, Annotation)]
-    return "\n".join(found)
 
 
 def sentence(figure: Figure) -> str:
