@@ -84,8 +84,9 @@ def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) ->
     """Draws the result of a check for critical points.
 
     Several checkpoints: loss, gradient norm and the extreme eigenvalues of the Hessian over the
-    step or epoch in their names, or else their order, with the verdicts. One checkpoint: its eigenvalues. A table ``escape``
-    adds the loss along the most negative curvature, a table ``spectrum`` further eigenvalues.
+    step or epoch in their names, or else their order, with the verdicts. One checkpoint: its
+    eigenvalues. A table ``escape`` adds the loss along the most negative curvature, a table
+    ``spectrum`` further eigenvalues.
 
     Args:
         run: The run.
