@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
 from losscli.plotting.style import (
@@ -201,18 +202,15 @@ def _write(axes: Axes, heights: Floats, colours: Floats, room: float) -> None:
 
 
 def _hatch(axes: Axes, cells: NDArray[np.bool_]) -> None:
-    """Hatches cells; adjacent cells of a row form one rectangle."""
-    corners: list[tuple[float, float]] = []
-    for i, row in enumerate(cells):
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], row, [False]]).astype(int)))
-        for start, stop in edges.reshape(-1, 2):
-            left, right, top, bottom = start - 0.5, stop - 0.5, i - 0.5, i + 0.5
-            corners += [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-    if not corners:
-        return
-    steps = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
-    path = Path(corners, steps * (len(corners) // len(steps)))
-    axes.add_patch(PathPatch(path, fill=False, hatch="////", ec=PALE, lw=0))
+    """Hatches cells, by one patch."""
+    square = Path.unit_rectangle()
+    squares = [
+        square.transformed(Affine2D().translate(column - 0.5, row - 0.5))
+        for row, column in np.argwhere(cells)
+    ]
+    if squares:
+        path = Path.make_compound_path(*squares)
+        axes.add_patch(PathPatch(path, fill=False, hatch="////", ec=PALE, lw=0))
 
 
 def _labels(figure: Figure, names: Sequence[str]) -> tuple[list[str], str]:

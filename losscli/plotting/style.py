@@ -24,12 +24,12 @@ from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import (
-    FixedLocator,
     Formatter,
     LogLocator,
     MaxNLocator,
     NullFormatter,
     NullLocator,
+    SymmetricalLogLocator,
 )
 from numpy.typing import NDArray
 
@@ -318,7 +318,7 @@ class Numbers(Formatter):
 STEPS = [1, 2, 2.5, 5, 10]  # between ticks, up to powers of ten
 # Outside these bounds Matplotlib's axis computations overflow or underflow.
 LARGEST, SMALLEST = 1e200, 1e-200
-_MOST_TICKS = 9
+_MOST_TICKS = 7  # about, on an axis that is linear around zero and logarithmic beyond
 _FEW_CHECKPOINTS = 5  # up to this many, an axis of checkpoints is linear
 _CROWDED = 0.2  # with half of the checkpoints in this part of a linear axis it is logarithmic
 
@@ -428,22 +428,11 @@ def scale_symlog(
     room = 0.07 * (top - bottom)
     edges = forward.inverted().transform(np.array([bottom - room, top + room]))
     set_limits(*(float(v) for v in edges))
-    axis.set_major_locator(FixedLocator(_symlog_ticks(linear, *(float(v) for v in edges))))
+    ticks = SymmetricalLogLocator(base=10, linthresh=linear)
+    ticks.set_params(numticks=_MOST_TICKS)
+    axis.set_major_locator(ticks)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(Numbers(log=True))
-
-
-def _symlog_ticks(linear: float, low: float, high: float) -> list[float]:
-    """Returns zero and powers of ten on both sides of it, at most `_MOST_TICKS`."""
-    first, last = round(math.log10(linear)), math.floor(math.log10(max(-low, high)))
-    for step in itertools.count(1):
-        # Counted from the largest power, which is always labelled.
-        powers = [10.0**k for k in range(last, first - 1, -step)]
-        ticks = [*(-p for p in powers), 0.0, *powers]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= _MOST_TICKS:
-            break
-    return sorted(ticks)
 
 
 # What counts checkpoints in their names: step-500, epoch=3, checkpoint_1000.
