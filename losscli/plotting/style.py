@@ -41,6 +41,7 @@ __all__ = [
     "DASHES",
     "INCH",
     "INK",
+    "IN_ORDER",
     "LARGEST",
     "PALE",
     "PALETTE",
@@ -435,6 +436,7 @@ def scale_symlog(
     axis.set_major_formatter(Numbers(log=True))
 
 
+IN_ORDER = "checkpoint, in the order given"
 # What counts checkpoints in their names: step-500, epoch=3, checkpoint_1000.
 _COUNTER = re.compile(r"(?i)(step|iteration|iter|epoch|checkpoint|ckpt)s?[\W_]*$")
 
@@ -459,7 +461,7 @@ def number_checkpoints(names: Sequence[str]) -> tuple[NDArray[np.float64], str]:
             numbers = np.array([float(part[at]) for part in parts])
             if counter and not decimal and np.all(np.diff(numbers) > 0) and numbers[-1] < LARGEST:
                 return numbers, counter[1].lower()
-    return np.arange(len(names), dtype=np.float64), "checkpoint, in the order given"
+    return np.arange(len(names), dtype=np.float64), IN_ORDER
 
 
 def whole_numbers() -> MaxNLocator:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
+    IN_ORDER,
     INK,
     LARGEST,
     STEPS,
@@ -263,7 +264,7 @@ def _number_steps(
         labels.add(label)
     if len(labels) == 1:
         return numbers, labels.pop()
-    return [np.array(path.steps, dtype=np.float64) for path in paths], "checkpoint, in order"
+    return [np.array(path.steps, dtype=np.float64) for path in paths], IN_ORDER
 
 
 def _end_names(runs: Sequence[Run[TrajectorySummary]]) -> tuple[str, str]:

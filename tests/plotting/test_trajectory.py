@@ -230,6 +230,27 @@ def test_losses_of_a_path_that_turns_back_far_are_drawn_over_the_steps() -> None
     assert "projection" in back.axes[0].get_xlabel()
 
 
+def test_steps_in_names_are_on_the_axis_if_all_runs_have_them() -> None:
+    def back(steps: Sequence[int]) -> Run:
+        drawn = run([0.0, 0.9, 0.2, 0.8, 1.0], surface=False)
+        rows = [(k, f"runs/step-{steps[k]}.pt", *row) for k, _, *row in drawn.table.rows]
+        return replace(drawn, table=Table.build(COLUMNS, rows))
+
+    one, other = back([0, 5, 10, 15, 20]), back([3, 6, 9, 12, 30])
+    (_, axes) = draw_trajectory([one, other]).axes
+    curves = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
+    assert [[*np.asarray(line.get_xdata())] for line in curves] == [
+        [0, 5, 10, 15, 20],
+        [3, 6, 9, 12, 30],
+    ]
+    assert axes.get_xlabel() == "step"
+    unnumbered = run([0.0, 0.9, 0.2, 0.8, 1.0], surface=False)
+    (_, axes) = draw_trajectory([one, unnumbered]).axes
+    curves = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
+    assert [[*np.asarray(line.get_xdata())] for line in curves] == [[0, 1, 2, 3, 4]] * 2
+    assert axes.get_xlabel() == "checkpoint, in the order given"
+
+
 def test_walks_are_grey_with_one_entry() -> None:
     figure = draw_trajectory([run(surface=False, walks=4, splits=("train", "test"))])
     grey = [line for line in figure.axes[0].get_lines() if line.get_color() == "#9a9a9a"]
