@@ -17,12 +17,14 @@ import tarfile
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
@@ -100,6 +102,8 @@ def test_every_type_of_tensor_keeps_its_bits(suffix: str, legacy: bool, tmp_path
         "complex64": torch.tensor([1j], dtype=torch.complex64),
         "empty": torch.zeros(0, 3),
     }
+    if suffix == ".safetensors" and Version(version("safetensors")) < Version("0.7"):
+        del tensors["complex64"]
     name = write(tensors, tmp_path / f"t{suffix}", legacy=legacy)
     assert same(read(name).select(None).weights, tensors)
 
@@ -787,7 +791,7 @@ def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path: Path) -> None:
         (state(), "file/a.safetensors", "cannot be written: Not a directory"),
         (state(), "folder.safetensors", "cannot be written: Is a directory"),
         (state(), "x" * 300, "cannot be written: File name too long"),
-        (unknown, "a.safetensors", "a.safetensors cannot be written: .*complex128"),
+        (unknown, "a.safetensors", r"written: safetensors \S+ does not store torch\.complex128"),
         (unknown, "file", "file cannot be written"),
         ({"w": torch.ones(2).to_sparse()}, "file", "file cannot be written"),
     ):
