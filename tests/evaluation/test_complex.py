@@ -24,7 +24,7 @@ from losscli.weight_space.digest import digest
 from losscli.weight_space.directions import random_directions
 from losscli.weight_space.slices import Line
 from losscli.weight_space.trajectory import random_walks
-from tests.conftest import Losscli
+from tests.conftest import SAFETENSORS_HAS_COMPLEX, Losscli
 
 State = dict[str, Tensor]
 
@@ -194,6 +194,7 @@ def test_random_directions_are_complex_and_filter_normalised(build: Any, tmp_pat
         assert found == pytest.approx(loss(build, there), rel=1e-10)
 
 
+@pytest.mark.skipif(not SAFETENSORS_HAS_COMPLEX, reason="needs safetensors 0.7")
 def test_export_moves_real_and_imaginary_parts(tmp_path: Path, losscli: Losscli) -> None:
     files, states, _ = save(Spectral, tmp_path, 1, 2)
     out = tmp_path / "x.safetensors"
