@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -134,14 +135,14 @@ def test_what_cannot_be_traced_is_refused_without_a_word_of_torchs(
 
 def test_no_group_contains_what_a_thread_computes(capsys: pytest.CaptureFixture[str]) -> None:
     # torch 2.6 records its result as a constant; newer versions refuse to trace it.
+    refusals, groups = [], ()
     try:
         groups = permutation_groups(foreign.Threaded().eval(), (torch.randn(2, 4),))
     except ModelError as error:
-        assert "the model cannot be traced" in str(error)
-        assert "\n" not in str(error)
-        assert "for all inputs" in error.cure
-    else:
-        assert groups == ()
+        refusals.append(str(error))
+    assert groups == ()
+    for refusal in refusals:
+        assert re.fullmatch(r"the model cannot be traced.*for all inputs.*", refusal)
     assert capsys.readouterr() == ("", "")
 
 
