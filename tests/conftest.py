@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import typer.main
 from hypothesis import HealthCheck, settings
+from packaging.version import Version
 
 from losscli.cli import run
 from losscli.cli.console import Console
@@ -26,6 +28,10 @@ ROOT = Path(__file__).parent.parent
 # Tests write a user's code, and write it again within the second that compiled modules go by.
 sys.dont_write_bytecode = True
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+
+# What older versions cannot do: pyproject.toml allows them.
+SAFETENSORS_HAS_COMPLEX = Version(version("safetensors")) >= Version("0.7")
+TRANSFORMERS_5 = Version(version("transformers")) >= Version("5")
 
 # What hypothesis says of an example that takes long would depend on what else the machine does.
 settings.register_profile(

@@ -207,6 +207,9 @@ def _is_number(text: str) -> bool:
 
 
 def _parse(arguments: Sequence[str], console: Console) -> int:
+    # click before 8.2 would print the help and succeed.
+    if not arguments:
+        raise UsageError("no command is given", "See losscli --help")
     # Imported within `run`, which handles Ctrl-C: typer takes a tenth of a second to import.
     import typer
 
@@ -217,7 +220,7 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
     notes = _Notes(console)
     logging.getLogger("losscli").addHandler(notes)
     # typer writes the help itself, and ends the process after --install-completion.
-    helps = not arguments or not {"-h", "--help"}.isdisjoint(arguments)
+    helps = not {"-h", "--help"}.isdisjoint(arguments)
     completes = not _COMPLETION.isdisjoint(arguments[:1])
     try:
         status = app(args=list(arguments), prog_name="losscli", standalone_mode=False, obj=console)
@@ -240,7 +243,7 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
     except click_exception as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "losscli")
         raise UsageError(
-            error.format_message() or "no command is given",
+            error.format_message(),
             _comma_hint(arguments) or f"See {command} --help",
         ) from None
     finally:

@@ -1022,8 +1022,13 @@ def hanging_up(i: int) -> tuple[Tensor, int]:
 @linux
 @pytest.mark.parametrize("make", [Rows, Coming])
 def test_a_run_that_ends_while_it_takes_a_batch_leaves_no_traceback(
-    make: Any, cramped: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+    make: Any,
+    cramped: Callable[[int], None],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Tokenizers of other tests would complain of the fork.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     cramped(10)
     given = DataLoader(make(hanging_up), 5, num_workers=1, multiprocessing_context="fork")
     split = from_object(given, "here").splits["data"]
