@@ -61,13 +61,6 @@ class _Breaking:
         self._journal.record(key, arrays)
 
 
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No power is lost here, and to wait for the disk takes a while."""
-    monkeypatch.setattr("losscli.evaluation.journal.journal.sync", lambda _: None)
-    monkeypatch.setattr("losscli.evaluation.journal.journal.sync_folder", lambda _: None)
-
-
 def build(
     case: Case,
     dtype: torch.dtype = torch.float32,
