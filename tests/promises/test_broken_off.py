@@ -143,9 +143,7 @@ def test_a_signal_keeps_what_was_finished_and_says_where(
     assert results(folder) == whole
 
 
-def test_killed_between_two_files_of_the_results(
-    folder: Path, log: Path, losscli: Losscli
-) -> None:
+def test_killed_between_two_files_of_the_results(folder: Path, log: Path, losscli: Losscli) -> None:
     whole = truth(LINE, folder, losscli)
 
     def arm(files: int) -> Callable[[], None]:

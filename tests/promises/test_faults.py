@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import io
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,10 @@ def begin(command: list[str], errors: Path) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
         os.setpgid(0, 0)
         torch.set_num_threads(1)
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
-        sys.stderr = errors.open("w", 1, encoding="utf-8")
-        os.dup2(sys.stderr.fileno(), 2)
-        main(command)
+        with errors.open("w", 1, encoding="utf-8") as stderr, redirect_stderr(stderr):
+            os.dup2(stderr.fileno(), 2)
+            with redirect_stdout(io.StringIO()):
+                main(command)
     except SystemExit as end:
         os._exit(int(end.code or 0))
     finally:

@@ -497,7 +497,7 @@ def test_what_is_no_journal_gets_another_name(content: bytes, stem: Path, path: 
 # -- one run at a time ------------------------------------------------------------------------
 
 _CHILD = """
-import os, sys, time
+import os, signal, sys
 from pathlib import Path
 import numpy as np
 from losscli.evaluation.journal import Journal
@@ -507,7 +507,7 @@ journal.record("r0", {"x": np.arange(3)})
 worker = os.fork()
 if not worker:
     print(os.getpid(), flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 
