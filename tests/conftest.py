@@ -42,6 +42,11 @@ _INSTALLED = (
 )
 spec._library_folders = lambda: _INSTALLED
 
+# For devices that are not there, torch.manual_seed keeps the stack of each call, deep as it is.
+if not torch.cuda.is_available():
+    for _device in (torch.cuda, torch.xpu, torch.mtia):
+        _device._is_in_bad_fork = lambda: True
+
 # No power is lost here, and to wait for the disk takes a while.
 os.fsync = lambda _: None
 
