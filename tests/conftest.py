@@ -24,6 +24,10 @@ from tests import warm
 
 ROOT = Path(__file__).parent.parent
 
+# Tests write a user's code, and write it again within the second that compiled modules go by.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+
 # What hypothesis says of an example that takes long would depend on what else the machine does.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
