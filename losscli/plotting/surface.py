@@ -396,7 +396,7 @@ def draw_surface(axes: Axes3D, scale: Scale, contours: Contours) -> None:
     colours[:, :3] *= (0.74 + 0.26 * bright)[:, None]
 
     towards_eye = 0.04 * _towards_eye(axes)
-    strokes, stroke_colours = [], []
+    strokes, stroke_colours = [], [colours]
     for level, line in contours.segments():
         # As short as the facets, since Matplotlib sorts both by depth.
         length = np.concatenate([[0], np.hypot(*(np.diff(line, axis=0) / size[:2]).T).cumsum()])
@@ -405,8 +405,8 @@ def draw_surface(axes: Axes3D, scale: Scale, contours: Contours) -> None:
         points = np.column_stack([*along, np.full(len(positions), level)]) + towards_eye
         # A stroke is a degenerate quadrilateral, so that it fits into the array of facets.
         strokes += [points[[k, k + 1, k + 1, k]] for k in range(len(positions) - 1)]
-        stroke_colours += _line_colours(np.array([level])) * (len(positions) - 1)
-    colours = [*colours, *stroke_colours]
+        stroke_colours += [np.repeat(_line_colours(np.array([level])), len(positions) - 1, 0)]
+    colours = np.concatenate(stroke_colours)
     widths = [0.3] * len(facets) + [0.7] * len(strokes)
     surface = Poly3DCollection(
         np.array([*facets, *strokes]),
@@ -583,8 +583,9 @@ def finish_layout(figure: Figure) -> None:
     engine = figure.get_layout_engine()
     assert engine is not None
     axes_3d = [axes for axes in figure.axes if isinstance(axes, Axes3D)]
-    if axes_3d and mpl.__version_info__[:2] < (3, 11):
-        # Before Matplotlib 3.11 the labels of 3D axes have no position until they are drawn.
+    # Before Matplotlib 3.11 the labels of 3D axes have no position until they are drawn.
+    drawn_first = bool(axes_3d) and mpl.__version_info__[:2] < (3, 11)
+    if drawn_first:
         figure.set_layout_engine("none")
         figure.draw_without_rendering()
         figure.set_layout_engine(engine)
@@ -594,9 +595,13 @@ def finish_layout(figure: Figure) -> None:
     freeze(figure)
     page = figure.transSubfigure.inverted()
     cells = [axes.get_position(original=True) for axes in axes_3d]
+    for axes in figure.axes if axes_3d else ():
+        if axes.get_aspect() != "auto":
+            axes.apply_aspect()
     # Text keeps its size, so one step does not reach the final scale.
     for _ in range(3 if axes_3d else 0):
-        figure.draw_without_rendering()
+        if drawn_first:
+            figure.draw_without_rendering()
         for axes, cell in zip(axes_3d, cells, strict=True):
             _thin_ticks(axes)
             drawn = axes.get_tightbbox().transformed(page)

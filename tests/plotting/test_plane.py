@@ -306,7 +306,7 @@ ODD = {
 SURFACE = ("no rows", "one column", "constant", "huge and tiny", "nan", "no place")
 
 
-@pytest.mark.usefixtures("laid_out")
+@pytest.mark.usefixtures("laid_out", "coarse")
 @pytest.mark.filterwarnings("ignore:Glyph")  # measured here outside of render
 @pytest.mark.parametrize(
     ("case", "surface"),

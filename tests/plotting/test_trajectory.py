@@ -307,7 +307,7 @@ ODD = {
 LOG = ("no rows", "constant", "huge and tiny", "too large", "nan")
 
 
-@pytest.mark.usefixtures("laid_out")
+@pytest.mark.usefixtures("laid_out", "coarse")
 @pytest.mark.filterwarnings("ignore:Glyph")  # measured here outside of render
 @pytest.mark.parametrize(
     ("case", "log"),

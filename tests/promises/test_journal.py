@@ -98,13 +98,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run.journal"
 
 
-@pytest.fixture
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a loss of power would do is not tried, and a thousand syncs take a while."""
-    monkeypatch.setattr(room, "sync", lambda file: None)
-    monkeypatch.setattr(room, "sync_folder", lambda folder: None)
-
-
 # -- what goes in comes out -------------------------------------------------------------------
 
 
@@ -156,7 +149,6 @@ def _arrays(draw: st.DrawFn) -> NDArray[Any]:
     return array[..., ::2] if array.ndim and draw(st.booleans()) else array
 
 
-@pytest.mark.usefixtures("unsynced")
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.text(), st.dictionaries(st.text(), _arrays(), max_size=3)), max_size=4)
@@ -256,7 +248,6 @@ def test_the_file_is_as_its_description_says(stem: Path, path: Path) -> None:
 # -- what is broken is cut off ----------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_of_a_journal_that_is_cut_anywhere_the_whole_records_stay(stem: Path, path: Path) -> None:
     content, ends = three(stem)
     for cut in range(len(content)):
@@ -278,7 +269,6 @@ def test_of_a_journal_that_is_cut_anywhere_the_whole_records_stay(stem: Path, pa
         assert files(path.parent) == []
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_no_byte_can_be_changed_into_a_wrong_array(stem: Path, path: Path) -> None:
     content, ends = three(stem)
     draw = random.Random(0)
@@ -302,7 +292,6 @@ def test_no_byte_can_be_changed_into_a_wrong_array(stem: Path, path: Path) -> No
                 other.unlink()
 
 
-@pytest.mark.usefixtures("unsynced")
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_no_mutation_gives_a_wrong_array(data: st.DataObject) -> None:
@@ -515,7 +504,7 @@ def test_what_is_no_journal_gets_another_name(content: bytes, stem: Path, path: 
 # -- one run at a time ------------------------------------------------------------------------
 
 _CHILD = """
-import os, sys, time
+import os, signal, sys
 from pathlib import Path
 import numpy as np
 from losscli.evaluation.journal import Journal
@@ -525,7 +514,7 @@ journal.record("r0", {"x": np.arange(3)})
 worker = os.fork()
 if not worker:
     print(os.getpid(), flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 

@@ -61,13 +61,6 @@ class _Breaking:
         self._journal.record(key, arrays)
 
 
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No power is lost here, and to wait for the disk takes a while."""
-    monkeypatch.setattr("losscli.evaluation.journal.journal.sync", lambda _: None)
-    monkeypatch.setattr("losscli.evaluation.journal.journal.sync_folder", lambda _: None)
-
-
 def build(
     case: Case,
     dtype: torch.dtype = torch.float32,
@@ -124,6 +117,7 @@ def broken_anywhere(
     run: Callable[[Any], Any],
     resumed: Callable[[Any], Any],
     *,
+    first: int = 0,
     coarse: int = 1000,
     steady: bool = True,
 ) -> list[Any]:
@@ -133,7 +127,7 @@ def broken_anywhere(
     """
     found: list[Any] = []
     recorded: set[int] = set()
-    records = 0
+    records = first
     while True:
         with Journal.open(stem, "i", {}) as journal:
             try:
@@ -376,8 +370,8 @@ def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
         return [to_json(summary), *(table.to_csv() for table in tables)]
 
     truth = told(None)
-    found = broken_anywhere(tmp_path / "run", told, told, coarse=1)
-    assert len(found) > 2
+    found = broken_anywhere(tmp_path / "run", told, told, first=1, coarse=1)
+    assert len(found) > 1
     assert all(one == truth for one in found)
 
 
