@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import io
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +28,10 @@ ROOT = Path(__file__).parent.parent
 # What older versions cannot do: pyproject.toml allows them.
 SAFETENSORS_HAS_COMPLEX = Version(version("safetensors")) >= Version("0.7")
 TRANSFORMERS_5 = Version(version("transformers")) >= Version("5")
+
+# Tests write a user's code, and write it again within the second that compiled modules go by.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 # What hypothesis says of an example that takes long would depend on what else the machine does.
 settings.register_profile(
