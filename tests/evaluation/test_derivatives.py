@@ -582,7 +582,7 @@ def test_right_derivatives_are_verified_whatever_is_computed_in_inside(
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         objective, line = ready(case, dtype=dtype)
         found = slopes(objective, line, ALPHAS)["all"]
-        assert not objective.remarks
+        assert not objective.notes
         if (name, inside, dtype) == ("tanh", torch.float32, torch.float64):
             expected = [differences(stopped.case(middle), alpha)[0] for alpha in ALPHAS]
             np.testing.assert_allclose(found.slope, np.array(expected)[:, 0], rtol=1e-4, atol=1e-6)
@@ -619,7 +619,7 @@ def test_without_float64_derivatives_are_right_or_refused_or_noted(
             slopes(objective, line, ALPHAS)
         except ModelError as error:
             refused = "detached" in error.what
-        noted = any("not verified" in note for note in objective.remarks)
+        noted = any("not verified" in note for note in objective.notes)
         assert not refused or name in wrong
         assert refused or noted or name not in wrong
         if dtype == torch.bfloat16:
