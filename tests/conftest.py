@@ -24,10 +24,6 @@ from tests import warm
 
 ROOT = Path(__file__).parent.parent
 
-# Tests write a user's code, and write it again within the second that compiled modules go by.
-sys.dont_write_bytecode = True
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-
 # What hypothesis says of an example that takes long would depend on what else the machine does.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -56,8 +52,14 @@ os.fsync = lambda _: None
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what is imported by now out of the search for garbage, a tenth of all time."""
+    """Leaves what is imported by now out of the search for garbage, a tenth of all time.
+
+    From now on no compiled module is kept: tests write a user's code, and write it again within the
+    second that compiled modules go by.
+    """
     gc.freeze()
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
