@@ -20,7 +20,7 @@ from losscli.data import DataSet, Split
 from losscli.errors import ModelError
 from losscli.evaluation import decompositions as elementary
 from losscli.evaluation import derivatives as module
-from losscli.evaluation.derivatives import Slopes, _Course, _settle, _Way, slopes
+from losscli.evaluation.derivatives import Slopes, _Course, _Way, slopes
 from losscli.evaluation.differences import (
     NEEDED,
     POINTS,
@@ -64,33 +64,11 @@ def found_in(case: Case, alphas: list[float] = ALPHAS, **settings: Any) -> Slope
 
 
 @cache
-def verified_in_float64(case: Case) -> tuple[Slopes, _Way]:
-    """In one batch, which has room for all examples; and the way that was chosen."""
-    ways: list[tuple[_Way, str]] = []
-
-    def settle(*arguments: Any) -> tuple[_Way, str]:
-        ways.append(_settle(*arguments))
-        return ways[-1]
-
+def found_in_float64(case: Case, batch_size: int | None = None) -> Slopes:
+    """By default in one batch; in forward mode, without comparing with differences first."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_settle", settle)
-        found = found_in(case)
-    ((way, doubt),) = ways
-    assert not doubt
-    return found, way
-
-
-def found_in_float64(case: Case) -> Slopes:
-    return verified_in_float64(case)[0]
-
-
-@cache
-def found_in_batches(case: Case) -> Slopes:
-    """In float64 and in two batches, in the way that was verified for all examples at once."""
-    way = verified_in_float64(case)[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_settle", lambda *_: (way, ""))
-        return found_in(case, batch_size=19)
+        patch.setattr(module, "_settle", lambda *_: (_Way.FORWARD, ""))
+        return found_in(case, batch_size=batch_size)
 
 
 @cache
@@ -129,7 +107,7 @@ def differences(case: Case, alpha: float) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("case", WHOLE, ids=str)
 @pytest.mark.parametrize("points", [[0, 1], pytest.param([2], marks=pytest.mark.stress)])
 def test_derivatives_are_those_of_a_plain_float64_loop(case: Case, points: list[int]) -> None:
-    found = found_in_batches(case)
+    found = found_in_float64(case, 19)
     for i in points:
         expected, errors = differences(case, ALPHAS[i])
         scale = max(1.0, np.abs(expected).max())
@@ -152,6 +130,19 @@ def test_forward_and_reverse_mode_agree(case: Case) -> None:
         np.testing.assert_allclose(forward, reverse, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in WHOLE[::4] else pytest.mark.stress) for case in WHOLE],
+    ids=str,
+)
+def test_derivatives_are_verified_in_float64_too(case: Case) -> None:
+    objective, line = ready(case)
+    found, expected = slopes(objective, line, ALPHAS)["all"], found_in_float64(case)
+    assert not objective.remarks
+    torch.testing.assert_close(found.slope, expected.slope, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(found.curvature, expected.curvature, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("case", WHOLE, ids=str)
 def test_float32_is_near_float64(case: Case) -> None:
     single, double = found_in(case, dtype=torch.float32), found_in_float64(case)
@@ -162,7 +153,7 @@ def test_float32_is_near_float64(case: Case) -> None:
 
 @pytest.mark.parametrize("case", WHOLE, ids=str)
 def test_any_batch_gives_the_same_numbers(case: Case) -> None:
-    whole, parts = found_in_float64(case), found_in_batches(case)
+    whole, parts = found_in_float64(case), found_in_float64(case, 19)
     torch.testing.assert_close(parts.slope, whole.slope, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(parts.curvature, whole.curvature, rtol=1e-11, atol=1e-13)
 

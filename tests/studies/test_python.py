@@ -143,8 +143,7 @@ def of_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
             *(function, kind),
             # All functions read their checkpoints in one of two places.
             marks=()
-            if function in {"interpolate", "trajectory", "inspect"}
-            or kind in {"module", "checkpoint"}
+            if function in {"interpolate", "trajectory", "inspect"} or kind == "module"
             else pytest.mark.stress,
         )
         for function in [*LINES, *PATHS]
