@@ -68,7 +68,7 @@ def found_in(case: Case, alphas: list[float] = ALPHAS, **settings: Any) -> Slope
 def found_in_float64(case: Case, batch_size: int | None = None) -> Slopes:
     """By default in one batch; in forward mode, without comparing with differences first."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_settle", lambda *_: (_Way.FORWARD, ""))
+        patch.setattr(derivatives, "choose_method", lambda *_: (Method.FORWARD, ""))
         return found_in(case, batch_size=batch_size)
 
 
