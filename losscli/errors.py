@@ -65,7 +65,17 @@ class ChangedError(CheckpointError):
 
 
 class MismatchError(LosscliError):
-    """Two checkpoints, or a checkpoint and a model, do not have the same tensors."""
+    """Two checkpoints, or a checkpoint and a model, do not have the same tensors.
+
+    Args:
+        what: What is wrong, and where.
+        cure: How to fix it.
+        option: The options of a study with which they would fit; empty if there are none.
+    """
+
+    def __init__(self, what: str, cure: str = "", option: str = "") -> None:
+        super().__init__(what, cure)
+        self.option = option
 
 
 class ModelError(LosscliError):

@@ -46,6 +46,11 @@ class Settings:
             except for BatchNorm statistics, which are re-estimated at every point.
         only: Patterns of the tensors that move; empty for all.
         except_: Patterns of the tensors that stay at A.
+        ignore_unexpected: Whether tensors of a checkpoint that the model does not have are ignored.
+        allow_missing: Patterns of tensors of the model that a checkpoint may lack; they keep the
+            model's initial values.
+        rename: Renames of the tensors of the checkpoints, ``OLD=NEW``: each replaces the first
+            run of components OLD in a name, such as ``fc=head`` in ``fc.weight``.
         seed: The seed of all random choices.
     """
 
@@ -64,6 +69,9 @@ class Settings:
     buffers: Buffers = "interpolate"
     only: tuple[str, ...] = ()
     except_: tuple[str, ...] = ()
+    ignore_unexpected: bool = False
+    allow_missing: tuple[str, ...] = ()
+    rename: tuple[str, ...] = ()
     seed: int = 0
 
     def __new__(cls, *_: Any, **options: Any) -> Self:

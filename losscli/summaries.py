@@ -126,6 +126,9 @@ class Provenance(_Except, Counts, total=False):
     buffers: str
     recalibration: Recalibration | None
     only: list[str]
+    ignore_unexpected: bool
+    allow_missing: list[str]
+    rename: list[str]
     checkpoints: list[CheckpointEntry]
 
 

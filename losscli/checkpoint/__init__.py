@@ -15,6 +15,7 @@ from losscli.checkpoint.names import Versions, loadable
 from losscli.checkpoint.order import expand_folders, order_path
 from losscli.checkpoint.reading import find_base, read
 from losscli.checkpoint.renaming import select_for
+from losscli.checkpoint.rules import NameRules
 from losscli.checkpoint.saving import save
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointLike",
     "InMemoryCheckpoint",
     "LoadHooks",
+    "NameRules",
     "Versions",
     "expand_folders",
     "find_base",

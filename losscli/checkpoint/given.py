@@ -62,6 +62,12 @@ class InMemoryCheckpoint(str):
             content = loadable(value.weights, value.versions, value.extra)
         else:
             metadata = metadata_of(value)
+            # Each may be a module of one model.
+            modules = {key: part for key, part in value.items() if isinstance(part, nn.Module)}
+            for key, part in modules.items():
+                _require_values(part, f"{label}[{key!r}]")
+            if modules:
+                content = {**value, **{key: part.state_dict() for key, part in modules.items()}}
         candidates = dict(state_dicts(content))
         file = CheckpointFile(
             label, None, candidates, metadata, (), quantised=find_packed_parameters(content)

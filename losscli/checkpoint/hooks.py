@@ -7,6 +7,7 @@ stored versions. For example, a parametrised model loads ``weight_g`` and ``weig
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,6 +72,23 @@ class LoadHooks:
                 continue
         return None
 
+    def translate_leniently(
+        self, weights: Weights
+    ) -> Iterator[tuple[StateDict, tuple[str, ...], tuple[str, ...]]]:
+        """Loads a state dict with ``load_state_dict(weights, strict=False)``.
+
+        Args:
+            weights: The state dict, which may have a prefix or names of wrappers.
+
+        Yields:
+            For each prefix, the resulting ``state_dict`` of the model, with its initial values of
+            missing tensors; the names of these; and the names that the model does not have.
+        """
+        if any(map(_has_hooks, self._model.modules())):
+            for state in self.views(weights):
+                with contextlib.suppress(ModelError):
+                    yield self._load_into_copy(state, strict=False)
+
     def views(self, weights: Weights) -> Iterator[StateDict]:
         """Selects the tensors under each prefix that has many of the model's modules.
 
@@ -133,15 +151,27 @@ class LoadHooks:
             if (text := one_line(error)).startswith(_LOAD_ERROR):
                 raise ModelError(text) from None
         # A hook needs values, or the model overrides load_state_dict and assigns nothing.
+        return self._load_into_copy(state, strict=True)[0]
+
+    def _load_into_copy(
+        self, state: StateDict, *, strict: bool
+    ) -> tuple[StateDict, tuple[str, ...], tuple[str, ...]]:
+        """Loads a state dict into a copy of the initial model.
+
+        Returns:
+            The resulting state dict, and the missing and the unexpected names.
+        """
         if self._initial is None:
             self._initial = copy_model(self._model, Tensor.clone)
         full_model = self._initial and copy_model(self._initial, Tensor.clone)
         if full_model is None:
             raise ModelError("the model cannot be copied with copy.deepcopy")
+        tensors = {n: t.clone() for n, t in state.items()}
         try:
-            tensors = {n: t.clone() for n, t in state.items()}
-            full_model.load_state_dict(loadable(tensors, state.versions, state.extra), strict=True)
-            return _state_of(full_model)
+            loaded = full_model.load_state_dict(
+                loadable(tensors, state.versions, state.extra), strict=strict
+            )
+            return _state_of(full_model), tuple(loaded[0]), tuple(loaded[1])
         except Exception as error:  # noqa: BLE001 - hooks are the user's code
             raise ModelError(one_line(error)) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
@@ -79,7 +79,7 @@ class Part:
         prefix: The prefix; empty for the whole state dict, even if all its names share a prefix.
         weights: The tensors under the model's names. If the part holds the model, a `StateDict`
             with the versions and the extra state of its modules.
-        holds: Whether it has all tensors of the model.
+        holds: Whether it has all tensors of the model, except those that may be missing.
         fits: Whether it has exactly the tensors of the model.
     """
 
@@ -294,7 +294,10 @@ def loadable(
 
 
 def find_parts(
-    weights: Weights, expected: Weights, aliases: Mapping[str, list[str]]
+    weights: Weights,
+    expected: Weights,
+    aliases: Mapping[str, list[str]],
+    optional: Collection[str] = (),
 ) -> Iterator[Part]:
     """Finds the parts of a state dict that may hold a model.
 
@@ -305,13 +308,14 @@ def find_parts(
         weights: The state dict.
         expected: The state dict of the model.
         aliases: The aliases of tied tensors; a file may omit all aliases of a tensor but one.
+        optional: The names of tensors of the model that may be missing.
 
     Yields:
         The parts that hold the model. If there are none, the whole and all parts that share names
         with the model.
     """
     model_names = {name: name for name in expected}
-    whole = _match_group("", weights, weights, str, model_names, expected, aliases)
+    whole = _match_group("", weights, weights, str, model_names, expected, aliases, optional)
     if whole and whole.fits:  # the common case
         yield whole
         return
@@ -324,7 +328,9 @@ def find_parts(
         model_names = {normalise(name): name for name in expected}
         holders: dict[tuple[int, ...], Part] = {}
         for prefix, group in groups.items():
-            part = _match_group(prefix, group, weights, normalise, model_names, expected, aliases)
+            part = _match_group(
+                prefix, group, weights, normalise, model_names, expected, aliases, optional
+            )
             if part is None:
                 continue
             # A prefix that all names share, such as that of DDP, does not separate a part.
@@ -335,7 +341,7 @@ def find_parts(
                 partial.append(part)
                 continue
             # A shorter prefix may select the same tensors, through wrappers, and others.
-            tensors = tuple(id(part.weights[name]) for name in expected)
+            tensors = tuple(id(part.weights.get(name)) for name in expected)
             if tensors not in holders or (part.fits and not holders[tensors].fits):
                 holders[tensors] = part
         if holders:
@@ -365,6 +371,7 @@ def _match_group(
     model_names: Mapping[str, str],
     expected: Weights,
     aliases: Mapping[str, list[str]],
+    optional: Collection[str],
 ) -> Part | None:
     """Renames the tensors under a prefix to the model's names; None if they share no name."""
     normalised = {normalise(name): tensor for name, tensor in group.items()}
@@ -374,11 +381,12 @@ def _match_group(
     if not common:
         return None if prefix else Part(prefix, group, holds=False, fits=False)
     renamed = {model_names.get(name, name): tensor for name, tensor in normalised.items()}
-    if common < len(expected) - len(aliases):
+    if common < len(expected) - len(aliases) - len(optional):
         return Part(prefix, renamed, holds=False, fits=False)
     filled = _fill_tied(renamed, aliases)
     shared = {name: tensor for name, tensor in filled.items() if name in expected}
-    holds = not mismatches(shared, expected)
+    absent = {name for name in optional if name not in shared}
+    holds = not mismatches(shared, {n: t for n, t in expected.items() if n not in absent})
     if holds:
         # Of modules with equal names without wrappers, the innermost has the tensors.
         modules = sorted({name[:dot] for name in expected for dot in _dots(name)}, key=len)

@@ -10,6 +10,7 @@ from losscli.checkpoint.files import read_file
 from losscli.checkpoint.folders import is_index, read_adapter, read_folder, read_index
 from losscli.checkpoint.given import InMemoryCheckpoint
 from losscli.checkpoint.names import state_dicts
+from losscli.checkpoint.parts import combine, split_parts
 from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import CheckpointFile, consolidation_hint
 from losscli.errors import CheckpointError
@@ -21,7 +22,8 @@ def read(name: str) -> CheckpointFile:
     """Reads a checkpoint without running code in it.
 
     Args:
-        name: ``FILE``, ``FILE#KEY``, a folder that is one checkpoint, or an object.
+        name: ``FILE``, ``FILE#KEY``, a folder that is one checkpoint, several of them as the
+            modules of one model (``netG=G.pth+netD=D.pth``), or an object.
 
     Returns:
         The content, memory-mapped if the format allows it.
@@ -32,6 +34,8 @@ def read(name: str) -> CheckpointFile:
     """
     if isinstance(name, InMemoryCheckpoint):
         file = name.file
+    elif parts := split_parts(name):
+        file = combine(name, {module: _read_part(part, name) for module, part in parts.items()})
     else:
         path, key = _split_key(name)
         try:
@@ -82,6 +86,13 @@ def find_base(names: Sequence[str]) -> str | None:
                 "Name the checkpoint that both change first",
             )
     return base
+
+
+def _read_part(part: str, name: str) -> CheckpointFile:
+    try:
+        return read(part)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error.what}, in {name}", error.cure) from None
 
 
 def _is_folder(name: str) -> bool:

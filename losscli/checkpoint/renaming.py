@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from losscli.checkpoint.hooks import LoadHooks
 from losscli.checkpoint.names import OPTIMISER, StateDict
+from losscli.checkpoint.parts import join_parts, join_state_dicts
+from losscli.checkpoint.rules import NameRules
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 from losscli.errors import CheckpointError, MismatchError, ModelError
 from losscli.weight_space.digest import digest
@@ -36,6 +38,7 @@ def select_for(
     model: nn.Module,
     base: Checkpoint | None = None,
     hooks: LoadHooks | None = None,
+    rules: NameRules | None = None,
 ) -> Checkpoint:
     """Selects the state dict that fits a model or that the model can load.
 
@@ -48,6 +51,7 @@ def select_for(
         base: The checkpoint that an adapter changes.
         hooks: The load hooks of the model before anything was loaded; by default those that it
             has now.
+        rules: What the checkpoint may have too much, too little or under another name.
 
     Returns:
         The checkpoint with the model's names.
@@ -57,7 +61,9 @@ def select_for(
         MismatchError: No state dict fits, or aliases of a tied tensor have different values.
     """
     expected = _tensors(model.state_dict())
-    hooks = hooks or LoadHooks(model)
+    hooks, rules = hooks or LoadHooks(model), rules or NameRules()
+    if not file.adapter:
+        file = rules.rename(join_parts(file, expected) if file.parts else file)
     try:
         found = file.select(expected, base, model=model)
     except MismatchError:
@@ -66,6 +72,10 @@ def select_for(
         translated = _translate_with_hooks(file, hooks, expected)
         if translated is None:
             translated = _load_with_transformers(file, model, expected)
+        if translated is None and (joined := join_state_dicts(file, expected)):
+            return select_for(joined, model, hooks=hooks, rules=replace(rules, renames={}))
+        if translated is None:
+            translated = _load_leniently(file, hooks, expected, rules)
         if translated is None:
             raise
         found = translated
@@ -113,6 +123,44 @@ def _translate_with_hooks(
     if len(found) > 1:
         raise file.ambiguous(list(found))
     return next((file.checkpoint(weights) for weights in found.values()), None)
+
+
+def _load_leniently(
+    file: CheckpointFile, hooks: LoadHooks, expected: Weights, rules: NameRules
+) -> Checkpoint | None:
+    """Loads a state dict with the missing and unexpected tensors that the rules allow."""
+    if not rules.are_lenient:
+        return None
+    try:
+        found = file.select(
+            expected, optional=rules.initial, ignore_unexpected=rules.ignore_unexpected
+        )
+    except MismatchError:
+        # The names may be those of an older version, which hooks change.
+        return _load_leniently_with_hooks(file, hooks, expected, rules)
+    weights, missing = rules.complete(found.weights)
+    found = replace(found, weights=weights, missing=missing)
+    if missing and (loaded := _load_leniently_with_hooks(file, hooks, expected, rules)):
+        found = min(found, loaded, key=lambda checkpoint: len(checkpoint.missing))
+    if hooks.are_custom or found.extra:
+        applied = _apply_hooks(file, found, hooks, expected)
+        return replace(applied, missing=found.missing, unexpected=found.unexpected)
+    return found
+
+
+def _load_leniently_with_hooks(
+    file: CheckpointFile, hooks: LoadHooks, expected: Weights, rules: NameRules
+) -> Checkpoint | None:
+    """Loads the only state dict with ``load_state_dict(strict=False)``, if the rules allow it."""
+    try:
+        stored = file.select(None)
+    except CheckpointError:
+        return None
+    for weights, missing, unexpected in hooks.translate_leniently(stored.weights):
+        allowed = rules.ignore_unexpected or not unexpected
+        if allowed and rules.initial.keys() >= set(missing) and not mismatches(weights, expected):
+            return replace(file.checkpoint(weights), missing=missing, unexpected=unexpected)
+    return None
 
 
 def _load_with_transformers(

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from losscli.checkpoint.names import OPTIMISER, Part, StateDict, Versions, find_parts, tensors_under
+from losscli.checkpoint.names import (
+    OPTIMISER,
+    Part,
+    StateDict,
+    Versions,
+    find_parts,
+    module_state_under,
+    tensors_under,
+)
 from losscli.checkpoint.quantised import find_quantisation
 from losscli.errors import CheckpointError, MismatchError
 from losscli.files import open_regular
@@ -44,6 +52,9 @@ class Checkpoint:
         digest: The digest of the tensors, if the checkpoint was passed as a Python object.
         versions: The versions of the modules that saved the tensors.
         extra: The extra state of modules that is not a tensor, by key.
+        parts: The files of each part, by ``MODULE=FILE``, if several files make up the model.
+        missing: The tensors that it lacks, which have the model's initial values.
+        unexpected: The tensors in the file that the model does not have, and that are ignored.
     """
 
     name: str
@@ -54,14 +65,17 @@ class Checkpoint:
     digest: str | None = None
     versions: Versions = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
 
     def sha256(self) -> str | None:
         """Computes the SHA-256 of the checkpoint.
 
         Returns:
             The hexadecimal digest: of the content, for a single file; of the names and digests in
-            the format of ``sha256sum``, for several files; of the tensors, for an object. None
-            for an initialisation.
+            the format of ``sha256sum``, for several files or parts; of the tensors, for an object.
+            None for an initialisation.
 
         Raises:
             CheckpointError: A file cannot be read any more.
@@ -70,13 +84,13 @@ class Checkpoint:
         if not files:
             return self.digest
         try:
-            digests = [_digest(file) for file in files]
+            if self.parts:
+                # With the modules, since two parts may be exchanged.
+                parts = {label: _digest_of_all(each) for label, each in self.parts.items()}
+                return _digest_of_list(parts)
+            return _digest_of_all(files)
         except OSError as error:
             raise CheckpointError(f"{self.name}: {error.strerror}") from None
-        if len(files) == 1:
-            return digests[0]
-        lines = sorted(f"{d}  {f.name}\n" for d, f in zip(digests, files, strict=True))
-        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
     def stamp(self) -> tuple[tuple[int, int, int], ...]:
         """Identifies the current version of the files.
@@ -99,6 +113,17 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _digest_of_all(files: Sequence[Path]) -> str:
+    if len(files) == 1:
+        return _digest(files[0])
+    return _digest_of_list({file.name: _digest(file) for file in files})
+
+
+def _digest_of_list(digests: Mapping[str, str]) -> str:
+    lines = sorted(f"{digest}  {name}\n" for name, digest in digests.items())
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def _unchanged(weights: Weights) -> Weights:
     return weights
 
@@ -118,6 +143,7 @@ class CheckpointFile:
         fetch: Reads the selected tensors, if ``candidates`` has only their shapes.
         digest: The digest of the tensors of a Python object.
         live: Whether the tensors come from a module, which has loaded them already.
+        parts: The checkpoint of each module, if several files make up the model.
     """
 
     name: str
@@ -130,6 +156,7 @@ class CheckpointFile:
     fetch: Callable[[Weights], Weights] = _unchanged
     digest: str | None = None
     live: bool = False
+    parts: Mapping[str, CheckpointFile] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -236,6 +263,9 @@ class CheckpointFile:
         base: Checkpoint | None = None,
         owner: str = "the model",
         model: nn.Module | None = None,
+        optional: Collection[str] = (),
+        *,
+        ignore_unexpected: bool = False,
     ) -> Checkpoint:
         """Selects the state dict that fits a model and renames its tensors to the model's names.
 
@@ -246,6 +276,8 @@ class CheckpointFile:
                 tensors of the adapter itself are returned.
             owner: The owner of the expected tensors, for the errors.
             model: The model, into which some adapters are merged.
+            optional: The names of expected tensors that may be missing.
+            ignore_unexpected: Whether other tensors are ignored.
 
         Returns:
             The checkpoint.
@@ -265,25 +297,37 @@ class CheckpointFile:
             (weights,) = candidates.values()
             return self.checkpoint(self.fetch(weights))
         self.refuse_quantised()
-        return self.checkpoint(self.fetch(self._choose(expected, owner)))
-
-    def _choose(self, expected: Weights, owner: str) -> Weights:
         # Extra state of modules need not be a tensor.
         expected = {name: t for name, t in expected.items() if isinstance(t, Tensor)}
+        found = self._choose(expected, owner, optional, ignore_unexpected)
+        unexpected = tuple(name for name in found if name not in expected)
+        if unexpected:
+            known = {name: t for name, t in found.items() if name in expected}
+            versions, extra = module_state_under(found, "")
+            found = StateDict(known, versions, extra)
+        return replace(self.checkpoint(self.fetch(found)), unexpected=unexpected)
+
+    def _choose(
+        self, expected: Weights, owner: str, optional: Collection[str], ignore_unexpected: bool
+    ) -> Weights:
         aliases = tied_names(expected)
         labelled = [
             (label, part)
             for label, candidate in self.candidates.items()
-            for part in find_parts(candidate, expected, aliases)
+            for part in find_parts(candidate, expected, aliases, optional)
         ]
         matches = [
             (f"{label}.{part.prefix}".strip(".") if part.prefix else label, part)
             for label, part in labelled
             if part.holds
         ]
+        if optional:
+            # Of the parts that lack allowed tensors, those with the most of the model's.
+            counts = [len(part.weights.keys() & expected.keys()) for _, part in matches]
+            matches = [m for m, n in zip(matches, counts, strict=True) if n == max(counts)]
         if len(matches) > 1:
             raise self.ambiguous([label for label, _ in matches])
-        if matches and matches[0][1].fits:
+        if matches and (matches[0][1].fits or ignore_unexpected):
             return matches[0][1].weights
         others = [label for label in self.candidates if not OPTIMISER.fullmatch(label)]
 
@@ -307,8 +351,23 @@ class CheckpointFile:
         name = f"{self.where}#{key}" if key and (len(others) > 1 or part.prefix) else self.name
         rest = f" and {len(wrong) - _MAX_LISTED:,} more" if len(wrong) > _MAX_LISTED else ""
         raise MismatchError(
-            f"{name} does not fit {owner}: {'; '.join(_select_mismatches(wrong))}{rest}"
+            f"{name} does not fit {owner}: {'; '.join(_select_mismatches(wrong))}{rest}",
+            option=_option_for(part.weights, expected) or self._combination(expected),
         )
+
+    def _combination(self, expected: Weights) -> str:
+        """Names this file as one module of the model; empty if it holds no module."""
+        modules: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in expected.items():
+            module, _, rest = name.partition(".")
+            modules.setdefault(module, {})[rest] = tensor
+        for module, own in modules.items():
+            aliases = tied_names(own)
+            parts = (find_parts(weights, own, aliases) for weights in self.candidates.values())
+            if any(part.fits for found in parts for part in found):
+                files = dict.fromkeys(modules, "FILE") | {module: self.name}
+                return "+".join(f"{other}={file}" for other, file in files.items())
+        return ""
 
     def _merge_adapter(
         self, base: Checkpoint, expected: Weights | None, model: nn.Module | None
@@ -349,8 +408,18 @@ class CheckpointFile:
         module_state = (
             (weights.versions, weights.extra) if isinstance(weights, StateDict) else ({}, {})
         )
+        parts = {
+            f"{module}={Path(part.name).name}": part.files for module, part in self.parts.items()
+        }
         return Checkpoint(
-            self.name, weights, self.metadata, self.path, self.files, self.digest, *module_state
+            self.name,
+            weights,
+            self.metadata,
+            self.path,
+            self.files,
+            self.digest,
+            *module_state,
+            parts,
         )
 
     def ambiguous(self, labels: list[str], why: str = "") -> CheckpointError:
@@ -416,6 +485,52 @@ def _select_mismatches(wrong: Sequence[str]) -> list[str]:
         order.append((counts[kind], index))
         counts[kind] += 1
     return [wrong[index] for index in sorted(index for _, index in sorted(order)[:_MAX_LISTED])]
+
+
+def _option_for(found: Weights, expected: Weights) -> str:
+    """Returns the options with which a checkpoint would fit; empty if there are none."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    shared = {name: tensor for name, tensor in found.items() if name in expected}
+    if mismatches(shared, {name: expected[name] for name in shared}):
+        return ""
+    if renames := _renames(
+        {name: found[name].shape for name in unexpected},
+        {name: expected[name].shape for name in missing},
+    ):
+        return " ".join(f"--rename {shlex.quote(rename)}" for rename in renames)
+    if not shared:
+        return ""
+    options = ["--ignore-unexpected"] if unexpected else []
+    tops = dict.fromkeys(name.partition(".")[0] for name in missing)
+    given = {name.partition(".")[0] for name in shared}
+    patterns = dict.fromkeys(
+        pattern
+        for name in missing
+        for top in [name.partition(".")[0]]
+        for pattern in [name if top in given or "." not in name else f"{top}.*"]
+    )
+    if len(tops) > _MAX_LISTED or len(patterns) > _MAX_LISTED:
+        patterns = dict.fromkeys([*list(patterns)[: _MAX_LISTED - 1], "…"])
+    options += [f"--allow-missing {shlex.quote(p) if p != '…' else p}" for p in patterns]
+    return " ".join(options)
+
+
+def _renames(
+    unexpected: Mapping[str, torch.Size], missing: Mapping[str, torch.Size]
+) -> dict[str, None]:
+    """Finds renames of modules that turn unexpected tensors into all missing ones, if any."""
+    if not missing or len(missing) != len(unexpected):
+        return {}
+    found: dict[str, None] = {}
+    for (old, shape), (new, wanted) in zip(unexpected.items(), missing.items(), strict=True):
+        if shape != wanted:
+            return {}
+        a, b = old.split("."), new.split(".")
+        while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
+            a, b = a[:-1], b[:-1]
+        found[f"{'.'.join(a)}={'.'.join(b)}"] = None
+    return found if len(found) <= _MAX_LISTED else {}
 
 
 def consolidation_hint(path: Path) -> str:

@@ -35,6 +35,7 @@ Command = Callable[..., None]
 _WHAT = "What is evaluated"
 _HOW = "How it is evaluated"
 _MOVES = "What moves"
+_NAMES = "Names in the checkpoints"
 _OUTPUT = "Output"
 
 
@@ -176,6 +177,34 @@ _SETTINGS: dict[str, Any] = {
             metavar="GLOB",
         ),
     ],
+    "ignore_unexpected": Annotated[
+        bool,
+        _option(
+            _NAMES,
+            "Ignore tensors of a checkpoint that the model does not have.",
+            "--ignore-unexpected",
+        ),
+    ],
+    "allow_missing": Annotated[
+        list[str] | None,
+        _option(
+            _NAMES,
+            "Repeatable. A checkpoint may lack these tensors of the model, which then keep the "
+            "model's initial values.",
+            "--allow-missing",
+            metavar="GLOB",
+        ),
+    ],
+    "rename": Annotated[
+        list[str] | None,
+        _option(
+            _NAMES,
+            "Repeatable. In the names of the checkpoints, replace OLD by NEW: a whole name, or "
+            "components of it, such as fc=head for fc.weight.",
+            "--rename",
+            metavar="OLD=NEW",
+        ),
+    ],
 }
 
 _OUTPUT_OPTIONS: dict[str, Any] = {
@@ -217,6 +246,8 @@ _CONSOLE: dict[str, Any] = {
     ],
 }
 
+_REPEATABLE = {"metric", "split", "only", "except_", "allow_missing", "rename"}
+
 # For commands that take a path of checkpoints.
 KeepOrder = Annotated[
     bool,
@@ -239,6 +270,7 @@ _DEFAULTS: Mapping[str, Any] = {
     **dict.fromkeys(
         (
             "batch_loss",
+            "ignore_unexpected",
             "tf32",
             "no_figure",
             "log",
@@ -332,7 +364,7 @@ def with_some_settings(*names: str) -> Callable[[Command], Command]:
     """
 
     def gather(values: dict[str, Any]) -> dict[str, Any]:
-        for key in {"metric", "split", "only", "except_"} & values.keys():
+        for key in _REPEATABLE & values.keys():
             values[key] = tuple(values[key] or ())
         return {"settings": Settings(**values)}
 

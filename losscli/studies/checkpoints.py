@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, LoadHooks, read, select_for
+from losscli.checkpoint import (
+    Checkpoint,
+    InMemoryCheckpoint,
+    LoadHooks,
+    NameRules,
+    read,
+    select_for,
+)
 from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
 from losscli.models import RUNS_CODE
+from losscli.settings import Settings
 from losscli.studies.model import build
 from losscli.studies.specs import SourcedSpec
 from losscli.summaries import CheckpointEntry
 
 __all__ = ["Checkpoints", "is_same"]
 
-# Maximum number of checkpoints in an error whose mismatches are listed.
+# Maximum number of checkpoints in an error whose mismatches are listed, and of tensors in a note.
 _MAX_REASONS = 5
+_MAX_TENSORS = 3
 
 
 class Checkpoints:
     """Opens checkpoints by their names, for one model."""
 
     def __init__(
-        self, model: nn.Module, found: SourcedSpec, base: str | None, names: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        found: SourcedSpec,
+        base: str | None,
+        settings: Settings,
+        names: Sequence[str] = (),
     ) -> None:
         self._model = model
         self._hooks = LoadHooks(model)
         self._found = found
+        self._rules = NameRules.of(
+            {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)},
+            ignore_unexpected=settings.ignore_unexpected,
+            allow_missing=settings.allow_missing,
+            rename=settings.rename,
+        )
         self._base = base  # of adapters
         self._objects = {str(name): name for name in names if isinstance(name, InMemoryCheckpoint)}
         # The checkpoints without their tensors, and the stamps of their files.
@@ -43,8 +63,10 @@ class Checkpoints:
                 return _initialisation(name, self._found)
             file, base = read(self._objects.get(name, name)), None
             if file.adapter and self._base:
-                base = select_for(read(self._base), self._model, hooks=self._hooks)
-            checkpoint = select_for(file, self._model, base, self._hooks)
+                base = select_for(
+                    read(self._base), self._model, hooks=self._hooks, rules=self._rules
+                )
+            checkpoint = select_for(file, self._model, base, self._hooks, self._rules)
         if checkpoint.path is not None:
             stamp = checkpoint.stamp()
             if self._opened.setdefault(name, (replace(checkpoint, weights={}), stamp))[1] != stamp:
@@ -67,43 +89,66 @@ class Checkpoints:
             if now != stamp:
                 raise _changed(name)
 
-    def survey(self, names: Sequence[str]) -> tuple[list[CheckpointEntry], Checkpoint]:
+    def survey(self, names: Sequence[str]) -> tuple[list[CheckpointEntry], Checkpoint, list[str]]:
         """Opens each in turn, and reports all that do not match in one error.
 
         Args:
             names: Their names.
 
         Returns:
-            The entry of each in the summary, and the first checkpoint.
+            The entry of each in the summary, the first checkpoint, and notes on the tensors that
+            they lack or that are ignored.
 
         Raises:
             MismatchError: They do not have the model's tensors.
+            UsageError: A rename changes no name.
         """
         entries: dict[str, CheckpointEntry] = {}
         first: Checkpoint | None = None
         wrong: list[str] = []
         cures: list[str] = []
+        options: list[str] = []
+        notes: dict[str, list[str]] = {}
         for name in dict.fromkeys(names):
             try:
                 checkpoint = self.open(name)
             except MismatchError as error:
                 wrong.append(error.what)
                 cures.append(error.cure)
+                options.append(error.option)
                 continue
             path = str(checkpoint.path) if checkpoint.path else None
             entries[name] = {"name": name, "path": path, "sha256": checkpoint.sha256()}
             first = first or checkpoint
+            for note in _notes(checkpoint):
+                notes.setdefault(note, []).append(name)
             del checkpoint  # before the next one is opened
+        self._rules.check_used(names)
         if wrong:
             wrong = list(dict.fromkeys(wrong))
             more = f" | and {len(wrong) - _MAX_REASONS} more" if len(wrong) > _MAX_REASONS else ""
             raise MismatchError(
                 " | ".join(wrong[:_MAX_REASONS]) + more,
                 (cures[0] if all(cures) else "")
-                or f"The model is {self._found.text}; choose with -m",
+                or f"The model is {self._found.text}; choose with -m"
+                + (f", or give {options[0]}" if options[0] else ""),
             )
         assert first is not None
-        return [entries[name] for name in names], first
+        texts = [note.format(_join(names, 2)) for note, names in notes.items()]
+        return [entries[name] for name in names], first, texts
+
+
+def _notes(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yields notes on missing and ignored tensors; ``{}`` stands for the names of checkpoints."""
+    if some := checkpoint.missing:
+        yield f"missing in {{}}: {_join(some)}; the model's initial values stay"
+    if some := checkpoint.unexpected:
+        yield f"ignored in {{}}, since the model does not have them: {_join(some)}"
+
+
+def _join(names: Sequence[str], most: int = _MAX_TENSORS) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _changed(name: str) -> ChangedError:

@@ -37,6 +37,9 @@ _OPTIONS = {
     "buffers": "buffers",
     "only": "only",
     "except": "except",
+    "ignore-unexpected": "ignore_unexpected",
+    "allow-missing": "allow_missing",
+    "rename": "rename",
 }
 
 

@@ -202,10 +202,10 @@ def prepare(
         torch.manual_seed(settings.seed)
         model = build(found, file)
         _require_precision(model, settings.dtype)
-        checkpoints = Checkpoints(model, found, base, names)
+        checkpoints = Checkpoints(model, found, base, settings, names)
         # Plain names, so that checkpoints given as objects are not kept in memory.
         names = [str(name) for name in names]
-        entries, first = checkpoints.survey(names)
+        entries, first, found_notes = checkpoints.survey(names)
         whole, data_name = data_of(settings, specs.data)
         data = whole.select(settings.split, None, settings.seed)
         loss, loss_name, loss_source = loss_of(specs.loss, data, model)
@@ -225,7 +225,7 @@ def prepare(
         optional=() if settings.metric else metrics,
     )
     objective.extra = first.extra
-    notes = [*notes, *_compare_extra_states(objective, checkpoints, names)]
+    notes = [*notes, *found_notes, *_compare_extra_states(objective, checkpoints, names)]
     if isinstance(found.value, nn.Module):
         check_copy(found.value, objective)
     buffers = _floating_buffers(objective)
@@ -325,6 +325,9 @@ def _provenance(
         },
         "only": list(settings.only),
         "except": list(settings.except_),
+        "ignore_unexpected": settings.ignore_unexpected,
+        "allow_missing": list(settings.allow_missing),
+        "rename": list(settings.rename),
         "checkpoints": entries,
         **counted(objective, {name: len(s) for name, s in objective.data.splits.items()}),
     }

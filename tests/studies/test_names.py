@@ -1,0 +1,369 @@
+"""Checkpoints with unexpected, missing and renamed tensors, and several files as one model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import losscli
+from losscli.errors import CheckpointError, LosscliError, MismatchError, UsageError
+from tests import oracle
+from tests.conftest import Losscli
+
+N = 24
+X = torch.randn(N, 5, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(N) % 3
+DATA = {"train": (X, Y)}
+SEED = 3
+
+State = dict[str, Any]
+
+
+class Net(nn.Module):
+    """A backbone with BatchNorm, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh())
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+class Normed(nn.Module):
+    """The same with the current weight norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = weight_norm(nn.Linear(5, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x).tanh())
+
+
+def trained(build: Callable[[], nn.Module], seed: int) -> State:
+    """A state dict with buffers that are not those of an initialisation."""
+    torch.manual_seed(seed)
+    state = build().state_dict()
+    for name in state:
+        if "running" in name:
+            state[name] = torch.rand_like(state[name]) + 0.5
+    return state
+
+
+def initial(build: Callable[[], nn.Module]) -> State:
+    """The values that the tensors that no file has keep."""
+    torch.manual_seed(SEED)
+    return build().state_dict()
+
+
+def new_norm(seed: int) -> State:
+    return trained(Normed, seed)
+
+
+def old_norm(seed: int) -> State:
+    """The same as the weight norm of older versions of torch stores it."""
+    parametrised = "parametrizations.weight.original"
+    renamed_g = renamed(new_norm(seed), f"{parametrised}0", "weight_g")
+    return renamed(renamed_g, f"{parametrised}1", "weight_v")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is stored, and what the model should get.
+
+    Attributes:
+        name: Its name.
+        stored: The content of the file of a seed.
+        state: The state dict that the model should have.
+        options: The options with which it is read.
+        says: A part of the notes.
+        build: The model.
+    """
+
+    name: str
+    stored: Callable[[int], Any]
+    state: Callable[[int], State]
+    options: dict[str, Any] = field(default_factory=dict)
+    says: str = ""
+    build: Callable[[], nn.Module] = Net
+
+
+def whole(seed: int) -> State:
+    return trained(Net, seed)
+
+
+def only(state: State, *prefixes: str) -> State:
+    return {name: t for name, t in state.items() if name.startswith(prefixes)}
+
+
+def inside(state: State, module: str) -> State:
+    return {n.removeprefix(f"{module}."): t for n, t in only(state, module).items()}
+
+
+def without(state: State, *words: str) -> State:
+    return {name: t for name, t in state.items() if not any(word in name for word in words)}
+
+
+def counted(state: State) -> State:
+    """With the counters of a profiler."""
+    return {**state, "total_ops": torch.zeros(1), "backbone.0.total_ops": torch.ones(1)}
+
+
+def renamed(state: State, old: str, new: str) -> State:
+    return {name.replace(old, new): tensor for name, tensor in state.items()}
+
+
+IGNORE = {"ignore_unexpected": True}
+BASE = {"allow_missing": "backbone.*"}
+CASES = [
+    Case("counters", lambda s: counted(whole(s)), whole, IGNORE,
+         "since the model does not have them: total_ops"),
+    Case("auxiliary head", lambda s: {**whole(s), "aux.weight": torch.ones(4, 6)}, whole, IGNORE,
+         "aux.weight"),
+    Case("beside a prefix", lambda s: {"state_dict": {
+        **{f"net.{n}": t for n, t in whole(s).items()}, "net.criterion.weight": torch.ones(3)}},
+        whole, IGNORE, "criterion.weight"),
+    Case("head alone", lambda s: only(whole(s), "head"),
+         lambda s: {**initial(Net), **only(whole(s), "head")}, BASE, "missing in"),
+    Case("head under a prefix", lambda s: {"model": {
+        f"module.{n}": t for n, t in only(whole(s), "head").items()}},
+        lambda s: {**initial(Net), **only(whole(s), "head")}, BASE, "missing in"),
+    Case("allowed and there", whole, whole, BASE),
+    Case("statistics", lambda s: without(whole(s), "running", "tracked"),
+         lambda s: {**whole(s), **{n: t for n, t in initial(Net).items() if "running" in n}},
+         {"allow_missing": "*running*"}, "running_mean"),
+    Case("both", lambda s: counted(only(whole(s), "backbone")),
+         lambda s: {**initial(Net), **only(whole(s), "backbone")},
+         {**IGNORE, "allow_missing": ["head.weight", "head.bias"]}, "missing in"),
+    Case("renamed module", lambda s: renamed(whole(s), "head", "fc"), whole,
+         {"rename": "fc=head"}),
+    Case("renamed below a prefix", lambda s: {
+        f"module.{n}": t for n, t in renamed(whole(s), "head", "fc").items()}, whole,
+        {"rename": "fc=head"}),
+    Case("renamed leaf", lambda s: renamed(whole(s), "backbone.1.weight", "backbone.1.gamma"),
+         whole, {"rename": ["gamma=weight"]}),
+    Case("swapped", lambda s: {
+        {"head.weight": "head.bias", "head.bias": "head.weight"}.get(n, n): t
+        for n, t in whole(s).items()}, whole,
+        {"rename": ["head.weight=head.bias", "head.bias=head.weight"]}),
+    Case("longer prefix", lambda s: renamed(whole(s), "backbone.", ""),
+         whole, {"rename": ["0=backbone.0", "1=backbone.1"]}),
+    Case("renamed and ignored", lambda s: counted(renamed(whole(s), "head", "a.fc")), whole,
+         {**IGNORE, "rename": "a.fc=head"}, "total_ops"),
+    Case("old names and counters", lambda s: {**old_norm(s), "total_ops": torch.ones(1)},
+         new_norm, IGNORE, "total_ops", Normed),
+    Case("old names of one module", lambda s: without(old_norm(s), "head"),
+         lambda s: {**initial(Normed), **without(new_norm(s), "head")},
+         {"allow_missing": "*"}, "head.weight", Normed),
+    Case("modules of one file", lambda s: {
+        "backbone": inside(whole(s), "backbone"), "head": inside(whole(s), "head"),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}, "epoch": 3}, whole),
+    Case("modules of one wrapped file", lambda s: {"nets": {
+        "backbone": {f"module.{n}": t for n, t in inside(whole(s), "backbone").items()},
+        "head": inside(whole(s), "head"),
+        "head_ema": {"weight": torch.ones(3, 6), "bias": torch.ones(3)}}}, whole),
+]  # fmt: skip
+
+
+def reference(case: Case, alpha: float) -> float:
+    a, b = case.state(0), case.state(1)
+    losses = oracle.losses(
+        case.build, oracle.blend(a, b, alpha), X, Y, F.cross_entropy, batch_size=1
+    )
+    return oracle.mean(losses)
+
+
+def run(a: Any, b: Any, build: Any = Net, **options: Any) -> losscli.Result[Any]:
+    return losscli.interpolate(
+        a, b, model=build, data=DATA, loss="cross_entropy", metric="none", points=3, range=(0, 1),
+        dtype="float64", seed=SEED, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_checkpoint_is_loaded_as_by_hand(case: Case, tmp_path: Path) -> None:
+    names = [str(tmp_path / f"{seed}.pt") for seed in (0, 1)]
+    for seed, name in enumerate(names):
+        torch.save(case.stored(seed), name)
+    result = run(*names, case.build, **case.options)
+    for alpha, _, loss, *_ in result.table.rows:
+        assert loss == pytest.approx(reference(case, float(alpha)), rel=1e-12)
+    notes = " ".join(result.summary["notes"])
+    assert case.says in notes
+    assert bool(case.says) == ("missing in" in notes or "ignored in" in notes)
+
+
+def test_missing_tensors_do_not_move() -> None:
+    heads = [only(whole(seed), "head") for seed in (0, 1)]
+    result = run(*heads, **BASE)
+    assert result.summary["moving"]["tensors"] == 2
+    assert result.summary["allow_missing"] == ["backbone.*"]
+
+
+def test_a_head_alone_is_put_on_the_module_given_as_the_model() -> None:
+    base = Net()
+    base.load_state_dict(whole(7))
+    case = Case("", whole, lambda s: {**whole(7), **only(whole(s), "head")})
+    result = run(*(only(whole(seed), "head") for seed in (0, 1)), base, **BASE)
+    for alpha, _, loss, *_ in result.table.rows:
+        assert loss == pytest.approx(reference(case, float(alpha)), rel=1e-12)
+
+
+def test_an_endpoint_without_a_tensor_has_the_initial_one(tmp_path: Path) -> None:
+    torch.save(only(whole(0), "backbone"), tmp_path / "a.pt")
+    torch.save(whole(1), tmp_path / "b.pt")
+    states = [{**initial(Net), **only(whole(0), "backbone")}, whole(1)]
+    case = Case("", whole, lambda s: states[s])
+    result = run(tmp_path / "a.pt", tmp_path / "b.pt", allow_missing="head.*")
+    for alpha, _, loss, *_ in result.table.rows:
+        assert loss == pytest.approx(reference(case, float(alpha)), rel=1e-12)
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The modules of two networks in files, and two files with more than they need."""
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        for module in ("backbone", "head"):
+            torch.save(inside(whole(seed), module), f"{module}{seed}.pt")
+        torch.save(whole(seed), f"whole{seed}.pt")
+        torch.save({"net": whole(seed), "ema": whole(seed + 9)}, f"two{seed}.pt")
+        torch.save({"c": renamed(inside(whole(seed), "head"), "weight", "kernel")}, f"f{seed}.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("backbone=backbone{}.pt+head=head{}.pt", {}),
+        ("head=head{}.pt+backbone=whole{}.pt", {}),
+        ("backbone=./whole{}.pt+head=two{}.pt#net.head", {}),
+        ("backbone=two{}.pt#net+head=two{}.pt#net", {}),
+        ("trunk=backbone{}.pt+head=head{}.pt", {"rename": "trunk=backbone"}),
+        ("backbone=backbone{}.pt+head=f{}.pt", {"rename": "kernel=weight"}),
+    ],
+)
+def test_several_files_are_one_model(name: str, options: dict[str, Any], parts: Path) -> None:
+    case = Case("", whole, whole)
+    result = run(*(name.format(seed, seed) for seed in (0, 1)), **options)
+    for alpha, _, loss, *_ in result.table.rows:
+        assert loss == pytest.approx(reference(case, float(alpha)), rel=1e-12)
+
+
+def test_modules_and_state_dicts_are_one_model_in_python() -> None:
+    nets = [Net() for _ in range(2)]
+    for seed, net in enumerate(nets):
+        net.load_state_dict(whole(seed))
+    a = {"backbone": nets[0].backbone.state_dict(), "head": nets[0].head.state_dict()}
+    b = {"backbone": nets[1].backbone, "head": copy.deepcopy(nets[1].head)}
+    for alpha, _, loss, *_ in run(a, b).table.rows:
+        truth = reference(Case("", whole, whole), float(alpha))
+        assert loss == pytest.approx(truth, rel=1e-12)
+
+
+def test_an_existing_file_of_that_name_wins(parts: Path) -> None:
+    name = "backbone=backbone0.pt+head=head0.pt"
+    torch.save(whole(5), name)
+    rows = run(name, "whole1.pt").table.rows
+    truth = reference(Case("", whole, lambda s: whole(1 if s else 5)), 0.0)
+    assert rows[0][2] == pytest.approx(truth, rel=1e-12)
+
+
+def test_parts_that_are_exchanged_are_another_checkpoint(parts: Path) -> None:
+    from losscli.checkpoint import read
+
+    names = ("a=head0.pt+b=head1.pt", "b=head0.pt+a=head1.pt")
+    digests = {read(name).checkpoint({}).sha256() for name in names}
+    assert len(digests) == 2
+
+
+ADVICE = [
+    (lambda s: counted(whole(s)), "choose with -m, or give --ignore-unexpected"),
+    (lambda s: only(whole(s), "head"), "or give --allow-missing 'backbone.*'"),
+    (lambda s: without(whole(s), "running"),
+     "--allow-missing backbone.1.running_mean --allow-missing backbone.1.running_var"),
+    (lambda s: counted(only(whole(s), "backbone")),
+     "or give --ignore-unexpected --allow-missing 'head.*'"),
+    (lambda s: renamed(whole(s), "head", "fc"), "or give --rename fc=head"),
+    (lambda s: renamed(renamed(whole(s), "head", "fc"), "backbone", "trunk.x"),
+     "or give --rename trunk.x=backbone --rename fc=head"),
+    (lambda s: inside(whole(s), "head"), "or give backbone=FILE+head=a.pt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stored", "advice"), ADVICE)
+def test_a_mismatch_names_the_option_that_solves_it(
+    stored: Callable[[int], State], advice: str, losscli: Losscli, parts: Path
+) -> None:
+    torch.save(stored(0), "a.pt")
+    Path("net.py").write_text(
+        "from tests.studies.test_names import Net, DATA\ndata = lambda: DATA\n"
+    )
+    command = ("interpolate", "a.pt", "whole1.pt", "-m", "net.py:Net", "-d", "net.py:data",
+               "--points", "2", "--no-figure", "-o", "x")  # fmt: skip
+    before = set(parts.iterdir())
+    outcome = losscli(*command)
+    assert (outcome.status, outcome.stderr.count("\n")) == (1, 1)
+    assert outcome.stderr.endswith(f"{advice}\n")
+    assert set(parts.iterdir()) - before <= {parts / "__pycache__"}
+    options = advice.partition("give ")[2].replace("'", "").split()
+    if "FILE" not in advice:
+        assert losscli(*command, *(options or advice.replace("'", "").split())).status == 0
+
+
+BAD: list[tuple[dict[str, Any], type[LosscliError], str]] = [
+    ({"rename": "nope=head"}, UsageError,
+     "--rename nope=head: no tensor of whole0.pt and 1 more has 'nope' in its name. losscli "),
+    ({"rename": "head"}, UsageError, "--rename head does not have the form OLD=NEW"),
+    ({"rename": "head=head"}, UsageError, "--rename head=head does not have the form OLD=NEW"),
+    ({"rename": ["head=a", "head=b"]}, UsageError, "--rename head=… is given twice"),
+    ({"rename": "head.weight=head.bias"}, CheckpointError,
+     "--rename gives head.weight and head.bias of whole0.pt the same name, head.bias"),
+    ({"allow_missing": "tail.*"}, UsageError, "the pattern 'tail.*' fits none of the 9 tensors"),
+    ({"a": "head=head0.pt+head=head1.pt"}, UsageError, "names the module head twice"),
+    ({"a": "backbone=backbone0.pt+head=no.pt"}, CheckpointError,
+     "there is no checkpoint no.pt, in backbone=backbone0.pt+head=no.pt"),
+    ({"a": "epoch=3.ckpt"}, CheckpointError, "there is no checkpoint epoch=3.ckpt"),
+    ({"a": "backbone=two0.pt+head=head0.pt"}, CheckpointError,
+     "two0.pt holds several state dicts: 'net.backbone', 'ema.backbone'"),
+    ({"a": "head=head0.pt", "allow_missing": "head.*"}, MismatchError, "missing backbone.0.weight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "kind", "text"), BAD)
+def test_bad_names_are_refused(
+    options: dict[str, Any], kind: type[LosscliError], text: str, parts: Path
+) -> None:
+    options = {"a": "whole0.pt", "b": "whole1.pt", **options}
+    with pytest.raises(kind) as caught:
+        run(**options)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_options_are_in_the_summary_and_in_other_commands(
+    losscli: Losscli, parts: Path
+) -> None:
+    Path("net.py").write_text(
+        "from tests.studies.test_names import Net, DATA\ndata = lambda: DATA\n"
+    )
+    torch.save(counted(renamed(whole(2), "head", "fc")), "c.pt")
+    shared = ("-m", "net.py:Net", "-d", "net.py:data", "--rename", "fc=head", "--ignore-unexpected")
+    outcome = losscli("trajectory", "whole0.pt", "whole1.pt", "c.pt", *shared, "--no-figure",
+                      "-o", "x", "--json")  # fmt: skip
+    summary = json.loads(outcome.stdout)
+    assert (summary["rename"], summary["ignore_unexpected"]) == (["fc=head"], True)
+    assert losscli("align", "whole0.pt", "c.pt", *shared, "-o", "y.safetensors").status == 0
