@@ -1,17 +1,18 @@
 """Data sets: files or code in; named splits of examples out, decoded once where they fit."""
 
 from losscli.data.memory import device_budget, host_budget, host_memory
+from losscli.data.nests import Nest, leaves, length, map_nest, realise
 from losscli.data.objects import Batching, from_object
 from losscli.data.randomness import RandomnessDetector, seed_all
 from losscli.data.registry import DATASETS, load
-from losscli.data.split import DataSet, Examples, Inputs, Split, Task, leaves, map_inputs
+from losscli.data.split import DataSet, Examples, Split, Task
 
 __all__ = [
     "DATASETS",
     "Batching",
     "DataSet",
     "Examples",
-    "Inputs",
+    "Nest",
     "RandomnessDetector",
     "Split",
     "Task",
@@ -20,7 +21,9 @@ __all__ = [
     "host_budget",
     "host_memory",
     "leaves",
+    "length",
     "load",
-    "map_inputs",
+    "map_nest",
+    "realise",
     "seed_all",
 ]

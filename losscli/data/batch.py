@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from losscli.data.split import Batches, Inputs, Split, leaves
+from losscli.data.nests import (
+    Build,
+    Nest,
+    Ragged,
+    concatenate,
+    is_container,
+    leaves,
+    map_nest,
+    structure,
+)
+from losscli.data.split import Batches, Split
 from losscli.errors import DataError, one_line
 
 __all__ = ["Pixels", "RaggedError", "is_language", "join", "parse_batch", "to_tensor"]
@@ -35,12 +45,20 @@ class RaggedError(DataError):
     """Batches cannot be joined because their examples have different shapes."""
 
 
-def parse_batch(batch: object, where: str) -> Split:
+def parse_batch(
+    batch: object,
+    where: str,
+    rows: list[Any] | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> Split:
     """Finds inputs and targets in a batch; anything that cannot be interpreted is an error.
 
     Args:
-        batch: ``(inputs, targets)``, or a mapping with a key for its targets.
+        batch: ``(inputs, targets)``, a mapping with a key for its targets, or an object with such
+            an attribute, such as a batch of graphs. Inputs and targets may be nested.
         where: Name of the data in error messages.
+        rows: The examples that were collated to the batch, if they are known.
+        collate: The function that collated them.
 
     Returns:
         The examples.
@@ -48,6 +66,27 @@ def parse_batch(batch: object, where: str) -> Split:
     Raises:
         DataError: The batch has another structure, or not exactly one target per example.
     """
+    sides = _sides(batch, where)
+    parsers = [_Parser(where, size, rows, collate) for size in _sizes(sides, rows)]
+    for parser in parsers:
+        try:
+            inputs, targets = (parser.nest(*side) for side in sides)
+        except _UnequalError:
+            continue
+        if parser.size == 0:
+            raise DataError(f"{where} is empty", "Give it at least one example")
+        if not leaves([inputs, targets]):
+            raise DataError(f"{where}: the batch has no tensors", "Give tensors or NumPy arrays")
+        # Inputs by position; default_collate makes a list of a tuple.
+        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+        # Inputs by position; default_collate makes a list of a tuple.
+        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+        return Split(inputs, _with_operators(targets, where))
+    return _refuse(sides, where)
+
+
+def _sides(batch: object, where: str) -> list[_Side]:
+    """Returns the inputs and the targets of a batch."""
     if isinstance(batch, Mapping):
         keys = [key for key in batch if key in _TARGETS]
         if len(keys) != 1:
@@ -56,18 +95,19 @@ def parse_batch(batch: object, where: str) -> Split:
                 f"{'no' if not keys else 'more than one'} key for its targets",
                 f"Call them one of {', '.join(_TARGETS)}",
             )
-        inputs: Inputs = {
-            str(key): to_tensor(value, where, key) for key, value in batch.items() if key != keys[0]
-        }
-        targets = batch[keys[0]]
+        inputs = {key: value for key, value in batch.items() if key != keys[0]}
+        found = [(inputs, (), "inputs"), (batch[keys[0]], (keys[0],), "targets")]
     elif isinstance(batch, tuple | list) and len(batch) == 2:
-        first, targets = batch
-        if isinstance(first, Mapping):
-            inputs = {str(key): to_tensor(value, where, key) for key, value in first.items()}
-        elif isinstance(first, tuple | list):
-            inputs = tuple(to_tensor(value, where, i) for i, value in enumerate(first))
-        else:
-            inputs = to_tensor(first, where, "inputs")
+        found = [(batch[0], (0,), "inputs"), (batch[1], (1,), "targets")]
+    elif callable(getattr(batch, "to", None)) and not isinstance(batch, Tensor):
+        names = [name for name in _TARGETS if getattr(batch, name, None) is not None]
+        if len(names) != 1:
+            raise DataError(
+                f"{where}: a batch of the type {type(batch).__name__} has "
+                f"{'no' if not names else 'more than one'} attribute for its targets",
+                f"Call it one of {', '.join(_TARGETS)}, or give (inputs, targets)",
+            )
+        found = [(batch, (), "inputs"), (getattr(batch, names[0]), (names[0],), "targets")]
     else:
         several = isinstance(batch, tuple | list)
         what = f"{len(batch)}-element batch" if several else f"{type(batch).__name__} as a batch"  # type: ignore[arg-type]
@@ -77,30 +117,159 @@ def parse_batch(batch: object, where: str) -> Split:
             if several and len(batch) > 2  # type: ignore[arg-type]
             else "Give (inputs, targets), or a mapping with a key such as targets or labels",
         )
-    if not leaves(inputs):
+    if is_container(found[0][0]) and not found[0][0]:
         raise DataError(f"{where}: a batch has targets and no inputs", "Give (inputs, targets)")
-    return _checked(Split(inputs, to_tensor(targets, where, "targets")), where)
+    return found
 
 
-def _checked(split: Split, where: str) -> Split:
-    targets = split.targets
-    if any(t.ndim == 0 for t in [*leaves(split.inputs), targets]):
-        raise DataError(f"{where}: a single number is no column of examples", "Give tensors [N, …]")
-    sizes = {len(t) for t in [*leaves(split.inputs), targets]}
-    if len(sizes) > 1:
-        counts = " and ".join(str(len(t)) for t in leaves(split.inputs))
-        raise DataError(
-            f"{where}: {counts} inputs for {len(targets)} targets", "Give one target an example"
-        )
-    if sizes == {0}:
-        raise DataError(f"{where} is empty", "Give it at least one example")
-    if targets.dtype == torch.uint64 and (targets.long() < 0).any():
-        largest = int(targets.numpy().max())
-        raise DataError(f"{where}: the target {largest} is above 2^63 - 1", "Number classes from 0")
-    # torch has few operators for these dtypes.
-    if targets.dtype in {torch.uint16, torch.uint32, torch.uint64}:
-        return replace(split, targets=targets.long())
-    return split
+_Side = tuple[Any, tuple[Any, ...], str]
+"""Inputs or targets, their path in the batch, and their name in error messages."""
+
+
+class _UnequalError(Exception):
+    """A tensor or a list does not have one entry per example."""
+
+
+@dataclass(frozen=True)
+class _Parser:
+    """Converts inputs or targets to a nest of columns with one entry per example.
+
+    Attributes:
+        where: Name of the data in error messages.
+        size: The number of examples.
+        rows: The examples that were collated to the batch, if they are known.
+        collate: The function that collated them.
+    """
+
+    where: str
+    size: int
+    rows: list[Any] | None
+    collate: Callable[[list[Any]], Any] | None
+
+    def nest(self, value: Any, path: tuple[Any, ...], key: object) -> Nest:
+        """Converts a value, which has a path in the batch and a name in error messages."""
+        if isinstance(value, Mapping):
+            return {str(k): self.nest(part, (*path, k), k) for k, part in value.items()}
+        if isinstance(value, list | tuple) and not any(map(_has_numbers, value)):
+            return self._sequence(value, path)
+        if _is_array(value) or is_container(value) or _is_plain(value) or self.collate is None:
+            column = to_tensor(value, self.where, key)
+            if column.ndim == 0:
+                raise DataError(
+                    f"{self.where}: a single number is no column of examples", "Give tensors [N, …]"
+                )
+            if len(column) != self.size:
+                raise _UnequalError
+            return column
+        # An object such as a graph: for other examples they are collated again.
+        if self.rows is None or len(self.rows) != self.size:
+            raise _UnequalError
+        return Ragged(self.rows, Build(self.collate, path))
+
+    def _sequence(self, value: list[Any] | tuple[Any, ...], path: tuple[Any, ...]) -> Nest:
+        """Converts a sequence, either of columns or with one element per example."""
+        ragged = Ragged(list(value), Build(list if isinstance(value, list) else tuple))
+        is_rows = len(value) == self.size and len(set(map(_kind, value))) == 1
+        # Two inputs of two examples may look like two examples.
+        if is_rows and (not _is_array(value[0]) if self.collate is None else self._grows(path)):
+            return ragged
+        try:
+            parts = [self.nest(part, (*path, i), i) for i, part in enumerate(value)]
+        except _UnequalError:
+            if is_rows:
+                return ragged
+            raise
+        if hasattr(value, "_make"):
+            return value._make(parts)
+        return parts if isinstance(value, list) else tuple(parts)
+
+    def _grows(self, path: tuple[Any, ...]) -> bool:
+        """Whether a sequence of the batch has more elements if there are more examples."""
+        if self.collate is None or self.rows is None or len(self.rows) != self.size:
+            return False
+        try:
+            return len(Build(self.collate, path)(self.rows * 2)) == 2 * self.size
+        except Exception:  # noqa: BLE001 - the user's function may accept only whole batches
+            return False
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float | type(None))
+
+
+def _has_numbers(value: object) -> bool:
+    """Whether an element of a sequence is a number or a string, or a sequence of such."""
+    return _is_plain(value) or (isinstance(value, list | tuple) and any(map(_has_numbers, value)))
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _kind(value: object) -> object:
+    """The kind of an element of a sequence: the elements of a ragged column are of one."""
+    kinds = (Tensor | np.ndarray, Mapping, list | tuple)
+    return next((kind for kind in kinds if isinstance(value, kind)), type(value))
+
+
+def _sizes(sides: Sequence[_Side], rows: list[Any] | None) -> list[int]:
+    """Lists the numbers of examples that a batch may have, the most likely first."""
+
+    def of(value: Any) -> Iterator[int]:
+        if isinstance(value, Tensor | np.ndarray):
+            yield from [len(value)] if value.ndim else []
+        elif isinstance(value, Mapping):
+            for part in value.values():
+                yield from of(part)
+        elif isinstance(value, list | tuple):
+            yield from of(value[0]) if value else ()
+            yield len(value)
+
+    known = [] if rows is None else [len(rows)]
+    found = [size for value, *_ in reversed(sides) for size in of(value)]
+    return list(dict.fromkeys([*known, *found])) or [0]
+
+
+def _refuse(sides: Sequence[_Side], where: str) -> NoReturn:
+    """Raises the error for inputs and targets of different lengths."""
+
+    def lengths(value: Any, others: set[int]) -> list[int]:
+        if _is_array(value):
+            return [len(value)]
+        if not is_container(value):
+            return []
+        parts = value.values() if isinstance(value, Mapping) else value
+        inner = [n for part in parts for n in lengths(part, others)]
+        # A list of columns, one of which has the right length, or of examples.
+        columns = isinstance(value, Mapping) or not others.isdisjoint(inner)
+        return inner if columns else [len(value)]
+
+    found = [
+        lengths(value, set(_sizes([other], None)))
+        for (value, *_), other in zip(sides, reversed(sides), strict=True)
+    ]
+    inputs, targets = (" and ".join(map(str, each[:3])) for each in found)
+    raise DataError(
+        f"{where}: {inputs or 'no'} inputs for {targets or 'no'} targets",
+        "Give one target an example",
+    )
+
+
+def _with_operators(targets: Nest, where: str) -> Nest:
+    """Converts unsigned targets, for which torch has few operators."""
+    if isinstance(targets, Ragged):
+        return targets
+
+    def convert(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.uint64 and (tensor.long() < 0).any():
+            largest = int(tensor.numpy().max())
+            raise DataError(
+                f"{where}: the target {largest} is above 2^63 - 1", "Number classes from 0"
+            )
+        wide = tensor.dtype in {torch.uint16, torch.uint32, torch.uint64}
+        return tensor.long() if wide else tensor
+
+    return map_nest(convert, targets)
 
 
 def is_language(batch: object) -> bool:
@@ -175,34 +344,16 @@ def join(batches: Sequence[Split], where: str) -> Split:
         plain = [Split(batch.inputs, batch.targets) for batch in batches]
         joined = join(plain, where)
         return Batches(joined.inputs, joined.targets, sizes)
-    first = batches[0].inputs
-    if isinstance(first, dict):
-        # Later batches may have another key order.
-        batches = [
-            Split({key: b.inputs[key] for key in first}, b.targets)
-            if isinstance(b.inputs, dict) and b.inputs.keys() == first.keys()
-            else b
-            for b in batches
-        ]
-    rows = [[*leaves(b.inputs), b.targets] for b in batches]
-    structures = {
-        (type(b.inputs), *(b.inputs if isinstance(b.inputs, dict) else ()), *(t.dtype for t in row))
-        for b, row in zip(batches, rows, strict=True)
-    }
-    if len(structures) > 1:
+    if len({structure((batch.inputs, batch.targets)) for batch in batches}) > 1:
         raise DataError(
             f"{where}: the batches differ in their structure or types",
             "Give every batch the same inputs, in the same types",
         )
     try:
-        *columns, targets = (torch.cat(column) for column in zip(*rows, strict=True))
+        inputs, targets = concatenate([(batch.inputs, batch.targets) for batch in batches])
     except (RuntimeError, TypeError) as error:
         raise RaggedError(
             f"{where}: the batches do not fit together: {one_line(error)}",
             "Pad the examples to one size",
         ) from None
-    if isinstance(first, Tensor):
-        return Split(columns[0], targets)
-    if isinstance(first, tuple):
-        return Split(tuple(columns), targets)
-    return Split(dict(zip(first, columns, strict=True)), targets)
+    return Split(inputs, targets)

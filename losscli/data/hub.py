@@ -25,7 +25,8 @@ from losscli.data.arrays import scaled
 from losscli.data.batch import Pixels, to_tensor
 from losscli.data.images import Images, open_image
 from losscli.data.memory import require_memory
-from losscli.data.split import DataSet, Inputs, Split
+from losscli.data.nests import Nest
+from losscli.data.split import DataSet, Split
 from losscli.data.text import IGNORED, read_texts
 from losscli.errors import DataError, SpecError, one_line, printable
 
@@ -526,7 +527,7 @@ def _padded(table: Any, columns: list[tuple[str, int]], where: str) -> list[Tens
     ]
 
 
-def _tokens(table: Any, extra: list[str], where: str) -> Inputs:
+def _tokens(table: Any, extra: list[str], where: str) -> Nest:
     """Reads sequences of token ids, as a mapping if there are further inputs."""
     names = ["input_ids", *extra]
     padded = _padded(table, [(name, 0) for name in names], where)

@@ -63,11 +63,12 @@ class _Collate:
     collate: Callable[[Any], Any]
     where: str
     in_batches: bool
+    in_rows: bool
 
     def __call__(self, rows: Any) -> PackedBatch | Failure:
         try:
             raw = self.collate(rows)
-            batch = parse_batch(raw, self.where)
+            batch = parse_batch(raw, self.where, rows if self.in_rows else None, self.collate)
             batch = Batches.of(batch) if self.in_batches else batch
             return PackedBatch.pack(batch, language=is_language(raw))
         except DataError as error:
@@ -119,7 +120,9 @@ class Source:
         self._dataset = None if isinstance(data, DataLoader) else data
         self._size = size
         loader = data if isinstance(data, DataLoader) else self._load(data, None)
-        self._collate = _Collate(loader.collate_fn, where, in_batches)
+        self._collate = _Collate(
+            loader.collate_fn, where, in_batches, in_rows=loader.batch_sampler is not None
+        )
         self._loader = copy.copy(loader)
         self._loader.collate_fn = self._collate
         self._loader._iterator = None
@@ -175,7 +178,7 @@ class Source:
                 if isinstance(packed, Failure):
                     raise DataError(packed.what, packed.cure)
                 self.language |= packed.language
-                batch = packed.unpack()
+                batch = packed.unpack(self._collate.collate)
                 count += len(batch)
                 yield batch
         finally:

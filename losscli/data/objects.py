@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -150,7 +151,8 @@ def to_data_set(loaded: object, where: str, seed: int, batching: Batching | None
         else:
             splits[str(name)] = parse_batch(content, split_name)
             language.add(is_language(content))
-    floating = {split.first(1).targets.is_floating_point() for split in splits.values()}
+    firsts = [split.first(1).targets for split in splits.values()]
+    floating = {t.is_floating_point() for t in firsts if isinstance(t, Tensor)}
     if len(floating) > 1:
         raise DataError(
             f"{where}: some splits have whole-number targets and some do not",

@@ -16,8 +16,9 @@ from losscli.data.arrays import load_mnist, load_npz, load_safetensors
 from losscli.data.cifar import load_cifar10, load_cifar100
 from losscli.data.hub import load_hub
 from losscli.data.images import load_image_folder
+from losscli.data.nests import leaves
 from losscli.data.objects import Batching, cut_into_batches, load_into_memory, to_data_set
-from losscli.data.split import DataSet, Examples, Split, leaves
+from losscli.data.split import DataSet, Examples, Split
 from losscli.data.text import load_text
 from losscli.errors import DataError, SpecError, UntrustedCodeError, one_line
 from losscli.spec import Spec, call, expand_toml, look_up

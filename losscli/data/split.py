@@ -12,54 +12,13 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from losscli.data.nests import Nest, Ragged, dump, leaves, length, map_nest, realise, take
 from losscli.errors import UsageError
 from losscli.weight_space.digest import digest
 
-__all__ = ["Batches", "DataSet", "Examples", "Inputs", "Split", "Task", "leaves", "map_inputs"]
+__all__ = ["Batches", "DataSet", "Examples", "Split", "Task"]
 
 Task = Literal["classification", "regression", "language"]
-
-Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
-"""Model inputs: one tensor, several by position, or several by name; each ``[N, *]``."""
-
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-
-
-def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    """Applies a function to every tensor of a model's inputs.
-
-    Args:
-        function: The function.
-        inputs: The inputs.
-
-    Returns:
-        Inputs of the same structure.
-    """
-    if isinstance(inputs, Tensor):
-        return function(inputs)
-    if isinstance(inputs, tuple):
-        return tuple(map(function, inputs))
-    return {key: function(tensor) for key, tensor in inputs.items()}
-
-
-def leaves(inputs: Inputs) -> list[Tensor]:
-    """Lists the tensors of a model's inputs.
-
-    Args:
-        inputs: The inputs.
-
-    Returns:
-        Every tensor in them, in order.
-    """
-    if isinstance(inputs, Tensor):
-        return [inputs]
-    return list(inputs if isinstance(inputs, tuple) else inputs.values())
-
-
-def _rows(tensor: Tensor, index: Tensor | slice) -> Tensor:
-    # torch 2.6 selects rows by number from signed types only, and from uint8.
-    signed = _SIGNED.get(tensor.dtype, tensor.dtype)
-    return tensor.view(signed)[index].view(tensor.dtype)
 
 
 class Examples(ABC):
@@ -187,33 +146,34 @@ class Split(Examples):
     """Examples in memory.
 
     Attributes:
-        inputs: The inputs as stored; images may be uint8.
+        inputs: The inputs as stored; images may be uint8. A dict holds inputs by name, a tuple
+            inputs by position.
         targets: The targets, ``[N, *]``: integer or bool for classification, floating-point for
-            regression.
+            regression; or a nest of them.
     """
 
-    inputs: Inputs
-    targets: Tensor
+    inputs: Nest
+    targets: Nest
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return length(self.targets)
 
     @property
     def nbytes(self) -> int:
         """Size in memory in bytes."""
-        return sum(tensor.nbytes for tensor in (*leaves(self.inputs), self.targets))
+        return sum(tensor.nbytes for tensor in leaves([self.inputs, self.targets]))
 
     @property
     def rows(self) -> int:
         """The number of examples."""
-        return len(self.targets)
+        return length(self.targets)
 
     @cached_property
     def digest(self) -> str:
         """A digest of all examples."""
-        keys = list(self.inputs) if isinstance(self.inputs, dict) else []
-        columns = [*leaves(self.inputs), self.targets]
-        return digest({f"{i} {keys[i : i + 1]}": column for i, column in enumerate(columns)})
+        content, columns, _ = dump((self.inputs, self.targets))
+        structure = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return digest({"structure": structure, **{str(i): c for i, c in enumerate(columns)}})
 
     def take(self, index: Tensor | slice) -> Split:
         """Selects examples.
@@ -224,9 +184,7 @@ class Split(Examples):
         Returns:
             Those examples; views if ``index`` is a slice.
         """
-        if isinstance(index, Tensor):
-            index = index.to(self.targets.device)
-        return Split(map_inputs(lambda t: _rows(t, index), self.inputs), self.targets[index])
+        return Split(take(self.inputs, index), take(self.targets, index))
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
         """Iterates over the examples once, batch by batch.
@@ -276,8 +234,10 @@ class Split(Examples):
     @property
     def has_classes(self) -> bool:
         """Whether each example has one class: a whole number."""
-        whole = not (self.targets.is_floating_point() or self.targets.is_complex())
-        return whole and self.targets.ndim == 1 and not self.in_batches
+        targets = self.targets
+        if not isinstance(targets, Tensor) or self.in_batches:
+            return False
+        return targets.ndim == 1 and not (targets.is_floating_point() or targets.is_complex())
 
     def to(self, device: torch.device) -> Self:
         """Moves the split to a device.
@@ -299,8 +259,8 @@ class Split(Examples):
         Returns:
             A split of the results.
         """
-        inputs = map_inputs(function, self.inputs)
-        return replace(self, inputs=inputs, targets=function(self.targets))
+        inputs, targets = (map_nest(function, nest) for nest in (self.inputs, self.targets))
+        return replace(self, inputs=inputs, targets=targets)
 
     def send(self, device: torch.device) -> Self:
         """Copies a batch to a device asynchronously.
@@ -313,7 +273,7 @@ class Split(Examples):
         """
         if self.is_on(device):
             return self
-        if device.type != "cuda" or self.targets.device.type != "cpu":
+        if device.type != "cuda" or self._device.type != "cpu":
             return self.to(device)
 
         # Only pinned memory is copied asynchronously.
@@ -331,8 +291,13 @@ class Split(Examples):
         Returns:
             Whether it is there.
         """
-        current = self.targets.device
+        current = self._device
         return current.type == device.type and device.index in {None, current.index}
+
+    @property
+    def _device(self) -> torch.device:
+        tensors = leaves([self.targets, self.inputs])
+        return tensors[0].device if tensors else torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -395,11 +360,11 @@ class Batches(Split):
             return Batches(*self._rows(rows), self.sizes[first:last])
         indices = index.tolist()
         spans = [torch.arange(starts[i], starts[i + 1]) for i in indices]
-        order = torch.cat([torch.empty(0, dtype=torch.long), *spans]).to(self.targets.device)
+        order = torch.cat([torch.empty(0, dtype=torch.long), *spans])
         return Batches(*self._rows(order), tuple(self.sizes[i] for i in indices))
 
-    def _rows(self, index: Tensor | slice) -> tuple[Inputs, Tensor]:
-        return map_inputs(lambda t: t[index], self.inputs), self.targets[index]
+    def _rows(self, index: Tensor | slice) -> tuple[Nest, Nest]:
+        return take(self.inputs, index), take(self.targets, index)
 
 
 def _alternate(classes: Tensor) -> Tensor:
@@ -459,14 +424,14 @@ class DataSet:
 
     @property
     def task(self) -> Task:
-        """The task: integer targets mean classification, floating-point targets regression."""
+        """The task: integer targets mean classification, other targets regression."""
         if self.language:
             return "language"
-        firsts = (split.first(1) for split in self.splits.values())
-        floating = any(first.targets.is_floating_point() for first in firsts)
+        firsts = (split.first(1).targets for split in self.splits.values())
+        floating = any(not isinstance(t, Tensor) or t.is_floating_point() for t in firsts)
         return "regression" if floating else "classification"
 
-    def prepare(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    def prepare(self, inputs: Nest, dtype: torch.dtype) -> Nest:
         """Preprocesses stored inputs for the model.
 
         Args:
@@ -476,9 +441,12 @@ class DataSet:
         Returns:
             The inputs. Floating-point tensors are converted to ``dtype``, and so are uint8 tensors
             if they are scaled or normalised; both are then normalised and flattened. Other
-            integers (token ids) and booleans (masks) are unchanged.
+            integers (token ids) and booleans (masks) are unchanged. A list of examples, or an
+            object, becomes the only positional argument.
         """
-        return map_inputs(lambda tensor: self._prepare(tensor, dtype), inputs)
+        if isinstance(inputs, Ragged):
+            inputs = (inputs,)
+        return map_nest(lambda tensor: self._prepare(tensor, dtype), realise(inputs))
 
     def _prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if x.dtype == torch.uint8:

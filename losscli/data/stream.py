@@ -14,10 +14,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from losscli.data.batch import RaggedError, is_language, join, parse_batch
 from losscli.data.images import Images
 from losscli.data.memory import host_budget
+from losscli.data.nests import Build, dump, exchange
 from losscli.data.randomness import private_randomness, seed_all
-from losscli.data.split import Batches, Examples, Split, batch_size_remarks, leaves
+from losscli.data.split import Batches, Examples, Split, batch_size_remarks
 from losscli.errors import DataError, one_line
 from losscli.spec import user_folders_on_path
 
@@ -87,7 +88,7 @@ class Decoder:
     ) -> None:
         self.where = where
         self._dataset = dataset
-        self._collate = collate
+        self.collate = collate
         self._seed = seed
 
     def state(self, positions: list[int]) -> str:
@@ -113,7 +114,7 @@ class Decoder:
         Raises:
             DataError: An example cannot be decoded, or the batch cannot be interpreted.
         """
-        batch = parse_batch(self.collated(positions), self.where)
+        batch = self.parsed(positions)
         if len(batch) != len(positions):
             raise DataError(
                 f"{self.where}: a batch of {len(positions)} examples is collated to {len(batch)}",
@@ -121,14 +122,30 @@ class Decoder:
             )
         return batch
 
-    def collated(self, positions: list[int]) -> Any:
+    def parsed(self, positions: list[int]) -> Split:
+        """Decodes a batch.
+
+        Args:
+            positions: Positions of its examples.
+
+        Returns:
+            The batch, which may have another number of examples.
+
+        Raises:
+            DataError: An example cannot be decoded, or the batch cannot be interpreted.
+        """
+        rows, batch = self.collated(positions)
+        with private_randomness():
+            return parse_batch(batch, self.where, rows, self.collate)
+
+    def collated(self, positions: list[int]) -> tuple[list[Any], Any]:
         """Decodes a batch without interpreting it.
 
         Args:
             positions: Positions of its examples.
 
         Returns:
-            The output of the collate function.
+            The examples, and the output of the collate function.
 
         Raises:
             DataError: An example cannot be decoded.
@@ -136,7 +153,7 @@ class Decoder:
         with private_randomness():
             examples = [self._example(position) for position in positions]
             try:
-                return self._collate(examples)
+                return examples, self.collate(examples)
             except DataError:
                 raise
             except Exception as error:
@@ -167,7 +184,7 @@ class BatchDecoder(Decoder):
     """
 
     def __init__(self, decoder: Decoder, parts: Sequence[list[int]]) -> None:
-        super().__init__(decoder._dataset, decoder._collate, decoder.where, decoder._seed)
+        super().__init__(decoder._dataset, decoder.collate, decoder.where, decoder._seed)
         self.parts = parts
 
     def state(self, positions: list[int]) -> str:
@@ -194,16 +211,16 @@ class BatchDecoder(Decoder):
         Raises:
             DataError: An example cannot be decoded, or the batch cannot be interpreted.
         """
-        return Batches.of(parse_batch(self.collated(positions), self.where))
+        return Batches.of(self.parsed(positions))
 
-    def collated(self, positions: list[int]) -> Any:
+    def collated(self, positions: list[int]) -> tuple[list[Any], Any]:
         """Decodes one batch without interpreting it.
 
         Args:
             positions: A list with the position of the batch.
 
         Returns:
-            The output of the collate function.
+            The examples, and the output of the collate function.
 
         Raises:
             DataError: An example cannot be decoded.
@@ -212,19 +229,32 @@ class BatchDecoder(Decoder):
         return super().collated(self.parts[position])
 
 
+class _Place:
+    """The place of a tensor in a packed batch."""
+
+
+def _absent(rows: list[Any]) -> NoReturn:
+    """Stands for a collate function, which need not be picklable."""
+    raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """A batch serialized for transfer between processes.
 
     Attributes:
-        keys: The names of the inputs, their number if they have no names, or None for one tensor.
-        columns: Dtype, shape and bytes of each input, then of the targets.
+        structure: The inputs and targets, with objects in the places of tensors.
+        places: These objects, one per tensor.
+        columns: Dtype, shape and bytes of each tensor.
+        builds: The functions of ragged columns, with `_absent` in the place of collate functions.
         language: Whether the targets are the tokens of the inputs.
         sizes: Number of examples per batch for whole batches; None for single examples.
     """
 
-    keys: tuple[str, ...] | int | None
+    structure: tuple[Any, Any]
+    places: tuple[_Place, ...]
     columns: tuple[tuple[torch.dtype, torch.Size, Tensor | NDArray[np.uint8]], ...]
+    builds: tuple[Build, ...] = ()
     language: bool = False
     sizes: tuple[int, ...] | None = None
 
@@ -239,8 +269,13 @@ class PackedBatch:
         Returns:
             The serialized batch.
         """
-        inputs = batch.inputs
-        keys = None if isinstance(inputs, Tensor) else len(inputs)
+        nest = (batch.inputs, batch.targets)
+        _, tensors, builds = dump(nest)
+        places = tuple(_Place() for _ in tensors)
+        sent = tuple(
+            build if isinstance(build.collate, type) else Build(_absent, build.path)
+            for build in builds
+        )
         # Shared memory is four times as fast as a pipe, but it takes an open file per tensor, and
         # a worker dies if shared memory is full.
         through_pipe = get_worker_info() is not None and not _may_share(batch.nbytes)
@@ -249,27 +284,33 @@ class PackedBatch:
             flat = tensor.contiguous().reshape(-1).view(torch.uint8)
             return flat.numpy() if through_pipe else flat
 
-        columns = tuple((t.dtype, t.shape, content(t)) for t in (*leaves(inputs), batch.targets))
+        columns = tuple((t.dtype, t.shape, content(t)) for t in tensors)
+        structure = exchange(nest, [*tensors, *builds], [*places, *sent])
         sizes = batch.sizes if isinstance(batch, Batches) else None
-        return cls(tuple(inputs) if isinstance(inputs, dict) else keys, columns, language, sizes)
+        return cls(structure, places, columns, sent, language, sizes)
 
-    def unpack(self) -> Split:
+    def unpack(self, collate: Callable[[list[Any]], Any]) -> Split:
         """Restores the batch.
+
+        Args:
+            collate: The collate function.
 
         Returns:
             The batch.
         """
-        *inputs, targets = (
+        tensors = [
             torch.as_tensor(content).view(dtype).reshape(shape)
             for dtype, shape, content in self.columns
-        )
-        if self.keys is None:
-            split = Split(inputs[0], targets)
-        elif isinstance(self.keys, int):
-            split = Split(tuple(inputs), targets)
-        else:
-            split = Split(dict(zip(self.keys, inputs, strict=True)), targets)
-        return split if self.sizes is None else Batches(split.inputs, split.targets, self.sizes)
+        ]
+        builds = [
+            build if isinstance(build.collate, type) else Build(collate, build.path)
+            for build in self.builds
+        ]
+        places = [*self.places, *self.builds]
+        inputs, targets = exchange(self.structure, places, [*tensors, *builds])
+        if self.sizes is None:
+            return Split(inputs, targets)
+        return Batches(inputs, targets, self.sizes)
 
 
 def _may_share(size: int) -> bool:
@@ -425,7 +466,7 @@ class Workers:
             for batch in self._loader:
                 if isinstance(batch, Failure):
                     raise DataError(batch.what, batch.cure)
-                yield batch.unpack()
+                yield batch.unpack(self.decoder.collate)
         except (RuntimeError, OSError, EOFError) as error:
             self._loader = None
             raise DataError(
@@ -548,9 +589,12 @@ def leave_shared_memory(batch: Split) -> Split:
     Returns:
         The batch in private memory.
     """
-    if not batch.targets.is_shared():  # type: ignore[no-untyped-call]
+    nest = (batch.inputs, batch.targets)
+    _, tensors, _ = dump(nest)
+    if not any(tensor.is_shared() for tensor in tensors):  # type: ignore[no-untyped-call]
         return batch
-    return batch.map(Tensor.clone)
+    inputs, targets = exchange(nest, tensors, [tensor.clone() for tensor in tensors])
+    return replace(batch, inputs=inputs, targets=targets)
 
 
 class Stream(Examples):
@@ -607,7 +651,7 @@ class Stream(Examples):
     @property
     def language(self) -> bool:
         """Whether the targets are the tokens of the inputs."""
-        return is_language(self._workers.decoder.collated(self._index[:1].tolist()))
+        return is_language(self._workers.decoder.collated(self._index[:1].tolist())[1])
 
     @cached_property
     def digest(self) -> str:

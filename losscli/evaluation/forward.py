@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from losscli.data import Inputs, leaves, map_inputs
+from losscli.data import Nest, leaves, length, map_nest, realise
 from losscli.errors import LosscliError, LossError, ModelError, one_line
 from losscli.evaluation.device import widened
 from losscli.evaluation.example_weights import weights_of
@@ -29,6 +29,9 @@ __all__ = ["HALF", "NO_GRAPH", "ScoredModel", "is_registered", "scores_in"]
 HALF = torch.bfloat16, torch.float16
 
 _KNOWN_FUNCTIONS = frozenset({nll, *LOSSES.values(), *METRICS.values()})
+
+# Most tensors in an error: ragged inputs may have hundreds.
+_MOST_SHAPES = 4
 
 # Part of torch's message for a tensor that cannot be differentiated.
 NO_GRAPH = "does not require grad"
@@ -79,7 +82,7 @@ class ScoredModel(LoadableModel):
         # MPS has no float64.
         return torch.float32 if self.device.type == "mps" else torch.float64
 
-    def forward(self, model: Callable[..., Any], inputs: Inputs) -> Any:
+    def forward(self, model: Callable[..., Any], inputs: Nest) -> Any:
         """Runs the model, or a function in its place.
 
         Args:
@@ -93,7 +96,7 @@ class ScoredModel(LoadableModel):
             ModelError: The model fails.
         """
         if self.copies_inputs:
-            inputs = map_inputs(Tensor.clone, inputs)
+            inputs = map_nest(Tensor.clone, inputs)
         args, kwargs = self.arguments(inputs)
         try:
             with self.computing(), self._gradients():
@@ -107,7 +110,9 @@ class ScoredModel(LoadableModel):
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:
-            shapes = " and ".join(str(list(tensor.shape)) for tensor in leaves(inputs))
+            shapes = " and ".join(
+                str(list(tensor.shape)) for tensor in leaves(inputs)[:_MOST_SHAPES]
+            )
             raise ModelError(
                 f"the model fails on inputs of shape {shapes}: {one_line(error)}",
                 suggest_fix(self.model, inputs, leaves(inputs))
@@ -130,7 +135,7 @@ class ScoredModel(LoadableModel):
         """Enables gradients if the model or the loss differentiates."""
         return torch.enable_grad() if self.differentiates else contextlib.nullcontext()
 
-    def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, inputs: Nest) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arranges inputs as the model's ``forward`` takes them.
 
         Args:
@@ -170,14 +175,14 @@ class ScoredModel(LoadableModel):
         self._conventions[name,] = convention
         return outputs
 
-    def per_example(self, function: PerExample, outputs: Any, targets: Tensor, what: str) -> Tensor:
+    def per_example(self, function: PerExample, outputs: Any, targets: Nest, what: str) -> Tensor:
         """Computes a loss or a metric of a batch.
 
         Args:
             function: The loss or metric.
             outputs: The outputs of the model; half-precision scores are converted to float32 for a
                 function that does not do so itself.
-            targets: The targets of the batch, ``[B, …]``.
+            targets: The targets of the batch, ``[B, …]``, or a nest of them.
             what: The name of the function in errors.
 
         Returns:
@@ -187,7 +192,16 @@ class ScoredModel(LoadableModel):
         Raises:
             LossError: The function fails, or returns something else.
         """
+        examples, targets = length(targets), realise(targets)
         if is_registered(function) or isinstance(function, TorchLoss):
+            if not isinstance(targets, Tensor):
+                raise LossError(
+                    f"the {what} takes a tensor of targets, and the data give a "
+                    f"{type(targets).__name__}",
+                    "Give a --loss of your own, path/to/file.py:callable, that takes it"
+                    if what == "loss"
+                    else "Give --metric none, or a metric of your own that takes it",
+                )
             outputs = scores_in(outputs)
             # A user's function gets the targets in the type that the user's data has.
             targets = targets if targets.is_floating_point() else targets.long()
@@ -214,11 +228,11 @@ class ScoredModel(LoadableModel):
         if not isinstance(values, Tensor) or not (
             values.ndim <= 1 and values.numel()
             if self.batch_loss
-            else values.shape[:1] == targets.shape[:1]
+            else values.shape[:1] == (examples,)
         ):
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise LossError(
-                f"the {what} gives {got} for a batch of {len(targets)} examples",
+                f"the {what} gives {got} for a batch of {examples} examples",
                 "Return one number per batch, or one per example, of which the mean is taken"
                 if self.batch_loss
                 else "Return one number per example, as with reduction=none; or give --batch-loss, "
@@ -239,7 +253,7 @@ class ScoredModel(LoadableModel):
         mean = values.mean() if weights is None else values.sum() / weights.sum()
         return mean.reshape(1)
 
-    def own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> dict[str, Tensor]:
+    def own_values(self, outputs: Any, targets: Nest, loss: Tensor) -> dict[str, Tensor]:
         """Returns the losses of a batch and the metrics that may not be per example.
 
         Args:
@@ -257,7 +271,7 @@ class ScoredModel(LoadableModel):
                 values[what] = self.per_example(metric, outputs, targets, what)
         return {what: own.cpu().double() for what, own in values.items()}
 
-    def weight(self, outputs: Any, targets: Tensor) -> float:
+    def weight(self, outputs: Any, targets: Nest) -> float:
         """Returns the sum of the weights of the examples of a batch in the mean loss.
 
         Args:
@@ -268,7 +282,7 @@ class ScoredModel(LoadableModel):
             The sum. The sum of the losses divided by it is the mean loss of the batch.
         """
         weights = weights_of(self.loss, scores_in(outputs), targets)
-        return float(len(targets) if weights is None else weights.sum())
+        return float(length(targets) if weights is None else weights.sum())
 
 
 class _Convention(enum.Enum):
@@ -334,9 +348,9 @@ def scores_in(outputs: Any) -> Any:
     return outputs.get("logits", outputs) if isinstance(outputs, Mapping) else outputs
 
 
-def _is_crossed(values: Tensor, outputs: Any, targets: Tensor) -> bool:
+def _is_crossed(values: Tensor, outputs: Any, targets: Any) -> bool:
     """Whether broadcasting paired the outputs of examples with the targets of others."""
-    if values.ndim < 2 or not isinstance(outputs, Tensor):
+    if values.ndim < 2 or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return False
     if values.shape in {outputs.shape, targets.shape}:
         return False
@@ -347,7 +361,7 @@ def _is_crossed(values: Tensor, outputs: Any, targets: Tensor) -> bool:
     return values.shape == together
 
 
-def _advise_on_type(error: Exception, inputs: Inputs) -> str:
+def _advise_on_type(error: Exception, inputs: Nest) -> str:
     """Advises on integer inputs of a type that a model does not take; empty for other errors."""
     # Messages of torch: "must have the same dtype", "Input type (unsigned char) and bias type".
     if "type" not in str(error):

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from losscli.data import (
     DataSet,
     Examples,
+    Nest,
     RandomnessDetector,
     Split,
     device_budget,
     leaves,
-    map_inputs,
+    map_nest,
 )
 from losscli.errors import (
     ModelError,
@@ -273,11 +274,11 @@ class Objective(ScoredModel):
     def _needs_finite(self) -> bool:
         return is_registered(self.loss) and not self.batch_loss
 
-    def _check_targets(self, targets: Tensor, lengths: set[torch.Size]) -> None:
+    def _check_targets(self, targets: Nest, lengths: set[torch.Size]) -> None:
         """Checks the targets of a batch; ``lengths`` collects their shapes over batches."""
         if self.classes is not None:
             self.add_note(check_range(self.loss, targets, self.classes, "the data"))
-        if is_of_classes(self.loss) and not self.batch_loss:
+        if isinstance(targets, Tensor) and is_of_classes(self.loss) and not self.batch_loss:
             lengths.add(targets.shape[1:])
             check_lengths(lengths)
         check_probabilities(self.loss, targets, "the data")
@@ -319,7 +320,7 @@ class Objective(ScoredModel):
         # Some models accept only whole batches, and some cannot be traced.
         for number in dict.fromkeys((min(PROBE, self.batch_size), self.batch_size)):
             few = split.first(number).to(self.device)
-            inputs = self.data.prepare(map_inputs(Tensor.clone, few.inputs), self.dtype)
+            inputs = self.data.prepare(map_nest(Tensor.clone, few.inputs), self.dtype)
             with contextlib.suppress(ModelError):
                 count = operations(self.model, partial(self.forward, self.model, inputs), trace)
                 self._operations = max(self._operations, count // len(few))
@@ -539,11 +540,11 @@ def _placed_recalibration(
 
 
 def _bytes_in_forward(inputs: Tensor) -> int:
-    """Estimates the bytes of an example in a forward pass from its inputs."""
+    """Estimates the bytes of one example in a forward pass from a tensor of its inputs."""
     whole = not inputs.is_floating_point() and inputs.dtype not in {torch.uint8, torch.bool}
     # The first layer gives an image more channels.
     factor = _TOKEN_BYTES if whole else 4 * (2 if inputs.ndim > 2 else 1)
-    return inputs[0].numel() * factor
+    return inputs.numel() * factor
 
 
 def is_close(losses: Tensor, truth: Tensor, tolerance: float) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from losscli.data import Nest
 from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.forward import ScoredModel, scores_in
 from losscli.evaluation.losses import PerExample, causal_lm, function_of, options_of
@@ -23,7 +24,7 @@ class OutputCollector:
 
     Args:
         model: The model with its loss and metrics.
-        targets: The targets of the batch, ``[B, …]``.
+        targets: The targets of the batch, ``[B, …]``, or a nest of them.
         losses: Receives its losses, ``[P, B]``.
         sums: Receives the sums of its metrics, ``[P]`` each.
 
@@ -33,7 +34,7 @@ class OutputCollector:
     """
 
     def __init__(
-        self, model: ScoredModel, targets: Tensor, losses: Tensor, sums: Mapping[str, Tensor]
+        self, model: ScoredModel, targets: Nest, losses: Tensor, sums: Mapping[str, Tensor]
     ) -> None:
         self._model = model
         self._targets = targets

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from losscli.data import Inputs
+from losscli.data import Nest
 from losscli.evaluation.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
 from losscli.evaluation.point_weights import combining_type, stacked_weights
 from losscli.evaluation.recalibration import Statistics, recording
@@ -49,7 +49,7 @@ class LoadedPoint:
     def __len__(self) -> int:
         return 1
 
-    def record_statistics(self, inputs: Inputs) -> Iterator[int]:
+    def record_statistics(self, inputs: Nest) -> Iterator[int]:
         """Records BatchNorm's statistics of a training batch at the point.
 
         Args:
@@ -75,7 +75,7 @@ class LoadedPoint:
             tensors[name].copy_(value)
         return means
 
-    def evaluate(self, inputs: Inputs, recorder: OutputRecorder) -> Iterator[int]:
+    def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
         """Evaluates a batch at the point.
 
         Args:
@@ -114,7 +114,7 @@ class LoadedPoints:
     def __len__(self) -> int:
         return len(self._coordinates)
 
-    def record_statistics(self, inputs: Inputs) -> Iterator[int]:
+    def record_statistics(self, inputs: Nest) -> Iterator[int]:
         """Records BatchNorm's statistics of a training batch at all points, lazily.
 
         Args:
@@ -138,7 +138,7 @@ class LoadedPoints:
         """
         return self._statistics.names
 
-    def evaluate(self, inputs: Inputs, recorder: OutputRecorder) -> Iterator[int]:
+    def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
         """Evaluates a batch at all points, lazily.
 
         Args:
@@ -241,7 +241,7 @@ class BoundPoints:
     def __len__(self) -> int:
         return len(self._coordinates)
 
-    def evaluate(self, inputs: Inputs, recorder: OutputRecorder) -> Iterator[int]:
+    def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
         """Starts to evaluate a batch at all points.
 
         Args:
@@ -257,7 +257,7 @@ class BoundPoints:
 
         return self._each(take)
 
-    def record_statistics(self, inputs: Inputs) -> Iterator[int]:
+    def record_statistics(self, inputs: Nest) -> Iterator[int]:
         """Starts to record BatchNorm's statistics of a training batch at all points.
 
         Args:
@@ -333,7 +333,7 @@ class BoundPoints:
         return (watcher.layer if self._shares else None), done
 
     def _outputs(
-        self, p: int, replica: Replica, inputs: Inputs, mode: AbstractContextManager[Any]
+        self, p: int, replica: Replica, inputs: Nest, mode: AbstractContextManager[Any]
     ) -> Any:
         self._bind(replica.tensors, p)
         with mode:
@@ -376,7 +376,7 @@ class StackedPoints(BoundPoints):
     ) -> None:
         super().__init__(network, slice_, coordinates, Strategy.STACKED, proving=proving)
 
-    def evaluate(self, inputs: Inputs, recorder: OutputRecorder) -> Iterator[int]:
+    def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
         """Evaluates a batch at all points.
 
         Args:

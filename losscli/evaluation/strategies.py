@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from losscli.data import Inputs
+from losscli.data import Nest
 from losscli.errors import ModelError
 from losscli.evaluation.recalibration import BatchNormLayer
 from losscli.evaluation.spectral import SpectralLayer
@@ -75,7 +75,7 @@ class Network(Protocol):
             weights: The tensors.
         """
 
-    def forward(self, model: Callable[..., Any], inputs: Inputs) -> Any:
+    def forward(self, model: Callable[..., Any], inputs: Nest) -> Any:
         """Runs the model, or a function in its place.
 
         Args:

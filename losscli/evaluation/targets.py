@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from losscli.data import Nest
 from losscli.errors import DataError, LossError
 from losscli.evaluation.class_targets import (
     IGNORED,
@@ -132,7 +133,7 @@ def check_range(loss: PerExample, labels: Tensor, classes: int | None, where: st
     return note
 
 
-def check_probabilities(loss: PerExample, targets: Tensor, where: str) -> None:
+def check_probabilities(loss: PerExample, targets: Nest, where: str) -> None:
     """Checks that targets that are probabilities lie in 0…1.
 
     Args:
@@ -144,6 +145,8 @@ def check_probabilities(loss: PerExample, targets: Tensor, where: str) -> None:
         LossError: One is outside.
     """
     function = function_of(loss)
+    if not isinstance(targets, Tensor):
+        return
     if function is not bce and not (function is cross_entropy and targets.is_floating_point()):
         return
     finite = targets[targets.isfinite()]
@@ -188,16 +191,16 @@ def _counted_by(loss: PerExample, targets: Tensor, classes: int | None) -> Tenso
     return counts
 
 
-def first_not_finite(targets: Tensor) -> int | None:
+def first_not_finite(targets: Nest) -> int | None:
     """Finds the first example with a target that is infinite or not a number.
 
     Args:
         targets: The targets.
 
     Returns:
-        Its row; None if all targets are finite.
+        Its row; None if all targets are finite, or are a nest.
     """
-    if not targets.is_floating_point():
+    if not isinstance(targets, Tensor) or not targets.is_floating_point():
         return None
     bad = ~targets.isfinite().flatten(1).all(1) if targets.ndim > 1 else ~targets.isfinite()
     return int(bad.nonzero()[0]) if bool(bad.any()) else None

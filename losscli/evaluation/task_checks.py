@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from losscli.data import RandomnessDetector, Split, leaves, map_inputs, seed_all
+from losscli.data import Nest, RandomnessDetector, Split, leaves, map_nest, seed_all
 from losscli.errors import LosscliError, LossError, ModelError, NondeterministicModelError
 from losscli.evaluation.class_targets import IGNORED
 from losscli.evaluation.device import Narrowest
@@ -174,7 +174,7 @@ def _first_values(
     objective: Objective, batch: Split, name: str
 ) -> tuple[Values, list[frozenset[Doubt]]]:
     """Evaluates a first batch and checks that model, loss and data fit together."""
-    inputs = objective.data.prepare(map_inputs(Tensor.clone, batch.inputs), objective.dtype)
+    inputs = objective.data.prepare(map_nest(Tensor.clone, batch.inputs), objective.dtype)
     versions = [tensor._version for tensor in leaves(inputs)]
     outputs = objective.forward(objective.model, inputs)
     scores = scores_in(outputs)
@@ -198,7 +198,7 @@ def _first_values(
     _check_targets(objective, name)
     _check_metrics(objective, outputs, batch.targets)
     doubts = []
-    if isinstance(scores, Tensor):
+    if isinstance(scores, Tensor) and isinstance(batch.targets, Tensor):
         functions = [objective.loss, *objective.metrics.values()]
         doubts = [doubts_of(functions, scores, batch.targets)]
     return objective.own_values(outputs, batch.targets, values), doubts
@@ -304,7 +304,7 @@ def _fit_outputs(objective: Objective) -> None:
     budget = _OUTPUTS.get(objective.device.type, _OUTPUTS_ELSEWHERE)
     for split in objective.splits.values():
         few = split.first(min(PROBE, objective.batch_size)).to(objective.device)
-        inputs = objective.data.prepare(map_inputs(Tensor.clone, few.inputs), objective.dtype)
+        inputs = objective.data.prepare(map_nest(Tensor.clone, few.inputs), objective.dtype)
         try:
             outputs = objective.forward(objective.model, inputs)
         except ModelError:
@@ -315,7 +315,7 @@ def _fit_outputs(objective: Objective) -> None:
             objective.batch_size = min(objective.batch_size, 1 << (fit.bit_length() - 1))
 
 
-def _check_metrics(objective: Objective, outputs: Any, targets: Tensor) -> None:
+def _check_metrics(objective: Objective, outputs: Any, targets: Nest) -> None:
     """Checks that the metrics work; default metrics that do not are left out."""
     for metric, function in list(objective.metrics.items()):
         what = f"metric {metric!r}"
@@ -334,11 +334,13 @@ def _check_metrics(objective: Objective, outputs: Any, targets: Tensor) -> None:
             objective.left_out[metric] = error.what
 
 
-def _check_labels(objective: Objective, outputs: Any, targets: Tensor, name: str) -> None:
+def _check_labels(objective: Objective, outputs: Any, targets: Nest, name: str) -> None:
     """Checks labels before a GPU kernel fails on one out of range, which ends the process."""
     outputs, split = scores_in(outputs), objective.splits[name]
     sample = split if isinstance(split, Split) else split.first(objective.batch_size)
-    if not isinstance(outputs, Tensor) or targets.is_floating_point():
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
+    if targets.is_floating_point():
         return
     objective.classes = classes_of(objective.loss, outputs, targets)
     if objective.classes is None:
@@ -372,7 +374,7 @@ def _check_targets(objective: Objective, name: str) -> None:
         return
     start = place - place % objective.batch_size
     batch = split.take(slice(start, start + objective.batch_size)).send(objective.device)
-    inputs = objective.data.prepare(map_inputs(Tensor.clone, batch.inputs), objective.dtype)
+    inputs = objective.data.prepare(map_nest(Tensor.clone, batch.inputs), objective.dtype)
     outputs = objective.forward(objective.model, inputs)
     losses = objective.per_example(objective.loss, outputs, batch.targets, "loss")
     if not losses[place - start].isfinite():

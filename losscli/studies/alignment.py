@@ -21,7 +21,7 @@ from losscli.checkpoint import (
     loadable,
     name_checkpoint,
 )
-from losscli.data import Inputs, map_inputs
+from losscli.data import Nest, map_nest
 from losscli.errors import (
     CheckpointError,
     DeviceError,
@@ -207,7 +207,7 @@ def _outputs(
     for split in objective.first_batches().values():
         inputs = objective.data.prepare(split.inputs, objective.dtype)
         # A model may write on its inputs.
-        inputs = map_inputs(Tensor.clone, inputs)
+        inputs = map_nest(Tensor.clone, inputs)
         with watch:
             outputs = objective.forward(objective.model, inputs)
         yield from _tensors(outputs)
@@ -273,5 +273,5 @@ def _needed_versions(problem: Problem, weights: Weights) -> Versions:
     return problem.objective.versions
 
 
-def _on_cpu(inputs: Inputs) -> Inputs:
-    return map_inputs(lambda t: t.detach().cpu().clone(), inputs)
+def _on_cpu(inputs: Nest) -> Nest:
+    return map_nest(lambda t: t.detach().cpu().clone(), inputs)

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from losscli.data import Batching, DataSet, from_object, load
+from losscli.data import Batching, DataSet, from_object, load, realise
 from losscli.errors import LosscliError, LossError, SpecError, UsageError, one_line
 from losscli.evaluation.forward import is_registered
 from losscli.evaluation.loading import named_tensors
@@ -152,12 +152,26 @@ def loss_of(
         The per-example loss, what it is called, and where it came from.
     """
     if found is None:
+        _require_tensors(data)
         own = label_loss(model, floating=data.task == "regression")
         name = own or (_language_loss(data, model) if data.language else _LOSS_OF_TASK[data.task])
         source = f"default for {'the config of the model' if own else _TARGETS_OF_TASK[data.task]}"
         found = SourcedSpec(name, trusted=True, source=source)
     loss, text = _per_example(found, LOSSES, "loss")
     return loss, text, found.source
+
+
+def _require_tensors(data: DataSet) -> None:
+    """Checks that the targets are tensors, for which there is a default loss."""
+    for name, split in data.splits.items():
+        targets = realise(split.first(1).targets)
+        if not isinstance(targets, Tensor):
+            raise LossError(
+                f"the targets of the split {name!r} are a {type(targets).__name__}, which has no "
+                "default loss",
+                "Give --loss path/to/file.py:callable, a function (outputs, targets) with one "
+                "number per example",
+            )
 
 
 def _language_loss(data: DataSet, model: nn.Module) -> str:

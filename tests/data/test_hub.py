@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
-from losscli.data import DataSet, Inputs, load
+from losscli.data import DataSet, Nest, load
 from losscli.errors import DataError
 from losscli.models import MLP
 from tests.conftest import Losscli, Outcome
@@ -53,7 +53,7 @@ def saved(folder: Path, whole: Any) -> str:
     return f"hf:{folder / 'saved'}"
 
 
-def examples(data: DataSet, split: str = "data") -> tuple[Inputs, Tensor]:
+def examples(data: DataSet, split: str = "data") -> tuple[Nest, Tensor]:
     found = data.splits[split]
     whole = found.first(len(found))
     return whole.inputs, whole.targets
