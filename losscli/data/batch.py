@@ -82,7 +82,11 @@ def parse_batch(
         # Inputs by position; default_collate makes a list of a tuple.
         inputs = tuple(inputs) if isinstance(inputs, list) else inputs
         return Split(inputs, _with_operators(targets, where))
-    return _refuse(sides, where)
+    inputs = sides[0][0]
+    if collate is None or rows is None or is_container(inputs) or _is_array(inputs):
+        return _refuse(sides, where)
+    # Graphs may have a target per node.
+    return Split(*(Ragged(rows, Build(collate, path)) for _, path, _ in sides))
 
 
 def _sides(batch: object, where: str) -> list[_Side]:
@@ -241,7 +245,8 @@ def _refuse(sides: Sequence[_Side], where: str) -> NoReturn:
         parts = value.values() if isinstance(value, Mapping) else value
         inner = [n for part in parts for n in lengths(part, others)]
         # A list of columns, one of which has the right length, or of examples.
-        columns = isinstance(value, Mapping) or not others.isdisjoint(inner)
+        columns = all(map(_is_array, parts)) and not others.isdisjoint(inner)
+        columns |= isinstance(value, Mapping)
         return inner if columns else [len(value)]
 
     found = [
@@ -344,6 +349,7 @@ def join(batches: Sequence[Split], where: str) -> Split:
         plain = [Split(batch.inputs, batch.targets) for batch in batches]
         joined = join(plain, where)
         return Batches(joined.inputs, joined.targets, sizes)
+    batches = _with_ragged_targets(batches)
     if len({structure((batch.inputs, batch.targets)) for batch in batches}) > 1:
         raise DataError(
             f"{where}: the batches differ in their structure or types",
@@ -357,3 +363,17 @@ def join(batches: Sequence[Split], where: str) -> Split:
             "Pad the examples to one size",
         ) from None
     return Split(inputs, targets)
+
+
+def _with_ragged_targets(batches: Sequence[Split]) -> Sequence[Split]:
+    """Makes ragged targets of all if any are: a batch may have a target per graph by chance."""
+    ragged = [batch.targets for batch in batches if isinstance(batch.targets, Ragged)]
+    if not ragged:
+        return batches
+    build: Build = ragged[0].build
+    return [
+        Split(batch.inputs, Ragged(batch.inputs.rows, build))
+        if isinstance(batch.targets, Tensor) and isinstance(batch.inputs, Ragged)
+        else batch
+        for batch in batches
+    ]

@@ -22,6 +22,7 @@ from torch.utils.data import (
 from losscli.data.batch import Pixels, is_language, parse_batch
 from losscli.data.iterable import IterableStream, Source
 from losscli.data.memory import host_budget
+from losscli.data.nests import realise
 from losscli.data.randomness import private_randomness, seed_all
 from losscli.data.split import Batches, DataSet, Examples, Split
 from losscli.data.stream import Decoder, Stream, WorkerInit, Workers
@@ -151,7 +152,7 @@ def to_data_set(loaded: object, where: str, seed: int, batching: Batching | None
         else:
             splits[str(name)] = parse_batch(content, split_name)
             language.add(is_language(content))
-    firsts = [split.first(1).targets for split in splits.values()]
+    firsts = [realise(split.first(1).targets) for split in splits.values()]
     floating = {t.is_floating_point() for t in firsts if isinstance(t, Tensor)}
     if len(floating) > 1:
         raise DataError(

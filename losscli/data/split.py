@@ -427,7 +427,7 @@ class DataSet:
         """The task: integer targets mean classification, other targets regression."""
         if self.language:
             return "language"
-        firsts = (split.first(1).targets for split in self.splits.values())
+        firsts = (realise(split.first(1).targets) for split in self.splits.values())
         floating = any(not isinstance(t, Tensor) or t.is_floating_point() for t in firsts)
         return "regression" if floating else "classification"
 

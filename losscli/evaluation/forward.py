@@ -281,7 +281,7 @@ class ScoredModel(LoadableModel):
         Returns:
             The sum. The sum of the losses divided by it is the mean loss of the batch.
         """
-        weights = weights_of(self.loss, scores_in(outputs), targets)
+        weights = weights_of(self.loss, scores_in(outputs), realise(targets))
         return float(length(targets) if weights is None else weights.sum())
 
 
