@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import losscli
-from losscli.data import from_object, realise
+from losscli.data import Split, from_object, leaves, realise
 from losscli.errors import DataError, LosscliError, LossError
 from tests import oracle
 from tests.conftest import Losscli
@@ -54,6 +54,13 @@ class Parts(Heads):
     def forward(self, point: dict[str, Any], scale: Tensor) -> Any:  # type: ignore[override]
         left, right = point["sides"]
         return super().forward(torch.cat([left, right], 1) * scale[:, None])
+
+
+class Scaled(Heads):
+    """The same from two inputs."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x * scale[:, None])
 
 
 class Detector(nn.Module):
@@ -134,6 +141,12 @@ def lists(batch: list[Any]) -> dict[str, Any]:
     return {"images": [x for x, _ in batch], "targets": [y for _, y in batch]}
 
 
+def grouped(rows: list[Any]) -> tuple[Any, Any]:
+    """The collate_fn of the README for examples (x1, x2, y)."""
+    *inputs, targets = torch.utils.data.default_collate(rows)
+    return tuple(inputs), targets
+
+
 def pair(batch: list[Any]) -> tuple[Graphs, Tensor]:
     return Graphs([x for x, _ in batch], None), torch.stack([y for _, y in batch])
 
@@ -182,6 +195,11 @@ def parts_example(i: int, dtype: torch.dtype) -> Any:
     return ({"sides": (x[:, :1], x[:, 1:])}, scale), (CLASS[i : i + 1], VALUE[i : i + 1])
 
 
+def scaled_example(i: int, dtype: torch.dtype) -> Any:
+    rows = slice(i, i + 1)
+    return (X[rows].to(dtype), SCALE[rows].to(dtype)), (CLASS[rows], VALUE[rows])
+
+
 def box_example(i: int, dtype: torch.dtype) -> Any:
     return ([IMAGES[i].to(dtype)],), [BOXES[i]]
 
@@ -198,6 +216,7 @@ def graph_example(i: int, dtype: torch.dtype) -> Any:
 DICT = {"cls": CLASS, "reg": VALUE}
 HEADS = (Heads, both, head_example)
 PARTS = (Parts, both, parts_example)
+SCALED = (Scaled, both, scaled_example)
 DETECTOR = (Detector, boxes, box_example)
 SQUARES = (Detector, boxes, square_example)
 GRAPHS = (GraphNet, F.cross_entropy, graph_example)
@@ -218,6 +237,13 @@ CASES = [
     Case("nested inputs", lambda: {"s": ({"point": {"sides": (X[:, :1], X[:, 1:])},
          "scale": SCALE}, DICT)}, *PARTS),
     Case("loader of nested inputs", loader(nested), *PARTS),
+    Case("two inputs", lambda: {"s": ((X, SCALE), DICT)}, *SCALED),
+    Case("loader of two inputs", loader(lambda i: ((X[i], SCALE[i]), (CLASS[i], VALUE[i])),
+         batch_size=2), *SCALED),
+    Case("two names", loader(lambda i: {"x": X[i], "scale": SCALE[i], "y": (CLASS[i], VALUE[i])}),
+         *SCALED),
+    Case("three of a row", loader(lambda i: (X[i], SCALE[i], (CLASS[i], VALUE[i])), batch_size=2,
+         collate_fn=grouped), *SCALED),
     Case("ragged lists", lambda: {"s": (IMAGES, BOXES)}, *DETECTOR),
     Case("ragged tuples", loader(lambda i: (IMAGES[i], BOXES[i]), collate_fn=columns), *DETECTOR),
     Case("ragged dict", loader(lambda i: (IMAGES[i], BOXES[i]), collate_fn=lists), *DETECTOR),
@@ -341,6 +367,19 @@ def test_the_user_gets_the_types_of_the_loader() -> None:
     assert isinstance(realise(split.inputs), list)
 
 
+def test_nested_data_move_to_a_device() -> None:
+    for name in ("dict", "nested inputs", "ragged tuples", "graphs"):
+        split = next(iter(from_object(CASES[IDS.index(name)].data(), "here").splits.values()))
+        assert isinstance(split, Split)
+        moved = split.first(4).to(torch.device("meta"))
+        devices = {leaf.device.type for leaf in leaves([moved.inputs, moved.targets])}
+        assert devices == {"meta"}
+        assert {leaf.device.type for leaf in leaves(realise(moved.take(slice(1, 3)).inputs))} == {
+            "meta"
+        }
+        assert split.is_on(torch.device("cpu"))
+
+
 def test_a_resumed_run_recognises_nested_data() -> None:
     digests = [
         from_object(CASES[IDS.index(name)].data(), "here").splits.popitem()[1].digest  # type: ignore[attr-defined]
@@ -392,9 +431,11 @@ def test_bad_nests_are_refused(data: Any, kind: type[LosscliError], text: str) -
         (("--loss", "mse"), "the loss takes a tensor of targets, and the data give a dict. Give a"),
         (("--loss", "net.py:both", "--metric", "accuracy", "-m", "net.py:Other"),
          "the metric 'accuracy' takes a tensor of targets, and the data give a dict"),
+        (("--loss", "net.py:both", "-d", "net.py:uneven"),
+         "split 's': 13 inputs for 13 and 5 targets. Give one target an example"),
     ],
 )  # fmt: skip
-def test_a_loss_of_tensors_does_not_take_a_nest(
+def test_what_does_not_fit_a_nest_is_one_line(
     arguments: tuple[str, ...], text: str, losscli: Losscli, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -405,6 +446,7 @@ def test_a_loss_of_tensors_does_not_take_a_nest(
         "    def forward(self, x): return super().forward(x)['cls']\n"
         "class Other(Heads): pass\n"
         "def data(): return {'s': (X, DICT)}\n"
+        "def uneven(): return {'s': (X, {'cls': DICT['cls'], 'reg': X[:5, 0]})}\n"
     )
     before = set(tmp_path.iterdir())
     outcome = losscli("interpolate", "init:0", "init:1", "-m", "net.py:Net", "-d", "net.py:data",
