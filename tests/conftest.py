@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import typer.main
 from hypothesis import HealthCheck, settings
+from packaging.version import Version
 
 from losscli import spec
 from losscli.cli import run
@@ -23,6 +25,10 @@ from losscli.models import MLP
 from tests import warm
 
 ROOT = Path(__file__).parent.parent
+
+# What older versions cannot do: pyproject.toml allows them.
+SAFETENSORS_HAS_COMPLEX = Version(version("safetensors")) >= Version("0.7")
+TRANSFORMERS_5 = Version(version("transformers")) >= Version("5")
 
 # What hypothesis says of an example that takes long would depend on what else the machine does.
 settings.register_profile(

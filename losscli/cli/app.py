@@ -11,14 +11,13 @@ from losscli.cli.align import align
 from losscli.cli.catalogue import catalogue
 from losscli.cli.files import export, inspect
 from losscli.cli.plot import plot
-from losscli.studies.registry import COMMANDS, load
+from losscli.registry import COMMANDS, load
 
 __all__ = ["app"]
 
 app = typer.Typer(
     name="losscli",
     help="See the loss surface of a neural network, from checkpoint files.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -358,7 +358,7 @@ def test_what_a_journal_holds_is_skipped(
         return journal
 
     def finished(self: Journal) -> None:
-        kept.append(self.skipped)
+        kept.append(self.recalled)
         real_finish(self)
 
     monkeypatch.setattr(Journal, "open", opened)

@@ -34,13 +34,14 @@ from torch.distributed import HashStore, TCPStore
 from losscli.cli import run
 from losscli.cli.console import Console
 from losscli.errors import ChangedError, UsageError
-from losscli.evaluation import memory
+from losscli.evaluation import memory, rendezvous
 from losscli.evaluation import ranks as module
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.ranks import Arrays, Ranks, RanksError, is_one_of_many
+from losscli.evaluation.ranks import Arrays, Ranks, RanksError
+from losscli.evaluation.rendezvous import is_distributed
 from losscli.evaluation.strategies import Strategy
-from losscli.evaluation.sweep import _agree, _cut
+from losscli.evaluation.sweep import _divide, _synchronise
 from losscli.models import MLP
 from tests.conftest import ROOT, Losscli, Outcome
 from tests.forks import PATIENCE, child, ended
@@ -557,7 +558,7 @@ def test_ranks_that_have_not_settled_on_a_way_leave_it_to_the_others() -> None:
         told = [[3, 8, way.value if way else 0] for way in ways]
         ranks = SimpleNamespace(gather=lambda _: told)
         objective = SimpleNamespace(batch_size=8, strategy=ways[0])
-        assert _agree(ranks, objective, 3, []) == 3  # type: ignore[arg-type]
+        assert _synchronise(ranks, objective, 3, []) == 3  # type: ignore[arg-type]
         way: Strategy | None = objective.strategy
         return way
 
@@ -604,10 +605,10 @@ def test_work_is_dealt_once_and_found_by_all() -> None:
             return {"square": np.array([i * i, np.nan]), "nothing": np.empty((0, 3), np.float32)}
 
         known = {2: {"square": np.array([-1.0])}}
-        first = ranks.deal(
-            sizes, work, known=known, found=kept.__setitem__, progress=progress.append
+        first = ranks.distribute(
+            sizes, work, known=known, on_result=kept.__setitem__, progress=progress.append
         )
-        return [first, ranks.deal([1], work), ranks.deal([], work)]
+        return [first, ranks.distribute([1], work), ranks.distribute([], work)]
 
     found = together(3, share)
     assert sorted(done) == [0, 0, 1, 3, 4, 5, 6, 7]
@@ -626,7 +627,7 @@ def test_work_is_dealt_once_and_found_by_all() -> None:
 def test_arrays_larger_than_what_the_store_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PIECE", 1000)
     large = np.arange(5000.0)
-    found = together(2, lambda ranks: ranks.deal([1], lambda i, tell: {"x": large}))
+    found = together(2, lambda ranks: ranks.distribute([1], lambda i, tell: {"x": large}))
     assert all(np.array_equal(arrays["x"], large) for (arrays,) in found)
 
 
@@ -642,7 +643,9 @@ def test_ranks_do_not_take_those_that_died_for_each_other() -> None:
         found: dict[int, str] = {}
 
         def meet(rank: int, found: dict[int, str] = found) -> None:
-            found[rank] = module._meet(store, rank, 3, module._Wait(lambda _: None))
+            found[rank] = rendezvous._choose_prefix(
+                store, rank, 3, rendezvous._WaitNote(lambda _: None)
+            )
 
         threads = [threading.Thread(target=meet, args=(rank,)) for rank in (2, 0, 1)]
         for thread in threads:
@@ -656,8 +659,8 @@ def test_ranks_do_not_take_those_that_died_for_each_other() -> None:
 
 def test_what_differs_between_ranks_is_an_error() -> None:
     def share(ranks: Ranks) -> None:
-        ranks.agree({"--seed": "1"})
-        ranks.agree({"the examples of test": f"{ranks.rank // 2}"})
+        ranks.check_same({"--seed": "1"})
+        ranks.check_same({"the examples of test": f"{ranks.rank // 2}"})
 
     for error in together(3, share):
         assert isinstance(error, UsageError | RanksError)
@@ -678,8 +681,8 @@ def test_an_error_of_one_rank_ends_all() -> None:
 
 
 def test_a_rank_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MISSED", 0.2)
-    monkeypatch.setattr(module, "_BEAT", 0.05)
+    monkeypatch.setattr(module, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "_HEARTBEAT", 0.05)
     leader = Ranks(HashStore(), 0, 2)
     with pytest.raises(RanksError, match=r"rank 1 was not heard of for .* Does every rank run"):
         leader.gather(None)
@@ -687,15 +690,15 @@ def test_a_rank_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_one_of_many()
+    assert not is_distributed()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not is_one_of_many()
+    assert not is_distributed()
     monkeypatch.setenv("RANK", "0")
-    assert is_one_of_many()
+    assert is_distributed()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not is_one_of_many()
+    assert not is_distributed()
 
 
 NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -727,13 +730,13 @@ def test_an_environment_that_tells_of_ranks_in_part_is_one_line_at_once(
 
 def test_a_long_wait_for_other_ranks_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("losscli.evaluation.ranks.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("losscli.evaluation.rendezvous.time.monotonic", lambda: now[0])
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node1")):
         monkeypatch.setenv(name, value)
     told: list[str] = []
-    wait = module._Wait(told.append)
+    wait = rendezvous._WaitNote(told.append)
     for now[0] in (0.0, 19.9, 20.1, 300.0):
-        wait.look()
+        wait.check()
         assert len(told) == (now[0] > 20)
     assert "waiting up to 600 s for the other ranks" in told[0]
     assert "(RANK 0, WORLD_SIZE 2, MASTER_ADDR node1)" in told[0]
@@ -744,10 +747,10 @@ def test_a_store_that_is_gone_is_an_error_of_one_line() -> None:
     server = [TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
     calls: dict[str, Callable[[Ranks], Any]] = {
         "gather": lambda ranks: ranks.gather(1),
-        "decide": lambda ranks: [ranks.decide(1), ranks.attend()],
-        "agree": lambda ranks: ranks.agree({}),
-        "deal": lambda ranks: ranks.deal([1.0], lambda i, tell: {}),
-        "attend": lambda ranks: ranks.attend(),
+        "decide": lambda ranks: [ranks.decide(1), ranks.poll()],
+        "check_same": lambda ranks: ranks.check_same({}),
+        "distribute": lambda ranks: ranks.distribute([1.0], lambda i, tell: {}),
+        "poll": lambda ranks: ranks.poll(),
     }
     clients = {
         (name, rank): Ranks(TCPStore("127.0.0.1", port, is_master=False), rank, 2)
@@ -835,11 +838,11 @@ def test_a_store_that_is_killed_ends_the_run_in_one_line_and_what_is_written_sta
 def test_points_are_cut_without_gaps(
     number: int, most: int, ranks: int, even: bool, taken: set[int]
 ) -> None:
-    cut = partial(_cut, most=most, ranks=ranks, least=3, even=even)
+    cut = partial(_divide, most=most, ranks=ranks, least=3, even=even)
     whole = cut(number, [])
     known = [chunk for i, chunk in enumerate(whole) if i in taken]
     # What another number of processes took, too.
-    alone = _cut(number, [], 7, 1, least=3, even=True)
+    alone = _divide(number, [], 7, 1, least=3, even=True)
     other = [chunk for i, chunk in enumerate(alone) if i in taken]
     for before in ([], known, other):
         chunks = cut(number, before)
@@ -857,7 +860,7 @@ def test_points_are_cut_without_gaps(
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("number", [49, 99, 199, 961])
 def test_no_rank_waits_long_for_another(number: int, ranks: int) -> None:
-    chunks = _cut(number, [], number, ranks, least=3, even=False)
+    chunks = _divide(number, [], number, ranks, least=3, even=False)
 
     def ends(speeds: Sequence[float]) -> float:
         """When all is done, as a share of the least time; a chunk costs three points more."""

@@ -98,8 +98,8 @@ def test_a_picture_that_cannot_be_drawn_is_refused(
 def test_what_does_not_match_is_counted_below_the_bars(losscli: Losscli, folder: Path) -> None:
     torch.save({**state("a.pt"), "layers.1.bias": torch.ones(4)}, "c.pt")
     figure = library.inspect(["a.pt", "c.pt"]).figure()
-    said = [t.get_text() for t in figure.axes[0].texts]
-    assert any("1 tensor that does not match not drawn" in text for text in said)
+    said = [legend.get_title().get_text() for legend in figure.legends]
+    assert any("Not drawn: 1 tensor that does not match" in text for text in said)
 
 
 # --- export --best -------------------------------------------------------------------------------
@@ -180,6 +180,16 @@ ERRORS = {
         1,
         "plane.json is no summary of plane.csv",
     ),
+    "of another type": (
+        "--best t --csv typed.csv",
+        1,
+        "typed.json does not hold what losscli writes: seed is not a whole number. Move it away",
+    ),
+    "of three checkpoints": (
+        "--best t --csv three.csv",
+        2,
+        "summary is not that of interpolate",
+    ),
 }
 
 
@@ -190,6 +200,13 @@ def test_what_names_no_point_is_refused(case: str, losscli: Losscli, folder: Pat
     write([(0.0, "t", math.nan), (1.0, "t", math.inf)], "nan.csv")
     write([(0.0, "t", 1.0)], "broken.csv")
     write([(0.0, "t", 1.0)], "plane.csv")
+    line = {"command": "interpolate", "splits": {}, "examples": {}, "buffers": "interpolate"}
+    for name, more in (
+        ("typed", {"checkpoints": [], "seed": "one"}),
+        ("three", {"checkpoints": [{"name": "a.pt"}] * 3}),
+    ):
+        write([(0.0, "t", 1.0)], f"{name}.csv")
+        Path(f"{name}.json").write_text(json.dumps({**line, **more}))
     Path("x.blocks.csv").write_text("block,alpha,split,loss,loss_stderr\r\nh,0.0,train,1.0,0.1\r\n")
     Path("broken.json").write_text('{"command": "interp')
     Path("plane.json").write_text('{"command": "plane", "checkpoints": []}')

@@ -23,7 +23,9 @@ from losscli.data import objects as objects_
 from losscli.errors import ModelError
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.journal import Journal
-from losscli.evaluation.losses import accuracy, cross_entropy
+from losscli.evaluation.line_search import best_step
+from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.metrics import accuracy
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.records import decode, encode
 from losscli.evaluation.strategies import Strategy
@@ -32,7 +34,6 @@ from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.settings import Settings
-from losscli.studies.check import _best
 from losscli.studies.interpolation import Interpolation
 from losscli.studies.line_curve import LineCurve
 from losscli.weight_space.slices import Line
@@ -506,7 +507,7 @@ def test_a_run_that_goes_on_from_its_journal_has_the_same_numbers(
         tmp_path / "x", again.fingerprint.identity, again.fingerprint.conditions
     ) as journal:
         found = again.run(Execution(lambda _: None, journal))
-        assert journal.skipped > 0
+        assert journal.recalled > 0
     assert found.table.to_csv() == truth.table.to_csv()
     # Weights of an object are no text, and settle the numbers.
     other = plan(nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.5])))
@@ -522,10 +523,10 @@ def test_the_gain_of_a_step_has_the_error_of_a_ratio() -> None:
         Evaluation(torch.from_numpy(v / w.mean())[None], {}, torch.from_numpy(w))
         for v in (here + w, there)
     )
-    told = _best([0.5], found, own)
-    assert told is not None
-    assert told["gain"] == pytest.approx((here + w - there).sum() / w.sum(), rel=1e-12)
-    assert told["gain_stderr"] == pytest.approx(ratio_error(here + w - there, w), rel=1e-9)
+    step = best_step([0.5], found, own)
+    assert step is not None
+    assert step["gain"] == pytest.approx((here + w - there).sum() / w.sum(), rel=1e-12)
+    assert step["gain_stderr"] == pytest.approx(ratio_error(here + w - there, w), rel=1e-9)
 
 
 def test_examples_that_are_ignored_hide_no_weight_without_a_gradient() -> None:

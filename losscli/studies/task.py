@@ -1,4 +1,4 @@
-"""What is asked of the model: the data, the loss and the metrics."""
+"""The data, the loss and the metrics of a problem, from their specs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from torch import nn
 
 from losscli.data import Batching, DataSet, from_object, load
 from losscli.errors import LosscliError, LossError, SpecError, UsageError, one_line
-from losscli.evaluation import losses
+from losscli.evaluation.forward import is_registered
+from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.losses import (
     LOSSES,
-    METRICS,
     PerExample,
-    accuracy,
     causal_lm,
-    class_dim_of,
     cross_entropy,
     function_of,
     options_of,
     token_cross_entropy,
 )
-from losscli.evaluation.recalibration import Recalibration, layers_of
-from losscli.evaluation.strategies import tensors_of
+from losscli.evaluation.metrics import METRICS, accuracy
+from losscli.evaluation.recalibration import Recalibration, batchnorm_layers
+from losscli.evaluation.targets import class_dim_of
 from losscli.evaluation.torch_losses import from_torch, is_of_torch
 from losscli.models import (
     HEADLESS,
@@ -36,20 +35,14 @@ from losscli.models import (
     needs_decoder_inputs,
     score_kind,
 )
+from losscli.registry import RESERVED_COLUMNS
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
-from losscli.studies.problem.source import SourcedSpec
+from losscli.studies.specs import SourcedSpec
 
 __all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
 
 _METRIC_OF_TASK = {"classification": "accuracy", "regression": "none", "language": "perplexity"}
-# Columns of some study's own.
-_COLUMNS = frozenset({
-    "alpha", "block", "split", "loss", "loss_stderr", "slope", "curvature", "examples", "step",
-    "checkpoint", "projection", "residual", "distance", "turn_degrees", "x", "y", "off_plane",
-    "a", "b",
-})  # fmt: skip
-
 _LOSS_OF_TASK = {
     "classification": "cross_entropy",
     "regression": "mse",
@@ -105,7 +98,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
 def recalibration_of(
     model: nn.Module, whole: DataSet, data: DataSet, settings: Settings
 ) -> Recalibration | None:
-    """Plans how BatchNorm's statistics are estimated anew, if they are.
+    """Plans how BatchNorm's statistics are re-estimated, if they are.
 
     Args:
         model: The model.
@@ -121,7 +114,7 @@ def recalibration_of(
     """
     if settings.buffers != "recalibrate":
         return None
-    if not layers_of(model, tensors_of(model)):
+    if not batchnorm_layers(model, named_tensors(model)):
         raise UsageError(
             "--buffers recalibrate has nothing to re-estimate: the model has no BatchNorm layer "
             "that tracks statistics",
@@ -219,7 +212,7 @@ def metrics_of(
             continue
         found = SourcedSpec.named(value, trusted=True)
         name = _column(found.value)
-        if name in metrics or name in _COLUMNS:
+        if name in metrics or name in RESERVED_COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
         metric, text = _per_example(found, METRICS, "metric")
         metrics[name] = _like_loss(loss, metric)
@@ -278,7 +271,7 @@ def _per_example(
 
 def _checked(function: PerExample, where: str) -> PerExample:
     """Makes sure that the options of a function of losscli's own are such as it takes."""
-    if function_of(function).__module__ != losses.__name__:
+    if not is_registered(function):
         return function
     parameters = inspect.signature(function_of(function)).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
