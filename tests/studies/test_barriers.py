@@ -412,7 +412,7 @@ def test_files_text_and_json(several: Path, losscli: Losscli) -> None:
     done = losscli("barriers", "a.pt", "b.pt", "c.pt", "-o", "out")
     assert done.status == 0
     table = Table.read(several / "out.csv")
-    assert command_of(table) is COMMANDS["barriers"]
+    assert command_of(table.columns) is COMMANDS["barriers"]
     assert table.columns == (
         *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
         *("loss_a", "loss_b"),

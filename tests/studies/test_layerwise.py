@@ -412,7 +412,7 @@ def test_the_command_writes_the_blocks_and_tells_of_each(losscli: Losscli, folde
     assert "each block alone, all others at A" in done.stdout
     found = Table.read(Path("x.blocks.csv"))
     assert found.columns == ("block", "alpha", "split", "loss", "loss_stderr", "accuracy")
-    assert command_of(found) is None
+    assert command_of(found.columns) is None
     summary = json.loads(Path("x.json").read_text())
     assert summary["tables"] == ["blocks"]
     row = next(line for line in done.stdout.splitlines() if line.startswith("    layers.1"))

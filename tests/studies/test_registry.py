@@ -54,11 +54,11 @@ def test_a_command_writes_the_tables_that_the_registry_says(name: str, folder: P
     command = COMMANDS[name]
     results = RUNS[name]()
     for result in results:
-        assert command_of(result.table) is command
+        assert command_of(result.table.columns) is command
         _check_table(result.table, command.table)
         for further, table in result.more.items():
             _check_table(table, command.further_tables[further])
-            assert further == "context" or command_of(table) is None
+            assert further == "context" or command_of(table.columns) is None
         assert command.as_text(result).strip()
         # What is written is of the type that the registry says, to the last key.
         text = to_json(result.summary)
