@@ -593,7 +593,7 @@ def freeze(figure: Figure) -> None:
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)
 
 
 def round_positions(figure: Figure) -> None:
