@@ -18,7 +18,8 @@ __all__ = ["Cell", "Table"]
 Cell = float | int | str | None
 
 _TEXT = frozenset({
-    "a", "b", "block", "split", "checkpoint", "verdict", "key", "tensor", "shape", "dtype",
+    "a", "b", "block", "split", "checkpoint", "direction", "verdict", "key", "tensor", "shape",
+    "dtype",
 })  # fmt: skip
 # Spreadsheets evaluate a cell that starts with one of these as a formula.
 _FORMULA = "=+-@\t\r"
@@ -40,9 +41,9 @@ _CURE = "Give a CSV as losscli wrote it"
 class Table:
     """Named columns and rows of cells.
 
-    The name of a column determines its type: ``a``, ``b``, ``split``, ``checkpoint``, ``block`` and
-    ``verdict`` are text, ``step``, ``walk`` and ``examples`` whole numbers, all others floats.
-    ``None`` is an empty cell; among text, an empty cell reads back as ``""``.
+    The name of a column determines its type: ``a``, ``b``, ``split``, ``checkpoint``, ``block``,
+    ``direction`` and ``verdict`` are text, ``step``, ``walk`` and ``examples`` whole numbers, all
+    others floats. ``None`` is an empty cell; among text, an empty cell reads back as ``""``.
 
     Attributes:
         columns: The names of the columns, each once.

@@ -11,12 +11,16 @@ from losscli.errors import printable
 from losscli.results import Result
 from losscli.summaries import (
     AlignmentSummary,
+    AroundPoint,
+    AroundSummary,
     BarriersSplit,
     BarriersSummary,
+    BasinRadius,
     BlockSummary,
     CheckSummary,
     CostEstimate,
     Counts,
+    Derivative,
     Description,
     Extremum,
     Height,
@@ -36,6 +40,7 @@ from losscli.summaries import (
 
 __all__ = [
     "alignment",
+    "around",
     "barriers",
     "check",
     "inspection",
@@ -47,6 +52,9 @@ __all__ = [
 
 # Below this slope per unit length B is stationary, the tolerance of `losscli check`.
 _STATIONARY = 1e-3
+
+# Shares of the range of coefficients at which a mean rise is printed.
+_SHARES = (0.25, 0.5, 1.0)
 
 # Maximum number of checkpoints in a printed matrix, which fits into most terminals.
 _MATRIX = 10
@@ -434,6 +442,86 @@ def _pair_barrier(pair: PairBarrier | None, number: Mapping[str, str]) -> str:
     return f"{_with_error(pair) if pair['height'] else 'none'}{at}, between {between}"
 
 
+def around(result: Result[AroundSummary]) -> str:
+    """Describes the loss around checkpoints.
+
+    Args:
+        result: The result of around.
+
+    Returns:
+        Lines of text.
+    """
+    summary = result.summary
+    low, high = summary["coefficients"][0], summary["coefficients"][-1]
+    number = len(summary["directions"])
+    random = f"{_count(number, 'random direction')}, filter-normalised"
+    along = ", ".join(summary["directions"])
+    lines = [
+        *_task(summary, 16),
+        f"{'directions':<16}{along if summary['along'] else random}",
+        f"{'coefficients':<16}{len(summary['coefficients']):,} from {low:g} to {high:g}",
+        f"{'moving':<16}{_moving_counts(summary)}",
+    ]
+    for name, split in summary["splits"].items():
+        lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
+        for point, size in zip(split["points"], summary["norms"], strict=True):
+            lines.append(f"  {printable(point['checkpoint'])}, ‖θ‖ = {size:.4g}")
+            findings = [("loss", _number(point["loss"]))]
+            if summary["along"]:
+                findings += _derivatives(summary["derivatives"][point["checkpoint"]])
+            else:
+                findings += _mean_rises(point, summary["coefficients"])
+            findings += _radii(point, summary)
+            lines += [f"    {label:<16}{text}" for label, text in findings]
+    return "\n".join(lines) + "\n"
+
+
+def _derivatives(derivatives: Sequence[Derivative]) -> Iterator[tuple[str, str]]:
+    """Describes the directions along which the loss was evaluated."""
+    for of in derivatives:
+        if "gradient_norm" in of:
+            yield "‖∇L‖", _number(of["gradient_norm"])
+        else:
+            caveat = "" if of["converged"] else ", not converged"
+            value, error = _number(of["eigenvalue"]), _number(of["error"], 2)
+            yield f"λ of {of['direction']}", f"{value} ± {error}{caveat}"
+
+
+def _mean_rises(point: AroundPoint, coefficients: Sequence[float]) -> Iterator[tuple[str, str]]:
+    """Describes how far the loss rises on average, at some distances."""
+    ends = [end for end in (coefficients[0], coefficients[-1]) if end]
+    wanted = [share * end for end in ends for share in _SHARES]
+    places = [min(range(len(coefficients)), key=lambda p: abs(coefficients[p] - c)) for c in wanted]
+    for p in sorted({p for p in places if coefficients[p]}):
+        rise = point["mean"][p] - point["loss"]
+        deviation = point["deviation"][p]
+        spread = f" ± {_number(deviation, 2)} (s.d.)" if _is_finite(deviation) else ""
+        side = "opposite " if coefficients[p] < 0 else ""
+        relative = point["relative_distances"][p]
+        at = f"at {side}distance {point['distances'][p]:.3g} ({relative:.2g} ‖θ‖)"
+        text = f"{_number(rise)}{spread}" if _is_finite(rise) else "not finite"
+        yield "mean rise", f"{text} {at}"
+
+
+def _radii(point: AroundPoint, summary: AroundSummary) -> Iterator[tuple[str, str]]:
+    """Describes the radius of the basin, over the mean or along each direction."""
+    threshold = point["threshold"]
+    if threshold is None or not point["radii"]:
+        yield "basin radius", "not defined"
+        return
+    times = "" if summary["basin"] is None else f", {summary['basin']:g} times the loss"
+    for name, found in point["radii"].items():
+        what = "mean loss" if name == "mean" else f"loss along {name}"
+        yield "basin radius", f"{_radius(found)}: {what} below {_number(threshold)}{times}"
+
+
+def _radius(found: BasinRadius) -> str:
+    error = f" ± {_number(found['stderr'], 2)}" if _is_finite(found["stderr"]) else ""
+    least = "at least " if found["at_least"] else ""
+    relative = f" ({found['relative']:.2g} ‖θ‖)" if _is_finite(found["relative"]) else ""
+    return f"{least}{_number(found['distance'])}{error}{relative}"
+
+
 def check(result: Result[CheckSummary]) -> str:
     """Describes the result of a check for critical points.
 
@@ -552,6 +640,7 @@ def plan(description: Description) -> str:
     ]
     if "products_at_most" in d:
         rows.append(("products", f"with the Hessian, at most about {d['products_at_most']:,}"))
+    if "steps_at_most" in d:
         steps = d["steps_at_most"]
         rows.append(("steps", f"down −∇L and along v, at most {steps:,}, each a pass over a split"))
     rows.append(("time", _estimate(d["estimate"], d["device"], d["processes"])))

@@ -867,6 +867,8 @@ def check_derivatives(
     sample: Split,
     directions: Mapping[str, Tensor],
     seed: int,
+    *,
+    twice: bool = True,
 ) -> str:
     """Compares gradients with differences of the loss, and products with those of gradients.
 
@@ -881,6 +883,7 @@ def check_derivatives(
         sample: A few examples.
         directions: Vectors ``[n]`` of length one, by what they are called.
         seed: Of the random directions.
+        twice: Whether second derivatives are compared too.
 
     Returns:
         What could not be verified; empty if nothing.
@@ -904,7 +907,7 @@ def check_derivatives(
         wrong = []
         verified = are_verified(slopes)
         # Where none is ever found wrong, products could only be verified, and in vain.
-        told = len(bent) < NEEDED and (verified or second.wrong < math.inf)
+        told = twice and len(bent) < NEEDED and (verified or second.wrong < math.inf)
         for name, way, base, flat in _places(here, point, ways, generator) if told else ():
             if name in bent:
                 continue
@@ -934,8 +937,8 @@ def check_derivatives(
             "Write operators with a backward of their own in elementary ones",
         )
     if not verified:
-        return unverified("gradient and Hessian", "loss")
-    return "" if are_verified(products) else unverified("Hessian", "gradient")
+        return unverified("gradient and Hessian" if twice else "gradient", "loss")
+    return "" if not twice or are_verified(products) else unverified("Hessian", "gradient")
 
 
 def _compare_slopes(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from losscli.errors import UsageError
 from losscli.summaries import (
+    AroundSummary,
     BarriersSummary,
     CheckSummary,
     InspectionSummary,
@@ -223,6 +224,20 @@ COMMANDS: Mapping[str, Command] = {
                 "path": TableFormat(("step", "checkpoint", "x", "y", "off_plane", "split", "loss")),
             },
             not_overlaid=("one plane cannot be laid over another", "Give one CSV of a plane"),
+        ),
+        Command(
+            name="around",
+            function="losscli.studies.around:around",
+            cli="losscli.cli.around:around",
+            report="losscli.cli.report:around",
+            drawing="losscli.plotting.around:draw_around",
+            summary=AroundSummary,
+            table=TableFormat(
+                ("checkpoint", "direction", "coefficient", "distance", *_LOSS),
+                errors=("loss_stderr",),
+                position="coefficient",
+            ),
+            labelled=("checkpoint",),
         ),
         Command(
             name="check",
