@@ -456,6 +456,7 @@ def around(result: Result[AroundSummary]) -> str:
     number = len(summary["directions"])
     random = f"{_count(number, 'random direction')}, filter-normalised"
     along = ", ".join(summary["directions"])
+    first = next(iter(summary["splits"].values()))
     lines = [
         *_task(summary, 16),
         f"{'directions':<16}{along if summary['along'] else random}",
@@ -464,12 +465,13 @@ def around(result: Result[AroundSummary]) -> str:
     ]
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {_examples(summary, name)}"]
+        # Derivatives are those of the first split.
+        derivatives = summary["derivatives"] if split is first else {}
         for point, size in zip(split["points"], summary["norms"], strict=True):
             lines.append(f"  {printable(point['checkpoint'])}, ‖θ‖ = {size:.4g}")
             findings = [("loss", _number(point["loss"]))]
-            if summary["along"]:
-                findings += _derivatives(summary["derivatives"][point["checkpoint"]])
-            else:
+            findings += _derivatives(derivatives.get(point["checkpoint"], []))
+            if not summary["along"]:
                 findings += _mean_rises(point, summary["coefficients"])
             findings += _radii(point, summary)
             lines += [f"    {label:<16}{text}" for label, text in findings]
@@ -493,14 +495,13 @@ def _mean_rises(point: AroundPoint, coefficients: Sequence[float]) -> Iterator[t
     wanted = [share * end for end in ends for share in _SHARES]
     places = [min(range(len(coefficients)), key=lambda p: abs(coefficients[p] - c)) for c in wanted]
     for p in sorted({p for p in places if coefficients[p]}):
-        rise = point["mean"][p] - point["loss"]
-        deviation = point["deviation"][p]
-        spread = f" ± {_number(deviation, 2)} (s.d.)" if _is_finite(deviation) else ""
-        side = "opposite " if coefficients[p] < 0 else ""
-        relative = point["relative_distances"][p]
-        at = f"at {side}distance {point['distances'][p]:.3g} ({relative:.2g} ‖θ‖)"
-        text = f"{_number(rise)}{spread}" if _is_finite(rise) else "not finite"
-        yield "mean rise", f"{text} {at}"
+        rise, deviation = point["mean"][p] - point["loss"], point["deviation"][p]
+        spread = f" ± {_number(deviation, 2)} (s.d. over directions)"
+        text = _number(rise) if _is_finite(rise) else "not finite"
+        text += spread if _is_finite(deviation) else ""
+        relative = f"{point['relative_distances'][p]:.2g} ‖θ‖"
+        side = "opposite, " if coefficients[p] < 0 else ""
+        yield "mean rise", f"at distance {point['distances'][p]:.3g} ({side}{relative}): {text}"
 
 
 def _radii(point: AroundPoint, summary: AroundSummary) -> Iterator[tuple[str, str]]:

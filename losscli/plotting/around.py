@@ -158,7 +158,9 @@ def draw_around(
             axes.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
         _scale_distance(panels, np.concatenate([*reach, np.empty(0)]), groups)
         figure.align_ylabels(panels)
-        named = [(Line2D([], [], color=g.colour, lw=2.2), _label(g)) for g in groups]
+        # The colour of a single checkpoint is that of all entries.
+        style = "solid" if len(groups) > 1 else "none"
+        named = [(Line2D([], [], color=g.colour, lw=2.2, ls=style), _label(g)) for g in groups]
         add_legend(figure, [named, list(marks.values())])
         add_notes(panels[-1], list(dict.fromkeys(notes)))
         if title:

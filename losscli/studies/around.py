@@ -556,13 +556,17 @@ class Around(Study):
         if not self.along and len(self.directions) == 1:
             notes.append("one direction has no spread and no error: give --directions 2 or more")
         if self.along:
-            what = "gradient" if self.along == "gradient" else "eigenvectors"
             if len(splits) > 1:
-                notes.append(f"the {what} of {self._split} are the directions for all splits")
+                used = (
+                    f"gradient of {self._split} is the direction"
+                    if self.along == "gradient"
+                    else f"eigenvectors of {self._split} are the directions"
+                )
+                notes.append(f"the {used} for all splits")
             if self.problem.objective.recalibration is not None:
                 notes.append(
-                    f"the {what} are those with BatchNorm's statistics held constant, and the "
-                    "losses along them have statistics re-estimated at every point"
+                    "derivatives take BatchNorm's statistics as constants; for the losses they are "
+                    "re-estimated at every point"
                 )
         notes += dict.fromkeys(filter(None, map(_unverified, derived)))
         for name, of in derivatives.items():

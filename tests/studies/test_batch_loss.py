@@ -304,6 +304,7 @@ COMMANDS = [
     f"trajectory a.pt b.pt c.pt d.pt --residuals 3 {OPTIONS}",
     f"plane a.pt b.pt c.pt --points 4 {OPTIONS}",
     f"barriers a.pt b.pt c.pt --points 4 {OPTIONS}",
+    f"around a.pt b.pt --points 4 --directions 2 {OPTIONS}",
 ]
 
 
