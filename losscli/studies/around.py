@@ -365,6 +365,8 @@ class Around(Study):
             swept = time.perf_counter()
             last = self.problem.place(self.problem.last.weights)
             check(objective, self.problem.origin, last)
+            derived = self._differentiate_all(execution)
+            difference = self._verify(derived)
             verify_fresh_model(
                 self.problem, {**last, **{n: last[n] * _BESIDE for n in self.moving}}
             )
@@ -373,9 +375,6 @@ class Around(Study):
                 *spectral_notes(self),
             ]
             del last
-            objective.load(self.problem.origin)
-            derived = self._differentiate_all(execution)
-            difference = self._verify(derived)
             found = grow(
                 objective.splits,
                 settings.sampling_error,
