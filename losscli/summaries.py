@@ -467,14 +467,17 @@ class Derivative(TypedDict, total=False):
 class BasinRadius(TypedDict, total=False):
     """The largest distance up to which the mean loss stays below a threshold.
 
-    ``relative`` is the distance over ‖θ‖. If ``at_least``, the mean loss crosses the threshold at
-    no distance at which it is known.
+    ``relative`` is the distance over ‖θ‖. ``bound`` is ``at least`` if the mean loss does not cross
+    the threshold at the distances where it is known, ``at most`` if it crosses it before the first
+    of them, and empty otherwise; then ``positions`` are where it crosses, negative in the opposite
+    direction.
     """
 
     distance: float
     relative: float | None
     stderr: float | None
-    at_least: bool
+    bound: str
+    positions: list[float]
 
 
 class AroundPoint(TypedDict, total=False):

@@ -103,8 +103,8 @@ def around(
 
     Draws the loss along each direction, its mean and its 10–90 % band over the distance from the
     checkpoint. All random directions of a checkpoint have the same length, so the mean is over
-    points at equal distances. The basin radius, with its error over directions, takes the mean to
-    be linear between two points.
+    points at equal distances. The basin radius, with its error over directions, is interpolated by
+    parabolas between the points.
     """
 
     def plan() -> Study:

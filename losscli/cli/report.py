@@ -513,14 +513,15 @@ def _radii(point: AroundPoint, summary: AroundSummary) -> Iterator[tuple[str, st
     times = "" if summary["basin"] is None else f", {summary['basin']:g} times the loss"
     for name, found in point["radii"].items():
         what = "mean loss" if name == "mean" else f"loss along {name}"
-        yield "basin radius", f"{_radius(found)}: {what} below {_number(threshold)}{times}"
+        below = "below" if point["loss"] < threshold else "not below"
+        yield "basin radius", f"{_radius(found)}: {what} {below} {_number(threshold)}{times}"
 
 
 def _radius(found: BasinRadius) -> str:
     error = f" ± {_number(found['stderr'], 2)}" if _is_finite(found["stderr"]) else ""
-    least = "at least " if found["at_least"] else ""
+    bound = f"{found['bound']} " if found["bound"] else ""
     relative = f" ({found['relative']:.2g} ‖θ‖)" if _is_finite(found["relative"]) else ""
-    return f"{least}{_number(found['distance'])}{error}{relative}"
+    return f"{bound}{_number(found['distance'])}{error}{relative}"
 
 
 def check(result: Result[CheckSummary]) -> str:

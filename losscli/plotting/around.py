@@ -81,7 +81,8 @@ class _Curves:
         # Rounding aside, equal coefficients are equal distances.
         places, at = np.unique(coefficients[known], return_inverse=True)
         names = tuple(str(name) for name in rows.unique("direction"))
-        row = np.array([names.index(str(name)) for name in rows["direction"]], int)[known]
+        number = {name: k for k, name in enumerate(names)}
+        row = np.array([number[str(name)] for name in rows["direction"]], int)[known]
         position = np.full(len(places), np.nan)
         position[at] = x[known]
         tables = []
@@ -220,7 +221,7 @@ def _draw(
             if np.nanmax(curves.errors, initial=0.0) > 0:
                 band = Patch(color=colour, alpha=0.18, lw=0)
                 marks.setdefault("error", (band, "± one standard error"))
-        if _mark_radii(axes, group, curves, split):
+        if _mark_radii(axes, group, split):
             diamond = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
             marks.setdefault("radius", (diamond, "radius of the basin"))
     return notes
@@ -280,27 +281,16 @@ def _draw_random(axes: Axes, curves: _Curves, colour: str, *, log: bool) -> None
         )
 
 
-def _mark_radii(axes: Axes, group: _Group, curves: _Curves, split: str) -> bool:
+def _mark_radii(axes: Axes, group: _Group, split: str) -> bool:
     """Marks each radius where the loss crosses the threshold; returns whether there is a mark."""
     point = group.point(split)
+    places = [x for found in point.get("radii", {}).values() for x in found.get("positions", ())]
     threshold = point.get("threshold")
-    marked = False
-    means = {"mean": Profile.of(curves.losses).mean}
-    losses = means if curves.random else dict(zip(curves.directions, curves.losses, strict=True))
-    for name, found in point.get("radii", {}).items():
-        distance = found.get("distance", np.nan)
-        if found.get("at_least", True) or name not in losses or threshold is None:
-            continue
-        for side in (-distance, distance):
-            there = float(np.interp(side, curves.x, losses[name]))
-            # The radius is that of one side; the other has the mark too if it is as far.
-            close = bool(np.isclose(there, threshold, rtol=1e-6))
-            if close and curves.x[0] <= side <= curves.x[-1]:
-                axes.plot(
-                    side, threshold, "D", mfc="white", mec=group.colour, mew=1.3, ms=6, zorder=6
-                )
-                marked = True
-    return marked
+    if threshold is None or not places:
+        return False
+    style: dict[str, Any] = {"mfc": "white", "mec": group.colour, "mew": 1.3, "ms": 6, "zorder": 6}
+    axes.plot(places, [threshold] * len(places), "D", **style)
+    return True
 
 
 def _scale_distance(panels: Sequence[Axes], x: Floats, groups: Sequence[_Group]) -> None:

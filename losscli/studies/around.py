@@ -116,8 +116,8 @@ def around(
     Hessian.
 
     The basin radius is the largest distance up to which the mean loss over random directions, or
-    the loss along each other direction, stays below a threshold; between two points it is taken to
-    be linear. Its error is that of the jackknife over directions.
+    the loss along each other direction, stays below a threshold; it is interpolated by parabolas.
+    Its error is that of the jackknife over directions.
 
     Args:
         names: The checkpoints, each once: files, ``FILE#KEY``, ``init:SEED``, or a folder of them.
@@ -332,11 +332,17 @@ class Around(Study):
             Curvature(objective, origin, self.moving, batch) as curvature,
         ):
             v = curvature.gradient()
-            curvature.product(v)  # once, so that what is set up is set up
-            took = timed(objective, lambda: curvature.product(v), clock)
+
+            def derive() -> None:
+                if self.along == "hessian":
+                    curvature.product(v)
+                else:
+                    Curvature(objective, origin, self.moving, batch).gradient()
+
+            derive()  # once, so that what is set up is set up
+            took = timed(objective, derive, clock)
         product = took * len(split) / len(batch) * self._differentiated
         if self.along == "gradient":
-            # A gradient takes no more than a product.
             return {"seconds": seconds + product}
         whole = curvature.size <= DENSE_LIMIT
         fewest, most = (curvature.size,) * 2 if whole else (LEAST, PRODUCT_LIMIT)
@@ -403,7 +409,7 @@ class Around(Study):
             "norms": list(self.norms),
             "basin": self.basin,
             "basin_loss": self.basin_loss,
-            "interpolation": "linear",
+            "interpolation": "quadratic",
             **counted(objective, examples),
             "splits": splits,
             "endpoint_difference": difference,
@@ -577,6 +583,17 @@ class Around(Study):
         for name, split in splits.items():
             if number := sum(point["not_finite"] for point in split["points"]):
                 notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
+            early = [
+                p["checkpoint"]
+                for p in split["points"]
+                if any(found["bound"] == "at most" for found in p["radii"].values())
+            ]
+            if early:
+                more = f" and {len(early) - 1} more" if len(early) > 1 else ""
+                notes.append(
+                    f"{name}: the loss around {early[0]}{more} crosses the threshold before the "
+                    "first point: for a basin radius, give a smaller --range or more --points"
+                )
             # A loss that is not finite is not above 0 either.
             lost = [p for p in split["points"] if p["threshold"] is None]
             if lost:
@@ -622,7 +639,6 @@ class Around(Study):
             ModelError: The gradient is zero, or derivatives are not finite.
         """
         objective, seed = self.problem.objective, self.problem.settings.seed
-        objective.load(self._placed(t))
         weights = recalibrated(objective, self._placed(t))
         every = objective.splits[self._split]
         sample = every.spread(sample_size(objective.operations))[0].to(objective.device)
@@ -789,5 +805,6 @@ def _told_radius(found: Radius, size: float) -> BasinRadius:
         "distance": found.distance,
         "relative": found.distance / size if size else None,
         "stderr": None if math.isnan(found.error) else found.error,
-        "at_least": found.at_least,
+        "bound": found.bound,
+        "positions": list(found.positions),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 __all__ = ["BAND", "Profile", "Radius", "radius"]
 
 Losses = NDArray[np.float64]
+
+Bound = Literal["at least", "at most", ""]
 
 BAND = (0.1, 0.9)
 """The quantiles over directions that a band lies between."""
@@ -59,21 +61,26 @@ class Radius(NamedTuple):
     Attributes:
         distance: The distance.
         error: Its jackknife standard error over directions; nan if it is not known.
-        at_least: Whether the mean loss does not cross the threshold where it is known: the radius
-            may be larger.
+        positions: Where the mean loss crosses the threshold at this distance: at ``distance``, at
+            ``-distance`` or at both; empty for a bound, and if it is not below it anywhere.
+        bound: Whether the radius is ``at least`` the distance, since the mean loss does not cross
+            the threshold where it is known; or ``at most``, since it crosses the threshold before
+            the first point beside the centre; else empty.
     """
 
     distance: float
     error: float
-    at_least: bool
+    positions: tuple[float, ...]
+    bound: Bound
 
 
 def radius(positions: Sequence[float], losses: Losses, threshold: float) -> Radius:
     """Finds the radius of the basin around a point.
 
-    Between two points the mean loss is taken to be linear. With points on both sides, the radius
-    is that of the side on which it is smaller. Its standard error is that of the jackknife, the
-    directions left out one at a time (Efron & Stein 1981): √((K − 1)/K Σ (r_k − r̄)²).
+    A crossing is that of the parabola through the points before and behind it and the one before
+    these. With points on both sides of the centre, the radius is that of the side on which it is
+    smaller. Its standard error is that of the jackknife, with one direction left out at a time
+    (Efron & Stein 1981): √((K − 1)/K Σ (r_k − r̄)²).
 
     Args:
         positions: The positions of the P points, ascending; negative on the other side of the
@@ -82,43 +89,66 @@ def radius(positions: Sequence[float], losses: Losses, threshold: float) -> Radi
         threshold: What the mean loss stays below.
 
     Returns:
-        The radius. Its error is nan for one direction, and if the mean without one of the
-        directions does not cross the threshold.
+        The radius; 0 if the loss is not below the threshold at the centre. Its error is nan then,
+        for one direction, and if only a bound is known of the radius or of that without one of
+        the directions.
     """
     number = len(losses)
     with np.errstate(all="ignore"):
-        distance, at_least = _crossing(positions, losses.mean(axis=0), threshold)
-        if at_least or number < 2:
-            return Radius(distance, math.nan, at_least)
+        found = _radius(positions, losses.mean(axis=0), threshold)
+        if found.bound or not found.distance or number < 2:
+            return found
         without = [
-            _crossing(positions, np.delete(losses, k, axis=0).mean(axis=0), threshold)
+            _radius(positions, np.delete(losses, k, axis=0).mean(axis=0), threshold)
             for k in range(number)
         ]
-    if any(beyond for _, beyond in without):
-        return Radius(distance, math.nan, at_least)
-    found = np.array([distance for distance, _ in without])
-    error = math.sqrt((number - 1) / number * float(np.square(found - found.mean()).sum()))
-    return Radius(distance, error, at_least)
+    if any(other.bound for other in without):
+        return found
+    distances = np.array([other.distance for other in without])
+    squares = float(np.square(distances - distances.mean()).sum())
+    return found._replace(error=math.sqrt((number - 1) / number * squares))
 
 
-def _crossing(positions: Sequence[float], mean: Losses, threshold: float) -> tuple[float, bool]:
-    """Returns how far a curve is below a threshold, and whether it may be so farther out."""
+def _radius(positions: Sequence[float], mean: Losses, threshold: float) -> Radius:
+    """Finds the radius of a single curve, without an error."""
     points = list(zip(positions, mean.tolist(), strict=True))
-    sides = (
-        [(x, loss) for x, loss in points if x >= 0],
-        [(-x, loss) for x, loss in reversed(points) if x <= 0],
-    )
-    return min(_one_side(side, threshold) for side in sides if len(side) > 1)
+    sides = {
+        1: [(x, loss) for x, loss in points if x >= 0],
+        -1: [(-x, loss) for x, loss in reversed(points) if x <= 0],
+    }
+    found = {sign: _crossing(side, threshold) for sign, side in sides.items() if len(side) > 1}
+    distance = min(x for x, _ in found.values())
+    bounds: list[Bound] = [bound for x, bound in found.values() if x == distance]
+    if any(bound == "at most" for _, bound in found.values()):
+        # Whatever the radius of the other side, the smaller one may be close to 0.
+        distance = min(x for x, bound in found.values() if bound != "at least")
+        return Radius(distance, math.nan, (), "at most")
+    if "" not in bounds:
+        return Radius(distance, math.nan, (), "at least")
+    crossed = [
+        sign * distance for sign, (x, bound) in found.items() if x == distance > 0 and not bound
+    ]
+    return Radius(distance, math.nan, tuple(crossed), "")
 
 
-def _one_side(side: Sequence[tuple[float, float]], threshold: float) -> tuple[float, bool]:
-    before, below = side[0]
-    if not below < threshold:
-        return 0.0, False
-    for x, loss in side[1:]:
-        if not math.isfinite(loss):
+def _crossing(side: Sequence[tuple[float, float]], threshold: float) -> tuple[float, Bound]:
+    """Returns where a curve first reaches a threshold, on one side of the centre."""
+    (x, loss), before = side[0], None
+    if not loss < threshold:
+        return 0.0, ""
+    for x_next, loss_next in side[1:]:
+        if not math.isfinite(loss_next):
             break
-        if loss >= threshold:
-            return before + (x - before) * (threshold - below) / (loss - below), False
-        before, below = x, loss
-    return before, True
+        if loss_next >= threshold:
+            if before is None:
+                return x_next, "at most"
+            # In Newton's form, p(t) = loss + slope t + bend t (t − step) at x + t.
+            step = x_next - x
+            slope = (loss_next - loss) / step
+            bend = (slope - (loss - before[1]) / (x - before[0])) / (x_next - before[0])
+            start = slope - bend * step
+            missing = threshold - loss
+            root = math.sqrt(max(0.0, start**2 + 4 * bend * missing))
+            return x + min(2 * missing / (start + root), step), ""
+        before, x, loss = (x, loss), x_next, loss_next
+    return x, "at least"

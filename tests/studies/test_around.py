@@ -111,7 +111,7 @@ def derivatives(case: Case, state: State, names: Sequence[str]) -> tuple[np.ndar
 def test_a_quadratic_loss_is_met_exactly_and_so_is_the_radius(tmp_path: Path) -> None:
     (file,) = save(LINEAR, tmp_path, 1)
     state = LINEAR.state(1)
-    more = {"directions": 5, "basin": 1.5, "points": 161, "range": (0, 4), "dtype": "float64"}
+    more = {"directions": 5, "basin": 1.5, "points": 9, "range": (0, 4), "dtype": "float64"}
     result = losscli.around(file, **options(LINEAR, **more))
     names = filtered(LINEAR)
     gradient, hessian = derivatives(LINEAR, state, names)
@@ -134,14 +134,13 @@ def test_a_quadratic_loss_is_met_exactly_and_so_is_the_radius(tmp_path: Path) ->
 
     everything = list(range(5))
     found = point["radii"]["mean"]
-    # What a straight line between points 1/40 apart leaves: less than a thousandth.
-    assert found["distance"] == pytest.approx(crossing(everything), rel=1e-3)
+    assert found["distance"] == pytest.approx(crossing(everything), rel=1e-9)
     assert found["relative"] == found["distance"] / result.summary["norms"][0]
     without = [crossing([k for k in everything if k != left]) for left in everything]
     middle = statistics.mean(without)
     error = math.sqrt(4 / 5 * math.fsum((r - middle) ** 2 for r in without))
-    assert found["stderr"] == pytest.approx(error, rel=1e-2)
-    assert not found["at_least"]
+    assert found["stderr"] == pytest.approx(error, rel=1e-6)
+    assert (found["bound"], found["positions"]) == ("", [found["distance"]])
 
 
 def test_the_summary_says_what_the_table_holds(tmp_path: Path) -> None:
@@ -360,6 +359,17 @@ def test_a_loss_not_above_0_has_no_multiple_for_a_threshold(tmp_path: Path) -> N
     assert point["radii"]["mean"]["distance"] > 0
 
 
+def test_a_radius_before_the_first_point_is_a_bound(tmp_path: Path) -> None:
+    (file,) = save(TANH, tmp_path, 1)
+    result = losscli.around(file, directions=3, range=(0, 50), **options(TANH, points=3))
+    (point,) = result.summary["splits"]["all"]["points"]
+    found = point["radii"]["mean"]
+    assert (found["bound"], found["distance"]) == ("at most", point["distances"][1])
+    assert (found["positions"], found["stderr"]) == ([], None)
+    assert any("give a smaller --range or more --points" in n for n in result.summary["notes"])
+    assert "basin radius    at most " in COMMANDS["around"].as_text(result)
+
+
 def test_losses_that_are_not_finite_lose_nothing_else(tmp_path: Path) -> None:
     (file,) = save(TANH, tmp_path, 1)
 
@@ -375,7 +385,7 @@ def test_losses_that_are_not_finite_lose_nothing_else(tmp_path: Path) -> None:
     (point,) = result.summary["splits"]["all"]["points"]
     assert point["not_finite"] == lost
     assert f"all: the loss of {lost} points is not finite" in result.summary["notes"]
-    assert point["radii"]["mean"]["at_least"]
+    assert point["radii"]["mean"]["bound"] == "at least"
     text = COMMANDS["around"].as_text(result)
     assert "at least" in text
     assert "not finite" in text
@@ -430,7 +440,7 @@ def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
         assert word in done.stdout
     again = losscli(*run, "--json")
     assert again.stdout.count("\n") == 1
-    assert json.loads(again.stdout)["interpolation"] == "linear"
+    assert json.loads(again.stdout)["interpolation"] == "quadratic"
     drawn = losscli("plot", "out.csv", "-o", "again")
     assert drawn.status == 0
     assert (folder / "again.png").read_bytes() == (folder / "out.png").read_bytes()
@@ -447,6 +457,8 @@ def test_text_and_plan_of_eigenvectors(folder: Path, losscli: Losscli) -> None:
     assert "basin radius    at least 0.5 (" in done.stdout
     assert ": loss along vn below 9\n" in done.stdout
     assert "the eigenvectors of train are the directions for all splits" in done.stderr
+    low = losscli("around", "a.pt", "--directions", 2, "--points", 3, "--basin-loss", 0.01)
+    assert "basin radius    0 (0 ‖θ‖): mean loss not below 0.01\n" in low.stdout
     plan = json.loads(losscli(*run, "--dry-run", "--json").stdout)
     assert (plan["points"], plan["products_at_most"]) == (1 + 3 * 4, 53)
 
