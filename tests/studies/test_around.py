@@ -415,6 +415,7 @@ def test_a_checkpoint_without_a_direction_is_named(tmp_path: Path) -> None:
 # --- The command line ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
     run = ["around", "a.pt", "b.pt", "--directions", 3, "--points", 5, "-o", "out"]
     done = losscli(*run)
@@ -457,7 +458,7 @@ def test_text_and_plan_of_eigenvectors(folder: Path, losscli: Losscli) -> None:
     assert "basin radius    at least 0.5 (" in done.stdout
     assert ": loss along vn below 9\n" in done.stdout
     assert "the eigenvectors of train are the directions for all splits" in done.stderr
-    low = losscli("around", "a.pt", "--directions", 2, "--points", 3, "--basin-loss", 0.01)
+    low = losscli("around", "a.pt", "--points", 3, "--basin-loss", 0.01, "--no-figure")
     assert "basin radius    0 (0 ‖θ‖): mean loss not below 0.01\n" in low.stdout
     plan = json.loads(losscli(*run, "--dry-run", "--json").stdout)
     assert (plan["points"], plan["products_at_most"]) == (1 + 3 * 4, 53)
