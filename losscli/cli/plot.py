@@ -59,7 +59,8 @@ def plot(
         list[str] | None,
         typer.Option(
             "--label",
-            help="Repeatable: a name for each CSV, or for each checkpoint of one around or barriers.",
+            help="Repeatable: a name for each CSV, or for each checkpoint of a single around or "
+            "barriers.",
             show_default=False,
         ),
     ] = None,
