@@ -215,7 +215,10 @@ class Around(Study):
         _check_directions(directions, along, settings)
         _check_basin(basin, basin_loss)
         coefficients = _coefficients(points, range_ or _RANGES[along])
-        check_point_count("--points", points, points * directions * len(names))
+        if along:
+            check_point_count("--points", points, 3 * points * len(names))
+        else:
+            check_point_count("--directions", directions, directions * points * len(names))
         problem = prepare(names, settings, ranks=ranks)
         if along:
             moving = problem.parameters(problem.moving)
