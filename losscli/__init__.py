@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from losscli._version import __version__ as __version__
-from losscli.studies.registry import COMMANDS, load
+from losscli.registry import COMMANDS, load
 
 if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate __all__ below
     from losscli.errors import LosscliError as LosscliError

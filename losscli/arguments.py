@@ -36,8 +36,12 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(function)
-        # At decoration, since it evaluates strings, which no call should do.
-        hints = get_type_hints(function)
+        # At decoration, since it evaluates strings, which no call should do. Not the type of the
+        # result: that may be imported for type checkers only.
+        parameter_hints = {k: v for k, v in function.__annotations__.items() if k != "return"}
+        hints = get_type_hints(
+            types.SimpleNamespace(__annotations__=parameter_hints), function.__globals__
+        )
         name = function.__name__
         parameters = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         known = parameters + [field.name for field in fields(more or _NoFields)]

@@ -15,8 +15,10 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from losscli.errors import OutputError, UsageError
+from losscli.errors import OutputError, TableError, UsageError, printable
 from losscli.files import create, read_regular
+from losscli.registry import Command, load
+from losscli.summaries import from_json
 from losscli.table import Table
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ __all__ = [
     "Run",
     "default_stem",
     "picture_of",
+    "read_summary",
     "stem_of",
     "to_json",
 ]
@@ -191,6 +194,53 @@ def picture_of(out: str | None) -> tuple[Path, ...]:
     return (path,) if path.suffix.lower() in FIGURE_SUFFIXES and path.stem else ()
 
 
+def read_summary(path: Path, command: Command) -> dict[str, Any]:
+    """Reads the summary of a run.
+
+    Args:
+        path: STEM.json.
+        command: The command of the run.
+
+    Returns:
+        The summary in the type of the command; ``{}`` if there is none, or if the file is not a
+        summary of this command.
+
+    Raises:
+        TableError: A value is of another type than the command writes.
+    """
+    summary = _read_object(path)
+    match summary:
+        case {
+            "command": command.name,
+            "checkpoints": [*checkpoints],
+            "splits": dict(splits),
+            "examples": dict(),
+        }:
+            named = all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in checkpoints)
+            has_tables = isinstance(summary.get("tables", []), list)
+            if not (named and has_tables and all(isinstance(s, dict) for s in splits.values())):
+                return {}
+        case _:
+            return {}
+    try:
+        converted: dict[str, Any] = from_json(summary, load(command.summary))
+    except ValueError as fault:
+        raise TableError(
+            f"{path} does not hold what losscli writes: {printable(str(fault))}",
+            "Move it away, or make it again with its CSV",
+        ) from None
+    return converted
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; ``{}`` if the file is missing or holds none."""
+    try:
+        value = json.loads(read_regular(path).decode())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 @dataclass(frozen=True)
 class Output:
     """The output files of a run.
@@ -276,7 +326,7 @@ class Output:
             existing.append(summary)
         if not existing:
             return
-        if self._previous_summary().get("identity") != identity:
+        if _read_object(self._file(".json")).get("identity") != identity:
             raise OutputError(
                 f"{existing[0]} holds the results of another run",
                 "Choose another --out, or overwrite it with --force",
@@ -299,7 +349,7 @@ class Output:
         Raises:
             OutputError: A file cannot be written. No file is changed then.
         """
-        old_tables = self._previous_summary().get("tables")
+        old_tables = _read_object(self._file(".json")).get("tables")
         summary = f"{to_json(result.summary)}\n".encode()
         # The summary comes first: if the process is killed in between, it identifies the run. The
         # main table comes last: if it exists, the result is complete.
@@ -339,14 +389,6 @@ class Output:
                     "Choose another name, or overwrite it with --force",
                 )
         return replace_all(pictures)
-
-    def _previous_summary(self) -> dict[str, Any]:
-        """Reads the summary of the run that wrote to this stem before; empty if there is none."""
-        try:
-            summary = json.loads(read_regular(self._file(".json")).decode())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return summary if isinstance(summary, dict) else {}
 
     def _file(self, suffix: str) -> Path:
         return self.stem.with_name(self.stem.name + suffix)

@@ -1,8 +1,8 @@
 """The summaries of results, STEM.json: a typed dictionary for each command, and their check.
 
-A study makes its summary, `cli.report` words it, and `plotting` reads it. No key is required: a
-figure is drawn from a CSV alone, and the JSON of an older version may lack one. A number that is
-not finite is null in JSON, see `losscli.results.to_json`.
+A study makes its summary, its command in `cli` puts it into words, and `plotting` reads it. No key
+is required: a figure is drawn from a CSV alone, and the JSON of an older version may lack one. A
+number that is not finite is null in JSON, see `losscli.results.to_json`.
 """
 
 from __future__ import annotations

@@ -12,27 +12,16 @@ from typing import TextIO
 
 from losscli.errors import TableError
 from losscli.files import open_regular, read_pipe, read_text
+from losscli.registry import COLUMN_TYPES, RESERVED_COLUMNS
 
 __all__ = ["Cell", "Table"]
 
 Cell = float | int | str | None
 
-_TEXT = frozenset({
-    "a", "b", "block", "split", "checkpoint", "direction", "verdict", "key", "tensor", "shape",
-    "dtype",
-})  # fmt: skip
 # Spreadsheets evaluate a cell that starts with one of these as a formula.
 _FORMULA = "=+-@\t\r"
 # The prefix of such cells: a path stays valid after ./, other text gets an apostrophe.
-_PREFIXES = {
-    **dict.fromkeys(("a", "b", "checkpoint"), "./"),
-    **dict.fromkeys(("split", "block", "tensor", "key"), "'"),
-}
-
-_INTEGER = frozenset({"step", "walk", "examples", "tensors", "values", "bytes"})
-
-# The columns of a line that are not metrics.
-_NO_METRICS = frozenset({"alpha", "split", "loss", "loss_stderr", "slope", "curvature", "examples"})
+_PREFIXES = {"path": "./", "text": "'"}
 
 _CURE = "Give a CSV as losscli wrote it"
 
@@ -41,9 +30,8 @@ _CURE = "Give a CSV as losscli wrote it"
 class Table:
     """Named columns and rows of cells.
 
-    The name of a column determines its type: ``a``, ``b``, ``split``, ``checkpoint``, ``block``,
-    ``direction`` and ``verdict`` are text, ``step``, ``walk`` and ``examples`` whole numbers, all
-    others floats. ``None`` is an empty cell; among text, an empty cell reads back as ``""``.
+    The name of a column determines its type, see `losscli.registry.COLUMN_TYPES`. ``None`` is an
+    empty cell; among text, an empty cell reads back as ``""``.
 
     Attributes:
         columns: The names of the columns, each once.
@@ -68,8 +56,8 @@ class Table:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of the metrics, if the table is one of interpolate."""
-        return [column for column in self.columns if column not in _NO_METRICS]
+        """The names of the metrics, if the table is one with metrics."""
+        return [column for column in self.columns if column not in RESERVED_COLUMNS]
 
     def __getitem__(self, column: str) -> list[Cell]:
         index = self.columns.index(column)
@@ -127,7 +115,7 @@ class Table:
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow(self.columns)
-        prefixes = [_PREFIXES.get(column, "") for column in self.columns]
+        prefixes = [_PREFIXES.get(COLUMN_TYPES.get(column, ""), "") for column in self.columns]
         writer.writerows(list(map(_write, row, prefixes)) for row in self.rows)
         return text.getvalue()
 
@@ -210,14 +198,14 @@ def _is_formula(text: str, prefix: str) -> bool:
 
 
 def _read(column: str, text: str) -> Cell:
-    if column in _TEXT:
-        prefix = _PREFIXES.get(column, "")
-        if prefix and text.startswith(prefix) and _is_formula(text, prefix):
+    column_type = COLUMN_TYPES.get(column)
+    if prefix := _PREFIXES.get(column_type or ""):
+        if text.startswith(prefix) and _is_formula(text, prefix):
             return text[len(prefix) :]
         return text
     if not text:
         return None
-    kind = int if column in _INTEGER else float
+    kind = int if column_type == "integer" else float
     try:
         number = kind(text)
         float(number)

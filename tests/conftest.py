@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import io
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,10 @@ from losscli.models import MLP
 from tests import warm
 
 ROOT = Path(__file__).parent.parent
+
+# Tests write a user's code, and write it again within the second that compiled modules go by.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 # What hypothesis says of an example that takes long would depend on what else the machine does.
 settings.register_profile(

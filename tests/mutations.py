@@ -456,7 +456,7 @@ def state(seed: int = 0) -> dict[str, torch.Tensor]:
 def _inspect(name: str) -> Callable[[Path, int], object]:
     def read(folder: Path, number: int) -> object:
         from losscli.checkpoint import list_checkpoints, read
-        from losscli.cli import report
+        from losscli.cli import files
         from losscli.results import to_json
         from losscli.studies.inspection import inspect
 
@@ -464,7 +464,7 @@ def _inspect(name: str) -> Callable[[Path, int], object]:
         list_checkpoints(path)
         try:
             result = inspect([path])
-            report.inspection(result)
+            files.report(result)
             to_json(result.summary)
         finally:
             read(path).select(MODEL).sha256()
@@ -636,8 +636,8 @@ def _tables_damage(content: bytes, rng: Rng) -> bytes:
 def _read_table(folder: Path, number: int) -> object:
     from losscli.cli.plot import _read
     from losscli.plotting.terminal import draw as in_terminal
+    from losscli.registry import command_of, draw
     from losscli.studies.inspection import lowest
-    from losscli.studies.registry import command_of, draw
 
     path = folder / "run.csv"
     run = _read(str(path))
@@ -702,8 +702,8 @@ def _toml(folder: Path) -> list[str]:
 def _read_toml(folder: Path, number: int) -> object:
     from losscli.checkpoint import read
     from losscli.data import load
-    from losscli.studies.problem.model import build
-    from losscli.studies.problem.source import find
+    from losscli.studies.model import build
+    from losscli.studies.specs import find
 
     first = read(str(folder / "a.pt"))
     for kind in ("model", "data", "loss"):
@@ -974,8 +974,8 @@ def _serve() -> None:
     # What the batches have in common, so that they do not import it each.
     import torch.distributed.checkpoint  # noqa: F401
 
-    from losscli.cli import report  # noqa: F401
-    from losscli.studies.registry import COMMANDS, load
+    import losscli.cli.app  # noqa: F401
+    from losscli.registry import COMMANDS, load
 
     for command in COMMANDS.values():
         load(command.function)

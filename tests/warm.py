@@ -61,8 +61,8 @@ def _serve(place: str) -> None:
     from matplotlib.figure import Figure
 
     import losscli.cli.app  # noqa: F401
+    from losscli.registry import COMMANDS, load
     from losscli.studies import alignment  # noqa: F401
-    from losscli.studies.registry import COMMANDS, load
 
     for command in COMMANDS.values():
         load(command.function)

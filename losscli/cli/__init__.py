@@ -19,7 +19,7 @@ from typing import Any
 from losscli.cli.console import Console, SilentConsole
 from losscli.cli.sigbus import exit_on_lost_pages
 from losscli.errors import LosscliError, UsageError
-from losscli.studies.registry import COMMANDS
+from losscli.registry import COMMANDS
 
 __all__ = ["main"]
 

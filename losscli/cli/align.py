@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 
-from losscli.cli import report
 from losscli.cli.console import Console
 from losscli.cli.files import check_writable
 from losscli.cli.options import Force, Json, with_console, with_some_settings
+from losscli.cli.report import format_count, format_number
+from losscli.errors import printable
 from losscli.results import to_json
 from losscli.settings import Settings
+from losscli.summaries import AlignmentSummary
 
-__all__ = ["align"]
+__all__ = ["align", "report"]
 
 
 @with_console
@@ -65,5 +67,34 @@ def align(
     if json_:
         console.result(f"{to_json({**alignment.summary, 'file': str(out)}, indent=None)}\n")
     else:
-        console.result(report.alignment(alignment.summary))
+        console.result(report(alignment.summary))
     console.note(f"wrote {out}")
+
+
+def report(summary: AlignmentSummary) -> str:
+    """Describes the result of an alignment.
+
+    Args:
+        summary: The summary of an alignment.
+
+    Returns:
+        Lines of text.
+    """
+    a, b = (printable(c["name"]) for c in summary["checkpoints"])
+    before, after = (summary["distance"][when] for when in ("before", "after"))
+    products = [format_number(summary["inner_product"][when]) for when in ("before", "after")]
+    check = summary["check"]
+    groups = format_count(len(summary["groups"]), "group")
+    tensors = format_count(summary["tensors"], "tensor")
+    over = f"{format_count(summary['values'], 'value')} in {tensors}"
+    examples = format_count(check["examples"], "example")
+    difference = f"{check['largest_difference']:.1g} of the largest"
+    rows = [
+        ("A", a),
+        ("B", b),
+        ("hidden units", f"{summary['units']:,} in {groups}; {summary['moved']:,} change places"),
+        ("‖B − A‖", f"{before:.4g}, permuted {after:.4g}, over {over}"),
+        ("⟨A, B⟩", f"{products[0]}, permuted {products[1]}"),
+        ("function", f"B's: the same outputs on {examples}, to {difference}, in {check['dtype']}"),
+    ]
+    return "".join(f"{label:<14}{text}\n" for label, text in rows)

@@ -11,7 +11,7 @@ from losscli.cli.align import align
 from losscli.cli.catalogue import catalogue
 from losscli.cli.files import export, inspect
 from losscli.cli.plot import plot
-from losscli.studies.registry import COMMANDS, load
+from losscli.registry import COMMANDS, load
 
 __all__ = ["app"]
 

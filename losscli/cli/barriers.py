@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from losscli.cli.console import Console
 from losscli.cli.options import Write, with_console, with_output, with_settings
+from losscli.cli.report import (
+    align_columns,
+    format_count,
+    format_examples,
+    format_height,
+    format_moving,
+    format_number,
+    is_finite,
+    task_lines,
+)
 from losscli.cli.run_study import expand_names, run_study
+from losscli.errors import printable
+from losscli.results import Result
 from losscli.settings import Settings
+from losscli.summaries import BarriersSplit, BarriersSummary, PairBarrier
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
 
-__all__ = ["barriers"]
+__all__ = ["barriers", "report"]
+
+# Maximum number of checkpoints in a printed matrix, which fits into most terminals.
+_MATRIX = 10
 
 
 @with_console
@@ -56,3 +74,71 @@ def barriers(
 
     names = expand_names(checkpoints, console.ranks)
     run_study("barriers", checkpoints, plan, write, console)
+
+
+def report(result: Result[BarriersSummary]) -> str:
+    """Describes the result of barriers.
+
+    Args:
+        result: The result of barriers.
+
+    Returns:
+        Lines of text.
+    """
+    summary = result.summary
+    names = [printable(c["name"]) for c in summary["checkpoints"]]
+    pairs = math.comb(len(names), 2)
+    few = len(names) <= _MATRIX
+    number = {c["name"]: str(t) for t, c in enumerate(summary["checkpoints"], start=1)}
+    lines = task_lines(summary, 9)
+    lines += [f"{t:>2}  {name}" for t, name in enumerate(names, start=1)] if few else []
+    points = len(summary["alphas"])
+    length = [x for i, row in enumerate(summary["distances"]) for x in row[i + 1 :] if is_finite(x)]
+    far = f"‖B − A‖ from {min(length):.4g} to {max(length):.4g}" if length else "‖B − A‖ not finite"
+    lines.append(
+        f"{format_count(len(names), 'checkpoint')}, {format_count(pairs, 'pair')}, "
+        f"{points:,} points each; {far} over {format_moving(summary)}"
+    )
+    for name, split in summary["splits"].items():
+        lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
+        if few:
+            lines += [f"  {line}" for line in _matrix(split)]
+        findings = [
+            (f"{which} barrier", _pair_barrier(split[which], number if few else {}))
+            for which in ("largest", "smallest")
+        ]
+        if split["without"]:
+            none = f"{split['without']:,} of {format_count(pairs, 'pair')}"
+            findings.append(("no barrier", f"{none}: no point seen lies above the chord"))
+        if split["not_finite"]:
+            unknown = f"{split['not_finite']:,} of {format_count(pairs, 'pair')}"
+            findings.append(("not known", f"{unknown}: a loss on the line is not finite"))
+        lines += [f"  {label:<18}{text}" for label, text in findings]
+    return "\n".join(lines) + "\n"
+
+
+def _matrix(split: BarriersSplit) -> list[str]:
+    """Returns a table of losses of the checkpoints and, below the diagonal, their barriers."""
+    square = split["barriers"]
+    size = len(square)
+    rows = [["", "loss", *(f"to {t}" for t in range(1, size))]]
+    for i, row in enumerate(square):
+        cells = [format_number(x, 3) if is_finite(x) else "nan" for x in row[:i]]
+        loss = split["losses"][i]
+        rows.append([
+            str(i + 1),
+            format_number(loss) if is_finite(loss) else "nan",
+            *cells,
+            *[""] * (size - 1 - i),
+        ])
+    return align_columns(rows, left=())
+
+
+def _pair_barrier(pair: PairBarrier | None, number: Mapping[str, str]) -> str:
+    """Describes a barrier and its two checkpoints, by their numbers if they have any."""
+    if pair is None:
+        return "none is known"
+    a, b = pair["a"], pair["b"]
+    between = " and ".join(number.get(name) or printable(name) for name in (a, b))
+    at = "" if pair["alpha"] is None else f" at α = {pair['alpha']:.4g}"
+    return f"{format_height(pair) if pair['height'] else 'none'}{at}, between {between}"

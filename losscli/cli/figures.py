@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losscli.errors import UsageError
-from losscli.studies.registry import Panels
+from losscli.registry import Panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from losscli.cli.console import Console
 from losscli.cli.figures import render_files
 from losscli.cli.options import Force, Json, with_console
-from losscli.errors import OutputError, UsageError
-from losscli.results import Output, to_json
-from losscli.studies.registry import COMMANDS
+from losscli.cli.report import align_columns, format_count
+from losscli.errors import OutputError, UsageError, printable
+from losscli.registry import COMMANDS
+from losscli.results import Output, Result, to_json
+from losscli.summaries import InspectionSummary
 
-__all__ = ["check_writable", "export", "inspect"]
+__all__ = ["check_writable", "export", "inspect", "report"]
 
 
 @with_console
@@ -163,3 +166,52 @@ def check_writable(out: Path, *, force: bool) -> None:
         )
     if out.exists() and not force:
         raise OutputError(f"{out} exists", "Choose another --out, or overwrite it with --force")
+
+
+def report(result: Result[InspectionSummary]) -> str:
+    """Describes the tensors or state dicts of a checkpoint, or the distance of two checkpoints.
+
+    Args:
+        result: The result of an inspection.
+
+    Returns:
+        Lines of text.
+    """
+    summary, columns, rows = result.summary, result.table.columns, result.table.rows
+    lines = []
+    several = len(summary.get("state_dicts", ()))
+    for checkpoint in summary["checkpoints"]:
+        lines.append(
+            f"{printable(checkpoint['name'])}: {format_count(checkpoint['values'], 'value')} in "
+            f"{format_count(checkpoint['tensors'], 'tensor')}, "
+            f"{checkpoint['bytes'] / 2**20:,.1f} MiB, "
+            + (f"in {several:,} state dicts" if several else f"‖θ‖ = {checkpoint['norm']:.6g}")
+        )
+        lines += [
+            f"  {printable(f'{key} = {value}')}" for key, value in checkpoint["metadata"].items()
+        ]
+    if "distance" in summary:
+        lines.append(f"‖B − A‖ = {summary['distance']:.6g}")
+    if buffers := summary.get("buffers"):
+        more = f" and {len(buffers) - 1:,} more" if len(buffers) > 1 else ""
+        lines.append(printable(f"buffers count in neither norm nor distance: {buffers[0]}{more}"))
+    lines.append("")
+    if several:
+        cells = [[_cell(cell) for cell in (key or "(top level)", *rest)] for key, *rest in rows]
+        lines += align_columns([columns, *cells], left=range(1))
+        path = printable(shlex.quote(str(summary["checkpoints"][0]["path"])))
+        example = printable(shlex.quote(next(str(key) for key, *_ in rows if key)))
+        lines += ["", f"look into one of them with its key: losscli inspect {path}#{example}"]
+        return "\n".join(lines) + "\n"
+    lines += align_columns(
+        [columns, *([_cell(cell) for cell in row] for row in rows)], left=range(3)
+    )
+    for mismatch in summary.get("mismatches", []):
+        lines.append(f"does not match: {printable(mismatch)}")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.6g}"
+    return f"{cell:,}" if isinstance(cell, int) else printable(str(cell))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,16 +10,31 @@ import typer
 
 from losscli.cli.console import Console
 from losscli.cli.options import Write, with_console, with_output, with_settings
+from losscli.cli.report import (
+    align_columns,
+    format_examples,
+    format_height,
+    format_moving,
+    format_number,
+    format_ties,
+    is_finite,
+    task_lines,
+)
 from losscli.cli.run_study import run_study
-from losscli.errors import UsageError
+from losscli.errors import UsageError, printable
+from losscli.registry import COMMANDS, command_of
+from losscli.results import Result
 from losscli.settings import Settings
-from losscli.studies.registry import COMMANDS, command_of
+from losscli.summaries import BlockSummary, Extremum, LineSplit, LineSummary, LowestOnLine, Slope
 from losscli.table import Table
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
 
-__all__ = ["interpolate"]
+__all__ = ["interpolate", "report"]
+
+# Below this slope per unit length B is stationary, the tolerance of `losscli check`.
+_STATIONARY = 1e-3
 
 
 @with_console
@@ -128,3 +144,167 @@ def interpolate(
                 f"--context {context} is no table of interpolate", "Give the CSV of the whole line"
             )
     run_study("interpolate", [a, b], plan, write, console)
+
+
+def report(result: Result[LineSummary]) -> str:
+    """Describes the result of an interpolation.
+
+    The text calls neither B nor a lower point a minimum, since a line cannot show that.
+
+    Args:
+        result: The result of an interpolation.
+
+    Returns:
+        Lines of text.
+    """
+    summary = result.summary
+    a, b = (printable(c["name"]) for c in summary["checkpoints"])
+    low, high = summary["range"]
+    lines = [
+        *task_lines(summary, 9),
+        f"A  {a}",
+        f"B  {b}",
+        (
+            f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over "
+            f"{format_moving(summary)}"
+        ),
+    ]
+    if refined := summary["refined"]:
+        lines.append(
+            f"refined to {refined['tolerance']:g} of the height: {refined['points']:,} points, "
+            f"where an even grid would take {refined['uniform_points']:,}"
+        )
+    for name, split in summary["splits"].items():
+        lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
+        findings = _line_findings(split, low, high, summary["distance"])
+        lines += [f"  {label:<14}{text}" for label, text in findings]
+        if blocks := summary.get("blocks"):
+            lines += ["  each block alone, all others at A"]
+            lines += [f"    {line}" for line in _blocks(blocks, name)]
+    return "\n".join(lines) + "\n"
+
+
+def _blocks(blocks: Mapping[str, BlockSummary], split: str) -> list[str]:
+    """Returns a table of the curves of blocks that move alone."""
+    rows = [("block", "values", "‖d‖", "loss at α = 1", "change from A", "lowest seen", "barrier")]
+    for name, block in blocks.items():
+        curve = block["splits"][split]
+        low, barrier = curve["minimum"], curve["barrier"]
+        change = "not defined"
+        if is_finite(curve["change"]):
+            error = curve["change_stderr"]
+            change = format_number(curve["change"]) + (
+                f" ± {format_number(error, 2)}" if is_finite(error) else ""
+            )
+        rows.append((
+            printable(name),
+            f"{block['values']:,}",
+            f"{block['distance']:.4g}",
+            format_number(curve["loss_at_1"]),
+            change,
+            f"{format_number(low['loss'])} at α = {low['alpha']:.4g}"
+            + format_ties(low["ties"], short=True)
+            if low
+            else "none is finite",
+            "not looked at"
+            if barrier is None
+            else f"{format_height(barrier)} at α = {barrier['alpha']:.4g}"
+            if barrier["height"] > 0
+            else "none",
+        ))
+    return align_columns(rows, left={0, *range(2, len(rows[0]))})
+
+
+def _line_findings(
+    split: LineSplit, low: float, high: float, length: float
+) -> list[tuple[str, str]]:
+    rows = [
+        ("loss at A", format_number(split["loss_a"])),
+        ("loss at B", format_number(split["loss_b"])),
+    ]
+    minimum = split["minimum"]
+    if minimum is None:
+        return [*rows, ("lowest seen", "none: no point has a finite loss")]
+    rows.append(("lowest seen", _lowest(split, minimum, low, high)))
+    rows += [("barrier", _barrier(split)), ("largest rise", _rise(split))]
+    rows += [
+        _extrema("minima", split["local_minima"], low, high),
+        _extrema("maxima", split["local_maxima"], low, high),
+    ]
+    if slope := split.get("slope_at_b"):
+        rows.append(("slope at B", _slope_at_b(slope, length)))
+    return rows
+
+
+def _slope_at_b(at: Slope, length: float) -> str:
+    """Describes whether B is stationary along the line, which does not imply a critical point."""
+    slope = at["slope"] / length if length else 0.0
+    text = f"{format_number(at['slope'])}, curvature {format_number(at['curvature'])}; "
+    if abs(slope) <= _STATIONARY:
+        return f"{text}stationary along the line, to {_STATIONARY:g} a unit of length"
+    verb = "falls" if slope < 0 else "rises"
+    return f"{text}not stationary: the loss {verb} by {format_number(abs(slope))} a unit of length"
+
+
+def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -> tuple[str, str]:
+    """Describes the local minima or maxima of a curve, the largest three first."""
+    label = f"local {which}"
+    if not extrema:
+        return label, f"none of the curve between {low:g} and {high:g}"
+    minima = which == "minima"
+    size = "depth" if minima else "height"
+    sizes = [
+        (e["depth"], e["depth_stderr"], e["alpha"])
+        if minima
+        else (e["height"], e["height_stderr"], e["alpha"])
+        for e in extrema
+    ]
+    largest = "; ".join(
+        f"α = {alpha:.4g}, {size} {format_number(height)}"
+        + (f" ± {format_number(error, 2)}" if is_finite(error) else "")
+        for height, error, alpha in sorted(sizes, key=lambda size: -size[0])[:3]
+    )
+    significant = sum(e["beyond_noise"] for e in extrema)
+    more = f"; {len(extrema) - 3} more" if len(extrema) > 3 else ""
+    return (
+        label,
+        f"{len(extrema)} of the curve, {significant} of them beyond noise: {largest}{more}",
+    )
+
+
+def _lowest(split: LineSplit, minimum: LowestOnLine, low: float, high: float) -> str:
+    text = f"{format_number(minimum['loss'])} at α = {minimum['alpha']:.4g}"
+    text += format_ties(minimum["ties"])
+    below = minimum["below_b"]
+    if is_finite(below) and below > 0:
+        text += f", lower than B by {format_number(below, 3)}"
+        if is_finite(minimum["below_b_stderr"]):
+            text += f" ± {format_number(minimum['below_b_stderr'], 2)}"
+    if minimum["alpha"] in {low, high} and minimum["ties"] == 1:
+        text += ", where the range ends"
+    ends = [split["loss_a"], split["loss_b"]]
+    if any(is_finite(end) and end < minimum["loss"] for end in ends):
+        text += "; an end outside the range is lower"
+    return text
+
+
+def _barrier(split: LineSplit) -> str:
+    barrier = split["barrier"]
+    if not (is_finite(split["loss_a"]) and is_finite(split["loss_b"])):
+        return "not defined: the loss at A or B is not finite"
+    if barrier is None:
+        return "not looked at: no point between A and B"
+    if barrier["height"] > 0:
+        return f"{format_height(barrier)} at α = {barrier['alpha']:.4g}"
+    return "none: no point seen lies above the chord from A to B"
+
+
+def _rise(split: LineSplit) -> str:
+    rise = split["largest_rise"]
+    if rise is None:
+        return "not looked at: no point between A and B"
+    if rise["height"] > 0:
+        return f"{format_height(rise)} from α = {rise['alpha_from']:.4g} to {rise['alpha_to']:.4g}"
+    if split["monotonic"]:
+        return "none: from A to B no point seen is above one before it"
+    return "none among the points seen"

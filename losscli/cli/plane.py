@@ -8,13 +8,23 @@ import typer
 
 from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
+from losscli.cli.report import (
+    format_examples,
+    format_moving,
+    format_number,
+    format_ties,
+    task_lines,
+)
 from losscli.cli.run_study import expand_names, run_study
+from losscli.errors import printable
+from losscli.results import Result
 from losscli.settings import Settings
+from losscli.summaries import PlaneSummary
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
 
-__all__ = ["plane"]
+__all__ = ["plane", "report"]
 
 _PANEL = "The plane"
 
@@ -90,3 +100,57 @@ def plane(
 
     names = expand_names(checkpoints, console.ranks)
     run_study("plane", checkpoints, plan, write, console)
+
+
+def report(result: Result[PlaneSummary]) -> str:
+    """Describes the result of a plane.
+
+    Args:
+        result: The result of a plane.
+
+    Returns:
+        Lines of text.
+    """
+    summary = result.summary
+    names = [printable(c["name"]) for c in summary["checkpoints"]]
+    letters = "ABC" if summary["plane"] == "points" else ""
+    if letters or len(names) == 1:
+        rows = [(letters[t : t + 1] or "at (0, 0)", name) for t, name in enumerate(names)]
+    else:
+        rows = [("first", names[0]), ("last, at (0, 0)", names[-1])]
+    ranges = {"x": summary["x_range"], "y": summary["y_range"]}
+    for axis, letter in zip(summary["axes"], ranges, strict=True):
+        low, high = ranges[letter]
+        explained = axis["explained_variance"]
+        share = "" if explained is None else f", {explained:.1%} of the variance"
+        rows.append((letter, f"{axis['name']}{share}, from {low:g} to {high:g}"))
+    rows.append(("moving", format_moving(summary)))
+    if summary["plane"] == "pca":
+        size = max(abs(x) for values in ranges.values() for x in values)
+        off = summary["off_plane"]
+        # The axes are float32, so smaller distances are rounding errors.
+        rows.append(("off the plane", f"up to {off:.4g}" if off > 1e-6 * size else "none"))
+    lines = [*task_lines(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
+    for name, split in summary["splits"].items():
+        lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
+        losses = split["checkpoints"]
+        if len(losses) <= len("ABC"):
+            findings = [
+                (f"loss at {letters[t : t + 1] or '(0, 0)'}", format_number(loss))
+                for t, loss in enumerate(losses)
+            ]
+        else:
+            findings = [
+                ("loss, first", format_number(losses[0])),
+                ("loss, last", format_number(losses[-1])),
+            ]
+        lowest = split["lowest"]
+        if lowest is None:
+            findings.append(("lowest seen", "none: no point of the plane has a finite loss"))
+        else:
+            where = f"({lowest['x']:.4g}, {lowest['y']:.4g})"
+            least = f"{format_number(lowest['loss'])} at {where} of the plane"
+            findings.append(("lowest seen", least + format_ties(lowest["ties"])))
+            findings.append(("highest seen", format_number(split["highest_loss"])))
+        lines += [f"  {label:<16}{text}" for label, text in findings]
+    return "\n".join(lines) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import shutil
@@ -17,10 +16,8 @@ import typer
 from losscli.cli.console import Console, stdin
 from losscli.cli.figures import check_curve_count, check_panel_count, render_files
 from losscli.cli.options import with_console
-from losscli.errors import TableError, UsageError, printable
-from losscli.files import read_regular
-from losscli.results import Output, Run, picture_of, stem_of
-from losscli.studies.registry import (
+from losscli.errors import TableError, UsageError
+from losscli.registry import (
     COMMANDS,
     Command,
     TableFormat,
@@ -28,7 +25,7 @@ from losscli.studies.registry import (
     draw,
     further_table_of,
 )
-from losscli.summaries import from_json
+from losscli.results import Output, Run, picture_of, read_summary, stem_of
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -149,7 +146,7 @@ def _read(name: str) -> Run[Any]:
     path = Path(name)
     table = Table.read(path, pipe=True)
     command = _check_main(table, name)
-    summary = _summary(path, command)
+    summary = read_summary(path.with_suffix(".json"), command)
     return Run(table, summary, more=_read_further(path, command, table, summary))
 
 
@@ -205,39 +202,6 @@ def _check_grid(table: Table, name: str, expected: TableFormat) -> None:
             f"{' and '.join(expected.grid)} make, so they are not a grid",
             "Give a CSV as losscli wrote it",
         )
-
-
-def _summary(path: Path, command: Command) -> dict[str, Any]:
-    """Reads the summary beside a CSV; empty if there is none or it is of another command."""
-    json_path = path.with_suffix(".json")
-    try:
-        summary = json.loads(read_regular(json_path).decode())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    match summary:
-        case {
-            "command": str(name),
-            "checkpoints": [*checkpoints],
-            "splits": dict(splits),
-            "examples": dict(),
-        } if name == command.name:
-            has_tables = isinstance(summary.get("tables", []), list)
-            named = all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in checkpoints)
-            if has_tables and named and all(isinstance(split, dict) for split in splits.values()):
-                return _checked(summary, json_path, command)
-    return {}
-
-
-def _checked(summary: dict[str, Any], path: Path, command: Command) -> dict[str, Any]:
-    """Converts a summary to the type of its command."""
-    try:
-        converted: dict[str, Any] = from_json(summary, command.summary)
-    except ValueError as fault:
-        raise TableError(
-            f"{path} does not hold what losscli writes: {printable(str(fault))}",
-            "Move it away, or make it again with its CSV",
-        ) from None
-    return converted
 
 
 def _read_further(

@@ -13,8 +13,8 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.figures import check_panel_count, render_files
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
+from losscli.registry import COMMANDS, further_table_names
 from losscli.results import Result, to_json
-from losscli.studies.registry import COMMANDS, further_table_names
 from losscli.summaries import Description
 
 if TYPE_CHECKING:

@@ -8,13 +8,24 @@ import typer
 
 from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
+from losscli.cli.report import (
+    format_count,
+    format_examples,
+    format_moving,
+    format_number,
+    format_ties,
+    task_lines,
+)
 from losscli.cli.run_study import expand_names, run_study
+from losscli.errors import printable
+from losscli.results import Result
 from losscli.settings import Settings
+from losscli.summaries import TrajectorySummary
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
 
-__all__ = ["trajectory"]
+__all__ = ["report", "trajectory"]
 
 _PANEL = "The path"
 
@@ -90,3 +101,69 @@ def trajectory(
 
     names = expand_names(checkpoints, console.ranks)
     run_study("trajectory", checkpoints, plan, write, console)
+
+
+def report(result: Result[TrajectorySummary]) -> str:
+    """Describes the result of a trajectory.
+
+    Args:
+        result: The result of a trajectory.
+
+    Returns:
+        Lines of text.
+    """
+    summary = result.summary
+    names = [printable(c["name"]) for c in summary["checkpoints"]]
+    path = summary["path"]
+    length, walked, farthest = path["length"], path["walked"], path["farthest"]
+    last = len(names) - 1
+    back = path["steps_back"]
+    off = farthest["residual"]
+    line = f"‖d‖ = {length:.4g} over {format_moving(summary)}"
+    walk = f"{format_count(last, 'step')}, {walked:.4g} long: {walked / length:.3g} times the line"
+    far = f"r = {off:.4g}, {off / length:.2g} ‖d‖, at step {farthest['step']}"
+    rows = [
+        ("first", names[0]),
+        ("last", names[-1]),
+        ("straight line", line),
+        ("path", walk),
+        ("farthest off", f"{far}, where p = {farthest['projection']:.3g}"),
+        (
+            "projection",
+            f"falls at {len(back)} of {format_count(last, 'step')}"
+            if back
+            else "rises at every step",
+        ),
+    ]
+    if walks := summary["random_walks"]:
+        ends, strays = walks["length"], walks["largest_residual"]
+        rows.append((
+            "random walks",
+            f"end {ends:.4g} from the start and stray {strays:.4g} ({strays / ends:.2g} of that)",
+        ))
+    lines = [*task_lines(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
+    for name, split in summary["splits"].items():
+        lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
+        findings = [
+            ("loss, first", format_number(split["loss_first"])),
+            ("loss, last", format_number(split["loss_last"])),
+        ]
+        lowest = split["lowest"]
+        if lowest is None:
+            findings.append(("lowest seen", "none: no checkpoint has a finite loss"))
+        else:
+            at = "" if lowest["step"] == last else f" ({printable(lowest['checkpoint'])})"
+            low = f"{format_number(lowest['loss'])} at step {lowest['step']} of {last}{at}"
+            findings.append(("lowest seen", low + format_ties(lowest["ties"])))
+        rises = split["rises"]
+        findings.append((
+            "loss rises",
+            f"at {rises} of {format_count(last, 'step')}" if rises else "at no step",
+        ))
+        point = split.get("surface_lowest")
+        if point:
+            where = f"p = {point['projection']:.3g}, residual {point['residual']:.3g}"
+            low = f"lowest {format_number(point['loss'])} at {where}{format_ties(point['ties'])}"
+            findings.append(("on the surface", low))
+        lines += [f"  {label:<16}{text}" for label, text in findings]
+    return "\n".join(lines) + "\n"

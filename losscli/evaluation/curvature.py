@@ -1031,8 +1031,8 @@ def verdict(
 ) -> Verdict:
     """Says what a point of weight space is by its gradient and its eigenvalues alone.
 
-    `losscli.studies.check` asks for more: that the loss falls to both sides of a saddle, and that
-    a minimum is critical to the accuracy of the loss.
+    `losscli.evaluation.critical_points` asks for more: that the loss falls to both sides of a
+    saddle, and that a minimum is critical to the accuracy of the loss.
 
     - ``not critical``: ‖∇L‖ > tolerance. The eigenvalues then say nothing about an extremum.
     - ``saddle``: critical, and λ_min + error < 0: a direction of negative curvature exists, for

@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from losscli.evaluation.function_mode import FunctionMode
 from losscli.weight_space.slices import Slice
 
 __all__ = ["FirstLayer", "FirstLayerFound", "Watch"]
@@ -135,7 +136,7 @@ class FirstLayerFound(BaseException):
     """Ends a forward pass whose first layer is known; no handler of errors takes it for one."""
 
 
-class Watch(TorchFunctionMode):
+class Watch(FunctionMode):
     """Watches a forward pass for its first use of a moving tensor.
 
     Args:
@@ -159,21 +160,17 @@ class Watch(TorchFunctionMode):
         self._slice = slice_
         self._seen = False
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def intercept(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        if not self._seen and func not in _HARMLESS and self._uses((args, kwargs)):
+        """Computes the layer of the first call that uses a moving tensor."""
+        if not self._seen and function not in _HARMLESS and self._uses((args, kwargs)):
             self._seen = True
             # Here and now: the layer's input may be overwritten later in the pass.
-            self.layer = self._compute(func, args, kwargs)
+            self.layer = self._compute(function, args, kwargs)
             if self._stops and self.layer is not None:
                 raise FirstLayerFound
-        return func(*args, **kwargs)
+        return function(*args, **kwargs)
 
     def _compute(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -290,26 +287,21 @@ def _with_tensors(
     return result
 
 
-class _Replay(TorchFunctionMode):
+class _Replay(FunctionMode):
     def __init__(self, function: Callable[..., Any], weight: Tensor, output: Tensor) -> None:
         super().__init__()
         self._output: Tensor | None = output
         self._function = function
         self._weight = weight
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def intercept(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
         if (
             self._output is not None
-            and func is self._function
+            and function is self._function
             and _argument(args, kwargs, 1, "weight") is self._weight
         ):
             output, self._output = self._output, None
             return output
-        return func(*args, **kwargs)
+        return function(*args, **kwargs)

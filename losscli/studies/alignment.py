@@ -66,7 +66,7 @@ class Alignment:
 def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
     """Permutes B's hidden units onto A's by weight matching.
 
-    Its function is held against B's own on the first batch of each split, in float64 where the
+    Its function is compared with that of B on the first batch of each split, in float64 where the
     model can be run in it.
 
     Args:

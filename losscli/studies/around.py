@@ -37,6 +37,7 @@ from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution, Task
+from losscli.registry import COMMANDS
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -48,7 +49,6 @@ from losscli.studies.notes import (
     storage_notes,
 )
 from losscli.studies.problem import Problem, counted, prepare
-from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import check_differentiable, verify_fresh_model, verify_sweep
 from losscli.summaries import (
     AroundPoint,

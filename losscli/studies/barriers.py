@@ -25,6 +25,7 @@ from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
+from losscli.registry import COMMANDS
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -37,7 +38,6 @@ from losscli.studies.notes import (
     storage_notes,
 )
 from losscli.studies.problem import counted, prepare
-from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import BarriersSplit, BarriersSummary, Description, PairBarrier
 from losscli.table import Table
@@ -88,7 +88,7 @@ class Barriers(Study):
     Attributes:
         states: The tensors of each checkpoint; of those that are mapped from files, none is in
             memory but while it is looked at.
-        alphas: The points of each line, rising from 0 to 1.
+        alphas: The points of each line, in ascending order from 0 to 1.
     """
 
     command = "barriers"
@@ -205,7 +205,7 @@ class Barriers(Study):
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
             check(objective, placed[0], placed[-1])
-            difference, stays = self._prove(placed)
+            difference, stays = self._verify(placed)
             found = grow(
                 objective.splits,
                 settings.sampling_error,
@@ -214,17 +214,20 @@ class Barriers(Study):
                 execution,
             )
             seconds = self.seconds(swept)
-        examples = {name: seen.examples for name, seen in found.items()}
-        heights = {name: self._heights(seen) for name, seen in found.items()}
+        examples = {name: measured.examples for name, measured in found.items()}
+        heights = {name: self._heights(measured) for name, measured in found.items()}
         lengths = [self._length(placed, distances, i, j) for i, j in self.pairs]
-        splits = {name: self._found(heights[name], seen, lengths) for name, seen in found.items()}
+        splits = {
+            name: self._split_summary(heights[name], measured, lengths)
+            for name, measured in found.items()
+        }
         more = {"curves": self._curves(found)}
         summary: BarriersSummary = {
             **self.origin(),
             "alphas": list(self.alphas),
             "tables": list(more),
             **counted(objective, examples),
-            "distances": self._square(lengths),
+            "distances": self._matrix(lengths),
             "splits": splits,
             "endpoint_difference": difference,
             "notes": [
@@ -239,11 +242,11 @@ class Barriers(Study):
         )
 
     def _line(self, start: Weights, a: Weights, b: Weights) -> Line:
-        """The line from A, whose tensors are on the device already, to B."""
-        names = self._between(a, b)
+        """Returns the line from A to B; ``start`` holds the tensors of A on the device."""
+        names = self._moving_names(a, b)
         return Line({name: start[name] for name in names}, self.on_device(b, names))
 
-    def _between(self, a: Weights, b: Weights) -> list[str]:
+    def _moving_names(self, a: Weights, b: Weights) -> list[str]:
         """The tensors that move from A to B."""
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.
@@ -256,18 +259,18 @@ class Barriers(Study):
         i: int,
         j: int,
     ) -> float:
-        """The distance of a pair; that of a line which another rank took is not known here."""
+        """Returns the distance of a pair, computed here if another rank evaluated its line."""
         if (i, j) in distances:
             return distances[i, j]
         return self._distance(placed[i], placed[j])
 
     def _distance(self, a: Weights, b: Weights) -> float:
         """The distance of two checkpoints over the parameters that move."""
-        return distance(a, b, self.problem.parameters(self._between(a, b)))
+        return distance(a, b, self.problem.parameters(self._moving_names(a, b)))
 
-    def _prove(self, placed: Sequence[Weights]) -> tuple[float, list[str]]:
-        """Holds the sweep against every checkpoint, on a line to the next one in the order."""
-        # All lines are swept in one way: it is chosen on one along which something moves.
+    def _verify(self, placed: Sequence[Weights]) -> tuple[float, list[str]]:
+        """Verifies the sweep at every checkpoint, on the line to the next one in the order."""
+        # All lines are swept with one strategy, chosen on a line along which something moves.
         objective, inner = self.problem.objective, [(alpha,) for alpha in self._inner]
         start = self.on_device(placed[0])
         lines = (self._line(start, placed[0], other) for other in placed[1:])
@@ -296,7 +299,7 @@ class Barriers(Study):
         splits: Mapping[str, Examples],
         execution: Execution,
     ) -> dict[str, _SplitBarriers]:
-        """Evaluates all checkpoints, then all lines; of the lines no more than means is kept."""
+        """Evaluates all checkpoints, then all lines, of which only means are kept."""
         objective, points = self.problem.objective, [(alpha,) for alpha in self._inner]
         own = sweep_plain(objective, placed, splits=splits, execution=execution)
         lines: dict[str, list[Estimate]] = {name: [] for name in splits}
@@ -322,10 +325,12 @@ class Barriers(Study):
             splits=splits,
             execution=execution.after(len(placed)),
         )
-        for (i, j), seen in zip(self.pairs, found, strict=True):
-            for name, evaluation in seen.items():
+        for (i, j), measured in zip(self.pairs, found, strict=True):
+            for name, evaluation in measured.items():
                 lines[name].append(Estimate.of_evaluation(evaluation))
-                excess[name].append(_above(self._inner, evaluation, own[i][name], own[j][name]))
+                excess[name].append(
+                    _above_chord(self._inner, evaluation, own[i][name], own[j][name])
+                )
         return {
             name: _SplitBarriers(
                 Estimate.join([Estimate.of_evaluation(at[name]) for at in own]),
@@ -335,9 +340,11 @@ class Barriers(Study):
             for name in splits
         }
 
-    def _heights(self, seen: _SplitBarriers) -> list[_Height]:
+    def _heights(self, measured: _SplitBarriers) -> list[_Height]:
         """Finds the barrier of each pair on one split."""
-        own, means, errors = (x.tolist() for x in (seen.own.mean, seen.lines.mean, seen.errors))
+        own, means, errors = (
+            x.tolist() for x in (measured.own.mean, measured.lines.mean, measured.errors)
+        )
         heights = []
         for number, (i, j) in enumerate(self.pairs):
             stretch = slice(number * len(self._inner), (number + 1) * len(self._inner))
@@ -345,7 +352,7 @@ class Barriers(Study):
                 loss - ((1 - alpha) * own[i] + alpha * own[j])
                 for alpha, loss in zip(self._inner, means[stretch], strict=True)
             ]
-            # What is not known at one point is not known of the whole line.
+            # One loss that is not finite leaves the barrier of the line unknown.
             if not all(map(math.isfinite, excess)):
                 heights.append(_Height(math.nan, math.nan, math.nan))
                 continue
@@ -357,14 +364,14 @@ class Barriers(Study):
             )
         return heights
 
-    def _found(
-        self, heights: Sequence[_Height], seen: _SplitBarriers, lengths: Sequence[float]
+    def _split_summary(
+        self, heights: Sequence[_Height], measured: _SplitBarriers, lengths: Sequence[float]
     ) -> BarriersSplit:
-        """Tells what was found on one split."""
+        """Summarises the barriers on one split."""
         pairs = list(self.pairs)
         known = [p for p, height in enumerate(heights) if not math.isnan(height.height)]
 
-        def told(p: int | None) -> PairBarrier | None:
+        def pair_barrier(p: int | None) -> PairBarrier | None:
             if p is None:
                 return None
             a, b = (self.problem.names[t] for t in pairs[p])
@@ -379,16 +386,16 @@ class Barriers(Study):
             }
 
         return {
-            "losses": seen.own.mean.tolist(),
-            "barriers": self._square([at.height for at in heights]),
-            "largest": told(max(known, key=lambda p: heights[p].height, default=None)),
-            "smallest": told(min(known, key=lambda p: heights[p].height, default=None)),
+            "losses": measured.own.mean.tolist(),
+            "barriers": self._matrix([at.height for at in heights]),
+            "largest": pair_barrier(max(known, key=lambda p: heights[p].height, default=None)),
+            "smallest": pair_barrier(min(known, key=lambda p: heights[p].height, default=None)),
             "without": sum(at.height == 0 for at in heights),
             "not_finite": len(heights) - len(known),
         }
 
-    def _square(self, values: Sequence[float]) -> list[list[float]]:
-        """Lays the values of the pairs out as a symmetric matrix."""
+    def _matrix(self, values: Sequence[float]) -> list[list[float]]:
+        """Returns the values of the pairs as a symmetric matrix."""
         size = len(self.states)
         square = [[0.0] * size for _ in range(size)]
         for (i, j), value in zip(self.pairs, values, strict=True):
@@ -403,7 +410,7 @@ class Barriers(Study):
     ) -> Table:
         names = self.problem.names
         sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
-        own = {split: seen.own.mean.tolist() for split, seen in found.items()}
+        own = {split: measured.own.mean.tolist() for split, measured in found.items()}
         return Table.build(
             [
                 *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
@@ -413,12 +420,12 @@ class Barriers(Study):
                 [
                     *(names[i], names[j], split, lengths[p]),
                     heights[split][p].height,
-                    heights[split][p].stderr if seen.examples > 1 else None,
+                    heights[split][p].stderr if measured.examples > 1 else None,
                     heights[split][p].alpha,
-                    *(own[split][i], own[split][j], *(seen.examples for _ in sampled)),
+                    *(own[split][i], own[split][j], *(measured.examples for _ in sampled)),
                 ]
                 for p, (i, j) in enumerate(self.pairs)
-                for split, seen in found.items()
+                for split, measured in found.items()
             ),
         )
 
@@ -427,21 +434,21 @@ class Barriers(Study):
         sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         last = len(self.alphas) - 1
 
-        def at(seen: _SplitBarriers, p: int, i: int, j: int, k: int) -> list[Any]:
+        def at(measured: _SplitBarriers, p: int, i: int, j: int, k: int) -> list[Any]:
             if k in {0, last}:
-                return seen.own.row(j if k else i, metrics)
-            return seen.lines.row(p * len(self._inner) + k - 1, metrics)
+                return measured.own.row(j if k else i, metrics)
+            return measured.lines.row(p * len(self._inner) + k - 1, metrics)
 
         return Table.build(
             ["a", "b", "alpha", "split", "loss", "loss_stderr", *metrics, *sampled],
             (
                 [
-                    *(names[i], names[j], alpha, split, *at(seen, p, i, j, k)),
-                    *(seen.examples for _ in sampled),
+                    *(names[i], names[j], alpha, split, *at(measured, p, i, j, k)),
+                    *(measured.examples for _ in sampled),
                 ]
                 for p, (i, j) in enumerate(self.pairs)
                 for k, alpha in enumerate(self.alphas)
-                for split, seen in found.items()
+                for split, measured in found.items()
             ),
         )
 
@@ -455,7 +462,7 @@ class Barriers(Study):
         if self.problem.chosen:
             notes.append("distances are those of the moving parameters")
         zero = [pair for pair, length in zip(self.pairs, lengths, strict=True) if length == 0]
-        same = [(i, j) for i, j in zero if not self._between(placed[i], placed[j])]
+        same = [(i, j) for i, j in zero if not self._moving_names(placed[i], placed[j])]
         for number, which in (
             (len(same), "are the same in every tensor that may move"),
             (len(zero) - len(same), "differ only in buffers: their distance is 0"),
@@ -464,8 +471,10 @@ class Barriers(Study):
                 notes.append(f"the two checkpoints of {count(number, 'pair')} {which}")
         for name, split in splits.items():
             if number := split["not_finite"]:
-                told = f"the barrier of {count(number, 'pair')} is not known"
-                notes.append(f"{name}: {told}, since a loss on the line is not finite")
+                notes.append(
+                    f"{name}: the barrier of {count(number, 'pair')} is not known, since a loss on "
+                    "the line is not finite"
+                )
         return notes
 
 
@@ -514,7 +523,9 @@ class _SplitBarriers:
         return Estimate.join([self.own, self.lines]).is_known_to(tolerance)
 
 
-def _above(alphas: Sequence[float], found: Evaluation, a: Evaluation, b: Evaluation) -> Estimate:
+def _above_chord(
+    alphas: Sequence[float], found: Evaluation, a: Evaluation, b: Evaluation
+) -> Estimate:
     """Estimates the heights above the chord from what each example loses at the two ends."""
     start, end = (e.losses[0].numpy().astype(np.float64) for e in (a, b))
     weights = None if found.weights is None else found.weights.numpy()

@@ -1,4 +1,4 @@
-"""What all studies share: what is run, over which tensors, and where the numbers come from."""
+"""The base class of all studies: the problem, the moving tensors and the origin of the numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Study", "count"]
 
 @dataclass(frozen=True)
 class Study(ABC):
-    """A study that is ready to run: everything is read and matched, and nothing evaluated.
+    """A study that is ready to run: everything is loaded and checked, nothing is evaluated.
 
     Attributes:
         problem: The checkpoints, the model and the data.
@@ -74,7 +74,7 @@ class Study(ABC):
 
     @property
     def steps(self) -> int:
-        """How much progress counts until the end, as far as it is known."""
+        """The total of the progress, as far as it is known."""
         return self.evaluations
 
     @abstractmethod
@@ -106,11 +106,11 @@ class Study(ABC):
         return slices * points
 
     def extra_description(self, description: Description) -> Description:  # noqa: ARG002
-        """Returns what a dry run describes otherwise than other studies, or in addition."""
+        """Returns entries of the description that replace or extend those of every study."""
         return {}
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
-        """Returns what a dry run estimates otherwise than other studies, or in addition.
+        """Returns entries of the cost estimate that replace or extend those of every study.
 
         Args:
             timings: How fast points are evaluated.
@@ -123,14 +123,14 @@ class Study(ABC):
         return {}
 
     def origin(self) -> Origin:
-        """Tells where the numbers come from.
+        """Returns the origin of the numbers.
 
         Returns:
             The first part of the summary.
 
         Raises:
-            ChangedError: A checkpoint is no longer what the numbers were to come from. What is
-                mapped changes with its file, so they may be of a mixture.
+            ChangedError: The file of a checkpoint was changed. It is memory-mapped, so the numbers
+                may be those of a mixture of both.
         """
         self.problem.unchanged()
         counted, left_out = self.counted, self.problem.objective.left_out
@@ -152,8 +152,8 @@ class Study(ABC):
         now = time.perf_counter()
         return {"sweep": now - swept, "total": now - self.begun}
 
-    def words(self, end: str) -> tuple[str, str]:
-        """Says whose values stay if they stay at ``end``, and what follows from that."""
+    def kept_values(self, end: str) -> tuple[str, str]:
+        """Describes values that stay at the ``first`` or ``last`` checkpoint's, and the effect."""
         return f"the {end} checkpoint's", "the losses of the others are not those of their files"
 
     def weights(self, t: int) -> Weights:
@@ -167,7 +167,7 @@ class Study(ABC):
 
 
 def count(number: int, thing: str) -> str:
-    """Counts things in words.
+    """Counts things in kept_values.
 
     Args:
         number: How many.

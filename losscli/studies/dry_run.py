@@ -14,8 +14,8 @@ from losscli.summaries import CostEstimate, Description
 
 __all__ = ["describe", "estimate", "evaluation_seconds"]
 
-# How often a run evaluates first batches before it begins, to compare each strategy with another.
-_PROOFS = 16
+# How often a run evaluates first batches before it begins, to verify strategies.
+_VERIFICATIONS = 16
 
 
 def describe(study: Study) -> Description:
@@ -72,7 +72,7 @@ def estimate(study: Study, clock: Clock = time.perf_counter) -> CostEstimate:
         LosscliError: The model or the loss fails on the batch, or one example does not fit.
     """
     with float32_precision(tf32=study.problem.settings.tf32):
-        timings = _pace(study, clock)
+        timings = _measure(study, clock)
         seconds, sample = evaluation_seconds(study, timings), study.problem.settings.sampling_error
         return {
             "seconds": seconds,
@@ -82,7 +82,7 @@ def estimate(study: Study, clock: Clock = time.perf_counter) -> CostEstimate:
         }
 
 
-def _pace(study: Study, clock: Clock) -> Timings:
+def _measure(study: Study, clock: Clock) -> Timings:
     """Measures how fast points are evaluated."""
     slices, points = study.slices
     objective, origin = study.problem.objective, study.problem.origin
@@ -115,5 +115,5 @@ def evaluation_seconds(study: Study, timings: Timings) -> float:
         + study.swept * timings.making
         + study.evaluations * training * timings.statistics
         + passes * streamed * timings.decoding
-        + _PROOFS * firsts * timings.plain
+        + _VERIFICATIONS * firsts * timings.plain
     )

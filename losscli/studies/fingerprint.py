@@ -20,7 +20,7 @@ from losscli.weight_space.digest import digest
 __all__ = ["Fingerprint", "fingerprint_of", "identity_of"]
 
 # Parts of the provenance that change no numbers, or are compared in another form.
-_ELSEWHERE = {"device", "device_name", "processes", "python", "checkpoints", "sources"}
+_EXCLUDED = {"device", "device_name", "processes", "python", "checkpoints", "sources"}
 
 # Options, and their names in the provenance.
 _OPTIONS = {
@@ -63,7 +63,7 @@ def identity_of(command: str, problem: Problem, options: Mapping[str, Any]) -> s
     Returns:
         The digest, equal for two runs of one command.
     """
-    parts = {key: value for key, value in problem.provenance.items() if key not in _ELSEWHERE}
+    parts = {key: value for key, value in problem.provenance.items() if key not in _EXCLUDED}
     parts["checkpoints"] = [_content(c) for c in problem.provenance["checkpoints"]]
     parts |= {"command": command, **options}
     return _digest(parts)
@@ -91,7 +91,7 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
     with float32_precision(tf32=settings.tf32):
         check(objective, problem.origin)
         tried = halving(objective, lambda: _first_losses(problem))
-    # Now that all of it was called, which may have imported more.
+    # After these calls, which may have imported further code.
     code = {f"the code in {file}": content for file, content in user_code_digests().items()}
     conditions = {
         "the command": command,

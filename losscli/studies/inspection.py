@@ -1,8 +1,7 @@
-"""Looking into checkpoints, and making the checkpoint at a point of a line."""
+"""Inspection of checkpoints, and export of the checkpoint at a point of a line."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,9 +24,8 @@ from losscli.checkpoint import (
 )
 from losscli.errors import CheckpointError, MismatchError, TableError, UsageError
 from losscli.evaluation.spectral import normalise_stored
-from losscli.files import read_regular
-from losscli.results import Result
-from losscli.studies.registry import COMMANDS, command_of
+from losscli.registry import COMMANDS, command_of
+from losscli.results import Result, read_summary
 from losscli.summaries import InspectionSummary
 from losscli.table import Cell, Table
 from losscli.weight_space.slices import Line
@@ -46,7 +44,7 @@ __all__ = ["Lowest", "export", "inspect", "lowest"]
 
 _MOST_KEYS = 30
 
-# What stands for a num_batches_tracked that A does not have.
+# The num_batches_tracked of a layer for which A has none.
 _NO_BATCHES = torch.tensor(0)
 
 
@@ -73,7 +71,7 @@ def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[Inspecti
         raise UsageError(f"inspect takes one checkpoint or two, not {len(names)}")
     files = [read(name) for name in names]
     if len(files) == 1 and len(files[0].model_candidates) > 1:
-        return _contents(files[0])
+        return _inspect_state_dicts(files[0])
     first, *others = checkpoints = _open(files)
     summary: InspectionSummary = {
         "command": "inspect",
@@ -142,7 +140,7 @@ def _version_notes(first: Checkpoint, second: Checkpoint) -> list[str]:
 
 
 def _other_versions(first: Checkpoint, second: Checkpoint) -> list[str]:
-    """Says of which modules two checkpoints note versions whose tensors may mean other things."""
+    """Lists modules of different versions, between which the meaning of tensors may differ."""
     return [
         f"{first.name} and {second.name} note different versions of {module or 'the model'}: "
         f"{dict(version)} and {dict(other)}"
@@ -160,11 +158,11 @@ def _counts_batches(weights: Weights, module: str, versions: Iterable[Mapping[st
     )
 
 
-def _contents(file: CheckpointFile) -> Result[InspectionSummary]:
-    """Shows the state dicts of a file that holds several."""
+def _inspect_state_dicts(file: CheckpointFile) -> Result[InspectionSummary]:
+    """Lists the state dicts of a file that holds several."""
     for label, weights in file.candidates.items():
         file.require_dense(label, weights)
-    parts = _gather(file.candidates)
+    parts = _group_by_prefix(file.candidates)
     counted = {
         key: (len(tensors), sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
         for key, tensors in (
@@ -173,7 +171,7 @@ def _contents(file: CheckpointFile) -> Result[InspectionSummary]:
         )
     }
     rows: list[list[Cell]] = [
-        [key, *counted[key], math.hypot(*(_length(file, weights) for weights in found))]
+        [key, *counted[key], math.hypot(*(_norm_of(file, weights) for weights in found))]
         for key, found in parts.items()
     ]
     tensors, values, size = (sum(column) for column in zip(*counted.values(), strict=True))
@@ -200,9 +198,9 @@ def _contents(file: CheckpointFile) -> Result[InspectionSummary]:
     )
 
 
-def _gather(candidates: Mapping[str, Weights]) -> dict[str, list[Weights]]:
-    """Puts state dicts together by the beginnings of their keys, where there are too many."""
-    # An optimiser may keep one for each tensor of the model.
+def _group_by_prefix(candidates: Mapping[str, Weights]) -> dict[str, list[Weights]]:
+    """Groups state dicts by prefixes of their keys if there are too many."""
+    # An optimiser may hold one for each tensor of the model.
     found: dict[str, list[Weights]] = {}
     for depth in range(1, max(key.count(".") for key in candidates) + 2):
         groups: dict[str, list[Weights]] = {}
@@ -214,11 +212,11 @@ def _gather(candidates: Mapping[str, Weights]) -> dict[str, list[Weights]]:
     return found
 
 
-def _length(file: CheckpointFile, weights: Weights) -> float:
-    """The norm of a state dict, of which one tensor is read at a time."""
+def _norm_of(file: CheckpointFile, weights: Weights) -> float:
+    """Returns the norm of a state dict; one tensor is read at a time."""
     return math.hypot(
         *(
-            norm({name: _whole(t) for name, t in file.fetch({name: tensor}).items()})
+            norm({name: _dequantised(t) for name, t in file.fetch({name: tensor}).items()})
             for name, tensor in _parameters(weights).items()
         )
     )
@@ -235,10 +233,12 @@ def _open(files: Sequence[CheckpointFile]) -> list[Checkpoint]:
         except (CheckpointError, MismatchError):
             # Another model, or one that is quantised: what there is to see is still shown.
             checkpoints.append(file.select(None, under))
-    return [replace(c, weights={n: _whole(t) for n, t in c.weights.items()}) for c in checkpoints]
+    return [
+        replace(c, weights={n: _dequantised(t) for n, t in c.weights.items()}) for c in checkpoints
+    ]
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _dequantised(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if tensor.is_quantized else tensor
 
 
@@ -250,7 +250,7 @@ class Lowest:
         alpha: Where it is.
         loss: The loss there.
         ties: How many points have that loss.
-        summary: The summary beside the table; None where there is none.
+        summary: The summary next to the table; None if there is none.
     """
 
     alpha: float
@@ -271,7 +271,7 @@ def lowest(csv: Path, split: str) -> Lowest:
         passed over.
 
     Raises:
-        TableError: The table, or the summary beside it, cannot be read or has no finite loss.
+        TableError: The table or its summary cannot be read, or there is no finite loss.
         UsageError: The table is not one of `interpolate`, or has no such split.
     """
     table = Table.read(csv)
@@ -295,21 +295,16 @@ def lowest(csv: Path, split: str) -> Lowest:
             "Give the CSV as losscli wrote it, or choose a point with --alpha",
         )
     loss, alpha = min(points)
-    return Lowest(alpha, loss, sum(other == loss for other, _ in points), _beside(csv))
+    return Lowest(alpha, loss, sum(other == loss for other, _ in points), _summary_beside(csv))
 
 
-def _beside(csv: Path) -> Mapping[str, Any] | None:
-    """Reads the summary that was written with a table, if it is there."""
+def _summary_beside(csv: Path) -> dict[str, Any] | None:
+    """Reads the summary that was written with a table; None if there is no file."""
     path = csv.with_suffix(".json")
-    try:
-        summary = json.loads(read_regular(path).decode())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError):
-        summary = None
-    if _is_of_a_line(summary):
-        return dict(summary)
-    raise TableError(f"{path} is no summary of {csv}", "Give both as one run wrote them")
+    summary = read_summary(path, COMMANDS["interpolate"])
+    if not summary and path.exists():
+        raise TableError(f"{path} is no summary of {csv}", "Give both as one run wrote them")
+    return summary or None
 
 
 @checked()
@@ -345,19 +340,19 @@ def export(
     """
     if not abs(alpha) <= 1e30:
         raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
-    if not (summary is None or _is_of_a_line(summary)):
+    if not (summary is None or _is_line_summary(summary)):
         raise UsageError("summary is not that of interpolate", "Give result.summary")
     a, b = name_checkpoint(a, "A"), name_checkpoint(b, "B")
     files, name = [read(a), read(b)], find_base([a, b])
     base = read(name).select(None) if name and any(f.adapter for f in files) else None
     files[0].refuse_quantised()
     first = files[0].select(None, base)
-    first, second = _both(files[1], first, base)
+    first, second = _open_pair(files[1], first, base)
     if summary is not None:
-        _require_the_same((first, second), summary, alpha)
-    ends = _ends(first.weights, summary)
+        _require_same_checkpoints((first, second), summary, alpha)
+    ends = _fixed_alphas(first.weights, summary)
     weights = {
-        name: _between(t, second.weights[name], ends.get(name, alpha))
+        name: _interpolate(t, second.weights[name], ends.get(name, alpha))
         for name, t in first.weights.items()
     }
     if alpha not in {0.0, 1.0}:
@@ -366,7 +361,7 @@ def export(
     return Checkpoint(name, weights, first.metadata, versions=first.versions, extra=first.extra)
 
 
-def _is_of_a_line(summary: Any) -> bool:
+def _is_line_summary(summary: Any) -> bool:
     """Whether a summary is one of `interpolate`."""
     match summary:
         case {
@@ -378,15 +373,15 @@ def _is_of_a_line(summary: Any) -> bool:
     return False
 
 
-def _both(
+def _open_pair(
     file: CheckpointFile, first: Checkpoint, base: Checkpoint | None
 ) -> tuple[Checkpoint, Checkpoint]:
-    """Opens B under the names of A; where one alone counts BatchNorm's batches, both have that."""
+    """Opens B under the names of A; num_batches_tracked of only one of them is kept in both."""
     refused: MismatchError | None = None
-    for names in _spellings(first.weights):
+    for names in _alternative_names(first.weights):
         expected = {name: first.weights.get(own, _NO_BATCHES) for name, own in names.items()}
         try:
-            second = _fitting(file, expected, base, first.name)
+            second = _select_matching(file, expected, base, first.name)
             break
         except MismatchError as error:
             refused = refused or error
@@ -410,17 +405,17 @@ def _both(
     return first, second
 
 
-def _fitting(
+def _select_matching(
     file: CheckpointFile, expected: Weights, base: Checkpoint | None, whose: str
 ) -> Checkpoint:
-    """Opens a checkpoint that has to have certain tensors; an adapter has those of its base."""
+    """Opens a checkpoint that must have the expected tensors; an adapter adds those of its base."""
     found = file.select(expected, base, whose)
     if wrong := mismatches(found.weights, expected):
         raise MismatchError(f"{found.name} does not fit {whose}: {'; '.join(wrong)}")
     return found
 
 
-def _spellings(weights: Weights) -> Iterator[dict[str, str]]:
+def _alternative_names(weights: Weights) -> Iterator[dict[str, str]]:
     """Lists the names by which a file may have the tensors of a state dict, as PyTorch takes them.
 
     Yields:
@@ -451,25 +446,25 @@ def _other_weight_norm(name: str) -> str:
     return name
 
 
-def _require_the_same(
+def _require_same_checkpoints(
     checkpoints: Sequence[Checkpoint], summary: Mapping[str, Any], alpha: float
 ) -> None:
-    """Makes sure that checkpoints are those of a summary, as far as their digests tell."""
+    """Checks that checkpoints are those of a summary, by their digests."""
     made_of = summary["checkpoints"]
     found = [checkpoint.sha256() for checkpoint in checkpoints]
-    for letter, checkpoint, digest, told in zip("AB", checkpoints, found, made_of, strict=True):
+    for letter, checkpoint, digest, expected in zip("AB", checkpoints, found, made_of, strict=True):
         # A file may hold several state dicts: then both must name the same.
-        keys = {name.partition("#")[2] for name in (checkpoint.name, told["name"])} - {""}
-        if digest != told.get("sha256") or len(keys) > 1:
+        keys = {name.partition("#")[2] for name in (checkpoint.name, expected["name"])} - {""}
+        if digest != expected.get("sha256") or len(keys) > 1:
             swapped = found == [other.get("sha256") for other in reversed(made_of)]
             raise MismatchError(
-                f"{checkpoint.name} is not the {letter} of the table, which is {told['name']}",
+                f"{checkpoint.name} is not the {letter} of the table, which is {expected['name']}",
                 "Swap A and B" if swapped else f"Give that, or --alpha {alpha} for these two",
             )
 
 
-def _ends(weights: Weights, summary: Mapping[str, Any] | None) -> dict[str, float]:
-    """Lists the tensors that stay at an end on the line of a summary, and at which."""
+def _fixed_alphas(weights: Weights, summary: Mapping[str, Any] | None) -> dict[str, float]:
+    """Returns the α at which tensors stay that do not move on the line of a summary."""
     if summary is None:
         return {}
     cure = "Give --alpha, which moves every floating-point tensor"
@@ -492,7 +487,7 @@ def _ends(weights: Weights, summary: Mapping[str, Any] | None) -> dict[str, floa
     return ends
 
 
-def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+def _interpolate(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     if not can_move(a):
         return a.clone()
     dtype = torch.promote_types(a.dtype, b.dtype)
@@ -504,6 +499,6 @@ def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def _parameters(weights: Weights) -> Weights:
-    """The floating-point tensors but for buffers, as far as their names tell."""
+    """Returns the floating-point tensors except for known buffers."""
     buffers = set(known_buffers(weights))
     return {n: t for n, t in weights.items() if can_move(t) and n not in buffers}

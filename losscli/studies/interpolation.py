@@ -26,6 +26,7 @@ from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
+from losscli.registry import COMMANDS
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -42,7 +43,6 @@ from losscli.studies.notes import (
 )
 from losscli.studies.problem import counted, prepare
 from losscli.studies.refiner import Refiner
-from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import check_differentiable, verify_fresh_model, verify_sweep
 from losscli.summaries import (
     BlockSummary,
@@ -82,13 +82,12 @@ def interpolate(
     Args:
         a: The checkpoint at α = 0: a file, ``FILE#KEY``, ``init:SEED``, a state dict, or a module.
         b: The checkpoint at α = 1.
-        points: Evenly spaced values of α; 0 and 1 come besides where the range holds them.
+        points: Evenly spaced values of α; 0 and 1 are added if they lie in the range.
         range: The lowest and the highest α.
         derivatives: Whether the slope dL/dα and the curvature d²L/dα² are computed too.
         refine: Where a number, points are added until cubics through the points are accurate to
-            this share of the curve's height, and every local minimum and maximum seen is closed
-            in on.
-        context: The table of the whole line, of which this is a part, to be drawn beside it.
+            this share of the curve's height, and every local minimum and maximum is located.
+        context: The table of the whole line, of which this is a part, drawn next to it.
         layerwise: Whether each block of the network is moved along the line alone, too.
         progress: Called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
@@ -120,8 +119,8 @@ class Interpolation(Study):
     Attributes:
         start: All tensors at α = 0.
         end: All tensors at α = 1; those that do not move are those of ``start``.
-        alphas: The points, rising.
-        range: The lowest and the highest α asked for.
+        alphas: The points, in ascending order.
+        range: The lowest and the highest α as given.
         derivatives: Whether slopes and curvatures are computed.
         refine: The error to refine to, as a share of the curve's height, if any.
         context: The table of the whole line, if it is to be drawn.
@@ -242,7 +241,7 @@ class Interpolation(Study):
 
     @property
     def evaluations(self) -> int:
-        """How many points a run evaluates: those asked for, and the ends in any case."""
+        """How many points a run evaluates: those of the range, and the two ends."""
         own = len({0.0, 1.0, *self.alphas})
         return own + len(self.blocks) * len(points_of(self.alphas))
 
@@ -275,7 +274,7 @@ class Interpolation(Study):
         return super().swept + len(self.blocks) * len(points_of(self.alphas))
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
-        """Tells what derivatives take, and that refining adds points.
+        """Returns the cost of derivatives, and that refining adds points.
 
         Args:
             timings: How fast points are evaluated.
@@ -283,9 +282,9 @@ class Interpolation(Study):
             seconds: What their evaluation takes.
 
         Returns:
-            What an estimate tells otherwise.
+            Entries of the estimate.
         """
-        told: CostEstimate = {} if self.refine is None else {"kind": "at least"}
+        estimate: CostEstimate = {} if self.refine is None else {"kind": "at least"}
         objective = self.problem.objective
         if self.derivatives and self.moving:
             line, _ = self.sample(1)
@@ -296,14 +295,14 @@ class Interpolation(Study):
             took = halving(objective, lambda: timed(objective, work, clock))
             examples = sum(map(len, objective.splits.values()))
             batch = min(objective.batch_size, len(split))
-            told["seconds"] = seconds + len(self.alphas) * examples * took / batch
-        return told
+            estimate["seconds"] = seconds + len(self.alphas) * examples * took / batch
+        return estimate
 
     def run(self, execution: Execution = ALONE) -> Result[LineSummary]:
         """Evaluates the line.
 
-        The ends are evaluated as anybody would, by ``load_state_dict``; the way in which the
-        other points are evaluated is held against them on a first batch.
+        The ends are evaluated plainly, by ``load_state_dict``. The strategy of the other points is
+        verified against them on a first batch.
 
         Args:
             execution: How its tasks are executed. Progress counts points.
@@ -334,15 +333,15 @@ class Interpolation(Study):
                 ),
             ]
             for block in self.blocks:
-                difference = max(difference, self._meets_alone(block))
-            seen = grow(
+                difference = max(difference, self._verify_block(block))
+            split_curves = grow(
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,
                 partial(self._evaluate, line),
                 execution,
             )
-            curves = {name: parts.whole for name, parts in seen.items()}
+            curves = {name: parts.whole for name, parts in split_curves.items()}
             beyond = execution.after(self.evaluations)
             closer = Refiner(self.problem, self.start, line, self.derivatives, beyond)
             refined, exhausted = (
@@ -362,10 +361,10 @@ class Interpolation(Study):
         for name in refined.slopes:
             splits[name]["slope_at_b"] = refined.derivatives(name, 1.0)
         examples = {name: curve.examples for name, curve in curves.items()}
-        blocks = self._blocks(seen)
+        blocks = self._blocks(split_curves)
         more = {} if self.context is None else {"context": self.context}
         if self.blocks:
-            more["blocks"] = self._block_table(seen)
+            more["blocks"] = self._block_table(split_curves)
         with_blocks: LineSummary = {"blocks": blocks} if self.blocks else {}
         summary: LineSummary = {
             **self.origin(),
@@ -382,8 +381,8 @@ class Interpolation(Study):
                 *stays,
                 *self._notes(splits, blocks),
                 *sampling_notes(self, examples),
-                *self._doubts(again, exhausted=exhausted),
-                *self._strange(refined),
+                *self._refinement_notes(again, exhausted=exhausted),
+                *self._context_notes(refined),
             ],
             "seconds": seconds,
         }
@@ -427,8 +426,8 @@ class Interpolation(Study):
                 stays["b" if name in at_b else "a"].append(name)
         return stays
 
-    def _blocks(self, seen: Mapping[str, _SplitCurves]) -> dict[str, BlockSummary]:
-        """What the summary tells of each block."""
+    def _blocks(self, split_curves: Mapping[str, _SplitCurves]) -> dict[str, BlockSummary]:
+        """Summarises the curves of each block."""
         counted = {block.name: self.problem.parameters(block.moving) for block in self.blocks}
         return {
             block.name: {
@@ -437,19 +436,19 @@ class Interpolation(Study):
                 "distance": distance(self.start, self.end, counted[block.name]),
                 "splits": {
                     name: parts.blocks[block.name].describe(self.alphas)
-                    for name, parts in seen.items()
+                    for name, parts in split_curves.items()
                 },
             }
             for block in self.blocks
         }
 
-    def _block_table(self, seen: Mapping[str, _SplitCurves]) -> Table:
+    def _block_table(self, split_curves: Mapping[str, _SplitCurves]) -> Table:
         metrics = self.problem.objective.metrics
         sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
         estimates = {
             (block.name, name): parts.blocks[block.name].losses
             for block in self.blocks
-            for name, parts in seen.items()
+            for name, parts in split_curves.items()
         }
         return Table.build(
             ["block", "alpha", "split", "loss", "loss_stderr", *metrics, *sampled],
@@ -460,18 +459,18 @@ class Interpolation(Study):
                 ]
                 for block in self.blocks
                 for i, alpha in enumerate(self.alphas)
-                for name in seen
+                for name in split_curves
             ),
         )
 
-    def _alone(self, block: Block) -> tuple[Line, Weights]:
-        """The line on which one block moves alone; and all tensors at its end."""
+    def _block_line(self, block: Block) -> tuple[Line, Weights]:
+        """Returns the line on which one block moves alone, and all tensors at its end."""
         end = {name: self.end[name] for name in block.moving}
         line = Line(self.on_device(self.start, block.moving), self.on_device(end, block.moving))
         return line, {**self.start, **end}
 
-    def _meets_alone(self, block: Block) -> float:
-        line, end = self._alone(block)
+    def _verify_block(self, block: Block) -> float:
+        line, end = self._block_line(block)
         # Three points, so that they share a first layer as those of the sweep will.
         return verify_sweep(self.problem, line, [((1.0,), end)], [(0.0,), (0.5,)])
 
@@ -498,7 +497,7 @@ class Interpolation(Study):
         blocks: dict[str, dict[str, BlockCurve]] = {name: {} for name in splits}
         done = 2 + len(inner)
         for block in self.blocks:
-            found = self._sweep_alone(block, splits, execution.after(done))
+            found = self._sweep_block(block, splits, execution.after(done))
             done += len(points_of(self.alphas))
             for name in splits:
                 at_a = ends[0][name]
@@ -508,12 +507,12 @@ class Interpolation(Study):
             for name in splits
         }
 
-    def _sweep_alone(
+    def _sweep_block(
         self, block: Block, splits: Mapping[str, Examples], execution: Execution
     ) -> dict[str, Evaluation]:
         """Evaluates a line on which one block moves."""
-        line, _ = self._alone(block)
-        # What moved on the line before is anywhere on it.
+        line, _ = self._block_line(block)
+        # The tensors that moved along the line before are at any of its points.
         self.problem.objective.load(self.start)
         return sweep(
             self.problem.objective,
@@ -533,7 +532,7 @@ class Interpolation(Study):
             "exhausted": exhausted,
         }
 
-    def _doubts(self, again: int, *, exhausted: bool) -> list[str]:
+    def _refinement_notes(self, again: int, *, exhausted: bool) -> list[str]:
         notes = []
         if again:
             notes.append(
@@ -544,8 +543,8 @@ class Interpolation(Study):
             notes.append("the curve is not known to --refine everywhere: it would take more points")
         return notes
 
-    def _strange(self, refined: RefinedCurve) -> list[str]:
-        """Notes on a context that is of something else, as the ends tell."""
+    def _context_notes(self, refined: RefinedCurve) -> list[str]:
+        """Notes on a context with other losses at the ends."""
         if self.context is None:
             return []
         for name, curve in refined.curves.items():
@@ -559,14 +558,14 @@ class Interpolation(Study):
                         return [f"{there}, and this one {own:.4g}: {doubt}"]
         return []
 
-    def words(self, end: str) -> tuple[str, str]:
-        """Words for something that stays at one end's.
+    def kept_values(self, end: str) -> tuple[str, str]:
+        """Describes values that stay at one end.
 
         Args:
             end: ``first`` or ``last``.
 
         Returns:
-            Whose it stays, and what follows from that.
+            The checkpoint of which they are, and the consequence.
         """
         kept, other = "AB" if end == "first" else "BA"
         return f"{kept}'s", f"the end {other} of the line is not the checkpoint {other}"

@@ -147,13 +147,13 @@ class BlockCurve:
         """Describes the curve.
 
         Args:
-            alphas: The P points, rising.
+            alphas: The P points, in ascending order.
 
         Returns:
             ``loss_at_1``, the loss with this block alone taken from B, and ``change``, what it is
             above the loss at A; ``minimum``, the lowest of the points, with ``ties``, how many have
             that loss, and ``below_a``, how much it lies below A; ``barrier``, the largest height
-            above the chord over 0 ≤ α ≤ 1, None where no point between the ends was looked at or
+            above the chord over 0 ≤ α ≤ 1, None if no point between the ends was evaluated or
             the loss at an end is not finite; ``not_finite``, the number of points without a finite
             loss.
         """

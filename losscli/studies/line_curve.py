@@ -1,4 +1,4 @@
-"""What was seen of a line so far: the losses of each example, to which points can be added."""
+"""The losses of each example on a line, to which points can be added."""
 
 from __future__ import annotations
 
@@ -136,12 +136,12 @@ class LineCurve:
 
 @dataclass(frozen=True)
 class RefinedCurve:
-    """What was seen of the line so far.
+    """A line with the points evaluated so far.
 
     Attributes:
-        alphas: The P points, rising.
+        alphas: The P points, in ascending order.
         curves: Each split's losses at them.
-        slopes: Each split's slopes and curvatures at them, ``[P]`` each; empty where not asked for.
+        slopes: Each split's slopes and curvatures at them, ``[P]`` each; empty if not computed.
     """
 
     alphas: tuple[float, ...]
@@ -154,7 +154,7 @@ class RefinedCurve:
         found: Mapping[str, Evaluation],
         slopes_: Mapping[str, Derivatives],
     ) -> RefinedCurve:
-        """Adds points that lie between those at hand.
+        """Adds points between the present ones.
 
         Args:
             alphas: The points.
@@ -162,7 +162,7 @@ class RefinedCurve:
             slopes_: Each split's slopes and curvatures there, if the others have them.
 
         Returns:
-            What is seen then.
+            The line with all points.
         """
         together = [*self.alphas, *alphas]
         order = sorted(range(len(together)), key=together.__getitem__)
@@ -179,14 +179,14 @@ class RefinedCurve:
         )
 
     def derivatives(self, split: str, alpha: float) -> Slope | None:
-        """Tells the derivatives at a point.
+        """Returns the derivatives at a point.
 
         Args:
             split: The split.
             alpha: The point.
 
         Returns:
-            ``slope`` and ``curvature``; None where the point was not looked at.
+            ``slope`` and ``curvature``; None if the point was not evaluated.
         """
         if alpha not in self.alphas:
             return None

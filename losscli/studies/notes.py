@@ -1,4 +1,4 @@
-"""What a user has to know beside the numbers: tensors that stay, statistics, doubtful losses."""
+"""Notes on a result: tensors that stay, BatchNorm's statistics, doubtful losses."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ __all__ = [
 # BatchNorm's statistics matter where they change the loss by more than this share of it.
 _MATTERS = 0.05
 
-# Examples that the statistics of a batch are taken of, at least and at most; and checkpoints that
-# are looked at.
+# Fewest and most examples of a batch for statistics, and the number of checkpoints compared.
 _FEW, _MANY = 32, 256
 _ENDS = 2
 
@@ -48,7 +47,7 @@ def general_notes(study: Study) -> list[str]:
     """
     problem, settings = study.problem, study.problem.settings
     notes = [*problem.notes, *_task_notes(study), *problem.objective.notes]
-    notes += [*_estimated(study), *problem.objective.data.notes]
+    notes += [*_recalibration_notes(study), *problem.objective.data.notes]
     for name, split in problem.objective.splits.items():
         notes += [f"{name}: {remark}" for remark in split.remarks]
     if problem.objective.constant:
@@ -70,23 +69,23 @@ def general_notes(study: Study) -> list[str]:
         )
     end = {"a": "first", "b": "last"}.get(settings.buffers)
     if end and problem.buffers and len(problem.names) > 1:
-        whose, but = study.words(end)
+        whose, but = study.kept_values(end)
         notes.append(f"floating-point buffers stay at {whose}: {but}")
     if masks := _masks(study):
         more = f" and {len(masks) - 1} more" if len(masks) > 1 else ""
-        whose, _ = study.words("first")
+        whose, _ = study.kept_values("first")
         notes.append(
             f"buffers of 0 and 1 such as masks differ, and between the checkpoints they are "
             f"fractions: {masks[0]}{more}; --buffers a keeps {whose}"
         )
-    if _holds_back(study):
-        whose, but = study.words("first")
+    if _keeps_different_tensors(study):
+        whose, but = study.kept_values("first")
         notes.append(f"some tensors stay at {whose}: {but}")
     return notes
 
 
 def sampling_notes(study: Study, examples: Mapping[str, int]) -> list[str]:
-    """Notes on how many examples were looked at.
+    """Notes on how many examples were evaluated.
 
     Args:
         study: The study.
@@ -129,7 +128,7 @@ def integer_notes(study: Study, end: Weights, last: Weights) -> list[str]:
     objective.load(study.problem.origin)
     if all(torch.equal(kept[n].losses, own[n].losses) for n in batches):
         return []
-    whose, but = study.words("first")
+    whose, but = study.kept_values("first")
     return [f"whole-number tensors such as {next(iter(other))} stay at {whose} and matter: {but}"]
 
 
@@ -240,7 +239,7 @@ def variance_notes(study: Study, extremes: Iterable[Weights]) -> list[str]:
         del weights  # before the next one is opened
     for point in extremes if names else ():
         if below := next((name for name in names if _is_below_0(point[name])), None):
-            whose, _ = study.words("last")
+            whose, _ = study.kept_values("last")
             batchnorm = study.problem.objective.batchnorm
             cure = ", and --buffers recalibrate re-estimates BatchNorm's" if batchnorm else ""
             note = (
@@ -294,7 +293,7 @@ def _task_notes(study: Study) -> list[str]:
     return [d.value for d in Doubt if d in found and (default or d is not Doubt.LABELS)]
 
 
-def _holds_back(study: Study) -> bool:
+def _keeps_different_tensors(study: Study) -> bool:
     """Whether a tensor stays by choice that is not the same in all checkpoints."""
     kept, first = study.problem.kept, study.problem.first.weights
     for t in range(1, len(study.problem.names) if kept else 0):
@@ -305,8 +304,8 @@ def _holds_back(study: Study) -> bool:
     return False
 
 
-def _estimated(study: Study) -> list[str]:
-    """Notes on statistics that are estimated anew."""
+def _recalibration_notes(study: Study) -> list[str]:
+    """Notes on statistics that are re-estimated."""
     objective = study.problem.objective
     training = objective.recalibration
     if training is None:
@@ -316,7 +315,7 @@ def _estimated(study: Study) -> list[str]:
     notes = [f"BatchNorm's statistics are re-estimated at every point, {source}: {but}"]
     if objective.idle:
         names = [layer.mean.rpartition(".")[0] for layer in objective.idle]
-        whose, _ = study.words("first")
+        whose, _ = study.kept_values("first")
         notes.append(
             f"{count(len(names), 'BatchNorm layer')} such as {names[0]} took no batch: the "
             f"statistics stay at {whose}"
@@ -334,5 +333,5 @@ def _with_statistics(objective: Objective, weights: Weights, batch: Split) -> tu
 
 
 def _gap(one: float, other: float) -> float:
-    """How far apart two losses are; one that is not finite is infinitely far."""
+    """Returns the distance of two losses; infinite if one is not finite."""
     return abs(one - other) if math.isfinite(one - other) else math.inf

@@ -22,6 +22,7 @@ from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
+from losscli.registry import COMMANDS
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -35,7 +36,6 @@ from losscli.studies.notes import (
     variance_notes,
 )
 from losscli.studies.problem import Problem, counted, differing_tensors, prepare
-from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import PlaneAxis, PlaneSplit, PlaneSummary
 from losscli.table import Table
@@ -56,7 +56,7 @@ _FAR = 1e29
 # The least height of that box as a share of its width, so that a picture is no thread.
 _THINNEST = 0.2
 
-# Principal components whose variances differ by less than this share are taken for equal.
+# Principal components with variances that differ by less than this share count as equal.
 _EQUAL = 1e-3
 
 
@@ -118,8 +118,8 @@ class Plane(Study):
         kind: ``random``, ``points`` or ``pca``.
         axes: What the axes are, and the share of the variance that each explains.
         places: Of each checkpoint its x, its y and its distance from the plane.
-        xs: The values of x, rising.
-        ys: The values of y, rising.
+        xs: The values of x, in ascending order.
+        ys: The values of y, in ascending order.
         surface: Whether the picture shows the surface in three dimensions.
         shares: The share of the variance that each principal component explains, falling.
     """
@@ -201,7 +201,7 @@ class Plane(Study):
         else:
             moving = differing_tensors(problem)
             counted = _counted(problem, moving)
-            a, b, c = (_chosen(problem.open(t).weights, moving) for t in (0, 1, 2))
+            a, b, c = (_select(problem.open(t).weights, moving) for t in (0, 1, 2))
             slice_, kind = Triangle.through(a, b, c, counted), "points"
             axes = _axis("along B − A"), _axis("at right angles to B − A")
         counted = problem.parameters(slice_.ends[0])
@@ -239,7 +239,7 @@ class Plane(Study):
             The plane, and so many points of it.
         """
         points = [(x, y) for y in self.ys for x in self.xs]
-        return self._here(), points[:number]
+        return self._plane_on_device(), points[:number]
 
     def run(self, execution: Execution = ALONE) -> Result[PlaneSummary]:
         """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep.
@@ -258,10 +258,10 @@ class Plane(Study):
         points = [(x, y) for y in self.ys for x in self.xs]
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
-            here = self._here()
+            here = self._plane_on_device()
             check(objective, self.problem.origin, self.problem.place(self.problem.last.weights))
             choose_strategy(objective, here, points)
-            difference = self._difference(here, points)
+            difference = self._verify(here, points)
             last = self.problem.place(self.problem.last.weights)
             # At a corner of the grid: a model that remembers the first point it saw is found out.
             verify_fresh_model(self.problem, self._at(points[0]))
@@ -310,7 +310,7 @@ class Plane(Study):
             ),
         )
         examples = {name: estimate.examples for name, estimate in found.items()}
-        splits = {name: self._found(points, e.mean.tolist()) for name, e in found.items()}
+        splits = {name: self._split_summary(points, e.mean.tolist()) for name, e in found.items()}
         summary: PlaneSummary = {
             **self.origin(),
             "tables": ["path"],
@@ -328,7 +328,7 @@ class Plane(Study):
         }
         return Result(table, summary, COMMANDS[self.command].draw, {"path": path})
 
-    def _here(self) -> Triangle | Span:
+    def _plane_on_device(self) -> Triangle | Span:
         """The plane on the device."""
         a, b, c = (self.on_device(end) for end in self.slice_.ends)
         if isinstance(self.slice_, Triangle):
@@ -350,7 +350,7 @@ class Plane(Study):
         }
         return {**self.problem.place(self.problem.last.weights), **moved}
 
-    def _difference(self, here: Triangle | Span, points: Sequence[tuple[float, float]]) -> float:
+    def _verify(self, here: Triangle | Span, points: Sequence[tuple[float, float]]) -> float:
         problem = self.problem
         if isinstance(here, Triangle):
             corners = [(0.0, 0.0), (here.corner_b, 0.0), here.corner_c]
@@ -359,7 +359,7 @@ class Plane(Study):
             ]
         else:
             anchors = [((0.0, 0.0), problem.place(problem.last.weights))]
-        # Enough of the grid that a first layer is shared.
+        # Several points of the grid, so that a first layer is shared as in the sweep.
         return verify_sweep(self.problem, here, anchors, points[:: max(1, len(points) // 4)])
 
     def _evaluate(
@@ -374,7 +374,7 @@ class Plane(Study):
         placed, after = self.problem.places(steps), execution.after(len(steps))
         checkpoints = sweep_plain(objective, placed, splits=splits, execution=execution)
         found = sweep(objective, here, points, splits=splits, execution=after)
-        # Of each point no more than means is kept.
+        # Only means are kept.
         return {
             name: Estimate.join([
                 Estimate.of_evaluation(part[name]) for part in (*checkpoints, found)
@@ -382,8 +382,10 @@ class Plane(Study):
             for name in splits
         }
 
-    def _found(self, points: Sequence[tuple[float, float]], losses: Sequence[float]) -> PlaneSplit:
-        """Tells what was found on one split."""
+    def _split_summary(
+        self, points: Sequence[tuple[float, float]], losses: Sequence[float]
+    ) -> PlaneSplit:
+        """Summarises the losses of one split."""
         own = len(self.problem.names)
         plane_ = losses[own:]
         finite = [i for i, loss in enumerate(plane_) if math.isfinite(loss)]
@@ -416,8 +418,8 @@ class Plane(Study):
         ):
             pair = self.shares[k : k + 2]
             if len(pair) == 2 and pair[0] - pair[1] < _EQUAL * pair[0]:
-                told = f"principal components {k + 1} and {k + 2} explain {pair[0]:.2%} each"
-                notes.append(f"{told}: {what}")
+                fact = f"principal components {k + 1} and {k + 2} explain {pair[0]:.2%} each"
+                notes.append(f"{fact}: {what}")
         if any(split["not_finite"] for split in splits.values()):
             corners = itertools.product((self.xs[0], self.xs[-1]), (self.ys[0], self.ys[-1]))
             notes += variance_notes(self, map(self._at, corners))
@@ -431,7 +433,7 @@ def _axis(name: str, explained: float | None = None) -> PlaneAxis:
     return {"name": name, "explained_variance": explained}
 
 
-def _chosen(weights: Weights, names: Sequence[str]) -> Weights:
+def _select(weights: Weights, names: Sequence[str]) -> Weights:
     return {name: weights[name] for name in names}
 
 
@@ -441,7 +443,7 @@ def _random(problem: Problem) -> Span:
     weights = problem.first.weights
     u, v = random_directions(weights, problem.moving, still, problem.settings.seed)
     names = [name for name in problem.moving if u[name].any() or v[name].any()]
-    return Span(*(_chosen(end, names) for end in (weights, u, v)))
+    return Span(*(_select(end, names) for end in (weights, u, v)))
 
 
 def _principal(problem: Problem) -> tuple[Span, tuple[float, ...]]:
@@ -452,7 +454,7 @@ def _principal(problem: Problem) -> tuple[Span, tuple[float, ...]]:
     opener, number = (lambda t: problem.open(t).weights), len(problem.names)
     dtype = torch.float64 if problem.settings.dtype == "float64" else torch.float32
     axes, shares = principal_axes(opener, number, counted, along, dtype)
-    return Span(_chosen(problem.last.weights, moving), *axes), shares
+    return Span(_select(problem.last.weights, moving), *axes), shares
 
 
 def _counted(problem: Problem, moving: Sequence[str]) -> tuple[str, ...]:
@@ -472,7 +474,7 @@ def _grids(
     points: int,
     range_: tuple[float, float] | None,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The values of x and y: as asked for, or the box of the checkpoints and a margin."""
+    """Returns the values of x and y: as given, or the box of the checkpoints with a margin."""
     if range_ is None and kind == "random":
         range_ = -1.0, 1.0
     if range_ is not None:
@@ -494,5 +496,5 @@ def _grids(
 
 
 def _short(value: float) -> float:
-    """A value that nobody chose, to so many digits as can be read."""
+    """Rounds a default value to a few significant digits."""
     return float(f"{value:.4g}")

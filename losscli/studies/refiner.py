@@ -20,13 +20,13 @@ from losscli.weight_space.vectors import Weights
 
 __all__ = ["Refiner"]
 
-# What rounding may do to a mean loss, as a share of it.
+# Rounding error of a mean loss, relative to it.
 _NOISE = {"float64": 1e-14, "float32": 1e-7, "float16": 1e-3, "bfloat16": 1e-2}
 
 
 @dataclass
 class Refiner:
-    """A line of which more is to be seen than its losses at the points asked for.
+    """Adds derivatives and further points to the losses on a line.
 
     Attributes:
         problem: What is evaluated.
@@ -43,13 +43,13 @@ class Refiner:
     execution: Execution
 
     def slopes(self, alphas: Sequence[float]) -> dict[str, Derivatives]:
-        """Differentiates, if that is asked for.
+        """Computes slopes and curvatures, if ``derivatives``.
 
         Args:
             alphas: The P points.
 
         Returns:
-            For each split its slopes and curvatures; empty where they are not asked for.
+            For each split its slopes and curvatures; empty if they are not computed.
         """
         if not self.derivatives:
             return {}
@@ -70,11 +70,11 @@ class Refiner:
         the number of processes changes none, where their points fit into memory at once.
 
         Args:
-            refined: What was seen.
+            refined: The line so far.
             tolerance: The error to refine to, as a share of the curve's height.
 
         Returns:
-            What is seen then, and whether there were more points to add.
+            The refined line, and whether there were more points to add.
         """
         while True:
             curves = {
@@ -96,16 +96,16 @@ class Refiner:
             refined = refined.add(alphas, found, self.slopes(alphas))
 
     def without_rounding(self, refined: RefinedCurve) -> tuple[Mapping[str, LineCurve], int]:
-        """Evaluates anew, in float64, the points where rounding alone could make an extremum.
+        """Evaluates again, in float64, the points where rounding alone could make an extremum.
 
         Args:
-            refined: What was seen.
+            refined: The line.
 
         Returns:
-            The curves with the losses found there, and how many points that took.
+            The curves with these losses, and the number of points.
         """
         objective, dtype = self.problem.objective, self.problem.settings.dtype
-        curves, again = refined.curves, set[float]()
+        curves, recomputed = refined.curves, set[float]()
         if dtype == "float64":
             return curves, 0
         precise: Objective | None = None
@@ -114,16 +114,16 @@ class Refiner:
                 alpha
                 for curve in curves.values()
                 for alpha in near_rounding(refined.alphas, curve.means, dtype)
-            } - again
+            } - recomputed
             order = self.execution.decide(sorted(doubted))
             if not order:
-                return curves, len(again)
+                return curves, len(recomputed)
             if precise is None:
                 objective.load(self.start)
                 precise = in_float64(objective, next(iter(objective.first_batches().values())))
-            # Among ranks it is made by all, or used by none.
+            # Either all ranks have a float64 copy, or none uses it.
             if not self.execution.decide(precise is not None) or precise is None:
-                return curves, len(again)
+                return curves, len(recomputed)
             points = [(alpha,) for alpha in order]
             found = sweep(precise, self.line, points, execution=self.execution.quiet)
             places = [2 + refined.alphas.index(alpha) for alpha in order]
@@ -131,4 +131,4 @@ class Refiner:
                 name: curve.replace(places, found[name].losses.numpy())
                 for name, curve in curves.items()
             }
-            again |= set(order)
+            recomputed |= set(order)

@@ -1,4 +1,4 @@
-"""The path of training, seen from the straight line between its ends."""
+"""The path of training, relative to the straight line between its ends."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from losscli.evaluation.sampling import Estimate, grow
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
+from losscli.registry import COMMANDS
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.studies.base import Study, count
@@ -35,7 +36,6 @@ from losscli.studies.notes import (
     variance_notes,
 )
 from losscli.studies.problem import counted, differing_tensors, prepare
-from losscli.studies.registry import COMMANDS
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import PathLengths, RandomWalks, TrajectorySplit, TrajectorySummary
 from losscli.table import Cell, Table
@@ -48,10 +48,10 @@ __all__ = ["Trajectory", "trajectory"]
 
 _WALKS = 10
 
-# Checkpoints for each of several ranks, of whose losses more than means are held.
+# Checkpoints per rank and round; the losses of all examples are kept for that long.
 _SHARES = 4
 
-# Farther off the path, as a multiple of the largest residual, nobody looks.
+# Maximum offset from the path, as a multiple of the largest residual.
 _FARTHEST = 1e6
 
 
@@ -110,7 +110,7 @@ class Trajectory(Study):
 
     Attributes:
         path: Its projections, residuals and turns.
-        offsets: The values of b at each step, rising from 0; none without a surface.
+        offsets: The values of b at each step, ascending from 0; empty without a surface.
         random_walk: Whether random walks are drawn.
     """
 
@@ -209,7 +209,7 @@ class Trajectory(Study):
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
             check(objective, self.problem.origin, self.problem.place(self.problem.last.weights))
-            difference, stays = self._prove()
+            difference, stays = self._verify()
             found = grow(
                 objective.splits,
                 settings.sampling_error,
@@ -219,7 +219,7 @@ class Trajectory(Study):
             )
             seconds = self.seconds(swept)
         examples = {name: estimate.examples for name, estimate in found.items()}
-        splits = {name: self._found(estimate) for name, estimate in found.items()}
+        splits = {name: self._split_summary(estimate) for name, estimate in found.items()}
         walks = self._walks()
         more = self._more(found, walks)
         summary: TrajectorySummary = {
@@ -227,7 +227,7 @@ class Trajectory(Study):
             "tables": list(more),
             **counted(objective, examples),
             "path": self._path(),
-            "random_walks": _described(walks),
+            "random_walks": _walk_summary(walks),
             "splits": splits,
             "endpoint_difference": difference,
             "notes": [*stays, *self._notes(splits), *sampling_notes(self, examples)],
@@ -235,8 +235,8 @@ class Trajectory(Study):
         }
         return Result(self._table(found), summary, COMMANDS[self.command].draw, more)
 
-    def _prove(self) -> tuple[float | None, list[str]]:
-        """Holds the sweep against both ends; what is held here is let go of."""
+    def _verify(self) -> tuple[float | None, list[str]]:
+        """Verifies the sweep at both ends; frees the checkpoints that it reads."""
         weights = self.problem.last.weights
         first, last = self.problem.origin, self.problem.place(weights)
         difference = None
@@ -258,10 +258,10 @@ class Trajectory(Study):
     def _evaluate(
         self, splits: Mapping[str, Examples], execution: Execution
     ) -> dict[str, Estimate]:
-        """Evaluates all checkpoints, then the ribbon; of each step no more than means is kept."""
+        """Evaluates all checkpoints, then the ribbon; only means are kept."""
         checkpoints, across = [], []
         steps, number, done = range(len(self.problem.names)), len(self.offsets), 0
-        # Among several ranks checkpoints are dealt, so there have to be some.
+        # Ranks share checkpoints, so that each round needs several of them.
         at_once = 1 if execution.size == 1 else _SHARES * execution.size
         for begin in range(0, len(steps), at_once):
             some = steps[begin : begin + at_once]
@@ -342,7 +342,7 @@ class Trajectory(Study):
                 ["step", "projection", "residual", "split", "loss", "loss_stderr"], rows
             )
         if walks:
-            more["walk"] = _table(walks)
+            more["walk"] = _walk_table(walks)
         return more
 
     def _path(self) -> PathLengths:
@@ -363,13 +363,13 @@ class Trajectory(Study):
             "steps_back": back,
         }
 
-    def _found(self, estimate: Estimate) -> TrajectorySplit:
-        """Tells what was found on one split."""
+    def _split_summary(self, estimate: Estimate) -> TrajectorySplit:
+        """Summarises the losses of one split."""
         steps = len(self.problem.names)
         losses, ribbon_ = estimate.mean[:steps].tolist(), estimate.mean[steps:].tolist()
         finite = [t for t in range(steps) if math.isfinite(losses[t])]
         shared = lowest(losses)
-        told: TrajectorySplit = {
+        summary: TrajectorySplit = {
             "loss_first": losses[0],
             "loss_last": losses[-1],
             "lowest": None
@@ -387,15 +387,15 @@ class Trajectory(Study):
             points = [i for i, loss in enumerate(ribbon_) if math.isfinite(loss)]
             if best := lowest(ribbon_):
                 t, i = divmod(best[0], len(self.offsets))
-                told["surface_lowest"] = {
+                summary["surface_lowest"] = {
                     "step": t,
                     "projection": self.path.projection[t],
                     "residual": self.offsets[i],
                     "loss": ribbon_[best[0]],
                     "ties": len(best),
                 }
-            told["surface_not_finite"] = len(ribbon_) - len(points)
-        return told
+            summary["surface_not_finite"] = len(ribbon_) - len(points)
+        return summary
 
     def _notes(self, splits: Mapping[str, TrajectorySplit]) -> list[str]:
         notes = [*general_notes(self), *storage_notes(self)]
@@ -424,8 +424,8 @@ def _count(number: int, where: str) -> str:
     return f"{count(number, thing)}{' ' if of else ''}{of}"
 
 
-def _described(walks: Sequence[Path]) -> RandomWalks | None:
-    """How long the lines through random walks are, and how far these stray; on average."""
+def _walk_summary(walks: Sequence[Path]) -> RandomWalks | None:
+    """Returns the mean distance of the ends of random walks, and their mean largest residual."""
     if not walks:
         return None
     return {
@@ -435,7 +435,7 @@ def _described(walks: Sequence[Path]) -> RandomWalks | None:
     }
 
 
-def _table(walks: Sequence[Path]) -> Table:
+def _walk_table(walks: Sequence[Path]) -> Table:
     rows: list[list[Cell]] = []
     for number, walk in enumerate(walks):
         places = zip(walk.projection, walk.residual, walk.distance, walk.turn, strict=True)

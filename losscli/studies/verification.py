@@ -121,12 +121,12 @@ def verify_fresh_model(problem: Problem, weights: Weights) -> None:
         return
     with torch.random.fork_rng(devices=[]):
         model = problem.fresh()
-    anew = with_model(objective, model, objective.dtype)
+    rebuilt = with_model(objective, model, objective.dtype)
     batches: Mapping[str, Examples] = objective.first_batches()
     estimated = objective.recalibration is not None
     share = _TOLERANCE_OF_ESTIMATES[problem.settings.dtype] if estimated else 1e-5
-    with objective.first_batch_only(), anew.first_batch_only():
-        here, there = (o.plain(weights, batches) for o in (objective, anew))
+    with objective.first_batch_only(), rebuilt.first_batch_only():
+        here, there = (o.plain(weights, batches) for o in (objective, rebuilt))
     for name in batches:
         used, new = (e[name].losses[0].double().mean() for e in (here, there))
         if not torch.allclose(used, new, rtol=share, atol=1e-9, equal_nan=True):

@@ -91,11 +91,6 @@ class Line:
         It is computed from the nearer end. It is therefore exact at both ends, and the line from B
         to A is bit for bit the reverse of the line from A to B.
 
-        Args:
-            values: The values at A and B.
-            coordinates: α.
-            out: Output tensor; None allocates one.
-
         Returns:
             (1 − α) values[0] + α values[1].
         """
@@ -196,11 +191,6 @@ class Triangle:
         are added to the corner with the largest coefficient. If two corners are close and their
         coefficients are large and opposite, their difference is small and exact.
 
-        Args:
-            values: The values at A, B and C.
-            coordinates: x and y.
-            out: Output tensor; None allocates one.
-
         Returns:
             (1 − β − γ) values[0] + β values[1] + γ values[2], where γ = y / ``corner_c[1]`` and
             β = (x − γ ``corner_c[0]``) / ``corner_b``.
@@ -284,11 +274,6 @@ class Span:
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
     ) -> Tensor:
         """Combines the values of the origin and the two directions into the value at (x, y).
-
-        Args:
-            values: The values of O, u and v.
-            coordinates: x and y.
-            out: Output tensor; None allocates one.
 
         Returns:
             values[0] + x values[1] + y values[2].

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 
 from losscli.plotting.around import draw_around
 from losscli.plotting.style import render
+from losscli.registry import draw
 from losscli.results import Run
-from losscli.studies.registry import draw
 from losscli.table import Table
 from losscli.weight_space.basin import Profile, radius
 from tests.plotting.test_interpolation import check_golden, legend, texts

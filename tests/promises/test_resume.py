@@ -387,7 +387,7 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
 ) -> None:
     for plan, what in (
         (_interpolate(derivatives=True, dtype="float64"), "evaluation.derivatives._Course.sums"),
-        (_check(10, "a.pt"), "studies.check.Curvature"),
+        (_check(10, "a.pt"), "evaluation.critical_points.Curvature"),
     ):
         with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
             truth = plan().run(Execution(journal=journal)).table.to_csv()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import losscli
 from losscli.errors import CheckpointError, LosscliError, ModelError, UsageError
 from losscli.models import MLP
+from losscli.registry import COMMANDS, command_of
 from losscli.results import Result
-from losscli.studies.registry import COMMANDS, command_of
 from losscli.table import Table
 from losscli.weight_space.directions import random_direction
 from tests import oracle

@@ -27,10 +27,10 @@ from losscli.errors import ModelError
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
+from losscli.registry import COMMANDS, command_of
 from losscli.settings import Settings
 from losscli.studies import verification
 from losscli.studies.barriers import Barriers
-from losscli.studies.registry import COMMANDS, command_of
 from losscli.table import Table
 from tests import oracle
 from tests.cases import CASES, Case

@@ -592,7 +592,7 @@ def test_without_a_copy_errors_cover_the_dense_float64_hessian_and_a_note_tells_
     only: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of more than 1,000 weights, and of fewer: the whole spectrum.
-    monkeypatch.setattr("losscli.studies.check.in_float64", lambda *_, **__: None)
+    monkeypatch.setattr("losscli.evaluation.critical_points.in_float64", lambda *_, **__: None)
     torch.manual_seed(0)
     model = Offset()
     x = torch.randn(60, 20, generator=torch.Generator().manual_seed(1))

@@ -180,6 +180,16 @@ ERRORS = {
         1,
         "plane.json is no summary of plane.csv",
     ),
+    "of another type": (
+        "--best t --csv typed.csv",
+        1,
+        "typed.json does not hold what losscli writes: seed is not a whole number. Move it away",
+    ),
+    "of three checkpoints": (
+        "--best t --csv three.csv",
+        2,
+        "summary is not that of interpolate",
+    ),
 }
 
 
@@ -190,6 +200,13 @@ def test_what_names_no_point_is_refused(case: str, losscli: Losscli, folder: Pat
     write([(0.0, "t", math.nan), (1.0, "t", math.inf)], "nan.csv")
     write([(0.0, "t", 1.0)], "broken.csv")
     write([(0.0, "t", 1.0)], "plane.csv")
+    line = {"command": "interpolate", "splits": {}, "examples": {}, "buffers": "interpolate"}
+    for name, more in (
+        ("typed", {"checkpoints": [], "seed": "one"}),
+        ("three", {"checkpoints": [{"name": "a.pt"}] * 3}),
+    ):
+        write([(0.0, "t", 1.0)], f"{name}.csv")
+        Path(f"{name}.json").write_text(json.dumps({**line, **more}))
     Path("x.blocks.csv").write_text("block,alpha,split,loss,loss_stderr\r\nh,0.0,train,1.0,0.1\r\n")
     Path("broken.json").write_text('{"command": "interp')
     Path("plane.json").write_text('{"command": "plane", "checkpoints": []}')

@@ -19,8 +19,8 @@ from losscli.errors import ModelError, UsageError
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.strategies import tensors_of
 from losscli.models import CNN, MLP
+from losscli.registry import command_of
 from losscli.studies.interpolation import Interpolation
-from losscli.studies.registry import command_of
 from losscli.table import Table
 from losscli.weight_space.blocks import blocks_of
 from tests import foreign, oracle
@@ -376,13 +376,13 @@ def test_losses_that_are_not_finite_are_told_by_block(tmp_path: Path) -> None:
 def test_a_block_that_does_not_meet_its_end_stops_the_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = Interpolation._alone
+    alone = Interpolation._block_line
 
     def wrong(self: Interpolation, block: Any) -> Any:
         line, end = alone(self, block)
         return line, {name: tensor * 1.1 for name, tensor in end.items()}
 
-    monkeypatch.setattr(Interpolation, "_alone", wrong)
+    monkeypatch.setattr(Interpolation, "_block_line", wrong)
     with pytest.raises(ModelError, match="does not meet the checkpoints"):
         library.interpolate("a.pt", "b.pt", points=3, layerwise=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,9 +14,10 @@ from typing import get_type_hints
 import pytest
 
 import losscli as library
+from losscli.registry import COLUMN_TYPES, COMMANDS, TableFormat, command_of, load
 from losscli.results import Result, to_json
-from losscli.studies.registry import COMMANDS, command_of, load
 from losscli.summaries import from_json
+from losscli.table import Table
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -58,43 +60,62 @@ def test_a_command_writes_the_tables_that_the_registry_says(name: str, folder: P
     results = RUNS[name]()
     for result in results:
         assert command_of(result.table) is command
-        assert set(command.table.errors) <= {*result.table.columns, "trace_stderr"}
+        _check_table(result.table, command.table)
         for further, table in result.more.items():
-            expected = command.further_tables[further]
-            used = {*expected.errors, expected.position, *expected.grid, *expected.shared} - {""}
-            assert {*expected.columns, *used} <= {*table.columns}
+            _check_table(table, command.further_tables[further])
             assert further == "context" or command_of(table) is None
         assert command.as_text(result).strip()
         # What is written is of the type that the registry says, to the last key.
         text = to_json(result.summary)
-        assert to_json(from_json(json.loads(text), command.summary)) == text
-        assert get_type_hints(command.summary).keys() - OPTIONAL <= result.summary.keys()
+        summary = load(command.summary)
+        assert to_json(from_json(json.loads(text), summary)) == text
+        assert get_type_hints(summary).keys() - OPTIONAL <= result.summary.keys()
     assert {*command.further_tables} == {further for result in results for further in result.more}
+
+
+def _check_table(table: Table, expected: TableFormat) -> None:
+    """Checks that a table has the columns of a format and their types."""
+    columns = {*expected.columns, *expected.optional}
+    assert {*expected.columns} <= {*table.columns}
+    assert {*expected.errors, expected.position, *expected.grid, *expected.shared} - {""} <= columns
+    metrics = {*table.columns} - columns
+    assert metrics == ({*table.metrics} if expected.metrics else set())
+    for column in table.columns:
+        expected_type = COLUMN_TYPES.get(column, "float")
+        kinds = {"integer": int, "float": float}.get(expected_type, str)
+        assert all(cell is None or isinstance(cell, kinds) for cell in table[column]), column
+    # A row goes through CSV as it is.
+    assert Table.from_csv(io.StringIO(table.to_csv(), newline=""), "").to_csv() == table.to_csv()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_functions_of_a_command_are_there(name: str) -> None:
     command = COMMANDS[name]
     assert load(command.function) is getattr(library, name)
-    targets = filter(None, (command.cli, command.report, command.drawing))
+    targets = filter(None, (command.cli, command.report, command.drawing, command.summary))
     assert all(callable(load(target)) for target in targets)
 
 
 # A command that losscli does not have: its functions, and its entry in the registry.
 _RIDGE = '''
-import typer
+from __future__ import annotations
+from losscli.arguments import checked
+from losscli.cli.console import Console
 from losscli.cli.options import with_console
 from losscli.plotting.style import house_style
 from losscli.results import Result, to_json
-from losscli.studies.registry import COMMANDS
+from losscli.registry import COMMANDS
 from losscli.table import Table
 
-def ridge(path):
+Summary = dict[str, str]
+
+@checked()
+def ridge(path: str) -> Result[TypeOfPlotting]:
     table = Table.build(["height", "width"], [[1.0, 2.0], [3.0, 4.0]])
     return Result(table, {"command": "ridge"}, COMMANDS["ridge"].draw)
 
 @with_console
-def command(path: str, console) -> None:
+def command(path: str, console: Console) -> None:
     """Follow a ridge."""
     result = ridge(path)
     open(f"{path}.csv", "w", newline="").write(result.table.to_csv())
@@ -112,7 +133,7 @@ def draw(run, *, title, log):
 '''
 _ENTRY = """
 import sys
-from losscli.studies.registry import COMMANDS, Command, TableFormat
+from losscli.registry import COMMANDS, Command, TableFormat
 
 COMMANDS["ridge"] = Command(
     name="ridge",
@@ -120,7 +141,7 @@ COMMANDS["ridge"] = Command(
     cli="ridge:command",
     report="ridge:report",
     drawing="ridge:draw",
-    summary=dict[str, int],
+    summary="ridge:Summary",
     table=TableFormat(("height", "width"), grid=("height", "width")),
     not_overlaid=("one ridge cannot be laid over another", "Give one"),
 )

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import losscli as library
-from losscli.cli import report
+from losscli.cli import interpolate
 from losscli.errors import LosscliError, LossError
 from losscli.evaluation.losses import accuracy, cross_entropy
 from tests import oracle
@@ -480,7 +480,7 @@ def test_points_of_a_block_as_low_as_its_lowest_are_told_of(tmp_path: Path) -> N
     )
     low = found.summary["blocks"]["0"]["splits"]["all"]["minimum"]
     assert (low["alpha"], low["loss"], low["ties"]) == (0.5, 0.0, 4)
-    assert "0 at α = 0.5 and 3 more" in report.interpolation(found)
+    assert "0 at α = 0.5 and 3 more" in interpolate.report(found)
 
 
 # --- Probabilities, ranges and what spoils a metric -----------------------------------------------

@@ -23,6 +23,7 @@ from losscli.data import objects as objects_
 from losscli.errors import ModelError
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.journal import Journal
+from losscli.evaluation.line_search import best_step
 from losscli.evaluation.losses import accuracy, cross_entropy
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.records import decode, encode
@@ -32,7 +33,6 @@ from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
 from losscli.settings import Settings
-from losscli.studies.check import _best
 from losscli.studies.interpolation import Interpolation
 from losscli.studies.line_curve import LineCurve
 from losscli.weight_space.slices import Line
@@ -522,10 +522,10 @@ def test_the_gain_of_a_step_has_the_error_of_a_ratio() -> None:
         Evaluation(torch.from_numpy(v / w.mean())[None], {}, torch.from_numpy(w))
         for v in (here + w, there)
     )
-    told = _best([0.5], found, own)
-    assert told is not None
-    assert told["gain"] == pytest.approx((here + w - there).sum() / w.sum(), rel=1e-12)
-    assert told["gain_stderr"] == pytest.approx(ratio_error(here + w - there, w), rel=1e-9)
+    step = best_step([0.5], found, own)
+    assert step is not None
+    assert step["gain"] == pytest.approx((here + w - there).sum() / w.sum(), rel=1e-12)
+    assert step["gain_stderr"] == pytest.approx(ratio_error(here + w - there, w), rel=1e-9)
 
 
 def test_examples_that_are_ignored_hide_no_weight_without_a_gradient() -> None:

@@ -60,7 +60,7 @@ def find_specs(settings: Settings, model: Any, first: CheckpointFile | None) -> 
     Args:
         settings: The options.
         model: The model that the options or the checkpoint give as an object or a spec, if any.
-        first: The checkpoint that is asked next, if any.
+        first: The checkpoint that is searched next, if any.
 
     Returns:
         The specs.
@@ -75,10 +75,10 @@ def find(kind: str, given: Any, first: CheckpointFile | None) -> SourcedSpec | N
     Args:
         kind: ``model``, ``data`` or ``loss``.
         given: What the option says; None where it is not given.
-        first: The checkpoint that is asked next, if any.
+        first: The checkpoint that is searched next, if any.
 
     Returns:
-        The spec; None where nobody names one.
+        The spec; None if there is none.
     """
     if given is not None:
         return SourcedSpec.named(given, trusted=True, source=f"--{kind}")

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, LoadHooks, read, select_for
 from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
 from losscli.models import RUNS_CODE
-from losscli.studies.problem.model import build
-from losscli.studies.problem.source import SourcedSpec
+from losscli.studies.model import build
+from losscli.studies.specs import SourcedSpec
 from losscli.summaries import CheckpointEntry
 
 __all__ = ["Checkpoints", "is_same"]
 
-# Of so many checkpoints that do not match is told why.
-_TOLD = 5
+# Maximum number of checkpoints in an error whose mismatches are listed.
+_MAX_REASONS = 5
 
 
 class Checkpoints:
@@ -31,10 +31,10 @@ class Checkpoints:
         self._model = model
         self._hooks = LoadHooks(model)
         self._found = found
-        self._base = base  # what adapters change
+        self._base = base  # of adapters
         self._objects = {str(name): name for name in names if isinstance(name, InMemoryCheckpoint)}
-        # Without their tensors.
-        self._seen: dict[str, tuple[Checkpoint, object]] = {}
+        # The checkpoints without their tensors, and the stamps of their files.
+        self._opened: dict[str, tuple[Checkpoint, object]] = {}
 
     def open(self, name: str) -> Checkpoint:
         """Opens one, its tensors under the model's names."""
@@ -46,32 +46,35 @@ class Checkpoints:
                 base = select_for(read(self._base), self._model, hooks=self._hooks)
             checkpoint = select_for(file, self._model, base, self._hooks)
         if checkpoint.path is not None:
-            seen = checkpoint.stamp()
-            if self._seen.setdefault(name, (replace(checkpoint, weights={}), seen))[1] != seen:
+            stamp = checkpoint.stamp()
+            if self._opened.setdefault(name, (replace(checkpoint, weights={}), stamp))[1] != stamp:
                 raise _changed(name)
         return checkpoint
 
     def unchanged(self) -> None:
-        """Makes sure that all that were opened are what they were then, or are gone.
+        """Checks that the files of all opened checkpoints are unchanged, or deleted.
 
-        What was mapped of a file that is gone stays as it was.
+        The memory-mapped content of a deleted file does not change.
+
+        Raises:
+            ChangedError: A file was changed.
         """
-        for name, (checkpoint, seen) in self._seen.items():
+        for name, (checkpoint, stamp) in self._opened.items():
             try:
                 now = checkpoint.stamp()
             except CheckpointError:
                 continue
-            if now != seen:
+            if now != stamp:
                 raise _changed(name)
 
     def survey(self, names: Sequence[str]) -> tuple[list[CheckpointEntry], Checkpoint]:
-        """Opens each in turn; what does not match in any of them is one error.
+        """Opens each in turn, and reports all that do not match in one error.
 
         Args:
             names: Their names.
 
         Returns:
-            What the summary tells of each, and the first of them.
+            The entry of each in the summary, and the first checkpoint.
 
         Raises:
             MismatchError: They do not have the model's tensors.
@@ -93,9 +96,9 @@ class Checkpoints:
             del checkpoint  # before the next one is opened
         if wrong:
             wrong = list(dict.fromkeys(wrong))
-            more = f" | and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
+            more = f" | and {len(wrong) - _MAX_REASONS} more" if len(wrong) > _MAX_REASONS else ""
             raise MismatchError(
-                " | ".join(wrong[:_TOLD]) + more,
+                " | ".join(wrong[:_MAX_REASONS]) + more,
                 (cures[0] if all(cures) else "")
                 or f"The model is {self._found.text}; choose with -m",
             )

@@ -19,7 +19,7 @@ from losscli.evaluation.flops import Trace, addresses
 from losscli.evaluation.objective import Objective
 from losscli.models import FROM_FILES, MODELS, RUNS_CODE
 from losscli.spec import Spec, call, look_up
-from losscli.studies.problem.source import SourcedSpec
+from losscli.studies.specs import SourcedSpec
 
 __all__ = ["build", "check_copy"]
 

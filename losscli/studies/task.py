@@ -1,4 +1,4 @@
-"""What is asked of the model: the data, the loss and the metrics."""
+"""The data, the loss and the metrics of a problem, from their specs."""
 
 from __future__ import annotations
 
@@ -36,20 +36,14 @@ from losscli.models import (
     needs_decoder_inputs,
     score_kind,
 )
+from losscli.registry import RESERVED_COLUMNS
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
-from losscli.studies.problem.source import SourcedSpec
+from losscli.studies.specs import SourcedSpec
 
 __all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
 
 _METRIC_OF_TASK = {"classification": "accuracy", "regression": "none", "language": "perplexity"}
-# Columns of some study's own.
-_COLUMNS = frozenset({
-    "alpha", "block", "split", "loss", "loss_stderr", "slope", "curvature", "examples", "step",
-    "checkpoint", "projection", "residual", "distance", "turn_degrees", "x", "y", "off_plane",
-    "a", "b",
-})  # fmt: skip
-
 _LOSS_OF_TASK = {
     "classification": "cross_entropy",
     "regression": "mse",
@@ -105,7 +99,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
 def recalibration_of(
     model: nn.Module, whole: DataSet, data: DataSet, settings: Settings
 ) -> Recalibration | None:
-    """Plans how BatchNorm's statistics are estimated anew, if they are.
+    """Plans how BatchNorm's statistics are re-estimated, if they are.
 
     Args:
         model: The model.
@@ -219,7 +213,7 @@ def metrics_of(
             continue
         found = SourcedSpec.named(value, trusted=True)
         name = _column(found.value)
-        if name in metrics or name in _COLUMNS:
+        if name in metrics or name in RESERVED_COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
         metric, text = _per_example(found, METRICS, "metric")
         metrics[name] = _like_loss(loss, metric)

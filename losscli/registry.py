@@ -1,8 +1,8 @@
 """The registry of commands: the tables, the text report and the figure of each.
 
 A new command is a module in `studies`, one in `cli`, one in `plotting`, and an entry here.
-Functions are named as ``module:function`` and imported when they are called: this module imports
-neither torch nor matplotlib.
+Functions and types are named as ``module:name`` and imported when they are used: this module
+imports nothing but exceptions, so that everything that needs its facts can import it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from losscli.errors import UsageError
-from losscli.summaries import (
-    AroundSummary,
-    BarriersSummary,
-    CheckSummary,
-    InspectionSummary,
-    LineSummary,
-    PlaneSummary,
-    TrajectorySummary,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +21,9 @@ if TYPE_CHECKING:
     from losscli.table import Table
 
 __all__ = [
+    "COLUMN_TYPES",
     "COMMANDS",
+    "RESERVED_COLUMNS",
     "Command",
     "Panels",
     "TableFormat",
@@ -40,6 +33,15 @@ __all__ = [
     "further_table_of",
     "load",
 ]
+
+COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
+    **dict.fromkeys(("a", "b", "checkpoint"), "path"),
+    **dict.fromkeys(
+        ("block", "direction", "dtype", "key", "shape", "split", "tensor", "verdict"), "text"
+    ),
+    **dict.fromkeys(("bytes", "examples", "step", "tensors", "values", "walk"), "integer"),
+}
+"""The types of columns, in any table, that do not hold floats."""
 
 Panels = Literal["metrics", "splits", "tensors"]
 """What a figure has a panel for: each metric, each split, or all tensors in one."""
@@ -51,6 +53,8 @@ class TableFormat:
 
     Attributes:
         columns: The columns that it must have.
+        optional: The columns that it may have too.
+        metrics: Whether it also has a column for each metric, named after it.
         errors: The columns of standard errors and error bounds, which are not negative.
         position: The column with the position on a line; every row has one. Empty for none.
         grid: The two columns that span a grid; the rows must fill most of it.
@@ -65,6 +69,8 @@ class TableFormat:
     """
 
     columns: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    metrics: bool = False
     errors: tuple[str, ...] = ()
     position: str = ""
     grid: tuple[str, ...] = ()
@@ -88,7 +94,7 @@ class Command:
         report: The function that puts a `Result` into words.
         drawing: The function that draws runs: a sequence of them, or one where several cannot be
             overlaid.
-        summary: The type of the summary, STEM.json.
+        summary: The type of the summary, STEM.json, see `losscli.summaries`.
         table: The main table, STEM.csv.
         further_tables: The tables that are written beside it, by NAME of STEM.NAME.csv.
         panels: What the figure has a panel for.
@@ -103,7 +109,7 @@ class Command:
     cli: str
     report: str
     drawing: str
-    summary: type
+    summary: str
     table: TableFormat
     further_tables: Mapping[str, TableFormat] = field(default_factory=dict)
     panels: Panels = "splits"
@@ -165,16 +171,28 @@ COMMANDS: Mapping[str, Command] = {
             name="interpolate",
             function="losscli.studies.interpolation:interpolate",
             cli="losscli.cli.interpolate:interpolate",
-            report="losscli.cli.report:interpolation",
+            report="losscli.cli.interpolate:report",
             drawing="losscli.plotting.interpolation:draw_interpolation",
-            summary=LineSummary,
-            table=TableFormat(("alpha", *_LOSS), errors=("loss_stderr",), position="alpha"),
+            summary="losscli.summaries:LineSummary",
+            table=TableFormat(
+                ("alpha", *_LOSS),
+                optional=("slope", "curvature", "examples"),
+                metrics=True,
+                errors=("loss_stderr",),
+                position="alpha",
+            ),
             further_tables={
                 "context": TableFormat(
-                    ("alpha", "split", "loss"), errors=("loss_stderr",), position="alpha"
+                    ("alpha", "split", "loss"),
+                    optional=("loss_stderr", "slope", "curvature", "examples"),
+                    metrics=True,
+                    errors=("loss_stderr",),
+                    position="alpha",
                 ),
                 "blocks": TableFormat(
                     ("block", "alpha", *_LOSS),
+                    optional=("examples",),
+                    metrics=True,
                     errors=("loss_stderr",),
                     position="alpha",
                     shared=("alpha", "split"),
@@ -192,34 +210,46 @@ COMMANDS: Mapping[str, Command] = {
             name="trajectory",
             function="losscli.studies.trajectory:trajectory",
             cli="losscli.cli.trajectory:trajectory",
-            report="losscli.cli.report:trajectory",
+            report="losscli.cli.trajectory:report",
             drawing="losscli.plotting.trajectory:draw_trajectory",
-            summary=TrajectorySummary,
+            summary="losscli.summaries:TrajectorySummary",
             table=TableFormat(
                 (
                     *("step", "checkpoint", "projection", "residual", "distance"),
                     *("turn_degrees", *_LOSS),
                 ),
+                optional=("examples",),
+                metrics=True,
                 errors=("loss_stderr",),
             ),
             further_tables={
                 "surface": TableFormat(
                     ("step", "projection", "residual", "split", "loss"),
+                    optional=("loss_stderr",),
                     errors=("loss_stderr",),
                     grid=("step", "residual"),
                     shared=("step", "projection"),
                 ),
-                "walk": TableFormat(("walk", "step", "projection", "residual")),
+                "walk": TableFormat(
+                    ("walk", "step", "projection", "residual"),
+                    optional=("distance", "turn_degrees"),
+                ),
             },
         ),
         Command(
             name="plane",
             function="losscli.studies.plane:plane",
             cli="losscli.cli.plane:plane",
-            report="losscli.cli.report:plane",
+            report="losscli.cli.plane:report",
             drawing="losscli.plotting.plane:draw_plane",
-            summary=PlaneSummary,
-            table=TableFormat(("x", "y", *_LOSS), errors=("loss_stderr",), grid=("x", "y")),
+            summary="losscli.summaries:PlaneSummary",
+            table=TableFormat(
+                ("x", "y", *_LOSS),
+                optional=("examples",),
+                metrics=True,
+                errors=("loss_stderr",),
+                grid=("x", "y"),
+            ),
             further_tables={
                 "path": TableFormat(("step", "checkpoint", "x", "y", "off_plane", "split", "loss")),
             },
@@ -229,11 +259,13 @@ COMMANDS: Mapping[str, Command] = {
             name="around",
             function="losscli.studies.around:around",
             cli="losscli.cli.around:around",
-            report="losscli.cli.report:around",
+            report="losscli.cli.around:report",
             drawing="losscli.plotting.around:draw_around",
-            summary=AroundSummary,
+            summary="losscli.summaries:AroundSummary",
             table=TableFormat(
                 ("checkpoint", "direction", "coefficient", "distance", *_LOSS),
+                optional=("examples",),
+                metrics=True,
                 errors=("loss_stderr",),
                 position="coefficient",
             ),
@@ -243,15 +275,16 @@ COMMANDS: Mapping[str, Command] = {
             name="check",
             function="losscli.studies.check:check",
             cli="losscli.cli.check:check",
-            report="losscli.cli.report:check",
+            report="losscli.cli.check:report",
             drawing="losscli.plotting.check:draw_check",
-            summary=CheckSummary,
+            summary="losscli.summaries:CheckSummary",
             table=TableFormat(
                 (
                     *("checkpoint", "split", "loss", "gradient_norm"),
                     *("lambda_min", "lambda_min_error", "lambda_max", "lambda_max_error"),
                     *("minimal_ratio", "verdict"),
                 ),
+                optional=("positive", "negative", "undecided", "trace", "trace_stderr"),
                 errors=("lambda_min_error", "lambda_max_error", "trace_stderr"),
             ),
             further_tables={
@@ -268,21 +301,26 @@ COMMANDS: Mapping[str, Command] = {
             name="barriers",
             function="losscli.studies.barriers:barriers",
             cli="losscli.cli.barriers:barriers",
-            report="losscli.cli.report:barriers",
+            report="losscli.cli.barriers:report",
             drawing="losscli.plotting.barriers:draw_barriers",
-            summary=BarriersSummary,
+            summary="losscli.summaries:BarriersSummary",
             table=TableFormat(
                 (
                     *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
                     *("loss_a", "loss_b"),
                 ),
+                optional=("examples",),
                 errors=("barrier_stderr",),
                 grid=("a", "b"),
                 pairs=True,
             ),
             further_tables={
                 "curves": TableFormat(
-                    ("a", "b", "alpha", *_LOSS), identified_by=("a", "loss"), drawn=False
+                    ("a", "b", "alpha", *_LOSS),
+                    optional=("examples",),
+                    metrics=True,
+                    identified_by=("a", "loss"),
+                    drawn=False,
                 ),
             },
             not_overlaid=("one matrix cannot be laid over another", "Give one CSV of barriers"),
@@ -292,10 +330,13 @@ COMMANDS: Mapping[str, Command] = {
             name="inspect",
             function="losscli.studies.inspection:inspect",
             cli="",
-            report="losscli.cli.report:inspection",
+            report="losscli.cli.files:report",
             drawing="losscli.plotting.inspection:draw_inspection",
-            summary=InspectionSummary,
-            table=TableFormat(("tensor", "shape", "dtype", "values", "norm")),
+            summary="losscli.summaries:InspectionSummary",
+            table=TableFormat(
+                ("tensor", "shape", "dtype", "values", "norm"),
+                optional=("norm_b", "distance", "cosine"),
+            ),
             panels="tensors",
             distributed=False,
             not_overlaid=(
@@ -305,6 +346,15 @@ COMMANDS: Mapping[str, Command] = {
         ),
     )
 }
+
+RESERVED_COLUMNS = frozenset(
+    column
+    for command in COMMANDS.values()
+    for table in (command.table, *command.further_tables.values())
+    if table.metrics
+    for column in (*table.columns, *table.optional)
+)
+"""The columns of the tables with metrics that are no metrics: no metric may have such a name."""
 
 
 def command_of(table: Table) -> Command | None:

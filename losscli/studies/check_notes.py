@@ -1,0 +1,105 @@
+"""Notes of ``check``: what the Hessian is a Hessian of, and what was not decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from losscli.evaluation.critical_points import PointAnalysis
+from losscli.evaluation.function_mode import FunctionMode
+from losscli.evaluation.objective import Objective
+from losscli.studies.base import Study, count
+
+__all__ = ["check_notes", "functions_called"]
+
+# Functions of torch with kinks, at which a second derivative does not exist.
+_KINKED = frozenset({
+    "abs", "amax", "amin", "clamp", "clip", "hardsigmoid", "hardswish", "hardtanh", "l1_loss",
+    "leaky_relu", "max", "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "min", "minimum",
+    "prelu", "relu", "relu6", "relu_", "rrelu", "threshold",
+})  # fmt: skip
+
+
+def check_notes(
+    study: Study, functions: Collection[str], analyses: Sequence[PointAnalysis]
+) -> Iterator[str]:
+    """Notes on the Hessian and on points where nothing is decided.
+
+    Args:
+        study: The study.
+        functions: The functions of torch that the model and the loss call.
+        analyses: Each checkpoint on each split.
+
+    Yields:
+        The notes.
+    """
+    model = study.problem.objective.model
+    if study.problem.chosen:
+        yield (
+            f"gradient and Hessian are those of {count(len(study.moving), 'tensor')}, and the "
+            "verdict is one on these alone"
+        )
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        yield "BatchNorm is in eval mode: its statistics are constants, not functions of θ"
+    if "scaled_dot_product_attention" in functions:
+        yield "attention is differentiated by its math kernel: the fused ones cannot be twice"
+    if kinks := sorted(_KINKED.intersection(functions)):
+        have = "have" if len(kinks) > 1 else "has"
+        yield (
+            f"{', '.join(kinks)} {have} kinks: the Hessian is that of the smooth piece around "
+            "each checkpoint, and says nothing of the kinks beside it"
+        )
+    yield from dict.fromkeys(one.evidence.unverified for one in analyses if one.evidence.unverified)
+    if any(one.evidence.scattered for one in analyses):
+        yield (
+            "no float64 copy of the model can be made: errors of eigenvalues include rounding "
+            "only as far as products at points nearby show it"
+        )
+    finite = [one for one in analyses if math.isfinite(one.smallest.value)]
+    if lost := len(analyses) - len(finite):
+        yield (
+            f"loss or derivatives are not finite at {lost} of {len(analyses)} points: "
+            "nothing is decided there"
+        )
+    missed = sum(not (one.smallest.converged and one.largest.converged) for one in finite)
+    if missed:
+        yield (
+            f"the search for eigenvalues has not converged at {missed} of "
+            f"{len(analyses)} points: no minimum or maximum is claimed there"
+        )
+
+
+def functions_called(objective: Objective) -> set[str]:
+    """Lists the functions of torch that the model and the loss call.
+
+    Args:
+        objective: The model, the loss and the data, of which a first batch is evaluated.
+
+    Returns:
+        Their names.
+    """
+    batch = next(iter(objective.first_batches().values()))
+    inputs = objective.data.prepare(batch.inputs, objective.dtype)
+    with torch.no_grad(), _FunctionRecorder() as recorder:
+        outputs = objective.forward(objective.model, inputs)
+        objective.per_example(objective.loss, outputs, batch.targets, "loss")
+    names: set[str] = recorder.names
+    return names
+
+
+class _FunctionRecorder(FunctionMode):
+    """Records the names of the functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def intercept(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        self.names.add(getattr(function, "__name__", "").lstrip("_"))
+        return function(*args, **kwargs)

@@ -1,0 +1,488 @@
+"""A problem: a model, its loss on data, and checkpoints, made from names and checked."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import get_args, overload
+
+import torch
+from torch import nn
+
+from losscli._version import __version__
+from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, find_base, read
+from losscli.errors import CheckpointError, MismatchError, ModelError, UsageError
+from losscli.evaluation.device import choose_device, describe_device
+from losscli.evaluation.objective import Objective
+from losscli.evaluation.ranks import Ranks
+from losscli.evaluation.task_checks import check_task
+from losscli.settings import Buffers, DType, Settings
+from losscli.studies.checkpoints import Checkpoints, is_same
+from losscli.studies.model import build, check_copy
+from losscli.studies.specs import find_specs
+from losscli.studies.task import data_of, loss_of, metrics_of, recalibration_of
+from losscli.summaries import CheckpointEntry, Counts, Provenance
+from losscli.weight_space.vectors import Weights, can_move, equal, select_names
+
+__all__ = ["Problem", "counted", "differing_tensors", "prepare"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, its loss on a data set, and checkpoints.
+
+    Attributes:
+        objective: What is evaluated.
+        names: The checkpoints in their order, as named by the user.
+        first: The first of them, its names those of the model.
+        moving: The tensors that may move, each tied tensor under one name.
+        fresh: Builds the model again, or copies the module that was given.
+        buffers: Those of the model's floating-point buffers that any choice of tensors names.
+        provenance: Where all of it came from, for the summary.
+        settings: The settings that it was made from.
+        read: Reads a checkpoint by its name.
+        unchanged: Checks that the files of the checkpoints have not changed since they were read.
+        notes: How the checkpoints were ordered, if they were.
+    """
+
+    objective: Objective
+    names: tuple[str, ...]
+    first: Checkpoint
+    moving: tuple[str, ...]
+    fresh: Callable[[], nn.Module]
+    buffers: tuple[str, ...]
+    provenance: Provenance
+    settings: Settings
+    read: Callable[[str], Checkpoint]
+    unchanged: Callable[[], None]
+    notes: tuple[str, ...] = ()
+
+    def open(self, t: int) -> Checkpoint:
+        """Opens a checkpoint; only the first is kept in memory.
+
+        Args:
+            t: Its place among the names.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            CheckpointError: It can no longer be read.
+            MismatchError: It is no longer what it was.
+        """
+        if t == 0:
+            return self.first
+        return self.read(self.names[t])
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The tensors that may not move by the choice of tensors alone."""
+        free = replace(self.settings, only=(), except_=())
+        moving = set(self.moving)
+        return tuple(
+            n for n in _moving_names(self.objective, self.buffers, free) if n not in moving
+        )
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the user chose which tensors move."""
+        return bool(self.settings.only or self.settings.except_)
+
+    def parameters(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Selects the parameters among tensors that move.
+
+        Norms, distances, projections and angles are over these; buffers move along.
+
+        Args:
+            names: The tensors.
+
+        Returns:
+            Those that are no buffers, in their order.
+        """
+        buffers = set(self.buffers)
+        return tuple(name for name in names if name not in buffers)
+
+    @property
+    def last(self) -> Checkpoint:
+        """The last checkpoint, opened."""
+        return self.open(len(self.names) - 1)
+
+    @cached_property
+    def origin(self) -> Weights:
+        """All tensors of the first checkpoint, but the buffers that stay at the last one's."""
+        # Cached, since every point that is placed needs it.
+        if self.settings.buffers != "b" or not self.buffers:
+            return self.first.weights
+        last = self.last.weights
+        return {**self.first.weights, **{name: last[name] for name in self.buffers}}
+
+    def place(self, weights: Weights) -> Weights:
+        """Places a checkpoint: what may not move is the origin's.
+
+        Args:
+            weights: All tensors of a checkpoint.
+
+        Returns:
+            All tensors of its point.
+        """
+        return {**self.origin, **{name: weights[name] for name in self.moving}}
+
+    def places(self, steps: Sequence[int]) -> Sequence[Weights]:
+        """Places checkpoints lazily; none is kept in memory.
+
+        Args:
+            steps: Their places among the names.
+
+        Returns:
+            All tensors of the points that stand for them.
+        """
+        return _Places(self, steps)
+
+
+class _Places(Sequence[Weights]):
+    """Points that stand for checkpoints, each opened on access."""
+
+    def __init__(self, problem: Problem, steps: Sequence[int]) -> None:
+        self._problem = problem
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @overload
+    def __getitem__(self, at: int) -> Weights: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Weights]: ...
+    def __getitem__(self, at: int | slice) -> Weights | Sequence[Weights]:
+        if isinstance(at, slice):
+            return _Places(self._problem, self._steps[at])
+        return self._problem.place(self._problem.open(self._steps[at]).weights)
+
+
+def prepare(
+    names: Sequence[str],
+    settings: Settings,
+    notes: Sequence[str] = (),
+    ranks: Ranks | None = None,
+) -> Problem:
+    """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
+
+    Args:
+        names: The checkpoints: files, ``init:SEED``, or objects.
+        settings: The settings.
+        notes: How the checkpoints were ordered, if they were.
+        ranks: The processes that share the run, if there are several.
+
+    Returns:
+        The problem, ready to be evaluated.
+
+    Raises:
+        LosscliError: Something is missing, broken or does not fit; the text says what and where.
+    """
+    _check(settings)
+    local = None if ranks is None else ranks.local
+    device = choose_device(settings.device, settings.dtype, local)
+    base = find_base(names)
+    file = read(base) if base else None
+    with torch.random.fork_rng(devices=[]):
+        given = settings.model
+        if given is None and isinstance(base, InMemoryCheckpoint):
+            given = base.module
+        specs = find_specs(settings, given, file)
+        found = specs.model
+        if found is None:
+            raise UsageError(
+                "no model is named, neither by --model nor by the checkpoint's metadata nor by a "
+                "losscli.toml beside it",
+                "Give --model, for example --model mlp:784-512-10 (losscli list models)",
+            )
+        torch.manual_seed(settings.seed)
+        model = build(found, file)
+        _require_precision(model, settings.dtype)
+        checkpoints = Checkpoints(model, found, base, names)
+        # Plain names, so that checkpoints given as objects are not kept in memory.
+        names = [str(name) for name in names]
+        entries, first = checkpoints.survey(names)
+        whole, data_name = data_of(settings, specs.data)
+        data = whole.select(settings.split, None, settings.seed)
+        loss, loss_name, loss_source = loss_of(specs.loss, data, model)
+        metrics, metric_names, metric_source = metrics_of(settings, data, loss, model)
+        recalibration = recalibration_of(model, whole, data, settings)
+    objective = Objective(
+        model,
+        loss,
+        metrics,
+        data,
+        device=device,
+        dtype=getattr(torch, settings.dtype),
+        batch_size=settings.batch_size,
+        recalibration=recalibration,
+        batch_loss=settings.batch_loss,
+        # Default metrics may be left out if they fail.
+        optional=() if settings.metric else metrics,
+    )
+    objective.extra = first.extra
+    notes = [*notes, *_compare_extra_states(objective, checkpoints, names)]
+    if isinstance(found.value, nn.Module):
+        check_copy(found.value, objective)
+    buffers = _floating_buffers(objective)
+    named: Provenance = {
+        "model": found.text,
+        "data": data_name,
+        "loss": loss_name,
+        "metrics": metric_names,
+        "sources": {"loss": loss_source, "metrics": metric_source},
+    }
+    return Problem(
+        objective,
+        tuple(names),
+        first,
+        _moving_names(objective, buffers, settings),
+        lambda: build(found, file),
+        buffers,
+        _provenance(settings, objective, named, entries, 1 if ranks is None else ranks.size),
+        settings,
+        checkpoints.open,
+        checkpoints.unchanged,
+        tuple(notes),
+    )
+
+
+def _compare_extra_states(
+    objective: Objective, checkpoints: Checkpoints, names: Sequence[str]
+) -> list[str]:
+    """Compares the extra state of checkpoints, between which no point lies: the first one's stays.
+
+    Args:
+        objective: What is evaluated, with the extra state of the first checkpoint.
+        checkpoints: Opens them.
+        names: The checkpoints.
+
+    Returns:
+        A note where another has other extra state, and the same losses with either.
+
+    Raises:
+        MismatchError: It has other losses.
+    """
+    kept, notes = objective.extra, list[str]()
+    for name in dict.fromkeys(names) if kept else ():
+        checkpoint = checkpoints.open(name)
+        keys = [key for key, state in kept.items() if not is_same(state, checkpoint.extra.get(key))]
+        if not keys:
+            continue
+        check_task(objective, checkpoint.weights)
+        batches, losses = objective.first_batches(), []
+        for objective.extra in (checkpoint.extra, kept):
+            evaluations = objective.plain(checkpoint.weights, batches)
+            losses.append([evaluations[split].losses for split in batches])
+        if not all(map(torch.equal, *losses)):
+            raise MismatchError(
+                f"{keys[0]} of {name} is not that of {names[0]}, and no point lies between two "
+                "extra states",
+                "Give checkpoints with the same extra state",
+            )
+        notes.append(
+            f"{keys[0]} of {name} is not that of {names[0]}, which stays; on first batches the "
+            "losses are the same with either"
+        )
+    return notes[:1]
+
+
+def _provenance(
+    settings: Settings,
+    objective: Objective,
+    specs: Provenance,
+    entries: list[CheckpointEntry],
+    processes: int,
+) -> Provenance:
+    """Collects the origin of a problem."""
+    recalibration = objective.recalibration
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(objective.device),
+        "device_name": describe_device(objective.device),
+        "processes": processes,
+        "dtype": settings.dtype,
+        "tf32": settings.tf32,
+        **specs,
+        "seed": settings.seed,
+        "limit": settings.limit,
+        "batch_loss": settings.batch_loss,
+        "sampling_error": settings.sampling_error,
+        "buffers": settings.buffers,
+        "recalibration": None
+        if recalibration is None
+        else {
+            "split": recalibration.name,
+            "examples": len(recalibration),
+            "batch_size": recalibration.size,
+            "layers": len(objective.batchnorm),
+        },
+        "only": list(settings.only),
+        "except": list(settings.except_),
+        "checkpoints": entries,
+        **counted(objective, {name: len(s) for name, s in objective.data.splits.items()}),
+    }
+
+
+def _require_precision(model: nn.Module, dtype: str) -> None:
+    """Refuses half precision where there are complex numbers: torch has few operators for it."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    names = [name for name, tensor in named if tensor.is_complex()]
+    if names and dtype in {"bfloat16", "float16"}:
+        raise UsageError(
+            f"--dtype {dtype} has no complex numbers, and {names[0]} is complex",
+            "Give --dtype float32 or float64",
+        )
+
+
+def _check(settings: Settings) -> None:
+    if settings.batch_loss:
+        for option, given in (
+            ("--sampling-error", settings.sampling_error is not None),
+            ("--buffers recalibrate", settings.buffers == "recalibrate"),
+        ):
+            if given:
+                raise UsageError(
+                    f"{option} is not available with --batch-loss", "Give one without the other"
+                )
+    for option, value, known in (
+        ("--dtype", settings.dtype, get_args(DType)),
+        ("--buffers", settings.buffers, get_args(Buffers)),
+    ):
+        if value not in known:
+            raise UsageError(f"{option} {value} is not known", f"Choose one of {', '.join(known)}")
+    if not 0 <= settings.seed < 1 << 63:
+        raise UsageError(f"--seed {settings.seed} is no seed", "Give a number from 0 to 2^63 − 1")
+    if settings.batch_size is not None and not 1 <= settings.batch_size < 1 << 31:
+        raise UsageError(
+            f"--batch-size {settings.batch_size} is no number of examples for a forward pass",
+            "Give a number from 1 to 2^31 − 1",
+        )
+    if settings.sampling_error is not None and not 0 < settings.sampling_error < math.inf:
+        raise UsageError(
+            f"--sampling-error {settings.sampling_error} is no share of a height", "Give 0.01"
+        )
+    if settings.limit is not None and settings.limit < 1:
+        raise UsageError(f"--limit {settings.limit} leaves no examples", "Give 1 or more")
+    if settings.limit is not None and settings.limit >= 1 << 63:
+        raise UsageError(
+            f"--limit {settings.limit} is more than any data set has",
+            "Give a number from 1 to 2^63 − 1",
+        )
+
+
+def counted(objective: Objective, numbers: Mapping[str, int]) -> Counts:
+    """Counts what a loss is the mean of.
+
+    Args:
+        objective: What is evaluated.
+        numbers: How many numbers the mean of each split has.
+
+    Returns:
+        The ``examples`` of each split; and the ``batches``, where the loss is one number per batch.
+    """
+    if not objective.batch_loss:
+        return {"examples": dict(numbers)}
+    rows = {name: objective.splits[name].rows for name in numbers}
+    return {"examples": rows, "batches": dict(numbers)}
+
+
+def _floating_buffers(objective: Objective) -> tuple[str, ...]:
+    """Lists the buffers that ``--buffers`` is about.
+
+    Args:
+        objective: Whose model.
+
+    Returns:
+        The names of its floating-point buffers, but for the singular vectors of spectral
+        normalisation: they are functions of the parameters.
+    """
+    computed = {id(objective.tensors[n]) for layer in objective.spectral for n in layer.names}
+    return tuple(
+        name
+        for name, tensor in objective.tensors.items()
+        if not isinstance(tensor, nn.Parameter) and can_move(tensor) and id(tensor) not in computed
+    )
+
+
+def _moving_names(
+    objective: Objective, buffers: Sequence[str], settings: Settings
+) -> tuple[str, ...]:
+    """Chooses the tensors that may move.
+
+    Args:
+        objective: Whose model.
+        buffers: Its floating-point buffers.
+        settings: Say which of them move with the parameters, and which tensors are left out.
+
+    Returns:
+        Their names, of each tied tensor the one that counts.
+
+    Raises:
+        ModelError: The model has no parameters.
+        UsageError: None is left.
+    """
+    names = [
+        name
+        for name, tensor in objective.tensors.items()
+        if isinstance(tensor, nn.Parameter) and can_move(tensor)
+    ]
+    if settings.buffers in {"interpolate", "recalibrate"}:
+        estimated = {id(objective.tensors[n]) for x in objective.statistics for n in x.names}
+        names += [name for name in buffers if id(objective.tensors[name]) not in estimated]
+    # load_state_dict uses the last name of a tied tensor.
+    last = {id(objective.tensors[name]): name for name in names}
+    if not names:
+        raise ModelError("the model has no parameters to move")
+    # A pattern of --only may match any of its names; --except of one name keeps the tensor.
+    chosen = select_names(names, settings.only, settings.except_)
+    stays = set(names) - set(select_names(names, (), settings.except_))
+    chosen_ids, kept_ids = (
+        {id(objective.tensors[name]) for name in some} for some in (chosen, stays)
+    )
+    ids = {name: id(objective.tensors[name]) for name in names}
+    moving = tuple(n for n, i in ids.items() if last[i] == n and i in chosen_ids - kept_ids)
+    if not moving:
+        raise UsageError("--only and --except leave no tensor to move", "Widen the patterns")
+    return moving
+
+
+def differing_tensors(problem: Problem) -> tuple[str, ...]:
+    """Finds the tensors that are not the same in all checkpoints, one checkpoint at a time.
+
+    Args:
+        problem: The checkpoints.
+
+    Returns:
+        Their names.
+
+    Raises:
+        CheckpointError: One of them is not finite in some checkpoint.
+    """
+    # Tensors that never move may hold infinities, such as attention masks.
+    first = problem.first.weights
+    still = set(problem.moving)
+    for t in range(1, len(problem.names)):
+        weights = problem.open(t).weights
+        still = {name for name in still if equal(first[name], weights[name])}
+        _require_finite(problem.names[t], weights, set(problem.moving) - still)
+        del weights  # before the next one is opened
+    moving = tuple(name for name in problem.moving if name not in still)
+    _require_finite(problem.names[0], first, moving)
+    return moving
+
+
+def _require_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:
+    for tensor in moving:
+        if not weights[tensor].isfinite().all():
+            raise CheckpointError(
+                f"{name}: {tensor} has weights that are infinite or not a number, and lies nowhere "
+                "in weight space",
+                "Leave this checkpoint out",
+            )
