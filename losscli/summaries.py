@@ -452,10 +452,7 @@ class BarriersSummary(Summary, total=False):
 
 
 class Derivative(TypedDict, total=False):
-    """What a direction of ``--along`` is: a gradient and its norm, or an eigenvector.
-
-    ``error`` is the residual norm ‖Hv − λv‖; that of ``check`` includes measured rounding too.
-    """
+    """What a direction of ``--along`` is: a gradient and its norm, or an eigenvector."""
 
     direction: str
     gradient_norm: float

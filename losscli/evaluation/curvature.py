@@ -39,7 +39,7 @@ from losscli.evaluation.differences import (
 )
 from losscli.evaluation.objective import Objective, Progress
 from losscli.evaluation.precision import narrowest_type
-from losscli.weight_space.vectors import Weights, norm
+from losscli.weight_space.vectors import Weights, norm, unflatten
 
 __all__ = [
     "DENSE_LIMIT",
@@ -308,11 +308,7 @@ class Curvature:
         Returns:
             Each parameter's part, in its shape, as a view.
         """
-        parts = torch.split(v, [p.numel() for p in self._parameters])
-        return {
-            name: part.view(p.shape)
-            for name, part, p in zip(self._names, parts, self._parameters, strict=True)
-        }
+        return unflatten(v, self._objective.tensors, self._names)
 
     def dense(self) -> DenseHessian:
         """Computes the whole Hessian by n products, once.

@@ -20,6 +20,7 @@ from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
 from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
+from losscli.evaluation.critical_points import CriticalPointTest
 from losscli.evaluation.curvature import (
     DENSE_LIMIT,
     LEAST,
@@ -29,8 +30,7 @@ from losscli.evaluation.curvature import (
 )
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.differences import sample_size
-from losscli.evaluation.objective import Objective, recalibrated
-from losscli.evaluation.precision import in_float64
+from losscli.evaluation.objective import recalibrated
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import idle_layers, record_key, restore
 from losscli.evaluation.sampling import Estimate, grow
@@ -68,7 +68,7 @@ from losscli.weight_space.directions import (
     random_direction,
 )
 from losscli.weight_space.slices import Line, Slice, check_point_count, grid
-from losscli.weight_space.vectors import Weights, dimension, norm
+from losscli.weight_space.vectors import Weights, dimension, norm, unflatten
 
 __all__ = ["Along", "Around", "around"]
 
@@ -85,9 +85,6 @@ _RANGES: Mapping[Along | None, tuple[float, float]] = {
     "gradient": (-0.5, 0.5),
     "hessian": (-0.5, 0.5),
 }
-
-# What a residual norm may be, as a share of |λ|, for an eigenvector to count as found.
-_TOLERANCE = 1e-4
 
 # Weights beside a point: a model that keeps what it computed from the point shows it there.
 _BESIDE = 1.01
@@ -432,9 +429,7 @@ class Around(Study):
         """Makes a direction of a checkpoint."""
         if not self.along:
             return random_direction(placed, self.moving, self.problem.settings.seed, k + 1)
-        sizes = [placed[name].numel() for name in self.moving]
-        parts = torch.split(torch.from_numpy(derived[t]["vectors"][k]), sizes)
-        return {n: x.view(placed[n].shape) for n, x in zip(self.moving, parts, strict=True)}
+        return unflatten(torch.from_numpy(derived[t]["vectors"][k]), placed, self.moving)
 
     def _line(self, placed: Weights, direction: Weights) -> Line:
         """Makes the line θ + c d, on the device."""
@@ -644,44 +639,37 @@ class Around(Study):
         objective, seed = self.problem.objective, self.problem.settings.seed
         weights = recalibrated(objective, self._placed(t))
         every = objective.splits[self._split]
-        sample = every.spread(sample_size(objective.operations))[0].to(objective.device)
         of = f"of the loss of {self._split} at {self.problem.names[t]}"
         # What is differentiated is a function of the parameters alone.
         with objective.frozen_statistics():
             objective.load(weights)
-            precise = self._precise
-            small = dimension(weights, self.moving) <= DENSE_LIMIT
-            differentiated = (precise if small else None) or objective
-
-            def attend(_: float) -> None:
-                execution.attend()
-
-            with Curvature(differentiated, weights, self.moving, every, attend) as curvature:
-                gradient = curvature.gradient()
-                if self.along == "gradient":
-                    size = float(gradient.norm())
-                    if not size:
-                        raise ModelError(
-                            f"the gradient {of} is 0, so it has no direction",
-                            "Give --along hessian, or random directions",
-                        )
-                    vectors, numbers, named = [gradient / size], [[size]], {}
-                else:
-                    extremes = curvature.extremes(2, tolerance=_TOLERANCE, seed=seed)
-                    by_name = dict(zip(("v1", "v2"), extremes.largest, strict=False))
-                    by_name["vn"] = extremes.smallest[0]
-                    pairs = [by_name[name] for name in self.directions]
-                    vectors = [pair.vector for pair in pairs]
-                    numbers = [[pair.value, pair.error, pair.converged] for pair in pairs]
-                    named = {"λ max": vectors[0], "λ min": vectors[-1]}
+            numbers: list[list[float]]
+            if self.along == "gradient":
+                gradient = self._derivatives.gradient(weights, every, execution)
+                size = float(gradient.norm())
+                if not size:
+                    raise ModelError(
+                        f"the gradient {of} is 0, so it has no direction",
+                        "Give --along hessian, or random directions",
+                    )
+                vectors, numbers, eigenvectors = [gradient / size], [[size]], {}
+            else:
+                _, extremes, _ = self._derivatives.differentiate(weights, every, execution)
+                pairs = dict(zip(("v1", "v2"), extremes.largest, strict=False))
+                pairs["vn"] = extremes.smallest[0]
+                found = [pairs[name] for name in self.directions]
+                vectors = [pair.vector for pair in found]
+                numbers = [[pair.value, pair.error, pair.converged] for pair in found]
+                eigenvectors = {"λ max": vectors[0], "λ min": vectors[-1]}
             if not all(bool(vector.isfinite().all()) for vector in vectors):
                 raise ModelError(f"the {self.along} {of} is not finite", "Leave this one out")
+            sample = every.spread(sample_size(objective.operations))[0].to(objective.device)
             unverified = check_derivatives(
-                precise or objective,
+                self._derivatives.float64 or objective,
                 weights,
                 self.moving,
                 sample,
-                named,
+                eigenvectors,
                 seed,
                 twice=self.along == "hessian",
             )
@@ -696,11 +684,12 @@ class Around(Study):
         }
 
     @cached_property
-    def _precise(self) -> Objective | None:
-        """The objective in float64, if there is one."""
-        objective = self.problem.objective
-        sample, _ = objective.splits[self._split].spread(sample_size(objective.operations))
-        return in_float64(objective, sample.to(objective.device), inside=True)
+    def _derivatives(self) -> CriticalPointTest:
+        """Finds eigenvectors as ``check`` does."""
+        seed = self.problem.settings.seed
+        return CriticalPointTest(
+            self.problem.objective, self.moving, tolerance=math.inf, eigenvalues=2, seed=seed
+        )
 
 
 def _check_directions(directions: int, along: str | None, settings: Settings) -> None:

@@ -246,6 +246,18 @@ def test_eigenvectors_are_those_of_the_dense_hessian(case: Case, tmp_path: Path)
                 assert row["loss"] == pytest.approx(expected, rel=1e-9)
 
 
+def test_derivatives_are_those_of_check(folder: Path) -> None:
+    for split in ("train", "test"):
+        found = losscli.around("a.pt", along="hessian", points=3, split=split)
+        (row,) = losscli.check("a.pt", eigenvalues=2, split=split).table.records()
+        first, *_, last = found.summary["derivatives"]["a.pt"]
+        assert (first["eigenvalue"], first["error"]) == (row["lambda_max"], row["lambda_max_error"])
+        assert (last["eigenvalue"], last["error"]) == (row["lambda_min"], row["lambda_min_error"])
+        found = losscli.around("a.pt", along="gradient", points=3, split=split)
+        ((told,),) = found.summary["derivatives"].values()
+        assert told["gradient_norm"] == row["gradient_norm"]
+
+
 def _cut(flat: np.ndarray, state: State, names: Sequence[str]) -> list[np.ndarray]:
     ends = np.cumsum([state[n].numel() for n in names])[:-1]
     parts = zip(np.split(flat, ends), names, strict=True)
