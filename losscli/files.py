@@ -1,4 +1,4 @@
-"""Regular files, pipes and memory-mapped files.
+"""Regular files and pipes.
 
 Reading does not block on a FIFO and refuses devices. Errors are an OSError, so that each caller can
 add the name of the file. Creating never overwrites a file.
@@ -6,36 +6,22 @@ add the name of the file. Creating never overwrites a file.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
-import functools
-import mmap
 import os
 import stat
-import sys
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
-
-if TYPE_CHECKING:
-    # Help and figures work without importing torch.
-    from torch import Tensor
+from typing import BinaryIO
 
 __all__ = [
     "IrregularError",
-    "MappedRegion",
     "create",
     "find_placeholder",
-    "is_mapped",
-    "mapped_regions",
     "open_regular",
     "read_pipe",
     "read_regular",
     "read_text",
-    "release_pages",
 ]
 
 # The largest table from a pipe and the longest first line, in bytes. The largest tables are planes,
@@ -43,9 +29,6 @@ __all__ = [
 _MOST = 256 << 20
 _LONGEST = 1 << 20
 _BLOCK = 1 << 16
-
-# The smallest tensor to release, in bytes: for smaller ones a system call costs more than it saves.
-_LARGE = 1 << 20
 
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISFIFO, "a pipe"),
@@ -216,78 +199,6 @@ def read_text(file: BinaryIO, first: bytes = b"") -> bytes:
     return bytes(text)
 
 
-def release_pages(*tensors: Tensor) -> None:
-    """Releases the resident pages of memory-mapped tensors.
-
-    Pages that were read count as resident memory of the process, so a comparison of two
-    checkpoints would need twice their size. The tensors remain valid: later reads load the pages
-    from the page cache. It has no effect on other systems than Linux or on other tensors.
-
-    Args:
-        *tensors: The tensors, which must be unmodified.
-    """
-    ranges = [
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
-        for tensor in tensors
-        if tensor.nbytes >= _LARGE and tensor.device.type == "cpu" and tensor.is_contiguous()
-    ]
-    advise = _madvise() if ranges else None
-    if advise is None:
-        return
-    page = mmap.PAGESIZE
-    files = sorted((m.start, m.stop) for m in mapped_regions())
-    for first, last in ranges:
-        # Only pages that lie completely inside the tensor.
-        start, stop = -(-first // page) * page, last // page * page
-        i = bisect_right(files, (start, sys.maxsize)) - 1
-        if i >= 0 and start < stop <= files[i][1]:
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Returns whether `release_pages` has an effect on a tensor.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        Whether the tensor is large and memory-mapped from a file.
-    """
-    if tensor.nbytes < _LARGE or tensor.device.type != "cpu":
-        return False
-    return any(m.start <= tensor.data_ptr() < m.stop for m in mapped_regions())
-
-
-class MappedRegion(NamedTuple):
-    """A memory region that is mapped from a file.
-
-    Attributes:
-        start: The first address.
-        stop: The address after the last.
-        offset: The offset of the start in the file.
-        path: The file.
-    """
-
-    start: int
-    stop: int
-    offset: int
-    path: str
-
-
-def mapped_regions() -> Iterator[MappedRegion]:
-    """Lists the memory-mapped regions of this process.
-
-    Yields:
-        Each region; none on other systems than Linux.
-    """
-    with contextlib.suppress(OSError):
-        for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n"):
-            addresses, _, offset, _, inode, *path = [*line.split(maxsplit=5), *[""] * 5][:6]
-            if inode not in {"0", ""}:
-                start, stop = addresses.split("-")
-                yield MappedRegion(int(start, 16), int(stop, 16), int(offset, 16), "".join(path))
-
-
 def _open(path: Path) -> BufferedReader:
     flags = os.O_RDONLY
     for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
@@ -309,14 +220,3 @@ def _require_regular(mode: int) -> None:
         raise IrregularError(
             f"it is {kind} and no regular file. {cure if stat.S_ISFIFO(mode) else 'Name a file'}"
         )
-
-
-@functools.cache
-def _madvise() -> Callable[..., int] | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        advise: Callable[..., int] = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):
-        return None
-    return advise

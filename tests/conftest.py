@@ -9,13 +9,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import typer.main
 from hypothesis import HealthCheck, settings
+from packaging.version import Version
 
+from losscli import spec
 from losscli.cli import run
 from losscli.cli.console import Console
 from losscli.models import MLP
@@ -27,6 +30,10 @@ ROOT = Path(__file__).parent.parent
 sys.dont_write_bytecode = True
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
+# What older versions cannot do: pyproject.toml allows them.
+SAFETENSORS_HAS_COMPLEX = Version(version("safetensors")) >= Version("0.7")
+TRANSFORMERS_5 = Version(version("transformers")) >= Version("5")
+
 # What hypothesis says of an example that takes long would depend on what else the machine does.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -36,6 +43,22 @@ settings.load_profile("any machine")
 
 # The commands that there are, and their options, are the same in every run of a process.
 typer.main.get_command = functools.cache(typer.main.get_command)
+
+# The code of the tests and of their environment does not change while they run, so that a run need
+# not compute the digests of several hundred files.
+_INSTALLED = (
+    *spec._library_folders(),
+    *(f"{folder}{os.sep}" for folder in (ROOT.resolve() / "tests", Path(sys.prefix).resolve())),
+)
+spec._library_folders = lambda: _INSTALLED
+
+# For devices that are not there, torch.manual_seed keeps the stack of each call, deep as it is.
+if not torch.cuda.is_available():
+    for _device in (torch.cuda, torch.xpu, torch.mtia):
+        _device._is_in_bad_fork = lambda: True
+
+# No power is lost here, and to wait for the disk takes a while.
+os.fsync = lambda _: None
 
 
 def pytest_collection_finish() -> None:
@@ -83,9 +106,16 @@ def laid_out() -> None:
 
 
 @pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws surfaces with few facets; the layout leaves the facets out."""
+    monkeypatch.setattr("losscli.plotting.surface._FACETS", 6)
+
+
+@pytest.fixture
 def unlaid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the layout, most of the time of drawing a figure; its artists are the same."""
     if "laid_out" not in request.fixturenames:
+        request.getfixturevalue("coarse")
         monkeypatch.setattr(
             "matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None
         )

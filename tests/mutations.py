@@ -314,7 +314,9 @@ def _zip_bomb(content: bytes, target: str) -> bytes:
 
 @functools.cache
 def _gzip_bomb(head: bytes) -> bytes:
-    return gzip.compress(head + bytes(ROOM), 1)
+    content = head + bytes(ROOM)
+    end = struct.pack("<II", zlib.crc32(content), len(content))
+    return gzip.compress(b"")[:10] + _Bomb(head).flush() + end
 
 
 def respelled(content: bytes, rng: Rng) -> bytes:
@@ -667,7 +669,8 @@ def _specs(folder: Path) -> list[str]:
 
 def _read_spec(folder: Path, number: int) -> object:
     from losscli.data import DATASETS
-    from losscli.evaluation.losses import LOSSES, METRICS
+    from losscli.evaluation.losses import LOSSES
+    from losscli.evaluation.metrics import METRICS
     from losscli.models import MODELS
     from losscli.spec import Spec, expand_toml, look_up
 
@@ -980,6 +983,7 @@ def _serve() -> None:
     for command in COMMANDS.values():
         load(command.function)
         load(command.drawing)
+    _Bomb.zeros()
     watch = Watch()
     for line in sys.stdin:
         name, place, cases = json.loads(line)

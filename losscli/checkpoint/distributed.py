@@ -1,22 +1,24 @@
 """Read checkpoints of ``torch.distributed.checkpoint`` without a process group.
 
 The classes in ``.metadata`` are never imported; stand-ins store their arguments. From the other
-files, only tensors are read, each with ``weights_only``.
+files, only tensors and the extra state of modules are read, each with ``weights_only``.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from losscli.checkpoint.names import state_dicts
+from losscli.checkpoint.names import EXTRA_STATE, StateDict, state_dicts
 from losscli.checkpoint.pickles import ForbiddenPickleError, load
 from losscli.checkpoint.standins import PathText, StandIn, load_tensors
 from losscli.checkpoint.state import CheckpointFile
@@ -31,6 +33,10 @@ METADATA = ".metadata"
 
 class _Tensor(StandIn):
     """TensorStorageMetadata."""
+
+
+class _Bytes(StandIn):
+    """BytesStorageMetadata, of a value that is not a tensor."""
 
 
 class _Key(StandIn):
@@ -58,7 +64,7 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED: dict[tuple[str, str], Any] = {
     (_METADATA, "Metadata"): StandIn,
     (_METADATA, "TensorStorageMetadata"): _Tensor,
-    (_METADATA, "BytesStorageMetadata"): StandIn,
+    (_METADATA, "BytesStorageMetadata"): _Bytes,
     (_METADATA, "ChunkStorageMetadata"): StandIn,
     (_METADATA, "TensorProperties"): StandIn,
     (_METADATA, "_MEM_FORMAT_ENCODING"): StandIn,
@@ -83,9 +89,19 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A block of a tensor: its offsets and sizes, and the file and byte range of its data."""
+    """A block of a tensor, or a value: the file and byte range of its data.
 
-    offsets: tuple[int, ...]
+    Attributes:
+        label: The name of the tensor or the value.
+        offsets: The offsets in the tensor; None for a value.
+        sizes: The sizes of the block.
+        file: The file.
+        start: The offset of the data in the file.
+        length: The number of bytes.
+    """
+
+    label: str
+    offsets: tuple[int, ...] | None
     sizes: tuple[int, ...]
     file: Path
     start: int
@@ -128,13 +144,21 @@ def read_distributed(folder: Path, name: str) -> CheckpointFile:
 
     def fetch(weights: Weights) -> Weights:
         read: dict[int, Tensor] = {}
-        for tensor in weights.values():
-            if id(tensor) not in read:
-                label = labels[id(tensor)]
-                read[id(tensor)] = _read(label, tensor, chunks[label], name)
-        return {label: read[id(tensor)] for label, tensor in weights.items()}
 
-    files = {chunk.file for tensor_chunks in chunks.values() for chunk in tensor_chunks}
+        def value(stored: Any) -> Any:
+            if isinstance(stored, _Chunk):
+                return _load(stored, name)
+            if isinstance(stored, Tensor) and id(stored) not in read:
+                read[id(stored)] = _read(
+                    labels[id(stored)], stored, chunks[labels[id(stored)]], name
+                )
+            return read.get(id(stored), stored)
+
+        tensors = {label: value(tensor) for label, tensor in weights.items()}
+        extra = tree_map(value, weights.extra) if isinstance(weights, StateDict) else {}
+        return StateDict(tensors, extra=extra)
+
+    files = {chunk.file for parts in chunks.values() for chunk in parts}
     return CheckpointFile(
         name,
         folder,
@@ -159,6 +183,11 @@ def _parse_metadata(
     chunks: dict[str, list[_Chunk]] = {}
     content: dict[Any, Any] = {}
     for label, entry in metadata["state_dict_metadata"].items():
+        # The planner data maps each name to its nested keys; by default the name is the key.
+        path = paths.get(label, (label,)) if isinstance(paths, dict) else (label,)
+        if isinstance(entry, _Bytes) and any(map(_is_extra_state, path)):
+            chunks[label] = [_chunk(label, None, (), stored, folder)]
+            _insert_extra_state(content, path, chunks[label][0])
         if not isinstance(entry, _Tensor):
             continue
         dtype = entry["properties"].state[0]
@@ -179,14 +208,38 @@ def _parse_metadata(
             _chunk(label, offsets, sizes, stored, folder) for offsets, sizes in nonempty
         ]
         shapes[label] = torch.empty(shape, dtype=dtype, device="meta")
-        # The planner data maps each name to its nested keys; by default the name is the key.
-        path = paths.get(label, (label,)) if isinstance(paths, dict) else (label,)
-        *keys, last = path
-        parent = content
-        for key in keys:
-            parent = parent.setdefault(key, {})
-        parent[last] = shapes[label]
+        if any(map(_is_extra_state, path)):
+            _insert_extra_state(content, path, shapes[label])
+        else:
+            _insert(content, path, shapes[label])
     return shapes, chunks, content
+
+
+def _insert(content: dict[Any, Any], path: Sequence[Any], value: Any) -> None:
+    *keys, last = path
+    for key in keys:
+        content = content.setdefault(key, {})
+    content[last] = value
+
+
+def _is_extra_state(key: Any) -> bool:
+    return isinstance(key, str) and key.rpartition(".")[2] == EXTRA_STATE
+
+
+def _insert_extra_state(content: dict[Any, Any], path: Sequence[Any], value: Any) -> None:
+    """Inserts a value of extra state, or a stand-in for a container with keys of unknown types.
+
+    torch stores each value in nested dictionaries and lists on its own, and keys as strings.
+    """
+    first = next(i for i, key in enumerate(path) if _is_extra_state(key)) + 1
+    unknown = (i for i, key in enumerate(path[first:], first) if not _is_string_key(key))
+    end = next(unknown, None)
+    _insert(content, path[:end], value if end is None else StandIn())
+
+
+def _is_string_key(key: Any) -> bool:
+    """Whether a stored key was a string, and neither an index nor another object such as 0."""
+    return isinstance(key, str) and bool(re.match(r"(?!(True|False|None)$)[^\W\d]", key))
 
 
 def _checked_sizes(numbers: Any) -> tuple[int, ...]:
@@ -238,7 +291,7 @@ def _overlap(start: int, size: int, other_start: int, other_size: int) -> bool:
 
 def _chunk(
     label: str,
-    offsets: tuple[int, ...],
+    offsets: tuple[int, ...] | None,
     sizes: tuple[int, ...],
     stored: Mapping[Any, Any],
     folder: Path,
@@ -257,11 +310,11 @@ def _chunk(
             "which is not read",
             "Save it without extensions",
         )
-    return _Chunk(offsets, sizes, folder / file, start, length)
+    return _Chunk(label, offsets, sizes, folder / file, start, length)
 
 
 def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
-    """Reads a tensor from its chunks, each of which is a torch file inside a part."""
+    """Reads a tensor from its chunks."""
     try:
         result = torch.empty(shape.shape, dtype=shape.dtype)
     except RuntimeError:
@@ -270,25 +323,32 @@ def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
             "Was the checkpoint copied whole?",
         ) from None
     for chunk in chunks:
-        try:
-            with open_regular(chunk.file) as file:
-                file.seek(chunk.start)
-                content = load_tensors(io.BytesIO(file.read(chunk.length)))
-            if not isinstance(content, Tensor):
-                raise TypeError("it holds no tensor")  # noqa: TRY301
-            content = content.detach()
-            if tuple(content.shape) != chunk.sizes or content.dtype != result.dtype:
-                raise ValueError(f"it holds {list(content.shape)} {content.dtype}")  # noqa: TRY301
-            region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-            result[region] = content
-        except OSError as error:
+        content = _load(chunk, name)
+        kind = (tuple(content.shape), content.dtype) if isinstance(content, Tensor) else None
+        if kind != (chunk.sizes, result.dtype):
             raise CheckpointError(
-                f"{name}: {chunk.file} cannot be read: {error.strerror or error}",
+                f"{name}: {label!r} is not at its place in {chunk.file}",
                 "Was the checkpoint copied whole?",
-            ) from None
-        except Exception as error:  # noqa: BLE001 - a broken part makes torch raise anything
-            raise CheckpointError(
-                f"{name}: {label!r} cannot be read from {chunk.file} ({type(error).__name__})",
-                "Was its writing cut off?",
-            ) from None
+            )
+        assert chunk.offsets is not None
+        region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+        result[region] = content.detach()
     return result
+
+
+def _load(chunk: _Chunk, name: str) -> Any:
+    """Reads a block or a value, each of which is a torch file inside a part."""
+    try:
+        with open_regular(chunk.file) as file:
+            file.seek(chunk.start)
+            return load_tensors(io.BytesIO(file.read(chunk.length)))
+    except OSError as error:
+        raise CheckpointError(
+            f"{name}: {chunk.file} cannot be read: {error.strerror or error}",
+            "Was the checkpoint copied whole?",
+        ) from None
+    except Exception as error:  # noqa: BLE001 - a broken part makes torch raise anything
+        raise CheckpointError(
+            f"{name}: {chunk.label!r} cannot be read from {chunk.file} ({type(error).__name__})",
+            "Was its writing cut off?",
+        ) from None

@@ -17,7 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from losscli.checkpoint.names import metadata_of, natural_key
-from losscli.checkpoint.size_checks import LEGACY_MAGIC, AmbiguousError, RepeatedError, SizeError
+from losscli.checkpoint.size_checks import (
+    ARCHIVE_MAGIC,
+    LEGACY_MAGIC,
+    AmbiguousError,
+    RepeatedError,
+    SizeError,
+)
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
 from losscli.files import find_placeholder, open_regular, read_regular
@@ -131,8 +137,11 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
     try:
         with open_regular(path) as file:
             magic = file.read(4)
-        if magic == b"PK\x03\x04" and _is_utf8(path):
+        if magic == ARCHIVE_MAGIC and _is_utf8(path):
             content = load_tensors(path, mmap=True)
+        elif magic == ARCHIVE_MAGIC:
+            with open_regular(path) as file:
+                content = load_tensors(file)
         elif magic != b"GGUF":
             with _mapped(path) as file:
                 content = load_tensors(file)
@@ -172,7 +181,7 @@ def _is_truncated(path: Path) -> bool:
     """Whether a file ends inside a pickle, so that a name in it may be incomplete."""
     try:
         with _mapped(path) as file:
-            if file[:4] == b"PK\x03\x04":  # an archive has its directory at the end
+            if file[:4] == ARCHIVE_MAGIC:  # an archive has its directory at the end
                 return False
             # In the old format, three small pickles (first the magic number) precede the content.
             pickles = 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from losscli.checkpoint.adapters import CONFIG, Adapter
+from losscli.checkpoint.adapters import CONFIG, parse_config
 from losscli.checkpoint.distributed import METADATA, read_distributed
 from losscli.checkpoint.files import SUFFIXES, read_file, read_json
 from losscli.checkpoint.names import natural_key, sort_naturally, state_dicts
@@ -224,7 +224,7 @@ def _item(content: Any, name: str) -> Any:
 
 
 def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
-    """Reads a LoRA adapter.
+    """Reads an adapter.
 
     Args:
         file: The file with its tensors.
@@ -235,10 +235,10 @@ def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
         The adapter, with its tensors under peft's names.
 
     Raises:
-        CheckpointError: The adapter is broken or not plain LoRA.
+        CheckpointError: The adapter is broken or of a type that is not supported.
     """
     config = file.parent / CONFIG
-    adapter = Adapter.from_config(read_json(config), config)
+    adapter = parse_config(read_json(config), config)
     content, _ = read_file(file, str(file))
     tensors = dict(state_dicts(content)).get("")
     if not tensors:

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from losscli.arguments import as_list, describe
 from losscli.checkpoint.names import loadable, metadata_of, state_dicts
 from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
 from losscli.errors import CheckpointError, UsageError
-from losscli.files import is_mapped
 from losscli.weight_space.digest import digest
 
 __all__ = ["CheckpointLike", "InMemoryCheckpoint", "name_checkpoint", "name_checkpoints"]
@@ -45,7 +44,7 @@ class InMemoryCheckpoint(str):
 
         Args:
             label: The name.
-            value: The object. Its tensors are shared, or copied if sharing is not safe.
+            value: The object. Its tensors are shared.
 
         Returns:
             The named checkpoint.
@@ -71,7 +70,7 @@ class InMemoryCheckpoint(str):
         for key, weights in file.model_candidates.items():
             file.require_dense(key, weights)
             for name, tensor in weights.items():
-                candidates[key][name] = stored = _safe_tensor(tensor)
+                candidates[key][name] = stored = tensor.cpu()
                 tensors[f"{key}.{name}"] = stored.dequantize() if stored.is_quantized else stored
         given = cls(label)
         given.module = value if isinstance(value, nn.Module) else None
@@ -85,11 +84,6 @@ def _require_values(module: nn.Module, label: str) -> None:
             raise CheckpointError(
                 f"{label}: {name} has no values yet", "Call the module once on an example"
             )
-
-
-def _safe_tensor(tensor: Tensor) -> Tensor:
-    # Mapped pages are released after use, which would discard what the caller wrote to them.
-    return tensor.clone() if is_mapped(tensor) else tensor.cpu()
 
 
 def name_checkpoint(value: object, label: str) -> str:

@@ -24,7 +24,7 @@ from losscli.checkpoint.standins import has_stand_in
 from losscli.errors import ModelError, one_line
 from losscli.weight_space.vectors import Weights, equal
 
-__all__ = ["LoadHooks", "has_custom_loading"]
+__all__ = ["LoadHooks", "copy_model", "has_custom_loading"]
 
 # Maximum number of prefixes that are tried, the most likely first.
 _MAX_TRIED = 3
@@ -120,7 +120,7 @@ class LoadHooks:
                 raise ModelError(f"{key} holds an object that weights_only does not read")
         # User code may modify the tensors.
         tensors = {n: t.clone() for n, t in state.items()} if self.are_custom else state
-        meta_model = _copy_model(self._model, lambda tensor: tensor.to("meta"))
+        meta_model = copy_model(self._model, lambda tensor: tensor.to("meta"))
         try:
             if meta_model is not None:
                 meta_model.load_state_dict(
@@ -134,8 +134,8 @@ class LoadHooks:
                 raise ModelError(text) from None
         # A hook needs values, or the model overrides load_state_dict and assigns nothing.
         if self._initial is None:
-            self._initial = _copy_model(self._model, Tensor.clone)
-        full_model = self._initial and _copy_model(self._initial, Tensor.clone)
+            self._initial = copy_model(self._model, Tensor.clone)
+        full_model = self._initial and copy_model(self._initial, Tensor.clone)
         if full_model is None:
             raise ModelError("the model cannot be copied with copy.deepcopy")
         try:
@@ -199,8 +199,16 @@ def _state_of(model: nn.Module) -> StateDict:
     return dict(state_dicts(model.state_dict())).get("", StateDict({}))
 
 
-def _copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module | None:
-    """Copies a model with each tensor replaced by its conversion; None if it cannot be copied."""
+def copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module | None:
+    """Copies a model with each of its tensors converted.
+
+    Args:
+        model: The model.
+        convert: Converts a detached tensor.
+
+    Returns:
+        The copy; None if the model cannot be copied.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         # Attributes include weights that hooks compute, which deepcopy does not accept.

@@ -15,6 +15,7 @@ from torch import Tensor
 from losscli.weight_space.vectors import Weights, mismatches
 
 __all__ = [
+    "EXTRA_STATE",
     "OPTIMISER",
     "Part",
     "StateDict",
@@ -44,7 +45,8 @@ _WRAPPERS = frozenset({
 })
 
 
-_EXTRA_STATE = "_extra_state"
+EXTRA_STATE = "_extra_state"
+"""The key of the extra state of a module, below the name of the module."""
 
 Versions = Mapping[str, Mapping[str, Any]]
 """The ``_metadata`` of a state dict: for each module name, its version and other values."""
@@ -182,7 +184,7 @@ def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple
     extra = {
         key: value
         for key, value in content.items()
-        if isinstance(key, str) and key.rpartition(".")[2] == _EXTRA_STATE and key not in tensors
+        if isinstance(key, str) and key.rpartition(".")[2] == EXTRA_STATE and key not in tensors
     }
     if tensors:
         versions = getattr(content, "_metadata", None)
@@ -263,7 +265,7 @@ def module_state_under(
         if f"{module}.".startswith(start)
     }
     extra = {
-        f"{rename(key[len(start) :].removesuffix(_EXTRA_STATE).rstrip('.'))}.{_EXTRA_STATE}".lstrip(
+        f"{rename(key[len(start) :].removesuffix(EXTRA_STATE).rstrip('.'))}.{EXTRA_STATE}".lstrip(
             "."
         ): state
         for key, state in weights.extra.items()

@@ -73,7 +73,7 @@ def find_base(names: Sequence[str]) -> str | None:
     if base is None or not _is_folder(base):
         where = f"was trained on {base!r}, which is no folder here" if base else "says not on what"
         raise CheckpointError(
-            f"{first} is a LoRA adapter that {where}", "Name the checkpoint that it changes first"
+            f"{first} is an adapter that {where}", "Name the checkpoint that it changes first"
         )
     for name, other in bases.items():
         if other != base:

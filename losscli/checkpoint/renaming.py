@@ -22,11 +22,10 @@ from losscli.checkpoint.hooks import LoadHooks
 from losscli.checkpoint.names import OPTIMISER, StateDict
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 from losscli.errors import CheckpointError, MismatchError, ModelError
-from losscli.files import release_pages
 from losscli.weight_space.digest import digest
 from losscli.weight_space.vectors import Weights, mismatches, number_kind, pieces
 
-__all__ = ["select_for"]
+__all__ = ["dtype_argument", "select_for"]
 
 # Maximum number of state dicts that are passed to the load hooks.
 _MAX_TRIED = 8
@@ -60,7 +59,7 @@ def select_for(
     expected = _tensors(model.state_dict())
     hooks = hooks or LoadHooks(model)
     try:
-        found = file.select(expected, base)
+        found = file.select(expected, base, model=model)
     except MismatchError:
         if file.adapter:
             raise
@@ -143,9 +142,7 @@ def _conflicting_aliases(weights: Weights, expected: Weights) -> tuple[str, str]
 
 def _equal_or_nan(a: Tensor, b: Tensor) -> bool:
     # NaN equals NaN here.
-    same = all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pieces(a, b))
-    release_pages(a, b)
-    return same
+    return all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pieces(a, b))
 
 
 def _without_casts(weights: Weights, expected: Weights) -> Weights:
@@ -160,20 +157,27 @@ def _without_casts(weights: Weights, expected: Weights) -> Weights:
     return {name: tensor for name, tensor in weights.items() if fits(name, tensor)}
 
 
+def dtype_argument(library: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Returns the keyword argument that gives a model its dtype in this version of transformers."""
+    # A config that a newer version wrote has the attribute in an older one, too; a new one has not.
+    return {"dtype" if hasattr(library.PretrainedConfig(), "dtype") else "torch_dtype": dtype}
+
+
 def _from_pretrained(library: Any, model: nn.Module, weights: Weights) -> Weights:
     """Loads tensors with transformers; returns {} if any is missing, unexpected or mismatched."""
     types = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    dtype = next(iter(types), torch.float32)
+    if len(types) > 1:
+        # The promoted type represents each value exactly.
+        dtype = functools.reduce(torch.promote_types, types, torch.bfloat16)
     with _silent(library):
         try:
             loaded, loading_info = type(model).from_pretrained(  # type: ignore[attr-defined]
                 None,
                 config=copy.deepcopy(model.config),
                 state_dict=dict(weights),
-                # The promoted type represents each value exactly.
-                dtype=functools.reduce(torch.promote_types, types, torch.bfloat16)
-                if len(types) > 1
-                else next(iter(types), torch.float32),
                 output_loading_info=True,
+                **dtype_argument(library, dtype),
             )
         except Exception:  # noqa: BLE001 - what it cannot load does not fit
             return {}

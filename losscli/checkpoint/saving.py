@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -69,7 +70,13 @@ def save(
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
-    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
+    except KeyError as error:  # of the table of types
+        raise OutputError(
+            f"{path} cannot be written: safetensors {safetensors.__version__} does not store "
+            f"{error.args[0]}",
+            f"Write {path.with_suffix('.pt')}",
+        ) from None
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise OutputError(f"{path} cannot be written: {one_line(error)}") from None
     finally:
         with contextlib.suppress(OSError):
@@ -79,12 +86,7 @@ def save(
 def _check_safetensors_support(
     weights: Weights, path: Path, versions: Versions, extra: Mapping[str, Any]
 ) -> None:
-    """Refuses types, versions and extra state that safetensors cannot store."""
-    if wide := [name for name, tensor in weights.items() if tensor.dtype == torch.complex128]:
-        raise OutputError(
-            f"{path} cannot be written: safetensors has no complex128, the type of {wide[0]}",
-            "Store the checkpoints in complex64",
-        )
+    """Refuses versions and extra state that safetensors cannot store."""
     lost = next(iter(extra), None)
     for module, values in versions.items():
         version = values.get("version")

@@ -13,7 +13,7 @@ import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -24,6 +24,7 @@ from losscli.errors import one_line
 from losscli.files import open_regular
 
 __all__ = [
+    "ARCHIVE_MAGIC",
     "LEGACY_MAGIC",
     "AmbiguousError",
     "Immutable",
@@ -34,6 +35,9 @@ __all__ = [
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """The magic number of files that torch wrote before version 1.6."""
+
+ARCHIVE_MAGIC = b"PK\x03\x04"
+"""The first bytes of an archive, which torch writes since version 1.6."""
 
 # Bytes that a tensor with repeated elements (stride 0) may have beyond those of its storage.
 _MAX_REPEATED = 16 << 20
@@ -48,7 +52,7 @@ class RepeatedError(SizeError):
 
 
 class AmbiguousError(BrokenPickleError):
-    """Two readers of an archive may read different content for one name."""
+    """Two readers of an archive may read different directories of it."""
 
 
 class Immutable(type):
@@ -177,14 +181,14 @@ class _InertGlobals(Mapping[tuple[str, str], Any]):
         return True
 
 
-def check_sizes(file: Path | io.BytesIO | mmap.mmap) -> None:
+def check_sizes(file: Path | BufferedReader | io.BytesIO | mmap.mmap) -> None:
     """Checks that a file of torch contains the bytes of all its tensors.
 
     Files of another format pass, since torch rejects them itself.
 
     Args:
-        file: The path of an archive, or a file of any format of torch in memory. The position of
-            a file in memory is reset to its start.
+        file: The path of an archive, an open file, or a file in memory. The position of a file
+            that is not a path is reset to its start. An archive is not in mapped memory.
 
     Raises:
         SizeError: The file states larger tensors than it contains.
@@ -194,132 +198,73 @@ def check_sizes(file: Path | io.BytesIO | mmap.mmap) -> None:
         with open_regular(file) as stream:
             _check_archive(stream)
         return
-    magic = file.read(4)
-    file.seek(0)
-    if magic == b"PK\x03\x04":
-        # zipfile uses file methods that mmap does not have.
-        _check_archive(
-            file if isinstance(file, io.BytesIO) else io.BufferedReader(_MappedFile(file))
-        )
-    else:
+    if isinstance(file, mmap.mmap):
         _check_legacy(file)
+    else:
+        magic = file.read(4)
+        file.seek(0)
+        (_check_archive if magic == ARCHIVE_MAGIC else _check_legacy)(file)
     file.seek(0)
 
 
-class _MappedFile(io.RawIOBase):
-    """A file object that reads from mapped memory."""
-
-    def __init__(self, mapped: mmap.mmap) -> None:
-        self._mapped, self._position = mapped, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._position = offset + (0, self._position, len(self._mapped))[whence]
-        return self._position
-
-    def readinto(self, buffer: Any, /) -> int:
-        piece = self._mapped[self._position : self._position + len(buffer)]
-        buffer[: len(piece)] = piece
-        self._position += len(piece)
-        return len(piece)
-
-
-def _check_archive(file: IO[bytes]) -> None:
-    size = file.seek(0, io.SEEK_END)
+def _check_archive(file: BufferedReader | io.BytesIO) -> None:
+    """Checks an archive. Its parts are found by the reader that ``torch.load`` uses."""
+    sizes = _check_parts(file)
+    file.seek(0)
     try:
-        archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise BrokenPickleError(f"its archive is broken ({error})") from None
-    with archive:
-        entries = archive.infolist()
-        _require_one_directory(file, archive.start_dir, len(entries))
-        records = _named_records(entries)
-        # torch refuses TorchScript programs after reading only the version.
-        if b"constants.pkl" in (record.name for record in records):
-            records = [record for record in records if record.folded in _VERSION_RECORDS]
-        sizes: dict[bytes, int] = {}
-        for record in records:
-            entry = record.entry
-            # torch never compresses, and maps the records directly from the file.
-            compressed = entry.compress_type != zipfile.ZIP_STORED
-            if compressed or entry.file_size != entry.compress_size:
-                raise SizeError(f"its part {entry.filename!r} is compressed, as torch writes none")
-            if entry.header_offset + entry.file_size > size:
-                raise SizeError(f"its part {entry.filename!r} is of {entry.file_size:,} bytes")
-            sizes[record.folded] = entry.file_size
-        for record in records:
-            if record.folded != b"data.pkl":
-                continue
-            try:
-                content = archive.read(record.entry)
-            except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as error:
-                raise BrokenPickleError(f"its archive is broken ({error})") from None
-            _check_pickle(
-                content, lambda key, nbytes: nbytes <= sizes.get(_fold_case(f"data/{key}"), -1)
-            )
+        # The stubs of torch lack methods of this class.
+        reader: Any = torch._C.PyTorchFileReader(file)
+        if "constants.pkl" in reader.get_all_records():
+            return  # a TorchScript program, which torch refuses
+        content = reader.get_record("data.pkl")
+    except RuntimeError as error:
+        raise BrokenPickleError(f"its archive is broken ({one_line(error)})") from None
+
+    def fits(key: str, nbytes: int) -> bool:
+        try:
+            return nbytes <= sizes.get(reader.get_record_offset(f"data/{key}"), -1)
+        except RuntimeError:
+            return False
+
+    _check_pickle(content, fits)
 
 
-# Records that torch reads before it refuses a TorchScript program.
-_VERSION_RECORDS = {b"version", b".data/version"}
+# Parts that torch reads before it refuses a TorchScript program, whose other parts are compressed.
+_FIRST_PARTS = ("/version", "/serialization_id")
 
 
-@dataclass(frozen=True)
-class _Record:
-    """A record of an archive under torch's name, which omits the common folder.
-
-    Attributes:
-        entry: The entry of the archive.
-        name: The name relative to the folder; empty for an entry outside it.
-        folded: The name in lower case, as torch's reader compares it.
-    """
-
-    entry: zipfile.ZipInfo
-    name: bytes
-    folded: bytes
-
-
-def _fold_case(name: str) -> bytes:
-    """Converts ASCII letters to lower case, as torch's reader (miniz) does to compare names."""
-    return name.encode("utf-8", "surrogatepass").lower()
-
-
-def _named_records(entries: list[zipfile.ZipInfo]) -> list[_Record]:
-    """Names the entries of an archive as torch's reader does, relative to the first one's folder.
-
-    Args:
-        entries: The entries, in the order of the directory.
+def _check_parts(file: BufferedReader | io.BytesIO) -> dict[int, int]:
+    """Checks that no part of an archive is larger than its bytes in the file.
 
     Returns:
-        The records with the names that torch looks up.
-
-    Raises:
-        AmbiguousError: Two names are equal to torch's reader, or a name contains a zero byte.
+        The size of each part by the offset of its data.
     """
-    names: dict[bytes, str] = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            _require_one_directory(file, archive.start_dir, len(entries))
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise BrokenPickleError(f"its archive is broken ({error})") from None
+    program = any(e.filename.partition("/")[2] == "constants.pkl" for e in entries)
+    size = file.seek(0, io.SEEK_END)
+    sizes = {}
     for entry in entries:
-        name = entry.orig_filename
-        if "\0" in name:
-            raise AmbiguousError(f"the name of its part {name!r} holds a zero byte")
-        if (other := names.get(_fold_case(name))) is not None:
-            raise AmbiguousError(
-                f"its parts {other!r} and {name!r} have the same name"
-                + (" but for upper and lower case" if other != name else "")
-            )
-        names[_fold_case(name)] = name
-    folder = entries[0].orig_filename.partition("/")[0] + "/" if entries else ""
-    records = []
-    for entry in entries:
-        name = entry.orig_filename
-        # torch refuses an archive with entries outside its folder.
-        inside = _fold_case(name).startswith(_fold_case(folder))
-        inner = name[len(folder) :] if inside else ""
-        records.append(_Record(entry, inner.encode("utf-8", "surrogatepass"), _fold_case(inner)))
-    return records
+        if program and not entry.filename.lower().endswith(_FIRST_PARTS):
+            continue
+        # torch never compresses, and maps the parts directly from the file.
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise SizeError(f"its part {entry.filename!r} is compressed, as torch writes none")
+        start = entry.header_offset + _LOCAL_HEADER.size
+        if start + entry.file_size > size:
+            raise SizeError(f"its part {entry.filename!r} is of {entry.file_size:,} bytes")
+        file.seek(entry.header_offset)
+        start += sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size)))
+        sizes[start] = entry.file_size
+    return sizes
+
+
+# The lengths of the name and of the extra field before the data of a part.
+_LOCAL_HEADER = struct.Struct("<26x2H")
 
 
 def _require_one_directory(file: IO[bytes], start: int, count: int) -> None:
@@ -366,7 +311,7 @@ _END_RECORD_64 = struct.Struct("<4s20x4Q")
 _MAX_TAIL = (1 << 16) + _END_RECORD.size
 
 
-def _check_legacy(file: io.BytesIO | mmap.mmap) -> None:
+def _check_legacy(file: BufferedReader | io.BytesIO | mmap.mmap) -> None:
     """Checks a file of the format before torch 1.6: four pickles (content last), data."""
     start = 0
     try:

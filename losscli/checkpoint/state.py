@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losscli.checkpoint.names import OPTIMISER, Part, StateDict, Versions, find_parts, tensors_under
 from losscli.checkpoint.quantised import find_quantisation
@@ -114,7 +114,7 @@ class CheckpointFile:
         metadata: The strings, numbers and booleans next to the state dicts.
         files: All files of the checkpoint.
         quantised: The quantisation method, if the checkpoint declares one.
-        adapter: The LoRA adapter to apply to another checkpoint; None for a full model.
+        adapter: The adapter to apply to another checkpoint; None for a full model.
         fetch: Reads the selected tensors, if ``candidates`` has only their shapes.
         digest: The digest of the tensors of a Python object.
         live: Whether the tensors come from a module, which has loaded them already.
@@ -235,6 +235,7 @@ class CheckpointFile:
         expected: Weights | None,
         base: Checkpoint | None = None,
         owner: str = "the model",
+        model: nn.Module | None = None,
     ) -> Checkpoint:
         """Selects the state dict that fits a model and renames its tensors to the model's names.
 
@@ -244,6 +245,7 @@ class CheckpointFile:
             base: The checkpoint that an adapter changes, with the model's names. If None, the
                 tensors of the adapter itself are returned.
             owner: The owner of the expected tensors, for the errors.
+            model: The model, into which some adapters are merged.
 
         Returns:
             The checkpoint.
@@ -253,7 +255,7 @@ class CheckpointFile:
             MismatchError: No state dict fits; the message lists the mismatches of the most similar.
         """
         if self.adapter and base:
-            return self._merge_adapter(base, expected)
+            return self._merge_adapter(base, expected, model)
         if expected is None:
             candidates = self.model_candidates
             if not candidates:
@@ -308,12 +310,14 @@ class CheckpointFile:
             f"{name} does not fit {owner}: {'; '.join(_select_mismatches(wrong))}{rest}"
         )
 
-    def _merge_adapter(self, base: Checkpoint, expected: Weights | None) -> Checkpoint:
+    def _merge_adapter(
+        self, base: Checkpoint, expected: Weights | None, model: nn.Module | None
+    ) -> Checkpoint:
         assert self.adapter is not None
         self.refuse_quantised()
         (tensors,) = self.candidates.values()
         aliases = tied_names({n: t for n, t in (expected or {}).items() if isinstance(t, Tensor)})
-        weights = self.adapter.merge(base.weights, tensors, aliases)
+        weights = self.adapter.merge(base.weights, tensors, aliases, model)
         files = self.files + base.files
         return replace(base, name=self.name, weights=weights, path=self.path, files=files)
 

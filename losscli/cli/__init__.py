@@ -159,9 +159,9 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
     except FileNotFoundError:
         raise UsageError("the current folder is gone", "Change to one that is there") from None
     if "RANK" in os.environ:
-        from losscli.evaluation.ranks import is_one_of_many
+        from losscli.evaluation.rendezvous import is_distributed
 
-        if is_one_of_many():
+        if is_distributed():
             return _run_as_rank(arguments, console)
     return _parse(arguments, console)
 
@@ -173,12 +173,12 @@ def _run_as_rank(arguments: Sequence[str], console: Console) -> int:
     distributed = {name for name, command in COMMANDS.items() if command.distributed}
     if not set(arguments[:1]) <= distributed or not {"-h", "--help"}.isdisjoint(arguments):
         return _parse(arguments, console) if is_leader else 0
-    from losscli.evaluation.ranks import joined
+    from losscli.evaluation.rendezvous import join_ranks
 
     # Otherwise torch logs C++ stack traces when a connection ends, which is reported below.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     silent = SilentConsole()
-    with joined(console.note) as ranks:
+    with join_ranks(console.note) as ranks:
         rank_console = console if is_leader else silent
         rank_console.ranks = ranks
         status = _run_and_report(partial(_parse, arguments), rank_console)
@@ -207,6 +207,9 @@ def _is_number(text: str) -> bool:
 
 
 def _parse(arguments: Sequence[str], console: Console) -> int:
+    # click before 8.2 would print the help and succeed.
+    if not arguments:
+        raise UsageError("no command is given", "See losscli --help")
     # Imported within `run`, which handles Ctrl-C: typer takes a tenth of a second to import.
     import typer
 
@@ -217,7 +220,7 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
     notes = _Notes(console)
     logging.getLogger("losscli").addHandler(notes)
     # typer writes the help itself, and ends the process after --install-completion.
-    helps = not arguments or not {"-h", "--help"}.isdisjoint(arguments)
+    helps = not {"-h", "--help"}.isdisjoint(arguments)
     completes = not _COMPLETION.isdisjoint(arguments[:1])
     try:
         status = app(args=list(arguments), prog_name="losscli", standalone_mode=False, obj=console)
@@ -240,7 +243,7 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
     except click_exception as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "losscli")
         raise UsageError(
-            error.format_message() or "no command is given",
+            error.format_message(),
             _comma_hint(arguments) or f"See {command} --help",
         ) from None
     finally:

@@ -18,7 +18,6 @@ __all__ = ["app"]
 app = typer.Typer(
     name="losscli",
     help="See the loss surface of a neural network, from checkpoint files.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -24,7 +24,8 @@ def catalogue(
 ) -> None:
     """Entries of a registry, with their keys and what they are."""
     from losscli.data import DATASETS
-    from losscli.evaluation.losses import LOSSES, METRICS
+    from losscli.evaluation.losses import LOSSES
+    from losscli.evaluation.metrics import METRICS
     from losscli.models import MODELS
 
     registries: dict[str, Mapping[str, Callable[..., Any]]] = {

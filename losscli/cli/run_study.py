@@ -73,7 +73,7 @@ def run_study(
         return
     if ranks is not None:
         with console.guard_stdout():
-            ranks.agree(_shared_conditions(study))
+            ranks.check_same(_shared_conditions(study))
     if output is None:
         console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
@@ -109,7 +109,7 @@ def _run_follower(ranks: Ranks, plan: Callable[[], Study], write: Write, console
         study = plan()
         if write.dry_run:
             return
-        ranks.agree(_shared_conditions(study))
+        ranks.check_same(_shared_conditions(study))
         try:
             study.run(Execution(ranks=ranks))
         except ChangedError as error:
@@ -136,7 +136,7 @@ def _evaluate(
     with (
         console.guard_stdout(),
         console.progress(
-            study.steps, study.unit, lambda: 0.0 if journal is None else journal.skipped
+            study.steps, study.unit, lambda: 0.0 if journal is None else journal.recalled
         ) as update,
     ):
         result = study.run(Execution(update, journal, ranks))
@@ -161,13 +161,13 @@ def _reporting_journal(journal: Journal, console: Console) -> Iterator[None]:
 
 def _journal_notes(journal: Journal) -> Iterator[str]:
     """Yields notes on the state of a journal when a run starts."""
-    if journal.anew is not None:
-        yield f"starting over instead of resuming {journal.path}: {journal.anew}"
+    if journal.restart_reason is not None:
+        yield f"starting over instead of resuming {journal.path}: {journal.restart_reason}"
     elif len(journal):
         changes = "; ".join(journal.changes)
         caveat = f", though {changes}: the last digits may be others" if changes else ""
         yield f"goes on where {journal.path} ends{caveat}"
-    if journal.cut:
+    if journal.truncated:
         yield f"{journal.path}: a record that was not written to its end is left out"
     if not journal.locked:
         yield (

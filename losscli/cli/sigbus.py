@@ -7,10 +7,9 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from losscli.files import mapped_regions
+from typing import NamedTuple
 
 __all__ = ["exit_on_lost_pages"]
 
@@ -70,9 +69,35 @@ class _Action(ctypes.Structure):
 _ACTIONS: list[_Action] = []
 
 
+class _Region(NamedTuple):
+    """A memory region that is mapped from a file.
+
+    Attributes:
+        start: The first address.
+        stop: The address after the last.
+        offset: The offset of the start in the file.
+        path: The file.
+    """
+
+    start: int
+    stop: int
+    offset: int
+    path: str
+
+
+def _mapped_regions() -> Iterator[_Region]:
+    """Lists the memory-mapped regions of this process."""
+    with contextlib.suppress(OSError):
+        for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n"):
+            addresses, _, offset, _, inode, *path = [*line.split(maxsplit=5), *[""] * 5][:6]
+            if inode not in {"0", ""}:
+                start, stop = addresses.split("-")
+                yield _Region(int(start, 16), int(stop, 16), int(offset, 16), "".join(path))
+
+
 def _truncated_file(address: int) -> str | None:
     """Returns the file mapped at an address if it now ends before that address."""
-    for mapping in mapped_regions():
+    for mapping in _mapped_regions():
         if mapping.start <= address < mapping.stop:
             path = mapping.path.replace("\\012", "\n")
             try:

@@ -22,6 +22,8 @@ Task = Literal["classification", "regression", "language"]
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 """Model inputs: one tensor, several by position, or several by name; each ``[N, *]``."""
 
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """Applies a function to every tensor of a model's inputs.
@@ -52,6 +54,12 @@ def leaves(inputs: Inputs) -> list[Tensor]:
     if isinstance(inputs, Tensor):
         return [inputs]
     return list(inputs if isinstance(inputs, tuple) else inputs.values())
+
+
+def _rows(tensor: Tensor, index: Tensor | slice) -> Tensor:
+    # torch 2.6 selects rows by number from signed types only, and from uint8.
+    signed = _SIGNED.get(tensor.dtype, tensor.dtype)
+    return tensor.view(signed)[index].view(tensor.dtype)
 
 
 class Examples(ABC):
@@ -218,7 +226,7 @@ class Split(Examples):
         """
         if isinstance(index, Tensor):
             index = index.to(self.targets.device)
-        return Split(map_inputs(lambda t: t[index], self.inputs), self.targets[index])
+        return Split(map_inputs(lambda t: _rows(t, index), self.inputs), self.targets[index])
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
         """Iterates over the examples once, batch by batch.

@@ -51,11 +51,9 @@ _TINY = 64 << 20
 
 _MOST_WORKERS = 8
 
-# Open files per worker in this process, and open files reserved for everything else.
-_FILES_PER_WORKER = 4
-_RESERVED_FILES = 24
-
-# Shared memory is used for batches only if the process may open this many files.
+# Workers are started, and shared memory is used for their batches, only if the process may open
+# this many files: each worker takes four, each tensor in shared memory one.
+_FILES_FOR_WORKERS = 256
 _FILES_TO_SHARE = 1024
 
 # Number of evenly spaced examples in a digest.
@@ -495,9 +493,10 @@ class Workers:
             # Each worker prefetches two batches.
             fits = host_budget() // (16 * size * max(1, example))
             number = min(_MOST_WORKERS, _cores(), fits)
+        if _open_files() < _FILES_FOR_WORKERS:
+            return 0
         # In a worker, torch collates a batch in shared memory.
-        shared = _shared_bytes() // (2 * size * max(1, example))
-        return max(0, min(number, _free_files() // _FILES_PER_WORKER, shared))
+        return max(0, min(number, _shared_bytes() // (2 * size * max(1, example))))
 
 
 def _cores() -> int:
@@ -506,21 +505,14 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _free_files() -> int:
-    """Returns how many more files may be opened for workers."""
-    try:
-        return _open_files() - len(os.listdir("/dev/fd")) - _RESERVED_FILES  # noqa: PTH208
-    except OSError:
-        return _FILES_PER_WORKER * _MOST_WORKERS
-
-
 def _open_files() -> int:
     """Returns the limit on open files of this process."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
         return _FILES_TO_SHARE
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def _shared_bytes() -> int:

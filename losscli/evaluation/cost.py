@@ -1,4 +1,4 @@
-"""How fast a run will be, told from one batch."""
+"""Measures on one batch how long a run will take."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ from losscli.weight_space.vectors import Weights
 __all__ = ["Clock", "Timings", "measure", "timed"]
 
 Clock = Callable[[], float]
-"""Tells the time in seconds, from whenever on."""
+"""Returns the time in seconds from an arbitrary start."""
 
-# What is looked at is looked at a few times, and no longer than it takes to be sure.
-_TIMES = 3
+# Repetitions of a timed call, and the seconds after which there are no more.
+_REPETITIONS = 3
 _ENOUGH = 0.3
 
-# Seconds for the points that are tried; with a slow model these see a part of the batch.
-_SPEND = 0.5
+# Seconds for evaluating points together; with a slow model on a part of the batch only.
+_BUDGET = 0.5
 
-# Points that are tried at once: enough that a first layer is shared and no thread waits.
-_TRIED = 8
-_TRIED_ELSEWHERE = 64
+# Points that are evaluated together: enough to share a first layer and to keep all threads busy.
+_POINTS = 8
+_POINTS_ELSEWHERE = 64
 
-# Points that are evaluated where a strategy is proven, about.
-_PROOF = 8
+# About how many points are evaluated to choose a strategy.
+_CHOICE_POINTS = 8
 
 
 @dataclass(frozen=True)
 class Timings:
-    """What a run's parts take, in seconds.
+    """The times of the parts of a run, in seconds.
 
     Attributes:
-        examples: Those of the batch that was looked at.
-        batch: The batch at one point that is loaded plainly.
-        decoding: Decoding an example, in each pass; 0 where the data is in memory.
-        plain: An example at a checkpoint.
-        point: An example at a point among others; that of a checkpoint where none was tried.
-        making: Making the weights of a point.
-        statistics: A training example at a point, where statistics are estimated there.
+        examples: The number of examples in the timed batch.
+        batch: The batch at one loaded point.
+        decoding: Decoding of one example in each pass; 0 for data in memory.
+        plain: One example at a checkpoint.
+        point: One example at a point evaluated together with others; that at a checkpoint if there
+            are none.
+        making: Computing the weights of a point.
+        statistics: One training example at a point, if statistics are estimated there.
     """
 
     examples: int
@@ -67,15 +68,15 @@ def measure(
     points: Sequence[Sequence[float]],
     clock: Clock,
 ) -> Timings:
-    """Evaluates one batch of the first split as a run will, and looks at the clock.
+    """Times the evaluation of one batch of the first split, as in a run.
 
-    The batch is checked first, and so has been seen before it is timed.
+    The batch is checked first, which also serves as a warm-up.
 
     Args:
-        objective: What will be evaluated.
+        objective: The objective.
         origin: All tensors of the first checkpoint.
-        slice_: A slice like those that will be swept; None where none will be.
-        points: As many points of it as will be taken at a time.
+        slice_: A slice like those that will be swept; None if there will be none.
+        points: As many of its points as will be evaluated at once.
         clock: The clock.
 
     Returns:
@@ -85,9 +86,9 @@ def measure(
         LosscliError: The model or the loss fails on the batch, or one example does not fit.
     """
     name, split = next(iter(objective.splits.items()))
-    begun = clock()
+    start = clock()
     first = split.first(objective.batch_size)
-    decoding = (clock() - begun) / len(first) / split.decoders
+    decoding = (clock() - start) / len(first) / split.decoders
     decoding = 0.0 if isinstance(split, Split) else decoding
     halving(objective, lambda: check_task(objective, origin, [name]))
     batch = split.first(objective.batch_size).to(objective.device)
@@ -100,16 +101,16 @@ def measure(
             both = timed(objective, lambda: objective.plain(origin, {name: batch}), clock)
         statistics = max(0.0, both - seconds) / objective.recalibration.size
     if slice_ is not None and points:
-        tried = _TRIED_ELSEWHERE
+        number = _POINTS_ELSEWHERE
         if objective.device.type == "cpu":
-            tried = max(_TRIED, 2 * torch.get_num_threads())
-        points = points[:tried]
-        point, making = _among_others(objective, slice_, points, name, batch, plain, clock)
+            number = max(_POINTS, 2 * torch.get_num_threads())
+        points = points[:number]
+        point, making = _time_points(objective, slice_, points, name, batch, plain, clock)
         statistics *= min(1.0, point / plain) if plain else 1.0
     return Timings(batch.rows, seconds, decoding, plain, point, making, statistics)
 
 
-def _among_others(
+def _time_points(
     objective: Objective,
     slice_: Slice,
     points: Sequence[Sequence[float]],
@@ -118,52 +119,51 @@ def _among_others(
     plain: float,
     clock: Clock,
 ) -> tuple[float, float]:
-    """Times points that are taken together: an example at each, and the weights of each."""
+    """Times points evaluated together: one example at each, and the weights of each."""
 
     def affordable(number: int, most: int) -> int:
-        return max(1, most if not plain else min(most, int(_SPEND / (number * plain))))
+        return max(1, most if not plain else min(most, int(_BUDGET / (number * plain))))
 
-    halving(
-        objective, lambda: find_strategy(objective, slice_, points, affordable(_PROOF, len(batch)))
-    )
+    examples = affordable(_CHOICE_POINTS, len(batch))
+    halving(objective, lambda: find_strategy(objective, slice_, points, examples))
     part = batch.take(slice(0, affordable(len(points), len(batch))))
     with objective.frozen_statistics():
-        # Once, so that what is set up is set up.
+        # Warm-up.
         objective.at(slice_, points, {name: part})
         once, twice = (
             timed(objective, partial(objective.at, slice_, points, parts), clock)
             for parts in ({name: part}, {name: part, "again": part})
         )
-    # Of twice, what is not the batches is the weights; whatever the clock says.
+    # The difference is one batch, and the rest computing the weights; bounded against noise.
     one = min(max(twice - once, twice / 8), twice / 2)
     return one / len(points) / len(part), max(0.0, twice - 2 * one) / len(points)
 
 
 def timed(objective: Objective, work: Callable[[], object], clock: Clock) -> float:
-    """Times something.
+    """Times a function.
 
     Args:
-        objective: Whose device is waited for.
-        work: What to do.
+        objective: The objective, for its device.
+        work: The function.
         clock: The clock.
 
     Returns:
-        The seconds, the least of a few where these are short.
+        The seconds; for a short function the minimum of a few calls.
     """
     best, spent = math.inf, 0.0
-    for _ in range(_TIMES):
-        _wait(objective.device)
-        begun = clock()
+    for _ in range(_REPETITIONS):
+        _synchronise(objective.device)
+        start = clock()
         work()
-        _wait(objective.device)
-        took = clock() - begun
-        best, spent = min(best, took), spent + took
+        _synchronise(objective.device)
+        seconds = clock() - start
+        best, spent = min(best, seconds), spent + seconds
         if spent >= _ENOUGH:
             break
     return best
 
 
-def _wait(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -19,28 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from losscli.data import Examples, Split
-from losscli.evaluation.curvature import (
-    DENSE_LIMIT,
-    Curvature,
-    DenseHessian,
-    Eigenpair,
-    Extremes,
-    Verdict,
-    add_rounding,
-    check_derivatives,
-    hessian_rounding,
-    nearby,
-    verdict,
-)
-from losscli.evaluation.differences import noise_of, sample_size
+from losscli.evaluation.curvature import DENSE_LIMIT, Curvature
+from losscli.evaluation.curvature_check import check_derivatives
+from losscli.evaluation.eigenvalues import DenseHessian, Eigenpair, Extremes
+from losscli.evaluation.finite_differences import noise_of, sample_size
+from losscli.evaluation.hessian_rounding import add_rounding, hessian_rounding
 from losscli.evaluation.line_search import LineSearch
 from losscli.evaluation.objective import Evaluation, Objective, recalibrated
+from losscli.evaluation.perturbation import nearby
 from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import idle_layers
 from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.sweep import sweep_plain
 from losscli.evaluation.tasks import Execution
+from losscli.evaluation.verdict import Verdict, verdict
 from losscli.summaries import CheckedPoint, Predicted, Step
 from losscli.weight_space.vectors import Weights, unflatten
 
@@ -457,11 +450,11 @@ class CriticalPointTest:
         return gradient, extremes, dense
 
     def _curvature(self, weights: Weights, every: Examples, execution: Execution) -> Curvature:
-        def attend(_: float) -> None:
+        def poll(_: float) -> None:
             # The progress of a search is unknown, but another rank may have failed meanwhile.
-            execution.attend()
+            execution.poll()
 
-        return Curvature(self.differentiated(weights), weights, self.names, every, attend)
+        return Curvature(self.differentiated(weights), weights, self.names, every, poll)
 
     def _with_rounding(
         self,

@@ -1,4 +1,4 @@
-"""Operators as they are for those who differentiate twice: put together from elementary ones."""
+"""Decompositions of operators into elementary ones that can be differentiated twice."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Elementary"]
+__all__ = ["Decomposed"]
 
 
-class Elementary(TorchFunctionMode):
-    """Takes the place of operators whose derivatives PyTorch does not have, or has wrong.
+class Decomposed(TorchFunctionMode):
+    """Replaces operators with missing or wrong derivatives in PyTorch by decompositions.
 
-    These are: BatchNorm by its running statistics; layer norm, twice in forward mode; weight norm,
-    twice in reverse mode; and an embedding by its row of padding, whose gradient is masked though
-    the row is part of θ like any other.
+    These are: BatchNorm with respect to its running statistics; layer norm, differentiated twice in
+    forward mode; weight norm, differentiated twice in reverse mode; and an embedding with respect
+    to its padding row, which is part of θ although PyTorch masks its gradient.
     """
 
     def __torch_function__(
@@ -28,7 +28,7 @@ class Elementary(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        call: Callable[..., Any] = _ELEMENTARY.get(function, function)
+        call: Callable[..., Any] = _DECOMPOSITIONS.get(function, function)
         return call(*args, **(kwargs or {}))
 
 
@@ -50,7 +50,7 @@ def _batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,  # noqa: ARG001 - nothing is averaged while derivatives are taken
+    momentum: float = 0.1,  # noqa: ARG001 - running statistics are not updated
     eps: float = 1e-5,
 ) -> Tensor:
     own = training or running_mean is None or running_var is None
@@ -88,7 +88,7 @@ def _normalise(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """(x − mean) / √(variance + ε) · weight + bias, by x's own statistics where none are given."""
+    """(x − mean) / √(variance + ε) · weight + bias; None takes the statistics of x."""
     wide = x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
     centred = wide - (wide.mean(dimensions, keepdim=True) if mean is None else mean)
     if variance is None:
@@ -109,7 +109,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 def _embedding(
     input: Tensor,  # noqa: A002
     weight: Tensor,
-    padding_idx: int | None = None,  # noqa: ARG001 - it masks a gradient, and nothing else
+    padding_idx: int | None = None,  # noqa: ARG001 - it only masks a gradient
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,  # noqa: ARG001 - likewise
@@ -118,7 +118,7 @@ def _embedding(
     return F.embedding(input, weight, None, max_norm, norm_type, False, sparse)
 
 
-_ELEMENTARY: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+_DECOMPOSITIONS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,

@@ -1,4 +1,4 @@
-"""The device that is computed on, and how exactly it computes."""
+"""The device, and the floating-point types of the computation."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ __all__ = ["Narrowest", "choose_device", "describe_device", "float32_precision",
 
 
 def choose_device(name: str, dtype: str, local: int | None = None) -> torch.device:
-    """Chooses the device, and makes sure that it is there.
+    """Chooses the device and checks that it is available.
 
     Args:
         name: ``auto``, ``cpu``, ``cuda``, ``cuda:I`` or ``mps``.
-        dtype: The type of the forward pass: not every device has each.
-        local: Of several processes on one machine the number of this one, and so of its GPU.
+        dtype: The type of the forward pass, which not every device supports.
+        local: The local rank of this process, which is the index of its GPU; None for a single
+            process.
 
     Returns:
         The device.
 
     Raises:
-        DeviceError: It is not to be had here.
+        DeviceError: It is not available.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -43,15 +44,15 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
         device = torch.device(name)
         if local is not None and name == "cuda":
             device = torch.device("cuda", local)
-        # Only an allocation tells whether a device is really there.
+        # Only an allocation shows whether a device works.
         torch.empty(1, dtype=getattr(torch, dtype), device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        there += ["mps"] if torch.backends.mps.is_available() else []
+        available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        available += ["mps"] if torch.backends.mps.is_available() else []
         raise DeviceError(
             f"the device {name!r} with {dtype} is not to be had here: "
             f"{one_line(error).split('. ')[0]}",
-            f"Choose one of auto, cpu{''.join(f', {d}' for d in there)}",
+            f"Choose one of auto, cpu{''.join(f', {d}' for d in available)}",
         ) from None
     if device.type not in {"cpu", "cuda", "mps"}:
         raise DeviceError(f"the device {name!r} is not supported", "Choose auto, cpu, cuda or mps")
@@ -65,7 +66,7 @@ def describe_device(device: torch.device) -> str:
         device: The device.
 
     Returns:
-        What its maker calls it, as far as that is known.
+        The name of the GPU or processor, or at least the architecture.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -74,7 +75,7 @@ def describe_device(device: torch.device) -> str:
 
 @contextmanager
 def float32_precision(*, tf32: bool) -> Iterator[None]:
-    """Lets a GPU compute float32 products in full, or in TF32, and leaves all as it was after.
+    """Sets whether a GPU computes float32 products in TF32, and restores the setting.
 
     Args:
         tf32: Whether TF32 is allowed.
@@ -92,7 +93,7 @@ def float32_precision(*, tf32: bool) -> Iterator[None]:
 
 
 class Narrowest(TorchFunctionMode):
-    """Finds the narrowest floating-point type of what is computed in the context.
+    """Records the narrowest floating-point type of all results in the context.
 
     Args:
         dtype: The type to start from.
@@ -120,14 +121,14 @@ class Narrowest(TorchFunctionMode):
 
 @contextmanager
 def widened() -> Iterator[None]:
-    """Computes in float64 where code casts to a narrower floating-point type, or has tensors of it.
+    """Makes code compute in float64 that casts to a narrower type or has tensors of one.
 
-    Autocast leaves float64 as it is. Compiled and scripted code is not changed.
+    Autocast does not change float64. Compiled and scripted code is not affected.
 
     Yields:
         Nothing.
     """
-    # A second mode within the first would look at all calls once more.
+    # A nested mode would process all calls twice.
     if _IS_WIDENED.get():
         yield
         return
@@ -153,7 +154,7 @@ class _Widened(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        # What writes into a tensor, or reads an attribute of it, needs the tensor itself.
+        # In-place functions and attribute access need the tensor itself.
         kept = getattr(function, "__name__", "").endswith("_")
         change = _kept if kept else _widened
         args = [_mapped(change, value) for value in args]
@@ -173,7 +174,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _mapped(change: Callable[[object], object], value: object) -> object:
-    # Most calls have nothing else, and PyTorch's walk takes longer than they do.
+    # The common cases, because tree_map takes longer than most calls.
     if value is None or isinstance(value, Tensor | torch.dtype | int | float | str):
         return change(value)
     return tree_map(change, value)

@@ -1,12 +1,12 @@
-"""A first layer, computed for all points of a slice at once.
+"""The first layer of a model, computed once for all points of a slice.
 
-Before a forward pass first uses a moving tensor, nothing in it depends on the point. So where that
-first use is a layer which is affine in its weight and bias, its output at a point is the same
-combination of its outputs at the ends of the slice as the point itself is of the ends: a product
-for each end serves all points. The first use is found by watching a forward pass on every batch,
-whatever the model. What a watcher cannot see, such as compiled code, is found out by numbers: the
-objective holds the result against the plain way before it relies on it. Points where the weights of
-a unit nearly cancel are evaluated without it, as the rounding errors of the products would not.
+Until a forward pass first uses a moving tensor, nothing in it depends on the point. If that first
+use is a layer which is affine in its weight and bias, its output at a point is the same combination
+of its outputs at the ends of the slice as the point is of the ends: one product per end serves all
+points. The first use is found by watching a forward pass on every batch, for any model. What a
+watcher cannot see, such as compiled code, shows in the numbers, which the objective compares with
+those of loaded points before it relies on them. Points at which the weights of a unit nearly cancel
+are evaluated without sharing, because the rounding errors of the products would not cancel.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch.overrides import TorchFunctionMode
 from losscli.evaluation.function_mode import FunctionMode
 from losscli.weight_space.slices import Slice
 
-__all__ = ["FirstLayer", "FirstLayerFound", "Watch"]
+__all__ = ["FirstLayer", "FirstLayerFound", "FirstLayerWatcher"]
 
-# The functions that are affine in their weight and bias.
+# Functions that are affine in their weight and bias.
 _AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
 
-# How much larger the terms of a combination may be than the combination itself: so many times as
-# large as that of a plain forward pass is then the rounding error of a shared layer, at most.
+# Largest ratio of the terms of a combination to the combination itself. The rounding error of a
+# shared layer is then at most so many times that of an ordinary forward pass.
 _LARGEST_TERMS = 8
 
-# Units times points that are looked at together.
+# Units times points that are computed together.
 _NUMBERS = 1 << 20
 
-# What may be asked of a tensor without using its values.
-_HARMLESS = frozenset({
+# Attributes of a tensor that do not depend on its values.
+_METADATA = frozenset({
     Tensor.dim,
     Tensor.element_size,
     Tensor.is_complex,
@@ -61,8 +61,8 @@ class FirstLayer:
         weight: The name of its weight.
         products: Its output at each end.
         slice_: The slice.
-        gram: ``[R, K, K]``: for each of its R units the inner products of its weights at the K
-            ends; None where it was not asked for.
+        gram: ``[R, K, K]``, for each of its R units the inner products of its weights at the K
+            ends; None if it was not requested.
     """
 
     function: Callable[..., Any]
@@ -71,33 +71,33 @@ class FirstLayer:
     slice_: Slice
     gram: Tensor | None = None
 
-    def cancels(self, points: Sequence[Sequence[float]]) -> list[bool]:
-        """Finds the points where the products nearly cancel, and with them their digits.
+    def nearly_cancels(self, points: Sequence[Sequence[float]]) -> list[bool]:
+        """Finds the points at which the products nearly cancel, so that digits are lost.
 
-        Each product has a rounding error of its own size. Where Σ |c_i| ‖W_i‖ is much larger than
-        ‖Σ c_i W_i‖ for some unit, the combination of products has a larger error than the product
-        with the combined weights.
+        The rounding error of each product is relative to its own size. If Σ |c_i| ‖W_i‖ is much
+        larger than ‖Σ c_i W_i‖ for some unit, the combination of products has a larger error than
+        the product with the combined weights.
 
         Args:
             points: The coordinates of the points.
 
         Returns:
-            For each point whether some unit's terms are too large.
+            For each point, whether the terms of some unit are too large.
         """
         assert self.gram is not None
         units = list(torch.eye(len(self.products), dtype=torch.float64))
-        shares = torch.stack([self.slice_.combine(units, point) for point in points])
+        coefficients = torch.stack([self.slice_.combine(units, point) for point in points])
         gram = self.gram.cpu().double()
         sizes = gram.diagonal(dim1=1, dim2=2).sqrt()
-        found: list[bool] = []
-        for some in torch.split(shares, max(1, _NUMBERS // max(1, len(gram)))):
-            squares = torch.einsum("pi,rij,pj->pr", some, gram, some).clamp(min=0)
-            lost = some.abs() @ sizes.T > _LARGEST_TERMS * squares.sqrt()
-            found += lost.any(1).tolist()
-        return found
+        cancels: list[bool] = []
+        for c in torch.split(coefficients, max(1, _NUMBERS // max(1, len(gram)))):
+            squares = torch.einsum("pi,rij,pj->pr", c, gram, c).clamp(min=0)
+            too_large = c.abs() @ sizes.T > _LARGEST_TERMS * squares.sqrt()
+            cancels += too_large.any(1).tolist()
+        return cancels
 
-    def at(self, point: Sequence[float], tensors: Mapping[str, Tensor]) -> TorchFunctionMode:
-        """Answers the layer's first call with its output at a point.
+    def replay_at(self, point: Sequence[float], tensors: Mapping[str, Tensor]) -> TorchFunctionMode:
+        """Replaces the layer's first call by its output at a point.
 
         Args:
             point: The coordinates of the point.
@@ -109,7 +109,7 @@ class FirstLayer:
         return self.replay(self.output(point), tensors)
 
     def output(self, point: Sequence[float]) -> Tensor:
-        """Combines what is known of the ends.
+        """Combines the outputs at the ends.
 
         Args:
             point: The coordinates of a point.
@@ -120,7 +120,7 @@ class FirstLayer:
         return self.slice_.combine(self.products, point)
 
     def replay(self, output: Tensor, tensors: Mapping[str, Tensor]) -> TorchFunctionMode:
-        """Answers the layer's first call with an output; everything else goes through.
+        """Replaces the layer's first call by an output; all other calls are made.
 
         Args:
             output: The output.
@@ -133,10 +133,13 @@ class FirstLayer:
 
 
 class FirstLayerFound(BaseException):
-    """Ends a forward pass whose first layer is known; no handler of errors takes it for one."""
+    """Ends a forward pass once the first layer is known.
+
+    Not an `Exception`, so that no error handler in the model catches it.
+    """
 
 
-class Watch(FunctionMode):
+class FirstLayerWatcher(FunctionMode):
     """Watches a forward pass for its first use of a moving tensor.
 
     Args:
@@ -146,7 +149,7 @@ class Watch(FunctionMode):
         measures: Whether the first layer's Gram matrix is computed.
 
     Attributes:
-        layer: The first layer; None where the first use is not affine, or before it.
+        layer: The first layer; None before the first use, or if that is not affine.
     """
 
     def __init__(
@@ -158,15 +161,15 @@ class Watch(FunctionMode):
         self._measures = measures
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._slice = slice_
-        self._seen = False
+        self._found_use = False
 
     def intercept(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """Computes the layer of the first call that uses a moving tensor."""
-        if not self._seen and function not in _HARMLESS and self._uses((args, kwargs)):
-            self._seen = True
-            # Here and now: the layer's input may be overwritten later in the pass.
+        if not self._found_use and function not in _METADATA and self._uses((args, kwargs)):
+            self._found_use = True
+            # Computed now, because the layer's input may be overwritten later in the pass.
             self.layer = self._compute(function, args, kwargs)
             if self._stops and self.layer is not None:
                 raise FirstLayerFound
@@ -180,23 +183,23 @@ class Watch(FunctionMode):
             return None
         parts = [weight]
         if func is F.embedding:
-            # Behind its weight an embedding has options, and one of them changes the weight.
+            # With max_norm an embedding changes its weight.
             if _argument(args, kwargs, 3, "max_norm") is not None:
                 return None
         elif id(bias) in self._names:
             parts.append(bias)
         ids = {id(part) for part in parts}
-        # What stays is part of every end whose coefficients sum to one; else of the first alone.
+        # A fixed bias is part of every product if the coefficients sum to one; else of the first.
         without: dict[int, Tensor | None] = {}
         if func is not F.embedding and len(parts) == 1 and not self._slice.barycentric:
             without = {id(bias): None}
         rest = [value for value in (*args, *kwargs.values()) if id(value) not in ids]
-        # In two moving tensors a product is not affine.
+        # A product of two moving tensors is not affine.
         if self._uses(rest):
             return None
         try:
-            # In the type and the layout of the part that each stands in for.
-            standins = [
+            # In the type and the layout of the tensors that they replace.
+            replacements = [
                 {
                     **(without if k else {}),
                     **{
@@ -206,14 +209,14 @@ class Watch(FunctionMode):
                 }
                 for k, end in enumerate(self._slice.ends)
             ]
-            products = [_with_tensors(func, args, kwargs, tensors) for tensors in standins]
-            # Within functorch's transforms there is no memory to take out of them.
+            products = [_with_tensors(func, args, kwargs, tensors) for tensors in replacements]
+            # Raises within functorch's transforms, from which no tensor may be kept.
             for product in products:
                 product.data_ptr()
             gram = None
             if self._measures:
                 inputs = _argument(args, kwargs, 0, "input")
-                ends = [(s.get(id(weight), weight), s.get(id(bias), bias)) for s in standins]
+                ends = [(s.get(id(weight), weight), s.get(id(bias), bias)) for s in replacements]
                 gram = _gram(func, inputs, ends, products)
         except RuntimeError:
             return None
@@ -235,8 +238,8 @@ def _gram(
     ends: Sequence[tuple[Tensor, Tensor | None]],
     products: Sequence[Tensor],
 ) -> Tensor:
-    """Computes the inner products of each unit's weights at the ends, weighted by its inputs."""
-    # With inputs of the mean square s², the rounding error of a unit's product with its weights w
+    """Computes the inner products of each unit's weights at the ends, scaled by its inputs."""
+    # For inputs with the mean square s², the rounding error of a unit's product with its weights w
     # is about ε ‖s w‖. The bias is one more weight, with the input 1.
     wide = torch.float32 if inputs.device.type == "mps" else torch.float64
 
@@ -245,7 +248,7 @@ def _gram(
         return parts.flatten(1).to(wide)
 
     if function is F.embedding:
-        # Its units are tokens, and its products exact.
+        # Its units are tokens, and its outputs are exact.
         rows = [real(product.flatten(0, -2)) for product in products]
     else:
         squares = inputs.abs().to(wide).square()
@@ -279,7 +282,7 @@ def _with_tensors(
     kwargs: Mapping[str, Any],
     tensors: Mapping[int, Tensor | None],
 ) -> Tensor:
-    """Makes a call with others in the place of the tensors with the given ids."""
+    """Makes a call with some of its tensors, given by their ids, replaced."""
     result: Tensor = func(
         *(tensors.get(id(value), value) for value in args),
         **{key: tensors.get(id(value), value) for key, value in kwargs.items()},

@@ -1,4 +1,4 @@
-"""What a forward pass computes and reads, counted and never timed: the same in every run."""
+"""Counts the floating-point operations of a forward pass, and records the memory that it reads."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["Trace", "addresses", "operations"]
 
 @dataclass
 class Trace:
-    """What a forward pass computes and reads, as far as it ran.
+    """The operations and reads of a forward pass, also of one that failed midway.
 
     Attributes:
-        operations: The floating-point operations of products, two each; 0 where none of the
-            operators is known to the counter.
+        operations: The floating-point operations, two per multiply-add; 0 if the
+            counter knows none of the operators.
         read: The addresses of the memory that operators read.
-        parameters: The shapes of the parameters among that, by their addresses.
+        parameters: The shapes of the parameters among these, by address.
     """
 
     operations: int = 0
@@ -37,31 +37,31 @@ class Trace:
 
 
 def addresses(tensors: Iterable[object]) -> dict[int, Tensor]:
-    """Finds where the memory of tensors begins.
+    """Returns tensors by the address of their memory.
 
     Args:
-        tensors: The tensors; what is none is left out.
+        tensors: The tensors; other objects are skipped.
 
     Returns:
-        The tensors by the addresses of their memory, as far as they have any.
+        The tensors that have memory, by its address.
     """
-    found = {}
+    by_address = {}
     for tensor in tensors:
         if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
-            # Within functorch's transforms, and on no device, there is no memory.
+            # Raises within functorch's transforms and on the meta device.
             with contextlib.suppress(RuntimeError, NotImplementedError):
-                found[tensor.untyped_storage().data_ptr()] = tensor
-    found.pop(0, None)
-    return found
+                by_address[tensor.untyped_storage().data_ptr()] = tensor
+    by_address.pop(0, None)
+    return by_address
 
 
 def operations(model: nn.Module, forward: Callable[[], object], trace: Trace | None = None) -> int:
     """Counts the floating-point operations of a forward pass.
 
     Args:
-        model: The model that is run. Its buffers and torch's random numbers are left as they were.
-        forward: Runs it.
-        trace: Where to write what it computes and reads, also if it fails.
+        model: The model. Its buffers and torch's random state are restored.
+        forward: Runs the forward pass.
+        trace: Receives the operations and reads, also if the pass fails.
 
     Returns:
         The operations.
@@ -74,7 +74,7 @@ def operations(model: nn.Module, forward: Callable[[], object], trace: Trace | N
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=sorted(devices, key=str)),
-            _elementary(),
+            _without_fused_kernels(),
             counter,
         ):
             forward()
@@ -86,13 +86,13 @@ def operations(model: nn.Module, forward: Callable[[], object], trace: Trace | N
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up what PyTorch's own formulas say of the operators that are run.
+    """Sums PyTorch's own formulas over the operators of a pass.
 
-    PyTorch's FlopCounterMode does the same for each module, and imports its compiler for that: two
-    seconds of every run.
+    `torch.utils.flop_counter.FlopCounterMode` does the same for each module, but imports PyTorch's
+    compiler, which takes two seconds.
 
     Args:
-        trace: Where they are added up.
+        trace: Receives the sum.
     """
 
     supports_higher_order_operators = True
@@ -103,8 +103,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # So PyTorch lets a mode say that its compiler need not be told to leave it alone: nothing
-        # is compiled here.
+        # Nothing is compiled here, so PyTorch need not import its compiler to disable it.
         return False
 
     def __torch_dispatch__(
@@ -119,31 +118,31 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(func, torch._ops.OpOverload):
             return NotImplemented
         with self:
-            found = func.decompose(*args, **kwargs)
-        if found is not NotImplemented:
-            return found
-        found = func(*args, **kwargs)
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self._trace.operations += int(formula(*args, **kwargs, out_val=found))
-        return found
+            self._trace.operations += int(formula(*args, **kwargs, out_val=result))
+        return result
 
 
 @contextmanager
-def _elementary() -> Iterator[None]:
-    """Leaves out the fused kernels of layers, of which the counter does not know."""
+def _without_fused_kernels() -> Iterator[None]:
+    """Disables fused kernels of layers, which the counter does not know."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:
-            # PyTorch warns of what it does itself when oneDNN is left out.
+            # Disabling oneDNN makes PyTorch warn about its own code.
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if "torch._dynamo" in sys.modules:
-                # What was compiled is not compiled for a few examples too.
+                # Do not compile the model again for a few examples.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:

@@ -1,4 +1,4 @@
-"""A model with its loss and metrics: from a batch of inputs and targets to numbers per example."""
+"""A model with its loss and metrics: computes numbers per example from a batch."""
 
 from __future__ import annotations
 
@@ -17,17 +17,10 @@ from torch.utils._pytree import tree_map_only
 from losscli.data import Inputs, leaves, map_inputs
 from losscli.errors import LosscliError, LossError, ModelError, one_line
 from losscli.evaluation.device import widened
+from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.loading import LoadableModel
-from losscli.evaluation.losses import (
-    LOSSES,
-    METRICS,
-    TAKES_HALF,
-    PerExample,
-    function_of,
-    nll,
-    per_example_mean,
-    weights_of,
-)
+from losscli.evaluation.losses import LOSSES, PerExample, function_of, nll, per_example_mean
+from losscli.evaluation.metrics import METRICS
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.models import suggest_fix
 
@@ -37,7 +30,7 @@ HALF = torch.bfloat16, torch.float16
 
 _KNOWN_FUNCTIONS = frozenset({nll, *LOSSES.values(), *METRICS.values()})
 
-# What torch says of a tensor that cannot be differentiated.
+# Part of torch's message for a tensor that cannot be differentiated.
 NO_GRAPH = "does not require grad"
 
 
@@ -53,11 +46,11 @@ class ScoredModel(LoadableModel):
         batch_loss: Whether the loss is one number per batch.
 
     Attributes:
-        copies_inputs: Whether the model writes on its inputs, so that it is given copies.
-        copies_outputs: Whether the loss writes on the outputs of the model.
+        copies_inputs: Whether the model modifies its inputs in place, so that it needs copies.
+        copies_outputs: Whether the loss modifies the model's outputs in place.
         differentiates: Whether the model or the loss differentiates, as physics-informed networks
-            do by their inputs.
-        widens: Whether code that casts to a narrower type computes in float64 nevertheless.
+            do with respect to their inputs.
+        widens: Whether code that casts to a narrower type is made to compute in float64.
     """
 
     def __init__(
@@ -78,23 +71,23 @@ class ScoredModel(LoadableModel):
         self.copies_outputs = False
         self.differentiates = False
         self.widens = False
-        self._forms: dict[tuple[str, ...], _Form] = {}
+        self._conventions: dict[tuple[str, ...], _Convention] = {}
 
     @property
     def sum_type(self) -> torch.dtype:
-        """The type in which losses and metrics are added up."""
-        # float64 where the device has it: MPS does not, and counts of examples fit float32 there.
+        """The type in which losses and metrics are summed."""
+        # MPS has no float64.
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     def forward(self, model: Callable[..., Any], inputs: Inputs) -> Any:
-        """Runs the model, or what stands in for it.
+        """Runs the model, or a function in its place.
 
         Args:
-            model: What to call.
+            model: The model, or the function.
             inputs: A prepared batch.
 
         Returns:
-            What the model returns.
+            The outputs of the model.
 
         Raises:
             ModelError: The model fails.
@@ -104,8 +97,11 @@ class ScoredModel(LoadableModel):
         args, kwargs = self.arguments(inputs)
         try:
             with self.computing(), self._gradients():
-                if isinstance(inputs, dict) and self._forms[tuple(inputs)] is _Form.EITHER:
-                    outputs = self._try_forms(model, inputs)
+                if (
+                    isinstance(inputs, dict)
+                    and self._conventions[tuple(inputs)] is _Convention.EITHER
+                ):
+                    outputs = self._try_conventions(model, inputs)
                 else:
                     outputs = model(*args, **kwargs)
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
@@ -115,23 +111,23 @@ class ScoredModel(LoadableModel):
             raise ModelError(
                 f"the model fails on inputs of shape {shapes}: {one_line(error)}",
                 suggest_fix(self.model, inputs, leaves(inputs))
-                or _cure_of_graph(error)
-                or _cure_of_type(error, inputs)
+                or _advise_on_graph(error)
+                or _advise_on_type(error, inputs)
                 or "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
-        # Hugging Face models wrap their scores.
+        # Hugging Face models return their scores in an object.
         return getattr(outputs, "logits", outputs)
 
     def computing(self) -> AbstractContextManager[Any]:
-        """Computes in the type of the forward pass.
+        """Ensures that everything computes in the type of the forward pass.
 
         Returns:
-            A context for all that computes with the model, such as a backward pass.
+            A context for all computations with the model, such as a backward pass.
         """
         return widened() if self.widens else contextlib.nullcontext()
 
     def _gradients(self) -> AbstractContextManager[Any]:
-        """Enables gradients, where the model or the loss differentiates."""
+        """Enables gradients if the model or the loss differentiates."""
         return torch.enable_grad() if self.differentiates else contextlib.nullcontext()
 
     def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -141,66 +137,66 @@ class ScoredModel(LoadableModel):
             inputs: A prepared batch.
 
         Returns:
-            The arguments by position and by name. Inputs with names are passed by name where
-            ``forward`` has parameters of these names, else as the mapping that they are; a single
-            one whose name is not known, by position.
+            The positional and the keyword arguments. Named inputs are passed as keywords if
+            ``forward`` has parameters of these names, else as one mapping; a single input of an
+            unknown name is passed by position.
         """
         if isinstance(inputs, Tensor):
             return (inputs,), {}
         if isinstance(inputs, tuple):
             return inputs, {}
         names = tuple(inputs)
-        if names not in self._forms:
-            self._forms[names] = _form_of(self.model, names)
-        form = self._forms[names]
-        if form is _Form.KEYWORDS:
+        if names not in self._conventions:
+            self._conventions[names] = _convention_of(self.model, names)
+        convention = self._conventions[names]
+        if convention is _Convention.KEYWORDS:
             return (), inputs
-        return (inputs if form is _Form.MAPPING else inputs[names[0]],), {}
+        return (inputs if convention is _Convention.MAPPING else inputs[names[0]],), {}
 
-    def _try_forms(self, model: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
-        """Runs the model on a single named input, and keeps the form in which it takes it."""
+    def _try_conventions(self, model: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
+        """Runs the model on a single named input and stores the convention that works."""
         (name,) = inputs
-        form = _Form.VALUE
+        convention = _Convention.VALUE
         try:
             outputs = model(inputs[name])
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything
-            form = _Form.MAPPING
+            convention = _Convention.MAPPING
             try:
                 outputs = model(inputs)
             except Exception:  # noqa: BLE001 - the first failure is reported
                 raise error from None
-        self._forms[name,] = form
+        self._conventions[name,] = convention
         return outputs
 
     def per_example(self, function: PerExample, outputs: Any, targets: Tensor, what: str) -> Tensor:
-        """Takes a loss or a metric of a batch.
+        """Computes a loss or a metric of a batch.
 
         Args:
             function: The loss or metric.
-            outputs: What the model returned; half-precision scores are made float32 for a function
-                that does not take care of that itself.
+            outputs: The outputs of the model; half-precision scores are converted to float32 for a
+                function that does not do so itself.
             targets: The targets of the batch, ``[B, …]``.
-            what: What to call the function in errors.
+            what: The name of the function in errors.
 
         Returns:
-            One number per example, ``[B]``; of a loss that is one number per batch ``[1]``, the
-            mean where it gives a number per example.
+            One number per example, ``[B]``. With ``batch_loss`` one number, ``[1]``: the mean if
+            the function returns one per example.
 
         Raises:
-            LossError: It fails, or gives something else.
+            LossError: The function fails, or returns something else.
         """
         if is_registered(function) or isinstance(function, TorchLoss):
             outputs = scores_in(outputs)
-            # What the user's code gives in another type reaches the user's functions as it is.
+            # A user's function gets the targets in the type that the user's data has.
             targets = targets if targets.is_floating_point() else targets.long()
         if self.copies_outputs:
             outputs = tree_map_only(Tensor, Tensor.clone, outputs)
         half = isinstance(outputs, Tensor) and outputs.dtype in HALF
-        if half and function_of(function) not in TAKES_HALF:
+        if half and not is_registered(function):
             outputs = outputs.float()
-        if function_of(function) in _KNOWN_FUNCTIONS and not isinstance(outputs, Tensor):
+        if is_registered(function) and not isinstance(outputs, Tensor):
             raise LossError(
                 f"the {what} takes a tensor, and the model returns a {type(outputs).__name__}"
             )
@@ -210,7 +206,7 @@ class ScoredModel(LoadableModel):
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:
-            cure = _cure_of_graph(error)
+            cure = _advise_on_graph(error)
             if isinstance(outputs, Mapping):
                 keys = ", ".join(map(str, outputs))
                 cure = f"It receives the mapping that the model returns, with the keys {keys}"
@@ -244,10 +240,10 @@ class ScoredModel(LoadableModel):
         return mean.reshape(1)
 
     def own_values(self, outputs: Any, targets: Tensor, loss: Tensor) -> dict[str, Tensor]:
-        """Adds the metrics that are not known to be per example to the losses of a batch.
+        """Returns the losses of a batch and the metrics that may not be per example.
 
         Args:
-            outputs: What the model returned.
+            outputs: The outputs of the model.
             targets: The targets of the batch.
             loss: The loss of each example.
 
@@ -262,49 +258,49 @@ class ScoredModel(LoadableModel):
         return {what: own.cpu().double() for what, own in values.items()}
 
     def weight(self, outputs: Any, targets: Tensor) -> float:
-        """Adds up the weights of the examples of a batch in the mean loss.
+        """Returns the sum of the weights of the examples of a batch in the mean loss.
 
         Args:
-            outputs: What the model returned.
+            outputs: The outputs of the model.
             targets: The targets of the batch.
 
         Returns:
-            The sum of the losses over it is the batch's mean loss.
+            The sum. The sum of the losses divided by it is the mean loss of the batch.
         """
         weights = weights_of(self.loss, scores_in(outputs), targets)
         return float(len(targets) if weights is None else weights.sum())
 
 
-class _Form(enum.Enum):
-    """How a model takes inputs with names."""
+class _Convention(enum.Enum):
+    """How a model takes named inputs."""
 
     KEYWORDS = enum.auto()
-    """By name."""
+    """As keyword arguments."""
     MAPPING = enum.auto()
-    """All in one mapping."""
+    """As one mapping."""
     VALUE = enum.auto()
     """A single one, by position."""
     EITHER = enum.auto()
-    """A single one by position, or where that fails in a mapping."""
+    """A single one by position or, if that fails, as a mapping."""
 
 
-def _form_of(model: nn.Module, names: tuple[str, ...]) -> _Form:
-    """Finds out from the signature of ``forward`` how it takes inputs with names."""
+def _convention_of(model: nn.Module, names: tuple[str, ...]) -> _Convention:
+    """Determines from the signature of ``forward`` how it takes named inputs."""
     single = len(names) == 1
     try:
         signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # of compiled code
-        return _Form.EITHER if single else _Form.KEYWORDS
+    except (TypeError, ValueError):  # compiled code has no signature
+        return _Convention.EITHER if single else _Convention.KEYWORDS
     explicit = [p.name for p in signature.parameters.values() if p.kind not in _VARIABLE]
     by_name = _binds(signature, **dict.fromkeys(names))
     if not _binds(signature, None):
-        return _Form.KEYWORDS
+        return _Convention.KEYWORDS
     if not single:
-        return _Form.KEYWORDS if by_name else _Form.MAPPING
+        return _Convention.KEYWORDS if by_name else _Convention.MAPPING
     if explicit[:1] == [names[0]]:
-        return _Form.VALUE
-    # A model that takes any name may want a single input by its position.
-    return _Form.KEYWORDS if by_name and names[0] in explicit else _Form.EITHER
+        return _Convention.VALUE
+    # A model that takes any keyword may still expect a single input by position.
+    return _Convention.KEYWORDS if by_name and names[0] in explicit else _Convention.EITHER
 
 
 _VARIABLE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
@@ -318,8 +314,8 @@ def _binds(signature: inspect.Signature, /, *args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def _cure_of_graph(error: Exception) -> str:
-    """Explains that what is differentiated has no gradients; empty for other errors."""
+def _advise_on_graph(error: Exception) -> str:
+    """Advises on differentiating inputs without gradients; empty for other errors."""
     if NO_GRAPH not in str(error):
         return ""
     return (
@@ -329,17 +325,17 @@ def _cure_of_graph(error: Exception) -> str:
 
 
 def is_registered(function: PerExample) -> bool:
-    """Whether a loss or metric is one of losscli's own, with or without options."""
+    """Whether a loss or metric is one of losscli's own; these take half-precision outputs."""
     return function_of(function) in _KNOWN_FUNCTIONS
 
 
 def scores_in(outputs: Any) -> Any:
-    """The scores among a model's outputs: what stands under ``logits`` in a mapping."""
+    """The scores in a model's outputs: the value of ``logits`` if they are a mapping."""
     return outputs.get("logits", outputs) if isinstance(outputs, Mapping) else outputs
 
 
 def _is_crossed(values: Tensor, outputs: Any, targets: Tensor) -> bool:
-    """Tells whether broadcasting paired the outputs of examples with the targets of others."""
+    """Whether broadcasting paired the outputs of examples with the targets of others."""
     if values.ndim < 2 or not isinstance(outputs, Tensor):
         return False
     if values.shape in {outputs.shape, targets.shape}:
@@ -351,9 +347,9 @@ def _is_crossed(values: Tensor, outputs: Any, targets: Tensor) -> bool:
     return values.shape == together
 
 
-def _cure_of_type(error: Exception, inputs: Inputs) -> str:
-    """Explains a type that a model does not take, where whole numbers reach it unchanged."""
-    # The words of torch: "must have the same dtype", "Input type (unsigned char) and bias type".
+def _advise_on_type(error: Exception, inputs: Inputs) -> str:
+    """Advises on integer inputs of a type that a model does not take; empty for other errors."""
+    # Messages of torch: "must have the same dtype", "Input type (unsigned char) and bias type".
     if "type" not in str(error):
         return ""
     for tensor in leaves(inputs):

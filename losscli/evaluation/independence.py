@@ -1,4 +1,4 @@
-"""Whether the loss of an example depends on its own example alone."""
+"""Tests whether the loss of an example depends on its own example alone."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Values = Mapping[str, Tensor]
 Evaluate = Callable[[Split], Values]
 """Evaluates a batch."""
 
-# The largest difference that is taken for rounding without a closer look: as a share of the loss of
-# the example, and a tenth of it as a share of the mean loss.
+# The largest difference that counts as rounding without a further test, relative to the loss of the
+# example; and a tenth of it relative to the mean loss.
 _ROUNDING = {
     torch.float64: 1e-8,
     torch.float32: 1e-6,
@@ -30,26 +30,26 @@ _ROUNDING = {
     torch.float16: 1e-6,
 }
 
-# The same as a share of the norm of all losses, where no wider type can decide: a deep network may
+# The same relative to the norm of all losses, if no wider type can decide: a deep network may
 # amplify rounding, and a small cross-entropy is the difference of large scores.
 _AMPLIFIED = {torch.float64: 0.0, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
-# Examples on which a wider type decides, unless a difference is too large for rounding.
+# Examples on which a wider type decides, unless the difference is too large for rounding.
 _FEW = 32
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a batch that is evaluated whole is from the same examples in other batches.
+    """The difference between the values of examples in a whole batch and in other batches.
 
     Attributes:
         what: The loss or the metric with the largest difference.
         row: The example with the largest difference.
         whole: Its value in the whole batch.
         other: Its value in another batch.
-        excess: The largest difference as a multiple of what is taken for rounding.
-        share: The norm of the differences as a share of the norm of the values.
-        worst: The examples, those with the largest differences first.
+        excess: The largest difference as a multiple of what counts as rounding.
+        share: The norm of the differences relative to the norm of the values.
+        worst: The examples by descending difference.
     """
 
     what: str
@@ -64,33 +64,33 @@ class Difference:
 def compare(
     evaluate: Evaluate, batch: Split, whole: Values, dtype: torch.dtype
 ) -> Difference | None:
-    """Evaluates the examples of a batch again, in two random halves of it.
+    """Evaluates the examples of a batch again in two random halves.
 
-    Random halves break pairs and blocks of rows too, and keep their order, for a batch may be
-    sorted. Where a model takes whole batches alone, one half fills a batch twice.
+    Random halves also separate pairs and blocks of rows. They keep the order of rows, because a
+    batch may be sorted. If a model accepts only whole batches, one half fills a batch twice.
 
     Args:
         evaluate: Evaluates a batch.
         batch: The batch, of at least two examples.
-        whole: What it gave for the whole batch.
-        dtype: The type that it computes in.
+        whole: The values for the whole batch.
+        dtype: The type of the computation.
 
     Returns:
-        The largest difference; None where neither halves nor a batch filled twice can be evaluated.
+        The largest difference; None if neither halves nor a doubled half can be evaluated.
     """
     size = len(batch)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
     halves = [half.sort().values for half in order.tensor_split(2)]
     parts = list(_evaluated(evaluate, batch, halves))
     if not parts:
-        # Each row of one half twice; of an odd number of rows the last one once.
+        # Each row of one half twice; for an odd number of rows the last one once.
         parts = list(_evaluated(evaluate, batch, [halves[0].repeat_interleave(2)[:size]]))
-    found = [
+    differences = [
         _difference(what, values, rows, part[what], _ROUNDING[dtype])
         for rows, part in parts
         for what, values in whole.items()
     ]
-    return max(found, key=lambda difference: difference.excess, default=None)
+    return max(differences, key=lambda difference: difference.excess, default=None)
 
 
 def _evaluated(
@@ -103,16 +103,16 @@ def _evaluated(
             continue
 
 
-def _difference(what: str, values: Tensor, rows: Tensor, found: Tensor, share: float) -> Difference:
+def _difference(what: str, values: Tensor, rows: Tensor, other: Tensor, share: float) -> Difference:
     truth = values[rows]
-    finite = truth.isfinite() & found.isfinite()
+    finite = truth.isfinite() & other.isfinite()
     size = torch.where(finite, truth.abs(), 0.0)
-    off = torch.where(finite, (found - truth).abs(), 0.0)
-    # A small cross-entropy is e^−z: the rounding of the scores, a share of z, is a share of it.
+    off = torch.where(finite, (other - truth).abs(), 0.0)
+    # A small cross-entropy is e^−z: its relative rounding is that of the scores times z.
     scores = 1 + torch.where(size > 0, size.log().abs(), 0.0)
     rounding = share * (size * scores + size.mean() / 10)
-    # One of two is not finite, and the other is.
-    broken = truth.isfinite() != found.isfinite()
+    # One value is finite and the other is not.
+    broken = truth.isfinite() != other.isfinite()
     excess = torch.where(off > 0, off / rounding, 0.0).masked_fill(broken, math.inf)
     at = int(excess.argmax())
     total = float(off.norm() / size.norm()) if off.any() else 0.0
@@ -120,7 +120,7 @@ def _difference(what: str, values: Tensor, rows: Tensor, found: Tensor, share: f
         what,
         int(rows[at]),
         float(truth[at]),
-        float(found[at]),
+        float(other[at]),
         float(excess[at]),
         math.inf if broken.any() else total,
         rows[excess.argsort(descending=True)],
@@ -128,41 +128,43 @@ def _difference(what: str, values: Tensor, rows: Tensor, found: Tensor, share: f
 
 
 def is_dependent(
-    found: Difference,
+    difference: Difference,
     batch: Split,
     dtype: torch.dtype,
     wider: Iterable[tuple[Evaluate, Narrowest]],
 ) -> bool:
-    """Decides whether a difference is more than rounding, which a wider type makes smaller.
+    """Decides whether a difference is more than rounding, which is smaller in a wider type.
 
     Args:
-        found: The difference.
+        difference: The difference.
         batch: The batch.
-        dtype: The type that it was computed in.
-        wider: The same model in wider types, from the narrowest on, each with the context that it
-            is evaluated in; as far as the model can be run in them.
+        dtype: The type in which it was computed.
+        wider: The same model in wider types, from the narrowest on, each with its type detector; as
+            far as the model can be run in them.
 
     Returns:
-        Whether the numbers of an example depend on the others in its batch.
+        Whether the values of an example depend on the others in its batch.
     """
-    everything = torch.arange(len(batch))
-    some = {*found.worst[: _FEW // 2].tolist(), *everything[: _FEW // 2].tolist()}
-    few = torch.tensor(sorted(some))
+    all_rows = torch.arange(len(batch))
+    chosen = {*difference.worst[: _FEW // 2].tolist(), *all_rows[: _FEW // 2].tolist()}
+    few = torch.tensor(sorted(chosen))
     for evaluate, narrowest in wider:
-        closer = None
-        for rows in (few, everything):
+        in_wider = None
+        for rows in (few, all_rows):
             part = batch.take(rows)
             try:
-                closer = compare(evaluate, part, evaluate(part), narrowest.dtype)
+                in_wider = compare(evaluate, part, evaluate(part), narrowest.dtype)
             except (ModelError, LossError, torch.OutOfMemoryError, MemoryError):
-                # Some models take whole batches alone, and some no other type.
+                # Some models accept only whole batches, and some no other type.
                 continue
-            # So large a difference is not acquitted by a few examples.
-            if closer is not None and (closer.excess > 1 or found.share <= _AMPLIFIED[dtype]):
+            # For a difference too large for rounding, a few examples are not enough.
+            if in_wider is not None and (
+                in_wider.excess > 1 or difference.share <= _AMPLIFIED[dtype]
+            ):
                 break
-        if closer is None:
+        if in_wider is None:
             break
-        if closer.excess <= 1:
+        if in_wider.excess <= 1:
             return False
-        found, dtype = closer, narrowest.dtype
-    return found.share > _AMPLIFIED[dtype]
+        difference, dtype = in_wider, narrowest.dtype
+    return difference.share > _AMPLIFIED[dtype]

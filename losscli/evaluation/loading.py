@@ -1,4 +1,4 @@
-"""A model with weights that can be set, as ``load_state_dict`` sets them."""
+"""A model with weights that can be loaded as ``load_state_dict`` does."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from losscli.checkpoint import Versions, has_custom_loading, loadable
 from losscli.evaluation.spectral import SpectralLayer, normalise, spectral_layers
-from losscli.evaluation.strategies import tensors_of
-from losscli.files import release_pages
 from losscli.weight_space.vectors import Weights, can_move
 
-__all__ = ["LoadableModel"]
+__all__ = ["LoadableModel", "named_tensors"]
 
-# What `train` and `eval` set beside a flag. Those of transformers swap kernels, if asked to.
+# Modules with a `train` and `eval` that change no weights. Those of transformers may swap kernels.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
 
 
@@ -25,15 +23,15 @@ class LoadableModel:
     """A model in eval mode, on a device and in a floating-point type.
 
     Args:
-        model: The model, which is taken over: its weights are overwritten.
+        model: The model, which this object owns: its weights are overwritten.
         device: Where to compute.
         dtype: The type of the forward pass.
 
     Attributes:
         tensors: The model's parameters and buffers by the names of its state dict.
-        spectral: Its spectrally normalised weights, with singular vectors that are computed from
-            whatever weights are loaded.
-        versions: Those of the model's modules, which the weights of every point are of.
+        spectral: Its spectrally normalised weights; their singular vectors are recomputed from the
+            loaded weights.
+        versions: The versions of the model's modules, and of the weights of every point.
         extra: The extra state of modules that is not a tensor, the same at every point.
     """
 
@@ -41,7 +39,7 @@ class LoadableModel:
         self.model = _cast(model, device, dtype).eval()
         self.device = device
         self.dtype = dtype
-        self.tensors: Mapping[str, Tensor] = tensors_of(self.model)
+        self.tensors: Mapping[str, Tensor] = named_tensors(self.model)
         self.versions: Versions = getattr(self.model.state_dict(), "_metadata", {})
         self.extra: Mapping[str, Any] = {}
         self.spectral: Sequence[SpectralLayer] = spectral_layers(self.model, self.tensors)
@@ -50,7 +48,7 @@ class LoadableModel:
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
-        """Loads the singular vectors of spectral normalisation as they are given."""
+        """Loads the singular vectors of spectral normalisation without recomputing them."""
         self._normalises = False
         try:
             yield
@@ -59,38 +57,38 @@ class LoadableModel:
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
-        """Loads every tensor plainly; what a slice does not move stays as it was last loaded.
+        """Loads tensors; the others keep the values last loaded.
 
-        The singular vectors of spectrally normalised weights are computed from these.
+        The singular vectors of spectrally normalised weights are recomputed.
 
         Args:
-            weights: All tensors of the model.
+            weights: Tensors of the model.
         """
         if self.folds:
             self.model.train()
         point = self._whole(weights) if self._has_custom_loading else {}
-        # Code of the user's own may write on the tensors that it is given.
+        # A user's code may modify the tensors that it gets.
         given = {name: tensor.clone() for name, tensor in point.items()} or weights
         state = loadable(given, self.versions, self.extra)
         self.model.load_state_dict(state, strict=False)
-        # It changed the checkpoints when these were opened, and may change a point again.
+        # Custom loading already converted the checkpoints when they were read, and must not convert
+        # a point again.
         for name, tensor in point.items():
             self.tensors[name].copy_(tensor)
         if self._normalises:
             normalise(self.spectral, self.tensors)
-        release_pages(*weights.values())
         if self.folds:
             self.model.eval()
 
     def _whole(self, weights: Weights) -> Weights:
-        """All tensors of the model: those that are given, and its own where none is."""
+        """All tensors of the model: the given ones, and its own for the rest."""
         given = {id(own): weights[n] for n, own in self.tensors.items() if n in weights}
         own = {name: given.get(id(tensor), tensor) for name, tensor in self.tensors.items()}
         return {name: tensor.detach().clone() for name, tensor in own.items()}
 
     @property
     def folds(self) -> bool:
-        """Whether the model folds weights into others when it is put into eval mode."""
+        """Whether the model may fold weights into others in eval mode."""
         return any(
             type(module).train.__module__ not in _PLAIN_MODES for module in self.model.modules()
         )
@@ -101,9 +99,25 @@ def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
     if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
         return model.to(device=device, dtype=dtype)
 
-    # nn.Module.to would take the imaginary parts away.
+    # nn.Module.to would drop the imaginary parts.
     model.to(device)
     for tensor in (*model.parameters(), *model.buffers()):
         if can_move(tensor):
             tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
     return model
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters and buffers of a model.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The tensors themselves, by the names of its state dict.
+    """
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }

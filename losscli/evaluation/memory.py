@@ -1,4 +1,4 @@
-"""How many points and examples are evaluated at once: as many as the memory holds."""
+"""How many points and examples are evaluated at once, by the memory and the cost."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ _T = TypeVar("_T")
 _CPU_STACK = 256 << 20
 _GPU_SHARE = 0.25
 
-# Floating-point operations of a chunk of points, about a minute's: so much at most is lost where a
-# run is killed. Counted, not timed: the same command takes the same chunks.
+# Floating-point operations of a chunk of points: about a minute, the most that a killed run loses.
+# Counted and not timed, so that the same command evaluates the same chunks.
 _WORK = {"cpu": 2 * 10**12, "cuda": 10**15}
 _WORK_ELSEWHERE = 3 * 10**13
 
-# Fewer points than these are no chunk, whatever they cost.
+# The fewest points in a chunk that fits, whatever they cost.
 _LEAST = 16
 
-# What decoding an example is counted as: where it takes longer than evaluating it at the points of
-# a chunk, these are more.
+# Floating-point operations that correspond to decoding an example. If decoding takes longer than
+# evaluating the points of a chunk, the chunk gets more points.
 _DECODING = {"cpu": 10**9}
 _DECODING_ELSEWHERE = 10**10
 
 
 def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
-    """Finds how many points may have their weights in memory at once.
+    """Returns how many points may have their weights in memory at once.
 
     Args:
         objective: The objective.
         names: The tensors that move.
 
     Returns:
-        At least 1; the weights of so many points take at most 256 MiB on a CPU, or a quarter of
+        At least 1. The weights of so many points take at most 256 MiB on a CPU, or a quarter of
         the free memory of a GPU.
     """
     size = sum(objective.tensors[name].nbytes for name in names)
     for layer in objective.statistics:
-        # Of statistics there are the sums too, in float64.
+        # Estimated statistics also have float64 sums.
         own = [objective.tensors[name] for name in layer.names]
         size += sum(tensor.nbytes + 8 * tensor.numel() for tensor in own)
     if objective.device.type == "cuda":
@@ -67,8 +67,8 @@ def points_at_once(
         splits: The examples; all by default.
 
     Returns:
-        At least 1. Where their weights fit, at least 16, and where data is decoded in each pass
-        so many that evaluating takes about as long as decoding.
+        At least 1. If their weights fit, at least 16; and if data is decoded in each pass, so many
+        that evaluating takes about as long as decoding.
     """
     splits = objective.splits if splits is None else splits
     examples = sum(map(len, splits.values()))
@@ -88,14 +88,14 @@ def is_streamed(splits: Mapping[str, Examples]) -> bool:
 
 
 def halving(objective: Objective, work: Callable[[], _T]) -> _T:
-    """Does some work, anew with half the batch whenever it is out of memory.
+    """Calls a function, and again with half the batch size whenever memory runs out.
 
     Args:
-        objective: Whose batch.
-        work: What to do.
+        objective: The objective with the batch size.
+        work: The function.
 
     Returns:
-        What the work returns.
+        The result of the function.
 
     Raises:
         OutOfMemoryError: One example does not fit.
@@ -114,7 +114,7 @@ def halve_batch(objective: Objective) -> None:
         objective: The objective.
 
     Raises:
-        OutOfMemoryError: A batch is one example, or must not be halved.
+        OutOfMemoryError: The batch is one example, or must not be halved.
     """
     if objective.batch_loss:
         raise OutOfMemoryError(

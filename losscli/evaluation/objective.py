@@ -1,6 +1,7 @@
-"""Model, loss and data: per-example losses at points of weight space. The room for all devices.
+"""The objective: per-example losses of a model on data, at points of weight space.
 
-However points are evaluated, one law holds: the numbers of the checkpoint loaded plainly.
+However points are evaluated, the numbers are those of the checkpoint loaded with
+``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from losscli.errors import (
     NondeterministicModelError,
     OutOfMemoryError,
 )
+from losscli.evaluation.doubts import Doubt
 from losscli.evaluation.flops import Trace, operations
 from losscli.evaluation.forward import (
     HALF,
@@ -35,22 +37,14 @@ from losscli.evaluation.forward import (
     is_registered,
 )
 from losscli.evaluation.independence import Values
-from losscli.evaluation.losses import (
-    Doubt,
-    PerExample,
-    check_shares,
-)
+from losscli.evaluation.losses import PerExample
 from losscli.evaluation.output_collector import OutputCollector, join_weights
-from losscli.evaluation.recalibration import Layer, Recalibration, layers_of
-from losscli.evaluation.strategies import (
-    Loaded,
-    Plain,
-    Points,
-    Stacked,
-    Strategy,
-)
+from losscli.evaluation.points import BoundPoints, LoadedPoint, LoadedPoints, Points, StackedPoints
+from losscli.evaluation.recalibration import BatchNormLayer, Recalibration, batchnorm_layers
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.targets import (
     check_lengths,
+    check_probabilities,
     check_range,
     first_not_finite,
     is_of_classes,
@@ -71,7 +65,7 @@ __all__ = [
 ]
 
 Progress = Callable[[float], None]
-"""Called with the share of a point that was done since the last call."""
+"""Called with the share of a point done since the last call."""
 
 # Bytes of prepared inputs in a batch, and the most examples. On two cores of an Ice Lake Xeon the
 # MLP 784-512-512-10 is fastest at 2,048 examples (1.12 times as fast as at 1,024 and 1.3 times as
@@ -79,33 +73,33 @@ Progress = Callable[[float], None]
 _BATCH = {"cpu": (8 << 20, 2048)}
 _BATCH_ELSEWHERE = (256 << 20, 4096)
 
-# Examples from which the size of an example's outputs is known. Not one: code may squeeze that.
+# Examples used to measure the outputs of one example. Not 1: code may squeeze that dimension.
 PROBE = 2
 
-# How far the losses of a strategy may be from those of the plain one, as a share.
+# Largest relative difference of the losses of a strategy from those of loaded points.
 AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(HALF, 5e-2)}
 
 DETERMINISTIC = (
     "Take the randomness (dropout outside nn.Dropout, sampling) out of the forward pass; averaging "
     "over fixed seeds (--stochastic N) is not available yet"
 )
-"""How to get a model that gives one answer."""
+"""Advice for a model with random outputs."""
 
-# A token id stands for a vector: it is counted as one of a thousand floats.
+# A token id is looked up as a vector, counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a split gives at P points.
+    """Losses and metrics of a split at P points.
 
     Attributes:
         losses: The loss of each example at each point, ``[P, N]``, on the CPU; float64 for a
-            forward pass in float64, else float32. Where examples have weights w, it is the
-            weighted loss over the mean of w: its mean over examples is Σwl/Σw.
+            forward pass in float64, else float32. If examples have weights w, it is the weighted
+            loss over the mean of w, so that its mean over examples is Σwl/Σw.
         metrics: The mean of each metric at each point, ``[P]``, float64, on the CPU.
-        weights: The weight of each example, ``[N]``, float64, on the CPU; None where all are 1.
-        counts: Over how many examples the mean of a metric is, where not over all.
+        weights: The weight of each example, ``[N]``, float64, on the CPU; None if all are 1.
+        counts: The number of examples that a metric is averaged over, if not all.
     """
 
     losses: Tensor
@@ -118,30 +112,34 @@ class Objective(ScoredModel):
     """The empirical risk of a model on a data set, as a function of the model's weights.
 
     Args:
-        model: The model. The objective takes it over: moves it, puts it into eval mode and
-            overwrites its weights.
+        model: The model. The objective owns it: moves it, sets eval mode and overwrites its
+            weights.
         loss: The per-example loss.
         metrics: The per-example metrics by name.
         data: The data; each split is moved to the device once.
         device: Where to compute.
-        dtype: The type of the forward pass. Built-in losses take its outputs to a wider type; other
-            functions get half-precision outputs in float32.
-        batch_size: Examples a forward pass; by the device where it is None.
-        recalibration: What BatchNorm's statistics are estimated on anew at every point, before
-            anything is evaluated there; None leaves them as they are loaded.
+        dtype: The type of the forward pass. Built-in losses convert its outputs to a wider type;
+            other functions get half-precision outputs in float32.
+        batch_size: Examples per forward pass; None chooses for the device.
+        recalibration: The examples on which BatchNorm's statistics are re-estimated at every point;
+            None keeps those that are loaded.
         batch_loss: Whether the loss is one number per batch: each example of the data is a whole
             batch, and the batch size is 1.
-        optional: The metrics that are left out where they do not apply.
+        optional: The metrics that are omitted if they do not apply.
 
     Attributes:
-        left_out: Those that were left out, and why.
+        left_out: The omitted metrics with the reason.
         batchnorm: The model's BatchNorm layers that track statistics.
-        idle: Those of them that took no batch when statistics were last estimated.
-        doubts: Whether the loss may be the wrong one, by the first batch of every split checked.
-        unchecked: The splits on which the model takes the first batch whole and no other, so that
-            it is not known whether losses depend on the rest of a batch.
-        unused: The parameters that have no influence on the outputs of a first batch.
-        constant: Whether different checkpoints were found to have the same losses on first batches.
+        idle: Those of them that did not run when statistics were last estimated.
+        doubts: Signs that the loss is the wrong one, common to the first batches of all splits.
+        unchecked: The splits on which the model accepts the first batch only as a whole, so that
+            it is unknown whether losses depend on other examples in the batch.
+        unused: The parameters without influence on the outputs of a first batch.
+        constant: Whether different checkpoints have the same losses on first batches.
+        strategy: How points are evaluated; None before it is chosen.
+        provisional: The strategy for points at which none could be tested.
+        proving: Whether a strategy is being tested.
+        traced: Whether a forward pass has been traced.
     """
 
     def __init__(
@@ -164,11 +162,11 @@ class Objective(ScoredModel):
         self.chooses_batch = batch_size is None and not batch_loss
         self.splits: Mapping[str, Examples] = _place(data.splits, device)
         self.classes: int | None = None
-        self.batchnorm = layers_of(self.model, self.tensors)
+        self.batchnorm = batchnorm_layers(self.model, self.tensors)
         self.recalibration = recalibration and _placed_recalibration(
             recalibration, data.splits, self.splits, device
         )
-        self.idle: Sequence[Layer] = ()
+        self.idle: Sequence[BatchNormLayer] = ()
         self.doubts: frozenset[Doubt] = frozenset()
         self.left_out: dict[str, str] = {}
         self.optional = frozenset(optional)
@@ -193,30 +191,30 @@ class Objective(ScoredModel):
 
     @property
     def remarks(self) -> list[str]:
-        """What was noted."""
+        """The notes added by `remark`."""
         return list(self._remarks)
 
     @property
     def notes(self) -> list[str]:
-        """What to know about the targets, metrics and derivatives, as far as it was found."""
+        """Notes on the targets, metrics and derivatives so far."""
         left_out = (f"{name} is left out: {why}" for name, why in self.left_out.items())
         return [*self._remarks, *left_out]
 
     @property
-    def statistics(self) -> Sequence[Layer]:
-        """The BatchNorm layers whose statistics are estimated anew at every point."""
+    def statistics(self) -> Sequence[BatchNormLayer]:
+        """The BatchNorm layers with statistics that are re-estimated at every point."""
         return () if self.recalibration is None else self.batchnorm
 
     def first_batch_only(self) -> AbstractContextManager[None]:
-        """Estimates BatchNorm's statistics on a first training batch alone.
+        """Estimates BatchNorm's statistics on the first training batch only.
 
         Returns:
-            A context, for comparing strategies with each other.
+            A context in which strategies can be compared.
         """
-        return self._recalibrating(self.recalibration and self.recalibration.brief())
+        return self._recalibrating(self.recalibration and self.recalibration.first_batch())
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
-        """Leaves BatchNorm's statistics as they are loaded.
+        """Keeps BatchNorm's statistics as loaded.
 
         Returns:
             A context.
@@ -225,10 +223,10 @@ class Objective(ScoredModel):
 
     @contextmanager
     def estimating_on(self, batch: Split) -> Iterator[None]:
-        """Lets the statistics of a batch stand in for those of BatchNorm layers at every point.
+        """Estimates BatchNorm's statistics on a given batch at every point.
 
         Args:
-            batch: The examples, taken at once.
+            batch: The examples, used as one batch.
         """
         idle, order = self.idle, torch.arange(len(batch))
         try:
@@ -246,28 +244,24 @@ class Objective(ScoredModel):
             self.recalibration = own
 
     def first_batches(self) -> dict[str, Split]:
-        """Takes a sample of the data for checks.
-
-        Returns:
-            The first batch of each split.
-        """
+        """Returns the first batch of each split, for checks."""
         firsts = ((name, split.first(self.batch_size)) for name, split in self.splits.items())
         return {name: first.to(self.device) for name, first in firsts}
 
     def batches(
         self, split: Examples, size: int | None = None, order: Tensor | None = None
     ) -> Iterator[Split]:
-        """Goes by the examples of a split once.
+        """Iterates once over the examples of a split.
 
         Args:
-            split: The examples, wherever they are.
-            size: Examples a batch; the objective's own where it is None.
-            order: Positions ``[n]``, as the split draws them; all in their own order where None.
+            split: The examples, on any device.
+            size: Examples in a batch; None takes the objective's batch size.
+            order: Indices ``[n]`` into the split; None takes all in order.
 
         Yields:
             The batches, as stored, on the device.
         """
-        # What is decoded in passing has not been checked before.
+        # Examples that are decoded in each pass have not been checked before.
         unchecked = not isinstance(split, Split)
         done, lengths = 0, set[torch.Size]()
         for batch in split.batches(size or self.batch_size, order):
@@ -285,18 +279,18 @@ class Objective(ScoredModel):
         return is_registered(self.loss) and not self.batch_loss
 
     def _check_targets(self, targets: Tensor, lengths: set[torch.Size]) -> None:
-        """Checks the targets of a batch, with the shapes of those of the batches before."""
+        """Checks the targets of a batch; ``lengths`` collects their shapes over batches."""
         if self.classes is not None:
             self.remark(check_range(self.loss, targets, self.classes, "the data"))
         if is_of_classes(self.loss) and not self.batch_loss:
             lengths.add(targets.shape[1:])
             check_lengths(lengths)
-        check_shares(self.loss, targets, "the data")
+        check_probabilities(self.loss, targets, "the data")
 
     def where(self, split: Examples) -> str:
-        """Returns what to call the examples of a split in errors."""
-        found = [name for name, examples in self.splits.items() if examples is split]
-        return f"the split {found[0]!r}" if found else "the data"
+        """Returns the name of the examples of a split in errors."""
+        names = [name for name, examples in self.splits.items() if examples is split]
+        return f"the split {names[0]!r}" if names else "the data"
 
     def values(self, batch: Split) -> Values:
         """Evaluates a batch.
@@ -305,7 +299,7 @@ class Objective(ScoredModel):
             batch: The batch, on the device.
 
         Returns:
-            The loss of each example, and the metrics that are not known to be per example.
+            The loss of each example, and the metrics that may not be per example.
         """
         outputs = self.forward(self.model, self.data.prepare(batch.inputs, self.dtype))
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
@@ -313,27 +307,27 @@ class Objective(ScoredModel):
 
     @property
     def operations(self) -> int:
-        """The floating-point operations of one example's forward pass: two a weight, or more."""
+        """The floating-point operations of one example's forward pass: at least two per weight."""
         return self.count_operations() if self._operations is None else self._operations
 
     def count_operations(self, trace: Trace | None = None) -> int:
         """Counts the operations of a forward pass on a few examples.
 
         Args:
-            trace: Told what the pass computes and reads.
+            trace: Receives the operations and reads of the pass.
 
         Returns:
-            The floating-point operations of one example: two for each weight, or more.
+            The floating-point operations of one example: at least two per weight.
         """
         self._operations = max(1, 2 * sum(p.numel() for p in self.model.parameters()))
         split = next(iter(self.splits.values()))
-        # Some models take a whole batch alone, and some no counter can look into.
+        # Some models accept only whole batches, and some cannot be traced.
         for number in dict.fromkeys((min(PROBE, self.batch_size), self.batch_size)):
             few = split.first(number).to(self.device)
             inputs = self.data.prepare(map_inputs(Tensor.clone, few.inputs), self.dtype)
             with contextlib.suppress(ModelError):
-                found = operations(self.model, partial(self.forward, self.model, inputs), trace)
-                self._operations = max(self._operations, found // len(few))
+                count = operations(self.model, partial(self.forward, self.model, inputs), trace)
+                self._operations = max(self._operations, count // len(few))
                 break
         return self._operations
 
@@ -344,18 +338,18 @@ class Objective(ScoredModel):
         splits: Mapping[str, Examples] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
-        """Evaluates one point as anybody would: ``load_state_dict``, then batch by batch.
+        """Evaluates one point the usual way: ``load_state_dict``, then batch by batch.
 
         Args:
             weights: All tensors of the model; they stay loaded.
             splits: The examples; all by default.
-            progress: Told how far it is.
+            progress: Called with the progress.
 
         Returns:
-            For each split its evaluation at this one point, P = 1.
+            For each split the evaluation at this point, P = 1.
         """
         self.load(weights)
-        return self.evaluate(Plain(self), splits, progress)
+        return self.evaluate(LoadedPoint(self), splits, progress)
 
     @torch.no_grad()
     def at(
@@ -365,72 +359,72 @@ class Objective(ScoredModel):
         splits: Mapping[str, Examples] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
-        """Evaluates points of a slice: their weights are made once, then the data goes by once.
+        """Evaluates points of a slice in one pass over the data.
 
         Args:
             slice_: The slice, its ends on this objective's device. Tensors that it does not move
-                keep the values last loaded; those that it moves are left at an unknown point.
+                keep the values last loaded; those that it moves are left at an arbitrary point.
             coordinates: The P points.
             splits: The examples; all by default.
-            progress: Told how far it is.
+            progress: Called with the progress.
 
         Returns:
-            For each split its evaluation at the P points.
+            For each split the evaluation at the P points.
         """
         strategy = self.strategy or self.provisional or Strategy.LOADED
         if strategy is Strategy.LOADED:
-            return self.evaluate(Loaded(self, slice_, coordinates), splits, progress)
+            return self.evaluate(LoadedPoints(self, slice_, coordinates), splits, progress)
         if strategy is Strategy.STACKED:
-            points: Points = Stacked(self, slice_, coordinates, proving=self.proving)
+            points: BoundPoints = StackedPoints(self, slice_, coordinates, proving=self.proving)
         else:
-            points = Points(self, slice_, coordinates, strategy, proving=self.proving)
+            points = BoundPoints(self, slice_, coordinates, strategy, proving=self.proving)
         with points:
             return self.evaluate(points, splits, progress)
 
     def evaluate(
         self,
-        points: Plain | Loaded | Points,
+        points: Points,
         splits: Mapping[str, Examples] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
-        """Evaluates points.
+        """Evaluates points with all splits.
 
         Args:
-            points: The points, by the strategy that they are evaluated with.
+            points: The points, of the class that evaluates them.
             splits: The examples; all by default.
-            progress: Told how far it is.
+            progress: Called with the progress.
 
         Returns:
-            For each split its evaluation at the points.
+            For each split the evaluation at the points.
         """
         splits = self.splits if splits is None else splits
         total = sum(map(len, splits.values()))
         if self.recalibration is not None:
             total += len(self.recalibration)
 
-        def tell(examples: int) -> None:
+        def report(examples: int) -> None:
             if progress is not None:
                 progress(examples / total)
 
         with RandomnessDetector(self.device) as draws:
-            self.recalibrate(points, tell)
-            found = {name: self._walk(points, split, tell) for name, split in splits.items()}
+            self.recalibrate(points, report)
+            evaluations = {
+                name: self._evaluate_split(points, split, report) for name, split in splits.items()
+            }
         if draws.names:
             raise NondeterministicModelError(
                 f"the forward pass draws random numbers from {' and '.join(draws.names)}, even in "
                 "eval mode",
                 DETERMINISTIC,
             )
-        return found
+        return evaluations
 
-    def recalibrate(
-        self, points: Plain | Loaded | Points, tell: Callable[[int], None] = lambda _: None
-    ) -> None:
+    def recalibrate(self, points: Points, report: Callable[[int], None] = lambda _: None) -> None:
         """Estimates BatchNorm's statistics at all points, a batch at a time.
 
         Args:
             points: The points.
-            tell: Called with the examples of each batch that is done.
+            report: Called with the number of examples of each finished batch.
 
         Raises:
             OutOfMemoryError: One point and one batch do not fit.
@@ -440,10 +434,10 @@ class Objective(ScoredModel):
         try:
             for batch in self.recalibration.batches():
                 inputs = self.data.prepare(batch.to(self.device).inputs, self.dtype)
-                self._finish(points.estimate(inputs), len(batch), tell)
-            found = points.adopt()
+                self._finish(points.record_statistics(inputs), len(batch), report)
+            updated = points.use_statistics()
         except (torch.OutOfMemoryError, MemoryError):
-            # With fewer points at once it may do; but a batch has to stay whole.
+            # Fewer points at once may fit; but the batch must not be halved.
             if len(points) > 1:
                 raise
             raise OutOfMemoryError(
@@ -451,41 +445,41 @@ class Objective(ScoredModel):
                 f"recalibrate takes at a time, does not fit into the memory of {self.device}",
                 "Try --device cpu or --dtype bfloat16",
             ) from None
-        self.idle = [layer for layer in self.batchnorm if layer.mean not in found]
+        self.idle = [layer for layer in self.batchnorm if layer.mean not in updated]
 
-    def _walk(
+    def _evaluate_split(
         self,
-        points: Plain | Loaded | Points,
+        points: Points,
         split: Examples,
-        tell: Callable[[int], None] = lambda _: None,
+        report: Callable[[int], None] = lambda _: None,
     ) -> Evaluation:
-        """Takes all points through the data, a batch at a time, without waiting for the device."""
+        """Evaluates all points batch by batch, without waiting for the device."""
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         losses = torch.empty(len(points), len(split), dtype=exact, device=self.device)
         zeros = torch.zeros(len(points), dtype=self.sum_type, device=self.device)
         totals = {name: zeros.clone() for name in self.metrics}
-        # Each batch has sums of its own, added when all its points are done: two threads may be at
-        # one point with two batches, and the order of adding determines the last digit.
-        before: tuple[Iterator[int], int, dict[str, Tensor]] = iter(()), 0, {}
+        # Each batch has sums of its own, added when all its points are done: two threads may
+        # evaluate two batches at one point, and the order of addition determines the last digit.
+        previous: tuple[Iterator[int], int, dict[str, Tensor]] = iter(()), 0, {}
         start = 0
-        weighed: list[Mapping[str | None, Tensor | None]] = []
+        batch_weights: list[Mapping[str | None, Tensor | None]] = []
         for batch in self.batches(split):
             inputs = self.data.prepare(batch.inputs, self.dtype)
             columns = losses[:, start : start + len(batch)]
             start += len(batch)
             sums = {name: zeros.clone() for name in self.metrics}
             collector = OutputCollector(self, batch.targets, columns, sums)
-            weighed.append(collector.weights)
+            batch_weights.append(collector.weights)
             done = points.evaluate(inputs, collector)
-            # One batch ahead, so that no thread waits for the last point of the one before.
-            self._add(*before, totals, tell)
-            before = done, len(batch), sums
-        self._add(*before, totals, tell)
-        weights = {name: join_weights(weighed, name) for name in (None, *self.metrics)}
+            # One batch ahead, so that no thread waits for the last point of the previous batch.
+            self._add(*previous, totals, report)
+            previous = done, len(batch), sums
+        self._add(*previous, totals, report)
+        weights = {name: join_weights(batch_weights, name) for name in (None, *self.metrics)}
         counts = {name: float(w.sum()) for name, w in weights.items() if name and w is not None}
         losses, own = losses.cpu(), weights[None]
         if own is not None:
-            # Where none counts, the mean is not a number.
+            # nan if all targets are ignored.
             losses /= own.mean()
         metrics = {
             name: total.cpu().to(torch.float64) / counts.get(name, len(split))
@@ -499,20 +493,20 @@ class Objective(ScoredModel):
         examples: int,
         sums: Mapping[str, Tensor],
         totals: Mapping[str, Tensor],
-        tell: Callable[[int], None],
+        report: Callable[[int], None],
     ) -> None:
-        self._finish(points, examples, tell)
+        self._finish(points, examples, report)
         for name, values in sums.items():
             totals[name].add_(values)
 
     @staticmethod
-    def _finish(points: Iterator[int], examples: int, tell: Callable[[int], None]) -> None:
+    def _finish(points: Iterator[int], examples: int, report: Callable[[int], None]) -> None:
         for _ in points:
-            tell(examples)
+            report(examples)
 
 
 def _default_batch(data: DataSet, device: torch.device) -> int:
-    """The power of two that fits the bytes a batch may have; the same for every run."""
+    """The largest power of two within the byte limit of a batch; the same for every run."""
     budget, most = _BATCH.get(device.type, _BATCH_ELSEWHERE)
     example = max(
         sum(map(_bytes_in_forward, leaves(split.first(1).inputs))) for split in data.splits.values()
@@ -521,7 +515,7 @@ def _default_batch(data: DataSet, device: torch.device) -> int:
 
 
 def _place(splits: Mapping[str, Examples], device: torch.device) -> dict[str, Examples]:
-    """Moves what is in memory to the device, split by split as long as it fits there."""
+    """Moves splits in memory to the device as long as they fit."""
     budget = device_budget(device)
     placed: dict[str, Examples] = {}
     for name, split in splits.items():
@@ -539,7 +533,7 @@ def _placed_recalibration(
     placed: Mapping[str, Examples],
     device: torch.device,
 ) -> Recalibration:
-    """Brings training examples to the device, where a split of the data is there already."""
+    """Moves training examples to the device, reusing a split that is already there."""
     for name, split in splits.items():
         if split is recalibration.split:
             return replace(recalibration, split=placed[name])
@@ -550,29 +544,29 @@ def _placed_recalibration(
 
 
 def _bytes_in_forward(inputs: Tensor) -> int:
-    """The bytes that an example takes in a forward pass, as far as its inputs show them."""
+    """Estimates the bytes of an example in a forward pass from its inputs."""
     whole = not inputs.is_floating_point() and inputs.dtype not in {torch.uint8, torch.bool}
-    # The first thing that happens to an image is that it gets more channels.
+    # The first layer gives an image more channels.
     factor = _TOKEN_BYTES if whole else 4 * (2 if inputs.ndim > 2 else 1)
     return inputs[0].numel() * factor
 
 
-def is_close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
-    """Compares losses that are finite in the same places.
+def is_close(losses: Tensor, truth: Tensor, tolerance: float) -> bool:
+    """Whether losses agree, and are finite in the same places.
 
     Args:
-        found: The losses.
-        truth: What they should be.
-        tolerance: The largest norm of the difference, as a share of the norm of the truth.
+        losses: The losses.
+        truth: The reference.
+        tolerance: The largest norm of the difference, relative to the norm of the reference.
 
     Returns:
         Whether they agree.
     """
     finite = truth.isfinite()
-    if not torch.equal(found.isfinite(), finite):
+    if not torch.equal(losses.isfinite(), finite):
         return False
-    found, truth = found.double()[finite], truth.double()[finite]
-    return bool((found - truth).norm() <= tolerance * truth.norm())
+    losses, truth = losses.double()[finite], truth.double()[finite]
+    return bool((losses - truth).norm() <= tolerance * truth.norm())
 
 
 @torch.no_grad()
@@ -584,11 +578,11 @@ def recalibrated(objective: Objective, weights: Weights) -> Weights:
         weights: All tensors of the model; they stay loaded, but for the statistics.
 
     Returns:
-        The weights with the new statistics; the same ones where there are none.
+        The weights with the new statistics; unchanged if there are none.
     """
     if objective.recalibration is None:
         return weights
     objective.load(weights)
-    objective.recalibrate(Plain(objective))
+    objective.recalibrate(LoadedPoint(objective))
     names = [name for layer in objective.statistics for name in layer.names]
     return {**weights, **{n: objective.tensors[n].to(weights[n].device, copy=True) for n in names}}

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.forward import ScoredModel, scores_in
-from losscli.evaluation.losses import (
-    PerExample,
-    causal_lm,
-    function_of,
-    options_of,
-    perplexity,
-    weights_of,
-)
+from losscli.evaluation.losses import PerExample, causal_lm, function_of, options_of
+from losscli.evaluation.metrics import perplexity
 
 __all__ = ["OutputCollector", "join_weights"]
 
@@ -29,12 +24,12 @@ class OutputCollector:
     Args:
         model: The model with its loss and metrics.
         targets: The targets of the batch, ``[B, …]``.
-        losses: Where its losses go, ``[P, B]``.
-        sums: Where the sums of its metrics go, ``[P]`` each.
+        losses: Receives its losses, ``[P, B]``.
+        sums: Receives the sums of its metrics, ``[P]`` each.
 
     Attributes:
-        weights: The weights of its examples in the mean loss, under None, and in that of each
-            metric; they are those of the targets, the same at every point.
+        weights: The weights of its examples in the mean of each metric by name, and of the loss
+            under None; the same at every point.
     """
 
     def __init__(
@@ -47,9 +42,9 @@ class OutputCollector:
         self.weights: dict[str | None, Tensor | None] = {}
 
     def one(self, p: int, outputs: Any) -> None:
-        """Takes the outputs at one point."""
+        """Records the outputs at one point."""
         if p == 0:
-            self._weigh(outputs)
+            self._compute_weights(outputs)
         for name, values in self._all_values(self._values, outputs):
             if name is None:
                 self._losses[p] = values
@@ -57,21 +52,21 @@ class OutputCollector:
                 self._sums[name][p] = values.to(self._sums[name].dtype).sum()
 
     def all(self, outputs: Any) -> None:
-        """Takes the outputs at all points."""
+        """Records the outputs at all points."""
         scores = scores_in(outputs)
-        self._weigh(scores[0] if isinstance(scores, Tensor) else outputs)
+        self._compute_weights(scores[0] if isinstance(scores, Tensor) else outputs)
         for name, values in self._all_values(self._mapped, outputs):
             if name is None:
                 self._losses[:] = values
             else:
                 self._sums[name][:] = values.to(self._sums[name].dtype).sum(1)
 
-    def _weigh(self, outputs: Any) -> None:
+    def _compute_weights(self, outputs: Any) -> None:
         functions: dict[str | None, PerExample] = {None: self._model.loss}
         functions.update(self._model.metrics)
         for name, function in functions.items():
             if self._model.batch_loss:
-                # Every batch counts the same.
+                # Every batch has the same weight.
                 self.weights[name] = None
                 continue
             self.weights[name] = weights_of(function, scores_in(outputs), self._targets)
@@ -79,11 +74,11 @@ class OutputCollector:
     def _all_values(
         self, take: Callable[[PerExample, str, Any], Tensor], outputs: Any
     ) -> Iterator[tuple[str | None, Tensor]]:
-        """Takes the loss, which has no name, and every metric."""
+        """Computes the loss, under the name None, and every metric."""
         loss = take(self._model.loss, "loss", outputs)
         yield None, loss
         for name, function in self._model.metrics.items():
-            # A large vocabulary is not gone through twice.
+            # A perplexity with the options of the loss is that loss: not computed twice.
             own, loss_of = function_of(function), self._model.loss
             same = own is perplexity and function_of(loss_of) is causal_lm
             same &= options_of(function) == options_of(loss_of)
@@ -98,10 +93,10 @@ class OutputCollector:
 
 
 def join_weights(
-    weighed: Sequence[Mapping[str | None, Tensor | None]], name: str | None
+    batches: Sequence[Mapping[str | None, Tensor | None]], name: str | None
 ) -> Tensor | None:
-    """Joins the weights of the examples of all batches; None where all are 1."""
-    parts = [weights for one in weighed if (weights := one[name]) is not None]
+    """Concatenates the weights of the examples of all batches; None if all are 1."""
+    parts = [weights for batch in batches if (weights := batch[name]) is not None]
     if not parts:
         return None
     weights = torch.cat(parts).cpu().double()

@@ -1,4 +1,4 @@
-"""Copies of an objective that compute in another floating-point type."""
+"""Copies of an objective in other floating-point types."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["in_float64", "narrowest_type", "wider_copies", "with_model"]
 
 
 def with_model(objective: Objective, model: nn.Module, dtype: torch.dtype) -> Objective:
-    """Makes another objective of the same loss and data, without metrics.
+    """Makes another objective with the same loss and data, and without metrics.
 
     Args:
         objective: The objective.
-        model: Its model, which it takes over.
+        model: The new objective's model, which it owns.
         dtype: The type of its forward pass.
 
     Returns:
@@ -49,17 +49,17 @@ def with_model(objective: Objective, model: nn.Module, dtype: torch.dtype) -> Ob
 
 @torch.no_grad()
 def in_float64(objective: Objective, sample: Split, *, inside: bool = False) -> Objective | None:
-    """Returns an objective of the same function that computes in float64.
+    """Returns the same objective in float64.
 
     Args:
         objective: The objective.
         sample: A few examples, on the device.
-        inside: Whether code that casts to a narrower type computes in float64 too.
+        inside: Whether code that casts to a narrower type must compute in float64 too.
 
     Returns:
-        This objective if it computes in float64; else a twin with the weights that are loaded.
-        None if the device has no float64, if a second copy of the model is too large, or if
-        the copy fails or still uses tensors of the original, such as through a closure.
+        The objective itself if it computes in float64; else a copy with the loaded weights. None if
+        the device has no float64, if the copy would be too large, or if the copy fails or still
+        uses tensors of the original, for example through a closure.
     """
     if objective.dtype == torch.float64 and not (
         inside and narrowest_type(objective, sample) != objective.dtype
@@ -96,13 +96,13 @@ def _is_wide(objective: Objective, sample: Split) -> bool:
 
 
 def wider_copies(objective: Objective) -> Iterator[tuple[Evaluate, Narrowest]]:
-    """Makes copies of an objective that compute in wider types.
+    """Makes copies of an objective in wider types.
 
     Args:
         objective: The objective.
 
     Yields:
-        A function that evaluates a batch, and the context that knows the type it computes in. Each
+        A function that evaluates a batch, and the context that records its narrowest type. Each
         copy is dropped before the next one is made.
     """
     numbers = sum(tensor.numel() for tensor in objective.tensors.values())
@@ -130,14 +130,14 @@ def wider_copies(objective: Objective) -> Iterator[tuple[Evaluate, Narrowest]]:
 
 @torch.no_grad()
 def narrowest_type(objective: Objective, sample: Split) -> torch.dtype:
-    """Finds the narrowest floating-point type that the model and the loss compute in.
+    """Returns the narrowest floating-point type in which the model and the loss compute.
 
     Args:
         objective: The objective.
         sample: A few examples, on the device.
 
     Returns:
-        The type; where code casts, it is narrower than that of the forward pass.
+        The type. It is narrower than that of the forward pass if code casts.
     """
     narrowest, batch = Narrowest(objective.dtype), sample.first(objective.batch_size)
     with narrowest:

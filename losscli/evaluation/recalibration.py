@@ -1,10 +1,10 @@
-"""BatchNorm's statistics, estimated anew at a point from training examples.
+"""BatchNorm's statistics, re-estimated at a point from training examples.
 
-A checkpoint holds running statistics that were gathered on the way of training. Those of two
-checkpoints, combined, are not the statistics that the data have between them, and much of a barrier
-may be theirs alone (Jordan et al. 2022, arXiv 2211.08403). They are estimated anew as
-`torch.optim.swa_utils.update_bn` does: the layers take each batch by its own statistics, and the
-mean of these over the batches is what they get.
+A checkpoint holds running statistics that were gathered during training. Those of two checkpoints,
+interpolated, are not the statistics of the data in between, and may cause much of a barrier (Jordan
+et al. 2022, arXiv 2211.08403). They are re-estimated as `torch.optim.swa_utils.update_bn` does: the
+layers normalise each batch by its own statistics, and their running statistics become the means of
+these over the batches.
 """
 
 from __future__ import annotations
@@ -21,14 +21,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from losscli.data import Examples, Split
 
-__all__ = ["BATCH", "Layer", "Recalibration", "Statistics", "estimating", "layers_of"]
+__all__ = [
+    "BATCH",
+    "BatchNormLayer",
+    "Recalibration",
+    "Statistics",
+    "batchnorm_layers",
+    "recording",
+]
 
 BATCH = 256
-"""The most examples that statistics are taken of at once, whatever the device and the batch size of
-the losses: the statistics of a batch are part of what is computed."""
+"""The most examples in a batch, on every device and for every batch size of the losses, because the
+result depends on the batches."""
 
-Seen = dict[str, tuple[Tensor, int]]
-"""Sums of statistics in a forward pass, and of how many calls, by the names of the buffers."""
+BatchStatistics = dict[str, tuple[Tensor, int]]
+"""Sums of statistics over the calls of a forward pass, and their number, by buffer name."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Recalibration:
         name: The name of their split.
         split: The split.
         size: Examples a batch.
-        order: Which of the split's examples, and in which order: whole batches.
+        order: The indices of the examples in the split, in whole batches.
     """
 
     name: str
@@ -49,10 +56,10 @@ class Recalibration:
 
     @classmethod
     def plan(cls, name: str, split: Examples, seed: int) -> Self:
-        """Deals examples to batches, in one random order: files are often sorted by their classes.
+        """Divides examples into batches in a random order, because files are often sorted by class.
 
-        The batches are as few as can be, and all of one size, so that each counts as much as any
-        other. Fewer examples are left over than there are batches.
+        The batches are as few as possible and have the same size, so that each counts the same.
+        Fewer examples are left out than there are batches.
 
         Args:
             name: The name of the split.
@@ -68,18 +75,18 @@ class Recalibration:
         return cls(name, split, size, order[: size * number])
 
     def batches(self) -> Iterator[Split]:
-        """Goes by the examples once.
+        """Iterates over the batches.
 
         Returns:
             The batches.
         """
         return self.split.batches(self.size, self.order)
 
-    def brief(self) -> Self:
-        """Takes the first batch alone.
+    def first_batch(self) -> Self:
+        """Keeps only the first batch.
 
         Returns:
-            What is enough to hold two ways to evaluate against each other.
+            The recalibration with one batch, enough to compare two strategies.
         """
         return replace(self, order=self.order[: self.size])
 
@@ -88,7 +95,7 @@ class Recalibration:
 
 
 @dataclass(frozen=True)
-class Layer:
+class BatchNormLayer:
     """A BatchNorm layer that tracks its statistics.
 
     Attributes:
@@ -107,7 +114,7 @@ class Layer:
         return self.mean, self.variance
 
     def is_fresh(self, weights: Mapping[str, Tensor]) -> bool:
-        """Tells whether some weights hold no statistics yet.
+        """Whether some weights have no statistics yet.
 
         Args:
             weights: The tensors of a checkpoint.
@@ -118,19 +125,19 @@ class Layer:
         return not weights[self.mean].any() and bool((weights[self.variance] == 1).all())
 
 
-def layers_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Layer, ...]:
+def batchnorm_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[BatchNormLayer, ...]:
     """Finds the BatchNorm layers that track their statistics.
 
     Args:
         model: The model.
-        tensors: Its tensors by name; of the names of a tied one the last counts.
+        tensors: Its tensors by name; a tied tensor goes by its last name.
 
     Returns:
         The layers in the model's order.
     """
     names = {id(tensor): name for name, tensor in tensors.items()}
     return tuple(
-        Layer(module, names[id(module.running_mean)], names[id(module.running_var)])
+        BatchNormLayer(module, names[id(module.running_mean)], names[id(module.running_var)])
         for module in model.modules()
         if isinstance(module, _BatchNorm)
         and module.track_running_stats
@@ -140,53 +147,53 @@ def layers_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Layer, .
 
 
 @contextmanager
-def estimating(layers: Sequence[Layer]) -> Iterator[Seen]:
-    """Lets BatchNorm layers take a batch by its own statistics, and takes these down.
+def recording(layers: Sequence[BatchNormLayer]) -> Iterator[BatchStatistics]:
+    """Lets BatchNorm layers normalise by the statistics of the batch, and records these.
 
-    Only these layers are in train mode: dropout and all else stay as they are.
+    Only these layers are in train mode: dropout and everything else stay as they are.
 
     Args:
-        layers: The layers. Those that are run are left with the statistics of their last batch.
+        layers: The layers. Their buffers are left with the statistics of the last batch.
 
     Yields:
-        What is seen in a forward pass; it is filled in as the layers are run.
+        The statistics, which are filled in as the layers run.
     """
-    seen: Seen = {}
+    statistics: BatchStatistics = {}
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_listening(layer, seen))
-        yield seen
+            stack.enter_context(_recording(layer, statistics))
+        yield statistics
 
 
 @contextmanager
-def _listening(layer: Layer, seen: Seen) -> Iterator[None]:
+def _recording(layer: BatchNormLayer, statistics: BatchStatistics) -> Iterator[None]:
     module, own = layer.module, layer.module.__dict__.get("forward")
     kept = module.training, module.momentum, module.num_batches_tracked
     forward: Callable[..., Any] = module.forward
     mean, variance = module.running_mean, module.running_var
-    assert mean is not None  # of such layers are those that `layers_of` finds
+    assert mean is not None  # `batchnorm_layers` finds only layers that have them
     assert variance is not None
 
-    def listen(*args: Any, **kwargs: Any) -> Any:
-        # With a momentum of 1 the running statistics become those of the batch; but what is not
-        # finite would stay, since 0 times infinity is no number.
+    def record(*args: Any, **kwargs: Any) -> Any:
+        # With a momentum of 1 the running statistics become those of the batch. They are reset
+        # because infinity would stay: 0 times infinity is nan.
         mean.zero_()
         variance.fill_(1)
         outputs = forward(*args, **kwargs)
         for name, tensor in zip(layer.names, (mean, variance), strict=True):
             wide = torch.float32 if tensor.device.type == "mps" else torch.float64
             value = tensor.to(wide, copy=True)
-            # A layer may be run more than once.
-            total, calls = seen.get(name, (None, 0))
-            seen[name] = value if total is None else total + value, calls + 1
+            # A layer may run more than once.
+            total, calls = statistics.get(name, (None, 0))
+            statistics[name] = value if total is None else total + value, calls + 1
         return outputs
 
     module.training, module.momentum = True, 1.0
     if module.num_batches_tracked is not None:
-        # The count of batches is a tensor of the checkpoint: another one is raised.
+        # A temporary counter, because the layer's own is a tensor of the checkpoint.
         module.num_batches_tracked = torch.zeros((), dtype=torch.long)
-    # In the place of a hook, which a call of forward itself would not meet.
-    module.forward = listen  # type: ignore[method-assign]
+    # Not a hook, which is not called if the model calls forward directly.
+    module.forward = record  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -198,42 +205,42 @@ def _listening(layer: Layer, seen: Seen) -> Iterator[None]:
 
 
 class Statistics:
-    """The statistics of batches at P points, added up in float64.
+    """The statistics of batches at P points, summed in float64.
 
     Args:
         points: P.
     """
 
     def __init__(self, points: int) -> None:
-        self._seen: list[Seen] = [{} for _ in range(points)]
+        self._sums: list[BatchStatistics] = [{} for _ in range(points)]
 
-    def add(self, p: int, seen: Seen) -> None:
-        """Adds those of a batch.
+    def add(self, p: int, statistics: BatchStatistics) -> None:
+        """Adds the statistics of a batch.
 
         Args:
             p: The point.
-            seen: What was seen there.
+            statistics: Those of the batch.
         """
-        for name, (value, calls) in seen.items():
-            total, before = self._seen[p].get(name, (None, 0))
-            self._seen[p][name] = value if total is None else total + value, before + calls
+        for name, (value, calls) in statistics.items():
+            total, before = self._sums[p].get(name, (None, 0))
+            self._sums[p][name] = value if total is None else total + value, before + calls
 
     @property
     def names(self) -> Collection[str]:
-        """The statistics that were seen at any point."""
-        return {name: None for seen in self._seen for name in seen}
+        """The names of the statistics recorded at any point."""
+        return {name: None for sums in self._sums for name in sums}
 
     def at(self, p: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Takes the means over all batches.
+        """Returns the means over all batches.
 
         Args:
             p: The point.
             tensors: The model's tensors, for their types.
 
         Returns:
-            The running statistics of the layers that were run.
+            The running statistics of the layers that ran.
         """
         return {
             name: (total / calls).to(tensors[name].dtype)
-            for name, (total, calls) in self._seen[p].items()
+            for name, (total, calls) in self._sums[p].items()
         }

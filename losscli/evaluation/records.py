@@ -1,4 +1,4 @@
-"""What a journal holds of evaluations: keys that say what was evaluated, and arrays."""
+"""Journal records of evaluations: their keys, and their conversion to and from arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from losscli.data import Examples
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.strategies import Strategy
-from losscli.files import release_pages
 from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
@@ -33,14 +32,14 @@ __all__ = [
 
 
 class State(NamedTuple):
-    """The points of a chunk, and the state that their evaluation was left in.
+    """The state of an objective after the evaluation of a chunk of points.
 
     Attributes:
-        number: How many points there are.
-        points_at_once: How many were to be evaluated at once.
-        batch_size: The examples in a batch.
-        strategy: How points were evaluated; 0 if that was not chosen yet.
-        idle: The BatchNorm layers that took no batch, by their places.
+        number: The number of points in the chunk.
+        points_at_once: The number of points planned for a chunk.
+        batch_size: The number of examples in a batch.
+        strategy: The value of the strategy; 0 if none was chosen yet.
+        idle: The indices of the BatchNorm layers that did not run.
     """
 
     number: int
@@ -57,32 +56,30 @@ def record_key(
     weights: Sequence[Weights],
     numbers: object = None,
 ) -> str:
-    """Makes the key of the records of one computation.
+    """Computes the key of the records of one computation.
 
-    It is made of all that the numbers come from and the journal's identity does not hold: the
-    tensors, the points, the examples and the type of the forward pass. So it does not matter who
-    computes, nor in which order.
+    It is a digest of everything that determines the numbers and is not in the journal's identity:
+    the tensors, the points, the examples and the type of the forward pass. So it does not depend on
+    the study or on the order of computations.
 
     Args:
-        objective: What is evaluated.
+        objective: The objective.
         splits: The examples.
-        kind: What is done.
-        weights: The tensors that points are made of.
-        numbers: What else the numbers depend on, made of JSON's types.
+        kind: The kind of computation.
+        weights: The tensors that the points are computed from.
+        numbers: Other inputs of the computation; JSON types.
 
     Returns:
         A digest in hexadecimal.
     """
     training = objective.recalibration
-    told = [
+    inputs = [
         *(kind, numbers, str(objective.dtype), list(objective.metrics)),
         training and [training.name, training.size, len(training), training.split.digest],
         *([name, len(split), split.digest] for name, split in splits.items()),
     ]
-    ends = [digest(end) for end in (*weights, _rest(objective, weights[0]))]
-    for end in weights:
-        release_pages(*end.values())
-    return hashlib.sha256(json.dumps([told, ends]).encode()).hexdigest()
+    ends = [digest(end) for end in (*weights, _fixed_tensors(objective, weights[0]))]
+    return hashlib.sha256(json.dumps([inputs, ends]).encode()).hexdigest()
 
 
 def slice_key(
@@ -91,10 +88,10 @@ def slice_key(
     slice_: Slice,
     coordinates: Sequence[Sequence[float]],
 ) -> str:
-    """Makes the key of the records of points of a slice.
+    """Computes the key of the records of points of a slice.
 
     Args:
-        objective: What is evaluated.
+        objective: The objective.
         splits: The examples.
         slice_: The slice.
         coordinates: The points.
@@ -102,14 +99,14 @@ def slice_key(
     Returns:
         A digest in hexadecimal.
     """
-    # Beside its ends a slice has numbers that are made of them, such as the place of a corner.
+    # Besides its ends a slice has numbers that follow from them, such as the position of a corner.
     numbers = [value for value in vars(slice_).values() if not isinstance(value, Mapping)]
     points = [list(point) for point in coordinates]
     return record_key(objective, splits, type(slice_).__name__, slice_.ends, [numbers, points])
 
 
-def _rest(objective: Objective, weights: Weights) -> Weights:
-    """The tensors that stay as they are loaded, under whatever name a tensor goes."""
+def _fixed_tensors(objective: Objective, weights: Weights) -> Weights:
+    """The tensors that keep the values last loaded; a tied tensor moves under any of its names."""
     tensors = objective.tensors
     computed = [name for layer in objective.statistics for name in layer.names]
     computed += [name for layer in objective.spectral for name in layer.names]
@@ -124,43 +121,43 @@ def encode(
     number: int,
     points_at_once: int,
 ) -> Arrays:
-    """Makes arrays of a chunk of points.
+    """Converts the evaluations of a chunk of points to arrays.
 
     Args:
-        objective: What was evaluated, in the state that it was left in.
+        objective: The objective after the evaluation.
         splits: The examples.
-        evaluations: For each split its evaluation.
-        number: The points of the chunk.
-        points_at_once: How many were to be evaluated at once.
+        evaluations: The evaluation of each split.
+        number: The number of points in the chunk.
+        points_at_once: The number of points planned for a chunk.
 
     Returns:
-        What `decode` and `state_of` take.
+        The arrays, for `decode` and `state_of`.
     """
     strategy = objective.strategy
     state = [number, points_at_once, objective.batch_size, strategy.value if strategy else 0]
     arrays: dict[str, NDArray[Any]] = {"state": np.array(state), "idle": idle_layers(objective)}
     for i, name in enumerate(splits):
-        found = evaluations[name]
-        arrays[f"{i}"] = found.losses.numpy()
-        if found.weights is not None:
-            arrays[f"{i} weights"] = found.weights.numpy()
+        evaluation = evaluations[name]
+        arrays[f"{i}"] = evaluation.losses.numpy()
+        if evaluation.weights is not None:
+            arrays[f"{i} weights"] = evaluation.weights.numpy()
         for k, metric in enumerate(objective.metrics):
-            arrays[f"{i} {k}"] = found.metrics[metric].numpy()
-            if metric in found.counts:
-                arrays[f"{i} {k} count"] = np.array([found.counts[metric]])
+            arrays[f"{i} {k}"] = evaluation.metrics[metric].numpy()
+            if metric in evaluation.counts:
+                arrays[f"{i} {k} count"] = np.array([evaluation.counts[metric]])
     return arrays
 
 
 def decode(arrays: Arrays, splits: Iterable[str], metrics: Iterable[str]) -> dict[str, Evaluation]:
-    """Reads the evaluations of a chunk of points.
+    """Converts arrays back to the evaluations of a chunk of points.
 
     Args:
-        arrays: What `encode` made.
-        splits: The names of the splits, in their order.
-        metrics: The names of the metrics, in their order.
+        arrays: The result of `encode`.
+        splits: The names of the splits, in order.
+        metrics: The names of the metrics, in order.
 
     Returns:
-        For each split its evaluation.
+        The evaluation of each split.
     """
     names = {metric: f"{k}" for k, metric in enumerate(metrics)}
     return {
@@ -179,10 +176,10 @@ def decode(arrays: Arrays, splits: Iterable[str], metrics: Iterable[str]) -> dic
 
 
 def state_of(arrays: Arrays) -> State:
-    """Reads the state of a chunk of points.
+    """Reads the state after a chunk of points.
 
     Args:
-        arrays: What `encode` made.
+        arrays: The result of `encode`.
 
     Returns:
         The state.
@@ -192,29 +189,29 @@ def state_of(arrays: Arrays) -> State:
 
 
 def idle_layers(objective: Objective) -> NDArray[np.int64]:
-    """Lists the BatchNorm layers that took no batch.
+    """Lists the BatchNorm layers that did not run.
 
     Args:
-        objective: What was evaluated.
+        objective: The objective after an evaluation.
 
     Returns:
-        Their places among the layers.
+        Their indices among the layers.
     """
     layers = enumerate(objective.batchnorm)
     return np.array([i for i, layer in layers if layer in objective.idle], np.int64)
 
 
 def restore(objective: Objective, batch_size: int, idle: Iterable[int], strategy: int = 0) -> None:
-    """Puts an objective into the state that it was in when something was recorded.
+    """Restores the state of an objective when a record was made.
 
-    A run that recalls a record goes on in this state. So it takes the very chunks that the run
-    which was broken off took, and would have taken, whatever halved them.
+    A resumed run continues in this state. So it evaluates the same chunks as the interrupted run
+    would have, also if memory had run out there.
 
     Args:
         objective: The objective.
-        batch_size: The examples in a batch.
-        idle: The BatchNorm layers that took no batch, by their places.
-        strategy: How points were evaluated; 0 leaves a choice as it is.
+        batch_size: The number of examples in a batch.
+        idle: The indices of the BatchNorm layers that did not run.
+        strategy: The value of the strategy; 0 keeps the present one.
     """
     objective.batch_size = batch_size
     objective.idle = [objective.batchnorm[i] for i in idle]

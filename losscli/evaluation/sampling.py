@@ -1,4 +1,4 @@
-"""Mean losses and their errors, and how many examples it takes to know them well enough."""
+"""Mean losses and their standard errors, from all examples or from as many as are needed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from losscli.data import Examples
-from losscli.evaluation.losses import PerExample, of_mean
+from losscli.evaluation.losses import PerExample
+from losscli.evaluation.metrics import of_mean
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.table import Cell
 from losscli.weight_space.curve import relative
 
-__all__ = ["Estimate", "extended", "grow"]
+__all__ = ["Estimate", "combine_metrics", "evaluate_until_precise"]
 
-# Examples after which a sample is first judged: fewer would make its own error a guess.
+# The first sample: from fewer examples the standard error itself would be too uncertain.
 _FIRST_BLOCK = 512
 
 _Numbers = NDArray[np.float64]
@@ -28,18 +29,18 @@ _Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean losses at P points on one split, from the examples seen so far.
+    """Mean losses at P points on one split, estimated from a sample of examples.
 
     With weights w the mean is the ratio Σwl/Σw, and an example's distance from the mean m is its
     residual wl − m w (Cochran 1977, "Sampling Techniques", section 6.3).
 
     Attributes:
-        examples: How many.
+        examples: The number of examples.
         mean: The mean losses, ``[P]``.
-        squares: The sums of the squared distances from them, ``[P]``.
-        metrics: The mean of each metric, ``[P]``; what a perplexity is the exponential of.
-        counts: Over how many examples a metric is the mean, where not over all.
-        sums: What the weights add up to; None where all of them are 1.
+        squares: The sums of the squared distances from the mean, ``[P]``.
+        metrics: The mean of each metric, ``[P]``; for a perplexity that of its logarithm.
+        counts: The number of examples that a metric is averaged over, if not all.
+        sums: Sums of the weights; None if all of them are 1.
     """
 
     examples: int
@@ -47,7 +48,7 @@ class Estimate:
     squares: _Numbers
     metrics: Mapping[str, _Numbers]
     counts: Mapping[str, float] = field(default_factory=dict)
-    sums: _Sums | None = None
+    sums: _WeightSums | None = None
 
     @classmethod
     def of(
@@ -60,34 +61,35 @@ class Estimate:
         """Makes an estimate.
 
         Args:
-            losses: The loss of each example at each point, ``[P, N]``, or a sum of multiples of
+            losses: The loss of each example at each point, ``[P, N]``, or a linear combination of
                 losses; as in `Evaluation` times the example's weight over the mean weight.
             metrics: The mean of each metric at each point, ``[P]``.
-            weights: The weights of the examples, ``[N]``; None where all are 1.
-            counts: Over how many examples a metric is the mean, where not over all.
+            weights: The weights of the examples, ``[N]``; None if all are 1.
+            counts: The number of examples that a metric is averaged over, if not all.
 
         Returns:
             The estimate; the losses are not kept.
         """
         own = None if weights is None else relative(weights)
-        # Overflow to inf and inf − inf are answers here, not accidents.
+        # Overflow and inf − inf are legitimate results here.
         with np.errstate(all="ignore"):
             mean: _Numbers = np.mean(losses, axis=1, dtype=np.float64)
-            # A row at a time, so that no float64 copy of all the losses ever exists.
+            # Row by row, so that there is no float64 copy of all losses.
             if weights is None or own is None:
                 squares = [np.square(row - m).sum() for row, m in zip(losses, mean, strict=True)]
                 return cls(losses.shape[1], mean, np.array(squares), metrics, counts or {})
             total = float(weights.sum())
             scale = total / len(weights)
             residuals = (scale * (row - m * own) for row, m in zip(losses, mean, strict=True))
-            found = [(np.square(r).sum(), np.dot(r, weights)) for r in residuals]
-        squared, products = np.array(found).reshape(-1, 2).T
-        sums = _Sums(total, float(np.square(weights).sum()), products, int((weights > 0).sum()))
+            pairs = [(np.square(r).sum(), np.dot(r, weights)) for r in residuals]
+        squared, products = np.array(pairs).reshape(-1, 2).T
+        number = int((weights > 0).sum())
+        sums = _WeightSums(total, float(np.square(weights).sum()), products, number)
         return cls(losses.shape[1], mean, squared, metrics, counts or {}, sums)
 
     @classmethod
     def of_evaluation(cls, evaluation: Evaluation) -> Self:
-        """Makes an estimate of what an objective found.
+        """Makes an estimate from an evaluation.
 
         Args:
             evaluation: The losses and metrics.
@@ -101,7 +103,7 @@ class Estimate:
 
     @classmethod
     def join(cls, parts: Sequence[Estimate]) -> Self:
-        """Lays the points of several estimates, on the same examples, one after the other.
+        """Concatenates the points of several estimates from the same examples.
 
         Args:
             parts: At least one.
@@ -130,32 +132,32 @@ class Estimate:
             The estimate from both.
         """
         examples = self.examples + more.examples
-        metrics, counts = extended(self, more)
+        metrics, counts = combine_metrics(self, more)
         if self.sums is not None or more.sums is not None:
             return self._extend_weighted(more, metrics, counts)
         share = more.examples / examples
         with np.errstate(all="ignore"):
-            apart = more.mean - self.mean
-            mean = self.mean + share * apart
-            squares = self.squares + more.squares + self.examples * share * np.square(apart)
+            difference = more.mean - self.mean
+            mean = self.mean + share * difference
+            squares = self.squares + more.squares + self.examples * share * np.square(difference)
         return Estimate(examples, mean, squares, metrics, counts)
 
     def _extend_weighted(
         self, more: Estimate, metrics: Mapping[str, _Numbers], counts: Mapping[str, float]
     ) -> Estimate:
-        parts = [(part, part.sums or _Sums.of_ones(part)) for part in (self, more)]
+        parts = [(part, part.sums or _WeightSums.of_ones(part)) for part in (self, more)]
         total = sum(sums.total for _, sums in parts)
-        # What no target counts in says nothing of the mean.
+        # A part with ignored targets only does not contribute to the mean.
         parts = [(part, sums) for part, sums in parts if sums.total] or parts[:1]
         squares, products = np.zeros_like(self.mean), np.zeros_like(self.mean)
         with np.errstate(all="ignore"):
             mean = sum((s.total / (total or 1) * part.mean for part, s in parts), start=0 * squares)
             for part, s in parts:
-                # From the residuals by the own mean to those by the mean of both.
+                # From residuals around the part's mean to those around the common mean.
                 shift = part.mean - mean
                 squares += part.squares + 2 * shift * s.products + np.square(shift) * s.squares
                 products += s.products + shift * s.squares
-        sums = _Sums(
+        sums = _WeightSums(
             total,
             sum(s.squares for _, s in parts),
             products,
@@ -168,7 +170,7 @@ class Estimate:
     def stderr(self) -> _Numbers:
         """The standard error of each mean loss, with n − 1; nan for a single example.
 
-        Examples without weight are not among the n.
+        n does not include examples of weight 0.
         """
         number = self.examples if self.sums is None else self.sums.number
         if number < 2:
@@ -177,7 +179,7 @@ class Estimate:
         return errors if self.sums is None else errors * (number / self.sums.total)
 
     def is_known_to(self, tolerance: float) -> bool:
-        """Tells whether every standard error is below a share of the height of the means.
+        """Whether every standard error is below a share of the range of the means.
 
         Args:
             tolerance: The share.
@@ -187,7 +189,7 @@ class Estimate:
         """
         if self.sums is not None and not self.sums.total:
             return False
-        # Where a loss is not finite, more examples do not help.
+        # More examples do not make a loss finite.
         finite = np.isfinite(self.mean)
         if not finite.any():
             return True
@@ -195,10 +197,10 @@ class Estimate:
         return bool((self.stderr[finite] < tolerance * height).all())
 
     def row(self, i: int, metrics: Mapping[str, PerExample]) -> list[Cell]:
-        """Lists what is known of one point.
+        """Returns the cells of a table for one point.
 
         Args:
-            i: Which.
+            i: The index of the point.
             metrics: The metrics to list, by their names.
 
         Returns:
@@ -212,14 +214,14 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """What the weights w of examples add up to.
+class _WeightSums:
+    """Sums over the weights w of examples.
 
     Attributes:
         total: Σw.
         squares: Σw².
-        products: At each point the sum of the residuals times w, ``[P]``.
-        number: How many are not 0.
+        products: Σ residual · w at each point, ``[P]``.
+        number: The number of weights that are not 0.
     """
 
     total: float
@@ -233,7 +235,7 @@ class _Sums:
         return cls(number, number, np.zeros_like(estimate.mean), number)
 
 
-class _Counted(Protocol):
+class _HasMetrics(Protocol):
     @property
     def examples(self) -> int: ...
 
@@ -244,21 +246,24 @@ class _Counted(Protocol):
     def counts(self) -> Mapping[str, float]: ...
 
 
-def extended(own: _Counted, more: _Counted) -> tuple[dict[str, _Numbers], dict[str, float]]:
-    """Adds the metrics of further examples.
+def combine_metrics(
+    own: _HasMetrics, more: _HasMetrics
+) -> tuple[dict[str, _Numbers], dict[str, float]]:
+    """Combines the metrics of two sets of examples.
 
     Args:
-        own: The metrics so far.
-        more: Those on other examples.
+        own: The metrics on one set.
+        more: The metrics on the other set.
 
     Returns:
-        The means of the metrics over both; and over how many examples they are, where not all.
+        The means over both sets; and the numbers of examples that they are averaged over, if not
+        all.
     """
     metrics, counts = {}, {}
     for name, mean in own.metrics.items():
         one, other = own.counts.get(name, own.examples), more.counts.get(name, more.examples)
         share = other / ((one + other) or 1)
-        # The mean over no examples is not a number.
+        # The mean over no examples is nan.
         values = [(1 - share, mean, one), (share, more.metrics[name], other)]
         known = [part * value for part, value, number in values if number]
         metrics[name] = sum(known[1:], start=known[0]) if known else mean
@@ -267,7 +272,7 @@ def extended(own: _Counted, more: _Counted) -> tuple[dict[str, _Numbers], dict[s
     return metrics, counts
 
 
-class _Grows(Protocol):
+class _Extendable(Protocol):
     @property
     def examples(self) -> int: ...
 
@@ -276,57 +281,56 @@ class _Grows(Protocol):
     def is_known_to(self, tolerance: float) -> bool: ...
 
 
-_T = TypeVar("_T", bound=_Grows)
+_T = TypeVar("_T", bound=_Extendable)
 
 
-def grow(
+def evaluate_until_precise(
     splits: Mapping[str, Examples],
     tolerance: float | None,
     seed: int,
     evaluate: Callable[[Mapping[str, Examples], Execution], Mapping[str, _T]],
     execution: Execution = ALONE,
 ) -> dict[str, _T]:
-    """Evaluates on whole splits, or on as many of their examples as are needed.
+    """Evaluates whole splits, or as many of their examples as a standard error needs.
 
     Args:
         splits: The data.
-        tolerance: What the standard error may be, as a share of the height of what is evaluated;
-            None for all examples.
-        seed: Of the order in which examples are looked at.
-        evaluate: Evaluates on the splits it is given.
+        tolerance: The largest standard error, as a share of the range of the mean losses; None
+            evaluates all examples.
+        seed: Of the order in which examples are drawn.
+        evaluate: Evaluates the given splits.
         execution: How that is executed. Progress is counted as if all examples were needed.
 
     Returns:
-        What was found on each split.
+        The result on each split.
     """
     if tolerance is None:
         return dict(evaluate(splits, execution))
-    found: dict[str, _T] = {}
+    results: dict[str, _T] = {}
     generator = torch.Generator().manual_seed(seed)
     order = {n: s.order(generator) for n, s in splits.items()}
-    size, going, looked = _FIRST_BLOCK, dict(splits), 0.0
+    size, remaining, done_before = _FIRST_BLOCK, dict(splits), 0.0
     total = sum(map(len, splits.values()))
-    while going:
+    while remaining:
         blocks = {}
-        for name, split in going.items():
-            seen = found[name].examples if name in found else 0
-            blocks[name] = split.take(order[name][seen:size])
+        for name, split in remaining.items():
+            used = results[name].examples if name in results else 0
+            blocks[name] = split.take(order[name][used:size])
         share, most = sum(map(len, blocks.values())) / total, 0.0
 
-        def further(done: float, before: float = looked, share: float = share) -> None:
+        def progress(done: float, before: float = done_before, share: float = share) -> None:
             nonlocal most
             most = max(most, done)
             execution.tell(before + share * done)
 
-        own = replace(execution, progress=further)
-        for name, block in evaluate(blocks, own).items():
-            found[name] = found[name].extend(block) if name in found else block
-        left = [
+        for name, block in evaluate(blocks, replace(execution, progress=progress)).items():
+            results[name] = results[name].extend(block) if name in results else block
+        imprecise = [
             name
-            for name, split in going.items()
-            if size < len(split) and not found[name].is_known_to(tolerance)
+            for name, split in remaining.items()
+            if size < len(split) and not results[name].is_known_to(tolerance)
         ]
-        going = {name: going[name] for name in execution.decide(left)}
-        looked += share * most
+        remaining = {name: remaining[name] for name in execution.decide(imprecise)}
+        done_before += share * most
         size *= 2
-    return found
+    return results

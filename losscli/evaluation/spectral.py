@@ -1,8 +1,8 @@
-"""Spectral normalisation: the singular vectors of a weight, computed wherever the weight changes.
+"""Spectral normalisation: recomputes the singular vectors of a weight whenever it changes.
 
 A spectrally normalised layer stores the first singular vectors u and v of its weight W as buffers
 and divides W by σ = uᵀWv (Miyato et al. 2018, arXiv 1802.05957). They are functions of the weight:
-the vectors of two checkpoints, combined, are not the singular vectors of the weight between them.
+interpolated vectors are not the singular vectors of the interpolated weight.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class SpectralLayer:
     Attributes:
         u: The name of the left singular vector.
         v: The name of the right one.
-        sources: The names of the tensors that the weight is made of.
-        matrix: Reads the weight from the model, as the matrix whose norm is taken.
+        sources: The names of the tensors that the weight is computed from.
+        matrix: Returns the weight in the model, reshaped to the matrix that is normalised.
     """
 
     u: str
@@ -50,7 +50,7 @@ def spectral_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Sp
 
     Args:
         model: The model.
-        tensors: Its tensors by name; of the names of a tied one the last counts.
+        tensors: Its tensors by name; a tied tensor goes by its last name.
 
     Returns:
         The weights, by ``torch.nn.utils.spectral_norm`` and by
@@ -61,8 +61,8 @@ def spectral_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Sp
 
     def add(u: Tensor, v: Tensor, sources: Sequence[Tensor], matrix: Callable[[], Tensor]) -> None:
         if id(u) in names and id(v) in names:
-            made_of = tuple(names[id(t)] for t in sources if id(t) in names)
-            layers.append(SpectralLayer(names[id(u)], names[id(v)], made_of, matrix))
+            source_names = tuple(names[id(t)] for t in sources if id(t) in names)
+            layers.append(SpectralLayer(names[id(u)], names[id(v)], source_names, matrix))
 
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
@@ -82,7 +82,7 @@ def spectral_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Sp
 
 @dataclass(frozen=True)
 class _Hooked:
-    """The weight of ``torch.nn.utils.spectral_norm``."""
+    """Returns the weight matrix of ``torch.nn.utils.spectral_norm``."""
 
     hook: SpectralNorm
     weight: Tensor
@@ -93,7 +93,7 @@ class _Hooked:
 
 @dataclass(frozen=True)
 class _Parametrized:
-    """What comes to a spectral norm among the parametrizations of a tensor."""
+    """Returns the input of a spectral norm among the parametrizations of a tensor."""
 
     parametrizations: Any
     place: int
@@ -113,7 +113,7 @@ class _Parametrized:
 
 @torch.no_grad()
 def normalise(layers: Sequence[SpectralLayer], tensors: Mapping[str, Tensor]) -> None:
-    """Writes the singular vectors of weights, as the model holds them, over those that it has.
+    """Recomputes the singular vectors in a model from its present weights.
 
     Args:
         layers: The weights.
@@ -125,18 +125,18 @@ def normalise(layers: Sequence[SpectralLayer], tensors: Mapping[str, Tensor]) ->
 
 
 def normalise_stored(weights: Weights) -> dict[str, Tensor]:
-    """Finds the singular vectors of the spectrally normalised weights of a state dict.
+    """Computes the singular vectors of the spectrally normalised weights in a state dict.
 
-    Without a model the layers are known by the names that PyTorch gives their tensors, and the
-    dimension of the weight that is put first by the lengths of the vectors.
+    Without a model the layers are recognised by the names that PyTorch gives their tensors, and the
+    first dimension of the matrix by the lengths of the vectors.
 
     Args:
         weights: The tensors.
 
     Returns:
-        The vectors by name, in the types that the state dict has them in.
+        The vectors by name, in the types of the state dict.
     """
-    found: dict[str, Tensor] = {}
+    computed: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if name.endswith("_orig"):
             stem = name.removesuffix("orig")
@@ -154,25 +154,25 @@ def normalise_stored(weights: Weights) -> dict[str, Tensor]:
             if size == len(u) and weight.numel() == len(u) * len(v)
         ]
         if matrices:
-            # Of several dimensions as long, the one that the vectors were trained for.
+            # Of several dimensions of this length, the one with the largest uᵀWv.
             matrix = max(
                 matrices, key=lambda m: abs(complex(u.to(m.dtype).conj() @ m @ v.to(m.dtype)))
             )
             vectors = _singular_vectors(matrix)
-            found |= {n: x.to(weights[n].dtype) for n, x in zip(names, vectors, strict=True)}
-    return found
+            computed |= {n: x.to(weights[n].dtype) for n, x in zip(names, vectors, strict=True)}
+    return computed
 
 
 def _singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The first singular vectors of a matrix, in float64; nan where it is not finite."""
+    """The first singular vectors of a matrix, in float64; nan if it is not finite."""
     # MPS has no float64.
     device = "cpu" if matrix.device.type == "mps" else matrix.device
     wide = matrix.to(device, torch.promote_types(matrix.dtype, torch.float64))
     rows, columns = wide.shape
     if not wide.isfinite().all():
         return wide.new_full((rows,), torch.nan), wide.new_full((columns,), torch.nan)
-    # Not by power iteration, which would depend on where it starts where σ₁ ≈ σ₂. Of the square
-    # of the smaller side the first eigenvalue σ² is exact to rounding, and so is σ.
+    # Not by power iteration, which depends on its start if σ₁ ≈ σ₂. The largest eigenvalue σ² of
+    # the smaller Gram matrix is exact to rounding, and so is σ.
     tall = rows > columns
     gram = wide.mH @ wide if tall else wide @ wide.mH
     first = torch.linalg.eigh(gram).eigenvectors[:, -1]

@@ -1,4 +1,8 @@
-"""Evaluates many points in chunks that fit into memory; a chunk that does not fit is halved."""
+"""Evaluates many points of a slice in chunks that fit into memory, on one or several ranks.
+
+`sweep` recalls chunks that a journal holds; evaluates the others by `Objective.at`, which binds the
+points' weights to the model (`losscli.evaluation.points`) and returns the losses; and joins them.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +28,20 @@ from losscli.weight_space.vectors import Weights
 
 __all__ = ["check", "sweep", "sweep_each", "sweep_plain"]
 
-# Points that share a first layer have to be some: a chunk costs about three more.
-_FEW = 8
+# Points in a chunk for a rank, at least while others are left: a chunk costs about three more.
+_MIN_CHUNK = 8
 
-# Slices for each of several ranks that are dealt at once.
-_SHARES = 8
+# Slices per rank that are distributed at once.
+_SLICES_PER_RANK = 8
 
 
 def check(objective: Objective, weights: Weights, other: Weights | None = None) -> None:
-    """Makes sure that model, loss and data work together; out of memory, the batch is halved.
+    """Checks that model, loss and data work together; if memory runs out, the batch is halved.
 
     Args:
-        objective: What will be evaluated.
-        weights: All tensors of the model; what no slice moves stays loaded.
-        other: The same at another point, where losses must not depend on their batch either.
+        objective: The objective.
+        weights: All tensors of the model; they stay loaded.
+        other: The tensors of another point, at which losses must not depend on their batch either.
     """
     halving(objective, lambda: check_task(objective, weights))
     if other is not None:
@@ -56,19 +60,19 @@ def sweep(
 ) -> dict[str, Evaluation]:
     """Evaluates any number of points of a slice.
 
-    Out of memory, the chunk of points is halved, down to one point, then the batch, down to one
-    example; what was finished stays.
+    If memory runs out, the chunk of points is halved, down to one point, then the batch, down to
+    one example; finished chunks are kept.
 
     Args:
-        objective: What to evaluate. Tensors that the slice does not move are as last loaded.
+        objective: The objective. Tensors that the slice does not move keep the values last loaded.
         slice_: The slice, its ends on the objective's device.
         coordinates: The P points.
-        chunk: Points at a time; by the memory at hand and what they cost where it is None.
+        chunk: Points in a chunk; None chooses by memory and cost.
         splits: The examples; all by default.
         execution: How chunks are executed. Progress counts points.
 
     Returns:
-        For each split its evaluation at all P points, in their order.
+        For each split the evaluation at the P points, in order.
 
     Raises:
         OutOfMemoryError: One point and one example do not fit.
@@ -80,10 +84,10 @@ def sweep(
     if execution.size == 1 or not coordinates:
         return _evaluate_alone(objective, slice_, coordinates, chunk, splits, execution, key)
     halving(objective, lambda: find_strategy(objective, slice_, coordinates[:chunk]))
-    (found,) = _evaluate_among_ranks(
+    (evaluations,) = _evaluate_among_ranks(
         objective, [lambda: slice_], coordinates, chunk, splits, execution, [key]
     )
-    return found
+    return evaluations
 
 
 def sweep_each(
@@ -95,23 +99,22 @@ def sweep_each(
     splits: Mapping[str, Examples] | None = None,
     execution: Execution = ALONE,
 ) -> Iterator[dict[str, Evaluation]]:
-    """Evaluates the same points of many slices, several ranks at slices of their own.
+    """Evaluates the same points of many slices; each of several ranks takes whole slices.
 
-    What a whole slice costs beside its points, such as reading its ends and what a first layer
-    gives there, is then paid by one rank.
+    So the fixed cost of a slice, such as reading its ends and the first layer's products there, is
+    paid by one rank only.
 
     Args:
-        objective: What to evaluate.
-        slices: Makes a slice, its ends on the objective's device, and loads the tensors that it
-            does not move. Called when the slice is needed, more than once for some. The strategy
-            has been chosen on one along which something moves.
+        objective: The objective; its strategy has been chosen.
+        slices: Functions that make a slice, its ends on the objective's device, and load the
+            tensors that it does not move. Called when a slice is needed, for some more than once.
         coordinates: The P points.
-        moving: The tensors that the slices move at the most.
+        moving: The names of all tensors that a slice may move.
         splits: The examples; all by default.
         execution: How chunks are executed. Progress counts points.
 
     Yields:
-        For each slice in turn what `sweep` returns.
+        The result of `sweep` for each slice, in order.
     """
     splits = objective.splits if splits is None else splits
     number, remaining, names = len(coordinates), iter(slices), list(moving)
@@ -124,14 +127,14 @@ def sweep_each(
     def key(make: Callable[[], Slice]) -> str:
         return slice_key(objective, splits, make(), coordinates)
 
-    # Some at a time: of slices that were yielded nothing is held.
+    # In groups, so that results are not kept in memory once they are yielded.
     done = 0
-    while some := list(itertools.islice(remaining, _SHARES * execution.size)):
+    while group := list(itertools.islice(remaining, _SLICES_PER_RANK * execution.size)):
         chunk = min(points_at_once(objective, names, splits), number)
-        keys = [execution.key(partial(key, make)) for make in some]
+        keys = [execution.key(partial(key, make)) for make in group]
         own = execution.after(done)
-        yield from _evaluate_among_ranks(objective, some, coordinates, chunk, splits, own, keys)
-        done += len(some) * number
+        yield from _evaluate_among_ranks(objective, group, coordinates, chunk, splits, own, keys)
+        done += len(group) * number
 
 
 def _evaluate_alone(
@@ -143,12 +146,12 @@ def _evaluate_alone(
     execution: Execution,
     key: str | None = None,
 ) -> dict[str, Evaluation]:
-    """Evaluates points chunk by chunk, by this process alone."""
+    """Evaluates points chunk by chunk in this process."""
 
     def evaluate(points: Sequence[Sequence[float]], chunk: int, own: Execution) -> Arrays:
         find_strategy(objective, slice_, points)
-        found = objective.at(slice_, points, splits, _Tally(own.tell).add)
-        return encode(objective, splits, found, len(points), chunk)
+        evaluations = objective.at(slice_, points, splits, _ProgressSum(own.tell).add)
+        return encode(objective, splits, evaluations, len(points), chunk)
 
     parts: list[dict[str, Evaluation]] = []
     start = 0
@@ -169,11 +172,11 @@ def _evaluate_alone(
         chunk = state_of(arrays).points_at_once
         start += len(points)
     if not parts:
-        # Of a line, the ends may be all there is to see; they are loaded plainly.
+        # A line may have no points but its ends, which are loaded and not swept.
         exact = torch.float64 if objective.dtype == torch.float64 else torch.float32
-        nothing = {metric: torch.empty(0, dtype=torch.float64) for metric in objective.metrics}
+        metrics = {metric: torch.empty(0, dtype=torch.float64) for metric in objective.metrics}
         return {
-            name: Evaluation(torch.empty(0, len(split), dtype=exact), nothing)
+            name: Evaluation(torch.empty(0, len(split), dtype=exact), metrics)
             for name, split in splits.items()
         }
     return _join(objective, parts)
@@ -182,14 +185,14 @@ def _evaluate_alone(
 def _continue_from(
     objective: Objective, splits: Mapping[str, Examples], arrays: Arrays
 ) -> dict[str, Evaluation]:
-    """Takes a chunk, whoever evaluated it, and goes on in the state that it was left in."""
+    """Decodes a chunk and restores the state that its evaluation left."""
     state = state_of(arrays)
     restore(objective, state.batch_size, state.idle, state.strategy)
     return decode(arrays, splits, objective.metrics)
 
 
 def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> dict[str, Evaluation]:
-    """Lays the points of several chunks one after the other."""
+    """Concatenates the points of several chunks."""
     return {
         name: replace(
             parts[0][name],
@@ -212,68 +215,71 @@ def _evaluate_among_ranks(
     execution: Execution,
     keys: Sequence[str | None],
 ) -> list[dict[str, Evaluation]]:
-    """Evaluates points of slices together with other ranks, chunks going to whoever is free."""
+    """Evaluates points of slices on all ranks; each chunk goes to the first rank that is free."""
     known = [_recall_chunks(execution, key, len(coordinates)) for key in keys]
-    most = _agree(execution, objective, chunk, [a for of in known for a in of.values()])
-    # What is decoded in each pass goes by as seldom as may be.
+    recorded = [arrays for chunks in known for arrays in chunks.values()]
+    most = _synchronise(execution, objective, chunk, recorded)
+    # Data that is decoded in each pass should be read as few times as possible.
     streamed = is_streamed(splits)
-    # More than a line has ends, or a plane: so many share a first layer.
+    # More points than the ends of a line or plane, so that they share a first layer.
     shared = objective.strategy not in {Strategy.BOUND, Strategy.LOADED}
     least = len(coordinates[0]) + 2 if shared else 1
-    # Whole slices, as long as there is one for each rank; of the rest each has parts.
+    # Whole slices as long as there is one for each rank; the rest are divided among ranks.
     whole = len(slices) // execution.size * execution.size
     parts = math.ceil(execution.size / max(1, len(slices) - whole))
     chunks: list[tuple[int, int, int]] = []
-    for k, of in enumerate(known):
-        taken = [(start, start + state_of(arrays).number) for start, arrays in of.items()]
-        shares = 1 if k < whole else parts
-        even = streamed or shares == 1
-        cuts = _cut(len(coordinates), taken, most, shares, least=least, even=even)
+    for k, known_chunks in enumerate(known):
+        taken = [(start, start + state_of(arrays).number) for start, arrays in known_chunks.items()]
+        ranks = 1 if k < whole else parts
+        even = streamed or ranks == 1
+        cuts = _divide(len(coordinates), taken, most, ranks, least=least, even=even)
         chunks += [(k, start, stop) for start, stop in cuts]
     chunks = execution.decide(chunks)
 
     def evaluate(k: int, points: Sequence[Sequence[float]], own: Execution) -> Arrays:
-        found = _evaluate_alone(objective, slices[k](), points, len(points), splits, own)
-        return encode(objective, splits, found, len(points), most)
+        evaluations = _evaluate_alone(objective, slices[k](), points, len(points), splits, own)
+        return encode(objective, splits, evaluations, len(points), most)
 
     def task(k: int, start: int, stop: int) -> Task:
         work = partial(evaluate, k, coordinates[start:stop])
         return Task(stop - start, work, keys[k], start, known[k].get(start))
 
     tasks = itertools.starmap(task, chunks)
-    joined: list[list[dict[str, Evaluation]]] = [[] for _ in slices]
+    parts_of: list[list[dict[str, Evaluation]]] = [[] for _ in slices]
     for (k, *_), arrays in zip(chunks, execution.run(tasks), strict=True):
-        joined[k].append(_continue_from(objective, splits, arrays))
-    return [_join(objective, of) for of in joined]
+        parts_of[k].append(_continue_from(objective, splits, arrays))
+    return [_join(objective, evaluations) for evaluations in parts_of]
 
 
 def _recall_chunks(execution: Execution, key: str | None, number: int) -> dict[int, Arrays]:
-    """Recalls chunks, whoever took them, by their first points."""
+    """Recalls the recorded chunks of a slice, by the index of their first point."""
     known: dict[int, Arrays] = {}
     start = 0
     while start < number:
-        found = execution.recall(key, start)
-        if found is None:
+        arrays = execution.recall(key, start)
+        if arrays is None:
             start += 1
         else:
-            known[start] = found
-            start += state_of(found).number
+            known[start] = arrays
+            start += state_of(arrays).number
     return known
 
 
-def _agree(execution: Execution, objective: Objective, chunk: int, known: Iterable[Arrays]) -> int:
-    """Makes ranks evaluate alike: returns the points at a time that fit the least of them."""
+def _synchronise(
+    execution: Execution, objective: Objective, chunk: int, known: Iterable[Arrays]
+) -> int:
+    """Gives all ranks the same batch size and strategy; returns the smallest of their chunks."""
     batch = min([objective.batch_size, *(state_of(arrays).batch_size for arrays in known)])
     strategy = objective.strategy
-    told = execution.gather([chunk, batch, strategy.value if strategy else 0])
-    objective.batch_size = min(batch for _, batch, _ in told)
-    if len({strategy for *_, strategy in told if strategy}) > 1:
-        # On devices of several kinds, one strategy that is right on all of them.
+    states = execution.gather([chunk, batch, strategy.value if strategy else 0])
+    objective.batch_size = min(batch for _, batch, _ in states)
+    if len({strategy for *_, strategy in states if strategy}) > 1:
+        # On different kinds of devices, the strategy that is right on all of them.
         objective.strategy = Strategy.LOADED
-    return min(chunk for chunk, *_ in told)
+    return min(chunk for chunk, *_ in states)
 
 
-def _cut(
+def _divide(
     number: int,
     taken: Sequence[tuple[int, int]],
     most: int,
@@ -282,22 +288,22 @@ def _cut(
     least: int,
     even: bool,
 ) -> list[tuple[int, int]]:
-    """Cuts points into chunks, whatever of them was taken before.
+    """Divides points into chunks for several ranks, around chunks that are known.
 
     Args:
-        number: How many points there are.
-        taken: The chunks that are known, the first points rising.
-        most: Points at a time.
-        ranks: How many take them.
-        least: Points that a chunk has, if there are so many and so many fit. With fewer than
-            share a first layer a loss may have other last digits.
-        even: Whether each rank takes as many, at once; otherwise each takes two thirds of what
-            would be its share, and so on with what is left as long as that is worth it, so that
-            no rank waits long for another (factoring, Hummel, Schonberg & Flynn 1992, CACM 35(8),
-            there with halves). The last round has equal chunks.
+        number: The number of points.
+        taken: The known chunks as (start, stop), ascending.
+        most: The most points in a chunk.
+        ranks: The number of ranks that evaluate them.
+        least: The fewest points in a chunk, if so many are left and fit. With too few to share a
+            first layer, the last digits of a loss may differ.
+        even: Whether each rank takes an equal share at once. Otherwise each takes two thirds of
+            its share, then two thirds of its share of the rest, and so on as long as chunks are
+            worth it, so that no rank waits long for another (factoring, Hummel, Schonberg & Flynn
+            1992, CACM 35(8), there with halves). The last round has equal chunks.
 
     Returns:
-        The chunks, from the first point up to that behind the last.
+        The chunks as (start, stop).
     """
     sizes: list[int] = []
     left, worth = number, least
@@ -311,7 +317,7 @@ def _cut(
             break
         sizes += [min(share, most)] * ranks
         left -= ranks * min(share, most)
-        worth = _FEW
+        worth = _MIN_CHUNK
     cuts = [0, *itertools.accumulate(sizes)]
     chunks: list[tuple[int, int]] = []
     start = 0
@@ -330,29 +336,31 @@ def sweep_plain(
     splits: Mapping[str, Examples] | None = None,
     execution: Execution = ALONE,
 ) -> list[dict[str, Evaluation]]:
-    """Evaluates checkpoints, each loaded plainly; out of memory, the batch is halved.
+    """Evaluates checkpoints by loading each; if memory runs out, the batch is halved.
 
     Args:
-        objective: What to evaluate. The last checkpoint stays loaded.
-        checkpoints: All tensors of the model, for each point; each is taken when it is needed.
+        objective: The objective. The last checkpoint stays loaded.
+        checkpoints: All tensors of the model for each point; an item is read when it is needed.
         splits: The examples; all by default.
         execution: How points are executed. Progress counts points.
 
     Returns:
-        For each checkpoint and split the evaluation at this one point.
+        For each checkpoint and split the evaluation at this point.
     """
     splits = objective.splits if splits is None else splits
-    opened = lru_cache(maxsize=1)(checkpoints.__getitem__)
+    read = lru_cache(maxsize=1)(checkpoints.__getitem__)
     last, loaded = len(checkpoints) - 1, -1
 
     def key(i: int) -> str:
-        return record_key(objective, splits, "plain", [opened(i)])
+        return record_key(objective, splits, "plain", [read(i)])
 
     def evaluate(i: int, own: Execution) -> Arrays:
         nonlocal loaded
-        weights, loaded = opened(i), i
-        found = halving(objective, lambda: objective.plain(weights, splits, _Tally(own.tell).add))
-        return encode(objective, splits, found, 1, 1)
+        weights, loaded = read(i), i
+        evaluations = halving(
+            objective, lambda: objective.plain(weights, splits, _ProgressSum(own.tell).add)
+        )
+        return encode(objective, splits, evaluations, 1, 1)
 
     def task(i: int) -> Task:
         own = execution.key(partial(key, i))
@@ -361,21 +369,21 @@ def sweep_plain(
     tasks: Iterable[Task] = map(task, range(len(checkpoints)))
     if execution.size > 1 and checkpoints:
         tasks = list(tasks)
-        _agree(execution, objective, 1, [t.known for t in tasks if t.known is not None])
-    found = [_continue_from(objective, splits, arrays) for arrays in execution.run(tasks)]
+        _synchronise(execution, objective, 1, [t.known for t in tasks if t.known is not None])
+    evaluations = [_continue_from(objective, splits, arrays) for arrays in execution.run(tasks)]
     if loaded != last:
-        # What comes next may find these weights where a slice moves nothing.
-        objective.load(opened(last))
-    return found
+        # All checkpoints may have been recalled; but the last one has to be loaded.
+        objective.load(read(last))
+    return evaluations
 
 
-class _Tally:
-    """Adds up the shares that are done."""
+class _ProgressSum:
+    """Reports the sum of the shares that are done."""
 
-    def __init__(self, tell: Callable[[float], None]) -> None:
+    def __init__(self, report: Callable[[float], None]) -> None:
         self._done = 0.0
-        self._tell = tell
+        self._report = report
 
     def add(self, share: float) -> None:
         self._done += share
-        self._tell(self._done)
+        self._report(self._done)

@@ -12,38 +12,36 @@ from torch.utils._pytree import tree_leaves
 
 from losscli.data import RandomnessDetector, Split, leaves, map_inputs, seed_all
 from losscli.errors import LosscliError, LossError, ModelError, NondeterministicModelError
+from losscli.evaluation.class_targets import IGNORED
 from losscli.evaluation.device import Narrowest
+from losscli.evaluation.doubts import Doubt, doubts_of
+from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.flops import Trace, addresses
 from losscli.evaluation.forward import NO_GRAPH, is_registered, scores_in
 from losscli.evaluation.independence import Values, compare, is_dependent
-from losscli.evaluation.losses import (
-    IGNORED,
-    Doubt,
-    PerExample,
-    check_shares,
-    classes_of,
-    doubts_of,
-    function_of,
-    has_label,
-    mse,
-    options_of,
-    weights_of,
-)
+from losscli.evaluation.losses import PerExample, function_of, mse, options_of
 from losscli.evaluation.objective import DETERMINISTIC, PROBE, Objective
 from losscli.evaluation.precision import wider_copies
-from losscli.evaluation.targets import check_range, first_not_finite, is_of_classes, target_error
+from losscli.evaluation.targets import (
+    check_probabilities,
+    check_range,
+    classes_of,
+    first_not_finite,
+    has_label,
+    is_of_classes,
+    target_error,
+)
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.models import HEADLESS, is_headless
 from losscli.weight_space.vectors import Weights
 
 __all__ = ["check_independence", "check_task"]
 
-# Bytes that the outputs of a batch may have: those of a language model are a number for every token
-# and every word.
+# The most bytes of the outputs of a batch: a language model has a score per token and word.
 _OUTPUTS = {"cpu": 128 << 20}
 _OUTPUTS_ELSEWHERE = 2 << 30
 
-# Seeds that are tried where a forward pass draws random numbers: a rare one changes few losses.
+# Further seeds to try if a forward pass draws random numbers: most draws may change nothing.
 _SEEDS = 8
 
 _WITHOUT_METRICS = "Choose another --metric, or --metric none"
@@ -51,16 +49,16 @@ _WITHOUT_METRICS = "Choose another --metric, or --metric none"
 
 @torch.no_grad()
 def check_task(objective: Objective, weights: Weights, names: Sequence[str] | None = None) -> None:
-    """Makes sure that the model, the loss and the data work together, on a first batch.
+    """Checks on a first batch that the model, the loss and the data work together.
 
     Args:
-        objective: What will be evaluated.
+        objective: The objective.
         weights: All tensors of the model; they stay loaded.
-        names: The splits that it is tried on; all by default.
+        names: The splits to check; all by default.
 
     Raises:
         LossError: Labels are out of the model's range, or a loss depends on other examples.
-        NondeterministicModelError: One point has two answers, or random numbers are drawn.
+        NondeterministicModelError: Repeated losses differ, or random numbers are drawn.
     """
     objective.load(weights)
     try:
@@ -68,7 +66,7 @@ def check_task(objective: Objective, weights: Weights, names: Sequence[str] | No
     except (ModelError, LossError) as error:
         if objective.differentiates or NO_GRAPH not in error.what:
             raise
-        # As physics-informed networks do, by their inputs.
+        # The model or the loss differentiates, as in physics-informed networks.
         objective.differentiates = True
         _check(objective, names)
 
@@ -80,7 +78,7 @@ def _check(objective: Objective, names: Sequence[str] | None) -> None:
             _fit_outputs(objective)
         for name in objective.splits if names is None else names:
             doubts += _check_split(objective, name)
-        # While it is known which weights are loaded: which way an example takes may be theirs.
+        # Traced at these weights, because the operators that run may depend on them (routing).
         if not objective.traced:
             trace = Trace()
             objective.count_operations(trace)
@@ -90,7 +88,7 @@ def _check(objective: Objective, names: Sequence[str] | None) -> None:
 
 
 def _check_split(objective: Objective, name: str) -> list[frozenset[Doubt]]:
-    """Checks a first batch of a split: evaluates it whole, then again in halves.
+    """Checks the first batch of a split: evaluates it whole, then in halves.
 
     Returns:
         The doubts about the loss, if the model returns scores.
@@ -102,7 +100,7 @@ def _check_split(objective: Objective, name: str) -> list[frozenset[Doubt]]:
         whole, doubts = _first_values(objective, batch, name)
     if draws.names:
         raise _random(objective, draws.names, batch, whole)
-    # What is drawn from a generator that the model puts back is drawn from another seed now.
+    # A model may restore the generator's state after drawing; another seed makes that visible.
     seed_all(1, objective.device)
     if len(batch) == 1 < len(examples) and not objective.batch_loss:
         with contextlib.suppress(ModelError, LossError, torch.OutOfMemoryError, MemoryError):
@@ -114,18 +112,18 @@ def _check_split(objective: Objective, name: str) -> list[frozenset[Doubt]]:
 
 @torch.no_grad()
 def check_independence(objective: Objective, weights: Weights) -> None:
-    """Makes sure at another point that a loss depends on its own example alone.
+    """Checks at another point that a loss depends on its own example alone.
 
-    An initialisation may give all examples the same outputs, and the first batch of sorted
-    data examples of one class: here a batch is spread over all examples in memory.
+    An initialisation may give all examples the same outputs, and sorted data a first batch of one
+    class. So here the batch is spread over all examples in memory.
 
     Args:
-        objective: What will be evaluated.
+        objective: The objective.
         weights: All tensors of the model; they stay loaded.
 
     Raises:
         LossError: A loss depends on other examples.
-        NondeterministicModelError: One point has two answers.
+        NondeterministicModelError: Repeated losses differ.
     """
     objective.load(weights)
     for name, examples in ({} if objective.batch_loss else objective.splits).items():
@@ -137,31 +135,36 @@ def check_independence(objective: Objective, weights: Weights) -> None:
 def _compare_halves(
     objective: Objective, batch: Split, whole: Values, name: str, rows: Tensor
 ) -> None:
-    """Compares the values of a batch with those of its halves; its rows are those of a split.
+    """Compares the values of a batch with those of its halves.
+
+    ``rows`` are the indices of the examples in the split.
 
     Raises:
         LossError: They differ beyond rounding.
         NondeterministicModelError: The values of the whole batch differ when it is repeated.
     """
-    found = compare(objective.values, batch, whole, objective.dtype) if len(batch) > 1 else None
+    several = len(batch) > 1
+    difference = compare(objective.values, batch, whole, objective.dtype) if several else None
     objective.unchecked.discard(name)
-    if found is not None and found.excess <= 1:
+    if difference is not None and difference.excess <= 1:
         return
     _check_repetition(objective, batch, whole)
-    if found is None:
-        objective.unchecked |= {name} if len(batch) > 1 else set()
+    if difference is None:
+        objective.unchecked |= {name} if several else set()
         return
     narrowest = Narrowest(objective.dtype)
     if objective.dtype == torch.float64:
         # There is no wider type, but the model may compute in a narrower one.
         with narrowest:
             whole = objective.values(batch)
-        found = compare(objective.values, batch, whole, narrowest.dtype) or found
-    if found.excess > 1 and is_dependent(found, batch, narrowest.dtype, wider_copies(objective)):
+        difference = compare(objective.values, batch, whole, narrowest.dtype) or difference
+    if difference.excess > 1 and is_dependent(
+        difference, batch, narrowest.dtype, wider_copies(objective)
+    ):
         raise LossError(
-            f"the {found.what} of an example depends on the other examples in its batch: for "
-            f"example {int(rows[found.row])} of the split {name!r} it is {found.whole:.7g} in "
-            f"one batch and {found.other:.7g} in another",
+            f"the {difference.what} of an example depends on the other examples in its batch: for "
+            f"example {int(rows[difference.row])} of the split {name!r} it is "
+            f"{difference.whole:.7g} in one batch and {difference.other:.7g} in another",
             "If the loss is one number per batch, give --batch-loss; otherwise compute it from "
             "each example alone (BatchNorm needs track_running_stats=True)",
         )
@@ -170,7 +173,7 @@ def _compare_halves(
 def _first_values(
     objective: Objective, batch: Split, name: str
 ) -> tuple[Values, list[frozenset[Doubt]]]:
-    """Evaluates a first batch, and makes sure that model, loss and data fit together."""
+    """Evaluates a first batch and checks that model, loss and data fit together."""
     inputs = objective.data.prepare(map_inputs(Tensor.clone, batch.inputs), objective.dtype)
     versions = [tensor._version for tensor in leaves(inputs)]
     outputs = objective.forward(objective.model, inputs)
@@ -183,14 +186,14 @@ def _first_values(
             else "Give a --loss of your own that takes it, or a model that returns its scores, "
             "alone or under the key logits",
         )
-    # A model that writes on its inputs would spoil them for every later point.
+    # A model that modifies its inputs would change them for every later point.
     objective.copies_inputs |= versions != [tensor._version for tensor in leaves(inputs)]
     _check_labels(objective, outputs, batch.targets, name)
     tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
     given = [tensor for tensor in tensors if not tensor.is_inference()]
     versions = [tensor._version for tensor in given]
     values = objective.per_example(objective.loss, outputs, batch.targets, "loss")
-    # And so would a loss that writes on the outputs spoil them for the metrics.
+    # A loss that modifies the outputs would change them for the metrics.
     objective.copies_outputs |= versions != [tensor._version for tensor in given]
     _check_targets(objective, name)
     _check_metrics(objective, outputs, batch.targets)
@@ -215,7 +218,7 @@ def _check_repetition(objective: Objective, batch: Split, whole: Values) -> None
 def _random(
     objective: Objective, names: Sequence[str], batch: Split, whole: Values
 ) -> LosscliError:
-    """The error of a forward pass that draws random numbers; says what they change."""
+    """Makes the error for a forward pass that draws random numbers; says what they change."""
     changes = False
     for seed in range(1, 1 + _SEEDS):
         seed_all(seed, objective.device)
@@ -234,9 +237,10 @@ def _random(
 
 
 def _check_parameters(objective: Objective, trace: Trace) -> None:
-    """Makes sure that a forward pass reads the model's own parameters.
+    """Checks that a forward pass reads the model's own parameters.
 
-    What is not seen to be read, as in another thread, is told by its influence.
+    Parameters that the trace misses, for example in another thread, are checked by their influence
+    on the outputs.
     """
     own = addresses(objective.tensors.values())
     parameters = {
@@ -249,7 +253,7 @@ def _check_parameters(objective: Objective, trace: Trace) -> None:
         for name, tensor in parameters.items()
         if not trace.read.intersection(addresses([tensor])) and tensor.numel()
     ]
-    # Where nothing was seen at all, the pass failed, or is hidden from a trace.
+    # With no reads at all, the pass failed or cannot be traced.
     if not unread or not trace.read or _have_influence(objective, unread):
         return
     objective.unused = tuple(unread)
@@ -272,11 +276,11 @@ def _check_parameters(objective: Objective, trace: Trace) -> None:
 
 
 def _have_influence(objective: Objective, names: Sequence[str]) -> bool:
-    """Tells whether tensors, loaded as not-a-number, change the outputs of a first batch."""
+    """Whether the outputs of a first batch change if tensors are set to nan."""
     batch = next(iter(objective.splits.values())).first(objective.batch_size).to(objective.device)
     inputs = objective.data.prepare(batch.inputs, objective.dtype)
     own = {name: objective.tensors[name].clone() for name in names}
-    nothing = {name: torch.full_like(tensor, torch.nan) for name, tensor in own.items()}
+    nans = {name: torch.full_like(tensor, torch.nan) for name, tensor in own.items()}
 
     def outputs(weights: Weights) -> list[Tensor]:
         objective.load(weights)
@@ -284,7 +288,7 @@ def _have_influence(objective: Objective, names: Sequence[str]) -> bool:
         return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
 
     try:
-        before, after = outputs(own), outputs(nothing)
+        before, after = outputs(own), outputs(nans)
     except ModelError:
         return True
     finally:
@@ -296,7 +300,7 @@ def _have_influence(objective: Objective, names: Sequence[str]) -> bool:
 
 
 def _fit_outputs(objective: Objective) -> None:
-    """Makes the batch smaller, where the outputs of one would be large; the same every run."""
+    """Reduces the batch size if the outputs would be too large; the same in every run."""
     budget = _OUTPUTS.get(objective.device.type, _OUTPUTS_ELSEWHERE)
     for split in objective.splits.values():
         few = split.first(min(PROBE, objective.batch_size)).to(objective.device)
@@ -304,7 +308,7 @@ def _fit_outputs(objective: Objective) -> None:
         try:
             outputs = objective.forward(objective.model, inputs)
         except ModelError:
-            # Told of the whole batch, which may be the only size that the model takes.
+            # Reported for the whole batch, the only size that some models accept.
             return
         if isinstance(scores := scores_in(outputs), Tensor):
             fit = max(1, budget * len(few) // max(1, scores.nbytes))
@@ -312,7 +316,7 @@ def _fit_outputs(objective: Objective) -> None:
 
 
 def _check_metrics(objective: Objective, outputs: Any, targets: Tensor) -> None:
-    """Makes sure that the metrics work; those that nobody asked for are left out if not."""
+    """Checks that the metrics work; default metrics that do not are left out."""
     for metric, function in list(objective.metrics.items()):
         what = f"metric {metric!r}"
         try:
@@ -331,27 +335,27 @@ def _check_metrics(objective: Objective, outputs: Any, targets: Tensor) -> None:
 
 
 def _check_labels(objective: Objective, outputs: Any, targets: Tensor, name: str) -> None:
-    """Finds labels out of range before a GPU kernel does, which would end the process."""
+    """Checks labels before a GPU kernel fails on one out of range, which ends the process."""
     outputs, split = scores_in(outputs), objective.splits[name]
-    seen = split if isinstance(split, Split) else split.first(objective.batch_size)
+    sample = split if isinstance(split, Split) else split.first(objective.batch_size)
     if not isinstance(outputs, Tensor) or targets.is_floating_point():
         return
     objective.classes = classes_of(objective.loss, outputs, targets)
     if objective.classes is None:
         return
     where = f"the split {name!r}"
-    objective.remark(check_range(objective.loss, seen.targets, objective.classes, where))
+    objective.remark(check_range(objective.loss, sample.targets, objective.classes, where))
     if not isinstance(split, Split):
         return
-    weights = weights_of(objective.loss, outputs, seen.targets)
+    weights = weights_of(objective.loss, outputs, sample.targets)
     without = 0 if weights is None else int((weights == 0).sum())
-    if without == len(seen.targets):
+    if without == len(sample.targets):
         raise LossError(
             f"the split {name!r} has no target that counts",
             f"Give data with other targets than {IGNORED} and those without weight",
         )
     if without and not objective.batch_loss:
-        counts = f"{without:,} of {len(seen.targets):,} examples have no target that counts"
+        counts = f"{without:,} of {len(sample.targets):,} examples have no target that counts"
         objective.remark(f"{name}: {counts} and are left out of the mean")
     weighted = options_of(objective.loss).get("weight") is not None
     if is_of_classes(objective.loss) and weighted:
@@ -359,10 +363,10 @@ def _check_labels(objective: Objective, outputs: Any, targets: Tensor, name: str
 
 
 def _check_targets(objective: Objective, name: str) -> None:
-    """Finds a target out of range, or not finite if the loss does not leave it out."""
+    """Checks for targets out of range, and for targets that make the loss not finite."""
     split = objective.splits[name]
-    seen = split if isinstance(split, Split) else split.first(objective.batch_size)
-    check_shares(objective.loss, seen.targets, f"the split {name!r}")
+    sample = split if isinstance(split, Split) else split.first(objective.batch_size)
+    check_probabilities(objective.loss, sample.targets, f"the split {name!r}")
     place = first_not_finite(split.targets) if isinstance(split, Split) else None
     if place is None or not isinstance(split, Split) or objective.batch_loss:
         return
@@ -376,5 +380,5 @@ def _check_targets(objective: Objective, name: str) -> None:
 
 
 def _classifies(loss: PerExample) -> bool:
-    """Tells whether the highest score of a class may be an answer, as far as the loss is known."""
+    """Whether outputs may be scores of classes, as far as the loss is known."""
     return loss.of_scores if isinstance(loss, TorchLoss) else function_of(loss) is not mse

@@ -1,4 +1,4 @@
-"""The scheduler: recalls, evaluates and records the tasks of a study, alone or among ranks."""
+"""The scheduler: recalls, evaluates and records the tasks of a study, on one or several ranks."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work that gives arrays.
+    """A computation with arrays as its result.
 
     Attributes:
-        size: How large it is, in the unit of progress.
-        evaluate: Does the work. Its argument is the execution of what the task evaluates in turn;
-            the progress of that is counted from 0 up to ``size``.
-        key: Of the records that it belongs to, see `Execution.key`; None if nothing is recorded.
-        part: Which of these records is its own.
-        known: Its arrays, if the caller has recalled them already.
+        size: Its size in the unit of progress.
+        evaluate: Computes the arrays. Its argument is the execution for tasks within this one, with
+            progress from 0 to ``size``.
+        key: The key of a group of records, see `Execution.key`; None if nothing is recorded.
+        part: Identifies the record of this task in the group.
+        known: The arrays if the caller has recalled them already.
     """
 
     size: float
@@ -44,21 +44,21 @@ class Task:
 
 @dataclass(frozen=True)
 class Execution:
-    """How tasks are executed: who is told of progress, what is recorded, who shares the work.
+    """How tasks are executed: their progress, their journal and their ranks.
 
     Attributes:
-        progress: Called with how much is done so far.
-        journal: Where finished tasks are recorded, and recalled from instead of evaluated. Of
-            several ranks, rank 0 alone has one.
-        ranks: The processes that share the tasks; None if this process works alone.
-        attend: To be called within long computations that tell no progress: it fails if another
-            rank has failed.
+        progress: Called with the amount done so far.
+        journal: Records finished tasks, which are then recalled instead of evaluated. Of several
+            ranks, only rank 0 has one.
+        ranks: The processes that share the tasks; None for a single process.
+        poll: To be called in long computations that report no progress; raises if another rank has
+            failed.
     """
 
     progress: Callable[[float], None] | None = None
     journal: Journal | None = None
     ranks: Ranks | None = None
-    attend: Callable[[], None] = _nothing
+    poll: Callable[[], None] = _nothing
 
     @property
     def size(self) -> int:
@@ -67,36 +67,36 @@ class Execution:
 
     @property
     def quiet(self) -> Execution:
-        """The same, for tasks that do not count as progress."""
+        """The same execution without progress."""
         return replace(self, progress=None)
 
     def after(self, done: float, most: float = math.inf) -> Execution:
-        """Shifts progress.
+        """Adds an offset to progress.
 
         Args:
-            done: How much was done before.
-            most: How much is done from here on, at most.
+            done: The amount done before.
+            most: The most that is done from here on.
 
         Returns:
-            The same, for tasks that come after ``done``.
+            The same execution for tasks that follow.
         """
         tell = self.progress
         return self if tell is None else replace(self, progress=lambda x: tell(done + min(x, most)))
 
     def tell(self, done: float) -> None:
-        """Tells progress.
+        """Reports progress.
 
         Args:
-            done: How much is done so far.
+            done: The amount done so far.
         """
         if self.progress is not None:
             self.progress(done)
 
     def decide(self, value: _T) -> _T:
-        """Leaves a decision to rank 0, so that all ranks do the same.
+        """Lets rank 0 decide, so that all ranks do the same.
 
         Args:
-            value: What this process would decide, of JSON's types.
+            value: What this process would decide; JSON types.
 
         Returns:
             The decision.
@@ -107,21 +107,21 @@ class Execution:
         """Gathers a value from each rank.
 
         Args:
-            value: That of this process, of JSON's types.
+            value: That of this process; JSON types.
 
         Returns:
-            The values in the order of the ranks.
+            The values in rank order.
         """
         return [value] if self.ranks is None else self.ranks.gather(value)
 
     def key(self, make: Callable[[], str]) -> str | None:
-        """Makes a key for records.
+        """Computes a key for records, if they are needed.
 
         Args:
-            make: Makes it; that takes a digest of all weights.
+            make: Computes it, which takes a digest of all weights.
 
         Returns:
-            The key; None where nothing is recorded.
+            The key; None if nothing is recorded.
         """
         return None if self.journal is None else make()
 
@@ -129,8 +129,8 @@ class Execution:
         """Recalls a record.
 
         Args:
-            key: Of the records that it belongs to.
-            part: Which of them.
+            key: The key of its group.
+            part: Identifies it in the group.
 
         Returns:
             Its arrays; None if there is no such record.
@@ -142,8 +142,8 @@ class Execution:
     def run(self, tasks: Iterable[Task]) -> Iterator[Arrays]:
         """Recalls or evaluates tasks, and records those that were evaluated.
 
-        A single process takes one task after the other, each when the one before has been yielded.
-        Several ranks take the tasks as they come free, and yield when all tasks are done.
+        A single process evaluates lazily, one task after the other. Several ranks take tasks
+        whenever they are free, and yield when all are done.
 
         Args:
             tasks: The tasks, the same on all ranks.
@@ -152,7 +152,7 @@ class Execution:
             The arrays of each task, in the order of the tasks, the same on all ranks.
         """
         if self.ranks is not None:
-            yield from self._deal(self.ranks, list(tasks))
+            yield from self._distribute(self.ranks, list(tasks))
             return
         done = 0.0
         for task in tasks:
@@ -164,22 +164,22 @@ class Execution:
             self.tell(done)
             yield arrays
 
-    def _deal(self, ranks: Ranks, tasks: Sequence[Task]) -> list[Arrays]:
+    def _distribute(self, ranks: Ranks, tasks: Sequence[Task]) -> list[Arrays]:
         recalled = ((i, self._recall(task)) for i, task in enumerate(tasks))
-        return ranks.deal(
+        return ranks.distribute(
             [task.size for task in tasks],
-            # A rank does its tasks by itself, and rank 0 records them.
-            lambda i, tell: tasks[i].evaluate(Execution(tell, attend=ranks.attend)),
+            # Tasks within a task run on one rank; rank 0 records the results.
+            lambda i, report: tasks[i].evaluate(Execution(report, poll=ranks.poll)),
             known={i: arrays for i, arrays in recalled if arrays is not None},
-            found=lambda i, arrays: self._record(tasks[i], arrays),
+            on_result=lambda i, arrays: self._record(tasks[i], arrays),
             progress=self.progress,
         )
 
     def _recall(self, task: Task) -> Arrays | None:
         known = self.recall(task.key, task.part) if task.known is None else task.known
         if known is not None and self.journal is not None and self.progress is not None:
-            # It took no time, which whoever estimates the time that is left has to know.
-            self.journal.skipped += task.size
+            # Recalling takes no time, which the estimate of the remaining time has to know.
+            self.journal.recalled += task.size
         return known
 
     def _record(self, task: Task, arrays: Arrays) -> None:
@@ -188,4 +188,4 @@ class Execution:
 
 
 ALONE = Execution()
-"""A single process that records nothing and tells nobody."""
+"""A single process without progress and journal."""

@@ -1,4 +1,4 @@
-"""The losses of torch.nn and torch.nn.functional as losses per example."""
+"""Makes losses per example of those of torch.nn and torch.nn.functional."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from losscli.evaluation.losses import PerExample, cross_entropy, nll
 
 __all__ = ["TorchLoss", "from_torch", "is_of_torch"]
 
-# Those with a mean that is weighted by the targets.
+# Losses with a mean that is weighted by the targets.
 _OF_CLASSES: dict[Any, PerExample] = {
     nn.CrossEntropyLoss: cross_entropy,
     F.cross_entropy: cross_entropy,
@@ -26,20 +26,20 @@ _OF_CLASSES: dict[Any, PerExample] = {
     F.nll_loss: nll,
 }
 
-# Those of scores: the highest, or a positive one, is the answer.
+# Losses of scores: the highest, or a positive one, is the prediction.
 _OF_SCORES = frozenset({
     "BCEWithLogitsLoss", "MultiLabelSoftMarginLoss", "MultiMarginLoss", "SoftMarginLoss",
     "binary_cross_entropy_with_logits", "multi_margin_loss", "multilabel_soft_margin_loss",
     "soft_margin_loss",
 })  # fmt: skip
 
-# Arguments of torch's losses that are not options here: what is passed at each call, and what
-# torch has replaced by `reduction`.
+# Arguments of torch's losses that are not options here: those passed at each call, and those that
+# torch replaced by `reduction`.
 _NOT_OPTIONS = frozenset({"input", "target", "size_average", "reduce"})
 
 
 class TorchLoss:
-    """A loss of torch with one value for each of its elements.
+    """A loss of torch without reduction.
 
     Args:
         function: A module of `torch.nn`, or a function of `torch.nn.functional`.
@@ -59,10 +59,10 @@ class TorchLoss:
 
         Args:
             outputs: The outputs of a batch.
-            targets: Its targets; floating-point ones are taken in the type of the outputs.
+            targets: Its targets; floating-point ones are converted to the type of the outputs.
 
         Returns:
-            What torch returns with ``reduction="none"``.
+            The values that torch returns with ``reduction="none"``.
         """
         device, dtype = outputs.device, outputs.dtype
         function = self._function
@@ -75,20 +75,20 @@ class TorchLoss:
             for key, value in self._options.items()
         }
         with warnings.catch_warnings():
-            # Shapes that do not fit are refused anyway.
+            # Shapes that do not fit are an error later on.
             warnings.filterwarnings("ignore", "Using a target size", UserWarning)
             values: Tensor = function(outputs, targets, **options)
         return values
 
 
 def is_of_torch(value: Any) -> bool:
-    """Tells whether something is a loss of torch's own.
+    """Whether an object is a loss of torch.
 
     Args:
         value: A class, a module, a function or a `functools.partial` of one.
 
     Returns:
-        Whether `from_torch` takes it.
+        Whether `from_torch` accepts it.
     """
     if isinstance(value, partial):
         return not value.args and is_of_torch(value.func)
@@ -100,21 +100,21 @@ def is_of_torch(value: Any) -> bool:
 
 
 def from_torch(value: Any, options: Mapping[str, Any], where: str) -> tuple[PerExample, str]:
-    """Makes a loss per example of one of torch's own.
+    """Makes a loss per example of a loss of torch.
 
-    Its mean over all elements is the mean over examples of each example's own mean, so
+    The mean over all elements is the mean over examples of each example's mean, so
     ``reduction="mean"`` and ``reduction="none"`` are the same loss here.
 
     Args:
         value: The loss, which `is_of_torch`.
         options: The keys of its spec. Lists of numbers, and weights, become tensors.
-        where: What to call it in errors.
+        where: Its name in errors.
 
     Returns:
         The loss per example, and its name with all its options.
 
     Raises:
-        SpecError: Torch does not take the options, or they ask for a sum over a batch.
+        SpecError: Torch does not accept the options, or they request a sum over a batch.
     """
     if isinstance(value, partial):
         value, options = value.func, {**value.keywords, **options}
@@ -147,7 +147,7 @@ def from_torch(value: Any, options: Mapping[str, Any], where: str) -> tuple[PerE
     text = f"{_name(value)}({written})"
     if kind in _OF_CLASSES:
         if _OF_CLASSES[kind] is cross_entropy:
-            # Torch's own reads the classes there.
+            # The dimension in which torch reads the classes.
             described["dim"] = 1
         return partial(_OF_CLASSES[kind], **described), text
     if isinstance(value, nn.modules.loss._Loss):

@@ -47,8 +47,11 @@ def load_exported(file: str | Path) -> nn.Module:
     # torch replaces these methods by ones that raise; the mode does not change the program.
     for name in ("train", "eval"):
         vars(module).pop(name, None)
+    _restore_aliases(module, program.state_dict)
     if (fixed := _fixed_batch_size(program)) is not None:
-        module.register_forward_pre_hook(partial(_check_batch_size, path, fixed), with_kwargs=True)
+        check = partial(_check_batch_size, path, fixed)
+        # Before the checks of the program, which name no file.
+        module.register_forward_pre_hook(check, prepend=True, with_kwargs=True)
     return module
 
 
@@ -61,6 +64,22 @@ def _logging_disabled() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def _restore_aliases(module: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Registers tied parameters under all names; a program that torch 2.6 wrote has only one."""
+    known = module.state_dict(keep_vars=True)
+    tied = {stored[name].data_ptr(): known[name] for name in known if name in stored}
+    for name in stored.keys() - known.keys():
+        parameter = tied.get(stored[name].data_ptr())
+        if isinstance(parameter, nn.Parameter):
+            path, _, attribute = name.rpartition(".")
+            owner = module
+            for part in path.split(".") if path else ():
+                if not hasattr(owner, part):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(attribute, parameter)
 
 
 def _fixed_batch_size(program: torch.export.ExportedProgram) -> int | None:

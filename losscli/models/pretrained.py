@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from losscli.checkpoint.renaming import dtype_argument
 from losscli.errors import ModelError, one_line
 from losscli.files import read_regular
 
@@ -182,9 +183,8 @@ def _build(transformers: Any, config: Any, architecture: str) -> nn.Module:
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
     # Initialise in float32, whatever dtype the config has.
-    dtype = {"dtype" if hasattr(config, "dtype") else "torch_dtype": torch.float32}
     model: nn.Module = getattr(transformers, known[0]).from_config(
-        config, trust_remote_code=False, **dtype
+        config, trust_remote_code=False, **dtype_argument(transformers, torch.float32)
     )
     return model
 

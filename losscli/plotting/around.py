@@ -23,8 +23,7 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    add_legend,
-    add_notes,
+    add_foot,
     add_title,
     drawable,
     examples,
@@ -162,8 +161,7 @@ def draw_around(
         # The colour of a single checkpoint is that of all entries.
         style = "solid" if len(groups) > 1 else "none"
         named = [(Line2D([], [], color=g.colour, lw=2.2, ls=style), _label(g)) for g in groups]
-        add_legend(figure, [named, list(marks.values())])
-        add_notes(panels[-1], list(dict.fromkeys(notes)))
+        add_foot(figure, list(dict.fromkeys(notes)), [named, list(marks.values())])
         if title:
             add_title(figure, title)
         freeze(figure)

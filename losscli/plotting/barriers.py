@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,11 +13,12 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
 from losscli.plotting.style import (
@@ -29,16 +31,18 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
+    add_foot,
     add_title,
     examples,
     format_number,
     house_style,
+    is_light,
     loss_name,
     plain,
     shorten,
     text_width,
 )
-from losscli.plotting.surface import WIDE, add_foot, finish_layout
+from losscli.plotting.surface import WIDE, finish_layout
 from losscli.results import Run
 from losscli.summaries import BarriersSummary
 from losscli.table import Table
@@ -47,8 +51,9 @@ __all__ = ["draw_barriers"]
 
 Floats = NDArray[np.float64]
 
-# Reversed, so that high barriers are dark and low ones are close to the white of no barrier.
-_COLOURS = mpl.colormaps["viridis_r"]
+# Reversed, so that high barriers are dark and low ones are close to the white of no barrier, with
+# some white, so that numbers are legible on every colour.
+_COLOURS = ListedColormap(0.25 + 0.75 * mpl.colormaps["viridis_r"](np.linspace(0, 1, 256))[:, :3])
 _NONE = "#ffffff"
 _UNKNOWN = "#d4d4d4"
 _DIAGONAL = "#ebebeb"
@@ -56,7 +61,7 @@ _EDGE = "#dedede"
 
 _NUMBERS = 12  # maximum number of checkpoints for numbers in the cells
 _SIDE_BY_SIDE = 6  # up to this many checkpoints, or without numbers, panels are side by side
-_NAME = 130.0  # points, maximum width of a name
+_NAME = 112.0  # points, maximum width of a name
 _FONT_SIZE = 8.5  # points, maximum size of numbers in the cells
 
 
@@ -112,7 +117,7 @@ def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = Fal
         _add_colour_bar(figure, panels, norm, f"barrier{loss_name([run])}", log=log)
         if title:
             add_title(figure, title)
-        add_foot(figure, panels[0], _notes(run, squares, shared), [_legend(squares)])
+        add_foot(figure, _notes(run, squares, shared), [_legend(squares)])
         finish_layout(figure)
     return figure
 
@@ -190,25 +195,22 @@ def _write(axes: Axes, heights: Floats, colours: Floats, room: float) -> None:
     texts = [format_number(float(heights[i, j]), digits) for i, j in cells]
     widest = max((text_width(figure, text, _FONT_SIZE) for text in texts), default=0.0)
     size = min(_FONT_SIZE, _FONT_SIZE * 0.9 * room / widest) if widest else _FONT_SIZE
-    light = colours[..., :3] @ np.array([0.21, 0.72, 0.07]) > 0.45
+    light = is_light(colours[..., :3])
     for (i, j), text in zip(cells, texts, strict=True):
-        colour = INK if light[i, j] else "white"
+        colour = "black" if light[i, j] else "white"
         axes.text(j, i, text, ha="center", va="center_baseline", fontsize=size, color=colour)
 
 
 def _hatch(axes: Axes, cells: NDArray[np.bool_]) -> None:
-    """Hatches cells; adjacent cells of a row form one rectangle."""
-    corners: list[tuple[float, float]] = []
-    for i, row in enumerate(cells):
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], row, [False]]).astype(int)))
-        for start, stop in edges.reshape(-1, 2):
-            left, right, top, bottom = start - 0.5, stop - 0.5, i - 0.5, i + 0.5
-            corners += [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-    if not corners:
-        return
-    steps = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
-    path = Path(corners, steps * (len(corners) // len(steps)))
-    axes.add_patch(PathPatch(path, fill=False, hatch="////", ec=PALE, lw=0))
+    """Hatches cells, by one patch."""
+    square = Path.unit_rectangle()
+    squares = [
+        square.transformed(Affine2D().translate(column - 0.5, row - 0.5))
+        for row, column in np.argwhere(cells)
+    ]
+    if squares:
+        path = Path.make_compound_path(*squares)
+        axes.add_patch(PathPatch(path, fill=False, hatch="////", ec=PALE, lw=0))
 
 
 def _labels(figure: Figure, names: Sequence[str]) -> tuple[list[str], str]:
@@ -230,10 +232,6 @@ def _labels(figure: Figure, names: Sequence[str]) -> tuple[list[str], str]:
     else:
         distinct = whole
     labels = [shorten(figure, name, _NAME) for name in distinct]
-    if len(set(labels)) < len(labels):
-        labels = [
-            f"{k} {shorten(figure, name, _NAME - 20)}" for k, name in enumerate(distinct, start=1)
-        ]
     return labels, shared
 
 
@@ -246,21 +244,26 @@ def _common(parts: Sequence[Sequence[str]], most: int) -> int:
 
 
 def _label_axes(axes: Axes, labels: Sequence[str], room: float, *, below: bool, left: bool) -> None:
-    """Labels rows and columns with the names that fit."""
+    """Labels rows and columns with their names, or columns with numbers if the names do not fit."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     size = SMALL if room >= 12 else SMALL - 2
-    stride = math.ceil(1.25 * size / room) if room else 1
-    ticks = range(0, len(labels), stride)
-    shown = [labels[k] for k in ticks]
-    horizontal = stride == 1 and all(
-        text_width(figure, label, size) < 0.9 * room for label in labels
-    )
-    axes.set_xticks(ticks, shown if below else [], fontsize=size)
-    axes.set_yticks(ticks, shown if left else [], fontsize=size)
-    if not horizontal:
-        axes.tick_params(axis="x", labelrotation=90)
-    axes.tick_params(length=0 if stride == 1 else 2, labelcolor=INK)
+    columns, rows = list(labels), list(labels)
+    if any(text_width(figure, label, size) > 0.9 * room for label in labels):
+        ends = [re.fullmatch(r"(.*?)([0-9]+)", label) for label in labels]
+        columns = [end[2] for end in ends if end]
+        if len(columns) < len(labels) or len({end[1] for end in ends if end}) > 1:
+            columns = [str(number) for number in range(1, len(labels) + 1)]
+            rows = [f"{label}  {number}" for number, label in zip(columns, labels, strict=True)]
+    widest = max((text_width(figure, label, size) for label in columns), default=0.0)
+    for axis, names, length, shown in (
+        (axes.xaxis, columns, widest + 3, below),
+        (axes.yaxis, rows, 1.25 * size, left),
+    ):
+        stride = math.ceil(length / room) if room else 1
+        ticks = range(0, len(names), stride)
+        axis.set_ticks(ticks, names[::stride] if shown else [], fontsize=size)
+        axis.set_tick_params(length=0 if stride == 1 else 2, labelcolor=INK)
 
 
 def _add_colour_bar(
@@ -295,11 +298,11 @@ def _legend(squares: Sequence[_Square]) -> list[tuple[Artist, str]]:
         pairs = ~np.eye(len(square.heights), dtype=bool)
         if (pairs & ~_coloured(square.heights) & ~_unknown(square.heights)).any():
             white = Patch(fc=_NONE, ec=PALE, lw=0.5)
-            entries.append((white, "0: no point seen lies above the chord"))
+            entries.append((white, "0: never above the straight line between the two losses"))
             break
     if any(_unknown(square.heights).any() for square in squares):
         grey = Patch(fc=_UNKNOWN, ec=PALE, hatch="////", lw=0)
-        entries.append((grey, "not known: a loss on the line is not finite"))
+        entries.append((grey, "unknown: a loss on the line is not finite"))
     return entries
 
 
@@ -307,8 +310,9 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
     if not squares:
         return ["There are no pairs"]
     alphas = run.summary.get("alphas", ())
-    points = f", over {len(alphas)} points from α = 0 to 1" if alphas else ""
-    notes = [f"Barrier: the largest height above the chord between two checkpoints{points}"]
+    points = f", at {len(alphas)} points from α = 0 to 1" if alphas else ""
+    above = "above the straight line between the losses of both checkpoints"
+    notes = [f"Barrier: the largest height of the loss {above}{points}"]
     if shared:
         notes.append(f"Checkpoints {shared}")
     return notes

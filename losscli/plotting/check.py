@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.lines import Series, draw_panel
@@ -31,6 +30,7 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
+    add_foot,
     add_title,
     drawable,
     examples,
@@ -38,12 +38,17 @@ from losscli.plotting.style import (
     format_number,
     house_style,
     loss_name,
+    number_checkpoints,
     plain,
     round_positions,
+    scale_checkpoints,
+    scale_symlog,
     scale_y,
     shorten,
+    shorten_path,
+    whole_numbers,
 )
-from losscli.plotting.surface import WIDE, add_foot, finish_layout, shorten_path
+from losscli.plotting.surface import WIDE, finish_layout
 from losscli.results import Run
 from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
@@ -61,7 +66,6 @@ _FEW = 40  # up to this many values have individual marks
 _LOG_LOSS_RATIO = 1e3  # above this ratio of highest to lowest loss the axis is logarithmic
 _LOG_HIGH_RATIO = 10.0  # the same for largest eigenvalue to its median over checkpoints
 _UNEVEN_RATIO = 20.0  # above this ratio of positive to negative range, or the reverse: symlog axis
-_MOST_TICKS = 9
 _FAR = 1e3  # above this multiple of the largest eigenvalue 2 / learning rate is only in a note
 
 # The marks of the verdicts differ in shape and colour.
@@ -80,8 +84,9 @@ def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) ->
     """Draws the result of a check for critical points.
 
     Several checkpoints: loss, gradient norm and the extreme eigenvalues of the Hessian over the
-    order of the checkpoints, with the verdicts. One checkpoint: its eigenvalues. A table ``escape``
-    adds the loss along the most negative curvature, a table ``spectrum`` further eigenvalues.
+    step or epoch in their names, or else their order, with the verdicts. One checkpoint: its
+    eigenvalues. A table ``escape`` adds the loss along the most negative curvature, a table
+    ``spectrum`` further eigenvalues.
 
     Args:
         run: The run.
@@ -96,12 +101,12 @@ def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) ->
         splits = [str(split) for split in run.table.unique("split")]
         escape = _Escape.read(run)
         draw = _draw_several if len(names) > 1 else _draw_one
-        figure, panel, notes, groups = draw(run, names, splits, escape, log=log)
+        figure, notes, groups = draw(run, names, splits, escape, log=log)
         if escape:
             groups.append(escape.entries(figure))
         if title:
             add_title(figure, title)
-        add_foot(figure, panel, notes, groups)
+        add_foot(figure, notes, groups)
         finish_layout(figure)
         round_positions(figure)
     return figure
@@ -123,10 +128,6 @@ def _split_entries(run: Run[CheckSummary], splits: Sequence[str]) -> Group:
     ]
 
 
-def _whole_numbers() -> MaxNLocator:
-    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
-
-
 def _number(value: Any) -> float:
     """Returns a number of a summary; nan if it has none."""
     return float(value) if isinstance(value, int | float) else math.nan
@@ -142,7 +143,7 @@ def _draw_several(
     escape: _Escape | None,
     *,
     log: bool,
-) -> tuple[Figure, Axes, list[str], list[Group]]:
+) -> tuple[Figure, list[str], list[Group]]:
     strip_height = 0.2 + 0.17 * len(splits)
     heights = [strip_height, 2.0, 1.75, *([2.3] if escape else [])]
     figure = _new_figure(WIDE, sum(heights) + 0.5 + 0.5 * bool(escape))
@@ -153,24 +154,24 @@ def _draw_several(
     low = figure.add_subplot(grid[2, 1], sharex=loss)
     strip = figure.add_subplot(grid[0, 0], sharex=loss)
 
-    series = _read(run.table, names, splits)
-    room = 0.03 * (len(names) - 1)
-    loss.set_xlim(-room, len(names) - 1 + room)
-    loss.xaxis.set_major_locator(_whole_numbers())
-    loss.xaxis.set_major_formatter(Numbers())
+    numbers, label = number_checkpoints(names)
+    number = dict(zip(names, numbers.tolist(), strict=True))
+    series = _read(run.table, number, splits)
+    for panel in (gradient, low):
+        # Both, since panels that share an axis do not share its label.
+        scale_checkpoints(panel, numbers, label)
 
-    notes = [_first_and_last(figure, names)]
+    first, last = (shorten_path(figure, plain(names[at]), 200) for at in (0, -1))
+    notes = [f"The first of the {len(names)} checkpoints is {first}, the last is {last}."]
     notes += draw_panel(loss, series, "loss", log=log)
     label = shorten(figure, f"loss{loss_name([run])}", 140, 10)
     loss.set_ylabel(f"{label}\nlog scale" if log else label)
     notes += _draw_gradients(gradient, series, _number(run.summary.get("tolerance")))
     notes += _draw_high(high, series, run.summary)
     notes += _draw_low(low, series)
-    verdicts = _draw_verdicts(strip, run.table, names, splits)
+    verdicts = _draw_verdicts(strip, run.table, number, splits)
     for panel in (loss, high, strip):
         panel.tick_params(labelbottom=False)
-    for panel in (gradient, low):
-        panel.set_xlabel("checkpoint, in the order given")
     figure.align_ylabels([loss, gradient])
     figure.align_ylabels([high, low])
     notes.append(_criteria_note(run))
@@ -178,19 +179,18 @@ def _draw_several(
     if escape:
         panel = figure.add_subplot(grid[3, :])
         notes += _draw_escape(panel, escape, run, splits, log=log)
-        at = names.index(escape.checkpoint) if escape.checkpoint in names else -1
-        if escape.split in splits and at >= 0:
+        at = number.get(escape.checkpoint)
+        if escape.split in splits and at is not None:
             rows = run.table.where("split", escape.split).where("checkpoint", escape.checkpoint)
             # The start of the escape direction in the panel below.
             low.plot([at], rows.floats("lambda_min")[:1], ls="none", zorder=5, **_START)
-    return figure, loss, notes, [_split_entries(run, splits), verdicts]
+    return figure, notes, [_split_entries(run, splits), verdicts]
 
 
-def _read(table: Table, names: Sequence[str], splits: Sequence[str]) -> list[Series]:
-    """Returns a series for each split over the index of the checkpoints."""
-    indices = {name: index for index, name in enumerate(names)}
+def _read(table: Table, number: Mapping[str, float], splits: Sequence[str]) -> list[Series]:
+    """Returns a series for each split over the numbers of the checkpoints."""
     series = []
-    for number, split in enumerate(splits):
+    for index, split in enumerate(splits):
         rows = table.where("split", split)
         values = {
             "loss": "loss",
@@ -200,14 +200,14 @@ def _read(table: Table, names: Sequence[str], splits: Sequence[str]) -> list[Ser
             _HIGH: "lambda_max",
             f"{_HIGH} error": "lambda_max_error",
         }
-        x = np.array([indices[str(name)] for name in rows["checkpoint"]], dtype=np.float64)
+        x = np.array([number[str(name)] for name in rows["checkpoint"]])
         series.append(
             Series(
                 run=0,
                 split=split,
                 name=plain(split),
                 colour=_COLOUR,
-                dashes=DASHES[number % len(DASHES)],
+                dashes=DASHES[index % len(DASHES)],
                 x=x,
                 ends=np.zeros(len(x), dtype=np.bool_),
                 values={
@@ -220,20 +220,15 @@ def _read(table: Table, names: Sequence[str], splits: Sequence[str]) -> list[Ser
     return series
 
 
-def _first_and_last(figure: Figure, names: Sequence[str]) -> str:
-    first, last = (shorten_path(figure, plain(names[at]), 200) for at in (0, -1))
-    return f"Checkpoint 0 is {first}, checkpoint {len(names) - 1} is {last}."
-
-
 def _criteria_note(run: Run[CheckSummary]) -> str:
     """Returns a note on the criteria of the verdicts."""
     tolerance = _number(run.summary.get("tolerance"))
-    critical = "a checkpoint is critical where its gradient norm is small"
+    critical = "critical means a small gradient norm"
     if 0 <= tolerance < LARGEST:
-        critical = f"critical is a gradient norm of at most {format_number(tolerance)}"
+        critical = f"critical means a gradient norm of at most {format_number(tolerance)}"
     return (
-        f"Verdicts: {critical}; an eigenvalue of the Hessian lies within each bar around λ, and "
-        "its sign counts only where the bar is clear of zero. At a saddle the loss falls to both "
+        f"Verdicts: {critical}. Each bar around λ contains an eigenvalue of the Hessian, and its "
+        "sign counts only if the bar does not contain zero. At a saddle the loss decreases on both "
         "sides along the eigenvector of λₘᵢₙ."
     )
 
@@ -369,16 +364,17 @@ def _draw_reference(
     )
 
 
-def _draw_verdicts(axes: Axes, table: Table, names: Sequence[str], splits: Sequence[str]) -> Group:
+def _draw_verdicts(
+    axes: Axes, table: Table, number: Mapping[str, float], splits: Sequence[str]
+) -> Group:
     """Draws a row of verdict marks for each split; returns the legend entries."""
-    indices = {name: index for index, name in enumerate(names)}
     rows = {split: row for row, split in enumerate(splits)}
-    points: dict[str, list[tuple[int, int]]] = {}
+    points: dict[str, list[tuple[float, int]]] = {}
     cells = (table["checkpoint"], table["split"], table["verdict"])
     for name, split, verdict in zip(*cells, strict=True):
         if verdict:
-            points.setdefault(str(verdict), []).append((indices[str(name)], rows[str(split)]))
-    size = min(max(250 / len(names), 2.4), 6.5)
+            points.setdefault(str(verdict), []).append((number[str(name)], rows[str(split)]))
+    size = min(max(250 / len(number), 2.4), 6.5)
     entries: Group = []
     for verdict in sorted(points, key=_rank):
         x, y = zip(*points[verdict], strict=True)
@@ -434,16 +430,7 @@ def _scale_eigenvalues(axes: Axes, which: Literal["x", "y"], values: Floats) -> 
         axis.set_major_locator(MaxNLocator("auto", steps=STEPS))
         axis.set_major_formatter(Numbers())
         return ""
-    set_scale = axes.set_yscale if which == "y" else axes.set_xscale
-    set_scale("symlog", linthresh=linear, linscale=0.6)
-    forward = axis.get_transform()
-    bottom, top = (float(v) for v in forward.transform(np.array([low, high])))
-    room = 0.07 * (top - bottom)
-    edges = forward.inverted().transform(np.array([bottom - room, top + room]))
-    set_limits(*(float(v) for v in edges))
-    axis.set_major_locator(FixedLocator(_symlog_ticks(linear, *(float(v) for v in edges))))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(Numbers(log=True))
+    scale_symlog(axes, which, low, high, linear=linear)
     return f"log beyond ±{format_number(linear)}"
 
 
@@ -463,18 +450,6 @@ def _linear_part(values: Floats) -> float:
     return float(10.0 ** math.floor(math.log10(max(min(smaller, typical), least))))
 
 
-def _symlog_ticks(linear: float, low: float, high: float) -> list[float]:
-    """Returns zero and powers of ten on both sides of it, at most `_MOST_TICKS`."""
-    first, last = round(math.log10(linear)), math.floor(math.log10(max(-low, high)))
-    for step in itertools.count(1):
-        # Counted from the largest power, which is always labelled.
-        powers = [10.0**k for k in range(last, first - 1, -step)]
-        ticks = [-p for p in powers if -p >= low] + [0.0] + [p for p in powers if p <= high]
-        if len(ticks) <= _MOST_TICKS:
-            break
-    return sorted(ticks)
-
-
 # --- One checkpoint ------------------------------------------------------------------------------
 
 
@@ -485,7 +460,7 @@ def _draw_one(
     escape: _Escape | None,
     *,
     log: bool,
-) -> tuple[Figure, Axes, list[str], list[Group]]:
+) -> tuple[Figure, list[str], list[Group]]:
     spectrum = _read_spectrum(run, splits)
     if spectrum:
         figure = _new_figure(WIDE if escape else WIDTH, 3.9)
@@ -529,7 +504,7 @@ def _draw_one(
         for split, verdict in cells
         if verdict
     ]
-    return figure, panel, notes, [lines, verdicts]
+    return figure, notes, [lines, verdicts]
 
 
 def _undecided_notes(run: Run[CheckSummary], splits: Sequence[str]) -> list[str]:
@@ -619,15 +594,15 @@ def _draw_spectrum(axes: Axes, spectrum: dict[str, tuple[Floats, Floats]]) -> li
     how = _scale_eigenvalues(axes, "y", values[drawable(values, log=False)])
     axes.set_ylabel("eigenvalue λ of the Hessian" + f"\n{how}" * bool(how))
     axes.set_xlim(1 - 0.03 * most - 0.3, most + 0.03 * most + 0.3)
-    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.xaxis.set_major_locator(whole_numbers())
     axes.xaxis.set_major_formatter(Numbers())
-    axes.set_xlabel("rank among the eigenvalues found")
+    axes.set_xlabel("rank of the computed eigenvalue")
     return notes
 
 
 def _draw_extremes(axes: Axes, table: Table, splits: Sequence[str]) -> list[str]:
     """Draws a row for each split from its smallest to its largest eigenvalue."""
-    series = _read(table, [str(name) for name in table.unique("checkpoint")], splits)
+    series = _read(table, {str(name): 0.0 for name in table.unique("checkpoint")}, splits)
     reach = np.concatenate([_bar_ends(series, _LOW), _bar_ends(series, _HIGH)])
     how = _scale_eigenvalues(axes, "x", reach)
     missing = 0
@@ -806,5 +781,5 @@ def _draw_escape(
     title = f"Around {name}: {split}" if name else f"Around the checkpoint: {split}"
     axes.set_title(shorten(figure, title, 330, 10), loc="left", fontsize=10)
     if escape.lowest < 0 and math.isfinite(escape.start):
-        notes.append("Along this direction no point lies below the checkpoint.")
+        notes.append("Along this direction the loss never falls below that of the checkpoint.")
     return notes

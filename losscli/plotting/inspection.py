@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -26,8 +27,7 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    add_legend,
-    add_notes,
+    add_foot,
     add_title,
     checkpoint_names,
     format_number,
@@ -123,16 +123,17 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
         scale = ", log scale" if axes.get_xscale() == "log" else ""
         axes.set_xlabel(f"{quantity} {each}{scale}")
         if not bars:
-            notes.append("There are no tensors of floating-point numbers")
+            notes.append("There are no floating-point tensors")
         if len(bars) < len(tensors):
-            notes.append(f"{len(tensors)} tensors, drawn together where their names begin the same")
+            notes.append(f"{len(tensors)} tensors, grouped by the common prefixes of their names")
         notes += _left_out(run, len(tensors))
+        together: list[tuple[Artist, str]] = []
         if bars and math.isfinite(size(whole)):
             line = Line2D([], [], color=INK, lw=1.2, ls=(0, (4, 2)))
             kind = "parameters" if buffers else "tensors"
             label = f"all {kind} together: {format_number(size(whole))}"
-            add_legend(figure, [[(line, label)]])
-        add_notes(axes, notes)
+            together.append((line, label))
+        add_foot(figure, notes, [together])
         names = _write_names(axes, checkpoint_names(run))
         if title:
             add_title(figure, title)
@@ -235,7 +236,7 @@ def _draw(
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(visible=False, axis="y")
     if any(bar.from_nothing for bar in bars):
-        return ["from 0: all zero at A, so that no share of it says how far it moved"]
+        return ["from 0: all zero at A, so the relative distance is undefined"]
     return []
 
 
@@ -273,11 +274,10 @@ def _scale(axes: Axes, values: np.ndarray) -> tuple[float, float, bool]:
 def _left_out(run: Run[InspectionSummary], drawn: int) -> list[str]:
     notes = []
     if others := len(run.table.rows) - drawn:
-        s = "s" * (others > 1)
-        notes.append(f"{others} tensor{s} of whole numbers not drawn")
+        notes.append(f"Not drawn: {others} integer tensor{'s' * (others > 1)}")
     if wrong := len(run.summary.get("mismatches", ())):
         s, do = ("s", "do") if wrong > 1 else ("", "does")
-        notes.append(f"{wrong} tensor{s} that {do} not match not drawn")
+        notes.append(f"Not drawn: {wrong} tensor{s} that {do} not match")
     return notes
 
 

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch, Patch
-from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 
 from losscli.plotting.layerwise import draw_layerwise
@@ -32,8 +31,7 @@ from losscli.plotting.style import (
     DASHES,
     INK,
     STEPS,
-    add_legend,
-    add_notes,
+    add_foot,
     add_title,
     drawable,
     end_names,
@@ -54,6 +52,7 @@ from losscli.summaries import LineSummary
 __all__ = ["draw_interpolation"]
 
 _MOST_MARKS = 12  # maximum number of marked local minima and maxima
+_DERIVATIVES = {"slope": "dL/dα", "curvature": "d²L/dα²"}
 _OVERVIEW_HEIGHT = 1.5  # inches, of the panel of the whole line above a part of it
 
 
@@ -63,9 +62,9 @@ def draw_interpolation(
     """Draws losses and metrics over the line from A to B.
 
     Colours distinguish runs, line styles distinguish splits, and a band shows one standard error.
-    Values that cannot be drawn leave a gap, a mark at the edge and a note with their number. One
-    run with a table ``blocks`` is drawn by `draw_layerwise`, one with a table ``context`` with an
-    overview of the whole line.
+    Values that cannot be drawn leave a gap, a mark at the edge and a note with their number.
+    Slopes, curvatures and metrics have a panel each. One run with a table ``blocks`` is drawn by
+    `draw_layerwise`, one with a table ``context`` with an overview of the whole line.
 
     Args:
         runs: The runs.
@@ -83,7 +82,13 @@ def draw_interpolation(
         names = run_names(runs)
         series = read_series(runs, names, splits)
         whole = _read_whole(runs, splits)
-        figure, panels = stacked_panels(len(metrics), above=_OVERVIEW_HEIGHT if whole else 0.0)
+        derivatives = {
+            name: label
+            for name, label in _DERIVATIVES.items()
+            if any(name in run.table.columns for run in runs)
+        }
+        extra = len(derivatives) + len(metrics)
+        figure, panels = stacked_panels(extra, above=_OVERVIEW_HEIGHT if whole else 0.0)
         overview = panels.pop(0) if whole else None
         view = scale_alpha(panels[-1], series)
 
@@ -97,7 +102,11 @@ def draw_interpolation(
         extrema, more = _mark_extrema(panels[0], runs, series, lowest, log=log)
         notes += more
         notes += flat_range_notes(series, view, log=log)
-        for axes, metric in zip(panels[1:], metrics, strict=True):
+        for axes, (derivative, label) in zip(panels[1:], derivatives.items(), strict=False):
+            notes += draw_panel(axes, series, derivative, log=False)
+            axes.axhline(0, color=LINE, lw=0.9, zorder=1.5)
+            axes.set_ylabel(f"{derivative}\n{label}")
+        for axes, metric in zip(panels[1 + len(derivatives) :], metrics, strict=True):
             wide = _is_wide(series, metric)
             notes += draw_panel(axes, series, metric, log=wide)
             label = shorten(figure, plain(metric), 88, 10)
@@ -108,11 +117,10 @@ def draw_interpolation(
             more = _draw_whole(overview, whole, panels[0].get_xlim(), log=log)
             notes += [f"The whole line: {note}" for note in more]
             shade = Patch(color=LINE, alpha=0.3, lw=0)
-            others.append([(shade, "shaded: the part below")])
+            others.append([(shade, "range of the panel below")])
         figure.align_ylabels([overview, *panels] if overview else panels)
 
-        add_legend(figure, [*_entries(runs, names, splits, series, lowest), *others])
-        add_notes(panels[-1], notes)
+        add_foot(figure, notes, [*_entries(runs, names, splits, series, lowest), *others])
         if title:
             add_title(figure, title)
         draw_ends(panels, view)
@@ -120,7 +128,8 @@ def draw_interpolation(
         if overview:
             named, view = overview, alpha_range(whole)
             draw_ends([named], view)
-        ends = mark_ends(named, view, end_names(runs))
+        # Above the tick labels of the overview.
+        ends = mark_ends(named, view, end_names(runs), above=24 if overview else 5)
         freeze(figure)
         name_ends(named, ends)
         if overview:
@@ -173,9 +182,9 @@ def _mark_extrema(
     extrema.sort(key=lambda extremum: -extremum[0])
     number = len(extrema)
     extrema = [e for e in extrema[:_MOST_MARKS] if (id(e[2]), e[3]) not in marked_already]
-    note = "Local minima and maxima: marked where beyond two standard errors"
+    note = "Local minima and maxima are marked if they exceed two standard errors"
     if number > _MOST_MARKS:
-        note += f", the {_MOST_MARKS} most prominent of {number}"
+        note += f" (the {_MOST_MARKS} most prominent of {number})"
     entries: list[tuple[Artist, str]] = []
     for kind, marker in (("minima", "v"), ("maxima", "^")):
         style: dict[str, Any] = {"marker": marker, "mfc": "white", "mew": 1.2, "ms": 5}
@@ -220,9 +229,10 @@ def _draw_whole(
     if not log:
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     axes.set_ylabel("loss on the\nwhole line")
-    for label in axes.get_xticklabels():
-        # The lines of `_connect` pass behind the labels.
-        label.set_path_effects([Stroke(linewidth=3, foreground="white"), Normal()])
+    # Above, where the lines of `_connect` do not cross the labels.
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines.top.set_visible(True)
+    axes.spines.bottom.set_visible(False)
     return notes
 
 

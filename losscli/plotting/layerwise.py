@@ -30,8 +30,7 @@ from losscli.plotting.style import (
     INK,
     SMALL,
     WIDTH,
-    add_legend,
-    add_notes,
+    add_foot,
     add_title,
     end_names,
     examples,
@@ -110,14 +109,15 @@ def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False)
         notes += flat_range_notes([*curves, *whole], view, log=log)
         if len(names) > _MOST_NAMES:
             order = "from dark to light in the order of the model"
-            notes.append(f"{len(names)} blocks, {order}, {_MOST_NAMES} of them named")
-        panels[-1].set_xlabel("α:  θ(α) = A + α (B − A), of all blocks or of one, all others at A")
+            notes.append(f"{len(names)} blocks {order}; the legend names {_MOST_NAMES} of them")
+        panels[-1].set_xlabel(
+            "α:  θ(α) = A + α (B − A) for all blocks, or for one with the others at A"
+        )
         figure.align_ylabels(panels)
         _name_blocks(figure, names, curves)
         if len(names) > _MOST_BANDS:
             notes.append("Single blocks are drawn without their standard errors")
-        add_legend(figure, [_marks(whole, curves, lowest, len(splits))])
-        add_notes(panels[-1], notes)
+        add_foot(figure, notes, [_marks(whole, curves, lowest, len(splits))])
         if title:
             add_title(figure, title)
         draw_ends(panels, view)
@@ -198,5 +198,5 @@ def _marks(
         marks.append((Patch(color=INK, alpha=0.18, lw=0), "± one standard error"))
     if lowest:
         mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=INK, mew=1.3, ms=6)
-        marks.append((mark, lowest_label(lowest, 1, splits, " of all together")))
+        marks.append((mark, lowest_label(lowest, 1, splits, ", all blocks together")))
     return marks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,7 @@ def read_series(
                     x=alpha[order],
                     ends=np.isin(alpha[order], (0.0, 1.0)),
                     values={c: np.array(table.floats(c))[order] for c in columns},
+                    examples=run.summary.get("examples", {}).get(split, math.nan),
                 )
             )
     return series
@@ -131,7 +133,7 @@ def flat_range_notes(
     if not between.size or np.ptp(between) >= 0.03 * np.ptp(loss):
         return []
     low, high = format_number(float(between.min())), format_number(float(between.max()))
-    return [f"Between A and B the loss lies within {low} … {high}"]
+    return [f"Between A and B the loss ranges from {low} to {high}"]
 
 
 def lowest_label(
@@ -174,25 +176,28 @@ def draw_ends(panels: Sequence[Axes], view: tuple[float, float]) -> None:
                 panel.axvline(alpha, color=LINE, lw=0.9, zorder=1.5)
 
 
-def mark_ends(axes: Axes, view: tuple[float, float], names: tuple[str, str]) -> list[_End]:
+def mark_ends(
+    axes: Axes, view: tuple[float, float], names: tuple[str, str], *, above: float = 5
+) -> list[_End]:
     """Adds the letters A and B above a panel, which reserves room for their names.
 
     Args:
         axes: The panel.
         view: The lowest and the highest α.
         names: The names of A and B; may be empty.
+        above: Their distance from the panel, in points.
 
     Returns:
         The labels of A and B, for `name_ends` once the width of the panel is final.
     """
     figure = axes.figure
     low, high = axes.get_xlim()
-    above = axes.transAxes + ScaledTranslation(0, 5 / INCH, figure.dpi_scale_trans)
+    shifted = axes.transAxes + ScaledTranslation(0, above / INCH, figure.dpi_scale_trans)
     ends = []
     for alpha, letter, name in zip((0.0, 1.0), "AB", names, strict=True):
         before, after = "← " * (alpha < view[0]), " →" * (alpha > view[1])
         position = min(max((alpha - low) / (high - low), 0.0), 1.0)
-        text = axes.text(position, 1, letter, fontsize=SMALL, transform=above)
+        text = axes.text(position, 1, letter, fontsize=SMALL, transform=shifted)
         before += f"{letter}  " if name else letter
         ends.append(_End(position, text, before, name, after))
     return ends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ __all__ = ["Series", "draw_panel"]
 _CROSSES = 6  # number of rows of crosses; further ones overlap
 _FEW_POINTS = 15  # up to this many points have a dot each
 _MANY_LINES = 9  # from this many curves on, dots at the ends are smaller
+_WIDER, _WIDEST = 2.4, 8.0  # points, by which dots of an earlier colour are wider, and at most
+_LEAST_RANGE = 0.02  # of an axis of fractions
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Series:
         ends: A mask of the points that are ends of a path, which are marked.
         values: The columns to draw over x, by their names.
         width: The line width in points; None for the default.
+        examples: The number of examples of each value; nan if unknown.
     """
 
     run: int
@@ -45,6 +49,7 @@ class Series:
     ends: NDArray[np.bool_]
     values: Mapping[str, NDArray[np.float64]]
     width: float | None = None
+    examples: float = math.nan
 
     def __getitem__(self, column: str) -> NDArray[np.float64]:
         return self.values.get(column, np.full(len(self.x), np.nan))
@@ -74,9 +79,12 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
     values = np.concatenate([*extremes, np.empty(0)])
     values = values[drawable(values, log=log)]
     fraction = "accuracy" in column.lower() and bool(np.all((values >= 0) & (values <= 1)))
-    scale_y(axes, values, log=log, fraction=fraction)
+    least = max([_LEAST_RANGE, *(_noise(s, column) for s in series)]) if fraction else 0.0
+    scale_y(axes, values, log=log, fraction=fraction, least=least)
 
     few = len(series) < _MANY_LINES
+    colours = list(dict.fromkeys(s.colour for s in reversed(series)))
+    wider = min(_WIDER, _WIDEST / max(len(colours) - 1, 1)) if few else 0.0
     for s, ok, error in zip(series, shown, errors, strict=True):
         y = np.where(ok, s[column], np.nan)
         axes.plot(s.x, y, color=s.colour, linestyle=s.dashes, linewidth=s.width, zorder=2.5)
@@ -98,12 +106,23 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
             y[end],
             "o",
             color=s.colour,
-            markersize=5.5 if few else 3.5,
+            # Wider the earlier, so that the ends of later curves do not hide them.
+            markersize=(5.5 if few else 3.5) + wider * colours.index(s.colour),
             mec="white" if few else s.colour,
             mew=0.8,
             zorder=5,
         )
     return _mark_gaps(axes, series, column, log=log)
+
+
+def _noise(series: Series, column: str) -> float:
+    """Returns ten standard errors of a fraction, or ten examples, at most 0.5.
+
+    An axis that shows less would draw chance as a cliff. The errors are binomial: √(p(1 − p)/n).
+    """
+    p, n = series[column], series.examples
+    spread = np.sqrt(np.nanmax(p * (1 - p), initial=0.0) / n)
+    return float(np.nan_to_num(min(10 * max(spread, 1 / n), 0.5)))
 
 
 def _mark_gaps(axes: Axes, series: Sequence[Series], column: str, *, log: bool) -> list[str]:

@@ -25,6 +25,7 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
+    add_foot,
     add_title,
     count_points,
     examples,
@@ -34,25 +35,27 @@ from losscli.plotting.style import (
     loss_name,
     plain,
     shorten,
+    shorten_path,
 )
 from losscli.plotting.surface import (
+    HIDDEN,
+    PALER,
     PATH,
     WIDE,
     Contours,
     Grid,
     Scale,
     add_colour_bar,
-    add_foot,
     add_surface_axes,
     draw_contours,
     draw_dots,
     draw_path,
     draw_surface,
     finish_layout,
+    hidden_by,
     label_contours,
     path_entries,
     scale_losses,
-    shorten_path,
 )
 from losscli.results import Run
 from losscli.summaries import PlaneAxis, PlaneSummary
@@ -129,6 +132,7 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
         labels, short = _labels(run, kind)
         panels: list[Axes] = []
         contours: list[Contours] = []
+        hidden = False
         for number, (grid, loss) in enumerate(zip(grids, checkpoint_losses, strict=True)):
             row, column = divmod(number * (1 + surface), cells.ncols)
             panel = figure.add_subplot(cells[row, column])
@@ -146,7 +150,7 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
                 axes_3d = add_surface_axes(figure, cells[row, 1], (*short, "loss"), -60)
                 _frame(axes_3d, view, equal=False)
                 draw_surface(axes_3d, scale, drawn)
-                _draw_marks(axes_3d, marks, loss, scale, joined=joined)
+                hidden |= _draw_marks(axes_3d, marks, loss, scale, joined=joined, surface=drawn)
                 panels.append(axes_3d)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
@@ -157,11 +161,18 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
             add_title(figure, title)
         notes = [] if grids else ["There are no points"]
         notes += _blank_notes(contours) + _checkpoint_notes(figure, marks, view, joined=joined)
+        if hidden:
+            notes.append(HIDDEN)
+        if grids and not equal:
+            factor = format_number(max(ratio, 1 / ratio), 2)
+            stretched, other = ("y", "x") if ratio < 1 else ("x", "y")
+            stretch = f"{stretched} is stretched {factor} times relative to {other}"
+            notes.append(f"The scales of the axes differ: {stretch}.")
         legend: list[tuple[Artist, str]] = []
         if joined and marks.names:
             label = f"path of the {len(marks.names)} checkpoints"
             legend = path_entries(figure, PATH, label, marks.names[0], marks.names[-1])
-        add_foot(figure, panels[0], notes, [legend])
+        add_foot(figure, notes, [legend])
         finish_layout(figure)
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
             label_contours(panel, drawn, marks.x, marks.y, clearance=14 if joined else 28)
@@ -222,7 +233,7 @@ def _labels(run: Run[PlaneSummary], kind: str) -> tuple[tuple[str, str], tuple[s
         what = "random direction {}, filter-normalised"
         return (f"x: {what.format('δ')}", f"y: {what.format('η')}"), ("δ", "η")
     if kind == "points":
-        short = ("along B − A", "at right angles to it")
+        short = ("along B − A", "orthogonal to B − A")
         return (f"distance {short[0]}", f"distance {short[1]}"), short
     if kind == "pca":
         short = ("first component", "second component")
@@ -240,20 +251,29 @@ def _variance(axis: PlaneAxis) -> str:
 
 
 def _draw_marks(
-    axes: Axes, marks: _Checkpoints, loss: Floats, scale: Scale, *, joined: bool
-) -> None:
-    """Draws the checkpoints inside the panel."""
+    axes: Axes,
+    marks: _Checkpoints,
+    loss: Floats,
+    scale: Scale,
+    *,
+    joined: bool,
+    surface: Contours | None = None,
+) -> bool:
+    """Draws the checkpoints inside the panel; returns whether the surface hides any of them."""
     coordinates = [marks.x, marks.y]
+    behind = np.zeros(len(marks.names), dtype=np.bool_)
     if isinstance(axes, Axes3D):
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
         inside = (left <= marks.x) & (marks.x <= right) & (low <= marks.y) & (marks.y <= high)
         coordinates = [np.where(inside, c, np.nan) for c in (*coordinates, scale(loss) + 0.008)]
+        assert surface is not None
+        behind = hidden_by(axes, scale, surface, *coordinates)
     if joined:
-        draw_path(axes, *coordinates, faces=scale.colours(loss), clip=True)
-        return
-    draw_dots(axes, *coordinates, faces=scale.colours(loss), size=8)
+        draw_path(axes, *coordinates, faces=scale.colours(loss), clip=True, behind=behind)
+        return bool(behind.any())
+    draw_dots(axes, *coordinates, faces=scale.colours(loss), size=8, behind=behind)
     write: Any = axes.text
-    for letter, point in zip("ABCD", np.column_stack(coordinates), strict=False):
+    for letter, point, pale in zip("ABCD", np.column_stack(coordinates), behind, strict=False):
         if not np.isfinite(point).all():
             continue
         write(
@@ -262,10 +282,12 @@ def _draw_marks(
             va="bottom",
             weight="bold",
             color=INK,
+            alpha=PALER if pale else 1.0,
             zorder=6,
             clip_on=True,
             path_effects=[Stroke(linewidth=2.5, foreground="white"), Normal()],
         )
+    return bool(behind.any())
 
 
 def _blank_notes(contours: Sequence[Contours]) -> list[str]:
@@ -305,7 +327,9 @@ def _checkpoint_notes(
         losses = [f"{_loss(loss[k])} ({plain(split)})" for split, loss in marks.losses.items()]
         if len(losses) == 1:
             losses = [_loss(loss[k]) for loss in marks.losses.values()]
-        distance = f"{format_number(float(off[k]))} off the plane" if off[k] else "on the plane"
+        distance = (
+            f"{format_number(float(off[k]))} away from the plane" if off[k] else "on the plane"
+        )
         name = shorten_path(figure, marks.names[k], figure.get_figwidth() * INCH - 320)
         notes.append(f"{label}  {name}: loss {', '.join(losses)}; {distance}")
     notes.append(
@@ -314,15 +338,15 @@ def _checkpoint_notes(
     if np.nanmax(off, initial=0.0) > 0:
         far = format_number(float(np.nanmax(off)))
         notes.append(
-            f"The checkpoints lie up to {far} off the plane: a contour is not the loss of a point "
-            "that lies off it."
+            f"The checkpoints are up to {far} away from the plane, where the contours do not show "
+            "their loss."
         )
     elif joined:
         notes.append("All checkpoints lie on the plane.")
     inside = (left <= marks.x) & (marks.x <= right) & (low <= marks.y) & (marks.y <= high)
     if outside := int((~inside).sum()):
-        subject = "checkpoint lies" if outside == 1 else "checkpoints lie"
-        notes.append(f"{outside} {subject} beyond the edges.")
+        subject = "checkpoint is" if outside == 1 else "checkpoints are"
+        notes.append(f"{outside} {subject} outside the plotted range.")
     return notes
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 import textwrap
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -28,6 +29,7 @@ from matplotlib.ticker import (
     MaxNLocator,
     NullFormatter,
     NullLocator,
+    SymmetricalLogLocator,
 )
 from numpy.typing import NDArray
 
@@ -39,6 +41,7 @@ __all__ = [
     "DASHES",
     "INCH",
     "INK",
+    "IN_ORDER",
     "LARGEST",
     "PALE",
     "PALETTE",
@@ -47,8 +50,7 @@ __all__ = [
     "STEPS",
     "WIDTH",
     "Numbers",
-    "add_legend",
-    "add_notes",
+    "add_foot",
     "add_title",
     "checkpoint_names",
     "count_points",
@@ -58,18 +60,23 @@ __all__ = [
     "extent",
     "format_number",
     "freeze",
-    "grow",
     "house_style",
+    "is_light",
     "loss_name",
+    "number_checkpoints",
     "plain",
     "render",
     "round_positions",
     "run_colours",
     "run_names",
+    "scale_checkpoints",
+    "scale_symlog",
     "scale_y",
     "shorten",
+    "shorten_path",
     "stacked_panels",
     "text_width",
+    "whole_numbers",
 ]
 
 
@@ -78,7 +85,8 @@ __all__ = [
 INK = "#262626"
 PALE = "#767676"
 _FAINT = "#e7e7e7"
-SMALL = 9.0  # points: legends, names, notes
+SMALL = 9.0  # points: legends, names
+_NOTE = SMALL - 0.5
 
 # The palette of Okabe and Ito, which is safe for colour-blind readers, without its yellow, which is
 # hard to see on white.
@@ -228,6 +236,14 @@ def shorten(figure: Figure, text: str, width: float, size: float = SMALL) -> str
     return "…" + text[len(text) - fits :]
 
 
+def shorten_path(figure: Figure, name: str, width: float) -> str:
+    """Shortens a checkpoint's name to a width in points, by its leading folders first."""
+    parts = name.split("/")
+    names = (f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts)))
+    fitting = (n for n in (name, *names) if text_width(figure, n) <= width)
+    return next(fitting, None) or shorten(figure, name, width)
+
+
 def _scientific(value: float, digits: int) -> str:
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     power = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
@@ -303,6 +319,9 @@ class Numbers(Formatter):
 STEPS = [1, 2, 2.5, 5, 10]  # between ticks, up to powers of ten
 # Outside these bounds Matplotlib's axis computations overflow or underflow.
 LARGEST, SMALLEST = 1e200, 1e-200
+_MOST_TICKS = 7  # about, on an axis that is linear around zero and logarithmic beyond
+_FEW_CHECKPOINTS = 5  # up to this many, an axis of checkpoints is linear
+_CROWDED = 0.2  # with half of the checkpoints in this part of a linear axis it is logarithmic
 
 
 def stacked_panels(extra: int, *, above: float = 0.0) -> tuple[Figure, list[Axes]]:
@@ -339,7 +358,14 @@ def extent(values: NDArray[np.float64]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: bool = False) -> None:
+def scale_y(
+    axes: Axes,
+    values: NDArray[np.float64],
+    *,
+    log: bool,
+    fraction: bool = False,
+    least: float = 0.0,
+) -> None:
     """Sets scale, limits and ticks of a y axis so that it shows all values.
 
     Args:
@@ -347,6 +373,7 @@ def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: boo
         values: Finite values, positive if ``log``; may be empty.
         log: Whether the axis is logarithmic.
         fraction: Whether the values are fractions, to show as percentages.
+        least: The smallest range of an axis of fractions, at most 1.
     """
     if not values.size:
         axes.set_ylim(0, 1)
@@ -355,7 +382,10 @@ def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: boo
     low, high = extent(values)
     if not log:
         if fraction:
-            low, high = (0.0, 1.0) if high - low > 0.5 else (max(low, 0.0), min(high, 1.0))
+            low, high = max(low, 0.0), min(high, 1.0)
+            span = 1.0 if high - low > 0.5 else max(high - low, least)
+            low = min(max((low + high - span) / 2, 0.0), 1.0 - span)
+            high = low + span
         room = 0.06 * (high - low)
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
@@ -378,6 +408,104 @@ def scale_y(axes: Axes, values: NDArray[np.float64], *, log: bool, fraction: boo
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def scale_symlog(
+    axes: Axes, which: Literal["x", "y"], low: float, high: float, *, linear: float
+) -> None:
+    """Sets an axis that is linear around zero and logarithmic beyond.
+
+    Args:
+        axes: The panel.
+        which: The axis.
+        low: The lowest value.
+        high: The highest value.
+        linear: The end of the linear part on either side of zero.
+    """
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    set_scale = axes.set_yscale if which == "y" else axes.set_xscale
+    set_limits = axes.set_ylim if which == "y" else axes.set_xlim
+    set_scale("symlog", linthresh=linear, linscale=0.6)
+    forward = axis.get_transform()
+    bottom, top = (float(v) for v in forward.transform(np.array([low, high])))
+    room = 0.07 * (top - bottom)
+    edges = forward.inverted().transform(np.array([bottom - room, top + room]))
+    set_limits(*(float(v) for v in edges))
+    ticks = SymmetricalLogLocator(base=10, linthresh=linear)
+    ticks.set_params(numticks=_MOST_TICKS)
+    axis.set_major_locator(ticks)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(Numbers(log=True))
+
+
+IN_ORDER = "checkpoint, in the order given"
+# What counts checkpoints in their names: step-500, epoch=3, checkpoint_1000.
+_COUNTER = re.compile(r"(?i)(step|iteration|iter|epoch|checkpoint|ckpt)s?[\W_]*$")
+
+
+def number_checkpoints(names: Sequence[str]) -> tuple[NDArray[np.float64], str]:
+    """Returns the numbers of checkpoints: the step or epoch in their names, else their order.
+
+    Args:
+        names: The names, in their order. Their numbers are used if the names differ in nothing
+            else and the numbers increase.
+
+    Returns:
+        The number of each checkpoint, and the label of an axis of them.
+    """
+    parts = [re.split(r"([0-9]+)", name) for name in names]
+    if len(names) > 1 and len({tuple(part[::2]) for part in parts}) == 1:
+        words = parts[0]
+        # The last one first: epoch=3-step=1200.
+        for at in range(len(words) - 2, 0, -2):
+            counter = _COUNTER.search(words[at - 1])
+            decimal = words[at + 1] == "." and at + 2 < len(words)
+            numbers = np.array([float(part[at]) for part in parts])
+            if counter and not decimal and np.all(np.diff(numbers) > 0) and numbers[-1] < LARGEST:
+                return numbers, counter[1].lower()
+    return np.arange(len(names), dtype=np.float64), IN_ORDER
+
+
+def whole_numbers() -> MaxNLocator:
+    """Returns a locator of ticks at whole numbers."""
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+
+
+def scale_checkpoints(axes: Axes, numbers: NDArray[np.float64], label: str) -> None:
+    """Scales and labels the x axis of `number_checkpoints`.
+
+    The axis is logarithmic if most numbers are small, as those of checkpoints that are saved ever
+    more rarely.
+
+    Args:
+        axes: The panel.
+        numbers: The numbers, in ascending order.
+        label: Their label.
+    """
+    low, high = (float(numbers[0]), float(numbers[-1])) if numbers.size else (0.0, 1.0)
+    if numbers.size > _FEW_CHECKPOINTS and np.median(numbers) - low < _CROWDED * (high - low):
+        scale_symlog(axes, "x", low, high, linear=float(numbers[numbers > 0][0]))
+        axes.set_xlabel(f"{label}, log scale")
+        return
+    room = 0.03 * (high - low) or 0.5
+    axes.set_xlim(low - room, high + room)
+    axes.xaxis.set_major_locator(whole_numbers())
+    axes.xaxis.set_major_formatter(Numbers())
+    axes.set_xlabel(label)
+
+
+def is_light(colours: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Returns whether black contrasts more than white with each colour, by WCAG 2.
+
+    The contrast of the better one is at least 4.5.
+
+    Args:
+        colours: The colours in sRGB, [..., 3].
+    """
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
+    # Equal contrasts: 1.05 / (luminance + 0.05) = (luminance + 0.05) / 0.05.
+    return np.asarray(luminance + 0.05 > math.sqrt(1.05 * 0.05))
+
+
 def run_colours(number: int) -> list[str]:
     """Returns one colour per run."""
     if number <= len(PALETTE):
@@ -386,15 +514,23 @@ def run_colours(number: int) -> list[str]:
     return [to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0.0, 0.8, number))]
 
 
-def add_legend(figure: Figure, groups: Sequence[Sequence[tuple[Artist, str]]]) -> None:
-    """Adds a legend below the panels in as few rows as possible; the figure grows by its height.
+def add_foot(
+    figure: Figure,
+    notes: Sequence[str],
+    groups: Sequence[Sequence[tuple[Artist, str]]],
+) -> None:
+    """Adds notes and a legend below the panels; the figure grows by their height.
+
+    The notes are the title of the legend, so that the layout leaves room for both.
 
     Args:
         figure: The figure.
-        groups: Handles and labels; every group starts a row.
+        notes: Sentences.
+        groups: Handles and labels; every group starts a row, and there are as few rows as possible.
     """
     line, gap = 29.0, 14.0
-    available = figure.get_figwidth() * INCH - 24
+    available = 0.96 * figure.get_figwidth() * INCH
+    notes = [part for note in notes for part in _wrap(figure, note, available)]
     blank = (0.0, Line2D([], [], ls="none"), "")
     entries: list[list[tuple[float, Artist, str]]] = []
     for group in groups:
@@ -412,50 +548,44 @@ def add_legend(figure: Figure, groups: Sequence[Sequence[tuple[Artist, str]]]) -
         fits = total + gap * (columns - 1) <= available
         if not best or (fits and len(rows) < len(best)):
             best = rows
-    if not best:
+    if not best and not notes:
         return
     # Matplotlib fills a legend column by column.
     cells = [cell for column in zip(*best, strict=True) for cell in column]
-    figure.legend(
+    legend = figure.legend(
         [handle for _, handle, _ in cells],
         [label for _, _, label in cells],
-        loc="outside lower center",
-        ncols=len(best[0]),
+        title="\n".join(notes),
+        title_fontsize=_NOTE,
+        loc="outside lower left",
+        alignment="left",
+        ncols=len(best[0]) if best else 1,
         frameon=False,
         handlelength=2.5,
         handletextpad=0.7,
         columnspacing=gap / SMALL,
         borderpad=0,
-        borderaxespad=0.3,
+        borderaxespad=1.0,
     )
-    grow(figure, 0.19 * len(best))
+    legend.get_title().set(color=PALE, linespacing=1.25)
+    _grow(figure, legend.get_window_extent().height / figure.dpi)
 
 
-def grow(figure: Figure, inches: float) -> None:
+def _wrap(figure: Figure, note: str, room: float) -> list[str]:
+    """Breaks a sentence into lines of at most ``room`` points."""
+    letters = len(note)
+    while letters > 20:
+        lines = textwrap.wrap(note, letters)
+        widest = max(text_width(figure, line, _NOTE) for line in lines)
+        if widest <= room:
+            break
+        letters = min(letters - 1, int(letters * room / widest) + 1)
+    return textwrap.wrap(note, letters)
+
+
+def _grow(figure: Figure, inches: float) -> None:
     """Increases the height of a figure."""
     figure.set_figheight(figure.get_figheight() + inches)
-
-
-def add_notes(axes: Axes, notes: Sequence[str]) -> None:
-    """Adds sentences below the label of the x axis; the figure grows by their height."""
-    lines = [line for note in notes for line in textwrap.wrap(note, 100)]
-    if not lines:
-        return
-    axes.annotate(
-        "\n".join(lines),
-        xy=(0, 0),
-        xycoords=("axes fraction", axes.xaxis.label),
-        xytext=(0, -6),
-        textcoords="offset points",
-        va="top",
-        fontsize=SMALL - 0.5,
-        color=PALE,
-        linespacing=1.25,
-        annotation_clip=False,
-    )
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    grow(figure, 0.16 * len(lines) + 0.05)
 
 
 def freeze(figure: Figure) -> None:
@@ -545,4 +675,4 @@ def add_title(figure: Figure, title: str) -> None:
     """Adds a title above the panels; the figure grows by its height."""
     lines = textwrap.wrap(plain(title), 66)
     figure.suptitle("\n".join(lines), x=0.02, ha="left", fontsize=13)
-    grow(figure, 0.24 * len(lines))
+    _grow(figure, 0.24 * len(lines))

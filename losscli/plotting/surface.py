@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # type: ignore[import-untyped]
 from numpy.typing import NDArray
@@ -32,44 +30,46 @@ from losscli.plotting.style import (
     SMALL,
     STEPS,
     Numbers,
-    add_legend,
     drawable,
     extent,
     freeze,
-    grow,
-    shorten,
-    text_width,
+    is_light,
+    shorten_path,
 )
 
 __all__ = [
+    "HIDDEN",
+    "PALER",
     "PATH",
     "WIDE",
     "Contours",
     "Grid",
     "Scale",
     "add_colour_bar",
-    "add_foot",
     "add_surface_axes",
     "draw_contours",
     "draw_dots",
     "draw_path",
     "draw_surface",
     "finish_layout",
+    "hidden_by",
     "label_contours",
     "path_entries",
     "scale_losses",
-    "shorten_path",
 ]
 
 Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 WIDE = 9.6  # inches: two panels side by side
 PATH = PALETTE[1]  # contrasts with every colour of the colour map below
 
+PALER = 0.4  # the opacity of marks behind a surface
+HIDDEN = "Pale marks and dotted lines are behind the surface."
+
 _LOG_RATIO = 30.0  # above this ratio of highest to lowest loss the scale is logarithmic
 _FILLS = 4  # bands of colour between two contour lines
 _FACETS = 60  # minimum number of facets per side of a surface
-_NOTE = SMALL - 0.5
 _MANY_CROSSES = 400
 _MANY_DOTS = 40
 _BOX = np.array([1.0, 0.85, 0.62])
@@ -295,8 +295,8 @@ def _bands(lines: Floats) -> Floats:
 
 def _line_colours(levels: Floats) -> list[tuple[float, float, float, float]]:
     """Returns dark lines for light fill colours and light lines for dark ones."""
-    light = _COLOURS(levels)[:, :3] @ np.array([0.21, 0.72, 0.07]) > 0.42
-    return [(0.1, 0.1, 0.1, 0.75) if is_light else (1.0, 1.0, 1.0, 0.85) for is_light in light]
+    light = is_light(_COLOURS(levels)[:, :3])
+    return [(0.1, 0.1, 0.1, 0.75) if dark else (1.0, 1.0, 1.0, 0.85) for dark in light]
 
 
 def add_colour_bar(figure: Figure, panels: Sequence[Axes], scale: Scale, label: str) -> None:
@@ -385,9 +385,7 @@ def draw_surface(axes: Axes3D, scale: Scale, contours: Contours) -> None:
     facets = facets[np.isfinite(facets).all((1, 2))]
     if not facets.size:
         return
-    # The data length of one unit of each axis in the picture.
-    limits = np.array([axes.get_xlim(), axes.get_ylim(), axes.get_zlim()])
-    size = (limits[:, 1] - limits[:, 0]) / _BOX
+    size = _data_lengths(axes)
     scaled = facets / size
     normals = np.cross(scaled[:, 2] - scaled[:, 0], scaled[:, 3] - scaled[:, 1])
     lengths = np.linalg.norm(normals, axis=1, keepdims=True)
@@ -397,24 +395,18 @@ def draw_surface(axes: Axes3D, scale: Scale, contours: Contours) -> None:
     colours = _COLOURS(facets[:, :, 2].mean(1))
     colours[:, :3] *= (0.74 + 0.26 * bright)[:, None]
 
-    elevation, azimuth = math.radians(axes.elev), math.radians(axes.azim)
-    eye = np.array([
-        math.cos(elevation) * math.cos(azimuth),
-        math.cos(elevation) * math.sin(azimuth),
-        math.sin(elevation),
-    ])
-    towards_eye = 0.04 * eye * size
-    strokes, stroke_colours = [], []
+    towards_eye = 0.04 * _towards_eye(axes)
+    strokes, stroke_colours = [], [colours]
     for level, line in contours.segments():
         # As short as the facets, since Matplotlib sorts both by depth.
         length = np.concatenate([[0], np.hypot(*(np.diff(line, axis=0) / size[:2]).T).cumsum()])
         positions = np.linspace(0, length[-1], math.ceil(length[-1] * _FACETS) + 1)
-        points = [np.interp(positions, length, line[:, k]) for k in (0, 1)]
-        points = np.column_stack([*points, np.full(len(positions), level)]) + towards_eye
+        along = (np.interp(positions, length, line[:, k]) for k in (0, 1))
+        points = np.column_stack([*along, np.full(len(positions), level)]) + towards_eye
         # A stroke is a degenerate quadrilateral, so that it fits into the array of facets.
         strokes += [points[[k, k + 1, k + 1, k]] for k in range(len(positions) - 1)]
-        stroke_colours += _line_colours(np.array([level])) * (len(positions) - 1)
-    colours = [*colours, *stroke_colours]
+        stroke_colours += [np.repeat(_line_colours(np.array([level])), len(positions) - 1, 0)]
+    colours = np.concatenate(stroke_colours)
     widths = [0.3] * len(facets) + [0.7] * len(strokes)
     surface = Poly3DCollection(
         np.array([*facets, *strokes]),
@@ -426,6 +418,46 @@ def draw_surface(axes: Axes3D, scale: Scale, contours: Contours) -> None:
     # Its extent is known only when it is drawn, and lies within the axes.
     surface.set_in_layout(False)
     axes.add_collection3d(surface)
+
+
+def hidden_by(axes: Axes3D, scale: Scale, contours: Contours, *coordinates: Floats) -> Mask:
+    """Returns which points the surface hides: those from which it crosses the line to the eye.
+
+    Args:
+        axes: The 3D axes, with their limits set.
+        scale: The scale.
+        contours: The losses of the surface.
+        *coordinates: The three coordinates of the points.
+    """
+    grid = contours.grid
+    if min(grid.loss.shape) < 2 or not len(coordinates[0]):
+        return np.zeros(len(coordinates[0]), dtype=np.bool_)
+    from scipy.interpolate import RegularGridInterpolator
+
+    surface = RegularGridInterpolator(
+        (grid.x[:, 0], grid.y[0]), scale(grid.loss), bounds_error=False
+    )
+    steps = np.linspace(0, np.linalg.norm(_BOX), 4 * _FACETS)
+    rays = np.column_stack(coordinates)[:, None] + steps[:, None] * _towards_eye(axes)
+    above = rays[..., 2] - surface(rays[..., :2])
+    return np.asarray((above > 0).any(1) & (above < 0).any(1))
+
+
+def _data_lengths(axes: Axes3D) -> Floats:
+    """Returns the data length of one unit of each axis in the picture."""
+    limits = np.array([axes.get_xlim(), axes.get_ylim(), axes.get_zlim()])
+    return np.asarray((limits[:, 1] - limits[:, 0]) / _BOX)
+
+
+def _towards_eye(axes: Axes3D) -> Floats:
+    """Returns the vector of one unit in the picture towards the viewer, in data lengths."""
+    elevation, azimuth = math.radians(axes.elev), math.radians(axes.azim)
+    eye = np.array([
+        math.cos(elevation) * math.cos(azimuth),
+        math.cos(elevation) * math.sin(azimuth),
+        math.sin(elevation),
+    ])
+    return np.asarray(eye * _data_lengths(axes))
 
 
 def _finer(values: Floats) -> Floats:
@@ -451,6 +483,7 @@ def draw_path(
     faces: NDArray[np.float64] | None = None,
     cased: bool = True,
     clip: bool = False,
+    behind: Mask | None = None,
 ) -> None:
     """Draws a path with a dot at each checkpoint and marks at its start and end.
 
@@ -462,26 +495,34 @@ def draw_path(
         faces: The colours of the dots; that of the path if None.
         cased: Whether the path has a white outline.
         clip: Whether it is clipped at the edges of the panel, which would cut a path on an axis.
+        behind: The checkpoints behind a surface; None for none. The path is dotted there.
     """
     number = len(coordinates[0])
     if not number:
         return
     casing = [Stroke(linewidth=3.6, foreground="white"), Normal()] if cased else None
     few = number <= _MANY_DOTS
-    lines = axes.plot(*coordinates, color=colour, lw=1.7, zorder=4, path_effects=casing)
+    hidden = np.zeros(number, dtype=np.bool_) if behind is None else behind
+    visible = [np.where(hidden, np.nan, c) for c in coordinates]
+    lines = axes.plot(*visible, color=colour, lw=1.7, zorder=4, path_effects=casing)
+    if hidden.any():
+        lines += axes.plot(*coordinates, color=colour, lw=1.2, ls=(0, (1, 1.5)), zorder=3.9)
     if faces is None:
-        lines += axes.plot(*coordinates, "o", color=colour, ms=4 if few else 2.2, zorder=4.1)
+        lines += axes.plot(*visible, "o", color=colour, ms=4 if few else 2.2, zorder=4.1)
     else:
-        draw_dots(axes, *coordinates, faces=faces, size=5.5 if few else 3)
+        draw_dots(axes, *coordinates, faces=faces, size=5.5 if few else 3, behind=hidden)
     for at, mark in ((0, _START), (-1, _END)):
         point = [c[at : at + 1 or None] for c in coordinates]
-        lines += axes.plot(*point, ls="none", zorder=5, **_mark(mark, ends or colour))
+        alpha = PALER if hidden[at] else 1.0
+        lines += axes.plot(*point, ls="none", zorder=5, alpha=alpha, **_mark(mark, ends or colour))
     for line in lines:
         line.set_clip_on(clip)
         line.set_in_layout(False)
 
 
-def draw_dots(axes: Axes, *coordinates: Floats, faces: NDArray[np.float64], size: float) -> None:
+def draw_dots(
+    axes: Axes, *coordinates: Floats, faces: NDArray[np.float64], size: float, behind: Mask
+) -> None:
     """Draws dots of different colours.
 
     Args:
@@ -489,24 +530,22 @@ def draw_dots(axes: Axes, *coordinates: Floats, faces: NDArray[np.float64], size
         *coordinates: Two or three coordinates of the dots.
         faces: The colours of the dots.
         size: The diameter in points.
+        behind: The dots behind a surface, which are pale.
     """
-    if not len(faces):
-        return
     scatter: Any = axes.scatter
     # In dense rows, wide edges would hide the dots.
     edges = (0.9, 2.4) if size > 4 else (0.25, 0.25)
-    unshaded = {"depthshade": False} if isinstance(axes, Axes3D) else {}
-    dots = scatter(
-        *coordinates,
-        s=size**2,
-        c=faces,
-        edgecolors=INK,
-        linewidths=edges[0],
-        zorder=4.5,
-        path_effects=[Stroke(linewidth=edges[1], foreground="white"), Normal()],
-        **unshaded,
-    )
-    dots.set_in_layout(False)
+    options: dict[str, Any] = {"s": size**2, "edgecolors": INK, "linewidths": edges[0]}
+    if isinstance(axes, Axes3D):
+        options["depthshade"] = False
+    casing = [Stroke(linewidth=edges[1], foreground="white"), Normal()]
+    for dots, style in (
+        (~behind, {"path_effects": casing, "zorder": 4.5}),
+        (behind, {"alpha": PALER, "zorder": 4.4}),
+    ):
+        if dots.any():
+            points = scatter(*(c[dots] for c in coordinates), c=faces[dots], **options, **style)
+            points.set_in_layout(False)
 
 
 def _mark(style: Mapping[str, Any], colour: str) -> dict[str, Any]:
@@ -544,8 +583,9 @@ def finish_layout(figure: Figure) -> None:
     engine = figure.get_layout_engine()
     assert engine is not None
     axes_3d = [axes for axes in figure.axes if isinstance(axes, Axes3D)]
-    if axes_3d and mpl.__version_info__[:2] < (3, 11):
-        # Before Matplotlib 3.11 the labels of 3D axes have no position until they are drawn.
+    # Before Matplotlib 3.11 the labels of 3D axes have no position until they are drawn.
+    drawn_first = bool(axes_3d) and mpl.__version_info__[:2] < (3, 11)
+    if drawn_first:
         figure.set_layout_engine("none")
         figure.draw_without_rendering()
         figure.set_layout_engine(engine)
@@ -555,10 +595,15 @@ def finish_layout(figure: Figure) -> None:
     freeze(figure)
     page = figure.transSubfigure.inverted()
     cells = [axes.get_position(original=True) for axes in axes_3d]
+    for axes in figure.axes if axes_3d else ():
+        if axes.get_aspect() != "auto":
+            axes.apply_aspect()
     # Text keeps its size, so one step does not reach the final scale.
     for _ in range(3 if axes_3d else 0):
-        figure.draw_without_rendering()
+        if drawn_first:
+            figure.draw_without_rendering()
         for axes, cell in zip(axes_3d, cells, strict=True):
+            _thin_ticks(axes)
             drawn = axes.get_tightbbox().transformed(page)
             box = axes.get_position(original=True)
             factor = min(cell.width / drawn.width, cell.height / drawn.height)
@@ -567,67 +612,18 @@ def finish_layout(figure: Figure) -> None:
             axes.set_position([x, y, box.width * factor, box.height * factor])
 
 
-# --- Below the panels ----------------------------------------------------------------------------
-
-
-def _wrap(figure: Figure, note: str, room: float) -> list[str]:
-    """Breaks a sentence into lines of at most ``room`` points."""
-    letters = len(note)
-    while letters > 20:
-        lines = textwrap.wrap(note, letters)
-        widest = max(text_width(figure, line, _NOTE) for line in lines)
-        if widest <= room:
-            break
-        letters = min(letters - 1, int(letters * room / widest) + 1)
-    return textwrap.wrap(note, letters)
-
-
-def shorten_path(figure: Figure, name: str, width: float) -> str:
-    """Shortens a checkpoint's name to a width in points, by its leading folders first."""
-    parts = name.split("/")
-    names = (f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts)))
-    fitting = (n for n in (name, *names) if text_width(figure, n) <= width)
-    return next(fitting, None) or shorten(figure, name, width)
-
-
-def add_foot(
-    figure: Figure,
-    panel: Axes,
-    notes: Sequence[str],
-    groups: Sequence[Sequence[tuple[Artist, str]]],
-) -> None:
-    """Adds notes and a legend below the panels; the figure grows by their height.
-
-    Call it last before the layout is final, since the figure must not grow afterwards.
-
-    Args:
-        figure: The figure.
-        panel: Any of its panels.
-        notes: Sentences.
-        groups: Handles and labels of the legend; every group starts a row.
-    """
-    add_legend(figure, groups)
-    room = 0.96 * figure.get_figwidth() * INCH
-    lines = [line for note in notes for line in _wrap(figure, note, room)]
-    if not lines:
-        return
-    inches = 0.16 * len(lines) + 0.1
-    grow(figure, inches)
-    engine = figure.get_layout_engine()
-    assert isinstance(engine, ConstrainedLayoutEngine)
-    share = inches / figure.get_figheight()
-    engine.set(rect=(0, share, 1, 1 - share))
-    # The legend lies below the notes; its height is known only when it is drawn.
-    below: Any = figure.legends[0] if figure.legends else figure.transFigure
-    text = panel.annotate(
-        "\n".join(lines),
-        xy=(0.02, 1 if figure.legends else 0),
-        xycoords=("figure fraction", below),
-        xytext=(0, 0.12 * INCH),
-        textcoords="offset points",
-        fontsize=_NOTE,
-        color=PALE,
-        linespacing=1.25,
-        annotation_clip=False,
-    )
-    text.set_in_layout(False)
+def _thin_ticks(axes: Axes3D) -> None:
+    """Removes ticks of the y axis with labels that overlap those of the other axes."""
+    # Their labels have a position since they were drawn; `get_ticklabels` would reset it.
+    others = [
+        tick.label1.get_window_extent()
+        for axis in (axes.xaxis, axes.zaxis)
+        for tick in axis.get_major_ticks()
+    ]
+    gap = 3 * axes.figure.dpi / INCH
+    kept = [
+        tick.get_loc()
+        for tick in axes.yaxis.get_major_ticks()
+        if not any(tick.label1.get_window_extent().padded(gap, 0).overlaps(o) for o in others)
+    ]
+    axes.yaxis.set_major_locator(FixedLocator(kept))

@@ -18,33 +18,38 @@ from numpy.typing import NDArray
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
+    IN_ORDER,
     INK,
     LARGEST,
     STEPS,
     WIDTH,
     Numbers,
+    add_foot,
     add_title,
     checkpoint_names,
     count_points,
     examples,
     house_style,
     loss_name,
+    number_checkpoints,
     plain,
     run_colours,
     run_names,
+    scale_checkpoints,
     shorten,
 )
 from losscli.plotting.surface import (
+    HIDDEN,
     PATH,
     WIDE,
     Grid,
     add_colour_bar,
-    add_foot,
     add_surface_axes,
     draw_contours,
     draw_path,
     draw_surface,
     finish_layout,
+    hidden_by,
     label_contours,
     path_entries,
     scale_losses,
@@ -60,8 +65,8 @@ Floats = NDArray[np.float64]
 _PROJECTION = "projection p onto the straight line (start 0, end 1)"
 _RESIDUAL = "residual r: distance from the line"
 _TURNS = (
-    "The residual axis turns: at each step it points along that step's own residual direction, so "
-    "equal residuals at two steps are different directions."
+    "The direction of the residual changes from step to step: points at the same distance from the "
+    "line can lie in different directions."
 )
 _WALK = "#9a9a9a"
 _MOST_BACKWARD = 0.1  # above this backward fraction of a path its loss is drawn over the step
@@ -112,7 +117,7 @@ def draw_trajectory(
     with house_style():
         paths = [_Path.read(run.table) for run in runs]
         left_out = sum(path.left_out for path in paths)
-        notes = [f"{_steps(left_out)} no place on the line: not drawn"] if left_out else []
+        notes = [f"{_steps(left_out)} no finite coordinates: not drawn"] if left_out else []
         if len(runs) == 1 and "surface" in runs[0].more:
             splits = [str(split) for split in runs[0].table.unique("split")]
             surfaces, more = _read_surfaces(runs[0].more["surface"], splits)
@@ -143,7 +148,7 @@ def _draw_paths(
     more, groups = _draw_both(figure, upper, lower, runs, paths, log=log)
     if title:
         add_title(figure, title)
-    add_foot(figure, upper, [*notes, *more, _TURNS], groups)
+    add_foot(figure, [*notes, *more, _TURNS], groups)
     finish_layout(figure)
     return figure
 
@@ -192,6 +197,7 @@ def _draw_both(
     )
 
     by_step = any(_backward_fraction(path.projection) > _MOST_BACKWARD for path in paths)
+    numbers, counter = _number_steps(runs, paths)
     splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
     series = [
         Series(
@@ -200,7 +206,7 @@ def _draw_both(
             name=f"{names[number]}, {plain(split)}" if len(runs) > 1 else plain(split),
             colour=colours[number],
             dashes=DASHES[index % len(DASHES)],
-            x=np.array(path.steps, dtype=np.float64) if by_step else path.projection,
+            x=numbers[number] if by_step else path.projection,
             ends=np.isin(np.arange(len(path.steps)), (0, len(path.steps) - 1)),
             values={c: path.losses(run.table, split, c) for c in ("loss", "loss_stderr")},
         )
@@ -212,8 +218,11 @@ def _draw_both(
     notes += draw_panel(lower, series, "loss", log=log)
     label = shorten(figure, f"loss{loss_name(runs)}", 190, 10)
     lower.set_ylabel(f"{label}\nlog scale" if log else label)
-    _scale_projection(lower, _range([s.x for s in series]) if by_step else limits)
-    lower.set_xlabel("step (the checkpoints in their order)" if by_step else _PROJECTION)
+    if by_step:
+        scale_checkpoints(lower, np.unique(np.concatenate(numbers)), counter)
+    else:
+        _scale_projection(lower, limits)
+        lower.set_xlabel(_PROJECTION)
     if by_step or given:
         upper.set_xlabel(_PROJECTION)
     else:
@@ -239,6 +248,23 @@ def _draw_both(
     if not given:
         others += path_entries(figure, colour, "", *(_end_names(runs)))
     return notes, [*groups, marks, others]
+
+
+def _number_steps(
+    runs: Sequence[Run[TrajectorySummary]], paths: Sequence[_Path]
+) -> tuple[list[Floats], str]:
+    """Returns the numbers of each path's checkpoints, and the label of an axis of them."""
+    numbers, labels = [], set()
+    for run, path in zip(runs, paths, strict=True):
+        cells = zip(run.table["step"], run.table["checkpoint"], strict=True)
+        names = {int(step or 0): str(name) for step, name in cells}
+        order = sorted(names)
+        found, label = number_checkpoints([names[step] for step in order])
+        numbers.append(found[np.isin(order, path.steps)])
+        labels.add(label)
+    if len(labels) == 1:
+        return numbers, labels.pop()
+    return [np.array(path.steps, dtype=np.float64) for path in paths], IN_ORDER
 
 
 def _end_names(runs: Sequence[Run[TrajectorySummary]]) -> tuple[str, str]:
@@ -312,7 +338,7 @@ def _read_surfaces(table: Table, splits: Sequence[str]) -> tuple[list[Grid], lis
         step_at.setdefault(steps[step], step)
     if len(step_at) < len(order):
         number = len(order) - len(step_at)
-        notes.append(f"{_steps(number)} the projection of an earlier one: not in the surface")
+        notes.append(f"{_steps(number)} the projection of an earlier step: not in the surface")
     if len(step_at) < 2 or len(residuals) < 2:
         return [], ["There are too few different points for a surface"]
     x, y = np.meshgrid(sorted(step_at), residuals, indexing="ij")
@@ -355,6 +381,7 @@ def _draw_surfaces(
     blank: dict[str, list[tuple[int, str]]] = {}
     panels: list[Axes] = []
     lines = []
+    hidden = False
     for row, (surface, losses) in enumerate(zip(surfaces, path_losses, strict=True)):
         panel = figure.add_subplot(grid[row, 0])
         contours = draw_contours(panel, surface, scale)
@@ -374,7 +401,10 @@ def _draw_surfaces(
         axes_3d.set_ylim(0, high)
         draw_surface(axes_3d, scale, contours)
         # Slightly above the surface, so that the surface does not hide the path.
-        draw_path(axes_3d, path.projection, path.residual, scale(losses) + 0.008)
+        points = path.projection, path.residual, scale(losses) + 0.008
+        behind = hidden_by(axes_3d, scale, contours, *points)
+        hidden |= bool(behind.any())
+        draw_path(axes_3d, *points, behind=behind)
         panels += [panel, axes_3d]
         lines.append(contours)
     panels[-2].set_xlabel(_PROJECTION)
@@ -382,6 +412,7 @@ def _draw_surfaces(
     notes = [
         *notes,
         *(f"{count_points(counts)} {reason}: left blank (×)" for reason, counts in blank.items()),
+        *[HIDDEN] * hidden,
     ]
     names = _end_names([run])
     groups = [path_entries(figure, PATH, f"path of the {len(path.steps)} checkpoints", *names)]
@@ -392,7 +423,7 @@ def _draw_surfaces(
         groups += entries
     if title:
         add_title(figure, title)
-    add_foot(figure, panels[0], [*notes, _TURNS], groups)
+    add_foot(figure, [*notes, _TURNS], groups)
     finish_layout(figure)
     for panel, contours in zip(panels[::2], lines, strict=True):
         label_contours(panel, contours, path.projection, path.residual)

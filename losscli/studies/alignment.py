@@ -30,8 +30,8 @@ from losscli.errors import (
     UsageError,
 )
 from losscli.evaluation.device import Narrowest
+from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.objective import DETERMINISTIC
-from losscli.evaluation.strategies import tensors_of
 from losscli.settings import Settings
 from losscli.studies.problem import Problem, prepare
 from losscli.summaries import AlignmentSummary
@@ -266,7 +266,7 @@ def _needed_versions(problem: Problem, weights: Weights) -> Versions:
         model = problem.fresh().cpu()
     if not has_custom_loading(model):
         return {}
-    own, extra = tensors_of(model), problem.last.extra
+    own, extra = named_tensors(model), problem.last.extra
     model.load_state_dict(loadable(weights, {}, extra), strict=False)
     if all(torch.equal(own[name], tensor.to(own[name])) for name, tensor in weights.items()):
         return {}

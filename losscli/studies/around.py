@@ -21,19 +21,15 @@ from losscli.data import Examples
 from losscli.errors import CheckpointError, ModelError, UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
 from losscli.evaluation.critical_points import CriticalPointTest
-from losscli.evaluation.curvature import (
-    DENSE_LIMIT,
-    LEAST,
-    PRODUCT_LIMIT,
-    Curvature,
-    check_derivatives,
-)
+from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT, Curvature
+from losscli.evaluation.curvature_check import check_derivatives
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.differences import sample_size
+from losscli.evaluation.finite_differences import sample_size
+from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.objective import recalibrated
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import idle_layers, record_key, restore
-from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution, Task
@@ -345,7 +341,7 @@ class Around(Study):
         if self.along == "gradient":
             return {"seconds": seconds + product}
         whole = curvature.size <= DENSE_LIMIT
-        fewest, most = (curvature.size,) * 2 if whole else (LEAST, PRODUCT_LIMIT)
+        fewest, most = (curvature.size,) * 2 if whole else (MIN_PRODUCTS, PRODUCT_LIMIT)
         return {
             "seconds": seconds + fewest * product,
             "kind": "at least",
@@ -381,7 +377,7 @@ class Around(Study):
                 *spectral_notes(self),
             ]
             del last
-            found = grow(
+            found = evaluate_until_precise(
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,

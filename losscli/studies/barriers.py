@@ -21,7 +21,7 @@ from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -206,7 +206,7 @@ class Barriers(Study):
             swept = time.perf_counter()
             check(objective, placed[0], placed[-1])
             difference, stays = self._verify(placed)
-            found = grow(
+            found = evaluate_until_precise(
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,

@@ -20,15 +20,9 @@ from losscli.evaluation.critical_points import (
     batch_size_of,
     verdict_of,
 )
-from losscli.evaluation.curvature import (
-    DENSE_LIMIT,
-    LEAST,
-    PRODUCT_LIMIT,
-    ROWS,
-    Curvature,
-    Verdict,
-)
+from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT, ROWS_PER_PASS, Curvature
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.line_search import MAX_CURVE_POINTS, STEP_LENGTHS, LineSearch
 from losscli.evaluation.objective import recalibrated
 from losscli.evaluation.ranks import Arrays, Ranks
@@ -37,6 +31,7 @@ from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.sweep import check as check_objective
 from losscli.evaluation.sweep import sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution, Task
+from losscli.evaluation.verdict import Verdict
 from losscli.registry import COMMANDS
 from losscli.results import Result
 from losscli.settings import Settings
@@ -260,7 +255,7 @@ class Check(Study):
             differentiated = self._test.differentiated(origin)
             with Curvature(differentiated, origin, self.moving, batch) as curvature:
                 whole = curvature.size <= DENSE_LIMIT
-                v = curvature.gradient().expand(ROWS if whole else 1, -1)
+                v = curvature.gradient().expand(ROWS_PER_PASS if whole else 1, -1)
                 # Once, so that what is set up is set up.
                 curvature.product(v)
                 took = timed(differentiated, lambda: curvature.product(v), clock) / len(v)
@@ -268,7 +263,7 @@ class Check(Study):
         product = took * examples / len(batch)
         number, size = len(self.problem.names), curvature.size
         # A gradient takes no more than a product.
-        fewest, most = (size, size) if whole else (LEAST, PRODUCT_LIMIT)
+        fewest, most = (size, size) if whole else (MIN_PRODUCTS, PRODUCT_LIMIT)
         measured = 1 + 2 * self.eigenvalues
         return {
             "seconds": seconds + number * fewest * product,

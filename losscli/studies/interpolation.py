@@ -17,12 +17,12 @@ from losscli.checkpoint import CheckpointLike, name_checkpoint
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
-from losscli.evaluation.derivatives import trial
+from losscli.evaluation.derivatives import prepare_first_batch
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import halving, points_at_once
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -291,7 +291,7 @@ class Interpolation(Study):
             assert isinstance(line, Line)
             split = next(iter(objective.splits.values()))
             objective.load(self.start)
-            work = halving(objective, lambda: trial(objective, line, split))
+            work = halving(objective, lambda: prepare_first_batch(objective, line, split))
             took = halving(objective, lambda: timed(objective, work, clock))
             examples = sum(map(len, objective.splits.values()))
             batch = min(objective.batch_size, len(split))
@@ -334,7 +334,7 @@ class Interpolation(Study):
             ]
             for block in self.blocks:
                 difference = max(difference, self._verify_block(block))
-            split_curves = grow(
+            split_curves = evaluate_until_precise(
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,

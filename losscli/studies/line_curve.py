@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from losscli.evaluation.objective import Evaluation
-from losscli.evaluation.sampling import Estimate, extended
+from losscli.evaluation.sampling import Estimate, combine_metrics
 from losscli.summaries import Slope
 
 __all__ = ["Derivatives", "LineCurve", "RefinedCurve"]
@@ -117,7 +117,7 @@ class LineCurve:
         Returns:
             The curve of all examples.
         """
-        metrics, counts = extended(self, more)
+        metrics, counts = combine_metrics(self, more)
         parts = [(curve.losses, curve.weights) for curve in (self, more)]
         if self.weights is None and more.weights is None:
             joined = np.concatenate([losses for losses, _ in parts], axis=1)

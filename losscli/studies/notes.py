@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from losscli.data import Split
-from losscli.evaluation.losses import Doubt
+from losscli.evaluation.doubts import Doubt
 from losscli.evaluation.objective import Objective
 from losscli.studies.base import Study, count
 from losscli.weight_space.vectors import Weights, can_move, equal

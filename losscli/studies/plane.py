@@ -18,7 +18,7 @@ from losscli.data import Examples
 from losscli.errors import CheckpointError, UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -275,7 +275,7 @@ class Plane(Study):
                     lambda: self._at((middle[0], middle[1])),
                 ),
             ]
-            found = grow(
+            found = evaluate_until_precise(
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,

@@ -12,21 +12,20 @@ from torch import nn
 
 from losscli.data import Batching, DataSet, from_object, load
 from losscli.errors import LosscliError, LossError, SpecError, UsageError, one_line
-from losscli.evaluation import losses
+from losscli.evaluation.forward import is_registered
+from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.losses import (
     LOSSES,
-    METRICS,
     PerExample,
-    accuracy,
     causal_lm,
-    class_dim_of,
     cross_entropy,
     function_of,
     options_of,
     token_cross_entropy,
 )
-from losscli.evaluation.recalibration import Recalibration, layers_of
-from losscli.evaluation.strategies import tensors_of
+from losscli.evaluation.metrics import METRICS, accuracy
+from losscli.evaluation.recalibration import Recalibration, batchnorm_layers
+from losscli.evaluation.targets import class_dim_of
 from losscli.evaluation.torch_losses import from_torch, is_of_torch
 from losscli.models import (
     HEADLESS,
@@ -115,7 +114,7 @@ def recalibration_of(
     """
     if settings.buffers != "recalibrate":
         return None
-    if not layers_of(model, tensors_of(model)):
+    if not batchnorm_layers(model, named_tensors(model)):
         raise UsageError(
             "--buffers recalibrate has nothing to re-estimate: the model has no BatchNorm layer "
             "that tracks statistics",
@@ -272,7 +271,7 @@ def _per_example(
 
 def _checked(function: PerExample, where: str) -> PerExample:
     """Makes sure that the options of a function of losscli's own are such as it takes."""
-    if function_of(function).__module__ != losses.__name__:
+    if not is_registered(function):
         return function
     parameters = inspect.signature(function_of(function)).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

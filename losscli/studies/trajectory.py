@@ -18,7 +18,7 @@ from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -210,7 +210,7 @@ class Trajectory(Study):
             swept = time.perf_counter()
             check(objective, self.problem.origin, self.problem.place(self.problem.last.weights))
             difference, stays = self._verify()
-            found = grow(
+            found = evaluate_until_precise(
                 objective.splits,
                 settings.sampling_error,
                 settings.seed,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from losscli.errors import UsageError
-from losscli.files import release_pages
 
 __all__ = [
     "Weights",
@@ -138,7 +137,6 @@ def norm(weights: Weights, names: Iterable[str] | None = None) -> float:
     for name in weights if names is None else names:
         for (x,) in pieces(weights[name]):
             total += float(x.dot(x))
-        release_pages(weights[name])
     return math.sqrt(total)
 
 
@@ -158,7 +156,6 @@ def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> floa
         for x, y in pieces(a[name], b[name]):
             d = y - x
             total += float(d.dot(d))
-        release_pages(a[name], b[name])
     return math.sqrt(total)
 
 
@@ -172,9 +169,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
     Returns:
         Whether they are equal.
     """
-    same = torch.equal(a, b)
-    release_pages(a, b)
-    return same
+    return torch.equal(a, b)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import random
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from losscli.checkpoint import Checkpoint, find_base, list_checkpoints, read
+from losscli.checkpoint import Checkpoint, find_base, list_checkpoints, read, select_for
+from losscli.checkpoint.peft_adapters import TYPES
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests import oracle
@@ -152,6 +155,222 @@ def test_a_square_weight_whose_layout_is_not_known_is_refused(tmp_path: Path) ->
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"attn\.c_proj\.weight is square: how it is"):
         opened(base, tmp_path, tiny(0).state_dict())
+
+
+# Merged by peft
+
+
+class Words(nn.Module):
+    """A network of words with layers for every type of adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 4)
+        self.wide = nn.Linear(4, 6)
+        self.square = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, words: Tensor) -> Any:
+        hidden = self.wide(self.words(words)).relu()
+        return self.head(self.norm(self.square(hidden)))
+
+
+def words() -> nn.Module:
+    torch.manual_seed(0)
+    return Words()
+
+
+TWO = {"target_modules": ["wide", "square"]}
+PEFT: dict[str, peft.PeftConfig] = {
+    "DoRA": peft.LoraConfig(**TWO, r=2, use_dora=True),
+    "DoRA of an embedding": peft.LoraConfig(target_modules=["words", "wide"], use_dora=True),
+    "DoRA and a whole module": peft.LoraConfig(**TWO, use_dora=True, modules_to_save=["head"]),
+    "LoRA of parameters": peft.LoraConfig(target_modules=[], target_parameters=["wide.weight"]),
+    "trained tokens": peft.LoraConfig(**TWO, trainable_token_indices={"words": [1, 2]}),
+    "ADALORA": peft.AdaLoraConfig(**TWO, total_step=10),
+    "FOURIERFT": peft.FourierFTConfig(**TWO, n_frequency=4),
+    "HRA": peft.HRAConfig(**TWO, r=2),
+    "IA3": peft.IA3Config(**TWO, feedforward_modules=["square"]),
+    "IA3 and a whole module": peft.IA3Config(
+        **TWO, feedforward_modules=[], modules_to_save=["norm"]
+    ),
+    "LN_TUNING": peft.LNTuningConfig(target_modules=["norm"]),
+    "LOHA": peft.LoHaConfig(**TWO, r=2),
+    "LOKR": peft.LoKrConfig(**TWO, r=2),
+    "MISS": peft.MissConfig(**TWO, r=2),
+    "OFT": peft.OFTConfig(**TWO, oft_block_size=2),
+    "RANDLORA": peft.RandLoraConfig(**TWO, r=2),
+    "ROAD": peft.RoadConfig(target_modules=["square"], group_size=2),
+    "VERA": peft.VeraConfig(target_modules=["square"], r=2),
+}
+DRAWN = "VERA without its projections"
+PEFT[DRAWN] = peft.VeraConfig(target_modules=["square"], r=2)
+PEFT[DRAWN].save_projection = False
+
+
+def train(model: nn.Module, config: peft.PeftConfig, folder: Path) -> None:
+    """Saves an adapter with random changes, as training makes them."""
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(model, copy.deepcopy(config))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    wrapped.save_pretrained(folder)
+
+
+def merged_into(model: nn.Module, base: dict[str, Tensor], adapter: Path) -> Checkpoint:
+    return select_for(read(str(adapter)), model, Checkpoint("base", base, {}))
+
+
+@pytest.mark.parametrize("case", PEFT)
+def test_the_merged_model_computes_what_the_trained_one_does(case: str, tmp_path: Path) -> None:
+    """The oracle is peft's own model in float64, which applies the adapter without merging it."""
+    train(words(), PEFT[case], tmp_path)
+    model = words()
+    base = {name: t.double() for name, t in model.state_dict().items()}
+    found = merged_into(model, base, tmp_path).weights
+    assert found.keys() == base.keys()
+    assert same(dict(model.state_dict()), dict(words().state_dict()))
+    touched = {name for name, tensor in found.items() if tensor is not base[name]}
+    assert touched
+    assert all(not torch.equal(found[name], base[name]) for name in touched)
+    plain = words().double()
+    plain.load_state_dict(found)
+    trained = peft.PeftModel.from_pretrained(
+        words().double(), tmp_path, autocast_adapter_dtype=False
+    )
+    inputs = torch.arange(7)
+    with torch.no_grad():
+        expected = trained.double().eval()(inputs)
+        assert not torch.allclose(expected, words().double()(inputs), rtol=1e-3)
+        torch.testing.assert_close(plain(inputs), expected, rtol=1e-13, atol=1e-14)
+
+
+def test_every_type_that_peft_merges_is_tested() -> None:
+    tested = {config.peft_type.value for config in PEFT.values()}
+    assert tested == {"LORA", *TYPES}
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64])
+def test_what_peft_merges_is_float32_or_wider(stored: torch.dtype, tmp_path: Path) -> None:
+    train(words(), PEFT["LOHA"], tmp_path)
+    base = {name: t.to(stored) for name, t in words().state_dict().items()}
+    found = merged_into(words(), base, tmp_path).weights
+    wide = torch.promote_types(stored, torch.float32)
+    assert found["wide.weight"].dtype == found["square.weight"].dtype == wide
+    assert found["wide.bias"] is base["wide.bias"]
+
+
+@pytest.fixture
+def dora(pair: dict[str, Tensor], tmp_path: Path) -> dict[str, Tensor]:
+    """A DoRA adapter of base.pt in the folder dora; what both make together."""
+    return adapt(mlp(), tmp_path / "dora", r=2, target_modules=["layers.0"], use_dora=True)
+
+
+def test_the_line_goes_to_what_peft_merges(dora: dict[str, Tensor], losscli: Losscli) -> None:
+    done = losscli("interpolate", "base.pt", "dora", "-q", "--json", "--dtype", "float64")
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)["splits"]["data"]
+    losses = [loss(mlp().state_dict()), loss(dora)]
+    assert [found["loss_a"], found["loss_b"]] == pytest.approx(losses, rel=1e-6)
+    assert "base_model.model.layers.0.lora_magnitude_vector" in losscli("inspect", "dora").stdout
+
+
+@pytest.mark.usefixtures("dora")
+def test_without_a_model_what_peft_merges_is_refused(losscli: Losscli, tmp_path: Path) -> None:
+    for command in (
+        ("export", "base.pt", "dora", "--alpha", 1, "-o", "x.safetensors"),
+        ("inspect", "base.pt", "dora"),
+    ):
+        done = losscli(*command)
+        assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert (
+            "dora is an adapter of the type DoRA, which is merged into a model, and this command "
+            "has none. Merge it with peft (merge_and_unload)"
+        ) in done.stderr
+    assert not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.usefixtures("dora")
+def test_without_peft_the_extra_is_named(
+    losscli: Losscli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    done = losscli("interpolate", "base.pt", "dora", "-o", "x")
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "which is merged by peft, and that is not installed" in done.stderr
+    assert done.stderr.rstrip().endswith("pip install 'losscli[hf]'")
+    assert not list(tmp_path.glob("x*"))
+    assert losscli("interpolate", "base.pt", "adapter", "-o", "y").status == 0  # plain LoRA
+
+
+def test_what_peft_cannot_merge_is_one_line(tmp_path: Path) -> None:
+    train(words(), PEFT["DoRA"], tmp_path)
+    base = {name: t.clone() for name, t in words().state_dict().items()}
+    file = tmp_path / "adapter_model.safetensors"
+    own = load_file(file)
+    a = "base_model.model.wide.lora_A.weight"
+    for tensors, told in (
+        (
+            {**own, "base_model.model.x.lora_A.weight": torch.ones(2, 4)},
+            "the model has no place for base_mo",
+        ),
+        ({name: t for name, t in own.items() if name != a}, f"the adapter lacks {a}"),
+        ({**own, a: torch.ones(2, 9)}, "size mismatch for base_model.model.wide.lora_A"),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(CheckpointError, match=r"peft [\d.]+ cannot merge this ad") as caught:
+            merged_into(words(), base, tmp_path)
+        assert told in str(caught.value)
+        assert "\n" not in str(caught.value)
+    save_file(own, file)
+    # No size in the config takes memory.
+    change(tmp_path, r=1 << 40)
+    with pytest.raises(CheckpointError, match="size mismatch for"):
+        merged_into(words(), base, tmp_path)
+    change(tmp_path, r=2, target_modules=["elsewhere"])
+    with pytest.raises(CheckpointError, match="elsewhere"):
+        merged_into(words(), base, tmp_path)
+
+
+def test_a_layer_that_peft_merges_wrongly_is_refused(tmp_path: Path) -> None:
+    """In peft 0.21, OFT of a convolution computes something else once it is merged."""
+
+    def conv() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 4, 3))
+
+    train(conv(), peft.OFTConfig(target_modules=["0"], oft_block_size=2), tmp_path)
+    with pytest.raises(CheckpointError, match=r"0 computes something else when it is merged"):
+        merged_into(conv(), dict(conv().state_dict()), tmp_path)
+
+
+def test_a_series_of_endless_terms_is_refused(tmp_path: Path) -> None:
+    train(words(), PEFT["OFT"], tmp_path)
+    change(tmp_path, num_cayley_neumann_terms=1 << 40)
+    assert "num_cayley_neumann_terms is 1099511627776, which is not a number" in refusal(tmp_path)
+
+
+def test_peft_does_not_change_a_tied_tensor(tmp_path: Path) -> None:
+    class Tied(Words):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 7, bias=False)
+            self.head.weight = self.words.weight
+
+    train(Tied(), PEFT["DoRA of an embedding"], tmp_path)
+    base = {name: t.clone() for name, t in Tied().state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"\.weight and .*\.weight are one tensor in the mode"
+    ):
+        merged_into(Tied(), base, tmp_path)
+
+
+def test_no_damage_to_a_config_of_peft_raises_anything_else(tmp_path: Path) -> None:
+    train(words(), PEFT["LOKR"], tmp_path)
+    assert damage(tmp_path, words) > 10
 
 
 # On the command line
@@ -303,16 +522,21 @@ def test_an_adapter_that_changes_while_it_is_looked_at(
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"use_dora": True}, "DoRA is not read, only plain LoRA. Merge it with peft"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora', which changes the base"),
-        ({"target_parameters": ["layers.0.weight"], "target_modules": []}, "bare parameters"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "init_lora_weights='pissa', which"),
     ],
-    ids=lambda value: "" if isinstance(value, dict) else value[:9],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_other_kinds_of_lora_are_refused(config: dict[str, Any], told: str, tmp_path: Path) -> None:
     adapt(mlp(), tmp_path, **{"r": 2, "target_modules": ["layers.0"]} | config)
     assert told in refusal(tmp_path)
+
+
+def test_a_config_cannot_name_a_module_to_import(tmp_path: Path) -> None:
+    adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"], use_dora=True)
+    change(tmp_path, megatron_config={"x": 1}, megatron_core="antigravity")
+    assert "Megatron is not read. Merge it with peft" in refusal(tmp_path)
 
 
 def test_lora_of_multi_head_attention_is_refused(tmp_path: Path) -> None:
@@ -330,8 +554,9 @@ def test_lora_of_multi_head_attention_is_refused(tmp_path: Path) -> None:
 def test_other_kinds_of_adapters_are_refused(losscli: Losscli, tmp_path: Path) -> None:
     write(state(), tmp_path / "base.pt")
     for config in (
-        peft.IA3Config(target_modules=["layers.0"], feedforward_modules=[]),
-        peft.LoHaConfig(target_modules=["layers.0"]),
+        peft.BOFTConfig(target_modules=["layers.0"], boft_block_size=1),
+        peft.ShiraConfig(target_modules=["layers.0"], r=1),
+        peft.C3AConfig(target_modules=["layers.0"], block_size=1),
     ):
         folder = tmp_path / type(config).__name__
         peft.get_peft_model(mlp(), config).save_pretrained(folder)
@@ -483,21 +708,26 @@ def test_what_peft_keeps_tied_is_one_change(kept: str, stored: torch.dtype, tmp_
         torch.testing.assert_close(plain(words).logits, trained(words).logits)
 
 
-def test_no_damage_to_a_config_raises_anything_else(tmp_path: Path) -> None:
-    adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"], rank_pattern={"layers.0": 2})
-    file = tmp_path / "adapter_config.json"
+def damage(folder: Path, build: Callable[[], nn.Module], times: int = 60) -> int:
+    """Damages the config at random places, and returns how often it was refused."""
+    file = folder / "adapter_config.json"
     content = file.read_bytes()
     generator = random.Random(0)
-    base = {name: t.clone() for name, t in mlp().state_dict().items()}
+    base = {name: t.clone() for name, t in build().state_dict().items()}
     refused = 0
-    for _ in range(200):
+    for _ in range(times):
         damaged = bytearray(content)
         for _ in range(generator.choice([1, 5, 30])):
             damaged[generator.randrange(len(damaged))] = generator.randrange(32, 127)
         file.write_bytes(damaged)
         with contextlib.suppress(CheckpointError, MismatchError):
-            assert opened(base, tmp_path, base).weights.keys() == base.keys()
+            assert merged_into(build(), base, folder).weights.keys() == base.keys()
             continue
         refused += 1
-    assert refused > 50
-    assert same(base, dict(mlp().state_dict()))
+    assert same(base, dict(build().state_dict()))
+    return refused
+
+
+def test_no_damage_to_a_config_raises_anything_else(tmp_path: Path) -> None:
+    adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"], rank_pattern={"layers.0": 2})
+    assert damage(tmp_path, mlp, 200) > 50

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.fsdp import fully_shard
 
-from losscli.checkpoint import list_checkpoints, read
+from losscli.checkpoint import list_checkpoints, read, select_for
 from losscli.checkpoint.distributed import _not_covered_once as not_covered_once
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
@@ -380,6 +380,68 @@ def test_values_that_are_no_tensors_are_never_unpickled(tmp_path: Path) -> None:
     marker.unlink(missing_ok=True)
     assert same(read(name).select(state(1)).weights, state())
     assert same(read(name).select(None).weights, state())
+    assert not marker.exists()
+
+
+class Scaling(nn.Linear):
+    """A layer with extra state."""
+
+    scale: Any = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"scale": self.scale, "inner": {"kind": "loss", "counts": torch.arange(2)}}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        assert state["inner"]["kind"] == "loss"
+        assert torch.equal(state["inner"]["counts"], torch.arange(2))
+        self.scale = state["scale"]
+
+
+@pytest.mark.parametrize("prefix", ["", "model", "app.module"])
+def test_extra_state_is_read_too(prefix: str, losscli: Losscli, tmp_path: Path) -> None:
+    """The oracle is torch, which loads the same state dict from one file."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), Scaling(3, 2))
+    model[1].scale = 0.25
+    content: dict[str, Any] = model.state_dict()
+    assert "1._extra_state" in content
+    for key in reversed(prefix.split(".") if prefix else []):
+        content = {key: content}
+    file = read(put(content, tmp_path / "a"))
+    found = select_for(file, nn.Sequential(nn.Linear(4, 3), Scaling(3, 2)))
+    assert same(found.weights, {k: v for k, v in model.state_dict().items() if "extra" not in k})
+    assert found.extra["1._extra_state"]["scale"] == 0.25
+    assert read(f"{tmp_path / 'a'}{prefix and f'#{prefix}'}").select(None).extra
+    out = tmp_path / "half.pt"
+    done = losscli("export", tmp_path / "a", tmp_path / "a", "--alpha", 0.5, "-o", out)
+    assert done.status == 0, done.stderr
+    loaded = nn.Sequential(nn.Linear(4, 3), Scaling(3, 2))
+    loaded.load_state_dict(torch.load(out))
+    torch.testing.assert_close(loaded(torch.ones(1, 4)), model(torch.ones(1, 4)))
+
+
+@pytest.mark.parametrize("scale", [[torch.ones(1)], {0: 1.0}], ids=["list", "numbers as keys"])
+def test_extra_state_with_numbers_as_keys_is_refused(scale: Any, tmp_path: Path) -> None:
+    """torch stores the key 0 of a dictionary as the string 0."""
+    model = nn.Sequential(Scaling(3, 2))
+    model[0].scale = scale
+    file = read(put(model.state_dict(), tmp_path / "a"))
+    with pytest.raises(MismatchError, match=r"0\._extra_state holds an object that weights_only"):
+        select_for(file, nn.Sequential(Scaling(3, 2)))
+
+
+def test_extra_state_that_wants_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+    marker = tmp_path / "it ran"
+    model = nn.Sequential(Scaling(3, 2))
+    model[0].scale = Calling(os.system, f"touch '{marker}'")
+    file = read(put(model.state_dict(), tmp_path / "a"))
+    marker.unlink(missing_ok=True)
+    told = r"'0\._extra_state\.scale' cannot be read from .* \(UnpicklingError\)"
+    with pytest.raises(CheckpointError, match=told):
+        select_for(file, nn.Sequential(Scaling(3, 2)))
     assert not marker.exists()
 
 

@@ -31,6 +31,7 @@ from losscli.checkpoint import SUFFIXES, Checkpoint, read, save, tied_names
 from losscli.errors import CheckpointError, MismatchError, OutputError
 from losscli.models import CNN, MLP
 from losscli.weight_space.vectors import Weights
+from tests.conftest import SAFETENSORS_HAS_COMPLEX
 from tests.foreign import Attention
 
 
@@ -100,6 +101,8 @@ def test_every_type_of_tensor_keeps_its_bits(suffix: str, legacy: bool, tmp_path
         "complex64": torch.tensor([1j], dtype=torch.complex64),
         "empty": torch.zeros(0, 3),
     }
+    if suffix == ".safetensors" and not SAFETENSORS_HAS_COMPLEX:
+        del tensors["complex64"]
     name = write(tensors, tmp_path / f"t{suffix}", legacy=legacy)
     assert same(read(name).select(None).weights, tensors)
 
@@ -787,7 +790,7 @@ def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path: Path) -> None:
         (state(), "file/a.safetensors", "cannot be written: Not a directory"),
         (state(), "folder.safetensors", "cannot be written: Is a directory"),
         (state(), "x" * 300, "cannot be written: File name too long"),
-        (unknown, "a.safetensors", "a.safetensors cannot be written: .*complex128"),
+        (unknown, "a.safetensors", r"written: safetensors \S+ does not store torch\.complex128"),
         (unknown, "file", "file cannot be written"),
         ({"w": torch.ones(2).to_sparse()}, "file", "file cannot be written"),
     ):

@@ -27,6 +27,9 @@ from losscli.cli.console import Console
 from losscli.errors import CheckpointError
 from losscli.models import MLP
 from tests.conftest import ROOT, Losscli
+from tests.forks import child, ended
+
+pytestmark = pytest.mark.usefixtures("unlaid")
 
 COMMAND = [sys.executable, "-m", "losscli"]
 
@@ -99,7 +102,6 @@ def test_a_dry_run_counts_and_evaluates_nothing(losscli: Losscli, folder: Path) 
     assert files(folder) == before
 
 
-@pytest.mark.usefixtures("unlaid")
 def test_pictures_by_name_come_instead_of_the_png(losscli: Losscli, folder: Path) -> None:
     before = files(folder)
     losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--figure", "p.svg", "--figure", "p.pdf")
@@ -111,7 +113,6 @@ def test_pictures_by_name_come_instead_of_the_png(losscli: Losscli, folder: Path
     assert "y.png" not in files(folder)
 
 
-@pytest.mark.usefixtures("unlaid")
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_plot_draws_the_same_bytes_again(losscli: Losscli, folder: Path, suffix: str) -> None:
     losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--figure", f"x{suffix}", "--log")
@@ -592,12 +593,10 @@ def test_a_signal_while_the_result_is_told_does_not_deny_it(
     assert list(folder.glob("out*"))
 
 
-@pytest.mark.parametrize(
-    ("sent", "status"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.stress)],
-)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_with_one_line_and_no_file(
-    sent: signal.Signals, status: int, folder: Path
+    sent: signal.Signals, status: int, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     Path("slow.py").write_text(
         "import pathlib, time, torch\n"
@@ -612,20 +611,15 @@ def test_a_signal_ends_the_run_with_one_line_and_no_file(
         torch.manual_seed(seed)
         torch.save(torch.nn.Linear(6, 3).state_dict(), f"{name}.pt")
     before = files(folder) | {"begun"}
-    with subprocess.Popen(
-        [*COMMAND, "interpolate", "c.pt", "d.pt", "-m", "slow.py:Slow", "--points", "9999"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-    ) as child:
-        for _ in range(600):
-            if Path("begun").exists():
-                break
-            time.sleep(0.1)
-        child.send_signal(sent)
-        _, stderr = child.communicate(timeout=60)
-    assert child.returncode == status
-    assert stderr.count(b"\n") == 1
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    run = ["interpolate", "c.pt", "d.pt", "-m", "slow.py:Slow", "--points", "9999"]
+    pid = child(run, log, lambda: setattr(sys, "dont_write_bytecode", True))
+    while not Path("begun").exists():
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        time.sleep(0.01)
+    os.kill(pid, sent)
+    assert ended(pid) == status
+    assert log.read_text().count("\n") == 1
     assert files(folder) == before
 
 

@@ -18,6 +18,8 @@ from losscli.settings import Settings
 from losscli.studies.trajectory import Trajectory
 from tests.conftest import Losscli
 
+pytestmark = pytest.mark.usefixtures("unlaid")
+
 
 @pytest.fixture
 def path(folder: Path) -> list[str]:
@@ -81,34 +83,18 @@ def test_names_come_from_stdin_in_their_order(folder: Path, path: list[str], at_
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "further"),
-    [
-        (["trajectory", "path", "--random-walk", "--residuals", "2"], {"surface", "walk"}),
-        (["trajectory", "path", "--no-surface"], set()),
-        (["plane", "a.pt", "--points", "3", "--surface"], {"path"}),
-        (["plane", "a.pt", "b.pt", "path/step-5.pt", "--points", "3"], {"path"}),
-        (["plane", "--pca", "path", "--points", "3", "--log"], {"path"}),
-    ],
-)
-@pytest.mark.parametrize(
-    ("layout", "suffix"),
-    [
-        ("unlaid", ".svg"),
-        pytest.param("laid_out", ".svg", marks=pytest.mark.stress),
-        pytest.param("laid_out", ".png", marks=pytest.mark.stress),
-    ],
-)
-def test_plot_draws_the_same_bytes_again(
-    arguments: list[str],
-    further: set[str],
-    layout: str,
-    suffix: str,
-    losscli: Losscli,
-    path: list[str],
-    request: pytest.FixtureRequest,
+DRAWN: list[tuple[list[str], set[str]]] = [
+    (["trajectory", "path", "--random-walk", "--residuals", "2"], {"surface", "walk"}),
+    (["trajectory", "path", "--no-surface"], set()),
+    (["plane", "a.pt", "--points", "3", "--surface"], {"path"}),
+    (["plane", "a.pt", "b.pt", "path/step-5.pt", "--points", "3"], {"path"}),
+    (["plane", "--pca", "path", "--points", "3", "--log"], {"path"}),
+]
+
+
+def assert_drawn_again(
+    arguments: list[str], further: set[str], losscli: Losscli, suffix: str
 ) -> None:
-    request.getfixturevalue(layout)
     done = losscli(*arguments, "-o", "out", "--figure", f"first{suffix}")
     assert done.status == 0, done.stderr
     assert {p.name.split(".")[1] for p in Path().glob("out.*.csv")} == further
@@ -118,7 +104,24 @@ def test_plot_draws_the_same_bytes_again(
     assert Path(f"again{suffix}").read_bytes() == Path(f"first{suffix}").read_bytes()
 
 
-@pytest.mark.usefixtures("unlaid")
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(("arguments", "further"), DRAWN)
+def test_plot_draws_the_same_bytes_again(
+    arguments: list[str], further: set[str], losscli: Losscli
+) -> None:
+    assert_drawn_again(arguments, further, losscli, ".svg")
+
+
+@pytest.mark.stress
+@pytest.mark.usefixtures("path", "laid_out")
+@pytest.mark.parametrize(("arguments", "further"), DRAWN)
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_plot_draws_the_same_layout_again(
+    arguments: list[str], further: set[str], suffix: str, losscli: Losscli
+) -> None:
+    assert_drawn_again(arguments, further, losscli, suffix)
+
+
 def test_without_its_summary_a_path_is_drawn_with_all_that_lies_beside_it(
     losscli: Losscli, folder: Path, path: list[str]
 ) -> None:
@@ -130,7 +133,6 @@ def test_without_its_summary_a_path_is_drawn_with_all_that_lies_beside_it(
     assert Path("with.svg").read_bytes() != Path("without.svg").read_bytes()
 
 
-@pytest.mark.usefixtures("unlaid")
 def test_an_older_surface_is_not_drawn_with_a_path_that_has_none(
     losscli: Losscli, folder: Path, path: list[str]
 ) -> None:

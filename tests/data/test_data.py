@@ -31,6 +31,7 @@ from torch.utils.data import (
 from losscli.data import DATASETS, DataSet, Split, from_object, leaves, load, map_inputs
 from losscli.data.batch import RaggedError
 from losscli.errors import DataError, SpecError, UntrustedCodeError, UsageError
+from tests.conftest import SAFETENSORS_HAS_COMPLEX
 
 N = 13
 
@@ -182,6 +183,8 @@ def test_arrays_that_make_no_splits_are_told(
         with path.open("wb") as file:
             np.savez(file, **{key: t.numpy() for key, t in arrays.items()})
     else:
+        if any(t.is_complex() for t in arrays.values()) and not SAFETENSORS_HAS_COMPLEX:
+            pytest.skip("this version of safetensors has no complex numbers")
         save_file({key: t.clone() for key, t in arrays.items()}, path)
     with pytest.raises(DataError, match=message.replace("(", r"\(")) as caught:
         load(f"{kind}:{path}", trusted=False)

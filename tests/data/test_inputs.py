@@ -204,7 +204,7 @@ def array_file(kind: str, folder: Path, x: Tensor) -> str:
 
         columns = {"x": x.tolist(), "y": LABELS.tolist()}
         kinds: dict[int, Any] = {
-            2: datasets.List(datasets.Value("uint8")),
+            2: datasets.Sequence(datasets.Value("uint8")),
             4: datasets.Array3D((2, 2, 2), "uint8"),
         }
         features = {"x": kinds[x.ndim], "y": datasets.Value("int64")}

@@ -51,9 +51,10 @@ from losscli.data.stream import Stream
 from losscli.errors import DataError, LossError
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.derivatives import slopes
-from losscli.evaluation.losses import accuracy, cross_entropy
+from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.metrics import accuracy
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.sampling import Estimate, grow
+from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
 from losscli.models import MLP
@@ -260,7 +261,7 @@ def test_blocks_of_a_sample_are_of_the_stream(
         (found,) = sweep_plain(objective, [a], splits=splits)
         return {name: Estimate.of_evaluation(e) for name, e in found.items()}
 
-    (found,) = grow(objective.splits, 1e-9, 0, evaluate).values()
+    (found,) = evaluate_until_precise(objective.splits, 1e-9, 0, evaluate).values()
     (truth,) = evaluate(objective.splits).values()
     assert found.examples == N
     np.testing.assert_allclose(found.mean, truth.mean, rtol=1e-12)
@@ -591,8 +592,9 @@ def test_workers_come_where_they_are_worth_it(
     assert workers.useful_number(10, 4, size) == 0
     # One whose batches would fill the share of memory that is on its way is none.
     assert workers.useful_number(100, 30, size) == (1 << 30) // (16 * 30 * size)
-    monkeypatch.setattr(stream_, "_open_files", lambda: 0)
-    assert workers.useful_number(100, 4, size) == 0
+    for limit, number in ((resource.RLIM_INFINITY, 6), (256, 6), (255, 0)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert workers.useful_number(100, 4, size) == number
     monkeypatch.setattr(stream_, "_open_files", lambda: 1024)
     monkeypatch.setattr(stream_, "_shared_bytes", lambda: 64 << 20)
     assert workers.useful_number(1000, 30, size) == 1
@@ -1020,8 +1022,13 @@ def hanging_up(i: int) -> tuple[Tensor, int]:
 @linux
 @pytest.mark.parametrize("make", [Rows, Coming])
 def test_a_run_that_ends_while_it_takes_a_batch_leaves_no_traceback(
-    make: Any, cramped: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+    make: Any,
+    cramped: Callable[[int], None],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Tokenizers of other tests would complain of the fork.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     cramped(10)
     given = DataLoader(make(hanging_up), 5, num_workers=1, multiprocessing_context="fork")
     split = from_object(given, "here").splits["data"]

@@ -21,19 +21,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from losscli.data import DataSet, Split
 from losscli.errors import ModelError, OutOfMemoryError, UsageError
-from losscli.evaluation.curvature import (
-    DENSE_LIMIT,
-    Curvature,
-    Eigenpair,
-    Extremes,
-    add_rounding,
-    check_derivatives,
-    verdict,
-)
+from losscli.evaluation.curvature import DENSE_LIMIT, Curvature
+from losscli.evaluation.curvature_check import check_derivatives
+from losscli.evaluation.eigenvalues import Eigenpair, Extremes
+from losscli.evaluation.hessian_rounding import add_rounding
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.precision import in_float64
 from losscli.evaluation.task_checks import check_task
+from losscli.evaluation.verdict import verdict
 from tests import oracle, stopped
 from tests.cases import CASES, Case
 from tests.evaluation.test_objective import objective_of
@@ -534,7 +530,7 @@ def test_an_eigenvalue_lies_within_the_error_even_where_the_search_was_cut_short
 
 
 def test_the_search_starts_its_basis_anew_and_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("losscli.evaluation.curvature._BASIS", 1)
+    monkeypatch.setattr("losscli.evaluation.lanczos._BASIS", 1)
     spectrum = SPECTRA["even"]
     found = diagonal(spectrum.tolist()).extremes(2, tolerance=1e-8, seed=0)
     # The basis has 16 vectors at last, so many restarts lie behind it.

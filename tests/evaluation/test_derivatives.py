@@ -19,9 +19,9 @@ import losscli
 from losscli.data import DataSet, Split
 from losscli.errors import ModelError
 from losscli.evaluation import decompositions as elementary
-from losscli.evaluation import derivatives as module
-from losscli.evaluation.derivatives import Slopes, _Course, _Way, slopes
-from losscli.evaluation.differences import (
+from losscli.evaluation import derivative_method, derivatives
+from losscli.evaluation.derivatives import Slopes, slopes
+from losscli.evaluation.finite_differences import (
     NEEDED,
     POINTS,
     Comparison,
@@ -30,6 +30,7 @@ from losscli.evaluation.differences import (
     rules,
     sample_size,
 )
+from losscli.evaluation.line_derivatives import LineDerivatives, Method
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import sweep
@@ -119,11 +120,11 @@ def test_derivatives_are_those_of_a_plain_float64_loop(case: Case, points: list[
 @pytest.mark.parametrize("case", WHOLE, ids=str)
 def test_forward_and_reverse_mode_agree(case: Case) -> None:
     objective, line = ready(case)
-    course = _Course(objective, line)
+    along = LineDerivatives(objective, line)
     for alpha in ALPHAS:
         forward, reverse = (
-            course.sums(way, course.at(alpha), objective.splits["all"])
-            for way in (_Way.FORWARD, _Way.REVERSE)
+            along.sums(method, along.at(alpha), objective.splits["all"])
+            for method in (Method.FORWARD, Method.REVERSE)
         )
         np.testing.assert_allclose(forward, reverse, rtol=1e-10, atol=1e-12)
 
@@ -203,8 +204,8 @@ def test_buffers_that_move_alone_are_differentiated_in_both_modes() -> None:
     assert abs(slope) > 1e-4
     np.testing.assert_allclose(found.slope, [slope], rtol=1e-8)
     np.testing.assert_allclose(found.curvature, [curvature], rtol=1e-6)
-    course = _Course(objective, line)
-    backward = course.sums(_Way.REVERSE, course.at(0.4), objective.splits["all"])
+    along = LineDerivatives(objective, line)
+    backward = along.sums(Method.REVERSE, along.at(0.4), objective.splits["all"])
     np.testing.assert_allclose(backward, [slope * 37, curvature * 37], rtol=1e-6)
 
 
@@ -224,12 +225,14 @@ def test_what_the_line_does_not_move_keeps_its_value() -> None:
     assert not torch.equal(*found)
 
 
-@pytest.mark.parametrize("way", [_Way.FORWARD, _Way.REVERSE])
+@pytest.mark.parametrize("method", [Method.FORWARD, Method.REVERSE])
 @pytest.mark.parametrize("name", ["cnn-batchnorm", "attention-tied", "lstm"])
-def test_the_model_is_left_as_it_was(name: str, way: _Way, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_left_as_it_was(
+    name: str, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = next(c for c in CASES if c.name == name)
     objective, line = ready(case)
-    monkeypatch.setattr(module, "_settle", lambda *_: (way, ""))
+    monkeypatch.setattr(derivatives, "choose_method", lambda *_: (method, ""))
     objective.model.requires_grad_(False)
     next(objective.model.parameters()).requires_grad_(True)
     kept = {n: (id(t), t.data_ptr(), t.clone()) for n, t in objective.tensors.items()}
@@ -369,12 +372,12 @@ def test_a_model_with_neither_is_an_error_of_one_line() -> None:
 def test_fused_kernels_of_recurrent_layers_are_no_obstacle_in_float32() -> None:
     case = next(c for c in CASES if c.name == "lstm")
     objective, line = ready(case, dtype=torch.float32)
-    course = _Course(objective, line)
-    weights, split = course.at(0.3), objective.splits["all"]
+    along = LineDerivatives(objective, line)
+    weights, split = along.at(0.3), objective.splits["all"]
     with pytest.raises(ModelError, match="forward AD"):
-        course.sums(_Way.FORWARD, weights, split)
-    unfused = course.sums(_Way.FORWARD_UNFUSED, weights, split)
-    np.testing.assert_allclose(unfused, course.sums(_Way.REVERSE, weights, split), rtol=1e-4)
+        along.sums(Method.FORWARD, weights, split)
+    unfused = along.sums(Method.FORWARD_UNFUSED, weights, split)
+    np.testing.assert_allclose(unfused, along.sums(Method.REVERSE, weights, split), rtol=1e-4)
 
 
 def test_a_second_derivative_that_forward_mode_has_wrong_is_taken_in_reverse(
@@ -383,16 +386,16 @@ def test_a_second_derivative_that_forward_mode_has_wrong_is_taken_in_reverse(
     # Without the normalisations made of elementary operators PyTorch's layer norm is used.
     case = next(c for c in CASES if c.name == "attention-tied")
     expected = found_in(case)
-    monkeypatch.setattr(elementary, "_ELEMENTARY", {})
+    monkeypatch.setattr(elementary, "_DECOMPOSITIONS", {})
     found = found_in(case)
     torch.testing.assert_close(found.curvature, expected.curvature, rtol=1e-10, atol=1e-12)
 
-    def wrong(course: _Course, way: _Way, *rest: Any) -> tuple[float, float]:
-        slope, curvature = sums(course, way, *rest)
-        return slope, curvature * (1.5 if way.mode == "forward" else 1)
+    def wrong(along: LineDerivatives, method: Method, *rest: Any) -> tuple[float, float]:
+        slope, curvature = sums(along, method, *rest)
+        return slope, curvature * (1.5 if method.mode == "forward" else 1)
 
-    sums = _Course.sums
-    monkeypatch.setattr(_Course, "sums", wrong)
+    sums = LineDerivatives.sums
+    monkeypatch.setattr(LineDerivatives, "sums", wrong)
     found = found_in(case)
     torch.testing.assert_close(found.curvature, expected.curvature, rtol=1e-10, atol=1e-12)
 
@@ -420,7 +423,7 @@ def test_normalisations_made_of_elementary_operators_are_pytorchs(dtype: torch.d
     ]
     rand_w, rand_b, rand_g = rand(3, 7), rand(3, 7), rand(5, 1, 1)
     for call in calls:
-        with elementary.Elementary():
+        with elementary.Decomposed():
             found = call()
         assert found.dtype == dtype
         ulp = torch.finfo(dtype).eps
@@ -431,10 +434,10 @@ def test_frozen_weights_that_move_are_differentiated() -> None:
     case = CASES[0]
     objective, line = ready(case)
     objective.model.requires_grad_(False)
-    course = _Course(objective, line)
+    along = LineDerivatives(objective, line)
     forward, reverse = (
-        course.sums(way, course.at(0.3), objective.splits["all"])
-        for way in (_Way.FORWARD, _Way.REVERSE)
+        along.sums(method, along.at(0.3), objective.splits["all"])
+        for method in (Method.FORWARD, Method.REVERSE)
     )
     np.testing.assert_allclose(reverse, forward, rtol=1e-12)
     assert abs(reverse[0]) > 1e-3
@@ -489,9 +492,9 @@ def test_out_of_memory_is_left_to_who_can_halve_the_batch(monkeypatch: pytest.Mo
         raise torch.OutOfMemoryError("on purpose")
 
     monkeypatch.setattr(objective, "forward", full)
-    course = _Course(objective, line)
+    along = LineDerivatives(objective, line)
     with pytest.raises(torch.OutOfMemoryError):
-        course.sums(_Way.FORWARD, course.at(0.3), objective.splits["all"])
+        along.sums(Method.FORWARD, along.at(0.3), objective.splits["all"])
 
 
 def test_a_relu_network_between_its_kinks_is_as_curved_as_its_loss() -> None:
@@ -607,7 +610,7 @@ def test_without_float64_derivatives_are_right_or_refused_or_noted(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No right derivative is refused, and no wrong one passes in silence."""
-    monkeypatch.setattr(module, "in_float64", lambda *_, **__: None)
+    monkeypatch.setattr(derivative_method, "in_float64", lambda *_, **__: None)
     wrong = {**stopped.STOPPED, "lying": stopped.lying}
     for name, middle in {**stopped.SMOOTH, **wrong}.items():
         objective, line = ready(stopped.case(middle), dtype=dtype)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from losscli.data import DataSet, Split
 from losscli.data.objects import to_data_set
 from losscli.evaluation import losses
-from losscli.evaluation.flops import _elementary, operations
+from losscli.evaluation.flops import _without_fused_kernels, operations
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.memory import points_at_once, points_that_fit
 from losscli.evaluation.objective import Objective
@@ -84,7 +84,7 @@ def test_the_count_is_that_of_pytorch(case: Case) -> None:
     def forward() -> object:
         return objective.forward(objective.model, inputs)
 
-    with torch.no_grad(), _elementary(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _without_fused_kernels(), FlopCounterMode(display=False) as counter:
         forward()
     assert operations(objective.model, forward) == counter.get_total_flops() > 0
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import losscli
 from losscli.data import DataSet, Split
 from losscli.errors import LossError, SpecError
-from losscli.evaluation.losses import accuracy, bce, causal_lm, cross_entropy, token_cross_entropy
+from losscli.evaluation.losses import bce, causal_lm, cross_entropy, token_cross_entropy
+from losscli.evaluation.metrics import accuracy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.torch_losses import from_torch
 from tests.conftest import Losscli

@@ -17,22 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from losscli.errors import LossError
 from losscli.evaluation import losses
+from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.losses import (
     LOSSES,
-    METRICS,
-    TAKES_HALF,
-    accuracy,
     bce,
     causal_lm,
     cross_entropy,
     mse,
     nll,
-    of_mean,
     per_example_mean,
-    perplexity,
     token_cross_entropy,
-    weights_of,
 )
+from losscli.evaluation.metrics import METRICS, accuracy, of_mean, perplexity
 
 Array = np.ndarray
 
@@ -478,7 +474,9 @@ def test_perplexity_is_the_exponential_of_a_mean_and_not_a_mean_of_exponentials(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("function", sorted(TAKES_HALF, key=lambda f: f.__name__))
+@pytest.mark.parametrize(
+    "function", sorted({nll, *LOSSES.values(), *METRICS.values()}, key=lambda f: f.__name__)
+)
 def test_what_takes_half_precision_gives_the_numbers_of_float32(
     function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
 ) -> None:

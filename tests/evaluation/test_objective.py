@@ -12,11 +12,12 @@ from torch import Tensor
 
 from losscli.data import DataSet, Split
 from losscli.errors import LossError, ModelError, NondeterministicModelError, OutOfMemoryError
-from losscli.evaluation import losses as losses_
+from losscli.evaluation import metrics
 from losscli.evaluation.first_layer import FirstLayer
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.objective import Evaluation, Objective
-from losscli.evaluation.strategies import Strategy, is_known
+from losscli.evaluation.replicas import is_stateless
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
@@ -197,7 +198,7 @@ def test_a_first_layer_is_shared_where_its_input_is_the_same_at_all_points(
     sweep(objective, line, points)
     # All points share it but those where some unit's weights nearly cancel; and code of a user's
     # own, which is never left in the middle of a pass, has run to the end at the one watched.
-    watched = 0 if is_known(objective.model) else 1
+    watched = 0 if is_stateless(objective.model) else 1
     assert calls <= len(ALPHAS) - watched
     assert calls >= 5 if shared else calls == 0
 
@@ -236,7 +237,7 @@ def test_metrics_of_all_points_at_once_are_those_of_points_in_turn(
     found = []
     for ways in ([Strategy.STACKED], [Strategy.BOUND]):
         objective = objective_of(case, batch_size=5)
-        objective.metrics = {"accuracy": losses_.accuracy}
+        objective.metrics = {"accuracy": metrics.accuracy}
         a, line = line_of(case)
         check_task(objective, a)
         monkeypatch.setattr(
@@ -270,7 +271,7 @@ def test_metrics_are_means_over_examples() -> None:
     objective = Objective(
         case.build(),
         LOSSES[case.loss],
-        {"accuracy": losses_.accuracy},
+        {"accuracy": metrics.accuracy},
         data,
         device=torch.device("cpu"),
         batch_size=5,

@@ -16,7 +16,8 @@ import losscli
 from losscli.data import from_object
 from losscli.data import objects as objects_
 from losscli.errors import ModelError
-from losscli.evaluation.losses import accuracy, bce, cross_entropy, mse
+from losscli.evaluation.losses import bce, cross_entropy, mse
+from losscli.evaluation.metrics import accuracy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.task_checks import check_task

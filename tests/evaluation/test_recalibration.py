@@ -21,8 +21,9 @@ from losscli.evaluation import recalibration
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.memory import points_that_fit
 from losscli.evaluation.objective import Objective, recalibrated
-from losscli.evaluation.recalibration import Recalibration, layers_of
-from losscli.evaluation.strategies import Plain, Points, Strategy
+from losscli.evaluation.points import BoundPoints, LoadedPoint
+from losscli.evaluation.recalibration import Recalibration, batchnorm_layers
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.strategy_choice import candidates, find_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.models import CNN
@@ -113,7 +114,7 @@ def rows(case: str, build: Callable[[], nn.Module]) -> Case:
 
 
 OWN = [
-    *(case for case in CASES if layers_of(m := case.build(), m.state_dict(keep_vars=True))),
+    *(case for case in CASES if batchnorm_layers(m := case.build(), m.state_dict(keep_vars=True))),
     images("residual", Residual),
     images("folded", Folded),
     rows("reusing", Reusing),
@@ -299,7 +300,7 @@ def test_a_way_with_other_statistics_is_not_chosen(monkeypatch: pytest.MonkeyPat
     objective = objective_of(PLAIN["residual"])
     a, line = line_of(PLAIN["residual"])
     check(objective, a)
-    monkeypatch.setattr(Points, "adopt", lambda self: [])
+    monkeypatch.setattr(BoundPoints, "use_statistics", lambda self: [])
     find_strategy(objective, line, [(x,) for x in ALPHAS])
     assert (objective.strategy or objective.provisional) is Strategy.LOADED
 
@@ -378,7 +379,7 @@ def test_batches_are_of_one_size_and_few_examples_are_left_over() -> None:
         assert len(sizes) == 1
         assert max(sizes) <= 10
         assert len(set(seen.tolist())) == len(seen) == len(plan) > n - math.ceil(n / 10)
-        assert len(next(plan.brief().batches())) == len(plan.brief())
+        assert len(next(plan.first_batch().batches())) == len(plan.first_batch())
     assert not torch.equal(plan.order, Recalibration.plan("train", split, 8).order)
 
 
@@ -402,23 +403,23 @@ def test_out_of_memory_in_the_statistics_there_are_fewer_points_at_once(
     a, line = line_of(case)
     check(objective, a)
     objective.strategy = Strategy.SHARED
-    sizes, whole = [], Points.estimate
+    sizes, whole = [], BoundPoints.record_statistics
 
-    def scarce(self: Points, inputs: Any) -> Any:
+    def scarce(self: BoundPoints, inputs: Any) -> Any:
         sizes.append(len(self))
         if len(self) > 2:
             raise torch.OutOfMemoryError
         return whole(self, inputs)
 
-    monkeypatch.setattr(Points, "estimate", scarce)
+    monkeypatch.setattr(BoundPoints, "record_statistics", scarce)
     found = sweep(objective, line, [(x,) for x in ALPHAS])["all"].losses
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     assert sizes == [5, *[2] * 8, *[1] * 4]
 
-    def none(self: Points, inputs: Any) -> Any:
+    def none(self: BoundPoints, inputs: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Points, "estimate", none)
+    monkeypatch.setattr(BoundPoints, "record_statistics", none)
     with pytest.raises(losscli.LosscliError, match="a batch of 9 training examples"):
         sweep(objective, line, [(x,) for x in ALPHAS])
     assert objective.batch_size == 16
@@ -472,7 +473,7 @@ def test_a_line_has_them_at_its_ends_too(case: Case, tmp_path: Path) -> None:
         "split": "train",
         "examples": 36,
         "batch_size": 9,
-        "layers": len(layers_of(m := case.build(), m.state_dict(keep_vars=True))),
+        "layers": len(batchnorm_layers(m := case.build(), m.state_dict(keep_vars=True))),
     }
     assert notes(result)[0] == (
         "BatchNorm's statistics are re-estimated at every point, from 36 examples of train: the "
@@ -658,12 +659,12 @@ def test_what_cannot_be_re_estimated_is_refused(folder: Path, losscli: Losscli) 
 def test_a_batch_that_does_not_fit_is_told_of(
     folder: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(self: Plain, inputs: Any) -> Any:
+    def none(self: LoadedPoint, inputs: Any) -> Any:
         raise MemoryError
 
     save_digits(folder)
     before = set(folder.iterdir())
-    monkeypatch.setattr(Plain, "estimate", none)
+    monkeypatch.setattr(LoadedPoint, "record_statistics", none)
     done = losscli("check", "c.pt", *TOLD, "-o", "x")
     assert (done.status, done.stdout) == (1, "")
     told = "a batch of 9 training examples, which --buffers recalibrate takes at a time, does not"

@@ -15,8 +15,9 @@ from torch.distributed import HashStore
 
 from losscli.data import DataSet, Split
 from losscli.evaluation import derivatives
-from losscli.evaluation.derivatives import _Course, slopes
+from losscli.evaluation.derivatives import slopes
 from losscli.evaluation.journal import Journal
+from losscli.evaluation.line_derivatives import LineDerivatives, Method
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import decode, encode, restore, state_of
@@ -54,17 +55,17 @@ def test_tasks_are_evaluated_and_recorded_once_and_told_of_in_order(tmp_path: Pa
     with Journal.open(tmp_path / "run", "i", {}) as journal:
         execution = Execution(told.append, journal)
         assert values(list(execution.run(squares(done, inside)[:2]))) == [0, 1]
-        assert (done, journal.skipped) == ([0, 1], 0)
+        assert (done, journal.recalled) == ([0, 1], 0)
         # What is evaluated within a task may be recorded too.
         assert {own.journal for own in inside} == {journal}
         told.clear()
         assert values(list(execution.after(10).run(squares(done, inside)))) == [0, 1, 4, 9]
         assert done == [0, 1, 2, 3]
         assert told == [11, 11.5, 13, 14.5, 14.5, 14.625, 14.75, 14.75]
-        assert journal.skipped == 1.5
+        assert journal.recalled == 1.5
         # What does not count as progress is not left out of its rate either.
         assert values(list(execution.quiet.run(squares(done, inside)))) == [0, 1, 4, 9]
-        assert (len(done), len(journal), journal.skipped) == (4, 4, 1.5)
+        assert (len(done), len(journal), journal.recalled) == (4, 4, 1.5)
     assert values(list(ALONE.run(squares(done, inside)))) == [0, 1, 4, 9]
     assert len(done) == 8
 
@@ -110,10 +111,10 @@ def test_several_ranks_find_what_one_finds_and_rank_0_records_it(tmp_path: Path)
         assert found == {rank: [0, 1, -1, 9] for rank in range(3)}
         assert sorted(done) == [0, 1, 3]
         assert [int(journal.recall(f"key {i}")["square"][0]) for i in range(4)] == found[0]  # type: ignore[index]
-        assert (len(journal), journal.skipped) == (4, 3)
+        assert (len(journal), journal.recalled) == (4, 3)
     # A rank does its task by itself, and hears meanwhile of the others.
     assert {(own.size, own.journal) for own in inside} == {(1, None)}
-    assert all(own.attend != ALONE.attend for own in inside)
+    assert all(own.poll != ALONE.poll for own in inside)
     assert told == sorted(told)
     assert told[-1] == sum(SIZES)
 
@@ -129,21 +130,21 @@ class _Pair:
     def decide(self, value: Any) -> Any:
         return value
 
-    def attend(self) -> None:
+    def poll(self) -> None:
         pass
 
-    def deal(
+    def distribute(
         self,
         sizes: Sequence[float],
         work: Callable[[int, Callable[[float], None]], Arrays],
         known: Mapping[int, Arrays],
-        found: Callable[[int, Arrays], None],
+        on_result: Callable[[int, Arrays], None],
         **_: Any,
     ) -> list[Arrays]:
         have = dict(known)
         for i in sorted(set(range(len(sizes))) - set(known), reverse=True):
             have[i] = work(i, lambda _: None)
-            found(i, have[i])
+            on_result(i, have[i])
         return [have[i] for i in range(len(sizes))]
 
 
@@ -166,15 +167,15 @@ def test_derivatives_of_ranks_are_those_of_one_process(
     fits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alphas = [0.1 * i for i in range(7)]
-    real, calls = _Course.sums, [0]
+    real, calls = LineDerivatives.sums, [0]
 
-    def sums(course: _Course, way: Any, weights: Any, batch: Split) -> tuple[float, float]:
+    def sums(course: LineDerivatives, way: Any, weights: Any, batch: Split) -> tuple[float, float]:
         calls[0] += 1
         if len(batch) > fits and calls[0] > alone:
             raise torch.OutOfMemoryError("on purpose")
         return real(course, way, weights, batch)
 
-    monkeypatch.setattr(_Course, "sums", sums)
+    monkeypatch.setattr(LineDerivatives, "sums", sums)
     alone = 10**9
     truth = slopes(*objective_and_line(16), alphas)["all"]
     alone = calls[0]
@@ -222,7 +223,7 @@ def test_the_last_checkpoint_stays_loaded_whoever_evaluated_it(tmp_path: Path) -
 def test_what_could_not_be_verified_is_noted_by_every_rank_and_whoever_recalls_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(derivatives, "_settle", lambda *_: (derivatives._Way.FORWARD, "a doubt"))
+    monkeypatch.setattr(derivatives, "choose_method", lambda *_: (Method.FORWARD, "a doubt"))
     pair: Any = _Pair()
     for ranks in (None, pair):
         with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
@@ -231,6 +232,6 @@ def test_what_could_not_be_verified_is_noted_by_every_rank_and_whoever_recalls_i
                 execution = Execution(journal=journal, ranks=ranks)
                 slopes(objective, line, [0.2, 0.7], execution=execution)
                 assert objective.remarks == ["a doubt"]
-                patch.setattr(derivatives._Course, "sums", None)
+                patch.setattr(LineDerivatives, "sums", None)
             assert len(journal) == 2
             journal.finish()

@@ -21,7 +21,8 @@ import losscli
 from losscli.data import DataSet, Split
 from losscli.errors import LossError
 from losscli.evaluation import task_checks
-from losscli.evaluation.losses import causal_lm, perplexity
+from losscli.evaluation.losses import causal_lm
+from losscli.evaluation.metrics import perplexity
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.strategy_choice import find_strategy

@@ -294,7 +294,7 @@ from losscli.cli import run
 from losscli.cli.console import Console
 good = Path("model.pt2").read_bytes()
 half, other = good[: len(good) // 2], good.replace(b"{", b"[")
-for content in (good[:-1], half, good[:100], b"x" + good, other):
+for content in (good[:-1], half, good[:100], bytes(100) + good[100:], other):
     Path("damaged.pt2").write_bytes(content)
     status = run([*sys.argv[1:], "-m", "pt2:damaged.pt2"], Console())
     print(status, file=sys.stderr)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from numpy.typing import NDArray
@@ -146,13 +147,13 @@ def test_zero_is_white_and_said_so() -> None:
         assert found[0, 2].min() < 0.5  # yellow, however low
         assert np.diagonal(found).max() < 1
         assert cells(panel)[0, 1] == "0"
-        assert "0: no point seen lies above the chord" in legend(figure)
-    assert not draw_barriers(run(seeds(4), lambda i, j, s: 1.0)).legends
+        assert "0: never above the straight line between the two losses" in legend(figure)
+    assert not legend(draw_barriers(run(seeds(4), lambda i, j, s: 1.0)))
 
 
 def test_what_is_not_known_is_hatched() -> None:
     figure = draw_barriers(run(seeds(5), broken, ("train", "test")))
-    assert "not known: a loss on the line is not finite" in legend(figure)
+    assert "unknown: a loss on the line is not finite" in legend(figure)
     for panel, number in zip(panels(figure), (8, 10), strict=True):
         (hatched,) = [p for p in panel.patches if isinstance(p, PathPatch)]
         assert hatched.get_hatch()
@@ -172,6 +173,29 @@ def test_numbers_stand_in_the_cells_of_a_few() -> None:
     assert not cells(panels(many)[0])
     wide = draw_barriers(run(seeds(3), lambda i, j, s: 0.1234 * (i + j)))
     assert cells(panels(wide)[0])[0, 1] == "0.123"
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    """The contrast ratio of two colours by WCAG 2."""
+
+    def luminance(colour: Sequence[float]) -> float:
+        red, green, blue = (
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_numbers_are_legible_on_every_colour() -> None:
+    number = 12
+    (panel,) = panels(draw_barriers(run(seeds(number), lambda i, j, s: i + j / number)))
+    background = colours(panel)
+    assert len(panel.texts) == number * (number - 1)
+    for text in panel.texts:
+        x, y = (int(v) for v in text.get_position())
+        assert contrast(to_rgb(text.get_color()), background[y, x].tolist()) > 4.5
 
 
 @pytest.mark.usefixtures("laid_out")
@@ -209,9 +233,24 @@ def test_labels_are_what_differs(names: list[str], labels: list[str], shared: st
 
 def test_long_names_that_end_alike_are_numbered() -> None:
     names = [f"{letter}{'-long' * 40}" for letter in "xyz"]
-    found = ticks(panels(draw_barriers(run(names)))[0], "y")
-    assert [label[:2] for label in found] == ["1 ", "2 ", "3 "]
-    assert len(set(found)) == 3
+    (panel,) = panels(draw_barriers(run(names)))
+    assert ticks(panel, "x") == ["1", "2", "3"]
+    assert [label[-2:] for label in ticks(panel, "y")] == [" 1", " 2", " 3"]
+
+
+@pytest.mark.parametrize("number", [2, 5, 12, 40])
+def test_columns_are_numbered_where_names_do_not_fit(number: int) -> None:
+    for name in ("seed-{}", "large-model-seed-{}", "seed-{}-large-model"):
+        (panel,) = panels(draw_barriers(run([name.format(k) for k in range(number)])))
+        assert all(label.get_rotation() == 0 for label in panel.get_xticklabels())
+        columns, rows = ticks(panel, "x"), ticks(panel, "y")
+        assert len(rows) == number
+        if columns != rows:
+            numbers = [int(column) for column in columns]
+            # Those in the names where they end in them, else 1, 2, …
+            start = int(name.endswith("model"))
+            assert numbers == [*range(start, number + start)][:: numbers[1] - numbers[0]]
+            assert all(row.endswith(f"  {k}") for k, row in enumerate(rows, start=1)) == start
 
 
 @pytest.mark.usefixtures("laid_out")
@@ -222,6 +261,7 @@ def test_long_lists_are_thinned() -> None:
     found = ticks(panel, "y")
     assert 10 < len(found) < 60
     assert found[0] == "seed-0"
+    assert ticks(panel, "x")[:1] == ["0"]
     boxes = [label.get_window_extent() for label in panel.get_yticklabels()]
     assert all(up.y0 >= down.y1 for up, down in itertools.pairwise(boxes))
     boxes = [label.get_window_extent() for label in panel.get_xticklabels()]
@@ -245,7 +285,7 @@ def test_two_matrices_cannot_be_laid_over_each_other() -> None:
 
 def test_the_number_of_points_is_told() -> None:
     figure = draw_barriers(run(seeds(3)))
-    assert "over 11 points from α = 0 to 1" in sentence(figure)
+    assert "at 11 points from α = 0 to 1" in sentence(figure)
     assert "points from" not in sentence(draw_barriers(replace(run(seeds(3)), summary={})))
 
 

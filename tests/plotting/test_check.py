@@ -175,8 +175,25 @@ def test_several_checkpoints_have_their_quantities_over_their_order() -> None:
     below = [a.get_xlabel() for a in figure.axes if a.get_xlabel()]
     assert below == ["checkpoint, in the order given"] * 2
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
-    assert "Checkpoint 0 is runs/0.pt, checkpoint 20 is runs/20.pt." in sentence(figure)
+    assert "The first of the 21 checkpoints is runs/0.pt, the last is runs/20.pt." in sentence(
+        figure
+    )
     assert set(legend(figure)) == {"train", "test", "not critical", "saddle", "minimum"}
+
+
+def test_steps_in_names_are_on_the_axis() -> None:
+    drawn = run(3, ("train",))
+    for steps, scale, label in (((0, 500, 1000), "linear", "step"),):
+        rows = [
+            (f"runs/step-{step:04}.pt", *row[1:])
+            for step, row in zip(steps, drawn.table.rows, strict=True)
+        ]
+        figure = draw_check(replace(drawn, table=Table.build(COLUMNS, rows)))
+        axes = panel(figure, "gradient norm")
+        np.testing.assert_array_equal(lines(axes)[0].get_xdata(), steps)
+        assert (axes.get_xscale(), axes.get_xlabel()) == (scale, label)
+        places = [x for line in strip(figure).get_lines() for x in np.asarray(line.get_xdata())]
+        assert sorted(places) == [*steps]
 
 
 def test_steps_are_the_checkpoints_in_the_order_of_their_first_row() -> None:
@@ -196,7 +213,7 @@ def test_tolerance_is_a_line_and_a_shade_where_it_is_known() -> None:
     assert levels(axes) == {1e-3: "-"}
     assert "critical below 0.001" in texts(figure)
     assert axes.get_ylim()[0] < 5e-4
-    assert "critical is a gradient norm of at most 0.001" in sentence(figure)
+    assert "critical means a gradient norm of at most 0.001" in sentence(figure)
     high_above = draw_check(run(21, tolerance=50.0))
     assert panel(high_above, "gradient norm").get_ylim()[1] > 50
     for unknown in (None, 0.0, INF):
@@ -376,7 +393,9 @@ def test_an_escape_that_gains_nothing_says_so() -> None:
     )
     summary = {**drawn.summary, "escape": {"eigenvalue": 0.5}}
     figure = draw_check(replace(drawn, more={"escape": up}, summary=summary))
-    assert "Along this direction no point lies below the checkpoint." in sentence(figure)
+    assert "Along this direction the loss never falls below that of the checkpoint." in sentence(
+        figure
+    )
     assert "gain" not in " ".join(legend(figure))
     assert "± one standard error" not in legend(figure)
     assert figure.axes[-1].get_xlabel() == "distance along the smallest curvature (λ = 0.5)"
@@ -437,7 +456,7 @@ def test_spectrum_is_drawn_over_the_rank() -> None:
     figure = draw_check(run(1, ("train",), eigenvalues=30))
     axes = panel(figure, "eigenvalue λ of the Hessian")
     assert axes.get_yscale() == "symlog"
-    assert axes.get_xlabel() == "rank among the eigenvalues found"
+    assert axes.get_xlabel() == "rank of the computed eigenvalue"
     (dots,) = [line for line in axes.get_lines() if line.get_marker() == "o"]
     values = np.asarray(dots.get_ydata(), dtype=np.float64)
     assert len(values) == 30

@@ -33,14 +33,14 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
-from matplotlib.text import Annotation, Text
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from losscli.errors import UsageError
 from losscli.plotting.interpolation import draw_interpolation
-from losscli.plotting.style import render
+from losscli.plotting.style import render, run_colours
 from losscli.results import Run
 from losscli.table import Table
 
@@ -153,8 +153,8 @@ def texts(figure: Figure) -> list[str]:
 
 
 def note(figure: Figure) -> str:
-    """The sentences below the panels."""
-    return "\n".join(t.get_text() for t in figure.axes[-1].texts if isinstance(t, Annotation))
+    """The sentences below the panels, above the legend."""
+    return "\n".join(box.get_title().get_text() for box in figure.legends[-1:])
 
 
 def runs(axes: Axes) -> list[Line2D]:
@@ -304,7 +304,7 @@ def test_nothing_is_clipped() -> None:
     low, high = figure.axes[0].get_ylim()
     assert low < -7000.1
     assert high > 5000.1
-    assert note(figure) == "Between A and B the loss lies within 0.5 … 2"
+    assert note(figure) == "Between A and B the loss ranges from 0.5 to 2"
     assert note(draw_interpolation([curve()])) == ""
 
 
@@ -487,19 +487,67 @@ def test_metrics_have_panels_of_their_own() -> None:
     run = curve(
         accuracy=[0.1, 0.5, 1.0],
         perplexity=[20.0, 3e6, INF],
-        slope=[1.0, 1.0, 1.0],
+        slope=[1.0, -2.0, 1.0],
         curvature=[1.0, 1.0, 1.0],
         examples=[5, 5, 5],
     )
     figure = draw_interpolation([run, curve()])
-    loss, accuracy, perplexity = figure.axes
-    assert [axes.get_ylabel() for axes in figure.axes[1:]] == ["accuracy", "perplexity\nlog scale"]
+    loss, slope, _, accuracy, perplexity = figure.axes
+    assert [axes.get_ylabel() for axes in figure.axes[1:]] == [
+        "slope\ndL/dα",
+        "curvature\nd²L/dα²",
+        "accuracy",
+        "perplexity\nlog scale",
+    ]
+    np.testing.assert_array_equal(runs(slope)[0].get_ydata(), [1.0, -2.0, 1.0])
+    low, high = slope.get_ylim()
+    assert low < -2 < 1 < high
     assert loss.get_xlim() == accuracy.get_xlim() == perplexity.get_xlim()
     assert {"0%", "50%", "100%"} <= {t.get_text() for t in accuracy.get_yticklabels()}
     assert perplexity.get_yscale() == "log"
     assert len(runs(accuracy)) == 1
     # The run without these columns does not count as missing.
     assert note(figure) == "perplexity: 1 point of run 1, train is not finite: not drawn (×)"
+
+
+@pytest.mark.parametrize(
+    ("right", "examples", "least"),
+    [
+        # Ten times √(p(1 − p)/n).
+        ((145, 142), 1438, 10 * math.sqrt(0.1008 * 0.8992 / 1438)),
+        ((9900, 9897), 10_000, 0.02),
+        ((90, 87), 100, 10 * math.sqrt(0.87 * 0.13 / 100)),
+        ((3, 0), 4, 1.0),
+        ((9900, 9700), None, 0.02),
+    ],
+)
+def test_a_few_examples_are_no_cliff(
+    right: tuple[int, int], examples: int | None, least: float
+) -> None:
+    number = examples or 10_000
+    run = curve([(0.0, 1.0), (1.0, 2.0)], accuracy=[k / number for k in right])
+    summary = {"examples": {"train": examples}} if examples else {}
+    _, axes = draw_interpolation([replace(run, summary=summary)]).axes
+    low, high = axes.get_ylim()
+    # 6 % of room on both sides.
+    assert (high - low) / 1.12 == pytest.approx(least, rel=1e-3)
+    assert low < right[1] / number < right[0] / number < high
+
+
+def test_ends_of_later_runs_leave_those_of_earlier_ones_visible() -> None:
+    for number in (1, 2, 3, 7):
+        (axes,) = draw_interpolation([curve()] * number).axes
+        colours = run_colours(number)
+        sizes = {
+            to_hex(line.get_color()): line.get_markersize()
+            for line in axes.get_lines()
+            if line.get_marker() == "o" and xs(line) == [0.0, 1.0]
+        }
+        assert [*sizes] == [to_hex(colour) for colour in colours]
+        # Wider by more than the white edge.
+        steps = -np.diff([sizes[to_hex(colour)] for colour in colours])
+        assert (steps > 0.8).all()
+        assert max(sizes.values()) < 14
 
 
 def test_sampled_runs_do_not_claim_a_number_of_examples() -> None:
@@ -528,7 +576,7 @@ def test_local_minima_and_maxima_are_marked_where_they_are_beyond_noise() -> Non
         for turn in split["local_minima"]
     }
     assert {"local minimum", "local maximum"} <= set(legend(figure))
-    assert note(figure) == "Local minima and maxima: marked where beyond two standard errors"
+    assert note(figure) == ("Local minima and maxima are marked if they exceed two standard errors")
 
 
 @pytest.mark.parametrize("beyond", [False, None])
@@ -564,7 +612,7 @@ def test_only_the_most_prominent_are_marked() -> None:
     run = replace(curve(points), summary={"splits": {"train": {"local_minima": minima}}})
     figure = draw_interpolation([run])
     assert marked(figure.axes[0], "v") == [k / 80 for k in range(56, 80, 2)]
-    assert "beyond two standard errors, the 12 most prominent of 39" in note(figure)
+    assert "two standard errors (the 12 most prominent of 39)" in note(figure)
 
 
 @pytest.mark.usefixtures("laid_out")
@@ -580,9 +628,16 @@ def test_a_part_is_shown_on_the_whole_line() -> None:
     assert (box.x0, box.x1) == pytest.approx(part.get_xlim())
     links = [a for a in figure.get_children() if isinstance(a, ConnectionPatch)]
     feet = [a.get_path().vertices[-1] for a in links]
+    labels = [label.get_window_extent() for label in whole.get_xticklabels()]
+    labels += [label.get_window_extent() for label in part.get_yticklabels()]
+    assert not any(
+        a.get_path().transformed(a.get_transform()).intersects_bbox(label, filled=False)
+        for a in links
+        for label in labels
+    )
     corners = part.get_position()
     assert len(feet) == 2
-    assert {"A  relu/init.pt", "B  relu/final.pt", "shaded: the part below"} <= set(texts(figure))
+    assert {"A  relu/init.pt", "B  relu/final.pt", "range of the panel below"} <= set(texts(figure))
     assert "loss on the\nwhole line" in texts(figure)
     np.testing.assert_allclose(feet, [(corners.x0, corners.y1), (corners.x1, corners.y1)])
     # The ends are where they are in view, and named once.

@@ -159,6 +159,17 @@ def test_a_panel_shows_the_whole_and_every_block_of_a_split() -> None:
     assert figure.legends[0].get_window_extent().x0 > right
 
 
+def test_the_dots_of_the_whole_do_not_hide_those_of_blocks() -> None:
+    (axes,) = draw_layerwise(layered(["one", "two", "three"])).axes
+    sizes = [
+        line.get_markersize()
+        for line in axes.get_lines()
+        if line.get_marker() == "o" and [*np.asarray(line.get_xdata())] == [0.0, 1.0]
+    ]
+    assert len(sizes) == 4
+    assert (np.diff(sizes) < -0.8).all()
+
+
 def lightness(colour: str) -> float:
     red, green, blue = (int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5))
     return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
@@ -189,7 +200,7 @@ def test_of_very_many_blocks_some_are_named_and_a_note_says_so() -> None:
     assert (
         note(figure)
         .splitlines()[0]
-        .startswith("60 blocks, from dark to light in the order of the model, 16")
+        .startswith("60 blocks from dark to light in the order of the model; the legend names 16")
     )
     assert len(runs(figure.axes[0])) == 61
     # The legend is no higher than the figure.
@@ -226,12 +237,12 @@ def test_of_many_blocks_the_whole_alone_has_a_band() -> None:
 
 
 def test_the_lowest_point_is_said_to_be_of_all_blocks() -> None:
-    for splits, told in ((("train",), "lowest of all together: 0"), (("a", "b", "c"), "")):
+    for splits, told in ((("train",), "lowest, all blocks together: 0"), (("a", "b", "c"), "")):
         marks = [
             t.get_text() for t in draw_layerwise(layered(["x"], splits)).legends[1].get_texts()
         ]
         assert marks[0] == "± one standard error"
-        assert marks[1].startswith(told or "lowest point of all together")
+        assert marks[1].startswith(told or "lowest point, all blocks together")
 
 
 @pytest.mark.usefixtures("laid_out")
@@ -349,12 +360,12 @@ def test_what_has_no_length_is_said_in_words() -> None:
     assert bars(figure) == [0.5]
     assert {"0", "from 0", "not finite", "0.5"} <= set(texts(figure))
     assert note(figure).splitlines() == [
-        "from 0: all zero at A, so that no share of it says how far it moved",
-        "1 tensor of whole numbers not drawn",
-        "2 tensors that do not match not drawn",
+        "from 0: all zero at A, so the relative distance is undefined",
+        "Not drawn: 1 integer tensor",
+        "Not drawn: 2 tensors that do not match",
     ]
     # With one that is not finite there is no mark of all together.
-    assert figure.legends == []
+    assert legend(figure) == []
     assert "count0" not in words(figure)
 
 
@@ -377,9 +388,7 @@ def test_hundreds_of_tensors_are_drawn_by_the_beginnings_of_their_names() -> Non
     parts = [(n, d) for name, _, n, d in tensors if name.startswith("h.3.mlp.")]
     share = math.sqrt(sum(d * d for _, d in parts) / sum(n * n for n, _ in parts))
     assert dots(figure.axes[0])[words(figure).index("h.3.mlp")] == pytest.approx(share)
-    assert f"{len(tensors)} tensors, drawn together where their names begin the same" in note(
-        figure
-    )
+    assert f"{len(tensors)} tensors, grouped by the common prefixes of their names" in note(figure)
     assert "of each part" in " ".join(texts(figure))
     whole = math.sqrt(sum(d * d for *_, d in tensors) / sum(n * n for _, _, n, _ in tensors))
     assert overall(figure) == pytest.approx(whole)

@@ -6,6 +6,7 @@ The tables come from fixed formulas: three hollows, a bowl, and a path that wind
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -22,8 +23,8 @@ from losscli.plotting.plane import draw_plane
 from losscli.plotting.style import render
 from losscli.results import Run
 from losscli.table import Table
-from tests.plotting.test_interpolation import check_golden, legend, texts
-from tests.plotting.test_trajectory import contour_panels, note, reliefs, sentence
+from tests.plotting.test_interpolation import check_golden, legend, note, texts
+from tests.plotting.test_trajectory import contour_panels, reliefs, sentence
 
 NAN = math.nan
 COLUMNS = ("x", "y", "split", "loss", "loss_stderr")
@@ -132,7 +133,7 @@ def test_axes_are_named_by_the_plane() -> None:
         panel = draw_plane(drawn).axes[0]
         return panel.get_xlabel(), panel.get_ylabel()
 
-    assert labels(run("points")) == ("distance along B − A", "distance at right angles to it")
+    assert labels(run("points")) == ("distance along B − A", "distance orthogonal to B − A")
     assert labels(run("random", [(0, 0, 0)])) == (
         "x: random direction δ, filter-normalised",
         "y: random direction η, filter-normalised",
@@ -150,7 +151,13 @@ def test_distances_are_equal_on_both_axes() -> None:
     assert draw_plane(run("points", box=long)).axes[0].get_aspect() == 1
     assert draw_plane(run("points")).axes[0].get_aspect() == 1
     assert draw_plane(run("pca", WINDING)).axes[0].get_aspect() == 1
-    assert draw_plane(run("pca", WINDING, box=long)).axes[0].get_aspect() == "auto"
+    assert "scales" not in note(draw_plane(run("pca", WINDING)))
+    stretched = draw_plane(run("pca", WINDING, box=long))
+    assert stretched.axes[0].get_aspect() == "auto"
+    said = "The scales of the axes differ: y is stretched 30 times relative to x."
+    assert said in note(stretched)
+    high = draw_plane(run("pca", WINDING, box=(-1.0, 1.0, -5.0, 5.0)))
+    assert "x is stretched 5 times relative to y." in note(high)
 
 
 def test_checkpoints_are_told_one_by_one() -> None:
@@ -161,18 +168,18 @@ def test_checkpoints_are_told_one_by_one() -> None:
     assert note(figure).splitlines()[:3] == [
         "A  runs/0.pt: loss 0; on the plane",
         "B  runs/1.pt: loss 10; on the plane",
-        "C  runs/2.pt: loss 4; 3.2 off the plane",
+        "C  runs/2.pt: loss 4; 3.2 away from the plane",
     ]
-    assert "lie up to 3.2 off the plane: a contour is not the loss of a point" in sentence(figure)
+    assert "up to 3.2 away from the plane, where the contours do not show" in sentence(figure)
     two = draw_plane(run(splits=("train", "test")))
     assert "A  runs/0.pt: loss 0.003 (train), 0.003 (test); on the plane" in note(two)
-    assert "off the plane" not in note(two)
+    assert "away from the plane" not in note(two)
 
 
 def test_a_path_has_its_ends_and_its_farthest_distance() -> None:
     figure = draw_plane(winding())
     assert legend(figure) == ["path of the 21 checkpoints", "start  runs/0.pt", "end  runs/20.pt"]
-    assert "The checkpoints lie up to 1.6 off the plane" in note(figure)
+    assert "The checkpoints are up to 1.6 away from the plane" in note(figure)
     assert note(figure).startswith("Start  runs/0.pt: loss ")
     assert not {"  A", "  B"} & set(texts(figure))
     flat = draw_plane(run("pca", [(x, y, 0) for x, y, _ in WINDING], bowl))
@@ -195,8 +202,8 @@ def test_dots_have_the_colour_of_their_own_loss() -> None:
 def test_checkpoints_beyond_the_edges_do_not_stretch_the_picture() -> None:
     figure = draw_plane(run("pca", [*WINDING, (50.0, 0.0, 0.0)], bowl, box=(-15, 4, -5, 6)))
     assert figure.axes[0].get_xlim() == (-15, 4)
-    assert "1 checkpoint lies beyond the edges." in note(figure)
-    assert "beyond" not in note(draw_plane(winding()))
+    assert "1 checkpoint is outside the plotted range." in note(figure)
+    assert "outside" not in note(draw_plane(winding()))
 
 
 def test_what_is_not_finite_is_blank() -> None:
@@ -218,6 +225,55 @@ def test_contour_lines_are_few_and_labelled() -> None:
     assert bar.get_ylabel() == "loss (cross_entropy), log scale"
     written = {t.get_text() for t in figure.axes[0].texts} & set(ticks)
     assert len(written) >= 3
+
+
+def pit(x: float, y: float) -> float:
+    return 1.1 - math.exp(-(x * x + y * y) / 2)
+
+
+def hill(x: float, y: float) -> float:
+    return 2.2 - pit(x, y)
+
+
+@pytest.mark.parametrize(
+    ("loss", "point", "hidden"),
+    [
+        (lambda x, y: 1 + 0.01 * x, (0, 0), False),
+        (pit, (0, 0), True),  # at the bottom of a pit, behind its near wall
+        (pit, (-8, 8), False),
+        (hill, (0, 0), False),  # on top of a hill
+        (hill, (-1.2, 2.4), True),  # on its far side
+        (hill, (1.2, -2.4), False),  # on its near side
+    ],
+)
+def test_what_the_surface_hides_is_pale(
+    loss: Callable[[float, float], float], point: tuple[float, float], hidden: bool
+) -> None:
+    drawn = run("random", [(*point, 0.0)], loss, size=(81, 81), box=(-10, 10, -10, 10))
+    figure = draw_plane(solid(drawn))
+    (relief,) = reliefs(figure)
+    (mark,) = [c for c in relief.collections if isinstance(c, PathCollection)]
+    (letter,) = [text for text in relief.texts if text.get_text() == "  A"]
+    opacity = 0.4 if hidden else 1.0
+    assert (mark.get_alpha() or 1.0, letter.get_alpha()) == (opacity, opacity)
+    assert ("behind the surface" in note(figure)) == hidden
+    (flat,) = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
+    assert flat.get_alpha() is None
+
+
+@pytest.mark.usefixtures("laid_out")
+@pytest.mark.parametrize("box", [(-1, 1, -1, 1), (0, 1000, -0.01, 0.01)])
+def test_labels_of_a_surface_do_not_overlap(box: tuple[float, float, float, float]) -> None:
+    figure = draw_plane(solid(run("random", [(0, 0, 0)], size=(9, 9), box=box)))
+    figure.draw_without_rendering()
+    (relief,) = reliefs(figure)
+    labels = [
+        tick.label1.get_window_extent()
+        for axis in (relief.xaxis, relief.yaxis, relief.zaxis)
+        for tick in axis.get_major_ticks()
+    ]
+    assert len(labels) > 9
+    assert not [pair for pair in itertools.combinations(labels, 2) if pair[0].overlaps(pair[1])]
 
 
 ODD = {
@@ -250,7 +306,7 @@ ODD = {
 SURFACE = ("no rows", "one column", "constant", "huge and tiny", "nan", "no place")
 
 
-@pytest.mark.usefixtures("laid_out")
+@pytest.mark.usefixtures("laid_out", "coarse")
 @pytest.mark.filterwarnings("ignore:Glyph")  # measured here outside of render
 @pytest.mark.parametrize(
     ("case", "surface"),

@@ -17,14 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 from mpl_toolkits.mplot3d import Axes3D
 
 from losscli.plotting.style import render
 from losscli.plotting.trajectory import draw_trajectory
 from losscli.results import Run
 from losscli.table import Table
-from tests.plotting.test_interpolation import check_golden, legend, texts
+from tests.plotting.test_interpolation import check_golden, legend, note, texts
 
 NAN, INF = math.nan, math.inf
 COLUMNS = (
@@ -33,7 +32,7 @@ COLUMNS = (
 )
 SURFACE = ("step", "projection", "residual", "split", "loss", "loss_stderr")
 WALK = ("walk", "step", "projection", "residual", "distance", "turn_degrees")
-TURNS = "The residual axis turns"
+TURNS = "The direction of the residual changes"
 
 
 def valley(p: float, b: float, split: str) -> float:
@@ -89,11 +88,6 @@ PICTURES = {
     "ribbon": lambda: draw_trajectory([run()]),
     "paths": overlay,
 }
-
-
-def note(figure: Figure) -> str:
-    found = [t.get_text() for a in figure.axes for t in a.texts if isinstance(t, Annotation)]
-    return "\n".join(found)
 
 
 def sentence(figure: Figure) -> str:
@@ -160,7 +154,7 @@ def test_the_residual_begins_at_0_and_the_note_says_that_it_turns() -> None:
         assert {panel.get_ylim()[0] for panel in panels} == {0}
         assert all(axes.get_ylim()[0] == 0 for axes in reliefs(figure))
         assert TURNS in note(figure)
-        assert "equal residuals at two steps are different directions" in sentence(figure)
+        assert "distance from the line can lie in different directions" in sentence(figure)
 
 
 def test_the_path_in_three_dimensions_has_its_own_losses() -> None:
@@ -220,7 +214,7 @@ def test_a_path_that_turns_back_does_not_fold_the_surface() -> None:
     (panel,) = contour_panels(figure)
     said = sentence(figure)
     assert "surface is drawn over the steps in the order of their projection" in said
-    assert "1 step has the projection of an earlier one: not in the surface" in said
+    assert "1 step has the projection of an earlier step: not in the surface" in said
     path = max(panel.get_lines(), key=lambda line: len(line.get_xdata()))  # type: ignore[arg-type]
     np.testing.assert_array_equal(path.get_xdata(), along)
     assert panel.get_xlim() == (0.0, 1.1)
@@ -232,8 +226,29 @@ def test_losses_of_a_path_that_turns_back_far_are_drawn_over_the_steps() -> None
     back = draw_trajectory([run([0.0, 0.9, 0.2, 0.8, 1.0], surface=False)])
     assert "projection" in straight.axes[1].get_xlabel()
     assert straight.axes[0].get_xlim() == straight.axes[1].get_xlim()
-    assert "step" in back.axes[1].get_xlabel()
+    assert back.axes[1].get_xlabel() == "checkpoint, in the order given"
     assert "projection" in back.axes[0].get_xlabel()
+
+
+def test_steps_in_names_are_on_the_axis_if_all_runs_have_them() -> None:
+    def back(steps: Sequence[int]) -> Run:
+        drawn = run([0.0, 0.9, 0.2, 0.8, 1.0], surface=False)
+        rows = [(k, f"runs/step-{steps[k]}.pt", *row) for k, _, *row in drawn.table.rows]
+        return replace(drawn, table=Table.build(COLUMNS, rows))
+
+    one, other = back([0, 5, 10, 15, 20]), back([3, 6, 9, 12, 30])
+    (_, axes) = draw_trajectory([one, other]).axes
+    curves = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
+    assert [[*np.asarray(line.get_xdata())] for line in curves] == [
+        [0, 5, 10, 15, 20],
+        [3, 6, 9, 12, 30],
+    ]
+    assert axes.get_xlabel() == "step"
+    unnumbered = run([0.0, 0.9, 0.2, 0.8, 1.0], surface=False)
+    (_, axes) = draw_trajectory([one, unnumbered]).axes
+    curves = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
+    assert [[*np.asarray(line.get_xdata())] for line in curves] == [[0, 1, 2, 3, 4]] * 2
+    assert axes.get_xlabel() == "checkpoint, in the order given"
 
 
 def test_walks_are_grey_with_one_entry() -> None:
@@ -265,7 +280,7 @@ def test_runs_are_called_by_their_first_and_last_checkpoint() -> None:
 
 def test_steps_without_a_place_are_counted() -> None:
     figure = draw_trajectory([run([0.0, NAN, 0.5, INF, 1.0], aside=lambda p: 0.5)])
-    assert "2 steps have no place on the line: not drawn" in note(figure)
+    assert "2 steps have no finite coordinates: not drawn" in note(figure)
 
 
 ODD = {
@@ -292,7 +307,7 @@ ODD = {
 LOG = ("no rows", "constant", "huge and tiny", "too large", "nan")
 
 
-@pytest.mark.usefixtures("laid_out")
+@pytest.mark.usefixtures("laid_out", "coarse")
 @pytest.mark.filterwarnings("ignore:Glyph")  # measured here outside of render
 @pytest.mark.parametrize(
     ("case", "log"),

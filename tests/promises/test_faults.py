@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import io
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from losscli.cli import main
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
 from losscli.models import MLP
@@ -47,7 +49,7 @@ STUDIES = {
     "plane": ["plane", "a.pt", "b.pt", "init:3", "--points", "3", *TO],
     "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "3", *TO],
     "around": ["around", "a.pt", "b.pt", "--directions", "2", "--points", "3", *TO],
-    "check": ["check", "a.pt", "b.pt", "--tolerance", "10", *TO],
+    "check": ["check", "a.pt", "b.pt", "--split", "test", "--tolerance", "10", *TO],
 }
 # All that write files; the last two draw what the first finds.
 WRITING = {
@@ -87,111 +89,80 @@ def listing(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir()} - {"__pycache__"}
 
 
-# What a process does between its start and its end, once losscli is loaded: a fork for each.
-_FORKS = """
-import os, signal, sys, time
-import torch, typer
-import losscli.cli, losscli.cli.app, losscli.studies.interpolation, losscli.plotting.interpolation
-import matplotlib.backends.backend_agg
-from losscli.cli.console import Console
-
-both = {signal.SIGINT, signal.SIGTERM}
-
-def run():
-    # Until the command has set its own, as a shell would have it.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
-    os.setpgid(0, 0)
-    with open(sys.argv[1] + "/stderr", "wb") as errors, open(os.devnull, "wb") as nothing:
-        os.dup2(errors.fileno(), 2)
-        os.dup2(nothing.fileno(), 1)
+def begin(command: list[str], errors: Path) -> int:
+    """Begins a command as a shell does, in a fork of this process; returns the fork."""
+    both = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, both)  # a fork is not itself at once
+    pid = os.fork()
+    if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        return pid
     try:
-        losscli.cli.main(sys.argv[2:])
-    except SystemExit as ended:
-        os._exit(ended.code or 0)
-
-# Once here: torch imports much of itself late.
-where = [a.replace("out", sys.argv[1] + "/warm") for a in sys.argv[2:]]
-if losscli.cli.run(where, Console(open(os.devnull, "w"), sys.stderr)):
-    sys.exit(1)
-
-for line in sys.stdin:
-    number, delay = line.split()
-    signal.pthread_sigmask(signal.SIG_BLOCK, both)  # a child is not itself at once
-    child = os.fork()
-    if not child:
-        try:
-            run()
-        finally:
-            os._exit(99)
-    if int(number):
-        time.sleep(float(delay))
-        os.kill(child, int(number))
-    _, status = os.waitpid(child, 0)
-    try:
-        os.killpg(child, 0)
-        orphans = 1
-    except ProcessLookupError:
-        orphans = 0
-    print(os.waitstatus_to_exitcode(status), orphans, flush=True)
-"""
+        # Until the command has set its own, as a shell would have it.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        os.setpgid(0, 0)
+        torch.set_num_threads(1)
+        with errors.open("w", 1, encoding="utf-8") as stderr, redirect_stderr(stderr):
+            os.dup2(stderr.fileno(), 2)
+            with redirect_stdout(io.StringIO()):
+                main(command)
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    finally:
+        os._exit(99)
 
 
+@forking
 @pytest.mark.parametrize("instants", [12, pytest.param(60, marks=pytest.mark.stress)])
-def test_ctrl_c_at_any_instant_ends_with_130_or_a_whole_run(instants: int, folder: Path) -> None:
+def test_ctrl_c_at_any_instant_ends_with_130_or_a_whole_run(
+    instants: int, folder: Path, log: Path, losscli: Losscli
+) -> None:
     """At random instants, and SIGTERM at every sixth: one line, whole files or none, no orphans."""
-    aside = folder / "aside"
-    aside.mkdir()
+    command = [*RUN, "--no-figure"]
     rng = random.Random(0)
-    with subprocess.Popen(
-        [sys.executable, "-c", _FORKS, str(aside), *RUN, "--no-figure"],
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    ) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
+    # torch imports much of itself late: once here, and not in each fork.
+    assert losscli(*command[:3], "--points", "3", "--no-figure", "-o", "warm").status == 0
 
-        def interrupt(number: int, delay: float) -> tuple[int, str]:
-            server.stdin.write(f"{number} {delay}\n")  # type: ignore[union-attr]
-            server.stdin.flush()  # type: ignore[union-attr]
-            status, orphans = map(int, server.stdout.readline().split())  # type: ignore[union-attr]
-            assert orphans == 0
-            return status, (aside / "stderr").read_text()
+    def interrupt(number: int, delay: float) -> tuple[int, str]:
+        log.write_bytes(b"")
+        pid = begin(command, log)
+        if number:
+            time.sleep(delay)
+            os.kill(pid, number)
+        status = ended(pid)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(pid, 0)
+        return status, log.read_text()
 
-        before = listing(folder)
-        whole = before | {"out.csv", "out.json"}
-        assert interrupt(0, 0)[0] == 0  # which waits until the server is there
-        (folder / "out.json").unlink()
-        (folder / "out.csv").unlink()
-        begun = time.monotonic()
-        assert interrupt(0, 0)[0] == 0
-        length = time.monotonic() - begun
-        assert listing(folder) == whole
-        unbroken = (folder / "out.csv").read_bytes()
-        for i in range(instants):
-            for name in whole - before:
-                (folder / name).unlink(missing_ok=True)
-            number = signal.SIGTERM if i % 6 == 5 else signal.SIGINT
-            status, stderr = interrupt(number, rng.random() * length * 1.05)
-            left = listing(folder)
-            if status == 0:
-                assert left == whole
-                assert (folder / "out.csv").read_bytes() == unbroken
-            else:
-                assert status == 128 + number, stderr
-                told = [line for line in stderr.splitlines() if not line.startswith("note: ")]
-                assert all(line.startswith("losscli: ") for line in told), stderr
-                # Before it has begun, and once all is written, there is nothing to say.
-                assert len(told) <= 1, stderr
-                # No temporary file: at most what the next run goes on from.
-                assert left <= whole | {"out.journal"}
-                # What it had written when it was interrupted is whole.
-                if "out.json" in left:
-                    json.loads((folder / "out.json").read_text())
-        server.stdin.close()
+    before = listing(folder)
+    whole = before | {"out.csv", "out.json"}
+    begun = time.monotonic()
+    assert interrupt(0, 0)[0] == 0
+    length = time.monotonic() - begun
+    assert listing(folder) == whole
+    unbroken = (folder / "out.csv").read_bytes()
+    for i in range(instants):
+        for name in whole - before:
+            (folder / name).unlink(missing_ok=True)
+        number = signal.SIGTERM if i % 6 == 5 else signal.SIGINT
+        status, stderr = interrupt(number, rng.random() * length * 1.05)
+        left = listing(folder)
+        if status == 0:
+            assert left == whole
+            assert (folder / "out.csv").read_bytes() == unbroken
+        else:
+            assert status == 128 + number, stderr
+            told = [line for line in stderr.splitlines() if not line.startswith("note: ")]
+            assert all(line.startswith("losscli: ") for line in told), stderr
+            # Before it has begun, and once all is written, there is nothing to say.
+            assert len(told) <= 1, stderr
+            # No temporary file: at most what the next run goes on from.
+            assert left <= whole | {"out.journal"}
+            # What it had written when it was interrupted is whole.
+            if "out.json" in left:
+                json.loads((folder / "out.json").read_text())
 
 
 def anew(folder: Path, before: set[str]) -> dict[str, bytes]:

@@ -98,13 +98,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run.journal"
 
 
-@pytest.fixture
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a loss of power would do is not tried, and a thousand syncs take a while."""
-    monkeypatch.setattr(room, "sync", lambda file: None)
-    monkeypatch.setattr(room, "sync_folder", lambda folder: None)
-
-
 # -- what goes in comes out -------------------------------------------------------------------
 
 
@@ -114,7 +107,12 @@ def test_a_broken_off_run_recalls_what_it_recorded(stem: Path, path: Path) -> No
         journal.record("r0", numbers(0))
         assert same(journal.recall("r0"), numbers(0))
     with begin(stem) as journal:
-        assert (len(journal), journal.anew, journal.changes, journal.cut) == (1, None, (), 0)
+        assert (len(journal), journal.restart_reason, journal.changes, journal.truncated) == (
+            1,
+            None,
+            (),
+            0,
+        )
         assert same(journal.recall("r0"), numbers(0))
         assert journal.recall("r1") is None
         journal.record("r1", numbers(1))
@@ -151,7 +149,6 @@ def _arrays(draw: st.DrawFn) -> NDArray[Any]:
     return array[..., ::2] if array.ndim and draw(st.booleans()) else array
 
 
-@pytest.mark.usefixtures("unsynced")
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.text(), st.dictionaries(st.text(), _arrays(), max_size=3)), max_size=4)
@@ -251,7 +248,6 @@ def test_the_file_is_as_its_description_says(stem: Path, path: Path) -> None:
 # -- what is broken is cut off ----------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_of_a_journal_that_is_cut_anywhere_the_whole_records_stay(stem: Path, path: Path) -> None:
     content, ends = three(stem)
     for cut in range(len(content)):
@@ -263,17 +259,16 @@ def test_of_a_journal_that_is_cut_anywhere_the_whole_records_stay(stem: Path, pa
                 found = journal.recall(f"r{i}")
                 assert same(found, numbers(i)) if i < whole else found is None
             if whole:
-                assert journal.cut == cut - ends[whole - 1]
+                assert journal.truncated == cut - ends[whole - 1]
                 assert path.stat().st_size == ends[whole - 1]
             journal.record(f"r{whole}", numbers(whole))
         with begin(stem) as journal:
-            assert (len(journal), journal.cut, journal.anew) == (whole + 1, 0, None)
+            assert (len(journal), journal.truncated, journal.restart_reason) == (whole + 1, 0, None)
             assert all(same(journal.recall(f"r{i}"), numbers(i)) for i in range(whole + 1))
             journal.finish()
         assert files(path.parent) == []
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_no_byte_can_be_changed_into_a_wrong_array(stem: Path, path: Path) -> None:
     content, ends = three(stem)
     draw = random.Random(0)
@@ -291,13 +286,12 @@ def test_no_byte_can_be_changed_into_a_wrong_array(stem: Path, path: Path) -> No
                 assert [f is not None for f in found] == [i < whole for i in range(3)]
                 assert all(same(f, numbers(i)) for i, f in enumerate(found) if f is not None)
                 if at < head and not untouched:
-                    assert journal.anew is not None
+                    assert journal.restart_reason is not None
                 journal.finish()
             for other in path.parent.iterdir():
                 other.unlink()
 
 
-@pytest.mark.usefixtures("unsynced")
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_no_mutation_gives_a_wrong_array(data: st.DataObject) -> None:
@@ -333,10 +327,10 @@ def test_zeros_are_no_record(stem: Path, path: Path) -> None:
     content, ends = three(stem)
     path.write_bytes(content[: ends[1]] + bytes(9000))
     with begin(stem) as journal:
-        assert (len(journal), journal.cut) == (2, 9000)
+        assert (len(journal), journal.truncated) == (2, 9000)
     path.write_bytes(bytes(HEAD))
     with begin(stem) as journal:
-        assert (len(journal), journal.anew) == (0, None)
+        assert (len(journal), journal.restart_reason) == (0, None)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +365,7 @@ def test_a_record_that_claims_what_is_not_there_is_cut_off(
     with begin(stem) as journal:
         assert len(journal) == 1
         assert same(journal.recall("good"), {"a": np.frombuffer(b"abc", np.uint8)})
-        assert journal.cut > 0
+        assert journal.truncated > 0
         journal.record("more", numbers(1))
     with begin(stem) as journal:
         assert len(journal) == 2
@@ -420,12 +414,14 @@ def test_a_changed_input_starts_anew_and_says_why(stem: Path, path: Path) -> Non
     three(stem)
     now = {"--limit": 200, "the checkpoint b.pt": "c" * 64}
     with begin(stem, "j", now) as journal:
-        assert journal.anew == ("--limit was 100 and is 200; the checkpoint b.pt was changed since")
+        assert journal.restart_reason == (
+            "--limit was 100 and is 200; the checkpoint b.pt was changed since"
+        )
         assert len(journal) == 0
         assert journal.recall("r0") is None
         journal.record("r0", numbers(5))
     with begin(stem, "j", now) as journal:
-        assert journal.anew is None
+        assert journal.restart_reason is None
         assert same(journal.recall("r0"), numbers(5))
     assert files(path.parent) == ["run.journal"]
 
@@ -433,7 +429,7 @@ def test_a_changed_input_starts_anew_and_says_why(stem: Path, path: Path) -> Non
 def test_an_older_journal_stays_until_there_is_something_new(stem: Path, path: Path) -> None:
     _, ends = three(stem)
     with begin(stem, "j", {}) as journal:
-        assert journal.anew is not None
+        assert journal.restart_reason is not None
     with begin(stem) as journal:
         assert (len(journal), path.stat().st_size) == (3, ends[-1])
 
@@ -441,14 +437,14 @@ def test_an_older_journal_stays_until_there_is_something_new(stem: Path, path: P
 def test_what_is_told_and_is_not_of_the_identity_does_not_start_anew(stem: Path) -> None:
     three(stem)
     with begin(stem, told={**TOLD, "the device": "NVIDIA H200"}) as journal:
-        assert (len(journal), journal.anew) == (3, None)
+        assert (len(journal), journal.restart_reason) == (3, None)
         assert journal.changes == ("the device was not there",)
 
 
 def test_an_identity_that_nothing_told_explains_is_another_run(stem: Path) -> None:
     three(stem)
     with begin(stem, "j") as journal:
-        assert journal.anew == "it is of another run"
+        assert journal.restart_reason == "it is of another run"
 
 
 @pytest.mark.parametrize(
@@ -476,13 +472,13 @@ def test_differences_are_named(before: Any, now: Any, told: list[str]) -> None:
 def test_a_head_that_tells_nonsense_is_damaged(told: object, stem: Path, path: Path) -> None:
     path.write_bytes(by_hand(told=told))
     with begin(stem) as journal:
-        assert journal.anew == "its beginning is damaged"
+        assert journal.restart_reason == "its beginning is damaged"
 
 
 def test_another_version_starts_anew(stem: Path, path: Path) -> None:
     path.write_bytes(b"losscli journal 2\n and something that only version 2 knows")
     with begin(stem) as journal:
-        assert journal.anew == "it was written by another version of losscli"
+        assert journal.restart_reason == "it was written by another version of losscli"
     assert path.read_bytes().startswith(b"losscli journal 2\n")
     with begin(stem) as journal:
         journal.record("r0", numbers(0))
@@ -494,7 +490,7 @@ def test_another_version_starts_anew(stem: Path, path: Path) -> None:
 def test_what_is_no_journal_gets_another_name(content: bytes, stem: Path, path: Path) -> None:
     path.write_bytes(content)
     with begin(stem) as journal:
-        assert journal.anew == f"it was no journal of losscli, and is now {path}.old"
+        assert journal.restart_reason == f"it was no journal of losscli, and is now {path}.old"
         journal.record("r0", numbers(0))
         journal.finish()
     assert path.with_name("run.journal.old").read_bytes() == content
@@ -508,7 +504,7 @@ def test_what_is_no_journal_gets_another_name(content: bytes, stem: Path, path: 
 # -- one run at a time ------------------------------------------------------------------------
 
 _CHILD = """
-import os, sys, time
+import os, signal, sys
 from pathlib import Path
 import numpy as np
 from losscli.evaluation.journal import Journal
@@ -518,7 +514,7 @@ journal.record("r0", {"x": np.arange(3)})
 worker = os.fork()
 if not worker:
     print(os.getpid(), flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 
@@ -735,7 +731,7 @@ def test_a_full_disk_keeps_what_was_recorded(stem: Path, path: Path) -> None:
     assert said == (f"{path} cannot be written: File too large. Make room")
     assert int(done) > 3
     with begin(stem, told={}) as journal:
-        assert (len(journal), journal.cut) == (int(done) + 1, 0)
+        assert (len(journal), journal.truncated) == (int(done) + 1, 0)
         for i in range(int(done)):
             assert same(journal.recall(str(i)), {"x": np.full(300, i)})
         assert same(journal.recall("small"), {"x": np.arange(2)})
@@ -788,7 +784,7 @@ def test_whatever_fails_nothing_half_written_is_taken_for_whole(
             found = [i for i in range(2) if journal.recall(f"r{i}") is not None]
             assert found == recorded
             assert all(same(journal.recall(f"r{i}"), numbers(i)) for i in found)
-            assert journal.cut == 0
+            assert journal.truncated == 0
         if calls <= fails_at:
             assert recorded == [0, 1]
             break

@@ -1,4 +1,4 @@
-"""Pages of mapped files: given back, and never a value changed."""
+"""Memory-mapped files that are truncated while they are read."""
 
 from __future__ import annotations
 
@@ -13,42 +13,6 @@ from safetensors.torch import save_file
 
 from losscli import cli
 from losscli.checkpoint import read
-from losscli.files import release_pages
-
-VALUES = 3 << 20
-
-
-def resident(part: str) -> int:
-    """MiB of this process's memory that are pages of files, or are not."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith(part))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured through /proc")
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_pages_of_a_file_are_given_back_and_read_again(suffix: str, tmp_path: Path) -> None:
-    values = torch.arange(VALUES, dtype=torch.float32)
-    file = tmp_path / f"c.{suffix}"
-    if suffix == "pt":
-        torch.save({"w": values, "v": values[: 1 << 18] + 1}, file)
-    else:
-        save_file({"w": values, "v": values[: 1 << 18] + 1}, file)
-    weights = next(iter(read(str(file)).candidates.values()))
-    before = resident("RssFile")
-    assert torch.equal(weights["w"], values)
-    assert resident("RssFile") >= before + 8
-    release_pages(*weights.values())
-    assert resident("RssFile") <= before + 2
-    assert torch.equal(weights["w"], values)
-    assert torch.equal(weights["v"], values[: 1 << 18] + 1)
-
-
-def test_memory_that_is_no_file_is_left_alone() -> None:
-    values = torch.arange(VALUES, dtype=torch.float32)
-    held = values.clone()
-    parts = held[::2], held[: VALUES // 2], held.view(-1, 2).T, torch.ones(3)
-    release_pages(held, *parts)
-    assert torch.equal(held, values)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal is handled there")
@@ -59,7 +23,7 @@ def test_a_file_that_is_cut_off_is_one_line_and_no_bus_error(
     suffix: str, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any other such signal ends a process as it ever did."""
-    values = torch.arange(VALUES // 8, dtype=torch.float32)
+    values = torch.arange(3 << 17, dtype=torch.float32)
     file, told = tmp_path / f"c d.{suffix}", tmp_path / "told"
     (torch.save if suffix == "pt" else save_file)({"w": values}, file)
 

@@ -34,13 +34,14 @@ from torch.distributed import HashStore, TCPStore
 from losscli.cli import run
 from losscli.cli.console import Console
 from losscli.errors import ChangedError, UsageError
-from losscli.evaluation import memory
+from losscli.evaluation import memory, rendezvous
 from losscli.evaluation import ranks as module
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.ranks import Arrays, Ranks, RanksError, is_one_of_many
+from losscli.evaluation.ranks import Arrays, Ranks, RanksError
+from losscli.evaluation.rendezvous import is_distributed
 from losscli.evaluation.strategies import Strategy
-from losscli.evaluation.sweep import _agree, _cut
+from losscli.evaluation.sweep import _divide, _synchronise
 from losscli.models import MLP
 from tests.conftest import ROOT, Losscli, Outcome
 from tests.forks import PATIENCE, child, ended
@@ -251,7 +252,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
         f"plane {THREE} --points 5",
         f"barriers {FOUR} --points 5",
         f"barriers {FOUR} --points 9 --sampling-error 0.5",
-        "check a.pt b.pt --tolerance 1",
+        "check a.pt b.pt --tolerance 1 --split test",
         f"check {THREE} --split train",
         "around a.pt b.pt --directions 3 --points 5",
         f"around {THREE} --along hessian --points 5",
@@ -329,7 +330,7 @@ def test_streamed_data(more: Path, losscli: Losscli, monkeypatch: pytest.MonkeyP
     lines = [
         f"interpolate a.pt b.pt --points 9 {options} -o @line",
         f"barriers {FOUR} --points 5 {options} -o @pairs",
-        f"check {THREE} {options} -o @points",
+        f"check a.pt b.pt {options} -o @points",
     ]
     plain = alone([line.replace("@", "one") for line in lines], losscli)
     first, other = forked([line.replace("@", "two") for line in lines], 2)
@@ -346,7 +347,7 @@ def test_a_rank_out_of_memory_takes_smaller_batches(more: Path, losscli: Losscli
     lines = [
         "interpolate a.pt b.pt --points 9 -q --no-figure -o @line",
         f"barriers {FOUR} --points 5 -q --no-figure -o @pairs",
-        f"check {THREE} -q --no-figure -o @points",
+        "check a.pt b.pt --split train -q --no-figure -o @points",
     ]
     real = Objective.forward
 
@@ -482,7 +483,7 @@ def wait_for_both(run: str, most: int) -> None:
         time.sleep(0.01)
 
 
-def test_sigterm_to_torchrun_ends_all_and_the_next_run_goes_on(
+def test_sigterm_to_torchrun_ends_all_and_says_what_was_finished(
     line: Callable[[str], str], losscli: Losscli
 ) -> None:
     assert losscli(*line("whole").split()).status == 0
@@ -494,19 +495,21 @@ def test_sigterm_to_torchrun_ends_all_and_the_next_run_goes_on(
     told = said(process)
     assert process.returncode
     assert "losscli: terminated; what was finished is in broken.journal" in told[-1]
-    # Nobody holds the journal, and what is in it is known again, also by one process.
-    again = [sys.executable, "driver.py", *line("broken").split()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(again, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "goes on where broken.journal ends" in done.stderr
-    assert_same("whole.csv", "broken.csv")
-    assert not Path("broken.journal").exists()
+    assert Path("broken.journal").exists()
 
 
 @forks
-def test_ctrl_c_ends_all_and_the_next_run_goes_on(
-    line: Callable[[str], str], losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "status", "how"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_ends_all_and_the_next_run_goes_on(
+    number: int,
+    status: int,
+    how: str,
+    line: Callable[[str], str],
+    losscli: Losscli,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = losscli(*line("whole").split())
     _, checks = points("whole", [0])
@@ -516,16 +519,18 @@ def test_ctrl_c_ends_all_and_the_next_run_goes_on(
     def interrupt(pids: Sequence[int]) -> None:
         wait_for_both("broken", most)
         for pid in pids:
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, number)
 
     first, other = forked([line("broken")], 2, meanwhile=interrupt)
-    assert [outcome.status for outcome in (*first, *other)] == [130, 130]
-    assert "losscli: interrupted; what was finished is in broken.journal" in first[0].stderr
+    assert [outcome.status for outcome in (*first, *other)] == [status, status]
+    assert f"losscli: {how}; what was finished is in broken.journal" in first[0].stderr
     monkeypatch.setenv("HOLD", "")
+    # Nobody holds the journal, and what is in it is known again, also by one process.
     done = losscli(*line("broken").split())
     assert (whole.status, done.status) == (0, 0), done.stderr
     assert "goes on where broken.journal ends" in done.stderr
     assert_same("whole.csv", "broken.csv")
+    assert not Path("broken.journal").exists()
 
 
 @forks
@@ -555,7 +560,7 @@ def test_ranks_that_have_not_settled_on_a_way_leave_it_to_the_others() -> None:
         told = [[3, 8, way.value if way else 0] for way in ways]
         ranks = SimpleNamespace(gather=lambda _: told)
         objective = SimpleNamespace(batch_size=8, strategy=ways[0])
-        assert _agree(ranks, objective, 3, []) == 3  # type: ignore[arg-type]
+        assert _synchronise(ranks, objective, 3, []) == 3  # type: ignore[arg-type]
         way: Strategy | None = objective.strategy
         return way
 
@@ -602,10 +607,10 @@ def test_work_is_dealt_once_and_found_by_all() -> None:
             return {"square": np.array([i * i, np.nan]), "nothing": np.empty((0, 3), np.float32)}
 
         known = {2: {"square": np.array([-1.0])}}
-        first = ranks.deal(
-            sizes, work, known=known, found=kept.__setitem__, progress=progress.append
+        first = ranks.distribute(
+            sizes, work, known=known, on_result=kept.__setitem__, progress=progress.append
         )
-        return [first, ranks.deal([1], work), ranks.deal([], work)]
+        return [first, ranks.distribute([1], work), ranks.distribute([], work)]
 
     found = together(3, share)
     assert sorted(done) == [0, 0, 1, 3, 4, 5, 6, 7]
@@ -624,7 +629,7 @@ def test_work_is_dealt_once_and_found_by_all() -> None:
 def test_arrays_larger_than_what_the_store_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PIECE", 1000)
     large = np.arange(5000.0)
-    found = together(2, lambda ranks: ranks.deal([1], lambda i, tell: {"x": large}))
+    found = together(2, lambda ranks: ranks.distribute([1], lambda i, tell: {"x": large}))
     assert all(np.array_equal(arrays["x"], large) for (arrays,) in found)
 
 
@@ -640,7 +645,9 @@ def test_ranks_do_not_take_those_that_died_for_each_other() -> None:
         found: dict[int, str] = {}
 
         def meet(rank: int, found: dict[int, str] = found) -> None:
-            found[rank] = module._meet(store, rank, 3, module._Wait(lambda _: None))
+            found[rank] = rendezvous._choose_prefix(
+                store, rank, 3, rendezvous._WaitNote(lambda _: None)
+            )
 
         threads = [threading.Thread(target=meet, args=(rank,)) for rank in (2, 0, 1)]
         for thread in threads:
@@ -654,8 +661,8 @@ def test_ranks_do_not_take_those_that_died_for_each_other() -> None:
 
 def test_what_differs_between_ranks_is_an_error() -> None:
     def share(ranks: Ranks) -> None:
-        ranks.agree({"--seed": "1"})
-        ranks.agree({"the examples of test": f"{ranks.rank // 2}"})
+        ranks.check_same({"--seed": "1"})
+        ranks.check_same({"the examples of test": f"{ranks.rank // 2}"})
 
     for error in together(3, share):
         assert isinstance(error, UsageError | RanksError)
@@ -676,8 +683,8 @@ def test_an_error_of_one_rank_ends_all() -> None:
 
 
 def test_a_rank_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MISSED", 0.2)
-    monkeypatch.setattr(module, "_BEAT", 0.05)
+    monkeypatch.setattr(module, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "_HEARTBEAT", 0.05)
     leader = Ranks(HashStore(), 0, 2)
     with pytest.raises(RanksError, match=r"rank 1 was not heard of for .* Does every rank run"):
         leader.gather(None)
@@ -685,15 +692,15 @@ def test_a_rank_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_one_of_many()
+    assert not is_distributed()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not is_one_of_many()
+    assert not is_distributed()
     monkeypatch.setenv("RANK", "0")
-    assert is_one_of_many()
+    assert is_distributed()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not is_one_of_many()
+    assert not is_distributed()
 
 
 NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -725,13 +732,13 @@ def test_an_environment_that_tells_of_ranks_in_part_is_one_line_at_once(
 
 def test_a_long_wait_for_other_ranks_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("losscli.evaluation.ranks.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("losscli.evaluation.rendezvous.time.monotonic", lambda: now[0])
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node1")):
         monkeypatch.setenv(name, value)
     told: list[str] = []
-    wait = module._Wait(told.append)
+    wait = rendezvous._WaitNote(told.append)
     for now[0] in (0.0, 19.9, 20.1, 300.0):
-        wait.look()
+        wait.check()
         assert len(told) == (now[0] > 20)
     assert "waiting up to 600 s for the other ranks" in told[0]
     assert "(RANK 0, WORLD_SIZE 2, MASTER_ADDR node1)" in told[0]
@@ -742,10 +749,10 @@ def test_a_store_that_is_gone_is_an_error_of_one_line() -> None:
     server = [TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
     calls: dict[str, Callable[[Ranks], Any]] = {
         "gather": lambda ranks: ranks.gather(1),
-        "decide": lambda ranks: [ranks.decide(1), ranks.attend()],
-        "agree": lambda ranks: ranks.agree({}),
-        "deal": lambda ranks: ranks.deal([1.0], lambda i, tell: {}),
-        "attend": lambda ranks: ranks.attend(),
+        "decide": lambda ranks: [ranks.decide(1), ranks.poll()],
+        "check_same": lambda ranks: ranks.check_same({}),
+        "distribute": lambda ranks: ranks.distribute([1.0], lambda i, tell: {}),
+        "poll": lambda ranks: ranks.poll(),
     }
     clients = {
         (name, rank): Ranks(TCPStore("127.0.0.1", port, is_master=False), rank, 2)
@@ -833,11 +840,11 @@ def test_a_store_that_is_killed_ends_the_run_in_one_line_and_what_is_written_sta
 def test_points_are_cut_without_gaps(
     number: int, most: int, ranks: int, even: bool, taken: set[int]
 ) -> None:
-    cut = partial(_cut, most=most, ranks=ranks, least=3, even=even)
+    cut = partial(_divide, most=most, ranks=ranks, least=3, even=even)
     whole = cut(number, [])
     known = [chunk for i, chunk in enumerate(whole) if i in taken]
     # What another number of processes took, too.
-    alone = _cut(number, [], 7, 1, least=3, even=True)
+    alone = _divide(number, [], 7, 1, least=3, even=True)
     other = [chunk for i, chunk in enumerate(alone) if i in taken]
     for before in ([], known, other):
         chunks = cut(number, before)
@@ -855,7 +862,7 @@ def test_points_are_cut_without_gaps(
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("number", [49, 99, 199, 961])
 def test_no_rank_waits_long_for_another(number: int, ranks: int) -> None:
-    chunks = _cut(number, [], number, ranks, least=3, even=False)
+    chunks = _divide(number, [], number, ranks, least=3, even=False)
 
     def ends(speeds: Sequence[float]) -> float:
         """When all is done, as a share of the least time; a chunk costs three points more."""

@@ -179,7 +179,7 @@ def test_the_loss_is_the_mean_over_the_batches_of_the_data(
         else:
             spread = statistics.stdev(expected) / math.sqrt(len(expected))
             assert error == pytest.approx(spread, rel=1e-9)
-        right = truth(source, alpha, losscli.evaluation.losses.accuracy)
+        right = truth(source, alpha, losscli.evaluation.metrics.accuracy)
         assert accuracy == pytest.approx(math.fsum(right) / len(right), rel=1e-12)
     assert result.summary["batches"] == {"all": len(source.batches)}
     assert result.summary["examples"] == {"all": sum(map(len, source.batches))}

@@ -13,7 +13,8 @@ import torch
 
 from losscli.cli.report import plan as told
 from losscli.evaluation.cost import Timings, measure, timed
-from losscli.evaluation.curvature import LEAST, PRODUCT_LIMIT, ROWS
+from losscli.evaluation.curvature import PRODUCT_LIMIT, ROWS_PER_PASS
+from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.tasks import Execution
 from losscli.settings import Settings
@@ -169,13 +170,13 @@ def test_a_check_takes_few_products_or_many(folder: Path, monkeypatch: pytest.Mo
         found = dry_run.estimate(plan(number), clock)
         assert found["kind"] == "at least"
         # So small a Hessian is made as a whole, of 53 products, many of which share a pass.
-        each = 40 / ROWS
+        each = 40 / ROWS_PER_PASS
         assert found["product"] == {"seconds": each}
         assert found["seconds"] == pytest.approx(each * number * 53)
         assert found["seconds_at_most"] == pytest.approx(each * number * (53 + 3))
     monkeypatch.setattr("losscli.studies.check.DENSE_LIMIT", 10)
     found = dry_run.estimate(plan(2), clock)
-    assert found["seconds"] == pytest.approx(40 * 2 * LEAST)
+    assert found["seconds"] == pytest.approx(40 * 2 * MIN_PRODUCTS)
     assert found["seconds_at_most"] == pytest.approx(40 * 2 * (PRODUCT_LIMIT + 3))
 
 

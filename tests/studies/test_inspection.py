@@ -98,8 +98,8 @@ def test_a_picture_that_cannot_be_drawn_is_refused(
 def test_what_does_not_match_is_counted_below_the_bars(losscli: Losscli, folder: Path) -> None:
     torch.save({**state("a.pt"), "layers.1.bias": torch.ones(4)}, "c.pt")
     figure = library.inspect(["a.pt", "c.pt"]).figure()
-    said = [t.get_text() for t in figure.axes[0].texts]
-    assert any("1 tensor that does not match not drawn" in text for text in said)
+    said = [legend.get_title().get_text() for legend in figure.legends]
+    assert any("Not drawn: 1 tensor that does not match" in text for text in said)
 
 
 # --- export --best -------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import losscli as library
 from losscli.errors import ModelError, UsageError
+from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.losses import LOSSES
-from losscli.evaluation.strategies import tensors_of
 from losscli.models import CNN, MLP
 from losscli.registry import command_of
 from losscli.studies.interpolation import Interpolation
@@ -85,7 +85,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 
 
 def names_of_blocks(model: nn.Module) -> list[str]:
-    return list(dict.fromkeys(blocks_of(model, tensors_of(model)).values()))
+    return list(dict.fromkeys(blocks_of(model, named_tensors(model)).values()))
 
 
 @pytest.mark.parametrize("case", BLOCKS)
@@ -102,7 +102,7 @@ def test_blocks_of_a_gpt2_are_its_embeddings_and_layers() -> None:
     model = transformers.GPT2LMHeadModel(config)
     assert names_of_blocks(model) == ["wte", "wpe", "h.0", "h.1", "h.2", "ln_f"]
     # The head is tied to the embedding, and goes with it.
-    assert blocks_of(model, tensors_of(model))["lm_head.weight"] == "wte"
+    assert blocks_of(model, named_tensors(model))["lm_head.weight"] == "wte"
 
 
 def save(case: Case, folder: Path) -> tuple[str, str]:

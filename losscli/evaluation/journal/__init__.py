@@ -1,4 +1,4 @@
-"""The journal of a run, beside its results, and how two runs differ."""
+"""The journal of a run: the tasks that it has finished, so that it can be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that one process at a time holds, and that are on the disk when they are said to be."""
+"""Locked files, and writes that survive a loss of power."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 def _flags() -> int:
-    # No link is followed, no reader of a pipe waited for, and no newline translated.
+    # Does not follow links, block on a FIFO or translate newlines.
     flags = os.O_RDWR | os.O_CREAT
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
         flags |= getattr(os, name, 0)
@@ -37,17 +37,17 @@ def _flags() -> int:
 
 
 def open_regular(path: Path) -> FileIO:
-    """Opens a file to be read and written, or makes it.
+    """Opens a regular file for reading and writing, or creates it.
 
     Args:
-        path: Its name.
+        path: The path.
 
     Returns:
         The file.
 
     Raises:
-        OutputError: It is a link, a folder or a pipe.
-        OSError: The system does not let it be opened.
+        OutputError: It is a link, a folder or a FIFO.
+        OSError: It cannot be opened.
     """
     kinds = {
         stat.S_ISLNK: "a symbolic link",
@@ -71,14 +71,14 @@ def open_regular(path: Path) -> FileIO:
 
 
 def is_at(file: FileIO, path: Path) -> bool:
-    """Tells whether an open file is the one that a path names.
+    """Whether a path still names an open file, and not one that replaced it.
 
     Args:
         file: The file.
         path: The path.
 
     Returns:
-        Whether it is; it may have been removed or replaced.
+        Whether it does.
     """
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
@@ -87,20 +87,20 @@ def is_at(file: FileIO, path: Path) -> bool:
 
 
 def lock(file: FileIO, path: Path) -> bool:
-    """Keeps other runs out, until the file is closed or the process has ended.
+    """Locks a file until it is closed or the process ends.
 
     Args:
-        file: A journal, or what is to be one.
-        path: Its name.
+        file: The file of a journal.
+        path: Its path.
 
     Returns:
-        Whether they are kept out: some file systems have no locks.
+        Whether it is locked; False if the file system has no locks.
 
     Raises:
-        OutputError: Another run holds it.
+        OutputError: Another run holds the lock.
         OSError: The system fails in another way.
     """
-    # On NFS, Linux makes a lock of the server's of it, which holds between machines too.
+    # On NFS, Linux turns this into a lock of the server, which works across machines.
     try:
         _lock_now(file.fileno())
     except OSError as error:
@@ -117,16 +117,16 @@ def lock(file: FileIO, path: Path) -> bool:
 
 
 def set_aside(path: Path) -> str:
-    """Gives a file that losscli did not write another name.
+    """Renames a file that losscli did not write.
 
     Args:
-        path: Its name.
+        path: Its path.
 
     Returns:
-        What to tell of that.
+        A note.
 
     Raises:
-        OutputError: The other name is taken.
+        OutputError: The new name is taken.
     """
     other = path.with_name(f"{path.name}.old")
     if os.path.lexists(other):
@@ -143,7 +143,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock_now(number: int) -> None:
-        # Locked bytes cannot be read by others; these are ones that no journal reaches.
+        # Others cannot read locked bytes; no journal extends to these.
         os.lseek(number, 1 << 62, os.SEEK_SET)
         msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
         os.lseek(number, 0, os.SEEK_SET)
@@ -156,25 +156,25 @@ else:
 
 
 def sync(file: FileIO) -> None:
-    """Makes what is written survive a loss of power.
+    """Flushes a file to the disk, so that it survives a loss of power.
 
     Args:
-        file: Where it is written.
+        file: The file.
     """
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename survive a loss of power.
+    """Flushes a folder to the disk, so that a rename in it survives a loss of power.
 
     Args:
-        folder: Where it is done.
+        folder: The folder.
     """
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
     except OSError as error:
-        # Some file systems keep no folders back that they would have to write.
+        # Some file systems write folders at once and do not support this.
         if error.errno not in _NO_LOCKS:
             raise
     finally:
@@ -187,16 +187,16 @@ def _named(path: Path) -> str:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Says what the operating system does not let be done, and what helps.
+    """Turns errors of the operating system into an `OutputError` with advice.
 
     Args:
-        path: What is written.
+        path: The file that is written.
 
     Yields:
         Nothing.
 
     Raises:
-        OutputError: Something is not let be done.
+        OutputError: An operation failed.
     """
     try:
         yield

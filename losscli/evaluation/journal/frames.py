@@ -1,18 +1,19 @@
-"""The file of a journal: bytes that are whole, or do not count.
+"""The file format of a journal: a chain of frames, each with a checksum.
 
-A file beside the results, STEM.journal, that only ever grows::
+The file STEM.journal lies beside the results and is only appended to::
 
-    losscli journal 1       the magic, and a newline: 18 bytes
-    PID HOST                who holds it, for the eyes of another run: 110 bytes, under no seal
-    frame                   the head: the identity of the run, and what went into that
+    losscli journal 1       magic bytes and a newline: 18 bytes
+    PID HOST                the process that holds it, for messages of other runs: 110 bytes,
+                            not part of any checksum
+    frame                   the head: the identity of the run and its conditions
     frame                   a record: its key and its arrays
     …
 
 A frame is the length of its body (8 bytes, little-endian), the body, and a seal of 32 bytes: the
-SHA-256 of the seal before it, the length and the body. So a frame is whole, and stands behind those
-that it was written behind, or it does not count, and neither does what comes after it. Zeros, which
-a file system may leave where it lost power, are no frame. A body is the length of a description
-(4 bytes), the description in JSON, and the bytes of the arrays one after the other.
+SHA-256 of the previous seal, the length and the body. So a frame is valid only if it is complete
+and follows the frames that it was written after. Reading stops at the first invalid frame. Zeros,
+which a file system may leave after a loss of power, are not a valid frame. A body is the length of
+a description (4 bytes), the description in JSON, and the bytes of the arrays.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ __all__ = [
     "is_journal",
     "is_of_another_version",
     "read",
-    "sign",
     "write",
+    "write_header",
 ]
 
 _NAME = b"losscli journal "
@@ -55,7 +56,7 @@ _SEAL = 32
 _LENGTH = 8
 _DESCRIPTION = 4
 
-# So much is read or written at once.
+# Bytes that are read or written at once.
 _PIECE = 1 << 22
 
 _TYPE = re.compile(r"[<>|][biufc]\d{1,2}")
@@ -73,15 +74,15 @@ class _Array(NamedTuple):
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame that is whole.
+    """A valid frame.
 
     Attributes:
-        start: Its first byte.
-        length: Of its body.
-        before: The seal of the frame before.
-        seal: Its own.
-        description: What it is said to hold.
-        room: The bytes that its arrays have.
+        start: The offset of its first byte.
+        length: The length of its body.
+        before: The seal of the previous frame.
+        seal: Its seal.
+        description: Its description.
+        room: The number of bytes of its arrays.
     """
 
     start: int
@@ -93,17 +94,17 @@ class Frame:
 
     @property
     def end(self) -> int:
-        """The first byte behind it."""
+        """The offset of the first byte after it."""
         return self.start + _LENGTH + self.length + _SEAL
 
     def arrays(self) -> tuple[_Array, ...]:
-        """Reads the description of a record.
+        """Reads the types and shapes of the arrays from the description.
 
         Returns:
-            Its arrays.
+            The arrays, without their values.
 
         Raises:
-            ValueError: It does not describe what is there.
+            ValueError: The description does not match the bytes.
         """
         arrays = []
         for name, kind, shape in self.description["arrays"]:
@@ -116,13 +117,13 @@ class Frame:
 
 
 def is_journal(file: FileIO) -> bool:
-    """Tells a journal from what losscli did not write.
+    """Whether a file was written as a journal by losscli.
 
     Args:
         file: A file.
 
     Returns:
-        Whether it has the magic, or is what is left of its first line.
+        Whether it starts with the magic bytes, or is a truncated or zeroed beginning.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
@@ -133,22 +134,22 @@ def is_journal(file: FileIO) -> bool:
 
 
 def is_of_another_version(file: FileIO, size: int) -> bool:
-    """Tells a journal whose frames are not understood.
+    """Whether another version of losscli wrote a journal.
 
     Args:
         file: A journal.
-        size: Its bytes.
+        size: Its size in bytes.
 
     Returns:
-        Whether another version of losscli wrote it.
+        Whether its format has another version.
     """
     file.seek(0)
     magic = _take(file, min(size, len(_MAGIC)))
     return magic != _MAGIC and magic.startswith(_NAME) and len(magic) == len(_MAGIC)
 
 
-def sign(file: FileIO) -> None:
-    """Writes who holds a journal; others read it where they are refused.
+def write_header(file: FileIO) -> None:
+    """Writes the magic bytes and the process that holds the journal.
 
     Args:
         file: The journal.
@@ -159,13 +160,13 @@ def sign(file: FileIO) -> None:
 
 
 def holder(file: FileIO) -> str:
-    """Says who holds a journal, as far as it tells.
+    """Reads which process holds a journal.
 
     Args:
         file: The journal.
 
     Returns:
-        A part of a sentence, such as ``(process 12 on node3)`` behind a space, or nothing.
+        A phrase that starts with a space, such as `` (process 12 on node3)``; empty if unknown.
     """
     try:
         file.seek(len(_MAGIC))
@@ -181,30 +182,30 @@ def holder(file: FileIO) -> str:
 
 
 def first_seal() -> bytes:
-    """Seals the beginning of every journal.
+    """Returns the seal that precedes the first frame.
 
     Returns:
-        What the first frame is written behind.
+        The seal.
     """
     return hashlib.sha256(_MAGIC).digest()
 
 
 def frames(file: FileIO, size: int) -> Iterator[Frame]:
-    """Reads the whole frames, up to the first that is not.
+    """Reads frames up to the first invalid one.
 
     Args:
         file: The journal.
-        size: Its bytes.
+        size: Its size in bytes.
 
     Yields:
-        The frames, their arrays not read yet.
+        The frames, without the values of their arrays.
     """
     start, before = FIRST, first_seal()
     while size - start >= _LENGTH + _DESCRIPTION + _SEAL:
         file.seek(start)
         number = _take(file, _LENGTH)
         length = int.from_bytes(number, "little")
-        # No more is read, let alone allocated, than there is.
+        # Neither reads nor allocates more than the file has.
         if not _DESCRIPTION <= length <= size - start - _LENGTH - _SEAL:
             return
         seal = hashlib.sha256(before + number)
@@ -213,10 +214,10 @@ def frames(file: FileIO, size: int) -> Iterator[Frame]:
         if seal.digest() != _take(file, _SEAL):
             return
         file.seek(start + _LENGTH)
-        told = int.from_bytes(_take(file, _DESCRIPTION), "little")
-        room = length - _DESCRIPTION - told
+        described = int.from_bytes(_take(file, _DESCRIPTION), "little")
+        room = length - _DESCRIPTION - described
         try:
-            description = json.loads(_take(file, told)) if room >= 0 else None
+            description = json.loads(_take(file, described)) if room >= 0 else None
         except (ValueError, RecursionError):
             return
         if not isinstance(description, dict):
@@ -227,30 +228,30 @@ def frames(file: FileIO, size: int) -> Iterator[Frame]:
 
 
 def read(file: FileIO, frame: Frame) -> dict[str, NDArray[Any]] | None:
-    """Reads a record.
+    """Reads the arrays of a record.
 
     Args:
         file: The journal.
-        frame: The record's.
+        frame: The frame of the record.
 
     Returns:
-        Its arrays; None where it is no longer what it was.
+        The arrays; None if the frame is no longer valid.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is no record of arrays.
+        ValueError: The frame is not a record of arrays.
     """
-    found = {}
+    arrays = {}
     file.seek(frame.start)
     seal = hashlib.sha256(frame.before)
     for piece in _pieces(file, _LENGTH + frame.length - frame.room):
         seal.update(piece)
     for array in frame.arrays():
-        found[array.name] = np.empty(array.shape, array.dtype)
-        content = _bytes(found[array.name])
+        arrays[array.name] = np.empty(array.shape, array.dtype)
+        content = _bytes(arrays[array.name])
         _fill(file, content)
         seal.update(content)
-    return found if seal.digest() == frame.seal else None
+    return arrays if seal.digest() == frame.seal else None
 
 
 def write(
@@ -260,33 +261,33 @@ def write(
     description: Mapping[str, Any],
     arrays: Mapping[str, NDArray[Any]],
 ) -> Frame:
-    """Writes a frame. Of the arrays no copy is made but of strided ones, one at a time.
+    """Writes a frame. Only non-contiguous arrays are copied, one at a time.
 
     Args:
         file: The journal.
-        start: Where the frame begins: what is behind is cut off.
-        before: The seal of the frame before.
-        description: What the frame holds.
-        arrays: The arrays that it holds.
+        start: The offset of the frame. The file is truncated there first.
+        before: The seal of the previous frame.
+        description: The description.
+        arrays: The arrays.
 
     Returns:
         The frame.
 
     Raises:
-        ValueError: An array is not one of numbers.
+        ValueError: An array is not numeric.
     """
     for name, array in arrays.items():
         if not _TYPE.fullmatch(array.dtype.str):
             raise ValueError(f"{name} is of {array.dtype}, which is not of numbers")
-    told = json.dumps(description).encode("ascii")
+    text = json.dumps(description).encode("ascii")
     room = sum(array.nbytes for array in arrays.values())
-    length = _DESCRIPTION + len(told) + room
+    length = _DESCRIPTION + len(text) + room
     number = length.to_bytes(_LENGTH, "little")
     seal = hashlib.sha256(before)
     file.seek(start)
-    # Whatever is behind is of a record whose writing was stopped.
+    # The rest is of a record that was not written to its end.
     file.truncate(start)
-    for part in (number, len(told).to_bytes(_DESCRIPTION, "little"), told):
+    for part in (number, len(text).to_bytes(_DESCRIPTION, "little"), text):
         seal.update(part)
         _put(file, memoryview(part))
     for array in arrays.values():
@@ -311,7 +312,7 @@ def _take(file: FileIO, number: int) -> bytes:
 
 
 def _pieces(file: FileIO, number: int) -> Iterator[memoryview]:
-    """Reads so many bytes, a piece at a time, all into the same memory."""
+    """Reads bytes piece by piece into the same buffer."""
     room = memoryview(bytearray(min(number, _PIECE)))
     while number:
         piece = room[: min(number, _PIECE)]
@@ -330,5 +331,5 @@ def _fill(file: FileIO, room: memoryview) -> None:
 
 def _put(file: FileIO, content: memoryview) -> None:
     while content:
-        # On a disk that is nearly full, less may be written than is given.
+        # Less may be written than requested if the disk is nearly full.
         content = content[file.write(content) :]

@@ -1,4 +1,4 @@
-"""The journal of a run: what it has finished, so that it goes on where it was broken off."""
+"""The journal of a run: records finished tasks, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from losscli.evaluation.journal.frames import (
     is_journal,
     is_of_another_version,
     read,
-    sign,
     write,
+    write_header,
 )
 from losscli.evaluation.journal.messages import differences
 from losscli.files import create
@@ -41,85 +41,85 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """What a run has finished, on the disk; made by `Journal.open`.
+    """The records of a run on the disk; opened by `Journal.open`.
 
-    A journal is held by one run at a time: others are refused until it is closed or its process
-    has ended, in whatever way. Nothing is written but the holder's name before there is a first
-    record: a command that fails before that leaves an older journal as it was.
+    One run at a time holds a journal: others are refused until it is closed or its process ends.
+    Before the first record, only the holder's name is written: a command that fails before that
+    leaves an older journal unchanged.
 
     Attributes:
         path: The file.
-        anew: Why what was in the file is not gone on with; None where it is, or nothing was.
-        changes: What is told otherwise than by the run that began the journal, each in words.
-        cut: The bytes of broken or half-written records that were cut off.
-        locked: Whether other runs are kept out; False where the file system has no locks.
-        skipped: How much of what progress counts was recalled: whoever recalls it adds to it.
+        restart_reason: Why records in the file are not used; None if they are, or there are none.
+        changes: Clauses on how the conditions differ from those of the run that started the
+            journal.
+        truncated: The bytes of invalid or incomplete records that were removed.
+        locked: Whether other runs are locked out; False if the file system has no locks.
+        recalled: How much of the progress was recalled; the caller of `recall` adds to it.
     """
 
     path: Path
-    anew: str | None
+    restart_reason: str | None
     changes: tuple[str, ...]
-    cut: int
+    truncated: int
     locked: bool
-    skipped: float
+    recalled: float
 
     def __init__(self, path: Path, file: FileIO, head: Mapping[str, Any], *, locked: bool) -> None:
         self.path = path
-        self.anew = None
+        self.restart_reason = None
         self.changes = ()
-        self.cut = 0
+        self.truncated = 0
         self.locked = locked
-        self.skipped = 0.0
+        self.recalled = 0.0
         self._file = file
         self._head = head
         self._index: dict[str, Frame] = {}
-        # The last whole frame: behind it the next one goes. None before there is a head.
+        # The last valid frame, after which the next is written. None before there is a head.
         self._last: Frame | None = None
-        # Whether what is there is of some other run, and stays until this one has a record.
+        # Whether the file has records of another run, which stay until this run has one.
         self._foreign = False
         _HELD.add(self)
 
     @classmethod
-    def open(cls, stem: Path, identity: str, told: Mapping[str, Any]) -> Self:
-        """Opens the journal of a run, or begins one.
+    def open(cls, stem: Path, identity: str, conditions: Mapping[str, Any]) -> Self:
+        """Opens the journal of a run, or creates it.
 
         Args:
-            stem: That of the results: the journal is ``STEM.journal``.
-            identity: A digest of all that determines the numbers: records of another identity are
-                never recalled.
-            told: What the user may know of it, by names that make sense in a sentence, such as
-                ``--limit``; made of JSON's types. A digest of a content is written as 64
-                hexadecimal digits. It may tell more than goes into the identity.
+            stem: The stem of the results: the journal is ``STEM.journal``.
+            identity: A digest of everything that determines the numbers: records of another
+                identity are never recalled.
+            conditions: The conditions of the run for messages, by names such as ``--limit``; JSON
+                types. Digests are 64 hexadecimal digits. They may include more than the identity.
 
         Returns:
             The journal, held until it is closed.
 
         Raises:
-            OutputError: Another run holds it, or the file cannot be read or written, or is no
+            OutputError: Another run holds it, or the file cannot be read or written, or is not a
                 regular file.
         """
         path = stem.with_name(f"{stem.name}.journal")
-        head = {"identity": identity, "told": json.loads(json.dumps(told))}
+        head = {"identity": identity, "told": json.loads(json.dumps(conditions))}
         aside = None
         with explained(path):
             while True:
                 file = open_regular(path)
-                mine = False
+                held = False
                 try:
                     locked = lock(file, path)
-                    # It may have been removed or replaced before the lock was had.
+                    # It may have been removed or replaced before it was locked.
                     if is_at(file, path):
                         if is_journal(file):
-                            mine = True
+                            held = True
                             journal = cls(path, file, head, locked=locked)
                             journal._read()
-                            journal.anew = journal.anew or aside
+                            journal.restart_reason = journal.restart_reason or aside
                             return journal
                         aside = set_aside(path)
                 except BaseException:
-                    # A full disk leaves no journal that holds nothing.
+                    # If the disk is full, no empty journal is left behind.
                     with contextlib.suppress(OSError):
-                        if mine and os.fstat(file.fileno()).st_size <= FIRST:
+                        if held and os.fstat(file.fileno()).st_size <= FIRST:
                             path.unlink()
                     file.close()
                     raise
@@ -132,41 +132,41 @@ class Journal:
         self.close()
 
     def __len__(self) -> int:
-        """The number of keys that are recalled."""
+        """The number of records."""
         return len(self._index)
 
     def recall(self, key: str) -> dict[str, NDArray[Any]] | None:
-        """Recalls what was recorded, by this run or by the one that was broken off.
+        """Reads a record of this run, or of the interrupted run that it resumes.
 
         Args:
-            key: Of the record; of several the last.
+            key: The key of the record; of several the last one is read.
 
         Returns:
-            The arrays, to the bit; None where there is no such record.
+            The arrays, bit for bit; None if there is no such record.
         """
         if key not in self._index:
             return None
         with contextlib.suppress(OSError, ValueError):
-            found = read(self._file, self._index[key])
-            if found is not None:
-                return found
-        # It was whole when the journal was opened; what has become of it is evaluated anew.
+            arrays = read(self._file, self._index[key])
+            if arrays is not None:
+                return arrays
+        # It was valid when the journal was opened and is damaged now: evaluate it again.
         del self._index[key]
         return None
 
     def record(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Records what was evaluated; once this returns, it survives a loss of power.
+        """Writes a record, which survives a loss of power once this returns.
 
         Args:
-            key: What tells it from all else that this run evaluates.
-            arrays: Arrays of numbers by name.
+            key: A key that is unique in this run.
+            arrays: Numeric arrays by name.
 
         Raises:
-            OutputError: The disk is full, or cannot be written to; what was recorded before stays.
+            OutputError: The disk is full or cannot be written to; earlier records are kept.
         """
         with explained(self.path):
             if self._last is None:
-                self._begin()
+                self._write_head()
             assert self._last is not None
             described = [(name, a.dtype.str, a.shape) for name, a in arrays.items()]
             description = {"key": key, "arrays": described}
@@ -175,7 +175,7 @@ class Journal:
                 frame = write(self._file, start, self._last.seal, description, arrays)
                 sync(self._file)
             except BaseException:
-                # What is half written would be found out, but takes room that may be needed.
+                # An incomplete record would be detected, but takes space that may be needed.
                 with contextlib.suppress(OSError):
                     self._file.truncate(start)
                 raise
@@ -183,16 +183,16 @@ class Journal:
             self._index[key] = frame
 
     def finish(self) -> None:
-        """Removes the journal, since the results stand; and lets go of it."""
+        """Removes the journal, because the results are written, and closes it."""
         if sys.platform != "win32":
-            # The results have to be there after a loss of power too.
+            # First make the results survive a loss of power.
             with contextlib.suppress(OSError):
                 sync_folder(self.path.parent)
         self._close(remove=True)
         self._index.clear()
 
     def close(self) -> None:
-        """Lets go of the journal; it stays where it is if there is any record in it."""
+        """Closes the journal; the file stays if it has any record."""
         self._close(remove=not self._index and not self._foreign)
 
     def _close(self, *, remove: bool) -> None:
@@ -201,65 +201,64 @@ class Journal:
         with contextlib.suppress(OSError):
             if remove and is_at(self._file, self.path):
                 if sys.platform == "win32":
-                    self._file.close()  # what is open cannot be removed there
+                    self._file.close()  # an open file cannot be removed there
                 self.path.unlink()
         self._file.close()
         _HELD.discard(self)
 
     def _read(self) -> None:
-        """Reads the index, and cuts off what is broken."""
+        """Reads the index and removes invalid frames."""
         size = os.fstat(self._file.fileno()).st_size
         if is_of_another_version(self._file, size):
-            self.anew = "it was written by another version of losscli"
+            self.restart_reason = "it was written by another version of losscli"
             self._foreign = True
             return
         self._read_frames(size)
         if self._last is None and not self._foreign:
             self._file.truncate(0)
-        sign(self._file)
+        write_header(self._file)
 
     def _read_frames(self, size: int) -> None:
-        found = frames(self._file, size)
-        head = next(found, None)
-        told = {} if head is None else head.description.get("told")
-        if head is None or not isinstance(told, dict):
-            self.anew = "its beginning is damaged" if size > FIRST else None
+        all_frames = frames(self._file, size)
+        head = next(all_frames, None)
+        conditions = {} if head is None else head.description.get("told")
+        if head is None or not isinstance(conditions, dict):
+            self.restart_reason = "its beginning is damaged" if size > FIRST else None
             return
-        self.changes = tuple(differences(told, self._head["told"]))
+        self.changes = tuple(differences(conditions, self._head["told"]))
         if head.description.get("identity") != self._head["identity"]:
-            self.anew = "; ".join(self.changes) or "it is of another run"
+            self.restart_reason = "; ".join(self.changes) or "it is of another run"
             self._foreign = True
             return
         self._last = head
-        for frame in found:
+        for frame in all_frames:
             try:
                 frame.arrays()
                 self._index[frame.description["key"]] = frame
             except (ValueError, TypeError, KeyError):
                 break
             self._last = frame
-        self.cut = size - self._last.end
-        if self.cut:
+        self.truncated = size - self._last.end
+        if self.truncated:
             self._file.truncate(self._last.end)
             sync(self._file)
 
-    def _begin(self) -> None:
-        """Writes the head, to a new file that then takes the place of the old one."""
+    def _write_head(self) -> None:
+        """Writes the head to a new file, which then replaces the old one."""
         if sys.platform == "win32":
-            self._file.truncate(0)  # what is open cannot be replaced there
+            self._file.truncate(0)  # an open file cannot be replaced there
             file = self._file
         else:
-            # Who holds the journal has this name for itself too; a run that was killed may have
-            # left one.
+            # Only the holder of the journal uses this name; a killed run may have left such a file.
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             temporary.unlink(missing_ok=True)
             file = create(temporary)
         try:
-            sign(file)
+            write_header(file)
             frame = write(file, FIRST, first_seal(), self._head, {})
             sync(file)
             if file is not self._file:
-                # Held before anybody can find it.
+                # Locked before it is visible to other runs.
                 self.locked = lock(file, self.path)
                 temporary.replace(self.path)
                 sync_folder(self.path.parent)
@@ -274,15 +273,15 @@ class Journal:
         self._last, self._foreign = frame, False
 
 
-# A forked child, such as a worker that reads data, has the journal too, and with it the lock. It
-# must not keep that from the next run when its parent is gone.
+# A forked child, such as a data loading worker, inherits the journal and its lock. It must not keep
+# the lock when its parent is gone.
 _HELD: weakref.WeakSet[Journal] = weakref.WeakSet()
 
 
-def _let_go() -> None:
+def _close_in_child() -> None:
     for journal in list(_HELD):
         journal._file.close()
 
 
 if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_in_child)

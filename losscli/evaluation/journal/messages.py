@@ -1,4 +1,4 @@
-"""How two runs differ, in words."""
+"""Describes how the conditions of two runs differ."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ __all__ = ["differences"]
 
 _CONTENT = re.compile(r"[0-9a-f]{64}")
 
-# A longer value is not told.
+# Longer values are not shown.
 _LONGEST = 60
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Says in words what two runs were told otherwise.
+    """Describes the differences between the conditions of two runs.
 
     Args:
-        before: What the earlier one was told, by name.
-        now: What the later one was told.
+        before: Those of the earlier run, by name.
+        now: Those of the later run.
 
     Returns:
-        For each difference a part of a sentence, such as ``--limit was 100 and is 200``.
+        A clause for each difference, such as ``--limit was 100 and is 200``.
     """
-    told = []
+    clauses = []
     for name in dict.fromkeys([*before, *now]):
         was, is_ = (json.dumps(side.get(name), sort_keys=True) for side in (before, now))
         if was == is_ and (name in before) == (name in now):
@@ -35,16 +35,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         one, other = (_value(side.get(name)) for side in (before, now))
         label = printable(name)
         if name not in now:
-            told.append(f"{label} is no longer there")
+            clauses.append(f"{label} is no longer there")
         elif name not in before:
-            told.append(f"{label} was not there")
+            clauses.append(f"{label} was not there")
         elif all(_CONTENT.fullmatch(str(side[name])) for side in (before, now)):
-            told.append(f"{label} was changed since")
+            clauses.append(f"{label} was changed since")
         elif max(len(one), len(other)) > _LONGEST:
-            told.append(f"{label} is not what it was")
+            clauses.append(f"{label} is not what it was")
         else:
-            told.append(f"{label} was {one} and is {other}")
-    return told
+            clauses.append(f"{label} was {one} and is {other}")
+    return clauses
 
 
 def _value(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Compares derivatives by automatic differentiation with finite differences.
 
-A gradient that is stopped (``detach``, ``no_grad``, a rounding with a gradient of its own) raises
-no error, and the derivatives that it leaves out look like any others.
+A detached gradient (``detach``, ``no_grad``, a straight-through rounding) raises no error: the
+derivatives are finite numbers, and wrong.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 POINTS = 4
-"""Points at which they are compared. None is special: ReLU has its kink at zero weights, say."""
+"""Points at which derivatives are compared. None is special, as zero weights are for a ReLU."""
 
 NEEDED = 2
-"""Points that decide. One may lie next to a kink."""
+"""Points that have to agree for a decision: a single one may lie next to a kink."""
 
 DETACHED = "part of the forward pass is detached from autograd"
 CURE = (
@@ -42,19 +42,19 @@ CURE = (
     "forward and from the loss"
 )
 
-# Examples on which derivatives are compared with differences: the fewest, the most, and the
-# operations of the forward passes up to which there are more than the fewest.
+# Examples on which derivatives are compared with differences: the fewest, the most, and the budget
+# of floating-point operations of their forward passes in between.
 _FEWEST = 16
 _MOST = 64
 _OPERATIONS = 10**8
 
-# Consecutive differences that must agree with each other, and how well, as a share of their
-# distance from the derivative.
+# Consecutive differences that must agree with each other, and their largest spread relative to
+# their distance from the derivative.
 _AGREEING = 3
-_APART = 1 / 8
+_SPREAD = 1 / 8
 
-# A difference with a larger error, as a share of the derivative, shows nothing.
-_COARSE = 0.02
+# A difference with a larger error relative to the derivative is not resolved.
+_RESOLVED = 0.02
 
 # A derivative below this share of what is differentiated, per unit, counts as zero.
 _FLAT = 1e-4
@@ -65,12 +65,12 @@ _DEVIATIONS = 6
 
 
 class Outcome(enum.Enum):
-    """What differences say of a derivative at one point."""
+    """Result of comparing a derivative with differences at one point."""
 
     RIGHT = enum.auto()
     WRONG = enum.auto()
     HIDDEN = enum.auto()
-    """Rounding, jumps or kinks hide it."""
+    """Undecided: rounding, jumps or kinks hide the derivative."""
     NOT_FINITE = enum.auto()
 
 
@@ -79,8 +79,8 @@ class Comparison:
     """A derivative and its differences at one point.
 
     Attributes:
-        outcome: What they say.
-        limit: What the differences converge to, if that contradicts the derivative.
+        outcome: The result.
+        limit: The limit of the differences, if it contradicts the derivative.
     """
 
     outcome: Outcome
@@ -95,30 +95,30 @@ class _Difference:
         step: Its step.
         value: The difference.
         scale: The size of the derivative.
-        error: How far rounding and truncation may take the difference from the derivative.
-        apart: How far it is from the derivative that was found.
+        error: Bound of its rounding and truncation errors.
+        distance: Its distance from the derivative.
     """
 
     step: float
     value: Tensor
     scale: float
     error: float
-    apart: float
+    distance: float
 
 
 @dataclass(frozen=True)
 class Differences:
-    """The step sizes h of central differences D(h) = (f(t + h) - f(t - h)) / 2h, and their rule.
+    """Decision rule for comparing a derivative with central differences of several step sizes h.
 
-    Let s be the derivative found and f' the true one. If s = f', then D(h) is the mean of f' over
-    [t - h, t + h], so that abs(D(h) - s) <= V(h) + ρ/h, where V(h) is the variation of f' over
-    that interval and ρ is the rounding of f. V(h) goes to 0 as h² where f is smooth, and is exactly
-    that of a smooth function once h is below the distance to the next kink. If a part of the
-    derivative is missing, s = f' - c, then D(h) - s goes to c: the differences agree with each
-    other and not with s.
+    D(h) = (f(t + h) - f(t - h)) / 2h. Let s be the derivative to test and f' the true one. If
+    s = f', then D(h) is the mean of f' over [t - h, t + h], so that abs(D(h) - s) <= V(h) + ρ/h,
+    with V(h) the variation of f' over that interval and ρ the rounding of f. V(h) vanishes as h²
+    where f is smooth, and has no contribution of kinks once h is below the distance to the next
+    one. If a part of the derivative is missing, s = f' - c, then D(h) - s converges to c: the
+    differences agree with each other and not with s.
 
     Both terms are measured at each step. The fourth difference of f at t ± h, t ± h/2 and t has
-    the standard deviation √70 σ, σ that of rounding (Moré & Wild 2011, SIAM J. Sci. Comput.
+    the standard deviation √70 σ, with σ that of rounding (Moré & Wild 2011, SIAM J. Sci. Comput.
     33(3)), and D(h) - D(h/2) shows truncation. The error is
 
         e(h) = max(6 σ/h, 2 abs(D(h) - D(h/2)), 8 ε abs(f)/h),
@@ -126,10 +126,11 @@ class Differences:
     and D(h) is resolved if e(h) is at most 2 % of the derivative. From the smallest step up:
 
     - right: the first resolved D(h) has abs(D(h) - s) <= share · max(abs(s), abs(D(h))) + e(h).
-    - wrong: that is so for no h; and three D(h) in a row, with errors of at most an eighth of
-      abs(D(h) - s), are as close to each other, and differ from s by more than the share ``wrong``.
-    - hidden: all else. Jumps, such as those of a rounding, are right on average over wide steps
-      and wrong for narrow ones.
+    - wrong: this holds for no h; and three consecutive D(h), with errors of at most an eighth of
+      abs(D(h) - s), agree with each other to the same precision and differ from s by more than the
+      share ``wrong``.
+    - hidden: everything else. At jumps, such as those of a rounding, wide steps agree with the
+      derivative and narrow ones do not.
 
     A single kink is taken for a wrong derivative only if it lies within the smallest h of t. If f'
     jumps by more than 2 · wrong · abs(s) at k kinks per unit, this has the probability 2 k h_min at
@@ -142,14 +143,15 @@ class Differences:
     Steps are shares of the norm of the weights.
 
     Attributes:
-        steps: The steps, rising.
-        share: By how much a right derivative may differ from a difference, as a share.
-        wrong: By how much a wrong one differs at least; infinite if none is found wrong.
-        finest: Differences count against a derivative only if the smallest of the three has a step
-            up to this one.
+        steps: The steps, ascending.
+        share: Largest relative difference of a right derivative.
+        wrong: Smallest relative difference of a wrong derivative; infinite if none may be called
+            wrong.
+        finest: Three differences count against a derivative only if the smallest of their steps is
+            at most this.
         epsilon: The rounding unit of f.
-        zero: Whether differences of exactly 0 count against a derivative. Else they mean that the
-            step is below what the model resolves.
+        zero: Whether differences of exactly 0 count against a derivative. Otherwise they mean that
+            the step is below the resolution of the model.
     """
 
     steps: Sequence[float]
@@ -160,50 +162,50 @@ class Differences:
     zero: bool
 
     def compare(
-        self, found: Tensor, size: float, here: Tensor, function: Callable[[float], Tensor]
+        self, derivative: Tensor, size: float, value: Tensor, function: Callable[[float], Tensor]
     ) -> Comparison:
         """Compares a derivative with differences.
 
         Args:
-            found: The derivative, of any shape.
+            derivative: The derivative, of any shape.
             size: The size of what is differentiated, per unit of its argument.
-            here: f(t), as terms ``[N, …]`` whose mean it is: those of single examples show rounding
-                better than their mean.
+            value: f(t), as terms ``[N, …]`` with mean f(t): the terms of single examples show
+                rounding better than their mean.
             function: Computes f(t + h) for h, as such terms.
 
         Returns:
-            What the differences say.
+            The comparison.
         """
-        found = found.detach().to(torch.float64)
-        if not found.isfinite().all():
+        derivative = derivative.detach().to(torch.float64)
+        if not derivative.isfinite().all():
             return Comparison(Outcome.NOT_FINITE)
-        here = here.detach().to(torch.float64)
-        against: list[_Difference] = []
+        value = value.detach().to(torch.float64)
+        contradicting: list[_Difference] = []
         for step in self.steps:
-            one = self._difference(step, found, size, here, function)
-            unresolved = not (self.zero or one.value.any()) and bool(found.any())
-            if unresolved or not one.error <= _COARSE * one.scale:
+            one = self._difference(step, derivative, size, value, function)
+            vanishes = not (self.zero or one.value.any()) and bool(derivative.any())
+            if vanishes or not one.error <= _RESOLVED * one.scale:
                 continue
-            if one.apart <= self.share * one.scale + one.error:
-                # If finer steps say otherwise, this one goes over jumps.
-                return Comparison(Outcome.HIDDEN if against else Outcome.RIGHT)
-            if one.error <= _APART * one.apart:
-                against.append(one)
-        return self._judge(against)
+            if one.distance <= self.share * one.scale + one.error:
+                # If finer steps contradict the derivative, this one spans jumps.
+                return Comparison(Outcome.HIDDEN if contradicting else Outcome.RIGHT)
+            if one.error <= _SPREAD * one.distance:
+                contradicting.append(one)
+        return self._judge(contradicting)
 
     def decides(self, comparisons: Sequence[Comparison], left: int) -> bool:
-        """Says whether the verdict is the same whatever the points say that are left.
+        """Whether the remaining points cannot change the decision.
 
         Args:
-            comparisons: Those of some points.
-            left: How many points are left.
+            comparisons: Those of the points so far.
+            left: The number of remaining points.
 
         Returns:
-            Whether the derivative is wrong at as many points as are needed, or can no longer
-            become so, and is verified or can no longer be.
+            Whether the derivative is wrong at enough points; or can no longer be, and is verified
+            or can no longer be.
         """
         outcomes = [c.outcome for c in comparisons]
-        wrong, right, useless = (
+        wrong, right, not_finite = (
             outcomes.count(outcome)
             for outcome in (Outcome.WRONG, Outcome.RIGHT, Outcome.NOT_FINITE)
         )
@@ -211,40 +213,41 @@ class Differences:
             return True
         if math.isfinite(self.wrong) and wrong + left >= NEEDED:
             return False
-        finite = len(outcomes) - useless
+        finite = len(outcomes) - not_finite
         return right >= NEEDED or (finite >= NEEDED and right + left < NEEDED)
 
     def _difference(
         self,
         step: float,
-        found: Tensor,
+        derivative: Tensor,
         size: float,
-        here: Tensor,
+        value: Tensor,
         function: Callable[[float], Tensor],
     ) -> _Difference:
-        behind, back, front, ahead = (
+        low, half_low, half_high, high = (
             function(share * step).detach().to(torch.float64) for share in (-1, -0.5, 0.5, 1)
         )
-        value = (ahead - behind).mean(0) / (2 * step)
-        closer = (front - back).mean(0) / step
-        noise = noise_of([behind, back, here, front, ahead])
+        difference = (high - low).mean(0) / (2 * step)
+        half_step = (half_high - half_low).mean(0) / step
+        noise = noise_of([low, half_low, value, half_high, high])
         error = max(
             _DEVIATIONS * noise / step,
-            2 * float((value - closer).norm()),
+            2 * float((difference - half_step).norm()),
             _ROUNDINGS * self.epsilon * size / step,
         )
-        scale = max(float(found.norm()), float(value.norm()), _FLAT * size)
-        return _Difference(step, value, scale, error, float((value - found).norm()))
+        scale = max(float(derivative.norm()), float(difference.norm()), _FLAT * size)
+        distance = float((difference - derivative).norm())
+        return _Difference(step, difference, scale, error, distance)
 
-    def _judge(self, against: Sequence[_Difference]) -> Comparison:
-        """Looks for differences that agree with each other, of those that contradict."""
-        for start in range(len(against) - _AGREEING + 1):
-            row = against[start : start + _AGREEING]
+    def _judge(self, contradicting: Sequence[_Difference]) -> Comparison:
+        """Looks for consecutive differences that agree with each other."""
+        for start in range(len(contradicting) - _AGREEING + 1):
+            row = contradicting[start : start + _AGREEING]
             if row[0].step > self.finest:
                 break
             best = min(row, key=lambda one: one.error)
-            off = max(float((one.value - best.value).norm()) for one in row)
-            if off <= _APART * best.apart and best.apart > self.wrong * best.scale:
+            spread = max(float((one.value - best.value).norm()) for one in row)
+            if spread <= _SPREAD * best.distance and best.distance > self.wrong * best.scale:
                 return Comparison(Outcome.WRONG, best.value)
         return Comparison(Outcome.HIDDEN)
 
@@ -256,19 +259,19 @@ def sample_size(operations: int) -> int:
         operations: The floating-point operations of the forward pass of one example.
 
     Returns:
-        The number; larger for a small model, so that rare examples are among them.
+        The number; larger for a small model, so that it includes rare examples.
     """
     return min(max(_FEWEST, _OPERATIONS // operations), _MOST)
 
 
 def noise_of(values: Sequence[Tensor]) -> float:
-    """Measures the rounding of a function by its fourth difference.
+    """Estimates the rounding of a function from its fourth difference.
 
     Args:
         values: The function at five evenly spaced points, ``[N, …]`` each.
 
     Returns:
-        The root mean square, over the N terms, of the norm of their rounding.
+        Root mean square over the N terms of the norm of their rounding.
     """
     weights = 1, -4, 6, -4, 1
     fourth = torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum(0)
@@ -276,27 +279,27 @@ def noise_of(values: Sequence[Tensor]) -> float:
 
 
 def are_verified(comparisons: Iterable[Comparison]) -> bool:
-    """Says whether differences show that a derivative is right.
+    """Whether differences confirm a derivative.
 
     Args:
         comparisons: Those of all points.
 
     Returns:
-        Whether they do at two points or more, of those where it is finite.
+        Whether they do at two or more of the points where it is finite.
     """
     outcomes = [c.outcome for c in comparisons if c.outcome is not Outcome.NOT_FINITE]
     return outcomes.count(Outcome.RIGHT) >= min(NEEDED, len(outcomes))
 
 
 def unverified(what: str, of: str) -> str:
-    """Says that derivatives could not be verified.
+    """Makes the note that derivatives could not be verified.
 
     Args:
         what: The derivatives.
-        of: What they are compared with differences of.
+        of: The function with the differences that they are compared with.
 
     Returns:
-        A note.
+        The note.
     """
     return f"{what} not verified: rounding or jumps hide differences of the {of} on a few examples"
 
@@ -314,7 +317,7 @@ _FIRST = Differences(
 _FIRST_ROUNDED = replace(
     _FIRST, steps=[10 ** (-5 + k / 2) for k in range(9)], share=1e-2, wrong=0.1, zero=False
 )
-"""Where something is computed in a narrower type: h from 1e-5 to 0.1."""
+"""The same where something is computed in a narrower type: h from 1e-5 to 0.1."""
 
 _SECOND = Differences(
     steps=[10 ** (-8 + k / 2) for k in range(9)],
@@ -329,35 +332,35 @@ _SECOND = Differences(
 _SECOND_ROUNDED = replace(
     _SECOND, steps=[10 ** (-4 + k / 2) for k in range(7)], share=5e-2, wrong=math.inf
 )
-"""Where something is computed in a narrower type: h from 1e-4 to 0.1, with kinks in between."""
+"""The same where something is computed in a narrower type: h from 1e-4 to 0.1, across kinks."""
 
 
 def rules(narrowest: torch.dtype) -> tuple[Differences, Differences]:
-    """Chooses how first and second derivatives are compared.
+    """Chooses the rules for first and second derivatives.
 
     Args:
         narrowest: The narrowest type that the model and the loss compute in.
 
     Returns:
-        The rule for the first derivatives, and that for the second.
+        The rule for first derivatives, and that for second derivatives.
     """
     if narrowest == torch.float64:
         return _FIRST, _SECOND
     if narrowest.itemsize < torch.float32.itemsize:
-        # Rounding may hide a part of the network whole, which then looks as if detached.
+        # Rounding may hide a whole part of the network, which then looks detached.
         return replace(_FIRST_ROUNDED, wrong=math.inf), _SECOND_ROUNDED
     return _FIRST_ROUNDED, _SECOND_ROUNDED
 
 
 def finer(rule: Differences) -> Differences:
-    """Makes a rule with steps as short as those for second derivatives.
+    """Replaces a rule's steps by the shorter ones for second derivatives.
 
-    A rounding with a gradient of its own may be right on average over all longer ones.
+    A straight-through rounding may be right on average over all longer steps.
 
     Args:
-        rule: For first derivatives.
+        rule: A rule for first derivatives.
 
     Returns:
-        The rule.
+        The rule with shorter steps.
     """
     return replace(rule, steps=_SECOND.steps)

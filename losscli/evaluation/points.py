@@ -1,0 +1,422 @@
+"""Points of weight space, and how a batch of examples is evaluated at them.
+
+`LoadedPoint` and `LoadedPoints` load every point as a user would: slow, and the reference. The
+others compute the weights of all points first and bind the model's tensors to them: one point after
+the other, in threads, or all at once. Their numbers are compared with the reference before they are
+relied on (`losscli.evaluation.strategy_choice`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from losscli.data import Inputs
+from losscli.evaluation.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
+from losscli.evaluation.point_weights import combining_type, stacked_weights
+from losscli.evaluation.recalibration import Statistics, recording
+from losscli.evaluation.replicas import Replica, is_stateless, make_replicas
+from losscli.evaluation.spectral import normalise
+from losscli.evaluation.strategies import Network, NothingSharedError, OutputRecorder, Strategy
+from losscli.weight_space.slices import Slice
+
+__all__ = ["BoundPoints", "LoadedPoint", "LoadedPoints", "Points", "StackedPoints"]
+
+_TakeBatch = Callable[[int, Replica, AbstractContextManager[Any]], None]
+"""Takes a batch to a point with a replica; the context is for the forward pass."""
+
+
+class LoadedPoint:
+    """The point with the weights that are loaded.
+
+    Args:
+        network: The model.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._statistics = Statistics(1)
+
+    def __len__(self) -> int:
+        return 1
+
+    def record_statistics(self, inputs: Inputs) -> Iterator[int]:
+        """Records BatchNorm's statistics of a training batch at the point.
+
+        Args:
+            inputs: The batch, prepared.
+
+        Yields:
+            The point, done.
+        """
+        with recording(self._network.statistics) as statistics:
+            self._network.forward(self._network.model, inputs)
+        self._statistics.add(0, statistics)
+        yield 0
+
+    def use_statistics(self) -> Collection[str]:
+        """Sets the point's statistics to the means over the recorded batches.
+
+        Returns:
+            The names of these statistics.
+        """
+        tensors = self._network.tensors
+        means = self._statistics.at(0, tensors)
+        for name, value in means.items():
+            tensors[name].copy_(value)
+        return means
+
+    def evaluate(self, inputs: Inputs, recorder: OutputRecorder) -> Iterator[int]:
+        """Evaluates a batch at the point.
+
+        Args:
+            inputs: The batch, prepared.
+            recorder: Records the outputs.
+
+        Yields:
+            The index of the point, when it is done.
+        """
+        recorder.one(0, self._network.forward(self._network.model, inputs))
+        yield 0
+
+
+class LoadedPoints:
+    """P points of a slice, each loaded for every batch: slow, and the reference.
+
+    Args:
+        network: The model.
+        slice_: The slice.
+        coordinates: The points.
+    """
+
+    def __init__(
+        self, network: Network, slice_: Slice, coordinates: Sequence[Sequence[float]]
+    ) -> None:
+        self._network = network
+        self._slice = slice_
+        self._coordinates = coordinates
+        self._statistics = Statistics(len(coordinates))
+        self._own = {
+            name: network.tensors[name].clone()
+            for layer in network.statistics
+            for name in layer.names
+        }
+
+    def __len__(self) -> int:
+        return len(self._coordinates)
+
+    def record_statistics(self, inputs: Inputs) -> Iterator[int]:
+        """Records BatchNorm's statistics of a training batch at all points, lazily.
+
+        Args:
+            inputs: The batch, prepared.
+
+        Yields:
+            Each point when it is done.
+        """
+        for p, point in enumerate(self._coordinates):
+            self._load(p, point)
+            with recording(self._network.statistics) as statistics:
+                self._network.forward(self._network.model, inputs)
+            self._statistics.add(p, statistics)
+            yield p
+
+    def use_statistics(self) -> Collection[str]:
+        """Lets every point be loaded with the means of its statistics over the recorded batches.
+
+        Returns:
+            The names of these statistics.
+        """
+        return self._statistics.names
+
+    def evaluate(self, inputs: Inputs, recorder: OutputRecorder) -> Iterator[int]:
+        """Evaluates a batch at all points, lazily.
+
+        Args:
+            inputs: The batch, prepared.
+            recorder: Records the outputs.
+
+        Yields:
+            Each point when it is done.
+        """
+        for p, point in enumerate(self._coordinates):
+            self._load(p, point)
+            recorder.one(p, self._network.forward(self._network.model, inputs))
+            yield p
+
+    def _load(self, p: int, point: Sequence[float]) -> None:
+        weights = {}
+        for name in self._slice.ends[0]:
+            own = self._network.tensors[name]
+            ends = [end[name].to(combining_type(own)) for end in self._slice.ends]
+            weights[name] = self._slice.combine(ends, point).to(own.dtype)
+        estimated = self._statistics.at(p, self._network.tensors)
+        self._network.load({**weights, **self._own, **estimated})
+
+
+class BoundPoints:
+    """P points of a slice with their weights in memory; each batch is evaluated at all of them.
+
+    The outputs of the first layer are computed for all points at once if possible. On a CPU the
+    points are distributed over as many threads as the operators may use, each with a replica of the
+    model and single-threaded operators: so no operator waits for its slowest thread.
+
+    Args:
+        network: The model. Within the context its tensors are bound to those of the points.
+        slice_: The slice.
+        coordinates: The points.
+        strategy: How to evaluate them.
+        proving: Whether the strategy is being tested, so that some point has to share the first
+            layer.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        slice_: Slice,
+        coordinates: Sequence[Sequence[float]],
+        strategy: Strategy,
+        *,
+        proving: bool = False,
+    ) -> None:
+        self._network = network
+        self._slice = slice_
+        self._coordinates = coordinates
+        # With fewer points than ends, products at the ends are not worth it.
+        self._shares = strategy is not Strategy.BOUND and len(coordinates) > len(slice_.ends)
+        self._proving = proving
+        # The points that cannot share the first layer, as its products at the ends nearly cancel.
+        self._unshared: frozenset[int] | None = None
+        self._stateless = is_stateless(network.model)
+        self._estimated = [name for layer in network.statistics for name in layer.names]
+        self._spectral = [
+            layer
+            for layer in network.spectral
+            if not slice_.ends[0].keys().isdisjoint(layer.sources)
+        ]
+        self._normalised = [name for layer in self._spectral for name in layer.names]
+        names = [*slice_.ends[0], *self._estimated, *self._normalised]
+        self._own = {name: network.tensors[name].data for name in names}
+        self._statistics = Statistics(len(coordinates))
+        for name in self._estimated:
+            # Each training batch overwrites it.
+            network.tensors[name].data = self._own[name].clone()
+        computed = {*self._estimated, *self._normalised}
+        moving = {name: own for name, own in self._own.items() if name not in computed}
+        self._stacks = stacked_weights(network, slice_, coordinates, moving)
+        if self._spectral:
+            self._normalise()
+        self._threads = torch.get_num_threads()
+        self._workers = min(self._threads, len(coordinates)) if strategy is Strategy.THREADS else 1
+        # With threads, the first replica, the model itself, only finds the first layer.
+        self._first, *others = make_replicas(network, self._workers + 1 if self._workers > 1 else 1)
+        self._replicas: queue.SimpleQueue[Replica] = queue.SimpleQueue()
+        for replica in others or [self._first]:
+            self._replicas.put(replica)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self._workers > 1:
+            torch.set_num_threads(max(1, self._threads // self._workers))
+            self._pool = ThreadPoolExecutor(self._workers)
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._pool is not None:
+            # After Ctrl-C no thread is waited for.
+            self._pool.shutdown(wait=error is None, cancel_futures=True)
+            torch.set_num_threads(self._threads)
+        for name, own in self._own.items():
+            self._network.tensors[name].data = own
+
+    def __len__(self) -> int:
+        return len(self._coordinates)
+
+    def evaluate(self, inputs: Inputs, recorder: OutputRecorder) -> Iterator[int]:
+        """Starts to evaluate a batch at all points.
+
+        Args:
+            inputs: The batch, prepared.
+            recorder: Records the outputs; called from several threads.
+
+        Returns:
+            The points as they are done. Without threads they are evaluated lazily.
+        """
+
+        def take(p: int, replica: Replica, mode: AbstractContextManager[Any]) -> None:
+            recorder.one(p, self._outputs(p, replica, inputs, mode))
+
+        return self._each(take)
+
+    def record_statistics(self, inputs: Inputs) -> Iterator[int]:
+        """Starts to record BatchNorm's statistics of a training batch at all points.
+
+        Args:
+            inputs: The batch, prepared.
+
+        Returns:
+            The points as they are done. All must be done before the next batch is started.
+        """
+
+        def take(p: int, replica: Replica, mode: AbstractContextManager[Any]) -> None:
+            with recording(replica.layers) as statistics:
+                self._outputs(p, replica, inputs, mode)
+            # Only after a complete pass: finding the first layer may interrupt one.
+            self._statistics.add(p, statistics)
+
+        return self._each(take)
+
+    def use_statistics(self) -> Collection[str]:
+        """Sets the statistics of every point to the means over the recorded batches.
+
+        Returns:
+            The names of these statistics.
+        """
+        tensors = self._network.tensors
+        points = [self._statistics.at(p, tensors) for p in range(len(self))]
+        for name in self._statistics.names:
+            means = [point.get(name, self._own[name]) for point in points]
+            self._stacks[name] = torch.stack(means)
+        return self._statistics.names
+
+    def _each(self, take: _TakeBatch) -> Iterator[int]:
+        """Takes a batch to all points; the outputs of the first layer are shared."""
+        layer, done = self._find_first_layer(take)
+
+        def work(p: int) -> int:
+            replica = self._replicas.get()
+            try:
+                replay: AbstractContextManager[Any] = nullcontext()
+                if layer is not None and p not in (self._unshared or ()):
+                    replay = layer.replay_at(self._coordinates[p], replica.tensors)
+                with torch.no_grad():
+                    take(p, replica, replay)
+            finally:
+                self._replicas.put(replica)
+            return p
+
+        points = range(len(done), len(self))
+        if self._pool is None:
+            return itertools.chain(done, map(work, points))
+        futures = [self._pool.submit(work, p) for p in points]
+        return itertools.chain(done, (f.result() for f in as_completed(futures)))
+
+    def _find_first_layer(self, take: _TakeBatch) -> tuple[FirstLayer | None, range]:
+        """Finds the first layer on a batch; returns also the points that this has done."""
+        if not self._shares:
+            return None, range(0)
+        tensors = {name: self._first.tensors[name] for name in self._own}
+        # The forward pass of a user's code is never interrupted.
+        watcher = FirstLayerWatcher(
+            tensors, self._slice, stops=self._stateless, measures=self._unshared is None
+        )
+        done = range(1)
+        try:
+            take(0, self._first, watcher)
+        except FirstLayerFound:
+            done = range(0)
+        if watcher.layer is not None and self._unshared is None:
+            cancels = watcher.layer.nearly_cancels(self._coordinates)
+            self._unshared = frozenset(p for p, cancel in enumerate(cancels) if cancel)
+            if all(cancels) and self._proving:
+                raise NothingSharedError("no point shares the first layer")
+            self._shares = self._proving or len(self) - len(self._unshared) > len(self._slice.ends)
+        return (watcher.layer if self._shares else None), done
+
+    def _outputs(
+        self, p: int, replica: Replica, inputs: Inputs, mode: AbstractContextManager[Any]
+    ) -> Any:
+        self._bind(replica.tensors, p)
+        with mode:
+            return self._network.forward(replica.model, inputs)
+
+    def _bind(self, tensors: Mapping[str, Tensor], p: int) -> None:
+        for name, stack in self._stacks.items():
+            tensors[name].data = stack[p]
+
+    def _normalise(self) -> None:
+        """Computes the singular vectors of spectrally normalised weights at all points."""
+        number, tensors = len(self._coordinates), self._network.tensors
+        for name in self._normalised:
+            self._stacks[name] = self._own[name].new_empty(number, *self._own[name].shape)
+        for p in range(number):
+            self._bind(tensors, p)
+            normalise(self._spectral, tensors)
+
+
+class StackedPoints(BoundPoints):
+    """P points at once: one forward pass, mapped over their stacked weights.
+
+    With a small model a GPU waits for the host to launch kernels: P points then take as many
+    launches as one.
+
+    Args:
+        network: The model.
+        slice_: The slice.
+        coordinates: The points.
+        proving: Whether the strategy is being tested.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        slice_: Slice,
+        coordinates: Sequence[Sequence[float]],
+        *,
+        proving: bool = False,
+    ) -> None:
+        super().__init__(network, slice_, coordinates, Strategy.STACKED, proving=proving)
+
+    def evaluate(self, inputs: Inputs, recorder: OutputRecorder) -> Iterator[int]:
+        """Evaluates a batch at all points.
+
+        Args:
+            inputs: The batch, prepared.
+            recorder: Records the outputs.
+
+        Returns:
+            The points, all done.
+        """
+
+        def take(p: int, replica: Replica, mode: AbstractContextManager[Any]) -> None:
+            # Not recorded: point 0 is evaluated again with the others.
+            self._outputs(p, replica, inputs, mode)
+
+        layer, _ = self._find_first_layer(take)
+        # One forward pass cannot share the layer at some points only.
+        layer = None if self._unshared else layer
+        products = None
+        if layer is not None:
+            products = torch.stack([layer.output(point) for point in self._coordinates])
+        model = self._first.model
+
+        def at(tensors: Mapping[str, Tensor], product: Tensor | None) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(model, dict(tensors), args, kwargs)
+
+            replay: AbstractContextManager[Any] = nullcontext()
+            if layer is not None and product is not None:
+                replay = layer.replay(product, tensors)
+            with replay:
+                return self._network.forward(call, inputs)
+
+        with warnings.catch_warnings():
+            # An operator that vmap runs in a loop is too slow: raise, so that another strategy is
+            # chosen.
+            warnings.filterwarnings("error", "There is a performance drop")
+            mapped = vmap(at, in_dims=(0, None if products is None else 0))
+            recorder.all(mapped(self._stacks, products))
+        return iter(range(len(self)))
+
+
+Points = LoadedPoint | LoadedPoints | BoundPoints
+"""Points of any class: what `Objective.evaluate` takes."""

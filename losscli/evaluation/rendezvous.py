@@ -1,0 +1,170 @@
+"""Finding the other ranks of a run, as torchrun starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from losscli.errors import UsageError
+from losscli.evaluation.ranks import Ranks, RanksError, reason
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+__all__ = ["is_distributed", "join_ranks"]
+
+_T = TypeVar("_T")
+
+# Times in seconds: for all ranks to arrive, after which a note says that some are missing, between
+# two checks of a blocking call, and between two checks of the store.
+_JOIN = 600.0
+_NOTE = 20.0
+_POLL = 0.1
+_STORE_POLL = 0.002
+
+
+def is_distributed() -> bool:
+    """Whether this process was started as one of several ranks, as torchrun does.
+
+    Returns:
+        Whether it was.
+
+    Raises:
+        UsageError: RANK is set, and not all of the variables that say where the others are.
+    """
+    if not os.environ.get("RANK") or os.environ.get("WORLD_SIZE") == "1":
+        return False
+    needed = "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise UsageError(
+            f"RANK is set in the environment ({os.environ['RANK']}), and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not",
+            "Start all ranks with torchrun, or run alone without it: env -u RANK losscli …",
+        )
+    return True
+
+
+@contextlib.contextmanager
+def join_ranks(note: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
+    """Joins the other ranks.
+
+    Args:
+        note: Called with a note if they take long to arrive.
+
+    Yields:
+        The ranks.
+
+    Raises:
+        RanksError: They cannot be reached.
+    """
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    wait = _WaitNote(note)
+    try:
+        store, rank, size = _call_in_thread(
+            lambda: next(rendezvous("env://", timeout=timedelta(seconds=_JOIN))), wait
+        )
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        store = PrefixStore("losscli", store)
+        store = PrefixStore(_choose_prefix(store, rank, size, wait), store)
+    except (RuntimeError, ValueError) as error:
+        raise RanksError(
+            f"the other ranks cannot be reached: {reason(error)}",
+            "Start all of them with torchrun, or leave RANK and WORLD_SIZE out of the environment "
+            "to run alone",
+        ) from None
+    yield Ranks(store, rank, size, local)
+
+
+class _WaitNote:
+    """Notes once that other ranks take long to arrive.
+
+    Args:
+        note: Called with the note.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note: Callable[[str], None] | None = note
+        self._start = time.monotonic()
+
+    def check(self) -> None:
+        """Notes it if it is time."""
+        if self._note is not None and time.monotonic() - self._start > _NOTE:
+            name = "RANK {RANK}, WORLD_SIZE {WORLD_SIZE}, MASTER_ADDR {MASTER_ADDR}"
+            self._note(
+                f"waiting up to {_JOIN:.0f} s for the other ranks, which the environment tells of "
+                f"({name.format(**os.environ)})"
+            )
+            self._note = None
+
+
+def _call_in_thread(call: Callable[[], _T], wait: _WaitNote) -> _T:
+    """Makes a call that signals do not interrupt in a thread, and waits where they do."""
+    answer: queue.SimpleQueue[_T | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answer.put(call())
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread
+            answer.put(error)
+
+    threading.Thread(target=work, name="rendezvous", daemon=True).start()
+    while True:
+        wait.check()
+        with contextlib.suppress(queue.Empty):
+            result = answer.get(timeout=_POLL)
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+
+def _choose_prefix(store: Store, rank: int, size: int, wait: _WaitNote) -> str:
+    """Agrees on a key prefix that is unique to these processes.
+
+    When torchrun restarts ranks, it may give them the store of those that died, with all its keys.
+    So each rank registers under a random name, and rank 0 publishes the names that it has seen.
+
+    Args:
+        store: The store that all ranks share.
+        rank: The rank of this process.
+        size: The number of ranks.
+        wait: Notes that ranks take long to arrive.
+
+    Returns:
+        The prefix, the same on all ranks.
+
+    Raises:
+        RanksError: Some ranks did not arrive.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"hello/{rank}", own)
+    until = time.monotonic() + _JOIN
+    while time.monotonic() < until:
+        if rank:
+            if store.check(["welcome"]):
+                name, seen = json.loads(store.get("welcome"))
+                if seen[rank] == own:
+                    store.set(f"{name}/here/{rank}", "")
+                    return str(name)
+        else:
+            keys = (f"hello/{r}" for r in range(size))
+            seen = [store.get(key).decode() if store.check([key]) else "" for key in keys]
+            store.set("welcome", json.dumps([own, seen]))
+            if store.check([f"{own}/here/{r}" for r in range(1, size)]):
+                return own
+        wait.check()
+        time.sleep(_STORE_POLL)
+    raise RanksError(
+        f"not all of the {size} ranks came within {_JOIN:.0f} s",
+        "Does every rank run the same command? Without RANK and WORLD_SIZE in the environment it "
+        "runs alone",
+    )
