@@ -25,6 +25,7 @@ from losscli.plotting.style import (
     Numbers,
     add_foot,
     add_title,
+    distinct_names,
     drawable,
     examples,
     format_number,
@@ -140,12 +141,12 @@ def draw_around(
     """
     with house_style():
         splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
-        groups = _read(runs)
+        groups, shared = _read(runs)
         number = max(len(splits), 1)
         figure = Figure(figsize=(WIDTH, 0.6 + _HEIGHT * number), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(number, 1, sharex=True, squeeze=False)[:, 0].tolist()
-        notes = [] if groups else ["There are no points"]
+        notes = shared if groups else ["There are no points"]
         marks: dict[str, tuple[Artist, str]] = {}
         reach: list[Floats] = []
         for axes, split in zip(panels, splits, strict=False):
@@ -168,17 +169,20 @@ def draw_around(
     return figure
 
 
-def _read(runs: Sequence[Run[AroundSummary]]) -> list[_Group]:
-    found = []
+def _read(runs: Sequence[Run[AroundSummary]]) -> tuple[list[_Group], list[str]]:
+    """Returns the checkpoints of all runs, and notes on the names that they share."""
+    found, notes = [], []
     for run in runs:
         checkpoints = [str(name) for name in run.table.unique("checkpoint")]
-        for k, checkpoint in enumerate(checkpoints):
-            name = plain(run.checkpoint_labels[k] if run.checkpoint_labels else checkpoint)
-            if label := plain(run.label):
-                name = f"{label}, {name}" if len(checkpoints) > 1 else label
+        names, pattern = distinct_names(run.checkpoint_labels or checkpoints)
+        label = plain(run.label)
+        if pattern:
+            notes.append(f"Checkpoints {pattern}")
+        for checkpoint, own in zip(checkpoints, names, strict=True):
+            name = f"{label}, {own}" if label and len(checkpoints) > 1 else label or own
             found.append((run, checkpoint, name))
     colours = run_colours(len(found))
-    return [_Group(*group, colour) for group, colour in zip(found, colours, strict=True)]
+    return [_Group(*of, colour) for of, colour in zip(found, colours, strict=True)], notes
 
 
 def _label(group: _Group) -> str:

@@ -133,9 +133,10 @@ def test_each_direction_the_mean_and_the_band_are_those_of_the_table() -> None:
     assert low < 0.3
     assert high > max(bowl("b.pt", d, 1.0) for d in RANDOM)
     found = legend(figure)
-    for entry in ("a.pt, ‖θ‖ = 8", "b.pt, ‖θ‖ = 10", "mean", "one direction each"):
+    for entry in ("a, ‖θ‖ = 8", "b, ‖θ‖ = 10", "mean", "one direction each"):
         assert entry in found
     assert "10–90 % of them" in found
+    assert "Checkpoints *.pt" in texts(figure)
 
 
 def test_a_diamond_marks_each_radius_that_is_crossed() -> None:
@@ -178,7 +179,7 @@ def test_directions_with_names_have_line_styles_and_errors() -> None:
 def test_several_runs_are_overlaid_and_labels_name_them() -> None:
     one, other = run(["a.pt", "b.pt"]), run(["c.pt"], directions=("gradient",))
     found = legend(draw([replace(one, label="x"), replace(other, label="y")]))
-    assert {"x, a.pt, ‖θ‖ = 8", "x, b.pt, ‖θ‖ = 10", "y, ‖θ‖ = 7"} < {*found}
+    assert {"x, a, ‖θ‖ = 8", "x, b, ‖θ‖ = 10", "y, ‖θ‖ = 7"} < {*found}
     found = legend(draw([replace(one, checkpoint_labels=["wide", "narrow"])]))
     assert {"wide, ‖θ‖ = 8", "narrow, ‖θ‖ = 10"} < {*found}
 
