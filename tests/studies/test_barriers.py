@@ -86,7 +86,10 @@ def options(case: Case) -> dict[str, Any]:
 
 def losses_at(case: Case, state: dict[str, torch.Tensor]) -> list[float]:
     inputs = copy.deepcopy(case.inputs)
-    return oracle.losses(case.build, state, inputs, case.targets, case.per_example)
+    batch_size = len(case.targets)
+    return oracle.losses(
+        case.build, state, inputs, case.targets, case.per_example, batch_size=batch_size
+    )
 
 
 @pytest.mark.parametrize("case", SAMPLE)
@@ -404,6 +407,7 @@ def several(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_files_text_and_json(several: Path, losscli: Losscli) -> None:
     done = losscli("barriers", "a.pt", "b.pt", "c.pt", "-o", "out")
     assert done.status == 0
@@ -479,6 +483,7 @@ def test_a_dry_run_counts_and_evaluates_nothing(several: Path, losscli: Losscli)
     assert sorted(several.iterdir()) == before
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_plot_draws_the_same_bytes_again(several: Path, losscli: Losscli) -> None:
     state = torch.load("b.pt", weights_only=True)
     state["state_dict"]["layers.0.bias"][0] = math.nan

@@ -154,8 +154,15 @@ def run(source: Source, folder: Path, **options: Any) -> losscli.Result:
     )
 
 
-@pytest.mark.parametrize("budget", [None, 0], ids=["in memory", "streamed"])
-@pytest.mark.parametrize("loss", [contrast, contrast_mean])
+@pytest.mark.parametrize(
+    ("loss", "budget"),
+    [
+        pytest.param(contrast, None, id="in memory"),
+        pytest.param(contrast, 0, id="streamed"),
+        pytest.param(contrast_mean, None, id="a mean"),
+        pytest.param(contrast_mean, 0, id="a mean, streamed", marks=pytest.mark.stress),
+    ],
+)
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_loss_is_the_mean_over_the_batches_of_the_data(
     name: str,

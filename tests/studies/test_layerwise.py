@@ -144,7 +144,12 @@ def expected(case: Case, block: list[str], alpha: float) -> list[float]:
     state = oracle.blend(first, second, alpha, moving)
     state |= {n: t for n, t in first.items() if torch.equal(t, second[n])}
     return oracle.losses(
-        case.build, state, copy.deepcopy(case.inputs), case.targets, case.per_example
+        case.build,
+        state,
+        copy.deepcopy(case.inputs),
+        case.targets,
+        case.per_example,
+        batch_size=len(case.targets),
     )
 
 
