@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,21 +18,15 @@ from numpy.typing import NDArray
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
-from losscli.errors import CheckpointError, ModelError, UsageError
-from losscli.evaluation.cost import Clock, Timings, timed
-from losscli.evaluation.critical_points import CriticalPointTest
-from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT, Curvature
-from losscli.evaluation.curvature_check import check_derivatives
+from losscli.errors import CheckpointError, UsageError
+from losscli.evaluation.cost import Clock, Timings
+from losscli.evaluation.derivative_directions import Along, DerivativeDirections
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.finite_differences import sample_size
-from losscli.evaluation.lanczos import MIN_PRODUCTS
-from losscli.evaluation.objective import recalibrated
 from losscli.evaluation.ranks import Arrays, Ranks
-from losscli.evaluation.records import idle_layers, record_key, restore
 from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
-from losscli.evaluation.tasks import ALONE, Execution, Task
+from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
 from losscli.settings import Settings
@@ -64,12 +58,9 @@ from losscli.weight_space.directions import (
     random_direction,
 )
 from losscli.weight_space.slices import Line, Slice, check_point_count, grid
-from losscli.weight_space.vectors import Weights, dimension, norm, unflatten
+from losscli.weight_space.vectors import Weights, norm
 
-__all__ = ["Along", "Around", "around"]
-
-Along = Literal["gradient", "hessian"]
-"""Directions other than random ones."""
+__all__ = ["Around", "around"]
 
 _DIRECTIONS = 20
 _BASIN = 2.0
@@ -149,7 +140,7 @@ class Around(Study):
 
     Attributes:
         along: What the directions are; None for random ones.
-        directions: The names of the directions.
+        number: The number of random directions.
         coefficients: The points along each direction, ascending; 0 is one of them.
         norms: ‖θ‖ of each checkpoint, over the parameters that move.
         basin: The threshold of the basin as a multiple of the loss; None for ``basin_loss``.
@@ -159,7 +150,7 @@ class Around(Study):
     command = "around"
 
     along: Along | None
-    directions: tuple[str, ...]
+    number: int
     coefficients: tuple[float, ...]
     norms: tuple[float, ...]
     basin: float | None
@@ -228,8 +219,7 @@ class Around(Study):
             name = names[norms.index(0)]
             raise UsageError(f"{name} has no random direction: {reason}", cure)
         return cls(
-            *(problem, moving, begun, along, _direction_names(problem, moving, directions, along)),
-            *(coefficients, norms),
+            *(problem, moving, begun, along, directions, coefficients, norms),
             _BASIN if basin is None and basin_loss is None else basin,
             basin_loss,
         )
@@ -239,11 +229,18 @@ class Around(Study):
         """The directions, the points and the threshold."""
         return {
             "along": self.along,
-            "directions": self.directions,
+            "directions": None if self.along else self.number,
             "coefficients": self.coefficients,
             "basin": self.basin,
             "basin_loss": self.basin_loss,
         }
+
+    @cached_property
+    def directions(self) -> tuple[str, ...]:
+        """The names of the directions."""
+        if self._derivatives is not None:
+            return self._derivatives.labels
+        return tuple(str(k + 1) for k in range(self.number))
 
     @property
     def slices(self) -> tuple[int, int]:
@@ -274,10 +271,14 @@ class Around(Study):
         """How many checkpoints are differentiated."""
         return len(self.norms) if self.along else 0
 
-    @property
-    def _split(self) -> str:
-        """The split that a gradient or a Hessian is of."""
-        return next(iter(self.problem.objective.splits))
+    @cached_property
+    def _derivatives(self) -> DerivativeDirections | None:
+        """The directions of ``along``; None for random ones."""
+        if self.along is None:
+            return None
+        objective, seed = self.problem.objective, self.problem.settings.seed
+        split = next(iter(objective.splits))
+        return DerivativeDirections(objective, self.moving, split, self.along, seed)
 
     def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
         """Takes a part of a line.
@@ -292,20 +293,18 @@ class Around(Study):
         # Points along any direction take as long.
         return self._line(origin, origin), [(c,) for c in self._apart[:number]]
 
-    def extra_description(self, description: Description) -> Description:
+    def extra_description(self, description: Description) -> Description:  # noqa: ARG002
         """Returns the number of products with the Hessian.
 
         Args:
             description: What every study describes.
 
         Returns:
-            Their number at most, where there are any.
+            Their number at most, if there are any.
         """
-        if self.along != "hessian":
+        if self._derivatives is None or self.along == "gradient":
             return {}
-        size = description["moving"]["values"]
-        most = size if size <= DENSE_LIMIT else PRODUCT_LIMIT
-        return {"products_at_most": most * self._differentiated}
+        return {"products_at_most": self._derivatives.products[1] * len(self.norms)}
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
         """Estimates what gradients, or products with the Hessian, take.
@@ -318,35 +317,18 @@ class Around(Study):
         Returns:
             ``seconds``, and of products the most seconds and what one takes.
         """
-        if not self.along:
+        if self._derivatives is None:
             return {}
-        objective, origin = self.problem.objective, self.problem.origin
-        split = objective.splits[self._split]
-        batch = split.first(objective.batch_size).to(objective.device)
-        with (
-            objective.frozen_statistics(),
-            Curvature(objective, origin, self.moving, batch) as curvature,
-        ):
-            v = curvature.gradient()
-
-            def derive() -> None:
-                if self.along == "hessian":
-                    curvature.product(v)
-                else:
-                    Curvature(objective, origin, self.moving, batch).gradient()
-
-            derive()  # once, so that what is set up is set up
-            took = timed(objective, derive, clock)
-        product = took * len(split) / len(batch) * self._differentiated
+        took = self._derivatives.measure(self.problem.origin, clock)
+        each = took * len(self.norms)
         if self.along == "gradient":
-            return {"seconds": seconds + product}
-        whole = curvature.size <= DENSE_LIMIT
-        fewest, most = (curvature.size,) * 2 if whole else (MIN_PRODUCTS, PRODUCT_LIMIT)
+            return {"seconds": seconds + each}
+        fewest, most = self._derivatives.products
         return {
-            "seconds": seconds + fewest * product,
+            "seconds": seconds + fewest * each,
             "kind": "at least",
-            "seconds_at_most": seconds + most * product,
-            "product": {"seconds": product / self._differentiated},
+            "seconds_at_most": seconds + most * each,
+            "product": {"seconds": took},
         }
 
     def run(self, execution: Execution = ALONE) -> Result[AroundSummary]:
@@ -367,7 +349,10 @@ class Around(Study):
             swept = time.perf_counter()
             last = self.problem.place(self.problem.last.weights)
             check(objective, self.problem.origin, last)
-            derived = self._differentiate_all(execution)
+            derived: list[Arrays] = []
+            if self._derivatives is not None:
+                places = self.problem.places(range(len(self.norms)))
+                derived = self._derivatives.find_all(places, self.problem.names, execution)
             difference = self._verify(derived)
             verify_fresh_model(
                 self.problem, {**last, **{n: last[n] * _BESIDE for n in self.moving}}
@@ -391,8 +376,9 @@ class Around(Study):
             for name, estimate in found.items()
         }
         derivatives = {
-            name: _told(self.directions, of)
+            name: self._derivatives.describe(of)
             for name, of in zip(self.problem.names, derived, strict=False)
+            if self._derivatives is not None
         }
         summary: AroundSummary = {
             **self.origin(),
@@ -423,9 +409,9 @@ class Around(Study):
 
     def _direction(self, t: int, k: int, placed: Weights, derived: Sequence[Arrays]) -> Weights:
         """Makes a direction of a checkpoint."""
-        if not self.along:
+        if self._derivatives is None:
             return random_direction(placed, self.moving, self.problem.settings.seed, k + 1)
-        return unflatten(torch.from_numpy(derived[t]["vectors"][k]), placed, self.moving)
+        return self._derivatives.direction(derived[t], k, placed)
 
     def _line(self, placed: Weights, direction: Weights) -> Line:
         """Makes the line θ + c d, on the device."""
@@ -554,12 +540,13 @@ class Around(Study):
             notes.append("random directions are zero in all but the chosen tensors")
         if not self.along and len(self.directions) == 1:
             notes.append("one direction has no spread and no error: give --directions 2 or more")
-        if self.along:
+        if self._derivatives is not None:
             if len(splits) > 1:
+                split_name = self._derivatives.split
                 used = (
-                    f"gradient of {self._split} is the direction"
+                    f"gradient of {split_name} is the direction"
                     if self.along == "gradient"
-                    else f"eigenvectors of {self._split} are the directions"
+                    else f"eigenvectors of {split_name} are the directions"
                 )
                 notes.append(f"the {used} for all splits")
             if self.problem.objective.recalibration is not None:
@@ -567,7 +554,7 @@ class Around(Study):
                     "derivatives take BatchNorm's statistics as constants; for the losses they are "
                     "re-estimated at every point"
                 )
-        notes += dict.fromkeys(filter(None, map(_unverified, derived)))
+        notes += dict.fromkeys(filter(None, map(DerivativeDirections.unverified, derived)))
         for name, of in derivatives.items():
             if missed := [d["direction"] for d in of if not d.get("converged", True)]:
                 notes.append(
@@ -598,94 +585,6 @@ class Around(Study):
                     "threshold; give --basin-loss"
                 )
         return notes
-
-    # --- Derivatives -----------------------------------------------------------------------------
-
-    def _differentiate_all(self, execution: Execution) -> list[Arrays]:
-        """Differentiates each checkpoint, if there are directions to be found so."""
-        if not self.along:
-            return []
-        objective, seed = self.problem.objective, self.problem.settings.seed
-        examples = {self._split: objective.splits[self._split]}
-        placed = lru_cache(maxsize=1)(self._placed)
-
-        def key(t: int) -> str:
-            numbers = [list(self.moving), self.along, seed]
-            return record_key(objective, examples, "around", [placed(t)], numbers)
-
-        def task(t: int) -> Task:
-            work = partial(self._differentiate, t)
-            return Task(1, work, execution.key(partial(key, t)), "")
-
-        found = list(execution.run(map(task, range(len(self.norms)))))
-        for arrays in found:
-            restore(objective, int(arrays["batch size"]), arrays["idle"].tolist())
-        objective.load(self.problem.origin)
-        return found
-
-    def _differentiate(self, t: int, execution: Execution) -> Arrays:
-        """Finds the directions of one checkpoint.
-
-        Returns:
-            Their ``vectors``, ``[directions, n]``, and the numbers of `_told`.
-
-        Raises:
-            ModelError: The gradient is zero, or derivatives are not finite.
-        """
-        objective, seed = self.problem.objective, self.problem.settings.seed
-        weights = recalibrated(objective, self._placed(t))
-        every = objective.splits[self._split]
-        of = f"of the loss of {self._split} at {self.problem.names[t]}"
-        # What is differentiated is a function of the parameters alone.
-        with objective.frozen_statistics():
-            objective.load(weights)
-            numbers: list[list[float]]
-            if self.along == "gradient":
-                gradient = self._derivatives.gradient(weights, every, execution)
-                size = float(gradient.norm())
-                if not size:
-                    raise ModelError(
-                        f"the gradient {of} is 0, so it has no direction",
-                        "Give --along hessian, or random directions",
-                    )
-                vectors, numbers, eigenvectors = [gradient / size], [[size]], {}
-            else:
-                _, extremes, _ = self._derivatives.differentiate(weights, every, execution)
-                pairs = dict(zip(("v1", "v2"), extremes.largest, strict=False))
-                pairs["vn"] = extremes.smallest[0]
-                found = [pairs[name] for name in self.directions]
-                vectors = [pair.vector for pair in found]
-                numbers = [[pair.value, pair.error, pair.converged] for pair in found]
-                eigenvectors = {"λ max": vectors[0], "λ min": vectors[-1]}
-            if not all(bool(vector.isfinite().all()) for vector in vectors):
-                raise ModelError(f"the {self.along} {of} is not finite", "Leave this one out")
-            sample = every.spread(sample_size(objective.operations))[0].to(objective.device)
-            unverified = check_derivatives(
-                self._derivatives.float64 or objective,
-                weights,
-                self.moving,
-                sample,
-                eigenvectors,
-                seed,
-                twice=self.along == "hessian",
-            )
-            objective.load(weights)
-        wide = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
-        return {
-            "vectors": torch.stack(vectors).to("cpu", wide).numpy(),
-            "numbers": np.array(numbers, np.float64),
-            "unverified": np.frombuffer(unverified.encode(), np.uint8),
-            "batch size": np.array(objective.batch_size),
-            "idle": idle_layers(objective),
-        }
-
-    @cached_property
-    def _derivatives(self) -> CriticalPointTest:
-        """Finds eigenvectors as ``check`` does."""
-        seed = self.problem.settings.seed
-        return CriticalPointTest(
-            self.problem.objective, self.moving, tolerance=math.inf, eigenvalues=2, seed=seed
-        )
 
 
 def _check_directions(directions: int, along: str | None, settings: Settings) -> None:
@@ -753,39 +652,6 @@ def _norm(problem: Problem, t: int, moving: Sequence[str]) -> float:
             "Leave this checkpoint out",
         )
     return size
-
-
-def _direction_names(
-    problem: Problem, moving: Sequence[str], directions: int, along: str | None
-) -> tuple[str, ...]:
-    if along == "gradient":
-        return ("gradient",)
-    if along == "hessian":
-        size = dimension(problem.first.weights, moving)
-        # A Hessian of one or two parameters has no more eigenvectors.
-        return {1: ("v1",), 2: ("v1", "vn")}.get(size, ("v1", "v2", "vn"))
-    return tuple(str(k + 1) for k in range(directions))
-
-
-def _told(directions: Sequence[str], arrays: Arrays) -> list[Derivative]:
-    """Describes the directions of one checkpoint."""
-    told: list[Derivative] = []
-    for name, numbers in zip(directions, arrays["numbers"].tolist(), strict=True):
-        if len(numbers) == 1:
-            told.append({"direction": name, "gradient_norm": numbers[0]})
-        else:
-            value, error, converged = numbers
-            told.append({
-                "direction": name,
-                "eigenvalue": value,
-                "error": error,
-                "converged": bool(converged),
-            })
-    return told
-
-
-def _unverified(arrays: Arrays) -> str:
-    return arrays["unverified"].tobytes().decode()
 
 
 def _told_radius(found: Radius, size: float) -> BasinRadius:
