@@ -47,6 +47,7 @@ __all__ = ["draw_around"]
 Floats = NDArray[np.float64]
 
 _HEIGHT = 3.4  # inches, of a panel
+_MOST_NAMES = 16  # maximum number of checkpoints in the legend
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,14 @@ def draw_around(
             axes.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
         _scale_distance(panels, np.concatenate([*reach, np.empty(0)]), groups)
         figure.align_ylabels(panels)
+        shown = groups
+        if len(groups) > _MOST_NAMES:
+            shown = [groups[0], groups[-1]]
+            order = "from dark to light in the order of the table"
+            notes.append(f"{len(groups)} checkpoints, {order}; the first and the last are named")
         # The colour of a single checkpoint is that of all entries.
         style = "solid" if len(groups) > 1 else "none"
-        named = [(Line2D([], [], color=g.colour, lw=2.2, ls=style), _label(g)) for g in groups]
+        named = [(Line2D([], [], color=g.colour, lw=2.2, ls=style), _label(g)) for g in shown]
         add_foot(figure, list(dict.fromkeys(notes)), [named, list(marks.values())])
         if title:
             add_title(figure, title)

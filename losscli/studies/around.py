@@ -449,7 +449,7 @@ class Around(Study):
         def line(t: int, k: int) -> Line:
             placed = opened(t)
             made = self._line(placed, self._direction(t, k, placed, derived))
-            # What moved on the line before is anywhere on it.
+            # The line before has left its last point.
             objective.load(placed)
             return made
 
@@ -492,7 +492,7 @@ class Around(Study):
         radii: dict[str, BasinRadius] = {}
         if threshold is not None and math.isfinite(threshold) and math.isfinite(own):
             for name, curve in curves.items():
-                radii[name] = _told_radius(radius(positions, curve, threshold), size)
+                radii[name] = _radius_summary(radius(positions, curve, threshold), size)
         over = [x.tolist() for x in Profile.of(losses)] if not self.along else [[]] * 4
         return {
             "checkpoint": self.problem.names[t],
@@ -654,7 +654,7 @@ def _norm(problem: Problem, t: int, moving: Sequence[str]) -> float:
     return size
 
 
-def _told_radius(found: Radius, size: float) -> BasinRadius:
+def _radius_summary(found: Radius, size: float) -> BasinRadius:
     return {
         "distance": found.distance,
         "relative": found.distance / size if size else None,

@@ -184,6 +184,14 @@ def test_several_runs_are_overlaid_and_labels_name_them() -> None:
     assert {"wide, ‖θ‖ = 8", "narrow, ‖θ‖ = 10"} < {*found}
 
 
+def test_of_many_checkpoints_the_first_and_the_last_are_named() -> None:
+    figure = draw_around([run([f"{k}.pt" for k in range(17)], directions=("1", "2"))])
+    assert {"0, ‖θ‖ = 7", "16, ‖θ‖ = 7"} < {*legend(figure)}
+    assert "8, ‖θ‖ = 7" not in legend(figure)
+    said = " ".join(texts(figure)).replace("\n", " ")
+    assert "17 checkpoints, from dark to light in the order of the table" in said
+
+
 def test_what_is_not_finite_is_left_out_and_said_so() -> None:
     def height(name: str, d: str, c: float) -> float:
         return {0.9: NAN, 1.0: INF}.get(c, bowl(name, d, c)) if d == "3" else bowl(name, d, c)
