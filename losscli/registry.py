@@ -32,7 +32,9 @@ __all__ = [
 
 COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
     **dict.fromkeys(("a", "b", "checkpoint"), "path"),
-    **dict.fromkeys(("block", "dtype", "key", "shape", "split", "tensor", "verdict"), "text"),
+    **dict.fromkeys(
+        ("block", "direction", "dtype", "key", "shape", "split", "tensor", "verdict"), "text"
+    ),
     **dict.fromkeys(("bytes", "examples", "step", "tensors", "values", "walk"), "integer"),
 }
 """The types of columns, in any table, that do not hold floats."""
@@ -248,6 +250,22 @@ COMMANDS: Mapping[str, Command] = {
                 "path": TableFormat(("step", "checkpoint", "x", "y", "off_plane", "split", "loss")),
             },
             not_overlaid=("one plane cannot be laid over another", "Give one CSV of a plane"),
+        ),
+        Command(
+            name="around",
+            function="losscli.studies.around:around",
+            cli="losscli.cli.around:around",
+            report="losscli.cli.around:report",
+            drawing="losscli.plotting.around:draw_around",
+            summary="losscli.summaries:AroundSummary",
+            table=TableFormat(
+                ("checkpoint", "direction", "coefficient", "distance", *_LOSS),
+                optional=("examples",),
+                metrics=True,
+                errors=("loss_stderr",),
+                position="coefficient",
+            ),
+            labelled=("checkpoint",),
         ),
         Command(
             name="check",

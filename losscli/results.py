@@ -56,8 +56,8 @@ class Run(Generic[S_co]):
         summary: The summary, STEM.json; ``{}`` if there is only the CSV.
         label: The name in a figure of several runs; by default its first and last checkpoint.
         more: The further tables by NAME of STEM.NAME.csv, such as ``surface``.
-        checkpoint_labels: The names of the checkpoints in a matrix of barriers, in its order; by
-            default those of the table.
+        checkpoint_labels: The names of the checkpoints in a figure that shows each of them, in
+            the order of the table; by default those of the table.
     """
 
     table: Table

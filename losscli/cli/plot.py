@@ -49,7 +49,8 @@ def plot(
         list[str] | None,
         typer.Option(
             "--label",
-            help="Repeatable: a name for each CSV, or for each checkpoint of barriers.",
+            help="Repeatable: a name for each CSV, or for each checkpoint of a single around or "
+            "barriers.",
             show_default=False,
         ),
     ] = None,
@@ -113,7 +114,7 @@ def _split_count(run: Run[Any]) -> int:
 
 
 def _with_labels(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
-    """Assigns labels to runs, or to checkpoints for a single matrix of barriers."""
+    """Assigns labels to runs, or to the checkpoints of a single run."""
     command = command_of(runs[0].table.columns)
     columns = command.labelled if command and len(runs) == 1 else ()
     number = len(runs[0].table.unique(*columns)) if columns else len(runs)

@@ -45,6 +45,11 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
     ],
     "barriers": lambda: [library.barriers(PATH, points=3)],
+    "around": lambda: [
+        library.around(["a.pt", "b.pt"], directions=2, points=3, limit=5),
+        library.around("a.pt", along="hessian", points=3, basin_loss=9.0, model="mlp:6-5-3"),
+        library.around("a.pt", directions=1, points=3, sampling_error=0.5),
+    ],
     "inspect": lambda: [library.inspect("a.pt"), library.inspect(["a.pt", "b.pt"])],
 }
 
