@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from losscli.data import Nest, RandomnessDetector, Split, leaves, map_nest, seed_all
+from losscli.data import Nest, RandomnessDetector, Split, leaves, map_nest, realise, seed_all
 from losscli.errors import LosscliError, LossError, ModelError, NondeterministicModelError
 from losscli.evaluation.class_targets import IGNORED
 from losscli.evaluation.device import Narrowest
@@ -323,7 +323,7 @@ def _check_metrics(objective: Objective, outputs: Any, targets: Nest) -> None:
             if metric in objective.optional and not _classifies(objective.loss):
                 raise LossError("the loss is not one of classification")  # noqa: TRY301
             scores = scores_in(outputs)
-            unfit = isinstance(scores, Tensor) and not has_label(scores, targets)
+            unfit = isinstance(scores, Tensor) and not has_label(scores, realise(targets))
             if metric in objective.optional and unfit:
                 raise LossError("the targets are not the labels 0 and 1")  # noqa: TRY301
             objective.per_example(function, outputs, targets, what)

@@ -469,15 +469,18 @@ def test_targets_of_nodes_need_a_loss_per_batch() -> None:
     data = DataLoader(Items(node), batch_size=4, collate_fn=nodes)
     with pytest.raises(LossError, match=r"gives \[31\] for a batch of 13 examples.*--batch-loss"):
         run(case, data)
-    result = run(case, data, batch_loss=True, dtype="float64")
-    for alpha, _, loss, _ in result.table.rows:
+    result = run(case, data, batch_loss=True, dtype="float64", metric=())
+    for alpha, _, loss, _, accuracy in result.table.rows:
         model = NodeNet().double()
         model.load_state_dict(oracle.blend(*states(case), float(alpha)))
-        means = []
+        means, shares = [], []
         for start in range(0, N, 4):
             x = torch.cat([node(i)[0] for i in range(start, min(N, start + 4))]).double()
             outputs = model.out(model.node(x).tanh()).detach()
-            means.append(float(F.cross_entropy(outputs, x[:, :3].argmax(1))))
+            classes = x[:, :3].argmax(1)
+            means.append(float(F.cross_entropy(outputs, classes)))
+            shares.append(float((outputs.argmax(1) == classes).double().mean()))
+        assert accuracy == pytest.approx(oracle.mean(shares), rel=1e-12)
         assert loss == pytest.approx(oracle.mean(means), rel=1e-12)
 
 
