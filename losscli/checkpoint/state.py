@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from losscli.checkpoint.advice import fitting_options
 from losscli.checkpoint.names import (
     OPTIMISER,
     Part,
@@ -352,7 +353,7 @@ class CheckpointFile:
         rest = f" and {len(wrong) - _MAX_LISTED:,} more" if len(wrong) > _MAX_LISTED else ""
         raise MismatchError(
             f"{name} does not fit {owner}: {'; '.join(_select_mismatches(wrong))}{rest}",
-            option=_option_for(part.weights, expected) or self._combination(expected),
+            option=fitting_options(part.weights, expected) or self._combination(expected),
         )
 
     def _combination(self, expected: Weights) -> str:
@@ -485,52 +486,6 @@ def _select_mismatches(wrong: Sequence[str]) -> list[str]:
         order.append((counts[kind], index))
         counts[kind] += 1
     return [wrong[index] for index in sorted(index for _, index in sorted(order)[:_MAX_LISTED])]
-
-
-def _option_for(found: Weights, expected: Weights) -> str:
-    """Returns the options with which a checkpoint would fit; empty if there are none."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    shared = {name: tensor for name, tensor in found.items() if name in expected}
-    if mismatches(shared, {name: expected[name] for name in shared}):
-        return ""
-    if renames := _renames(
-        {name: found[name].shape for name in unexpected},
-        {name: expected[name].shape for name in missing},
-    ):
-        return " ".join(f"--rename {shlex.quote(rename)}" for rename in renames)
-    if not shared:
-        return ""
-    options = ["--ignore-unexpected"] if unexpected else []
-    tops = dict.fromkeys(name.partition(".")[0] for name in missing)
-    given = {name.partition(".")[0] for name in shared}
-    patterns = dict.fromkeys(
-        pattern
-        for name in missing
-        for top in [name.partition(".")[0]]
-        for pattern in [name if top in given or "." not in name else f"{top}.*"]
-    )
-    if len(tops) > _MAX_LISTED or len(patterns) > _MAX_LISTED:
-        patterns = dict.fromkeys([*list(patterns)[: _MAX_LISTED - 1], "…"])
-    options += [f"--allow-missing {shlex.quote(p) if p != '…' else p}" for p in patterns]
-    return " ".join(options)
-
-
-def _renames(
-    unexpected: Mapping[str, torch.Size], missing: Mapping[str, torch.Size]
-) -> dict[str, None]:
-    """Finds renames of modules that turn unexpected tensors into all missing ones, if any."""
-    if not missing or len(missing) != len(unexpected):
-        return {}
-    found: dict[str, None] = {}
-    for (old, shape), (new, wanted) in zip(unexpected.items(), missing.items(), strict=True):
-        if shape != wanted:
-            return {}
-        a, b = old.split("."), new.split(".")
-        while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
-            a, b = a[:-1], b[:-1]
-        found[f"{'.'.join(a)}={'.'.join(b)}"] = None
-    return found if len(found) <= _MAX_LISTED else {}
 
 
 def consolidation_hint(path: Path) -> str:

@@ -45,7 +45,8 @@ def interpolate(
         str,
         typer.Argument(
             metavar="A",
-            help="The checkpoint at α = 0: FILE, DIR, FILE#KEY or init:SEED.",
+            help="The checkpoint at α = 0: FILE, DIR, FILE#KEY, init:SEED, or "
+            "MODULE=FILE+MODULE=FILE.",
             show_default=False,
         ),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -71,6 +71,10 @@ def parse_batch(
     for parser in parsers:
         try:
             inputs, targets = (parser.nest(*side) for side in sides)
+            if any(isinstance(nest, Ragged) for nest in (inputs, targets)):
+                # Then a list of equally long tensors on the other side has an element per example.
+                rows_first = replace(parser, rows_first=True)
+                inputs, targets = (rows_first.nest(*side) for side in sides)
         except _UnequalError:
             continue
         if parser.size == 0:
@@ -143,12 +147,14 @@ class _Parser:
         size: The number of examples.
         rows: The examples that were collated to the batch, if they are known.
         collate: The function that collated them.
+        rows_first: Whether a list that may have one element per example has.
     """
 
     where: str
     size: int
     rows: list[Any] | None
     collate: Callable[[list[Any]], Any] | None
+    rows_first: bool = False
 
     def nest(self, value: Any, path: tuple[Any, ...], key: object) -> Nest:
         """Converts a value, which has a path in the batch and a name in error messages."""
@@ -175,7 +181,8 @@ class _Parser:
         ragged = Ragged(list(value), Build(list if isinstance(value, list) else tuple))
         is_rows = len(value) == self.size and len(set(map(_kind, value))) == 1
         # Two inputs of two examples may look like two examples.
-        if is_rows and (not _is_array(value[0]) if self.collate is None else self._grows(path)):
+        likely = self.rows_first or (value and not _is_array(value[0]))
+        if is_rows and (likely if self.collate is None else self._grows(path)):
             return ragged
         try:
             parts = [self.nest(part, (*path, i), i) for i, part in enumerate(value)]

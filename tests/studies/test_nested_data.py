@@ -367,6 +367,15 @@ def test_the_user_gets_the_types_of_the_loader() -> None:
     assert isinstance(realise(split.inputs), list)
 
 
+@pytest.mark.parametrize("images", [list, tuple])
+def test_as_many_examples_as_channels_and_boxes(images: type) -> None:
+    case = CASES[IDS.index("equal lengths")]
+    data = {"s": (images(SQUARE[:3]), THREE[:3])}
+    for alpha, _, loss, _ in run(case, data, dtype="float64").table.rows:
+        truth = oracle.mean(reference(case, float(alpha), range(3)))
+        assert loss == pytest.approx(truth, rel=1e-12)
+
+
 def test_nested_data_move_to_a_device() -> None:
     for name in ("dict", "nested inputs", "ragged tuples", "graphs"):
         split = next(iter(from_object(CASES[IDS.index(name)].data(), "here").splits.values()))
