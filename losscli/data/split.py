@@ -161,7 +161,8 @@ class Split(Examples):
     @property
     def nbytes(self) -> int:
         """Size in memory in bytes."""
-        return sum(tensor.nbytes for tensor in leaves([self.inputs, self.targets]))
+        # Of ragged columns the examples, not what is built from all of them.
+        return sum(tensor.nbytes for tensor in dump((self.inputs, self.targets))[1])
 
     @property
     def rows(self) -> int:
@@ -296,7 +297,7 @@ class Split(Examples):
 
     @property
     def _device(self) -> torch.device:
-        tensors = leaves([self.targets, self.inputs])
+        tensors = leaves(take((self.targets, self.inputs), slice(0, 1)))
         return tensors[0].device if tensors else torch.device("cpu")
 
 
