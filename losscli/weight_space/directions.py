@@ -8,7 +8,7 @@ weights can be compared.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from losscli.errors import UsageError
 from losscli.weight_space.vectors import Weights, working_type
 
-__all__ = ["random_directions"]
+__all__ = ["gaussian_direction", "random_directions"]
 
 # Number of weights that are converted to float64 at once.
 _PIECE = 1 << 20
@@ -67,6 +67,31 @@ def random_directions(
             "Let a weight of two or more dimensions move",
         )
     return directions
+
+
+def gaussian_direction(
+    weights: Weights, names: Iterable[str], seed: int, number: int
+) -> dict[str, Tensor]:
+    """Draws one of many independent standard Gaussian vectors.
+
+    The random numbers of a tensor depend on the seed, its name and the number of the vector only:
+    other weights have the same draws.
+
+    Args:
+        weights: Tensors with the shapes and types of the vector; real numbers.
+        names: The tensors that move.
+        seed: Random seed.
+        number: The number of the vector.
+
+    Returns:
+        The vector. The dtype is float32, or float64 for float64 weights.
+    """
+    return {
+        name: torch.randn(weights[name].shape, generator=_generator(f"{name} {number}", seed)).to(
+            working_type(weights[name])
+        )
+        for name in names
+    }
 
 
 def _normalised(tensor: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
