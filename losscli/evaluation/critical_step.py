@@ -78,7 +78,8 @@ def find_crossing(
         if math.isfinite(upper):
             break
     else:
-        return Crossing(reason="no crossing")
+        falls = any(r < -rounding for r in known.values())
+        return Crossing(reason="no crossing" if falls else "rounding")
     if not math.isfinite(known[upper]):
         return Crossing(reason="not finite")
     start = _SHORTEST

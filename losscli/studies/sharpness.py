@@ -89,24 +89,29 @@ class _Measured:
         critical: list[Cell] = [None, None]
         if not math.isnan(found.step):
             critical = [found.step, found.critical]
-        for r, (radius, average) in enumerate(zip(rho, _means(self.average), strict=True)):
-            draws = np.array([rises[r] for rises in self.average])
+        for r, (radius, (average, average_error)) in enumerate(zip(rho, self.means, strict=True)):
             worst, worst_error, _ = self.worst[r]
             sam, sam_error = found.sam[r]
             yield [
                 radius,
-                *(average, _cell(standard_error(draws))),
+                *(average, _cell(average_error)),
                 *(worst, _cell(worst_error)),
                 *(sam if found.gradient_norm else None, _cell(sam_error)),
                 *critical,
             ]
 
     @property
+    def means(self) -> list[tuple[float, float]]:
+        """The mean over draws for each ρ, and its standard error."""
+        with np.errstate(all="ignore"):
+            return [(float(x.mean()), standard_error(x)) for x in np.array(self.average).T]
+
+    @property
     def values(self) -> list[float]:
         """The rises of the loss of all measures, but those that are not defined."""
         found = self.gradient
         sam = [value for value, _ in found.sam] if found.gradient_norm else []
-        return [*_means(self.average), *(value for value, *_ in self.worst), *sam]
+        return [*(mean for mean, _ in self.means), *(value for value, *_ in self.worst), *sam]
 
     def is_finite(self) -> bool:
         """Whether all rises of the loss are."""
@@ -642,13 +647,6 @@ def _learning_rates(problem: Problem) -> dict[str, float]:
                 if 0 < rate < math.inf:
                     found[name] = rate
     return found
-
-
-def _means(draws: Sequence[Sequence[float]]) -> list[float]:
-    """Returns the mean over draws for each ρ."""
-    with np.errstate(all="ignore"):
-        means: list[float] = np.mean(draws, axis=0).tolist()
-    return means
 
 
 def _cell(value: float) -> Cell:
