@@ -185,6 +185,7 @@ def test_plot_refuses_what_is_no_table(
     [
         (("interpolate", "a.pt", "b.pt"), 1, "CSV files"),
         (("barriers", "a.pt", "b.pt", "init:1"), 3, "checkpoints"),
+        (("sharpness", "a.pt", "b.pt", "--samples", 1), 2, "checkpoints"),
     ],
 )
 def test_plot_takes_a_label_for_each_csv_or_each_checkpoint_of_barriers(
@@ -852,6 +853,7 @@ def test_a_shell_gets_its_completions(folder: Path) -> None:
         ("barriers a.pt b.pt init:0 --points 5000000", "10000000 points"),
         ("trajectory a.pt init:0 b.pt --residuals 5000000", "10000000 points"),
         ("check a.pt --eigenvalues 99999999999999999999", "10000 or fewer"),
+        ("sharpness a.pt --samples 99999999", "--samples 99999999 makes more than 10000000"),
         ("interpolate a.pt init:-1", "init:-1 has no seed"),
         ("align a.pt init:-1 -o z.safetensors", "init:-1 has no seed"),
         ("align a.pt b.pt -o z.safetensors --seed -1", "--seed -1 is no seed"),
@@ -936,6 +938,7 @@ def test_a_run_of_too_many_panels_is_refused_before_it_is_evaluated(
     "command",
     [
         "interpolate a.pt b.pt", "trajectory a.pt b.pt init:1", "plane a.pt", "check a.pt",
+        "sharpness a.pt",
         "barriers a.pt b.pt", "plot g.csv", "align a.pt b.pt", "export a.pt b.pt --alpha 0",
     ],
 )  # fmt: skip

@@ -37,6 +37,7 @@ COMMANDS = {
     "trajectory": ["trajectory", "a.pt", "b.pt", "init:3", "--residuals", "4", *TO],
     "plane": ["plane", "a.pt", "--points", "4", *TO],
     "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "5", *TO],
+    "sharpness": ["sharpness", "a.pt", "b.pt", "--samples", "2", "--split", "test", *TO],
     "check": ["check", "a.pt", "b.pt", "--split", "test", "--tolerance", "10", *TO],
 }
 

@@ -254,12 +254,13 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
         f"barriers {FOUR} --points 9 --sampling-error 0.5",
         "check a.pt b.pt --tolerance 1 --split test",
         f"check {THREE} --split train",
+        f"sharpness {THREE} --rho 0.1 --rho 0.2 --samples 3",
     ]
     lines = [f"{line} -q --no-figure -o @{i}" for i, line in enumerate(commands)]
     lines += ["interpolate a.pt b.pt --points 3 --dry-run", "list losses"]
     lines += ["interpolate a.pt b.pt --points 5 -o - -q"]
     expected = alone([line.replace("@", "one") for line in lines], losscli)
-    assert [outcome.status for outcome in expected] == [0] * 12, expected
+    assert [outcome.status for outcome in expected] == [0] * 13, expected
     before = {path.name for path in more.iterdir()}
 
     def hear(rank: int) -> None:
@@ -273,7 +274,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
             sys.addaudithook(hear)
 
     first, other = forked([line.replace("@", "two") for line in lines], 2, hear)
-    assert [outcome.status for outcome in (*first, *other)] == [0] * 24, first
+    assert [outcome.status for outcome in (*first, *other)] == [0] * 26, first
     # No other rank than 0 writes or talks, and what rank 0 writes are the files of one process.
     assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
     new = {path.name for path in more.iterdir()} - before
@@ -284,15 +285,15 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
     # Where every line and every search is one rank's, or the arithmetic is that of a CPU, the
     # numbers are the same to the last bit; so --refine adds the same points.
     assert {"one7.escape.csv", "one8.escape.csv", "one5.curves.csv", "one3.surface.csv"} <= before
-    for i in (0, 3, 5, 7):
+    for i in (0, 3, 5, 7, 9):
         assert summary(f"two{i}") == summary(f"one{i}")
     assert json.loads(Path("two0.json").read_text())["processes"] == 2
     assert json.loads(Path("one0.json").read_text())["processes"] == 1
     # Rank 0 says what one process says, but how long that took.
-    for i in (9, 10):
+    for i in (10, 11):
         told, said = (of[i].stdout.partition("\ntime ")[0] for of in (expected, first))
         assert told == said
-    assert len(first[11].stdout.splitlines()) == len(expected[11].stdout.splitlines())
+    assert len(first[12].stdout.splitlines()) == len(expected[12].stdout.splitlines())
 
 
 @forks

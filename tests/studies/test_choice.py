@@ -230,6 +230,7 @@ COMMANDS = [
     ("plane", "a.pt"),
     ("plane", "a.pt", "b.pt", "c.pt"),
     ("plane", "--pca", "a.pt", "b.pt", "c.pt"),
+    ("sharpness", "a.pt"),
     ("check", "a.pt"),
 ]
 

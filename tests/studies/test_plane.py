@@ -28,7 +28,7 @@ def save(case: Case, folder: Path, *seeds: int) -> list[str]:
     return names
 
 
-def options(case: Case, **more: object) -> dict[str, Any]:
+def options(case: Case, **more: object) -> dict[str, object]:
     return {
         "model": case.build,
         "data": {"all": (copy.deepcopy(case.inputs), case.targets)},

@@ -41,11 +41,12 @@ TARGETS = torch.arange(23) % 3
 DATA = {"train": (INPUTS, TARGETS), "test": (INPUTS[:9] / 2, TARGETS[:9])}
 
 LINES = ["interpolate", "align", "export"]
-PATHS = ["trajectory", "plane", "check", "barriers", "inspect"]
+PATHS = ["trajectory", "plane", "check", "sharpness", "barriers", "inspect"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "interpolate": {"points": 3},
     "trajectory": {"residuals": 2},
     "plane": {"points": 3},
+    "sharpness": {"samples": 2},
     "barriers": {"points": 3},
     "export": {"alpha": 0.5},
 }
