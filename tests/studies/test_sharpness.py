@@ -88,7 +88,12 @@ def rows(result: Result[Any], **cells: Any) -> list[dict[str, Any]]:
 # --- Against plain loops -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", SAMPLE)
+# No gradient reaches the weights of the others in eval mode, and check refuses them too.
+UNREACHED = {"folding", "threaded", "differentiating"}
+DIFFERENTIABLE = [case for case in SAMPLE if case.id not in UNREACHED]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE)
 def test_every_number_is_that_of_a_plain_float64_loop(case: Case, tmp_path: Path) -> None:
     (file,) = save(case, tmp_path, 1)
     more = {"rho": [0.02, 0.1], "samples": 2, "dtype": "float64"}
