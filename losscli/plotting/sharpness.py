@@ -290,8 +290,8 @@ def _explanations(summary: SharpnessSummary) -> list[str]:
     """Returns what a reader of the figure has to know."""
     what = "δ/|θ|" if summary.get("adaptive") else "δ"
     lengths = (
-        f"Average sharpness: {what} has a length of about ρ√n, and at most ρ for the others: "
-        "they are not comparable at the same ρ."
+        f"{what} has a length of about ρ√n for average sharpness and of at most ρ for the others: "
+        "not comparable at the same ρ."
     )
     bars = (
         "Bars: ± one standard error, over random perturbations for the average and over examples "
