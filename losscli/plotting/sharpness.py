@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 from losscli.plotting.style import (
     DASHES,
     INK,
+    LARGEST,
     PALE,
     PALETTE,
+    SMALLEST,
     WIDTH,
     add_foot,
     add_title,
@@ -64,14 +67,14 @@ class _Curve:
         x: The position of each row.
         colour: The colour.
         dashes: The line style, which is that of the split.
-        name: The name in notes.
+        split: The name of the split.
     """
 
     rows: Table
     x: Floats
     colour: str
     dashes: Any
-    name: str
+    split: str
 
     def values(self, column: str) -> Floats:
         """Returns a column; nan where it is empty."""
@@ -95,57 +98,71 @@ def draw_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool = F
     """
     del log
     with house_style():
-        names = [str(name) for name in run.table.unique("checkpoint")]
-        splits = [str(split) for split in run.table.unique("split")]
-        radii = sorted(set(run.table.floats("rho")))
+        known = drawable(np.array(run.table.floats("rho")), log=True)
+        table = Table(run.table.columns, tuple(compress(run.table.rows, known)))
+        names = [str(name) for name in table.unique("checkpoint")]
+        splits = [str(split) for split in table.unique("split")]
+        radii = sorted(set(table.floats("rho")))
         over_rho = len(names) == 1 or (len(radii) > 1 and len(names) <= len(PALETTE))
-        panels = 2 + (len(names) > 1)
-        figure = Figure(figsize=(WIDTH, 0.6 + sum(_HEIGHTS[:panels])), layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(panels, 1, height_ratios=_HEIGHTS[:panels])
-        axes = [figure.add_subplot(grid[0])]
-        for row in range(1, panels):
-            shared = axes[0] if row == 1 or not over_rho else None
-            axes.append(figure.add_subplot(grid[row], sharex=shared))
+        figure, axes = _new_figure(run, 3 if len(names) > 1 else 2, over_rho=over_rho)
         numbers, label = number_checkpoints(names)
         number = dict(zip(names, numbers.tolist(), strict=True))
 
-        curves = list(_curves(run.table, number, splits, radii, over_rho=over_rho))
+        curves = list(_curves(table, number, splits, radii, over_rho=over_rho))
         notes = [*_draw(axes[0], curves, ["worst", "sam"]), *_draw(axes[1], curves, ["average"])]
         if over_rho:
             _scale_radii(axes[1], np.array(radii))
         if len(names) > 1:
-            of_first = run.table.where("rho", radii[0])
+            of_first = table.where("rho", radii[0])
             critical = list(_curves(of_first, number, splits, radii[:1], over_rho=False))
             notes += _draw_critical(axes[2], critical, number, run.summary)
             scale_checkpoints(axes[2], numbers, label)
         else:
-            notes += _critical_notes(run.table, splits)
-        for panel in axes[: 1 if over_rho else 2]:
-            panel.tick_params(labelbottom=False)
-        titles = _titles(run)
-        for panel, text in zip(axes, titles, strict=False):
-            panel.set_title(shorten(figure, text, 400, 10), loc="left", fontsize=10)
-        for panel in axes[:2]:
-            panel.set_ylabel("rise of the loss\nlog scale")
+            notes += _critical_notes(table, splits)
         figure.align_ylabels(axes)
 
-        labels = run.checkpoint_labels or names
-        shown = [shorten_path(figure, plain(name), 200) for name in labels]
+        shown = _shown_names(figure, run, names)
+        colours = [f"ρ = {format_number(radius)}" for radius in radii]
         if over_rho:
-            colours = dict(zip(shown, run_colours(len(names)), strict=True))
-        else:
-            texts = [f"ρ = {format_number(radius)}" for radius in radii]
-            colours = dict(zip(texts, run_colours(len(radii)), strict=True))
+            colours = shown
+        elif names:
             ends = f"The first of the {len(names)} checkpoints is {shown[0]}, the last {shown[-1]}."
             notes.insert(0, ends)
-        notes += _explanations(run.summary)
+        notes += _explanations(run.summary) if names else ["There are no points"]
         if title:
             add_title(figure, title)
         add_foot(figure, notes, _legend(run, colours, splits, curves))
         freeze(figure)
         round_positions(figure)
     return figure
+
+
+def _new_figure(
+    run: Run[SharpnessSummary], number: int, *, over_rho: bool
+) -> tuple[Figure, list[Axes]]:
+    """Creates the panels; those with the same horizontal axis share it."""
+    heights = _HEIGHTS[:number]
+    figure = Figure(figsize=(WIDTH, 0.6 + sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(number, 1, height_ratios=heights)
+    axes = [figure.add_subplot(grid[0])]
+    for row in range(1, number):
+        shared = axes[0] if row == 1 or not over_rho else None
+        axes.append(figure.add_subplot(grid[row], sharex=shared))
+    for panel in axes[: 1 if over_rho else 2]:
+        panel.tick_params(labelbottom=False)
+    for panel, text in zip(axes, _titles(run), strict=False):
+        panel.set_title(shorten(figure, text, 400, 10), loc="left", fontsize=10)
+    for panel in axes[:2]:
+        panel.set_ylabel("rise of the loss\nlog scale")
+    return figure, axes
+
+
+def _shown_names(figure: Figure, run: Run[SharpnessSummary], names: Sequence[str]) -> list[str]:
+    """Returns the names of checkpoints in the figure: their labels, if there are any."""
+    every = [str(name) for name in run.table.unique("checkpoint")]
+    labels = dict(zip(every, run.checkpoint_labels, strict=False))
+    return [shorten_path(figure, plain(labels.get(name, name)), 200) for name in names]
 
 
 def _titles(run: Run[SharpnessSummary]) -> list[str]:
@@ -176,53 +193,47 @@ def _curves(
             rows = table.where(column, group).where("split", split)
             places = [number[str(name)] for name in rows["checkpoint"]]
             x = np.array(rows.floats("rho") if over_rho else places)
-            name = plain(group) if isinstance(group, str) else f"ρ = {format_number(group)}"
-            yield _Curve(rows, x, colour, DASHES[k % len(DASHES)], f"{name} on {plain(split)}")
+            yield _Curve(rows, x, colour, DASHES[k % len(DASHES)], plain(split))
 
 
 def _draw(axes: Axes, curves: Sequence[_Curve], columns: Sequence[str]) -> list[str]:
     """Draws columns on a logarithmic axis; negative values are hollow marks at their size."""
     pairs = [(curve, column) for curve in curves for column in columns]
-    reach = [np.empty(0)]
-    for curve, column in pairs:
-        size = np.abs(curve.values(column))
-        reach += [size, size + curve.values(f"{column}_stderr")]
-    values = np.concatenate(reach)
-    scale_y(axes, values[drawable(values, log=True)], log=True)
+    sizes = [_drawable(np.abs(curve.values(column))) for curve, column in pairs]
+    errors = [_drawable(curve.values(f"{column}_stderr")) for curve, column in pairs]
+    reach = [x + e for x, e in zip(sizes, errors, strict=True)]
+    values = np.concatenate([*sizes, *reach, np.empty(0)])
+    scale_y(axes, values[np.isfinite(values)], log=True)
     bottom, missing = axes.get_ylim()[0], 0
-    for curve, column in pairs:
-        value = curve.values(column)
-        size, error = np.abs(value), curve.values(f"{column}_stderr")
-        ok = drawable(size, log=True)
-        missing += int((~ok).sum())
+    for (curve, column), size, error in zip(pairs, sizes, errors, strict=True):
         style: dict[str, Any] = {"color": curve.colour, "zorder": 2.5}
-        shown = np.where(ok, size, np.nan)
         width = 0.7 if column == "sam" else 1.4
-        axes.plot(curve.x, shown, linestyle=curve.dashes, lw=width, alpha=0.7, **style)
-        known = ok & np.isfinite(error)
-        low = np.maximum(size - error, bottom)
-        axes.vlines(curve.x[known], low[known], (size + error)[known], alpha=0.5, lw=1.2, **style)
-        for sign, face in ((1, curve.colour), (-1, "white")):
-            at = ok & (np.sign(value) == sign)
-            mark: dict[str, Any] = {
-                "marker": _MARKS[column],
-                "ms": 4.5,
-                "mec": curve.colour,
-                "mfc": face,
-            }
-            axes.plot(curve.x[at], size[at], ls="none", zorder=3, **mark)
-        axes.plot(
-            *(curve.x[~ok], np.full(int((~ok).sum()), 0.96), "x"),
-            transform=axes.get_xaxis_transform(),
-            ms=4,
-            mew=1.1,
-            **style,
-        )
+        axes.plot(curve.x, size, linestyle=curve.dashes, lw=width, alpha=0.7, **style)
+        bars = np.isfinite(size + error)
+        x, low, high = curve.x[bars], (size - error)[bars], (size + error)[bars]
+        axes.vlines(x, np.maximum(low, bottom), high, alpha=0.5, lw=1.2, **style)
+        for negative, face in ((False, curve.colour), (True, "white")):
+            at = np.isfinite(size) & ((curve.values(column) < 0) == negative)
+            mark: dict[str, Any] = {"mec": curve.colour, "mfc": face, "ls": "none", "zorder": 3}
+            axes.plot(curve.x[at], size[at], _MARKS[column], ms=4.5, **mark)
+        missing += _mark_at_edge(axes, curve.x[~np.isfinite(size)], "x", curve.colour)
     if not missing:
         return []
     what = " and ".join(_NAMES[column].partition(",")[0] for column in columns)
-    verb = "value is" if missing == 1 else "values are"
-    return [f"{missing} {verb} of {what} sharpness not finite, not defined or 0: not drawn (×)."]
+    number = f"{missing} value{'s' * (missing > 1)}"
+    return [f"{number} of {what} sharpness not drawn (×): not finite, not defined or 0."]
+
+
+def _drawable(values: Floats) -> Floats:
+    """Returns values with nan for those that a logarithmic axis cannot show."""
+    return np.where(drawable(values, log=True), values, np.nan)
+
+
+def _mark_at_edge(axes: Axes, x: Floats, marker: str, colour: str) -> int:
+    """Marks positions at the upper edge; returns their number."""
+    where = axes.get_xaxis_transform()
+    axes.plot(x, np.full(len(x), 0.96), marker, transform=where, ms=4, color=colour, zorder=2.5)
+    return len(x)
 
 
 def _draw_critical(
@@ -234,33 +245,27 @@ def _draw_critical(
     """Draws critical sharpness over the checkpoints, and 2/η."""
     column = "critical_sharpness"
     rates = summary.get("learning_rates", {})
-    x = np.array([number[name] for name in number if name in rates])
-    edge = np.array([2 / rates[name] for name in number if name in rates])
+    rates = {name: rates[name] for name in number if SMALLEST < rates.get(name, 0.0) < LARGEST}
+    x = np.array([number[name] for name in rates])
+    edge = np.array([2 / rate for rate in rates.values()])
     values = np.concatenate([*(curve.values(column) for curve in curves), edge])
     scale_y(axes, values[drawable(values, log=True)], log=True)
     notes = []
     for curve in curves:
         value = curve.values(column)
-        ok = drawable(value, log=True)
-        shown = np.where(ok, value, np.nan)
+        shown = _drawable(value)
         style: dict[str, Any] = {"color": INK, "zorder": 2.5}
         axes.plot(curve.x, shown, linestyle=curve.dashes, lw=1.3, **style)
-        axes.plot(curve.x[ok], value[ok], _MARK, ms=4, **style)
-        split = curve.name.partition(" on ")[2]
+        ok = np.isfinite(shown)
+        axes.plot(curve.x[ok], shown[ok], _MARK, ms=4, **style)
+        at_once = np.isposinf(value)
         for mask, mark, text in (
-            (np.isposinf(value), "^", "is inf: the loss rises at once (▲ at the upper edge)"),
-            (np.isnan(value), "x", "is not known (×)"),
+            (at_once, "^", "is inf: the loss rises at once (▲ at the upper edge)"),
+            (~ok & ~at_once, "x", "is not known (×)"),
         ):
-            total = int(mask.sum())
-            axes.plot(
-                *(curve.x[mask], np.full(total, 0.96), mark),
-                transform=axes.get_xaxis_transform(),
-                ms=4,
-                **style,
-            )
-            if total:
+            if total := _mark_at_edge(axes, curve.x[mask], mark, INK):
                 where = f"{total} checkpoint{'s' * (total > 1)}"
-                notes.append(f"Critical sharpness of {where} on {split} {text}.")
+                notes.append(f"Critical sharpness of {where} on {curve.split} {text}.")
     if x.size:
         axes.plot(x, edge, color=PALE, linestyle=(0, (5, 3)), lw=1.2, zorder=2)
         notes.append(
@@ -316,12 +321,13 @@ def _scale_radii(axes: Axes, radii: Floats) -> None:
 
 def _legend(
     run: Run[SharpnessSummary],
-    colours: Mapping[str, str],
+    names: Sequence[str],
     splits: Sequence[str],
     curves: Sequence[_Curve],
 ) -> list[Group]:
-    """Returns the entries of the legend: colours, splits and marks."""
-    only = next(iter(colours.values())) if len(colours) == 1 else INK
+    """Returns the entries of the legend: colours by their names, splits and marks."""
+    colours = run_colours(len(names))
+    only = colours[0] if len(colours) == 1 else INK
     mark: dict[str, Any] = {"ls": "none", "ms": 5}
     measures: Group = [
         (Line2D([], [], marker=_MARKS[column], mec=only, mfc=only, **mark), name)
@@ -330,13 +336,14 @@ def _legend(
     if any((curve.values(column) < 0).any() for curve in curves for column in _NAMES):
         hollow = Line2D([], [], marker="o", mec=only, mfc="white", **mark)
         measures.append((hollow, "hollow: the loss falls by so much"))
+    lines = [Line2D([], [], color=only, linestyle=dashes) for dashes in DASHES]
     return [
-        [(Line2D([], [], color=colour, lw=2.2), name) for name, colour in colours.items()],
         [
-            (
-                Line2D([], [], color=only, linestyle=DASHES[k % len(DASHES)]),
-                plain(split) + examples([run], split),
-            )
+            (Line2D([], [], color=colour, lw=2.2), name)
+            for colour, name in zip(colours, names, strict=True)
+        ],
+        [
+            (lines[k % len(lines)], plain(split) + examples([run], split))
             for k, split in enumerate(splits)
         ],
         measures,
