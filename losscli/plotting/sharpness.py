@@ -295,8 +295,7 @@ def _explanations(summary: SharpnessSummary) -> list[str]:
     """Returns what a reader of the figure has to know."""
     what = "δ/|θ|" if summary.get("adaptive") else "δ"
     lengths = (
-        f"{what} has a length of about ρ√n for average sharpness and of at most ρ for the others: "
-        "not comparable at the same ρ."
+        f"For average sharpness {what} is about ρ√n long, for the others at most ρ: not comparable."
     )
     bars = (
         "Bars: ± one standard error, over random perturbations for the average and over examples "

@@ -119,7 +119,7 @@ def test_every_value_is_a_mark_over_rho_or_over_checkpoints() -> None:
             assert points(figure.axes[2], "D") == critical
         else:
             assert "Critical sharpness on train: 0.9, step 2.22." in sentence(figure)
-        assert "not comparable at the same ρ" in sentence(figure)
+        assert "at most ρ: not comparable" in sentence(figure)
 
 
 def test_the_legend_names_colours_splits_and_marks() -> None:
@@ -190,11 +190,13 @@ def test_tables_of_any_radii_are_drawn(radii: Sequence[float]) -> None:
     assert render(figure, ".svg")
 
 
-@pytest.mark.parametrize("value", [0.0, -1e-320, 1e308, -1e308, math.nan, math.inf, None])
-def test_tables_of_any_numbers_are_drawn(value: Cell) -> None:
-    drawn = run(cells=lambda *_: [value] * 8, learning_rates={"a.pt": 1e-300})
-    assert render(draw_sharpness(drawn), ".svg")
-    assert render(draw_sharpness(replace(drawn, summary={})), ".svg")
+def test_tables_of_any_numbers_are_drawn() -> None:
+    values: list[Cell] = [0.0, -1e-320, 1e308, -1e308, math.nan, math.inf, None]
+    names = [f"{value}.pt" for value in values]
+    for only in (names, names[2:3]):
+        drawn = run(only, cells=lambda k, *_: [values[k]] * 8, learning_rates={names[2]: 1e-300})
+        assert render(draw_sharpness(drawn), ".svg")
+        assert render(draw_sharpness(replace(drawn, summary={})), ".svg")
 
 
 def test_two_tables_are_not_laid_over_each_other() -> None:
