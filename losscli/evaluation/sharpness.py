@@ -122,7 +122,8 @@ class GradientSharpness:
         loss: The mean loss.
         gradient_norm: ‖∇L‖.
         rounding: How much of a difference of mean losses may be rounding.
-        sam: SAM sharpness and its standard error for each radius; nan where it is not defined.
+        sam: SAM sharpness and its standard error for each radius; empty where the gradient, or its
+            product with abs(θ) if adaptive, is 0.
         step: The critical step; 0 where the loss rises at once, nan where there is none.
         step_error: How far rounding may move it.
         reason: Why there is none, or why it is 0.
@@ -330,10 +331,7 @@ class SharpnessTest:
             float64 = self.float64
             rounding = point.rounding(float64, self.seed)
             unverified = self._verify(point)
-            ascent = self._ascent(point)
-            sam = [(math.nan, math.nan)] * len(radii)
-            if ascent is not None:
-                sam = point.rises(ascent, radii)
+            sam = self._sam(point, radii)
             crossing, size = point.critical_step(direction_split, rounding)
             imprecise = crossing.error > _PRECISION * crossing.distance
             wider = None if float64 is objective else float64
@@ -423,12 +421,14 @@ class SharpnessTest:
             float64, point.weights, self.names, few, {}, self.seed, twice=False
         )
 
-    def _ascent(self, point: _Point) -> Tensor | None:
-        """Returns the perturbation of SAM for ρ = 1; None if the gradient has no direction."""
+    def _sam(self, point: _Point, radii: Sequence[float]) -> list[tuple[float, float]]:
+        """Measures SAM sharpness; empty if the gradient has no direction."""
         scale = point.flat().to(point.gradient).abs() if self.adaptive else 1.0
         direction = scale * point.gradient
         length = float(direction.norm())
-        return scale * direction / length if 0 < length < math.inf else None
+        if not math.isfinite(length):
+            return [(math.nan, math.nan)] * len(radii)
+        return point.rises(scale * direction / length, radii) if length else []
 
 
 def _state(objective: Objective) -> Arrays:

@@ -95,12 +95,12 @@ class _Measured:
             critical = [found.step, found.critical]
         for r, (radius, (average, average_error)) in enumerate(zip(rho, self.means, strict=True)):
             worst, worst_error, _ = self.worst[r]
-            sam, sam_error = found.sam[r]
+            sam, sam_error = found.sam[r] if found.sam else (None, math.nan)
             yield [
                 radius,
                 *(average, _cell(average_error)),
                 *(worst, _cell(worst_error)),
-                *(sam if found.gradient_norm else None, _cell(sam_error)),
+                *(sam, _cell(sam_error)),
                 *critical,
             ]
 
@@ -113,8 +113,7 @@ class _Measured:
     @property
     def values(self) -> list[float]:
         """The rises of the loss of all measures, but those that are not defined."""
-        found = self.gradient
-        sam = [value for value, _ in found.sam] if found.gradient_norm else []
+        sam = [value for value, _ in self.gradient.sam]
         return [*(mean for mean, _ in self.means), *(value for value, *_ in self.worst), *sam]
 
     def is_finite(self) -> bool:
@@ -587,6 +586,11 @@ class Sharpness(Study):
                 )
             yield from self._note(
                 split,
+                [t for t, m in points.items() if not m.gradient.sam],
+                f"no SAM sharpness, because the gradient{' · |θ|' * self.adaptive} is 0",
+            )
+            yield from self._note(
+                split,
                 [t for t, m in points.items() if not m.is_finite()],
                 "the loss is not finite at some perturbations",
             )
@@ -605,7 +609,7 @@ class Sharpness(Study):
 
 
 _REASONS: Mapping[Reason, str] = {
-    "zero gradient": "the gradient is 0, so there is no critical step and no SAM sharpness",
+    "zero gradient": "no critical step, because the gradient is 0",
     "ascends": "the loss rises at once along the other gradient, so critical sharpness is inf",
     "not finite": "no critical step, because the loss is not finite before it rises",
     "no crossing": "no critical step: no step up to 16 ‖θ‖ raises the loss",

@@ -329,9 +329,15 @@ def test_a_zero_gradient_has_no_sam_and_no_critical_sharpness() -> None:
     largest = float(2 / 40 * (inputs.T @ targets).norm())
     assert row["worst"] == pytest.approx(1e-4 * largest / 2, rel=1e-2)
     notes = "; ".join(result.summary["notes"])
-    assert "the gradient is 0, so there is no critical step and no SAM sharpness" in notes
+    assert "no critical step, because the gradient is 0" in notes
+    assert "no SAM sharpness, because the gradient is 0" in notes
     assert "not known: zero gradient" in COMMANDS["sharpness"].as_text(result)
     assert "SAM" not in COMMANDS["sharpness"].as_text(result)
+    # Weights of 0 do not move where perturbations are scaled by them.
+    still = losscli.sharpness(state, **given, dtype="float64", adaptive=True)
+    (row,) = still.table.records()
+    assert (row["average"], row["worst"], row["sam"]) == (0, 0, None)
+    assert "no SAM sharpness, because the gradient · |θ| is 0" in "; ".join(still.summary["notes"])
 
 
 def test_losses_that_are_not_finite_lose_nothing_else(tmp_path: Path) -> None:
