@@ -58,7 +58,7 @@ def check_derivatives(
         sample: A few examples.
         directions: Unit vectors ``[n]`` by name.
         seed: Of the random directions.
-        twice: Whether second derivatives are compared too.
+        twice: Whether products with the Hessian are compared too.
 
     Returns:
         A note on what could not be verified; empty if everything was.
@@ -82,9 +82,8 @@ def check_derivatives(
         wrong_products = []
         verified = are_verified(slopes)
         # If the rule never calls a product wrong, unverified slopes make the comparison useless.
-        compares = (
-            twice and len(wrong_slopes) < NEEDED and (verified or second_rule.wrong < math.inf)
-        )
+        useful = verified or second_rule.wrong < math.inf
+        compares = twice and len(wrong_slopes) < NEEDED and useful
         for name, step, base, flat in (
             _bases(curvature, point, steps, generator) if compares else ()
         ):

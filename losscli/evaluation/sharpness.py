@@ -35,7 +35,7 @@ from losscli.evaluation.tasks import Execution
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.directions import gaussian_direction
 from losscli.weight_space.slices import Line
-from losscli.weight_space.vectors import Weights, norm, working_type
+from losscli.weight_space.vectors import Weights, norm, unflatten, working_type
 
 __all__ = [
     "MAX_GRADIENTS",
@@ -221,16 +221,9 @@ class _Point:
         with Curvature(self.objective, weights, self.names, every, attend) as curvature:
             return curvature.loss, curvature.gradient()
 
-    def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """Splits a vector ``[n]`` into the tensors of the parameters."""
-        shapes = [self.weights[name].shape for name in self.names]
-        parts = torch.split(vector, [shape.numel() for shape in shapes])
-        rows = zip(self.names, parts, shapes, strict=True)
-        return {name: part.view(shape) for name, part, shape in rows}
-
     def at(self, vector: Tensor) -> Weights:
         """Returns all tensors of the model at another point ``[n]``."""
-        moved = self.named(vector)
+        moved = unflatten(vector, self.weights, self.names)
         return {
             **self.weights,
             **{n: t.to(working_type(self.weights[n])) for n, t in moved.items()},
@@ -243,10 +236,11 @@ class _Point:
     def rises(self, direction: Tensor, distances: Sequence[float]) -> list[tuple[float, float]]:
         """Computes the rises of the loss at distances along a direction ``[n]``."""
         execution = self.execution.quiet
+        named = unflatten(direction, self.weights, self.names)
         search = LineSearch(
             self.objective, self.weights, self.names, self.examples, self.here, execution
         )
-        return rises(search.evaluate(self.named(direction), distances), self.here)
+        return rises(search.evaluate(named, distances), self.here)
 
     def rounding(self, float64: Objective | None, seed: int) -> float:
         """Measures how much of a difference of mean losses may be rounding."""

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from losscli.plotting.style import (
     DASHES,
+    IN_ORDER,
+    INCH,
     INK,
     LARGEST,
     PALE,
@@ -25,6 +27,7 @@ from losscli.plotting.style import (
     WIDTH,
     add_foot,
     add_title,
+    distinct_names,
     drawable,
     examples,
     format_number,
@@ -107,9 +110,11 @@ def draw_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool = F
         figure, axes = _new_figure(run, 3 if len(names) > 1 else 2, over_rho=over_rho)
         numbers, label = number_checkpoints(names)
         number = dict(zip(names, numbers.tolist(), strict=True))
+        distinct, pattern = distinct_names(_labels(run, names))
 
         curves = list(_curves(table, number, splits, radii, over_rho=over_rho))
-        notes = [*_draw(axes[0], curves, ["worst", "sam"]), *_draw(axes[1], curves, ["average"])]
+        notes = [f"Checkpoints {pattern}"] if pattern else []
+        notes += [*_draw(axes[0], curves, ["worst", "sam"]), *_draw(axes[1], curves, ["average"])]
         if over_rho:
             _scale_radii(axes[1], np.array(radii))
         if len(names) > 1:
@@ -117,21 +122,22 @@ def draw_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool = F
             critical = list(_curves(of_first, number, splits, radii[:1], over_rho=False))
             notes += _draw_critical(axes[2], critical, number, run.summary)
             scale_checkpoints(axes[2], numbers, label)
+            if label == IN_ORDER and len(names) <= len(PALETTE):
+                room = 0.8 * WIDTH * INCH / len(names)
+                axes[2].set_xticks(numbers, [shorten(figure, name, room, 10) for name in distinct])
+                axes[2].set_xlabel("checkpoint")
+            else:
+                first, last = (shorten_path(figure, distinct[at], 200) for at in (0, -1))
+                notes.append(f"The first of {len(names)} checkpoints is {first}, the last {last}.")
         else:
             notes += _critical_notes(table, splits)
         figure.align_ylabels(axes)
 
-        shown = _shown_names(figure, run, names)
-        colours = [f"ρ = {format_number(radius)}" for radius in radii]
-        if over_rho:
-            colours = shown
-        elif names:
-            ends = f"The first of the {len(names)} checkpoints is {shown[0]}, the last {shown[-1]}."
-            notes.insert(0, ends)
+        of_rho = [f"ρ = {format_number(radius)}" for radius in radii]
         notes += _explanations(run.summary) if names else ["There are no points"]
         if title:
             add_title(figure, title)
-        add_foot(figure, notes, _legend(run, colours, splits, curves))
+        add_foot(figure, notes, _legend(run, distinct if over_rho else of_rho, splits, curves))
         freeze(figure)
         round_positions(figure)
     return figure
@@ -158,11 +164,11 @@ def _new_figure(
     return figure, axes
 
 
-def _shown_names(figure: Figure, run: Run[SharpnessSummary], names: Sequence[str]) -> list[str]:
-    """Returns the names of checkpoints in the figure: their labels, if there are any."""
+def _labels(run: Run[SharpnessSummary], names: Sequence[str]) -> list[str]:
+    """Returns the labels of checkpoints, or else their names."""
     every = [str(name) for name in run.table.unique("checkpoint")]
     labels = dict(zip(every, run.checkpoint_labels, strict=False))
-    return [shorten_path(figure, plain(labels.get(name, name)), 200) for name in names]
+    return [plain(labels.get(name, name)) for name in names]
 
 
 def _titles(run: Run[SharpnessSummary]) -> list[str]:

@@ -17,8 +17,7 @@ from matplotlib.lines import Line2D
 from losscli.errors import UsageError
 from losscli.plotting.sharpness import draw_sharpness
 from losscli.plotting.style import render
-from losscli.registry import draw
-from losscli.results import Run
+from losscli.results import Run, draw
 from losscli.table import Cell, Table
 from tests.plotting.test_interpolation import check_golden, legend
 from tests.plotting.test_trajectory import sentence
@@ -124,10 +123,17 @@ def test_every_value_is_a_mark_over_rho_or_over_checkpoints() -> None:
 
 def test_the_legend_names_colours_splits_and_marks() -> None:
     found = legend(draw_sharpness(run()))
-    assert found == ["a.pt", "train (n = 640)", "worst-case, at least",
-                     "b.pt", "test (n = 640)", "SAM", "average"]  # fmt: skip
+    assert found == ["a", "train (n = 640)", "worst-case, at least",
+                     "b", "test (n = 640)", "SAM", "average"]  # fmt: skip
+    assert "Checkpoints *.pt" in sentence(draw_sharpness(run()))
     labelled = replace(run(), checkpoint_labels=["one", "two"])
     assert {"one", "two"} < {*legend(draw_sharpness(labelled))}
+    single = replace(run(radii=(0.1,)), checkpoint_labels=["one", "two"])
+    axis = draw_sharpness(single).axes[2].xaxis
+    assert [label.get_text() for label in axis.get_ticklabels()] == ["one", "two"]
+    assert "first of 10 checkpoints is step-0, the last step-90" in sentence(
+        draw_sharpness(run(PATH))
+    )
     assert {"ρ = 0.01", "ρ = 0.1", "ρ = 1"} < {*legend(draw_sharpness(run(PATH)))}
 
 

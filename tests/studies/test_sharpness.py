@@ -432,7 +432,7 @@ def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
     done = losscli(*run)
     assert done.status == 0
     table = Table.read(folder / "out.csv")
-    assert command_of(table) is COMMANDS["sharpness"]
+    assert command_of(table.columns) is COMMANDS["sharpness"]
     assert table.columns == (
         *("checkpoint", "split", "rho", "average", "average_stderr", "worst", "worst_stderr"),
         *("sam", "sam_stderr", "critical_step", "critical_sharpness"),
