@@ -388,7 +388,7 @@ class SharpnessTest:
                 length = float(uphill.norm())
                 if not 0 < length < math.inf:
                     break
-                trial = best + (step * radius / length) * uphill
+                trial = uphill.mul_(step * radius / length).add_(best)
                 trial *= radius / max(float(trial.norm()), radius)
                 there, derivative = point.differentiate(point.at(theta + scale * trial), split)
                 gradients += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 import losscli
 from losscli.errors import ModelError
-from losscli.evaluation.critical_step import find_crossing
 from losscli.models import MLP
 from losscli.registry import COMMANDS, command_of
 from losscli.results import Result
@@ -218,44 +216,6 @@ def test_sample_checkpoints_have_the_sharpness_that_was_computed_apart(
 
 
 # --- The critical step ---------------------------------------------------------------------------
-
-
-def noisy(rise: Callable[[float], float], noise: float) -> Callable[..., list[float]]:
-    """A rise of the loss with rounding of either sign, and the number of evaluations."""
-    calls: list[float] = []
-
-    def rises(distances: Sequence[float]) -> list[float]:
-        calls.extend(distances)
-        return [rise(t) + noise * math.sin(1e9 * t) for t in distances]
-
-    rises.calls = calls  # type: ignore[attr-defined]
-    return rises
-
-
-@pytest.mark.parametrize("root", [1e-9, 3e-5, 0.1, 0.7, 15.0])
-@pytest.mark.parametrize("power", [1, 2, 4])
-def test_the_crossing_is_the_first_one_beyond_rounding(root: float, power: int) -> None:
-    noise = 1e-9 * root
-    rises = noisy(lambda t: t * ((t / root) ** power - 1), noise)
-    found = find_crossing(rises, 1.0, 2 * noise)
-    assert found.reason == ""
-    assert abs(found.distance - root) <= found.error <= 1e-4 * root
-
-
-def test_a_search_ends_soon_and_says_why_there_is_no_crossing() -> None:
-    quadratic = noisy(lambda t: t**2 - t / 64, 0.0)
-    assert find_crossing(quadratic, 1.0, 1e-12).distance == pytest.approx(1 / 64)
-    assert len(quadratic.calls) < 25  # type: ignore[attr-defined]
-    for rise, reason in [
-        (lambda t: -t, "no crossing"),
-        (lambda t: 1e-9 * (t**2 - t), "rounding"),
-        (lambda t: math.nan if t > 0.1 else -t, "not finite"),
-        (lambda t: math.inf if t > 0.1 else -t, "not finite"),
-        (lambda t: math.nan if 0.2 < t < 0.21 else t**2 - 0.2 * t - 0.002, "not finite"),
-        (lambda t: t + 1e-3, "rounding"),
-        (lambda t: t**2 - 1e-9 * t, "rounding"),
-    ]:
-        assert find_crossing(noisy(rise, 0.0), 1.0, 1e-6).reason == reason
 
 
 def test_a_crossing_that_float32_cannot_resolve_is_found_in_float64(tmp_path: Path) -> None:
