@@ -22,7 +22,7 @@ from losscli.evaluation.critical_step import MAX_SCANNED, Reason
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.objective import Evaluation, recalibrated
-from losscli.evaluation.ranks import Ranks
+from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import record_key, restore
 from losscli.evaluation.sharpness import (
     MAX_GRADIENTS,
@@ -343,7 +343,7 @@ class Sharpness(Study):
             seconds: What the evaluation of all random perturbations takes.
 
         Returns:
-            ``seconds`` at most.
+            ``seconds``, as if every ascent took as many steps as it may.
         """
         objective, origin = self.problem.objective, self.problem.origin
         batch = next(iter(objective.splits.values())).first(objective.batch_size)
@@ -360,7 +360,7 @@ class Sharpness(Study):
         gradients = 1 + len(self.rho) * (MAX_GRADIENTS + 1)
         gradient, points = took / len(batch), len(self.rho) + MAX_SCANNED
         more = examples * (gradients * gradient + points * timings.plain)
-        return {"seconds": seconds + more, "kind": "at most"}
+        return {"seconds": seconds + more}
 
     def run(self, execution: Execution = ALONE) -> Result[SharpnessSummary]:
         """Evaluates random perturbations, then gradients and points along them.
@@ -521,11 +521,11 @@ class Sharpness(Study):
         objective, test = self.problem.objective, self._test
         share = 1 / len(objective.splits)
 
-        def along(t: int, split: str, own: Execution) -> Any:
+        def along(t: int, split: str, own: Execution) -> Arrays:
             direction = self.direction_split or split
             return test.along_gradient(point(t), split, direction, self.rho, own)
 
-        def worst(t: int, split: str, radius: float, own: Execution) -> Any:
+        def worst(t: int, split: str, radius: float, own: Execution) -> Arrays:
             return test.worst_case(point(t), split, radius, own)
 
         def key(t: int, split: str, kind: str, radii: Sequence[float]) -> str:
