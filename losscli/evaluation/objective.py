@@ -276,9 +276,11 @@ class Objective(ScoredModel):
 
     def _check_targets(self, targets: Nest, lengths: set[torch.Size]) -> None:
         """Checks the targets of a batch; ``lengths`` collects their shapes over batches."""
+        if not isinstance(targets, Tensor):
+            return
         if self.classes is not None:
             self.add_note(check_range(self.loss, targets, self.classes, "the data"))
-        if isinstance(targets, Tensor) and is_of_classes(self.loss) and not self.batch_loss:
+        if is_of_classes(self.loss) and not self.batch_loss:
             lengths.add(targets.shape[1:])
             check_lengths(lengths)
         check_probabilities(self.loss, targets, "the data")
