@@ -42,7 +42,8 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
         hints = get_type_hints(
             types.SimpleNamespace(__annotations__=parameter_hints), function.__globals__
         )
-        name = function.__name__
+        # A class is called by its own name.
+        name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
         parameters = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         known = parameters + [field.name for field in fields(more or _NoFields)]
 

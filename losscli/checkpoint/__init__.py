@@ -9,9 +9,10 @@ from losscli.checkpoint.given import (
     InMemoryCheckpoint,
     name_checkpoint,
     name_checkpoints,
+    require_values,
 )
 from losscli.checkpoint.hooks import LoadHooks, has_custom_loading
-from losscli.checkpoint.names import Versions, loadable
+from losscli.checkpoint.names import StateDict, Versions, loadable, state_dicts
 from losscli.checkpoint.order import expand_folders, order_path
 from losscli.checkpoint.reading import find_base, read
 from losscli.checkpoint.renaming import select_for
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointLike",
     "InMemoryCheckpoint",
     "LoadHooks",
+    "StateDict",
     "Versions",
     "expand_folders",
     "find_base",
@@ -35,7 +37,9 @@ __all__ = [
     "name_checkpoints",
     "order_path",
     "read",
+    "require_values",
     "save",
     "select_for",
+    "state_dicts",
     "tied_names",
 ]

@@ -34,11 +34,12 @@ def save(
     path: Path,
     versions: Versions | None = None,
     extra: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
 ) -> None:
     """Saves a checkpoint atomically.
 
     A safetensors file has the tensors and the metadata. ``torch.save`` writes the state dict; if
-    there is metadata, under the key ``state_dict`` next to the metadata.
+    there is metadata, under the key ``state_dict`` next to the metadata and to ``optimizer``.
 
     Args:
         weights: The tensors.
@@ -46,6 +47,7 @@ def save(
         path: The file, which is replaced if it exists. Its suffix determines the format.
         versions: The versions of the modules that saved the tensors.
         extra: The extra state of modules.
+        optimizer: The state dict of the optimiser, for a file that ``torch.save`` writes.
 
     Raises:
         OutputError: The file cannot be written, or the format cannot store what the model needs
@@ -65,8 +67,11 @@ def save(
         if safe:
             save_file(_without_shared_memory(weights), temporary, dict(metadata))
         else:
-            torch.save({"state_dict": state, **metadata} if metadata else state, temporary)
+            further = {**metadata, **({"optimizer": optimizer} if optimizer else {})}
+            torch.save({"state_dict": state, **further} if further else state, temporary)
         temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # or a loss of power may leave the name without the content
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
