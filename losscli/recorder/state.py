@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -67,11 +67,9 @@ def copy_state(model: nn.Module) -> StateDict:
         other than rank 0 receive no tensors.
     """
     if is_sharded(model):
-        from torch.distributed.checkpoint import state_dict as dcp
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        gathered: dict[str, Any] = dcp.get_model_state_dict(model, options=options)
-        return StateDict(gathered)
+        return StateDict(_gather(get_model_state_dict, model))
     found = dict(state_dicts(model.state_dict())).get("", StateDict({}))
     return StateDict(
         {_plain_name(name): _copy(tensor) for name, tensor in found.items()},
@@ -89,19 +87,29 @@ def copy_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
     Returns:
         ``optimizer.state_dict()``; each group of parameters has their names as ``param_names``.
-        If the model is sharded, ranks other than rank 0 receive nothing.
+        If the model is sharded, only rank 0 is sure to receive it.
     """
     if is_sharded(model):
-        from torch.distributed.checkpoint import state_dict as dcp
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return _number_parameters(dcp.get_optimizer_state_dict(model, optimizer, options=options))
+        return _number_parameters(_gather(get_optimizer_state_dict, model, optimizer))
     names = {id(parameter): _plain_name(name) for name, parameter in model.named_parameters()}
     state = optimizer.state_dict()
     for stored, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
         stored["param_names"] = [names.get(id(parameter), "") for parameter in group["params"]]
     copied: dict[str, Any] = _copy_all(state)
     return copied
+
+
+def _gather(function: Callable[..., Any], model: nn.Module, *others: Any) -> Any:
+    """Gathers a state dict on the CPU of rank 0, or of all ranks if the model is on the CPU."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    # FSDP1 fails to offload to the CPU what is there already.
+    offload = any(parameter.device.type != "cpu" for parameter in model.parameters())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
+    state = function(model, *others, options=options)
+    return state if offload else _copy_all(state)
 
 
 def _number_parameters(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,13 @@ def table(found: Mapping[str, Any]) -> str:
             f"| `torchrun --nproc-per-node=2` | {two:.1f} | {twice:.1f} | {both} |",
             f"| the same, one of the two killed half way | {killed:.1f} | | {longer} |",
         ]
+    if "recorder" in found:
+        recorder = found["recorder"]
+        milliseconds = 1000 * recorder["training_step_seconds"]
+        between, saving = (recorder[f"{when}_saves"] for when in ("between", "with"))
+        shares = f"{between:.2%} of a step between checkpoints, {saving:.2%} with 30 checkpoints"
+        steps = f"2,000 training steps of {milliseconds:.1f} ms of the sample CNN"
+        lines += ["", f"The recorder, in {steps}: {shares}."]
     return "\n".join(lines) + "\n"
 
 

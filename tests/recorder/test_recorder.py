@@ -348,7 +348,8 @@ def _fsdp2(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))  # type: ignore[return-value]
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
 
 
 def _fsdp1(model: nn.Module) -> nn.Module:
@@ -389,29 +390,31 @@ def test_wrapped_models_are_saved_under_the_names_of_the_plain_one(name: str, gr
     found = load_file("run/step-00000.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
-    if name != "FSDP":  # whose flat parameters have other names
-        optimizer.step()
-        losscli.Recorder(wrapped, "moments", steps=1, optimizer=optimizer, moments=True).close()
-        stored = torch.load("moments/step-00000.pt", weights_only=True)["optimizer"]
-        names = [n for group in stored["param_groups"] for n in group["param_names"]]
-        assert names == ["module.weight", "module.bias", "norm.weight", "norm.bias"]
-        for k, key in enumerate(names):
-            moment = stored["state"][k]["exp_avg_sq"]
-            assert moment.shape == expected[key].shape
-            assert torch.allclose(moment, torch.tensor(0.001))
+    optimizer.step()
+    losscli.Recorder(wrapped, "moments", steps=1, optimizer=optimizer, moments=True).close()
+    stored = torch.load("moments/step-00000.pt", weights_only=True)["optimizer"]
+    names = [n for group in stored["param_groups"] for n in group["param_names"]]
+    assert names == ["module.weight", "module.bias", "norm.weight", "norm.bias"]
+    for k, key in enumerate(names):
+        moment = stored["state"][k]["exp_avg_sq"]
+        assert moment.shape == expected[key].shape
+        assert torch.allclose(moment, torch.tensor(0.001))
 
 
-def _train_as_rank(rank: int, folder: Path) -> None:
-    """Trains with DDP in two processes; the second record continues the first."""
+def _train_as_rank(rank: int, wrap: Callable[[nn.Module], nn.Module], folder: Path) -> None:
+    """Trains in two processes; the second record continues the first, the third is refused."""
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(network())
-    optimizer = optimizer_of(model)
-    own = folder if rank == 0 else folder / "elsewhere"  # no folder of the other rank is needed
+    model = wrap(network())
+    optimizer = torch.optim.Adam(model.parameters())
+    own = folder if rank == 0 else folder / "elsewhere"  # the other rank does not see the folder
     own.mkdir(exist_ok=True)
     for _ in range(2):
         with losscli.Recorder(model, own / "run", steps=6, count=4) as recorder:
             train(model, optimizer, recorder, 3)
+    losscli.Recorder(
+        model, own / "moments", steps=6, optimizer=optimizer, moments=True, start=6
+    ).close()
     with torch.no_grad():
         next(model.parameters()).zero_()
     try:
@@ -420,7 +423,10 @@ def _train_as_rank(rank: int, folder: Path) -> None:
         (folder / f"error-{rank}").write_text(str(error))
 
 
-def test_of_two_ranks_the_first_writes_and_both_know_where_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["DDP", "FSDP", "FSDP2"])
+def test_of_two_ranks_the_first_writes_and_both_know_where_they_are(
+    name: str, tmp_path: Path
+) -> None:
     pids = []
     for rank in range(2):
         if pid := os.fork():
@@ -429,21 +435,29 @@ def test_of_two_ranks_the_first_writes_and_both_know_where_they_are(tmp_path: Pa
         status = 1
         try:
             torch.set_num_threads(1)
-            _train_as_rank(rank, tmp_path)
+            _train_as_rank(rank, WRAPPERS[name], tmp_path)
             status = 0
         finally:
             os._exit(status)
     assert [ended(pid) for pid in pids] == [0, 0]
     assert steps_in("run") == [0, 1, 2, 3, 6]
     assert list(Path("elsewhere").iterdir()) == []
+    assert "record of another run" in Path("error-0").read_text()
     assert Path("error-0").read_text() == Path("error-1").read_text()
-    # Each rank trains on the same data, so that one process alone finds the same.
+    # Both ranks train on the same data, so that one process alone finds the same.
     model = network()
+    optimizer = torch.optim.Adam(model.parameters())
     with losscli.Recorder(model, "alone", steps=6, count=4) as recorder:
-        train(model, optimizer_of(model), recorder, 6)
-    one, two = (load_file(f"{name}/step-00006.safetensors") for name in ("alone", "run"))
+        train(model, optimizer, recorder, 6)
+    one, two = (load_file(f"{run}/step-00006.safetensors") for run in ("alone", "run"))
     assert one.keys() == two.keys()
-    assert all(torch.allclose(tensor, one[name]) for name, tensor in two.items())
+    assert all(torch.allclose(tensor, one[key], rtol=1e-5) for key, tensor in two.items())
+    stored = torch.load("moments/step-00006.pt", weights_only=True)["optimizer"]
+    (group,) = stored["param_groups"]
+    assert group["param_names"] == [key for key, _ in model.named_parameters()]
+    for k, moments in optimizer.state_dict()["state"].items():
+        found = stored["state"][k]["exp_avg_sq"]
+        assert torch.allclose(found, moments["exp_avg_sq"], rtol=1e-4)
 
 
 # --- continuing ----------------------------------------------------------------------------------
