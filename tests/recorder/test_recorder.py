@@ -423,6 +423,7 @@ def _train_as_rank(rank: int, wrap: Callable[[nn.Module], nn.Module], folder: Pa
         (folder / f"error-{rank}").write_text(str(error))
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["DDP", "FSDP", "FSDP2"])
 def test_of_two_ranks_the_first_writes_and_both_know_where_they_are(
     name: str, tmp_path: Path
