@@ -9,11 +9,11 @@ from typing import Any, Self
 
 from torch import nn
 
-from losscli.arguments import as_list, describe
 from losscli.checkpoint.names import loadable, metadata_of, state_dicts
 from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
 from losscli.errors import CheckpointError, UsageError
+from losscli.settings import as_list, describe
 from losscli.weight_space.digest import digest
 
 __all__ = [

@@ -13,11 +13,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from losscli.arguments import checked, convert
 from losscli.checkpoint import StateDict, read, require_values, save
 from losscli.errors import LosscliError, OutputError, UsageError
 from losscli.recorder.defaults import split_specs, write_config, write_defaults
 from losscli.recorder.state import copy_optimizer_state, copy_state, is_sharded, unwrap
+from losscli.settings import checked, convert
 from losscli.weight_space.vectors import equal, mismatches
 
 __all__ = ["Recorder"]

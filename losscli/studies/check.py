@@ -10,7 +10,6 @@ from functools import cached_property, lru_cache, partial
 from itertools import starmap
 from typing import Any, get_args
 
-from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
@@ -34,7 +33,7 @@ from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.evaluation.verdict import Verdict
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings
+from losscli.settings import Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.check_notes import check_notes, functions_called
 from losscli.studies.notes import general_notes, spectral_notes

@@ -94,7 +94,7 @@ def test_the_functions_of_a_command_are_there(name: str) -> None:
 # A command that losscli does not have: its functions, and its entry in the registry.
 _RIDGE = '''
 from __future__ import annotations
-from losscli.arguments import checked
+from losscli.settings import checked
 from losscli.cli.console import Console
 from losscli.cli.options import with_console
 from losscli.plotting.style import house_style
