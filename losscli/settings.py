@@ -145,7 +145,11 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
         )
         # A class is called by its own name.
         name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
-        parameters = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters = [
+            p.name
+            for p in signature.parameters.values()
+            if p.kind is not p.VAR_KEYWORD and p.name != "self"
+        ]
         known = parameters + [field.name for field in fields(more or _NoFields)]
 
         @functools.wraps(function)

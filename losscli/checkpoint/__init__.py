@@ -16,7 +16,7 @@ from losscli.checkpoint.names import StateDict, Versions, loadable, state_dicts
 from losscli.checkpoint.order import expand_folders, order_path
 from losscli.checkpoint.reading import find_base, read
 from losscli.checkpoint.renaming import select_for
-from losscli.checkpoint.saving import save
+from losscli.checkpoint.saving import lost_by_safetensors, save
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "has_custom_loading",
     "list_checkpoints",
     "loadable",
+    "lost_by_safetensors",
     "name_checkpoint",
     "name_checkpoints",
     "order_path",

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from losscli.checkpoint import StateDict, read, require_values, save
+from losscli.checkpoint import StateDict, lost_by_safetensors, read, require_values, save
 from losscli.errors import LosscliError, OutputError, UsageError
 from losscli.recorder.defaults import split_specs, write_config, write_defaults
 from losscli.recorder.state import copy_optimizer_state, copy_state, is_sharded, unwrap
@@ -53,7 +53,8 @@ class Recorder:
         optimizer: The optimiser. If all of its parameters have the same learning rate at the time
             of a checkpoint, the metadata has it as ``learning_rate``.
         moments: Whether to save the state of the optimiser too. The files are then ``.pt`` files
-            with a state dict under ``state_dict`` and one under ``optimizer``.
+            with a state dict under ``state_dict`` and one under ``optimizer``, as they are with
+            ``state_dict`` alone for models with extra state, which safetensors cannot store.
         model_spec: The spec of the model, as for ``--model``.
         data_spec: The spec of the data, as for ``--data``. Specs of built-in models and data sets
             become metadata of the checkpoints, with paths relative to the folder; specs that name
@@ -97,6 +98,7 @@ class Recorder:
         self._loss: Any = None
         self._stale: list[Path] = []
         self._metadata: dict[str, str] = {}
+        self._suffix = ".pt"
         self._writer = ThreadPoolExecutor(1, "losscli-recorder")
         self._pending: Future[None] | None = None
         self._closed = False
@@ -105,6 +107,8 @@ class Recorder:
         def prepare() -> tuple[int, bool]:
             assert state is not None
             self._metadata, code = split_specs(model_spec, data_spec, self._folder)
+            if not (moments or lost_by_safetensors(state, state.versions, state.extra)):
+                self._suffix = ".safetensors"
             found = self._prepare_folder(state, start)
             write_defaults(self._folder, code)
             if model_spec is None:
@@ -187,7 +191,8 @@ class Recorder:
             if self._moments:
                 moments = copy_optimizer_state(self._model, self._optimizer)
             if self._is_leader:
-                arguments = state, self._describe(), self._path(), moments
+                path = self._folder / f"step-{self._taken:05}{self._suffix}"
+                arguments = state, self._describe(), path, moments
                 self._pending = self._writer.submit(self._write, *arguments)
         self._saved = self._taken
         self._due = self._next_due()
@@ -208,10 +213,6 @@ class Recorder:
         if len(rates) == 1:
             metadata["learning_rate"] = repr(rates.pop())
         return metadata
-
-    def _path(self) -> Path:
-        suffix = ".pt" if self._moments else ".safetensors"
-        return self._folder / f"step-{self._taken:05}{suffix}"
 
     def _write(
         self,

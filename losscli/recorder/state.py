@@ -66,16 +66,16 @@ def copy_state(model: nn.Module) -> StateDict:
         The tensors, and the versions and extra state of modules. If the model is sharded, ranks
         other than rank 0 receive no tensors.
     """
-    if is_sharded(model):
+    if sharded := is_sharded(model):
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        return StateDict(_gather(get_model_state_dict, model))
-    found = dict(state_dicts(model.state_dict())).get("", StateDict({}))
-    return StateDict(
-        {_plain_name(name): _copy(tensor) for name, tensor in found.items()},
-        {_plain_name(module): version for module, version in found.versions.items()},
-        {_plain_name(key): _copy_all(state) for key, state in found.extra.items()},
-    )
+        state = _gather(get_model_state_dict, model)
+    else:
+        state = model.state_dict()
+    found = dict(state_dicts(state)).get("", StateDict({}))
+    content = dict(found), dict(found.extra)
+    tensors, extra = content if sharded else _copy_all(content)
+    return StateDict(*(_with_plain_names(part) for part in (tensors, found.versions, extra)))
 
 
 def copy_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -127,6 +127,10 @@ def _number_parameters(state: Mapping[str, Any]) -> dict[str, Any]:
             for group in groups
         ],
     }
+
+
+def _with_plain_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {_plain_name(name): value for name, value in values.items()}
 
 
 def _plain_name(name: str) -> str:

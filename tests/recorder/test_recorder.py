@@ -124,6 +124,13 @@ def test_the_steps_are_spaced_as_cubes_with_the_first_and_the_last(
     assert {step for step in cubes if step >= found[dense]} <= {*found}
 
 
+def test_a_record_may_begin_later() -> None:
+    with losscli.Recorder(nn.Linear(1, 1), "run", steps=10, count=4, start=2) as recorder:
+        for _ in range(8):
+            recorder.step()
+    assert steps_in("run") == [2, 3, 10]
+
+
 def test_longer_and_shorter_training_end_with_the_last_step() -> None:
     for steps in (7, 15):
         with losscli.Recorder(nn.Linear(1, 1), f"run{steps}", steps=10, count=4) as recorder:
@@ -259,6 +266,32 @@ def test_the_optimisers_moments_are_saved_on_request(losscli: Losscli) -> None:
     done = losscli("trajectory", "run", "--no-figure", "-q", "-o", "out")
     assert done.status == 0, done.stderr
     assert len(rows("out.csv")) == 3
+    assert Recorder(model, "run", steps=4, optimizer=optimizer, moments=True).steps_taken == 4
+
+
+class _WithState(nn.Linear):
+    """A layer with a number beside its tensors, which only torch's format stores."""
+
+    scale = 2
+
+    def get_extra_state(self) -> Any:
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.scale = state["scale"]
+
+
+def test_extra_state_is_saved_in_torchs_format() -> None:
+    model = _WithState(2, 2)
+    with losscli.Recorder(model, "run", steps=1) as recorder:
+        model.scale = 3
+        recorder.step()
+    for step, scale in ((0, 2), (1, 3)):
+        found = _WithState(2, 2)
+        path = f"run/step-{step:05}.pt"
+        found.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        assert found.scale == scale
+    assert losscli.Recorder(model, "run", steps=2).steps_taken == 1
 
 
 class _Loss:
@@ -601,6 +634,7 @@ BAD: dict[str, tuple[type[LosscliError], str, dict[str, Any]]] = {
     "half a step": (UsageError, r"steps must be a whole number, not 1\.5", {"steps": 1.5}),
     "no module": (UsageError, "model must be a Module, not a dict", {"model": {}}),
     "unknown": (UsageError, r"Recorder\(\) has no argument 'step'.*'steps'", {"step": 3}),
+    "another unknown": (UsageError, "It takes model, folder, steps and 7 more", {"qqq": 3}),
     "no optimiser": (UsageError, r"needs the optimiser\. Give optimizer=", {"moments": True}),
     "another optimiser": (UsageError, "optimizer has no param_groups", {"optimizer": 3}),
     "unknown model": (SpecError, "unknown model 'mpl'.*'mlp'", {"model_spec": "mpl:6-5-3"}),
@@ -635,20 +669,6 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
     recorder.close(save=False)
     with pytest.raises(UsageError, match="the recorder is closed"):
         recorder.step()
-
-
-class _WithState(nn.Linear):
-    def get_extra_state(self) -> Any:
-        return {"scale": 2}
-
-    def set_extra_state(self, state: Any) -> None:
-        pass
-
-
-def test_what_safetensors_cannot_store_is_refused_at_once() -> None:
-    with pytest.raises(OutputError, match="safetensors does not store _extra_state"):
-        losscli.Recorder(_WithState(2, 2), "run", steps=3)
-    assert steps_in("run") == []
 
 
 def test_a_checkpoint_that_could_not_be_written_is_an_error_at_the_next(
