@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,22 +153,29 @@ def language_model() -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
+def trained(tokens: Tensor, *callbacks: Any, resume: str | None = None, **options: Any) -> Any:
+    trainer = transformers.Trainer(
+        model=language_model(),
+        args=transformers.TrainingArguments(
+            output_dir="own", num_train_epochs=2, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+            logging_strategy="no", save_strategy="steps",
+            learning_rate=0.01, **{"save_steps": 4, **options},
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+        eval_dataset=[{"input_ids": row, "labels": row} for row in tokens[:2]],
+        callbacks=[*callbacks],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
 def test_the_trainer_of_transformers_is_recorded_and_needs_no_model(losscli: Losscli) -> None:
     text = (b"the loss surface of a small language model, again and again. " * 5)[: 16 * 16]
     Path("text.txt").write_bytes(text)
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().view(-1, 16)
     keeper = Keeper()
-    trainer = transformers.Trainer(
-        model=language_model(),
-        args=transformers.TrainingArguments(
-            output_dir="own", num_train_epochs=2, per_device_train_batch_size=2,
-            gradient_accumulation_steps=2, report_to=[], save_strategy="no", use_cpu=True,
-            disable_tqdm=True, logging_strategy="no", learning_rate=0.01,
-        ),
-        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
-        callbacks=[keeper, recorder.TransformersCallback("run", count=4)],
-    )  # fmt: skip
-    trainer.train()
+    trainer = trained(tokens, keeper, recorder.TransformersCallback("run", count=4))
     assert sorted(recorded()) == [0, 1, 2, 8]
     assert_equal(recorded(), keeper.states)
     with safe_open("run/step-00000.safetensors", "pt") as file:
@@ -180,6 +188,33 @@ def test_the_trainer_of_transformers_is_recorded_and_needs_no_model(losscli: Los
     losses = [model(input_ids=row[None], labels=row[None]).loss for row in tokens]
     expected = torch.stack(losses).mean().item()
     assert float(rows("out.csv")[-1]["loss"]) == pytest.approx(expected, rel=1e-5)
+    # From the trainer's own checkpoint of step 4, between two of the record.
+    again = Keeper()
+    callback = recorder.TransformersCallback("run", count=4)
+    shutil.copy("run/step-00002.safetensors", "run/step-00008.safetensors")  # to be replaced
+    trained(tokens, again, callback, resume="own/checkpoint-4")
+    assert sorted(recorded()) == [0, 1, 2, 8]
+    assert_equal(recorded(), keeper.states | {8: again.states[8]})
+
+
+class Stop(transformers.TrainerCallback):  # type: ignore[misc]
+    """Ends training after step 3."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **training: Any) -> None:
+        control.should_training_stop = state.global_step == 3
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_the_last_step_is_saved_unless_the_best_model_was_loaded(best: bool) -> None:
+    tokens = torch.arange(16 * 8).view(8, 16)
+    keeper = Keeper()
+    options = {"eval_strategy": "steps", "eval_steps": 1} if best else {}
+    trained(
+        tokens, keeper, Stop(), recorder.TransformersCallback("run", count=3),
+        save_steps=1, load_best_model_at_end=best, **options,
+    )  # fmt: skip
+    assert sorted(recorded()) == ([0, 1] if best else [0, 1, 3])
+    assert_equal(recorded(), keeper.states)
 
 
 @pytest.mark.parametrize(
