@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from losscli.data import DATASETS
-from losscli.errors import OutputError, UntrustedCodeError
+from losscli.errors import OutputError, SpecError, UntrustedCodeError
 from losscli.models import FROM_FILES, MODELS, RUNS_CODE
 from losscli.results import replace_all
 from losscli.spec import Spec, Value, expand_toml, look_up, quote, read_toml
@@ -34,7 +34,7 @@ def split_specs(
         to the folder.
 
     Raises:
-        SpecError: A spec cannot be parsed, or names an unknown entry.
+        SpecError: A spec cannot be parsed, or names an unknown entry or a missing file of code.
         UntrustedCodeError: A TOML file names code.
     """
     metadata, code = {}, {}
@@ -69,6 +69,10 @@ def _move(spec: Spec, kind: str, base: Path, folder: Path) -> Spec:
     name, colon, argument = spec.target.partition(":")
     options: dict[str, Value] = dict(spec.options)
     if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise SpecError(
+                f"{kind} {spec}: there is no file {name}", f"Relative names start at {Path.cwd()}"
+            )
         return Spec(f"{move(name)}{colon}{argument}", options)
     if kind == "model":
         is_path = name in FROM_FILES

@@ -53,8 +53,8 @@ class Recorder:
         optimizer: The optimiser. If all of its parameters have the same learning rate at the time
             of a checkpoint, the metadata has it as ``learning_rate``.
         moments: Whether to save the state of the optimiser too. The files are then ``.pt`` files
-            with a state dict under ``state_dict`` and one under ``optimizer``, as they are with
-            ``state_dict`` alone for models with extra state, which safetensors cannot store.
+            with ``state_dict`` and ``optimizer``. Models with extra state, which safetensors does
+            not store, are saved as ``.pt`` files too.
         model_spec: The spec of the model, as for ``--model``.
         data_spec: The spec of the data, as for ``--data``. Specs of built-in models and data sets
             become metadata of the checkpoints, with paths relative to the folder; specs that name

@@ -639,6 +639,11 @@ BAD: dict[str, tuple[type[LosscliError], str, dict[str, Any]]] = {
     "another optimiser": (UsageError, "optimizer has no param_groups", {"optimizer": 3}),
     "unknown model": (SpecError, "unknown model 'mpl'.*'mlp'", {"model_spec": "mpl:6-5-3"}),
     "no such file": (SpecError, "cannot be read", {"data_spec": "absent.toml"}),
+    "no such code": (
+        SpecError,
+        r"there is no file mein\.py\. Relative",
+        {"model_spec": "mein.py:f"},
+    ),
     "code in a file": (UntrustedCodeError, "names code", {"data_spec": "code.toml"}),
     "a file": (
         OutputError,
