@@ -7,6 +7,8 @@ import csv
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,8 +33,8 @@ from losscli.errors import (
 )
 from losscli.models import MLP
 from tests import oracle
-from tests.conftest import Losscli
-from tests.forks import ended
+from tests.conftest import ROOT, Losscli
+from tests.forks import PATIENCE, ended
 
 SHAPE = "6-5-3"
 SPEC = f"mlp:{SHAPE}"
@@ -434,64 +436,71 @@ def test_wrapped_models_are_saved_under_the_names_of_the_plain_one(name: str, gr
         assert torch.allclose(moment, torch.tensor(0.001))
 
 
-def _train_as_rank(rank: int, wrap: Callable[[nn.Module], nn.Module], folder: Path) -> None:
+def train_as_rank(rank: int, names: list[str]) -> None:
     """Trains in two processes; the second record continues the first, the third is refused."""
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model = wrap(network())
-    optimizer = torch.optim.Adam(model.parameters())
-    own = folder if rank == 0 else folder / "elsewhere"  # the other rank does not see the folder
-    own.mkdir(exist_ok=True)
-    for _ in range(2):
-        with losscli.Recorder(model, own / "run", steps=6, count=4) as recorder:
-            train(model, optimizer, recorder, 3)
-    losscli.Recorder(
-        model, own / "moments", steps=6, optimizer=optimizer, moments=True, start=6
-    ).close()
-    with torch.no_grad():
-        next(model.parameters()).zero_()
-    try:
-        losscli.Recorder(model, own / "run", steps=6)
-    except OutputError as error:
-        (folder / f"error-{rank}").write_text(str(error))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["DDP", "FSDP", "FSDP2"])
-def test_of_two_ranks_the_first_writes_and_both_know_where_they_are(
-    name: str, tmp_path: Path
-) -> None:
-    pids = []
-    for rank in range(2):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        status = 1
+    for name in names:
+        folder = Path(name)
+        folder.mkdir(exist_ok=True)
+        store = torch.distributed.FileStore(str(folder / "store"), 2)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        model = WRAPPERS[name](network())
+        optimizer = torch.optim.Adam(model.parameters())
+        own = folder / f"of-{rank}"  # the other rank does not see the folder
+        own.mkdir()
+        for _ in range(2):
+            with losscli.Recorder(model, own / "run", steps=6, count=4) as recorder:
+                train(model, optimizer, recorder, 3)
+        options = {"optimizer": optimizer, "moments": True, "start": 6}
+        losscli.Recorder(model, own / "moments", steps=6, **options).close()
+        with torch.no_grad():
+            next(model.parameters()).zero_()
         try:
-            torch.set_num_threads(1)
-            _train_as_rank(rank, WRAPPERS[name], tmp_path)
-            status = 0
-        finally:
-            os._exit(status)
-    assert [ended(pid) for pid in pids] == [0, 0]
-    assert steps_in("run") == [0, 1, 2, 3, 6]
-    assert list(Path("elsewhere").iterdir()) == []
-    assert "record of another run" in Path("error-0").read_text()
-    assert Path("error-0").read_text() == Path("error-1").read_text()
+            losscli.Recorder(model, own / "run", steps=6)
+        except OutputError as error:
+            (folder / f"error-{rank}").write_text(str(error))
+        torch.distributed.destroy_process_group()
+
+
+def test_of_two_ranks_the_first_writes_and_both_know_where_they_are() -> None:
+    names = ["DDP", "FSDP", "FSDP2"]
+    code = "from tests.recorder import test_recorder as test; test.train_as_rank({}, {})"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code.format(rank, names)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        heard = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], heard
     # Both ranks train on the same data, so that one process alone finds the same.
     model = network()
     optimizer = torch.optim.Adam(model.parameters())
     with losscli.Recorder(model, "alone", steps=6, count=4) as recorder:
         train(model, optimizer, recorder, 6)
-    one, two = (load_file(f"{run}/step-00006.safetensors") for run in ("alone", "run"))
-    assert one.keys() == two.keys()
-    assert all(torch.allclose(tensor, one[key], rtol=1e-5) for key, tensor in two.items())
-    stored = torch.load("moments/step-00006.pt", weights_only=True)["optimizer"]
-    (group,) = stored["param_groups"]
-    assert group["param_names"] == [key for key, _ in model.named_parameters()]
-    for k, moments in optimizer.state_dict()["state"].items():
-        found = stored["state"][k]["exp_avg_sq"]
-        assert torch.allclose(found, moments["exp_avg_sq"], rtol=1e-4)
+    expected = load_file("alone/step-00006.safetensors")
+    for name in names:
+        assert steps_in(f"{name}/of-0/run") == [0, 1, 2, 3, 6]
+        assert list(Path(f"{name}/of-1").iterdir()) == []
+        errors = {Path(f"{name}/error-{rank}").read_text() for rank in range(2)}
+        assert len(errors) == 1
+        assert "record of another run" in errors.pop()
+        found = load_file(f"{name}/of-0/run/step-00006.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(t, expected[key], rtol=1e-5) for key, t in found.items())
+        path = f"{name}/of-0/moments/step-00006.pt"
+        stored = torch.load(path, weights_only=True)["optimizer"]
+        (group,) = stored["param_groups"]
+        assert group["param_names"] == [key for key, _ in model.named_parameters()]
+        for k, moments in optimizer.state_dict()["state"].items():
+            moment = stored["state"][k]["exp_avg_sq"]
+            assert torch.allclose(moment, moments["exp_avg_sq"], rtol=1e-4)
 
 
 # --- continuing ----------------------------------------------------------------------------------
@@ -586,6 +595,7 @@ def test_a_kill_during_a_save_leaves_whole_files_and_is_continued(
     pid = os.fork()
     if not pid:
         try:
+            signal.alarm(PATIENCE)
             torch.set_num_threads(1)
             monkeypatch.setattr(saving, "save_file", killed)
             recorder = losscli.Recorder(model, "run", steps=30, count=6)
