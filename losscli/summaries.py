@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointEntry",
     "CostEstimate",
     "Counts",
+    "Density",
     "Description",
     "Escape",
     "Extremum",
@@ -185,6 +186,7 @@ class Description(Origin, total=False):
     blocks: list[str]
     pairs: int
     products_at_most: int
+    bytes_of_basis: int
     steps_at_most: int
     estimate: CostEstimate
 
@@ -470,6 +472,18 @@ class Sides(TypedDict, total=False):
     positive: Step | None
 
 
+class Density(TypedDict, total=False):
+    """The spectral density: the width σ of its Gaussians, outliers, and the trace by its probes.
+
+    The eigenvalues apart from the bulk are in descending order.
+    """
+
+    sigma: float
+    outliers: list[float]
+    trace: float
+    trace_stderr: float | None
+
+
 class CheckedPoint(TypedDict, total=False):
     """What the table does not hold of one checkpoint on one split."""
 
@@ -488,6 +502,7 @@ class CheckedPoint(TypedDict, total=False):
     exact: bool
     products: int
     descent: Step | None
+    density: Density | None
 
 
 class CheckSplit(TypedDict, total=False):
@@ -512,6 +527,9 @@ class CheckSummary(Summary, total=False):
     learning_rate: float | None
     momentum: float | None
     threshold: float | None
+    operator: str | None
+    probes: int | None
+    lanczos: int | None
     splits: dict[str, CheckSplit]
     escape: Escape | None
 

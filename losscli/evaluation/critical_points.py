@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from losscli.data import Split
+from losscli.data import Examples, Split
 from losscli.evaluation.curvature import DENSE_LIMIT, Curvature
 from losscli.evaluation.curvature_check import check_derivatives
 from losscli.evaluation.eigenvalues import DenseHessian, Eigenpair, Extremes
@@ -422,6 +422,47 @@ class CriticalPointTest:
         )
         is_kept = evidence.sides and decided in kept
         return analysis.to_arrays(eigenvector if is_kept else None, objective)
+
+    def largest_eigenvalue(
+        self,
+        weights: Weights,
+        names: Sequence[str],
+        every: Examples,
+        operator: type[Curvature],
+        execution: Execution,
+    ) -> Eigenpair:
+        """Computes the largest eigenvalue of a diagonal block of a matrix.
+
+        Args:
+            weights: The point: all tensors of the model.
+            names: The parameters of the block.
+            every: The examples.
+            operator: The matrix.
+            execution: Fails if another rank has failed.
+
+        Returns:
+            λ_max, with measured rounding in its error.
+        """
+
+        def poll(_: float) -> None:
+            execution.poll()
+
+        differentiated = self.differentiated(weights)
+        with operator(differentiated, weights, names, every, poll) as curvature:
+            extremes = curvature.extremes(1, tolerance=_TOLERANCE, seed=self.seed)
+        sample, _ = every.spread(_ROUNDING_EXAMPLES)
+        extremes = add_rounding(
+            extremes,
+            differentiated,
+            None if self.float64 is differentiated else self.float64,
+            weights,
+            names,
+            sample.to(self.objective.device),
+            whole=len(sample) == len(every),
+            seed=self.seed,
+            operator=operator,
+        )
+        return extremes.largest[0]
 
     def _with_rounding(
         self,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -317,6 +317,10 @@ class Curvature:
         self._weight = weight
         return total
 
+    def _losses(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Computes the numbers ``[B]`` of a batch that are differentiated: the losses."""
+        return self.objective.per_example(self.objective.loss, outputs, targets, "loss")
+
     def _derive_batch(
         self, derive: Callable[[Tensor], Tensor], batch: Split
     ) -> tuple[Tensor, float]:
@@ -325,7 +329,7 @@ class Curvature:
         inputs = objective.data.prepare(batch.inputs, objective.dtype)
         with Decomposed():
             outputs = objective.forward(objective.model, inputs)
-            losses = objective.per_example(objective.loss, outputs, batch.targets, "loss")
+            losses = self._losses(outputs, batch.targets)
         return derive(losses), objective.weight(outputs, batch.targets)
 
     def _differentiate(self, losses: Tensor, *, create_graph: bool) -> Sequence[Tensor | None]:
