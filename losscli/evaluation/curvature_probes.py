@@ -30,22 +30,25 @@ class BlockCurvature:
         lambda_max: The largest eigenvalue.
         lambda_max_error: Its error, see `Eigenpair`.
         converged: Whether it may be taken for the largest.
+        traces: vᵀHv of its diagonal block H for each probe v, ``[K]``: estimates of its trace.
     """
 
     gradient_norm: float
     lambda_max: float
     lambda_max_error: float
     converged: bool
+    traces: NDArray[np.float64]
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Returns the arrays of a record."""
-        return {"block": np.array([*vars(self).values()], np.float64)}
+        numbers = [self.gradient_norm, self.lambda_max, self.lambda_max_error, self.converged]
+        return {"numbers": np.array(numbers, np.float64), "traces": self.traces}
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> Self:
         """Reads the arrays of a record."""
-        *numbers, converged = arrays["block"].tolist()
-        return cls(*numbers, bool(converged))
+        norm, value, error, converged = arrays["numbers"].tolist()
+        return cls(norm, value, error, bool(converged), arrays["traces"])
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class CurvatureProbes:
     Attributes:
         test: The objective, the parameters and the seed, as for verdicts.
         operator: The matrix.
-        steps: The most Lanczos steps of a probe.
+        number: The number of probes.
+        steps: The most Lanczos steps of each.
     """
 
     test: CriticalPointTest
     operator: type[Curvature]
+    number: int
     steps: int
 
     def kept(self, size: int) -> tuple[int, int]:
@@ -108,18 +113,18 @@ class CurvatureProbes:
             ) as curvature,
         ):
             v = draw_probe(curvature.size, test.seed, number).to(curvature.device)
-            sizes = [weights[name].numel() for name in test.names]
-            found = Probe.run(curvature.product, v, steps, sizes, kept)
+            found = Probe.run(curvature.product, v, steps, kept)
         return {**found.to_arrays(), **_state(objective)}
 
     def block(
-        self, placed: Weights, split: str, names: Sequence[str], execution: Execution
+        self, placed: Weights, split: str, index: int, names: Sequence[str], execution: Execution
     ) -> Arrays:
         """Computes the curvature of a block at one point on one split.
 
         Args:
             placed: The point: all tensors of the model.
             split: The name of the split.
+            index: The number of the block, which determines its probes.
             names: The parameters of the block.
             execution: Fails if another rank has failed; its progress is not counted.
 
@@ -131,10 +136,19 @@ class CurvatureProbes:
         every = objective.splits[split]
         weights = recalibrated(objective, placed)
         with objective.frozen_statistics():
-            with Curvature(test.differentiated(weights), weights, names, every) as curvature:
+            differentiated = test.differentiated(weights)
+            with Curvature(differentiated, weights, names, every) as curvature:
                 norm = float(curvature.gradient().norm())
+            with self.operator(differentiated, weights, names, every) as curvature:
+                traces = []
+                for number in range(self.number):
+                    execution.poll()
+                    v = draw_probe(curvature.size, test.seed, number, index).to(curvature.device)
+                    traces.append(float(v @ curvature.product(v)))
             largest = test.largest_eigenvalue(weights, names, every, self.operator, execution)
-        found = BlockCurvature(norm, largest.value, largest.error, largest.converged)
+        found = BlockCurvature(
+            *(norm, largest.value, largest.error, largest.converged), np.array(traces)
+        )
         return {**found.to_arrays(), **_state(objective)}
 
 

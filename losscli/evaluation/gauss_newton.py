@@ -21,9 +21,9 @@ class GaussNewton(Curvature):
     the model, and J = ∂z/∂θ (Schraudolph 2002, "Fast curvature matrix-vector products"). It is the
     Hessian without the curvature of the model, and positive semidefinite if l is convex in z.
 
-    G is the Hessian at θ of the quadratic form ½ rᵀ (∂²l/∂z²) r, with r = z − z(θ), so that products
-    and eigenvalues are computed as those of a Hessian. The form and its gradient are 0 at θ, and so
-    are ``loss`` and ``gradient()``.
+    G is the Hessian at θ of the quadratic form ½ rᵀ (∂²l/∂z²) r, with r = z − z(θ), so products and
+    eigenvalues are computed as those of a Hessian. The form and its gradient are 0 at θ, and so are
+    ``loss`` and ``gradient()``.
 
     It has the arguments of `Curvature`.
     """

@@ -51,18 +51,17 @@ def basis_size(size: int, steps: int, device: torch.device) -> int:
     return min(steps, max(2, budget // (8 * max(1, size))))
 
 
-def draw_probe(size: int, seed: int, number: int) -> Tensor:
-    """Draws a vector of independent signs ±1, so that E vvᵀ = 1 (Hutchinson 1990).
+def draw_probe(size: int, *seed: int) -> Tensor:
+    """Draws a vector of independent signs ±1, so that E vᵀHv = tr H (Hutchinson 1990).
 
     Args:
         size: Its length n.
-        seed: The seed of the run.
-        number: The number of the probe.
+        seed: The seed of the run, and the numbers of the probe.
 
     Returns:
         ``[n]``, float64, on the CPU.
     """
-    signs = np.random.default_rng([seed, number]).integers(0, 2, size, np.int8)
+    signs = np.random.default_rng(seed).integers(0, 2, size, np.int8)
     return torch.from_numpy(2 * signs - 1).double()
 
 
@@ -74,31 +73,22 @@ class Probe:
         ritz: The nodes, which are Ritz values, ``[m]``, ascending; nan if H is not finite.
         weights: Their weights, ``[m]``, with the sum 1.
         errors: Some eigenvalue of H is within this distance of each node, ``[m]``.
-        traces: v_bᵀ (H v)_b for each part b of the vector, ``[B]``: estimates of the traces of the
-            diagonal blocks. Their sum is vᵀHv, n times the mean of the quadrature.
+        trace: vᵀHv, an estimate of the trace of H: n times the mean of the quadrature.
     """
 
     ritz: Floats
     weights: Floats
     errors: Floats
-    traces: Floats
+    trace: float
 
     @classmethod
-    def run(
-        cls,
-        product: Callable[[Tensor], Tensor],
-        v: Tensor,
-        steps: int,
-        sizes: Sequence[int],
-        kept: int,
-    ) -> Self:
+    def run(cls, product: Callable[[Tensor], Tensor], v: Tensor, steps: int, kept: int) -> Self:
         """Runs Lanczos' method (Golub & Welsch 1969).
 
         Args:
             product: Multiplies H with a vector ``[n]``, float64.
             v: The vector, ``[n]``, of signs.
             steps: The number of products.
-            sizes: The lengths of the parts of the vector, which add up to n.
             kept: The latest basis vectors against which a new one is orthogonalised. With fewer
                 than ``steps`` a converged Ritz value may appear again; the copies share its weight.
 
@@ -107,18 +97,14 @@ class Probe:
         """
         basis = v.new_empty(max(2, min(kept, steps)), len(v))
         diagonal, lower = [], []
-        traces = np.zeros(0)
         q = v / v.norm()
         for k in range(steps):
             basis[k % len(basis)] = q
             image = product(q)
-            if k == 0:
-                parts = (len(v) * q * image).split(list(sizes))
-                traces = np.array([float(part.sum()) for part in parts])
             diagonal.append(float(q @ image))
             if not bool(image.isfinite().all()):
                 nan = np.full(1, math.nan)
-                return cls(nan, np.ones(1), nan, traces)
+                return cls(nan, np.ones(1), nan, math.nan)
             filled = basis[: k + 1]
             # Twice is enough (Parlett 1980).
             for _ in range(2):
@@ -128,28 +114,23 @@ class Probe:
             if lower[-1] <= 10 * math.sqrt(len(v)) * np.finfo(np.float64).eps * largest:
                 break
             q = image / lower[-1]
-        return cls(*_quadrature(np.array(diagonal), np.array(lower)), traces)
+        return cls(*_quadrature(np.array(diagonal), np.array(lower)), len(v) * diagonal[0])
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Returns the arrays of a record."""
-        return dict(vars(self))
+        return {name: np.asarray(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_arrays(cls, arrays: Any) -> Self:
         """Reads the arrays of a record."""
-        return cls(*(arrays[name] for name in ("ritz", "weights", "errors", "traces")))
-
-    @property
-    def trace(self) -> float:
-        """vᵀHv, an estimate of the trace of H."""
-        return float(self.traces.sum())
+        return cls(arrays["ritz"], arrays["weights"], arrays["errors"], float(arrays["trace"]))
 
 
 def _quadrature(diagonal: Floats, lower: Floats) -> tuple[Floats, Floats, Floats]:
     """Nodes, weights and errors from a tridiagonal matrix; the last of ``lower`` is beyond it."""
     from scipy.linalg import eigh_tridiagonal
 
-    values, vectors = eigh_tridiagonal(diagonal, lower[:-1])
+    values, vectors = (np.array(x, np.float64) for x in eigh_tridiagonal(diagonal, lower[:-1]))
     return values, vectors[0] ** 2, lower[-1] * np.abs(vectors[-1])
 
 

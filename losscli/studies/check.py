@@ -422,7 +422,9 @@ class Check(Study):
                 name: {
                     "points": [
                         {
-                            **{"checkpoint": checkpoint, "split": split, **one.summary()},
+                            "checkpoint": checkpoint,
+                            "split": split,
+                            **one.summary(),
                             "density": probed[checkpoint, split].summary()
                             if self.spectra.density
                             else None,
@@ -495,11 +497,13 @@ class Check(Study):
         probed: dict[tuple[int, str], dict[Part, Arrays]] = {}
 
         def key(t: int, split: str, part: Part | None) -> str:
-            kind, numbers = "check", [self.eigenvalues, self.tolerance]
-            if part is not None:
-                kind, numbers = "spectra", spectra.numbers(part)
-            numbers = [list(self.moving), *numbers, self._test.seed]
-            return record_key(objective, {split: splits[split]}, kind, [placed(t)], numbers)
+            numbers = [list(self.moving), self._test.seed]
+            if part is None:
+                kind, own = "check", [self.eigenvalues, self.tolerance]
+            else:
+                kind, own = "spectra", spectra.numbers(part)
+            examples = {split: splits[split]}
+            return record_key(objective, examples, kind, [placed(t)], [*numbers, *own])
 
         def evaluate(t: int, split: str, part: Part | None, size: float, own: Execution) -> Arrays:
             if part is not None:
@@ -531,7 +535,7 @@ class Check(Study):
         if analysis.shares and self.spectra.operator == "hessian":
             # That of a whole Hessian is exact.
             return analysis.shares[-1], 0.0
-        return point.trace if point.probes else (None, None)
+        return point.trace if self._spectra.parts else (None, None)
 
     def _spectra_tables(self, probed: Mapping[tuple[str, str], ProbedPoint]) -> dict[str, Table]:
         """Makes the tables of the spectral density and of blocks that were asked for."""
@@ -547,11 +551,7 @@ class Check(Study):
                     *("checkpoint", "split", "block", "gradient_norm"),
                     *("lambda_max", "lambda_max_error", "trace", "trace_stderr"),
                 ],
-                (
-                    [*point, *row]
-                    for point, one in probed.items()
-                    for row in one.block_rows(self.moving)
-                ),
+                ([*point, *row] for point, one in probed.items() for row in one.block_rows()),
             )
         return tables
 
@@ -599,7 +599,7 @@ class Check(Study):
 
 def _cells(analysis: PointAnalysis, trace: Sequence[Cell]) -> list[Cell]:
     """Returns the cells of a row after its checkpoint and split, with the trace and its error."""
-    positive, negative, undecided, _ = analysis.shares or [None] * 4
+    positive, negative, undecided, _ = analysis.shares or (None, None, None, None)
     return [
         *(analysis.loss, analysis.gradient_norm),
         *(analysis.smallest.value, analysis.smallest.error),

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from losscli.errors import UsageError
 from losscli.evaluation.critical_points import CriticalPointTest
@@ -131,8 +132,13 @@ class ProbedPoint:
 
     @property
     def trace(self) -> tuple[float, float | None]:
-        """The trace and its standard error over probes; None for one probe."""
-        return _mean(np.array([probe.trace for probe in self.probes]))
+        """The trace and its standard error over probes; None for one probe.
+
+        Without the density, it is the sum over the blocks.
+        """
+        if self.probes:
+            return _mean(np.array([probe.trace for probe in self.probes]))
+        return _mean(np.sum([block.traces for block in self.curvatures.values()], axis=0))
 
     def summary(self) -> Density:
         """Returns the part of the summary on the density."""
@@ -149,23 +155,16 @@ class ProbedPoint:
         for point in zip(self.density.grid.tolist(), self.density.density.tolist(), strict=True):
             yield [*point]
 
-    def block_rows(self, names: Sequence[str]) -> Iterator[list[Cell]]:
-        """Yields the cells of each block.
-
-        Args:
-            names: The parameters, in the order of the traces of a probe.
-        """
-        traces = np.stack([probe.traces for probe in self.probes])
-        places = {name: i for i, name in enumerate(names)}
+    def block_rows(self) -> Iterator[list[Cell]]:
+        """Yields the cells of each block."""
         for block, found in self.curvatures.items():
-            own = [places[name] for name in block.moving]
             yield [
                 *(block.name, found.gradient_norm, found.lambda_max, found.lambda_max_error),
-                *_mean(traces[:, own].sum(1)),
+                *_mean(found.traces),
             ]
 
 
-def _mean(values: Any) -> tuple[float, float | None]:
+def _mean(values: NDArray[np.float64]) -> tuple[float, float | None]:
     """Returns the mean and its standard error, which one value does not have."""
     number = len(values)
     stderr = float(values.std(ddof=1)) / math.sqrt(number) if number > 1 else None
@@ -198,16 +197,14 @@ class Spectra:
         Returns:
             The tasks.
         """
-        # Without the density one product shows the traces.
-        steps = options.steps if options.density else 1
-        estimator = CurvatureProbes(test, _OPERATORS[options.operator], steps)
+        operator = _OPERATORS[options.operator]
+        estimator = CurvatureProbes(test, operator, options.probes, options.steps)
         return cls(options, blocks if options.blocks else (), estimator)
 
     @property
     def parts(self) -> list[Part]:
         """The tasks at each point on each split."""
-        used = self.options.density or self.options.blocks
-        probes = range(self.options.probes if used else 0)
+        probes = range(self.options.probes if self.options.density else 0)
         blocks = range(len(self.blocks))
         return [*(("probe", i) for i in probes), *(("block", i) for i in blocks)]
 
@@ -223,7 +220,8 @@ class Spectra:
         """
         if part[0] == "probe":
             return (min(self.estimator.steps, size),) * 2
-        return min(MIN_PRODUCTS, size), min(PRODUCT_LIMIT, size)
+        measured = self.options.probes + 1
+        return min(MIN_PRODUCTS, size) + measured, min(PRODUCT_LIMIT, size) + measured
 
     def length(self, part: Part) -> int:
         """Returns about how many products a task takes, for the progress."""
@@ -234,7 +232,7 @@ class Spectra:
         name, index = part
         what: object = [self.estimator.steps, index]
         if name == "block":
-            what = list(self.blocks[index].moving)
+            what = [list(self.blocks[index].moving), index, self.options.probes]
         return [name, self.options.operator, what]
 
     def evaluate(
@@ -255,7 +253,7 @@ class Spectra:
         name, index = part
         if name == "probe":
             return self.estimator.probe(placed, split, index, size, execution)
-        return self.estimator.block(placed, split, self.blocks[index].moving, execution)
+        return self.estimator.block(placed, split, index, self.blocks[index].moving, execution)
 
     def point(self, records: Mapping[Part, Arrays]) -> ProbedPoint:
         """Reads the records of one checkpoint on one split.
