@@ -51,17 +51,19 @@ def basis_size(size: int, steps: int, device: torch.device) -> int:
     return min(steps, max(2, budget // (8 * max(1, size))))
 
 
-def draw_probe(size: int, *seed: int) -> Tensor:
+def draw_probe(size: int, seed: int, *numbers: int) -> Tensor:
     """Draws a vector of independent signs ±1, so that E vᵀHv = tr H (Hutchinson 1990).
 
     Args:
         size: Its length n.
-        seed: The seed of the run, and the numbers of the probe.
+        seed: The seed of the run.
+        numbers: Identify the probe.
 
     Returns:
         ``[n]``, float64, on the CPU.
     """
-    signs = np.random.default_rng(seed).integers(0, 2, size, np.int8)
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=numbers))
+    signs = generator.integers(0, 2, size, np.int8)
     return torch.from_numpy(2 * signs - 1).double()
 
 

@@ -96,7 +96,7 @@ def spectra_rows(
         yield Row(2.4, lambda *place: _draw_densities(run, density, names, splits, *place))
     if blocks := run.more.get("curvature"):
         many = len(names) > 1
-        height = 2.1 if many else 0.6 + _BLOCK * min(len(blocks.unique("block")), 2 * _MOST_LABELS)
+        height = 2.1 if many else 0.8 + _BLOCK * min(len(blocks.unique("block")), 2 * _MOST_LABELS)
         draw = _draw_block_curves if many else _draw_blocks
         yield Row(height, lambda *place: draw(run, blocks, names, splits, *place))
 
