@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -67,17 +67,16 @@ class CurvatureProbes:
     number: int
     steps: int
 
-    def kept(self, size: int) -> tuple[int, int]:
-        """Returns how many of the Lanczos vectors of ``size`` parameters are kept, and of how many.
-
-        Args:
-            size: n.
-
-        Returns:
-            Both numbers.
-        """
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many of the Lanczos vectors of a probe are kept in memory, and of how many."""
+        size = self.size(self.test.names)
         steps = min(self.steps, size)
         return basis_size(size, steps, self.test.objective.device), steps
+
+    def size(self, names: Iterable[str]) -> int:
+        """Returns the number of values in some parameters."""
+        return sum(self.test.objective.tensors[name].numel() for name in names)
 
     def probe(
         self, placed: Weights, split: str, number: int, size: float, execution: Execution
@@ -96,7 +95,7 @@ class CurvatureProbes:
         """
         test, done = self.test, 0.0
         objective = test.objective
-        kept, steps = self.kept(sum(placed[name].numel() for name in test.names))
+        kept, steps = self.kept
 
         def attend(share: float) -> None:
             nonlocal done

@@ -7,11 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from losscli.arguments import describe
 from losscli.errors import UsageError
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.forward import scores_in
+from losscli.evaluation.objective import Objective
 
-__all__ = ["GaussNewton"]
+__all__ = ["GaussNewton", "check_outputs"]
+
+
+def check_outputs(objective: Objective) -> None:
+    """Checks on a first batch that the model returns one tensor, as `GaussNewton` needs.
+
+    Args:
+        objective: The model and the data.
+
+    Raises:
+        UsageError: It returns something else.
+    """
+    batch = next(iter(objective.first_batches().values()))
+    with torch.no_grad():
+        inputs = objective.data.prepare(batch.inputs, objective.dtype)
+        outputs = scores_in(objective.forward(objective.model, inputs))
+    if not isinstance(outputs, Tensor):
+        raise UsageError(
+            "--operator ggn needs one tensor of outputs, and the model returns "
+            f"{describe(outputs)}",
+            "Take --operator hessian",
+        )
 
 
 class GaussNewton(Curvature):
@@ -25,18 +48,12 @@ class GaussNewton(Curvature):
     eigenvalues are computed as those of a Hessian. The form and its gradient are 0 at θ, and so are
     ``loss`` and ``gradient()``.
 
-    It has the arguments of `Curvature`.
+    It has the arguments of `Curvature`, with an objective that `check_outputs` accepts.
     """
 
     def _losses(self, outputs: Any, targets: Tensor) -> Tensor:
         """Computes ½ rᵀ (∂²l/∂z²) r of each example."""
         outputs = scores_in(outputs)
-        if not isinstance(outputs, Tensor):
-            raise UsageError(
-                f"--operator ggn needs one tensor of outputs, and the model returns "
-                f"a {type(outputs).__name__}",
-                "Take --operator hessian",
-            )
         with torch.enable_grad():
             z = outputs.detach().requires_grad_()
             losses = super()._losses(z, targets)
@@ -45,4 +62,5 @@ class GaussNewton(Curvature):
             (slope,) = torch.autograd.grad((losses * ones).sum(), z, create_graph=True)
             r = outputs - outputs.detach()
             (image,) = torch.autograd.grad(slope, z, r, create_graph=True, materialize_grads=True)
-            return (r * image).flatten(1).sum(1).to(losses.dtype) / 2
+            forms: Tensor = (r * image).flatten(1).sum(1) / 2
+            return forms.to(losses.dtype)

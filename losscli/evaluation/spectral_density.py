@@ -173,7 +173,9 @@ class SpectralDensity:
         low, high = float(nodes.min()), float(nodes.max())
         sigma = _WIDTH * (max(high - low, _NARROWEST * max(abs(low), abs(high))) or 1.0)
         low, high = low - _MARGIN * sigma, high + _MARGIN * sigma
-        grid = np.linspace(low, high, 1 + math.ceil(_POINTS_PER_WIDTH * (high - low) / sigma))
+        # A range of whole widths but for rounding has one number of points.
+        number = 1 + math.ceil(_POINTS_PER_WIDTH * (high - low) / sigma - 1e-6)
+        grid = np.linspace(low, high, number)
         density = np.zeros_like(grid)
         for node, weight in zip(nodes, weights, strict=True):
             density += weight * np.exp(-(((grid - node) / sigma) ** 2) / 2)

@@ -22,6 +22,7 @@ from losscli.evaluation.critical_points import (
 )
 from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT, ROWS_PER_PASS, Curvature
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.gauss_newton import check_outputs
 from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.line_search import MAX_CURVE_POINTS, STEP_LENGTHS, LineSearch
 from losscli.evaluation.objective import recalibrated
@@ -266,13 +267,13 @@ class Check(Study):
         splits = len(self.problem.objective.splits)
         spectra = self._spectra
         most = size if size <= DENSE_LIMIT else PRODUCT_LIMIT
-        most += sum(spectra.products(part, size)[1] for part in spectra.parts)
+        most += sum(spectra.products(part)[1] for part in spectra.parts)
         added: Description = {
             "products_at_most": most * splits * len(self.problem.names),
             "steps_at_most": self._steps * splits,
         }
         if self.spectra.density:
-            added["bytes_of_basis"] = 8 * size * spectra.estimator.kept(size)[0]
+            added["bytes_of_basis"] = 8 * size * spectra.estimator.kept[0]
         if spectra.blocks:
             added["blocks"] = [block.name for block in spectra.blocks]
         return added
@@ -314,7 +315,7 @@ class Check(Study):
         fewest, most = (size, size) if whole else (MIN_PRODUCTS, PRODUCT_LIMIT)
         measured = 1 + 2 * self.eigenvalues
         for part in self._spectra.parts:
-            least, greatest = self._spectra.products(part, size)
+            least, greatest = self._spectra.products(part)
             fewest, most = fewest + least, most + greatest
         return {
             "seconds": seconds + number * fewest * product,
@@ -366,6 +367,8 @@ class Check(Study):
             objective.load(self.problem.origin)
             del last
             functions = functions_called(objective)
+            if self.spectra.operator == "ggn":
+                check_outputs(objective)
             records, probed = self._analyse_all(execution)
             analyses, directions = {}, {}
             for t, _ in enumerate(names):
@@ -406,9 +409,9 @@ class Check(Study):
                 for name, split, one in points
             ),
         )
-        origin, used = self.origin(), self.spectra.provenance
+        used = self.spectra.provenance
         summary: CheckSummary = {
-            **origin,
+            **self.origin(),
             "tables": list(more),
             "tolerance": self.tolerance,
             "learning_rate": self.learning_rate,
@@ -440,7 +443,7 @@ class Check(Study):
                 *general_notes(self),
                 *spectral_notes(self),
                 *check_notes(self, functions, list(analyses.values())),
-                *self._spectra.notes([*probed.values()], origin["moving"]["values"]),
+                *self._spectra.notes([*probed.values()]),
             ],
             "seconds": seconds,
         }

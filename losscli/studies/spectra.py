@@ -208,18 +208,12 @@ class Spectra:
         blocks = range(len(self.blocks))
         return [*(("probe", i) for i in probes), *(("block", i) for i in blocks)]
 
-    def products(self, part: Part, size: int) -> tuple[int, int]:
-        """Returns the fewest and the most products with the matrix that a task takes.
-
-        Args:
-            part: The task.
-            size: The number of parameters.
-
-        Returns:
-            Both numbers.
-        """
-        if part[0] == "probe":
-            return (min(self.estimator.steps, size),) * 2
+    def products(self, part: Part) -> tuple[int, int]:
+        """Returns the fewest and the most products with the matrix that a task takes."""
+        name, index = part
+        if name == "probe":
+            return (self.estimator.kept[1],) * 2
+        size = self.estimator.size(self.blocks[index].moving)
         measured = self.options.probes + 1
         return min(MIN_PRODUCTS, size) + measured, min(PRODUCT_LIMIT, size) + measured
 
@@ -272,12 +266,11 @@ class Spectra:
         }
         return ProbedPoint(probes, curvatures)
 
-    def notes(self, points: Sequence[ProbedPoint], size: int) -> Iterator[str]:
+    def notes(self, points: Sequence[ProbedPoint]) -> Iterator[str]:
         """Yields notes on what was estimated.
 
         Args:
             points: All checkpoints on all splits.
-            size: The number of parameters.
         """
         if not self.parts:
             return
@@ -288,11 +281,11 @@ class Spectra:
             )
         if self.options.probes == 1:
             yield "one probe gives no standard error of the trace: give --probes 2 or more"
-        kept, steps = self.estimator.kept(size)
+        kept, steps = self.estimator.kept
         if self.options.density and kept < steps:
             yield (
-                f"{kept} of {steps} Lanczos vectors fit into memory: a converged eigenvalue may "
-                "appear several times and share its weight, which leaves the density as it is"
+                f"{kept} of {steps} Lanczos vectors fit into memory: outliers may appear several "
+                "times and share their weight, so the bulk is resolved as by fewer steps"
             )
         found = [one for point in points for one in point.curvatures.values()]
         if missed := sum(math.isfinite(one.lambda_max) and not one.converged for one in found):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from losscli.data import DataSet, Split
-from losscli.errors import UsageError
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.gauss_newton import GaussNewton
 from losscli.evaluation.losses import LOSSES
@@ -66,9 +65,7 @@ def wide(x: object) -> object:
 def test_a_product_is_that_of_the_dense_matrix(case: Case) -> None:
     model = case.build().double()
     state = case.state(1)
-    model.load_state_dict(
-        {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
-    )
+    model.load_state_dict({n: t.double() if t.is_floating_point() else t for n, t in state.items()})
     targets = wide(case.targets)
     matrix, _ = dense(model, wide(case.inputs), lambda z: case.per_example(z, targets).mean())
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
@@ -121,26 +118,3 @@ def test_a_loss_that_is_linear_in_the_outputs_has_none() -> None:
     names, split = parameters_of(objective.model), objective.splits["all"]
     product = GaussNewton(objective, state, names, split).product
     assert not product(random(sum(state[n].numel() for n in names))).any()
-
-
-class Pair(nn.Module):
-    """Returns two tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.layer(x)
-        return z, z
-
-
-def test_more_than_one_tensor_of_outputs_is_refused() -> None:
-    case = Case("pair", Pair, random(9, 4), torch.arange(9) % 2)
-    objective, state = objective_of(case, dtype=torch.float64), case.state(1)
-    objective.loss = lambda outputs, targets: F.cross_entropy(
-        outputs[0], targets, reduction="none"
-    )
-    matrix = GaussNewton(objective, state, list(state), objective.splits["all"])
-    with pytest.raises(UsageError, match="returns a tuple.*--operator hessian"):
-        matrix.product(random(10))

@@ -122,7 +122,7 @@ def test_what_is_not_finite_has_no_density() -> None:
     h = torch.full((4, 4), math.nan, dtype=torch.float64)
     found = SpectralDensity.of([*probes_of(torch.eye(4).double(), 1, 3), *probes_of(h, 1, 3)])
     assert math.isnan(found.sigma)
-    assert not (found.grid.size or found.density.size or found.outliers.size)
+    assert found.grid.size == found.density.size == found.outliers.size == 0
 
 
 def test_a_probe_has_signs_of_its_own_and_they_are_drawn_again() -> None:

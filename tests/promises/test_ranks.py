@@ -252,7 +252,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
         f"plane {THREE} --points 5",
         f"barriers {FOUR} --points 5",
         f"barriers {FOUR} --points 9 --sampling-error 0.5",
-        "check a.pt b.pt --tolerance 1 --split test",
+        "check a.pt b.pt --tolerance 1 --split test --density --blocks --probes 2 --lanczos 4",
         f"check {THREE} --split train",
     ]
     lines = [f"{line} -q --no-figure -o @{i}" for i, line in enumerate(commands)]
@@ -283,6 +283,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
             assert_same(name, name.replace("one", "two"))
     # Where every line and every search is one rank's, or the arithmetic is that of a CPU, the
     # numbers are the same to the last bit; so --refine adds the same points.
+    assert {"one7.density.csv", "one7.curvature.csv"} <= before
     assert {"one7.escape.csv", "one8.escape.csv", "one5.curves.csv", "one3.surface.csv"} <= before
     for i in (0, 3, 5, 7):
         assert summary(f"two{i}") == summary(f"one{i}")

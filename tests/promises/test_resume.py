@@ -330,6 +330,7 @@ def _plane(*names: str) -> Callable[[], Study]:
 
 def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
     own: dict[str, Any] = {"eigenvalues": 1, "learning_rate": None}
+    own |= {key: more.pop(key) for key in ("density", "blocks", "probes", "lanczos") if key in more}
     return lambda: Check.plan(names, Settings(**more), tolerance=tolerance, **own)
 
 
@@ -346,6 +347,7 @@ def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
         _plane("a.pt", "b.pt", "init:3"),
         _check(1e-3, "b.pt", split="test"),
         _check(10, "a.pt", split="test"),
+        _check(1e-3, "a.pt", split="test", density=True, blocks=True, probes=2, lanczos=5),
         *(
             pytest.param(_check(tolerance, "a.pt", "b.pt"), marks=pytest.mark.stress)
             for tolerance in (1e-3, 10)
