@@ -245,8 +245,7 @@ def _draw_blocks(
             shift = 0.2 * (index - (len(splits) - 1) / 2)
             y = np.array([rank[str(block)] for block in rows["block"]]) + shift
             x = np.array(rows.floats(column))
-            errors = np.array(rows.floats(error)) if error else np.zeros(len(x))
-            errors = np.where(drawable(errors, log=False), errors, 0.0)
+            errors = _errors(rows, error)
             ok = drawable(x, log=False)
             face = "white" if index else _COLOUR
             axes.errorbar(
@@ -282,7 +281,7 @@ def _draw_block_curves(
     numbers, under = number_checkpoints(names)
     number = dict(zip(names, numbers.tolist(), strict=True))
     grid = place.subgridspec(1, len(_PANELS))
-    for i, (column, _, label) in enumerate(_PANELS):
+    for i, (column, error, label) in enumerate(_PANELS):
         axes = figure.add_subplot(grid[0, i])
         log = column == "gradient_norm"
         reach = [np.empty(0)]
@@ -293,7 +292,9 @@ def _draw_block_curves(
             ok = drawable(y, log=log)
             y = np.where(ok, y, np.nan)
             axes.plot(x, y, "-" if len(names) > _MOST_LABELS else "o-", color=colour, lw=1.2, ms=3)
-            reach.append(y[ok])
+            errors = _errors(rows, error)
+            axes.vlines(x, y - errors, y + errors, color=colour, lw=1, alpha=0.6)
+            reach += [(y - errors)[ok], (y + errors)[ok]]
         values = np.concatenate(reach)
         how = "log scale" if log else scale_eigenvalues(axes, "y", values)
         if log:
@@ -310,6 +311,12 @@ def _draw_block_curves(
         for k in _spread(len(blocks), _MOST_NAMES)
     ]
     return notes, entries
+
+
+def _errors(rows: Table, column: str) -> Floats:
+    """Returns the errors in a column; 0 where they are unknown, or without a column."""
+    errors = np.array(rows.floats(column)) if column else np.zeros(len(rows.rows))
+    return np.where(drawable(errors, log=False), errors, 0.0)
 
 
 def _spread(number: int, most: int) -> list[int]:

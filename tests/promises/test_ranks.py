@@ -215,7 +215,7 @@ def assert_same(one: str, other: str) -> None:
     for here, there in zip(expected, found, strict=True):
         assert here.keys() == there.keys()
         for key, text in here.items():
-            if key in {"split", "checkpoint", "a", "b", "verdict"} or text == "":
+            if key in {"split", "checkpoint", "a", "b", "block", "verdict"} or text == "":
                 assert there[key] == text
             else:
                 assert math.isclose(float(there[key]), float(text), rel_tol=1e-6, abs_tol=1e-7)
