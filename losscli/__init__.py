@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate
     from losscli.results import Result as Result
     from losscli.settings import Settings as Settings
     from losscli.studies.alignment import align as align
+    from losscli.studies.around import around as around
     from losscli.studies.barriers import barriers as barriers
     from losscli.studies.check import check as check
     from losscli.studies.inspection import export as export

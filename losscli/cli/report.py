@@ -98,6 +98,7 @@ def plan(description: Description) -> str:
         rows.append(("products", f"with the Hessian, at most about {d['products_at_most']:,}"))
         if "bytes_of_basis" in d:
             rows.append(("basis", f"{d['bytes_of_basis'] / 2**20:,.1f} MiB of Lanczos vectors"))
+    if "steps_at_most" in d:
         steps = d["steps_at_most"]
         rows.append(("steps", f"down −∇L and along v, at most {steps:,}, each a pass over a split"))
     rows.append(("time", _estimate(d["estimate"], d["device"], d["processes"])))

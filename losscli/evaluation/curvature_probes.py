@@ -135,13 +135,11 @@ class CurvatureProbes:
         every = objective.splits[split]
         weights = recalibrated(objective, placed)
         with objective.frozen_statistics():
-            differentiated = test.differentiated(weights)
-            with Curvature(differentiated, weights, names, every) as curvature:
+            with test.curvature(weights, every, execution, names) as curvature:
                 norm = float(curvature.gradient().norm())
-            with self.operator(differentiated, weights, names, every) as curvature:
+            with test.curvature(weights, every, execution, names, self.operator) as curvature:
                 traces = []
                 for number in range(self.number):
-                    execution.poll()
                     v = draw_probe(curvature.size, test.seed, number, index).to(curvature.device)
                     traces.append(float(v @ curvature.product(v)))
             largest = test.largest_eigenvalue(weights, names, every, self.operator, execution)

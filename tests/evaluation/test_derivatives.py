@@ -139,7 +139,7 @@ def test_forward_and_reverse_mode_agree(case: Case) -> None:
 def test_derivatives_are_verified_in_float64_too(case: Case) -> None:
     objective, line = ready(case)
     found, expected = slopes(objective, line, ALPHAS)["all"], found_in_float64(case)
-    assert not objective.remarks
+    assert not objective.notes
     torch.testing.assert_close(found.slope, expected.slope, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(found.curvature, expected.curvature, rtol=1e-11, atol=1e-13)
 

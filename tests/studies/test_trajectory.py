@@ -195,9 +195,9 @@ def test_no_more_than_three_checkpoints_are_held_at_a_time(
     most = 0
     select = CheckpointFile.select
 
-    def selecting(self: CheckpointFile, *arguments: Any) -> Checkpoint:
+    def selecting(self: CheckpointFile, *arguments: Any, **further: Any) -> Checkpoint:
         nonlocal most
-        checkpoint = select(self, *arguments)
+        checkpoint = select(self, *arguments, **further)
         seen.append(weakref.ref(checkpoint.weights["layers.0.weight"]))
         most = max(most, sum(tensor() is not None for tensor in seen))
         return checkpoint
