@@ -26,6 +26,7 @@ from losscli.plotting.style import (
     STEPS,
     Numbers,
     drawable,
+    extent,
     format_number,
     number_checkpoints,
     plain,
@@ -92,9 +93,10 @@ def spectra_rows(
     Yields:
         The rows, from top to bottom.
     """
-    if density := run.more.get("density"):
+    density, blocks = run.more.get("density"), run.more.get("curvature")
+    if density is not None and density.rows:
         yield Row(2.4, lambda *place: _draw_densities(run, density, names, splits, *place))
-    if blocks := run.more.get("curvature"):
+    if blocks is not None and blocks.rows:
         many = len(names) > 1
         height = 2.1 if many else 0.8 + _BLOCK * min(len(blocks.unique("block")), 2 * _MOST_LABELS)
         draw = _draw_block_curves if many else _draw_blocks
@@ -202,8 +204,9 @@ def _scale_densities(axes: Axes, curves: Sequence[_Curve], size: int | None) -> 
     scale_y(axes, values[drawable(values, log=True)], log=True)
     x = np.concatenate([*(curve.x for curve in curves), np.empty(0)])
     if x.size:
-        room = 0.02 * (x.max() - x.min())
-        axes.set_xlim(float(x.min() - room), float(x.max() + room))
+        low, high = extent(x)
+        room = 0.02 * (high - low)
+        axes.set_xlim(low - room, high + room)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
     axes.xaxis.set_major_formatter(Numbers())
 
