@@ -169,7 +169,7 @@ def _draw_densities(
             y = np.where(curve.y > floor, curve.y, floor / 2)
             axes.plot(curve.x, y, color=colour, linestyle=dashes, lw=1.2, zorder=2.5)
             outliers = np.array(curve.about.get("outliers", []), np.float64)
-            heights = np.interp(outliers, curve.x, curve.y)
+            heights = np.maximum(np.interp(outliers, curve.x, curve.y), floor)
             style = {**_OUTLIER, "mec": colour, "mfc": colour} if several else _OUTLIER
             axes.plot(outliers, heights * 1.5, ls="none", zorder=4, **style)
             marked = marked or bool(outliers.size)
