@@ -468,7 +468,7 @@ class CriticalPointTest:
         with self.curvature(weights, every, execution, names, operator) as curvature:
             extremes = curvature.extremes(1, tolerance=_TOLERANCE, seed=self.seed)
         differentiated = self.differentiated(weights)
-        sample, _ = every.spread(_ROUNDING_EXAMPLES)
+        sample, _ = every.spread(ROUNDING_EXAMPLES)
         extremes = add_rounding(
             extremes,
             differentiated,
