@@ -102,7 +102,7 @@ def check(
         typer.Option(
             "--probes",
             metavar="K",
-            help="Random vectors for the density and the traces. [default: 10]",
+            help="Random vectors for the density and the traces (default: 10).",
             rich_help_panel=_SPECTRUM,
             show_default=False,
         ),
@@ -112,7 +112,7 @@ def check(
         typer.Option(
             "--lanczos",
             metavar="M",
-            help="Lanczos steps with each of them, each a product with the matrix. [default: 90]",
+            help="Lanczos steps with each of them, each a product with the matrix (default: 90).",
             rich_help_panel=_SPECTRUM,
             show_default=False,
         ),
@@ -123,7 +123,7 @@ def check(
             "--operator",
             metavar="hessian|ggn",
             help="The matrix of density, trace and blocks: the Hessian, or the generalised "
-            "Gauss-Newton matrix. [default: hessian]",
+            "Gauss-Newton matrix (default: hessian).",
             rich_help_panel=_SPECTRUM,
             show_default=False,
         ),
