@@ -387,6 +387,14 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
             "evaluation.line_derivatives.LineDerivatives.sums",
         ),
         (_check(10, "a.pt"), "evaluation.critical_points.Curvature"),
+        (
+            _check(10, "a.pt", density=True, probes=2, lanczos=3),
+            "evaluation.curvature_probes.Probe.run",
+        ),
+        (
+            _check(10, "a.pt", blocks=True, probes=2),
+            "evaluation.critical_points.CriticalPointTest.largest_eigenvalue",
+        ),
     ):
         with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
             truth = plan().run(Execution(journal=journal)).table.to_csv()
