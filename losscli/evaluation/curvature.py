@@ -192,18 +192,17 @@ class Curvature:
         A small Hessian, or one that ``dense`` has computed, is decomposed. Otherwise
         `LanczosSearch` searches for both ends at once.
 
-        The values reported are vᵀHv and ‖Hv − λv‖ from one more product per pair, not ARPACK's
-        own. A Ritz value never lies outside the spectrum: the smallest is an upper bound of λ_min.
-        In principle, a search from a random start that has converged may still have missed a
-        smaller eigenvalue, or further vectors of a multiple one.
+        The values reported are vᵀHv and ‖Hv − λv‖ from one more product per pair. A Ritz value
+        never lies outside the spectrum: the smallest is an upper bound of λ_min. In principle, a
+        search from a random start that has converged may still have missed a smaller eigenvalue,
+        or further vectors of a multiple one.
 
         Args:
             number: How many at each end; all of them if there are fewer.
             tolerance: A pair has converged if ‖Hv − λv‖ is at most this share of |λ|, or the
                 rounding of the forward type, after 50 products or more.
             seed: Of the start; the same seed gives the same numbers.
-            limit: Products after which the search ends, not counting those that measure; a few
-                more if an invariant basis is found.
+            limit: Products after which the search ends, not counting those that measure.
 
         Returns:
             The two ends; pairs of nan if H is not finite.
