@@ -428,7 +428,9 @@ class Curvature:
         try:
             # Not torch.autograd.grad: it prunes nodes that lead to no parameter, and with them the
             # node that raises if a function cannot be differentiated twice. It would return zeros.
-            torch.autograd.backward(sources, direction, retain_graph=retain_graph)
+            # And not with the direction for an argument: PyTorch then imports SymPy.
+            along = [(g * v).sum() for g, v in zip(sources, direction, strict=True)]
+            torch.autograd.backward(along, retain_graph=retain_graph)
             return [p.grad for p in self._parameters]
         except (torch.OutOfMemoryError, MemoryError):
             raise
