@@ -93,7 +93,8 @@ class Curvature:
         self._weight = 0.0
         self._dense: DenseHessian | None = None
         budget = graph_budget(objective.device) if budget is None else budget
-        self.graphs = GradientGraphs(list(objective.tensors.values()), budget)
+        threads = torch.get_num_threads() if objective.device.type == "cpu" else 1
+        self.graphs = GradientGraphs(list(objective.tensors.values()), budget, threads)
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in objective.model.modules())
         self.size = sum(p.numel() for p in self._parameters)
         self.products = 0
@@ -295,7 +296,7 @@ class Curvature:
         def derive(losses: Tensor) -> Tensor:
             gradients = self._gradients(losses)
             keeps = graphs.has_room
-            rows = self._rows(gradients, directions, retain_graph=keeps)
+            rows = self._rows(gradients, directions, self._differentiate_again, keeps=keeps)
             if keeps:
                 graphs.batches.append((len(losses), gradients))
                 fresh.add_(rows[0])
@@ -319,10 +320,16 @@ class Curvature:
         """Sums the products of the kept gradients; if that fails, frees them and returns zeros."""
         shape = len(directions), self.size
         sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+        def multiply(gradients: Gradients) -> Tensor:
+            # Its modes are those of a thread.
+            with self._differentiable():
+                return self._rows(gradients, directions, self._differentiate_kept, keeps=True)
+
         try:
-            for _, gradients in self.graphs.batches:
-                sums += self._rows(gradients, directions, retain_graph=True)
-        except (ModelError, torch.OutOfMemoryError, MemoryError):
+            for rows in self.graphs.map(multiply):
+                sums += rows
+        except (RuntimeError, MemoryError):
             self.graphs.release()
             sums.zero_()
         return sums
@@ -343,16 +350,30 @@ class Curvature:
         return {i: g for i, g in enumerate(gradients) if g is not None}
 
     def _rows(
-        self, gradients: Gradients, directions: Sequence[Sequence[Tensor]], *, retain_graph: bool
+        self,
+        gradients: Gradients,
+        directions: Sequence[Sequence[Tensor]],
+        differentiate: Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]],
+        *,
+        keeps: bool,
     ) -> Tensor:
-        """Multiplies the Hessian of the loss of a batch with vectors, ``[K, n]``."""
-        sources, rows = list(gradients.values()), []
+        """Multiplies the Hessian of the loss of a batch with vectors, ``[K, n]``.
+
+        Args:
+            gradients: The gradient of the batch.
+            directions: The vectors, as tensors like the parameters.
+            differentiate: Differentiates ⟨∇L, v⟩, given in parts; may keep the graph.
+            keeps: Whether the graph is kept in the end.
+
+        Returns:
+            The products.
+        """
+        rows = []
         for k, direction in enumerate(directions):
-            parts = self._differentiate_again(
-                sources,
-                [direction[i] for i in gradients],
-                retain_graph=retain_graph or k < len(directions) - 1,
-            )
+            # ⟨∇L, v⟩, and not ∇L with the argument v: for that PyTorch imports SymPy.
+            along = [(part * direction[i]).sum() for i, part in gradients.items()]
+            retains = keeps or k < len(directions) - 1
+            parts = differentiate(along, retains) if along else [None] * len(direction)
             rows.append(self._flat(parts))
         return torch.stack(rows)
 
@@ -417,20 +438,16 @@ class Curvature:
             ) from error
 
     def _differentiate_again(
-        self, sources: Sequence[Tensor], direction: Sequence[Tensor], *, retain_graph: bool
+        self, along: Sequence[Tensor], retains: bool
     ) -> Sequence[Tensor | None]:
-        """Differentiates ⟨∇L, v⟩, with ∇L and v given as lists of tensors."""
-        if not sources:
-            return [None] * len(self._parameters)
+        """Differentiates ⟨∇L, v⟩, given in parts."""
         own = [p.grad for p in self._parameters]
         for p in self._parameters:
             p.grad = None
         try:
             # Not torch.autograd.grad: it prunes nodes that lead to no parameter, and with them the
             # node that raises if a function cannot be differentiated twice. It would return zeros.
-            # And not with the direction for an argument: PyTorch then imports SymPy.
-            along = [(g * v).sum() for g, v in zip(sources, direction, strict=True)]
-            torch.autograd.backward(along, retain_graph=retain_graph)
+            torch.autograd.backward(along, retain_graph=retains)
             return [p.grad for p in self._parameters]
         except (torch.OutOfMemoryError, MemoryError):
             raise
@@ -442,6 +459,15 @@ class Curvature:
         finally:
             for p, gradient in zip(self._parameters, own, strict=True):
                 p.grad = gradient
+
+    def _differentiate_kept(
+        self, along: Sequence[Tensor], retains: bool
+    ) -> Sequence[Tensor | None]:
+        """Does the same with a graph that `_differentiate_again` has passed; thread-safe."""
+        parts: Sequence[Tensor | None] = torch.autograd.grad(
+            along, self._parameters, retain_graph=retains, allow_unused=True
+        )
+        return parts
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Concatenates the parts of a vector; zeros where a part is None."""

@@ -7,6 +7,7 @@ pass and the gradient, which are the same in every product at one point.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -66,19 +67,23 @@ class GradientGraphs:
     """The gradients of the first batches of a split, with their graphs.
 
     The first product at a point keeps nothing, because it is often the only one. The second keeps
-    as many graphs as fit.
+    as many graphs as fit. Each thread of a CPU differentiates a graph of its own, so that none
+    waits for another within an operation.
 
     Args:
         tensors: The tensors of the model, which the graphs depend on.
         budget: The most bytes of all graphs.
+        threads: How many graphs are differentiated at once; 1 for a GPU.
 
     Attributes:
         batches: The number of examples of each batch, and its gradient.
     """
 
-    def __init__(self, tensors: Collection[Tensor], budget: int) -> None:
+    def __init__(self, tensors: Collection[Tensor], budget: int, threads: int) -> None:
         self._tensors = tensors
         self._budget = budget
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
         self._versions: list[tuple[int, int]] = []
         self._products = 0
         self._batch_bytes = 0
@@ -115,6 +120,27 @@ class GradientGraphs:
         if self._products == 2 and self._budget:
             self._batch_bytes = measure()
 
+    def map(self, function: Callable[[Gradients], Tensor]) -> list[Tensor]:
+        """Calls a function with each gradient.
+
+        Args:
+            function: The function; called from several threads.
+
+        Returns:
+            The results, in the order of the batches.
+        """
+        gradients = [gradient for _, gradient in self.batches]
+        workers = min(self._threads, len(gradients))
+        if workers < 2:
+            return [function(gradient) for gradient in gradients]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // workers))
+        try:
+            self._pool = self._pool or ThreadPoolExecutor(workers)
+            return list(self._pool.map(function, gradients))
+        finally:
+            torch.set_num_threads(threads)
+
     def release(self) -> bool:
         """Frees all graphs, and keeps no more.
 
@@ -124,4 +150,7 @@ class GradientGraphs:
         had = bool(self.batches)
         self.batches.clear()
         self._budget = 0
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+            self._pool = None
         return had

@@ -89,7 +89,7 @@ class LanczosSearch:
         width = self._size if self._size <= 2 * width else width
         krylov = _KrylovSpace(width, self._size, self._device, seed)
         # How far below the tolerance the residuals have to lie by estimate.
-        margin, checked = 0.5, 0
+        margin, checked = 0.9, 0
         while True:
             image = self._product(krylov.next.to(self._device))
             if not math.isfinite(float(image.norm())):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,13 +104,18 @@ def test_the_memory_of_a_graph_is_what_stays_allocated(activation: str) -> None:
     assert 0.7 * allocated < found < 1.2 * allocated
 
 
-def test_graphs_of_other_weights_are_not_used() -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_graphs_of_other_weights_are_not_used(in_place: bool) -> None:
     case = CASES[0]
     curvature = kept(case)
     v = random(curvature.size)
     there = curvature.product(v)
     other = case.state(2)
-    curvature.objective.load(other)
+    if in_place:
+        curvature.objective.load(other)
+    else:
+        for name, tensor in curvature.objective.tensors.items():
+            tensor.data = other[name].to(tensor)
     found = curvature.product(v)
     expected = Curvature(
         curvature.objective, other, curvature.names, curvature.objective.splits["all"]
@@ -184,17 +191,44 @@ def test_graphs_that_fail_are_freed_and_the_product_is_made_anew(
 ) -> None:
     case = CASES[0]
     curvature = kept(case)
-    backward = torch.autograd.backward
+    differentiate = torch.autograd.grad
 
-    def failing(*args: object, **kwargs: object) -> None:
+    def failing(*args: object, **kwargs: object) -> object:
         if curvature.graphs.batches:
             raise error("on purpose")
-        backward(*args, **kwargs)  # type: ignore[arg-type]
+        return differentiate(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(torch.autograd, "backward", failing)
+    monkeypatch.setattr(torch.autograd, "grad", failing)
     v = random(curvature.size)
     assert relative(curvature.product(v), hessian_of(case) @ v) < 1e-10
     assert curvature.graphs.examples == 0
+
+
+def test_threads_differentiate_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, threads = CASES[0], torch.get_num_threads()
+    vectors = random(2, curvature_of(case).size)
+    expected = curvature_of(case).product(vectors)
+    differentiate, called = torch.autograd.grad, set()
+
+    def recording(*args: object, **kwargs: object) -> object:
+        called.add(threading.get_ident())
+        # Until the others have begun, so that each takes one.
+        barrier.wait(10)
+        return differentiate(*args, **kwargs)  # type: ignore[arg-type]
+
+    try:
+        torch.set_num_threads(3)
+        curvature = kept(case, batch_size=13)
+        assert len(curvature.graphs.batches) == 3
+        barrier = threading.Barrier(3)
+        monkeypatch.setattr(torch.autograd, "grad", recording)
+        found = curvature.product(vectors)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert len(called) == 3
+    assert threading.get_ident() not in called
+    assert relative(found, expected) < 1e-12
 
 
 def test_graphs_are_freed_in_the_end() -> None:
