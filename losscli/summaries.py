@@ -185,6 +185,7 @@ class Description(Origin, total=False):
     blocks: list[str]
     pairs: int
     products_at_most: int
+    bytes_of_graphs_at_most: int
     steps_at_most: int
     estimate: CostEstimate
 

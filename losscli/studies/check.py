@@ -22,6 +22,7 @@ from losscli.evaluation.critical_points import (
 )
 from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT, ROWS_PER_PASS, Curvature
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.gradient_graphs import graph_budget
 from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.line_search import MAX_CURVE_POINTS, STEP_LENGTHS, LineSearch
 from losscli.evaluation.objective import recalibrated
@@ -218,14 +219,16 @@ class Check(Study):
             description: What every study describes.
 
         Returns:
-            The most Hessian-vector products, each of which costs a few passes over the data, and
-            the most points along directions, each of which costs one.
+            The most Hessian-vector products, each of which costs a few passes over the data; the
+            most bytes of gradients that are kept with their graphs for them; and the most points
+            along directions, each of which costs one pass.
         """
         size = description["moving"]["values"]
         splits = len(self.problem.objective.splits)
         most = size if size <= DENSE_LIMIT else PRODUCT_LIMIT
         return {
             "products_at_most": most * splits * len(self.problem.names),
+            "bytes_of_graphs_at_most": graph_budget(self.problem.objective.device),
             "steps_at_most": self._steps * splits,
         }
 
@@ -253,14 +256,21 @@ class Check(Study):
         batch = batch.to(objective.device)
         with objective.frozen_statistics():
             differentiated = self._test.differentiated(origin)
-            with Curvature(differentiated, origin, self.moving, batch) as curvature:
+            given = differentiated, origin, self.moving, batch
+            with Curvature(*given, budget=0) as curvature:
                 whole = curvature.size <= DENSE_LIMIT
                 v = curvature.gradient().expand(ROWS_PER_PASS if whole else 1, -1)
                 # Once, so that what is set up is set up.
                 curvature.product(v)
-                took = timed(differentiated, lambda: curvature.product(v), clock) / len(v)
+                fresh = timed(differentiated, lambda: curvature.product(v), clock)
+            with Curvature(*given) as curvature:
+                curvature.product(v)
+                curvature.product(v)
+                fit = curvature.graphs.most_batches * len(batch)
+                kept = timed(differentiated, lambda: curvature.product(v), clock)
         examples = sum(map(len, objective.splits.values()))
-        product = took * examples / len(batch)
+        with_graph = sum(min(len(split), fit) for split in objective.splits.values())
+        product = (with_graph * kept + (examples - with_graph) * fresh) / len(batch) / len(v)
         number, size = len(self.problem.names), curvature.size
         # A gradient takes no more than a product.
         fewest, most = (size, size) if whole else (MIN_PRODUCTS, PRODUCT_LIMIT)
