@@ -13,19 +13,20 @@ from typing import Any, get_args
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.errors import UsageError
-from losscli.evaluation.cost import Clock, Timings, timed
+from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.critical_points import (
     CriticalPointTest,
     PointAnalysis,
     batch_size_of,
     verdict_of,
 )
-from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT, ROWS_PER_PASS, Curvature
+from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.gradient_graphs import graph_budget
 from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.line_search import MAX_CURVE_POINTS, STEP_LENGTHS, LineSearch
 from losscli.evaluation.objective import recalibrated
+from losscli.evaluation.product_cost import product_seconds
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import record_key, restore
 from losscli.evaluation.sampling import Estimate
@@ -252,28 +253,14 @@ class Check(Study):
             ``product`` takes on all examples of the splits.
         """
         objective, origin = self.problem.objective, self.problem.origin
-        batch = next(iter(objective.splits.values())).first(objective.batch_size)
-        batch = batch.to(objective.device)
+        splits = objective.splits.values()
         with objective.frozen_statistics():
             differentiated = self._test.differentiated(origin)
-            given = differentiated, origin, self.moving, batch
-            with Curvature(*given, budget=0) as curvature:
-                whole = curvature.size <= DENSE_LIMIT
-                v = curvature.gradient().expand(ROWS_PER_PASS if whole else 1, -1)
-                # Once, so that what is set up is set up.
-                curvature.product(v)
-                fresh = timed(differentiated, lambda: curvature.product(v), clock)
-            with Curvature(*given) as curvature:
-                curvature.product(v)
-                curvature.product(v)
-                fit = curvature.graphs.most_batches * len(batch)
-                kept = timed(differentiated, lambda: curvature.product(v), clock)
-        examples = sum(map(len, objective.splits.values()))
-        with_graph = sum(min(len(split), fit) for split in objective.splits.values())
-        product = (with_graph * kept + (examples - with_graph) * fresh) / len(batch) / len(v)
-        number, size = len(self.problem.names), curvature.size
+            product = product_seconds(differentiated, origin, self.moving, splits, clock)
+        examples = sum(map(len, splits))
+        number, size = len(self.problem.names), sum(origin[name].numel() for name in self.moving)
         # A gradient takes no more than a product.
-        fewest, most = (size, size) if whole else (MIN_PRODUCTS, PRODUCT_LIMIT)
+        fewest, most = (size, size) if size <= DENSE_LIMIT else (MIN_PRODUCTS, PRODUCT_LIMIT)
         measured = 1 + 2 * self.eigenvalues
         return {
             "seconds": seconds + number * fewest * product,

@@ -19,6 +19,7 @@ from losscli.evaluation.objective import Objective
 from losscli.evaluation.tasks import Execution
 from losscli.settings import Settings
 from losscli.studies import dry_run
+from losscli.studies.around import Around
 from losscli.studies.barriers import Barriers
 from losscli.studies.base import Study
 from losscli.studies.check import Check
@@ -48,6 +49,7 @@ PLANS: dict[str, Callable[..., Study]] = {
         NAMES[:1], Settings(**s), pca=False, points=5, range_=None, surface=False
     ),
     "barriers": lambda **s: Barriers.plan(NAMES, Settings(**s), points=5),
+    "around": lambda **s: Around.plan(NAMES, Settings(**s), directions=4, points=5),
 }
 
 # How many points are loaded plainly, and how many are swept.
@@ -58,6 +60,7 @@ POINTS = {
     "path": (3, 0),
     "plane": (1, 25),
     "barriers": (3, 3 * 3),
+    "around": (3, 3 * 4 * 4),
 }
 
 
@@ -161,7 +164,7 @@ def test_a_check_takes_few_products_or_many(folder: Path, monkeypatch: pytest.Mo
             NAMES[:number], Settings(**CPU), tolerance=1e-3, eigenvalues=1, learning_rate=None
         )
 
-    monkeypatch.setattr("losscli.studies.check.timed", lambda *_: 29.0)
+    monkeypatch.setattr("losscli.evaluation.product_cost.timed", lambda *_: 29.0)
     clock = _Turned(monkeypatch, load=0.0, each=0.0)
     for number in (1, 2):
         found = dry_run.estimate(plan(number), clock)
@@ -171,7 +174,8 @@ def test_a_check_takes_few_products_or_many(folder: Path, monkeypatch: pytest.Mo
         assert found["product"] == {"seconds": each}
         assert found["seconds"] == pytest.approx(each * number * 53)
         assert found["seconds_at_most"] == pytest.approx(each * number * (53 + 3))
-    monkeypatch.setattr("losscli.studies.check.DENSE_LIMIT", 10)
+    for module in ("studies.check", "evaluation.product_cost"):
+        monkeypatch.setattr(f"losscli.{module}.DENSE_LIMIT", 10)
     found = dry_run.estimate(plan(2), clock)
     assert found["seconds"] == pytest.approx(40 * 2 * MIN_PRODUCTS)
     assert found["seconds_at_most"] == pytest.approx(40 * 2 * (PRODUCT_LIMIT + 3))
@@ -184,7 +188,7 @@ def test_products_are_cheaper_where_graphs_fit(
     plan = Check.plan(NAMES[:1], Settings(**CPU), tolerance=1e-3, eigenvalues=1, learning_rate=None)
     # The first without graphs, the second with them.
     times = iter([29.0, 2.9])
-    monkeypatch.setattr("losscli.studies.check.timed", lambda *_: next(times))
+    monkeypatch.setattr("losscli.evaluation.product_cost.timed", lambda *_: next(times))
     for module in ("losscli.studies.check", "losscli.evaluation.curvature"):
         monkeypatch.setattr(f"{module}.graph_budget", lambda _: budget)
     found = dry_run.estimate(plan, _Turned(monkeypatch, load=0.0, each=0.0))
@@ -255,6 +259,9 @@ def test_a_dry_run_tells_the_time_and_leaves_nothing(losscli: Losscli, folder: P
         "trajectory a.pt b.pt init:5",
         "plane a.pt",
         "barriers a.pt b.pt init:5",
+        "around a.pt b.pt",
+        "around a.pt --along gradient",
+        "around a.pt --along hessian",
         "check a.pt",
     ):
         done = losscli(*command.split(), "--dry-run", "--json")
@@ -264,7 +271,8 @@ def test_a_dry_run_tells_the_time_and_leaves_nothing(losscli: Losscli, folder: P
         assert found["seconds"] > 0
         assert found["batch"]["examples"] == 29
         text = losscli(*command.split(), "--dry-run").stdout
-        assert f"time         {'about' if 'check' in command else found['kind']} " in text
+        kind = "about" if "seconds_at_most" in found else found["kind"]
+        assert f"time         {kind} " in text
     assert sorted(folder.iterdir()) == before
 
 
