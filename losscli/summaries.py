@@ -195,6 +195,7 @@ class Description(Origin, total=False):
     pairs: int
     products_at_most: int
     bytes_of_basis: int
+    bytes_of_graphs_at_most: int
     steps_at_most: int
     gradients_at_most: int
     points_along_gradients: int

@@ -13,19 +13,21 @@ from typing import Any, get_args
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.errors import UsageError
-from losscli.evaluation.cost import Clock, Timings, timed
+from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.critical_points import (
     CriticalPointTest,
     PointAnalysis,
     batch_size_of,
     verdict_of,
 )
-from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT, ROWS_PER_PASS, Curvature
+from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.gauss_newton import check_outputs
+from losscli.evaluation.gradient_graphs import graph_budget
 from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.line_search import MAX_CURVE_POINTS, STEP_LENGTHS, LineSearch
 from losscli.evaluation.objective import recalibrated
+from losscli.evaluation.product_cost import product_seconds
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import record_key, restore
 from losscli.evaluation.sampling import Estimate
@@ -259,9 +261,10 @@ class Check(Study):
             description: What every study describes.
 
         Returns:
-            The most Hessian-vector products, each of which costs a few passes over the data, and
-            the most points along directions, each of which costs one; the bytes of a Lanczos basis
-            and the blocks, if they are needed.
+            The most Hessian-vector products, each of which costs a few passes over the data; the
+            most bytes of gradients that are kept with their graphs for them; the most points along
+            directions, each of which costs one pass; the bytes of a Lanczos basis and the blocks,
+            if they are needed.
         """
         size = description["moving"]["values"]
         splits = len(self.problem.objective.splits)
@@ -270,6 +273,7 @@ class Check(Study):
         most += sum(spectra.products(part)[1] for part in spectra.parts)
         added: Description = {
             "products_at_most": most * splits * len(self.problem.names),
+            "bytes_of_graphs_at_most": graph_budget(self.problem.objective.device),
             "steps_at_most": self._steps * splits,
         }
         if self.spectra.density:
@@ -298,21 +302,14 @@ class Check(Study):
             ``product`` takes on all examples of the splits.
         """
         objective, origin = self.problem.objective, self.problem.origin
-        batch = next(iter(objective.splits.values())).first(objective.batch_size)
-        batch = batch.to(objective.device)
+        splits = objective.splits.values()
         with objective.frozen_statistics():
             differentiated = self._test.differentiated(origin)
-            with Curvature(differentiated, origin, self.moving, batch) as curvature:
-                whole = curvature.size <= DENSE_LIMIT
-                v = curvature.gradient().expand(ROWS_PER_PASS if whole else 1, -1)
-                # Once, so that what is set up is set up.
-                curvature.product(v)
-                took = timed(differentiated, lambda: curvature.product(v), clock) / len(v)
-        examples = sum(map(len, objective.splits.values()))
-        product = took * examples / len(batch)
-        number, size = len(self.problem.names), curvature.size
+            product = product_seconds(differentiated, origin, self.moving, splits, clock)
+        examples = sum(map(len, splits))
+        number, size = len(self.problem.names), sum(origin[name].numel() for name in self.moving)
         # A gradient takes no more than a product.
-        fewest, most = (size, size) if whole else (MIN_PRODUCTS, PRODUCT_LIMIT)
+        fewest, most = (size, size) if size <= DENSE_LIMIT else (MIN_PRODUCTS, PRODUCT_LIMIT)
         measured = 1 + 2 * self.eigenvalues
         for part in self._spectra.parts:
             least, greatest = self._spectra.products(part)

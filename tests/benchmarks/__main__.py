@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from losscli.models import MLP
-from tests.benchmarks import contenders
+from tests.benchmarks import contenders, spectrum
 from tests.benchmarks.contenders import Work
 from tests.benchmarks.draw import draw
 from tests.benchmarks.models import GPT2, ResNet20
@@ -297,6 +297,11 @@ def resnet20(rounds: int) -> dict[str, Any]:
     return compare(work, them, max(1, rounds // 3))
 
 
+def hessian(rounds: int) -> dict[str, Any]:
+    """The smallest and the largest eigenvalue of the Hessian of a small network."""
+    return spectrum.measure(rounds, DEVICE)
+
+
 def main() -> None:
     """Measures what the arguments ask for."""
     print(f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -345,7 +350,7 @@ if __name__ == "__main__":
     # Minutes a round on two cores: fewer examples and points.
     examples, points = (2_000, 11) if DEVICE.type == "cpu" else (10_000, 51)
     RESNET20 = {"examples": examples, "points": points}
-    both = {"mlp": mlp, "resnet20": resnet20}
+    both = {"mlp": mlp, "resnet20": resnet20, "hessian": hessian}
     on_cpu = {"growth": growth, "command": command, "memory": memory, "processes": processes}
     MEASURES: dict[str, Callable[[int], dict[str, Any]]] = (
         {**both, "gpt2": language} if DEVICE.type == "cuda" else {**both, **on_cpu}
