@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from losscli import Recorder
 from losscli.models import CNN, MLP
-from tests.benchmarks import contenders
+from tests.benchmarks import contenders, spectrum
 from tests.benchmarks.contenders import Work
 from tests.benchmarks.draw import draw
 from tests.benchmarks.models import GPT2, ResNet20
@@ -337,6 +337,11 @@ def resnet20(rounds: int) -> dict[str, Any]:
     return compare(work, them, max(1, rounds // 3))
 
 
+def hessian(rounds: int) -> dict[str, Any]:
+    """The smallest and the largest eigenvalue of the Hessian of a small network."""
+    return spectrum.measure(rounds, DEVICE)
+
+
 def main() -> None:
     """Measures what the arguments ask for."""
     print(f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -385,7 +390,7 @@ if __name__ == "__main__":
     # Minutes a round on two cores: fewer examples and points.
     examples, points = (2_000, 11) if DEVICE.type == "cpu" else (10_000, 51)
     RESNET20 = {"examples": examples, "points": points}
-    both = {"mlp": mlp, "resnet20": resnet20}
+    both = {"mlp": mlp, "resnet20": resnet20, "hessian": hessian}
     on_cpu = {
         "growth": growth, "command": command, "memory": memory, "processes": processes,
         "recorder": recorder,

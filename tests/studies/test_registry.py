@@ -43,6 +43,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "check": lambda: [
         library.check("a.pt", eigenvalues=2),
         library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
+        library.check("a.pt", density=True, blocks=True, probes=2, lanczos=3, limit=5),
     ],
     "sharpness": lambda: [
         library.sharpness(PATH, rho=[0.1, 0.2], samples=2, limit=5),
