@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losscli.arguments import describe
 from losscli.errors import UsageError
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.forward import scores_in
 from losscli.evaluation.objective import Objective
+from losscli.settings import describe
 
 __all__ = ["GaussNewton", "check_outputs"]
 
