@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -22,7 +23,7 @@ from torch.func import functional_call, vmap
 
 from losscli.data import Inputs
 from losscli.evaluation.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
-from losscli.evaluation.point_weights import combining_type, stacked_weights
+from losscli.evaluation.point_weights import PointWeights, combining_type
 from losscli.evaluation.recalibration import Statistics, recording
 from losscli.evaluation.replicas import Replica, is_stateless, make_replicas
 from losscli.evaluation.spectral import normalise
@@ -212,8 +213,12 @@ class BoundPoints:
             network.tensors[name].data = self._own[name].clone()
         computed = {*self._estimated, *self._normalised}
         moving = {name: own for name, own in self._own.items() if name not in computed}
-        self._stacks = stacked_weights(network, slice_, coordinates, moving)
+        self._weights = PointWeights(network, slice_, coordinates, moving)
+        self._stacks = dict(self._weights.stacks)
+        # The first layer's weight, which a point that shares its products does not need.
+        self._lazy: str | None = None
         if self._spectral:
+            self._fill()
             self._normalise()
         self._threads = torch.get_num_threads()
         self._workers = min(self._threads, len(coordinates)) if strategy is Strategy.THREADS else 1
@@ -291,13 +296,21 @@ class BoundPoints:
     def _each(self, take: _TakeBatch) -> Iterator[int]:
         """Takes a batch to all points; the outputs of the first layer are shared."""
         layer, done = self._find_first_layer(take)
+        # In a user's code the weight may also be used where no watcher sees it.
+        if layer is not None and self._lazy is None and self._stateless:
+            self._lazy = layer.weight
+        self._fill()
 
         def work(p: int) -> int:
             replica = self._replicas.get()
             try:
                 replay: AbstractContextManager[Any] = nullcontext()
-                if layer is not None and p not in (self._unshared or ()):
-                    replay = layer.replay_at(self._coordinates[p], replica.tensors)
+                shares = layer is not None and p not in (self._unshared or ())
+                fill = partial(self._fill_lazy, p)
+                if layer is None or not shares or layer.weight != self._lazy:
+                    fill()
+                if layer is not None and shares:
+                    replay = layer.replay_at(self._coordinates[p], replica.tensors, fill)
                 with torch.no_grad():
                     take(p, replica, replay)
             finally:
@@ -314,6 +327,8 @@ class BoundPoints:
         """Finds the first layer on a batch; returns also the points that this has done."""
         if not self._shares:
             return None, range(0)
+        for name in self._weights.stacks:
+            self._weights.fill(name, range(1))
         tensors = {name: self._first.tensors[name] for name in self._own}
         # The forward pass of a user's code is never interrupted.
         watcher = FirstLayerWatcher(
@@ -342,6 +357,16 @@ class BoundPoints:
     def _bind(self, tensors: Mapping[str, Tensor], p: int) -> None:
         for name, stack in self._stacks.items():
             tensors[name].data = stack[p]
+
+    def _fill(self) -> None:
+        """Computes the weights of all points, but for the one that is computed when it is used."""
+        for name in self._weights.stacks:
+            if name != self._lazy:
+                self._weights.fill(name, range(len(self)))
+
+    def _fill_lazy(self, p: int) -> None:
+        if self._lazy is not None:
+            self._weights.fill(self._lazy, [p])
 
     def _normalise(self) -> None:
         """Computes the singular vectors of spectrally normalised weights at all points."""
@@ -392,6 +417,7 @@ class StackedPoints(BoundPoints):
             self._outputs(p, replica, inputs, mode)
 
         layer, _ = self._find_first_layer(take)
+        self._fill()
         # One forward pass cannot share the layer at some points only.
         layer = None if self._unshared else layer
         products = None
