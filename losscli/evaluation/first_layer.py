@@ -278,7 +278,8 @@ def _input_sizes(
     wide = torch.promote_types(inputs.dtype, wide)
     if function is F.linear:
         rows = inputs.flatten(0, -2)
-        return torch.linalg.vector_norm(rows, dim=0, dtype=wide) / math.sqrt(len(rows))
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=wide)
+        return norms / math.sqrt(len(rows))
     batched = inputs.ndim == weight.ndim
     channels = (inputs.transpose(0, 1) if batched else inputs).flatten(1)
     norms = torch.linalg.vector_norm(channels, dim=1, dtype=wide)

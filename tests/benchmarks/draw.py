@@ -15,6 +15,7 @@ _NAMES = {
     "losscli": "losscli",
     "losscli_bfloat16": "losscli --dtype bfloat16",
     "by_hand": "a loop written by hand",
+    "sharing_by_hand": "a loop by hand that shares the first layer",
     "loss_landscapes": "loss-landscapes 3.0.6, one batch",
     "loss_landscape_3d": "loss-landscape-3d 0.1.3, DataLoader of 128",
 }
@@ -38,14 +39,14 @@ def table(found: Mapping[str, Any]) -> str:
         f"{machine['name']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32",
         f"where nothing else is said, {machine['rounds']} rounds in turns after one to warm up:",
         "",
-        "| work | with | seconds | times the loop |",
-        "|---|---|---:|---:|",
+        "| work | with | seconds | times the loop | share of the product rate |",
+        "|---|---|---:|---:|---:|",
     ]
     for work, title in _works(found).items():
         for row, (name, entry) in enumerate(found[work].items()):
             lines.append(
                 f"| {'' if row else title} | {_NAMES[name]} | {entry['seconds']:.2f} | "
-                f"{entry['times_by_hand']:.2f} × |"
+                f"{entry['times_by_hand']:.2f} × | {_share(entry)} |"
             )
     if "processes" in found:
         several = found["processes"]
@@ -65,6 +66,12 @@ def table(found: Mapping[str, Any]) -> str:
             f"| the same, one of the two killed half way | {killed:.1f} | | {longer} |",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _share(entry: Mapping[str, Any]) -> str:
+    """The operations a second of a plain loop in the same time, over those of a matrix product."""
+    share = entry.get("share_of_product_peak")
+    return "" if share is None else f"{share:.2f}"
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
