@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from losscli.evaluation.function_mode import FunctionMode
+from losscli.evaluation.prefix import Prefix, PrefixRecorder
 from losscli.weight_space.slices import Slice
 
 __all__ = ["FirstLayer", "FirstLayerFound", "FirstLayerWatcher"]
@@ -161,18 +162,28 @@ class FirstLayerWatcher(FunctionMode):
 
     Args:
         tensors: The moving tensors by name.
+        model_tensors: All tensors of the model by name.
         slice_: The slice that they move in.
         stops: Whether `FirstLayerFound` ends the forward pass once the first layer is known.
         measures: Whether the first layer's Gram matrix is computed.
 
     Attributes:
         layer: The first layer; None before the first use, or if that is not affine.
+        prefix: What is computed before it; None before the first use, or if no layer is.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], slice_: Slice, *, stops: bool, measures: bool
+        self,
+        tensors: Mapping[str, Tensor],
+        model_tensors: Mapping[str, Tensor],
+        slice_: Slice,
+        *,
+        stops: bool,
+        measures: bool,
     ) -> None:
         super().__init__()
+        self.prefix: Prefix | None = None
+        self._recorder = PrefixRecorder(model_tensors)
         self.layer: FirstLayer | None = None
         self._stops = stops
         self._measures = measures
@@ -184,12 +195,16 @@ class FirstLayerWatcher(FunctionMode):
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """Computes the layer of the first call that uses a moving tensor."""
-        if not self._found_use and function not in _METADATA and _uses((args, kwargs), self._names):
-            self._found_use = True
-            # Computed now, because the layer's input may be overwritten later in the pass.
-            self.layer = self._compute(function, args, kwargs)
-            if self._stops and self.layer is not None:
-                raise FirstLayerFound
+        if self._found_use:
+            return function(*args, **kwargs)
+        if function in _METADATA or not _uses((args, kwargs), self._names):
+            return self._recorder.record(function, args, kwargs)
+        self._found_use = True
+        self.prefix = self._recorder.finish()
+        # Computed now, because the layer's input may be overwritten later in the pass.
+        self.layer = self._compute(function, args, kwargs)
+        if self._stops and self.layer is not None:
+            raise FirstLayerFound
         return function(*args, **kwargs)
 
     def _compute(
