@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from losscli._version import __version__ as __version__
 from losscli.registry import COMMANDS, load
 
 if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate __all__ below
@@ -18,6 +17,7 @@ if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate
     from losscli.results import Result as Result
     from losscli.settings import Settings as Settings
     from losscli.studies.alignment import align as align
+    from losscli.studies.around import around as around
     from losscli.studies.barriers import barriers as barriers
     from losscli.studies.check import check as check
     from losscli.studies.inspection import export as export
@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate
     from losscli.studies.plane import plane as plane
     from losscli.studies.trajectory import trajectory as trajectory
     from losscli.table import Table as Table
+
+__version__ = "0.1.0"
 
 _TARGETS = {
     "LosscliError": "losscli.errors:LosscliError",

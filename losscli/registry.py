@@ -17,9 +17,6 @@ from losscli.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from losscli.results import Result, Run
-    from losscli.table import Table
-
 __all__ = [
     "COLUMN_TYPES",
     "COMMANDS",
@@ -28,7 +25,6 @@ __all__ = [
     "Panels",
     "TableFormat",
     "command_of",
-    "draw",
     "further_table_names",
     "further_table_of",
     "load",
@@ -36,7 +32,9 @@ __all__ = [
 
 COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
     **dict.fromkeys(("a", "b", "checkpoint"), "path"),
-    **dict.fromkeys(("block", "dtype", "key", "shape", "split", "tensor", "verdict"), "text"),
+    **dict.fromkeys(
+        ("block", "direction", "dtype", "key", "shape", "split", "tensor", "verdict"), "text"
+    ),
     **dict.fromkeys(("bytes", "examples", "step", "tensors", "values", "walk"), "integer"),
 }
 """The types of columns, in any table, that do not hold floats."""
@@ -127,11 +125,11 @@ class Command:
         formats = (self.further_tables[name] for name in tables if name in self.further_tables)
         return next((table.panels for table in formats if table.panels), self.panels)
 
-    def draw(self, runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
+    def draw(self, runs: Sequence[Any], *, title: str = "", log: bool = False) -> Figure:
         """Draws one run or several.
 
         Args:
-            runs: The runs.
+            runs: Each a `losscli.results.Run`.
             title: Stands above the panels.
             log: Whether the loss has a logarithmic axis.
 
@@ -147,11 +145,11 @@ class Command:
         figure: Figure = load(self.drawing)(what, title=title, log=log)
         return figure
 
-    def as_text(self, result: Result[Any]) -> str:
+    def as_text(self, result: Any) -> str:
         """Puts a result into words.
 
         Args:
-            result: The result.
+            result: A `losscli.results.Result`.
 
         Returns:
             Lines of text.
@@ -254,6 +252,22 @@ COMMANDS: Mapping[str, Command] = {
             not_overlaid=("one plane cannot be laid over another", "Give one CSV of a plane"),
         ),
         Command(
+            name="around",
+            function="losscli.studies.around:around",
+            cli="losscli.cli.around:around",
+            report="losscli.cli.around:report",
+            drawing="losscli.plotting.around:draw_around",
+            summary="losscli.summaries:AroundSummary",
+            table=TableFormat(
+                ("checkpoint", "direction", "coefficient", "distance", *_LOSS),
+                optional=("examples",),
+                metrics=True,
+                errors=("loss_stderr",),
+                position="coefficient",
+            ),
+            labelled=("checkpoint",),
+        ),
+        Command(
             name="check",
             function="losscli.studies.check:check",
             cli="losscli.cli.check:check",
@@ -339,19 +353,18 @@ RESERVED_COLUMNS = frozenset(
 """The columns of the tables with metrics that are no metrics: no metric may have such a name."""
 
 
-def command_of(table: Table) -> Command | None:
-    """Finds the command that a table is of, by its columns.
+def command_of(columns: Collection[str]) -> Command | None:
+    """Finds the command that a main table is of.
 
     Args:
-        table: The table.
+        columns: The columns of the table.
 
     Returns:
-        The command with this main table; None if there is none.
+        The command; None if there is none.
     """
-    columns = {*table.columns}
     if further_table_of(columns):
         return None
-    return next((c for c in COMMANDS.values() if {*c.table.columns} <= columns), None)
+    return next((c for c in COMMANDS.values() if {*c.table.columns} <= {*columns}), None)
 
 
 def further_table_of(columns: Collection[str]) -> TableFormat | None:
@@ -374,30 +387,6 @@ def further_table_names() -> frozenset[str]:
         Each NAME of a file STEM.NAME.csv.
     """
     return frozenset(name for command in COMMANDS.values() for name in command.further_tables)
-
-
-def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
-    """Draws runs of one command, by the columns of their tables.
-
-    Args:
-        runs: One or more, each with the table of a command.
-        title: Stands above the panels.
-        log: Whether the loss has a logarithmic axis.
-
-    Returns:
-        The figure, laid out and ready to be rendered.
-
-    Raises:
-        UsageError: The runs are of several commands, or have no figure together.
-    """
-    commands = {command.name: command for run in runs if (command := command_of(run.table))}
-    if len(commands) > 1:
-        raise UsageError(
-            f"tables of {' and '.join(sorted(commands))} have no axes in common",
-            "Lay tables of one command over each other",
-        )
-    (command,) = commands.values()
-    return command.draw(runs, title=title, log=log)
 
 
 def load(target: str) -> Any:

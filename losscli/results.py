@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from losscli.errors import OutputError, TableError, UsageError, printable
 from losscli.files import create, read_regular
-from losscli.registry import Command, load
+from losscli.registry import Command, command_of, load
 from losscli.summaries import from_json
 from losscli.table import Table
 
@@ -30,6 +30,7 @@ __all__ = [
     "Result",
     "Run",
     "default_stem",
+    "draw",
     "picture_of",
     "read_summary",
     "stem_of",
@@ -55,8 +56,8 @@ class Run(Generic[S_co]):
         summary: The summary, STEM.json; ``{}`` if there is only the CSV.
         label: The name in a figure of several runs; by default its first and last checkpoint.
         more: The further tables by NAME of STEM.NAME.csv, such as ``surface``.
-        checkpoint_labels: The names of the checkpoints in a matrix of barriers, in its order; by
-            default those of the table.
+        checkpoint_labels: The names of the checkpoints in a figure that shows each of them, in
+            the order of the table; by default those of the table.
     """
 
     table: Table
@@ -107,6 +108,30 @@ class Result(Generic[S_co]):
             A matplotlib figure.
         """
         return self.draw([Run(self.table, self.summary, more=self.more)], log=log)
+
+
+def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
+    """Draws runs of one command, by the columns of their tables.
+
+    Args:
+        runs: One or more, each with the table of a command.
+        title: Stands above the panels.
+        log: Whether the loss has a logarithmic axis.
+
+    Returns:
+        The figure, laid out and ready to be rendered.
+
+    Raises:
+        UsageError: The runs are of several commands, or have no figure together.
+    """
+    commands = {command.name: command for run in runs if (command := command_of(run.table.columns))}
+    if len(commands) > 1:
+        raise UsageError(
+            f"tables of {' and '.join(sorted(commands))} have no axes in common",
+            "Lay tables of one command over each other",
+        )
+    (command,) = commands.values()
+    return command.draw(runs, title=title, log=log)
 
 
 def to_json(summary: Mapping[str, Any], *, indent: int | None = 2) -> str:

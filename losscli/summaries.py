@@ -15,8 +15,12 @@ from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_type
 
 __all__ = [
     "AlignmentSummary",
+    "AroundPoint",
+    "AroundSplit",
+    "AroundSummary",
     "BarriersSplit",
     "BarriersSummary",
+    "BasinRadius",
     "BlockSplit",
     "BlockSummary",
     "CheckSummary",
@@ -24,6 +28,7 @@ __all__ = [
     "CheckpointEntry",
     "CostEstimate",
     "Counts",
+    "Derivative",
     "Description",
     "Escape",
     "Extremum",
@@ -440,6 +445,82 @@ class BarriersSummary(Summary, total=False):
     alphas: list[float]
     distances: list[list[float]]
     splits: dict[str, BarriersSplit]
+    endpoint_difference: float
+
+
+# --- around --------------------------------------------------------------------------------------
+
+
+class Derivative(TypedDict, total=False):
+    """What a direction of ``--along`` is: a gradient and its norm, or an eigenvector."""
+
+    direction: str
+    gradient_norm: float
+    eigenvalue: float
+    error: float
+    converged: bool
+
+
+class BasinRadius(TypedDict, total=False):
+    """The largest distance up to which the mean loss stays below a threshold.
+
+    ``relative`` is the distance over ‖θ‖. ``bound`` is ``at least`` if the mean loss does not cross
+    the threshold at the distances where it is known, ``at most`` if it crosses it before the first
+    of them, and empty otherwise; then ``positions`` are where it crosses, negative in the opposite
+    direction.
+    """
+
+    distance: float
+    relative: float | None
+    stderr: float | None
+    bound: str
+    positions: list[float]
+
+
+class AroundPoint(TypedDict, total=False):
+    """The loss around a checkpoint on one split.
+
+    ``mean``, ``deviation`` (the standard deviation), ``low`` and ``high`` (10 % and 90 %) are over
+    random directions, one for each coefficient. ``radii`` has a radius for each direction of
+    ``--along``, and otherwise one for the ``mean``.
+    """
+
+    checkpoint: str
+    loss: float
+    threshold: float | None
+    distances: list[float]
+    relative_distances: list[float]
+    mean: list[float]
+    deviation: list[float]
+    low: list[float]
+    high: list[float]
+    radii: dict[str, BasinRadius]
+    not_finite: int
+
+
+class AroundSplit(TypedDict, total=False):
+    """The loss around all checkpoints on one split."""
+
+    points: list[AroundPoint]
+
+
+class AroundSummary(Summary, total=False):
+    """The summary of ``around``.
+
+    A direction is ``lengths`` long for a coefficient of 1, the same for all random directions of a
+    checkpoint. ``norms`` are the ‖θ‖ of the checkpoints, over the parameters that move.
+    """
+
+    along: str | None
+    derivatives: dict[str, list[Derivative]]
+    directions: list[str]
+    coefficients: list[float]
+    lengths: list[float]
+    norms: list[float]
+    basin: float | None
+    basin_loss: float | None
+    interpolation: str
+    splits: dict[str, AroundSplit]
     endpoint_difference: float
 
 

@@ -26,10 +26,6 @@ from tests import warm
 
 ROOT = Path(__file__).parent.parent
 
-# Tests write a user's code, and write it again within the second that compiled modules go by.
-sys.dont_write_bytecode = True
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-
 # What older versions cannot do: pyproject.toml allows them.
 SAFETENSORS_HAS_COMPLEX = Version(version("safetensors")) >= Version("0.7")
 TRANSFORMERS_5 = Version(version("transformers")) >= Version("5")
@@ -62,8 +58,14 @@ os.fsync = lambda _: None
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what is imported by now out of the search for garbage, a tenth of all time."""
+    """Leaves what is imported by now out of the search for garbage, a tenth of all time.
+
+    From now on no compiled module is kept: tests write a user's code, and write it again within the
+    second that compiled modules go by.
+    """
     gc.freeze()
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

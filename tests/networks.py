@@ -8,12 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch._export.utils
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.models import CNN, MLP
 from losscli.weight_space.permutations import Group, permutation_groups
 from tests import foreign
+
+# Each trace lists all operators of PyTorch for each of their namespaces, and twice: a quarter of
+# its time.
+torch._export.utils._materialize_cpp_cia_ops = functools.cache(
+    torch._export.utils._materialize_cpp_cia_ops
+)
 
 
 @dataclass(frozen=True)

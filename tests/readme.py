@@ -25,7 +25,7 @@ GALLERY = ROOT / "sample_checkpoints" / "gallery"
 MEASURED = ROOT / "tests" / "benchmarks" / "results" / "cpu.json"
 
 _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
-_ALL_POINTS = re.compile(r"^losscli (interpolate|plane|barriers)(?!.*--points)")
+_ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers)(?!.*--points)")
 _WHOLE_PATH = re.compile(r"(?<=^losscli check )(\S+)/path")
 _HELP = re.compile(r"(<!-- (losscli [a-z ]*--help) -->\n```text\n).*?(```\n)", re.DOTALL)
 

@@ -171,6 +171,17 @@ SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+WRONG = {**STOPPED, "lying": lying}
+
+_SAMPLE = ["tanh", "offset", "partly detached", "straight-through rounding", "a tenth", "lying"]
+
+SAMPLES = [
+    _SAMPLE,
+    pytest.param([n for n in (*SMOOTH, *WRONG) if n not in _SAMPLE], marks=pytest.mark.stress),
+]
+"""Names of networks with right and with wrong derivatives: some, and all others."""
+
+
 def focal(outputs: Tensor, targets: Tensor) -> Tensor:
     """Focal loss with a weight that is a constant for autograd."""
     loss = F.cross_entropy(outputs, targets, reduction="none")

@@ -207,8 +207,8 @@ def _is_number(text: str) -> bool:
 
 
 def _parse(arguments: Sequence[str], console: Console) -> int:
-    # click before 8.2 would print the help and succeed.
-    if not arguments:
+    # click before 8.2 would print the help and succeed. A shell asks for completions without any.
+    if not arguments and "_LOSSCLI_COMPLETE" not in os.environ:
         raise UsageError("no command is given", "See losscli --help")
     # Imported within `run`, which handles Ctrl-C: typer takes a tenth of a second to import.
     import typer

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from losscli._version import __version__
+from losscli import __version__
 from losscli.cli.align import align
 from losscli.cli.catalogue import catalogue
 from losscli.cli.files import export, inspect

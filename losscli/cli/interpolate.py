@@ -139,7 +139,7 @@ def interpolate(
         if write.out not in {None, "-"} and Path(f"{write.out}.csv").resolve() == context.resolve():
             raise UsageError(f"--out {write.out} would overwrite --context", "Choose another --out")
         whole = Table.read(context)
-        if command_of(whole) is not COMMANDS["interpolate"]:
+        if command_of(whole.columns) is not COMMANDS["interpolate"]:
             raise UsageError(
                 f"--context {context} is no table of interpolate", "Give the CSV of the whole line"
             )

@@ -17,15 +17,8 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.figures import check_curve_count, check_panel_count, render_files
 from losscli.cli.options import with_console
 from losscli.errors import TableError, UsageError
-from losscli.registry import (
-    COMMANDS,
-    Command,
-    TableFormat,
-    command_of,
-    draw,
-    further_table_of,
-)
-from losscli.results import Output, Run, picture_of, read_summary, stem_of
+from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of
+from losscli.results import Output, Run, draw, picture_of, read_summary, stem_of
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -56,7 +49,8 @@ def plot(
         list[str] | None,
         typer.Option(
             "--label",
-            help="Repeatable: a name for each CSV, or for each checkpoint of barriers.",
+            help="Repeatable: a name for each CSV, or for each checkpoint of a single around or "
+            "barriers.",
             show_default=False,
         ),
     ] = None,
@@ -99,7 +93,7 @@ def plot(
     runs = _with_labels([_read(name) for name in csvs], label or ())
     check_curve_count(sum(map(_split_count, runs)), _FEWER)
     if terminal:
-        if any(command_of(run.table) is not COMMANDS["interpolate"] for run in runs):
+        if any(command_of(run.table.columns) is not COMMANDS["interpolate"] for run in runs):
             raise UsageError(
                 "a terminal shows the lines of interpolate alone", "Leave --terminal out"
             )
@@ -120,8 +114,8 @@ def _split_count(run: Run[Any]) -> int:
 
 
 def _with_labels(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
-    """Assigns labels to runs, or to checkpoints for a single matrix of barriers."""
-    command = command_of(runs[0].table)
+    """Assigns labels to runs, or to the checkpoints of a single run."""
+    command = command_of(runs[0].table.columns)
     columns = command.labelled if command and len(runs) == 1 else ()
     number = len(runs[0].table.unique(*columns)) if columns else len(runs)
     if labels and len(labels) != number:
@@ -155,7 +149,7 @@ def _check_main(table: Table, name: str) -> Command:
     if further and further.refused_alone:
         reason, cure = further.refused_alone
         raise TableError(f"{name} {reason}", cure)
-    command = command_of(table)
+    command = command_of(table.columns)
     if command is None:
         *others, last = (c.name for c in COMMANDS.values() if c.cli)
         raise TableError(
@@ -247,7 +241,7 @@ def _check_same_run(
 def _check_panel_counts(names: Sequence[str], runs: Sequence[Run[Any]]) -> None:
     """Checks that the figure of each run has no more panels than it can show."""
     for name, run in zip(names, runs, strict=True):
-        command = command_of(run.table)
+        command = command_of(run.table.columns)
         assert command is not None  # see `_check_main`
         panels = command.panels_with(run.more)
         try:

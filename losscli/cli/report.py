@@ -96,6 +96,7 @@ def plan(description: Description) -> str:
     ]
     if "products_at_most" in d:
         rows.append(("products", f"with the Hessian, at most about {d['products_at_most']:,}"))
+    if "steps_at_most" in d:
         steps = d["steps_at_most"]
         rows.append(("steps", f"down −∇L and along v, at most {steps:,}, each a pass over a split"))
     rows.append(("time", _estimate(d["estimate"], d["device"], d["processes"])))

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from losscli.data import Split
+from losscli.data import Examples, Split
 from losscli.evaluation.curvature import DENSE_LIMIT, Curvature
 from losscli.evaluation.curvature_check import check_derivatives
 from losscli.evaluation.eigenvalues import DenseHessian, Eigenpair, Extremes
@@ -35,7 +35,7 @@ from losscli.evaluation.sweep import sweep_plain
 from losscli.evaluation.tasks import Execution
 from losscli.evaluation.verdict import Verdict, verdict
 from losscli.summaries import CheckedPoint, Predicted, Step
-from losscli.weight_space.vectors import Weights
+from losscli.weight_space.vectors import Weights, unflatten
 
 __all__ = ["CriticalPointTest", "Evidence", "PointAnalysis", "batch_size_of", "verdict_of"]
 
@@ -353,24 +353,12 @@ class CriticalPointTest:
             here = losses[split]
             sample, rows = every.spread(_ROUNDING_EXAMPLES)
             sample = sample.to(objective.device)
-
-            def attend(_: float) -> None:
-                # The progress of a search is unknown, but another rank may have failed meanwhile.
-                execution.poll()
-
             float64 = self.float64
-            differentiated = self.differentiated(weights)
-            with Curvature(differentiated, weights, self.names, every, attend) as curvature:
-                gradient = curvature.gradient()
-                size = float(gradient.norm())
-                dense = curvature.dense() if curvature.size <= DENSE_LIMIT else None
-                extremes = curvature.extremes(self.eigenvalues, tolerance=_TOLERANCE, seed=seed)
-                vector = extremes.smallest[0].vector
-                eigenvector = curvature.named(vector)
-                downhill = curvature.named(-gradient / size) if size > 0 else None
-            extremes, dense = self._with_rounding(
-                weights, extremes, dense, sample, whole=len(sample) == len(every)
-            )
+            gradient, extremes, dense = self.differentiate(weights, every, execution)
+            size = float(gradient.norm())
+            vector = extremes.smallest[0].vector
+            eigenvector = unflatten(vector, weights, self.names)
+            downhill = unflatten(-gradient / size, weights, self.names) if size > 0 else None
             few = every.spread(sample_size(objective.operations))[0].to(objective.device)
             directions = {"λ min": vector, "λ max": extremes.largest[0].vector}
             unverified = check_derivatives(
@@ -422,6 +410,51 @@ class CriticalPointTest:
         )
         is_kept = evidence.sides and decided in kept
         return analysis.to_arrays(eigenvector if is_kept else None, objective)
+
+    def gradient(self, weights: Weights, every: Examples, execution: Execution) -> Tensor:
+        """Computes the gradient at a point.
+
+        Args:
+            weights: The point: all tensors of the model.
+            every: The examples.
+            execution: Fails if another rank has failed.
+
+        Returns:
+            The gradient, ``[n]``.
+        """
+        with self._curvature(weights, every, execution) as curvature:
+            return curvature.gradient()
+
+    def differentiate(
+        self, weights: Weights, every: Examples, execution: Execution
+    ) -> tuple[Tensor, Extremes, DenseHessian | None]:
+        """Computes the gradient and the ends of the spectrum at a point.
+
+        Args:
+            weights: The point: all tensors of the model.
+            every: The examples.
+            execution: Fails if another rank has failed.
+
+        Returns:
+            The gradient, ``[n]``; the ends of the spectrum, with measured rounding in their errors;
+            and the whole Hessian of a small model.
+        """
+        with self._curvature(weights, every, execution) as curvature:
+            gradient = curvature.gradient()
+            dense = curvature.dense() if curvature.size <= DENSE_LIMIT else None
+            extremes = curvature.extremes(self.eigenvalues, tolerance=_TOLERANCE, seed=self.seed)
+        sample = every.spread(_ROUNDING_EXAMPLES)[0].to(self.objective.device)
+        extremes, dense = self._with_rounding(
+            weights, extremes, dense, sample, whole=len(sample) == len(every)
+        )
+        return gradient, extremes, dense
+
+    def _curvature(self, weights: Weights, every: Examples, execution: Execution) -> Curvature:
+        def poll(_: float) -> None:
+            # The progress of a search is unknown, but another rank may have failed meanwhile.
+            execution.poll()
+
+        return Curvature(self.differentiated(weights), weights, self.names, every, poll)
 
     def _with_rounding(
         self,

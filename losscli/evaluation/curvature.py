@@ -18,7 +18,7 @@ from losscli.evaluation.decompositions import Decomposed
 from losscli.evaluation.eigenvalues import DenseHessian, Extremes, eigenpairs
 from losscli.evaluation.lanczos import LanczosSearch
 from losscli.evaluation.objective import Objective, Progress
-from losscli.weight_space.vectors import Weights
+from losscli.weight_space.vectors import Weights, unflatten
 
 __all__ = ["DENSE_LIMIT", "PRODUCT_LIMIT", "ROWS_PER_PASS", "Curvature"]
 
@@ -156,11 +156,7 @@ class Curvature:
         Returns:
             Each parameter's part, in its shape, as a view.
         """
-        parts = torch.split(v, [p.numel() for p in self._parameters])
-        return {
-            name: part.view(p.shape)
-            for name, part, p in zip(self.names, parts, self._parameters, strict=True)
-        }
+        return unflatten(v, self.objective.tensors, self.names)
 
     def dense(self) -> DenseHessian:
         """Computes the whole Hessian by n products, once.

@@ -108,8 +108,8 @@ def slopes(
     def evaluate(alpha: float, own: Execution) -> Arrays:
         if execution.size == 1:
             # The caller halves the batch and starts over, so that all points have one batch size.
-            return differentiate(alpha, own.tell)
-        return halving(objective, lambda: differentiate(alpha, own.tell))
+            return differentiate(alpha, own.report)
+        return halving(objective, lambda: differentiate(alpha, own.report))
 
     key = execution.key(
         lambda: record_key(objective, splits, "slopes", line.ends, objective.batch_size)
@@ -118,7 +118,7 @@ def slopes(
     points = list(execution.run(tasks))
     for point in points:
         if "unverified" in point:
-            objective.remark(point["unverified"].tobytes().decode())
+            objective.add_note(point["unverified"].tobytes().decode())
     tables = {
         name: torch.stack([torch.from_numpy(point[f"{k}"]) for point in points], 1)
         for k, name in enumerate(splits)

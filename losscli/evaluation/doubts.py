@@ -14,7 +14,7 @@ from losscli.evaluation.class_targets import (
     one_score_per_target,
     sums_to_one,
 )
-from losscli.evaluation.losses import OF_TOKENS, PerExample, bce, cross_entropy, function_of, mse
+from losscli.evaluation.losses import TOKEN_LOSSES, PerExample, bce, cross_entropy, function_of, mse
 from losscli.evaluation.metrics import accuracy
 from losscli.evaluation.targets import class_dim_of
 
@@ -66,7 +66,7 @@ def doubts_of(
         doubts.add(Doubt.SIGMOID)
     elif accuracy in metrics and single and are_probabilities(outputs):
         doubts.add(Doubt.THRESHOLD)
-    if loss is cross_entropy or loss in OF_TOKENS:
+    if loss is cross_entropy or loss in TOKEN_LOSSES:
         dim = 1
         if outputs.ndim > 2:
             dim = class_dim_of(functions[0]) or class_dim(outputs, targets, "", None) or 1

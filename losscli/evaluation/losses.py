@@ -35,7 +35,7 @@ from losscli.evaluation.class_targets import (
 
 __all__ = [
     "LOSSES",
-    "OF_TOKENS",
+    "TOKEN_LOSSES",
     "PerExample",
     "bce",
     "causal_lm",
@@ -440,5 +440,5 @@ LOSSES: dict[str, PerExample] = {
     "token_cross_entropy": token_cross_entropy,
 }
 
-OF_TOKENS = frozenset({causal_lm, token_cross_entropy})
+TOKEN_LOSSES = frozenset({causal_lm, token_cross_entropy})
 """The losses of tokens: a target for each, and scores in the last dimension."""

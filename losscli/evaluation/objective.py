@@ -170,7 +170,7 @@ class Objective(ScoredModel):
         self.doubts: frozenset[Doubt] = frozenset()
         self.left_out: dict[str, str] = {}
         self.optional = frozenset(optional)
-        self._remarks: dict[str, None] = {}
+        self._notes: dict[str, None] = {}
         self.strategy: Strategy | None = None
         self.provisional: Strategy | None = None
         self.proving = False
@@ -180,25 +180,20 @@ class Objective(ScoredModel):
         self.unused: tuple[str, ...] = ()
         self.constant = False
 
-    def remark(self, text: str) -> None:
+    def add_note(self, text: str) -> None:
         """Adds a note.
 
         Args:
             text: The note; empty for none. The same note is not added twice.
         """
         if text:
-            self._remarks[text] = None
-
-    @property
-    def remarks(self) -> list[str]:
-        """The notes added by `remark`."""
-        return list(self._remarks)
+            self._notes[text] = None
 
     @property
     def notes(self) -> list[str]:
         """Notes on the targets, metrics and derivatives so far."""
         left_out = (f"{name} is left out: {why}" for name, why in self.left_out.items())
-        return [*self._remarks, *left_out]
+        return [*self._notes, *left_out]
 
     @property
     def statistics(self) -> Sequence[BatchNormLayer]:
@@ -281,7 +276,7 @@ class Objective(ScoredModel):
     def _check_targets(self, targets: Tensor, lengths: set[torch.Size]) -> None:
         """Checks the targets of a batch; ``lengths`` collects their shapes over batches."""
         if self.classes is not None:
-            self.remark(check_range(self.loss, targets, self.classes, "the data"))
+            self.add_note(check_range(self.loss, targets, self.classes, "the data"))
         if is_of_classes(self.loss) and not self.batch_loss:
             lengths.add(targets.shape[1:])
             check_lengths(lengths)

@@ -195,8 +195,9 @@ class BoundPoints:
         self._network = network
         self._slice = slice_
         self._coordinates = coordinates
-        # With fewer points than ends, products at the ends are not worth it.
-        self._shares = strategy is not Strategy.BOUND and len(coordinates) > len(slice_.ends)
+        # With fewer points than ends, products at the ends are not worth it, except as a test.
+        many = len(coordinates) > len(slice_.ends)
+        self._shares = strategy is not Strategy.BOUND and (many or proving)
         self._proving = proving
         # The points that cannot share the first layer, as its products at the ends nearly cancel.
         self._unshared: frozenset[int] | None = None
@@ -384,8 +385,9 @@ class BoundPoints:
         if watcher.layer is not None and self._unshared is None:
             cancels = watcher.layer.nearly_cancels(self._coordinates)
             self._unshared = frozenset(p for p, cancel in enumerate(cancels) if cancel)
-            if all(cancels) and self._proving:
-                raise NothingSharedError("no point shares the first layer")
+            # The first point has the layer's own input, and tests nothing.
+            if all(cancels[1:]) and self._proving:
+                raise NothingSharedError("no other point shares the first layer")
             self._shares = self._proving or len(self) - len(self._unshared) > len(self._slice.ends)
         return (watcher.layer if self._shares else None), watcher.prefix, done
 

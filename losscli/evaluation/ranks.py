@@ -418,7 +418,9 @@ def _pack(arrays: Arrays) -> bytes:
     import numpy as np
 
     room = io.BytesIO()
-    np.savez(room, allow_pickle=False, **arrays)
+    # NumPy 1.26 would store an argument allow_pickle as one more array.
+    columns: dict[str, Any] = {**arrays}
+    np.savez(room, **columns)
     return room.getvalue()
 
 

@@ -321,7 +321,7 @@ def evaluate_until_precise(
         def progress(done: float, before: float = done_before, share: float = share) -> None:
             nonlocal most
             most = max(most, done)
-            execution.tell(before + share * done)
+            execution.report(before + share * done)
 
         for name, block in evaluate(blocks, replace(execution, progress=progress)).items():
             results[name] = results[name].extend(block) if name in results else block

@@ -150,7 +150,7 @@ def _evaluate_alone(
 
     def evaluate(points: Sequence[Sequence[float]], chunk: int, own: Execution) -> Arrays:
         find_strategy(objective, slice_, points)
-        evaluations = objective.at(slice_, points, splits, _ProgressSum(own.tell).add)
+        evaluations = objective.at(slice_, points, splits, _ProgressSum(own.report).add)
         return encode(objective, splits, evaluations, len(points), chunk)
 
     parts: list[dict[str, Evaluation]] = []
@@ -358,7 +358,7 @@ def sweep_plain(
         nonlocal loaded
         weights, loaded = read(i), i
         evaluations = halving(
-            objective, lambda: objective.plain(weights, splits, _ProgressSum(own.tell).add)
+            objective, lambda: objective.plain(weights, splits, _ProgressSum(own.report).add)
         )
         return encode(objective, splits, evaluations, 1, 1)
 

@@ -17,7 +17,7 @@ from losscli.evaluation.class_targets import (
     one_score_per_target,
 )
 from losscli.evaluation.losses import (
-    OF_TOKENS,
+    TOKEN_LOSSES,
     PerExample,
     bce,
     causal_lm,
@@ -65,7 +65,7 @@ def classes_of(loss: PerExample, outputs: Tensor, targets: Tensor) -> int | None
     if function is cross_entropy and not one_score_per_target(outputs, targets):
         dim = class_dim(outputs, targets, "cross_entropy", options_of(loss).get("dim"))
         return None if dim is None else outputs.shape[dim]
-    if function in OF_TOKENS and outputs.ndim > 2 and outputs.shape[:-1] == targets.shape:
+    if function in TOKEN_LOSSES and outputs.ndim > 2 and outputs.shape[:-1] == targets.shape:
         return outputs.shape[-1]
     return None
 
@@ -81,7 +81,7 @@ def class_dim_of(loss: PerExample) -> int | None:
     """
     function = function_of(loss)
     if function is not cross_entropy:
-        return -1 if function in OF_TOKENS else None
+        return -1 if function in TOKEN_LOSSES else None
     dim: int | None = options_of(loss).get("dim")
     return dim
 
@@ -180,7 +180,7 @@ def check_lengths(lengths: Collection[torch.Size]) -> None:
 def _counted_by(loss: PerExample, targets: Tensor, classes: int | None) -> Tensor:
     """Returns a mask, ``[B, *]``, of the targets that a loss of classes or tokens reads."""
     function = function_of(loss)
-    of = None if function in OF_TOKENS else classes
+    of = None if function in TOKEN_LOSSES else classes
     counts = counted(targets, of, options_of(loss).get("ignore_index"))
     if function is causal_lm:
         # The first token is not predicted.

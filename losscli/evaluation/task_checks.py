@@ -344,7 +344,7 @@ def _check_labels(objective: Objective, outputs: Any, targets: Tensor, name: str
     if objective.classes is None:
         return
     where = f"the split {name!r}"
-    objective.remark(check_range(objective.loss, sample.targets, objective.classes, where))
+    objective.add_note(check_range(objective.loss, sample.targets, objective.classes, where))
     if not isinstance(split, Split):
         return
     weights = weights_of(objective.loss, outputs, sample.targets)
@@ -356,10 +356,10 @@ def _check_labels(objective: Objective, outputs: Any, targets: Tensor, name: str
         )
     if without and not objective.batch_loss:
         counts = f"{without:,} of {len(sample.targets):,} examples have no target that counts"
-        objective.remark(f"{name}: {counts} and are left out of the mean")
+        objective.add_note(f"{name}: {counts} and are left out of the mean")
     weighted = options_of(objective.loss).get("weight") is not None
     if is_of_classes(objective.loss) and weighted:
-        objective.remark("the mean loss is weighted by class, Σwl/Σw, as torch's")
+        objective.add_note("the mean loss is weighted by class, Σwl/Σw, as torch's")
 
 
 def _check_targets(objective: Objective, name: str) -> None:

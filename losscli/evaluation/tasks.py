@@ -80,10 +80,12 @@ class Execution:
         Returns:
             The same execution for tasks that follow.
         """
-        tell = self.progress
-        return self if tell is None else replace(self, progress=lambda x: tell(done + min(x, most)))
+        report = self.progress
+        if report is None:
+            return self
+        return replace(self, progress=lambda x: report(done + min(x, most)))
 
-    def tell(self, done: float) -> None:
+    def report(self, done: float) -> None:
         """Reports progress.
 
         Args:
@@ -161,7 +163,7 @@ class Execution:
                 arrays = task.evaluate(self.after(done, task.size))
                 self._record(task, arrays)
             done += task.size
-            self.tell(done)
+            self.report(done)
             yield arrays
 
     def _distribute(self, ranks: Ranks, tasks: Sequence[Task]) -> list[Arrays]:

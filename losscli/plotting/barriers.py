@@ -33,6 +33,7 @@ from losscli.plotting.style import (
     Numbers,
     add_foot,
     add_title,
+    distinct_names,
     examples,
     format_number,
     house_style,
@@ -100,7 +101,8 @@ def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = Fal
         FigureCanvasAgg(figure)
         cells = figure.add_gridspec(rows, columns)
         norm = _norm(squares, log=log)
-        labels, shared = _labels(figure, run.checkpoint_labels or names)
+        distinct, shared = distinct_names(run.checkpoint_labels or names)
+        labels = [shorten(figure, name, _NAME) for name in distinct]
         panels: list[Axes] = []
         for index, square in enumerate(squares):
             panel = figure.add_subplot(cells[divmod(index, columns)])
@@ -211,36 +213,6 @@ def _hatch(axes: Axes, cells: NDArray[np.bool_]) -> None:
     if squares:
         path = Path.make_compound_path(*squares)
         axes.add_patch(PathPatch(path, fill=False, hatch="////", ec=PALE, lw=0))
-
-
-def _labels(figure: Figure, names: Sequence[str]) -> tuple[list[str], str]:
-    """Returns the distinct part of each name, and the pattern of all names with ``*`` for it."""
-    whole = [plain(name) for name in names]
-    parts = [name.split("/") for name in whole]
-    most = min(map(len, parts), default=1) - 1
-    before = _common(parts, most)
-    after = _common([part[::-1] for part in parts], most - before)
-    distinct = ["/".join(part[before : len(part) - after]) for part in parts]
-    suffix = "." + distinct[0].rpartition(".")[2] if distinct and "." in distinct[0] else ""
-    if not all(name.endswith(suffix) and len(name) > len(suffix) for name in distinct):
-        suffix = ""
-    distinct = [name.removesuffix(suffix) for name in distinct]
-    shared = ""
-    if len(whole) > 1 and len(set(distinct)) == len(distinct):
-        pattern = [*parts[0][:before], f"*{suffix}", *parts[0][len(parts[0]) - after :]]
-        shared = "/".join(pattern) if len(pattern) > 1 or suffix else ""
-    else:
-        distinct = whole
-    labels = [shorten(figure, name, _NAME) for name in distinct]
-    return labels, shared
-
-
-def _common(parts: Sequence[Sequence[str]], most: int) -> int:
-    """Returns the number of leading parts that all names share, at most ``most``."""
-    length = 0
-    while length < most and len({part[length] for part in parts}) == 1:
-        length += 1
-    return length
 
 
 def _label_axes(axes: Axes, labels: Sequence[str], room: float, *, below: bool, left: bool) -> None:

@@ -54,6 +54,7 @@ __all__ = [
     "add_title",
     "checkpoint_names",
     "count_points",
+    "distinct_names",
     "drawable",
     "end_names",
     "examples",
@@ -593,7 +594,7 @@ def freeze(figure: Figure) -> None:
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)
 
 
 def round_positions(figure: Figure) -> None:
@@ -625,6 +626,35 @@ def checkpoint_names(run: Run[Summary] | Run[InspectionSummary]) -> list[str]:
     """Returns the names of the checkpoints, as far as known."""
     checkpoints = run.summary.get("checkpoints", ())
     return [plain(checkpoint.get("name", "")) for checkpoint in checkpoints]
+
+
+def distinct_names(names: Sequence[str]) -> tuple[list[str], str]:
+    """Returns the distinct part of each name, and the pattern of all names with ``*`` for it.
+
+    The pattern is empty, and the names are whole, if their distinct parts are not different.
+    """
+    whole = [plain(name) for name in names]
+    parts = [name.split("/") for name in whole]
+    most = min(map(len, parts), default=1) - 1
+    before = _common(parts, most)
+    after = _common([part[::-1] for part in parts], most - before)
+    distinct = ["/".join(part[before : len(part) - after]) for part in parts]
+    suffix = "." + distinct[0].rpartition(".")[2] if distinct and "." in distinct[0] else ""
+    if not all(name.endswith(suffix) and len(name) > len(suffix) for name in distinct):
+        suffix = ""
+    distinct = [name.removesuffix(suffix) for name in distinct]
+    if len(whole) < 2 or len(set(distinct)) < len(distinct):
+        return whole, ""
+    pattern = [*parts[0][:before], f"*{suffix}", *parts[0][len(parts[0]) - after :]]
+    return distinct, "/".join(pattern) if len(pattern) > 1 or suffix else ""
+
+
+def _common(parts: Sequence[Sequence[str]], most: int) -> int:
+    """Returns the number of leading parts that all names share, at most ``most``."""
+    length = 0
+    while length < most and len({part[length] for part in parts}) == 1:
+        length += 1
+    return length
 
 
 def end_names(runs: Sequence[Run[Summary]]) -> tuple[str, str]:

@@ -275,7 +275,7 @@ def lowest(csv: Path, split: str) -> Lowest:
         UsageError: The table is not one of `interpolate`, or has no such split.
     """
     table = Table.read(csv)
-    if command_of(table) is not COMMANDS["interpolate"]:
+    if command_of(table.columns) is not COMMANDS["interpolate"]:
         raise UsageError(f"--csv {csv} is no table of interpolate", "Give the CSV of a line")
     if split not in table.unique("split"):
         known = ", ".join(map(str, table.unique("split"))) or "none"

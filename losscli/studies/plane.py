@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints, order_path
@@ -41,7 +40,7 @@ from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.summaries import PlaneAxis, PlaneSplit, PlaneSummary
 from losscli.table import Table
 from losscli.weight_space.curve import lowest
-from losscli.weight_space.directions import random_directions
+from losscli.weight_space.directions import normalisation_parameters, random_directions
 from losscli.weight_space.slices import Slice, Span, Triangle, check_point_count, grid
 from losscli.weight_space.trajectory import principal_axes
 from losscli.weight_space.vectors import Weights
@@ -59,13 +58,6 @@ _THINNEST = 0.2
 
 # Principal components with variances that differ by less than this share count as equal.
 _EQUAL = 1e-3
-
-_NORMALISATION = (
-    nn.modules.batchnorm._NormBase,  # batch and instance normalisation
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
 
 
 @checked(Settings)
@@ -447,13 +439,7 @@ def _select(weights: Weights, names: Sequence[str]) -> Weights:
 
 def _random(problem: Problem) -> Span:
     """The plane along two random directions."""
-    still = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in problem.objective.model.named_modules()
-        if isinstance(module, _NORMALISATION)
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    still.update(problem.buffers)
+    still = normalisation_parameters(problem.objective.model).union(problem.buffers)
     weights = problem.first.weights
     u, v = random_directions(weights, problem.moving, still, problem.settings.seed)
     names = [name for name in problem.moving if u[name].any() or v[name].any()]

@@ -12,7 +12,7 @@ from typing import get_args, overload
 import torch
 from torch import nn
 
-from losscli._version import __version__
+from losscli import __version__
 from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, find_base, read
 from losscli.errors import CheckpointError, MismatchError, ModelError, UsageError
 from losscli.evaluation.device import choose_device, describe_device

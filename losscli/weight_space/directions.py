@@ -8,18 +8,92 @@ weights can be compared.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losscli.errors import UsageError
 from losscli.weight_space.vectors import Weights, working_type
 
-__all__ = ["random_directions"]
+__all__ = [
+    "NO_DIRECTION",
+    "has_filters",
+    "normalisation_parameters",
+    "random_direction",
+    "random_directions",
+]
+
+NO_DIRECTION = (
+    "filter-normalised directions are zero in biases, normalisation parameters and zero weights",
+    "Let a weight of two or more dimensions move",
+)
+"""Why there may be no random direction, and what to do."""
+
+_NORMALISATION = (
+    nn.modules.batchnorm._NormBase,  # batch and instance normalisation
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
 
 # Number of weights that are converted to float64 at once.
 _PIECE = 1 << 20
+
+
+def normalisation_parameters(model: nn.Module) -> set[str]:
+    """Lists the parameters of normalisation layers, which have no filters.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Their names.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, _NORMALISATION)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def has_filters(tensor: Tensor) -> bool:
+    """Returns whether a tensor has the shape of one with filters: two dimensions or more.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Whether it has.
+    """
+    return tensor.ndim > 1 and tensor.numel() > 0
+
+
+def random_direction(
+    weights: Weights, names: Iterable[str], seed: int, number: int
+) -> dict[str, Tensor]:
+    """Draws one of many independent directions, filter-normalised (Li et al. 2018).
+
+    For each filter, a Gaussian vector is rescaled to the norm of the filter in the weights. The
+    norm over all tensors is therefore that of the weights, for every direction.
+
+    The random numbers of a tensor depend on the seed, its name and the number of the direction
+    only: other weights have the same draws, scaled to their own filters.
+
+    Args:
+        weights: The origin of the direction.
+        names: The tensors that move, all with filters.
+        seed: Random seed.
+        number: The number of the direction.
+
+    Returns:
+        The direction. The dtype is float32, or float64 for float64 weights.
+    """
+    return {
+        name: _draw(weights[name], 1, _generator(f"{name} {number}", seed), _rescale)[0]
+        for name in names
+    }
 
 
 def random_directions(
@@ -53,38 +127,50 @@ def random_directions(
     moves = [False, False]
     for name in names:
         tensor = weights[name]
-        if tensor.ndim > 1 and tensor.numel() and name not in still:
-            pair = _normalised(tensor, _generator(name, seed))
+        if has_filters(tensor) and name not in still:
+            pair = _draw(tensor, 2, _generator(name, seed), _orthogonalise)
         else:
-            pair = (_zeros(tensor), _zeros(tensor))
+            pair = [_zeros(tensor), _zeros(tensor)]
         for k in range(2):
             directions[k][name] = pair[k]
             moves[k] = moves[k] or bool(pair[k].any())
     if not all(moves):
-        raise UsageError(
-            "no tensor that moves spans a plane: filter-normalised directions are "
-            "zero in biases, in normalisation parameters, and where the weights are zero",
-            "Let a weight of two or more dimensions move",
-        )
+        reason, cure = NO_DIRECTION
+        raise UsageError(f"no tensor that moves spans a plane: {reason}", cure)
     return directions
 
 
-def _normalised(tensor: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _draw(
+    tensor: Tensor, number: int, generator: torch.Generator, normalise: Callable[..., None]
+) -> list[Tensor]:
+    """Draws Gaussian tensors and normalises their rows; ``normalise`` takes the filters first."""
     if tensor.is_complex():
         # A complex Gaussian vector has independent real and imaginary parts.
-        pair = _normalised(torch.view_as_real(tensor.resolve_conj()), generator)
-        return torch.view_as_complex(pair[0]), torch.view_as_complex(pair[1])
+        real = torch.view_as_real(tensor.resolve_conj())
+        return [torch.view_as_complex(t) for t in _draw(real, number, generator, normalise)]
     dtype = working_type(tensor)
-    first, second = (torch.randn(tensor.shape, generator=generator).to(dtype) for _ in range(2))
+    drawn = [torch.randn(tensor.shape, generator=generator).to(dtype) for _ in range(number)]
     filters = len(tensor) if tensor.numel() > len(tensor) else 1
-    matrices = [t.reshape(filters, -1) for t in (tensor, first, second)]
+    matrices = [t.reshape(filters, -1) for t in (tensor, *drawn)]
     height = max(1, _PIECE // matrices[0].shape[1])
     for start in range(0, filters, height):
-        _normalise(*(matrix[start : start + height] for matrix in matrices))
-    return first, second
+        normalise(*(matrix[start : start + height] for matrix in matrices))
+    return drawn
 
 
-def _normalise(filters: Tensor, first: Tensor, second: Tensor) -> None:
+def _rescale(filters: Tensor, direction: Tensor) -> None:
+    """Gives the rows of a matrix the norms of ``filters``, in place."""
+
+    def squares(rows: Tensor) -> Tensor:
+        parts = (part.to(torch.float64).square() for part in torch.split(rows, _PIECE, 1))
+        return torch.stack([part.sum(1, keepdim=True) for part in parts]).sum(0)
+
+    factors = _quotient(squares(filters), squares(direction)).sqrt()
+    for part in torch.split(direction, _PIECE, 1):
+        part.copy_(part * factors)
+
+
+def _orthogonalise(filters: Tensor, first: Tensor, second: Tensor) -> None:
     """Orthogonalises the rows of two matrices and gives them the norms of ``filters``, in place."""
     columns = range(0, filters.shape[1], _PIECE)
     overlaps: list[Tensor] = []

@@ -29,6 +29,7 @@ __all__ = [
     "number_kind",
     "pieces",
     "select_names",
+    "unflatten",
     "working_type",
 ]
 
@@ -62,6 +63,22 @@ def flatten_real(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(
         -1
     )
+
+
+def unflatten(vector: Tensor, like: Weights, names: Iterable[str]) -> dict[str, Tensor]:
+    """Splits a vector into real tensors: the reverse of flattening and concatenating them.
+
+    Args:
+        vector: The vector, ``[n]``.
+        like: Tensors with the names and shapes of the parts.
+        names: The names of the parts, in their order.
+
+    Returns:
+        The parts, as views.
+    """
+    names = list(names)
+    parts = torch.split(vector, [like[name].numel() for name in names])
+    return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def dimension(weights: Weights, names: Iterable[str]) -> int:

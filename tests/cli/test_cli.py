@@ -185,9 +185,10 @@ def test_plot_refuses_what_is_no_table(
     [
         (("interpolate", "a.pt", "b.pt"), 1, "CSV files"),
         (("barriers", "a.pt", "b.pt", "init:1"), 3, "checkpoints"),
+        (("around", "a.pt", "b.pt", "--directions", 2), 2, "checkpoints"),
     ],
 )
-def test_plot_takes_a_label_for_each_csv_or_each_checkpoint_of_barriers(
+def test_plot_takes_a_label_for_each_csv_or_each_checkpoint(
     run: tuple[str, ...], number: int, things: str, losscli: Losscli, folder: Path
 ) -> None:
     assert losscli(*run, "--points", 3, "-o", "x", "--no-figure").status == 0
@@ -851,6 +852,8 @@ def test_a_shell_gets_its_completions(folder: Path) -> None:
         ("plane a.pt --points 4000", "10000000 points"),
         ("barriers a.pt b.pt init:0 --points 5000000", "10000000 points"),
         ("trajectory a.pt init:0 b.pt --residuals 5000000", "10000000 points"),
+        ("around a.pt --directions 5000000", "--directions 5000000 makes more than 10000000"),
+        ("around a.pt --along hessian --points 5000000", "--points 5000000 makes more than"),
         ("check a.pt --eigenvalues 99999999999999999999", "10000 or fewer"),
         ("interpolate a.pt init:-1", "init:-1 has no seed"),
         ("align a.pt init:-1 -o z.safetensors", "init:-1 has no seed"),
@@ -936,7 +939,8 @@ def test_a_run_of_too_many_panels_is_refused_before_it_is_evaluated(
     "command",
     [
         "interpolate a.pt b.pt", "trajectory a.pt b.pt init:1", "plane a.pt", "check a.pt",
-        "barriers a.pt b.pt", "plot g.csv", "align a.pt b.pt", "export a.pt b.pt --alpha 0",
+        "barriers a.pt b.pt", "around a.pt", "plot g.csv", "align a.pt b.pt",
+        "export a.pt b.pt --alpha 0",
     ],
 )  # fmt: skip
 def test_out_is_no_folder(command: str, out: str, losscli: Losscli, folder: Path) -> None:

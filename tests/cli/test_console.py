@@ -32,6 +32,8 @@ COMMANDS = {
     "plane": ("plane a.pt -m mlp:6-5-3 --points 4", 17, "points"),
     "plane-sample": ("plane a.pt --points 4 --sampling-error 0.01", 17, "points"),
     "barriers": ("barriers a.pt b.pt c.pt --points 5", 3 + 3 * 3, "points"),
+    "around": ("around a.pt b.pt --directions 3 --points 4", 2 + 2 * 3 * 3, "points"),
+    "along": ("around a.pt b.pt --along gradient --points 3", 2 + 2 + 2 * 2, "points"),
     "check": ("check a.pt b.pt --split test", 2, "checkpoints"),
     "recalibrate": (f"interpolate init:1 init:2 {IMAGES} --points 5 --range 0 1", 5, "points"),
 }

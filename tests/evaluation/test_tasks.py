@@ -37,8 +37,8 @@ def squares(done: list[int], inside: list[Execution]) -> list[Task]:
     def evaluate(i: int, own: Execution) -> Arrays:
         done.append(i)
         inside.append(own)
-        own.tell(SIZES[i] / 2)
-        own.tell(SIZES[i] + 1e-9)
+        own.report(SIZES[i] / 2)
+        own.report(SIZES[i] + 1e-9)
         return {"square": np.array([i * i])}
 
     return [Task(size, partial(evaluate, i), "key", i) for i, size in enumerate(SIZES)]
@@ -231,7 +231,7 @@ def test_what_could_not_be_verified_is_noted_by_every_rank_and_whoever_recalls_i
                 objective, line = objective_and_line(16)
                 execution = Execution(journal=journal, ranks=ranks)
                 slopes(objective, line, [0.2, 0.7], execution=execution)
-                assert objective.remarks == ["a doubt"]
+                assert objective.notes == ["a doubt"]
                 patch.setattr(LineDerivatives, "sums", None)
             assert len(journal) == 2
             journal.finish()

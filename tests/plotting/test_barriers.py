@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from losscli.errors import UsageError
 from losscli.plotting.barriers import draw_barriers
 from losscli.plotting.style import render
-from losscli.registry import draw
-from losscli.results import Run
+from losscli.results import Run, draw
 from losscli.table import Table
 from tests.plotting.test_interpolation import check_golden, legend, texts
 

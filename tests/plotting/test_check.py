@@ -21,8 +21,7 @@ from matplotlib.lines import Line2D
 from losscli.errors import UsageError
 from losscli.plotting.check import draw_check
 from losscli.plotting.style import render
-from losscli.registry import draw
-from losscli.results import Run
+from losscli.results import Run, draw
 from losscli.table import Cell, Table
 from tests.plotting.test_interpolation import check_golden, legend, number, texts
 from tests.plotting.test_trajectory import sentence

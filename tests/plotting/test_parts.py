@@ -20,8 +20,7 @@ from losscli.errors import UsageError
 from losscli.plotting.inspection import draw_inspection
 from losscli.plotting.layerwise import block_colours, draw_layerwise
 from losscli.plotting.style import render
-from losscli.registry import draw
-from losscli.results import Run
+from losscli.results import Run, draw
 from losscli.table import Cell, Table
 from tests.plotting.test_interpolation import check_golden, ends, legend, marked, note, runs, texts
 

@@ -37,6 +37,8 @@ COMMANDS = {
     "trajectory": ["trajectory", "a.pt", "b.pt", "init:3", "--residuals", "4", *TO],
     "plane": ["plane", "a.pt", "--points", "4", *TO],
     "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "5", *TO],
+    "around": ["around", "a.pt", "b.pt", "--directions", "2", "--points", "5", *TO],
+    "along": ["around", "a.pt", "b.pt", "--along", "hessian", "--points", "5", *TO],
     "check": ["check", "a.pt", "b.pt", "--split", "test", "--tolerance", "10", *TO],
 }
 
@@ -342,7 +344,7 @@ def test_recalled_points_do_not_count_in_the_rate(monkeypatch: pytest.MonkeyPatc
     assert stderr.getvalue() == "90/100 points, 0:00:20 left\n"
 
 
-@pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers"])
+@pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers", "around"])
 def test_what_a_journal_holds_is_skipped(
     name: str, folder: Path, log: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ STUDIES = {
     ],
     "plane": ["plane", "a.pt", "b.pt", "init:3", "--points", "3", *TO],
     "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "3", *TO],
+    "around": ["around", "a.pt", "b.pt", "--directions", "2", "--points", "3", *TO],
     "check": ["check", "a.pt", "b.pt", "--split", "test", "--tolerance", "10", *TO],
 }
 # All that write files; the last two draw what the first finds.
@@ -379,7 +380,7 @@ FIT = ((3, 64), (2, 7), (1, 64), (1, 2), (1, 1))
 
 
 @pytest.mark.parametrize("fit", [FIT[::2], pytest.param(FIT, marks=pytest.mark.stress)])
-@pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers"])
+@pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers", "around"])
 def test_out_of_memory_at_any_size_gives_the_same_numbers(
     name: str,
     fit: Sequence[tuple[int, int]],

@@ -411,6 +411,12 @@ def test_a_file_of_zeros_is_not_read_to_its_end(folder: Path) -> None:
         Table.read(Path("x.csv"))
 
 
+# torch 2.6 and the safetensors of its time have no such type.
+FLOAT4 = pytest.mark.skipif(
+    not hasattr(torch, "float4_e2m1fn_x2"), reason="torch has no float4 here"
+)
+
+
 def sparse() -> torch.Tensor:
     return torch.eye(3).to_sparse()
 
@@ -436,13 +442,17 @@ ODD = [
     (compressed, "is sparse (sparse_csr). Save it dense, as tensor.to_dense()"),
     (without_numbers, "is on the device meta, which holds no numbers. Save it from where its"),
     (nested, "is nested, of rows of different lengths. Save each row as a tensor of its own"),
-    (packed, "is float4_e2m1fn_x2, with which torch does not compute. Dequantise it first"),
+    pytest.param(
+        packed,
+        "is float4_e2m1fn_x2, with which torch does not compute. Dequantise it first",
+        marks=FLOAT4,
+    ),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage:UserWarning")
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
-@pytest.mark.parametrize(("make", "said"), ODD, ids=[make.__name__ for make, _ in ODD])
+@pytest.mark.parametrize(("make", "said"), ODD)
 def test_tensors_that_are_no_plain_ones_are_named(
     losscli: Losscli, folder: Path, make: Callable[[], torch.Tensor], said: str
 ) -> None:
@@ -482,7 +492,11 @@ def test_what_a_view_leaves_to_be_done_is_done(losscli: Losscli, folder: Path) -
 @pytest.mark.parametrize(
     ("kind", "shape", "content", "said"),
     [
-        ("F4", [4, 4], bytes(8), "tensor 'w' of x.safetensors is float4_e2m1fn_x2, with which"),
+        pytest.param(
+            *("F4", [4, 4], bytes(8)),
+            "tensor 'w' of x.safetensors is float4_e2m1fn_x2, with which",
+            marks=FLOAT4,
+        ),
         ("F32", [0, 1 << 63], b"", "x.safetensors has a tensor of a shape that torch cannot make"),
     ],
 )

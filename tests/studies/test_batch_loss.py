@@ -154,8 +154,15 @@ def run(source: Source, folder: Path, **options: Any) -> losscli.Result:
     )
 
 
-@pytest.mark.parametrize("budget", [None, 0], ids=["in memory", "streamed"])
-@pytest.mark.parametrize("loss", [contrast, contrast_mean])
+@pytest.mark.parametrize(
+    ("loss", "budget"),
+    [
+        pytest.param(contrast, None, id="in memory"),
+        pytest.param(contrast, 0, id="streamed"),
+        pytest.param(contrast_mean, None, id="a mean"),
+        pytest.param(contrast_mean, 0, id="a mean, streamed", marks=pytest.mark.stress),
+    ],
+)
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_loss_is_the_mean_over_the_batches_of_the_data(
     name: str,
@@ -304,6 +311,7 @@ COMMANDS = [
     f"trajectory a.pt b.pt c.pt d.pt --residuals 3 {OPTIONS}",
     f"plane a.pt b.pt c.pt --points 4 {OPTIONS}",
     f"barriers a.pt b.pt c.pt --points 4 {OPTIONS}",
+    f"around a.pt b.pt --points 4 --directions 2 {OPTIONS}",
 ]
 
 
@@ -344,7 +352,7 @@ def test_two_processes_find_what_one_finds(mine: Path, losscli: Losscli) -> None
         assert losscli(*command.split(), "-o", f"one{i}").status == 0
     lines = [f"{command} -o two{i}" for i, command in enumerate(COMMANDS)]
     first, other = forked(lines, 2)
-    assert [outcome.status for outcome in (*first, *other)] == [0] * 10, first
+    assert [outcome.status for outcome in (*first, *other)] == [0] * 2 * len(lines), first
     for path in mine.glob("one*.csv"):
         if "blocks" not in path.name:
             assert_same(path.name, path.name.replace("one", "two"))

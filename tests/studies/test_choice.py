@@ -15,7 +15,7 @@ from torch import Tensor
 
 import losscli
 from losscli.models import MLP
-from losscli.weight_space.directions import random_directions
+from losscli.weight_space.directions import random_direction, random_directions
 from tests import oracle
 from tests.cases import CASES, Case
 from tests.conftest import Losscli
@@ -158,6 +158,23 @@ def test_random_directions_are_zero_in_all_others(choice: dict[str, Any], tmp_pa
     # Of the chosen tensors the bias has no filters.
     assert result.summary["moving"]["tensors"] == 1
     assert result.summary["notes"] == ["random directions are zero in all but the chosen tensors"]
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_directions_around_checkpoints_are_zero_in_all_others(
+    choice: dict[str, Any], tmp_path: Path
+) -> None:
+    result = study("around", tmp_path, (1, 2), directions=1, points=3, **choice)
+    names = [name for name in CHOSEN if name.endswith("weight")]
+    rows = result.table.records()
+    for seed, of in zip((1, 2), (rows[:3], rows[3:]), strict=True):
+        state = CASE.state(seed)
+        step = random_direction(state, names, 0, 1)
+        step |= {name: torch.zeros_like(state[name]) for name in CHOSEN if name not in names}
+        for row in of:
+            there = vector(state) + row["coefficient"] * vector(step)
+            assert row["loss"] == pytest.approx(loss_at(there, CASE.state(1)), rel=1e-11)
+    assert any("stay at the first checkpoint's" in note for note in result.summary["notes"])
 
 
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)

@@ -19,6 +19,7 @@ from losscli.evaluation.objective import Objective
 from losscli.evaluation.tasks import Execution
 from losscli.settings import Settings
 from losscli.studies import dry_run
+from losscli.studies.around import Around
 from losscli.studies.barriers import Barriers
 from losscli.studies.base import Study
 from losscli.studies.check import Check
@@ -48,6 +49,7 @@ PLANS: dict[str, Callable[..., Study]] = {
         NAMES[:1], Settings(**s), pca=False, points=5, range_=None, surface=False
     ),
     "barriers": lambda **s: Barriers.plan(NAMES, Settings(**s), points=5),
+    "around": lambda **s: Around.plan(NAMES, Settings(**s), directions=4, points=5),
 }
 
 # How many points are loaded plainly, and how many are swept.
@@ -58,6 +60,7 @@ POINTS = {
     "path": (3, 0),
     "plane": (1, 25),
     "barriers": (3, 3 * 3),
+    "around": (3, 3 * 4 * 4),
 }
 
 
@@ -240,6 +243,9 @@ def test_a_dry_run_tells_the_time_and_leaves_nothing(losscli: Losscli, folder: P
         "trajectory a.pt b.pt init:5",
         "plane a.pt",
         "barriers a.pt b.pt init:5",
+        "around a.pt b.pt",
+        "around a.pt --along gradient",
+        "around a.pt --along hessian",
         "check a.pt",
     ):
         done = losscli(*command.split(), "--dry-run", "--json")
@@ -249,7 +255,8 @@ def test_a_dry_run_tells_the_time_and_leaves_nothing(losscli: Losscli, folder: P
         assert found["seconds"] > 0
         assert found["batch"]["examples"] == 29
         text = losscli(*command.split(), "--dry-run").stdout
-        assert f"time         {'about' if 'check' in command else found['kind']} " in text
+        kind = "about" if "seconds_at_most" in found else found["kind"]
+        assert f"time         {kind} " in text
     assert sorted(folder.iterdir()) == before
 
 

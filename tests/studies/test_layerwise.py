@@ -144,7 +144,12 @@ def expected(case: Case, block: list[str], alpha: float) -> list[float]:
     state = oracle.blend(first, second, alpha, moving)
     state |= {n: t for n, t in first.items() if torch.equal(t, second[n])}
     return oracle.losses(
-        case.build, state, copy.deepcopy(case.inputs), case.targets, case.per_example
+        case.build,
+        state,
+        copy.deepcopy(case.inputs),
+        case.targets,
+        case.per_example,
+        batch_size=len(case.targets),
     )
 
 
@@ -376,13 +381,13 @@ def test_losses_that_are_not_finite_are_told_by_block(tmp_path: Path) -> None:
 def test_a_block_that_does_not_meet_its_end_stops_the_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = Interpolation._alone
+    block_line = Interpolation._block_line
 
     def wrong(self: Interpolation, block: Any) -> Any:
-        line, end = alone(self, block)
+        line, end = block_line(self, block)
         return line, {name: tensor * 1.1 for name, tensor in end.items()}
 
-    monkeypatch.setattr(Interpolation, "_alone", wrong)
+    monkeypatch.setattr(Interpolation, "_block_line", wrong)
     with pytest.raises(ModelError, match="does not meet the checkpoints"):
         library.interpolate("a.pt", "b.pt", points=3, layerwise=True)
 
@@ -407,7 +412,7 @@ def test_the_command_writes_the_blocks_and_tells_of_each(losscli: Losscli, folde
     assert "each block alone, all others at A" in done.stdout
     found = Table.read(Path("x.blocks.csv"))
     assert found.columns == ("block", "alpha", "split", "loss", "loss_stderr", "accuracy")
-    assert command_of(found) is None
+    assert command_of(found.columns) is None
     summary = json.loads(Path("x.json").read_text())
     assert summary["tables"] == ["blocks"]
     row = next(line for line in done.stdout.splitlines() if line.startswith("    layers.1"))

@@ -66,7 +66,12 @@ def loss_at(
     if case.name == "attention-tied":
         state["embedding.weight"] = state["head.weight"]
     found = oracle.losses(
-        case.build, state, copy.deepcopy(case.inputs), case.targets, case.per_example
+        case.build,
+        state,
+        copy.deepcopy(case.inputs),
+        case.targets,
+        case.per_example,
+        batch_size=len(case.targets),
     )
     return oracle.mean(found)
 

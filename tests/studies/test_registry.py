@@ -45,6 +45,11 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
     ],
     "barriers": lambda: [library.barriers(PATH, points=3)],
+    "around": lambda: [
+        library.around(["a.pt", "b.pt"], directions=2, points=3, limit=5),
+        library.around("a.pt", along="hessian", points=3, basin_loss=9.0, model="mlp:6-5-3"),
+        library.around("a.pt", directions=1, points=3, sampling_error=0.5),
+    ],
     "inspect": lambda: [library.inspect("a.pt"), library.inspect(["a.pt", "b.pt"])],
 }
 
@@ -54,11 +59,11 @@ def test_a_command_writes_the_tables_that_the_registry_says(name: str, folder: P
     command = COMMANDS[name]
     results = RUNS[name]()
     for result in results:
-        assert command_of(result.table) is command
+        assert command_of(result.table.columns) is command
         _check_table(result.table, command.table)
         for further, table in result.more.items():
             _check_table(table, command.further_tables[further])
-            assert further == "context" or command_of(table) is None
+            assert further == "context" or command_of(table.columns) is None
         assert command.as_text(result).strip()
         # What is written is of the type that the registry says, to the last key.
         text = to_json(result.summary)

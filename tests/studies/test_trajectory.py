@@ -131,7 +131,12 @@ def test_the_path_and_the_ribbon_are_those_of_float64_numpy_and_a_plain_loop(
             if case.name == "attention-tied":
                 state["embedding.weight"] = state["head.weight"]
             expected = oracle.losses(
-                case.build, state, copy.deepcopy(case.inputs), case.targets, case.per_example
+                case.build,
+                state,
+                copy.deepcopy(case.inputs),
+                case.targets,
+                case.per_example,
+                batch_size=len(case.targets),
             )
             np.testing.assert_allclose(loss, oracle.mean(expected), rtol=1e-9, atol=1e-12)
 
@@ -190,9 +195,9 @@ def test_no_more_than_three_checkpoints_are_held_at_a_time(
     most = 0
     select = CheckpointFile.select
 
-    def selecting(self: CheckpointFile, *arguments: Any) -> Checkpoint:
+    def selecting(self: CheckpointFile, *arguments: Any, **further: Any) -> Checkpoint:
         nonlocal most
-        checkpoint = select(self, *arguments)
+        checkpoint = select(self, *arguments, **further)
         seen.append(weakref.ref(checkpoint.weights["layers.0.weight"]))
         most = max(most, sum(tensor() is not None for tensor in seen))
         return checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ GIVEN = {
 }
 
 
+@cache
 def extrema(sign: int) -> list[float]:
     """Where the wave's minima (1) or maxima (−1) are, as α, by a fine grid in float64."""
     w = np.linspace(-2, 3, 2_000_001)
@@ -118,7 +120,12 @@ def test_slopes_are_those_of_finite_differences_of_a_plain_loop(name: str, tmp_p
         state |= {n: t for n, t in a.items() if torch.equal(t, b[n])}
         return oracle.mean(
             oracle.losses(
-                case.build, state, copy.deepcopy(case.inputs), case.targets, case.per_example
+                case.build,
+                state,
+                copy.deepcopy(case.inputs),
+                case.targets,
+                case.per_example,
+                batch_size=len(case.targets),
             )
         )
 
@@ -194,6 +201,7 @@ def test_bumps_beyond_noise_are_told_from_others(tmp_path: Path) -> None:
     assert not all(entry["beyond_noise"] for entry in minima)
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_a_zoom_shows_where_it_lies_in_the_whole(losscli: Losscli, folder: Path) -> None:
     assert losscli("interpolate", "a.pt", "b.pt", "-o", "whole", "--points", 9).status == 0
     zoom = ["interpolate", "a.pt", "b.pt", "--range", "0.1", "0.3", "--points", "5"]

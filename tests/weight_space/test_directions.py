@@ -12,7 +12,12 @@ from torch import Tensor
 
 from losscli.errors import UsageError
 from losscli.weight_space import directions
-from losscli.weight_space.directions import random_directions
+from losscli.weight_space.directions import (
+    has_filters,
+    random_direction,
+    random_directions,
+)
+from losscli.weight_space.vectors import norm
 
 STORAGE = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = {
@@ -227,3 +232,60 @@ def test_directions_that_span_no_plane_are_a_usage_error(point: dict[str, Tensor
     ) as caught:
         random_directions(point, list(point), {"still"}, 0)
     assert "\n" not in str(caught.value)
+
+
+# --- One of many ---------------------------------------------------------------------------------
+
+
+def filtered(point: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in point.items() if has_filters(tensor)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_each_filter_of_a_direction_is_a_draw_as_long_as_that_of_the_weights(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = weights(dtype)
+    names = filtered(point)
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    for piece in (directions._PIECE, 5):
+        monkeypatch.setattr(directions, "_PIECE", piece)
+        for number in (1, 2):
+            found = random_direction(point, names, 7, number)
+            assert list(found) == names
+            for name in names:
+                generator = directions._generator(f"{name} {number}", 7)
+                draw = torch.randn(SHAPES[name], generator=generator)
+                of = zip(*map(filters, (found[name], draw, point[name])), strict=True)
+                for u, x, w in of:
+                    expected = x / np.linalg.norm(x) * np.linalg.norm(w)
+                    np.testing.assert_allclose(u, expected, rtol=8 * eps, atol=0)
+            # So all directions are as long as the weights.
+            assert norm(found) == pytest.approx(norm(point, names), rel=4 * eps)
+
+
+def test_other_weights_have_the_same_draws_scaled_to_their_filters() -> None:
+    one, other = weights(), weights(seed=1)
+    names = filtered(one)
+    numbers = [random_direction(one, names, 3, number) for number in (1, 2)]
+    there = random_direction(other, names, 3, 1)
+    for name in names:
+        for u, v in zip(filters(numbers[0][name]), filters(there[name]), strict=True):
+            np.testing.assert_allclose(
+                u / np.linalg.norm(u), v / np.linalg.norm(v), rtol=1e-5, atol=1e-7
+            )
+    # Another number, another seed and another tensor have other draws.
+    assert not torch.equal(numbers[0]["conv"], numbers[1]["conv"])
+    assert not torch.equal(numbers[0]["conv"], random_direction(one, names, 4, 1)["conv"])
+    alone = random_direction(one, ["conv"], 3, 1)
+    assert torch.equal(alone["conv"], numbers[0]["conv"])
+
+
+def test_zero_filters_stay_zero_and_complex_ones_have_both_parts() -> None:
+    point = {"zero": torch.zeros(3, 4), "complex": torch.randn(2, 3, dtype=torch.complex64)}
+    found = random_direction(point, point, 0, 1)
+    assert not found["zero"].any()
+    assert found["complex"].dtype == torch.complex64
+    torch.testing.assert_close(found["complex"].norm(dim=1), point["complex"].norm(dim=1))
+    assert found["complex"].real.any()
+    assert found["complex"].imag.any()

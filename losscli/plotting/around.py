@@ -1,0 +1,323 @@
+"""The figure of ``losscli around``: the loss along directions from checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from losscli.plotting.lines import Series, draw_panel
+from losscli.plotting.style import (
+    DASHES,
+    INK,
+    STEPS,
+    WIDTH,
+    Numbers,
+    add_foot,
+    add_title,
+    distinct_names,
+    drawable,
+    examples,
+    format_number,
+    freeze,
+    house_style,
+    loss_name,
+    plain,
+    run_colours,
+    scale_y,
+    shorten,
+)
+from losscli.results import Run
+from losscli.summaries import AroundPoint, AroundSummary
+from losscli.table import Table
+from losscli.weight_space.basin import Profile
+
+__all__ = ["draw_around"]
+
+Floats = NDArray[np.float64]
+
+_HEIGHT = 3.4  # inches, of a panel
+_MOST_NAMES = 16  # maximum number of checkpoints in the legend
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """The losses around one checkpoint on one split.
+
+    Attributes:
+        x: The positions of the P points: distances, negative in the opposite direction, ``[P]``.
+        directions: The names of the K directions.
+        losses: ``[K, P]``; nan where there is no row.
+        errors: The standard errors, ``[K, P]``.
+    """
+
+    x: Floats
+    directions: tuple[str, ...]
+    losses: Floats
+    errors: Floats
+
+    @property
+    def random(self) -> bool:
+        """Whether the directions are random ones, which have numbers."""
+        return all(name.isdecimal() for name in self.directions)
+
+    @classmethod
+    def read(cls, rows: Table) -> _Curves:
+        """Reads the rows of one checkpoint and split."""
+        coefficients = np.array(rows.floats("coefficient"))
+        x = np.copysign(np.array(rows.floats("distance")), coefficients)
+        # At 0 all directions have the checkpoint itself, whatever its sign.
+        x = np.where(coefficients == 0, 0.0, x)
+        known = np.isfinite(x) & drawable(x, log=False)
+        # Rounding aside, equal coefficients are equal distances.
+        places, at = np.unique(coefficients[known], return_inverse=True)
+        names = tuple(str(name) for name in rows.unique("direction"))
+        number = {name: k for k, name in enumerate(names)}
+        row = np.array([number[str(name)] for name in rows["direction"]], int)[known]
+        position = np.full(len(places), np.nan)
+        position[at] = x[known]
+        tables = []
+        for column in ("loss", "loss_stderr"):
+            values = np.full((len(names), len(places)), np.nan)
+            values[row, at] = np.array(rows.floats(column))[known]
+            tables.append(values)
+        return cls(position, names, *tables)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One checkpoint of one run, with a colour of its own."""
+
+    run: Run[AroundSummary]
+    checkpoint: str
+    name: str
+    colour: str
+
+    def curves(self, split: str) -> _Curves | None:
+        """Reads the losses on a split; None without any."""
+        rows = self.run.table.where("checkpoint", self.checkpoint).where("split", split)
+        curves = _Curves.read(rows)
+        return curves if curves.x.size else None
+
+    def point(self, split: str) -> AroundPoint:
+        """Returns what the summary says of the checkpoint on a split."""
+        points = self.run.summary.get("splits", {}).get(split, {}).get("points", ())
+        own: AroundPoint = {}
+        return next((p for p in points if p.get("checkpoint") == self.checkpoint), own)
+
+    @property
+    def size(self) -> float:
+        """‖θ‖; nan if it is not known."""
+        named = [c.get("name") for c in self.run.summary.get("checkpoints", ())]
+        norms = dict(zip(named, self.run.summary.get("norms", ()), strict=False))
+        return norms.get(self.checkpoint, np.nan)
+
+
+def draw_around(
+    runs: Sequence[Run[AroundSummary]], *, title: str = "", log: bool = False
+) -> Figure:
+    """Draws the loss along directions from checkpoints over the distance, a panel per split.
+
+    Each checkpoint has a colour. Random directions are thin lines, with the mean over them and the
+    band between their 10 % and 90 % quantiles; other directions have line styles, with a band of
+    one standard error. A diamond marks the radius of a basin.
+
+    Args:
+        runs: The runs.
+        title: The title of the figure.
+        log: Whether the axes of the loss are logarithmic.
+
+    Returns:
+        The figure, laid out and ready to `render`.
+    """
+    with house_style():
+        splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+        groups, shared = _read(runs)
+        number = max(len(splits), 1)
+        figure = Figure(figsize=(WIDTH, 0.6 + _HEIGHT * number), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(number, 1, sharex=True, squeeze=False)[:, 0].tolist()
+        notes = shared if groups else ["There are no points"]
+        marks: dict[str, tuple[Artist, str]] = {}
+        reach: list[Floats] = []
+        for axes, split in zip(panels, splits, strict=False):
+            curves = [(g, c) for g in groups if (c := g.curves(split))]
+            notes += _draw(axes, curves, split, marks, log=log)
+            reach += [c.x for _, c in curves]
+            label = shorten(figure, f"loss{loss_name(runs)}", 190, 10)
+            axes.set_ylabel(f"{label}\nlog scale" if log else label)
+            name = plain(split) + examples(runs, split)
+            axes.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
+        _scale_distance(panels, np.concatenate([*reach, np.empty(0)]), groups)
+        figure.align_ylabels(panels)
+        shown = groups
+        if len(groups) > _MOST_NAMES:
+            shown = [groups[0], groups[-1]]
+            order = "from dark to light in the order of the table"
+            notes.append(f"{len(groups)} checkpoints, {order}; the first and the last are named")
+        # The colour of a single checkpoint is that of all entries.
+        style = "solid" if len(groups) > 1 else "none"
+        named = [(Line2D([], [], color=g.colour, lw=2.2, ls=style), _label(g)) for g in shown]
+        add_foot(figure, list(dict.fromkeys(notes)), [named, list(marks.values())])
+        if title:
+            add_title(figure, title)
+        freeze(figure)
+    return figure
+
+
+def _read(runs: Sequence[Run[AroundSummary]]) -> tuple[list[_Group], list[str]]:
+    """Returns the checkpoints of all runs, and notes on the names that they share."""
+    found, notes = [], []
+    for run in runs:
+        checkpoints = [str(name) for name in run.table.unique("checkpoint")]
+        names, pattern = distinct_names(run.checkpoint_labels or checkpoints)
+        label = plain(run.label)
+        if pattern:
+            notes.append(f"Checkpoints {pattern}")
+        for checkpoint, own in zip(checkpoints, names, strict=True):
+            name = f"{label}, {own}" if label and len(checkpoints) > 1 else label or own
+            found.append((run, checkpoint, name))
+    colours = run_colours(len(found))
+    return [_Group(*of, colour) for of, colour in zip(found, colours, strict=True)], notes
+
+
+def _label(group: _Group) -> str:
+    size = group.size
+    return f"{group.name}, ‖θ‖ = {format_number(size)}" if np.isfinite(size) else group.name
+
+
+def _draw(
+    axes: Axes,
+    groups: Sequence[tuple[_Group, _Curves]],
+    split: str,
+    marks: dict[str, tuple[Artist, str]],
+    *,
+    log: bool,
+) -> list[str]:
+    """Draws one split; returns notes, and adds to the entries of the legend."""
+    series = [s for k, (g, c) in enumerate(groups) for s in _series(k, g, c, split)]
+    notes = draw_panel(axes, series, "loss", log=log)
+    # The means may be finite where single directions are drawn, and farther apart.
+    shown = [s["loss"] + sign * s["loss_stderr"] for s in series for sign in (-1, 1)]
+    values = [*(c.losses.ravel() for _, c in groups), *(x.ravel() for x in shown)]
+    joined = np.concatenate([*values, np.empty(0)])
+    scale_y(axes, joined[drawable(joined, log=log)], log=log)
+    colour = groups[0][0].colour if len({g.colour for g, _ in groups}) == 1 else INK
+    for group, curves in groups:
+        if curves.random:
+            _draw_random(axes, curves, group.colour, log=log)
+            marks.setdefault("mean", (Line2D([], [], color=colour, lw=2.2), "mean"))
+            marks.setdefault(
+                "thin", (Line2D([], [], color=colour, lw=0.7, alpha=0.45), "one direction each")
+            )
+            if len(curves.directions) > 1:
+                marks.setdefault("band", (Patch(color=colour, alpha=0.18, lw=0), "10–90 % of them"))
+        else:
+            for k, name in enumerate(curves.directions):
+                line = Line2D([], [], color=colour, linestyle=DASHES[k % len(DASHES)])
+                marks.setdefault(f"along {name}", (line, f"along {plain(name)}"))
+            if np.nanmax(curves.errors, initial=0.0) > 0:
+                band = Patch(color=colour, alpha=0.18, lw=0)
+                marks.setdefault("error", (band, "± one standard error"))
+        if _mark_radii(axes, group, split):
+            diamond = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
+            marks.setdefault("radius", (diamond, "radius of the basin"))
+    return notes
+
+
+def _series(number: int, group: _Group, curves: _Curves, split: str) -> Iterator[Series]:
+    """Yields the mean of random directions, or each other direction."""
+    ends = curves.x == 0
+    name = f"{group.name}, {plain(split)}"
+    style: dict[str, Any] = {"run": number, "split": split, "colour": group.colour, "ends": ends}
+    if curves.random:
+        mean = Profile.of(curves.losses).mean
+        yield Series(
+            name=f"the mean of {name}",
+            dashes="solid",
+            x=curves.x,
+            values={"loss": mean},
+            width=2.2,
+            **style,
+        )
+        return
+    for k, direction in enumerate(curves.directions):
+        values: Mapping[str, Floats] = {
+            "loss": curves.losses[k],
+            "loss_stderr": curves.errors[k],
+        }
+        dashes = DASHES[k % len(DASHES)]
+        yield Series(
+            name=f"{name} along {plain(direction)}",
+            dashes=dashes,
+            x=curves.x,
+            values=values,
+            **style,
+        )
+
+
+def _draw_random(axes: Axes, curves: _Curves, colour: str, *, log: bool) -> None:
+    """Draws each direction and the band."""
+    shown = np.where(drawable(curves.losses, log=log), curves.losses, np.nan)
+    # One artist for all lines, with gaps between them.
+    gap = np.full((len(shown), 1), np.nan)
+    x = np.hstack([np.broadcast_to(curves.x, shown.shape), gap])
+    axes.plot(
+        x.ravel(), np.hstack([shown, gap]).ravel(), color=colour, lw=0.7, alpha=0.45, zorder=2.2
+    )
+    if len(shown) > 1:
+        profile = Profile.of(curves.losses)
+        low = np.maximum(profile.low, axes.get_ylim()[0]) if log else profile.low
+        axes.fill_between(
+            curves.x,
+            low,
+            profile.high,
+            where=np.isfinite(profile.high) & np.isfinite(low),
+            color=colour,
+            alpha=0.18,
+            lw=0,
+        )
+
+
+def _mark_radii(axes: Axes, group: _Group, split: str) -> bool:
+    """Marks each radius where the loss crosses the threshold; returns whether there is a mark."""
+    point = group.point(split)
+    places = [x for found in point.get("radii", {}).values() for x in found.get("positions", ())]
+    threshold = point.get("threshold")
+    if threshold is None or not places:
+        return False
+    style: dict[str, Any] = {"mfc": "white", "mec": group.colour, "mew": 1.3, "ms": 6, "zorder": 6}
+    axes.plot(places, [threshold] * len(places), "D", **style)
+    return True
+
+
+def _scale_distance(panels: Sequence[Axes], x: Floats, groups: Sequence[_Group]) -> None:
+    """Scales the axis of distances; for a single ‖θ‖, another one is relative to it."""
+    low, high = (float(x.min()), float(x.max())) if x.size else (0.0, 1.0)
+    room = 0.02 * (high - low) or 0.05
+    lowest = panels[-1]
+    lowest.set_xlim(low - room, high + room)
+    lowest.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+    lowest.xaxis.set_major_formatter(Numbers())
+    opposite = " (negative: in the opposite direction)" if low < 0 else ""
+    lowest.set_xlabel(f"distance from the checkpoint{opposite}")
+    sizes = {group.size for group in groups}
+    size = sizes.pop() if len(sizes) == 1 else np.nan
+    if not (np.isfinite(size) and size > 0):
+        return
+    upper = panels[0].secondary_xaxis(
+        "top", functions=(lambda v: np.asarray(v) / size, lambda v: np.asarray(v) * size)
+    )
+    upper.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+    upper.xaxis.set_major_formatter(Numbers())
+    upper.set_xlabel("distance / ‖θ‖")
