@@ -183,7 +183,9 @@ class PrefixRecorder:
     def _keep(self, result: Any) -> Any:
         """Registers the tensors of a result; returns it with their numbers in their place."""
         if isinstance(result, Tensor):
-            if id(result) in self._names or id(result) in self._external:
+            if id(result) in self._external:
+                return result
+            if id(result) in self._names:
                 raise _UnknownError
             if not self._is_result(result):
                 self._keys[id(result)] = ("result", len(self._results))
