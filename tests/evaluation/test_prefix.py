@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from losscli.data import DataSet, Split
 from losscli.evaluation.losses import cross_entropy
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.models import CNN, MLP
 from losscli.weight_space.slices import Line
@@ -33,7 +34,7 @@ class Layers(nn.Module):
         super().__init__()
         self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
         self.norm = nn.BatchNorm1d(6)
-        self.register_buffer("total", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(EXAMPLES, 6))
         self.passes = 0
         self.between = between
 
@@ -76,14 +77,19 @@ def counting(self: Layers, early: Tensor, late: Tensor) -> Tensor:
     return self.norm(late * 2.0 if self.passes % 2 else late + late)
 
 
-def noting(self: Layers, early: Tensor, late: Tensor) -> Tensor:
-    self.total.zero_()
-    self.total.add_(late.abs().sum().detach() * 0)
-    return self.norm(late)
+def scaling(self: Layers, early: Tensor, late: Tensor) -> Tensor:
+    factor = 2.0 if self.passes % 2 else 4.0
+    scaled = late * factor
+    return self.norm(late) + scaled / factor
+
+
+def caching(self: Layers, early: Tensor, late: Tensor) -> Tensor:
+    self.cache[: len(late)] = late
+    return self.norm(late) + self.cache[: len(late)]
 
 
 USERS = [
-    plain, shortcut, overwriting, overwriting_later, in_parts, by_shape, counting, noting,
+    plain, shortcut, overwriting, overwriting_later, in_parts, by_shape, counting, scaling, caching,
 ]  # fmt: skip
 BLOCKS = ["first", "second", "norm", "third"]
 
@@ -115,9 +121,15 @@ def swept(
         device=torch.device("cpu"),
         batch_size=BATCH,
     )
-    objective.load(dict(states[0]))
-    line = Line(*({name: state[name] for name in names} for state in states))
-    return sweep(objective, line, [(alpha,) for alpha in ALPHAS])["all"].losses
+    coordinates = [(alpha,) for alpha in ALPHAS]
+    floats = [n for n, t in states[0].items() if t.is_floating_point() and n not in TIED]
+    # As a study of blocks does: the strategy is chosen on the line of the whole.
+    for moved in (floats, names):
+        objective.load(dict(states[0]))
+        line = Line(*({name: state[name] for name in moved} for state in states))
+        losses = sweep(objective, line, coordinates)["all"].losses
+    assert objective.strategy in {Strategy.THREADS, Strategy.SHARED}
+    return losses
 
 
 def in_a_plain_loop(
