@@ -19,6 +19,7 @@ from losscli.errors import LosscliError, ModelError, one_line
 from losscli.evaluation.decompositions import Decomposed
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.point_weights import combining_type
+from losscli.evaluation.taylor import TaylorTensor, apply, values
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, pieces
 
@@ -28,6 +29,7 @@ __all__ = ["LineDerivatives", "Method"]
 class Method(enum.Enum):
     """Ways to differentiate, in order of preference: the mode, and whether kernels are fused."""
 
+    TAYLOR = "Taylor", True
     FORWARD = "forward", True
     REVERSE = "reverse", True
     # PyTorch cannot differentiate its fused recurrent kernels twice, but their unfused operators.
@@ -108,7 +110,9 @@ class LineDerivatives:
     def _differentiate(
         self, method: Method, weights: Weights, batch: Split, *, twice: bool
     ) -> tuple[float, ...]:
-        differentiate = self._forward if method.mode == "forward" else self._reverse
+        differentiate = self._reverse if method.mode == "reverse" else self._forward
+        if method is Method.TAYLOR and twice:
+            differentiate = self._taylor
         try:
             with method.kernels(), self.objective.computing():
                 return differentiate(weights, batch, twice)
@@ -142,6 +146,26 @@ class LineDerivatives:
         point = dict(weights)
         derivatives = jvp(slopes, (point,), (self._direction,)) if twice else (slopes(point),)
         return tuple(float(values.cpu().double().sum()) for values in derivatives)
+
+    @torch.no_grad()
+    def _taylor(self, weights: Weights, batch: Split, twice: bool) -> tuple[float, ...]:
+        assert twice
+        objective = self.objective
+        point: dict[str, Tensor] = {
+            name: TaylorTensor(w, self._direction[name]) for name, w in weights.items()
+        }
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(objective.model, point, args, kwargs)
+
+        def loss(outputs: Any) -> Tensor:
+            return objective.per_example(objective.loss, outputs, batch.targets, "loss")
+
+        inputs = objective.data.prepare(batch.inputs, objective.dtype)
+        outputs = objective.forward(call, inputs)
+        self.weight = objective.weight(values(outputs), batch.targets)
+        losses = apply(loss, outputs).coefficients
+        return tuple(float(x.cpu().double().sum()) for x in (losses.first, losses.second))
 
     def _reverse(self, weights: Weights, batch: Split, twice: bool) -> tuple[float, ...]:
         model = self.objective.model

@@ -1,0 +1,220 @@
+"""Taylor polynomials of degree two along a line, computed forward through a model.
+
+With θ(α + t) = W + t V every tensor of a forward pass is x(t) = x + t x₁ + t² x₂ / 2 up to terms of
+order t³. A product of a tensor and a weight needs five products for all three coefficients,
+x W, x₁ W + x V and x₂ W + 2 x₁ V; forward mode nested in itself needs eight, since it computes
+x₁ twice (Griewank & Walther 2008, Evaluating Derivatives, chapter 13). The coefficients of any
+other function follow from its first and second directional derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.func import jvp
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+__all__ = ["TaylorTensor", "apply", "values"]
+
+# Affine in their input, and in their weight and bias together.
+_LAYERS = frozenset({F.linear, F.conv1d, F.conv2d, F.conv3d})
+
+# Linear in their first argument.
+_LINEAR = frozenset({
+    torch.flatten, torch.mean, torch.permute, torch.reshape, torch.squeeze, torch.sum,
+    torch.transpose, torch.unsqueeze, Tensor.__getitem__, Tensor.contiguous, Tensor.flatten,
+    Tensor.mean, Tensor.permute, Tensor.reshape, Tensor.squeeze, Tensor.sum, Tensor.transpose,
+    Tensor.unflatten, Tensor.unsqueeze, Tensor.view, F.adaptive_avg_pool2d, F.avg_pool2d,
+})  # fmt: skip
+
+_RELU = frozenset({F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
+
+
+@dataclass
+class _Coefficients:
+    """A value with its first and second derivative; None is zero."""
+
+    value: Tensor
+    first: Tensor | None
+    second: Tensor | None
+
+
+class TaylorTensor(Tensor):
+    """A tensor that depends on t, as x + t x₁ + t² x₂ / 2.
+
+    Args:
+        value: x.
+        first: x₁; None if zero.
+        second: x₂; None if zero.
+    """
+
+    coefficients: _Coefficients
+
+    @staticmethod
+    def __new__(cls, value: Tensor, first: Tensor | None, second: Tensor | None = None) -> Self:
+        """Makes a tensor that has the shape, type and device of the value."""
+        self: Self = Tensor._make_subclass(cls, value)
+        self.coefficients = _Coefficients(value, first, second)
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Computes the coefficients of a function's result."""
+        kwargs = dict(kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _LAYERS:
+                return _layer(func, *args, **kwargs)
+            if func in _RELU:
+                return _relu(func, *args, **kwargs)
+            others = tree_flatten((args[1:], kwargs))[0]
+            if func in _LINEAR and not any(isinstance(x, TaylorTensor) for x in others):
+                return _linear(func, args[0], args[1:], kwargs)
+            name = getattr(func, "__name__", "")
+            if name == "__get__":
+                # A property, such as the shape.
+                return func(*values(args), **kwargs)
+            if "out" in kwargs or name == "__setitem__":
+                raise NotImplementedError(f"{name} of a Taylor polynomial")
+            modifies = name.endswith("_") and not name.endswith("__") and bool(args)
+            result = _generic(func, args, kwargs, modifies=modifies)
+            return _modified(args[0], result) if modifies else result
+
+
+def values(tree: Any) -> Any:
+    """Returns any nest with the value of each Taylor tensor in its place."""
+    return tree_map_only(TaylorTensor, lambda x: x.coefficients.value, tree)
+
+
+def apply(function: Callable[..., Any], *args: Any) -> Any:
+    """Applies any function to Taylor tensors.
+
+    Args:
+        function: The function.
+        args: Its arguments: any nests.
+
+    Returns:
+        Its result, each tensor of floating-point numbers a Taylor tensor.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        return _generic(function, args, {}, modifies=False)
+
+
+def _modified(target: Any, result: TaylorTensor) -> TaylorTensor:
+    """Gives a tensor that a function has modified its new coefficients."""
+    if not isinstance(target, TaylorTensor):
+        raise NotImplementedError("a tensor that becomes a Taylor polynomial in place")
+    target.coefficients = result.coefficients
+    return target
+
+
+def _generic(
+    function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, modifies: bool
+) -> Any:
+    """Applies a function by two nested forward modes: D f[x₁] and D² f[x₁, x₁] + D f[x₂]."""
+    leaves, structure = tree_flatten((args, dict(kwargs)))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, TaylorTensor)]
+    parts = [leaves[i].coefficients for i in places]
+    number = len(parts)
+    layout: list[Any] = []
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        filled = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            filled[i] = tensor.clone() if modifies and i == 0 else tensor
+        own_args, own_kwargs = tree_unflatten(filled, structure)
+        found, out = tree_flatten(function(*own_args, **own_kwargs))
+        moving = [isinstance(x, Tensor) and x.is_floating_point() for x in found]
+        layout[:] = [found, moving, out]
+        return tuple(x for x, moves in zip(found, moving, strict=True) if moves)
+
+    def once(*both: Tensor) -> Any:
+        return jvp(call, both[:number], both[number:])
+
+    value = tuple(x.value for x in parts)
+    first, second = (
+        tuple(
+            torch.zeros_like(x.value) if t is None else t for x, t in zip(parts, own, strict=True)
+        )
+        for own in ([x.first for x in parts], [x.second for x in parts])
+    )
+    nested: Any = jvp(once, (*value, *first), (*first, *second))
+    (y, y1), (_, y2) = nested
+    found, moving, out = layout
+    results = map(TaylorTensor, y, y1, y2)
+    return tree_unflatten(
+        [next(results) if moves else x for x, moves in zip(found, moving, strict=True)], out
+    )
+
+
+def _linear(
+    function: Callable[..., Any], x: TaylorTensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> TaylorTensor:
+    own = x.coefficients
+    value, first, second = (
+        None if part is None else function(part, *args, **kwargs)
+        for part in (own.value, own.first, own.second)
+    )
+    assert value is not None
+    return TaylorTensor(value, first, second)
+
+
+def _relu(function: Callable[..., Any], x: TaylorTensor, inplace: bool = False) -> TaylorTensor:
+    own = x.coefficients
+    value = torch.relu(own.value)
+    first, second = (
+        None if part is None else torch.ops.aten.threshold_backward(part, value, 0)
+        for part in (own.first, own.second)
+    )
+    result = TaylorTensor(value, first, second)
+    modifies = inplace or function in {torch.relu_, Tensor.relu_}
+    return _modified(x, result) if modifies else result
+
+
+def _parts(x: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if isinstance(x, TaylorTensor):
+        own = x.coefficients
+        return own.value, own.first, own.second
+    return x, None, None
+
+
+def _layer(
+    function: Callable[..., Tensor],
+    input: Tensor,  # noqa: A002 - the names are PyTorch's
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *rest: Any,
+    **options: Any,
+) -> TaylorTensor:
+    """A linear layer or a convolution, by the rule for products."""
+    x, w = _parts(input), _parts(weight)
+    results: list[Tensor | None] = []
+    shape = (-1,) if function is F.linear else (-1, *[1] * (weight.ndim - 2))
+    for order, own in enumerate(_parts(bias)):
+        # The binomial coefficients of Leibniz' rule.
+        terms = [(1, 0, 0)] if order == 0 else [(1, order, 0), (1, 0, order)]
+        terms += [(2, 1, 1)] if order == 2 else []
+        total = None
+        for factor, i, k in terms:
+            left, right = x[i], w[k]
+            if left is None or right is None:
+                continue
+            term = function(left, right, None, *rest, **options)
+            term = term if factor == 1 else term.mul_(factor)
+            total = term if total is None else total.add_(term)
+        if own is not None:
+            total = own.view(shape) if total is None else total.add_(own.view(shape))
+        results.append(total)
+    value, first, second = results
+    assert value is not None
+    return TaylorTensor(value, first, second)
