@@ -92,7 +92,8 @@ def slopes(
         for k, split in enumerate(splits.values()):
             means, weight = torch.zeros(2, dtype=torch.float64), 0.0
             for batch in objective.batches(split):
-                sums = derivatives.sums(method, weights, batch)
+                shared = (k, done, len(batch)), alpha
+                sums = derivatives.sums(method, weights, batch, shared)
                 means += torch.tensor(sums, dtype=torch.float64) / len(split)
                 weight += derivatives.weight
                 done += len(batch)

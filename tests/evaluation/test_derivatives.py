@@ -126,7 +126,7 @@ def test_forward_and_reverse_mode_agree(case: Case) -> None:
     for alpha in ALPHAS:
         forward, reverse = (
             along.sums(method, along.at(alpha), objective.splits["all"])
-            for method in (Method.FORWARD, Method.REVERSE)
+            for method in (Method.TAYLOR, Method.FORWARD, Method.REVERSE)
         )
         np.testing.assert_allclose(forward, reverse, rtol=1e-10, atol=1e-12)
 
@@ -240,7 +240,7 @@ def test_what_the_line_does_not_move_keeps_its_value() -> None:
     assert not torch.equal(*found)
 
 
-@pytest.mark.parametrize("method", [Method.FORWARD, Method.REVERSE])
+@pytest.mark.parametrize("method", [Method.TAYLOR, Method.FORWARD, Method.REVERSE])
 @pytest.mark.parametrize("name", ["cnn-batchnorm", "attention-tied", "lstm"])
 def test_the_model_is_left_as_it_was(
     name: str, method: Method, monkeypatch: pytest.MonkeyPatch
@@ -454,7 +454,7 @@ def test_frozen_weights_that_move_are_differentiated() -> None:
     along = LineDerivatives(objective, line)
     forward, reverse = (
         along.sums(method, along.at(0.3), objective.splits["all"])
-        for method in (Method.FORWARD, Method.REVERSE)
+        for method in (Method.TAYLOR, Method.FORWARD, Method.REVERSE)
     )
     np.testing.assert_allclose(reverse, forward, rtol=1e-12)
     assert abs(reverse[0]) > 1e-3
