@@ -81,9 +81,9 @@ class TaylorTensor(Tensor):
             if func in _LINEAR and not any(isinstance(x, TaylorTensor) for x in others):
                 return _linear(func, args[0], args[1:], kwargs)
             name = getattr(func, "__name__", "")
-            if name == "__get__":
-                # A property, such as the shape.
-                return func(*values(args), **kwargs)
+            if name == "__get__" and not isinstance(shape := func(*values(args)), Tensor):
+                # A property such as the shape, but not the transpose.
+                return shape
             if "out" in kwargs or name == "__setitem__":
                 raise NotImplementedError(f"{name} of a Taylor polynomial")
             modifies = name.endswith("_") and not name.endswith("__") and bool(args)
@@ -124,6 +124,8 @@ def _generic(
     """Applies a function by two nested forward modes: D f[x₁] and D² f[x₁, x₁] + D f[x₂]."""
     leaves, structure = tree_flatten((args, dict(kwargs)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, TaylorTensor)]
+    if not places:
+        return function(*args, **kwargs)
     parts = [leaves[i].coefficients for i in places]
     number = len(parts)
     layout: list[Any] = []
@@ -136,7 +138,9 @@ def _generic(
         found, out = tree_flatten(function(*own_args, **own_kwargs))
         moving = [isinstance(x, Tensor) and x.is_floating_point() for x in found]
         layout[:] = [found, moving, out]
-        return tuple(x for x, moves in zip(found, moving, strict=True) if moves)
+        moved = [x for x, moves in zip(found, moving, strict=True) if moves]
+        # One more, as forward mode needs one, and a function may return sizes only.
+        return (*moved, tensors[0].new_zeros(()))
 
     def once(*both: Tensor) -> Any:
         return jvp(call, both[:number], both[number:])
@@ -151,7 +155,7 @@ def _generic(
     nested: Any = jvp(once, (*value, *first), (*first, *second))
     (y, y1), (_, y2) = nested
     found, moving, out = layout
-    results = map(TaylorTensor, y, y1, y2)
+    results = map(TaylorTensor, y[:-1], y1, y2)
     return tree_unflatten(
         [next(results) if moves else x for x, moves in zip(found, moving, strict=True)], out
     )
