@@ -145,4 +145,4 @@ def prepare_first_batch(objective: Objective, line: Line, split: Examples) -> Ca
     method, _ = choose_method(derivatives, [0.25, 0.5, 0.75], split)
     weights = derivatives.at(0.5)
     batch = split.first(objective.batch_size).to(objective.device)
-    return lambda: derivatives.sums(method, weights, batch)
+    return lambda: derivatives.sums(method, weights, batch, ((), 0.5))

@@ -29,10 +29,23 @@ _LINEAR = frozenset({
     torch.flatten, torch.mean, torch.permute, torch.reshape, torch.squeeze, torch.sum,
     torch.transpose, torch.unsqueeze, Tensor.__getitem__, Tensor.contiguous, Tensor.flatten,
     Tensor.mean, Tensor.permute, Tensor.reshape, Tensor.squeeze, Tensor.sum, Tensor.transpose,
-    Tensor.unflatten, Tensor.unsqueeze, Tensor.view, F.adaptive_avg_pool2d, F.avg_pool2d,
+    Tensor.unflatten, Tensor.unsqueeze, Tensor.view, F.adaptive_avg_pool2d, F.avg_pool2d, F.pad,
+    torch.div, Tensor.div, Tensor.__truediv__,
+})  # fmt: skip
+
+# Linear in both arguments together, and in each alone.
+_SUMS = frozenset({
+    torch.add, torch.sub, Tensor.__add__, Tensor.__radd__, Tensor.__sub__, Tensor.add, Tensor.sub,
+})  # fmt: skip
+_PRODUCTS = frozenset({
+    torch.bmm, torch.matmul, torch.mul, Tensor.__matmul__, Tensor.__mul__, Tensor.__rmul__,
+    Tensor.bmm, Tensor.matmul, Tensor.mul,
 })  # fmt: skip
 
 _RELU = frozenset({F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
+
+
+_Parts = tuple[Any, Any, Any]
 
 
 @dataclass
@@ -80,6 +93,10 @@ class TaylorTensor(Tensor):
             others = tree_flatten((args[1:], kwargs))[0]
             if func in _LINEAR and not any(isinstance(x, TaylorTensor) for x in others):
                 return _linear(func, args[0], args[1:], kwargs)
+            if func in _PRODUCTS and len(args) == 2 and not kwargs:
+                return _product(func, *map(_parts, args))
+            if func in _SUMS and len(args) == 2 and not kwargs:
+                return _sum(func, *map(_parts, args))
             name = getattr(func, "__name__", "")
             if name == "__get__" and not isinstance(shape := func(*values(args)), Tensor):
                 # A property such as the shape, but not the transpose.
@@ -185,7 +202,8 @@ def _relu(function: Callable[..., Any], x: TaylorTensor, inplace: bool = False) 
     return _modified(x, result) if modifies else result
 
 
-def _parts(x: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _parts(x: Any) -> _Parts:
+    """Returns the coefficients of an argument: a tensor, a number or None."""
     if isinstance(x, TaylorTensor):
         own = x.coefficients
         return own.value, own.first, own.second
@@ -202,23 +220,42 @@ def _layer(
 ) -> TaylorTensor:
     """A linear layer or a convolution, by the rule for products."""
     x, w = _parts(input), _parts(weight)
-    results: list[Tensor | None] = []
+    product = _product(lambda x, w: function(x, w, None, *rest, **options), x, w).coefficients
     shape = (-1,) if function is F.linear else (-1, *[1] * (weight.ndim - 2))
+    parts: list[Any] = [product.value, product.first, product.second]
     for order, own in enumerate(_parts(bias)):
-        # The binomial coefficients of Leibniz' rule.
-        terms = [(1, 0, 0)] if order == 0 else [(1, order, 0), (1, 0, order)]
-        terms += [(2, 1, 1)] if order == 2 else []
+        if own is not None:
+            added = own.view(shape)
+            part = parts[order]
+            parts[order] = added.expand_as(parts[0]) if part is None else part.add_(added)
+    return TaylorTensor(*parts)
+
+
+def _product(function: Callable[[Any, Any], Tensor], x: _Parts, w: _Parts) -> TaylorTensor:
+    """A function that is linear in each of two arguments, by Leibniz' rule."""
+    results: list[Any] = []
+    for terms in (((1, 0, 0),), ((1, 1, 0), (1, 0, 1)), ((1, 2, 0), (1, 0, 2), (2, 1, 1))):
         total = None
         for factor, i, k in terms:
-            left, right = x[i], w[k]
-            if left is None or right is None:
+            if x[i] is None or w[k] is None:
                 continue
-            term = function(left, right, None, *rest, **options)
+            term = function(x[i], w[k])
             term = term if factor == 1 else term.mul_(factor)
             total = term if total is None else total.add_(term)
-        if own is not None:
-            total = own.view(shape) if total is None else total.add_(own.view(shape))
         results.append(total)
-    value, first, second = results
-    assert value is not None
-    return TaylorTensor(value, first, second)
+    return TaylorTensor(*results)
+
+
+def _sum(function: Callable[[Any, Any], Tensor], x: _Parts, y: _Parts) -> TaylorTensor:
+    """A function that is linear in two arguments together."""
+    value = function(x[0], y[0])
+    zero = value.new_zeros(())
+    return TaylorTensor(
+        value,
+        *(
+            None
+            if a is None and b is None
+            else function(zero if a is None else a, zero if b is None else b).expand_as(value)
+            for a, b in zip(x[1:], y[1:], strict=True)
+        ),
+    )
