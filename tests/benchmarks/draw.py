@@ -35,18 +35,20 @@ def _works(found: Mapping[str, Any]) -> dict[str, str]:
 def table(found: Mapping[str, Any]) -> str:
     """What was measured, as a table in Markdown."""
     machine = found["machine"]
+    shares = any(map(_share, (entry for work in _works(found) for entry in found[work].values())))
+    column, rule = (" of the product rate |", "---:|") if shares else ("", "")
     lines = [
         f"{machine['name']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32",
         f"where nothing else is said, {machine['rounds']} rounds in turns after one to warm up:",
         "",
-        "| work | with | seconds | times the loop | share of the product rate |",
-        "|---|---|---:|---:|---:|",
+        f"| work | with | seconds | times the loop |{column}",
+        f"|---|---|---:|---:|{rule}",
     ]
     for work, title in _works(found).items():
         for row, (name, entry) in enumerate(found[work].items()):
             lines.append(
                 f"| {'' if row else title} | {_NAMES[name]} | {entry['seconds']:.2f} | "
-                f"{entry['times_by_hand']:.2f} × | {_share(entry)} |"
+                f"{entry['times_by_hand']:.2f} × |{_share(entry)}"
             )
     if "processes" in found:
         several = found["processes"]
@@ -71,7 +73,7 @@ def table(found: Mapping[str, Any]) -> str:
 def _share(entry: Mapping[str, Any]) -> str:
     """The operations a second of a plain loop in the same time, over those of a matrix product."""
     share = entry.get("share_of_product_peak")
-    return "" if share is None else f"{share:.2f}"
+    return "" if share is None else f" {share:.2f} |"
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
