@@ -48,9 +48,10 @@ def slopes(
 ) -> dict[str, Slopes]:
     """Computes the first and second derivative of the mean loss along a line, exactly.
 
-    With θ(α) = A + α d, dL/dα = ⟨∇L, d⟩ and d²L/dα² = dᵀ H d. Forward mode computes both together
-    with the loss (Pearlmutter 1994, Neural Computation 6(1), along one direction). If an operator
-    has no forward-mode formula, reverse mode differentiates twice.
+    With θ(α) = A + α d, dL/dα = ⟨∇L, d⟩ and d²L/dα² = dᵀ H d. Taylor polynomials of
+    degree two give both together with the loss, and where they fail forward mode, nested in itself
+    (Pearlmutter 1994, Neural Computation 6(1), along one direction). If an operator has no
+    forward-mode formula, reverse mode differentiates twice.
 
     In a network with kinks (ReLU, max pooling) the slope jumps at each kink. The second derivative
     does not contain these jumps: it is the curvature between the kinks, and its integral is not

@@ -1,4 +1,4 @@
-"""First and second derivatives of a loss along a line, by forward or reverse mode."""
+"""First and second derivatives of a loss along a line: Taylor, forward or reverse mode."""
 
 from __future__ import annotations
 

@@ -307,7 +307,7 @@ class BoundPoints:
             self._lazy = layer.weight
         self._fill()
         points = range(len(done), len(self))
-        if prefix is not None and self._reuses is None:
+        if prefix is not None and points and self._reuses is None:
             self._reuses = self._gives_the_same(prefix, points[0], layer, inputs)
         prefix = prefix if self._reuses else None
 
