@@ -87,7 +87,10 @@ def compare(
         }
         print(f"  {name:<20}{result[name]['seconds']:8.3f} s", end="")
         print(f"  {result[name]['times_by_hand']:6.2f} × by hand", end="")
-        print(f"  {result[name]['share_of_product_peak']:6.2f} of {peak_rate / 1e9:,.0f} GFLOP/s")
+        print(
+            f"  {result[name]['share_of_product_peak']:6.2f} of {peak_rate / 1e9:,.0f} GFLOP/s",
+            flush=True,
+        )
     return result
 
 
