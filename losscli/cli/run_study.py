@@ -51,6 +51,7 @@ def run_study(
     command = COMMANDS[name]
     with console.guard_stdout():
         study = plan()
+    _note_on_speed(study, console)
     if output is not None and output.figures:
         objective = study.problem.objective
         check_panel_count(
@@ -99,6 +100,15 @@ def run_study(
     else:
         console.result(command.as_text(result))
     console.note(f"wrote {', '.join(map(str, files))}")
+
+
+def _note_on_speed(study: Study, console: Console) -> None:
+    """Prints the note on half precision; measured, so it is not part of the result."""
+    from losscli.evaluation.device import half_precision_note
+
+    objective = study.problem.objective
+    if note := half_precision_note(objective.device, objective.dtype):
+        console.note(note)
 
 
 def _run_follower(ranks: Ranks, plan: Callable[[], Study], write: Write, console: Console) -> None:

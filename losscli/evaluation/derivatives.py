@@ -48,9 +48,10 @@ def slopes(
 ) -> dict[str, Slopes]:
     """Computes the first and second derivative of the mean loss along a line, exactly.
 
-    With θ(α) = A + α d, dL/dα = ⟨∇L, d⟩ and d²L/dα² = dᵀ H d. Forward mode computes both together
-    with the loss (Pearlmutter 1994, Neural Computation 6(1), along one direction). If an operator
-    has no forward-mode formula, reverse mode differentiates twice.
+    With θ(α) = A + α d, dL/dα = ⟨∇L, d⟩ and d²L/dα² = dᵀ H d. Taylor polynomials of
+    degree two give both together with the loss, and where they fail forward mode, nested in itself
+    (Pearlmutter 1994, Neural Computation 6(1), along one direction). If an operator has no
+    forward-mode formula, reverse mode differentiates twice.
 
     In a network with kinks (ReLU, max pooling) the slope jumps at each kink. The second derivative
     does not contain these jumps: it is the curvature between the kinks, and its integral is not
@@ -92,7 +93,8 @@ def slopes(
         for k, split in enumerate(splits.values()):
             means, weight = torch.zeros(2, dtype=torch.float64), 0.0
             for batch in objective.batches(split):
-                sums = derivatives.sums(method, weights, batch)
+                shared = (k, done, len(batch)), alpha
+                sums = derivatives.sums(method, weights, batch, shared)
                 means += torch.tensor(sums, dtype=torch.float64) / len(split)
                 weight += derivatives.weight
                 done += len(batch)
@@ -144,4 +146,4 @@ def prepare_first_batch(objective: Objective, line: Line, split: Examples) -> Ca
     method, _ = choose_method(derivatives, [0.25, 0.5, 0.75], split)
     weights = derivatives.at(0.5)
     batch = split.first(objective.batch_size).to(objective.device)
-    return lambda: derivatives.sums(method, weights, batch)
+    return lambda: derivatives.sums(method, weights, batch, ((), 0.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,21 @@ from torch.utils._pytree import tree_map
 
 from losscli.errors import DeviceError, one_line
 
-__all__ = ["Narrowest", "choose_device", "describe_device", "float32_precision", "widened"]
+__all__ = [
+    "Narrowest",
+    "choose_device",
+    "describe_device",
+    "float32_precision",
+    "half_precision_note",
+    "widened",
+]
+
+# Rows and columns of the matrices that are multiplied to compare types, and the repetitions.
+_PRODUCT_SIZE = 256
+_PRODUCTS = 5
+
+# A type is slower if its products take so many times as long.
+_SLOWER = 1.25
 
 
 def choose_device(name: str, dtype: str, local: int | None = None) -> torch.device:
@@ -71,6 +86,44 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
+
+
+def half_precision_note(device: torch.device, dtype: torch.dtype) -> str:
+    """Notes that a half-precision type is slower than float32 on this processor.
+
+    A processor without instructions for the type converts every number twice, and some processors
+    have such instructions and multiply with them at half the rate. So products are measured, which
+    takes about ten milliseconds.
+
+    Args:
+        device: The device; a GPU is assumed to multiply fast in half precision.
+        dtype: The type of the forward pass.
+
+    Returns:
+        The note; empty if the type is not slower, or has as many bits as float32.
+    """
+    if device.type != "cpu" or dtype.itemsize >= torch.float32.itemsize:
+        return ""
+    half, single = (_product_seconds(t) for t in (dtype, torch.float32))
+    if half < _SLOWER * single:
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"matrix products in {name} are slower than in float32 on this processor: "
+        "--dtype float32 is probably faster"
+    )
+
+
+@torch.no_grad()
+def _product_seconds(dtype: torch.dtype) -> float:
+    """The shortest time of a few matrix products in a type."""
+    a = torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE, dtype=dtype)
+    seconds = []
+    for _ in range(_PRODUCTS):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ are evaluated without sharing, because the rounding errors of the products would
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from losscli.evaluation.function_mode import FunctionMode
+from losscli.evaluation.prefix import Prefix, PrefixRecorder
 from losscli.weight_space.slices import Slice
 
 __all__ = ["FirstLayer", "FirstLayerFound", "FirstLayerWatcher"]
@@ -50,6 +52,10 @@ _METADATA = frozenset({
         for name in ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape")
     ),
 })
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -96,17 +102,23 @@ class FirstLayer:
             cancels += too_large.any(1).tolist()
         return cancels
 
-    def replay_at(self, point: Sequence[float], tensors: Mapping[str, Tensor]) -> TorchFunctionMode:
+    def replay_at(
+        self,
+        point: Sequence[float],
+        tensors: Mapping[str, Tensor],
+        on_use: Callable[[], None] = _nothing,
+    ) -> TorchFunctionMode:
         """Replaces the layer's first call by its output at a point.
 
         Args:
             point: The coordinates of the point.
             tensors: The tensors of the model that is run.
+            on_use: Called before any other call that uses the layer's weight.
 
         Returns:
             A context to run the forward pass in.
         """
-        return self.replay(self.output(point), tensors)
+        return self.replay(self.output(point), tensors, on_use)
 
     def output(self, point: Sequence[float]) -> Tensor:
         """Combines the outputs at the ends.
@@ -119,17 +131,23 @@ class FirstLayer:
         """
         return self.slice_.combine(self.products, point)
 
-    def replay(self, output: Tensor, tensors: Mapping[str, Tensor]) -> TorchFunctionMode:
+    def replay(
+        self,
+        output: Tensor,
+        tensors: Mapping[str, Tensor],
+        on_use: Callable[[], None] = _nothing,
+    ) -> TorchFunctionMode:
         """Replaces the layer's first call by an output; all other calls are made.
 
         Args:
             output: The output.
             tensors: The tensors of the model that is run.
+            on_use: Called before any other call that uses the layer's weight.
 
         Returns:
             A context to run the forward pass in.
         """
-        return _Replay(self.function, tensors[self.weight], output)
+        return _Replay(self.function, tensors[self.weight], output, on_use)
 
 
 class FirstLayerFound(BaseException):
@@ -144,18 +162,28 @@ class FirstLayerWatcher(FunctionMode):
 
     Args:
         tensors: The moving tensors by name.
+        model_tensors: All tensors of the model by name.
         slice_: The slice that they move in.
         stops: Whether `FirstLayerFound` ends the forward pass once the first layer is known.
         measures: Whether the first layer's Gram matrix is computed.
 
     Attributes:
         layer: The first layer; None before the first use, or if that is not affine.
+        prefix: What is computed before it; None before the first use, or if no layer is.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], slice_: Slice, *, stops: bool, measures: bool
+        self,
+        tensors: Mapping[str, Tensor],
+        model_tensors: Mapping[str, Tensor],
+        slice_: Slice,
+        *,
+        stops: bool,
+        measures: bool,
     ) -> None:
         super().__init__()
+        self.prefix: Prefix | None = None
+        self._recorder = PrefixRecorder(model_tensors)
         self.layer: FirstLayer | None = None
         self._stops = stops
         self._measures = measures
@@ -167,12 +195,16 @@ class FirstLayerWatcher(FunctionMode):
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """Computes the layer of the first call that uses a moving tensor."""
-        if not self._found_use and function not in _METADATA and self._uses((args, kwargs)):
-            self._found_use = True
-            # Computed now, because the layer's input may be overwritten later in the pass.
-            self.layer = self._compute(function, args, kwargs)
-            if self._stops and self.layer is not None:
-                raise FirstLayerFound
+        if self._found_use:
+            return function(*args, **kwargs)
+        if function in _METADATA or not _uses((args, kwargs), self._names):
+            return self._recorder.record(function, args, kwargs)
+        self._found_use = True
+        self.prefix = self._recorder.finish()
+        # Computed now, because the layer's input may be overwritten later in the pass.
+        self.layer = self._compute(function, args, kwargs)
+        if self._stops and self.layer is not None:
+            raise FirstLayerFound
         return function(*args, **kwargs)
 
     def _compute(
@@ -195,7 +227,7 @@ class FirstLayerWatcher(FunctionMode):
             without = {id(bias): None}
         rest = [value for value in (*args, *kwargs.values()) if id(value) not in ids]
         # A product of two moving tensors is not affine.
-        if self._uses(rest):
+        if _uses(rest, self._names):
             return None
         try:
             # In the type and the layout of the tensors that they replace.
@@ -222,15 +254,6 @@ class FirstLayerWatcher(FunctionMode):
             return None
         return FirstLayer(func, self._names[id(weight)], products, self._slice, gram)
 
-    def _uses(self, value: Any) -> bool:
-        if isinstance(value, Tensor):
-            return id(value) in self._names
-        if isinstance(value, Mapping):
-            value = value.values()
-        elif not isinstance(value, tuple | list):
-            return False
-        return any(map(self._uses, value))
-
 
 def _gram(
     function: Callable[..., Any],
@@ -251,23 +274,31 @@ def _gram(
         # Its units are tokens, and its outputs are exact.
         rows = [real(product.flatten(0, -2)) for product in products]
     else:
-        squares = inputs.abs().to(wide).square()
-        if function is F.linear:
-            size = squares.flatten(0, -2).mean(0).sqrt()
-        else:
-            size = _sizes_of_channels(squares, ends[0][0])
+        size = _input_sizes(function, inputs, ends[0][0], wide)
         rows = []
         for weight, bias in ends:
             row = real(weight.flatten(1) * size)
             rows.append(row if bias is None else torch.cat([row, real(bias[:, None])], 1))
-    return torch.stack([torch.stack([(x * y).sum(1) for y in rows], 1) for x in rows], 1)
+    gram = rows[0].new_empty(len(rows[0]), len(rows), len(rows))
+    for i, x in enumerate(rows):
+        for j, y in enumerate(rows[: i + 1]):
+            gram[:, i, j] = gram[:, j, i] = torch.linalg.vecdot(x, y)
+    return gram
 
 
-def _sizes_of_channels(squares: Tensor, weight: Tensor) -> Tensor:
-    """The root mean square of the input at each weight of a kernel, ``[out, in/groups · k]``."""
-    batched = squares.ndim == weight.ndim
-    channels = squares.transpose(0, 1) if batched else squares
-    sizes = channels.flatten(1).mean(1).sqrt().view(-1, weight.shape[1])
+def _input_sizes(
+    function: Callable[..., Any], inputs: Tensor, weight: Tensor, wide: torch.dtype
+) -> Tensor:
+    """The root mean square of the input at each weight: ``[in]``, or ``[out, in/groups · k]``."""
+    wide = torch.promote_types(inputs.dtype, wide)
+    if function is F.linear:
+        rows = inputs.flatten(0, -2)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=wide)
+        return norms / math.sqrt(len(rows))
+    batched = inputs.ndim == weight.ndim
+    channels = (inputs.transpose(0, 1) if batched else inputs).flatten(1)
+    norms = torch.linalg.vector_norm(channels, dim=1, dtype=wide)
+    sizes = (norms / math.sqrt(channels.shape[1])).view(-1, weight.shape[1])
     of_units = sizes.repeat_interleave(weight.shape[0] // len(sizes), 0)
     return of_units.repeat_interleave(weight[0, 0].numel(), 1)
 
@@ -291,11 +322,18 @@ def _with_tensors(
 
 
 class _Replay(FunctionMode):
-    def __init__(self, function: Callable[..., Any], weight: Tensor, output: Tensor) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        weight: Tensor,
+        output: Tensor,
+        on_use: Callable[[], None],
+    ) -> None:
         super().__init__()
         self._output: Tensor | None = output
         self._function = function
         self._weight = weight
+        self._on_use = on_use
 
     def intercept(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -307,4 +345,17 @@ class _Replay(FunctionMode):
         ):
             output, self._output = self._output, None
             return output
+        if function not in _METADATA and _uses((args, kwargs), {id(self._weight)}):
+            self._on_use()
         return function(*args, **kwargs)
+
+
+def _uses(value: Any, ids: Collection[int]) -> bool:
+    """Whether an argument is, or contains, one of the tensors with these ids."""
+    if isinstance(value, Tensor):
+        return id(value) in ids
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return False
+    return any(_uses(item, ids) for item in value)

@@ -1,4 +1,4 @@
-"""First and second derivatives of a loss along a line, by forward or reverse mode."""
+"""First and second derivatives of a loss along a line: Taylor, forward or reverse mode."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import enum
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from losscli.data import Split
 from losscli.errors import LosscliError, ModelError, one_line
 from losscli.evaluation.decompositions import Decomposed
+from losscli.evaluation.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.point_weights import combining_type
+from losscli.evaluation.replicas import is_stateless
+from losscli.evaluation.taylor import TaylorTensor, apply, values
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, pieces
 
@@ -28,6 +33,7 @@ __all__ = ["LineDerivatives", "Method"]
 class Method(enum.Enum):
     """Ways to differentiate, in order of preference: the mode, and whether kernels are fused."""
 
+    TAYLOR = "Taylor", True
     FORWARD = "forward", True
     REVERSE = "reverse", True
     # PyTorch cannot differentiate its fused recurrent kernels twice, but their unfused operators.
@@ -65,6 +71,42 @@ class Method(enum.Enum):
             torch.backends.mha.set_fastpath_enabled(fast)
 
 
+_Replay = Callable[[Mapping[str, Tensor]], contextlib.AbstractContextManager[Any]]
+
+# Bytes of outputs of first layers that are kept for further points.
+_KEPT = 256 << 20
+
+
+@dataclass(frozen=True)
+class _Ray:
+    """The line θ(α) = A + α d, spanned by A and d, so that d/dα of a first layer is a product.
+
+    Attributes:
+        origin: A.
+        direction: d.
+    """
+
+    origin: Weights
+    direction: Weights
+
+    @property
+    def ends(self) -> tuple[Weights, Weights]:
+        """A and d."""
+        return self.origin, self.direction
+
+    @property
+    def barycentric(self) -> bool:
+        """Always False: the coefficients are 1 and α."""
+        return False
+
+    def combine(
+        self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
+    ) -> Tensor:
+        """Returns values[0] + α values[1]."""
+        (alpha,) = coordinates
+        return torch.add(*values, alpha=alpha, out=out)
+
+
 class LineDerivatives:
     """Derivatives of an objective's loss along a line, batch by batch.
 
@@ -81,6 +123,8 @@ class LineDerivatives:
         self.objective = objective
         self.line = line
         self.weight = 0.0
+        self._layers: dict[Hashable, FirstLayer | None] = {}
+        self._kept = 0
         self._direction = {}
         for name, a in line.a.items():
             own = objective.tensors[name]
@@ -96,9 +140,27 @@ class LineDerivatives:
             weights[name] = self.line.combine(ends, (alpha,)).to(own.dtype)
         return weights
 
-    def sums(self, method: Method, weights: Weights, batch: Split) -> tuple[float, float]:
-        """Returns the first and second derivative of the sum of the losses of a batch."""
-        slope, curvature = self._differentiate(method, weights, batch, twice=True)
+    def sums(
+        self,
+        method: Method,
+        weights: Weights,
+        batch: Split,
+        shared: tuple[Hashable, float] | None = None,
+    ) -> tuple[float, float]:
+        """Returns the first and second derivative of the sum of the losses of a batch.
+
+        Args:
+            method: How to differentiate.
+            weights: The point.
+            batch: The batch, on the device.
+            shared: Identifies the batch, and the point's α, so that the outputs of a first layer
+                are kept for the batch at further points; None keeps nothing.
+        """
+        layer = None
+        if shared is not None and method is Method.TAYLOR:
+            layer = self._first_layer(*shared, batch)
+        replay = partial(self._replay, layer, shared[1]) if layer and shared else None
+        slope, curvature = self._differentiate(method, weights, batch, twice=True, replay=replay)
         return slope, curvature
 
     def slope(self, method: Method, weights: Weights, batch: Split) -> float:
@@ -106,9 +168,17 @@ class LineDerivatives:
         return self._differentiate(method, weights, batch, twice=False)[0]
 
     def _differentiate(
-        self, method: Method, weights: Weights, batch: Split, *, twice: bool
+        self,
+        method: Method,
+        weights: Weights,
+        batch: Split,
+        *,
+        twice: bool,
+        replay: _Replay | None = None,
     ) -> tuple[float, ...]:
-        differentiate = self._forward if method.mode == "forward" else self._reverse
+        differentiate = self._reverse if method.mode == "reverse" else self._forward
+        if method is Method.TAYLOR and twice:
+            differentiate = partial(self._taylor, replay=replay)
         try:
             with method.kernels(), self.objective.computing():
                 return differentiate(weights, batch, twice)
@@ -142,6 +212,59 @@ class LineDerivatives:
         point = dict(weights)
         derivatives = jvp(slopes, (point,), (self._direction,)) if twice else (slopes(point),)
         return tuple(float(values.cpu().double().sum()) for values in derivatives)
+
+    @torch.no_grad()
+    def _first_layer(self, key: Hashable, alpha: float, batch: Split) -> FirstLayer | None:
+        """Returns the first layer's outputs on a batch, if they serve a point.
+
+        They are computed once, and kept as long as they fit.
+        """
+        objective = self.objective
+        if key not in self._layers:
+            if self._kept >= _KEPT:
+                return None
+            tensors = {name: objective.tensors[name] for name in self.line.a}
+            ray = _Ray(self.line.a, self._direction)
+            stops = is_stateless(objective.model)
+            watcher = FirstLayerWatcher(tensors, objective.tensors, ray, stops=stops, measures=True)
+            inputs = objective.data.prepare(batch.inputs, objective.dtype)
+            with contextlib.suppress(FirstLayerFound), Method.TAYLOR.kernels(), watcher:
+                objective.forward(objective.model, inputs)
+            layer = watcher.layer
+            self._layers[key] = layer
+            self._kept += 0 if layer is None else sum(t.nbytes for t in layer.products)
+        layer = self._layers[key]
+        return None if layer is None or layer.nearly_cancels([(alpha,)])[0] else layer
+
+    @staticmethod
+    def _replay(
+        layer: FirstLayer, alpha: float, tensors: Mapping[str, Tensor]
+    ) -> contextlib.AbstractContextManager[Any]:
+        output = TaylorTensor(layer.output((alpha,)), layer.products[1])
+        return layer.replay(output, tensors)
+
+    @torch.no_grad()
+    def _taylor(
+        self, weights: Weights, batch: Split, twice: bool, *, replay: _Replay | None
+    ) -> tuple[float, ...]:
+        assert twice
+        objective = self.objective
+        point: dict[str, Tensor] = {
+            name: TaylorTensor(w, self._direction[name]) for name, w in weights.items()
+        }
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(objective.model, point, args, kwargs)
+
+        def loss(outputs: Any) -> Tensor:
+            return objective.per_example(objective.loss, outputs, batch.targets, "loss")
+
+        inputs = objective.data.prepare(batch.inputs, objective.dtype)
+        with replay(point) if replay else contextlib.nullcontext():
+            outputs = objective.forward(call, inputs)
+        self.weight = objective.weight(values(outputs), batch.targets)
+        losses = apply(loss, outputs).coefficients
+        return tuple(float(x.cpu().double().sum()) for x in (losses.first, losses.second))
 
     def _reverse(self, weights: Weights, batch: Split, twice: bool) -> tuple[float, ...]:
         model = self.objective.model

@@ -13,16 +13,20 @@ import queue
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_leaves
 
 from losscli.data import Nest
+from losscli.errors import ModelError
 from losscli.evaluation.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
-from losscli.evaluation.point_weights import combining_type, stacked_weights
+from losscli.evaluation.point_weights import PointWeights, combining_type
+from losscli.evaluation.prefix import Prefix, PrefixChanged
 from losscli.evaluation.recalibration import Statistics, recording
 from losscli.evaluation.replicas import Replica, is_stateless, make_replicas
 from losscli.evaluation.spectral import normalise
@@ -213,8 +217,14 @@ class BoundPoints:
             network.tensors[name].data = self._own[name].clone()
         computed = {*self._estimated, *self._normalised}
         moving = {name: own for name, own in self._own.items() if name not in computed}
-        self._stacks = stacked_weights(network, slice_, coordinates, moving)
+        self._weights = PointWeights(network, slice_, coordinates, moving)
+        self._stacks = dict(self._weights.stacks)
+        # The first layer's weight, which a point that shares its products does not need.
+        self._lazy: str | None = None
+        # Whether recorded prefixes give the right outputs; None before the first one.
+        self._reuses: bool | None = None
         if self._spectral:
+            self._fill()
             self._normalise()
         self._threads = torch.get_num_threads()
         self._workers = min(self._threads, len(coordinates)) if strategy is Strategy.THREADS else 1
@@ -256,7 +266,7 @@ class BoundPoints:
         def take(p: int, replica: Replica, mode: AbstractContextManager[Any]) -> None:
             recorder.one(p, self._outputs(p, replica, inputs, mode))
 
-        return self._each(take)
+        return self._each(take, inputs)
 
     def record_statistics(self, inputs: Nest) -> Iterator[int]:
         """Starts to record BatchNorm's statistics of a training batch at all points.
@@ -274,7 +284,7 @@ class BoundPoints:
             # Only after a complete pass: finding the first layer may interrupt one.
             self._statistics.add(p, statistics)
 
-        return self._each(take)
+        return self._each(take, inputs)
 
     def use_statistics(self) -> Collection[str]:
         """Sets the statistics of every point to the means over the recorded batches.
@@ -289,36 +299,83 @@ class BoundPoints:
             self._stacks[name] = torch.stack(means)
         return self._statistics.names
 
-    def _each(self, take: _TakeBatch) -> Iterator[int]:
-        """Takes a batch to all points; the outputs of the first layer are shared."""
-        layer, done = self._find_first_layer(take)
+    def _each(self, take: _TakeBatch, inputs: Nest) -> Iterator[int]:
+        """Takes a batch to all points; what comes before the first moving tensor is shared."""
+        layer, prefix, done = self._find_first_layer(take)
+        # In a user's code the weight may also be used where no watcher sees it.
+        if layer is not None and self._lazy is None and self._stateless:
+            self._lazy = layer.weight
+        self._fill()
+        points = range(len(done), len(self))
+        if prefix is not None and points and self._reuses is None:
+            self._reuses = self._gives_the_same(prefix, points[0], layer, inputs)
+        prefix = prefix if self._reuses else None
 
         def work(p: int) -> int:
             replica = self._replicas.get()
             try:
-                replay: AbstractContextManager[Any] = nullcontext()
-                if layer is not None and p not in (self._unshared or ()):
-                    replay = layer.replay_at(self._coordinates[p], replica.tensors)
                 with torch.no_grad():
-                    take(p, replica, replay)
+                    try:
+                        take(p, replica, self._shared(p, replica, layer, prefix))
+                    except PrefixChanged:
+                        take(p, replica, self._shared(p, replica, layer, None))
             finally:
                 self._replicas.put(replica)
             return p
 
-        points = range(len(done), len(self))
         if self._pool is None:
             return itertools.chain(done, map(work, points))
         futures = [self._pool.submit(work, p) for p in points]
         return itertools.chain(done, (f.result() for f in as_completed(futures)))
 
-    def _find_first_layer(self, take: _TakeBatch) -> tuple[FirstLayer | None, range]:
-        """Finds the first layer on a batch; returns also the points that this has done."""
+    @contextmanager
+    def _shared(
+        self, p: int, replica: Replica, layer: FirstLayer | None, prefix: Prefix | None
+    ) -> Iterator[None]:
+        """Replaces what is shared in a forward pass at a point."""
+        shares = layer is not None and p not in (self._unshared or ())
+        fill = partial(self._fill_lazy, p)
+        if layer is None or not shares or layer.weight != self._lazy:
+            fill()
+        with ExitStack() as stack:
+            if layer is not None and shares:
+                replay = layer.replay_at(self._coordinates[p], replica.tensors, fill)
+                stack.enter_context(replay)
+            if prefix is not None:
+                stack.enter_context(prefix.replay(replica.tensors))
+            yield
+            if prefix is not None:
+                prefix.check_unmodified()
+
+    def _gives_the_same(
+        self, prefix: Prefix, p: int, layer: FirstLayer | None, inputs: Nest
+    ) -> bool:
+        """Whether the outputs at a point are the same bits with a recorded prefix as without."""
+        outputs = []
+        try:
+            for recorded in (None, prefix):
+                mode = self._shared(p, self._first, layer, recorded)
+                outputs.append(tree_leaves(self._outputs(p, self._first, inputs, mode)))
+        except (ModelError, PrefixChanged):
+            return False
+        return len(outputs[0]) == len(outputs[1]) and all(
+            not isinstance(x, Tensor) or torch.equal(x, y) for x, y in zip(*outputs, strict=True)
+        )
+
+    def _find_first_layer(self, take: _TakeBatch) -> tuple[FirstLayer | None, Prefix | None, range]:
+        """Finds the first layer on a batch, what comes before it, and the points that are done."""
         if not self._shares:
-            return None, range(0)
+            return None, None, range(0)
+        for name in self._weights.stacks:
+            self._weights.fill(name, range(1))
         tensors = {name: self._first.tensors[name] for name in self._own}
         # The forward pass of a user's code is never interrupted.
         watcher = FirstLayerWatcher(
-            tensors, self._slice, stops=self._stateless, measures=self._unshared is None
+            tensors,
+            self._first.tensors,
+            self._slice,
+            stops=self._stateless,
+            measures=self._unshared is None,
         )
         done = range(1)
         try:
@@ -332,7 +389,7 @@ class BoundPoints:
             if all(cancels[1:]) and self._proving:
                 raise NothingSharedError("no other point shares the first layer")
             self._shares = self._proving or len(self) - len(self._unshared) > len(self._slice.ends)
-        return (watcher.layer if self._shares else None), done
+        return (watcher.layer if self._shares else None), watcher.prefix, done
 
     def _outputs(
         self, p: int, replica: Replica, inputs: Nest, mode: AbstractContextManager[Any]
@@ -344,6 +401,16 @@ class BoundPoints:
     def _bind(self, tensors: Mapping[str, Tensor], p: int) -> None:
         for name, stack in self._stacks.items():
             tensors[name].data = stack[p]
+
+    def _fill(self) -> None:
+        """Computes the weights of all points, but for the one that is computed when it is used."""
+        for name in self._weights.stacks:
+            if name != self._lazy:
+                self._weights.fill(name, range(len(self)))
+
+    def _fill_lazy(self, p: int) -> None:
+        if self._lazy is not None:
+            self._weights.fill(self._lazy, [p])
 
     def _normalise(self) -> None:
         """Computes the singular vectors of spectrally normalised weights at all points."""
@@ -393,7 +460,8 @@ class StackedPoints(BoundPoints):
             # Not recorded: point 0 is evaluated again with the others.
             self._outputs(p, replica, inputs, mode)
 
-        layer, _ = self._find_first_layer(take)
+        layer, _, _ = self._find_first_layer(take)
+        self._fill()
         # One forward pass cannot share the layer at some points only.
         layer = None if self._unshared else layer
         products = None

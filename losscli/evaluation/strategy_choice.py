@@ -19,7 +19,7 @@ from losscli.weight_space.slices import Slice
 __all__ = ["candidates", "choose_strategy", "find_strategy"]
 
 # Examples on which a strategy is compared with loading.
-_PROOF_EXAMPLES = 256
+_PROOF_EXAMPLES = 64
 
 # Largest relative difference of the losses where BatchNorm's statistics are estimated too: each
 # layer amplifies the rounding of the one before.
@@ -77,7 +77,9 @@ def find_strategy(
         return
     name, split = next(iter(objective.splits.items()))
     sample = {name: split.first(min(objective.batch_size, examples)).to(objective.device)}
-    few = [tuple(coordinates[i * (len(coordinates) - 1) // 3]) for i in range(4)]
+    # One more point than the ends of the slice, so that they share a first layer.
+    last = len(slice_.ends)
+    few = [tuple(coordinates[i * (len(coordinates) - 1) // last]) for i in range(last + 1)]
     few = list(dict.fromkeys(few))
     comparisons = [(objective.frozen_statistics, AGREEMENT[objective.dtype])]
     if objective.recalibration is not None:

@@ -12,8 +12,9 @@ from losscli.errors import SpecError
 
 __all__ = ["CNN", "MLP"]
 
+# In place where torch allows it: each is applied to a tensor of its own, the output of a layer.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
+    "relu": torch.relu_,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
@@ -134,7 +135,7 @@ class CNN(nn.Module):
         for index, (convolution, norm) in enumerate(
             zip(self.convolutions, self.norms, strict=True)
         ):
-            x = torch.relu(norm(convolution(x)))
+            x = torch.relu_(norm(convolution(x)))
             if index < len(self.convolutions) - 1:
                 x = nn.functional.max_pool2d(x, 2)
         outputs: Tensor = self.head(x.mean((2, 3)))

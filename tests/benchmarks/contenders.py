@@ -21,7 +21,8 @@ from losscli.weight_space.slices import Line
 class Work:
     """A line to evaluate: a model, its two ends, a data set on its device, and the points.
 
-    ``batch`` is that of the loop written by hand.
+    ``batch`` is that of the loop written by hand, ``sharing_batch`` that of the one which shares
+    the first layer.
     """
 
     build: Callable[[], nn.Module]
@@ -31,6 +32,7 @@ class Work:
     targets: Tensor
     alphas: Sequence[float]
     batch: int = 1000
+    sharing_batch: int = 2048
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +77,32 @@ def by_hand(work: Work) -> list[float]:
             total += F.cross_entropy(outputs, targets, reduction="sum")
         found.append(total.item() / work.targets.numel())
     return found
+
+
+@torch.no_grad()
+def sharing_by_hand(work: Work) -> list[float]:
+    """The fastest loop by hand for a perceptron: its first layer is computed once for all points.
+
+    The input does not depend on α and a linear layer is affine in its weights, so the layer's
+    output at a point lies between its outputs at the two ends.
+    """
+    *hidden, last = zip(
+        *[iter(zip(work.a.values(), work.b.values(), strict=True))] * 2, strict=True
+    )
+    (weights, biases), *hidden = hidden
+    totals = torch.zeros(len(work.alphas), dtype=torch.float64, device=work.device)
+    for start in range(0, len(work.targets), work.sharing_batch):
+        inputs = work.inputs[start : start + work.sharing_batch]
+        targets = work.targets[start : start + work.sharing_batch]
+        low, high = (F.linear(inputs, w, b) for w, b in zip(weights, biases, strict=True))
+        for p, alpha in enumerate(work.alphas):
+            x = torch.lerp(low, high, alpha).relu_()
+            for weight, bias in hidden:
+                x = F.linear(x, torch.lerp(*weight, alpha), torch.lerp(*bias, alpha)).relu_()
+            outputs = F.linear(x, *(torch.lerp(*ends, alpha) for ends in last))
+            totals[p] += F.cross_entropy(outputs, targets, reduction="sum")
+    means: list[float] = (totals / work.targets.numel()).tolist()
+    return means
 
 
 def loss_landscape_3d(work: Work) -> list[float]:

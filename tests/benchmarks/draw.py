@@ -15,6 +15,7 @@ _NAMES = {
     "losscli": "losscli",
     "losscli_bfloat16": "losscli --dtype bfloat16",
     "by_hand": "a loop written by hand",
+    "sharing_by_hand": "a loop by hand that shares the first layer",
     "loss_landscapes": "loss-landscapes 3.0.6, one batch",
     "loss_landscape_3d": "loss-landscape-3d 0.1.3, DataLoader of 128",
 }
@@ -34,18 +35,20 @@ def _works(found: Mapping[str, Any]) -> dict[str, str]:
 def table(found: Mapping[str, Any]) -> str:
     """What was measured, as a table in Markdown."""
     machine = found["machine"]
+    shares = any(map(_share, (entry for work in _works(found) for entry in found[work].values())))
+    column, rule = (" of the product rate |", "---:|") if shares else ("", "")
     lines = [
         f"{machine['name']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32",
         f"where nothing else is said, {machine['rounds']} rounds in turns after one to warm up:",
         "",
-        "| work | with | seconds | times the loop |",
-        "|---|---|---:|---:|",
+        f"| work | with | seconds | times the loop |{column}",
+        f"|---|---|---:|---:|{rule}",
     ]
     for work, title in _works(found).items():
         for row, (name, entry) in enumerate(found[work].items()):
             lines.append(
                 f"| {'' if row else title} | {_NAMES[name]} | {entry['seconds']:.2f} | "
-                f"{entry['times_by_hand']:.2f} × |"
+                f"{entry['times_by_hand']:.2f} × |{_share(entry)}"
             )
     if "hessian" in found:
         lines += _spectrum_table(found["hessian"])
@@ -74,6 +77,12 @@ def table(found: Mapping[str, Any]) -> str:
         steps = f"2,000 training steps of {milliseconds:.1f} ms of the sample CNN"
         lines += ["", f"The recorder, in {steps}: {shares}."]
     return "\n".join(lines) + "\n"
+
+
+def _share(entry: Mapping[str, Any]) -> str:
+    """The operations a second of a plain loop in the same time, over those of a matrix product."""
+    share = entry.get("share_of_product_peak")
+    return "" if share is None else f" {share:.2f} |"
 
 
 def _spectrum_table(found: Mapping[str, Any]) -> list[str]:

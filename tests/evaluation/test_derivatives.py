@@ -131,6 +131,22 @@ def test_forward_and_reverse_mode_agree(case: Case) -> None:
         np.testing.assert_allclose(forward, reverse, rtol=1e-10, atol=1e-12)
 
 
+# Transforms of functorch take no tensors that stand for polynomials.
+@pytest.mark.parametrize("case", [c for c in WHOLE if c.name != "functorch"], ids=str)
+def test_taylor_polynomials_agree_with_reverse_mode(case: Case) -> None:
+    objective, line = ready(case)
+    along = LineDerivatives(objective, line)
+    batch = objective.splits["all"]
+    for alpha in ALPHAS:
+        # With the first layer's outputs kept and without.
+        alone, shared = (
+            along.sums(Method.TAYLOR, along.at(alpha), batch, key) for key in (None, ("all", alpha))
+        )
+        reverse = along.sums(Method.REVERSE, along.at(alpha), batch)
+        np.testing.assert_allclose(alone, reverse, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(shared, reverse, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=() if case in WHOLE[::4] else pytest.mark.stress) for case in WHOLE],
@@ -240,7 +256,7 @@ def test_what_the_line_does_not_move_keeps_its_value() -> None:
     assert not torch.equal(*found)
 
 
-@pytest.mark.parametrize("method", [Method.FORWARD, Method.REVERSE])
+@pytest.mark.parametrize("method", [Method.TAYLOR, Method.FORWARD, Method.REVERSE])
 @pytest.mark.parametrize("name", ["cnn-batchnorm", "attention-tied", "lstm"])
 def test_the_model_is_left_as_it_was(
     name: str, method: Method, monkeypatch: pytest.MonkeyPatch
@@ -452,11 +468,12 @@ def test_frozen_weights_that_move_are_differentiated() -> None:
     objective, line = ready(case)
     objective.model.requires_grad_(False)
     along = LineDerivatives(objective, line)
-    forward, reverse = (
+    taylor, forward, reverse = (
         along.sums(method, along.at(0.3), objective.splits["all"])
-        for method in (Method.FORWARD, Method.REVERSE)
+        for method in (Method.TAYLOR, Method.FORWARD, Method.REVERSE)
     )
     np.testing.assert_allclose(reverse, forward, rtol=1e-12)
+    np.testing.assert_allclose(reverse, taylor, rtol=1e-12)
     assert abs(reverse[0]) > 1e-3
 
 

@@ -169,11 +169,13 @@ def test_derivatives_of_ranks_are_those_of_one_process(
     alphas = [0.1 * i for i in range(7)]
     real, calls = LineDerivatives.sums, [0]
 
-    def sums(course: LineDerivatives, way: Any, weights: Any, batch: Split) -> tuple[float, float]:
+    def sums(
+        course: LineDerivatives, way: Any, weights: Any, batch: Split, *rest: Any
+    ) -> tuple[float, float]:
         calls[0] += 1
         if len(batch) > fits and calls[0] > alone:
             raise torch.OutOfMemoryError("on purpose")
-        return real(course, way, weights, batch)
+        return real(course, way, weights, batch, *rest)
 
     monkeypatch.setattr(LineDerivatives, "sums", sums)
     alone = 10**9
