@@ -18,6 +18,7 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from losscli.plotting.html import render_page, table_view
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
@@ -53,7 +54,7 @@ from losscli.results import Run
 from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
 
-__all__ = ["draw_check"]
+__all__ = ["draw_check", "render_check"]
 
 Floats = NDArray[np.float64]
 Group = list[tuple[Artist, str]]
@@ -783,3 +784,50 @@ def _draw_escape(
     if escape.lowest < 0 and math.isfinite(escape.start):
         notes.append("Along this direction the loss never falls below that of the checkpoint.")
     return notes
+
+
+# --- As a page -----------------------------------------------------------------------------------
+
+
+def render_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) -> str:
+    """Renders the numbers of each checkpoint, its eigenvalues and the escape as a page.
+
+    Args:
+        run: The run.
+        title: The title of the page.
+        log: Whether the scale of the loss is logarithmic at first.
+
+    Returns:
+        The page.
+    """
+    loss = f"loss{loss_name([run])}"
+    quantities = {
+        "loss": loss,
+        "gradient_norm": "gradient norm ‖∇L‖",
+        "lambda_max": f"largest eigenvalue {_HIGH}",
+        "lambda_min": f"smallest eigenvalue {_LOW}",
+        "minimal_ratio": "share of positive eigenvalues",
+        "negative": "share of negative eigenvalues",
+        "undecided": "share of undecided eigenvalues",
+        "trace": "trace of the Hessian",
+    }
+    positive = ("loss", "gradient_norm", "lambda_max", "trace")
+    views = [
+        table_view(
+            "checkpoints", [("", run.table)], "checkpoint", quantities, logarithmic=positive,
+            notes=[_criteria_note(run)],
+        )
+    ]  # fmt: skip
+    if "spectrum" in run.more:
+        values = {"eigenvalue": "eigenvalue λ of the Hessian"}
+        views.append(
+            table_view(
+                "eigenvalues", [("", run.more["spectrum"])], "", values, logarithmic=[*values],
+                x_label="rank of the computed eigenvalue",
+            )
+        )  # fmt: skip
+    if "escape" in run.more:
+        escape = [("", run.more["escape"])]
+        label = "distance along the most negative curvature"
+        views.append(table_view("escape", escape, "distance", {"loss": loss}, x_label=label))
+    return render_page(views, title=title, log=log)
