@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.html import DASHES as PAGE_DASHES
-from losscli.plotting.html import Item, View, curve, layout_2d, render_page
+from losscli.plotting.html import Item, View, curve, layout_2d, render_page, transparent
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
@@ -378,42 +378,41 @@ def _page_items(
 ) -> Iterator[Item]:
     """Yields a curve for each direction, and the mean over random ones with its band."""
     x = curves.x.tolist()
-    random = curves.random
     split = plain(more["tags"]["split"])
-    labels = (_DISTANCE, label)
-    for k, direction in enumerate(curves.directions):
-        name = f"{_label(group)}, {split}, direction {direction}"
-        values, errors = curves.losses[k].tolist(), curves.errors[k].tolist()
-        width = 0.7 if random else 1.7
-        dash = dash if random else PAGE_DASHES[k % len(PAGE_DASHES)]
-        item = curve(
-            x, values, name=name, colour=group.colour, labels=labels, errors=errors, dash=dash,
-            width=width, dots=not random, **more,
-        )  # fmt: skip
-        if random:
-            # Error bars of many curves would hide them.
-            trace = {key: value for key, value in item.trace.items() if key != "error_y"}
-            item = replace(item, trace=trace | {"opacity": 0.45, "showlegend": False})
-        yield item
-    if not random:
-        return
-    profile = Profile.of(curves.losses)
-    if len(curves.directions) > 1:
-        for k, (edge, fill) in enumerate(((profile.low, None), (profile.high, "tonexty"))):
+    style = {"colour": group.colour, "labels": (_DISTANCE, label), **more}
+    if curves.random and len(curves.directions) > 1:
+        profile = Profile.of(curves.losses)
+        for edge in (profile.low, profile.high):
+            upper = edge is profile.high
             trace = {
                 "type": "scatter",
                 "mode": "lines",
                 "x": x,
                 "y": edge.tolist(),
                 "line": {"width": 0, "color": group.colour},
-                "fill": fill,
-                "opacity": 0.18,
-                "name": "10–90 % of the directions",
-                "showlegend": bool(k),
+                "fill": "tonexty" if upper else None,
+                "fillcolor": transparent(group.colour, 0.18),
+                "name": f"{_label(group)}, {split}: 10–90 % of the directions",
+                "showlegend": upper,
             }
             yield Item(trace, counted=False, **more)
-    name = f"{_label(group)}, {split}: mean"
-    yield curve(
-        x, profile.mean.tolist(), name=name, colour=group.colour, labels=labels, dash=dash,
-        width=2.4, dots=False, **more,
-    )  # fmt: skip
+    for k, direction in enumerate(curves.directions):
+        item = curve(
+            x,
+            curves.losses[k].tolist(),
+            name=f"{_label(group)}, {split}, direction {direction}",
+            errors=curves.errors[k].tolist(),
+            dash=dash if curves.random else PAGE_DASHES[k % len(PAGE_DASHES)],
+            width=0.7 if curves.random else 1.7,
+            dots=not curves.random,
+            **style,
+        )
+        if curves.random:
+            # Error bars of many curves would hide them.
+            trace = {key: value for key, value in item.trace.items() if key != "error_y"}
+            item = replace(item, trace=trace | {"opacity": 0.6, "showlegend": False})
+        yield item
+    if curves.random:
+        mean = Profile.of(curves.losses).mean.tolist()
+        name = f"{_label(group)}, {split}: mean"
+        yield curve(x, mean, name=name, dash=dash, width=2.4, dots=False, **style)

@@ -329,6 +329,7 @@ def render_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = F
                 "y": at,
                 "z": values.tolist(),
                 "coloraxis": "coloraxis",
+                "hoverongaps": False,
                 "xgap": 1,
                 "ygap": 1,
             }
@@ -349,6 +350,7 @@ def render_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = F
         logarithmic=[*quantities],
         single=("quantity", "split"),
         colours=stops,
+        from_zero=True,
         notes=[f"Checkpoints {shared}"] if shared else (),
     )
     return render_page([view], title=title, log=log)

@@ -6,7 +6,7 @@ slider choose them by. The script in ``page.html`` draws them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from typing import Any, Literal
@@ -41,6 +41,7 @@ __all__ = [
     "render_page",
     "table_page",
     "table_view",
+    "transparent",
 ]
 
 Floats = NDArray[np.float64]
@@ -101,6 +102,7 @@ class View:
         slider: The names of the checkpoints; empty for no slider.
         notes: Sentences below the figure.
         colours: The colours from the lowest to the highest value.
+        from_zero: Whether the lowest colour is that of 0 on a linear scale.
     """
 
     name: str
@@ -113,6 +115,7 @@ class View:
     slider: Sequence[str] = ()
     notes: Sequence[str] = ()
     colours: Sequence[tuple[float, str]] = ()
+    from_zero: bool = False
 
 
 def escape(text: str) -> str:
@@ -186,8 +189,8 @@ def _common() -> dict[str, Any]:
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
         "hovermode": "closest",
-        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0.0},
-        "margin": {"l": 80, "r": 20, "t": 40, "b": 60},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.05, "x": 0.0},
+        "margin": {"l": 80, "r": 20, "t": 60, "b": 60},
         "showlegend": True,
     }
 
@@ -231,22 +234,23 @@ def curve(
         "x": list(x),
         "y": list(y),
         "name": escape(name),
+        "showlegend": bool(name),
         "line": {"color": colour, "dash": dash, "width": width},
     }
     values = dict(more.pop("more", {}))
     if errors and np.isfinite(errors).any():
         values["error"] = list(errors)
-        faint = _transparent(colour)
-        trace["error_y"] = {"color": faint, "thickness": 2.5, "width": 0}
+        trace["error_y"] = {"color": transparent(colour, 0.3), "thickness": 2.5, "width": 0}
     x_label, y_label = map(escape, labels)
     hover = [(x_label, "x", ""), (y_label, "y", "error" if "error" in values else "")]
     hover += more.pop("hover", ())
     return Item(trace, tags, hover, values, **more)
 
 
-def _transparent(colour: str) -> str:
+def transparent(colour: str, opacity: float) -> str:
+    """Returns a colour with an opacity in the words of Plotly."""
     red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.3)"
+    return f"rgba({red},{green},{blue},{opacity})"
 
 
 def error_column(table: Table, column: str) -> str:
@@ -262,6 +266,8 @@ def table_view(
     quantities: Mapping[str, str],
     *,
     x_label: str = "",
+    short: str = "",
+    colours: Callable[[int], list[str]] = run_colours,
     marks: Mapping[float, str] | None = None,
     notes: Sequence[str] = (),
     **view: Any,
@@ -278,6 +284,8 @@ def table_view(
             the first quantity.
         quantities: The columns of the quantities, and their labels.
         x_label: What the positions are; by default their column, or that of `number_checkpoints`.
+        short: The same in a word.
+        colours: Returns a number of colours.
         marks: Positions with a vertical line, and the text above it.
         notes: Sentences below the figure.
         **view: Further attributes of the view.
@@ -295,8 +303,9 @@ def table_view(
         groups += [(shared | tags, rows) for tags, rows in _group(table, by)]
     splits = list(dict.fromkeys(tags.get("split", "") for tags, _ in groups))
     others = list(dict.fromkeys(_without_split(tags) for tags, _ in groups))
-    colours = dict(zip(others, run_colours(len(others)), strict=True))
+    colour = dict(zip(others, colours(len(others)), strict=True))
     slider = _Slider.of([table for _, table in tables], x)
+    axis = x_label or slider.label or x.replace("_", " ")
     items = []
     for tags, rows in groups:
         at = slider.positions(rows, x, next(iter(quantities)))
@@ -313,10 +322,10 @@ def table_view(
                 np.array(rows.floats(column))[order].tolist(),
                 errors=np.array(rows.floats(errors))[order].tolist() if errors else (),
                 name=", ".join(words),
-                colour=colours[_without_split(tags)],
+                colour=colour[_without_split(tags)],
                 dash=DASHES[splits.index(tags.get("split", "")) % len(DASHES)],
                 tags={"quantity": column} | {k: v for k, v in tags.items() if k != "checkpoint"},
-                labels=(x_label or slider.label or x.replace("_", " ") or "rank", label),
+                labels=(short or axis, label),
                 step=slider.step(tags.get("checkpoint")),
                 more={c: [escape(str(rows[c][k])) for k in order] for c in said},
                 hover=[(c, c, "") for c in said],
@@ -334,11 +343,10 @@ def table_view(
          "text": escape(text)}
         for at, text in (marks or {}).items()
     ]  # fmt: skip
-    label = x_label or slider.label or x.replace("_", " ") or "rank of the computed value"
     return View(
         name,
         items,
-        layout_2d(label, shapes=lines, annotations=texts),
+        layout_2d(axis, shapes=lines, annotations=texts),
         {c: label for c, label in quantities.items() if any(c in t.columns for _, t in tables)},
         slider=slider.names,
         notes=notes if items else ("There are no points",),
@@ -559,7 +567,7 @@ def path_items(
         names: Their names.
         labels: What the coordinates are.
         at: Their positions on the slider.
-        joined: Whether a line joins them.
+        joined: Whether a line joins them; otherwise each has a letter.
         errors: The standard errors of the losses; None if they are unknown.
         more: The labels and values of further columns that are said of them.
 
@@ -595,6 +603,9 @@ def path_items(
                 "size": 4 if solid else 7,
             }
             trace = {**data, "mode": "markers", "marker": dot, "showlegend": False}
+            if not joined:
+                letters = {"mode": "markers+text", "text": list("ABCD"[: len(names)])}
+                trace |= {**letters, "textposition": "top right"}
             dots = Item(trace, tags, said, values, list(map(escape, names)), counted=solid)
             items.extend([dots, *(ends(dots, names) if joined else ()), ring(dots, at)])
     return found

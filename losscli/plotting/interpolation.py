@@ -14,7 +14,7 @@ from matplotlib.patches import ConnectionPatch, Patch
 from matplotlib.ticker import MaxNLocator
 
 from losscli.plotting.html import View, render_page, table_view
-from losscli.plotting.layerwise import BLOCK_ALPHA, draw_layerwise
+from losscli.plotting.layerwise import BLOCK_ALPHA, block_colours, draw_layerwise
 from losscli.plotting.line_axis import (
     LINE,
     alpha_range,
@@ -162,11 +162,10 @@ def render_interpolation(
         for alpha, letter, name in zip((0.0, 1.0), "AB", end_names(runs), strict=True)
     }
 
-    def view(name: str, tables: Sequence[tuple[str, Table]], label: str = _ALPHA) -> View:
+    def view(name: str, tables: Sequence[tuple[str, Table]], **options: Any) -> View:
+        options = {"x_label": _ALPHA, "short": "α", "marks": ends, **options}
         positive = [q for q in quantities if q not in _DERIVATIVES]
-        return table_view(
-            name, tables, "alpha", quantities, x_label=label, marks=ends, logarithmic=positive
-        )
+        return table_view(name, tables, "alpha", quantities, logarithmic=positive, **options)
 
     views = [
         view("line", list(zip(run_names(runs), (run.table for run in runs), strict=True))),
@@ -175,7 +174,8 @@ def render_interpolation(
     if "context" in more:
         views.append(view("whole line", [("", more["context"])]))
     if "blocks" in more:
-        views.append(view("each block alone", [("", more["blocks"])], BLOCK_ALPHA))
+        blocks = {"x_label": BLOCK_ALPHA, "colours": block_colours}
+        views.append(view("each block alone", [("", more["blocks"])], **blocks))
     return render_page(views, title=title, log=log)
 
 
