@@ -305,7 +305,7 @@ def table_view(
     others = list(dict.fromkeys(_without_split(tags) for tags, _ in groups))
     colour = dict(zip(others, colours(len(others)), strict=True))
     slider = _Slider.of([table for _, table in tables], x)
-    axis = x_label or slider.label or x.replace("_", " ")
+    axis = x_label or slider.label or x.replace("_", " ") or "rank of the value"
     items = []
     for tags, rows in groups:
         at = slider.positions(rows, x, next(iter(quantities)))
@@ -617,8 +617,8 @@ def path_items(
 def table_page(runs: Sequence[Run[Summary]], *, title: str = "", log: bool = False) -> str:
     """Renders the tables of a command as curves: the page of a command without one of its own.
 
-    Each table is a view over its positions, or else over its checkpoints, with each column of
-    floats as a quantity.
+    Each table is a view over its positions, its checkpoints or else its first column of floats,
+    with each further column of floats as a quantity.
 
     Args:
         runs: The runs.
@@ -644,7 +644,8 @@ def table_page(runs: Sequence[Run[Summary]], *, title: str = "", log: bool = Fal
             for column in tables[0][1].columns
             if column not in COLUMN_TYPES and column not in expected.errors
         ]
-        x = expected.position or ("checkpoint" if "checkpoint" in expected.columns else floats[0])
+        first = floats[0] if len(floats) > 1 else ""
+        x = expected.position or ("checkpoint" if "checkpoint" in expected.columns else first)
         quantities = {c: c.replace("_", " ") for c in floats if c != x}
         views.append(
             table_view(name or command.name, tables, x, quantities, logarithmic=[*quantities])
