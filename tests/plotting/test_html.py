@@ -16,7 +16,7 @@ import pytest
 
 import losscli as library
 from losscli.plotting.html import table_page
-from losscli.registry import COLUMN_TYPES, COMMANDS, load
+from losscli.registry import COLUMN_TYPES, COMMANDS
 from losscli.results import Run, render_html
 from losscli.table import Cell, Table
 from tests.conftest import Losscli
@@ -288,13 +288,6 @@ def test_a_study_writes_a_page_and_plot_the_same_again(losscli: Losscli, folder:
     again = losscli("plot", "x.csv", "--figure", "again.html", "--log")
     assert (again.status, again.stdout) == (0, "again.html\n")
     assert Path("again.html").read_bytes() == page
-
-
-def test_every_command_has_a_page() -> None:
-    assert all(callable(load(command.page)) for command in COMMANDS.values() if command.page)
-    assert {name for name, command in COMMANDS.items() if command.page} >= {
-        *("interpolate", "trajectory", "plane", "around", "check", "barriers", "inspect")
-    }
 
 
 # A document and a Plotly that keep what they are given.
