@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate
     from losscli.studies.inspection import inspect as inspect
     from losscli.studies.interpolation import interpolate as interpolate
     from losscli.studies.plane import plane as plane
+    from losscli.studies.sharpness import sharpness as sharpness
     from losscli.studies.trajectory import trajectory as trajectory
     from losscli.table import Table as Table
 

@@ -328,6 +328,27 @@ COMMANDS: Mapping[str, Command] = {
             not_overlaid=("one check cannot be laid over another", "Give one CSV of a check"),
         ),
         Command(
+            name="sharpness",
+            function="losscli.studies.sharpness:sharpness",
+            cli="losscli.cli.sharpness:sharpness",
+            report="losscli.cli.sharpness:report",
+            drawing="losscli.plotting.sharpness:draw_sharpness",
+            summary="losscli.summaries:SharpnessSummary",
+            table=TableFormat(
+                (
+                    *("checkpoint", "split", "rho", "average", "average_stderr"),
+                    *("worst", "worst_stderr", "sam", "sam_stderr"),
+                    *("critical_step", "critical_sharpness"),
+                ),
+                errors=("average_stderr", "worst_stderr", "sam_stderr"),
+            ),
+            not_overlaid=(
+                "one table of sharpness cannot be laid over another",
+                "Give one CSV of sharpness",
+            ),
+            labelled=("checkpoint",),
+        ),
+        Command(
             name="barriers",
             function="losscli.studies.barriers:barriers",
             cli="losscli.cli.barriers:barriers",

@@ -51,6 +51,9 @@ __all__ = [
     "Refined",
     "Rise",
     "Seconds",
+    "SharpnessPoint",
+    "SharpnessSplit",
+    "SharpnessSummary",
     "Slope",
     "Step",
     "Summary",
@@ -191,6 +194,8 @@ class Description(Origin, total=False):
     pairs: int
     products_at_most: int
     steps_at_most: int
+    gradients_at_most: int
+    points_along_gradients: int
     estimate: CostEstimate
 
 
@@ -595,6 +600,43 @@ class CheckSummary(Summary, total=False):
     threshold: float | None
     splits: dict[str, CheckSplit]
     escape: Escape | None
+
+
+# --- sharpness -----------------------------------------------------------------------------------
+
+
+class SharpnessPoint(TypedDict, total=False):
+    """What the table does not hold of one checkpoint on one split.
+
+    ``critical_reason`` is why there is no critical step, or why it is 0.
+    """
+
+    checkpoint: str
+    loss: float
+    gradient_norm: float
+    loss_rounding: float
+    critical_sharpness_error: float
+    critical_reason: str | None
+    gradients: list[int]
+    unverified: str | None
+
+
+class SharpnessSplit(TypedDict, total=False):
+    """The checkpoints on one split."""
+
+    points: list[SharpnessPoint]
+
+
+class SharpnessSummary(Summary, total=False):
+    """The summary of ``sharpness``."""
+
+    rho: list[float]
+    adaptive: bool
+    samples: int
+    direction_split: str | None
+    learning_rates: dict[str, float]
+    splits: dict[str, SharpnessSplit]
+    endpoint_difference: float
 
 
 # --- inspect -------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ MEASURED = ROOT / "tests" / "benchmarks" / "results" / "cpu.json"
 
 _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers)(?!.*--points)")
-_WHOLE_PATH = re.compile(r"(?<=^losscli check )(\S+)/path")
+_WHOLE_PATH = re.compile(r"^(losscli (?:check|sharpness) \S+)/path")
 _HELP = re.compile(r"(<!-- (losscli [a-z ]*--help) -->\n```text\n).*?(```\n)", re.DOTALL)
 
 

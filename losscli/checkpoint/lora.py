@@ -38,6 +38,7 @@ class LoraAdapter:
         alphas: α by regular expressions for module names.
         stabilised: Whether the factor is α / √r.
         transposed: Whether weights are stored as [in, out], as in GPT-2.
+        trains_biases: Whether the biases of the changed layers were trained too.
     """
 
     where: Path
@@ -48,6 +49,7 @@ class LoraAdapter:
     alphas: Mapping[str, float]
     stabilised: bool
     transposed: bool
+    trains_biases: bool
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: Path) -> LoraAdapter:
@@ -94,6 +96,7 @@ class LoraAdapter:
             alphas,
             bool(config.get("use_rslora")),
             bool(config.get("fan_in_fan_out")),
+            config.get("bias") == "lora_only",
         )
 
     def merge(
@@ -126,7 +129,13 @@ class LoraAdapter:
                 raise self._mismatch(name, tensor.shape, base)
             changed[name] = tensor
         for module, pair in factors.items():
-            name = f"{module}.weight"
+            name, bias = f"{module}.weight", f"{module}.bias"
+            if self.trains_biases and bias in base and bias not in replaced:
+                raise CheckpointError(
+                    f"{self.where}: biases were trained, and the adapter has no {bias}: older "
+                    "versions of peft do not save them",
+                    f"{SAVE_AGAIN} of peft 0.21 or newer",
+                )
             if name not in base and f"{module}.in_proj_weight" in base:
                 # peft 0.21 applies the update of the output projection twice, in training too.
                 raise CheckpointError(
@@ -141,7 +150,6 @@ class LoraAdapter:
             dtype = working_type(before, pair["A"], pair["B"])
             changed[name] = (before.double() + product * scale).to(dtype)
             if "bias" in pair:
-                bias = f"{module}.bias"
                 if bias not in base or base[bias].shape != pair["bias"].shape:
                     raise self._mismatch(bias, pair["bias"].shape, base)
                 old = changed.get(bias, base[bias])

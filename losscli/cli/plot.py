@@ -50,8 +50,8 @@ def plot(
         list[str] | None,
         typer.Option(
             "--label",
-            help="Repeatable: a name for each CSV, or for each checkpoint of a single around or "
-            "barriers.",
+            help="Repeatable: a name for each CSV, or for each checkpoint of a single around, "
+            "sharpness or barriers.",
             show_default=False,
         ),
     ] = None,

@@ -22,11 +22,11 @@ from losscli.data import Examples, Split
 from losscli.evaluation.curvature import DENSE_LIMIT, Curvature
 from losscli.evaluation.curvature_check import check_derivatives
 from losscli.evaluation.eigenvalues import DenseHessian, Eigenpair, Extremes
-from losscli.evaluation.finite_differences import noise_of, sample_size
+from losscli.evaluation.finite_differences import sample_size
 from losscli.evaluation.hessian_rounding import add_rounding, hessian_rounding
 from losscli.evaluation.line_search import LineSearch
-from losscli.evaluation.objective import Evaluation, Objective, recalibrated
-from losscli.evaluation.perturbation import nearby
+from losscli.evaluation.loss_rounding import ROUNDING_EXAMPLES, loss_rounding
+from losscli.evaluation.objective import Objective, recalibrated
 from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import idle_layers
@@ -41,12 +41,6 @@ __all__ = ["CriticalPointTest", "Evidence", "PointAnalysis", "batch_size_of", "v
 
 # Largest residual norm of a converged eigenpair, as a share of |λ|.
 _TOLERANCE = 1e-4
-
-# Examples on which rounding is measured against float64.
-_ROUNDING_EXAMPLES = 256
-
-# Roundings of a loss, in units of ε: as many as decide about extrema of curves.
-_ROUNDINGS = 16
 
 # A predicted change of the loss this many times its accuracy is far beyond it.
 _FAR = 10
@@ -351,7 +345,7 @@ class CriticalPointTest:
         with objective.frozen_statistics():
             (losses,) = sweep_plain(objective, [weights], splits=examples, execution=quiet)
             here = losses[split]
-            sample, rows = every.spread(_ROUNDING_EXAMPLES)
+            sample, rows = every.spread(ROUNDING_EXAMPLES)
             sample = sample.to(objective.device)
             float64 = self.float64
             gradient, extremes, dense = self.differentiate(weights, every, execution)
@@ -375,7 +369,9 @@ class CriticalPointTest:
                     change = abs(dense.newton_change(gradient.cpu().numpy()))
             evidence = Evidence(
                 slope=float(gradient @ vector),
-                loss_rounding=self._loss_rounding(weights, here, sample, rows),
+                loss_rounding=loss_rounding(
+                    objective, float64, weights, self.names, here, (sample, rows), seed
+                ),
                 change=change,
                 exact=dense is not None,
                 measured=len(sample),
@@ -443,7 +439,7 @@ class CriticalPointTest:
             gradient = curvature.gradient()
             dense = curvature.dense() if curvature.size <= DENSE_LIMIT else None
             extremes = curvature.extremes(self.eigenvalues, tolerance=_TOLERANCE, seed=self.seed)
-        sample = every.spread(_ROUNDING_EXAMPLES)[0].to(self.objective.device)
+        sample = every.spread(ROUNDING_EXAMPLES)[0].to(self.objective.device)
         extremes, dense = self._with_rounding(
             weights, extremes, dense, sample, whole=len(sample) == len(every)
         )
@@ -474,30 +470,6 @@ class CriticalPointTest:
             self.differentiated(weights), weights, self.names, sample, whole=whole, seed=self.seed
         )
         return extremes.widened(added), replace(dense, error=dense.error + added)
-
-    def _loss_rounding(
-        self, weights: Weights, here: Evaluation, sample: Split, rows: Tensor
-    ) -> float:
-        """Returns how much of a change of the mean loss may be rounding.
-
-        Args:
-            weights: The point.
-            here: The split at the point.
-            sample: Some examples of the split.
-            rows: Their positions.
-        """
-        # Where activations cancel, that is far more than some roundings of the losses.
-        own = here.losses[0].double()
-        objective = self.objective
-        dtype = objective.dtype
-        rounding = _ROUNDINGS * torch.finfo(dtype).eps * float(own.abs().mean())
-        if self.float64 is None or self.float64 is objective:
-            near = nearby(weights, self.names, dtype, self.seed)
-            losses = [objective.plain(at, {"": sample})[""].losses[0].double() for at in near]
-            objective.load(weights)
-            return max(rounding, noise_of(losses))
-        exact = self.float64.plain(weights, {"": sample})[""].losses[0]
-        return max(rounding, float((own[rows] - exact).square().mean().sqrt()))
 
     def _stored_rounding(
         self, weights: Weights, dense: DenseHessian | None, largest: float

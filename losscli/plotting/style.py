@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -71,6 +72,7 @@ __all__ = [
     "run_colours",
     "run_names",
     "scale_checkpoints",
+    "scale_logarithmic",
     "scale_symlog",
     "scale_y",
     "shorten",
@@ -396,17 +398,21 @@ def scale_y(
     low, high = math.log10(low), math.log10(high)
     room = 0.06 * (high - low)
     axes.set_ylim(10 ** (low - room), 10 ** (high + room))
+    scale_logarithmic(axes.yaxis, high - low)
+
+
+def scale_logarithmic(axis: Axis, decades: float) -> None:
+    """Sets the ticks of a logarithmic axis that shows so many powers of ten."""
     # A short range has too few powers of ten for ticks: use evenly spaced ones.
-    if high - low > 0.7:
-        decades = high - low
+    if decades > 0.7:
         subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 3.5 else (1.0,)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs))
-        axes.yaxis.set_minor_locator(LogLocator(subs="auto"))
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_minor_locator(LogLocator(subs="auto"))
     else:
-        axes.yaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(Numbers(log=True))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(Numbers(log=True))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def scale_symlog(

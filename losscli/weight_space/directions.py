@@ -18,6 +18,7 @@ from losscli.weight_space.vectors import Weights, working_type
 
 __all__ = [
     "NO_DIRECTION",
+    "gaussian_direction",
     "has_filters",
     "normalisation_parameters",
     "random_direction",
@@ -138,6 +139,31 @@ def random_directions(
         reason, cure = NO_DIRECTION
         raise UsageError(f"no tensor that moves spans a plane: {reason}", cure)
     return directions
+
+
+def gaussian_direction(
+    weights: Weights, names: Iterable[str], seed: int, number: int
+) -> dict[str, Tensor]:
+    """Draws one of many independent standard Gaussian vectors.
+
+    The random numbers of a tensor depend on the seed, its name and the number of the vector only:
+    other weights have the same draws.
+
+    Args:
+        weights: Tensors with the shapes and types of the vector; real numbers.
+        names: The tensors that move.
+        seed: Random seed.
+        number: The number of the vector.
+
+    Returns:
+        The vector. The dtype is float32, or float64 for float64 weights.
+    """
+    return {
+        name: torch.randn(weights[name].shape, generator=_generator(f"{name} {number}", seed)).to(
+            working_type(weights[name])
+        )
+        for name in names
+    }
 
 
 def _draw(

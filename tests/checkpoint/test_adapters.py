@@ -157,6 +157,17 @@ def test_a_square_weight_whose_layout_is_not_known_is_refused(tmp_path: Path) ->
         opened(base, tmp_path, tiny(0).state_dict())
 
 
+def test_trained_biases_that_peft_did_not_save_are_missed(tmp_path: Path) -> None:
+    base = {n: t.clone() for n, t in mixed().state_dict().items()}
+    adapt(mixed(), tmp_path, r=2, target_modules=["conv", "head"], bias="lora_only")
+    file = tmp_path / "adapter_model.safetensors"
+    kept = {n: t for n, t in load_file(file).items() if not n.endswith("conv.base_layer.bias")}
+    assert len(kept) == len(load_file(file)) - 1
+    save_file(kept, file)
+    with pytest.raises(CheckpointError, match=r"biases were trained, .* has no conv\.bias"):
+        opened(base, tmp_path, mixed().state_dict())
+
+
 # Merged by peft
 
 

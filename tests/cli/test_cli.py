@@ -183,15 +183,16 @@ def test_plot_refuses_what_is_no_table(
 @pytest.mark.parametrize(
     ("run", "number", "things"),
     [
-        (("interpolate", "a.pt", "b.pt"), 1, "CSV files"),
-        (("barriers", "a.pt", "b.pt", "init:1"), 3, "checkpoints"),
-        (("around", "a.pt", "b.pt", "--directions", 2), 2, "checkpoints"),
+        (("interpolate", "a.pt", "b.pt", "--points", 3), 1, "CSV files"),
+        (("barriers", "a.pt", "b.pt", "init:1", "--points", 3), 3, "checkpoints"),
+        (("around", "a.pt", "b.pt", "--directions", 2, "--points", 3), 2, "checkpoints"),
+        (("sharpness", "a.pt", "b.pt", "--samples", 1), 2, "checkpoints"),
     ],
 )
 def test_plot_takes_a_label_for_each_csv_or_each_checkpoint(
     run: tuple[str, ...], number: int, things: str, losscli: Losscli, folder: Path
 ) -> None:
-    assert losscli(*run, "--points", 3, "-o", "x", "--no-figure").status == 0
+    assert losscli(*run, "-o", "x", "--no-figure").status == 0
     labels = [f"--label=run {i}" for i in range(number + 1)]
     done = losscli("plot", "x.csv", *labels)
     assert done.status == 2
@@ -855,6 +856,7 @@ def test_a_shell_gets_its_completions(folder: Path) -> None:
         ("around a.pt --directions 5000000", "--directions 5000000 makes more than 10000000"),
         ("around a.pt --along hessian --points 5000000", "--points 5000000 makes more than"),
         ("check a.pt --eigenvalues 99999999999999999999", "10000 or fewer"),
+        ("sharpness a.pt --samples 99999999", "--samples 99999999 makes more than 10000000"),
         ("interpolate a.pt init:-1", "init:-1 has no seed"),
         ("align a.pt init:-1 -o z.safetensors", "init:-1 has no seed"),
         ("align a.pt b.pt -o z.safetensors --seed -1", "--seed -1 is no seed"),
@@ -939,7 +941,7 @@ def test_a_run_of_too_many_panels_is_refused_before_it_is_evaluated(
     "command",
     [
         "interpolate a.pt b.pt", "trajectory a.pt b.pt init:1", "plane a.pt", "check a.pt",
-        "barriers a.pt b.pt", "around a.pt", "plot g.csv", "align a.pt b.pt",
+        "barriers a.pt b.pt", "around a.pt", "sharpness a.pt", "plot g.csv", "align a.pt b.pt",
         "export a.pt b.pt --alpha 0",
     ],
 )  # fmt: skip

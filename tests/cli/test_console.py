@@ -34,6 +34,11 @@ COMMANDS = {
     "barriers": ("barriers a.pt b.pt c.pt --points 5", 3 + 3 * 3, "points"),
     "around": ("around a.pt b.pt --directions 3 --points 4", 2 + 2 * 3 * 3, "points"),
     "along": ("around a.pt b.pt --along gradient --points 3", 2 + 2 + 2 * 2, "points"),
+    "sharpness": (
+        "sharpness a.pt b.pt --samples 3 --rho 0.1 --rho 0.2",
+        2 + 2 * 3 * 2 + 2 * (2 + 33 + 6) + 2 * 2 * 63,
+        "points",
+    ),
     "check": ("check a.pt b.pt --split test", 2, "checkpoints"),
     "recalibrate": (f"interpolate init:1 init:2 {IMAGES} --points 5 --range 0 1", 5, "points"),
 }

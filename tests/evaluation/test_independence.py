@@ -255,6 +255,7 @@ STUDIES = [
     ("trajectory", "a.pt", "b.pt", "c.pt"),
     ("plane", "a.pt", "--points", 2),
     ("barriers", "a.pt", "b.pt", "--points", 3),
+    ("sharpness", "a.pt", "--samples", 1),
     ("check", "a.pt"),
 ]
 

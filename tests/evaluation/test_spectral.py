@@ -283,6 +283,7 @@ def test_the_refusal_is_one_line_and_nothing_is_written(folder: Path, losscli: L
     before = set(folder.iterdir())
     for command in (
         ("interpolate", "init:0", "init:1", "--derivatives"),
+        ("sharpness", "init:0"),
         ("check", "init:0"),
     ):
         done = losscli(*command, "-m", "net.py:net", "-d", "npz:data.npz", "-o", "x")

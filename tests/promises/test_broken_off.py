@@ -39,6 +39,7 @@ COMMANDS = {
     "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "5", *TO],
     "around": ["around", "a.pt", "b.pt", "--directions", "2", "--points", "5", *TO],
     "along": ["around", "a.pt", "b.pt", "--along", "hessian", "--points", "5", *TO],
+    "sharpness": ["sharpness", "a.pt", "b.pt", "--samples", "2", "--split", "test", *TO],
     "check": ["check", "a.pt", "b.pt", "--split", "test", "--tolerance", "10", *TO],
 }
 

@@ -49,6 +49,7 @@ STUDIES = {
     "plane": ["plane", "a.pt", "b.pt", "init:3", "--points", "3", *TO],
     "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "3", *TO],
     "around": ["around", "a.pt", "b.pt", "--directions", "2", "--points", "3", *TO],
+    "sharpness": ["sharpness", "a.pt", "b.pt", "--samples", "2", "--split", "test", *TO],
     "check": ["check", "a.pt", "b.pt", "--split", "test", "--tolerance", "10", *TO],
 }
 # All that write files; the last two draw what the first finds.

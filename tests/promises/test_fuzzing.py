@@ -225,6 +225,7 @@ def test_names_in_data_and_tables_never_steer_a_terminal_nor_stop_a_figure(
         ["plane", 3, "--points", "2"],
         ["barriers", 3, "--points", "3"],
         ["around", 2, "--points", "3", "--directions", "2"],
+        ["sharpness", 2, "--samples", "1"],
         ["check", 1, "--tolerance", "9"],
         ["align", 2],
         ["export", 2, "--alpha", "0.5"],

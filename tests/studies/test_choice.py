@@ -247,6 +247,7 @@ COMMANDS = [
     ("plane", "a.pt"),
     ("plane", "a.pt", "b.pt", "c.pt"),
     ("plane", "--pca", "a.pt", "b.pt", "c.pt"),
+    ("sharpness", "a.pt"),
     ("check", "a.pt"),
 ]
 

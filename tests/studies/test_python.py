@@ -44,11 +44,12 @@ DATA = {"train": (INPUTS, TARGETS), "test": (INPUTS[:9] / 2, TARGETS[:9])}
 NUMBER = {"inspect": 2, "check": 2}
 
 LINES = ["interpolate", "align", "export"]
-PATHS = ["trajectory", "plane", "around", "check", "barriers", "inspect"]
+PATHS = ["trajectory", "plane", "around", "check", "sharpness", "barriers", "inspect"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "interpolate": {"points": 3},
     "trajectory": {"residuals": 2},
     "plane": {"points": 3},
+    "sharpness": {"samples": 2},
     "barriers": {"points": 3},
     "around": {"points": 3, "directions": 2},
     "export": {"alpha": 0.5},

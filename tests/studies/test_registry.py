@@ -44,6 +44,10 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         library.check("a.pt", eigenvalues=2),
         library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
     ],
+    "sharpness": lambda: [
+        library.sharpness(PATH, rho=[0.1, 0.2], samples=2, limit=5),
+        library.sharpness("a.pt", samples=1, direction_split="test"),
+    ],
     "barriers": lambda: [library.barriers(PATH, points=3)],
     "around": lambda: [
         library.around(["a.pt", "b.pt"], directions=2, points=3, limit=5),

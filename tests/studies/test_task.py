@@ -355,6 +355,7 @@ COMMANDS = [
     ("trajectory", ("init:5", "a.pt", "b.pt", "--no-surface")),
     ("plane", ("a.pt", "--points", 3)),
     ("barriers", ("a.pt", "b.pt", "--points", 3)),
+    ("sharpness", ("a.pt", "--samples", 1, "--split", "test")),
     ("check", ("a.pt", "--limit", 4, "--split", "test")),
     ("interpolate", ("a.pt", "b.pt", "--dry-run")),
 ]
@@ -372,7 +373,7 @@ def test_every_study_names_its_loss_and_where_it_came_from(
             return lines, {}
         return lines[:2], json.loads(Path("out.json").read_text())["sources"]
 
-    metrics = command != "check"
+    metrics = command not in {"check", "sharpness"}
     lines, sources = told()
     assert "loss cross_entropy (default for integer targets)" in lines
     assert ("metrics accuracy (default for integer targets)" in lines) == metrics

@@ -13,6 +13,7 @@ from torch import Tensor
 from losscli.errors import UsageError
 from losscli.weight_space import directions
 from losscli.weight_space.directions import (
+    gaussian_direction,
     has_filters,
     random_direction,
     random_directions,
@@ -289,3 +290,19 @@ def test_zero_filters_stay_zero_and_complex_ones_have_both_parts() -> None:
     torch.testing.assert_close(found["complex"].norm(dim=1), point["complex"].norm(dim=1))
     assert found["complex"].real.any()
     assert found["complex"].imag.any()
+
+
+def test_gaussian_directions_are_standard_normal_with_the_same_draws_for_other_weights() -> None:
+    point = {"large": torch.zeros(300, 300), "double": torch.ones(7, dtype=torch.float64)}
+    first, second = (gaussian_direction(point, point, 3, number) for number in (1, 2))
+    values = wide(first["large"]).ravel()
+    assert abs(values.mean()) < 4 / math.sqrt(values.size)
+    assert values.var() == pytest.approx(1, abs=4 * math.sqrt(2 / values.size))
+    correlation = np.corrcoef(values, wide(second["large"]).ravel())[0, 1]
+    assert abs(correlation) < 4 / math.sqrt(values.size)
+    other = gaussian_direction({name: t + 1 for name, t in point.items()}, ["large"], 3, 1)
+    assert torch.equal(other["large"], first["large"])
+    assert not torch.equal(gaussian_direction(point, point, 4, 1)["large"], first["large"])
+    assert first["double"].dtype == torch.float64
+    half = gaussian_direction({"half": torch.ones(3, dtype=torch.bfloat16)}, ["half"], 0, 1)
+    assert half["half"].dtype == torch.float32

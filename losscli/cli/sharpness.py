@@ -1,0 +1,174 @@
+"""``losscli sharpness``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from losscli.cli.console import Console
+from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
+from losscli.cli.report import (
+    format_count,
+    format_examples,
+    format_moving,
+    format_number,
+    is_finite,
+    task_lines,
+)
+from losscli.cli.run_study import expand_names, run_study
+from losscli.errors import printable
+from losscli.results import Result
+from losscli.settings import Settings
+from losscli.summaries import SharpnessPoint, SharpnessSummary
+
+if TYPE_CHECKING:
+    from losscli.studies.base import Study
+
+__all__ = ["report", "sharpness"]
+
+_PANEL = "What is measured"
+
+
+@with_console
+@with_output
+@with_settings
+def sharpness(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CKPT",
+            help="One or more, in the order of training; a folder of them; - for names on stdin.",
+            show_default=False,
+        ),
+    ],
+    settings: Settings,
+    write: Write,
+    console: Console,
+    rho: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--rho",
+            metavar="X",
+            help="Repeatable. The radius of the perturbations. Default: 0.05.",
+            rich_help_panel=_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    adaptive: Annotated[
+        bool,
+        typer.Option(
+            "--adaptive",
+            help="Scale perturbations by |θ| elementwise: adaptive average and worst-case "
+            "sharpness, and ASAM. Critical sharpness stays the same.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = False,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples",
+            metavar="N",
+            help="The number of random perturbations of average sharpness, the same draws for "
+            "every checkpoint.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = 20,
+    direction_split: Annotated[
+        str | None,
+        typer.Option(
+            "--direction-split",
+            metavar="NAME",
+            help="Take critical steps along the gradient of this split for all splits: relative "
+            "critical sharpness.",
+            rich_help_panel=_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    keep_order: KeepOrder = False,
+) -> None:
+    """How sharp is the loss at each checkpoint?
+
+    Rises of the loss within a radius ρ: average sharpness over random perturbations, worst-case
+    sharpness by gradient ascent in the ball (at least that much), and SAM sharpness along the
+    gradient. Critical sharpness is 2/η with the smallest step η along the negative gradient that
+    was found to raise the loss. Worst-case sharpness takes about 20 gradients for each ρ, the
+    others one gradient and forward passes.
+    """
+
+    def plan() -> Study:
+        from losscli.studies.sharpness import Sharpness
+
+        return Sharpness.plan(
+            names,
+            settings,
+            rho=rho or [0.05],
+            adaptive=adaptive,
+            samples=samples,
+            direction_split=direction_split,
+            keep_order=keep_order,
+            ranks=console.ranks,
+        )
+
+    names = expand_names(checkpoints, console.ranks)
+    run_study("sharpness", checkpoints, plan, write, console)
+
+
+def report(result: Result[SharpnessSummary]) -> str:
+    """Describes the sharpness of checkpoints.
+
+    Args:
+        result: The result of sharpness.
+
+    Returns:
+        Lines of text.
+    """
+    summary = result.summary
+    rows: list[dict[str, Any]] = result.table.records()
+    scaled = ", scaled by |θ| elementwise" if summary["adaptive"] else ""
+    lines = [
+        *task_lines(summary, 16, metrics=False),
+        f"{'radius ρ':<16}{', '.join(f'{radius:g}' for radius in summary['rho'])}{scaled}",
+        f"{'θ':<16}{format_moving(summary)}",
+    ]
+    for name, split in summary["splits"].items():
+        lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
+        for point in split["points"]:
+            checkpoint = point["checkpoint"]
+            lines.append(f"  {printable(checkpoint)}")
+            own = [r for r in rows if (r["checkpoint"], r["split"]) == (checkpoint, name)]
+            lines += [f"    {label:<14}{text}" for label, text in _findings(point, own, summary)]
+    return "\n".join(lines) + "\n"
+
+
+def _findings(
+    point: SharpnessPoint, rows: Sequence[Mapping[str, Any]], summary: SharpnessSummary
+) -> Iterator[tuple[str, str]]:
+    """Describes one checkpoint on one split."""
+    yield "loss", format_number(point["loss"])
+    yield "‖∇L‖", format_number(point["gradient_norm"])
+    draws = format_count(summary["samples"], "draw")
+    for row in rows:
+        at = f" at ρ = {row['rho']:g}" if len(rows) > 1 else ""
+        yield "average", f"{_rise(row, 'average')}{at}, {draws}"
+        yield "worst-case", f"at least {_rise(row, 'worst')}{at}"
+        if row["sam"] is not None:
+            yield "SAM", f"{_rise(row, 'sam')}{at}"
+    (row, *_) = rows
+    if (critical := row["critical_sharpness"]) is None:
+        yield "critical", f"not known: {point['critical_reason']}"
+    elif not is_finite(critical):
+        yield "critical", "inf: the loss rises at once"
+    else:
+        error = format_number(point["critical_sharpness_error"], 2)
+        step = format_number(row["critical_step"])
+        what = "the smallest step found that raises the loss"
+        yield "critical", f"{format_number(critical)} ± {error}: {what} is {step}"
+
+
+def _rise(row: Mapping[str, Any], column: str) -> str:
+    """Returns a rise of the loss with its standard error."""
+    value, stderr = row[column], row[f"{column}_stderr"]
+    error = f" ± {format_number(stderr, 2)}" if is_finite(stderr) else ""
+    return f"{format_number(value)}{error}"
