@@ -333,6 +333,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.sharpness:sharpness",
             report="losscli.cli.sharpness:report",
             drawing="losscli.plotting.sharpness:draw_sharpness",
+            page="losscli.plotting.sharpness:render_sharpness",
             summary="losscli.summaries:SharpnessSummary",
             table=TableFormat(
                 (

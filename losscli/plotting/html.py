@@ -50,7 +50,9 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 """The line styles of `losscli.plotting.style.DASHES` in the words of Plotly."""
 
 # Columns of names that distinguish curves.
-_NAMED = frozenset({"a", "b", "block", "checkpoint", "direction", "split"})
+_NAMED = frozenset({"a", "b", "block", "checkpoint", "direction", "rho", "split"})
+
+_WORDS = {"block": "{} alone", "rho": "ρ = {}"}
 
 # Columns that order checkpoints.
 _ORDERS = frozenset({"checkpoint", "step"})
@@ -298,7 +300,7 @@ def table_view(
         names = [f"{name} ({k})" for k, name in enumerate(names, start=1)]
     groups = []
     for run, (_, table) in zip(names, tables, strict=True):
-        by = [c for c in table.columns if c in _NAMED and not (c == "checkpoint" and x in _ORDERS)]
+        by = [c for c in table.columns if c in _NAMED - _positions(x)]
         shared = {"run": run} if len(tables) > 1 else {}
         groups += [(shared | tags, rows) for tags, rows in _group(table, by)]
     splits = list(dict.fromkeys(tags.get("split", "") for tags, _ in groups))
@@ -311,7 +313,7 @@ def table_view(
         at = slider.positions(rows, x, next(iter(quantities)))
         order = np.argsort(at, kind="stable")
         order = order[np.isfinite(at[order])]
-        words = [f"{value} alone" if tag == "block" else value for tag, value in tags.items()]
+        words = [_WORDS.get(tag, "{}").format(value) for tag, value in tags.items()]
         said = [c for c in ("checkpoint", "verdict") if c in rows.columns and c not in tags]
         for column, label in quantities.items():
             if column not in rows.columns:
@@ -451,6 +453,11 @@ class _Slider:
             return np.array(rows.floats(x))
         ranks = np.argsort(np.argsort(-np.array(rows.floats(quantity)), kind="stable"))
         return ranks.astype(np.float64) + 1.0
+
+
+def _positions(x: str) -> frozenset[str]:
+    """Returns the columns that do not distinguish curves over ``x``."""
+    return _ORDERS if x in _ORDERS else frozenset({x})
 
 
 def _without_split(tags: Mapping[str, str]) -> tuple[str, ...]:
@@ -642,7 +649,7 @@ def table_page(runs: Sequence[Run[Summary]], *, title: str = "", log: bool = Fal
         floats = [
             column
             for column in tables[0][1].columns
-            if column not in COLUMN_TYPES and column not in expected.errors
+            if column not in {*COLUMN_TYPES, *expected.errors, *_NAMED}
         ]
         first = floats[0] if len(floats) > 1 else ""
         x = expected.position or ("checkpoint" if "checkpoint" in expected.columns else first)

@@ -93,6 +93,8 @@ def test_a_page_has_the_numbers_of_the_tables_to_the_bit(name: str, folder: Path
         pages = {result.html(): LEFT_OUT.get(name, set()), table_page([run]): set()}
         for page, left_out in pages.items():
             shown = {x for i in items(read(page)) for x in numbers([i["trace"], i["more"]])}
+            # Curves over checkpoints have their ρ as a name.
+            shown |= {float(item["tags"].get("rho", 0)) for item in items(read(page))}
             for further, table in {"": result.table, **result.more}.items():
                 if further and not command.further_tables[further].drawn:
                     continue
