@@ -387,7 +387,7 @@ def render_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool =
     columns = ["checkpoint", "split", *_CRITICAL]
     of_first = table.where("rho", table.unique("rho")[0]) if rows else table
     critical = Table.build(columns, zip(*(of_first[column] for column in columns), strict=True))
-    measures = {column: f"{name} sharpness" for column, name in _NAMES.items()}
+    measures = {column: f"sharpness: {name}" for column, name in _NAMES.items()}
     notes = _explanations(run.summary)
 
     def view(name: str, x: str, x_label: str = "") -> View:

@@ -281,17 +281,6 @@ def test_a_page_without_plotly_is_refused_before_anything_is_evaluated(
     assert set(folder.iterdir()) == before
 
 
-def test_a_study_writes_a_page_and_plot_the_same_again(losscli: Losscli, folder: Path) -> None:
-    done = losscli("interpolate", "a.pt", "b.pt", "--points", 3, "-o", "x.html", "--log")
-    assert done.status == 0, done.stderr
-    assert not Path("x.png").exists()
-    page = Path("x.html").read_bytes()
-    assert read(page.decode())["log"] is True
-    again = losscli("plot", "x.csv", "--figure", "again.html", "--log")
-    assert (again.status, again.stdout) == (0, "again.html\n")
-    assert Path("again.html").read_bytes() == page
-
-
 # A document and a Plotly that keep what they are given.
 _BROWSER = """
 class Element {
