@@ -5,6 +5,9 @@ BIN := .venv/bin
 SAMPLES := sample_checkpoints
 # Networks for the tests alone, apart from the environment: see tests/models/test_real_models.py.
 VISION := torchvision==0.28.0 timm==1.0.31
+# A contender of `make bench`, and what it imports; its own requirements would change torch.
+CURVLINOPS := curvlinops-for-pytorch==3.0.1 backpack-for-pytorch einops einconv linear_operator \
+	opt-einsum jaxtyping wadler-lindig tqdm
 
 .PHONY: demo test stress check samples gallery bench readme golden clean
 
@@ -46,6 +49,7 @@ readme: .venv/installed
 # Measures losscli beside what else there is, and writes the README's table and figure again.
 bench: .venv/installed
 	$(BIN)/python -m pip install -q -e '.[bench]'
+	$(BIN)/python -m pip install -q --no-deps $(CURVLINOPS)
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.readme
 

@@ -14,6 +14,7 @@ from losscli.registry import COMMANDS, load
 
 if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate __all__ below
     from losscli.errors import LosscliError as LosscliError
+    from losscli.recorder.recorder import Recorder as Recorder
     from losscli.results import Result as Result
     from losscli.settings import Settings as Settings
     from losscli.studies.alignment import align as align
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 _TARGETS = {
     "LosscliError": "losscli.errors:LosscliError",
+    "Recorder": "losscli.recorder:Recorder",
     "Result": "losscli.results:Result",
     "Settings": "losscli.settings:Settings",
     "Table": "losscli.table:Table",

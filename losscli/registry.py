@@ -324,6 +324,17 @@ COMMANDS: Mapping[str, Command] = {
                     errors=("error",),
                     shared=("checkpoint", "split"),
                 ),
+                "density": TableFormat(
+                    ("checkpoint", "split", "lambda", "density"), shared=("checkpoint", "split")
+                ),
+                "curvature": TableFormat(
+                    (
+                        *("checkpoint", "split", "block", "gradient_norm"),
+                        *("lambda_max", "lambda_max_error", "trace", "trace_stderr"),
+                    ),
+                    errors=("lambda_max_error", "trace_stderr"),
+                    shared=("checkpoint", "split"),
+                ),
             },
             not_overlaid=("one check cannot be laid over another", "Give one CSV of a check"),
         ),

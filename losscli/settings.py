@@ -1,18 +1,49 @@
-"""The settings of all studies: model, data, loss, device and tensors that move."""
+"""The settings of all studies, and the checks of the arguments of public functions."""
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
+import operator
 import os
+import reprlib
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    ParamSpec,
+    Self,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from losscli.arguments import convert, describe, require_known
 from losscli.errors import UsageError
 
-__all__ = ["Buffers", "DType", "Settings"]
+__all__ = [
+    "Buffers",
+    "DType",
+    "Settings",
+    "as_list",
+    "checked",
+    "convert",
+    "describe",
+    "require_known",
+]
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 Buffers = Literal["interpolate", "a", "b", "recalibrate"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Maximum number of names in an error.
+_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -92,5 +123,210 @@ class Settings:
                         f"Give the name of a {name} as on the command line, or code",
                     )
 
+
+def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes a function raise `UsageError` for invalid arguments.
+
+    Args:
+        more: The dataclass with the fields that ``**settings`` accepts; None if it has none.
+
+    Returns:
+        A decorator that converts the arguments to their annotations, for example NumPy numbers,
+        or rejects them.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(function)
+        # At decoration, since it evaluates strings, which no call should do. Not the type of the
+        # result: that may be imported for type checkers only.
+        parameter_hints = {k: v for k, v in function.__annotations__.items() if k != "return"}
+        hints = get_type_hints(
+            types.SimpleNamespace(__annotations__=parameter_hints), function.__globals__
+        )
+        # A class is called by its own name.
+        name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+        parameters = [
+            p.name
+            for p in signature.parameters.values()
+            if p.kind is not p.VAR_KEYWORD and p.name != "self"
+        ]
+        known = parameters + [field.name for field in fields(more or _NoFields)]
+
+        @functools.wraps(function)
+        def call(*arguments: P.args, **options: P.kwargs) -> T:
+            require_known(name, options, known)
+            try:
+                bound = signature.bind(*arguments, **options)
+            except TypeError as error:
+                raise UsageError(f"{name}(): {error}", f"See help(losscli.{name})") from None
+            for option, value in bound.arguments.items():
+                if option in parameters:
+                    bound.arguments[option] = convert(option, value, hints.get(option, Any))
+            return function(*bound.args, **bound.kwargs)
+
+        return call
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class _NoFields:
+    """No fields."""
+
+
+def require_known(name: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Checks the keywords of a call.
+
+    Args:
+        name: The name of the function.
+        options: The keywords.
+        known: The keywords that the function accepts.
+
+    Raises:
+        UsageError: A keyword is unknown; the error suggests a similar one.
+    """
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            raise UsageError(
+                f"{name}() has no argument {option!r}",
+                f"Did you mean {close[0]!r}?"
+                if close
+                else f"It takes {', '.join(known[:_LISTED])} and {len(known) - _LISTED} more: see "
+                f"help(losscli.{name})",
+            )
+
+
+def describe(value: object) -> str:
+    """Describes a value in an error.
+
+    Args:
+        value: The value.
+
+    Returns:
+        The shortened repr of a string or number; the type of any other value.
+    """
+    if value is None or isinstance(value, str | bytes | int | float):
+        return reprlib.repr(value)
+    kind = type(value).__name__
+    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """Converts an iterable to a list.
+
+    Args:
+        value: A value, such as a list, a generator or an array.
+
+    Returns:
+        The items; None for a string and for an object that is not iterable.
+    """
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        # An array without dimensions has __iter__, which raises.
+        items = iter(value)
+    except TypeError:
+        return None
+    return list(items)
+
+
+def convert(option: str, value: Any, hint: Any) -> Any:
+    """Converts a value to the type of an annotation.
+
+    Args:
+        option: The name of the argument.
+        value: The value.
+        hint: The annotation: a union, a tuple or a type.
+
+    Returns:
+        The converted value.
+
+    Raises:
+        UsageError: The value cannot be converted.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in {Union, types.UnionType}:
+        if value is None and type(None) in inner:
+            return None
+        (hint, *_) = others = [other for other in inner if other is not type(None)]
+        return value if len(others) > 1 else convert(option, value, hint)
+    if origin is tuple and inner[1:] == (...,):
+        return _several(option, value, inner[0])
+    if origin is tuple:
+        return _pair(option, value)
+    if origin is Literal:
+        hint = str
+    converter, what = _CONVERTERS.get(hint, (None, ""))
+    if converter is not None:
+        try:
+            return converter(value)
+        except (TypeError, ValueError, OverflowError):
+            raise _refusal(option, what, value) from None
+    kind = origin or hint
+    if hint is not Any and isinstance(kind, type) and not isinstance(value, kind):
+        name = "function" if kind.__name__ == "Callable" else kind.__name__
+        raise _refusal(option, f"a {name}", value)
+    return value
+
+
+def _several(option: str, value: Any, hint: Any) -> tuple[Any, ...]:
+    """Converts one value or several to a tuple."""
+    if value is None:
+        return ()
+    # A callable that is not a string, such as a module or a class, is one value.
+    values = None if callable(value) else as_list(value)
+    if isinstance(value, Mapping):
+        raise _refusal(option, "a string or a list of them", value)
+    return tuple(convert(option, item, hint) for item in ([value] if values is None else values))
+
+
+def _pair(option: str, value: Any) -> tuple[float, float]:
+    what = "two numbers, the lowest and the highest value"
+    values = None if isinstance(value, Mapping) else as_list(value)
+    if values is None:
+        raise _refusal(option, what, value)
+    if len(values) != 2:
+        raise UsageError(f"{option} must be {what}, not {len(values)} numbers")
+    low, high = (convert(option, item, float) for item in values)
+    return low, high
+
+
+def _refusal(option: str, what: str, value: object) -> UsageError:
+    return UsageError(f"{option} must be {what}, not {describe(value)}")
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _number(value: Any) -> float:
+    # An array with one number is not a number, and neither is a string.
+    if isinstance(value, bool | str | bytes) or getattr(value, "ndim", None):
+        raise TypeError
+    return float(value)
+
+
+def _boolean(value: Any) -> bool:
+    # The name of NumPy's bool type depends on the version.
+    if not isinstance(value, bool) and type(value).__name__ not in {"bool", "bool_"}:
+        raise TypeError
+    return bool(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return str(value)
+
+
+_CONVERTERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (_boolean, "True or False"),
+    int: (_whole, "a whole number"),
+    float: (_number, "a number"),
+    str: (_text, "a string"),
+}
 
 _HINTS = get_type_hints(Settings)

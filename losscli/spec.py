@@ -37,6 +37,7 @@ __all__ = [
     "call",
     "expand_toml",
     "look_up",
+    "quote",
     "read_toml",
     "user_code_digests",
     "user_folders_on_path",
@@ -99,7 +100,7 @@ class Spec:
         return cls(target, options)
 
     def __str__(self) -> str:
-        target = self.target if _is_plain(self.target) else _quote(self.target)
+        target = self.target if _is_plain(self.target) else quote(self.target)
         return ",".join([target, *(f"{k}={_format(v)}" for k, v in self.options.items())])
 
 
@@ -229,7 +230,15 @@ def _is_plain(text: str) -> bool:
     return "," not in text and '"' not in text and text.isprintable()
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
+    """Quotes a string for TOML.
+
+    Args:
+        text: The string.
+
+    Returns:
+        A basic string of TOML.
+    """
     return f'"{"".join(map(_escape, text))}"'
 
 
@@ -248,7 +257,7 @@ def _format(value: Value) -> str:
     if isinstance(value, list):
         return "-".join(str(v) for v in value)
     if isinstance(value, str):
-        return value if _is_plain(value) and _value(value, "") == value else _quote(value)
+        return value if _is_plain(value) and _value(value, "") == value else quote(value)
     return repr(value)
 
 

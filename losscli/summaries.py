@@ -28,6 +28,7 @@ __all__ = [
     "CheckpointEntry",
     "CostEstimate",
     "Counts",
+    "Density",
     "Derivative",
     "Description",
     "Escape",
@@ -193,6 +194,8 @@ class Description(Origin, total=False):
     blocks: list[str]
     pairs: int
     products_at_most: int
+    bytes_of_basis: int
+    bytes_of_graphs_at_most: int
     steps_at_most: int
     gradients_at_most: int
     points_along_gradients: int
@@ -556,6 +559,18 @@ class Sides(TypedDict, total=False):
     positive: Step | None
 
 
+class Density(TypedDict, total=False):
+    """The spectral density: the width σ of its Gaussians, outliers, and the trace by its probes.
+
+    The eigenvalues apart from the bulk are in descending order.
+    """
+
+    sigma: float
+    outliers: list[float]
+    trace: float
+    trace_stderr: float | None
+
+
 class CheckedPoint(TypedDict, total=False):
     """What the table does not hold of one checkpoint on one split."""
 
@@ -574,6 +589,7 @@ class CheckedPoint(TypedDict, total=False):
     exact: bool
     products: int
     descent: Step | None
+    density: Density | None
 
 
 class CheckSplit(TypedDict, total=False):
@@ -598,6 +614,9 @@ class CheckSummary(Summary, total=False):
     learning_rate: float | None
     momentum: float | None
     threshold: float | None
+    operator: str | None
+    probes: int | None
+    lanczos: int | None
     splits: dict[str, CheckSplit]
     escape: Escape | None
 

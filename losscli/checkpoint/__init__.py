@@ -9,13 +9,14 @@ from losscli.checkpoint.given import (
     InMemoryCheckpoint,
     name_checkpoint,
     name_checkpoints,
+    require_values,
 )
 from losscli.checkpoint.hooks import LoadHooks, has_custom_loading
-from losscli.checkpoint.names import Versions, loadable
+from losscli.checkpoint.names import StateDict, Versions, loadable, state_dicts
 from losscli.checkpoint.order import expand_folders, order_path
 from losscli.checkpoint.reading import find_base, read
 from losscli.checkpoint.renaming import select_for
-from losscli.checkpoint.saving import save
+from losscli.checkpoint.saving import lost_by_safetensors, save
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 
 __all__ = [
@@ -25,17 +26,21 @@ __all__ = [
     "CheckpointLike",
     "InMemoryCheckpoint",
     "LoadHooks",
+    "StateDict",
     "Versions",
     "expand_folders",
     "find_base",
     "has_custom_loading",
     "list_checkpoints",
     "loadable",
+    "lost_by_safetensors",
     "name_checkpoint",
     "name_checkpoints",
     "order_path",
     "read",
+    "require_values",
     "save",
     "select_for",
+    "state_dicts",
     "tied_names",
 ]

@@ -9,14 +9,20 @@ from typing import Any, Self
 
 from torch import nn
 
-from losscli.arguments import as_list, describe
 from losscli.checkpoint.names import loadable, metadata_of, state_dicts
 from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
 from losscli.errors import CheckpointError, UsageError
+from losscli.settings import as_list, describe
 from losscli.weight_space.digest import digest
 
-__all__ = ["CheckpointLike", "InMemoryCheckpoint", "name_checkpoint", "name_checkpoints"]
+__all__ = [
+    "CheckpointLike",
+    "InMemoryCheckpoint",
+    "name_checkpoint",
+    "name_checkpoints",
+    "require_values",
+]
 
 CheckpointLike = str | os.PathLike[str] | Mapping[str, Any] | nn.Module | Checkpoint
 """A checkpoint in Python code: a name, a path, a state dict, a module or a `Checkpoint`."""
@@ -55,7 +61,7 @@ class InMemoryCheckpoint(str):
         content: Any = value
         metadata: Mapping[str, str] = {}
         if isinstance(value, nn.Module):
-            _require_values(value, label)
+            require_values(value, label)
             content = value.state_dict()
         elif isinstance(value, Checkpoint):
             metadata = value.metadata
@@ -78,7 +84,16 @@ class InMemoryCheckpoint(str):
         return given
 
 
-def _require_values(module: nn.Module, label: str) -> None:
+def require_values(module: nn.Module, label: str) -> None:
+    """Checks that lazy layers have their tensors.
+
+    Args:
+        module: The module.
+        label: Its name, for the error.
+
+    Raises:
+        CheckpointError: A parameter or buffer has no values yet.
+    """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise CheckpointError(

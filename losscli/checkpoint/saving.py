@@ -19,7 +19,7 @@ from losscli.errors import OutputError, one_line
 from losscli.files import create
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["save"]
+__all__ = ["lost_by_safetensors", "save"]
 
 # Suffixes of files written with ``torch.save``; all others are written as safetensors.
 _TORCH_SUFFIXES = (".pt", ".pth")
@@ -34,11 +34,12 @@ def save(
     path: Path,
     versions: Versions | None = None,
     extra: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
 ) -> None:
     """Saves a checkpoint atomically.
 
     A safetensors file has the tensors and the metadata. ``torch.save`` writes the state dict; if
-    there is metadata, under the key ``state_dict`` next to the metadata.
+    there is metadata, under the key ``state_dict`` next to the metadata and to ``optimizer``.
 
     Args:
         weights: The tensors.
@@ -46,6 +47,7 @@ def save(
         path: The file, which is replaced if it exists. Its suffix determines the format.
         versions: The versions of the modules that saved the tensors.
         extra: The extra state of modules.
+        optimizer: The state dict of the optimiser, for a file that ``torch.save`` writes.
 
     Raises:
         OutputError: The file cannot be written, or the format cannot store what the model needs
@@ -54,8 +56,13 @@ def save(
     if not path.name:
         raise OutputError(f"{path} is a folder", "Name a file")
     state = loadable(weights, versions or {}, extra or {})
-    if safe := path.suffix not in _TORCH_SUFFIXES:
-        _check_safetensors_support(weights, path, versions or {}, extra or {})
+    safe = path.suffix not in _TORCH_SUFFIXES
+    if safe and (lost := lost_by_safetensors(weights, versions or {}, extra or {})):
+        raise OutputError(
+            f"{path} cannot be written: safetensors does not store {lost}, which the model may "
+            "need to load the file",
+            f"Write {path.with_suffix('.pt')}",
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a killed process with the same ID
@@ -65,8 +72,11 @@ def save(
         if safe:
             save_file(_without_shared_memory(weights), temporary, dict(metadata))
         else:
-            torch.save({"state_dict": state, **metadata} if metadata else state, temporary)
+            further = {**metadata, **({"optimizer": optimizer} if optimizer else {})}
+            torch.save({"state_dict": state, **further} if further else state, temporary)
         temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # or a loss of power may leave the name without the content
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
@@ -83,10 +93,19 @@ def save(
             temporary.unlink()
 
 
-def _check_safetensors_support(
-    weights: Weights, path: Path, versions: Versions, extra: Mapping[str, Any]
-) -> None:
-    """Refuses versions and extra state that safetensors cannot store."""
+def lost_by_safetensors(
+    weights: Weights, versions: Versions, extra: Mapping[str, Any]
+) -> str | None:
+    """Finds what a safetensors file cannot store and a model may need to load it.
+
+    Args:
+        weights: The tensors.
+        versions: The versions of the modules that saved the tensors.
+        extra: The extra state of modules.
+
+    Returns:
+        The name of extra state, or a version of a module; None if the format stores everything.
+    """
     lost = next(iter(extra), None)
     for module, values in versions.items():
         version = values.get("version")
@@ -98,12 +117,7 @@ def _check_safetensors_support(
         )
         if version not in {None, 1, *([_NORMALISATION_VERSION] if is_normalisation else [])}:
             lost = lost or f"version {version} of {module or 'the model'}"
-    if lost:
-        raise OutputError(
-            f"{path} cannot be written: safetensors does not store {lost}, which the model may "
-            "need to load the file",
-            f"Write {path.with_suffix('.pt')}",
-        )
+    return lost
 
 
 def _without_shared_memory(weights: Weights) -> dict[str, Tensor]:

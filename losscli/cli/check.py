@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
-from losscli.cli.report import format_count, format_number, is_finite, task_lines
+from losscli.cli.report import (
+    align_columns,
+    format_count,
+    format_number,
+    is_finite,
+    task_lines,
+)
 from losscli.cli.run_study import expand_names, run_study
 from losscli.errors import printable
 from losscli.results import Result
 from losscli.settings import Settings
-from losscli.summaries import CheckSummary, Step
+from losscli.summaries import CheckSummary, Density, Step
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -22,6 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["check", "report"]
 
 _PANEL = "What is found"
+_SPECTRUM = "Spectrum and blocks"
+
+# The most outliers in the text.
+_LISTED = 5
 
 
 @with_console
@@ -78,12 +88,62 @@ def check(
         ),
     ] = None,
     keep_order: KeepOrder = False,
+    density: Annotated[
+        bool,
+        typer.Option(
+            "--density",
+            help="Also estimate the density of all eigenvalues and the trace (STEM.density.csv), "
+            "by stochastic Lanczos quadrature.",
+            rich_help_panel=_SPECTRUM,
+        ),
+    ] = False,
+    probes: Annotated[
+        int | None,
+        typer.Option(
+            "--probes",
+            metavar="K",
+            help="Random vectors for the density and the traces (default: 10).",
+            rich_help_panel=_SPECTRUM,
+            show_default=False,
+        ),
+    ] = None,
+    lanczos: Annotated[
+        int | None,
+        typer.Option(
+            "--lanczos",
+            metavar="M",
+            help="Lanczos steps with each of them, each a product with the matrix (default: 90).",
+            rich_help_panel=_SPECTRUM,
+            show_default=False,
+        ),
+    ] = None,
+    operator: Annotated[
+        str | None,
+        typer.Option(
+            "--operator",
+            metavar="hessian|ggn",
+            help="The matrix of density, trace and blocks: the Hessian, or the generalised "
+            "Gauss-Newton matrix (default: hessian).",
+            rich_help_panel=_SPECTRUM,
+            show_default=False,
+        ),
+    ] = None,
+    blocks: Annotated[
+        bool,
+        typer.Option(
+            "--blocks",
+            help="Also compute gradient norm, largest eigenvalue and trace of each block of the "
+            "network (STEM.curvature.csv).",
+            rich_help_panel=_SPECTRUM,
+        ),
+    ] = False,
 ) -> None:
     """Is it a critical point at all, and a minimum or a saddle?
 
     The gradient norm over all examples, the largest and the smallest eigenvalue of the Hessian,
     each with its error, and a verdict that claims no more than these and the loss allow. Where the
-    curvature is negative, the loss along that direction, both ways (STEM.escape.csv).
+    curvature is negative, the loss along that direction, both ways (STEM.escape.csv). On request
+    the density of all eigenvalues, and the curvature of each block.
     """
 
     def plan() -> Study:
@@ -97,6 +157,11 @@ def check(
             learning_rate=learning_rate,
             keep_order=keep_order,
             momentum=momentum,
+            density=density,
+            probes=probes,
+            lanczos=lanczos,
+            operator=operator,
+            blocks=blocks,
             ranks=console.ranks,
         )
 
@@ -130,6 +195,8 @@ def report(result: Result[CheckSummary]) -> str:
         lines.append(
             f"stable          full-batch training, where λ max is below {threshold:.4g} = {how}"
         )
+    if summary["operator"] is not None:
+        lines.append(_probes_line(summary))
     points = {
         (point["checkpoint"], point["split"]): point
         for split in summary["splits"].values()
@@ -150,7 +217,10 @@ def report(result: Result[CheckSummary]) -> str:
         if is_finite(row["positive"]):
             shares = (f"{row[kind]:.2%} {kind}" for kind in ("positive", "negative", "undecided"))
             findings.append(("signs of λ", f"{', '.join(shares)} of {moving['values']:,}"))
-            findings.append(("trace", format_number(row["trace"])))
+        if row["trace"] is not None:
+            findings.append(("trace", _with_error(row["trace"], row["trace_stderr"])))
+        if density := point["density"]:
+            findings.append(("outliers", _outliers(density)))
         if (predicted := point["predicted"]) and not point["reason"]:
             bound = "by" if predicted["exact"] else "by at most"
             verb = "falls" if row["verdict"] == "minimum" else "rises"
@@ -166,6 +236,9 @@ def report(result: Result[CheckSummary]) -> str:
             gains = (format_number(step["gain"], 2) for step in steps if step)
             findings.append(("along ∓v", f"the loss falls to both sides, by {' and '.join(gains)}"))
         lines += [f"  {label:<14}{text}" for label, text in findings]
+        if "curvature" in result.more:
+            rows_of = result.more["curvature"].where("checkpoint", row["checkpoint"])
+            lines += _block_lines(rows_of.where("split", row["split"]).records())
     if escape := summary["escape"]:
         lines += [
             "",
@@ -174,6 +247,46 @@ def report(result: Result[CheckSummary]) -> str:
             + (_gain(escape) if escape["gain"] > 0 else "no lower point was seen"),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _probes_line(summary: CheckSummary) -> str:
+    matrix = {"hessian": "the Hessian", "ggn": "the Gauss-Newton matrix"}[summary["operator"] or ""]
+    steps = "" if summary["lanczos"] is None else f", {summary['lanczos']} Lanczos steps each"
+    return f"spectrum        of {matrix}, by {format_count(summary['probes'] or 0, 'probe')}{steps}"
+
+
+def _outliers(density: Density) -> str:
+    """Describes the eigenvalues apart from the bulk."""
+    found = density["outliers"]
+    if not found:
+        return "none: no eigenvalue is apart from the bulk"
+    values = [format_number(value) for value in found[:_LISTED]]
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    apart = f"apart from the bulk, to within σ = {density['sigma']:.2g}"
+    return f"{', '.join(values)}{more}, {apart}"
+
+
+def _block_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a table of the blocks."""
+    cells = [
+        ["block", "‖∇L‖", "λ max", "trace"],
+        *(
+            [
+                printable(row["block"]),
+                format_number(row["gradient_norm"]),
+                _with_error(row["lambda_max"], row["lambda_max_error"]),
+                _with_error(row["trace"], row["trace_stderr"]),
+            ]
+            for row in rows
+        ),
+    ]
+    return [f"  {line}" for line in align_columns(cells, left={0})]
+
+
+def _with_error(value: float, error: float | None) -> str:
+    """Returns a number and its error, unless that is 0 or unknown."""
+    bound = f" ± {format_number(error, 2)}" if error and is_finite(error) else ""
+    return format_number(value) + bound
 
 
 def _eigenvalue(row: Mapping[str, Any], which: str, *, converged: bool) -> str:

@@ -96,6 +96,10 @@ def plan(description: Description) -> str:
     ]
     if "products_at_most" in d:
         rows.append(("products", f"with the Hessian, at most about {d['products_at_most']:,}"))
+        if "bytes_of_basis" in d:
+            rows.append(("basis", f"{d['bytes_of_basis'] / 2**20:,.1f} MiB of Lanczos vectors"))
+        graphs = d["bytes_of_graphs_at_most"] / 2**20
+        rows.append(("graphs", f"of gradients, kept between products: at most {graphs:,.0f} MiB"))
     if "steps_at_most" in d:
         steps = d["steps_at_most"]
         rows.append(("steps", f"down −∇L and along v, at most {steps:,}, each a pass over a split"))

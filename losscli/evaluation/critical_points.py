@@ -418,7 +418,7 @@ class CriticalPointTest:
         Returns:
             The gradient, ``[n]``.
         """
-        with self._curvature(weights, every, execution) as curvature:
+        with self.curvature(weights, every, execution) as curvature:
             return curvature.gradient()
 
     def differentiate(
@@ -435,7 +435,7 @@ class CriticalPointTest:
             The gradient, ``[n]``; the ends of the spectrum, with measured rounding in their errors;
             and the whole Hessian of a small model.
         """
-        with self._curvature(weights, every, execution) as curvature:
+        with self.curvature(weights, every, execution) as curvature:
             gradient = curvature.gradient()
             dense = curvature.dense() if curvature.size <= DENSE_LIMIT else None
             extremes = curvature.extremes(self.eigenvalues, tolerance=_TOLERANCE, seed=self.seed)
@@ -445,12 +445,69 @@ class CriticalPointTest:
         )
         return gradient, extremes, dense
 
-    def _curvature(self, weights: Weights, every: Examples, execution: Execution) -> Curvature:
+    def largest_eigenvalue(
+        self,
+        weights: Weights,
+        names: Sequence[str],
+        every: Examples,
+        operator: type[Curvature],
+        execution: Execution,
+    ) -> Eigenpair:
+        """Computes the largest eigenvalue of a diagonal block of a matrix.
+
+        Args:
+            weights: The point: all tensors of the model.
+            names: The parameters of the block.
+            every: The examples.
+            operator: The matrix.
+            execution: Fails if another rank has failed.
+
+        Returns:
+            λ_max, with measured rounding in its error.
+        """
+        with self.curvature(weights, every, execution, names, operator) as curvature:
+            extremes = curvature.extremes(1, tolerance=_TOLERANCE, seed=self.seed)
+        differentiated = self.differentiated(weights)
+        sample, _ = every.spread(ROUNDING_EXAMPLES)
+        extremes = add_rounding(
+            extremes,
+            differentiated,
+            None if self.float64 is differentiated else self.float64,
+            weights,
+            names,
+            sample.to(self.objective.device),
+            whole=len(sample) == len(every),
+            seed=self.seed,
+            operator=operator,
+        )
+        return extremes.largest[0]
+
+    def curvature(
+        self,
+        weights: Weights,
+        every: Examples,
+        execution: Execution,
+        names: Sequence[str] | None = None,
+        operator: type[Curvature] = Curvature,
+    ) -> Curvature:
+        """Makes the operator of second derivatives at a point.
+
+        Args:
+            weights: The point: all tensors of the model.
+            every: The examples.
+            execution: Fails if another rank has failed.
+            names: The parameters; None for those of the test.
+            operator: The matrix.
+
+        Returns:
+            The operator, in float64 for a small model.
+        """
+
         def poll(_: float) -> None:
             # The progress of a search is unknown, but another rank may have failed meanwhile.
             execution.poll()
 
-        return Curvature(self.differentiated(weights), weights, self.names, every, poll)
+        return operator(self.differentiated(weights), weights, names or self.names, every, poll)
 
     def _with_rounding(
         self,

@@ -6,21 +6,29 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from losscli.data import Examples, Split
+from losscli.data import Examples, Split, leaves
 from losscli.errors import ModelError, OutOfMemoryError, UsageError, one_line
 from losscli.evaluation.decompositions import Decomposed
 from losscli.evaluation.eigenvalues import DenseHessian, Extremes, eigenpairs
+from losscli.evaluation.gradient_graphs import (
+    GradientGraphs,
+    Gradients,
+    graph_budget,
+    graph_bytes,
+)
 from losscli.evaluation.lanczos import LanczosSearch
-from losscli.evaluation.objective import Objective, Progress
+from losscli.evaluation.objective import AGREEMENT, Objective, Progress, is_close
 from losscli.weight_space.vectors import Weights, unflatten
 
 __all__ = ["DENSE_LIMIT", "PRODUCT_LIMIT", "ROWS_PER_PASS", "Curvature"]
+
+_T = TypeVar("_T")
 
 DENSE_LIMIT = 1000
 """The most parameters for which the whole Hessian is computed."""
@@ -43,8 +51,9 @@ class Curvature:
 
     The model is in eval mode, so that BatchNorm uses its running statistics. Derivatives are taken
     batch by batch in the forward type and summed in float64; if memory runs out, the objective's
-    batch is halved. As a context manager it restores the parameters' ``requires_grad``; the weights
-    stay loaded.
+    batch is halved. From the third product on, the gradients of the first batches are kept with
+    their graphs. As a context manager it frees these and restores the parameters'
+    ``requires_grad``; the weights stay loaded.
 
     Args:
         objective: The model, loss and data, checked by ``Objective.check``.
@@ -53,9 +62,11 @@ class Curvature:
             hold them in this order.
         split: The examples.
         progress: Called with the share of a gradient or product done since the last call.
+        budget: The most bytes of the graphs that are kept; None chooses for the device.
 
     Attributes:
         objective, names, split: The arguments.
+        graphs: The gradients that are kept with their graphs.
         device: The device of vectors: the objective's, or the CPU if that has no float64.
         size: n, the number of differentiated weights.
         products: Hessian-vector products made so far.
@@ -68,6 +79,7 @@ class Curvature:
         names: Sequence[str],
         split: Examples,
         progress: Progress | None = None,
+        budget: int | None = None,
     ) -> None:
         self.objective = objective
         self.names = list(names)
@@ -80,6 +92,9 @@ class Curvature:
         self._wide = torch.float32 if mps else torch.float64
         self._weight = 0.0
         self._dense: DenseHessian | None = None
+        budget = graph_budget(objective.device) if budget is None else budget
+        threads = torch.get_num_threads() if objective.device.type == "cpu" else 1
+        self.graphs = GradientGraphs(list(objective.tensors.values()), budget, threads)
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in objective.model.modules())
         self.size = sum(p.numel() for p in self._parameters)
         self.products = 0
@@ -93,6 +108,7 @@ class Curvature:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.graphs.release()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
 
@@ -188,18 +204,17 @@ class Curvature:
         A small Hessian, or one that ``dense`` has computed, is decomposed. Otherwise
         `LanczosSearch` searches for both ends at once.
 
-        The values reported are vᵀHv and ‖Hv − λv‖ from one more product per pair, not ARPACK's
-        own. A Ritz value never lies outside the spectrum: the smallest is an upper bound of λ_min.
-        In principle, a search from a random start that has converged may still have missed a
-        smaller eigenvalue, or further vectors of a multiple one.
+        The values reported are vᵀHv and ‖Hv − λv‖ from one more product per pair. A Ritz value
+        never lies outside the spectrum: the smallest is an upper bound of λ_min. In principle, a
+        search from a random start that has converged may still have missed a smaller eigenvalue,
+        or further vectors of a multiple one.
 
         Args:
             number: How many at each end; all of them if there are fewer.
             tolerance: A pair has converged if ‖Hv − λv‖ is at most this share of |λ|, or the
                 rounding of the forward type, after 50 products or more.
             seed: Of the start; the same seed gives the same numbers.
-            limit: Products after which the search ends, not counting those that measure; a few
-                more if an invariant basis is found.
+            limit: Products after which the search ends, not counting those that measure.
 
         Returns:
             The two ends; pairs of nan if H is not finite.
@@ -260,7 +275,8 @@ class Curvature:
             total = losses.detach().to(self.device).to(torch.float64).sum()
             return torch.cat([total.view(1), self._flat(gradients)]).unsqueeze(0)
 
-        sums = self._add_up(derive, 1, 1 + self.size)
+        sums = torch.zeros(1, 1 + self.size, dtype=torch.float64, device=self.device)
+        self._weight = self._add_up(derive, sums)
         self._check_unreached([i for i in range(len(self._parameters)) if i not in reached])
         mean = sums[0] / self._weight
         return float(mean[0]), mean[1:]
@@ -271,28 +287,99 @@ class Curvature:
         _ = self._loss_and_gradient
         dtype, device = self.objective.dtype, self.objective.device
         directions = [list(self.named(v.to(dtype).to(device)).values()) for v in vectors]
+        graphs, fresh = self.graphs, torch.zeros(self.size, dtype=torch.float64, device=self.device)
 
         def derive(losses: Tensor) -> Tensor:
-            gradients = self._differentiate(losses, create_graph=True)
-            used = {i: g for i, g in enumerate(gradients) if g is not None}
-            sources = list(used.values())
-            rows = []
-            for k, direction in enumerate(directions):
-                parts = self._differentiate_again(
-                    sources, [direction[i] for i in used], retain_graph=k < len(directions) - 1
-                )
-                rows.append(self._flat(parts))
-            return torch.stack(rows)
+            gradients = self._gradients(losses)
+            keeps = graphs.has_room
+            rows = self._rows(gradients, directions, self._differentiate_again, keeps=keeps)
+            if keeps:
+                graphs.batches.append((len(losses), gradients))
+                fresh.add_(rows[0])
+            return rows
 
-        sums = self._add_up(derive, len(vectors), self.size)
+        with self._differentiable():
+            graphs.begin(self._graph_bytes)
+            sums = self._multiply_kept(directions)
+            known = graphs.examples
+            self._report(len(vectors) * known)
+            self._add_up(derive, sums, known)
+            if graphs.examples > known:
+                # The passes after that of a batch may have changed what its graph holds.
+                again = self._multiply_kept(directions[:1])[0]
+                if not is_close(again, fresh, AGREEMENT[dtype]):
+                    graphs.release()
         self.products += len(vectors)
         return sums / self._weight
 
-    def _add_up(self, derive: Callable[[Tensor], Tensor], rows: int, columns: int) -> Tensor:
-        """Sums a derivative over all batches; if memory runs out, halves the batch."""
-        objective = self.objective
-        total = torch.zeros(rows, columns, dtype=torch.float64, device=self.device)
-        start, weight = 0, 0.0
+    def _multiply_kept(self, directions: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Sums the products of the kept gradients; if that fails, frees them and returns zeros."""
+        shape = len(directions), self.size
+        sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+        def multiply(gradients: Gradients) -> Tensor:
+            # Its modes are those of a thread.
+            with self._differentiable():
+                return self._rows(gradients, directions, self._differentiate_kept, keeps=True)
+
+        try:
+            for rows in self.graphs.map(multiply):
+                sums += rows
+        except (RuntimeError, MemoryError):
+            self.graphs.release()
+            sums.zero_()
+        return sums
+
+    def _graph_bytes(self) -> int:
+        """Measures the memory of the graph of the first batch."""
+        batch = self.split.first(self.objective.batch_size).to(self.objective.device)
+        known = [*self.objective.tensors.values(), *leaves(batch.inputs), batch.targets]
+        try:
+            return graph_bytes(lambda: self._derive_batch(self._gradients, batch)[0], known)
+        except (torch.OutOfMemoryError, MemoryError):
+            self.graphs.release()
+            return 0
+
+    def _gradients(self, losses: Tensor) -> Gradients:
+        """Differentiates the sum of some losses, with a graph."""
+        gradients = self._differentiate(losses, create_graph=True)
+        return {i: g for i, g in enumerate(gradients) if g is not None}
+
+    def _rows(
+        self,
+        gradients: Gradients,
+        directions: Sequence[Sequence[Tensor]],
+        differentiate: Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]],
+        *,
+        keeps: bool,
+    ) -> Tensor:
+        """Multiplies the Hessian of the loss of a batch with vectors, ``[K, n]``.
+
+        Args:
+            gradients: The gradient of the batch.
+            directions: The vectors, as tensors like the parameters.
+            differentiate: Differentiates ⟨∇L, v⟩, given in parts; may keep the graph.
+            keeps: Whether the graph is kept in the end.
+
+        Returns:
+            The products.
+        """
+        rows = []
+        for k, direction in enumerate(directions):
+            # ⟨∇L, v⟩, and not ∇L with the argument v: for that PyTorch imports SymPy.
+            along = [(part * direction[i]).sum() for i, part in gradients.items()]
+            retains = keeps or k < len(directions) - 1
+            parts = differentiate(along, retains) if along else [None] * len(direction)
+            rows.append(self._flat(parts))
+        return torch.stack(rows)
+
+    def _add_up(self, derive: Callable[[Tensor], Tensor], total: Tensor, start: int = 0) -> float:
+        """Adds a derivative over all batches from a position on; if memory runs out, halves them.
+
+        Returns:
+            The sum of the weights of these examples.
+        """
+        objective, weight = self.objective, 0.0
         while start < len(self.split):
             for batch in objective.batches(self.split.take(slice(start, None))):
                 part: Tensor | None = None
@@ -303,25 +390,30 @@ class Curvature:
                     pass
                 # Outside of the handler the error is freed, and with it the graph in its traceback.
                 if part is None:
-                    self._halve_batch()
+                    if not self.graphs.release():
+                        self._halve_batch()
                     break
                 total += part
                 weight += batch_weight
                 start += len(batch)
-                if self._progress is not None:
-                    self._progress(rows * len(batch) / len(self.split))
-        self._weight = weight
-        return total
+                self._report(len(total) * len(batch))
+        return weight
 
-    def _derive_batch(
-        self, derive: Callable[[Tensor], Tensor], batch: Split
-    ) -> tuple[Tensor, float]:
+    def _losses(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Computes the numbers ``[B]`` of a batch that are differentiated: the losses."""
+        return self.objective.per_example(self.objective.loss, outputs, targets, "loss")
+
+    def _report(self, examples: int) -> None:
+        if self._progress is not None and examples:
+            self._progress(examples / len(self.split))
+
+    def _derive_batch(self, derive: Callable[[Tensor], _T], batch: Split) -> tuple[_T, float]:
         """Differentiates the losses of a batch; returns also the sum of its example weights."""
         objective = self.objective
         inputs = objective.data.prepare(batch.inputs, objective.dtype)
         with Decomposed():
             outputs = objective.forward(objective.model, inputs)
-            losses = objective.per_example(objective.loss, outputs, batch.targets, "loss")
+            losses = self._losses(outputs, batch.targets)
         return derive(losses), objective.weight(outputs, batch.targets)
 
     def _differentiate(self, losses: Tensor, *, create_graph: bool) -> Sequence[Tensor | None]:
@@ -346,18 +438,16 @@ class Curvature:
             ) from error
 
     def _differentiate_again(
-        self, sources: Sequence[Tensor], direction: Sequence[Tensor], *, retain_graph: bool
+        self, along: Sequence[Tensor], retains: bool
     ) -> Sequence[Tensor | None]:
-        """Differentiates ⟨∇L, v⟩, with ∇L and v given as lists of tensors."""
-        if not sources:
-            return [None] * len(self._parameters)
+        """Differentiates ⟨∇L, v⟩, given in parts."""
         own = [p.grad for p in self._parameters]
         for p in self._parameters:
             p.grad = None
         try:
             # Not torch.autograd.grad: it prunes nodes that lead to no parameter, and with them the
             # node that raises if a function cannot be differentiated twice. It would return zeros.
-            torch.autograd.backward(sources, direction, retain_graph=retain_graph)
+            torch.autograd.backward(along, retain_graph=retains)
             return [p.grad for p in self._parameters]
         except (torch.OutOfMemoryError, MemoryError):
             raise
@@ -369,6 +459,15 @@ class Curvature:
         finally:
             for p, gradient in zip(self._parameters, own, strict=True):
                 p.grad = gradient
+
+    def _differentiate_kept(
+        self, along: Sequence[Tensor], retains: bool
+    ) -> Sequence[Tensor | None]:
+        """Does the same with a graph that `_differentiate_again` has passed; thread-safe."""
+        parts: Sequence[Tensor | None] = torch.autograd.grad(
+            along, self._parameters, retain_graph=retains, allow_unused=True
+        )
+        return parts
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Concatenates the parts of a vector; zeros where a part is None."""

@@ -20,6 +20,7 @@ from losscli.evaluation.curvature_check import check_derivatives
 from losscli.evaluation.finite_differences import sample_size
 from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.objective import Objective, recalibrated
+from losscli.evaluation.product_cost import product_seconds
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import idle_layers, record_key, restore
 from losscli.evaluation.tasks import Execution, Task
@@ -83,22 +84,18 @@ class DerivativeDirections:
         Returns:
             Seconds, for all examples of the split.
         """
-        split = self.objective.splits[self.split]
-        batch = split.first(self.objective.batch_size).to(self.objective.device)
-        with (
-            self.objective.frozen_statistics(),
-            Curvature(self.objective, weights, self.names, batch) as curvature,
-        ):
-            vector = curvature.gradient()
+        objective, split = self.objective, self.objective.splits[self.split]
+        if self.along == "hessian":
+            return product_seconds(objective, weights, self.names, [split], clock)
+        batch = split.first(objective.batch_size).to(objective.device)
+        with objective.frozen_statistics():
 
             def derive() -> None:
-                if self.along == "hessian":
-                    curvature.product(vector)
-                else:
-                    Curvature(self.objective, weights, self.names, batch).gradient()
+                with Curvature(objective, weights, self.names, batch) as curvature:
+                    curvature.gradient()
 
             derive()  # the first call sets everything up
-            return timed(self.objective, derive, clock) * len(split) / len(batch)
+            return timed(objective, derive, clock) * len(split) / len(batch)
 
     def find_all(
         self, points: Sequence[Weights], checkpoints: Sequence[str], execution: Execution

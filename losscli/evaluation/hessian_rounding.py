@@ -34,6 +34,7 @@ def add_rounding(
     *,
     whole: bool,
     seed: int,
+    operator: type[Curvature] = Curvature,
 ) -> Extremes:
     """Adds the rounding of Hessian-vector products to the errors of eigenvalues.
 
@@ -54,6 +55,7 @@ def add_rounding(
         sample: Some examples.
         whole: Whether these are all examples.
         seed: Of the direction of the nearby points.
+        operator: The matrix H.
 
     Returns:
         The eigenvalues with larger errors.
@@ -61,7 +63,7 @@ def add_rounding(
     pairs = [*extremes.smallest, *extremes.largest]
 
     def products(objective: Objective, point: Weights) -> Tensor:
-        with Curvature(objective, point, names, sample) as curvature:
+        with operator(objective, point, names, sample) as curvature:
             return curvature.product(torch.stack([pair.vector for pair in pairs]))
 
     if precise is None:

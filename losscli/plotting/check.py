@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
 from losscli.plotting.html import render_page, table_view
 from losscli.plotting.lines import Series, draw_panel
+from losscli.plotting.spectra import Row, spectra_rows
 from losscli.plotting.style import (
     DASHES,
     INK,
@@ -35,7 +38,6 @@ from losscli.plotting.style import (
     add_title,
     drawable,
     examples,
-    extent,
     format_number,
     house_style,
     loss_name,
@@ -43,7 +45,6 @@ from losscli.plotting.style import (
     plain,
     round_positions,
     scale_checkpoints,
-    scale_symlog,
     scale_y,
     shorten,
     shorten_path,
@@ -61,12 +62,10 @@ Group = list[tuple[Artist, str]]
 
 _COLOUR = PALETTE[0]
 _SHADE = "#f1f1f1"
-_LINE = "#9a9a9a"  # reference lines, such as zero
 _GRADIENT, _LOW, _HIGH = "gradient norm", "λₘᵢₙ", "λₘₐₓ"
 _FEW = 40  # up to this many values have individual marks
 _LOG_LOSS_RATIO = 1e3  # above this ratio of highest to lowest loss the axis is logarithmic
 _LOG_HIGH_RATIO = 10.0  # the same for largest eigenvalue to its median over checkpoints
-_UNEVEN_RATIO = 20.0  # above this ratio of positive to negative range, or the reverse: symlog axis
 _FAR = 1e3  # above this multiple of the largest eigenvalue 2 / learning rate is only in a note
 
 # The marks of the verdicts differ in shape and colour.
@@ -87,7 +86,7 @@ def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) ->
     Several checkpoints: loss, gradient norm and the extreme eigenvalues of the Hessian over the
     step or epoch in their names, or else their order, with the verdicts. One checkpoint: its
     eigenvalues. A table ``escape`` adds the loss along the most negative curvature, a table
-    ``spectrum`` further eigenvalues.
+    ``spectrum`` further eigenvalues, ``density`` the spectral density and ``curvature`` the blocks.
 
     Args:
         run: The run.
@@ -146,8 +145,9 @@ def _draw_several(
     log: bool,
 ) -> tuple[Figure, list[str], list[Group]]:
     strip_height = 0.2 + 0.17 * len(splits)
-    heights = [strip_height, 2.0, 1.75, *([2.3] if escape else [])]
-    figure = _new_figure(WIDE, sum(heights) + 0.5 + 0.5 * bool(escape))
+    rows = list(spectra_rows(run, names, splits))
+    heights = [strip_height, 2.0, 1.75, *([2.3] if escape else []), *(row.height for row in rows)]
+    figure = _new_figure(WIDE, sum(heights) + 0.5 + 0.5 * (bool(escape) + len(rows)))
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     loss = figure.add_subplot(grid[1, 0])
     gradient = figure.add_subplot(grid[2, 0], sharex=loss)
@@ -182,10 +182,23 @@ def _draw_several(
         notes += _draw_escape(panel, escape, run, splits, log=log)
         at = number.get(escape.checkpoint)
         if escape.split in splits and at is not None:
-            rows = run.table.where("split", escape.split).where("checkpoint", escape.checkpoint)
+            own = run.table.where("split", escape.split).where("checkpoint", escape.checkpoint)
             # The start of the escape direction in the panel below.
-            low.plot([at], rows.floats("lambda_min")[:1], ls="none", zorder=5, **_START)
-    return figure, notes, [_split_entries(run, splits), verdicts]
+            low.plot([at], own.floats("lambda_min")[:1], ls="none", zorder=5, **_START)
+    more, groups = _draw_rows(figure, grid, rows)
+    return figure, notes + more, [_split_entries(run, splits), verdicts, *groups]
+
+
+def _draw_rows(
+    figure: Figure, grid: GridSpec, rows: Sequence[Row]
+) -> tuple[list[str], list[Group]]:
+    """Draws the rows of the spectrum and of blocks into the last rows of a grid."""
+    notes, groups = [], []
+    for k, row in enumerate(rows, start=grid.nrows - len(rows)):
+        more, entries = row.draw(figure, grid[k, :])
+        notes += more
+        groups.append(entries)
+    return notes, groups
 
 
 def _read(table: Table, number: Mapping[str, float], splits: Sequence[str]) -> list[Series]:
@@ -270,7 +283,7 @@ def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> l
         scale_y(axes, shown, log=True)
         how = "log scale"
     else:
-        how = _scale_eigenvalues(axes, "y", shown)
+        how = scale_eigenvalues(axes, "y", shown)
     _draw_bars(axes, series, _HIGH)
     axes.set_ylabel(f"largest eigenvalue\n{_HIGH}" + f", {how}" * bool(how))
     if math.isfinite(edge):
@@ -280,7 +293,7 @@ def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> l
 
 def _draw_low(axes: Axes, series: Sequence[Series]) -> list[str]:
     notes = draw_panel(axes, series, _LOW, log=False)
-    how = _scale_eigenvalues(axes, "y", _bar_ends(series, _LOW))
+    how = scale_eigenvalues(axes, "y", _bar_ends(series, _LOW))
     _draw_bars(axes, series, _LOW)
     axes.set_ylabel(f"smallest eigenvalue\n{_LOW}" + f", {how}" * bool(how))
     return notes
@@ -403,54 +416,6 @@ def _mark(verdict: str) -> dict[str, Any]:
     return _VERDICTS.get(verdict, {"marker": "*", "mec": INK, "mfc": INK})
 
 
-# --- Axes of eigenvalues -------------------------------------------------------------------------
-
-
-def _scale_eigenvalues(axes: Axes, which: Literal["x", "y"], values: Floats) -> str:
-    """Scales an axis of eigenvalues so that it includes zero, and draws a line at zero.
-
-    The axis is linear around zero and logarithmic beyond (symlog) if the eigenvalues of one sign
-    are far smaller than those of the other, or most are far smaller than the largest.
-
-    Args:
-        axes: The panel.
-        which: The axis.
-        values: Finite eigenvalues; may be empty.
-
-    Returns:
-        The scale in words for the label of the axis; empty if it is linear.
-    """
-    (axes.axhline if which == "y" else axes.axvline)(0, color=_LINE, lw=1.1, zorder=1.5)
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    set_limits = axes.set_ylim if which == "y" else axes.set_xlim
-    low, high = extent(np.append(values, 0.0)) if values.size else (-1.0, 1.0)
-    linear = _linear_part(values)
-    if not linear:
-        room = 0.06 * (high - low)
-        set_limits(low - room, high + room)
-        axis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-        axis.set_major_formatter(Numbers())
-        return ""
-    scale_symlog(axes, which, low, high, linear=linear)
-    return f"log beyond ±{format_number(linear)}"
-
-
-def _linear_part(values: Floats) -> float:
-    """Returns the linear range around zero of a symlog axis; 0 for a linear axis."""
-    largest = float(np.abs(values).max(initial=0.0))
-    # Values more than four powers of ten below the largest are treated as zero.
-    least = max(1e-4 * largest, SMALLEST)
-    sizes = np.abs(values[np.abs(values) > least])
-    if not sizes.size:
-        return 0.0
-    sides = (float(-values.min()), float(values.max()))
-    smaller = min(side for side in sides if side > least)
-    typical = float(np.quantile(sizes, 0.25))
-    if largest <= _UNEVEN_RATIO * smaller and largest <= 100 * typical:
-        return 0.0
-    return float(10.0 ** math.floor(math.log10(max(min(smaller, typical), least))))
-
-
 # --- One checkpoint ------------------------------------------------------------------------------
 
 
@@ -463,19 +428,25 @@ def _draw_one(
     log: bool,
 ) -> tuple[Figure, list[str], list[Group]]:
     spectrum = _read_spectrum(run, splits)
+    further = list(spectra_rows(run, names, splits))
+    below = [row.height for row in further]
+    room = sum(below) + 0.5 * len(below)
     if spectrum:
-        figure = _new_figure(WIDE if escape else WIDTH, 3.9)
+        figure = _new_figure(WIDE if escape else WIDTH, 3.9 + room)
         grid = figure.add_gridspec(
-            1, 2 if escape else 1, width_ratios=[1.35, 1][: 1 + bool(escape)]
+            1 + len(below),
+            2 if escape else 1,
+            width_ratios=[1.35, 1][: 1 + bool(escape)],
+            height_ratios=[3.4, *below],
         )
         panel = figure.add_subplot(grid[0, -1])
         notes = _draw_spectrum(panel, spectrum)
     else:
         low = 0.55 + 0.62 * max(len(splits), 1)
         heights = [*([3.0] if escape else []), low]
-        figure = _new_figure(WIDTH, sum(heights) + 0.6)
-        grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-        panel = figure.add_subplot(grid[-1, 0])
+        figure = _new_figure(WIDTH, sum(heights) + 0.6 + room)
+        grid = figure.add_gridspec(len(heights) + len(below), 1, height_ratios=[*heights, *below])
+        panel = figure.add_subplot(grid[len(heights) - 1, 0])
         notes = _draw_extremes(panel, run.table, splits)
     if not escape and names:
         name = shorten_path(figure, plain(names[0]), 380)
@@ -505,7 +476,8 @@ def _draw_one(
         for split, verdict in cells
         if verdict
     ]
-    return figure, notes, [lines, verdicts]
+    more, groups = _draw_rows(figure, grid, further)
+    return figure, notes + more, [lines, verdicts, *groups]
 
 
 def _undecided_notes(run: Run[CheckSummary], splits: Sequence[str]) -> list[str]:
@@ -592,7 +564,7 @@ def _draw_spectrum(axes: Axes, spectrum: dict[str, tuple[Floats, Floats]]) -> li
         axes.errorbar(rank[known], values[known], errors[known], capsize=2.5 * few, **bars)
         reach += [values, (values - errors)[known], (values + errors)[known]]
     values = np.concatenate(reach)
-    how = _scale_eigenvalues(axes, "y", values[drawable(values, log=False)])
+    how = scale_eigenvalues(axes, "y", values[drawable(values, log=False)])
     axes.set_ylabel("eigenvalue λ of the Hessian" + f"\n{how}" * bool(how))
     axes.set_xlim(1 - 0.03 * most - 0.3, most + 0.03 * most + 0.3)
     axes.xaxis.set_major_locator(whole_numbers())
@@ -605,7 +577,7 @@ def _draw_extremes(axes: Axes, table: Table, splits: Sequence[str]) -> list[str]
     """Draws a row for each split from its smallest to its largest eigenvalue."""
     series = _read(table, {str(name): 0.0 for name in table.unique("checkpoint")}, splits)
     reach = np.concatenate([_bar_ends(series, _LOW), _bar_ends(series, _HIGH)])
-    how = _scale_eigenvalues(axes, "x", reach)
+    how = scale_eigenvalues(axes, "x", reach)
     missing = 0
     for row, s in enumerate(series):
         ends = [s[column][:1] for column in (_LOW, _HIGH)]
@@ -753,7 +725,7 @@ def _draw_escape(
     shown = escape.loss[drawable(escape.loss, log=False)]
     log = log or bool(shown.size and 0 < _LOG_LOSS_RATIO * shown.min() < shown.max())
     notes = draw_panel(axes, [series], "loss", log=log)
-    axes.axvline(0, color=_LINE, lw=0.9, zorder=1.5)
+    axes.axvline(0, color=LINE, lw=0.9, zorder=1.5)
     for distance, loss, mark in (
         (0.0, escape.start, _START),
         (escape.distance[escape.lowest], escape.loss[escape.lowest], _LOWEST),
@@ -826,6 +798,20 @@ def render_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) 
                 x_label="rank of the computed eigenvalue",
             )
         )  # fmt: skip
+    if "density" in run.more:
+        density = {"density": "spectral density"}
+        label = "eigenvalue λ of the Hessian"
+        views.append(
+            table_view(
+                "spectral density", [("", run.more["density"])], "lambda", density, x_label=label,
+                logarithmic=[*density],
+            )
+        )  # fmt: skip
+    if "curvature" in run.more:
+        names = ("lambda_max", "trace", "gradient_norm")
+        of_blocks = {name: quantities[name] for name in names}
+        blocks = [("", run.more["curvature"])]
+        views.append(table_view("blocks", blocks, "block", of_blocks, logarithmic=names))
     if "escape" in run.more:
         escape = [("", run.more["escape"])]
         label = "distance along the most negative curvature"

@@ -52,6 +52,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 # Columns of names that distinguish curves.
 _NAMED = frozenset({"a", "b", "block", "checkpoint", "direction", "rho", "split"})
 
+_SAID = ("checkpoint", "block", "verdict")
 _WORDS = {"block": "{} alone", "rho": "ρ = {}"}
 
 # Columns that order checkpoints.
@@ -282,8 +283,8 @@ def table_view(
         name: The name of the view.
         tables: The table of each run, and the name of the run.
         x: The column of the positions, which gives the order of the points; ``checkpoint`` for the
-            numbers of the checkpoints, ``step`` for the steps of paths, and empty for the ranks of
-            the first quantity.
+            numbers of the checkpoints, ``step`` for the steps of paths, ``block`` for the blocks in
+            their order, and empty for the ranks of the first quantity.
         quantities: The columns of the quantities, and their labels.
         x_label: What the positions are; by default their column, or that of `number_checkpoints`.
         short: The same in a word.
@@ -314,7 +315,7 @@ def table_view(
         order = np.argsort(at, kind="stable")
         order = order[np.isfinite(at[order])]
         words = [_WORDS.get(tag, "{}").format(value) for tag, value in tags.items()]
-        said = [c for c in ("checkpoint", "verdict") if c in rows.columns and c not in tags]
+        said = [c for c in _SAID if c in rows.columns and c not in tags]
         for column, label in quantities.items():
             if column not in rows.columns:
                 continue
@@ -345,10 +346,14 @@ def table_view(
          "text": escape(text)}
         for at, text in (marks or {}).items()
     ]  # fmt: skip
+    layout = layout_2d(axis, shapes=lines, annotations=texts)
+    if x == "block":
+        blocks = [escape(str(block)) for block in tables[0][1].unique(x)]
+        layout["xaxis"] |= {"tickvals": list(range(len(blocks))), "ticktext": blocks}
     return View(
         name,
         items,
-        layout_2d(axis, shapes=lines, annotations=texts),
+        layout,
         {c: label for c, label in quantities.items() if any(c in t.columns for _, t in tables)},
         slider=slider.names,
         notes=notes if items else ("There are no points",),
@@ -449,6 +454,8 @@ class _Slider:
         """Returns the positions of rows on the axis; for an empty ``x`` the ranks of a quantity."""
         if x in _ORDERS:
             return np.array([self.numbers[self.step(key) - 1] for key in rows[x]])
+        if x == "block":
+            return np.array([rows.unique(x).index(name) for name in rows[x]], dtype=np.float64)
         if x:
             return np.array(rows.floats(x))
         ranks = np.argsort(np.argsort(-np.array(rows.floats(quantity)), kind="stable"))

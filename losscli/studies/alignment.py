@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losscli.arguments import checked
 from losscli.checkpoint import (
     Checkpoint,
     CheckpointLike,
@@ -32,7 +31,7 @@ from losscli.errors import (
 from losscli.evaluation.device import Narrowest
 from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.objective import DETERMINISTIC
-from losscli.settings import Settings
+from losscli.settings import Settings, checked
 from losscli.studies.problem import Problem, prepare
 from losscli.summaries import AlignmentSummary
 from losscli.weight_space.matching import inner_product, match

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
 from losscli.errors import CheckpointError, UsageError
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.derivative_directions import Along, DerivativeDirections
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.gradient_graphs import graph_budget
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
@@ -29,7 +29,7 @@ from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings
+from losscli.settings import Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
     general_notes,
@@ -294,17 +294,21 @@ class Around(Study):
         return self._line(origin, origin), [(c,) for c in self._apart[:number]]
 
     def extra_description(self, description: Description) -> Description:  # noqa: ARG002
-        """Returns the number of products with the Hessian.
+        """Returns the number of products with the Hessian, and the memory for them.
 
         Args:
             description: What every study describes.
 
         Returns:
-            Their number at most, if there are any.
+            Their number at most, and the most bytes of gradients that are kept with their graphs,
+            if there are any.
         """
         if self._derivatives is None or self.along == "gradient":
             return {}
-        return {"products_at_most": self._derivatives.products[1] * len(self.norms)}
+        return {
+            "products_at_most": self._derivatives.products[1] * len(self.norms),
+            "bytes_of_graphs_at_most": graph_budget(self.problem.objective.device),
+        }
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
         """Estimates what gradients, or products with the Hessian, take.

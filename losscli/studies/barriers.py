@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
 from losscli.errors import UsageError
@@ -27,7 +26,7 @@ from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings
+from losscli.settings import Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
     batchnorm_notes,

@@ -10,21 +10,23 @@ from functools import cached_property, lru_cache, partial
 from itertools import starmap
 from typing import Any, get_args
 
-from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.errors import UsageError
-from losscli.evaluation.cost import Clock, Timings, timed
+from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.critical_points import (
     CriticalPointTest,
     PointAnalysis,
     batch_size_of,
     verdict_of,
 )
-from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT, ROWS_PER_PASS, Curvature
+from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.gauss_newton import check_outputs
+from losscli.evaluation.gradient_graphs import graph_budget
 from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.line_search import MAX_CURVE_POINTS, STEP_LENGTHS, LineSearch
 from losscli.evaluation.objective import recalibrated
+from losscli.evaluation.product_cost import product_seconds
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import record_key, restore
 from losscli.evaluation.sampling import Estimate
@@ -34,11 +36,13 @@ from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.evaluation.verdict import Verdict
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings
+from losscli.settings import Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.check_notes import check_notes, functions_called
+from losscli.studies.layerwise import blocks_among
 from losscli.studies.notes import general_notes, spectral_notes
 from losscli.studies.problem import prepare
+from losscli.studies.spectra import Part, ProbedPoint, Spectra, SpectraOptions
 from losscli.studies.verification import check_differentiable, verify_fresh_model
 from losscli.summaries import CheckSummary, CostEstimate, Description, Escape, Step
 from losscli.table import Cell, Table
@@ -48,6 +52,9 @@ __all__ = ["Check", "check"]
 
 # Largest number of eigenvectors of a small network that fit into memory.
 _MAX_EIGENVALUES = 10_000
+
+# About how many products with the Hessian the analysis of a point takes, for the progress.
+_PRODUCTS = 100
 
 # The factor of the weights of a point at which a model is verified: one that keeps what it computed
 # from other weights has another loss there.
@@ -63,6 +70,11 @@ def check(
     learning_rate: float | None = None,
     keep_order: bool = False,
     momentum: float | None = None,
+    density: bool = False,
+    probes: int | None = None,
+    lanczos: int | None = None,
+    operator: str | None = None,
+    blocks: bool = False,
     progress: Callable[[float], None] | None = None,
     **settings: Any,
 ) -> Result[CheckSummary]:
@@ -78,13 +90,20 @@ def check(
             dampening or Nesterov's correction.
         keep_order: Take the checkpoints in the order of their names as they are given, and all
             files of a folder; by default they are ordered as `trajectory` does.
+        density: Whether the spectral density is estimated by stochastic Lanczos quadrature.
+        probes: The number of random vectors of the density and the trace; 10 by default.
+        lanczos: The number of Lanczos steps with each of them; 90 by default.
+        operator: The matrix of density, trace and blocks: ``hessian``, the default, or ``ggn``, the
+            generalised Gauss-Newton matrix.
+        blocks: Whether gradient norm, largest eigenvalue and trace of each block are computed.
         progress: Called with the number of checkpoints done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
         The result: its table has a row for each checkpoint and split, ``more["spectrum"]`` one for
         each eigenvalue where there are more than two, and ``more["escape"]`` the loss along the
-        most negative curvature of the last checkpoint, if it has any.
+        most negative curvature of the last checkpoint, if it has any. ``more["density"]`` has the
+        spectral density and ``more["curvature"]`` a row for each block, where they are asked for.
 
     Raises:
         LosscliError: Something is missing, broken or does not fit.
@@ -97,6 +116,11 @@ def check(
         learning_rate=learning_rate,
         keep_order=keep_order,
         momentum=momentum,
+        density=density,
+        probes=probes,
+        lanczos=lanczos,
+        operator=operator,
+        blocks=blocks,
     )
     return plan.run(Execution(progress))
 
@@ -110,6 +134,7 @@ class Check(Study):
         eigenvalues: How many of either end are found.
         learning_rate: That of training, if known.
         momentum: Likewise; 0 where it is None.
+        spectra: What is computed beside the verdicts.
     """
 
     command = "check"
@@ -118,6 +143,7 @@ class Check(Study):
     eigenvalues: int
     learning_rate: float | None
     momentum: float | None
+    spectra: SpectraOptions
 
     @classmethod
     def plan(
@@ -130,6 +156,11 @@ class Check(Study):
         learning_rate: float | None,
         keep_order: bool = False,
         momentum: float | None = None,
+        density: bool = False,
+        probes: int | None = None,
+        lanczos: int | None = None,
+        operator: str | None = None,
+        blocks: bool = False,
         ranks: Ranks | None = None,
     ) -> Check:
         """Reads and matches everything, and evaluates nothing.
@@ -142,6 +173,11 @@ class Check(Study):
             learning_rate: That of training.
             keep_order: Whether the names stay in the order in which they are given.
             momentum: Likewise.
+            density: Whether the spectral density will be estimated.
+            probes: The number of random vectors; None for the default.
+            lanczos: The number of Lanczos steps; None for the default.
+            operator: The matrix; None for the Hessian.
+            blocks: Whether the curvature of blocks will be computed.
             ranks: The processes that share the run, if there are several.
 
         Returns:
@@ -175,6 +211,9 @@ class Check(Study):
             )
         if momentum is not None and not 0 <= momentum < 1:
             raise UsageError(f"--momentum {momentum} is not in [0, 1)", "Give 0.9")
+        spectra = SpectraOptions.plan(
+            density=density, blocks=blocks, probes=probes, lanczos=lanczos, operator=operator
+        )
         if settings.batch_loss:
             raise UsageError(
                 "--batch-loss is not available for check",
@@ -191,7 +230,7 @@ class Check(Study):
         if not moving:
             raise UsageError("no parameter is left to differentiate", "Widen --only")
         check_differentiable(problem, moving, "check")
-        return cls(problem, moving, begun, tolerance, eigenvalues, learning_rate, momentum)
+        return cls(problem, moving, begun, tolerance, eigenvalues, learning_rate, momentum, spectra)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -201,6 +240,9 @@ class Check(Study):
             "eigenvalues": self.eigenvalues,
             "learning_rate": self.learning_rate,
             "momentum": self.momentum,
+            "density": self.spectra.density,
+            "blocks": self.spectra.blocks,
+            **self.spectra.provenance,
         }
 
     @property
@@ -218,16 +260,26 @@ class Check(Study):
             description: What every study describes.
 
         Returns:
-            The most Hessian-vector products, each of which costs a few passes over the data, and
-            the most points along directions, each of which costs one.
+            The most Hessian-vector products, each of which costs a few passes over the data; the
+            most bytes of gradients that are kept with their graphs for them; the most points along
+            directions, each of which costs one pass; the bytes of a Lanczos basis and the blocks,
+            if they are needed.
         """
         size = description["moving"]["values"]
         splits = len(self.problem.objective.splits)
+        spectra = self._spectra
         most = size if size <= DENSE_LIMIT else PRODUCT_LIMIT
-        return {
+        most += sum(spectra.products(part)[1] for part in spectra.parts)
+        added: Description = {
             "products_at_most": most * splits * len(self.problem.names),
+            "bytes_of_graphs_at_most": graph_budget(self.problem.objective.device),
             "steps_at_most": self._steps * splits,
         }
+        if self.spectra.density:
+            added["bytes_of_basis"] = 8 * size * spectra.estimator.kept[0]
+        if spectra.blocks:
+            added["blocks"] = [block.name for block in spectra.blocks]
+        return added
 
     @property
     def _steps(self) -> int:
@@ -249,22 +301,18 @@ class Check(Study):
             ``product`` takes on all examples of the splits.
         """
         objective, origin = self.problem.objective, self.problem.origin
-        batch = next(iter(objective.splits.values())).first(objective.batch_size)
-        batch = batch.to(objective.device)
+        splits = objective.splits.values()
         with objective.frozen_statistics():
             differentiated = self._test.differentiated(origin)
-            with Curvature(differentiated, origin, self.moving, batch) as curvature:
-                whole = curvature.size <= DENSE_LIMIT
-                v = curvature.gradient().expand(ROWS_PER_PASS if whole else 1, -1)
-                # Once, so that what is set up is set up.
-                curvature.product(v)
-                took = timed(differentiated, lambda: curvature.product(v), clock) / len(v)
-        examples = sum(map(len, objective.splits.values()))
-        product = took * examples / len(batch)
-        number, size = len(self.problem.names), curvature.size
+            product = product_seconds(differentiated, origin, self.moving, splits, clock)
+        examples = sum(map(len, splits))
+        number, size = len(self.problem.names), sum(origin[name].numel() for name in self.moving)
         # A gradient takes no more than a product.
-        fewest, most = (size, size) if whole else (MIN_PRODUCTS, PRODUCT_LIMIT)
+        fewest, most = (size, size) if size <= DENSE_LIMIT else (MIN_PRODUCTS, PRODUCT_LIMIT)
         measured = 1 + 2 * self.eigenvalues
+        for part in self._spectra.parts:
+            least, greatest = self._spectra.products(part)
+            fewest, most = fewest + least, most + greatest
         return {
             "seconds": seconds + number * fewest * product,
             "kind": "at least",
@@ -315,7 +363,9 @@ class Check(Study):
             objective.load(self.problem.origin)
             del last
             functions = functions_called(objective)
-            records = self._analyse_all(execution)
+            if self.spectra.operator == "ggn":
+                check_outputs(objective)
+            records, probed = self._analyse_all(execution)
             analyses, directions = {}, {}
             for t, _ in enumerate(names):
                 for split in splits:
@@ -342,6 +392,7 @@ class Check(Study):
             )
         if curve is not None:
             more["escape"] = curve
+        more |= self._spectra_tables(probed)
         table = Table.build(
             [
                 *("checkpoint", "split", "loss", "gradient_norm"),
@@ -349,8 +400,12 @@ class Check(Study):
                 *("minimal_ratio", "positive", "negative", "undecided"),
                 *("trace", "trace_stderr", "verdict"),
             ],
-            ([name, split, *_cells(one)] for name, split, one in points),
+            (
+                [name, split, *_cells(one, self._trace(one, probed[name, split]))]
+                for name, split, one in points
+            ),
         )
+        used = self.spectra.provenance
         summary: CheckSummary = {
             **self.origin(),
             "tables": list(more),
@@ -358,11 +413,21 @@ class Check(Study):
             "learning_rate": self.learning_rate,
             "momentum": self.momentum,
             "threshold": self.threshold,
+            "operator": used["operator"],
+            "probes": used["probes"],
+            "lanczos": used["lanczos"],
             "examples": {name: len(split) for name, split in objective.splits.items()},
             "splits": {
                 name: {
                     "points": [
-                        {"checkpoint": checkpoint, "split": split, **one.summary()}
+                        {
+                            "checkpoint": checkpoint,
+                            "split": split,
+                            **one.summary(),
+                            "density": probed[checkpoint, split].summary()
+                            if self.spectra.density
+                            else None,
+                        }
                         for checkpoint, split, one in points
                         if split == name
                     ]
@@ -374,6 +439,7 @@ class Check(Study):
                 *general_notes(self),
                 *spectral_notes(self),
                 *check_notes(self, functions, list(analyses.values())),
+                *self._spectra.notes([*probed.values()]),
             ],
             "seconds": seconds,
         }
@@ -389,47 +455,104 @@ class Check(Study):
             self.problem.settings.seed,
         )
 
-    def _analyse_all(self, execution: Execution) -> dict[tuple[int, str], Arrays]:
+    @cached_property
+    def _spectra(self) -> Spectra:
+        blocks = blocks_among(self.problem.objective, self.moving)
+        return Spectra.of(self.spectra, blocks, self._test)
+
+    def _analyse_all(
+        self, execution: Execution
+    ) -> tuple[dict[tuple[int, str], Arrays], dict[tuple[str, str], ProbedPoint]]:
         """Analyses all checkpoints on all splits.
 
         Each checkpoint and split is analysed by one rank: a search for eigenvalues is a sequence of
         products, each of which needs the one before. With only one checkpoint and one split, the
-        other ranks therefore wait. The escape is evaluated by all ranks.
+        other ranks therefore wait, unless there are probes or blocks, which are tasks of their own.
+        The escape is evaluated by all ranks.
 
         Args:
             execution: How the tasks are executed.
 
         Returns:
-            The record of each `PointAnalysis`.
+            The record of each `PointAnalysis`, and what probes and blocks show of each checkpoint,
+            by its name, and split.
         """
-        objective = self.problem.objective
-        splits = objective.splits
+        objective, spectra = self.problem.objective, self._spectra
+        names, splits = self.problem.names, objective.splits
+        parts: list[Part | None] = [None, *spectra.parts]
+        lengths = [_PRODUCTS if part is None else spectra.length(part) for part in parts]
         # The last checkpoint comes first: of saddles, the escape from the last one is shown.
-        pieces = [(t, split) for t in range(len(self.problem.names))[::-1] for split in splits]
+        pieces = [
+            (t, split, part, length / sum(lengths) / len(splits))
+            for t in range(len(names))[::-1]
+            for split in splits
+            for part, length in zip(parts, lengths, strict=True)
+        ]
         if execution.size > 1:
             # The longest first, so that no rank ends with one of these while the others wait.
-            pieces.sort(key=lambda piece: -len(splits[piece[1]]))
+            pieces.sort(key=lambda piece: -len(splits[piece[1]]) * piece[3])
         placed = lru_cache(maxsize=1)(self._placed)
         records: dict[tuple[int, str], Arrays] = {}
+        probed: dict[tuple[int, str], dict[Part, Arrays]] = {}
 
-        def key(t: int, split: str) -> str:
-            numbers = [list(self.moving), self.eigenvalues, self.tolerance, self._test.seed]
-            return record_key(objective, {split: splits[split]}, "check", [placed(t)], numbers)
+        def key(t: int, split: str, part: Part | None) -> str:
+            numbers = [list(self.moving), self._test.seed]
+            if part is None:
+                kind, own = "check", [self.eigenvalues, self.tolerance]
+            else:
+                kind, own = "spectra", spectra.numbers(part)
+            examples = {split: splits[split]}
+            return record_key(objective, examples, kind, [placed(t)], [*numbers, *own])
 
-        def evaluate(t: int, split: str, own: Execution) -> Arrays:
+        def evaluate(t: int, split: str, part: Part | None, size: float, own: Execution) -> Arrays:
+            if part is not None:
+                return spectra.evaluate(part, placed(t), split, size, own)
             kept = self._verdicts_to_escape(t, split, records)
             records[t, split] = self._test.analyse(placed(t), split, kept, own)
             return records[t, split]
 
-        def task(t: int, split: str) -> Task:
-            own = execution.key(partial(key, t, split))
-            return Task(1 / len(splits), partial(evaluate, t, split), own, "")
+        def task(t: int, split: str, part: Part | None, size: float) -> Task:
+            own = execution.key(partial(key, t, split, part))
+            return Task(size, partial(evaluate, t, split, part, size), own, "")
 
         tasks = starmap(task, pieces)
-        for piece, arrays in zip(pieces, execution.run(tasks), strict=True):
+        for (t, split, part, _), arrays in zip(pieces, execution.run(tasks), strict=True):
             restore(objective, batch_size_of(arrays), arrays["idle"].tolist())
-            records[piece] = arrays
-        return records
+            if part is None:
+                records[t, split] = arrays
+            else:
+                probed.setdefault((t, split), {})[part] = arrays
+        points = {
+            (name, split): spectra.point(probed.get((t, split), {}))
+            for t, name in enumerate(names)
+            for split in splits
+        }
+        return records, points
+
+    def _trace(self, analysis: PointAnalysis, point: ProbedPoint) -> Sequence[Cell]:
+        """Returns the trace of the chosen matrix and its standard error; None if unknown."""
+        if analysis.shares and self.spectra.operator == "hessian":
+            # That of a whole Hessian is exact.
+            return analysis.shares[-1], 0.0
+        return point.trace if self._spectra.parts else (None, None)
+
+    def _spectra_tables(self, probed: Mapping[tuple[str, str], ProbedPoint]) -> dict[str, Table]:
+        """Makes the tables of the spectral density and of blocks that were asked for."""
+        tables = {}
+        if self.spectra.density:
+            tables["density"] = Table.build(
+                ["checkpoint", "split", "lambda", "density"],
+                ([*point, *row] for point, one in probed.items() for row in one.density_rows()),
+            )
+        if self.spectra.blocks:
+            tables["curvature"] = Table.build(
+                [
+                    *("checkpoint", "split", "block", "gradient_norm"),
+                    *("lambda_max", "lambda_max_error", "trace", "trace_stderr"),
+                ],
+                ([*point, *row] for point, one in probed.items() for row in one.block_rows()),
+            )
+        return tables
 
     def _placed(self, t: int) -> Weights:
         return self.problem.place(self.problem.open(t).weights)
@@ -473,15 +596,12 @@ class Check(Study):
         return escape, Table.build(["distance", "loss", "loss_stderr"], rows)
 
 
-def _cells(analysis: PointAnalysis) -> list[Cell]:
-    """Returns the cells of a row after its checkpoint and split."""
-    # The trace of a whole Hessian is exact.
-    positive, negative, undecided, trace, stderr = (
-        (*analysis.shares, 0.0) if analysis.shares else [None] * 5
-    )
+def _cells(analysis: PointAnalysis, trace: Sequence[Cell]) -> list[Cell]:
+    """Returns the cells of a row after its checkpoint and split, with the trace and its error."""
+    positive, negative, undecided, _ = analysis.shares or (None, None, None, None)
     return [
         *(analysis.loss, analysis.gradient_norm),
         *(analysis.smallest.value, analysis.smallest.error),
         *(analysis.largest.value, analysis.largest.error),
-        *(positive, positive, negative, undecided, trace, stderr, analysis.verdict),
+        *(positive, positive, negative, undecided, *trace, analysis.verdict),
     ]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losscli.arguments import checked
 from losscli.checkpoint import (
     Checkpoint,
     CheckpointFile,
@@ -26,6 +25,7 @@ from losscli.errors import CheckpointError, MismatchError, TableError, UsageErro
 from losscli.evaluation.spectral import normalise_stored
 from losscli.registry import COMMANDS, command_of
 from losscli.results import Result, read_summary
+from losscli.settings import checked
 from losscli.summaries import InspectionSummary
 from losscli.table import Cell, Table
 from losscli.weight_space.slices import Line

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, name_checkpoint
 from losscli.data import Examples
 from losscli.errors import UsageError
@@ -28,7 +27,7 @@ from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings
+from losscli.settings import Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
 from losscli.studies.line_curve import LineCurve, RefinedCurve

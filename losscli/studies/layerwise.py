@@ -21,7 +21,7 @@ from losscli.summaries import BlockSplit, Height
 from losscli.weight_space.blocks import blocks_of
 from losscli.weight_space.curve import lowest
 
-__all__ = ["Block", "BlockCurve", "moving_blocks", "points_of"]
+__all__ = ["Block", "BlockCurve", "blocks_among", "moving_blocks", "points_of"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,24 @@ class Block:
     moving: tuple[str, ...]
 
 
+def blocks_among(objective: Objective, moving: Sequence[str]) -> tuple[Block, ...]:
+    """Sorts tensors into the blocks of a model.
+
+    Args:
+        objective: Whose model.
+        moving: The names of the tensors that move.
+
+    Returns:
+        The blocks that have any, in the order of the model.
+    """
+    block = blocks_of(objective.model, objective.tensors)
+    # A tied tensor moves under its last name, and stands where it has its first.
+    found: dict[str, list[str]] = {name: [] for name in block.values()}
+    for name in moving:
+        found[block[name]].append(name)
+    return tuple(Block(name, tuple(names)) for name, names in found.items() if names)
+
+
 def moving_blocks(objective: Objective, moving: Sequence[str]) -> tuple[Block, ...]:
     """Finds the blocks of a model that have something to move.
 
@@ -50,12 +68,7 @@ def moving_blocks(objective: Objective, moving: Sequence[str]) -> tuple[Block, .
     Raises:
         UsageError: There are not two of them.
     """
-    block = blocks_of(objective.model, objective.tensors)
-    # A tied tensor moves under its last name, and stands where it has its first.
-    found: dict[str, list[str]] = {name: [] for name in block.values()}
-    for name in moving:
-        found[block[name]].append(name)
-    blocks = tuple(Block(name, tuple(names)) for name, names in found.items() if names)
+    blocks = blocks_among(objective, moving)
     if len(blocks) < 2:
         what = f"one block to move, {blocks[0].name}" if blocks else "no block that moves"
         raise UsageError(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints, order_path
 from losscli.data import Examples
 from losscli.errors import CheckpointError, UsageError
@@ -24,7 +23,7 @@ from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings
+from losscli.settings import Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
     batchnorm_notes,

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from losscli.arguments import checked
 from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
@@ -38,7 +37,7 @@ from losscli.evaluation.sweep import sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings
+from losscli.settings import Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.notes import general_notes, spectral_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from losscli.models import MLP
-from tests.benchmarks import contenders
+from losscli import Recorder
+from losscli.models import CNN, MLP
+from tests.benchmarks import contenders, spectrum
 from tests.benchmarks.contenders import Work
 from tests.benchmarks.draw import draw
 from tests.benchmarks.models import GPT2, ResNet20
@@ -281,6 +283,44 @@ def _rank(agent: int, rank: int) -> int:
     raise RuntimeError(f"torchrun has no rank {rank}")
 
 
+def recorder(rounds: int) -> dict[str, float]:
+    """What recording 30 checkpoints costs the training of the sample CNN, in 2,000 steps of 64.
+
+    Both are timed in the same loop: the step of the training, and that of the recorder.
+    """
+    data = load_file(SAMPLES / "digits.safetensors")
+    inputs, targets = (data[f"train_{kind}"].to(DEVICE) for kind in ("inputs", "targets"))
+    shares: dict[str, list[float]] = {"between_saves": [], "with_saves": []}
+    training: list[float] = []
+    for number in range(rounds + 1):
+        model = CNN("16-32", channels=1, classes=10, batchnorm=True).to(DEVICE)
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        steps: list[tuple[float, float, bool]] = []
+        with tempfile.TemporaryDirectory() as name, Recorder(model, name, steps=2000) as kept:
+            for k in range(0, 2000 * 64, 64):
+                rows = torch.arange(k, k + 64, device=DEVICE) % len(inputs)
+                saved = kept._saved
+                begun = time.perf_counter()
+                loss = torch.nn.functional.cross_entropy(model(inputs[rows]), targets[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                trained = time.perf_counter()
+                kept.step(loss)
+                recorded = time.perf_counter()
+                steps.append((trained - begun, recorded - trained, kept._saved == saved))
+        if number:  # the first round warms up
+            of_training = sum(step for step, _, _ in steps) / len(steps)
+            between = [record for _, record, is_between in steps if is_between]
+            training.append(of_training)
+            shares["between_saves"].append(sum(between) / len(between) / of_training)
+            shares["with_saves"].append(sum(r for _, r, _ in steps) / len(steps) / of_training)
+    result = {"training_step_seconds": statistics.median(training)}
+    result |= {name: statistics.median(values) for name, values in shares.items()}
+    print(f"  {result}", flush=True)
+    return result
+
+
 def mlp(rounds: int) -> dict[str, Any]:
     """A small network on 10,000 examples at 51 points, beside all contenders."""
     them = [
@@ -295,6 +335,11 @@ def resnet20(rounds: int) -> dict[str, Any]:
     work = line(ResNet20, (RESNET20["examples"], 3, 32, 32), RESNET20["points"])
     them = [contenders.losscli, contenders.by_hand, contenders.losscli_bfloat16]
     return compare(work, them, max(1, rounds // 3))
+
+
+def hessian(rounds: int) -> dict[str, Any]:
+    """The smallest and the largest eigenvalue of the Hessian of a small network."""
+    return spectrum.measure(rounds, DEVICE)
 
 
 def main() -> None:
@@ -345,8 +390,11 @@ if __name__ == "__main__":
     # Minutes a round on two cores: fewer examples and points.
     examples, points = (2_000, 11) if DEVICE.type == "cpu" else (10_000, 51)
     RESNET20 = {"examples": examples, "points": points}
-    both = {"mlp": mlp, "resnet20": resnet20}
-    on_cpu = {"growth": growth, "command": command, "memory": memory, "processes": processes}
+    both = {"mlp": mlp, "resnet20": resnet20, "hessian": hessian}
+    on_cpu = {
+        "growth": growth, "command": command, "memory": memory, "processes": processes,
+        "recorder": recorder,
+    }  # fmt: skip
     MEASURES: dict[str, Callable[[int], dict[str, Any]]] = (
         {**both, "gpt2": language} if DEVICE.type == "cuda" else {**both, **on_cpu}
     )

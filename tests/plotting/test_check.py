@@ -66,6 +66,32 @@ def spectrum(name: str, splits: Sequence[str], size: int = 30) -> Table:
     return Table.build(("checkpoint", "split", "eigenvalue", "error"), rows)
 
 
+def density(names: Sequence[str], splits: Sequence[str]) -> tuple[Table, dict[str, Any]]:
+    """A bulk at zero and two eigenvalues apart from it, one further away in each checkpoint."""
+    rows: list[tuple[Cell, ...]] = []
+    about: dict[str, Any] = {split: {"points": []} for split in splits}
+    for k, name in enumerate(names):
+        for split in splits:
+            outliers = [6.0 + 3 * k, 2.0]
+            for x in np.linspace(-1, 7 + 3 * k, 400):
+                bells = [math.exp(-(((x - c) / 0.1) ** 2) / 2) / 500 for c in outliers]
+                rows.append((name, split, float(x), math.exp(-5 * abs(x)) + sum(bells)))
+            found = {"sigma": 0.1, "outliers": outliers, "trace": 9.0, "trace_stderr": 1.0}
+            about[split]["points"].append({"checkpoint": name, "density": found})
+    return Table.build(("checkpoint", "split", "lambda", "density"), rows), about
+
+
+def blocks(names: Sequence[str], splits: Sequence[str], number: int = 5) -> Table:
+    columns = ("gradient_norm", "lambda_max", "lambda_max_error", "trace", "trace_stderr")
+    rows = [
+        (name, split, f"layers.{b}", 0.1 / (1 + b), 3.0 + b + k, 0.1, 2.0 * b - 3, 0.5)
+        for k, name in enumerate(names)
+        for split in splits
+        for b in range(number)
+    ]
+    return Table.build(("checkpoint", "split", "block", *columns), rows)
+
+
 def run(
     checkpoints: int = 21,
     splits: Sequence[str] = ("train", "test"),
@@ -73,6 +99,7 @@ def run(
     *,
     escape: bool = False,
     eigenvalues: int = 0,
+    spectra: bool = False,
     **summary: Any,
 ) -> Run:
     """A run of so many checkpoints."""
@@ -86,12 +113,18 @@ def run(
         about["escape"] = {"checkpoint": names[-1], "split": splits[-1], "eigenvalue": -0.12}
     if eigenvalues:
         more["spectrum"] = spectrum(names[-1], splits, eigenvalues)
+    if spectra:
+        more["density"], about["splits"] = density(names, splits)
+        more["curvature"] = blocks(names, splits)
+        about |= {"operator": "ggn", "probes": 10, "lanczos": 90, "moving": {"values": 5000}}
     return Run(Table.build(COLUMNS, rows), {**about, **summary}, more=more)
 
 
 PICTURES = {
     "check": lambda: draw_check(run(escape=True, learning_rate=0.05), title="To a saddle"),
     "check-one": lambda: draw_check(run(1, escape=True, eigenvalues=30)),
+    "check-spectra": lambda: draw_check(run(1, spectra=True)),
+    "check-spectra-many": lambda: draw_check(run(9, spectra=True)),
 }
 
 
@@ -148,7 +181,7 @@ def test_picture_from_the_csv_is_the_same(checkpoints: int) -> None:
     def read(table: Table) -> Table:
         return Table.from_csv(io.StringIO(table.to_csv(), newline=""), "x")
 
-    drawn = run(checkpoints, escape=True, eigenvalues=7)
+    drawn = run(checkpoints, escape=True, eigenvalues=7, spectra=True)
     again = replace(
         drawn, table=read(drawn.table), more={k: read(t) for k, t in drawn.more.items()}
     )
@@ -569,3 +602,90 @@ def test_draw_knows_a_check_and_refuses_two() -> None:
     assert render(draw([one], log=True), ".png") == render(draw_check(one, log=True), ".png")
     with pytest.raises(UsageError, match="one check cannot be laid over another"):
         draw([one, one])
+
+
+def below(figure: Figure, label: str) -> list[Axes]:
+    """The panels with a horizontal axis that is called so."""
+    return [axes for axes in figure.axes if axes.get_xlabel().startswith(label)]
+
+
+def test_the_density_of_one_checkpoint_is_drawn_on_all_splits_with_its_outliers() -> None:
+    drawn = run(1, spectra=True)
+    figure = draw_check(drawn)
+    (axes,) = below(figure, "eigenvalue λ of the Gauss-Newton matrix")
+    assert axes.get_yscale() == "log"
+    curves = lines(axes)
+    assert len(curves) == 2
+    for curve, split in zip(curves, ("train", "test"), strict=True):
+        rows = drawn.more["density"].where("split", split)
+        y, expected = np.asarray(curve.get_ydata()), np.array(rows.floats("density"))
+        np.testing.assert_array_equal(curve.get_xdata(), rows.floats("lambda"))
+        seen = expected > axes.get_ylim()[0]
+        np.testing.assert_array_equal(y[seen], expected[seen])
+        assert np.all(y[~seen] < axes.get_ylim()[0])
+    # A single eigenvalue of 5,000 is seen.
+    assert axes.get_ylim()[0] < 0.1 / (5000 * 0.1 * math.sqrt(2 * math.pi))
+    found = [line for line in axes.get_lines() if line.get_marker() == "v"]
+    assert [sorted(np.asarray(line.get_xdata())) for line in found] == [[2, 6]] * 2
+    assert "eigenvalue apart from the bulk" in legend(figure)
+    assert "10 probes, 90 steps, Gaussians of width σ = 0.1" in sentence(figure)
+
+
+def test_densities_of_several_checkpoints_have_a_panel_a_split_and_colours() -> None:
+    figure = draw_check(run(9, spectra=True))
+    panels = below(figure, "eigenvalue λ of")
+    assert [axes.get_title("left") for axes in panels] == ["train", "test"]
+    for axes in panels:
+        curves = [a for a in axes.get_lines() if len(np.asarray(a.get_xdata())) == 400]
+        assert len({curve.get_color() for curve in curves}) == len(curves) == 6
+    assert "Densities of 6 of the 9 checkpoints are drawn." in sentence(figure)
+    assert "density of runs/0.pt" in legend(figure)
+    assert "density of runs/8.pt" in legend(figure)
+
+
+def test_a_density_without_the_json_is_drawn_without_marks() -> None:
+    figure = draw_check(replace(run(1, spectra=True), summary={}))
+    (axes,) = below(figure, "eigenvalue λ of the Hessian")
+    assert len(lines(axes)) == 2
+    assert not any(line.get_marker() == "v" and len(line.get_xdata()) for line in axes.get_lines())
+
+
+def test_blocks_of_one_checkpoint_stand_in_their_order_with_their_errors() -> None:
+    figure = draw_check(run(1, spectra=True))
+    (first,) = below(figure, "gradient norm")
+    names = [label.get_text() for label in first.get_yticklabels()]
+    assert names == [f"layers.{b}" for b in range(5)]
+    assert first.yaxis_inverted()
+    (axes,) = below(figure, "trace")
+    dots = [np.asarray(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "o"]
+    np.testing.assert_array_equal(dots, [[2.0 * b - 3 for b in range(5)]] * 2)
+    ends = [
+        (float(s[0][0]), float(s[1][0]))
+        for c in axes.collections
+        if isinstance(c, LineCollection)
+        for s in c.get_segments()
+    ]
+    np.testing.assert_allclose(ends, [(2.0 * b - 3.5, 2.0 * b - 2.5) for b in range(5)] * 2)
+
+
+def test_blocks_of_several_checkpoints_are_lines_from_dark_to_light() -> None:
+    figure = draw_check(run(9, spectra=True))
+    (axes,) = [a for a in figure.axes if a.get_title("left").startswith("largest eigenvalue")]
+    curves = [a for a in axes.get_lines() if len(np.asarray(a.get_xdata())) == 9]
+    for b, curve in enumerate(curves):
+        np.testing.assert_array_equal(curve.get_ydata(), [3.0 + b + k for k in range(9)])
+    assert len({curve.get_color() for curve in curves}) == len(curves) == 5
+    assert {f"layers.{b}" for b in range(5)} <= set(legend(figure))
+
+
+def test_of_many_blocks_some_are_named() -> None:
+    drawn = run(3, ("train",), spectra=True)
+    names = [str(name) for name in drawn.table.unique("checkpoint")]
+    figure = draw_check(replace(drawn, more={"curvature": blocks(names, ["train"], 60)}))
+    assert sum(label.startswith("layers.") for label in legend(figure)) == 16
+    assert "The legend names 16 of the 60 blocks." in sentence(figure)
+    one = draw_check(
+        replace(run(1, ("train",)), more={"curvature": blocks(["runs/0.pt"], ["train"], 60)})
+    )
+    (axes,) = below(one, "gradient norm")
+    assert len(axes.get_yticks()) == 40

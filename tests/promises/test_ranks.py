@@ -215,7 +215,8 @@ def assert_same(one: str, other: str) -> None:
     for here, there in zip(expected, found, strict=True):
         assert here.keys() == there.keys()
         for key, text in here.items():
-            if key in {"split", "checkpoint", "direction", "a", "b", "verdict"} or text == "":
+            text_columns = {"split", "checkpoint", "direction", "a", "b", "block", "verdict"}
+            if key in text_columns or text == "":
                 assert there[key] == text
             else:
                 assert math.isclose(float(there[key]), float(text), rel_tol=1e-6, abs_tol=1e-7)
@@ -252,7 +253,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
         f"plane {THREE} --points 5",
         f"barriers {FOUR} --points 5",
         f"barriers {FOUR} --points 9 --sampling-error 0.5",
-        "check a.pt b.pt --tolerance 1 --split test",
+        "check a.pt b.pt --tolerance 1 --split test --density --blocks --probes 2 --lanczos 4",
         f"check {THREE} --split train",
         "around a.pt b.pt --directions 3 --points 5",
         f"around {THREE} --along hessian --points 5",
@@ -286,6 +287,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
             assert_same(name, name.replace("one", "two"))
     # Where every line and every search is one rank's, or the arithmetic is that of a CPU, the
     # numbers are the same to the last bit; so --refine adds the same points.
+    assert {"one7.density.csv", "one7.curvature.csv"} <= before
     assert {"one7.escape.csv", "one8.escape.csv", "one5.curves.csv", "one3.surface.csv"} <= before
     for i in (0, 3, 5, 7, 9, 10, 11):
         assert summary(f"two{i}") == summary(f"one{i}")

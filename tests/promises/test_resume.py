@@ -330,6 +330,7 @@ def _plane(*names: str) -> Callable[[], Study]:
 
 def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
     own: dict[str, Any] = {"eigenvalues": 1, "learning_rate": None}
+    own |= {key: more.pop(key) for key in ("density", "blocks", "probes", "lanczos") if key in more}
     return lambda: Check.plan(names, Settings(**more), tolerance=tolerance, **own)
 
 
@@ -346,6 +347,7 @@ def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
         _plane("a.pt", "b.pt", "init:3"),
         _check(1e-3, "b.pt", split="test"),
         _check(10, "a.pt", split="test"),
+        _check(1e-3, "a.pt", split="test", density=True, blocks=True, probes=2, lanczos=5),
         *(
             pytest.param(_check(tolerance, "a.pt", "b.pt"), marks=pytest.mark.stress)
             for tolerance in (1e-3, 10)
@@ -385,6 +387,14 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
             "evaluation.line_derivatives.LineDerivatives.sums",
         ),
         (_check(10, "a.pt"), "evaluation.critical_points.Curvature"),
+        (
+            _check(10, "a.pt", density=True, probes=2, lanczos=3),
+            "evaluation.curvature_probes.Probe.run",
+        ),
+        (
+            _check(10, "a.pt", blocks=True, probes=2),
+            "evaluation.critical_points.CriticalPointTest.largest_eigenvalue",
+        ),
     ):
         with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:
             truth = plan().run(Execution(journal=journal)).table.to_csv()

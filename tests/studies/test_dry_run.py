@@ -167,7 +167,7 @@ def test_a_check_takes_few_products_or_many(folder: Path, monkeypatch: pytest.Mo
             NAMES[:number], Settings(**CPU), tolerance=1e-3, eigenvalues=1, learning_rate=None
         )
 
-    monkeypatch.setattr("losscli.studies.check.timed", lambda *_: 29.0)
+    monkeypatch.setattr("losscli.evaluation.product_cost.timed", lambda *_: 29.0)
     clock = _Turned(monkeypatch, load=0.0, each=0.0)
     for number in (1, 2):
         found = dry_run.estimate(plan(number), clock)
@@ -177,10 +177,26 @@ def test_a_check_takes_few_products_or_many(folder: Path, monkeypatch: pytest.Mo
         assert found["product"] == {"seconds": each}
         assert found["seconds"] == pytest.approx(each * number * 53)
         assert found["seconds_at_most"] == pytest.approx(each * number * (53 + 3))
-    monkeypatch.setattr("losscli.studies.check.DENSE_LIMIT", 10)
+    for module in ("studies.check", "evaluation.product_cost"):
+        monkeypatch.setattr(f"losscli.{module}.DENSE_LIMIT", 10)
     found = dry_run.estimate(plan(2), clock)
     assert found["seconds"] == pytest.approx(40 * 2 * MIN_PRODUCTS)
     assert found["seconds_at_most"] == pytest.approx(40 * 2 * (PRODUCT_LIMIT + 3))
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [(0, 29.0), (1 << 20, 2.9)])
+def test_products_are_cheaper_where_graphs_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, budget: int, seconds: float
+) -> None:
+    plan = Check.plan(NAMES[:1], Settings(**CPU), tolerance=1e-3, eigenvalues=1, learning_rate=None)
+    # The first without graphs, the second with them.
+    times = iter([29.0, 2.9])
+    monkeypatch.setattr("losscli.evaluation.product_cost.timed", lambda *_: next(times))
+    for module in ("losscli.studies.check", "losscli.evaluation.curvature"):
+        monkeypatch.setattr(f"{module}.graph_budget", lambda _: budget)
+    found = dry_run.estimate(plan, _Turned(monkeypatch, load=0.0, each=0.0))
+    assert found["product"]["seconds"] == pytest.approx(seconds / 29 * 40 / ROWS_PER_PASS)
+    assert dry_run.describe(plan)["bytes_of_graphs_at_most"] == budget
 
 
 def test_statistics_cost_their_examples_at_every_point(folder: Path) -> None:

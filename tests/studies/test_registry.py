@@ -43,6 +43,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "check": lambda: [
         library.check("a.pt", eigenvalues=2),
         library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
+        library.check("a.pt", density=True, blocks=True, probes=2, lanczos=3, limit=5),
     ],
     "sharpness": lambda: [
         library.sharpness(PATH, rho=[0.1, 0.2], samples=2, limit=5),
@@ -105,7 +106,7 @@ def test_the_functions_of_a_command_are_there(name: str) -> None:
 # A command that losscli does not have: its functions, and its entry in the registry.
 _RIDGE = '''
 from __future__ import annotations
-from losscli.arguments import checked
+from losscli.settings import checked
 from losscli.cli.console import Console
 from losscli.cli.options import with_console
 from losscli.plotting.style import house_style

@@ -595,8 +595,9 @@ def test_export_refuses_what_is_no_line(folder: Path) -> None:
 
 def test_the_public_names_are_these() -> None:
     assert sorted(losscli.__all__) == [
-        "LosscliError", "Result", "Settings", "Table", "__version__", "align", "around", "barriers",
-        "check", "export", "inspect", "interpolate", "plane", "sharpness", "trajectory",
+        "LosscliError", "Recorder", "Result", "Settings", "Table", "__version__", "align",
+        "around", "barriers", "check", "export", "inspect", "interpolate", "plane", "sharpness",
+        "trajectory",
     ]  # fmt: skip
     assert all(hasattr(losscli, name) for name in losscli.__all__)
     with pytest.raises(AttributeError, match="absent"):

@@ -1,0 +1,66 @@
+"""Products with the generalised Gauss-Newton matrix of the mean loss at one point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losscli.errors import UsageError
+from losscli.evaluation.curvature import Curvature
+from losscli.evaluation.forward import scores_in
+from losscli.evaluation.objective import Objective
+from losscli.settings import describe
+
+__all__ = ["GaussNewton", "check_outputs"]
+
+
+def check_outputs(objective: Objective) -> None:
+    """Checks on a first batch that the model returns one tensor, as `GaussNewton` needs.
+
+    Args:
+        objective: The model and the data.
+
+    Raises:
+        UsageError: It returns something else.
+    """
+    batch = next(iter(objective.first_batches().values()))
+    with torch.no_grad():
+        inputs = objective.data.prepare(batch.inputs, objective.dtype)
+        outputs = scores_in(objective.forward(objective.model, inputs))
+    if not isinstance(outputs, Tensor):
+        raise UsageError(
+            "--operator ggn needs one tensor of outputs, and the model returns "
+            f"{describe(outputs)}",
+            "Take --operator hessian",
+        )
+
+
+class GaussNewton(Curvature):
+    """The generalised Gauss-Newton matrix of the mean loss of a split at one point.
+
+    G = mean of Jᵀ (∂²l/∂z²) J over the examples, with l the loss as a function of the outputs z of
+    the model, and J = ∂z/∂θ (Schraudolph 2002, "Fast curvature matrix-vector products"). It is the
+    Hessian without the curvature of the model, and positive semidefinite if l is convex in z.
+
+    G is the Hessian at θ of the quadratic form ½ rᵀ (∂²l/∂z²) r, with r = z − z(θ), so products and
+    eigenvalues are computed as those of a Hessian. The form and its gradient are 0 at θ, and so are
+    ``loss`` and ``gradient()``.
+
+    It has the arguments of `Curvature`, with an objective that `check_outputs` accepts.
+    """
+
+    def _losses(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Computes ½ rᵀ (∂²l/∂z²) r of each example."""
+        outputs = scores_in(outputs)
+        with torch.enable_grad():
+            z = outputs.detach().requires_grad_()
+            losses = super()._losses(z, targets)
+            # A loss that is linear in z has a constant slope: this factor puts it into the graph.
+            ones = torch.ones_like(losses, requires_grad=True)
+            (slope,) = torch.autograd.grad((losses * ones).sum(), z, create_graph=True)
+            r = outputs - outputs.detach()
+            (image,) = torch.autograd.grad(slope, z, r, create_graph=True, materialize_grads=True)
+            forms: Tensor = (r * image).flatten(1).sum(1) / 2
+            return forms.to(losses.dtype)

@@ -1,0 +1,128 @@
+"""Store the model and the data of a record, so that losscli needs no options to evaluate it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from losscli.data import DATASETS
+from losscli.errors import OutputError, SpecError, UntrustedCodeError
+from losscli.models import FROM_FILES, MODELS, RUNS_CODE
+from losscli.results import replace_all
+from losscli.spec import Spec, Value, expand_toml, look_up, quote, read_toml
+
+__all__ = ["split_specs", "write_config", "write_defaults"]
+
+
+def split_specs(
+    model: str | None, data: str | None, folder: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Splits specs into those of built-in models and data sets and those that name code.
+
+    Args:
+        model: The spec of the model, with paths relative to the current folder.
+        data: The spec of the data.
+        folder: The folder of the record.
+
+    Returns:
+        The metadata of the checkpoints, and the content of ``losscli.toml``; with paths relative
+        to the folder.
+
+    Raises:
+        SpecError: A spec cannot be parsed, or names an unknown entry or a missing file of code.
+        UntrustedCodeError: A TOML file names code.
+    """
+    metadata, code = {}, {}
+    for kind, text in (("model", model), ("data", data)):
+        if text is None:
+            continue
+        expanded, trusted, base = expand_toml(text, trusted=True)
+        spec = Spec.parse(expanded)
+        registry = MODELS if kind == "model" else DATASETS
+        runs_code = RUNS_CODE if kind == "model" else ()
+        names_code = False
+        try:
+            look_up(spec, registry, kind, trusted=False, source=text, runs_code=runs_code)
+        except UntrustedCodeError:
+            if not trusted:
+                raise
+            names_code = True
+        moved = str(_move(spec, kind, Path(base or ""), folder))
+        if names_code:
+            code[kind] = moved
+        else:
+            metadata[f"losscli.{kind}"] = moved
+    return metadata, code
+
+
+def _move(spec: Spec, kind: str, base: Path, folder: Path) -> Spec:
+    """Makes the paths in a spec relative to another folder."""
+
+    def move(path: str) -> str:
+        return os.path.relpath((base / path).absolute(), folder.resolve())
+
+    name, colon, argument = spec.target.partition(":")
+    options: dict[str, Value] = dict(spec.options)
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise SpecError(
+                f"{kind} {spec}: there is no file {name}", f"Relative names start at {Path.cwd()}"
+            )
+        return Spec(f"{move(name)}{colon}{argument}", options)
+    if kind == "model":
+        is_path = name in FROM_FILES
+    else:
+        # A name without a local folder may be a data set on the hub.
+        is_path = name in DATASETS and (name != "hf" or (base / argument).exists())
+        if is_path and options.get("tokenizer", "bytes") != "bytes":
+            options["tokenizer"] = move(str(options["tokenizer"]))
+    return Spec(f"{name}:{move(argument)}", options) if is_path and argument else spec
+
+
+def write_defaults(folder: Path, specs: Mapping[str, str]) -> None:
+    """Writes specs that name code to the ``losscli.toml`` of a folder.
+
+    Args:
+        folder: The folder.
+        specs: The specs of the model and the data, by kind.
+
+    Raises:
+        OutputError: The file exists and has others, or cannot be written.
+        SpecError: The file exists and cannot be read.
+    """
+    file = folder / "losscli.toml"
+    if not specs:
+        return
+    if file.exists():
+        content = read_toml(file)
+        for kind, text in specs.items():
+            if content.get(kind) != text:
+                raise OutputError(
+                    f"{file} exists, without the line {kind} = {quote(text)}",
+                    "Add this line, or choose another folder",
+                )
+        return
+    lines = [f"{kind} = {quote(text)}\n" for kind, text in specs.items()]
+    replace_all({file: "".join(lines).encode()})
+
+
+def write_config(folder: Path, model: nn.Module) -> None:
+    """Writes the config.json of a model of transformers, from which losscli builds the model.
+
+    Args:
+        folder: The folder.
+        model: The model; nothing is written if it is not one of transformers.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    library = sys.modules.get("transformers")
+    if library is not None and isinstance(model, library.PreTrainedModel):
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        replace_all({folder / "config.json": config.to_json_string().encode()})
