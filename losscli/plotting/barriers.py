@@ -336,7 +336,7 @@ def render_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = F
             tags = {"quantity": quantity, "split": square.split}
             items.append(Item(trace, tags, hover, said, pairs, counted=False))
     layout = layout_2d("")
-    ticks = {"tickvals": at, "ticktext": [escape(label) for label in labels], "automargin": True}
+    ticks = {"tickvals": at, "ticktext": [escape(label) for label in labels]}
     layout["xaxis"] |= ticks
     layout["yaxis"] |= {**ticks, "autorange": "reversed", "scaleanchor": "x"}
     positions = np.linspace(0, 1, 33)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
 from losscli.plotting.html import render_page, table_view
 from losscli.plotting.lines import Series, draw_panel
-from losscli.plotting.spectra import Row, spectra_rows
+from losscli.plotting.spectra import Row, matrix_name, spectra_rows
 from losscli.plotting.style import (
     DASHES,
     INK,
@@ -63,6 +63,7 @@ Group = list[tuple[Artist, str]]
 _COLOUR = PALETTE[0]
 _SHADE = "#f1f1f1"
 _GRADIENT, _LOW, _HIGH = "gradient norm", "λₘᵢₙ", "λₘₐₓ"
+_DECADES = 7  # of the logarithmic axis of a spectral density, far below are tails of Gaussians
 _FEW = 40  # up to this many values have individual marks
 _LOG_LOSS_RATIO = 1e3  # above this ratio of highest to lowest loss the axis is logarithmic
 _LOG_HIGH_RATIO = 10.0  # the same for largest eigenvalue to its median over checkpoints
@@ -781,7 +782,7 @@ def render_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) 
         "minimal_ratio": "share of positive eigenvalues",
         "negative": "share of negative eigenvalues",
         "undecided": "share of undecided eigenvalues",
-        "trace": "trace of the Hessian",
+        "trace": f"trace of the {matrix_name(run)}",
     }
     positive = ("loss", "gradient_norm", "lambda_max", "trace")
     views = [
@@ -800,11 +801,11 @@ def render_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) 
         )  # fmt: skip
     if "density" in run.more:
         density = {"density": "spectral density"}
-        label = "eigenvalue λ of the Hessian"
+        label = f"eigenvalue λ of the {matrix_name(run)}"
         views.append(
             table_view(
                 "spectral density", [("", run.more["density"])], "lambda", density, x_label=label,
-                logarithmic=[*density],
+                logarithmic=[*density], decades=_DECADES,
             )
         )  # fmt: skip
     if "curvature" in run.more:

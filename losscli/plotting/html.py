@@ -60,6 +60,8 @@ _ORDERS = frozenset({"checkpoint", "step"})
 
 _FEW_POINTS = 15  # up to this many points have a dot each
 _GRID = "#e7e7e7"
+# Numbers such as 10⁻⁴ instead of 100µ.
+_POWERS = {"exponentformat": "power"}
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class View:
         notes: Sentences below the figure.
         colours: The colours from the lowest to the highest value.
         from_zero: Whether the lowest colour is that of 0 on a linear scale.
+        decades: How many powers of ten a logarithmic axis shows at first; 0 for all.
     """
 
     name: str
@@ -119,6 +122,7 @@ class View:
     notes: Sequence[str] = ()
     colours: Sequence[tuple[float, str]] = ()
     from_zero: bool = False
+    decades: int = 0
 
 
 def escape(text: str) -> str:
@@ -178,6 +182,7 @@ def layout_2d(x: str, y: str = "", **more: Any) -> dict[str, Any]:
         The layout.
     """
     style = {"gridcolor": _GRID, "linecolor": PALE, "showline": True, "zeroline": False}
+    style |= {"automargin": True, **_POWERS}
     return {
         **_common(),
         "xaxis": {**style, "title": {"text": escape(x)}},
@@ -535,7 +540,7 @@ def contours_and_surface(
     scene = {
         "xaxis": {**axis, "title": {"text": escape(short[0])}},
         "yaxis": {**axis, "title": {"text": escape(short[1])}},
-        "zaxis": axis,
+        "zaxis": {**axis, **_POWERS},
         "aspectmode": "manual",
         "aspectratio": {"x": 1.6, "y": 1.36, "z": 1.0},
         # As in the picture: 30° above, 52° to the left.

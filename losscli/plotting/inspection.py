@@ -340,7 +340,7 @@ def render_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool
         said = {name: [escape(str(cell)) for cell in cells] for name, cells in about.items()}
         items.append(Item(trace, {"quantity": column}, hover, said, counted=False))
     layout = layout_2d("")
-    layout["xaxis"] |= {"automargin": True, "type": "category"}
+    layout["xaxis"] |= {"type": "category"}
     positive = [column for column in quantities if column != "cosine"]
     checkpoints = " and ".join(checkpoint_names(run))
     view = View("tensors", items, layout, quantities, logarithmic=positive, notes=[checkpoints])

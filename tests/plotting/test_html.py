@@ -374,6 +374,17 @@ def test_the_slider_shows_a_checkpoint_alone() -> None:
 
 
 @needs_node
+def test_the_tails_of_a_density_do_not_stretch_its_logarithmic_axis() -> None:
+    main = Table.build(COMMANDS["check"].table.columns, [("a", "train", *[1.0] * 7, "minimum")])
+    columns = COMMANDS["check"].further_tables["density"].columns
+    rows = [("a", "train", x, 10.0**-y) for x, y in ((0.0, -2), (1.0, 4), (2.0, 300))]
+    run = Run(main, {}, more={"density": Table.build(columns, rows)})
+    (_, linear), (_, log) = drive(render_html([run]), "spectral density", "log scale")[1:]
+    assert "range" not in linear["yaxis"]
+    assert log["yaxis"]["range"] == pytest.approx([-5, 2.3])
+
+
+@needs_node
 def test_a_logarithmic_axis_is_of_losses_and_says_what_it_leaves_out(folder: Path) -> None:
     result = library.interpolate("a.pt", "b.pt", points=3, derivatives=True)
     page = render_html([Run(result.table, result.summary)], log=True)
