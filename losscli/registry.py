@@ -90,6 +90,8 @@ class Command:
         report: The function that puts a `Result` into words.
         drawing: The function that draws runs: a sequence of them, or one where several cannot be
             overlaid.
+        page: The function that renders runs as an interactive page, with the same arguments, or
+            that of any command.
         summary: The type of the summary, STEM.json, see `losscli.summaries`.
         table: The main table, STEM.csv.
         further_tables: The tables that are written beside it, by NAME of STEM.NAME.csv.
@@ -109,6 +111,7 @@ class Command:
     table: TableFormat
     further_tables: Mapping[str, TableFormat] = field(default_factory=dict)
     panels: Panels = "splits"
+    page: str = ""
     distributed: bool = True
     not_overlaid: tuple[str, str] | None = None
     labelled: tuple[str, ...] = ()
@@ -139,11 +142,37 @@ class Command:
         Raises:
             UsageError: Several runs have no figure together, or this one has none.
         """
-        if self.not_overlaid and len(runs) > 1:
-            raise UsageError(*self.not_overlaid)
-        what = runs[0] if self.not_overlaid else runs
-        figure: Figure = load(self.drawing)(what, title=title, log=log)
+        figure: Figure = load(self.drawing)(self._overlaid(runs), title=title, log=log)
         return figure
+
+    def html(self, runs: Sequence[Any], *, title: str = "", log: bool = False) -> str:
+        """Renders one run or several as an interactive page.
+
+        Args:
+            runs: Each a `losscli.results.Run`.
+            title: Stands above the figure.
+            log: Whether the scale of the loss is logarithmic at first.
+
+        Returns:
+            HTML that needs no other file.
+
+        Raises:
+            UsageError: Several runs have no figure together, or this one has none.
+        """
+        what = self._overlaid(runs)
+        if self.page:
+            page: str = load(self.page)(what, title=title, log=log)
+        else:
+            page = load("losscli.plotting.html:table_page")(runs, title=title, log=log)
+        return page
+
+    def _overlaid(self, runs: Sequence[Any]) -> Any:
+        """Returns what is drawn together: the runs, or the only one."""
+        if not self.not_overlaid:
+            return runs
+        if len(runs) > 1:
+            raise UsageError(*self.not_overlaid)
+        return runs[0]
 
     def as_text(self, result: Any) -> str:
         """Puts a result into words.
@@ -169,6 +198,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.interpolate:interpolate",
             report="losscli.cli.interpolate:report",
             drawing="losscli.plotting.interpolation:draw_interpolation",
+            page="losscli.plotting.interpolation:render_interpolation",
             summary="losscli.summaries:LineSummary",
             table=TableFormat(
                 ("alpha", *_LOSS),
@@ -208,6 +238,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.trajectory:trajectory",
             report="losscli.cli.trajectory:report",
             drawing="losscli.plotting.trajectory:draw_trajectory",
+            page="losscli.plotting.trajectory:render_trajectory",
             summary="losscli.summaries:TrajectorySummary",
             table=TableFormat(
                 (
@@ -238,6 +269,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.plane:plane",
             report="losscli.cli.plane:report",
             drawing="losscli.plotting.plane:draw_plane",
+            page="losscli.plotting.plane:render_plane",
             summary="losscli.summaries:PlaneSummary",
             table=TableFormat(
                 ("x", "y", *_LOSS),
@@ -257,6 +289,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.around:around",
             report="losscli.cli.around:report",
             drawing="losscli.plotting.around:draw_around",
+            page="losscli.plotting.around:render_around",
             summary="losscli.summaries:AroundSummary",
             table=TableFormat(
                 ("checkpoint", "direction", "coefficient", "distance", *_LOSS),
@@ -273,6 +306,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.check:check",
             report="losscli.cli.check:report",
             drawing="losscli.plotting.check:draw_check",
+            page="losscli.plotting.check:render_check",
             summary="losscli.summaries:CheckSummary",
             table=TableFormat(
                 (
@@ -310,6 +344,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.sharpness:sharpness",
             report="losscli.cli.sharpness:report",
             drawing="losscli.plotting.sharpness:draw_sharpness",
+            page="losscli.plotting.sharpness:render_sharpness",
             summary="losscli.summaries:SharpnessSummary",
             table=TableFormat(
                 (
@@ -331,6 +366,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.barriers:barriers",
             report="losscli.cli.barriers:report",
             drawing="losscli.plotting.barriers:draw_barriers",
+            page="losscli.plotting.barriers:render_barriers",
             summary="losscli.summaries:BarriersSummary",
             table=TableFormat(
                 (
@@ -360,6 +396,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="",
             report="losscli.cli.files:report",
             drawing="losscli.plotting.inspection:draw_inspection",
+            page="losscli.plotting.inspection:render_inspection",
             summary="losscli.summaries:InspectionSummary",
             table=TableFormat(
                 ("tensor", "shape", "dtype", "values", "norm"),

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -33,11 +34,12 @@ __all__ = [
     "draw",
     "picture_of",
     "read_summary",
+    "render_html",
     "stem_of",
     "to_json",
 ]
 
-FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf", ".html")
 
 # Non-ASCII characters. json escapes control characters itself; its own newlines are kept.
 _NON_ASCII = re.compile(r"[^\n -~]")
@@ -109,6 +111,20 @@ class Result(Generic[S_co]):
         """
         return self.draw([Run(self.table, self.summary, more=self.more)], log=log)
 
+    def html(self, *, log: bool = False) -> str:
+        """Renders the result as an interactive page.
+
+        Args:
+            log: Whether the scale of the loss is logarithmic at first.
+
+        Returns:
+            HTML that needs no other file and no network.
+
+        Raises:
+            UsageError: Plotly is not installed.
+        """
+        return render_html([Run(self.table, self.summary, more=self.more)], log=log)
+
 
 def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
     """Draws runs of one command, by the columns of their tables.
@@ -124,6 +140,37 @@ def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Fig
     Raises:
         UsageError: The runs are of several commands, or have no figure together.
     """
+    return _shared_command(runs).draw(runs, title=title, log=log)
+
+
+def render_html(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> str:
+    """Renders runs of one command as an interactive page, by the columns of their tables.
+
+    Args:
+        runs: One or more, each with the table of a command.
+        title: Stands above the figure.
+        log: Whether the scale of the loss is logarithmic at first.
+
+    Returns:
+        HTML that needs no other file and no network.
+
+    Raises:
+        UsageError: The runs are of several commands or have no figure together, or Plotly is not
+            installed.
+    """
+    _check_plotly()
+    return _shared_command(runs).html(runs, title=title, log=log)
+
+
+def _check_plotly() -> None:
+    if find_spec("plotly") is None:
+        raise UsageError(
+            "a figure in .html needs plotly, which is not installed", "pip install 'losscli[html]'"
+        )
+
+
+def _shared_command(runs: Sequence[Run[Any]]) -> Command:
+    """Returns the command of all runs."""
     commands = {command.name: command for run in runs if (command := command_of(run.table.columns))}
     if len(commands) > 1:
         raise UsageError(
@@ -131,7 +178,7 @@ def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Fig
             "Lay tables of one command over each other",
         )
     (command,) = commands.values()
-    return command.draw(runs, title=title, log=log)
+    return command
 
 
 def to_json(summary: Mapping[str, Any], *, indent: int | None = 2) -> str:
@@ -296,7 +343,7 @@ class Output:
             The plan.
 
         Raises:
-            UsageError: A figure has an unknown suffix.
+            UsageError: A figure has an unknown suffix, or needs a package that is not installed.
             OutputError: A folder cannot be written to.
         """
         if not figures and draw:
@@ -307,6 +354,8 @@ class Output:
                     f"{path} has no suffix of a picture",
                     f"Choose one of {', '.join(FIGURE_SUFFIXES)}",
                 )
+        if any(path.suffix.lower() == ".html" for path in figures):
+            _check_plotly()
         for parent in {path.parent for path in (stem, *figures)}:
             # Missing folders are created later, inside the nearest existing one.
             folder = next(p for p in (parent, *parent.parents) if p.exists())

@@ -53,11 +53,14 @@ def check_curve_count(curves: int, cure: str) -> None:
         raise UsageError(f"a picture has room for {_MOST_CURVES} curves, and not {curves}", cure)
 
 
-def render_files(figure: Callable[[], Figure], paths: Sequence[Path]) -> dict[Path, bytes]:
+def render_files(
+    figure: Callable[[], Figure], html: Callable[[], str], paths: Sequence[Path]
+) -> dict[Path, bytes]:
     """Renders a figure in the format of each file.
 
     Args:
         figure: Draws the figure; called for each file, since rendering modifies it.
+        html: Renders the figure as an interactive page.
         paths: The files.
 
     Returns:
@@ -67,4 +70,7 @@ def render_files(figure: Callable[[], Figure], paths: Sequence[Path]) -> dict[Pa
         return {}
     from losscli.plotting.style import render
 
-    return {path: render(figure(), path.suffix) for path in paths}
+    return {
+        path: html().encode() if path.suffix.lower() == ".html" else render(figure(), path.suffix)
+        for path in paths
+    }

@@ -33,7 +33,7 @@ def inspect(
         typer.Option(
             "--figure",
             metavar="PATH",
-            help="Repeatable. A picture (.png, .svg, .pdf): a bar for each tensor.",
+            help="Repeatable. A picture (.png, .svg, .pdf, .html): a bar for each tensor.",
             rich_help_panel="Output",
             show_default=False,
         ),
@@ -51,7 +51,9 @@ def inspect(
     from losscli.studies.inspection import inspect as study
 
     result = study(checkpoints)
-    files = output.write_pictures(render_files(result.figure, output.figures)) if output else []
+    files = []
+    if output:
+        files = output.write_pictures(render_files(result.figure, result.html, output.figures))
     console.written = bool(files)
     if json_:
         summary = {**result.summary, "rows": result.table.records()}

@@ -223,7 +223,7 @@ _OUTPUT_OPTIONS: dict[str, Any] = {
         list[Path] | None,
         _option(
             _OUTPUT,
-            "Repeatable. A picture (.png, .svg, .pdf) instead of STEM.png.",
+            "Repeatable. A picture (.png, .svg, .pdf, .html) instead of STEM.png.",
             "--figure",
             metavar="PATH",
         ),

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from losscli.cli.figures import check_curve_count, check_panel_count, render_fil
 from losscli.cli.options import with_console
 from losscli.errors import TableError, UsageError
 from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of
-from losscli.results import Output, Run, draw, picture_of, read_summary, stem_of
+from losscli.results import Output, Run, draw, picture_of, read_summary, render_html, stem_of
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -73,7 +74,7 @@ def plot(
         typer.Option(
             "--figure",
             metavar="PATH",
-            help="Repeatable. A picture (.png, .svg, .pdf) instead of STEM.png.",
+            help="Repeatable. A picture (.png, .svg, .pdf, .html) instead of STEM.png.",
             show_default=False,
         ),
     ] = None,
@@ -103,7 +104,10 @@ def plot(
     stem = stem_of(out) if out is not None else Path((single or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
     _check_panel_counts(csvs, runs)
-    pictures = render_files(lambda: draw(runs, title=title, log=log), output.figures)
+    options: dict[str, Any] = {"title": title, "log": log}
+    pictures = render_files(
+        partial(draw, runs, **options), partial(render_html, runs, **options), output.figures
+    )
     files = output.write_pictures(pictures)
     console.written = True
     console.result("".join(f"{path}\n" for path in files))

@@ -91,7 +91,11 @@ def run_study(
         for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
-        pictures = render_files(partial(result.figure, log=write.log), output.figures)
+        pictures = render_files(
+            partial(result.figure, log=write.log),
+            partial(result.html, log=write.log),
+            output.figures,
+        )
         files = output.write(result, pictures, further_table_names())
         console.written = True
         journal.finish()

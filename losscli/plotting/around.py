@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from losscli.plotting.html import DASHES as PAGE_DASHES
+from losscli.plotting.html import Item, View, curve, layout_2d, render_page, transparent
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
@@ -42,10 +44,12 @@ from losscli.summaries import AroundPoint, AroundSummary
 from losscli.table import Table
 from losscli.weight_space.basin import Profile
 
-__all__ = ["draw_around"]
+__all__ = ["draw_around", "render_around"]
 
 Floats = NDArray[np.float64]
 
+_DISTANCE = "distance from the checkpoint"
+_OPPOSITE = " (negative: in the opposite direction)"
 _HEIGHT = 3.4  # inches, of a panel
 _MOST_NAMES = 16  # maximum number of checkpoints in the legend
 
@@ -72,8 +76,8 @@ class _Curves:
         return all(name.isdecimal() for name in self.directions)
 
     @classmethod
-    def read(cls, rows: Table) -> _Curves:
-        """Reads the rows of one checkpoint and split."""
+    def read(cls, rows: Table, quantity: str = "loss") -> _Curves:
+        """Reads the rows of one checkpoint and split: the losses or another quantity."""
         coefficients = np.array(rows.floats("coefficient"))
         x = np.copysign(np.array(rows.floats("distance")), coefficients)
         # At 0 all directions have the checkpoint itself, whatever its sign.
@@ -87,9 +91,10 @@ class _Curves:
         position = np.full(len(places), np.nan)
         position[at] = x[known]
         tables = []
-        for column in ("loss", "loss_stderr"):
+        for column in (quantity, f"{quantity}_stderr"):
             values = np.full((len(names), len(places)), np.nan)
-            values[row, at] = np.array(rows.floats(column))[known]
+            if column in rows.columns:
+                values[row, at] = np.array(rows.floats(column))[known]
             tables.append(values)
         return cls(position, names, *tables)
 
@@ -103,10 +108,10 @@ class _Group:
     name: str
     colour: str
 
-    def curves(self, split: str) -> _Curves | None:
-        """Reads the losses on a split; None without any."""
+    def curves(self, split: str, quantity: str = "loss") -> _Curves | None:
+        """Reads the losses, or another quantity, on a split; None without any."""
         rows = self.run.table.where("checkpoint", self.checkpoint).where("split", split)
-        curves = _Curves.read(rows)
+        curves = _Curves.read(rows, quantity)
         return curves if curves.x.size else None
 
     def point(self, split: str) -> AroundPoint:
@@ -309,8 +314,7 @@ def _scale_distance(panels: Sequence[Axes], x: Floats, groups: Sequence[_Group])
     lowest.set_xlim(low - room, high + room)
     lowest.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
     lowest.xaxis.set_major_formatter(Numbers())
-    opposite = " (negative: in the opposite direction)" if low < 0 else ""
-    lowest.set_xlabel(f"distance from the checkpoint{opposite}")
+    lowest.set_xlabel(_DISTANCE + _OPPOSITE * (low < 0))
     sizes = {group.size for group in groups}
     size = sizes.pop() if len(sizes) == 1 else np.nan
     if not (np.isfinite(size) and size > 0):
@@ -321,3 +325,94 @@ def _scale_distance(panels: Sequence[Axes], x: Floats, groups: Sequence[_Group])
     upper.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
     upper.xaxis.set_major_formatter(Numbers())
     upper.set_xlabel("distance / ‖θ‖")
+
+
+# --- As a page -----------------------------------------------------------------------------------
+
+
+def render_around(runs: Sequence[Run[AroundSummary]], *, title: str = "", log: bool = False) -> str:
+    """Renders the loss along directions from checkpoints as an interactive page.
+
+    Args:
+        runs: The runs.
+        title: The title of the page.
+        log: Whether the scale of the loss is logarithmic at first.
+
+    Returns:
+        The page.
+    """
+    splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+    groups, notes = _read(runs)
+    quantities = {"loss": f"loss{loss_name(runs)}"}
+    quantities |= {metric: metric for run in runs for metric in run.table.metrics}
+    items = [
+        item
+        for step, group in enumerate(groups, start=1)
+        for number, split in enumerate(splits)
+        for quantity, label in quantities.items()
+        if quantity in group.run.table.columns and (curves := group.curves(split, quantity))
+        for item in _page_items(
+            group,
+            curves,
+            label,
+            tags={"quantity": quantity, "split": split},
+            dash=PAGE_DASHES[number % len(PAGE_DASHES)],
+            step=step,
+        )
+    ]
+    negative = any(min(item.trace["x"], default=0.0) < 0 for item in items)
+    view = View(
+        "around",
+        items,
+        layout_2d(_DISTANCE + _OPPOSITE * negative),
+        quantities,
+        logarithmic=[*quantities],
+        slider=[group.name for group in groups] if len(groups) > 1 else (),
+        notes=notes if items else ["There are no points"],
+    )
+    return render_page([view], title=title, log=log)
+
+
+def _page_items(
+    group: _Group, curves: _Curves, label: str, *, dash: str, **more: Any
+) -> Iterator[Item]:
+    """Yields a curve for each direction, and the mean over random ones with its band."""
+    x = curves.x.tolist()
+    split = plain(more["tags"]["split"])
+    style = {"colour": group.colour, "labels": (_DISTANCE, label), **more}
+    if curves.random and len(curves.directions) > 1:
+        profile = Profile.of(curves.losses)
+        for edge in (profile.low, profile.high):
+            upper = edge is profile.high
+            trace = {
+                "type": "scatter",
+                "mode": "lines",
+                "x": x,
+                "y": edge.tolist(),
+                "line": {"width": 0, "color": group.colour},
+                "fill": "tonexty" if upper else None,
+                "fillcolor": transparent(group.colour, 0.18),
+                "name": f"{_label(group)}, {split}: 10–90 % of the directions",
+                "showlegend": upper,
+            }
+            yield Item(trace, counted=False, **more)
+    for k, direction in enumerate(curves.directions):
+        item = curve(
+            x,
+            curves.losses[k].tolist(),
+            name=f"{_label(group)}, {split}, direction {direction}",
+            errors=curves.errors[k].tolist(),
+            dash=dash if curves.random else PAGE_DASHES[k % len(PAGE_DASHES)],
+            width=0.7 if curves.random else 1.7,
+            dots=not curves.random,
+            **style,
+        )
+        if curves.random:
+            # Error bars of many curves would hide them.
+            trace = {key: value for key, value in item.trace.items() if key != "error_y"}
+            item = replace(item, trace=trace | {"opacity": 0.6, "showlegend": False})
+        yield item
+    if curves.random:
+        mean = Profile.of(curves.losses).mean.tolist()
+        name = f"{_label(group)}, {split}: mean"
+        yield curve(x, mean, name=name, dash=dash, width=2.4, dots=False, **style)

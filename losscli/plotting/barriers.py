@@ -13,7 +13,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
@@ -21,6 +21,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
+from losscli.plotting.html import Item, View, escape, layout_2d, render_page
 from losscli.plotting.style import (
     INCH,
     INK,
@@ -48,7 +49,7 @@ from losscli.results import Run
 from losscli.summaries import BarriersSummary
 from losscli.table import Table
 
-__all__ = ["draw_barriers"]
+__all__ = ["draw_barriers", "render_barriers"]
 
 Floats = NDArray[np.float64]
 
@@ -128,14 +129,14 @@ def _pairs(table: Table) -> list[tuple[object, object]]:
     return list(zip(table["a"], table["b"], strict=True))
 
 
-def _read(table: Table, names: Sequence[str]) -> list[_Square]:
+def _read(table: Table, names: Sequence[str], values: str = "barrier") -> list[_Square]:
     index = {name: k for k, name in enumerate(names)}
     squares = []
     for split in table.unique("split"):
         rows = table.where("split", split)
         heights = np.full((len(names), len(names)), np.nan)
         np.fill_diagonal(heights, 0.0)
-        for (a, b), height in zip(_pairs(rows), rows.floats("barrier"), strict=True):
+        for (a, b), height in zip(_pairs(rows), rows.floats(values), strict=True):
             i, j = index[str(a)], index[str(b)]
             heights[i, j] = heights[j, i] = height
         squares.append(_Square(str(split), heights))
@@ -288,3 +289,68 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
     if shared:
         notes.append(f"Checkpoints {shared}")
     return notes
+
+
+def render_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = False) -> str:
+    """Renders the matrix of all pairs of checkpoints as an interactive page.
+
+    Args:
+        run: The run.
+        title: The title of the page.
+        log: Whether the colour scale is logarithmic at first.
+
+    Returns:
+        The page.
+    """
+    names = [str(name) for name in run.table.unique("a", "b")]
+    labels, shared = distinct_names(run.checkpoint_labels or names)
+    quantities = {
+        "barrier": f"barrier{loss_name([run])}",
+        "distance": "distance ‖B − A‖",
+    }
+    pairs = [[f"{escape(a)} and {escape(b)}" for a in labels] for b in labels]
+    at = list(range(len(names)))
+    columns = {"barrier": "barrier_stderr", "distance": ""}
+    items = []
+    for quantity, errors in columns.items():
+        more = _read(run.table, names, errors) if errors else []
+        alphas = _read(run.table, names, "alpha")
+        for k, square in enumerate(_read(run.table, names, quantity)):
+            values = square.heights.copy()
+            np.fill_diagonal(values, np.nan)
+            hover = [(quantities[quantity], "z", "error" if more else "")]
+            said: dict[str, list[list[float]]] = {}
+            if more:
+                said = {"error": more[k].heights.tolist(), "alpha": alphas[k].heights.tolist()}
+                hover.append(("α of the barrier", "alpha", ""))
+            trace = {
+                "type": "heatmap",
+                "x": at,
+                "y": at,
+                "z": values.tolist(),
+                "coloraxis": "coloraxis",
+                "hoverongaps": False,
+                "xgap": 1,
+                "ygap": 1,
+            }
+            tags = {"quantity": quantity, "split": square.split}
+            items.append(Item(trace, tags, hover, said, pairs, counted=False))
+    layout = layout_2d("")
+    ticks = {"tickvals": at, "ticktext": [escape(label) for label in labels]}
+    layout["xaxis"] |= ticks
+    layout["yaxis"] |= {**ticks, "autorange": "reversed", "scaleanchor": "x"}
+    positions = np.linspace(0, 1, 33)
+    stops = [(float(p), to_hex(c)) for p, c in zip(positions, _COLOURS(positions), strict=True)]
+    view = View(
+        "barriers",
+        items,
+        layout,
+        quantities,
+        scale="colour",
+        logarithmic=[*quantities],
+        single=("quantity", "split"),
+        colours=stops,
+        from_zero=True,
+        notes=[f"Checkpoints {shared}"] if shared else (),
+    )
+    return render_page([view], title=title, log=log)

@@ -20,8 +20,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
+from losscli.plotting.html import render_page, table_view
 from losscli.plotting.lines import Series, draw_panel
-from losscli.plotting.spectra import Row, spectra_rows
+from losscli.plotting.spectra import Row, matrix_name, spectra_rows
 from losscli.plotting.style import (
     DASHES,
     INK,
@@ -54,7 +55,7 @@ from losscli.results import Run
 from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
 
-__all__ = ["draw_check"]
+__all__ = ["draw_check", "render_check"]
 
 Floats = NDArray[np.float64]
 Group = list[tuple[Artist, str]]
@@ -62,6 +63,7 @@ Group = list[tuple[Artist, str]]
 _COLOUR = PALETTE[0]
 _SHADE = "#f1f1f1"
 _GRADIENT, _LOW, _HIGH = "gradient norm", "λₘᵢₙ", "λₘₐₓ"
+_DECADES = 7  # of the logarithmic axis of a spectral density, far below are tails of Gaussians
 _FEW = 40  # up to this many values have individual marks
 _LOG_LOSS_RATIO = 1e3  # above this ratio of highest to lowest loss the axis is logarithmic
 _LOG_HIGH_RATIO = 10.0  # the same for largest eigenvalue to its median over checkpoints
@@ -755,3 +757,64 @@ def _draw_escape(
     if escape.lowest < 0 and math.isfinite(escape.start):
         notes.append("Along this direction the loss never falls below that of the checkpoint.")
     return notes
+
+
+# --- As a page -----------------------------------------------------------------------------------
+
+
+def render_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) -> str:
+    """Renders the numbers of each checkpoint, its eigenvalues and the escape as a page.
+
+    Args:
+        run: The run.
+        title: The title of the page.
+        log: Whether the scale of the loss is logarithmic at first.
+
+    Returns:
+        The page.
+    """
+    loss = f"loss{loss_name([run])}"
+    quantities = {
+        "loss": loss,
+        "gradient_norm": "gradient norm ‖∇L‖",
+        "lambda_max": f"largest eigenvalue {_HIGH}",
+        "lambda_min": f"smallest eigenvalue {_LOW}",
+        "minimal_ratio": "share of positive eigenvalues",
+        "negative": "share of negative eigenvalues",
+        "undecided": "share of undecided eigenvalues",
+        "trace": f"trace of the {matrix_name(run)}",
+    }
+    positive = ("loss", "gradient_norm", "lambda_max", "trace")
+    views = [
+        table_view(
+            "checkpoints", [("", run.table)], "checkpoint", quantities, logarithmic=positive,
+            notes=[_criteria_note(run)],
+        )
+    ]  # fmt: skip
+    if "spectrum" in run.more:
+        values = {"eigenvalue": "eigenvalue λ of the Hessian"}
+        views.append(
+            table_view(
+                "eigenvalues", [("", run.more["spectrum"])], "", values, logarithmic=[*values],
+                x_label="rank of the computed eigenvalue",
+            )
+        )  # fmt: skip
+    if "density" in run.more:
+        density = {"density": "spectral density"}
+        label = f"eigenvalue λ of the {matrix_name(run)}"
+        views.append(
+            table_view(
+                "spectral density", [("", run.more["density"])], "lambda", density, x_label=label,
+                logarithmic=[*density], decades=_DECADES,
+            )
+        )  # fmt: skip
+    if "curvature" in run.more:
+        names = ("lambda_max", "trace", "gradient_norm")
+        of_blocks = {name: quantities[name] for name in names}
+        blocks = [("", run.more["curvature"])]
+        views.append(table_view("blocks", blocks, "block", of_blocks, logarithmic=names))
+    if "escape" in run.more:
+        escape = [("", run.more["escape"])]
+        label = "distance along the most negative curvature"
+        views.append(table_view("escape", escape, "distance", {"loss": loss}, x_label=label))
+    return render_page(views, title=title, log=log)

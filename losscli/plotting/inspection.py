@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from losscli.errors import UsageError
+from losscli.plotting.html import Item, View, escape, layout_2d, render_page
 from losscli.plotting.layerwise import block_colours
 from losscli.plotting.style import (
     INCH,
@@ -40,7 +41,7 @@ from losscli.plotting.style import (
 from losscli.results import Run
 from losscli.summaries import InspectionSummary
 
-__all__ = ["draw_inspection"]
+__all__ = ["draw_inspection", "render_inspection"]
 
 _MOST_BARS = 60
 _NAME = 190.0  # points, maximum width of a name
@@ -101,10 +102,7 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
         UsageError: The checkpoint has several state dicts.
     """
     del log
-    if "key" in run.table.columns:
-        raise UsageError(
-            "a checkpoint of several state dicts is not drawn", "Choose one with FILE#KEY"
-        )
+    _refuse_several(run)
     two = "distance" in run.table.columns
     tensors = _read(run, two=two)
     bars = _group(tensors)
@@ -142,6 +140,13 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
         panel = axes.get_position()
         names.set_x((0.02 - panel.x0) / panel.width)
     return figure
+
+
+def _refuse_several(run: Run[InspectionSummary]) -> None:
+    if "key" in run.table.columns:
+        raise UsageError(
+            "a checkpoint of several state dicts is not drawn", "Choose one with FILE#KEY"
+        )
 
 
 def _read(run: Run[InspectionSummary], *, two: bool) -> list[_Bar]:
@@ -293,3 +298,50 @@ def _write_names(axes: Axes, names: Sequence[str]) -> Text:
         width = room - text_width(figure, before) - 18
         texts.append(before + shorten(figure, name, width))
     return axes.set_title("      ".join(texts), loc="left", fontsize=SMALL, pad=8)
+
+
+def render_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool = False) -> str:
+    """Renders the numbers of each tensor as an interactive page.
+
+    Args:
+        run: The run.
+        title: The title of the page.
+        log: Whether the scale is logarithmic at first.
+
+    Returns:
+        The page.
+
+    Raises:
+        UsageError: The checkpoint has several state dicts.
+    """
+    _refuse_several(run)
+    names = [str(name) for name in run.table["tensor"]]
+    modules = list(dict.fromkeys(map(_module, names)))
+    colours = dict(zip(modules, block_colours(len(modules)), strict=True))
+    labels = {
+        "distance": "distance ‖B − A‖",
+        "cosine": "cosine of A and B",
+        "norm": "norm of A" if "norm_b" in run.table.columns else "norm",
+        "norm_b": "norm of B",
+        "values": "number of values",
+    }
+    quantities = {column: label for column, label in labels.items() if column in run.table.columns}
+    about = {"shape": list(run.table["shape"]), "dtype": list(run.table["dtype"])}
+    items = []
+    for column, label in quantities.items():
+        trace = {
+            "type": "bar",
+            "x": [escape(name) for name in names],
+            "y": run.table.floats(column),
+            "marker": {"color": [colours[_module(name)] for name in names]},
+            "showlegend": False,
+        }
+        hover = [("tensor", "x", ""), (label, "y", ""), *((name, name, "") for name in about)]
+        said = {name: [escape(str(cell)) for cell in cells] for name, cells in about.items()}
+        items.append(Item(trace, {"quantity": column}, hover, said, counted=False))
+    layout = layout_2d("")
+    layout["xaxis"] |= {"type": "category"}
+    positive = [column for column in quantities if column != "cosine"]
+    checkpoints = " and ".join(checkpoint_names(run))
+    view = View("tensors", items, layout, quantities, logarithmic=positive, notes=[checkpoints])
+    return render_page([view], title=title, log=log)

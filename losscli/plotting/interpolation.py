@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch, Patch
 from matplotlib.ticker import MaxNLocator
 
-from losscli.plotting.layerwise import draw_layerwise
+from losscli.plotting.html import View, render_page, table_view
+from losscli.plotting.layerwise import BLOCK_ALPHA, block_colours, draw_layerwise
 from losscli.plotting.line_axis import (
     LINE,
     alpha_range,
@@ -48,9 +49,11 @@ from losscli.plotting.style import (
 )
 from losscli.results import Run
 from losscli.summaries import LineSummary
+from losscli.table import Table
 
-__all__ = ["draw_interpolation"]
+__all__ = ["draw_interpolation", "render_interpolation"]
 
+_ALPHA = "α:  θ(α) = A + α (B − A)"
 _MOST_MARKS = 12  # maximum number of marked local minima and maxima
 _DERIVATIVES = {"slope": "dL/dα", "curvature": "d²L/dα²"}
 _OVERVIEW_HEIGHT = 1.5  # inches, of the panel of the whole line above a part of it
@@ -111,7 +114,7 @@ def draw_interpolation(
             notes += draw_panel(axes, series, metric, log=wide)
             label = shorten(figure, plain(metric), 88, 10)
             axes.set_ylabel(f"{label}\nlog scale" if wide else label)
-        panels[-1].set_xlabel("α:  θ(α) = A + α (B − A)")
+        panels[-1].set_xlabel(_ALPHA)
         others = [extrema]
         if overview:
             more = _draw_whole(overview, whole, panels[0].get_xlim(), log=log)
@@ -136,6 +139,44 @@ def draw_interpolation(
             round_positions(figure)
             _connect(overview, panels[0])
     return figure
+
+
+def render_interpolation(
+    runs: Sequence[Run[LineSummary]], *, title: str = "", log: bool = False
+) -> str:
+    """Renders losses and metrics over the line as an interactive page.
+
+    Args:
+        runs: The runs.
+        title: The title of the page.
+        log: Whether the scale of the loss is logarithmic at first.
+
+    Returns:
+        The page.
+    """
+    quantities = {"loss": f"loss{loss_name(runs)}"}
+    quantities |= {name: f"{name} {label}" for name, label in _DERIVATIVES.items()}
+    quantities |= {metric: metric for run in runs for metric in run.table.metrics}
+    ends = {
+        alpha: f"{letter}  {name}".strip()
+        for alpha, letter, name in zip((0.0, 1.0), "AB", end_names(runs), strict=True)
+    }
+
+    def view(name: str, tables: Sequence[tuple[str, Table]], **options: Any) -> View:
+        options = {"x_label": _ALPHA, "short": "α", "marks": ends, **options}
+        positive = [q for q in quantities if q not in _DERIVATIVES]
+        return table_view(name, tables, "alpha", quantities, logarithmic=positive, **options)
+
+    views = [
+        view("line", list(zip(run_names(runs), (run.table for run in runs), strict=True))),
+    ]
+    more = runs[0].more if len(runs) == 1 else {}
+    if "context" in more:
+        views.append(view("whole line", [("", more["context"])]))
+    if "blocks" in more:
+        blocks = {"x_label": BLOCK_ALPHA, "colours": block_colours}
+        views.append(view("each block alone", [("", more["blocks"])], **blocks))
+    return render_page(views, title=title, log=log)
 
 
 def _is_wide(series: Sequence[Series], column: str) -> bool:

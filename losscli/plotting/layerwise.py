@@ -43,8 +43,9 @@ from losscli.plotting.style import (
 from losscli.results import Run
 from losscli.summaries import LineSummary
 
-__all__ = ["block_colours", "draw_layerwise"]
+__all__ = ["BLOCK_ALPHA", "block_colours", "draw_layerwise"]
 
+BLOCK_ALPHA = "α:  θ(α) = A + α (B − A) for all blocks, or for one with the others at A"
 _MOST_NAMES = 16  # maximum number of blocks in the legend
 _NAME = 118.0  # points, maximum width of a name
 _ROW = 0.192  # inches, height of a row of the legend
@@ -110,9 +111,7 @@ def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False)
         if len(names) > _MOST_NAMES:
             order = "from dark to light in the order of the model"
             notes.append(f"{len(names)} blocks {order}; the legend names {_MOST_NAMES} of them")
-        panels[-1].set_xlabel(
-            "α:  θ(α) = A + α (B − A) for all blocks, or for one with the others at A"
-        )
+        panels[-1].set_xlabel(BLOCK_ALPHA)
         figure.align_ylabels(panels)
         _name_blocks(figure, names, curves)
         if len(names) > _MOST_BANDS:

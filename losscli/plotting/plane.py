@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from losscli.plotting.html import contours_and_surface, path_items, render_page
 from losscli.plotting.style import (
     INCH,
     INK,
@@ -61,7 +62,7 @@ from losscli.results import Run
 from losscli.summaries import PlaneAxis, PlaneSummary
 from losscli.table import Table
 
-__all__ = ["draw_plane"]
+__all__ = ["draw_plane", "render_plane"]
 
 Floats = NDArray[np.float64]
 
@@ -125,8 +126,7 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
         kind, surface = run.summary.get("plane", ""), run.summary.get("surface", False)
         joined = kind == "pca" or len(marks.names) > _FEW
         view = _ranges(grids)
-        ratio = (view[1][1] - view[1][0]) / (view[0][1] - view[0][0])
-        equal = kind == "points" or 1 / _LONGEST <= ratio <= _LONGEST
+        ratio, equal = _shape(view, kind)
 
         figure, cells = _new_figure(len(grids), ratio if equal else 1.0, surface=surface)
         labels, short = _labels(run, kind)
@@ -192,8 +192,8 @@ def _new_figure(panels: int, ratio: float, *, surface: bool) -> tuple[Figure, Gr
     return figure, figure.add_gridspec(rows, max(columns, 1))
 
 
-def _read(table: Table) -> list[Grid]:
-    """Returns a grid for each split; the rows may be in any order."""
+def _read(table: Table, values: str = "loss") -> list[Grid]:
+    """Returns a grid of a column for each split; the rows may be in any order."""
     axes = [sorted({v for v in table.floats(c) if abs(v) < LARGEST}) for c in ("x", "y")]
     index = [{value: k for k, value in enumerate(values)} for values in axes]
     x, y = np.meshgrid(*axes, indexing="ij")
@@ -201,7 +201,7 @@ def _read(table: Table) -> list[Grid]:
     for split in table.unique("split") if x.size else ():
         loss = np.full(x.shape, np.nan)
         rows = table.where("split", split)
-        for a, b, value in zip(*map(rows.floats, ("x", "y", "loss")), strict=True):
+        for a, b, value in zip(*map(rows.floats, ("x", "y", values)), strict=True):
             if a in index[0] and b in index[1]:
                 loss[index[0][a], index[1][b]] = value
         grids.append(Grid(str(split), x, y, loss))
@@ -213,6 +213,12 @@ def _ranges(grids: Sequence[Grid]) -> tuple[tuple[float, float], tuple[float, fl
     if not grids:
         return (0.0, 1.0), (0.0, 1.0)
     return extent(grids[0].x), extent(grids[0].y)
+
+
+def _shape(view: Sequence[tuple[float, float]], kind: str) -> tuple[float, bool]:
+    """Returns the height of a plane relative to its width, and whether its scales are equal."""
+    ratio = (view[1][1] - view[1][0]) / (view[0][1] - view[0][0])
+    return ratio, kind == "points" or 1 / _LONGEST <= ratio <= _LONGEST
 
 
 def _frame(axes: Axes, view: Sequence[tuple[float, float]], *, equal: bool) -> None:
@@ -352,3 +358,42 @@ def _checkpoint_notes(
 
 def _loss(value: float) -> str:
     return format_number(float(value)) if math.isfinite(value) else "not finite"
+
+
+def render_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) -> str:
+    """Renders the loss on a plane as an interactive page, with each checkpoint at its own loss.
+
+    Args:
+        run: The run.
+        title: The title of the page.
+        log: Whether the scale of the loss is logarithmic at first.
+
+    Returns:
+        The page.
+    """
+    marks = _Checkpoints.read(run.more.get("path", _NO_CHECKPOINTS))
+    kind = run.summary.get("plane", "")
+    columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
+    grids = {column: _read(run.table, column) for column in columns}
+    labels, short = _labels(run, kind)
+    steps = list(range(1, len(marks.names) + 1))
+    items = path_items(
+        (marks.x.tolist(), marks.y.tolist()),
+        {split: loss.tolist() for split, loss in marks.losses.items()},
+        marks.names,
+        labels=short,
+        at=steps,
+        joined=kind == "pca" or len(steps) > _FEW,
+        more={"off_plane": ("distance from the plane", marks.off.tolist())},
+    )
+    views = contours_and_surface(
+        grids,
+        items,
+        {"loss": f"loss{loss_name([run])}", **{metric: metric for metric in run.table.metrics}},
+        labels=labels,
+        short=short,
+        equal=_shape(_ranges(grids["loss"]), kind)[1],
+        slider=marks.names if len(steps) > 1 else (),
+        notes=["Each dot has the colour of its checkpoint's own loss."] if steps else [],
+    )
+    return render_page(views, title=title, log=log)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from losscli.plotting.html import View, render_page, table_view
 from losscli.plotting.style import (
     DASHES,
     IN_ORDER,
@@ -48,7 +49,7 @@ from losscli.results import Run
 from losscli.summaries import SharpnessSummary
 from losscli.table import Table
 
-__all__ = ["draw_sharpness"]
+__all__ = ["draw_sharpness", "render_sharpness"]
 
 Floats = NDArray[np.float64]
 Group = list[tuple[Artist, str]]
@@ -58,6 +59,10 @@ _HEIGHTS = (2.5, 1.9, 1.9)  # inches, of the panels
 # The marks and names of the measures.
 _MARKS = {"worst": "^", "sam": "o", "average": "s"}
 _MARK = "D"  # of critical sharpness
+_CRITICAL = {
+    "critical_sharpness": "critical sharpness λ_c = 2/η_c",
+    "critical_step": "critical step η_c",
+}
 _NAMES = {"worst": "worst-case, at least", "sam": "SAM", "average": "average"}
 
 
@@ -353,3 +358,52 @@ def _legend(
         ],
         measures,
     ]
+
+
+# --- As a page -----------------------------------------------------------------------------------
+
+
+def render_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool = False) -> str:
+    """Renders sharpness over ρ and over checkpoints as an interactive page.
+
+    Args:
+        run: The run.
+        title: The title of the page.
+        log: Whether the scale is logarithmic at first.
+
+    Returns:
+        The page.
+    """
+    names = [str(name) for name in run.table.unique("checkpoint")]
+    labels = dict(zip(names, _labels(run, names), strict=True))
+    if len(set(labels.values())) < len(names):
+        # Equal labels would join the curves of different checkpoints.
+        labels = dict(zip(names, names, strict=True))
+    rows = [
+        record | {"checkpoint": labels[str(record["checkpoint"])]} for record in run.table.records()
+    ]
+    table = Table.build(run.table.columns, [list(row.values()) for row in rows])
+    # The step does not depend on ρ.
+    columns = ["checkpoint", "split", *_CRITICAL]
+    of_first = table.where("rho", table.unique("rho")[0]) if rows else table
+    critical = Table.build(columns, zip(*(of_first[column] for column in columns), strict=True))
+    measures = {column: f"sharpness: {name}" for column, name in _NAMES.items()}
+    notes = _explanations(run.summary)
+
+    def view(name: str, x: str, x_label: str = "") -> View:
+        return table_view(
+            name, [("", table)], x, measures, x_label=x_label, notes=notes, logarithmic=[*measures]
+        )
+
+    views = [
+        view("over ρ", "rho", "radius ρ"),
+        view("over checkpoints", "checkpoint"),
+        table_view(
+            "critical sharpness",
+            [("", critical)],
+            "checkpoint",
+            _CRITICAL,
+            logarithmic=[*_CRITICAL],
+        ),
+    ]
+    return render_page(views, title=title, log=log)

@@ -39,7 +39,7 @@ from losscli.results import Run
 from losscli.summaries import CheckSummary, Density
 from losscli.table import Table
 
-__all__ = ["Row", "spectra_rows"]
+__all__ = ["Row", "matrix_name", "spectra_rows"]
 
 Floats = NDArray[np.float64]
 Drawn = tuple[list[str], list[tuple[Artist, str]]]
@@ -103,7 +103,8 @@ def spectra_rows(
         yield Row(height, lambda *place: draw(run, blocks, names, splits, *place))
 
 
-def _matrix(run: Run[CheckSummary]) -> str:
+def matrix_name(run: Run[CheckSummary]) -> str:
+    """Returns the name of the matrix of a density, of traces and of blocks."""
     return _MATRICES.get(run.summary.get("operator") or "", "Hessian")
 
 
@@ -174,7 +175,7 @@ def _draw_densities(
             axes.plot(outliers, heights * 1.5, ls="none", zorder=4, **style)
             marked = marked or bool(outliers.size)
             widths.append(curve.about.get("sigma", math.nan))
-        axes.set_xlabel(f"eigenvalue λ of the {_matrix(run)}")
+        axes.set_xlabel(f"eigenvalue λ of the {matrix_name(run)}")
         title = plain(split) if several else ""
         axes.set_title(shorten(figure, title, 200, 10), loc="left", fontsize=10)
         if not i:
@@ -266,7 +267,7 @@ def _draw_blocks(
             axes.set_ylim(len(blocks) - 0.5, -0.5)
         else:
             axes.tick_params(axis="y", labelleft=False)
-    return [f"Blocks: diagonal blocks of the {_matrix(run)}, in the order of the model."], []
+    return [f"Blocks: diagonal blocks of the {matrix_name(run)}, in the order of the model."], []
 
 
 def _draw_block_curves(
@@ -305,7 +306,7 @@ def _draw_block_curves(
         axes.set_title(label + f", {how}" * bool(how), loc="left", fontsize=SMALL)
         scale_checkpoints(axes, numbers, under)
         axes.set_xlabel(axes.get_xlabel(), fontsize=SMALL)
-    which = f"diagonal blocks of the {_matrix(run)} on {plain(splits[0])}"
+    which = f"diagonal blocks of the {matrix_name(run)} on {plain(splits[0])}"
     notes = [f"Blocks: {which}, from dark to light in the order of the model."]
     if len(blocks) > _MOST_NAMES:
         notes.append(f"The legend names {_MOST_NAMES} of the {len(blocks)} blocks.")

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -47,6 +47,7 @@ __all__ = [
     "Scale",
     "add_colour_bar",
     "add_surface_axes",
+    "colour_stops",
     "draw_contours",
     "draw_dots",
     "draw_path",
@@ -78,6 +79,12 @@ _LIGHT = np.array([-0.35, -0.45, 0.82])
 # Viridis is perceptually uniform, also in greyscale and for colour-blind readers. A little white
 # keeps lines and dots visible on its darkest end.
 _COLOURS = ListedColormap(0.12 + 0.88 * mpl.colormaps["viridis"](np.linspace(0.05, 1, 256))[:, :3])
+
+
+def colour_stops() -> list[tuple[float, str]]:
+    """Returns the colours of losses from the lowest to the highest, at positions in [0, 1]."""
+    positions = np.linspace(0, 1, 33)
+    return [(float(p), to_hex(c)) for p, c in zip(positions, _COLOURS(positions), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -15,6 +15,19 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from losscli.plotting.html import (
+    Item,
+    View,
+    contours_and_surface,
+    curve,
+    ends,
+    escape,
+    layout_2d,
+    path_items,
+    render_page,
+    ring,
+    table_view,
+)
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
@@ -58,7 +71,7 @@ from losscli.results import Run
 from losscli.summaries import TrajectorySummary
 from losscli.table import Table
 
-__all__ = ["draw_trajectory"]
+__all__ = ["draw_trajectory", "render_trajectory"]
 
 Floats = NDArray[np.float64]
 
@@ -315,8 +328,10 @@ def _scale_residual(axes: Axes, values: Sequence[Floats]) -> None:
 # --- With a surface ------------------------------------------------------------------------------
 
 
-def _read_surfaces(table: Table, splits: Sequence[str]) -> tuple[list[Grid], list[str]]:
-    """Reads the table ``surface`` as grids over projection and residual.
+def _read_surfaces(
+    table: Table, splits: Sequence[str], values: str = "loss"
+) -> tuple[list[Grid], list[str]]:
+    """Reads a column of the table ``surface`` as grids over projection and residual.
 
     Returns:
         A grid for each split, or none if there are too few points for a surface; and notes.
@@ -345,7 +360,7 @@ def _read_surfaces(table: Table, splits: Sequence[str]) -> tuple[list[Grid], lis
     row = {step_at[p]: i for i, p in enumerate(sorted(step_at))}
     column = {r: j for j, r in enumerate(residuals)}
     losses = {split: np.full(x.shape, np.nan) for split in splits}
-    cells = (table["step"], table.floats("residual"), table["split"], table.floats("loss"))
+    cells = (table["step"], table.floats("residual"), table["split"], table.floats(values))
     for at, residual, split, loss in zip(*cells, strict=True):
         if split in losses and at in row and residual in column:
             losses[str(split)][row[int(at)], column[float(residual)]] = loss
@@ -428,3 +443,123 @@ def _draw_surfaces(
     for panel, contours in zip(panels[::2], lines, strict=True):
         label_contours(panel, contours, path.projection, path.residual)
     return figure
+
+
+# --- As a page -----------------------------------------------------------------------------------
+
+
+def render_trajectory(
+    runs: Sequence[Run[TrajectorySummary]], *, title: str = "", log: bool = False
+) -> str:
+    """Renders the paths of one or several runs as an interactive page.
+
+    Args:
+        runs: The runs; the table ``surface`` is shown of a single run.
+        title: The title of the page.
+        log: Whether the scale of the loss is logarithmic at first.
+
+    Returns:
+        The page.
+    """
+    paths = [_Path.read(run.table) for run in runs]
+    loss = f"loss{loss_name(runs)}"
+    quantities = {"loss": loss, **{m: m for run in runs for m in run.table.metrics}}
+    tables = list(zip(run_names(runs), (run.table for run in runs), strict=True))
+    losses = table_view("loss", tables, "step", quantities, logarithmic=[*quantities])
+    views = [*_surface_views(runs, paths[0], loss, losses.slider)]
+    views += [_residual_view(runs, paths, losses.slider), losses]
+    return render_page(views, title=title, log=log)
+
+
+def _surface_views(
+    runs: Sequence[Run[TrajectorySummary]], path: _Path, loss: str, slider: Sequence[str]
+) -> list[View]:
+    """Returns the views of the table ``surface`` of a single run."""
+    run = runs[0]
+    if len(runs) > 1 or "surface" not in run.more:
+        return []
+    table = run.more["surface"]
+    splits = [str(split) for split in run.table.unique("split")]
+    columns = [c for c in ("loss", "loss_stderr") if c in table.columns]
+    grids = {column: _read_surfaces(table, splits, column) for column in columns}
+    surfaces, notes = grids["loss"]
+    if not surfaces:
+        return []
+    labels = _PROJECTION, _RESIDUAL
+    short = "projection p", "residual r"
+    items = path_items(
+        (path.projection.tolist(), path.residual.tolist()),
+        {split: path.losses(run.table, split, "loss").tolist() for split in splits},
+        _step_names(run, path),
+        labels=short,
+        at=_slider_positions(run, path),
+        errors={split: path.losses(run.table, split, "loss_stderr").tolist() for split in splits},
+    )
+    return contours_and_surface(
+        {column: found for column, (found, _) in grids.items()},
+        items,
+        {"loss": loss},
+        labels=labels,
+        short=short,
+        slider=slider,
+        notes=[*notes, _TURNS],
+    )
+
+
+def _residual_view(
+    runs: Sequence[Run[TrajectorySummary]], paths: Sequence[_Path], slider: Sequence[str]
+) -> View:
+    """Returns the view of the residuals over the projection."""
+    labels = "projection p", "residual r"
+    names = run_names(runs)
+    items: list[Item] = []
+    for run in runs:
+        for projection, residual in _walks(run.more["walk"]) if "walk" in run.more else ():
+            walk = curve(
+                projection.tolist(),
+                residual.tolist(),
+                name="random walk with the same step lengths",
+                colour=_WALK,
+                tags={"quantity": "residual"},
+                labels=labels,
+                width=0.8,
+                dots=False,
+            )
+            # One entry in the legend, which shows and hides all.
+            shared = {"legendgroup": "walks", "showlegend": not items}
+            items.append(replace(walk, trace={**walk.trace, **shared}))
+    colours = run_colours(len(runs)) if len(runs) > 1 else [PATH]
+    for run, path, name, colour in zip(runs, paths, names, colours, strict=True):
+        item = curve(
+            path.projection.tolist(),
+            path.residual.tolist(),
+            name=name,
+            colour=colour,
+            tags={"quantity": "residual"} | ({"run": name} if len(runs) > 1 else {}),
+            labels=labels,
+            dots=True,
+            names=[escape(name) for name in _step_names(run, path)],
+        )
+        items += [item, *ends(item, _step_names(run, path))]
+        items.append(ring(item, _slider_positions(run, path)))
+    return View(
+        "projection and residual",
+        items,
+        layout_2d(_PROJECTION),
+        {"residual": _RESIDUAL},
+        logarithmic=(),
+        slider=slider,
+        notes=(_TURNS,),
+    )
+
+
+def _step_names(run: Run[TrajectorySummary], path: _Path) -> list[str]:
+    """Returns the checkpoint of each step."""
+    names = dict(zip(run.table["step"], run.table["checkpoint"], strict=True))
+    return [str(names[step]) for step in path.steps]
+
+
+def _slider_positions(run: Run[TrajectorySummary], path: _Path) -> list[int]:
+    """Returns the position of each step on the slider over all steps of the run."""
+    order = sorted({int(step or 0) for step in run.table["step"]})
+    return [order.index(step) + 1 for step in path.steps]

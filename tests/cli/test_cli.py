@@ -113,7 +113,7 @@ def test_pictures_by_name_come_instead_of_the_png(losscli: Losscli, folder: Path
     assert "y.png" not in files(folder)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".html"])
 def test_plot_draws_the_same_bytes_again(losscli: Losscli, folder: Path, suffix: str) -> None:
     losscli("interpolate", "a.pt", "b.pt", "-o", "x", "--figure", f"x{suffix}", "--log")
     before = Path(f"x{suffix}").read_bytes()
@@ -233,7 +233,7 @@ def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None
         (["interpolate", "a.pt", "b.pt", "--range", "1", "0"], 2, "reversed"),
         (["interpolate", "a.pt", "b.pt", "--points", "0"], 2, "nothing to evaluate"),
         (["interpolate", "a.pt", "b.pt", "--dtype", "int8"], 2, "float32"),
-        (["interpolate", "a.pt", "b.pt", "--figure", "x.gif"], 2, ".png, .svg, .pdf"),
+        (["interpolate", "a.pt", "b.pt", "--figure", "x.gif"], 2, ".png, .svg, .pdf, .html"),
         (["interpolate", "a.pt", "b.pt", "--figure", "x.png", "--no-figure"], 2, "contradict"),
         (["interpolate", "a.pt", "b.pt", "-o", "-", "--json"], 2, "no place"),
         (["interpolate", "a.pt", "b.pt", "-o", ""], 2, "is a folder"),
@@ -510,6 +510,7 @@ def test_numbers_with_a_comma_between_them_are_told_of(
     [
         ("line.png", [], {"line.csv", "line.json", "line.png"}),
         ("line.pdf", [], {"line.csv", "line.json", "line.pdf"}),
+        ("line.html", [], {"line.csv", "line.json", "line.html"}),
         ("line.SVG", [], {"line.csv", "line.json", "line.SVG"}),
         ("line.csv", [], {"line.csv", "line.json", "line.png"}),
         ("line.svg", ["--no-figure"], {"line.csv", "line.json"}),

@@ -97,7 +97,9 @@ def _check_table(table: Table, expected: TableFormat) -> None:
 def test_the_functions_of_a_command_are_there(name: str) -> None:
     command = COMMANDS[name]
     assert load(command.function) is getattr(library, name)
-    targets = filter(None, (command.cli, command.report, command.drawing, command.summary))
+    targets = filter(
+        None, (command.cli, command.report, command.drawing, command.page, command.summary)
+    )
     assert all(callable(load(target)) for target in targets)
 
 
