@@ -20,7 +20,7 @@ __all__ = ["check_notes", "functions_called"]
 _KINKED = frozenset({
     "abs", "amax", "amin", "clamp", "clip", "hardsigmoid", "hardswish", "hardtanh", "l1_loss",
     "leaky_relu", "max", "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "min", "minimum",
-    "prelu", "relu", "relu6", "relu_", "rrelu", "threshold",
+    "prelu", "relu", "relu6", "rrelu", "threshold",
 })  # fmt: skip
 
 
@@ -101,5 +101,6 @@ class _FunctionRecorder(FunctionMode):
     def intercept(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        self.names.add(getattr(function, "__name__", "").lstrip("_"))
+        # Names of functions that work in place end in an underscore.
+        self.names.add(getattr(function, "__name__", "").strip("_"))
         return function(*args, **kwargs)

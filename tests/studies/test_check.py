@@ -253,6 +253,25 @@ def test_batchnorm_and_kinks_are_told_of(tmp_path: Path) -> None:
     assert "max_pool2d, relu have kinks" in notes
 
 
+class Clamping(nn.Module):
+    """Has a kink in a function that works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).clamp_(0, 1)
+
+
+def test_kinks_of_functions_in_place_are_noted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = save(tmp_path, "a", **Clamping().state_dict())
+    data = {"all": (torch.rand(8, 2), torch.arange(8) % 3)}
+    notes = losscli.check([file], model=Clamping, data=data).summary["notes"]
+    assert any(note.startswith("clamp has kinks") for note in notes)
+
+
 class Attention(nn.Module):
     """Attends over four tokens of three numbers."""
 
