@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -241,6 +242,8 @@ def _slope_at_b(at: Slope, length: float) -> str:
     """Describes whether B is stationary along the line, which does not imply a critical point."""
     slope = at["slope"] / length if length else 0.0
     text = f"{format_number(at['slope'])}, curvature {format_number(at['curvature'])}; "
+    if not math.isfinite(slope):
+        return f"{text}whether B is stationary along the line is not known"
     if abs(slope) <= _STATIONARY:
         return f"{text}stationary along the line, to {_STATIONARY:g} a unit of length"
     verb = "falls" if slope < 0 else "rises"

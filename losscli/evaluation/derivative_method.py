@@ -92,12 +92,12 @@ def choose_method(
             reason = error.what[:_LONGEST_REASON]
         if not reason:
             return method, note
-        if reason.startswith(DETACHED):
-            # What is missing from the graph is missing in both modes.
-            raise ModelError(reason, f"{CURE}, or leave out --derivatives")
         if method is Method.TAYLOR:
             # Not every function of torch is known there; forward mode can do the same and more.
             continue
+        if reason.startswith(DETACHED):
+            # What is missing from the graph is missing in both modes.
+            raise ModelError(reason, f"{CURE}, or leave out --derivatives")
         reasons.setdefault(reason, {})[method.mode] = None
     failures = (f"in {' and '.join(modes)} mode {reason}" for reason, modes in reasons.items())
     raise ModelError(
@@ -245,8 +245,9 @@ def _matches_reverse_mode(
     tolerance = _MODE_TOLERANCE.get(derivatives.objective.dtype, _MODE_TOLERANCE_IN_HALF)
     for forward, reverse in zip(zip(*sums, strict=True), zip(*truth, strict=True), strict=True):
         x, y = (torch.tensor(values, dtype=torch.float64) for values in (forward, reverse))
-        finite = x.isfinite() & y.isfinite()
+        finite = y.isfinite()
         x, y = x[finite], y[finite]
-        if float((x - y).norm()) > tolerance * float(y.norm()):
+        # Also where x is not a number: the comparison is then false.
+        if not float((x - y).norm()) <= tolerance * float(y.norm()):
             return False
     return True

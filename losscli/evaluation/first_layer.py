@@ -292,7 +292,7 @@ def _input_sizes(
     """The root mean square of the input at each weight: ``[in]``, or ``[out, in/groups · k]``."""
     wide = torch.promote_types(inputs.dtype, wide)
     if function is F.linear:
-        rows = inputs.flatten(0, -2)
+        rows = inputs.reshape(-1, inputs.shape[-1])
         norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=wide)
         return norms / math.sqrt(len(rows))
     batched = inputs.ndim == weight.ndim

@@ -29,7 +29,7 @@ _LINEAR = frozenset({
     torch.flatten, torch.mean, torch.permute, torch.reshape, torch.squeeze, torch.sum,
     torch.transpose, torch.unsqueeze, Tensor.__getitem__, Tensor.contiguous, Tensor.flatten,
     Tensor.mean, Tensor.permute, Tensor.reshape, Tensor.squeeze, Tensor.sum, Tensor.transpose,
-    Tensor.unflatten, Tensor.unsqueeze, Tensor.view, F.adaptive_avg_pool2d, F.avg_pool2d, F.pad,
+    Tensor.unflatten, Tensor.unsqueeze, Tensor.view, F.adaptive_avg_pool2d, F.avg_pool2d,
     torch.div, Tensor.div, Tensor.__truediv__,
 })  # fmt: skip
 
@@ -91,7 +91,9 @@ class TaylorTensor(Tensor):
             if func in _RELU:
                 return _relu(func, *args, **kwargs)
             others = tree_flatten((args[1:], kwargs))[0]
-            if func in _LINEAR and not any(isinstance(x, TaylorTensor) for x in others):
+            # A division may round its result, and then it is not linear.
+            linear = func in _LINEAR and "rounding_mode" not in kwargs
+            if linear and not any(isinstance(x, TaylorTensor) for x in others):
                 return _linear(func, args[0], args[1:], kwargs)
             if func in _PRODUCTS and len(args) == 2 and not kwargs:
                 return _product(func, *map(_parts, args))

@@ -121,7 +121,7 @@ class _Measured:
 
     def is_rounded(self) -> bool:
         """Whether rounding may be all of a rise."""
-        return any(0 < abs(value) <= self.gradient.rounding for value in self.values)
+        return any(abs(value) <= self.gradient.rounding for value in self.values)
 
     def summary(self, checkpoint: str) -> SharpnessPoint:
         """Returns what a table has no column for."""

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -145,6 +146,50 @@ def test_taylor_polynomials_agree_with_reverse_mode(case: Case) -> None:
         reverse = along.sums(Method.REVERSE, along.at(alpha), batch)
         np.testing.assert_allclose(alone, reverse, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(shared, reverse, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda h: F.pad(h.tanh()[:, :7], (0, 1), value=0.3),
+        lambda h: F.pad(h[:, :7], (0, 1), value=-math.inf).softmax(-1),
+        lambda h: F.pad(h.tanh()[:, None, :6], (1, 1), mode="circular")[:, 0],
+        lambda h: h.tanh() + torch.div(h, 0.5, rounding_mode="floor") / 10,
+        lambda h: h.tanh() + h.div(0.5, rounding_mode="trunc") / 10,
+    ],
+    ids=["padded", "masked", "circular", "floor", "trunc"],
+)
+def test_taylor_polynomials_of_what_is_linear_only_at_times(
+    middle: Callable[[Tensor], Tensor],
+) -> None:
+    objective, line = ready(stopped.case(middle))
+    along = LineDerivatives(objective, line)
+    for alpha in ALPHAS:
+        taylor, reverse = (
+            along.sums(method, along.at(alpha), objective.splits["all"])
+            for method in (Method.TAYLOR, Method.REVERSE)
+        )
+        assert np.isfinite(reverse).all()
+        np.testing.assert_allclose(taylor, reverse, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("wrong", "compared"), [(1.1, True), (math.nan, True), (1.1, False)])
+def test_a_wrong_polynomial_is_not_taken_and_accuses_no_model(
+    wrong: float, compared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums = LineDerivatives.sums
+
+    def changed(self: LineDerivatives, method: Method, *more: Any) -> tuple[float, float]:
+        slope, curvature = sums(self, method, *more)
+        return (slope * wrong if method is Method.TAYLOR else slope), curvature
+
+    monkeypatch.setattr(LineDerivatives, "sums", changed)
+    if not compared:
+        monkeypatch.setattr(derivative_method, "_matches_reverse_mode", lambda *_: True)
+    objective, line = ready(CASES[0])
+    along = LineDerivatives(objective, line)
+    method, _ = derivative_method.choose_method(along, ALPHAS, objective.splits["all"])
+    assert method is Method.FORWARD
 
 
 @pytest.mark.parametrize(

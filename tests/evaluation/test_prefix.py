@@ -165,6 +165,24 @@ def moving(state: Mapping[str, Tensor], block: str) -> list[str]:
     return [n for n, t in state.items() if n.startswith(block) and t.is_floating_point()]
 
 
+class ByRows(Layers):
+    """Calls the second layer with one example at a time, which has one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__(plain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = torch.relu(self.first(x.flatten(1)))
+        return self.third(torch.stack([self.second(row) for row in early]))
+
+
+@pytest.mark.parametrize("block", ["second", "third"])
+def test_a_first_layer_of_single_examples_is_that_of_a_plain_loop(block: str) -> None:
+    states = two_states(ByRows)
+    given = ByRows, states, moving(states[0], block), *examples(6)
+    torch.testing.assert_close(swept(*given).double(), in_a_plain_loop(*given), rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("between", USERS, ids=lambda f: f.__name__)
 def test_whatever_a_users_code_does_the_losses_are_those_of_a_plain_loop(
