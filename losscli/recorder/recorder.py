@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -102,6 +103,7 @@ class Recorder:
         self._writer = ThreadPoolExecutor(1, "losscli-recorder")
         self._pending: Future[None] | None = None
         self._closed = False
+        self._unlock: Callable[[], object] = lambda: None
         state = copy_state(self._model) if self._is_leader or is_sharded(self._model) else None
 
         def prepare() -> tuple[int, bool]:
@@ -115,12 +117,16 @@ class Recorder:
                 write_config(self._folder, self._model)
             return found
 
-        self._taken, is_new = _decide(prepare)
-        self._saved = self._taken
-        self._due = self._next_due()
-        if initial and is_new:
-            self._save()
-            self._wait()  # so that a folder or model that cannot be saved is an error at once
+        try:
+            self._taken, is_new = _decide(prepare)
+            self._saved = self._taken
+            self._due = self._next_due()
+            if initial and is_new:
+                self._save()
+                self._wait()  # so that a folder or model that cannot be saved is an error at once
+        except BaseException:
+            self._unlock()
+            raise
 
     @property
     def steps_taken(self) -> int:
@@ -165,6 +171,7 @@ class Recorder:
             self._wait()
         finally:
             self._writer.shutdown()
+            self._unlock()
 
     def __enter__(self) -> Self:
         return self
@@ -227,6 +234,29 @@ class Recorder:
                 stale.unlink(missing_ok=True)
         self._stale = []
 
+    def _lock(self) -> None:
+        """Locks the folder until the recorder is closed or the process ends.
+
+        Two runs that start from the same weights would otherwise mix their checkpoints.
+        """
+        try:
+            import fcntl
+        except ImportError:  # on Windows
+            return
+        folder = os.open(self._folder, os.O_RDONLY)
+        self._unlock = weakref.finalize(self, os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            raise OutputError(
+                f"another recorder writes to {self._folder}",
+                "Close that one first, or choose another folder",
+            ) from None
+        except OSError:
+            # Some network file systems have no locks of folders.
+            self._unlock()
+
     def _prepare_folder(self, state: StateDict, start: int | None) -> tuple[int, bool]:
         """Creates the folder, or finds where to continue the record in it.
 
@@ -235,6 +265,7 @@ class Recorder:
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
             for leftover in self._folder.glob(".step-*.tmp"):  # of a process that was killed
                 leftover.unlink()
             files = {

@@ -559,6 +559,17 @@ def test_another_runs_folder_is_refused_and_left_as_it_is() -> None:
     assert content("run") == before
 
 
+def test_two_recorders_do_not_write_to_one_folder() -> None:
+    one, other = network(), network()
+    with losscli.Recorder(one, "run", steps=8, count=4) as recorder:
+        before = content("run")
+        with pytest.raises(OutputError, match="another recorder writes to run"):
+            losscli.Recorder(other, "run", steps=8, count=4)
+        assert content("run") == before
+        train(one, optimizer_of(one), recorder, 8)
+    losscli.Recorder(one, "run", steps=8, count=4).close()
+
+
 def test_after_an_exception_nothing_is_saved_that_may_be_half_a_step() -> None:
     model = network()
     recorder = losscli.Recorder(model, "run", steps=8, count=4)
