@@ -40,7 +40,7 @@ _UNSUPPORTED = {
 }
 _MAX_TERMS = 100
 
-# Initialisations that do not change the base; others move a part of it into the adapter.
+# Initialisations that do not change the base model; others move some of its weights to the adapter.
 _NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 

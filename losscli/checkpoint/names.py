@@ -73,7 +73,7 @@ class StateDict(OrderedDict[str, Tensor]):
 
 @dataclass(frozen=True)
 class Part:
-    """A state dict, or the part of it under a prefix.
+    """A state dict, or its tensors under a prefix.
 
     Attributes:
         prefix: The prefix; empty for the whole state dict, even if all its names share a prefix.

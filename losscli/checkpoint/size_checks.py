@@ -52,7 +52,7 @@ class RepeatedError(SizeError):
 
 
 class AmbiguousError(BrokenPickleError):
-    """Two readers of an archive may read different directories of it."""
+    """An archive in which two readers may read different directories."""
 
 
 class Immutable(type):

@@ -39,7 +39,7 @@ from losscli.studies.notes import (
     storage_notes,
 )
 from losscli.studies.problem import Problem, counted, prepare
-from losscli.studies.verification import check_differentiable, verify_fresh_model, verify_sweep
+from losscli.studies.verification import check_differentiable, verify_fresh_model_near, verify_sweep
 from losscli.summaries import (
     AroundPoint,
     AroundSplit,
@@ -72,9 +72,6 @@ _RANGES: Mapping[Along | None, tuple[float, float]] = {
     "gradient": (-0.5, 0.5),
     "hessian": (-0.5, 0.5),
 }
-
-# Weights beside a point: a model that keeps what it computed from the point shows it there.
-_BESIDE = 1.01
 
 
 @checked(Settings)
@@ -358,9 +355,7 @@ class Around(Study):
                 places = self.problem.places(range(len(self.norms)))
                 derived = self._derivatives.find_all(places, self.problem.names, execution)
             difference = self._verify(derived)
-            verify_fresh_model(
-                self.problem, {**last, **{n: last[n] * _BESIDE for n in self.moving}}
-            )
+            verify_fresh_model_near(self.problem, last, self.moving)
             stays = [
                 *integer_notes(self, last, self.problem.last.weights),
                 *spectral_notes(self),

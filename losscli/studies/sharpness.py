@@ -41,7 +41,7 @@ from losscli.settings import Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.notes import general_notes, spectral_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare
-from losscli.studies.verification import check_differentiable, verify_fresh_model, verify_sweep
+from losscli.studies.verification import check_differentiable, verify_fresh_model_near, verify_sweep
 from losscli.summaries import CostEstimate, Description, SharpnessPoint, SharpnessSummary
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
@@ -52,9 +52,6 @@ __all__ = ["Sharpness", "sharpness"]
 
 _RHO = 0.05
 _SAMPLES = 20
-
-# Weights beside a point: a model that keeps what it computed from the point shows it there.
-_BESIDE = 1.01
 
 # Points at which the sweep is compared with loaded points: enough to share a first layer, which the
 # points of a few ρ do not.
@@ -379,9 +376,7 @@ class Sharpness(Study):
             swept = time.perf_counter()
             last = self.problem.place(self.problem.last.weights)
             check_objective(objective, self.problem.origin, last)
-            verify_fresh_model(
-                self.problem, {**last, **{n: last[n] * _BESIDE for n in self.moving}}
-            )
+            verify_fresh_model_near(self.problem, last, self.moving)
             del last
             statistics = [self._statistics(t) for t, _ in enumerate(names)]
             point = lru_cache(maxsize=1)(partial(self._point, statistics))

@@ -16,7 +16,13 @@ from losscli.studies.problem import Problem
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["FRESH_BYTES", "check_differentiable", "verify_fresh_model", "verify_sweep"]
+__all__ = [
+    "FRESH_BYTES",
+    "check_differentiable",
+    "verify_fresh_model",
+    "verify_fresh_model_near",
+    "verify_sweep",
+]
 
 FRESH_BYTES = 64 << 20
 """Up to this size a second model is built, to compare the first with."""
@@ -30,6 +36,9 @@ _TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e
 # layer before them, and a small cross-entropy moves by as large a share of itself as the scores
 # move, so by some thousand units of rounding in a deep network.
 _TOLERANCE_OF_ESTIMATES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+
+# Factor of the weights at a point near another one.
+_NEAR = 1.01
 
 
 def verify_sweep(
@@ -135,6 +144,22 @@ def verify_fresh_model(problem: Problem, weights: Weights) -> None:
                 f"than one that was never anywhere else ({new:.6g})",
                 "It keeps something from the weights it had before; clear that in eval()",
             )
+
+
+def verify_fresh_model_near(problem: Problem, weights: Weights, moving: Iterable[str]) -> None:
+    """Makes sure that a newly built model has the same loss near a point.
+
+    A model that keeps what it computed from the point itself has another loss there.
+
+    Args:
+        problem: What is evaluated.
+        weights: All tensors of the point.
+        moving: The tensors that move.
+
+    Raises:
+        ModelError: It has another loss.
+    """
+    verify_fresh_model(problem, {**weights, **{n: weights[n] * _NEAR for n in moving}})
 
 
 def check_differentiable(problem: Problem, moving: Iterable[str], option: str) -> None:
