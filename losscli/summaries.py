@@ -126,11 +126,13 @@ class Provenance(_Except, Counts, total=False):
     model: str
     data: str
     loss: str
+    objective: str | None
     metrics: list[str]
     sources: Sources
     seed: int
     limit: int | None
     batch_loss: bool
+    stochastic: int | None
     sampling_error: float | None
     buffers: str
     recalibration: Recalibration | None
@@ -587,6 +589,7 @@ class CheckedPoint(TypedDict, total=False):
     sides: Sides | None
     rounding_measured_on: int
     unverified: str | None
+    loss_seed_stderr: float | None
     lambda_min_converged: bool
     lambda_max_converged: bool
     exact: bool
@@ -641,6 +644,7 @@ class SharpnessPoint(TypedDict, total=False):
     critical_reason: str | None
     gradients: list[int]
     unverified: str | None
+    loss_seed_stderr: float | None
 
 
 class SharpnessSplit(TypedDict, total=False):

@@ -17,17 +17,21 @@ from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, find_base, read
 from losscli.errors import CheckpointError, MismatchError, ModelError, UsageError
 from losscli.evaluation.device import choose_device, describe_device
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.objective_functions import returned_losses
 from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.task_checks import check_task
 from losscli.settings import Buffers, DType, Settings
 from losscli.studies.checkpoints import Checkpoints, is_same
 from losscli.studies.model import build, check_copy
 from losscli.studies.specs import find_specs
-from losscli.studies.task import data_of, loss_of, metrics_of, recalibration_of
+from losscli.studies.task import data_of, loss_of, metrics_of, objective_of, recalibration_of
 from losscli.summaries import CheckpointEntry, Counts, Provenance
 from losscli.weight_space.vectors import Weights, can_move, equal, select_names
 
 __all__ = ["Problem", "counted", "differing_tensors", "prepare"]
+
+
+_MAX_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,12 @@ def prepare(
         entries, first, found_notes = checkpoints.survey(names)
         whole, data_name = data_of(settings, specs.data)
         data = whole.select(settings.split, None, settings.seed)
-        loss, loss_name, loss_source = loss_of(specs.loss, data, model)
+        function = None
+        if specs.objective is None:
+            loss, loss_name, loss_source = loss_of(specs.loss, data, model)
+        else:
+            loss = returned_losses
+            function, loss_name, loss_source = objective_of(specs.objective)
         metrics, metric_names, metric_source = metrics_of(settings, data, loss, model)
         recalibration = recalibration_of(model, whole, data, settings)
     objective = Objective(
@@ -221,6 +230,8 @@ def prepare(
         batch_size=settings.batch_size,
         recalibration=recalibration,
         batch_loss=settings.batch_loss,
+        function=function,
+        seeds=[(settings.seed + k) % (1 << 63) for k in range(settings.stochastic or 0)],
         # Default metrics may be left out if they fail.
         optional=() if settings.metric else metrics,
     )
@@ -233,6 +244,7 @@ def prepare(
         "model": found.text,
         "data": data_name,
         "loss": loss_name,
+        "objective": None if function is None else loss_name,
         "metrics": metric_names,
         "sources": {"loss": loss_source, "metrics": metric_source},
     }
@@ -313,6 +325,7 @@ def _provenance(
         "seed": settings.seed,
         "limit": settings.limit,
         "batch_loss": settings.batch_loss,
+        "stochastic": settings.stochastic,
         "sampling_error": settings.sampling_error,
         "buffers": settings.buffers,
         "recalibration": None
@@ -345,6 +358,21 @@ def _require_precision(model: nn.Module, dtype: str) -> None:
 
 
 def _check(settings: Settings) -> None:
+    if settings.objective is not None and settings.loss is not None:
+        raise UsageError(
+            "--objective computes the loss itself, and --loss has no effect", "Give one of them"
+        )
+    if settings.stochastic is not None:
+        if not 1 <= settings.stochastic <= _MAX_SEEDS:
+            raise UsageError(
+                f"--stochastic {settings.stochastic} is not a number of seeds from 1 to "
+                f"{_MAX_SEEDS:,}",
+                "Give 8",
+            )
+        if settings.sampling_error is not None:
+            raise UsageError(
+                "--sampling-error is not available with --stochastic", "Give one without the other"
+            )
     if settings.batch_loss:
         for option, given in (
             ("--sampling-error", settings.sampling_error is not None),

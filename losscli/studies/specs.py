@@ -52,6 +52,7 @@ class Specs(NamedTuple):
     model: SourcedSpec | None
     data: SourcedSpec | None
     loss: SourcedSpec | None
+    objective: SourcedSpec | None
 
 
 def find_specs(settings: Settings, model: Any, first: CheckpointFile | None) -> Specs:
@@ -66,14 +67,18 @@ def find_specs(settings: Settings, model: Any, first: CheckpointFile | None) -> 
         The specs.
     """
     given = {"model": model, "data": settings.data, "loss": settings.loss}
-    return Specs(**{kind: find(kind, value, first) for kind, value in given.items()})
+    objective = settings.objective
+    return Specs(
+        **{kind: find(kind, value, first) for kind, value in given.items()},
+        objective=None if objective is None else find("objective", objective, None),
+    )
 
 
 def find(kind: str, given: Any, first: CheckpointFile | None) -> SourcedSpec | None:
     """Finds a spec: the option, then the checkpoint's metadata, then the nearest losscli.toml.
 
     Args:
-        kind: ``model``, ``data`` or ``loss``.
+        kind: ``model``, ``data``, ``loss`` or ``objective``.
         given: What the option says; None where it is not given.
         first: The checkpoint that is searched next, if any.
 

@@ -24,6 +24,7 @@ from losscli.evaluation.losses import (
     token_cross_entropy,
 )
 from losscli.evaluation.metrics import METRICS, accuracy
+from losscli.evaluation.objective_functions import MODEL, ObjectiveFunction, returned_losses
 from losscli.evaluation.recalibration import Recalibration, batchnorm_layers
 from losscli.evaluation.targets import class_dim_of
 from losscli.evaluation.torch_losses import from_torch, is_of_torch
@@ -40,7 +41,7 @@ from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
 from losscli.studies.specs import SourcedSpec
 
-__all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
+__all__ = ["data_of", "loss_of", "metrics_of", "objective_of", "recalibration_of"]
 
 _METRIC_OF_TASK = {"classification": "accuracy", "regression": "none", "language": "perplexity"}
 _LOSS_OF_TASK = {
@@ -81,6 +82,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
         "limit": settings.limit,
         "seed": settings.seed,
         "batching": Batching(settings.batch_size) if settings.batch_loss else None,
+        "whole": settings.objective is not None,
     }
     if isinstance(found.value, str):
         data = load(
@@ -161,6 +163,21 @@ def loss_of(
     return loss, text, found.source
 
 
+def objective_of(found: SourcedSpec) -> tuple[ObjectiveFunction, str, str]:
+    """Finds an objective.
+
+    Args:
+        found: The spec of the objective.
+
+    Returns:
+        The function, what it is called, and where it came from.
+    """
+    if isinstance(found.value, str) and found.value == MODEL:
+        return MODEL, found.text, found.source
+    function, text = _per_example(found, {MODEL: returned_losses}, "objective")
+    return function, text, found.source
+
+
 def _require_tensors(data: DataSet) -> None:
     """Checks that the targets are tensors, for which there is a default loss."""
     for name, split in data.splits.items():
@@ -210,6 +227,8 @@ def metrics_of(
     Raises:
         UsageError: Two columns would have one name.
     """
+    if settings.objective is not None and not settings.metric:
+        return {}, [], "default for --objective"
     # Whoever asks for causal_lm means tokens, whatever the data's form.
     function = function_of(loss)
     default = _METRIC_OF_TASK["language" if function is causal_lm else data.task]
