@@ -135,16 +135,29 @@ class ScoredModel(LoadableModel):
         """
         if not self.seeds:
             return self._pass(model, inputs)
-        return Samples(tuple(self._seeded(seed, self._pass, model, inputs) for seed in self.seeds))
+        return Samples(tuple(self._for_each_seed(lambda _: self._pass(model, inputs))))
 
-    def _seeded(self, seed: int, function: Callable[..., T], *args: Any) -> T:
-        """Calls a function after seeding the global generators, which are restored."""
+    def _for_each_seed(self, function: Callable[[int], T], stream: int = 0) -> list[T]:
+        """Calls a function with the index of each seed, and restores the generators.
+
+        Args:
+            function: The function, called with seeded generators.
+            stream: A number that chooses other random numbers for the same seeds.
+
+        Returns:
+            Its results.
+        """
+        results = []
         with RandomnessDetector(self.device):
-            seed_all(seed, self.device)
-            with RandomnessDetector(self.device) as detector:
-                result = function(*args)
-        self.draws |= bool(detector.names)
-        return result
+            for k, seed in enumerate(self.seeds):
+                seed_all(seed ^ stream, self.device)
+                if self.draws:
+                    results.append(function(k))
+                    continue
+                with RandomnessDetector(self.device) as detector:
+                    results.append(function(k))
+                self.draws = bool(detector.names)
+        return results
 
     def _pass(self, model: Callable[..., Any], inputs: Nest) -> Any:
         if self.copies_inputs:
@@ -287,10 +300,14 @@ class ScoredModel(LoadableModel):
         """
         if not isinstance(outputs, Samples):
             return self._values(function, outputs, targets, what).unsqueeze(0)
-        return torch.stack([
-            self._seeded(seed ^ _LOSS_STREAM, self._values, function, own, targets, what)
-            for seed, own in zip(self.seeds, outputs.outputs, strict=True)
-        ])
+        own = outputs.outputs
+
+        def values(k: int) -> Tensor:
+            return self._values(function, own[k], targets, what)
+
+        if is_registered(function) or function is returned_losses:
+            return torch.stack([values(k) for k, _ in enumerate(own)])
+        return torch.stack(self._for_each_seed(values, _LOSS_STREAM))
 
     def _values(self, function: PerExample, outputs: Any, targets: Nest, what: str) -> Tensor:
         examples, targets = length(targets), realise(targets)

@@ -129,10 +129,11 @@ def mean_loss(size: int, point: Tensor) -> Tensor:
 
 def test_derivatives_are_those_of_the_mean_over_seeds(files: list[Path]) -> None:
     def loss(point: Tensor) -> Tensor:
-        return mean_loss(10, point)
+        return mean_loss(N, point)
 
+    given = options(batch_size=N)
     a, b = (torch.cat([t.double().flatten() for t in state(s).values()]) for s in (0, 1))
-    result = losscli.interpolate(*files[:2], points=3, derivatives=True, **options())
+    result = losscli.interpolate(*files[:2], points=3, derivatives=True, **given)
     for row in result.table.records():
         point = a + float(row["alpha"]) * (b - a)  # type: ignore[arg-type]
         slope = torch.autograd.functional.jacobian(loss, point) @ (b - a)
@@ -141,15 +142,15 @@ def test_derivatives_are_those_of_the_mean_over_seeds(files: list[Path]) -> None
         assert row["curvature"] == pytest.approx(float(curvature), rel=1e-8)
     gradient = torch.autograd.functional.jacobian(loss, a)
     values = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, a))
-    checked = losscli.check(files[0], **options())
+    checked = losscli.check(files[0], **given)
     (row,) = checked.table.records()
     assert row["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-9)
     assert row["lambda_min"] == pytest.approx(float(values[0]), rel=1e-8)
     assert row["lambda_max"] == pytest.approx(float(values[-1]), rel=1e-8)
-    found = losses(DRAWS["dropout"], 0.0, 10)
+    found = losses(DRAWS["dropout"], 0.0, N)
     error = statistics.stdev(found) / math.sqrt(SEEDS)
     assert checked.summary["splits"]["t"]["points"][0]["loss_seed_stderr"] == pytest.approx(error)
-    sharp = losscli.sharpness(files[0], rho=0.1, samples=2, **options())
+    sharp = losscli.sharpness(files[0], rho=0.1, samples=2, **given)
     rise = float(loss(a + 0.1 * gradient / gradient.norm()) - loss(a))
     assert sharp.table["sam"][0] == pytest.approx(rise, rel=1e-8)
     assert sharp.summary["splits"]["t"]["points"][0]["loss_seed_stderr"] == pytest.approx(error)
