@@ -338,7 +338,7 @@ def _recalibration_notes(study: Study) -> list[str]:
     training = objective.recalibration
     if training is None:
         return []
-    source = f"from {len(training):,} examples of {training.name}"
+    source = f"from {training.examples:,} examples of {training.name}"
     but = "the checkpoints' losses are not those of their files"
     notes = [f"BatchNorm's statistics are re-estimated at every point, {source}: {but}"]
     if objective.idle:

@@ -332,7 +332,7 @@ def _provenance(
         if recalibration is None
         else {
             "split": recalibration.name,
-            "examples": len(recalibration),
+            "examples": recalibration.examples,
             "batch_size": recalibration.size,
             "layers": len(objective.batchnorm),
         },
@@ -373,15 +373,10 @@ def _check(settings: Settings) -> None:
             raise UsageError(
                 "--sampling-error is not available with --stochastic", "Give one without the other"
             )
-    if settings.batch_loss:
-        for option, given in (
-            ("--sampling-error", settings.sampling_error is not None),
-            ("--buffers recalibrate", settings.buffers == "recalibrate"),
-        ):
-            if given:
-                raise UsageError(
-                    f"{option} is not available with --batch-loss", "Give one without the other"
-                )
+    if settings.batch_loss and settings.sampling_error is not None:
+        raise UsageError(
+            "--sampling-error is not available with --batch-loss", "Give one without the other"
+        )
     for option, value, known in (
         ("--dtype", settings.dtype, get_args(DType)),
         ("--buffers", settings.buffers, get_args(Buffers)),

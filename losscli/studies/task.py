@@ -132,7 +132,7 @@ def recalibration_of(
     split = data.splits.get(name)
     if split is None:
         split = whole.select((name,), None, settings.seed).splits[name]
-    if len(split) < 2:
+    if split.rows < 2:
         raise UsageError(
             f"--buffers recalibrate has no more than one example of {name}, which has no variance",
             "Give more" if settings.limit is None else "Give more with --limit",
