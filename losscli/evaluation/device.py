@@ -65,8 +65,7 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
         available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         available += ["mps"] if torch.backends.mps.is_available() else []
         raise DeviceError(
-            f"the device {name!r} with {dtype} is not to be had here: "
-            f"{one_line(error).split('. ')[0]}",
+            f"the device {name!r} with {dtype} is not available: {one_line(error).split('. ')[0]}",
             f"Choose one of auto, cpu{''.join(f', {d}' for d in available)}",
         ) from None
     if device.type not in {"cpu", "cuda", "mps"}:

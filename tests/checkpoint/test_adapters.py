@@ -523,7 +523,7 @@ def test_an_adapter_that_changes_while_it_is_looked_at(
             problem.open(1).weights["layers.0.weight"], pair["layers.0.weight"], rtol=1e-5
         )
         changed.write_bytes(changed.read_bytes())
-        with pytest.raises(CheckpointError, match="adapter was changed while it was looked at"):
+        with pytest.raises(CheckpointError, match="adapter was changed while losscli read it"):
             problem.open(1)
 
 

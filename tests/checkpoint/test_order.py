@@ -45,10 +45,10 @@ ORDERED = [f"step-{t}.pt" for t in range(STEPS)]
     ("more", "expected", "notes"),
     [
         ({}, ORDERED, []),
-        ({"last.pt": 11}, ORDERED, ["last.pt is left out: its weights are those of p/step-11.pt"]),
+        ({"last.pt": 11}, ORDERED, ["last.pt is left out: it has the same weights as p/step-11.pt"]),
         ({"last.pt": 40}, [*ORDERED, "last.pt"], []),
         # Not the last of the numbered files, but a copy of one of them.
-        ({"final.pth": 3}, ORDERED, ["final.pth is left out: its weights are those of p/step-3"]),
+        ({"final.pth": 3}, ORDERED, ["final.pth is left out: it has the same weights as p/step-3"]),
         ({"final.pt": 40}, [*ORDERED, "final.pt"], ["p/final.pt is taken last"]),
         (
             {"final_model.pt": 40, "last.ckpt": 40},
@@ -231,7 +231,7 @@ def test_the_latest_without_a_number_is_left_out_if_it_equals_a_numbered_one(
     save(tmp_path / "p", {"model_1.pt": 1, "model_2.pt": 2, "model.pt": 2})
     found, notes = order_path([str(tmp_path / "p")])
     assert [Path(name).name for name in found] == ["model_1.pt", "model_2.pt"]
-    assert f"{tmp_path}/p/model.pt is left out: its weights are those of" in notes[0]
+    assert f"{tmp_path}/p/model.pt is left out: it has the same weights as" in notes[0]
 
 
 def test_decimals_that_a_shell_lists_are_in_their_order() -> None:

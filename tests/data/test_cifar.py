@@ -309,7 +309,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (
             (folder / "data_batch_1").write_bytes(python2({"data": IMAGES["1"]})[:-99]) and None
         ),
-        "data_batch_1 is no whole pickle",
+        "data_batch_1 is not a complete pickle",
     ),
     "no pickle": (lambda f: (f / "data_batch_1").write_bytes(b"hello"), "no whole pickle"),
     "shape": (break_python(data=IMAGES["1"]), "not uint8 [N, 3072]"),
@@ -323,7 +323,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a terabyte": (write_short_array, "bytes for an array uint8 [1073741824, 3072]"),
     "negative": (break_python(labels=[-1] * N), "labels from -1 to -1"),
     "archive": (write_archive, "tar -xzf cifar-10-binary.tar.gz"),
-    "nothing": (lambda _: None, "holds none of data_batch_1.bin"),
+    "nothing": (lambda _: None, "contains none of data_batch_1.bin"),
     "a list": (
         lambda f: (f / "test_batch").write_bytes(pickle.dumps([1, 2])),
         "it has no 'data'",
@@ -349,7 +349,7 @@ def test_what_is_broken_or_hostile_is_one_line_and_nothing_is_written(
     ("spec", "status", "expected"),
     [
         ("cifar10:nowhere", 1, "there is no folder nowhere"),
-        ("cifar10:data.npz", 1, "data.npz is no folder of CIFAR's files"),
+        ("cifar10:data.npz", 1, "data.npz is not a folder of CIFAR's files"),
         ("cifar100:.,labels=superfine", 2, "labels=fine or labels=coarse"),
         ("cifar10:.,labels=fine", 2, "unexpected keyword argument 'labels'"),
         ("cifar100", 2, "names no file"),

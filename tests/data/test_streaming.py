@@ -918,7 +918,7 @@ def test_a_dry_run_tells_the_passes_that_there_are(
         ("failing", r"split 'data' failed at example 150: ValueError: no such file"),
         (
             "dying",
-            r"split 'data': a worker that decodes was lost: .*\. Is there memory enough\?",
+            r"split 'data': a worker process was lost: .*\. Is there memory enough\?",
         ),
         ("fewer", r"split 'data' gives 39\d examples in one pass and 39\d in another\. Losses of"),
         ("broken", r"split 'data' failed after 96 examples: OSError: the stream broke$"),

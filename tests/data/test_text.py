@@ -171,7 +171,7 @@ def test_a_tokenizer_of_own_code_is_not_run(
     before = set(folder.iterdir())
     outcome = losscli("interpolate", "a.pt", "b.pt", "-d", "text:a.txt,tokenizer=tokens")
     assert outcome.status == 1
-    assert "tokens holds no tokenizer that transformers reads" in outcome.stderr
+    assert "tokens contains no tokenizer that transformers can read" in outcome.stderr
     assert outcome.stderr.count("\n") == 1
     assert set(folder.iterdir()) == before
 
@@ -180,7 +180,7 @@ def test_a_tokenizer_of_own_code_is_not_run(
     ("spec", "status", "expected"),
     [
         ("text:none.txt", 1, "there is no text file none.txt"),
-        ("text:nothing", 1, "nothing holds no text files"),
+        ("text:nothing", 1, "nothing contains no text files"),
         (
             "text:huge.txt",
             1,
@@ -188,7 +188,7 @@ def test_a_tokenizer_of_own_code_is_not_run(
         ),
         ("text:empty.txt", 1, "empty.txt has no text. Two tokens are needed"),
         ("text:one.txt", 1, "one.txt has one token"),
-        ("text:latin.txt,tokenizer=TOKENIZER", 1, "latin.txt is no text in UTF-8"),
+        ("text:latin.txt,tokenizer=TOKENIZER", 1, "latin.txt is not UTF-8 text"),
         ("text:latin.txt,context=1", 2, "context=1 is no number of tokens"),
         ("text:latin.txt,context=true", 2, "context=True is no number of tokens"),
         ("text:latin.txt,context=2.5", 2, "context=2.5 is no number of tokens"),

@@ -155,7 +155,7 @@ def test_sizes_that_are_no_layers_are_refused_with_an_example(sizes: Any) -> Non
         (MLP, "6-3", {"activation": "maxout", "pieces": 1.5}, "pieces=1.5 is no number"),
         (MLP, "6-3", {"pieces": "two"}, "pieces=two is no number"),
         (MLP, "-".join(["1"] * 501), {}, "mlp: 501 sizes are more than the 500 it has layers for"),
-        (CNN, "", {}, "cnn: '' is no list of sizes. Write for example cnn:16-32,channels=3"),
+        (CNN, "", {}, "cnn: '' is not a list of sizes. Write for example cnn:16-32,channels=3"),
         (CNN, "16-0", {}, "cnn: '16-0' is no list"),
         (CNN, 16, {}, "cnn: 16 is no list"),
         (CNN, "16", {"channels": 0}, r"cnn: \[0, 10\] is no list"),
@@ -272,9 +272,9 @@ def test_no_file_may_name_a_program(place: str, folder: Path, losscli: Losscli) 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("pt2:none.pt2", "there is no file none.pt2. Relative names start at"),
-        ("pt2:data.npz", "data.npz is no program that torch"),
-        ("pt2:a.pt", "a.pt is no program that torch"),
+        ("pt2:none.pt2", "there is no file none.pt2. Relative paths start at"),
+        ("pt2:data.npz", "data.npz is not a program that torch"),
+        ("pt2:a.pt", "a.pt is not a program that torch"),
     ],
 )
 def test_what_is_no_program_is_one_line(
@@ -311,7 +311,7 @@ def test_a_damaged_program_is_one_line(program: Path) -> None:
     )
     said = done.stderr.splitlines()
     assert said[1::2] == ["1"] * 5, done.stderr
-    told = [re.search(r"losscli: damaged.pt2 is no program that torch \S+ can load: ", line)
+    told = [re.search(r"losscli: damaged.pt2 is not a program that torch \S+ can load: ", line)
             for line in said[::2]]  # fmt: skip
     assert all(told), done.stderr
     assert not list(program.glob("x.*"))

@@ -689,7 +689,7 @@ def test_a_rank_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TIMEOUT", 0.2)
     monkeypatch.setattr(module, "_HEARTBEAT", 0.05)
     leader = Ranks(HashStore(), 0, 2)
-    with pytest.raises(RanksError, match=r"rank 1 was not heard of for .* Does every rank run"):
+    with pytest.raises(RanksError, match=r"rank 1 has sent nothing for .* Does every rank run"):
         leader.gather(None)
     leader.leave(1)
 

@@ -456,7 +456,7 @@ def test_a_model_that_returns_no_tensor_says_so(folder: Path) -> None:
         ({"device": "meta"}, DeviceError, "not supported"),
         ({"dtype": "int8"}, UsageError, "float32"),
         ({"buffers": "c"}, UsageError, "interpolate"),
-        ({"batch_size": 0}, UsageError, "is no number of examples"),
+        ({"batch_size": 0}, UsageError, "is not a number of examples"),
         ({"limit": 0}, UsageError, "no examples"),
         ({"only": ("conv*",)}, UsageError, "fits none"),
         ({"except_": ("*",)}, UsageError, "no tensor to move"),

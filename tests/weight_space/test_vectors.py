@@ -174,7 +174,11 @@ def test_patterns_choose_names_in_their_order(
 @pytest.mark.parametrize(
     ("only", "but", "message"),
     [
-        (["convs.*"], [], r"the pattern 'convs\.\*' fits none of the 6 tensors\. Their names are"),
+        (
+            ["convs.*"],
+            [],
+            r"the pattern 'convs\.\*' matches none of the 6 tensors\. Their names are",
+        ),
         (["conv.*", "x"], [], "the pattern 'x' fits none.*such as conv.weight, conv.bias, norm"),
         ([], ["weight"], "the pattern 'weight' fits none"),
         (["conv.*"], ["conv.*"], "--only and --except leave no tensor to move. Widen"),
