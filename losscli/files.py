@@ -155,8 +155,8 @@ def read_pipe(path: Path) -> bytes:
             else:
                 if not first:
                     raise IrregularError(
-                        "it is a pipe with no writer. Start the writer first, or write the data to a "
-                        "file and give that"
+                        "it is a pipe with no writer. Start the writer first, or write the data to "
+                        "a file and give that"
                     )
             os.set_blocking(file.fileno(), True)
         return read_text(file, first)

@@ -224,7 +224,7 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
     if _is_exported(path):
         return CheckpointError(
             f"{name} is a torch.export program, which is a model and not a checkpoint",
-            f"Take it for the model, -m {shlex.quote(f'pt2:{path}')}, with checkpoints of its "
+            f"Use it as the model, -m {shlex.quote(f'pt2:{path}')}, with checkpoints of its "
             "weights",
         )
     if isinstance(error, RepeatedError):

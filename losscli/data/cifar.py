@@ -116,8 +116,8 @@ def _find(
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}", "Name the folder of CIFAR's files")
     raise DataError(
-        f"{folder} contains none of {', '.join(name for names in binary.values() for name in names)}, "
-        "or the same names without .bin",
+        f"{folder} contains none of "
+        f"{', '.join(name for names in binary.values() for name in names)}, with or without .bin",
         f"Name the folder of an unpacked archive from {_SOURCE}",
     )
 

@@ -394,8 +394,8 @@ def _fetch(name: str, config: str | None) -> Any:
         return datasets.load_dataset(name, config, trust_remote_code=False)
     except ConnectionError as error:
         raise DataError(
-            f"{name} is neither a local folder nor in the cache of data sets, and the hub cannot be "
-            f"reached: {one_line(error)}",
+            f"{name} is neither a local folder nor in the cache of data sets, and the hub cannot "
+            f"be reached: {one_line(error)}",
             "Name a folder, or try again when there is a connection",
         ) from error
     finally:

@@ -152,7 +152,8 @@ class Triangle:
         for (first, second), edge in edges.items():
             if edge == 0:
                 raise UsageError(
-                    f"{first} and {second} have the same parameters: two points do not define a plane",
+                    f"{first} and {second} have the same parameters: two points do not define a "
+                    "plane",
                     "Give three different checkpoints",
                 )
         b_x = edges["A", "B"]

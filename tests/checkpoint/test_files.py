@@ -838,6 +838,6 @@ def test_an_exported_program_is_named_as_what_it_is(tmp_path: Path) -> None:
     program = torch.export.export(torch.nn.Linear(2, 1), (torch.ones(3, 2),))
     torch.export.save(program, path)
     assert refusal(str(path)) == (
-        f"{path} is a torch.export program, which is a model and not a checkpoint. Take it for the model, "
-        f"-m 'pt2:{path}', with checkpoints of its weights"
+        f"{path} is a torch.export program, which is a model and not a checkpoint. "
+        f"Use it as the model, -m 'pt2:{path}', with checkpoints of its weights"
     )

@@ -45,7 +45,11 @@ ORDERED = [f"step-{t}.pt" for t in range(STEPS)]
     ("more", "expected", "notes"),
     [
         ({}, ORDERED, []),
-        ({"last.pt": 11}, ORDERED, ["last.pt is left out: it has the same weights as p/step-11.pt"]),
+        (
+            {"last.pt": 11},
+            ORDERED,
+            ["last.pt is left out: it has the same weights as p/step-11.pt"],
+        ),
         ({"last.pt": 40}, [*ORDERED, "last.pt"], []),
         # Not the last of the numbered files, but a copy of one of them.
         ({"final.pth": 3}, ORDERED, ["final.pth is left out: it has the same weights as p/step-3"]),

@@ -382,7 +382,7 @@ GOOD = {"t10k-images-idx3-ubyte": idx(IMAGES), "t10k-labels-idx1-ubyte": idx(LAB
         ),
         (
             {**GOOD, "t10k-images-idx3-ubyte": idx(LABELS)},
-            "t10k-images-idx3-ubyte is not an IDX file of bytes in 3 dimensions. Is it another file",
+            "t10k-images-idx3-ubyte is not an IDX file of bytes in 3 dimensions. It may be",
         ),
         (
             {**GOOD, "t10k-labels-idx1-ubyte": idx(IMAGES)},

@@ -368,7 +368,8 @@ def test_a_checkpoint_that_changes_ends_the_run(
     done = losscli(*WRITING[name])
     assert done.status == 1, done.stderr
     assert done.stderr == (
-        f"losscli: {lost} was changed while losscli read it. Run again when no program writes to it\n"
+        f"losscli: {lost} was changed while losscli read it. Run again when no program "
+        "writes to it\n"
     )
     assert listing(folder) == before
 
