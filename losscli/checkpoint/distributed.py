@@ -300,8 +300,7 @@ def _chunk(
     file, (start, length) = info["relative_path"], _checked_sizes((info["offset"], info["length"]))
     if not isinstance(file, str) or Path(file).name != file or "\0" in file:
         raise CheckpointError(
-            f"{folder / METADATA} says that {label!r} is in {file!r}, which is no file of the "
-            "folder",
+            f"{folder / METADATA} says that {label!r} is in {file!r}, which is not in the folder",
             "Keep the parts of a distributed checkpoint beside their .metadata",
         )
     if info["transform_descriptors"]:

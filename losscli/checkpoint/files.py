@@ -264,5 +264,5 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
         )
     return CheckpointError(
         f"{name} is not a checkpoint that torch can read ({type(error).__name__})",
-        f"Known suffixes are {', '.join(SUFFIXES)}; it may be incomplete",
+        f"Known suffixes are {', '.join(SUFFIXES)}; it may be incomplete: save or copy it again",
     )

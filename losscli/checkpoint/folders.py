@@ -193,7 +193,7 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
         is_name = isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
         if not is_name or shard in {"", ".."}:
             raise CheckpointError(
-                f"{index} says that {tensor!r} is in {shard!r}, which is no file of its folder",
+                f"{index} says that {tensor!r} is in {shard!r}, which is not in its folder",
                 "Shards lie beside their index",
             )
         shards.setdefault(shard, []).append(tensor)

@@ -636,7 +636,7 @@ def test_tensors_that_no_rule_explains_are_refused(tmp_path: Path) -> None:
             opened(state(), tmp_path, state())
         assert "\n" not in str(caught.value)
     file.write_bytes(b"x" * 100)
-    assert "no whole safetensors file" in refusal(tmp_path)
+    assert "not a valid safetensors file" in refusal(tmp_path)
 
 
 def test_a_tied_tensor_that_is_changed_in_two_ways_is_refused(tmp_path: Path) -> None:

@@ -289,9 +289,9 @@ def forget(content: Metadata) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Metadata], object], str]] = {
-    "outside": (move("../a/__0_0.distcp"), "which is not in the folder. The parts of a dist"),
+    "outside": (move("../a/__0_0.distcp"), "which is not in the folder. Keep the parts of a dist"),
     "absolute": (move("/etc/passwd"), "which is not in the folder"),
-    "missing": (move("__9_0.distcp"), "cannot be read: No such file or directory. Was the check"),
+    "missing": (move("__9_0.distcp"), "cannot be read: No such file or directory. The copy may"),
     "compressed": (compress, "was written through ['zstd'], which is not read"),
     "nowhere": (forget, "is not the metadata of a distributed checkpoint (KeyError"),
 }
@@ -325,7 +325,7 @@ def test_a_part_that_is_cut_off_or_no_tensor_is_told(tmp_path: Path) -> None:
     content = part.read_bytes()
     for damaged in (content[:100], content[:-100], bytes(len(content)), b"x" + content):
         part.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"cannot be read from .*distcp \(.* cut off\?"):
+        with pytest.raises(CheckpointError, match=r"cannot be read from .*distcp \(.*incomplete"):
             read(str(folder)).select(state(1))
     with pytest.raises(MismatchError, match="does not fit the model"):
         read(str(folder)).select({"w": torch.ones(2)})

@@ -488,7 +488,7 @@ def test_a_file_that_was_cut_off_anywhere_is_refused(form: str, tmp_path: Path) 
         path.write_bytes(content[:cut])
         message = refusal(path)
         assert str(path) in message
-        assert message.endswith("cut off?")
+        assert message.endswith("save or copy it again")
 
 
 BROKEN = {
@@ -515,9 +515,13 @@ def test_a_file_of_another_kind_is_refused(kind: str, suffix: str, tmp_path: Pat
         what = {"html": "an HTML page", "lfs": "a pointer of Git LFS"}[kind]
         assert message.startswith(f"{path} is {what}, not the file itself. ")
         return
-    what = "no whole safetensors file" if suffix == ".safetensors" else "no checkpoint that torch"
+    what = (
+        "not a valid safetensors file"
+        if suffix == ".safetensors"
+        else "not a checkpoint that torch"
+    )
     assert message.startswith(f"{path} is {what}")
-    assert message.endswith("cut off?")
+    assert message.endswith("save or copy it again")
 
 
 def test_no_damage_whatever_raises_anything_else(tmp_path: Path) -> None:
@@ -539,7 +543,7 @@ def test_no_damage_whatever_raises_anything_else(tmp_path: Path) -> None:
 def test_an_archive_of_files_is_no_checkpoint(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(write(state(), tmp_path / "a.pt"), "a.pt")
-    assert "no checkpoint that torch can read" in refusal(tmp_path / "a.tar")
+    assert "not a checkpoint that torch can read" in refusal(tmp_path / "a.tar")
 
 
 # What would run code
@@ -618,7 +622,7 @@ def test_a_pickle_that_wants_code_is_refused_and_nothing_of_it_runs(
             write(content, path, legacy=form == "legacy.pt")
         message = refusal(path)
         assert not marker.exists()
-        start = re.match(rf"{path} is a pickle that would run code \(([\w.]+)\); none", message)
+        start = re.match(rf"{path} is a pickle that would run code \(([\w.]+)\); nothing", message)
         assert start
         # A bare pickle of tensors wants torch's own loader, which runs code, before all else.
         first = "torch.storage._load_from_bytes" if form == "raw.bin" else wanted

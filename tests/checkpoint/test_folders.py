@@ -189,16 +189,16 @@ def damage(folder: Path, kind: str) -> None:
     [
         ("missing", "which is not there. The copy may be incomplete: copy the checkpoint again"),
         ("corrupt", "is not a valid safetensors file"),
-        ("outside", "which is no file of its folder. Shards lie beside their index"),
-        ("absolute", "which is no file of its folder"),
-        ("number", "is in 3, which is no file of its folder"),
+        ("outside", "which is not in its folder. Shards lie beside their index"),
+        ("absolute", "which is not in its folder"),
+        ("number", "is in 3, which is not in its folder"),
         (
             "absent name",
             "has no tensor 'transformer.h.9.weight', which model.safetensors.ind",
         ),
         ("no map", "has no weight_map. It may belong to another program"),
         ("a list", "contains no JSON object"),
-        ("cut", "is no JSON"),
+        ("cut", "is not valid JSON"),
     ],
 )
 def test_a_broken_index_or_shard_is_told_in_one_line(
@@ -232,7 +232,7 @@ def test_folders_that_are_no_checkpoint_say_what_is_missing(tmp_path: Path) -> N
     assert message.endswith(f"Give one, for example {tmp_path}/model.safetensors")
     (tmp_path / "config.json").write_text("[")
     (tmp_path / "adapter_model.safetensors").unlink()
-    assert "config.json is no JSON" in refusal(tmp_path)
+    assert "config.json is not valid JSON" in refusal(tmp_path)
 
 
 def test_a_losscli_toml_may_lie_in_the_folder(losscli: Losscli, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ ORDERED = [f"step-{t}.pt" for t in range(STEPS)]
         (
             {"final_model.pt": 40, "last.ckpt": 40},
             [*ORDERED, "final_model.pt"],
-            ["p/final_model.pt is taken last", "weights are those of p/final_model.pt"],
+            ["p/final_model.pt is taken last", "same weights as p/final_model.pt"],
         ),
         ({"best.pt": 40}, ORDERED, ["p/best.pt is left out: the best"]),
         ({"model_best.pth.tar": 5}, ORDERED, ["p/model_best.pth.tar is left out: the best"]),
@@ -109,7 +109,7 @@ def test_of_a_numbered_folder_the_first_the_last_and_the_best_are_told_apart(
             ["model_0004999.pth", "model_0009999.pth", "model_final.pth"],
             ["model_0004999.pth", "model_0009999.pth", "model_final.pth"],
         ),
-        # A number that all names share is no number of a step.
+        # A number that all names share is not a number of a step.
         (
             ["resnet18-best.pt", "resnet18-init.pt", "resnet18-last.pt", "resnet18-e2.pt",
              "resnet18-e10.pt"],

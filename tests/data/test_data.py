@@ -204,7 +204,9 @@ def test_a_file_that_was_cut_off_or_is_another_is_refused(kind: str, tmp_path: P
     broken = [content[:cut] for cut in range(0, len(content) - 1, len(content) // 20)]
     broken += [b"hello", bytes(200), random.Random(0).randbytes(500), b"\x89PNG\r\n\x1a\n" * 9]
     broken += [b"\x93NUMPY" + bytes(100), b"PK\x03\x04" + bytes(100)]
-    what = {"npz": "no NumPy archive of numbers", "safetensors": "no whole safetensors file"}[kind]
+    what = {"npz": "not a NumPy archive of numbers", "safetensors": "not a valid safetensors file"}[
+        kind
+    ]
     cure = {
         "npz": "Write it with numpy.savez",
         "safetensors": "It may be incomplete: save or copy it again",
@@ -267,14 +269,14 @@ def test_pipes_in_a_folder_are_not_waited_for(kind: str, tmp_path: Path) -> None
     for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "data_batch_1", "train.bin"):
         os.mkfifo(tmp_path / name)
     message = refusal(lambda: load(f"{kind}:{tmp_path}", trusted=False))
-    assert message.startswith(f"{tmp_path} holds no")
+    assert message.startswith(f"{tmp_path} contains no")
 
 
 def test_a_single_array_is_no_archive(tmp_path: Path) -> None:
     with (tmp_path / "a.npz").open("wb") as file:
         np.save(file, X.numpy())
     message = refusal(lambda: load(f"npz:{tmp_path}/a.npz", trusted=False))
-    assert "is not a NumPy archive of numbers: ValueError: no zip archive" in message
+    assert "is not a NumPy archive of numbers: ValueError: not a complete zip archive" in message
 
 
 class Evil:
@@ -299,8 +301,8 @@ def test_an_array_with_a_pickle_in_it_is_refused_and_not_run(tmp_path: Path) -> 
     with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
         archive.write(tmp_path / "c.npz", "inputs.npy")
     for name, reason in (
-        ("b", "no zip archive"),
-        ("c", "no zip archive"),
+        ("b", "not a complete zip archive"),
+        ("c", "not a complete zip archive"),
         ("d", "is a bytes, not"),
     ):
         assert reason in refusal(partial(load, f"npz:{tmp_path}/{name}.npz", trusted=False))
@@ -371,7 +373,7 @@ GOOD = {"t10k-images-idx3-ubyte": idx(IMAGES), "t10k-labels-idx1-ubyte": idx(LAB
     ("files", "message"),
     [
         ({}, "contains no IDX files such as t10k-images-idx3-ubyte.gz. Name the folder of the IDX"),
-        ({"images": idx(IMAGES)}, "holds no IDX files"),
+        ({"images": idx(IMAGES)}, "contains no IDX files"),
         (
             {"train-images-idx3-ubyte": idx(IMAGES)},
             "the split 'train' has images alone. Add train-labels-idx1-ubyte, or its .gz",
@@ -388,15 +390,15 @@ GOOD = {"t10k-images-idx3-ubyte": idx(IMAGES), "t10k-labels-idx1-ubyte": idx(LAB
             {**GOOD, "t10k-labels-idx1-ubyte": idx(IMAGES)},
             "is not an IDX file of bytes in 1 dimensions",
         ),
-        ({**GOOD, "t10k-labels-idx1-ubyte": b"hello world"}, "is no IDX file"),
-        ({**GOOD, "t10k-labels-idx1-ubyte": b""}, "is no IDX file"),
-        ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x08"}, "is no IDX file"),
-        ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x0d\1" + bytes(8)}, "is no IDX file"),
+        ({**GOOD, "t10k-labels-idx1-ubyte": b"hello world"}, "is not an IDX file"),
+        ({**GOOD, "t10k-labels-idx1-ubyte": b""}, "is not an IDX file"),
+        ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x08"}, "is not an IDX file"),
+        ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x0d\1" + bytes(8)}, "is not an IDX file"),
         ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x08\1"}, "0 values for the shape"),
         ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x08\1\0\0"}, "0 values for the shape"),
         (
             {**GOOD, "t10k-labels-idx1-ubyte": idx(LABELS)[:-1]},
-            "5 values for the shape [6]. Was its",
+            "5 values for the shape [6]. The download",
         ),
         ({**GOOD, "t10k-labels-idx1-ubyte": idx(LABELS) + b"\0"}, "7 values for the shape [6]"),
         (
@@ -920,7 +922,7 @@ BAD = {
     "objects": ({"s": (np.array([{}] * N), Y)}, "'inputs' is a ndarray, not a dense tensor"),
     "a number": ({"s": (X, torch.tensor(3))}, "a scalar is not a batch of examples. Give"),
     "a number in an array": ({"s": (X, np.array(3))}, "a scalar is not a batch of examples"),
-    "other counts": ({"s": (X, Y[:5])}, "split 's': 13 inputs for 5 targets. Give one target an"),
+    "other counts": ({"s": (X, Y[:5])}, "split 's': 13 inputs for 5 targets. Give one target per"),
     "other counts of two": ({"s": ((X, X[:4]), Y)}, "13 and 4 inputs for 13 targets"),
     "no examples": ({"s": (X[:0], Y[:0])}, "split 's' is empty"),
     "an empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), "split 'data' is empty"),
@@ -932,9 +934,9 @@ BAD = {
     ),
     "ragged batches": (
         batches((X[:5], Y[:5]), (X[5:, :2], Y[5:])),
-        "the batches do not fit together: RuntimeError: Sizes of tensors must match",
+        "the batches cannot be combined: RuntimeError: Sizes of tensors must match",
     ),
-    "single examples": (batches((X[0], Y[0]), (X[1], Y[1])), "a single number is no column of ex"),
+    "single examples": (batches((X[0], Y[0]), (X[1], Y[1])), "a scalar is not a batch of ex"),
     "batches of other keys": (
         batches({"a": X[:5], "b": X[:5], "y": Y[:5]}, {"a": X[5:], "c": X[5:], "y": Y[5:]}),
         "the batches differ in their structure or types. Give every batch the same inputs",

@@ -381,9 +381,7 @@ def hostile(folder: Path, **cell: Any) -> Path:
 def test_an_image_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = f"hf:{hostile(tmp_path / 'saved', bytes=EPS)}"
     canary = program(tmp_path, monkeypatch)
-    with pytest.raises(
-        DataError, match=r"'img' is no whole image .*: not in one of the formats BMP"
-    ):
+    with pytest.raises(DataError, match=r"'img' is not an image .*: not in one of the formats BMP"):
         load(spec, trusted=True)
     assert not canary.exists()
 
@@ -610,7 +608,7 @@ OUT, NETWORK = "points outside the folder, to '", "names a place on the network,
 @pytest.mark.parametrize(
     ("make", "file", "expected"),
     [
-        (state_elsewhere, "state.json", f"{OUT}../secret/train/data.arrow'. Mend state.json"),
+        (state_elsewhere, "state.json", f"{OUT}../secret/train/data.arrow'. Correct state.json"),
         (state_of_a_split_elsewhere, "train/state.json", f"{OUT}/"),
         (state_names_a_pipe, "pipe", "is not a regular file"),
         (splits("../secret/train"), "dataset_dict.json", f"{OUT}../secret/train'"),
@@ -718,7 +716,7 @@ def test_where_the_hub_does_not_answer_it_is_said_at_once(
     for spec in ("hf:someone/numbers", "hf:numbers"):
         outcome = run(losscli, spec)
         assert outcome.status == 1
-        assert f"{spec[3:]} is not a folder here" in outcome.stderr
+        assert f"{spec[3:]} is neither a local folder" in outcome.stderr
         assert "the hub cannot be reached" in outcome.stderr
         assert outcome.stderr.count("\n") == 1
     assert asked == [("someone/numbers", 10), ("numbers", 10)]
@@ -819,7 +817,7 @@ COLUMNS = "x, ragged, missing, word, picture, number, point"
         ("saved,inputs=picture,targets=number,context=8", 2, "context= is of text"),
         ("saved,targets=number,size=8", 2, "size= is of images, and 'x' holds none"),
         ("saved,targets=number,grayscale=true", 2, "grayscale= is of images"),
-        ("saved,inputs=word,context=1", 2, "context=1 is no number of tokens"),
+        ("saved,inputs=word,context=1", 2, "context=1 is not a number of tokens"),
         ("saved,inputs=word,tokenizer=none", 1, "there is no folder none of a tokenizer"),
         ("saved,config=one", 2, "saved has one configuration"),
         ("saved,columns=x", 2, "It takes inputs, targets, config"),
@@ -830,8 +828,8 @@ COLUMNS = "x, ragged, missing, word, picture, number, point"
         ("empty", 1, "hf:empty, split 'data' is empty"),
         ("bare", 1, "is empty"),
         ("bares", 1, "is empty"),
-        ("noise", 1, "row 0, 'img' is no whole image"),
-        ("blank", 1, "row 0, 'img' is no whole image"),
+        ("noise", 1, "row 0, 'img' is not an image"),
+        ("blank", 1, "row 0, 'img' is not an image"),
         ("script", 1, "script cannot be read"),
         ("nothing", 1, "nothing cannot be read"),
         ("cut", 1, "cut cannot be read"),

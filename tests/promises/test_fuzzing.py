@@ -292,7 +292,7 @@ def test_no_name_in_an_index_leads_out_of_its_folder(
     index.write_text(json.dumps({"weight_map": {"w": place}}))
     done = losscli("inspect", inside)
     assert done.status == 1
-    assert "which is no file of its folder" in done.stderr or "is not there" in done.stderr
+    assert "which is not in its folder" in done.stderr or "is not there" in done.stderr
 
 
 def test_shards_that_are_links_are_read_and_nothing_is_written_beside_them(

@@ -458,7 +458,7 @@ def test_a_model_that_returns_no_tensor_says_so(folder: Path) -> None:
         ({"buffers": "c"}, UsageError, "interpolate"),
         ({"batch_size": 0}, UsageError, "is not a number of examples"),
         ({"limit": 0}, UsageError, "no examples"),
-        ({"only": ("conv*",)}, UsageError, "fits none"),
+        ({"only": ("conv*",)}, UsageError, "matches none"),
         ({"except_": ("*",)}, UsageError, "no tensor to move"),
         ({"points": 0}, UsageError, "nothing to evaluate"),
         ({"seed": -1}, UsageError, "no seed"),

@@ -260,7 +260,9 @@ def test_no_more_than_three_checkpoints_are_held_at_a_time() -> None:
 def test_what_is_no_path_is_a_usage_error(task: Callable[..., object]) -> None:
     states = bent(4)
     for count in range(3):
-        with pytest.raises(UsageError, match=f"{count} checkpoints has nothing between.*Give thr"):
+        with pytest.raises(
+            UsageError, match=f"{count} checkpoints has no checkpoint between.*Give thr"
+        ):
             task(opener(states), count, NAMES)
 
 
