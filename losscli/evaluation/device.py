@@ -192,11 +192,14 @@ def _float32_settings(tf32: bool) -> Sequence[_Float32Setting]:
     ]
     if hasattr(cuda.matmul, "fp32_precision"):
         gpu = "tf32" if tf32 else "ieee"
-        for owners, value in (
-            ((cuda.matmul, cudnn.conv, cudnn.rnn), gpu),
-            ((mkldnn.matmul, mkldnn.conv, mkldnn.rnn), "ieee"),
+        for backend, names, value in (
+            (cuda, ("matmul",), gpu),
+            (cudnn, ("conv", "rnn"), gpu),
+            (mkldnn, ("matmul", "conv", "rnn"), "ieee"),
         ):
-            settings += [attribute(owner, "fp32_precision", value) for owner in owners]
+            settings += [
+                attribute(getattr(backend, name), "fp32_precision", value) for name in names
+            ]
     return settings
 
 
