@@ -482,7 +482,6 @@ ERRORS = [
     ("a.pt other.pt", 1, "other.pt does not fit the model"),
     ("a.pt --directions 0", 2, "--directions 0 is not a number of directions"),
     ("a.pt --along gradient --directions 5", 2, "--directions is the number of random directions"),
-    ("a.pt --along hessian --batch-loss", 2, "--batch-loss is not available with --along"),
     ("a.pt --along gradient --sampling-error 0.1", 2, "--sampling-error is not available with"),
     ("a.pt --along hessian --only *.x", 2, "the pattern '*.x' matches none"),
     ("a.pt --only *.bias", 2, "a.pt has no random direction: filter-normalised directions are"),
