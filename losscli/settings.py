@@ -29,6 +29,7 @@ __all__ = [
     "Buffers",
     "DType",
     "PathLike",
+    "Progress",
     "Settings",
     "as_list",
     "checked",
@@ -40,6 +41,7 @@ __all__ = [
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 Buffers = Literal["interpolate", "a", "b", "recalibrate"]
 PathLike = str | os.PathLike[str]
+Progress = bool | Callable[[float], None] | None
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -332,12 +334,17 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _progress(value: Any) -> Any:
+    return value if value is None or callable(value) else _boolean(value)
+
+
 _CONVERTERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     bool: (_boolean, "True or False"),
     int: (_whole, "a whole number"),
     float: (_number, "a number"),
     str: (_text, "a string"),
     PathLike: (os.fsdecode, "a path"),
+    Progress: (_progress, "True, False or a function"),
 }
 
 _HINTS = get_type_hints(Settings)
