@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from losscli.errors import TableError
+from losscli.errors import TableError, UsageError
 from losscli.files import open_regular, read_pipe, read_text
 from losscli.registry import COLUMN_TYPES, RESERVED_COLUMNS
 
@@ -41,6 +41,9 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
+    def __repr__(self) -> str:
+        return f"<Table of {len(self.rows)} rows: {', '.join(self.columns)}>"
+
     @classmethod
     def build(cls, columns: Iterable[str], rows: Iterable[Sequence[Cell]]) -> Table:
         """Builds a table from any iterables.
@@ -59,8 +62,10 @@ class Table:
         """The names of the metrics, if the table is one with metrics."""
         return [column for column in self.columns if column not in RESERVED_COLUMNS]
 
+    __iter__ = None  # __getitem__ would make it one
+
     def __getitem__(self, column: str) -> list[Cell]:
-        index = self.columns.index(column)
+        index = self._index(column)
         return [row[index] for row in self.rows]
 
     def records(self) -> list[dict[str, Cell]]:
@@ -88,8 +93,15 @@ class Table:
         Returns:
             The table of the rows with ``value`` in ``column``.
         """
-        index = self.columns.index(column)
+        index = self._index(column)
         return Table(self.columns, tuple(row for row in self.rows if row[index] == value))
+
+    def _index(self, column: str) -> int:
+        if column not in self.columns:
+            raise UsageError(
+                f"the table has no column {column!r}", f"It has {', '.join(self.columns)}"
+            )
+        return self.columns.index(column)
 
     def unique(self, *columns: str) -> list[Cell]:
         """Lists the distinct cells of columns.

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from losscli.cli import report
 from losscli.cli.console import Console, stdin
-from losscli.cli.figures import check_panel_count, render_files
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.registry import COMMANDS, further_table_names
+from losscli.figures import check_panel_count
+from losscli.registry import COMMANDS
 from losscli.results import Result, to_json
 from losscli.summaries import Description
 
@@ -91,12 +90,7 @@ def run_study(
         for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
-        pictures = render_files(
-            partial(result.figure, log=write.log),
-            partial(result.html, log=write.log),
-            output.figures,
-        )
-        files = output.write(result, pictures, further_table_names())
+        files = output.save(result, log=write.log)
         console.written = True
         journal.finish()
     if write.json:

@@ -237,7 +237,7 @@ def test_names_of_files_splits_and_modules_never_steer_a_terminal(
     command: list[Any], losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that a command says: results, notes, progress, errors, its plan, and JSON."""
-    monkeypatch.setattr("losscli.cli.console._INTERVAL", 0.0)
+    monkeypatch.setattr("losscli.progress._INTERVAL", 0.0)
     word, number, *options = command
     odd = "\x1b[2J\x9b31m\u202e\r\x07"
     names = []
