@@ -483,7 +483,7 @@ ERRORS = [
     ("a.pt --directions 0", 2, "--directions 0 is not a number of directions"),
     ("a.pt --along gradient --directions 5", 2, "--directions is the number of random directions"),
     ("a.pt --along gradient --sampling-error 0.1", 2, "--sampling-error is not available with"),
-    ("a.pt --along hessian --only *.x", 2, "the pattern '*.x' fits none"),
+    ("a.pt --along hessian --only *.x", 2, "the pattern '*.x' matches none"),
     ("a.pt --only *.bias", 2, "a.pt has no random direction: filter-normalised directions are"),
     ("a.pt --basin 1", 2, "--basin 1 is not a multiple above 1 of the loss. Give 2"),
     ("a.pt --basin nan", 2, "--basin nan is not a multiple"),
