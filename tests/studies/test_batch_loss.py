@@ -566,6 +566,25 @@ def test_out_of_memory_no_batch_is_halved(tmp_path: Path) -> None:
     assert set(calls) == {5}
 
 
+def test_out_of_memory_no_batch_is_differentiated_in_parts(tmp_path: Path) -> None:
+    def greedy(outputs: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("on purpose")
+        return contrast_mean(outputs, targets)
+
+    torch.save(state(0), tmp_path / "0.pt")
+    message = r"second derivatives of one batch do not fit.*batches are never halved.*--only"
+    with pytest.raises(OutOfMemoryError, match=message):
+        losscli.check(
+            tmp_path / "0.pt",
+            model="mlp:6-5-3",
+            data=SOURCES["loader"].make(),
+            loss=greedy,
+            batch_loss=True,
+            dtype="float64",
+        )
+
+
 def test_without_the_option_a_loader_that_drops_is_refused_as_before() -> None:
     data = {"all": loader(batch_size=5, drop_last=True)}
     with pytest.raises(DataError, match="drops the last batch"):

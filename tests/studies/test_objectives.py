@@ -59,12 +59,19 @@ class Language(nn.Module):
         super().__init__()
         self.embed, self.head, self.names = nn.Embedding(7, 3), nn.Linear(3, 7), names
 
-    def forward(self, idx: Tensor, labels: Tensor | None = None) -> Any:
+    def forward(self, idx: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
         logits = self.head(self.embed(idx).cumsum(1).tanh())
         if labels is None:
             return (logits, None)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return Output(loss, logits) if self.names else (logits, loss)
+
+
+class ByPosition(Language):
+    """Takes the targets under a name that tells nothing."""
+
+    def forward(self, idx: Tensor, goal: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(idx, None, goal)
 
 
 def physics(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -100,7 +107,12 @@ def contrast(model: Callable[[Tensor], Tensor], batch: Any) -> Tensor:
 
 def own(model: Any, batch: Any) -> Tensor:
     """What ``model`` stands for."""
-    outputs = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    if isinstance(model, ByPosition):
+        outputs = model(*batch)
+    elif isinstance(batch, Mapping):
+        outputs = model(**batch)
+    else:
+        outputs = model(batch[0], labels=batch[1])
     loss: Tensor = outputs.loss if isinstance(outputs, Output) else outputs[1]
     return loss
 
@@ -218,6 +230,14 @@ CASES = {
         make=Language,
         per_batch=True,
     ),
+    "model, by position": Case(
+        own,
+        lambda: {"all": DataLoader(torch.utils.data.TensorDataset(TOKENS, TOKENS.flip(1)), 9)},
+        lambda i: (TOKENS[i], TOKENS.flip(1)[i]),
+        size=9,
+        make=ByPosition,
+        per_batch=True,
+    ),
     "model, output.loss": Case(
         own,
         lambda: {"all": DataLoader(rows("idx", "labels"), batch_size=4)},  # type: ignore[arg-type]
@@ -311,7 +331,8 @@ def test_every_way_to_evaluate_gives_the_same_numbers(name: str) -> None:
     expected = [case.losses(weights) for weights in between]
     # What shares a first layer is not right for all objectives, and so is compared before it is
     # relied on: None chooses.
-    ways = [None, Strategy.LOADED, Strategy.BOUND, *([Strategy.SHARED] if name in SHARED else [])]
+    ways = [None, Strategy.LOADED, Strategy.BOUND]
+    ways += [Strategy.SHARED, Strategy.STACKED] if name in SHARED else []
     for way in ways:
         objective = Objective(
             *(case.make(), lambda outputs, _: outputs, {}, data),
