@@ -72,7 +72,7 @@ def parse_batch(
         rows: The examples that were collated to the batch, if they are known.
         collate: The function that collated them.
         whole: Whether the inputs are the whole batch, of any structure. The targets are then those
-            that it has, or zeros.
+            that it has, or zeros. A batch with parts of different lengths is one example.
 
     Returns:
         The examples.
@@ -100,11 +100,18 @@ def parse_batch(
         inputs = tuple(inputs) if isinstance(inputs, list) and not whole else inputs
         return Split(inputs, _with_operators(targets[0] if targets else _none(parser.size), where))
     inputs = sides[0][0]
+    if whole and (is_container(inputs) or rows is None):
+        return Split(Ragged([inputs], Build(_only)), _none(1))
     if collate is None or rows is None or is_container(inputs) or _is_array(inputs):
         return _refuse(sides, where)
     # Graphs may have a target per node.
     inputs, *targets = (Ragged(rows, Build(collate, path)) for _, path, _ in sides)
     return Split(inputs, targets[0] if targets else _none(len(rows)))
+
+
+def _only(rows: list[Any]) -> Any:
+    """Returns the only element of a list."""
+    return rows[0]
 
 
 def _none(size: int) -> Tensor:
@@ -304,13 +311,7 @@ def _sizes(sides: Sequence[_Side], rows: list[Any] | None) -> list[int]:
 
 
 def _refuse(sides: Sequence[_Side], where: str) -> NoReturn:
-    """Raises the error for inputs and targets, or parts of a batch, of different lengths."""
-    if len(sides) == 1:
-        sizes = " and ".join(map(str, _sizes(sides, None)[:3]))
-        raise DataError(
-            f"{where}: the parts of a batch have {sizes} entries",
-            "Give every tensor one entry per example",
-        )
+    """Raises the error for inputs and targets of different lengths."""
 
     def lengths(value: Any, others: set[int]) -> list[int]:
         if _is_array(value):

@@ -125,6 +125,41 @@ def test_of_a_loss_of_whole_batches_it_is_the_mean_over_batches() -> None:
             assert relative(product.product(v), sum(parts) / 3) < 1e-12
 
 
+def test_of_a_random_model_it_is_the_mean_over_seeds() -> None:
+    class Noisy(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.dropout(x, 0.3, training=True))
+
+    class Seeded(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.model, self.seed = Noisy("4-6-3", activation="tanh").double(), seed
+            self.model.load_state_dict(state)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.manual_seed(self.seed)
+            out: Tensor = self.model(x)
+            return out
+
+    torch.manual_seed(0)
+    inputs, targets = random(9, 4), torch.arange(9) % 3
+    state = MLP("4-6-3", activation="tanh").double().state_dict()
+    objective = Objective(
+        *(Noisy("4-6-3", activation="tanh"), LOSSES["cross_entropy"], {}),
+        DataSet({"all": Split(inputs, targets)}),
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+        seeds=(4, 5),
+    )
+    with GaussNewton(objective, state, list(state), objective.splits["all"]) as product:
+        v = random(product.size)
+        parts = [
+            dense(Seeded(seed), inputs, lambda z: F.cross_entropy(z, targets))[0] @ v
+            for seed in (4, 5)
+        ]
+        assert relative(product.product(v), sum(parts) / 2) < 1e-12
+
+
 def test_of_a_linear_model_it_is_the_hessian() -> None:
     case = next(case for case in SEEN if case.name == "mlp-linear-mse")
     objective, state = objective_of(case, dtype=torch.float64), case.state(1)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import losscli
 from losscli.data import from_object
-from losscli.errors import LosscliError, UsageError
+from losscli.errors import DataError, LosscliError, UsageError
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep
@@ -144,7 +144,9 @@ class Case:
             "data": self.data(),
             "objective": "model" if self.objective is own else self.objective,
             "batch_loss": self.per_batch,
-            "batch_size": self.size if self.per_batch and not self.loads else None,
+            "batch_size": self.size
+            if self.per_batch and not self.loads and self.size < N
+            else None,
             "dtype": "float64",
         }
 
@@ -222,6 +224,12 @@ CASES = {
         size=7,
         per_batch=True,
     ),
+    "parts of other lengths": Case(
+        lambda model, batch: sum(physics(model, x).mean() for x in batch.values()),
+        lambda: {"all": {"inside": X, "edge": Z[:5]}},
+        lambda i: {"inside": X.clone(), "edge": Z[:5].clone()},
+        per_batch=True,
+    ),
     "model, (logits, loss)": Case(
         own,
         lambda: {"all": (TOKENS, TOKENS.flip(1))},
@@ -282,7 +290,11 @@ def test_losses_and_derivatives_on_a_line(
     each = torch.tensor(case.losses(case.state(0)), dtype=torch.float64)
     (at_a,) = (r for r in result.table.records() if r["alpha"] == 0)
     assert at_a["loss"] == pytest.approx(float(each.mean()), rel=1e-10)
-    assert at_a["loss_stderr"] == pytest.approx(float(each.std()) / len(each) ** 0.5, rel=1e-9)
+    if len(each) == 1:
+        assert at_a["loss_stderr"] is None
+    else:
+        error = float(each.std()) / len(each) ** 0.5
+        assert at_a["loss_stderr"] == pytest.approx(error, rel=1e-9)
     assert not X.requires_grad
 
 
@@ -506,6 +518,21 @@ def test_bad_objectives_are_refused_in_one_line(name: str, mine: Path, losscli: 
     # A journal is what the message names.
     after = [path for path in mine.iterdir() if path.name not in {"__pycache__", "x.journal"}]
     assert sorted(after) == before
+
+
+def test_a_loader_of_parts_of_other_lengths_needs_losses_of_batches(mine: Path) -> None:
+    def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+        return {"inside": torch.stack(rows), "edge": Z[:2]}
+
+    options = {
+        "model": "mine.py:Net",
+        "data": {"all": DataLoader(X, 6, collate_fn=collate)},  # type: ignore[arg-type]
+        "objective": CASES["parts of other lengths"].objective,
+    }
+    with pytest.raises(DataError, match=r"6 examples is collated to 1.*give --batch-loss"):
+        losscli.check("a.pt", **options)
+    found = losscli.interpolate("a.pt", "b.pt", points=3, batch_loss=True, **options)
+    assert found.summary["batches"] == {"all": 3}
 
 
 def test_align_evaluates_no_objective(mine: Path) -> None:

@@ -282,8 +282,8 @@ BAD = {
     ),
     "without it": (f"{LINE} -m mine.py:Noisy", "draws random numbers.*give --stochastic N"),
     "gauss-newton": (
-        "check a.pt -q -m mine.py:Noisy --stochastic 2 --density --operator ggn",
-        "--operator ggn is not available with --stochastic",
+        "check a.pt -m mine.py:Noisy --loss mine.py:loss --stochastic 2 --density --operator ggn",
+        "--operator ggn with --stochastic needs a loss of losscli",
     ),
 }
 
