@@ -319,7 +319,7 @@ class Plane(Study):
             "surface": self.surface,
             "x_range": [self.xs[0], self.xs[-1]],
             "y_range": [self.ys[0], self.ys[-1]],
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "off_plane": max(off for *_, off in self.places),
             "splits": splits,
             "endpoint_difference": difference,

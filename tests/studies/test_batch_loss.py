@@ -292,6 +292,43 @@ def test_derivatives_are_those_of_the_mean_over_batches(
     assert float(line.loss(step)) == pytest.approx(float(here), rel=1e-4)
 
 
+@pytest.mark.parametrize("budget", [None, 0], ids=["in memory", "streamed"])
+def test_batches_are_drawn_until_the_error_over_them_is_small(
+    budget: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if budget is not None:
+        monkeypatch.setattr("losscli.data.objects.host_budget", lambda: budget)
+    rows = torch.randn(299, 6, generator=torch.Generator().manual_seed(0))
+    data = [(x, 0) for x in rows]
+    source = Source(lambda: {"all": DataLoader(data, batch_size=2)}, [])  # type: ignore[arg-type]
+    result = run(source, tmp_path, loss=contrast_mean, sampling_error=0.15, seed=3, points=2)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(3)).tolist()
+    for size in (64, 128, 150):
+        table = {}
+        for alpha in (0.0, 1.0, 1.5):
+            a, b = state(0), state(1)
+            model = MLP("6-5-3").double()
+            blend = {n: (1 - alpha) * a[n].double() + alpha * b[n].double() for n in a}
+            model.load_state_dict(blend)
+            with torch.no_grad():
+                batches = (rows[2 * i : 2 * i + 2].double() for i in order[:size])
+                losses = [float(contrast_mean(model(x), x)) for x in batches]
+            error = statistics.stdev(losses) / math.sqrt(size)
+            table[alpha] = math.fsum(losses) / size, error
+        height = max(m for m, _ in table.values()) - min(m for m, _ in table.values())
+        if all(error < 0.15 * height for _, error in table.values()):
+            break
+    assert size == 128
+    for row in result.table.records():
+        mean, error = table[float(row["alpha"])]  # type: ignore[arg-type]
+        assert row["loss"] == pytest.approx(mean, rel=1e-10)
+        assert row["loss_stderr"] == pytest.approx(error, rel=1e-8)
+        assert row["examples"] == size
+    assert result.summary["batches"] == {"all": size}
+    assert result.summary["examples"] == {"all": 2 * size - (149 in order[:size])}
+    assert "all: 128 of 150 batches were looked at" in result.summary["notes"]
+
+
 def test_statistics_are_those_of_the_batches_of_the_data(tmp_path: Path) -> None:
     def make() -> nn.Sequential:
         return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
@@ -515,7 +552,6 @@ def test_a_run_that_was_broken_off_ends_with_the_same_numbers(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("interpolate a.pt b.pt --sampling-error 0.1", "--sampling-error is not available with"),
         ("interpolate a.pt b.pt --batch-size 5", "--batch-size 5 has no effect"),
         ("interpolate a.pt b.pt -d npz:data.npz", "split 'train' has no batches.*--batch-size"),
     ],

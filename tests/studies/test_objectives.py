@@ -529,7 +529,7 @@ def test_a_loader_of_parts_of_other_lengths_needs_losses_of_batches(mine: Path) 
         "data": {"all": DataLoader(X, 6, collate_fn=collate)},  # type: ignore[arg-type]
         "objective": CASES["parts of other lengths"].objective,
     }
-    with pytest.raises(DataError, match=r"6 examples is collated to 1.*give --batch-loss"):
+    with pytest.raises(DataError, match=r"18 examples is collated to 1.*give --batch-loss"):
         losscli.check("a.pt", **options)
     found = losscli.interpolate("a.pt", "b.pt", points=3, batch_loss=True, **options)
     assert found.summary["batches"] == {"all": 3}
