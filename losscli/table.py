@@ -107,8 +107,14 @@ class Table:
 
         Returns:
             The cells; nan for an empty cell.
+
+        Raises:
+            UsageError: There is no such column, or it has text.
         """
-        return [float("nan") if cell is None else float(cell) for cell in self[column]]
+        cells = self[column]
+        if COLUMN_TYPES.get(column) in {"path", "text"}:
+            raise UsageError(f"the column {column!r} has no numbers", f"Give table[{column!r}]")
+        return [float("nan") if cell is None else float(cell) for cell in cells]
 
     def where(self, column: str, value: Cell) -> Table:
         """Selects rows.
