@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from losscli.cli.imports import importing_matplotlib
 from losscli.errors import UsageError
 from losscli.registry import Panels
 
@@ -68,7 +69,8 @@ def render_files(
     """
     if not paths:
         return {}
-    from losscli.plotting.style import render
+    with importing_matplotlib():
+        from losscli.plotting.style import render
 
     return {
         path: html().encode() if path.suffix.lower() == ".html" else render(figure(), path.suffix)

@@ -11,6 +11,7 @@ import typer
 
 from losscli.cli.console import Console
 from losscli.cli.figures import render_files
+from losscli.cli.imports import importing
 from losscli.cli.options import Force, Json, with_console
 from losscli.cli.report import align_columns, format_count
 from losscli.errors import OutputError, UsageError, printable
@@ -48,7 +49,8 @@ def inspect(
     With two: the distance and cosine of each tensor, and what does not match.
     """
     output = Output.plan(figure[0], figure, force=force) if figure else None
-    from losscli.studies.inspection import inspect as study
+    with importing("torch"):
+        from losscli.studies.inspection import inspect as study
 
     result = study(checkpoints)
     files = []
@@ -118,9 +120,10 @@ def export(
         given, missing = ("--best", "--csv") if csv is None else ("--csv", "--best")
         raise UsageError(f"{given} is given without {missing}", "Give --best SPLIT --csv STEM.csv")
     check_writable(out, force=force)
-    from losscli.checkpoint import save
-    from losscli.studies.inspection import export as study
-    from losscli.studies.inspection import lowest
+    with importing("torch"):
+        from losscli.checkpoint import save
+        from losscli.studies.inspection import export as study
+        from losscli.studies.inspection import lowest
 
     summary = None
     if best is not None and csv is not None:
