@@ -44,8 +44,13 @@ def importing_matplotlib() -> Iterator[None]:
     with importing("matplotlib.artist"):
         from matplotlib import artist as artists
 
-        kwdoc, artists.kwdoc = artists.kwdoc, lambda artist: ""
+        kwdoc, artists.kwdoc = artists.kwdoc, _no_properties
         try:
             yield
         finally:
             artists.kwdoc = kwdoc
+
+
+def _no_properties(artist: object) -> str:
+    del artist
+    return ""
