@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from losscli.cli.console import Console
-from losscli.cli.figures import render_files
-from losscli.cli.imports import importing
+from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Force, Json, with_console
 from losscli.cli.report import align_columns, format_count
 from losscli.errors import OutputError, UsageError, printable
+from losscli.figures import render_files
 from losscli.registry import COMMANDS
 from losscli.results import Output, Result, to_json
 from losscli.summaries import InspectionSummary
@@ -55,6 +55,7 @@ def inspect(
     result = study(checkpoints)
     files = []
     if output:
+        import_plotting()
         files = output.write_pictures(render_files(result.figure, result.html, output.figures))
     console.written = bool(files)
     if json_:

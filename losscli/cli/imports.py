@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["importing", "importing_matplotlib"]
+from losscli.registry import load
+
+__all__ = ["import_plotting", "importing"]
 
 
 @contextmanager
@@ -32,21 +34,19 @@ def importing(package: str) -> Iterator[None]:
         gc.enable()
 
 
-@contextmanager
-def importing_matplotlib() -> Iterator[None]:
+def import_plotting() -> None:
     """Imports Matplotlib without garbage collection and the lists of properties in its docstrings.
 
     Matplotlib inspects each class for the docstring of its ``set``, a quarter of the time.
     """
     if "matplotlib.artist" in sys.modules:
-        yield
         return
     with importing("matplotlib.artist"):
         from matplotlib import artist as artists
 
         kwdoc, artists.kwdoc = artists.kwdoc, _no_properties
         try:
-            yield
+            load("losscli.plotting.style:render")
         finally:
             artists.kwdoc = kwdoc
 

@@ -69,10 +69,10 @@ def test_a_user_who_disabled_the_collector_finds_it_disabled(module: str) -> Non
 
 def test_matplotlib_has_its_docstrings_of_properties_after_the_import() -> None:
     code = """
-from losscli.cli.imports import importing_matplotlib
-with importing_matplotlib():
-    from matplotlib.lines import Line2D
-    assert "antialiased" not in Line2D.set.__doc__
+from losscli.cli.imports import import_plotting
+import_plotting()
+from matplotlib.lines import Line2D
+assert "antialiased" not in Line2D.set.__doc__
 from matplotlib.artist import kwdoc
 assert "antialiased" in kwdoc(Line2D)
 class Further(Line2D):
