@@ -88,7 +88,7 @@ def plane(
             metavar="LO HI",
             help="The lowest and the highest value of both coordinates. Default: a box around the "
             "checkpoints and paths. One checkpoint alone: -1 1 for random directions; for "
-            "eigenvectors as far as the curvature alone changes the loss by its own size.",
+            "eigenvectors as far as the curvature alone changes the loss by a tenth.",
             rich_help_panel=_PANEL,
             show_default=False,
         ),

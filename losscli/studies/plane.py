@@ -100,8 +100,8 @@ def plane(
         points: Values of each coordinate.
         range: The lowest and the highest value of both coordinates. By default the box that holds
             the checkpoints and a margin. Of one checkpoint without a path: −1 to 1 for random
-            directions; for eigenvectors up to √(2 L / |λ|), where the curvature alone changes the
-            loss L by its own size, but between 0.001 ‖θ‖ and ‖θ‖.
+            directions; for eigenvectors up to √(0.2 |L| / |λ|), where the curvature alone changes
+            the loss L by a tenth of it, but between 0.001 ‖θ‖ and ‖θ‖.
         surface: Whether the picture shows the surface in three dimensions too.
         keep_order: With ``pca`` or ``path``, take the checkpoints in the order of their names as
             they are given, and all files of a folder; by default they are ordered as `trajectory`
@@ -579,8 +579,8 @@ class Plane(Study):
                 )
         if self.range_ is None and not self.paths:
             notes.append(
-                "each axis reaches as far as its curvature alone changes the loss by its own size, "
-                "but not farther than ‖θ‖ and at least 0.001 ‖θ‖; --range sets both"
+                "each axis reaches as far as its curvature alone changes the loss by a tenth, but "
+                "not farther than ‖θ‖ and at least 0.001 ‖θ‖; --range sets both"
             )
         return notes
 

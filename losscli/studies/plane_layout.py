@@ -28,6 +28,9 @@ _MARGIN = 0.25
 # Farther out, products with weights leave the range of float32.
 _FAR = 1e29
 
+# The change of the loss by the curvature at the edge of a plane along eigenvectors, as a share.
+_CHANGE = 0.1
+
 # The least reach of a plane along eigenvectors, as a share of the norm of the parameters.
 _NEAREST = 1e-3
 
@@ -188,8 +191,9 @@ def span_eigenvectors(
 def curvature_radii(axes: Sequence[PlaneAxis], loss: float, size: float) -> tuple[float, float]:
     """Returns how far the plane along eigenvectors reaches by default, in each direction.
 
-    √(2 |L| / |λ|), where the curvature alone changes the loss L by its own size, so that curvatures
-    of very different sizes are both visible; but between 0.001 ‖θ‖ and ‖θ‖.
+    √(0.2 |L| / |λ|), where the curvature alone changes the loss L by a tenth of it: near enough for
+    the quadratic model, and curvatures of very different sizes are both visible. But between
+    0.001 ‖θ‖ and ‖θ‖.
 
     Args:
         axes: The axes, with their eigenvalues λ.
@@ -201,7 +205,9 @@ def curvature_radii(axes: Sequence[PlaneAxis], loss: float, size: float) -> tupl
     """
     size = size or 1.0
     first, second = (
-        max(_NEAREST * size, min(size, math.sqrt(2 * abs(loss) / abs(axis["eigenvalue"]))))
+        max(
+            _NEAREST * size, min(size, math.sqrt(2 * _CHANGE * abs(loss) / abs(axis["eigenvalue"])))
+        )
         if axis["eigenvalue"]
         else size
         for axis in axes
