@@ -253,10 +253,10 @@ def test_a_path_changes_nothing_on_the_plane(
     files = save(case, tmp_path / "run", 9, 10)
     given = options(case, points=3, range=(-1, 1), buffers="b", **more)
     alone = losscli.plane(own, **given)
-    both = losscli.plane(own, path=[str(tmp_path / "run"), own[0]], **given)
+    both = losscli.plane(own, path=[own[0], str(tmp_path / "run")], **given)
     assert both.table == alone.table
     path = both.more["path"]
-    assert path.unique("path") == ["", str(tmp_path / "run"), own[0]]
+    assert path.unique("path") == ["", own[0], str(tmp_path / "run")]
     assert path.where("path", str(tmp_path / "run"))["checkpoint"] == files
     spanned = path.where("path", "")
     assert Table(spanned.columns[1:], tuple(row[1:] for row in spanned.rows)) == alone.more["path"]
