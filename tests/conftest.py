@@ -57,6 +57,10 @@ if not torch.cuda.is_available():
 os.fsync = lambda _: None
 
 
+# While modules are imported and tests are collected, next to nothing becomes garbage.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Leaves what is imported by now out of the search for garbage, a tenth of all time.
 
@@ -64,6 +68,7 @@ def pytest_collection_finish() -> None:
     second that compiled modules go by.
     """
     gc.freeze()
+    gc.enable()
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
