@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import functools
 import gc
 import io
@@ -55,6 +56,12 @@ if not torch.cuda.is_available():
 
 # No power is lost here, and to wait for the disk takes a while.
 os.fsync = lambda _: None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles losscli, which else each process that a test starts would do on its own."""
+    if not hasattr(config, "workerinput"):
+        compileall.compile_dir(ROOT / "losscli", quiet=2)
 
 
 # While modules are imported and tests are collected, next to nothing becomes garbage.
