@@ -69,13 +69,15 @@ gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what is imported by now out of the search for garbage, a tenth of all time.
+    """Leaves what is imported by now out of the searches for garbage and for a user's code.
 
     From now on no compiled module is kept: tests write a user's code, and write it again within the
     second that compiled modules go by.
     """
     gc.freeze()
     gc.enable()
+    installed = {*sys.modules}
+    spec._modules = lambda: sys.modules.keys() - installed
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
