@@ -129,9 +129,15 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unlaid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the layout, most of the time of drawing a figure; its artists are the same."""
+    """Leaves out the layout, most of the time of drawing a figure, and most of its pixels.
+
+    Its artists are the same.
+    """
     if "laid_out" not in request.fixturenames:
         request.getfixturevalue("coarse")
+        from losscli.plotting import style
+
+        monkeypatch.setitem(style._STYLE, "savefig.dpi", 40)
         monkeypatch.setattr(
             "matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None
         )
