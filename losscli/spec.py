@@ -561,12 +561,11 @@ def user_code_digests() -> dict[str, str]:
         The hexadecimal digests by file path, sorted by path.
     """
     digests = {}
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
+    for name in _modules():
+        file = getattr(sys.modules.get(name), "__file__", None)
         if name == "__main__" or not isinstance(file, str):
             continue
-        absolute = file if os.path.isabs(file) else os.path.realpath(file)  # noqa: PTH117
-        path = _user_file(absolute)
+        path = _user_file(file if file.startswith(os.sep) else os.path.realpath(file))
         if path is None:
             continue
         try:
@@ -575,6 +574,10 @@ def user_code_digests() -> dict[str, str]:
             # It may be in an archive, or deleted.
             continue
     return dict(sorted(digests.items()))
+
+
+def _modules() -> Collection[str]:
+    return list(sys.modules)
 
 
 # There are thousands of modules in few folders, and a module stays in the file it was loaded from.

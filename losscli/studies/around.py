@@ -200,11 +200,11 @@ class Around(Study):
             raise UsageError(f"{name} is given {times} times", "Give each checkpoint once")
         _check_directions(directions, along, settings)
         _check_basin(basin, basin_loss)
-        coefficients = _coefficients(points, range_ or _RANGES[along])
         if along:
             check_point_count("--points", points, 3 * points * len(names))
         else:
             check_point_count("--directions", directions, directions * points * len(names))
+        coefficients = _coefficients(points, range_ or _RANGES[along])
         problem = prepare(names, settings, ranks=ranks)
         if along:
             moving = problem.parameters(problem.moving)
