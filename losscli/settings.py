@@ -59,7 +59,7 @@ class Settings:
         model: The architecture; None takes it from the checkpoints' metadata or ``losscli.toml``.
         data: The data set; None as for ``model``.
         loss: The per-example loss; None as for ``model``, else by the task of the data.
-        metric: The metrics; ``("none",)`` for none, empty for those of the task of the data.
+        metric: The metrics; ``("none",)`` for none; empty as for ``loss``.
         split: The splits; empty for all.
         limit: The number of examples of each split, or of batches with ``batch_loss``, drawn once
             with the seed; None for all.
@@ -83,6 +83,7 @@ class Settings:
         rename: Renames of the tensors of the checkpoints, ``OLD=NEW``: each replaces the first
             run of components OLD in a name, such as ``fc=head`` in ``fc.weight``.
         seed: The seed of all random choices.
+        trust: Whether a ``losscli.toml`` may name code, which is then run.
     """
 
     model: Any = None
@@ -104,6 +105,7 @@ class Settings:
     allow_missing: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
     seed: int = 0
+    trust: bool = False
 
     def __new__(cls, *_: Any, **options: Any) -> Self:
         """Rejects unknown keywords."""

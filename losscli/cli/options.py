@@ -101,6 +101,15 @@ _SETTINGS: dict[str, Any] = {
             metavar="N",
         ),
     ],
+    "trust": Annotated[
+        bool,
+        _option(
+            _WHAT,
+            "Run code that a losscli.toml names. Not needed in the trusted folders of your "
+            "configuration (see the README).",
+            "--trust",
+        ),
+    ],
     "batch_size": Annotated[
         int | None,
         _option(
@@ -270,6 +279,7 @@ _DEFAULTS: Mapping[str, Any] = {
     **dict.fromkeys(
         (
             "batch_loss",
+            "trust",
             "ignore_unexpected",
             "tf32",
             "no_figure",

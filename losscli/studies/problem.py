@@ -196,7 +196,7 @@ def prepare(
         if found is None:
             raise UsageError(
                 "no model is named, neither by --model nor by the checkpoint's metadata nor by a "
-                "losscli.toml beside it",
+                "losscli.toml beside it or here",
                 "Give --model, for example --model mlp:784-512-10 (losscli list models)",
             )
         torch.manual_seed(settings.seed)
@@ -209,7 +209,7 @@ def prepare(
         whole, data_name = data_of(settings, specs.data)
         data = whole.select(settings.split, None, settings.seed)
         loss, loss_name, loss_source = loss_of(specs.loss, data, model)
-        metrics, metric_names, metric_source = metrics_of(settings, data, loss, model)
+        metrics, metric_names, metric_source = metrics_of(specs.metrics, data, loss, model)
         recalibration = recalibration_of(model, whole, data, settings)
     objective = Objective(
         model,
@@ -222,7 +222,7 @@ def prepare(
         recalibration=recalibration,
         batch_loss=settings.batch_loss,
         # Default metrics may be left out if they fail.
-        optional=() if settings.metric else metrics,
+        optional=() if specs.metrics else metrics,
     )
     objective.extra = first.extra
     notes = [*notes, *found_notes, *_compare_extra_states(objective, checkpoints, names)]

@@ -1,7 +1,8 @@
-"""Specs of the model, data and loss: from the command line, a checkpoint or a losscli.toml."""
+"""Specs of the model, data, loss and metrics: from an option, a checkpoint or a losscli.toml."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,28 +14,51 @@ from losscli.errors import SpecError
 from losscli.models import has_config
 from losscli.settings import Settings
 from losscli.spec import Spec, expand_toml, read_toml
+from losscli.studies.trust import cure_for_distrust
 
-__all__ = ["SourcedSpec", "Specs", "find", "find_specs"]
+__all__ = ["KINDS", "SourcedSpec", "Specs", "find", "find_specs"]
+
+KINDS = ("model", "data", "loss", "metric")
+"""What a ``losscli.toml`` may name."""
+
+_FILE = "losscli.toml"
 
 
 @dataclass(frozen=True)
 class SourcedSpec:
-    """A spec, who named it, what its relative paths are relative to, and where it came from."""
+    """A spec and where it comes from.
+
+    Attributes:
+        value: The spec, or an object.
+        trusted: Whether it may name code.
+        folder: The folder of relative paths; None for the current folder.
+        source: The option or the file that names it.
+        cure: If it is not trusted, how to make it trusted; empty if only an option may name code.
+    """
 
     value: Any
     trusted: bool
     folder: Path | None = None
     source: str = ""
+    cure: str = ""
 
     @classmethod
     def named(
-        cls, value: Any, *, trusted: bool, folder: Path | None = None, source: str = ""
+        cls,
+        value: Any,
+        *,
+        trusted: bool,
+        folder: Path | None = None,
+        source: str = "",
+        cure: str = "",
     ) -> SourcedSpec:
         """Takes what was named: where that is a TOML file, what the file says."""
         if not isinstance(value, str):
             return cls(value, trusted, folder, source)
         text, may_name_code, place = expand_toml(value, trusted=trusted, folder=folder)
-        return cls(text, may_name_code, place, source if text == value else value)
+        if text == value:
+            return cls(text, may_name_code, place, source, cure)
+        return cls(text, may_name_code, place, value)
 
     @property
     def text(self) -> str:
@@ -52,6 +76,7 @@ class Specs(NamedTuple):
     model: SourcedSpec | None
     data: SourcedSpec | None
     loss: SourcedSpec | None
+    metrics: tuple[SourcedSpec, ...]
 
 
 def find_specs(settings: Settings, model: Any, first: CheckpointFile | None) -> Specs:
@@ -66,51 +91,79 @@ def find_specs(settings: Settings, model: Any, first: CheckpointFile | None) -> 
         The specs.
     """
     given = {"model": model, "data": settings.data, "loss": settings.loss}
-    return Specs(**{kind: find(kind, value, first) for kind, value in given.items()})
+    trust = settings.trust
+    return Specs(
+        **{kind: find(kind, value, first, trust=trust) for kind, value in given.items()},
+        metrics=tuple(_find_all("metric", settings.metric, first, trust=trust)),
+    )
 
 
-def find(kind: str, given: Any, first: CheckpointFile | None) -> SourcedSpec | None:
+def find(
+    kind: str, given: Any, first: CheckpointFile | None, *, trust: bool = False
+) -> SourcedSpec | None:
     """Finds a spec: the option, then the checkpoint's metadata, then the nearest losscli.toml.
+
+    The nearest is in the folder of the checkpoint or above it, else in the current folder or above.
 
     Args:
         kind: ``model``, ``data`` or ``loss``.
         given: What the option says; None where it is not given.
         first: The checkpoint that is searched next, if any.
+        trust: Whether the losscli.toml may name code.
 
     Returns:
         The spec; None if there is none.
     """
-    if given is not None:
-        return SourcedSpec.named(given, trusted=True, source=f"--{kind}")
-    if first is None:
-        return None
-    folder = first.folder
-    # Not resolved: in a hub's cache the files of a folder are links to places elsewhere.
-    path = first.path
-    own = folder if path is None else path if path.is_dir() else path.parent
-    if f"losscli.{kind}" in first.metadata:
-        own_spec = first.metadata[f"losscli.{kind}"]
-        return SourcedSpec.named(
-            own_spec, trusted=False, folder=folder, source="checkpoint metadata"
-        )
-    for place in (folder, *folder.parents):
-        file = place / "losscli.toml"
-        if file.is_file():
-            value = _read_toml(file).get(kind)
-            if value is not None:
-                return SourcedSpec.named(value, trusted=False, folder=place, source=str(file))
+    return next(_find_all(kind, () if given is None else (given,), first, trust=trust), None)
+
+
+def _find_all(
+    kind: str, given: Sequence[Any], first: CheckpointFile | None, *, trust: bool
+) -> Iterator[SourcedSpec]:
+    """Finds the specs of one kind in the first source that has any."""
+    for value in given:
+        yield SourcedSpec.named(value, trusted=True, source=f"--{kind}")
+    if given:
+        return
+    own, places = None, [Path.cwd()]
+    if first is not None:
+        # Not resolved: in a hub's cache the files of a folder are links to places elsewhere.
+        own = first.path
+        own = first.folder if own is None else own if own.is_dir() else own.parent
+        if f"losscli.{kind}" in first.metadata:
+            yield SourcedSpec.named(
+                first.metadata[f"losscli.{kind}"],
+                trusted=False,
+                folder=first.folder,
+                source="checkpoint metadata",
+            )
+            return
+        places = [first.folder, Path.cwd()]
+    for place in dict.fromkeys(p for folder in places for p in (folder, *folder.parents)):
+        file = place / _FILE
+        values = _read(file).get(kind) if file.is_file() else None
+        if values is not None:
+            cure = cure_for_distrust(file, trust=trust)
+            for value in [values] if isinstance(values, str) else values:
+                yield SourcedSpec.named(
+                    value, trusted=not cure, folder=place, source=str(file), cure=cure
+                )
+            return
         # Beside the checkpoint a config.json of transformers names a model too.
-        if kind == "model" and place == folder and has_config(own):
-            return SourcedSpec(str(Spec(f"transformers:{own}")), trusted=False)
-    return None
+        if kind == "model" and own and place == places[0] and has_config(own):
+            yield SourcedSpec(str(Spec(f"transformers:{own}")), trusted=False)
+            return
 
 
-def _read_toml(file: Path) -> dict[str, str]:
+def _read(file: Path) -> dict[str, Any]:
+    """Reads a losscli.toml: strings, of metrics also lists of strings."""
     content = read_toml(file)
     for key, value in content.items():
-        if key not in {"model", "data", "loss"} or not isinstance(value, str):
+        several = isinstance(value, list) and key == "metric" and bool(value)
+        texts = value if several else [value]
+        if key not in KINDS or not all(isinstance(text, str) for text in texts):
             raise SpecError(
                 f"{file}: {key!r} is not understood",
-                'It may have the lines model = "…", data = "…" and loss = "…"',
+                'It may have the lines model = "…", data = "…", loss = "…" and metric = "…"',
             )
     return content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
     if found is None:
         raise UsageError(
             "no data set is named, neither by --data nor by the checkpoint's metadata nor by a "
-            "losscli.toml beside it",
+            "losscli.toml beside it or here",
             "Give --data, for example --data mnist:FOLDER (losscli list data)",
         )
     chosen: dict[str, Any] = {
@@ -88,6 +88,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
             trusted=found.trusted,
             source=found.source,
             folder=found.folder,
+            cure=found.cure,
             **chosen,
         )
     else:
@@ -193,12 +194,12 @@ def _language_loss(data: DataSet, model: nn.Module) -> str:
 
 
 def metrics_of(
-    settings: Settings, data: DataSet, loss: PerExample, model: nn.Module
+    found: Sequence[SourcedSpec], data: DataSet, loss: PerExample, model: nn.Module
 ) -> tuple[dict[str, PerExample], list[str], str]:
     """Finds the metrics: those that are named, or that of the data's task.
 
     Args:
-        settings: The settings.
+        found: The specs of the metrics; none for the default.
         data: What they are evaluated on.
         loss: The loss.
         model: The model.
@@ -217,18 +218,17 @@ def metrics_of(
     next_tokens = function is causal_lm or score_kind(model) == "next"
     if function is token_cross_entropy or (data.language and not next_tokens):
         default = "none"
-    if settings.metric:
-        source = "--metric"
+    if found:
+        source = found[0].source
     metrics: dict[str, PerExample] = {}
     texts = []
-    for value in settings.metric or (default,):
-        if value == "none":
+    for each in found or (SourcedSpec(default, trusted=True),):
+        if each.value == "none":
             continue
-        found = SourcedSpec.named(value, trusted=True)
-        name = _column(found.value)
+        name = _column(each.value)
         if name in metrics or name in RESERVED_COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
-        metric, text = _per_example(found, METRICS, "metric")
+        metric, text = _per_example(each, METRICS, "metric")
         metrics[name] = _like_loss(loss, metric)
         texts.append(text)
     return metrics, texts, source
@@ -266,7 +266,15 @@ def _per_example(
         function: PerExample = found.value
         return function, found.text
     spec = Spec.parse(found.value)
-    function, arguments = look_up(spec, registry, kind, trusted=found.trusted, source=found.source)
+    function, arguments = look_up(
+        spec,
+        registry,
+        kind,
+        trusted=found.trusted,
+        source=found.source,
+        folder=found.folder,
+        cure=found.cure,
+    )
     if arguments and not isinstance(function, type):
         raise SpecError(f"{where}: {kind} functions take no argument")
     if is_of_torch(function) and not arguments:
