@@ -33,6 +33,7 @@ __all__ = [
     "Description",
     "Escape",
     "Extremum",
+    "FirstBatch",
     "Height",
     "InspectionSummary",
     "LineSplit",
@@ -47,6 +48,7 @@ __all__ = [
     "PlaneSplit",
     "PlaneSummary",
     "Predicted",
+    "ProjectSummary",
     "Provenance",
     "RandomWalks",
     "Refined",
@@ -735,6 +737,34 @@ class AlignmentSummary(TypedDict, total=False):
     inner_product: BeforeAfter
     check: FunctionCheck
     seconds: Seconds
+
+
+# --- init ----------------------------------------------------------------------------------------
+
+
+class FirstBatch(TypedDict, total=False):
+    """The mean loss over a first batch, and its number of examples."""
+
+    loss: float
+    examples: int
+
+
+class ProjectSummary(TypedDict, total=False):
+    """The summary of ``init``."""
+
+    command: str
+    file: str
+    checkpoints: list[CheckpointEntry]
+    model: str
+    moving: Moving
+    data: str
+    loss: str
+    metrics: list[str]
+    sources: Sources
+    first_batch: dict[str, FirstBatch]
+    needs_trust: bool
+    next: str
+    notes: list[str]
 
 
 # --- Reading -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from losscli import __version__
 from losscli.cli.align import align
 from losscli.cli.catalogue import catalogue
 from losscli.cli.files import export, inspect
+from losscli.cli.init import init
 from losscli.cli.plot import plot
 from losscli.registry import COMMANDS, load
 
@@ -47,3 +48,4 @@ app.command("inspect")(inspect)
 app.command("align")(align)
 app.command("export")(export)
 app.command("list")(catalogue)
+app.command("init")(init)

@@ -21,6 +21,7 @@ from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.task_checks import check_task
 from losscli.settings import Buffers, DType, Settings
 from losscli.studies.checkpoints import Checkpoints, is_same
+from losscli.studies.config import Config
 from losscli.studies.model import build, check_copy
 from losscli.studies.specs import find_specs
 from losscli.studies.task import data_of, loss_of, metrics_of, recalibration_of
@@ -167,6 +168,7 @@ def prepare(
     settings: Settings,
     notes: Sequence[str] = (),
     ranks: Ranks | None = None,
+    planned: Config | None = None,
 ) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
@@ -175,6 +177,7 @@ def prepare(
         settings: The settings.
         notes: How the checkpoints were ordered, if they were.
         ranks: The processes that share the run, if there are several.
+        planned: A losscli.toml that is taken to exist.
 
     Returns:
         The problem, ready to be evaluated.
@@ -191,7 +194,7 @@ def prepare(
         given = settings.model
         if given is None and isinstance(base, InMemoryCheckpoint):
             given = base.module
-        specs = find_specs(settings, given, file)
+        specs = find_specs(settings, given, file, planned)
         found = specs.model
         if found is None:
             raise UsageError(

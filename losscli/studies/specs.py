@@ -10,18 +10,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from losscli.checkpoint import CheckpointFile
-from losscli.errors import SpecError
 from losscli.models import has_config
 from losscli.settings import Settings
-from losscli.spec import Spec, expand_toml, read_toml
+from losscli.spec import Spec, expand_toml
+from losscli.studies.config import FILE_NAME, Config, read_config
 from losscli.studies.trust import cure_for_distrust
 
-__all__ = ["KINDS", "SourcedSpec", "Specs", "find", "find_specs"]
-
-KINDS = ("model", "data", "loss", "metric")
-"""What a ``losscli.toml`` may name."""
-
-_FILE = "losscli.toml"
+__all__ = ["SourcedSpec", "Specs", "find_specs"]
 
 
 @dataclass(frozen=True)
@@ -79,48 +74,50 @@ class Specs(NamedTuple):
     metrics: tuple[SourcedSpec, ...]
 
 
-def find_specs(settings: Settings, model: Any, first: CheckpointFile | None) -> Specs:
+def find_specs(
+    settings: Settings, model: Any, first: CheckpointFile | None, planned: Config | None = None
+) -> Specs:
     """Finds the specs of a run.
 
     Args:
         settings: The options.
         model: The model that the options or the checkpoint give as an object or a spec, if any.
         first: The checkpoint that is searched next, if any.
+        planned: A losscli.toml that is taken to exist with this content, and is trusted.
 
     Returns:
         The specs.
     """
-    given = {"model": model, "data": settings.data, "loss": settings.loss}
-    trust = settings.trust
+
+    def find_all(kind: str, given: Sequence[Any]) -> Iterator[SourcedSpec]:
+        return _find_all(kind, given, first, settings.trust, planned)
+
+    def find_one(kind: str, given: Any) -> SourcedSpec | None:
+        return next(find_all(kind, () if given is None else (given,)), None)
+
     return Specs(
-        **{kind: find(kind, value, first, trust=trust) for kind, value in given.items()},
-        metrics=tuple(_find_all("metric", settings.metric, first, trust=trust)),
+        find_one("model", model),
+        find_one("data", settings.data),
+        find_one("loss", settings.loss),
+        tuple(find_all("metric", settings.metric)),
     )
 
 
-def find(
-    kind: str, given: Any, first: CheckpointFile | None, *, trust: bool = False
-) -> SourcedSpec | None:
-    """Finds a spec: the option, then the checkpoint's metadata, then the nearest losscli.toml.
-
-    The nearest is in the folder of the checkpoint or above it, else in the current folder or above.
-
-    Args:
-        kind: ``model``, ``data`` or ``loss``.
-        given: What the option says; None where it is not given.
-        first: The checkpoint that is searched next, if any.
-        trust: Whether the losscli.toml may name code.
-
-    Returns:
-        The spec; None if there is none.
-    """
-    return next(_find_all(kind, () if given is None else (given,), first, trust=trust), None)
-
-
 def _find_all(
-    kind: str, given: Sequence[Any], first: CheckpointFile | None, *, trust: bool
+    kind: str,
+    given: Sequence[Any],
+    first: CheckpointFile | None,
+    trust: bool,
+    planned: Config | None,
 ) -> Iterator[SourcedSpec]:
-    """Finds the specs of one kind in the first source that has any."""
+    """Finds specs of one kind: options, else the checkpoint's metadata, else a losscli.toml.
+
+    That is the nearest one: in the folder of the checkpoint or above it, else in the current folder
+    or above it.
+
+    Yields:
+        The specs.
+    """
     for value in given:
         yield SourcedSpec.named(value, trusted=True, source=f"--{kind}")
     if given:
@@ -140,10 +137,14 @@ def _find_all(
             return
         places = [first.folder, Path.cwd()]
     for place in dict.fromkeys(p for folder in places for p in (folder, *folder.parents)):
-        file = place / _FILE
-        values = _read(file).get(kind) if file.is_file() else None
+        file = place / FILE_NAME
+        is_planned = planned is not None and file == planned.file
+        if planned is not None and is_planned:
+            values = planned.specs.get(kind)
+        else:
+            values = read_config(file).get(kind) if file.is_file() else None
         if values is not None:
-            cure = cure_for_distrust(file, trust=trust)
+            cure = "" if is_planned else cure_for_distrust(file, trust=trust)
             for value in [values] if isinstance(values, str) else values:
                 yield SourcedSpec.named(
                     value, trusted=not cure, folder=place, source=str(file), cure=cure
@@ -153,17 +154,3 @@ def _find_all(
         if kind == "model" and own and place == places[0] and has_config(own):
             yield SourcedSpec(str(Spec(f"transformers:{own}")), trusted=False)
             return
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Reads a losscli.toml: strings, of metrics also lists of strings."""
-    content = read_toml(file)
-    for key, value in content.items():
-        several = isinstance(value, list) and key == "metric" and bool(value)
-        texts = value if several else [value]
-        if key not in KINDS or not all(isinstance(text, str) for text in texts):
-            raise SpecError(
-                f"{file}: {key!r} is not understood",
-                'It may have the lines model = "…", data = "…", loss = "…" and metric = "…"',
-            )
-    return content

@@ -86,8 +86,13 @@ def _trusted_folders(config: Path) -> list[Path]:
 
 
 def _foreign_path(*paths: Path) -> Path | None:
-    """Returns the first path, or link, that belongs neither to this user nor to root, if any."""
+    """Returns the first path that belongs neither to this user nor to root, if any."""
     if not hasattr(os, "geteuid"):  # on Windows
         return None
     own = {0, os.geteuid()}
-    return next((p for p in paths if not {p.stat().st_uid, p.lstat().st_uid} <= own), None)
+    return next((path for path in paths if not _owners(path) <= own), None)
+
+
+def _owners(path: Path) -> set[int]:
+    """Returns the users that a path and what it links to belong to."""
+    return {path.stat().st_uid, path.lstat().st_uid}
