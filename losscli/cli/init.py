@@ -50,7 +50,7 @@ def init(
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CKPT]",
+            metavar="CKPT",
             help="The checkpoint to try it on, or a folder of them. By default init:0, the model "
             "as its code initialises it.",
             show_default=False,
@@ -96,6 +96,10 @@ def init(
         summary["needs_trust"] = bool(cure_for_distrust(file, trust=False))
         if summary["needs_trust"]:
             summary["next"] += " --trust"
+            console.note(
+                f"{FILE_NAME} names code: commands need --trust, unless your configuration lists "
+                "this folder as trusted (see the README)"
+            )
     for note in summary["notes"]:
         console.note(note)
     if json_:

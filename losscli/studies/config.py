@@ -13,7 +13,15 @@ from losscli.evaluation.metrics import METRICS
 from losscli.models import MODELS, RUNS_CODE
 from losscli.spec import Spec, look_up, quote, read_toml
 
-__all__ = ["FILE_NAME", "Config", "config_content", "config_line", "needs_trust", "read_config"]
+__all__ = [
+    "FILE_NAME",
+    "Config",
+    "config_content",
+    "config_line",
+    "needs_trust",
+    "read_config",
+    "texts_of",
+]
 
 FILE_NAME = "losscli.toml"
 
@@ -60,6 +68,11 @@ def read_config(file: Path) -> dict[str, str | list[str]]:
                 f"It may have the lines {', '.join(some)} and {last}",
             )
     return content
+
+
+def texts_of(value: str | list[str]) -> list[str]:
+    """Returns the specs of a key, one or several."""
+    return [value] if isinstance(value, str) else value
 
 
 def config_line(kind: str, spec: str | list[str]) -> str:

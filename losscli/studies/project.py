@@ -14,7 +14,7 @@ from losscli.evaluation.sweep import check
 from losscli.models import RUNS_CODE
 from losscli.settings import Settings
 from losscli.spec import Spec, expand_toml
-from losscli.studies.config import Config, config_line, needs_trust
+from losscli.studies.config import Config, config_line, needs_trust, texts_of
 from losscli.studies.problem import prepare
 from losscli.studies.specs import find_specs
 from losscli.summaries import FirstBatch, ProjectSummary
@@ -94,12 +94,12 @@ def _unused(config: Config, settings: Settings, first: CheckpointFile | None) ->
     """Yields a note on each line of the file that a checkpoint or a nearer file overrides."""
     specs = find_specs(settings, None, first, config)
     found = {"model": specs.model, "data": specs.data, "loss": specs.loss}
-    for kind, text in config.specs.items():
+    for kind, value in config.specs.items():
         spec = found[kind] if kind in found else next(iter(specs.metrics), None)
         # The source of what a TOML file says is that file.
-        if spec is not None and spec.source not in {str(config.file), text}:
+        if spec is not None and spec.source not in {str(config.file), *texts_of(value)}:
             yield (
-                f"the line {config_line(kind, text)} has no effect on this checkpoint: "
+                f"the line {config_line(kind, value)} has no effect on this checkpoint: "
                 f"{spec.source or 'config.json'} comes first"
             )
 
@@ -108,7 +108,7 @@ def _needs_trust(config: Config) -> bool:
     """Says whether commands refuse the file unless it is trusted."""
     folder = config.file.parent
     for kind, value in config.specs.items():
-        for text in [value] if isinstance(value, str) else value:
+        for text in texts_of(value):
             # A TOML file that a spec names may not name code.
             expanded, trusted, _ = expand_toml(text, trusted=True, folder=folder)
             if text != "none" and trusted and needs_trust(kind, Spec.parse(expanded), folder):

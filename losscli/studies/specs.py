@@ -13,7 +13,7 @@ from losscli.checkpoint import CheckpointFile
 from losscli.models import has_config
 from losscli.settings import Settings
 from losscli.spec import Spec, expand_toml
-from losscli.studies.config import FILE_NAME, Config, read_config
+from losscli.studies.config import FILE_NAME, Config, read_config, texts_of
 from losscli.studies.trust import cure_for_distrust
 
 __all__ = ["SourcedSpec", "Specs", "find_specs"]
@@ -145,7 +145,7 @@ def _find_all(
             values = read_config(file).get(kind) if file.is_file() else None
         if values is not None:
             cure = "" if is_planned else cure_for_distrust(file, trust=trust)
-            for value in [values] if isinstance(values, str) else values:
+            for value in texts_of(values):
                 yield SourcedSpec.named(
                     value, trusted=not cure, folder=place, source=str(file), cure=cure
                 )
