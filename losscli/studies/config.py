@@ -15,6 +15,7 @@ from losscli.spec import Spec, look_up, quote, read_toml
 
 __all__ = [
     "FILE_NAME",
+    "NO_CONFIG",
     "Config",
     "config_content",
     "config_line",
@@ -43,6 +44,9 @@ class Config(NamedTuple):
 
     file: Path
     specs: Mapping[str, str | list[str]]
+
+
+NO_CONFIG = Config(Path(), {})
 
 
 def read_config(file: Path) -> dict[str, str | list[str]]:

@@ -21,7 +21,7 @@ from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.task_checks import check_task
 from losscli.settings import Buffers, DType, Settings
 from losscli.studies.checkpoints import Checkpoints, is_same
-from losscli.studies.config import Config
+from losscli.studies.config import NO_CONFIG, Config
 from losscli.studies.model import build, check_copy
 from losscli.studies.specs import find_specs
 from losscli.studies.task import data_of, loss_of, metrics_of, recalibration_of
@@ -168,7 +168,7 @@ def prepare(
     settings: Settings,
     notes: Sequence[str] = (),
     ranks: Ranks | None = None,
-    planned: Config | None = None,
+    planned: Config = NO_CONFIG,
 ) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 

@@ -13,7 +13,7 @@ from losscli.checkpoint import CheckpointFile
 from losscli.models import has_config
 from losscli.settings import Settings
 from losscli.spec import Spec, expand_toml
-from losscli.studies.config import FILE_NAME, Config, read_config, texts_of
+from losscli.studies.config import FILE_NAME, NO_CONFIG, Config, read_config, texts_of
 from losscli.studies.trust import cure_for_distrust
 
 __all__ = ["SourcedSpec", "Specs", "find_specs"]
@@ -75,7 +75,7 @@ class Specs(NamedTuple):
 
 
 def find_specs(
-    settings: Settings, model: Any, first: CheckpointFile | None, planned: Config | None = None
+    settings: Settings, model: Any, first: CheckpointFile | None, planned: Config = NO_CONFIG
 ) -> Specs:
     """Finds the specs of a run.
 
@@ -108,7 +108,7 @@ def _find_all(
     given: Sequence[Any],
     first: CheckpointFile | None,
     trust: bool,
-    planned: Config | None,
+    planned: Config,
 ) -> Iterator[SourcedSpec]:
     """Finds specs of one kind: options, else the checkpoint's metadata, else a losscli.toml.
 
@@ -138,14 +138,11 @@ def _find_all(
         places = [first.folder, Path.cwd()]
     for place in dict.fromkeys(p for folder in places for p in (folder, *folder.parents)):
         file = place / FILE_NAME
-        is_planned = planned is not None and file == planned.file
-        if planned is not None and is_planned:
-            values = planned.specs.get(kind)
-        else:
-            values = read_config(file).get(kind) if file.is_file() else None
-        if values is not None:
+        is_planned = file == planned.file
+        specs = planned.specs if is_planned else read_config(file) if file.is_file() else {}
+        if kind in specs:
             cure = "" if is_planned else cure_for_distrust(file, trust=trust)
-            for value in texts_of(values):
+            for value in texts_of(specs[kind]):
                 yield SourcedSpec.named(
                     value, trusted=not cure, folder=place, source=str(file), cure=cure
                 )
