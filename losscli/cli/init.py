@@ -82,7 +82,7 @@ def init(
     if not specs:
         raise UsageError(
             "init has nothing to write: no model and no data are given",
-            "Give --model and --data, such as --model mine.py:Net --data mine.py:data",
+            "Give --model and --data, such as --model mine.py:net --data mine.py:data",
         )
     content = config_content(specs)
     from losscli.studies.project import try_config
