@@ -442,7 +442,7 @@ def _package_hint(error: BaseException, path: Path, attribute: str, kind: str) -
 def _load_file(name: str, folder: Path, where: str) -> Any:
     path = folder / name
     if not path.is_file():
-        raise SpecError(f"{where}: there is no file {name}", f"Relative names start at {folder}")
+        raise SpecError(f"{where}: there is no file {name}", f"Relative paths start at {folder}")
     absolute = str(path)
     name = f"losscli_user_{path.stem}"
     # Do not replace the module of a file with the same name in another folder.

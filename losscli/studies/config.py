@@ -68,7 +68,7 @@ def read_config(file: Path) -> dict[str, str | list[str]]:
         if key not in _REGISTRIES or not all(isinstance(text, str) for text in texts):
             *some, last = (f'{known} = "…"' for known in _REGISTRIES)
             raise SpecError(
-                f"{file}: {key!r} is not understood",
+                f"{file}: {key!r} is not recognised",
                 f"It may have the lines {', '.join(some)} and {last}",
             )
     return content

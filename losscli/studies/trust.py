@@ -73,7 +73,7 @@ def _trusted_folders(config: Path) -> list[Path]:
     entries = content.pop("trusted", [])
     if content or not isinstance(entries, list) or not all(isinstance(e, str) for e in entries):
         raise SpecError(
-            f"{config} is not understood", 'It may have the line trusted = ["/a/folder", "~/b"]'
+            f"{config} is not recognised", 'It may have the line trusted = ["/a/folder", "~/b"]'
         )
     folders = [Path(os.path.expanduser(entry)) for entry in entries]  # noqa: PTH111
     for folder in folders:

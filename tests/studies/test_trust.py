@@ -159,7 +159,7 @@ def test_several_metrics(project: Path) -> None:
     assert result.table.columns[-1] == "loss_stderr"
     for wrong in ("[]", "[3]", "3"):
         file.write_text(text.replace('["accuracy", "src/trusted_code.py:margin"]', wrong))
-        with pytest.raises(SpecError, match=r"losscli\.toml: 'metric' is not understood"):
+        with pytest.raises(SpecError, match=r"losscli\.toml: 'metric' is not recognised"):
             losscli.interpolate(*names, points=3, trust=True)
 
 
@@ -278,9 +278,9 @@ def test_a_trusted_folder_covers_those_in_it_after_links_are_followed(
 
 
 BAD = {
-    "trusted = 3": "config.toml is not understood. It may have the line trusted = [",
-    "trusted = [3]": "config.toml is not understood. It may have the line trusted = [",
-    "trust = true": "config.toml is not understood. It may have the line trusted = [",
+    "trusted = 3": "config.toml is not recognised. It may have the line trusted = [",
+    "trusted = [3]": "config.toml is not recognised. It may have the line trusted = [",
+    "trust = true": "config.toml is not recognised. It may have the line trusted = [",
     "trusted = ": "config.toml cannot be read: TOMLDecodeError",
     'trusted = ["."]': "the trusted folder '.' is relative. Write a path that starts with / or ~",
     'trusted = [""]': "the trusted folder '.' is relative. Write a path that starts with / or ~",
