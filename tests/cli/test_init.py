@@ -20,6 +20,7 @@ from losscli.cli.console import Console
 from losscli.models import MLP
 from losscli.spec import Spec
 from losscli.studies.config import config_content, read_config
+from losscli.studies.project import _next
 from tests.conftest import Losscli, Outcome
 
 CODE = """
@@ -140,6 +141,14 @@ def test_the_next_command_runs(arguments: str, project: Path, losscli: Losscli) 
     # Nothing but code needs trust.
     assert done.stdout.splitlines()[-1] == f"next         {NEXT[arguments]}"
     assert follow(done, losscli)["data"] == "npz:data.npz"
+
+
+def test_the_next_command_begins_where_there_is_a_beginning() -> None:
+    # An adapter changes its base, and a saved program has no initialisation.
+    assert _next(["tuned"], "tuned", "my base", "transformers:my base") == (
+        "losscli interpolate 'my base' tuned"
+    )
+    assert _next(["a.pt"], "a.pt", "a.pt", "pt2:m.pt2") == "losscli around a.pt"
 
 
 def test_a_trusted_folder_needs_no_option(project: Path, losscli: Losscli) -> None:

@@ -305,6 +305,18 @@ def test_a_configuration_that_is_not_understood_is_one_line(
     assert cure_for_distrust(project / "losscli.toml", trust=True) == ""
 
 
+def test_a_configuration_that_is_cut_anywhere_trusts_nothing(
+    project: Path, config: Callable[[str], Path]
+) -> None:
+    content = f'# mine\ntrusted = ["{project}", "{project.parent}/other"]'
+    file = project / "losscli.toml"
+    for end in range(len(content)):
+        config(content[:end])
+        assert cure_for_distrust(file, trust=False)
+    config(content)
+    assert not cure_for_distrust(file, trust=False)
+
+
 @pytest.mark.parametrize("variable", ["", ".", "relative"])
 def test_a_configuration_in_the_current_folder_is_not_used(
     variable: str, project: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
