@@ -128,11 +128,13 @@ class Provenance(_Except, Counts, total=False):
     model: str
     data: str
     loss: str
+    objective: str | None
     metrics: list[str]
     sources: Sources
     seed: int
     limit: int | None
     batch_loss: bool
+    stochastic: int | None
     sampling_error: float | None
     buffers: str
     recalibration: Recalibration | None
@@ -589,6 +591,7 @@ class CheckedPoint(TypedDict, total=False):
     sides: Sides | None
     rounding_measured_on: int
     unverified: str | None
+    loss_seed_stderr: float | None
     lambda_min_converged: bool
     lambda_max_converged: bool
     exact: bool
@@ -643,6 +646,7 @@ class SharpnessPoint(TypedDict, total=False):
     critical_reason: str | None
     gradients: list[int]
     unverified: str | None
+    loss_seed_stderr: float | None
 
 
 class SharpnessSplit(TypedDict, total=False):

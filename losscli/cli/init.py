@@ -33,8 +33,10 @@ _QUESTIONS = {
     "model",
     "data",
     "loss",
+    "objective",
     "metric",
     "batch_loss",
+    "stochastic",
     "limit",
     "trust",
     "batch_size",
@@ -70,11 +72,12 @@ def init(
     file = Path.cwd() / FILE_NAME
     if (file.exists() or file.is_symlink()) and not force:
         raise OutputError(f"{file} exists", "Edit it, or overwrite it with --force")
-    given = {"model": settings.model, "data": settings.data, "loss": settings.loss}
+    given = {kind: getattr(settings, kind) for kind in ("model", "data", "loss", "objective")}
     if (settings.model is None or settings.data is None) and console.can_ask:
         checkpoint = checkpoint or console.ask(_CHECKPOINT)
         for kind, question in _QUESTIONS.items():
-            given[kind] = given[kind] or console.ask(question) or None
+            if given[kind] is None and not (kind == "loss" and given["objective"]):
+                given[kind] = console.ask(question) or None
     specs: dict[str, str | list[str]] = {k: text for k, text in given.items() if text is not None}
     if settings.metric:
         metrics = list(settings.metric)

@@ -1,5 +1,6 @@
 """Data sets: files or code in; named splits of examples out, decoded once where they fit."""
 
+from losscli.data.batch import model_inputs, with_targets
 from losscli.data.memory import device_budget, host_budget, host_memory
 from losscli.data.nests import Nest, leaves, length, map_nest, realise
 from losscli.data.objects import Batching, from_object
@@ -25,6 +26,8 @@ __all__ = [
     "length",
     "load",
     "map_nest",
+    "model_inputs",
     "realise",
     "seed_all",
+    "with_targets",
 ]

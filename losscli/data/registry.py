@@ -52,6 +52,7 @@ def load(
     limit: int | None = None,
     seed: int = 0,
     batching: Batching | None = None,
+    whole: bool = False,
 ) -> DataSet:
     """Loads the data set that a spec names.
 
@@ -66,6 +67,7 @@ def load(
         limit: Number of examples per split, applied after the ``limit`` of the spec; None for all.
         seed: Random seed of the draw for ``limit`` and of the order of a DataLoader.
         batching: Keep whole batches; None for single examples.
+        whole: As for `parse_batch`, for data from code; a format has inputs and targets.
 
     Returns:
         The data set; splits that do not fit in memory are decoded on every pass.
@@ -122,8 +124,16 @@ def load(
         raise
     except Exception as error:
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
-    data = replace(to_data_set(loaded, f"data {text!r}", seed, batching), **normalisation)
-    if function in DATASETS.values():
+    is_format = function in DATASETS.values()
+    if whole and normalisation and not is_format:
+        raise SpecError(
+            f"data {text!r}: {next(iter(normalisation))}= is of the inputs, and an objective takes "
+            "whole batches",
+            "Return normalised inputs from your code",
+        )
+    data = to_data_set(loaded, f"data {text!r}", seed, batching, whole=whole and not is_format)
+    data = replace(data, **normalisation)
+    if is_format:
         data = replace(data, splits={n: _with_long_targets(s) for n, s in data.splits.items()})
     _check_normalisation(data, text)
     data = _note_unscaled(data, text, imagenet="imagenet" in (common["mean"], common["std"]))

@@ -1,4 +1,4 @@
-"""``losscli.toml``: the model, the data, the loss and the metrics of the checkpoints below it."""
+"""``losscli.toml``: the model, the data and the loss of the checkpoints below it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from losscli.data import DATASETS, is_on_hub
 from losscli.errors import SpecError, UntrustedCodeError
 from losscli.evaluation.losses import LOSSES
 from losscli.evaluation.metrics import METRICS
+from losscli.evaluation.objective_functions import MODEL, returned_losses
 from losscli.models import MODELS, RUNS_CODE
 from losscli.spec import Spec, look_up, quote, read_toml
 
@@ -30,6 +31,7 @@ _REGISTRIES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "model": MODELS,
     "data": DATASETS,
     "loss": LOSSES,
+    "objective": {MODEL: returned_losses},
     "metric": METRICS,
 }
 
@@ -71,7 +73,16 @@ def read_config(file: Path) -> dict[str, str | list[str]]:
                 f"{file}: {key!r} is not recognised",
                 f"It may have the lines {', '.join(some)} and {last}",
             )
+    _require_one_loss(content, str(file))
     return content
+
+
+def _require_one_loss(specs: Mapping[str, Any], where: str) -> None:
+    if {"loss", "objective"} <= specs.keys():
+        raise SpecError(
+            f"{where} names a loss and an objective, which computes the loss itself",
+            "Name one of them",
+        )
 
 
 def texts_of(value: str | list[str]) -> list[str]:
@@ -103,8 +114,10 @@ def config_content(specs: Mapping[str, str | list[str]]) -> bytes:
         The content, which `read_config` reads.
 
     Raises:
-        SpecError: A name of a file is not UTF-8, as TOML has to be.
+        SpecError: There are a loss and an objective, or a name of a file is not UTF-8, as TOML has
+            to be.
     """
+    _require_one_loss(specs, FILE_NAME)
     try:
         return "".join(f"{config_line(*item)}\n" for item in specs.items()).encode()
     except UnicodeEncodeError:
@@ -118,7 +131,7 @@ def needs_trust(kind: str, spec: Spec, folder: Path | None) -> bool:
     """Says whether a spec in a file is refused unless the file is trusted.
 
     Args:
-        kind: ``model``, ``data``, ``loss`` or ``metric``.
+        kind: ``model``, ``data``, ``loss``, ``objective`` or ``metric``.
         spec: The spec.
         folder: The folder of relative paths; None for the current folder.
 

@@ -30,6 +30,7 @@ from losscli.studies.notes import (
     general_notes,
     integer_notes,
     sampling_notes,
+    seed_notes,
     spectral_notes,
     storage_notes,
     variance_notes,
@@ -282,7 +283,7 @@ class Plane(Study):
                 execution,
             )
             seconds = self.seconds(swept)
-        metrics = objective.metrics
+        metrics = objective.columns
         sampled = ["examples"] if settings.sampling_error is not None else []
         own = len(self.problem.names)
         table = Table.build(
@@ -322,7 +323,12 @@ class Plane(Study):
             "off_plane": max(off for *_, off in self.places),
             "splits": splits,
             "endpoint_difference": difference,
-            "notes": [*stays, *self._notes(splits), *sampling_notes(self, examples)],
+            "notes": [
+                *stays,
+                *self._notes(splits),
+                *sampling_notes(self, examples),
+                *seed_notes(self, table),
+            ],
             "seconds": seconds,
         }
         return Result(table, summary, COMMANDS[self.command].draw, {"path": path})

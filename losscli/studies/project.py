@@ -26,7 +26,7 @@ __all__ = ["try_config"]
 _EXAMPLES = 256
 
 # Settings that losscli.toml has, so that the next command need not.
-_STORED = frozenset({"model", "data", "loss", "metric"})
+_STORED = frozenset({"model", "data", "loss", "objective", "metric"})
 
 
 def try_config(config: Config, checkpoint: str, settings: Settings) -> ProjectSummary:
@@ -45,7 +45,7 @@ def try_config(config: Config, checkpoint: str, settings: Settings) -> ProjectSu
     """
     names, notes = order_path([checkpoint])
     tried = list(dict.fromkeys([names[0], names[-1]]))
-    trial = replace(settings, model=None, data=None, loss=None, metric=())
+    trial = replace(settings, model=None, data=None, loss=None, objective=None, metric=())
     if settings.limit is None:
         examples = 1 if settings.batch_loss else settings.batch_size or _EXAMPLES
         trial = replace(trial, limit=examples)
@@ -93,14 +93,21 @@ def _first_batch(objective: Objective, weights: Weights) -> dict[str, FirstBatch
 def _unused(config: Config, settings: Settings, first: CheckpointFile | None) -> Iterator[str]:
     """Yields a note on each line of the file that a checkpoint or a nearer file overrides."""
     specs = find_specs(settings, None, first, config)
-    found = {"model": specs.model, "data": specs.data, "loss": specs.loss}
+    found = {
+        "model": specs.model,
+        "data": specs.data,
+        # Either is in the place of the other.
+        "loss": specs.loss or specs.objective,
+        "objective": specs.objective or specs.loss,
+        "metric": next(iter(specs.metrics), None),
+    }
     for kind, value in config.specs.items():
-        spec = found[kind] if kind in found else next(iter(specs.metrics), None)
+        spec = found[kind]
         # The source of what a TOML file says is that file.
         if spec is not None and spec.source not in {str(config.file), *texts_of(value)}:
             yield (
                 f"the line {config_line(kind, value)} has no effect on this checkpoint: "
-                f"{spec.source or 'config.json'} comes first"
+                f"{spec.source} comes first"
             )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ class Specs(NamedTuple):
     model: SourcedSpec | None
     data: SourcedSpec | None
     loss: SourcedSpec | None
+    objective: SourcedSpec | None
     metrics: tuple[SourcedSpec, ...]
 
 
@@ -78,6 +80,9 @@ def find_specs(
     settings: Settings, model: Any, first: CheckpointFile | None, planned: Config = NO_CONFIG
 ) -> Specs:
     """Finds the specs of a run.
+
+    Each is given by an option, else by the checkpoint's metadata, else by the nearest losscli.toml:
+    in the folder of the checkpoint or above it, else in the current folder or above it.
 
     Args:
         settings: The options.
@@ -89,65 +94,71 @@ def find_specs(
         The specs.
     """
 
-    def find_all(kind: str, given: Sequence[Any]) -> Iterator[SourcedSpec]:
-        return _find_all(kind, given, first, settings.trust, planned)
+    def find(kind: str, given: Any, instead: str = "") -> SourcedSpec | None:
+        return next(iter(find_all(kind, () if given is None else (given,), instead)), None)
 
-    def find_one(kind: str, given: Any) -> SourcedSpec | None:
-        return next(find_all(kind, () if given is None else (given,)), None)
+    def find_all(kind: str, given: Sequence[Any], instead: str = "") -> list[SourcedSpec]:
+        if given:
+            option = f"--{kind}"
+            return [SourcedSpec.named(v, trusted=True, source=option) for v in given]
+        for source in _sources(first, planned, trust=settings.trust):
+            if kind in source.specs:
+                return [source.named(text) for text in texts_of(source.specs[kind])]
+            if instead in source.specs:
+                break
+        return []
 
+    # Either is in the place of the other.
+    loss, objective = settings.loss, settings.objective
     return Specs(
-        find_one("model", model),
-        find_one("data", settings.data),
-        find_one("loss", settings.loss),
+        find("model", model),
+        find("data", settings.data),
+        None if objective is not None else find("loss", loss, "objective"),
+        None if loss is not None else find("objective", objective, "loss"),
         tuple(find_all("metric", settings.metric)),
     )
 
 
-def _find_all(
-    kind: str,
-    given: Sequence[Any],
-    first: CheckpointFile | None,
-    trust: bool,
-    planned: Config,
-) -> Iterator[SourcedSpec]:
-    """Finds specs of one kind: options, else the checkpoint's metadata, else a losscli.toml.
+class _Source(NamedTuple):
+    """A source of specs, and what makes a `SourcedSpec` of one."""
 
-    That is the nearest one: in the folder of the checkpoint or above it, else in the current folder
-    or above it.
+    specs: Mapping[str, str | list[str]]
+    named: Callable[[str], SourcedSpec]
 
-    Yields:
-        The specs.
-    """
-    for value in given:
-        yield SourcedSpec.named(value, trusted=True, source=f"--{kind}")
-    if given:
-        return
-    own, places = None, [Path.cwd()]
+
+def _sources(first: CheckpointFile | None, planned: Config, *, trust: bool) -> Iterator[_Source]:
+    """Yields the sources of specs other than options, the first before others."""
+    here = Path.cwd()
+    places, own = [here], None
     if first is not None:
+        places = [first.folder, here]
         # Not resolved: in a hub's cache the files of a folder are links to places elsewhere.
-        own = first.path
-        own = first.folder if own is None else own if own.is_dir() else own.parent
-        if f"losscli.{kind}" in first.metadata:
-            yield SourcedSpec.named(
-                first.metadata[f"losscli.{kind}"],
-                trusted=False,
-                folder=first.folder,
-                source="checkpoint metadata",
-            )
-            return
-        places = [first.folder, Path.cwd()]
+        path = first.path
+        own = first.folder if path is None else path if path.is_dir() else path.parent
+        prefix = "losscli."
+        metadata = first.metadata.items()
+        specs: Mapping[str, str | list[str]] = {
+            key.removeprefix(prefix): text for key, text in metadata if key.startswith(prefix)
+        }
+        named = partial(
+            SourcedSpec.named, trusted=False, folder=first.folder, source="checkpoint metadata"
+        )
+        yield _Source(specs, named)
     for place in dict.fromkeys(p for folder in places for p in (folder, *folder.parents)):
         file = place / FILE_NAME
-        is_planned = file == planned.file
-        specs = planned.specs if is_planned else read_config(file) if file.is_file() else {}
-        if kind in specs:
-            cure = "" if is_planned else cure_for_distrust(file, trust=trust)
-            for value in texts_of(specs[kind]):
-                yield SourcedSpec.named(
-                    value, trusted=not cure, folder=place, source=str(file), cure=cure
-                )
-            return
+        if file == planned.file:
+            yield _Source(planned.specs, _named_by(file, ""))
+        elif file.is_file():
+            specs = read_config(file)
+            yield _Source(specs, _named_by(file, cure_for_distrust(file, trust=trust)))
         # Beside the checkpoint a config.json of transformers names a model too.
-        if kind == "model" and own and place == places[0] and has_config(own):
-            yield SourcedSpec(str(Spec(f"transformers:{own}")), trusted=False)
-            return
+        if own is not None and place == places[0] and has_config(own):
+            specs = {"model": str(Spec(f"transformers:{own}"))}
+            yield _Source(specs, partial(SourcedSpec.named, trusted=False, source="config.json"))
+
+
+def _named_by(file: Path, cure: str) -> Callable[[str], SourcedSpec]:
+    """Returns what makes a `SourcedSpec` of a spec in a losscli.toml."""
+    return partial(
+        SourcedSpec.named, trusted=not cure, folder=file.parent, source=str(file), cure=cure
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from losscli.evaluation.losses import (
     token_cross_entropy,
 )
 from losscli.evaluation.metrics import METRICS, accuracy
+from losscli.evaluation.objective_functions import MODEL, ObjectiveFunction, returned_losses
 from losscli.evaluation.recalibration import Recalibration, batchnorm_layers
 from losscli.evaluation.targets import class_dim_of
 from losscli.evaluation.torch_losses import from_torch, is_of_torch
@@ -38,9 +39,9 @@ from losscli.models import (
 from losscli.registry import RESERVED_COLUMNS
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
-from losscli.studies.specs import SourcedSpec
+from losscli.studies.specs import SourcedSpec, Specs
 
-__all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
+__all__ = ["data_of", "loss_of", "metrics_of", "objective_of", "recalibration_of"]
 
 _METRIC_OF_TASK = {"classification": "accuracy", "regression": "none", "language": "perplexity"}
 _LOSS_OF_TASK = {
@@ -81,6 +82,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
         "limit": settings.limit,
         "seed": settings.seed,
         "batching": Batching(settings.batch_size) if settings.batch_loss else None,
+        "whole": settings.objective is not None,
     }
     if isinstance(found.value, str):
         data = load(
@@ -131,7 +133,7 @@ def recalibration_of(
     split = data.splits.get(name)
     if split is None:
         split = whole.select((name,), None, settings.seed).splits[name]
-    if len(split) < 2:
+    if split.rows < 2:
         raise UsageError(
             f"--buffers recalibrate has no more than one example of {name}, which has no variance",
             "Give more" if settings.limit is None else "Give more with --limit",
@@ -160,6 +162,21 @@ def loss_of(
         found = SourcedSpec(name, trusted=True, source=source)
     loss, text = _per_example(found, LOSSES, "loss")
     return loss, text, found.source
+
+
+def objective_of(found: SourcedSpec) -> tuple[ObjectiveFunction, str, str]:
+    """Finds an objective.
+
+    Args:
+        found: The spec of the objective.
+
+    Returns:
+        The function, what it is called, and where it came from.
+    """
+    if isinstance(found.value, str) and found.value == MODEL:
+        return MODEL, found.text, found.source
+    function, text = _per_example(found, {MODEL: returned_losses}, "objective")
+    return function, text, found.source
 
 
 def _require_tensors(data: DataSet) -> None:
@@ -194,12 +211,12 @@ def _language_loss(data: DataSet, model: nn.Module) -> str:
 
 
 def metrics_of(
-    found: Sequence[SourcedSpec], data: DataSet, loss: PerExample, model: nn.Module
+    specs: Specs, data: DataSet, loss: PerExample, model: nn.Module
 ) -> tuple[dict[str, PerExample], list[str], str]:
     """Finds the metrics: those that are named, or that of the data's task.
 
     Args:
-        found: The specs of the metrics; none for the default.
+        specs: The specs of the run; no metrics for the default.
         data: What they are evaluated on.
         loss: The loss.
         model: The model.
@@ -211,6 +228,9 @@ def metrics_of(
     Raises:
         UsageError: Two columns would have one name.
     """
+    found = specs.metrics
+    if specs.objective is not None and not found:
+        return {}, [], "default for --objective"
     # Whoever asks for causal_lm means tokens, whatever the data's form.
     function = function_of(loss)
     default = _METRIC_OF_TASK["language" if function is causal_lm else data.task]

@@ -42,6 +42,9 @@ def loss(outputs, targets):
 
 def margin(outputs, targets):
     return outputs.max(1).values
+
+def task(model, batch):
+    return loss(model(batch[0]), batch[1])
 """
 
 OWN = ("-m", "mine.py:net", "-d", "mine.py:data")
@@ -112,6 +115,16 @@ def test_the_loss_of_the_first_batch_is_that_of_a_plain_loop(
         "losscli interpolate init:0 runs/step-2.pt --limit 300 --batch-size 70 --trust"
     )
     assert (told["command"], told["needs_trust"]) == ("init", True)
+
+
+def test_an_objective_is_written_and_tried(project: Path, losscli: Losscli) -> None:
+    done = losscli("init", "runs/step-1.pt", *OWN, "--objective", "mine.py:task", "-q")
+    assert done.status == 0, done.stderr
+    assert Path("losscli.toml").read_text().endswith('objective = "mine.py:task"\n')
+    assert follow(done, losscli)["objective"] == "mine.py:task"
+    done = losscli("init", *OWN, "--objective", "mine.py:task", "--loss", "mse", "--force")
+    assert (done.status, done.stderr.count("\n")) == (2, 1)
+    assert "losscli.toml names a loss and an objective, which computes the loss" in done.stderr
 
 
 NEXT = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import losscli
-from losscli.errors import SpecError, UntrustedCodeError
+from losscli.errors import SpecError, UntrustedCodeError, UsageError
 from losscli.models import MLP
 from losscli.studies import trust
 from losscli.studies.trust import cure_for_distrust
@@ -38,6 +38,10 @@ def loss(outputs, targets):
 
 def margin(outputs, targets):
     return outputs.max(1).values
+
+def task(model, batch):
+    x, y = batch
+    return loss(model(x), y)
 """
 
 CALLABLES = {"model": "net,width=5", "data": "data", "loss": "loss", "metric": "margin"}
@@ -161,6 +165,42 @@ def test_several_metrics(project: Path) -> None:
         file.write_text(text.replace('["accuracy", "src/trusted_code.py:margin"]', wrong))
         with pytest.raises(SpecError, match=r"losscli\.toml: 'metric' is not recognised"):
             losscli.interpolate(*names, points=3, trust=True)
+
+
+def test_an_objective_stands_in_the_place_of_a_loss(project: Path) -> None:
+    names = ("project/runs/a.pt", "project/runs/b.pt")
+    file, code = project / "losscli.toml", "src/trusted_code.py"
+    start = f'model = "mlp:6-5-3"\ndata = "{code}:data"\n'
+    loss, task = f'loss = "{code}:loss"\n', f'objective = "{code}:task"\n'
+
+    def run(*names: str, **options: object) -> losscli.Result:
+        return losscli.interpolate(*names, points=3, metric="none", **options)
+
+    file.write_text(start + loss)
+    expected = run(*names, trust=True)
+    file.write_text(start + task)
+    with pytest.raises(UntrustedCodeError, match=r"as its objective.* give --trust, or write --o"):
+        run(*names, data="project/src/trusted_code.py:data")
+    result = run(*names, trust=True)
+    assert result.table["loss"] == pytest.approx(expected.table["loss"], rel=1e-6)
+    option = run(*names, trust=True, objective="project/src/trusted_code.py:task")
+    assert result.table == option.table
+    assert result.summary["objective"] == f"{code}:task"
+    assert result.summary["sources"]["loss"] == str(file)
+    # An option, the metadata of a checkpoint or a nearer file is the first source of either.
+    assert run(*names, trust=True, loss="cross_entropy").summary["objective"] is None
+    other = {"state_dict": MLP("6-5-3").state_dict(), "losscli.loss": "cross_entropy"}
+    torch.save(other, project / "runs/named.pt")
+    assert run("project/runs/named.pt", names[1], trust=True).summary["objective"] is None
+    (project / "runs/losscli.toml").write_text('loss = "cross_entropy"\n')
+    assert run(*names, trust=True).summary["objective"] is None
+    (project / "runs/losscli.toml").write_text('objective = "model"\n')
+    with pytest.raises(UsageError, match="--sampling-error is not available with --batch-loss"):
+        run(*names, trust=True, sampling_error=0.1)
+    file.write_text(start + loss + task)
+    (project / "runs/losscli.toml").unlink()
+    with pytest.raises(SpecError, match=r"losscli\.toml names a loss and an objective, which com"):
+        run(*names, trust=True)
 
 
 @pytest.mark.parametrize("kind", CALLABLES)
