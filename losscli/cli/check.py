@@ -13,6 +13,7 @@ from losscli.cli.report import (
     align_columns,
     format_count,
     format_examples,
+    format_loss,
     format_number,
     is_finite,
     task_lines,
@@ -209,7 +210,7 @@ def report(result: Result[CheckSummary]) -> str:
         lines += ["", f"{heading}, {format_examples(summary, row['split'])}: {row['verdict']}"]
         findings = [
             *([("because", point["reason"])] if point["reason"] else []),
-            ("loss", format_number(row["loss"])),
+            ("loss", format_loss(row["loss"], point["loss_seed_stderr"])),
             ("‖∇L‖", format_number(row["gradient_norm"])),
             ("λ min", _eigenvalue(row, "lambda_min", converged=point["lambda_min_converged"])),
             ("λ max", _eigenvalue(row, "lambda_max", converged=point["lambda_max_converged"])),

@@ -35,6 +35,7 @@ from losscli.studies.notes import (
     general_notes,
     integer_notes,
     sampling_notes,
+    seed_notes,
     spectral_notes,
     storage_notes,
 )
@@ -354,6 +355,7 @@ class Around(Study):
             for name, of in zip(self.problem.names, derived, strict=False)
             if self._derivatives is not None
         }
+        table = self._table(found)
         summary: AroundSummary = {
             **self.origin(),
             "tables": [],
@@ -373,10 +375,11 @@ class Around(Study):
                 *stays,
                 *self._notes(splits, derivatives, derived),
                 *sampling_notes(self, examples),
+                *seed_notes(self, table),
             ],
             "seconds": seconds,
         }
-        return Result(self._table(found), summary, COMMANDS[self.command].draw)
+        return Result(table, summary, COMMANDS[self.command].draw)
 
     def _placed(self, t: int) -> Weights:
         return self.problem.place(self.problem.open(t).weights)
@@ -483,7 +486,7 @@ class Around(Study):
         }
 
     def _table(self, found: Mapping[str, Estimate]) -> Table:
-        metrics = self.problem.objective.metrics
+        metrics = self.problem.objective.columns
         sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         return Table.build(
             [
