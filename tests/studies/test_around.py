@@ -546,6 +546,23 @@ def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
     assert out.stdout.encode() == (folder / "out.csv").read_bytes()
 
 
+@pytest.mark.usefixtures("unlaid")
+def test_a_checkpoint_that_is_not_finite_is_written_and_drawn(
+    folder: Path, losscli: Losscli
+) -> None:
+    loaded = torch.load("a.pt", weights_only=True)
+    loaded["state_dict"]["layers.0.weight"][0, 0] = math.nan
+    torch.save(loaded, "broken.pt")
+    run = ["around", "broken.pt", "b.pt", "--directions", 2, "--points", 3, "-o", "out"]
+    done = losscli(*run)
+    assert done.status == 0, done.stderr
+    table = Table.read(folder / "out.csv")
+    assert table.unique("checkpoint") == ["broken.pt", "b.pt"]
+    assert json.loads((folder / "out.json").read_text())["norms"][0] is None
+    assert losscli("plot", "out.csv", "-o", "again").status == 0
+    assert (folder / "again.png").read_bytes() == (folder / "out.png").read_bytes()
+
+
 def test_text_and_plan_of_eigenvectors(folder: Path, losscli: Losscli) -> None:
     run = ["around", "a.pt", "--along", "hessian", "--points", 5, "-o", "out", "--no-figure"]
     done = losscli(*run, "--basin-loss", 9)
