@@ -144,6 +144,7 @@ class Command:
             UsageError: Several runs have no figure together, or this one has none.
         """
         figure: Figure = load(self.drawing)(self._overlaid(runs), title=title, log=log)
+        load("losscli.plotting.style:make_displayable")(figure)
         return figure
 
     def html(self, runs: Sequence[Any], *, title: str = "", log: bool = False) -> str:

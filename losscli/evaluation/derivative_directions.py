@@ -250,7 +250,7 @@ class DerivativeDirections:
                     for ends in (extremes.largest, extremes.smallest)
                 ]
                 eigenvectors = {"λ max": vectors[0], "λ min": vectors[-1]}
-            sample = every.spread(sample_size(objective.operations))[0].to(objective.device)
+            sample = every.spread(sample_size(objective))[0].to(objective.device)
             unverified = check_derivatives(
                 self._test.float64 or objective,
                 weights,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
@@ -25,7 +25,7 @@ from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
     batchnorm_notes,
@@ -80,7 +80,7 @@ def plane(
     range: tuple[float, float] | None = None,  # noqa: A002 - the option's name
     surface: bool = False,
     keep_order: bool = False,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = None,
     **settings: Any,
 ) -> Result[PlaneSummary]:
     """Evaluates the loss in a plane of weight space.
@@ -106,7 +106,7 @@ def plane(
         keep_order: With ``pca`` or ``path``, take the checkpoints in the order of their names as
             they are given, and all files of a folder; by default they are ordered as `trajectory`
             does.
-        progress: Called with the number of points done so far.
+        progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
@@ -128,7 +128,7 @@ def plane(
         surface=surface,
         keep_order=keep_order,
     )
-    return plan.run(Execution(progress))
+    return plan.run_alone(progress)
 
 
 @dataclass(frozen=True)

@@ -165,25 +165,21 @@ def verify_fresh_model_near(problem: Problem, weights: Weights, moving: Iterable
 
 
 def check_gradient_settings(settings: Settings, option: str) -> None:
-    """Refuses settings with which there is no gradient over all examples.
+    """Refuses to evaluate only some examples, which give no gradient over all of them.
 
     Args:
         settings: The settings.
         option: What needs the gradient.
 
     Raises:
-        UsageError: The loss is one number per batch, or only some examples are evaluated.
+        UsageError: Only some examples are evaluated.
     """
-    for name, given in (
-        ("--batch-loss", settings.batch_loss),
-        ("--sampling-error", settings.sampling_error is not None),
-    ):
-        if given:
-            raise UsageError(
-                f"{name} is not available with {option}, which needs the gradient over all "
-                "examples",
-                "Give random directions, or fewer examples with --limit",
-            )
+    if settings.sampling_error is not None:
+        raise UsageError(
+            f"--sampling-error is not available with {option}, which needs the gradient over all "
+            "examples",
+            "Give random directions, or fewer examples with --limit",
+        )
 
 
 def check_differentiable(problem: Problem, moving: Iterable[str], option: str) -> None:
