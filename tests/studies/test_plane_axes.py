@@ -212,7 +212,7 @@ def spanning(kind: str, case: Case, names: Sequence[str]) -> tuple[np.ndarray, n
     [
         ("random", BATCHNORM),
         ("random", TANH),
-        ("points", BATCHNORM),
+        pytest.param("points", BATCHNORM, marks=pytest.mark.stress),
         ("points", TANH),
         ("hessian", TANH),
     ],
