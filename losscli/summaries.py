@@ -524,6 +524,7 @@ class AroundPoint(TypedDict, total=False):
     high: list[float]
     radii: dict[str, BasinRadius]
     not_finite: int
+    rounded: int
 
 
 class AroundSplit(TypedDict, total=False):

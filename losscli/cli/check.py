@@ -259,6 +259,8 @@ def _probes_line(summary: CheckSummary) -> str:
 def _outliers(density: Density) -> str:
     """Describes the eigenvalues apart from the bulk."""
     found = density["outliers"]
+    if not is_finite(density["sigma"]):
+        return "unknown: the spectrum is not finite"
     if not found:
         return "none: no eigenvalue is apart from the bulk"
     values = [format_number(value) for value in found[:_LISTED]]

@@ -193,7 +193,8 @@ _SETTINGS: dict[str, Any] = {
         list[str] | None,
         _option(
             _MOVES,
-            "Repeatable. Only these tensors move, others stay at those of the first checkpoint.",
+            "Repeatable. Only these tensors move. Others stay at those of the first checkpoint; in "
+            "around, check and sharpness each checkpoint keeps its own.",
             "--only",
             metavar="GLOB",
         ),
@@ -202,7 +203,7 @@ _SETTINGS: dict[str, Any] = {
         list[str] | None,
         _option(
             _MOVES,
-            "Repeatable. These tensors stay at those of the first checkpoint.",
+            "Repeatable. These tensors do not move, and stay as with --only.",
             "--except",
             metavar="GLOB",
         ),

@@ -355,6 +355,8 @@ def _task_notes(study: Study) -> list[str]:
 
 def _keeps_different_tensors(study: Study) -> bool:
     """Whether a tensor stays by choice that is not the same in all checkpoints."""
+    if study.problem.independent:
+        return False
     kept, first = study.problem.kept, study.problem.first.weights
     for t in range(1, len(study.problem.names) if kept else 0):
         weights = study.problem.open(t).weights

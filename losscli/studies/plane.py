@@ -228,7 +228,7 @@ class Plane(Study):
             check_gradient_settings(settings, "--axes")
         paths, more = _read_paths(path, keep_order=keep_order)
         projected = [name for files in paths.values() for name in files]
-        problem = prepare(names, settings, [*notes, *more], ranks, projected)
+        problem = prepare(names, settings, [*notes, *more], ranks, projected=projected)
         if axes:
             kind, layout = "hessian", None
             moving = problem.parameters(problem.moving)

@@ -53,6 +53,8 @@ class Problem:
         notes: How the checkpoints were ordered, if they were.
         projected: How many of the names, from the last, are only projected onto what the others
             span; none of them is the ``last``.
+        independent: Whether checkpoints are evaluated each by itself, so that the tensors that may
+            not move are its own.
     """
 
     objective: Objective
@@ -67,6 +69,7 @@ class Problem:
     unchanged: Callable[[], None]
     notes: tuple[str, ...] = ()
     projected: int = 0
+    independent: bool = False
 
     @property
     def spanning(self) -> tuple[str, ...]:
@@ -133,7 +136,7 @@ class Problem:
         return {**self.first.weights, **{name: last[name] for name in self.buffers}}
 
     def place(self, weights: Weights) -> Weights:
-        """Places a checkpoint: what may not move is the origin's.
+        """Places a checkpoint: what may not move is the origin's, unless it is independent.
 
         Args:
             weights: All tensors of a checkpoint.
@@ -141,6 +144,9 @@ class Problem:
         Returns:
             All tensors of its point.
         """
+        if self.independent:
+            shared = self.buffers if self.settings.buffers in {"a", "b"} else ()
+            return {**weights, **{name: self.origin[name] for name in shared}}
         return {**self.origin, **{name: weights[name] for name in self.moving}}
 
     def places(self, steps: Sequence[int]) -> Sequence[Weights]:
@@ -180,8 +186,10 @@ def prepare(
     settings: Settings,
     notes: Sequence[str] = (),
     ranks: Ranks | None = None,
+    *,
     projected: Sequence[str] = (),
     planned: Config = NO_CONFIG,
+    independent: bool = False,
 ) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
@@ -192,6 +200,7 @@ def prepare(
         ranks: The processes that share the run, if there are several.
         projected: Further checkpoints, which are only projected onto what the others span.
         planned: A losscli.toml that is taken to exist.
+        independent: Whether each checkpoint is evaluated by itself, see `Problem`.
 
     Returns:
         The problem, ready to be evaluated.
@@ -279,6 +288,7 @@ def prepare(
         checkpoints.unchanged,
         tuple(notes),
         len(projected),
+        independent,
     )
 
 
