@@ -62,6 +62,7 @@ Group = list[tuple[Artist, str]]
 
 _COLOUR = PALETTE[0]
 _SHADE = "#f1f1f1"
+_UNDECIDED = "#e2e2e2"
 _GRADIENT, _LOW, _HIGH = "gradient norm", "λₘᵢₙ", "λₘₐₓ"
 _ADAM, _RATIO = "λₘₐₓ of P⁻¹H", "minimal ratio"
 _DECADES = 7  # of the logarithmic axis of a spectral density, far below are tails of Gaussians
@@ -395,8 +396,8 @@ def _draw_ratios(axes: Axes, series: Sequence[Series]) -> tuple[list[str], Group
     for s in series:
         top = s[_RATIO] + s["undecided"]
         if np.isfinite(top).any():
-            axes.fill_between(s.x, s[_RATIO], top, color=s.colour, alpha=0.18, lw=0)
-            entries = [(Patch(color=s.colour, alpha=0.18, lw=0), "λ within its error of 0")]
+            axes.fill_between(s.x, s[_RATIO], top, color=_UNDECIDED, lw=0, zorder=0.5)
+            entries = [(Patch(color=_UNDECIDED, lw=0), "λ within its error of 0")]
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     axes.yaxis.set_major_formatter(Numbers(percent=True))

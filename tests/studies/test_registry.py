@@ -18,6 +18,7 @@ from losscli.registry import COLUMN_TYPES, COMMANDS, TableFormat, command_of, lo
 from losscli.results import Result, to_json
 from losscli.summaries import from_json
 from losscli.table import Table
+from tests.moments import save_trained
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -43,6 +44,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "check": lambda: [
         library.check("a.pt", eigenvalues=2),
         library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
+        library.check("adam.pt", optimizer="adam", split="test"),
         library.check("a.pt", density=True, blocks=True, probes=2, lanczos=3, limit=5),
     ],
     "sharpness": lambda: [
@@ -62,6 +64,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_writes_the_tables_that_the_registry_says(name: str, folder: Path) -> None:
     command = COMMANDS[name]
+    save_trained("adam.pt")
     results = RUNS[name]()
     for result in results:
         assert command_of(result.table.columns) is command
