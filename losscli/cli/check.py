@@ -328,7 +328,7 @@ def _preconditioned(row: Mapping[str, Any], point: CheckedPoint, state: Precondi
     rate, beta = state["learning_rate"], state["beta1"]
     how = f"(2 + 2 · {beta:g}) / ((1 − {beta:g}) · {rate:g})"
     share = row[which] / threshold
-    return f"{value}, {share:.3g} of the threshold {threshold:.4g} = {how}"
+    return f"{value}, {share:.3g} of the threshold {threshold:.6g} = {how}"
 
 
 def _gain(step: Step) -> str:

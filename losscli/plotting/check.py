@@ -63,6 +63,7 @@ Group = list[tuple[Artist, str]]
 _COLOUR = PALETTE[0]
 _SHADE = "#f1f1f1"
 _UNDECIDED = "#e2e2e2"
+_ON_LINE = 0.012  # of the height of a panel, by which a label is above or below its line
 _GRADIENT, _LOW, _HIGH = "gradient norm", "λₘᵢₙ", "λₘₐₓ"
 _ADAM, _RATIO = "λₘₐₓ of P⁻¹H", "minimal ratio"
 _DECADES = 7  # of the logarithmic axis of a spectral density, far below are tails of Gaussians
@@ -475,7 +476,8 @@ def _draw_reference(
             points = points[points[:, 0] < 0.4 if left else points[:, 0] > 0.6]
             level = to_unit.transform([[axes.get_xlim()[0], y]])[0, 1]
             gaps = points[:, 1] - level if above else level - points[:, 1]
-            distances += [*np.where(gaps < -0.02, 1.0, gaps)]
+            # A curve on the line, or on its other side, is clear of the text.
+            distances += [*np.where(gaps < _ON_LINE, 1.0, gaps)]
         clearances.append(min(distances))
     left = clearances[0] >= clearances[1]
     axes.annotate(

@@ -18,9 +18,9 @@ from losscli.checkpoint import AdamState
 from losscli.evaluation.preconditioned import adam_preconditioner, adam_threshold
 from losscli.models import MLP
 from losscli.studies import preconditioner
-from tests.conftest import Losscli
+from tests.conftest import ROOT, Losscli
 from tests.moments import save_trained, train
-from tests.studies.test_check import dense_hessian
+from tests.studies.test_check import dense_hessian, dense_hessian_of
 
 COLUMNS = "preconditioned_lambda_max", "preconditioned_lambda_max_error"
 
@@ -301,3 +301,45 @@ def test_the_products_are_counted_before_a_run(losscli: Losscli) -> None:
     )
     assert adam["products_at_most"] == plain["products_at_most"] + 1001
     assert adam["identity"] != plain["identity"]
+
+
+CHEBYSHEV = ROOT / "sample_checkpoints" / "chebyshev"
+
+
+def test_gradient_descent_stays_at_two_over_its_learning_rate() -> None:
+    files = [CHEBYSHEV / "gd-0.05" / "path" / f"step-{t:05}.safetensors" for t in (200, 2400, 4000)]
+    result = losscli.check([str(file) for file in files], learning_rate=0.05)
+    edge = result.summary["threshold"]
+    assert edge == pytest.approx(40)
+    early, *late = result.table.floats("lambda_max")
+    assert early < 0.4 * edge
+    assert late == pytest.approx([edge] * 2, rel=0.02)
+    # The minimal ratio is known, since the whole spectrum is.
+    assert all(0 < ratio < 1 for ratio in result.table.floats("minimal_ratio"))
+
+
+def test_adam_stays_at_its_threshold_and_has_the_dense_eigenvalues() -> None:
+    files = [CHEBYSHEV / "adam" / "path" / f"step-{t:05}.pt" for t in (200, 1400, 3000, 4000)]
+    result = losscli.check([str(file) for file in files], optimizer="adam")
+    values = result.table.floats(COLUMNS[0])
+    edges = [state["threshold"] for state in result.summary["preconditioners"]]
+    assert edges == pytest.approx([38_000] * 4)
+    assert values[0] < 0.1 * edges[0]
+    assert all(0.9 < value / edges[0] < 1.05 for value in values[1:])
+    # As a plain loop has them, in float64.
+    x = torch.linspace(-1, 1, 20).view(-1, 1)
+    y = 4 * x**3 - 3 * x
+    for file, value, error in zip(files, values, result.table.floats(COLUMNS[1]), strict=True):
+        content = torch.load(file, weights_only=True)
+        model = MLP("1-20-20-1", activation="tanh").double()
+        model.load_state_dict(content["state_dict"])
+        matrix = dense_hessian_of(
+            lambda outputs, targets: (outputs - targets).square(), model, x.double(), y.double()
+        )
+        moments = content["optimizer"]["state"]
+        t = int(moments[0]["step"])
+        v = torch.cat([moments[i]["exp_avg_sq"].double().flatten() for i in range(len(moments))])
+        p = (1 - 0.9**t) * ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        scale = p.numpy() ** -0.5
+        truth = np.linalg.eigvalsh(scale[:, None] * matrix * scale)[-1]
+        assert value == pytest.approx(truth, rel=1e-6, abs=error)
