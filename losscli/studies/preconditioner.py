@@ -114,9 +114,11 @@ class AdamPreconditioner:
         Args:
             found: The eigenvalue at each checkpoint on each split.
         """
+        edges = {edge for state in self.states if (edge := state.get("threshold"))}
+        value = f" = {edges.pop():.6g}" if len(edges) == 1 else ""
         yield (
-            "λ max of P⁻¹H, which is that of P^-½ H P^-½, is compared with the threshold "
-            "(2 + 2 β₁)/((1 − β₁) η) of full-batch training with Adam (Cohen et al. 2022); with "
+            "λ max of P⁻¹H, which is that of P^-½ H P^-½, is compared with (2 + 2 β₁)/((1 − β₁) η)"
+            f"{value}, the threshold of full-batch training with Adam (Cohen et al. 2022); with "
             "minibatches it stays below"
         )
         if any(state.get("matched_by") == "shapes" for state in self.states):

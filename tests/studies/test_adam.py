@@ -174,12 +174,14 @@ def test_a_path_has_thresholds_and_an_empty_cell_before_the_first_step(losscli: 
     assert found["run/step-0.pt"] is found["init:3"] is None
     assert "of the threshold 380 = (2 + 2 · 0.9) / ((1 − 0.9) · 0.1)" in done.stdout
     assert "full-batch training with Adam" in done.stdout
+    assert "the threshold of full-batch training with Adam" in done.stderr
     assert "run/step-0.pt, init:3 has taken no step: there is no P there" in done.stderr
     # The learning rate of the user is taken for that of training.
     given = ("--optimizer", "adam", "--learning-rate", "0.2", "--split", "train", "-o", "other")
     assert losscli("check", "run/step-5.pt", *given).status == 0
     summary = json.loads(Path("other.json").read_text())
     assert summary["preconditioners"][0]["threshold"] == pytest.approx(190)
+    assert any("η) = 190, the threshold of full-batch" in note for note in summary["notes"])
     # Without --optimizer nothing of it is there.
     assert losscli("check", "run/step-5.pt", "--split", "train", "-o", "plain").status == 0
     assert not {*COLUMNS} & {*Path("plain.csv").read_text().splitlines()[0].split(",")}
