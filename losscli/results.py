@@ -9,16 +9,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from losscli.errors import OutputError, TableError, UsageError, printable
+from losscli.figures import check_panel_count, render_files
 from losscli.files import create, read_regular
-from losscli.registry import Command, command_of, load
+from losscli.registry import COMMANDS, Command, command_of, further_table_names, load
+from losscli.settings import PathLike, checked
 from losscli.summaries import from_json
 from losscli.table import Table
 
@@ -100,6 +103,21 @@ class Result(Generic[S_co]):
     draw: Drawing = field(repr=False, compare=False)
     more: Mapping[str, Table] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        more = "".join(f", {name}: {table!r}" for name, table in self.more.items())
+        return f"<Result of {self.summary.get('command')}: {self.table!r}{more}>"
+
+    @property
+    def command(self) -> Command:
+        """The command."""
+        return COMMANDS[str(self.summary["command"])]
+
+    @property
+    def run(self) -> Run[S_co]:
+        """The result as a run to draw."""
+        return Run(self.table, self.summary, more=self.more)
+
+    @checked()
     def figure(self, *, log: bool = False) -> Figure:
         """Draws the result.
 
@@ -109,8 +127,9 @@ class Result(Generic[S_co]):
         Returns:
             A matplotlib figure.
         """
-        return self.draw([Run(self.table, self.summary, more=self.more)], log=log)
+        return self.draw([self.run], log=log)
 
+    @checked()
     def html(self, *, log: bool = False) -> str:
         """Renders the result as an interactive page.
 
@@ -123,7 +142,51 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: Plotly is not installed.
         """
-        return render_html([Run(self.table, self.summary, more=self.more)], log=log)
+        return render_html([self.run], log=log)
+
+    @checked()
+    def save(
+        self,
+        stem: PathLike,
+        *,
+        figure: tuple[PathLike, ...] = (),
+        no_figure: bool = False,
+        log: bool = False,
+        force: bool = False,
+    ) -> list[Path]:
+        """Writes the files that the command line writes; `losscli.load` reads them again.
+
+        Args:
+            stem: STEM of STEM.csv, STEM.json, STEM.NAME.csv of each further table and STEM.png.
+            figure: Figures (.png, .svg, .pdf, .html) instead of STEM.png.
+            no_figure: Whether to draw no figure.
+            log: Whether the loss has a logarithmic axis.
+            force: Whether results of another run may be overwritten.
+
+        Returns:
+            The files.
+
+        Raises:
+            UsageError: The arguments contradict each other, or the result has no such figure.
+            OutputError: A file cannot be written, or holds the results of another run. No file is
+                changed then.
+        """
+        if figure and no_figure:
+            raise UsageError("figure and no_figure contradict each other", "Give one of them")
+        output = Output.plan(
+            stem_of(str(stem)), [Path(path) for path in figure], draw=not no_figure, force=force
+        )
+        if output.figures:
+            splits = self.table.unique("split") if "split" in self.table.columns else []
+            check_panel_count(
+                self.command.panels_with(self.more),
+                len(splits),
+                len(self.table.metrics),
+                "Give no_figure=True",
+            )
+        identity = self.summary.get("identity")
+        output.guard(None if identity is None else str(identity), self.command.further_tables)
+        return output.save(self, log=log)
 
 
 def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
@@ -281,7 +344,7 @@ def read_summary(path: Path, command: Command) -> dict[str, Any]:
         TableError: A value is of another type than the command writes.
     """
     summary = _read_object(path)
-    match summary:
+    match {"splits": {}, "examples": {}, **summary} if command.name == "inspect" else summary:
         case {
             "command": command.name,
             "checkpoints": [*checkpoints],
@@ -360,7 +423,7 @@ class Output:
             # Missing folders are created later, inside the nearest existing one.
             folder = next(p for p in (parent, *parent.parents) if p.exists())
             if not folder.is_dir():
-                raise OutputError(f"{folder} is no folder", "Choose another --out")
+                raise OutputError(f"{folder} is not a folder", "Choose another --out")
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise OutputError(
                     f"the folder {folder} cannot be written to", "Choose another with --out"
@@ -381,11 +444,11 @@ class Output:
                 "Choose another --out",
             ) from None
 
-    def guard(self, identity: str, tables: Iterable[str] = ()) -> None:
+    def guard(self, identity: str | None, tables: Iterable[str] = ()) -> None:
         """Refuses to overwrite the results of another run.
 
         Args:
-            identity: The identity of this run.
+            identity: The identity of this run; None if it has none and nothing is overwritten.
             tables: The names of further tables that the run may write.
 
         Raises:
@@ -400,29 +463,31 @@ class Output:
             existing.append(summary)
         if not existing:
             return
-        if _read_object(self._file(".json")).get("identity") != identity:
+        if identity is None or _read_object(self._file(".json")).get("identity") != identity:
             raise OutputError(
                 f"{existing[0]} holds the results of another run",
                 "Choose another --out, or overwrite it with --force",
             )
 
-    def write(
-        self, result: Result[Any], pictures: Mapping[Path, bytes], known_tables: Collection[str]
-    ) -> list[Path]:
-        """Writes a result: all files under temporary names first, then all are renamed.
+    def save(self, result: Result[Any], *, log: bool = False) -> list[Path]:
+        """Draws and writes a result: all files under temporary names first, then all are renamed.
+
+        Further tables of an older run with the same stem are removed.
 
         Args:
             result: The result.
-            pictures: The contents of ``figures``.
-            known_tables: The names of all further tables of any command. Those of an older run
-                with the same stem are removed.
+            log: Whether the loss has a logarithmic axis.
 
         Returns:
             The files.
 
         Raises:
+            UsageError: The result has no such figure.
             OutputError: A file cannot be written. No file is changed then.
         """
+        pictures = render_files(
+            partial(result.figure, log=log), partial(result.html, log=log), self.figures
+        )
         old_tables = _read_object(self._file(".json")).get("tables")
         summary = f"{to_json(result.summary)}\n".encode()
         # The summary comes first: if the process is killed in between, it identifies the run. The
@@ -439,7 +504,7 @@ class Output:
         replace_all(contents)
         # Tables of an older run would be taken for tables of this run.
         for name in old_tables if isinstance(old_tables, list) else ():
-            if name in known_tables and name not in result.more:
+            if name in further_table_names() and name not in result.more:
                 self._file(f".{name}.csv").unlink(missing_ok=True)
         more = (self._file(f".{name}.csv") for name in result.more)
         return [self._file(".csv"), *more, *self.figures, self._file(".json")]

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from losscli.cli.console import Console
-from losscli.cli.figures import render_files
 from losscli.cli.options import Force, Json, with_console
 from losscli.cli.report import align_columns, format_count
 from losscli.errors import OutputError, UsageError, printable
+from losscli.figures import render_files
 from losscli.registry import COMMANDS
 from losscli.results import Output, Result, to_json
 from losscli.summaries import InspectionSummary

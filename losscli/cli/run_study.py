@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from losscli.cli import report
 from losscli.cli.console import Console, stdin
-from losscli.cli.figures import check_panel_count, render_files
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.registry import COMMANDS, further_table_names
+from losscli.figures import check_panel_count
+from losscli.registry import COMMANDS
 from losscli.results import Result, to_json
 from losscli.summaries import Description
 
@@ -91,12 +90,7 @@ def run_study(
         for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
-        pictures = render_files(
-            partial(result.figure, log=write.log),
-            partial(result.html, log=write.log),
-            output.figures,
-        )
-        files = output.write(result, pictures, further_table_names())
+        files = output.save(result, log=write.log)
         console.written = True
         journal.finish()
     if write.json:
@@ -179,10 +173,10 @@ def _journal_notes(journal: Journal) -> Iterator[str]:
         yield f"starting over instead of resuming {journal.path}: {journal.restart_reason}"
     elif len(journal):
         changes = "; ".join(journal.changes)
-        caveat = f", though {changes}: the last digits may be others" if changes else ""
+        caveat = f", though {changes}: the last digits may differ" if changes else ""
         yield f"goes on where {journal.path} ends{caveat}"
     if journal.truncated:
-        yield f"{journal.path}: a record that was not written to its end is left out"
+        yield f"{journal.path}: an incomplete record is ignored"
     if not journal.locked:
         yield (
             f"the file system of {journal.path} has no locks: see that no other run writes the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import chain
@@ -29,7 +29,7 @@ from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
     general_notes,
@@ -84,7 +84,7 @@ def around(
     points: int = 21,
     basin: float | None = None,
     basin_loss: float | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = None,
     **settings: Any,
 ) -> Result[AroundSummary]:
     """Evaluates the loss around checkpoints, and how far the basin of each reaches.
@@ -109,7 +109,7 @@ def around(
         points: Evenly spaced coefficients; 0 is added.
         basin: The threshold as a multiple of the loss of the checkpoint, by default 2.
         basin_loss: The threshold as a loss.
-        progress: Called with the number of points done so far.
+        progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
@@ -128,7 +128,7 @@ def around(
         basin=basin,
         basin_loss=basin_loss,
     )
-    return plan.run(Execution(progress))
+    return plan.run_alone(progress)
 
 
 @dataclass(frozen=True)
@@ -600,16 +600,12 @@ def _check_directions(directions: int, along: str | None, settings: Settings) ->
             "--directions is the number of random directions, and --along replaces these",
             "Give one of the two options",
         )
-    for option, given in (
-        ("--batch-loss", settings.batch_loss),
-        ("--sampling-error", settings.sampling_error is not None),
-    ):
-        if given:
-            raise UsageError(
-                f"{option} is not available with --along, which needs the gradient over all "
-                "examples",
-                "Give random directions, or fewer examples with --limit",
-            )
+    if settings.sampling_error is not None:
+        raise UsageError(
+            "--sampling-error is not available with --along, which needs the gradient over all "
+            "examples",
+            "Give random directions, or fewer examples with --limit",
+        )
 
 
 def _check_basin(basin: float | None, basin_loss: float | None) -> None:

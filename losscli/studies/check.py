@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import starmap
@@ -37,13 +37,13 @@ from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.evaluation.verdict import Verdict
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.check_notes import check_notes, functions_called
 from losscli.studies.layerwise import blocks_among
 from losscli.studies.notes import general_notes, spectral_notes
 from losscli.studies.preconditioner import AdamPreconditioner
-from losscli.studies.problem import prepare
+from losscli.studies.problem import counted, prepare
 from losscli.studies.spectra import ADAM, Part, ProbedPoint, Spectra, SpectraOptions
 from losscli.studies.verification import check_differentiable, verify_fresh_model
 from losscli.summaries import CheckSummary, CostEstimate, Description, Escape, Step
@@ -80,7 +80,7 @@ def check(
     operator: str | None = None,
     blocks: bool = False,
     optimizer: str | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = None,
     **settings: Any,
 ) -> Result[CheckSummary]:
     """Checks whether checkpoints are critical points, and of which kind.
@@ -104,7 +104,7 @@ def check(
         optimizer: ``adam`` for the largest eigenvalue of the Hessian preconditioned by the second
             moments of Adam or AdamW in each checkpoint. ``learning_rate`` is then that of Adam, by
             default as in the checkpoint.
-        progress: Called with the number of checkpoints done so far.
+        progress: True shows a bar; a function is called with the number of checkpoints done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
@@ -131,7 +131,7 @@ def check(
         blocks=blocks,
         optimizer=optimizer,
     )
-    return plan.run(Execution(progress))
+    return plan.run_alone(progress)
 
 
 @dataclass(frozen=True)
@@ -236,11 +236,6 @@ class Check(Study):
         spectra = SpectraOptions.plan(
             density=density, blocks=blocks, probes=probes, lanczos=lanczos, operator=operator
         )
-        if settings.batch_loss:
-            raise UsageError(
-                "--batch-loss is not available for check",
-                "Give a --loss that is one number per example",
-            )
         if settings.sampling_error is not None:
             raise UsageError(
                 "a gradient is that of all examples, so --sampling-error has no place in a check",
@@ -457,7 +452,7 @@ class Check(Study):
             "operator": used["operator"],
             "probes": used["probes"],
             "lanczos": used["lanczos"],
-            "examples": {name: len(split) for name, split in objective.splits.items()},
+            **counted(objective, {name: len(s) for name, s in objective.splits.items()}),
             "splits": {
                 name: {
                     "points": [

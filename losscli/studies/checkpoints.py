@@ -159,7 +159,7 @@ def _join(names: Sequence[str], most: int = _MAX_TENSORS) -> str:
 def changed(name: str) -> ChangedError:
     """Creates the error for a checkpoint that was changed during a run."""
     return ChangedError(
-        f"{name} was changed while it was looked at", "Start again once it is left alone"
+        f"{name} was changed while losscli read it", "Run again when no program writes to it"
     )
 
 

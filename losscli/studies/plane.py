@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
     batchnorm_notes,
@@ -68,7 +68,7 @@ def plane(
     range: tuple[float, float] | None = None,  # noqa: A002 - the option's name
     surface: bool = False,
     keep_order: bool = False,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = None,
     **settings: Any,
 ) -> Result[PlaneSummary]:
     """Evaluates the loss in a plane of weight space.
@@ -86,7 +86,7 @@ def plane(
         surface: Whether the picture shows the surface in three dimensions too.
         keep_order: With ``pca``, take the checkpoints in the order of their names as they are
             given, and all files of a folder; by default they are ordered as `trajectory` does.
-        progress: Called with the number of points done so far.
+        progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
@@ -105,7 +105,7 @@ def plane(
         surface=surface,
         keep_order=keep_order,
     )
-    return plan.run(Execution(progress))
+    return plan.run_alone(progress)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def test_a_signal_keeps_what_was_finished_and_says_where(
     whole = truth(LINE, folder, losscli)
     assert ended(child(LINE, log, dies(2, number))) == status
     assert log.read_text().splitlines()[-1] == (
-        f"losscli: {how}; what was finished is in out.journal: the same command goes on from there"
+        f"losscli: {how}; what was finished is in out.journal: the same command resumes from there"
     )
     assert [path.name for path in folder.glob("*out*")] == ["out.journal"]
     assert "goes on where out.journal ends\n" in said(LINE, losscli)
@@ -333,7 +333,7 @@ def test_state_dicts_of_one_file_are_not_the_same_run(folder: Path, losscli: Los
 
 def test_recalled_points_do_not_count_in_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("losscli.cli.console.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("losscli.progress.time.monotonic", lambda: clock[0])
     stderr = io.StringIO()
     skipped = [0.0]
     with Console(io.StringIO(), stderr).progress(100, "points", lambda: skipped[0]) as tell:

@@ -8,6 +8,7 @@ import functools
 import gc
 import inspect
 import math
+import re
 import subprocess
 import sys
 import weakref
@@ -34,6 +35,7 @@ from losscli.errors import (
 from losscli.evaluation.losses import LOSSES
 from losscli.models import MLP
 from tests import oracle
+from tests.cli.test_console import Terminal
 
 SIZES = "6-5-3"
 INPUTS = torch.rand(23, 6, generator=torch.Generator().manual_seed(0))
@@ -331,7 +333,9 @@ def test_objects_that_hold_no_weights_are_refused(value: Any) -> None:
 
 def test_several_state_dicts_in_an_object_are_named_by_their_keys() -> None:
     both = {"model": state(1), "averages": {"ema": state(2)}}
-    with pytest.raises(CheckpointError, match=r"A holds several state dicts.*Give one, as \['mo"):
+    with pytest.raises(
+        CheckpointError, match=r"A contains several state dicts.*Give one, as \['mo"
+    ):
         call("interpolate", [both, state(3)])
     found = call("interpolate", [both["averages"]["ema"], state(3)])
     assert numbers(found) == numbers(call("interpolate", [state(2), state(3)]))
@@ -499,7 +503,8 @@ def test_every_misuse_of_an_argument_is_one_line(function: str, values: list[Any
         ({"range": (0, "1")}, "range must be a number, not '1'"),
         ({"refine": "fine"}, "refine must be a number, not 'fine'"),
         ({"derivatives": "yes"}, "derivatives must be True or False, not 'yes'"),
-        ({"progress": 3}, "progress must be a function, not 3"),
+        ({"progress": 3}, "progress must be True, False or a function, not 3"),
+        ({"progress": [print]}, "progress must be True, False or a function, not a list"),
         ({"context": "line.csv"}, "context must be a Table, not 'line.csv'"),
         ({"seed": 0.5}, "seed must be a whole number, not 0.5"),
         ({"seed": torch.ones(2)}, "seed must be a whole number, not a Tensor"),
@@ -553,6 +558,36 @@ def test_settings_refuse_what_the_functions_refuse() -> None:
         losscli.Settings(sede=3)  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="limit must be a whole number, not 'all'"):
         losscli.Settings(limit="all")  # type: ignore[arg-type]
+
+
+# --- progress ------------------------------------------------------------------------------------
+
+EVALUATING = ["interpolate", *(name for name in PATHS if name != "inspect")]
+
+
+@pytest.mark.parametrize("function", EVALUATING)
+def test_progress_counts_up_to_the_end_of_every_study(
+    function: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = [state(seed) for seed in (1, 2, 3)]
+    done: list[float] = []
+    result = call(function, states, progress=done.append)
+    assert done == sorted(done)
+    assert capsys.readouterr().err == ""
+    assert numbers(call(function, states, progress=False)) == numbers(result)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("losscli.progress._INTERVAL", 0.0)
+    assert numbers(call(function, states, progress=True)) == numbers(result)
+    shown = re.findall(r"(?m)^(\d+)/(\d+) (?:points|checkpoints)", capsys.readouterr().err)
+    assert shown[-1][0] == shown[-1][1] == str(round(done[-1]))
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    call("interpolate", [state(1), state(2)], progress=True)
+    assert isinstance(sys.stderr, Terminal)
+    assert re.search(r"\d/5 points ━", "".join(sys.stderr.frames))
 
 
 # --- lazy layers ---------------------------------------------------------------------------------
