@@ -280,18 +280,28 @@ def test_what_cannot_be_computed_is_refused_in_one_line(
 def test_moments_that_change_during_a_run_are_an_error(
     losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_trained("x.pt")
+    def write(**options: Any) -> None:
+        save_trained("x.pt", **options)
+        content = torch.load("x.pt", weights_only=True)
+        torch.save(content["state_dict"], "saved/pytorch_model.bin")
+        torch.save(content["optimizer"], "saved/optimizer.pt")
+
+    Path("saved").mkdir()
+    write()
+    given = ("check", "saved", "-m", "mlp:6-5-3", "--optimizer", "adam", "--split", "train")
+    assert losscli(*given, "--no-figure", "-o", "out").status == 0
     plan = preconditioner.AdamPreconditioner.plan
 
-    def plan_and_change(*given: Any) -> Any:
-        planned = plan(*given)
-        save_trained("x.pt", eps=1e-3)
-        return planned
+    def plan_and_change(*planned: Any) -> Any:
+        found = plan(*planned)
+        write(eps=1e-3)
+        return found
 
     monkeypatch.setattr(preconditioner.AdamPreconditioner, "plan", plan_and_change)
-    done = losscli("check", "x.pt", "--optimizer", "adam", "--split", "train", "-o", "out")
+    done = losscli(*given, "-o", "other")
     assert done.status == 1
-    assert "x.pt was changed while it was looked at" in done.stderr
+    assert "saved was changed while losscli read it" in done.stderr
+    assert not [*Path().glob("other*")]
 
 
 @pytest.mark.usefixtures("folder")
