@@ -28,6 +28,12 @@ LINE = {"points": 3, "model": "mlp:6-5-3"}
 # Keys of a summary that some runs do not write.
 OPTIONAL = {"batches", "blocks", "mismatches", "distance", "state_dicts", "buffers"}
 
+
+def trained_by_adam() -> Result:
+    save_trained("adam.pt")
+    return library.check("adam.pt", optimizer="adam", split="test")
+
+
 # Together the runs of a command write all of its further tables, and all kinds of numbers.
 RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "interpolate": lambda: [
@@ -44,7 +50,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "check": lambda: [
         library.check("a.pt", eigenvalues=2),
         library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
-        library.check("adam.pt", optimizer="adam", split="test"),
+        trained_by_adam(),
         library.check("a.pt", density=True, blocks=True, probes=2, lanczos=3, limit=5),
     ],
     "sharpness": lambda: [
@@ -64,7 +70,6 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_writes_the_tables_that_the_registry_says(name: str, folder: Path) -> None:
     command = COMMANDS[name]
-    save_trained("adam.pt")
     results = RUNS[name]()
     for result in results:
         assert command_of(result.table.columns) is command
