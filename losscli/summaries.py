@@ -48,6 +48,7 @@ __all__ = [
     "PlaneSummary",
     "Preconditioner",
     "Predicted",
+    "ProjectedPath",
     "Provenance",
     "RandomWalks",
     "Refined",
@@ -389,10 +390,21 @@ class TrajectorySummary(Summary, total=False):
 
 
 class PlaneAxis(TypedDict, total=False):
-    """What an axis is, and the share of the variance that it explains."""
+    """What an axis is: its share of the variance of a path, or its eigenvalue of the Hessian."""
 
     name: str
     explained_variance: float | None
+    eigenvalue: float
+    error: float
+    converged: bool
+
+
+class ProjectedPath(TypedDict, total=False):
+    """A path of ``--path``, the number of its checkpoints, and how far they are off the plane."""
+
+    name: str
+    checkpoints: int
+    off_plane: float
 
 
 class LowestOnPlane(TypedDict, total=False):
@@ -422,6 +434,7 @@ class PlaneSummary(Summary, total=False):
     x_range: list[float]
     y_range: list[float]
     off_plane: float
+    paths: list[ProjectedPath]
     splits: dict[str, PlaneSplit]
     endpoint_difference: float
 

@@ -47,6 +47,7 @@ NUMBER = {"inspect": 2, "check": 2}
 
 LINES = ["interpolate", "align", "export"]
 PATHS = ["trajectory", "plane", "around", "check", "sharpness", "barriers", "inspect"]
+SETTINGS = [field.name for field in dataclasses.fields(losscli.Settings)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "interpolate": {"points": 3},
     "trajectory": {"residuals": 2},
@@ -456,7 +457,8 @@ VALUES: list[Any] = [
 
 def parameters(function: str, kind: Any) -> list[str]:
     signature = inspect.signature(getattr(losscli, function))
-    return [p.name for p in signature.parameters.values() if p.kind is kind]
+    own = [p.name for p in signature.parameters.values() if p.kind is kind]
+    return [name for name in own if name not in SETTINGS]
 
 
 @pytest.mark.parametrize("function", [*LINES, *PATHS])
@@ -473,7 +475,7 @@ def test_every_misuse_of_an_argument_is_one_line(function: str, values: list[Any
     if function not in {"inspect", "export"}:
         plain |= {"model": f"mlp:{SIZES}", "data": {"train": DATA["train"]}}
     if function == "interpolate":
-        options += [field.name for field in dataclasses.fields(losscli.Settings)]
+        options += SETTINGS
     refused = 0
     for option in parameters(function, inspect.Parameter.POSITIONAL_OR_KEYWORD) + options:
         for value in values:
@@ -669,7 +671,11 @@ def test_help_shows_the_arguments_of_each_function() -> None:
         function = getattr(losscli, name)
         assert function.__name__ == name
         assert "Args:" in (function.__doc__ or "")
-        assert "arguments" not in inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters
+        assert "arguments" not in parameters
+        taken = [] if name in {"inspect", "export"} else SETTINGS
+        assert [option for option in parameters if option in SETTINGS] == taken
+        assert "settings" not in parameters
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
