@@ -319,8 +319,14 @@ COMMANDS: Mapping[str, Command] = {
                     *("lambda_min", "lambda_min_error", "lambda_max", "lambda_max_error"),
                     *("minimal_ratio", "verdict"),
                 ),
-                optional=("positive", "negative", "undecided", "trace", "trace_stderr"),
-                errors=("lambda_min_error", "lambda_max_error", "trace_stderr"),
+                optional=(
+                    *("positive", "negative", "undecided", "trace", "trace_stderr"),
+                    *("preconditioned_lambda_max", "preconditioned_lambda_max_error"),
+                ),
+                errors=(
+                    *("lambda_min_error", "lambda_max_error", "trace_stderr"),
+                    "preconditioned_lambda_max_error",
+                ),
             ),
             further_tables={
                 "escape": TableFormat(("distance", "loss", "loss_stderr"), errors=("loss_stderr",)),

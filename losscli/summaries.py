@@ -47,6 +47,7 @@ __all__ = [
     "PlaneAxis",
     "PlaneSplit",
     "PlaneSummary",
+    "Preconditioner",
     "Predicted",
     "ProjectSummary",
     "ProjectedPath",
@@ -608,6 +609,7 @@ class CheckedPoint(TypedDict, total=False):
     loss_seed_stderr: float | None
     lambda_min_converged: bool
     lambda_max_converged: bool
+    preconditioned_lambda_max_converged: bool | None
     exact: bool
     products: int
     descent: Step | None
@@ -629,6 +631,24 @@ class Escape(Step, total=False):
     slope: float
 
 
+class Preconditioner(TypedDict, total=False):
+    """The state of Adam at a checkpoint; only the first two before its first step.
+
+    ``threshold`` is (2 + 2β₁)/((1 − β₁)η) of full-batch training; None for η = 0.
+    """
+
+    checkpoint: str
+    step: int
+    learning_rate: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    amsgrad: bool
+    weight_decay: float
+    matched_by: str
+    threshold: float | None
+
+
 class CheckSummary(Summary, total=False):
     """The summary of ``check``."""
 
@@ -636,6 +656,8 @@ class CheckSummary(Summary, total=False):
     learning_rate: float | None
     momentum: float | None
     threshold: float | None
+    optimizer: str | None
+    preconditioners: list[Preconditioner]
     operator: str | None
     probes: int | None
     lanczos: int | None

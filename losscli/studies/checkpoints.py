@@ -15,6 +15,7 @@ from losscli.checkpoint import (
     LoadHooks,
     NameRules,
     read,
+    read_optimizers,
     select_for,
 )
 from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
@@ -24,7 +25,7 @@ from losscli.studies.model import build
 from losscli.studies.specs import SourcedSpec
 from losscli.summaries import CheckpointEntry
 
-__all__ = ["Checkpoints", "is_same"]
+__all__ = ["Checkpoints", "changed", "is_same"]
 
 # Maximum number of checkpoints in an error whose mismatches are listed, and of tensors in a note.
 _MAX_REASONS = 5
@@ -84,8 +85,12 @@ class Checkpoints:
         if checkpoint.path is not None:
             stamp = checkpoint.stamp()
             if self._opened.setdefault(name, (replace(checkpoint, weights={}), stamp))[1] != stamp:
-                raise _changed(name)
+                raise changed(name)
         return checkpoint
+
+    def optimizers(self, name: str) -> Mapping[str, Any]:
+        """Reads the state dicts of optimisers in one; there are none in an initialisation."""
+        return {} if name.startswith("init:") else read_optimizers(self._objects.get(name, name))
 
     def unchanged(self) -> None:
         """Checks that the files of all opened checkpoints are unchanged, or deleted.
@@ -101,7 +106,7 @@ class Checkpoints:
             except CheckpointError:
                 continue
             if now != stamp:
-                raise _changed(name)
+                raise changed(name)
 
     def survey(self, names: Sequence[str]) -> tuple[list[CheckpointEntry], Checkpoint, list[str]]:
         """Opens each in turn, and reports all that do not match in one error.
@@ -166,7 +171,8 @@ def _join(names: Sequence[str], most: int = _MAX_TENSORS) -> str:
     return f"{', '.join(names[:most])}{more}"
 
 
-def _changed(name: str) -> ChangedError:
+def changed(name: str) -> ChangedError:
+    """Creates the error for a checkpoint that was changed during a run."""
     return ChangedError(
         f"{name} was changed while losscli read it", "Run again when no program writes to it"
     )

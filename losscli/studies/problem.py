@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args, overload
+from typing import Any, get_args, overload
 
 import torch
 from torch import nn
@@ -49,6 +49,7 @@ class Problem:
         provenance: Where all of it came from, for the summary.
         settings: The settings that it was made from.
         read: Reads a checkpoint by its name.
+        optimizers: Reads the state dicts of optimisers in a checkpoint by its name.
         unchanged: Checks that the files of the checkpoints have not changed since they were read.
         notes: How the checkpoints were ordered, if they were.
         projected: How many of the names, from the last, are only projected onto what the others
@@ -66,6 +67,7 @@ class Problem:
     provenance: Provenance
     settings: Settings
     read: Callable[[str], Checkpoint]
+    optimizers: Callable[[str], Mapping[str, Any]]
     unchanged: Callable[[], None]
     notes: tuple[str, ...] = ()
     projected: int = 0
@@ -285,6 +287,7 @@ def prepare(
         _provenance(settings, objective, named, entries, 1 if ranks is None else ranks.size),
         settings,
         checkpoints.open,
+        checkpoints.optimizers,
         checkpoints.unchanged,
         tuple(notes),
         len(projected),
