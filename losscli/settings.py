@@ -65,9 +65,9 @@ class Settings:
         loss: The per-example loss; None as for ``model``, else by the task of the data.
         objective: A function from the model and a batch to one number per example, in the place of
             the loss; ``model`` for the loss that the model itself returns for a batch, which
-            implies ``batch_loss``. None for a loss.
-        metric: The metrics; ``("none",)`` for none, empty for those of the task of the data, or for
-            none with an objective.
+            implies ``batch_loss``. None as for ``model``, else for a loss.
+        metric: The metrics; ``("none",)`` for none; empty as for ``model``, else for those of the
+            task of the data, or none with an objective.
         split: The splits; empty for all.
         limit: The number of examples of each split, or of batches with ``batch_loss``, drawn once
             with the seed; None for all.
@@ -93,6 +93,7 @@ class Settings:
         rename: Renames of the tensors of the checkpoints, ``OLD=NEW``: each replaces the first
             run of components OLD in a name, such as ``fc=head`` in ``fc.weight``.
         seed: The seed of all random choices.
+        trust: Whether a ``losscli.toml`` may name code, which is then run.
     """
 
     model: Any = None
@@ -116,6 +117,7 @@ class Settings:
     allow_missing: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
     seed: int = 0
+    trust: bool = False
 
     def __new__(cls, *_: Any, **options: Any) -> Self:
         """Rejects unknown keywords."""
@@ -190,6 +192,22 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
                     bound.arguments[option] = convert(option, value, hints.get(option, Any))
             return function(*bound.args, **bound.kwargs)
 
+        defaults = (more or _NoFields)()
+        # The fields stand in the place of ``**settings`` in help(), and notebooks complete them.
+        vars(call)["__signature__"] = signature.replace(
+            parameters=[
+                *(p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD),
+                *(
+                    inspect.Parameter(
+                        f.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=getattr(defaults, f.name),
+                        annotation=f.type,
+                    )
+                    for f in fields(defaults)
+                ),
+            ]
+        )
         return call
 
     return decorate

@@ -112,6 +112,15 @@ _SETTINGS: dict[str, Any] = {
             metavar="N",
         ),
     ],
+    "trust": Annotated[
+        bool,
+        _option(
+            _WHAT,
+            "Run code that a losscli.toml names. Not needed in the trusted folders of your "
+            "configuration (see the README).",
+            "--trust",
+        ),
+    ],
     "batch_size": Annotated[
         int | None,
         _option(
@@ -184,7 +193,8 @@ _SETTINGS: dict[str, Any] = {
         list[str] | None,
         _option(
             _MOVES,
-            "Repeatable. Only these tensors move, others stay at those of the first checkpoint.",
+            "Repeatable. Only these tensors move. Others stay at those of the first checkpoint; in "
+            "around, check and sharpness each checkpoint keeps its own.",
             "--only",
             metavar="GLOB",
         ),
@@ -193,7 +203,7 @@ _SETTINGS: dict[str, Any] = {
         list[str] | None,
         _option(
             _MOVES,
-            "Repeatable. These tensors stay at those of the first checkpoint.",
+            "Repeatable. These tensors do not move, and stay as with --only.",
             "--except",
             metavar="GLOB",
         ),
@@ -291,6 +301,7 @@ _DEFAULTS: Mapping[str, Any] = {
     **dict.fromkeys(
         (
             "batch_loss",
+            "trust",
             "ignore_unexpected",
             "tf32",
             "no_figure",

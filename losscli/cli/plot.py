@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from losscli.cli.console import Console, stdin
+from losscli.cli.imports import import_plotting
 from losscli.cli.options import with_console
 from losscli.errors import UsageError
 from losscli.figures import render_files
@@ -95,6 +96,7 @@ def plot(
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
     check_panels(csvs, runs)
     options: dict[str, Any] = {"title": title, "log": log}
+    import_plotting()
     pictures = render_files(
         partial(draw, runs, **options), partial(render_html, runs, **options), output.figures
     )

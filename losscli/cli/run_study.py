@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from losscli.cli import report
 from losscli.cli.console import Console, stdin
+from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
 from losscli.figures import check_panel_count
-from losscli.registry import COMMANDS
+from losscli.registry import COMMANDS, load
 from losscli.results import Result, to_json
 from losscli.summaries import Description
 
@@ -41,13 +42,14 @@ def run_study(
         write: The output options.
         console: The streams.
     """
-    ranks = console.ranks
+    ranks, command = console.ranks, COMMANDS[name]
     if ranks is not None and not ranks.is_leader:
         _run_follower(ranks, plan, write, console)
         return
     # The default stem of a long path has only its first and last checkpoint.
     output = write.plan(name, names if len(names) <= 3 else [names[0], names[-1]])
-    command = COMMANDS[name]
+    with importing("torch"):
+        load(command.function)
     with console.guard_stdout():
         study = plan()
     _note_on_speed(study, console)
@@ -90,6 +92,8 @@ def run_study(
         for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
+        if output.figures:
+            import_plotting()
         files = output.save(result, log=write.log)
         console.written = True
         journal.finish()

@@ -19,7 +19,7 @@ from losscli.cli.report import (
     task_lines,
 )
 from losscli.cli.run_study import expand_names, run_study
-from losscli.errors import printable
+from losscli.errors import UsageError, printable
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.summaries import SharpnessPoint, SharpnessSummary
@@ -77,7 +77,7 @@ def sharpness(
         ),
     ] = 20,
     direction_split: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--direction-split",
             metavar="NAME",
@@ -107,11 +107,16 @@ def sharpness(
             rho=rho or [0.05],
             adaptive=adaptive,
             samples=samples,
-            direction_split=direction_split,
+            direction_split=direction_split[0] if direction_split else None,
             keep_order=keep_order,
             ranks=console.ranks,
         )
 
+    if direction_split and len(direction_split) > 1:
+        raise UsageError(
+            f"--direction-split is given {len(direction_split)} times",
+            "Give one split, the gradient of which all critical steps are along",
+        )
     names = expand_names(checkpoints, console.ranks)
     run_study("sharpness", checkpoints, plan, write, console)
 

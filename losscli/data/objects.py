@@ -141,6 +141,7 @@ def to_data_set(
     if isinstance(loaded, DataLoader | Dataset):
         loaded = {"data": loaded}
     if not isinstance(loaded, Mapping) or not loaded:
+        _refuse_examples(loaded, where)
         raise DataError(
             f"{where} gives a {type(loaded).__name__}",
             "Return a mapping from split names to (inputs, targets), or a DataLoader or Dataset",
@@ -161,7 +162,11 @@ def to_data_set(
             language.add(not isinstance(examples, Split) and examples.language)
             splits[str(name)] = examples
         else:
-            splits[str(name)] = parse_batch(content, split_name, whole=whole)
+            try:
+                splits[str(name)] = parse_batch(content, split_name, whole=whole)
+            except DataError:
+                _refuse_examples(content, split_name)
+                raise
             language.add(is_language(content))
     firsts = [realise(split.first(1).targets) for split in splits.values()]
     floating = {t.is_floating_point() for t in firsts if isinstance(t, Tensor)}
@@ -179,6 +184,20 @@ def to_data_set(
     if isinstance(loaded, Pixels):
         data = replace(data, scale=True, notes=(loaded.note,) if loaded.note else ())
     return data
+
+
+def _refuse_examples(content: object, where: str) -> None:
+    """Refuses a list of examples or of batches, which only a DataLoader tells apart."""
+
+    def is_example(item: object) -> bool:
+        return isinstance(item, Mapping) or (isinstance(item, tuple | list) and len(item) == 2)
+
+    if isinstance(content, tuple | list) and content and all(map(is_example, content)):
+        raise DataError(
+            f"{where} is a plain {type(content).__name__}",
+            "Give torch.utils.data.DataLoader(it, batch_size=64) if it has examples, or "
+            "batch_size=None if it has batches",
+        )
 
 
 def load_into_memory(data: DataSet) -> DataSet:

@@ -8,7 +8,7 @@ the most negative curvature, and a minimum is critical to the accuracy of its lo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self, get_args
@@ -456,7 +456,7 @@ class CriticalPointTest:
         weights: Weights,
         names: Sequence[str],
         every: Examples,
-        operator: type[Curvature],
+        operator: Callable[..., Curvature],
         execution: Execution,
     ) -> Eigenpair:
         """Computes the largest eigenvalue of a diagonal block of a matrix.
@@ -494,7 +494,7 @@ class CriticalPointTest:
         every: Examples,
         execution: Execution,
         names: Sequence[str] | None = None,
-        operator: type[Curvature] = Curvature,
+        operator: Callable[..., Curvature] = Curvature,
     ) -> Curvature:
         """Makes the operator of second derivatives at a point.
 

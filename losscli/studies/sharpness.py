@@ -245,7 +245,7 @@ class Sharpness(Study):
             raise UsageError(f"{name} is given {times} times", "Give each checkpoint once")
         _check_options(rho, samples, settings)
         check_point_count("--samples", samples, samples * len(rho) * len(names))
-        problem = prepare(names, settings, notes, ranks)
+        problem = prepare(names, settings, notes, ranks, independent=True)
         splits = list(problem.objective.splits)
         if direction_split not in {None, *splits}:
             raise UsageError(

@@ -39,7 +39,7 @@ from losscli.models import (
 from losscli.registry import RESERVED_COLUMNS
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
-from losscli.studies.specs import SourcedSpec
+from losscli.studies.specs import SourcedSpec, Specs
 
 __all__ = ["data_of", "loss_of", "metrics_of", "objective_of", "recalibration_of"]
 
@@ -73,7 +73,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
     if found is None:
         raise UsageError(
             "no data set is named, neither by --data nor by the checkpoint's metadata nor by a "
-            "losscli.toml beside it",
+            "losscli.toml beside it or here",
             "Give --data, for example --data mnist:FOLDER (losscli list data)",
         )
     chosen: dict[str, Any] = {
@@ -90,6 +90,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
             trusted=found.trusted,
             source=found.source,
             folder=found.folder,
+            cure=found.cure,
             **chosen,
         )
     else:
@@ -210,12 +211,12 @@ def _language_loss(data: DataSet, model: nn.Module) -> str:
 
 
 def metrics_of(
-    settings: Settings, data: DataSet, loss: PerExample, model: nn.Module
+    specs: Specs, data: DataSet, loss: PerExample, model: nn.Module
 ) -> tuple[dict[str, PerExample], list[str], str]:
     """Finds the metrics: those that are named, or that of the data's task.
 
     Args:
-        settings: The settings.
+        specs: The specs of the run; no metrics for the default.
         data: What they are evaluated on.
         loss: The loss.
         model: The model.
@@ -227,7 +228,8 @@ def metrics_of(
     Raises:
         UsageError: Two columns would have one name.
     """
-    if settings.objective is not None and not settings.metric:
+    found = specs.metrics
+    if specs.objective is not None and not found:
         return {}, [], "default for --objective"
     # Whoever asks for causal_lm means tokens, whatever the data's form.
     function = function_of(loss)
@@ -236,18 +238,17 @@ def metrics_of(
     next_tokens = function is causal_lm or score_kind(model) == "next"
     if function is token_cross_entropy or (data.language and not next_tokens):
         default = "none"
-    if settings.metric:
-        source = "--metric"
+    if found:
+        source = found[0].source
     metrics: dict[str, PerExample] = {}
     texts = []
-    for value in settings.metric or (default,):
-        if value == "none":
+    for each in found or (SourcedSpec(default, trusted=True),):
+        if each.value == "none":
             continue
-        found = SourcedSpec.named(value, trusted=True)
-        name = _column(found.value)
+        name = _column(each.value)
         if name in metrics or name in RESERVED_COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
-        metric, text = _per_example(found, METRICS, "metric")
+        metric, text = _per_example(each, METRICS, "metric")
         metrics[name] = _like_loss(loss, metric)
         texts.append(text)
     return metrics, texts, source
@@ -285,7 +286,15 @@ def _per_example(
         function: PerExample = found.value
         return function, found.text
     spec = Spec.parse(found.value)
-    function, arguments = look_up(spec, registry, kind, trusted=found.trusted, source=found.source)
+    function, arguments = look_up(
+        spec,
+        registry,
+        kind,
+        trusted=found.trusted,
+        source=found.source,
+        folder=found.folder,
+        cure=found.cure,
+    )
     if arguments and not isinstance(function, type):
         raise SpecError(f"{where}: {kind} functions take no argument")
     if is_of_torch(function) and not arguments:

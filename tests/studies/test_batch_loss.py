@@ -33,6 +33,7 @@ from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
 from losscli.table import Table
 from losscli.weight_space.slices import Line
+from tests.cases import sample
 from tests.conftest import Losscli
 from tests.promises.test_ranks import assert_same, forked, forks
 from tests.promises.test_resume import broken_anywhere
@@ -166,7 +167,7 @@ def run(
         pytest.param(contrast_mean, 0, id="a mean, streamed", marks=pytest.mark.stress),
     ],
 )
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", sample(SOURCES, 0, 2))
 def test_the_loss_is_the_mean_over_the_batches_of_the_data(
     name: str,
     loss: Callable[..., Tensor],
