@@ -273,30 +273,34 @@ def _match(
     known = {strip_wrappers(name): standing for name, standing in parameters.names.items()}
     plain = {strip_wrappers(entry.name): entry for entry in entries if entry.name}
     starts = (name[: dot.end()] for name in plain for dot in re.finditer(r"\.", name))
-    # The parameters of a part of the model that was trained have a prefix there.
-    named = max(
-        (
-            {
-                known[n[len(start) :]]: entry
-                for n, entry in plain.items()
-                if n.startswith(start) and n[len(start) :] in known
-            }
-            for start in dict.fromkeys(["", *starts])
-        ),
-        key=len,
-    )
-    if named:
-        return named, "names"
+    # If the model is a part of what was trained, its parameters have a prefix there.
+    found_under = {
+        start: {
+            known[name[len(start) :]]: entry
+            for name, entry in plain.items()
+            if name.startswith(start) and name[len(start) :] in known
+        }
+        for start in dict.fromkeys(["", *starts])
+    }
+    most = max(map(len, found_under.values()))
+    fitting = [start for start, found in found_under.items() if len(found) == most]
+    if most and len(fitting) > 1 and fitting[0]:
+        raise CheckpointError(
+            f"{where} has parameters of several parts with these names: {', '.join(fitting[:3])}",
+            "Give a checkpoint with the optimiser of this model alone",
+        )
+    if most:
+        return found_under[fitting[0]], "names"
     order = list(parameters.shapes)
     shapes = [[entry.shape for entry in group] for group in groups]
-    found = _assign(shapes, [parameters.shapes[name] for name in order])
-    if found is None:
+    assigned = _assign(shapes, [parameters.shapes[name] for name in order])
+    if assigned is None:
         raise CheckpointError(
             f"{where} has no names of parameters, and their shapes do not match those of the "
             f"model in only one way ({len(entries)} of {len(order)} parameters)",
             "Make the optimiser from model.named_parameters(), or record with moments=True",
         )
-    return {order[i]: groups[g][k] for i, (g, k) in found.items()}, "shapes"
+    return {order[i]: groups[g][k] for i, (g, k) in assigned.items()}, "shapes"
 
 
 def _assign(

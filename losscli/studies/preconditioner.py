@@ -127,12 +127,13 @@ class AdamPreconditioner:
                 "optimiser has no names of parameters"
             )
         if decays := {state.get("weight_decay", 0.0) for state in self.states} - {0.0}:
-            yield (f"the weight decay of {max(decays):g} is not part of the loss, and so not of H")
+            yield f"the weight decay of {max(decays):g} is not part of the loss, and so not of H"
         without = [
             s["checkpoint"] for s, key in zip(self.states, self.digests, strict=True) if not key
         ]
         if without:
-            yield f"the optimiser of {', '.join(without)} has taken no step: there is no P there"
+            more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+            yield f"the optimiser of {without[0]}{more} has taken no step: there is no P there"
         if missed := sum(not one.converged for one in found.values()):
             yield (
                 f"the search for λ max of P⁻¹H has not converged at {missed} of "

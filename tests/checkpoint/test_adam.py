@@ -139,6 +139,24 @@ def test_names_decide_whatever_the_order(form: str) -> None:
     assert found.matched_by == "names"
 
 
+def test_of_two_parts_with_the_same_names_none_is_guessed() -> None:
+    both = nn.ModuleDict({"one": network(), "two": network()})
+    optimizer = torch.optim.Adam(both.named_parameters())
+    x = torch.rand(8, 3)
+    (both["one"](x) - both["two"](2 * x)).square().mean().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    part = both["two"]
+    with pytest.raises(CheckpointError, match=r"several parts with these names: one\., two\."):
+        match({"state_dict": part.state_dict(), "optimizer": state}, part)
+    # Names without a prefix are those of the model itself.
+    names = state["param_groups"][0]["param_names"]
+    state["param_groups"][0]["param_names"] = [name.removeprefix("two.") for name in names]
+    check_moments(
+        match({"state_dict": part.state_dict(), "optimizer": state}, part), part, optimizer
+    )
+
+
 def test_full_states_of_torch_distributed_have_names_for_numbers() -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
