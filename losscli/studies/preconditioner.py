@@ -118,8 +118,8 @@ class AdamPreconditioner:
         value = f" = {edges.pop():.6g}" if len(edges) == 1 else ""
         yield (
             "λ max of P⁻¹H, which is that of P^-½ H P^-½, is compared with (2 + 2 β₁)/((1 − β₁) η)"
-            f"{value}, the threshold of full-batch training with Adam (Cohen et al. 2022); with "
-            "minibatches it stays below"
+            f"{value}, the threshold of full-batch training with Adam (Cohen et al. 2022); "
+            "training with minibatches has none"
         )
         if any(state.get("matched_by") == "shapes" for state in self.states):
             yield (
