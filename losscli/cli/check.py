@@ -13,6 +13,7 @@ from losscli.cli.report import (
     align_columns,
     format_count,
     format_examples,
+    format_loss,
     format_number,
     is_finite,
     task_lines,
@@ -228,7 +229,7 @@ def report(result: Result[CheckSummary]) -> str:
         lines += ["", f"{heading}, {format_examples(summary, row['split'])}: {row['verdict']}"]
         findings = [
             *([("because", point["reason"])] if point["reason"] else []),
-            ("loss", format_number(row["loss"])),
+            ("loss", format_loss(row["loss"], point["loss_seed_stderr"])),
             ("‖∇L‖", format_number(row["gradient_norm"])),
             ("λ min", _eigenvalue(row, "lambda_min", converged=point["lambda_min_converged"])),
             ("λ max", _eigenvalue(row, "lambda_max", converged=point["lambda_max_converged"])),
@@ -280,6 +281,8 @@ def _probes_line(summary: CheckSummary) -> str:
 def _outliers(density: Density) -> str:
     """Describes the eigenvalues apart from the bulk."""
     found = density["outliers"]
+    if not is_finite(density["sigma"]):
+        return "unknown: the spectrum is not finite"
     if not found:
         return "none: no eigenvalue is apart from the bulk"
     values = [format_number(value) for value in found[:_LISTED]]

@@ -68,6 +68,7 @@ class Evidence:
         measured: Examples on which the rounding of eigenvalues was measured.
         scattered: Whether there was no float64 to measure it against, or to compute in.
         unverified: Which derivatives could not be compared with differences; empty if none.
+        seed_error: The standard error of the mean loss over seeds; nan without several.
     """
 
     reason: str = ""
@@ -79,6 +80,7 @@ class Evidence:
     measured: int = 0
     scattered: bool = False
     unverified: str = ""
+    seed_error: float = math.nan
 
     def confirm(
         self, decided: Verdict, smallest: Eigenpair, largest: Eigenpair, stored: float
@@ -133,12 +135,13 @@ class Evidence:
             "sides": self.sides and {"negative": self.sides[0], "positive": self.sides[1]},
             "rounding_measured_on": self.measured,
             "unverified": self.unverified or None,
+            "loss_seed_stderr": None if math.isnan(self.seed_error) else self.seed_error,
         }
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Returns the arrays of a record."""
         numbers = [self.slope, self.loss_rounding, self.change, self.exact]
-        numbers += [self.measured, self.scattered]
+        numbers += [self.measured, self.scattered, self.seed_error]
         sides = dict(zip(_SIDES, self.sides, strict=True)) if self.sides else {}
         return {
             "judgement": np.array(numbers, np.float64),
@@ -150,7 +153,8 @@ class Evidence:
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> Self:
         """Reads the arrays of a record."""
-        slope, rounding, change, exact, measured, scattered = arrays["judgement"].tolist()
+        slope, rounding, change, exact, *last = arrays["judgement"].tolist()
+        measured, scattered, seed_error = last
         sides = [_step(arrays[side]) for side in _SIDES if side in arrays]
         return cls(
             arrays["reason"].tobytes().decode(),
@@ -159,6 +163,7 @@ class Evidence:
             int(measured),
             bool(scattered),
             arrays["unverified"].tobytes().decode(),
+            seed_error,
         )
 
 
@@ -377,6 +382,7 @@ class CriticalPointTest:
                 measured=len(sample),
                 scattered=float64 is None,
                 unverified=unverified,
+                seed_error=here.seed_error,
             )
             search = LineSearch(objective, weights, self.names, examples, here, quiet)
             if smallest.value + smallest.error < 0 and decided in {*kept, "saddle"}:

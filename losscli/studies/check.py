@@ -241,7 +241,7 @@ class Check(Study):
                 "a gradient is that of all examples, so --sampling-error has no place in a check",
                 "Look at fewer with --limit",
             )
-        problem = prepare(names, settings, notes, ranks)
+        problem = prepare(names, settings, notes, ranks, independent=True)
         # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
         moving = problem.parameters(problem.moving)
         if not moving:
@@ -451,7 +451,8 @@ class Check(Study):
             "preconditioners": list(self.adam.states) if self.adam else [],
             "operator": used["operator"],
             "probes": used["probes"],
-            "lanczos": used["lanczos"],
+            # A probe of n parameters takes no more than n steps.
+            "lanczos": self._spectra.estimator.kept[1] if self.spectra.density else None,
             **counted(objective, {name: len(s) for name, s in objective.splits.items()}),
             "splits": {
                 name: {

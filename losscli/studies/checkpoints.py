@@ -56,9 +56,23 @@ class Checkpoints:
         self._objects = {str(name): name for name in names if isinstance(name, InMemoryCheckpoint)}
         # The checkpoints without their tensors, and the stamps of their files.
         self._opened: dict[str, tuple[Checkpoint, object]] = {}
+        # The tensors that any of the checkpoints lacks. They have the model's initial values in all
+        # of them: a line from trained values to drawn ones would mean nothing.
+        self._missing: set[str] = set()
 
     def open(self, name: str) -> Checkpoint:
         """Opens one, its tensors under the model's names."""
+        return self._with_initial(self._open(name))
+
+    def _with_initial(self, checkpoint: Checkpoint) -> Checkpoint:
+        initial = {name: self._rules.initial[name] for name in self._missing}
+        return (
+            replace(checkpoint, weights={**checkpoint.weights, **initial})
+            if initial
+            else checkpoint
+        )
+
+    def _open(self, name: str) -> Checkpoint:
         with torch.random.fork_rng(devices=[]):
             if name.startswith("init:"):
                 return _initialisation(name, self._found)
@@ -116,7 +130,7 @@ class Checkpoints:
         notes: dict[str, list[str]] = {}
         for name in dict.fromkeys(names):
             try:
-                checkpoint = self.open(name)
+                checkpoint = self._open(name)
             except MismatchError as error:
                 wrong.append(error.what)
                 cures.append(error.cure)
@@ -125,6 +139,7 @@ class Checkpoints:
             path = str(checkpoint.path) if checkpoint.path else None
             entries[name] = {"name": name, "path": path, "sha256": checkpoint.sha256()}
             first = first or checkpoint
+            self._missing.update(checkpoint.missing)
             for note in _notes(checkpoint):
                 notes.setdefault(note, []).append(name)
             del checkpoint  # before the next one is opened
@@ -140,13 +155,13 @@ class Checkpoints:
             )
         assert first is not None
         texts = [note.format(_join(names, 2)) for note, names in notes.items()]
-        return [entries[name] for name in names], first, texts
+        return [entries[name] for name in names], self._with_initial(first), texts
 
 
 def _notes(checkpoint: Checkpoint) -> Iterator[str]:
     """Yields notes on missing and ignored tensors; ``{}`` stands for the names of checkpoints."""
     if some := checkpoint.missing:
-        yield f"missing in {{}}: {_join(some)}; the model's initial values stay"
+        yield f"missing in {{}}: {_join(some)}; the model's initial values stay, at every point"
     if some := checkpoint.unexpected:
         yield f"ignored in {{}}, since the model does not have them: {_join(some)}"
 
