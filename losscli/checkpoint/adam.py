@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 
 from losscli.checkpoint.names import strip_wrappers
@@ -206,11 +207,14 @@ def _read(
     moments = {}
     for name, entry in own.items():
         moment = entry.state.get("max_exp_avg_sq" if amsgrad else "exp_avg_sq")
-        if not isinstance(moment, Tensor) or moment.shape != parameters.shapes[name]:
-            shape = list(moment.shape) if isinstance(moment, Tensor) else "none"
+        if not isinstance(moment, Tensor) or moment.is_meta or moment.layout != torch.strided:
             raise CheckpointError(
-                f"{where} has second moments of {name} of shape {shape}, and the parameter has "
-                f"{list(parameters.shapes[name])}",
+                f"{where} has no second moments of {name}, or sparse ones", _RESAVE
+            )
+        if moment.shape != parameters.shapes[name]:
+            raise CheckpointError(
+                f"{where} has second moments of {name} of shape {list(moment.shape)}, and the "
+                f"parameter has {list(parameters.shapes[name])}",
                 "Name a checkpoint with the optimiser that trained it",
             )
         moments[name] = moment

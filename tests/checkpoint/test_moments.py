@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
 from losscli.checkpoint import (
     AdamState,
@@ -231,18 +231,12 @@ def test_different_learning_rates_are_none() -> None:
     assert found.learning_rate is None
 
 
-def quantised(model: nn.Module) -> dict[str, Any]:
-    """As bitsandbytes stores it."""
+def converted(
+    model: nn.Module, convert: Callable[[Tensor], Tensor], key: str = "exp_avg_sq"
+) -> dict[str, Any]:
     state = train(model).state_dict()
     for moments in state["state"].values():
-        moments["state2"] = moments.pop("exp_avg_sq").to(torch.uint8)
-    return state
-
-
-def integers(model: nn.Module) -> dict[str, Any]:
-    state = train(model).state_dict()
-    for moments in state["state"].values():
-        moments["exp_avg_sq"] = moments["exp_avg_sq"].to(torch.uint8)
+        moments[key] = convert(moments.pop("exp_avg_sq"))
     return state
 
 
@@ -263,8 +257,8 @@ def edited(
 
 REFUSED: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "nothing": ("a.pt has no state of an optimiser", lambda model: {}),
-    "bitsandbytes": ("quantised moments", quantised),
-    "integers": ("quantised moments", integers),
+    "bitsandbytes": ("quantised moments", lambda m: converted(m, Tensor.byte, "state2")),
+    "integers": ("quantised moments", lambda m: converted(m, Tensor.byte)),
     "two ways": (
         "do not match those of the model",
         lambda model: train(model, two_of_one_shape).state_dict(),
@@ -282,7 +276,12 @@ REFUSED: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "three betas": ("another form", lambda model: edited(model, betas=(0.9, 0.9, 0.9))),
     "lr": ("in the place of an option", lambda model: edited(model, lr="high")),
     "no list": ("another form", lambda model: edited(model, params=3)),
-    "no maximum": ("second moments of 0.weight of shape none", lambda m: edited(m, amsgrad=True)),
+    "no maximum": ("no second moments of 0.weight", lambda m: edited(m, amsgrad=True)),
+    "sparse": ("second moments of 0.weight, or sparse", lambda m: converted(m, Tensor.to_sparse)),
+    "without values": (
+        "no second moments of 0.weight",
+        lambda model: converted(model, lambda moment: moment.to("meta")),
+    ),
     **{
         kind: (
             "not that of torch.optim.Adam or AdamW",
