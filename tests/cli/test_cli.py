@@ -841,7 +841,7 @@ def test_a_shell_gets_its_completions(folder: Path) -> None:
         },
     )
     assert done.returncode == 0
-    assert done.stdout.split() == ["interpolate", "inspect"]
+    assert done.stdout.split() == ["interpolate", "inspect", "init"]
     assert done.stderr == ""
 
 
