@@ -33,7 +33,8 @@ __all__ = [
 COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
     **dict.fromkeys(("a", "b", "checkpoint"), "path"),
     **dict.fromkeys(
-        ("block", "direction", "dtype", "key", "shape", "split", "tensor", "verdict"), "text"
+        ("block", "direction", "dtype", "key", "path", "shape", "split", "tensor", "verdict"),
+        "text",
     ),
     **dict.fromkeys(("bytes", "examples", "step", "tensors", "values", "walk"), "integer"),
 }
@@ -143,6 +144,7 @@ class Command:
             UsageError: Several runs have no figure together, or this one has none.
         """
         figure: Figure = load(self.drawing)(self._overlaid(runs), title=title, log=log)
+        load("losscli.plotting.style:make_displayable")(figure)
         return figure
 
     def html(self, runs: Sequence[Any], *, title: str = "", log: bool = False) -> str:
@@ -279,7 +281,10 @@ COMMANDS: Mapping[str, Command] = {
                 grid=("x", "y"),
             ),
             further_tables={
-                "path": TableFormat(("step", "checkpoint", "x", "y", "off_plane", "split", "loss")),
+                "path": TableFormat(
+                    ("step", "checkpoint", "x", "y", "off_plane", "split", "loss"),
+                    optional=("path",),
+                ),
             },
             not_overlaid=("one plane cannot be laid over another", "Give one CSV of a plane"),
         ),

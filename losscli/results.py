@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from glob import escape
+from functools import cached_property, partial
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from losscli.errors import OutputError, TableError, UsageError, printable
+from losscli.figures import check_panel_count, render_files
 from losscli.files import create, read_regular
-from losscli.registry import Command, command_of, load
+from losscli.registry import COMMANDS, Command, command_of, further_table_names, load
+from losscli.settings import PathLike, checked
 from losscli.summaries import from_json
 from losscli.table import Table
 
@@ -30,6 +35,7 @@ __all__ = [
     "Output",
     "Result",
     "Run",
+    "check_writable",
     "default_stem",
     "draw",
     "picture_of",
@@ -100,6 +106,48 @@ class Result(Generic[S_co]):
     draw: Drawing = field(repr=False, compare=False)
     more: Mapping[str, Table] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        more = "".join(f", {name}: {table!r}" for name, table in self.more.items())
+        return f"<Result of {self.summary.get('command')}: {self.table!r}{more}>"
+
+    @cached_property
+    def _picture(self) -> tuple[bytes, dict[str, float]] | None:
+        """The figure as a PNG for a notebook, and its size; None if there is no figure."""
+        try:
+            figure = self.figure()
+        except UsageError:  # the state dicts of a file have none
+            return None
+        picture: tuple[bytes, dict[str, float]] = load("losscli.plotting.style:png_of")(figure)
+        return picture
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, float]] | None:
+        # For what shows no HTML, such as a notebook as a PDF.
+        return self._picture
+
+    def _repr_html_(self) -> str:
+        picture = ""
+        if self._picture:
+            png, size = self._picture
+            picture = (
+                f'<img alt="{self.command.name}" width="{size["width"]:.0f}" '
+                f'src="data:image/png;base64,{b64encode(png).decode()}">'
+            )
+        text = self.command.as_text(self)
+        notes: Any = self.summary.get("notes", ())
+        text += "".join(f"\nnote: {printable(note)}" for note in notes)
+        return f"<div>{picture}<pre>{escape(text)}</pre></div>"
+
+    @property
+    def command(self) -> Command:
+        """The command."""
+        return COMMANDS[str(self.summary["command"])]
+
+    @property
+    def run(self) -> Run[S_co]:
+        """The result as a run to draw."""
+        return Run(self.table, self.summary, more=self.more)
+
+    @checked()
     def figure(self, *, log: bool = False) -> Figure:
         """Draws the result.
 
@@ -109,8 +157,9 @@ class Result(Generic[S_co]):
         Returns:
             A matplotlib figure.
         """
-        return self.draw([Run(self.table, self.summary, more=self.more)], log=log)
+        return self.draw([self.run], log=log)
 
+    @checked()
     def html(self, *, log: bool = False) -> str:
         """Renders the result as an interactive page.
 
@@ -123,7 +172,51 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: Plotly is not installed.
         """
-        return render_html([Run(self.table, self.summary, more=self.more)], log=log)
+        return render_html([self.run], log=log)
+
+    @checked()
+    def save(
+        self,
+        stem: PathLike,
+        *,
+        figure: tuple[PathLike, ...] = (),
+        no_figure: bool = False,
+        log: bool = False,
+        force: bool = False,
+    ) -> list[Path]:
+        """Writes the files that the command line writes; `losscli.load` reads them again.
+
+        Args:
+            stem: STEM of STEM.csv, STEM.json, STEM.NAME.csv of each further table and STEM.png.
+            figure: Figures (.png, .svg, .pdf, .html) instead of STEM.png.
+            no_figure: Whether to draw no figure.
+            log: Whether the loss has a logarithmic axis.
+            force: Whether results of another run may be overwritten.
+
+        Returns:
+            The files.
+
+        Raises:
+            UsageError: The arguments contradict each other, or the result has no such figure.
+            OutputError: A file cannot be written, or holds the results of another run. No file is
+                changed then.
+        """
+        if figure and no_figure:
+            raise UsageError("figure and no_figure contradict each other", "Give one of them")
+        output = Output.plan(
+            stem_of(str(stem)), [Path(path) for path in figure], draw=not no_figure, force=force
+        )
+        if output.figures:
+            splits = self.table.unique("split") if "split" in self.table.columns else []
+            check_panel_count(
+                self.command.panels_with(self.more),
+                len(splits),
+                len(self.table.metrics),
+                "Give no_figure=True",
+            )
+        identity = self.summary.get("identity")
+        output.guard(None if identity is None else str(identity), self.command.further_tables)
+        return output.save(self, log=log)
 
 
 def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
@@ -281,7 +374,7 @@ def read_summary(path: Path, command: Command) -> dict[str, Any]:
         TableError: A value is of another type than the command writes.
     """
     summary = _read_object(path)
-    match summary:
+    match {"splits": {}, "examples": {}, **summary} if command.name == "inspect" else summary:
         case {
             "command": command.name,
             "checkpoints": [*checkpoints],
@@ -360,7 +453,7 @@ class Output:
             # Missing folders are created later, inside the nearest existing one.
             folder = next(p for p in (parent, *parent.parents) if p.exists())
             if not folder.is_dir():
-                raise OutputError(f"{folder} is no folder", "Choose another --out")
+                raise OutputError(f"{folder} is not a folder", "Choose another --out")
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise OutputError(
                     f"the folder {folder} cannot be written to", "Choose another with --out"
@@ -381,11 +474,11 @@ class Output:
                 "Choose another --out",
             ) from None
 
-    def guard(self, identity: str, tables: Iterable[str] = ()) -> None:
+    def guard(self, identity: str | None, tables: Iterable[str] = ()) -> None:
         """Refuses to overwrite the results of another run.
 
         Args:
-            identity: The identity of this run.
+            identity: The identity of this run; None if it has none and nothing is overwritten.
             tables: The names of further tables that the run may write.
 
         Raises:
@@ -400,29 +493,31 @@ class Output:
             existing.append(summary)
         if not existing:
             return
-        if _read_object(self._file(".json")).get("identity") != identity:
+        if identity is None or _read_object(self._file(".json")).get("identity") != identity:
             raise OutputError(
                 f"{existing[0]} holds the results of another run",
                 "Choose another --out, or overwrite it with --force",
             )
 
-    def write(
-        self, result: Result[Any], pictures: Mapping[Path, bytes], known_tables: Collection[str]
-    ) -> list[Path]:
-        """Writes a result: all files under temporary names first, then all are renamed.
+    def save(self, result: Result[Any], *, log: bool = False) -> list[Path]:
+        """Draws and writes a result: all files under temporary names first, then all are renamed.
+
+        Further tables of an older run with the same stem are removed.
 
         Args:
             result: The result.
-            pictures: The contents of ``figures``.
-            known_tables: The names of all further tables of any command. Those of an older run
-                with the same stem are removed.
+            log: Whether the loss has a logarithmic axis.
 
         Returns:
             The files.
 
         Raises:
+            UsageError: The result has no such figure.
             OutputError: A file cannot be written. No file is changed then.
         """
+        pictures = render_files(
+            partial(result.figure, log=log), partial(result.html, log=log), self.figures
+        )
         old_tables = _read_object(self._file(".json")).get("tables")
         summary = f"{to_json(result.summary)}\n".encode()
         # The summary comes first: if the process is killed in between, it identifies the run. The
@@ -434,12 +529,12 @@ class Output:
         contents[self._file(".csv")] = result.table.to_csv().encode()
         for path in contents:
             # Temporary files of runs that were killed.
-            for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 leftover.unlink(missing_ok=True)
         replace_all(contents)
         # Tables of an older run would be taken for tables of this run.
         for name in old_tables if isinstance(old_tables, list) else ():
-            if name in known_tables and name not in result.more:
+            if name in further_table_names() and name not in result.more:
                 self._file(f".{name}.csv").unlink(missing_ok=True)
         more = (self._file(f".{name}.csv") for name in result.more)
         return [self._file(".csv"), *more, *self.figures, self._file(".json")]
@@ -515,3 +610,31 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
             with contextlib.suppress(OSError):
                 written.unlink()
     return list(contents)
+
+
+def check_writable(out: Path, *, force: bool) -> None:
+    """Checks, before any work is done, that a checkpoint can be written.
+
+    Args:
+        out: The file.
+        force: Whether the file may be overwritten.
+
+    Raises:
+        UsageError: The path is a folder or has an unknown suffix.
+        OutputError: The folder does not exist or is not writable, or the file exists and may not
+            be overwritten.
+    """
+    if not out.name or out.is_dir():
+        raise UsageError(f"--out {str(out)!r} is a folder", "Give folder/name.safetensors")
+    if out.suffix not in {".safetensors", ".pt", ".pth"}:
+        raise UsageError(
+            f"{out} is not the name of a safetensors file", f"Write {out.stem}.safetensors or .pt"
+        )
+    if not out.parent.is_dir():
+        raise OutputError(f"there is no folder {out.parent}", f"mkdir -p {out.parent}")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"the folder {out.parent} cannot be written to", "Choose another with --out"
+        )
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists", "Choose another --out, or overwrite it with --force")

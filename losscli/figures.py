@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losscli.errors import UsageError
-from losscli.registry import Panels
+from losscli.registry import Panels, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,8 +68,7 @@ def render_files(
     """
     if not paths:
         return {}
-    from losscli.plotting.style import render
-
+    render = load("losscli.plotting.style:render")
     return {
         path: html().encode() if path.suffix.lower() == ".html" else render(figure(), path.suffix)
         for path in paths
