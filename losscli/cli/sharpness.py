@@ -12,6 +12,7 @@ from losscli.cli.options import KeepOrder, Write, with_console, with_output, wit
 from losscli.cli.report import (
     format_count,
     format_examples,
+    format_loss,
     format_moving,
     format_number,
     is_finite,
@@ -151,7 +152,7 @@ def _findings(
     point: SharpnessPoint, rows: Sequence[Mapping[str, Any]], summary: SharpnessSummary
 ) -> Iterator[tuple[str, str]]:
     """Describes one checkpoint on one split."""
-    yield "loss", format_number(point["loss"])
+    yield "loss", format_loss(point["loss"], point["loss_seed_stderr"])
     yield "‖∇L‖", format_number(point["gradient_norm"])
     draws = format_count(summary["samples"], "draw")
     for row in rows:

@@ -35,6 +35,7 @@ from losscli.studies.notes import (
     general_notes,
     integer_notes,
     sampling_notes,
+    seed_notes,
     spectral_notes,
     storage_notes,
 )
@@ -201,11 +202,11 @@ class Around(Study):
             raise UsageError(f"{name} is given {times} times", "Give each checkpoint once")
         _check_directions(directions, along, settings)
         _check_basin(basin, basin_loss)
-        coefficients = _coefficients(points, range_ or _RANGES[along])
         if along:
             check_point_count("--points", points, 3 * points * len(names))
         else:
             check_point_count("--directions", directions, directions * points * len(names))
+        coefficients = _coefficients(points, range_ or _RANGES[along])
         problem = prepare(names, settings, ranks=ranks, independent=True)
         if along:
             moving = problem.parameters(problem.moving)
@@ -356,6 +357,7 @@ class Around(Study):
             for name, of in zip(self.problem.names, derived, strict=False)
             if self._derivatives is not None
         }
+        table = self._table(found)
         summary: AroundSummary = {
             **self.origin(),
             "tables": [],
@@ -375,10 +377,11 @@ class Around(Study):
                 *stays,
                 *self._notes(splits, derivatives, derived),
                 *sampling_notes(self, examples),
+                *seed_notes(self, table),
             ],
             "seconds": seconds,
         }
-        return Result(self._table(found), summary, COMMANDS[self.command].draw)
+        return Result(table, summary, COMMANDS[self.command].draw)
 
     def _placed(self, t: int) -> Weights:
         return self.problem.place(self.problem.open(t).weights)
@@ -504,7 +507,7 @@ class Around(Study):
         return int(np.count_nonzero(rounded[:, distances > 0]))
 
     def _table(self, found: Mapping[str, Estimate]) -> Table:
-        metrics = self.problem.objective.metrics
+        metrics = self.problem.objective.columns
         sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         return Table.build(
             [

@@ -132,6 +132,7 @@ class _Measured:
             "critical_reason": found.reason or None,
             "gradients": [int(number) for *_, number in self.worst],
             "unverified": found.unverified or None,
+            "loss_seed_stderr": None if math.isnan(found.seed_error) else found.seed_error,
         }
 
 

@@ -23,7 +23,7 @@ from losscli.results import Result
 from losscli.table import Table
 from losscli.weight_space.directions import random_direction
 from tests import oracle
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, sample
 from tests.conftest import Losscli
 from tests.studies.sample import SAMPLE
 from tests.studies.test_plane import options, save, vector
@@ -69,7 +69,7 @@ def curves(result: Result[Any]) -> Iterator[tuple[str, str, list[dict[str, Any]]
 # --- Random directions ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", SAMPLE)
+@pytest.mark.parametrize("case", sample(SAMPLE, 1, 2))
 def test_every_loss_is_that_of_a_plain_float64_loop(case: Case, tmp_path: Path) -> None:
     files = save(case, tmp_path, 1, 2)
     result = losscli.around(files, directions=2, **options(case, **wide()))
