@@ -43,7 +43,15 @@ from losscli.evaluation.objective_functions import (
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.models import suggest_fix
 
-__all__ = ["HALF", "NO_GRAPH", "Samples", "ScoredModel", "is_registered", "scores_in"]
+__all__ = [
+    "HALF",
+    "NO_GRAPH",
+    "Samples",
+    "ScoredModel",
+    "is_registered",
+    "mean_over_seeds",
+    "scores_in",
+]
 
 T = TypeVar("T")
 
@@ -290,8 +298,7 @@ class ScoredModel(LoadableModel):
         Raises:
             LossError: The function fails, or returns something else.
         """
-        values = self.per_seed(function, outputs, targets, what)
-        return values[0] if len(values) == 1 else values.mean(0)
+        return mean_over_seeds(self.per_seed(function, outputs, targets, what))
 
     def per_seed(self, function: PerExample, outputs: Any, targets: Nest, what: str) -> Tensor:
         """Computes a loss or a metric of a batch for each seed.
@@ -417,6 +424,11 @@ class ScoredModel(LoadableModel):
         return float(length(targets) if weights is None else weights.sum())
 
 
+def mean_over_seeds(values: Tensor, dim: int = 0) -> Tensor:
+    """Averages over a dimension, which has one entry without seeds."""
+    return values.select(dim, 0) if values.shape[dim] == 1 else values.mean(dim)
+
+
 class _Convention(enum.Enum):
     """How a model takes named inputs."""
 
@@ -488,6 +500,8 @@ def scores_in(outputs: Any) -> Any:
     """The scores in a model's outputs, those of the first seed: ``logits`` if it is a mapping."""
     if isinstance(outputs, Samples):
         outputs = outputs.outputs[0]
+    if isinstance(outputs, ObjectiveOutputs):
+        outputs = outputs.outputs
     return outputs.get("logits", outputs) if isinstance(outputs, Mapping) else outputs
 
 
