@@ -16,11 +16,19 @@ from torch.utils._pytree import tree_map_only
 
 from losscli.data import Nest, leaves, length, map_nest, realise
 from losscli.errors import LosscliError, LossError, ModelError, one_line
+from losscli.evaluation.deferred_head import DeferredHead, head_weight
 from losscli.evaluation.device import widened
 from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.loading import LoadableModel
-from losscli.evaluation.losses import LOSSES, PerExample, function_of, nll, per_example_mean
-from losscli.evaluation.metrics import METRICS
+from losscli.evaluation.losses import (
+    LOSSES,
+    TOKEN_LOSSES,
+    PerExample,
+    function_of,
+    nll,
+    per_example_mean,
+)
+from losscli.evaluation.metrics import METRICS, perplexity
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.models import suggest_fix
 
@@ -75,6 +83,7 @@ class ScoredModel(LoadableModel):
         self.differentiates = False
         self.widens = False
         self._conventions: dict[tuple[str, ...], _Convention] = {}
+        self._head = head_weight(self.model)
 
     @property
     def sum_type(self) -> torch.dtype:
@@ -122,6 +131,18 @@ class ScoredModel(LoadableModel):
             ) from error
         # Hugging Face models return their scores in an object.
         return getattr(outputs, "logits", outputs)
+
+    def deferring(self) -> AbstractContextManager[Any]:
+        """Defers the scores of tokens until the loss takes them.
+
+        Returns:
+            A context for a forward pass. Its outputs must be used before the weights change.
+        """
+        functions = {function_of(self.loss), *map(function_of, self.metrics.values())}
+        # An accuracy would compute the scores once more.
+        if self._head is None or not functions <= {*TOKEN_LOSSES, perplexity}:
+            return contextlib.nullcontext()
+        return DeferredHead(self._head)
 
     def computing(self) -> AbstractContextManager[Any]:
         """Ensures that everything computes in the type of the forward pass.

@@ -176,7 +176,8 @@ def _first_values(
     """Evaluates a first batch and checks that model, loss and data fit together."""
     inputs = objective.data.prepare(map_nest(Tensor.clone, batch.inputs), objective.dtype)
     versions = [tensor._version for tensor in leaves(inputs)]
-    outputs = objective.forward(objective.model, inputs)
+    with objective.deferring():
+        outputs = objective.forward(objective.model, inputs)
     scores = scores_in(outputs)
     if not isinstance(scores, Tensor) and is_registered(objective.loss):
         raise LossError(
@@ -306,7 +307,8 @@ def _fit_outputs(objective: Objective) -> None:
         few = split.first(min(PROBE, objective.batch_size)).to(objective.device)
         inputs = objective.data.prepare(map_nest(Tensor.clone, few.inputs), objective.dtype)
         try:
-            outputs = objective.forward(objective.model, inputs)
+            with objective.deferring():
+                outputs = objective.forward(objective.model, inputs)
         except ModelError:
             # Reported for the whole batch, the only size that some models accept.
             return
@@ -375,7 +377,8 @@ def _check_targets(objective: Objective, name: str) -> None:
     start = place - place % objective.batch_size
     batch = split.take(slice(start, start + objective.batch_size)).send(objective.device)
     inputs = objective.data.prepare(map_nest(Tensor.clone, batch.inputs), objective.dtype)
-    outputs = objective.forward(objective.model, inputs)
+    with objective.deferring():
+        outputs = objective.forward(objective.model, inputs)
     losses = objective.per_example(objective.loss, outputs, batch.targets, "loss")
     if not losses[place - start].isfinite():
         raise target_error(split.targets[place], objective.where(split), split.position(place))
