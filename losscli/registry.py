@@ -33,7 +33,8 @@ __all__ = [
 COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
     **dict.fromkeys(("a", "b", "checkpoint"), "path"),
     **dict.fromkeys(
-        ("block", "direction", "dtype", "key", "shape", "split", "tensor", "verdict"), "text"
+        ("block", "direction", "dtype", "key", "path", "shape", "split", "tensor", "verdict"),
+        "text",
     ),
     **dict.fromkeys(("bytes", "examples", "step", "tensors", "values", "walk"), "integer"),
 }
@@ -143,6 +144,7 @@ class Command:
             UsageError: Several runs have no figure together, or this one has none.
         """
         figure: Figure = load(self.drawing)(self._overlaid(runs), title=title, log=log)
+        load("losscli.plotting.style:make_displayable")(figure)
         return figure
 
     def html(self, runs: Sequence[Any], *, title: str = "", log: bool = False) -> str:
@@ -202,7 +204,7 @@ COMMANDS: Mapping[str, Command] = {
             summary="losscli.summaries:LineSummary",
             table=TableFormat(
                 ("alpha", *_LOSS),
-                optional=("slope", "curvature", "examples"),
+                optional=("slope", "curvature", "examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
                 position="alpha",
@@ -210,14 +212,14 @@ COMMANDS: Mapping[str, Command] = {
             further_tables={
                 "context": TableFormat(
                     ("alpha", "split", "loss"),
-                    optional=("loss_stderr", "slope", "curvature", "examples"),
+                    optional=("loss_stderr", "slope", "curvature", "examples", "loss_seed_stderr"),
                     metrics=True,
                     errors=("loss_stderr",),
                     position="alpha",
                 ),
                 "blocks": TableFormat(
                     ("block", "alpha", *_LOSS),
-                    optional=("examples",),
+                    optional=("examples", "loss_seed_stderr"),
                     metrics=True,
                     errors=("loss_stderr",),
                     position="alpha",
@@ -245,7 +247,7 @@ COMMANDS: Mapping[str, Command] = {
                     *("step", "checkpoint", "projection", "residual", "distance"),
                     *("turn_degrees", *_LOSS),
                 ),
-                optional=("examples",),
+                optional=("examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
             ),
@@ -273,13 +275,16 @@ COMMANDS: Mapping[str, Command] = {
             summary="losscli.summaries:PlaneSummary",
             table=TableFormat(
                 ("x", "y", *_LOSS),
-                optional=("examples",),
+                optional=("examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
                 grid=("x", "y"),
             ),
             further_tables={
-                "path": TableFormat(("step", "checkpoint", "x", "y", "off_plane", "split", "loss")),
+                "path": TableFormat(
+                    ("step", "checkpoint", "x", "y", "off_plane", "split", "loss"),
+                    optional=("path",),
+                ),
             },
             not_overlaid=("one plane cannot be laid over another", "Give one CSV of a plane"),
         ),
@@ -293,7 +298,7 @@ COMMANDS: Mapping[str, Command] = {
             summary="losscli.summaries:AroundSummary",
             table=TableFormat(
                 ("checkpoint", "direction", "coefficient", "distance", *_LOSS),
-                optional=("examples",),
+                optional=("examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
                 position="coefficient",
@@ -314,8 +319,14 @@ COMMANDS: Mapping[str, Command] = {
                     *("lambda_min", "lambda_min_error", "lambda_max", "lambda_max_error"),
                     *("minimal_ratio", "verdict"),
                 ),
-                optional=("positive", "negative", "undecided", "trace", "trace_stderr"),
-                errors=("lambda_min_error", "lambda_max_error", "trace_stderr"),
+                optional=(
+                    *("positive", "negative", "undecided", "trace", "trace_stderr"),
+                    *("preconditioned_lambda_max", "preconditioned_lambda_max_error"),
+                ),
+                errors=(
+                    *("lambda_min_error", "lambda_max_error", "trace_stderr"),
+                    "preconditioned_lambda_max_error",
+                ),
             ),
             further_tables={
                 "escape": TableFormat(("distance", "loss", "loss_stderr"), errors=("loss_stderr",)),
@@ -381,7 +392,7 @@ COMMANDS: Mapping[str, Command] = {
             further_tables={
                 "curves": TableFormat(
                     ("a", "b", "alpha", *_LOSS),
-                    optional=("examples",),
+                    optional=("examples", "loss_seed_stderr"),
                     metrics=True,
                     identified_by=("a", "loss"),
                     drawn=False,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import io
 import json
 import math
 import os
 import re
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from glob import escape
+from functools import cached_property, partial
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -33,6 +35,7 @@ __all__ = [
     "Output",
     "Result",
     "Run",
+    "check_writable",
     "default_stem",
     "draw",
     "picture_of",
@@ -106,6 +109,33 @@ class Result(Generic[S_co]):
     def __repr__(self) -> str:
         more = "".join(f", {name}: {table!r}" for name, table in self.more.items())
         return f"<Result of {self.summary.get('command')}: {self.table!r}{more}>"
+
+    @cached_property
+    def _picture(self) -> tuple[bytes, dict[str, float]] | None:
+        """The figure as a PNG for a notebook, and its size; None if there is no figure."""
+        try:
+            figure = self.figure()
+        except UsageError:  # the state dicts of a file have none
+            return None
+        picture: tuple[bytes, dict[str, float]] = load("losscli.plotting.style:png_of")(figure)
+        return picture
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, float]] | None:
+        # For what shows no HTML, such as a notebook as a PDF.
+        return self._picture
+
+    def _repr_html_(self) -> str:
+        picture = ""
+        if self._picture:
+            png, size = self._picture
+            picture = (
+                f'<img alt="{self.command.name}" width="{size["width"]:.0f}" '
+                f'src="data:image/png;base64,{b64encode(png).decode()}">'
+            )
+        text = self.command.as_text(self)
+        notes: Any = self.summary.get("notes", ())
+        text += "".join(f"\nnote: {printable(note)}" for note in notes)
+        return f"<div>{picture}<pre>{escape(text)}</pre></div>"
 
     @property
     def command(self) -> Command:
@@ -499,7 +529,7 @@ class Output:
         contents[self._file(".csv")] = result.table.to_csv().encode()
         for path in contents:
             # Temporary files of runs that were killed.
-            for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 leftover.unlink(missing_ok=True)
         replace_all(contents)
         # Tables of an older run would be taken for tables of this run.
@@ -580,3 +610,31 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
             with contextlib.suppress(OSError):
                 written.unlink()
     return list(contents)
+
+
+def check_writable(out: Path, *, force: bool) -> None:
+    """Checks, before any work is done, that a checkpoint can be written.
+
+    Args:
+        out: The file.
+        force: Whether the file may be overwritten.
+
+    Raises:
+        UsageError: The path is a folder or has an unknown suffix.
+        OutputError: The folder does not exist or is not writable, or the file exists and may not
+            be overwritten.
+    """
+    if not out.name or out.is_dir():
+        raise UsageError(f"--out {str(out)!r} is a folder", "Give folder/name.safetensors")
+    if out.suffix not in {".safetensors", ".pt", ".pth"}:
+        raise UsageError(
+            f"{out} is not the name of a safetensors file", f"Write {out.stem}.safetensors or .pt"
+        )
+    if not out.parent.is_dir():
+        raise OutputError(f"there is no folder {out.parent}", f"mkdir -p {out.parent}")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"the folder {out.parent} cannot be written to", "Choose another with --out"
+        )
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists", "Choose another --out, or overwrite it with --force")

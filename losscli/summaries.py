@@ -33,6 +33,7 @@ __all__ = [
     "Description",
     "Escape",
     "Extremum",
+    "FirstBatch",
     "Height",
     "InspectionSummary",
     "LineSplit",
@@ -46,7 +47,10 @@ __all__ = [
     "PlaneAxis",
     "PlaneSplit",
     "PlaneSummary",
+    "Preconditioner",
     "Predicted",
+    "ProjectSummary",
+    "ProjectedPath",
     "Provenance",
     "RandomWalks",
     "Refined",
@@ -126,11 +130,13 @@ class Provenance(_Except, Counts, total=False):
     model: str
     data: str
     loss: str
+    objective: str | None
     metrics: list[str]
     sources: Sources
     seed: int
     limit: int | None
     batch_loss: bool
+    stochastic: int | None
     sampling_error: float | None
     buffers: str
     recalibration: Recalibration | None
@@ -388,10 +394,21 @@ class TrajectorySummary(Summary, total=False):
 
 
 class PlaneAxis(TypedDict, total=False):
-    """What an axis is, and the share of the variance that it explains."""
+    """What an axis is: its share of the variance of a path, or its eigenvalue of the Hessian."""
 
     name: str
     explained_variance: float | None
+    eigenvalue: float
+    error: float
+    converged: bool
+
+
+class ProjectedPath(TypedDict, total=False):
+    """A path of ``--path``, the number of its checkpoints, and how far they are off the plane."""
+
+    name: str
+    checkpoints: int
+    off_plane: float
 
 
 class LowestOnPlane(TypedDict, total=False):
@@ -421,6 +438,7 @@ class PlaneSummary(Summary, total=False):
     x_range: list[float]
     y_range: list[float]
     off_plane: float
+    paths: list[ProjectedPath]
     splits: dict[str, PlaneSplit]
     endpoint_difference: float
 
@@ -507,6 +525,7 @@ class AroundPoint(TypedDict, total=False):
     high: list[float]
     radii: dict[str, BasinRadius]
     not_finite: int
+    rounded: int
 
 
 class AroundSplit(TypedDict, total=False):
@@ -587,8 +606,10 @@ class CheckedPoint(TypedDict, total=False):
     sides: Sides | None
     rounding_measured_on: int
     unverified: str | None
+    loss_seed_stderr: float | None
     lambda_min_converged: bool
     lambda_max_converged: bool
+    preconditioned_lambda_max_converged: bool | None
     exact: bool
     products: int
     descent: Step | None
@@ -610,6 +631,24 @@ class Escape(Step, total=False):
     slope: float
 
 
+class Preconditioner(TypedDict, total=False):
+    """The state of Adam at a checkpoint; only the first two before its first step.
+
+    ``threshold`` is (2 + 2β₁)/((1 − β₁)η) of full-batch training; None for η = 0.
+    """
+
+    checkpoint: str
+    step: int
+    learning_rate: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    amsgrad: bool
+    weight_decay: float
+    matched_by: str
+    threshold: float | None
+
+
 class CheckSummary(Summary, total=False):
     """The summary of ``check``."""
 
@@ -617,6 +656,8 @@ class CheckSummary(Summary, total=False):
     learning_rate: float | None
     momentum: float | None
     threshold: float | None
+    optimizer: str | None
+    preconditioners: list[Preconditioner]
     operator: str | None
     probes: int | None
     lanczos: int | None
@@ -641,6 +682,7 @@ class SharpnessPoint(TypedDict, total=False):
     critical_reason: str | None
     gradients: list[int]
     unverified: str | None
+    loss_seed_stderr: float | None
 
 
 class SharpnessSplit(TypedDict, total=False):
@@ -735,6 +777,34 @@ class AlignmentSummary(TypedDict, total=False):
     inner_product: BeforeAfter
     check: FunctionCheck
     seconds: Seconds
+
+
+# --- init ----------------------------------------------------------------------------------------
+
+
+class FirstBatch(TypedDict, total=False):
+    """The mean loss over a first batch, and its number of examples."""
+
+    loss: float
+    examples: int
+
+
+class ProjectSummary(TypedDict, total=False):
+    """The summary of ``init``."""
+
+    command: str
+    file: str
+    checkpoints: list[CheckpointEntry]
+    model: str
+    moving: Moving
+    data: str
+    loss: str
+    metrics: list[str]
+    sources: Sources
+    first_batch: dict[str, FirstBatch]
+    needs_trust: bool
+    next: str
+    notes: list[str]
 
 
 # --- Reading -------------------------------------------------------------------------------------

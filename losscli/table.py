@@ -8,11 +8,14 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from losscli.errors import TableError, UsageError
 from losscli.files import open_regular, read_pipe, read_text
 from losscli.registry import COLUMN_TYPES, RESERVED_COLUMNS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["Cell", "Table"]
 
@@ -72,6 +75,30 @@ class Table:
         """Returns each row as a mapping from column to cell."""
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
+    def to_pandas(self) -> DataFrame:
+        """Converts the table to pandas.
+
+        Returns:
+            A DataFrame with the same columns and rows. An empty cell among numbers is NaN; integers
+            with empty cells are of the type ``Int64``.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame, Series
+        except ImportError:
+            raise UsageError(
+                "to_pandas() needs pandas, which is not installed", "pip install pandas"
+            ) from None
+        columns = {}
+        for column in self.columns:
+            cells, kind = self[column], COLUMN_TYPES.get(column)
+            dtype = "Int64" if None in cells else "int64"
+            types = {"integer": dtype, None: "float64"}
+            columns[column] = Series(cells, dtype=types.get(kind, "str"))
+        return DataFrame(columns)
+
     def floats(self, column: str) -> list[float]:
         """Returns a column as floats.
 
@@ -80,8 +107,14 @@ class Table:
 
         Returns:
             The cells; nan for an empty cell.
+
+        Raises:
+            UsageError: There is no such column, or it has text.
         """
-        return [float("nan") if cell is None else float(cell) for cell in self[column]]
+        cells = self[column]
+        if COLUMN_TYPES.get(column) in {"path", "text"}:
+            raise UsageError(f"the column {column!r} has no numbers", f"Give table[{column!r}]")
+        return [float("nan") if cell is None else float(cell) for cell in cells]
 
     def where(self, column: str, value: Cell) -> Table:
         """Selects rows.
@@ -224,6 +257,6 @@ def _read(column: str, text: str) -> Cell:
     except OverflowError:
         raise ValueError(f"the number under {column!r} is outside the range of a float") from None
     except ValueError:
-        noun = "whole number" if kind is int else "number"
-        raise ValueError(f"{text!r} under {column!r} is no {noun}") from None
+        noun = "an integer" if kind is int else "a number"
+        raise ValueError(f"{text!r} under {column!r} is not {noun}") from None
     return number

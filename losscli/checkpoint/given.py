@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from losscli.checkpoint.adam import find_optimizers
 from losscli.checkpoint.names import loadable, metadata_of, state_dicts
 from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
@@ -38,11 +39,13 @@ class InMemoryCheckpoint(str):
     Attributes:
         file: The content, in the form of a file that was read.
         module: The module; None for other objects.
+        optimizers: The state dicts of optimisers in it, by their keys.
     """
 
-    __slots__ = ("file", "module")
+    __slots__ = ("file", "module", "optimizers")
     file: CheckpointFile
     module: nn.Module | None
+    optimizers: Mapping[str, Any]
 
     @classmethod
     def from_object(cls, label: str, value: Mapping[Any, Any] | nn.Module | Checkpoint) -> Self:
@@ -86,6 +89,7 @@ class InMemoryCheckpoint(str):
                 tensors[f"{key}.{name}"] = stored.dequantize() if stored.is_quantized else stored
         given = cls(label)
         given.module = value if isinstance(value, nn.Module) else None
+        given.optimizers = dict(find_optimizers(content))
         given.file = replace(file, digest=digest(tensors), live=given.module is not None)
         return given
 
@@ -133,12 +137,13 @@ def name_checkpoint(value: object, label: str) -> str:
     return name
 
 
-def name_checkpoints(values: object) -> list[str]:
+def name_checkpoints(values: object, *, first: int = 0) -> list[str]:
     """Returns the names of one or several checkpoints.
 
     Args:
         values: A value that `name_checkpoint` accepts, or an iterable of such values. Objects are
-            named by their index, which starts at 0.
+            named by their index.
+        first: The index of the first.
 
     Returns:
         The names.
@@ -152,7 +157,7 @@ def name_checkpoints(values: object) -> list[str]:
         raise UsageError(
             f"{describe(values)} is neither a checkpoint nor a list of checkpoints", _FIX
         )
-    names = [name_checkpoint(value, f"checkpoint {i}") for i, value in enumerate(each)]
+    names = [name_checkpoint(value, f"checkpoint {i}") for i, value in enumerate(each, first)]
     owners: dict[object, str] = {}
     for name in names:
         if isinstance(name, InMemoryCheckpoint):
@@ -160,10 +165,10 @@ def name_checkpoints(values: object) -> list[str]:
                 t for weights in name.file.model_candidates.values() for t in weights.values()
             ]
             pointers = tuple(t.data_ptr() for t in tensors if t.numel())
-            first = owners.setdefault(pointers, name)
-            if pointers and first is not name:
+            owner = owners.setdefault(pointers, name)
+            if pointers and owner is not name:
                 raise UsageError(
-                    f"{first} and {name} are the same tensors",
+                    f"{owner} and {name} are the same tensors",
                     "state_dict() does not copy: keep copy.deepcopy(model.state_dict())",
                 )
     return names

@@ -25,8 +25,11 @@ from losscli.checkpoint.names import (
     tensors_under,
 )
 from losscli.checkpoint.quantised import find_quantisation
+from losscli.checkpoint.saving import save
 from losscli.errors import CheckpointError, MismatchError
 from losscli.files import open_regular
+from losscli.results import check_writable
+from losscli.settings import PathLike, checked
 from losscli.weight_space.vectors import Weights, mismatches
 
 if TYPE_CHECKING:
@@ -69,6 +72,27 @@ class Checkpoint:
     parts: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        values = sum(tensor.numel() for tensor in self.weights.values())
+        return f"<Checkpoint {self.name!r}: {values:,} values in {len(self.weights):,} tensors>"
+
+    @checked()
+    def save(self, path: PathLike, *, force: bool = False) -> None:
+        """Writes the checkpoint to a file, with its metadata.
+
+        Args:
+            path: The file, .safetensors or .pt.
+            force: Whether the file may be overwritten.
+
+        Raises:
+            UsageError: The path is a folder or has an unknown suffix.
+            OutputError: The file exists or cannot be written, or its format cannot store what the
+                model needs to load it.
+        """
+        file = Path(path)
+        check_writable(file, force=force)
+        save(self.weights, self.metadata, file, self.versions, self.extra)
 
     def sha256(self) -> str | None:
         """Computes the SHA-256 of the checkpoint.
@@ -357,18 +381,24 @@ class CheckpointFile:
         )
 
     def _combination(self, expected: Weights) -> str:
-        """Names this file as one module of the model; empty if it holds no module."""
+        """Names a file for each module of the model; empty if this file holds no module."""
         modules: dict[str, dict[str, Tensor]] = {}
         for name, tensor in expected.items():
             module, _, rest = name.partition(".")
             modules.setdefault(module, {})[rest] = tensor
+        unused = list(self.parts.values()) or [self]
+        found: dict[str, str] = {}
         for module, own in modules.items():
             aliases = tied_names(own)
-            parts = (find_parts(weights, own, aliases) for weights in self.candidates.values())
-            if any(part.fits for found in parts for part in found):
-                files = dict.fromkeys(modules, "FILE") | {module: self.name}
-                return "+".join(f"{other}={file}" for other, file in files.items())
-        return ""
+            for file in unused:
+                parts = (find_parts(weights, own, aliases) for weights in file.candidates.values())
+                if any(part.fits for several in parts for part in several):
+                    found[module] = file.name
+                    unused.remove(file)
+                    break
+        if not found:
+            return ""
+        return "+".join(f"{module}={found.get(module, 'FILE')}" for module in modules)
 
     def _merge_adapter(
         self, base: Checkpoint, expected: Weights | None, model: nn.Module | None

@@ -11,6 +11,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -65,8 +66,10 @@ __all__ = [
     "house_style",
     "is_light",
     "loss_name",
+    "make_displayable",
     "number_checkpoints",
     "plain",
+    "png_of",
     "render",
     "round_positions",
     "run_colours",
@@ -153,6 +156,7 @@ _STYLE: Mapping[Any, Any] = {
 
 WIDTH = 7.2  # inches
 INCH = 72.0  # points
+_CSS_PIXELS = 96.0  # per inch
 
 
 @contextmanager
@@ -202,6 +206,29 @@ def render(figure: Figure, suffix: str) -> bytes:
     with house_style():
         figure.savefig(out, format=kind[1:], metadata=undated[kind])
     return out.getvalue()
+
+
+def png_of(figure: Figure) -> tuple[bytes, dict[str, float]]:
+    """Renders a figure for a notebook.
+
+    Args:
+        figure: A figure of this package.
+
+    Returns:
+        The content of a PNG file, and its width and height in CSS pixels.
+    """
+    width, height = figure.get_size_inches() * _CSS_PIXELS
+    return render(figure, ".png"), {"width": float(width), "height": float(height)}
+
+
+def make_displayable(figure: Figure) -> None:
+    """Lets notebooks show a figure that pyplot does not manage.
+
+    Args:
+        figure: The figure.
+    """
+    # The method by which IPython asks any object for a PNG.
+    vars(figure)["_repr_png_"] = partial(png_of, figure)
 
 
 # --- Text and numbers ----------------------------------------------------------------------------

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
-from losscli.errors import CheckpointError, UsageError
+from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.derivative_directions import Along, DerivativeDirections
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.gradient_graphs import graph_budget
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
@@ -32,14 +31,21 @@ from losscli.results import Result
 from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
+    derivative_notes,
     general_notes,
     integer_notes,
     sampling_notes,
+    seed_notes,
     spectral_notes,
     storage_notes,
 )
-from losscli.studies.problem import Problem, counted, prepare
-from losscli.studies.verification import check_differentiable, verify_fresh_model_near, verify_sweep
+from losscli.studies.problem import counted, prepare
+from losscli.studies.verification import (
+    check_differentiable,
+    check_gradient_settings,
+    verify_fresh_model_near,
+    verify_sweep,
+)
 from losscli.summaries import (
     AroundPoint,
     AroundSplit,
@@ -51,6 +57,7 @@ from losscli.summaries import (
 )
 from losscli.table import Table
 from losscli.weight_space.basin import Profile, Radius, radius
+from losscli.weight_space.curve import relative_rounding, unit_of_rounding
 from losscli.weight_space.directions import (
     NO_DIRECTION,
     has_filters,
@@ -195,12 +202,12 @@ class Around(Study):
             raise UsageError(f"{name} is given {times} times", "Give each checkpoint once")
         _check_directions(directions, along, settings)
         _check_basin(basin, basin_loss)
-        coefficients = _coefficients(points, range_ or _RANGES[along])
         if along:
             check_point_count("--points", points, 3 * points * len(names))
         else:
             check_point_count("--directions", directions, directions * points * len(names))
-        problem = prepare(names, settings, ranks=ranks)
+        coefficients = _coefficients(points, range_ or _RANGES[along])
+        problem = prepare(names, settings, ranks=ranks, independent=True)
         if along:
             moving = problem.parameters(problem.moving)
             if not moving:
@@ -210,7 +217,8 @@ class Around(Study):
             still = normalisation_parameters(problem.objective.model).union(problem.buffers)
             first = problem.first.weights
             moving = tuple(n for n in problem.moving if n not in still and has_filters(first[n]))
-        norms = tuple(_norm(problem, t, moving) for t, _ in enumerate(names))
+        counted = problem.parameters(moving)
+        norms = tuple(norm(problem.open(t).weights, counted) for t, _ in enumerate(names))
         if not along and not all(norms):
             reason, cure = NO_DIRECTION
             name = names[norms.index(0)]
@@ -291,46 +299,16 @@ class Around(Study):
         return self._line(origin, origin), [(c,) for c in self._apart[:number]]
 
     def extra_description(self, description: Description) -> Description:  # noqa: ARG002
-        """Returns the number of products with the Hessian, and the memory for them.
-
-        Args:
-            description: What every study describes.
-
-        Returns:
-            Their number at most, and the most bytes of gradients that are kept with their graphs,
-            if there are any.
-        """
-        if self._derivatives is None or self.along == "gradient":
-            return {}
-        return {
-            "products_at_most": self._derivatives.products[1] * len(self.norms),
-            "bytes_of_graphs_at_most": graph_budget(self.problem.objective.device),
-        }
-
-    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
-        """Estimates what gradients, or products with the Hessian, take.
-
-        Args:
-            timings: How fast points are evaluated.
-            clock: The clock.
-            seconds: What the evaluation of all points takes.
-
-        Returns:
-            ``seconds``, and of products the most seconds and what one takes.
-        """
+        """Returns the work of derivatives, if there are any."""
         if self._derivatives is None:
             return {}
-        took = self._derivatives.measure(self.problem.origin, clock)
-        each = took * len(self.norms)
-        if self.along == "gradient":
-            return {"seconds": seconds + each}
-        fewest, most = self._derivatives.products
-        return {
-            "seconds": seconds + fewest * each,
-            "kind": "at least",
-            "seconds_at_most": seconds + most * each,
-            "product": {"seconds": took},
-        }
+        return self._derivatives.extra_description(len(self.norms))
+
+    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
+        """Estimates what the run takes with derivatives, if there are any."""
+        if self._derivatives is None:
+            return {}
+        return self._derivatives.extra_cost(len(self.norms), self.problem.origin, clock, seconds)
 
     def run(self, execution: Execution = ALONE) -> Result[AroundSummary]:
         """Evaluates each checkpoint once, loaded plainly, and each line from it by a sweep.
@@ -379,6 +357,7 @@ class Around(Study):
             for name, of in zip(self.problem.names, derived, strict=False)
             if self._derivatives is not None
         }
+        table = self._table(found)
         summary: AroundSummary = {
             **self.origin(),
             "tables": [],
@@ -391,17 +370,18 @@ class Around(Study):
             "basin": self.basin,
             "basin_loss": self.basin_loss,
             "interpolation": "quadratic",
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "splits": splits,
             "endpoint_difference": difference,
             "notes": [
                 *stays,
                 *self._notes(splits, derivatives, derived),
                 *sampling_notes(self, examples),
+                *seed_notes(self, table),
             ],
             "seconds": seconds,
         }
-        return Result(self._table(found), summary, COMMANDS[self.command].draw)
+        return Result(table, summary, COMMANDS[self.command].draw)
 
     def _placed(self, t: int) -> Weights:
         return self.problem.place(self.problem.open(t).weights)
@@ -429,6 +409,7 @@ class Around(Study):
         for t, _ in enumerate(self.norms):
             placed = self._placed(t)
             line = self._line(placed, self._direction(t, 0, placed, derived))
+            objective.load(placed)
             choose_strategy(objective, line, apart)
             anchors = [((0.0,), placed), ((1.0,), {**placed, **line.b})]
             few = apart[:: max(1, len(apart) // 4)]
@@ -505,10 +486,28 @@ class Around(Study):
             "high": over[3],
             "radii": radii,
             "not_finite": int(np.count_nonzero(~np.isfinite(losses))),
+            "rounded": self._count_rounded(t, own, losses),
         }
 
+    def _count_rounded(self, t: int, own: float, losses: NDArray[np.float64]) -> int:
+        """Counts the points that rounding may separate from a checkpoint, or their losses.
+
+        Args:
+            t: The number of the checkpoint.
+            own: Its loss.
+            losses: The losses around it, ``[directions, coefficients]``.
+
+        Returns:
+            Their number, without the checkpoint itself.
+        """
+        dtype = self.problem.settings.dtype
+        distances = np.abs(np.array(self.coefficients)) * self.lengths[t]
+        near = distances <= unit_of_rounding(dtype) * self.norms[t]
+        rounded = near | (np.abs(losses - own) <= relative_rounding(dtype) * abs(own))
+        return int(np.count_nonzero(rounded[:, distances > 0]))
+
     def _table(self, found: Mapping[str, Estimate]) -> Table:
-        metrics = self.problem.objective.metrics
+        metrics = self.problem.objective.columns
         sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         return Table.build(
             [
@@ -540,22 +539,12 @@ class Around(Study):
         if not self.along and len(self.directions) == 1:
             notes.append("one direction has no spread and no error: give --directions 2 or more")
         if self._derivatives is not None:
-            if len(splits) > 1:
-                split_name = self._derivatives.split
-                used = (
-                    f"gradient of {split_name} is the direction"
-                    if self.along == "gradient"
-                    else f"eigenvectors of {split_name} are the directions"
-                )
-                notes.append(f"the {used} for all splits")
-            if self.problem.objective.recalibration is not None:
-                notes.append(
-                    "derivatives take BatchNorm's statistics as constants; for the losses they are "
-                    "re-estimated at every point"
-                )
-        notes += dict.fromkeys(filter(None, map(DerivativeDirections.unverified, derived)))
+            notes += derivative_notes(self, self._derivatives, derived)
         for name, of in derivatives.items():
-            if missed := [d["direction"] for d in of if not d.get("converged", True)]:
+            if not all(math.isfinite(d.get("eigenvalue", d.get("gradient_norm", 0))) for d in of):
+                what = "gradient" if self.along == "gradient" else "Hessian"
+                notes.append(f"{name}: the {what} is not finite, so there is no direction")
+            elif missed := [d["direction"] for d in of if not d.get("converged", True)]:
                 notes.append(
                     f"{name}: the search for {' and '.join(missed)} has not converged: another "
                     "direction may have a larger curvature"
@@ -563,6 +552,15 @@ class Around(Study):
         for name, split in splits.items():
             if number := sum(point["not_finite"] for point in split["points"]):
                 notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
+            for point in split["points"]:
+                if number := point["rounded"]:
+                    dtype = self.problem.settings.dtype
+                    wider = "" if dtype == "float64" else ", or --dtype float64"
+                    rounding = f"by no more than the rounding of {dtype}"
+                    notes.append(
+                        f"{name}: {count(number, 'point')} around {point['checkpoint']} differ "
+                        f"from it {rounding}: give a larger --range{wider}"
+                    )
             early = [
                 p["checkpoint"]
                 for p in split["points"]
@@ -574,8 +572,9 @@ class Around(Study):
                     f"{name}: the loss around {early[0]}{more} crosses the threshold before the "
                     "first point: for a basin radius, give a smaller --range or more --points"
                 )
-            # A loss that is not finite is not above 0 either.
-            lost = [p for p in split["points"] if p["threshold"] is None]
+            lost = [
+                p for p in split["points"] if p["threshold"] is None and math.isfinite(p["loss"])
+            ]
             if lost:
                 more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
                 notes.append(
@@ -600,12 +599,7 @@ def _check_directions(directions: int, along: str | None, settings: Settings) ->
             "--directions is the number of random directions, and --along replaces these",
             "Give one of the two options",
         )
-    if settings.sampling_error is not None:
-        raise UsageError(
-            "--sampling-error is not available with --along, which needs the gradient over all "
-            "examples",
-            "Give random directions, or fewer examples with --limit",
-        )
+    check_gradient_settings(settings, "--along")
 
 
 def _check_basin(basin: float | None, basin_loss: float | None) -> None:
@@ -632,21 +626,6 @@ def _coefficients(points: int, range_: tuple[float, float]) -> tuple[float, ...]
             "Give a range from 0 or below to 0 or above",
         )
     return tuple(coefficients)
-
-
-def _norm(problem: Problem, t: int, moving: Sequence[str]) -> float:
-    """Returns ‖θ‖ over the parameters that move.
-
-    Raises:
-        CheckpointError: It is not finite.
-    """
-    size = norm(problem.open(t).weights, problem.parameters(moving))
-    if not math.isfinite(size):
-        raise CheckpointError(
-            f"{problem.names[t]} has weights that are infinite or not a number",
-            "Leave this checkpoint out",
-        )
-    return size
 
 
 def _radius_summary(found: Radius, size: float) -> BasinRadius:

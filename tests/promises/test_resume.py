@@ -36,6 +36,7 @@ from losscli.studies.trajectory import Trajectory
 from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Line
 from tests.cases import CASES, Case
+from tests.moments import save_trained
 
 ALPHAS = [(x,) for x in np.linspace(-0.5, 1.5, 11).tolist()]
 TRIED = [case for case in CASES if str(case) in {"mlp-relu", "cnn-batchnorm", "attention-tied"}]
@@ -322,15 +323,16 @@ def _trajectory(**more: Any) -> Callable[[], Study]:
     return lambda: Trajectory.plan(names, settings, surface=True, residuals=2, **own)
 
 
-def _plane(*names: str) -> Callable[[], Study]:
+def _plane(*names: str, **more: Any) -> Callable[[], Study]:
     settings = Settings(model="mlp:6-5-3")
-    own: dict[str, Any] = {"pca": False, "range_": None, "surface": False}
+    own: dict[str, Any] = {"pca": False, "range_": None, "surface": False, **more}
     return lambda: Plane.plan(names, settings, points=3, **own)
 
 
 def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
     own: dict[str, Any] = {"eigenvalues": 1, "learning_rate": None}
-    own |= {key: more.pop(key) for key in ("density", "blocks", "probes", "lanczos") if key in more}
+    options = "density", "blocks", "probes", "lanczos", "optimizer"
+    own |= {key: more.pop(key) for key in options if key in more}
     return lambda: Check.plan(names, Settings(**more), tolerance=tolerance, **own)
 
 
@@ -345,12 +347,17 @@ def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
         _trajectory(sampling_error=1e-3, data="npz:many.npz"),
         _plane("a.pt"),
         _plane("a.pt", "b.pt", "init:3"),
-        _check(1e-3, "b.pt", split="test"),
+        _plane("a.pt", axes="hessian", path=["b.pt"]),
         _check(10, "a.pt", split="test"),
         _check(1e-3, "a.pt", split="test", density=True, blocks=True, probes=2, lanczos=5),
+        _check(1e-3, "adam.pt", split="test", optimizer="adam"),
         *(
-            pytest.param(_check(tolerance, "a.pt", "b.pt"), marks=pytest.mark.stress)
-            for tolerance in (1e-3, 10)
+            pytest.param(check, marks=pytest.mark.stress)
+            for check in (
+                _check(1e-3, "b.pt", split="test"),
+                _check(1e-3, "a.pt", "b.pt"),
+                _check(10, "a.pt", "b.pt"),
+            )
         ),
     ],
 )
@@ -364,6 +371,7 @@ def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
         targets=generator.integers(0, 3, 1100),
     )
     monkeypatch.setattr("losscli.evaluation.memory.points_that_fit", lambda *_: 3)
+    save_trained("adam.pt")
 
     def told(journal: Any) -> list[str]:
         result = plan().run(Execution(journal=journal))
@@ -387,6 +395,7 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
             "evaluation.line_derivatives.LineDerivatives.sums",
         ),
         (_check(10, "a.pt"), "evaluation.critical_points.Curvature"),
+        (_plane("a.pt", axes="hessian"), "evaluation.critical_points.Curvature"),
         (
             _check(10, "a.pt", density=True, probes=2, lanczos=3),
             "evaluation.curvature_probes.Probe.run",

@@ -167,6 +167,7 @@ REFUSED: dict[str, tuple[Callable[[Result[Any]], object], str]] = {
         r"plot\(\) needs a CSV or a result, not a Ta",
     ),
     "a column": (lambda line: line.table["los"], "the table has no column 'los'"),
+    "text": (lambda line: line.table.floats("split"), "the column 'split' has no numbers"),
     "rows": (lambda line: line.table.where("Split", "train"), "the table has no column 'Split'"),
 }
 
