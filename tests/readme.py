@@ -27,7 +27,7 @@ MEASURED = ROOT / "tests" / "benchmarks" / "results" / "cpu.json"
 _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers)(?!.*--points)")
 _STUDY = re.compile(r"^losscli (interpolate|trajectory|plane|around|barriers|check|sharpness)")
-_WHOLE_PATH = re.compile(r"^(losscli (?:check|sharpness) \S+)/path")
+_WHOLE_PATH = re.compile(r"^(losscli (?:check|sharpness) )(\S+)/path")
 _HELP = re.compile(r"(<!-- (losscli [a-z ]*--help) -->\n```text\n).*?(```\n)", re.DOTALL)
 
 
@@ -71,11 +71,17 @@ def sample(commands: list[str]) -> list[str]:
         writes = set(re.findall(r" -o ([\w-]+)", command))
         if shows - shown or writes & read:
             shorter = _ALL_POINTS.sub(r"\g<0> --points 9", command)
-            shorter = _WHOLE_PATH.sub(r"\1/final.pt", shorter)
+            shorter = _WHOLE_PATH.sub(_with_end, shorter)
             kept.insert(0, _STUDY.sub(r"\g<0> --limit 99", shorter))
             shown |= shows
             read |= set(re.findall(r"([\w-]+)\.(?:csv|safetensors)", command))
     return kept
+
+
+def _with_end(command: re.Match[str]) -> str:
+    """The last checkpoint of a run in the place of its path."""
+    (end,) = (ROOT / command[2]).glob("final.*")
+    return f"{command[1]}{command[2]}/{end.name}"
 
 
 def programs(text: str) -> dict[str, str]:

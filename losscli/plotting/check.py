@@ -62,7 +62,10 @@ Group = list[tuple[Artist, str]]
 
 _COLOUR = PALETTE[0]
 _SHADE = "#f1f1f1"
+_UNDECIDED = "#e2e2e2"
+_ON_LINE = 0.012  # of the height of a panel, by which a label is above or below its line
 _GRADIENT, _LOW, _HIGH = "gradient norm", "λₘᵢₙ", "λₘₐₓ"
+_ADAM, _RATIO = "λₘₐₓ of P⁻¹H", "minimal ratio"
 _DECADES = 7  # of the logarithmic axis of a spectral density, far below are tails of Gaussians
 _FEW = 40  # up to this many values have individual marks
 _LOG_LOSS_RATIO = 1e3  # above this ratio of highest to lowest loss the axis is logarithmic
@@ -77,6 +80,21 @@ _VERDICTS: dict[str, dict[str, Any]] = {
     "minimum": {"marker": "v", "mec": "#009E73", "mfc": "#009E73"},
     "maximum": {"marker": "^", "mec": "#000000", "mfc": "#000000"},
 }
+# The columns that are drawn over the checkpoints.
+_COLUMNS = {
+    "loss": "loss",
+    _GRADIENT: "gradient_norm",
+    _LOW: "lambda_min",
+    f"{_LOW} error": "lambda_min_error",
+    _HIGH: "lambda_max",
+    f"{_HIGH} error": "lambda_max_error",
+}
+_RATIO_COLUMNS = {_RATIO: "minimal_ratio", "undecided": "undecided", "loss": "loss"}
+_ADAM_COLUMNS = {
+    _ADAM: "preconditioned_lambda_max",
+    f"{_ADAM} error": "preconditioned_lambda_max_error",
+    "loss": "loss",
+}
 _START: dict[str, Any] = {"marker": "o", "mec": INK, "mfc": "white", "mew": 1.4, "ms": 7.5}
 _LOWEST: dict[str, Any] = {"marker": "D", "mec": _COLOUR, "mfc": "white", "mew": 1.3, "ms": 6}
 
@@ -84,10 +102,11 @@ _LOWEST: dict[str, Any] = {"marker": "D", "mec": _COLOUR, "mfc": "white", "mew":
 def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) -> Figure:
     """Draws the result of a check for critical points.
 
-    Several checkpoints: loss, gradient norm and the extreme eigenvalues of the Hessian over the
-    step or epoch in their names, or else their order, with the verdicts. One checkpoint: its
-    eigenvalues. A table ``escape`` adds the loss along the most negative curvature, a table
-    ``spectrum`` further eigenvalues, ``density`` the spectral density and ``curvature`` the blocks.
+    Several checkpoints: loss, gradient norm, the extreme eigenvalues of the Hessian and, if they
+    are known, the minimal ratio and λ_max of P⁻¹H over the step or epoch in their names, or else
+    their order, with the verdicts. One checkpoint: its eigenvalues. A table ``escape`` adds the
+    loss along the most negative curvature, a table ``spectrum`` further eigenvalues, ``density``
+    the spectral density and ``curvature`` the blocks.
 
     Args:
         run: The run.
@@ -147,47 +166,63 @@ def _draw_several(
 ) -> tuple[Figure, list[str], list[Group]]:
     strip_height = 0.2 + 0.17 * len(splits)
     rows = list(spectra_rows(run, names, splits))
-    heights = [strip_height, 2.0, 1.75, *([2.3] if escape else []), *(row.height for row in rows)]
-    figure = _new_figure(WIDE, sum(heights) + 0.5 + 0.5 * (bool(escape) + len(rows)))
-    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-    loss = figure.add_subplot(grid[1, 0])
-    gradient = figure.add_subplot(grid[2, 0], sharex=loss)
-    high = figure.add_subplot(grid[0:2, 1], sharex=loss)
-    low = figure.add_subplot(grid[2, 1], sharex=loss)
-    strip = figure.add_subplot(grid[0, 0], sharex=loss)
-
     numbers, label = number_checkpoints(names)
     number = dict(zip(names, numbers.tolist(), strict=True))
     series = _read(run.table, number, splits)
-    for panel in (gradient, low):
+    ratios = _read(run.table, number, splits, _RATIO_COLUMNS)
+    adam = _read(run.table, number, splits, _ADAM_COLUMNS)
+    heights = [strip_height, 2.0, 1.75, *([1.75] if ratios or adam else [])]
+    last = len(heights)
+    heights += [*([2.3] if escape else []), *(row.height for row in rows)]
+    figure = _new_figure(WIDE, sum(heights) + 0.5 + 0.5 * (bool(escape) + len(rows)))
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    loss = figure.add_subplot(grid[1, 0])
+    gradient = figure.add_subplot(grid[2 : last - bool(ratios), 0], sharex=loss)
+    high = figure.add_subplot(grid[0:2, 1], sharex=loss)
+    low = figure.add_subplot(grid[2 : last - bool(adam), 1], sharex=loss)
+    strip = figure.add_subplot(grid[0, 0], sharex=loss)
+    left, right = [loss, gradient], [high, low]
+    if ratios:
+        left.append(figure.add_subplot(grid[3, 0], sharex=loss))
+    if adam:
+        right.append(figure.add_subplot(grid[3, 1], sharex=loss))
+    for panel in (left[-1], right[-1]):
         # Both, since panels that share an axis do not share its label.
         scale_checkpoints(panel, numbers, label)
 
-    first, last = (shorten_path(figure, plain(names[at]), 200) for at in (0, -1))
-    notes = [f"The first of the {len(names)} checkpoints is {first}, the last is {last}."]
+    ends = [shorten_path(figure, plain(names[at]), 200) for at in (0, -1)]
+    notes = [f"The first of the {len(names)} checkpoints is {ends[0]}, the last is {ends[1]}."]
     notes += draw_panel(loss, series, "loss", log=log)
     label = shorten(figure, f"loss{loss_name([run])}", 140, 10)
     loss.set_ylabel(f"{label}\nlog scale" if log else label)
     notes += _draw_gradients(gradient, series, _number(run.summary.get("tolerance")))
     notes += _draw_high(high, series, run.summary)
     notes += _draw_low(low, series)
+    groups: list[Group] = []
+    if ratios:
+        more, entries = _draw_ratios(left[-1], ratios)
+        notes += more
+        groups.append(entries)
+    if adam:
+        notes += _draw_adam(right[-1], adam, run.summary, number)
     verdicts = _draw_verdicts(strip, run.table, number, splits)
-    for panel in (loss, high, strip):
+    for panel in (*left[:-1], *right[:-1], strip):
         panel.tick_params(labelbottom=False)
-    figure.align_ylabels([loss, gradient])
-    figure.align_ylabels([high, low])
+    figure.align_ylabels(left)
+    figure.align_ylabels(right)
     notes.append(_criteria_note(run))
 
     if escape:
-        panel = figure.add_subplot(grid[3, :])
+        panel = figure.add_subplot(grid[last, :])
         notes += _draw_escape(panel, escape, run, splits, log=log)
         at = number.get(escape.checkpoint)
         if escape.split in splits and at is not None:
             own = run.table.where("split", escape.split).where("checkpoint", escape.checkpoint)
             # The start of the escape direction in the panel below.
             low.plot([at], own.floats("lambda_min")[:1], ls="none", zorder=5, **_START)
-    more, groups = _draw_rows(figure, grid, rows)
-    return figure, notes + more, [_split_entries(run, splits), verdicts, *groups]
+    more, further = _draw_rows(figure, grid, rows)
+    groups = [_split_entries(run, splits), verdicts, *groups, *further]
+    return figure, notes + more, groups
 
 
 def _draw_rows(
@@ -202,19 +237,34 @@ def _draw_rows(
     return notes, groups
 
 
-def _read(table: Table, number: Mapping[str, float], splits: Sequence[str]) -> list[Series]:
-    """Returns a series for each split over the numbers of the checkpoints."""
+def _read(
+    table: Table,
+    number: Mapping[str, float],
+    splits: Sequence[str],
+    columns: Mapping[str, str] = _COLUMNS,
+) -> list[Series]:
+    """Returns a series for each split over the numbers of the checkpoints.
+
+    Args:
+        table: The table of a run.
+        number: The numbers.
+        splits: The splits.
+        columns: The columns by the names of the values. The first may be missing, or empty.
+
+    Returns:
+        The series, with the rows in which the first column is not empty.
+    """
     series = []
+    first = next(iter(columns.values()))
+    if first not in table.columns:
+        return []
+    at = table.columns.index(first)
     for index, split in enumerate(splits):
         rows = table.where("split", split)
-        values = {
-            "loss": "loss",
-            _GRADIENT: "gradient_norm",
-            _LOW: "lambda_min",
-            f"{_LOW} error": "lambda_min_error",
-            _HIGH: "lambda_max",
-            f"{_HIGH} error": "lambda_max_error",
-        }
+        if columns is not _COLUMNS:
+            rows = Table(rows.columns, tuple(row for row in rows.rows if row[at] is not None))
+            if not rows.rows:
+                continue
         x = np.array([number[str(name)] for name in rows["checkpoint"]])
         series.append(
             Series(
@@ -226,8 +276,8 @@ def _read(table: Table, number: Mapping[str, float], splits: Sequence[str]) -> l
                 x=x,
                 ends=np.zeros(len(x), dtype=np.bool_),
                 values={
-                    key: np.array(rows.floats(column))
-                    for key, column in values.items()
+                    name: np.array(rows.floats(column))
+                    for name, column in columns.items()
                     if column in rows.columns
                 },
             )
@@ -263,21 +313,69 @@ def _draw_gradients(axes: Axes, series: Sequence[Series], tolerance: float) -> l
 
 
 def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> list[str]:
-    notes = draw_panel(axes, series, _HIGH, log=False)
-    values = _bar_ends(series, _HIGH)
     rate, momentum = _number(summary.get("learning_rate")), _number(summary.get("momentum"))
     momentum = momentum if 0 <= momentum < 1 else 0.0
     edge = (2 + 2 * momentum) / rate if SMALLEST < rate < LARGEST else math.nan
     how = (
         f"(2 + 2 · {format_number(momentum)}) / learning rate" if momentum else "2 / learning rate"
     )
+    return _draw_largest(axes, series, _HIGH, f"largest eigenvalue\n{_HIGH}", edge, how)
+
+
+def _draw_adam(
+    axes: Axes, series: Sequence[Series], summary: CheckSummary, number: Mapping[str, float]
+) -> list[str]:
+    """Draws λ_max of P⁻¹H with the threshold of Adam."""
+    known = {
+        number[name]: edge
+        for state in summary.get("preconditioners", [])
+        if (name := state.get("checkpoint", "")) in number
+        and SMALLEST < (edge := _number(state.get("threshold"))) < LARGEST
+    }
+    edges = set(known.values())
+    edge = edges.pop() if len(edges) == 1 else math.nan
+    how = "(2 + 2β₁) / ((1 − β₁) learning rate)"
+    notes = _draw_largest(axes, series, _ADAM, _ADAM, edge, how, further=[*edges])
+    if edges:
+        x = sorted(known)
+        axes.plot(x, [known[at] for at in x], color=INK, lw=0.9, linestyle=(0, (5, 3)), zorder=1.9)
+        notes.append(f"The dashed line is {how}: full-batch training is unstable above it.")
+    notes.append("P is the preconditioner of Adam, from the second moments in each checkpoint.")
+    return notes
+
+
+def _draw_largest(
+    axes: Axes,
+    series: Sequence[Series],
+    column: str,
+    label: str,
+    edge: float,
+    how: str,
+    further: Sequence[float] = (),
+) -> list[str]:
+    """Draws a largest eigenvalue.
+
+    Args:
+        axes: The panel.
+        series: The series.
+        column: The eigenvalue.
+        label: The label of the axis.
+        edge: Above it, full-batch training is unstable; nan if unknown.
+        how: How it is computed.
+        further: Further values that the axis has to show.
+
+    Returns:
+        Notes.
+    """
+    notes = draw_panel(axes, series, column, log=False)
+    values = _bar_ends(series, column)
     text = f"{how} = {format_number(edge)}" if math.isfinite(edge) else ""
     if edge > _FAR * max(values, default=edge):
-        notes.append(f"{text}, far above {_HIGH}: not drawn")
+        notes.append(f"{text}, far above {column}: not drawn")
         edge = math.nan
     elif text:
-        notes.append(f"{text}: full-batch training is unstable where {_HIGH} is above this.")
-    shown = np.append(values, edge)
+        notes.append(f"{text}: full-batch training is unstable where {column} is above this.")
+    shown = np.array([*values, edge, *further])
     shown = shown[np.isfinite(shown)]
     far = bool(values.size and shown.max() > _LOG_HIGH_RATIO * np.median(values))
     if far and shown.min() > SMALLEST:
@@ -285,11 +383,27 @@ def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> l
         how = "log scale"
     else:
         how = scale_eigenvalues(axes, "y", shown)
-    _draw_bars(axes, series, _HIGH)
-    axes.set_ylabel(f"largest eigenvalue\n{_HIGH}" + f", {how}" * bool(how))
+    _draw_bars(axes, series, column)
+    axes.set_ylabel(label + f", {how}" * bool(how))
     if math.isfinite(edge):
-        _draw_reference(axes, edge, text, series, _HIGH, above=True, dashes=(0, (5, 3)))
+        _draw_reference(axes, edge, text, series, column, above=True, dashes=(0, (5, 3)))
     return notes
+
+
+def _draw_ratios(axes: Axes, series: Sequence[Series]) -> tuple[list[str], Group]:
+    """Draws the minimal ratio and, above it, the share of eigenvalues that are undecided."""
+    notes = draw_panel(axes, series, _RATIO, log=False)
+    entries: Group = []
+    for s in series:
+        top = s[_RATIO] + s["undecided"]
+        if np.isfinite(top).any():
+            axes.fill_between(s.x, s[_RATIO], top, color=_UNDECIDED, lw=0, zorder=0.5)
+            entries = [(Patch(color=_UNDECIDED, lw=0), "λ within its error of 0")]
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
+    axes.yaxis.set_major_formatter(Numbers(percent=True))
+    axes.set_ylabel("minimal ratio\nshare of λ > 0")
+    return notes, entries
 
 
 def _draw_low(axes: Axes, series: Sequence[Series]) -> list[str]:
@@ -362,7 +476,8 @@ def _draw_reference(
             points = points[points[:, 0] < 0.4 if left else points[:, 0] > 0.6]
             level = to_unit.transform([[axes.get_xlim()[0], y]])[0, 1]
             gaps = points[:, 1] - level if above else level - points[:, 1]
-            distances += [*np.where(gaps < -0.02, 1.0, gaps)]
+            # A curve on the line, or on its other side, is clear of the text.
+            distances += [*np.where(gaps < _ON_LINE, 1.0, gaps)]
         clearances.append(min(distances))
     left = clearances[0] >= clearances[1]
     axes.annotate(
@@ -458,7 +573,7 @@ def _draw_one(
             *notes,
         ]
     rows = [dict(zip(run.table.columns, row, strict=True)) for row in run.table.rows]
-    facts = [_row_as_sentence(row, eigenvalues=bool(spectrum)) for row in rows]
+    facts = [_row_as_sentence(row, run.summary, eigenvalues=bool(spectrum)) for row in rows]
     notes = (
         [*facts, *_undecided_notes(run, splits), _criteria_note(run), *notes]
         if facts
@@ -492,7 +607,7 @@ def _undecided_notes(run: Run[CheckSummary], splits: Sequence[str]) -> list[str]
     ]
 
 
-def _row_as_sentence(row: Mapping[str, Cell], *, eigenvalues: bool) -> str:
+def _row_as_sentence(row: Mapping[str, Cell], summary: CheckSummary, *, eigenvalues: bool) -> str:
     """Returns a row of the table as a sentence, with the extreme eigenvalues on request."""
     parts = [
         f"loss {_with_error(_number(row['loss']))}",
@@ -502,6 +617,12 @@ def _row_as_sentence(row: Mapping[str, Cell], *, eigenvalues: bool) -> str:
         parts.append(
             f"{symbol} = {_with_error(_number(row[name]), _number(row.get(f'{name}_error')))}"
         )
+    if math.isfinite(value := _number(row.get("preconditioned_lambda_max"))):
+        error = _number(row.get("preconditioned_lambda_max_error"))
+        states = {s.get("checkpoint"): s for s in summary.get("preconditioners", [])}
+        edge = _number(states.get(str(row["checkpoint"]), {}).get("threshold"))
+        of_adam = f" (threshold of Adam {format_number(edge)})" if math.isfinite(edge) else ""
+        parts.append(f"{_ADAM} = {_with_error(value, error)}{of_adam}")
     # CSV files of older versions have only the first share.
     columns = {"positive": "minimal_ratio", "negative": "negative", "undecided": "undecided"}
     shares = [
@@ -783,8 +904,9 @@ def render_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) 
         "negative": "share of negative eigenvalues",
         "undecided": "share of undecided eigenvalues",
         "trace": f"trace of the {matrix_name(run)}",
+        "preconditioned_lambda_max": f"largest eigenvalue {_ADAM}",
     }
-    positive = ("loss", "gradient_norm", "lambda_max", "trace")
+    positive = ("loss", "gradient_norm", "lambda_max", "trace", "preconditioned_lambda_max")
     views = [
         table_view(
             "checkpoints", [("", run.table)], "checkpoint", quantities, logarithmic=positive,

@@ -282,6 +282,7 @@ def test_more_than_was_planned_has_no_end(monkeypatch: pytest.MonkeyPatch) -> No
 JSON = {
     **{name: f"{line} --no-figure --force" for name, (line, _, _) in COMMANDS.items()},
     "align": "align a.pt b.pt -m mlp:6-5-3 -o aligned.safetensors --force",
+    "init": "init b.pt --data npz:data.npz --force",
     "inspect": "inspect a.pt",
     "inspect-two": "inspect a.pt b.pt",
 }

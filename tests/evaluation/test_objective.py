@@ -206,7 +206,7 @@ def test_a_first_layer_is_shared_where_its_input_is_the_same_at_all_points(
     sweep(objective, line, points)
     # All points share it but those where some unit's weights nearly cancel; and code of a user's
     # own, which is never left in the middle of a pass, has run to the end at the one watched.
-    watched = 0 if is_stateless(objective.model) else 1
+    watched = 0 if is_stateless(objective) else 1
     assert calls <= len(ALPHAS) - watched
     assert calls >= 5 if shared else calls == 0
 

@@ -443,6 +443,10 @@ ERRORS = [
     ("a.pt --sampling-error 0.1", 2, "--sampling-error is not available for sharpness"),
     ("a.pt --direction-split x", 2, "--direction-split x is not evaluated. Choose one of train,"),
     ("a.pt --split test --direction-split train", 2, "or add it with --split"),
+    (
+        *("a.pt --direction-split train --direction-split test", 2),
+        "--direction-split is given 2 times. Give one split",
+    ),
     ("a.pt --only *.x", 2, "the pattern '*.x' matches none"),
 ]
 
