@@ -27,11 +27,19 @@ from losscli.data import (
     separated,
 )
 from losscli.errors import LosscliError, LossError, ModelError, one_line
+from losscli.evaluation.deferred_head import DeferredHead, head_weight
 from losscli.evaluation.device import widened
 from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.loading import LoadableModel
-from losscli.evaluation.losses import LOSSES, PerExample, function_of, nll, per_example_mean
-from losscli.evaluation.metrics import METRICS
+from losscli.evaluation.losses import (
+    LOSSES,
+    TOKEN_LOSSES,
+    PerExample,
+    function_of,
+    nll,
+    per_example_mean,
+)
+from losscli.evaluation.metrics import METRICS, perplexity
 from losscli.evaluation.objective_functions import (
     MODEL,
     ObjectiveFunction,
@@ -121,6 +129,7 @@ class ScoredModel(LoadableModel):
         self.differentiates = False
         self.widens = False
         self._conventions: dict[tuple[str, ...], _Convention] = {}
+        self._head = head_weight(self.model)
 
     @property
     def sum_type(self) -> torch.dtype:
@@ -227,6 +236,18 @@ class ScoredModel(LoadableModel):
                 or _advise_on_type(error, inputs)
                 or "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
+
+    def deferring(self) -> AbstractContextManager[Any]:
+        """Defers the scores of tokens until the loss takes them.
+
+        Returns:
+            A context for a forward pass. Its outputs must be used before the weights change.
+        """
+        functions = {function_of(self.loss), *map(function_of, self.metrics.values())}
+        # An accuracy would compute the scores once more.
+        if self._head is None or not functions <= {*TOKEN_LOSSES, perplexity}:
+            return contextlib.nullcontext()
+        return DeferredHead(self._head)
 
     def computing(self) -> AbstractContextManager[Any]:
         """Ensures that everything computes in the type of the forward pass.
