@@ -258,9 +258,7 @@ class Curvature:
         TF32 are rounded once, and their products are summed in float32.
         """
         objective = self.objective
-        factor = torch.finfo(objective.dtype).eps
-        if objective.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-            factor = max(factor, 2.0**-10)
+        factor = torch.finfo(objective.factor_type).eps
         term = min(torch.finfo(objective.dtype).eps, torch.finfo(torch.float32).eps)
         batch = min(objective.batch_size, len(self.split)) * self.split.rows // len(self.split)
         terms = max(self.size, batch)
@@ -309,7 +307,7 @@ class Curvature:
             if graphs.examples > known:
                 # The passes after that of a batch may have changed what its graph holds.
                 again = self._multiply_kept(directions[:1])[0]
-                if not is_close(again, fresh, AGREEMENT[dtype]):
+                if not is_close(again, fresh, AGREEMENT[self.objective.precision]):
                     graphs.release()
         self.products += len(vectors)
         return sums / self._weight

@@ -149,6 +149,8 @@ class Study(ABC):
         self.problem.unchanged()
         counted, left_out = self.counted, self.problem.objective.left_out
         provenance = self.problem.provenance
+        choice = self.problem.objective.first_choice
+        strategy: Origin = {} if choice is None else {"strategy": choice}
         return {
             "command": self.command,
             "identity": self.identity,
@@ -159,6 +161,7 @@ class Study(ABC):
                 "values": dimension(self.problem.first.weights, counted),
             },
             "moving_buffers": len(self.moving) - len(counted),
+            **strategy,
         }
 
     def seconds(self, swept: float) -> Seconds:
