@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from losscli.data.memory import allocations
 from losscli.data.nests import Nest, Ragged, dump, leaves, length, map_nest, realise, take
 from losscli.errors import UsageError
 from losscli.weight_space.digest import digest
@@ -279,7 +280,8 @@ class Split(Examples):
 
         # Only pinned memory is copied asynchronously.
         def copy(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
+            with allocations():
+                return tensor.pin_memory().to(device, non_blocking=True)
 
         return self.map(copy)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from losscli.data import Examples, Nest, Split, leaves
+from losscli.data import Examples, Nest, Split, allocations, leaves
 from losscli.errors import ModelError, UsageError, one_line
 from losscli.evaluation.decompositions import Decomposed
 from losscli.evaluation.eigenvalues import DenseHessian, Extremes, eigenpairs
@@ -427,9 +427,10 @@ class Curvature:
         ones = torch.ones_like(losses, requires_grad=create_graph)
         total = (losses * ones).sum(dtype=self._wide)
         try:
-            return torch.autograd.grad(
-                total, self._parameters, create_graph=create_graph, allow_unused=True
-            )
+            with allocations():
+                return torch.autograd.grad(
+                    total, self._parameters, create_graph=create_graph, allow_unused=True
+                )
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -448,7 +449,8 @@ class Curvature:
         try:
             # Not torch.autograd.grad: it prunes nodes that lead to no parameter, and with them the
             # node that raises if a function cannot be differentiated twice. It would return zeros.
-            torch.autograd.backward(along, retain_graph=retains)
+            with allocations():
+                torch.autograd.backward(along, retain_graph=retains)
             return [p.grad for p in self._parameters]
         except (torch.OutOfMemoryError, MemoryError):
             raise

@@ -22,8 +22,10 @@ from losscli.data import (
     Nest,
     RandomnessDetector,
     Split,
+    allocations,
     device_budget,
     leaves,
+    placing,
 )
 from losscli.errors import (
     ModelError,
@@ -466,7 +468,7 @@ class Objective(ScoredModel):
             if progress is not None:
                 progress(examples / total)
 
-        with RandomnessDetector(self.device) as draws:
+        with allocations(), RandomnessDetector(self.device) as draws:
             self.recalibrate(points, report)
             evaluations = {
                 name: self._evaluate_split(points, split, report) for name, split in splits.items()
@@ -589,7 +591,8 @@ def _place(splits: Mapping[str, Examples], device: torch.device) -> dict[str, Ex
     for name, split in splits.items():
         new = split.nbytes if isinstance(split, Split) and not split.is_on(device) else 0
         fits = budget is None or new <= budget
-        placed[name] = split.to(device) if isinstance(split, Split) and fits else split
+        with placing(f"the examples of {name}", device, "--limit"):
+            placed[name] = split.to(device) if isinstance(split, Split) and fits else split
         if budget is not None and fits:
             budget -= new
     return placed
@@ -607,7 +610,8 @@ def _placed_recalibration(
             return replace(recalibration, split=placed[name])
     split = recalibration.split
     if isinstance(split, Split):
-        split = split.to(device)
+        with placing(f"the examples of {recalibration.name}", device, "--limit"):
+            split = split.to(device)
     return replace(recalibration, split=split)
 
 

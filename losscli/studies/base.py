@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+from losscli.data import placing
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.progress import report_to
@@ -180,7 +181,8 @@ class Study(ABC):
     def on_device(self, weights: Weights, names: Iterable[str] | None = None) -> Weights:
         """Copies tensors of a checkpoint to the device, by default those that move."""
         device = self.problem.objective.device
-        return {n: weights[n].to(device) for n in (self.moving if names is None else names)}
+        with placing("the weights of a checkpoint", device):
+            return {n: weights[n].to(device) for n in (self.moving if names is None else names)}
 
 
 def count(number: int, thing: str) -> str:
