@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from losscli.data import (
     TARGETS,
     Nest,
     RandomnessDetector,
+    allocations,
     leaves,
     length,
     map_nest,
@@ -249,13 +250,17 @@ class ScoredModel(LoadableModel):
             return contextlib.nullcontext()
         return DeferredHead(self._head)
 
-    def computing(self) -> AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
         """Ensures that everything computes in the type of the forward pass.
 
-        Returns:
-            A context for all computations with the model, such as a backward pass.
+        Allocations that fail raise ``torch.OutOfMemoryError``.
+
+        Yields:
+            Nothing; for all computations with the model, such as a backward pass.
         """
-        return widened() if self.widens else contextlib.nullcontext()
+        with allocations(), widened() if self.widens else contextlib.nullcontext():
+            yield
 
     def _gradients(self) -> AbstractContextManager[Any]:
         """Enables gradients if the model or the loss differentiates."""
@@ -289,7 +294,8 @@ class ScoredModel(LoadableModel):
         (name,) = inputs
         convention = _Convention.VALUE
         try:
-            outputs = model(inputs[name])
+            with allocations():
+                outputs = model(inputs[name])
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything
