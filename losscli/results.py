@@ -10,15 +10,17 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from losscli.drawing import FULL, Drawing
 from losscli.errors import OutputError, TableError, UsageError, printable
 from losscli.files import create, read_regular
-from losscli.registry import Command, command_of, load
+from losscli.registry import COLUMN_TYPES, Command, command_of, load
+from losscli.settings import checked
 from losscli.summaries import from_json
 from losscli.table import Table
 
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Drawing",
+    "Draw",
     "Output",
     "Result",
     "Run",
+    "check_labels",
     "default_stem",
     "draw",
+    "label_runs",
     "picture_of",
     "read_summary",
     "render_html",
@@ -58,8 +62,7 @@ class Run(Generic[S_co]):
         summary: The summary, STEM.json; ``{}`` if there is only the CSV.
         label: The name in a figure of several runs; by default its first and last checkpoint.
         more: The further tables by NAME of STEM.NAME.csv, such as ``surface``.
-        checkpoint_labels: The names of the checkpoints in a figure that shows each of them, in
-            the order of the table; by default those of the table.
+        checkpoint_labels: The names of the `checkpoints` in a figure; by default their own.
     """
 
     table: Table
@@ -68,16 +71,30 @@ class Run(Generic[S_co]):
     more: Mapping[str, Table] = field(default_factory=dict)
     checkpoint_labels: Sequence[str] = ()
 
+    @property
+    def checkpoints(self) -> list[str]:
+        """The names of the checkpoints in their order, as far as they are known."""
+        entries: Any = self.summary.get("checkpoints")
+        if entries:
+            return [str(entry.get("name", "")) for entry in entries]
+        columns = [c for c in self.table.columns if COLUMN_TYPES.get(c) == "path"]
+        return [str(name) for name in self.table.unique(*columns)] if columns else []
 
-class Drawing(Protocol):
+    def label_of(self, name: str) -> str:
+        """Returns the label of a checkpoint; empty if it has none."""
+        labels = zip(self.checkpoints, self.checkpoint_labels, strict=False)
+        return next((label for checkpoint, label in labels if checkpoint == name), "")
+
+
+class Draw(Protocol):
     """Draws runs of one command."""
 
-    def __call__(self, runs: Sequence[Run[Any]], *, log: bool) -> Figure:
+    def __call__(self, runs: Sequence[Run[Any]], drawing: Drawing) -> Figure:
         """Draws a figure.
 
         Args:
             runs: The runs.
-            log: Whether the loss has a logarithmic axis.
+            drawing: How.
 
         Returns:
             A matplotlib figure.
@@ -97,25 +114,64 @@ class Result(Generic[S_co]):
 
     table: Table
     summary: S_co
-    draw: Drawing = field(repr=False, compare=False)
+    draw: Draw = field(repr=False, compare=False)
     more: Mapping[str, Table] = field(default_factory=dict)
 
-    def figure(self, *, log: bool = False) -> Figure:
+    @property
+    def _run(self) -> Run[S_co]:
+        return Run(self.table, self.summary, more=self.more)
+
+    @checked()
+    def figure(
+        self,
+        *,
+        log: bool = False,
+        size: str = "full",
+        label: str | Sequence[str] = (),
+        ylim: tuple[float, float] | None = None,
+        style: str | os.PathLike[str] | None = None,
+        no_markers: bool = False,
+    ) -> Figure:
         """Draws the result.
 
         Args:
-            log: Whether the loss has a logarithmic axis.
+            log: Whether the loss has a logarithmic axis, or scale of colours.
+            size: ``full``, ``paper``, ``slide`` or ``WxH`` in inches.
+            label: A name for each checkpoint, in their order; none for their own names.
+            ylim: The lowest and the highest loss on its axis or scale of colours.
+            style: A Matplotlib style sheet.
+            no_markers: Whether curves have no dots and no marks at their ends and extrema.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            UsageError: A value cannot be drawn, or the style sheet cannot be read.
+        """
+        labels: Any = label
+        read = load("losscli.plotting.style_sheet:read")
+        settings = {} if style is None else read(style)
+        drawing = Drawing("", log, size, labels, ylim, settings, no_markers)
+        return self.draw_with(drawing)
+
+    def draw_with(self, drawing: Drawing) -> Figure:
+        """Draws the result.
+
+        Args:
+            drawing: How.
 
         Returns:
             A matplotlib figure.
         """
-        return self.draw([Run(self.table, self.summary, more=self.more)], log=log)
+        return self.draw(label_runs([self._run], drawing.label), drawing)
 
-    def html(self, *, log: bool = False) -> str:
+    @checked()
+    def html(self, *, log: bool = False, label: str | Sequence[str] = ()) -> str:
         """Renders the result as an interactive page.
 
         Args:
             log: Whether the scale of the loss is logarithmic at first.
+            label: A name for each checkpoint, in their order; none for their own names.
 
         Returns:
             HTML that needs no other file and no network.
@@ -123,16 +179,60 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: Plotly is not installed.
         """
-        return render_html([Run(self.table, self.summary, more=self.more)], log=log)
+        labels: Any = label
+        drawing = Drawing(log=log, label=labels)
+        return render_html(label_runs([self._run], drawing.label), drawing)
 
 
-def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
+def check_labels(labels: Sequence[str], number: int, things: str = "checkpoints") -> None:
+    """Checks that there is a label for each thing, or none.
+
+    Args:
+        labels: The labels.
+        number: The number of things.
+        things: What they are, in the plural.
+
+    Raises:
+        UsageError: There are too many or too few labels.
+    """
+    if labels and len(labels) != number:
+        raise UsageError(
+            f"{len(labels)} labels for {number} {things}", "Give --label once for each, in order"
+        )
+
+
+def label_runs(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
+    """Gives labels to runs, or to the checkpoints of a single run.
+
+    Args:
+        runs: The runs.
+        labels: A label for each of several runs, or for each checkpoint of a single one, or one
+            for a single run that can be drawn together with others; none to change nothing.
+
+    Returns:
+        The runs.
+
+    Raises:
+        UsageError: There are too many or too few labels.
+    """
+    if not labels:
+        return list(runs)
+    if len(runs) > 1:
+        check_labels(labels, len(runs), "CSV files")
+        return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+    number = len(runs[0].checkpoints)
+    if len(labels) == 1 != number and not _shared_command(runs).not_overlaid:
+        return [replace(runs[0], label=labels[0])]
+    check_labels(labels, number or 1, "checkpoints" if number else "CSV files")
+    return [replace(runs[0], checkpoint_labels=labels)]
+
+
+def draw(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> Figure:
     """Draws runs of one command, by the columns of their tables.
 
     Args:
         runs: One or more, each with the table of a command.
-        title: Stands above the panels.
-        log: Whether the loss has a logarithmic axis.
+        drawing: How.
 
     Returns:
         The figure, laid out and ready to be rendered.
@@ -140,16 +240,15 @@ def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Fig
     Raises:
         UsageError: The runs are of several commands, or have no figure together.
     """
-    return _shared_command(runs).draw(runs, title=title, log=log)
+    return _shared_command(runs).draw(runs, drawing)
 
 
-def render_html(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> str:
+def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
     """Renders runs of one command as an interactive page, by the columns of their tables.
 
     Args:
         runs: One or more, each with the table of a command.
-        title: Stands above the figure.
-        log: Whether the scale of the loss is logarithmic at first.
+        drawing: The title, and whether the scale of the loss is logarithmic at first.
 
     Returns:
         HTML that needs no other file and no network.
@@ -159,7 +258,7 @@ def render_html(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False)
             installed.
     """
     _check_plotly()
-    return _shared_command(runs).html(runs, title=title, log=log)
+    return _shared_command(runs).html(runs, drawing)
 
 
 def _check_plotly() -> None:

@@ -6,8 +6,7 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +15,21 @@ import typer
 
 from losscli.cli.console import Console, stdin
 from losscli.cli.figures import check_curve_count, check_panel_count, render_files
-from losscli.cli.options import with_console
+from losscli.cli.options import with_console, with_drawing
+from losscli.drawing import Drawing
 from losscli.errors import TableError, UsageError
 from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of
-from losscli.results import Output, Run, draw, picture_of, read_summary, render_html, stem_of
+from losscli.results import (
+    Output,
+    Run,
+    draw,
+    label_runs,
+    picture_of,
+    read_summary,
+    render_html,
+    stem_of,
+)
+from losscli.summaries import DrawingSummary
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -38,6 +48,7 @@ _LARGEST_ALPHA = 1e30
 
 
 @with_console
+@with_drawing
 def plot(
     csvs: Annotated[
         list[str],
@@ -46,19 +57,10 @@ def plot(
         ),
     ],
     console: Console,
-    label: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--label",
-            help="Repeatable: a name for each CSV, or for each checkpoint of a single around, "
-            "sharpness or barriers.",
-            show_default=False,
-        ),
-    ] = None,
+    drawing: Mapping[str, Any],
     title: Annotated[
         str, typer.Option("--title", help="A title over the picture.", show_default=False)
     ] = "",
-    log: Annotated[bool, typer.Option("--log", help="Give the loss a logarithmic axis.")] = False,
     out: Annotated[
         str | None,
         typer.Option(
@@ -91,22 +93,23 @@ def plot(
             "a picture does not go to stdout, as --out - asks",
             "Give --out STEM, or see it here with --terminal",
         )
-    runs = _with_labels([_read(name) for name in csvs], label or ())
+    runs = [_read(name) for name in csvs]
+    options = Drawing(**{**_stored(csvs, runs), **drawing, "title": title})
+    runs = label_runs(runs, options.label)
     check_curve_count(sum(map(_split_count, runs)), _FEWER)
     if terminal:
         if any(command_of(run.table.columns) is not COMMANDS["interpolate"] for run in runs):
             raise UsageError(
                 "a terminal shows the lines of interpolate alone", "Leave --terminal out"
             )
-        _draw_in_terminal(runs, console, log=log)
+        _draw_in_terminal(runs, console, log=options.log)
         return
     single = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((single or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
     _check_panel_counts(csvs, runs)
-    options: dict[str, Any] = {"title": title, "log": log}
     pictures = render_files(
-        partial(draw, runs, **options), partial(render_html, runs, **options), output.figures
+        partial(draw, runs, options), partial(render_html, runs, options), output.figures, options
     )
     files = output.write_pictures(pictures)
     console.written = True
@@ -117,21 +120,27 @@ def _split_count(run: Run[Any]) -> int:
     return len(run.table.unique("split")) if "split" in run.table.columns else 0
 
 
-def _with_labels(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
-    """Assigns labels to runs, or to the checkpoints of a single run."""
-    command = command_of(runs[0].table.columns)
-    columns = command.labelled if command and len(runs) == 1 else ()
-    number = len(runs[0].table.unique(*columns)) if columns else len(runs)
-    if labels and len(labels) != number:
-        targets = "checkpoints" if columns else "CSV files"
-        raise UsageError(
-            f"{len(labels)} labels for {number} {targets}", "Give --label once for each, in order"
-        )
-    if columns:
-        return [replace(runs[0], checkpoint_labels=labels)]
-    return [
-        replace(run, label=label) for run, label in zip(runs, labels or [""] * number, strict=True)
-    ]
+def _stored(names: Sequence[str], runs: Sequence[Run[Any]]) -> DrawingSummary:
+    """Returns the options of the figure that the summaries of all runs have in common.
+
+    The labels of checkpoints are those of a single run.
+    """
+    stored: list[dict[str, Any]] = []
+    for name, run in zip(names, runs, strict=True):
+        options = run.summary.get("drawing", {})
+        try:
+            Drawing(**options)
+        except UsageError as error:
+            where = Path(name).with_suffix(".json")
+            raise TableError(f"{where}, drawing: {error.what}", error.cure) from None
+        stored.append(options if len(runs) == 1 else {**options, "label": ()})
+    common: Any = {
+        key: value
+        for key, value in stored[0].items()
+        if all(options.get(key) == value for options in stored)
+    }
+    shared: DrawingSummary = common
+    return shared
 
 
 def _read(name: str) -> Run[Any]:

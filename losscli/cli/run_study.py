@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from losscli.cli.figures import check_panel_count, render_files
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
 from losscli.registry import COMMANDS, further_table_names
-from losscli.results import Result, to_json
+from losscli.results import Result, check_labels, to_json
 from losscli.summaries import Description
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def run_study(
     with console.guard_stdout():
         study = plan()
     _note_on_speed(study, console)
+    check_labels(write.drawing.label, len(study.problem.names))
     if output is not None and output.figures:
         objective = study.problem.objective
         check_panel_count(
@@ -91,10 +93,13 @@ def run_study(
         for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
+        if stored := write.drawing.stored:
+            result = replace(result, summary={**result.summary, "drawing": stored})
         pictures = render_files(
-            partial(result.figure, log=write.log),
-            partial(result.html, log=write.log),
+            partial(result.draw_with, write.drawing),
+            partial(result.html, log=write.drawing.log, label=write.drawing.label),
             output.figures,
+            write.drawing,
         )
         files = output.write(result, pictures, further_table_names())
         console.written = True
