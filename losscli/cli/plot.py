@@ -129,7 +129,10 @@ def _stored(names: Sequence[str], runs: Sequence[Run[Any]]) -> DrawingSummary:
     for name, run in zip(names, runs, strict=True):
         options = run.summary.get("drawing", {})
         try:
-            Drawing(**options)
+            if style := Drawing(**options).style:
+                from losscli.plotting.style_sheet import parse
+
+                parse(style)
         except UsageError as error:
             where = Path(name).with_suffix(".json")
             raise TableError(f"{where}, drawing: {error.what}", error.cure) from None
