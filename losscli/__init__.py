@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from losscli.registry import COMMANDS, load
+from losscli.registry import COMMANDS
+from losscli.registry import load as _load
 
 if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate __all__ below
     from losscli.errors import LosscliError as LosscliError
     from losscli.recorder.recorder import Recorder as Recorder
     from losscli.results import Result as Result
+    from losscli.runs import load as load
+    from losscli.runs import plot as plot
     from losscli.settings import Settings as Settings
     from losscli.studies.alignment import align as align
     from losscli.studies.around import around as around
@@ -39,6 +42,8 @@ _TARGETS = {
     "Table": "losscli.table:Table",
     "align": "losscli.studies.alignment:align",
     "export": "losscli.studies.inspection:export",
+    "load": "losscli.runs:load",
+    "plot": "losscli.runs:plot",
     **{name: command.function for name, command in COMMANDS.items()},
 }
 
@@ -55,5 +60,5 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     # Lazy imports (PEP 562), so that `losscli --help` does not import torch.
     if name in _TARGETS:
-        return load(_TARGETS[name])
+        return _load(_TARGETS[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,7 +35,8 @@ __all__ = [
 COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
     **dict.fromkeys(("a", "b", "checkpoint"), "path"),
     **dict.fromkeys(
-        ("block", "direction", "dtype", "key", "shape", "split", "tensor", "verdict"), "text"
+        ("block", "direction", "dtype", "key", "path", "shape", "split", "tensor", "verdict"),
+        "text",
     ),
     **dict.fromkeys(("bytes", "examples", "step", "tensors", "values", "walk"), "integer"),
 }
@@ -141,6 +142,7 @@ class Command:
             UsageError: Several runs have no figure together, or this one has none.
         """
         figure: Figure = load(self.drawing)(self._overlaid(runs), drawing)
+        load("losscli.plotting.style:make_displayable")(figure, drawing)
         return figure
 
     def html(self, runs: Sequence[Any], drawing: Drawing) -> str:
@@ -276,7 +278,10 @@ COMMANDS: Mapping[str, Command] = {
                 grid=("x", "y"),
             ),
             further_tables={
-                "path": TableFormat(("step", "checkpoint", "x", "y", "off_plane", "split", "loss")),
+                "path": TableFormat(
+                    ("step", "checkpoint", "x", "y", "off_plane", "split", "loss"),
+                    optional=("path",),
+                ),
             },
             not_overlaid=("one plane cannot be laid over another", "Give one CSV of a plane"),
         ),

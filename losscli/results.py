@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from glob import escape
+from functools import cached_property
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from losscli.drawing import FULL, Drawing
 from losscli.errors import OutputError, TableError, UsageError, printable
+from losscli.figures import check_panel_count, render_files
 from losscli.files import create, read_regular
-from losscli.registry import COLUMN_TYPES, Command, command_of, load
-from losscli.settings import checked
+from losscli.registry import (
+    COLUMN_TYPES,
+    COMMANDS,
+    Command,
+    command_of,
+    further_table_names,
+    load,
+)
+from losscli.settings import PathLike, checked
 from losscli.summaries import from_json
 from losscli.table import Table
 
@@ -33,6 +44,7 @@ __all__ = [
     "Result",
     "Run",
     "check_labels",
+    "check_writable",
     "default_stem",
     "draw",
     "label_runs",
@@ -117,27 +129,86 @@ class Result(Generic[S_co]):
     draw: Draw = field(repr=False, compare=False)
     more: Mapping[str, Table] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        more = "".join(f", {name}: {table!r}" for name, table in self.more.items())
+        return f"<Result of {self.summary.get('command')}: {self.table!r}{more}>"
+
+    @cached_property
+    def _picture(self) -> tuple[bytes, dict[str, float]] | None:
+        """The figure as a PNG for a notebook, and its size; None if there is no figure."""
+        try:
+            figure = self.figure()
+        except UsageError:  # the state dicts of a file have none
+            return None
+        png_of = load("losscli.plotting.style:png_of")
+        picture: tuple[bytes, dict[str, float]] = png_of(figure, self.drawing)
+        return picture
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, float]] | None:
+        # For what shows no HTML, such as a notebook as a PDF.
+        return self._picture
+
+    def _repr_html_(self) -> str:
+        picture = ""
+        if self._picture:
+            png, size = self._picture
+            picture = (
+                f'<img alt="{self.command.name}" width="{size["width"]:.0f}" '
+                f'src="data:image/png;base64,{b64encode(png).decode()}">'
+            )
+        text = self.command.as_text(self)
+        notes: Any = self.summary.get("notes", ())
+        text += "".join(f"\nnote: {printable(note)}" for note in notes)
+        return f"<div>{picture}<pre>{escape(text)}</pre></div>"
+
     @property
-    def _run(self) -> Run[S_co]:
+    def command(self) -> Command:
+        """The command."""
+        return COMMANDS[str(self.summary["command"])]
+
+    @property
+    def run(self) -> Run[S_co]:
+        """The result as a run to draw."""
         return Run(self.table, self.summary, more=self.more)
+
+    @property
+    def drawing(self) -> Drawing:
+        """How its figure is drawn, by its summary.
+
+        Raises:
+            UsageError: The summary has a value that cannot be drawn.
+        """
+        stored: Any = self.summary.get("drawing", {})
+        return Drawing(**stored)
+
+    def _drawn(self, **options: Any) -> Result[S_co]:
+        """Returns the result with options of its figure; those that are None stay as they are."""
+        given = {name: value for name, value in options.items() if value is not None}
+        if "style" in given:
+            given["style"] = load("losscli.plotting.style_sheet:read")(given["style"])
+        stored = replace(self.drawing, **given).stored
+        if not stored and "drawing" not in self.summary:
+            return self
+        summary: Any = {**self.summary, "drawing": stored}
+        return replace(self, summary=summary)
 
     @checked()
     def figure(
         self,
         *,
-        log: bool = False,
-        size: str = "full",
-        label: str | Sequence[str] = (),
+        log: bool | None = None,
+        size: str | None = None,
+        label: str | Sequence[str] | None = None,
         ylim: tuple[float, float] | None = None,
-        style: str | os.PathLike[str] | None = None,
-        no_markers: bool = False,
+        style: PathLike | None = None,
+        no_markers: bool | None = None,
     ) -> Figure:
-        """Draws the result.
+        """Draws the result, by default with the options that its summary stores.
 
         Args:
             log: Whether the loss has a logarithmic axis, or scale of colours.
             size: ``full``, ``paper``, ``slide`` or ``WxH`` in inches.
-            label: A name for each checkpoint, in their order; none for their own names.
+            label: A name for each checkpoint, in their order; empty for their own names.
             ylim: The lowest and the highest loss on its axis or scale of colours.
             style: A Matplotlib style sheet.
             no_markers: Whether curves have no dots and no marks at their ends and extrema.
@@ -148,30 +219,19 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: A value cannot be drawn, or the style sheet cannot be read.
         """
-        labels: Any = label
-        read = load("losscli.plotting.style_sheet:read")
-        settings = {} if style is None else read(style)
-        drawing = Drawing("", log, size, labels, ylim, settings, no_markers)
-        return self.draw_with(drawing)
-
-    def draw_with(self, drawing: Drawing) -> Figure:
-        """Draws the result.
-
-        Args:
-            drawing: How.
-
-        Returns:
-            A matplotlib figure.
-        """
-        return self.draw(label_runs([self._run], drawing.label), drawing)
+        result = self._drawn(
+            log=log, size=size, label=label, ylim=ylim, style=style, no_markers=no_markers
+        )
+        drawing = result.drawing
+        return self.draw(label_runs([result.run], drawing.label), drawing)
 
     @checked()
-    def html(self, *, log: bool = False, label: str | Sequence[str] = ()) -> str:
+    def html(self, *, log: bool | None = None, label: str | Sequence[str] | None = None) -> str:
         """Renders the result as an interactive page.
 
         Args:
             log: Whether the scale of the loss is logarithmic at first.
-            label: A name for each checkpoint, in their order; none for their own names.
+            label: A name for each checkpoint, in their order; empty for their own names.
 
         Returns:
             HTML that needs no other file and no network.
@@ -179,9 +239,66 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: Plotly is not installed.
         """
-        labels: Any = label
-        drawing = Drawing(log=log, label=labels)
-        return render_html(label_runs([self._run], drawing.label), drawing)
+        result = self._drawn(log=log, label=label)
+        drawing = result.drawing
+        return render_html(label_runs([result.run], drawing.label), drawing)
+
+    @checked()
+    def save(
+        self,
+        stem: PathLike,
+        *,
+        figure: tuple[PathLike, ...] = (),
+        no_figure: bool = False,
+        force: bool = False,
+        log: bool | None = None,
+        size: str | None = None,
+        label: str | Sequence[str] | None = None,
+        ylim: tuple[float, float] | None = None,
+        style: PathLike | None = None,
+        no_markers: bool | None = None,
+    ) -> list[Path]:
+        """Writes the files that the command line writes; `losscli.load` reads them again.
+
+        Args:
+            stem: STEM of STEM.csv, STEM.json, STEM.NAME.csv of each further table and STEM.png.
+            figure: Figures (.png, .svg, .pdf, .html) instead of STEM.png.
+            no_figure: Whether to draw no figure.
+            force: Whether results of another run may be overwritten.
+            log: See `figure`, as for the following options. The summary stores them.
+            size: See `figure`.
+            label: See `figure`.
+            ylim: See `figure`.
+            style: See `figure`.
+            no_markers: See `figure`.
+
+        Returns:
+            The files.
+
+        Raises:
+            UsageError: The arguments contradict each other, or the result has no such figure.
+            OutputError: A file cannot be written, or holds the results of another run. No file is
+                changed then.
+        """
+        if figure and no_figure:
+            raise UsageError("figure and no_figure contradict each other", "Give one of them")
+        result = self._drawn(
+            log=log, size=size, label=label, ylim=ylim, style=style, no_markers=no_markers
+        )
+        output = Output.plan(
+            stem_of(str(stem)), [Path(path) for path in figure], draw=not no_figure, force=force
+        )
+        if output.figures:
+            splits = self.table.unique("split") if "split" in self.table.columns else []
+            check_panel_count(
+                self.command.panels_with(self.more),
+                len(splits),
+                len(self.table.metrics),
+                "Give no_figure=True",
+            )
+        identity = self.summary.get("identity")
+        output.guard(None if identity is None else str(identity), self.command.further_tables)
+        return output.save(result)
 
 
 def check_labels(labels: Sequence[str], number: int, things: str = "checkpoints") -> None:
@@ -380,7 +497,7 @@ def read_summary(path: Path, command: Command) -> dict[str, Any]:
         TableError: A value is of another type than the command writes.
     """
     summary = _read_object(path)
-    match summary:
+    match {"splits": {}, "examples": {}, **summary} if command.name == "inspect" else summary:
         case {
             "command": command.name,
             "checkpoints": [*checkpoints],
@@ -459,7 +576,7 @@ class Output:
             # Missing folders are created later, inside the nearest existing one.
             folder = next(p for p in (parent, *parent.parents) if p.exists())
             if not folder.is_dir():
-                raise OutputError(f"{folder} is no folder", "Choose another --out")
+                raise OutputError(f"{folder} is not a folder", "Choose another --out")
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise OutputError(
                     f"the folder {folder} cannot be written to", "Choose another with --out"
@@ -480,11 +597,11 @@ class Output:
                 "Choose another --out",
             ) from None
 
-    def guard(self, identity: str, tables: Iterable[str] = ()) -> None:
+    def guard(self, identity: str | None, tables: Iterable[str] = ()) -> None:
         """Refuses to overwrite the results of another run.
 
         Args:
-            identity: The identity of this run.
+            identity: The identity of this run; None if it has none and nothing is overwritten.
             tables: The names of further tables that the run may write.
 
         Raises:
@@ -499,29 +616,28 @@ class Output:
             existing.append(summary)
         if not existing:
             return
-        if _read_object(self._file(".json")).get("identity") != identity:
+        if identity is None or _read_object(self._file(".json")).get("identity") != identity:
             raise OutputError(
                 f"{existing[0]} holds the results of another run",
                 "Choose another --out, or overwrite it with --force",
             )
 
-    def write(
-        self, result: Result[Any], pictures: Mapping[Path, bytes], known_tables: Collection[str]
-    ) -> list[Path]:
-        """Writes a result: all files under temporary names first, then all are renamed.
+    def save(self, result: Result[Any]) -> list[Path]:
+        """Draws and writes a result: all files under temporary names first, then all are renamed.
+
+        Further tables of an older run with the same stem are removed.
 
         Args:
             result: The result.
-            pictures: The contents of ``figures``.
-            known_tables: The names of all further tables of any command. Those of an older run
-                with the same stem are removed.
 
         Returns:
             The files.
 
         Raises:
+            UsageError: The result has no such figure.
             OutputError: A file cannot be written. No file is changed then.
         """
+        pictures = render_files(result.figure, result.html, self.figures, result.drawing)
         old_tables = _read_object(self._file(".json")).get("tables")
         summary = f"{to_json(result.summary)}\n".encode()
         # The summary comes first: if the process is killed in between, it identifies the run. The
@@ -533,12 +649,12 @@ class Output:
         contents[self._file(".csv")] = result.table.to_csv().encode()
         for path in contents:
             # Temporary files of runs that were killed.
-            for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 leftover.unlink(missing_ok=True)
         replace_all(contents)
         # Tables of an older run would be taken for tables of this run.
         for name in old_tables if isinstance(old_tables, list) else ():
-            if name in known_tables and name not in result.more:
+            if name in further_table_names() and name not in result.more:
                 self._file(f".{name}.csv").unlink(missing_ok=True)
         more = (self._file(f".{name}.csv") for name in result.more)
         return [self._file(".csv"), *more, *self.figures, self._file(".json")]
@@ -614,3 +730,31 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
             with contextlib.suppress(OSError):
                 written.unlink()
     return list(contents)
+
+
+def check_writable(out: Path, *, force: bool) -> None:
+    """Checks, before any work is done, that a checkpoint can be written.
+
+    Args:
+        out: The file.
+        force: Whether the file may be overwritten.
+
+    Raises:
+        UsageError: The path is a folder or has an unknown suffix.
+        OutputError: The folder does not exist or is not writable, or the file exists and may not
+            be overwritten.
+    """
+    if not out.name or out.is_dir():
+        raise UsageError(f"--out {str(out)!r} is a folder", "Give folder/name.safetensors")
+    if out.suffix not in {".safetensors", ".pt", ".pth"}:
+        raise UsageError(
+            f"{out} is not the name of a safetensors file", f"Write {out.stem}.safetensors or .pt"
+        )
+    if not out.parent.is_dir():
+        raise OutputError(f"there is no folder {out.parent}", f"mkdir -p {out.parent}")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"the folder {out.parent} cannot be written to", "Choose another with --out"
+        )
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists", "Choose another --out, or overwrite it with --force")

@@ -28,6 +28,8 @@ from losscli.errors import UsageError
 __all__ = [
     "Buffers",
     "DType",
+    "PathLike",
+    "Progress",
     "Settings",
     "as_list",
     "checked",
@@ -38,6 +40,8 @@ __all__ = [
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 Buffers = Literal["interpolate", "a", "b", "recalibrate"]
+PathLike = str | os.PathLike[str]
+Progress = bool | Callable[[float], None] | None
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -152,7 +156,7 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
             types.SimpleNamespace(__annotations__=parameter_hints), function.__globals__
         )
         # A class is called by its own name.
-        name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+        name = function.__qualname__.removesuffix(".__init__").rpartition("<locals>.")[2]
         parameters = [
             p.name
             for p in signature.parameters.values()
@@ -172,6 +176,22 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
                     bound.arguments[option] = convert(option, value, hints.get(option, Any))
             return function(*bound.args, **bound.kwargs)
 
+        defaults = (more or _NoFields)()
+        # The fields stand in the place of ``**settings`` in help(), and notebooks complete them.
+        vars(call)["__signature__"] = signature.replace(
+            parameters=[
+                *(p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD),
+                *(
+                    inspect.Parameter(
+                        f.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=getattr(defaults, f.name),
+                        annotation=f.type,
+                    )
+                    for f in fields(defaults)
+                ),
+            ]
+        )
         return call
 
     return decorate
@@ -253,6 +273,12 @@ def convert(option: str, value: Any, hint: Any) -> Any:
     Raises:
         UsageError: The value cannot be converted.
     """
+    converter, what = _CONVERTERS.get(hint, (None, ""))
+    if converter is not None:
+        try:
+            return converter(value)
+        except (TypeError, ValueError, OverflowError):
+            raise _refusal(option, what, value) from None
     origin, inner = get_origin(hint), get_args(hint)
     if origin in {Union, types.UnionType}:
         if value is None and type(None) in inner:
@@ -264,13 +290,7 @@ def convert(option: str, value: Any, hint: Any) -> Any:
     if origin is tuple:
         return _pair(option, value)
     if origin is Literal:
-        hint = str
-    converter, what = _CONVERTERS.get(hint, (None, ""))
-    if converter is not None:
-        try:
-            return converter(value)
-        except (TypeError, ValueError, OverflowError):
-            raise _refusal(option, what, value) from None
+        return convert(option, value, str)
     kind = origin or hint
     if hint is not Any and isinstance(kind, type) and not isinstance(value, kind):
         name = "function" if kind.__name__ == "Callable" else kind.__name__
@@ -330,11 +350,17 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _progress(value: Any) -> Any:
+    return value if value is None or callable(value) else _boolean(value)
+
+
 _CONVERTERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     bool: (_boolean, "True or False"),
     int: (_whole, "a whole number"),
     float: (_number, "a number"),
     str: (_text, "a string"),
+    PathLike: (os.fsdecode, "a path"),
+    Progress: (_progress, "True, False or a function"),
 }
 
 _HINTS = get_type_hints(Settings)

@@ -8,11 +8,14 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from losscli.errors import TableError
+from losscli.errors import TableError, UsageError
 from losscli.files import open_regular, read_pipe, read_text
 from losscli.registry import COLUMN_TYPES, RESERVED_COLUMNS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["Cell", "Table"]
 
@@ -23,7 +26,7 @@ _FORMULA = "=+-@\t\r"
 # The prefix of such cells: a path stays valid after ./, other text gets an apostrophe.
 _PREFIXES = {"path": "./", "text": "'"}
 
-_CURE = "Give a CSV as losscli wrote it"
+_CURE = "Give a CSV as written by losscli"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Table:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+
+    def __repr__(self) -> str:
+        return f"<Table of {len(self.rows)} rows: {', '.join(self.columns)}>"
 
     @classmethod
     def build(cls, columns: Iterable[str], rows: Iterable[Sequence[Cell]]) -> Table:
@@ -59,13 +65,39 @@ class Table:
         """The names of the metrics, if the table is one with metrics."""
         return [column for column in self.columns if column not in RESERVED_COLUMNS]
 
+    __iter__ = None  # __getitem__ would make it one
+
     def __getitem__(self, column: str) -> list[Cell]:
-        index = self.columns.index(column)
+        index = self._index(column)
         return [row[index] for row in self.rows]
 
     def records(self) -> list[dict[str, Cell]]:
         """Returns each row as a mapping from column to cell."""
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+    def to_pandas(self) -> DataFrame:
+        """Converts the table to pandas.
+
+        Returns:
+            A DataFrame with the same columns and rows. An empty cell among numbers is NaN; integers
+            with empty cells are of the type ``Int64``.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame, Series
+        except ImportError:
+            raise UsageError(
+                "to_pandas() needs pandas, which is not installed", "pip install pandas"
+            ) from None
+        columns = {}
+        for column in self.columns:
+            cells, kind = self[column], COLUMN_TYPES.get(column)
+            dtype = "Int64" if None in cells else "int64"
+            types = {"integer": dtype, None: "float64"}
+            columns[column] = Series(cells, dtype=types.get(kind, "str"))
+        return DataFrame(columns)
 
     def floats(self, column: str) -> list[float]:
         """Returns a column as floats.
@@ -75,8 +107,14 @@ class Table:
 
         Returns:
             The cells; nan for an empty cell.
+
+        Raises:
+            UsageError: There is no such column, or it has text.
         """
-        return [float("nan") if cell is None else float(cell) for cell in self[column]]
+        cells = self[column]
+        if COLUMN_TYPES.get(column) in {"path", "text"}:
+            raise UsageError(f"the column {column!r} has no numbers", f"Give table[{column!r}]")
+        return [float("nan") if cell is None else float(cell) for cell in cells]
 
     def where(self, column: str, value: Cell) -> Table:
         """Selects rows.
@@ -88,8 +126,15 @@ class Table:
         Returns:
             The table of the rows with ``value`` in ``column``.
         """
-        index = self.columns.index(column)
+        index = self._index(column)
         return Table(self.columns, tuple(row for row in self.rows if row[index] == value))
+
+    def _index(self, column: str) -> int:
+        if column not in self.columns:
+            raise UsageError(
+                f"the table has no column {column!r}", f"It has {', '.join(self.columns)}"
+            )
+        return self.columns.index(column)
 
     def unique(self, *columns: str) -> list[Cell]:
         """Lists the distinct cells of columns.
@@ -165,7 +210,7 @@ class Table:
         except (csv.Error, UnicodeDecodeError) as error:
             raise TableError(f"{name} is not a CSV file ({error})", _CURE) from None
         if not records or not records[0] or len(set(records[0])) != len(records[0]):
-            raise TableError(f"{name} has no header of different column names", _CURE)
+            raise TableError(f"{name} has no header with distinct column names", _CURE)
         columns = tuple(records[0])
         rows = []
         for number, record in enumerate(records[1:], start=2):
@@ -210,8 +255,8 @@ def _read(column: str, text: str) -> Cell:
         number = kind(text)
         float(number)
     except OverflowError:
-        raise ValueError(f"the number under {column!r} is beyond a float's range") from None
+        raise ValueError(f"the number under {column!r} is outside the range of a float") from None
     except ValueError:
-        noun = "whole number" if kind is int else "number"
-        raise ValueError(f"{text!r} under {column!r} is no {noun}") from None
+        noun = "an integer" if kind is int else "a number"
+        raise ValueError(f"{text!r} under {column!r} is not {noun}") from None
     return number

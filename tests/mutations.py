@@ -527,7 +527,7 @@ def _read_program(folder: Path, number: int) -> object:
     try:
         return _inspect("a.pt")(folder, number)
     except CheckpointError as error:
-        if "is a program of torch.export, a model and no checkpoint" in str(error):
+        if "is a torch.export program, which is a model and not a checkpoint" in str(error):
             return None
         raise
 
@@ -637,14 +637,14 @@ def _tables_damage(content: bytes, rng: Rng) -> bytes:
 
 
 def _read_table(folder: Path, number: int) -> object:
-    from losscli.cli.plot import _read
     from losscli.plotting.terminal import draw as in_terminal
     from losscli.registry import command_of
     from losscli.results import draw
+    from losscli.runs import read_run
     from losscli.studies.inspection import lowest
 
     path = folder / "run.csv"
-    run = _read(str(path))
+    run = read_run(path)
     names = " → ".join(str(c["name"]) for c in run.summary.get("checkpoints", []))
     log = number % 2 == 0
     if (command := command_of(run.table.columns)) and command.name == "interpolate":
@@ -979,9 +979,10 @@ def _serve() -> None:
     # What the batches have in common, so that they do not import it each.
     import torch.distributed.checkpoint  # noqa: F401
 
-    import losscli.cli.app  # noqa: F401
+    from losscli.cli.app import make_app
     from losscli.registry import COMMANDS, load
 
+    make_app()
     for command in COMMANDS.values():
         load(command.function)
         load(command.drawing)

@@ -25,8 +25,11 @@ from losscli.checkpoint.names import (
     tensors_under,
 )
 from losscli.checkpoint.quantised import find_quantisation
+from losscli.checkpoint.saving import save
 from losscli.errors import CheckpointError, MismatchError
 from losscli.files import open_regular
+from losscli.results import check_writable
+from losscli.settings import PathLike, checked
 from losscli.weight_space.vectors import Weights, mismatches
 
 if TYPE_CHECKING:
@@ -69,6 +72,27 @@ class Checkpoint:
     parts: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        values = sum(tensor.numel() for tensor in self.weights.values())
+        return f"<Checkpoint {self.name!r}: {values:,} values in {len(self.weights):,} tensors>"
+
+    @checked()
+    def save(self, path: PathLike, *, force: bool = False) -> None:
+        """Writes the checkpoint to a file, with its metadata.
+
+        Args:
+            path: The file, .safetensors or .pt.
+            force: Whether the file may be overwritten.
+
+        Raises:
+            UsageError: The path is a folder or has an unknown suffix.
+            OutputError: The file exists or cannot be written, or its format cannot store what the
+                model needs to load it.
+        """
+        file = Path(path)
+        check_writable(file, force=force)
+        save(self.weights, self.metadata, file, self.versions, self.extra)
 
     def sha256(self) -> str | None:
         """Computes the SHA-256 of the checkpoint.
@@ -392,8 +416,7 @@ class CheckpointFile:
         )
         if found:
             raise CheckpointError(
-                f"{self.name} is quantised ({found}), and between quantised weights there is no "
-                "line",
+                f"{self.name} is quantised ({found}), and quantised weights cannot be interpolated",
                 "Give the checkpoint that it was made from, or dequantise it first",
             )
 
@@ -438,10 +461,11 @@ class CheckpointFile:
         if self.path is None:
             keys = "".join(f"[{key!r}]" for key in example.split("."))
             return CheckpointError(
-                f"{self.name} holds several state dicts: {names}", f"{why}Give one, as {keys} of it"
+                f"{self.name} contains several state dicts: {names}",
+                f"{why}Give one, as {keys} of it",
             )
         return CheckpointError(
-            f"{self.name} holds several state dicts: {names}",
+            f"{self.name} contains several state dicts: {names}",
             f"{why}Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",
         )
 
@@ -459,10 +483,13 @@ def _unsupported(tensor: Tensor, *, shapes_only: bool) -> tuple[str, str] | None
         kind = str(tensor.layout).removeprefix("torch.")
         return f"sparse ({kind})", "Save it dense, as tensor.to_dense()"
     if shapes_only:
-        return "on the device meta, which holds no numbers", "Save it from where its numbers are"
+        return (
+            "on the device meta, which holds no values",
+            "Save it from a device that holds its values",
+        )
     if not tensor.is_quantized and not _supports_arithmetic(tensor.dtype):
         kind = str(tensor.dtype).removeprefix("torch.")
-        return f"{kind}, with which torch does not compute", "Dequantise it first, and save that"
+        return f"{kind}, which torch cannot compute with", "Dequantise it first, and save that"
     return None
 
 

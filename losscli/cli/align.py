@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from losscli.cli.console import Console
-from losscli.cli.files import check_writable
+from losscli.cli.imports import importing
 from losscli.cli.options import Force, Json, with_console, with_some_settings
 from losscli.cli.report import format_count, format_number
 from losscli.errors import printable
-from losscli.results import to_json
+from losscli.results import check_writable, to_json
 from losscli.settings import Settings
 from losscli.summaries import AlignmentSummary
 
@@ -58,13 +58,13 @@ def align(
     function of the permuted network is held against B's on the data before anything is written.
     """
     check_writable(out, force=force)
-    from losscli.checkpoint import save
-    from losscli.studies.alignment import align as study
+    with importing("torch"):
+        from losscli.studies.alignment import align as study
 
     with console.guard_stdout():
         alignment = study(a, b, **asdict(settings))
     found = alignment.checkpoint
-    save(found.weights, found.metadata, out, found.versions, found.extra)
+    found.save(out, force=True)
     console.written = True
     if json_:
         console.result(f"{to_json({**alignment.summary, 'file': str(out)}, indent=None)}\n")

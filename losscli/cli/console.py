@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,22 +12,14 @@ from typing import TYPE_CHECKING, TextIO
 
 from losscli.errors import LosscliError, OutputError, UsageError, printable
 from losscli.files import IrregularError, read_text
+from losscli.progress import WorkCounter, is_animated, show_bar, show_lines
 
 if TYPE_CHECKING:
     from losscli.evaluation.ranks import Ranks
 
 __all__ = ["Console", "SilentConsole", "stdin"]
 
-# Seconds between two progress lines in a log file.
-_INTERVAL = 10.0
-
-# Minimum number of columns of a terminal for the rate beside the progress bar.
-_WIDE = 60
-
 _CLOSED = "stdout was closed before the result was written to it"
-
-# The rounding error of a sum of fractions of points.
-_ROUNDING = 1e-6
 
 
 class Console:
@@ -59,7 +50,7 @@ class Console:
     @property
     def animated(self) -> bool:
         """Whether stderr is a terminal that a progress bar can be drawn on."""
-        return self.stderr is not None and self.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        return is_animated(self.stderr)
 
     def result(self, text: str, *, drawn: bool = False) -> None:
         """Writes a result to stdout and flushes it.
@@ -153,100 +144,11 @@ class Console:
         if self.quiet:
             yield lambda _: None
         elif self.animated:
-            yield from self._bar(_WorkCounter(total, unit, skipped))
+            assert self.stderr is not None
+            with show_bar(WorkCounter(total, unit, skipped), self.stderr) as update:
+                yield update
         else:
-            yield self._lines(_WorkCounter(total, unit, skipped))
-
-    def _bar(self, count: _WorkCounter) -> Iterator[Callable[[float], None]]:
-        # rich takes a while to import, and only a terminal needs it.
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, Progress, TextColumn
-        from rich.table import Column
-
-        columns = (
-            TextColumn("{task.fields[count]}"),
-            BarColumn(None, table_column=Column(min_width=4, max_width=40)),
-            TextColumn("{task.fields[rate]}"),
-        )
-        console = RichConsole(file=self.stderr)
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("", total=count.total, count=count.text, rate="")
-
-            def update(done: float) -> None:
-                count.add(done)
-                # A narrow terminal has room only for the remaining time.
-                wide = console.width >= _WIDE
-                rate = (f"{count.rate:.3g} {count.unit}/s" if wide else "", count.remaining)
-                bar.update(
-                    task, completed=count.done, count=count.text, rate=" ".join(filter(None, rate))
-                )
-
-            yield update
-
-    def _lines(self, count: _WorkCounter) -> Callable[[float], None]:
-        last = time.monotonic()
-
-        def update(done: float) -> None:
-            nonlocal last
-            count.add(done)
-            now = time.monotonic()
-            if now - last >= _INTERVAL and count.rate:
-                last = now
-                self._line(", ".join(filter(None, (count.text, count.remaining))))
-
-        return update
-
-
-class _WorkCounter:
-    """Counts the work done and estimates the remaining time.
-
-    Work from a journal takes no time and does not count for the rate. Work that is repeated after
-    a failure is not progress.
-
-    Args:
-        total: The amount of work; there may turn out to be more.
-        unit: The unit of work, in the plural.
-        skipped: Returns the amount of work that took no time.
-
-    Attributes:
-        done: The amount of work done, which never decreases.
-    """
-
-    def __init__(self, total: int, unit: str, skipped: Callable[[], float]) -> None:
-        self.total = total
-        self.unit = unit
-        self.done = 0.0
-        self._skipped = skipped
-        self._last_skipped = skipped()
-        self._computed = 0.0
-        self._start = time.monotonic()
-
-    def add(self, done: float) -> None:
-        """Updates the amount of work done so far."""
-        skipped = self._skipped()
-        self._computed += max(0.0, done - self.done - (skipped - self._last_skipped))
-        self._last_skipped = skipped
-        self.done = max(self.done, done)
-
-    @property
-    def rate(self) -> float:
-        """The amount of work per second; 0 before any is done."""
-        elapsed = time.monotonic() - self._start
-        return self._computed / max(elapsed, 1e-9) if self._computed > _ROUNDING else 0.0
-
-    @property
-    def text(self) -> str:
-        """The amount of work done, with the total unless it is exceeded."""
-        total = f"/{self.total}" if self.done <= self.total + _ROUNDING else ""
-        return f"{int(self.done + _ROUNDING)}{total} {self.unit}"
-
-    @property
-    def remaining(self) -> str:
-        """The remaining time in words; empty if unknown."""
-        work = self.total - self.done
-        if not self.rate or work < -_ROUNDING:
-            return ""
-        return f"{_duration(max(0.0, work) / self.rate)} left"
+            yield show_lines(WorkCounter(total, unit, skipped), self._line)
 
 
 class SilentConsole(Console):
@@ -287,9 +189,3 @@ def stdin() -> bytes:
         raise LosscliError(f"stdin cannot be read: {error}") from None
     except OSError as error:
         raise UsageError(f"stdin cannot be read: {error.strerror}", "Give names") from None
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,15 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from losscli.cli.console import Console
-from losscli.cli.figures import render_files
+from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Force, Json, with_console
 from losscli.cli.report import align_columns, format_count
-from losscli.errors import OutputError, UsageError, printable
+from losscli.errors import UsageError, printable
+from losscli.figures import render_files
 from losscli.registry import COMMANDS
-from losscli.results import Output, Result, to_json
+from losscli.results import Output, Result, check_writable, to_json
 from losscli.summaries import InspectionSummary
 
-__all__ = ["check_writable", "export", "inspect", "report"]
+__all__ = ["export", "inspect", "report"]
 
 
 @with_console
@@ -48,11 +48,13 @@ def inspect(
     With two: the distance and cosine of each tensor, and what does not match.
     """
     output = Output.plan(figure[0], figure, force=force) if figure else None
-    from losscli.studies.inspection import inspect as study
+    with importing("torch"):
+        from losscli.studies.inspection import inspect as study
 
     result = study(checkpoints)
     files = []
     if output:
+        import_plotting()
         files = output.write_pictures(render_files(result.figure, result.html, output.figures))
     console.written = bool(files)
     if json_:
@@ -118,9 +120,9 @@ def export(
         given, missing = ("--best", "--csv") if csv is None else ("--csv", "--best")
         raise UsageError(f"{given} is given without {missing}", "Give --best SPLIT --csv STEM.csv")
     check_writable(out, force=force)
-    from losscli.checkpoint import save
-    from losscli.studies.inspection import export as study
-    from losscli.studies.inspection import lowest
+    with importing("torch"):
+        from losscli.studies.inspection import export as study
+        from losscli.studies.inspection import lowest
 
     summary = None
     if best is not None and csv is not None:
@@ -128,7 +130,7 @@ def export(
         alpha, summary = point.alpha, point.summary
     assert alpha is not None
     checkpoint = study(a, b, alpha, summary=summary)
-    save(checkpoint.weights, checkpoint.metadata, out, checkpoint.versions, checkpoint.extra)
+    checkpoint.save(out, force=True)
     console.written = True
     console.result(f"{out}\n")
     if best is not None:
@@ -140,34 +142,6 @@ def export(
                 f"no summary lies beside {csv}: A and B are not held against it, and every "
                 "floating-point tensor moves"
             )
-
-
-def check_writable(out: Path, *, force: bool) -> None:
-    """Checks, before any work is done, that a checkpoint can be written.
-
-    Args:
-        out: The file.
-        force: Whether the file may be overwritten.
-
-    Raises:
-        UsageError: The path is a folder or has an unknown suffix.
-        OutputError: The folder does not exist or is not writable, or the file exists and may not
-            be overwritten.
-    """
-    if not out.name or out.is_dir():
-        raise UsageError(f"--out {str(out)!r} is a folder", "Give folder/name.safetensors")
-    if out.suffix not in {".safetensors", ".pt", ".pth"}:
-        raise UsageError(
-            f"{out} is not the name of a safetensors file", f"Write {out.stem}.safetensors or .pt"
-        )
-    if not out.parent.is_dir():
-        raise OutputError(f"there is no folder {out.parent}", f"mkdir -p {out.parent}")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"the folder {out.parent} cannot be written to", "Choose another with --out"
-        )
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists", "Choose another --out, or overwrite it with --force")
 
 
 def report(result: Result[InspectionSummary]) -> str:

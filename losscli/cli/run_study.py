@@ -6,15 +6,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from losscli.cli import report
 from losscli.cli.console import Console, stdin
-from losscli.cli.figures import check_panel_count, render_files
+from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.registry import COMMANDS, further_table_names
+from losscli.figures import check_panel_count
+from losscli.registry import COMMANDS, load
 from losscli.results import Result, check_labels, to_json
 from losscli.summaries import Description
 
@@ -43,13 +43,14 @@ def run_study(
         write: The output options.
         console: The streams.
     """
-    ranks = console.ranks
+    ranks, command = console.ranks, COMMANDS[name]
     if ranks is not None and not ranks.is_leader:
         _run_follower(ranks, plan, write, console)
         return
     # The default stem of a long path has only its first and last checkpoint.
     output = write.plan(name, names if len(names) <= 3 else [names[0], names[-1]])
-    command = COMMANDS[name]
+    with importing("torch"):
+        load(command.function)
     with console.guard_stdout():
         study = plan()
     _note_on_speed(study, console)
@@ -93,15 +94,10 @@ def run_study(
         for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
-        if stored := write.drawing.stored:
-            result = replace(result, summary={**result.summary, "drawing": stored})
-        pictures = render_files(
-            partial(result.draw_with, write.drawing),
-            partial(result.html, log=write.drawing.log, label=write.drawing.label),
-            output.figures,
-            write.drawing,
-        )
-        files = output.write(result, pictures, further_table_names())
+        result = replace(result, summary={**result.summary, "drawing": write.drawing.stored})
+        if output.figures:
+            import_plotting()
+        files = output.save(result)
         console.written = True
         journal.finish()
     if write.json:
@@ -184,10 +180,10 @@ def _journal_notes(journal: Journal) -> Iterator[str]:
         yield f"starting over instead of resuming {journal.path}: {journal.restart_reason}"
     elif len(journal):
         changes = "; ".join(journal.changes)
-        caveat = f", though {changes}: the last digits may be others" if changes else ""
+        caveat = f", though {changes}: the last digits may differ" if changes else ""
         yield f"goes on where {journal.path} ends{caveat}"
     if journal.truncated:
-        yield f"{journal.path}: a record that was not written to its end is left out"
+        yield f"{journal.path}: an incomplete record is ignored"
     if not journal.locked:
         yield (
             f"the file system of {journal.path} has no locks: see that no other run writes the "

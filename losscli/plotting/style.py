@@ -11,6 +11,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -69,6 +70,7 @@ __all__ = [
     "is_light",
     "label_loss",
     "loss_name",
+    "make_displayable",
     "name_checkpoint",
     "name_split",
     "narrow",
@@ -76,6 +78,7 @@ __all__ = [
     "note_size",
     "number_checkpoints",
     "plain",
+    "png_of",
     "render",
     "round_positions",
     "run_colours",
@@ -179,6 +182,7 @@ INCH = 72.0  # points
 _TWO_COLUMNS = 44.0  # from this width in sizes of text on, panels are side by side
 _LOWER = 0.62  # the height of panels of 3.25 inches relative to those of 7.2
 _LOWEST = 0.7  # the least height of panels in a figure of fixed height relative to a free one
+_CSS_PIXELS = 96.0  # per inch
 
 
 @contextmanager
@@ -323,6 +327,31 @@ def render(figure: Figure, suffix: str, drawing: Drawing = FULL) -> bytes:
     with house_style(drawing):
         figure.savefig(out, format=kind[1:], metadata=undated[kind])
     return out.getvalue()
+
+
+def png_of(figure: Figure, drawing: Drawing) -> tuple[bytes, dict[str, float]]:
+    """Renders a figure for a notebook.
+
+    Args:
+        figure: A figure of this package.
+        drawing: How it was drawn.
+
+    Returns:
+        The content of a PNG file, and its width and height in CSS pixels.
+    """
+    width, height = figure.get_size_inches() * _CSS_PIXELS
+    return render(figure, ".png", drawing), {"width": float(width), "height": float(height)}
+
+
+def make_displayable(figure: Figure, drawing: Drawing) -> None:
+    """Lets notebooks show a figure that pyplot does not manage.
+
+    Args:
+        figure: The figure.
+        drawing: How it was drawn.
+    """
+    # The method by which IPython asks any object for a PNG.
+    vars(figure)["_repr_png_"] = partial(png_of, figure, drawing)
 
 
 # --- Text and numbers ----------------------------------------------------------------------------

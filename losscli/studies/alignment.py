@@ -60,6 +60,9 @@ class Alignment:
     checkpoint: Checkpoint
     summary: AlignmentSummary
 
+    def __repr__(self) -> str:
+        return f"<Alignment, {self.checkpoint!r}>"
+
 
 @checked(Settings)
 def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, islice, pairwise
@@ -26,7 +26,7 @@ from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
     batchnorm_notes,
@@ -54,7 +54,7 @@ def barriers(
     names: CheckpointLike | Iterable[CheckpointLike],
     *,
     points: int = 11,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = None,
     **settings: Any,
 ) -> Result[BarriersSummary]:
     """Finds the barrier of the loss on the straight line between each two checkpoints.
@@ -66,7 +66,7 @@ def barriers(
         names: Two or more checkpoints, each once: files, ``FILE#KEY``, ``init:SEED``, or a folder
             of them.
         points: Evenly spaced values of α on each line, both ends among them.
-        progress: Called with the number of points done so far.
+        progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
@@ -77,7 +77,7 @@ def barriers(
         LosscliError: Something is missing, broken or does not fit.
     """
     plan = Barriers.plan(name_checkpoints(names), Settings(**settings), points=points)
-    return plan.run(Execution(progress))
+    return plan.run_alone(progress)
 
 
 @dataclass(frozen=True)

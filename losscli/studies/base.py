@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.tasks import ALONE, Execution
+from losscli.progress import report_to
 from losscli.results import Result
+from losscli.settings import Progress
 from losscli.studies.fingerprint import Fingerprint, fingerprint_of, identity_of
 from losscli.studies.problem import Problem
 from losscli.summaries import CostEstimate, Description, Origin, Seconds
@@ -92,6 +94,18 @@ class Study(ABC):
             LosscliError: The model or the loss fails on the data, gives two answers for one
                 point, or does not fit into the memory.
         """
+
+    def run_alone(self, progress: Progress) -> Result[Any]:
+        """Evaluates in this process, without a journal.
+
+        Args:
+            progress: Whether to show the progress, or what to call with it.
+
+        Returns:
+            The result.
+        """
+        with report_to(progress, self.steps, self.unit) as report:
+            return self.run(Execution(report))
 
     def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
         """Returns a slice like those that are swept, and ``number`` points of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import starmap
@@ -36,12 +36,12 @@ from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.evaluation.verdict import Verdict
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.check_notes import check_notes, functions_called
 from losscli.studies.layerwise import blocks_among
 from losscli.studies.notes import general_notes, spectral_notes
-from losscli.studies.problem import prepare
+from losscli.studies.problem import counted, prepare
 from losscli.studies.spectra import Part, ProbedPoint, Spectra, SpectraOptions
 from losscli.studies.verification import check_differentiable, verify_fresh_model
 from losscli.summaries import CheckSummary, CostEstimate, Description, Escape, Step
@@ -75,7 +75,7 @@ def check(
     lanczos: int | None = None,
     operator: str | None = None,
     blocks: bool = False,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = None,
     **settings: Any,
 ) -> Result[CheckSummary]:
     """Checks whether checkpoints are critical points, and of which kind.
@@ -96,7 +96,7 @@ def check(
         operator: The matrix of density, trace and blocks: ``hessian``, the default, or ``ggn``, the
             generalised Gauss-Newton matrix.
         blocks: Whether gradient norm, largest eigenvalue and trace of each block are computed.
-        progress: Called with the number of checkpoints done so far.
+        progress: True shows a bar; a function is called with the number of checkpoints done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
@@ -122,7 +122,7 @@ def check(
         operator=operator,
         blocks=blocks,
     )
-    return plan.run(Execution(progress))
+    return plan.run_alone(progress)
 
 
 @dataclass(frozen=True)
@@ -214,11 +214,6 @@ class Check(Study):
         spectra = SpectraOptions.plan(
             density=density, blocks=blocks, probes=probes, lanczos=lanczos, operator=operator
         )
-        if settings.batch_loss:
-            raise UsageError(
-                "--batch-loss is not available for check",
-                "Give a --loss that is one number per example",
-            )
         if settings.sampling_error is not None:
             raise UsageError(
                 "a gradient is that of all examples, so --sampling-error has no place in a check",
@@ -416,7 +411,7 @@ class Check(Study):
             "operator": used["operator"],
             "probes": used["probes"],
             "lanczos": used["lanczos"],
-            "examples": {name: len(split) for name, split in objective.splits.items()},
+            **counted(objective, {name: len(s) for name, s in objective.splits.items()}),
             "splits": {
                 name: {
                     "points": [

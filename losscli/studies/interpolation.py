@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
 from losscli.studies.line_curve import LineCurve, RefinedCurve
@@ -71,7 +71,7 @@ def interpolate(
     refine: float | None = None,
     context: Table | None = None,
     layerwise: bool = False,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = None,
     **settings: Any,
 ) -> Result[LineSummary]:
     """Evaluates the loss along the line through two checkpoints, θ(α) = A + α (B − A).
@@ -88,7 +88,7 @@ def interpolate(
             this share of the curve's height, and every local minimum and maximum is located.
         context: The table of the whole line, of which this is a part, drawn next to it.
         layerwise: Whether each block of the network is moved along the line alone, too.
-        progress: Called with the number of points done so far.
+        progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
@@ -108,7 +108,7 @@ def interpolate(
         context=context,
         layerwise=layerwise,
     )
-    return plan.run(Execution(progress))
+    return plan.run_alone(progress)
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,6 @@ class Interpolation(Study):
             raise UsageError(
                 f"{option} looks closer than a sample of the examples can show",
                 "Give it without --sampling-error",
-            )
-        if derivatives and settings.batch_loss:
-            raise UsageError(
-                "--derivatives is not available with --batch-loss", "Give one without the other"
             )
         if derivatives and settings.buffers == "recalibrate":
             raise UsageError(

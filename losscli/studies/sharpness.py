@@ -37,7 +37,7 @@ from losscli.evaluation.sweep import sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.notes import general_notes, spectral_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare
@@ -144,7 +144,7 @@ def sharpness(
     samples: int = _SAMPLES,
     direction_split: str | None = None,
     keep_order: bool = False,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = None,
     **settings: Any,
 ) -> Result[SharpnessSummary]:
     """Measures how sharp the loss is at checkpoints.
@@ -162,7 +162,7 @@ def sharpness(
             of the loss itself. With another one, it is relative critical sharpness.
         keep_order: Take the checkpoints in the order of their names as they are given, and all
             files of a folder; by default they are ordered as `trajectory` does.
-        progress: Called with the number of points done so far.
+        progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
@@ -180,7 +180,7 @@ def sharpness(
         direction_split=direction_split,
         keep_order=keep_order,
     )
-    return plan.run(Execution(progress))
+    return plan.run_alone(progress)
 
 
 @dataclass(frozen=True)
@@ -624,16 +624,12 @@ def _check_options(rho: Sequence[float], samples: int, settings: Settings) -> No
         raise UsageError(
             f"--samples {samples} is not a number of perturbations", f"Give {_SAMPLES}"
         )
-    for option, given in (
-        ("--batch-loss", settings.batch_loss),
-        ("--sampling-error", settings.sampling_error is not None),
-    ):
-        if given:
-            raise UsageError(
-                f"{option} is not available for sharpness, which needs the gradient over all "
-                "examples",
-                "Evaluate fewer examples with --limit",
-            )
+    if settings.sampling_error is not None:
+        raise UsageError(
+            "--sampling-error is not available for sharpness, which needs the gradient over all "
+            "examples",
+            "Evaluate fewer examples with --limit",
+        )
 
 
 def _learning_rates(problem: Problem) -> dict[str, float]:

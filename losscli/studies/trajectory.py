@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -23,7 +23,7 @@ from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results import Result
-from losscli.settings import Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
     batchnorm_notes,
@@ -63,7 +63,7 @@ def trajectory(
     reach: float = 1.25,
     random_walk: bool = False,
     keep_order: bool = False,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = None,
     **settings: Any,
 ) -> Result[TrajectorySummary]:
     """Measures a training path against the straight line between its ends, and its losses.
@@ -81,7 +81,7 @@ def trajectory(
         keep_order: Take the checkpoints in the order of their names as they are given, and all
             files of a folder. By default names that a shell sorted are put into natural order,
             ``final*`` and ``last*`` come last, and ``best*`` is left out.
-        progress: Called with the number of points done so far.
+        progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
@@ -100,7 +100,7 @@ def trajectory(
         random_walk=random_walk,
         keep_order=keep_order,
     )
-    return plan.run(Execution(progress))
+    return plan.run_alone(progress)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         now[0] += 11
         return now[0]
 
-    monkeypatch.setattr("losscli.cli.console.time.monotonic", turned)
+    monkeypatch.setattr("losscli.progress.time.monotonic", turned)
     return now
 
 
@@ -226,7 +226,7 @@ def lines(
 ) -> list[str]:
     """What a log file gets of events: the time, what is done, and what was known before."""
     now, skipped = [0.0], [0.0]
-    monkeypatch.setattr("losscli.cli.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("losscli.progress.time.monotonic", lambda: now[0])
     stderr = io.StringIO()
     with Console(io.StringIO(), stderr).progress(total, "points", lambda: skipped[0]) as tell:
         for now[0], done, known in events:

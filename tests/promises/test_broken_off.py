@@ -38,6 +38,9 @@ COMMANDS = {
     "plane": ["plane", "a.pt", "--points", "4", *TO],
     "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "5", *TO],
     "around": ["around", "a.pt", "b.pt", "--directions", "2", "--points", "5", *TO],
+    "eigenvectors": [
+        *("plane", "a.pt", "--axes", "hessian", "--path", "b.pt", "--points", "3", *TO),
+    ],
     "along": ["around", "a.pt", "b.pt", "--along", "hessian", "--points", "5", *TO],
     "sharpness": ["sharpness", "a.pt", "b.pt", "--samples", "2", "--split", "test", *TO],
     "check": ["check", "a.pt", "b.pt", "--split", "test", "--tolerance", "10", *TO],
@@ -139,7 +142,7 @@ def test_a_signal_keeps_what_was_finished_and_says_where(
     whole = truth(LINE, folder, losscli)
     assert ended(child(LINE, log, dies(2, number))) == status
     assert log.read_text().splitlines()[-1] == (
-        f"losscli: {how}; what was finished is in out.journal: the same command goes on from there"
+        f"losscli: {how}; what was finished is in out.journal: the same command resumes from there"
     )
     assert [path.name for path in folder.glob("*out*")] == ["out.journal"]
     assert "goes on where out.journal ends\n" in said(LINE, losscli)
@@ -333,7 +336,7 @@ def test_state_dicts_of_one_file_are_not_the_same_run(folder: Path, losscli: Los
 
 def test_recalled_points_do_not_count_in_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("losscli.cli.console.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("losscli.progress.time.monotonic", lambda: clock[0])
     stderr = io.StringIO()
     skipped = [0.0]
     with Console(io.StringIO(), stderr).progress(100, "points", lambda: skipped[0]) as tell:

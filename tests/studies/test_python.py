@@ -8,6 +8,7 @@ import functools
 import gc
 import inspect
 import math
+import re
 import subprocess
 import sys
 import weakref
@@ -34,6 +35,7 @@ from losscli.errors import (
 from losscli.evaluation.losses import LOSSES
 from losscli.models import MLP
 from tests import oracle
+from tests.cli.test_console import Terminal
 
 SIZES = "6-5-3"
 INPUTS = torch.rand(23, 6, generator=torch.Generator().manual_seed(0))
@@ -45,6 +47,7 @@ NUMBER = {"inspect": 2, "check": 2}
 
 LINES = ["interpolate", "align", "export"]
 PATHS = ["trajectory", "plane", "around", "check", "sharpness", "barriers", "inspect"]
+SETTINGS = [field.name for field in dataclasses.fields(losscli.Settings)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "interpolate": {"points": 3},
     "trajectory": {"residuals": 2},
@@ -331,7 +334,9 @@ def test_objects_that_hold_no_weights_are_refused(value: Any) -> None:
 
 def test_several_state_dicts_in_an_object_are_named_by_their_keys() -> None:
     both = {"model": state(1), "averages": {"ema": state(2)}}
-    with pytest.raises(CheckpointError, match=r"A holds several state dicts.*Give one, as \['mo"):
+    with pytest.raises(
+        CheckpointError, match=r"A contains several state dicts.*Give one, as \['mo"
+    ):
         call("interpolate", [both, state(3)])
     found = call("interpolate", [both["averages"]["ema"], state(3)])
     assert numbers(found) == numbers(call("interpolate", [state(2), state(3)]))
@@ -452,7 +457,8 @@ VALUES: list[Any] = [
 
 def parameters(function: str, kind: Any) -> list[str]:
     signature = inspect.signature(getattr(losscli, function))
-    return [p.name for p in signature.parameters.values() if p.kind is kind]
+    own = [p.name for p in signature.parameters.values() if p.kind is kind]
+    return [name for name in own if name not in SETTINGS]
 
 
 @pytest.mark.parametrize("function", [*LINES, *PATHS])
@@ -469,7 +475,7 @@ def test_every_misuse_of_an_argument_is_one_line(function: str, values: list[Any
     if function not in {"inspect", "export"}:
         plain |= {"model": f"mlp:{SIZES}", "data": {"train": DATA["train"]}}
     if function == "interpolate":
-        options += [field.name for field in dataclasses.fields(losscli.Settings)]
+        options += SETTINGS
     refused = 0
     for option in parameters(function, inspect.Parameter.POSITIONAL_OR_KEYWORD) + options:
         for value in values:
@@ -499,7 +505,8 @@ def test_every_misuse_of_an_argument_is_one_line(function: str, values: list[Any
         ({"range": (0, "1")}, "range must be a number, not '1'"),
         ({"refine": "fine"}, "refine must be a number, not 'fine'"),
         ({"derivatives": "yes"}, "derivatives must be True or False, not 'yes'"),
-        ({"progress": 3}, "progress must be a function, not 3"),
+        ({"progress": 3}, "progress must be True, False or a function, not 3"),
+        ({"progress": [print]}, "progress must be True, False or a function, not a list"),
         ({"context": "line.csv"}, "context must be a Table, not 'line.csv'"),
         ({"seed": 0.5}, "seed must be a whole number, not 0.5"),
         ({"seed": torch.ones(2)}, "seed must be a whole number, not a Tensor"),
@@ -553,6 +560,36 @@ def test_settings_refuse_what_the_functions_refuse() -> None:
         losscli.Settings(sede=3)  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="limit must be a whole number, not 'all'"):
         losscli.Settings(limit="all")  # type: ignore[arg-type]
+
+
+# --- progress ------------------------------------------------------------------------------------
+
+EVALUATING = ["interpolate", *(name for name in PATHS if name != "inspect")]
+
+
+@pytest.mark.parametrize("function", EVALUATING)
+def test_progress_counts_up_to_the_end_of_every_study(
+    function: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = [state(seed) for seed in (1, 2, 3)]
+    done: list[float] = []
+    result = call(function, states, progress=done.append)
+    assert done == sorted(done)
+    assert capsys.readouterr().err == ""
+    assert numbers(call(function, states, progress=False)) == numbers(result)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("losscli.progress._INTERVAL", 0.0)
+    assert numbers(call(function, states, progress=True)) == numbers(result)
+    shown = re.findall(r"(?m)^(\d+)/(\d+) (?:points|checkpoints)", capsys.readouterr().err)
+    assert shown[-1][0] == shown[-1][1] == str(round(done[-1]))
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    call("interpolate", [state(1), state(2)], progress=True)
+    assert isinstance(sys.stderr, Terminal)
+    assert re.search(r"\d/5 points ━", "".join(sys.stderr.frames))
 
 
 # --- lazy layers ---------------------------------------------------------------------------------
@@ -634,7 +671,11 @@ def test_help_shows_the_arguments_of_each_function() -> None:
         function = getattr(losscli, name)
         assert function.__name__ == name
         assert "Args:" in (function.__doc__ or "")
-        assert "arguments" not in inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters
+        assert "arguments" not in parameters
+        taken = [] if name in {"inspect", "export"} else SETTINGS
+        assert [option for option in parameters if option in SETTINGS] == taken
+        assert "settings" not in parameters
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

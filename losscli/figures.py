@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from losscli.drawing import FULL, Drawing
 from losscli.errors import UsageError
-from losscli.registry import Panels
+from losscli.registry import Panels, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,8 +73,7 @@ def render_files(
     """
     if not paths:
         return {}
-    from losscli.plotting.style import render
-
+    render = load("losscli.plotting.style:render")
     return {
         path: html().encode()
         if path.suffix.lower() == ".html"
