@@ -201,7 +201,7 @@ COMMANDS: Mapping[str, Command] = {
             summary="losscli.summaries:LineSummary",
             table=TableFormat(
                 ("alpha", *_LOSS),
-                optional=("slope", "curvature", "examples"),
+                optional=("slope", "curvature", "examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
                 position="alpha",
@@ -209,14 +209,14 @@ COMMANDS: Mapping[str, Command] = {
             further_tables={
                 "context": TableFormat(
                     ("alpha", "split", "loss"),
-                    optional=("loss_stderr", "slope", "curvature", "examples"),
+                    optional=("loss_stderr", "slope", "curvature", "examples", "loss_seed_stderr"),
                     metrics=True,
                     errors=("loss_stderr",),
                     position="alpha",
                 ),
                 "blocks": TableFormat(
                     ("block", "alpha", *_LOSS),
-                    optional=("examples",),
+                    optional=("examples", "loss_seed_stderr"),
                     metrics=True,
                     errors=("loss_stderr",),
                     position="alpha",
@@ -244,7 +244,7 @@ COMMANDS: Mapping[str, Command] = {
                     *("step", "checkpoint", "projection", "residual", "distance"),
                     *("turn_degrees", *_LOSS),
                 ),
-                optional=("examples",),
+                optional=("examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
             ),
@@ -272,7 +272,7 @@ COMMANDS: Mapping[str, Command] = {
             summary="losscli.summaries:PlaneSummary",
             table=TableFormat(
                 ("x", "y", *_LOSS),
-                optional=("examples",),
+                optional=("examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
                 grid=("x", "y"),
@@ -295,7 +295,7 @@ COMMANDS: Mapping[str, Command] = {
             summary="losscli.summaries:AroundSummary",
             table=TableFormat(
                 ("checkpoint", "direction", "coefficient", "distance", *_LOSS),
-                optional=("examples",),
+                optional=("examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
                 position="coefficient",
@@ -315,8 +315,14 @@ COMMANDS: Mapping[str, Command] = {
                     *("lambda_min", "lambda_min_error", "lambda_max", "lambda_max_error"),
                     *("minimal_ratio", "verdict"),
                 ),
-                optional=("positive", "negative", "undecided", "trace", "trace_stderr"),
-                errors=("lambda_min_error", "lambda_max_error", "trace_stderr"),
+                optional=(
+                    *("positive", "negative", "undecided", "trace", "trace_stderr"),
+                    *("preconditioned_lambda_max", "preconditioned_lambda_max_error"),
+                ),
+                errors=(
+                    *("lambda_min_error", "lambda_max_error", "trace_stderr"),
+                    "preconditioned_lambda_max_error",
+                ),
             ),
             further_tables={
                 "escape": TableFormat(("distance", "loss", "loss_stderr"), errors=("loss_stderr",)),
@@ -381,7 +387,7 @@ COMMANDS: Mapping[str, Command] = {
             further_tables={
                 "curves": TableFormat(
                     ("a", "b", "alpha", *_LOSS),
-                    optional=("examples",),
+                    optional=("examples", "loss_seed_stderr"),
                     metrics=True,
                     identified_by=("a", "loss"),
                     drawn=False,

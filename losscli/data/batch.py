@@ -23,7 +23,16 @@ from losscli.data.nests import (
 from losscli.data.split import Batches, Split
 from losscli.errors import DataError, one_line
 
-__all__ = ["Pixels", "RaggedError", "is_language", "join", "parse_batch", "to_tensor"]
+__all__ = [
+    "Pixels",
+    "RaggedError",
+    "is_language",
+    "join",
+    "model_inputs",
+    "parse_batch",
+    "to_tensor",
+    "with_targets",
+]
 
 _TARGETS = ("targets", "target", "labels", "label", "y")
 
@@ -50,6 +59,8 @@ def parse_batch(
     where: str,
     rows: list[Any] | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
+    *,
+    whole: bool = False,
 ) -> Split:
     """Finds inputs and targets in a batch; anything that cannot be interpreted is an error.
 
@@ -59,6 +70,8 @@ def parse_batch(
         where: Name of the data in error messages.
         rows: The examples that were collated to the batch, if they are known.
         collate: The function that collated them.
+        whole: Whether the inputs are the whole batch, of any structure. The targets are then those
+            that it has, or zeros.
 
     Returns:
         The examples.
@@ -66,31 +79,82 @@ def parse_batch(
     Raises:
         DataError: The batch has another structure, or not exactly one target per example.
     """
-    sides = _sides(batch, where)
+    sides = _whole_sides(batch, where) if whole else _sides(batch, where)
     parsers = [_Parser(where, size, rows, collate) for size in _sizes(sides, rows)]
     for parser in parsers:
         try:
-            inputs, targets = (parser.nest(*side) for side in sides)
-            if any(isinstance(nest, Ragged) for nest in (inputs, targets)):
+            nests = [parser.nest(*side) for side in sides]
+            if any(isinstance(nest, Ragged) for nest in nests):
                 # Then a list of equally long tensors on the other side has an element per example.
                 rows_first = replace(parser, rows_first=True)
-                inputs, targets = (rows_first.nest(*side) for side in sides)
+                nests = [rows_first.nest(*side) for side in sides]
         except _UnequalError:
             continue
         if parser.size == 0:
             raise DataError(f"{where} is empty", "Give it at least one example")
-        if not leaves([inputs, targets]):
+        if not leaves(nests):
             raise DataError(f"{where}: the batch has no tensors", "Give tensors or NumPy arrays")
+        inputs, *targets = nests
         # Inputs by position; default_collate makes a list of a tuple.
-        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-        # Inputs by position; default_collate makes a list of a tuple.
-        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-        return Split(inputs, _with_operators(targets, where))
+        inputs = tuple(inputs) if isinstance(inputs, list) and not whole else inputs
+        return Split(inputs, _with_operators(targets[0] if targets else _none(parser.size), where))
     inputs = sides[0][0]
     if collate is None or rows is None or is_container(inputs) or _is_array(inputs):
         return _refuse(sides, where)
     # Graphs may have a target per node.
-    return Split(*(Ragged(rows, Build(collate, path)) for _, path, _ in sides))
+    inputs, *targets = (Ragged(rows, Build(collate, path)) for _, path, _ in sides)
+    return Split(inputs, targets[0] if targets else _none(len(rows)))
+
+
+def _none(size: int) -> Tensor:
+    """Returns the targets of examples without targets."""
+    return torch.zeros(size)
+
+
+def _whole_sides(batch: object, where: str) -> list[_Side]:
+    """Returns the whole batch and, where it has them, its targets."""
+    whole: _Side = (batch, (), "the batch")
+    try:
+        return [whole, _sides(batch, where)[1]]
+    except DataError:
+        return [whole]
+
+
+def model_inputs(batch: object) -> Any:
+    """Returns the inputs of the model in a whole batch.
+
+    Args:
+        batch: The batch, in any form that `parse_batch` takes without ``whole``.
+
+    Returns:
+        The inputs, as `ScoredModel` takes them: a tensor, a mapping, or a tuple.
+
+    Raises:
+        DataError: The batch has another structure.
+    """
+    inputs = _sides(batch, "the data")[0][0]
+    if isinstance(inputs, list):
+        return tuple(inputs)
+    return inputs if isinstance(inputs, Tensor | Mapping | tuple) else (inputs,)
+
+
+def with_targets(batch: object) -> Any:
+    """Returns a whole batch as inputs of a model that also takes its targets.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        A mapping as it is; ``(x, y)`` for ``(x, y)``, ``(x1, x2, y)`` for ``((x1, x2), y)`` and
+        ``{**x, "labels": y}`` for ``(x, y)`` with a mapping x.
+    """
+    if not isinstance(batch, list | tuple):
+        return batch if isinstance(batch, Tensor | Mapping) else (batch,)
+    if len(batch) == 2 and isinstance(batch[0], Mapping):
+        return {**batch[0], "labels": batch[1]}
+    if len(batch) == 2 and isinstance(batch[0], list | tuple):
+        return (*batch[0], batch[1])
+    return tuple(batch)
 
 
 def _sides(batch: object, where: str) -> list[_Side]:
@@ -242,7 +306,13 @@ def _sizes(sides: Sequence[_Side], rows: list[Any] | None) -> list[int]:
 
 
 def _refuse(sides: Sequence[_Side], where: str) -> NoReturn:
-    """Raises the error for inputs and targets of different lengths."""
+    """Raises the error for inputs and targets, or parts of a batch, of different lengths."""
+    if len(sides) == 1:
+        sizes = " and ".join(map(str, _sizes(sides, None)[:3]))
+        raise DataError(
+            f"{where}: the parts of a batch have {sizes} entries",
+            "Give every tensor one entry per example",
+        )
 
     def lengths(value: Any, others: set[int]) -> list[int]:
         if _is_array(value):

@@ -26,9 +26,18 @@ def check_outputs(objective: Objective) -> None:
     Raises:
         UsageError: It returns something else.
     """
+    if objective.function is not None:
+        raise UsageError(
+            "--operator ggn needs a loss of outputs, and --objective is a function of the model",
+            "Take --operator hessian",
+        )
+    if objective.seeds:
+        raise UsageError(
+            "--operator ggn is not available with --stochastic", "Take --operator hessian"
+        )
     batch = next(iter(objective.first_batches().values()))
     with torch.no_grad():
-        inputs = objective.data.prepare(batch.inputs, objective.dtype)
+        inputs = objective.prepare(batch)
         outputs = scores_in(objective.forward(objective.model, inputs))
     if not isinstance(outputs, Tensor):
         raise UsageError(

@@ -33,7 +33,7 @@ from losscli.models import CNN, MLP
 from losscli.settings import Settings
 from losscli.studies.problem import prepare
 from tests import foreign, oracle
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, sample
 from tests.conftest import ROOT
 
 
@@ -46,7 +46,7 @@ def save(case: Case, folder: Path) -> tuple[str, str]:
     return names[0], names[1]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 2), ids=str)
 def test_the_table_holds_the_losses_of_a_plain_float64_loop(case: Case, tmp_path: Path) -> None:
     a, b = save(case, tmp_path)
     result = losscli.interpolate(
