@@ -158,7 +158,10 @@ REFUSED: dict[str, tuple[Callable[[Result[Any]], object], str]] = {
     "no run": (lambda _: library.plot([]), r"plot\(\) needs a CSV or a result, not a list"),
     "a number": (lambda _: library.plot(3), r"plot\(\) needs a CSV or a result, not 3"),
     "one of two": (lambda line: library.plot([line, 3]), "3 is neither a CSV nor a result"),
-    "labels": (lambda line: library.plot(line, label=["a", "b"]), "2 labels for 1 CSV files"),
+    "labels": (
+        lambda line: library.plot(line, label=["a", "b", "c"]),
+        "3 labels for 2 checkpoints",
+    ),
     "kinds": (
         lambda line: library.plot([line, library.inspect("a.pt")]),
         "tables of inspect and interpolate have no axes in common",
