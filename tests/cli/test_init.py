@@ -92,8 +92,9 @@ def test_own_model_and_data_are_tried_and_written(project: Path, losscli: Losscl
     assert lines[3] == f"loss mine.py:loss ({project}/losscli.toml)"
     assert lines[-1] == "next losscli interpolate init:0 runs/step-1.pt --trust"
     assert done.stderr == (
-        "note: losscli.toml names code: commands need --trust, unless your configuration lists "
-        f"this folder as trusted (see the README)\nnote: wrote {project}/losscli.toml\n"
+        "note: losscli.toml must be trusted, since it names code or data on the hub: commands need "
+        "--trust, unless your configuration lists this folder (see the README)\n"
+        f"note: wrote {project}/losscli.toml\n"
     )
     told = follow(done, losscli)
     assert told["model"] == "mine.py:net"

@@ -451,8 +451,8 @@ def test_a_model_that_returns_no_tensor_says_so(folder: Path) -> None:
         ({"loss": "mse"}, LossError, "one shape"),
         ({"metric": ("f1",)}, SpecError, "unknown metric"),
         ({"metric": ("accuracy", "accuracy")}, UsageError, "two columns"),
-        ({"device": "cuda:99"}, DeviceError, "not to be had"),
-        ({"device": "abacus"}, DeviceError, "not to be had"),
+        ({"device": "cuda:99"}, DeviceError, "is not available"),
+        ({"device": "abacus"}, DeviceError, "is not available"),
         ({"device": "meta"}, DeviceError, "not supported"),
         ({"dtype": "int8"}, UsageError, "float32"),
         ({"buffers": "c"}, UsageError, "interpolate"),
@@ -596,8 +596,8 @@ def test_export_refuses_what_is_no_line(folder: Path) -> None:
 def test_the_public_names_are_these() -> None:
     assert sorted(losscli.__all__) == [
         "LosscliError", "Recorder", "Result", "Settings", "Table", "__version__", "align",
-        "around", "barriers", "check", "export", "inspect", "interpolate", "plane", "sharpness",
-        "trajectory",
+        "around", "barriers", "check", "export", "inspect", "interpolate", "load", "plane", "plot",
+        "sharpness", "trajectory",
     ]  # fmt: skip
     assert all(hasattr(losscli, name) for name in losscli.__all__)
     with pytest.raises(AttributeError, match="absent"):
