@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from losscli.drawing import FULL, Drawing
 from losscli.errors import OutputError, TableError, UsageError, printable
-from losscli.figures import check_panel_count, render_files
+from losscli.figures import check_panel_count, has_panels, render_files
 from losscli.files import create, read_regular
 from losscli.registry import (
     COLUMN_TYPES,
@@ -44,6 +44,7 @@ __all__ = [
     "Result",
     "Run",
     "check_labels",
+    "check_plotly",
     "check_writable",
     "default_stem",
     "draw",
@@ -288,7 +289,7 @@ class Result(Generic[S_co]):
         output = Output.plan(
             stem_of(str(stem)), [Path(path) for path in figure], draw=not no_figure, force=force
         )
-        if output.figures:
+        if any(map(has_panels, output.figures)):
             splits = self.table.unique("split") if "split" in self.table.columns else []
             check_panel_count(
                 self.command.panels_with(self.more),
@@ -374,11 +375,18 @@ def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
         UsageError: The runs are of several commands or have no figure together, or Plotly is not
             installed.
     """
-    _check_plotly()
-    return _shared_command(runs).html(runs, drawing)
+    check_plotly()
+    views = _shared_command(runs).page_views(runs)
+    page: str = load("losscli.plotting.html:render_page")(views, drawing)
+    return page
 
 
-def _check_plotly() -> None:
+def check_plotly() -> None:
+    """Checks that interactive pages can be rendered.
+
+    Raises:
+        UsageError: Plotly is not installed.
+    """
     if find_spec("plotly") is None:
         raise UsageError(
             "a figure in .html needs plotly, which is not installed", "pip install 'losscli[html]'"
@@ -391,7 +399,7 @@ def _shared_command(runs: Sequence[Run[Any]]) -> Command:
     if len(commands) > 1:
         raise UsageError(
             f"tables of {' and '.join(sorted(commands))} have no axes in common",
-            "Lay tables of one command over each other",
+            "Lay tables of one command over each other, or write a report: --figure report.html",
         )
     (command,) = commands.values()
     return command
@@ -571,7 +579,7 @@ class Output:
                     f"Choose one of {', '.join(FIGURE_SUFFIXES)}",
                 )
         if any(path.suffix.lower() == ".html" for path in figures):
-            _check_plotly()
+            check_plotly()
         for parent in {path.parent for path in (stem, *figures)}:
             # Missing folders are created later, inside the nearest existing one.
             folder = next(p for p in (parent, *parent.parents) if p.exists())

@@ -17,10 +17,10 @@ from losscli.cli.imports import import_plotting
 from losscli.cli.options import with_console, with_drawing
 from losscli.drawing import Drawing
 from losscli.errors import UsageError
-from losscli.figures import render_files
+from losscli.figures import has_panels, render_files
 from losscli.registry import COMMANDS, command_of
 from losscli.results import Output, Run, draw, label_runs, picture_of, render_html, stem_of
-from losscli.runs import check_curves, check_main, check_panels, read_run, stored_drawing
+from losscli.runs import check_curves, check_main, check_panels, read_run, report, stored_drawing
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -90,11 +90,11 @@ def plot(
     single = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((single or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
-    check_panels(csvs, runs)
+    if any(map(has_panels, output.figures)):
+        check_panels(csvs, runs)
     import_plotting()
-    pictures = render_files(
-        partial(draw, runs, options), partial(render_html, runs, options), output.figures, options
-    )
+    page = partial(report, csvs, runs, options) if runs[1:] else partial(render_html, runs, options)
+    pictures = render_files(partial(draw, runs, options), page, output.figures, options)
     files = output.write_pictures(pictures)
     console.written = True
     console.result("".join(f"{path}\n" for path in files))

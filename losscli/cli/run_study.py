@@ -13,7 +13,7 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.figures import check_panel_count
+from losscli.figures import check_panel_count, has_panels
 from losscli.registry import COMMANDS, load
 from losscli.results import Result, check_labels, to_json
 from losscli.summaries import Description
@@ -55,7 +55,7 @@ def run_study(
         study = plan()
     _note_on_speed(study, console)
     check_labels(write.drawing.label, len(study.problem.names))
-    if output is not None and output.figures:
+    if output is not None and any(map(has_panels, output.figures)):
         objective = study.problem.objective
         check_panel_count(
             command.panels_with(["blocks"] if study.options.get("layerwise") else []),

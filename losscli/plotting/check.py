@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from losscli.drawing import FULL, Drawing
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
-from losscli.plotting.html import render_page, table_view
+from losscli.plotting.html import View, table_view
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.spectra import Row, matrix_name, spectra_rows
 from losscli.plotting.style import (
@@ -61,7 +61,7 @@ from losscli.results import Run
 from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
 
-__all__ = ["draw_check", "render_check"]
+__all__ = ["check_views", "draw_check"]
 
 Floats = NDArray[np.float64]
 Group = list[tuple[Artist, str]]
@@ -935,15 +935,14 @@ def _draw_escape(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def render_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> str:
+def check_views(run: Run[CheckSummary]) -> list[View]:
     """Renders the numbers of each checkpoint, its eigenvalues and the escape as a page.
 
     Args:
         run: The run.
-        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     loss = f"loss{loss_name([run])}"
     quantities = {
@@ -990,4 +989,4 @@ def render_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> str:
         escape = [("", run.more["escape"])]
         label = "distance along the most negative curvature"
         views.append(table_view("escape", escape, "distance", {"loss": loss}, x_label=label))
-    return render_page(views, drawing)
+    return views

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from losscli.drawing import FULL, Drawing
-from losscli.plotting.html import Item, contours_and_surface, path_items, render_page
+from losscli.plotting.html import Item, View, contours_and_surface, path_items
 from losscli.plotting.style import (
     IN_ORDER,
     INCH,
@@ -73,7 +73,7 @@ from losscli.results import Run
 from losscli.summaries import PlaneAxis, PlaneSummary
 from losscli.table import Table
 
-__all__ = ["draw_plane", "render_plane"]
+__all__ = ["draw_plane", "plane_views"]
 
 Floats = NDArray[np.float64]
 
@@ -515,21 +515,20 @@ def _loss(value: float) -> str:
     return format_number(float(value)) if math.isfinite(value) else "not finite"
 
 
-def render_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> str:
-    """Renders the loss on a plane as an interactive page, with each checkpoint at its own loss.
+def plane_views(run: Run[PlaneSummary]) -> list[View]:
+    """Returns the views of an interactive page: the loss on a plane, with its checkpoints.
 
     Args:
         run: The run.
-        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
-    groups = _Checkpoints.read_all(run, replace(drawing, size="full"))
+    groups = _Checkpoints.read_all(run, FULL)
     kind = run.summary.get("plane", "")
     columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
     grids = {column: _read(run.table, column) for column in columns}
-    labels, short = _labels(run, kind, replace(drawing, size="full"))
+    labels, short = _labels(run, kind, FULL)
     items: dict[str, list[Item]] = {"surface": [], "contours": []}
     names: list[str] = []
     for group in groups:
@@ -546,7 +545,7 @@ def render_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> str:
         names += group.names
         for view, shown in items.items():
             shown.extend(found[view])
-    views = contours_and_surface(
+    return contours_and_surface(
         grids,
         items,
         {"loss": f"loss{loss_name([run])}", **{metric: metric for metric in run.table.metrics}},
@@ -556,4 +555,3 @@ def render_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> str:
         slider=names if len(names) > 1 else (),
         notes=["Each dot has the colour of its checkpoint's own loss."] if names else [],
     )
-    return render_page(views, drawing)
