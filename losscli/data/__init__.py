@@ -1,6 +1,6 @@
 """Data sets: files or code in; named splits of examples out, decoded once where they fit."""
 
-from losscli.data.batch import model_inputs, with_targets
+from losscli.data.batch import TARGETS, model_inputs, separated
 from losscli.data.memory import device_budget, host_budget, host_memory
 from losscli.data.nests import Nest, leaves, length, map_nest, realise
 from losscli.data.objects import Batching, from_object
@@ -10,6 +10,7 @@ from losscli.data.split import DataSet, Examples, Split, Task
 
 __all__ = [
     "DATASETS",
+    "TARGETS",
     "Batching",
     "DataSet",
     "Examples",
@@ -29,5 +30,5 @@ __all__ = [
     "model_inputs",
     "realise",
     "seed_all",
-    "with_targets",
+    "separated",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from losscli.data import (
+    TARGETS,
     Nest,
     RandomnessDetector,
     leaves,
@@ -23,7 +24,7 @@ from losscli.data import (
     model_inputs,
     realise,
     seed_all,
-    with_targets,
+    separated,
 )
 from losscli.errors import LosscliError, LossError, ModelError, one_line
 from losscli.evaluation.device import widened
@@ -167,7 +168,7 @@ class ScoredModel(LoadableModel):
             # Hugging Face models return their scores in an object.
             return getattr(outputs, "logits", outputs)
         if self.function == MODEL:
-            outputs = self._call(model, with_targets(inputs))
+            outputs = self._call(model, *separated(inputs))
             return ObjectiveOutputs(own_loss(outputs), scores_of(outputs) if self.metrics else ())
         losses = self._apply(self.function, model, inputs)
         outputs = self._call(model, model_inputs(inputs)) if self.metrics else ()
@@ -189,13 +190,19 @@ class ScoredModel(LoadableModel):
                 or f"It receives the model and the batch of the data ({kinds})",
             ) from error
 
-    def _call(self, model: Callable[..., Any], inputs: Nest) -> Any:
-        """Runs the model on inputs."""
+    def _call(self, model: Callable[..., Any], inputs: Nest, targets: Nest | None = None) -> Any:
+        """Runs the model on inputs, and on targets if it takes them."""
         args, kwargs = self.arguments(inputs)
+        if targets is not None:
+            name = _target_name(self.model) or ("labels" if kwargs else None)
+            args, kwargs = (
+                ((*args, targets), kwargs) if name is None else (args, {**kwargs, name: targets})
+            )
         try:
             with self.computing(), self._gradients():
                 if (
                     isinstance(inputs, dict)
+                    and targets is None
                     and self._conventions[tuple(inputs)] is _Convention.EITHER
                 ):
                     return self._try_conventions(model, inputs)
@@ -440,6 +447,15 @@ def _convention_of(model: nn.Module, names: tuple[str, ...]) -> _Convention:
         return _Convention.VALUE
     # A model that takes any keyword may still expect a single input by position.
     return _Convention.KEYWORDS if by_name and names[0] in explicit else _Convention.EITHER
+
+
+def _target_name(model: nn.Module) -> str | None:
+    """Returns the parameter of ``forward`` that takes targets; None if none has a usual name."""
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return None
+    return next((name for name in TARGETS if name in parameters), None)
 
 
 _VARIABLE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
