@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from losscli.weight_space.vectors import Weights, can_move, pieces
+from losscli.weight_space.vectors import Weights, can_move, flatten_real, pieces
 
 __all__ = ["average"]
 
-# Values that are summed before the next ones are read: 256 MiB in float64. A larger tensor is
-# summed alone.
-_GROUP = 1 << 25
+# Numbers that are summed before the next ones are read: 128 MiB in float64.
+_GROUP = 1 << 24
+
+_Range = tuple[str, int, int]
+"""A part of a flat tensor: its name, where it starts, and where it stops."""
 
 
 def average(
@@ -21,8 +23,8 @@ def average(
 ) -> dict[str, Tensor]:
     """Computes the average of points, Σ c_k θ_k.
 
-    Sums are in float64 and rounded once. Every point is opened again for each group of tensors, so
-    that the result, one group and the mapped pages of one point are in memory.
+    Sums are in float64 and converted once. Every point is opened again for each group of numbers,
+    so that the result, one group and the mapped pages of one point are in memory.
 
     Args:
         points: Functions that open the points, which have the same names and shapes.
@@ -34,70 +36,76 @@ def average(
         numbers are copies of those of the first point. A tensor that is the same at all points is
         copied, and one tensor under two names at all points remains one.
     """
-    dtypes: dict[str, torch.dtype] = {}
-    sizes: dict[str, int] = {}
     keys: dict[str, list[object]] = {}
+    found: dict[str, Tensor] = {}
     for read in points:
         for name, tensor in read().items():
-            dtypes[name] = torch.promote_types(dtypes.get(name, tensor.dtype), tensor.dtype)
-            sizes[name] = tensor.numel()
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
             keys.setdefault(name, []).append(place if tensor.numel() else name)
+            if name not in found:
+                found[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                if not can_move(tensor):
+                    found[name].copy_(tensor)
+            elif can_move(tensor):
+                wider = torch.promote_types(found[name].dtype, tensor.dtype)
+                found[name] = found[name].to(wider)
     first_of: dict[object, str] = {}
     original = {name: first_of.setdefault(tuple(key), name) for name, key in keys.items()}
-    found: dict[str, Tensor] = {}
-    for group in _groups({name: sizes[name] for name in first_of.values()}):
-        found |= _average_group(group, points, coefficients, dtypes)
-    return {name: found[first] for name, first in original.items()}
+    found = {name: found[first] for name, first in original.items()}
+    moved = {n: flatten_real(found[n]) for n in first_of.values() if can_move(found[n])}
+    for group in _groups({name: len(flat) for name, flat in moved.items()}):
+        _average_group(group, points, coefficients, moved)
+    return found
 
 
-def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Divides tensors into groups."""
-    group: list[str] = []
-    total = 0
+def _groups(sizes: Mapping[str, int]) -> Iterator[list[_Range]]:
+    """Divides tensors into groups of at most so many numbers."""
+    group: list[_Range] = []
+    free = _GROUP
     for name, size in sizes.items():
-        if group and total + size > _GROUP:
-            yield group
-            group, total = [], 0
-        group.append(name)
-        total += size
+        start = 0
+        while start < size:
+            stop = min(size, start + free)
+            group.append((name, start, stop))
+            free -= stop - start
+            start = stop
+            if not free:
+                yield group
+                group, free = [], _GROUP
     yield group
 
 
 def _average_group(
-    names: Iterable[str],
+    group: Iterable[_Range],
     points: Sequence[Callable[[], Weights]],
     coefficients: Sequence[float] | None,
-    dtypes: Mapping[str, torch.dtype],
-) -> dict[str, Tensor]:
-    """Averages some tensors."""
-    sums: dict[str, Tensor] = {}
-    whole: dict[str, Tensor] = {}
-    # k x / k is x if the sum has more digits than x, which it has not in float64.
-    first: dict[str, Tensor] = {}
+    found: Mapping[str, Tensor],
+) -> None:
+    """Averages some numbers into ``found``, the flat tensors of the average."""
+    sums: dict[_Range, Tensor] = {}
+    # The sum of k equal numbers of float32 is exact in float64, but that of float64 is not.
+    first: dict[_Range, Tensor] = {}
     for k, read in enumerate(points):
-        weights, share = read(), 1.0 if coefficients is None else coefficients[k]
-        for name in names:
-            tensor = weights[name]
-            if not can_move(tensor):
-                whole.setdefault(name, tensor.clone())
-            elif share and name not in sums:
-                sums[name] = _scaled(tensor, share)
-                if dtypes[name] in {torch.float64, torch.complex128}:
-                    first[name] = tensor.to(dtypes[name], copy=True)
-            elif share:
-                for total, value in pieces(sums[name], tensor):
-                    total.add_(value, alpha=share)
-                if name in first and not torch.equal(first[name], tensor.to(dtypes[name])):
-                    del first[name]
-    for total in sums.values():
+        share = 1.0 if coefficients is None else coefficients[k]
+        if not share:
+            continue
+        weights = read()
+        for part in group:
+            name, start, stop = part
+            values = flatten_real(weights[name])[start:stop]
+            if part not in sums:
+                sums[part] = values.to(torch.float64, copy=True)
+                if found[name].dtype == torch.float64:
+                    first[part] = sums[part].clone()
+                if share != 1:
+                    sums[part].mul_(share)
+                continue
+            if part in first and not torch.equal(first[part], values.to(torch.float64)):
+                del first[part]
+            for total, value in pieces(sums[part], values):
+                total.add_(value, alpha=share)
+    for part, total in sums.items():
+        name, start, stop = part
         if coefficients is None:
             total.div_(len(points))
-    return whole | {name: first.get(name, sums[name]).to(dtypes[name]) for name in sums}
-
-
-def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    """Returns a contiguous multiple of a tensor in float64 or complex128."""
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    copy = tensor.to(wide, copy=True, memory_format=torch.contiguous_format)
-    return copy if factor == 1 else copy.mul_(factor)
+        found[name][start:stop].copy_(first.get(part, total))

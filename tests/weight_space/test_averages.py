@@ -40,7 +40,7 @@ def by_hand(states: list[Point], name: str, shares: tuple[float, ...] | None) ->
     return [sum(w * x for w, x in zip(given, column, strict=True)) for column in columns]
 
 
-@pytest.mark.parametrize("group", [1, 1 << 25])
+@pytest.mark.parametrize("group", [3, 1 << 24])
 @pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
@@ -82,9 +82,19 @@ def test_a_point_without_weight_is_not_used() -> None:
     assert torch.equal(averages.average(opened(states), (0, 1))["w"], states[1]["w"])
 
 
-def test_the_type_is_the_widest() -> None:
-    states = [{"w": torch.ones(2, dtype=t)} for t in (torch.bfloat16, torch.float16)]
-    assert averages.average(opened(states))["w"].dtype == torch.float32
+@pytest.mark.parametrize(
+    ("types", "wider"),
+    [
+        ((torch.bfloat16, torch.float16), torch.float32),
+        ((torch.float16, torch.float32, torch.bfloat16), torch.float32),
+        ((torch.float32, torch.float64), torch.float64),
+    ],
+)
+def test_the_type_is_the_widest(types: tuple[torch.dtype, ...], wider: torch.dtype) -> None:
+    states = [{"w": torch.full((2,), 1.0 + k, dtype=t)} for k, t in enumerate(types)]
+    found = averages.average(opened(states))["w"]
+    assert found.dtype == wider
+    assert found.tolist() == [1 + (len(types) - 1) / 2] * 2
 
 
 def test_one_tensor_under_two_names_remains_one() -> None:
