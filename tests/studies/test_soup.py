@@ -15,6 +15,7 @@ import losscli as library
 from losscli.errors import ChangedError, UsageError
 from losscli.models import MLP
 from losscli.studies.export import parse_weights
+from tests.checkpoint.test_adapters import adapt, mlp
 from tests.conftest import Losscli
 from tests.studies.test_inspection import batchnorm, bits, is_refused, state
 
@@ -60,6 +61,22 @@ def test_a_soup_of_two_is_the_middle_of_the_line(dtype: torch.dtype, tmp_path: P
     found, middle = library.soup(files).weights, library.export(*files, 0.5).weights
     assert all(bits(found[name]) == bits(middle[name]) for name in middle)
     assert found["w"].dtype == dtype
+
+
+def test_a_soup_of_adapters_is_that_of_the_whole_models(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    save_file(mlp().state_dict(), tmp_path / "base" / "model.safetensors")
+    names = [tmp_path / "base"]
+    wholes = [mlp().state_dict()]
+    for k in (1, 2):
+        (tmp_path / str(k)).mkdir()
+        wholes.append(adapt(mlp(), tmp_path / str(k), seed=k, r=2, target_modules=["layers.0"]))
+        names.append(tmp_path / str(k))
+    found = library.soup(names).weights
+    assert found.keys() == wholes[0].keys()
+    for name, tensor in found.items():
+        mean = sum(whole[name].double() for whole in wholes) / 3
+        torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-7)
 
 
 def normalised(seed: int) -> nn.Module:
