@@ -156,7 +156,7 @@ def export(
     if weights is not None:
         if not (b is None and alpha is None and summary is None):
             raise UsageError(
-                "same weights as an average, which has no b, alpha or summary",
+                "weights are those of an average, which has no b, alpha or summary",
                 "Give a list of checkpoints and weights",
             )
         names = name_checkpoints(a)
