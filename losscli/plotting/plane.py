@@ -79,6 +79,10 @@ Floats = NDArray[np.float64]
 
 _FEW = 4  # up to this many checkpoints have a letter and a note each
 _DISTANCES = 1.7  # inches: the height of the panel of distances from the plane
+_COMPACT_LABELS = {
+    "pca": ("component 1", "component 2"),
+    "hessian": ("λₘₐₓ direction", "λₘᵢₙ direction"),
+}
 _LONGEST = 2.2  # up to this ratio of its sides a plane has equal scales on both axes
 
 
@@ -193,7 +197,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
             row, column = divmod(at, cells.ncols)
             panel = figure.add_subplot(cells[row, column])
             drawn = draw_contours(panel, grid, scale)
-            _frame(panel, view, equal=equal)
+            _frame(panel, view, drawing, equal=equal)
             for group in groups:
                 _draw_marks(panel, group, grid.split, scale, drawing)
             name = name_split([run], grid.split, drawing)
@@ -206,7 +210,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
             if surface:
                 cell = cells[divmod(at + 1, cells.ncols)]
                 axes_3d = add_surface_axes(figure, cell, (*short, "loss"), -60)
-                _frame(axes_3d, view, equal=False)
+                _frame(axes_3d, view, drawing, equal=False)
                 draw_surface(axes_3d, scale, drawn, drawing)
                 for group in groups:
                     hidden |= _draw_marks(axes_3d, group, grid.split, scale, drawing, surface=drawn)
@@ -328,11 +332,13 @@ def _shape(view: Sequence[tuple[float, float]], kind: str) -> tuple[float, bool]
     return ratio, kind == "points" or 1 / _LONGEST <= ratio <= _LONGEST
 
 
-def _frame(axes: Axes, view: Sequence[tuple[float, float]], *, equal: bool) -> None:
+def _frame(
+    axes: Axes, view: Sequence[tuple[float, float]], drawing: Drawing, *, equal: bool
+) -> None:
     axes.set_xlim(*view[0])
     axes.set_ylim(*view[1])
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        axis.set_major_locator(MaxNLocator(4 if drawing.compact else 6, steps=STEPS))
         axis.set_major_formatter(Numbers())
     if equal:
         axes.set_aspect("equal")
@@ -342,9 +348,8 @@ def _labels(
     run: Run[PlaneSummary], kind: str, drawing: Drawing
 ) -> tuple[tuple[str, str], tuple[str, str]]:
     """Returns the long and the short labels of both axes, which are equal in a compact figure."""
-    if drawing.compact and kind == "pca":
-        short = ("component 1", "component 2")
-        return short, short
+    if drawing.compact and kind in _COMPACT_LABELS:
+        return _COMPACT_LABELS[kind], _COMPACT_LABELS[kind]
     labels, short = _full_labels(run, kind)
     return (short if drawing.compact else labels), short
 
