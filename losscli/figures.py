@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from losscli.drawing import FULL, Drawing
 from losscli.errors import UsageError
 from losscli.registry import Panels, load
 
@@ -54,7 +55,10 @@ def check_curve_count(curves: int, cure: str) -> None:
 
 
 def render_files(
-    figure: Callable[[], Figure], html: Callable[[], str], paths: Sequence[Path]
+    figure: Callable[[], Figure],
+    html: Callable[[], str],
+    paths: Sequence[Path],
+    drawing: Drawing = FULL,
 ) -> dict[Path, bytes]:
     """Renders a figure in the format of each file.
 
@@ -62,6 +66,7 @@ def render_files(
         figure: Draws the figure; called for each file, since rendering modifies it.
         html: Renders the figure as an interactive page.
         paths: The files.
+        drawing: How the figure is drawn.
 
     Returns:
         The content of each file.
@@ -70,6 +75,8 @@ def render_files(
         return {}
     render = load("losscli.plotting.style:render")
     return {
-        path: html().encode() if path.suffix.lower() == ".html" else render(figure(), path.suffix)
+        path: html().encode()
+        if path.suffix.lower() == ".html"
+        else render(figure(), path.suffix, drawing)
         for path in paths
     }

@@ -17,6 +17,8 @@ from losscli.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from losscli.drawing import Drawing
+
 __all__ = [
     "COLUMN_TYPES",
     "COMMANDS",
@@ -98,8 +100,6 @@ class Command:
         panels: What the figure has a panel for.
         distributed: Whether several processes share its work.
         not_overlaid: Why several runs have no figure together, and what to do; None if they have.
-        labelled: The columns with names that ``plot --label`` replaces in the figure of one run;
-            empty if a label names a run.
     """
 
     name: str
@@ -114,7 +114,6 @@ class Command:
     page: str = ""
     distributed: bool = True
     not_overlaid: tuple[str, str] | None = None
-    labelled: tuple[str, ...] = ()
 
     def panels_with(self, tables: Collection[str]) -> Panels:
         """Says what the figure has a panel for.
@@ -128,13 +127,12 @@ class Command:
         formats = (self.further_tables[name] for name in tables if name in self.further_tables)
         return next((table.panels for table in formats if table.panels), self.panels)
 
-    def draw(self, runs: Sequence[Any], *, title: str = "", log: bool = False) -> Figure:
+    def draw(self, runs: Sequence[Any], drawing: Drawing) -> Figure:
         """Draws one run or several.
 
         Args:
             runs: Each a `losscli.results.Run`.
-            title: Stands above the panels.
-            log: Whether the loss has a logarithmic axis.
+            drawing: How.
 
         Returns:
             The figure, laid out and ready to be rendered.
@@ -142,17 +140,16 @@ class Command:
         Raises:
             UsageError: Several runs have no figure together, or this one has none.
         """
-        figure: Figure = load(self.drawing)(self._overlaid(runs), title=title, log=log)
-        load("losscli.plotting.style:make_displayable")(figure)
+        figure: Figure = load(self.drawing)(self._overlaid(runs), drawing)
+        load("losscli.plotting.style:make_displayable")(figure, drawing)
         return figure
 
-    def html(self, runs: Sequence[Any], *, title: str = "", log: bool = False) -> str:
+    def html(self, runs: Sequence[Any], drawing: Drawing) -> str:
         """Renders one run or several as an interactive page.
 
         Args:
             runs: Each a `losscli.results.Run`.
-            title: Stands above the figure.
-            log: Whether the scale of the loss is logarithmic at first.
+            drawing: The title, and whether the scale of the loss is logarithmic at first.
 
         Returns:
             HTML that needs no other file.
@@ -162,9 +159,9 @@ class Command:
         """
         what = self._overlaid(runs)
         if self.page:
-            page: str = load(self.page)(what, title=title, log=log)
+            page: str = load(self.page)(what, drawing)
         else:
-            page = load("losscli.plotting.html:table_page")(runs, title=title, log=log)
+            page = load("losscli.plotting.html:table_page")(runs, drawing)
         return page
 
     def _overlaid(self, runs: Sequence[Any]) -> Any:
@@ -299,7 +296,6 @@ COMMANDS: Mapping[str, Command] = {
                 errors=("loss_stderr",),
                 position="coefficient",
             ),
-            labelled=("checkpoint",),
         ),
         Command(
             name="check",
@@ -359,7 +355,6 @@ COMMANDS: Mapping[str, Command] = {
                 "one table of sharpness cannot be laid over another",
                 "Give one CSV of sharpness",
             ),
-            labelled=("checkpoint",),
         ),
         Command(
             name="barriers",
@@ -389,7 +384,6 @@ COMMANDS: Mapping[str, Command] = {
                 ),
             },
             not_overlaid=("one matrix cannot be laid over another", "Give one CSV of barriers"),
-            labelled=("a", "b"),
         ),
         Command(
             name="inspect",

@@ -12,17 +12,18 @@ import os
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from losscli.drawing import FULL, Drawing
 from losscli.errors import OutputError, TableError, UsageError, printable
 from losscli.figures import check_panel_count, render_files
 from losscli.files import create, read_regular
-from losscli.registry import COMMANDS, Command, command_of, further_table_names, load
+from losscli.registry import COLUMN_TYPES, COMMANDS, Command, command_of, further_table_names, load
 from losscli.settings import PathLike, checked
 from losscli.summaries import from_json
 from losscli.table import Table
@@ -31,13 +32,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Drawing",
+    "Draw",
     "Output",
     "Result",
     "Run",
+    "check_labels",
     "check_writable",
     "default_stem",
     "draw",
+    "label_runs",
+    "make_drawing",
     "picture_of",
     "read_summary",
     "render_html",
@@ -64,8 +68,7 @@ class Run(Generic[S_co]):
         summary: The summary, STEM.json; ``{}`` if there is only the CSV.
         label: The name in a figure of several runs; by default its first and last checkpoint.
         more: The further tables by NAME of STEM.NAME.csv, such as ``surface``.
-        checkpoint_labels: The names of the checkpoints in a figure that shows each of them, in
-            the order of the table; by default those of the table.
+        checkpoint_labels: The names of the `checkpoints` in a figure; by default their own.
     """
 
     table: Table
@@ -74,16 +77,30 @@ class Run(Generic[S_co]):
     more: Mapping[str, Table] = field(default_factory=dict)
     checkpoint_labels: Sequence[str] = ()
 
+    @property
+    def checkpoints(self) -> list[str]:
+        """The names of the checkpoints in their order, as far as they are known."""
+        entries: Any = self.summary.get("checkpoints")
+        if entries:
+            return [str(entry.get("name", "")) for entry in entries]
+        columns = [c for c in self.table.columns if COLUMN_TYPES.get(c) == "path"]
+        return [str(name) for name in self.table.unique(*columns)] if columns else []
 
-class Drawing(Protocol):
+    def label_of(self, name: str) -> str:
+        """Returns the label of a checkpoint; empty if it has none."""
+        labels = zip(self.checkpoints, self.checkpoint_labels, strict=False)
+        return next((label for checkpoint, label in labels if checkpoint == name), "")
+
+
+class Draw(Protocol):
     """Draws runs of one command."""
 
-    def __call__(self, runs: Sequence[Run[Any]], *, log: bool) -> Figure:
+    def __call__(self, runs: Sequence[Run[Any]], drawing: Drawing) -> Figure:
         """Draws a figure.
 
         Args:
             runs: The runs.
-            log: Whether the loss has a logarithmic axis.
+            drawing: How.
 
         Returns:
             A matplotlib figure.
@@ -103,7 +120,7 @@ class Result(Generic[S_co]):
 
     table: Table
     summary: S_co
-    draw: Drawing = field(repr=False, compare=False)
+    draw: Draw = field(repr=False, compare=False)
     more: Mapping[str, Table] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -114,10 +131,11 @@ class Result(Generic[S_co]):
     def _picture(self) -> tuple[bytes, dict[str, float]] | None:
         """The figure as a PNG for a notebook, and its size; None if there is no figure."""
         try:
-            figure = self.figure()
+            figure = self.draw_with(drawing := self._drawing({}))
         except UsageError:  # the state dicts of a file have none
             return None
-        picture: tuple[bytes, dict[str, float]] = load("losscli.plotting.style:png_of")(figure)
+        png_of = load("losscli.plotting.style:png_of")
+        picture: tuple[bytes, dict[str, float]] = png_of(figure, drawing)
         return picture
 
     def _repr_png_(self) -> tuple[bytes, dict[str, float]] | None:
@@ -147,24 +165,57 @@ class Result(Generic[S_co]):
         """The result as a run to draw."""
         return Run(self.table, self.summary, more=self.more)
 
-    @checked()
-    def figure(self, *, log: bool = False) -> Figure:
+    def _drawing(self, options: Mapping[str, Any]) -> Drawing:
+        """Returns how the result is drawn: by the options, else as it was when it was saved."""
+        stored: Any = self.summary.get("drawing", {})
+        return make_drawing({**stored, **options})
+
+    def with_drawing(self, drawing: Drawing) -> Result[S_co]:
+        """Stores in the summary how the result is drawn.
+
+        Args:
+            drawing: How.
+
+        Returns:
+            The result with another summary.
+        """
+        if not drawing.stored and "drawing" not in self.summary:
+            return self
+        summary: Any = {**self.summary, "drawing": drawing.stored}
+        return replace(self, summary=summary)
+
+    @checked(Drawing)
+    def figure(self, **drawing: Any) -> Figure:
         """Draws the result.
 
         Args:
-            log: Whether the loss has a logarithmic axis.
+            **drawing: The attributes of `losscli.drawing.Drawing`: ``log``, ``size``, ….
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            UsageError: A value cannot be drawn, or the style sheet cannot be read.
+        """
+        return self.draw_with(self._drawing(drawing))
+
+    def draw_with(self, drawing: Drawing) -> Figure:
+        """Draws the result.
+
+        Args:
+            drawing: How.
 
         Returns:
             A matplotlib figure.
         """
-        return self.draw([self.run], log=log)
+        return self.draw(label_runs([self.run], drawing.label), drawing)
 
-    @checked()
-    def html(self, *, log: bool = False) -> str:
+    @checked(Drawing)
+    def html(self, **drawing: Any) -> str:
         """Renders the result as an interactive page.
 
         Args:
-            log: Whether the scale of the loss is logarithmic at first.
+            **drawing: The attributes of `losscli.drawing.Drawing`: ``log``, ``label``, ….
 
         Returns:
             HTML that needs no other file and no network.
@@ -172,17 +223,28 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: Plotly is not installed.
         """
-        return render_html([self.run], log=log)
+        return self.html_with(self._drawing(drawing))
 
-    @checked()
+    def html_with(self, drawing: Drawing) -> str:
+        """Renders the result as an interactive page.
+
+        Args:
+            drawing: How.
+
+        Returns:
+            HTML that needs no other file and no network.
+        """
+        return render_html(label_runs([self.run], drawing.label), drawing)
+
+    @checked(Drawing)
     def save(
         self,
         stem: PathLike,
         *,
         figure: tuple[PathLike, ...] = (),
         no_figure: bool = False,
-        log: bool = False,
         force: bool = False,
+        **drawing: Any,
     ) -> list[Path]:
         """Writes the files that the command line writes; `losscli.load` reads them again.
 
@@ -190,8 +252,8 @@ class Result(Generic[S_co]):
             stem: STEM of STEM.csv, STEM.json, STEM.NAME.csv of each further table and STEM.png.
             figure: Figures (.png, .svg, .pdf, .html) instead of STEM.png.
             no_figure: Whether to draw no figure.
-            log: Whether the loss has a logarithmic axis.
             force: Whether results of another run may be overwritten.
+            **drawing: The attributes of `losscli.drawing.Drawing`: ``log``, ``size``, ….
 
         Returns:
             The files.
@@ -203,6 +265,7 @@ class Result(Generic[S_co]):
         """
         if figure and no_figure:
             raise UsageError("figure and no_figure contradict each other", "Give one of them")
+        options = self._drawing(drawing)
         output = Output.plan(
             stem_of(str(stem)), [Path(path) for path in figure], draw=not no_figure, force=force
         )
@@ -216,16 +279,76 @@ class Result(Generic[S_co]):
             )
         identity = self.summary.get("identity")
         output.guard(None if identity is None else str(identity), self.command.further_tables)
-        return output.save(self, log=log)
+        return output.save(self.with_drawing(options), options)
 
 
-def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
+def make_drawing(options: Mapping[str, Any]) -> Drawing:
+    """Makes a drawing from the options of a function.
+
+    Args:
+        options: The attributes of a drawing; ``style`` may be the file of a style sheet.
+
+    Returns:
+        The drawing.
+
+    Raises:
+        UsageError: A value cannot be drawn, or the style sheet cannot be read.
+    """
+    style = options.get("style")
+    if isinstance(style, str | os.PathLike):
+        options = {**options, "style": load("losscli.plotting.style_sheet:read")(style)}
+    return Drawing(**options)
+
+
+def check_labels(labels: Sequence[str], number: int, things: str = "checkpoints") -> None:
+    """Checks that there is a label for each thing, or none.
+
+    Args:
+        labels: The labels.
+        number: The number of things.
+        things: What they are, in the plural.
+
+    Raises:
+        UsageError: There are too many or too few labels.
+    """
+    if labels and len(labels) != number:
+        raise UsageError(
+            f"{len(labels)} labels for {number} {things}", "Give --label once for each, in order"
+        )
+
+
+def label_runs(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
+    """Gives labels to runs, or to the checkpoints of a single run.
+
+    Args:
+        runs: The runs.
+        labels: A label for each of several runs, or for each checkpoint of a single one, or one
+            for a single run that can be drawn together with others; none to change nothing.
+
+    Returns:
+        The runs.
+
+    Raises:
+        UsageError: There are too many or too few labels.
+    """
+    if not labels:
+        return list(runs)
+    if len(runs) > 1:
+        check_labels(labels, len(runs), "CSV files")
+        return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+    number = len(runs[0].checkpoints)
+    if len(labels) == 1 != number and not _shared_command(runs).not_overlaid:
+        return [replace(runs[0], label=labels[0])]
+    check_labels(labels, number or 1, "checkpoints" if number else "CSV files")
+    return [replace(runs[0], checkpoint_labels=labels)]
+
+
+def draw(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> Figure:
     """Draws runs of one command, by the columns of their tables.
 
     Args:
         runs: One or more, each with the table of a command.
-        title: Stands above the panels.
-        log: Whether the loss has a logarithmic axis.
+        drawing: How.
 
     Returns:
         The figure, laid out and ready to be rendered.
@@ -233,16 +356,15 @@ def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Fig
     Raises:
         UsageError: The runs are of several commands, or have no figure together.
     """
-    return _shared_command(runs).draw(runs, title=title, log=log)
+    return _shared_command(runs).draw(runs, drawing)
 
 
-def render_html(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> str:
+def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
     """Renders runs of one command as an interactive page, by the columns of their tables.
 
     Args:
         runs: One or more, each with the table of a command.
-        title: Stands above the figure.
-        log: Whether the scale of the loss is logarithmic at first.
+        drawing: The title, and whether the scale of the loss is logarithmic at first.
 
     Returns:
         HTML that needs no other file and no network.
@@ -252,7 +374,7 @@ def render_html(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False)
             installed.
     """
     _check_plotly()
-    return _shared_command(runs).html(runs, title=title, log=log)
+    return _shared_command(runs).html(runs, drawing)
 
 
 def _check_plotly() -> None:
@@ -499,14 +621,14 @@ class Output:
                 "Choose another --out, or overwrite it with --force",
             )
 
-    def save(self, result: Result[Any], *, log: bool = False) -> list[Path]:
+    def save(self, result: Result[Any], drawing: Drawing = FULL) -> list[Path]:
         """Draws and writes a result: all files under temporary names first, then all are renamed.
 
         Further tables of an older run with the same stem are removed.
 
         Args:
             result: The result.
-            log: Whether the loss has a logarithmic axis.
+            drawing: How it is drawn.
 
         Returns:
             The files.
@@ -516,7 +638,10 @@ class Output:
             OutputError: A file cannot be written. No file is changed then.
         """
         pictures = render_files(
-            partial(result.figure, log=log), partial(result.html, log=log), self.figures
+            partial(result.draw_with, drawing),
+            partial(result.html_with, drawing),
+            self.figures,
+            drawing,
         )
         old_tables = _read_object(self._file(".json")).get("tables")
         summary = f"{to_json(result.summary)}\n".encode()

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from losscli.drawing import Drawing
 from losscli.errors import TableError, UsageError
 from losscli.figures import check_curve_count, check_panel_count
 from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of
-from losscli.results import Result, Run, draw, read_summary, stem_of
+from losscli.results import Result, Run, draw, label_runs, make_drawing, read_summary, stem_of
 from losscli.settings import PathLike, as_list, checked, describe
 from losscli.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_curves", "check_main", "check_panels", "load", "plot", "read_run", "with_labels"]
+__all__ = [
+    "check_curves",
+    "check_main",
+    "check_panels",
+    "choose_drawing",
+    "load",
+    "plot",
+    "read_run",
+]
 
 # Maximum number of grid points per row: a table may lack some points, but not most of them.
 _SPARSEST = 4
@@ -60,22 +68,13 @@ def load(stem: PathLike) -> Result[Any]:
 Drawable = PathLike | Result[Any]
 
 
-@checked()
-def plot(
-    runs: Drawable | Iterable[Drawable],
-    *,
-    label: tuple[str, ...] = (),
-    title: str = "",
-    log: bool = False,
-) -> Figure:
+@checked(Drawing)
+def plot(runs: Drawable | Iterable[Drawable], **drawing: Any) -> Figure:
     """Draws one run or several of one command, as ``losscli plot`` does.
 
     Args:
         runs: CSV files that losscli wrote, or results: one or several.
-        label: A name for each run, or for each checkpoint of a single ``around``, ``sharpness`` or
-            ``barriers``.
-        title: Stands above the panels.
-        log: Whether the loss has a logarithmic axis.
+        **drawing: The attributes of `losscli.drawing.Drawing`: ``log``, ``label``, ….
 
     Returns:
         A matplotlib figure.
@@ -91,10 +90,12 @@ def plot(
     names = [
         f"run {k}" if isinstance(value, Result) else str(value) for k, value in enumerate(values)
     ]
-    drawn = with_labels(list(map(_as_run, values, names)), label)
+    read = list(map(_as_run, values, names))
+    options = choose_drawing(names, read, drawing)
+    drawn = label_runs(read, options.label)
     check_curves(drawn)
     check_panels(names, drawn)
-    return draw(drawn, title=title, log=log)
+    return draw(drawn, options)
 
 
 def _as_run(value: Any, name: str) -> Run[Any]:
@@ -126,32 +127,38 @@ def read_run(path: Path, *, undrawn: bool = False) -> Run[Any]:
     return Run(table, summary, more=more)
 
 
-def with_labels(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
-    """Assigns labels to runs, or to the checkpoints of a single run.
+def choose_drawing(
+    names: Sequence[str], runs: Sequence[Run[Any]], options: Mapping[str, Any]
+) -> Drawing:
+    """Chooses how runs are drawn: by the options, else as all of them were drawn before.
 
     Args:
+        names: The name of each run in errors.
         runs: The runs.
-        labels: A label for each; empty for none.
+        options: The options that were given.
 
     Returns:
-        The runs with their labels.
+        The options of the figure. The labels of checkpoints are those of a single run.
 
     Raises:
-        UsageError: The number of labels is another one.
+        UsageError: An option is invalid.
+        TableError: A summary holds an invalid option.
     """
-    command = command_of(runs[0].table.columns)
-    columns = command.labelled if command and len(runs) == 1 else ()
-    number = len(runs[0].table.unique(*columns)) if columns else len(runs)
-    if labels and len(labels) != number:
-        targets = "checkpoints" if columns else "CSV files"
-        raise UsageError(
-            f"{len(labels)} labels for {number} {targets}", "Give --label once for each, in order"
-        )
-    if columns:
-        return [replace(runs[0], checkpoint_labels=labels)]
-    return [
-        replace(run, label=label) for run, label in zip(runs, labels or [""] * number, strict=True)
-    ]
+    stored: list[dict[str, Any]] = []
+    for name, run in zip(names, runs, strict=True):
+        own = run.summary.get("drawing", {})
+        try:
+            Drawing(**own)
+        except UsageError as error:
+            where = Path(name).with_suffix(".json")
+            raise TableError(f"{where}, drawing: {error.what}", error.cure) from None
+        stored.append(own if len(runs) == 1 else {**own, "label": ()})
+    common = {
+        key: value
+        for key, value in stored[0].items()
+        if all(other.get(key) == value for other in stored)
+    }
+    return make_drawing({**common, **options})
 
 
 def check_main(table: Table, name: str) -> Command:

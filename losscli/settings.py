@@ -176,15 +176,19 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
                     bound.arguments[option] = convert(option, value, hints.get(option, Any))
             return function(*bound.args, **bound.kwargs)
 
+        defaults = (more or _NoFields)()
         # The fields stand in the place of ``**settings`` in help(), and notebooks complete them.
         vars(call)["__signature__"] = signature.replace(
             parameters=[
                 *(p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD),
                 *(
                     inspect.Parameter(
-                        f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
+                        f.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=getattr(defaults, f.name),
+                        annotation=f.type,
                     )
-                    for f in fields(more or _NoFields)
+                    for f in fields(defaults)
                 ),
             ]
         )

@@ -141,11 +141,23 @@ class Provenance(_Except, Counts, total=False):
     checkpoints: list[CheckpointEntry]
 
 
+class DrawingSummary(TypedDict, total=False):
+    """The options of the figure that are not the defaults, see `losscli.drawing.Drawing`."""
+
+    log: bool
+    size: str
+    label: list[str]
+    ylim: list[float]
+    style: dict[str, str]
+    no_markers: bool
+
+
 class Origin(Provenance, total=False):
     """The first part of the summary of every study."""
 
     command: str
     identity: str
+    drawing: DrawingSummary
     moving: Moving
     moving_buffers: int
 

@@ -13,7 +13,7 @@ from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
 from losscli.figures import check_panel_count
 from losscli.registry import COMMANDS
-from losscli.results import Result, to_json
+from losscli.results import Result, check_labels, to_json
 from losscli.summaries import Description
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def run_study(
     with console.guard_stdout():
         study = plan()
     _note_on_speed(study, console)
+    check_labels(write.drawing.label, len(study.problem.names))
     if output is not None and output.figures:
         objective = study.problem.objective
         check_panel_count(
@@ -90,7 +91,8 @@ def run_study(
         for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
-        files = output.save(result, log=write.log)
+        result = result.with_drawing(write.drawing)
+        files = output.save(result, write.drawing)
         console.written = True
         journal.finish()
     if write.json:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
@@ -19,6 +18,7 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from losscli.drawing import FULL, Drawing
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
 from losscli.plotting.html import render_page, table_view
 from losscli.plotting.lines import Series, draw_panel
@@ -29,18 +29,22 @@ from losscli.plotting.style import (
     LARGEST,
     PALE,
     PALETTE,
-    SMALL,
     SMALLEST,
     STEPS,
     WIDTH,
     Numbers,
     add_foot,
     add_title,
+    columns,
     drawable,
-    examples,
     format_number,
     house_style,
+    label_loss,
     loss_name,
+    name_checkpoint,
+    name_split,
+    narrow,
+    new_figure,
     number_checkpoints,
     plain,
     round_positions,
@@ -48,6 +52,8 @@ from losscli.plotting.style import (
     scale_y,
     shorten,
     shorten_path,
+    small_size,
+    text_size,
     whole_numbers,
 )
 from losscli.plotting.surface import WIDE, finish_layout
@@ -81,7 +87,7 @@ _START: dict[str, Any] = {"marker": "o", "mec": INK, "mfc": "white", "mew": 1.4,
 _LOWEST: dict[str, Any] = {"marker": "D", "mec": _COLOUR, "mfc": "white", "mew": 1.3, "ms": 6}
 
 
-def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) -> Figure:
+def draw_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> Figure:
     """Draws the result of a check for critical points.
 
     Several checkpoints: loss, gradient norm and the extreme eigenvalues of the Hessian over the
@@ -91,39 +97,31 @@ def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) ->
 
     Args:
         run: The run.
-        title: The title of the figure.
-        log: Whether the axes of the loss are logarithmic.
+        drawing: How it is drawn.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
-    with house_style():
+    with house_style(drawing):
         names = [str(name) for name in run.table.unique("checkpoint")]
         splits = [str(split) for split in run.table.unique("split")]
         escape = _Escape.read(run)
         draw = _draw_several if len(names) > 1 else _draw_one
-        figure, notes, groups = draw(run, names, splits, escape, log=log)
+        figure, notes, groups = draw(run, names, splits, escape, drawing)
         if escape:
-            groups.append(escape.entries(figure))
-        if title:
-            add_title(figure, title)
-        add_foot(figure, notes, groups)
+            groups.append(escape.entries(figure, drawing))
+        add_title(figure, drawing)
+        add_foot(figure, drawing, notes, groups)
         finish_layout(figure)
         round_positions(figure)
     return figure
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _split_entries(run: Run[CheckSummary], splits: Sequence[str]) -> Group:
+def _split_entries(run: Run[CheckSummary], splits: Sequence[str], drawing: Drawing) -> Group:
     return [
         (
             Line2D([], [], color=_COLOUR, linestyle=DASHES[index % len(DASHES)]),
-            plain(split) + examples([run], split),
+            name_split([run], split, drawing),
         )
         for index, split in enumerate(splits)
     ]
@@ -142,52 +140,55 @@ def _draw_several(
     names: Sequence[str],
     splits: Sequence[str],
     escape: _Escape | None,
-    *,
-    log: bool,
+    drawing: Drawing,
 ) -> tuple[Figure, list[str], list[Group]]:
     strip_height = 0.2 + 0.17 * len(splits)
-    rows = list(spectra_rows(run, names, splits))
-    heights = [strip_height, 2.0, 1.75, *([2.3] if escape else []), *(row.height for row in rows)]
-    figure = _new_figure(WIDE, sum(heights) + 0.5 + 0.5 * (bool(escape) + len(rows)))
-    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    rows = list(spectra_rows(run, names, splits, drawing))
+    across = columns(drawing, 2)
+    heights = [strip_height, 2.0, 1.75, *([2.0, 1.75] if across == 1 else [])]
+    below = len(heights)
+    heights += [*([2.3] if escape else []), *(row.height for row in rows)]
+    height = sum(heights) + 0.5 + 0.5 * (bool(escape) + len(rows))
+    figure = new_figure(drawing, height, WIDE)
+    grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
     loss = figure.add_subplot(grid[1, 0])
     gradient = figure.add_subplot(grid[2, 0], sharex=loss)
-    high = figure.add_subplot(grid[0:2, 1], sharex=loss)
-    low = figure.add_subplot(grid[2, 1], sharex=loss)
+    high = figure.add_subplot(grid[0:2, 1] if across == 2 else grid[3, 0], sharex=loss)
+    low = figure.add_subplot(grid[2, 1] if across == 2 else grid[4, 0], sharex=loss)
     strip = figure.add_subplot(grid[0, 0], sharex=loss)
 
     numbers, label = number_checkpoints(names)
     number = dict(zip(names, numbers.tolist(), strict=True))
     series = _read(run.table, number, splits)
-    for panel in (gradient, low):
+    for panel in (gradient, low) if across == 2 else (low,):
         # Both, since panels that share an axis do not share its label.
         scale_checkpoints(panel, numbers, label)
 
-    first, last = (shorten_path(figure, plain(names[at]), 200) for at in (0, -1))
+    shown = [name_checkpoint(run, names[at], drawing) for at in (0, -1)]
+    first, last = (shorten_path(figure, name, narrow(figure, 200)) for name in shown)
     notes = [f"The first of the {len(names)} checkpoints is {first}, the last is {last}."]
-    notes += draw_panel(loss, series, "loss", log=log)
-    label = shorten(figure, f"loss{loss_name([run])}", 140, 10)
-    loss.set_ylabel(f"{label}\nlog scale" if log else label)
-    notes += _draw_gradients(gradient, series, _number(run.summary.get("tolerance")))
-    notes += _draw_high(high, series, run.summary)
-    notes += _draw_low(low, series)
+    notes += draw_panel(loss, series, "loss", drawing, log=drawing.log)
+    loss.set_ylabel(label_loss(figure, [run], drawing, log=drawing.log, width=140))
+    notes += _draw_gradients(gradient, series, _number(run.summary.get("tolerance")), drawing)
+    notes += _draw_high(high, series, run.summary, drawing)
+    notes += _draw_low(low, series, drawing)
     verdicts = _draw_verdicts(strip, run.table, number, splits)
-    for panel in (loss, high, strip):
+    for panel in (loss, high, strip, *([gradient] if across == 1 else [])):
         panel.tick_params(labelbottom=False)
-    figure.align_ylabels([loss, gradient])
+    figure.align_ylabels([loss, gradient, *([high, low] if across == 1 else [])])
     figure.align_ylabels([high, low])
     notes.append(_criteria_note(run))
 
     if escape:
-        panel = figure.add_subplot(grid[3, :])
-        notes += _draw_escape(panel, escape, run, splits, log=log)
+        panel = figure.add_subplot(grid[below, :])
+        notes += _draw_escape(panel, escape, run, splits, drawing)
         at = number.get(escape.checkpoint)
         if escape.split in splits and at is not None:
             own = run.table.where("split", escape.split).where("checkpoint", escape.checkpoint)
             # The start of the escape direction in the panel below.
             low.plot([at], own.floats("lambda_min")[:1], ls="none", zorder=5, **_START)
     more, groups = _draw_rows(figure, grid, rows)
-    return figure, notes + more, [_split_entries(run, splits), verdicts, *groups]
+    return figure, notes + more, [_split_entries(run, splits, drawing), verdicts, *groups]
 
 
 def _draw_rows(
@@ -248,9 +249,11 @@ def _criteria_note(run: Run[CheckSummary]) -> str:
     )
 
 
-def _draw_gradients(axes: Axes, series: Sequence[Series], tolerance: float) -> list[str]:
-    notes = draw_panel(axes, series, _GRADIENT, log=True)
-    axes.set_ylabel("gradient norm ‖∇L‖\nlog scale")
+def _draw_gradients(
+    axes: Axes, series: Sequence[Series], tolerance: float, drawing: Drawing
+) -> list[str]:
+    notes = draw_panel(axes, series, _GRADIENT, drawing, log=True)
+    axes.set_ylabel(drawing.words("gradient norm ‖∇L‖\nlog scale", "‖∇L‖"))
     values = np.concatenate([*(s[_GRADIENT] for s in series), np.empty(0)])
     values = values[drawable(values, log=True)]
     if not SMALLEST < tolerance < LARGEST:
@@ -262,8 +265,10 @@ def _draw_gradients(axes: Axes, series: Sequence[Series], tolerance: float) -> l
     return notes
 
 
-def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> list[str]:
-    notes = draw_panel(axes, series, _HIGH, log=False)
+def _draw_high(
+    axes: Axes, series: Sequence[Series], summary: CheckSummary, drawing: Drawing
+) -> list[str]:
+    notes = draw_panel(axes, series, _HIGH, drawing, log=False)
     values = _bar_ends(series, _HIGH)
     rate, momentum = _number(summary.get("learning_rate")), _number(summary.get("momentum"))
     momentum = momentum if 0 <= momentum < 1 else 0.0
@@ -286,17 +291,20 @@ def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> l
     else:
         how = scale_eigenvalues(axes, "y", shown)
     _draw_bars(axes, series, _HIGH)
-    axes.set_ylabel(f"largest eigenvalue\n{_HIGH}" + f", {how}" * bool(how))
+    label = f"largest eigenvalue\n{_HIGH}" + f", {how}" * bool(how)
+    axes.set_ylabel(drawing.words(label, _HIGH))
     if math.isfinite(edge):
+        text = drawing.words(text, text.replace("learning rate", "η"))
         _draw_reference(axes, edge, text, series, _HIGH, above=True, dashes=(0, (5, 3)))
     return notes
 
 
-def _draw_low(axes: Axes, series: Sequence[Series]) -> list[str]:
-    notes = draw_panel(axes, series, _LOW, log=False)
+def _draw_low(axes: Axes, series: Sequence[Series], drawing: Drawing) -> list[str]:
+    notes = draw_panel(axes, series, _LOW, drawing, log=False)
     how = scale_eigenvalues(axes, "y", _bar_ends(series, _LOW))
     _draw_bars(axes, series, _LOW)
-    axes.set_ylabel(f"smallest eigenvalue\n{_LOW}" + f", {how}" * bool(how))
+    label = f"smallest eigenvalue\n{_LOW}" + f", {how}" * bool(how)
+    axes.set_ylabel(drawing.words(label, _LOW))
     return notes
 
 
@@ -373,7 +381,7 @@ def _draw_reference(
         textcoords="offset points",
         ha="left" if left else "right",
         va="bottom" if above else "top",
-        fontsize=SMALL,
+        fontsize=small_size(),
         path_effects=[Stroke(linewidth=2.5, foreground=ground), Normal()],
         zorder=6,
     )
@@ -399,9 +407,9 @@ def _draw_verdicts(
     axes.set_ylim(len(splits) - 0.4, -0.6)
     figure = axes.figure
     assert isinstance(figure, Figure)
-    labels = [shorten(figure, plain(split), 80) for split in splits]
-    axes.set_yticks(range(len(splits)), labels, fontsize=SMALL)
-    axes.set_title("verdict", loc="left", fontsize=10, pad=3)
+    labels = [shorten(figure, plain(split), narrow(figure, 80)) for split in splits]
+    axes.set_yticks(range(len(splits)), labels, fontsize=small_size())
+    axes.set_title("verdict", loc="left", pad=3)
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -425,36 +433,39 @@ def _draw_one(
     names: Sequence[str],
     splits: Sequence[str],
     escape: _Escape | None,
-    *,
-    log: bool,
+    drawing: Drawing,
 ) -> tuple[Figure, list[str], list[Group]]:
     spectrum = _read_spectrum(run, splits)
-    further = list(spectra_rows(run, names, splits))
+    further = list(spectra_rows(run, names, splits, drawing))
     below = [row.height for row in further]
     room = sum(below) + 0.5 * len(below)
     if spectrum:
-        figure = _new_figure(WIDE if escape else WIDTH, 3.9 + room)
+        panels = 2 if escape else 1
+        across = columns(drawing, panels)
+        heights = [3.4] * (panels // across)
+        height = sum(heights) + 0.5 + room
+        figure = new_figure(drawing, height, WIDE if escape else WIDTH)
         grid = figure.add_gridspec(
-            1 + len(below),
-            2 if escape else 1,
-            width_ratios=[1.35, 1][: 1 + bool(escape)],
-            height_ratios=[3.4, *below],
+            len(heights) + len(below),
+            across,
+            width_ratios=[1.35, 1][:across],
+            height_ratios=[*heights, *below],
         )
-        panel = figure.add_subplot(grid[0, -1])
+        panel = figure.add_subplot(grid[len(heights) - 1, -1])
         notes = _draw_spectrum(panel, spectrum)
     else:
         low = 0.55 + 0.62 * max(len(splits), 1)
         heights = [*([3.0] if escape else []), low]
-        figure = _new_figure(WIDTH, sum(heights) + 0.6 + room)
+        figure = new_figure(drawing, sum(heights) + 0.6 + room)
         grid = figure.add_gridspec(len(heights) + len(below), 1, height_ratios=[*heights, *below])
         panel = figure.add_subplot(grid[len(heights) - 1, 0])
         notes = _draw_extremes(panel, run.table, splits)
-    if not escape and names:
-        name = shorten_path(figure, plain(names[0]), 380)
-        panel.set_title(name, loc="left", fontsize=10)
+    if not escape and names and (run.checkpoint_labels or not drawing.compact):
+        name = shorten_path(figure, name_checkpoint(run, names[0], drawing), narrow(figure, 380))
+        panel.set_title(name, loc="left")
     if escape:
         notes = [
-            *_draw_escape(figure.add_subplot(grid[0, 0]), escape, run, splits, log=log),
+            *_draw_escape(figure.add_subplot(grid[0, 0]), escape, run, splits, drawing),
             *notes,
         ]
     rows = [dict(zip(run.table.columns, row, strict=True)) for row in run.table.rows]
@@ -465,7 +476,7 @@ def _draw_one(
         else ["There are no points"]
     )
 
-    lines = _split_entries(run, splits)
+    lines = _split_entries(run, splits, drawing)
     for index, (line, _) in enumerate(lines if spectrum else []):
         line.set(marker="o", ms=4, mfc=_face(index), mew=0.9)
     cells = zip(run.table["split"], run.table["verdict"], strict=True)
@@ -610,13 +621,13 @@ def _draw_extremes(axes: Axes, table: Table, splits: Sequence[str]) -> list[str]
                 textcoords="offset points",
                 ha="left" if lower else "right",
                 va="top" if lower else "bottom",
-                fontsize=SMALL,
+                fontsize=small_size(),
                 bbox={"fc": "white", "ec": "none", "pad": 0.8},
             )
     axes.set_ylim(max(len(series), 1) - 0.35, -0.65)
     figure = axes.figure
     assert isinstance(figure, Figure)
-    labels = [shorten(figure, s.name, 90, 10) for s in series]
+    labels = [shorten(figure, s.name, narrow(figure, 90), text_size()) for s in series]
     axes.set_yticks(range(len(series)), labels)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
@@ -690,26 +701,33 @@ class _Escape:
         at = int(np.argmin(shown))
         return at if shown[at] < self.start else -1
 
-    def entries(self, figure: Figure) -> Group:
+    def entries(self, figure: Figure, drawing: Drawing) -> Group:
         """Returns the legend entries."""
         entries: Group = []
         if math.isfinite(self.start):
-            name = shorten_path(figure, plain(self.checkpoint), 200)
-            label = f"the checkpoint  {name}".strip()
+            name = shorten_path(figure, plain(self.checkpoint), narrow(figure, 200))
+            label = drawing.words(f"the checkpoint  {name}".strip(), "checkpoint")
             entries.append((Line2D([], [], ls="none", **_START), label))
         if self.lowest >= 0:
             at, loss = float(self.distance[self.lowest]), float(self.loss[self.lowest])
             label = f"lowest: {format_number(loss)} at distance {format_number(at)}"
             gain_error = self.gain_stderr if at == self.reported_distance else math.nan
             label += f", a gain of {_with_error(self.start - loss, gain_error)}"
-            entries.append((Line2D([], [], ls="none", **_LOWEST), label))
+            entries.append((Line2D([], [], ls="none", **_LOWEST), drawing.words(label, "lowest")))
         if (drawable(self.stderr, log=False) & (self.stderr > 0)).any():
-            entries.append((Patch(color=_COLOUR, alpha=0.18, lw=0), "± one standard error"))
+            entries.append((
+                Patch(color=_COLOUR, alpha=0.18, lw=0),
+                drawing.words("± one standard error", "± s.e."),
+            ))
         return entries
 
 
 def _draw_escape(
-    axes: Axes, escape: _Escape, run: Run[CheckSummary], splits: Sequence[str], *, log: bool
+    axes: Axes,
+    escape: _Escape,
+    run: Run[CheckSummary],
+    splits: Sequence[str],
+    drawing: Drawing,
 ) -> list[str]:
     """Draws the loss along the most negative curvature, in both directions."""
     index = splits.index(escape.split) if escape.split in splits else 0
@@ -724,8 +742,8 @@ def _draw_escape(
         values={"loss": escape.loss, "loss_stderr": escape.stderr},
     )
     shown = escape.loss[drawable(escape.loss, log=False)]
-    log = log or bool(shown.size and 0 < _LOG_LOSS_RATIO * shown.min() < shown.max())
-    notes = draw_panel(axes, [series], "loss", log=log)
+    log = drawing.log or bool(shown.size and 0 < _LOG_LOSS_RATIO * shown.min() < shown.max())
+    notes = draw_panel(axes, [series], "loss", drawing, log=log)
     axes.axvline(0, color=LINE, lw=0.9, zorder=1.5)
     for distance, loss, mark in (
         (0.0, escape.start, _START),
@@ -743,17 +761,17 @@ def _draw_escape(
 
     figure = axes.figure
     assert isinstance(figure, Figure)
-    label = shorten(figure, f"loss{loss_name([run])}", 190, 10)
-    axes.set_ylabel(f"{label}\nlog scale" if log else label)
+    axes.set_ylabel(label_loss(figure, [run], drawing, log=log))
     which = "smallest" if escape.eigenvalue >= 0 else "most negative"
     label = f"distance along the {which} curvature"
-    if math.isfinite(escape.eigenvalue):
+    if math.isfinite(escape.eigenvalue) and not drawing.compact:
         label += f" (λ = {format_number(escape.eigenvalue)})"
     axes.set_xlabel(label)
     split = f"loss on {plain(escape.split)}" if escape.split else "loss"
-    name = shorten_path(figure, plain(escape.checkpoint), 200)
+    name = name_checkpoint(run, escape.checkpoint, drawing)
+    name = shorten_path(figure, name, narrow(figure, 200))
     title = f"Around {name}: {split}" if name else f"Around the checkpoint: {split}"
-    axes.set_title(shorten(figure, title, 330, 10), loc="left", fontsize=10)
+    axes.set_title(shorten(figure, title, narrow(figure, 330), text_size()), loc="left")
     if escape.lowest < 0 and math.isfinite(escape.start):
         notes.append("Along this direction the loss never falls below that of the checkpoint.")
     return notes
@@ -762,13 +780,12 @@ def _draw_escape(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def render_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) -> str:
+def render_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> str:
     """Renders the numbers of each checkpoint, its eigenvalues and the escape as a page.
 
     Args:
         run: The run.
-        title: The title of the page.
-        log: Whether the scale of the loss is logarithmic at first.
+        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
         The page.
@@ -817,4 +834,4 @@ def render_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) 
         escape = [("", run.more["escape"])]
         label = "distance along the most negative curvature"
         views.append(table_view("escape", escape, "distance", {"loss": loss}, x_label=label))
-    return render_page(views, title=title, log=log)
+    return render_page(views, drawing)

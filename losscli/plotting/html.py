@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from losscli.drawing import FULL, Drawing
 from losscli.plotting.style import (
     INK,
     PALE,
@@ -130,20 +131,23 @@ def escape(text: str) -> str:
     return plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def render_page(views: Sequence[View], *, title: str, log: bool) -> str:
+def render_page(views: Sequence[View], drawing: Drawing) -> str:
     """Renders a page.
 
     Args:
         views: The views; the first one is shown at first.
-        title: The title; may be empty.
-        log: Whether the scale is logarithmic at first.
+        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
         HTML with all data and scripts in it. Equal views give equal text.
     """
     from plotly.offline import get_plotlyjs
 
-    page = {"title": plain(title), "log": log, "views": [_as_json(view) for view in views]}
+    page = {
+        "title": plain(drawing.title),
+        "log": drawing.log,
+        "views": [_as_json(view) for view in views],
+    }
     # In JSON these characters occur in strings only.
     data = to_json(page, indent=None).replace("<", "\\u003c").replace("&", "\\u0026")
     template = files("losscli.plotting").joinpath("page.html").read_text("utf-8")
@@ -633,7 +637,7 @@ def path_items(
 # --- Any table -----------------------------------------------------------------------------------
 
 
-def table_page(runs: Sequence[Run[Summary]], *, title: str = "", log: bool = False) -> str:
+def table_page(runs: Sequence[Run[Summary]], drawing: Drawing = FULL) -> str:
     """Renders the tables of a command as curves: the page of a command without one of its own.
 
     Each table is a view over its positions, its checkpoints or else its first column of floats,
@@ -641,8 +645,7 @@ def table_page(runs: Sequence[Run[Summary]], *, title: str = "", log: bool = Fal
 
     Args:
         runs: The runs.
-        title: The title of the page.
-        log: Whether the scale is logarithmic at first.
+        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
         The page.
@@ -669,4 +672,4 @@ def table_page(runs: Sequence[Run[Summary]], *, title: str = "", log: bool = Fal
         views.append(
             table_view(name or command.name, tables, x, quantities, logarithmic=[*quantities])
         )
-    return render_page(views, title=title, log=log)
+    return render_page(views, drawing)

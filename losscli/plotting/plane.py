@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patheffects import Normal, Stroke
@@ -18,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from losscli.drawing import FULL, Drawing
 from losscli.plotting.html import contours_and_surface, path_items, render_page
 from losscli.plotting.style import (
     INCH,
@@ -28,15 +28,21 @@ from losscli.plotting.style import (
     Numbers,
     add_foot,
     add_title,
+    checkpoint_names,
+    columns,
     count_points,
-    examples,
     extent,
     format_number,
     house_style,
+    label_loss,
     loss_name,
+    name_split,
+    narrow,
+    new_figure,
     plain,
     shorten,
     shorten_path,
+    text_size,
 )
 from losscli.plotting.surface import (
     HIDDEN,
@@ -55,6 +61,7 @@ from losscli.plotting.surface import (
     finish_layout,
     hidden_by,
     label_contours,
+    limit_notes,
     path_entries,
     scale_losses,
 )
@@ -74,6 +81,7 @@ _LONGEST = 2.2  # up to this ratio of its sides a plane has equal scales on both
 class _Checkpoints:
     """The checkpoints in their order: coordinates, distances from the plane, losses by split."""
 
+    run: Run[PlaneSummary]
     names: Sequence[str]
     x: Floats
     y: Floats
@@ -81,8 +89,9 @@ class _Checkpoints:
     losses: Mapping[str, Floats]
 
     @classmethod
-    def read(cls, table: Table) -> _Checkpoints:
-        """Reads the table ``path``."""
+    def read(cls, run: Run[PlaneSummary]) -> _Checkpoints:
+        """Reads the table ``path`` of a run."""
+        table = run.more.get("path", _NO_CHECKPOINTS)
         rows = [table.where("step", step) for step in table.unique("step")]
         rows.sort(key=lambda row: row.floats("step")[0])
         x, y, off = (np.array([r.floats(c)[0] for r in rows]) for c in ("x", "y", "off_plane"))
@@ -92,7 +101,9 @@ class _Checkpoints:
             ])
             for split in table.unique("split")
         }
-        return cls([plain(str(r["checkpoint"][0])) for r in rows], x, y, off, losses)
+        names = [str(r["checkpoint"][0]) for r in rows]
+        labels = [plain(run.label_of(name) or name) for name in names]
+        return cls(run, labels, x, y, off, losses)
 
     def loss(self, split: str) -> Floats:
         """Returns the losses of the checkpoints on a split; nan if unknown."""
@@ -102,7 +113,7 @@ class _Checkpoints:
 _NO_CHECKPOINTS = Table.build(("step", "checkpoint", "x", "y", "off_plane", "split", "loss"), ())
 
 
-def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) -> Figure:
+def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
     """Draws the loss on a plane as contours, a panel for each split, and its checkpoints.
 
     Every checkpoint has the colour of its own loss, from the table ``path``: if it matches the
@@ -111,58 +122,61 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
 
     Args:
         run: The run.
-        title: The title of the figure.
-        log: Whether the scale of the loss is logarithmic.
+        drawing: How it is drawn.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
-    with house_style():
+    with house_style(drawing):
         grids = _read(run.table)
-        marks = _Checkpoints.read(run.more.get("path", _NO_CHECKPOINTS))
+        marks = _Checkpoints.read(run)
         checkpoint_losses = [marks.loss(grid.split) for grid in grids]
         losses = [*checkpoint_losses, *(grid.loss.ravel() for grid in grids), np.empty(0)]
-        scale = scale_losses(np.concatenate(losses), log=log)
+        scale = scale_losses(np.concatenate(losses), drawing)
         kind, surface = run.summary.get("plane", ""), run.summary.get("surface", False)
         joined = kind == "pca" or len(marks.names) > _FEW
         view = _ranges(grids)
         ratio, equal = _shape(view, kind)
 
-        figure, cells = _new_figure(len(grids), ratio if equal else 1.0, surface=surface)
+        figure, cells = _new_figure(len(grids), ratio if equal else 1.0, drawing, surface=surface)
         labels, short = _labels(run, kind)
         panels: list[Axes] = []
         contours: list[Contours] = []
         hidden = False
         for number, (grid, loss) in enumerate(zip(grids, checkpoint_losses, strict=True)):
-            row, column = divmod(number * (1 + surface), cells.ncols)
+            at = number * (1 + surface)
+            row, column = divmod(at, cells.ncols)
             panel = figure.add_subplot(cells[row, column])
             drawn = draw_contours(panel, grid, scale)
             _frame(panel, view, equal=equal)
-            _draw_marks(panel, marks, loss, scale, joined=joined)
-            name = plain(grid.split) + examples([run], grid.split)
-            panel.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
+            _draw_marks(panel, marks, loss, scale, drawing, joined=joined)
+            name = name_split([run], grid.split, drawing)
+            panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
             panel.set_xlabel(labels[0])
             if not column:
                 panel.set_ylabel(labels[1].replace(" (", "\n("))
             panels.append(panel)
             contours.append(drawn)
             if surface:
-                axes_3d = add_surface_axes(figure, cells[row, 1], (*short, "loss"), -60)
+                cell = cells[divmod(at + 1, cells.ncols)]
+                axes_3d = add_surface_axes(figure, cell, (*short, "loss"), -60)
                 _frame(axes_3d, view, equal=False)
                 draw_surface(axes_3d, scale, drawn)
-                hidden |= _draw_marks(axes_3d, marks, loss, scale, joined=joined, surface=drawn)
+                hidden |= _draw_marks(
+                    axes_3d, marks, loss, scale, drawing, joined=joined, surface=drawn
+                )
                 panels.append(axes_3d)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
-        label = shorten(figure, f"loss{loss_name([run])}", 190, 10)
-        add_colour_bar(figure, panels, scale, f"{label}, log scale" if scale.log else label)
+        label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
+        add_colour_bar(figure, panels, scale, label)
 
-        if title:
-            add_title(figure, title)
+        add_title(figure, drawing)
         notes = [] if grids else ["There are no points"]
         notes += _blank_notes(contours) + _checkpoint_notes(figure, marks, view, joined=joined)
         if hidden:
             notes.append(HIDDEN)
+        notes += limit_notes(drawing)
         if grids and not equal:
             factor = format_number(max(ratio, 1 / ratio), 2)
             stretched, other = ("y", "x") if ratio < 1 else ("x", "y")
@@ -170,26 +184,27 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
             notes.append(f"The scales of the axes differ: {stretch}.")
         legend: list[tuple[Artist, str]] = []
         if joined and marks.names:
-            label = f"path of the {len(marks.names)} checkpoints"
-            legend = path_entries(figure, PATH, label, marks.names[0], marks.names[-1])
-        add_foot(figure, notes, [legend])
+            label = drawing.words(f"path of the {len(marks.names)} checkpoints", "path")
+            ends = (checkpoint_names(run, drawing) or [""]) if drawing.compact else marks.names
+            legend = path_entries(figure, PATH, label, ends[0], ends[-1], drawing)
+        add_foot(figure, drawing, notes, [legend])
         finish_layout(figure)
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
             label_contours(panel, drawn, marks.x, marks.y, clearance=14 if joined else 28)
     return figure
 
 
-def _new_figure(panels: int, ratio: float, *, surface: bool) -> tuple[Figure, GridSpec]:
+def _new_figure(
+    panels: int, ratio: float, drawing: Drawing, *, surface: bool
+) -> tuple[Figure, GridSpec]:
     """Creates a figure with a panel per split, of height ``ratio`` times its width."""
-    columns = 2 if surface else min(2, panels)
-    rows = math.ceil(panels * (1 + surface) / columns) if panels else 1
-    wide = columns == 2
+    across = columns(drawing, 2 if surface else min(2, panels))
+    rows = math.ceil(panels * (1 + surface) / across) if panels else 1
+    wide = across == 2
     lowest = 3.3 if surface else 2.2
     height = min(max((3.6 if wide else 5.1) * ratio, lowest), 5.1)
-    size = WIDE if wide else WIDTH, rows * (height + 0.75)
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_gridspec(rows, max(columns, 1))
+    figure = new_figure(drawing, rows * (height + 0.75), WIDE if wide else WIDTH)
+    return figure, figure.add_gridspec(rows, max(across, 1))
 
 
 def _read(table: Table, values: str = "loss") -> list[Grid]:
@@ -261,6 +276,7 @@ def _draw_marks(
     marks: _Checkpoints,
     loss: Floats,
     scale: Scale,
+    drawing: Drawing,
     *,
     joined: bool,
     surface: Contours | None = None,
@@ -275,11 +291,14 @@ def _draw_marks(
         assert surface is not None
         behind = hidden_by(axes, scale, surface, *coordinates)
     if joined:
-        draw_path(axes, *coordinates, faces=scale.colours(loss), clip=True, behind=behind)
+        colours = scale.colours(loss)
+        draw_path(axes, *coordinates, drawing=drawing, faces=colours, clip=True, behind=behind)
         return bool(behind.any())
     draw_dots(axes, *coordinates, faces=scale.colours(loss), size=8, behind=behind)
     write: Any = axes.text
-    for letter, point, pale in zip("ABCD", np.column_stack(coordinates), behind, strict=False):
+    # Letters refer to the notes, which a compact figure does not have.
+    letters = (drawing.compact and checkpoint_names(marks.run, drawing)) or "ABCD"
+    for letter, point, pale in zip(letters, np.column_stack(coordinates), behind, strict=False):
         if not np.isfinite(point).all():
             continue
         write(
@@ -360,18 +379,17 @@ def _loss(value: float) -> str:
     return format_number(float(value)) if math.isfinite(value) else "not finite"
 
 
-def render_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) -> str:
+def render_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> str:
     """Renders the loss on a plane as an interactive page, with each checkpoint at its own loss.
 
     Args:
         run: The run.
-        title: The title of the page.
-        log: Whether the scale of the loss is logarithmic at first.
+        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
         The page.
     """
-    marks = _Checkpoints.read(run.more.get("path", _NO_CHECKPOINTS))
+    marks = _Checkpoints.read(run)
     kind = run.summary.get("plane", "")
     columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
     grids = {column: _read(run.table, column) for column in columns}
@@ -396,4 +414,4 @@ def render_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) 
         slider=marks.names if len(steps) > 1 else (),
         notes=["Each dot has the colour of its checkpoint's own loss."] if steps else [],
     )
-    return render_page(views, title=title, log=log)
+    return render_page(views, drawing)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import losscli as library
+from losscli.drawing import Drawing
 from losscli.plotting.html import table_page
 from losscli.registry import COLUMN_TYPES, COMMANDS
 from losscli.results import Run, render_html
@@ -111,7 +112,7 @@ def test_each_curve_is_a_column_of_a_split_and_a_run_over_alpha(folder: Path) ->
     one = library.interpolate("a.pt", "b.pt", points=5)
     two = library.interpolate("b.pt", "a.pt", points=3)
     runs = [Run(one.table, one.summary, "one"), Run(two.table, two.summary, "two")]
-    page = read(render_html(runs, title="Both", log=True))
+    page = read(render_html(runs, Drawing(title="Both", log=True)))
     assert (page["title"], page["log"]) == ("Both", True)
     (line,) = page["views"]
     assert line["single"] == ["quantity"]
@@ -230,7 +231,7 @@ def hostile_runs() -> Sequence[Run]:
 @pytest.mark.parametrize("index", range(2))
 def test_a_hostile_name_stays_text(index: int) -> None:
     run = hostile_runs()[index]
-    text = render_html([run], title=HOSTILE)
+    text = render_html([run], Drawing(title=HOSTILE))
     kinds = [tag for tag, _, _ in elements(text) if tag == "script"]
     assert kinds == ["script"] * 3
     (data,) = (text for _, attrs, text in elements(text) if attrs.get("id") == "page")
@@ -387,7 +388,7 @@ def test_the_tails_of_a_density_do_not_stretch_its_logarithmic_axis() -> None:
 @needs_node
 def test_a_logarithmic_axis_is_of_losses_and_says_what_it_leaves_out(folder: Path) -> None:
     result = library.interpolate("a.pt", "b.pt", points=3, derivatives=True)
-    page = render_html([Run(result.table, result.summary)], log=True)
+    page = render_html([Run(result.table, result.summary)], Drawing(log=True))
     (_, loss), (_, slope), (traces, _) = drive(page, "slope", "train")
     assert loss["yaxis"]["type"] == "log"
     assert loss["yaxis"]["title"]["text"] == "loss (cross_entropy), log scale"

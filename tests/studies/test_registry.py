@@ -131,7 +131,7 @@ def command(path: str, console: Console) -> None:
 def report(result):
     return f"a ridge of {len(result.table.rows)} points\\n"
 
-def draw(run, *, title, log):
+def draw(run, drawing):
     from matplotlib.figure import Figure
     with house_style():
         figure = Figure()
