@@ -155,8 +155,8 @@ def read_pipe(path: Path) -> bytes:
             else:
                 if not first:
                     raise IrregularError(
-                        "it is a pipe to which nobody writes, and no regular file. Begin to write "
-                        "before it is read, or copy what it is to hold to a file and name that"
+                        "it is a pipe with no writer. Start the writer first, or write the data to "
+                        "a file and give that"
                     )
             os.set_blocking(file.fileno(), True)
         return read_text(file, first)
@@ -183,7 +183,9 @@ def read_text(file: BinaryIO, first: bytes = b"") -> bytes:
     block = first or file.read(_BLOCK)
     while block:
         if not text and b"\0" in block:
-            raise IrregularError("it holds zero bytes, which no text does. Give a CSV file")
+            raise IrregularError(
+                "it holds zero bytes, which a text file never has. Give a CSV file"
+            )
         in_first_line = in_first_line and b"\n" not in block and b"\r" not in block
         text += block
         if in_first_line and len(text) > _LONGEST:
@@ -192,8 +194,8 @@ def read_text(file: BinaryIO, first: bytes = b"") -> bytes:
             )
         if limited and len(text) > _MOST:
             raise IrregularError(
-                f"more than {_MOST >> 20} MiB come out of it, and it is no regular file. Copy what "
-                "it holds to a file, and name that"
+                f"it is not a regular file and gives more than {_MOST >> 20} MiB. Write the data "
+                "to a file and give that"
             )
         block = file.read(_BLOCK)
     return bytes(text)
@@ -216,7 +218,7 @@ def _require_regular(mode: int) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
         kind = next((name for test, name in _KINDS if test(mode)), "something else")
-        cure = "Write what comes out of it to a file, and name that"
+        cure = "Write its output to a file and give that"
         raise IrregularError(
-            f"it is {kind} and no regular file. {cure if stat.S_ISFIFO(mode) else 'Name a file'}"
+            f"it is {kind}, not a regular file. {cure if stat.S_ISFIFO(mode) else 'Name a file'}"
         )

@@ -575,7 +575,7 @@ class Output:
             # Missing folders are created later, inside the nearest existing one.
             folder = next(p for p in (parent, *parent.parents) if p.exists())
             if not folder.is_dir():
-                raise OutputError(f"{folder} is no folder", "Choose another --out")
+                raise OutputError(f"{folder} is not a folder", "Choose another --out")
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise OutputError(
                     f"the folder {folder} cannot be written to", "Choose another with --out"

@@ -206,7 +206,7 @@ def _check_cells(table: Table, name: str, expected: TableFormat) -> None:
             if column in expected.errors and value < 0:
                 raise TableError(
                     f"{name}, record {number}: {column} is {value}, and no error is negative",
-                    "Give the CSV as losscli wrote it",
+                    "Give the CSV as written by losscli",
                 )
 
 
@@ -222,7 +222,7 @@ def _check_grid(table: Table, name: str, expected: TableFormat) -> None:
         raise TableError(
             f"{name} has {len(table.rows):,} rows for the {points:,} points that its columns "
             f"{' and '.join(expected.grid)} make, so they are not a grid",
-            "Give a CSV as losscli wrote it",
+            "Give a CSV as written by losscli",
         )
 
 

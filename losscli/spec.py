@@ -407,7 +407,7 @@ def _package_hint(error: BaseException, module: str, attribute: str, kind: str) 
 def _load_file(path: Path, where: str) -> Any:
     if not path.is_file():
         raise SpecError(
-            f"{where}: there is no file {path}", f"Relative names start at {Path.cwd()}"
+            f"{where}: there is no file {path}", f"Relative paths start at {Path.cwd()}"
         )
     name = f"losscli_user_{path.stem}"
     # Do not replace the module of a file with the same name in another folder.

@@ -26,7 +26,7 @@ _FORMULA = "=+-@\t\r"
 # The prefix of such cells: a path stays valid after ./, other text gets an apostrophe.
 _PREFIXES = {"path": "./", "text": "'"}
 
-_CURE = "Give a CSV as losscli wrote it"
+_CURE = "Give a CSV as written by losscli"
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Table:
         except (csv.Error, UnicodeDecodeError) as error:
             raise TableError(f"{name} is not a CSV file ({error})", _CURE) from None
         if not records or not records[0] or len(set(records[0])) != len(records[0]):
-            raise TableError(f"{name} has no header of different column names", _CURE)
+            raise TableError(f"{name} has no header with distinct column names", _CURE)
         columns = tuple(records[0])
         rows = []
         for number, record in enumerate(records[1:], start=2):
@@ -255,7 +255,7 @@ def _read(column: str, text: str) -> Cell:
         number = kind(text)
         float(number)
     except OverflowError:
-        raise ValueError(f"the number under {column!r} is beyond a float's range") from None
+        raise ValueError(f"the number under {column!r} is outside the range of a float") from None
     except ValueError:
         noun = "whole number" if kind is int else "number"
         raise ValueError(f"{text!r} under {column!r} is no {noun}") from None

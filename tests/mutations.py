@@ -527,7 +527,7 @@ def _read_program(folder: Path, number: int) -> object:
     try:
         return _inspect("a.pt")(folder, number)
     except CheckpointError as error:
-        if "is a program of torch.export, a model and no checkpoint" in str(error):
+        if "is a torch.export program, which is a model and not a checkpoint" in str(error):
             return None
         raise
 

@@ -481,7 +481,7 @@ def test_a_control_character_in_a_spec_stays_out_of_the_error(tmp_path: Path) ->
         ("net.py", "model", r"unknown model 'net\.py'"),
         ("net.py:", "model", r"unknown model 'net\.py'"),
         ("net.py:3x", "model", r"unknown model 'net\.py'"),
-        ("specs_absent.py:f", "model", r"there is no file specs_absent\.py\. Relative names start"),
+        ("specs_absent.py:f", "model", r"there is no file specs_absent\.py\. Relative paths start"),
         ("specs_absent.inner:f", "model", "no module named 'specs_absent'. Install it, or"),
         ("os.specs_absent:f", "loss", "loss os.specs_absent:f: no module named 'os.specs_absent'"),
         ("math.py:f", "model", "there is no file math.py"),

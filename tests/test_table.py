@@ -149,12 +149,12 @@ def test_the_name_of_a_column_settles_its_type() -> None:
     [
         ("", "t.csv has no header"),
         ("\n1,2\n", "t.csv has no header"),
-        ("a,b,a\n1,2,3\n", "t.csv has no header of different column names"),
+        ("a,b,a\n1,2,3\n", "t.csv has no header with distinct column names"),
         ("a,b\n1,2\n3\n", "t.csv, record 3: 1 cells for 2 columns"),
         ("a,b\n1,2,3\n", "t.csv, record 2: 3 cells for 2 columns"),
         ("a,b\n1,2\n\n3,4\n", "t.csv, record 3: 0 cells for 2 columns"),
         ('a,split\n1,"x\ny"\n1,2\n3,4,5\n', "t.csv, record 4: 3 cells"),
-        ("a,loss\n1,two\n", "t.csv, record 2: 'two' under 'loss' is no number"),
+        ("a,loss\n1,two\n", "t.csv, record 2: 'two' under 'loss' is not a number"),
         ("step\n1\n1.5\n", "t.csv, record 3: '1.5' under 'step' is no whole number"),
         ('a\n"1\n', "t.csv is not a CSV file .*end of data"),
         ('a\n"1"2\n', "t.csv is not a CSV file .*expected after"),
@@ -165,7 +165,7 @@ def test_the_name_of_a_column_settles_its_type() -> None:
 def test_a_broken_table_is_told_by_name_and_record(text: str, message: str) -> None:
     with pytest.raises(TableError, match=message) as caught:
         read(text)
-    assert str(caught.value).endswith(". Give a CSV as losscli wrote it")
+    assert str(caught.value).endswith(". Give a CSV as written by losscli")
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
 

@@ -127,7 +127,7 @@ def read_distributed(folder: Path, name: str) -> CheckpointFile:
         shapes, chunks, content = _parse_metadata(metadata, folder)
     except ForbiddenPickleError as error:
         raise CheckpointError(
-            f"{where} is a pickle that wants to run code ({error.wanted}); none of it was run",
+            f"{where} is a pickle that would run code ({error.wanted}); nothing was run",
             "If you trust it, write it as one file with "
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt",
         ) from None
@@ -137,8 +137,8 @@ def read_distributed(folder: Path, name: str) -> CheckpointFile:
         raise
     except Exception as error:  # noqa: BLE001 - a broken pickle raises anything
         raise CheckpointError(
-            f"{where} is no metadata of a distributed checkpoint ({one_line(error)})",
-            "Was its writing cut off?",
+            f"{where} is not the metadata of a distributed checkpoint ({one_line(error)})",
+            "It may be incomplete: save or copy it again",
         ) from None
     labels = {id(tensor): label for label, tensor in shapes.items()}
 
@@ -244,7 +244,7 @@ def _is_string_key(key: Any) -> bool:
 
 def _checked_sizes(numbers: Any) -> tuple[int, ...]:
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        raise ValueError("a size is no whole number")
+        raise ValueError("a size is not an integer")
     return tuple(numbers)
 
 
@@ -300,9 +300,8 @@ def _chunk(
     file, (start, length) = info["relative_path"], _checked_sizes((info["offset"], info["length"]))
     if not isinstance(file, str) or Path(file).name != file or "\0" in file:
         raise CheckpointError(
-            f"{folder / METADATA} says that {label!r} is in {file!r}, which is no file of the "
-            "folder",
-            "The parts of a distributed checkpoint lie beside their .metadata",
+            f"{folder / METADATA} says that {label!r} is in {file!r}, which is not in the folder",
+            "Keep the parts of a distributed checkpoint beside their .metadata",
         )
     if info["transform_descriptors"]:
         raise CheckpointError(
@@ -320,7 +319,7 @@ def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
     except RuntimeError:
         raise CheckpointError(
             f"{name}: {label!r} of shape {list(shape.shape)} does not fit in memory",
-            "Was the checkpoint copied whole?",
+            "The copy may be incomplete: copy the checkpoint again",
         ) from None
     for chunk in chunks:
         content = _load(chunk, name)
@@ -328,7 +327,7 @@ def _read(label: str, shape: Tensor, chunks: list[_Chunk], name: str) -> Tensor:
         if kind != (chunk.sizes, result.dtype):
             raise CheckpointError(
                 f"{name}: {label!r} is not at its place in {chunk.file}",
-                "Was the checkpoint copied whole?",
+                "The copy may be incomplete: copy the checkpoint again",
             )
         assert chunk.offsets is not None
         region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
@@ -345,10 +344,10 @@ def _load(chunk: _Chunk, name: str) -> Any:
     except OSError as error:
         raise CheckpointError(
             f"{name}: {chunk.file} cannot be read: {error.strerror or error}",
-            "Was the checkpoint copied whole?",
+            "The copy may be incomplete: copy the checkpoint again",
         ) from None
     except Exception as error:  # noqa: BLE001 - a broken part makes torch raise anything
         raise CheckpointError(
             f"{name}: {chunk.label!r} cannot be read from {chunk.file} ({type(error).__name__})",
-            "Was its writing cut off?",
+            "It may be incomplete: save or copy it again",
         ) from None

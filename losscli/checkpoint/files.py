@@ -88,10 +88,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is no JSON: {one_line(error)}", "Was its writing cut off?"
+            f"{path} is not valid JSON: {one_line(error)}",
+            "It may be incomplete: save or copy it again",
         ) from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object", "Was it written for something else?")
+        raise CheckpointError(f"{path} contains no JSON object", "It may belong to another program")
     return content
 
 
@@ -123,13 +124,13 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
     except (TypeError, OverflowError):  # the message is a stack trace of torch
         raise CheckpointError(
             f"{name} has a tensor of a shape that torch cannot make",
-            "Was it written for something else?",
+            "It may belong to another program",
         ) from None
     except (SafetensorError, RuntimeError, ValueError) as error:
         _check_placeholder(path, name)
         raise CheckpointError(
-            f"{name} is no whole safetensors file: {one_line(error)}",
-            "Was its writing cut off?",
+            f"{name} is not a valid safetensors file: {one_line(error)}",
+            "It may be incomplete: save or copy it again",
         ) from None
 
 
@@ -152,7 +153,7 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
         raise _unreadable(name, path, error) from None
     if magic == b"GGUF":
         raise CheckpointError(
-            f"{name} is a GGUF file, made for llama.cpp and quantised as a rule",
+            f"{name} is a GGUF file for llama.cpp, which is usually quantised",
             "Give the checkpoint that it was made from",
         )
     return content, metadata_of(content)
@@ -222,8 +223,8 @@ def _is_exported(path: Path) -> bool:
 def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
     if _is_exported(path):
         return CheckpointError(
-            f"{name} is a program of torch.export, a model and no checkpoint",
-            f"Take it for the model, -m {shlex.quote(f'pt2:{path}')}, with checkpoints of its "
+            f"{name} is a torch.export program, which is a model and not a checkpoint",
+            f"Use it as the model, -m {shlex.quote(f'pt2:{path}')}, with checkpoints of its "
             "weights",
         )
     if isinstance(error, RepeatedError):
@@ -235,7 +236,8 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
         )
     if isinstance(error, SizeError):
         return CheckpointError(
-            f"{name} claims more than it holds: {error}", "Was its writing cut off?"
+            f"{name} declares more data than it contains: {error}",
+            "It may be incomplete: save or copy it again",
         )
     text = str(error)
     # The error of the unpickler contains the refused name in one of these forms.
@@ -244,7 +246,7 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
     if "weights_only" not in text.lower().replace(" ", "_") or "invalid load" in text:
         wanted = None
     if wanted and not _is_truncated(path):
-        problem = f"is a pickle that wants to run code ({next(filter(None, wanted.groups()))})"
+        problem = f"is a pickle that would run code ({next(filter(None, wanted.groups()))})"
     elif "TorchScript" in text:
         problem = "is a TorchScript program, which is code"
     elif "operand 149" in text:
@@ -256,11 +258,11 @@ def _unreadable(name: str, path: Path, error: Exception) -> CheckpointError:
         suffix, script = ("pt", _CONVERT) if is_plain else ("safetensors", _RESAVE)
         target = path.with_name(f"{path.stem}-weights.{suffix}")
         return CheckpointError(
-            f"{name} {problem}; none of it was run",
+            f"{name} {problem}; nothing was run",
             "If you trust it, save its state dict again: "
             f"python -c '{script}' {shlex.quote(str(path))} {shlex.quote(str(target))}",
         )
     return CheckpointError(
-        f"{name} is no checkpoint that torch can read ({type(error).__name__})",
-        f"Known suffixes are {', '.join(SUFFIXES)}; was its writing cut off?",
+        f"{name} is not a checkpoint that torch can read ({type(error).__name__})",
+        f"Known suffixes are {', '.join(SUFFIXES)}; it may be incomplete: save or copy it again",
     )

@@ -71,7 +71,8 @@ def list_checkpoints(name: str) -> list[str]:
         raise CheckpointError(f"{name} cannot be read: {one_line(error)}") from None
     if not found:
         raise CheckpointError(
-            f"the folder {name} holds no checkpoints", f"Their names end in {', '.join(SUFFIXES)}"
+            f"the folder {name} contains no checkpoints",
+            f"Their names end in {', '.join(SUFFIXES)}",
         )
     return [f"{folder / name}{key}" for name in sort_naturally([path.name for path in found])]
 
@@ -117,7 +118,7 @@ def read_folder(folder: Path, name: str) -> CheckpointFile:
     if len(found) > 1:
         raise CheckpointError(
             f"{folder} holds more than one checkpoint: {', '.join(f.name for f in found)}",
-            f"Name one, for example {found[0]}",
+            f"Give one, for example {found[0]}",
         )
     if not found:
         raise _no_checkpoint_error(folder)
@@ -138,12 +139,12 @@ def _no_checkpoint_error(folder: Path) -> CheckpointError:
         return CheckpointError(
             f"{folder} has parts of a distributed checkpoint and no {METADATA}, which is written "
             "last",
-            "Was its writing cut off?",
+            "It may be incomplete: save or copy it again",
         )
     if CONFIG in names:
         return CheckpointError(
             f"{folder} has the {CONFIG} of an adapter and no {' or '.join(_ADAPTERS)}",
-            "Was its writing cut off?",
+            "It may be incomplete: save or copy it again",
         )
     if "config.json" in names:
         return CheckpointError(
@@ -186,13 +187,13 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
     folder = index.parent
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map", "Was it written for something else?")
+        raise CheckpointError(f"{index} has no weight_map", "It may belong to another program")
     shards: dict[str, list[str]] = {}
     for tensor, shard in weight_map.items():
         is_name = isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
         if not is_name or shard in {"", ".."}:
             raise CheckpointError(
-                f"{index} says that {tensor!r} is in {shard!r}, which is no file of its folder",
+                f"{index} says that {tensor!r} is in {shard!r}, which is not in its folder",
                 "Shards lie beside their index",
             )
         shards.setdefault(shard, []).append(tensor)
@@ -202,7 +203,8 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
         file = folder / shard
         if not file.exists():
             raise CheckpointError(
-                f"{index} names {shard!r}, which is not there", "Was the checkpoint copied whole?"
+                f"{index} names {shard!r}, which is not there",
+                "The copy may be incomplete: copy the checkpoint again",
             )
         content, shard_metadata = read_file(file, str(file))
         metadata |= shard_metadata
@@ -210,7 +212,7 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
         if missing:
             raise CheckpointError(
                 f"{file} has no tensor {missing[0]!r}, which {index.name} says is in it",
-                "Do the shards and the index belong together?",
+                "The shards and the index may belong to different checkpoints",
             )
         weights |= {tensor: content[tensor] for tensor in tensors}
     # Sorted, so that the result does not depend on the order of shards.
@@ -243,7 +245,7 @@ def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
     tensors = dict(state_dicts(content)).get("")
     if not tensors:
         raise CheckpointError(
-            f"{file} holds no tensors under names", "Save the adapter with save_pretrained"
+            f"{file} contains no named tensors", "Save the adapter with save_pretrained"
         )
     return CheckpointFile(name, path, {"": tensors}, {}, (config, file), adapter=adapter)
 

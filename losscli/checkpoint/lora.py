@@ -186,7 +186,7 @@ class LoraAdapter:
             raise CheckpointError(
                 f"{self.where} says that the rank of {module} is {rank}, and its tensors are of "
                 f"rank {a.shape[0]}",
-                "Do the config and the tensors belong together?",
+                "The config and the tensors may belong to different adapters",
             )
         return alpha / (math.sqrt(rank) if self.stabilised else rank)
 

@@ -192,7 +192,7 @@ def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
     else:
         for name in [*unnumbered, *final]:
             if duplicate := _find_duplicate(name, [*last, *reversed(numbered)]):
-                notes.append(f"{name} is left out: its weights are those of {duplicate}")
+                notes.append(f"{name} is left out: it has the same weights as {duplicate}")
             else:
                 last.append(name)
         if best:

@@ -70,7 +70,7 @@ def combine(name: str, parts: Mapping[str, CheckpointFile]) -> CheckpointFile:
     for part in parts.values():
         if part.adapter:
             raise CheckpointError(
-                f"{part.name} is an adapter, which cannot be a part of {name}",
+                f"{part.name} is an adapter and cannot be part of {name}",
                 "Merge it into its base first",
             )
     candidates = {

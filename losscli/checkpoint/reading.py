@@ -45,7 +45,7 @@ def read(name: str) -> CheckpointFile:
         file = file.at(key)
     if not file.candidates and not file.quantised:
         raise CheckpointError(
-            f"{name} holds no tensors under names",
+            f"{name} contains no named tensors",
             (file.path and consolidation_hint(file.path)) or "Save the model's state_dict() in it",
         )
     for label, weights in file.model_candidates.items():
@@ -75,7 +75,9 @@ def find_base(names: Sequence[str]) -> str | None:
     bases = {name: adapter.base for name in files if (adapter := read(name).adapter)}
     first, base = next(iter(bases.items()))
     if base is None or not _is_folder(base):
-        where = f"was trained on {base!r}, which is no folder here" if base else "says not on what"
+        where = (
+            f"was trained on {base!r}, which is not a local folder" if base else "says not on what"
+        )
         raise CheckpointError(
             f"{first} is an adapter that {where}", "Name the checkpoint that it changes first"
         )
@@ -136,10 +138,10 @@ def _split_key(name: str) -> tuple[Path, str]:
             path = Path(file)
         if not path.exists():
             raise CheckpointError(
-                f"there is no checkpoint {name}", f"Relative names start at {Path.cwd()}"
+                f"there is no checkpoint {name}", f"Relative paths start at {Path.cwd()}"
             )
         if path.is_file() and path.stat().st_size == 0:
-            raise CheckpointError(f"{path} is empty", "Was its writing cut off?")
+            raise CheckpointError(f"{path} is empty", "It may be incomplete: save or copy it again")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{name} cannot be read: {reason}") from None

@@ -416,8 +416,7 @@ class CheckpointFile:
         )
         if found:
             raise CheckpointError(
-                f"{self.name} is quantised ({found}), and between quantised weights there is no "
-                "line",
+                f"{self.name} is quantised ({found}), and quantised weights cannot be interpolated",
                 "Give the checkpoint that it was made from, or dequantise it first",
             )
 
@@ -462,10 +461,11 @@ class CheckpointFile:
         if self.path is None:
             keys = "".join(f"[{key!r}]" for key in example.split("."))
             return CheckpointError(
-                f"{self.name} holds several state dicts: {names}", f"{why}Give one, as {keys} of it"
+                f"{self.name} contains several state dicts: {names}",
+                f"{why}Give one, as {keys} of it",
             )
         return CheckpointError(
-            f"{self.name} holds several state dicts: {names}",
+            f"{self.name} contains several state dicts: {names}",
             f"{why}Choose one, for example {shlex.quote(str(self.path))}#{shlex.quote(example)}",
         )
 
@@ -483,10 +483,13 @@ def _unsupported(tensor: Tensor, *, shapes_only: bool) -> tuple[str, str] | None
         kind = str(tensor.layout).removeprefix("torch.")
         return f"sparse ({kind})", "Save it dense, as tensor.to_dense()"
     if shapes_only:
-        return "on the device meta, which holds no numbers", "Save it from where its numbers are"
+        return (
+            "on the device meta, which holds no values",
+            "Save it from a device that holds its values",
+        )
     if not tensor.is_quantized and not _supports_arithmetic(tensor.dtype):
         kind = str(tensor.dtype).removeprefix("torch.")
-        return f"{kind}, with which torch does not compute", "Dequantise it first, and save that"
+        return f"{kind}, which torch cannot compute with", "Dequantise it first, and save that"
     return None
 
 

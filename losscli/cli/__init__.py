@@ -116,7 +116,7 @@ def _run_and_report(work: Callable[[Console], int], console: Console) -> int:
         if console.traceback:
             raise
         message = (
-            f"unexpected {type(error).__name__}: {error}. This is a fault of losscli: run again "
+            f"unexpected {type(error).__name__}: {error}. This is a bug in losscli: run again "
             "with --traceback and report what it shows"
         )
         console.error(_with_resume_hint(message, console))
@@ -127,7 +127,7 @@ def _resume_hint(console: Console) -> str:
     """Returns how to resume a run; empty if it has no journal."""
     if console.journal is None:
         return ""
-    return f"what was finished is in {console.journal}: the same command goes on from there"
+    return f"what was finished is in {console.journal}: the same command resumes from there"
 
 
 def _with_resume_hint(text: str, console: Console) -> str:
@@ -157,7 +157,9 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
     try:
         Path.cwd()  # torch aborts without a current folder
     except FileNotFoundError:
-        raise UsageError("the current folder is gone", "Change to one that is there") from None
+        raise UsageError(
+            "the current folder no longer exists", "Change to a folder that exists"
+        ) from None
     if "RANK" in os.environ:
         from losscli.evaluation.rendezvous import is_distributed
 
@@ -209,7 +211,7 @@ def _is_number(text: str) -> bool:
 def _parse(arguments: Sequence[str], console: Console) -> int:
     # click before 8.2 would print the help and succeed. A shell asks for completions without any.
     if not arguments and "_LOSSCLI_COMPLETE" not in os.environ:
-        raise UsageError("no command is given", "See losscli --help")
+        raise UsageError("no command given", "See losscli --help")
     # Imported within `run`, which handles Ctrl-C: typer takes a tenth of a second to import.
     import typer
 

@@ -12,6 +12,7 @@ from losscli.cli.options import KeepOrder, Write, with_console, with_output, wit
 from losscli.cli.report import (
     align_columns,
     format_count,
+    format_examples,
     format_number,
     is_finite,
     task_lines,
@@ -204,9 +205,8 @@ def report(result: Result[CheckSummary]) -> str:
     }
     for row in rows:
         point = points[row["checkpoint"], row["split"]]
-        examples = summary["examples"][row["split"]]
         heading = f"{printable(row['checkpoint'])}, {printable(row['split'])}"
-        lines += ["", f"{heading}, {format_count(examples, 'example')}: {row['verdict']}"]
+        lines += ["", f"{heading}, {format_examples(summary, row['split'])}: {row['verdict']}"]
         findings = [
             *([("because", point["reason"])] if point["reason"] else []),
             ("loss", format_number(row["loss"])),

@@ -175,10 +175,10 @@ def _journal_notes(journal: Journal) -> Iterator[str]:
         yield f"starting over instead of resuming {journal.path}: {journal.restart_reason}"
     elif len(journal):
         changes = "; ".join(journal.changes)
-        caveat = f", though {changes}: the last digits may be others" if changes else ""
+        caveat = f", though {changes}: the last digits may differ" if changes else ""
         yield f"goes on where {journal.path} ends{caveat}"
     if journal.truncated:
-        yield f"{journal.path}: a record that was not written to its end is left out"
+        yield f"{journal.path}: an incomplete record is ignored"
     if not journal.locked:
         yield (
             f"the file system of {journal.path} has no locks: see that no other run writes the "

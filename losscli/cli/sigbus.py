@@ -37,7 +37,8 @@ def exit_on_lost_pages(report: Callable[[str], None]) -> None:
             file = _truncated_file(address) if code > 0 else None
             if file is not None:
                 report(
-                    f"{file} was cut off while it was looked at. Start again once it is left alone"
+                    f"{file} was truncated while losscli read it. Run again when no program "
+                    "writes to it"
                 )
                 os._exit(1)
         finally:

@@ -38,7 +38,7 @@ def _pairs(arrays: Mapping[str, _Array], where: str) -> dict[str, tuple[_Array, 
         split, _, part = key.rpartition("_")
         if part not in {"inputs", "targets"}:
             raise DataError(
-                f"{where}: the array {key!r} is not understood",
+                f"{where}: the array {key!r} is not recognised",
                 "Name the arrays inputs and targets, or train_inputs, train_targets, …",
             )
         splits.setdefault(split or "data", {})[part] = tensor
@@ -109,7 +109,8 @@ def load_safetensors(
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         _refuse_placeholder(path)
         raise DataError(
-            f"{path} is no whole safetensors file: {one_line(error)}", "Was its writing cut off?"
+            f"{path} is not a valid safetensors file: {one_line(error)}",
+            "It may be incomplete: save or copy it again",
         ) from None
     return scaled(_pairs(arrays, str(path)), str(path), scale)
 
@@ -133,7 +134,7 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
         with path.open("rb") as stream:
             # NumPy takes any other file for a pickle and recommends loading it.
             if not zipfile.is_zipfile(stream):
-                raise ValueError("no zip archive, or not all of one")  # noqa: TRY301
+                raise ValueError("not a complete zip archive")  # noqa: TRY301
             stream.seek(0)
             shapes = _check_sizes(stream, str(path))
             if shapes:
@@ -146,7 +147,7 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
     except Exception as error:  # noqa: BLE001 - readers raise any exception for a broken archive
         _refuse_placeholder(path)
         raise DataError(
-            f"{path} is no NumPy archive of numbers: {one_line(error)}",
+            f"{path} is not a NumPy archive of numbers: {one_line(error)}",
             "Write it with numpy.savez, arrays of numbers alone",
         ) from None
     return scaled(_pairs(arrays, str(path)), str(path), scale)
@@ -187,7 +188,7 @@ def _check_counts(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
         if inputs and targets and inputs[0] != targets[0]:
             raise DataError(
                 f"{where}, split {split!r}: {inputs[0]} inputs for {targets[0]} targets",
-                "Give one target an example",
+                "Give one target per example",
             )
 
 
@@ -223,7 +224,7 @@ def load_mnist(path: Path, /) -> Pixels:
             )
     if not splits:
         raise DataError(
-            f"{path} holds no IDX files such as t10k-images-idx3-ubyte.gz",
+            f"{path} contains no IDX files such as t10k-images-idx3-ubyte.gz",
             "Name the folder of the IDX files",
         )
     return Pixels(splits)
@@ -251,20 +252,21 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
                 content += file.read(claimed + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path} cannot be read: {one_line(error)}", "Was its download cut off?"
+            f"{path} cannot be read: {one_line(error)}",
+            "The download may be incomplete: download it again",
         ) from None
     if content[:4] != bytes([0, 0, 8, dimensions]):
         _refuse_placeholder(path)
         raise DataError(
-            f"{path} is no IDX file of bytes in {dimensions} dimensions",
-            "Is it another file, or a labels file in the place of images?",
+            f"{path} is not an IDX file of bytes in {dimensions} dimensions",
+            "It may be another file, or a file of labels instead of images",
         )
     sizes = content[4:start].ljust(start - 4, b"\xff")
     shape = np.frombuffer(sizes, ">u4").astype(int).tolist()
     if math.prod(shape) != len(content) - start:
         raise DataError(
             f"{path}: {max(len(content) - start, 0)} values for the shape {shape}",
-            "Was its download cut off?",
+            "The download may be incomplete: download it again",
         )
     values = np.frombuffer(bytearray(content), np.uint8, offset=start)
     return torch.from_numpy(values.reshape(shape))
@@ -279,6 +281,6 @@ def _refuse_placeholder(path: Path) -> None:
 
 def _require_file(path: Path) -> None:
     if path.exists() and not path.is_file():
-        raise DataError(f"{path} is no regular file", "Name a file of arrays on a disk")
+        raise DataError(f"{path} is not a regular file", "Name a file of arrays on a disk")
     if not path.is_file():
-        raise DataError(f"there is no data file {path}", f"Relative names start at {Path.cwd()}")
+        raise DataError(f"there is no data file {path}", f"Relative paths start at {Path.cwd()}")

@@ -166,7 +166,7 @@ class _Parser:
             column = to_tensor(value, self.where, key)
             if column.ndim == 0:
                 raise DataError(
-                    f"{self.where}: a single number is no column of examples", "Give tensors [N, …]"
+                    f"{self.where}: a scalar is not a batch of examples", "Give tensors [N, …]"
                 )
             if len(column) != self.size:
                 raise _UnequalError
@@ -263,7 +263,7 @@ def _refuse(sides: Sequence[_Side], where: str) -> NoReturn:
     inputs, targets = (" and ".join(map(str, each[:3])) for each in found)
     raise DataError(
         f"{where}: {inputs or 'no'} inputs for {targets or 'no'} targets",
-        "Give one target an example",
+        "Give one target per example",
     )
 
 
@@ -366,7 +366,7 @@ def join(batches: Sequence[Split], where: str) -> Split:
         inputs, targets = concatenate([(batch.inputs, batch.targets) for batch in batches])
     except (RuntimeError, TypeError) as error:
         raise RaggedError(
-            f"{where}: the batches do not fit together: {one_line(error)}",
+            f"{where}: the batches cannot be combined: {one_line(error)}",
             "Pad the examples to one size",
         ) from None
     return Split(inputs, targets)

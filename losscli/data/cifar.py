@@ -110,14 +110,14 @@ def _find(
     for archive in archives:
         if archive.is_file():
             raise DataError(
-                f"{archive} is no folder of CIFAR's files",
+                f"{archive} is not a folder of CIFAR's files",
                 f"Unpack it if it is an archive (tar -xzf {archive.name}) and name the folder",
             )
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}", "Name the folder of CIFAR's files")
     raise DataError(
-        f"{folder} holds none of {', '.join(name for names in binary.values() for name in names)}, "
-        "nor the like of them without .bin",
+        f"{folder} contains none of "
+        f"{', '.join(name for names in binary.values() for name in names)}, with or without .bin",
         f"Name the folder of an unpacked archive from {_SOURCE}",
     )
 
@@ -127,11 +127,11 @@ def _read_all(files: list[Path], read: _Reader, classes: int) -> tuple[Tensor, T
     for file in files:
         image, label = read(file)
         if not len(label):
-            raise DataError(f"{file} is empty", "Was its writing cut off?")
+            raise DataError(f"{file} is empty", "It may be incomplete: save or copy it again")
         if not 0 <= label.min() <= label.max() < classes:
             raise DataError(
                 f"{file} has labels from {label.min()} to {label.max()} for {classes} classes",
-                "Is it a file of the other CIFAR, or broken?",
+                "It may be a file of the other CIFAR, or damaged",
             )
         images.append(torch.from_numpy(image.reshape(-1, 3, 32, 32)))
         labels.append(torch.from_numpy(label))
@@ -151,8 +151,8 @@ def _read_binary(file: Path, labels: int, label: int) -> tuple[Bytes, npt.NDArra
     size = labels + _PIXELS
     if len(content) % size:
         raise DataError(
-            f"{file}: {len(content)} bytes are no whole number of records of {size} bytes",
-            "Was its download cut off?",
+            f"{file}: {len(content)} bytes are not a multiple of records of {size} bytes",
+            "The download may be incomplete: download it again",
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     return records[:, labels:], records[:, label].astype(np.int64)
@@ -163,12 +163,12 @@ def _read_python(file: Path, key: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
         batch = load(bytes(_read(file)), _REPLACEMENTS, encoding="bytes")
     except ForbiddenPickleError as error:
         raise DataError(
-            f"{file} is a pickle that wants to run code ({error.wanted}); none of it was run",
+            f"{file} is a pickle that would run code ({error.wanted}); nothing was run",
             f"Get the original from {_SOURCE}",
         ) from None
     except BrokenPickleError as error:
         raise DataError(
-            f"{file} is no whole pickle ({error})", f"Get the original from {_SOURCE}"
+            f"{file} is not a complete pickle ({error})", f"Get the original from {_SOURCE}"
         ) from None
     try:
         images, labels = _entry(batch, "data"), _entry(batch, key)
@@ -183,7 +183,7 @@ def _read_python(file: Path, key: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
         return images, labels.astype(np.int64)
     except (ValueError, TypeError, OverflowError) as error:
         raise DataError(
-            f"{file} is no batch of CIFAR: {one_line(error)}", f"Get the original from {_SOURCE}"
+            f"{file} is not a batch of CIFAR: {one_line(error)}", f"Get the original from {_SOURCE}"
         ) from None
 
 
@@ -197,7 +197,7 @@ def _entry(batch: Any, key: str) -> npt.NDArray[Any]:
 
 def _numbers(values: Any) -> npt.NDArray[np.int64]:
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise TypeError("its labels are no list of whole numbers")
+        raise TypeError("its labels are not a list of integers")
     return np.array(values, np.int64)
 
 

@@ -101,7 +101,9 @@ def load_hub(
     columns = dict(next(iter(tables.values())).features)
     column = _select_column(columns, inputs, _INPUTS, "inputs", where)
     if column is None:
-        raise DataError(f"{where} has the columns {', '.join(columns)}", "Say which: inputs=COLUMN")
+        raise DataError(
+            f"{where} has the columns {', '.join(columns)}", "Choose one: inputs=COLUMN"
+        )
     feature = columns[column]
     image = isinstance(feature, datasets.Image)
     text = getattr(feature, "dtype", "") in {"string", "large_string"} and not image
@@ -131,7 +133,7 @@ def load_hub(
         return DataSet(sequences, language=True)
     if target is None:
         raise DataError(
-            f"{where} has the columns {', '.join(columns)}", "Say which: targets=COLUMN"
+            f"{where} has the columns {', '.join(columns)}", "Choose one: targets=COLUMN"
         )
 
     def examples(table: Any, name: str) -> Any:
@@ -225,7 +227,7 @@ def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, 
         (source / name).is_file() for name in ("dataset_dict.json", "state.json")
     )
     if isinstance(source, Path) and not source.is_dir():
-        raise DataError(f"{source} is no folder", "Name the folder that it lies in")
+        raise DataError(f"{source} is not a folder", "Name the folder that it lies in")
     if on_disk and config is not None:
         raise SpecError(f"{source} has one configuration", "Leave out config=")
     try:
@@ -302,7 +304,7 @@ def _require_inside_saved(folder: Path) -> None:
                 _require_inside(name, place, place / "state.json")
                 if (place / name).exists() and not (place / name).is_file():
                     raise DataError(
-                        f"{place / name} is no regular file", "Save it with save_to_disk"
+                        f"{place / name} is not a regular file", "Save it with save_to_disk"
                     )
 
 
@@ -326,7 +328,7 @@ def _require_inside_card(folder: Path) -> None:
     if settings.is_file():
         contents[settings] = yaml.safe_load(settings.read_text(encoding="utf-8"))
     elif settings.exists():
-        raise DataError(f"{settings} is no regular file", "Remove it")
+        raise DataError(f"{settings} is not a regular file", "Remove it")
     for file, content in contents.items():
         configs = content.get("configs") if isinstance(content, dict) else None
         for entry in configs if isinstance(configs, list) else ():
@@ -348,12 +350,12 @@ def _strings(content: Any) -> Iterator[str]:
 
 def _require_inside(name: str, folder: Path, file: Path) -> None:
     """Refuses a file name or pattern that refers to a file outside of a folder."""
-    cure = f"Mend {file.name}, or name the folder that holds the data"
+    cure = f"Correct {file.name}, or name the folder that holds the data"
     if "://" in name or "::" in name:
         raise DataError(f"{file} names a place on the network, {printable(name)!r}", cure)
     # A pattern such as **/.. refers to the parent if ** matches nothing.
     if ".." in re.split(r"[/\\]", name) or not _lies_in(folder / name, folder):
-        raise DataError(f"{file} leads out of the folder, to {printable(name)!r}", cure)
+        raise DataError(f"{file} points outside the folder, to {printable(name)!r}", cure)
 
 
 def _lies_in(path: Path, *folders: Path) -> bool:
@@ -379,7 +381,7 @@ def _fetch(name: str, config: str | None) -> Any:
     from huggingface_hub.errors import HfHubHTTPError
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise DataError(f"there is no folder {name}", f"Relative names start at {Path.cwd()}")
+        raise DataError(f"there is no folder {name}", f"Relative paths start at {Path.cwd()}")
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         # A single short request, since the library itself retries for half a minute.
@@ -392,8 +394,8 @@ def _fetch(name: str, config: str | None) -> Any:
         return datasets.load_dataset(name, config, trust_remote_code=False)
     except ConnectionError as error:
         raise DataError(
-            f"{name} is no folder here and not in the cache of data sets, and the hub cannot be "
-            f"reached: {one_line(error)}",
+            f"{name} is neither a local folder nor in the cache of data sets, and the hub cannot "
+            f"be reached: {one_line(error)}",
             "Name a folder, or try again when there is a connection",
         ) from error
     finally:
@@ -465,7 +467,7 @@ def _numbers(table: Any, column: str, where: str) -> Tensor:
         kind, types = array.type, pa.types
         if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
             raise DataError(
-                f"{where}: {column!r} holds values of the type "
+                f"{where}: {column!r} contains values of the type "
                 f"{printable(str(kind).partition('<')[0])}, not numbers",
                 f"Number them with table.class_encode_column({column!r}), or name another column"
                 if types.is_string(kind) or types.is_large_string(kind)
@@ -496,9 +498,7 @@ def _lists(table: Any, column: str, where: str) -> tuple[Tensor, Tensor]:
         array = _unwrap(chunk)
         inner = getattr(array.type, "value_type", None)
         if inner is None or not pa.types.is_integer(inner):
-            raise DataError(
-                f"{where}: {column!r} holds no lists of whole numbers", "Give token ids"
-            )
+            raise DataError(f"{where}: {column!r} contains no lists of integers", "Give token ids")
         flat = pc.list_flatten(array)
         if array.null_count or flat.null_count:
             raise DataError(f"{where}: {column!r} has rows without a value", "Filter them out")
@@ -518,7 +518,7 @@ def _padded(table: Any, columns: list[tuple[str, int]], where: str) -> list[Tens
         if not torch.equal(other, lengths):
             raise DataError(
                 f"{where}: the rows of {column!r} are not as long as those of {columns[0][0]!r}",
-                "Give one value a token",
+                "Give one value per token",
             )
     filled = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
     return [
@@ -596,7 +596,7 @@ class _ImageColumn(Images):
         member = re.fullmatch(r"zip://([^:]+)", inner)
         if "://" in outer or (inner and not member) or not _lies_in(Path(outer), *self._folders):
             raise DataError(
-                f"{self.name(index)} leads out of the folder, to {printable(path)!r}",
+                f"{self.name(index)} points outside the folder, to {printable(path)!r}",
                 "Save the data set with its images in it, by save_to_disk",
             )
         if member:

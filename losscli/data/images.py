@@ -52,11 +52,11 @@ def open_image(file: str | IO[bytes]) -> Image:
 
     # Opening a FIFO would block.
     if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):  # noqa: PTH116
-        raise ValueError("no regular file")
+        raise ValueError("not a regular file")
     try:
         return Image.open(file, formats=_FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(f"in none of the formats {', '.join(_FORMATS)}") from None
+        raise ValueError(f"not in one of the formats {', '.join(_FORMATS)}") from None
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
@@ -76,7 +76,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, targets: Tensor, *, size: int | None, grayscale: bool) -> None:
         if size is not None and (type(size) is not int or size < 1):
-            raise SpecError(f"size={size} is no number of pixels", "Write size=224")
+            raise SpecError(f"size={size} is not a number of pixels", "Write size=224")
         if not isinstance(grayscale, bool):
             raise SpecError(f"grayscale={grayscale} is neither true nor false", "Write true")
         try:
@@ -184,12 +184,12 @@ def _readable(name: str) -> Iterator[None]:
         raise
     except (DecompressionBombError, DecompressionBombWarning) as error:
         raise DataError(
-            f"{name} has more pixels than Pillow deems safe: {error}",
+            f"{name} exceeds Pillow's limit of pixels: {error}",
             "Make it smaller, or leave it out",
         ) from None
     except Exception as error:  # noqa: BLE001 - decoders raise any exception for a broken image
         raise DataError(
-            f"{name} is no whole image that Pillow reads: {one_line(error)}",
+            f"{name} is not an image that Pillow can read: {one_line(error)}",
             "Write it again, or leave it out",
         ) from None
 
@@ -249,7 +249,7 @@ def load_image_folder(path: Path, /, *, size: int | None = None, grayscale: bool
         if missing := [name for name in classes if name not in set(present)]:
             raise DataError(
                 f"{splits[split]} has no folder {', '.join(missing)}, which other splits have",
-                "Make it, empty if need be: a class has the same number in all splits",
+                "Create it, even if empty: a class has the same number in all splits",
             )
     found = {split: [_images(place / name) for name in classes] for split, place in splits.items()}
     for name, *files in zip(classes, *found.values(), strict=True):
@@ -279,12 +279,12 @@ def _splits(path: Path) -> dict[str, Path]:
     if direct and nested:
         raise DataError(
             f"{path}: images lie in {direct[0].name} itself and in folders of {nested[0].name}, "
-            "so that neither are classes nor splits",
+            "so these folders are neither classes nor splits",
             "Arrange them as DIR/CLASS/* or as DIR/SPLIT/CLASS/*",
         )
     if not direct and not nested:
         raise DataError(
-            f"{path} holds no folders of images",
+            f"{path} contains no folders of images",
             f"Name a folder DIR/CLASS/* or DIR/SPLIT/CLASS/*; images end in {', '.join(_SUFFIXES)}",
         )
     # Some data sets have the layout CLASS/images/*, which is not one split per class.

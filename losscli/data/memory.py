@@ -88,8 +88,8 @@ def require_memory(nbytes: int, where: str) -> None:
     """
     if nbytes > (free := free_memory()):
         raise DataError(
-            f"{where} takes {nbytes:,} bytes of memory once it is unpacked, and {free:,} are free",
-            "Is it what you expect? Then store fewer examples in a file",
+            f"{where} takes {nbytes:,} bytes of memory when unpacked, and {free:,} are free",
+            "If that is expected, store fewer examples per file",
         )
 
 

@@ -97,7 +97,7 @@ def load(
     spec_limit = common["limit"]
     if spec_limit is not None and not (type(spec_limit) is int and spec_limit > 0):
         raise SpecError(
-            f"data {text!r}: limit={spec_limit} is no number of examples", "Give 1 or more"
+            f"data {text!r}: limit={spec_limit} is not a number of examples", "Give 1 or more"
         )
     if function in DATASETS.values():
         if not arguments:
@@ -148,7 +148,7 @@ def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
     )
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise SpecError(
-            f"data {text!r}: {key}={value} is no number a channel", f"Write {key}=0.5-0.4-0.5"
+            f"data {text!r}: {key}={value} is not a number per channel", f"Write {key}=0.5-0.4-0.5"
         )
     if not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
         raise SpecError(
@@ -195,5 +195,5 @@ def _check_normalisation(data: DataSet, text: str) -> None:
                     raise DataError(
                         f"data {text!r}: {len(values)} values of mean or std for "
                         f"{channels} channels",
-                        "Give one value, or one a channel",
+                        "Give one value, or one per channel",
                     )

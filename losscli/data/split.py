@@ -227,7 +227,7 @@ class Split(Examples):
         rows = torch.arange(len(self))
         if number < len(self):
             rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-            if self.has_classes:
+            if self.has_classes and not self.in_batches:
                 rows = rows[_alternate(self.targets.cpu()[rows])]
             rows = rows[:number].sort().values
         return self.take(rows), rows
@@ -236,7 +236,7 @@ class Split(Examples):
     def has_classes(self) -> bool:
         """Whether each example has one class: a whole number."""
         targets = self.targets
-        if not isinstance(targets, Tensor) or self.in_batches:
+        if not isinstance(targets, Tensor):
             return False
         return targets.ndim == 1 and not (targets.is_floating_point() or targets.is_complex())
 

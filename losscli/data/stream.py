@@ -470,8 +470,8 @@ class Workers:
         except (RuntimeError, OSError, EOFError) as error:
             self._loader = None
             raise DataError(
-                f"{self.decoder.where}: a worker that decodes was lost: {one_line(error)}",
-                "Is there memory enough? Try a DataLoader with num_workers=0",
+                f"{self.decoder.where}: a worker process was lost: {one_line(error)}",
+                "Memory may be short: try a DataLoader with num_workers=0",
             ) from None
         finally:
             self._busy = False
@@ -765,7 +765,7 @@ class Stream(Examples):
             for a, b in zip(first.columns, second.columns, strict=True)
         ):
             raise DataError(
-                f"{decoder.where}: example {position[0]} is another each time it is decoded",
+                f"{decoder.where}: example {position[0]} differs each time it is decoded",
                 "Take the randomness out of it, or draw from the generators of random, "
                 "numpy.random and torch",
             )

@@ -46,15 +46,17 @@ def load_text(path: Path, /, *, tokenizer: str | Path = "bytes", context: int = 
     if path.is_dir():
         files = {file.stem: file for file in sorted(path.glob("*.txt")) if file.is_file()}
         if not files:
-            raise DataError(f"{path} holds no text files", "Name a file, or a folder of SPLIT.txt")
+            raise DataError(
+                f"{path} contains no text files", "Name a file, or a folder of SPLIT.txt"
+            )
         # The training data come first, as in all formats.
         files = {split: files[split] for split in sorted(files, key=lambda split: split != "train")}
     elif path.is_file():
         files = {"data": path}
     elif path.exists():
-        raise DataError(f"{path} is no regular file", "Name a text file on a disk")
+        raise DataError(f"{path} is not a regular file", "Name a text file on a disk")
     else:
-        raise DataError(f"there is no text file {path}", f"Relative names start at {Path.cwd()}")
+        raise DataError(f"there is no text file {path}", f"Relative paths start at {Path.cwd()}")
     read = read_texts(tokenizer, context)
     for file in files.values():
         # A token takes 8 bytes, and each byte is a token of the byte tokenizer.
@@ -96,7 +98,7 @@ def read_texts(
     """
     if type(context) is not int or context < 2:
         raise SpecError(
-            f"context={context} is no number of tokens to predict from", "Give 2 or more"
+            f"context={context} is not a number of tokens to predict from", "Give 2 or more"
         )
     padding, encode = (0, _bytes) if tokenizer == "bytes" else _tokenizer(Path(tokenizer))
 
@@ -106,7 +108,7 @@ def read_texts(
             ids = [np.array(row, np.int64) for block in blocks for row in encode(block)]
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{where} is no text in UTF-8: {one_line(error)}",
+                f"{where} is not UTF-8 text: {one_line(error)}",
                 "Convert it, or read it with tokenizer=bytes",
             ) from None
         count = sum(map(len, ids))
@@ -197,7 +199,7 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
         )
     except Exception as error:
         raise DataError(
-            f"{folder} holds no tokenizer that transformers reads: {one_line(error)}",
+            f"{folder} contains no tokenizer that transformers can read: {one_line(error)}",
             "Save it with its save_pretrained(FOLDER)",
         ) from error
     finally:
@@ -225,6 +227,6 @@ def _require_vocabulary(folder: Path, tokenizer: Any) -> None:
     if vocabulary and not any(file.is_file() for file in candidates):
         expected = ", ".join(dict.fromkeys(["tokenizer.json", *vocabulary]))
         raise DataError(
-            f"{folder} holds no tokenizer: none of {expected} is there",
+            f"{folder} contains no tokenizer: none of {expected} is there",
             "Save the model's there with its save_pretrained(FOLDER), or name its own folder",
         )

@@ -312,7 +312,7 @@ class CriticalPointTest:
         """The objective in float64; None if there is none."""
         objective = self.objective
         split = next(iter(objective.splits.values()))
-        sample, _ = split.spread(sample_size(objective.operations))
+        sample, _ = split.spread(sample_size(objective))
         return in_float64(objective, sample.to(objective.device), inside=True)
 
     def differentiated(self, weights: Weights) -> Objective:
@@ -353,7 +353,7 @@ class CriticalPointTest:
             vector = extremes.smallest[0].vector
             eigenvector = unflatten(vector, weights, self.names)
             downhill = unflatten(-gradient / size, weights, self.names) if size > 0 else None
-            few = every.spread(sample_size(objective.operations))[0].to(objective.device)
+            few = every.spread(sample_size(objective))[0].to(objective.device)
             directions = {"λ min": vector, "λ max": extremes.largest[0].vector}
             unverified = check_derivatives(
                 float64 or objective, weights, self.names, few, directions, seed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from losscli.data import Examples, Nest, Split, leaves
-from losscli.errors import ModelError, OutOfMemoryError, UsageError, one_line
+from losscli.errors import ModelError, UsageError, one_line
 from losscli.evaluation.decompositions import Decomposed
 from losscli.evaluation.eigenvalues import DenseHessian, Extremes, eigenpairs
 from losscli.evaluation.gradient_graphs import (
@@ -23,6 +23,7 @@ from losscli.evaluation.gradient_graphs import (
     graph_bytes,
 )
 from losscli.evaluation.lanczos import LanczosSearch
+from losscli.evaluation.memory import halve_batch
 from losscli.evaluation.objective import AGREEMENT, Objective, Progress, is_close
 from losscli.weight_space.vectors import Weights, unflatten
 
@@ -161,7 +162,7 @@ class Curvature:
                 along = (outputs * signs.to(outputs)).sum()
                 parts = torch.autograd.grad(along, self._parameters, allow_unused=True)
             total += float(self._flat(parts).square().sum())
-        return total / len(self.split)
+        return total / self.split.rows
 
     def named(self, v: Tensor) -> dict[str, Tensor]:
         """Splits a vector into the tensors of the parameters.
@@ -261,7 +262,8 @@ class Curvature:
         if objective.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
             factor = max(factor, 2.0**-10)
         term = min(torch.finfo(objective.dtype).eps, torch.finfo(torch.float32).eps)
-        terms = max(self.size, min(objective.batch_size, len(self.split)))
+        batch = min(objective.batch_size, len(self.split)) * self.split.rows // len(self.split)
+        terms = max(self.size, batch)
         return max(factor, math.sqrt(terms) * term)
 
     @cached_property
@@ -391,7 +393,8 @@ class Curvature:
                 # Outside of the handler the error is freed, and with it the graph in its traceback.
                 if part is None:
                     if not self.graphs.release():
-                        self._halve_batch()
+                        cure = "fewer tensors with --only"
+                        halve_batch(objective, "the second derivatives of", cure)
                     break
                 total += part
                 weight += batch_weight
@@ -513,18 +516,6 @@ class Curvature:
                 "the model detaches them, or folds them into others in eval mode",
                 "Leave them out with --except, or let the model's forward use them",
             )
-
-    def _halve_batch(self) -> None:
-        objective = self.objective
-        if objective.batch_size == 1:
-            raise OutOfMemoryError(
-                "the second derivatives of one example do not fit into the memory of "
-                f"{objective.device}",
-                "Try --device cpu, or fewer tensors with --only",
-            )
-        objective.batch_size //= 2
-        if objective.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     @contextmanager
     def _differentiable(self) -> Iterator[None]:

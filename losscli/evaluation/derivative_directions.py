@@ -202,7 +202,7 @@ class DerivativeDirections:
             if not all(bool(vector.isfinite().all()) for vector in vectors):
                 what = "gradient" if self.along == "gradient" else "Hessian"
                 raise ModelError(f"the {what} {of} is not finite", "Leave this checkpoint out")
-            sample = every.spread(sample_size(objective.operations))[0].to(objective.device)
+            sample = every.spread(sample_size(objective))[0].to(objective.device)
             unverified = check_derivatives(
                 self._test.float64 or objective,
                 weights,

@@ -72,7 +72,7 @@ def choose_method(
     """
     objective = derivatives.objective
     sample = split.spread(min(objective.batch_size, _SAMPLE))[0].to(objective.device)
-    few = split.spread(min(objective.batch_size, sample_size(objective.operations)))[0]
+    few = split.spread(min(objective.batch_size, sample_size(objective)))[0]
     few = few.to(objective.device)
     points = [alphas[k * (len(alphas) - 1) // (_PROOF_POINTS - 1)] for k in range(_PROOF_POINTS)]
     points = list(dict.fromkeys(points))

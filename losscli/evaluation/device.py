@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +68,7 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
         available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         available += ["mps"] if torch.backends.mps.is_available() else []
         raise DeviceError(
-            f"the device {name!r} with {dtype} is not to be had here: "
-            f"{one_line(error).split('. ')[0]}",
+            f"the device {name!r} with {dtype} is not available: {one_line(error).split('. ')[0]}",
             f"Choose one of auto, cpu{''.join(f', {d}' for d in available)}",
         ) from None
     if device.type not in {"cpu", "cuda", "mps"}:
@@ -128,21 +130,77 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 @contextmanager
 def float32_precision(*, tf32: bool) -> Iterator[None]:
-    """Sets whether a GPU computes float32 products in TF32, and restores the setting.
+    """Sets the precision of float32 products, and restores the settings.
+
+    User code may have lowered it: after ``torch.set_float32_matmul_precision("medium")`` a
+    processor may multiply in bfloat16 as well, and PyTorch lets cuDNN use TF32 by default.
 
     Args:
-        tf32: Whether TF32 is allowed.
+        tf32: Whether a GPU may compute in TF32. A processor never does.
 
     Yields:
         Nothing.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    settings = _float32_settings(tf32)
+    before = [setting.read() for setting in settings]
+    for setting in settings:
+        setting.write(setting.value)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for setting, value in zip(settings, before, strict=True):
+            if value is not None:
+                setting.write(value)
+
+
+@dataclass(frozen=True)
+class _Float32Setting:
+    """One of PyTorch's settings of the precision of float32 products."""
+
+    getter: Callable[[], Any]
+    setter: Callable[[Any], object]
+    value: object
+
+    def read(self) -> Any:
+        """The value; None where PyTorch refuses to name one, as user code mixed both interfaces."""
+        try:
+            return self.getter()
+        except RuntimeError:
+            return None
+
+    def write(self, value: object) -> None:
+        with warnings.catch_warnings():  # PyTorch 2.9 to 2.12 warn of the older interface
+            warnings.simplefilter("ignore")
+            self.setter(value)
+
+
+def _float32_settings(tf32: bool) -> Sequence[_Float32Setting]:
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+
+    def attribute(owner: object, name: str, value: object) -> _Float32Setting:
+        return _Float32Setting(partial(getattr, owner, name), partial(setattr, owner, name), value)
+
+    # The older interface first: it also sets the values of the newer one, and PyTorch raises an
+    # error where code reads the older one and both differ.
+    settings = [
+        _Float32Setting(
+            torch.get_float32_matmul_precision,
+            torch.set_float32_matmul_precision,
+            "high" if tf32 else "highest",
+        ),
+        attribute(cudnn, "allow_tf32", tf32),
+    ]
+    if hasattr(cuda.matmul, "fp32_precision"):
+        gpu = "tf32" if tf32 else "ieee"
+        for backend, names, value in (
+            (cuda, ("matmul",), gpu),
+            (cudnn, ("conv", "rnn"), gpu),
+            (mkldnn, ("matmul", "conv", "rnn"), "ieee"),
+        ):
+            settings += [
+                attribute(getattr(backend, name), "fp32_precision", value) for name in names
+            ]
+    return settings
 
 
 class Narrowest(TorchFunctionMode):

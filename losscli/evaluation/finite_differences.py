@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from losscli.evaluation.objective import Objective
+
 __all__ = [
     "CURE",
     "DETACHED",
@@ -43,8 +45,9 @@ CURE = (
 )
 
 # Examples on which derivatives are compared with differences: the fewest, the most, and the budget
-# of floating-point operations of their forward passes in between.
+# of floating-point operations of their forward passes in between; and the fewest whole batches.
 _FEWEST = 16
+_FEWEST_BATCHES = 2
 _MOST = 64
 _OPERATIONS = 10**8
 
@@ -252,16 +255,18 @@ class Differences:
         return Comparison(Outcome.HIDDEN)
 
 
-def sample_size(operations: int) -> int:
+def sample_size(objective: Objective) -> int:
     """Chooses the number of examples on which derivatives are compared with differences.
 
     Args:
-        operations: The floating-point operations of the forward pass of one example.
+        objective: The objective.
 
     Returns:
-        The number; larger for a small model, so that it includes rare examples.
+        The number, of batches with ``batch_loss``; larger for a small model, so that it includes
+        rare examples.
     """
-    return min(max(_FEWEST, _OPERATIONS // operations), _MOST)
+    fewest = _FEWEST_BATCHES if objective.batch_loss else _FEWEST
+    return min(max(fewest, _OPERATIONS // objective.operations), _MOST)
 
 
 def noise_of(values: Sequence[Tensor]) -> float:

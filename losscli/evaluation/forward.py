@@ -279,8 +279,11 @@ class ScoredModel(LoadableModel):
             targets: The targets of the batch.
 
         Returns:
-            The sum. The sum of the losses divided by it is the mean loss of the batch.
+            The sum. The sum of the losses divided by it is the mean loss of the batch. With
+            ``batch_loss`` it is 1, as for every batch.
         """
+        if self.batch_loss:
+            return 1.0
         weights = weights_of(self.loss, scores_in(outputs), realise(targets))
         return float(length(targets) if weights is None else weights.sum())
 

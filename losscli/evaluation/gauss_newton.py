@@ -64,4 +64,6 @@ class GaussNewton(Curvature):
             r = outputs - outputs.detach()
             (image,) = torch.autograd.grad(slope, z, r, create_graph=True, materialize_grads=True)
             forms: Tensor = (r * image).flatten(1).sum(1) / 2
+            if self.objective.batch_loss:
+                forms = forms.sum(0, keepdim=True)
             return forms.to(losses.dtype)

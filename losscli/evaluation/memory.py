@@ -107,25 +107,29 @@ def halving(objective: Objective, work: Callable[[], _T]) -> _T:
             halve_batch(objective)
 
 
-def halve_batch(objective: Objective) -> None:
+def halve_batch(
+    objective: Objective, what: str = "one point and", cure: str = "--dtype bfloat16"
+) -> None:
     """Halves the batch of an objective.
 
     Args:
         objective: The objective.
+        what: What does not fit for a batch, for the error.
+        cure: What may help beside another device.
 
     Raises:
         OutOfMemoryError: The batch is one example, or must not be halved.
     """
     if objective.batch_loss:
         raise OutOfMemoryError(
-            f"one point and one batch do not fit into the memory of {objective.device}, and with "
+            f"{what} one batch do not fit into the memory of {objective.device}, and with "
             "--batch-loss batches are never halved",
-            "Give smaller batches, --device cpu or --dtype bfloat16",
+            f"Give smaller batches, --device cpu or {cure}",
         )
     if objective.batch_size == 1:
         raise OutOfMemoryError(
-            f"one point and one example do not fit into the memory of {objective.device}",
-            "Try --device cpu or --dtype bfloat16",
+            f"{what} one example do not fit into the memory of {objective.device}",
+            f"Try --device cpu or {cure}",
         )
     objective.batch_size //= 2
     if objective.device.type == "cuda":

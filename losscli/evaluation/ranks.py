@@ -356,9 +356,9 @@ class Ranks:
                 self._heartbeats[rank] = beats, now
             elif now - since > _TIMEOUT:
                 raise RanksError(
-                    f"rank {rank} was not heard of for {now - since:.0f} s",
-                    "Does every rank run the same command? Without RANK and WORLD_SIZE in the "
-                    "environment it runs alone",
+                    f"rank {rank} has sent nothing for {now - since:.0f} s",
+                    "Check that every rank runs the same command; without RANK and WORLD_SIZE "
+                    "in the environment losscli runs alone",
                 )
 
 

@@ -101,7 +101,7 @@ class _WaitNote:
         if self._note is not None and time.monotonic() - self._start > _NOTE:
             name = "RANK {RANK}, WORLD_SIZE {WORLD_SIZE}, MASTER_ADDR {MASTER_ADDR}"
             self._note(
-                f"waiting up to {_JOIN:.0f} s for the other ranks, which the environment tells of "
+                f"waiting up to {_JOIN:.0f} s for the other ranks, which the environment lists "
                 f"({name.format(**os.environ)})"
             )
             self._note = None
@@ -164,7 +164,7 @@ def _choose_prefix(store: Store, rank: int, size: int, wait: _WaitNote) -> str:
         wait.check()
         time.sleep(_STORE_POLL)
     raise RanksError(
-        f"not all of the {size} ranks came within {_JOIN:.0f} s",
-        "Does every rank run the same command? Without RANK and WORLD_SIZE in the environment it "
-        "runs alone",
+        f"not all of the {size} ranks joined within {_JOIN:.0f} s",
+        "Check that every rank runs the same command; without RANK and WORLD_SIZE in the "
+        "environment losscli runs alone",
     )

@@ -292,7 +292,7 @@ class SharpnessTest:
         """The objective in float64; None if there is none."""
         objective = self.objective
         split = next(iter(objective.splits.values()))
-        sample, _ = split.spread(sample_size(objective.operations))
+        sample, _ = split.spread(sample_size(objective))
         return in_float64(objective, sample.to(objective.device), inside=True)
 
     def along_gradient(
@@ -409,7 +409,7 @@ class SharpnessTest:
         """Compares the gradient with differences of the loss; returns a note if that failed."""
         objective = self.objective
         every = objective.splits[point.split]
-        few = every.spread(sample_size(objective.operations))[0].to(objective.device)
+        few = every.spread(sample_size(objective))[0].to(objective.device)
         float64 = self.float64 or objective
         return check_derivatives(
             float64, point.weights, self.names, few, {}, self.seed, twice=False

@@ -52,7 +52,7 @@ class MLP(nn.Module):
             known = ", ".join([*ACTIVATIONS, "maxout"])
             raise SpecError(f"mlp: unknown activation {activation!r}", f"Known are {known}")
         if not isinstance(pieces, int) or pieces < 1:
-            raise SpecError(f"mlp: pieces={pieces} is no number of affine functions", "Give 2")
+            raise SpecError(f"mlp: pieces={pieces} is not a number of affine functions", "Give 2")
         self.activation = activation
         self.pieces = pieces if activation == "maxout" else 1
         *hidden, last = itertools.pairwise(widths)
@@ -151,10 +151,12 @@ def _widths(sizes: str | Sequence[int], model: str, *, at_least: int) -> list[in
     if len(widths) > _MAX_LAYERS:
         raise SpecError(
             f"{model}: {len(widths):,} sizes are more than the {_MAX_LAYERS:,} it has layers for",
-            "Name code of your own that builds the model",
+            "Give your own code that builds the model",
         )
     rounded = not isinstance(sizes, str) and widths != given
     if len(widths) < at_least or min(widths) < 1 or rounded:
         example = {"mlp": "mlp:784-512-10", "cnn": "cnn:16-32,channels=3"}[model]
-        raise SpecError(f"{model}: {sizes!r} is no list of sizes", f"Write for example {example}")
+        raise SpecError(
+            f"{model}: {sizes!r} is not a list of sizes", f"Write for example {example}"
+        )
     return widths

@@ -32,7 +32,7 @@ def load_exported(file: str | Path) -> nn.Module:
     """
     path = Path(file)
     if not path.is_file():
-        raise ModelError(f"there is no file {path}", f"Relative names start at {Path.cwd()}")
+        raise ModelError(f"there is no file {path}", f"Relative paths start at {Path.cwd()}")
     try:
         with warnings.catch_warnings(), _logging_disabled():
             # Deprecation warnings inside torch.
@@ -41,7 +41,7 @@ def load_exported(file: str | Path) -> nn.Module:
             module = program.module()
     except Exception as error:
         raise ModelError(
-            f"{path} is no program that torch {torch.__version__} can load: {one_line(error)}",
+            f"{path} is not a program that torch {torch.__version__} can load: {one_line(error)}",
             "Save it with torch.export.save(torch.export.export(model, …), FILE)",
         ) from error
     # torch replaces these methods by ones that raise; the mode does not change the program.
@@ -102,7 +102,6 @@ def _check_batch_size(
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if tensors and len(tensors[0]) != fixed:
         raise ModelError(
-            f"{path} was exported for batches of {fixed} examples alone, and here is one of "
-            f"{len(tensors[0])}",
+            f"{path} was exported for batches of exactly {fixed} examples, not {len(tensors[0])}",
             "Export it with dynamic_shapes, its first dimension a torch.export.Dim",
         )

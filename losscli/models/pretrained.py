@@ -117,14 +117,16 @@ def build_pretrained(folder: str | Path) -> nn.Module:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{path / 'config.json'} makes no model: {one_line(error)}") from error
+        raise ModelError(
+            f"{path / 'config.json'} does not define a model: {one_line(error)}"
+        ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not path.is_dir():
         raise ModelError(
-            f"there is no folder {path}, and nothing is fetched from a hub",
+            f"there is no folder {path}; models are not downloaded from a hub",
             "Download it first, for example: hf download NAME --local-dir FOLDER",
         )
     try:
@@ -135,13 +137,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise ModelError(
-            f"{file} has no model_type, and is none of transformers",
+            f"{file} has no model_type, so it is not a config of transformers",
             "Name the folder that save_pretrained made",
         )
     names = content.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(
-            f"{file}: its architectures are {names!r}, and no list of names",
+            f"{file}: its architectures are {names!r}, which is not a list of names",
             'Write the class of the model, for example ["GPT2LMHeadModel"]',
         )
     return content

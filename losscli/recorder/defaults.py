@@ -71,7 +71,7 @@ def _move(spec: Spec, kind: str, base: Path, folder: Path) -> Spec:
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise SpecError(
-                f"{kind} {spec}: there is no file {name}", f"Relative names start at {Path.cwd()}"
+                f"{kind} {spec}: there is no file {name}", f"Relative paths start at {Path.cwd()}"
             )
         return Spec(f"{move(name)}{colon}{argument}", options)
     if kind == "model":

@@ -600,16 +600,12 @@ def _check_directions(directions: int, along: str | None, settings: Settings) ->
             "--directions is the number of random directions, and --along replaces these",
             "Give one of the two options",
         )
-    for option, given in (
-        ("--batch-loss", settings.batch_loss),
-        ("--sampling-error", settings.sampling_error is not None),
-    ):
-        if given:
-            raise UsageError(
-                f"{option} is not available with --along, which needs the gradient over all "
-                "examples",
-                "Give random directions, or fewer examples with --limit",
-            )
+    if settings.sampling_error is not None:
+        raise UsageError(
+            "--sampling-error is not available with --along, which needs the gradient over all "
+            "examples",
+            "Give random directions, or fewer examples with --limit",
+        )
 
 
 def _check_basin(basin: float | None, basin_loss: float | None) -> None:

@@ -41,7 +41,7 @@ from losscli.studies.base import Study
 from losscli.studies.check_notes import check_notes, functions_called
 from losscli.studies.layerwise import blocks_among
 from losscli.studies.notes import general_notes, spectral_notes
-from losscli.studies.problem import prepare
+from losscli.studies.problem import counted, prepare
 from losscli.studies.spectra import Part, ProbedPoint, Spectra, SpectraOptions
 from losscli.studies.verification import check_differentiable, verify_fresh_model
 from losscli.summaries import CheckSummary, CostEstimate, Description, Escape, Step
@@ -214,11 +214,6 @@ class Check(Study):
         spectra = SpectraOptions.plan(
             density=density, blocks=blocks, probes=probes, lanczos=lanczos, operator=operator
         )
-        if settings.batch_loss:
-            raise UsageError(
-                "--batch-loss is not available for check",
-                "Give a --loss that is one number per example",
-            )
         if settings.sampling_error is not None:
             raise UsageError(
                 "a gradient is that of all examples, so --sampling-error has no place in a check",
@@ -416,7 +411,7 @@ class Check(Study):
             "operator": used["operator"],
             "probes": used["probes"],
             "lanczos": used["lanczos"],
-            "examples": {name: len(split) for name, split in objective.splits.items()},
+            **counted(objective, {name: len(s) for name, s in objective.splits.items()}),
             "splits": {
                 name: {
                     "points": [

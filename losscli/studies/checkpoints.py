@@ -153,7 +153,7 @@ def _join(names: Sequence[str], most: int = _MAX_TENSORS) -> str:
 
 def _changed(name: str) -> ChangedError:
     return ChangedError(
-        f"{name} was changed while it was looked at", "Start again once it is left alone"
+        f"{name} was changed while losscli read it", "Run again when no program writes to it"
     )
 
 

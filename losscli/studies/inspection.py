@@ -52,7 +52,7 @@ _NO_BATCHES = torch.tensor(0)
 def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[InspectionSummary]:
     """Shows what one checkpoint holds, or how far apart two are, tensor by tensor.
 
-    Of one that holds several state dicts, it shows these.
+    Of one that contains several state dicts, it shows these.
 
     Args:
         names: One checkpoint or two: names of files, state dicts, or modules.
@@ -292,7 +292,7 @@ def lowest(csv: Path, split: str) -> Lowest:
     if not all(math.isfinite(alpha) for loss, alpha in points if loss == least):
         raise TableError(
             f"{csv}: the lowest loss on {split}, {least:.6g}, stands in a row without an alpha",
-            "Give the CSV as losscli wrote it, or choose a point with --alpha",
+            "Give the CSV as written by losscli, or choose a point with --alpha",
         )
     loss, alpha = min(points)
     return Lowest(alpha, loss, sum(other == loss for other, _ in points), _summary_beside(csv))

@@ -181,10 +181,6 @@ class Interpolation(Study):
                 f"{option} looks closer than a sample of the examples can show",
                 "Give it without --sampling-error",
             )
-        if derivatives and settings.batch_loss:
-            raise UsageError(
-                "--derivatives is not available with --batch-loss", "Give one without the other"
-            )
         if derivatives and settings.buffers == "recalibrate":
             raise UsageError(
                 "--derivatives would have to go through the statistics that --buffers recalibrate "

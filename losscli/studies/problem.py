@@ -364,7 +364,7 @@ def _check(settings: Settings) -> None:
         raise UsageError(f"--seed {settings.seed} is no seed", "Give a number from 0 to 2^63 − 1")
     if settings.batch_size is not None and not 1 <= settings.batch_size < 1 << 31:
         raise UsageError(
-            f"--batch-size {settings.batch_size} is no number of examples for a forward pass",
+            f"--batch-size {settings.batch_size} is not a number of examples for a forward pass",
             "Give a number from 1 to 2^31 − 1",
         )
     if settings.sampling_error is not None and not 0 < settings.sampling_error < math.inf:

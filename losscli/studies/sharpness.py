@@ -624,16 +624,12 @@ def _check_options(rho: Sequence[float], samples: int, settings: Settings) -> No
         raise UsageError(
             f"--samples {samples} is not a number of perturbations", f"Give {_SAMPLES}"
         )
-    for option, given in (
-        ("--batch-loss", settings.batch_loss),
-        ("--sampling-error", settings.sampling_error is not None),
-    ):
-        if given:
-            raise UsageError(
-                f"{option} is not available for sharpness, which needs the gradient over all "
-                "examples",
-                "Evaluate fewer examples with --limit",
-            )
+    if settings.sampling_error is not None:
+        raise UsageError(
+            "--sampling-error is not available for sharpness, which needs the gradient over all "
+            "examples",
+            "Evaluate fewer examples with --limit",
+        )
 
 
 def _learning_rates(problem: Problem) -> dict[str, float]:

@@ -110,7 +110,7 @@ def _read_toml(file: Path) -> dict[str, str]:
     for key, value in content.items():
         if key not in {"model", "data", "loss"} or not isinstance(value, str):
             raise SpecError(
-                f"{file}: {key!r} is not understood",
+                f"{file}: {key!r} is not recognised",
                 'It may have the lines model = "…", data = "…" and loss = "…"',
             )
     return content

@@ -137,7 +137,7 @@ def random_directions(
             moves[k] = moves[k] or bool(pair[k].any())
     if not all(moves):
         reason, cure = NO_DIRECTION
-        raise UsageError(f"no tensor that moves spans a plane: {reason}", cure)
+        raise UsageError(f"the tensors that move do not span a plane: {reason}", cure)
     return directions
 
 

@@ -240,8 +240,8 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> E
         what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         raise ModelError(
             f"the model cannot be traced by torch.export: {what}",
-            "Its forward must take the same way for all inputs (torch.where instead of if); --model"
-            " may name another with the same tensors that does",
+            "Its forward must run the same operations for all inputs (torch.where instead of if), "
+            "or give a --model with the same tensors that does",
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

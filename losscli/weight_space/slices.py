@@ -152,7 +152,8 @@ class Triangle:
         for (first, second), edge in edges.items():
             if edge == 0:
                 raise UsageError(
-                    f"{first} and {second} have the same parameters: two points determine no plane",
+                    f"{first} and {second} have the same parameters: two points do not define a "
+                    "plane",
                     "Give three different checkpoints",
                 )
         b_x = edges["A", "B"]
@@ -167,7 +168,7 @@ class Triangle:
         shortest, middle, _ = sorted(edges.values())
         if b_x * c_y < _COLLINEAR_SINE * shortest * middle:
             raise UsageError(
-                "A, B and C are on one line, and no plane is determined by a line",
+                "A, B and C are on one line, which does not define a plane",
                 "Give a third checkpoint off the line through the others",
             )
         return cls(a, b, c, b_x, (c_x, c_y))
@@ -390,7 +391,7 @@ def check_point_count(option: str, value: int, points: int) -> None:
     """
     if points > _MAX_POINTS:
         raise UsageError(
-            f"{option} {value} makes more than {_MAX_POINTS} points, and each has its row in "
+            f"{option} {value} gives more than {_MAX_POINTS} points, and each takes a row in "
             "memory",
             "Give fewer",
         )

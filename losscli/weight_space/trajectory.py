@@ -291,7 +291,7 @@ def random_walks(steps: Sequence[float], dimension: int, number: int, seed: int)
     total = float(lengths.sum())
     if dimension < 1 or not 0 < total < math.inf:
         raise UsageError(
-            f"a random walk of length {total:g} in {dimension} dimensions goes nowhere",
+            f"a random walk of length {total:g} in {dimension} dimensions does not move",
             "Give a path that moves, in one dimension or more",
         )
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -506,7 +506,8 @@ def _rounding(*tensors: Tensor) -> float:
 def _require_three(count: int) -> None:
     if count < 3:
         raise UsageError(
-            f"a path of {count} checkpoints has nothing between its ends", "Give three or more"
+            f"a path of {count} checkpoints has no checkpoint between its ends",
+            "Give three or more",
         )
 
 

@@ -233,8 +233,8 @@ def select_names(names: Iterable[str], only: Iterable[str], excluded: Iterable[s
     for pattern in [*only, *excluded]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UsageError(
-                f"the pattern {pattern!r} fits none of the {len(names)} tensors",
-                f"Their names are such as {', '.join(names[:3])}",
+                f"the pattern {pattern!r} matches none of the {len(names)} tensors",
+                f"Examples: {', '.join(names[:3])}",
             )
     selected = [
         name

@@ -523,7 +523,7 @@ def test_an_adapter_that_changes_while_it_is_looked_at(
             problem.open(1).weights["layers.0.weight"], pair["layers.0.weight"], rtol=1e-5
         )
         changed.write_bytes(changed.read_bytes())
-        with pytest.raises(CheckpointError, match="adapter was changed while it was looked at"):
+        with pytest.raises(CheckpointError, match="adapter was changed while losscli read it"):
             problem.open(1)
 
 
@@ -636,7 +636,7 @@ def test_tensors_that_no_rule_explains_are_refused(tmp_path: Path) -> None:
             opened(state(), tmp_path, state())
         assert "\n" not in str(caught.value)
     file.write_bytes(b"x" * 100)
-    assert "no whole safetensors file" in refusal(tmp_path)
+    assert "not a valid safetensors file" in refusal(tmp_path)
 
 
 def test_a_tied_tensor_that_is_changed_in_two_ways_is_refused(tmp_path: Path) -> None:

@@ -289,11 +289,11 @@ def forget(content: Metadata) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Metadata], object], str]] = {
-    "outside": (move("../a/__0_0.distcp"), "which is no file of the folder. The parts of a dist"),
-    "absolute": (move("/etc/passwd"), "which is no file of the folder"),
-    "missing": (move("__9_0.distcp"), "cannot be read: No such file or directory. Was the check"),
+    "outside": (move("../a/__0_0.distcp"), "which is not in the folder. Keep the parts of a dist"),
+    "absolute": (move("/etc/passwd"), "which is not in the folder"),
+    "missing": (move("__9_0.distcp"), "cannot be read: No such file or directory. The copy may"),
     "compressed": (compress, "was written through ['zstd'], which is not read"),
-    "nowhere": (forget, "is no metadata of a distributed checkpoint (KeyError"),
+    "nowhere": (forget, "is not the metadata of a distributed checkpoint (KeyError"),
 }
 
 
@@ -325,14 +325,17 @@ def test_a_part_that_is_cut_off_or_no_tensor_is_told(tmp_path: Path) -> None:
     content = part.read_bytes()
     for damaged in (content[:100], content[:-100], bytes(len(content)), b"x" + content):
         part.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"cannot be read from .*distcp \(.* cut off\?"):
+        with pytest.raises(CheckpointError, match=r"cannot be read from .*distcp \(.*incomplete"):
             read(str(folder)).select(state(1))
     with pytest.raises(MismatchError, match="does not fit the model"):
         read(str(folder)).select({"w": torch.ones(2)})
     (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:50])
-    assert "is no metadata of a distributed checkpoint" in refusal(folder)
+    assert "is not the metadata of a distributed checkpoint" in refusal(folder)
     (folder / ".metadata").unlink()
-    assert "no .metadata, which is written last. Was its writing cut off?" in refusal(folder)
+    assert (
+        "no .metadata, which is written last. It may be incomplete: save or copy it again"
+        in refusal(folder)
+    )
 
 
 def test_metadata_that_want_code_are_refused_and_nothing_runs(tmp_path: Path) -> None:
@@ -349,7 +352,7 @@ def test_metadata_that_want_code_are_refused_and_nothing_runs(tmp_path: Path) ->
             content.planner_data = evil
             (folder / ".metadata").write_bytes(pickle.dumps(content, protocol))
             message = refusal(folder)
-            assert re.search(rf"wants to run code \(.*{wanted}\); none of it was run", message)
+            assert re.search(rf"would run code \(.*{wanted}\); nothing was run", message)
             assert message.endswith(f"dcp_to_torch {folder} FILE.pt")
             assert not marker.exists()
             content.planner_data = None

@@ -209,7 +209,7 @@ def test_two_that_fit_are_both_named_and_the_key_chooses(tmp_path: Path) -> None
         (state(), "'model', 'ema.shadow'."),
         (None, "'model', 'ema.shadow', 'head'."),
     ):
-        with pytest.raises(CheckpointError, match="holds several state dicts") as caught:
+        with pytest.raises(CheckpointError, match="contains several state dicts") as caught:
             read(str(path)).select(expected)
         assert named in str(caught.value)
         assert shlex.split(str(caught.value))[-1] == f"{path}#model"
@@ -419,7 +419,7 @@ def test_an_optimiser_alone_is_no_model(tmp_path: Path) -> None:
 )
 def test_a_file_without_named_tensors_is_no_checkpoint(content: Any, tmp_path: Path) -> None:
     message = refusal(write(content, tmp_path / "a.pt"))
-    assert message.endswith("holds no tensors under names. Save the model's state_dict() in it")
+    assert message.endswith("contains no named tensors. Save the model's state_dict() in it")
 
 
 def test_a_dictionary_that_holds_itself_ends(tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_a_missing_file_is_told_with_where_it_was_sought(tmp_path: Path) -> None
     for name in ("absent.pt", "absent.safetensors", "absent.pt#ema", "a\0b.pt", "a\0b#c"):
         message = refusal(tmp_path / name)
         assert message.startswith(f"there is no checkpoint {tmp_path}/{name}")
-        assert message.endswith(f"Relative names start at {Path.cwd()}")
+        assert message.endswith(f"Relative paths start at {Path.cwd()}")
     assert "File name too long" in refusal("x" * 5000)
     assert "File name too long" in refusal("x" * 5000 + "#y")
 
@@ -474,7 +474,7 @@ def test_a_file_that_may_not_be_read_says_so(suffix: str) -> None:
 def test_an_empty_file_asks_whether_its_writing_was_cut_off(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{suffix}"
     path.touch()
-    assert refusal(path) == f"{path} is empty. Was its writing cut off?"
+    assert refusal(path) == f"{path} is empty. It may be incomplete: save or copy it again"
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
@@ -488,7 +488,7 @@ def test_a_file_that_was_cut_off_anywhere_is_refused(form: str, tmp_path: Path) 
         path.write_bytes(content[:cut])
         message = refusal(path)
         assert str(path) in message
-        assert message.endswith("cut off?")
+        assert message.endswith("save or copy it again")
 
 
 BROKEN = {
@@ -515,9 +515,13 @@ def test_a_file_of_another_kind_is_refused(kind: str, suffix: str, tmp_path: Pat
         what = {"html": "an HTML page", "lfs": "a pointer of Git LFS"}[kind]
         assert message.startswith(f"{path} is {what}, not the file itself. ")
         return
-    what = "no whole safetensors file" if suffix == ".safetensors" else "no checkpoint that torch"
+    what = (
+        "not a valid safetensors file"
+        if suffix == ".safetensors"
+        else "not a checkpoint that torch"
+    )
     assert message.startswith(f"{path} is {what}")
-    assert message.endswith("cut off?")
+    assert message.endswith("save or copy it again")
 
 
 def test_no_damage_whatever_raises_anything_else(tmp_path: Path) -> None:
@@ -539,10 +543,10 @@ def test_no_damage_whatever_raises_anything_else(tmp_path: Path) -> None:
 def test_an_archive_of_files_is_no_checkpoint(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(write(state(), tmp_path / "a.pt"), "a.pt")
-    assert "no checkpoint that torch can read" in refusal(tmp_path / "a.tar")
+    assert "not a checkpoint that torch can read" in refusal(tmp_path / "a.tar")
 
 
-# What wants to run code
+# What would run code
 
 
 def touch(path: str) -> str:
@@ -618,12 +622,12 @@ def test_a_pickle_that_wants_code_is_refused_and_nothing_of_it_runs(
             write(content, path, legacy=form == "legacy.pt")
         message = refusal(path)
         assert not marker.exists()
-        start = re.match(rf"{path} is a pickle that wants to run code \(([\w.]+)\); none", message)
+        start = re.match(rf"{path} is a pickle that would run code \(([\w.]+)\); nothing", message)
         assert start
         # A bare pickle of tensors wants torch's own loader, which runs code, before all else.
         first = "torch.storage._load_from_bytes" if form == "raw.bin" else wanted
         assert wanted in start[1] or start[1] == first
-        assert "none of it was run. If you trust it, save its state dict again: py" in message
+        assert "nothing was run. If you trust it, save its state dict again: py" in message
 
 
 def test_the_pickles_of_this_test_do_run_where_they_are_trusted(tmp_path: Path) -> None:
@@ -631,7 +635,7 @@ def test_the_pickles_of_this_test_do_run_where_they_are_trusted(tmp_path: Path) 
         marker = tmp_path / name
         path = tmp_path / "a.pt"
         write({"x": wants(marker)[name]}, path)
-        assert "none of it was run" in refusal(path)
+        assert "nothing was run" in refusal(path)
         assert not marker.exists()
         with contextlib.suppress(AttributeError), warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
@@ -642,7 +646,7 @@ def test_the_pickles_of_this_test_do_run_where_they_are_trusted(tmp_path: Path) 
 def test_a_program_and_a_newer_pickle_are_refused_with_the_same_cure(tmp_path: Path) -> None:
     script(tmp_path / "script.pt")
     message = refusal(tmp_path / "script.pt")
-    assert "is a TorchScript program, which is code; none of it was run. If you trust" in message
+    assert "is a TorchScript program, which is code; nothing was run. If you trust" in message
     marker = tmp_path / "it ran"
     for protocol in (4, 5):
         evil = {"w": [1.0] * 9, "x": Calling(os.system, f"touch '{marker}'")}
@@ -650,7 +654,7 @@ def test_a_program_and_a_newer_pickle_are_refused_with_the_same_cure(tmp_path: P
         message = refusal(tmp_path / "a.bin")
         assert "is a pickle of a protocol that torch reads only together with code" in message
         torch.save({"w": torch.ones(2)}, tmp_path / "b.pt", pickle_protocol=protocol)
-        assert "only together with code; none of it was run" in refusal(tmp_path / "b.pt")
+        assert "only together with code; nothing was run" in refusal(tmp_path / "b.pt")
     assert not marker.exists()
 
 
@@ -838,6 +842,6 @@ def test_an_exported_program_is_named_as_what_it_is(tmp_path: Path) -> None:
     program = torch.export.export(torch.nn.Linear(2, 1), (torch.ones(3, 2),))
     torch.export.save(program, path)
     assert refusal(str(path)) == (
-        f"{path} is a program of torch.export, a model and no checkpoint. Take it for the model, "
-        f"-m 'pt2:{path}', with checkpoints of its weights"
+        f"{path} is a torch.export program, which is a model and not a checkpoint. "
+        f"Use it as the model, -m 'pt2:{path}', with checkpoints of its weights"
     )

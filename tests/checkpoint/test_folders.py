@@ -187,18 +187,18 @@ def damage(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("missing", "which is not there. Was the checkpoint copied whole?"),
-        ("corrupt", "is no whole safetensors file"),
-        ("outside", "which is no file of its folder. Shards lie beside their index"),
-        ("absolute", "which is no file of its folder"),
-        ("number", "is in 3, which is no file of its folder"),
+        ("missing", "which is not there. The copy may be incomplete: copy the checkpoint again"),
+        ("corrupt", "is not a valid safetensors file"),
+        ("outside", "which is not in its folder. Shards lie beside their index"),
+        ("absolute", "which is not in its folder"),
+        ("number", "is in 3, which is not in its folder"),
         (
             "absent name",
             "has no tensor 'transformer.h.9.weight', which model.safetensors.ind",
         ),
-        ("no map", "has no weight_map. Was it written for something else?"),
-        ("a list", "holds no JSON object"),
-        ("cut", "is no JSON"),
+        ("no map", "has no weight_map. It may belong to another program"),
+        ("a list", "contains no JSON object"),
+        ("cut", "is not valid JSON"),
     ],
 )
 def test_a_broken_index_or_shard_is_told_in_one_line(
@@ -229,10 +229,10 @@ def test_folders_that_are_no_checkpoint_say_what_is_missing(tmp_path: Path) -> N
     save_file(state(), tmp_path / "adapter_model.safetensors")
     message = refusal(tmp_path)
     assert "holds more than one checkpoint: model.safetensors, adapter_model.safeten" in message
-    assert message.endswith(f"Name one, for example {tmp_path}/model.safetensors")
+    assert message.endswith(f"Give one, for example {tmp_path}/model.safetensors")
     (tmp_path / "config.json").write_text("[")
     (tmp_path / "adapter_model.safetensors").unlink()
-    assert "config.json is no JSON" in refusal(tmp_path)
+    assert "config.json is not valid JSON" in refusal(tmp_path)
 
 
 def test_a_losscli_toml_may_lie_in_the_folder(losscli: Losscli, tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_a_folder_of_the_trainer_is_a_path_in_natural_order(
 def test_a_folder_without_checkpoints_says_so(losscli: Losscli, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     torch.save({}, tmp_path / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"holds no checkpoints\. Their names end in"):
+    with pytest.raises(CheckpointError, match=r"contains no checkpoints\. Their names end in"):
         list_checkpoints(str(tmp_path))
     done = losscli("trajectory", tmp_path, "-m", "mlp:2-2", "-o", "-")
     assert (done.status, done.stderr.count("\n")) == (1, 1)

@@ -45,15 +45,19 @@ ORDERED = [f"step-{t}.pt" for t in range(STEPS)]
     ("more", "expected", "notes"),
     [
         ({}, ORDERED, []),
-        ({"last.pt": 11}, ORDERED, ["last.pt is left out: its weights are those of p/step-11.pt"]),
+        (
+            {"last.pt": 11},
+            ORDERED,
+            ["last.pt is left out: it has the same weights as p/step-11.pt"],
+        ),
         ({"last.pt": 40}, [*ORDERED, "last.pt"], []),
         # Not the last of the numbered files, but a copy of one of them.
-        ({"final.pth": 3}, ORDERED, ["final.pth is left out: its weights are those of p/step-3"]),
+        ({"final.pth": 3}, ORDERED, ["final.pth is left out: it has the same weights as p/step-3"]),
         ({"final.pt": 40}, [*ORDERED, "final.pt"], ["p/final.pt is taken last"]),
         (
             {"final_model.pt": 40, "last.ckpt": 40},
             [*ORDERED, "final_model.pt"],
-            ["p/final_model.pt is taken last", "weights are those of p/final_model.pt"],
+            ["p/final_model.pt is taken last", "same weights as p/final_model.pt"],
         ),
         ({"best.pt": 40}, ORDERED, ["p/best.pt is left out: the best"]),
         ({"model_best.pth.tar": 5}, ORDERED, ["p/model_best.pth.tar is left out: the best"]),
@@ -105,7 +109,7 @@ def test_of_a_numbered_folder_the_first_the_last_and_the_best_are_told_apart(
             ["model_0004999.pth", "model_0009999.pth", "model_final.pth"],
             ["model_0004999.pth", "model_0009999.pth", "model_final.pth"],
         ),
-        # A number that all names share is no number of a step.
+        # A number that all names share is not a number of a step.
         (
             ["resnet18-best.pt", "resnet18-init.pt", "resnet18-last.pt", "resnet18-e2.pt",
              "resnet18-e10.pt"],
@@ -231,7 +235,7 @@ def test_the_latest_without_a_number_is_left_out_if_it_equals_a_numbered_one(
     save(tmp_path / "p", {"model_1.pt": 1, "model_2.pt": 2, "model.pt": 2})
     found, notes = order_path([str(tmp_path / "p")])
     assert [Path(name).name for name in found] == ["model_1.pt", "model_2.pt"]
-    assert f"{tmp_path}/p/model.pt is left out: its weights are those of" in notes[0]
+    assert f"{tmp_path}/p/model.pt is left out: it has the same weights as" in notes[0]
 
 
 def test_decimals_that_a_shell_lists_are_in_their_order() -> None:

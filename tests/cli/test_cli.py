@@ -241,12 +241,16 @@ def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None
         (["interpolate", "a.pt", "b.pt", "-o", "x/"], 2, "is a folder"),
         (["interpolate", "a.pt", "b.pt", "--seed", "9" * 30], 2, "no seed"),
         (["interpolate", "a.pt", "b.pt", "-d", "leaves.py:data"], 1, "SystemExit"),
-        (["interpolate", "a.pt", "b.pt", "-o", "a.pt/x"], 1, "a.pt is no folder. Choose another"),
+        (
+            ["interpolate", "a.pt", "b.pt", "-o", "a.pt/x"],
+            1,
+            "a.pt is not a folder. Choose another",
+        ),
         (["interpolate", "a.pt", "absent.pt"], 1, "no checkpoint absent.pt"),
-        (["interpolate", "a.pt", "data.npz"], 1, "no checkpoint that torch can read"),
+        (["interpolate", "a.pt", "data.npz"], 1, "not a checkpoint that torch can read"),
         (["interpolate", "a.pt", "empty.pt"], 1, "empty.pt is empty"),
-        (["interpolate", "a.pt", "text.pt"], 1, "no checkpoint that torch can read"),
-        (["interpolate", "a.pt", "evil.pt"], 1, "none of it was run"),
+        (["interpolate", "a.pt", "text.pt"], 1, "not a checkpoint that torch can read"),
+        (["interpolate", "a.pt", "evil.pt"], 1, "nothing was run"),
         (["interpolate", "a.pt", "."], 1, "is a folder"),
         (["interpolate", "a.pt", "b.pt", "-m", "cnn:3"], 1, "does not fit the model"),
         (["interpolate", "a.pt", "b.pt", "-m", "mlp"], 2, "sizes"),
@@ -752,7 +756,7 @@ def test_plot_does_not_blame_a_summary_for_what_fails_without_it(
     monkeypatch.setattr("losscli.plotting.interpolation.draw_interpolation", fails)
     done = losscli("plot", "x.csv")
     assert done.status == 1
-    assert "unexpected TypeError: of losscli. This is a fault of losscli" in done.stderr
+    assert "unexpected TypeError: of losscli. This is a bug in losscli" in done.stderr
 
 
 GRIDS = {
@@ -854,10 +858,10 @@ def test_a_shell_gets_its_completions(folder: Path) -> None:
         ("plane a.pt --points 4000", "10000000 points"),
         ("barriers a.pt b.pt init:0 --points 5000000", "10000000 points"),
         ("trajectory a.pt init:0 b.pt --residuals 5000000", "10000000 points"),
-        ("around a.pt --directions 5000000", "--directions 5000000 makes more than 10000000"),
-        ("around a.pt --along hessian --points 5000000", "--points 5000000 makes more than"),
+        ("around a.pt --directions 5000000", "--directions 5000000 gives more than 10000000"),
+        ("around a.pt --along hessian --points 5000000", "--points 5000000 gives more than"),
         ("check a.pt --eigenvalues 99999999999999999999", "10000 or fewer"),
-        ("sharpness a.pt --samples 99999999", "--samples 99999999 makes more than 10000000"),
+        ("sharpness a.pt --samples 99999999", "--samples 99999999 gives more than 10000000"),
         ("interpolate a.pt init:-1", "init:-1 has no seed"),
         ("align a.pt init:-1 -o z.safetensors", "init:-1 has no seed"),
         ("align a.pt b.pt -o z.safetensors --seed -1", "--seed -1 is no seed"),
@@ -989,7 +993,7 @@ def test_help_and_version_say_that_stdout_is_closed(
 
 def test_no_command_is_told_of(losscli: Losscli) -> None:
     done = losscli()
-    assert (done.status, done.stderr) == (2, "losscli: no command is given. See losscli --help\n")
+    assert (done.status, done.stderr) == (2, "losscli: no command given. See losscli --help\n")
 
 
 def test_a_picture_too_large_for_the_disk_is_named(

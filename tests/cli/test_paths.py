@@ -195,7 +195,7 @@ def test_stems_are_named_after_the_command_and_the_ends(
         ("trajectory a.pt b.pt", 2, "three checkpoints or more, and got 2"),
         ("trajectory a.pt b.pt a.pt", 2, "no straight line between them"),
         ("trajectory path absent.pt b.pt", 1, "absent.pt"),
-        ("trajectory empty", 1, "the folder empty holds no checkpoints"),
+        ("trajectory empty", 1, "the folder empty contains no checkpoints"),
         ("trajectory path --residuals 1", 2, "--residuals 1 is no surface"),
         ("trajectory path --reach -1", 2, "--reach -1.0 is no multiple"),
         ("trajectory path other.pt b.pt", 1, "other.pt does not fit the model"),
@@ -319,5 +319,5 @@ def test_a_checkpoint_that_changes_meanwhile_ends_the_run(
         path, Settings(), surface=True, residuals=2, reach=1.0, random_walk=False
     )
     Path(path[3]).write_bytes(Path(path[2]).read_bytes())
-    with pytest.raises(CheckpointError, match=r"step-7\.pt was changed while it was looked at"):
+    with pytest.raises(CheckpointError, match=r"step-7\.pt was changed while losscli read it"):
         plan.run()

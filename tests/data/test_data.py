@@ -152,7 +152,7 @@ def test_relative_names_are_relative_to_the_folder_given(
     absolute = f"npz:{tmp_path}/there/a.npz"
     assert len(only(load(absolute, trusted=False, folder=Path("/nowhere")))) == N
     message = refusal(lambda: load("npz:a.npz", trusted=False))
-    assert message == f"there is no data file a.npz. Relative names start at {tmp_path}"
+    assert message == f"there is no data file a.npz. Relative paths start at {tmp_path}"
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
@@ -161,10 +161,10 @@ def test_relative_names_are_relative_to_the_folder_given(
     [
         ({"train_inputs": X}, "the split 'train' has inputs alone. Add train_targets"),
         ({"targets": Y}, "the split 'data' has targets alone. Add inputs"),
-        ({"inputs": X, "targets": Y, "weights": X}, "the array 'weights' is not understood. Name"),
-        ({"train_x": X, "train_y": Y}, "the array 'train_x' is not understood. Name the arrays"),
+        ({"inputs": X, "targets": Y, "weights": X}, "the array 'weights' is not recognised. Name"),
+        ({"train_x": X, "train_y": Y}, "the array 'train_x' is not recognised. Name the arrays"),
         ({"inputs": X, "targets": Y[:5]}, "split 'data': 13 inputs for 5 targets. Give one target"),
-        ({"inputs": torch.tensor(1.0), "targets": Y}, "a single number is no column of examples"),
+        ({"inputs": torch.tensor(1.0), "targets": Y}, "a scalar is not a batch of examples"),
         ({"inputs": X[:0], "targets": Y[:0]}, "split 'data' is empty"),
         ({}, "is empty. Give it arrays inputs and targets"),
         (
@@ -204,8 +204,13 @@ def test_a_file_that_was_cut_off_or_is_another_is_refused(kind: str, tmp_path: P
     broken = [content[:cut] for cut in range(0, len(content) - 1, len(content) // 20)]
     broken += [b"hello", bytes(200), random.Random(0).randbytes(500), b"\x89PNG\r\n\x1a\n" * 9]
     broken += [b"\x93NUMPY" + bytes(100), b"PK\x03\x04" + bytes(100)]
-    what = {"npz": "no NumPy archive of numbers", "safetensors": "no whole safetensors file"}[kind]
-    cure = {"npz": "Write it with numpy.savez", "safetensors": "Was its writing cut off?"}[kind]
+    what = {"npz": "not a NumPy archive of numbers", "safetensors": "not a valid safetensors file"}[
+        kind
+    ]
+    cure = {
+        "npz": "Write it with numpy.savez",
+        "safetensors": "It may be incomplete: save or copy it again",
+    }[kind]
     for other in broken:
         path.write_bytes(other)
         message = refusal(lambda: load(f"{kind}:{path}", trusted=False))
@@ -239,7 +244,7 @@ def test_counts_that_differ_are_told_before_an_archive_is_unpacked(
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it is unpacked"))
     message = refusal(lambda: load(f"npz:{path}", trusted=False))
     assert message == (
-        f"{path}, split 'data': 50000 inputs for 6 targets. Give one target an example"
+        f"{path}, split 'data': 50000 inputs for 6 targets. Give one target per example"
     )
 
 
@@ -256,7 +261,7 @@ def test_a_pipe_is_not_waited_for(kind: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         message = refusal(partial(load, f"{kind}:{path}", trusted=False))
-        assert message.startswith(f"{path} is no regular file. Name a")
+        assert message.startswith(f"{path} is not a regular file. Name a")
 
 
 @pytest.mark.parametrize("kind", ["mnist", "cifar10", "cifar100"])
@@ -264,14 +269,14 @@ def test_pipes_in_a_folder_are_not_waited_for(kind: str, tmp_path: Path) -> None
     for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "data_batch_1", "train.bin"):
         os.mkfifo(tmp_path / name)
     message = refusal(lambda: load(f"{kind}:{tmp_path}", trusted=False))
-    assert message.startswith(f"{tmp_path} holds no")
+    assert message.startswith(f"{tmp_path} contains no")
 
 
 def test_a_single_array_is_no_archive(tmp_path: Path) -> None:
     with (tmp_path / "a.npz").open("wb") as file:
         np.save(file, X.numpy())
     message = refusal(lambda: load(f"npz:{tmp_path}/a.npz", trusted=False))
-    assert "is no NumPy archive of numbers: ValueError: no zip archive" in message
+    assert "is not a NumPy archive of numbers: ValueError: not a complete zip archive" in message
 
 
 class Evil:
@@ -296,8 +301,8 @@ def test_an_array_with_a_pickle_in_it_is_refused_and_not_run(tmp_path: Path) -> 
     with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
         archive.write(tmp_path / "c.npz", "inputs.npy")
     for name, reason in (
-        ("b", "no zip archive"),
-        ("c", "no zip archive"),
+        ("b", "not a complete zip archive"),
+        ("c", "not a complete zip archive"),
         ("d", "is a bytes, not"),
     ):
         assert reason in refusal(partial(load, f"npz:{tmp_path}/{name}.npz", trusted=False))
@@ -367,8 +372,8 @@ GOOD = {"t10k-images-idx3-ubyte": idx(IMAGES), "t10k-labels-idx1-ubyte": idx(LAB
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "holds no IDX files such as t10k-images-idx3-ubyte.gz. Name the folder of the IDX"),
-        ({"images": idx(IMAGES)}, "holds no IDX files"),
+        ({}, "contains no IDX files such as t10k-images-idx3-ubyte.gz. Name the folder of the IDX"),
+        ({"images": idx(IMAGES)}, "contains no IDX files"),
         (
             {"train-images-idx3-ubyte": idx(IMAGES)},
             "the split 'train' has images alone. Add train-labels-idx1-ubyte, or its .gz",
@@ -379,21 +384,21 @@ GOOD = {"t10k-images-idx3-ubyte": idx(IMAGES), "t10k-labels-idx1-ubyte": idx(LAB
         ),
         (
             {**GOOD, "t10k-images-idx3-ubyte": idx(LABELS)},
-            "t10k-images-idx3-ubyte is no IDX file of bytes in 3 dimensions. Is it another file",
+            "t10k-images-idx3-ubyte is not an IDX file of bytes in 3 dimensions. It may be",
         ),
         (
             {**GOOD, "t10k-labels-idx1-ubyte": idx(IMAGES)},
-            "is no IDX file of bytes in 1 dimensions",
+            "is not an IDX file of bytes in 1 dimensions",
         ),
-        ({**GOOD, "t10k-labels-idx1-ubyte": b"hello world"}, "is no IDX file"),
-        ({**GOOD, "t10k-labels-idx1-ubyte": b""}, "is no IDX file"),
-        ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x08"}, "is no IDX file"),
-        ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x0d\1" + bytes(8)}, "is no IDX file"),
+        ({**GOOD, "t10k-labels-idx1-ubyte": b"hello world"}, "is not an IDX file"),
+        ({**GOOD, "t10k-labels-idx1-ubyte": b""}, "is not an IDX file"),
+        ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x08"}, "is not an IDX file"),
+        ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x0d\1" + bytes(8)}, "is not an IDX file"),
         ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x08\1"}, "0 values for the shape"),
         ({**GOOD, "t10k-labels-idx1-ubyte": b"\0\0\x08\1\0\0"}, "0 values for the shape"),
         (
             {**GOOD, "t10k-labels-idx1-ubyte": idx(LABELS)[:-1]},
-            "5 values for the shape [6]. Was its",
+            "5 values for the shape [6]. The download",
         ),
         ({**GOOD, "t10k-labels-idx1-ubyte": idx(LABELS) + b"\0"}, "7 values for the shape [6]"),
         (
@@ -425,7 +430,7 @@ def test_a_packed_file_that_was_cut_off_anywhere_is_refused(tmp_path: Path) -> N
         (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(content)
         message = refusal(lambda: load(f"mnist:{folder}", trusted=False))
         assert "t10k-labels-idx1-ubyte.gz cannot be read: " in message
-        assert message.endswith("Was its download cut off?")
+        assert message.endswith("The download may be incomplete: download it again")
 
 
 def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
@@ -579,8 +584,8 @@ def test_splits_are_selected_by_name_each_with_its_own_limit() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("mean=x", "mean=x is no number a channel. Write mean=0.5-0.4-0.5"),
-        ("mean=true", "mean=True is no number a channel"),
+        ("mean=x", "mean=x is not a number per channel. Write mean=0.5-0.4-0.5"),
+        ("mean=true", "mean=True is not a number per channel"),
         ("std=0", "std=0 is not above 0. Write std=0.5"),
         ("std=0.5-0-1", "std=[0.5, 0.0, 1.0] is not above 0"),
         ("std=-1", "std=-1 is not above 0"),
@@ -589,11 +594,11 @@ def test_splits_are_selected_by_name_each_with_its_own_limit() -> None:
         ("mean=nan", "mean=nan is not finite. Write mean=0.5"),
         ("flatten=False", "flatten=False is neither true nor false. Write flatten=true"),
         ("flatten=1", "flatten=1 is neither true nor false"),
-        ("limit=0", "limit=0 is no number of examples. Give 1 or more"),
-        ("limit=-3", "limit=-3 is no number of examples"),
-        ("limit=1.5", "limit=1.5 is no number of examples"),
-        ("limit=true", "limit=True is no number of examples"),
-        ("limit=all", "limit=all is no number of examples"),
+        ("limit=0", "limit=0 is not a number of examples. Give 1 or more"),
+        ("limit=-3", "limit=-3 is not a number of examples"),
+        ("limit=1.5", "limit=1.5 is not a number of examples"),
+        ("limit=true", "limit=True is not a number of examples"),
+        ("limit=all", "limit=all is not a number of examples"),
         ("colour=3", "keyword argument 'colour'. It takes scale, mean, std, flatten, limit"),
     ],
 )
@@ -605,7 +610,7 @@ def test_a_wrong_key_is_a_usage_error(file: str, keys: str, message: str) -> Non
 
 def test_values_for_another_number_of_channels_are_told(file: str) -> None:
     message = refusal(lambda: load(f"{file},mean=0.1-0.2", trusted=False))
-    assert "2 values of mean or std for 3 channels. Give one value, or one a channel" in message
+    assert "2 values of mean or std for 3 channels. Give one value, or one per channel" in message
     # What is not scaled has no channels.
     data = {"s": ({"image": numbers(5, 3, 2, 2), "tokens": torch.zeros(5, 7).long()}, Y[:5])}
     assert list(from_object(data, "d").splits) == ["s"]
@@ -915,9 +920,9 @@ BAD = {
     "sparse": ({"s": (X.to_sparse(), Y)}, "'inputs' is a Tensor, not a dense tensor"),
     "long doubles": ({"s": (X.numpy().astype(np.longdouble), Y)}, "'inputs' is a ndarray, not a"),
     "objects": ({"s": (np.array([{}] * N), Y)}, "'inputs' is a ndarray, not a dense tensor"),
-    "a number": ({"s": (X, torch.tensor(3))}, "a single number is no column of examples. Give"),
-    "a number in an array": ({"s": (X, np.array(3))}, "a single number is no column of examples"),
-    "other counts": ({"s": (X, Y[:5])}, "split 's': 13 inputs for 5 targets. Give one target an"),
+    "a number": ({"s": (X, torch.tensor(3))}, "a scalar is not a batch of examples. Give"),
+    "a number in an array": ({"s": (X, np.array(3))}, "a scalar is not a batch of examples"),
+    "other counts": ({"s": (X, Y[:5])}, "split 's': 13 inputs for 5 targets. Give one target per"),
     "other counts of two": ({"s": ((X, X[:4]), Y)}, "13 and 4 inputs for 13 targets"),
     "no examples": ({"s": (X[:0], Y[:0])}, "split 's' is empty"),
     "an empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), "split 'data' is empty"),
@@ -929,9 +934,9 @@ BAD = {
     ),
     "ragged batches": (
         batches((X[:5], Y[:5]), (X[5:, :2], Y[5:])),
-        "the batches do not fit together: RuntimeError: Sizes of tensors must match",
+        "the batches cannot be combined: RuntimeError: Sizes of tensors must match",
     ),
-    "single examples": (batches((X[0], Y[0]), (X[1], Y[1])), "a single number is no column of ex"),
+    "single examples": (batches((X[0], Y[0]), (X[1], Y[1])), "a scalar is not a batch of ex"),
     "batches of other keys": (
         batches({"a": X[:5], "b": X[:5], "y": Y[:5]}, {"a": X[5:], "c": X[5:], "y": Y[5:]}),
         "the batches differ in their structure or types. Give every batch the same inputs",

@@ -381,7 +381,7 @@ def hostile(folder: Path, **cell: Any) -> Path:
 def test_an_image_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = f"hf:{hostile(tmp_path / 'saved', bytes=EPS)}"
     canary = program(tmp_path, monkeypatch)
-    with pytest.raises(DataError, match=r"'img' is no whole image .*: in none of the formats BMP"):
+    with pytest.raises(DataError, match=r"'img' is not an image .*: not in one of the formats BMP"):
         load(spec, trusted=True)
     assert not canary.exists()
 
@@ -395,7 +395,7 @@ def test_an_image_elsewhere_is_not_opened(
     Image.new("RGB", (2, 2)).save(tmp_path / "img.png")
     saved_at = hostile(tmp_path / "saved", path=form.format(tmp_path / "img.png"))
     monkeypatch.chdir(saved_at)
-    with pytest.raises(DataError, match=r"row 0, 'img' leads out of the folder, to '"):
+    with pytest.raises(DataError, match=r"row 0, 'img' points outside the folder, to '"):
         load(f"hf:{saved_at}", trusted=True)
 
 
@@ -602,15 +602,15 @@ def settings_are_a_pipe(folder: Path) -> None:
     os.mkfifo(folder / "evil" / ".huggingface.yaml")
 
 
-OUT, NETWORK = "leads out of the folder, to '", "names a place on the network, '"
+OUT, NETWORK = "points outside the folder, to '", "names a place on the network, '"
 
 
 @pytest.mark.parametrize(
     ("make", "file", "expected"),
     [
-        (state_elsewhere, "state.json", f"{OUT}../secret/train/data.arrow'. Mend state.json"),
+        (state_elsewhere, "state.json", f"{OUT}../secret/train/data.arrow'. Correct state.json"),
         (state_of_a_split_elsewhere, "train/state.json", f"{OUT}/"),
-        (state_names_a_pipe, "pipe", "is no regular file"),
+        (state_names_a_pipe, "pipe", "is not a regular file"),
         (splits("../secret/train"), "dataset_dict.json", f"{OUT}../secret/train'"),
         (splits("x::http://127.0.0.1:9/"), "dataset_dict.json", NETWORK),
         (card('data_files: "../sec.csv"'), "README.md", f"{OUT}../sec.csv'"),
@@ -621,7 +621,7 @@ OUT, NETWORK = "leads out of the folder, to '", "names a place on the network, '
         (card('data_files: "http://127.0.0.1:9/x.csv"'), "README.md", NETWORK),
         (card('data_files: [{{split: a, path: "hf://a/b"}}]'), "README.md", NETWORK),
         (card('data_files: "../sec.csv"', ".huggingface.yaml"), ".huggingface.yaml", OUT),
-        (settings_are_a_pipe, ".huggingface.yaml", "is no regular file"),
+        (settings_are_a_pipe, ".huggingface.yaml", "is not a regular file"),
     ],
 )
 def test_a_folder_leads_nowhere_else(
@@ -716,7 +716,7 @@ def test_where_the_hub_does_not_answer_it_is_said_at_once(
     for spec in ("hf:someone/numbers", "hf:numbers"):
         outcome = run(losscli, spec)
         assert outcome.status == 1
-        assert f"{spec[3:]} is no folder here" in outcome.stderr
+        assert f"{spec[3:]} is neither a local folder" in outcome.stderr
         assert "the hub cannot be reached" in outcome.stderr
         assert outcome.stderr.count("\n") == 1
     assert asked == [("someone/numbers", 10), ("numbers", 10)]
@@ -793,45 +793,49 @@ COLUMNS = "x, ragged, missing, word, picture, number, point"
     [
         ("saved,inputs=z", 1, f"has no column 'z'. inputs= is one of {COLUMNS}"),
         ("saved,targets=3", 1, f"has no column '3'. targets= is one of {COLUMNS}"),
-        ("saved", 1, f"has the columns {COLUMNS}. Say which: targets=COLUMN"),
+        ("saved", 1, f"has the columns {COLUMNS}. Choose one: targets=COLUMN"),
         ("saved,targets=number,inputs=ragged", 1, "the rows of 'ragged' differ in their length"),
         ("saved,targets=missing", 1, "'missing' has rows without a value"),
         ("saved,targets=word", 1, "'word' has rows without a value"),
-        ("saved,targets=point", 1, "'point' holds values of the type struct, not numbers. Make"),
+        ("saved,targets=point", 1, "'point' contains values of the type struct, not numbers. Make"),
         (
             "odd,targets=label",
             1,
             "of the type string, not numbers. Number them with table.class_encode_column('label')",
         ),
-        ("odd,targets=words", 1, "'words' holds values of the type string, not numbers"),
-        ("odd,targets=day", 1, "'day' holds values of the type timestamp[us], not numbers. Make"),
-        ("odd,targets=raw", 1, "'raw' holds values of the type binary, not numbers. Make them"),
-        ("odd,inputs=raw,targets=x", 1, "'raw' holds values of the type binary, not numbers"),
+        ("odd,targets=words", 1, "'words' contains values of the type string, not numbers"),
+        (
+            "odd,targets=day",
+            1,
+            "'day' contains values of the type timestamp[us], not numbers. Make",
+        ),
+        ("odd,targets=raw", 1, "'raw' contains values of the type binary, not numbers. Make them"),
+        ("odd,inputs=raw,targets=x", 1, "'raw' contains values of the type binary, not numbers"),
         ("saved,inputs=word", 1, "'word' has rows without text"),
         ("saved,inputs=word,targets=number", 2, "'word' is text, which is its own target"),
         ("saved,inputs=picture,targets=number", 1, "row 1, 'picture' has 3 × 4 pixels"),
         ("saved,inputs=picture,targets=number,context=8", 2, "context= is of text"),
         ("saved,targets=number,size=8", 2, "size= is of images, and 'x' holds none"),
         ("saved,targets=number,grayscale=true", 2, "grayscale= is of images"),
-        ("saved,inputs=word,context=1", 2, "context=1 is no number of tokens"),
+        ("saved,inputs=word,context=1", 2, "context=1 is not a number of tokens"),
         ("saved,inputs=word,tokenizer=none", 1, "there is no folder none of a tokenizer"),
         ("saved,config=one", 2, "saved has one configuration"),
         ("saved,columns=x", 2, "It takes inputs, targets, config"),
         ("uneven", 1, "the rows of 'labels' are not as long as those of 'input_ids'"),
-        ("words", 1, "'input_ids' holds no lists of whole numbers"),
-        ("flat", 1, "'input_ids' holds no lists of whole numbers"),
+        ("words", 1, "'input_ids' contains no lists of integers"),
+        ("flat", 1, "'input_ids' contains no lists of integers"),
         ("silent", 1, "has no text"),
         ("empty", 1, "hf:empty, split 'data' is empty"),
         ("bare", 1, "is empty"),
         ("bares", 1, "is empty"),
-        ("noise", 1, "row 0, 'img' is no whole image"),
-        ("blank", 1, "row 0, 'img' is no whole image"),
+        ("noise", 1, "row 0, 'img' is not an image"),
+        ("blank", 1, "row 0, 'img' is not an image"),
         ("script", 1, "script cannot be read"),
         ("nothing", 1, "nothing cannot be read"),
         ("cut", 1, "cut cannot be read"),
         ("several", 1, "Write config=NAME"),
         ("several,config=three", 1, "three"),
-        ("data.npz", 1, "data.npz is no folder"),
+        ("data.npz", 1, "data.npz is not a folder"),
         ("no where", 1, "there is no folder no where"),
         ("no/where/at/all", 1, "there is no folder no/where/at/all"),
     ],

@@ -353,7 +353,7 @@ def dead_link(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str, int, str]] = {
-    "cut off": (lambda f: cut_off(f / "a" / "1.png"), "", 1, "images/a/1.png is no whole image"),
+    "cut off": (lambda f: cut_off(f / "a" / "1.png"), "", 1, "images/a/1.png is not an image"),
     "16 bits": (deep(np.uint16), "", 1, "1.tif has pixels of more than 8 bits (mode I;16), and"),
     "32 bits": (deep(np.int32), "", 1, "pixels of more than 8 bits (mode I), and"),
     "floating": (deep(np.float32), ",grayscale=true", 1, "more than 8 bits (mode F), and"),
@@ -361,15 +361,15 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, int, str]] = {
         lambda f: [(f / "a").mkdir(), (f / "a" / "1.jpg").write_text("hello")],
         "",
         1,
-        "images/a/1.jpg is no whole image",
+        "images/a/1.jpg is not an image",
     ),
-    "dead link": (dead_link, "", 1, "images/a/1.png is no whole image"),
-    "bomb": (lambda f: bomb(f / "a" / "1.png"), "", 1, "1.png has more pixels than Pillow deems"),
+    "dead link": (dead_link, "", 1, "images/a/1.png is not an image"),
+    "bomb": (lambda f: bomb(f / "a" / "1.png"), "", 1, "1.png exceeds Pillow's limit of pixels"),
     "near bomb": (
         lambda f: bomb(f / "a" / "1.png", 10_000),
         "",
         1,
-        "1.png has more pixels than Pillow deems",
+        "1.png exceeds Pillow's limit of pixels",
     ),
     "resized bomb": (
         lambda f: write(f / "a" / "1.png", pixels(4000, 1)),
@@ -383,14 +383,19 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, int, str]] = {
         1,
         "images/b/2.png has 4 × 5 pixels, images/a/1.png has 5 × 4. Give size=N",
     ),
-    "no images": (lambda f: (f / "a").mkdir(), "", 1, "images holds no folders of images"),
-    "no folders": (lambda f: write(f / "1.png"), "", 1, "images holds no folders of images"),
+    "no images": (lambda f: (f / "a").mkdir(), "", 1, "images contains no folders of images"),
+    "no folders": (lambda f: write(f / "1.png"), "", 1, "images contains no folders of images"),
     "empty class": (empty_class, "", 1, "the class folders b in images hold no images"),
     "empty split": (empty_split, "", 1, "'test'"),
     "splits and classes": (mixed, "", 1, "images lie in extra itself and in folders of train"),
     "other classes": (other_classes, "", 1, "has no folder c, which other splits have"),
-    "size=0": (lambda f: write(f / "a" / "1.png"), ",size=0", 2, "size=0 is no number of pixels"),
-    "size=x": (lambda f: write(f / "a" / "1.png"), ",size=true", 2, "size=True is no number"),
+    "size=0": (
+        lambda f: write(f / "a" / "1.png"),
+        ",size=0",
+        2,
+        "size=0 is not a number of pixels",
+    ),
+    "size=x": (lambda f: write(f / "a" / "1.png"), ",size=true", 2, "size=True is not a number"),
     "grayscale": (lambda f: write(f / "a" / "1.png"), ",grayscale=1", 2, "neither true nor false"),
     "crop": (lambda f: write(f / "a" / "1.png"), ",crop=3", 2, "It takes size, grayscale, mean"),
     "nothing": (lambda f: f.rmdir(), "", 1, "there is no folder images"),
@@ -435,7 +440,9 @@ def test_an_image_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "1.png").write_bytes(EPS)
     canary = program(tmp_path, monkeypatch)
-    with pytest.raises(DataError, match=r"1\.png is no whole image .*: in none of the formats BMP"):
+    with pytest.raises(
+        DataError, match=r"1\.png is not an image .*: not in one of the formats BMP"
+    ):
         read(tmp_path / "images")
     assert not canary.exists()
     # Pillow left to itself does start one.
@@ -456,11 +463,11 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
     write(tmp_path / "a" / "1.png")
     (tmp_path / "b").mkdir()
     os.mkfifo(tmp_path / "b" / "1.png")
-    with pytest.raises(DataError, match=r"b/1\.png is no whole image .*: no regular file"):
+    with pytest.raises(DataError, match=r"b/1\.png is not an image .*: not a regular file"):
         read(tmp_path)
     (tmp_path / "b" / "1.png").unlink()
     (tmp_path / "b" / "1.png").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=r"b/1\.png is no whole image .*: no regular file"):
+    with pytest.raises(DataError, match=r"b/1\.png is not an image .*: not a regular file"):
         read(tmp_path)
 
 

@@ -171,7 +171,7 @@ def test_a_tokenizer_of_own_code_is_not_run(
     before = set(folder.iterdir())
     outcome = losscli("interpolate", "a.pt", "b.pt", "-d", "text:a.txt,tokenizer=tokens")
     assert outcome.status == 1
-    assert "tokens holds no tokenizer that transformers reads" in outcome.stderr
+    assert "tokens contains no tokenizer that transformers can read" in outcome.stderr
     assert outcome.stderr.count("\n") == 1
     assert set(folder.iterdir()) == before
 
@@ -180,7 +180,7 @@ def test_a_tokenizer_of_own_code_is_not_run(
     ("spec", "status", "expected"),
     [
         ("text:none.txt", 1, "there is no text file none.txt"),
-        ("text:nothing", 1, "nothing holds no text files"),
+        ("text:nothing", 1, "nothing contains no text files"),
         (
             "text:huge.txt",
             1,
@@ -188,15 +188,15 @@ def test_a_tokenizer_of_own_code_is_not_run(
         ),
         ("text:empty.txt", 1, "empty.txt has no text. Two tokens are needed"),
         ("text:one.txt", 1, "one.txt has one token"),
-        ("text:latin.txt,tokenizer=TOKENIZER", 1, "latin.txt is no text in UTF-8"),
-        ("text:latin.txt,context=1", 2, "context=1 is no number of tokens"),
-        ("text:latin.txt,context=true", 2, "context=True is no number of tokens"),
-        ("text:latin.txt,context=2.5", 2, "context=2.5 is no number of tokens"),
-        ("text:latin.txt,context=long", 2, "context=long is no number of tokens"),
+        ("text:latin.txt,tokenizer=TOKENIZER", 1, "latin.txt is not UTF-8 text"),
+        ("text:latin.txt,context=1", 2, "context=1 is not a number of tokens"),
+        ("text:latin.txt,context=true", 2, "context=True is not a number of tokens"),
+        ("text:latin.txt,context=2.5", 2, "context=2.5 is not a number of tokens"),
+        ("text:latin.txt,context=long", 2, "context=long is not a number of tokens"),
         ("text:latin.txt,tokenizer=gpt2", 1, "there is no folder gpt2 of a tokenizer"),
         ("text:latin.txt,tokenizer=3", 1, "there is no folder 3 of a tokenizer"),
-        ("text:latin.txt,tokenizer=nothing", 1, "nothing holds no tokenizer"),
-        ("text:latin.txt,tokenizer=broken", 1, "broken holds no tokenizer"),
+        ("text:latin.txt,tokenizer=nothing", 1, "nothing contains no tokenizer"),
+        ("text:latin.txt,tokenizer=broken", 1, "broken contains no tokenizer"),
         ("text:latin.txt,tokens=8", 2, "It takes tokenizer, context, mean"),
         ("text", 2, "names no file"),
     ],
@@ -250,7 +250,7 @@ def test_a_model_s_folder_without_its_tokenizer_is_no_tokenizer(
     assert outcome.status == 1
     # An older transformers refuses it by itself.
     told = ": none of tokenizer.json, vocab." if TRANSFORMERS_5 else " that transformers reads: "
-    assert f"model holds no tokenizer{told}" in outcome.stderr
+    assert f"model contains no tokenizer{told}" in outcome.stderr
     assert outcome.stderr.count("\n") == 1
     assert set(folder.iterdir()) == before
 

@@ -355,7 +355,7 @@ def test_a_gradient_that_is_stopped_in_part_is_refused(name: str, dtype: torch.d
     alpha, found, true = map(float, match.groups())
     assert abs(found - true) > 1e-3 * abs(true)
     # The differences are those of a plain loop over the same examples: all, of so small a model.
-    assert len(case.targets) < sample_size(1)
+    assert len(case.targets) < sample_size(ready(case)[0])
     low, high = (mean_loss(case, alpha + h) for h in (-1e-4, 1e-4))
     assert true == pytest.approx((high - low) / 2e-4, rel=0.05, abs=1e-3)
 

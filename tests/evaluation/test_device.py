@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from losscli.evaluation import device
-from losscli.evaluation.device import half_precision_note
+from losscli.evaluation.device import float32_precision, half_precision_note
 from tests.conftest import Losscli
 
 CPU = torch.device("cpu")
@@ -50,3 +52,71 @@ def test_a_run_in_slow_half_precision_begins_with_the_note(
     # It depends on the machine, and results do not.
     assert done.status == 0
     assert "slower" not in done.stdout
+
+
+def _states() -> list[object]:
+    matmul, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    owners = (matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    return [getattr(owner, "fp32_precision", None) for owner in owners]
+
+
+def _lower_everywhere() -> None:
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def _mix_both_interfaces() -> None:
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("changes", [lambda: None, _lower_everywhere, _mix_both_interfaces])
+def test_precision_of_float32_is_that_of_the_run_and_then_restored(
+    changes: Callable[[], None], tf32: bool
+) -> None:
+    newer = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    if changes is _mix_both_interfaces and not newer:
+        pytest.skip("this PyTorch has one interface")
+    default = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, _states()
+    try:
+        changes()
+        before = _states()
+        with float32_precision(tf32=tf32):
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+            assert torch.backends.cuda.matmul.allow_tf32 is tf32
+            assert torch.backends.cudnn.allow_tf32 is tf32
+            if newer:
+                assert _states() == ["tf32" if tf32 else "ieee"] * 3 + ["ieee"] * 3
+        assert _states() == before
+    finally:
+        torch.set_float32_matmul_precision(default[0])
+        torch.backends.cudnn.allow_tf32 = default[1]
+        if newer:
+            owners = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            owners[0].fp32_precision, owners[1].fp32_precision = default[2][0], default[2][3]
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == default[:2]
+
+
+@pytest.mark.usefixtures("folder")
+def test_user_code_that_lowers_the_precision_of_float32_does_not_change_losses(
+    losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    original = torch.nn.Linear.forward
+
+    def forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return original(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    try:
+        _lower_everywhere()
+        done = losscli("interpolate", "a.pt", "b.pt", "--points", 3, "-o", "-")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert done.status == 0
+    assert set(seen) == {"highest"}

@@ -199,7 +199,7 @@ def test_architectures_that_are_no_names_are_told(value: Any, losscli: Losscli) 
     file = Path("a/config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": value}))
     told = refused(losscli, "-d", "mine.py:data")
-    assert f"its architectures are {value!r}, and no list of names. Write the class" in told
+    assert f"its architectures are {value!r}, which is not a list of names. Write the class" in told
 
 
 def test_an_encoder_decoder_asks_for_what_it_decodes_from(losscli: Losscli) -> None:

@@ -407,7 +407,7 @@ def test_layer_positions_and_labels_are_not_layer_counts(
         ("{", "m/config.json cannot be read: JSONDecodeError"),
         ("[]", "m/config.json has no model_type"),
         ('{"model_type": 3}', "m/config.json has no model_type"),
-        ('{"model_type": "gpt2", "n_embd": 7}', "m/config.json makes no model: "),
+        ('{"model_type": "gpt2", "n_embd": 7}', "m/config.json does not define a model: "),
         (
             '{"model_type": "gpt2", "architectures": ["GPT2ForMaskedLM"]}',
             "transformers has no GPT2ForMaskedLM for the model_type 'gpt2'",
@@ -431,7 +431,7 @@ def test_a_config_that_makes_no_model_is_one_line(
 def test_nothing_is_fetched_from_a_hub(folders: Path, losscli: Losscli) -> None:
     done = losscli("interpolate", *FILES[:2], "-m", "transformers:gpt2", *LANGUAGE)
     assert done.status == 1
-    assert "there is no folder gpt2, and nothing is fetched from a hub. Download" in done.stderr
+    assert "there is no folder gpt2; models are not downloaded from a hub. Download" in done.stderr
     done = losscli("interpolate", *FILES[:2], "-m", "transformers", *LANGUAGE)
     assert done.status == 2
     assert "missing a required argument: 'folder'" in done.stderr

@@ -140,7 +140,9 @@ def test_sizes_may_be_numbers_too() -> None:
     ids=str,
 )
 def test_sizes_that_are_no_layers_are_refused_with_an_example(sizes: Any) -> None:
-    with pytest.raises(SpecError, match=r"no list of sizes\. Write for example mlp:784") as caught:
+    with pytest.raises(
+        SpecError, match=r"not a list of sizes\. Write for example mlp:784"
+    ) as caught:
         MLP(sizes)
     assert str(caught.value).startswith(f"mlp: {sizes!r} is")
     assert caught.value.exit_code == 2
@@ -151,14 +153,14 @@ def test_sizes_that_are_no_layers_are_refused_with_an_example(sizes: Any) -> Non
     [
         (MLP, "6-3", {"activation": "gelu"}, "'gelu'. Known are relu, sigmoid, tanh, maxout"),
         (MLP, "6-3", {"activation": [1, 2]}, "unknown activation"),
-        (MLP, "6-3", {"activation": "maxout", "pieces": 0}, "pieces=0 is no number of affine"),
-        (MLP, "6-3", {"activation": "maxout", "pieces": 1.5}, "pieces=1.5 is no number"),
-        (MLP, "6-3", {"pieces": "two"}, "pieces=two is no number"),
+        (MLP, "6-3", {"activation": "maxout", "pieces": 0}, "pieces=0 is not a number of affine"),
+        (MLP, "6-3", {"activation": "maxout", "pieces": 1.5}, "pieces=1.5 is not a number"),
+        (MLP, "6-3", {"pieces": "two"}, "pieces=two is not a number"),
         (MLP, "-".join(["1"] * 501), {}, "mlp: 501 sizes are more than the 500 it has layers for"),
-        (CNN, "", {}, "cnn: '' is no list of sizes. Write for example cnn:16-32,channels=3"),
-        (CNN, "16-0", {}, "cnn: '16-0' is no list"),
-        (CNN, 16, {}, "cnn: 16 is no list"),
-        (CNN, "16", {"channels": 0}, r"cnn: \[0, 10\] is no list"),
+        (CNN, "", {}, "cnn: '' is not a list of sizes. Write for example cnn:16-32,channels=3"),
+        (CNN, "16-0", {}, "cnn: '16-0' is not a list"),
+        (CNN, 16, {}, "cnn: 16 is not a list"),
+        (CNN, "16", {"channels": 0}, r"cnn: \[0, 10\] is not a list"),
         (CNN, "16", {"channels": 1.5}, "cnn"),
         (CNN, "16", {"channels": float("inf")}, "cnn"),
         (CNN, "16", {"classes": -2}, "cnn"),
@@ -235,7 +237,7 @@ def test_a_program_for_batches_of_one_size_says_so(program: Path, losscli: Lossc
     export(program / "model.pt2", dynamic=False)
     done = losscli(*RUN, "-o", "x")
     assert done.status == 1
-    told = "model.pt2 was exported for batches of 4 examples alone, and here is one of 29. Export"
+    told = "model.pt2 was exported for batches of exactly 4 examples, not 29. Export"
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(program.glob("x.*"))
@@ -272,9 +274,9 @@ def test_no_file_may_name_a_program(place: str, folder: Path, losscli: Losscli) 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("pt2:none.pt2", "there is no file none.pt2. Relative names start at"),
-        ("pt2:data.npz", "data.npz is no program that torch"),
-        ("pt2:a.pt", "a.pt is no program that torch"),
+        ("pt2:none.pt2", "there is no file none.pt2. Relative paths start at"),
+        ("pt2:data.npz", "data.npz is not a program that torch"),
+        ("pt2:a.pt", "a.pt is not a program that torch"),
     ],
 )
 def test_what_is_no_program_is_one_line(
@@ -311,7 +313,7 @@ def test_a_damaged_program_is_one_line(program: Path) -> None:
     )
     said = done.stderr.splitlines()
     assert said[1::2] == ["1"] * 5, done.stderr
-    told = [re.search(r"losscli: damaged.pt2 is no program that torch \S+ can load: ", line)
+    told = [re.search(r"losscli: damaged.pt2 is not a program that torch \S+ can load: ", line)
             for line in said[::2]]  # fmt: skip
     assert all(told), done.stderr
     assert not list(program.glob("x.*"))

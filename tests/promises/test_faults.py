@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_whole_files_or_none(
         # No journal stays in which there is nothing.
         assert all(b'"key"' in content for content in left.values())
         # What is kept is told of.
-        told = "hat was finished is in out.journal: the same command goes on from there" in last
+        told = "hat was finished is in out.journal: the same command resumes from there" in last
         assert told == (b'"key"' in left.get("out.journal", b""))
     done = losscli(*command)
     assert done.status == 0, done.stderr
@@ -368,7 +368,8 @@ def test_a_checkpoint_that_changes_ends_the_run(
     done = losscli(*WRITING[name])
     assert done.status == 1, done.stderr
     assert done.stderr == (
-        f"losscli: {lost} was changed while it was looked at. Start again once it is left alone\n"
+        f"losscli: {lost} was changed while losscli read it. Run again when no program "
+        "writes to it\n"
     )
     assert listing(folder) == before
 
@@ -525,4 +526,4 @@ def test_a_current_folder_that_is_gone_is_one_line(folder: Path) -> None:
     assert done.returncode == 2
     # What the shell itself says comes before.
     told = [line for line in done.stderr.splitlines() if not line.startswith("shell-init")]
-    assert told == ["losscli: the current folder is gone. Change to one that is there"]
+    assert told == ["losscli: the current folder no longer exists. Change to a folder that exists"]

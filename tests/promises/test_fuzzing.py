@@ -292,7 +292,7 @@ def test_no_name_in_an_index_leads_out_of_its_folder(
     index.write_text(json.dumps({"weight_map": {"w": place}}))
     done = losscli("inspect", inside)
     assert done.status == 1
-    assert "which is no file of its folder" in done.stderr or "is not there" in done.stderr
+    assert "which is not in its folder" in done.stderr or "is not there" in done.stderr
 
 
 def test_shards_that_are_links_are_read_and_nothing_is_written_beside_them(
@@ -473,7 +473,7 @@ def test_of_two_parts_of_one_name_the_one_that_torch_reads_is_checked(
         content = archive_of([twin, *parts] if first else [*parts, twin])
         reader: Any = torch._C.PyTorchFileReader(io.BytesIO(content))
         if reader.get_record("data.pkl") == hurt:
-            assert "claims more than it holds" in refused(losscli, path, content)
+            assert "declares more data than it contains" in refused(losscli, path, content)
             read_hurt.add(first)
             continue
         path.write_bytes(content)
@@ -510,7 +510,7 @@ def test_what_only_looks_like_a_program_is_checked(losscli: Losscli, tmp_path: P
     parts = parts_of(next(h for h in claims(saved({"w": torch.arange(3.0)}), 1 << 42) if _why(h)))
     for name in ("archive/x/constants.pkl", "archive/Constants.pkl", "archive//constants.pkl"):
         told = refused(losscli, tmp_path / "a.pt", archive_of([*parts, (name, b"")]))
-        assert "claims more than it holds" in told
+        assert "declares more data than it contains" in told
     told = refused(losscli, tmp_path / "a.pt", archive_of([*parts, ("archive/constants.pkl", b"")]))
     assert "is a TorchScript program, which is code" in told
 
@@ -656,8 +656,13 @@ def test_a_tensor_that_claims_more_than_its_file_is_told_of(
         for hurt in claims((tmp_path / "good.pt").read_bytes(), 255):
             (tmp_path / "b.pt").write_bytes(hurt)
             told += losscli("inspect", tmp_path / "b.pt").stderr
-        assert "claims more than it holds: 1,020 bytes of a tensor that are not in it" in told
-        assert "claims more than it holds: a tensor of the shape [255] in 12 bytes" in told
+        assert (
+            "declares more data than it contains: 1,020 bytes of a tensor that are not in it"
+            in told
+        )
+        assert (
+            "declares more data than it contains: a tensor of the shape [255] in 12 bytes" in told
+        )
     images = struct.pack(">4B3I", 0, 0, 8, 3, 1 << 20, 1 << 10, 1 << 12)
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
     labels = struct.pack(">4BI", 0, 0, 8, 1, 1)

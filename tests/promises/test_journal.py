@@ -444,7 +444,7 @@ def test_what_is_told_and_is_not_of_the_identity_does_not_start_anew(stem: Path)
 def test_an_identity_that_nothing_told_explains_is_another_run(stem: Path) -> None:
     three(stem)
     with begin(stem, "j") as journal:
-        assert journal.restart_reason == "it is of another run"
+        assert journal.restart_reason == "it belongs to another run"
 
 
 @pytest.mark.parametrize(
@@ -490,7 +490,10 @@ def test_another_version_starts_anew(stem: Path, path: Path) -> None:
 def test_what_is_no_journal_gets_another_name(content: bytes, stem: Path, path: Path) -> None:
     path.write_bytes(content)
     with begin(stem) as journal:
-        assert journal.restart_reason == f"it was no journal of losscli, and is now {path}.old"
+        assert (
+            journal.restart_reason
+            == f"it was not a journal of losscli and was renamed to {path}.old"
+        )
         journal.record("r0", numbers(0))
         journal.finish()
     assert path.with_name("run.journal.old").read_bytes() == content
@@ -850,7 +853,7 @@ def test_a_link_is_not_followed(stem: Path, path: Path, tmp_path: Path) -> None:
         with pytest.raises(OutputError) as error:
             begin(stem)
         assert str(error.value) == (
-            f"{path} is a symbolic link, and a run's journal has to be a file of its own. "
+            f"{path} is a symbolic link, but a run's journal must be a regular file. "
             "Remove it, or choose another --out"
         )
         assert target.exists() == (content is not None)

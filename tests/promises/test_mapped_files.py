@@ -49,7 +49,7 @@ def test_a_file_that_is_cut_off_is_one_line_and_no_bus_error(
         assert status == 1
         assert told.read_text() == (
             f"losscli: {file} was cut off while it was looked at. "
-            "Start again once it is left alone\n"
+            "Run again when no program writes to it\n"
         )
     else:
         assert status == -signal.SIGBUS

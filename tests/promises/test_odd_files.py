@@ -25,8 +25,8 @@ from losscli.table import Table
 from tests.conftest import Losscli
 
 LINE = "alpha,split,loss,loss_stderr\r\n0.0,train,1.0,0.0\r\n1.0,train,0.5,0.0\r\n"
-PIPE = "is a pipe and no regular file. Write what comes out of it to a file, and name that"
-DEVICE = "is a device and no regular file. Name a file"
+PIPE = "is a pipe, not a regular file. Write its output to a file and give that"
+DEVICE = "is a device, not a regular file. Name a file"
 
 Make = Callable[[str], str]
 
@@ -297,7 +297,7 @@ def test_a_plain_pickle_has_a_cure_that_works(losscli: Losscli, folder: Path) ->
         content = {"epoch": 3, "net": {n: t.numpy() if arrays else t for n, t in state.items()}}
         name = f"f{number}.pkl"
         (folder / name).write_bytes(pickle.dumps(content, protocol))
-        refused(losscli, folder, "none of it was run. If you trust it", "inspect", name)
+        refused(losscli, folder, "nothing was run. If you trust it", "inspect", name)
         told = losscli("inspect", name).stderr
         command = re.search(r"save its state dict again: (python .*)", told)
         assert command
@@ -320,7 +320,7 @@ def test_a_plain_pickle_has_a_cure_that_works(losscli: Losscli, folder: Path) ->
 
 def test_plot_does_not_wait_for_a_writer(losscli: Losscli, folder: Path) -> None:
     os.mkfifo("f.csv")
-    said = "f.csv cannot be read: it is a pipe to which nobody writes, and no regular file."
+    said = "f.csv cannot be read: it is a pipe with no writer."
     refused(losscli, folder, said, "plot", "f.csv", "--terminal")
 
 
@@ -440,11 +440,11 @@ def packed() -> torch.Tensor:
 ODD = [
     (sparse, "is sparse (sparse_coo). Save it dense, as tensor.to_dense()"),
     (compressed, "is sparse (sparse_csr). Save it dense, as tensor.to_dense()"),
-    (without_numbers, "is on the device meta, which holds no numbers. Save it from where its"),
+    (without_numbers, "is on the device meta, which holds no values. Save it from where its"),
     (nested, "is nested, of rows of different lengths. Save each row as a tensor of its own"),
     pytest.param(
         packed,
-        "is float4_e2m1fn_x2, with which torch does not compute. Dequantise it first",
+        "is float4_e2m1fn_x2, which torch cannot compute with. Dequantise it first",
         marks=FLOAT4,
     ),
 ]

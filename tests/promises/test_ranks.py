@@ -689,7 +689,9 @@ def test_a_rank_that_is_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TIMEOUT", 0.2)
     monkeypatch.setattr(module, "_HEARTBEAT", 0.05)
     leader = Ranks(HashStore(), 0, 2)
-    with pytest.raises(RanksError, match=r"rank 1 was not heard of for .* Does every rank run"):
+    with pytest.raises(
+        RanksError, match=r"rank 1 has sent nothing for .* Check that every rank runs"
+    ):
         leader.gather(None)
     leader.leave(1)
 
@@ -821,7 +823,7 @@ def test_a_store_that_is_killed_ends_the_run_in_one_line_and_what_is_written_sta
         assert first[0].status == 1
         (line,) = told
         assert "losscli: the run's store is gone: torchrun, or the machine" in line
-        assert line.endswith("What was finished is in out.journal: the same command goes on from "
+        assert line.endswith("What was finished is in out.journal: the same command resumes from "
                              "there")  # fmt: skip
         assert not Path("out.csv").exists()
         again = losscli(*command.split(), "out")

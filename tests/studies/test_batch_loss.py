@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import losscli
@@ -234,6 +235,92 @@ def test_batches_that_differ_in_the_shape_of_their_examples_are_not_joined(tmp_p
     assert result.table["loss"][0] == pytest.approx(math.fsum(expected) / 3, rel=1e-12)
 
 
+@pytest.mark.parametrize("budget", [None, 0], ids=["in memory", "streamed"])
+def test_derivatives_are_those_of_the_mean_over_batches(
+    budget: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if budget is not None:
+        monkeypatch.setattr("losscli.data.objects.host_budget", lambda: budget)
+    source = SOURCES["groups" if budget is None else "dicts"]
+    table = run(source, tmp_path, loss=contrast_mean, derivatives=True).table
+    line = Dense(source)
+    for alpha, slope, curvature in zip(
+        *(table.floats(column) for column in ("alpha", "slope", "curvature")), strict=True
+    ):
+        point = line.a + alpha * line.d
+        assert slope == pytest.approx(float(line.gradient(point) @ line.d), rel=1e-8)
+        assert curvature == pytest.approx(float(line.d @ line.hessian(point) @ line.d), rel=1e-8)
+    options: dict[str, Any] = {
+        "model": "mlp:6-5-3",
+        "loss": contrast_mean,
+        "metric": "none",
+        "batch_loss": True,
+    }
+    gradient, hessian = line.gradient(line.a), line.hessian(line.a)
+    values, vectors = torch.linalg.eigh(hessian)
+    checked = losscli.check(tmp_path / "0.pt", data=source.make(), blocks=True, **options)
+    (row,) = checked.table.rows
+    found = dict(zip(checked.table.columns, row, strict=True))
+    assert found["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-6)
+    assert found["lambda_min"] == pytest.approx(float(values[0]), rel=1e-5)
+    assert found["lambda_max"] == pytest.approx(float(values[-1]), rel=1e-5)
+    assert found["trace"] == pytest.approx(float(hessian.trace()), rel=1e-5)
+    assert checked.summary["batches"] == {"all": len(source.batches)}
+    for block, own in (("layers.0", slice(0, 35)), ("layers.1", slice(35, None))):
+        largest = float(torch.linalg.eigvalsh(hessian[own, own])[-1])
+        row = found_in(checked.more["curvature"], "block", block)
+        assert row["lambda_max"] == pytest.approx(largest, rel=1e-5)
+    around = losscli.around(
+        tmp_path / "0.pt",
+        **{"data": source.make(), "along": "hessian", "points": 3, "range": (-0.1, 0.1), **options},
+    ).table
+    for direction, distance, loss in zip(
+        *(around[column] for column in ("direction", "distance", "loss")), strict=True
+    ):
+        vector = vectors[:, {"v1": -1, "v2": -2, "vn": 0}[direction]]
+        both = [float(line.loss(line.a + sign * distance * vector)) for sign in (-1, 1)]
+        assert any(loss == pytest.approx(value, rel=1e-5) for value in both)
+    sharp = losscli.sharpness(tmp_path / "0.pt", data=source.make(), rho=0.2, samples=2, **options)
+    (row,) = sharp.table.rows
+    found = dict(zip(sharp.table.columns, row, strict=True))
+    here = line.loss(line.a)
+    up = line.loss(line.a + 0.2 * gradient / gradient.norm())
+    assert found["sam"] == pytest.approx(float(up - here), rel=1e-4)
+    step = line.a - found["critical_step"] * gradient
+    assert float(line.loss(step)) == pytest.approx(float(here), rel=1e-4)
+
+
+def found_in(table: Table, column: str, value: str) -> dict[str, Any]:
+    (row,) = (row for row in table.rows if row[table.columns.index(column)] == value)
+    return dict(zip(table.columns, row, strict=True))
+
+
+class Dense:
+    """The mean loss over the batches of a source as a function of a vector, in float64."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.a, b = (torch.cat([t.double().flatten() for t in state(s).values()]) for s in (0, 1))
+        self.d = b - self.a
+
+    def loss(self, point: Tensor) -> Tensor:
+        shapes = {name: tensor.shape for name, tensor in state(0).items()}
+        parts = point.split([shape.numel() for shape in shapes.values()])
+        weights = {n: p.view(shapes[n]) for n, p in zip(shapes, parts, strict=True)}
+        model = MLP("6-5-3").double()
+        losses = [
+            contrast_mean(functional_call(model, weights, (X[list(rows)].double(),)), Y)
+            for rows in self.source.batches
+        ]
+        return torch.stack(losses).mean()
+
+    def gradient(self, point: Tensor) -> Tensor:
+        return torch.autograd.functional.jacobian(self.loss, point)
+
+    def hessian(self, point: Tensor) -> Tensor:
+        return torch.autograd.functional.hessian(self.loss, point)
+
+
 def test_a_limit_counts_batches(tmp_path: Path) -> None:
     for name in ("loader", "dicts", "tensors", "iterable"):
         source = SOURCES[name]
@@ -312,6 +399,10 @@ COMMANDS = [
     f"plane a.pt b.pt c.pt --points 4 {OPTIONS}",
     f"barriers a.pt b.pt c.pt --points 4 {OPTIONS}",
     f"around a.pt b.pt --points 4 --directions 2 {OPTIONS}",
+    f"around a.pt --points 4 --along hessian {OPTIONS}",
+    f"interpolate a.pt b.pt --points 4 --derivatives {OPTIONS}",
+    f"check a.pt b.pt --blocks --probes 2 {OPTIONS}",
+    f"sharpness a.pt --samples 3 {OPTIONS}",
 ]
 
 
@@ -338,7 +429,8 @@ def test_of_one_batch_no_error_is_known(mine: Path, losscli: Losscli) -> None:
             table = Table.read(path)
             assert table.rows
             for column in table.columns:
-                if column.endswith("_stderr"):
+                # These are over perturbations and probes.
+                if column.endswith("_stderr") and column not in {"average_stderr", "trace_stderr"}:
                     assert set(table[column]) == {None}, path
         drawn = losscli("plot", f"x{i}.csv", "-o", f"x{i}.png")
         assert drawn.status == 0, drawn
@@ -394,10 +486,8 @@ def test_a_run_that_was_broken_off_ends_with_the_same_numbers(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("interpolate a.pt b.pt --derivatives", "--derivatives is not available with --batch-loss"),
         ("interpolate a.pt b.pt --sampling-error 0.1", "--sampling-error is not available with"),
         ("interpolate a.pt b.pt --buffers recalibrate", "--buffers recalibrate is not available"),
-        ("check a.pt", "--batch-loss is not available for check"),
         ("interpolate a.pt b.pt --batch-size 5", "--batch-size 5 has no effect"),
         ("interpolate a.pt b.pt -d npz:data.npz", "split 'train' has no batches.*--batch-size"),
     ],

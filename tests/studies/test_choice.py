@@ -262,8 +262,8 @@ def save_third(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--only", "nothing.*"), "the pattern 'nothing.*' fits none of the 4 tensors"),
-        (("--except", "nothing.*"), "the pattern 'nothing.*' fits none of the 4 tensors"),
+        (("--only", "nothing.*"), "the pattern 'nothing.*' matches none of the 4 tensors"),
+        (("--except", "nothing.*"), "the pattern 'nothing.*' matches none of the 4 tensors"),
         (("--only", "layers.0.*", "--except", "layers.*"), "leave no tensor to move"),
     ],
 )

@@ -84,7 +84,7 @@ def test_inspect_keeps_other_pictures(losscli: Losscli, folder: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["a.pt", "--figure", "x.jpg"], 2, "no suffix of a picture"),
-        (["a.pt", "--figure", "a.pt/x.png"], 1, "a.pt is no folder"),
+        (["a.pt", "--figure", "a.pt/x.png"], 1, "a.pt is not a folder"),
         (["absent.pt", "--figure", "x.png"], 1, "no checkpoint absent.pt"),
         (["a.pt", "b.pt", "a.pt", "--figure", "x.png"], 2, "one checkpoint or two"),
     ],
@@ -539,7 +539,7 @@ def test_of_several_state_dicts_two_are_not_compared_and_none_is_drawn(
 ) -> None:
     name, _ = training(folder)
     for arguments, status, message in (
-        ([name, "a.pt"], 1, f"{name} holds several state dicts: 'model', 'ema', "),
+        ([name, "a.pt"], 1, f"{name} contains several state dicts: 'model', 'ema', "),
         ([name, "--figure", "x.png"], 2, "several state dicts is not drawn. Choose one with FILE#"),
     ):
         is_refused(losscli, folder, ["inspect", *arguments], status, message)

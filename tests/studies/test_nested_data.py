@@ -413,7 +413,7 @@ class Locked(Graphs):
 
 BAD: list[tuple[Any, type[LosscliError], str]] = [
     ({"s": (X, {"cls": CLASS, "reg": VALUE[:5]})}, DataError,
-     "split 's': 13 inputs for 13 and 5 targets. Give one target an example"),
+     "split 's': 13 inputs for 13 and 5 targets. Give one target per example"),
     ({"s": (IMAGES, BOXES[:4])}, DataError, "split 's': 13 inputs for 4 targets"),
     ({"s": ({"a": X, "b": IMAGES[:6]}, DICT)}, DataError, "13 and 6 inputs for 13 and 13 targets"),
     ({"s": (IMAGES, torch.rand(4))}, DataError, "13 inputs for 4 targets"),
@@ -441,7 +441,7 @@ def test_bad_nests_are_refused(data: Any, kind: type[LosscliError], text: str) -
         (("--loss", "net.py:both", "--metric", "accuracy", "-m", "net.py:Other"),
          "the metric 'accuracy' takes a tensor of targets, and the data give a dict"),
         (("--loss", "net.py:both", "-d", "net.py:uneven"),
-         "split 's': 13 inputs for 13 and 5 targets. Give one target an example"),
+         "split 's': 13 inputs for 13 and 5 targets. Give one target per example"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_a_nest_is_one_line(

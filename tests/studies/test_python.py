@@ -334,7 +334,9 @@ def test_objects_that_hold_no_weights_are_refused(value: Any) -> None:
 
 def test_several_state_dicts_in_an_object_are_named_by_their_keys() -> None:
     both = {"model": state(1), "averages": {"ema": state(2)}}
-    with pytest.raises(CheckpointError, match=r"A holds several state dicts.*Give one, as \['mo"):
+    with pytest.raises(
+        CheckpointError, match=r"A contains several state dicts.*Give one, as \['mo"
+    ):
         call("interpolate", [both, state(3)])
     found = call("interpolate", [both["averages"]["ema"], state(3)])
     assert numbers(found) == numbers(call("interpolate", [state(2), state(3)]))

@@ -439,12 +439,11 @@ ERRORS = [
     ("a.pt --rho inf", 2, "--rho inf is not a radius above 0"),
     ("a.pt --rho 0.1 --rho 0.10", 2, "--rho 0.1 is given 2 times. Give each radius once"),
     ("a.pt --samples 0", 2, "--samples 0 is not a number of perturbations. Give 20"),
-    ("a.pt --samples 99999999", 2, "--samples 99999999 makes more than 10000000 points"),
-    ("a.pt --batch-loss", 2, "--batch-loss is not available for sharpness"),
+    ("a.pt --samples 99999999", 2, "--samples 99999999 gives more than 10000000 points"),
     ("a.pt --sampling-error 0.1", 2, "--sampling-error is not available for sharpness"),
     ("a.pt --direction-split x", 2, "--direction-split x is not evaluated. Choose one of train,"),
     ("a.pt --split test --direction-split train", 2, "or add it with --split"),
-    ("a.pt --only *.x", 2, "the pattern '*.x' fits none"),
+    ("a.pt --only *.x", 2, "the pattern '*.x' matches none"),
 ]
 
 

@@ -250,7 +250,6 @@ BAD = [
     ({"density": True, "lanczos": 10**9}, "--lanczos must be between 2 and 10,000"),
     ({"density": True, "operator": "fisher"}, "--operator fisher is not known"),
     ({"density": True, "sampling_error": 0.1}, "--sampling-error has no place"),
-    ({"blocks": True, "batch_loss": True}, "--batch-loss is not available"),
 ]
 
 

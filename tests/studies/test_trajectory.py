@@ -364,5 +364,5 @@ def test_a_folder_is_its_checkpoints_in_natural_order(tmp_path: Path) -> None:
     assert found == ["a2.ckpt", "a10.ckpt", "step-9.pt", "step-10.pt", "step-100.pt"]
     assert list_checkpoints(str(tmp_path / "step-9.pt")) == []
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="holds no checkpoints"):
+    with pytest.raises(CheckpointError, match="contains no checkpoints"):
         list_checkpoints(str(tmp_path / "empty"))

@@ -229,7 +229,7 @@ def test_the_size_of_a_piece_plays_no_part(piece: int, monkeypatch: pytest.Monke
 )
 def test_directions_that_span_no_plane_are_a_usage_error(point: dict[str, Tensor]) -> None:
     with pytest.raises(
-        UsageError, match=r"no tensor that moves spans a plane.*Let a weight"
+        UsageError, match=r"the tensors that move do not span a plane.*Let a weight"
     ) as caught:
         random_directions(point, list(point), {"still"}, 0)
     assert "\n" not in str(caught.value)

@@ -260,7 +260,9 @@ def test_no_more_than_three_checkpoints_are_held_at_a_time() -> None:
 def test_what_is_no_path_is_a_usage_error(task: Callable[..., object]) -> None:
     states = bent(4)
     for count in range(3):
-        with pytest.raises(UsageError, match=f"{count} checkpoints has nothing between.*Give thr"):
+        with pytest.raises(
+            UsageError, match=f"{count} checkpoints has no checkpoint between.*Give thr"
+        ):
             task(opener(states), count, NAMES)
 
 
@@ -489,11 +491,11 @@ def test_a_step_of_no_length_stays_where_it_is() -> None:
 @pytest.mark.parametrize(
     ("steps", "dimension", "message"),
     [
-        ([1.0], 5, "a path of 2 checkpoints has nothing between its ends"),
-        ([0.0, 0.0], 5, "a random walk of length 0 in 5 dimensions goes nowhere"),
-        ([1.0, 1.0], 0, "a random walk of length 2 in 0 dimensions goes nowhere"),
-        ([1.0, math.nan], 5, "goes nowhere"),
-        ([1.0, math.inf], 5, "goes nowhere"),
+        ([1.0], 5, "a path of 2 checkpoints has no checkpoint between its ends"),
+        ([0.0, 0.0], 5, "a random walk of length 0 in 5 dimensions does not move"),
+        ([1.0, 1.0], 0, "a random walk of length 2 in 0 dimensions does not move"),
+        ([1.0, math.nan], 5, "does not move"),
+        ([1.0, math.inf], 5, "does not move"),
     ],
 )
 def test_a_walk_that_goes_nowhere_is_a_usage_error(

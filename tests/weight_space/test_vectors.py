@@ -174,9 +174,17 @@ def test_patterns_choose_names_in_their_order(
 @pytest.mark.parametrize(
     ("only", "but", "message"),
     [
-        (["convs.*"], [], r"the pattern 'convs\.\*' fits none of the 6 tensors\. Their names are"),
-        (["conv.*", "x"], [], "the pattern 'x' fits none.*such as conv.weight, conv.bias, norm"),
-        ([], ["weight"], "the pattern 'weight' fits none"),
+        (
+            ["convs.*"],
+            [],
+            r"the pattern 'convs\.\*' matches none of the 6 tensors\. Examples:",
+        ),
+        (
+            ["conv.*", "x"],
+            [],
+            "the pattern 'x' matches none.*Examples: conv.weight, conv.bias, norm",
+        ),
+        ([], ["weight"], "the pattern 'weight' matches none"),
         (["conv.*"], ["conv.*"], "--only and --except leave no tensor to move. Widen"),
         ([], ["*"], "leave no tensor to move"),
     ],

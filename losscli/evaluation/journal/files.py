@@ -57,16 +57,16 @@ def open_regular(path: Path) -> FileIO:
     }
     with contextlib.suppress(FileNotFoundError):
         mode = path.lstat().st_mode
-        kind = next((name for test, name in kinds.items() if test(mode)), "no regular file")
+        kind = next((name for test, name in kinds.items() if test(mode)), "not a regular file")
         if kind:
             raise OutputError(
-                f"{_named(path)} is {kind}, and a run's journal has to be a file of its own",
+                f"{_named(path)} is {kind}, but a run's journal must be a regular file",
                 "Remove it, or choose another --out",
             )
     file = FileIO(os.open(path, _flags(), 0o666), "r+b")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OutputError(f"{_named(path)} is no regular file", "Choose another --out")
+        raise OutputError(f"{_named(path)} is not a regular file", "Choose another --out")
     return file
 
 
@@ -106,8 +106,7 @@ def lock(file: FileIO, path: Path) -> bool:
     except OSError as error:
         if error.errno in _BUSY:
             raise OutputError(
-                f"{_named(path)} is held by another run{holder(file)}, which writes the same "
-                "results",
+                f"{_named(path)} is held by another run{holder(file)} that writes the same results",
                 "Wait for that run to end, or choose another --out",
             ) from None
         if error.errno in _NO_LOCKS:
@@ -131,12 +130,12 @@ def set_aside(path: Path) -> str:
     other = path.with_name(f"{path.name}.old")
     if os.path.lexists(other):
         raise OutputError(
-            f"{_named(path)} is no journal of losscli, and {_named(other)}, which it would be "
+            f"{_named(path)} is not a journal of losscli, and {_named(other)}, which it would be "
             "called, is there already",
             "Move one of them away, or choose another --out",
         )
     path.rename(other)
-    return f"it was no journal of losscli, and is now {_named(other)}"
+    return f"it was not a journal of losscli and was renamed to {_named(other)}"
 
 
 if sys.platform == "win32":

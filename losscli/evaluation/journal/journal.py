@@ -227,7 +227,7 @@ class Journal:
             return
         self.changes = tuple(differences(conditions, self._head["told"]))
         if head.description.get("identity") != self._head["identity"]:
-            self.restart_reason = "; ".join(self.changes) or "it is of another run"
+            self.restart_reason = "; ".join(self.changes) or "it belongs to another run"
             self._foreign = True
             return
         self._last = head
