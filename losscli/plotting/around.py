@@ -173,10 +173,11 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
         named = [
             (Line2D([], [], color=g.colour, lw=2.2, ls=style), drawing.words(_label(g), g.name))
             for g in shown
+            if len(groups) > 1 or not drawing.compact or g.run.checkpoint_labels
         ]
         add_foot(figure, drawing, list(dict.fromkeys(notes)), [named, list(marks.values())])
         add_title(figure, drawing)
-        freeze(figure)
+        freeze(figure, drawing)
     return figure
 
 

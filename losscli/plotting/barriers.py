@@ -99,9 +99,10 @@ def draw_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
         across = columns(drawing, 2 if two else 1)
         rows = math.ceil(len(squares) / across) or 1
         side = 3.5 if two else min(5.2, 2.4 + 0.45 * number)
-        figure = new_figure(drawing, rows * (side + 0.3) + 0.9, WIDE if two else WIDTH)
+        figure = new_figure(drawing, rows * (side + 0.3) + 0.9, WIDE if two else WIDTH, rows=rows)
         if drawing.compact:
-            side = min(figure.get_figheight() / rows - 0.3, (figure.get_figwidth() - 1.0) / across)
+            height = drawing.inches[1] or figure.get_figheight()
+            side = min(height / rows - 0.3, (figure.get_figwidth() - 1.0) / across)
         cells = figure.add_gridspec(rows, across)
         norm = _norm(squares, drawing)
         distinct, shared = distinct_checkpoints(run, names, drawing)
@@ -119,10 +120,12 @@ def draw_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
             panels.append(panel)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
-        _add_colour_bar(figure, panels, norm, f"barrier{loss_name([run])}", drawing)
+        _add_colour_bar(
+            figure, panels, norm, drawing.words(f"barrier{loss_name([run])}", "barrier"), drawing
+        )
         add_title(figure, drawing)
         add_foot(figure, drawing, _notes(run, squares, shared), [_legend(squares, drawing)])
-        finish_layout(figure)
+        finish_layout(figure, drawing)
     return figure
 
 
@@ -312,7 +315,7 @@ def render_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> str:
     names = [str(name) for name in run.table.unique("a", "b")]
     labels, shared = distinct_checkpoints(run, names, replace(drawing, size="full"))
     quantities = {
-        "barrier": f"barrier{loss_name([run])}",
+        "barrier": drawing.words(f"barrier{loss_name([run])}", "barrier"),
         "distance": "distance ‖B − A‖",
     }
     pairs = [[f"{escape(a)} and {escape(b)}" for a in labels] for b in labels]

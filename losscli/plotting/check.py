@@ -112,7 +112,7 @@ def draw_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> Figure:
             groups.append(escape.entries(figure, drawing))
         add_title(figure, drawing)
         add_foot(figure, drawing, notes, groups)
-        finish_layout(figure)
+        finish_layout(figure, drawing)
         round_positions(figure)
     return figure
 
@@ -143,6 +143,7 @@ def _draw_several(
     drawing: Drawing,
 ) -> tuple[Figure, list[str], list[Group]]:
     strip_height = 0.2 + 0.17 * len(splits)
+    strip_height *= 1.5 if drawing.compact else 1.0
     rows = list(spectra_rows(run, names, splits, drawing))
     across = columns(drawing, 2)
     heights = [strip_height, 2.0, 1.75, *([2.0, 1.75] if across == 1 else [])]

@@ -131,7 +131,7 @@ def draw_inspection(run: Run[InspectionSummary], drawing: Drawing = FULL) -> Fig
         add_foot(figure, drawing, notes, [together])
         names = _write_names(axes, checkpoint_names(run, drawing))
         add_title(figure, drawing)
-        freeze(figure)
+        freeze(figure, drawing)
         # Aligned with the left edge of the figure.
         panel = axes.get_position()
         names.set_x((0.02 - panel.x0) / panel.width)

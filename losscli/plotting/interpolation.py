@@ -141,7 +141,7 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
         # Above the tick labels of the overview.
         above = 24 if overview else 5
         ends = mark_ends(named, view, end_names(runs, drawing), above=above * text_size() / 10)
-        freeze(figure)
+        freeze(figure, drawing)
         name_ends(named, ends)
         if overview:
             round_positions(figure)
@@ -236,7 +236,8 @@ def _mark_extrema(
         note += f" (the {_MOST_MARKS} most prominent of {number})"
     entries: list[tuple[Artist, str]] = []
     for kind, marker in (("minima", "v"), ("maxima", "^")):
-        style: dict[str, Any] = {"marker": marker, "mfc": "white", "mew": 1.2, "ms": 5}
+        style: dict[str, Any] = {"marker": marker, "mfc": "white", "mew": 1.2}
+        style["ms"] = 0.5 * drawing.points
         marked = [extremum for extremum in extrema if extremum[1] == kind]
         for _, _, s, alpha, loss in marked:
             axes.plot([alpha], [loss], ls="none", mec=s.colour, zorder=5.5, **style)

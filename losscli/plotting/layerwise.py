@@ -129,7 +129,7 @@ def draw_layerwise(run: Run[LineSummary], drawing: Drawing = FULL) -> Figure:
         add_title(figure, drawing)
         draw_ends(panels, view)
         ends = mark_ends(panels[0], view, end_names([run], drawing))
-        freeze(figure)
+        freeze(figure, drawing)
         name_ends(panels[0], ends)
     return figure
 
@@ -165,8 +165,11 @@ def _read_blocks(
 
 
 def _label(figure: Figure, run: Run[LineSummary], split: str, drawing: Drawing) -> str:
-    scale = ", log scale" if drawing.log and not drawing.compact else ""
-    lines = f"loss{loss_name([run])}{scale}", name_split([run], split, drawing)
+    scale = ", log scale" if drawing.log else ""
+    lines = (
+        drawing.words(f"loss{loss_name([run])}{scale}", "loss"),
+        name_split([run], split, drawing),
+    )
     return "\n".join(shorten(figure, line, narrow(figure, 200), text_size()) for line in lines)
 
 

@@ -117,8 +117,9 @@ def mark_lowest(
         at = int(np.nanargmin(loss))
         if not drawable(loss, log=drawing.log)[at]:
             continue
+        size = 0.6 * drawing.points
         axes.plot(
-            s.x[at], loss[at], "D", mfc="white", mec=s.colour, mew=1.3, markersize=6, zorder=6
+            s.x[at], loss[at], "D", mfc="white", mec=s.colour, mew=1.3, markersize=size, zorder=6
         )
         lowest.append((s, float(s.x[at]), float(loss[at])))
     return lowest

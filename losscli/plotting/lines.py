@@ -88,11 +88,13 @@ def draw_panel(
     scale_y(axes, values, log=log, fraction=fraction, least=least, limits=limits)
 
     few = len(series) < _MANY_LINES
+    size = drawing.points / 10
     colours = list(dict.fromkeys(s.colour for s in reversed(series)))
     wider = min(_WIDER, _WIDEST / max(len(colours) - 1, 1)) if few else 0.0
     for s, ok, error in zip(series, shown, errors, strict=True):
         y = np.where(ok, s[column], np.nan)
-        axes.plot(s.x, y, color=s.colour, linestyle=s.dashes, linewidth=s.width, zorder=2.5)
+        width = s.width and s.width * size
+        axes.plot(s.x, y, color=s.colour, linestyle=s.dashes, linewidth=width, zorder=2.5)
         # On a logarithmic axis a band down to zero ends at the lower edge.
         lower = np.maximum(y - error, axes.get_ylim()[0]) if log else y - error
         axes.fill_between(
@@ -102,7 +104,7 @@ def draw_panel(
         padded = np.pad(ok, 1)
         isolated = ok & ~padded[:-2] & ~padded[2:]
         dots = ok if len(ok) <= _FEW_POINTS and not drawing.no_markers else isolated
-        axes.plot(s.x[dots], y[dots], "o", color=s.colour, markersize=3, zorder=2.6)
+        axes.plot(s.x[dots], y[dots], "o", color=s.colour, markersize=3 * size, zorder=2.6)
         bars = isolated & np.isfinite(error)
         axes.vlines(s.x[bars], lower[bars], (y + error)[bars], color=s.colour, alpha=0.4)
         if drawing.no_markers:
@@ -114,7 +116,7 @@ def draw_panel(
             "o",
             color=s.colour,
             # Wider the earlier, so that the ends of later curves do not hide them.
-            markersize=(5.5 if few else 3.5) + wider * colours.index(s.colour),
+            markersize=size * ((5.5 if few else 3.5) + wider * colours.index(s.colour)),
             mec="white" if few else s.colour,
             mew=0.8,
             zorder=5,

@@ -139,7 +139,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
         ratio, equal = _shape(view, kind)
 
         figure, cells = _new_figure(len(grids), ratio if equal else 1.0, drawing, surface=surface)
-        labels, short = _labels(run, kind)
+        labels, short = _labels(run, kind, drawing)
         panels: list[Axes] = []
         contours: list[Contours] = []
         hidden = False
@@ -161,7 +161,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
                 cell = cells[divmod(at + 1, cells.ncols)]
                 axes_3d = add_surface_axes(figure, cell, (*short, "loss"), -60)
                 _frame(axes_3d, view, equal=False)
-                draw_surface(axes_3d, scale, drawn)
+                draw_surface(axes_3d, scale, drawn, drawing)
                 hidden |= _draw_marks(
                     axes_3d, marks, loss, scale, drawing, joined=joined, surface=drawn
                 )
@@ -188,7 +188,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
             ends = (checkpoint_names(run, drawing) or [""]) if drawing.compact else marks.names
             legend = path_entries(figure, PATH, label, ends[0], ends[-1], drawing)
         add_foot(figure, drawing, notes, [legend])
-        finish_layout(figure)
+        finish_layout(figure, drawing)
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
             label_contours(panel, drawn, marks.x, marks.y, clearance=14 if joined else 28)
     return figure
@@ -203,7 +203,9 @@ def _new_figure(
     wide = across == 2
     lowest = 3.3 if surface else 2.2
     height = min(max((3.6 if wide else 5.1) * ratio, lowest), 5.1)
-    figure = new_figure(drawing, rows * (height + 0.75), WIDE if wide else WIDTH)
+    width = WIDE if wide else WIDTH
+    shape = max(min(ratio, 1.4), 0.8 if surface else 0.5)
+    figure = new_figure(drawing, rows * (height + 0.75), width, rows=rows, ratio=shape)
     return figure, figure.add_gridspec(rows, max(across, 1))
 
 
@@ -246,8 +248,18 @@ def _frame(axes: Axes, view: Sequence[tuple[float, float]], *, equal: bool) -> N
         axes.set_aspect("equal")
 
 
-def _labels(run: Run[PlaneSummary], kind: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Returns the long and the short labels of both axes."""
+def _labels(
+    run: Run[PlaneSummary], kind: str, drawing: Drawing
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Returns the long and the short labels of both axes, which are equal in a compact figure."""
+    if drawing.compact and kind == "pca":
+        short = ("component 1", "component 2")
+        return short, short
+    labels, short = _full_labels(run, kind)
+    return (short if drawing.compact else labels), short
+
+
+def _full_labels(run: Run[PlaneSummary], kind: str) -> tuple[tuple[str, str], tuple[str, str]]:
     unknown: list[PlaneAxis] = [{}, {}]
     first, second = [*run.summary.get("axes", ()), *unknown][:2]
     if kind == "random":
@@ -393,7 +405,7 @@ def render_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> str:
     kind = run.summary.get("plane", "")
     columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
     grids = {column: _read(run.table, column) for column in columns}
-    labels, short = _labels(run, kind)
+    labels, short = _full_labels(run, kind)
     steps = list(range(1, len(marks.names) + 1))
     items = path_items(
         (marks.x.tolist(), marks.y.tolist()),

@@ -153,7 +153,7 @@ def draw_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> Figur
             notes,
             _legend(run, distinct if over_rho else of_rho, splits, curves, drawing),
         )
-        freeze(figure)
+        freeze(figure, drawing)
         round_positions(figure)
     return figure
 
@@ -174,7 +174,7 @@ def _new_figure(
     for panel, text in zip(axes, _titles(run, drawing), strict=False):
         panel.set_title(shorten(figure, text, narrow(figure, 400), text_size()), loc="left")
     for panel in axes[:2]:
-        panel.set_ylabel(drawing.words("rise of the loss\nlog scale", "rise of the loss"))
+        panel.set_ylabel(drawing.words("rise of the loss\nlog scale", "rise of loss"))
     return figure, axes
 
 

@@ -110,6 +110,7 @@ def spectra_rows(
         many = len(names) > 1
         height = 2.1 if many else 0.8 + _BLOCK * min(len(blocks.unique("block")), 2 * _MOST_LABELS)
         draw = _draw_block_curves if many else _draw_blocks
+        height *= 1.5 if drawing.compact and not many else 1.0
         height *= len(_PANELS) / columns(drawing, len(_PANELS))
         yield Row(height, lambda *place: draw(run, blocks, names, splits, drawing, *place))
 
@@ -192,7 +193,7 @@ def _draw_densities(
         title = plain(split) if several else ""
         axes.set_title(shorten(figure, title, narrow(figure, 200), text_size()), loc="left")
         if not i % across:
-            axes.set_ylabel(drawing.words("spectral density\nlog scale", "spectral density"))
+            axes.set_ylabel(drawing.words("spectral density\nlog scale", "density"))
     notes += _density_notes(run, widths)
     if several:
         entries += [

@@ -87,6 +87,7 @@ __all__ = [
     "scale_logarithmic",
     "scale_symlog",
     "scale_y",
+    "set_height",
     "shorten",
     "shorten_path",
     "small_size",
@@ -164,8 +165,8 @@ _STYLE: Mapping[Any, Any] = {
 _COMPACT_STYLE: Mapping[Any, Any] = {
     "axes.labelpad": 3,
     "axes.titlepad": 4,
-    "figure.constrained_layout.h_pad": 0.03,
-    "figure.constrained_layout.w_pad": 0.03,
+    "figure.constrained_layout.h_pad": 0.05,
+    "figure.constrained_layout.w_pad": 0.04,
     "figure.dpi": 300,
     "savefig.dpi": 300,
 }
@@ -179,9 +180,9 @@ _FIXED: dict[Any, Any] = {
 WIDTH = 7.2  # inches
 INCH = 72.0  # points
 _CSS_PIXELS = 96.0  # per inch
-_TWO_COLUMNS = 48.0  # from this width in sizes of text on, panels are side by side
+_TWO_COLUMNS = 44.0  # from this width in sizes of text on, panels are side by side
 _LOWER = 0.62  # the height of panels of 3.25 inches relative to those of 7.2
-_LOWEST = 0.5  # the least height of panels in a figure of fixed height relative to a free one
+_LOWEST = 0.7  # the least height of panels in a figure of fixed height relative to a free one
 
 
 @contextmanager
@@ -245,22 +246,31 @@ def _in_points(key: Any) -> float:
     return float(FontProperties(size=mpl.rcParams[key]).get_size_in_points())
 
 
-def new_figure(drawing: Drawing, height: float, width: float = WIDTH) -> Figure:
+def new_figure(
+    drawing: Drawing, height: float, width: float = WIDTH, *, rows: int = 0, ratio: float = 1.0
+) -> Figure:
     """Creates a figure with a canvas, whose panels are laid out when it is finished.
 
     Args:
         drawing: How it is drawn.
         height: The height of its panels in inches in a full figure.
         width: Its width in inches in a full figure.
+        rows: If its panels have a fixed shape, how many are on top of each other; 0 if they have
+            none.
+        ratio: The height of such a panel relative to its width.
 
     Returns:
-        The figure. One of fixed height is higher if its panels need it.
+        The figure. One of fixed height has the least height of its panels until `freeze`.
     """
     if drawing.compact:
         fixed, most = drawing.inches
         width = fixed or width
-        height *= _LOWER * drawing.points / 8
-        height = max(most, _LOWEST * height) if most else height
+        scale = drawing.points / 8
+        height *= _LOWER * scale
+        if rows and not most:
+            # Beside such a panel there are labels and a bar of colours.
+            height = rows * (ratio * (width - 1.2 * scale) + 0.5 * scale)
+        height *= _LOWEST if most else 1.0
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -686,7 +696,8 @@ def add_foot(
         groups: Handles and labels; every group starts a row, and there are as few rows as possible.
     """
     scale = small_size() / 9
-    line, gap = 29.0 * scale, 14.0 * scale
+    handle = 1.8 if drawing.compact else 2.5  # its length in sizes of text
+    line, gap = (6.5 + 9 * handle) * scale, 14.0 * scale
     available = 0.96 * figure.get_figwidth() * INCH
     shown = () if drawing.compact else notes
     notes = [part for note in shown for part in _wrap(figure, note, available)]
@@ -694,7 +705,7 @@ def add_foot(
     entries: list[list[tuple[float, Artist, str]]] = []
     for group in groups:
         labels = [shorten(figure, label, available - line) for _, label in group]
-        handles = [handle for handle, _ in group]
+        handles = [artist for artist, _ in group]
         widths = [text_width(figure, label) + line for label in labels]
         entries.append(list(zip(widths, handles, labels, strict=True)))
     best: list[list[tuple[float, Artist, str]]] = []
@@ -712,21 +723,21 @@ def add_foot(
     # Matplotlib fills a legend column by column.
     cells = [cell for column in zip(*best, strict=True) for cell in column]
     legend = figure.legend(
-        [handle for _, handle, _ in cells],
+        [artist for _, artist, _ in cells],
         [label for _, _, label in cells],
         title="\n".join(notes),
         loc="outside lower left",
         alignment="left",
         ncols=len(best[0]) if best else 1,
         frameon=False,
-        handlelength=2.5,
+        handlelength=handle,
         handletextpad=0.7,
         columnspacing=gap / small_size(),
         borderpad=0,
-        borderaxespad=1.0,
+        borderaxespad=0.4 if drawing.compact else 1.0,
     )
     legend.get_title().set(color=PALE, linespacing=1.25)
-    _grow(figure, drawing, legend.get_window_extent().height / figure.dpi)
+    _grow(figure, legend.get_window_extent().height / figure.dpi)
 
 
 def _wrap(figure: Figure, note: str, room: float) -> list[str]:
@@ -741,18 +752,26 @@ def _wrap(figure: Figure, note: str, room: float) -> list[str]:
     return textwrap.wrap(note, letters)
 
 
-def _grow(figure: Figure, drawing: Drawing, inches: float) -> None:
-    """Increases the height of a figure, unless it is fixed."""
-    if drawing.inches[1] is None:
-        figure.set_figheight(figure.get_figheight() + inches)
+def _grow(figure: Figure, inches: float) -> None:
+    """Increases the height of a figure."""
+    figure.set_figheight(figure.get_figheight() + inches)
 
 
-def freeze(figure: Figure) -> None:
-    """Computes the final layout, so that every rendering is the same."""
+def freeze(figure: Figure, drawing: Drawing) -> None:
+    """Computes the final layout, so that every rendering is the same.
+
+    A figure of fixed height gets it, unless its panels, legend and title need more.
+    """
+    set_height(figure, drawing)
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
     figure.set_layout_engine(None)
+
+
+def set_height(figure: Figure, drawing: Drawing) -> None:
+    """Gives a figure of fixed height that height, unless it is higher."""
+    figure.set_figheight(max(figure.get_figheight(), drawing.inches[1] or 0.0))
 
 
 def round_positions(figure: Figure) -> None:
@@ -895,8 +914,10 @@ def label_loss(
         The label.
     """
     name = f"loss{loss_name(runs)}"
+    if drawing.compact:
+        return "loss"
     label = shorten(figure, name, narrow(figure, width), text_size())
-    return f"{label}\nlog scale" if log and not drawing.compact else label
+    return f"{label}\nlog scale" if log else label
 
 
 def drawable(values: NDArray[np.float64], *, log: bool) -> NDArray[np.bool_]:
@@ -942,4 +963,4 @@ def add_title(figure: Figure, drawing: Drawing) -> None:
     lines = textwrap.wrap(plain(drawing.title), letters)
     if lines:
         figure.suptitle("\n".join(lines), x=0.02, ha="left")
-        _grow(figure, drawing, 0.24 / 13 * points * len(lines))
+        _grow(figure, 0.24 / 13 * points * len(lines))

@@ -37,6 +37,7 @@ from losscli.plotting.style import (
     is_light,
     narrow,
     note_size,
+    set_height,
     shorten_path,
     small_size,
 )
@@ -381,20 +382,21 @@ def add_surface_axes(
     return axes
 
 
-def draw_surface(axes: Axes3D, scale: Scale, contours: Contours) -> None:
+def draw_surface(axes: Axes3D, scale: Scale, contours: Contours, drawing: Drawing) -> None:
     """Draws losses as a surface in the colours of the contours, with the contour lines on it.
 
     Args:
         axes: The 3D axes, with x and y limits set.
         scale: The scale.
         contours: The losses and their contour lines.
+        drawing: A compact figure has fewer ticks.
     """
     grid = contours.grid
     axes.set_zlim(0, 1)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        axis.set_major_locator(MaxNLocator(2 if drawing.compact else 5, steps=STEPS))
         axis.set_major_formatter(Numbers())
-    ticks = scale.ticks(6)
+    ticks = scale.ticks(3 if drawing.compact else 6)
     axes.set_zticks(scale(ticks).tolist(), scale.labels(ticks))
     if min(grid.loss.shape) < 2:
         return
@@ -608,8 +610,9 @@ def path_entries(
 # --- The layout ----------------------------------------------------------------------------------
 
 
-def finish_layout(figure: Figure) -> None:
+def finish_layout(figure: Figure, drawing: Drawing) -> None:
     """Computes the final layout, with 3D axes as large as their cells allow."""
+    set_height(figure, drawing)
     engine = figure.get_layout_engine()
     assert engine is not None
     axes_3d = [axes for axes in figure.axes if isinstance(axes, Axes3D)]
@@ -622,7 +625,7 @@ def finish_layout(figure: Figure) -> None:
     # A panel with a fixed aspect ratio shrinks after its margins were measured: measure again.
     for _ in range(2 if any(axes.get_aspect() != "auto" for axes in figure.axes) else 0):
         engine.execute(figure)
-    freeze(figure)
+    freeze(figure, drawing)
     page = figure.transSubfigure.inverted()
     cells = [axes.get_position(original=True) for axes in axes_3d]
     for axes in figure.axes if axes_3d else ():

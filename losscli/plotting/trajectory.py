@@ -161,7 +161,7 @@ def _draw_paths(
     more, groups = _draw_both(figure, upper, lower, runs, paths, drawing)
     add_title(figure, drawing)
     add_foot(figure, drawing, [*notes, *more, _TURNS], groups)
-    finish_layout(figure)
+    finish_layout(figure, drawing)
     return figure
 
 
@@ -422,7 +422,7 @@ def _draw_surfaces(
         axes_3d = add_surface_axes(figure, cells[2 * k + 1], (*_SHORT, "loss"), -52)
         axes_3d.set_xlim(*ends)
         axes_3d.set_ylim(0, high)
-        draw_surface(axes_3d, scale, contours)
+        draw_surface(axes_3d, scale, contours, drawing)
         # Slightly above the surface, so that the surface does not hide the path.
         points = path.projection, path.residual, scale(losses) + 0.008
         behind = hidden_by(axes_3d, scale, contours, *points)
@@ -448,7 +448,7 @@ def _draw_surfaces(
         groups += entries
     add_title(figure, drawing)
     add_foot(figure, drawing, [*notes, _TURNS], groups)
-    finish_layout(figure)
+    finish_layout(figure, drawing)
     for panel, contours in zip(panels[::2], lines, strict=True):
         label_contours(panel, contours, path.projection, path.residual)
     return figure
