@@ -35,7 +35,8 @@ __all__ = [
 COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
     **dict.fromkeys(("a", "b", "checkpoint"), "path"),
     **dict.fromkeys(
-        ("block", "direction", "dtype", "key", "shape", "split", "tensor", "verdict"), "text"
+        ("block", "direction", "dtype", "key", "path", "shape", "split", "tensor", "verdict"),
+        "text",
     ),
     **dict.fromkeys(("bytes", "examples", "step", "tensors", "values", "walk"), "integer"),
 }
@@ -277,7 +278,10 @@ COMMANDS: Mapping[str, Command] = {
                 grid=("x", "y"),
             ),
             further_tables={
-                "path": TableFormat(("step", "checkpoint", "x", "y", "off_plane", "split", "loss")),
+                "path": TableFormat(
+                    ("step", "checkpoint", "x", "y", "off_plane", "split", "loss"),
+                    optional=("path",),
+                ),
             },
             not_overlaid=("one plane cannot be laid over another", "Give one CSV of a plane"),
         ),

@@ -47,6 +47,7 @@ __all__ = [
     "PlaneSplit",
     "PlaneSummary",
     "Predicted",
+    "ProjectedPath",
     "Provenance",
     "RandomWalks",
     "Refined",
@@ -400,10 +401,21 @@ class TrajectorySummary(Summary, total=False):
 
 
 class PlaneAxis(TypedDict, total=False):
-    """What an axis is, and the share of the variance that it explains."""
+    """What an axis is: its share of the variance of a path, or its eigenvalue of the Hessian."""
 
     name: str
     explained_variance: float | None
+    eigenvalue: float
+    error: float
+    converged: bool
+
+
+class ProjectedPath(TypedDict, total=False):
+    """A path of ``--path``, the number of its checkpoints, and how far they are off the plane."""
+
+    name: str
+    checkpoints: int
+    off_plane: float
 
 
 class LowestOnPlane(TypedDict, total=False):
@@ -433,6 +445,7 @@ class PlaneSummary(Summary, total=False):
     x_range: list[float]
     y_range: list[float]
     off_plane: float
+    paths: list[ProjectedPath]
     splits: dict[str, PlaneSplit]
     endpoint_difference: float
 

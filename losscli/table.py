@@ -257,6 +257,6 @@ def _read(column: str, text: str) -> Cell:
     except OverflowError:
         raise ValueError(f"the number under {column!r} is outside the range of a float") from None
     except ValueError:
-        noun = "whole number" if kind is int else "number"
-        raise ValueError(f"{text!r} under {column!r} is no {noun}") from None
+        noun = "an integer" if kind is int else "a number"
+        raise ValueError(f"{text!r} under {column!r} is not {noun}") from None
     return number

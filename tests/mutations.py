@@ -979,9 +979,10 @@ def _serve() -> None:
     # What the batches have in common, so that they do not import it each.
     import torch.distributed.checkpoint  # noqa: F401
 
-    import losscli.cli.app  # noqa: F401
+    from losscli.cli.app import make_app
     from losscli.registry import COMMANDS, load
 
+    make_app()
     for command in COMMANDS.values():
         load(command.function)
         load(command.drawing)

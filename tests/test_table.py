@@ -155,7 +155,7 @@ def test_the_name_of_a_column_settles_its_type() -> None:
         ("a,b\n1,2\n\n3,4\n", "t.csv, record 3: 0 cells for 2 columns"),
         ('a,split\n1,"x\ny"\n1,2\n3,4,5\n', "t.csv, record 4: 3 cells"),
         ("a,loss\n1,two\n", "t.csv, record 2: 'two' under 'loss' is not a number"),
-        ("step\n1\n1.5\n", "t.csv, record 3: '1.5' under 'step' is no whole number"),
+        ("step\n1\n1.5\n", "t.csv, record 3: '1.5' under 'step' is not an integer"),
         ('a\n"1\n', "t.csv is not a CSV file .*end of data"),
         ('a\n"1"2\n', "t.csv is not a CSV file .*expected after"),
         ("a\n" + "1" * 200_000 + "\n", "t.csv is not a CSV file .*field limit"),

@@ -60,10 +60,11 @@ def _serve(place: str) -> None:
     # What any command may need, but nothing that begins a thread.
     from matplotlib.figure import Figure
 
-    import losscli.cli.app  # noqa: F401
+    from losscli.cli.app import make_app
     from losscli.registry import COMMANDS, load
     from losscli.studies import alignment  # noqa: F401
 
+    make_app()
     for command in COMMANDS.values():
         load(command.function)
         load(command.drawing)

@@ -133,12 +133,13 @@ def name_checkpoint(value: object, label: str) -> str:
     return name
 
 
-def name_checkpoints(values: object) -> list[str]:
+def name_checkpoints(values: object, *, first: int = 0) -> list[str]:
     """Returns the names of one or several checkpoints.
 
     Args:
         values: A value that `name_checkpoint` accepts, or an iterable of such values. Objects are
-            named by their index, which starts at 0.
+            named by their index.
+        first: The index of the first.
 
     Returns:
         The names.
@@ -152,7 +153,7 @@ def name_checkpoints(values: object) -> list[str]:
         raise UsageError(
             f"{describe(values)} is neither a checkpoint nor a list of checkpoints", _FIX
         )
-    names = [name_checkpoint(value, f"checkpoint {i}") for i, value in enumerate(each)]
+    names = [name_checkpoint(value, f"checkpoint {i}") for i, value in enumerate(each, first)]
     owners: dict[object, str] = {}
     for name in names:
         if isinstance(name, InMemoryCheckpoint):
@@ -160,10 +161,10 @@ def name_checkpoints(values: object) -> list[str]:
                 t for weights in name.file.model_candidates.values() for t in weights.values()
             ]
             pointers = tuple(t.data_ptr() for t in tensors if t.numel())
-            first = owners.setdefault(pointers, name)
-            if pointers and first is not name:
+            owner = owners.setdefault(pointers, name)
+            if pointers and owner is not name:
                 raise UsageError(
-                    f"{first} and {name} are the same tensors",
+                    f"{owner} and {name} are the same tensors",
                     "state_dict() does not copy: keep copy.deepcopy(model.state_dict())",
                 )
     return names

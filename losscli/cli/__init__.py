@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from losscli.cli.console import Console, SilentConsole
+from losscli.cli.imports import importing
 from losscli.cli.sigbus import exit_on_lost_pages
 from losscli.errors import LosscliError, UsageError
 from losscli.registry import COMMANDS
@@ -213,9 +214,12 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
     if not arguments and "_LOSSCLI_COMPLETE" not in os.environ:
         raise UsageError("no command given", "See losscli --help")
     # Imported within `run`, which handles Ctrl-C: typer takes a tenth of a second to import.
-    import typer
+    with importing("typer"):
+        import typer
 
-    from losscli.cli.app import app
+        from losscli.cli.app import make_app
+
+        app = make_app(*arguments[:1])
 
     # Recent versions of typer bundle click, so the exception has no stable import path.
     click_exception: type[Any] = typer.BadParameter.__mro__[2]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from losscli.cli.console import Console
+from losscli.cli.imports import importing
 from losscli.cli.options import Force, Json, with_console, with_some_settings
 from losscli.cli.report import format_count, format_number
 from losscli.errors import printable
@@ -57,7 +58,8 @@ def align(
     function of the permuted network is held against B's on the data before anything is written.
     """
     check_writable(out, force=force)
-    from losscli.studies.alignment import align as study
+    with importing("torch"):
+        from losscli.studies.alignment import align as study
 
     with console.guard_stdout():
         alignment = study(a, b, **asdict(settings))

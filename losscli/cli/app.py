@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
 from losscli import __version__
-from losscli.cli.align import align
-from losscli.cli.catalogue import catalogue
-from losscli.cli.files import export, inspect
-from losscli.cli.plot import plot
 from losscli.registry import COMMANDS, load
 
-__all__ = ["app"]
+__all__ = ["NAMES", "make_app"]
 
-app = typer.Typer(
-    name="losscli",
-    help="See the loss surface of a neural network, from checkpoint files.",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_FUNCTIONS: Mapping[str, str] = {
+    **{name: command.cli for name, command in COMMANDS.items() if command.cli},
+    "plot": "losscli.cli.plot:plot",
+    "inspect": "losscli.cli.files:inspect",
+    "align": "losscli.cli.align:align",
+    "export": "losscli.cli.files:export",
+    "list": "losscli.cli.catalogue:catalogue",
+}
+
+NAMES = tuple(_FUNCTIONS)
+"""The names of all commands."""
+
+
+def make_app(name: str = "") -> typer.Typer:
+    """Makes the application.
+
+    Args:
+        name: The only command that is needed, since importing all of them takes longer.
+
+    Returns:
+        The application with this command; with all if none has this name.
+    """
+    app = typer.Typer(
+        name="losscli",
+        help="See the loss surface of a neural network, from checkpoint files.",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for command in [name] if name in _FUNCTIONS else NAMES:
+        app.command(command)(load(_FUNCTIONS[command]))
+    return app
 
 
 def _version(context: typer.Context, requested: bool) -> None:
@@ -29,7 +52,6 @@ def _version(context: typer.Context, requested: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool,
@@ -37,13 +59,3 @@ def _root(
     ] = False,
 ) -> None:
     """See the loss surface of a neural network, from checkpoint files."""
-
-
-for name, command in COMMANDS.items():
-    if command.cli:
-        app.command(name)(load(command.cli))
-app.command("plot")(plot)
-app.command("inspect")(inspect)
-app.command("align")(align)
-app.command("export")(export)
-app.command("list")(catalogue)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from losscli.cli.console import Console
+from losscli.cli.imports import importing
 from losscli.cli.options import with_console
 
 __all__ = ["catalogue"]
@@ -23,10 +24,11 @@ def catalogue(
     console: Console,
 ) -> None:
     """Entries of a registry, with their keys and what they are."""
-    from losscli.data import DATASETS
-    from losscli.evaluation.losses import LOSSES
-    from losscli.evaluation.metrics import METRICS
-    from losscli.models import MODELS
+    with importing("torch"):
+        from losscli.data import DATASETS
+        from losscli.evaluation.losses import LOSSES
+        from losscli.evaluation.metrics import METRICS
+        from losscli.models import MODELS
 
     registries: dict[str, Mapping[str, Callable[..., Any]]] = {
         "models": MODELS,

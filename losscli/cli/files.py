@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from losscli.cli.console import Console
+from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Force, Json, with_console
 from losscli.cli.report import align_columns, format_count
 from losscli.errors import UsageError, printable
@@ -47,11 +48,13 @@ def inspect(
     With two: the distance and cosine of each tensor, and what does not match.
     """
     output = Output.plan(figure[0], figure, force=force) if figure else None
-    from losscli.studies.inspection import inspect as study
+    with importing("torch"):
+        from losscli.studies.inspection import inspect as study
 
     result = study(checkpoints)
     files = []
     if output:
+        import_plotting()
         files = output.write_pictures(render_files(result.figure, result.html, output.figures))
     console.written = bool(files)
     if json_:
@@ -117,8 +120,9 @@ def export(
         given, missing = ("--best", "--csv") if csv is None else ("--csv", "--best")
         raise UsageError(f"{given} is given without {missing}", "Give --best SPLIT --csv STEM.csv")
     check_writable(out, force=force)
-    from losscli.studies.inspection import export as study
-    from losscli.studies.inspection import lowest
+    with importing("torch"):
+        from losscli.studies.inspection import export as study
+        from losscli.studies.inspection import lowest
 
     summary = None
     if best is not None and csv is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
 from losscli.cli.report import (
+    format_count,
     format_examples,
     format_moving,
     format_number,
@@ -19,7 +20,7 @@ from losscli.cli.run_study import expand_names, run_study
 from losscli.errors import printable
 from losscli.results import Result
 from losscli.settings import Settings
-from losscli.summaries import PlaneSummary
+from losscli.summaries import PlaneAxis, PlaneSummary
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -53,6 +54,27 @@ def plane(
             rich_help_panel=_PANEL,
         ),
     ] = False,
+    axes: Annotated[
+        Literal["hessian"] | None,
+        typer.Option(
+            "--axes",
+            help="Instead of random directions: the unit eigenvectors of the largest and of the "
+            "smallest eigenvalue of the Hessian at the checkpoint, of the first split.",
+            rich_help_panel=_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    path: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--path",
+            metavar="CKPT|DIR",
+            help="Repeatable. Project these checkpoints onto the plane. Each folder is a path; all "
+            "other checkpoints are one more.",
+            rich_help_panel=_PANEL,
+            show_default=False,
+        ),
+    ] = None,
     points: Annotated[
         int,
         typer.Option(
@@ -64,8 +86,9 @@ def plane(
         typer.Option(
             "--range",
             metavar="LO HI",
-            help="The lowest and the highest value of both coordinates. By default a box around "
-            "the checkpoints, or -1 1 for random directions.",
+            help="The lowest and the highest value of both coordinates. Default: a box around the "
+            "checkpoints and paths. One checkpoint alone: -1 1 for random directions; for "
+            "eigenvectors as far as the curvature alone changes the loss by a tenth.",
             rich_help_panel=_PANEL,
             show_default=False,
         ),
@@ -80,8 +103,8 @@ def plane(
 ) -> None:
     """Loss in a plane of weight space, with each checkpoint's true loss and distance from it.
 
-    The plane through three checkpoints, along two random filter-normalised directions from one, or
-    of the principal components of a path.
+    The plane through three checkpoints; along two random filter-normalised directions from one, or
+    along eigenvectors of its Hessian; or of the principal components of a path.
     """
 
     def plan() -> Study:
@@ -91,6 +114,8 @@ def plane(
             names,
             settings,
             pca=pca,
+            axes=axes,
+            path=path or (),
             points=points,
             range_=range_,
             surface=surface,
@@ -112,7 +137,9 @@ def report(result: Result[PlaneSummary]) -> str:
         Lines of text.
     """
     summary = result.summary
-    names = [printable(c["name"]) for c in summary["checkpoints"]]
+    projected = sum(path["checkpoints"] for path in summary["paths"])
+    spanning = summary["checkpoints"][: len(summary["checkpoints"]) - projected]
+    names = [printable(c["name"]) for c in spanning]
     letters = "ABC" if summary["plane"] == "points" else ""
     if letters or len(names) == 1:
         rows = [(letters[t : t + 1] or "at (0, 0)", name) for t, name in enumerate(names)]
@@ -121,15 +148,15 @@ def report(result: Result[PlaneSummary]) -> str:
     ranges = {"x": summary["x_range"], "y": summary["y_range"]}
     for axis, letter in zip(summary["axes"], ranges, strict=True):
         low, high = ranges[letter]
-        explained = axis["explained_variance"]
-        share = "" if explained is None else f", {explained:.1%} of the variance"
-        rows.append((letter, f"{axis['name']}{share}, from {low:g} to {high:g}"))
+        rows.append((letter, f"{_axis(axis)}, from {low:g} to {high:g}"))
     rows.append(("moving", format_moving(summary)))
+    size = max(abs(x) for values in ranges.values() for x in values)
     if summary["plane"] == "pca":
-        size = max(abs(x) for values in ranges.values() for x in values)
-        off = summary["off_plane"]
-        # The axes are float32, so smaller distances are rounding errors.
-        rows.append(("off the plane", f"up to {off:.4g}" if off > 1e-6 * size else "none"))
+        rows.append(("off the plane", _distance(summary["off_plane"], size)))
+    for path in summary["paths"]:
+        number = format_count(path["checkpoints"], "checkpoint")
+        off = _distance(path["off_plane"], size)
+        rows.append(("path", f"{printable(path['name'])}: {number}, off the plane {off}"))
     lines = [*task_lines(summary, 16), *(f"{label:<16}{text}" for label, text in rows)]
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
@@ -154,3 +181,19 @@ def report(result: Result[PlaneSummary]) -> str:
             findings.append(("highest seen", format_number(split["highest_loss"])))
         lines += [f"  {label:<16}{text}" for label, text in findings]
     return "\n".join(lines) + "\n"
+
+
+def _axis(axis: PlaneAxis) -> str:
+    """Describes an axis with its share of the variance or its eigenvalue."""
+    if "eigenvalue" in axis:
+        caveat = "" if axis["converged"] else ", not converged"
+        value, error = format_number(axis["eigenvalue"]), format_number(axis["error"], 2)
+        return f"{axis['name']} = {value} ± {error}{caveat}"
+    explained = axis["explained_variance"]
+    return axis["name"] + ("" if explained is None else f", {explained:.1%} of the variance")
+
+
+def _distance(off: float, size: float) -> str:
+    """Describes the largest distance from a plane with coordinates up to ``size``."""
+    # The axes are float32, so smaller distances are rounding errors.
+    return f"up to {off:.4g}" if off > 1e-6 * size else "none"

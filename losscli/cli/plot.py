@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from losscli.cli.console import Console, stdin
+from losscli.cli.imports import import_plotting
 from losscli.cli.options import with_console, with_drawing
 from losscli.errors import UsageError
 from losscli.figures import render_files
@@ -89,6 +90,7 @@ def plot(
     stem = stem_of(out) if out is not None else Path((single or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
     check_panels(csvs, runs)
+    import_plotting()
     pictures = render_files(
         partial(draw, runs, options), partial(render_html, runs, options), output.figures, options
     )

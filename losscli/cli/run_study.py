@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from losscli.cli import report
 from losscli.cli.console import Console, stdin
+from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
 from losscli.figures import check_panel_count
-from losscli.registry import COMMANDS
+from losscli.registry import COMMANDS, load
 from losscli.results import Result, check_labels, to_json
 from losscli.summaries import Description
 
@@ -41,13 +42,14 @@ def run_study(
         write: The output options.
         console: The streams.
     """
-    ranks = console.ranks
+    ranks, command = console.ranks, COMMANDS[name]
     if ranks is not None and not ranks.is_leader:
         _run_follower(ranks, plan, write, console)
         return
     # The default stem of a long path has only its first and last checkpoint.
     output = write.plan(name, names if len(names) <= 3 else [names[0], names[-1]])
-    command = COMMANDS[name]
+    with importing("torch"):
+        load(command.function)
     with console.guard_stdout():
         study = plan()
     _note_on_speed(study, console)
@@ -92,6 +94,8 @@ def run_study(
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
         result = result.with_drawing(write.drawing)
+        if output.figures:
+            import_plotting()
         files = output.save(result, write.drawing)
         console.written = True
         journal.finish()

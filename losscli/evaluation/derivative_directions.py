@@ -18,13 +18,14 @@ from losscli.evaluation.critical_points import CriticalPointTest
 from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT, Curvature
 from losscli.evaluation.curvature_check import check_derivatives
 from losscli.evaluation.finite_differences import sample_size
+from losscli.evaluation.gradient_graphs import graph_budget
 from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.objective import Objective, recalibrated
 from losscli.evaluation.product_cost import product_seconds
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import idle_layers, record_key, restore
 from losscli.evaluation.tasks import Execution, Task
-from losscli.summaries import Derivative
+from losscli.summaries import CostEstimate, Derivative, Description
 from losscli.weight_space.vectors import Weights, unflatten
 
 __all__ = ["Along", "DerivativeDirections"]
@@ -74,16 +75,51 @@ class DerivativeDirections:
             return 0, 0
         return (self.size,) * 2 if self.size <= DENSE_LIMIT else (MIN_PRODUCTS, PRODUCT_LIMIT)
 
-    def measure(self, weights: Weights, clock: Clock) -> float:
-        """Measures how long a gradient, or a product with the Hessian, takes.
+    def extra_description(self, points: int) -> Description:
+        """Returns the number of products with the Hessian, and the memory for them.
 
         Args:
-            weights: A point: all tensors of the model.
-            clock: The clock.
+            points: How many points are differentiated.
 
         Returns:
-            Seconds, for all examples of the split.
+            Their number at most, and the most bytes of gradients that are kept with their graphs,
+            if there are any.
         """
+        if self.along == "gradient":
+            return {}
+        return {
+            "products_at_most": self.products[1] * points,
+            "bytes_of_graphs_at_most": graph_budget(self.objective.device),
+        }
+
+    def extra_cost(
+        self, points: int, weights: Weights, clock: Clock, seconds: float
+    ) -> CostEstimate:
+        """Estimates what gradients, or products with the Hessian, take.
+
+        Args:
+            points: How many points are differentiated.
+            weights: One of them: all tensors of the model.
+            clock: The clock.
+            seconds: What the evaluation of losses takes.
+
+        Returns:
+            ``seconds``, and of products the most seconds and what one takes.
+        """
+        took = self._measure(weights, clock)
+        each = took * points
+        if self.along == "gradient":
+            return {"seconds": seconds + each}
+        fewest, most = self.products
+        return {
+            "seconds": seconds + fewest * each,
+            "kind": "at least",
+            "seconds_at_most": seconds + most * each,
+            "product": {"seconds": took},
+        }
+
+    def _measure(self, weights: Weights, clock: Clock) -> float:
+        """Measures the seconds of a gradient or a product, for all examples of the split."""
         objective, split = self.objective, self.objective.splits[self.split]
         if self.along == "hessian":
             return product_seconds(objective, weights, self.names, [split], clock)
@@ -165,6 +201,16 @@ class DerivativeDirections:
         return found
 
     @staticmethod
+    def gaps(arrays: Arrays) -> tuple[float, float]:
+        """Reads from a record of the Hessian how isolated λ_max and λ_min are.
+
+        Returns:
+            The distance of each to the next eigenvalue; nan if no other eigenvalue was computed.
+        """
+        largest, smallest = arrays["gaps"].tolist()
+        return largest, smallest
+
+    @staticmethod
     def unverified(arrays: Arrays) -> str:
         """Reads from a record what could not be verified; empty if everything was."""
         return arrays["unverified"].tobytes().decode()
@@ -182,6 +228,7 @@ class DerivativeDirections:
         with objective.frozen_statistics():
             objective.load(weights)
             eigenvectors: dict[str, Tensor] = {}
+            gaps = [math.nan, math.nan]
             if self.along == "gradient":
                 gradient = self._test.gradient(weights, every, execution)
                 size = float(gradient.norm())
@@ -198,6 +245,10 @@ class DerivativeDirections:
                 found = [pairs[label] for label in self.labels]
                 vectors = [pair.vector for pair in found]
                 numbers = [[pair.value, pair.error, pair.converged] for pair in found]
+                gaps = [
+                    abs(ends[0].value - ends[1].value) if len(ends) > 1 else math.nan
+                    for ends in (extremes.largest, extremes.smallest)
+                ]
                 eigenvectors = {"λ max": vectors[0], "λ min": vectors[-1]}
             if not all(bool(vector.isfinite().all()) for vector in vectors):
                 what = "gradient" if self.along == "gradient" else "Hessian"
@@ -217,6 +268,7 @@ class DerivativeDirections:
         return {
             "vectors": torch.stack(vectors).to("cpu", wide).numpy(),
             "numbers": np.array(numbers, np.float64),
+            "gaps": np.array(gaps),
             "unverified": np.frombuffer(unverified.encode(), np.uint8),
             "batch size": np.array(objective.batch_size),
             "idle": idle_layers(objective),

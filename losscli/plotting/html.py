@@ -386,24 +386,25 @@ def ring(item: Item, steps: Sequence[int]) -> Item:
     return replace(item, trace=trace, at=steps, counted=False)
 
 
-def ends(item: Item, names: Sequence[str]) -> list[Item]:
+def ends(item: Item, names: Sequence[str], colour: str = PATH) -> list[Item]:
     """Returns marks of the start and the end of a path.
 
     Args:
         item: The item of its points.
         names: Their names.
+        colour: The colour of the path.
 
     Returns:
         An item for each end; none without points.
     """
     marks = []
     for word, at, symbol in (("start", 0, "circle"), ("end", -1, "diamond")) if names else ():
-        mark = {"color": "white" if at == 0 else PATH, "size": 7, "symbol": symbol}
+        mark = {"color": "white" if at == 0 else colour, "size": 7, "symbol": symbol}
         trace: dict[str, Any] = {
             "type": item.trace["type"],
             **{key: [item.trace[key][at]] for key in "xyz" if key in item.trace},
             "mode": "markers",
-            "marker": mark | {"line": {"color": PATH, "width": 2}},
+            "marker": mark | {"line": {"color": colour, "width": 2}},
             "name": escape(f"{word}  {names[at]}"),
         }
         marks.append(Item(trace, item.tags, counted=False))
@@ -578,7 +579,8 @@ def path_items(
     *,
     labels: tuple[str, str],
     at: Sequence[int],
-    joined: bool = True,
+    colour: str = PATH,
+    name: str = "",
     errors: Mapping[str, Sequence[float]] | None = None,
     more: Mapping[str, tuple[str, Sequence[float]]] | None = None,
 ) -> dict[str, list[Item]]:
@@ -590,7 +592,8 @@ def path_items(
         names: Their names.
         labels: What the coordinates are.
         at: Their positions on the slider.
-        joined: Whether a line joins them; otherwise each has a letter.
+        colour: The colour of the line that joins them; if empty, each has a letter instead.
+        name: The name of the line; by default the number of checkpoints.
         errors: The standard errors of the losses; None if they are unknown.
         more: The labels and values of further columns that are said of them.
 
@@ -614,9 +617,9 @@ def path_items(
                 **({"z": list(loss)} if solid else {}),
             }
             tags = {"quantity": "loss", "split": split}
-            if joined:
-                line = {"color": PATH, "width": 6 if solid else 2}
-                label = f"path of the {len(names)} checkpoints"
+            if colour:
+                line = {"color": colour, "width": 6 if solid else 2}
+                label = escape(name) or f"path of the {len(names)} checkpoints"
                 trace = {**data, "mode": "lines", "name": label, "line": line}
                 items.append(Item(trace, tags, counted=False))
             dot = {
@@ -626,11 +629,11 @@ def path_items(
                 "size": 4 if solid else 7,
             }
             trace = {**data, "mode": "markers", "marker": dot, "showlegend": False}
-            if not joined:
+            if not colour:
                 letters = {"mode": "markers+text", "text": list("ABCD"[: len(names)])}
                 trace |= {**letters, "textposition": "top right"}
             dots = Item(trace, tags, said, values, list(map(escape, names)), counted=solid)
-            items.extend([dots, *(ends(dots, names) if joined else ()), ring(dots, at)])
+            items.extend([dots, *(ends(dots, names, colour) if colour else ()), ring(dots, at)])
     return found
 
 

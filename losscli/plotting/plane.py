@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,9 @@ from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from losscli.drawing import FULL, Drawing
-from losscli.plotting.html import contours_and_surface, path_items, render_page
+from losscli.plotting.html import Item, contours_and_surface, path_items, render_page
 from losscli.plotting.style import (
+    IN_ORDER,
     INCH,
     INK,
     LARGEST,
@@ -36,10 +38,14 @@ from losscli.plotting.style import (
     house_style,
     label_loss,
     loss_name,
+    name_checkpoint,
     name_split,
     narrow,
     new_figure,
+    number_checkpoints,
     plain,
+    run_colours,
+    scale_checkpoints,
     shorten,
     shorten_path,
     text_size,
@@ -74,24 +80,54 @@ __all__ = ["draw_plane", "render_plane"]
 Floats = NDArray[np.float64]
 
 _FEW = 4  # up to this many checkpoints have a letter and a note each
+_DISTANCES = 1.7  # inches: the height of the panel of distances from the plane
 _LONGEST = 2.2  # up to this ratio of its sides a plane has equal scales on both axes
 
 
 @dataclass(frozen=True)
 class _Checkpoints:
-    """The checkpoints in their order: coordinates, distances from the plane, losses by split."""
+    """Checkpoints in their order: those that span the plane, or a path that is projected onto it.
 
-    run: Run[PlaneSummary]
+    Attributes:
+        path: The name of the path; empty for those that span the plane.
+        colour: The colour of the line that joins them; if empty, each has a letter instead.
+        names: Their names.
+        labels: Their labels in the figure, if they have any, or else their names.
+        x: Their first coordinate.
+        y: Their second coordinate.
+        off: Their distances from the plane.
+        losses: Their losses by split.
+    """
+
+    path: str
+    colour: str
     names: Sequence[str]
+    labels: Sequence[str]
     x: Floats
     y: Floats
     off: Floats
     losses: Mapping[str, Floats]
 
     @classmethod
-    def read(cls, run: Run[PlaneSummary]) -> _Checkpoints:
-        """Reads the table ``path`` of a run."""
+    def read_all(cls, run: Run[PlaneSummary], drawing: Drawing = FULL) -> list[_Checkpoints]:
+        """Reads the checkpoints that span the plane, then each path."""
         table = run.more.get("path", _NO_CHECKPOINTS)
+        if "path" not in table.columns:
+            spanning, paths = table, []
+        else:
+            spanning = table.where("path", "")
+            paths = [(str(n), table.where("path", n)) for n in table.unique("path") if n]
+        joined = run.summary.get("plane") == "pca" or len(spanning.unique("step")) > _FEW
+        number = len(paths) + joined
+        # The colour that contrasts with all colours of losses comes first.
+        colours = [PATH, *(c for c in run_colours(number, drawing) if c != PATH)][:number]
+        if not joined:
+            colours = ["", *colours]
+        tables = [("", spanning), *paths]
+        return [cls._read(run, n, c, t) for (n, t), c in zip(tables, colours, strict=True)]
+
+    @classmethod
+    def _read(cls, run: Run[PlaneSummary], path: str, colour: str, table: Table) -> _Checkpoints:
         rows = [table.where("step", step) for step in table.unique("step")]
         rows.sort(key=lambda row: row.floats("step")[0])
         x, y, off = (np.array([r.floats(c)[0] for r in rows]) for c in ("x", "y", "off_plane"))
@@ -103,11 +139,17 @@ class _Checkpoints:
         }
         names = [str(r["checkpoint"][0]) for r in rows]
         labels = [plain(run.label_of(name) or name) for name in names]
-        return cls(run, labels, x, y, off, losses)
+        return cls(plain(path), colour, [*map(plain, names)], labels, x, y, off, losses)
 
     def loss(self, split: str) -> Floats:
         """Returns the losses of the checkpoints on a split; nan if unknown."""
         return self.losses.get(split, np.full(len(self.names), np.nan))
+
+    def outside(self, view: Sequence[tuple[float, float]]) -> int:
+        """Counts the checkpoints outside the range of x and y."""
+        (left, right), (low, high) = view
+        inside = (left <= self.x) & (self.x <= right) & (low <= self.y) & (self.y <= high)
+        return int((~inside).sum())
 
 
 _NO_CHECKPOINTS = Table.build(("step", "checkpoint", "x", "y", "off_plane", "split", "loss"), ())
@@ -129,32 +171,41 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
     """
     with house_style(drawing):
         grids = _read(run.table)
-        marks = _Checkpoints.read(run)
-        checkpoint_losses = [marks.loss(grid.split) for grid in grids]
-        losses = [*checkpoint_losses, *(grid.loss.ravel() for grid in grids), np.empty(0)]
+        groups = _Checkpoints.read_all(run, drawing)
+        paths = groups[1:]
+        own = [group.loss(grid.split) for grid in grids for group in groups]
+        losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
         scale = scale_losses(np.concatenate(losses), drawing)
         kind, surface = run.summary.get("plane", ""), run.summary.get("surface", False)
-        joined = kind == "pca" or len(marks.names) > _FEW
         view = _ranges(grids)
         ratio, equal = _shape(view, kind)
 
-        figure, cells = _new_figure(len(grids), ratio if equal else 1.0, drawing, surface=surface)
+        figure, cells = _new_figure(
+            len(grids),
+            ratio if equal else 1.0,
+            drawing,
+            surface=surface,
+            distances=bool(paths),
+        )
         labels, short = _labels(run, kind, drawing)
+        # Letters refer to the notes, which a compact figure does not have.
+        letters = (drawing.compact and checkpoint_names(run, drawing)) or "ABCD"
         panels: list[Axes] = []
         contours: list[Contours] = []
         hidden = False
-        for number, (grid, loss) in enumerate(zip(grids, checkpoint_losses, strict=True)):
+        for number, grid in enumerate(grids):
             at = number * (1 + surface)
             row, column = divmod(at, cells.ncols)
             panel = figure.add_subplot(cells[row, column])
             drawn = draw_contours(panel, grid, scale)
             _frame(panel, view, equal=equal)
-            _draw_marks(panel, marks, loss, scale, drawing, joined=joined)
+            for group in groups:
+                _draw_marks(panel, group, grid.split, scale, drawing, letters)
             name = name_split([run], grid.split, drawing)
             panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
-            panel.set_xlabel(labels[0])
+            panel.set_xlabel(labels[0].replace(" of λ", "\nof λ"))
             if not column:
-                panel.set_ylabel(labels[1].replace(" (", "\n("))
+                panel.set_ylabel(re.sub(r" (?=\(|of λ)", "\n", labels[1]))
             panels.append(panel)
             contours.append(drawn)
             if surface:
@@ -162,18 +213,22 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
                 axes_3d = add_surface_axes(figure, cell, (*short, "loss"), -60)
                 _frame(axes_3d, view, equal=False)
                 draw_surface(axes_3d, scale, drawn, drawing)
-                hidden |= _draw_marks(
-                    axes_3d, marks, loss, scale, drawing, joined=joined, surface=drawn
-                )
+                for group in groups:
+                    hidden |= _draw_marks(
+                        axes_3d, group, grid.split, scale, drawing, letters, surface=drawn
+                    )
                 panels.append(axes_3d)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
         label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
         add_colour_bar(figure, panels, scale, label)
+        if paths:
+            _draw_distances(figure.add_subplot(cells[cells.nrows - 1, :]), paths, drawing)
 
         add_title(figure, drawing)
         notes = [] if grids else ["There are no points"]
-        notes += _blank_notes(contours) + _checkpoint_notes(figure, marks, view, joined=joined)
+        notes += _blank_notes(contours) + _checkpoint_notes(figure, groups[0], view)
+        notes += _path_notes(paths, view)
         if hidden:
             notes.append(HIDDEN)
         notes += limit_notes(drawing)
@@ -182,31 +237,77 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
             stretched, other = ("y", "x") if ratio < 1 else ("x", "y")
             stretch = f"{stretched} is stretched {factor} times relative to {other}"
             notes.append(f"The scales of the axes differ: {stretch}.")
-        legend: list[tuple[Artist, str]] = []
-        if joined and marks.names:
-            label = drawing.words(f"path of the {len(marks.names)} checkpoints", "path")
-            ends = (checkpoint_names(run, drawing) or [""]) if drawing.compact else marks.names
-            legend = path_entries(figure, PATH, label, ends[0], ends[-1], drawing)
-        add_foot(figure, drawing, notes, [legend])
+        add_foot(figure, drawing, notes, _legend(figure, run, groups, drawing))
         finish_layout(figure, drawing)
+        x, y = (np.concatenate([getattr(group, c) for group in groups]) for c in "xy")
+        clearance = 14 if groups[0].colour else 28
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
-            label_contours(panel, drawn, marks.x, marks.y, clearance=14 if joined else 28)
+            label_contours(panel, drawn, x, y, clearance=clearance)
     return figure
 
 
+def _legend(
+    figure: Figure, run: Run[PlaneSummary], groups: Sequence[_Checkpoints], drawing: Drawing
+) -> list[list[tuple[Artist, str]]]:
+    """Returns the entries of each path, with its name if there are several."""
+    joined = [group for group in groups if group.colour and group.names]
+    entries = []
+    for group in joined:
+        label = drawing.words(f"path of the {len(group.names)} checkpoints", "path")
+        if group.path and len(joined) > 1:
+            name = name_checkpoint(run, group.path, drawing)
+            label = shorten_path(figure, name, narrow(figure, 160))
+        unnamed = drawing.compact and not run.checkpoint_labels
+        start, end = ("", "") if unnamed else (group.labels[0], group.labels[-1])
+        entries.append(path_entries(figure, group.colour, label, start, end, drawing))
+    return entries
+
+
 def _new_figure(
-    panels: int, ratio: float, drawing: Drawing, *, surface: bool
+    panels: int, ratio: float, drawing: Drawing, *, surface: bool, distances: bool
 ) -> tuple[Figure, GridSpec]:
-    """Creates a figure with a panel per split, of height ``ratio`` times its width."""
+    """Creates a figure with a panel per split, of height ``ratio`` times its width.
+
+    Args:
+        panels: The number of splits.
+        ratio: The height of a panel relative to its width.
+        drawing: How it is drawn.
+        surface: Whether a surface stands beside each panel.
+        distances: Whether there is one more row, for the distances from the plane.
+
+    Returns:
+        The figure and its cells.
+    """
     across = columns(drawing, 2 if surface else min(2, panels))
     rows = math.ceil(panels * (1 + surface) / across) if panels else 1
     wide = across == 2
     lowest = 3.3 if surface else 2.2
-    height = min(max((3.6 if wide else 5.1) * ratio, lowest), 5.1)
+    height = min(max((3.6 if wide else 5.1) * ratio, lowest), 5.1) + 0.75
     width = WIDE if wide else WIDTH
     shape = max(min(ratio, 1.4), 0.8 if surface else 0.5)
-    figure = new_figure(drawing, rows * (height + 0.75), width, rows=rows, ratio=shape)
-    return figure, figure.add_gridspec(rows, max(across, 1))
+    heights = [height] * rows + [_DISTANCES] * distances
+    figure = new_figure(drawing, rows * height, width, rows=rows, ratio=shape)
+    # The panel of distances has its share of the height in a figure of any size.
+    figure.set_figheight(figure.get_figheight() * sum(heights) / (rows * height))
+    cells = figure.add_gridspec(len(heights), max(across, 1), height_ratios=heights)
+    return figure, cells
+
+
+def _draw_distances(axes: Axes, paths: Sequence[_Checkpoints], drawing: Drawing) -> None:
+    """Draws the distance of each path from the plane over its checkpoints."""
+    numbered = [number_checkpoints(path.names) for path in paths]
+    numbers, label = [number for number, _ in numbered], numbered[0][1]
+    if len({label for _, label in numbered}) > 1:
+        numbers = [np.arange(len(path.names), dtype=np.float64) for path in paths]
+        label = IN_ORDER
+    scale_checkpoints(axes, np.unique(np.concatenate(numbers)), label)
+    high = max(float(np.nanmax(path.off, initial=0.0)) for path in paths)
+    axes.set_ylim(0, 1.06 * high if high > 0 else 1.0)
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
+    axes.yaxis.set_major_formatter(Numbers())
+    axes.set_ylabel("distance from\nthe plane")
+    for path, number in zip(paths, numbers, strict=True):
+        draw_path(axes, number, path.off, drawing=drawing, colour=path.colour, cased=False)
 
 
 def _read(table: Table, values: str = "loss") -> list[Grid]:
@@ -274,6 +375,11 @@ def _full_labels(run: Run[PlaneSummary], kind: str) -> tuple[tuple[str, str], tu
             f"first principal component{_variance(first)}",
             f"second principal component{_variance(second)}",
         ), short
+    if kind == "hessian":
+        short = ("eigenvector of λₘₐₓ", "eigenvector of λₘᵢₙ")
+        pairs = zip("xy", short, (first, second), strict=True)
+        long = [f"{letter}: along the {name}{_eigenvalue(axis)}" for letter, name, axis in pairs]
+        return (long[0], long[1]), short
     names = (plain(first.get("name", "")) or "x", plain(second.get("name", "")) or "y")
     return names, names
 
@@ -283,17 +389,26 @@ def _variance(axis: PlaneAxis) -> str:
     return f" ({format_number(100 * share)} % of the variance)" if share is not None else ""
 
 
+def _eigenvalue(axis: PlaneAxis) -> str:
+    value, error = axis.get("eigenvalue"), axis.get("error")
+    if value is None or error is None:
+        return ""
+    caveat = "" if axis.get("converged", True) else ", not converged"
+    return f" = {format_number(value)} ± {format_number(error, 2)}{caveat}"
+
+
 def _draw_marks(
     axes: Axes,
     marks: _Checkpoints,
-    loss: Floats,
+    split: str,
     scale: Scale,
     drawing: Drawing,
+    letters: Sequence[str],
     *,
-    joined: bool,
     surface: Contours | None = None,
 ) -> bool:
     """Draws the checkpoints inside the panel; returns whether the surface hides any of them."""
+    loss = marks.loss(split)
     coordinates = [marks.x, marks.y]
     behind = np.zeros(len(marks.names), dtype=np.bool_)
     if isinstance(axes, Axes3D):
@@ -302,14 +417,19 @@ def _draw_marks(
         coordinates = [np.where(inside, c, np.nan) for c in (*coordinates, scale(loss) + 0.008)]
         assert surface is not None
         behind = hidden_by(axes, scale, surface, *coordinates)
-    if joined:
-        colours = scale.colours(loss)
-        draw_path(axes, *coordinates, drawing=drawing, faces=colours, clip=True, behind=behind)
+    if marks.colour:
+        draw_path(
+            axes,
+            *coordinates,
+            drawing=drawing,
+            colour=marks.colour,
+            faces=scale.colours(loss),
+            clip=True,
+            behind=behind,
+        )
         return bool(behind.any())
     draw_dots(axes, *coordinates, faces=scale.colours(loss), size=8, behind=behind)
     write: Any = axes.text
-    # Letters refer to the notes, which a compact figure does not have.
-    letters = (drawing.compact and checkpoint_names(marks.run, drawing)) or "ABCD"
     for letter, point, pale in zip(letters, np.column_stack(coordinates), behind, strict=False):
         if not np.isfinite(point).all():
             continue
@@ -345,13 +465,12 @@ def _checkpoint_notes(
     figure: Figure,
     marks: _Checkpoints,
     view: Sequence[tuple[float, float]],
-    *,
-    joined: bool,
 ) -> list[str]:
     """Returns notes on the losses of checkpoints and their distances from the plane.
 
     With a path, only its first and last checkpoint have a note each.
     """
+    joined = bool(marks.colour)
     number = len(marks.names)
     if not number:
         return []
@@ -367,24 +486,39 @@ def _checkpoint_notes(
         distance = (
             f"{format_number(float(off[k]))} away from the plane" if off[k] else "on the plane"
         )
-        name = shorten_path(figure, marks.names[k], figure.get_figwidth() * INCH - 320)
+        name = shorten_path(figure, marks.labels[k], figure.get_figwidth() * INCH - 320)
         notes.append(f"{label}  {name}: loss {', '.join(losses)}; {distance}")
     notes.append(
         f"{'Each' if number > 1 else 'The'} dot has the colour of its checkpoint's own loss."
     )
     if np.nanmax(off, initial=0.0) > 0:
-        far = format_number(float(np.nanmax(off)))
-        notes.append(
-            f"The checkpoints are up to {far} away from the plane, where the contours do not show "
-            "their loss."
-        )
+        notes.append(_far_note("checkpoints", off))
     elif joined:
         notes.append("All checkpoints lie on the plane.")
-    inside = (left <= marks.x) & (marks.x <= right) & (low <= marks.y) & (marks.y <= high)
-    if outside := int((~inside).sum()):
+    if outside := marks.outside(view):
         subject = "checkpoint is" if outside == 1 else "checkpoints are"
         notes.append(f"{outside} {subject} outside the plotted range.")
     return notes
+
+
+def _path_notes(paths: Sequence[_Checkpoints], view: Sequence[tuple[float, float]]) -> list[str]:
+    """Returns notes on the distances of paths from the plane."""
+    notes = []
+    for path in paths:
+        name = "path" if len(paths) == 1 else f"path {path.path}"
+        notes.append(_far_note(f"checkpoints of the {name}", path.off))
+        if outside := path.outside(view):
+            number = f"{outside} of {len(path.names)} checkpoints of the {name}"
+            notes.append(f"{number} {'is' if outside == 1 else 'are'} outside the plotted range.")
+    return notes
+
+
+def _far_note(what: str, off: Floats) -> str:
+    far = format_number(float(np.nanmax(off, initial=0.0)))
+    return (
+        f"The {what} are up to {far} away from the plane, where the contours do not show their "
+        "loss."
+    )
 
 
 def _loss(value: float) -> str:
@@ -401,21 +535,27 @@ def render_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> str:
     Returns:
         The page.
     """
-    marks = _Checkpoints.read(run)
+    groups = _Checkpoints.read_all(run)
     kind = run.summary.get("plane", "")
     columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
     grids = {column: _read(run.table, column) for column in columns}
     labels, short = _full_labels(run, kind)
-    steps = list(range(1, len(marks.names) + 1))
-    items = path_items(
-        (marks.x.tolist(), marks.y.tolist()),
-        {split: loss.tolist() for split, loss in marks.losses.items()},
-        marks.names,
-        labels=short,
-        at=steps,
-        joined=kind == "pca" or len(steps) > _FEW,
-        more={"off_plane": ("distance from the plane", marks.off.tolist())},
-    )
+    items: dict[str, list[Item]] = {"surface": [], "contours": []}
+    names: list[str] = []
+    for group in groups:
+        found = path_items(
+            (group.x.tolist(), group.y.tolist()),
+            {split: loss.tolist() for split, loss in group.losses.items()},
+            group.labels,
+            labels=short,
+            at=[len(names) + k for k, _ in enumerate(group.names, start=1)],
+            colour=group.colour,
+            name=group.path if len(groups) > 2 else "",
+            more={"off_plane": ("distance from the plane", group.off.tolist())},
+        )
+        names += group.labels
+        for view, shown in items.items():
+            shown.extend(found[view])
     views = contours_and_surface(
         grids,
         items,
@@ -423,7 +563,7 @@ def render_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> str:
         labels=labels,
         short=short,
         equal=_shape(_ranges(grids["loss"]), kind)[1],
-        slider=marks.names if len(steps) > 1 else (),
-        notes=["Each dot has the colour of its checkpoint's own loss."] if steps else [],
+        slider=names if len(names) > 1 else (),
+        notes=["Each dot has the colour of its checkpoint's own loss."] if names else [],
     )
     return render_page(views, drawing)

@@ -21,7 +21,6 @@ from losscli.errors import CheckpointError, UsageError
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.derivative_directions import Along, DerivativeDirections
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.gradient_graphs import graph_budget
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
@@ -32,6 +31,7 @@ from losscli.results import Result
 from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
+    derivative_notes,
     general_notes,
     integer_notes,
     sampling_notes,
@@ -39,7 +39,12 @@ from losscli.studies.notes import (
     storage_notes,
 )
 from losscli.studies.problem import Problem, counted, prepare
-from losscli.studies.verification import check_differentiable, verify_fresh_model_near, verify_sweep
+from losscli.studies.verification import (
+    check_differentiable,
+    check_gradient_settings,
+    verify_fresh_model_near,
+    verify_sweep,
+)
 from losscli.summaries import (
     AroundPoint,
     AroundSplit,
@@ -291,46 +296,16 @@ class Around(Study):
         return self._line(origin, origin), [(c,) for c in self._apart[:number]]
 
     def extra_description(self, description: Description) -> Description:  # noqa: ARG002
-        """Returns the number of products with the Hessian, and the memory for them.
-
-        Args:
-            description: What every study describes.
-
-        Returns:
-            Their number at most, and the most bytes of gradients that are kept with their graphs,
-            if there are any.
-        """
-        if self._derivatives is None or self.along == "gradient":
-            return {}
-        return {
-            "products_at_most": self._derivatives.products[1] * len(self.norms),
-            "bytes_of_graphs_at_most": graph_budget(self.problem.objective.device),
-        }
-
-    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
-        """Estimates what gradients, or products with the Hessian, take.
-
-        Args:
-            timings: How fast points are evaluated.
-            clock: The clock.
-            seconds: What the evaluation of all points takes.
-
-        Returns:
-            ``seconds``, and of products the most seconds and what one takes.
-        """
+        """Returns the work of derivatives, if there are any."""
         if self._derivatives is None:
             return {}
-        took = self._derivatives.measure(self.problem.origin, clock)
-        each = took * len(self.norms)
-        if self.along == "gradient":
-            return {"seconds": seconds + each}
-        fewest, most = self._derivatives.products
-        return {
-            "seconds": seconds + fewest * each,
-            "kind": "at least",
-            "seconds_at_most": seconds + most * each,
-            "product": {"seconds": took},
-        }
+        return self._derivatives.extra_description(len(self.norms))
+
+    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
+        """Estimates what the run takes with derivatives, if there are any."""
+        if self._derivatives is None:
+            return {}
+        return self._derivatives.extra_cost(len(self.norms), self.problem.origin, clock, seconds)
 
     def run(self, execution: Execution = ALONE) -> Result[AroundSummary]:
         """Evaluates each checkpoint once, loaded plainly, and each line from it by a sweep.
@@ -540,20 +515,7 @@ class Around(Study):
         if not self.along and len(self.directions) == 1:
             notes.append("one direction has no spread and no error: give --directions 2 or more")
         if self._derivatives is not None:
-            if len(splits) > 1:
-                split_name = self._derivatives.split
-                used = (
-                    f"gradient of {split_name} is the direction"
-                    if self.along == "gradient"
-                    else f"eigenvectors of {split_name} are the directions"
-                )
-                notes.append(f"the {used} for all splits")
-            if self.problem.objective.recalibration is not None:
-                notes.append(
-                    "derivatives take BatchNorm's statistics as constants; for the losses they are "
-                    "re-estimated at every point"
-                )
-        notes += dict.fromkeys(filter(None, map(DerivativeDirections.unverified, derived)))
+            notes += derivative_notes(self, self._derivatives, derived)
         for name, of in derivatives.items():
             if missed := [d["direction"] for d in of if not d.get("converged", True)]:
                 notes.append(
@@ -600,12 +562,7 @@ def _check_directions(directions: int, along: str | None, settings: Settings) ->
             "--directions is the number of random directions, and --along replaces these",
             "Give one of the two options",
         )
-    if settings.sampling_error is not None:
-        raise UsageError(
-            "--sampling-error is not available with --along, which needs the gradient over all "
-            "examples",
-            "Give random directions, or fewer examples with --limit",
-        )
+    check_gradient_settings(settings, "--along")
 
 
 def _check_basin(basin: float | None, basin_loss: float | None) -> None:

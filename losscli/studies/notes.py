@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from losscli.data import Split
+from losscli.evaluation.derivative_directions import DerivativeDirections
 from losscli.evaluation.doubts import Doubt
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.ranks import Arrays
 from losscli.studies.base import Study, count
 from losscli.weight_space.vectors import Weights, can_move, equal
 
 __all__ = [
     "batchnorm_notes",
+    "derivative_notes",
     "general_notes",
     "integer_notes",
     "sampling_notes",
@@ -82,6 +85,35 @@ def general_notes(study: Study) -> list[str]:
         whose, but = study.kept_values("first")
         notes.append(f"some tensors stay at {whose}: {but}")
     return notes
+
+
+def derivative_notes(
+    study: Study, directions: DerivativeDirections, derived: Iterable[Arrays]
+) -> list[str]:
+    """Notes on directions that are derivatives of the loss.
+
+    Args:
+        study: The study.
+        directions: The directions.
+        derived: Their record at each point.
+
+    Returns:
+        The notes: of which split the derivatives are, and what could not be verified.
+    """
+    notes = []
+    if len(study.problem.objective.splits) > 1:
+        used = (
+            f"gradient of {directions.split} is the direction"
+            if directions.along == "gradient"
+            else f"eigenvectors of {directions.split} are the directions"
+        )
+        notes.append(f"the {used} for all splits")
+    if study.problem.objective.recalibration is not None:
+        notes.append(
+            "derivatives take BatchNorm's statistics as constants; for the losses they are "
+            "re-estimated at every point"
+        )
+    return [*notes, *dict.fromkeys(filter(None, map(directions.unverified, derived)))]
 
 
 def sampling_notes(study: Study, examples: Mapping[str, int]) -> list[str]:

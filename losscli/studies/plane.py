@@ -1,4 +1,4 @@
-"""Planes: through three checkpoints, along random directions, or the one a path lies closest to."""
+"""Planes: through checkpoints, along random directions or eigenvectors, or of a path."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Literal, get_args
 
 import torch
 
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints, order_path
 from losscli.data import Examples
-from losscli.errors import CheckpointError, UsageError
+from losscli.errors import UsageError
+from losscli.evaluation.cost import Clock, Timings
+from losscli.evaluation.derivative_directions import DerivativeDirections
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.ranks import Ranks
+from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
@@ -27,6 +29,7 @@ from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
     batchnorm_notes,
+    derivative_notes,
     general_notes,
     integer_notes,
     sampling_notes,
@@ -34,29 +37,36 @@ from losscli.studies.notes import (
     storage_notes,
     variance_notes,
 )
-from losscli.studies.problem import Problem, counted, differing_tensors, prepare
-from losscli.studies.verification import verify_fresh_model, verify_sweep
-from losscli.summaries import PlaneAxis, PlaneSplit, PlaneSummary
+from losscli.studies.plane_layout import Layout, curvature_radii, span_eigenvectors, span_plane
+from losscli.studies.problem import Problem, counted, prepare, require_finite
+from losscli.studies.verification import (
+    check_differentiable,
+    check_gradient_settings,
+    verify_fresh_model,
+    verify_sweep,
+)
+from losscli.summaries import (
+    CostEstimate,
+    Description,
+    PlaneSplit,
+    PlaneSummary,
+    ProjectedPath,
+)
 from losscli.table import Table
 from losscli.weight_space.curve import lowest
-from losscli.weight_space.directions import normalisation_parameters, random_directions
 from losscli.weight_space.slices import Slice, Span, Triangle, check_point_count, grid
-from losscli.weight_space.trajectory import principal_axes
-from losscli.weight_space.vectors import Weights
+from losscli.weight_space.vectors import Weights, dimension, norm
 
 __all__ = ["Plane", "plane"]
 
-# What is left free around the checkpoints, as a share of the box they lie in.
-_MARGIN = 0.25
+PlaneAxes = Literal["hessian"]
 
-# Farther out, products with weights leave the range of float32.
-_FAR = 1e29
-
-# The least height of that box as a share of its width, so that a picture is no thread.
-_THINNEST = 0.2
-
-# Principal components with variances that differ by less than this share count as equal.
+# Principal components with variances that differ by less than this share count as equal, and so do
+# eigenvalues.
 _EQUAL = 1e-3
+
+# The largest x and y by default of random directions, which are as long as the weights.
+_RANDOM_REACH = 1.0, 1.0
 
 
 @checked(Settings)
@@ -64,6 +74,8 @@ def plane(
     names: CheckpointLike | Iterable[CheckpointLike],
     *,
     pca: bool = False,
+    axes: PlaneAxes | None = None,
+    path: CheckpointLike | Iterable[CheckpointLike] = (),
     points: int = 31,
     range: tuple[float, float] | None = None,  # noqa: A002 - the option's name
     surface: bool = False,
@@ -74,18 +86,26 @@ def plane(
     """Evaluates the loss in a plane of weight space.
 
     Of one checkpoint: along two random directions, filter-normalised (Li et al. 2018, arXiv
-    1712.09913). Of three: through all of them, on orthonormal axes (Garipov et al. 2018, arXiv
-    1802.10026). Of a path, with ``pca``: along its first two principal components.
+    1712.09913), or with ``axes`` along the unit eigenvectors of the largest and the smallest
+    eigenvalue of the Hessian of the first split. Of three: through all of them, on orthonormal axes
+    (Garipov et al. 2018, arXiv 1802.10026). Of a path, with ``pca``: along its first two principal
+    components.
 
     Args:
         names: The checkpoints.
         pca: Whether they are a path, three or more, whose plane is that of most variance.
+        axes: ``hessian`` for eigenvectors instead of random directions.
+        path: Checkpoints that are projected orthogonally onto the plane: each folder is a path, in
+            the order of training, and all other checkpoints are one more.
         points: Values of each coordinate.
-        range: The lowest and the highest value of both coordinates; by default the box that holds
-            the checkpoints and a margin, or −1 to 1 for random directions.
+        range: The lowest and the highest value of both coordinates. By default the box that holds
+            the checkpoints and a margin. Of one checkpoint without a path: −1 to 1 for random
+            directions; for eigenvectors up to √(0.2 |L| / |λ|), where the curvature alone changes
+            the loss L by a tenth of it, but between 0.001 ‖θ‖ and ‖θ‖.
         surface: Whether the picture shows the surface in three dimensions too.
-        keep_order: With ``pca``, take the checkpoints in the order of their names as they are
-            given, and all files of a folder; by default they are ordered as `trajectory` does.
+        keep_order: With ``pca`` or ``path``, take the checkpoints in the order of their names as
+            they are given, and all files of a folder; by default they are ordered as `trajectory`
+            does.
         progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -96,10 +116,13 @@ def plane(
     Raises:
         LosscliError: Something is missing, broken or does not fit.
     """
+    named = name_checkpoints(names)
     plan = Plane.plan(
-        name_checkpoints(names),
+        named,
         Settings(**settings),
         pca=pca,
+        axes=axes,
+        path=name_checkpoints(path, first=len(named)),
         points=points,
         range_=range,
         surface=surface,
@@ -113,26 +136,23 @@ class Plane(Study):
     """A plane that is ready to be evaluated.
 
     Attributes:
-        slice_: The plane, its tensors where the checkpoints are.
-        kind: ``random``, ``points`` or ``pca``.
-        axes: What the axes are, and the share of the variance that each explains.
-        places: Of each checkpoint its x, its y and its distance from the plane.
-        xs: The values of x, in ascending order.
-        ys: The values of y, in ascending order.
+        kind: ``random``, ``hessian``, ``points`` or ``pca``.
+        points: Values of each coordinate.
+        range_: The lowest and the highest value of both coordinates, if they are given.
         surface: Whether the picture shows the surface in three dimensions.
-        shares: The share of the variance that each principal component explains, falling.
+        paths: The name of each path that is projected, and the number of its checkpoints.
+        layout: The plane with the checkpoints and the grid; None if its axes are eigenvectors,
+            which a run computes.
     """
 
     command = "plane"
 
-    slice_: Triangle | Span
     kind: str
-    axes: tuple[PlaneAxis, PlaneAxis]
-    places: tuple[tuple[float, float, float], ...]
-    xs: tuple[float, ...]
-    ys: tuple[float, ...]
+    points: int
+    range_: tuple[float, float] | None
     surface: bool
-    shares: tuple[float, ...]
+    paths: tuple[tuple[str, int], ...]
+    layout: Layout | None
 
     @classmethod
     def plan(
@@ -144,6 +164,8 @@ class Plane(Study):
         points: int,
         range_: tuple[float, float] | None,
         surface: bool,
+        axes: PlaneAxes | None = None,
+        path: Sequence[str] = (),
         keep_order: bool = False,
         ranks: Ranks | None = None,
     ) -> Plane:
@@ -156,6 +178,8 @@ class Plane(Study):
             points: Values of each coordinate.
             range_: The lowest and the highest value of both coordinates.
             surface: Whether the picture will show the surface.
+            axes: What the axes are instead of random directions.
+            path: Checkpoints and folders of them that will be projected.
             keep_order: Whether the names of a path stay in the order in which they are given.
             ranks: The processes that share the run, if there are several.
 
@@ -167,66 +191,89 @@ class Plane(Study):
         """
         begun = time.perf_counter()
         notes: list[str] = []
-        if keep_order and not pca:
-            raise UsageError("--keep-order is about the order of a path", "Give it with --pca")
+        if axes is not None and axes not in get_args(PlaneAxes):
+            raise UsageError(f"--axes {axes} is not known", "Give --axes hessian")
+        if keep_order and not (pca or path):
+            raise UsageError(
+                "--keep-order is about the order of a path", "Give it with --pca or --path"
+            )
+        if axes and pca:
+            raise UsageError(
+                "--axes and --pca both choose the axes of the plane", "Give one of the two options"
+            )
         if pca:
             names, notes = order_path(names, keep_order=keep_order)
         else:
             names = expand_folders(names)
+        if axes and len(names) != 1:
+            raise UsageError(
+                f"--axes {axes} needs one checkpoint, and got {len(names)}",
+                "Give the others with --path, which projects them onto the plane",
+            )
         if len(names) < 3 if pca else len(names) not in {1, 3}:
             needs = "with --pca three checkpoints or more" if pca else "one checkpoint or three"
             raise UsageError(
                 f"plane needs {needs}, and got {len(names)}",
-                "Give a path's folder" if pca else "For the plane of a path, give --pca",
+                "Give a path's folder"
+                if pca
+                else "For the plane of a path, give --pca; to project a path, give --path",
             )
         if points < 2:
             raise UsageError(f"--points {points} is no plane", "Give 2 or more")
         check_point_count("--points", points, points**2)
         if range_ is not None:
             grid(points, *range_)
-        problem = prepare(names, settings, notes, ranks)
-        slice_: Triangle | Span
-        shares: tuple[float, ...] = ()
-        if len(names) == 1:
-            slice_, kind = _random(problem), "random"
-            axes = _axis("random direction 1"), _axis("random direction 2")
-        elif pca:
-            slice_, shares = _principal(problem)
-            kind = "pca"
-            axes = (
-                _axis("principal component 1", shares[0]),
-                _axis("principal component 2", shares[1]),
-            )
+        if axes:
+            check_gradient_settings(settings, "--axes")
+        paths, more = _read_paths(path, keep_order=keep_order)
+        projected = [name for files in paths.values() for name in files]
+        problem = prepare(names, settings, [*notes, *more], ranks, projected)
+        if axes:
+            kind, layout = "hessian", None
+            moving = problem.parameters(problem.moving)
+            _check_eigenvectors(problem, moving)
         else:
-            moving = differing_tensors(problem)
-            counted = _counted(problem, moving)
-            a, b, c = (_select(problem.open(t).weights, moving) for t in (0, 1, 2))
-            slice_, kind = Triangle.through(a, b, c, counted), "points"
-            axes = _axis("along B − A"), _axis("at right angles to B − A")
-        counted = problem.parameters(slice_.ends[0])
-        places = tuple(
-            slice_.project(problem.open(t).weights, counted) for t, _ in enumerate(names)
-        )
-        xs, ys = _grids(kind, places, points, range_)
+            kind = "pca" if pca else "random" if len(names) == 1 else "points"
+            spanned = span_plane(problem, pca=pca)
+            layout = Layout.of(problem, spanned, points, range_, _RANDOM_REACH)
+            moving = tuple(spanned.slice_.ends[0])
         return cls(
-            *(problem, tuple(slice_.ends[0]), begun, slice_, kind, axes, places, xs, ys, surface),
-            shares,
+            *(problem, moving, begun, kind, points, range_, surface),
+            tuple((name, len(files)) for name, files in paths.items()),
+            layout,
         )
 
     @property
     def options(self) -> dict[str, Any]:
-        """The plane's kind and its grid."""
-        return {"plane": self.kind, "xs": self.xs, "ys": self.ys}
+        """The plane's kind, its grid and the paths."""
+        options: dict[str, Any] = {"plane": self.kind, "paths": self.paths}
+        if self.layout is None:
+            return {**options, "points": self.points, "range": self.range_}
+        return {**options, "xs": self.layout.xs, "ys": self.layout.ys}
 
     @property
     def slices(self) -> tuple[int, int]:
         """One plane."""
-        return 1, len(self.xs) * len(self.ys)
+        return 1, self.points**2
 
     @property
     def evaluations(self) -> int:
         """How many points a run evaluates: the grid and the checkpoints."""
-        return len(self.xs) * len(self.ys) + len(self.problem.names)
+        return self.points**2 + len(self.problem.names)
+
+    @property
+    def steps(self) -> int:
+        """How much progress counts: points, and the eigenvectors as one."""
+        return self.evaluations + (self._derivatives is not None)
+
+    @cached_property
+    def _derivatives(self) -> DerivativeDirections | None:
+        """The eigenvectors, if the axes are along them."""
+        if self.kind != "hessian":
+            return None
+        objective, seed = self.problem.objective, self.problem.settings.seed
+        split = next(iter(objective.splits))
+        return DerivativeDirections(objective, self.moving, split, "hessian", seed)
 
     def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
         """Takes a part of the grid.
@@ -237,8 +284,23 @@ class Plane(Study):
         Returns:
             The plane, and so many points of it.
         """
-        points = [(x, y) for y in self.ys for x in self.xs]
-        return self._plane_on_device(), points[:number]
+        if self.layout is None:
+            # Points along any directions take as long.
+            origin = self.on_device(self.problem.origin)
+            return Span(origin, origin, origin), [(i / number, 0.5) for i in range(number)]
+        return self._on_device(self.layout), self.layout.points[:number]
+
+    def extra_description(self, description: Description) -> Description:  # noqa: ARG002
+        """Returns the work of eigenvectors, if the axes are along them."""
+        if self._derivatives is None:
+            return {}
+        return self._derivatives.extra_description(1)
+
+    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
+        """Estimates what the run takes with eigenvectors, if the axes are along them."""
+        if self._derivatives is None:
+            return {}
+        return self._derivatives.extra_cost(1, self.problem.origin, clock, seconds)
 
     def run(self, execution: Execution = ALONE) -> Result[PlaneSummary]:
         """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep.
@@ -253,25 +315,27 @@ class Plane(Study):
             LosscliError: The model or the loss fails on the data, gives two answers for one
                 point, or does not fit into the memory.
         """
-        objective, settings = self.problem.objective, self.problem.settings
-        points = [(x, y) for y in self.ys for x in self.xs]
+        problem, settings = self.problem, self.problem.settings
+        objective = problem.objective
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
-            here = self._plane_on_device()
-            check(objective, self.problem.origin, self.problem.place(self.problem.last.weights))
+            last = problem.place(problem.last.weights)
+            check(objective, problem.origin, last)
+            layout, derived = self._lay(execution)
+            here, points = self._on_device(layout), layout.points
             choose_strategy(objective, here, points)
-            difference = self._verify(here, points)
-            last = self.problem.place(self.problem.last.weights)
+            difference = self._verify(layout, here)
             # At a corner of the grid: a model that remembers the first point it saw is found out.
-            verify_fresh_model(self.problem, self._at(points[0]))
-            middle = [sum(at) / len(self.places) for at in list(zip(*self.places, strict=True))[:2]]
+            verify_fresh_model(problem, self._at(layout, points[0]))
+            own = layout.places[: len(problem.spanning)]
+            middle = [sum(at) / len(own) for at in list(zip(*own, strict=True))[:2]]
             stays = [
-                *integer_notes(self, last, self.problem.last.weights),
+                *self._integer_notes(),
                 *spectral_notes(self),
                 *batchnorm_notes(
                     self,
-                    self.problem.places(range(len(self.problem.names))),
-                    lambda: self._at((middle[0], middle[1])),
+                    problem.places(range(len(problem.names))),
+                    lambda: self._at(layout, (middle[0], middle[1])),
                 ),
             ]
             found = evaluate_until_precise(
@@ -279,13 +343,68 @@ class Plane(Study):
                 settings.sampling_error,
                 settings.seed,
                 partial(self._evaluate, here, points),
-                execution,
+                execution.after(self.steps - self.evaluations),
             )
             seconds = self.seconds(swept)
-        metrics = objective.metrics
-        sampled = ["examples"] if settings.sampling_error is not None else []
+        path = self._path_table(layout, found)
+        examples = {name: estimate.examples for name, estimate in found.items()}
+        splits = {name: self._split_summary(points, e.mean.tolist()) for name, e in found.items()}
+        summary: PlaneSummary = {
+            **self.origin(),
+            "tables": ["path"],
+            "plane": self.kind,
+            "axes": [*layout.spanned.axes],
+            "surface": self.surface,
+            "x_range": [layout.xs[0], layout.xs[-1]],
+            "y_range": [layout.ys[0], layout.ys[-1]],
+            **counted(objective, examples),
+            "off_plane": max(off for *_, off in own),
+            "paths": self._projected(layout),
+            "splits": splits,
+            "endpoint_difference": difference,
+            "notes": [
+                *stays,
+                *self._notes(layout, derived, splits),
+                *sampling_notes(self, examples),
+            ],
+            "seconds": seconds,
+        }
+        table = self._table(points, found)
+        return Result(table, summary, COMMANDS[self.command].draw, {"path": path})
+
+    def _lay(self, execution: Execution) -> tuple[Layout, list[Arrays]]:
+        """Returns the plane, and the record of its eigenvectors if the axes are along them."""
+        if self._derivatives is None:
+            assert self.layout is not None
+            return self.layout, []
+        problem, found, split = self.problem, self._derivatives, self._derivatives.split
+        origin = problem.origin
+        derived = found.find_all([origin], problem.names[:1], execution)
+        (arrays,) = derived
+        last = len(found.labels) - 1
+        described = found.describe(arrays)
+        spanned = span_eigenvectors(
+            problem,
+            self.moving,
+            [found.direction(arrays, k, origin) for k in (0, last)],
+            [described[0], described[last]],
+        )
+        (own,) = sweep_plain(
+            problem.objective,
+            [origin],
+            splits={split: problem.objective.splits[split]},
+            execution=execution.quiet,
+        )
+        loss = float(Estimate.of_evaluation(own[split]).mean[0])
+        reach = curvature_radii(spanned.axes, loss, norm(origin, self.moving))
+        return Layout.of(problem, spanned, self.points, self.range_, reach), derived
+
+    def _table(self, points: Sequence[tuple[float, float]], found: Mapping[str, Estimate]) -> Table:
+        """Tabulates the grid; its points follow the checkpoints in an estimate."""
+        metrics = self.problem.objective.metrics
+        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         own = len(self.problem.names)
-        table = Table.build(
+        return Table.build(
             ["x", "y", "split", "loss", "loss_stderr", *metrics, *sampled],
             (
                 [
@@ -298,59 +417,66 @@ class Plane(Study):
                 for name, estimate in found.items()
             ),
         )
-        path = Table.build(
-            ["step", "checkpoint", "x", "y", "off_plane", "split", "loss"],
+
+    def _path_table(self, layout: Layout, found: Mapping[str, Estimate]) -> Table:
+        """Tabulates the checkpoints; those that span the plane have no path."""
+        groups = [("", len(self.problem.spanning)), *self.paths]
+        steps = [(path, step) for path, number in groups for step in range(number)]
+        named = ["path"] if self.paths else []
+        return Table.build(
+            [*named, "step", "checkpoint", "x", "y", "off_plane", "split", "loss"],
             (
-                [t, checkpoint, *place, name, float(estimate.mean[t])]
-                for t, (checkpoint, place) in enumerate(
-                    zip(self.problem.names, self.places, strict=True)
+                [
+                    *(path for _ in named),
+                    *(step, checkpoint, *place, name, float(estimate.mean[t])),
+                ]
+                for t, ((path, step), checkpoint, place) in enumerate(
+                    zip(steps, self.problem.names, layout.places, strict=True)
                 )
                 for name, estimate in found.items()
             ),
         )
-        examples = {name: estimate.examples for name, estimate in found.items()}
-        splits = {name: self._split_summary(points, e.mean.tolist()) for name, e in found.items()}
-        summary: PlaneSummary = {
-            **self.origin(),
-            "tables": ["path"],
-            "plane": self.kind,
-            "axes": [*self.axes],
-            "surface": self.surface,
-            "x_range": [self.xs[0], self.xs[-1]],
-            "y_range": [self.ys[0], self.ys[-1]],
-            **counted(objective, examples),
-            "off_plane": max(off for *_, off in self.places),
-            "splits": splits,
-            "endpoint_difference": difference,
-            "notes": [*stays, *self._notes(splits), *sampling_notes(self, examples)],
-            "seconds": seconds,
-        }
-        return Result(table, summary, COMMANDS[self.command].draw, {"path": path})
 
-    def _plane_on_device(self) -> Triangle | Span:
+    def _projected(self, layout: Layout) -> list[ProjectedPath]:
+        """Describes each path that is projected."""
+        found: list[ProjectedPath] = []
+        done = len(self.problem.spanning)
+        for name, number in self.paths:
+            off = max(off for *_, off in layout.places[done : done + number])
+            found.append({"name": name, "checkpoints": number, "off_plane": off})
+            done += number
+        return found
+
+    def _integer_notes(self) -> list[str]:
+        """Notes on whole-number tensors of the last checkpoint, and of the last of the paths."""
+        ends = {len(self.problem.spanning) - 1, len(self.problem.names) - 1}
+        weights = (self.weights(t) for t in sorted(ends))
+        notes = (integer_notes(self, self.problem.place(end), end) for end in weights)
+        return list(dict.fromkeys(itertools.chain.from_iterable(notes)))
+
+    def _on_device(self, layout: Layout) -> Triangle | Span:
         """The plane on the device."""
-        a, b, c = (self.on_device(end) for end in self.slice_.ends)
-        if isinstance(self.slice_, Triangle):
-            return Triangle(a, b, c, self.slice_.corner_b, self.slice_.corner_c)
+        slice_ = layout.spanned.slice_
+        a, b, c = (self.on_device(end) for end in slice_.ends)
+        if isinstance(slice_, Triangle):
+            return Triangle(a, b, c, slice_.corner_b, slice_.corner_c)
         return Span(a, b, c)
 
-    def _at(self, point: tuple[float, float]) -> Weights:
+    def _at(self, layout: Layout, point: tuple[float, float]) -> Weights:
         """All tensors at a point of the plane."""
         wide = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
+        slice_ = layout.spanned.slice_
         moved = {
-            name: self.slice_.combine(
-                [
-                    end[name].to(torch.promote_types(end[name].dtype, wide))
-                    for end in self.slice_.ends
-                ],
+            name: slice_.combine(
+                [end[name].to(torch.promote_types(end[name].dtype, wide)) for end in slice_.ends],
                 point,
             )
             for name in self.moving
         }
         return {**self.problem.place(self.problem.last.weights), **moved}
 
-    def _verify(self, here: Triangle | Span, points: Sequence[tuple[float, float]]) -> float:
-        problem = self.problem
+    def _verify(self, layout: Layout, here: Triangle | Span) -> float:
+        problem, points = self.problem, layout.points
         if isinstance(here, Triangle):
             corners = [(0.0, 0.0), (here.corner_b, 0.0), here.corner_c]
             anchors = [
@@ -372,6 +498,8 @@ class Plane(Study):
         objective, steps = self.problem.objective, range(len(self.problem.names))
         placed, after = self.problem.places(steps), execution.after(len(steps))
         checkpoints = sweep_plain(objective, placed, splits=splits, execution=execution)
+        # A checkpoint of a path may have other tensors that the plane does not move.
+        objective.load(self.problem.place(self.problem.last.weights))
         found = sweep(objective, here, points, splits=splits, execution=after)
         # Only means are kept.
         return {
@@ -385,12 +513,12 @@ class Plane(Study):
         self, points: Sequence[tuple[float, float]], losses: Sequence[float]
     ) -> PlaneSplit:
         """Summarises the losses of one split."""
-        own = len(self.problem.names)
-        plane_ = losses[own:]
+        spanning = len(self.problem.spanning)
+        plane_ = losses[len(self.problem.names) :]
         finite = [i for i, loss in enumerate(plane_) if math.isfinite(loss)]
         shared = lowest(plane_)
         return {
-            "checkpoints": list(losses[:own]),
+            "checkpoints": list(losses[:spanning]),
             "lowest": None
             if not shared
             else {
@@ -403,7 +531,9 @@ class Plane(Study):
             "not_finite": len(plane_) - len(finite),
         }
 
-    def _notes(self, splits: Mapping[str, PlaneSplit]) -> list[str]:
+    def _notes(
+        self, layout: Layout, derived: Sequence[Arrays], splits: Mapping[str, PlaneSplit]
+    ) -> list[str]:
         notes = [*general_notes(self), *storage_notes(self)]
         if self.problem.chosen:
             notes.append(
@@ -411,89 +541,87 @@ class Plane(Study):
                 if self.kind == "random"
                 else "axes and distances are those of the moving parameters"
             )
+        if self._derivatives is not None:
+            notes += derivative_notes(self, self._derivatives, derived)
+            notes += self._eigenvector_notes(layout, self._derivatives.gaps(derived[0]))
+        shares = layout.spanned.shares
         for k, what in (
             (0, "the axes may be turned within the plane"),
             (1, "the plane is arbitrary"),
         ):
-            pair = self.shares[k : k + 2]
+            pair = shares[k : k + 2]
             if len(pair) == 2 and pair[0] - pair[1] < _EQUAL * pair[0]:
                 fact = f"principal components {k + 1} and {k + 2} explain {pair[0]:.2%} each"
                 notes.append(f"{fact}: {what}")
         if any(split["not_finite"] for split in splits.values()):
-            corners = itertools.product((self.xs[0], self.xs[-1]), (self.ys[0], self.ys[-1]))
-            notes += variance_notes(self, map(self._at, corners))
+            corners = itertools.product(
+                (layout.xs[0], layout.xs[-1]), (layout.ys[0], layout.ys[-1])
+            )
+            notes += variance_notes(self, (self._at(layout, corner) for corner in corners))
         for name, split in splits.items():
             if number := split["not_finite"]:
                 notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
         return notes
 
+    def _eigenvector_notes(self, layout: Layout, gaps: tuple[float, float]) -> list[str]:
+        """Notes on axes that are not determined, and on the default range."""
+        notes, axes = [], layout.spanned.axes
+        for letter, end, axis, gap in zip("xy", ("largest", "smallest"), axes, gaps, strict=True):
+            if not axis["converged"]:
+                notes.append(
+                    f"the search for the {end} eigenvalue has not converged: another direction may "
+                    f"have a more extreme curvature than {letter}"
+                )
+            elif gap <= max(2 * axis["error"], _EQUAL * abs(axis["eigenvalue"])):
+                notes.append(
+                    f"the two {end} eigenvalues are equal within {gap:.1g}: {letter} is one of "
+                    "many directions with this curvature"
+                )
+        if self.range_ is None and not self.paths:
+            notes.append(
+                "each axis reaches as far as its curvature alone changes the loss by a tenth, but "
+                "not farther than ‖θ‖ and at least 0.001 ‖θ‖; --range sets both"
+            )
+        return notes
 
-def _axis(name: str, explained: float | None = None) -> PlaneAxis:
-    return {"name": name, "explained_variance": explained}
+
+def _read_paths(
+    given: Sequence[str], *, keep_order: bool
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Lists the checkpoints of paths.
+
+    Args:
+        given: Folders, each of which is a path, and checkpoints, which are one path together.
+        keep_order: Whether checkpoints keep their order.
+
+    Returns:
+        The checkpoints of each path by its name, the folder or the first checkpoint; and notes on
+        their order.
+
+    Raises:
+        UsageError: A folder is given twice.
+    """
+    paths: dict[str, list[str]] = {}
+    notes: list[str] = []
+    single = [name for name in given if expand_folders([name]) == [name]]
+    for name in given:
+        if name in single and single[0] in paths:
+            continue
+        if name in paths:
+            raise UsageError(f"--path {name} is given twice", "Give each folder once")
+        paths[name], more = order_path(single if name in single else [name], keep_order=keep_order)
+        notes += more
+    return paths, notes
 
 
-def _select(weights: Weights, names: Sequence[str]) -> Weights:
-    return {name: weights[name] for name in names}
-
-
-def _random(problem: Problem) -> Span:
-    """The plane along two random directions."""
-    still = normalisation_parameters(problem.objective.model).union(problem.buffers)
+def _check_eigenvectors(problem: Problem, moving: Sequence[str]) -> None:
+    """Checks that the Hessian has two eigenvectors."""
     weights = problem.first.weights
-    u, v = random_directions(weights, problem.moving, still, problem.settings.seed)
-    names = [name for name in problem.moving if u[name].any() or v[name].any()]
-    return Span(*(_select(end, names) for end in (weights, u, v)))
-
-
-def _principal(problem: Problem) -> tuple[Span, tuple[float, ...]]:
-    """The plane of the first two principal components, and what all of them explain."""
-    moving = differing_tensors(problem)
-    counted = _counted(problem, moving)
-    along = [name for name in moving if name not in counted]
-    opener, number = (lambda t: problem.open(t).weights), len(problem.names)
-    dtype = torch.float64 if problem.settings.dtype == "float64" else torch.float32
-    axes, shares = principal_axes(opener, number, counted, along, dtype)
-    return Span(_select(problem.last.weights, moving), *axes), shares
-
-
-def _counted(problem: Problem, moving: Sequence[str]) -> tuple[str, ...]:
-    """The parameters that move, which axes and distances are made of."""
-    counted = problem.parameters(moving)
-    if moving and not counted:
+    if not moving:
+        raise UsageError("no parameter is left to differentiate", "Widen --only")
+    if dimension(weights, moving) < 2:
         raise UsageError(
-            "the checkpoints differ only in buffers: no plane of parameters is determined by them",
-            "Compare two of them with losscli interpolate",
+            "--axes hessian needs two parameters, and one number moves", "Widen --only"
         )
-    return counted
-
-
-def _grids(
-    kind: str,
-    places: Sequence[tuple[float, float, float]],
-    points: int,
-    range_: tuple[float, float] | None,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the values of x and y: as given, or the box of the checkpoints with a margin."""
-    if range_ is None and kind == "random":
-        range_ = -1.0, 1.0
-    if range_ is not None:
-        values = tuple(grid(points, *range_))
-        return values, values
-    if max(abs(value) for place in places for value in place) > _FAR:
-        raise CheckpointError(
-            "the checkpoints lie too far apart for a plane that float32 can hold",
-            "Look at the weights with losscli inspect",
-        )
-    boxes = [(min(values), max(values)) for values in list(zip(*places, strict=True))[:2]]
-    widest = max(high - low for low, high in boxes)
-    grids = []
-    for low, high in boxes:
-        room = max(high - low, _THINNEST * widest)
-        middle, half = (low + high) / 2, (0.5 + _MARGIN) * room
-        grids.append(tuple(grid(points, _short(middle - half), _short(middle + half))))
-    return grids[0], grids[1]
-
-
-def _short(value: float) -> float:
-    """Rounds a default value to a few significant digits."""
-    return float(f"{value:.4g}")
+    check_differentiable(problem, moving, "--axes")
+    require_finite(problem.names[0], weights, moving)

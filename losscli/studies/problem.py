@@ -27,7 +27,7 @@ from losscli.studies.task import data_of, loss_of, metrics_of, recalibration_of
 from losscli.summaries import CheckpointEntry, Counts, Provenance
 from losscli.weight_space.vectors import Weights, can_move, equal, select_names
 
-__all__ = ["Problem", "counted", "differing_tensors", "prepare"]
+__all__ = ["Problem", "counted", "differing_tensors", "prepare", "require_finite"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Problem:
         read: Reads a checkpoint by its name.
         unchanged: Checks that the files of the checkpoints have not changed since they were read.
         notes: How the checkpoints were ordered, if they were.
+        projected: How many of the names, from the last, are only projected onto what the others
+            span; none of them is the ``last``.
     """
 
     objective: Objective
@@ -59,6 +61,12 @@ class Problem:
     read: Callable[[str], Checkpoint]
     unchanged: Callable[[], None]
     notes: tuple[str, ...] = ()
+    projected: int = 0
+
+    @property
+    def spanning(self) -> tuple[str, ...]:
+        """The checkpoints that span what is evaluated, without those that are only projected."""
+        return self.names[: len(self.names) - self.projected]
 
     def open(self, t: int) -> Checkpoint:
         """Opens a checkpoint; only the first is kept in memory.
@@ -107,8 +115,8 @@ class Problem:
 
     @property
     def last(self) -> Checkpoint:
-        """The last checkpoint, opened."""
-        return self.open(len(self.names) - 1)
+        """The last checkpoint of `spanning`, opened."""
+        return self.open(len(self.spanning) - 1)
 
     @cached_property
     def origin(self) -> Weights:
@@ -167,6 +175,7 @@ def prepare(
     settings: Settings,
     notes: Sequence[str] = (),
     ranks: Ranks | None = None,
+    projected: Sequence[str] = (),
 ) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
@@ -175,6 +184,7 @@ def prepare(
         settings: The settings.
         notes: How the checkpoints were ordered, if they were.
         ranks: The processes that share the run, if there are several.
+        projected: Further checkpoints, which are only projected onto what the others span.
 
     Returns:
         The problem, ready to be evaluated.
@@ -183,6 +193,7 @@ def prepare(
         LosscliError: Something is missing, broken or does not fit; the text says what and where.
     """
     _check(settings)
+    names = [*names, *projected]
     local = None if ranks is None else ranks.local
     device = choose_device(settings.device, settings.dtype, local)
     base = find_base(names)
@@ -248,6 +259,7 @@ def prepare(
         checkpoints.open,
         checkpoints.unchanged,
         tuple(notes),
+        len(projected),
     )
 
 
@@ -457,7 +469,7 @@ def _moving_names(
 
 
 def differing_tensors(problem: Problem) -> tuple[str, ...]:
-    """Finds the tensors that are not the same in all checkpoints, one checkpoint at a time.
+    """Finds the tensors that differ between checkpoints that span, one checkpoint at a time.
 
     Args:
         problem: The checkpoints.
@@ -471,17 +483,27 @@ def differing_tensors(problem: Problem) -> tuple[str, ...]:
     # Tensors that never move may hold infinities, such as attention masks.
     first = problem.first.weights
     still = set(problem.moving)
-    for t in range(1, len(problem.names)):
+    for t in range(1, len(problem.spanning)):
         weights = problem.open(t).weights
         still = {name for name in still if equal(first[name], weights[name])}
-        _require_finite(problem.names[t], weights, set(problem.moving) - still)
+        require_finite(problem.names[t], weights, set(problem.moving) - still)
         del weights  # before the next one is opened
     moving = tuple(name for name in problem.moving if name not in still)
-    _require_finite(problem.names[0], first, moving)
+    require_finite(problem.names[0], first, moving)
     return moving
 
 
-def _require_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:
+def require_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:
+    """Checks that tensors of a checkpoint have no infinities.
+
+    Args:
+        name: The name of the checkpoint.
+        weights: Its tensors.
+        moving: The names of the tensors.
+
+    Raises:
+        CheckpointError: One is not finite.
+    """
     for tensor in moving:
         if not weights[tensor].isfinite().all():
             raise CheckpointError(

@@ -12,6 +12,7 @@ from losscli.data import Examples
 from losscli.errors import ModelError, UsageError
 from losscli.evaluation.precision import with_model
 from losscli.evaluation.sweep import sweep, sweep_plain
+from losscli.settings import Settings
 from losscli.studies.problem import Problem
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
@@ -19,6 +20,7 @@ from losscli.weight_space.vectors import Weights
 __all__ = [
     "FRESH_BYTES",
     "check_differentiable",
+    "check_gradient_settings",
     "verify_fresh_model",
     "verify_fresh_model_near",
     "verify_sweep",
@@ -160,6 +162,24 @@ def verify_fresh_model_near(problem: Problem, weights: Weights, moving: Iterable
         ModelError: It has another loss.
     """
     verify_fresh_model(problem, {**weights, **{n: weights[n] * _NEAR for n in moving}})
+
+
+def check_gradient_settings(settings: Settings, option: str) -> None:
+    """Refuses to evaluate only some examples, which give no gradient over all of them.
+
+    Args:
+        settings: The settings.
+        option: What needs the gradient.
+
+    Raises:
+        UsageError: Only some examples are evaluated.
+    """
+    if settings.sampling_error is not None:
+        raise UsageError(
+            f"--sampling-error is not available with {option}, which needs the gradient over all "
+            "examples",
+            "Give random directions, or fewer examples with --limit",
+        )
 
 
 def check_differentiable(problem: Problem, moving: Iterable[str], option: str) -> None:

@@ -176,6 +176,24 @@ def test_a_surface_has_the_loss_at_its_coordinates_and_each_checkpoint_its_own()
         assert [item["at"] for item in each["items"] if item["at"]] == [[1, 2, 3]] * 2
 
 
+def test_projected_paths_have_names_colours_and_places_on_the_slider() -> None:
+    places = [(0.0, 1.0, 2.0), (3.0, 4.0, 5.0)]
+    run = test_plane.with_paths(test_plane.run(), places, places[:1])
+    page = read(render_html([run]))
+    path = run.more["path"]
+    for each in page["views"]:
+        rings = [item for item in each["items"] if item["at"]]
+        assert [item["at"] for item in rings] == [[1, 2, 3], [4, 5], [6]]
+        assert each["slider"] == path["checkpoint"]
+        for item, name in zip(rings, ("", "runs/0", "runs/1"), strict=True):
+            rows = path.where("path", name)
+            assert (item["names"], item["trace"]["x"]) == (rows["checkpoint"], rows["x"])
+            assert item["more"]["off_plane"] == rows["off_plane"]
+        lines = [i["trace"] for i in each["items"] if i["trace"].get("mode") == "lines"]
+        assert [line["name"] for line in lines] == ["runs/0", "runs/1"]
+        assert len({line["line"]["color"] for line in lines}) == 2
+
+
 def test_the_path_of_a_trajectory_lies_on_its_surface() -> None:
     run = test_trajectory.run(surface=True)
     surface = view(read(render_html([run])), "surface")

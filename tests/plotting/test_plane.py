@@ -78,6 +78,23 @@ def run(
     return Run(Table.build(COLUMNS, rows), summary, "", {"path": Table.build(PATH, path)})
 
 
+def with_paths(drawn: Run, *paths: Sequence[tuple[float, float, float]]) -> Run:
+    """The same run with projected paths: of each checkpoint x, y, and the distance; loss 0.5."""
+    own = drawn.more["path"]
+    rows = [("", *row) for row in own.rows]
+    splits = own.unique("split")
+    for number, path in enumerate(paths):
+        rows += [
+            (f"runs/{number}", t, f"runs/{number}/step-{10 * t}.pt", *place, split, 0.5)
+            for t, place in enumerate(path)
+            for split in splits
+        ]
+    return replace(drawn, more={"path": Table.build(("path", *PATH), rows)})
+
+
+STRAIGHT = tuple((t, 10 - t, 4 - t / 2) for t in range(9))
+
+
 def winding() -> Run:
     return run("pca", WINDING, bowl, box=(-15, 4, -5, 6))
 
@@ -147,6 +164,47 @@ def test_axes_are_named_by_the_plane() -> None:
     )
     assert labels(run("other")) == ("first", "second")
     assert labels(replace(run(), summary={})) == ("x", "y")
+
+
+def test_axes_along_eigenvectors_have_their_eigenvalues() -> None:
+    axes = [
+        {"name": "u", "eigenvalue": 12.345, "error": 1e-4, "converged": True},
+        {"name": "v", "eigenvalue": -0.5, "error": 0.2, "converged": False},
+    ]
+    summary = {"plane": "hessian", "axes": axes}
+    panel = draw_plane(replace(run("hessian", [(0, 0, 0)]), summary=summary)).axes[0]
+    assert panel.get_xlabel() == "x: along the eigenvector\nof λₘₐₓ = 12.3 ± 10⁻⁴"
+    assert panel.get_ylabel() == "y: along the eigenvector\nof λₘᵢₙ = −0.5 ± 0.2, not converged"
+    assert panel.get_aspect() == 1
+    assert draw_plane(run("hessian", [(0, 0, 0)])).axes[0].get_xlabel().endswith("of λₘₐₓ")
+
+
+def test_projected_paths_have_their_distances_below() -> None:
+    figure = draw_plane(with_paths(run(splits=("train", "test")), STRAIGHT))
+    assert {"  A", "  B", "  C"} <= set(texts(figure))
+    below = next(a for a in figure.axes if a.get_ylabel() == "distance from\nthe plane")
+    assert below.get_xlabel() == "step"
+    (line, *_) = below.get_lines()
+    np.testing.assert_array_equal(line.get_xdata(), [10 * t for t in range(9)])
+    np.testing.assert_array_equal(line.get_ydata(), [off for *_, off in STRAIGHT])
+    for panel in contour_panels(figure):
+        path = next(a for a in panel.get_lines() if len(np.asarray(a.get_xdata())) == 9)
+        np.testing.assert_array_equal(path.get_xydata(), [place[:2] for place in STRAIGHT])
+    start, end = "runs/0/step-0.pt", "runs/0/step-80.pt"
+    assert legend(figure) == ["path of the 9 checkpoints", f"start  {start}", f"end  {end}"]
+    assert "The checkpoints of the path are up to 4 away from the plane" in sentence(figure)
+    far = [(50.0, 0.0, 0.0), (-50.0, 0.0, 0.0)]
+    both = draw_plane(with_paths(winding(), STRAIGHT, far))
+    entries = [text for text in legend(both) if not text.startswith(("start  ", "end  "))]
+    assert [text for text in entries if text] == ["path of the 21 checkpoints", "runs/0", "runs/1"]
+    assert "9 of 9 checkpoints of the path runs/0" not in sentence(both)
+    assert "2 of 2 checkpoints of the path runs/1 are outside the plotted range." in sentence(both)
+    # Each path has a colour of its own, the same in both panels.
+    below = next(a for a in both.axes if a.get_ylabel() == "distance from\nthe plane")
+    colours = [a.get_color() for a in both.axes[0].get_lines() if a.get_linestyle() == "-"]
+    lines = [a.get_color() for a in below.get_lines() if a.get_linestyle() == "-"]
+    assert len(set(colours)) == 3
+    assert lines == colours[1:]
 
 
 def test_distances_are_equal_on_both_axes() -> None:
@@ -292,6 +350,8 @@ ODD = {
     "many checkpoints": run("pca", [(k / 30, k / 40, 1.0) for k in range(300)]),
     "no place": run("pca", [(0, 0, 0), (NAN, 0, NAN), (1, 1, 1)]),
     "no path": replace(run(), more={}),
+    "paths": with_paths(run(), STRAIGHT, [(NAN, 0, NAN)], [(1e9, 0, 1e9), (0, 0, 0)]),
+    "paths alone": with_paths(run(size=(0, 0), checkpoints=[]), STRAIGHT),
     "nothing known": Run(run().table, {}),
     "odd names": replace(
         run(splits=("$x_1$\n\x1b[31m", "模型🙂")),

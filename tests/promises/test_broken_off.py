@@ -38,6 +38,9 @@ COMMANDS = {
     "plane": ["plane", "a.pt", "--points", "4", *TO],
     "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "5", *TO],
     "around": ["around", "a.pt", "b.pt", "--directions", "2", "--points", "5", *TO],
+    "eigenvectors": [
+        *("plane", "a.pt", "--axes", "hessian", "--path", "b.pt", "--points", "3", *TO),
+    ],
     "along": ["around", "a.pt", "b.pt", "--along", "hessian", "--points", "5", *TO],
     "sharpness": ["sharpness", "a.pt", "b.pt", "--samples", "2", "--split", "test", *TO],
     "check": ["check", "a.pt", "b.pt", "--split", "test", "--tolerance", "10", *TO],

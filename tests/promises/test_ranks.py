@@ -215,7 +215,16 @@ def assert_same(one: str, other: str) -> None:
     for here, there in zip(expected, found, strict=True):
         assert here.keys() == there.keys()
         for key, text in here.items():
-            text_columns = {"split", "checkpoint", "direction", "a", "b", "block", "verdict"}
+            text_columns = {
+                "split",
+                "checkpoint",
+                "direction",
+                "a",
+                "b",
+                "block",
+                "path",
+                "verdict",
+            }
             if key in text_columns or text == "":
                 assert there[key] == text
             else:
@@ -258,12 +267,13 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
         "around a.pt b.pt --directions 3 --points 5",
         f"around {THREE} --along hessian --points 5",
         f"sharpness {THREE} --rho 0.1 --rho 0.2 --samples 3",
+        "plane a.pt --axes hessian --path b.pt --path c.pt --points 3 -m mlp:6-5-3",
     ]
     lines = [f"{line} -q --no-figure -o @{i}" for i, line in enumerate(commands)]
     lines += ["interpolate a.pt b.pt --points 3 --dry-run", "list losses"]
     lines += ["interpolate a.pt b.pt --points 5 -o - -q"]
     expected = alone([line.replace("@", "one") for line in lines], losscli)
-    assert [outcome.status for outcome in expected] == [0] * 15, expected
+    assert [outcome.status for outcome in expected] == [0] * 16, expected
     before = {path.name for path in more.iterdir()}
 
     def hear(rank: int) -> None:
@@ -277,7 +287,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
             sys.addaudithook(hear)
 
     first, other = forked([line.replace("@", "two") for line in lines], 2, hear)
-    assert [outcome.status for outcome in (*first, *other)] == [0] * 30, first
+    assert [outcome.status for outcome in (*first, *other)] == [0] * 32, first
     # No other rank than 0 writes or talks, and what rank 0 writes are the files of one process.
     assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
     new = {path.name for path in more.iterdir()} - before
@@ -289,15 +299,15 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
     # numbers are the same to the last bit; so --refine adds the same points.
     assert {"one7.density.csv", "one7.curvature.csv"} <= before
     assert {"one7.escape.csv", "one8.escape.csv", "one5.curves.csv", "one3.surface.csv"} <= before
-    for i in (0, 3, 5, 7, 9, 10, 11):
+    for i in (0, 3, 5, 7, 9, 10, 11, 12):
         assert summary(f"two{i}") == summary(f"one{i}")
     assert json.loads(Path("two0.json").read_text())["processes"] == 2
     assert json.loads(Path("one0.json").read_text())["processes"] == 1
     # Rank 0 says what one process says, but how long that took.
-    for i in (12, 13):
+    for i in (13, 14):
         told, said = (of[i].stdout.partition("\ntime ")[0] for of in (expected, first))
         assert told == said
-    assert len(first[14].stdout.splitlines()) == len(expected[14].stdout.splitlines())
+    assert len(first[15].stdout.splitlines()) == len(expected[15].stdout.splitlines())
 
 
 @forks

@@ -322,9 +322,9 @@ def _trajectory(**more: Any) -> Callable[[], Study]:
     return lambda: Trajectory.plan(names, settings, surface=True, residuals=2, **own)
 
 
-def _plane(*names: str) -> Callable[[], Study]:
+def _plane(*names: str, **more: Any) -> Callable[[], Study]:
     settings = Settings(model="mlp:6-5-3")
-    own: dict[str, Any] = {"pca": False, "range_": None, "surface": False}
+    own: dict[str, Any] = {"pca": False, "range_": None, "surface": False, **more}
     return lambda: Plane.plan(names, settings, points=3, **own)
 
 
@@ -345,6 +345,7 @@ def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
         _trajectory(sampling_error=1e-3, data="npz:many.npz"),
         _plane("a.pt"),
         _plane("a.pt", "b.pt", "init:3"),
+        _plane("a.pt", axes="hessian", path=["b.pt"]),
         _check(1e-3, "b.pt", split="test"),
         _check(10, "a.pt", split="test"),
         _check(1e-3, "a.pt", split="test", density=True, blocks=True, probes=2, lanczos=5),
@@ -387,6 +388,7 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
             "evaluation.line_derivatives.LineDerivatives.sums",
         ),
         (_check(10, "a.pt"), "evaluation.critical_points.Curvature"),
+        (_plane("a.pt", axes="hessian"), "evaluation.critical_points.Curvature"),
         (
             _check(10, "a.pt", density=True, probes=2, lanczos=3),
             "evaluation.curvature_probes.Probe.run",

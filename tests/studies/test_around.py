@@ -240,7 +240,7 @@ def test_eigenvectors_are_those_of_the_dense_hessian(case: Case, tmp_path: Path)
         gap = np.sort(np.abs(np.delete(values, at) - values[at]))[0]
         if gap > 1e-6:
             v = vectors[:, at] * np.sign(vectors[np.argmax(np.abs(vectors[:, at])), at])
-            step = dict(zip(names, map(torch.from_numpy, _cut(v, state, names)), strict=True))
+            step = cut(v, state, names)
             for row in rows:
                 expected = loss_at(case, state, step, row["coefficient"])
                 assert row["loss"] == pytest.approx(expected, rel=1e-9)
@@ -258,10 +258,11 @@ def test_derivatives_are_those_of_check(folder: Path) -> None:
         assert told["gradient_norm"] == row["gradient_norm"]
 
 
-def _cut(flat: np.ndarray, state: State, names: Sequence[str]) -> list[np.ndarray]:
+def cut(flat: np.ndarray, state: State, names: Sequence[str]) -> State:
+    """Divides a vector into tensors."""
     ends = np.cumsum([state[n].numel() for n in names])[:-1]
     parts = zip(np.split(flat, ends), names, strict=True)
-    return [part.reshape(state[n].shape) for part, n in parts]
+    return {n: torch.from_numpy(part.reshape(state[n].shape)) for part, n in parts}
 
 
 def test_the_gradient_is_that_of_the_first_split_and_points_uphill(tmp_path: Path) -> None:
@@ -277,9 +278,7 @@ def test_the_gradient_is_that_of_the_first_split_and_points_uphill(tmp_path: Pat
         assert direction == "gradient"
         (told,) = result.summary["derivatives"][file]
         assert told["gradient_norm"] == pytest.approx(size, rel=1e-9)
-        step = dict(
-            zip(names, map(torch.from_numpy, _cut(gradient / size, state, names)), strict=True)
-        )
+        step = cut(gradient / size, state, names)
         for row in rows:
             if row["split"] == "all":
                 expected = loss_at(TANH, state, step, row["coefficient"])

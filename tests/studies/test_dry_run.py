@@ -49,6 +49,16 @@ PLANS: dict[str, Callable[..., Study]] = {
     "plane": lambda **s: Plane.plan(
         NAMES[:1], Settings(**s), pca=False, points=5, range_=None, surface=False
     ),
+    "eigenvectors": lambda **s: Plane.plan(
+        NAMES[:1],
+        Settings(**s),
+        pca=False,
+        points=5,
+        range_=None,
+        surface=False,
+        axes="hessian",
+        path=NAMES[1:],
+    ),
     "barriers": lambda **s: Barriers.plan(NAMES, Settings(**s), points=5),
     "around": lambda **s: Around.plan(NAMES, Settings(**s), directions=4, points=5),
     "sharpness": lambda **s: Sharpness.plan(NAMES, Settings(**s), rho=[0.1, 0.2], samples=4),
@@ -61,6 +71,7 @@ POINTS = {
     "trajectory": (3, 3 * 4),
     "path": (3, 0),
     "plane": (1, 25),
+    "eigenvectors": (3, 25),
     "barriers": (3, 3 * 3),
     "around": (3, 3 * 4 * 4),
     "sharpness": (3, 3 * 4 * 2),
@@ -261,6 +272,7 @@ def test_a_dry_run_tells_the_time_and_leaves_nothing(losscli: Losscli, folder: P
         "interpolate a.pt b.pt --derivatives",
         "trajectory a.pt b.pt init:5",
         "plane a.pt",
+        "plane a.pt --axes hessian --path b.pt",
         "barriers a.pt b.pt init:5",
         "around a.pt b.pt",
         "around a.pt --along gradient",

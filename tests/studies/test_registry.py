@@ -39,7 +39,10 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         ),
     ],
     "trajectory": lambda: [library.trajectory(PATH, residuals=2, random_walk=True)],
-    "plane": lambda: [library.plane(PATH, points=2)],
+    "plane": lambda: [
+        library.plane(PATH, points=2),
+        library.plane("a.pt", axes="hessian", path=PATH, points=2, limit=5, model="mlp:6-5-3"),
+    ],
     "check": lambda: [
         library.check("a.pt", eigenvalues=2),
         library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
