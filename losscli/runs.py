@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from losscli.drawing import Drawing
 from losscli.errors import TableError, UsageError
 from losscli.figures import check_curve_count, check_panel_count
-from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of
+from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of, load
 from losscli.results import Result, Run, draw, label_runs, make_drawing, read_summary, stem_of
 from losscli.settings import PathLike, as_list, checked, describe
 from losscli.table import Table
@@ -148,7 +148,8 @@ def choose_drawing(
     for name, run in zip(names, runs, strict=True):
         own = run.summary.get("drawing", {})
         try:
-            Drawing(**own)
+            if style := Drawing(**own).style:
+                load("losscli.plotting.style_sheet:parse")(style)
         except UsageError as error:
             where = Path(name).with_suffix(".json")
             raise TableError(f"{where}, drawing: {error.what}", error.cure) from None

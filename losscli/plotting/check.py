@@ -109,7 +109,7 @@ def draw_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> Figure:
         draw = _draw_several if len(names) > 1 else _draw_one
         figure, notes, groups = draw(run, names, splits, escape, drawing)
         if escape:
-            groups.append(escape.entries(figure, drawing))
+            groups.append(escape.entries(figure, run, drawing))
         add_title(figure, drawing)
         add_foot(figure, drawing, notes, groups)
         finish_layout(figure, drawing)
@@ -702,11 +702,13 @@ class _Escape:
         at = int(np.argmin(shown))
         return at if shown[at] < self.start else -1
 
-    def entries(self, figure: Figure, drawing: Drawing) -> Group:
+    def entries(self, figure: Figure, run: Run[CheckSummary], drawing: Drawing) -> Group:
         """Returns the legend entries."""
         entries: Group = []
         if math.isfinite(self.start):
-            name = shorten_path(figure, plain(self.checkpoint), narrow(figure, 200))
+            name = shorten_path(
+                figure, name_checkpoint(run, self.checkpoint, drawing), narrow(figure, 200)
+            )
             label = drawing.words(f"the checkpoint  {name}".strip(), "checkpoint")
             entries.append((Line2D([], [], ls="none", **_START), label))
         if self.lowest >= 0:

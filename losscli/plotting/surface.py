@@ -77,6 +77,7 @@ HIDDEN = "Pale marks and dotted lines are behind the surface."
 _LOG_RATIO = 30.0  # above this ratio of highest to lowest loss the scale is logarithmic
 _FILLS = 4  # bands of colour between two contour lines
 _FACETS = 60  # minimum number of facets per side of a surface
+_MOST_LAYOUTS = 6
 _MANY_CROSSES = 400
 _MANY_DOTS = 40
 _BOX = np.array([1.0, 0.85, 0.62])
@@ -623,8 +624,15 @@ def finish_layout(figure: Figure, drawing: Drawing) -> None:
         figure.draw_without_rendering()
         figure.set_layout_engine(engine)
     # A panel with a fixed aspect ratio shrinks after its margins were measured: measure again.
-    for _ in range(2 if any(axes.get_aspect() != "auto" for axes in figure.axes) else 0):
+    fixed = any(axes.get_aspect() != "auto" for axes in figure.axes)
+    before = np.empty(0)
+    most = _MOST_LAYOUTS if drawing.compact else 2
+    for count in range(most if fixed else 0):
         engine.execute(figure)
+        places = np.array([axes.get_position().bounds for axes in figure.axes])
+        if count and np.allclose(places, before, atol=1e-3):
+            break
+        before = places
     freeze(figure, drawing)
     page = figure.transSubfigure.inverted()
     cells = [axes.get_position(original=True) for axes in axes_3d]
