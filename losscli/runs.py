@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from losscli import registry
 from losscli.drawing import Drawing
 from losscli.errors import TableError, UsageError
 from losscli.figures import check_curve_count, check_panel_count
-from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of, load
+from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of
 from losscli.results import Result, Run, draw, label_runs, make_drawing, read_summary, stem_of
 from losscli.settings import PathLike, as_list, checked, describe
 from losscli.table import Table
@@ -149,7 +150,7 @@ def choose_drawing(
         own = run.summary.get("drawing", {})
         try:
             if style := Drawing(**own).style:
-                load("losscli.plotting.style_sheet:parse")(style)
+                registry.load("losscli.plotting.style_sheet:parse")(style)
         except UsageError as error:
             where = Path(name).with_suffix(".json")
             raise TableError(f"{where}, drawing: {error.what}", error.cure) from None
