@@ -23,7 +23,18 @@ from losscli.drawing import FULL, Drawing
 from losscli.errors import OutputError, TableError, UsageError, printable
 from losscli.figures import check_panel_count, render_files
 from losscli.files import create, read_regular
-from losscli.registry import COLUMN_TYPES, COMMANDS, Command, command_of, further_table_names, load
+from losscli.registry import (
+    ANIMATIONS,
+    COLUMN_TYPES,
+    COMMANDS,
+    MESH,
+    PATH_MESH,
+    PICTURES,
+    Command,
+    command_of,
+    further_table_names,
+    load,
+)
 from losscli.settings import PathLike, checked
 from losscli.summaries import from_json
 from losscli.table import Table
@@ -49,7 +60,7 @@ __all__ = [
     "to_json",
 ]
 
-FIGURE_SUFFIXES = (".png", ".svg", ".pdf", ".html")
+FIGURE_SUFFIXES = (*PICTURES, *ANIMATIONS, MESH)
 
 # Non-ASCII characters. json escapes control characters itself; its own newlines are kept.
 _NON_ASCII = re.compile(r"[^\n -~]")
@@ -250,7 +261,8 @@ class Result(Generic[S_co]):
 
         Args:
             stem: STEM of STEM.csv, STEM.json, STEM.NAME.csv of each further table and STEM.png.
-            figure: Figures (.png, .svg, .pdf, .html) instead of STEM.png.
+            figure: Figures instead of STEM.png: .png, .svg, .pdf, .html; .gif and .mp4 of a path;
+                .vtp of a surface.
             no_figure: Whether to draw no figure.
             force: Whether results of another run may be overwritten.
             **drawing: The attributes of `losscli.drawing.Drawing`: ``log``, ``size``, ….
@@ -375,6 +387,39 @@ def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
     """
     _check_plotly()
     return _shared_command(runs).html(runs, drawing)
+
+
+def animate(runs: Sequence[Run[Any]], drawing: Drawing, suffix: str) -> bytes:
+    """Animates the paths of runs of one command, by the columns of their tables.
+
+    Args:
+        runs: One or more, each with the table of a command.
+        drawing: How.
+        suffix: The format, ``.gif`` or ``.mp4``.
+
+    Returns:
+        The content of a file.
+
+    Raises:
+        UsageError: The runs are of several commands, or have no path.
+    """
+    return _shared_command(runs).animate(runs, drawing, suffix)
+
+
+def write_mesh(runs: Sequence[Run[Any]], drawing: Drawing) -> dict[str, str]:
+    """Writes the surface of a run and the path on it, by the columns of its tables.
+
+    Args:
+        runs: A single run with the table of a command.
+        drawing: Whether the height is logarithmic.
+
+    Returns:
+        The content of each file, by the end of its name: ``.vtp`` and ``.path.vtp``.
+
+    Raises:
+        UsageError: There are several runs, or the run has no surface.
+    """
+    return _shared_command(runs).write_mesh(runs, drawing)
 
 
 def _check_plotly() -> None:
@@ -571,6 +616,16 @@ class Output:
                 )
         if any(path.suffix.lower() == ".html" for path in figures):
             _check_plotly()
+        figures = [
+            file
+            for path in figures
+            for file in (
+                # A surface has its path in a second file.
+                (path, path.with_suffix(PATH_MESH))
+                if path.suffix.lower() == MESH and not path.name.lower().endswith(PATH_MESH)
+                else (path,)
+            )
+        ]
         for parent in {path.parent for path in (stem, *figures)}:
             # Missing folders are created later, inside the nearest existing one.
             folder = next(p for p in (parent, *parent.parents) if p.exists())
@@ -580,7 +635,7 @@ class Output:
                 raise OutputError(
                     f"the folder {folder} cannot be written to", "Choose another with --out"
                 )
-        return cls(stem, tuple(figures), force)
+        return cls(stem, tuple(dict.fromkeys(figures)), force)
 
     def make_folder(self) -> None:
         """Creates the folder of the stem if it does not exist.
@@ -637,12 +692,7 @@ class Output:
             UsageError: The result has no such figure.
             OutputError: A file cannot be written. No file is changed then.
         """
-        pictures = render_files(
-            partial(result.draw_with, drawing),
-            partial(result.html_with, drawing),
-            self.figures,
-            drawing,
-        )
+        pictures = self.render(label_runs([result.run], drawing.label), result.draw, drawing)
         old_tables = _read_object(self._file(".json")).get("tables")
         summary = f"{to_json(result.summary)}\n".encode()
         # The summary comes first: if the process is killed in between, it identifies the run. The
@@ -663,6 +713,31 @@ class Output:
                 self._file(f".{name}.csv").unlink(missing_ok=True)
         more = (self._file(f".{name}.csv") for name in result.more)
         return [self._file(".csv"), *more, *self.figures, self._file(".json")]
+
+    def render(
+        self, runs: Sequence[Run[Any]], draw: Draw, drawing: Drawing = FULL
+    ) -> dict[Path, bytes]:
+        """Renders the figures.
+
+        Args:
+            runs: One or more runs of one command, with their labels.
+            draw: Draws them.
+            drawing: How.
+
+        Returns:
+            The content of each file.
+
+        Raises:
+            UsageError: The runs have no such figure.
+        """
+        return render_files(
+            partial(draw, runs, drawing),
+            partial(render_html, runs, drawing),
+            partial(animate, runs, drawing),
+            partial(write_mesh, runs, drawing),
+            self.figures,
+            drawing,
+        )
 
     def write_pictures(self, pictures: Mapping[Path, bytes]) -> list[Path]:
         """Writes figures only; refuses to overwrite different ones unless ``force``.

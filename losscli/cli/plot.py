@@ -6,7 +6,6 @@ import io
 import os
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +15,8 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting
 from losscli.cli.options import with_console, with_drawing
 from losscli.errors import UsageError
-from losscli.figures import render_files
 from losscli.registry import COMMANDS, command_of
-from losscli.results import Output, Run, draw, label_runs, picture_of, render_html, stem_of
+from losscli.results import Output, Run, draw, label_runs, picture_of, stem_of
 from losscli.runs import check_curves, check_main, check_panels, choose_drawing, read_run
 from losscli.table import Table
 
@@ -58,7 +56,8 @@ def plot(
         typer.Option(
             "--figure",
             metavar="PATH",
-            help="Repeatable. A picture (.png, .svg, .pdf, .html) instead of STEM.png.",
+            help="Repeatable. A picture instead of STEM.png: .png, .svg, .pdf, .html; a .gif or "
+            ".mp4 of a path; a .vtp of a surface.",
             show_default=False,
         ),
     ] = None,
@@ -91,10 +90,7 @@ def plot(
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
     check_panels(csvs, runs)
     import_plotting()
-    pictures = render_files(
-        partial(draw, runs, options), partial(render_html, runs, options), output.figures, options
-    )
-    files = output.write_pictures(pictures)
+    files = output.write_pictures(output.render(runs, draw, options))
     console.written = True
     console.result("".join(f"{path}\n" for path in files))
 

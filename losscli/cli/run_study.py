@@ -54,6 +54,9 @@ def run_study(
         study = plan()
     _note_on_speed(study, console)
     check_labels(write.drawing.label, len(study.problem.names))
+    for path in output.figures if output is not None else ():
+        suffix = path.suffix.lower()
+        command.check_format(suffix, has_path=study.has_path, has_surface=study.has_surface)
     if output is not None and output.figures:
         objective = study.problem.objective
         check_panel_count(
