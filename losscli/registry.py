@@ -208,7 +208,7 @@ class Command:
                 )
         if suffix == ".mp4" and find_spec("imageio_ffmpeg") is None:
             raise UsageError(
-                "an .mp4 needs imageio-ffmpeg, which is not installed",
+                "a .mp4 needs imageio-ffmpeg, which is not installed",
                 "pip install 'losscli[video]', or write a .gif",
             )
 

@@ -1,7 +1,8 @@
 """Surfaces and paths as VTK PolyData in XML (.vtp), for ParaView and PyVista.
 
 The format is described in https://docs.vtk.org/en/latest/vtk_file_formats/vtkxml_file_format.html.
-Text keeps every digit of a float, and VTK reads nan and inf.
+Text keeps every digit of a float. VTK reads nan and inf, but takes -inf for inf: it is written as
+nan.
 """
 
 from __future__ import annotations
@@ -172,6 +173,7 @@ def _poly_data(
 
 def _data_array(name: str, values: NDArray[Any]) -> str:
     kind = "Int64" if values.dtype.kind == "i" else "Float64"
+    values = np.where(np.isneginf(values), np.nan, values) if kind == "Float64" else values
     # repr() of a Python float has as many digits as it takes to read the same float again.
     rows: Iterable[Any] = values.reshape(len(values), -1).tolist() if values.size else ()
     text = "\n".join(" ".join(map(repr, row)) for row in rows)
