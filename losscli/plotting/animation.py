@@ -28,11 +28,12 @@ from losscli.plotting.style import (
     columns,
     house_style,
     label_loss,
-    narrow,
     new_figure,
     scale_checkpoints,
-    shorten,
+    shorten_path,
+    small_size,
     text_size,
+    text_width,
 )
 from losscli.plotting.surface import WIDE, Contours, draw_path, finish_layout, label_contours
 from losscli.registry import load
@@ -165,8 +166,12 @@ class Animation:
         every = _times(self.tracks)
         text = f"checkpoint {_count(every, time)} of {every.size}"
         if len(self.tracks) == 1 and self.tracks[0].labels:
-            text += f": {self.tracks[0].labels[_count(every, time) - 1]}"
-        return shorten(self.figure, text, narrow(self.figure, 260), text_size())
+            label = self.tracks[0].labels[_count(every, time) - 1]
+            width = self.beside.get_window_extent().width / self.figure.dpi * INCH
+            left = width - text_width(self.figure, f"{text}: ", text_size())
+            # Its width is that in the size of legends.
+            text += f": {shorten_path(self.figure, label, left * small_size() / text_size())}"
+        return text
 
     def render(self, suffix: str) -> bytes:
         """Renders the animation.
