@@ -17,8 +17,8 @@ demo: .venv/installed
 
 # One process per core with one thread each; in tests of threads, those that wait sleep instead of
 # spinning on a core that another process needs. Each process runs neighbouring tests, which share
-# what they compute, and takes tests from another when it is done.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist worksteal
+# what they compute, and takes tests from another when it is done. The compiled tests are kept.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test: .venv/installed
 	$(PYTEST)

@@ -13,7 +13,7 @@ from losscli.registry import ANIMATIONS, MESH, PATH_MESH, Panels, load
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_curve_count", "check_panel_count", "render_files"]
+__all__ = ["check_curve_count", "check_panel_count", "has_panels", "render_files"]
 
 # Laying out more panels takes minutes; more curves are indistinguishable.
 _MOST_PANELS = 24
@@ -38,6 +38,11 @@ def check_panel_count(panels: Panels, splits: int, metrics: int, cure: str) -> N
             f"a picture has panels for {_MOST_PANELS} {panels}, and not {number}", cure
         )
     check_curve_count(splits, cure)
+
+
+def has_panels(path: Path) -> bool:
+    """Returns whether a figure has panels side by side: neither a page nor a surface has."""
+    return path.suffix.lower() not in {".html", MESH}
 
 
 def check_curve_count(curves: int, cure: str) -> None:

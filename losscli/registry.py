@@ -104,10 +104,12 @@ class Command:
         report: The function that puts a `Result` into words.
         drawing: The function that draws runs: a sequence of them, or one where several cannot be
             overlaid.
-        page: The function that renders runs as an interactive page, with the same arguments, or
-            that of any command.
-        animation: The function that animates runs, with the same arguments; empty for none.
-        mesh: The function that writes runs as a surface, with the same arguments; empty for none.
+        views: The function that returns the views of runs on an interactive page, with the same
+            runs, or that of any command.
+        animation: The function that animates runs, with the arguments of ``drawing``; empty for
+            none.
+        mesh: The function that writes runs as a surface, with the arguments of ``drawing``; empty
+            for none.
         path_cure: What to do if a run has no path to animate.
         surface_cure: What to do if a run has no surface.
         summary: The type of the summary, STEM.json, see `losscli.summaries`.
@@ -127,7 +129,7 @@ class Command:
     table: TableFormat
     further_tables: Mapping[str, TableFormat] = field(default_factory=dict)
     panels: Panels = "splits"
-    page: str = ""
+    views: str = ""
     animation: str = ""
     mesh: str = ""
     path_cure: str = ""
@@ -164,25 +166,25 @@ class Command:
         load("losscli.plotting.style:make_displayable")(figure, drawing)
         return figure
 
-    def html(self, runs: Sequence[Any], drawing: Drawing) -> str:
-        """Renders one run or several as an interactive page.
+    def page_views(self, runs: Sequence[Any]) -> Sequence[Any]:
+        """Returns the views of one run or several on an interactive page.
 
         Args:
             runs: Each a `losscli.results.Run`.
-            drawing: The title, and whether the scale of the loss is logarithmic at first.
 
         Returns:
-            HTML that needs no other file.
+            Each a `losscli.plotting.html.View`.
 
         Raises:
             UsageError: Several runs have no figure together, or this one has none.
         """
         what = self._overlaid(runs)
-        if self.page:
-            page: str = load(self.page)(what, drawing)
-        else:
-            page = load("losscli.plotting.html:table_page")(runs, drawing)
-        return page
+        views: Sequence[Any] = (
+            load(self.views)(what)
+            if self.views
+            else load("losscli.plotting.html:table_views")(runs)
+        )
+        return views
 
     def check_format(self, suffix: str, *, has_path: bool = True, has_surface: bool = True) -> None:
         """Checks that a run has a figure in a format.
@@ -280,11 +282,11 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.interpolate:interpolate",
             report="losscli.cli.interpolate:report",
             drawing="losscli.plotting.interpolation:draw_interpolation",
-            page="losscli.plotting.interpolation:render_interpolation",
+            views="losscli.plotting.interpolation:interpolation_views",
             summary="losscli.summaries:LineSummary",
             table=TableFormat(
                 ("alpha", *_LOSS),
-                optional=("slope", "curvature", "examples"),
+                optional=("slope", "curvature", "examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
                 position="alpha",
@@ -292,14 +294,14 @@ COMMANDS: Mapping[str, Command] = {
             further_tables={
                 "context": TableFormat(
                     ("alpha", "split", "loss"),
-                    optional=("loss_stderr", "slope", "curvature", "examples"),
+                    optional=("loss_stderr", "slope", "curvature", "examples", "loss_seed_stderr"),
                     metrics=True,
                     errors=("loss_stderr",),
                     position="alpha",
                 ),
                 "blocks": TableFormat(
                     ("block", "alpha", *_LOSS),
-                    optional=("examples",),
+                    optional=("examples", "loss_seed_stderr"),
                     metrics=True,
                     errors=("loss_stderr",),
                     position="alpha",
@@ -320,7 +322,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.trajectory:trajectory",
             report="losscli.cli.trajectory:report",
             drawing="losscli.plotting.trajectory:draw_trajectory",
-            page="losscli.plotting.trajectory:render_trajectory",
+            views="losscli.plotting.trajectory:trajectory_views",
             animation="losscli.plotting.trajectory:animate_trajectory",
             mesh="losscli.plotting.trajectory:mesh_trajectory",
             path_cure="Give checkpoints of finite weights",
@@ -331,7 +333,7 @@ COMMANDS: Mapping[str, Command] = {
                     *("step", "checkpoint", "projection", "residual", "distance"),
                     *("turn_degrees", *_LOSS),
                 ),
-                optional=("examples",),
+                optional=("examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
             ),
@@ -355,14 +357,14 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.plane:plane",
             report="losscli.cli.plane:report",
             drawing="losscli.plotting.plane:draw_plane",
-            page="losscli.plotting.plane:render_plane",
+            views="losscli.plotting.plane:plane_views",
             animation="losscli.plotting.plane:animate_plane",
             mesh="losscli.plotting.plane:mesh_plane",
             path_cure="Give --pca or --path",
             summary="losscli.summaries:PlaneSummary",
             table=TableFormat(
                 ("x", "y", *_LOSS),
-                optional=("examples",),
+                optional=("examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
                 grid=("x", "y"),
@@ -381,11 +383,11 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.around:around",
             report="losscli.cli.around:report",
             drawing="losscli.plotting.around:draw_around",
-            page="losscli.plotting.around:render_around",
+            views="losscli.plotting.around:around_views",
             summary="losscli.summaries:AroundSummary",
             table=TableFormat(
                 ("checkpoint", "direction", "coefficient", "distance", *_LOSS),
-                optional=("examples",),
+                optional=("examples", "loss_seed_stderr"),
                 metrics=True,
                 errors=("loss_stderr",),
                 position="coefficient",
@@ -397,7 +399,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.check:check",
             report="losscli.cli.check:report",
             drawing="losscli.plotting.check:draw_check",
-            page="losscli.plotting.check:render_check",
+            views="losscli.plotting.check:check_views",
             summary="losscli.summaries:CheckSummary",
             table=TableFormat(
                 (
@@ -405,8 +407,14 @@ COMMANDS: Mapping[str, Command] = {
                     *("lambda_min", "lambda_min_error", "lambda_max", "lambda_max_error"),
                     *("minimal_ratio", "verdict"),
                 ),
-                optional=("positive", "negative", "undecided", "trace", "trace_stderr"),
-                errors=("lambda_min_error", "lambda_max_error", "trace_stderr"),
+                optional=(
+                    *("positive", "negative", "undecided", "trace", "trace_stderr"),
+                    *("preconditioned_lambda_max", "preconditioned_lambda_max_error"),
+                ),
+                errors=(
+                    *("lambda_min_error", "lambda_max_error", "trace_stderr"),
+                    "preconditioned_lambda_max_error",
+                ),
             ),
             further_tables={
                 "escape": TableFormat(("distance", "loss", "loss_stderr"), errors=("loss_stderr",)),
@@ -435,7 +443,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.sharpness:sharpness",
             report="losscli.cli.sharpness:report",
             drawing="losscli.plotting.sharpness:draw_sharpness",
-            page="losscli.plotting.sharpness:render_sharpness",
+            views="losscli.plotting.sharpness:sharpness_views",
             summary="losscli.summaries:SharpnessSummary",
             table=TableFormat(
                 (
@@ -456,7 +464,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.barriers:barriers",
             report="losscli.cli.barriers:report",
             drawing="losscli.plotting.barriers:draw_barriers",
-            page="losscli.plotting.barriers:render_barriers",
+            views="losscli.plotting.barriers:barriers_views",
             summary="losscli.summaries:BarriersSummary",
             table=TableFormat(
                 (
@@ -471,7 +479,7 @@ COMMANDS: Mapping[str, Command] = {
             further_tables={
                 "curves": TableFormat(
                     ("a", "b", "alpha", *_LOSS),
-                    optional=("examples",),
+                    optional=("examples", "loss_seed_stderr"),
                     metrics=True,
                     identified_by=("a", "loss"),
                     drawn=False,
@@ -485,7 +493,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="",
             report="losscli.cli.files:report",
             drawing="losscli.plotting.inspection:draw_inspection",
-            page="losscli.plotting.inspection:render_inspection",
+            views="losscli.plotting.inspection:inspection_views",
             summary="losscli.summaries:InspectionSummary",
             table=TableFormat(
                 ("tensor", "shape", "dtype", "values", "norm"),

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from html import escape
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from losscli.drawing import FULL, Drawing
 from losscli.errors import OutputError, TableError, UsageError, printable
-from losscli.figures import check_panel_count, render_files
+from losscli.figures import check_panel_count, has_panels, render_files
 from losscli.files import create, read_regular
 from losscli.registry import (
     ANIMATIONS,
@@ -48,6 +48,7 @@ __all__ = [
     "Result",
     "Run",
     "check_labels",
+    "check_plotly",
     "check_writable",
     "default_stem",
     "draw",
@@ -281,7 +282,7 @@ class Result(Generic[S_co]):
         output = Output.plan(
             stem_of(str(stem)), [Path(path) for path in figure], draw=not no_figure, force=force
         )
-        if output.figures:
+        if any(map(has_panels, output.figures)):
             splits = self.table.unique("split") if "split" in self.table.columns else []
             check_panel_count(
                 self.command.panels_with(self.more),
@@ -385,8 +386,10 @@ def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
         UsageError: The runs are of several commands or have no figure together, or Plotly is not
             installed.
     """
-    _check_plotly()
-    return _shared_command(runs).html(runs, drawing)
+    check_plotly()
+    views = _shared_command(runs).page_views(runs)
+    page: str = load("losscli.plotting.html:render_page")(views, drawing)
+    return page
 
 
 def animate(runs: Sequence[Run[Any]], drawing: Drawing, suffix: str) -> bytes:
@@ -422,7 +425,12 @@ def write_mesh(runs: Sequence[Run[Any]], drawing: Drawing) -> dict[str, str]:
     return _shared_command(runs).write_mesh(runs, drawing)
 
 
-def _check_plotly() -> None:
+def check_plotly() -> None:
+    """Checks that interactive pages can be rendered.
+
+    Raises:
+        UsageError: Plotly is not installed.
+    """
     if find_spec("plotly") is None:
         raise UsageError(
             "a figure in .html needs plotly, which is not installed", "pip install 'losscli[html]'"
@@ -435,7 +443,7 @@ def _shared_command(runs: Sequence[Run[Any]]) -> Command:
     if len(commands) > 1:
         raise UsageError(
             f"tables of {' and '.join(sorted(commands))} have no axes in common",
-            "Lay tables of one command over each other",
+            "Lay tables of one command over each other, or write a report: --figure report.html",
         )
     (command,) = commands.values()
     return command
@@ -615,7 +623,7 @@ class Output:
                     f"Choose one of {', '.join(FIGURE_SUFFIXES)}",
                 )
         if any(path.suffix.lower() == ".html" for path in figures):
-            _check_plotly()
+            check_plotly()
         figures = [
             file
             for path in figures
@@ -715,7 +723,11 @@ class Output:
         return [self._file(".csv"), *more, *self.figures, self._file(".json")]
 
     def render(
-        self, runs: Sequence[Run[Any]], draw: Draw, drawing: Drawing = FULL
+        self,
+        runs: Sequence[Run[Any]],
+        draw: Draw,
+        drawing: Drawing = FULL,
+        page: Callable[[Sequence[Run[Any]], Drawing], str] = render_html,
     ) -> dict[Path, bytes]:
         """Renders the figures.
 
@@ -723,6 +735,7 @@ class Output:
             runs: One or more runs of one command, with their labels.
             draw: Draws them.
             drawing: How.
+            page: Renders them as an interactive page.
 
         Returns:
             The content of each file.
@@ -732,7 +745,7 @@ class Output:
         """
         return render_files(
             partial(draw, runs, drawing),
-            partial(render_html, runs, drawing),
+            partial(page, runs, drawing),
             partial(animate, runs, drawing),
             partial(write_mesh, runs, drawing),
             self.figures,

@@ -8,12 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from losscli import registry
 from losscli.drawing import Drawing
 from losscli.errors import TableError, UsageError
 from losscli.figures import check_curve_count, check_panel_count
 from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of
-from losscli.results import Result, Run, draw, label_runs, make_drawing, read_summary, stem_of
+from losscli.registry import load as load_function
+from losscli.results import (
+    Result,
+    Run,
+    check_plotly,
+    draw,
+    label_runs,
+    make_drawing,
+    read_summary,
+    stem_of,
+)
 from losscli.settings import PathLike, as_list, checked, describe
 from losscli.table import Table
 
@@ -28,12 +37,16 @@ __all__ = [
     "load",
     "plot",
     "read_run",
+    "report",
 ]
 
 # Maximum number of grid points per row: a table may lack some points, but not most of them.
 _SPARSEST = 4
 
 _FEWER = "Choose fewer by --split and --metric when a table is made, or give fewer tables"
+
+# Maximum number of checkpoints that a report names.
+_LISTED = 4
 
 # Maximum |α|: beyond, weights on the line exceed the range of float32.
 _LARGEST_ALPHA = 1e30
@@ -108,6 +121,73 @@ def _as_run(value: Any, name: str) -> Run[Any]:
     raise UsageError(f"{describe(value)} is neither a CSV nor a result", "Give result, or its CSV")
 
 
+def report(names: Sequence[str], runs: Sequence[Run[Any]], drawing: Drawing) -> str:
+    """Renders runs of any commands as one interactive page, with the origin of their numbers.
+
+    Runs of one command share a section if they can be drawn together.
+
+    Args:
+        names: The name of each run.
+        runs: The runs.
+        drawing: The title, and whether the scales are logarithmic at first.
+
+    Returns:
+        HTML that needs no other file and no network.
+
+    Raises:
+        UsageError: A run has no figure, or Plotly is not installed.
+    """
+    check_plotly()
+    together: dict[str, list[tuple[str, Run[Any]]]] = {}
+    for name, run in zip(names, runs, strict=True):
+        command = command_of(run.table.columns)
+        assert command is not None  # see `check_main`
+        key = f"{command.name} {name}" if command.not_overlaid else command.name
+        together.setdefault(key, []).append((name, run))
+    section = load_function("losscli.plotting.html:Section")
+    sections = []
+    for members in together.values():
+        command = command_of(members[0][1].table.columns)
+        assert command is not None
+        shown = ", ".join(run.label or name for name, run in members)
+        views = command.page_views([run for _, run in members])
+        origin = [(run.label or name, _origin(run)) for name, run in members]
+        sections.append(section(f"{command.name}: {shown}", views, origin))
+    page: str = load_function("losscli.plotting.html:render_report")(sections, drawing)
+    return page
+
+
+def _origin(run: Run[Any]) -> str:
+    """Says in one line what the numbers of a run come from, as far as its summary says it."""
+    summary = run.summary
+    if not summary:
+        return "There is no summary beside the table: the origin of its numbers is unknown."
+    settings = {
+        "losscli": summary.get("version"),
+        "torch": summary.get("torch"),
+        "device": summary.get("device_name") or summary.get("device"),
+        "dtype": summary.get("dtype"),
+        "model": summary.get("model"),
+        "data": summary.get("data"),
+        "loss": summary.get("loss"),
+        "seed": summary.get("seed"),
+    }
+    parts = [f"{name} {value}" for name, value in settings.items() if value is not None]
+    unit = "batches" if "batches" in summary else "examples"
+    counts = summary.get(unit, {})
+    parts += [f"{number:,} {unit} of {split}" for split, number in counts.items()]
+    checkpoints = []
+    for entry in summary.get("checkpoints", ()):
+        digest = entry.get("sha256")
+        content = f" (SHA-256 {digest[:12]}…)" if digest else ""
+        checkpoints.append(f"{entry.get('name', '')}{content}")
+    if len(checkpoints) > _LISTED:
+        left_out = len(checkpoints) - _LISTED
+        checkpoints = [*checkpoints[: _LISTED - 1], f"{left_out} more", checkpoints[-1]]
+    parts.append(f"checkpoints {', '.join(checkpoints)}")
+    return "; ".join(parts)
+
+
 def read_run(path: Path, *, undrawn: bool = False) -> Run[Any]:
     """Reads the files of a run and checks that it can be drawn.
 
@@ -150,7 +230,7 @@ def choose_drawing(
         own = run.summary.get("drawing", {})
         try:
             if style := Drawing(**own).style:
-                registry.load("losscli.plotting.style_sheet:parse")(style)
+                load_function("losscli.plotting.style_sheet:parse")(style)
         except UsageError as error:
             where = Path(name).with_suffix(".json")
             raise TableError(f"{where}, drawing: {error.what}", error.cure) from None

@@ -63,7 +63,11 @@ class Settings:
         model: The architecture; None takes it from the checkpoints' metadata or ``losscli.toml``.
         data: The data set; None as for ``model``.
         loss: The per-example loss; None as for ``model``, else by the task of the data.
-        metric: The metrics; ``("none",)`` for none, empty for those of the task of the data.
+        objective: A function from the model and a batch to one number per example, in the place of
+            the loss; ``model`` for the loss that the model itself returns for a batch, which
+            implies ``batch_loss``. None as for ``model``, else for a loss.
+        metric: The metrics; ``("none",)`` for none; empty as for ``model``, else for those of the
+            task of the data, or none with an objective.
         split: The splits; empty for all.
         limit: The number of examples of each split, or of batches with ``batch_loss``, drawn once
             with the seed; None for all.
@@ -71,6 +75,8 @@ class Settings:
             examples per batch of data that are not a DataLoader.
         batch_loss: Whether the loss is one number per batch. The batches of a DataLoader are kept,
             their order is drawn once, and each batch has the same weight.
+        stochastic: The number of seeds of a model that is random on purpose: every loss is the mean
+            over them, with the same seeds for every batch and point. None for no randomness.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         dtype: The dtype of the forward pass; sums are always float64.
         tf32: Whether a GPU may round float32 products to TF32.
@@ -87,16 +93,19 @@ class Settings:
         rename: Renames of the tensors of the checkpoints, ``OLD=NEW``: each replaces the first
             run of components OLD in a name, such as ``fc=head`` in ``fc.weight``.
         seed: The seed of all random choices.
+        trust: Whether a ``losscli.toml`` may name code, which is then run.
     """
 
     model: Any = None
     data: Any = None
     loss: Any = None
+    objective: Any = None
     metric: tuple[Any, ...] = ()
     split: tuple[str, ...] = ()
     limit: int | None = None
     batch_size: int | None = None
     batch_loss: bool = False
+    stochastic: int | None = None
     device: str = "auto"
     dtype: DType = "float32"
     tf32: bool = False
@@ -108,6 +117,7 @@ class Settings:
     allow_missing: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
     seed: int = 0
+    trust: bool = False
 
     def __new__(cls, *_: Any, **options: Any) -> Self:
         """Rejects unknown keywords."""
@@ -120,12 +130,15 @@ class Settings:
             value = getattr(self, field.name)
             if field.name in {"device", "dtype"} and type(value).__module__ == "torch":
                 value = str(value).removeprefix("torch.")
-            if field.name in {"model", "data", "loss"} and isinstance(value, os.PathLike):
+            if field.name in {"model", "data", "loss", "objective"} and isinstance(
+                value, os.PathLike
+            ):
                 value = os.fspath(value)
             object.__setattr__(self, field.name, convert(field.name, value, _HINTS[field.name]))
         for name, values in {
             "model": (self.model,),
             "loss": (self.loss,),
+            "objective": (self.objective,),
             "metric": self.metric,
         }.items():
             for value in values:
@@ -134,6 +147,9 @@ class Settings:
                         f"{name} must be a string or a function, not {describe(value)}",
                         f"Give the name of a {name} as on the command line, or code",
                     )
+        if isinstance(self.objective, str) and self.objective == "model":
+            # The loss that a model returns is one number per batch.
+            object.__setattr__(self, "batch_loss", True)
 
 
 def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:

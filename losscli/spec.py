@@ -22,7 +22,7 @@ import sysconfig
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
@@ -39,6 +39,7 @@ __all__ = [
     "look_up",
     "quote",
     "read_toml",
+    "untrusted",
     "user_code_digests",
     "user_folders_on_path",
 ]
@@ -268,6 +269,8 @@ def look_up(
     *,
     trusted: bool,
     source: str = "a file",
+    folder: Path | None = None,
+    cure: str = "",
     runs_code: Collection[str] = (),
 ) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """Finds the callable that a spec names: an entry of a registry, or user code.
@@ -276,9 +279,10 @@ def look_up(
         spec: The spec.
         registry: The entries by name.
         kind: The kind of the entries ("model", "data", …), for the errors.
-        trusted: Whether the spec comes from the command line. Only then may it name code, which
-            is imported and thereby run.
+        trusted: Whether the spec may name code, which is imported and thereby run.
         source: The source of a spec that is not from the command line.
+        folder: The folder of relative paths and of modules; by default the current folder.
+        cure: How the source can become trusted, if it can.
         runs_code: Entries that run code in a file, and so need a trusted spec.
 
     Returns:
@@ -286,14 +290,16 @@ def look_up(
 
     Raises:
         SpecError: No entry has this name, or the code does not exist or cannot be imported.
-        UntrustedCodeError: The spec names code and is not from the command line.
+        UntrustedCodeError: The spec names code and is not trusted.
     """
     name, _, argument = spec.target.partition(":")
     if name in registry and (trusted or name not in runs_code):
         return registry[name], ((argument,) if argument else ())
     module, _, rest = spec.target.partition(":")
     attribute, _, argument = rest.partition(":")
-    if name not in registry and not (_CALLABLE.fullmatch(attribute) and _may_be_code(module)):
+    if name not in registry and not (
+        _CALLABLE.fullmatch(attribute) and _may_be_code(module, folder)
+    ):
         close = difflib.get_close_matches(name, registry, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise SpecError(
@@ -302,19 +308,46 @@ def look_up(
             "package.module:callable or path/to/file.py:callable",
         )
     if not trusted:
-        option = {"model": "--model", "data": "--data", "loss": "--loss"}.get(kind, f"--{kind}")
-        raise UntrustedCodeError(
-            f"{source} names code to run as its {kind}, {str(spec)!r}, and code is run only when "
-            "the command line names it",
-            f"If you trust it, write {option} {shlex.quote(str(spec))}",
-        )
-    return _load(module, attribute, kind), ((argument,) if argument else ())
+        what = f"{source} names code to run as its {kind}, {str(spec)!r}"
+        raise untrusted(what, kind, _from_here(spec, folder, runs_code), cure)
+    return _load(module, attribute, kind, folder), ((argument,) if argument else ())
 
 
-def _may_be_code(module: str) -> bool:
+def untrusted(what: str, kind: str, spec: Spec, cure: str) -> UntrustedCodeError:
+    """Returns the error of a spec from a file that only a trusted source may have.
+
+    Args:
+        what: What the file names.
+        kind: The kind of the spec.
+        spec: The spec, with paths relative to the current folder.
+        cure: How the file can become trusted, if it can.
+
+    Returns:
+        The error.
+    """
+    option = f"write --{kind} {shlex.quote(str(spec))}"
+    if cure:
+        return UntrustedCodeError(f"{what}, and is not trusted", f"{cure}, or {option}")
+    return UntrustedCodeError(
+        f"{what}, and code is run only when the command line names it", f"If you trust it, {option}"
+    )
+
+
+def _from_here(spec: Spec, folder: Path | None, runs_code: Collection[str]) -> Spec:
+    """Makes the path of a file of code relative to the current folder."""
+    name, colon, rest = spec.target.partition(":")
+    if folder is not None and name.endswith(".py"):
+        name = os.path.relpath(folder / name)
+    elif folder is not None and name in runs_code:
+        rest = os.path.relpath(folder / rest)
+    return replace(spec, target=f"{name}{colon}{rest}")
+
+
+def _may_be_code(module: str, folder: Path | None) -> bool:
     """Whether a name can be that of a module, instead of a typing error. Runs no code."""
+    path = Path(folder or "", module)
     try:
-        exists = Path(f"{module}.py").exists() or Path(module).is_dir()
+        exists = path.with_name(f"{path.name}.py").exists() or path.is_dir()
     except OSError:  # the name is too long for a file
         return False
     if exists or "." in module or module in sys.modules:
@@ -322,14 +355,16 @@ def _may_be_code(module: str) -> bool:
     return module.isidentifier() and importlib.util.find_spec(module) is not None
 
 
-def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
+def _load(module: str, attribute: str, kind: str, folder: Path | None) -> Callable[..., Any]:
     where = f"{kind} {module}:{attribute}"
+    base = Path.cwd() if folder is None else folder
     try:
         with _forbid_argument_parsing():
             if module.endswith(".py"):
-                loaded = _load_file(Path(module), where)
+                loaded = _load_file(module, base, where)
             else:
-                _USER_FOLDERS.add(str(Path.cwd()))
+                _USER_FOLDERS.add(str(base))
+                _check_loaded(module.partition(".")[0], base, f"{where}:")
                 loaded = importlib.import_module(module)
     except SpecError:
         raise
@@ -349,7 +384,7 @@ def _load(module: str, attribute: str, kind: str) -> Callable[..., Any]:
         raise SpecError(
             f"{where}: importing it failed: {one_line(error)}",
             _USER_FOLDERS.shadowing_hint(error)
-            or _package_hint(error, module, attribute, kind)
+            or _package_hint(error, base / module, attribute, kind)
             or f"Try it alone: {alone}",
         ) from error
     found: Any = loaded
@@ -392,11 +427,11 @@ def _forbid_argument_parsing() -> Iterator[None]:
         argparse.ArgumentParser.error = before  # type: ignore[method-assign]
 
 
-def _package_hint(error: BaseException, module: str, attribute: str, kind: str) -> str:
+def _package_hint(error: BaseException, path: Path, attribute: str, kind: str) -> str:
     """Returns a fix for a file with relative imports; empty for other errors."""
     if not isinstance(error, ImportError) or "relative import" not in str(error):
         return ""
-    path = Path(module).with_suffix("")
+    path = path.with_suffix("")
     with contextlib.suppress(ValueError):
         path = path.resolve().relative_to(Path.cwd().resolve())
     if path.is_absolute() or len(path.parts) < 2 or not all(map(str.isidentifier, path.parts)):
@@ -404,14 +439,13 @@ def _package_hint(error: BaseException, module: str, attribute: str, kind: str) 
     return f"Name it as a module of its package: --{kind} {'.'.join(path.parts)}:{attribute}"
 
 
-def _load_file(path: Path, where: str) -> Any:
+def _load_file(name: str, folder: Path, where: str) -> Any:
+    path = folder / name
     if not path.is_file():
-        raise SpecError(
-            f"{where}: there is no file {path}", f"Relative paths start at {Path.cwd()}"
-        )
+        raise SpecError(f"{where}: there is no file {name}", f"Relative paths start at {folder}")
+    absolute = str(path)
     name = f"losscli_user_{path.stem}"
     # Do not replace the module of a file with the same name in another folder.
-    absolute = str(Path.cwd() / path)
     while getattr(sys.modules.get(name), "__file__", absolute) != absolute:
         name += "_"
     loader = importlib.util.spec_from_file_location(name, absolute)
@@ -445,20 +479,25 @@ def _check_neighbours(path: Path, where: str) -> None:
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
     for name in sorted({name.partition(".")[0] for name in names}):
-        loaded = getattr(sys.modules.get(name), "__file__", None)
-        found = importlib.machinery.PathFinder.find_spec(name, [str(path.parent)])
-        neighbour = found and found.origin
-        if (
-            neighbour
-            and loaded
-            and os.path.realpath(neighbour) != os.path.realpath(loaded)
-            and _is_user_code(loaded)
-        ):
-            raise SpecError(
-                f"{where}: it imports {name!r}, and Python keeps one module of a name: {loaded} is "
-                f"loaded, and {neighbour} is not",
-                "Rename one of them, or put both into one folder",
-            )
+        _check_loaded(name, path.parent, f"{where}: it imports {name!r}, and")
+
+
+def _check_loaded(name: str, folder: Path, where: str) -> None:
+    """Checks that a module in a folder would not be taken from another folder of the user."""
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    found = importlib.machinery.PathFinder.find_spec(name, [str(folder)])
+    neighbour = found and found.origin
+    if (
+        neighbour
+        and loaded
+        and os.path.realpath(neighbour) != os.path.realpath(loaded)
+        and _is_user_code(loaded)
+    ):
+        raise SpecError(
+            f"{where} Python keeps one module of a name: {loaded} is loaded, and {neighbour} is "
+            "not",
+            "Rename one of them, or put both into one folder",
+        )
 
 
 def _is_user_code(file: str) -> bool:
@@ -561,12 +600,11 @@ def user_code_digests() -> dict[str, str]:
         The hexadecimal digests by file path, sorted by path.
     """
     digests = {}
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
+    for name in _modules():
+        file = getattr(sys.modules.get(name), "__file__", None)
         if name == "__main__" or not isinstance(file, str):
             continue
-        absolute = file if os.path.isabs(file) else os.path.realpath(file)  # noqa: PTH117
-        path = _user_file(absolute)
+        path = _user_file(file if file.startswith(os.sep) else os.path.realpath(file))
         if path is None:
             continue
         try:
@@ -575,6 +613,10 @@ def user_code_digests() -> dict[str, str]:
             # It may be in an archive, or deleted.
             continue
     return dict(sorted(digests.items()))
+
+
+def _modules() -> Collection[str]:
+    return list(sys.modules)
 
 
 # There are thousands of modules in few folders, and a module stays in the file it was loaded from.

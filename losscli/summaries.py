@@ -33,6 +33,7 @@ __all__ = [
     "Description",
     "Escape",
     "Extremum",
+    "FirstBatch",
     "Height",
     "InspectionSummary",
     "LineSplit",
@@ -46,7 +47,9 @@ __all__ = [
     "PlaneAxis",
     "PlaneSplit",
     "PlaneSummary",
+    "Preconditioner",
     "Predicted",
+    "ProjectSummary",
     "ProjectedPath",
     "Provenance",
     "RandomWalks",
@@ -127,11 +130,13 @@ class Provenance(_Except, Counts, total=False):
     model: str
     data: str
     loss: str
+    objective: str | None
     metrics: list[str]
     sources: Sources
     seed: int
     limit: int | None
     batch_loss: bool
+    stochastic: int | None
     sampling_error: float | None
     buffers: str
     recalibration: Recalibration | None
@@ -533,6 +538,7 @@ class AroundPoint(TypedDict, total=False):
     high: list[float]
     radii: dict[str, BasinRadius]
     not_finite: int
+    rounded: int
 
 
 class AroundSplit(TypedDict, total=False):
@@ -613,8 +619,10 @@ class CheckedPoint(TypedDict, total=False):
     sides: Sides | None
     rounding_measured_on: int
     unverified: str | None
+    loss_seed_stderr: float | None
     lambda_min_converged: bool
     lambda_max_converged: bool
+    preconditioned_lambda_max_converged: bool | None
     exact: bool
     products: int
     descent: Step | None
@@ -636,6 +644,24 @@ class Escape(Step, total=False):
     slope: float
 
 
+class Preconditioner(TypedDict, total=False):
+    """The state of Adam at a checkpoint; only the first two before its first step.
+
+    ``threshold`` is (2 + 2β₁)/((1 − β₁)η) of full-batch training; None for η = 0.
+    """
+
+    checkpoint: str
+    step: int
+    learning_rate: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    amsgrad: bool
+    weight_decay: float
+    matched_by: str
+    threshold: float | None
+
+
 class CheckSummary(Summary, total=False):
     """The summary of ``check``."""
 
@@ -643,6 +669,8 @@ class CheckSummary(Summary, total=False):
     learning_rate: float | None
     momentum: float | None
     threshold: float | None
+    optimizer: str | None
+    preconditioners: list[Preconditioner]
     operator: str | None
     probes: int | None
     lanczos: int | None
@@ -667,6 +695,7 @@ class SharpnessPoint(TypedDict, total=False):
     critical_reason: str | None
     gradients: list[int]
     unverified: str | None
+    loss_seed_stderr: float | None
 
 
 class SharpnessSplit(TypedDict, total=False):
@@ -704,6 +733,7 @@ class InspectionSummary(TypedDict, total=False):
     """The summary of ``inspect``."""
 
     command: str
+    drawing: DrawingSummary
     checkpoints: list[Inspected]
     buffers: list[str]
     mismatches: list[str]
@@ -761,6 +791,34 @@ class AlignmentSummary(TypedDict, total=False):
     inner_product: BeforeAfter
     check: FunctionCheck
     seconds: Seconds
+
+
+# --- init ----------------------------------------------------------------------------------------
+
+
+class FirstBatch(TypedDict, total=False):
+    """The mean loss over a first batch, and its number of examples."""
+
+    loss: float
+    examples: int
+
+
+class ProjectSummary(TypedDict, total=False):
+    """The summary of ``init``."""
+
+    command: str
+    file: str
+    checkpoints: list[CheckpointEntry]
+    model: str
+    moving: Moving
+    data: str
+    loss: str
+    metrics: list[str]
+    sources: Sources
+    first_batch: dict[str, FirstBatch]
+    needs_trust: bool
+    next: str
+    notes: list[str]
 
 
 # --- Reading -------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from losscli.models import MODELS
 from losscli.spec import Spec, call, look_up
@@ -33,6 +34,10 @@ class Run:
         weight_decay: Added to the gradient times the weights.
         suffix: The format of the files.
         path: Into how many stretches the kept checkpoints divide the path; 0 keeps none.
+        power: The steps of the path are spaced as this power: 3 is dense at the start.
+        data: ``digits`` or ``chebyshev``.
+        batch: Examples per step; None for all of them.
+        moments: Whether the state of the optimiser is kept.
     """
 
     model: str
@@ -43,10 +48,22 @@ class Run:
     weight_decay: float = 1e-4
     suffix: str = ".pt"
     path: int = 0
+    power: int = 3
+    data: str = "digits"
+    batch: int | None = BATCH
+    moments: bool = False
 
 
 RELU = "mlp:64-40-40-10,activation=relu"
+TANH = "mlp:1-20-20-1,activation=tanh"
 SADDLE = "mlp:64-10-10,activation=tanh"
+FULL_BATCH: dict[str, Any] = {
+    "weight_decay": 0.0,
+    "path": 20,
+    "power": 1,
+    "data": "chebyshev",
+    "batch": None,
+}
 RUNS = {
     "maxout": Run("mlp:64-40-40-10,activation=maxout,pieces=2", "momentum", 0.05, 2000, path=30),
     "relu": Run(RELU, "momentum", 0.05, 2000, path=30),
@@ -77,6 +94,9 @@ RUNS = {
         seed=5,
         weight_decay=0.0,
     ),
+    "chebyshev/gd-0.05": Run(TANH, "sgd", 0.05, 4000, suffix=".safetensors", **FULL_BATCH),
+    "chebyshev/gd-0.1": Run(TANH, "sgd", 0.1, 4000, suffix=".safetensors", **FULL_BATCH),
+    "chebyshev/adam": Run(TANH, "adam", 0.001, 4000, moments=True, **FULL_BATCH),
 }
 
 
@@ -91,62 +111,73 @@ def build(spec: str, seed: int) -> nn.Module:
 
 def optimizer_of(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     if run.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), run.lr, weight_decay=run.weight_decay)
+        named = model.named_parameters()
+        return torch.optim.Adam(named, run.lr, weight_decay=run.weight_decay)
     momentum = {"sgd": 0.0, "momentum": 0.9}[run.optimizer]
     return torch.optim.SGD(
         model.parameters(), run.lr, momentum=momentum, weight_decay=run.weight_decay
     )
 
 
-def batches(examples: int, seed: int) -> Iterator[Tensor]:
+def batches(examples: int, size: int | None, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(examples, generator=generator)
-        for first in range(0, examples, BATCH):
-            yield order[first : first + BATCH]
+        for first in range(0, examples, size or examples):
+            yield order[first : first + (size or examples)]
+
+
+def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
+    loss = mse_loss if targets.is_floating_point() else cross_entropy
+    return loss(outputs, targets)
 
 
 def steps_kept(run: Run) -> set[int]:
-    """Spaces the steps of the path as cubes: dense at the start, where the weights move fast."""
-    return {round(run.steps * (k / run.path) ** 3) for k in range(run.path + 1) if run.path}
+    """Spaces the steps of the path as a power."""
+    return {round(run.steps * (k / run.path) ** run.power) for k in range(run.path + 1) if run.path}
 
 
-def save(model: nn.Module, run: Run, step: int, path: Path) -> None:
+def save(
+    model: nn.Module, run: Run, step: int, path: Path, optimizer: torch.optim.Optimizer
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if run.suffix == ".safetensors":
         metadata = {"losscli.model": run.model, "step": str(step)}
         save_file(model.state_dict(), path, metadata=metadata)
     else:
         content = {"state_dict": model.state_dict(), "step": step, "losscli.model": run.model}
-        torch.save(content, path)
+        torch.save(content | ({"optimizer": optimizer.state_dict()} if run.moments else {}), path)
 
 
 @torch.no_grad()
-def measure(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
-    outputs = model.eval()(inputs)
-    accuracy = (outputs.argmax(1) == targets).double().mean()
-    return cross_entropy(outputs.double(), targets).item(), accuracy.item()
+def measure(model: nn.Module, inputs: Tensor, targets: Tensor) -> str:
+    outputs = model.eval()(inputs).double()
+    if targets.is_floating_point():
+        return f"loss {loss_of(outputs, targets.double()).item():.2g}"
+    accuracy = (outputs.argmax(1) == targets).double().mean().item()
+    return f"loss {loss_of(outputs, targets).item():.4f}, accuracy {accuracy:.2%}"
 
 
 def train(run: Run, folder: Path, data: dict[str, Tensor]) -> nn.Module:
     model = build(run.model, run.seed)
     optimizer = optimizer_of(run, model)
     inputs, targets = data["train_inputs"], data["train_targets"]
-    order = batches(len(inputs), run.seed)
+    order = batches(len(inputs), run.batch, run.seed)
     kept = steps_kept(run)
     for step in range(run.steps + 1):
         if step:
             rows = next(order)
-            loss = cross_entropy(model.train()(inputs[rows]), targets[rows])
+            loss = loss_of(model.train()(inputs[rows]), targets[rows])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
+        paths = []
         if step in kept:
-            save(model, run, step, folder / "path" / f"step-{step:05}{run.suffix}")
-        if step == 0:
-            save(model, run, step, folder / f"init{run.suffix}")
-        if step == run.steps:
-            save(model, run, step, folder / f"final{run.suffix}")
+            paths.append(folder / "path" / f"step-{step:05}{run.suffix}")
+        if step in {0, run.steps}:
+            paths.append(folder / f"{'final' if step else 'init'}{run.suffix}")
+        for file in paths:
+            save(model, run, step, file, optimizer)
     return model
 
 
@@ -167,6 +198,16 @@ def saddle(folder: Path, data: dict[str, Tensor]) -> None:
     torch.save({"state_dict": model.state_dict(), "losscli.model": SADDLE}, folder / "saddle.pt")
 
 
+def chebyshev(folder: Path) -> dict[str, Tensor]:
+    """Saves 20 points of the Chebyshev polynomial of degree 3, 4x³ − 3x, and how to load them."""
+    x = torch.linspace(-1, 1, 20).view(-1, 1)
+    data = {"train_inputs": x, "train_targets": 4 * x**3 - 3 * x}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(data, folder / "chebyshev.safetensors")
+    (folder / "losscli.toml").write_text('data = "safetensors:chebyshev.safetensors"\n')
+    return data
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the sample checkpoints.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"{', '.join(RUNS)}; default all")
@@ -176,17 +217,19 @@ def main() -> None:
         parser.error(f"no run {', '.join(sorted(unknown))}; there are {', '.join(RUNS)}")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    data = load_file(HERE / "digits.safetensors")
-    saddle(options.out / "saddle", data)
+    data = {
+        "digits": load_file(HERE / "digits.safetensors"),
+        "chebyshev": chebyshev(options.out / "chebyshev"),
+    }
+    saddle(options.out / "saddle", data["digits"])
     for name in options.runs or RUNS:
         start = time.perf_counter()
-        model = train(RUNS[name], options.out / name, data)
+        own = data[RUNS[name].data]
+        model = train(RUNS[name], options.out / name, own)
         figures = [
-            f"{split} loss {loss:.4f}, accuracy {accuracy:.2%}"
+            f"{split} {measure(model, own[f'{split}_inputs'], own[f'{split}_targets'])}"
             for split in ("train", "test")
-            for loss, accuracy in [
-                measure(model, data[f"{split}_inputs"], data[f"{split}_targets"])
-            ]
+            if f"{split}_inputs" in own
         ]
         print(f"{name}: {'; '.join(figures)} ({time.perf_counter() - start:.1f} s)")
 

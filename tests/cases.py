@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from losscli.evaluation import losses
 from losscli.models import CNN, MLP
 from tests import foreign
+
+
+def sample(values: Iterable[Any], start: int, share: int = 3) -> list[Any]:
+    """Parameters of a test: ``make test`` takes each ``share``-th, ``make stress`` the others.
+
+    Tests of the same list start at different places, so that together they take all of it.
+    """
+    return [value if k % share == start else _stressed(value) for k, value in enumerate(values)]
+
+
+def _stressed(value: Any) -> Any:
+    """The parameter of a test for ``make stress``."""
+    if hasattr(value, "marks"):  # it is one of pytest already
+        return pytest.param(*value.values, id=value.id, marks=[*value.marks, pytest.mark.stress])
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, marks=pytest.mark.stress)
 
 
 @dataclass(frozen=True, eq=False)

@@ -707,12 +707,12 @@ def _toml(folder: Path) -> list[str]:
 def _read_toml(folder: Path, number: int) -> object:
     from losscli.checkpoint import read
     from losscli.data import load
+    from losscli.settings import Settings
     from losscli.studies.model import build
-    from losscli.studies.specs import find
+    from losscli.studies.specs import find_specs
 
-    first = read(str(folder / "a.pt"))
-    for kind in ("model", "data", "loss"):
-        found = find(kind, None, first)
+    specs = find_specs(Settings(), None, read(str(folder / "a.pt")))
+    for kind, found in (("model", specs.model), ("data", specs.data), ("loss", specs.loss)):
         if found is None or not isinstance(found.value, str):
             continue
         assert not found.trusted

@@ -23,6 +23,18 @@ torch._export.utils._materialize_cpp_cia_ops = functools.cache(
 )
 
 
+class _Annotation(type):
+    def __getitem__(cls, _: object) -> type:
+        return cls
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return callable(value)
+
+
+# It also makes the annotations of a function in PyTorch again, for thousands of operators.
+torch._ops.Callable = _Annotation("Callable", (), {})
+
+
 @dataclass(frozen=True)
 class Network:
     """A network, a small batch for it, and the sizes of its groups as one counts them."""

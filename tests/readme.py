@@ -26,7 +26,8 @@ MEASURED = ROOT / "tests" / "benchmarks" / "results" / "cpu.json"
 
 _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers)(?!.*--points)")
-_WHOLE_PATH = re.compile(r"^(losscli (?:check|sharpness) \S+)/path")
+_STUDY = re.compile(r"^losscli (interpolate|trajectory|plane|around|barriers|check|sharpness)")
+_WHOLE_PATH = re.compile(r"^(losscli (?:check|sharpness) )(\S+)/path")
 _HELP = re.compile(r"(<!-- (losscli [a-z ]*--help) -->\n```text\n).*?(```\n)", re.DOTALL)
 
 
@@ -58,8 +59,9 @@ def commands(text: str) -> list[str]:
 def sample(commands: list[str]) -> list[str]:
     """Commands that show each command and option of losscli, and those that write what they read.
 
-    Every line that is none of losscli itself is among them. They do less: what does not say how
-    many points it takes, takes a few, and of a path only its end is checked.
+    Every line that is none of losscli itself is among them. They do less: studies take few
+    examples, what does not say how many points it takes, takes a few, and of a path only its end is
+    checked.
     """
     kept: list[str] = []
     shown: set[str] = set()
@@ -69,10 +71,17 @@ def sample(commands: list[str]) -> list[str]:
         writes = set(re.findall(r" -o ([\w-]+)", command))
         if shows - shown or writes & read:
             shorter = _ALL_POINTS.sub(r"\g<0> --points 9", command)
-            kept.insert(0, _WHOLE_PATH.sub(r"\1/final.pt", shorter))
+            shorter = _WHOLE_PATH.sub(_with_end, shorter)
+            kept.insert(0, _STUDY.sub(r"\g<0> --limit 99", shorter))
             shown |= shows
             read |= set(re.findall(r"([\w-]+)\.(?:csv|safetensors)", command))
     return kept
+
+
+def _with_end(command: re.Match[str]) -> str:
+    """The last checkpoint of a run in the place of its path."""
+    (end,) = (ROOT / command[2]).glob("final.*")
+    return f"{command[1]}{command[2]}/{end.name}"
 
 
 def programs(text: str) -> dict[str, str]:

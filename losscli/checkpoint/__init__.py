@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from losscli.checkpoint.adam import AdamState, ModelParameters, find_adam_state
 from losscli.checkpoint.files import SUFFIXES
 from losscli.checkpoint.folders import list_checkpoints
 from losscli.checkpoint.given import (
@@ -14,7 +15,7 @@ from losscli.checkpoint.given import (
 from losscli.checkpoint.hooks import LoadHooks, has_custom_loading
 from losscli.checkpoint.names import StateDict, Versions, loadable, state_dicts
 from losscli.checkpoint.order import expand_folders, order_path
-from losscli.checkpoint.reading import find_base, read
+from losscli.checkpoint.reading import find_base, read, read_optimizers
 from losscli.checkpoint.renaming import select_for
 from losscli.checkpoint.rules import NameRules
 from losscli.checkpoint.saving import lost_by_safetensors, save
@@ -22,15 +23,18 @@ from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 
 __all__ = [
     "SUFFIXES",
+    "AdamState",
     "Checkpoint",
     "CheckpointFile",
     "CheckpointLike",
     "InMemoryCheckpoint",
     "LoadHooks",
+    "ModelParameters",
     "NameRules",
     "StateDict",
     "Versions",
     "expand_folders",
+    "find_adam_state",
     "find_base",
     "has_custom_loading",
     "list_checkpoints",
@@ -40,6 +44,7 @@ __all__ = [
     "name_checkpoints",
     "order_path",
     "read",
+    "read_optimizers",
     "require_values",
     "save",
     "select_for",

@@ -16,7 +16,14 @@ from losscli.checkpoint.names import natural_key, sort_naturally, state_dicts
 from losscli.checkpoint.state import CheckpointFile, consolidation_hint
 from losscli.errors import CheckpointError, one_line
 
-__all__ = ["is_index", "list_checkpoints", "read_adapter", "read_folder", "read_index"]
+__all__ = [
+    "is_index",
+    "list_checkpoints",
+    "optimizer_beside",
+    "read_adapter",
+    "read_folder",
+    "read_index",
+]
 
 # In the order in which transformers looks for them; other libraries use the same suffixes.
 _WEIGHTS = (
@@ -25,6 +32,7 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _INDEX = re.compile(r".*\.(safetensors|bin|pt|pth)\.index(\.[\w-]+)?\.json")
 
@@ -131,6 +139,25 @@ def read_folder(folder: Path, name: str) -> CheckpointFile:
         return read_index(file, name, folder)
     content, metadata = read_file(file, str(file))
     return _file_with_config(folder, name, content, metadata, [file])
+
+
+def optimizer_beside(path: Path) -> Path | None:
+    """Finds the file with the state of the optimiser that transformers or accelerate wrote.
+
+    Args:
+        path: A checkpoint folder, or a file of weights in it.
+
+    Returns:
+        The file; None if there is none.
+    """
+    if path.is_dir():
+        folder = path
+    elif path.name in _WEIGHTS:
+        folder = path.parent
+    else:
+        return None
+    files = (folder / name for name in _OPTIMIZERS)
+    return next((file for file in files if file.exists()), None)
 
 
 def _no_checkpoint_error(folder: Path) -> CheckpointError:

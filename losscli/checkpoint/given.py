@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from losscli.checkpoint.adam import find_optimizers
 from losscli.checkpoint.names import loadable, metadata_of, state_dicts
 from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import Checkpoint, CheckpointFile
@@ -38,11 +39,13 @@ class InMemoryCheckpoint(str):
     Attributes:
         file: The content, in the form of a file that was read.
         module: The module; None for other objects.
+        optimizers: The state dicts of optimisers in it, by their keys.
     """
 
-    __slots__ = ("file", "module")
+    __slots__ = ("file", "module", "optimizers")
     file: CheckpointFile
     module: nn.Module | None
+    optimizers: Mapping[str, Any]
 
     @classmethod
     def from_object(cls, label: str, value: Mapping[Any, Any] | nn.Module | Checkpoint) -> Self:
@@ -86,6 +89,7 @@ class InMemoryCheckpoint(str):
                 tensors[f"{key}.{name}"] = stored.dequantize() if stored.is_quantized else stored
         given = cls(label)
         given.module = value if isinstance(value, nn.Module) else None
+        given.optimizers = dict(find_optimizers(content))
         given.file = replace(file, digest=digest(tensors), live=given.module is not None)
         return given
 

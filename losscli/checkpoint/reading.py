@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from losscli.checkpoint.adam import find_optimizers
 from losscli.checkpoint.adapters import CONFIG
 from losscli.checkpoint.files import read_file
-from losscli.checkpoint.folders import is_index, read_adapter, read_folder, read_index
+from losscli.checkpoint.folders import (
+    is_index,
+    optimizer_beside,
+    read_adapter,
+    read_folder,
+    read_index,
+)
 from losscli.checkpoint.given import InMemoryCheckpoint
 from losscli.checkpoint.names import state_dicts
 from losscli.checkpoint.parts import combine, split_parts
@@ -15,7 +23,7 @@ from losscli.checkpoint.quantised import find_packed_parameters
 from losscli.checkpoint.state import CheckpointFile, consolidation_hint
 from losscli.errors import CheckpointError
 
-__all__ = ["find_base", "read"]
+__all__ = ["find_base", "read", "read_optimizers"]
 
 
 def read(name: str) -> CheckpointFile:
@@ -51,6 +59,32 @@ def read(name: str) -> CheckpointFile:
     for label, weights in file.model_candidates.items():
         file.require_dense(label, weights)
     return file
+
+
+def read_optimizers(name: str) -> dict[str, Any]:
+    """Reads the state dicts of optimisers in a checkpoint, or beside one of transformers.
+
+    Args:
+        name: The checkpoint, as for `read`, but not that of several files.
+
+    Returns:
+        The state dicts of `find_optimizers`, by their keys.
+
+    Raises:
+        CheckpointError: The file cannot be read, or the name is that of several.
+    """
+    if isinstance(name, InMemoryCheckpoint):
+        return dict(name.optimizers)
+    if split_parts(name):
+        raise CheckpointError(
+            f"{name} is several files, and the state of an optimiser is read from one",
+            "Save the model in one file",
+        )
+    path, _ = _split_key(name)
+    found = {} if path.is_dir() else dict(find_optimizers(read_file(path, name)[0]))
+    if not found and (beside := optimizer_beside(path)):
+        found = dict(find_optimizers(read_file(beside, str(beside))[0]))
+    return found
 
 
 def find_base(names: Sequence[str]) -> str | None:

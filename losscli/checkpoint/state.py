@@ -381,18 +381,24 @@ class CheckpointFile:
         )
 
     def _combination(self, expected: Weights) -> str:
-        """Names this file as one module of the model; empty if it holds no module."""
+        """Names a file for each module of the model; empty if this file holds no module."""
         modules: dict[str, dict[str, Tensor]] = {}
         for name, tensor in expected.items():
             module, _, rest = name.partition(".")
             modules.setdefault(module, {})[rest] = tensor
+        unused = list(self.parts.values()) or [self]
+        found: dict[str, str] = {}
         for module, own in modules.items():
             aliases = tied_names(own)
-            parts = (find_parts(weights, own, aliases) for weights in self.candidates.values())
-            if any(part.fits for found in parts for part in found):
-                files = dict.fromkeys(modules, "FILE") | {module: self.name}
-                return "+".join(f"{other}={file}" for other, file in files.items())
-        return ""
+            for file in unused:
+                parts = (find_parts(weights, own, aliases) for weights in file.candidates.values())
+                if any(part.fits for several in parts for part in several):
+                    found[module] = file.name
+                    unused.remove(file)
+                    break
+        if not found:
+            return ""
+        return "+".join(f"{module}={found.get(module, 'FILE')}" for module in modules)
 
     def _merge_adapter(
         self, base: Checkpoint, expected: Weights | None, model: nn.Module | None

@@ -22,7 +22,15 @@ __all__ = ["align", "report"]
 
 @with_console
 @with_some_settings(
-    "model", "data", "batch_size", "device", "seed", "ignore_unexpected", "allow_missing", "rename"
+    "model",
+    "data",
+    "trust",
+    "batch_size",
+    "device",
+    "seed",
+    "ignore_unexpected",
+    "allow_missing",
+    "rename",
 )
 def align(
     a: Annotated[

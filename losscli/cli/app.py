@@ -19,6 +19,7 @@ _FUNCTIONS: Mapping[str, str] = {
     "align": "losscli.cli.align:align",
     "export": "losscli.cli.files:export",
     "list": "losscli.cli.catalogue:catalogue",
+    "init": "losscli.cli.init:init",
 }
 
 NAMES = tuple(_FUNCTIONS)

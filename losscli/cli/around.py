@@ -182,6 +182,8 @@ def _derivatives(derivatives: Sequence[Derivative]) -> Iterator[tuple[str, str]]
     for of in derivatives:
         if "gradient_norm" in of:
             yield "‖∇L‖", format_number(of["gradient_norm"])
+        elif not is_finite(of["eigenvalue"]):
+            yield f"λ of {of['direction']}", "not finite"
         else:
             caveat = "" if of["converged"] else ", not converged"
             value, error = format_number(of["eigenvalue"]), format_number(of["error"], 2)

@@ -13,6 +13,7 @@ from losscli.cli.report import (
     align_columns,
     format_count,
     format_examples,
+    format_loss,
     format_number,
     is_finite,
     task_lines,
@@ -21,7 +22,7 @@ from losscli.cli.run_study import expand_names, run_study
 from losscli.errors import printable
 from losscli.results import Result
 from losscli.settings import Settings
-from losscli.summaries import CheckSummary, Density, Step
+from losscli.summaries import CheckedPoint, CheckSummary, Density, Preconditioner, Step
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -73,7 +74,8 @@ def check(
         typer.Option(
             "--learning-rate",
             metavar="X",
-            help="Compare λ max with 2 / X, the limit of stable full-batch training.",
+            help="Compare λ max with 2 / X, the limit of stable full-batch training (with "
+            "--optimizer adam: that of Adam, by default as in the checkpoint).",
             rich_help_panel=_PANEL,
             show_default=False,
         ),
@@ -84,6 +86,17 @@ def check(
             "--momentum",
             metavar="X",
             help="That of training, with --learning-rate η: the limit is (2 + 2X) / η.",
+            rich_help_panel=_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            "--optimizer",
+            metavar="adam",
+            help="Also compute λ max of P⁻¹H, the Hessian preconditioned by Adam, from the moments "
+            "in each checkpoint, and compare it with (2 + 2β₁) / ((1 − β₁) η).",
             rich_help_panel=_PANEL,
             show_default=False,
         ),
@@ -163,6 +176,7 @@ def check(
             lanczos=lanczos,
             operator=operator,
             blocks=blocks,
+            optimizer=optimizer,
             ranks=console.ranks,
         )
 
@@ -196,6 +210,12 @@ def report(result: Result[CheckSummary]) -> str:
         lines.append(
             f"stable          full-batch training, where λ max is below {threshold:.4g} = {how}"
         )
+    if summary["optimizer"]:
+        lines.append(
+            "stable          full-batch training with Adam, where λ max of P⁻¹H is below "
+            "(2 + 2 β₁) / ((1 − β₁) η)"
+        )
+    preconditioners = {state["checkpoint"]: state for state in summary["preconditioners"]}
     if summary["operator"] is not None:
         lines.append(_probes_line(summary))
     points = {
@@ -209,11 +229,14 @@ def report(result: Result[CheckSummary]) -> str:
         lines += ["", f"{heading}, {format_examples(summary, row['split'])}: {row['verdict']}"]
         findings = [
             *([("because", point["reason"])] if point["reason"] else []),
-            ("loss", format_number(row["loss"])),
+            ("loss", format_loss(row["loss"], point["loss_seed_stderr"])),
             ("‖∇L‖", format_number(row["gradient_norm"])),
             ("λ min", _eigenvalue(row, "lambda_min", converged=point["lambda_min_converged"])),
             ("λ max", _eigenvalue(row, "lambda_max", converged=point["lambda_max_converged"])),
         ]
+        if is_finite(row.get("preconditioned_lambda_max")):
+            state = preconditioners[row["checkpoint"]]
+            findings.append(("λ max of P⁻¹H", _preconditioned(row, point, state)))
         if is_finite(row["positive"]):
             shares = (f"{row[kind]:.2%} {kind}" for kind in ("positive", "negative", "undecided"))
             findings.append(("signs of λ", f"{', '.join(shares)} of {moving['values']:,}"))
@@ -258,6 +281,8 @@ def _probes_line(summary: CheckSummary) -> str:
 def _outliers(density: Density) -> str:
     """Describes the eigenvalues apart from the bulk."""
     found = density["outliers"]
+    if not is_finite(density["sigma"]):
+        return "unknown: the spectrum is not finite"
     if not found:
         return "none: no eigenvalue is apart from the bulk"
     values = [format_number(value) for value in found[:_LISTED]]
@@ -295,6 +320,18 @@ def _eigenvalue(row: Mapping[str, Any], which: str, *, converged: bool) -> str:
     )
     caveat = "" if converged else ", not converged"
     return f"{format_number(row[which])}{error}{caveat}"
+
+
+def _preconditioned(row: Mapping[str, Any], point: CheckedPoint, state: Preconditioner) -> str:
+    """Describes λ max of P⁻¹H and the threshold."""
+    which, converged = "preconditioned_lambda_max", point["preconditioned_lambda_max_converged"]
+    value = _eigenvalue(row, which, converged=bool(converged))
+    if not (threshold := state["threshold"]):
+        return f"{value}, without a threshold: the learning rate is 0"
+    rate, beta = state["learning_rate"], state["beta1"]
+    how = f"(2 + 2 · {beta:g}) / ((1 − {beta:g}) · {rate:g})"
+    share = row[which] / threshold
+    return f"{value}, {share:.3g} of the threshold {threshold:.6g} = {how}"
 
 
 def _gain(step: Step) -> str:

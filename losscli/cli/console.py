@@ -52,6 +52,32 @@ class Console:
         """Whether stderr is a terminal that a progress bar can be drawn on."""
         return is_animated(self.stderr)
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether questions can be asked: stdin and stderr are terminals."""
+        streams = (sys.stdin, self.stderr)
+        return all(stream is not None and stream.isatty() for stream in streams)
+
+    def ask(self, question: str) -> str:
+        """Asks a question on stderr.
+
+        Args:
+            question: The question.
+
+        Returns:
+            The line that is typed, without spaces around it.
+
+        Raises:
+            UsageError: There is no answer: stdin ends.
+        """
+        if self.stderr is not None:
+            self.stderr.write(f"{question} ")
+            self.stderr.flush()
+        answer = os.fsdecode(sys.stdin.buffer.readline())
+        if not answer:
+            raise UsageError("no answer: stdin ended", "Give options instead of answers")
+        return answer.strip()
+
     def result(self, text: str, *, drawn: bool = False) -> None:
         """Writes a result to stdout and flushes it.
 

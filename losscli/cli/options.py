@@ -78,12 +78,23 @@ _SETTINGS: dict[str, Any] = {
             metavar="SPEC",
         ),
     ],
+    "objective": Annotated[
+        str | None,
+        _option(
+            _WHAT,
+            "Instead of a loss: a function (model, batch) with one number per example, such as a "
+            "physics-informed loss; or model, for the loss that the model itself returns, one "
+            "number per batch.",
+            "--objective",
+            metavar="SPEC",
+        ),
+    ],
     "metric": Annotated[
         list[str] | None,
         _option(
             _WHAT,
             "Repeatable. Default: accuracy for integer targets (not with mse), perplexity for "
-            "language; none for no metric.",
+            "language; none for no metric, as with --objective.",
             "--metric",
             metavar="SPEC",
         ),
@@ -104,6 +115,15 @@ _SETTINGS: dict[str, Any] = {
             metavar="N",
         ),
     ],
+    "trust": Annotated[
+        bool,
+        _option(
+            _WHAT,
+            "Run code that a losscli.toml names. Not needed in the trusted folders of your "
+            "configuration (see the README).",
+            "--trust",
+        ),
+    ],
     "batch_size": Annotated[
         int | None,
         _option(
@@ -117,6 +137,16 @@ _SETTINGS: dict[str, Any] = {
             "The loss is one number per batch. The batches of a DataLoader are kept, and each "
             "counts the same; other data are cut into batches of --batch-size.",
             "--batch-loss",
+        ),
+    ],
+    "stochastic": Annotated[
+        int | None,
+        _option(
+            _WHAT,
+            "For a model that is random on purpose: every loss is the mean over N fixed seeds, "
+            "the same for every batch and point.",
+            "--stochastic",
+            metavar="N",
         ),
     ],
     "device": Annotated[
@@ -166,7 +196,8 @@ _SETTINGS: dict[str, Any] = {
         list[str] | None,
         _option(
             _MOVES,
-            "Repeatable. Only these tensors move, others stay at those of the first checkpoint.",
+            "Repeatable. Only these tensors move. Others stay at those of the first checkpoint; in "
+            "around, check and sharpness each checkpoint keeps its own.",
             "--only",
             metavar="GLOB",
         ),
@@ -175,7 +206,7 @@ _SETTINGS: dict[str, Any] = {
         list[str] | None,
         _option(
             _MOVES,
-            "Repeatable. These tensors stay at those of the first checkpoint.",
+            "Repeatable. These tensors do not move, and stay as with --only.",
             "--except",
             metavar="GLOB",
         ),
@@ -350,6 +381,7 @@ _DEFAULTS: Mapping[str, Any] = {
     **dict.fromkeys(
         (
             "batch_loss",
+            "trust",
             "ignore_unexpected",
             "tf32",
             "no_figure",

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +16,10 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting
 from losscli.cli.options import with_console, with_drawing
 from losscli.errors import UsageError
+from losscli.figures import has_panels
 from losscli.registry import COMMANDS, command_of
-from losscli.results import Output, Run, draw, label_runs, picture_of, stem_of
-from losscli.runs import check_curves, check_main, check_panels, choose_drawing, read_run
+from losscli.results import Output, Run, draw, label_runs, picture_of, render_html, stem_of
+from losscli.runs import check_curves, check_main, check_panels, choose_drawing, read_run, report
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -88,9 +90,11 @@ def plot(
     single = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((single or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
-    check_panels(csvs, runs)
+    if any(map(has_panels, output.figures)):
+        check_panels(csvs, runs)
     import_plotting()
-    files = output.write_pictures(output.render(runs, draw, options))
+    page = partial(report, csvs) if runs[1:] else render_html
+    files = output.write_pictures(output.render(runs, draw, options, page))
     console.written = True
     console.result("".join(f"{path}\n" for path in files))
 

@@ -26,6 +26,7 @@ __all__ = [
     "format_count",
     "format_examples",
     "format_height",
+    "format_loss",
     "format_moving",
     "format_number",
     "format_ties",
@@ -189,6 +190,12 @@ def format_height(height: Height | Rise | PairBarrier) -> str:
     """Returns a height with its standard error, if that is known."""
     error = f" ± {format_number(height['stderr'], 2)}" if is_finite(height["stderr"]) else ""
     return format_number(height["height"]) + error
+
+
+def format_loss(loss: float, seed_error: float | None) -> str:
+    """Returns a loss with its standard error over seeds, if there are several."""
+    error = "" if seed_error is None else f" ± {format_number(seed_error, 2)} over the seeds"
+    return format_number(loss) + error
 
 
 def format_number(value: float | None, digits: int = 4) -> str:

@@ -12,7 +12,7 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.figures import check_panel_count
+from losscli.figures import check_panel_count, has_panels
 from losscli.registry import COMMANDS, load
 from losscli.results import Result, check_labels, to_json
 from losscli.summaries import Description
@@ -57,7 +57,7 @@ def run_study(
     for path in output.figures if output is not None else ():
         suffix = path.suffix.lower()
         command.check_format(suffix, has_path=study.has_path, has_surface=study.has_surface)
-    if output is not None and output.figures:
+    if output is not None and any(map(has_panels, output.figures)):
         objective = study.problem.objective
         check_panel_count(
             command.panels_with(["blocks"] if study.options.get("layerwise") else []),

@@ -12,13 +12,14 @@ from losscli.cli.options import KeepOrder, Write, with_console, with_output, wit
 from losscli.cli.report import (
     format_count,
     format_examples,
+    format_loss,
     format_moving,
     format_number,
     is_finite,
     task_lines,
 )
 from losscli.cli.run_study import expand_names, run_study
-from losscli.errors import printable
+from losscli.errors import UsageError, printable
 from losscli.results import Result
 from losscli.settings import Settings
 from losscli.summaries import SharpnessPoint, SharpnessSummary
@@ -76,7 +77,7 @@ def sharpness(
         ),
     ] = 20,
     direction_split: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--direction-split",
             metavar="NAME",
@@ -106,11 +107,16 @@ def sharpness(
             rho=rho or [0.05],
             adaptive=adaptive,
             samples=samples,
-            direction_split=direction_split,
+            direction_split=direction_split[0] if direction_split else None,
             keep_order=keep_order,
             ranks=console.ranks,
         )
 
+    if direction_split and len(direction_split) > 1:
+        raise UsageError(
+            f"--direction-split is given {len(direction_split)} times",
+            "Give one split, the gradient of which all critical steps are along",
+        )
     names = expand_names(checkpoints, console.ranks)
     run_study("sharpness", checkpoints, plan, write, console)
 
@@ -146,7 +152,7 @@ def _findings(
     point: SharpnessPoint, rows: Sequence[Mapping[str, Any]], summary: SharpnessSummary
 ) -> Iterator[tuple[str, str]]:
     """Describes one checkpoint on one split."""
-    yield "loss", format_number(point["loss"])
+    yield "loss", format_loss(point["loss"], point["loss_seed_stderr"])
     yield "‖∇L‖", format_number(point["gradient_norm"])
     draws = format_count(summary["samples"], "draw")
     for row in rows:

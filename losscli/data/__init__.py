@@ -1,14 +1,16 @@
 """Data sets: files or code in; named splits of examples out, decoded once where they fit."""
 
+from losscli.data.batch import TARGETS, model_inputs, separated
 from losscli.data.memory import device_budget, host_budget, host_memory
 from losscli.data.nests import Nest, leaves, length, map_nest, realise
 from losscli.data.objects import Batching, from_object
 from losscli.data.randomness import RandomnessDetector, seed_all
-from losscli.data.registry import DATASETS, load
+from losscli.data.registry import DATASETS, is_on_hub, load
 from losscli.data.split import DataSet, Examples, Split, Task
 
 __all__ = [
     "DATASETS",
+    "TARGETS",
     "Batching",
     "DataSet",
     "Examples",
@@ -20,10 +22,13 @@ __all__ = [
     "from_object",
     "host_budget",
     "host_memory",
+    "is_on_hub",
     "leaves",
     "length",
     "load",
     "map_nest",
+    "model_inputs",
     "realise",
     "seed_all",
+    "separated",
 ]

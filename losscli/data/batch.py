@@ -23,9 +23,19 @@ from losscli.data.nests import (
 from losscli.data.split import Batches, Split
 from losscli.errors import DataError, one_line
 
-__all__ = ["Pixels", "RaggedError", "is_language", "join", "parse_batch", "to_tensor"]
+__all__ = [
+    "TARGETS",
+    "Pixels",
+    "RaggedError",
+    "is_language",
+    "join",
+    "model_inputs",
+    "parse_batch",
+    "separated",
+    "to_tensor",
+]
 
-_TARGETS = ("targets", "target", "labels", "label", "y")
+TARGETS = ("targets", "target", "labels", "label", "y")
 
 
 class Pixels(dict[str, Any]):
@@ -50,6 +60,8 @@ def parse_batch(
     where: str,
     rows: list[Any] | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
+    *,
+    whole: bool = False,
 ) -> Split:
     """Finds inputs and targets in a batch; anything that cannot be interpreted is an error.
 
@@ -59,6 +71,8 @@ def parse_batch(
         where: Name of the data in error messages.
         rows: The examples that were collated to the batch, if they are known.
         collate: The function that collated them.
+        whole: Whether the inputs are the whole batch, of any structure. The targets are then those
+            that it has, or zeros. A batch with parts of different lengths is one example.
 
     Returns:
         The examples.
@@ -66,54 +80,109 @@ def parse_batch(
     Raises:
         DataError: The batch has another structure, or not exactly one target per example.
     """
-    sides = _sides(batch, where)
+    sides = _whole_sides(batch, where) if whole else _sides(batch, where)
     parsers = [_Parser(where, size, rows, collate) for size in _sizes(sides, rows)]
     for parser in parsers:
         try:
-            inputs, targets = (parser.nest(*side) for side in sides)
-            if any(isinstance(nest, Ragged) for nest in (inputs, targets)):
+            nests = [parser.nest(*side) for side in sides]
+            if any(isinstance(nest, Ragged) for nest in nests):
                 # Then a list of equally long tensors on the other side has an element per example.
                 rows_first = replace(parser, rows_first=True)
-                inputs, targets = (rows_first.nest(*side) for side in sides)
+                nests = [rows_first.nest(*side) for side in sides]
         except _UnequalError:
             continue
         if parser.size == 0:
             raise DataError(f"{where} is empty", "Give it at least one example")
-        if not leaves([inputs, targets]):
+        if not leaves(nests):
             raise DataError(f"{where}: the batch has no tensors", "Give tensors or NumPy arrays")
+        inputs, *targets = nests
         # Inputs by position; default_collate makes a list of a tuple.
-        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-        # Inputs by position; default_collate makes a list of a tuple.
-        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-        return Split(inputs, _with_operators(targets, where))
+        inputs = tuple(inputs) if isinstance(inputs, list) and not whole else inputs
+        return Split(inputs, _with_operators(targets[0] if targets else _none(parser.size), where))
     inputs = sides[0][0]
+    if whole and (is_container(inputs) or rows is None):
+        return Split(Ragged([inputs], Build(_only)), _none(1))
     if collate is None or rows is None or is_container(inputs) or _is_array(inputs):
         return _refuse(sides, where)
     # Graphs may have a target per node.
-    return Split(*(Ragged(rows, Build(collate, path)) for _, path, _ in sides))
+    inputs, *targets = (Ragged(rows, Build(collate, path)) for _, path, _ in sides)
+    return Split(inputs, targets[0] if targets else _none(len(rows)))
+
+
+def _only(rows: list[Any]) -> Any:
+    """Returns the only element of a list."""
+    return rows[0]
+
+
+def _none(size: int) -> Tensor:
+    """Returns the targets of examples without targets."""
+    return torch.zeros(size)
+
+
+def _whole_sides(batch: object, where: str) -> list[_Side]:
+    """Returns the whole batch and, where it has them, its targets."""
+    whole: _Side = (batch, (), "the batch")
+    try:
+        return [whole, _sides(batch, where)[1]]
+    except DataError:
+        return [whole]
+
+
+def separated(batch: object) -> tuple[Any, Any]:
+    """Separates the inputs of the model from the targets in a whole batch.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        The inputs as `ScoredModel` takes them, a tensor, a mapping or a tuple; and the targets,
+        None where the batch has no form with targets, and where they are part of a mapping.
+    """
+    targets = None
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        batch, targets = batch
+    if isinstance(batch, list):
+        return tuple(batch), targets
+    return (batch if isinstance(batch, Tensor | Mapping | tuple) else (batch,)), targets
+
+
+def model_inputs(batch: object) -> Any:
+    """Returns the inputs of the model in a whole batch.
+
+    Args:
+        batch: The batch, in any form that `parse_batch` takes without ``whole``.
+
+    Returns:
+        The inputs, as `separated` returns them.
+
+    Raises:
+        DataError: The batch has another structure.
+    """
+    inputs = _sides(batch, "the data")[0][0]
+    return separated((inputs, None))[0]
 
 
 def _sides(batch: object, where: str) -> list[_Side]:
     """Returns the inputs and the targets of a batch."""
     if isinstance(batch, Mapping):
-        keys = [key for key in batch if key in _TARGETS]
+        keys = [key for key in batch if key in TARGETS]
         if len(keys) != 1:
             raise DataError(
                 f"{where}: a batch with the keys {', '.join(map(str, batch))} has "
                 f"{'no' if not keys else 'more than one'} key for its targets",
-                f"Call them one of {', '.join(_TARGETS)}",
+                f"Call them one of {', '.join(TARGETS)}",
             )
         inputs = {key: value for key, value in batch.items() if key != keys[0]}
         found = [(inputs, (), "inputs"), (batch[keys[0]], (keys[0],), "targets")]
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         found = [(batch[0], (0,), "inputs"), (batch[1], (1,), "targets")]
     elif callable(getattr(batch, "to", None)) and not isinstance(batch, Tensor):
-        names = [name for name in _TARGETS if getattr(batch, name, None) is not None]
+        names = [name for name in TARGETS if getattr(batch, name, None) is not None]
         if len(names) != 1:
             raise DataError(
                 f"{where}: a batch of the type {type(batch).__name__} has "
                 f"{'no' if not names else 'more than one'} attribute for its targets",
-                f"Call it one of {', '.join(_TARGETS)}, or give (inputs, targets)",
+                f"Call it one of {', '.join(TARGETS)}, or give (inputs, targets)",
             )
         found = [(batch, (), "inputs"), (getattr(batch, names[0]), (names[0],), "targets")]
     else:

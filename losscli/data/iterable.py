@@ -64,11 +64,13 @@ class _Collate:
     where: str
     in_batches: bool
     in_rows: bool
+    whole: bool
 
     def __call__(self, rows: Any) -> PackedBatch | Failure:
         try:
             raw = self.collate(rows)
-            batch = parse_batch(raw, self.where, rows if self.in_rows else None, self.collate)
+            known = rows if self.in_rows else None
+            batch = parse_batch(raw, self.where, known, self.collate, whole=self.whole)
             batch = Batches.of(batch) if self.in_batches else batch
             return PackedBatch.pack(batch, language=is_language(raw))
         except DataError as error:
@@ -98,6 +100,7 @@ class Source:
         clock: Returns the time in seconds.
         size: Examples per batch for a data set of single examples.
         in_batches: Whether each batch counts as one example.
+        whole: As for `parse_batch`.
 
     Attributes:
         language: Whether the targets of any batch read so far are the tokens of its inputs.
@@ -112,6 +115,7 @@ class Source:
         *,
         size: int = _BATCH_SIZE,
         in_batches: bool = False,
+        whole: bool = False,
     ) -> None:
         self.where = where
         self.in_batches = in_batches
@@ -121,7 +125,11 @@ class Source:
         self._size = size
         loader = data if isinstance(data, DataLoader) else self._load(data, None)
         self._collate = _Collate(
-            loader.collate_fn, where, in_batches, in_rows=loader.batch_sampler is not None
+            loader.collate_fn,
+            where,
+            in_batches,
+            in_rows=loader.batch_sampler is not None,
+            whole=whole,
         )
         self._loader = copy.copy(loader)
         self._loader.collate_fn = self._collate

@@ -52,6 +52,7 @@ def from_object(
     limit: int | None = None,
     seed: int = 0,
     batching: Batching | None = None,
+    whole: bool = False,
 ) -> DataSet:
     """Makes a data set from an object of user code and loads it into memory if it fits.
 
@@ -63,6 +64,7 @@ def from_object(
         limit: Number of examples per split; None for all.
         seed: Random seed of the draw for ``limit`` and of the order of a DataLoader.
         batching: Keep whole batches; None for single examples.
+        whole: As for `parse_batch`.
 
     Returns:
         The data set; splits that do not fit in memory are decoded on every pass.
@@ -72,7 +74,8 @@ def from_object(
             be joined.
         UsageError: A split does not exist.
     """
-    data = cut_into_batches(to_data_set(loaded, where, seed, batching), where, batching)
+    data = to_data_set(loaded, where, seed, batching, whole=whole)
+    data = cut_into_batches(data, where, batching)
     return load_into_memory(data.select(splits, limit, seed))
 
 
@@ -93,7 +96,7 @@ def cut_into_batches(data: DataSet, where: str, batching: Batching | None) -> Da
     if batching is None:
         return data
     unbatched = {name: split for name, split in data.splits.items() if not split.in_batches}
-    if unbatched and batching.size is None:
+    if batching.size is None and any(len(split) > 1 for split in unbatched.values()):
         raise UsageError(
             f"{where}, split {next(iter(unbatched))!r} has no batches of its own, and with "
             "--batch-loss the loss depends on their size",
@@ -109,7 +112,14 @@ def cut_into_batches(data: DataSet, where: str, batching: Batching | None) -> Da
     return replace(data, splits=splits)
 
 
-def to_data_set(loaded: object, where: str, seed: int, batching: Batching | None = None) -> DataSet:
+def to_data_set(
+    loaded: object,
+    where: str,
+    seed: int,
+    batching: Batching | None = None,
+    *,
+    whole: bool = False,
+) -> DataSet:
     """Makes a data set from an object of user code; decodes only the first examples.
 
     Args:
@@ -117,6 +127,7 @@ def to_data_set(loaded: object, where: str, seed: int, batching: Batching | None
         where: Name of the data in error messages.
         seed: Random seed of the order of a DataLoader.
         batching: Keep the batches of a DataLoader; None for single examples.
+        whole: As for `parse_batch`.
 
     Returns:
         The data set.
@@ -130,6 +141,7 @@ def to_data_set(loaded: object, where: str, seed: int, batching: Batching | None
     if isinstance(loaded, DataLoader | Dataset):
         loaded = {"data": loaded}
     if not isinstance(loaded, Mapping) or not loaded:
+        _refuse_examples(loaded, where)
         raise DataError(
             f"{where} gives a {type(loaded).__name__}",
             "Return a mapping from split names to (inputs, targets), or a DataLoader or Dataset",
@@ -146,28 +158,46 @@ def to_data_set(loaded: object, where: str, seed: int, batching: Batching | None
     for name, content in loaded.items():
         split_name = f"{where}, split {name!r}"
         if isinstance(content, DataLoader | Dataset):
-            examples = _examples(content, split_name, seed, batching)
+            examples = _examples(content, split_name, seed, batching, whole=whole)
             language.add(not isinstance(examples, Split) and examples.language)
             splits[str(name)] = examples
         else:
-            splits[str(name)] = parse_batch(content, split_name)
+            try:
+                splits[str(name)] = parse_batch(content, split_name, whole=whole)
+            except DataError:
+                _refuse_examples(content, split_name)
+                raise
             language.add(is_language(content))
     firsts = [realise(split.first(1).targets) for split in splits.values()]
     floating = {t.is_floating_point() for t in firsts if isinstance(t, Tensor)}
-    if len(floating) > 1:
+    if len(floating) > 1 and not whole:
         raise DataError(
             f"{where}: some splits have whole-number targets and some do not",
             "Give all of them whole numbers for classes, or none",
         )
-    if len(language) > 1:
+    if len(language) > 1 and not whole:
         raise DataError(
             f"{where}: some splits have a label for each of their input_ids and some do not",
             "Give all of them labels of the shape of input_ids, or none",
         )
-    data = DataSet(splits, language=language == {True})
+    data = DataSet(splits, language=language == {True}, whole=whole)
     if isinstance(loaded, Pixels):
         data = replace(data, scale=True, notes=(loaded.note,) if loaded.note else ())
     return data
+
+
+def _refuse_examples(content: object, where: str) -> None:
+    """Refuses a list of examples or of batches, which only a DataLoader tells apart."""
+
+    def is_example(item: object) -> bool:
+        return isinstance(item, Mapping) or (isinstance(item, tuple | list) and len(item) == 2)
+
+    if isinstance(content, tuple | list) and content and all(map(is_example, content)):
+        raise DataError(
+            f"{where} is a plain {type(content).__name__}",
+            "Give torch.utils.data.DataLoader(it, batch_size=64) if it has examples, or "
+            "batch_size=None if it has batches",
+        )
 
 
 def load_into_memory(data: DataSet) -> DataSet:
@@ -194,7 +224,12 @@ def load_into_memory(data: DataSet) -> DataSet:
 
 
 def _examples(
-    content: DataLoader[Any] | Dataset[Any], where: str, seed: int, batching: Batching | None
+    content: DataLoader[Any] | Dataset[Any],
+    where: str,
+    seed: int,
+    batching: Batching | None,
+    *,
+    whole: bool,
 ) -> Split | Stream | IterableStream:
     if isinstance(content, DataLoader):
         in_batches = batching is not None
@@ -205,15 +240,15 @@ def _examples(
                 "Build it with drop_last=False",
             )
         if isinstance(content.dataset, IterableDataset):
-            return IterableStream(Source(content, where, seed, in_batches=in_batches))
+            return IterableStream(Source(content, where, seed, in_batches=in_batches, whole=whole))
         if in_batches and content.batch_sampler is not None:
-            return _whole_batches(content, where, seed)
+            return _whole_batches(content, where, seed, whole=whole)
         keys = _keys(content, where, seed)
         if content.batch_sampler is None:
             loader = _with_fixed_order(content, keys)
-            return IterableStream(Source(loader, where, seed, in_batches=in_batches))
+            return IterableStream(Source(loader, where, seed, in_batches=in_batches, whole=whole))
         if type(content.dataset) is TensorDataset and content.collate_fn is default_collate:
-            split = parse_batch(list(content.dataset.tensors), where)
+            split = parse_batch(list(content.dataset.tensors), where, whole=whole)
             return split if keys is None else split.take(torch.tensor(keys))
         return _stream(
             content.dataset,
@@ -223,21 +258,25 @@ def _examples(
             seed,
             number=content.num_workers,
             options=_options(content),
+            whole=whole,
         )
     if type(content) is TensorDataset:
-        return parse_batch(list(content.tensors), where)
+        return parse_batch(list(content.tensors), where, whole=whole)
     if isinstance(content, IterableDataset):
         if batching is not None and batching.size is not None:
-            return IterableStream(Source(content, where, seed, size=batching.size, in_batches=True))
-        return IterableStream(Source(content, where, seed))
+            source = Source(content, where, seed, size=batching.size, in_batches=True, whole=whole)
+            return IterableStream(source)
+        return IterableStream(Source(content, where, seed, whole=whole))
     if getattr(content, "__len__", None) is None:
         raise DataError(
             f"{where}: the Dataset has no length", "Give it __len__, or an IterableDataset"
         )
-    return _stream(content, None, default_collate, where, seed)
+    return _stream(content, None, default_collate, where, seed, whole=whole)
 
 
-def _whole_batches(loader: DataLoader[Any], where: str, seed: int) -> Split | Stream:
+def _whole_batches(
+    loader: DataLoader[Any], where: str, seed: int, *, whole: bool
+) -> Split | Stream:
     """Returns the batches of a DataLoader, with an order drawn once."""
     with private_randomness():
         seed_all(seed)
@@ -249,7 +288,8 @@ def _whole_batches(loader: DataLoader[Any], where: str, seed: int) -> Split | St
     if not keys:
         raise DataError(f"{where} is empty")
     if type(loader.dataset) is TensorDataset and loader.collate_fn is default_collate:
-        split = parse_batch(list(loader.dataset.tensors), where).take(torch.tensor(keys))
+        split = parse_batch(list(loader.dataset.tensors), where, whole=whole)
+        split = split.take(torch.tensor(keys))
         return Batches(split.inputs, split.targets, tuple(map(len, batches)))
     stream = _stream(
         loader.dataset,
@@ -259,6 +299,7 @@ def _whole_batches(loader: DataLoader[Any], where: str, seed: int) -> Split | St
         seed,
         number=loader.num_workers,
         options=_options(loader),
+        whole=whole,
     )
     ends = [0, *itertools.accumulate(map(len, batches))]
     return stream.cut([list(range(*pair)) for pair in itertools.pairwise(ends)])
@@ -273,6 +314,7 @@ def _stream(
     *,
     number: int | None = None,
     options: Mapping[str, Any] | None = None,
+    whole: bool,
 ) -> Stream:
     # A sampler may yield keys that are not integers.
     integers = keys is None or all(type(key) is int for key in keys)
@@ -284,7 +326,8 @@ def _stream(
         index = torch.arange(_length(dataset, where))
     if not len(index):
         raise DataError(f"{where} is empty")
-    return Stream(Workers(Decoder(dataset, collate, where, seed), number, options or {}), index)
+    decoder = Decoder(dataset, collate, where, seed, whole=whole)
+    return Stream(Workers(decoder, number, options or {}), index)
 
 
 def _length(dataset: Dataset[Any], where: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,15 +94,21 @@ class RandomnessDetector:
         after, device_after = capture(), _device_state(self._device)
         same = {
             "Python's random": self._before[0] == after[0],
-            "numpy.random": pickle.dumps(self._before[1]) == pickle.dumps(after[1]),
+            "numpy.random": _same_numpy_state(self._before[1], after[1]),
             "torch's generator": torch.equal(self._before[2], after[2]),
         }
         if self._device_before is not None and device_after is not None:
             name = f"torch's generator of {self._device}"
             same[name] = torch.equal(self._device_before, device_after)
             _restore_device(self._device, self._device_before)
-        restore(self._before)
         self.names = [name for name, equal in same.items() if not equal]
+        if self.names:
+            restore(self._before)
+
+
+def _same_numpy_state(one: Any, other: Any) -> bool:
+    # The name of the generator, its keys and three numbers.
+    return one[0] == other[0] and np.array_equal(one[1], other[1]) and one[2:] == other[2:]
 
 
 def _device_state(device: torch.device) -> Tensor | None:

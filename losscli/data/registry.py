@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,10 @@ from losscli.data.nests import leaves
 from losscli.data.objects import Batching, cut_into_batches, load_into_memory, to_data_set
 from losscli.data.split import DataSet, Examples, Split
 from losscli.data.text import load_text
-from losscli.errors import DataError, SpecError, UntrustedCodeError, one_line
-from losscli.spec import Spec, call, expand_toml, look_up
+from losscli.errors import DataError, SpecError, one_line
+from losscli.spec import Spec, call, expand_toml, look_up, untrusted
 
-__all__ = ["DATASETS", "load"]
+__all__ = ["DATASETS", "is_on_hub", "load"]
 
 _COMMON = ("mean", "std", "flatten", "limit")
 
@@ -48,10 +47,12 @@ def load(
     trusted: bool,
     source: str = "a file",
     folder: Path | None = None,
+    cure: str = "",
     splits: Sequence[str] = (),
     limit: int | None = None,
     seed: int = 0,
     batching: Batching | None = None,
+    whole: bool = False,
 ) -> DataSet:
     """Loads the data set that a spec names.
 
@@ -61,10 +62,12 @@ def load(
         trusted: Whether the spec may name code or a data set on the hub.
         source: Where the spec comes from, if not from the command line.
         folder: Base folder of relative paths; the current folder by default.
+        cure: How the source can become trusted, if it can.
         splits: Names of the splits; all if empty.
         limit: Number of examples per split, applied after the ``limit`` of the spec; None for all.
         seed: Random seed of the draw for ``limit`` and of the order of a DataLoader.
         batching: Keep whole batches; None for single examples.
+        whole: As for `parse_batch`, for data from code; a format has inputs and targets.
 
     Returns:
         The data set; splits that do not fit in memory are decoded on every pass.
@@ -77,9 +80,11 @@ def load(
     """
     named = text
     text, trusted, folder = expand_toml(named, trusted=trusted, folder=folder)
-    source = source if text == named else named
+    source, cure = (source, cure) if text == named else (named, "")
     spec = Spec.parse(text)
-    function, arguments = look_up(spec, DATASETS, "data", trusted=trusted, source=source)
+    function, arguments = look_up(
+        spec, DATASETS, "data", trusted=trusted, source=source, folder=folder, cure=cure
+    )
     options: dict[str, Any] = dict(spec.options)
     common = {key: options.pop(key, None) for key in _COMMON}
     if common["mean"] == "imagenet" and common["std"] is None:
@@ -104,14 +109,9 @@ def load(
             name = spec.target.rstrip(":")
             raise SpecError(f"data {text!r} names no file", f"Write {name}:PATH")
         path = Path(folder or "", arguments[0])
-        # A name without a local folder may be a data set on the hub.
-        on_hub = function is load_hub and not os.path.exists(path)  # noqa: PTH110
+        on_hub = is_on_hub(spec, folder)
         if on_hub and not trusted:
-            raise UntrustedCodeError(
-                f"{source} names {text!r} as its data, there is no folder {path}, and the hub is "
-                "asked only for what the command line names",
-                f"If you trust it, write --data {shlex.quote(str(spec))}",
-            )
+            raise untrusted(f"{source} names {text!r}, a data set on the hub", "data", spec, cure)
         paths: tuple[str | Path, ...] = (arguments[0] if on_hub else path,)
         if options.get("tokenizer", "bytes") != "bytes":
             options["tokenizer"] = Path(folder or "", str(options["tokenizer"]))
@@ -124,13 +124,36 @@ def load(
         raise
     except Exception as error:
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
-    data = replace(to_data_set(loaded, f"data {text!r}", seed, batching), **normalisation)
-    if function in DATASETS.values():
+    is_format = function in DATASETS.values()
+    if whole and normalisation and not is_format:
+        raise SpecError(
+            f"data {text!r}: {next(iter(normalisation))}= is of the inputs, and an objective takes "
+            "whole batches",
+            "Return normalised inputs from your code",
+        )
+    data = to_data_set(loaded, f"data {text!r}", seed, batching, whole=whole and not is_format)
+    data = replace(data, **normalisation)
+    if is_format:
         data = replace(data, splits={n: _with_long_targets(s) for n, s in data.splits.items()})
     _check_normalisation(data, text)
     data = _note_unscaled(data, text, imagenet="imagenet" in (common["mean"], common["std"]))
     data = cut_into_batches(data.select([], spec_limit, seed), f"data {text!r}", batching)
     return load_into_memory(data.select(splits, limit, seed))
+
+
+def is_on_hub(spec: Spec, folder: Path | None) -> bool:
+    """Says whether data are fetched from the hub: a name for which there is no local folder.
+
+    Args:
+        spec: The spec of the data.
+        folder: Base folder of relative paths; the current folder by default.
+
+    Returns:
+        Whether they are.
+    """
+    name, _, argument = spec.target.partition(":")
+    # os.path.exists() is False for a name that is too long for a path.
+    return name == "hf" and not os.path.exists(Path(folder or "", argument))  # noqa: PTH110
 
 
 def _with_long_targets(split: Examples) -> Examples:

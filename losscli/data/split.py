@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -413,6 +413,7 @@ class DataSet:
         flatten: Whether each example is flattened to one dimension.
         language: Whether the targets are the tokens of the inputs.
         notes: Notes for the user about the inputs.
+        whole: Whether the inputs of a split are whole batches, see `parse_batch`.
     """
 
     splits: Mapping[str, Examples]
@@ -422,6 +423,7 @@ class DataSet:
     flatten: bool = False
     language: bool = False
     notes: tuple[str, ...] = ()
+    whole: bool = False
 
     @property
     def task(self) -> Task:
@@ -448,6 +450,27 @@ class DataSet:
         if isinstance(inputs, Ragged):
             inputs = (inputs,)
         return map_nest(lambda tensor: self._prepare(tensor, dtype), realise(inputs))
+
+    def prepare_batch(self, batch: Split, dtype: torch.dtype) -> Any:
+        """Prepares a whole batch for an objective.
+
+        Args:
+            batch: A batch as stored.
+            dtype: The dtype of the forward pass.
+
+        Returns:
+            The batch as the user's code returns it, or ``(inputs, targets)`` of a built-in format,
+            with the inputs of `prepare`. All floating-point tensors are converted to ``dtype``.
+        """
+
+        def convert(x: Tensor) -> Tensor:
+            # A tensor of its own, so that requires_grad_ does not reach the stored one.
+            return x.detach().to(dtype) if x.is_floating_point() else x
+
+        if self.whole:
+            return realise(map_nest(convert, batch.inputs))
+        inputs = self.prepare(batch.inputs, dtype)
+        return map_nest(Tensor.detach, inputs), realise(map_nest(convert, batch.targets))
 
     def _prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if x.dtype == torch.uint8:

@@ -81,15 +81,23 @@ class Decoder:
         collate: Collates a list of examples into a batch.
         where: Name of the data set in error messages.
         seed: Base seed.
+        whole: As for `parse_batch`.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any], where: str, seed: int
+        self,
+        dataset: Dataset[Any],
+        collate: Callable[[list[Any]], Any],
+        where: str,
+        seed: int,
+        *,
+        whole: bool = False,
     ) -> None:
         self.where = where
         self._dataset = dataset
         self.collate = collate
         self._seed = seed
+        self._whole = whole
 
     def state(self, positions: list[int]) -> str:
         """Returns a fingerprint of the files that examples are decoded from.
@@ -116,9 +124,12 @@ class Decoder:
         """
         batch = self.parsed(positions)
         if len(batch) != len(positions):
+            cure = "Leave examples out in the Dataset (torch.utils.data.Subset), not in collate_fn"
+            if self._whole:
+                cure = "If the loss is one number per batch, give --batch-loss"
             raise DataError(
                 f"{self.where}: a batch of {len(positions)} examples is collated to {len(batch)}",
-                "Leave examples out in the Dataset (torch.utils.data.Subset), not in collate_fn",
+                cure,
             )
         return batch
 
@@ -136,7 +147,7 @@ class Decoder:
         """
         rows, batch = self.collated(positions)
         with private_randomness():
-            return parse_batch(batch, self.where, rows, self.collate)
+            return parse_batch(batch, self.where, rows, self.collate, whole=self._whole)
 
     def collated(self, positions: list[int]) -> tuple[list[Any], Any]:
         """Decodes a batch without interpreting it.
@@ -184,7 +195,10 @@ class BatchDecoder(Decoder):
     """
 
     def __init__(self, decoder: Decoder, parts: Sequence[list[int]]) -> None:
-        super().__init__(decoder._dataset, decoder.collate, decoder.where, decoder._seed)
+        super().__init__(
+            *(decoder._dataset, decoder.collate, decoder.where, decoder._seed),
+            whole=decoder._whole,
+        )
         self.parts = parts
 
     def state(self, positions: list[int]) -> str:

@@ -8,7 +8,7 @@ the most negative curvature, and a minimum is critical to the accuracy of its lo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self, get_args
@@ -68,6 +68,7 @@ class Evidence:
         measured: Examples on which the rounding of eigenvalues was measured.
         scattered: Whether there was no float64 to measure it against, or to compute in.
         unverified: Which derivatives could not be compared with differences; empty if none.
+        seed_error: The standard error of the mean loss over seeds; nan without several.
     """
 
     reason: str = ""
@@ -79,6 +80,7 @@ class Evidence:
     measured: int = 0
     scattered: bool = False
     unverified: str = ""
+    seed_error: float = math.nan
 
     def confirm(
         self, decided: Verdict, smallest: Eigenpair, largest: Eigenpair, stored: float
@@ -133,12 +135,13 @@ class Evidence:
             "sides": self.sides and {"negative": self.sides[0], "positive": self.sides[1]},
             "rounding_measured_on": self.measured,
             "unverified": self.unverified or None,
+            "loss_seed_stderr": None if math.isnan(self.seed_error) else self.seed_error,
         }
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Returns the arrays of a record."""
         numbers = [self.slope, self.loss_rounding, self.change, self.exact]
-        numbers += [self.measured, self.scattered]
+        numbers += [self.measured, self.scattered, self.seed_error]
         sides = dict(zip(_SIDES, self.sides, strict=True)) if self.sides else {}
         return {
             "judgement": np.array(numbers, np.float64),
@@ -150,7 +153,8 @@ class Evidence:
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> Self:
         """Reads the arrays of a record."""
-        slope, rounding, change, exact, measured, scattered = arrays["judgement"].tolist()
+        slope, rounding, change, exact, *last = arrays["judgement"].tolist()
+        measured, scattered, seed_error = last
         sides = [_step(arrays[side]) for side in _SIDES if side in arrays]
         return cls(
             arrays["reason"].tobytes().decode(),
@@ -159,6 +163,7 @@ class Evidence:
             int(measured),
             bool(scattered),
             arrays["unverified"].tobytes().decode(),
+            seed_error,
         )
 
 
@@ -377,6 +382,7 @@ class CriticalPointTest:
                 measured=len(sample),
                 scattered=float64 is None,
                 unverified=unverified,
+                seed_error=here.seed_error,
             )
             search = LineSearch(objective, weights, self.names, examples, here, quiet)
             if smallest.value + smallest.error < 0 and decided in {*kept, "saddle"}:
@@ -450,7 +456,7 @@ class CriticalPointTest:
         weights: Weights,
         names: Sequence[str],
         every: Examples,
-        operator: type[Curvature],
+        operator: Callable[..., Curvature],
         execution: Execution,
     ) -> Eigenpair:
         """Computes the largest eigenvalue of a diagonal block of a matrix.
@@ -488,7 +494,7 @@ class CriticalPointTest:
         every: Examples,
         execution: Execution,
         names: Sequence[str] | None = None,
-        operator: type[Curvature] = Curvature,
+        operator: Callable[..., Curvature] = Curvature,
     ) -> Curvature:
         """Makes the operator of second derivatives at a point.
 

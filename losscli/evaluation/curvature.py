@@ -153,7 +153,7 @@ class Curvature:
         """
         objective, total = self.objective, 0.0
         for batch in objective.batches(self.split):
-            inputs = objective.data.prepare(batch.inputs, objective.dtype)
+            inputs = objective.prepare(batch)
             with self._differentiable():
                 outputs = objective.forward(objective.model, inputs)
                 if not (isinstance(outputs, Tensor) and outputs.requires_grad):
@@ -413,7 +413,7 @@ class Curvature:
     def _derive_batch(self, derive: Callable[[Tensor], _T], batch: Split) -> tuple[_T, float]:
         """Differentiates the losses of a batch; returns also the sum of its example weights."""
         objective = self.objective
-        inputs = objective.data.prepare(batch.inputs, objective.dtype)
+        inputs = objective.prepare(batch)
         with Decomposed():
             outputs = objective.forward(objective.model, inputs)
             losses = self._losses(outputs, batch.targets)

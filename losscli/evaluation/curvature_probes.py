@@ -18,7 +18,7 @@ from losscli.evaluation.spectral_density import Probe, basis_size, draw_probe
 from losscli.evaluation.tasks import Execution
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["BlockCurvature", "CurvatureProbes"]
+__all__ = ["BlockCurvature", "CurvatureProbes", "objective_state"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class CurvatureProbes:
         ):
             v = draw_probe(curvature.size, test.seed, number).to(curvature.device)
             found = Probe.run(curvature.product, v, steps, kept)
-        return {**found.to_arrays(), **_state(objective)}
+        return {**found.to_arrays(), **objective_state(objective)}
 
     def block(
         self, placed: Weights, split: str, index: int, names: Sequence[str], execution: Execution
@@ -146,9 +146,9 @@ class CurvatureProbes:
         found = BlockCurvature(
             *(norm, largest.value, largest.error, largest.converged), np.array(traces)
         )
-        return {**found.to_arrays(), **_state(objective)}
+        return {**found.to_arrays(), **objective_state(objective)}
 
 
-def _state(objective: Objective) -> dict[str, NDArray[Any]]:
-    """Returns the state of an objective that a resumed run continues in."""
+def objective_state(objective: Objective) -> dict[str, NDArray[Any]]:
+    """Returns the state of an objective that a resumed run continues in, as arrays of a record."""
     return {"counts": np.array([objective.batch_size]), "idle": idle_layers(objective)}

@@ -5,26 +5,47 @@ from __future__ import annotations
 import contextlib
 import enum
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from losscli.data import Nest, leaves, length, map_nest, realise
+from losscli.data import (
+    TARGETS,
+    Nest,
+    RandomnessDetector,
+    leaves,
+    length,
+    map_nest,
+    model_inputs,
+    realise,
+    seed_all,
+    separated,
+)
 from losscli.errors import LosscliError, LossError, ModelError, one_line
 from losscli.evaluation.device import widened
 from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.loading import LoadableModel
 from losscli.evaluation.losses import LOSSES, PerExample, function_of, nll, per_example_mean
 from losscli.evaluation.metrics import METRICS
+from losscli.evaluation.objective_functions import (
+    MODEL,
+    ObjectiveFunction,
+    ObjectiveOutputs,
+    own_loss,
+    returned_losses,
+    scores_of,
+)
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.models import suggest_fix
 
-__all__ = ["HALF", "NO_GRAPH", "ScoredModel", "is_registered", "scores_in"]
+__all__ = ["HALF", "NO_GRAPH", "Samples", "ScoredModel", "is_registered", "scores_in"]
+
+T = TypeVar("T")
 
 HALF = torch.bfloat16, torch.float16
 
@@ -37,6 +58,16 @@ _MOST_SHAPES = 4
 NO_GRAPH = "does not require grad"
 
 
+# A random loss draws other numbers than the forward pass with the same seed.
+_LOSS_STREAM = 1 << 40
+
+
+class Samples(NamedTuple):
+    """The outputs of a random model for several seeds."""
+
+    outputs: tuple[Any, ...]
+
+
 class ScoredModel(LoadableModel):
     """A model with its loss and metrics.
 
@@ -47,8 +78,11 @@ class ScoredModel(LoadableModel):
         device: Where to compute.
         dtype: The type of the forward pass.
         batch_loss: Whether the loss is one number per batch.
+        function: An objective in the place of the loss of outputs and targets.
+        seeds: Those of a random model: outputs are then `Samples`, and losses are means over them.
 
     Attributes:
+        draws: Whether a forward pass or a loss has drawn random numbers.
         copies_inputs: Whether the model modifies its inputs in place, so that it needs copies.
         copies_outputs: Whether the loss modifies the model's outputs in place.
         differentiates: Whether the model or the loss differentiates, as physics-informed networks
@@ -65,9 +99,14 @@ class ScoredModel(LoadableModel):
         device: torch.device,
         dtype: torch.dtype,
         batch_loss: bool,
+        function: ObjectiveFunction | None = None,
+        seeds: Sequence[int] = (),
     ) -> None:
         super().__init__(model, device, dtype)
-        self.loss = loss
+        self.function = function
+        self.seeds = tuple(seeds)
+        self.draws = False
+        self.loss = loss if function is None else returned_losses
         self.metrics = dict(metrics)
         self.batch_loss = batch_loss
         self.copies_inputs = False
@@ -87,26 +126,87 @@ class ScoredModel(LoadableModel):
 
         Args:
             model: The model, or the function.
-            inputs: A prepared batch.
+            inputs: The prepared inputs of a batch, or the prepared batch for an objective.
 
         Returns:
-            The outputs of the model.
+            The outputs of the model, or those of the objective; with seeds, `Samples` of them.
 
         Raises:
-            ModelError: The model fails.
+            ModelError: The model or the objective fails.
         """
+        if not self.seeds:
+            return self._pass(model, inputs)
+        return Samples(tuple(self._for_each_seed(lambda _: self._pass(model, inputs))))
+
+    def _for_each_seed(self, function: Callable[[int], T], stream: int = 0) -> list[T]:
+        """Calls a function with the index of each seed, and restores the generators.
+
+        Args:
+            function: The function, called with seeded generators.
+            stream: A number that chooses other random numbers for the same seeds.
+
+        Returns:
+            Its results.
+        """
+        results = []
+        with RandomnessDetector(self.device):
+            for k, seed in enumerate(self.seeds):
+                seed_all(seed ^ stream, self.device)
+                if self.draws:
+                    results.append(function(k))
+                    continue
+                with RandomnessDetector(self.device) as detector:
+                    results.append(function(k))
+                self.draws = bool(detector.names)
+        return results
+
+    def _pass(self, model: Callable[..., Any], inputs: Nest) -> Any:
         if self.copies_inputs:
             inputs = map_nest(Tensor.clone, inputs)
+        if self.function is None:
+            outputs = self._call(model, inputs)
+            # Hugging Face models return their scores in an object.
+            return getattr(outputs, "logits", outputs)
+        if self.function == MODEL:
+            outputs = self._call(model, *separated(inputs))
+            return ObjectiveOutputs(own_loss(outputs), scores_of(outputs) if self.metrics else ())
+        losses = self._apply(self.function, model, inputs)
+        outputs = self._call(model, model_inputs(inputs)) if self.metrics else ()
+        return ObjectiveOutputs(losses, getattr(outputs, "logits", outputs))
+
+    def _apply(self, function: Callable[..., Any], model: Callable[..., Any], batch: Any) -> Any:
+        """Computes an objective."""
+        try:
+            with self.computing(), torch.enable_grad():
+                return function(model, batch)
+        except (torch.OutOfMemoryError, MemoryError, LosscliError):
+            raise
+        except Exception as error:
+            what = batch if isinstance(batch, list | tuple) else type(batch).__name__
+            kinds = what if isinstance(what, str) else ", ".join(type(x).__name__ for x in what)
+            raise ModelError(
+                f"the objective fails: {one_line(error)}",
+                _advise_on_graph(error)
+                or f"It receives the model and the batch of the data ({kinds})",
+            ) from error
+
+    def _call(self, model: Callable[..., Any], inputs: Nest, targets: Nest | None = None) -> Any:
+        """Runs the model on inputs, and on targets if it takes them."""
         args, kwargs = self.arguments(inputs)
+        if targets is not None:
+            name = _target_name(self.model) or ("labels" if kwargs else None)
+            args, kwargs = (
+                ((*args, targets), kwargs) if name is None else (args, {**kwargs, name: targets})
+            )
         try:
             with self.computing(), self._gradients():
                 if (
                     isinstance(inputs, dict)
+                    and targets is None
                     and self._conventions[tuple(inputs)] is _Convention.EITHER
                 ):
-                    outputs = self._try_conventions(model, inputs)
-                else:
-                    outputs = model(*args, **kwargs)
+                    return self._try_conventions(model, inputs)
+                return model(*args, **kwargs)
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:
@@ -120,8 +220,6 @@ class ScoredModel(LoadableModel):
                 or _advise_on_type(error, inputs)
                 or "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
-        # Hugging Face models return their scores in an object.
-        return getattr(outputs, "logits", outputs)
 
     def computing(self) -> AbstractContextManager[Any]:
         """Ensures that everything computes in the type of the forward pass.
@@ -187,12 +285,43 @@ class ScoredModel(LoadableModel):
 
         Returns:
             One number per example, ``[B]``. With ``batch_loss`` one number, ``[1]``: the mean if
-            the function returns one per example.
+            the function returns one per example. With seeds the mean over them.
 
         Raises:
             LossError: The function fails, or returns something else.
         """
+        values = self.per_seed(function, outputs, targets, what)
+        return values[0] if len(values) == 1 else values.mean(0)
+
+    def per_seed(self, function: PerExample, outputs: Any, targets: Nest, what: str) -> Tensor:
+        """Computes a loss or a metric of a batch for each seed.
+
+        Args:
+            function: As for `per_example`.
+            outputs: The same.
+            targets: The same.
+            what: The same.
+
+        Returns:
+            ``[S, B]`` with S seeds, ``[1, B]`` without.
+        """
+        if not isinstance(outputs, Samples):
+            return self._values(function, outputs, targets, what).unsqueeze(0)
+        own = outputs.outputs
+
+        def values(k: int) -> Tensor:
+            return self._values(function, own[k], targets, what)
+
+        if is_registered(function) or function is returned_losses:
+            return torch.stack([values(k) for k, _ in enumerate(own)])
+        return torch.stack(self._for_each_seed(values, _LOSS_STREAM))
+
+    def _values(self, function: PerExample, outputs: Any, targets: Nest, what: str) -> Tensor:
         examples, targets = length(targets), realise(targets)
+        if isinstance(outputs, ObjectiveOutputs):
+            is_loss = function is self.loss
+            outputs = outputs.losses if is_loss else outputs.outputs
+            what = "objective" if is_loss else what
         if is_registered(function) or isinstance(function, TorchLoss):
             if not isinstance(targets, Tensor):
                 raise LossError(
@@ -320,6 +449,15 @@ def _convention_of(model: nn.Module, names: tuple[str, ...]) -> _Convention:
     return _Convention.KEYWORDS if by_name and names[0] in explicit else _Convention.EITHER
 
 
+def _target_name(model: nn.Module) -> str | None:
+    """Returns the parameter of ``forward`` that takes targets; None if none has a usual name."""
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return None
+    return next((name for name in TARGETS if name in parameters), None)
+
+
 _VARIABLE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
@@ -347,7 +485,9 @@ def is_registered(function: PerExample) -> bool:
 
 
 def scores_in(outputs: Any) -> Any:
-    """The scores in a model's outputs: the value of ``logits`` if they are a mapping."""
+    """The scores in a model's outputs, those of the first seed: ``logits`` if it is a mapping."""
+    if isinstance(outputs, Samples):
+        outputs = outputs.outputs[0]
     return outputs.get("logits", outputs) if isinstance(outputs, Mapping) else outputs
 
 

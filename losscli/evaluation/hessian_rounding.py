@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def add_rounding(
     *,
     whole: bool,
     seed: int,
-    operator: type[Curvature] = Curvature,
+    operator: Callable[..., Curvature] = Curvature,
 ) -> Extremes:
     """Adds the rounding of Hessian-vector products to the errors of eigenvalues.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp
+from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from losscli.data import Split
@@ -22,7 +22,7 @@ from losscli.evaluation.decompositions import Decomposed
 from losscli.evaluation.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.point_weights import combining_type
-from losscli.evaluation.replicas import is_stateless
+from losscli.evaluation.replicas import forward_with, is_stateless
 from losscli.evaluation.taylor import TaylorTensor, apply, values
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, pieces
@@ -157,7 +157,7 @@ class LineDerivatives:
                 are kept for the batch at further points; None keeps nothing.
         """
         layer = None
-        if shared is not None and method is Method.TAYLOR:
+        if shared is not None and method is Method.TAYLOR and not self.objective.seeds:
             layer = self._first_layer(*shared, batch)
         replay = partial(self._replay, layer, shared[1]) if layer and shared else None
         slope, curvature = self._differentiate(method, weights, batch, twice=True, replay=replay)
@@ -189,20 +189,17 @@ class LineDerivatives:
             what = reason.what if isinstance(reason, LosscliError) else one_line(reason)
             raise ModelError(what) from error
 
-    def _losses(self, model: Callable[..., Any], batch: Split) -> Tensor:
+    def _losses(self, batch: Split, weights: Weights | None = None) -> Tensor:
+        """Computes the losses of a batch, with other tensors than those of the model if given."""
         objective = self.objective
-        inputs = objective.data.prepare(batch.inputs, objective.dtype)
-        outputs = objective.forward(model, inputs)
+        outputs = forward_with(objective, weights or {}, objective.prepare(batch))
         self.weight = objective.weight(outputs, batch.targets)
         return objective.per_example(objective.loss, outputs, batch.targets, "loss")
 
     @torch.no_grad()
     def _forward(self, weights: Weights, batch: Split, twice: bool) -> tuple[float, ...]:
         def losses(weights: dict[str, Tensor]) -> Tensor:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(self.objective.model, weights, args, kwargs)
-
-            return self._losses(call, batch)
+            return self._losses(batch, weights)
 
         def slopes(weights: dict[str, Tensor]) -> Tensor:
             slope: Tensor = jvp(losses, (weights,), (self._direction,))[1]
@@ -225,9 +222,9 @@ class LineDerivatives:
                 return None
             tensors = {name: objective.tensors[name] for name in self.line.a}
             ray = _Ray(self.line.a, self._direction)
-            stops = is_stateless(objective.model)
+            stops = is_stateless(objective)
             watcher = FirstLayerWatcher(tensors, objective.tensors, ray, stops=stops, measures=True)
-            inputs = objective.data.prepare(batch.inputs, objective.dtype)
+            inputs = objective.prepare(batch)
             with contextlib.suppress(FirstLayerFound), Method.TAYLOR.kernels(), watcher:
                 objective.forward(objective.model, inputs)
             layer = watcher.layer
@@ -253,23 +250,19 @@ class LineDerivatives:
             name: TaylorTensor(w, self._direction[name]) for name, w in weights.items()
         }
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(objective.model, point, args, kwargs)
-
         def loss(outputs: Any) -> Tensor:
             return objective.per_example(objective.loss, outputs, batch.targets, "loss")
 
-        inputs = objective.data.prepare(batch.inputs, objective.dtype)
+        inputs = objective.prepare(batch)
         with replay(point) if replay else contextlib.nullcontext():
-            outputs = objective.forward(call, inputs)
+            outputs = forward_with(objective, point, inputs)
         self.weight = objective.weight(values(outputs), batch.targets)
         losses = apply(loss, outputs).coefficients
         return tuple(float(x.cpu().double().sum()) for x in (losses.first, losses.second))
 
     def _reverse(self, weights: Weights, batch: Split, twice: bool) -> tuple[float, ...]:
-        model = self.objective.model
         with self._bound(weights) as leaves, torch.enable_grad():
-            total = self._losses(model, batch).sum()
+            total = self._losses(batch).sum()
             gradient = _gradient(total, leaves, create_graph=twice)
             if not twice:
                 return (self._along(gradient),)

@@ -120,10 +120,12 @@ def halve_batch(
     Raises:
         OutOfMemoryError: The batch is one example, or must not be halved.
     """
-    if objective.batch_loss:
+    if objective.batch_loss or objective.seeds:
+        # The random numbers of a batch depend on its size.
+        option = "--batch-loss" if objective.batch_loss else "--stochastic"
         raise OutOfMemoryError(
             f"{what} one batch do not fit into the memory of {objective.device}, and with "
-            "--batch-loss batches are never halved",
+            f"{option} batches are never halved",
             f"Give smaller batches, --device cpu or {cure}",
         )
     if objective.batch_size == 1:

@@ -112,4 +112,16 @@ def of_mean(metric: PerExample, mean: float) -> float:
         return math.inf
 
 
+def loss_seed_stderr(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Stands for the standard error of the mean loss over seeds, which is not a mean of examples.
+
+    With the mean loss L_s of each of S seeds it is std(L_s)/√S. Given the examples, that is how far
+    the mean over the seeds may be from the expectation over all random numbers.
+    """
+    raise NotImplementedError
+
+
+SEED_ERROR = loss_seed_stderr.__name__
+"""The name of that standard error in tables."""
+
 METRICS: dict[str, PerExample] = {"accuracy": accuracy, "perplexity": perplexity}

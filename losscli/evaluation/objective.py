@@ -7,6 +7,7 @@ However points are evaluated, the numbers are those of the checkpoint loaded wit
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,6 @@ from losscli.data import (
     Split,
     device_budget,
     leaves,
-    map_nest,
 )
 from losscli.errors import (
     ModelError,
@@ -39,6 +39,8 @@ from losscli.evaluation.forward import (
 )
 from losscli.evaluation.independence import Values
 from losscli.evaluation.losses import PerExample
+from losscli.evaluation.metrics import SEED_ERROR, loss_seed_stderr
+from losscli.evaluation.objective_functions import ObjectiveFunction
 from losscli.evaluation.output_collector import OutputCollector, join_weights
 from losscli.evaluation.points import BoundPoints, LoadedPoint, LoadedPoints, Points, StackedPoints
 from losscli.evaluation.recalibration import BatchNormLayer, Recalibration, batchnorm_layers
@@ -81,8 +83,8 @@ PROBE = 2
 AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(HALF, 5e-2)}
 
 DETERMINISTIC = (
-    "Take the randomness (dropout outside nn.Dropout, sampling) out of the forward pass; averaging "
-    "over fixed seeds (--stochastic N) is not available yet"
+    "Take the randomness (dropout outside nn.Dropout, sampling) out of the forward pass; if it is "
+    "on purpose, give --stochastic N, for means over N fixed seeds"
 )
 """Advice for a model with random outputs."""
 
@@ -98,7 +100,8 @@ class Evaluation:
         losses: The loss of each example at each point, ``[P, N]``, on the CPU; float64 for a
             forward pass in float64, else float32. If examples have weights w, it is the weighted
             loss over the mean of w, so that its mean over examples is Σwl/Σw.
-        metrics: The mean of each metric at each point, ``[P]``, float64, on the CPU.
+        metrics: The mean of each metric at each point, ``[P]``, float64, on the CPU; with seeds
+            also the standard error of the mean loss over them.
         weights: The weight of each example, ``[N]``, float64, on the CPU; None if all are 1.
         counts: The number of examples that a metric is averaged over, if not all.
     """
@@ -107,6 +110,12 @@ class Evaluation:
     metrics: Mapping[str, Tensor]
     weights: Tensor | None = None
     counts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def seed_error(self) -> float:
+        """The standard error over seeds of the mean loss at the first point; nan without seeds."""
+        errors = self.metrics.get(SEED_ERROR)
+        return math.nan if errors is None else float(errors[0])
 
 
 class Objective(ScoredModel):
@@ -126,6 +135,8 @@ class Objective(ScoredModel):
             None keeps those that are loaded.
         batch_loss: Whether the loss is one number per batch: each example of the data is a whole
             batch, and the batch size is 1.
+        function: An objective in the place of the loss.
+        seeds: Those of a random model.
         optional: The metrics that are omitted if they do not apply.
 
     Attributes:
@@ -155,9 +166,18 @@ class Objective(ScoredModel):
         batch_size: int | None = None,
         recalibration: Recalibration | None = None,
         batch_loss: bool = False,
+        function: ObjectiveFunction | None = None,
+        seeds: Sequence[int] = (),
         optional: Collection[str] = (),
     ) -> None:
-        super().__init__(model, loss, metrics, device=device, dtype=dtype, batch_loss=batch_loss)
+        super().__init__(
+            *(model, loss, metrics),
+            device=device,
+            dtype=dtype,
+            batch_loss=batch_loss,
+            function=function,
+            seeds=seeds,
+        )
         self.data = data
         self.batch_size = 1 if batch_loss else batch_size or _default_batch(data, device)
         self.chooses_batch = batch_size is None and not batch_loss
@@ -180,6 +200,11 @@ class Objective(ScoredModel):
         self.unchecked: set[str] = set()
         self.unused: tuple[str, ...] = ()
         self.constant = False
+
+    @property
+    def columns(self) -> Mapping[str, PerExample]:
+        """What is evaluated in addition to the loss, by the name of its column."""
+        return self.metrics | ({SEED_ERROR: loss_seed_stderr} if len(self.seeds) > 1 else {})
 
     def add_note(self, text: str) -> None:
         """Adds a note.
@@ -290,6 +315,19 @@ class Objective(ScoredModel):
         names = [name for name, examples in self.splits.items() if examples is split]
         return f"the split {names[0]!r}" if names else "the data"
 
+    def prepare(self, batch: Split) -> Nest:
+        """Prepares a batch for the forward pass.
+
+        Args:
+            batch: The batch, on the device.
+
+        Returns:
+            The inputs of the model; the whole batch for an objective.
+        """
+        if self.function is None:
+            return self.data.prepare(batch.inputs, self.dtype)
+        return self.data.prepare_batch(batch, self.dtype)
+
     def values(self, batch: Split) -> Values:
         """Evaluates a batch.
 
@@ -299,7 +337,7 @@ class Objective(ScoredModel):
         Returns:
             The loss of each example, and the metrics that may not be per example.
         """
-        outputs = self.forward(self.model, self.data.prepare(batch.inputs, self.dtype))
+        outputs = self.forward(self.model, self.prepare(batch))
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
         return self.own_values(outputs, batch.targets, loss)
 
@@ -322,7 +360,7 @@ class Objective(ScoredModel):
         # Some models accept only whole batches, and some cannot be traced.
         for number in dict.fromkeys((min(PROBE, self.batch_size), self.batch_size)):
             few = split.first(number).to(self.device)
-            inputs = self.data.prepare(map_nest(Tensor.clone, few.inputs), self.dtype)
+            inputs = self.prepare(few.map(Tensor.clone))
             with contextlib.suppress(ModelError):
                 count = operations(self.model, partial(self.forward, self.model, inputs), trace)
                 self._operations = max(self._operations, count // len(few))
@@ -431,7 +469,7 @@ class Objective(ScoredModel):
             return
         try:
             for batch in self.recalibration.batches():
-                inputs = self.data.prepare(batch.to(self.device).inputs, self.dtype)
+                inputs = self.prepare(batch.to(self.device))
                 self._finish(points.record_statistics(inputs), len(batch), report)
             updated = points.use_statistics()
         except (torch.OutOfMemoryError, MemoryError):
@@ -455,17 +493,20 @@ class Objective(ScoredModel):
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         losses = torch.empty(len(points), len(split), dtype=exact, device=self.device)
         zeros = torch.zeros(len(points), dtype=self.sum_type, device=self.device)
-        totals = {name: zeros.clone() for name in self.metrics}
+        zeros_of: dict[str | None, Tensor] = dict.fromkeys(self.metrics, zeros)
+        if SEED_ERROR in self.columns:
+            zeros_of[None] = zeros.unsqueeze(1).repeat(1, len(self.seeds))
+        totals = {name: own.clone() for name, own in zeros_of.items()}
         # Each batch has sums of its own, added when all its points are done: two threads may
         # evaluate two batches at one point, and the order of addition determines the last digit.
-        previous: tuple[Iterator[int], int, dict[str, Tensor]] = iter(()), 0, {}
+        previous: tuple[Iterator[int], int, dict[str | None, Tensor]] = iter(()), 0, {}
         start = 0
         batch_weights: list[Mapping[str | None, Tensor | None]] = []
         for batch in self.batches(split):
-            inputs = self.data.prepare(batch.inputs, self.dtype)
+            inputs = self.prepare(batch)
             columns = losses[:, start : start + len(batch)]
             start += len(batch)
-            sums = {name: zeros.clone() for name in self.metrics}
+            sums = {name: own.clone() for name, own in zeros_of.items()}
             collector = OutputCollector(self, batch.targets, columns, sums)
             batch_weights.append(collector.weights)
             done = points.evaluate(inputs, collector)
@@ -479,18 +520,23 @@ class Objective(ScoredModel):
         if own is not None:
             # nan if all targets are ignored.
             losses /= own.mean()
+        seeds = totals.pop(None, None)
         metrics = {
-            name: total.cpu().to(torch.float64) / counts.get(name, len(split))
+            name: total.cpu().to(torch.float64) / counts.get(str(name), len(split))
             for name, total in totals.items()
+            if name is not None
         }
+        if seeds is not None:
+            means = seeds.cpu().double() / (len(split) if own is None else float(own.sum()))
+            metrics[SEED_ERROR] = means.std(1) / math.sqrt(len(self.seeds))
         return Evaluation(losses, metrics, own, counts)
 
     def _add(
         self,
         points: Iterator[int],
         examples: int,
-        sums: Mapping[str, Tensor],
-        totals: Mapping[str, Tensor],
+        sums: Mapping[str | None, Tensor],
+        totals: Mapping[str | None, Tensor],
         report: Callable[[int], None],
     ) -> None:
         self._finish(points, examples, report)

@@ -26,7 +26,8 @@ class OutputCollector:
         model: The model with its loss and metrics.
         targets: The targets of the batch, ``[B, …]``, or a nest of them.
         losses: Receives its losses, ``[P, B]``.
-        sums: Receives the sums of its metrics, ``[P]`` each.
+        sums: Receives the sums of its metrics, ``[P]`` each; and those of the losses of each of S
+            seeds, ``[P, S]``, under None.
 
     Attributes:
         weights: The weights of its examples in the mean of each metric by name, and of the loss
@@ -34,7 +35,7 @@ class OutputCollector:
     """
 
     def __init__(
-        self, model: ScoredModel, targets: Nest, losses: Tensor, sums: Mapping[str, Tensor]
+        self, model: ScoredModel, targets: Nest, losses: Tensor, sums: Mapping[str | None, Tensor]
     ) -> None:
         self._model = model
         self._targets = targets
@@ -48,9 +49,10 @@ class OutputCollector:
             self._compute_weights(outputs)
         for name, values in self._all_values(self._values, outputs):
             if name is None:
-                self._losses[p] = values
-            else:
-                self._sums[name][p] = values.to(self._sums[name].dtype).sum()
+                self._losses[p] = values.mean(0)
+            if name in self._sums:
+                sums = values.to(self._sums[name].dtype).sum(1)
+                self._sums[name][p] = sums if name is None else sums.mean()
 
     def all(self, outputs: Any) -> None:
         """Records the outputs at all points."""
@@ -58,9 +60,9 @@ class OutputCollector:
         self._compute_weights(scores[0] if isinstance(scores, Tensor) else outputs)
         for name, values in self._all_values(self._mapped, outputs):
             if name is None:
-                self._losses[:] = values
+                self._losses[:] = values.mean(1)
             else:
-                self._sums[name][:] = values.to(self._sums[name].dtype).sum(1)
+                self._sums[name][:] = values.to(self._sums[name].dtype).sum(2).mean(1)
 
     def _compute_weights(self, outputs: Any) -> None:
         functions: dict[str | None, PerExample] = {None: self._model.loss}
@@ -86,7 +88,7 @@ class OutputCollector:
             yield name, loss if same else take(function, f"metric {name!r}", outputs)
 
     def _values(self, function: PerExample, what: str, outputs: Any) -> Tensor:
-        return self._model.per_example(function, outputs, self._targets, what)
+        return self._model.per_seed(function, outputs, self._targets, what)
 
     def _mapped(self, function: PerExample, what: str, outputs: Any) -> Tensor:
         mapped: Tensor = vmap(partial(self._values, function, what))(outputs)

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.utils._pytree import tree_leaves
 
 from losscli.data import Nest
@@ -28,7 +28,7 @@ from losscli.evaluation.first_layer import FirstLayer, FirstLayerFound, FirstLay
 from losscli.evaluation.point_weights import PointWeights, combining_type
 from losscli.evaluation.prefix import Prefix, PrefixChanged
 from losscli.evaluation.recalibration import Statistics, recording
-from losscli.evaluation.replicas import Replica, is_stateless, make_replicas
+from losscli.evaluation.replicas import Replica, forward_with, is_stateless, make_replicas
 from losscli.evaluation.spectral import normalise
 from losscli.evaluation.strategies import Network, NothingSharedError, OutputRecorder, Strategy
 from losscli.weight_space.slices import Slice
@@ -201,7 +201,7 @@ class BoundPoints:
         self._proving = proving
         # The points that cannot share the first layer, as its products at the ends nearly cancel.
         self._unshared: frozenset[int] | None = None
-        self._stateless = is_stateless(network.model)
+        self._stateless = is_stateless(network)
         self._estimated = [name for layer in network.statistics for name in layer.names]
         self._spectral = [
             layer
@@ -467,17 +467,13 @@ class StackedPoints(BoundPoints):
         products = None
         if layer is not None:
             products = torch.stack([layer.output(point) for point in self._coordinates])
-        model = self._first.model
 
         def at(tensors: Mapping[str, Tensor], product: Tensor | None) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(model, dict(tensors), args, kwargs)
-
             replay: AbstractContextManager[Any] = nullcontext()
             if layer is not None and product is not None:
                 replay = layer.replay(product, tensors)
             with replay:
-                return self._network.forward(call, inputs)
+                return forward_with(self._network, tensors, inputs)
 
         with warnings.catch_warnings():
             # An operator that vmap runs in a loop is too slow: raise, so that another strategy is

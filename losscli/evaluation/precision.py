@@ -39,6 +39,8 @@ def with_model(objective: Objective, model: nn.Module, dtype: torch.dtype) -> Ob
         batch_size=objective.batch_size,
         recalibration=objective.recalibration,
         batch_loss=objective.batch_loss,
+        function=objective.function,
+        seeds=objective.seeds,
     )
     other.extra = objective.extra
     other.copies_inputs = objective.copies_inputs
@@ -78,12 +80,16 @@ def in_float64(objective: Objective, sample: Split, *, inside: bool = False) -> 
             twin.load(own)
             twin.widens = inside and not _is_wide(twin, sample)
             before = twin.plain(own, {"": sample})[""].losses
+            here = objective.plain(own, {"": sample})[""].losses if objective.seeds else before
             objective.load({name: tensor * 1.5 + 0.5 for name, tensor in floating.items()})
             after = twin.plain(own, {"": sample})[""].losses
         except Exception:  # noqa: BLE001 - user code may refuse a copy or float64 in any way
             return None
         finally:
             objective.load(own)
+    # Random numbers of another type may be other numbers, and the copy another function.
+    if not is_close(here, before, 100 * AGREEMENT[objective.dtype]):
+        return None
     return twin if is_close(after, before, AGREEMENT[torch.float64]) else None
 
 

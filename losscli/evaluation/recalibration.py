@@ -59,7 +59,7 @@ class Recalibration:
         """Divides examples into batches in a random order, because files are often sorted by class.
 
         The batches are as few as possible and have the same size, so that each counts the same.
-        Fewer examples are left out than there are batches.
+        Fewer examples are left out than there are batches. Whole batches of the data are kept.
 
         Args:
             name: The name of the split.
@@ -69,7 +69,7 @@ class Recalibration:
         Returns:
             The examples and the batches.
         """
-        number = math.ceil(len(split) / BATCH)
+        number = len(split) if split.in_batches else math.ceil(len(split) / BATCH)
         size = len(split) // number
         order = split.order(torch.Generator().manual_seed(seed))
         return cls(name, split, size, order[: size * number])
@@ -92,6 +92,11 @@ class Recalibration:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def examples(self) -> int:
+        """The number of examples, counting those inside whole batches."""
+        return self.split.rows if self.split.in_batches else len(self)
 
 
 @dataclass(frozen=True)

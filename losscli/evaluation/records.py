@@ -74,7 +74,7 @@ def record_key(
     """
     training = objective.recalibration
     inputs = [
-        *(kind, numbers, str(objective.dtype), list(objective.metrics)),
+        *(kind, numbers, str(objective.dtype), list(objective.columns)),
         training and [training.name, training.size, len(training), training.split.digest],
         *([name, len(split), split.digest] for name, split in splits.items()),
     ]
@@ -141,7 +141,7 @@ def encode(
         arrays[f"{i}"] = evaluation.losses.numpy()
         if evaluation.weights is not None:
             arrays[f"{i} weights"] = evaluation.weights.numpy()
-        for k, metric in enumerate(objective.metrics):
+        for k, metric in enumerate(objective.columns):
             arrays[f"{i} {k}"] = evaluation.metrics[metric].numpy()
             if metric in evaluation.counts:
                 arrays[f"{i} {k} count"] = np.array([evaluation.counts[metric]])

@@ -128,6 +128,7 @@ class GradientSharpness:
         step_error: How far rounding may move it.
         reason: Why there is none, or why it is 0.
         unverified: Which derivatives could not be compared with differences; empty if none.
+        seed_error: The standard error of the mean loss over seeds; nan without several.
     """
 
     loss: float
@@ -138,6 +139,7 @@ class GradientSharpness:
     step_error: float
     reason: Reason
     unverified: str
+    seed_error: float
 
     @property
     def critical(self) -> float:
@@ -152,6 +154,7 @@ class GradientSharpness:
     def to_arrays(self, objective: Objective) -> Arrays:
         """Returns the arrays of a record, with the state of the objective."""
         numbers = [self.loss, self.gradient_norm, self.rounding, self.step, self.step_error]
+        numbers.append(self.seed_error)
         return {
             "numbers": np.array(numbers, np.float64),
             "sam": np.array(self.sam, np.float64),
@@ -163,13 +166,14 @@ class GradientSharpness:
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> Self:
         """Reads the arrays of a record."""
-        loss, gradient_norm, rounding, step, step_error = arrays["numbers"].tolist()
+        loss, gradient_norm, rounding, step, step_error, seed_error = arrays["numbers"].tolist()
         return cls(
             *(loss, gradient_norm, rounding),
             [(value, stderr) for value, stderr in arrays["sam"].tolist()],
             *(step, step_error),
             get_args(Reason)[int(arrays["reason"])],
             arrays["unverified"].tobytes().decode(),
+            seed_error,
         )
 
 
@@ -348,6 +352,7 @@ class SharpnessTest:
             crossing.error / size if size else math.nan,
             crossing.reason,
             unverified,
+            point.here.seed_error,
         ).to_arrays(objective)
 
     def worst_case(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from losscli.data import Nest
 from losscli.errors import ModelError
+from losscli.evaluation.objective_functions import ObjectiveFunction
 from losscli.evaluation.recalibration import BatchNormLayer
 from losscli.evaluation.spectral import SpectralLayer
 from losscli.weight_space.vectors import Weights
@@ -62,6 +63,7 @@ class Network(Protocol):
     model: nn.Module
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype
+    function: ObjectiveFunction | None
     spectral: Sequence[SpectralLayer]
 
     @property

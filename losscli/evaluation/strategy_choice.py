@@ -136,9 +136,12 @@ def candidates(objective: Objective) -> list[Strategy]:
     """
     if objective.folds:
         return []
+    if objective.seeds:
+        # What is shared by all points would be that of one seed.
+        return [Strategy.BOUND]
     strategies = [Strategy.SHARED, Strategy.BOUND]
     functions = [objective.loss, *objective.metrics.values()]
-    stateless = is_stateless(objective.model) and all(map(is_registered, functions))
+    stateless = is_stateless(objective) and all(map(is_registered, functions))
     if objective.device.type == "cpu" and stateless:
         strategies.insert(0, Strategy.THREADS)
     # vmap over weights turns convolutions into one grouped convolution, which is slower than the

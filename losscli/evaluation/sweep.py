@@ -174,7 +174,7 @@ def _evaluate_alone(
     if not parts:
         # A line may have no points but its ends, which are loaded and not swept.
         exact = torch.float64 if objective.dtype == torch.float64 else torch.float32
-        metrics = {metric: torch.empty(0, dtype=torch.float64) for metric in objective.metrics}
+        metrics = {metric: torch.empty(0, dtype=torch.float64) for metric in objective.columns}
         return {
             name: Evaluation(torch.empty(0, len(split), dtype=exact), metrics)
             for name, split in splits.items()
@@ -188,7 +188,7 @@ def _continue_from(
     """Decodes a chunk and restores the state that its evaluation left."""
     state = state_of(arrays)
     restore(objective, state.batch_size, state.idle, state.strategy)
-    return decode(arrays, splits, objective.metrics)
+    return decode(arrays, splits, objective.columns)
 
 
 def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> dict[str, Evaluation]:
@@ -199,7 +199,7 @@ def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> di
             losses=torch.cat([part[name].losses for part in parts]),
             metrics={
                 metric: torch.cat([part[name].metrics[metric] for part in parts])
-                for metric in objective.metrics
+                for metric in objective.columns
             },
         )
         for name in parts[0]

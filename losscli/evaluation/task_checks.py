@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from losscli.data import Nest, RandomnessDetector, Split, leaves, map_nest, realise, seed_all
-from losscli.errors import LosscliError, LossError, ModelError, NondeterministicModelError
+from losscli.data import Nest, RandomnessDetector, Split, leaves, realise, seed_all
+from losscli.errors import (
+    LosscliError,
+    LossError,
+    ModelError,
+    NondeterministicModelError,
+    UsageError,
+)
 from losscli.evaluation.class_targets import IGNORED
 from losscli.evaluation.device import Narrowest
 from losscli.evaluation.doubts import Doubt, doubts_of
@@ -69,6 +75,12 @@ def check_task(objective: Objective, weights: Weights, names: Sequence[str] | No
         # The model or the loss differentiates, as in physics-informed networks.
         objective.differentiates = True
         _check(objective, names)
+    if objective.seeds and not objective.draws:
+        raise UsageError(
+            f"--stochastic {len(objective.seeds)} has no effect: the forward pass draws no random "
+            "numbers from the generators of Python, NumPy and torch",
+            "Leave it out",
+        )
 
 
 def _check(objective: Objective, names: Sequence[str] | None) -> None:
@@ -143,6 +155,10 @@ def _compare_halves(
         LossError: They differ beyond rounding.
         NondeterministicModelError: The values of the whole batch differ when it is repeated.
     """
+    if objective.seeds:
+        # Halves of a batch get other random numbers.
+        _check_repetition(objective, batch, whole)
+        return
     several = len(batch) > 1
     difference = compare(objective.values, batch, whole, objective.dtype) if several else None
     objective.unchecked.discard(name)
@@ -174,7 +190,7 @@ def _first_values(
     objective: Objective, batch: Split, name: str
 ) -> tuple[Values, list[frozenset[Doubt]]]:
     """Evaluates a first batch and checks that model, loss and data fit together."""
-    inputs = objective.data.prepare(map_nest(Tensor.clone, batch.inputs), objective.dtype)
+    inputs = objective.prepare(batch.map(Tensor.clone))
     versions = [tensor._version for tensor in leaves(inputs)]
     outputs = objective.forward(objective.model, inputs)
     scores = scores_in(outputs)
@@ -195,6 +211,8 @@ def _first_values(
     values = objective.per_example(objective.loss, outputs, batch.targets, "loss")
     # A loss that modifies the outputs would change them for the metrics.
     objective.copies_outputs |= versions != [tensor._version for tensor in given]
+    if objective.function is not None and bool(values.isnan().any()):
+        _refuse_nan(objective, name)
     _check_targets(objective, name)
     _check_metrics(objective, outputs, batch.targets)
     doubts = []
@@ -204,6 +222,17 @@ def _first_values(
     return objective.own_values(outputs, batch.targets, values), doubts
 
 
+def _refuse_nan(objective: Objective, name: str) -> None:
+    """Refuses an objective that is not a number although all weights are finite."""
+    floating = (t for t in objective.tensors.values() if t.is_floating_point())
+    if all(bool(tensor.isfinite().all()) for tensor in floating):
+        raise LossError(
+            f"the objective gives nan on the first batch of the split {name!r}",
+            "Return a number: nan comes from 0/0, or from the root or the logarithm of a number "
+            "below 0",
+        )
+
+
 def _check_repetition(objective: Objective, batch: Split, whole: Values) -> None:
     again = objective.values(batch)
     for what, values in whole.items():
@@ -211,7 +240,10 @@ def _check_repetition(objective: Objective, batch: Split, whole: Values) -> None
             raise NondeterministicModelError(
                 f"the model gives two answers for the same weights and data, even in eval "
                 f"mode: the {what} differs",
-                DETERMINISTIC,
+                "Draw random numbers from the global generators of Python, NumPy and torch, which "
+                "--stochastic seeds"
+                if objective.seeds
+                else DETERMINISTIC,
             )
 
 
@@ -278,7 +310,7 @@ def _check_parameters(objective: Objective, trace: Trace) -> None:
 def _have_influence(objective: Objective, names: Sequence[str]) -> bool:
     """Whether the outputs of a first batch change if tensors are set to nan."""
     batch = next(iter(objective.splits.values())).first(objective.batch_size).to(objective.device)
-    inputs = objective.data.prepare(batch.inputs, objective.dtype)
+    inputs = objective.prepare(batch)
     own = {name: objective.tensors[name].clone() for name in names}
     nans = {name: torch.full_like(tensor, torch.nan) for name, tensor in own.items()}
 
@@ -304,14 +336,15 @@ def _fit_outputs(objective: Objective) -> None:
     budget = _OUTPUTS.get(objective.device.type, _OUTPUTS_ELSEWHERE)
     for split in objective.splits.values():
         few = split.first(min(PROBE, objective.batch_size)).to(objective.device)
-        inputs = objective.data.prepare(map_nest(Tensor.clone, few.inputs), objective.dtype)
+        inputs = objective.prepare(few.map(Tensor.clone))
         try:
             outputs = objective.forward(objective.model, inputs)
         except ModelError:
             # Reported for the whole batch, the only size that some models accept.
             return
         if isinstance(scores := scores_in(outputs), Tensor):
-            fit = max(1, budget * len(few) // max(1, scores.nbytes))
+            size = scores.nbytes * max(1, len(objective.seeds))
+            fit = max(1, budget * len(few) // max(1, size))
             objective.batch_size = min(objective.batch_size, 1 << (fit.bit_length() - 1))
 
 
@@ -374,7 +407,7 @@ def _check_targets(objective: Objective, name: str) -> None:
         return
     start = place - place % objective.batch_size
     batch = split.take(slice(start, start + objective.batch_size)).send(objective.device)
-    inputs = objective.data.prepare(map_nest(Tensor.clone, batch.inputs), objective.dtype)
+    inputs = objective.prepare(batch.map(Tensor.clone))
     outputs = objective.forward(objective.model, inputs)
     losses = objective.per_example(objective.loss, outputs, batch.targets, "loss")
     if not losses[place - start].isfinite():

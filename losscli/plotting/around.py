@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from losscli.drawing import FULL, Drawing
 from losscli.plotting.html import DASHES as PAGE_DASHES
-from losscli.plotting.html import Item, View, curve, layout_2d, render_page, transparent
+from losscli.plotting.html import Item, View, curve, layout_2d, transparent
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
@@ -47,7 +47,7 @@ from losscli.summaries import AroundPoint, AroundSummary
 from losscli.table import Table
 from losscli.weight_space.basin import Profile
 
-__all__ = ["draw_around", "render_around"]
+__all__ = ["around_views", "draw_around"]
 
 Floats = NDArray[np.float64]
 
@@ -333,18 +333,17 @@ def _scale_distance(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def render_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> str:
-    """Renders the loss along directions from checkpoints as an interactive page.
+def around_views(runs: Sequence[Run[AroundSummary]]) -> list[View]:
+    """Returns the views of an interactive page: the loss along directions from checkpoints.
 
     Args:
         runs: The runs.
-        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
-    groups, notes = _read(runs, replace(drawing, size="full"))
+    groups, notes = _read(runs, FULL)
     quantities = {"loss": f"loss{loss_name(runs)}"}
     quantities |= {metric: metric for run in runs for metric in run.table.metrics}
     items = [
@@ -372,7 +371,7 @@ def render_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -
         slider=[group.name for group in groups] if len(groups) > 1 else (),
         notes=notes if items else ["There are no points"],
     )
-    return render_page([view], drawing)
+    return [view]
 
 
 def _page_items(

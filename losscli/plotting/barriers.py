@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
@@ -21,7 +21,7 @@ from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
 from losscli.drawing import FULL, Drawing
-from losscli.plotting.html import Item, View, escape, layout_2d, render_page
+from losscli.plotting.html import Item, View, escape, layout_2d
 from losscli.plotting.style import (
     INCH,
     INK,
@@ -53,7 +53,7 @@ from losscli.results import Run
 from losscli.summaries import BarriersSummary
 from losscli.table import Table
 
-__all__ = ["draw_barriers", "render_barriers"]
+__all__ = ["barriers_views", "draw_barriers"]
 
 Floats = NDArray[np.float64]
 
@@ -302,20 +302,19 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
     return notes
 
 
-def render_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> str:
-    """Renders the matrix of all pairs of checkpoints as an interactive page.
+def barriers_views(run: Run[BarriersSummary]) -> list[View]:
+    """Returns the views of an interactive page: the matrix of all pairs of checkpoints.
 
     Args:
         run: The run.
-        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     names = [str(name) for name in run.table.unique("a", "b")]
-    labels, shared = distinct_checkpoints(run, names, replace(drawing, size="full"))
+    labels, shared = distinct_checkpoints(run, names, FULL)
     quantities = {
-        "barrier": drawing.words(f"barrier{loss_name([run])}", "barrier"),
+        "barrier": f"barrier{loss_name([run])}",
         "distance": "distance ‖B − A‖",
     }
     pairs = [[f"{escape(a)} and {escape(b)}" for a in labels] for b in labels]
@@ -363,4 +362,4 @@ def render_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> str:
         from_zero=True,
         notes=[f"Checkpoints {shared}"] if shared else (),
     )
-    return render_page([view], drawing)
+    return [view]

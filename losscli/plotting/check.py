@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from losscli.drawing import FULL, Drawing
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
-from losscli.plotting.html import render_page, table_view
+from losscli.plotting.html import View, table_view
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.spectra import Row, matrix_name, spectra_rows
 from losscli.plotting.style import (
@@ -61,14 +61,17 @@ from losscli.results import Run
 from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
 
-__all__ = ["draw_check", "render_check"]
+__all__ = ["check_views", "draw_check"]
 
 Floats = NDArray[np.float64]
 Group = list[tuple[Artist, str]]
 
 _COLOUR = PALETTE[0]
 _SHADE = "#f1f1f1"
+_UNDECIDED = "#e2e2e2"
+_ON_LINE = 0.012  # of the height of a panel, by which a label is above or below its line
 _GRADIENT, _LOW, _HIGH = "gradient norm", "λₘᵢₙ", "λₘₐₓ"
+_ADAM, _RATIO = "λₘₐₓ of P⁻¹H", "minimal ratio"
 _DECADES = 7  # of the logarithmic axis of a spectral density, far below are tails of Gaussians
 _FEW = 40  # up to this many values have individual marks
 _LOG_LOSS_RATIO = 1e3  # above this ratio of highest to lowest loss the axis is logarithmic
@@ -83,6 +86,21 @@ _VERDICTS: dict[str, dict[str, Any]] = {
     "minimum": {"marker": "v", "mec": "#009E73", "mfc": "#009E73"},
     "maximum": {"marker": "^", "mec": "#000000", "mfc": "#000000"},
 }
+# The columns that are drawn over the checkpoints.
+_COLUMNS = {
+    "loss": "loss",
+    _GRADIENT: "gradient_norm",
+    _LOW: "lambda_min",
+    f"{_LOW} error": "lambda_min_error",
+    _HIGH: "lambda_max",
+    f"{_HIGH} error": "lambda_max_error",
+}
+_RATIO_COLUMNS = {_RATIO: "minimal_ratio", "undecided": "undecided", "loss": "loss"}
+_ADAM_COLUMNS = {
+    _ADAM: "preconditioned_lambda_max",
+    f"{_ADAM} error": "preconditioned_lambda_max_error",
+    "loss": "loss",
+}
 _START: dict[str, Any] = {"marker": "o", "mec": INK, "mfc": "white", "mew": 1.4, "ms": 7.5}
 _LOWEST: dict[str, Any] = {"marker": "D", "mec": _COLOUR, "mfc": "white", "mew": 1.3, "ms": 6}
 
@@ -90,10 +108,11 @@ _LOWEST: dict[str, Any] = {"marker": "D", "mec": _COLOUR, "mfc": "white", "mew":
 def draw_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> Figure:
     """Draws the result of a check for critical points.
 
-    Several checkpoints: loss, gradient norm and the extreme eigenvalues of the Hessian over the
-    step or epoch in their names, or else their order, with the verdicts. One checkpoint: its
-    eigenvalues. A table ``escape`` adds the loss along the most negative curvature, a table
-    ``spectrum`` further eigenvalues, ``density`` the spectral density and ``curvature`` the blocks.
+    Several checkpoints: loss, gradient norm, the extreme eigenvalues of the Hessian and, if they
+    are known, the minimal ratio and λ_max of P⁻¹H over the step or epoch in their names, or else
+    their order, with the verdicts. One checkpoint: its eigenvalues. A table ``escape`` adds the
+    loss along the most negative curvature, a table ``spectrum`` further eigenvalues, ``density``
+    the spectral density and ``curvature`` the blocks.
 
     Args:
         run: The run.
@@ -145,51 +164,90 @@ def _draw_several(
     strip_height = 0.2 + 0.17 * len(splits)
     strip_height *= 1.5 if drawing.compact else 1.0
     rows = list(spectra_rows(run, names, splits, drawing))
+    numbers, label = number_checkpoints(names)
+    number = dict(zip(names, numbers.tolist(), strict=True))
+    series = _read(run.table, number, splits)
+    ratios = _read(run.table, number, splits, _RATIO_COLUMNS)
+    adam = _read(run.table, number, splits, _ADAM_COLUMNS)
     across = columns(drawing, 2)
-    heights = [strip_height, 2.0, 1.75, *([2.0, 1.75] if across == 1 else [])]
-    below = len(heights)
+    heights = [strip_height, 2.0, 1.75, *([1.75] if ratios or adam else [])]
+    if across == 1:
+        heights = [strip_height, 2.0, 1.75, *[1.75] * bool(ratios), 2.0, 1.75, *[1.75] * bool(adam)]
+    last = len(heights)
     heights += [*([2.3] if escape else []), *(row.height for row in rows)]
     height = sum(heights) + 0.5 + 0.5 * (bool(escape) + len(rows))
     figure = new_figure(drawing, height, WIDE)
     grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
     loss = figure.add_subplot(grid[1, 0])
-    gradient = figure.add_subplot(grid[2, 0], sharex=loss)
-    high = figure.add_subplot(grid[0:2, 1] if across == 2 else grid[3, 0], sharex=loss)
-    low = figure.add_subplot(grid[2, 1] if across == 2 else grid[4, 0], sharex=loss)
     strip = figure.add_subplot(grid[0, 0], sharex=loss)
-
-    numbers, label = number_checkpoints(names)
-    number = dict(zip(names, numbers.tolist(), strict=True))
-    series = _read(run.table, number, splits)
-    for panel in (gradient, low) if across == 2 else (low,):
+    left, right = _add_panels(loss, grid, last, ratios=bool(ratios), adam=bool(adam))
+    gradient, (high, low) = left[1], right[:2]
+    lowest = [left[-1], right[-1]] if across == 2 else [right[-1]]
+    for panel in lowest:
         # Both, since panels that share an axis do not share its label.
         scale_checkpoints(panel, numbers, label)
 
     shown = [name_checkpoint(run, names[at], drawing) for at in (0, -1)]
-    first, last = (shorten_path(figure, name, narrow(figure, 200)) for name in shown)
-    notes = [f"The first of the {len(names)} checkpoints is {first}, the last is {last}."]
+    ends = [shorten_path(figure, name, narrow(figure, 200)) for name in shown]
+    notes = [f"The first of the {len(names)} checkpoints is {ends[0]}, the last is {ends[1]}."]
     notes += draw_panel(loss, series, "loss", drawing, log=drawing.log)
     loss.set_ylabel(label_loss(figure, [run], drawing, log=drawing.log, width=140))
     notes += _draw_gradients(gradient, series, _number(run.summary.get("tolerance")), drawing)
     notes += _draw_high(high, series, run.summary, drawing)
     notes += _draw_low(low, series, drawing)
+    groups: list[Group] = []
+    if ratios:
+        more, entries = _draw_ratios(left[-1], ratios, drawing)
+        notes += more
+        groups.append(entries)
+    if adam:
+        notes += _draw_adam(right[-1], adam, run.summary, number, drawing)
     verdicts = _draw_verdicts(strip, run.table, number, splits)
-    for panel in (loss, high, strip, *([gradient] if across == 1 else [])):
-        panel.tick_params(labelbottom=False)
-    figure.align_ylabels([loss, gradient, *([high, low] if across == 1 else [])])
-    figure.align_ylabels([high, low])
+    for panel in (*left, *right, strip):
+        if panel not in lowest:
+            panel.tick_params(labelbottom=False)
+    figure.align_ylabels(left if across == 2 else [*left, *right])
+    figure.align_ylabels(right)
     notes.append(_criteria_note(run))
 
     if escape:
-        panel = figure.add_subplot(grid[below, :])
+        panel = figure.add_subplot(grid[last, :])
         notes += _draw_escape(panel, escape, run, splits, drawing)
         at = number.get(escape.checkpoint)
         if escape.split in splits and at is not None:
             own = run.table.where("split", escape.split).where("checkpoint", escape.checkpoint)
             # The start of the escape direction in the panel below.
             low.plot([at], own.floats("lambda_min")[:1], ls="none", zorder=5, **_START)
-    more, groups = _draw_rows(figure, grid, rows)
-    return figure, notes + more, [_split_entries(run, splits, drawing), verdicts, *groups]
+    more, further = _draw_rows(figure, grid, rows)
+    groups = [_split_entries(run, splits, drawing), verdicts, *groups, *further]
+    return figure, notes + more, groups
+
+
+def _add_panels(
+    loss: Axes, grid: GridSpec, last: int, *, ratios: bool, adam: bool
+) -> tuple[list[Axes], list[Axes]]:
+    """Adds the panels below and beside that of the loss, side by side or one below another.
+
+    Args:
+        loss: The panel of the loss, in the second row.
+        grid: The cells.
+        last: The number of rows of these panels.
+        ratios: Whether there is a panel of the minimal ratio, below that of the gradient norm.
+        adam: Whether there is a panel of λ_max of P⁻¹H, below that of λ_min.
+
+    Returns:
+        The panels from the loss on, and those from λ_max on.
+    """
+    if grid.ncols == 1:
+        cells = [grid[row, 0] for row in range(2, last)]
+        number = 1 + ratios
+    else:
+        cells = [grid[2 : last - ratios, 0], *[grid[3, 0]] * ratios]
+        number = len(cells)
+        cells += [grid[0:2, 1], grid[2 : last - adam, 1], *[grid[3, 1]] * adam]
+    figure = loss.figure
+    panels = [figure.add_subplot(cell, sharex=loss) for cell in cells]
+    return [loss, *panels[:number]], panels[number:]
 
 
 def _draw_rows(
@@ -204,19 +262,34 @@ def _draw_rows(
     return notes, groups
 
 
-def _read(table: Table, number: Mapping[str, float], splits: Sequence[str]) -> list[Series]:
-    """Returns a series for each split over the numbers of the checkpoints."""
+def _read(
+    table: Table,
+    number: Mapping[str, float],
+    splits: Sequence[str],
+    columns: Mapping[str, str] = _COLUMNS,
+) -> list[Series]:
+    """Returns a series for each split over the numbers of the checkpoints.
+
+    Args:
+        table: The table of a run.
+        number: The numbers.
+        splits: The splits.
+        columns: The columns by the names of the values. The first may be missing, or empty.
+
+    Returns:
+        The series, with the rows in which the first column is not empty.
+    """
     series = []
+    first = next(iter(columns.values()))
+    if first not in table.columns:
+        return []
+    at = table.columns.index(first)
     for index, split in enumerate(splits):
         rows = table.where("split", split)
-        values = {
-            "loss": "loss",
-            _GRADIENT: "gradient_norm",
-            _LOW: "lambda_min",
-            f"{_LOW} error": "lambda_min_error",
-            _HIGH: "lambda_max",
-            f"{_HIGH} error": "lambda_max_error",
-        }
+        if columns is not _COLUMNS:
+            rows = Table(rows.columns, tuple(row for row in rows.rows if row[at] is not None))
+            if not rows.rows:
+                continue
         x = np.array([number[str(name)] for name in rows["checkpoint"]])
         series.append(
             Series(
@@ -228,8 +301,8 @@ def _read(table: Table, number: Mapping[str, float], splits: Sequence[str]) -> l
                 x=x,
                 ends=np.zeros(len(x), dtype=np.bool_),
                 values={
-                    key: np.array(rows.floats(column))
-                    for key, column in values.items()
+                    name: np.array(rows.floats(column))
+                    for name, column in columns.items()
                     if column in rows.columns
                 },
             )
@@ -269,21 +342,76 @@ def _draw_gradients(
 def _draw_high(
     axes: Axes, series: Sequence[Series], summary: CheckSummary, drawing: Drawing
 ) -> list[str]:
-    notes = draw_panel(axes, series, _HIGH, drawing, log=False)
-    values = _bar_ends(series, _HIGH)
     rate, momentum = _number(summary.get("learning_rate")), _number(summary.get("momentum"))
     momentum = momentum if 0 <= momentum < 1 else 0.0
     edge = (2 + 2 * momentum) / rate if SMALLEST < rate < LARGEST else math.nan
     how = (
         f"(2 + 2 · {format_number(momentum)}) / learning rate" if momentum else "2 / learning rate"
     )
+    label = f"largest eigenvalue\n{_HIGH}"
+    return _draw_largest(axes, series, _HIGH, label, edge, how, drawing)
+
+
+def _draw_adam(
+    axes: Axes,
+    series: Sequence[Series],
+    summary: CheckSummary,
+    number: Mapping[str, float],
+    drawing: Drawing,
+) -> list[str]:
+    """Draws λ_max of P⁻¹H with the threshold of Adam."""
+    known = {
+        number[name]: edge
+        for state in summary.get("preconditioners", [])
+        if (name := state.get("checkpoint", "")) in number
+        and SMALLEST < (edge := _number(state.get("threshold"))) < LARGEST
+    }
+    edges = set(known.values())
+    edge = edges.pop() if len(edges) == 1 else math.nan
+    how = "(2 + 2β₁) / ((1 − β₁) learning rate)"
+    notes = _draw_largest(axes, series, _ADAM, _ADAM, edge, how, drawing, [*edges])
+    if edges:
+        x = sorted(known)
+        axes.plot(x, [known[at] for at in x], color=INK, lw=0.9, linestyle=(0, (5, 3)), zorder=1.9)
+        notes.append(f"The dashed line is {how}: full-batch training is unstable above it.")
+    notes.append("P is the preconditioner of Adam, from the second moments in each checkpoint.")
+    return notes
+
+
+def _draw_largest(
+    axes: Axes,
+    series: Sequence[Series],
+    column: str,
+    label: str,
+    edge: float,
+    how: str,
+    drawing: Drawing,
+    further: Sequence[float] = (),
+) -> list[str]:
+    """Draws a largest eigenvalue.
+
+    Args:
+        axes: The panel.
+        series: The series.
+        column: The eigenvalue.
+        label: The label of the axis.
+        edge: Above it, full-batch training is unstable; nan if unknown.
+        how: How it is computed.
+        drawing: How it is drawn; a compact figure has the last line of the label.
+        further: Further values that the axis has to show.
+
+    Returns:
+        Notes.
+    """
+    notes = draw_panel(axes, series, column, drawing, log=False)
+    values = _bar_ends(series, column)
     text = f"{how} = {format_number(edge)}" if math.isfinite(edge) else ""
     if edge > _FAR * max(values, default=edge):
-        notes.append(f"{text}, far above {_HIGH}: not drawn")
+        notes.append(f"{text}, far above {column}: not drawn")
         edge = math.nan
     elif text:
-        notes.append(f"{text}: full-batch training is unstable where {_HIGH} is above this.")
-    shown = np.append(values, edge)
+        notes.append(f"{text}: full-batch training is unstable where {column} is above this.")
+    shown = np.array([*values, edge, *further])
     shown = shown[np.isfinite(shown)]
     far = bool(values.size and shown.max() > _LOG_HIGH_RATIO * np.median(values))
     if far and shown.min() > SMALLEST:
@@ -291,13 +419,30 @@ def _draw_high(
         how = "log scale"
     else:
         how = scale_eigenvalues(axes, "y", shown)
-    _draw_bars(axes, series, _HIGH)
-    label = f"largest eigenvalue\n{_HIGH}" + f", {how}" * bool(how)
-    axes.set_ylabel(drawing.words(label, _HIGH))
+    _draw_bars(axes, series, column)
+    short = label.rpartition("\n")[2]
+    axes.set_ylabel(drawing.words(label + f", {how}" * bool(how), short))
     if math.isfinite(edge):
         text = drawing.words(text, text.replace("learning rate", "η"))
-        _draw_reference(axes, edge, text, series, _HIGH, above=True, dashes=(0, (5, 3)))
+        _draw_reference(axes, edge, text, series, column, above=True, dashes=(0, (5, 3)))
     return notes
+
+
+def _draw_ratios(axes: Axes, series: Sequence[Series], drawing: Drawing) -> tuple[list[str], Group]:
+    """Draws the minimal ratio and, above it, the share of eigenvalues that are undecided."""
+    notes = draw_panel(axes, series, _RATIO, drawing, log=False)
+    entries: Group = []
+    for s in series:
+        top = s[_RATIO] + s["undecided"]
+        if np.isfinite(top).any():
+            axes.fill_between(s.x, s[_RATIO], top, color=_UNDECIDED, lw=0, zorder=0.5)
+            text = drawing.words("λ within its error of 0", "λ ≈ 0")
+            entries = [(Patch(color=_UNDECIDED, lw=0), text)]
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
+    axes.yaxis.set_major_formatter(Numbers(percent=True))
+    axes.set_ylabel(drawing.words("minimal ratio\nshare of λ > 0", "λ > 0"))
+    return notes, entries
 
 
 def _draw_low(axes: Axes, series: Sequence[Series], drawing: Drawing) -> list[str]:
@@ -371,7 +516,8 @@ def _draw_reference(
             points = points[points[:, 0] < 0.4 if left else points[:, 0] > 0.6]
             level = to_unit.transform([[axes.get_xlim()[0], y]])[0, 1]
             gaps = points[:, 1] - level if above else level - points[:, 1]
-            distances += [*np.where(gaps < -0.02, 1.0, gaps)]
+            # A curve on the line, or on its other side, is clear of the text.
+            distances += [*np.where(gaps < _ON_LINE, 1.0, gaps)]
         clearances.append(min(distances))
     left = clearances[0] >= clearances[1]
     axes.annotate(
@@ -470,7 +616,7 @@ def _draw_one(
             *notes,
         ]
     rows = [dict(zip(run.table.columns, row, strict=True)) for row in run.table.rows]
-    facts = [_row_as_sentence(row, eigenvalues=bool(spectrum)) for row in rows]
+    facts = [_row_as_sentence(row, run.summary, eigenvalues=bool(spectrum)) for row in rows]
     notes = (
         [*facts, *_undecided_notes(run, splits), _criteria_note(run), *notes]
         if facts
@@ -504,7 +650,7 @@ def _undecided_notes(run: Run[CheckSummary], splits: Sequence[str]) -> list[str]
     ]
 
 
-def _row_as_sentence(row: Mapping[str, Cell], *, eigenvalues: bool) -> str:
+def _row_as_sentence(row: Mapping[str, Cell], summary: CheckSummary, *, eigenvalues: bool) -> str:
     """Returns a row of the table as a sentence, with the extreme eigenvalues on request."""
     parts = [
         f"loss {_with_error(_number(row['loss']))}",
@@ -514,6 +660,12 @@ def _row_as_sentence(row: Mapping[str, Cell], *, eigenvalues: bool) -> str:
         parts.append(
             f"{symbol} = {_with_error(_number(row[name]), _number(row.get(f'{name}_error')))}"
         )
+    if math.isfinite(value := _number(row.get("preconditioned_lambda_max"))):
+        error = _number(row.get("preconditioned_lambda_max_error"))
+        states = {s.get("checkpoint"): s for s in summary.get("preconditioners", [])}
+        edge = _number(states.get(str(row["checkpoint"]), {}).get("threshold"))
+        of_adam = f" (threshold of Adam {format_number(edge)})" if math.isfinite(edge) else ""
+        parts.append(f"{_ADAM} = {_with_error(value, error)}{of_adam}")
     # CSV files of older versions have only the first share.
     columns = {"positive": "minimal_ratio", "negative": "negative", "undecided": "undecided"}
     shares = [
@@ -783,15 +935,14 @@ def _draw_escape(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def render_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> str:
+def check_views(run: Run[CheckSummary]) -> list[View]:
     """Renders the numbers of each checkpoint, its eigenvalues and the escape as a page.
 
     Args:
         run: The run.
-        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     loss = f"loss{loss_name([run])}"
     quantities = {
@@ -803,8 +954,9 @@ def render_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> str:
         "negative": "share of negative eigenvalues",
         "undecided": "share of undecided eigenvalues",
         "trace": f"trace of the {matrix_name(run)}",
+        "preconditioned_lambda_max": f"largest eigenvalue {_ADAM}",
     }
-    positive = ("loss", "gradient_norm", "lambda_max", "trace")
+    positive = ("loss", "gradient_norm", "lambda_max", "trace", "preconditioned_lambda_max")
     views = [
         table_view(
             "checkpoints", [("", run.table)], "checkpoint", quantities, logarithmic=positive,
@@ -837,4 +989,4 @@ def render_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> str:
         escape = [("", run.more["escape"])]
         label = "distance along the most negative curvature"
         views.append(table_view("escape", escape, "distance", {"loss": loss}, x_label=label))
-    return render_page(views, drawing)
+    return views

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from losscli.drawing import FULL, Drawing
 from losscli.errors import UsageError
-from losscli.plotting.html import Item, View, escape, layout_2d, render_page
+from losscli.plotting.html import Item, View, escape, layout_2d
 from losscli.plotting.layerwise import block_colours
 from losscli.plotting.style import (
     INCH,
@@ -41,7 +41,7 @@ from losscli.plotting.style import (
 from losscli.results import Run
 from losscli.summaries import InspectionSummary
 
-__all__ = ["draw_inspection", "render_inspection"]
+__all__ = ["draw_inspection", "inspection_views"]
 
 _MOST_BARS = 60
 _NAME = 190.0  # points, maximum width of a name
@@ -296,15 +296,14 @@ def _write_names(axes: Axes, names: Sequence[str]) -> Text:
     return axes.set_title("      ".join(texts), loc="left", fontsize=small_size(), pad=8)
 
 
-def render_inspection(run: Run[InspectionSummary], drawing: Drawing = FULL) -> str:
-    """Renders the numbers of each tensor as an interactive page.
+def inspection_views(run: Run[InspectionSummary]) -> list[View]:
+    """Returns the views of an interactive page: the numbers of each tensor.
 
     Args:
         run: The run.
-        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
 
     Raises:
         UsageError: The checkpoint has several state dicts.
@@ -339,4 +338,4 @@ def render_inspection(run: Run[InspectionSummary], drawing: Drawing = FULL) -> s
     positive = [column for column in quantities if column != "cosine"]
     checkpoints = " and ".join(checkpoint_names(run))
     view = View("tensors", items, layout, quantities, logarithmic=positive, notes=[checkpoints])
-    return render_page([view], drawing)
+    return [view]

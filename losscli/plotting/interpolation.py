@@ -15,7 +15,7 @@ from matplotlib.patches import ConnectionPatch, Patch
 from matplotlib.ticker import MaxNLocator
 
 from losscli.drawing import FULL, Drawing
-from losscli.plotting.html import View, render_page, table_view
+from losscli.plotting.html import View, table_view
 from losscli.plotting.layerwise import BLOCK_ALPHA, block_colours, draw_layerwise
 from losscli.plotting.line_axis import (
     LINE,
@@ -54,7 +54,7 @@ from losscli.results import Run
 from losscli.summaries import LineSummary
 from losscli.table import Table
 
-__all__ = ["draw_interpolation", "render_interpolation"]
+__all__ = ["draw_interpolation", "interpolation_views"]
 
 _ALPHA = "α:  θ(α) = A + α (B − A)"
 _MOST_MARKS = 12  # maximum number of marked local minima and maxima
@@ -147,15 +147,14 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
     return figure
 
 
-def render_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL) -> str:
-    """Renders losses and metrics over the line as an interactive page.
+def interpolation_views(runs: Sequence[Run[LineSummary]]) -> list[View]:
+    """Returns the views of an interactive page: losses and metrics over the line.
 
     Args:
         runs: The runs.
-        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     quantities = {"loss": f"loss{loss_name(runs)}"}
     quantities |= {name: f"{name} {label}" for name, label in _DERIVATIVES.items()}
@@ -179,7 +178,7 @@ def render_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FU
     if "blocks" in more:
         blocks = {"x_label": BLOCK_ALPHA, "colours": block_colours}
         views.append(view("each block alone", [("", more["blocks"])], **blocks))
-    return render_page(views, drawing)
+    return views
 
 
 def _is_wide(series: Sequence[Series], column: str) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from losscli.drawing import FULL, Drawing
 from losscli.plotting.animation import Animation, Track, animate, new_panels
-from losscli.plotting.html import Item, contours_and_surface, path_items, render_page
+from losscli.plotting.html import Item, View, contours_and_surface, path_items
 from losscli.plotting.lines import Series
 from losscli.plotting.style import (
     DASHES,
@@ -33,7 +33,6 @@ from losscli.plotting.style import (
     Numbers,
     add_foot,
     add_title,
-    checkpoint_names,
     columns,
     count_points,
     extent,
@@ -41,7 +40,6 @@ from losscli.plotting.style import (
     house_style,
     label_loss,
     loss_name,
-    name_checkpoint,
     name_split,
     narrow,
     new_figure,
@@ -80,7 +78,7 @@ from losscli.results import Run
 from losscli.summaries import PlaneAxis, PlaneSummary
 from losscli.table import Table
 
-__all__ = ["animate_plane", "draw_plane", "mesh_plane", "render_plane"]
+__all__ = ["animate_plane", "draw_plane", "mesh_plane", "plane_views"]
 
 Floats = NDArray[np.float64]
 
@@ -96,8 +94,8 @@ class _Checkpoints:
     Attributes:
         path: The name of the path; empty for those that span the plane.
         colour: The colour of the line that joins them; if empty, each has a letter instead.
-        names: Their names.
-        labels: Their labels in the figure, if they have any, or else their names.
+        names: Their labels, or else their names.
+        labelled: Whether they have labels.
         x: Their first coordinate.
         y: Their second coordinate.
         off: Their distances from the plane.
@@ -107,14 +105,14 @@ class _Checkpoints:
     path: str
     colour: str
     names: Sequence[str]
-    labels: Sequence[str]
+    labelled: bool
     x: Floats
     y: Floats
     off: Floats
     losses: Mapping[str, Floats]
 
     @classmethod
-    def read_all(cls, run: Run[PlaneSummary], drawing: Drawing = FULL) -> list[_Checkpoints]:
+    def read_all(cls, run: Run[PlaneSummary], drawing: Drawing) -> list[_Checkpoints]:
         """Reads the checkpoints that span the plane, then each path."""
         table = run.more.get("path", _NO_CHECKPOINTS)
         if "path" not in table.columns:
@@ -125,7 +123,9 @@ class _Checkpoints:
         joined = run.summary.get("plane") == "pca" or len(spanning.unique("step")) > _FEW
         number = len(paths) + joined
         # The colour that contrasts with all colours of losses comes first.
-        colours = [PATH, *(c for c in run_colours(number, drawing) if c != PATH)][:number]
+        colours = [PATH, *(colour for colour in run_colours(number, drawing) if colour != PATH)][
+            :number
+        ]
         if not joined:
             colours = ["", *colours]
         tables = [("", spanning), *paths]
@@ -143,8 +143,9 @@ class _Checkpoints:
             for split in table.unique("split")
         }
         names = [str(r["checkpoint"][0]) for r in rows]
-        labels = [plain(run.label_of(name) or name) for name in names]
-        return cls(plain(path), colour, [*map(plain, names)], labels, x, y, off, losses)
+        labelled = any(map(run.label_of, names))
+        names = [plain(run.label_of(name) or name) for name in names]
+        return cls(plain(path), colour, names, labelled, x, y, off, losses)
 
     def loss(self, split: str) -> Floats:
         """Returns the losses of the checkpoints on a split; nan if unknown."""
@@ -186,15 +187,9 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
         ratio, equal = _shape(view, kind)
 
         figure, cells = _new_figure(
-            len(grids),
-            ratio if equal else 1.0,
-            drawing,
-            surface=surface,
-            distances=bool(paths),
+            len(grids), ratio if equal else 1.0, drawing, surface=surface, distances=bool(paths)
         )
         labels, short = _labels(run, kind, drawing)
-        # Letters refer to the notes, which a compact figure does not have.
-        letters = (drawing.compact and checkpoint_names(run, drawing)) or "ABCD"
         panels: list[Axes] = []
         contours: list[Contours] = []
         hidden = False
@@ -205,7 +200,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
             drawn = draw_contours(panel, grid, scale)
             _frame(panel, view, equal=equal)
             for group in groups:
-                _draw_marks(panel, group, grid.split, scale, drawing, letters)
+                _draw_marks(panel, group, grid.split, scale, drawing)
             name = name_split([run], grid.split, drawing)
             panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
             _name_axes(panel, labels, vertical=not column)
@@ -217,9 +212,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
                 _frame(axes_3d, view, equal=False)
                 draw_surface(axes_3d, scale, drawn, drawing)
                 for group in groups:
-                    hidden |= _draw_marks(
-                        axes_3d, group, grid.split, scale, drawing, letters, surface=drawn
-                    )
+                    hidden |= _draw_marks(axes_3d, group, grid.split, scale, drawing, surface=drawn)
                 panels.append(axes_3d)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
@@ -233,7 +226,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
         notes += _notes(
             figure, contours, groups, view, drawing, ratio=ratio, equal=equal, hidden=hidden
         )
-        add_foot(figure, drawing, notes, _legend(figure, run, groups, drawing))
+        add_foot(figure, drawing, notes, _legend(figure, groups, drawing))
         finish_layout(figure, drawing)
         x, y = (np.concatenate([getattr(group, c) for group in groups]) for c in "xy")
         clearance = 14 if groups[0].colour else 28
@@ -243,7 +236,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
 
 
 def _legend(
-    figure: Figure, run: Run[PlaneSummary], groups: Sequence[_Checkpoints], drawing: Drawing
+    figure: Figure, groups: Sequence[_Checkpoints], drawing: Drawing
 ) -> list[list[tuple[Artist, str]]]:
     """Returns the entries of each path, with its name if there are several."""
     joined = [group for group in groups if group.colour and group.names]
@@ -251,10 +244,9 @@ def _legend(
     for group in joined:
         label = drawing.words(f"path of the {len(group.names)} checkpoints", "path")
         if group.path and len(joined) > 1:
-            name = name_checkpoint(run, group.path, drawing)
-            label = shorten_path(figure, name, narrow(figure, 160))
-        unnamed = drawing.compact and not run.checkpoint_labels
-        start, end = ("", "") if unnamed else (group.labels[0], group.labels[-1])
+            label = shorten_path(figure, group.path, narrow(figure, 160))
+        named = group.labelled or not drawing.compact
+        start, end = (group.names[0], group.names[-1]) if named else ("", "")
         entries.append(path_entries(figure, group.colour, label, start, end, drawing))
     return entries
 
@@ -278,15 +270,12 @@ def _new_figure(
     rows = math.ceil(panels * (1 + surface) / across) if panels else 1
     wide = across == 2
     lowest = 3.3 if surface else 2.2
-    height = min(max((3.6 if wide else 5.1) * ratio, lowest), 5.1) + 0.75
+    height = min(max((3.6 if wide else 5.1) * ratio, lowest), 5.1)
+    heights = [height + 0.75] * rows + [_DISTANCES] * distances
     width = WIDE if wide else WIDTH
     shape = max(min(ratio, 1.4), 0.8 if surface else 0.5)
-    heights = [height] * rows + [_DISTANCES] * distances
-    figure = new_figure(drawing, rows * height, width, rows=rows, ratio=shape)
-    # The panel of distances has its share of the height in a figure of any size.
-    figure.set_figheight(figure.get_figheight() * sum(heights) / (rows * height))
-    cells = figure.add_gridspec(len(heights), max(across, 1), height_ratios=heights)
-    return figure, cells
+    figure = new_figure(drawing, sum(heights), width, rows=len(heights), ratio=shape)
+    return figure, figure.add_gridspec(len(heights), max(across, 1), height_ratios=heights)
 
 
 def _draw_distances(axes: Axes, paths: Sequence[_Checkpoints], drawing: Drawing) -> None:
@@ -297,7 +286,7 @@ def _draw_distances(axes: Axes, paths: Sequence[_Checkpoints], drawing: Drawing)
     axes.set_ylim(0, 1.06 * high if high > 0 else 1.0)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     axes.yaxis.set_major_formatter(Numbers())
-    axes.set_ylabel("distance from\nthe plane")
+    axes.set_ylabel(drawing.words("distance from\nthe plane", "distance"))
     for path, number in zip(paths, numbers, strict=True):
         draw_path(axes, number, path.off, drawing=drawing, colour=path.colour, cased=False)
 
@@ -410,7 +399,6 @@ def _draw_marks(
     split: str,
     scale: Scale,
     drawing: Drawing,
-    letters: Sequence[str],
     *,
     surface: Contours | None = None,
 ) -> bool:
@@ -437,6 +425,8 @@ def _draw_marks(
         return bool(behind.any())
     draw_dots(axes, *coordinates, faces=scale.colours(loss), size=8, behind=behind)
     write: Any = axes.text
+    # Letters refer to the notes, which a compact figure does not have.
+    letters = marks.names if drawing.compact and marks.labelled else "ABCD"
     for letter, point, pale in zip(letters, np.column_stack(coordinates), behind, strict=False):
         if not np.isfinite(point).all():
             continue
@@ -526,7 +516,7 @@ def _checkpoint_notes(
         distance = (
             f"{format_number(float(off[k]))} away from the plane" if off[k] else "on the plane"
         )
-        name = shorten_path(figure, marks.labels[k], figure.get_figwidth() * INCH - 320)
+        name = shorten_path(figure, marks.names[k], figure.get_figwidth() * INCH - 320)
         notes.append(f"{label}  {name}: loss {', '.join(losses)}; {distance}")
     notes.append(
         f"{'Each' if number > 1 else 'The'} dot has the colour of its checkpoint's own loss."
@@ -592,8 +582,7 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
         ratio, equal = _shape(view, kind)
         _frame(panel, view, equal=equal)
         if not groups[0].colour:
-            letters = (drawing.compact and checkpoint_names(run, drawing)) or "ABCD"
-            _draw_marks(panel, groups[0], grid.split, scale, drawing, letters)
+            _draw_marks(panel, groups[0], grid.split, scale, drawing)
         labels, _ = _labels(run, kind, drawing)
         _name_axes(panel, labels)
         name = name_split([run], grid.split, drawing)
@@ -606,7 +595,7 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
                 path.x,
                 path.y,
                 number,
-                [] if drawing.compact and not run.checkpoint_labels else path.labels,
+                path.names if path.labelled or not drawing.compact else [],
                 {
                     "colour": path.colour,
                     "faces": scale.colours(path.loss(grid.split)),
@@ -639,42 +628,41 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
             counter=counter,
             contours=drawn,
             notes=_notes(figure, [drawn], groups, view, drawing, ratio=ratio, equal=equal),
-            entries=_legend(figure, run, groups, drawing),
+            entries=_legend(figure, groups, drawing),
             colour=paths[0].colour if len(paths) == 1 else INK,
         )
 
 
-def render_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> str:
-    """Renders the loss on a plane as an interactive page, with each checkpoint at its own loss.
+def plane_views(run: Run[PlaneSummary]) -> list[View]:
+    """Returns the views of an interactive page: the loss on a plane, with its checkpoints.
 
     Args:
         run: The run.
-        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
-    groups = _Checkpoints.read_all(run)
+    groups = _Checkpoints.read_all(run, FULL)
     kind = run.summary.get("plane", "")
     grids = _read_all(run)
-    labels, short = _full_labels(run, kind)
+    labels, short = _labels(run, kind, FULL)
     items: dict[str, list[Item]] = {"surface": [], "contours": []}
     names: list[str] = []
     for group in groups:
         found = path_items(
             (group.x.tolist(), group.y.tolist()),
             {split: loss.tolist() for split, loss in group.losses.items()},
-            group.labels,
+            group.names,
             labels=short,
             at=[len(names) + k for k, _ in enumerate(group.names, start=1)],
             colour=group.colour,
             name=group.path if len(groups) > 2 else "",
             more={"off_plane": ("distance from the plane", group.off.tolist())},
         )
-        names += group.labels
+        names += group.names
         for view, shown in items.items():
             shown.extend(found[view])
-    views = contours_and_surface(
+    return contours_and_surface(
         grids,
         items,
         {"loss": f"loss{loss_name([run])}", **{metric: metric for metric in run.table.metrics}},
@@ -684,7 +672,6 @@ def render_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> str:
         slider=names if len(names) > 1 else (),
         notes=["Each dot has the colour of its checkpoint's own loss."] if names else [],
     )
-    return render_page(views, drawing)
 
 
 def mesh_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> dict[str, str]:
@@ -709,6 +696,6 @@ def mesh_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> dict[str, str
             },
             joined=bool(group.colour),
         )
-        for number, group in enumerate(_Checkpoints.read_all(run))
+        for number, group in enumerate(_Checkpoints.read_all(run, drawing))
     ]
     return write_mesh(_read_all(run), paths, drawing)

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from losscli.drawing import FULL, Drawing
-from losscli.plotting.html import View, render_page, table_view
+from losscli.plotting.html import View, table_view
 from losscli.plotting.style import (
     DASHES,
     IN_ORDER,
@@ -51,7 +51,7 @@ from losscli.results import Run
 from losscli.summaries import SharpnessSummary
 from losscli.table import Table
 
-__all__ = ["draw_sharpness", "render_sharpness"]
+__all__ = ["draw_sharpness", "sharpness_views"]
 
 Floats = NDArray[np.float64]
 Group = list[tuple[Artist, str]]
@@ -373,15 +373,14 @@ def _legend(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def render_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> str:
-    """Renders sharpness over ρ and over checkpoints as an interactive page.
+def sharpness_views(run: Run[SharpnessSummary]) -> list[View]:
+    """Returns the views of an interactive page: sharpness over ρ and over checkpoints.
 
     Args:
         run: The run.
-        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     names = [str(name) for name in run.table.unique("checkpoint")]
     labels = {name: plain(run.label_of(name) or name) for name in names}
@@ -404,7 +403,7 @@ def render_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> str
             name, [("", table)], x, measures, x_label=x_label, notes=notes, logarithmic=[*measures]
         )
 
-    views = [
+    return [
         view("over ρ", "rho", "radius ρ"),
         view("over checkpoints", "checkpoint"),
         table_view(
@@ -415,4 +414,3 @@ def render_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> str
             logarithmic=[*_CRITICAL],
         ),
     ]
-    return render_page(views, drawing)

@@ -25,7 +25,6 @@ from losscli.plotting.html import (
     escape,
     layout_2d,
     path_items,
-    render_page,
     ring,
     table_view,
 )
@@ -81,7 +80,7 @@ from losscli.results import Run
 from losscli.summaries import TrajectorySummary
 from losscli.table import Table
 
-__all__ = ["animate_trajectory", "draw_trajectory", "mesh_trajectory", "render_trajectory"]
+__all__ = ["animate_trajectory", "draw_trajectory", "mesh_trajectory", "trajectory_views"]
 
 Floats = NDArray[np.float64]
 
@@ -590,15 +589,14 @@ def _step_labels(run: Run[TrajectorySummary], path: _Path, drawing: Drawing) -> 
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def render_trajectory(runs: Sequence[Run[TrajectorySummary]], drawing: Drawing = FULL) -> str:
-    """Renders the paths of one or several runs as an interactive page.
+def trajectory_views(runs: Sequence[Run[TrajectorySummary]]) -> list[View]:
+    """Returns the views of an interactive page: the paths of one or several runs.
 
     Args:
         runs: The runs; the table ``surface`` is shown of a single run.
-        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     paths = [_Path.read(run.table) for run in runs]
     loss = f"loss{loss_name(runs)}"
@@ -607,7 +605,7 @@ def render_trajectory(runs: Sequence[Run[TrajectorySummary]], drawing: Drawing =
     losses = table_view("loss", tables, "step", quantities, logarithmic=[*quantities])
     views = [*_surface_views(runs, paths[0], loss, losses.slider)]
     views += [_residual_view(runs, paths, losses.slider), losses]
-    return render_page(views, drawing)
+    return views
 
 
 def _surface_views(

@@ -11,10 +11,11 @@ from pathlib import Path
 from torch import nn
 
 from losscli.data import DATASETS
-from losscli.errors import OutputError, SpecError, UntrustedCodeError
-from losscli.models import FROM_FILES, MODELS, RUNS_CODE
+from losscli.errors import OutputError, SpecError
+from losscli.models import FROM_FILES
 from losscli.results import replace_all
-from losscli.spec import Spec, Value, expand_toml, look_up, quote, read_toml
+from losscli.spec import Spec, Value, expand_toml, untrusted
+from losscli.studies.config import FILE_NAME, config_content, config_line, needs_trust, read_config
 
 __all__ = ["split_specs", "write_config", "write_defaults"]
 
@@ -22,7 +23,7 @@ __all__ = ["split_specs", "write_config", "write_defaults"]
 def split_specs(
     model: str | None, data: str | None, folder: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Splits specs into those of built-in models and data sets and those that name code.
+    """Splits specs into those that metadata may have and those that need trust.
 
     Args:
         model: The spec of the model, with paths relative to the current folder.
@@ -43,17 +44,11 @@ def split_specs(
             continue
         expanded, trusted, base = expand_toml(text, trusted=True)
         spec = Spec.parse(expanded)
-        registry = MODELS if kind == "model" else DATASETS
-        runs_code = RUNS_CODE if kind == "model" else ()
-        names_code = False
-        try:
-            look_up(spec, registry, kind, trusted=False, source=text, runs_code=runs_code)
-        except UntrustedCodeError:
-            if not trusted:
-                raise
-            names_code = True
+        runs_code = needs_trust(kind, spec, base)
+        if runs_code and not trusted:
+            raise untrusted(f"{text} names code or a data set on the hub", kind, spec, "")
         moved = str(_move(spec, kind, Path(base or ""), folder))
-        if names_code:
+        if runs_code:
             code[kind] = moved
         else:
             metadata[f"losscli.{kind}"] = moved
@@ -85,7 +80,7 @@ def _move(spec: Spec, kind: str, base: Path, folder: Path) -> Spec:
 
 
 def write_defaults(folder: Path, specs: Mapping[str, str]) -> None:
-    """Writes specs that name code to the ``losscli.toml`` of a folder.
+    """Writes specs that need trust to the ``losscli.toml`` of a folder.
 
     Args:
         folder: The folder.
@@ -95,20 +90,19 @@ def write_defaults(folder: Path, specs: Mapping[str, str]) -> None:
         OutputError: The file exists and has others, or cannot be written.
         SpecError: The file exists and cannot be read.
     """
-    file = folder / "losscli.toml"
+    file = folder / FILE_NAME
     if not specs:
         return
     if file.exists():
-        content = read_toml(file)
+        content = read_config(file)
         for kind, text in specs.items():
             if content.get(kind) != text:
                 raise OutputError(
-                    f"{file} exists, without the line {kind} = {quote(text)}",
+                    f"{file} exists, without the line {config_line(kind, text)}",
                     "Add this line, or choose another folder",
                 )
         return
-    lines = [f"{kind} = {quote(text)}\n" for kind, text in specs.items()]
-    replace_all({file: "".join(lines).encode()})
+    replace_all({file: config_content(specs)})
 
 
 def write_config(folder: Path, model: nn.Module) -> None:

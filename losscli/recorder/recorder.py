@@ -58,8 +58,9 @@ class Recorder:
             not store, are saved as ``.pt`` files too.
         model_spec: The spec of the model, as for ``--model``.
         data_spec: The spec of the data, as for ``--data``. Specs of built-in models and data sets
-            become metadata of the checkpoints, with paths relative to the folder; specs that name
-            code are written to ``losscli.toml`` in the folder.
+            become metadata of the checkpoints, with paths relative to the folder; specs of code and
+            of data on the hub are written to ``losscli.toml`` in the folder, and are used with
+            ``--trust``.
 
     Raises:
         UsageError: An argument is invalid.

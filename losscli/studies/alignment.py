@@ -86,8 +86,10 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
         LosscliError: Something else is missing, broken or does not fit.
     """
     begun = time.perf_counter()
-    if settings.get("batch_loss"):
-        raise UsageError("align evaluates no loss, and --batch-loss has no effect", "Leave it out")
+    for option in ("batch_loss", "objective"):
+        if settings.get(option):
+            name = f"--{option.replace('_', '-')}"
+            raise UsageError(f"align evaluates no loss, and {name} has no effect", "Leave it out")
     a, b = name_checkpoint(a, "A"), name_checkpoint(b, "B")
     problem, before, dtype = _prepare(a, b, Settings(**settings))
     first, last = problem.first.weights, problem.last

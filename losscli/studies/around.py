@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
-from losscli.errors import CheckpointError, UsageError
+from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.derivative_directions import Along, DerivativeDirections
 from losscli.evaluation.device import float32_precision
@@ -35,10 +35,11 @@ from losscli.studies.notes import (
     general_notes,
     integer_notes,
     sampling_notes,
+    seed_notes,
     spectral_notes,
     storage_notes,
 )
-from losscli.studies.problem import Problem, counted, prepare
+from losscli.studies.problem import counted, prepare
 from losscli.studies.verification import (
     check_differentiable,
     check_gradient_settings,
@@ -56,6 +57,7 @@ from losscli.summaries import (
 )
 from losscli.table import Table
 from losscli.weight_space.basin import Profile, Radius, radius
+from losscli.weight_space.curve import relative_rounding, unit_of_rounding
 from losscli.weight_space.directions import (
     NO_DIRECTION,
     has_filters,
@@ -200,12 +202,12 @@ class Around(Study):
             raise UsageError(f"{name} is given {times} times", "Give each checkpoint once")
         _check_directions(directions, along, settings)
         _check_basin(basin, basin_loss)
-        coefficients = _coefficients(points, range_ or _RANGES[along])
         if along:
             check_point_count("--points", points, 3 * points * len(names))
         else:
             check_point_count("--directions", directions, directions * points * len(names))
-        problem = prepare(names, settings, ranks=ranks)
+        coefficients = _coefficients(points, range_ or _RANGES[along])
+        problem = prepare(names, settings, ranks=ranks, independent=True)
         if along:
             moving = problem.parameters(problem.moving)
             if not moving:
@@ -215,7 +217,8 @@ class Around(Study):
             still = normalisation_parameters(problem.objective.model).union(problem.buffers)
             first = problem.first.weights
             moving = tuple(n for n in problem.moving if n not in still and has_filters(first[n]))
-        norms = tuple(_norm(problem, t, moving) for t, _ in enumerate(names))
+        counted = problem.parameters(moving)
+        norms = tuple(norm(problem.open(t).weights, counted) for t, _ in enumerate(names))
         if not along and not all(norms):
             reason, cure = NO_DIRECTION
             name = names[norms.index(0)]
@@ -354,6 +357,7 @@ class Around(Study):
             for name, of in zip(self.problem.names, derived, strict=False)
             if self._derivatives is not None
         }
+        table = self._table(found)
         summary: AroundSummary = {
             **self.origin(),
             "tables": [],
@@ -366,17 +370,18 @@ class Around(Study):
             "basin": self.basin,
             "basin_loss": self.basin_loss,
             "interpolation": "quadratic",
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "splits": splits,
             "endpoint_difference": difference,
             "notes": [
                 *stays,
                 *self._notes(splits, derivatives, derived),
                 *sampling_notes(self, examples),
+                *seed_notes(self, table),
             ],
             "seconds": seconds,
         }
-        return Result(self._table(found), summary, COMMANDS[self.command].draw)
+        return Result(table, summary, COMMANDS[self.command].draw)
 
     def _placed(self, t: int) -> Weights:
         return self.problem.place(self.problem.open(t).weights)
@@ -404,6 +409,7 @@ class Around(Study):
         for t, _ in enumerate(self.norms):
             placed = self._placed(t)
             line = self._line(placed, self._direction(t, 0, placed, derived))
+            objective.load(placed)
             choose_strategy(objective, line, apart)
             anchors = [((0.0,), placed), ((1.0,), {**placed, **line.b})]
             few = apart[:: max(1, len(apart) // 4)]
@@ -480,10 +486,28 @@ class Around(Study):
             "high": over[3],
             "radii": radii,
             "not_finite": int(np.count_nonzero(~np.isfinite(losses))),
+            "rounded": self._count_rounded(t, own, losses),
         }
 
+    def _count_rounded(self, t: int, own: float, losses: NDArray[np.float64]) -> int:
+        """Counts the points that rounding may separate from a checkpoint, or their losses.
+
+        Args:
+            t: The number of the checkpoint.
+            own: Its loss.
+            losses: The losses around it, ``[directions, coefficients]``.
+
+        Returns:
+            Their number, without the checkpoint itself.
+        """
+        dtype = self.problem.settings.dtype
+        distances = np.abs(np.array(self.coefficients)) * self.lengths[t]
+        near = distances <= unit_of_rounding(dtype) * self.norms[t]
+        rounded = near | (np.abs(losses - own) <= relative_rounding(dtype) * abs(own))
+        return int(np.count_nonzero(rounded[:, distances > 0]))
+
     def _table(self, found: Mapping[str, Estimate]) -> Table:
-        metrics = self.problem.objective.metrics
+        metrics = self.problem.objective.columns
         sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         return Table.build(
             [
@@ -517,7 +541,10 @@ class Around(Study):
         if self._derivatives is not None:
             notes += derivative_notes(self, self._derivatives, derived)
         for name, of in derivatives.items():
-            if missed := [d["direction"] for d in of if not d.get("converged", True)]:
+            if not all(math.isfinite(d.get("eigenvalue", d.get("gradient_norm", 0))) for d in of):
+                what = "gradient" if self.along == "gradient" else "Hessian"
+                notes.append(f"{name}: the {what} is not finite, so there is no direction")
+            elif missed := [d["direction"] for d in of if not d.get("converged", True)]:
                 notes.append(
                     f"{name}: the search for {' and '.join(missed)} has not converged: another "
                     "direction may have a larger curvature"
@@ -525,6 +552,15 @@ class Around(Study):
         for name, split in splits.items():
             if number := sum(point["not_finite"] for point in split["points"]):
                 notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
+            for point in split["points"]:
+                if number := point["rounded"]:
+                    dtype = self.problem.settings.dtype
+                    wider = "" if dtype == "float64" else ", or --dtype float64"
+                    rounding = f"by no more than the rounding of {dtype}"
+                    notes.append(
+                        f"{name}: {count(number, 'point')} around {point['checkpoint']} differ "
+                        f"from it {rounding}: give a larger --range{wider}"
+                    )
             early = [
                 p["checkpoint"]
                 for p in split["points"]
@@ -536,8 +572,9 @@ class Around(Study):
                     f"{name}: the loss around {early[0]}{more} crosses the threshold before the "
                     "first point: for a basin radius, give a smaller --range or more --points"
                 )
-            # A loss that is not finite is not above 0 either.
-            lost = [p for p in split["points"] if p["threshold"] is None]
+            lost = [
+                p for p in split["points"] if p["threshold"] is None and math.isfinite(p["loss"])
+            ]
             if lost:
                 more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
                 notes.append(
@@ -589,21 +626,6 @@ def _coefficients(points: int, range_: tuple[float, float]) -> tuple[float, ...]
             "Give a range from 0 or below to 0 or above",
         )
     return tuple(coefficients)
-
-
-def _norm(problem: Problem, t: int, moving: Sequence[str]) -> float:
-    """Returns ‖θ‖ over the parameters that move.
-
-    Raises:
-        CheckpointError: It is not finite.
-    """
-    size = norm(problem.open(t).weights, problem.parameters(moving))
-    if not math.isfinite(size):
-        raise CheckpointError(
-            f"{problem.names[t]} has weights that are infinite or not a number",
-            "Leave this checkpoint out",
-        )
-    return size
 
 
 def _radius_summary(found: Radius, size: float) -> BasinRadius:

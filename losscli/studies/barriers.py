@@ -33,6 +33,7 @@ from losscli.studies.notes import (
     general_notes,
     integer_notes,
     sampling_notes,
+    seed_notes,
     spectral_notes,
     storage_notes,
 )
@@ -225,7 +226,7 @@ class Barriers(Study):
             **self.origin(),
             "alphas": list(self.alphas),
             "tables": list(more),
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "distances": self._matrix(lengths),
             "splits": splits,
             "endpoint_difference": difference,
@@ -233,6 +234,7 @@ class Barriers(Study):
                 *stays,
                 *self._notes(placed, splits, lengths),
                 *sampling_notes(self, examples),
+                *seed_notes(self, more["curves"]),
             ],
             "seconds": seconds,
         }
@@ -429,7 +431,7 @@ class Barriers(Study):
         )
 
     def _curves(self, found: Mapping[str, _SplitBarriers]) -> Table:
-        names, metrics = self.problem.names, self.problem.objective.metrics
+        names, metrics = self.problem.names, self.problem.objective.columns
         sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         last = len(self.alphas) - 1
 

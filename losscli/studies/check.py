@@ -26,6 +26,7 @@ from losscli.evaluation.gradient_graphs import graph_budget
 from losscli.evaluation.lanczos import MIN_PRODUCTS
 from losscli.evaluation.line_search import MAX_CURVE_POINTS, STEP_LENGTHS, LineSearch
 from losscli.evaluation.objective import recalibrated
+from losscli.evaluation.preconditioned import PreconditionedEigenvalue
 from losscli.evaluation.product_cost import product_seconds
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import record_key, restore
@@ -41,8 +42,9 @@ from losscli.studies.base import Study
 from losscli.studies.check_notes import check_notes, functions_called
 from losscli.studies.layerwise import blocks_among
 from losscli.studies.notes import general_notes, spectral_notes
+from losscli.studies.preconditioner import AdamPreconditioner
 from losscli.studies.problem import counted, prepare
-from losscli.studies.spectra import Part, ProbedPoint, Spectra, SpectraOptions
+from losscli.studies.spectra import ADAM, Part, ProbedPoint, Spectra, SpectraOptions
 from losscli.studies.verification import check_differentiable, verify_fresh_model
 from losscli.summaries import CheckSummary, CostEstimate, Description, Escape, Step
 from losscli.table import Cell, Table
@@ -55,6 +57,8 @@ _MAX_EIGENVALUES = 10_000
 
 # About how many products with the Hessian the analysis of a point takes, for the progress.
 _PRODUCTS = 100
+
+_PRECONDITIONED = ("preconditioned_lambda_max", "preconditioned_lambda_max_error")
 
 # The factor of the weights of a point at which a model is verified: one that keeps what it computed
 # from other weights has another loss there.
@@ -75,6 +79,7 @@ def check(
     lanczos: int | None = None,
     operator: str | None = None,
     blocks: bool = False,
+    optimizer: str | None = None,
     progress: Progress = None,
     **settings: Any,
 ) -> Result[CheckSummary]:
@@ -96,6 +101,9 @@ def check(
         operator: The matrix of density, trace and blocks: ``hessian``, the default, or ``ggn``, the
             generalised Gauss-Newton matrix.
         blocks: Whether gradient norm, largest eigenvalue and trace of each block are computed.
+        optimizer: ``adam`` for the largest eigenvalue of the Hessian preconditioned by the second
+            moments of Adam or AdamW in each checkpoint. ``learning_rate`` is then that of Adam, by
+            default as in the checkpoint.
         progress: True shows a bar; a function is called with the number of checkpoints done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -121,6 +129,7 @@ def check(
         lanczos=lanczos,
         operator=operator,
         blocks=blocks,
+        optimizer=optimizer,
     )
     return plan.run_alone(progress)
 
@@ -135,6 +144,7 @@ class Check(Study):
         learning_rate: That of training, if known.
         momentum: Likewise; 0 where it is None.
         spectra: What is computed beside the verdicts.
+        adam: The preconditioner of Adam at each checkpoint, if it was asked for.
     """
 
     command = "check"
@@ -144,6 +154,7 @@ class Check(Study):
     learning_rate: float | None
     momentum: float | None
     spectra: SpectraOptions
+    adam: AdamPreconditioner | None
 
     @classmethod
     def plan(
@@ -161,6 +172,7 @@ class Check(Study):
         lanczos: int | None = None,
         operator: str | None = None,
         blocks: bool = False,
+        optimizer: str | None = None,
         ranks: Ranks | None = None,
     ) -> Check:
         """Reads and matches everything, and evaluates nothing.
@@ -178,6 +190,7 @@ class Check(Study):
             lanczos: The number of Lanczos steps; None for the default.
             operator: The matrix; None for the Hessian.
             blocks: Whether the curvature of blocks will be computed.
+            optimizer: ``adam`` or None.
             ranks: The processes that share the run, if there are several.
 
         Returns:
@@ -204,6 +217,15 @@ class Check(Study):
             )
         if learning_rate is not None and not 1e-12 <= learning_rate <= 1e12:
             raise UsageError(f"--learning-rate {learning_rate} is none", "Give 0.1")
+        if optimizer not in {None, "adam"}:
+            raise UsageError(
+                f"--optimizer {optimizer} is not known", "Give adam, also for AdamW and AMSGrad"
+            )
+        if optimizer and momentum is not None:
+            raise UsageError(
+                "--momentum has no effect with --optimizer adam: β₁ is read from each checkpoint",
+                "Give one without the other",
+            )
         if momentum is not None and learning_rate is None:
             raise UsageError(
                 "--momentum changes the threshold of a learning rate, and none is given",
@@ -219,13 +241,17 @@ class Check(Study):
                 "a gradient is that of all examples, so --sampling-error has no place in a check",
                 "Look at fewer with --limit",
             )
-        problem = prepare(names, settings, notes, ranks)
+        problem = prepare(names, settings, notes, ranks, independent=True)
         # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
         moving = problem.parameters(problem.moving)
         if not moving:
             raise UsageError("no parameter is left to differentiate", "Widen --only")
         check_differentiable(problem, moving, "check")
-        return cls(problem, moving, begun, tolerance, eigenvalues, learning_rate, momentum, spectra)
+        adam = AdamPreconditioner.plan(problem, moving, learning_rate) if optimizer else None
+        return cls(
+            *(problem, moving, begun, tolerance, eigenvalues, learning_rate, momentum, spectra),
+            adam,
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -237,14 +263,15 @@ class Check(Study):
             "momentum": self.momentum,
             "density": self.spectra.density,
             "blocks": self.spectra.blocks,
+            "optimizer": self.adam.identity if self.adam else None,
             **self.spectra.provenance,
         }
 
     @property
     def threshold(self) -> float | None:
-        """The largest λ_max at which full-batch training is stable: (2 + 2β)/η."""
+        """The largest λ_max at which full-batch gradient descent is stable: (2 + 2β)/η."""
         # Cohen et al. 2021 (arXiv 2103.00065), of heavy ball without dampening.
-        if self.learning_rate is None:
+        if self.learning_rate is None or self.adam:
             return None
         return (2 + 2 * (self.momentum or 0.0)) / self.learning_rate
 
@@ -265,6 +292,7 @@ class Check(Study):
         spectra = self._spectra
         most = size if size <= DENSE_LIMIT else PRODUCT_LIMIT
         most += sum(spectra.products(part)[1] for part in spectra.parts)
+        most += PRODUCT_LIMIT + 1 if self.adam else 0
         added: Description = {
             "products_at_most": most * splits * len(self.problem.names),
             "bytes_of_graphs_at_most": graph_budget(self.problem.objective.device),
@@ -308,6 +336,8 @@ class Check(Study):
         for part in self._spectra.parts:
             least, greatest = self._spectra.products(part)
             fewest, most = fewest + least, most + greatest
+        if self.adam:
+            fewest, most = fewest + MIN_PRODUCTS, most + PRODUCT_LIMIT + 1
         return {
             "seconds": seconds + number * fewest * product,
             "kind": "at least",
@@ -360,7 +390,7 @@ class Check(Study):
             functions = functions_called(objective)
             if self.spectra.operator == "ggn":
                 check_outputs(objective)
-            records, probed = self._analyse_all(execution)
+            records, probed, preconditioned = self._analyse_all(execution)
             analyses, directions = {}, {}
             for t, _ in enumerate(names):
                 for split in splits:
@@ -392,11 +422,20 @@ class Check(Study):
             [
                 *("checkpoint", "split", "loss", "gradient_norm"),
                 *("lambda_min", "lambda_min_error", "lambda_max", "lambda_max_error"),
-                *("minimal_ratio", "positive", "negative", "undecided"),
-                *("trace", "trace_stderr", "verdict"),
+                *("minimal_ratio", "positive", "negative", "undecided", "trace", "trace_stderr"),
+                *(_PRECONDITIONED if self.adam else ()),
+                "verdict",
             ],
             (
-                [name, split, *_cells(one, self._trace(one, probed[name, split]))]
+                [
+                    *(name, split, *_cells(one, self._trace(one, probed[name, split]))),
+                    *(
+                        _preconditioned_cells(preconditioned.get((name, split)))
+                        if self.adam
+                        else ()
+                    ),
+                    one.verdict,
+                ]
                 for name, split, one in points
             ),
         )
@@ -408,9 +447,12 @@ class Check(Study):
             "learning_rate": self.learning_rate,
             "momentum": self.momentum,
             "threshold": self.threshold,
+            "optimizer": "adam" if self.adam else None,
+            "preconditioners": list(self.adam.states) if self.adam else [],
             "operator": used["operator"],
             "probes": used["probes"],
-            "lanczos": used["lanczos"],
+            # A probe of n parameters takes no more than n steps.
+            "lanczos": self._spectra.estimator.kept[1] if self.spectra.density else None,
             **counted(objective, {name: len(s) for name, s in objective.splits.items()}),
             "splits": {
                 name: {
@@ -421,6 +463,9 @@ class Check(Study):
                             **one.summary(),
                             "density": probed[checkpoint, split].summary()
                             if self.spectra.density
+                            else None,
+                            "preconditioned_lambda_max_converged": found.converged
+                            if (found := preconditioned.get((checkpoint, split)))
                             else None,
                         }
                         for checkpoint, split, one in points
@@ -435,6 +480,7 @@ class Check(Study):
                 *spectral_notes(self),
                 *check_notes(self, functions, list(analyses.values())),
                 *self._spectra.notes([*probed.values()]),
+                *(self.adam.notes(preconditioned) if self.adam else ()),
             ],
             "seconds": seconds,
         }
@@ -457,7 +503,11 @@ class Check(Study):
 
     def _analyse_all(
         self, execution: Execution
-    ) -> tuple[dict[tuple[int, str], Arrays], dict[tuple[str, str], ProbedPoint]]:
+    ) -> tuple[
+        dict[tuple[int, str], Arrays],
+        dict[tuple[str, str], ProbedPoint],
+        dict[tuple[str, str], PreconditionedEigenvalue],
+    ]:
         """Analyses all checkpoints on all splits.
 
         Each checkpoint and split is analysed by one rank: a search for eigenvalues is a sequence of
@@ -469,19 +519,20 @@ class Check(Study):
             execution: How the tasks are executed.
 
         Returns:
-            The record of each `PointAnalysis`, and what probes and blocks show of each checkpoint,
-            by its name, and split.
+            The record of each `PointAnalysis`; what probes and blocks show of each checkpoint, by
+            its name, and split; and the preconditioned eigenvalues, likewise.
         """
-        objective, spectra = self.problem.objective, self._spectra
+        objective, spectra, adam = self.problem.objective, self._spectra, self.adam
         names, splits = self.problem.names, objective.splits
-        parts: list[Part | None] = [None, *spectra.parts]
-        lengths = [_PRODUCTS if part is None else spectra.length(part) for part in parts]
+        parts: list[Part | None] = [None, *([ADAM] if adam else []), *spectra.parts]
+        lengths = [_PRODUCTS if part in {None, ADAM} else spectra.length(part) for part in parts]
         # The last checkpoint comes first: of saddles, the escape from the last one is shown.
         pieces = [
             (t, split, part, length / sum(lengths) / len(splits))
             for t in range(len(names))[::-1]
             for split in splits
             for part, length in zip(parts, lengths, strict=True)
+            if part != ADAM or (adam and adam.exists(t))
         ]
         if execution.size > 1:
             # The longest first, so that no rank ends with one of these while the others wait.
@@ -489,17 +540,23 @@ class Check(Study):
         placed = lru_cache(maxsize=1)(self._placed)
         records: dict[tuple[int, str], Arrays] = {}
         probed: dict[tuple[int, str], dict[Part, Arrays]] = {}
+        preconditioned: dict[tuple[str, str], PreconditionedEigenvalue] = {}
 
         def key(t: int, split: str, part: Part | None) -> str:
             numbers = [list(self.moving), self._test.seed]
+            own: list[Any]
             if part is None:
                 kind, own = "check", [self.eigenvalues, self.tolerance]
+            elif part == ADAM:
+                kind, own = "adam", [adam.digests[t] if adam else ""]
             else:
                 kind, own = "spectra", spectra.numbers(part)
             examples = {split: splits[split]}
             return record_key(objective, examples, kind, [placed(t)], [*numbers, *own])
 
         def evaluate(t: int, split: str, part: Part | None, size: float, own: Execution) -> Arrays:
+            if adam and part == ADAM:
+                return adam.evaluate(t, self._test, placed(t), split, own)
             if part is not None:
                 return spectra.evaluate(part, placed(t), split, size, own)
             kept = self._verdicts_to_escape(t, split, records)
@@ -515,6 +572,9 @@ class Check(Study):
             restore(objective, batch_size_of(arrays), arrays["idle"].tolist())
             if part is None:
                 records[t, split] = arrays
+            elif part == ADAM:
+                found = PreconditionedEigenvalue.from_arrays(arrays)
+                preconditioned[names[t], split] = found
             else:
                 probed.setdefault((t, split), {})[part] = arrays
         points = {
@@ -522,7 +582,7 @@ class Check(Study):
             for t, name in enumerate(names)
             for split in splits
         }
-        return records, points
+        return records, points, preconditioned
 
     def _trace(self, analysis: PointAnalysis, point: ProbedPoint) -> Sequence[Cell]:
         """Returns the trace of the chosen matrix and its standard error; None if unknown."""
@@ -592,11 +652,15 @@ class Check(Study):
 
 
 def _cells(analysis: PointAnalysis, trace: Sequence[Cell]) -> list[Cell]:
-    """Returns the cells of a row after its checkpoint and split, with the trace and its error."""
+    """Returns the cells of a row between its split and its verdict."""
     positive, negative, undecided, _ = analysis.shares or (None, None, None, None)
     return [
         *(analysis.loss, analysis.gradient_norm),
         *(analysis.smallest.value, analysis.smallest.error),
         *(analysis.largest.value, analysis.largest.error),
-        *(positive, positive, negative, undecided, *trace, analysis.verdict),
+        *(positive, positive, negative, undecided, *trace),
     ]
+
+
+def _preconditioned_cells(found: PreconditionedEigenvalue | None) -> list[Cell]:
+    return [found.value, found.error] if found else [None, None]

@@ -83,7 +83,7 @@ def functions_called(objective: Objective) -> set[str]:
         Their names.
     """
     batch = next(iter(objective.first_batches().values()))
-    inputs = objective.data.prepare(batch.inputs, objective.dtype)
+    inputs = objective.prepare(batch)
     with torch.no_grad(), _FunctionRecorder() as recorder:
         outputs = objective.forward(objective.model, inputs)
         objective.per_example(objective.loss, outputs, batch.targets, "loss")

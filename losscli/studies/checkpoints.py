@@ -15,6 +15,7 @@ from losscli.checkpoint import (
     LoadHooks,
     NameRules,
     read,
+    read_optimizers,
     select_for,
 )
 from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
@@ -24,7 +25,7 @@ from losscli.studies.model import build
 from losscli.studies.specs import SourcedSpec
 from losscli.summaries import CheckpointEntry
 
-__all__ = ["Checkpoints", "is_same"]
+__all__ = ["Checkpoints", "changed", "is_same"]
 
 # Maximum number of checkpoints in an error whose mismatches are listed, and of tensors in a note.
 _MAX_REASONS = 5
@@ -55,9 +56,23 @@ class Checkpoints:
         self._objects = {str(name): name for name in names if isinstance(name, InMemoryCheckpoint)}
         # The checkpoints without their tensors, and the stamps of their files.
         self._opened: dict[str, tuple[Checkpoint, object]] = {}
+        # The tensors that any of the checkpoints lacks. They have the model's initial values in all
+        # of them: a line from trained values to drawn ones would mean nothing.
+        self._missing: set[str] = set()
 
     def open(self, name: str) -> Checkpoint:
         """Opens one, its tensors under the model's names."""
+        return self._with_initial(self._open(name))
+
+    def _with_initial(self, checkpoint: Checkpoint) -> Checkpoint:
+        initial = {name: self._rules.initial[name] for name in self._missing}
+        return (
+            replace(checkpoint, weights={**checkpoint.weights, **initial})
+            if initial
+            else checkpoint
+        )
+
+    def _open(self, name: str) -> Checkpoint:
         with torch.random.fork_rng(devices=[]):
             if name.startswith("init:"):
                 return _initialisation(name, self._found)
@@ -70,8 +85,12 @@ class Checkpoints:
         if checkpoint.path is not None:
             stamp = checkpoint.stamp()
             if self._opened.setdefault(name, (replace(checkpoint, weights={}), stamp))[1] != stamp:
-                raise _changed(name)
+                raise changed(name)
         return checkpoint
+
+    def optimizers(self, name: str) -> Mapping[str, Any]:
+        """Reads the state dicts of optimisers in one; there are none in an initialisation."""
+        return {} if name.startswith("init:") else read_optimizers(self._objects.get(name, name))
 
     def unchanged(self) -> None:
         """Checks that the files of all opened checkpoints are unchanged, or deleted.
@@ -87,7 +106,7 @@ class Checkpoints:
             except CheckpointError:
                 continue
             if now != stamp:
-                raise _changed(name)
+                raise changed(name)
 
     def survey(self, names: Sequence[str]) -> tuple[list[CheckpointEntry], Checkpoint, list[str]]:
         """Opens each in turn, and reports all that do not match in one error.
@@ -111,7 +130,7 @@ class Checkpoints:
         notes: dict[str, list[str]] = {}
         for name in dict.fromkeys(names):
             try:
-                checkpoint = self.open(name)
+                checkpoint = self._open(name)
             except MismatchError as error:
                 wrong.append(error.what)
                 cures.append(error.cure)
@@ -120,6 +139,7 @@ class Checkpoints:
             path = str(checkpoint.path) if checkpoint.path else None
             entries[name] = {"name": name, "path": path, "sha256": checkpoint.sha256()}
             first = first or checkpoint
+            self._missing.update(checkpoint.missing)
             for note in _notes(checkpoint):
                 notes.setdefault(note, []).append(name)
             del checkpoint  # before the next one is opened
@@ -135,13 +155,13 @@ class Checkpoints:
             )
         assert first is not None
         texts = [note.format(_join(names, 2)) for note, names in notes.items()]
-        return [entries[name] for name in names], first, texts
+        return [entries[name] for name in names], self._with_initial(first), texts
 
 
 def _notes(checkpoint: Checkpoint) -> Iterator[str]:
     """Yields notes on missing and ignored tensors; ``{}`` stands for the names of checkpoints."""
     if some := checkpoint.missing:
-        yield f"missing in {{}}: {_join(some)}; the model's initial values stay"
+        yield f"missing in {{}}: {_join(some)}; the model's initial values stay, at every point"
     if some := checkpoint.unexpected:
         yield f"ignored in {{}}, since the model does not have them: {_join(some)}"
 
@@ -151,7 +171,8 @@ def _join(names: Sequence[str], most: int = _MAX_TENSORS) -> str:
     return f"{', '.join(names[:most])}{more}"
 
 
-def _changed(name: str) -> ChangedError:
+def changed(name: str) -> ChangedError:
+    """Creates the error for a checkpoint that was changed during a run."""
     return ChangedError(
         f"{name} was changed while losscli read it", "Run again when no program writes to it"
     )

@@ -37,7 +37,7 @@ def describe(study: Study) -> Description:
     passes = study.evaluations - slices * points + slices * math.ceil(points / chunk)
     training = objective.recalibration
     if training is not None:
-        examples += len(training)
+        examples += training.examples
     streamed = [n for n, split in objective.splits.items() if not isinstance(split, Split)]
     added: Description = {}  # by single studies
     description: Description = {

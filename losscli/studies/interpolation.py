@@ -36,6 +36,7 @@ from losscli.studies.notes import (
     general_notes,
     integer_notes,
     sampling_notes,
+    seed_notes,
     spectral_notes,
     storage_notes,
     variance_notes,
@@ -361,10 +362,11 @@ class Interpolation(Study):
         if self.blocks:
             more["blocks"] = self._block_table(split_curves)
         with_blocks: LineSummary = {"blocks": blocks} if self.blocks else {}
+        table = self._table(refined)
         summary: LineSummary = {
             **self.origin(),
             "range": list(self.range),
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "distance": distance(self.start, self.end, self.counted),
             "stays": self._stays(),
             "refined": self._refined(refined, exhausted=exhausted),
@@ -376,15 +378,16 @@ class Interpolation(Study):
                 *stays,
                 *self._notes(splits, blocks),
                 *sampling_notes(self, examples),
+                *seed_notes(self, table),
                 *self._refinement_notes(again, exhausted=exhausted),
                 *self._context_notes(refined),
             ],
             "seconds": seconds,
         }
-        return Result(self._table(refined), summary, COMMANDS[self.command].draw, more)
+        return Result(table, summary, COMMANDS[self.command].draw, more)
 
     def _table(self, refined: RefinedCurve) -> Table:
-        metrics = self.problem.objective.metrics
+        metrics = self.problem.objective.columns
         derived = ["slope", "curvature"] if refined.slopes else []
         sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
         estimates = {name: curve.estimate for name, curve in refined.curves.items()}
@@ -438,7 +441,7 @@ class Interpolation(Study):
         }
 
     def _block_table(self, split_curves: Mapping[str, _SplitCurves]) -> Table:
-        metrics = self.problem.objective.metrics
+        metrics = self.problem.objective.columns
         sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
         estimates = {
             (block.name, name): parts.blocks[block.name].losses

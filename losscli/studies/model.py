@@ -53,6 +53,8 @@ def build(found: SourcedSpec, shapes: CheckpointFile | None = None) -> nn.Module
                 "model",
                 trusted=found.trusted,
                 source=found.source,
+                folder=found.folder,
+                cure=found.cure,
                 runs_code=RUNS_CODE,
             )
             if function in map(MODELS.get, FROM_FILES):

@@ -12,9 +12,11 @@ from torch import Tensor
 from losscli.data import Split
 from losscli.evaluation.derivative_directions import DerivativeDirections
 from losscli.evaluation.doubts import Doubt
+from losscli.evaluation.metrics import SEED_ERROR
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays
 from losscli.studies.base import Study, count
+from losscli.table import Table
 from losscli.weight_space.vectors import Weights, can_move, equal
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "general_notes",
     "integer_notes",
     "sampling_notes",
+    "seed_notes",
     "spectral_notes",
     "storage_notes",
     "variance_notes",
@@ -64,6 +67,11 @@ def general_notes(study: Study) -> list[str]:
         notes.append(
             f"no influence on the outputs of a first batch: {unused[0]}{more}; does forward "
             "use a value computed from it before?"
+        )
+    if settings.stochastic is not None:
+        notes.append(
+            f"every loss is the mean over {count(settings.stochastic, 'seed')}; it was not checked "
+            "that the loss of an example depends on that example alone"
         )
     for name in sorted(problem.objective.unchecked):
         notes.append(
@@ -129,10 +137,31 @@ def sampling_notes(study: Study, examples: Mapping[str, int]) -> list[str]:
     if study.problem.settings.sampling_error is None:
         return []
     whole = study.problem.objective.splits
+    unit = "batches" if study.problem.settings.batch_loss else "examples"
     return [
-        f"{name}: {number} of {len(whole[name])} examples were looked at"
+        f"{name}: {number} of {len(whole[name])} {unit} were looked at"
         for name, number in examples.items()
     ]
+
+
+def seed_notes(study: Study, table: Table) -> list[str]:
+    """Notes on how far losses are from means over all random numbers.
+
+    Args:
+        study: The study.
+        table: The losses and their standard errors over seeds, by split.
+
+    Returns:
+        The notes, of a model that is random on purpose.
+    """
+    number = study.problem.settings.stochastic
+    notes = []
+    for split in study.problem.objective.splits if SEED_ERROR in table.columns else ():
+        rows = zip(table["split"], table.floats(SEED_ERROR), strict=True)
+        errors = [error for name, error in rows if name == split]
+        largest = max(filter(math.isfinite, errors), default=math.nan)
+        notes.append(f"{split}: standard errors over the {number} seeds are at most {largest:.2g}")
+    return notes
 
 
 def integer_notes(study: Study, end: Weights, last: Weights) -> list[str]:
@@ -327,6 +356,8 @@ def _task_notes(study: Study) -> list[str]:
 
 def _keeps_different_tensors(study: Study) -> bool:
     """Whether a tensor stays by choice that is not the same in all checkpoints."""
+    if study.problem.independent:
+        return False
     kept, first = study.problem.kept, study.problem.first.weights
     for t in range(1, len(study.problem.names) if kept else 0):
         weights = study.problem.open(t).weights
@@ -342,7 +373,7 @@ def _recalibration_notes(study: Study) -> list[str]:
     training = objective.recalibration
     if training is None:
         return []
-    source = f"from {len(training):,} examples of {training.name}"
+    source = f"from {training.examples:,} examples of {training.name}"
     but = "the checkpoints' losses are not those of their files"
     notes = [f"BatchNorm's statistics are re-estimated at every point, {source}: {but}"]
     if objective.idle:

@@ -33,6 +33,7 @@ from losscli.studies.notes import (
     general_notes,
     integer_notes,
     sampling_notes,
+    seed_notes,
     spectral_notes,
     storage_notes,
     variance_notes,
@@ -227,7 +228,7 @@ class Plane(Study):
             check_gradient_settings(settings, "--axes")
         paths, more = _read_paths(path, keep_order=keep_order)
         projected = [name for files in paths.values() for name in files]
-        problem = prepare(names, settings, [*notes, *more], ranks, projected)
+        problem = prepare(names, settings, [*notes, *more], ranks, projected=projected)
         if axes:
             kind, layout = "hessian", None
             moving = problem.parameters(problem.moving)
@@ -351,6 +352,7 @@ class Plane(Study):
                 execution.after(self.steps - self.evaluations),
             )
             seconds = self.seconds(swept)
+        table = self._table(points, found)
         path = self._path_table(layout, found)
         examples = {name: estimate.examples for name, estimate in found.items()}
         splits = {name: self._split_summary(points, e.mean.tolist()) for name, e in found.items()}
@@ -362,7 +364,7 @@ class Plane(Study):
             "surface": self.surface,
             "x_range": [layout.xs[0], layout.xs[-1]],
             "y_range": [layout.ys[0], layout.ys[-1]],
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "off_plane": max(off for *_, off in own),
             "paths": self._projected(layout),
             "splits": splits,
@@ -371,10 +373,10 @@ class Plane(Study):
                 *stays,
                 *self._notes(layout, derived, splits),
                 *sampling_notes(self, examples),
+                *seed_notes(self, table),
             ],
             "seconds": seconds,
         }
-        table = self._table(points, found)
         return Result(table, summary, COMMANDS[self.command].draw, {"path": path})
 
     def _lay(self, execution: Execution) -> tuple[Layout, list[Arrays]]:
@@ -406,7 +408,7 @@ class Plane(Study):
 
     def _table(self, points: Sequence[tuple[float, float]], found: Mapping[str, Estimate]) -> Table:
         """Tabulates the grid; its points follow the checkpoints in an estimate."""
-        metrics = self.problem.objective.metrics
+        metrics = self.problem.objective.columns
         sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         own = len(self.problem.names)
         return Table.build(

@@ -166,8 +166,12 @@ def span_eigenvectors(
         The plane.
 
     Raises:
-        ModelError: Both eigenvalues are zero within their errors.
+        ModelError: The eigenvalues are not finite, or both are zero within their errors.
     """
+    if not all(math.isfinite(d["eigenvalue"]) for d in described):
+        raise ModelError(
+            f"the Hessian at {problem.names[0]} is not finite", "Give another checkpoint"
+        )
     if all(abs(d["eigenvalue"]) <= d["error"] for d in described):
         raise ModelError(
             f"the Hessian at {problem.names[0]} is zero within rounding, so it has no directions "

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args, overload
+from typing import Any, get_args, overload
 
 import torch
 from torch import nn
@@ -17,17 +17,23 @@ from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, find_base, read
 from losscli.errors import CheckpointError, MismatchError, ModelError, UsageError
 from losscli.evaluation.device import choose_device, describe_device
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.objective_functions import returned_losses
 from losscli.evaluation.ranks import Ranks
+from losscli.evaluation.sampling import sample_order
 from losscli.evaluation.task_checks import check_task
 from losscli.settings import Buffers, DType, Settings
 from losscli.studies.checkpoints import Checkpoints, is_same
+from losscli.studies.config import NO_CONFIG, Config
 from losscli.studies.model import build, check_copy
 from losscli.studies.specs import find_specs
-from losscli.studies.task import data_of, loss_of, metrics_of, recalibration_of
+from losscli.studies.task import data_of, loss_of, metrics_of, objective_of, recalibration_of
 from losscli.summaries import CheckpointEntry, Counts, Provenance
 from losscli.weight_space.vectors import Weights, can_move, equal, select_names
 
 __all__ = ["Problem", "counted", "differing_tensors", "prepare", "require_finite"]
+
+
+_MAX_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,13 @@ class Problem:
         provenance: Where all of it came from, for the summary.
         settings: The settings that it was made from.
         read: Reads a checkpoint by its name.
+        optimizers: Reads the state dicts of optimisers in a checkpoint by its name.
         unchanged: Checks that the files of the checkpoints have not changed since they were read.
         notes: How the checkpoints were ordered, if they were.
         projected: How many of the names, from the last, are only projected onto what the others
             span; none of them is the ``last``.
+        independent: Whether checkpoints are evaluated each by itself, so that the tensors that may
+            not move are its own.
     """
 
     objective: Objective
@@ -59,9 +68,11 @@ class Problem:
     provenance: Provenance
     settings: Settings
     read: Callable[[str], Checkpoint]
+    optimizers: Callable[[str], Mapping[str, Any]]
     unchanged: Callable[[], None]
     notes: tuple[str, ...] = ()
     projected: int = 0
+    independent: bool = False
 
     @property
     def spanning(self) -> tuple[str, ...]:
@@ -128,7 +139,7 @@ class Problem:
         return {**self.first.weights, **{name: last[name] for name in self.buffers}}
 
     def place(self, weights: Weights) -> Weights:
-        """Places a checkpoint: what may not move is the origin's.
+        """Places a checkpoint: what may not move is the origin's, unless it is independent.
 
         Args:
             weights: All tensors of a checkpoint.
@@ -136,6 +147,9 @@ class Problem:
         Returns:
             All tensors of its point.
         """
+        if self.independent:
+            shared = self.buffers if self.settings.buffers in {"a", "b"} else ()
+            return {**weights, **{name: self.origin[name] for name in shared}}
         return {**self.origin, **{name: weights[name] for name in self.moving}}
 
     def places(self, steps: Sequence[int]) -> Sequence[Weights]:
@@ -175,7 +189,10 @@ def prepare(
     settings: Settings,
     notes: Sequence[str] = (),
     ranks: Ranks | None = None,
+    *,
     projected: Sequence[str] = (),
+    planned: Config = NO_CONFIG,
+    independent: bool = False,
 ) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
@@ -185,6 +202,8 @@ def prepare(
         notes: How the checkpoints were ordered, if they were.
         ranks: The processes that share the run, if there are several.
         projected: Further checkpoints, which are only projected onto what the others span.
+        planned: A losscli.toml that is taken to exist.
+        independent: Whether each checkpoint is evaluated by itself, see `Problem`.
 
     Returns:
         The problem, ready to be evaluated.
@@ -202,14 +221,18 @@ def prepare(
         given = settings.model
         if given is None and isinstance(base, InMemoryCheckpoint):
             given = base.module
-        specs = find_specs(settings, given, file)
+        specs = find_specs(settings, given, file, planned)
         found = specs.model
         if found is None:
             raise UsageError(
                 "no model is named, neither by --model nor by the checkpoint's metadata nor by a "
-                "losscli.toml beside it",
+                "losscli.toml beside it or here",
                 "Give --model, for example --model mlp:784-512-10 (losscli list models)",
             )
+        if specs.objective is not None:
+            # It may imply --batch-loss.
+            settings = replace(settings, objective=specs.objective.value)
+            _check(settings)
         torch.manual_seed(settings.seed)
         model = build(found, file)
         _require_precision(model, settings.dtype)
@@ -219,8 +242,13 @@ def prepare(
         entries, first, found_notes = checkpoints.survey(names)
         whole, data_name = data_of(settings, specs.data)
         data = whole.select(settings.split, None, settings.seed)
-        loss, loss_name, loss_source = loss_of(specs.loss, data, model)
-        metrics, metric_names, metric_source = metrics_of(settings, data, loss, model)
+        function = None
+        if specs.objective is None:
+            loss, loss_name, loss_source = loss_of(specs.loss, data, model)
+        else:
+            loss = returned_losses
+            function, loss_name, loss_source = objective_of(specs.objective)
+        metrics, metric_names, metric_source = metrics_of(specs, data, loss, model)
         recalibration = recalibration_of(model, whole, data, settings)
     objective = Objective(
         model,
@@ -232,8 +260,10 @@ def prepare(
         batch_size=settings.batch_size,
         recalibration=recalibration,
         batch_loss=settings.batch_loss,
+        function=function,
+        seeds=[(settings.seed + k) % (1 << 63) for k in range(settings.stochastic or 0)],
         # Default metrics may be left out if they fail.
-        optional=() if settings.metric else metrics,
+        optional=() if specs.metrics else metrics,
     )
     objective.extra = first.extra
     notes = [*notes, *found_notes, *_compare_extra_states(objective, checkpoints, names)]
@@ -244,6 +274,7 @@ def prepare(
         "model": found.text,
         "data": data_name,
         "loss": loss_name,
+        "objective": None if function is None else loss_name,
         "metrics": metric_names,
         "sources": {"loss": loss_source, "metrics": metric_source},
     }
@@ -257,9 +288,11 @@ def prepare(
         _provenance(settings, objective, named, entries, 1 if ranks is None else ranks.size),
         settings,
         checkpoints.open,
+        checkpoints.optimizers,
         checkpoints.unchanged,
         tuple(notes),
         len(projected),
+        independent,
     )
 
 
@@ -325,13 +358,14 @@ def _provenance(
         "seed": settings.seed,
         "limit": settings.limit,
         "batch_loss": settings.batch_loss,
+        "stochastic": settings.stochastic,
         "sampling_error": settings.sampling_error,
         "buffers": settings.buffers,
         "recalibration": None
         if recalibration is None
         else {
             "split": recalibration.name,
-            "examples": len(recalibration),
+            "examples": recalibration.examples,
             "batch_size": recalibration.size,
             "layers": len(objective.batchnorm),
         },
@@ -357,15 +391,21 @@ def _require_precision(model: nn.Module, dtype: str) -> None:
 
 
 def _check(settings: Settings) -> None:
-    if settings.batch_loss:
-        for option, given in (
-            ("--sampling-error", settings.sampling_error is not None),
-            ("--buffers recalibrate", settings.buffers == "recalibrate"),
-        ):
-            if given:
-                raise UsageError(
-                    f"{option} is not available with --batch-loss", "Give one without the other"
-                )
+    if settings.objective is not None and settings.loss is not None:
+        raise UsageError(
+            "--objective computes the loss itself, and --loss has no effect", "Give one of them"
+        )
+    if settings.stochastic is not None:
+        if not 1 <= settings.stochastic <= _MAX_SEEDS:
+            raise UsageError(
+                f"--stochastic {settings.stochastic} is not a number of seeds from 1 to "
+                f"{_MAX_SEEDS:,}",
+                "Give 8",
+            )
+        if settings.sampling_error is not None:
+            raise UsageError(
+                "--sampling-error is not available with --stochastic", "Give one without the other"
+            )
     for option, value, known in (
         ("--dtype", settings.dtype, get_args(DType)),
         ("--buffers", settings.buffers, get_args(Buffers)),
@@ -392,12 +432,13 @@ def _check(settings: Settings) -> None:
         )
 
 
-def counted(objective: Objective, numbers: Mapping[str, int]) -> Counts:
+def counted(objective: Objective, numbers: Mapping[str, int], seed: int = 0) -> Counts:
     """Counts what a loss is the mean of.
 
     Args:
         objective: What is evaluated.
         numbers: How many numbers the mean of each split has.
+        seed: The seed of the order in which they were drawn, if they are not all.
 
     Returns:
         The ``examples`` of each split; and the ``batches``, where the loss is one number per batch.
@@ -405,6 +446,11 @@ def counted(objective: Objective, numbers: Mapping[str, int]) -> Counts:
     if not objective.batch_loss:
         return {"examples": dict(numbers)}
     rows = {name: objective.splits[name].rows for name in numbers}
+    if any(number < len(objective.splits[name]) for name, number in numbers.items()):
+        order = sample_order(objective.splits, seed)
+        rows = {
+            n: objective.splits[n].take(order[n][:number]).rows for n, number in numbers.items()
+        }
     return {"examples": rows, "batches": dict(numbers)}
 
 

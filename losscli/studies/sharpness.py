@@ -132,6 +132,7 @@ class _Measured:
             "critical_reason": found.reason or None,
             "gradients": [int(number) for *_, number in self.worst],
             "unverified": found.unverified or None,
+            "loss_seed_stderr": None if math.isnan(found.seed_error) else found.seed_error,
         }
 
 
@@ -244,7 +245,7 @@ class Sharpness(Study):
             raise UsageError(f"{name} is given {times} times", "Give each checkpoint once")
         _check_options(rho, samples, settings)
         check_point_count("--samples", samples, samples * len(rho) * len(names))
-        problem = prepare(names, settings, notes, ranks)
+        problem = prepare(names, settings, notes, ranks, independent=True)
         splits = list(problem.objective.splits)
         if direction_split not in {None, *splits}:
             raise UsageError(

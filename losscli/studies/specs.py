@@ -1,40 +1,60 @@
-"""Specs of the model, data and loss: from the command line, a checkpoint or a losscli.toml."""
+"""Specs of the model, data, loss and metrics: from an option, a checkpoint or a losscli.toml."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from losscli.checkpoint import CheckpointFile
-from losscli.errors import SpecError
 from losscli.models import has_config
 from losscli.settings import Settings
-from losscli.spec import Spec, expand_toml, read_toml
+from losscli.spec import Spec, expand_toml
+from losscli.studies.config import FILE_NAME, NO_CONFIG, Config, read_config, texts_of
+from losscli.studies.trust import cure_for_distrust
 
-__all__ = ["SourcedSpec", "Specs", "find", "find_specs"]
+__all__ = ["SourcedSpec", "Specs", "find_specs"]
 
 
 @dataclass(frozen=True)
 class SourcedSpec:
-    """A spec, who named it, what its relative paths are relative to, and where it came from."""
+    """A spec and where it comes from.
+
+    Attributes:
+        value: The spec, or an object.
+        trusted: Whether it may name code.
+        folder: The folder of relative paths; None for the current folder.
+        source: The option or the file that names it.
+        cure: If it is not trusted, how to make it trusted; empty if only an option may name code.
+    """
 
     value: Any
     trusted: bool
     folder: Path | None = None
     source: str = ""
+    cure: str = ""
 
     @classmethod
     def named(
-        cls, value: Any, *, trusted: bool, folder: Path | None = None, source: str = ""
+        cls,
+        value: Any,
+        *,
+        trusted: bool,
+        folder: Path | None = None,
+        source: str = "",
+        cure: str = "",
     ) -> SourcedSpec:
         """Takes what was named: where that is a TOML file, what the file says."""
         if not isinstance(value, str):
             return cls(value, trusted, folder, source)
         text, may_name_code, place = expand_toml(value, trusted=trusted, folder=folder)
-        return cls(text, may_name_code, place, source if text == value else value)
+        if text == value:
+            return cls(text, may_name_code, place, source, cure)
+        return cls(text, may_name_code, place, value)
 
     @property
     def text(self) -> str:
@@ -52,65 +72,93 @@ class Specs(NamedTuple):
     model: SourcedSpec | None
     data: SourcedSpec | None
     loss: SourcedSpec | None
+    objective: SourcedSpec | None
+    metrics: tuple[SourcedSpec, ...]
 
 
-def find_specs(settings: Settings, model: Any, first: CheckpointFile | None) -> Specs:
+def find_specs(
+    settings: Settings, model: Any, first: CheckpointFile | None, planned: Config = NO_CONFIG
+) -> Specs:
     """Finds the specs of a run.
+
+    Each is given by an option, else by the checkpoint's metadata, else by the nearest losscli.toml:
+    in the folder of the checkpoint or above it, else in the current folder or above it.
 
     Args:
         settings: The options.
         model: The model that the options or the checkpoint give as an object or a spec, if any.
         first: The checkpoint that is searched next, if any.
+        planned: A losscli.toml that is taken to exist with this content, and is trusted.
 
     Returns:
         The specs.
     """
-    given = {"model": model, "data": settings.data, "loss": settings.loss}
-    return Specs(**{kind: find(kind, value, first) for kind, value in given.items()})
+
+    def find(kind: str, given: Any, instead: str = "") -> SourcedSpec | None:
+        return next(iter(find_all(kind, () if given is None else (given,), instead)), None)
+
+    def find_all(kind: str, given: Sequence[Any], instead: str = "") -> list[SourcedSpec]:
+        if given:
+            option = f"--{kind}"
+            return [SourcedSpec.named(v, trusted=True, source=option) for v in given]
+        for source in _sources(first, planned, trust=settings.trust):
+            if kind in source.specs:
+                return [source.named(text) for text in texts_of(source.specs[kind])]
+            if instead in source.specs:
+                break
+        return []
+
+    # Either is in the place of the other.
+    loss, objective = settings.loss, settings.objective
+    return Specs(
+        find("model", model),
+        find("data", settings.data),
+        None if objective is not None else find("loss", loss, "objective"),
+        None if loss is not None else find("objective", objective, "loss"),
+        tuple(find_all("metric", settings.metric)),
+    )
 
 
-def find(kind: str, given: Any, first: CheckpointFile | None) -> SourcedSpec | None:
-    """Finds a spec: the option, then the checkpoint's metadata, then the nearest losscli.toml.
+class _Source(NamedTuple):
+    """A source of specs, and what makes a `SourcedSpec` of one."""
 
-    Args:
-        kind: ``model``, ``data`` or ``loss``.
-        given: What the option says; None where it is not given.
-        first: The checkpoint that is searched next, if any.
+    specs: Mapping[str, str | list[str]]
+    named: Callable[[str], SourcedSpec]
 
-    Returns:
-        The spec; None if there is none.
-    """
-    if given is not None:
-        return SourcedSpec.named(given, trusted=True, source=f"--{kind}")
-    if first is None:
-        return None
-    folder = first.folder
-    # Not resolved: in a hub's cache the files of a folder are links to places elsewhere.
-    path = first.path
-    own = folder if path is None else path if path.is_dir() else path.parent
-    if f"losscli.{kind}" in first.metadata:
-        own_spec = first.metadata[f"losscli.{kind}"]
-        return SourcedSpec.named(
-            own_spec, trusted=False, folder=folder, source="checkpoint metadata"
+
+def _sources(first: CheckpointFile | None, planned: Config, *, trust: bool) -> Iterator[_Source]:
+    """Yields the sources of specs other than options, the first before others."""
+    here = Path.cwd()
+    places, own = [here], None
+    if first is not None:
+        places = [first.folder, here]
+        # Not resolved: in a hub's cache the files of a folder are links to places elsewhere.
+        path = first.path
+        own = first.folder if path is None else path if path.is_dir() else path.parent
+        prefix = "losscli."
+        metadata = first.metadata.items()
+        specs: Mapping[str, str | list[str]] = {
+            key.removeprefix(prefix): text for key, text in metadata if key.startswith(prefix)
+        }
+        named = partial(
+            SourcedSpec.named, trusted=False, folder=first.folder, source="checkpoint metadata"
         )
-    for place in (folder, *folder.parents):
-        file = place / "losscli.toml"
-        if file.is_file():
-            value = _read_toml(file).get(kind)
-            if value is not None:
-                return SourcedSpec.named(value, trusted=False, folder=place, source=str(file))
+        yield _Source(specs, named)
+    for place in dict.fromkeys(p for folder in places for p in (folder, *folder.parents)):
+        file = place / FILE_NAME
+        if file == planned.file:
+            yield _Source(planned.specs, _named_by(file, ""))
+        elif file.is_file():
+            specs = read_config(file)
+            yield _Source(specs, _named_by(file, cure_for_distrust(file, trust=trust)))
         # Beside the checkpoint a config.json of transformers names a model too.
-        if kind == "model" and place == folder and has_config(own):
-            return SourcedSpec(str(Spec(f"transformers:{own}")), trusted=False)
-    return None
+        if own is not None and place == places[0] and has_config(own):
+            specs = {"model": str(Spec(f"transformers:{own}"))}
+            yield _Source(specs, partial(SourcedSpec.named, trusted=False, source="config.json"))
 
 
-def _read_toml(file: Path) -> dict[str, str]:
-    content = read_toml(file)
-    for key, value in content.items():
-        if key not in {"model", "data", "loss"} or not isinstance(value, str):
-            raise SpecError(
-                f"{file}: {key!r} is not recognised",
-                'It may have the lines model = "…", data = "…" and loss = "…"',
-            )
-    return content
+def _named_by(file: Path, cure: str) -> Callable[[str], SourcedSpec]:
+    """Returns what makes a `SourcedSpec` of a spec in a losscli.toml."""
+    return partial(
+        SourcedSpec.named, trusted=not cure, folder=file.parent, source=str(file), cure=cure
+    )

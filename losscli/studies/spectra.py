@@ -25,10 +25,13 @@ from losscli.summaries import Density
 from losscli.table import Cell
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["Part", "ProbedPoint", "Spectra", "SpectraOptions"]
+__all__ = ["ADAM", "Part", "ProbedPoint", "Spectra", "SpectraOptions"]
 
-Part = tuple[Literal["probe", "block"], int]
-"""A task at one point on one split: a probe and its number, or a block and its index."""
+Part = tuple[Literal["probe", "block", "adam"], int]
+"""A task at one point on one split: a probe and its number, a block and its index, or `ADAM`."""
+
+ADAM: Part = ("adam", 0)
+"""The largest eigenvalue of the Hessian preconditioned by Adam."""
 
 _OPERATORS: Mapping[str, type[Curvature]] = {"hessian": Curvature, "ggn": GaussNewton}
 

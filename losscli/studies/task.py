@@ -24,6 +24,7 @@ from losscli.evaluation.losses import (
     token_cross_entropy,
 )
 from losscli.evaluation.metrics import METRICS, accuracy
+from losscli.evaluation.objective_functions import MODEL, ObjectiveFunction, returned_losses
 from losscli.evaluation.recalibration import Recalibration, batchnorm_layers
 from losscli.evaluation.targets import class_dim_of
 from losscli.evaluation.torch_losses import from_torch, is_of_torch
@@ -38,9 +39,9 @@ from losscli.models import (
 from losscli.registry import RESERVED_COLUMNS
 from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
-from losscli.studies.specs import SourcedSpec
+from losscli.studies.specs import SourcedSpec, Specs
 
-__all__ = ["data_of", "loss_of", "metrics_of", "recalibration_of"]
+__all__ = ["data_of", "loss_of", "metrics_of", "objective_of", "recalibration_of"]
 
 _METRIC_OF_TASK = {"classification": "accuracy", "regression": "none", "language": "perplexity"}
 _LOSS_OF_TASK = {
@@ -72,7 +73,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
     if found is None:
         raise UsageError(
             "no data set is named, neither by --data nor by the checkpoint's metadata nor by a "
-            "losscli.toml beside it",
+            "losscli.toml beside it or here",
             "Give --data, for example --data mnist:FOLDER (losscli list data)",
         )
     chosen: dict[str, Any] = {
@@ -81,6 +82,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
         "limit": settings.limit,
         "seed": settings.seed,
         "batching": Batching(settings.batch_size) if settings.batch_loss else None,
+        "whole": settings.objective is not None,
     }
     if isinstance(found.value, str):
         data = load(
@@ -88,6 +90,7 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
             trusted=found.trusted,
             source=found.source,
             folder=found.folder,
+            cure=found.cure,
             **chosen,
         )
     else:
@@ -130,7 +133,7 @@ def recalibration_of(
     split = data.splits.get(name)
     if split is None:
         split = whole.select((name,), None, settings.seed).splits[name]
-    if len(split) < 2:
+    if split.rows < 2:
         raise UsageError(
             f"--buffers recalibrate has no more than one example of {name}, which has no variance",
             "Give more" if settings.limit is None else "Give more with --limit",
@@ -159,6 +162,21 @@ def loss_of(
         found = SourcedSpec(name, trusted=True, source=source)
     loss, text = _per_example(found, LOSSES, "loss")
     return loss, text, found.source
+
+
+def objective_of(found: SourcedSpec) -> tuple[ObjectiveFunction, str, str]:
+    """Finds an objective.
+
+    Args:
+        found: The spec of the objective.
+
+    Returns:
+        The function, what it is called, and where it came from.
+    """
+    if isinstance(found.value, str) and found.value == MODEL:
+        return MODEL, found.text, found.source
+    function, text = _per_example(found, {MODEL: returned_losses}, "objective")
+    return function, text, found.source
 
 
 def _require_tensors(data: DataSet) -> None:
@@ -193,12 +211,12 @@ def _language_loss(data: DataSet, model: nn.Module) -> str:
 
 
 def metrics_of(
-    settings: Settings, data: DataSet, loss: PerExample, model: nn.Module
+    specs: Specs, data: DataSet, loss: PerExample, model: nn.Module
 ) -> tuple[dict[str, PerExample], list[str], str]:
     """Finds the metrics: those that are named, or that of the data's task.
 
     Args:
-        settings: The settings.
+        specs: The specs of the run; no metrics for the default.
         data: What they are evaluated on.
         loss: The loss.
         model: The model.
@@ -210,6 +228,9 @@ def metrics_of(
     Raises:
         UsageError: Two columns would have one name.
     """
+    found = specs.metrics
+    if specs.objective is not None and not found:
+        return {}, [], "default for --objective"
     # Whoever asks for causal_lm means tokens, whatever the data's form.
     function = function_of(loss)
     default = _METRIC_OF_TASK["language" if function is causal_lm else data.task]
@@ -217,18 +238,17 @@ def metrics_of(
     next_tokens = function is causal_lm or score_kind(model) == "next"
     if function is token_cross_entropy or (data.language and not next_tokens):
         default = "none"
-    if settings.metric:
-        source = "--metric"
+    if found:
+        source = found[0].source
     metrics: dict[str, PerExample] = {}
     texts = []
-    for value in settings.metric or (default,):
-        if value == "none":
+    for each in found or (SourcedSpec(default, trusted=True),):
+        if each.value == "none":
             continue
-        found = SourcedSpec.named(value, trusted=True)
-        name = _column(found.value)
+        name = _column(each.value)
         if name in metrics or name in RESERVED_COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
-        metric, text = _per_example(found, METRICS, "metric")
+        metric, text = _per_example(each, METRICS, "metric")
         metrics[name] = _like_loss(loss, metric)
         texts.append(text)
     return metrics, texts, source
@@ -266,7 +286,15 @@ def _per_example(
         function: PerExample = found.value
         return function, found.text
     spec = Spec.parse(found.value)
-    function, arguments = look_up(spec, registry, kind, trusted=found.trusted, source=found.source)
+    function, arguments = look_up(
+        spec,
+        registry,
+        kind,
+        trusted=found.trusted,
+        source=found.source,
+        folder=found.folder,
+        cure=found.cure,
+    )
     if arguments and not isinstance(function, type):
         raise SpecError(f"{where}: {kind} functions take no argument")
     if is_of_torch(function) and not arguments:

@@ -30,6 +30,7 @@ from losscli.studies.notes import (
     general_notes,
     integer_notes,
     sampling_notes,
+    seed_notes,
     spectral_notes,
     storage_notes,
     variance_notes,
@@ -226,18 +227,24 @@ class Trajectory(Study):
         splits = {name: self._split_summary(estimate) for name, estimate in found.items()}
         walks = self._walks()
         more = self._more(found, walks)
+        table = self._table(found)
         summary: TrajectorySummary = {
             **self.origin(),
             "tables": list(more),
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "path": self._path(),
             "random_walks": _walk_summary(walks),
             "splits": splits,
             "endpoint_difference": difference,
-            "notes": [*stays, *self._notes(splits), *sampling_notes(self, examples)],
+            "notes": [
+                *stays,
+                *self._notes(splits),
+                *sampling_notes(self, examples),
+                *seed_notes(self, table),
+            ],
             "seconds": seconds,
         }
-        return Result(self._table(found), summary, COMMANDS[self.command].draw, more)
+        return Result(table, summary, COMMANDS[self.command].draw, more)
 
     def _verify(self) -> tuple[float | None, list[str]]:
         """Verifies the sweep at both ends; frees the checkpoints that it reads."""
@@ -307,7 +314,7 @@ class Trajectory(Study):
         return Line(self.on_device(line.a), self.on_device(line.b))
 
     def _table(self, found: Mapping[str, Estimate]) -> Table:
-        metrics = self.problem.objective.metrics
+        metrics = self.problem.objective.columns
         sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         path = self.path
         return Table.build(

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from losscli.summaries import Extremum, Height, LineSplit, LowestOnLine, Rise
 
-__all__ = ["describe", "lowest", "near_rounding", "relative", "standard_error"]
+__all__ = [
+    "describe",
+    "lowest",
+    "near_rounding",
+    "relative",
+    "relative_rounding",
+    "standard_error",
+    "unit_of_rounding",
+]
 
 # Relative rounding error of one operation in each dtype of a forward pass, and the number of such
 # errors that may accumulate in a loss.
@@ -80,6 +88,16 @@ def lowest(losses: Sequence[float]) -> list[int]:
     return [i for i, loss in enumerate(losses) if loss == minimum]
 
 
+def unit_of_rounding(dtype: str) -> float:
+    """Returns the relative rounding error of one operation in a dtype such as ``float32``."""
+    return _ROUNDING[dtype]
+
+
+def relative_rounding(dtype: str) -> float:
+    """Returns the relative rounding error of a loss that is computed in a dtype."""
+    return _ACCUMULATED_ERRORS * _ROUNDING[dtype]
+
+
 def near_rounding(alphas: Sequence[float], losses: Sequence[float], dtype: str) -> list[float]:
     """Finds the points of extrema that may be caused by rounding.
 
@@ -96,7 +114,7 @@ def near_rounding(alphas: Sequence[float], losses: Sequence[float], dtype: str) 
         Each such extremum, its neighbours, and the rim that its depth is measured to, ascending.
     """
     points = [_Point(x, y, np.empty(0)) for x, y in zip(alphas, losses, strict=True)]
-    relative_error = _ACCUMULATED_ERRORS * _ROUNDING[dtype]
+    relative_error = relative_rounding(dtype)
     doubtful = set()
     for segment in _segments(points):
         for sign in (1, -1):

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from losscli.checkpoint import read
+from losscli.checkpoint import ModelParameters, find_adam_state, read, read_optimizers
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests import oracle
@@ -99,6 +99,19 @@ def test_a_checkpoint_of_lightning_is_read_under_any_name_of_the_network(
     )
     found = json.loads(done.stdout)["splits"]["data"]["loss_a"]
     assert found == pytest.approx(oracle.mean(losses), rel=1e-6)
+
+
+def test_the_moments_of_lightning_are_those_of_the_network(tmp_path: Path) -> None:
+    model, name = fit(tmp_path)
+    parameters = ModelParameters.of(dict(model.net.named_parameters()))
+    for given in (name, f"{name}#state_dict.net"):
+        optimizers = read_optimizers(given)
+        found = find_adam_state(given, optimizers, parameters, list(parameters.shapes))
+        optimizer = model.trainer.optimizers[0]
+        for own, parameter in model.net.named_parameters():
+            moments = optimizer.state[parameter]
+            assert torch.equal(found.second_moments[own], moments["exp_avg_sq"])
+        assert (found.learning_rate, {*found.steps.values()}) == (0.1, {2})
 
 
 def test_of_a_network_and_its_average_the_key_chooses(losscli: Losscli, tmp_path: Path) -> None:

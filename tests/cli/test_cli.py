@@ -57,7 +57,7 @@ def test_interpolate_writes_a_csv_a_picture_and_a_summary(losscli: Losscli, fold
     assert {"sweep", "total"} == summary["seconds"].keys()
     assert summary["examples"] == {"train": 29, "test": 11}
     with Image.open("out.png") as image:
-        assert min(image.size) > 400
+        assert min(image.size) > 5 * image.info["dpi"][0]  # inches
     assert "lowest seen" in done.stdout
     assert done.stderr == "note: wrote out.csv, out.png, out.json\n"
 
@@ -841,7 +841,7 @@ def test_a_shell_gets_its_completions(folder: Path) -> None:
         },
     )
     assert done.returncode == 0
-    assert done.stdout.split() == ["interpolate", "inspect"]
+    assert done.stdout.split() == ["interpolate", "inspect", "init"]
     assert done.stderr == ""
 
 

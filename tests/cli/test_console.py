@@ -15,6 +15,7 @@ import torch
 from losscli.cli import run
 from losscli.cli.console import Console
 from losscli.models import MLP
+from tests.cases import sample
 from tests.conftest import Losscli
 
 IMAGES = "-m cnn:4,channels=1,classes=3,batchnorm=true -d npz:images.npz --buffers recalibrate"
@@ -96,7 +97,7 @@ def counts(text: str, unit: str) -> list[tuple[int, int | None]]:
 
 
 @pytest.mark.usefixtures("stepwise", "clock")
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", sample(COMMANDS, 0, 2))
 def test_a_log_file_gets_lines_that_count_up_to_the_end(name: str, several: Path) -> None:
     line, total, unit = COMMANDS[name]
     stderr = io.StringIO()
@@ -128,7 +129,8 @@ def test_points_of_a_refinement_go_on_beyond_those_that_were_planned(several: Pa
 
 @pytest.mark.usefixtures("stepwise", "clock")
 @pytest.mark.parametrize(
-    ("name", "columns"), [*((name, 40) for name in COMMANDS), ("plane", 80), ("plane", 200)]
+    ("name", "columns"),
+    [*sample([(name, 40) for name in COMMANDS], 1, 2), ("plane", 80), ("plane", 200)],
 )
 def test_a_terminal_shows_a_line_that_fits(
     name: str, columns: int, several: Path, monkeypatch: pytest.MonkeyPatch
@@ -280,6 +282,7 @@ def test_more_than_was_planned_has_no_end(monkeypatch: pytest.MonkeyPatch) -> No
 JSON = {
     **{name: f"{line} --no-figure --force" for name, (line, _, _) in COMMANDS.items()},
     "align": "align a.pt b.pt -m mlp:6-5-3 -o aligned.safetensors --force",
+    "init": "init b.pt --data npz:data.npz --force",
     "inspect": "inspect a.pt",
     "inspect-two": "inspect a.pt b.pt",
 }
@@ -300,7 +303,7 @@ def strict(text: str) -> Any:
 
 
 @pytest.mark.usefixtures("infinite")
-@pytest.mark.parametrize("name", JSON)
+@pytest.mark.parametrize("name", sample(JSON, 0, 2))
 def test_json_is_one_line_that_any_parser_takes(name: str, losscli: Losscli) -> None:
     runs = [JSON[name]]
     if name in COMMANDS:

@@ -761,6 +761,26 @@ def test_every_form_gives_the_same_examples_down_to_a_ragged_last_batch(form: st
     assert torch.equal(split.targets, Y)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, N])
+def test_a_list_of_examples_names_the_loader_that_joins_them(number: int) -> None:
+    rows = range(number)
+    forms: list[Any] = [
+        [(X[i], int(Y[i])) for i in rows],
+        tuple([X[i], Y[i]] for i in rows),
+        [{"x": X[i], "y": Y[i]} for i in rows],
+    ]
+    for examples in forms:
+        for given, where in ((examples, "here"), ({"s": examples}, "here, split 's'")):
+            said = refusal(partial(from_object, given, "here"))
+            kind = type(examples).__name__
+            assert said.startswith(
+                f"{where} is a plain {kind}. Give torch.utils.data.DataLoader(it"
+            )
+        split = only(from_object({"s": DataLoader(list(examples), batch_size=64)}, "here"))
+        (inputs,) = leaves(split.inputs)
+        assert torch.equal(inputs, X[:number])
+
+
 @pytest.mark.parametrize("key", ["targets", "target", "labels", "label", "y"])
 def test_the_targets_are_known_by_their_key(key: str) -> None:
     split = only(from_object({"s": {key: Y, "anything": X}}, "here"))
@@ -885,7 +905,8 @@ def test_tensors_come_without_their_gradients() -> None:
 
 BAD = {
     "nothing": (None, "gives a NoneType. Return a mapping from split names"),
-    "a list": ([(X, Y)], "gives a list. Return a mapping"),
+    "a list": ([(X, Y)], "is a plain list. Give"),
+    "a list of a tensor": ([X], "gives a list. Return a mapping"),
     "an empty mapping": ({}, "gives a dict. Return a mapping"),
     "a bare pair": ((X, Y), "gives a tuple"),
     "a tensor": (

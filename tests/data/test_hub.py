@@ -694,7 +694,7 @@ def test_a_file_asks_nothing_of_the_hub(
         option = ["-d", place]
     outcome = losscli("interpolate", first, "b.pt", *option, "-m", "mlp:6-5-3", "-o", "-")
     assert outcome.status == 1
-    assert "the hub is asked only for what the command line names" in outcome.stderr
+    assert f"names '{spec}', a data set on the hub" in outcome.stderr
     assert f"write --data {spec}" in outcome.stderr
     assert outcome.stderr.count("\n") == 1
 

@@ -340,7 +340,7 @@ def test_a_forward_pass_that_draws_random_numbers_is_refused(name: str) -> None:
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     with pytest.raises(NondeterministicModelError, match=message) as caught:
         check_task(objective_of(model), model.state_dict())
-    assert "--stochastic N) is not available yet" in str(caught.value)
+    assert "give --stochastic N, for means over N fixed seeds" in str(caught.value)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.array_equal(np.random.get_state()[1], before[2])  # noqa: NPY002

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import losscli
 from tests import oracle
+from tests.cases import sample
 from tests.conftest import ROOT
 
 # They are installed beside the environment, since transformers would import torchvision, too.
@@ -89,9 +90,10 @@ def mean_loss(name: str, weights: oracle.State) -> float:
     return oracle.mean(oracle.losses(build, weights, *data(), loss))
 
 
-@pytest.fixture(
-    params=[*NARROW, *(pytest.param(name, marks=pytest.mark.stress) for name in PUBLISHED)]
-)
+ALL = [*NARROW, *(pytest.param(name, marks=pytest.mark.stress) for name in PUBLISHED)]
+
+
+@pytest.fixture(params=ALL)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -125,6 +127,7 @@ def test_the_line_and_float32(name: str, files: list[str]) -> None:
     assert single.table["loss"] == pytest.approx(line.table["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", sample(ALL, 0, 2), indirect=True)
 def test_the_plane_through_three(name: str, files: list[str]) -> None:
     a, b, c = (state(name, seed) for seed in range(3))
     plane = losscli.plane(files, points=2, **study(name))
@@ -144,6 +147,7 @@ def test_the_plane_through_three(name: str, files: list[str]) -> None:
         )
 
 
+@pytest.mark.parametrize("name", sample(ALL, 1, 2), indirect=True)
 def test_the_hessian_of_the_last_biases(name: str, files: list[str]) -> None:
     build, head = MODELS[name]
     checked = losscli.check(files[:1], only=(f"{head}.bias",), **study(name))

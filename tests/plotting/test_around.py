@@ -20,6 +20,7 @@ from losscli.plotting.style import render
 from losscli.results import Run, draw
 from losscli.table import Table
 from losscli.weight_space.basin import Profile, radius
+from tests.cases import sample
 from tests.plotting.test_interpolation import check_golden, legend, texts
 
 NAN, INF = math.nan, math.inf
@@ -232,7 +233,7 @@ ODD = {
 
 @pytest.mark.usefixtures("laid_out")
 @pytest.mark.filterwarnings("ignore:Glyph")  # measured here outside of render
-@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("case", sample(ODD, 1, 2))
 @pytest.mark.parametrize("log", [False, pytest.param(True, marks=pytest.mark.stress)])
 def test_odd_tables_are_drawn(case: str, log: bool) -> None:
     figure = draw_around([ODD[case]], Drawing(log=log))

@@ -28,6 +28,7 @@ from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
 from losscli.models import MLP
 from losscli.studies import interpolation
+from tests.cases import sample
 from tests.conftest import ROOT, Losscli
 from tests.forks import child, ended
 
@@ -188,7 +189,7 @@ def limited(resource_: int, most: int) -> Iterator[None]:
 
 @pytest.mark.usefixtures("unlaid")
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.stress)])
-@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize("name", sample(WRITING, 0, 2))
 def test_a_full_disk_leaves_whole_files_or_none(
     name: str, every: bool, folder: Path, losscli: Losscli
 ) -> None:
@@ -346,7 +347,7 @@ def meanwhile(patch: pytest.MonkeyPatch, what: Callable[[], Any]) -> None:
         pytest.param("replaced", "a.pt", marks=pytest.mark.stress),
     ],
 )
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", sample(STUDIES, 1, 2))
 def test_a_checkpoint_that_changes_ends_the_run(
     name: str, how: str, lost: str, losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

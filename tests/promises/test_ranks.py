@@ -42,9 +42,9 @@ from losscli.evaluation.ranks import Arrays, Ranks, RanksError
 from losscli.evaluation.rendezvous import is_distributed
 from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import _divide, _synchronise
-from losscli.models import MLP
 from tests.conftest import ROOT, Losscli, Outcome
 from tests.forks import PATIENCE, child, ended
+from tests.moments import save_trained
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 # Of a fork beside threads: the child has one thread, and uses no other.
@@ -241,8 +241,7 @@ def summary(stem: str) -> dict[str, Any]:
 def more(folder: Path) -> Path:
     """A folder with four checkpoints and code."""
     for seed in (2, 3):
-        torch.manual_seed(seed)
-        torch.save({"state_dict": MLP("6-5-3").state_dict()}, f"{'abcd'[seed]}.pt")
+        save_trained(f"{'abcd'[seed]}.pt", seed=seed)
     (folder / "own.py").write_text(LOSS)
     (folder / "own_data.py").write_text(DATA)
     return folder
@@ -263,7 +262,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
         f"barriers {FOUR} --points 5",
         f"barriers {FOUR} --points 9 --sampling-error 0.5",
         "check a.pt b.pt --tolerance 1 --split test --density --blocks --probes 2 --lanczos 4",
-        f"check {THREE} --split train",
+        "check c.pt d.pt init:4 -m mlp:6-5-3 --split train --optimizer adam",
         "around a.pt b.pt --directions 3 --points 5",
         f"around {THREE} --along hessian --points 5",
         f"sharpness {THREE} --rho 0.1 --rho 0.2 --samples 3",

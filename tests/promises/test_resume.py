@@ -36,6 +36,7 @@ from losscli.studies.trajectory import Trajectory
 from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Line
 from tests.cases import CASES, Case
+from tests.moments import save_trained
 
 ALPHAS = [(x,) for x in np.linspace(-0.5, 1.5, 11).tolist()]
 TRIED = [case for case in CASES if str(case) in {"mlp-relu", "cnn-batchnorm", "attention-tied"}]
@@ -330,7 +331,8 @@ def _plane(*names: str, **more: Any) -> Callable[[], Study]:
 
 def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
     own: dict[str, Any] = {"eigenvalues": 1, "learning_rate": None}
-    own |= {key: more.pop(key) for key in ("density", "blocks", "probes", "lanczos") if key in more}
+    options = "density", "blocks", "probes", "lanczos", "optimizer"
+    own |= {key: more.pop(key) for key in options if key in more}
     return lambda: Check.plan(names, Settings(**more), tolerance=tolerance, **own)
 
 
@@ -346,12 +348,16 @@ def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
         _plane("a.pt"),
         _plane("a.pt", "b.pt", "init:3"),
         _plane("a.pt", axes="hessian", path=["b.pt"]),
-        _check(1e-3, "b.pt", split="test"),
         _check(10, "a.pt", split="test"),
         _check(1e-3, "a.pt", split="test", density=True, blocks=True, probes=2, lanczos=5),
+        _check(1e-3, "adam.pt", split="test", optimizer="adam"),
         *(
-            pytest.param(_check(tolerance, "a.pt", "b.pt"), marks=pytest.mark.stress)
-            for tolerance in (1e-3, 10)
+            pytest.param(check, marks=pytest.mark.stress)
+            for check in (
+                _check(1e-3, "b.pt", split="test"),
+                _check(1e-3, "a.pt", "b.pt"),
+                _check(10, "a.pt", "b.pt"),
+            )
         ),
     ],
 )
@@ -365,6 +371,7 @@ def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
         targets=generator.integers(0, 3, 1100),
     )
     monkeypatch.setattr("losscli.evaluation.memory.points_that_fit", lambda *_: 3)
+    save_trained("adam.pt")
 
     def told(journal: Any) -> list[str]:
         result = plan().run(Execution(journal=journal))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from losscli import recorder
+from losscli.checkpoint import ModelParameters, find_adam_state, read_optimizers
 from losscli.errors import OutputError, UsageError
 from losscli.models import MLP
 from tests.conftest import Losscli
@@ -188,6 +189,14 @@ def test_the_trainer_of_transformers_is_recorded_and_needs_no_model(losscli: Los
     losses = [model(input_ids=row[None], labels=row[None]).loss for row in tokens]
     expected = torch.stack(losses).mean().item()
     assert float(rows("out.csv")[-1]["loss"]) == pytest.approx(expected, rel=1e-5)
+    # The moments in the trainer's own checkpoint are those of its parameters.
+    parameters = ModelParameters.of(dict(trainer.model.named_parameters()))
+    optimizers = read_optimizers("own/checkpoint-8")
+    found = find_adam_state("own", optimizers, parameters, list(parameters.shapes))
+    for name, parameter in trainer.model.named_parameters():
+        moments = trainer.optimizer.state[parameter]
+        assert torch.equal(found.second_moments[name], moments["exp_avg_sq"])
+    assert {*found.steps.values()} == {8}
     # From the trainer's own checkpoint of step 4, between two of the record.
     again = Keeper()
     callback = recorder.TransformersCallback("run", count=4)

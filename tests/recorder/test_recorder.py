@@ -207,13 +207,16 @@ def test_specs_of_code_go_into_losscli_toml(losscli: Losscli) -> None:
     done = losscli("trajectory", "run", "--no-figure", "-o", "out")
     assert (done.status, done.stderr.count("\n")) == (1, 1)
     assert "names code to run as its model" in done.stderr
-    done = losscli(
-        "trajectory", "run", "--no-figure", "-q", "-o", "out",
-        "-m", specs["model_spec"], "-d", specs["data_spec"],
-    )  # fmt: skip
+    done = losscli("trajectory", "run", "--no-figure", "-q", "-o", "out", "--trust")
     assert done.status == 0, done.stderr
     with pytest.raises(OutputError, match=r"losscli\.toml exists, without the line model = "):
         Recorder(network(), "run", steps=2, start=0, model_spec="mine.py:net")
+
+
+def test_data_on_the_hub_go_into_losscli_toml() -> None:
+    losscli.Recorder(network(), "run", steps=1, data_spec="hf:imdb,config=plain").close()
+    assert Path("run/losscli.toml").read_text() == 'data = "hf:imdb,config=plain"\n'
+    assert metadata_of(Path("run/step-00000.safetensors")) == {"step": "0"}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +224,6 @@ def test_specs_of_code_go_into_losscli_toml(losscli: Losscli) -> None:
     [
         ("data", "text:a/x.txt,tokenizer=tok", "text:../../a/x.txt,tokenizer=../../tok"),
         ("data", "text:a/x.txt", "text:../../a/x.txt"),
-        ("data", "hf:imdb,config=plain", "hf:imdb,config=plain"),
         ("data", "hf:a", "hf:../../a"),
         ("data", "a/data.toml", "npz:../../a/x.npz,limit=5"),
         ("data", '"npz:a,b.npz"', '"npz:../../a,b.npz"'),

@@ -15,7 +15,7 @@ import losscli
 from losscli.errors import ModelError
 from losscli.models import MLP
 from tests import foreign
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, sample
 from tests.conftest import Losscli
 
 
@@ -282,7 +282,7 @@ def test_equal_losses_at_different_checkpoints_are_noted(folder: Path) -> None:
 
 # Threads hide what they read from a trace; it is told by its influence then.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 0), ids=str)
 def test_models_of_every_kind_read_their_own_parameters(case: Case, tmp_path: Path) -> None:
     names = []
     for seed in (1, 2):

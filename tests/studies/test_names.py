@@ -66,9 +66,9 @@ def trained(build: Callable[[], nn.Module], seed: int) -> State:
     return state
 
 
-def initial(build: Callable[[], nn.Module]) -> State:
+def initial(build: Callable[[], nn.Module], seed: int = SEED) -> State:
     """The values that the tensors that no file has keep."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     return build().state_dict()
 
 
@@ -225,14 +225,28 @@ def test_a_head_alone_is_put_on_the_module_given_as_the_model() -> None:
         assert loss == pytest.approx(reference(case, float(alpha)), rel=1e-12)
 
 
-def test_an_endpoint_without_a_tensor_has_the_initial_one(tmp_path: Path) -> None:
-    torch.save(only(whole(0), "backbone"), tmp_path / "a.pt")
-    torch.save(whole(1), tmp_path / "b.pt")
-    states = [{**initial(Net), **only(whole(0), "backbone")}, whole(1)]
-    case = Case("", whole, lambda s: states[s])
-    result = run(tmp_path / "a.pt", tmp_path / "b.pt", allow_missing="head.*")
+@pytest.mark.parametrize("lacking", ["ab", "a", "b"])
+def test_a_tensor_that_one_checkpoint_lacks_is_the_initial_one_at_every_point(
+    lacking: str, tmp_path: Path
+) -> None:
+    for seed, name in enumerate("ab"):
+        kept = only(whole(seed), "backbone") if name in lacking else whole(seed)
+        torch.save(kept, tmp_path / f"{name}.pt")
+    case = Case("", whole, lambda s: {**initial(Net), **only(whole(s), "backbone")})
+    a, b, third = tmp_path / "a.pt", tmp_path / "b.pt", "init:5"
+    result = run(a, b, allow_missing="head.*")
     for alpha, _, loss, *_ in result.table.rows:
         assert loss == pytest.approx(reference(case, float(alpha)), rel=1e-12)
+    assert not any("head" in name for name in result.summary["moving"])
+    assert "the model's initial values stay, at every point" in " ".join(result.summary["notes"])
+    path = losscli.trajectory(
+        [third, a, b], model=Net, data=DATA, loss="cross_entropy", metric="none", surface=False,
+        dtype="float64", seed=SEED, allow_missing="head.*",
+    )  # fmt: skip
+    drawn = {**initial(Net, 5), **only(initial(Net), "head")}
+    for row, state in zip(path.table.rows, (drawn, case.state(0), case.state(1)), strict=True):
+        truth = oracle.mean(oracle.losses(Net, state, X, Y, F.cross_entropy, batch_size=1))
+        assert row[path.table.columns.index("loss")] == pytest.approx(truth, rel=1e-12)
 
 
 NET = ("-m", "tests.studies.test_names:Net", "-d", "tests.studies.test_names:data")
@@ -319,14 +333,25 @@ def test_parts_that_are_exchanged_are_another_checkpoint(parts: Path) -> None:
 ADVICE = [
     (lambda s: counted(whole(s)), "choose with -m, or give --ignore-unexpected"),
     (lambda s: only(whole(s), "head"), "or give --allow-missing 'backbone.*'"),
-    (lambda s: without(whole(s), "running"),
-     "--allow-missing backbone.1.running_mean --allow-missing backbone.1.running_var"),
-    (lambda s: counted(only(whole(s), "backbone")),
-     "or give --ignore-unexpected --allow-missing 'head.*'"),
+    (
+        lambda s: without(whole(s), "running"),
+        "--allow-missing backbone.1.running_mean --allow-missing backbone.1.running_var",
+    ),
+    (
+        lambda s: counted(only(whole(s), "backbone")),
+        "or give --ignore-unexpected --allow-missing 'head.*'",
+    ),
     (lambda s: renamed(whole(s), "head", "fc"), "or give --rename fc=head"),
-    (lambda s: renamed(renamed(whole(s), "head", "fc"), "backbone", "trunk.x"),
-     "or give --rename trunk.x=backbone --rename fc=head"),
+    (
+        lambda s: renamed(renamed(whole(s), "head", "fc"), "backbone", "trunk.x"),
+        "or give --rename trunk.x=backbone --rename fc=head",
+    ),
     (lambda s: inside(whole(s), "head"), "or give backbone=FILE+head=a.pt"),
+]
+# What is given, and the name that is advised.
+PARTS = [
+    ("backbone=head0.pt+head=backbone0.pt", "backbone=backbone0.pt+head=head0.pt"),
+    ("backbone=head0.pt", "backbone=FILE+head=head0.pt"),
 ]  # fmt: skip
 
 
@@ -345,6 +370,18 @@ def test_a_mismatch_names_the_option_that_solves_it(
     options = advice.partition("give ")[2].replace("'", "").split()
     if "FILE" not in advice:
         assert losscli(*command, *(options or advice.replace("'", "").split())).status == 0
+
+
+@pytest.mark.parametrize(("given", "advised"), PARTS)
+def test_a_mismatch_of_parts_names_the_file_of_each_module(
+    given: str, advised: str, losscli: Losscli, parts: Path
+) -> None:
+    command = ("interpolate", given, "whole1.pt", *NET, "--points", "2", "--no-figure", "-o", "x")
+    outcome = losscli(*command)
+    assert (outcome.status, outcome.stderr.count("\n")) == (1, 1)
+    assert outcome.stderr.endswith(f"choose with -m, or give {advised}\n")
+    if "FILE" not in advised:
+        assert losscli("interpolate", advised, *command[2:]).status == 0
 
 
 BAD: list[tuple[dict[str, Any], int, str]] = [

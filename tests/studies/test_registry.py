@@ -18,6 +18,7 @@ from losscli.registry import COLUMN_TYPES, COMMANDS, TableFormat, command_of, lo
 from losscli.results import Result, to_json
 from losscli.summaries import from_json
 from losscli.table import Table
+from tests.moments import save_trained
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -26,6 +27,12 @@ LINE = {"points": 3, "model": "mlp:6-5-3"}
 
 # Keys of a summary that some runs do not write.
 OPTIONAL = {"batches", "blocks", "mismatches", "distance", "state_dicts", "buffers"}
+
+
+def trained_by_adam() -> Result:
+    save_trained("adam.pt")
+    return library.check("adam.pt", optimizer="adam", split="test")
+
 
 # Together the runs of a command write all of its further tables, and all kinds of numbers.
 RUNS: dict[str, Callable[[], Sequence[Result]]] = {
@@ -46,6 +53,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "check": lambda: [
         library.check("a.pt", eigenvalues=2),
         library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
+        trained_by_adam(),
         library.check("a.pt", density=True, blocks=True, probes=2, lanczos=3, limit=5),
     ],
     "sharpness": lambda: [

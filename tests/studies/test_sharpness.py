@@ -20,7 +20,7 @@ from losscli.results import Result
 from losscli.table import Table
 from losscli.weight_space.directions import gaussian_direction
 from tests import oracle
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, sample
 from tests.conftest import Losscli
 from tests.studies.sample import SAMPLE
 from tests.studies.test_plane import options, save
@@ -91,7 +91,7 @@ UNREACHED = {"folding", "threaded", "differentiating"}
 DIFFERENTIABLE = [case for case in SAMPLE if case.id not in UNREACHED]
 
 
-@pytest.mark.parametrize("case", DIFFERENTIABLE)
+@pytest.mark.parametrize("case", sample(DIFFERENTIABLE, 0, 2))
 def test_every_number_is_that_of_a_plain_float64_loop(case: Case, tmp_path: Path) -> None:
     (file,) = save(case, tmp_path, 1)
     more = {"rho": [0.02, 0.1], "samples": 2, "dtype": "float64"}
@@ -443,6 +443,10 @@ ERRORS = [
     ("a.pt --sampling-error 0.1", 2, "--sampling-error is not available for sharpness"),
     ("a.pt --direction-split x", 2, "--direction-split x is not evaluated. Choose one of train,"),
     ("a.pt --split test --direction-split train", 2, "or add it with --split"),
+    (
+        *("a.pt --direction-split train --direction-split test", 2),
+        "--direction-split is given 2 times. Give one split",
+    ),
     ("a.pt --only *.x", 2, "the pattern '*.x' matches none"),
 ]
 

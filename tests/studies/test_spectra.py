@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import losscli
 from losscli.errors import UsageError
 from losscli.models import CNN, MLP
+from losscli.registry import COMMANDS
 from tests.conftest import Losscli
 from tests.studies.test_check import dense_hessian, save
 
@@ -237,6 +238,11 @@ def test_a_loss_that_is_not_finite_has_no_density() -> None:
     assert math.isnan(row["trace"])
     (point,) = result.summary["splits"]["all"]["points"]
     assert point["density"]["outliers"] == []
+    text = COMMANDS["check"].as_text(result)
+    assert "outliers      unknown: the spectrum is not finite\n" in text
+    # No probe takes more steps than there are parameters.
+    assert result.summary["lanczos"] == 6 * 4 + 4 + 4 * 3 + 3
+    assert "43 Lanczos steps each" in text
     assert any("not finite at 1 of 1 points" in note for note in result.summary["notes"])
 
 
