@@ -27,11 +27,19 @@ from losscli.data import (
     separated,
 )
 from losscli.errors import LosscliError, LossError, ModelError, one_line
+from losscli.evaluation.deferred_head import DeferredHead, head_weight
 from losscli.evaluation.device import widened
 from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.loading import LoadableModel
-from losscli.evaluation.losses import LOSSES, PerExample, function_of, nll, per_example_mean
-from losscli.evaluation.metrics import METRICS
+from losscli.evaluation.losses import (
+    LOSSES,
+    TOKEN_LOSSES,
+    PerExample,
+    function_of,
+    nll,
+    per_example_mean,
+)
+from losscli.evaluation.metrics import METRICS, perplexity
 from losscli.evaluation.objective_functions import (
     MODEL,
     ObjectiveFunction,
@@ -43,7 +51,15 @@ from losscli.evaluation.objective_functions import (
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.models import suggest_fix
 
-__all__ = ["HALF", "NO_GRAPH", "Samples", "ScoredModel", "is_registered", "scores_in"]
+__all__ = [
+    "HALF",
+    "NO_GRAPH",
+    "Samples",
+    "ScoredModel",
+    "is_registered",
+    "mean_over_seeds",
+    "scores_in",
+]
 
 T = TypeVar("T")
 
@@ -114,6 +130,7 @@ class ScoredModel(LoadableModel):
         self.differentiates = False
         self.widens = False
         self._conventions: dict[tuple[str, ...], _Convention] = {}
+        self._head = head_weight(self.model)
 
     @property
     def sum_type(self) -> torch.dtype:
@@ -221,6 +238,18 @@ class ScoredModel(LoadableModel):
                 or "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
 
+    def deferring(self) -> AbstractContextManager[Any]:
+        """Defers the scores of tokens until the loss takes them.
+
+        Returns:
+            A context for a forward pass. Its outputs must be used before the weights change.
+        """
+        functions = {function_of(self.loss), *map(function_of, self.metrics.values())}
+        # An accuracy would compute the scores once more.
+        if self._head is None or not functions <= {*TOKEN_LOSSES, perplexity}:
+            return contextlib.nullcontext()
+        return DeferredHead(self._head)
+
     def computing(self) -> AbstractContextManager[Any]:
         """Ensures that everything computes in the type of the forward pass.
 
@@ -290,8 +319,7 @@ class ScoredModel(LoadableModel):
         Raises:
             LossError: The function fails, or returns something else.
         """
-        values = self.per_seed(function, outputs, targets, what)
-        return values[0] if len(values) == 1 else values.mean(0)
+        return mean_over_seeds(self.per_seed(function, outputs, targets, what))
 
     def per_seed(self, function: PerExample, outputs: Any, targets: Nest, what: str) -> Tensor:
         """Computes a loss or a metric of a batch for each seed.
@@ -417,6 +445,11 @@ class ScoredModel(LoadableModel):
         return float(length(targets) if weights is None else weights.sum())
 
 
+def mean_over_seeds(values: Tensor, dim: int = 0) -> Tensor:
+    """Averages over a dimension, which has one entry without seeds."""
+    return values.select(dim, 0) if values.shape[dim] == 1 else values.mean(dim)
+
+
 class _Convention(enum.Enum):
     """How a model takes named inputs."""
 
@@ -488,6 +521,8 @@ def scores_in(outputs: Any) -> Any:
     """The scores in a model's outputs, those of the first seed: ``logits`` if it is a mapping."""
     if isinstance(outputs, Samples):
         outputs = outputs.outputs[0]
+    if isinstance(outputs, ObjectiveOutputs):
+        outputs = outputs.outputs
     return outputs.get("logits", outputs) if isinstance(outputs, Mapping) else outputs
 
 

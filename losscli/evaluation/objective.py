@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -87,6 +87,9 @@ DETERMINISTIC = (
     "on purpose, give --stochastic N, for means over N fixed seeds"
 )
 """Advice for a model with random outputs."""
+
+# Bytes of moving weights of which no second copy is made.
+_LARGE = 64 << 20
 
 # A token id is looked up as a vector, counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -337,7 +340,8 @@ class Objective(ScoredModel):
         Returns:
             The loss of each example, and the metrics that may not be per example.
         """
-        outputs = self.forward(self.model, self.prepare(batch))
+        with self.deferring():
+            outputs = self.forward(self.model, self.prepare(batch))
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
         return self.own_values(outputs, batch.targets, loss)
 
@@ -387,6 +391,21 @@ class Objective(ScoredModel):
         self.load(weights)
         return self.evaluate(LoadedPoint(self), splits, progress)
 
+    def is_large(self, names: Iterable[str]) -> bool:
+        """Whether points are bound to the model without a comparison with loaded ones.
+
+        The comparison would cost a second copy of the weights that move, and few points of many
+        weights fit into memory together, so that there is little to share. Studies verify the ends
+        of every line anyway.
+
+        Args:
+            names: The tensors that move.
+
+        Returns:
+            Whether they are large. False for a model that has to be loaded.
+        """
+        return sum(self.tensors[name].nbytes for name in names) > _LARGE and not self.folds
+
     @torch.no_grad()
     def at(
         self,
@@ -408,6 +427,8 @@ class Objective(ScoredModel):
             For each split the evaluation at the P points.
         """
         strategy = self.strategy or self.provisional or Strategy.LOADED
+        if self.is_large(slice_.ends[0]):
+            strategy = Strategy.BOUND
         if strategy is Strategy.LOADED:
             return self.evaluate(LoadedPoints(self, slice_, coordinates), splits, progress)
         if strategy is Strategy.STACKED:

@@ -25,9 +25,6 @@ _PROOF_EXAMPLES = 64
 # layer amplifies the rounding of the one before.
 _AGREEMENT_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys(HALF, 0.3)}
 
-# Models above this size are not compared: the loaded point would need a second copy.
-_LARGE_BYTES = 64 << 20
-
 
 def choose_strategy(
     objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
@@ -59,7 +56,8 @@ def find_strategy(
 
     A few points are evaluated on a part of a batch by loading each, then by every strategy from the
     fastest on until one agrees. The choice is final only at points that share a first layer, so
-    that it does not depend on the order of slices; before that it is provisional.
+    that it does not depend on the order of slices; before that it is provisional. Slices of many
+    weights are not compared (`Objective.is_large`), and leave the choice to others.
 
     Args:
         objective: The objective.
@@ -67,14 +65,9 @@ def find_strategy(
         coordinates: As many points as will be evaluated at once.
         examples: The most examples to compare on.
     """
-    if objective.strategy is not None:
+    if objective.strategy is not None or objective.is_large(slice_.ends[0]):
         return
     objective.provisional = None
-    moving = sum(objective.tensors[name].nbytes for name in slice_.ends[0])
-    if moving > _LARGE_BYTES and not objective.folds:
-        # The comparison would cost a second copy. Studies verify the ends of every line anyway.
-        objective.strategy = Strategy.BOUND
-        return
     name, split = next(iter(objective.splits.items()))
     sample = {name: split.first(min(objective.batch_size, examples)).to(objective.device)}
     # One more point than the ends of the slice, so that they share a first layer.
