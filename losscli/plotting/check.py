@@ -242,9 +242,9 @@ def _add_panels(
         cells = [grid[row, 0] for row in range(2, last)]
         number = 1 + ratios
     else:
-        cells = [grid[2 : last - ratios, 0], *[grid[3, 0]] * ratios]
+        cells = [grid[2 : last - ratios, 0], *([grid[3, 0]] if ratios else [])]
         number = len(cells)
-        cells += [grid[0:2, 1], grid[2 : last - adam, 1], *[grid[3, 1]] * adam]
+        cells += [grid[0:2, 1], grid[2 : last - adam, 1], *([grid[3, 1]] if adam else [])]
     figure = loss.figure
     panels = [figure.add_subplot(cell, sharex=loss) for cell in cells]
     return [loss, *panels[:number]], panels[number:]
