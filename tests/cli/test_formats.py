@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import losscli as library
 from tests.conftest import Losscli
 
 PLANE = ("plane", "a.pt", "b.pt", "init:5", "--points", 3)
@@ -29,6 +30,10 @@ def test_animations_and_surfaces_are_drawn_again(
     for suffix in ("gif", "vtp", "path.vtp"):
         assert Path(f"x.{suffix}").read_bytes() == Path(f"y.{suffix}").read_bytes()
     assert losscli("plot", "x.csv", "--figure", "x.path.vtp").stdout == "x.path.vtp\n"
+    if run is PCA:
+        library.load("x").save("z", figure=("z.gif", "z.vtp"))
+        assert Path("z.gif").read_bytes() == Path("x.gif").read_bytes()
+        assert Path("z.path.vtp").read_bytes() == Path("x.path.vtp").read_bytes()
     slower = losscli("plot", "x.csv", "--fps", 1, "-o", "slower.gif")
     assert slower.status == 0
     assert Path("slower.gif").read_bytes() != Path("x.gif").read_bytes()
