@@ -256,6 +256,7 @@ def animate(
     notes: Sequence[str],
     entries: Sequence[Sequence[tuple[Artist, str]]],
     colour: str,
+    lettered: tuple[Floats, Floats] | None = None,
 ) -> Animation:
     """Adds the losses, the notes and the legend to a figure, and lays it out.
 
@@ -270,6 +271,8 @@ def animate(
         notes: Notes on the paths.
         entries: The entries of the paths in the legend.
         colour: The colour of the entries of the splits.
+        lettered: The coordinates of checkpoints that have a letter each; None if
+            there are none.
 
     Returns:
         The animation.
@@ -296,8 +299,11 @@ def animate(
     finish_layout(figure, drawing)
     figure.set_dpi(_LONGEST_SIDE / max(figure.get_size_inches()))
     if contours is not None:
-        x, y = (np.concatenate([getattr(track, c) for track in tracks]) for c in "xy")
-        label_contours(panel, contours, x, y)
+        x, y = (
+            np.concatenate([marked, *(getattr(track, c) for track in tracks)])
+            for c, marked in zip("xy", lettered or ((), ()), strict=True)
+        )
+        label_contours(panel, contours, x, y, clearance=28 if lettered else 14)
     return Animation(figure, panel, beside, series, curves, caption, tracks, times, drawing)
 
 

@@ -630,6 +630,7 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
             notes=_notes(figure, [drawn], groups, view, drawing, ratio=ratio, equal=equal),
             entries=_legend(figure, groups, drawing),
             colour=paths[0].colour if len(paths) == 1 else INK,
+            lettered=None if groups[0].colour else (groups[0].x, groups[0].y),
         )
 
 

@@ -136,6 +136,18 @@ def test_a_gif_has_the_frames_and_holds_the_last(case: str) -> None:
         assert content == make(Drawing(fps=8)).render(".gif")
 
 
+@pytest.mark.usefixtures("laid_out")
+def test_labels_of_contours_keep_away_from_checkpoints() -> None:
+    animated = CASES["paths"][0](Drawing())
+    to_points = animated.panel.transData.transform
+    texts_ = {text for text in animated.panel.texts if text.get_text().strip() not in {*"ABC"}}
+    assert texts_
+    for x, y, _ in (*test_plane.CORNERS, *test_plane.STRAIGHT):
+        for text in texts_:
+            apart = np.hypot(*(to_points(text.get_position()) - to_points((x, y))))
+            assert apart * 72 / animated.figure.dpi > 20
+
+
 def test_a_long_path_has_few_frames_and_its_last_checkpoint() -> None:
     checkpoints = [(t / 100, t / 200, 0.0) for t in range(500)]
     animated = animate_plane(test_plane.run("pca", checkpoints))
