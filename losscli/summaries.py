@@ -147,6 +147,17 @@ class Provenance(_Except, Counts, total=False):
     checkpoints: list[CheckpointEntry]
 
 
+class StrategyChoice(TypedDict):
+    """How points are evaluated.
+
+    ``difference`` is ‖l − t‖ / ‖t‖ with the losses l of the strategy and t of loaded points on a
+    part of a batch; None if it was not measured, as a second copy of a large model would be needed.
+    """
+
+    name: str
+    difference: float | None
+
+
 class DrawingSummary(TypedDict, total=False):
     """The options of the figure that are not the defaults, see `losscli.drawing.Drawing`."""
 
@@ -167,6 +178,7 @@ class Origin(Provenance, total=False):
     drawing: DrawingSummary
     moving: Moving
     moving_buffers: int
+    strategy: StrategyChoice
 
 
 class Summary(Origin, total=False):

@@ -641,7 +641,7 @@ def _read_table(folder: Path, number: int) -> object:
     from losscli.registry import command_of
     from losscli.results import draw
     from losscli.runs import read_run
-    from losscli.studies.inspection import lowest
+    from losscli.studies.export import lowest
 
     path = folder / "run.csv"
     run = read_run(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from losscli.data import (
     TARGETS,
     Nest,
     RandomnessDetector,
+    allocations,
     leaves,
     length,
     map_nest,
@@ -61,7 +62,7 @@ __all__ = [
     "scores_in",
 ]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 HALF = torch.bfloat16, torch.float16
 
@@ -72,7 +73,6 @@ _MOST_SHAPES = 4
 
 # Part of torch's message for a tensor that cannot be differentiated.
 NO_GRAPH = "does not require grad"
-
 
 # A random loss draws other numbers than the forward pass with the same seed.
 _LOSS_STREAM = 1 << 40
@@ -155,7 +155,7 @@ class ScoredModel(LoadableModel):
             return self._pass(model, inputs)
         return Samples(tuple(self._for_each_seed(lambda _: self._pass(model, inputs))))
 
-    def _for_each_seed(self, function: Callable[[int], T], stream: int = 0) -> list[T]:
+    def _for_each_seed(self, function: Callable[[int], _T], stream: int = 0) -> list[_T]:
         """Calls a function with the index of each seed, and restores the generators.
 
         Args:
@@ -250,13 +250,17 @@ class ScoredModel(LoadableModel):
             return contextlib.nullcontext()
         return DeferredHead(self._head)
 
-    def computing(self) -> AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
         """Ensures that everything computes in the type of the forward pass.
 
-        Returns:
-            A context for all computations with the model, such as a backward pass.
+        Allocations that fail raise ``torch.OutOfMemoryError``.
+
+        Yields:
+            Nothing; for all computations with the model, such as a backward pass.
         """
-        return widened() if self.widens else contextlib.nullcontext()
+        with allocations(), widened() if self.widens else contextlib.nullcontext():
+            yield
 
     def _gradients(self) -> AbstractContextManager[Any]:
         """Enables gradients if the model or the loss differentiates."""
@@ -290,7 +294,8 @@ class ScoredModel(LoadableModel):
         (name,) = inputs
         convention = _Convention.VALUE
         try:
-            outputs = model(inputs[name])
+            with allocations():
+                outputs = model(inputs[name])
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything

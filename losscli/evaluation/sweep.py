@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
 
-from losscli.data import Examples
+from losscli.data import Examples, allocations
 from losscli.evaluation.memory import halve_batch, halving, is_streamed, points_at_once
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays
@@ -162,9 +163,11 @@ def _evaluate_alone(
         number = chunk if known is None else state_of(known).number
         points = coordinates[start : start + number]
         task = Task(len(points), partial(evaluate, points, chunk), key, start, known)
-        try:
+        arrays: Arrays | None = None
+        with suppress(torch.OutOfMemoryError, MemoryError), allocations():
             (arrays,) = execution.after(start).run([task])
-        except (torch.OutOfMemoryError, MemoryError):
+        if arrays is None:
+            # Outside of the handler the error is freed, and with it the tensors in its traceback.
             if len(points) > 1:
                 chunk = len(points) // 2
             else:
