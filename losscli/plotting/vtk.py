@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
-from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,7 +151,7 @@ def _poly_data(
         '<VTKFile type="PolyData" version="1.0" byte_order="LittleEndian" header_type="UInt64">',
         "<PolyData>",
         f'<Piece NumberOfPoints="{len(points)}"{counts}>',
-        f"<PointData Scalars={quoteattr(next(iter(arrays), ''))}>",
+        f'<PointData Scalars="{escape(next(iter(arrays), ""))}">',
         *(_data_array(name, values) for name, values in arrays.items()),
         "</PointData>",
         "<Points>",
@@ -178,5 +178,5 @@ def _data_array(name: str, values: NDArray[Any]) -> str:
     rows: Iterable[Any] = values.reshape(len(values), -1).tolist() if values.size else ()
     text = "\n".join(" ".join(map(repr, row)) for row in rows)
     size = ' NumberOfComponents="3"' if values.ndim > 1 else ""
-    start = f'<DataArray type="{kind}" Name={quoteattr(name)}{size} format="ascii">'
+    start = f'<DataArray type="{kind}" Name="{escape(name)}"{size} format="ascii">'
     return f"{start}\n{text}\n</DataArray>"
