@@ -56,6 +56,16 @@ class Study(ABC):
         """The options of the command itself, which determine the points."""
 
     @property
+    def has_path(self) -> bool:
+        """Whether there is a path to animate, if the command has an animation."""
+        return True
+
+    @property
+    def has_surface(self) -> bool:
+        """Whether there is a surface, if the command may have one."""
+        return True
+
+    @property
     def identity(self) -> str:
         """A digest of everything that the command line determines: equal for two equal runs."""
         return identity_of(self.command, self.problem, self.options)
