@@ -1,7 +1,14 @@
 """Data sets: files or code in; named splits of examples out, decoded once where they fit."""
 
 from losscli.data.batch import TARGETS, model_inputs, separated
-from losscli.data.memory import device_budget, host_budget, host_memory
+from losscli.data.memory import (
+    allocations,
+    device_budget,
+    device_memory,
+    host_budget,
+    host_memory,
+    placing,
+)
 from losscli.data.nests import Nest, leaves, length, map_nest, realise
 from losscli.data.objects import Batching, from_object
 from losscli.data.randomness import RandomnessDetector, seed_all
@@ -18,7 +25,9 @@ __all__ = [
     "RandomnessDetector",
     "Split",
     "Task",
+    "allocations",
     "device_budget",
+    "device_memory",
     "from_object",
     "host_budget",
     "host_memory",
@@ -28,6 +37,7 @@ __all__ = [
     "load",
     "map_nest",
     "model_inputs",
+    "placing",
     "realise",
     "seed_all",
     "separated",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from losscli.data import (
     TARGETS,
     Nest,
     RandomnessDetector,
+    allocations,
     leaves,
     length,
     map_nest,
@@ -27,11 +28,19 @@ from losscli.data import (
     separated,
 )
 from losscli.errors import LosscliError, LossError, ModelError, one_line
+from losscli.evaluation.deferred_head import DeferredHead, head_weight
 from losscli.evaluation.device import widened
 from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.loading import LoadableModel
-from losscli.evaluation.losses import LOSSES, PerExample, function_of, nll, per_example_mean
-from losscli.evaluation.metrics import METRICS
+from losscli.evaluation.losses import (
+    LOSSES,
+    TOKEN_LOSSES,
+    PerExample,
+    function_of,
+    nll,
+    per_example_mean,
+)
+from losscli.evaluation.metrics import METRICS, perplexity
 from losscli.evaluation.objective_functions import (
     MODEL,
     ObjectiveFunction,
@@ -43,9 +52,17 @@ from losscli.evaluation.objective_functions import (
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.models import suggest_fix
 
-__all__ = ["HALF", "NO_GRAPH", "Samples", "ScoredModel", "is_registered", "scores_in"]
+__all__ = [
+    "HALF",
+    "NO_GRAPH",
+    "Samples",
+    "ScoredModel",
+    "is_registered",
+    "mean_over_seeds",
+    "scores_in",
+]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 HALF = torch.bfloat16, torch.float16
 
@@ -56,7 +73,6 @@ _MOST_SHAPES = 4
 
 # Part of torch's message for a tensor that cannot be differentiated.
 NO_GRAPH = "does not require grad"
-
 
 # A random loss draws other numbers than the forward pass with the same seed.
 _LOSS_STREAM = 1 << 40
@@ -114,6 +130,7 @@ class ScoredModel(LoadableModel):
         self.differentiates = False
         self.widens = False
         self._conventions: dict[tuple[str, ...], _Convention] = {}
+        self._head = head_weight(self.model)
 
     @property
     def sum_type(self) -> torch.dtype:
@@ -138,7 +155,7 @@ class ScoredModel(LoadableModel):
             return self._pass(model, inputs)
         return Samples(tuple(self._for_each_seed(lambda _: self._pass(model, inputs))))
 
-    def _for_each_seed(self, function: Callable[[int], T], stream: int = 0) -> list[T]:
+    def _for_each_seed(self, function: Callable[[int], _T], stream: int = 0) -> list[_T]:
         """Calls a function with the index of each seed, and restores the generators.
 
         Args:
@@ -221,13 +238,29 @@ class ScoredModel(LoadableModel):
                 or "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
 
-    def computing(self) -> AbstractContextManager[Any]:
-        """Ensures that everything computes in the type of the forward pass.
+    def deferring(self) -> AbstractContextManager[Any]:
+        """Defers the scores of tokens until the loss takes them.
 
         Returns:
-            A context for all computations with the model, such as a backward pass.
+            A context for a forward pass. Its outputs must be used before the weights change.
         """
-        return widened() if self.widens else contextlib.nullcontext()
+        functions = {function_of(self.loss), *map(function_of, self.metrics.values())}
+        # An accuracy would compute the scores once more.
+        if self._head is None or not functions <= {*TOKEN_LOSSES, perplexity}:
+            return contextlib.nullcontext()
+        return DeferredHead(self._head)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Ensures that everything computes in the type of the forward pass.
+
+        Allocations that fail raise ``torch.OutOfMemoryError``.
+
+        Yields:
+            Nothing; for all computations with the model, such as a backward pass.
+        """
+        with allocations(), widened() if self.widens else contextlib.nullcontext():
+            yield
 
     def _gradients(self) -> AbstractContextManager[Any]:
         """Enables gradients if the model or the loss differentiates."""
@@ -261,7 +294,8 @@ class ScoredModel(LoadableModel):
         (name,) = inputs
         convention = _Convention.VALUE
         try:
-            outputs = model(inputs[name])
+            with allocations():
+                outputs = model(inputs[name])
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything
@@ -290,8 +324,7 @@ class ScoredModel(LoadableModel):
         Raises:
             LossError: The function fails, or returns something else.
         """
-        values = self.per_seed(function, outputs, targets, what)
-        return values[0] if len(values) == 1 else values.mean(0)
+        return mean_over_seeds(self.per_seed(function, outputs, targets, what))
 
     def per_seed(self, function: PerExample, outputs: Any, targets: Nest, what: str) -> Tensor:
         """Computes a loss or a metric of a batch for each seed.
@@ -417,6 +450,11 @@ class ScoredModel(LoadableModel):
         return float(length(targets) if weights is None else weights.sum())
 
 
+def mean_over_seeds(values: Tensor, dim: int = 0) -> Tensor:
+    """Averages over a dimension, which has one entry without seeds."""
+    return values.select(dim, 0) if values.shape[dim] == 1 else values.mean(dim)
+
+
 class _Convention(enum.Enum):
     """How a model takes named inputs."""
 
@@ -488,6 +526,8 @@ def scores_in(outputs: Any) -> Any:
     """The scores in a model's outputs, those of the first seed: ``logits`` if it is a mapping."""
     if isinstance(outputs, Samples):
         outputs = outputs.outputs[0]
+    if isinstance(outputs, ObjectiveOutputs):
+        outputs = outputs.outputs
     return outputs.get("logits", outputs) if isinstance(outputs, Mapping) else outputs
 
 

@@ -264,6 +264,7 @@ def prepare(
         seeds=[(settings.seed + k) % (1 << 63) for k in range(settings.stochastic or 0)],
         # Default metrics may be left out if they fail.
         optional=() if specs.metrics else metrics,
+        tf32=settings.tf32,
     )
     objective.extra = first.extra
     notes = [*notes, *found_notes, *_compare_extra_states(objective, checkpoints, names)]

@@ -387,6 +387,32 @@ def test_metrics_are_those_of_the_outputs(tmp_path: Path) -> None:
         assert row["loss"] == pytest.approx(math.fsum(case.losses(case.state(0))) / N)
 
 
+@pytest.mark.parametrize("number", [None, 3], ids=["", "random"])
+def test_built_in_metrics_take_the_outputs_too(number: int | None, tmp_path: Path) -> None:
+    labels = torch.arange(N) % 2
+    labels[3] = -100
+
+    def objective(model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        noise = 0 if number is None else 0.01 * torch.randn_like(x)
+        return F.cross_entropy(model(x + noise), y, reduction="none")
+
+    case = CASES["parts of the model"]
+    for seed in (0, 1):
+        torch.save(case.state(seed), tmp_path / f"{seed}.pt")
+    options = {**case.options, "data": {"all": (X, labels)}, "objective": objective}
+    for size in (None, 5):
+        result = losscli.interpolate(
+            *(tmp_path / "0.pt", tmp_path / "1.pt"),
+            **{**options, "metric": "accuracy", "stochastic": number, "batch_size": size},
+        )
+        model = Net().double()
+        model.load_state_dict(case.state(0))
+        right = model(X.double()).argmax(1) == labels
+        (row,) = (r for r in result.table.records() if r["alpha"] == 0)
+        assert row["accuracy"] == pytest.approx(float(right[labels >= 0].double().mean()))
+
+
 CODE = """
 import torch
 from torch import nn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -314,7 +315,10 @@ def test_two_processes_find_what_one_finds(mine: Path, losscli: Losscli) -> None
         done = losscli(*command.split(), "-o", f"one{i}")
         assert done.status == 0, done
         assert ("over the seeds" in done.stdout) == ("check" in command)
-        assert losscli(*command.split(), "--dry-run").status == 0
+        dry = losscli(*command.split(), "--dry-run", "--json")
+        described = json.loads(dry.stdout)
+        passes = described["points"] * sum(described["examples"].values())
+        assert described["forward_passes"] == passes * described["stochastic"]
         assert losscli("plot", f"one{i}.csv", "-o", f"x{i}.png").status == 0
     first, other = forked([f"{c} -o two{i}" for i, c in enumerate(commands)], 2)
     assert [outcome.status for outcome in (*first, *other)] == [0] * 4, first
