@@ -71,7 +71,8 @@ def load(stem: PathLike) -> Result[Any]:
     run = read_run(path, undrawn=True)
     if not run.summary:
         raise TableError(
-            f"{path} has no summary {base.name}.json beside it",
+            f"{path} has no summary beside it: {base.name}.json is missing, broken or of another "
+            "table",
             f"Draw it without one, by losscli.plot({str(path)!r}), or make both again",
         )
     command = command_of(run.table.columns)

@@ -509,9 +509,7 @@ def _checkpoint_notes(
     number = len(marks.names)
     if not number:
         return []
-    (left, right), (low, high) = view
-    size = max(abs(v) for v in (left, right, low, high, *marks.x, *marks.y))
-    off = np.where(marks.off <= 1e-5 * size, 0.0, marks.off)
+    off = _visible_distances(marks, view)
     ends = [("Start", 0), ("End", number - 1)][:number]
     notes = []
     for label, k in ends if joined else zip("ABCD", range(number), strict=False):
@@ -526,10 +524,8 @@ def _checkpoint_notes(
     notes.append(
         f"{'Each' if number > 1 else 'The'} dot has the colour of its checkpoint's own loss."
     )
-    if np.nanmax(off, initial=0.0) > 0:
-        notes.append(_far_note("checkpoints", off))
-    elif joined:
-        notes.append("All checkpoints lie on the plane.")
+    if joined or np.nanmax(off, initial=0.0) > 0:
+        notes.append(_distance_note("checkpoints", off))
     if outside := marks.outside(view):
         subject = "checkpoint is" if outside == 1 else "checkpoints are"
         notes.append(f"{outside} {subject} outside the plotted range.")
@@ -541,18 +537,27 @@ def _path_notes(paths: Sequence[_Checkpoints], view: Sequence[tuple[float, float
     notes = []
     for path in paths:
         name = "path" if len(paths) == 1 else f"path {path.path}"
-        notes.append(_far_note(f"checkpoints of the {name}", path.off))
+        off = _visible_distances(path, view)
+        notes.append(_distance_note(f"checkpoints of the {name}", off))
         if outside := path.outside(view):
             number = f"{outside} of {len(path.names)} checkpoints of the {name}"
             notes.append(f"{number} {'is' if outside == 1 else 'are'} outside the plotted range.")
     return notes
 
 
-def _far_note(what: str, off: Floats) -> str:
-    far = format_number(float(np.nanmax(off, initial=0.0)))
+def _visible_distances(marks: _Checkpoints, view: Sequence[tuple[float, float]]) -> Floats:
+    """Returns the distances from the plane, with those that are rounding errors as 0."""
+    size = max(abs(v) for v in (*view[0], *view[1], *marks.x, *marks.y))
+    return np.where(marks.off <= 1e-5 * size, 0.0, marks.off)
+
+
+def _distance_note(what: str, off: Floats) -> str:
+    largest = float(np.nanmax(off, initial=0.0))
+    if largest == 0:
+        return f"All {what} lie on the plane."
     return (
-        f"The {what} are up to {far} away from the plane, where the contours do not show their "
-        "loss."
+        f"The {what} are up to {format_number(largest)} away from the plane, where the contours "
+        "do not show their loss."
     )
 
 

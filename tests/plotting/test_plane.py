@@ -200,6 +200,10 @@ def test_projected_paths_have_their_distances_below() -> None:
     assert [text for text in entries if text] == ["path of the 21 checkpoints", "runs/0", "runs/1"]
     assert "9 of 9 checkpoints of the path runs/0" not in sentence(both)
     assert "2 of 2 checkpoints of the path runs/1 are outside the plotted range." in sentence(both)
+    on_plane = [(0.0, 0.0, 0.0), (1.0, 0.0, 1e-8)]
+    notes = sentence(draw_plane(with_paths(run(), on_plane, STRAIGHT)))
+    assert "All checkpoints of the path runs/0 lie on the plane." in notes
+    assert "The checkpoints of the path runs/1 are up to 4 away from the plane" in notes
     # Each path has a colour of its own, the same in both panels.
     below = next(a for a in both.axes if a.get_ylabel() == "distance from\nthe plane")
     colours = [a.get_color() for a in both.axes[0].get_lines() if a.get_linestyle() == "-"]

@@ -198,10 +198,12 @@ def test_results_of_another_run_are_not_overwritten(line: Result[Any]) -> None:
 
 def test_a_table_without_its_summary_is_drawn_and_not_loaded(line: Result[Any]) -> None:
     line.save("x", no_figure=True)
-    Path("x.json").unlink()
-    with pytest.raises(TableError, match=r"x\.csv has no summary x\.json beside it"):
-        library.load("x")
-    assert library.plot("x.csv").axes
+    file = Path("x.json")
+    for content in ("{", '{"command": "check"}', None):
+        file.unlink() if content is None else file.write_text(content)
+        with pytest.raises(TableError, match=r"x\.csv has no summary .*: x\.json is missing"):
+            library.load("x")
+        assert library.plot("x.csv").axes
 
 
 @pytest.mark.usefixtures("unlaid")
