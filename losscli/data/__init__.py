@@ -1,6 +1,6 @@
 """Data sets: files or code in; named splits of examples out, decoded once where they fit."""
 
-from losscli.data.batch import model_inputs, with_targets
+from losscli.data.batch import TARGETS, model_inputs, separated
 from losscli.data.memory import (
     allocations,
     device_budget,
@@ -17,6 +17,7 @@ from losscli.data.split import DataSet, Examples, Split, Task
 
 __all__ = [
     "DATASETS",
+    "TARGETS",
     "Batching",
     "DataSet",
     "Examples",
@@ -39,5 +40,5 @@ __all__ = [
     "placing",
     "realise",
     "seed_all",
-    "with_targets",
+    "separated",
 ]

@@ -126,7 +126,7 @@ def _time_points(
 
     examples = affordable(_CHOICE_POINTS, len(batch))
     halving(objective, lambda: find_strategy(objective, slice_, points, examples))
-    objective.first_choice = strategy_of(objective)
+    objective.first_choice = strategy_of(objective, slice_)
     part = batch.take(slice(0, affordable(len(points), len(batch))))
     with objective.frozen_statistics():
         # Warm-up.

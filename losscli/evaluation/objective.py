@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -90,6 +90,9 @@ DETERMINISTIC = (
     "on purpose, give --stochastic N, for means over N fixed seeds"
 )
 """Advice for a model with random outputs."""
+
+# Bytes of moving weights of which no second copy is made.
+_LARGE = 64 << 20
 
 # A token id is looked up as a vector, counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -363,7 +366,8 @@ class Objective(ScoredModel):
         Returns:
             The loss of each example, and the metrics that may not be per example.
         """
-        outputs = self.forward(self.model, self.prepare(batch))
+        with self.deferring():
+            outputs = self.forward(self.model, self.prepare(batch))
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
         return self.own_values(outputs, batch.targets, loss)
 
@@ -413,6 +417,27 @@ class Objective(ScoredModel):
         self.load(weights)
         return self.evaluate(LoadedPoint(self), splits, progress)
 
+    def is_large(self, names: Iterable[str]) -> bool:
+        """Whether points are bound to the model without a comparison with loaded ones.
+
+        The comparison would cost a second copy of the weights that move, and few points of many
+        weights fit into memory together, so that there is little to share. Studies verify the ends
+        of every line anyway.
+
+        Args:
+            names: The tensors that move.
+
+        Returns:
+            Whether they are large. False for a model that has to be loaded.
+        """
+        return sum(self.tensors[name].nbytes for name in names) > _LARGE and not self.folds
+
+    def strategy_for(self, slice_: Slice) -> Strategy:
+        """Returns how points of a slice are evaluated."""
+        if self.is_large(slice_.ends[0]):
+            return Strategy.BOUND
+        return self.strategy or self.provisional or Strategy.LOADED
+
     @torch.no_grad()
     def at(
         self,
@@ -433,7 +458,7 @@ class Objective(ScoredModel):
         Returns:
             For each split the evaluation at the P points.
         """
-        strategy = self.strategy or self.provisional or Strategy.LOADED
+        strategy = self.strategy_for(slice_)
         if strategy is Strategy.LOADED:
             return self.evaluate(LoadedPoints(self, slice_, coordinates), splits, progress)
         if strategy is Strategy.STACKED:

@@ -89,7 +89,9 @@ class LoadedPoint:
         Yields:
             The index of the point, when it is done.
         """
-        recorder.one(0, self._network.forward(self._network.model, inputs))
+        with self._network.deferring():
+            outputs = self._network.forward(self._network.model, inputs)
+        recorder.one(0, outputs)
         yield 0
 
 
@@ -154,7 +156,9 @@ class LoadedPoints:
         """
         for p, point in enumerate(self._coordinates):
             self._load(p, point)
-            recorder.one(p, self._network.forward(self._network.model, inputs))
+            with self._network.deferring():
+                outputs = self._network.forward(self._network.model, inputs)
+            recorder.one(p, outputs)
             yield p
 
     def _load(self, p: int, point: Sequence[float]) -> None:
@@ -398,7 +402,8 @@ class BoundPoints:
         self, p: int, replica: Replica, inputs: Nest, mode: AbstractContextManager[Any]
     ) -> Any:
         self._bind(replica.tensors, p)
-        with mode:
+        # The mode sees the layer before it is deferred, since it may replace it.
+        with self._network.deferring(), mode:
             return self._network.forward(replica.model, inputs)
 
     def _bind(self, tensors: Mapping[str, Tensor], p: int) -> None:

@@ -31,9 +31,6 @@ _AGREEMENT_ON_ESTIMATES = {
     **dict.fromkeys(("float16", "bfloat16"), 0.3),
 }
 
-# Models above this size are not compared: the loaded point would need a second copy.
-_LARGE_BYTES = 64 << 20
-
 
 def choose_strategy(
     objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
@@ -56,23 +53,23 @@ def choose_strategy(
         break
     else:
         halving(objective, lambda: find_strategy(objective, slice_, coordinates[-1:]))
-    objective.first_choice = objective.first_choice or strategy_of(objective)
+    objective.first_choice = objective.first_choice or strategy_of(objective, slice_)
 
 
-def strategy_of(objective: Objective) -> StrategyChoice | None:
-    """Describes the strategy of an objective.
+def strategy_of(objective: Objective, slice_: Slice) -> StrategyChoice:
+    """Describes the strategy that was chosen for a slice.
 
     Args:
         objective: The objective.
+        slice_: The slice.
 
     Returns:
-        Its name, and the difference of its losses from those of loaded points; None before one is
-        chosen.
+        Its name, and the difference of its losses from those of loaded points.
     """
-    strategy = objective.strategy or objective.provisional
-    if strategy is None:
-        return None
-    return {"name": strategy.name.lower(), "difference": objective.difference}
+    strategy = objective.strategy_for(slice_)
+    compared = not objective.is_large(slice_.ends[0])
+    difference = objective.difference if compared else None
+    return {"name": strategy.name.lower(), "difference": difference}
 
 
 @torch.no_grad()
@@ -86,7 +83,8 @@ def find_strategy(
 
     A few points are evaluated on a part of a batch by loading each, then by every strategy from the
     fastest on until one agrees. The choice is final only at points that share a first layer, so
-    that it does not depend on the order of slices; before that it is provisional.
+    that it does not depend on the order of slices; before that it is provisional. Slices of many
+    weights are not compared (`Objective.is_large`), and leave the choice to others.
 
     Args:
         objective: The objective.
@@ -94,14 +92,9 @@ def find_strategy(
         coordinates: As many points as will be evaluated at once.
         examples: The most examples to compare on.
     """
-    if objective.strategy is not None:
+    if objective.strategy is not None or objective.is_large(slice_.ends[0]):
         return
     objective.provisional = None
-    moving = sum(objective.tensors[name].nbytes for name in slice_.ends[0])
-    if moving > _LARGE_BYTES and not objective.folds:
-        # The comparison would cost a second copy. Studies verify the ends of every line anyway.
-        objective.strategy, objective.difference = Strategy.BOUND, None
-        return
     name, split = next(iter(objective.splits.items()))
     sample = {name: split.first(min(objective.batch_size, examples)).to(objective.device)}
     # One more point than the ends of the slice, so that they share a first layer.

@@ -370,7 +370,7 @@ class Around(Study):
             "basin": self.basin,
             "basin_loss": self.basin_loss,
             "interpolation": "quadratic",
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "splits": splits,
             "endpoint_difference": difference,
             "notes": [

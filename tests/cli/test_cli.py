@@ -57,7 +57,7 @@ def test_interpolate_writes_a_csv_a_picture_and_a_summary(losscli: Losscli, fold
     assert {"sweep", "total"} == summary["seconds"].keys()
     assert summary["examples"] == {"train": 29, "test": 11}
     with Image.open("out.png") as image:
-        assert min(image.size) > 400
+        assert min(image.size) > 5 * image.info["dpi"][0]  # inches
     assert "lowest seen" in done.stdout
     assert done.stderr == "note: wrote out.csv, out.png, out.json\n"
 

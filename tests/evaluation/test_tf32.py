@@ -199,6 +199,6 @@ def test_a_dry_run_says_how_points_are_evaluated(
     strategy = json.loads(done.stdout)["strategy"]
     assert strategy["name"] in {strategy.name.lower() for strategy in Strategy}
     assert 0 <= strategy["difference"] < AGREEMENT["float32"]
-    monkeypatch.setattr("losscli.evaluation.cost.strategy_of", lambda _: choice)
+    monkeypatch.setattr("losscli.evaluation.cost.strategy_of", lambda *_: choice)
     done = losscli("interpolate", "a.pt", "b.pt", "--points", 3, "--dry-run")
     assert f"\nstrategy     {words}" in done.stdout
