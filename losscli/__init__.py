@@ -24,11 +24,12 @@ if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate
     from losscli.studies.around import around as around
     from losscli.studies.barriers import barriers as barriers
     from losscli.studies.check import check as check
-    from losscli.studies.inspection import export as export
+    from losscli.studies.export import export as export
     from losscli.studies.inspection import inspect as inspect
     from losscli.studies.interpolation import interpolate as interpolate
     from losscli.studies.plane import plane as plane
     from losscli.studies.sharpness import sharpness as sharpness
+    from losscli.studies.soup import soup as soup
     from losscli.studies.trajectory import trajectory as trajectory
     from losscli.table import Table as Table
 
@@ -41,9 +42,10 @@ _TARGETS = {
     "Settings": "losscli.settings:Settings",
     "Table": "losscli.table:Table",
     "align": "losscli.studies.alignment:align",
-    "export": "losscli.studies.inspection:export",
+    "export": "losscli.studies.export:export",
     "load": "losscli.runs:load",
     "plot": "losscli.runs:plot",
+    "soup": "losscli.studies.soup:soup",
     **{name: command.function for name, command in COMMANDS.items()},
 }
 

@@ -158,11 +158,23 @@ class StrategyChoice(TypedDict):
     difference: float | None
 
 
+class DrawingSummary(TypedDict, total=False):
+    """The options of the figure that are not the defaults, see `losscli.drawing.Drawing`."""
+
+    log: bool
+    size: str
+    label: list[str]
+    ylim: list[float]
+    style: dict[str, str]
+    no_markers: bool
+
+
 class Origin(Provenance, total=False):
     """The first part of the summary of every study."""
 
     command: str
     identity: str
+    drawing: DrawingSummary
     moving: Moving
     moving_buffers: int
     strategy: StrategyChoice
@@ -732,6 +744,7 @@ class InspectionSummary(TypedDict, total=False):
     """The summary of ``inspect``."""
 
     command: str
+    drawing: DrawingSummary
     checkpoints: list[Inspected]
     buffers: list[str]
     mismatches: list[str]

@@ -70,11 +70,13 @@ def inspect(
 
 @with_console
 def export(
-    a: Annotated[
-        str, typer.Argument(metavar="A", help="The checkpoint at α = 0.", show_default=False)
-    ],
-    b: Annotated[
-        str, typer.Argument(metavar="B", help="The checkpoint at α = 1.", show_default=False)
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CKPT",
+            help="A at α = 0 and B at α = 1; with --weights two or more.",
+            show_default=False,
+        ),
     ],
     console: Console,
     out: Annotated[
@@ -110,26 +112,51 @@ def export(
             show_default=False,
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="W-W…",
+            help="The weighted average: one weight per checkpoint, with sum 1, such as "
+            "0.5-0.3-0.2 or 1/3-1/3-1/3.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Write the checkpoint at a point of the line, θ(X) = A + X (B − A), with A's metadata."""
-    if (alpha is None) == (best is None):
-        both = "contradict each other" if best is not None else "are missing: where on the line?"
-        raise UsageError(f"--alpha and --best {both}", "Give one of them")
+    """Write the checkpoint at a point of the line, θ(X) = A + X (B − A), or a weighted average.
+
+    The metadata are those of the first checkpoint.
+    """
+    options = {"--alpha": alpha, "--best": best, "--weights": weights}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} contradict each other", "Give one of them")
+    if not given:
+        raise UsageError(f"no point is given by any of {', '.join(options)}", "Give one of these")
     if (best is None) != (csv is None):
-        given, missing = ("--best", "--csv") if csv is None else ("--csv", "--best")
-        raise UsageError(f"{given} is given without {missing}", "Give --best SPLIT --csv STEM.csv")
+        one, missing = ("--best", "--csv") if csv is None else ("--csv", "--best")
+        raise UsageError(f"{one} is given without {missing}", "Give --best SPLIT --csv STEM.csv")
+    if weights is None and len(checkpoints) != 2:
+        raise UsageError(
+            f"{given[0]} needs two checkpoints, A and B, and got {len(checkpoints)}",
+            "For an average of several give --weights",
+        )
     check_writable(out, force=force)
     with importing("torch"):
-        from losscli.studies.inspection import export as study
-        from losscli.studies.inspection import lowest
+        from losscli.studies.export import export as study
+        from losscli.studies.export import lowest, parse_weights
 
     summary = None
-    if best is not None and csv is not None:
-        point = lowest(csv, best)
-        alpha, summary = point.alpha, point.summary
-    assert alpha is not None
-    checkpoint = study(a, b, alpha, summary=summary)
+    if weights is not None:
+        checkpoint = study(checkpoints, weights=parse_weights(weights, len(checkpoints)))
+    else:
+        if best is not None and csv is not None:
+            point = lowest(csv, best)
+            alpha, summary = point.alpha, point.summary
+        assert alpha is not None
+        a, b = checkpoints
+        checkpoint = study(a, b, alpha, summary=summary)
     checkpoint.save(out, force=True)
     console.written = True
     console.result(f"{out}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from losscli.cli import report
@@ -12,9 +13,9 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.figures import check_panel_count
+from losscli.figures import check_panel_count, has_panels
 from losscli.registry import COMMANDS, load
-from losscli.results import Result, to_json
+from losscli.results import Result, check_labels, to_json
 from losscli.summaries import Description
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def run_study(
     with console.guard_stdout():
         study = plan()
     _note_on_speed(study, console)
-    if output is not None and output.figures:
+    check_labels(write.drawing.label, len(study.problem.names))
+    if output is not None and any(map(has_panels, output.figures)):
         objective = study.problem.objective
         check_panel_count(
             command.panels_with(["blocks"] if study.options.get("layerwise") else []),
@@ -92,9 +94,10 @@ def run_study(
         for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
+        result = replace(result, summary={**result.summary, "drawing": write.drawing.stored})
         if output.figures:
             import_plotting()
-        files = output.save(result, log=write.log)
+        files = output.save(result)
         console.written = True
         journal.finish()
     if write.json:

@@ -62,7 +62,7 @@ __all__ = [
     "scores_in",
 ]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 HALF = torch.bfloat16, torch.float16
 
@@ -73,7 +73,6 @@ _MOST_SHAPES = 4
 
 # Part of torch's message for a tensor that cannot be differentiated.
 NO_GRAPH = "does not require grad"
-
 
 # A random loss draws other numbers than the forward pass with the same seed.
 _LOSS_STREAM = 1 << 40
@@ -156,7 +155,7 @@ class ScoredModel(LoadableModel):
             return self._pass(model, inputs)
         return Samples(tuple(self._for_each_seed(lambda _: self._pass(model, inputs))))
 
-    def _for_each_seed(self, function: Callable[[int], T], stream: int = 0) -> list[T]:
+    def _for_each_seed(self, function: Callable[[int], _T], stream: int = 0) -> list[_T]:
         """Calls a function with the index of each seed, and restores the generators.
 
         Args:

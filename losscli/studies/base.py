@@ -155,6 +155,7 @@ class Study(ABC):
         return {
             "command": self.command,
             "identity": self.identity,
+            "drawing": {},
             **provenance,
             "metrics": [metric for metric in provenance["metrics"] if metric not in left_out],
             "moving": {

@@ -24,7 +24,7 @@ from losscli.evaluation.records import slice_key
 from losscli.evaluation.spectral import spectral_layers
 from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep
-from losscli.studies.inspection import export
+from losscli.studies.export import export
 from losscli.weight_space.slices import Line
 from tests import oracle
 from tests.conftest import Losscli

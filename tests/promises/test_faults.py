@@ -59,6 +59,7 @@ WRITING = {
     "picture": RUN,
     "align": ["align", "a.pt", "b.pt", "-o", "out.safetensors"],
     "export": ["export", "a.pt", "b.pt", "--alpha", "0.5", "-o", "out.safetensors"],
+    "soup": ["soup", "a.pt", "b.pt", "-o", "out.safetensors"],
     "plot": ["plot", "line.csv", "--figure", "out.png"],
     "inspect": ["inspect", "a.pt", "b.pt", "--figure", "out.png"],
 }

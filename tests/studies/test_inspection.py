@@ -154,7 +154,7 @@ def test_of_equal_losses_the_first_counts_and_those_not_finite_do_not(
 
 
 ERRORS = {
-    "neither": ("", 2, "--alpha and --best are missing"),
+    "neither": ("", 2, "no point is given by any of --alpha, --best, --weights. Give one"),
     "both": (
         "--alpha 1 --best train --csv x.csv",
         2,
@@ -377,7 +377,7 @@ def test_a_point_that_the_two_files_do_not_make_is_refused(losscli: Losscli, fol
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def test_at_0_and_1_the_floating_tensors_are_those_of_a_and_b_to_the_bit(

@@ -597,7 +597,7 @@ def test_the_public_names_are_these() -> None:
     assert sorted(losscli.__all__) == [
         "LosscliError", "Recorder", "Result", "Settings", "Table", "__version__", "align",
         "around", "barriers", "check", "export", "inspect", "interpolate", "load", "plane", "plot",
-        "sharpness", "trajectory",
+        "sharpness", "soup", "trajectory",
     ]  # fmt: skip
     assert all(hasattr(losscli, name) for name in losscli.__all__)
     with pytest.raises(AttributeError, match="absent"):
