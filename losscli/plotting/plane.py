@@ -183,9 +183,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
         grids = _read(run.table)
         groups = _Checkpoints.read_all(run, drawing)
         paths = groups[1:]
-        own = [group.loss(grid.split) for grid in grids for group in groups]
-        losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
-        scale = scale_losses(np.concatenate(losses), drawing)
+        scale = _scale(grids, groups[0], drawing)
         kind, surface = run.summary.get("plane", ""), run.summary.get("surface", False)
         view = _ranges(grids)
         ratio, equal = _shape(view, kind)
@@ -228,7 +226,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
         add_title(figure, drawing)
         notes = [] if grids else ["There are no points"]
         notes += _notes(
-            figure, contours, groups, view, drawing, ratio=ratio, equal=equal, hidden=hidden
+            figure, contours, groups, view, scale, drawing, ratio=ratio, equal=equal, hidden=hidden
         )
         add_foot(figure, drawing, notes, _legend(figure, groups, drawing))
         finish_layout(figure, drawing)
@@ -337,6 +335,19 @@ def _shape(view: Sequence[tuple[float, float]], kind: str) -> tuple[float, bool]
     """Returns the height of a plane relative to its width, and whether its scales are equal."""
     ratio = (view[1][1] - view[1][0]) / (view[0][1] - view[0][0])
     return ratio, kind == "points" or 1 / _LONGEST <= ratio <= _LONGEST
+
+
+def _scale(grids: Sequence[Grid], spanning: _Checkpoints, drawing: Drawing) -> Scale:
+    """Scales the losses on the plane and those of the checkpoints that span it.
+
+    Checkpoints of a projected path may be far from the plane and have very different losses.
+
+    Returns:
+        The scale.
+    """
+    own = [spanning.loss(grid.split) for grid in grids]
+    losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
+    return scale_losses(np.concatenate(losses), drawing)
 
 
 def _frame(
@@ -454,6 +465,7 @@ def _notes(
     contours: Sequence[Contours],
     groups: Sequence[_Checkpoints],
     view: Sequence[tuple[float, float]],
+    scale: Scale,
     drawing: Drawing,
     *,
     ratio: float,
@@ -464,6 +476,11 @@ def _notes(
     paths = groups[1:]
     notes = _blank_notes(contours) + _checkpoint_notes(figure, groups[0], view)
     notes += _path_notes(paths, view)
+    theirs = [p.loss(c.grid.split) for p in paths for c in contours]
+    if drawing.ylim is None and any(map(scale.is_beyond, theirs)):
+        notes.append(
+            "Dots with losses beyond an end of the colour bar have the colour of that end."
+        )
     if hidden:
         notes.append(HIDDEN)
     notes += limit_notes(drawing)
@@ -585,12 +602,11 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
         if not grids or not paths:
             COMMANDS["plane"].check_format(".gif", has_path=False)
         grid, kind, view = grids[0], run.summary.get("plane", ""), _ranges(grids)
-        own = [group.loss(grid.split) for group in groups]
-        scale = scale_losses(np.concatenate([*own, grid.loss.ravel()]), drawing)
+        scale = _scale([grid], groups[0], drawing)
         figure, panel, beside = new_panels(drawing)
         drawn = draw_contours(panel, grid, scale)
         ratio, equal = _shape(view, kind)
-        _frame(panel, view, equal=equal)
+        _frame(panel, view, drawing, equal=equal)
         if not groups[0].colour:
             _draw_marks(panel, groups[0], grid.split, scale, drawing)
         labels, _ = _labels(run, kind, drawing)
@@ -637,7 +653,7 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
             drawing,
             counter=counter,
             contours=drawn,
-            notes=_notes(figure, [drawn], groups, view, drawing, ratio=ratio, equal=equal),
+            notes=_notes(figure, [drawn], groups, view, scale, drawing, ratio=ratio, equal=equal),
             entries=_legend(figure, groups, drawing),
             colour=paths[0].colour if len(paths) == 1 else INK,
             lettered=None if groups[0].colour else (groups[0].x, groups[0].y),

@@ -136,6 +136,10 @@ class Scale:
         low, high = math.log10(self.low), math.log10(self.high)
         return np.clip((np.log10(shown) - low) / (high - low), 0.0, 1.0)
 
+    def is_beyond(self, losses: Floats) -> bool:
+        """Whether any loss lies outside the range of colours."""
+        return bool(np.any((losses < self.low) | (losses > self.high)))
+
     def colours(self, losses: Floats) -> Floats:
         """Returns the colours of losses; white where a loss cannot be drawn."""
         scaled = self(losses)
