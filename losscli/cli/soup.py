@@ -10,7 +10,7 @@ import typer
 from losscli.cli.console import Console
 from losscli.cli.imports import importing
 from losscli.cli.options import Force, with_console
-from losscli.results import check_writable
+from losscli.results.result import check_writable
 
 __all__ = ["soup"]
 

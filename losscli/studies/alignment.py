@@ -31,9 +31,9 @@ from losscli.errors import (
 from losscli.evaluation.device import Narrowest
 from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.objective import DETERMINISTIC
+from losscli.results.summaries import AlignmentSummary
 from losscli.settings import Settings, checked
 from losscli.studies.problem import Problem, prepare
-from losscli.summaries import AlignmentSummary
 from losscli.weight_space.matching import inner_product, match
 from losscli.weight_space.permutations import Group, obstacles, permutation_groups, permute
 from losscli.weight_space.vectors import Weights, distance
