@@ -19,7 +19,8 @@ from losscli.data import DataSet, Split
 from losscli.evaluation.derivatives.sweep import slopes
 from losscli.evaluation.losses.built_in import cross_entropy
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies.base import Strategy, first_layer
+from losscli.evaluation.strategies import first_layer
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.strategies.first_layer import FirstLayer
 from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.task_checks import check_task

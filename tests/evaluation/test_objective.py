@@ -13,7 +13,8 @@ from torch import Tensor
 
 from losscli.data import DataSet, Split
 from losscli.errors import LossError, ModelError, NondeterministicModelError, OutOfMemoryError
-from losscli.evaluation.losses.built_in import LOSSES, metrics
+from losscli.evaluation.losses import metrics
+from losscli.evaluation.losses.built_in import LOSSES
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.strategies.first_layer import FirstLayer

@@ -14,9 +14,9 @@ import torch
 from torch.distributed import HashStore
 
 from losscli.data import DataSet, Split
+from losscli.evaluation.derivatives import sweep as derivatives
 from losscli.evaluation.derivatives.line import LineDerivatives, Method
 from losscli.evaluation.derivatives.sweep import slopes
-from losscli.evaluation.derivatives.sweep import sweep as derivatives
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays, Ranks

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import losscli
-from losscli.evaluation.derivatives.sweep import method as derivative_method
+from losscli.evaluation.derivatives import method as derivative_method
 from losscli.evaluation.hessian.curvature import Curvature
 from losscli.evaluation.objective import AGREEMENT, Objective, relative_difference
 from losscli.evaluation.strategies.base import Strategy

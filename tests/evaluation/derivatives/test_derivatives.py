@@ -20,10 +20,10 @@ import losscli
 from losscli.data import DataSet, Split
 from losscli.errors import ModelError
 from losscli.evaluation import decompositions as elementary
+from losscli.evaluation.derivatives import method as derivative_method
+from losscli.evaluation.derivatives import sweep as derivatives
 from losscli.evaluation.derivatives.line import LineDerivatives, Method
 from losscli.evaluation.derivatives.sweep import Slopes, slopes
-from losscli.evaluation.derivatives.sweep import method as derivative_method
-from losscli.evaluation.derivatives.sweep import sweep as derivatives
 from losscli.evaluation.finite_differences import (
     NEEDED,
     POINTS,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from losscli.errors import LossError
+from losscli.evaluation.losses import built_in as losses
 from losscli.evaluation.losses.built_in import (
     LOSSES,
     bce,
@@ -26,7 +27,6 @@ from losscli.evaluation.losses.built_in import (
     per_example_mean,
     token_cross_entropy,
 )
-from losscli.evaluation.losses.built_in import built_in as losses
 from losscli.evaluation.losses.example_weights import weights_of
 from losscli.evaluation.losses.metrics import METRICS, accuracy, of_mean, perplexity
 

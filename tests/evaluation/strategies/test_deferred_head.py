@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from losscli.data import DataSet, Split
 from losscli.errors import ModelError
 from losscli.evaluation import objective
+from losscli.evaluation.losses import built_in as losses
 from losscli.evaluation.losses.built_in import PerExample, causal_lm, token_cross_entropy
-from losscli.evaluation.losses.built_in import built_in as losses
 from losscli.evaluation.losses.metrics import accuracy, perplexity
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies.base import Strategy, deferred_head
+from losscli.evaluation.strategies import deferred_head
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.strategies.deferred_head import DeferredHead, DeferredProduct, head_weight
 from losscli.evaluation.sweep import sweep
 from losscli.evaluation.task_checks import check_task
