@@ -36,7 +36,7 @@ COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
         ("block", "direction", "dtype", "key", "path", "shape", "split", "tensor", "verdict"),
         "text",
     ),
-    **dict.fromkeys(("bytes", "examples", "step", "tensors", "values", "walk"), "integer"),
+    **dict.fromkeys(("bytes", "examples", "kept", "step", "tensors", "values", "walk"), "integer"),
 }
 """The types of columns, in any table, that do not hold floats."""
 
@@ -400,6 +400,20 @@ COMMANDS: Mapping[str, Command] = {
             },
             not_overlaid=("one matrix cannot be laid over another", "Give one CSV of barriers"),
             labelled=("a", "b"),
+        ),
+        Command(
+            name="soup",
+            function="losscli.studies.soup:soup",
+            cli="losscli.cli.soup:soup",
+            report="losscli.cli.soup:report",
+            drawing="losscli.plotting.soup:draw_soup",
+            summary="losscli.summaries:SoupSummary",
+            table=TableFormat(
+                ("step", "checkpoint", "kept", "score", "score_stderr"), errors=("score_stderr",)
+            ),
+            distributed=False,
+            not_overlaid=("one search cannot be laid over another", "Give one CSV of soup"),
+            labelled=("checkpoint",),
         ),
         Command(
             name="inspect",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import losscli as library
-from losscli.errors import ChangedError, UsageError
-from losscli.models import MLP
+from losscli.errors import ChangedError, OutputError, UsageError
+from losscli.models import CNN, MLP
+from losscli.results import Output, to_json
 from losscli.studies.export import parse_weights
+from losscli.table import Table
 from tests.checkpoint.test_adapters import adapt, mlp
 from tests.conftest import Losscli
 from tests.studies.test_inspection import batchnorm, bits, is_refused, state
@@ -227,3 +233,197 @@ def test_misuse_of_export_in_python_is_refused(three: list[str]) -> None:
     ):
         with pytest.raises(UsageError):
             library.export(arguments, **options)  # type: ignore[call-overload]
+
+
+# --- soup --greedy -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def relatives(folder: Path) -> list[str]:
+    """Five checkpoints around one: some averages of them are better than others."""
+    start = state("a.pt")
+    for k in range(5):
+        generator = torch.Generator().manual_seed(k)
+        near = {
+            name: tensor + 0.3 * (1 + k % 3) * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in start.items()
+        }
+        torch.save({"state_dict": near, "losscli.model": "mlp:6-5-3"}, f"{k}.pt")
+    return [f"{k}.pt" for k in range(5)]
+
+
+def losses_by_hand(tensors: dict[str, Tensor], score: str) -> list[float]:
+    data = np.load("data.npz")
+    model = MLP("6-5-3").double()
+    model.load_state_dict(tensors)
+    outputs = model(torch.tensor(data["test_inputs"]).double())
+    targets = torch.tensor(data["test_targets"])
+    if score == "accuracy":
+        return [float(int(row.argmax()) == int(t)) for row, t in zip(outputs, targets, strict=True)]
+    return [
+        float(row[t] - row.logsumexp(0)) for row, t in zip(outputs.detach(), targets, strict=True)
+    ]
+
+
+def greedy_by_hand(names: list[str], score: str) -> tuple[list[tuple[str, int, float, float]], Any]:
+    """The search as a plain loop in float64, on weights in float32 as they are stored."""
+
+    def average(kept: list[str]) -> dict[str, Tensor]:
+        states = [state(name) for name in kept]
+        return {n: (sum(s[n].double() for s in states) / len(kept)).float() for n in states[0]}
+
+    own = {name: statistics.fmean(losses_by_hand(state(name), score)) for name in names}
+    first, *others = sorted(names, key=lambda name: -own[name])
+    kept, best = [first], losses_by_hand(state(first), score)
+    rows = [(first, 1, own[first], math.nan)]
+    for name in others:
+        scores = losses_by_hand(average([*kept, name]), score)
+        mean = statistics.fmean(scores)
+        differences = [x - y for x, y in zip(scores, best, strict=True)]
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        keep = mean >= statistics.fmean(best)
+        rows.append((name, int(keep), mean, error))
+        if keep:
+            kept, best = [*kept, name], scores
+    return rows, average(kept)
+
+
+@pytest.mark.parametrize("score", ["", "accuracy"])
+def test_a_greedy_soup_is_that_of_a_plain_loop(
+    score: str, losscli: Losscli, relatives: list[str]
+) -> None:
+    options = ["--greedy", "test", "--dtype", "float64", *(["--metric", score] if score else [])]
+    done = losscli("soup", *relatives, "-o", "s.safetensors", *options)
+    assert done.status == 0, done.stderr
+    assert done.stderr.endswith("note: wrote s.safetensors, s.csv, s.png, s.json\n")
+    rows, weights = greedy_by_hand(relatives, score)
+    table = Table.read(Path("s.csv"))
+    assert table.columns == ("step", "checkpoint", "kept", "score", "score_stderr")
+    assert {row[1] for row in rows} == {0, 1}
+    for step, (row, expected) in enumerate(zip(table.rows, rows, strict=True)):
+        assert row[:3] == (step, *expected[:2])
+        assert row[3] == pytest.approx(expected[2], rel=1e-12)
+        error = math.nan if row[4] is None else row[4]
+        assert error == pytest.approx(expected[3], rel=1e-9, nan_ok=True)
+    found = load_file("s.safetensors")
+    assert all(bits(found[name]) == bits(tensor) for name, tensor in weights.items())
+    kept = [row[0] for row in rows if row[1]]
+    plain = library.soup(kept).weights
+    assert all(bits(found[name]) == bits(plain[name]) for name in plain)
+    split = json.loads(Path("s.json").read_text())["splits"]["test"]
+    assert split["kept"] == kept
+    assert split["soup"] >= max(split["checkpoints"])
+    assert f"{len(kept)} of 5 checkpoints kept" in done.stdout
+    assert losscli("plot", "s.csv", "--figure", "again.png").status == 0
+    assert Path("again.png").read_bytes() == Path("s.png").read_bytes()
+
+
+def test_a_result_saves_what_the_command_line_writes(
+    losscli: Losscli, relatives: list[str]
+) -> None:
+    assert losscli("soup", *relatives, "--greedy", "test", "-o", "cli.safetensors").status == 0
+    result = library.soup(relatives, greedy="test")
+    result.save("py")
+    for suffix in (".csv", ".png", ".safetensors"):
+        assert Path(f"py{suffix}").read_bytes() == Path(f"cli{suffix}").read_bytes()
+    loaded = library.load("py")
+    assert loaded.table == result.table
+    assert to_json(loaded.summary) == to_json(result.summary)
+    with pytest.raises(OutputError, match=r"py\.safetensors exists"):
+        result.save("py")
+    # The same run may be repeated; another needs --force.
+    assert losscli("soup", *relatives, "--greedy", "test", "-o", "cli.safetensors").status == 0
+    other = ["soup", *relatives[1:], "--greedy", "test", "-o", "cli.safetensors"]
+    done = losscli(*other)
+    assert (done.status, done.stdout) == (1, "")
+    assert "cli.csv holds the results of another run" in done.stderr
+    assert losscli(*other, "--force", "--json").status == 0
+
+
+def test_a_dry_run_writes_nothing(losscli: Losscli, relatives: list[str], folder: Path) -> None:
+    before = sorted(folder.iterdir())
+    done = losscli("soup", *relatives, "--greedy", "test", "-o", "s.safetensors", "--dry-run")
+    assert done.status == 0
+    assert "points       9" in done.stdout
+    assert sorted(folder.iterdir()) == before
+
+
+def test_statistics_are_re_estimated_where_asked(losscli: Losscli, folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.rand(40, 1, 6, 6, generator=generator)
+    arrays = {"train_inputs": inputs, "train_targets": torch.arange(40) % 3}
+    np.savez("images.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
+    for seed in (1, 2):
+        torch.save(batchnorm(seed), f"bn{seed}.pt")
+    files, model = ["bn1.pt", "bn2.pt"], CNN("3", channels=1, classes=3, batchnorm=True)
+    done = losscli("soup", *files, "-o", "mean.safetensors")
+    assert "BatchNorm's statistics are averages; --buffers recalibrate" in done.stderr
+    spec = ["-m", "cnn:3,channels=1,classes=3,batchnorm=true", "-d", "npz:images.npz"]
+    again = ["--buffers", "recalibrate", "-o", "new.safetensors"]
+    done = losscli("soup", *files, *spec, *again)
+    assert (done.status, done.stderr) == (0, "")
+    mean, new = load_file("mean.safetensors"), load_file("new.safetensors")
+    model.load_state_dict(mean)
+    torch.optim.swa_utils.update_bn([inputs], model)
+    expected = model.state_dict()
+    changed = {name for name in new if not torch.equal(new[name], mean[name])}
+    assert changed == {"norms.0.running_mean", "norms.0.running_var"}
+    for name in changed:
+        torch.testing.assert_close(new[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+GREEDY = {
+    "no split": ("--greedy val", 2, "val"),
+    "a split twice": ("--greedy test --split train", 2, ": --split has no effect"),
+    "a sample": ("--greedy test --sampling-error 0.1", 2, "--sampling-error has no effect"),
+    "no search": ("--figure x.png", 2, "--figure has no effect without --greedy. Leave it out"),
+    "no json": ("--json", 2, "--json has no effect without --greedy"),
+}
+
+
+@pytest.mark.parametrize("case", GREEDY)
+def test_a_search_that_cannot_be_is_refused(
+    case: str, losscli: Losscli, folder: Path, three: list[str]
+) -> None:
+    options, status, message = GREEDY[case]
+    command = ["soup", *three, *options.split(), "-m", "mlp:6-5-3", "-o", "y.safetensors"]
+    is_refused(losscli, folder, command, status, message)
+
+
+def test_a_checkpoint_without_a_finite_score_is_not_kept(
+    losscli: Losscli, three: list[str]
+) -> None:
+    broken = {name: torch.full_like(tensor, math.nan) for name, tensor in state("a.pt").items()}
+    for name in ("nan.pt", "nan2.pt"):
+        torch.save({"state_dict": broken, "losscli.model": "mlp:6-5-3"}, name)
+    line = ["--greedy", "test", "-o", "y.safetensors"]
+    done = losscli("soup", "nan.pt", "nan2.pt", *line)
+    assert (done.status, done.stdout) == (1, "")
+    assert "no checkpoint has a finite score on test" in done.stderr
+    assert not Path("y.csv").exists()
+    assert not Path("y.safetensors").exists()
+    assert losscli("soup", "nan.pt", *three, *line).status == 0
+    assert Table.read(Path("y.csv")).where("checkpoint", "nan.pt")["kept"] == [0]
+
+
+def test_a_file_to_write_is_needed(losscli: Losscli, folder: Path, three: list[str]) -> None:
+    message = "soup needs a file to write. Give -o X.safetensors"
+    is_refused(losscli, folder, ["soup", *three], 2, message)
+
+
+def test_a_killed_search_goes_on(
+    losscli: Losscli, relatives: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["soup", *relatives, "--greedy", "test", "-o"]
+    assert losscli(*line, "whole.safetensors").status == 0
+    # Broken off when the checkpoint is written and the table is not.
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert losscli(*line, "s.safetensors").status == 130
+    assert Path("s.safetensors").exists()
+    assert not Path("s.csv").exists()
+    done = losscli(*line, "s.safetensors")
+    assert done.status == 0
+    assert "goes on where s.journal ends" in done.stderr
+    for suffix in (".csv", ".safetensors", ".png"):
+        assert Path(f"s{suffix}").read_bytes() == Path(f"whole{suffix}").read_bytes()
