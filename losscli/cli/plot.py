@@ -42,7 +42,7 @@ def plot(
         typer.Option(
             "--label",
             help="Repeatable: a name for each CSV, or for each checkpoint of a single around, "
-            "sharpness or barriers.",
+            "sharpness, barriers or soup.",
             show_default=False,
         ),
     ] = None,

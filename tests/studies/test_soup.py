@@ -340,6 +340,32 @@ def test_a_result_saves_what_the_command_line_writes(
     assert losscli(*other, "--force", "--json").status == 0
 
 
+def test_objects_are_searched_too(relatives: list[str]) -> None:
+    data = {"held": (torch.rand(9, 6), torch.arange(9) % 3)}
+    states = [state(name) for name in relatives]
+    done: list[float] = []
+    options = {"model": MLP("6-5-3"), "data": data, "greedy": "held", "progress": done.append}
+    result = library.soup(states, **options)
+    named = library.soup(relatives, **{**options, "progress": None})
+    assert result.table["score"] == named.table["score"]
+    assert result.table["kept"] == named.table["kept"]
+    assert done[-1] == 9
+    assert all(
+        bits(result.checkpoint.weights[name]) == bits(named.checkpoint.weights[name])
+        for name in states[0]
+    )
+
+
+def test_only_the_chosen_tensors_are_averaged(relatives: list[str]) -> None:
+    found = library.soup(
+        relatives, data={"x": (torch.rand(4, 6), torch.arange(4) % 3)}, only="*bias"
+    )
+    whole, first = library.soup(relatives), state(relatives[0])
+    for name, tensor in found.weights.items():
+        expected = whole.weights[name] if name.endswith("bias") else first[name]
+        assert bits(tensor) == bits(expected)
+
+
 def test_a_dry_run_writes_nothing(losscli: Losscli, relatives: list[str], folder: Path) -> None:
     before = sorted(folder.iterdir())
     done = losscli("soup", *relatives, "--greedy", "test", "-o", "s.safetensors", "--dry-run")
