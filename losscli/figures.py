@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from losscli.drawing import FULL, Drawing
 from losscli.errors import UsageError
 from losscli.registry import Panels, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_curve_count", "check_panel_count", "render_files"]
+__all__ = ["check_curve_count", "check_panel_count", "has_panels", "render_files"]
 
 # Laying out more panels takes minutes; more curves are indistinguishable.
 _MOST_PANELS = 24
@@ -39,6 +40,11 @@ def check_panel_count(panels: Panels, splits: int, metrics: int, cure: str) -> N
     check_curve_count(splits, cure)
 
 
+def has_panels(path: Path) -> bool:
+    """Returns whether a figure has a fixed number of panels: an interactive page has not."""
+    return path.suffix.lower() != ".html"
+
+
 def check_curve_count(curves: int, cure: str) -> None:
     """Checks that a figure has no more curves than it can show.
 
@@ -54,7 +60,10 @@ def check_curve_count(curves: int, cure: str) -> None:
 
 
 def render_files(
-    figure: Callable[[], Figure], html: Callable[[], str], paths: Sequence[Path]
+    figure: Callable[[], Figure],
+    html: Callable[[], str],
+    paths: Sequence[Path],
+    drawing: Drawing = FULL,
 ) -> dict[Path, bytes]:
     """Renders a figure in the format of each file.
 
@@ -62,6 +71,7 @@ def render_files(
         figure: Draws the figure; called for each file, since rendering modifies it.
         html: Renders the figure as an interactive page.
         paths: The files.
+        drawing: How the figure is drawn.
 
     Returns:
         The content of each file.
@@ -70,6 +80,6 @@ def render_files(
         return {}
     render = load("losscli.plotting.style:render")
     return {
-        path: html().encode() if path.suffix.lower() == ".html" else render(figure(), path.suffix)
+        path: html().encode() if not has_panels(path) else render(figure(), path.suffix, drawing)
         for path in paths
     }

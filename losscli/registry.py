@@ -17,6 +17,8 @@ from losscli.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from losscli.drawing import Drawing
+
 __all__ = [
     "COLUMN_TYPES",
     "COMMANDS",
@@ -91,16 +93,14 @@ class Command:
         report: The function that puts a `Result` into words.
         drawing: The function that draws runs: a sequence of them, or one where several cannot be
             overlaid.
-        page: The function that renders runs as an interactive page, with the same arguments, or
-            that of any command.
+        views: The function that returns the views of runs on an interactive page, with the same
+            runs, or that of any command.
         summary: The type of the summary, STEM.json, see `losscli.summaries`.
         table: The main table, STEM.csv.
         further_tables: The tables that are written beside it, by NAME of STEM.NAME.csv.
         panels: What the figure has a panel for.
         distributed: Whether several processes share its work.
         not_overlaid: Why several runs have no figure together, and what to do; None if they have.
-        labelled: The columns with names that ``plot --label`` replaces in the figure of one run;
-            empty if a label names a run.
     """
 
     name: str
@@ -112,10 +112,9 @@ class Command:
     table: TableFormat
     further_tables: Mapping[str, TableFormat] = field(default_factory=dict)
     panels: Panels = "splits"
-    page: str = ""
+    views: str = ""
     distributed: bool = True
     not_overlaid: tuple[str, str] | None = None
-    labelled: tuple[str, ...] = ()
 
     def panels_with(self, tables: Collection[str]) -> Panels:
         """Says what the figure has a panel for.
@@ -129,13 +128,12 @@ class Command:
         formats = (self.further_tables[name] for name in tables if name in self.further_tables)
         return next((table.panels for table in formats if table.panels), self.panels)
 
-    def draw(self, runs: Sequence[Any], *, title: str = "", log: bool = False) -> Figure:
+    def draw(self, runs: Sequence[Any], drawing: Drawing) -> Figure:
         """Draws one run or several.
 
         Args:
             runs: Each a `losscli.results.Run`.
-            title: Stands above the panels.
-            log: Whether the loss has a logarithmic axis.
+            drawing: How.
 
         Returns:
             The figure, laid out and ready to be rendered.
@@ -143,30 +141,29 @@ class Command:
         Raises:
             UsageError: Several runs have no figure together, or this one has none.
         """
-        figure: Figure = load(self.drawing)(self._overlaid(runs), title=title, log=log)
-        load("losscli.plotting.style:make_displayable")(figure)
+        figure: Figure = load(self.drawing)(self._overlaid(runs), drawing)
+        load("losscli.plotting.style:make_displayable")(figure, drawing)
         return figure
 
-    def html(self, runs: Sequence[Any], *, title: str = "", log: bool = False) -> str:
-        """Renders one run or several as an interactive page.
+    def page_views(self, runs: Sequence[Any]) -> Sequence[Any]:
+        """Returns the views of one run or several on an interactive page.
 
         Args:
             runs: Each a `losscli.results.Run`.
-            title: Stands above the figure.
-            log: Whether the scale of the loss is logarithmic at first.
 
         Returns:
-            HTML that needs no other file.
+            Each a `losscli.plotting.html.View`.
 
         Raises:
             UsageError: Several runs have no figure together, or this one has none.
         """
         what = self._overlaid(runs)
-        if self.page:
-            page: str = load(self.page)(what, title=title, log=log)
-        else:
-            page = load("losscli.plotting.html:table_page")(runs, title=title, log=log)
-        return page
+        views: Sequence[Any] = (
+            load(self.views)(what)
+            if self.views
+            else load("losscli.plotting.html:table_views")(runs)
+        )
+        return views
 
     def _overlaid(self, runs: Sequence[Any]) -> Any:
         """Returns what is drawn together: the runs, or the only one."""
@@ -200,7 +197,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.interpolate:interpolate",
             report="losscli.cli.interpolate:report",
             drawing="losscli.plotting.interpolation:draw_interpolation",
-            page="losscli.plotting.interpolation:render_interpolation",
+            views="losscli.plotting.interpolation:interpolation_views",
             summary="losscli.summaries:LineSummary",
             table=TableFormat(
                 ("alpha", *_LOSS),
@@ -240,7 +237,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.trajectory:trajectory",
             report="losscli.cli.trajectory:report",
             drawing="losscli.plotting.trajectory:draw_trajectory",
-            page="losscli.plotting.trajectory:render_trajectory",
+            views="losscli.plotting.trajectory:trajectory_views",
             summary="losscli.summaries:TrajectorySummary",
             table=TableFormat(
                 (
@@ -271,7 +268,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.plane:plane",
             report="losscli.cli.plane:report",
             drawing="losscli.plotting.plane:draw_plane",
-            page="losscli.plotting.plane:render_plane",
+            views="losscli.plotting.plane:plane_views",
             summary="losscli.summaries:PlaneSummary",
             table=TableFormat(
                 ("x", "y", *_LOSS),
@@ -294,7 +291,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.around:around",
             report="losscli.cli.around:report",
             drawing="losscli.plotting.around:draw_around",
-            page="losscli.plotting.around:render_around",
+            views="losscli.plotting.around:around_views",
             summary="losscli.summaries:AroundSummary",
             table=TableFormat(
                 ("checkpoint", "direction", "coefficient", "distance", *_LOSS),
@@ -303,7 +300,6 @@ COMMANDS: Mapping[str, Command] = {
                 errors=("loss_stderr",),
                 position="coefficient",
             ),
-            labelled=("checkpoint",),
         ),
         Command(
             name="check",
@@ -311,7 +307,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.check:check",
             report="losscli.cli.check:report",
             drawing="losscli.plotting.check:draw_check",
-            page="losscli.plotting.check:render_check",
+            views="losscli.plotting.check:check_views",
             summary="losscli.summaries:CheckSummary",
             table=TableFormat(
                 (
@@ -355,7 +351,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.sharpness:sharpness",
             report="losscli.cli.sharpness:report",
             drawing="losscli.plotting.sharpness:draw_sharpness",
-            page="losscli.plotting.sharpness:render_sharpness",
+            views="losscli.plotting.sharpness:sharpness_views",
             summary="losscli.summaries:SharpnessSummary",
             table=TableFormat(
                 (
@@ -369,7 +365,6 @@ COMMANDS: Mapping[str, Command] = {
                 "one table of sharpness cannot be laid over another",
                 "Give one CSV of sharpness",
             ),
-            labelled=("checkpoint",),
         ),
         Command(
             name="barriers",
@@ -377,7 +372,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.barriers:barriers",
             report="losscli.cli.barriers:report",
             drawing="losscli.plotting.barriers:draw_barriers",
-            page="losscli.plotting.barriers:render_barriers",
+            views="losscli.plotting.barriers:barriers_views",
             summary="losscli.summaries:BarriersSummary",
             table=TableFormat(
                 (
@@ -399,7 +394,6 @@ COMMANDS: Mapping[str, Command] = {
                 ),
             },
             not_overlaid=("one matrix cannot be laid over another", "Give one CSV of barriers"),
-            labelled=("a", "b"),
         ),
         Command(
             name="soup",
@@ -413,7 +407,6 @@ COMMANDS: Mapping[str, Command] = {
             ),
             distributed=False,
             not_overlaid=("one search cannot be laid over another", "Give one CSV of soup"),
-            labelled=("checkpoint",),
         ),
         Command(
             name="inspect",
@@ -421,7 +414,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="",
             report="losscli.cli.files:report",
             drawing="losscli.plotting.inspection:draw_inspection",
-            page="losscli.plotting.inspection:render_inspection",
+            views="losscli.plotting.inspection:inspection_views",
             summary="losscli.summaries:InspectionSummary",
             table=TableFormat(
                 ("tensor", "shape", "dtype", "values", "norm"),

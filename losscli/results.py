@@ -12,17 +12,25 @@ import os
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from losscli.drawing import FULL, Drawing
 from losscli.errors import OutputError, TableError, UsageError, printable
-from losscli.figures import check_panel_count, render_files
+from losscli.figures import check_panel_count, has_panels, render_files
 from losscli.files import create, read_regular
-from losscli.registry import COMMANDS, Command, command_of, further_table_names, load
+from losscli.registry import (
+    COLUMN_TYPES,
+    COMMANDS,
+    Command,
+    command_of,
+    further_table_names,
+    load,
+)
 from losscli.settings import PathLike, checked
 from losscli.summaries import from_json
 from losscli.table import Table
@@ -31,13 +39,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Drawing",
+    "Draw",
     "Output",
     "Result",
     "Run",
+    "check_labels",
+    "check_plotly",
     "check_writable",
     "default_stem",
     "draw",
+    "label_runs",
     "picture_of",
     "read_summary",
     "render_html",
@@ -64,8 +75,7 @@ class Run(Generic[S_co]):
         summary: The summary, STEM.json; ``{}`` if there is only the CSV.
         label: The name in a figure of several runs; by default its first and last checkpoint.
         more: The further tables by NAME of STEM.NAME.csv, such as ``surface``.
-        checkpoint_labels: The names of the checkpoints in a figure that shows each of them, in
-            the order of the table; by default those of the table.
+        checkpoint_labels: The names of the `checkpoints` in a figure; by default their own.
     """
 
     table: Table
@@ -74,16 +84,30 @@ class Run(Generic[S_co]):
     more: Mapping[str, Table] = field(default_factory=dict)
     checkpoint_labels: Sequence[str] = ()
 
+    @property
+    def checkpoints(self) -> list[str]:
+        """The names of the checkpoints in their order, as far as they are known."""
+        entries: Any = self.summary.get("checkpoints")
+        if entries:
+            return [str(entry.get("name", "")) for entry in entries]
+        columns = [c for c in self.table.columns if COLUMN_TYPES.get(c) == "path"]
+        return [str(name) for name in self.table.unique(*columns)] if columns else []
 
-class Drawing(Protocol):
+    def label_of(self, name: str) -> str:
+        """Returns the label of a checkpoint; empty if it has none."""
+        labels = zip(self.checkpoints, self.checkpoint_labels, strict=False)
+        return next((label for checkpoint, label in labels if checkpoint == name), "")
+
+
+class Draw(Protocol):
     """Draws runs of one command."""
 
-    def __call__(self, runs: Sequence[Run[Any]], *, log: bool) -> Figure:
+    def __call__(self, runs: Sequence[Run[Any]], drawing: Drawing) -> Figure:
         """Draws a figure.
 
         Args:
             runs: The runs.
-            log: Whether the loss has a logarithmic axis.
+            drawing: How.
 
         Returns:
             A matplotlib figure.
@@ -103,7 +127,7 @@ class Result(Generic[S_co]):
 
     table: Table
     summary: S_co
-    draw: Drawing = field(repr=False, compare=False)
+    draw: Draw = field(repr=False, compare=False)
     more: Mapping[str, Table] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -117,7 +141,8 @@ class Result(Generic[S_co]):
             figure = self.figure()
         except UsageError:  # the state dicts of a file have none
             return None
-        picture: tuple[bytes, dict[str, float]] = load("losscli.plotting.style:png_of")(figure)
+        png_of = load("losscli.plotting.style:png_of")
+        picture: tuple[bytes, dict[str, float]] = png_of(figure, self.drawing)
         return picture
 
     def _repr_png_(self) -> tuple[bytes, dict[str, float]] | None:
@@ -147,24 +172,67 @@ class Result(Generic[S_co]):
         """The result as a run to draw."""
         return Run(self.table, self.summary, more=self.more)
 
+    @property
+    def drawing(self) -> Drawing:
+        """How its figure is drawn, by its summary.
+
+        Raises:
+            UsageError: The summary has a value that cannot be drawn.
+        """
+        stored: Any = self.summary.get("drawing", {})
+        return Drawing(**stored)
+
+    def _drawn(self, **options: Any) -> Result[S_co]:
+        """Returns the result with options of its figure; those that are None stay as they are."""
+        given = {name: value for name, value in options.items() if value is not None}
+        if "style" in given:
+            given["style"] = load("losscli.plotting.style_sheet:read")(given["style"])
+        stored = replace(self.drawing, **given).stored
+        if not stored and "drawing" not in self.summary:
+            return self
+        summary: Any = {**self.summary, "drawing": stored}
+        return replace(self, summary=summary)
+
     @checked()
-    def figure(self, *, log: bool = False) -> Figure:
-        """Draws the result.
+    def figure(
+        self,
+        *,
+        log: bool | None = None,
+        size: str | None = None,
+        label: str | Sequence[str] | None = None,
+        ylim: tuple[float, float] | None = None,
+        style: PathLike | None = None,
+        no_markers: bool | None = None,
+    ) -> Figure:
+        """Draws the result, by default with the options that its summary stores.
 
         Args:
-            log: Whether the loss has a logarithmic axis.
+            log: Whether the loss has a logarithmic axis, or scale of colours.
+            size: ``full``, ``paper``, ``slide`` or ``WxH`` in inches.
+            label: A name for each checkpoint, in their order; empty for their own names.
+            ylim: The lowest and the highest loss on its axis or scale of colours.
+            style: A Matplotlib style sheet.
+            no_markers: Whether curves have no dots and no marks at their ends and extrema.
 
         Returns:
             A matplotlib figure.
+
+        Raises:
+            UsageError: A value cannot be drawn, or the style sheet cannot be read.
         """
-        return self.draw([self.run], log=log)
+        result = self._drawn(
+            log=log, size=size, label=label, ylim=ylim, style=style, no_markers=no_markers
+        )
+        drawing = result.drawing
+        return self.draw(label_runs([result.run], drawing.label), drawing)
 
     @checked()
-    def html(self, *, log: bool = False) -> str:
+    def html(self, *, log: bool | None = None, label: str | Sequence[str] | None = None) -> str:
         """Renders the result as an interactive page.
 
         Args:
             log: Whether the scale of the loss is logarithmic at first.
+            label: A name for each checkpoint, in their order; empty for their own names.
 
         Returns:
             HTML that needs no other file and no network.
@@ -172,7 +240,9 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: Plotly is not installed.
         """
-        return render_html([self.run], log=log)
+        result = self._drawn(log=log, label=label)
+        drawing = result.drawing
+        return render_html(label_runs([result.run], drawing.label), drawing)
 
     @checked()
     def save(
@@ -181,8 +251,13 @@ class Result(Generic[S_co]):
         *,
         figure: tuple[PathLike, ...] = (),
         no_figure: bool = False,
-        log: bool = False,
         force: bool = False,
+        log: bool | None = None,
+        size: str | None = None,
+        label: str | Sequence[str] | None = None,
+        ylim: tuple[float, float] | None = None,
+        style: PathLike | None = None,
+        no_markers: bool | None = None,
     ) -> list[Path]:
         """Writes the files that the command line writes; `losscli.load` reads them again.
 
@@ -190,8 +265,13 @@ class Result(Generic[S_co]):
             stem: STEM of STEM.csv, STEM.json, STEM.NAME.csv of each further table and STEM.png.
             figure: Figures (.png, .svg, .pdf, .html) instead of STEM.png.
             no_figure: Whether to draw no figure.
-            log: Whether the loss has a logarithmic axis.
             force: Whether results of another run may be overwritten.
+            log: See `figure`, as for the following options. The summary stores them.
+            size: See `figure`.
+            label: See `figure`.
+            ylim: See `figure`.
+            style: See `figure`.
+            no_markers: See `figure`.
 
         Returns:
             The files.
@@ -203,10 +283,13 @@ class Result(Generic[S_co]):
         """
         if figure and no_figure:
             raise UsageError("figure and no_figure contradict each other", "Give one of them")
+        result = self._drawn(
+            log=log, size=size, label=label, ylim=ylim, style=style, no_markers=no_markers
+        )
         output = Output.plan(
             stem_of(str(stem)), [Path(path) for path in figure], draw=not no_figure, force=force
         )
-        if output.figures:
+        if any(map(has_panels, output.figures)):
             splits = self.table.unique("split") if "split" in self.table.columns else []
             check_panel_count(
                 self.command.panels_with(self.more),
@@ -216,16 +299,58 @@ class Result(Generic[S_co]):
             )
         identity = self.summary.get("identity")
         output.guard(None if identity is None else str(identity), self.command.further_tables)
-        return output.save(self, log=log)
+        return output.save(result)
 
 
-def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Figure:
+def check_labels(labels: Sequence[str], number: int, things: str = "checkpoints") -> None:
+    """Checks that there is a label for each thing, or none.
+
+    Args:
+        labels: The labels.
+        number: The number of things.
+        things: What they are, in the plural.
+
+    Raises:
+        UsageError: There are too many or too few labels.
+    """
+    if labels and len(labels) != number:
+        raise UsageError(
+            f"{len(labels)} labels for {number} {things}", "Give --label once for each, in order"
+        )
+
+
+def label_runs(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
+    """Gives labels to runs, or to the checkpoints of a single run.
+
+    Args:
+        runs: The runs.
+        labels: A label for each of several runs, or for each checkpoint of a single one, or one
+            for a single run that can be drawn together with others; none to change nothing.
+
+    Returns:
+        The runs.
+
+    Raises:
+        UsageError: There are too many or too few labels.
+    """
+    if not labels:
+        return list(runs)
+    if len(runs) > 1:
+        check_labels(labels, len(runs), "CSV files")
+        return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+    number = len(runs[0].checkpoints)
+    if len(labels) == 1 != number and not _shared_command(runs).not_overlaid:
+        return [replace(runs[0], label=labels[0])]
+    check_labels(labels, number or 1, "checkpoints" if number else "CSV files")
+    return [replace(runs[0], checkpoint_labels=labels)]
+
+
+def draw(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> Figure:
     """Draws runs of one command, by the columns of their tables.
 
     Args:
         runs: One or more, each with the table of a command.
-        title: Stands above the panels.
-        log: Whether the loss has a logarithmic axis.
+        drawing: How.
 
     Returns:
         The figure, laid out and ready to be rendered.
@@ -233,16 +358,15 @@ def draw(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> Fig
     Raises:
         UsageError: The runs are of several commands, or have no figure together.
     """
-    return _shared_command(runs).draw(runs, title=title, log=log)
+    return _shared_command(runs).draw(runs, drawing)
 
 
-def render_html(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False) -> str:
+def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
     """Renders runs of one command as an interactive page, by the columns of their tables.
 
     Args:
         runs: One or more, each with the table of a command.
-        title: Stands above the figure.
-        log: Whether the scale of the loss is logarithmic at first.
+        drawing: The title, and whether the scale of the loss is logarithmic at first.
 
     Returns:
         HTML that needs no other file and no network.
@@ -251,11 +375,18 @@ def render_html(runs: Sequence[Run[Any]], *, title: str = "", log: bool = False)
         UsageError: The runs are of several commands or have no figure together, or Plotly is not
             installed.
     """
-    _check_plotly()
-    return _shared_command(runs).html(runs, title=title, log=log)
+    check_plotly()
+    views = _shared_command(runs).page_views(runs)
+    page: str = load("losscli.plotting.html:render_page")(views, drawing)
+    return page
 
 
-def _check_plotly() -> None:
+def check_plotly() -> None:
+    """Checks that interactive pages can be rendered.
+
+    Raises:
+        UsageError: Plotly is not installed.
+    """
     if find_spec("plotly") is None:
         raise UsageError(
             "a figure in .html needs plotly, which is not installed", "pip install 'losscli[html]'"
@@ -268,7 +399,7 @@ def _shared_command(runs: Sequence[Run[Any]]) -> Command:
     if len(commands) > 1:
         raise UsageError(
             f"tables of {' and '.join(sorted(commands))} have no axes in common",
-            "Lay tables of one command over each other",
+            "Lay tables of one command over each other, or write a report: --figure report.html",
         )
     (command,) = commands.values()
     return command
@@ -448,7 +579,7 @@ class Output:
                     f"Choose one of {', '.join(FIGURE_SUFFIXES)}",
                 )
         if any(path.suffix.lower() == ".html" for path in figures):
-            _check_plotly()
+            check_plotly()
         for parent in {path.parent for path in (stem, *figures)}:
             # Missing folders are created later, inside the nearest existing one.
             folder = next(p for p in (parent, *parent.parents) if p.exists())
@@ -505,14 +636,13 @@ class Output:
             identity is not None and _read_object(self._file(".json")).get("identity") == identity
         )
 
-    def save(self, result: Result[Any], *, log: bool = False) -> list[Path]:
+    def save(self, result: Result[Any]) -> list[Path]:
         """Draws and writes a result: all files under temporary names first, then all are renamed.
 
         Further tables of an older run with the same stem are removed.
 
         Args:
             result: The result.
-            log: Whether the loss has a logarithmic axis.
 
         Returns:
             The files.
@@ -521,9 +651,7 @@ class Output:
             UsageError: The result has no such figure.
             OutputError: A file cannot be written. No file is changed then.
         """
-        pictures = render_files(
-            partial(result.figure, log=log), partial(result.html, log=log), self.figures
-        )
+        pictures = render_files(result.figure, result.html, self.figures, result.drawing)
         old_tables = _read_object(self._file(".json")).get("tables")
         summary = f"{to_json(result.summary)}\n".encode()
         # The summary comes first: if the process is killed in between, it identifies the run. The

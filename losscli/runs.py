@@ -5,26 +5,40 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from losscli.drawing import Drawing
 from losscli.errors import TableError, UsageError
 from losscli.figures import check_curve_count, check_panel_count
 from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of
-from losscli.results import Result, Run, draw, read_summary, stem_of
+from losscli.registry import load as load_function
+from losscli.results import Result, Run, check_plotly, draw, label_runs, read_summary, stem_of
 from losscli.settings import PathLike, as_list, checked, describe
+from losscli.summaries import DrawingSummary
 from losscli.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_curves", "check_main", "check_panels", "load", "plot", "read_run", "with_labels"]
+__all__ = [
+    "check_curves",
+    "check_main",
+    "check_panels",
+    "load",
+    "plot",
+    "read_run",
+    "report",
+    "stored_drawing",
+]
 
 # Maximum number of grid points per row: a table may lack some points, but not most of them.
 _SPARSEST = 4
 
 _FEWER = "Choose fewer by --split and --metric when a table is made, or give fewer tables"
+
+# Maximum number of checkpoints that a report names.
+_LISTED = 4
 
 # Maximum |α|: beyond, weights on the line exceed the range of float32.
 _LARGEST_ALPHA = 1e30
@@ -64,18 +78,25 @@ Drawable = PathLike | Result[Any]
 def plot(
     runs: Drawable | Iterable[Drawable],
     *,
-    label: tuple[str, ...] = (),
     title: str = "",
-    log: bool = False,
+    log: bool | None = None,
+    size: str | None = None,
+    label: tuple[str, ...] = (),
+    ylim: tuple[float, float] | None = None,
+    style: PathLike | None = None,
+    no_markers: bool | None = None,
 ) -> Figure:
     """Draws one run or several of one command, as ``losscli plot`` does.
 
     Args:
         runs: CSV files that losscli wrote, or results: one or several.
-        label: A name for each run, or for each checkpoint of a single ``around``, ``sharpness`` or
-            ``barriers``.
         title: Stands above the panels.
-        log: Whether the loss has a logarithmic axis.
+        log: Whether the loss has a logarithmic axis; None, here and below, for what all runs store.
+        size: ``full``, ``paper``, ``slide`` or ``WxH`` in inches.
+        label: A name for each run, or for each checkpoint of a single one.
+        ylim: The lowest and the highest loss on its axis or scale of colours.
+        style: A Matplotlib style sheet.
+        no_markers: Whether curves have no dots and no marks at their ends and extrema.
 
     Returns:
         A matplotlib figure.
@@ -91,10 +112,17 @@ def plot(
     names = [
         f"run {k}" if isinstance(value, Result) else str(value) for k, value in enumerate(values)
     ]
-    drawn = with_labels(list(map(_as_run, values, names)), label)
+    drawn = list(map(_as_run, values, names))
+    options: dict[str, Any] = {"log": log, "size": size, "ylim": ylim, "no_markers": no_markers}
+    options |= {"label": label or None}
+    if style is not None:
+        options["style"] = load_function("losscli.plotting.style_sheet:read")(style)
+    given = {name: value for name, value in options.items() if value is not None}
+    drawing = Drawing(**{**stored_drawing(names, drawn), **given, "title": title})
+    drawn = label_runs(drawn, drawing.label)
     check_curves(drawn)
     check_panels(names, drawn)
-    return draw(drawn, title=title, log=log)
+    return draw(drawn, drawing)
 
 
 def _as_run(value: Any, name: str) -> Run[Any]:
@@ -104,6 +132,73 @@ def _as_run(value: Any, name: str) -> Run[Any]:
     if isinstance(value, str | os.PathLike):
         return read_run(Path(value))
     raise UsageError(f"{describe(value)} is neither a CSV nor a result", "Give result, or its CSV")
+
+
+def report(names: Sequence[str], runs: Sequence[Run[Any]], drawing: Drawing) -> str:
+    """Renders runs of any commands as one interactive page, with the origin of their numbers.
+
+    Runs of one command share a section if they can be drawn together.
+
+    Args:
+        names: The name of each run.
+        runs: The runs.
+        drawing: The title, and whether the scales are logarithmic at first.
+
+    Returns:
+        HTML that needs no other file and no network.
+
+    Raises:
+        UsageError: A run has no figure, or Plotly is not installed.
+    """
+    check_plotly()
+    together: dict[str, list[tuple[str, Run[Any]]]] = {}
+    for name, run in zip(names, runs, strict=True):
+        command = command_of(run.table.columns)
+        assert command is not None  # see `check_main`
+        key = f"{command.name} {name}" if command.not_overlaid else command.name
+        together.setdefault(key, []).append((name, run))
+    section = load_function("losscli.plotting.html:Section")
+    sections = []
+    for members in together.values():
+        command = command_of(members[0][1].table.columns)
+        assert command is not None
+        shown = ", ".join(run.label or name for name, run in members)
+        views = command.page_views([run for _, run in members])
+        origin = [(run.label or name, _origin(run)) for name, run in members]
+        sections.append(section(f"{command.name}: {shown}", views, origin))
+    page: str = load_function("losscli.plotting.html:render_report")(sections, drawing)
+    return page
+
+
+def _origin(run: Run[Any]) -> str:
+    """Says in one line what the numbers of a run come from, as far as its summary says it."""
+    summary = run.summary
+    if not summary:
+        return "There is no summary beside the table: the origin of its numbers is unknown."
+    settings = {
+        "losscli": summary.get("version"),
+        "torch": summary.get("torch"),
+        "device": summary.get("device_name") or summary.get("device"),
+        "dtype": summary.get("dtype"),
+        "model": summary.get("model"),
+        "data": summary.get("data"),
+        "loss": summary.get("loss"),
+        "seed": summary.get("seed"),
+    }
+    parts = [f"{name} {value}" for name, value in settings.items() if value is not None]
+    unit = "batches" if "batches" in summary else "examples"
+    counts = summary.get(unit, {})
+    parts += [f"{number:,} {unit} of {split}" for split, number in counts.items()]
+    checkpoints = []
+    for entry in summary.get("checkpoints", ()):
+        digest = entry.get("sha256")
+        content = f" (SHA-256 {digest[:12]}…)" if digest else ""
+        checkpoints.append(f"{entry.get('name', '')}{content}")
+    if len(checkpoints) > _LISTED:
+        left_out = len(checkpoints) - _LISTED
+        checkpoints = [*checkpoints[: _LISTED - 1], f"{left_out} more", checkpoints[-1]]
+    parts.append(f"checkpoints {', '.join(checkpoints)}")
+    return "; ".join(parts)
 
 
 def read_run(path: Path, *, undrawn: bool = False) -> Run[Any]:
@@ -126,32 +221,36 @@ def read_run(path: Path, *, undrawn: bool = False) -> Run[Any]:
     return Run(table, summary, more=more)
 
 
-def with_labels(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
-    """Assigns labels to runs, or to the checkpoints of a single run.
+def stored_drawing(names: Sequence[str], runs: Sequence[Run[Any]]) -> DrawingSummary:
+    """Returns the options of the figure that the summaries of all runs have in common.
 
     Args:
+        names: The name of each run in errors.
         runs: The runs.
-        labels: A label for each; empty for none.
 
     Returns:
-        The runs with their labels.
+        The options. The labels of checkpoints are those of a single run.
 
     Raises:
-        UsageError: The number of labels is another one.
+        TableError: A summary has a value that cannot be drawn.
     """
-    command = command_of(runs[0].table.columns)
-    columns = command.labelled if command and len(runs) == 1 else ()
-    number = len(runs[0].table.unique(*columns)) if columns else len(runs)
-    if labels and len(labels) != number:
-        targets = "checkpoints" if columns else "CSV files"
-        raise UsageError(
-            f"{len(labels)} labels for {number} {targets}", "Give --label once for each, in order"
-        )
-    if columns:
-        return [replace(runs[0], checkpoint_labels=labels)]
-    return [
-        replace(run, label=label) for run, label in zip(runs, labels or [""] * number, strict=True)
-    ]
+    stored: list[dict[str, Any]] = []
+    for name, run in zip(names, runs, strict=True):
+        options = run.summary.get("drawing", {})
+        try:
+            if style := Drawing(**options).style:
+                load_function("losscli.plotting.style_sheet:parse")(style)
+        except UsageError as error:
+            where = Path(name).with_suffix(".json")
+            raise TableError(f"{where}, drawing: {error.what}", error.cure) from None
+        stored.append(options if len(runs) == 1 else {**options, "label": ()})
+    common: Any = {
+        key: value
+        for key, value in stored[0].items()
+        if all(options.get(key) == value for options in stored)
+    }
+    shared: DrawingSummary = common
+    return shared
 
 
 def check_main(table: Table, name: str) -> Command:

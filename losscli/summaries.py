@@ -149,13 +149,37 @@ class Provenance(_Except, Counts, total=False):
     checkpoints: list[CheckpointEntry]
 
 
+class StrategyChoice(TypedDict):
+    """How points are evaluated.
+
+    ``difference`` is ‖l − t‖ / ‖t‖ with the losses l of the strategy and t of loaded points on a
+    part of a batch; None if it was not measured, as a second copy of a large model would be needed.
+    """
+
+    name: str
+    difference: float | None
+
+
+class DrawingSummary(TypedDict, total=False):
+    """The options of the figure that are not the defaults, see `losscli.drawing.Drawing`."""
+
+    log: bool
+    size: str
+    label: list[str]
+    ylim: list[float]
+    style: dict[str, str]
+    no_markers: bool
+
+
 class Origin(Provenance, total=False):
     """The first part of the summary of every study."""
 
     command: str
     identity: str
+    drawing: DrawingSummary
     moving: Moving
     moving_buffers: int
+    strategy: StrategyChoice
 
 
 class Summary(Origin, total=False):
@@ -745,6 +769,7 @@ class InspectionSummary(TypedDict, total=False):
     """The summary of ``inspect``."""
 
     command: str
+    drawing: DrawingSummary
     checkpoints: list[Inspected]
     buffers: list[str]
     mismatches: list[str]

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from losscli.drawing import Drawing
 from losscli.errors import (
     CheckpointError,
     DataError,
@@ -650,7 +651,7 @@ def _read_table(folder: Path, number: int) -> object:
         text = in_terminal([(names, run.table)], width=60, height=12, colour=False, log=log)
         assert "\x1b" not in text
     if number % 25 == 0:
-        draw([run], log=log)
+        draw([run], Drawing(log=log))
     split = run.table["split"][0] if run.table.rows else ""
     return lowest(path, str(split))
 

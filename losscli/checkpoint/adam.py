@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 
 from losscli.checkpoint.names import strip_wrappers
@@ -206,11 +207,14 @@ def _read(
     moments = {}
     for name, entry in own.items():
         moment = entry.state.get("max_exp_avg_sq" if amsgrad else "exp_avg_sq")
-        if not isinstance(moment, Tensor) or moment.shape != parameters.shapes[name]:
-            shape = list(moment.shape) if isinstance(moment, Tensor) else "none"
+        if not isinstance(moment, Tensor) or moment.is_meta or moment.layout != torch.strided:
             raise CheckpointError(
-                f"{where} has second moments of {name} of shape {shape}, and the parameter has "
-                f"{list(parameters.shapes[name])}",
+                f"{where} has no second moments of {name}, or sparse ones", _RESAVE
+            )
+        if moment.shape != parameters.shapes[name]:
+            raise CheckpointError(
+                f"{where} has second moments of {name} of shape {list(moment.shape)}, and the "
+                f"parameter has {list(parameters.shapes[name])}",
                 "Name a checkpoint with the optimiser that trained it",
             )
         moments[name] = moment
@@ -273,30 +277,34 @@ def _match(
     known = {strip_wrappers(name): standing for name, standing in parameters.names.items()}
     plain = {strip_wrappers(entry.name): entry for entry in entries if entry.name}
     starts = (name[: dot.end()] for name in plain for dot in re.finditer(r"\.", name))
-    # The parameters of a part of the model that was trained have a prefix there.
-    named = max(
-        (
-            {
-                known[n[len(start) :]]: entry
-                for n, entry in plain.items()
-                if n.startswith(start) and n[len(start) :] in known
-            }
-            for start in dict.fromkeys(["", *starts])
-        ),
-        key=len,
-    )
-    if named:
-        return named, "names"
+    # If the model is a part of what was trained, its parameters have a prefix there.
+    found_under = {
+        start: {
+            known[name[len(start) :]]: entry
+            for name, entry in plain.items()
+            if name.startswith(start) and name[len(start) :] in known
+        }
+        for start in dict.fromkeys(["", *starts])
+    }
+    most = max(map(len, found_under.values()))
+    fitting = [start for start, found in found_under.items() if len(found) == most]
+    if most and len(fitting) > 1 and fitting[0]:
+        raise CheckpointError(
+            f"{where} has parameters of several parts with these names: {', '.join(fitting[:3])}",
+            "Give a checkpoint with the optimiser of this model alone",
+        )
+    if most:
+        return found_under[fitting[0]], "names"
     order = list(parameters.shapes)
     shapes = [[entry.shape for entry in group] for group in groups]
-    found = _assign(shapes, [parameters.shapes[name] for name in order])
-    if found is None:
+    assigned = _assign(shapes, [parameters.shapes[name] for name in order])
+    if assigned is None:
         raise CheckpointError(
             f"{where} has no names of parameters, and their shapes do not match those of the "
             f"model in only one way ({len(entries)} of {len(order)} parameters)",
             "Make the optimiser from model.named_parameters(), or record with moments=True",
         )
-    return {order[i]: groups[g][k] for i, (g, k) in found.items()}, "shapes"
+    return {order[i]: groups[g][k] for i, (g, k) in assigned.items()}, "shapes"
 
 
 def _assign(

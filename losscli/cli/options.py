@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.results import Output, default_stem, picture_of, stem_of
 from losscli.settings import Buffers, DType, Settings
@@ -25,6 +26,7 @@ __all__ = [
     "KeepOrder",
     "Write",
     "with_console",
+    "with_drawing",
     "with_output",
     "with_settings",
     "with_some_settings",
@@ -37,6 +39,7 @@ _HOW = "How it is evaluated"
 _MOVES = "What moves"
 _NAMES = "Names in the checkpoints"
 _OUTPUT = "Output"
+_PICTURE = "The picture"
 
 
 def _option(panel: str, help_: str, *names: str, **more: Any) -> Any:
@@ -238,6 +241,74 @@ _SETTINGS: dict[str, Any] = {
     ],
 }
 
+_DRAWING: dict[str, Any] = {
+    "log": Annotated[bool, _option(_PICTURE, "Give the loss a logarithmic axis.", "--log")],
+    "size": Annotated[
+        str | None,
+        _option(
+            _PICTURE,
+            "paper (3.25 inches wide, text of 8 pt), slide (10 x 5.625 inches) or WxH in inches "
+            "(text of 8 pt): axes and a short legend, without notes and file names.",
+            "--size",
+            metavar="paper|slide|WxH",
+        ),
+    ],
+    "label": Annotated[
+        list[str] | None,
+        _option(
+            _PICTURE,
+            "Repeatable: a name for each checkpoint, in their order.",
+            "--label",
+            metavar="TEXT",
+        ),
+    ],
+    "ylim": Annotated[
+        tuple[float, float] | None,
+        _option(
+            _PICTURE,
+            "The limits of the axis of the loss, or of its colours.",
+            "--ylim",
+            metavar="LO HI",
+        ),
+    ],
+    "style": Annotated[
+        Path | None, _option(_PICTURE, "A Matplotlib style sheet.", "--style", metavar="FILE")
+    ],
+    "no_markers": Annotated[
+        bool,
+        _option(
+            _PICTURE,
+            "Draw curves and paths without dots, and without marks of ends and extrema.",
+            "--no-markers",
+        ),
+    ],
+}
+
+# A summary may hold other values.
+_REDRAWING = {
+    **_DRAWING,
+    "log": Annotated[
+        bool | None, _option(_PICTURE, "Give the loss a logarithmic axis.", "--log/--no-log")
+    ],
+    "label": Annotated[
+        list[str] | None,
+        _option(
+            _PICTURE,
+            "Repeatable: a name for each CSV, or for each checkpoint of a single one.",
+            "--label",
+            metavar="TEXT",
+        ),
+    ],
+    "no_markers": Annotated[
+        bool | None,
+        _option(
+            _PICTURE,
+            "Draw curves and paths without dots, and without marks of ends and extrema.",
+            "--no-markers/--markers",
+        ),
+    ],
+}
+
 _OUTPUT_OPTIONS: dict[str, Any] = {
     "out": Annotated[
         str | None,
@@ -260,7 +331,6 @@ _OUTPUT_OPTIONS: dict[str, Any] = {
         ),
     ],
     "no_figure": Annotated[bool, _option(_OUTPUT, "Draw no picture.", "--no-figure")],
-    "log": Annotated[bool, _option(_OUTPUT, "Give the loss a logarithmic axis.", "--log")],
     "force": Annotated[bool, _option(_OUTPUT, "Overwrite the results of another run.", "--force")],
     "json_": Annotated[
         bool, _option(_OUTPUT, "Print the summary as one JSON object instead of text.", "--json")
@@ -305,7 +375,6 @@ _DEFAULTS: Mapping[str, Any] = {
             "ignore_unexpected",
             "tf32",
             "no_figure",
-            "log",
             "force",
             "json_",
             "dry_run",
@@ -325,7 +394,7 @@ class Write:
         out: STEM, ``-``, or None for the default.
         figure: The paths of ``--figure``.
         no_figure: Whether no figure is drawn.
-        log: Whether the loss has a logarithmic axis.
+        drawing: How the figure is drawn.
         force: Whether results of another run may be overwritten.
         json: Whether stdout gets the summary as JSON.
         dry_run: Whether to describe the run and time one batch instead.
@@ -334,7 +403,7 @@ class Write:
     out: str | None
     figure: tuple[Path, ...]
     no_figure: bool
-    log: bool
+    drawing: Drawing
     force: bool
     json: bool
     dry_run: bool
@@ -417,9 +486,32 @@ def with_output(command: Command) -> Command:
     def gather(values: dict[str, Any]) -> dict[str, Any]:
         values["figure"] = tuple(values["figure"] or ())
         values["json"] = values.pop("json_")
-        return {"write": Write(**values)}
+        drawing = Drawing(**_given({name: values.pop(name) for name in _DRAWING}))
+        return {"write": Write(**values, drawing=drawing)}
 
-    return _expand(command, "write", _OUTPUT_OPTIONS, gather)
+    return _expand(command, "write", _OUTPUT_OPTIONS | _DRAWING, gather)
+
+
+def with_drawing(command: Command) -> Command:
+    """Replaces the parameter ``drawing`` of a command by the options of a figure.
+
+    Args:
+        command: A function with a parameter ``drawing``, the options that the user gave.
+
+    Returns:
+        The function with the options instead.
+    """
+    return _expand(command, "drawing", _REDRAWING, lambda values: {"drawing": _given(values)})
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of a figure that the user gave, in the types of `Drawing`."""
+    given = {name: value for name, value in values.items() if value not in (None, [])}
+    if "style" in given:
+        from losscli.plotting.style_sheet import read
+
+        given["style"] = read(given["style"])
+    return given
 
 
 def with_console(command: Command) -> Command:

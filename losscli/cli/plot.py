@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +14,13 @@ import typer
 
 from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting
-from losscli.cli.options import with_console
+from losscli.cli.options import with_console, with_drawing
+from losscli.drawing import Drawing
 from losscli.errors import UsageError
-from losscli.figures import render_files
+from losscli.figures import has_panels, render_files
 from losscli.registry import COMMANDS, command_of
-from losscli.results import Output, Run, draw, picture_of, render_html, stem_of
-from losscli.runs import check_curves, check_main, check_panels, read_run, with_labels
+from losscli.results import Output, Run, draw, label_runs, picture_of, render_html, stem_of
+from losscli.runs import check_curves, check_main, check_panels, read_run, report, stored_drawing
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -29,6 +31,7 @@ _WIDEST = 1000
 
 
 @with_console
+@with_drawing
 def plot(
     csvs: Annotated[
         list[str],
@@ -37,19 +40,10 @@ def plot(
         ),
     ],
     console: Console,
-    label: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--label",
-            help="Repeatable: a name for each CSV, or for each checkpoint of a single around, "
-            "sharpness, barriers or soup.",
-            show_default=False,
-        ),
-    ] = None,
+    drawing: Mapping[str, Any],
     title: Annotated[
         str, typer.Option("--title", help="A title over the picture.", show_default=False)
     ] = "",
-    log: Annotated[bool, typer.Option("--log", help="Give the loss a logarithmic axis.")] = False,
     out: Annotated[
         str | None,
         typer.Option(
@@ -82,24 +76,25 @@ def plot(
             "a picture does not go to stdout, as --out - asks",
             "Give --out STEM, or see it here with --terminal",
         )
-    runs = with_labels([_read(name) for name in csvs], label or ())
+    runs = [_read(name) for name in csvs]
+    options = Drawing(**{**stored_drawing(csvs, runs), **drawing, "title": title})
+    runs = label_runs(runs, options.label)
     check_curves(runs)
     if terminal:
         if any(command_of(run.table.columns) is not COMMANDS["interpolate"] for run in runs):
             raise UsageError(
                 "a terminal shows the lines of interpolate alone", "Leave --terminal out"
             )
-        _draw_in_terminal(runs, console, log=log)
+        _draw_in_terminal(runs, console, log=options.log)
         return
     single = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((single or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
-    check_panels(csvs, runs)
-    options: dict[str, Any] = {"title": title, "log": log}
+    if any(map(has_panels, output.figures)):
+        check_panels(csvs, runs)
     import_plotting()
-    pictures = render_files(
-        partial(draw, runs, **options), partial(render_html, runs, **options), output.figures
-    )
+    page = partial(report, csvs, runs, options) if runs[1:] else partial(render_html, runs, options)
+    pictures = render_files(partial(draw, runs, options), page, output.figures, options)
     files = output.write_pictures(pictures)
     console.written = True
     console.result("".join(f"{path}\n" for path in files))

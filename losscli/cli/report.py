@@ -18,6 +18,7 @@ from losscli.summaries import (
     Origin,
     PairBarrier,
     Rise,
+    StrategyChoice,
     Summary,
 )
 
@@ -91,6 +92,7 @@ def plan(description: Description) -> str:
         *([("blocks", f"{len(d['blocks'])}: {', '.join(d['blocks'])}")] if "blocks" in d else []),
         *([("pairs", f"{d['pairs']:,}")] if "pairs" in d else []),
         ("points", f"{d['points']:,}, {d['points_at_once']:,} at once"),
+        *([("strategy", _strategy(d["strategy"]))] if "strategy" in d else []),
         ("passes", f"{data}, {d['forward_passes']:,} examples"),
         ("weights", f"{d['bytes_of_weights'] / 2**20:,.1f} MiB for the points at once"),
         ("in memory", ", ".join(_memory(d))),
@@ -109,6 +111,14 @@ def plan(description: Description) -> str:
         rows.append(("gradients", f"at most {d['gradients_at_most']:,}, and about {points}"))
     rows.append(("time", _estimate(d["estimate"], d["device"], d["processes"])))
     return "".join(f"{label:<13}{printable(text)}\n" for label, text in rows)
+
+
+def _strategy(choice: StrategyChoice) -> str:
+    """Describes how points are evaluated, and how the losses differ from those of loaded points."""
+    difference = choice["difference"]
+    if difference is None:
+        return f"{choice['name']}, not compared with loaded points"
+    return f"{choice['name']}, losses within {difference:.1g} of those of loaded points"
 
 
 def _estimate(e: CostEstimate, device: str, processes: int) -> str:

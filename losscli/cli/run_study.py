@@ -14,9 +14,9 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.figures import check_panel_count
+from losscli.figures import check_panel_count, has_panels
 from losscli.registry import COMMANDS, load
-from losscli.results import check_writable, to_json
+from losscli.results import check_labels, check_writable, to_json
 from losscli.summaries import Description
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def run_study(
     with console.guard_stdout():
         study = plan()
     _note_on_speed(study, console)
-    if output is not None and output.figures:
+    check_labels(write.drawing.label, len(study.problem.names))
+    if output is not None and any(map(has_panels, output.figures)):
         objective = study.problem.objective
         check_panel_count(
             command.panels_with(["blocks"] if study.options.get("layerwise") else []),
@@ -108,11 +109,12 @@ def run_study(
         for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
+        result = replace(result, summary={**result.summary, "drawing": write.drawing.stored})
         if output.figures:
             import_plotting()
         if checkpoint is not None:
             result.checkpoint.save(checkpoint, force=True)
-        files = [*filter(None, [checkpoint]), *output.save(result, log=write.log)]
+        files = [*filter(None, [checkpoint]), *output.save(result)]
         console.written = True
         journal.finish()
     if write.json:

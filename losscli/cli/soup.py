@@ -79,9 +79,9 @@ def soup(
     options = {
         "--figure": write.figure,
         "--no-figure": write.no_figure,
-        "--log": write.log,
         "--json": write.json,
         "--dry-run": write.dry_run,
+        **{f"--{name}": True for name in write.drawing.stored},
     }
     if given := [name for name, value in options.items() if value]:
         raise UsageError(f"{given[0]} has no effect without --greedy", "Leave it out")

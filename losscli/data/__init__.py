@@ -1,7 +1,14 @@
 """Data sets: files or code in; named splits of examples out, decoded once where they fit."""
 
-from losscli.data.batch import model_inputs, with_targets
-from losscli.data.memory import device_budget, host_budget, host_memory
+from losscli.data.batch import TARGETS, model_inputs, separated
+from losscli.data.memory import (
+    allocations,
+    device_budget,
+    device_memory,
+    host_budget,
+    host_memory,
+    placing,
+)
 from losscli.data.nests import Nest, leaves, length, map_nest, realise
 from losscli.data.objects import Batching, from_object
 from losscli.data.randomness import RandomnessDetector, seed_all
@@ -10,6 +17,7 @@ from losscli.data.split import DataSet, Examples, Split, Task
 
 __all__ = [
     "DATASETS",
+    "TARGETS",
     "Batching",
     "DataSet",
     "Examples",
@@ -17,7 +25,9 @@ __all__ = [
     "RandomnessDetector",
     "Split",
     "Task",
+    "allocations",
     "device_budget",
+    "device_memory",
     "from_object",
     "host_budget",
     "host_memory",
@@ -27,7 +37,8 @@ __all__ = [
     "load",
     "map_nest",
     "model_inputs",
+    "placing",
     "realise",
     "seed_all",
-    "with_targets",
+    "separated",
 ]

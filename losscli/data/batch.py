@@ -24,17 +24,18 @@ from losscli.data.split import Batches, Split
 from losscli.errors import DataError, one_line
 
 __all__ = [
+    "TARGETS",
     "Pixels",
     "RaggedError",
     "is_language",
     "join",
     "model_inputs",
     "parse_batch",
+    "separated",
     "to_tensor",
-    "with_targets",
 ]
 
-_TARGETS = ("targets", "target", "labels", "label", "y")
+TARGETS = ("targets", "target", "labels", "label", "y")
 
 
 class Pixels(dict[str, Any]):
@@ -71,7 +72,7 @@ def parse_batch(
         rows: The examples that were collated to the batch, if they are known.
         collate: The function that collated them.
         whole: Whether the inputs are the whole batch, of any structure. The targets are then those
-            that it has, or zeros.
+            that it has, or zeros. A batch with parts of different lengths is one example.
 
     Returns:
         The examples.
@@ -99,11 +100,18 @@ def parse_batch(
         inputs = tuple(inputs) if isinstance(inputs, list) and not whole else inputs
         return Split(inputs, _with_operators(targets[0] if targets else _none(parser.size), where))
     inputs = sides[0][0]
+    if whole and (is_container(inputs) or rows is None):
+        return Split(Ragged([inputs], Build(_only)), _none(1))
     if collate is None or rows is None or is_container(inputs) or _is_array(inputs):
         return _refuse(sides, where)
     # Graphs may have a target per node.
     inputs, *targets = (Ragged(rows, Build(collate, path)) for _, path, _ in sides)
     return Split(inputs, targets[0] if targets else _none(len(rows)))
+
+
+def _only(rows: list[Any]) -> Any:
+    """Returns the only element of a list."""
+    return rows[0]
 
 
 def _none(size: int) -> Tensor:
@@ -120,6 +128,24 @@ def _whole_sides(batch: object, where: str) -> list[_Side]:
         return [whole]
 
 
+def separated(batch: object) -> tuple[Any, Any]:
+    """Separates the inputs of the model from the targets in a whole batch.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        The inputs as `ScoredModel` takes them, a tensor, a mapping or a tuple; and the targets,
+        None where the batch has no form with targets, and where they are part of a mapping.
+    """
+    targets = None
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        batch, targets = batch
+    if isinstance(batch, list):
+        return tuple(batch), targets
+    return (batch if isinstance(batch, Tensor | Mapping | tuple) else (batch,)), targets
+
+
 def model_inputs(batch: object) -> Any:
     """Returns the inputs of the model in a whole batch.
 
@@ -127,57 +153,36 @@ def model_inputs(batch: object) -> Any:
         batch: The batch, in any form that `parse_batch` takes without ``whole``.
 
     Returns:
-        The inputs, as `ScoredModel` takes them: a tensor, a mapping, or a tuple.
+        The inputs, as `separated` returns them.
 
     Raises:
         DataError: The batch has another structure.
     """
     inputs = _sides(batch, "the data")[0][0]
-    if isinstance(inputs, list):
-        return tuple(inputs)
-    return inputs if isinstance(inputs, Tensor | Mapping | tuple) else (inputs,)
-
-
-def with_targets(batch: object) -> Any:
-    """Returns a whole batch as inputs of a model that also takes its targets.
-
-    Args:
-        batch: The batch.
-
-    Returns:
-        A mapping as it is; ``(x, y)`` for ``(x, y)``, ``(x1, x2, y)`` for ``((x1, x2), y)`` and
-        ``{**x, "labels": y}`` for ``(x, y)`` with a mapping x.
-    """
-    if not isinstance(batch, list | tuple):
-        return batch if isinstance(batch, Tensor | Mapping) else (batch,)
-    if len(batch) == 2 and isinstance(batch[0], Mapping):
-        return {**batch[0], "labels": batch[1]}
-    if len(batch) == 2 and isinstance(batch[0], list | tuple):
-        return (*batch[0], batch[1])
-    return tuple(batch)
+    return separated((inputs, None))[0]
 
 
 def _sides(batch: object, where: str) -> list[_Side]:
     """Returns the inputs and the targets of a batch."""
     if isinstance(batch, Mapping):
-        keys = [key for key in batch if key in _TARGETS]
+        keys = [key for key in batch if key in TARGETS]
         if len(keys) != 1:
             raise DataError(
                 f"{where}: a batch with the keys {', '.join(map(str, batch))} has "
                 f"{'no' if not keys else 'more than one'} key for its targets",
-                f"Call them one of {', '.join(_TARGETS)}",
+                f"Call them one of {', '.join(TARGETS)}",
             )
         inputs = {key: value for key, value in batch.items() if key != keys[0]}
         found = [(inputs, (), "inputs"), (batch[keys[0]], (keys[0],), "targets")]
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         found = [(batch[0], (0,), "inputs"), (batch[1], (1,), "targets")]
     elif callable(getattr(batch, "to", None)) and not isinstance(batch, Tensor):
-        names = [name for name in _TARGETS if getattr(batch, name, None) is not None]
+        names = [name for name in TARGETS if getattr(batch, name, None) is not None]
         if len(names) != 1:
             raise DataError(
                 f"{where}: a batch of the type {type(batch).__name__} has "
                 f"{'no' if not names else 'more than one'} attribute for its targets",
-                f"Call it one of {', '.join(_TARGETS)}, or give (inputs, targets)",
+                f"Call it one of {', '.join(TARGETS)}, or give (inputs, targets)",
             )
         found = [(batch, (), "inputs"), (getattr(batch, names[0]), (names[0],), "targets")]
     else:
@@ -306,13 +311,7 @@ def _sizes(sides: Sequence[_Side], rows: list[Any] | None) -> list[int]:
 
 
 def _refuse(sides: Sequence[_Side], where: str) -> NoReturn:
-    """Raises the error for inputs and targets, or parts of a batch, of different lengths."""
-    if len(sides) == 1:
-        sizes = " and ".join(map(str, _sizes(sides, None)[:3]))
-        raise DataError(
-            f"{where}: the parts of a batch have {sizes} entries",
-            "Give every tensor one entry per example",
-        )
+    """Raises the error for inputs and targets of different lengths."""
 
     def lengths(value: Any, others: set[int]) -> list[int]:
         if _is_array(value):

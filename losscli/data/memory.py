@@ -1,21 +1,38 @@
-"""Memory budgets that decide whether data are kept in memory or streamed."""
+"""Memory budgets that decide whether data are kept in memory, and allocations that fail."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from losscli.errors import DataError
+from losscli.errors import DataError, OutOfMemoryError
 
-__all__ = ["device_budget", "host_budget", "host_memory", "require_memory"]
+__all__ = [
+    "allocations",
+    "device_budget",
+    "device_memory",
+    "host_budget",
+    "host_memory",
+    "placing",
+    "require_memory",
+]
 
 # Joining decoded batches temporarily doubles their memory, and the weights need memory too.
 _SHARE = 0.25
 
 _MEMINFO = Path("/proc/meminfo")
+
+# Parts of the messages of allocations that fail with another error than torch.OutOfMemoryError:
+# those of the libraries of a GPU, of pinned memory, of MPS, and of the host.
+_FAILED_ALLOCATIONS = re.compile(
+    r"CU[A-Z]+_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED|CUDA error: out of memory"
+    r"|MPS backend out of memory|DefaultCPUAllocator: (can't allocate|not enough) memory"
+)
 
 # Fallback if the system does not report its memory.
 _DEFAULT_MEMORY = 8 << 30
@@ -104,5 +121,62 @@ def device_budget(device: torch.device) -> int | None:
     """
     if device.type != "cuda":
         return None
+    return int(device_memory(device) * _SHARE)
+
+
+def device_memory(device: torch.device) -> int:
+    """Returns the memory of a GPU that tensors can be allocated in, in bytes.
+
+    Args:
+        device: The GPU.
+
+    Returns:
+        The free memory, and what PyTorch has reserved of it without using it. So it does not depend
+        on what was freed before.
+    """
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free * _SHARE)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@contextmanager
+def allocations() -> Iterator[None]:
+    """Makes every allocation that fails a ``torch.OutOfMemoryError``.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        torch.OutOfMemoryError: An allocation failed, in PyTorch or in a library of the device.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = isinstance(error, torch.OutOfMemoryError)
+        if known or not _FAILED_ALLOCATIONS.search(str(error)):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
+@contextmanager
+def placing(what: str, device: torch.device, cure: str = "--dtype bfloat16") -> Iterator[None]:
+    """Names what does not fit if memory runs out.
+
+    Args:
+        what: What is placed on the device.
+        device: The device.
+        cure: What may help beside another device.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutOfMemoryError: It does not fit.
+    """
+    try:
+        with allocations():
+            yield
+    except (torch.OutOfMemoryError, MemoryError):
+        cure = cure if device.type == "cpu" else f"--device cpu or {cure}"
+        raise OutOfMemoryError(
+            f"{what} do not fit into the memory of {device}", f"Try {cure}"
+        ) from None

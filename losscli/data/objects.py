@@ -96,7 +96,7 @@ def cut_into_batches(data: DataSet, where: str, batching: Batching | None) -> Da
     if batching is None:
         return data
     unbatched = {name: split for name, split in data.splits.items() if not split.in_batches}
-    if unbatched and batching.size is None:
+    if batching.size is None and any(len(split) > 1 for split in unbatched.values()):
         raise UsageError(
             f"{where}, split {next(iter(unbatched))!r} has no batches of its own, and with "
             "--batch-loss the loss depends on their size",

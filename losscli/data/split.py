@@ -6,12 +6,13 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
+from losscli.data.memory import allocations
 from losscli.data.nests import Nest, Ragged, dump, leaves, length, map_nest, realise, take
 from losscli.errors import UsageError
 from losscli.weight_space.digest import digest
@@ -279,7 +280,8 @@ class Split(Examples):
 
         # Only pinned memory is copied asynchronously.
         def copy(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
+            with allocations():
+                return tensor.pin_memory().to(device, non_blocking=True)
 
         return self.map(copy)
 
@@ -484,7 +486,7 @@ class DataSet:
             return x
         for values, apply in ((self.mean, torch.sub), (self.std, torch.div)):
             if values is not None:
-                channel = torch.tensor(values, dtype=dtype, device=x.device)
+                channel = _channels(values, dtype, x.device)
                 x = apply(x, channel.view(-1, *[1] * (x.ndim - 2)))
         return x.flatten(1) if self.flatten else x
 
@@ -516,3 +518,9 @@ class DataSet:
                 split = split.draw(limit, torch.Generator().manual_seed(seed))
             selected[name] = split
         return replace(self, splits=selected)
+
+
+@lru_cache(maxsize=8)
+def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Makes a tensor of a number per channel once: copying it to a GPU would block every batch."""
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -124,9 +124,12 @@ class Decoder:
         """
         batch = self.parsed(positions)
         if len(batch) != len(positions):
+            cure = "Leave examples out in the Dataset (torch.utils.data.Subset), not in collate_fn"
+            if self._whole:
+                cure = "If the loss is one number per batch, give --batch-loss"
             raise DataError(
                 f"{self.where}: a batch of {len(positions)} examples is collated to {len(batch)}",
-                "Leave examples out in the Dataset (torch.utils.data.Subset), not in collate_fn",
+                cure,
             )
         return batch
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from losscli.data import Examples, Nest, Split, leaves
+from losscli.data import Examples, Nest, Split, allocations, leaves
 from losscli.errors import ModelError, UsageError, one_line
 from losscli.evaluation.decompositions import Decomposed
 from losscli.evaluation.eigenvalues import DenseHessian, Extremes, eigenpairs
@@ -258,9 +258,7 @@ class Curvature:
         TF32 are rounded once, and their products are summed in float32.
         """
         objective = self.objective
-        factor = torch.finfo(objective.dtype).eps
-        if objective.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-            factor = max(factor, 2.0**-10)
+        factor = torch.finfo(objective.factor_type).eps
         term = min(torch.finfo(objective.dtype).eps, torch.finfo(torch.float32).eps)
         batch = min(objective.batch_size, len(self.split)) * self.split.rows // len(self.split)
         terms = max(self.size, batch)
@@ -309,7 +307,7 @@ class Curvature:
             if graphs.examples > known:
                 # The passes after that of a batch may have changed what its graph holds.
                 again = self._multiply_kept(directions[:1])[0]
-                if not is_close(again, fresh, AGREEMENT[dtype]):
+                if not is_close(again, fresh, AGREEMENT[self.objective.precision]):
                     graphs.release()
         self.products += len(vectors)
         return sums / self._weight
@@ -429,9 +427,10 @@ class Curvature:
         ones = torch.ones_like(losses, requires_grad=create_graph)
         total = (losses * ones).sum(dtype=self._wide)
         try:
-            return torch.autograd.grad(
-                total, self._parameters, create_graph=create_graph, allow_unused=True
-            )
+            with allocations():
+                return torch.autograd.grad(
+                    total, self._parameters, create_graph=create_graph, allow_unused=True
+                )
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -450,7 +449,8 @@ class Curvature:
         try:
             # Not torch.autograd.grad: it prunes nodes that lead to no parameter, and with them the
             # node that raises if a function cannot be differentiated twice. It would return zeros.
-            torch.autograd.backward(along, retain_graph=retains)
+            with allocations():
+                torch.autograd.backward(along, retain_graph=retains)
             return [p.grad for p in self._parameters]
         except (torch.OutOfMemoryError, MemoryError):
             raise

@@ -46,10 +46,12 @@ _PROOF_POINTS = 3
 # special points, such as 0 or 1/2.
 _GOLDEN = 0.6180339887498949
 
-# The largest relative difference between the two modes, by the type of the forward pass.
-_MODE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-
-_MODE_TOLERANCE_IN_HALF = 5e-2
+# The largest relative difference between the two modes, by the precision of the forward pass.
+_MODE_TOLERANCE = {
+    "float64": 1e-8,
+    "float32": 1e-3,
+    **dict.fromkeys(("tf32", "float16", "bfloat16"), 5e-2),
+}
 
 _LONGEST_REASON = 160
 
@@ -242,7 +244,7 @@ def _matches_reverse_mode(
         ]
     except (ModelError, torch.OutOfMemoryError, MemoryError):
         return True
-    tolerance = _MODE_TOLERANCE.get(derivatives.objective.dtype, _MODE_TOLERANCE_IN_HALF)
+    tolerance = _MODE_TOLERANCE[derivatives.objective.precision]
     for forward, reverse in zip(zip(*sums, strict=True), zip(*truth, strict=True), strict=True):
         x, y = (torch.tensor(values, dtype=torch.float64) for values in (forward, reverse))
         finite = y.isfinite()

@@ -42,11 +42,12 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
     Args:
         name: ``auto``, ``cpu``, ``cuda``, ``cuda:I`` or ``mps``.
         dtype: The type of the forward pass, which not every device supports.
-        local: The local rank of this process, which is the index of its GPU; None for a single
-            process.
+        local: The local rank of this process, None for a single process. ``cuda`` is the GPU of
+            this number, modulo the number of GPUs that the process sees: where each process sees a
+            GPU of its own, each takes that one.
 
     Returns:
-        The device.
+        The device. A GPU with a number becomes the current one, for code that asks for ``cuda``.
 
     Raises:
         DeviceError: It is not available.
@@ -61,7 +62,7 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
     try:
         device = torch.device(name)
         if local is not None and name == "cuda":
-            device = torch.device("cuda", local)
+            device = torch.device("cuda", local % max(1, torch.cuda.device_count()))
         # Only an allocation shows whether a device works.
         torch.empty(1, dtype=getattr(torch, dtype), device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -73,6 +74,8 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
         ) from None
     if device.type not in {"cpu", "cuda", "mps"}:
         raise DeviceError(f"the device {name!r} is not supported", "Choose auto, cpu, cuda or mps")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

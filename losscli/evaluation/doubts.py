@@ -70,6 +70,9 @@ def doubts_of(
         dim = 1
         if outputs.ndim > 2:
             dim = class_dim_of(functions[0]) or class_dim(outputs, targets, "", None) or 1
-        if are_probabilities(outputs) and outputs.shape[dim] > 1 and sums_to_one(outputs, dim):
+        # One token is enough to see that scores, of which there may be millions, are none.
+        first = outputs.flatten(0, -2)[:1] if loss in TOKEN_LOSSES else outputs
+        sums = are_probabilities(first) and are_probabilities(outputs) and outputs.shape[dim] > 1
+        if sums and sums_to_one(outputs, dim):
             doubts.add(Doubt.SOFTMAX)
     return frozenset(doubts)

@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from losscli.evaluation.function_mode import FunctionMode
+from losscli.evaluation.function_mode import METADATA, FunctionMode
 from losscli.evaluation.prefix import Prefix, PrefixRecorder
 from losscli.weight_space.slices import Slice
 
@@ -36,22 +36,6 @@ _LARGEST_TERMS = 8
 
 # Units times points that are computed together.
 _NUMBERS = 1 << 20
-
-# Attributes of a tensor that do not depend on its values.
-_METADATA = frozenset({
-    Tensor.dim,
-    Tensor.element_size,
-    Tensor.is_complex,
-    Tensor.is_contiguous,
-    Tensor.is_floating_point,
-    Tensor.numel,
-    Tensor.size,
-    Tensor.stride,
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape")
-    ),
-})
 
 
 def _nothing() -> None:
@@ -197,7 +181,7 @@ class FirstLayerWatcher(FunctionMode):
         """Computes the layer of the first call that uses a moving tensor."""
         if self._found_use:
             return function(*args, **kwargs)
-        if function in _METADATA or not _uses((args, kwargs), self._names):
+        if function in METADATA or not _uses((args, kwargs), self._names):
             return self._recorder.record(function, args, kwargs)
         self._found_use = True
         self.prefix = self._recorder.finish()
@@ -345,7 +329,7 @@ class _Replay(FunctionMode):
         ):
             output, self._output = self._output, None
             return output
-        if function not in _METADATA and _uses((args, kwargs), {id(self._weight)}):
+        if function not in METADATA and _uses((args, kwargs), {id(self._weight)}):
             self._on_use()
         return function(*args, **kwargs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,22 +15,32 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from losscli.data import (
+    TARGETS,
     Nest,
     RandomnessDetector,
+    allocations,
     leaves,
     length,
     map_nest,
     model_inputs,
     realise,
     seed_all,
-    with_targets,
+    separated,
 )
 from losscli.errors import LosscliError, LossError, ModelError, one_line
+from losscli.evaluation.deferred_head import DeferredHead, head_weight
 from losscli.evaluation.device import widened
 from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.loading import LoadableModel
-from losscli.evaluation.losses import LOSSES, PerExample, function_of, nll, per_example_mean
-from losscli.evaluation.metrics import METRICS
+from losscli.evaluation.losses import (
+    LOSSES,
+    TOKEN_LOSSES,
+    PerExample,
+    function_of,
+    nll,
+    per_example_mean,
+)
+from losscli.evaluation.metrics import METRICS, perplexity
 from losscli.evaluation.objective_functions import (
     MODEL,
     ObjectiveFunction,
@@ -42,9 +52,17 @@ from losscli.evaluation.objective_functions import (
 from losscli.evaluation.torch_losses import TorchLoss
 from losscli.models import suggest_fix
 
-__all__ = ["HALF", "NO_GRAPH", "Samples", "ScoredModel", "is_registered", "scores_in"]
+__all__ = [
+    "HALF",
+    "NO_GRAPH",
+    "Samples",
+    "ScoredModel",
+    "is_registered",
+    "mean_over_seeds",
+    "scores_in",
+]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 HALF = torch.bfloat16, torch.float16
 
@@ -55,7 +73,6 @@ _MOST_SHAPES = 4
 
 # Part of torch's message for a tensor that cannot be differentiated.
 NO_GRAPH = "does not require grad"
-
 
 # A random loss draws other numbers than the forward pass with the same seed.
 _LOSS_STREAM = 1 << 40
@@ -113,6 +130,7 @@ class ScoredModel(LoadableModel):
         self.differentiates = False
         self.widens = False
         self._conventions: dict[tuple[str, ...], _Convention] = {}
+        self._head = head_weight(self.model)
 
     @property
     def sum_type(self) -> torch.dtype:
@@ -137,7 +155,7 @@ class ScoredModel(LoadableModel):
             return self._pass(model, inputs)
         return Samples(tuple(self._for_each_seed(lambda _: self._pass(model, inputs))))
 
-    def _for_each_seed(self, function: Callable[[int], T], stream: int = 0) -> list[T]:
+    def _for_each_seed(self, function: Callable[[int], _T], stream: int = 0) -> list[_T]:
         """Calls a function with the index of each seed, and restores the generators.
 
         Args:
@@ -167,7 +185,7 @@ class ScoredModel(LoadableModel):
             # Hugging Face models return their scores in an object.
             return getattr(outputs, "logits", outputs)
         if self.function == MODEL:
-            outputs = self._call(model, with_targets(inputs))
+            outputs = self._call(model, *separated(inputs))
             return ObjectiveOutputs(own_loss(outputs), scores_of(outputs) if self.metrics else ())
         losses = self._apply(self.function, model, inputs)
         outputs = self._call(model, model_inputs(inputs)) if self.metrics else ()
@@ -189,13 +207,19 @@ class ScoredModel(LoadableModel):
                 or f"It receives the model and the batch of the data ({kinds})",
             ) from error
 
-    def _call(self, model: Callable[..., Any], inputs: Nest) -> Any:
-        """Runs the model on inputs."""
+    def _call(self, model: Callable[..., Any], inputs: Nest, targets: Nest | None = None) -> Any:
+        """Runs the model on inputs, and on targets if it takes them."""
         args, kwargs = self.arguments(inputs)
+        if targets is not None:
+            name = _target_name(self.model) or ("labels" if kwargs else None)
+            args, kwargs = (
+                ((*args, targets), kwargs) if name is None else (args, {**kwargs, name: targets})
+            )
         try:
             with self.computing(), self._gradients():
                 if (
                     isinstance(inputs, dict)
+                    and targets is None
                     and self._conventions[tuple(inputs)] is _Convention.EITHER
                 ):
                     return self._try_conventions(model, inputs)
@@ -214,13 +238,29 @@ class ScoredModel(LoadableModel):
                 or "Do --model and --data belong together? (flatten=true flattens images)",
             ) from error
 
-    def computing(self) -> AbstractContextManager[Any]:
-        """Ensures that everything computes in the type of the forward pass.
+    def deferring(self) -> AbstractContextManager[Any]:
+        """Defers the scores of tokens until the loss takes them.
 
         Returns:
-            A context for all computations with the model, such as a backward pass.
+            A context for a forward pass. Its outputs must be used before the weights change.
         """
-        return widened() if self.widens else contextlib.nullcontext()
+        functions = {function_of(self.loss), *map(function_of, self.metrics.values())}
+        # An accuracy would compute the scores once more.
+        if self._head is None or not functions <= {*TOKEN_LOSSES, perplexity}:
+            return contextlib.nullcontext()
+        return DeferredHead(self._head)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Ensures that everything computes in the type of the forward pass.
+
+        Allocations that fail raise ``torch.OutOfMemoryError``.
+
+        Yields:
+            Nothing; for all computations with the model, such as a backward pass.
+        """
+        with allocations(), widened() if self.widens else contextlib.nullcontext():
+            yield
 
     def _gradients(self) -> AbstractContextManager[Any]:
         """Enables gradients if the model or the loss differentiates."""
@@ -254,7 +294,8 @@ class ScoredModel(LoadableModel):
         (name,) = inputs
         convention = _Convention.VALUE
         try:
-            outputs = model(inputs[name])
+            with allocations():
+                outputs = model(inputs[name])
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything
@@ -283,8 +324,7 @@ class ScoredModel(LoadableModel):
         Raises:
             LossError: The function fails, or returns something else.
         """
-        values = self.per_seed(function, outputs, targets, what)
-        return values[0] if len(values) == 1 else values.mean(0)
+        return mean_over_seeds(self.per_seed(function, outputs, targets, what))
 
     def per_seed(self, function: PerExample, outputs: Any, targets: Nest, what: str) -> Tensor:
         """Computes a loss or a metric of a batch for each seed.
@@ -410,6 +450,11 @@ class ScoredModel(LoadableModel):
         return float(length(targets) if weights is None else weights.sum())
 
 
+def mean_over_seeds(values: Tensor, dim: int = 0) -> Tensor:
+    """Averages over a dimension, which has one entry without seeds."""
+    return values.select(dim, 0) if values.shape[dim] == 1 else values.mean(dim)
+
+
 class _Convention(enum.Enum):
     """How a model takes named inputs."""
 
@@ -442,6 +487,15 @@ def _convention_of(model: nn.Module, names: tuple[str, ...]) -> _Convention:
     return _Convention.KEYWORDS if by_name and names[0] in explicit else _Convention.EITHER
 
 
+def _target_name(model: nn.Module) -> str | None:
+    """Returns the parameter of ``forward`` that takes targets; None if none has a usual name."""
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return None
+    return next((name for name in TARGETS if name in parameters), None)
+
+
 _VARIABLE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
@@ -472,6 +526,8 @@ def scores_in(outputs: Any) -> Any:
     """The scores in a model's outputs, those of the first seed: ``logits`` if it is a mapping."""
     if isinstance(outputs, Samples):
         outputs = outputs.outputs[0]
+    if isinstance(outputs, ObjectiveOutputs):
+        outputs = outputs.outputs
     return outputs.get("logits", outputs) if isinstance(outputs, Mapping) else outputs
 
 

@@ -1,4 +1,4 @@
-"""A base class for modes that see each call of a function of torch."""
+"""A base class for modes that see each call of a function of torch, and what they ask of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,30 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FunctionMode"]
+__all__ = ["METADATA", "FunctionMode"]
+
+METADATA = frozenset({
+    Tensor.dim,
+    Tensor.element_size,
+    Tensor.is_complex,
+    Tensor.is_contiguous,
+    Tensor.is_floating_point,
+    Tensor.is_inference,
+    Tensor.numel,
+    Tensor.size,
+    Tensor.stride,
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            *("_version", "device", "dtype", "is_cuda", "layout", "nbytes", "ndim"),
+            *("requires_grad", "shape"),
+        )
+    ),
+})
+"""Attributes of a tensor that do not depend on its values."""
 
 
 class FunctionMode(TorchFunctionMode):

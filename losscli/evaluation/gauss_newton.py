@@ -10,8 +10,9 @@ from torch import Tensor
 from losscli.data import Nest
 from losscli.errors import UsageError
 from losscli.evaluation.curvature import Curvature
-from losscli.evaluation.forward import scores_in
+from losscli.evaluation.forward import Samples, is_registered, scores_in
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.torch_losses import TorchLoss
 from losscli.settings import describe
 
 __all__ = ["GaussNewton", "check_outputs"]
@@ -31,9 +32,13 @@ def check_outputs(objective: Objective) -> None:
             "--operator ggn needs a loss of outputs, and --objective is a function of the model",
             "Take --operator hessian",
         )
-    if objective.seeds:
+    if objective.seeds and not (
+        is_registered(objective.loss) or isinstance(objective.loss, TorchLoss)
+    ):
         raise UsageError(
-            "--operator ggn is not available with --stochastic", "Take --operator hessian"
+            "--operator ggn with --stochastic needs a loss of losscli or of torch, which draws no "
+            "random numbers",
+            "Take --operator hessian",
         )
     batch = next(iter(objective.first_batches().values()))
     with torch.no_grad():
@@ -62,8 +67,11 @@ class GaussNewton(Curvature):
     """
 
     def _losses(self, outputs: Any, targets: Nest) -> Tensor:
-        """Computes ½ rᵀ (∂²l/∂z²) r of each example."""
-        outputs = scores_in(outputs)
+        """Computes ½ rᵀ (∂²l/∂z²) r of each example, the mean over seeds if there are any."""
+        samples = outputs.outputs if isinstance(outputs, Samples) else (outputs,)
+        return torch.stack([self._forms(scores_in(z), targets) for z in samples]).mean(0)
+
+    def _forms(self, outputs: Tensor, targets: Nest) -> Tensor:
         with torch.enable_grad():
             z = outputs.detach().requires_grad_()
             losses = super()._losses(z, targets)

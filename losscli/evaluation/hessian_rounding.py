@@ -67,7 +67,7 @@ def add_rounding(
             return curvature.product(torch.stack([pair.vector for pair in pairs]))
 
     if precise is None:
-        points = nearby(weights, names, objective.dtype, seed)
+        points = nearby(weights, names, objective.factor_type, seed)
         rounding = _noise_bound([products(objective, point) for point in points])
     else:
         rounding = (products(objective, weights) - products(precise, weights)).norm(dim=1)
@@ -109,7 +109,7 @@ def hessian_rounding(
     generator = torch.Generator().manual_seed(seed)
     products: list[Tensor] = []
     saturated = 0.0
-    for point in nearby(weights, names, objective.dtype, seed):
+    for point in nearby(weights, names, objective.factor_type, seed):
         with Curvature(objective, point, names, sample) as curvature:
             if not products:
                 shape = _PROBES, curvature.size

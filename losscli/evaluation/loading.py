@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from losscli.checkpoint import Versions, has_custom_loading, loadable
+from losscli.data import placing
 from losscli.evaluation.spectral import SpectralLayer, normalise, spectral_layers
 from losscli.weight_space.vectors import Weights, can_move
 
@@ -36,7 +37,8 @@ class LoadableModel:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self.model = _cast(model, device, dtype).eval()
+        with placing("the weights of the model", device):
+            self.model = _cast(model, device, dtype).eval()
         self.device = device
         self.dtype = dtype
         self.tensors: Mapping[str, Tensor] = named_tensors(self.model)

@@ -49,10 +49,9 @@ def loss_rounding(
     """
     examples, rows = sample
     own = here.losses[0].double()
-    dtype = objective.dtype
-    least = _ROUNDINGS * torch.finfo(dtype).eps * float(own.abs().mean())
+    least = _ROUNDINGS * torch.finfo(objective.dtype).eps * float(own.abs().mean())
     if float64 is None or float64 is objective:
-        near = nearby(weights, names, dtype, seed)
+        near = nearby(weights, names, objective.factor_type, seed)
         losses = [objective.plain(at, {"": examples})[""].losses[0].double() for at in near]
         objective.load(weights)
         return max(least, noise_of(losses))

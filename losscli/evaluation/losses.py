@@ -53,6 +53,9 @@ PerExample = Callable[..., Tensor]
 # Outputs that are converted to a wider type at once: 16 MiB of float64.
 _CHUNK = 1 << 21
 
+# The fewest rows of a deferred product that are computed at once.
+_ROWS = 128
+
 # For x > 40, log(1 + e^x) is x to the precision of float64.
 _SOFTPLUS_THRESHOLD = 40
 
@@ -288,11 +291,18 @@ def _token_losses(
     """Computes the cross-entropy of each token, ``[B, *]``, in pieces; 0 for ignored ones."""
     scores, flat = outputs.flatten(0, -2), tokens.flatten()
     step = max(1, _CHUNK // max(1, outputs.shape[-1]))
+    # A deferred product is computed in blocks, with more rows: products with few are slow.
+    block = step * math.ceil(_ROWS / step)
     # Not in float64, which takes three times as long over a vocabulary.
     wide = torch.promote_types(outputs.dtype, torch.float32)
     losses = [
-        _negative_log_softmax(scores[i : i + step].to(wide), flat[i : i + step], weight, smoothing)
-        for i in range(0, len(flat), step)
+        _negative_log_softmax(some.to(wide), own, weight, smoothing)
+        for i in range(0, len(flat), block)
+        for some, own in zip(
+            torch.split(scores[i : i + block], step),
+            torch.split(flat[i : i + block], step),
+            strict=True,
+        )
     ]
     return torch.cat(losses).view(tokens.shape)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
 
-from losscli.data import Examples, Split
+from losscli.data import Examples, Split, allocations, device_memory
 from losscli.errors import OutOfMemoryError
 from losscli.evaluation.objective import Objective
 
@@ -49,8 +50,7 @@ def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
         own = [objective.tensors[name] for name in layer.names]
         size += sum(tensor.nbytes + 8 * tensor.numel() for tensor in own)
     if objective.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(objective.device)
-        budget = int(free * _GPU_SHARE)
+        budget = int(device_memory(objective.device) * _GPU_SHARE)
     else:
         budget = _CPU_STACK
     return max(1, budget // max(1, size))
@@ -101,10 +101,10 @@ def halving(objective: Objective, work: Callable[[], _T]) -> _T:
         OutOfMemoryError: One example does not fit.
     """
     while True:
-        try:
+        with suppress(torch.OutOfMemoryError, MemoryError), allocations():
             return work()
-        except (torch.OutOfMemoryError, MemoryError):
-            halve_batch(objective)
+        # Outside of the handler the error is freed, and with it the tensors in its traceback.
+        halve_batch(objective)
 
 
 def halve_batch(

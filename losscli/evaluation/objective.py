@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,8 +22,10 @@ from losscli.data import (
     Nest,
     RandomnessDetector,
     Split,
+    allocations,
     device_budget,
     leaves,
+    placing,
 )
 from losscli.errors import (
     ModelError,
@@ -33,7 +35,6 @@ from losscli.errors import (
 from losscli.evaluation.doubts import Doubt
 from losscli.evaluation.flops import Trace, operations
 from losscli.evaluation.forward import (
-    HALF,
     ScoredModel,
     is_registered,
 )
@@ -53,6 +54,7 @@ from losscli.evaluation.targets import (
     is_of_classes,
     target_error,
 )
+from losscli.summaries import StrategyChoice
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
@@ -65,6 +67,7 @@ __all__ = [
     "Progress",
     "is_close",
     "recalibrated",
+    "relative_difference",
 ]
 
 Progress = Callable[[float], None]
@@ -79,14 +82,17 @@ _BATCH_ELSEWHERE = (256 << 20, 4096)
 # Examples used to measure the outputs of one example. Not 1: code may squeeze that dimension.
 PROBE = 2
 
-# Largest relative difference of the losses of a strategy from those of loaded points.
-AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5, **dict.fromkeys(HALF, 5e-2)}
+AGREEMENT = {"float64": 1e-10, "float32": 1e-5, "tf32": 5e-3, "float16": 5e-2, "bfloat16": 5e-2}
+"""Largest relative difference of two evaluations of the same losses, by `Objective.precision`."""
 
 DETERMINISTIC = (
     "Take the randomness (dropout outside nn.Dropout, sampling) out of the forward pass; if it is "
     "on purpose, give --stochastic N, for means over N fixed seeds"
 )
 """Advice for a model with random outputs."""
+
+# Bytes of moving weights of which no second copy is made.
+_LARGE = 64 << 20
 
 # A token id is looked up as a vector, counted as one of a thousand floats.
 _TOKEN_BYTES = 4096
@@ -138,6 +144,7 @@ class Objective(ScoredModel):
         function: An objective in the place of the loss.
         seeds: Those of a random model.
         optional: The metrics that are omitted if they do not apply.
+        tf32: Whether a GPU computes float32 products in TF32.
 
     Attributes:
         left_out: The omitted metrics with the reason.
@@ -150,6 +157,9 @@ class Objective(ScoredModel):
         constant: Whether different checkpoints have the same losses on first batches.
         strategy: How points are evaluated; None before it is chosen.
         provisional: The strategy for points at which none could be tested.
+        difference: The largest relative difference of the losses of the strategy from those of
+            loaded points, as far as it was measured.
+        first_choice: The first strategy of a run, for its summary.
         proving: Whether a strategy is being tested.
         traced: Whether a forward pass has been traced.
     """
@@ -169,6 +179,7 @@ class Objective(ScoredModel):
         function: ObjectiveFunction | None = None,
         seeds: Sequence[int] = (),
         optional: Collection[str] = (),
+        tf32: bool = False,
     ) -> None:
         super().__init__(
             *(model, loss, metrics),
@@ -191,9 +202,12 @@ class Objective(ScoredModel):
         self.doubts: frozenset[Doubt] = frozenset()
         self.left_out: dict[str, str] = {}
         self.optional = frozenset(optional)
+        self.tf32 = tf32
         self._notes: dict[str, None] = {}
         self.strategy: Strategy | None = None
         self.provisional: Strategy | None = None
+        self.difference: float | None = None
+        self.first_choice: StrategyChoice | None = None
         self.proving = False
         self._operations: int | None = None
         self.traced = False
@@ -205,6 +219,21 @@ class Objective(ScoredModel):
     def columns(self) -> Mapping[str, PerExample]:
         """What is evaluated in addition to the loss, by the name of its column."""
         return self.metrics | ({SEED_ERROR: loss_seed_stderr} if len(self.seeds) > 1 else {})
+
+    @property
+    def factor_type(self) -> torch.dtype:
+        """A type with the significant bits that the factors of products are rounded to.
+
+        TF32 has as many as float16.
+        """
+        rounds = self.tf32 and self.device.type == "cuda" and self.dtype == torch.float32
+        return torch.float16 if rounds else self.dtype
+
+    @property
+    def precision(self) -> str:
+        """The precision of the forward pass: ``tf32``, or the name of its type."""
+        tf32 = self.factor_type != self.dtype
+        return "tf32" if tf32 else str(self.dtype).removeprefix("torch.")
 
     def add_note(self, text: str) -> None:
         """Adds a note.
@@ -337,7 +366,8 @@ class Objective(ScoredModel):
         Returns:
             The loss of each example, and the metrics that may not be per example.
         """
-        outputs = self.forward(self.model, self.prepare(batch))
+        with self.deferring():
+            outputs = self.forward(self.model, self.prepare(batch))
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
         return self.own_values(outputs, batch.targets, loss)
 
@@ -387,6 +417,21 @@ class Objective(ScoredModel):
         self.load(weights)
         return self.evaluate(LoadedPoint(self), splits, progress)
 
+    def is_large(self, names: Iterable[str]) -> bool:
+        """Whether points are bound to the model without a comparison with loaded ones.
+
+        The comparison would cost a second copy of the weights that move, and few points of many
+        weights fit into memory together, so that there is little to share. Studies verify the ends
+        of every line anyway.
+
+        Args:
+            names: The tensors that move.
+
+        Returns:
+            Whether they are large. False for a model that has to be loaded.
+        """
+        return sum(self.tensors[name].nbytes for name in names) > _LARGE and not self.folds
+
     @torch.no_grad()
     def at(
         self,
@@ -408,6 +453,8 @@ class Objective(ScoredModel):
             For each split the evaluation at the P points.
         """
         strategy = self.strategy or self.provisional or Strategy.LOADED
+        if self.is_large(slice_.ends[0]):
+            strategy = Strategy.BOUND
         if strategy is Strategy.LOADED:
             return self.evaluate(LoadedPoints(self, slice_, coordinates), splits, progress)
         if strategy is Strategy.STACKED:
@@ -442,7 +489,7 @@ class Objective(ScoredModel):
             if progress is not None:
                 progress(examples / total)
 
-        with RandomnessDetector(self.device) as draws:
+        with allocations(), RandomnessDetector(self.device) as draws:
             self.recalibrate(points, report)
             evaluations = {
                 name: self._evaluate_split(points, split, report) for name, split in splits.items()
@@ -565,7 +612,8 @@ def _place(splits: Mapping[str, Examples], device: torch.device) -> dict[str, Ex
     for name, split in splits.items():
         new = split.nbytes if isinstance(split, Split) and not split.is_on(device) else 0
         fits = budget is None or new <= budget
-        placed[name] = split.to(device) if isinstance(split, Split) and fits else split
+        with placing(f"the examples of {name}", device, "--limit"):
+            placed[name] = split.to(device) if isinstance(split, Split) and fits else split
         if budget is not None and fits:
             budget -= new
     return placed
@@ -583,7 +631,8 @@ def _placed_recalibration(
             return replace(recalibration, split=placed[name])
     split = recalibration.split
     if isinstance(split, Split):
-        split = split.to(device)
+        with placing(f"the examples of {recalibration.name}", device, "--limit"):
+            split = split.to(device)
     return replace(recalibration, split=split)
 
 
@@ -606,11 +655,30 @@ def is_close(losses: Tensor, truth: Tensor, tolerance: float) -> bool:
     Returns:
         Whether they agree.
     """
+    return relative_difference(losses, truth) <= tolerance
+
+
+def relative_difference(losses: Tensor, truth: Tensor) -> float:
+    """Computes ‖l − t‖ / ‖t‖ over the finite losses.
+
+    Args:
+        losses: The losses l.
+        truth: The reference t.
+
+    Returns:
+        The difference; infinite if other losses are finite than in the reference.
+    """
     finite = truth.isfinite()
     if not torch.equal(losses.isfinite(), finite):
-        return False
+        return math.inf
     losses, truth = losses.double()[finite], truth.double()[finite]
-    return bool((losses - truth).norm() <= tolerance * truth.norm())
+    if torch.equal(losses, truth):
+        return 0.0
+    # Scaled, since squares of large or small losses may leave the range of float64.
+    largest = truth.abs().max()
+    if not largest:
+        return math.inf
+    return float(((losses - truth) / largest).norm() / (truth / largest).norm())
 
 
 @torch.no_grad()

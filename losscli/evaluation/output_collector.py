@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from losscli.data import Nest
 from losscli.evaluation.example_weights import weights_of
-from losscli.evaluation.forward import ScoredModel, scores_in
+from losscli.evaluation.forward import ScoredModel, mean_over_seeds, scores_in
 from losscli.evaluation.losses import PerExample, causal_lm, function_of, options_of
 from losscli.evaluation.metrics import perplexity
 
@@ -49,10 +49,10 @@ class OutputCollector:
             self._compute_weights(outputs)
         for name, values in self._all_values(self._values, outputs):
             if name is None:
-                self._losses[p] = values.mean(0)
+                self._losses[p] = mean_over_seeds(values)
             if name in self._sums:
                 sums = values.to(self._sums[name].dtype).sum(1)
-                self._sums[name][p] = sums if name is None else sums.mean()
+                self._sums[name][p] = sums if name is None else mean_over_seeds(sums)
 
     def all(self, outputs: Any) -> None:
         """Records the outputs at all points."""
@@ -60,9 +60,10 @@ class OutputCollector:
         self._compute_weights(scores[0] if isinstance(scores, Tensor) else outputs)
         for name, values in self._all_values(self._mapped, outputs):
             if name is None:
-                self._losses[:] = values.mean(1)
+                self._losses[:] = mean_over_seeds(values, 1)
             else:
-                self._sums[name][:] = values.to(self._sums[name].dtype).sum(2).mean(1)
+                sums = values.to(self._sums[name].dtype).sum(2)
+                self._sums[name][:] = mean_over_seeds(sums, 1)
 
     def _compute_weights(self, outputs: Any) -> None:
         functions: dict[str | None, PerExample] = {None: self._model.loss}

@@ -28,7 +28,7 @@ def nearby(
     Args:
         weights: The point: all tensors of the model.
         names: The parameters that move.
-        dtype: The type of the forward pass.
+        dtype: The type that the factors of products are rounded to.
         seed: Of the random direction.
 
     Yields:

@@ -32,6 +32,8 @@ class PointWeights:
 
     Attributes:
         stacks: ``[P, *shape]`` for each tensor.
+        rows: The tensor of each point, views of the stacks. Made once, because indexing a stack
+            takes as long as launching a kernel.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class PointWeights:
             else:
                 stack = own.new_empty(number, *own.shape)
             self.stacks[name] = stack
+        self.rows = {name: stack.unbind(0) for name, stack in self.stacks.items()}
         self._missing = {name: set(range(number)) for name in self.stacks}
 
     def fill(self, name: str, points: Iterable[int]) -> None:
@@ -69,7 +72,7 @@ class PointWeights:
         missing = self._missing[name]
         rows = [p for p in points if p in missing]
         if rows:
-            outs = [self.stacks[name][p] for p in rows]
+            outs = [self.rows[name][p] for p in rows]
             _fill(outs, self._slice, name, [self._coordinates[p] for p in rows])
             # Only now: another thread that needs a row meanwhile writes the same values to it.
             missing.difference_update(rows)

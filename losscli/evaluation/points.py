@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves
 
@@ -89,7 +89,9 @@ class LoadedPoint:
         Yields:
             The index of the point, when it is done.
         """
-        recorder.one(0, self._network.forward(self._network.model, inputs))
+        with self._network.deferring():
+            outputs = self._network.forward(self._network.model, inputs)
+        recorder.one(0, outputs)
         yield 0
 
 
@@ -154,7 +156,9 @@ class LoadedPoints:
         """
         for p, point in enumerate(self._coordinates):
             self._load(p, point)
-            recorder.one(p, self._network.forward(self._network.model, inputs))
+            with self._network.deferring():
+                outputs = self._network.forward(self._network.model, inputs)
+            recorder.one(p, outputs)
             yield p
 
     def _load(self, p: int, point: Sequence[float]) -> None:
@@ -219,6 +223,8 @@ class BoundPoints:
         moving = {name: own for name, own in self._own.items() if name not in computed}
         self._weights = PointWeights(network, slice_, coordinates, moving)
         self._stacks = dict(self._weights.stacks)
+        self._rows = dict(self._weights.rows)
+        self._copied = _cudnn_weights(network) & moving.keys()
         # The first layer's weight, which a point that shares its products does not need.
         self._lazy: str | None = None
         # Whether recorded prefixes give the right outputs; None before the first one.
@@ -296,7 +302,8 @@ class BoundPoints:
         points = [self._statistics.at(p, tensors) for p in range(len(self))]
         for name in self._statistics.names:
             means = [point.get(name, self._own[name]) for point in points]
-            self._stacks[name] = torch.stack(means)
+            stack = torch.stack(means)
+            self._stacks[name], self._rows[name] = stack, stack.unbind(0)
         return self._statistics.names
 
     def _each(self, take: _TakeBatch, inputs: Nest) -> Iterator[int]:
@@ -395,12 +402,16 @@ class BoundPoints:
         self, p: int, replica: Replica, inputs: Nest, mode: AbstractContextManager[Any]
     ) -> Any:
         self._bind(replica.tensors, p)
-        with mode:
+        # The mode sees the layer before it is deferred, since it may replace it.
+        with self._network.deferring(), mode:
             return self._network.forward(replica.model, inputs)
 
     def _bind(self, tensors: Mapping[str, Tensor], p: int) -> None:
-        for name, stack in self._stacks.items():
-            tensors[name].data = stack[p]
+        for name, rows in self._rows.items():
+            if name in self._copied and name != self._lazy:
+                tensors[name].data.copy_(rows[p])
+            else:
+                tensors[name].data = rows[p]
 
     def _fill(self) -> None:
         """Computes the weights of all points, but for the one that is computed when it is used."""
@@ -416,7 +427,8 @@ class BoundPoints:
         """Computes the singular vectors of spectrally normalised weights at all points."""
         number, tensors = len(self._coordinates), self._network.tensors
         for name in self._normalised:
-            self._stacks[name] = self._own[name].new_empty(number, *self._own[name].shape)
+            stack = self._own[name].new_empty(number, *self._own[name].shape)
+            self._stacks[name], self._rows[name] = stack, stack.unbind(0)
         for p in range(number):
             self._bind(tensors, p)
             normalise(self._spectral, tensors)
@@ -482,6 +494,24 @@ class StackedPoints(BoundPoints):
             mapped = vmap(at, in_dims=(0, None if products is None else 0))
             recorder.all(mapped(self._stacks, products))
         return iter(range(len(self)))
+
+
+def _cudnn_weights(network: Network) -> frozenset[str]:
+    """The weights that cuDNN keeps in one buffer: those of recurrent layers on a GPU."""
+    # `flatten_parameters` made them views of it. If they were bound to other memory, every call
+    # would warn and copy them into a new buffer.
+    flat = {
+        id(weight)
+        for module in network.model.modules()
+        if isinstance(module, nn.RNNBase)
+        for weight in module.parameters(recurse=False)
+        if _is_in_cudnn(weight)
+    }
+    return frozenset(name for name, tensor in network.tensors.items() if id(tensor) in flat)
+
+
+def _is_in_cudnn(weight: Tensor) -> bool:
+    return weight.is_cuda
 
 
 Points = LoadedPoint | LoadedPoints | BoundPoints

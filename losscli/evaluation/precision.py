@@ -41,6 +41,7 @@ def with_model(objective: Objective, model: nn.Module, dtype: torch.dtype) -> Ob
         batch_loss=objective.batch_loss,
         function=objective.function,
         seeds=objective.seeds,
+        tf32=objective.tf32,
     )
     other.extra = objective.extra
     other.copies_inputs = objective.copies_inputs
@@ -88,9 +89,9 @@ def in_float64(objective: Objective, sample: Split, *, inside: bool = False) -> 
         finally:
             objective.load(own)
     # Random numbers of another type may be other numbers, and the copy another function.
-    if not is_close(here, before, 100 * AGREEMENT[objective.dtype]):
+    if not is_close(here, before, 100 * AGREEMENT[objective.precision]):
         return None
-    return twin if is_close(after, before, AGREEMENT[torch.float64]) else None
+    return twin if is_close(after, before, AGREEMENT["float64"]) else None
 
 
 def _is_wide(objective: Objective, sample: Split) -> bool:
@@ -143,9 +144,10 @@ def narrowest_type(objective: Objective, sample: Split) -> torch.dtype:
         sample: A few examples, on the device.
 
     Returns:
-        The type. It is narrower than that of the forward pass if code casts.
+        The type. It is narrower than that of the forward pass if code casts, or if a GPU rounds
+        the factors of products.
     """
-    narrowest, batch = Narrowest(objective.dtype), sample.first(objective.batch_size)
+    narrowest, batch = Narrowest(objective.factor_type), sample.first(objective.batch_size)
     with narrowest:
         objective.values(batch)
     return narrowest.dtype

@@ -72,7 +72,7 @@ class Ranks:
     Attributes:
         rank: The rank of this process; rank 0 is the leader.
         size: The number of ranks.
-        local: The rank of this process among those on this machine; it uses the GPU of this number.
+        local: The rank of this process among those on this machine, which chooses its GPU.
     """
 
     def __init__(self, store: Store, rank: int, size: int, local: int = 0) -> None:

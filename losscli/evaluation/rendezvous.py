@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import socket
 import threading
 import time
 import uuid
@@ -73,9 +74,11 @@ def join_ranks(note: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
         store, rank, size = _call_in_thread(
             lambda: next(rendezvous("env://", timeout=timedelta(seconds=_JOIN))), wait
         )
-        local = int(os.environ.get("LOCAL_RANK", "0"))
         store = PrefixStore("losscli", store)
-        store = PrefixStore(_choose_prefix(store, rank, size, wait), store)
+        prefix, local = _choose_prefix(store, rank, size, wait)
+        # Only torchrun sets it; MPI and Slurm have names of their own.
+        local = int(os.environ.get("LOCAL_RANK") or local)
+        store = PrefixStore(prefix, store)
     except (RuntimeError, ValueError) as error:
         raise RanksError(
             f"the other ranks cannot be reached: {reason(error)}",
@@ -127,11 +130,12 @@ def _call_in_thread(call: Callable[[], _T], wait: _WaitNote) -> _T:
             return result
 
 
-def _choose_prefix(store: Store, rank: int, size: int, wait: _WaitNote) -> str:
+def _choose_prefix(store: Store, rank: int, size: int, wait: _WaitNote) -> tuple[str, int]:
     """Agrees on a key prefix that is unique to these processes.
 
     When torchrun restarts ranks, it may give them the store of those that died, with all its keys.
-    So each rank registers under a random name, and rank 0 publishes the names that it has seen.
+    So each rank registers under a random name, and rank 0 publishes the names that it has seen. The
+    name of the machine is a part of it.
 
     Args:
         store: The store that all ranks share.
@@ -140,12 +144,13 @@ def _choose_prefix(store: Store, rank: int, size: int, wait: _WaitNote) -> str:
         wait: Notes that ranks take long to arrive.
 
     Returns:
-        The prefix, the same on all ranks.
+        The prefix, the same on all ranks; and the number of lower ranks on this machine.
 
     Raises:
         RanksError: Some ranks did not arrive.
     """
-    own = uuid.uuid4().hex
+    host = socket.gethostname()
+    own = f"{uuid.uuid4().hex} {host}"
     store.set(f"hello/{rank}", own)
     until = time.monotonic() + _JOIN
     while time.monotonic() < until:
@@ -154,13 +159,13 @@ def _choose_prefix(store: Store, rank: int, size: int, wait: _WaitNote) -> str:
                 name, seen = json.loads(store.get("welcome"))
                 if seen[rank] == own:
                     store.set(f"{name}/here/{rank}", "")
-                    return str(name)
+                    return name, [other.partition(" ")[2] for other in seen[:rank]].count(host)
         else:
             keys = (f"hello/{r}" for r in range(size))
             seen = [store.get(key).decode() if store.check([key]) else "" for key in keys]
             store.set("welcome", json.dumps([own, seen]))
             if store.check([f"{own}/here/{r}" for r in range(1, size)]):
-                return own
+                return own, 0
         wait.check()
         time.sleep(_STORE_POLL)
     raise RanksError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -86,4 +87,11 @@ class Network(Protocol):
 
         Returns:
             Its outputs.
+        """
+
+    def deferring(self) -> AbstractContextManager[Any]:
+        """Defers the scores of tokens until the loss takes them.
+
+        Returns:
+            A context for a forward pass. Its outputs must be used before the weights change.
         """

@@ -8,31 +8,37 @@ import torch
 from torch import nn
 
 from losscli.errors import LossError, ModelError
-from losscli.evaluation.forward import HALF, is_registered
+from losscli.evaluation.forward import is_registered
 from losscli.evaluation.memory import halving
-from losscli.evaluation.objective import AGREEMENT, Objective, is_close
+from losscli.evaluation.objective import AGREEMENT, Objective, relative_difference
 from losscli.evaluation.points import LoadedPoints
 from losscli.evaluation.replicas import is_stateless
 from losscli.evaluation.strategies import NothingSharedError, Strategy
+from losscli.summaries import StrategyChoice
 from losscli.weight_space.slices import Slice
 
-__all__ = ["candidates", "choose_strategy", "find_strategy"]
+__all__ = ["candidates", "choose_strategy", "find_strategy", "strategy_of"]
 
 # Examples on which a strategy is compared with loading.
 _PROOF_EXAMPLES = 64
 
 # Largest relative difference of the losses where BatchNorm's statistics are estimated too: each
 # layer amplifies the rounding of the one before.
-_AGREEMENT_ON_ESTIMATES = {torch.float64: 1e-8, torch.float32: 1e-3, **dict.fromkeys(HALF, 0.3)}
-
-# Models above this size are not compared: the loaded point would need a second copy.
-_LARGE_BYTES = 64 << 20
+_AGREEMENT_ON_ESTIMATES = {
+    "float64": 1e-8,
+    "float32": 1e-3,
+    "tf32": 0.1,
+    **dict.fromkeys(("float16", "bfloat16"), 0.3),
+}
 
 
 def choose_strategy(
     objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
 ) -> None:
     """Chooses a strategy; if memory runs out, for fewer points, then with half the batch.
+
+    The first choice of a run is kept for its summary: a later one, at points where more can be
+    tested, is not made again by a run that is resumed.
 
     Args:
         objective: The objective.
@@ -44,8 +50,29 @@ def choose_strategy(
             find_strategy(objective, slice_, few)
         except (torch.OutOfMemoryError, MemoryError):
             continue
-        return
-    halving(objective, lambda: find_strategy(objective, slice_, coordinates[-1:]))
+        break
+    else:
+        halving(objective, lambda: find_strategy(objective, slice_, coordinates[-1:]))
+    objective.first_choice = objective.first_choice or strategy_of(objective, slice_)
+
+
+def strategy_of(objective: Objective, slice_: Slice) -> StrategyChoice | None:
+    """Describes the strategy of an objective.
+
+    Args:
+        objective: The objective.
+        slice_: What is evaluated.
+
+    Returns:
+        Its name, and the difference of its losses from those of loaded points; None before one is
+        chosen.
+    """
+    if objective.is_large(slice_.ends[0]):
+        return {"name": Strategy.BOUND.name.lower(), "difference": None}
+    strategy = objective.strategy or objective.provisional
+    if strategy is None:
+        return None
+    return {"name": strategy.name.lower(), "difference": objective.difference}
 
 
 @torch.no_grad()
@@ -59,7 +86,8 @@ def find_strategy(
 
     A few points are evaluated on a part of a batch by loading each, then by every strategy from the
     fastest on until one agrees. The choice is final only at points that share a first layer, so
-    that it does not depend on the order of slices; before that it is provisional.
+    that it does not depend on the order of slices; before that it is provisional. Slices of many
+    weights are not compared (`Objective.is_large`), and leave the choice to others.
 
     Args:
         objective: The objective.
@@ -67,23 +95,19 @@ def find_strategy(
         coordinates: As many points as will be evaluated at once.
         examples: The most examples to compare on.
     """
-    if objective.strategy is not None:
+    if objective.strategy is not None or objective.is_large(slice_.ends[0]):
         return
     objective.provisional = None
-    moving = sum(objective.tensors[name].nbytes for name in slice_.ends[0])
-    if moving > _LARGE_BYTES and not objective.folds:
-        # The comparison would cost a second copy. Studies verify the ends of every line anyway.
-        objective.strategy = Strategy.BOUND
-        return
     name, split = next(iter(objective.splits.items()))
     sample = {name: split.first(min(objective.batch_size, examples)).to(objective.device)}
     # One more point than the ends of the slice, so that they share a first layer.
     last = len(slice_.ends)
     few = [tuple(coordinates[i * (len(coordinates) - 1) // last]) for i in range(last + 1)]
     few = list(dict.fromkeys(few))
-    comparisons = [(objective.frozen_statistics, AGREEMENT[objective.dtype])]
+    precision = objective.precision
+    comparisons = [(objective.frozen_statistics, AGREEMENT[precision])]
     if objective.recalibration is not None:
-        comparisons.append((objective.first_batch_only, _AGREEMENT_ON_ESTIMATES[objective.dtype]))
+        comparisons.append((objective.first_batch_only, _AGREEMENT_ON_ESTIMATES[precision]))
     own = {n: objective.tensors[n].clone() for layer in objective.statistics for n in layer.names}
     truths = []
     for context, _ in comparisons:
@@ -108,12 +132,15 @@ def find_strategy(
             return False
         finally:
             objective.proving = True
-        return is_close(losses, truths[i], tolerance)
+        difference = relative_difference(losses, truths[i])
+        objective.difference = max(objective.difference or 0.0, difference)
+        return difference <= tolerance
 
     objective.proving = True
     try:
         for strategy in candidates(objective):
             objective.strategy, objective.provisional = strategy, None
+            objective.difference = None
             if all(map(agrees, range(len(comparisons)))):
                 return
     except BaseException:
@@ -123,6 +150,7 @@ def find_strategy(
     finally:
         objective.proving = False
     objective.strategy, objective.provisional = Strategy.LOADED, None
+    objective.difference = 0.0
 
 
 def candidates(objective: Objective) -> list[Strategy]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
 
-from losscli.data import Examples
+from losscli.data import Examples, allocations
 from losscli.evaluation.memory import halve_batch, halving, is_streamed, points_at_once
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays
@@ -85,7 +86,7 @@ def sweep(
         return _evaluate_alone(objective, slice_, coordinates, chunk, splits, execution, key)
     halving(objective, lambda: find_strategy(objective, slice_, coordinates[:chunk]))
     (evaluations,) = _evaluate_among_ranks(
-        objective, [lambda: slice_], coordinates, chunk, splits, execution, [key]
+        objective, [lambda: slice_], slice_.ends[0], coordinates, chunk, splits, execution, [key]
     )
     return evaluations
 
@@ -133,7 +134,9 @@ def sweep_each(
         chunk = min(points_at_once(objective, names, splits), number)
         keys = [execution.key(partial(key, make)) for make in group]
         own = execution.after(done)
-        yield from _evaluate_among_ranks(objective, group, coordinates, chunk, splits, own, keys)
+        yield from _evaluate_among_ranks(
+            objective, group, names, coordinates, chunk, splits, own, keys
+        )
         done += len(group) * number
 
 
@@ -160,9 +163,11 @@ def _evaluate_alone(
         number = chunk if known is None else state_of(known).number
         points = coordinates[start : start + number]
         task = Task(len(points), partial(evaluate, points, chunk), key, start, known)
-        try:
+        arrays: Arrays | None = None
+        with suppress(torch.OutOfMemoryError, MemoryError), allocations():
             (arrays,) = execution.after(start).run([task])
-        except (torch.OutOfMemoryError, MemoryError):
+        if arrays is None:
+            # Outside of the handler the error is freed, and with it the tensors in its traceback.
             if len(points) > 1:
                 chunk = len(points) // 2
             else:
@@ -209,6 +214,7 @@ def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> di
 def _evaluate_among_ranks(
     objective: Objective,
     slices: Sequence[Callable[[], Slice]],
+    moving: Iterable[str],
     coordinates: Sequence[Sequence[float]],
     chunk: int,
     splits: Mapping[str, Examples],
@@ -222,8 +228,8 @@ def _evaluate_among_ranks(
     # Data that is decoded in each pass should be read as few times as possible.
     streamed = is_streamed(splits)
     # More points than the ends of a line or plane, so that they share a first layer.
-    shared = objective.strategy not in {Strategy.BOUND, Strategy.LOADED}
-    least = len(coordinates[0]) + 2 if shared else 1
+    plain = objective.is_large(moving) or objective.strategy in {Strategy.BOUND, Strategy.LOADED}
+    least = 1 if plain else len(coordinates[0]) + 2
     # Whole slices as long as there is one for each rank; the rest are divided among ranks.
     whole = len(slices) // execution.size * execution.size
     parts = math.ceil(execution.size / max(1, len(slices) - whole))

@@ -192,7 +192,8 @@ def _first_values(
     """Evaluates a first batch and checks that model, loss and data fit together."""
     inputs = objective.prepare(batch.map(Tensor.clone))
     versions = [tensor._version for tensor in leaves(inputs)]
-    outputs = objective.forward(objective.model, inputs)
+    with objective.deferring():
+        outputs = objective.forward(objective.model, inputs)
     scores = scores_in(outputs)
     if not isinstance(scores, Tensor) and is_registered(objective.loss):
         raise LossError(
@@ -338,7 +339,8 @@ def _fit_outputs(objective: Objective) -> None:
         few = split.first(min(PROBE, objective.batch_size)).to(objective.device)
         inputs = objective.prepare(few.map(Tensor.clone))
         try:
-            outputs = objective.forward(objective.model, inputs)
+            with objective.deferring():
+                outputs = objective.forward(objective.model, inputs)
         except ModelError:
             # Reported for the whole batch, the only size that some models accept.
             return
@@ -408,7 +410,8 @@ def _check_targets(objective: Objective, name: str) -> None:
     start = place - place % objective.batch_size
     batch = split.take(slice(start, start + objective.batch_size)).send(objective.device)
     inputs = objective.prepare(batch.map(Tensor.clone))
-    outputs = objective.forward(objective.model, inputs)
+    with objective.deferring():
+        outputs = objective.forward(objective.model, inputs)
     losses = objective.per_example(objective.loss, outputs, batch.targets, "loss")
     if not losses[place - start].isfinite():
         raise target_error(split.targets[place], objective.where(split), split.position(place))

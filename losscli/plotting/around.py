@@ -9,42 +9,45 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from losscli.drawing import FULL, Drawing
 from losscli.plotting.html import DASHES as PAGE_DASHES
-from losscli.plotting.html import Item, View, curve, layout_2d, render_page, transparent
+from losscli.plotting.html import Item, View, curve, layout_2d, transparent
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
     INK,
     STEPS,
-    WIDTH,
     Numbers,
     add_foot,
     add_title,
-    distinct_names,
+    distinct_checkpoints,
     drawable,
-    examples,
     format_number,
     freeze,
     house_style,
+    label_loss,
     loss_name,
+    name_split,
+    narrow,
+    new_figure,
     plain,
     run_colours,
     scale_y,
     shorten,
+    text_size,
 )
 from losscli.results import Run
 from losscli.summaries import AroundPoint, AroundSummary
 from losscli.table import Table
 from losscli.weight_space.basin import Profile
 
-__all__ = ["draw_around", "render_around"]
+__all__ = ["around_views", "draw_around"]
 
 Floats = NDArray[np.float64]
 
@@ -128,9 +131,7 @@ class _Group:
         return norms.get(self.checkpoint, np.nan)
 
 
-def draw_around(
-    runs: Sequence[Run[AroundSummary]], *, title: str = "", log: bool = False
-) -> Figure:
+def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> Figure:
     """Draws the loss along directions from checkpoints over the distance, a panel per split.
 
     Each checkpoint has a colour. Random directions are thin lines, with the mean over them and the
@@ -139,31 +140,28 @@ def draw_around(
 
     Args:
         runs: The runs.
-        title: The title of the figure.
-        log: Whether the axes of the loss are logarithmic.
+        drawing: How it is drawn.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
-    with house_style():
+    with house_style(drawing):
         splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
-        groups, shared = _read(runs)
+        groups, shared = _read(runs, drawing)
         number = max(len(splits), 1)
-        figure = Figure(figsize=(WIDTH, 0.6 + _HEIGHT * number), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(drawing, 0.6 + _HEIGHT * number)
         panels = figure.subplots(number, 1, sharex=True, squeeze=False)[:, 0].tolist()
         notes = shared if groups else ["There are no points"]
         marks: dict[str, tuple[Artist, str]] = {}
         reach: list[Floats] = []
         for axes, split in zip(panels, splits, strict=False):
             curves = [(g, c) for g in groups if (c := g.curves(split))]
-            notes += _draw(axes, curves, split, marks, log=log)
+            notes += _draw(axes, curves, split, marks, drawing)
             reach += [c.x for _, c in curves]
-            label = shorten(figure, f"loss{loss_name(runs)}", 190, 10)
-            axes.set_ylabel(f"{label}\nlog scale" if log else label)
-            name = plain(split) + examples(runs, split)
-            axes.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
-        _scale_distance(panels, np.concatenate([*reach, np.empty(0)]), groups)
+            axes.set_ylabel(label_loss(figure, runs, drawing, log=drawing.log))
+            name = name_split(runs, split, drawing)
+            axes.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+        _scale_distance(panels, np.concatenate([*reach, np.empty(0)]), groups, drawing)
         figure.align_ylabels(panels)
         shown = groups
         if len(groups) > _MOST_NAMES:
@@ -172,27 +170,30 @@ def draw_around(
             notes.append(f"{len(groups)} checkpoints, {order}; the first and the last are named")
         # The colour of a single checkpoint is that of all entries.
         style = "solid" if len(groups) > 1 else "none"
-        named = [(Line2D([], [], color=g.colour, lw=2.2, ls=style), _label(g)) for g in shown]
-        add_foot(figure, list(dict.fromkeys(notes)), [named, list(marks.values())])
-        if title:
-            add_title(figure, title)
-        freeze(figure)
+        named = [
+            (Line2D([], [], color=g.colour, lw=2.2, ls=style), drawing.words(_label(g), g.name))
+            for g in shown
+            if len(groups) > 1 or not drawing.compact or g.run.checkpoint_labels
+        ]
+        add_foot(figure, drawing, list(dict.fromkeys(notes)), [named, list(marks.values())])
+        add_title(figure, drawing)
+        freeze(figure, drawing)
     return figure
 
 
-def _read(runs: Sequence[Run[AroundSummary]]) -> tuple[list[_Group], list[str]]:
+def _read(runs: Sequence[Run[AroundSummary]], drawing: Drawing) -> tuple[list[_Group], list[str]]:
     """Returns the checkpoints of all runs, and notes on the names that they share."""
     found, notes = [], []
     for run in runs:
         checkpoints = [str(name) for name in run.table.unique("checkpoint")]
-        names, pattern = distinct_names(run.checkpoint_labels or checkpoints)
+        names, pattern = distinct_checkpoints(run, checkpoints, drawing)
         label = plain(run.label)
         if pattern:
             notes.append(f"Checkpoints {pattern}")
         for checkpoint, own in zip(checkpoints, names, strict=True):
             name = f"{label}, {own}" if label and len(checkpoints) > 1 else label or own
             found.append((run, checkpoint, name))
-    colours = run_colours(len(found))
+    colours = run_colours(len(found), drawing)
     return [_Group(*of, colour) for of, colour in zip(found, colours, strict=True)], notes
 
 
@@ -206,17 +207,17 @@ def _draw(
     groups: Sequence[tuple[_Group, _Curves]],
     split: str,
     marks: dict[str, tuple[Artist, str]],
-    *,
-    log: bool,
+    drawing: Drawing,
 ) -> list[str]:
     """Draws one split; returns notes, and adds to the entries of the legend."""
+    log = drawing.log
     series = [s for k, (g, c) in enumerate(groups) for s in _series(k, g, c, split)]
-    notes = draw_panel(axes, series, "loss", log=log)
+    notes = draw_panel(axes, series, "loss", drawing, log=log)
     # The means may be finite where single directions are drawn, and farther apart.
     shown = [s["loss"] + sign * s["loss_stderr"] for s in series for sign in (-1, 1)]
     values = [*(c.losses.ravel() for _, c in groups), *(x.ravel() for x in shown)]
     joined = np.concatenate([*values, np.empty(0)])
-    scale_y(axes, joined[drawable(joined, log=log)], log=log)
+    scale_y(axes, joined[drawable(joined, log=log)], log=log, limits=drawing.ylim)
     colour = groups[0][0].colour if len({g.colour for g, _ in groups}) == 1 else INK
     for group, curves in groups:
         if curves.random:
@@ -233,10 +234,10 @@ def _draw(
                 marks.setdefault(f"along {name}", (line, f"along {plain(name)}"))
             if np.nanmax(curves.errors, initial=0.0) > 0:
                 band = Patch(color=colour, alpha=0.18, lw=0)
-                marks.setdefault("error", (band, "± one standard error"))
-        if _mark_radii(axes, group, split):
+                marks.setdefault("error", (band, drawing.words("± one standard error", "± s.e.")))
+        if not drawing.no_markers and _mark_radii(axes, group, split):
             diamond = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
-            marks.setdefault("radius", (diamond, "radius of the basin"))
+            marks.setdefault("radius", (diamond, drawing.words("radius of the basin", "radius")))
     return notes
 
 
@@ -306,7 +307,9 @@ def _mark_radii(axes: Axes, group: _Group, split: str) -> bool:
     return True
 
 
-def _scale_distance(panels: Sequence[Axes], x: Floats, groups: Sequence[_Group]) -> None:
+def _scale_distance(
+    panels: Sequence[Axes], x: Floats, groups: Sequence[_Group], drawing: Drawing
+) -> None:
     """Scales the axis of distances; for a single ‖θ‖, another one is relative to it."""
     low, high = (float(x.min()), float(x.max())) if x.size else (0.0, 1.0)
     room = 0.02 * (high - low) or 0.05
@@ -314,7 +317,7 @@ def _scale_distance(panels: Sequence[Axes], x: Floats, groups: Sequence[_Group])
     lowest.set_xlim(low - room, high + room)
     lowest.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
     lowest.xaxis.set_major_formatter(Numbers())
-    lowest.set_xlabel(_DISTANCE + _OPPOSITE * (low < 0))
+    lowest.set_xlabel(_DISTANCE + _OPPOSITE * (low < 0 and not drawing.compact))
     sizes = {group.size for group in groups}
     size = sizes.pop() if len(sizes) == 1 else np.nan
     if not (np.isfinite(size) and size > 0):
@@ -330,19 +333,17 @@ def _scale_distance(panels: Sequence[Axes], x: Floats, groups: Sequence[_Group])
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def render_around(runs: Sequence[Run[AroundSummary]], *, title: str = "", log: bool = False) -> str:
-    """Renders the loss along directions from checkpoints as an interactive page.
+def around_views(runs: Sequence[Run[AroundSummary]]) -> list[View]:
+    """Returns the views of an interactive page: the loss along directions from checkpoints.
 
     Args:
         runs: The runs.
-        title: The title of the page.
-        log: Whether the scale of the loss is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
-    groups, notes = _read(runs)
+    groups, notes = _read(runs, FULL)
     quantities = {"loss": f"loss{loss_name(runs)}"}
     quantities |= {metric: metric for run in runs for metric in run.table.metrics}
     items = [
@@ -370,7 +371,7 @@ def render_around(runs: Sequence[Run[AroundSummary]], *, title: str = "", log: b
         slider=[group.name for group in groups] if len(groups) > 1 else (),
         notes=notes if items else ["There are no points"],
     )
-    return render_page([view], title=title, log=log)
+    return [view]
 
 
 def _page_items(

@@ -11,7 +11,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
@@ -21,27 +20,32 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
-from losscli.plotting.html import Item, View, escape, layout_2d, render_page
+from losscli.drawing import FULL, Drawing
+from losscli.plotting.html import Item, View, escape, layout_2d
 from losscli.plotting.style import (
     INCH,
     INK,
     LARGEST,
     PALE,
-    SMALL,
     SMALLEST,
     STEPS,
     WIDTH,
     Numbers,
     add_foot,
     add_title,
-    distinct_names,
-    examples,
+    columns,
+    distinct_checkpoints,
     format_number,
     house_style,
     is_light,
     loss_name,
-    plain,
+    name_split,
+    narrow,
+    new_figure,
+    note_size,
     shorten,
+    small_size,
+    text_size,
     text_width,
 )
 from losscli.plotting.surface import WIDE, finish_layout
@@ -49,7 +53,7 @@ from losscli.results import Run
 from losscli.summaries import BarriersSummary
 from losscli.table import Table
 
-__all__ = ["draw_barriers", "render_barriers"]
+__all__ = ["barriers_views", "draw_barriers"]
 
 Floats = NDArray[np.float64]
 
@@ -64,7 +68,6 @@ _EDGE = "#dedede"
 _NUMBERS = 12  # maximum number of checkpoints for numbers in the cells
 _SIDE_BY_SIDE = 6  # up to this many checkpoints, or without numbers, panels are side by side
 _NAME = 112.0  # points, maximum width of a name
-_FONT_SIZE = 8.5  # points, maximum size of numbers in the cells
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class _Square:
     heights: Floats
 
 
-def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = False) -> Figure:
+def draw_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
     """Draws the barriers between all pairs of checkpoints as a symmetric matrix for each split.
 
     All splits have the same scale. A barrier of 0 is white on any scale. A barrier that is unknown,
@@ -83,8 +86,7 @@ def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = Fal
 
     Args:
         run: The run.
-        title: The title of the figure.
-        log: Whether the colour scale is logarithmic.
+        drawing: How it is drawn.
 
     Returns:
         The figure, laid out and ready to `render`.
@@ -92,36 +94,38 @@ def draw_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = Fal
     names = [str(name) for name in run.table.unique("a", "b")]
     squares = _read(run.table, names)
     number = len(names)
-    with house_style():
+    with house_style(drawing):
         two = len(squares) > 1 and not _SIDE_BY_SIDE < number <= _NUMBERS
-        columns = 2 if two else 1
-        rows = math.ceil(len(squares) / columns) or 1
-        width = WIDE if two else WIDTH
+        across = columns(drawing, 2 if two else 1)
+        rows = math.ceil(len(squares) / across) or 1
         side = 3.5 if two else min(5.2, 2.4 + 0.45 * number)
-        figure = Figure(figsize=(width, rows * (side + 0.3) + 0.9), layout="constrained")
-        FigureCanvasAgg(figure)
-        cells = figure.add_gridspec(rows, columns)
-        norm = _norm(squares, log=log)
-        distinct, shared = distinct_names(run.checkpoint_labels or names)
-        labels = [shorten(figure, name, _NAME) for name in distinct]
+        figure = new_figure(drawing, rows * (side + 0.3) + 0.9, WIDE if two else WIDTH, rows=rows)
+        if drawing.compact:
+            height = drawing.inches[1] or figure.get_figheight()
+            side = min(height / rows - 0.3, (figure.get_figwidth() - 1.0) / across)
+        cells = figure.add_gridspec(rows, across)
+        norm = _norm(squares, drawing)
+        distinct, shared = distinct_checkpoints(run, names, drawing)
+        labels = [shorten(figure, name, narrow(figure, _NAME)) for name in distinct]
         panels: list[Axes] = []
         for index, square in enumerate(squares):
-            panel = figure.add_subplot(cells[divmod(index, columns)])
+            panel = figure.add_subplot(cells[divmod(index, across)])
             room = side * INCH / max(number, 1)
             _draw(panel, square.heights, norm, room)
             _label_axes(
-                panel, labels, room, below=index + columns >= len(squares), left=not index % columns
+                panel, labels, room, below=index + across >= len(squares), left=not index % across
             )
-            name = plain(square.split) + examples([run], square.split)
-            panel.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
+            name = name_split([run], square.split, drawing)
+            panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
             panels.append(panel)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
-        _add_colour_bar(figure, panels, norm, f"barrier{loss_name([run])}", log=log)
-        if title:
-            add_title(figure, title)
-        add_foot(figure, _notes(run, squares, shared), [_legend(squares)])
-        finish_layout(figure)
+        _add_colour_bar(
+            figure, panels, norm, drawing.words(f"barrier{loss_name([run])}", "barrier"), drawing
+        )
+        add_title(figure, drawing)
+        add_foot(figure, drawing, _notes(run, squares, shared), [_legend(squares, drawing)])
+        finish_layout(figure, drawing)
     return figure
 
 
@@ -157,7 +161,10 @@ def _unknown(heights: Floats) -> NDArray[np.bool_]:
     return ~(np.isfinite(heights) & (heights < LARGEST))
 
 
-def _norm(squares: Sequence[_Square], *, log: bool) -> Normalize:
+def _norm(squares: Sequence[_Square], drawing: Drawing) -> Normalize:
+    log = drawing.log
+    if drawing.ylim is not None:
+        return (LogNorm if log else Normalize)(*drawing.ylim)
     shown = _shown(squares)
     high = float(shown.max()) if shown.size else 1.0
     if not log:
@@ -196,8 +203,8 @@ def _write(axes: Axes, heights: Floats, colours: Floats, room: float) -> None:
     cells = np.argwhere(~_unknown(heights) & ~np.eye(len(heights), dtype=bool))
     digits = 3 if room > 40 else 2
     texts = [format_number(float(heights[i, j]), digits) for i, j in cells]
-    widest = max((text_width(figure, text, _FONT_SIZE) for text in texts), default=0.0)
-    size = min(_FONT_SIZE, _FONT_SIZE * 0.9 * room / widest) if widest else _FONT_SIZE
+    widest = max((text_width(figure, text, note_size()) for text in texts), default=0.0)
+    size = min(note_size(), note_size() * 0.9 * room / widest) if widest else note_size()
     light = is_light(colours[..., :3])
     for (i, j), text in zip(cells, texts, strict=True):
         colour = "black" if light[i, j] else "white"
@@ -220,7 +227,7 @@ def _label_axes(axes: Axes, labels: Sequence[str], room: float, *, below: bool, 
     """Labels rows and columns with their names, or columns with numbers if the names do not fit."""
     figure = axes.figure
     assert isinstance(figure, Figure)
-    size = SMALL if room >= 12 else SMALL - 2
+    size = small_size() if room >= 12 else small_size() - 2
     columns, rows = list(labels), list(labels)
     if any(text_width(figure, label, size) > 0.9 * room for label in labels):
         ends = [re.fullmatch(r"(.*?)([0-9]+)", label) for label in labels]
@@ -240,12 +247,14 @@ def _label_axes(axes: Axes, labels: Sequence[str], room: float, *, below: bool, 
 
 
 def _add_colour_bar(
-    figure: Figure, panels: Sequence[Axes], norm: Normalize, label: str, *, log: bool
+    figure: Figure, panels: Sequence[Axes], norm: Normalize, label: str, drawing: Drawing
 ) -> None:
+    log = drawing.log
+    label += ", log scale" * (log and not drawing.compact)
     bar = figure.colorbar(
         ScalarMappable(norm, _COLOURS),
         ax=list(panels),
-        label=shorten(figure, f"{label}, log scale" if log else label, 220, 10),
+        label=shorten(figure, label, narrow(figure, 220), text_size()),
         fraction=0.05,
         shrink=0.9,
         aspect=26,
@@ -260,22 +269,24 @@ def _add_colour_bar(
     )
     bar.ax.yaxis.set_major_formatter(Numbers(log=log))
     bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=SMALL)
+    bar.ax.tick_params(labelsize=small_size())
     bar.outline.set_visible(False)
 
 
-def _legend(squares: Sequence[_Square]) -> list[tuple[Artist, str]]:
+def _legend(squares: Sequence[_Square], drawing: Drawing) -> list[tuple[Artist, str]]:
     """Returns the legend entries of cells without a colour."""
     entries: list[tuple[Artist, str]] = []
     for square in squares:
         pairs = ~np.eye(len(square.heights), dtype=bool)
         if (pairs & ~_coloured(square.heights) & ~_unknown(square.heights)).any():
             white = Patch(fc=_NONE, ec=PALE, lw=0.5)
-            entries.append((white, "0: never above the straight line between the two losses"))
+            text = "0: never above the straight line between the two losses"
+            entries.append((white, drawing.words(text, "0")))
             break
     if any(_unknown(square.heights).any() for square in squares):
         grey = Patch(fc=_UNKNOWN, ec=PALE, hatch="////", lw=0)
-        entries.append((grey, "unknown: a loss on the line is not finite"))
+        text = drawing.words("unknown: a loss on the line is not finite", "not finite")
+        entries.append((grey, text))
     return entries
 
 
@@ -291,19 +302,17 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
     return notes
 
 
-def render_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = False) -> str:
-    """Renders the matrix of all pairs of checkpoints as an interactive page.
+def barriers_views(run: Run[BarriersSummary]) -> list[View]:
+    """Returns the views of an interactive page: the matrix of all pairs of checkpoints.
 
     Args:
         run: The run.
-        title: The title of the page.
-        log: Whether the colour scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     names = [str(name) for name in run.table.unique("a", "b")]
-    labels, shared = distinct_names(run.checkpoint_labels or names)
+    labels, shared = distinct_checkpoints(run, names, FULL)
     quantities = {
         "barrier": f"barrier{loss_name([run])}",
         "distance": "distance ‖B − A‖",
@@ -353,4 +362,4 @@ def render_barriers(run: Run[BarriersSummary], *, title: str = "", log: bool = F
         from_zero=True,
         notes=[f"Checkpoints {shared}"] if shared else (),
     )
-    return render_page([view], title=title, log=log)
+    return [view]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
@@ -19,8 +18,9 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from losscli.drawing import FULL, Drawing
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
-from losscli.plotting.html import render_page, table_view
+from losscli.plotting.html import View, table_view
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.spectra import Row, matrix_name, spectra_rows
 from losscli.plotting.style import (
@@ -29,18 +29,22 @@ from losscli.plotting.style import (
     LARGEST,
     PALE,
     PALETTE,
-    SMALL,
     SMALLEST,
     STEPS,
     WIDTH,
     Numbers,
     add_foot,
     add_title,
+    columns,
     drawable,
-    examples,
     format_number,
     house_style,
+    label_loss,
     loss_name,
+    name_checkpoint,
+    name_split,
+    narrow,
+    new_figure,
     number_checkpoints,
     plain,
     round_positions,
@@ -48,6 +52,8 @@ from losscli.plotting.style import (
     scale_y,
     shorten,
     shorten_path,
+    small_size,
+    text_size,
     whole_numbers,
 )
 from losscli.plotting.surface import WIDE, finish_layout
@@ -55,7 +61,7 @@ from losscli.results import Run
 from losscli.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
 
-__all__ = ["draw_check", "render_check"]
+__all__ = ["check_views", "draw_check"]
 
 Floats = NDArray[np.float64]
 Group = list[tuple[Artist, str]]
@@ -99,7 +105,7 @@ _START: dict[str, Any] = {"marker": "o", "mec": INK, "mfc": "white", "mew": 1.4,
 _LOWEST: dict[str, Any] = {"marker": "D", "mec": _COLOUR, "mfc": "white", "mew": 1.3, "ms": 6}
 
 
-def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) -> Figure:
+def draw_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> Figure:
     """Draws the result of a check for critical points.
 
     Several checkpoints: loss, gradient norm, the extreme eigenvalues of the Hessian and, if they
@@ -110,39 +116,31 @@ def draw_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) ->
 
     Args:
         run: The run.
-        title: The title of the figure.
-        log: Whether the axes of the loss are logarithmic.
+        drawing: How it is drawn.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
-    with house_style():
+    with house_style(drawing):
         names = [str(name) for name in run.table.unique("checkpoint")]
         splits = [str(split) for split in run.table.unique("split")]
         escape = _Escape.read(run)
         draw = _draw_several if len(names) > 1 else _draw_one
-        figure, notes, groups = draw(run, names, splits, escape, log=log)
+        figure, notes, groups = draw(run, names, splits, escape, drawing)
         if escape:
-            groups.append(escape.entries(figure))
-        if title:
-            add_title(figure, title)
-        add_foot(figure, notes, groups)
-        finish_layout(figure)
+            groups.append(escape.entries(figure, run, drawing))
+        add_title(figure, drawing)
+        add_foot(figure, drawing, notes, groups)
+        finish_layout(figure, drawing)
         round_positions(figure)
     return figure
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _split_entries(run: Run[CheckSummary], splits: Sequence[str]) -> Group:
+def _split_entries(run: Run[CheckSummary], splits: Sequence[str], drawing: Drawing) -> Group:
     return [
         (
             Line2D([], [], color=_COLOUR, linestyle=DASHES[index % len(DASHES)]),
-            plain(split) + examples([run], split),
+            name_split([run], split, drawing),
         )
         for index, split in enumerate(splits)
     ]
@@ -161,68 +159,95 @@ def _draw_several(
     names: Sequence[str],
     splits: Sequence[str],
     escape: _Escape | None,
-    *,
-    log: bool,
+    drawing: Drawing,
 ) -> tuple[Figure, list[str], list[Group]]:
     strip_height = 0.2 + 0.17 * len(splits)
-    rows = list(spectra_rows(run, names, splits))
+    strip_height *= 1.5 if drawing.compact else 1.0
+    rows = list(spectra_rows(run, names, splits, drawing))
     numbers, label = number_checkpoints(names)
     number = dict(zip(names, numbers.tolist(), strict=True))
     series = _read(run.table, number, splits)
     ratios = _read(run.table, number, splits, _RATIO_COLUMNS)
     adam = _read(run.table, number, splits, _ADAM_COLUMNS)
+    across = columns(drawing, 2)
     heights = [strip_height, 2.0, 1.75, *([1.75] if ratios or adam else [])]
+    if across == 1:
+        heights = [strip_height, 2.0, 1.75, *[1.75] * bool(ratios), 2.0, 1.75, *[1.75] * bool(adam)]
     last = len(heights)
     heights += [*([2.3] if escape else []), *(row.height for row in rows)]
-    figure = _new_figure(WIDE, sum(heights) + 0.5 + 0.5 * (bool(escape) + len(rows)))
-    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    height = sum(heights) + 0.5 + 0.5 * (bool(escape) + len(rows))
+    figure = new_figure(drawing, height, WIDE)
+    grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
     loss = figure.add_subplot(grid[1, 0])
-    gradient = figure.add_subplot(grid[2 : last - bool(ratios), 0], sharex=loss)
-    high = figure.add_subplot(grid[0:2, 1], sharex=loss)
-    low = figure.add_subplot(grid[2 : last - bool(adam), 1], sharex=loss)
     strip = figure.add_subplot(grid[0, 0], sharex=loss)
-    left, right = [loss, gradient], [high, low]
-    if ratios:
-        left.append(figure.add_subplot(grid[3, 0], sharex=loss))
-    if adam:
-        right.append(figure.add_subplot(grid[3, 1], sharex=loss))
-    for panel in (left[-1], right[-1]):
+    left, right = _add_panels(loss, grid, last, ratios=bool(ratios), adam=bool(adam))
+    gradient, (high, low) = left[1], right[:2]
+    lowest = [left[-1], right[-1]] if across == 2 else [right[-1]]
+    for panel in lowest:
         # Both, since panels that share an axis do not share its label.
         scale_checkpoints(panel, numbers, label)
 
-    ends = [shorten_path(figure, plain(names[at]), 200) for at in (0, -1)]
+    shown = [name_checkpoint(run, names[at], drawing) for at in (0, -1)]
+    ends = [shorten_path(figure, name, narrow(figure, 200)) for name in shown]
     notes = [f"The first of the {len(names)} checkpoints is {ends[0]}, the last is {ends[1]}."]
-    notes += draw_panel(loss, series, "loss", log=log)
-    label = shorten(figure, f"loss{loss_name([run])}", 140, 10)
-    loss.set_ylabel(f"{label}\nlog scale" if log else label)
-    notes += _draw_gradients(gradient, series, _number(run.summary.get("tolerance")))
-    notes += _draw_high(high, series, run.summary)
-    notes += _draw_low(low, series)
+    notes += draw_panel(loss, series, "loss", drawing, log=drawing.log)
+    loss.set_ylabel(label_loss(figure, [run], drawing, log=drawing.log, width=140))
+    notes += _draw_gradients(gradient, series, _number(run.summary.get("tolerance")), drawing)
+    notes += _draw_high(high, series, run.summary, drawing)
+    notes += _draw_low(low, series, drawing)
     groups: list[Group] = []
     if ratios:
-        more, entries = _draw_ratios(left[-1], ratios)
+        more, entries = _draw_ratios(left[-1], ratios, drawing)
         notes += more
         groups.append(entries)
     if adam:
-        notes += _draw_adam(right[-1], adam, run.summary, number)
+        notes += _draw_adam(right[-1], adam, run.summary, number, drawing)
     verdicts = _draw_verdicts(strip, run.table, number, splits)
-    for panel in (*left[:-1], *right[:-1], strip):
-        panel.tick_params(labelbottom=False)
-    figure.align_ylabels(left)
+    for panel in (*left, *right, strip):
+        if panel not in lowest:
+            panel.tick_params(labelbottom=False)
+    figure.align_ylabels(left if across == 2 else [*left, *right])
     figure.align_ylabels(right)
     notes.append(_criteria_note(run))
 
     if escape:
         panel = figure.add_subplot(grid[last, :])
-        notes += _draw_escape(panel, escape, run, splits, log=log)
+        notes += _draw_escape(panel, escape, run, splits, drawing)
         at = number.get(escape.checkpoint)
         if escape.split in splits and at is not None:
             own = run.table.where("split", escape.split).where("checkpoint", escape.checkpoint)
             # The start of the escape direction in the panel below.
             low.plot([at], own.floats("lambda_min")[:1], ls="none", zorder=5, **_START)
     more, further = _draw_rows(figure, grid, rows)
-    groups = [_split_entries(run, splits), verdicts, *groups, *further]
+    groups = [_split_entries(run, splits, drawing), verdicts, *groups, *further]
     return figure, notes + more, groups
+
+
+def _add_panels(
+    loss: Axes, grid: GridSpec, last: int, *, ratios: bool, adam: bool
+) -> tuple[list[Axes], list[Axes]]:
+    """Adds the panels below and beside that of the loss, side by side or one below another.
+
+    Args:
+        loss: The panel of the loss, in the second row.
+        grid: The cells.
+        last: The number of rows of these panels.
+        ratios: Whether there is a panel of the minimal ratio, below that of the gradient norm.
+        adam: Whether there is a panel of λ_max of P⁻¹H, below that of λ_min.
+
+    Returns:
+        The panels from the loss on, and those from λ_max on.
+    """
+    if grid.ncols == 1:
+        cells = [grid[row, 0] for row in range(2, last)]
+        number = 1 + ratios
+    else:
+        cells = [grid[2 : last - ratios, 0], *([grid[3, 0]] if ratios else [])]
+        number = len(cells)
+        cells += [grid[0:2, 1], grid[2 : last - adam, 1], *([grid[3, 1]] if adam else [])]
+    figure = loss.figure
+    panels = [figure.add_subplot(cell, sharex=loss) for cell in cells]
+    return [loss, *panels[:number]], panels[number:]
 
 
 def _draw_rows(
@@ -298,9 +323,11 @@ def _criteria_note(run: Run[CheckSummary]) -> str:
     )
 
 
-def _draw_gradients(axes: Axes, series: Sequence[Series], tolerance: float) -> list[str]:
-    notes = draw_panel(axes, series, _GRADIENT, log=True)
-    axes.set_ylabel("gradient norm ‖∇L‖\nlog scale")
+def _draw_gradients(
+    axes: Axes, series: Sequence[Series], tolerance: float, drawing: Drawing
+) -> list[str]:
+    notes = draw_panel(axes, series, _GRADIENT, drawing, log=True)
+    axes.set_ylabel(drawing.words("gradient norm ‖∇L‖\nlog scale", "‖∇L‖"))
     values = np.concatenate([*(s[_GRADIENT] for s in series), np.empty(0)])
     values = values[drawable(values, log=True)]
     if not SMALLEST < tolerance < LARGEST:
@@ -312,18 +339,25 @@ def _draw_gradients(axes: Axes, series: Sequence[Series], tolerance: float) -> l
     return notes
 
 
-def _draw_high(axes: Axes, series: Sequence[Series], summary: CheckSummary) -> list[str]:
+def _draw_high(
+    axes: Axes, series: Sequence[Series], summary: CheckSummary, drawing: Drawing
+) -> list[str]:
     rate, momentum = _number(summary.get("learning_rate")), _number(summary.get("momentum"))
     momentum = momentum if 0 <= momentum < 1 else 0.0
     edge = (2 + 2 * momentum) / rate if SMALLEST < rate < LARGEST else math.nan
     how = (
         f"(2 + 2 · {format_number(momentum)}) / learning rate" if momentum else "2 / learning rate"
     )
-    return _draw_largest(axes, series, _HIGH, f"largest eigenvalue\n{_HIGH}", edge, how)
+    label = f"largest eigenvalue\n{_HIGH}"
+    return _draw_largest(axes, series, _HIGH, label, edge, how, drawing)
 
 
 def _draw_adam(
-    axes: Axes, series: Sequence[Series], summary: CheckSummary, number: Mapping[str, float]
+    axes: Axes,
+    series: Sequence[Series],
+    summary: CheckSummary,
+    number: Mapping[str, float],
+    drawing: Drawing,
 ) -> list[str]:
     """Draws λ_max of P⁻¹H with the threshold of Adam."""
     known = {
@@ -335,7 +369,7 @@ def _draw_adam(
     edges = set(known.values())
     edge = edges.pop() if len(edges) == 1 else math.nan
     how = "(2 + 2β₁) / ((1 − β₁) learning rate)"
-    notes = _draw_largest(axes, series, _ADAM, _ADAM, edge, how, further=[*edges])
+    notes = _draw_largest(axes, series, _ADAM, _ADAM, edge, how, drawing, [*edges])
     if edges:
         x = sorted(known)
         axes.plot(x, [known[at] for at in x], color=INK, lw=0.9, linestyle=(0, (5, 3)), zorder=1.9)
@@ -351,6 +385,7 @@ def _draw_largest(
     label: str,
     edge: float,
     how: str,
+    drawing: Drawing,
     further: Sequence[float] = (),
 ) -> list[str]:
     """Draws a largest eigenvalue.
@@ -362,12 +397,13 @@ def _draw_largest(
         label: The label of the axis.
         edge: Above it, full-batch training is unstable; nan if unknown.
         how: How it is computed.
+        drawing: How it is drawn; a compact figure has the last line of the label.
         further: Further values that the axis has to show.
 
     Returns:
         Notes.
     """
-    notes = draw_panel(axes, series, column, log=False)
+    notes = draw_panel(axes, series, column, drawing, log=False)
     values = _bar_ends(series, column)
     text = f"{how} = {format_number(edge)}" if math.isfinite(edge) else ""
     if edge > _FAR * max(values, default=edge):
@@ -384,33 +420,37 @@ def _draw_largest(
     else:
         how = scale_eigenvalues(axes, "y", shown)
     _draw_bars(axes, series, column)
-    axes.set_ylabel(label + f", {how}" * bool(how))
+    short = label.rpartition("\n")[2]
+    axes.set_ylabel(drawing.words(label + f", {how}" * bool(how), short))
     if math.isfinite(edge):
+        text = drawing.words(text, text.replace("learning rate", "η"))
         _draw_reference(axes, edge, text, series, column, above=True, dashes=(0, (5, 3)))
     return notes
 
 
-def _draw_ratios(axes: Axes, series: Sequence[Series]) -> tuple[list[str], Group]:
+def _draw_ratios(axes: Axes, series: Sequence[Series], drawing: Drawing) -> tuple[list[str], Group]:
     """Draws the minimal ratio and, above it, the share of eigenvalues that are undecided."""
-    notes = draw_panel(axes, series, _RATIO, log=False)
+    notes = draw_panel(axes, series, _RATIO, drawing, log=False)
     entries: Group = []
     for s in series:
         top = s[_RATIO] + s["undecided"]
         if np.isfinite(top).any():
             axes.fill_between(s.x, s[_RATIO], top, color=_UNDECIDED, lw=0, zorder=0.5)
-            entries = [(Patch(color=_UNDECIDED, lw=0), "λ within its error of 0")]
+            text = drawing.words("λ within its error of 0", "λ ≈ 0")
+            entries = [(Patch(color=_UNDECIDED, lw=0), text)]
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     axes.yaxis.set_major_formatter(Numbers(percent=True))
-    axes.set_ylabel("minimal ratio\nshare of λ > 0")
+    axes.set_ylabel(drawing.words("minimal ratio\nshare of λ > 0", "λ > 0"))
     return notes, entries
 
 
-def _draw_low(axes: Axes, series: Sequence[Series]) -> list[str]:
-    notes = draw_panel(axes, series, _LOW, log=False)
+def _draw_low(axes: Axes, series: Sequence[Series], drawing: Drawing) -> list[str]:
+    notes = draw_panel(axes, series, _LOW, drawing, log=False)
     how = scale_eigenvalues(axes, "y", _bar_ends(series, _LOW))
     _draw_bars(axes, series, _LOW)
-    axes.set_ylabel(f"smallest eigenvalue\n{_LOW}" + f", {how}" * bool(how))
+    label = f"smallest eigenvalue\n{_LOW}" + f", {how}" * bool(how)
+    axes.set_ylabel(drawing.words(label, _LOW))
     return notes
 
 
@@ -488,7 +528,7 @@ def _draw_reference(
         textcoords="offset points",
         ha="left" if left else "right",
         va="bottom" if above else "top",
-        fontsize=SMALL,
+        fontsize=small_size(),
         path_effects=[Stroke(linewidth=2.5, foreground=ground), Normal()],
         zorder=6,
     )
@@ -514,9 +554,9 @@ def _draw_verdicts(
     axes.set_ylim(len(splits) - 0.4, -0.6)
     figure = axes.figure
     assert isinstance(figure, Figure)
-    labels = [shorten(figure, plain(split), 80) for split in splits]
-    axes.set_yticks(range(len(splits)), labels, fontsize=SMALL)
-    axes.set_title("verdict", loc="left", fontsize=10, pad=3)
+    labels = [shorten(figure, plain(split), narrow(figure, 80)) for split in splits]
+    axes.set_yticks(range(len(splits)), labels, fontsize=small_size())
+    axes.set_title("verdict", loc="left", pad=3)
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -540,36 +580,39 @@ def _draw_one(
     names: Sequence[str],
     splits: Sequence[str],
     escape: _Escape | None,
-    *,
-    log: bool,
+    drawing: Drawing,
 ) -> tuple[Figure, list[str], list[Group]]:
     spectrum = _read_spectrum(run, splits)
-    further = list(spectra_rows(run, names, splits))
+    further = list(spectra_rows(run, names, splits, drawing))
     below = [row.height for row in further]
     room = sum(below) + 0.5 * len(below)
     if spectrum:
-        figure = _new_figure(WIDE if escape else WIDTH, 3.9 + room)
+        panels = 2 if escape else 1
+        across = columns(drawing, panels)
+        heights = [3.4] * (panels // across)
+        height = sum(heights) + 0.5 + room
+        figure = new_figure(drawing, height, WIDE if escape else WIDTH)
         grid = figure.add_gridspec(
-            1 + len(below),
-            2 if escape else 1,
-            width_ratios=[1.35, 1][: 1 + bool(escape)],
-            height_ratios=[3.4, *below],
+            len(heights) + len(below),
+            across,
+            width_ratios=[1.35, 1][:across],
+            height_ratios=[*heights, *below],
         )
-        panel = figure.add_subplot(grid[0, -1])
+        panel = figure.add_subplot(grid[len(heights) - 1, -1])
         notes = _draw_spectrum(panel, spectrum)
     else:
         low = 0.55 + 0.62 * max(len(splits), 1)
         heights = [*([3.0] if escape else []), low]
-        figure = _new_figure(WIDTH, sum(heights) + 0.6 + room)
+        figure = new_figure(drawing, sum(heights) + 0.6 + room)
         grid = figure.add_gridspec(len(heights) + len(below), 1, height_ratios=[*heights, *below])
         panel = figure.add_subplot(grid[len(heights) - 1, 0])
         notes = _draw_extremes(panel, run.table, splits)
-    if not escape and names:
-        name = shorten_path(figure, plain(names[0]), 380)
-        panel.set_title(name, loc="left", fontsize=10)
+    if not escape and names and (run.checkpoint_labels or not drawing.compact):
+        name = shorten_path(figure, name_checkpoint(run, names[0], drawing), narrow(figure, 380))
+        panel.set_title(name, loc="left")
     if escape:
         notes = [
-            *_draw_escape(figure.add_subplot(grid[0, 0]), escape, run, splits, log=log),
+            *_draw_escape(figure.add_subplot(grid[0, 0]), escape, run, splits, drawing),
             *notes,
         ]
     rows = [dict(zip(run.table.columns, row, strict=True)) for row in run.table.rows]
@@ -580,7 +623,7 @@ def _draw_one(
         else ["There are no points"]
     )
 
-    lines = _split_entries(run, splits)
+    lines = _split_entries(run, splits, drawing)
     for index, (line, _) in enumerate(lines if spectrum else []):
         line.set(marker="o", ms=4, mfc=_face(index), mew=0.9)
     cells = zip(run.table["split"], run.table["verdict"], strict=True)
@@ -731,13 +774,13 @@ def _draw_extremes(axes: Axes, table: Table, splits: Sequence[str]) -> list[str]
                 textcoords="offset points",
                 ha="left" if lower else "right",
                 va="top" if lower else "bottom",
-                fontsize=SMALL,
+                fontsize=small_size(),
                 bbox={"fc": "white", "ec": "none", "pad": 0.8},
             )
     axes.set_ylim(max(len(series), 1) - 0.35, -0.65)
     figure = axes.figure
     assert isinstance(figure, Figure)
-    labels = [shorten(figure, s.name, 90, 10) for s in series]
+    labels = [shorten(figure, s.name, narrow(figure, 90), text_size()) for s in series]
     axes.set_yticks(range(len(series)), labels)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
@@ -811,26 +854,35 @@ class _Escape:
         at = int(np.argmin(shown))
         return at if shown[at] < self.start else -1
 
-    def entries(self, figure: Figure) -> Group:
+    def entries(self, figure: Figure, run: Run[CheckSummary], drawing: Drawing) -> Group:
         """Returns the legend entries."""
         entries: Group = []
         if math.isfinite(self.start):
-            name = shorten_path(figure, plain(self.checkpoint), 200)
-            label = f"the checkpoint  {name}".strip()
+            name = shorten_path(
+                figure, name_checkpoint(run, self.checkpoint, drawing), narrow(figure, 200)
+            )
+            label = drawing.words(f"the checkpoint  {name}".strip(), "checkpoint")
             entries.append((Line2D([], [], ls="none", **_START), label))
         if self.lowest >= 0:
             at, loss = float(self.distance[self.lowest]), float(self.loss[self.lowest])
             label = f"lowest: {format_number(loss)} at distance {format_number(at)}"
             gain_error = self.gain_stderr if at == self.reported_distance else math.nan
             label += f", a gain of {_with_error(self.start - loss, gain_error)}"
-            entries.append((Line2D([], [], ls="none", **_LOWEST), label))
+            entries.append((Line2D([], [], ls="none", **_LOWEST), drawing.words(label, "lowest")))
         if (drawable(self.stderr, log=False) & (self.stderr > 0)).any():
-            entries.append((Patch(color=_COLOUR, alpha=0.18, lw=0), "± one standard error"))
+            entries.append((
+                Patch(color=_COLOUR, alpha=0.18, lw=0),
+                drawing.words("± one standard error", "± s.e."),
+            ))
         return entries
 
 
 def _draw_escape(
-    axes: Axes, escape: _Escape, run: Run[CheckSummary], splits: Sequence[str], *, log: bool
+    axes: Axes,
+    escape: _Escape,
+    run: Run[CheckSummary],
+    splits: Sequence[str],
+    drawing: Drawing,
 ) -> list[str]:
     """Draws the loss along the most negative curvature, in both directions."""
     index = splits.index(escape.split) if escape.split in splits else 0
@@ -845,8 +897,8 @@ def _draw_escape(
         values={"loss": escape.loss, "loss_stderr": escape.stderr},
     )
     shown = escape.loss[drawable(escape.loss, log=False)]
-    log = log or bool(shown.size and 0 < _LOG_LOSS_RATIO * shown.min() < shown.max())
-    notes = draw_panel(axes, [series], "loss", log=log)
+    log = drawing.log or bool(shown.size and 0 < _LOG_LOSS_RATIO * shown.min() < shown.max())
+    notes = draw_panel(axes, [series], "loss", drawing, log=log)
     axes.axvline(0, color=LINE, lw=0.9, zorder=1.5)
     for distance, loss, mark in (
         (0.0, escape.start, _START),
@@ -864,17 +916,17 @@ def _draw_escape(
 
     figure = axes.figure
     assert isinstance(figure, Figure)
-    label = shorten(figure, f"loss{loss_name([run])}", 190, 10)
-    axes.set_ylabel(f"{label}\nlog scale" if log else label)
+    axes.set_ylabel(label_loss(figure, [run], drawing, log=log))
     which = "smallest" if escape.eigenvalue >= 0 else "most negative"
     label = f"distance along the {which} curvature"
-    if math.isfinite(escape.eigenvalue):
+    if math.isfinite(escape.eigenvalue) and not drawing.compact:
         label += f" (λ = {format_number(escape.eigenvalue)})"
     axes.set_xlabel(label)
     split = f"loss on {plain(escape.split)}" if escape.split else "loss"
-    name = shorten_path(figure, plain(escape.checkpoint), 200)
+    name = name_checkpoint(run, escape.checkpoint, drawing)
+    name = shorten_path(figure, name, narrow(figure, 200))
     title = f"Around {name}: {split}" if name else f"Around the checkpoint: {split}"
-    axes.set_title(shorten(figure, title, 330, 10), loc="left", fontsize=10)
+    axes.set_title(shorten(figure, title, narrow(figure, 330), text_size()), loc="left")
     if escape.lowest < 0 and math.isfinite(escape.start):
         notes.append("Along this direction the loss never falls below that of the checkpoint.")
     return notes
@@ -883,16 +935,14 @@ def _draw_escape(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def render_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) -> str:
+def check_views(run: Run[CheckSummary]) -> list[View]:
     """Renders the numbers of each checkpoint, its eigenvalues and the escape as a page.
 
     Args:
         run: The run.
-        title: The title of the page.
-        log: Whether the scale of the loss is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     loss = f"loss{loss_name([run])}"
     quantities = {
@@ -939,4 +989,4 @@ def render_check(run: Run[CheckSummary], *, title: str = "", log: bool = False) 
         escape = [("", run.more["escape"])]
         label = "distance along the most negative curvature"
         views.append(table_view("escape", escape, "distance", {"loss": loss}, x_label=label))
-    return render_page(views, title=title, log=log)
+    return views

@@ -6,6 +6,7 @@ slider choose them by. The script in ``page.html`` draws them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from losscli.drawing import Drawing
 from losscli.plotting.style import (
     INK,
     PALE,
@@ -31,6 +33,7 @@ from losscli.table import Cell, Table
 __all__ = [
     "DASHES",
     "Item",
+    "Section",
     "View",
     "contours_and_surface",
     "curve",
@@ -39,8 +42,9 @@ __all__ = [
     "layout_2d",
     "path_items",
     "render_page",
-    "table_page",
+    "render_report",
     "table_view",
+    "table_views",
     "transparent",
 ]
 
@@ -130,26 +134,72 @@ def escape(text: str) -> str:
     return plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def render_page(views: Sequence[View], *, title: str, log: bool) -> str:
+@dataclass(frozen=True)
+class Section:
+    """A part of a report.
+
+    Attributes:
+        title: Its title.
+        views: Its views.
+        origin: What the numbers come from: names, and a line of text for each.
+    """
+
+    title: str
+    views: Sequence[View]
+    origin: Sequence[tuple[str, str]]
+
+
+def render_page(views: Sequence[View], drawing: Drawing) -> str:
     """Renders a page.
 
     Args:
         views: The views; the first one is shown at first.
-        title: The title; may be empty.
-        log: Whether the scale is logarithmic at first.
+        drawing: The title, and whether the scale is logarithmic at first.
 
     Returns:
         HTML with all data and scripts in it. Equal views give equal text.
     """
+    return _fill({"title": plain(drawing.title), **_page(views, drawing)}, 1)
+
+
+def render_report(sections: Sequence[Section], drawing: Drawing) -> str:
+    """Renders a page with several sections, one below another.
+
+    Args:
+        sections: The sections.
+        drawing: The title, and whether the scales are logarithmic at first.
+
+    Returns:
+        HTML with all data and scripts in it. Equal sections give equal text.
+    """
+    pages = [
+        {
+            "title": plain(section.title),
+            **_page(section.views, drawing),
+            "origin": [list(map(plain, entry)) for entry in section.origin],
+        }
+        for section in sections
+    ]
+    return _fill({"title": plain(drawing.title), "sections": pages}, len(sections))
+
+
+def _page(views: Sequence[View], drawing: Drawing) -> dict[str, Any]:
+    return {"log": drawing.log, "views": [_as_json(view) for view in views]}
+
+
+def _fill(page: Mapping[str, Any], sections: int) -> str:
+    """Fills the template with the data of a page and the elements of so many sections."""
     from plotly.offline import get_plotlyjs
 
-    page = {"title": plain(title), "log": log, "views": [_as_json(view) for view in views]}
     # In JSON these characters occur in strings only.
     data = to_json(page, indent=None).replace("<", "\\u003c").replace("&", "\\u0026")
     template = files("losscli.plotting").joinpath("page.html").read_text("utf-8")
-    before, rest = template.split("{page}")
+    before, section, middle = re.split(r"\{section\}\n|\{end\}\n", template)
+    # The names of the elements of later sections end in their numbers.
+    parts = (section.replace("{k}", f"-{k}" if k else "") for k in range(sections))
+    start, rest = middle.split("{page}")
     between, after = rest.split("{plotly}")
-    return f"{before}{data}{between}{get_plotlyjs()}{after}"
+    return f"{before}{''.join(parts)}{start}{data}{between}{get_plotlyjs()}{after}"
 
 
 def _as_json(view: View) -> dict[str, Any]:
@@ -636,19 +686,17 @@ def path_items(
 # --- Any table -----------------------------------------------------------------------------------
 
 
-def table_page(runs: Sequence[Run[Summary]], *, title: str = "", log: bool = False) -> str:
-    """Renders the tables of a command as curves: the page of a command without one of its own.
+def table_views(runs: Sequence[Run[Summary]]) -> list[View]:
+    """Returns the tables of a command as curves: the views of a command without its own.
 
     Each table is a view over its positions, its checkpoints or else its first column of floats,
     with each further column of floats as a quantity.
 
     Args:
         runs: The runs.
-        title: The title of the page.
-        log: Whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     command = command_of(runs[0].table.columns)
     assert command is not None
@@ -672,4 +720,4 @@ def table_page(runs: Sequence[Run[Summary]], *, title: str = "", log: bool = Fal
         views.append(
             table_view(name or command.name, tables, x, quantities, logarithmic=[*quantities])
         )
-    return render_page(views, title=title, log=log)
+    return views

@@ -9,24 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from losscli.drawing import FULL, Drawing
 from losscli.errors import UsageError
-from losscli.plotting.html import Item, View, escape, layout_2d, render_page
+from losscli.plotting.html import Item, View, escape, layout_2d
 from losscli.plotting.layerwise import block_colours
 from losscli.plotting.style import (
     INCH,
     INK,
     LARGEST,
     PALE,
-    SMALL,
     SMALLEST,
     STEPS,
-    WIDTH,
     Numbers,
     add_foot,
     add_title,
@@ -34,14 +32,16 @@ from losscli.plotting.style import (
     format_number,
     freeze,
     house_style,
+    new_figure,
     plain,
     shorten,
+    small_size,
     text_width,
 )
 from losscli.results import Run
 from losscli.summaries import InspectionSummary
 
-__all__ = ["draw_inspection", "render_inspection"]
+__all__ = ["draw_inspection", "inspection_views"]
 
 _MOST_BARS = 60
 _NAME = 190.0  # points, maximum width of a name
@@ -84,7 +84,7 @@ class _Bar:
         return not self.square and 0 < self.moved < math.inf
 
 
-def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool = False) -> Figure:
+def draw_inspection(run: Run[InspectionSummary], drawing: Drawing = FULL) -> Figure:
     """Draws a bar for each tensor: its root mean square, or ‖B − A‖ / ‖A‖ between two checkpoints.
 
     Tensors are in the order of the checkpoint; tensors of the same module have the same colour.
@@ -92,8 +92,7 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
 
     Args:
         run: The run.
-        title: The title of the figure.
-        log: Has no effect, since there is no loss.
+        drawing: How it is drawn; there is no loss.
 
     Returns:
         The figure, laid out and ready to `render`.
@@ -101,7 +100,6 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
     Raises:
         UsageError: The checkpoint has several state dicts.
     """
-    del log
     _refuse_several(run)
     two = "distance" in run.table.columns
     tensors = _read(run, two=two)
@@ -110,16 +108,15 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
     values = np.array([size(bar) for bar in bars], dtype=np.float64)
     buffers = {plain(name) for name in run.summary.get("buffers", ())}
     whole = _join("", [tensor for tensor in tensors if tensor.name not in buffers])
-    with house_style():
+    with house_style(drawing):
         row = 0.19 if len(bars) <= 30 else 0.16
-        figure = Figure(figsize=(WIDTH, 1.0 + row * max(len(bars), 3)), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(drawing, 1.0 + row * max(len(bars), 3))
         axes = figure.add_subplot()
         notes = _draw(axes, bars, values, whole=size(whole), small=row < 0.19)
         quantity = "‖B − A‖ / ‖A‖" if two else "root mean square of the values"
         each = "of each tensor" if len(bars) == len(tensors) else "of each part"
         scale = ", log scale" if axes.get_xscale() == "log" else ""
-        axes.set_xlabel(f"{quantity} {each}{scale}")
+        axes.set_xlabel(drawing.words(f"{quantity} {each}{scale}", quantity))
         if not bars:
             notes.append("There are no floating-point tensors")
         if len(bars) < len(tensors):
@@ -131,11 +128,10 @@ def draw_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool =
             kind = "parameters" if buffers else "tensors"
             label = f"all {kind} together: {format_number(size(whole))}"
             together.append((line, label))
-        add_foot(figure, notes, [together])
-        names = _write_names(axes, checkpoint_names(run))
-        if title:
-            add_title(figure, title)
-        freeze(figure)
+        add_foot(figure, drawing, notes, [together])
+        names = _write_names(axes, checkpoint_names(run, drawing))
+        add_title(figure, drawing)
+        freeze(figure, drawing)
         # Aligned with the left edge of the figure.
         panel = axes.get_position()
         names.set_x((0.02 - panel.x0) / panel.width)
@@ -291,25 +287,23 @@ def _write_names(axes: Axes, names: Sequence[str]) -> Text:
     figure = axes.figure
     assert isinstance(figure, Figure)
     letters = "AB" if len(names) == 2 else ("",)
-    room = WIDTH * INCH * 0.92 / max(len(names), 1)
+    room = figure.get_figwidth() * INCH * 0.92 / max(len(names), 1)
     texts = []
     for letter, name in zip(letters, names, strict=False):
         before = f"{letter}  " if letter else ""
         width = room - text_width(figure, before) - 18
         texts.append(before + shorten(figure, name, width))
-    return axes.set_title("      ".join(texts), loc="left", fontsize=SMALL, pad=8)
+    return axes.set_title("      ".join(texts), loc="left", fontsize=small_size(), pad=8)
 
 
-def render_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool = False) -> str:
-    """Renders the numbers of each tensor as an interactive page.
+def inspection_views(run: Run[InspectionSummary]) -> list[View]:
+    """Returns the views of an interactive page: the numbers of each tensor.
 
     Args:
         run: The run.
-        title: The title of the page.
-        log: Whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
 
     Raises:
         UsageError: The checkpoint has several state dicts.
@@ -344,4 +338,4 @@ def render_inspection(run: Run[InspectionSummary], *, title: str = "", log: bool
     positive = [column for column in quantities if column != "cosine"]
     checkpoints = " and ".join(checkpoint_names(run))
     view = View("tensors", items, layout, quantities, logarithmic=positive, notes=[checkpoints])
-    return render_page([view], title=title, log=log)
+    return [view]

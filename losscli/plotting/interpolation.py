@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch, Patch
 from matplotlib.ticker import MaxNLocator
 
-from losscli.plotting.html import View, render_page, table_view
+from losscli.drawing import FULL, Drawing
+from losscli.plotting.html import View, table_view
 from losscli.plotting.layerwise import BLOCK_ALPHA, block_colours, draw_layerwise
 from losscli.plotting.line_axis import (
     LINE,
@@ -36,22 +38,25 @@ from losscli.plotting.style import (
     add_title,
     drawable,
     end_names,
-    examples,
     freeze,
     house_style,
+    label_loss,
     loss_name,
+    name_split,
+    narrow,
     plain,
     round_positions,
     run_colours,
     run_names,
     shorten,
     stacked_panels,
+    text_size,
 )
 from losscli.results import Run
 from losscli.summaries import LineSummary
 from losscli.table import Table
 
-__all__ = ["draw_interpolation", "render_interpolation"]
+__all__ = ["draw_interpolation", "interpolation_views"]
 
 _ALPHA = "α:  θ(α) = A + α (B − A)"
 _MOST_MARKS = 12  # maximum number of marked local minima and maxima
@@ -59,9 +64,7 @@ _DERIVATIVES = {"slope": "dL/dα", "curvature": "d²L/dα²"}
 _OVERVIEW_HEIGHT = 1.5  # inches, of the panel of the whole line above a part of it
 
 
-def draw_interpolation(
-    runs: Sequence[Run[LineSummary]], *, title: str = "", log: bool = False
-) -> Figure:
+def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL) -> Figure:
     """Draws losses and metrics over the line from A to B.
 
     Colours distinguish runs, line styles distinguish splits, and a band shows one standard error.
@@ -71,69 +74,74 @@ def draw_interpolation(
 
     Args:
         runs: The runs.
-        title: The title of the figure.
-        log: Whether the axis of the loss is logarithmic.
+        drawing: How it is drawn.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
     if len(runs) == 1 and "blocks" in runs[0].more:
-        return draw_layerwise(runs[0], title=title, log=log)
-    with house_style():
+        return draw_layerwise(runs[0], drawing)
+    log = drawing.log
+    with house_style(drawing):
         splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
         metrics = list(dict.fromkeys(m for r in runs for m in r.table.metrics))
-        names = run_names(runs)
-        series = read_series(runs, names, splits)
-        whole = _read_whole(runs, splits)
+        names = run_names(runs, drawing)
+        series = read_series(runs, names, splits, drawing)
+        whole = _read_whole(runs, splits, drawing)
         derivatives = {
             name: label
             for name, label in _DERIVATIVES.items()
             if any(name in run.table.columns for run in runs)
         }
         extra = len(derivatives) + len(metrics)
-        figure, panels = stacked_panels(extra, above=_OVERVIEW_HEIGHT if whole else 0.0)
+        figure, panels = stacked_panels(drawing, extra, above=_OVERVIEW_HEIGHT if whole else 0.0)
         overview = panels.pop(0) if whole else None
         view = scale_alpha(panels[-1], series)
 
         notes = [] if series else ["There are no points"]
-        notes += draw_panel(panels[0], series, "loss", log=log)
-        label = shorten(figure, f"loss{loss_name(runs)}", 190, 10)
+        notes += draw_panel(panels[0], series, "loss", drawing, log=log)
+        label = label_loss(figure, runs, drawing, log=False)
         units = "batches" if all("batches" in run.summary for run in runs) else "examples"
-        axis = f"mean over {units}, log scale" if log else f"mean over {units}"
-        panels[0].set_ylabel(f"{label}\n{axis}")
-        lowest = mark_lowest(panels[0], series, log=log)
-        extrema, more = _mark_extrema(panels[0], runs, series, lowest, log=log)
+        axis = f"\nmean over {units}, log scale" if log else f"\nmean over {units}"
+        panels[0].set_ylabel(label + drawing.words(axis, ""))
+        lowest = mark_lowest(panels[0], series, drawing)
+        extrema, more = _mark_extrema(panels[0], runs, series, lowest, drawing)
         notes += more
         notes += flat_range_notes(series, view, log=log)
         for axes, (derivative, label) in zip(panels[1:], derivatives.items(), strict=False):
-            notes += draw_panel(axes, series, derivative, log=False)
+            notes += draw_panel(axes, series, derivative, drawing, log=False)
             axes.axhline(0, color=LINE, lw=0.9, zorder=1.5)
-            axes.set_ylabel(f"{derivative}\n{label}")
+            axes.set_ylabel(drawing.words(f"{derivative}\n{label}", label))
         for axes, metric in zip(panels[1 + len(derivatives) :], metrics, strict=True):
             wide = _is_wide(series, metric)
-            notes += draw_panel(axes, series, metric, log=wide)
-            label = shorten(figure, plain(metric), 88, 10)
-            axes.set_ylabel(f"{label}\nlog scale" if wide else label)
+            notes += draw_panel(axes, series, metric, drawing, log=wide)
+            label = shorten(figure, plain(metric), narrow(figure, 88), text_size())
+            axes.set_ylabel(f"{label}\nlog scale" if wide and not drawing.compact else label)
         panels[-1].set_xlabel(_ALPHA)
         others = [extrema]
         if overview:
-            more = _draw_whole(overview, whole, panels[0].get_xlim(), log=log)
+            more = _draw_whole(overview, whole, panels[0].get_xlim(), drawing)
             notes += [f"The whole line: {note}" for note in more]
             shade = Patch(color=LINE, alpha=0.3, lw=0)
-            others.append([(shade, "range of the panel below")])
+            others.append([(shade, drawing.words("range of the panel below", "range below"))])
         figure.align_ylabels([overview, *panels] if overview else panels)
 
-        add_foot(figure, notes, [*_entries(runs, names, splits, series, lowest), *others])
-        if title:
-            add_title(figure, title)
+        add_foot(
+            figure,
+            drawing,
+            notes,
+            [*_entries(runs, names, splits, series, lowest, drawing), *others],
+        )
+        add_title(figure, drawing)
         draw_ends(panels, view)
         named = panels[0]
         if overview:
             named, view = overview, alpha_range(whole)
             draw_ends([named], view)
         # Above the tick labels of the overview.
-        ends = mark_ends(named, view, end_names(runs), above=24 if overview else 5)
-        freeze(figure)
+        above = 24 if overview else 5
+        ends = mark_ends(named, view, end_names(runs, drawing), above=above * text_size() / 10)
+        freeze(figure, drawing)
         name_ends(named, ends)
         if overview:
             round_positions(figure)
@@ -141,18 +149,14 @@ def draw_interpolation(
     return figure
 
 
-def render_interpolation(
-    runs: Sequence[Run[LineSummary]], *, title: str = "", log: bool = False
-) -> str:
-    """Renders losses and metrics over the line as an interactive page.
+def interpolation_views(runs: Sequence[Run[LineSummary]]) -> list[View]:
+    """Returns the views of an interactive page: losses and metrics over the line.
 
     Args:
         runs: The runs.
-        title: The title of the page.
-        log: Whether the scale of the loss is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     quantities = {"loss": f"loss{loss_name(runs)}"}
     quantities |= {name: f"{name} {label}" for name, label in _DERIVATIVES.items()}
@@ -176,7 +180,7 @@ def render_interpolation(
     if "blocks" in more:
         blocks = {"x_label": BLOCK_ALPHA, "colours": block_colours}
         views.append(view("each block alone", [("", more["blocks"])], **blocks))
-    return render_page(views, title=title, log=log)
+    return views
 
 
 def _is_wide(series: Sequence[Series], column: str) -> bool:
@@ -191,8 +195,7 @@ def _mark_extrema(
     runs: Sequence[Run[LineSummary]],
     series: Sequence[Series],
     lowest: Sequence[tuple[Series, float, float]],
-    *,
-    log: bool,
+    drawing: Drawing,
 ) -> tuple[list[tuple[Artist, str]], list[str]]:
     """Marks the significant local minima and maxima (beyond two standard errors).
 
@@ -201,11 +204,13 @@ def _mark_extrema(
         runs: The runs; their summaries list the extrema.
         series: Their curves.
         lowest: Points that already have a mark.
-        log: Whether the axis is logarithmic.
+        drawing: How they are drawn.
 
     Returns:
         The entries of the legend, and notes.
     """
+    if drawing.no_markers:
+        return [], []
     marked_already = {(id(s), alpha) for s, alpha, _ in lowest}
     extrema: list[tuple[float, str, Series, float, float]] = []
     for s in series:
@@ -213,7 +218,9 @@ def _mark_extrema(
         reported = [("minima", extremum) for extremum in split.get("local_minima", ())]
         reported += [("maxima", extremum) for extremum in split.get("local_maxima", ())]
         for kind, extremum in reported:
-            at = np.flatnonzero((s.x == extremum.get("alpha")) & drawable(s["loss"], log=log))
+            at = np.flatnonzero(
+                (s.x == extremum.get("alpha")) & drawable(s["loss"], log=drawing.log)
+            )
             if extremum.get("beyond_noise") and at.size:
                 alpha, loss = float(s.x[at[0]]), float(s["loss"][at[0]])
                 size = (
@@ -228,7 +235,8 @@ def _mark_extrema(
         note += f" (the {_MOST_MARKS} most prominent of {number})"
     entries: list[tuple[Artist, str]] = []
     for kind, marker in (("minima", "v"), ("maxima", "^")):
-        style: dict[str, Any] = {"marker": marker, "mfc": "white", "mew": 1.2, "ms": 5}
+        style: dict[str, Any] = {"marker": marker, "mfc": "white", "mew": 1.2}
+        style["ms"] = 0.5 * drawing.points
         marked = [extremum for extremum in extrema if extremum[1] == kind]
         for _, _, s, alpha, loss in marked:
             axes.plot([alpha], [loss], ls="none", mec=s.colour, zorder=5.5, **style)
@@ -240,15 +248,17 @@ def _mark_extrema(
     return entries, [note] if extrema else []
 
 
-def _read_whole(runs: Sequence[Run[LineSummary]], splits: Sequence[str]) -> list[Series]:
+def _read_whole(
+    runs: Sequence[Run[LineSummary]], splits: Sequence[str], drawing: Drawing
+) -> list[Series]:
     """Reads the table ``context``: the curves of the whole line of which a run is a part."""
     if len(runs) != 1 or "context" not in runs[0].more:
         return []
-    return read_series([Run(runs[0].more["context"], {})], [""], splits)
+    return read_series([Run(runs[0].more["context"], {})], [""], splits, drawing)
 
 
 def _draw_whole(
-    axes: Axes, whole: Sequence[Series], part: tuple[float, float], *, log: bool
+    axes: Axes, whole: Sequence[Series], part: tuple[float, float], drawing: Drawing
 ) -> list[str]:
     """Draws the whole line and shades the part that the panels below show.
 
@@ -256,20 +266,20 @@ def _draw_whole(
         axes: The panel.
         whole: The curves.
         part: The range of α in the panels below.
-        log: Whether the axis of the loss is logarithmic.
+        drawing: How it is drawn; the limits are those of the panels below.
 
     Returns:
         Notes on what is not drawn.
     """
-    notes = draw_panel(axes, whole, "loss", log=log)
+    notes = draw_panel(axes, whole, "loss", replace(drawing, ylim=None), log=drawing.log)
     scale_alpha(axes, whole)
     low, high = axes.get_xlim()
     # The part may exceed the whole line.
     axes.set_xlim(min(low, part[0]), max(high, part[1]))
     axes.axvspan(*part, color=LINE, alpha=0.3, lw=0, zorder=1.2)
-    if not log:
+    if not drawing.log:
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
-    axes.set_ylabel("loss on the\nwhole line")
+    axes.set_ylabel(drawing.words("loss on the\nwhole line", "loss"))
     # Above, where the lines of `_connect` do not cross the labels.
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines.top.set_visible(True)
@@ -300,20 +310,24 @@ def _entries(
     splits: Sequence[str],
     series: Sequence[Series],
     lowest: Sequence[tuple[Series, float, float]],
+    drawing: Drawing,
 ) -> list[list[tuple[Artist, str]]]:
     """Returns the entries of the legend: runs by colour, splits by line style, and marks."""
     several = len(runs) > 1
-    colours = run_colours(len(runs))
+    colours = run_colours(len(runs), drawing)
     colour = colours[0] if len(runs) == 1 else INK
     prefix = f"{plain(runs[0].label)}: " if len(runs) == 1 and runs[0].label else ""
     marks: list[tuple[Artist, str]] = []
     for index, split in enumerate(splits):
         line = Line2D([], [], color=colour, linestyle=DASHES[index % len(DASHES)])
-        marks.append((line, prefix + plain(split) + examples(runs, split)))
+        marks.append((line, prefix + name_split(runs, split, drawing)))
     if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series):
-        marks.append((Patch(color=colour, alpha=0.18, lw=0), "± one standard error"))
+        marks.append((
+            Patch(color=colour, alpha=0.18, lw=0),
+            drawing.words("± one standard error", "± s.e."),
+        ))
     if lowest:
         mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
-        marks.append((mark, lowest_label(lowest, len(runs), len(splits))))
+        marks.append((mark, lowest_label(lowest, len(runs), len(splits), drawing)))
     named = zip(colours, names, strict=True) if several else ()
     return [[(Line2D([], [], color=colour), name) for colour, name in named], marks]

@@ -9,12 +9,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from losscli.drawing import FULL, Drawing
 from losscli.plotting.line_axis import (
     draw_ends,
     flat_range_notes,
@@ -28,17 +28,19 @@ from losscli.plotting.line_axis import (
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     INK,
-    SMALL,
-    WIDTH,
     add_foot,
     add_title,
     end_names,
-    examples,
     freeze,
     house_style,
     loss_name,
+    name_split,
+    narrow,
+    new_figure,
     plain,
     shorten,
+    small_size,
+    text_size,
 )
 from losscli.results import Run
 from losscli.summaries import LineSummary
@@ -68,7 +70,7 @@ def block_colours(number: int) -> list[str]:
     return [to_hex(c) for c in mpl.colormaps["plasma"](np.linspace(0.0, 0.84, number))]
 
 
-def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False) -> Figure:
+def draw_layerwise(run: Run[LineSummary], drawing: Drawing = FULL) -> Figure:
     """Draws the loss over the line for the whole network and for each block alone.
 
     There is a panel per split, with all blocks together in black and single blocks in colours in
@@ -76,25 +78,23 @@ def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False)
 
     Args:
         run: The run, with the table ``blocks``.
-        title: The title of the figure.
-        log: Whether the axes of the loss are logarithmic.
+        drawing: How it is drawn.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
-    with house_style():
+    with house_style(drawing):
         splits = [str(split) for split in run.table.unique("split")]
         names = [str(name) for name in run.more["blocks"].unique("block")]
         colours = block_colours(len(names))
-        height = max(3.3, _ROW * (min(len(names), _MOST_NAMES) + 3))
-        figure = Figure(figsize=(WIDTH, 0.6 + height * max(len(splits), 1)), layout="constrained")
-        FigureCanvasAgg(figure)
+        least = 0.0 if drawing.compact else _ROW * (min(len(names), _MOST_NAMES) + 3)
+        figure = new_figure(drawing, 0.6 + max(3.3, least) * max(len(splits), 1))
         panels = figure.subplots(max(len(splits), 1), 1, sharex=True, squeeze=False)[:, 0].tolist()
 
-        curves = _read_blocks(run, names, colours, splits)
+        curves = _read_blocks(run, names, colours, splits, drawing)
         whole = [
             replace(s, colour=INK, dashes="solid", width=2.4)
-            for s in read_series([run], [""], splits)
+            for s in read_series([run], [""], splits, drawing)
         ]
         view = scale_alpha(panels[-1], [*curves, *whole])
         notes = [] if whole else ["There are no points"]
@@ -102,32 +102,44 @@ def draw_layerwise(run: Run[LineSummary], *, title: str = "", log: bool = False)
         for axes, split in zip(panels, splits, strict=False):
             together = [s for s in whole if s.split == split]
             # Drawn last, so that it is on top.
-            notes += draw_panel(
-                axes, [s for s in curves if s.split == split] + together, "loss", log=log
-            )
-            lowest += mark_lowest(axes, together, log=log)
-            axes.set_ylabel(_label(figure, run, split, log=log))
-        notes += flat_range_notes([*curves, *whole], view, log=log)
+            alone = [s for s in curves if s.split == split]
+            notes += draw_panel(axes, alone + together, "loss", drawing, log=drawing.log)
+            lowest += mark_lowest(axes, together, drawing)
+            axes.set_ylabel(_label(figure, run, split, drawing))
+        notes += flat_range_notes([*curves, *whole], view, log=drawing.log)
         if len(names) > _MOST_NAMES:
             order = "from dark to light in the order of the model"
             notes.append(f"{len(names)} blocks {order}; the legend names {_MOST_NAMES} of them")
-        panels[-1].set_xlabel(BLOCK_ALPHA)
+        panels[-1].set_xlabel(drawing.words(BLOCK_ALPHA, "α"))
         figure.align_ylabels(panels)
-        _name_blocks(figure, names, curves)
+        blocks = _name_blocks(figure, names, curves)
+        if not drawing.compact:
+            _add_legend(figure, blocks)
         if len(names) > _MOST_BANDS:
             notes.append("Single blocks are drawn without their standard errors")
-        add_foot(figure, notes, [_marks(whole, curves, lowest, len(splits))])
-        if title:
-            add_title(figure, title)
+        add_foot(
+            figure,
+            drawing,
+            notes,
+            [
+                blocks if drawing.compact else [],
+                _marks(whole, curves, lowest, len(splits), drawing),
+            ],
+        )
+        add_title(figure, drawing)
         draw_ends(panels, view)
-        ends = mark_ends(panels[0], view, end_names([run]))
-        freeze(figure)
+        ends = mark_ends(panels[0], view, end_names([run], drawing))
+        freeze(figure, drawing)
         name_ends(panels[0], ends)
     return figure
 
 
 def _read_blocks(
-    run: Run[LineSummary], names: Sequence[str], colours: Sequence[str], splits: Sequence[str]
+    run: Run[LineSummary],
+    names: Sequence[str],
+    colours: Sequence[str],
+    splits: Sequence[str],
+    drawing: Drawing,
 ) -> list[Series]:
     series = []
     table = run.more["blocks"]
@@ -147,19 +159,24 @@ def _read_blocks(
                 if len(names) <= _MOST_BANDS
                 else {c: v for c, v in s.values.items() if c != "loss_stderr"},
             )
-            for s in read_series([block], [""], splits)
+            for s in read_series([block], [""], splits, drawing)
         ]
     return series
 
 
-def _label(figure: Figure, run: Run[LineSummary], split: str, *, log: bool) -> str:
-    scale = ", log scale" if log else ""
-    lines = f"loss{loss_name([run])}{scale}", f"{plain(split)}{examples([run], split)}"
-    return "\n".join(shorten(figure, line, 200, 10) for line in lines)
+def _label(figure: Figure, run: Run[LineSummary], split: str, drawing: Drawing) -> str:
+    scale = ", log scale" if drawing.log else ""
+    lines = (
+        drawing.words(f"loss{loss_name([run])}{scale}", "loss"),
+        name_split([run], split, drawing),
+    )
+    return "\n".join(shorten(figure, line, narrow(figure, 200), text_size()) for line in lines)
 
 
-def _name_blocks(figure: Figure, names: Sequence[str], curves: Sequence[Series]) -> None:
-    """Adds a legend of up to `_MOST_NAMES` blocks, evenly spaced in their order."""
+def _name_blocks(
+    figure: Figure, names: Sequence[str], curves: Sequence[Series]
+) -> list[tuple[Artist, str]]:
+    """Returns legend entries of up to `_MOST_NAMES` blocks, evenly spaced in their order."""
     entries: list[tuple[Artist, str]] = [
         (Line2D([], [], color=INK, linewidth=2.4), "all blocks together")
     ]
@@ -170,11 +187,16 @@ def _name_blocks(figure: Figure, names: Sequence[str], curves: Sequence[Series])
             s = lines[index]
             handle = Line2D([], [], color=s.colour, linestyle=s.dashes, linewidth=1.8)
             entries.append((handle, shorten(figure, plain(names[index]), _NAME)))
+    return entries
+
+
+def _add_legend(figure: Figure, entries: Sequence[tuple[Artist, str]]) -> None:
+    """Adds a legend to the right of the panels."""
     figure.legend(
         [handle for handle, _ in entries],
         [name for _, name in entries],
         title="moving",
-        title_fontsize=SMALL,
+        title_fontsize=small_size(),
         alignment="left",
         loc="outside right upper",
         frameon=False,
@@ -191,11 +213,15 @@ def _marks(
     curves: Sequence[Series],
     lowest: Sequence[tuple[Series, float, float]],
     splits: int,
+    drawing: Drawing,
 ) -> list[tuple[Artist, str]]:
     marks: list[tuple[Artist, str]] = []
     if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in [*whole, *curves]):
-        marks.append((Patch(color=INK, alpha=0.18, lw=0), "± one standard error"))
+        marks.append((
+            Patch(color=INK, alpha=0.18, lw=0),
+            drawing.words("± one standard error", "± s.e."),
+        ))
     if lowest:
         mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=INK, mew=1.3, ms=6)
-        marks.append((mark, lowest_label(lowest, 1, splits, ", all blocks together")))
+        marks.append((mark, lowest_label(lowest, 1, splits, drawing, ", all blocks together")))
     return marks

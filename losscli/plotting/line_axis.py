@@ -13,11 +13,11 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from losscli.drawing import Drawing
 from losscli.plotting.lines import Series
 from losscli.plotting.style import (
     DASHES,
     INCH,
-    SMALL,
     STEPS,
     Numbers,
     drawable,
@@ -25,6 +25,7 @@ from losscli.plotting.style import (
     plain,
     run_colours,
     shorten,
+    small_size,
     text_width,
 )
 from losscli.results import Run
@@ -48,11 +49,14 @@ _FEW_LINES = 4  # up to this many curves have a mark at their lowest point
 
 
 def read_series(
-    runs: Sequence[Run[LineSummary]], names: Sequence[str], splits: Sequence[str]
+    runs: Sequence[Run[LineSummary]],
+    names: Sequence[str],
+    splits: Sequence[str],
+    drawing: Drawing,
 ) -> list[Series]:
     """Returns a curve per run and split, with its points in the order of α."""
     series = []
-    colours = run_colours(len(runs))
+    colours = run_colours(len(runs), drawing)
     for number, run in enumerate(runs):
         for index, split in enumerate(splits):
             table = run.table.where("split", split)
@@ -97,7 +101,7 @@ def alpha_range(series: Sequence[Series]) -> tuple[float, float]:
 
 
 def mark_lowest(
-    axes: Axes, series: Sequence[Series], *, log: bool
+    axes: Axes, series: Sequence[Series], drawing: Drawing
 ) -> list[tuple[Series, float, float]]:
     """Marks the lowest point of each curve if it is unique and there are few curves.
 
@@ -105,16 +109,17 @@ def mark_lowest(
         The curve, the α and the loss of each mark.
     """
     lowest = []
-    for s in series if len(series) <= _FEW_LINES else ():
+    for s in series if len(series) <= _FEW_LINES and not drawing.no_markers else ():
         loss = np.where(drawable(s["loss"], log=False), s["loss"], np.nan)
         finite = loss[np.isfinite(loss)]
         if np.count_nonzero(finite == finite.min(initial=np.inf)) != 1:
             continue
         at = int(np.nanargmin(loss))
-        if not drawable(loss, log=log)[at]:
+        if not drawable(loss, log=drawing.log)[at]:
             continue
+        size = 0.6 * drawing.points
         axes.plot(
-            s.x[at], loss[at], "D", mfc="white", mec=s.colour, mew=1.3, markersize=6, zorder=6
+            s.x[at], loss[at], "D", mfc="white", mec=s.colour, mew=1.3, markersize=size, zorder=6
         )
         lowest.append((s, float(s.x[at]), float(loss[at])))
     return lowest
@@ -137,9 +142,15 @@ def flat_range_notes(
 
 
 def lowest_label(
-    lowest: Sequence[tuple[Series, float, float]], runs: int, splits: int, suffix: str = ""
+    lowest: Sequence[tuple[Series, float, float]],
+    runs: int,
+    splits: int,
+    drawing: Drawing,
+    suffix: str = "",
 ) -> str:
     """Returns the label of the marks of lowest points, with their splits if there are two."""
+    if drawing.compact:
+        return "lowest"
     if runs > 1 or splits > 2:
         return f"lowest point{suffix}"
     parts = [
@@ -197,7 +208,7 @@ def mark_ends(
     for alpha, letter, name in zip((0.0, 1.0), "AB", names, strict=True):
         before, after = "← " * (alpha < view[0]), " →" * (alpha > view[1])
         position = min(max((alpha - low) / (high - low), 0.0), 1.0)
-        text = axes.text(position, 1, letter, fontsize=SMALL, transform=shifted)
+        text = axes.text(position, 1, letter, fontsize=small_size(), transform=shifted)
         before += f"{letter}  " if name else letter
         ends.append(_End(position, text, before, name, after))
     return ends

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from losscli.drawing import Drawing
 from losscli.plotting.style import count_points, drawable, plain, scale_y
 
 __all__ = ["Series", "draw_panel"]
@@ -55,13 +56,16 @@ class Series:
         return self.values.get(column, np.full(len(self.x), np.nan))
 
 
-def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) -> list[str]:
+def draw_panel(
+    axes: Axes, series: Sequence[Series], column: str, drawing: Drawing, *, log: bool
+) -> list[str]:
     """Draws a column of all series over x.
 
     Args:
         axes: The panel.
         series: The series; those without the column are ignored.
         column: The name of the column.
+        drawing: How: its limits are those of ``loss``.
         log: Whether the y axis is logarithmic.
 
     Returns:
@@ -80,14 +84,17 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
     values = values[drawable(values, log=log)]
     fraction = "accuracy" in column.lower() and bool(np.all((values >= 0) & (values <= 1)))
     least = max([_LEAST_RANGE, *(_noise(s, column) for s in series)]) if fraction else 0.0
-    scale_y(axes, values, log=log, fraction=fraction, least=least)
+    limits = drawing.ylim if column == "loss" else None
+    scale_y(axes, values, log=log, fraction=fraction, least=least, limits=limits)
 
     few = len(series) < _MANY_LINES
+    size = drawing.points / 10
     colours = list(dict.fromkeys(s.colour for s in reversed(series)))
     wider = min(_WIDER, _WIDEST / max(len(colours) - 1, 1)) if few else 0.0
     for s, ok, error in zip(series, shown, errors, strict=True):
         y = np.where(ok, s[column], np.nan)
-        axes.plot(s.x, y, color=s.colour, linestyle=s.dashes, linewidth=s.width, zorder=2.5)
+        width = s.width and s.width * size
+        axes.plot(s.x, y, color=s.colour, linestyle=s.dashes, linewidth=width, zorder=2.5)
         # On a logarithmic axis a band down to zero ends at the lower edge.
         lower = np.maximum(y - error, axes.get_ylim()[0]) if log else y - error
         axes.fill_between(
@@ -96,10 +103,12 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
         # A point without neighbours is visible neither as a line nor as a band.
         padded = np.pad(ok, 1)
         isolated = ok & ~padded[:-2] & ~padded[2:]
-        dots = ok if len(ok) <= _FEW_POINTS else isolated
-        axes.plot(s.x[dots], y[dots], "o", color=s.colour, markersize=3, zorder=2.6)
+        dots = ok if len(ok) <= _FEW_POINTS and not drawing.no_markers else isolated
+        axes.plot(s.x[dots], y[dots], "o", color=s.colour, markersize=3 * size, zorder=2.6)
         bars = isolated & np.isfinite(error)
         axes.vlines(s.x[bars], lower[bars], (y + error)[bars], color=s.colour, alpha=0.4)
+        if drawing.no_markers:
+            continue
         end = ok & s.ends
         axes.plot(
             s.x[end],
@@ -107,7 +116,7 @@ def draw_panel(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
             "o",
             color=s.colour,
             # Wider the earlier, so that the ends of later curves do not hide them.
-            markersize=(5.5 if few else 3.5) + wider * colours.index(s.colour),
+            markersize=size * ((5.5 if few else 3.5) + wider * colours.index(s.colour)),
             mec="white" if few else s.colour,
             mew=0.8,
             zorder=5,

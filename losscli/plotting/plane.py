@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patheffects import Normal, Stroke
@@ -19,7 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from losscli.plotting.html import Item, contours_and_surface, path_items, render_page
+from losscli.drawing import FULL, Drawing
+from losscli.plotting.html import Item, View, contours_and_surface, path_items
 from losscli.plotting.style import (
     IN_ORDER,
     INCH,
@@ -30,18 +30,23 @@ from losscli.plotting.style import (
     Numbers,
     add_foot,
     add_title,
+    columns,
     count_points,
-    examples,
     extent,
     format_number,
     house_style,
+    label_loss,
     loss_name,
+    name_split,
+    narrow,
+    new_figure,
     number_checkpoints,
     plain,
     run_colours,
     scale_checkpoints,
     shorten,
     shorten_path,
+    text_size,
 )
 from losscli.plotting.surface import (
     HIDDEN,
@@ -60,6 +65,7 @@ from losscli.plotting.surface import (
     finish_layout,
     hidden_by,
     label_contours,
+    limit_notes,
     path_entries,
     scale_losses,
 )
@@ -67,7 +73,7 @@ from losscli.results import Run
 from losscli.summaries import PlaneAxis, PlaneSummary
 from losscli.table import Table
 
-__all__ = ["draw_plane", "render_plane"]
+__all__ = ["draw_plane", "plane_views"]
 
 Floats = NDArray[np.float64]
 
@@ -83,7 +89,8 @@ class _Checkpoints:
     Attributes:
         path: The name of the path; empty for those that span the plane.
         colour: The colour of the line that joins them; if empty, each has a letter instead.
-        names: Their names.
+        names: Their labels, or else their names.
+        labelled: Whether they have labels.
         x: Their first coordinate.
         y: Their second coordinate.
         off: Their distances from the plane.
@@ -93,13 +100,14 @@ class _Checkpoints:
     path: str
     colour: str
     names: Sequence[str]
+    labelled: bool
     x: Floats
     y: Floats
     off: Floats
     losses: Mapping[str, Floats]
 
     @classmethod
-    def read_all(cls, run: Run[PlaneSummary]) -> list[_Checkpoints]:
+    def read_all(cls, run: Run[PlaneSummary], drawing: Drawing) -> list[_Checkpoints]:
         """Reads the checkpoints that span the plane, then each path."""
         table = run.more.get("path", _NO_CHECKPOINTS)
         if "path" not in table.columns:
@@ -110,14 +118,16 @@ class _Checkpoints:
         joined = run.summary.get("plane") == "pca" or len(spanning.unique("step")) > _FEW
         number = len(paths) + joined
         # The colour that contrasts with all colours of losses comes first.
-        colours = [PATH, *(colour for colour in run_colours(number) if colour != PATH)][:number]
+        colours = [PATH, *(colour for colour in run_colours(number, drawing) if colour != PATH)][
+            :number
+        ]
         if not joined:
             colours = ["", *colours]
         tables = [("", spanning), *paths]
-        return [cls._read(n, c, t) for (n, t), c in zip(tables, colours, strict=True)]
+        return [cls._read(run, n, c, t) for (n, t), c in zip(tables, colours, strict=True)]
 
     @classmethod
-    def _read(cls, path: str, colour: str, table: Table) -> _Checkpoints:
+    def _read(cls, run: Run[PlaneSummary], path: str, colour: str, table: Table) -> _Checkpoints:
         rows = [table.where("step", step) for step in table.unique("step")]
         rows.sort(key=lambda row: row.floats("step")[0])
         x, y, off = (np.array([r.floats(c)[0] for r in rows]) for c in ("x", "y", "off_plane"))
@@ -127,8 +137,10 @@ class _Checkpoints:
             ])
             for split in table.unique("split")
         }
-        names = [plain(str(r["checkpoint"][0])) for r in rows]
-        return cls(plain(path), colour, names, x, y, off, losses)
+        names = [str(r["checkpoint"][0]) for r in rows]
+        labelled = any(map(run.label_of, names))
+        names = [plain(run.label_of(name) or name) for name in names]
+        return cls(plain(path), colour, names, labelled, x, y, off, losses)
 
     def loss(self, split: str) -> Floats:
         """Returns the losses of the checkpoints on a split; nan if unknown."""
@@ -144,7 +156,7 @@ class _Checkpoints:
 _NO_CHECKPOINTS = Table.build(("step", "checkpoint", "x", "y", "off_plane", "split", "loss"), ())
 
 
-def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) -> Figure:
+def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
     """Draws the loss on a plane as contours, a panel for each split, and its checkpoints.
 
     Every checkpoint has the colour of its own loss, from the table ``path``: if it matches the
@@ -153,72 +165,73 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
 
     Args:
         run: The run.
-        title: The title of the figure.
-        log: Whether the scale of the loss is logarithmic.
+        drawing: How it is drawn.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
-    with house_style():
+    with house_style(drawing):
         grids = _read(run.table)
-        groups = _Checkpoints.read_all(run)
+        groups = _Checkpoints.read_all(run, drawing)
         paths = groups[1:]
         own = [group.loss(grid.split) for grid in grids for group in groups]
         losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
-        scale = scale_losses(np.concatenate(losses), log=log)
+        scale = scale_losses(np.concatenate(losses), drawing)
         kind, surface = run.summary.get("plane", ""), run.summary.get("surface", False)
         view = _ranges(grids)
         ratio, equal = _shape(view, kind)
 
         figure, cells = _new_figure(
-            len(grids), ratio if equal else 1.0, surface=surface, distances=bool(paths)
+            len(grids), ratio if equal else 1.0, drawing, surface=surface, distances=bool(paths)
         )
-        labels, short = _labels(run, kind)
+        labels, short = _labels(run, kind, drawing)
         panels: list[Axes] = []
         contours: list[Contours] = []
         hidden = False
         for number, grid in enumerate(grids):
-            row, column = divmod(number * (1 + surface), cells.ncols)
+            at = number * (1 + surface)
+            row, column = divmod(at, cells.ncols)
             panel = figure.add_subplot(cells[row, column])
             drawn = draw_contours(panel, grid, scale)
             _frame(panel, view, equal=equal)
             for group in groups:
-                _draw_marks(panel, group, grid.split, scale)
-            name = plain(grid.split) + examples([run], grid.split)
-            panel.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
+                _draw_marks(panel, group, grid.split, scale, drawing)
+            name = name_split([run], grid.split, drawing)
+            panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
             panel.set_xlabel(labels[0].replace(" of λ", "\nof λ"))
             if not column:
                 panel.set_ylabel(re.sub(r" (?=\(|of λ)", "\n", labels[1]))
             panels.append(panel)
             contours.append(drawn)
             if surface:
-                axes_3d = add_surface_axes(figure, cells[row, 1], (*short, "loss"), -60)
+                cell = cells[divmod(at + 1, cells.ncols)]
+                axes_3d = add_surface_axes(figure, cell, (*short, "loss"), -60)
                 _frame(axes_3d, view, equal=False)
-                draw_surface(axes_3d, scale, drawn)
+                draw_surface(axes_3d, scale, drawn, drawing)
                 for group in groups:
-                    hidden |= _draw_marks(axes_3d, group, grid.split, scale, surface=drawn)
+                    hidden |= _draw_marks(axes_3d, group, grid.split, scale, drawing, surface=drawn)
                 panels.append(axes_3d)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
-        label = shorten(figure, f"loss{loss_name([run])}", 190, 10)
-        add_colour_bar(figure, panels, scale, f"{label}, log scale" if scale.log else label)
+        label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
+        add_colour_bar(figure, panels, scale, label)
         if paths:
-            _draw_distances(figure.add_subplot(cells[cells.nrows - 1, :]), paths)
+            _draw_distances(figure.add_subplot(cells[cells.nrows - 1, :]), paths, drawing)
 
-        if title:
-            add_title(figure, title)
+        add_title(figure, drawing)
         notes = [] if grids else ["There are no points"]
         notes += _blank_notes(contours) + _checkpoint_notes(figure, groups[0], view)
         notes += _path_notes(paths, view)
         if hidden:
             notes.append(HIDDEN)
+        notes += limit_notes(drawing)
         if grids and not equal:
             factor = format_number(max(ratio, 1 / ratio), 2)
             stretched, other = ("y", "x") if ratio < 1 else ("x", "y")
             stretch = f"{stretched} is stretched {factor} times relative to {other}"
             notes.append(f"The scales of the axes differ: {stretch}.")
-        add_foot(figure, notes, _legend(figure, groups))
-        finish_layout(figure)
+        add_foot(figure, drawing, notes, _legend(figure, groups, drawing))
+        finish_layout(figure, drawing)
         x, y = (np.concatenate([getattr(group, c) for group in groups]) for c in "xy")
         clearance = 14 if groups[0].colour else 28
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
@@ -226,49 +239,50 @@ def draw_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) ->
     return figure
 
 
-def _legend(figure: Figure, groups: Sequence[_Checkpoints]) -> list[list[tuple[Artist, str]]]:
+def _legend(
+    figure: Figure, groups: Sequence[_Checkpoints], drawing: Drawing
+) -> list[list[tuple[Artist, str]]]:
     """Returns the entries of each path, with its name if there are several."""
     joined = [group for group in groups if group.colour and group.names]
-    return [
-        path_entries(
-            figure,
-            group.colour,
-            shorten_path(figure, group.path, 160)
-            if group.path and len(joined) > 1
-            else f"path of the {len(group.names)} checkpoints",
-            group.names[0],
-            group.names[-1],
-        )
-        for group in joined
-    ]
+    entries = []
+    for group in joined:
+        label = drawing.words(f"path of the {len(group.names)} checkpoints", "path")
+        if group.path and len(joined) > 1:
+            label = shorten_path(figure, group.path, narrow(figure, 160))
+        named = group.labelled or not drawing.compact
+        start, end = (group.names[0], group.names[-1]) if named else ("", "")
+        entries.append(path_entries(figure, group.colour, label, start, end, drawing))
+    return entries
 
 
 def _new_figure(
-    panels: int, ratio: float, *, surface: bool, distances: bool
+    panels: int, ratio: float, drawing: Drawing, *, surface: bool, distances: bool
 ) -> tuple[Figure, GridSpec]:
     """Creates a figure with a panel per split, of height ``ratio`` times its width.
 
     Args:
         panels: The number of splits.
         ratio: The height of a panel relative to its width.
+        drawing: How it is drawn.
         surface: Whether a surface stands beside each panel.
         distances: Whether there is one more row, for the distances from the plane.
 
     Returns:
         The figure and its cells.
     """
-    columns = 2 if surface else min(2, panels)
-    rows = math.ceil(panels * (1 + surface) / columns) if panels else 1
-    wide = columns == 2
+    across = columns(drawing, 2 if surface else min(2, panels))
+    rows = math.ceil(panels * (1 + surface) / across) if panels else 1
+    wide = across == 2
     lowest = 3.3 if surface else 2.2
     height = min(max((3.6 if wide else 5.1) * ratio, lowest), 5.1)
     heights = [height + 0.75] * rows + [_DISTANCES] * distances
-    figure = Figure(figsize=(WIDE if wide else WIDTH, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_gridspec(len(heights), max(columns, 1), height_ratios=heights)
+    width = WIDE if wide else WIDTH
+    shape = max(min(ratio, 1.4), 0.8 if surface else 0.5)
+    figure = new_figure(drawing, sum(heights), width, rows=len(heights), ratio=shape)
+    return figure, figure.add_gridspec(len(heights), max(across, 1), height_ratios=heights)
 
 
-def _draw_distances(axes: Axes, paths: Sequence[_Checkpoints]) -> None:
+def _draw_distances(axes: Axes, paths: Sequence[_Checkpoints], drawing: Drawing) -> None:
     """Draws the distance of each path from the plane over its checkpoints."""
     numbered = [number_checkpoints(path.names) for path in paths]
     numbers, label = [number for number, _ in numbered], numbered[0][1]
@@ -280,9 +294,9 @@ def _draw_distances(axes: Axes, paths: Sequence[_Checkpoints]) -> None:
     axes.set_ylim(0, 1.06 * high if high > 0 else 1.0)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     axes.yaxis.set_major_formatter(Numbers())
-    axes.set_ylabel("distance from\nthe plane")
+    axes.set_ylabel(drawing.words("distance from\nthe plane", "distance"))
     for path, number in zip(paths, numbers, strict=True):
-        draw_path(axes, number, path.off, colour=path.colour, cased=False)
+        draw_path(axes, number, path.off, drawing=drawing, colour=path.colour, cased=False)
 
 
 def _read(table: Table, values: str = "loss") -> list[Grid]:
@@ -324,8 +338,18 @@ def _frame(axes: Axes, view: Sequence[tuple[float, float]], *, equal: bool) -> N
         axes.set_aspect("equal")
 
 
-def _labels(run: Run[PlaneSummary], kind: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Returns the long and the short labels of both axes."""
+def _labels(
+    run: Run[PlaneSummary], kind: str, drawing: Drawing
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Returns the long and the short labels of both axes, which are equal in a compact figure."""
+    if drawing.compact and kind == "pca":
+        short = ("component 1", "component 2")
+        return short, short
+    labels, short = _full_labels(run, kind)
+    return (short if drawing.compact else labels), short
+
+
+def _full_labels(run: Run[PlaneSummary], kind: str) -> tuple[tuple[str, str], tuple[str, str]]:
     unknown: list[PlaneAxis] = [{}, {}]
     first, second = [*run.summary.get("axes", ()), *unknown][:2]
     if kind == "random":
@@ -367,6 +391,7 @@ def _draw_marks(
     marks: _Checkpoints,
     split: str,
     scale: Scale,
+    drawing: Drawing,
     *,
     surface: Contours | None = None,
 ) -> bool:
@@ -381,12 +406,21 @@ def _draw_marks(
         assert surface is not None
         behind = hidden_by(axes, scale, surface, *coordinates)
     if marks.colour:
-        faces = scale.colours(loss)
-        draw_path(axes, *coordinates, colour=marks.colour, faces=faces, clip=True, behind=behind)
+        draw_path(
+            axes,
+            *coordinates,
+            drawing=drawing,
+            colour=marks.colour,
+            faces=scale.colours(loss),
+            clip=True,
+            behind=behind,
+        )
         return bool(behind.any())
     draw_dots(axes, *coordinates, faces=scale.colours(loss), size=8, behind=behind)
     write: Any = axes.text
-    for letter, point, pale in zip("ABCD", np.column_stack(coordinates), behind, strict=False):
+    # Letters refer to the notes, which a compact figure does not have.
+    letters = marks.names if drawing.compact and marks.labelled else "ABCD"
+    for letter, point, pale in zip(letters, np.column_stack(coordinates), behind, strict=False):
         if not np.isfinite(point).all():
             continue
         write(
@@ -481,22 +515,20 @@ def _loss(value: float) -> str:
     return format_number(float(value)) if math.isfinite(value) else "not finite"
 
 
-def render_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) -> str:
-    """Renders the loss on a plane as an interactive page, with each checkpoint at its own loss.
+def plane_views(run: Run[PlaneSummary]) -> list[View]:
+    """Returns the views of an interactive page: the loss on a plane, with its checkpoints.
 
     Args:
         run: The run.
-        title: The title of the page.
-        log: Whether the scale of the loss is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
-    groups = _Checkpoints.read_all(run)
+    groups = _Checkpoints.read_all(run, FULL)
     kind = run.summary.get("plane", "")
     columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
     grids = {column: _read(run.table, column) for column in columns}
-    labels, short = _labels(run, kind)
+    labels, short = _labels(run, kind, FULL)
     items: dict[str, list[Item]] = {"surface": [], "contours": []}
     names: list[str] = []
     for group in groups:
@@ -513,7 +545,7 @@ def render_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) 
         names += group.names
         for view, shown in items.items():
             shown.extend(found[view])
-    views = contours_and_surface(
+    return contours_and_surface(
         grids,
         items,
         {"loss": f"loss{loss_name([run])}", **{metric: metric for metric in run.table.metrics}},
@@ -523,4 +555,3 @@ def render_plane(run: Run[PlaneSummary], *, title: str = "", log: bool = False) 
         slider=names if len(names) > 1 else (),
         notes=["Each dot has the colour of its checkpoint's own loss."] if names else [],
     )
-    return render_page(views, title=title, log=log)

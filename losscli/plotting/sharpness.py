@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from losscli.plotting.html import View, render_page, table_view
+from losscli.drawing import FULL, Drawing
+from losscli.plotting.html import View, table_view
 from losscli.plotting.style import (
     DASHES,
     IN_ORDER,
@@ -25,16 +25,17 @@ from losscli.plotting.style import (
     PALE,
     PALETTE,
     SMALLEST,
-    WIDTH,
     add_foot,
     add_title,
-    distinct_names,
+    distinct_checkpoints,
     drawable,
-    examples,
     format_number,
     freeze,
     house_style,
     loss_name,
+    name_split,
+    narrow,
+    new_figure,
     number_checkpoints,
     plain,
     round_positions,
@@ -44,12 +45,13 @@ from losscli.plotting.style import (
     scale_y,
     shorten,
     shorten_path,
+    text_size,
 )
 from losscli.results import Run
 from losscli.summaries import SharpnessSummary
 from losscli.table import Table
 
-__all__ = ["draw_sharpness", "render_sharpness"]
+__all__ = ["draw_sharpness", "sharpness_views"]
 
 Floats = NDArray[np.float64]
 Group = list[tuple[Artist, str]]
@@ -89,7 +91,7 @@ class _Curve:
         return np.array(self.rows.floats(column))
 
 
-def draw_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool = False) -> Figure:
+def draw_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> Figure:
     """Draws sharpness over ρ, or over checkpoints where there are many or ρ is one.
 
     Worst-case and SAM sharpness share a panel; average sharpness, which is of longer perturbations
@@ -98,41 +100,45 @@ def draw_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool = F
 
     Args:
         run: The run.
-        title: The title of the figure.
-        log: Has no effect: all axes of sharpness are logarithmic.
+        drawing: How it is drawn; all axes of sharpness are logarithmic.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
-    del log
-    with house_style():
+    with house_style(drawing):
         known = drawable(np.array(run.table.floats("rho")), log=True)
         table = Table(run.table.columns, tuple(compress(run.table.rows, known)))
         names = [str(name) for name in table.unique("checkpoint")]
         splits = [str(split) for split in table.unique("split")]
         radii = sorted(set(table.floats("rho")))
         over_rho = len(names) == 1 or (len(radii) > 1 and len(names) <= len(PALETTE))
-        figure, axes = _new_figure(run, 3 if len(names) > 1 else 2, over_rho=over_rho)
+        figure, axes = _new_figure(run, 3 if len(names) > 1 else 2, drawing, over_rho=over_rho)
         numbers, label = number_checkpoints(names)
         number = dict(zip(names, numbers.tolist(), strict=True))
-        distinct, pattern = distinct_names(_labels(run, names))
+        distinct, pattern = distinct_checkpoints(run, names, drawing)
 
-        curves = list(_curves(table, number, splits, radii, over_rho=over_rho))
+        curves = list(_curves(table, number, splits, radii, drawing, over_rho=over_rho))
         notes = [f"Checkpoints {pattern}"] if pattern else []
-        notes += [*_draw(axes[0], curves, ["worst", "sam"]), *_draw(axes[1], curves, ["average"])]
+        notes += [
+            *_draw(axes[0], curves, ["worst", "sam"], drawing),
+            *_draw(axes[1], curves, ["average"], drawing),
+        ]
         if over_rho:
             _scale_radii(axes[1], np.array(radii))
         if len(names) > 1:
             of_first = table.where("rho", radii[0])
-            critical = list(_curves(of_first, number, splits, radii[:1], over_rho=False))
-            notes += _draw_critical(axes[2], critical, number, run.summary)
+            critical = list(_curves(of_first, number, splits, radii[:1], drawing, over_rho=False))
+            notes += _draw_critical(axes[2], critical, number, run.summary, drawing)
             scale_checkpoints(axes[2], numbers, label)
             if label == IN_ORDER and len(names) <= len(PALETTE):
-                room = 0.8 * WIDTH * INCH / len(names)
-                axes[2].set_xticks(numbers, [shorten(figure, name, room, 10) for name in distinct])
+                room = 0.8 * figure.get_figwidth() * INCH / len(names)
+                shown = [shorten(figure, name, room, text_size()) for name in distinct]
+                axes[2].set_xticks(numbers, shown)
                 axes[2].set_xlabel("checkpoint")
             else:
-                first, last = (shorten_path(figure, distinct[at], 200) for at in (0, -1))
+                first, last = (
+                    shorten_path(figure, distinct[at], narrow(figure, 200)) for at in (0, -1)
+                )
                 notes.append(f"The first of {len(names)} checkpoints is {first}, the last {last}.")
         else:
             notes += _critical_notes(table, splits)
@@ -140,21 +146,24 @@ def draw_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool = F
 
         of_rho = [f"ρ = {format_number(radius)}" for radius in radii]
         notes += _explanations(run.summary) if names else ["There are no points"]
-        if title:
-            add_title(figure, title)
-        add_foot(figure, notes, _legend(run, distinct if over_rho else of_rho, splits, curves))
-        freeze(figure)
+        add_title(figure, drawing)
+        add_foot(
+            figure,
+            drawing,
+            notes,
+            _legend(run, distinct if over_rho else of_rho, splits, curves, drawing),
+        )
+        freeze(figure, drawing)
         round_positions(figure)
     return figure
 
 
 def _new_figure(
-    run: Run[SharpnessSummary], number: int, *, over_rho: bool
+    run: Run[SharpnessSummary], number: int, drawing: Drawing, *, over_rho: bool
 ) -> tuple[Figure, list[Axes]]:
     """Creates the panels; those with the same horizontal axis share it."""
     heights = _HEIGHTS[:number]
-    figure = Figure(figsize=(WIDTH, 0.6 + sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(drawing, 0.6 + sum(heights))
     grid = figure.add_gridspec(number, 1, height_ratios=heights)
     axes = [figure.add_subplot(grid[0])]
     for row in range(1, number):
@@ -162,22 +171,17 @@ def _new_figure(
         axes.append(figure.add_subplot(grid[row], sharex=shared))
     for panel in axes[: 1 if over_rho else 2]:
         panel.tick_params(labelbottom=False)
-    for panel, text in zip(axes, _titles(run), strict=False):
-        panel.set_title(shorten(figure, text, 400, 10), loc="left", fontsize=10)
+    for panel, text in zip(axes, _titles(run, drawing), strict=False):
+        panel.set_title(shorten(figure, text, narrow(figure, 400), text_size()), loc="left")
     for panel in axes[:2]:
-        panel.set_ylabel("rise of the loss\nlog scale")
+        panel.set_ylabel(drawing.words("rise of the loss\nlog scale", "rise of loss"))
     return figure, axes
 
 
-def _labels(run: Run[SharpnessSummary], names: Sequence[str]) -> list[str]:
-    """Returns the labels of checkpoints, or else their names."""
-    every = [str(name) for name in run.table.unique("checkpoint")]
-    labels = dict(zip(every, run.checkpoint_labels, strict=False))
-    return [plain(labels.get(name, name)) for name in names]
-
-
-def _titles(run: Run[SharpnessSummary]) -> list[str]:
+def _titles(run: Run[SharpnessSummary], drawing: Drawing) -> list[str]:
     """Returns the titles of the panels."""
+    if drawing.compact:
+        return ["worst-case and SAM", "average", "critical sharpness"]
     kind = ", adaptive" if run.summary.get("adaptive") else ""
     direction = run.summary.get("direction_split")
     along = f" along the gradient of {plain(direction)}" if direction else ""
@@ -193,13 +197,14 @@ def _curves(
     number: Mapping[str, float],
     splits: Sequence[str],
     radii: Sequence[float],
+    drawing: Drawing,
     *,
     over_rho: bool,
 ) -> Iterator[_Curve]:
     """Yields a curve for each checkpoint and split, or for each ρ and split."""
     column = "checkpoint" if over_rho else "rho"
     groups: Sequence[str | float] = [*number] if over_rho else radii
-    for group, colour in zip(groups, run_colours(len(groups)), strict=True):
+    for group, colour in zip(groups, run_colours(len(groups), drawing), strict=True):
         for k, split in enumerate(splits):
             rows = table.where(column, group).where("split", split)
             places = [number[str(name)] for name in rows["checkpoint"]]
@@ -207,14 +212,16 @@ def _curves(
             yield _Curve(rows, x, colour, DASHES[k % len(DASHES)], plain(split))
 
 
-def _draw(axes: Axes, curves: Sequence[_Curve], columns: Sequence[str]) -> list[str]:
+def _draw(
+    axes: Axes, curves: Sequence[_Curve], columns: Sequence[str], drawing: Drawing
+) -> list[str]:
     """Draws columns on a logarithmic axis; negative values are hollow marks at their size."""
     pairs = [(curve, column) for curve in curves for column in columns]
     sizes = [_drawable(np.abs(curve.values(column))) for curve, column in pairs]
     errors = [_drawable(curve.values(f"{column}_stderr")) for curve, column in pairs]
     reach = [x + e for x, e in zip(sizes, errors, strict=True)]
     values = np.concatenate([*sizes, *reach, np.empty(0)])
-    scale_y(axes, values[np.isfinite(values)], log=True)
+    scale_y(axes, values[np.isfinite(values)], log=True, limits=drawing.ylim)
     bottom, missing = axes.get_ylim()[0], 0
     for (curve, column), size, error in zip(pairs, sizes, errors, strict=True):
         style: dict[str, Any] = {"color": curve.colour, "zorder": 2.5}
@@ -252,6 +259,7 @@ def _draw_critical(
     curves: Sequence[_Curve],
     number: Mapping[str, float],
     summary: SharpnessSummary,
+    drawing: Drawing,
 ) -> list[str]:
     """Draws critical sharpness over the checkpoints, and 2/η."""
     column = "critical_sharpness"
@@ -283,7 +291,7 @@ def _draw_critical(
             "The grey line is 2 / learning rate: above it, a step of gradient descent raises the "
             "loss."
         )
-    axes.set_ylabel("2 / critical step\nlog scale")
+    axes.set_ylabel(drawing.words("2 / critical step\nlog scale", "2 / η_c"))
     return notes
 
 
@@ -334,9 +342,10 @@ def _legend(
     names: Sequence[str],
     splits: Sequence[str],
     curves: Sequence[_Curve],
+    drawing: Drawing,
 ) -> list[Group]:
     """Returns the entries of the legend: colours by their names, splits and marks."""
-    colours = run_colours(len(names))
+    colours = run_colours(len(names), drawing)
     only = colours[0] if len(colours) == 1 else INK
     mark: dict[str, Any] = {"ls": "none", "ms": 5}
     measures: Group = [
@@ -345,7 +354,8 @@ def _legend(
     ]
     if any((curve.values(column) < 0).any() for curve in curves for column in _NAMES):
         hollow = Line2D([], [], marker="o", mec=only, mfc="white", **mark)
-        measures.append((hollow, "hollow: the loss falls by so much"))
+        text = drawing.words("hollow: the loss falls by so much", "falls")
+        measures.append((hollow, text))
     lines = [Line2D([], [], color=only, linestyle=dashes) for dashes in DASHES]
     return [
         [
@@ -353,7 +363,7 @@ def _legend(
             for colour, name in zip(colours, names, strict=True)
         ],
         [
-            (lines[k % len(lines)], plain(split) + examples([run], split))
+            (lines[k % len(lines)], name_split([run], split, drawing))
             for k, split in enumerate(splits)
         ],
         measures,
@@ -363,19 +373,17 @@ def _legend(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def render_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool = False) -> str:
-    """Renders sharpness over ρ and over checkpoints as an interactive page.
+def sharpness_views(run: Run[SharpnessSummary]) -> list[View]:
+    """Returns the views of an interactive page: sharpness over ρ and over checkpoints.
 
     Args:
         run: The run.
-        title: The title of the page.
-        log: Whether the scale is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     names = [str(name) for name in run.table.unique("checkpoint")]
-    labels = dict(zip(names, _labels(run, names), strict=True))
+    labels = {name: plain(run.label_of(name) or name) for name in names}
     if len(set(labels.values())) < len(names):
         # Equal labels would join the curves of different checkpoints.
         labels = dict(zip(names, names, strict=True))
@@ -395,7 +403,7 @@ def render_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool =
             name, [("", table)], x, measures, x_label=x_label, notes=notes, logarithmic=[*measures]
         )
 
-    views = [
+    return [
         view("over ρ", "rho", "radius ρ"),
         view("over checkpoints", "checkpoint"),
         table_view(
@@ -406,4 +414,3 @@ def render_sharpness(run: Run[SharpnessSummary], *, title: str = "", log: bool =
             logarithmic=[*_CRITICAL],
         ),
     ]
-    return render_page(views, title=title, log=log)

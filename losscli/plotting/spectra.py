@@ -16,24 +16,29 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from losscli.drawing import Drawing
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
 from losscli.plotting.layerwise import block_colours
 from losscli.plotting.style import (
     DASHES,
     INK,
     PALETTE,
-    SMALL,
     STEPS,
     Numbers,
+    columns,
     drawable,
     extent,
     format_number,
+    name_checkpoint,
+    narrow,
     number_checkpoints,
     plain,
     scale_checkpoints,
     scale_y,
     shorten,
     shorten_path,
+    small_size,
+    text_size,
 )
 from losscli.results import Run
 from losscli.summaries import CheckSummary, Density
@@ -81,7 +86,7 @@ class Row:
 
 
 def spectra_rows(
-    run: Run[CheckSummary], names: Sequence[str], splits: Sequence[str]
+    run: Run[CheckSummary], names: Sequence[str], splits: Sequence[str], drawing: Drawing
 ) -> Iterator[Row]:
     """Yields the rows of a run that has a spectral density or blocks.
 
@@ -89,18 +94,25 @@ def spectra_rows(
         run: The run.
         names: Its checkpoints.
         splits: Its splits.
+        drawing: How they are drawn.
 
     Yields:
         The rows, from top to bottom.
     """
     density, blocks = run.more.get("density"), run.more.get("curvature")
     if density is not None and density.rows:
-        yield Row(2.4, lambda *place: _draw_densities(run, density, names, splits, *place))
+        panels = len(splits) if len(names) > 1 else 1
+        yield Row(
+            2.4 * panels / columns(drawing, panels),
+            lambda *place: _draw_densities(run, density, names, splits, drawing, *place),
+        )
     if blocks is not None and blocks.rows:
         many = len(names) > 1
         height = 2.1 if many else 0.8 + _BLOCK * min(len(blocks.unique("block")), 2 * _MOST_LABELS)
         draw = _draw_block_curves if many else _draw_blocks
-        yield Row(height, lambda *place: draw(run, blocks, names, splits, *place))
+        height *= 1.5 if drawing.compact and not many else 1.0
+        height *= len(_PANELS) / columns(drawing, len(_PANELS))
+        yield Row(height, lambda *place: draw(run, blocks, names, splits, drawing, *place))
 
 
 def matrix_name(run: Run[CheckSummary]) -> str:
@@ -143,6 +155,7 @@ def _draw_densities(
     table: Table,
     names: Sequence[str],
     splits: Sequence[str],
+    drawing: Drawing,
     figure: Figure,
     place: SubplotSpec,
 ) -> Drawn:
@@ -150,7 +163,8 @@ def _draw_densities(
     several = len(names) > 1
     shown = [names[i] for i in _spread(len(names), _MOST_CURVES)]
     panels = splits if several else splits[:1]
-    grid = place.subgridspec(1, max(len(panels), 1))
+    across = columns(drawing, max(len(panels), 1))
+    grid = place.subgridspec(max(len(panels), 1) // across, across)
     notes: list[str] = []
     entries: list[tuple[Artist, str]] = []
     if len(shown) < len(names):
@@ -159,7 +173,7 @@ def _draw_densities(
     marked = False
     widths: list[float] = []
     for i, split in enumerate(panels):
-        axes = figure.add_subplot(grid[0, i])
+        axes = figure.add_subplot(grid[divmod(i, across)])
         own = [split] if several else splits
         curves = [c for s in own for c in _read_densities(run, table, shown, s)]
         _scale_densities(axes, curves, run.summary.get("moving", {}).get("values"))
@@ -177,20 +191,25 @@ def _draw_densities(
             widths.append(curve.about.get("sigma", math.nan))
         axes.set_xlabel(f"eigenvalue λ of the {matrix_name(run)}")
         title = plain(split) if several else ""
-        axes.set_title(shorten(figure, title, 200, 10), loc="left", fontsize=10)
-        if not i:
-            axes.set_ylabel("spectral density\nlog scale")
+        axes.set_title(shorten(figure, title, narrow(figure, 200), text_size()), loc="left")
+        if not i % across:
+            axes.set_ylabel(drawing.words("spectral density\nlog scale", "density"))
     notes += _density_notes(run, widths)
     if several:
         entries += [
-            (Line2D([], [], color=colour), f"density of {shorten_path(figure, plain(name), 200)}")
+            (Line2D([], [], color=colour), _density_label(figure, run, name, drawing))
             for name, colour in zip(shown, colours, strict=True)
         ]
     if marked:
         mark = {**_OUTLIER, "mec": INK, "mfc": INK} if several else _OUTLIER
-        label = "eigenvalue apart from the bulk"
+        label = drawing.words("eigenvalue apart from the bulk", "outlier")
         entries.append((Line2D([], [], ls="none", **mark), label))
     return notes, entries
+
+
+def _density_label(figure: Figure, run: Run[CheckSummary], name: str, drawing: Drawing) -> str:
+    shown = shorten_path(figure, name_checkpoint(run, name, drawing), narrow(figure, 200))
+    return drawing.words(f"density of {shown}", shown)
 
 
 def _scale_densities(axes: Axes, curves: Sequence[_Curve], size: int | None) -> None:
@@ -233,16 +252,18 @@ def _draw_blocks(
     table: Table,
     names: Sequence[str],  # noqa: ARG001 - there is one
     splits: Sequence[str],
+    drawing: Drawing,
     figure: Figure,
     place: SubplotSpec,
 ) -> Drawn:
     """Draws the blocks of one checkpoint from top to bottom, in a panel for each quantity."""
     blocks = [str(block) for block in table.unique("block")]
     rank = {block: i for i, block in enumerate(blocks)}
-    grid = place.subgridspec(1, len(_PANELS))
+    across = columns(drawing, len(_PANELS))
+    grid = place.subgridspec(len(_PANELS) // across, across)
     first: Axes | None = None
     for i, (column, error, label) in enumerate(_PANELS):
-        axes = figure.add_subplot(grid[0, i], sharey=first)
+        axes = figure.add_subplot(grid[divmod(i, across)], sharey=first)
         reach = [np.empty(0)]
         for index, split in enumerate(splits):
             rows = table.where("split", split)
@@ -262,10 +283,10 @@ def _draw_blocks(
         if first is None:
             first = axes
             shown = _spread(len(blocks), _MOST_LABELS)
-            labels = [shorten(figure, plain(blocks[k]), 90) for k in shown]
-            axes.set_yticks(shown, labels, fontsize=SMALL)
+            labels = [shorten(figure, plain(blocks[k]), narrow(figure, 90)) for k in shown]
+            axes.set_yticks(shown, labels, fontsize=small_size())
             axes.set_ylim(len(blocks) - 0.5, -0.5)
-        else:
+        elif across > 1:
             axes.tick_params(axis="y", labelleft=False)
     return [f"Blocks: diagonal blocks of the {matrix_name(run)}, in the order of the model."], []
 
@@ -275,6 +296,7 @@ def _draw_block_curves(
     table: Table,
     names: Sequence[str],
     splits: Sequence[str],
+    drawing: Drawing,
     figure: Figure,
     place: SubplotSpec,
 ) -> Drawn:
@@ -284,9 +306,10 @@ def _draw_block_curves(
     colours = block_colours(len(blocks))
     numbers, under = number_checkpoints(names)
     number = dict(zip(names, numbers.tolist(), strict=True))
-    grid = place.subgridspec(1, len(_PANELS))
+    across = columns(drawing, len(_PANELS))
+    grid = place.subgridspec(len(_PANELS) // across, across)
     for i, (column, error, label) in enumerate(_PANELS):
-        axes = figure.add_subplot(grid[0, i])
+        axes = figure.add_subplot(grid[divmod(i, across)])
         log = column == "gradient_norm"
         reach = [np.empty(0)]
         for block, colour in zip(blocks, colours, strict=True):
@@ -303,15 +326,15 @@ def _draw_block_curves(
         how = "log scale" if log else scale_eigenvalues(axes, "y", values)
         if log:
             scale_y(axes, values, log=True)
-        axes.set_title(label + f", {how}" * bool(how), loc="left", fontsize=SMALL)
+        axes.set_title(label + f", {how}" * bool(how), loc="left", fontsize=small_size())
         scale_checkpoints(axes, numbers, under)
-        axes.set_xlabel(axes.get_xlabel(), fontsize=SMALL)
+        axes.set_xlabel(axes.get_xlabel(), fontsize=small_size())
     which = f"diagonal blocks of the {matrix_name(run)} on {plain(splits[0])}"
     notes = [f"Blocks: {which}, from dark to light in the order of the model."]
     if len(blocks) > _MOST_NAMES:
         notes.append(f"The legend names {_MOST_NAMES} of the {len(blocks)} blocks.")
     entries: list[tuple[Artist, str]] = [
-        (Line2D([], [], color=colours[k]), shorten(figure, plain(blocks[k]), 120))
+        (Line2D([], [], color=colours[k]), shorten(figure, plain(blocks[k]), narrow(figure, 120)))
         for k in _spread(len(blocks), _MOST_NAMES)
     ]
     return notes, entries

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import PurePath
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -22,7 +23,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
+from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import (
@@ -35,7 +36,9 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
+from losscli.drawing import FULL, Drawing
 from losscli.errors import UsageError
+from losscli.plotting import style_sheet
 from losscli.results import Run
 from losscli.summaries import InspectionSummary, Summary
 
@@ -47,7 +50,6 @@ __all__ = [
     "LARGEST",
     "PALE",
     "PALETTE",
-    "SMALL",
     "SMALLEST",
     "STEPS",
     "WIDTH",
@@ -55,18 +57,25 @@ __all__ = [
     "add_foot",
     "add_title",
     "checkpoint_names",
+    "columns",
     "count_points",
+    "distinct_checkpoints",
     "distinct_names",
     "drawable",
     "end_names",
-    "examples",
     "extent",
     "format_number",
     "freeze",
     "house_style",
     "is_light",
+    "label_loss",
     "loss_name",
     "make_displayable",
+    "name_checkpoint",
+    "name_split",
+    "narrow",
+    "new_figure",
+    "note_size",
     "number_checkpoints",
     "plain",
     "png_of",
@@ -78,9 +87,12 @@ __all__ = [
     "scale_logarithmic",
     "scale_symlog",
     "scale_y",
+    "set_height",
     "shorten",
     "shorten_path",
+    "small_size",
     "stacked_panels",
+    "text_size",
     "text_width",
     "whole_numbers",
 ]
@@ -91,8 +103,6 @@ __all__ = [
 INK = "#262626"
 PALE = "#767676"
 _FAINT = "#e7e7e7"
-SMALL = 9.0  # points: legends, names
-_NOTE = SMALL - 0.5
 
 # The palette of Okabe and Ito, which is safe for colour-blind readers, without its yellow, which is
 # hard to see on white.
@@ -128,17 +138,14 @@ _STYLE: Mapping[Any, Any] = {
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.labelpad": 6,
-    "axes.labelsize": 10,
     "axes.linewidth": 0.8,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.constrained_layout.h_pad": 0.08,
     "figure.constrained_layout.w_pad": 0.1,
     "figure.dpi": 200,
-    "font.size": 10,
     "grid.color": _FAINT,
     "grid.linewidth": 0.7,
-    "legend.fontsize": SMALL,
     "lines.linewidth": 1.7,
     "lines.solid_capstyle": "round",
     # Many journals reject Type 3 fonts, Matplotlib's default.
@@ -154,14 +161,37 @@ _STYLE: Mapping[Any, Any] = {
     "ytick.labelcolor": INK,
 }
 
+# Of figures with axes and a short legend only, which are printed small.
+_COMPACT_STYLE: Mapping[Any, Any] = {
+    "axes.labelpad": 3,
+    "axes.titlepad": 4,
+    "figure.constrained_layout.h_pad": 0.05,
+    "figure.constrained_layout.w_pad": 0.04,
+    "figure.dpi": 300,
+    "savefig.dpi": 300,
+}
+
+# What figures rely on, whatever a style sheet says: the size of the page, and names as they are.
+_FIXED: dict[Any, Any] = {
+    key: _STYLE.get(key, mpl.rcParamsDefault[key])
+    for key in ("figure.autolayout", "savefig.bbox", "svg.hashsalt", "text.parse_math")
+}
+
 WIDTH = 7.2  # inches
 INCH = 72.0  # points
+_TWO_COLUMNS = 44.0  # from this width in sizes of text on, panels are side by side
+_LOWER = 0.62  # the height of panels of 3.25 inches relative to those of 7.2
+_LOWEST = 0.7  # the least height of panels in a figure of fixed height relative to a free one
 _CSS_PIXELS = 96.0  # per inch
 
 
 @contextmanager
-def house_style() -> Iterator[None]:
-    """Applies Matplotlib's defaults and the style of losscli instead of the user's matplotlibrc."""
+def house_style(drawing: Drawing = FULL) -> Iterator[None]:
+    """Applies Matplotlib's defaults and the style of losscli instead of the user's matplotlibrc.
+
+    Args:
+        drawing: Its style sheet comes last.
+    """
     with mpl.rc_context():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", mpl.MatplotlibDeprecationWarning)
@@ -170,18 +200,109 @@ def house_style() -> Iterator[None]:
         installed = set(fontManager.get_font_names())
         further = [name for name in _FURTHER_FONTS if name in installed]
         mpl.rcParams.update({**_STYLE, "font.family": ["DejaVu Sans", *further]})
+        mpl.rcParams.update(_sizes(drawing))
+        if drawing.compact:
+            mpl.rcParams.update(_COMPACT_STYLE)
+        mpl.rcParams.update(style_sheet.parse(drawing.style) | _FIXED)
         with warnings.catch_warnings():
             # A character that no font has is drawn as a box; a warning would be noise.
             warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
             yield
 
 
-def render(figure: Figure, suffix: str) -> bytes:
+def _sizes(drawing: Drawing) -> dict[Any, Any]:
+    """Returns the sizes of text and the widths of lines, relative to that of ordinary text."""
+    points = style_sheet.parse(drawing.style).get("font.size", drawing.points)
+    small, note = (1.0, 1.0) if drawing.compact else (0.9, 0.85)
+    scale = drawing.points / FULL.points
+    return {
+        "font.size": points,
+        "axes.labelsize": points,
+        "axes.titlesize": points,
+        "figure.titlesize": 1.3 * points,
+        "legend.fontsize": small * points,
+        "legend.title_fontsize": note * points,
+        **{key: _STYLE[key] * scale for key in _STYLE if key.endswith("linewidth")},
+    }
+
+
+def text_size() -> float:
+    """Returns the size of labels and titles in points, inside `house_style`."""
+    return float(mpl.rcParams["font.size"])
+
+
+def small_size() -> float:
+    """Returns the size of legends and names in points, inside `house_style`."""
+    return _in_points("legend.fontsize")
+
+
+def note_size() -> float:
+    """Returns the size of notes and numbers in panels in points, inside `house_style`."""
+    return _in_points("legend.title_fontsize")
+
+
+def _in_points(key: Any) -> float:
+    # A style sheet may say "small".
+    return float(FontProperties(size=mpl.rcParams[key]).get_size_in_points())
+
+
+def new_figure(
+    drawing: Drawing, height: float, width: float = WIDTH, *, rows: int = 0, ratio: float = 1.0
+) -> Figure:
+    """Creates a figure with a canvas, whose panels are laid out when it is finished.
+
+    Args:
+        drawing: How it is drawn.
+        height: The height of its panels in inches in a full figure.
+        width: Its width in inches in a full figure.
+        rows: If its panels have a fixed shape, how many are on top of each other; 0 if they have
+            none.
+        ratio: The height of such a panel relative to its width.
+
+    Returns:
+        The figure. One of fixed height has the least height of its panels until `freeze`.
+    """
+    if drawing.compact:
+        fixed, most = drawing.inches
+        width = fixed or width
+        scale = drawing.points / 8
+        height *= _LOWER * scale
+        if rows and not most:
+            # Beside such a panel there are labels and a bar of colours.
+            height = rows * (ratio * (width - 1.2 * scale) + 0.5 * scale)
+        height *= _LOWEST if most else 1.0
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def columns(drawing: Drawing, most: int) -> int:
+    """Returns the number of panels side by side: ``most`` where the figure is wide, else one."""
+    width = drawing.inches[0]
+    wide = width is None or width * INCH / drawing.points >= _TWO_COLUMNS
+    return most if wide else min(most, 1)
+
+
+def narrow(figure: Figure, points: float) -> float:
+    """Returns a width of text for a figure that is narrower than a full one.
+
+    Args:
+        figure: The figure.
+        points: The width in a full figure, in points.
+
+    Returns:
+        The width in points.
+    """
+    return points * min(figure.get_figwidth() / WIDTH, 1.0)
+
+
+def render(figure: Figure, suffix: str, drawing: Drawing = FULL) -> bytes:
     """Renders a figure to bytes.
 
     Args:
         figure: A figure of this package.
         suffix: The format as a file suffix: ``.png``, ``.svg`` or ``.pdf``.
+        drawing: How it was drawn.
 
     Returns:
         The content of the file. Equal figures give equal bytes.
@@ -203,32 +324,34 @@ def render(figure: Figure, suffix: str) -> bytes:
             f"End its name in {', '.join(list(undated)[:-1])} or {list(undated)[-1]}",
         )
     out = io.BytesIO()
-    with house_style():
+    with house_style(drawing):
         figure.savefig(out, format=kind[1:], metadata=undated[kind])
     return out.getvalue()
 
 
-def png_of(figure: Figure) -> tuple[bytes, dict[str, float]]:
+def png_of(figure: Figure, drawing: Drawing) -> tuple[bytes, dict[str, float]]:
     """Renders a figure for a notebook.
 
     Args:
         figure: A figure of this package.
+        drawing: How it was drawn.
 
     Returns:
         The content of a PNG file, and its width and height in CSS pixels.
     """
     width, height = figure.get_size_inches() * _CSS_PIXELS
-    return render(figure, ".png"), {"width": float(width), "height": float(height)}
+    return render(figure, ".png", drawing), {"width": float(width), "height": float(height)}
 
 
-def make_displayable(figure: Figure) -> None:
+def make_displayable(figure: Figure, drawing: Drawing) -> None:
     """Lets notebooks show a figure that pyplot does not manage.
 
     Args:
         figure: The figure.
+        drawing: How it was drawn.
     """
     # The method by which IPython asks any object for a PNG.
-    vars(figure)["_repr_png_"] = partial(png_of, figure)
+    vars(figure)["_repr_png_"] = partial(png_of, figure, drawing)
 
 
 # --- Text and numbers ----------------------------------------------------------------------------
@@ -245,14 +368,14 @@ def plain(text: str) -> str:
     return " ".join("".join(letters).split())
 
 
-def text_width(figure: Figure, text: str, size: float = SMALL) -> float:
-    """Returns the width of a line of text in points."""
-    artist = Text(0, 0, text, fontsize=size)
+def text_width(figure: Figure, text: str, size: float | None = None) -> float:
+    """Returns the width of a line of text in points, by default in the size of legends."""
+    artist = Text(0, 0, text, fontsize=small_size() if size is None else size)
     artist.set_figure(figure)
     return artist.get_window_extent().width / figure.dpi * INCH
 
 
-def shorten(figure: Figure, text: str, width: float, size: float = SMALL) -> str:
+def shorten(figure: Figure, text: str, width: float, size: float | None = None) -> str:
     """Keeps the end of a text that fits a width in points: names differ in their last parts."""
     if text_width(figure, text, size) <= width:
         return text
@@ -354,18 +477,20 @@ _FEW_CHECKPOINTS = 5  # up to this many, an axis of checkpoints is linear
 _CROWDED = 0.2  # with half of the checkpoints in this part of a linear axis it is logarithmic
 
 
-def stacked_panels(extra: int, *, above: float = 0.0) -> tuple[Figure, list[Axes]]:
+def stacked_panels(
+    drawing: Drawing, extra: int, *, above: float = 0.0
+) -> tuple[Figure, list[Axes]]:
     """Creates a figure of one tall panel with ``extra`` lower panels below that share its x axis.
 
     Args:
+        drawing: How it is drawn.
         extra: The number of lower panels.
         above: The height in inches of a further panel at the top with its own x axis; 0 for none.
 
     Returns:
         The figure and its panels, from top to bottom.
     """
-    figure = Figure(figsize=(WIDTH, 3.7 + 1.35 * extra + above), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(drawing, 3.7 + 1.35 * extra + above)
     heights = [*([above] if above else []), 3.0, *[1.35] * extra]
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     top = [figure.add_subplot(grid[0])] if above else []
@@ -395,6 +520,7 @@ def scale_y(
     log: bool,
     fraction: bool = False,
     least: float = 0.0,
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """Sets scale, limits and ticks of a y axis so that it shows all values.
 
@@ -404,26 +530,28 @@ def scale_y(
         log: Whether the axis is logarithmic.
         fraction: Whether the values are fractions, to show as percentages.
         least: The smallest range of an axis of fractions, at most 1.
+        limits: The limits of the axis; None to show all values.
     """
-    if not values.size:
+    if not values.size and limits is None:
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_locator(NullLocator())
         return
-    low, high = extent(values)
+    low, high = limits or extent(values)
+    margin = 0.06 if limits is None else 0.0
     if not log:
         if fraction:
             low, high = max(low, 0.0), min(high, 1.0)
             span = 1.0 if high - low > 0.5 else max(high - low, least)
             low = min(max((low + high - span) / 2, 0.0), 1.0 - span)
             high = low + span
-        room = 0.06 * (high - low)
+        room = margin * (high - low)
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
         axes.yaxis.set_major_formatter(Numbers(percent=fraction))
         return
     axes.set_yscale("log")
     low, high = math.log10(low), math.log10(high)
-    room = 0.06 * (high - low)
+    room = margin * (high - low)
     axes.set_ylim(10 ** (low - room), 10 ** (high + room))
     scale_logarithmic(axes.yaxis, high - low)
 
@@ -540,16 +668,20 @@ def is_light(colours: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray(luminance + 0.05 > math.sqrt(1.05 * 0.05))
 
 
-def run_colours(number: int) -> list[str]:
-    """Returns one colour per run."""
-    if number <= len(PALETTE):
-        return list(PALETTE[:number])
+def run_colours(number: int, drawing: Drawing = FULL) -> list[str]:
+    """Returns one colour per run: those of the style sheet if it has them."""
+    cycle = style_sheet.parse(drawing.style).get("axes.prop_cycle")
+    own = [to_hex(entry["color"]) for entry in cycle if "color" in entry] if cycle else []
+    palette = own or PALETTE
+    if number <= len(palette):
+        return list(palette[:number])
     # The palette is too short: a sequence from dark to light shows the order.
     return [to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0.0, 0.8, number))]
 
 
 def add_foot(
     figure: Figure,
+    drawing: Drawing,
     notes: Sequence[str],
     groups: Sequence[Sequence[tuple[Artist, str]]],
 ) -> None:
@@ -559,17 +691,21 @@ def add_foot(
 
     Args:
         figure: The figure.
+        drawing: How it is drawn: a compact figure has no notes.
         notes: Sentences.
         groups: Handles and labels; every group starts a row, and there are as few rows as possible.
     """
-    line, gap = 29.0, 14.0
+    scale = small_size() / 9
+    handle = 1.8 if drawing.compact else 2.5  # its length in sizes of text
+    line, gap = (6.5 + 9 * handle) * scale, 14.0 * scale
     available = 0.96 * figure.get_figwidth() * INCH
-    notes = [part for note in notes for part in _wrap(figure, note, available)]
+    shown = () if drawing.compact else notes
+    notes = [part for note in shown for part in _wrap(figure, note, available)]
     blank = (0.0, Line2D([], [], ls="none"), "")
     entries: list[list[tuple[float, Artist, str]]] = []
     for group in groups:
         labels = [shorten(figure, label, available - line) for _, label in group]
-        handles = [handle for handle, _ in group]
+        handles = [artist for artist, _ in group]
         widths = [text_width(figure, label) + line for label in labels]
         entries.append(list(zip(widths, handles, labels, strict=True)))
     best: list[list[tuple[float, Artist, str]]] = []
@@ -587,19 +723,18 @@ def add_foot(
     # Matplotlib fills a legend column by column.
     cells = [cell for column in zip(*best, strict=True) for cell in column]
     legend = figure.legend(
-        [handle for _, handle, _ in cells],
+        [artist for _, artist, _ in cells],
         [label for _, _, label in cells],
         title="\n".join(notes),
-        title_fontsize=_NOTE,
         loc="outside lower left",
         alignment="left",
         ncols=len(best[0]) if best else 1,
         frameon=False,
-        handlelength=2.5,
+        handlelength=handle,
         handletextpad=0.7,
-        columnspacing=gap / SMALL,
+        columnspacing=gap / small_size(),
         borderpad=0,
-        borderaxespad=1.0,
+        borderaxespad=0.4 if drawing.compact else 1.0,
     )
     legend.get_title().set(color=PALE, linespacing=1.25)
     _grow(figure, legend.get_window_extent().height / figure.dpi)
@@ -610,7 +745,7 @@ def _wrap(figure: Figure, note: str, room: float) -> list[str]:
     letters = len(note)
     while letters > 20:
         lines = textwrap.wrap(note, letters)
-        widest = max(text_width(figure, line, _NOTE) for line in lines)
+        widest = max(text_width(figure, line, note_size()) for line in lines)
         if widest <= room:
             break
         letters = min(letters - 1, int(letters * room / widest) + 1)
@@ -622,12 +757,21 @@ def _grow(figure: Figure, inches: float) -> None:
     figure.set_figheight(figure.get_figheight() + inches)
 
 
-def freeze(figure: Figure) -> None:
-    """Computes the final layout, so that every rendering is the same."""
+def freeze(figure: Figure, drawing: Drawing) -> None:
+    """Computes the final layout, so that every rendering is the same.
+
+    A figure of fixed height gets it, unless its panels, legend and title need more.
+    """
+    set_height(figure, drawing)
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
     figure.set_layout_engine(None)
+
+
+def set_height(figure: Figure, drawing: Drawing) -> None:
+    """Gives a figure of fixed height that height, unless it is higher."""
+    figure.set_figheight(max(figure.get_figheight(), drawing.inches[1] or 0.0))
 
 
 def round_positions(figure: Figure) -> None:
@@ -645,20 +789,43 @@ def round_positions(figure: Figure) -> None:
         ))
 
 
-def run_names(runs: Sequence[Run[Summary]]) -> list[str]:
+def run_names(runs: Sequence[Run[Summary]], drawing: Drawing = FULL) -> list[str]:
     """Returns the name of each run: its label, or its first and last checkpoint."""
     names = []
     for number, run in enumerate(runs, start=1):
-        checkpoints = checkpoint_names(run)
+        checkpoints = checkpoint_names(run, drawing)
         ends = " → ".join([*checkpoints[:1], *checkpoints[1:][-1:]])
         names.append(plain(run.label) or ends or f"run {number}")
     return names
 
 
-def checkpoint_names(run: Run[Summary] | Run[InspectionSummary]) -> list[str]:
-    """Returns the names of the checkpoints, as far as known."""
-    checkpoints = run.summary.get("checkpoints", ())
-    return [plain(checkpoint.get("name", "")) for checkpoint in checkpoints]
+def checkpoint_names(
+    run: Run[Summary] | Run[InspectionSummary], drawing: Drawing = FULL
+) -> list[str]:
+    """Returns the labels of the checkpoints, or else their names, as far as known.
+
+    Empty in a compact figure without labels.
+    """
+    if drawing.compact and not run.checkpoint_labels:
+        return []
+    return [plain(label) for label in run.checkpoint_labels or _names(run)]
+
+
+def _names(run: Run[Summary] | Run[InspectionSummary]) -> list[str]:
+    return [entry.get("name", "") for entry in run.summary.get("checkpoints", ())]
+
+
+def name_checkpoint(run: Run[Summary], name: str, drawing: Drawing) -> str:
+    """Returns the label of a checkpoint, or else its name: that of its file in a compact figure."""
+    if label := run.label_of(name):
+        return plain(label)
+    return plain(_stem(name) if drawing.compact else name)
+
+
+def _stem(name: str) -> str:
+    """Returns the name of a file without its folders and its suffix, with its key."""
+    path, mark, key = name.partition("#")
+    return f"{PurePath(path).stem}{mark}{key}"
 
 
 def distinct_names(names: Sequence[str]) -> tuple[list[str], str]:
@@ -682,6 +849,29 @@ def distinct_names(names: Sequence[str]) -> tuple[list[str], str]:
     return distinct, "/".join(pattern) if len(pattern) > 1 or suffix else ""
 
 
+def distinct_checkpoints(
+    run: Run[Any], names: Sequence[str], drawing: Drawing
+) -> tuple[list[str], str]:
+    """Returns the labels of checkpoints, or else the distinct parts of their names and a pattern.
+
+    In a compact figure these are the names of the files, if these are different.
+
+    Args:
+        run: The run.
+        names: The names of some of its checkpoints.
+        drawing: How they are drawn.
+
+    Returns:
+        The labels or names, and the pattern of `distinct_names`.
+    """
+    if run.checkpoint_labels:
+        return [plain(run.label_of(name) or name) for name in names], ""
+    stems = [plain(_stem(name)) for name in names]
+    if drawing.compact and len(set(stems)) == len(stems):
+        return stems, ""
+    return distinct_names(names)
+
+
 def _common(parts: Sequence[Sequence[str]], most: int) -> int:
     """Returns the number of leading parts that all names share, at most ``most``."""
     length = 0
@@ -690,9 +880,9 @@ def _common(parts: Sequence[Sequence[str]], most: int) -> int:
     return length
 
 
-def end_names(runs: Sequence[Run[Summary]]) -> tuple[str, str]:
+def end_names(runs: Sequence[Run[Summary]], drawing: Drawing = FULL) -> tuple[str, str]:
     """Returns the names of A and B if all runs share them, else empty names."""
-    pairs = {tuple(checkpoint_names(run)) for run in runs}
+    pairs = {tuple(checkpoint_names(run, drawing)) for run in runs}
     names = pairs.pop() if len(pairs) == 1 else ()
     return names if len(names) == 2 else ("", "")
 
@@ -701,6 +891,33 @@ def loss_name(runs: Sequence[Run[Summary]]) -> str:
     """Returns the name of the loss in parentheses if all runs share it, else an empty string."""
     names = {plain(run.summary["loss"]) for run in runs if "loss" in run.summary}
     return f" ({names.pop()})" if len(names) == 1 else ""
+
+
+def label_loss(
+    figure: Figure,
+    runs: Sequence[Run[Summary]],
+    drawing: Drawing,
+    *,
+    log: bool,
+    width: float = 190.0,
+) -> str:
+    """Returns the label of an axis of the loss, with its scale in a full figure.
+
+    Args:
+        figure: The figure.
+        runs: The runs.
+        drawing: How they are drawn.
+        log: Whether the scale is logarithmic.
+        width: The longest label of a full figure in points.
+
+    Returns:
+        The label.
+    """
+    name = f"loss{loss_name(runs)}"
+    if drawing.compact:
+        return "loss"
+    label = shorten(figure, name, narrow(figure, width), text_size())
+    return f"{label}\nlog scale" if log else label
 
 
 def drawable(values: NDArray[np.float64], *, log: bool) -> NDArray[np.bool_]:
@@ -718,7 +935,12 @@ def count_points(counts: Sequence[tuple[int, str]]) -> str:
     return f"{text} {'is' if [n for n, _ in counts] == [1] else 'are'}"
 
 
-def examples(runs: Sequence[Run[Summary]], split: str) -> str:
+def name_split(runs: Sequence[Run[Summary]], split: str, drawing: Drawing) -> str:
+    """Returns the name of a split, with its number of examples in a full figure."""
+    return plain(split) + ("" if drawing.compact else _examples(runs, split))
+
+
+def _examples(runs: Sequence[Run[Summary]], split: str) -> str:
     """Returns ``(n = …)``: the examples of a split, or its batches; empty if runs differ."""
     units = {"batches" in run.summary for run in runs}
     batches = units == {True}
@@ -734,8 +956,11 @@ def examples(runs: Sequence[Run[Summary]], split: str) -> str:
     return f" (n = {number}{unit})" if number else ""
 
 
-def add_title(figure: Figure, title: str) -> None:
-    """Adds a title above the panels; the figure grows by its height."""
-    lines = textwrap.wrap(plain(title), 66)
-    figure.suptitle("\n".join(lines), x=0.02, ha="left", fontsize=13)
-    _grow(figure, 0.24 * len(lines))
+def add_title(figure: Figure, drawing: Drawing) -> None:
+    """Adds the title above the panels, if there is one; the figure grows by its height."""
+    points = 1.3 * text_size()
+    letters = int(66 * narrow(figure, 13.0) / points)
+    lines = textwrap.wrap(plain(drawing.title), letters)
+    if lines:
+        figure.suptitle("\n".join(lines), x=0.02, ha="left")
+        _grow(figure, 0.24 / 13 * points * len(lines))

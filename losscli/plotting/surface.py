@@ -22,19 +22,24 @@ from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from losscli.drawing import Drawing
 from losscli.plotting.style import (
     INCH,
     INK,
     PALE,
     PALETTE,
-    SMALL,
     STEPS,
     Numbers,
     drawable,
     extent,
+    format_number,
     freeze,
     is_light,
+    narrow,
+    note_size,
+    set_height,
     shorten_path,
+    small_size,
 )
 
 __all__ = [
@@ -55,6 +60,7 @@ __all__ = [
     "finish_layout",
     "hidden_by",
     "label_contours",
+    "limit_notes",
     "path_entries",
     "scale_losses",
 ]
@@ -71,6 +77,7 @@ HIDDEN = "Pale marks and dotted lines are behind the surface."
 _LOG_RATIO = 30.0  # above this ratio of highest to lowest loss the scale is logarithmic
 _FILLS = 4  # bands of colour between two contour lines
 _FACETS = 60  # minimum number of facets per side of a surface
+_MOST_LAYOUTS = 6
 _MANY_CROSSES = 400
 _MANY_DOTS = 40
 _BOX = np.array([1.0, 0.85, 0.62])
@@ -121,13 +128,13 @@ class Scale:
     lines: tuple[float, ...]
 
     def __call__(self, losses: Any) -> Floats:
-        """Maps losses to [0, 1]; losses that cannot be drawn become nan."""
+        """Maps losses to [0, 1], those beyond its ends to these; others become nan."""
         values = np.asarray(losses, dtype=np.float64)
         shown = np.where(drawable(values, log=self.log), values, np.nan)
         if not self.log:
-            return (shown - self.low) / (self.high - self.low)
+            return np.clip((shown - self.low) / (self.high - self.low), 0.0, 1.0)
         low, high = math.log10(self.low), math.log10(self.high)
-        return np.asarray((np.log10(shown) - low) / (high - low))
+        return np.clip((np.log10(shown) - low) / (high - low), 0.0, 1.0)
 
     def colours(self, losses: Floats) -> Floats:
         """Returns the colours of losses; white where a loss cannot be drawn."""
@@ -147,16 +154,18 @@ class Scale:
         return [str(label) for label in Numbers(log=self.log).format_ticks(list(losses))]
 
 
-def scale_losses(losses: Floats, *, log: bool) -> Scale:
+def scale_losses(losses: Floats, drawing: Drawing) -> Scale:
     """Chooses the scale: logarithmic on request or if the losses span a large ratio.
 
     Args:
         losses: All losses to show, in any order.
-        log: Whether to force a logarithmic scale.
+        drawing: Whether to force a logarithmic scale, and its limits.
 
     Returns:
         The scale.
     """
+    log = drawing.log
+    losses = losses if drawing.ylim is None else np.array(drawing.ylim)
     shown = losses[drawable(losses, log=log)]
     if not shown.size:
         return Scale(log, 1.0, 10.0, ())
@@ -165,6 +174,14 @@ def scale_losses(losses: Floats, *, log: bool) -> Scale:
     shown = shown[drawable(shown, log=log)]
     low, high = extent(shown)
     return Scale(log, low, high, tuple(x for x in _levels(low, high, log=log) if low <= x <= high))
+
+
+def limit_notes(drawing: Drawing) -> list[str]:
+    """Returns a note on losses beyond the limits of the scale, if it has limits."""
+    if drawing.ylim is None:
+        return []
+    low, high = map(format_number, drawing.ylim)
+    return [f"Losses below {low} or above {high} have the colour of that end of the scale."]
 
 
 def _levels(low: float, high: float, *, log: bool) -> list[float]:
@@ -279,7 +296,7 @@ def label_contours(
     if chosen:
         names = dict(zip(contours.lines.levels, contours.names, strict=True))
         axes.clabel(
-            contours.lines, fmt=names, fontsize=SMALL - 0.5, inline_spacing=3, manual=chosen
+            contours.lines, fmt=names, fontsize=note_size(), inline_spacing=3, manual=chosen
         )
 
 
@@ -326,7 +343,7 @@ def add_colour_bar(figure: Figure, panels: Sequence[Axes], scale: Scale, label: 
         pad=0.02,
     )
     bar.ax.set_yticklabels(scale.labels(scale.lines))
-    bar.ax.tick_params(which="both", length=0, labelsize=SMALL)
+    bar.ax.tick_params(which="both", length=0, labelsize=small_size())
     bar.ax.minorticks_off()
     levels = scale(scale.lines)
     bar.ax.hlines(levels, 0, 1, colors=_line_colours(levels), linewidths=0.8)
@@ -360,26 +377,27 @@ def add_surface_axes(
         axis.set_pane_color((0.97, 0.97, 0.97, 1.0))
         axis.pane.set_edgecolor("#dddddd")
         axis.line.set_color(PALE)
-        axis.set_label_text(label, fontsize=SMALL)
-        axis.set_tick_params(labelsize=SMALL - 0.5, pad=0)
+        axis.set_label_text(label, fontsize=small_size())
+        axis.set_tick_params(labelsize=note_size(), pad=0)
         axis.labelpad = 1
     return axes
 
 
-def draw_surface(axes: Axes3D, scale: Scale, contours: Contours) -> None:
+def draw_surface(axes: Axes3D, scale: Scale, contours: Contours, drawing: Drawing) -> None:
     """Draws losses as a surface in the colours of the contours, with the contour lines on it.
 
     Args:
         axes: The 3D axes, with x and y limits set.
         scale: The scale.
         contours: The losses and their contour lines.
+        drawing: A compact figure has fewer ticks.
     """
     grid = contours.grid
     axes.set_zlim(0, 1)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        axis.set_major_locator(MaxNLocator(2 if drawing.compact else 5, steps=STEPS))
         axis.set_major_formatter(Numbers())
-    ticks = scale.ticks(6)
+    ticks = scale.ticks(3 if drawing.compact else 6)
     axes.set_zticks(scale(ticks).tolist(), scale.labels(ticks))
     if min(grid.loss.shape) < 2:
         return
@@ -485,6 +503,7 @@ _END: dict[str, Any] = {"marker": "*", "mec": "white", "mew": 0.8, "ms": 14}
 def draw_path(
     axes: Axes,
     *coordinates: Floats,
+    drawing: Drawing,
     colour: str = PATH,
     ends: str = "",
     faces: NDArray[np.float64] | None = None,
@@ -497,6 +516,7 @@ def draw_path(
     Args:
         axes: The panel.
         *coordinates: Two or three coordinates of the checkpoints, in their order.
+        drawing: Whether it has dots and marks.
         colour: The colour of the path.
         ends: The colour of the marks at the ends; that of the path if empty.
         faces: The colours of the dots; that of the path if None.
@@ -514,11 +534,11 @@ def draw_path(
     lines = axes.plot(*visible, color=colour, lw=1.7, zorder=4, path_effects=casing)
     if hidden.any():
         lines += axes.plot(*coordinates, color=colour, lw=1.2, ls=(0, (1, 1.5)), zorder=3.9)
-    if faces is None:
+    if faces is None and not drawing.no_markers:
         lines += axes.plot(*visible, "o", color=colour, ms=4 if few else 2.2, zorder=4.1)
-    else:
+    elif faces is not None and not drawing.no_markers:
         draw_dots(axes, *coordinates, faces=faces, size=5.5 if few else 3, behind=hidden)
-    for at, mark in ((0, _START), (-1, _END)):
+    for at, mark in () if drawing.no_markers else ((0, _START), (-1, _END)):
         point = [c[at : at + 1 or None] for c in coordinates]
         alpha = PALER if hidden[at] else 1.0
         lines += axes.plot(*point, ls="none", zorder=5, alpha=alpha, **_mark(mark, ends or colour))
@@ -560,7 +580,7 @@ def _mark(style: Mapping[str, Any], colour: str) -> dict[str, Any]:
 
 
 def path_entries(
-    figure: Figure, colour: str, label: str, start: str, end: str
+    figure: Figure, colour: str, label: str, start: str, end: str, drawing: Drawing
 ) -> list[tuple[Artist, str]]:
     """Returns the legend entries of a path.
 
@@ -570,23 +590,30 @@ def path_entries(
         label: The label of the path; no entry if empty.
         start: The name of the first checkpoint; may be empty.
         end: The name of the last checkpoint; may be empty.
+        drawing: How the path is drawn.
 
     Returns:
         Handles and labels.
     """
-    line = Line2D([], [], color=colour, marker="o", ms=4, lw=1.7)
+    dot = "" if drawing.no_markers else "o"
+    line = Line2D([], [], color=colour, marker=dot, ms=4, lw=1.7)
     entries: list[tuple[Artist, str]] = [(line, label)] if label else []
-    for word, name, mark in (("start", start, _START), ("end", end, _END)):
+    ends = (("start", start, _START), ("end", end, _END))
+    for word, name, mark in () if drawing.no_markers else ends:
         handle = Line2D([], [], ls="none", **_mark(mark, colour))
-        entries.append((handle, f"{word}  {shorten_path(figure, name, 130)}".strip()))
+        entries.append((
+            handle,
+            f"{word}  {shorten_path(figure, name, narrow(figure, 130))}".strip(),
+        ))
     return entries
 
 
 # --- The layout ----------------------------------------------------------------------------------
 
 
-def finish_layout(figure: Figure) -> None:
+def finish_layout(figure: Figure, drawing: Drawing) -> None:
     """Computes the final layout, with 3D axes as large as their cells allow."""
+    set_height(figure, drawing)
     engine = figure.get_layout_engine()
     assert engine is not None
     axes_3d = [axes for axes in figure.axes if isinstance(axes, Axes3D)]
@@ -597,9 +624,16 @@ def finish_layout(figure: Figure) -> None:
         figure.draw_without_rendering()
         figure.set_layout_engine(engine)
     # A panel with a fixed aspect ratio shrinks after its margins were measured: measure again.
-    for _ in range(2 if any(axes.get_aspect() != "auto" for axes in figure.axes) else 0):
+    fixed = any(axes.get_aspect() != "auto" for axes in figure.axes)
+    before = np.empty(0)
+    most = _MOST_LAYOUTS if drawing.compact else 2
+    for count in range(most if fixed else 0):
         engine.execute(figure)
-    freeze(figure)
+        places = np.array([axes.get_position().bounds for axes in figure.axes])
+        if count and np.allclose(places, before, atol=1e-3):
+            break
+        before = places
+    freeze(figure, drawing)
     page = figure.transSubfigure.inverted()
     cells = [axes.get_position(original=True) for axes in axes_3d]
     for axes in figure.axes if axes_3d else ():

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from losscli.drawing import FULL, Drawing
 from losscli.plotting.html import (
     Item,
     View,
@@ -24,7 +24,6 @@ from losscli.plotting.html import (
     escape,
     layout_2d,
     path_items,
-    render_page,
     ring,
     table_view,
 )
@@ -35,21 +34,25 @@ from losscli.plotting.style import (
     INK,
     LARGEST,
     STEPS,
-    WIDTH,
     Numbers,
     add_foot,
     add_title,
     checkpoint_names,
+    columns,
     count_points,
-    examples,
     house_style,
+    label_loss,
     loss_name,
+    name_split,
+    narrow,
+    new_figure,
     number_checkpoints,
     plain,
     run_colours,
     run_names,
     scale_checkpoints,
     shorten,
+    text_size,
 )
 from losscli.plotting.surface import (
     HIDDEN,
@@ -64,6 +67,7 @@ from losscli.plotting.surface import (
     finish_layout,
     hidden_by,
     label_contours,
+    limit_notes,
     path_entries,
     scale_losses,
 )
@@ -71,12 +75,13 @@ from losscli.results import Run
 from losscli.summaries import TrajectorySummary
 from losscli.table import Table
 
-__all__ = ["draw_trajectory", "render_trajectory"]
+__all__ = ["draw_trajectory", "trajectory_views"]
 
 Floats = NDArray[np.float64]
 
 _PROJECTION = "projection p onto the straight line (start 0, end 1)"
 _RESIDUAL = "residual r: distance from the line"
+_SHORT = ("projection p", "residual r")
 _TURNS = (
     "The direction of the residual changes from step to step: points at the same distance from the "
     "line can lie in different directions."
@@ -110,9 +115,7 @@ class _Path:
         return np.array([values.get(step, np.nan) for step in self.steps])
 
 
-def draw_trajectory(
-    runs: Sequence[Run[TrajectorySummary]], *, title: str = "", log: bool = False
-) -> Figure:
+def draw_trajectory(runs: Sequence[Run[TrajectorySummary]], drawing: Drawing = FULL) -> Figure:
     """Draws the paths of one or several runs.
 
     One run with a table ``surface``: for each split a contour plot and a 3D surface of the loss
@@ -121,13 +124,12 @@ def draw_trajectory(
 
     Args:
         runs: The runs.
-        title: The title of the figure.
-        log: Whether the axes of the loss are logarithmic.
+        drawing: How it is drawn.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
-    with house_style():
+    with house_style(drawing):
         paths = [_Path.read(run.table) for run in runs]
         left_out = sum(path.left_out for path in paths)
         notes = [f"{_steps(left_out)} no finite coordinates: not drawn"] if left_out else []
@@ -136,8 +138,8 @@ def draw_trajectory(
             surfaces, more = _read_surfaces(runs[0].more["surface"], splits)
             notes += more
             if surfaces:
-                return _draw_surfaces(runs[0], paths[0], surfaces, notes, title=title, log=log)
-        return _draw_paths(runs, paths, notes, title=title, log=log)
+                return _draw_surfaces(runs[0], paths[0], surfaces, notes, drawing)
+        return _draw_paths(runs, paths, notes, drawing)
 
 
 def _steps(number: int) -> str:
@@ -151,18 +153,14 @@ def _draw_paths(
     runs: Sequence[Run[TrajectorySummary]],
     paths: Sequence[_Path],
     notes: Sequence[str],
-    *,
-    title: str,
-    log: bool,
+    drawing: Drawing,
 ) -> Figure:
-    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(drawing, 5.6)
     upper, lower = figure.subplots(2, 1, height_ratios=[1.25, 1])
-    more, groups = _draw_both(figure, upper, lower, runs, paths, log=log)
-    if title:
-        add_title(figure, title)
-    add_foot(figure, [*notes, *more, _TURNS], groups)
-    finish_layout(figure)
+    more, groups = _draw_both(figure, upper, lower, runs, paths, drawing)
+    add_title(figure, drawing)
+    add_foot(figure, drawing, [*notes, *more, _TURNS], groups)
+    finish_layout(figure, drawing)
     return figure
 
 
@@ -172,8 +170,8 @@ def _draw_both(
     lower: Axes,
     runs: Sequence[Run[TrajectorySummary]],
     paths: Sequence[_Path],
+    drawing: Drawing,
     *,
-    log: bool,
     colours: Sequence[str] = (),
 ) -> tuple[list[str], list[list[tuple[Artist, str]]]]:
     """Draws residuals into one panel and losses into another.
@@ -184,22 +182,30 @@ def _draw_both(
         lower: The panel of the losses, below or beside ``upper``.
         runs: The runs.
         paths: Their paths.
-        log: Whether the axis of the loss is logarithmic.
+        drawing: How they are drawn.
         colours: A colour per run; if empty, the palette, with the ends of the paths in the legend.
 
     Returns:
         Notes, and the entries of the legend.
     """
     given = bool(colours)
-    colours = list(colours or run_colours(len(runs)))
-    names = run_names(runs)
+    colours = list(colours or run_colours(len(runs), drawing))
+    names = run_names(runs, drawing)
     walks = [walk for run in runs if "walk" in run.more for walk in _walks(run.more["walk"])]
     for projection, residual in walks:
         upper.plot(projection, residual, color=_WALK, lw=0.8, alpha=0.8, zorder=1.8)
     for path, colour in zip(paths, colours, strict=True):
         # All paths start at p = 0 and end at p = 1 with residual 0, so the marks are neutral.
         ends = INK if len(runs) > 1 else ""
-        draw_path(upper, path.projection, path.residual, colour=colour, ends=ends, cased=False)
+        draw_path(
+            upper,
+            path.projection,
+            path.residual,
+            drawing=drawing,
+            colour=colour,
+            ends=ends,
+            cased=False,
+        )
     limits = _range([
         *(path.projection for path in paths),
         *(projection for projection, _ in walks),
@@ -228,19 +234,18 @@ def _draw_both(
         if split in run.table["split"] and path.steps
     ]
     notes = [] if series else ["There are no points"]
-    notes += draw_panel(lower, series, "loss", log=log)
-    label = shorten(figure, f"loss{loss_name(runs)}", 190, 10)
-    lower.set_ylabel(f"{label}\nlog scale" if log else label)
+    notes += draw_panel(lower, series, "loss", drawing, log=drawing.log)
+    lower.set_ylabel(label_loss(figure, runs, drawing, log=drawing.log))
     if by_step:
         scale_checkpoints(lower, np.unique(np.concatenate(numbers)), counter)
     else:
         _scale_projection(lower, limits)
-        lower.set_xlabel(_PROJECTION)
+        lower.set_xlabel(drawing.words(_PROJECTION, _SHORT[0]))
     if by_step or given:
-        upper.set_xlabel(_PROJECTION)
+        upper.set_xlabel(drawing.words(_PROJECTION, _SHORT[0]))
     else:
         upper.tick_params(labelbottom=False)
-    upper.set_ylabel(_RESIDUAL.replace(": ", ":\n"))
+    upper.set_ylabel(drawing.words(_RESIDUAL.replace(": ", ":\n"), _SHORT[1]))
     figure.align_ylabels([upper, lower])
 
     groups: list[list[tuple[Artist, str]]] = []
@@ -251,15 +256,19 @@ def _draw_both(
     marks: list[tuple[Artist, str]] = []
     for index, split in enumerate(splits):
         line = Line2D([], [], color=colour, linestyle=DASHES[index % len(DASHES)])
-        marks.append((line, plain(split) + examples(runs, split)))
+        marks.append((line, name_split(runs, split, drawing)))
     if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series):
-        marks.append((Patch(color=colour, alpha=0.18, lw=0), "± one standard error"))
+        marks.append((
+            Patch(color=colour, alpha=0.18, lw=0),
+            drawing.words("± one standard error", "± s.e."),
+        ))
     others: list[tuple[Artist, str]] = []
     if walks:
         line = Line2D([], [], color=_WALK, lw=0.8)
-        others.append((line, "random walks with the same step lengths"))
+        label = drawing.words("random walks with the same step lengths", "random walks")
+        others.append((line, label))
     if not given:
-        others += path_entries(figure, colour, "", *(_end_names(runs)))
+        others += path_entries(figure, colour, "", *_end_names(runs, drawing), drawing)
     return notes, [*groups, marks, others]
 
 
@@ -280,9 +289,9 @@ def _number_steps(
     return [np.array(path.steps, dtype=np.float64) for path in paths], IN_ORDER
 
 
-def _end_names(runs: Sequence[Run[TrajectorySummary]]) -> tuple[str, str]:
+def _end_names(runs: Sequence[Run[TrajectorySummary]], drawing: Drawing) -> tuple[str, str]:
     """Returns the name of the first and of the last checkpoint; empty if runs differ in it."""
-    names = [checkpoint_names(run) for run in runs]
+    names = [checkpoint_names(run, drawing) for run in runs]
     firsts, lasts = ({n[at] if n else "" for n in names} for at in (0, -1))
     return (
         firsts.pop() if len(firsts) == 1 else "",
@@ -372,74 +381,73 @@ def _draw_surfaces(
     path: _Path,
     surfaces: Sequence[Grid],
     notes: Sequence[str],
-    *,
-    title: str,
-    log: bool,
+    drawing: Drawing,
 ) -> Figure:
     walks = "walk" in run.more
-    figure = Figure(figsize=(WIDE, 3.4 * len(surfaces) + 2.6 * walks), layout="constrained")
-    FigureCanvasAgg(figure)
+    across = columns(drawing, 2)
+    heights = [
+        *[3.4] * (len(surfaces) * 2 // across),
+        *[2.6] * (walks * 2 // across),
+    ]
+    figure = new_figure(drawing, sum(heights), WIDE)
     grid = figure.add_gridspec(
-        len(surfaces) + walks,
-        2,
-        width_ratios=[1.1, 1],
-        height_ratios=[3.4] * len(surfaces) + [2.6] * walks,
+        len(heights), across, width_ratios=[1.1, 1][:across], height_ratios=heights
     )
+    cells = [grid[divmod(k, across)] for k in range(len(heights) * across)]
     path_losses = [path.losses(run.table, surface.split, "loss") for surface in surfaces]
     scale = scale_losses(
-        np.concatenate([*path_losses, *(s.loss.ravel() for s in surfaces)]), log=log
+        np.concatenate([*path_losses, *(s.loss.ravel() for s in surfaces)]), drawing
     )
-    label = shorten(figure, f"loss{loss_name([run])}", 190, 10)
-    label += ", log scale" if scale.log else ""
+    label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
     high = max(float(surfaces[0].y.max()), 1.06 * _range([path.residual])[1])
     ends = _range([surfaces[0].x.ravel(), path.projection])
     blank: dict[str, list[tuple[int, str]]] = {}
     panels: list[Axes] = []
     lines = []
     hidden = False
-    for row, (surface, losses) in enumerate(zip(surfaces, path_losses, strict=True)):
-        panel = figure.add_subplot(grid[row, 0])
+    for k, (surface, losses) in enumerate(zip(surfaces, path_losses, strict=True)):
+        panel = figure.add_subplot(cells[2 * k])
         contours = draw_contours(panel, surface, scale)
         for number, reason in contours.blank:
             blank.setdefault(reason, []).append((number, plain(surface.split)))
-        draw_path(panel, path.projection, path.residual)
+        draw_path(panel, path.projection, path.residual, drawing=drawing)
         panel.set_xlim(*ends)
         panel.set_ylim(0, high)
         panel.xaxis.set_major_formatter(Numbers())
         panel.yaxis.set_major_formatter(Numbers())
-        panel.set_ylabel(_RESIDUAL)
-        name = plain(surface.split) + examples([run], surface.split)
-        panel.set_title(shorten(figure, name, 250, 10), loc="left", fontsize=10)
-        labels = ("projection p", "residual r", "loss")
-        axes_3d = add_surface_axes(figure, grid[row, 1], labels, -52)
+        panel.set_ylabel(drawing.words(_RESIDUAL, _SHORT[1]))
+        name = name_split([run], surface.split, drawing)
+        panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+        axes_3d = add_surface_axes(figure, cells[2 * k + 1], (*_SHORT, "loss"), -52)
         axes_3d.set_xlim(*ends)
         axes_3d.set_ylim(0, high)
-        draw_surface(axes_3d, scale, contours)
+        draw_surface(axes_3d, scale, contours, drawing)
         # Slightly above the surface, so that the surface does not hide the path.
         points = path.projection, path.residual, scale(losses) + 0.008
         behind = hidden_by(axes_3d, scale, contours, *points)
         hidden |= bool(behind.any())
-        draw_path(axes_3d, *points, behind=behind)
+        draw_path(axes_3d, *points, drawing=drawing, behind=behind)
         panels += [panel, axes_3d]
         lines.append(contours)
-    panels[-2].set_xlabel(_PROJECTION)
+    panels[-2].set_xlabel(drawing.words(_PROJECTION, _SHORT[0]))
     add_colour_bar(figure, panels, scale, label)
     notes = [
         *notes,
         *(f"{count_points(counts)} {reason}: left blank (×)" for reason, counts in blank.items()),
         *[HIDDEN] * hidden,
+        *limit_notes(drawing),
     ]
-    names = _end_names([run])
-    groups = [path_entries(figure, PATH, f"path of the {len(path.steps)} checkpoints", *names)]
+    names = _end_names([run], drawing)
+    what = drawing.words(f"path of the {len(path.steps)} checkpoints", "path")
+    groups = [path_entries(figure, PATH, what, *names, drawing)]
     if walks:
-        upper, lower = (figure.add_subplot(grid[len(surfaces), k]) for k in (0, 1))
-        more, entries = _draw_both(figure, upper, lower, [run], [path], log=log, colours=[PATH])
+        upper, lower = (figure.add_subplot(cell) for cell in cells[-2:])
+        more, entries = _draw_both(figure, upper, lower, [run], [path], drawing, colours=[PATH])
         notes += more
         groups += entries
-    if title:
-        add_title(figure, title)
-    add_foot(figure, [*notes, _TURNS], groups)
-    finish_layout(figure)
+    add_title(figure, drawing)
+    add_foot(figure, drawing, [*notes, _TURNS], groups)
+    finish_layout(figure, drawing)
     for panel, contours in zip(panels[::2], lines, strict=True):
         label_contours(panel, contours, path.projection, path.residual)
     return figure
@@ -448,18 +456,14 @@ def _draw_surfaces(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def render_trajectory(
-    runs: Sequence[Run[TrajectorySummary]], *, title: str = "", log: bool = False
-) -> str:
-    """Renders the paths of one or several runs as an interactive page.
+def trajectory_views(runs: Sequence[Run[TrajectorySummary]]) -> list[View]:
+    """Returns the views of an interactive page: the paths of one or several runs.
 
     Args:
         runs: The runs; the table ``surface`` is shown of a single run.
-        title: The title of the page.
-        log: Whether the scale of the loss is logarithmic at first.
 
     Returns:
-        The page.
+        The views.
     """
     paths = [_Path.read(run.table) for run in runs]
     loss = f"loss{loss_name(runs)}"
@@ -468,7 +472,7 @@ def render_trajectory(
     losses = table_view("loss", tables, "step", quantities, logarithmic=[*quantities])
     views = [*_surface_views(runs, paths[0], loss, losses.slider)]
     views += [_residual_view(runs, paths, losses.slider), losses]
-    return render_page(views, title=title, log=log)
+    return views
 
 
 def _surface_views(

@@ -370,7 +370,7 @@ class Around(Study):
             "basin": self.basin,
             "basin_loss": self.basin_loss,
             "interpolation": "quadratic",
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "splits": splits,
             "endpoint_difference": difference,
             "notes": [
@@ -500,10 +500,10 @@ class Around(Study):
         Returns:
             Their number, without the checkpoint itself.
         """
-        dtype = self.problem.settings.dtype
+        precision = self.problem.objective.precision
         distances = np.abs(np.array(self.coefficients)) * self.lengths[t]
-        near = distances <= unit_of_rounding(dtype) * self.norms[t]
-        rounded = near | (np.abs(losses - own) <= relative_rounding(dtype) * abs(own))
+        near = distances <= unit_of_rounding(precision) * self.norms[t]
+        rounded = near | (np.abs(losses - own) <= relative_rounding(precision) * abs(own))
         return int(np.count_nonzero(rounded[:, distances > 0]))
 
     def _table(self, found: Mapping[str, Estimate]) -> Table:
@@ -554,9 +554,9 @@ class Around(Study):
                 notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
             for point in split["points"]:
                 if number := point["rounded"]:
-                    dtype = self.problem.settings.dtype
-                    wider = "" if dtype == "float64" else ", or --dtype float64"
-                    rounding = f"by no more than the rounding of {dtype}"
+                    precision = self.problem.objective.precision
+                    wider = "" if precision == "float64" else ", or --dtype float64"
+                    rounding = f"by no more than the rounding of {precision}"
                     notes.append(
                         f"{name}: {count(number, 'point')} around {point['checkpoint']} differ "
                         f"from it {rounding}: give a larger --range{wider}"

@@ -226,7 +226,7 @@ class Barriers(Study):
             **self.origin(),
             "alphas": list(self.alphas),
             "tables": list(more),
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "distances": self._matrix(lengths),
             "splits": splits,
             "endpoint_difference": difference,

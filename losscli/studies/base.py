@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+from losscli.data import placing
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.progress import report_to
@@ -149,9 +150,12 @@ class Study(ABC):
         self.problem.unchanged()
         counted, left_out = self.counted, self.problem.objective.left_out
         provenance = self.problem.provenance
+        choice = self.problem.objective.first_choice
+        strategy: Origin = {} if choice is None else {"strategy": choice}
         return {
             "command": self.command,
             "identity": self.identity,
+            "drawing": {},
             **provenance,
             "metrics": [metric for metric in provenance["metrics"] if metric not in left_out],
             "moving": {
@@ -159,6 +163,7 @@ class Study(ABC):
                 "values": dimension(self.problem.first.weights, counted),
             },
             "moving_buffers": len(self.moving) - len(counted),
+            **strategy,
         }
 
     def seconds(self, swept: float) -> Seconds:
@@ -177,7 +182,8 @@ class Study(ABC):
     def on_device(self, weights: Weights, names: Iterable[str] | None = None) -> Weights:
         """Copies tensors of a checkpoint to the device, by default those that move."""
         device = self.problem.objective.device
-        return {n: weights[n].to(device) for n in (self.moving if names is None else names)}
+        with placing("the weights of a checkpoint", device):
+            return {n: weights[n].to(device) for n in (self.moving if names is None else names)}
 
 
 def count(number: int, thing: str) -> str:

@@ -45,7 +45,7 @@ def describe(study: Study) -> Description:
         **added,
         "points": study.evaluations,
         "batch_size": None if objective.batch_loss else objective.batch_size,
-        "forward_passes": study.evaluations * examples,
+        "forward_passes": study.evaluations * examples * max(1, len(objective.seeds)),
         "points_at_once": chunk,
         "passes_over_data": passes,
         "passes_for_statistics": 0 if training is None else passes,

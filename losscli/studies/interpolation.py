@@ -366,7 +366,7 @@ class Interpolation(Study):
         summary: LineSummary = {
             **self.origin(),
             "range": list(self.range),
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "distance": distance(self.start, self.end, self.counted),
             "stays": self._stays(),
             "refined": self._refined(refined, exhausted=exhausted),

@@ -137,8 +137,9 @@ def sampling_notes(study: Study, examples: Mapping[str, int]) -> list[str]:
     if study.problem.settings.sampling_error is None:
         return []
     whole = study.problem.objective.splits
+    unit = "batches" if study.problem.settings.batch_loss else "examples"
     return [
-        f"{name}: {number} of {len(whole[name])} examples were looked at"
+        f"{name}: {number} of {len(whole[name])} {unit} were looked at"
         for name, number in examples.items()
     ]
 

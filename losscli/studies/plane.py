@@ -359,7 +359,7 @@ class Plane(Study):
             "surface": self.surface,
             "x_range": [layout.xs[0], layout.xs[-1]],
             "y_range": [layout.ys[0], layout.ys[-1]],
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "off_plane": max(off for *_, off in own),
             "paths": self._projected(layout),
             "splits": splits,

@@ -118,8 +118,8 @@ class AdamPreconditioner:
         value = f" = {edges.pop():.6g}" if len(edges) == 1 else ""
         yield (
             "λ max of P⁻¹H, which is that of P^-½ H P^-½, is compared with (2 + 2 β₁)/((1 − β₁) η)"
-            f"{value}, the threshold of full-batch training with Adam (Cohen et al. 2022); with "
-            "minibatches it stays below"
+            f"{value}, the threshold of full-batch training with Adam (Cohen et al. 2022); "
+            "training with minibatches has none"
         )
         if any(state.get("matched_by") == "shapes" for state in self.states):
             yield (
@@ -127,12 +127,13 @@ class AdamPreconditioner:
                 "optimiser has no names of parameters"
             )
         if decays := {state.get("weight_decay", 0.0) for state in self.states} - {0.0}:
-            yield (f"the weight decay of {max(decays):g} is not part of the loss, and so not of H")
+            yield f"the weight decay of {max(decays):g} is not part of the loss, and so not of H"
         without = [
             s["checkpoint"] for s, key in zip(self.states, self.digests, strict=True) if not key
         ]
         if without:
-            yield f"the optimiser of {', '.join(without)} has taken no step: there is no P there"
+            more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+            yield f"the optimiser of {without[0]}{more} has taken no step: there is no P there"
         if missed := sum(not one.converged for one in found.values()):
             yield (
                 f"the search for λ max of P⁻¹H has not converged at {missed} of "

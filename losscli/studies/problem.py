@@ -19,6 +19,7 @@ from losscli.evaluation.device import choose_device, describe_device
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.objective_functions import returned_losses
 from losscli.evaluation.ranks import Ranks
+from losscli.evaluation.sampling import sample_order
 from losscli.evaluation.task_checks import check_task
 from losscli.settings import Buffers, DType, Settings
 from losscli.studies.checkpoints import Checkpoints, is_same
@@ -263,6 +264,7 @@ def prepare(
         seeds=[(settings.seed + k) % (1 << 63) for k in range(settings.stochastic or 0)],
         # Default metrics may be left out if they fail.
         optional=() if specs.metrics else metrics,
+        tf32=settings.tf32,
     )
     objective.extra = first.extra
     notes = [*notes, *found_notes, *_compare_extra_states(objective, checkpoints, names)]
@@ -405,10 +407,6 @@ def _check(settings: Settings) -> None:
             raise UsageError(
                 "--sampling-error is not available with --stochastic", "Give one without the other"
             )
-    if settings.batch_loss and settings.sampling_error is not None:
-        raise UsageError(
-            "--sampling-error is not available with --batch-loss", "Give one without the other"
-        )
     for option, value, known in (
         ("--dtype", settings.dtype, get_args(DType)),
         ("--buffers", settings.buffers, get_args(Buffers)),
@@ -435,12 +433,13 @@ def _check(settings: Settings) -> None:
         )
 
 
-def counted(objective: Objective, numbers: Mapping[str, int]) -> Counts:
+def counted(objective: Objective, numbers: Mapping[str, int], seed: int = 0) -> Counts:
     """Counts what a loss is the mean of.
 
     Args:
         objective: What is evaluated.
         numbers: How many numbers the mean of each split has.
+        seed: The seed of the order in which they were drawn, if they are not all.
 
     Returns:
         The ``examples`` of each split; and the ``batches``, where the loss is one number per batch.
@@ -448,6 +447,11 @@ def counted(objective: Objective, numbers: Mapping[str, int]) -> Counts:
     if not objective.batch_loss:
         return {"examples": dict(numbers)}
     rows = {name: objective.splits[name].rows for name in numbers}
+    if any(number < len(objective.splits[name]) for name, number in numbers.items()):
+        order = sample_order(objective.splits, seed)
+        rows = {
+            n: objective.splits[n].take(order[n][:number]).rows for n, number in numbers.items()
+        }
     return {"examples": rows, "batches": dict(numbers)}
 
 

@@ -21,7 +21,7 @@ from losscli.weight_space.vectors import Weights
 __all__ = ["Refiner"]
 
 # Rounding error of a mean loss, relative to it.
-_NOISE = {"float64": 1e-14, "float32": 1e-7, "float16": 1e-3, "bfloat16": 1e-2}
+_NOISE = {"float64": 1e-14, "float32": 1e-7, "tf32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2}
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Refiner:
                 for name, curve in refined.curves.items()
             }
             proposal = propose(
-                refined.alphas, curves, tolerance, noise=_NOISE[self.problem.settings.dtype]
+                refined.alphas, curves, tolerance, noise=_NOISE[self.problem.objective.precision]
             )
             alphas = self.execution.decide(list(proposal.alphas))
             if not alphas:
@@ -104,16 +104,16 @@ class Refiner:
         Returns:
             The curves with these losses, and the number of points.
         """
-        objective, dtype = self.problem.objective, self.problem.settings.dtype
+        objective, precision = self.problem.objective, self.problem.objective.precision
         curves, recomputed = refined.curves, set[float]()
-        if dtype == "float64":
+        if precision == "float64":
             return curves, 0
         precise: Objective | None = None
         while True:
             doubted = {
                 alpha
                 for curve in curves.values()
-                for alpha in near_rounding(refined.alphas, curve.means, dtype)
+                for alpha in near_rounding(refined.alphas, curve.means, precision)
             } - recomputed
             order = self.execution.decide(sorted(doubted))
             if not order:

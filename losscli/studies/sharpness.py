@@ -572,7 +572,7 @@ class Sharpness(Study):
         yield from dict.fromkeys(
             m.gradient.unverified for m in found.values() if m.gradient.unverified
         )
-        dtype = self.problem.settings.dtype
+        precision = self.problem.objective.precision
         for split in self.problem.objective.splits:
             points = {t: measured for (t, of), measured in found.items() if of == split}
             for reason, text in _REASONS.items():
@@ -592,8 +592,8 @@ class Sharpness(Study):
             yield from self._note(
                 split,
                 [t for t, m in points.items() if m.is_rounded()],
-                f"some differences of losses are within the rounding of {dtype}"
-                + ("" if dtype == "float64" else ": give --dtype float64, or a larger --rho"),
+                f"some differences of losses are within the rounding of {precision}"
+                + ("" if precision == "float64" else ": give --dtype float64, or a larger --rho"),
             )
 
     def _note(self, split: str, steps: Sequence[int], text: str) -> Iterator[str]:

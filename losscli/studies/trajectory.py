@@ -226,7 +226,7 @@ class Trajectory(Study):
         summary: TrajectorySummary = {
             **self.origin(),
             "tables": list(more),
-            **counted(objective, examples),
+            **counted(objective, examples, self.problem.settings.seed),
             "path": self._path(),
             "random_walks": _walk_summary(walks),
             "splits": splits,

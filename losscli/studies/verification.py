@@ -34,13 +34,24 @@ FRESH_BYTES = 64 << 20
 
 # How far the mean of a first batch may lie from that of the checkpoint loaded plainly, as a share.
 # Of a small cross-entropy rounding takes as large a share as the scores are off: kernels of another
-# layout made 1e-6 of it in a small network.
-_TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
+# layout made 1e-6 of it in a small network. By the precision of the forward pass: factors in TF32
+# are rounded as in float16.
+_TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "tf32": 2e-3, "bfloat16": 2e-2, "float16": 2e-3}
 
 # The same where BatchNorm's statistics are estimated at the point: these are rounded with every
 # layer before them, and a small cross-entropy moves by as large a share of itself as the scores
 # move, so by some thousand units of rounding in a deep network.
-_TOLERANCE_OF_ESTIMATES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+_TOLERANCE_OF_ESTIMATES = {
+    "float64": 1e-9,
+    "float32": 1e-3,
+    "tf32": 0.1,
+    "bfloat16": 0.5,
+    "float16": 0.1,
+}
+
+# The same for two models at one point, which are evaluated by the same kernels. A sum in another
+# order, as some kernels of a GPU add, may still be rounded to another number in TF32.
+_TOLERANCE_OF_MODELS = dict.fromkeys(_TOLERANCE, 1e-5) | {"tf32": _TOLERANCE["tf32"]}
 
 # Factor of the weights at a point near another one.
 _NEAR = 1.01
@@ -66,16 +77,16 @@ def verify_sweep(
     Raises:
         ModelError: It is beyond rounding.
     """
-    objective, dtype = problem.objective, problem.settings.dtype
+    objective, precision = problem.objective, problem.objective.precision
     # BatchNorm's statistics stay as they are loaded: only the strategy differs. Every rank verifies
     # by itself, since it may have a device of its own.
     with objective.frozen_statistics():
-        worst = _difference(problem, slice_, anchors, more, _TOLERANCE[dtype])
+        worst = _difference(problem, slice_, anchors, more, _TOLERANCE[precision])
     if objective.recalibration is None:
         return worst
     with objective.first_batch_only():
         return max(
-            worst, _difference(problem, slice_, anchors, more, _TOLERANCE_OF_ESTIMATES[dtype])
+            worst, _difference(problem, slice_, anchors, more, _TOLERANCE_OF_ESTIMATES[precision])
         )
 
 
@@ -138,7 +149,8 @@ def verify_fresh_model(problem: Problem, weights: Weights) -> None:
     rebuilt = with_model(objective, model, objective.dtype)
     batches: Mapping[str, Examples] = objective.first_batches()
     estimated = objective.recalibration is not None
-    share = _TOLERANCE_OF_ESTIMATES[problem.settings.dtype] if estimated else 1e-5
+    tolerances = _TOLERANCE_OF_ESTIMATES if estimated else _TOLERANCE_OF_MODELS
+    share = tolerances[objective.precision]
     with objective.first_batch_only(), rebuilt.first_batch_only():
         here, there = (o.plain(weights, batches) for o in (objective, rebuilt))
     for name in batches:

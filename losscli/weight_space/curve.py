@@ -25,9 +25,15 @@ __all__ = [
     "unit_of_rounding",
 ]
 
-# Relative rounding error of one operation in each dtype of a forward pass, and the number of such
-# errors that may accumulate in a loss.
-_ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+# Relative rounding error of one operation by the precision of a forward pass, and the number of
+# such errors that may accumulate in a loss.
+_ROUNDING = {
+    "float64": 2.0**-52,
+    "float32": 2.0**-23,
+    "tf32": 2.0**-10,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+}
 _ACCUMULATED_ERRORS = 16
 
 # An extremum is significant if its depth is more than this many standard errors.
@@ -88,17 +94,17 @@ def lowest(losses: Sequence[float]) -> list[int]:
     return [i for i, loss in enumerate(losses) if loss == minimum]
 
 
-def unit_of_rounding(dtype: str) -> float:
-    """Returns the relative rounding error of one operation in a dtype such as ``float32``."""
-    return _ROUNDING[dtype]
+def unit_of_rounding(precision: str) -> float:
+    """Returns the relative rounding error of one operation, for example in ``float32``."""
+    return _ROUNDING[precision]
 
 
-def relative_rounding(dtype: str) -> float:
-    """Returns the relative rounding error of a loss that is computed in a dtype."""
-    return _ACCUMULATED_ERRORS * _ROUNDING[dtype]
+def relative_rounding(precision: str) -> float:
+    """Returns the relative rounding error of a loss, for example in ``float32``."""
+    return _ACCUMULATED_ERRORS * _ROUNDING[precision]
 
 
-def near_rounding(alphas: Sequence[float], losses: Sequence[float], dtype: str) -> list[float]:
+def near_rounding(alphas: Sequence[float], losses: Sequence[float], precision: str) -> list[float]:
     """Finds the points of extrema that may be caused by rounding.
 
     The depth or height of such an extremum is within the rounding error of a loss. To remove these
@@ -108,13 +114,13 @@ def near_rounding(alphas: Sequence[float], losses: Sequence[float], dtype: str) 
     Args:
         alphas: The P points, ascending.
         losses: The mean loss at each point, ``[P]``.
-        dtype: The dtype of the forward pass, such as ``float32``.
+        precision: The precision of the forward pass, such as ``float32`` or ``tf32``.
 
     Returns:
         Each such extremum, its neighbours, and the rim that its depth is measured to, ascending.
     """
     points = [_Point(x, y, np.empty(0)) for x, y in zip(alphas, losses, strict=True)]
-    relative_error = relative_rounding(dtype)
+    relative_error = relative_rounding(precision)
     doubtful = set()
     for segment in _segments(points):
         for sign in (1, -1):

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from losscli import Recorder
 from losscli.evaluation.flops import operations
 from losscli.models import CNN, MLP
-from tests.benchmarks import contenders, spectrum
+from tests.benchmarks import contenders, spectrum, surfaces
 from tests.benchmarks.contenders import Work
 from tests.benchmarks.draw import draw
 from tests.benchmarks.models import GPT2, ResNet20
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
 SAMPLES = ROOT / "sample_checkpoints"
 
-Contender = Callable[[Work], list[float]]
+W = TypeVar("W")
 
 
 def line(build: Callable[[], torch.nn.Module], shape: Sequence[int], points: int) -> Work:
@@ -54,7 +54,7 @@ def line(build: Callable[[], torch.nn.Module], shape: Sequence[int], points: int
 
 
 def compare(
-    work: Work, them: Sequence[Contender], rounds: int, operations: float
+    work: W, them: Sequence[Callable[[W], list[float]]], rounds: int, operations: float
 ) -> dict[str, Any]:
     """Times the contenders in turns; the loop written by hand is the measure.
 
@@ -108,10 +108,10 @@ def language(rounds: int) -> dict[str, Any]:
     return compare(work, [contenders.losscli, contenders.by_hand], rounds, operations)
 
 
-def products(work: Work) -> float:
+def products(work: Work | surfaces.Surface) -> float:
     """Floating-point operations of the products in one pass over the data at each point."""
     model, few = work.build().to(DEVICE).eval(), work.inputs[:2]
-    return operations(model, lambda: model(few)) / 2 * len(work.targets) * len(work.alphas)
+    return operations(model, lambda: model(few)) / 2 * len(work.targets) * work.points
 
 
 def product_rate() -> float:
@@ -354,6 +354,22 @@ def resnet20(rounds: int) -> dict[str, Any]:
     return compare(work, them, max(1, rounds // 3), products(work))
 
 
+def plane(rounds: int) -> dict[str, Any]:
+    """A plane through the small network."""
+    return surface(surfaces.plane(DEVICE), rounds)
+
+
+def ribbon(rounds: int) -> dict[str, Any]:
+    """A ribbon along a path of the small network."""
+    return surface(surfaces.ribbon(DEVICE), rounds)
+
+
+def surface(work: surfaces.Surface, rounds: int) -> dict[str, Any]:
+    """The points of a surface, beside the only other tool that finds the same numbers."""
+    them = [surfaces.losscli, surfaces.by_hand, surfaces.loss_landscape_3d]
+    return compare(work, them, rounds, products(work))
+
+
 def hessian(rounds: int) -> dict[str, Any]:
     """The smallest and the largest eigenvalue of the Hessian of a small network."""
     return spectrum.measure(rounds, DEVICE)
@@ -407,7 +423,9 @@ if __name__ == "__main__":
     # Minutes a round on two cores: fewer examples and points.
     examples, points = (2_000, 11) if DEVICE.type == "cpu" else (10_000, 51)
     RESNET20 = {"examples": examples, "points": points}
-    both = {"mlp": mlp, "resnet20": resnet20, "hessian": hessian}
+    both = {
+        "mlp": mlp, "plane": plane, "ribbon": ribbon, "resnet20": resnet20, "hessian": hessian,
+    }  # fmt: skip
     on_cpu = {
         "growth": growth, "command": command, "memory": memory, "processes": processes,
         "recorder": recorder,

@@ -38,6 +38,10 @@ class Work:
     def device(self) -> torch.device:
         return self.inputs.device
 
+    @property
+    def points(self) -> int:
+        return len(self.alphas)
+
 
 def losscli(work: Work, dtype: torch.dtype = torch.float32) -> list[float]:
     data = DataSet({"all": Split(work.inputs, work.targets)})

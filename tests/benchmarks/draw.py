@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ def _works(found: Mapping[str, Any]) -> dict[str, str]:
     size = found["resnet20_work"]
     works = {
         "mlp": "MLP 784-512-512-10, 10,000 examples, 51 points",
+        "plane": "plane of 7 × 7 points, the same MLP and examples",
+        "ribbon": "ribbon of 7 steps and 7 points across, the same",
         "resnet20": (f"ResNet-20, {size['examples']:,} images of 32×32, {size['points']} points"),
         "gpt2": "GPT-2 of 124 M parameters, 64 × 1,024 tokens, 11 points",
     }
@@ -52,6 +55,15 @@ def table(found: Mapping[str, Any]) -> str:
             )
     if "hessian" in found:
         lines += _spectrum_table(found["hessian"])
+    if "growth" in found:
+        points, examples = (found["growth"][of] for of in ("points", "examples"))
+        lines += [
+            "",
+            "| losscli, the MLP on 16,000 examples at 50 points, and | times as long |",
+            "|---|---:|",
+            f"| twice the points | {points:.2f} |",
+            f"| twice the examples | {examples:.2f} |",
+        ]
     if "processes" in found:
         several = found["processes"]
         one, two, killed = (several[f"{which}_seconds"] for which in ("one", "two", "killed"))
@@ -111,9 +123,12 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     """Draws the times as bars."""
     with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 11}):
         works = _works(found)
-        figure = Figure(figsize=(4 * len(works), 3.8), layout="constrained")
-        panels = figure.subplots(1, len(works))
-        for axes, (work, title) in zip(panels, works.items(), strict=True):
+        rows = math.ceil(len(works) / 2)
+        figure = Figure(figsize=(9, 3.4 * rows), layout="constrained")
+        panels = figure.subplots(rows, 2, squeeze=False).flatten()
+        for axes in panels[len(works) :]:
+            axes.remove()
+        for axes, (work, title) in zip(panels, works.items(), strict=False):
             names = list(found[work])
             seconds = [found[work][name]["seconds"] for name in names]
             colours = ["#0072B2" if name.startswith("losscli") else "#B0B0B0" for name in names]

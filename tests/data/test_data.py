@@ -1029,3 +1029,23 @@ def test_spread_examples_are_of_every_kind_where_targets_show_none(
     _, rows = Split(torch.zeros(1000), targets).spread(64)
     assert set((rows % period).tolist()) == set(range(period))
     assert len(set((rows // 100).tolist())) == 10
+
+
+def test_numbers_per_channel_are_copied_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[float, ...]] = []
+    original = torch.tensor
+
+    def counted(values: tuple[float, ...], **more: Any) -> Tensor:
+        made.append(values)
+        return original(values, **more)
+
+    monkeypatch.setattr(torch, "tensor", counted)
+    mean, std = (0.1234, 0.5), (2.0, 4.5)
+    data = DataSet({}, mean=mean, std=std)
+    inputs = torch.rand(3, 2, 4, 4)
+    for _ in range(5):
+        for dtype in (torch.float32, torch.float64):
+            x = data.prepare(inputs, dtype)
+            channels = [original(v, dtype=dtype).view(2, 1, 1) for v in (mean, std)]
+            assert torch.equal(x, (inputs.to(dtype) - channels[0]) / channels[1])
+    assert made == [mean, std] * 2

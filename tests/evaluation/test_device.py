@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from losscli.errors import DeviceError
 from losscli.evaluation import device
-from losscli.evaluation.device import float32_precision, half_precision_note
+from losscli.evaluation.device import choose_device, float32_precision, half_precision_note
 from tests.conftest import Losscli
 
 CPU = torch.device("cpu")
@@ -52,6 +53,42 @@ def test_a_run_in_slow_half_precision_begins_with_the_note(
     # It depends on the machine, and results do not.
     assert done.status == 0
     assert "slower" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("gpus", "name", "local", "index"),
+    [
+        (8, "cuda", 3, 3),
+        (8, "auto", 3, 3),
+        # A process that sees only its own GPU, as with --gpus-per-task=1.
+        (1, "cuda", 3, 0),
+        (1, "auto", 1, 0),
+        (2, "cuda", 3, 1),
+        (8, "cuda:5", 3, 5),
+        (8, "cuda:5", None, 5),
+        (8, "cuda", None, None),
+        (8, "auto", None, None),
+    ],
+)
+def test_each_rank_of_a_machine_takes_a_gpu_that_it_sees_and_makes_it_current(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, name: str, local: int | None, index: int | None
+) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *_, **__: None)
+        chosen = choose_device(name, "float32", local)
+    assert (chosen.type, chosen.index) == ("cuda", index)
+    assert current == ([] if index is None else [chosen])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("local", [None, 0, 3])
+def test_a_rank_without_a_gpu_is_refused(local: int | None) -> None:
+    with pytest.raises(DeviceError, match="'cuda' with float32 is not available"):
+        choose_device("cuda", "float32", local)
 
 
 def _states() -> list[object]:

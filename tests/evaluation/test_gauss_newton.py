@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from losscli.data import DataSet, Split
+from losscli.data.split import Batches
 from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.gauss_newton import GaussNewton
 from losscli.evaluation.losses import LOSSES
@@ -100,6 +101,63 @@ def test_weights_of_examples_count() -> None:
     product = GaussNewton(objective, state, list(state), objective.splits["all"])
     v = random(product.size)
     assert relative(product.product(v), matrix @ v) < 1e-12
+
+
+def test_of_a_loss_of_whole_batches_it_is_the_mean_over_batches() -> None:
+    def contrast(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
+
+    torch.manual_seed(0)
+    model, inputs = MLP("4-6-3", activation="tanh").double(), random(30, 4)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = DataSet({"all": Batches.of(Split(inputs, torch.zeros(30)), 10)})
+    objective = Objective(
+        *(MLP("4-6-3", activation="tanh"), contrast, {}, data),
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+        batch_loss=True,
+    )
+    with GaussNewton(objective, state, list(state), objective.splits["all"]) as product:
+        v = random(product.size)
+        parts = [dense(model, part, lambda z: contrast(z, z))[0] @ v for part in inputs.split(10)]
+        # The third product takes the gradients that the second one kept.
+        for _ in range(3):
+            assert relative(product.product(v), sum(parts) / 3) < 1e-12
+
+
+def test_of_a_random_model_it_is_the_mean_over_seeds() -> None:
+    class Noisy(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.dropout(x, 0.3, training=True))
+
+    class Seeded(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.model, self.seed = Noisy("4-6-3", activation="tanh").double(), seed
+            self.model.load_state_dict(state)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.manual_seed(self.seed)
+            out: Tensor = self.model(x)
+            return out
+
+    torch.manual_seed(0)
+    inputs, targets = random(9, 4), torch.arange(9) % 3
+    state = MLP("4-6-3", activation="tanh").double().state_dict()
+    objective = Objective(
+        *(Noisy("4-6-3", activation="tanh"), LOSSES["cross_entropy"], {}),
+        DataSet({"all": Split(inputs, targets)}),
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+        seeds=(4, 5),
+    )
+    with GaussNewton(objective, state, list(state), objective.splits["all"]) as product:
+        v = random(product.size)
+        parts = [
+            dense(Seeded(seed), inputs, lambda z: F.cross_entropy(z, targets))[0] @ v
+            for seed in (4, 5)
+        ]
+        assert relative(product.product(v), sum(parts) / 2) < 1e-12
 
 
 def test_of_a_linear_model_it_is_the_hessian() -> None:

@@ -236,6 +236,38 @@ def test_all_points_at_once_give_the_numbers_of_points_in_turn(
     torch.testing.assert_close(found.losses, whole(case), rtol=1e-10, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_weights_that_cudnn_keeps_in_one_buffer_stay_in_it(
+    flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(c for c in CASES if c.name == "lstm")
+    monkeypatch.setattr("losscli.evaluation.points._is_in_cudnn", lambda _: flat)
+    monkeypatch.setattr(
+        "losscli.evaluation.strategy_choice.candidates", lambda _: [Strategy.SHARED]
+    )
+    objective = objective_of(case, batch_size=9)
+    a, line = line_of(case)
+    check_task(objective, a)
+    weights = list(objective.model.lstm.parameters())
+    head = objective.model.head.weight
+    before = [weight.data_ptr() for weight in weights]
+    addresses: set[tuple[int, ...]] = set()
+    heads: set[int] = set()
+
+    def remember(*_: object) -> None:
+        addresses.add(tuple(weight.data_ptr() for weight in weights))
+        heads.add(head.data_ptr())
+
+    points = [(x,) for x in ALPHAS]
+    find_strategy(objective, line, points)
+    objective.model.lstm.register_forward_hook(remember)
+    found = sweep(objective, line, points)["all"]
+    torch.testing.assert_close(found.losses, whole(case), rtol=1e-10, atol=1e-12)
+    assert len(heads) == len(ALPHAS)
+    assert len(addresses) == (1 if flat else len(ALPHAS))
+    assert [weight.data_ptr() for weight in weights] == before
+
+
 def test_metrics_of_all_points_at_once_are_those_of_points_in_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

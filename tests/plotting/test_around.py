@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from losscli.drawing import Drawing
 from losscli.plotting.around import draw_around
 from losscli.plotting.style import render
 from losscli.results import Run, draw
@@ -80,7 +81,7 @@ def run(
 
 
 PICTURES: dict[str, Callable[[], Figure]] = {
-    "around": lambda: draw_around([run(["a.pt", "b.pt"])], title="Two bowls"),
+    "around": lambda: draw_around([run(["a.pt", "b.pt"])], Drawing(title="Two bowls")),
     "around-along": lambda: draw_around([
         run(directions=("v1", "v2", "vn"), coefficients=BOTH, splits=("train", "test"))
     ]),
@@ -205,7 +206,9 @@ def test_what_is_not_finite_is_left_out_and_said_so() -> None:
 
 @pytest.mark.parametrize("directions", [RANDOM, ("v1",)])
 def test_a_logarithmic_axis_leaves_out_what_has_no_logarithm(directions: Sequence[str]) -> None:
-    figure = draw_around([run(height=lambda n, d, c: c - 0.2, directions=directions)], log=True)
+    figure = draw_around(
+        [run(height=lambda n, d, c: c - 0.2, directions=directions)], Drawing(log=True)
+    )
     assert figure.axes[0].get_yscale() == "log"
     assert figure.axes[0].get_ylabel() == "loss (cross_entropy)\nlog scale"
     assert "not above 0" in " ".join(texts(figure)).replace("\n", " ")
@@ -233,7 +236,7 @@ ODD = {
 @pytest.mark.parametrize("case", sample(ODD, 1, 2))
 @pytest.mark.parametrize("log", [False, pytest.param(True, marks=pytest.mark.stress)])
 def test_odd_tables_are_drawn(case: str, log: bool) -> None:
-    figure = draw_around([ODD[case]], log=log)
+    figure = draw_around([ODD[case]], Drawing(log=log))
     figure.draw_without_rendering()
     page, box = figure.bbox_inches, figure.get_tightbbox()
     assert box.x0 >= -0.01

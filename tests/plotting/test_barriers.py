@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from numpy.typing import NDArray
 
+from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.barriers import draw_barriers
 from losscli.plotting.style import render
@@ -67,7 +68,7 @@ def broken(i: int, j: int, split: str) -> float:
 
 PICTURES: dict[str, Callable[[], Figure]] = {
     "barriers": lambda: draw_barriers(run(seeds(5), broken, ("train", "test"))),
-    "barriers-many": lambda: draw_barriers(run(seeds(40)), title="Forty seeds", log=True),
+    "barriers-many": lambda: draw_barriers(run(seeds(40)), Drawing(title="Forty seeds", log=True)),
 }
 
 
@@ -140,7 +141,7 @@ def test_zero_is_white_and_said_so() -> None:
         return {1: 0.0, 2: 1e-9}.get(i + j, 1.0)
 
     for log in (False, True):
-        figure = draw_barriers(run(seeds(4), height), log=log)
+        figure = draw_barriers(run(seeds(4), height), Drawing(log=log))
         (panel,) = panels(figure)
         found = colours(panel)
         assert found[0, 1].tolist() == found[1, 0].tolist() == [1, 1, 1]
@@ -270,7 +271,7 @@ def test_long_lists_are_thinned() -> None:
 
 def test_a_logarithmic_scale_says_so() -> None:
     drawn = run(seeds(4), lambda i, j, s: 10.0 ** -(i + j))
-    even, log = (draw_barriers(drawn, log=log).axes[-1] for log in (False, True))
+    even, log = (draw_barriers(drawn, Drawing(log=log)).axes[-1] for log in (False, True))
     assert even.get_ylabel() == "barrier (cross_entropy)"
     assert log.get_ylabel() == "barrier (cross_entropy), log scale"
     assert even.get_ylim()[0] == 0
@@ -321,7 +322,7 @@ LOG = ("nothing known", "no hills", "all the same", "huge and tiny", "too large"
     ],
 )
 def test_odd_tables_are_drawn(case: str, log: bool) -> None:
-    figure = draw_barriers(ODD[case], log=log)
+    figure = draw_barriers(ODD[case], Drawing(log=log))
     figure.draw_without_rendering()
     page, box = figure.bbox_inches, figure.get_tightbbox()
     assert box.x0 >= -0.01

@@ -19,6 +19,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.check import draw_check
 from losscli.plotting.style import render
@@ -145,8 +146,8 @@ def training_of_adam(
 
 
 PICTURES = {
+    "check": lambda: draw_check(run(escape=True, learning_rate=0.05), Drawing(title="To a saddle")),
     "check-adam": lambda: draw_check(training_of_adam()),
-    "check": lambda: draw_check(run(escape=True, learning_rate=0.05), title="To a saddle"),
     "check-one": lambda: draw_check(run(1, escape=True, eigenvalues=30)),
     "check-spectra": lambda: draw_check(run(1, spectra=True)),
     "check-spectra-many": lambda: draw_check(run(9, spectra=True)),
@@ -502,7 +503,9 @@ def test_losses_have_a_logarithmic_axis_where_asked_for_or_far_apart() -> None:
     assert [a.get_yscale() for a in draw_check(drawn).axes if "loss" in a.get_ylabel()] == [
         "linear"
     ] * 2
-    logs = [a for a in draw_check(drawn, log=True).axes if a.get_ylabel().startswith("loss")]
+    logs = [
+        a for a in draw_check(drawn, Drawing(log=True)).axes if a.get_ylabel().startswith("loss")
+    ]
     assert [a.get_yscale() for a in logs] == ["log"] * 2
     assert all(a.get_ylabel().endswith("log scale") for a in logs)
     steep = Table.build(
@@ -624,7 +627,7 @@ LOG = ("nan", "one, nan", "all zero", "huge", "tiny", "no rows")
     ],
 )
 def test_odd_tables_are_drawn(case: str, log: bool) -> None:
-    figure = draw_check(ODD[case], log=log, title="A title")
+    figure = draw_check(ODD[case], Drawing(log=log, title="A title"))
     figure.draw_without_rendering()
     page, box = figure.bbox_inches, figure.get_tightbbox()
     assert box.x0 >= -0.01
@@ -646,7 +649,7 @@ def test_no_row_is_no_crash() -> None:
 @pytest.mark.usefixtures("laid_out")
 def test_panels_do_not_overlap() -> None:
     for drawn in (ODD["many"], run(21, escape=True, learning_rate=0.05), run(1, escape=True)):
-        figure = draw_check(drawn, title="A title")
+        figure = draw_check(drawn, Drawing(title="A title"))
         figure.draw_without_rendering()
         boxes = [axes.get_tightbbox() for axes in figure.axes]
         boxes += [legend.get_window_extent() for legend in figure.legends]
@@ -661,7 +664,9 @@ def test_panels_do_not_overlap() -> None:
 
 def test_draw_knows_a_check_and_refuses_two() -> None:
     one = run(3)
-    assert render(draw([one], log=True), ".png") == render(draw_check(one, log=True), ".png")
+    assert render(draw([one], Drawing(log=True)), ".png") == render(
+        draw_check(one, Drawing(log=True)), ".png"
+    )
     with pytest.raises(UsageError, match="one check cannot be laid over another"):
         draw([one, one])
 

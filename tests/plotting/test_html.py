@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 
 import losscli as library
-from losscli.plotting.html import table_page
+from losscli.drawing import Drawing
+from losscli.plotting.html import render_page, table_views
 from losscli.registry import COLUMN_TYPES, COMMANDS
 from losscli.results import Run, render_html
+from losscli.runs import report
 from losscli.table import Cell, Table
 from tests.cases import sample
 from tests.conftest import Losscli
-from tests.plotting import test_plane, test_trajectory
+from tests.plotting import test_barriers, test_plane, test_trajectory
+from tests.plotting.test_interpolation import stored
 from tests.studies.test_registry import RUNS
 
 Page = dict[str, Any]
@@ -91,7 +94,10 @@ def test_a_page_has_the_numbers_of_the_tables_to_the_bit(name: str, folder: Path
     for result in RUNS[name]():
         run = Run(result.table, result.summary, more=result.more)
         # Its own page, and that of a command without one.
-        pages = {result.html(): LEFT_OUT.get(name, set()), table_page([run]): set()}
+        pages = {
+            result.html(): LEFT_OUT.get(name, set()),
+            render_page(table_views([run]), Drawing()): set(),
+        }
         for page, left_out in pages.items():
             shown = {x for i in items(read(page)) for x in numbers([i["trace"], i["more"]])}
             # Curves over checkpoints have their ρ as a name.
@@ -112,7 +118,7 @@ def test_each_curve_is_a_column_of_a_split_and_a_run_over_alpha(folder: Path) ->
     one = library.interpolate("a.pt", "b.pt", points=5)
     two = library.interpolate("b.pt", "a.pt", points=3)
     runs = [Run(one.table, one.summary, "one"), Run(two.table, two.summary, "two")]
-    page = read(render_html(runs, title="Both", log=True))
+    page = read(render_html(runs, Drawing(title="Both", log=True)))
     assert (page["title"], page["log"]) == ("Both", True)
     (line,) = page["views"]
     assert line["single"] == ["quantity"]
@@ -249,7 +255,7 @@ def hostile_runs() -> Sequence[Run]:
 @pytest.mark.parametrize("index", range(2))
 def test_a_hostile_name_stays_text(index: int) -> None:
     run = hostile_runs()[index]
-    text = render_html([run], title=HOSTILE)
+    text = render_html([run], Drawing(title=HOSTILE))
     kinds = [tag for tag, _, _ in elements(text) if tag == "script"]
     assert kinds == ["script"] * 3
     (data,) = (text for _, attrs, text in elements(text) if attrs.get("id") == "page")
@@ -406,10 +412,85 @@ def test_the_tails_of_a_density_do_not_stretch_its_logarithmic_axis() -> None:
 @needs_node
 def test_a_logarithmic_axis_is_of_losses_and_says_what_it_leaves_out(folder: Path) -> None:
     result = library.interpolate("a.pt", "b.pt", points=3, derivatives=True)
-    page = render_html([Run(result.table, result.summary)], log=True)
+    page = render_html([Run(result.table, result.summary)], Drawing(log=True))
     (_, loss), (_, slope), (traces, _) = drive(page, "slope", "train")
     assert loss["yaxis"]["type"] == "log"
     assert loss["yaxis"]["title"]["text"] == "loss (cross_entropy), log scale"
     # A slope may be negative.
     assert slope["yaxis"]["type"] == "linear"
     assert [trace["name"] for trace in traces] == ["test"]
+
+
+# --- Reports -------------------------------------------------------------------------------------
+
+
+def report_runs() -> tuple[list[str], list[Run]]:
+    line = stored("three-relu")
+    other = replace(stored("three-tanh"), label="tanh")
+    pairs = test_barriers.run(test_barriers.seeds(3))
+    return ["line.csv", "other.csv", "pairs.csv"], [line, other, replace(pairs, summary={})]
+
+
+def test_a_report_lays_runs_of_one_command_together_and_names_the_origin_of_each() -> None:
+    names, runs = report_runs()
+    page = read(report(names, runs, Drawing(title="For Monday", log=True)))
+    assert page["title"] == "For Monday"
+    line, pairs = page["sections"]
+    assert (line["title"], pairs["title"]) == ("interpolate: line.csv, tanh", "barriers: pairs.csv")
+    assert line["log"]
+    assert len({item["tags"]["run"] for item in items(line)}) == 2
+    assert [name for name, _ in line["origin"]] == ["line.csv", "tanh"]
+    summary = runs[0].summary
+    for said in (summary["loss"], *(c["name"] for c in summary["checkpoints"])):
+        assert said in line["origin"][0][1]
+    assert "no summary beside the table" in pairs["origin"][0][1]
+    # Commands that cannot be overlaid have a section for each run.
+    sections = read(report(["a", "b"], [runs[2], runs[2]], Drawing()))["sections"]
+    assert [each["title"] for each in sections] == ["barriers: a", "barriers: b"]
+
+
+def test_names_in_a_report_stay_text() -> None:
+    run = hostile_runs()[1]
+    text = report([HOSTILE, HOSTILE], [run, run], Drawing(title=HOSTILE))
+    assert [tag for tag, _, _ in elements(text) if tag == "script"] == ["script"] * 3
+    (data,) = (text for _, attrs, text in elements(text) if attrs.get("id") == "page")
+    assert not {*"<&"} & {*data}
+    assert "\u202e" not in text
+    identifiers = [attrs["id"] for _, attrs, _ in elements(text) if "id" in attrs]
+    assert len(identifiers) == len(set(identifiers))
+
+
+@needs_node
+def test_a_report_draws_every_section() -> None:
+    names, runs = report_runs()
+    page = report(names, runs, Drawing())
+    (line, _), (pairs, layout), (again, changed) = drive(page, "log scale")
+    assert {trace["type"] for trace in line} == {"scatter"}
+    assert {trace["type"] for trace in pairs} == {"heatmap"}
+    assert "coloraxis" in layout
+    # A switch changes its own section.
+    assert {trace["type"] for trace in again} == {"scatter"}
+    assert changed["yaxis"]["type"] == "log"
+
+
+def test_plot_writes_a_report_of_several_kinds(losscli: Losscli, folder: Path) -> None:
+    losscli("interpolate", "a.pt", "b.pt", "--points", 3, "-o", "line", "--no-figure")
+    losscli("barriers", "a.pt", "b.pt", "--points", 3, "-o", "pairs", "--no-figure")
+    done = losscli("plot", "line.csv", "pairs.csv", "--figure", "r.html", "--label=x", "--label=y")
+    assert (done.status, done.stdout, done.stderr) == (0, "r.html\n", "")
+    sections = read(Path("r.html").read_text("utf-8"))["sections"]
+    assert [each["title"] for each in sections] == ["interpolate: x", "barriers: y"]
+    done = losscli("plot", "line.csv", "pairs.csv", "--figure", "s.html", "--figure", "s.png")
+    assert done.status == 2
+    assert "have no axes in common. Lay tables of one command over each other" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not Path("s.html").exists()
+
+
+def test_a_page_has_no_limit_of_panels(losscli: Losscli, folder: Path) -> None:
+    metrics = [f"metric {k}" for k in range(30)]
+    rows = [(alpha, "train", alpha, 0.1, *[1.0] * 30) for alpha in (0.0, 1.0)]
+    table = Table.build(("alpha", "split", "loss", "loss_stderr", *metrics), rows)
+    Path("many.csv").write_text(table.to_csv(), newline="")
+    assert "a picture has panels for 24 metrics" in losscli("plot", "many.csv").stderr
+    assert losscli("plot", "many.csv", "-o", "many.html").status == 0

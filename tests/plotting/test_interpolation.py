@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.interpolation import draw_interpolation
 from losscli.plotting.style import render, run_colours
@@ -102,8 +103,10 @@ def zoom(low: float = 0.1, high: float = 0.5, *, beyond: bool | None = True) -> 
 PICTURES: dict[str, Callable[[], Figure]] = {
     "zoom": lambda: draw_interpolation([zoom()]),
     "smooth": lambda: draw_interpolation([stored("smooth")]),
-    "gaps": lambda: draw_interpolation([stored("gaps")], title="Where it breaks", log=True),
-    "three": lambda: draw_interpolation(three(), title="Three runs"),
+    "gaps": lambda: draw_interpolation(
+        [stored("gaps")], Drawing(title="Where it breaks", log=True)
+    ),
+    "three": lambda: draw_interpolation(three(), Drawing(title="Three runs")),
 }
 
 
@@ -323,7 +326,7 @@ def test_band_is_one_standard_error() -> None:
 
 def test_log_axis() -> None:
     points = [(0.0, 200.0), (0.25, 0.0), (0.5, -1.0), (0.75, NAN), (1.0, 0.5), (2.0, 3.0)]
-    figure = draw_interpolation([curve(points, stderr=1.0)], log=True)
+    figure = draw_interpolation([curve(points, stderr=1.0)], Drawing(log=True))
     axes = figure.axes[0]
     assert axes.get_yscale() == "log"
     assert "log scale" in axes.get_ylabel()
@@ -350,7 +353,7 @@ def test_ticks_say_what_they_stand_for() -> None:
         [(0.9999, 1.0), (1.0001, 1.01)],
     ):
         for log in (False, points[1][1] > 0):
-            axes = draw_interpolation([curve(points, stderr=0.0)], log=log).axes[0]
+            axes = draw_interpolation([curve(points, stderr=0.0)], Drawing(log=log)).axes[0]
             for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
                 locs = [x for x in axis.get_majorticklocs() if limits[0] <= x <= limits[1]]
                 labels = axis.get_major_formatter().format_ticks(locs)
@@ -380,8 +383,10 @@ def test_names_are_no_mathematics_and_no_control_characters() -> None:
         [(0.0, maths, 2.0, 0.1, NAN), (1.0, maths, 1.0, 0.1, 5.0), (1.0, control, NAN, 0.1, 5.0)],
     )
     summary = {"loss": maths, "checkpoints": [{"name": control}, {"name": evil}]}
-    one = draw_interpolation([Run(table, summary)], title=maths)
-    other = draw_interpolation([Run(table, {}, letters), Run(table, {}, evil)], title=control)
+    one = draw_interpolation([Run(table, summary)], Drawing(title=maths))
+    other = draw_interpolation(
+        [Run(table, {}, letters), Run(table, {}, evil)], Drawing(title=control)
+    )
     for suffix in (".svg", ".pdf"):
         render(other, suffix)
     found = texts(one) + texts(other)
@@ -445,7 +450,7 @@ def test_everything_lies_in_the_picture_and_beside_the_curves(number: int) -> No
     gaps = [(0.0, 200.0), (0.25, 0.0), (0.5, NAN), (1.0, 0.5)]
     folder = "runs/a-folder-with-a-long-name/checkpoints/"
     labelled = [replace(curve(gaps), label=f"{folder}{k}.pt") for k in range(number)]
-    figure = draw_interpolation(labelled, log=True)
+    figure = draw_interpolation(labelled, Drawing(log=True))
     page, box = figure.bbox_inches, figure.get_tightbbox()
     assert box.x0 >= 0
     assert box.y0 >= 0
@@ -668,7 +673,7 @@ def test_a_whole_line_with_gaps_says_so() -> None:
     table = zoom().more["context"]
     rows = [(*row[:2], NAN if row[0] > 1.9 else row[2], row[3]) for row in table.rows]
     run = replace(zoom(), more={"context": Table.build(table.columns, rows)})
-    said = " ".join(texts(draw_interpolation([run], log=True))).replace("\n", " ")
+    said = " ".join(texts(draw_interpolation([run], Drawing(log=True)))).replace("\n", " ")
     assert "The whole line: 2 points of train and 2 points of test are not finite" in said
 
 
@@ -693,7 +698,7 @@ ODD = {
 @pytest.mark.usefixtures("laid_out")
 @pytest.mark.parametrize("case", ODD)
 def test_odd_tables_are_drawn(case: str) -> None:
-    figure = draw_interpolation(ODD[case], log=case.startswith("log"))
+    figure = draw_interpolation(ODD[case], Drawing(log=case.startswith("log")))
     figure.draw_without_rendering()
     for axes in figure.axes:
         for low, high in (axes.get_xlim(), axes.get_ylim()):

@@ -16,6 +16,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.inspection import draw_inspection
 from losscli.plotting.layerwise import block_colours, draw_layerwise
@@ -110,7 +111,9 @@ def transformer(layers: int) -> list[tuple[str, int, float, float]]:
 
 PICTURES: dict[str, Callable[[], Figure]] = {
     "layerwise": lambda: draw_layerwise(layered(layers(8), ("train", "test"))),
-    "layerwise-many": lambda: draw_layerwise(layered(layers(41)), title="Forty-one blocks"),
+    "layerwise-many": lambda: draw_layerwise(
+        layered(layers(41)), Drawing(title="Forty-one blocks")
+    ),
     "moved": lambda: draw_inspection(moved(transformer(2), wrong=1, whole_numbers=2)),
     "moved-far": lambda: draw_inspection(moved(transformer(12))),
     "held": lambda: draw_inspection(held([(n, v, x) for n, v, x, _ in transformer(2)])),
@@ -277,7 +280,7 @@ def test_odd_blocks_are_drawn(log: bool) -> None:
                  [("x", 0.3, "a", -1e308, INF), ("y", 0.4, "b", 0.0, 0.0)]):  # fmt: skip
         more = {"blocks": Table.build(("block", *columns), rows)}
         table = whole if rows else Table.build(columns, [])
-        figure = draw_layerwise(Run(table, {}, more=more), log=log)
+        figure = draw_layerwise(Run(table, {}, more=more), Drawing(log=log))
         for axes in figure.axes:
             assert all(map(math.isfinite, (*axes.get_xlim(), *axes.get_ylim())))
 
@@ -400,7 +403,7 @@ def test_hundreds_of_tensors_are_drawn_by_the_beginnings_of_their_names() -> Non
 def test_one_inspection_cannot_be_laid_over_another() -> None:
     run = moved([("a", 4, 1.0, 0.5)])
     assert render(draw([run]), ".png") == render(draw_inspection(run), ".png")
-    titled = draw([run], title="How far it went")
+    titled = draw([run], Drawing(title="How far it went"))
     assert {"How far it went", "A  runs/init.safetensors      B  runs/final.safetensors"} <= set(
         texts(titled)
     )

@@ -19,6 +19,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from losscli.drawing import Drawing
 from losscli.plotting.plane import draw_plane
 from losscli.plotting.style import render
 from losscli.results import Run
@@ -105,7 +106,9 @@ def solid(drawn: Run) -> Run:
 
 
 PICTURES = {
-    "plane-points": lambda: draw_plane(run(splits=("train", "test")), title="Three solutions"),
+    "plane-points": lambda: draw_plane(
+        run(splits=("train", "test")), Drawing(title="Three solutions")
+    ),
     "plane-pca": lambda: draw_plane(solid(winding())),
 }
 
@@ -272,7 +275,7 @@ def test_what_is_not_finite_is_blank() -> None:
     missing = len(cross.get_xdata())  # type: ignore[arg-type]
     assert missing == 4 * 6
     assert f"{missing} points of train are not finite: left blank (×)" in note(figure)
-    zeros = draw_plane(run(loss=lambda x, y: max(x, 0.0)), log=True)
+    zeros = draw_plane(run(loss=lambda x, y: max(x, 0.0)), Drawing(log=True))
     assert "are not above 0: left blank (×)" in note(zeros)
 
 
@@ -377,7 +380,7 @@ SURFACE = ("no rows", "one column", "constant", "huge and tiny", "nan", "no plac
     ],
 )
 def test_odd_tables_are_drawn(case: str, surface: bool) -> None:
-    figure = draw_plane(solid(ODD[case]) if surface else ODD[case], log=surface)
+    figure = draw_plane(solid(ODD[case]) if surface else ODD[case], Drawing(log=surface))
     figure.draw_without_rendering()
     page, box = figure.bbox_inches, figure.get_tightbbox()
     assert box.x0 >= -0.01

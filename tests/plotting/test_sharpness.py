@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.sharpness import draw_sharpness
 from losscli.plotting.style import render
@@ -57,7 +58,7 @@ def run(
 
 PATH = [f"run/step-{k}.pt" for k in range(0, 100, 10)]
 PICTURES: dict[str, Callable[[], Figure]] = {
-    "sharpness": lambda: draw_sharpness(run(), title="Two checkpoints"),
+    "sharpness": lambda: draw_sharpness(run(), Drawing(title="Two checkpoints")),
     "sharpness-path": lambda: draw_sharpness(
         run(PATH, (0.1,), learning_rates=dict.fromkeys(PATH[3:], 0.2))
     ),

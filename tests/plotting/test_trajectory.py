@@ -19,6 +19,7 @@ from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import Axes3D
 
+from losscli.drawing import Drawing
 from losscli.plotting.style import render
 from losscli.plotting.trajectory import draw_trajectory
 from losscli.results import Run
@@ -82,7 +83,7 @@ def run(
 def overlay() -> Figure:
     one = run(surface=False, walks=3, label="momentum", splits=("train", "test"))
     other = run(surface=False, label="Adam", aside=lambda p: 20 * p * (1 - p))
-    return draw_trajectory([one, other], title="Two optimisers", log=True)
+    return draw_trajectory([one, other], Drawing(title="Two optimisers", log=True))
 
 
 PICTURES = {
@@ -192,7 +193,7 @@ def test_what_is_not_finite_is_blank() -> None:
 
 
 def test_zero_has_no_logarithm() -> None:
-    figure = draw_trajectory([run(loss=lambda p, b, s: max(b - 1, 0.0))], log=True)
+    figure = draw_trajectory([run(loss=lambda p, b, s: max(b - 1, 0.0))], Drawing(log=True))
     assert "are not above 0: left blank (×)" in note(figure)
     assert "log scale" in figure.axes[-1].get_ylabel()
 
@@ -200,7 +201,7 @@ def test_zero_has_no_logarithm() -> None:
 def test_levels_go_by_powers_where_the_range_asks_for_it() -> None:
     wide = draw_trajectory([run(loss=lambda p, b, s: 10 ** (3 * p))])
     even = draw_trajectory([run(loss=lambda p, b, s: 1 + p)])
-    asked = draw_trajectory([run(loss=lambda p, b, s: 1 + p)], log=True)
+    asked = draw_trajectory([run(loss=lambda p, b, s: 1 + p)], Drawing(log=True))
     negative = draw_trajectory([run(loss=lambda p, b, s: 100 * p - 1)])
     scales = ["log scale" in f.axes[-1].get_ylabel() for f in (wide, even, asked, negative)]
     assert scales == [True, False, True, False]
@@ -318,7 +319,7 @@ LOG = ("no rows", "constant", "huge and tiny", "too large", "nan")
     ],
 )
 def test_odd_tables_are_drawn(case: str, log: bool) -> None:
-    figure = draw_trajectory([ODD[case]], log=log)
+    figure = draw_trajectory([ODD[case]], Drawing(log=log))
     figure.draw_without_rendering()
     page, box = figure.bbox_inches, figure.get_tightbbox()
     assert box.x0 >= -0.01

@@ -650,23 +650,37 @@ def test_ranks_hear_of_each_other() -> None:
     assert found == [[[0.0, 1.5, 3.0], "rank 0", rank == 0] for rank in range(3)]
 
 
-def test_ranks_do_not_take_those_that_died_for_each_other() -> None:
+@pytest.mark.parametrize(
+    ("hosts", "local"),
+    [("aaa", [0, 1, 2]), ("aab", [0, 1, 0]), ("aba", [0, 0, 1]), ("abc", [0, 0, 0])],
+)
+def test_ranks_do_not_take_those_that_died_for_each_other(
+    hosts: str, local: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = HashStore()
     names: list[list[str]] = []
+    monkeypatch.setattr(
+        "losscli.evaluation.rendezvous.socket.gethostname",
+        lambda: hosts[int(threading.current_thread().name)],
+    )
     for _ in range(3):
-        found: dict[int, str] = {}
+        found: dict[int, tuple[str, int]] = {}
 
-        def meet(rank: int, found: dict[int, str] = found) -> None:
+        def meet(rank: int, found: dict[int, tuple[str, int]] = found) -> None:
             found[rank] = rendezvous._choose_prefix(
                 store, rank, 3, rendezvous._WaitNote(lambda _: None)
             )
 
-        threads = [threading.Thread(target=meet, args=(rank,)) for rank in (2, 0, 1)]
+        threads = [
+            threading.Thread(target=meet, args=(rank,), name=str(rank)) for rank in (2, 0, 1)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(PATIENCE)
-        names.append(list(found.values()))
+        names.append([name for name, _ in found.values()])
+        # The number among the ranks of one machine, which is the GPU where LOCAL_RANK is not set.
+        assert [found[rank][1] for rank in range(3)] == local
     assert all(len(set(of)) == 1 and len(of) == 3 for of in names)
     assert len({of[0] for of in names}) == 3
 

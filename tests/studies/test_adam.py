@@ -175,7 +175,7 @@ def test_a_path_has_thresholds_and_an_empty_cell_before_the_first_step(losscli: 
     assert "of the threshold 380 = (2 + 2 · 0.9) / ((1 − 0.9) · 0.1)" in done.stdout
     assert "full-batch training with Adam" in done.stdout
     assert "the threshold of full-batch training with Adam" in done.stderr
-    assert "run/step-0.pt, init:3 has taken no step: there is no P there" in done.stderr
+    assert "run/step-0.pt and 1 more has taken no step: there is no P there" in done.stderr
     # The learning rate of the user is taken for that of training.
     given = ("--optimizer", "adam", "--learning-rate", "0.2", "--split", "train", "-o", "other")
     assert losscli("check", "run/step-5.pt", *given).status == 0
@@ -319,18 +319,21 @@ CHEBYSHEV = ROOT / "sample_checkpoints" / "chebyshev"
 
 
 def test_gradient_descent_stays_at_two_over_its_learning_rate() -> None:
-    files = [CHEBYSHEV / "gd-0.05" / "path" / f"step-{t:05}.safetensors" for t in (200, 2400, 4000)]
+    files = [CHEBYSHEV / "gd-0.05" / "path" / f"step-{t:05}.safetensors" for t in (200, 4000)]
     result = losscli.check([str(file) for file in files], learning_rate=0.05)
     edge = result.summary["threshold"]
     assert edge == pytest.approx(40)
-    early, *late = result.table.floats("lambda_max")
+    early, late = result.table.floats("lambda_max")
     assert early < 0.4 * edge
-    assert late == pytest.approx([edge] * 2, rel=0.02)
+    assert late == pytest.approx(edge, rel=0.02)
     # The minimal ratio is known, since the whole spectrum is.
     assert all(0 < ratio < 1 for ratio in result.table.floats("minimal_ratio"))
 
 
-def test_adam_stays_at_its_threshold_and_has_the_dense_eigenvalues() -> None:
+def test_adam_stays_at_its_threshold_and_has_the_dense_eigenvalues(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("losscli.evaluation.critical_points.DENSE_LIMIT", 0)
     files = [CHEBYSHEV / "adam" / "path" / f"step-{t:05}.pt" for t in (200, 1400, 3000, 4000)]
     result = losscli.check([str(file) for file in files], optimizer="adam")
     values = result.table.floats(COLUMNS[0])
@@ -354,4 +357,4 @@ def test_adam_stays_at_its_threshold_and_has_the_dense_eigenvalues() -> None:
         p = (1 - 0.9**t) * ((v / (1 - 0.999**t)).sqrt() + 1e-8)
         scale = p.numpy() ** -0.5
         truth = np.linalg.eigvalsh(scale[:, None] * matrix * scale)[-1]
-        assert value == pytest.approx(truth, rel=1e-6, abs=error)
+        assert abs(value - truth) <= error < 1e-3 * truth

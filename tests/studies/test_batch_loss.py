@@ -293,6 +293,43 @@ def test_derivatives_are_those_of_the_mean_over_batches(
     assert float(line.loss(step)) == pytest.approx(float(here), rel=1e-4)
 
 
+@pytest.mark.parametrize("budget", [None, 0], ids=["in memory", "streamed"])
+def test_batches_are_drawn_until_the_error_over_them_is_small(
+    budget: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if budget is not None:
+        monkeypatch.setattr("losscli.data.objects.host_budget", lambda: budget)
+    rows = torch.randn(299, 6, generator=torch.Generator().manual_seed(0))
+    data = [(x, 0) for x in rows]
+    source = Source(lambda: {"all": DataLoader(data, batch_size=2)}, [])  # type: ignore[arg-type]
+    result = run(source, tmp_path, loss=contrast_mean, sampling_error=0.15, seed=3, points=2)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(3)).tolist()
+    for size in (64, 128, 150):
+        table = {}
+        for alpha in (0.0, 1.0, 1.5):
+            a, b = state(0), state(1)
+            model = MLP("6-5-3").double()
+            blend = {n: (1 - alpha) * a[n].double() + alpha * b[n].double() for n in a}
+            model.load_state_dict(blend)
+            with torch.no_grad():
+                batches = (rows[2 * i : 2 * i + 2].double() for i in order[:size])
+                losses = [float(contrast_mean(model(x), x)) for x in batches]
+            error = statistics.stdev(losses) / math.sqrt(size)
+            table[alpha] = math.fsum(losses) / size, error
+        height = max(m for m, _ in table.values()) - min(m for m, _ in table.values())
+        if all(error < 0.15 * height for _, error in table.values()):
+            break
+    assert size == 128
+    for row in result.table.records():
+        mean, error = table[float(row["alpha"])]  # type: ignore[arg-type]
+        assert row["loss"] == pytest.approx(mean, rel=1e-10)
+        assert row["loss_stderr"] == pytest.approx(error, rel=1e-8)
+        assert row["examples"] == size
+    assert result.summary["batches"] == {"all": size}
+    assert result.summary["examples"] == {"all": 2 * size - (149 in order[:size])}
+    assert "all: 128 of 150 batches were looked at" in result.summary["notes"]
+
+
 def test_statistics_are_those_of_the_batches_of_the_data(tmp_path: Path) -> None:
     def make() -> nn.Sequential:
         return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
@@ -516,7 +553,6 @@ def test_a_run_that_was_broken_off_ends_with_the_same_numbers(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("interpolate a.pt b.pt --sampling-error 0.1", "--sampling-error is not available with"),
         ("interpolate a.pt b.pt --batch-size 5", "--batch-size 5 has no effect"),
         ("interpolate a.pt b.pt -d npz:data.npz", "split 'train' has no batches.*--batch-size"),
     ],
@@ -565,6 +601,25 @@ def test_out_of_memory_no_batch_is_halved(tmp_path: Path) -> None:
     with pytest.raises(OutOfMemoryError, match="batches are never halved"):
         run(SOURCES["loader"], tmp_path, loss=greedy)
     assert set(calls) == {5}
+
+
+def test_out_of_memory_no_batch_is_differentiated_in_parts(tmp_path: Path) -> None:
+    def greedy(outputs: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("on purpose")
+        return contrast_mean(outputs, targets)
+
+    torch.save(state(0), tmp_path / "0.pt")
+    message = r"second derivatives of one batch do not fit.*batches are never halved.*--only"
+    with pytest.raises(OutOfMemoryError, match=message):
+        losscli.check(
+            tmp_path / "0.pt",
+            model="mlp:6-5-3",
+            data=SOURCES["loader"].make(),
+            loss=greedy,
+            batch_loss=True,
+            dtype="float64",
+        )
 
 
 def test_without_the_option_a_loader_that_drops_is_refused_as_before() -> None:

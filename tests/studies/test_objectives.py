@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import losscli
 from losscli.data import from_object
-from losscli.errors import LosscliError, UsageError
+from losscli.errors import DataError, LosscliError, UsageError
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import Strategy
 from losscli.evaluation.sweep import sweep
@@ -59,12 +59,19 @@ class Language(nn.Module):
         super().__init__()
         self.embed, self.head, self.names = nn.Embedding(7, 3), nn.Linear(3, 7), names
 
-    def forward(self, idx: Tensor, labels: Tensor | None = None) -> Any:
+    def forward(self, idx: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
         logits = self.head(self.embed(idx).cumsum(1).tanh())
         if labels is None:
             return (logits, None)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return Output(loss, logits) if self.names else (logits, loss)
+
+
+class ByPosition(Language):
+    """Takes the targets under a name that tells nothing."""
+
+    def forward(self, idx: Tensor, goal: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(idx, None, goal)
 
 
 def physics(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -100,7 +107,12 @@ def contrast(model: Callable[[Tensor], Tensor], batch: Any) -> Tensor:
 
 def own(model: Any, batch: Any) -> Tensor:
     """What ``model`` stands for."""
-    outputs = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    if isinstance(model, ByPosition):
+        outputs = model(*batch)
+    elif isinstance(batch, Mapping):
+        outputs = model(**batch)
+    else:
+        outputs = model(batch[0], labels=batch[1])
     loss: Tensor = outputs.loss if isinstance(outputs, Output) else outputs[1]
     return loss
 
@@ -132,7 +144,9 @@ class Case:
             "data": self.data(),
             "objective": "model" if self.objective is own else self.objective,
             "batch_loss": self.per_batch,
-            "batch_size": self.size if self.per_batch and not self.loads else None,
+            "batch_size": self.size
+            if self.per_batch and not self.loads and self.size < N
+            else None,
             "dtype": "float64",
         }
 
@@ -210,12 +224,26 @@ CASES = {
         size=7,
         per_batch=True,
     ),
+    "parts of other lengths": Case(
+        lambda model, batch: sum(physics(model, x).mean() for x in batch.values()),
+        lambda: {"all": {"inside": X, "edge": Z[:5]}},
+        lambda i: {"inside": X.clone(), "edge": Z[:5].clone()},
+        per_batch=True,
+    ),
     "model, (logits, loss)": Case(
         own,
         lambda: {"all": (TOKENS, TOKENS.flip(1))},
         lambda i: (TOKENS[i], TOKENS.flip(1)[i]),
         size=6,
         make=Language,
+        per_batch=True,
+    ),
+    "model, by position": Case(
+        own,
+        lambda: {"all": DataLoader(torch.utils.data.TensorDataset(TOKENS, TOKENS.flip(1)), 9)},
+        lambda i: (TOKENS[i], TOKENS.flip(1)[i]),
+        size=9,
+        make=ByPosition,
         per_batch=True,
     ),
     "model, output.loss": Case(
@@ -262,7 +290,11 @@ def test_losses_and_derivatives_on_a_line(
     each = torch.tensor(case.losses(case.state(0)), dtype=torch.float64)
     (at_a,) = (r for r in result.table.records() if r["alpha"] == 0)
     assert at_a["loss"] == pytest.approx(float(each.mean()), rel=1e-10)
-    assert at_a["loss_stderr"] == pytest.approx(float(each.std()) / len(each) ** 0.5, rel=1e-9)
+    if len(each) == 1:
+        assert at_a["loss_stderr"] is None
+    else:
+        error = float(each.std()) / len(each) ** 0.5
+        assert at_a["loss_stderr"] == pytest.approx(error, rel=1e-9)
     assert not X.requires_grad
 
 
@@ -311,7 +343,8 @@ def test_every_way_to_evaluate_gives_the_same_numbers(name: str) -> None:
     expected = [case.losses(weights) for weights in between]
     # What shares a first layer is not right for all objectives, and so is compared before it is
     # relied on: None chooses.
-    ways = [None, Strategy.LOADED, Strategy.BOUND, *([Strategy.SHARED] if name in SHARED else [])]
+    ways = [None, Strategy.LOADED, Strategy.BOUND]
+    ways += [Strategy.SHARED, Strategy.STACKED] if name in SHARED else []
     for way in ways:
         objective = Objective(
             *(case.make(), lambda outputs, _: outputs, {}, data),
@@ -352,6 +385,32 @@ def test_metrics_are_those_of_the_outputs(tmp_path: Path) -> None:
         (row,) = (r for r in result.table.records() if r["alpha"] == 0)
         assert row["near"] == pytest.approx(truth)
         assert row["loss"] == pytest.approx(math.fsum(case.losses(case.state(0))) / N)
+
+
+@pytest.mark.parametrize("number", [None, 3], ids=["", "random"])
+def test_built_in_metrics_take_the_outputs_too(number: int | None, tmp_path: Path) -> None:
+    labels = torch.arange(N) % 2
+    labels[3] = -100
+
+    def objective(model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        noise = 0 if number is None else 0.01 * torch.randn_like(x)
+        return F.cross_entropy(model(x + noise), y, reduction="none")
+
+    case = CASES["parts of the model"]
+    for seed in (0, 1):
+        torch.save(case.state(seed), tmp_path / f"{seed}.pt")
+    options = {**case.options, "data": {"all": (X, labels)}, "objective": objective}
+    for size in (None, 5):
+        result = losscli.interpolate(
+            *(tmp_path / "0.pt", tmp_path / "1.pt"),
+            **{**options, "metric": "accuracy", "stochastic": number, "batch_size": size},
+        )
+        model = Net().double()
+        model.load_state_dict(case.state(0))
+        right = model(X.double()).argmax(1) == labels
+        (row,) = (r for r in result.table.records() if r["alpha"] == 0)
+        assert row["accuracy"] == pytest.approx(float(right[labels >= 0].double().mean()))
 
 
 CODE = """
@@ -485,6 +544,21 @@ def test_bad_objectives_are_refused_in_one_line(name: str, mine: Path, losscli: 
     # A journal is what the message names.
     after = [path for path in mine.iterdir() if path.name not in {"__pycache__", "x.journal"}]
     assert sorted(after) == before
+
+
+def test_a_loader_of_parts_of_other_lengths_needs_losses_of_batches(mine: Path) -> None:
+    def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+        return {"inside": torch.stack(rows), "edge": Z[:2]}
+
+    options = {
+        "model": "mine.py:Net",
+        "data": {"all": DataLoader(X, 6, collate_fn=collate)},  # type: ignore[arg-type]
+        "objective": CASES["parts of other lengths"].objective,
+    }
+    with pytest.raises(DataError, match=r"18 examples is collated to 1.*give --batch-loss"):
+        losscli.check("a.pt", **options)
+    found = losscli.interpolate("a.pt", "b.pt", points=3, batch_loss=True, **options)
+    assert found.summary["batches"] == {"all": 3}
 
 
 def test_align_evaluates_no_objective(mine: Path) -> None:

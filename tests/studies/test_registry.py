@@ -26,7 +26,7 @@ PATH = ("a.pt", "b.pt", "init:7")
 LINE = {"points": 3, "model": "mlp:6-5-3"}
 
 # Keys of a summary that some runs do not write.
-OPTIONAL = {"batches", "blocks", "mismatches", "distance", "state_dicts", "buffers"}
+OPTIONAL = {"batches", "drawing", "blocks", "mismatches", "distance", "state_dicts", "buffers"}
 
 
 def trained_by_adam() -> Result:
@@ -110,7 +110,7 @@ def test_the_functions_of_a_command_are_there(name: str) -> None:
     command = COMMANDS[name]
     assert load(command.function) is getattr(library, name)
     targets = filter(
-        None, (command.cli, command.report, command.drawing, command.page, command.summary)
+        None, (command.cli, command.report, command.drawing, command.views, command.summary)
     )
     assert all(callable(load(target)) for target in targets)
 
@@ -143,7 +143,7 @@ def command(path: str, console: Console) -> None:
 def report(result):
     return f"a ridge of {len(result.table.rows)} points\\n"
 
-def draw(run, *, title, log):
+def draw(run, drawing):
     from matplotlib.figure import Figure
     with house_style():
         figure = Figure()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -20,9 +21,13 @@ from torch.func import functional_call
 import losscli
 from losscli.errors import OutOfMemoryError
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.tasks import Execution
 from losscli.results import Result
+from losscli.settings import Settings
+from losscli.studies.interpolation import Interpolation
 from tests.conftest import Losscli
 from tests.promises.test_ranks import assert_same, forked, forks
+from tests.promises.test_resume import broken_anywhere
 
 N, SEEDS = 24, 5
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
@@ -278,8 +283,8 @@ BAD = {
     ),
     "without it": (f"{LINE} -m mine.py:Noisy", "draws random numbers.*give --stochastic N"),
     "gauss-newton": (
-        "check a.pt -q -m mine.py:Noisy --stochastic 2 --density --operator ggn",
-        "--operator ggn is not available with --stochastic",
+        "check a.pt -m mine.py:Noisy --loss mine.py:loss --stochastic 2 --density --operator ggn",
+        "--operator ggn with --stochastic needs a loss of losscli",
     ),
 }
 
@@ -310,12 +315,35 @@ def test_two_processes_find_what_one_finds(mine: Path, losscli: Losscli) -> None
         done = losscli(*command.split(), "-o", f"one{i}")
         assert done.status == 0, done
         assert ("over the seeds" in done.stdout) == ("check" in command)
-        assert losscli(*command.split(), "--dry-run").status == 0
+        dry = losscli(*command.split(), "--dry-run", "--json")
+        described = json.loads(dry.stdout)
+        passes = described["points"] * sum(described["examples"].values())
+        assert described["forward_passes"] == passes * described["stochastic"]
         assert losscli("plot", f"one{i}.csv", "-o", f"x{i}.png").status == 0
     first, other = forked([f"{c} -o two{i}" for i, c in enumerate(commands)], 2)
     assert [outcome.status for outcome in (*first, *other)] == [0] * 4, first
     for path in mine.glob("one*.csv"):
         assert_same(path.name, path.name.replace("one", "two"))
+
+
+def test_a_run_that_was_broken_off_ends_with_the_same_numbers(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("losscli.evaluation.journal.journal.sync", lambda _: None)
+    monkeypatch.setattr("losscli.evaluation.journal.journal.sync_folder", lambda _: None)
+    # So that there is more than one chunk.
+    monkeypatch.setattr("losscli.evaluation.memory._WORK", {"cpu": 1})
+
+    def study(journal: Any) -> str:
+        settings = Settings(**options())
+        ends = (str(files[0]), str(files[1]))
+        plan = Interpolation.plan(*ends, settings, points=33, range_=(0.0, 1.0))
+        return plan.run(Execution(journal=journal)).table.to_csv()
+
+    whole = study(None)
+    found = broken_anywhere(tmp_path / "run", study, study)
+    assert len(found) >= 3
+    assert set(found) == {whole}
 
 
 def test_out_of_memory_no_batch_is_halved(

@@ -195,8 +195,8 @@ def test_an_objective_stands_in_the_place_of_a_loss(project: Path) -> None:
     (project / "runs/losscli.toml").write_text('loss = "cross_entropy"\n')
     assert run(*names, trust=True).summary["objective"] is None
     (project / "runs/losscli.toml").write_text('objective = "model"\n')
-    with pytest.raises(UsageError, match="--sampling-error is not available with --batch-loss"):
-        run(*names, trust=True, sampling_error=0.1)
+    with pytest.raises(UsageError, match="has no batches of its own, and with --batch-loss"):
+        run(*names, trust=True)
     file.write_text(start + loss + task)
     (project / "runs/losscli.toml").unlink()
     with pytest.raises(SpecError, match=r"losscli\.toml names a loss and an objective, which com"):

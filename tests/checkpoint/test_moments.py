@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
 from losscli.checkpoint import (
     AdamState,
@@ -139,6 +139,24 @@ def test_names_decide_whatever_the_order(form: str) -> None:
     assert found.matched_by == "names"
 
 
+def test_of_two_parts_with_the_same_names_none_is_guessed() -> None:
+    both = nn.ModuleDict({"one": network(), "two": network()})
+    optimizer = torch.optim.Adam(both.named_parameters())
+    x = torch.rand(8, 3)
+    (both["one"](x) - both["two"](2 * x)).square().mean().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    part = both["two"]
+    with pytest.raises(CheckpointError, match=r"several parts with these names: one\., two\."):
+        match({"state_dict": part.state_dict(), "optimizer": state}, part)
+    # Names without a prefix are those of the model itself.
+    names = state["param_groups"][0]["param_names"]
+    state["param_groups"][0]["param_names"] = [name.removeprefix("two.") for name in names]
+    check_moments(
+        match({"state_dict": part.state_dict(), "optimizer": state}, part), part, optimizer
+    )
+
+
 def test_full_states_of_torch_distributed_have_names_for_numbers() -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -213,18 +231,12 @@ def test_different_learning_rates_are_none() -> None:
     assert found.learning_rate is None
 
 
-def quantised(model: nn.Module) -> dict[str, Any]:
-    """As bitsandbytes stores it."""
+def converted(
+    model: nn.Module, convert: Callable[[Tensor], Tensor], key: str = "exp_avg_sq"
+) -> dict[str, Any]:
     state = train(model).state_dict()
     for moments in state["state"].values():
-        moments["state2"] = moments.pop("exp_avg_sq").to(torch.uint8)
-    return state
-
-
-def integers(model: nn.Module) -> dict[str, Any]:
-    state = train(model).state_dict()
-    for moments in state["state"].values():
-        moments["exp_avg_sq"] = moments["exp_avg_sq"].to(torch.uint8)
+        moments[key] = convert(moments.pop("exp_avg_sq"))
     return state
 
 
@@ -245,8 +257,8 @@ def edited(
 
 REFUSED: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "nothing": ("a.pt has no state of an optimiser", lambda model: {}),
-    "bitsandbytes": ("quantised moments", quantised),
-    "integers": ("quantised moments", integers),
+    "bitsandbytes": ("quantised moments", lambda m: converted(m, Tensor.byte, "state2")),
+    "integers": ("quantised moments", lambda m: converted(m, Tensor.byte)),
     "two ways": (
         "do not match those of the model",
         lambda model: train(model, two_of_one_shape).state_dict(),
@@ -264,7 +276,12 @@ REFUSED: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "three betas": ("another form", lambda model: edited(model, betas=(0.9, 0.9, 0.9))),
     "lr": ("in the place of an option", lambda model: edited(model, lr="high")),
     "no list": ("another form", lambda model: edited(model, params=3)),
-    "no maximum": ("second moments of 0.weight of shape none", lambda m: edited(m, amsgrad=True)),
+    "no maximum": ("no second moments of 0.weight", lambda m: edited(m, amsgrad=True)),
+    "sparse": ("second moments of 0.weight, or sparse", lambda m: converted(m, Tensor.to_sparse)),
+    "without values": (
+        "no second moments of 0.weight",
+        lambda model: converted(model, lambda moment: moment.to("meta")),
+    ),
     **{
         kind: (
             "not that of torch.optim.Adam or AdamW",
