@@ -453,3 +453,86 @@ def test_a_killed_search_goes_on(
     assert "goes on where s.journal ends" in done.stderr
     for suffix in (".csv", ".safetensors", ".png"):
         assert Path(f"s{suffix}").read_bytes() == Path(f"whole{suffix}").read_bytes()
+
+
+# --- export --plane ------------------------------------------------------------------------------
+
+
+def loss_by_hand(tensors: dict[str, Tensor]) -> float:
+    return -statistics.fmean(losses_by_hand(tensors, ""))
+
+
+PLANES = {
+    "points": ["a.pt", "b.pt", "c.pt", "--path", "0.pt"],
+    "pca": ["a.pt", "b.pt", "c.pt", "0.pt", "1.pt", "--pca", "--keep-order"],
+    "random": ["a.pt", "--seed", "3"],
+    "chosen": ["a.pt", "b.pt", "c.pt", "--only", "layers.1*"],
+}
+
+
+@pytest.mark.parametrize("case", PLANES)
+def test_a_point_of_a_plane_has_its_loss(
+    case: str, losscli: Losscli, three: list[str], relatives: list[str]
+) -> None:
+    save = ["--points", "3", "-o", "p", "--no-figure"]
+    assert losscli("plane", *PLANES[case], *save).status == 0
+    table = Table.read(Path("p.csv")).where("split", "test")
+    for row in table.records()[::4]:
+        at = [f"{row['x']}", f"{row['y']}"]
+        line = ["export", "--plane", "p.csv", "--at", *at, "-o", "x.safetensors", "--force"]
+        done = losscli(*line)
+        assert (done.status, done.stdout) == (0, "x.safetensors\n"), done.stderr
+        found = load_file("x.safetensors")
+        assert loss_by_hand(found) == pytest.approx(row["loss"], rel=1e-5)
+    if case == "chosen":
+        first = state("a.pt")
+        same = {name for name in found if torch.equal(found[name], first[name])}
+        assert same == {name for name in found if not name.startswith("layers.1")}
+
+
+def test_the_corners_of_a_plane_are_its_checkpoints(losscli: Losscli, three: list[str]) -> None:
+    assert losscli("plane", *three, "--points", "2", "-o", "p", "--no-figure").status == 0
+    rows = Table.read(Path("p.path.csv")).where("split", "test").records()
+    for row, name in zip(rows, three, strict=True):
+        line = ["--at", str(row["x"]), str(row["y"]), "-o", "x.safetensors", "--force"]
+        assert losscli("export", "--plane", "p.csv", *line).status == 0
+        point = load_file("x.safetensors")
+        assert all(bits(point[n]) == bits(tensor) for n, tensor in state(name).items())
+
+
+OFF_PLANE = {
+    "no point": ("--plane p.csv", 2, "--plane is given without --at"),
+    "no plane": ("--at 1 2 a.pt b.pt --alpha 1", 2, "--at is given without --plane"),
+    "names": ("a.pt --plane p.csv --at 1 2", 2, "so a.pt has no effect"),
+    "a model": ("a.pt b.pt --alpha 1 -m mlp:6-5-3", 2, "have no effect without --plane"),
+    "infinite": ("--plane p.csv --at inf 0", 2, "--at inf 0.0 is not a point of the plane"),
+    "another table": ("--plane l.csv --at 0 0", 2, "--plane l.csv is not a table of plane"),
+    "alone": ("--plane alone.csv --at 0 0", 1, "alone.csv has no summary alone.json beside it"),
+    "another model": (
+        "--plane p.csv --at 0 0 -m mlp:6-5-3,activation=tanh",
+        1,
+        "p.csv is of the model mlp:6-5-3, not of mlp:6-5-3,activation=tanh. Give --model mlp:6-5-3",
+    ),
+    "eigenvectors": ("--plane h.csv --at 0 0", 2, "the axes of h.csv are eigenvectors"),
+    "changed": ("--plane p.csv --at 0 0", 1, "b.pt is not what it was when p.csv was written"),
+}
+
+
+@pytest.fixture
+def planes(losscli: Losscli, folder: Path, three: list[str]) -> Path:
+    out = ["--points", "2", "--no-figure", "-o"]
+    assert losscli("plane", *three, *out, "p").status == 0
+    assert losscli("interpolate", "a.pt", "b.pt", *out, "l").status == 0
+    Path("alone.csv").write_bytes(Path("p.csv").read_bytes())
+    Path("h.csv").write_bytes(Path("p.csv").read_bytes())
+    summary = json.loads(Path("p.json").read_text())
+    Path("h.json").write_text(json.dumps({**summary, "plane": "hessian"}))
+    return folder
+
+
+@pytest.mark.parametrize("case", OFF_PLANE)
+def test_what_is_no_point_of_a_plane_is_refused(case: str, losscli: Losscli, planes: Path) -> None:
+    line, status, message = OFF_PLANE[case]
+    if case == "changed":
+        torch.save({"state_dict": MLP("6-5-3").state_dict()}, "b.pt")
+    is_refused(losscli, planes, ["export", *line.split(), "-o", "y.safetensors"], status, message)
