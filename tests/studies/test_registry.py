@@ -26,7 +26,10 @@ PATH = ("a.pt", "b.pt", "init:7")
 LINE = {"points": 3, "model": "mlp:6-5-3"}
 
 # Keys of a summary that some runs do not write.
-OPTIONAL = {"batches", "drawing", "blocks", "mismatches", "distance", "state_dicts", "buffers"}
+OPTIONAL = {
+    *("batches", "drawing", "blocks", "mismatches", "distance", "state_dicts", "buffers"),
+    "strategy",
+}
 
 
 def trained_by_adam() -> Result:
