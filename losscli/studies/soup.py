@@ -18,7 +18,6 @@ from losscli.checkpoint import Checkpoint, CheckpointLike, expand_folders, name_
 from losscli.errors import LossError, OutputError, UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.objective import Evaluation, recalibrated
-from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.spectral import normalise_stored
 from losscli.evaluation.sweep import check, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -144,21 +143,13 @@ class Soup(Study):
     metric: str
 
     @classmethod
-    def plan(
-        cls,
-        names: Sequence[str],
-        settings: Settings,
-        *,
-        greedy: str,
-        ranks: Ranks | None = None,
-    ) -> Soup:
+    def plan(cls, names: Sequence[str], settings: Settings, *, greedy: str) -> Soup:
         """Reads and matches everything, and evaluates nothing.
 
         Args:
             names: The checkpoints.
             settings: The settings.
             greedy: The split with the scores.
-            ranks: The processes that share the run, if there are several.
 
         Returns:
             The plan.
@@ -177,7 +168,7 @@ class Soup(Study):
                     "Leave it out",
                 )
         names = _expand(names)
-        problem = prepare(names, replace(settings, split=(greedy,)), ranks=ranks)
+        problem = prepare(names, replace(settings, split=(greedy,)))
         objective, metric = problem.objective, ""
         if any(value != "none" for value in settings.metric):
             if objective.function is not None:

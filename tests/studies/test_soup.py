@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from losscli.models import CNN, MLP
 from losscli.results import Output, to_json
 from losscli.studies.export import parse_weights
 from losscli.table import Table
+from tests.benchmarks.__main__ import peak
 from tests.checkpoint.test_adapters import adapt, mlp
 from tests.conftest import Losscli
 from tests.studies.test_inspection import batchnorm, bits, is_refused, state
@@ -83,6 +85,20 @@ def test_a_soup_of_adapters_is_that_of_the_whole_models(tmp_path: Path) -> None:
     for name, tensor in found.items():
         mean = sum(whole[name].double() for whole in wholes) / 3
         torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_bounded_by_three_files(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The size of GPT-2 with 124 million parameters, whose largest tensor has 38 million."""
+    files = [str(tmp_path / f"{k}.safetensors") for k in range(5)]
+    for k, file in enumerate(files):
+        tensors = {f"w{i}": torch.full((7_000_000,), k + i / 9, dtype=dtype) for i in range(12)}
+        save_file({**tensors, "words": torch.ones(50257, 768, dtype=dtype)}, file)
+    out = str(tmp_path / "soup.safetensors")
+    done = peak([sys.executable, "-m", "losscli", "soup", *files, "-o", out])
+    used = done - peak([sys.executable, "-c", "import torch"])
+    assert used < 3 * Path(files[0]).stat().st_size
 
 
 def normalised(seed: int) -> nn.Module:
