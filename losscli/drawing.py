@@ -21,6 +21,7 @@ _SIZES: Mapping[str, tuple[float, float | None, float]] = {
     "slide": (10.0, 5.625, 14.0),
 }
 _INCHES = re.compile(r"([0-9]+(?:\.[0-9]+)?)[x×]([0-9]+(?:\.[0-9]+)?)")
+_SLOWEST, _FASTEST = 0.1, 50.0  # frames per second; browsers slow a faster GIF down
 _SMALLEST, _LARGEST = (2.0, 1.5), (40.0, 40.0)  # inches: width, height
 
 
@@ -37,6 +38,7 @@ class Drawing:
         ylim: The lowest and the highest loss on its axis or scale of colours; None to show all.
         style: The settings of a Matplotlib style sheet.
         no_markers: Whether curves have no dots and no marks at their ends and extrema.
+        fps: How many checkpoints an animation shows per second.
     """
 
     title: str = ""
@@ -46,6 +48,7 @@ class Drawing:
     ylim: tuple[float, float] | None = None
     style: Mapping[str, str] = field(default_factory=dict)
     no_markers: bool = False
+    fps: float = 5.0
 
     def __post_init__(self) -> None:
         """Converts values of other types, or rejects them.
@@ -57,6 +60,8 @@ class Drawing:
             object.__setattr__(self, name, convert(name, getattr(self, name), hint))
         if self.size != "full" and self.size not in _SIZES:
             _check_size(self.size)
+        if not _SLOWEST <= self.fps <= _FASTEST:
+            raise UsageError(f"--fps {self.fps:g} is not between {_SLOWEST:g} and {_FASTEST:g}")
         if self.ylim is not None:
             low, high = self.ylim
             if not (math.isfinite(low) and math.isfinite(high) and low < high):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losscli.drawing import FULL, Drawing
 from losscli.errors import UsageError
-from losscli.registry import Panels, load
+from losscli.registry import ANIMATIONS, MESH, PATH_MESH, Panels, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,8 +41,8 @@ def check_panel_count(panels: Panels, splits: int, metrics: int, cure: str) -> N
 
 
 def has_panels(path: Path) -> bool:
-    """Returns whether a figure has a fixed number of panels: an interactive page has not."""
-    return path.suffix.lower() != ".html"
+    """Returns whether a figure has panels side by side: neither a page nor a surface has."""
+    return path.suffix.lower() not in {".html", MESH}
 
 
 def check_curve_count(curves: int, cure: str) -> None:
@@ -62,6 +62,8 @@ def check_curve_count(curves: int, cure: str) -> None:
 def render_files(
     figure: Callable[[], Figure],
     html: Callable[[], str],
+    animation: Callable[[str], bytes],
+    mesh: Callable[[], Mapping[str, str]],
     paths: Sequence[Path],
     drawing: Drawing = FULL,
 ) -> dict[Path, bytes]:
@@ -70,16 +72,24 @@ def render_files(
     Args:
         figure: Draws the figure; called for each file, since rendering modifies it.
         html: Renders the figure as an interactive page.
+        animation: Animates the path in a format, by its suffix.
+        mesh: Writes the surface and the path on it, by the ends of their names.
         paths: The files.
         drawing: How the figure is drawn.
 
     Returns:
         The content of each file.
     """
-    if not paths:
-        return {}
-    render = load("losscli.plotting.style:render")
-    return {
-        path: html().encode() if not has_panels(path) else render(figure(), path.suffix, drawing)
-        for path in paths
-    }
+    contents = {}
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix == ".html":
+            contents[path] = html().encode()
+        elif suffix in ANIMATIONS:
+            contents[path] = animation(suffix)
+        elif suffix == MESH:
+            is_path = path.name.lower().endswith(PATH_MESH)
+            contents[path] = mesh()[PATH_MESH if is_path else MESH].encode()
+        else:
+            contents[path] = load("losscli.plotting.style:render")(figure(), path.suffix, drawing)
+    return contents

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from losscli.errors import UsageError
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
     from losscli.drawing import Drawing
 
 __all__ = [
+    "ANIMATIONS",
     "COLUMN_TYPES",
     "COMMANDS",
+    "MESH",
+    "PATH_MESH",
+    "PICTURES",
     "RESERVED_COLUMNS",
     "Command",
     "Panels",
@@ -41,6 +46,12 @@ COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
     **dict.fromkeys(("bytes", "examples", "kept", "step", "tensors", "values", "walk"), "integer"),
 }
 """The types of columns, in any table, that do not hold floats."""
+
+PICTURES = (".png", ".svg", ".pdf", ".html")
+ANIMATIONS = (".gif", ".mp4")
+MESH = ".vtp"
+PATH_MESH = ".path.vtp"
+"""The path on the surface of x.vtp is in x.path.vtp."""
 
 Panels = Literal["metrics", "splits", "tensors"]
 """What a figure has a panel for: each metric, each split, or all tensors in one."""
@@ -95,6 +106,12 @@ class Command:
             overlaid.
         views: The function that returns the views of runs on an interactive page, with the same
             runs, or that of any command.
+        animation: The function that animates runs, with the arguments of ``drawing``; empty for
+            none.
+        mesh: The function that writes runs as a surface, with the arguments of ``drawing``; empty
+            for none.
+        path_cure: What to do if a run has no path to animate.
+        surface_cure: What to do if a run has no surface.
         summary: The type of the summary, STEM.json, see `losscli.summaries`.
         table: The main table, STEM.csv.
         further_tables: The tables that are written beside it, by NAME of STEM.NAME.csv.
@@ -113,6 +130,10 @@ class Command:
     further_tables: Mapping[str, TableFormat] = field(default_factory=dict)
     panels: Panels = "splits"
     views: str = ""
+    animation: str = ""
+    mesh: str = ""
+    path_cure: str = ""
+    surface_cure: str = ""
     distributed: bool = True
     not_overlaid: tuple[str, str] | None = None
 
@@ -164,6 +185,70 @@ class Command:
             else load("losscli.plotting.html:table_views")(runs)
         )
         return views
+
+    def check_format(self, suffix: str, *, has_path: bool = True, has_surface: bool = True) -> None:
+        """Checks that a run has a figure in a format.
+
+        Args:
+            suffix: The format, ``.gif`` for example.
+            has_path: Whether the run has a path, if runs of the command may have one.
+            has_surface: Whether the run has a surface, if runs of the command may have one.
+
+        Raises:
+            UsageError: It has none, or the format needs a package that is not installed.
+        """
+        needs = [
+            (ANIMATIONS, "shows a path", self.animation, has_path, self.path_cure),
+            ((MESH,), "holds a surface", self.mesh, has_surface, self.surface_cure),
+        ]
+        for suffixes, does, function, has, cure in needs:
+            if suffix in suffixes and not (function and has):
+                which = f"this {self.name}" if function else self.name
+                raise UsageError(
+                    f"a {suffix} {does}, and {which} has none",
+                    cure if function else f"Choose one of {', '.join(PICTURES)}",
+                )
+        if suffix == ".mp4" and find_spec("imageio_ffmpeg") is None:
+            raise UsageError(
+                "a .mp4 needs imageio-ffmpeg, which is not installed",
+                "pip install 'losscli[video]', or write a .gif",
+            )
+
+    def animate(self, runs: Sequence[Any], drawing: Drawing, suffix: str) -> bytes:
+        """Animates the paths of one run or several.
+
+        Args:
+            runs: Each a `losscli.results.Run`.
+            drawing: How.
+            suffix: The format, ``.gif`` or ``.mp4``.
+
+        Returns:
+            The content of a file.
+
+        Raises:
+            UsageError: Several runs have no figure together, or they have no path.
+        """
+        self.check_format(suffix)
+        animation = load(self.animation)(self._overlaid(runs), drawing)
+        content: bytes = animation.render(suffix)
+        return content
+
+    def write_mesh(self, runs: Sequence[Any], drawing: Drawing) -> dict[str, str]:
+        """Writes a surface and the path on it for programs such as ParaView.
+
+        Args:
+            runs: Each a `losscli.results.Run`.
+            drawing: Whether the height is logarithmic.
+
+        Returns:
+            The content of each file, by the end of its name: ``.vtp`` and ``.path.vtp``.
+
+        Raises:
+            UsageError: There are several runs, or the run has no surface.
+        """
+        self.check_format(MESH)
+        mesh: dict[str, str] = load(self.mesh)(self._overlaid(runs), drawing)
+        return mesh
 
     def _overlaid(self, runs: Sequence[Any]) -> Any:
         """Returns what is drawn together: the runs, or the only one."""
@@ -238,6 +323,10 @@ COMMANDS: Mapping[str, Command] = {
             report="losscli.cli.trajectory:report",
             drawing="losscli.plotting.trajectory:draw_trajectory",
             views="losscli.plotting.trajectory:trajectory_views",
+            animation="losscli.plotting.trajectory:animate_trajectory",
+            mesh="losscli.plotting.trajectory:mesh_trajectory",
+            path_cure="Give checkpoints of finite weights",
+            surface_cure="Give a path that leaves the straight line, without --no-surface",
             summary="losscli.summaries:TrajectorySummary",
             table=TableFormat(
                 (
@@ -269,6 +358,9 @@ COMMANDS: Mapping[str, Command] = {
             report="losscli.cli.plane:report",
             drawing="losscli.plotting.plane:draw_plane",
             views="losscli.plotting.plane:plane_views",
+            animation="losscli.plotting.plane:animate_plane",
+            mesh="losscli.plotting.plane:mesh_plane",
+            path_cure="Give --pca or --path",
             summary="losscli.summaries:PlaneSummary",
             table=TableFormat(
                 ("x", "y", *_LOSS),

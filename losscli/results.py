@@ -11,9 +11,9 @@ import math
 import os
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +24,12 @@ from losscli.errors import OutputError, TableError, UsageError, printable
 from losscli.figures import check_panel_count, has_panels, render_files
 from losscli.files import create, read_regular
 from losscli.registry import (
+    ANIMATIONS,
     COLUMN_TYPES,
     COMMANDS,
+    MESH,
+    PATH_MESH,
+    PICTURES,
     Command,
     command_of,
     further_table_names,
@@ -49,6 +53,7 @@ __all__ = [
     "default_stem",
     "draw",
     "label_runs",
+    "make_drawing",
     "picture_of",
     "read_summary",
     "render_html",
@@ -56,7 +61,7 @@ __all__ = [
     "to_json",
 ]
 
-FIGURE_SUFFIXES = (".png", ".svg", ".pdf", ".html")
+FIGURE_SUFFIXES = (*PICTURES, *ANIMATIONS, MESH)
 
 # Non-ASCII characters. json escapes control characters itself; its own newlines are kept.
 _NON_ASCII = re.compile(r"[^\n -~]")
@@ -138,11 +143,11 @@ class Result(Generic[S_co]):
     def _picture(self) -> tuple[bytes, dict[str, float]] | None:
         """The figure as a PNG for a notebook, and its size; None if there is no figure."""
         try:
-            figure = self.figure()
+            figure = self.draw_with(drawing := self._drawing({}))
         except UsageError:  # the state dicts of a file have none
             return None
         png_of = load("losscli.plotting.style:png_of")
-        picture: tuple[bytes, dict[str, float]] = png_of(figure, self.drawing)
+        picture: tuple[bytes, dict[str, float]] = png_of(figure, drawing)
         return picture
 
     def _repr_png_(self) -> tuple[bytes, dict[str, float]] | None:
@@ -172,47 +177,31 @@ class Result(Generic[S_co]):
         """The result as a run to draw."""
         return Run(self.table, self.summary, more=self.more)
 
-    @property
-    def drawing(self) -> Drawing:
-        """How its figure is drawn, by its summary.
-
-        Raises:
-            UsageError: The summary has a value that cannot be drawn.
-        """
+    def _drawing(self, options: Mapping[str, Any]) -> Drawing:
+        """Returns how the result is drawn: by the options, else as it was when it was saved."""
         stored: Any = self.summary.get("drawing", {})
-        return Drawing(**stored)
+        return make_drawing({**stored, **options})
 
-    def _drawn(self, **options: Any) -> Result[S_co]:
-        """Returns the result with options of its figure; those that are None stay as they are."""
-        given = {name: value for name, value in options.items() if value is not None}
-        if "style" in given:
-            given["style"] = load("losscli.plotting.style_sheet:read")(given["style"])
-        stored = replace(self.drawing, **given).stored
-        if not stored and "drawing" not in self.summary:
-            return self
-        summary: Any = {**self.summary, "drawing": stored}
-        return replace(self, summary=summary)
-
-    @checked()
-    def figure(
-        self,
-        *,
-        log: bool | None = None,
-        size: str | None = None,
-        label: str | Sequence[str] | None = None,
-        ylim: tuple[float, float] | None = None,
-        style: PathLike | None = None,
-        no_markers: bool | None = None,
-    ) -> Figure:
-        """Draws the result, by default with the options that its summary stores.
+    def with_drawing(self, drawing: Drawing) -> Result[S_co]:
+        """Stores in the summary how the result is drawn.
 
         Args:
-            log: Whether the loss has a logarithmic axis, or scale of colours.
-            size: ``full``, ``paper``, ``slide`` or ``WxH`` in inches.
-            label: A name for each checkpoint, in their order; empty for their own names.
-            ylim: The lowest and the highest loss on its axis or scale of colours.
-            style: A Matplotlib style sheet.
-            no_markers: Whether curves have no dots and no marks at their ends and extrema.
+            drawing: How.
+
+        Returns:
+            The result with another summary.
+        """
+        if not drawing.stored and "drawing" not in self.summary:
+            return self
+        summary: Any = {**self.summary, "drawing": drawing.stored}
+        return replace(self, summary=summary)
+
+    @checked(Drawing)
+    def figure(self, **drawing: Any) -> Figure:
+        """Draws the result.
+
+        Args:
+            **drawing: The attributes of `losscli.drawing.Drawing`: ``log``, ``size``, ….
 
         Returns:
             A matplotlib figure.
@@ -220,19 +209,25 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: A value cannot be drawn, or the style sheet cannot be read.
         """
-        result = self._drawn(
-            log=log, size=size, label=label, ylim=ylim, style=style, no_markers=no_markers
-        )
-        drawing = result.drawing
-        return self.draw(label_runs([result.run], drawing.label), drawing)
+        return self.draw_with(self._drawing(drawing))
 
-    @checked()
-    def html(self, *, log: bool | None = None, label: str | Sequence[str] | None = None) -> str:
+    def draw_with(self, drawing: Drawing) -> Figure:
+        """Draws the result.
+
+        Args:
+            drawing: How.
+
+        Returns:
+            A matplotlib figure.
+        """
+        return self.draw(label_runs([self.run], drawing.label), drawing)
+
+    @checked(Drawing)
+    def html(self, **drawing: Any) -> str:
         """Renders the result as an interactive page.
 
         Args:
-            log: Whether the scale of the loss is logarithmic at first.
-            label: A name for each checkpoint, in their order; empty for their own names.
+            **drawing: The attributes of `losscli.drawing.Drawing`: ``log``, ``label``, ….
 
         Returns:
             HTML that needs no other file and no network.
@@ -240,11 +235,20 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: Plotly is not installed.
         """
-        result = self._drawn(log=log, label=label)
-        drawing = result.drawing
-        return render_html(label_runs([result.run], drawing.label), drawing)
+        return self.html_with(self._drawing(drawing))
 
-    @checked()
+    def html_with(self, drawing: Drawing) -> str:
+        """Renders the result as an interactive page.
+
+        Args:
+            drawing: How.
+
+        Returns:
+            HTML that needs no other file and no network.
+        """
+        return render_html(label_runs([self.run], drawing.label), drawing)
+
+    @checked(Drawing)
     def save(
         self,
         stem: PathLike,
@@ -252,26 +256,17 @@ class Result(Generic[S_co]):
         figure: tuple[PathLike, ...] = (),
         no_figure: bool = False,
         force: bool = False,
-        log: bool | None = None,
-        size: str | None = None,
-        label: str | Sequence[str] | None = None,
-        ylim: tuple[float, float] | None = None,
-        style: PathLike | None = None,
-        no_markers: bool | None = None,
+        **drawing: Any,
     ) -> list[Path]:
         """Writes the files that the command line writes; `losscli.load` reads them again.
 
         Args:
             stem: STEM of STEM.csv, STEM.json, STEM.NAME.csv of each further table and STEM.png.
-            figure: Figures (.png, .svg, .pdf, .html) instead of STEM.png.
+            figure: Figures instead of STEM.png: .png, .svg, .pdf, .html; .gif and .mp4 of a path;
+                .vtp of a surface.
             no_figure: Whether to draw no figure.
             force: Whether results of another run may be overwritten.
-            log: See `figure`, as for the following options. The summary stores them.
-            size: See `figure`.
-            label: See `figure`.
-            ylim: See `figure`.
-            style: See `figure`.
-            no_markers: See `figure`.
+            **drawing: The attributes of `losscli.drawing.Drawing`: ``log``, ``size``, ….
 
         Returns:
             The files.
@@ -283,9 +278,7 @@ class Result(Generic[S_co]):
         """
         if figure and no_figure:
             raise UsageError("figure and no_figure contradict each other", "Give one of them")
-        result = self._drawn(
-            log=log, size=size, label=label, ylim=ylim, style=style, no_markers=no_markers
-        )
+        options = self._drawing(drawing)
         output = Output.plan(
             stem_of(str(stem)), [Path(path) for path in figure], draw=not no_figure, force=force
         )
@@ -299,7 +292,25 @@ class Result(Generic[S_co]):
             )
         identity = self.summary.get("identity")
         output.guard(None if identity is None else str(identity), self.command.further_tables)
-        return output.save(result)
+        return output.save(self.with_drawing(options), options)
+
+
+def make_drawing(options: Mapping[str, Any]) -> Drawing:
+    """Makes a drawing from the options of a function.
+
+    Args:
+        options: The attributes of a drawing; ``style`` may be the file of a style sheet.
+
+    Returns:
+        The drawing.
+
+    Raises:
+        UsageError: A value cannot be drawn, or the style sheet cannot be read.
+    """
+    style = options.get("style")
+    if isinstance(style, str | os.PathLike):
+        options = {**options, "style": load("losscli.plotting.style_sheet:read")(style)}
+    return Drawing(**options)
 
 
 def check_labels(labels: Sequence[str], number: int, things: str = "checkpoints") -> None:
@@ -379,6 +390,39 @@ def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
     views = _shared_command(runs).page_views(runs)
     page: str = load("losscli.plotting.html:render_page")(views, drawing)
     return page
+
+
+def animate(runs: Sequence[Run[Any]], drawing: Drawing, suffix: str) -> bytes:
+    """Animates the paths of runs of one command, by the columns of their tables.
+
+    Args:
+        runs: One or more, each with the table of a command.
+        drawing: How.
+        suffix: The format, ``.gif`` or ``.mp4``.
+
+    Returns:
+        The content of a file.
+
+    Raises:
+        UsageError: The runs are of several commands, or have no path.
+    """
+    return _shared_command(runs).animate(runs, drawing, suffix)
+
+
+def write_mesh(runs: Sequence[Run[Any]], drawing: Drawing) -> dict[str, str]:
+    """Writes the surface of a run and the path on it, by the columns of its tables.
+
+    Args:
+        runs: A single run with the table of a command.
+        drawing: Whether the height is logarithmic.
+
+    Returns:
+        The content of each file, by the end of its name: ``.vtp`` and ``.path.vtp``.
+
+    Raises:
+        UsageError: There are several runs, or the run has no surface.
+    """
+    return _shared_command(runs).write_mesh(runs, drawing)
 
 
 def check_plotly() -> None:
@@ -580,6 +624,16 @@ class Output:
                 )
         if any(path.suffix.lower() == ".html" for path in figures):
             check_plotly()
+        figures = [
+            file
+            for path in figures
+            for file in (
+                # A surface has its path in a second file.
+                (path, path.with_suffix(PATH_MESH))
+                if path.suffix.lower() == MESH and not path.name.lower().endswith(PATH_MESH)
+                else (path,)
+            )
+        ]
         for parent in {path.parent for path in (stem, *figures)}:
             # Missing folders are created later, inside the nearest existing one.
             folder = next(p for p in (parent, *parent.parents) if p.exists())
@@ -589,7 +643,7 @@ class Output:
                 raise OutputError(
                     f"the folder {folder} cannot be written to", "Choose another with --out"
                 )
-        return cls(stem, tuple(figures), force)
+        return cls(stem, tuple(dict.fromkeys(figures)), force)
 
     def make_folder(self) -> None:
         """Creates the folder of the stem if it does not exist.
@@ -636,13 +690,14 @@ class Output:
             identity is not None and _read_object(self._file(".json")).get("identity") == identity
         )
 
-    def save(self, result: Result[Any]) -> list[Path]:
+    def save(self, result: Result[Any], drawing: Drawing = FULL) -> list[Path]:
         """Draws and writes a result: all files under temporary names first, then all are renamed.
 
         Further tables of an older run with the same stem are removed.
 
         Args:
             result: The result.
+            drawing: How it is drawn.
 
         Returns:
             The files.
@@ -651,7 +706,7 @@ class Output:
             UsageError: The result has no such figure.
             OutputError: A file cannot be written. No file is changed then.
         """
-        pictures = render_files(result.figure, result.html, self.figures, result.drawing)
+        pictures = self.render(label_runs([result.run], drawing.label), result.draw, drawing)
         old_tables = _read_object(self._file(".json")).get("tables")
         summary = f"{to_json(result.summary)}\n".encode()
         # The summary comes first: if the process is killed in between, it identifies the run. The
@@ -672,6 +727,36 @@ class Output:
                 self._file(f".{name}.csv").unlink(missing_ok=True)
         more = (self._file(f".{name}.csv") for name in result.more)
         return [self._file(".csv"), *more, *self.figures, self._file(".json")]
+
+    def render(
+        self,
+        runs: Sequence[Run[Any]],
+        draw: Draw,
+        drawing: Drawing = FULL,
+        page: Callable[[Sequence[Run[Any]], Drawing], str] = render_html,
+    ) -> dict[Path, bytes]:
+        """Renders the figures.
+
+        Args:
+            runs: One or more runs of one command, with their labels.
+            draw: Draws them.
+            drawing: How.
+            page: Renders them as an interactive page.
+
+        Returns:
+            The content of each file.
+
+        Raises:
+            UsageError: The runs have no such figure.
+        """
+        return render_files(
+            partial(draw, runs, drawing),
+            partial(page, runs, drawing),
+            partial(animate, runs, drawing),
+            partial(write_mesh, runs, drawing),
+            self.figures,
+            drawing,
+        )
 
     def write_pictures(self, pictures: Mapping[Path, bytes]) -> list[Path]:
         """Writes figures only; refuses to overwrite different ones unless ``force``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,17 @@ from losscli.errors import TableError, UsageError
 from losscli.figures import check_curve_count, check_panel_count
 from losscli.registry import COMMANDS, Command, TableFormat, command_of, further_table_of
 from losscli.registry import load as load_function
-from losscli.results import Result, Run, check_plotly, draw, label_runs, read_summary, stem_of
+from losscli.results import (
+    Result,
+    Run,
+    check_plotly,
+    draw,
+    label_runs,
+    make_drawing,
+    read_summary,
+    stem_of,
+)
 from losscli.settings import PathLike, as_list, checked, describe
-from losscli.summaries import DrawingSummary
 from losscli.table import Table
 
 if TYPE_CHECKING:
@@ -25,11 +33,11 @@ __all__ = [
     "check_curves",
     "check_main",
     "check_panels",
+    "choose_drawing",
     "load",
     "plot",
     "read_run",
     "report",
-    "stored_drawing",
 ]
 
 # Maximum number of grid points per row: a table may lack some points, but not most of them.
@@ -63,7 +71,8 @@ def load(stem: PathLike) -> Result[Any]:
     run = read_run(path, undrawn=True)
     if not run.summary:
         raise TableError(
-            f"{path} has no summary {base.name}.json beside it",
+            f"{path} has no summary beside it: {base.name}.json is missing, broken or of another "
+            "table",
             f"Draw it without one, by losscli.plot({str(path)!r}), or make both again",
         )
     command = command_of(run.table.columns)
@@ -74,29 +83,13 @@ def load(stem: PathLike) -> Result[Any]:
 Drawable = PathLike | Result[Any]
 
 
-@checked()
-def plot(
-    runs: Drawable | Iterable[Drawable],
-    *,
-    title: str = "",
-    log: bool | None = None,
-    size: str | None = None,
-    label: tuple[str, ...] = (),
-    ylim: tuple[float, float] | None = None,
-    style: PathLike | None = None,
-    no_markers: bool | None = None,
-) -> Figure:
+@checked(Drawing)
+def plot(runs: Drawable | Iterable[Drawable], **drawing: Any) -> Figure:
     """Draws one run or several of one command, as ``losscli plot`` does.
 
     Args:
         runs: CSV files that losscli wrote, or results: one or several.
-        title: Stands above the panels.
-        log: Whether the loss has a logarithmic axis; None, here and below, for what all runs store.
-        size: ``full``, ``paper``, ``slide`` or ``WxH`` in inches.
-        label: A name for each run, or for each checkpoint of a single one.
-        ylim: The lowest and the highest loss on its axis or scale of colours.
-        style: A Matplotlib style sheet.
-        no_markers: Whether curves have no dots and no marks at their ends and extrema.
+        **drawing: The attributes of `losscli.drawing.Drawing`: ``log``, ``label``, ….
 
     Returns:
         A matplotlib figure.
@@ -112,17 +105,12 @@ def plot(
     names = [
         f"run {k}" if isinstance(value, Result) else str(value) for k, value in enumerate(values)
     ]
-    drawn = list(map(_as_run, values, names))
-    options: dict[str, Any] = {"log": log, "size": size, "ylim": ylim, "no_markers": no_markers}
-    options |= {"label": label or None}
-    if style is not None:
-        options["style"] = load_function("losscli.plotting.style_sheet:read")(style)
-    given = {name: value for name, value in options.items() if value is not None}
-    drawing = Drawing(**{**stored_drawing(names, drawn), **given, "title": title})
-    drawn = label_runs(drawn, drawing.label)
+    read = list(map(_as_run, values, names))
+    options = choose_drawing(names, read, drawing)
+    drawn = label_runs(read, options.label)
     check_curves(drawn)
     check_panels(names, drawn)
-    return draw(drawn, drawing)
+    return draw(drawn, options)
 
 
 def _as_run(value: Any, name: str) -> Run[Any]:
@@ -221,36 +209,39 @@ def read_run(path: Path, *, undrawn: bool = False) -> Run[Any]:
     return Run(table, summary, more=more)
 
 
-def stored_drawing(names: Sequence[str], runs: Sequence[Run[Any]]) -> DrawingSummary:
-    """Returns the options of the figure that the summaries of all runs have in common.
+def choose_drawing(
+    names: Sequence[str], runs: Sequence[Run[Any]], options: Mapping[str, Any]
+) -> Drawing:
+    """Chooses how runs are drawn: by the options, else as all of them were drawn before.
 
     Args:
         names: The name of each run in errors.
         runs: The runs.
+        options: The options that were given.
 
     Returns:
-        The options. The labels of checkpoints are those of a single run.
+        The options of the figure. The labels of checkpoints are those of a single run.
 
     Raises:
-        TableError: A summary has a value that cannot be drawn.
+        UsageError: An option is invalid.
+        TableError: A summary holds an invalid option.
     """
     stored: list[dict[str, Any]] = []
     for name, run in zip(names, runs, strict=True):
-        options = run.summary.get("drawing", {})
+        own = run.summary.get("drawing", {})
         try:
-            if style := Drawing(**options).style:
+            if style := Drawing(**own).style:
                 load_function("losscli.plotting.style_sheet:parse")(style)
         except UsageError as error:
             where = Path(name).with_suffix(".json")
             raise TableError(f"{where}, drawing: {error.what}", error.cure) from None
-        stored.append(options if len(runs) == 1 else {**options, "label": ()})
-    common: Any = {
+        stored.append(own if len(runs) == 1 else {**own, "label": ()})
+    common = {
         key: value
         for key, value in stored[0].items()
-        if all(options.get(key) == value for options in stored)
+        if all(other.get(key) == value for other in stored)
     }
-    shared: DrawingSummary = common
-    return shared
+    return make_drawing({**common, **options})
 
 
 def check_main(table: Table, name: str) -> Command:

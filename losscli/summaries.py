@@ -169,6 +169,7 @@ class DrawingSummary(TypedDict, total=False):
     ylim: list[float]
     style: dict[str, str]
     no_markers: bool
+    fps: float
 
 
 class Origin(Provenance, total=False):

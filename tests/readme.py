@@ -91,8 +91,8 @@ def programs(text: str) -> dict[str, str]:
 
 
 def pictures(text: str) -> list[str]:
-    """The names of the pictures that the README shows."""
-    return re.findall(r"!\[[^\]]*\]\(sample_checkpoints/gallery/(\w+)\.png\)", text)
+    """The files of the pictures that the README shows."""
+    return re.findall(r"!\[[^\]]*\]\(sample_checkpoints/gallery/(\w+\.(?:png|gif))\)", text)
 
 
 def environment(*first: Path) -> dict[str, str]:
@@ -132,7 +132,7 @@ def redraw_gallery() -> None:
             if done.returncode:
                 sys.exit(done.stderr)
         for picture in pictures(text):
-            shutil.copy(folder / f"{picture}.png", GALLERY)
+            shutil.copy(folder / picture, GALLERY)
 
 
 def main(arguments: list[str]) -> None:

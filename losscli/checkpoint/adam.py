@@ -217,6 +217,11 @@ def _read(
                 f"parameter has {list(parameters.shapes[name])}",
                 "Name a checkpoint with the optimiser that trained it",
             )
+        if not bool(((moment >= 0) & moment.isfinite()).all()):
+            raise CheckpointError(
+                f"{where} has second moments of {name} that are negative or not finite",
+                "Name a checkpoint before the gradients overflowed",
+            )
         moments[name] = moment
     return AdamState(
         moments,

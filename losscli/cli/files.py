@@ -14,7 +14,6 @@ from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Force, Json, with_console, with_some_settings
 from losscli.cli.report import align_columns, format_count
 from losscli.errors import UsageError, printable
-from losscli.figures import render_files
 from losscli.registry import COMMANDS
 from losscli.results import Output, Result, check_writable, to_json
 from losscli.settings import Settings
@@ -50,6 +49,8 @@ def inspect(
     With two: the distance and cosine of each tensor, and what does not match.
     """
     output = Output.plan(figure[0], figure, force=force) if figure else None
+    for path in figure or ():
+        COMMANDS["inspect"].check_format(path.suffix.lower())
     with importing("torch"):
         from losscli.studies.inspection import inspect as study
 
@@ -57,7 +58,7 @@ def inspect(
     files = []
     if output:
         import_plotting()
-        files = output.write_pictures(render_files(result.figure, result.html, output.figures))
+        files = output.write_pictures(output.render([result.run], result.draw))
     console.written = bool(files)
     if json_:
         summary = {**result.summary, "rows": result.table.records()}

@@ -282,6 +282,15 @@ _DRAWING: dict[str, Any] = {
             "--no-markers",
         ),
     ],
+    "fps": Annotated[
+        float | None,
+        _option(
+            _PICTURE,
+            "The frames per second of a .gif or .mp4. Default: 5.",
+            "--fps",
+            metavar="N",
+        ),
+    ],
 }
 
 # A summary may hold other values.
@@ -325,7 +334,8 @@ _OUTPUT_OPTIONS: dict[str, Any] = {
         list[Path] | None,
         _option(
             _OUTPUT,
-            "Repeatable. A picture (.png, .svg, .pdf, .html) instead of STEM.png.",
+            "Repeatable. A picture instead of STEM.png: .png, .svg, .pdf, .html; a .gif or .mp4 of "
+            "a path; a .vtp of a surface.",
             "--figure",
             metavar="PATH",
         ),

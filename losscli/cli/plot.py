@@ -15,12 +15,11 @@ import typer
 from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting
 from losscli.cli.options import with_console, with_drawing
-from losscli.drawing import Drawing
 from losscli.errors import UsageError
-from losscli.figures import has_panels, render_files
+from losscli.figures import has_panels
 from losscli.registry import COMMANDS, command_of
 from losscli.results import Output, Run, draw, label_runs, picture_of, render_html, stem_of
-from losscli.runs import check_curves, check_main, check_panels, read_run, report, stored_drawing
+from losscli.runs import check_curves, check_main, check_panels, choose_drawing, read_run, report
 from losscli.table import Table
 
 __all__ = ["plot"]
@@ -59,7 +58,8 @@ def plot(
         typer.Option(
             "--figure",
             metavar="PATH",
-            help="Repeatable. A picture (.png, .svg, .pdf, .html) instead of STEM.png.",
+            help="Repeatable. A picture instead of STEM.png: .png, .svg, .pdf, .html; a .gif or "
+            ".mp4 of a path; a .vtp of a surface.",
             show_default=False,
         ),
     ] = None,
@@ -77,7 +77,7 @@ def plot(
             "Give --out STEM, or see it here with --terminal",
         )
     runs = [_read(name) for name in csvs]
-    options = Drawing(**{**stored_drawing(csvs, runs), **drawing, "title": title})
+    options = choose_drawing(csvs, runs, {**drawing, "title": title})
     runs = label_runs(runs, options.label)
     check_curves(runs)
     if terminal:
@@ -93,9 +93,8 @@ def plot(
     if any(map(has_panels, output.figures)):
         check_panels(csvs, runs)
     import_plotting()
-    page = partial(report, csvs, runs, options) if runs[1:] else partial(render_html, runs, options)
-    pictures = render_files(partial(draw, runs, options), page, output.figures, options)
-    files = output.write_pictures(pictures)
+    page = partial(report, csvs) if runs[1:] else render_html
+    files = output.write_pictures(output.render(runs, draw, options, page))
     console.written = True
     console.result("".join(f"{path}\n" for path in files))
 

@@ -66,6 +66,9 @@ def run_study(
         study = plan()
     _note_on_speed(study, console)
     check_labels(write.drawing.label, len(study.problem.names))
+    for path in output.figures if output is not None else ():
+        suffix = path.suffix.lower()
+        command.check_format(suffix, has_path=study.has_path, has_surface=study.has_surface)
     if output is not None and any(map(has_panels, output.figures)):
         objective = study.problem.objective
         check_panel_count(
@@ -109,12 +112,12 @@ def run_study(
         for note in _journal_notes(journal):
             console.note(note)
         result = _evaluate(study, console, ranks, journal)
-        result = replace(result, summary={**result.summary, "drawing": write.drawing.stored})
+        result = result.with_drawing(write.drawing)
         if output.figures:
             import_plotting()
         if checkpoint is not None:
             result.checkpoint.save(checkpoint, force=True)
-        files = [*filter(None, [checkpoint]), *output.save(result)]
+        files = [*filter(None, [checkpoint]), *output.save(result, write.drawing)]
         console.written = True
         journal.finish()
     if write.json:

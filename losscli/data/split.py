@@ -6,7 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, Self
 
 import torch
@@ -16,6 +16,7 @@ from losscli.data.memory import allocations
 from losscli.data.nests import Nest, Ragged, dump, leaves, length, map_nest, realise, take
 from losscli.errors import UsageError
 from losscli.weight_space.digest import digest
+from losscli.weight_space.vectors import to_device
 
 __all__ = ["Batches", "DataSet", "Examples", "Split", "Task"]
 
@@ -248,9 +249,9 @@ class Split(Examples):
             device: The device.
 
         Returns:
-            The split on the device, with unchanged dtypes.
+            The split on the device, with unchanged dtypes but for `to_device`.
         """
-        return self.map(lambda tensor: tensor.to(device))
+        return self.map(partial(to_device, device=device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Applies a function to the inputs and the targets.

@@ -43,6 +43,7 @@ from losscli.evaluation.losses import (
 from losscli.evaluation.metrics import METRICS, perplexity
 from losscli.evaluation.objective_functions import (
     MODEL,
+    OWN_LOSS,
     ObjectiveFunction,
     ObjectiveOutputs,
     own_loss,
@@ -230,12 +231,13 @@ class ScoredModel(LoadableModel):
             shapes = " and ".join(
                 str(list(tensor.shape)) for tensor in leaves(inputs)[:_MOST_SHAPES]
             )
+            usual = "Do --model and --data belong together? (flatten=true flattens images)"
             raise ModelError(
                 f"the model fails on inputs of shape {shapes}: {one_line(error)}",
                 suggest_fix(self.model, inputs, leaves(inputs))
                 or _advise_on_graph(error)
                 or _advise_on_type(error, inputs)
-                or "Do --model and --data belong together? (flatten=true flattens images)",
+                or (usual if targets is None else OWN_LOSS),
             ) from error
 
     def deferring(self) -> AbstractContextManager[Any]:

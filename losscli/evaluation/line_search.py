@@ -17,7 +17,7 @@ from losscli.evaluation.tasks import Execution
 from losscli.summaries import Step
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line
-from losscli.weight_space.vectors import Weights, norm
+from losscli.weight_space.vectors import Weights, norm, to_device
 
 __all__ = ["MAX_CURVE_POINTS", "STEP_LENGTHS", "LineSearch", "best_step"]
 
@@ -67,9 +67,9 @@ class LineSearch:
             The split at each distance.
         """
         objective = self.objective
-        start = {name: self.weights[name].to(objective.device) for name in direction}
+        start = {name: to_device(self.weights[name], objective.device) for name in direction}
         end = {
-            name: (start[name] + step.to(start[name].device)).to(
+            name: (start[name] + to_device(step, objective.device)).to(
                 torch.promote_types(start[name].dtype, torch.float32)
             )
             for name, step in direction.items()

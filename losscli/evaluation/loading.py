@@ -97,16 +97,16 @@ class LoadableModel:
 
 
 def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Moves a model to a device and casts it; complex tensors stay complex."""
+    """Casts a model and moves it to a device; complex tensors stay complex."""
+    # In this order, as MPS has no float64.
     if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
-        return model.to(device=device, dtype=dtype)
+        return model.to(dtype).to(device)
 
     # nn.Module.to would drop the imaginary parts.
-    model.to(device)
     for tensor in (*model.parameters(), *model.buffers()):
         if can_move(tensor):
             tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
-    return model
+    return model.to(device)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

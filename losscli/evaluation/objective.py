@@ -432,6 +432,12 @@ class Objective(ScoredModel):
         """
         return sum(self.tensors[name].nbytes for name in names) > _LARGE and not self.folds
 
+    def strategy_for(self, slice_: Slice) -> Strategy:
+        """Returns how points of a slice are evaluated."""
+        if self.is_large(slice_.ends[0]):
+            return Strategy.BOUND
+        return self.strategy or self.provisional or Strategy.LOADED
+
     @torch.no_grad()
     def at(
         self,
@@ -452,9 +458,7 @@ class Objective(ScoredModel):
         Returns:
             For each split the evaluation at the P points.
         """
-        strategy = self.strategy or self.provisional or Strategy.LOADED
-        if self.is_large(slice_.ends[0]):
-            strategy = Strategy.BOUND
+        strategy = self.strategy_for(slice_)
         if strategy is Strategy.LOADED:
             return self.evaluate(LoadedPoints(self, slice_, coordinates), splits, progress)
         if strategy is Strategy.STACKED:

@@ -11,6 +11,7 @@ from losscli.errors import LossError
 
 __all__ = [
     "MODEL",
+    "OWN_LOSS",
     "ObjectiveFunction",
     "ObjectiveOutputs",
     "own_loss",
@@ -20,6 +21,12 @@ __all__ = [
 
 MODEL: Literal["model"] = "model"
 """The objective that is the loss which the model itself returns."""
+
+OWN_LOSS = (
+    "--objective model needs output.loss or (logits, loss), and data that name the targets as "
+    "forward does; else give --objective path/to/file.py:callable"
+)
+"""What a model has to return to be its own objective."""
 
 ObjectiveFunction = Callable[[nn.Module, Any], Tensor] | Literal["model"]
 """Computes the losses of a batch from the model and the batch, or `MODEL`."""
@@ -63,8 +70,7 @@ def own_loss(outputs: Any) -> Tensor:
         what = "None" if outputs is None else f"a {type(outputs).__name__}"
         raise LossError(
             f"the model returns {what} without a loss that is one number",
-            "--objective model needs output.loss or (logits, loss), and data that name the targets "
-            "as forward does; else give --objective path/to/file.py:callable",
+            OWN_LOSS,
         )
     return loss
 

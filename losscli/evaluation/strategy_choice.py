@@ -56,23 +56,20 @@ def choose_strategy(
     objective.first_choice = objective.first_choice or strategy_of(objective, slice_)
 
 
-def strategy_of(objective: Objective, slice_: Slice) -> StrategyChoice | None:
-    """Describes the strategy of an objective.
+def strategy_of(objective: Objective, slice_: Slice) -> StrategyChoice:
+    """Describes the strategy that was chosen for a slice.
 
     Args:
         objective: The objective.
-        slice_: What is evaluated.
+        slice_: The slice.
 
     Returns:
-        Its name, and the difference of its losses from those of loaded points; None before one is
-        chosen.
+        Its name, and the difference of its losses from those of loaded points.
     """
-    if objective.is_large(slice_.ends[0]):
-        return {"name": Strategy.BOUND.name.lower(), "difference": None}
-    strategy = objective.strategy or objective.provisional
-    if strategy is None:
-        return None
-    return {"name": strategy.name.lower(), "difference": objective.difference}
+    strategy = objective.strategy_for(slice_)
+    compared = not objective.is_large(slice_.ends[0])
+    difference = objective.difference if compared else None
+    return {"name": strategy.name.lower(), "difference": difference}
 
 
 @torch.no_grad()

@@ -29,9 +29,8 @@ from losscli.plotting.line_axis import (
     read_series,
     scale_alpha,
 )
-from losscli.plotting.lines import Series, draw_panel
+from losscli.plotting.lines import Series, draw_panel, split_entries
 from losscli.plotting.style import (
-    DASHES,
     INK,
     STEPS,
     add_foot,
@@ -42,7 +41,6 @@ from losscli.plotting.style import (
     house_style,
     label_loss,
     loss_name,
-    name_split,
     narrow,
     plain,
     round_positions,
@@ -317,15 +315,7 @@ def _entries(
     colours = run_colours(len(runs), drawing)
     colour = colours[0] if len(runs) == 1 else INK
     prefix = f"{plain(runs[0].label)}: " if len(runs) == 1 and runs[0].label else ""
-    marks: list[tuple[Artist, str]] = []
-    for index, split in enumerate(splits):
-        line = Line2D([], [], color=colour, linestyle=DASHES[index % len(DASHES)])
-        marks.append((line, prefix + name_split(runs, split, drawing)))
-    if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series):
-        marks.append((
-            Patch(color=colour, alpha=0.18, lw=0),
-            drawing.words("± one standard error", "± s.e."),
-        ))
+    marks = split_entries(runs, splits, colour, series, drawing, prefix)
     if lowest:
         mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
         marks.append((mark, lowest_label(lowest, len(runs), len(splits), drawing)))

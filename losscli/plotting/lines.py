@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from losscli.drawing import Drawing
-from losscli.plotting.style import count_points, drawable, plain, scale_y
+from losscli.plotting.style import DASHES, count_points, drawable, name_split, plain, scale_y
+from losscli.results import Run
+from losscli.summaries import Summary
 
-__all__ = ["Series", "draw_panel"]
+__all__ = ["Series", "draw_panel", "split_entries"]
 
 _CROSSES = 6  # number of rows of crosses; further ones overlap
 _FEW_POINTS = 15  # up to this many points have a dot each
@@ -122,6 +127,37 @@ def draw_panel(
             zorder=5,
         )
     return _mark_gaps(axes, series, column, log=log)
+
+
+def split_entries(
+    runs: Sequence[Run[Summary]],
+    splits: Sequence[str],
+    colour: str,
+    series: Sequence[Series],
+    drawing: Drawing,
+    prefix: str = "",
+) -> list[tuple[Artist, str]]:
+    """Returns the legend entries of the line style of each split, and of the error bands.
+
+    Args:
+        runs: The runs.
+        splits: The splits in the order of their line styles.
+        colour: The colour of the entries.
+        series: The series, for their errors.
+        drawing: How they are drawn.
+        prefix: What precedes the name of each split.
+
+    Returns:
+        Handles and labels.
+    """
+    entries: list[tuple[Artist, str]] = []
+    for index, split in enumerate(splits):
+        line = Line2D([], [], color=colour, linestyle=DASHES[index % len(DASHES)])
+        entries.append((line, prefix + name_split(runs, split, drawing)))
+    if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series):
+        label = drawing.words("± one standard error", "± s.e.")
+        entries.append((Patch(color=colour, alpha=0.18, lw=0), label))
+    return entries
 
 
 def _noise(series: Series, column: str) -> float:

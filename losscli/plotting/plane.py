@@ -19,8 +19,11 @@ from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from losscli.drawing import FULL, Drawing
+from losscli.plotting.animation import Animation, Track, animate, new_panels
 from losscli.plotting.html import Item, View, contours_and_surface, path_items
+from losscli.plotting.lines import Series
 from losscli.plotting.style import (
+    DASHES,
     IN_ORDER,
     INCH,
     INK,
@@ -69,16 +72,22 @@ from losscli.plotting.surface import (
     path_entries,
     scale_losses,
 )
+from losscli.plotting.vtk import PathPoints, write_mesh
+from losscli.registry import COMMANDS
 from losscli.results import Run
 from losscli.summaries import PlaneAxis, PlaneSummary
 from losscli.table import Table
 
-__all__ = ["draw_plane", "plane_views"]
+__all__ = ["animate_plane", "draw_plane", "mesh_plane", "plane_views"]
 
 Floats = NDArray[np.float64]
 
 _FEW = 4  # up to this many checkpoints have a letter and a note each
 _DISTANCES = 1.7  # inches: the height of the panel of distances from the plane
+_COMPACT_LABELS = {
+    "pca": ("component 1", "component 2"),
+    "hessian": ("λₘₐₓ direction", "λₘᵢₙ direction"),
+}
 _LONGEST = 2.2  # up to this ratio of its sides a plane has equal scales on both axes
 
 
@@ -174,9 +183,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
         grids = _read(run.table)
         groups = _Checkpoints.read_all(run, drawing)
         paths = groups[1:]
-        own = [group.loss(grid.split) for grid in grids for group in groups]
-        losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
-        scale = scale_losses(np.concatenate(losses), drawing)
+        scale = _scale(grids, groups[0], drawing)
         kind, surface = run.summary.get("plane", ""), run.summary.get("surface", False)
         view = _ranges(grids)
         ratio, equal = _shape(view, kind)
@@ -193,20 +200,18 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
             row, column = divmod(at, cells.ncols)
             panel = figure.add_subplot(cells[row, column])
             drawn = draw_contours(panel, grid, scale)
-            _frame(panel, view, equal=equal)
+            _frame(panel, view, drawing, equal=equal)
             for group in groups:
                 _draw_marks(panel, group, grid.split, scale, drawing)
             name = name_split([run], grid.split, drawing)
             panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
-            panel.set_xlabel(labels[0].replace(" of λ", "\nof λ"))
-            if not column:
-                panel.set_ylabel(re.sub(r" (?=\(|of λ)", "\n", labels[1]))
+            _name_axes(panel, labels, vertical=not column)
             panels.append(panel)
             contours.append(drawn)
             if surface:
                 cell = cells[divmod(at + 1, cells.ncols)]
                 axes_3d = add_surface_axes(figure, cell, (*short, "loss"), -60)
-                _frame(axes_3d, view, equal=False)
+                _frame(axes_3d, view, drawing, equal=False)
                 draw_surface(axes_3d, scale, drawn, drawing)
                 for group in groups:
                     hidden |= _draw_marks(axes_3d, group, grid.split, scale, drawing, surface=drawn)
@@ -220,16 +225,9 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
 
         add_title(figure, drawing)
         notes = [] if grids else ["There are no points"]
-        notes += _blank_notes(contours) + _checkpoint_notes(figure, groups[0], view)
-        notes += _path_notes(paths, view)
-        if hidden:
-            notes.append(HIDDEN)
-        notes += limit_notes(drawing)
-        if grids and not equal:
-            factor = format_number(max(ratio, 1 / ratio), 2)
-            stretched, other = ("y", "x") if ratio < 1 else ("x", "y")
-            stretch = f"{stretched} is stretched {factor} times relative to {other}"
-            notes.append(f"The scales of the axes differ: {stretch}.")
+        notes += _notes(
+            figure, contours, groups, view, scale, drawing, ratio=ratio, equal=equal, hidden=hidden
+        )
         add_foot(figure, drawing, notes, _legend(figure, groups, drawing))
         finish_layout(figure, drawing)
         x, y = (np.concatenate([getattr(group, c) for group in groups]) for c in "xy")
@@ -284,11 +282,7 @@ def _new_figure(
 
 def _draw_distances(axes: Axes, paths: Sequence[_Checkpoints], drawing: Drawing) -> None:
     """Draws the distance of each path from the plane over its checkpoints."""
-    numbered = [number_checkpoints(path.names) for path in paths]
-    numbers, label = [number for number, _ in numbered], numbered[0][1]
-    if len({label for _, label in numbered}) > 1:
-        numbers = [np.arange(len(path.names), dtype=np.float64) for path in paths]
-        label = IN_ORDER
+    numbers, label = _number(paths)
     scale_checkpoints(axes, np.unique(np.concatenate(numbers)), label)
     high = max(float(np.nanmax(path.off, initial=0.0)) for path in paths)
     axes.set_ylim(0, 1.06 * high if high > 0 else 1.0)
@@ -297,6 +291,15 @@ def _draw_distances(axes: Axes, paths: Sequence[_Checkpoints], drawing: Drawing)
     axes.set_ylabel(drawing.words("distance from\nthe plane", "distance"))
     for path, number in zip(paths, numbers, strict=True):
         draw_path(axes, number, path.off, drawing=drawing, colour=path.colour, cased=False)
+
+
+def _number(paths: Sequence[_Checkpoints]) -> tuple[list[Floats], str]:
+    """Returns the numbers of each path's checkpoints, and the label of an axis of them."""
+    numbered = [number_checkpoints(path.names) for path in paths]
+    labels = {label for _, label in numbered}
+    if len(labels) == 1:
+        return [numbers for numbers, _ in numbered], labels.pop()
+    return [np.arange(len(path.names), dtype=np.float64) for path in paths], IN_ORDER
 
 
 def _read(table: Table, values: str = "loss") -> list[Grid]:
@@ -315,6 +318,12 @@ def _read(table: Table, values: str = "loss") -> list[Grid]:
     return grids
 
 
+def _read_all(run: Run[PlaneSummary]) -> dict[str, list[Grid]]:
+    """Returns the grids of the loss, its standard error and each metric."""
+    columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
+    return {column: _read(run.table, column) for column in columns}
+
+
 def _ranges(grids: Sequence[Grid]) -> tuple[tuple[float, float], tuple[float, float]]:
     """Returns the x and y ranges of the evaluated points."""
     if not grids:
@@ -328,11 +337,26 @@ def _shape(view: Sequence[tuple[float, float]], kind: str) -> tuple[float, bool]
     return ratio, kind == "points" or 1 / _LONGEST <= ratio <= _LONGEST
 
 
-def _frame(axes: Axes, view: Sequence[tuple[float, float]], *, equal: bool) -> None:
+def _scale(grids: Sequence[Grid], spanning: _Checkpoints, drawing: Drawing) -> Scale:
+    """Scales the losses on the plane and those of the checkpoints that span it.
+
+    Checkpoints of a projected path may be far from the plane and have very different losses.
+
+    Returns:
+        The scale.
+    """
+    own = [spanning.loss(grid.split) for grid in grids]
+    losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
+    return scale_losses(np.concatenate(losses), drawing)
+
+
+def _frame(
+    axes: Axes, view: Sequence[tuple[float, float]], drawing: Drawing, *, equal: bool
+) -> None:
     axes.set_xlim(*view[0])
     axes.set_ylim(*view[1])
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        axis.set_major_locator(MaxNLocator(4 if drawing.compact else 6, steps=STEPS))
         axis.set_major_formatter(Numbers())
     if equal:
         axes.set_aspect("equal")
@@ -342,9 +366,8 @@ def _labels(
     run: Run[PlaneSummary], kind: str, drawing: Drawing
 ) -> tuple[tuple[str, str], tuple[str, str]]:
     """Returns the long and the short labels of both axes, which are equal in a compact figure."""
-    if drawing.compact and kind == "pca":
-        short = ("component 1", "component 2")
-        return short, short
+    if drawing.compact and kind in _COMPACT_LABELS:
+        return _COMPACT_LABELS[kind], _COMPACT_LABELS[kind]
     labels, short = _full_labels(run, kind)
     return (short if drawing.compact else labels), short
 
@@ -437,6 +460,45 @@ def _draw_marks(
     return bool(behind.any())
 
 
+def _notes(
+    figure: Figure,
+    contours: Sequence[Contours],
+    groups: Sequence[_Checkpoints],
+    view: Sequence[tuple[float, float]],
+    scale: Scale,
+    drawing: Drawing,
+    *,
+    ratio: float,
+    equal: bool,
+    hidden: bool = False,
+) -> list[str]:
+    """Returns the notes on the contours, the checkpoints and the scales of the axes."""
+    paths = groups[1:]
+    notes = _blank_notes(contours) + _checkpoint_notes(figure, groups[0], view)
+    notes += _path_notes(paths, view)
+    theirs = [p.loss(c.grid.split) for p in paths for c in contours]
+    if drawing.ylim is None and any(map(scale.is_beyond, theirs)):
+        notes.append(
+            "Dots with losses beyond an end of the colour bar have the colour of that end."
+        )
+    if hidden:
+        notes.append(HIDDEN)
+    notes += limit_notes(drawing)
+    if contours and not equal:
+        factor = format_number(max(ratio, 1 / ratio), 2)
+        stretched, other = ("y", "x") if ratio < 1 else ("x", "y")
+        stretch = f"{stretched} is stretched {factor} times relative to {other}"
+        notes.append(f"The scales of the axes differ: {stretch}.")
+    return notes
+
+
+def _name_axes(panel: Axes, labels: tuple[str, str], *, vertical: bool = True) -> None:
+    """Labels the axes of a panel, long labels in two lines."""
+    panel.set_xlabel(labels[0].replace(" of λ", "\nof λ"))
+    if vertical:
+        panel.set_ylabel(re.sub(r" (?=\(|of λ)", "\n", labels[1]))
+
+
 def _blank_notes(contours: Sequence[Contours]) -> list[str]:
     reasons = dict.fromkeys(reason for drawn in contours for _, reason in drawn.blank)
     notes = []
@@ -464,9 +526,7 @@ def _checkpoint_notes(
     number = len(marks.names)
     if not number:
         return []
-    (left, right), (low, high) = view
-    size = max(abs(v) for v in (left, right, low, high, *marks.x, *marks.y))
-    off = np.where(marks.off <= 1e-5 * size, 0.0, marks.off)
+    off = _visible_distances(marks, view)
     ends = [("Start", 0), ("End", number - 1)][:number]
     notes = []
     for label, k in ends if joined else zip("ABCD", range(number), strict=False):
@@ -481,10 +541,8 @@ def _checkpoint_notes(
     notes.append(
         f"{'Each' if number > 1 else 'The'} dot has the colour of its checkpoint's own loss."
     )
-    if np.nanmax(off, initial=0.0) > 0:
-        notes.append(_far_note("checkpoints", off))
-    elif joined:
-        notes.append("All checkpoints lie on the plane.")
+    if joined or np.nanmax(off, initial=0.0) > 0:
+        notes.append(_distance_note("checkpoints", off))
     if outside := marks.outside(view):
         subject = "checkpoint is" if outside == 1 else "checkpoints are"
         notes.append(f"{outside} {subject} outside the plotted range.")
@@ -496,23 +554,110 @@ def _path_notes(paths: Sequence[_Checkpoints], view: Sequence[tuple[float, float
     notes = []
     for path in paths:
         name = "path" if len(paths) == 1 else f"path {path.path}"
-        notes.append(_far_note(f"checkpoints of the {name}", path.off))
+        off = _visible_distances(path, view)
+        notes.append(_distance_note(f"checkpoints of the {name}", off))
         if outside := path.outside(view):
             number = f"{outside} of {len(path.names)} checkpoints of the {name}"
             notes.append(f"{number} {'is' if outside == 1 else 'are'} outside the plotted range.")
     return notes
 
 
-def _far_note(what: str, off: Floats) -> str:
-    far = format_number(float(np.nanmax(off, initial=0.0)))
+def _visible_distances(marks: _Checkpoints, view: Sequence[tuple[float, float]]) -> Floats:
+    """Returns the distances from the plane, with those that are rounding errors as 0."""
+    size = max(abs(v) for v in (*view[0], *view[1], *marks.x, *marks.y))
+    return np.where(marks.off <= 1e-5 * size, 0.0, marks.off)
+
+
+def _distance_note(what: str, off: Floats) -> str:
+    largest = float(np.nanmax(off, initial=0.0))
+    if largest == 0:
+        return f"All {what} lie on the plane."
     return (
-        f"The {what} are up to {far} away from the plane, where the contours do not show their "
-        "loss."
+        f"The {what} are up to {format_number(largest)} away from the plane, where the contours "
+        "do not show their loss."
     )
 
 
 def _loss(value: float) -> str:
     return format_number(float(value)) if math.isfinite(value) else "not finite"
+
+
+def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
+    """Animates the paths on the contours of the first split, the losses of all splits beside it.
+
+    Args:
+        run: The run.
+        drawing: How it is drawn.
+
+    Returns:
+        The animation.
+
+    Raises:
+        UsageError: The run has no path.
+    """
+    with house_style(drawing):
+        grids = _read(run.table)
+        groups = _Checkpoints.read_all(run, drawing)
+        paths = [group for group in groups if group.colour and group.names]
+        if not grids or not paths:
+            COMMANDS["plane"].check_format(".gif", has_path=False)
+        grid, kind, view = grids[0], run.summary.get("plane", ""), _ranges(grids)
+        scale = _scale([grid], groups[0], drawing)
+        figure, panel, beside = new_panels(drawing)
+        drawn = draw_contours(panel, grid, scale)
+        ratio, equal = _shape(view, kind)
+        _frame(panel, view, drawing, equal=equal)
+        if not groups[0].colour:
+            _draw_marks(panel, groups[0], grid.split, scale, drawing)
+        labels, _ = _labels(run, kind, drawing)
+        _name_axes(panel, labels)
+        name = name_split([run], grid.split, drawing)
+        panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+        label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
+        add_colour_bar(figure, [panel], scale, label)
+        numbers, counter = _number(paths)
+        tracks = [
+            Track(
+                path.x,
+                path.y,
+                number,
+                path.names if path.labelled or not drawing.compact else [],
+                {
+                    "colour": path.colour,
+                    "faces": scale.colours(path.loss(grid.split)),
+                    "clip": True,
+                },
+            )
+            for path, number in zip(paths, numbers, strict=True)
+        ]
+        splits = list(dict.fromkeys(split for path in paths for split in path.losses))
+        series = [
+            Series(
+                run=at,
+                split=split,
+                name=f"{path.path}, {plain(split)}" if path.path else plain(split),
+                colour=path.colour,
+                dashes=DASHES[splits.index(split) % len(DASHES)],
+                x=number,
+                ends=np.isin(np.arange(number.size), (0, number.size - 1)),
+                values={"loss": loss},
+            )
+            for at, (path, number) in enumerate(zip(paths, numbers, strict=True))
+            for split, loss in path.losses.items()
+        ]
+        return animate(
+            (figure, panel, beside),
+            [run],
+            tracks,
+            series,
+            drawing,
+            counter=counter,
+            contours=drawn,
+            notes=_notes(figure, [drawn], groups, view, scale, drawing, ratio=ratio, equal=equal),
+            entries=_legend(figure, groups, drawing),
+            colour=paths[0].colour if len(paths) == 1 else INK,
+            lettered=None if groups[0].colour else (groups[0].x, groups[0].y),
+        )
 
 
 def plane_views(run: Run[PlaneSummary]) -> list[View]:
@@ -526,8 +671,7 @@ def plane_views(run: Run[PlaneSummary]) -> list[View]:
     """
     groups = _Checkpoints.read_all(run, FULL)
     kind = run.summary.get("plane", "")
-    columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
-    grids = {column: _read(run.table, column) for column in columns}
+    grids = _read_all(run)
     labels, short = _labels(run, kind, FULL)
     items: dict[str, list[Item]] = {"surface": [], "contours": []}
     names: list[str] = []
@@ -555,3 +699,30 @@ def plane_views(run: Run[PlaneSummary]) -> list[View]:
         slider=names if len(names) > 1 else (),
         notes=["Each dot has the colour of its checkpoint's own loss."] if names else [],
     )
+
+
+def mesh_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> dict[str, str]:
+    """Writes the loss on a plane as a surface, and its checkpoints at their own losses.
+
+    Args:
+        run: The run.
+        drawing: Whether the height is logarithmic.
+
+    Returns:
+        The content of x.vtp and of x.path.vtp, by the end of the name.
+    """
+    paths = [
+        PathPoints(
+            group.x,
+            group.y,
+            {"loss": group.losses},
+            {
+                "path": np.full(len(group.names), number),
+                "step": np.arange(len(group.names)),
+                "off_plane": group.off,
+            },
+            joined=bool(group.colour),
+        )
+        for number, group in enumerate(_Checkpoints.read_all(run, drawing))
+    ]
+    return write_mesh(_read_all(run), paths, drawing)

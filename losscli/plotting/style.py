@@ -179,10 +179,10 @@ _FIXED: dict[Any, Any] = {
 
 WIDTH = 7.2  # inches
 INCH = 72.0  # points
+_CSS_PIXELS = 96.0  # per inch
 _TWO_COLUMNS = 44.0  # from this width in sizes of text on, panels are side by side
 _LOWER = 0.62  # the height of panels of 3.25 inches relative to those of 7.2
 _LOWEST = 0.7  # the least height of panels in a figure of fixed height relative to a free one
-_CSS_PIXELS = 96.0  # per inch
 
 
 @contextmanager

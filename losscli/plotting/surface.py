@@ -136,6 +136,10 @@ class Scale:
         low, high = math.log10(self.low), math.log10(self.high)
         return np.clip((np.log10(shown) - low) / (high - low), 0.0, 1.0)
 
+    def is_beyond(self, losses: Floats) -> bool:
+        """Whether any loss lies outside the range of colours."""
+        return bool(np.any((losses < self.low) | (losses > self.high)))
+
     def colours(self, losses: Floats) -> Floats:
         """Returns the colours of losses; white where a loss cannot be drawn."""
         scaled = self(losses)
@@ -497,6 +501,7 @@ def _finer(values: Floats) -> Floats:
 # --- Paths ---------------------------------------------------------------------------------------
 
 _START: dict[str, Any] = {"marker": "o", "mfc": "white", "mew": 1.6, "ms": 7.5}
+_HEAD: dict[str, Any] = {"marker": "o", "mec": "white", "mew": 0.8, "ms": 9}
 _END: dict[str, Any] = {"marker": "*", "mec": "white", "mew": 0.8, "ms": 14}
 
 
@@ -510,7 +515,8 @@ def draw_path(
     cased: bool = True,
     clip: bool = False,
     behind: Mask | None = None,
-) -> None:
+    shown: int | None = None,
+) -> list[Artist]:
     """Draws a path with a dot at each checkpoint and marks at its start and end.
 
     Args:
@@ -523,33 +529,44 @@ def draw_path(
         cased: Whether the path has a white outline.
         clip: Whether it is clipped at the edges of the panel, which would cut a path on an axis.
         behind: The checkpoints behind a surface; None for none. The path is dotted there.
+        shown: How many checkpoints are shown, the last of them with a dot instead of the mark of
+            the end; None for all.
+
+    Returns:
+        Its artists.
     """
+    total = len(coordinates[0])
+    few = total <= _MANY_DOTS
+    coordinates = tuple(c[:shown] for c in coordinates)
     number = len(coordinates[0])
     if not number:
-        return
+        return []
     casing = [Stroke(linewidth=3.6, foreground="white"), Normal()] if cased else None
-    few = number <= _MANY_DOTS
-    hidden = np.zeros(number, dtype=np.bool_) if behind is None else behind
+    hidden = np.zeros(number, dtype=np.bool_) if behind is None else behind[:shown]
     visible = [np.where(hidden, np.nan, c) for c in coordinates]
+    dots: list[Artist] = []
     lines = axes.plot(*visible, color=colour, lw=1.7, zorder=4, path_effects=casing)
     if hidden.any():
         lines += axes.plot(*coordinates, color=colour, lw=1.2, ls=(0, (1, 1.5)), zorder=3.9)
     if faces is None and not drawing.no_markers:
         lines += axes.plot(*visible, "o", color=colour, ms=4 if few else 2.2, zorder=4.1)
     elif faces is not None and not drawing.no_markers:
-        draw_dots(axes, *coordinates, faces=faces, size=5.5 if few else 3, behind=hidden)
-    for at, mark in () if drawing.no_markers else ((0, _START), (-1, _END)):
+        size = 5.5 if few else 3
+        dots = draw_dots(axes, *coordinates, faces=faces[:shown], size=size, behind=hidden)
+    end = _END if number == total else _HEAD
+    for at, mark in () if drawing.no_markers else ((0, _START), (-1, end)):
         point = [c[at : at + 1 or None] for c in coordinates]
         alpha = PALER if hidden[at] else 1.0
         lines += axes.plot(*point, ls="none", zorder=5, alpha=alpha, **_mark(mark, ends or colour))
     for line in lines:
         line.set_clip_on(clip)
         line.set_in_layout(False)
+    return [*lines, *dots]
 
 
 def draw_dots(
     axes: Axes, *coordinates: Floats, faces: NDArray[np.float64], size: float, behind: Mask
-) -> None:
+) -> list[Artist]:
     """Draws dots of different colours.
 
     Args:
@@ -558,6 +575,9 @@ def draw_dots(
         faces: The colours of the dots.
         size: The diameter in points.
         behind: The dots behind a surface, which are pale.
+
+    Returns:
+        The dots.
     """
     scatter: Any = axes.scatter
     # In dense rows, wide edges would hide the dots.
@@ -566,6 +586,7 @@ def draw_dots(
     if isinstance(axes, Axes3D):
         options["depthshade"] = False
     casing = [Stroke(linewidth=edges[1], foreground="white"), Normal()]
+    drawn: list[Artist] = []
     for dots, style in (
         (~behind, {"path_effects": casing, "zorder": 4.5}),
         (behind, {"alpha": PALER, "zorder": 4.4}),
@@ -573,6 +594,8 @@ def draw_dots(
         if dots.any():
             points = scatter(*(c[dots] for c in coordinates), c=faces[dots], **options, **style)
             points.set_in_layout(False)
+            drawn.append(points)
+    return drawn
 
 
 def _mark(style: Mapping[str, Any], colour: str) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.drawing import FULL, Drawing
+from losscli.errors import UsageError
+from losscli.plotting.animation import Animation, Track, animate, new_panels
 from losscli.plotting.html import (
     Item,
     View,
@@ -27,7 +28,7 @@ from losscli.plotting.html import (
     ring,
     table_view,
 )
-from losscli.plotting.lines import Series, draw_panel
+from losscli.plotting.lines import Series, draw_panel, split_entries
 from losscli.plotting.style import (
     DASHES,
     IN_ORDER,
@@ -43,6 +44,7 @@ from losscli.plotting.style import (
     house_style,
     label_loss,
     loss_name,
+    name_checkpoint,
     name_split,
     narrow,
     new_figure,
@@ -58,6 +60,7 @@ from losscli.plotting.surface import (
     HIDDEN,
     PATH,
     WIDE,
+    Contours,
     Grid,
     add_colour_bar,
     add_surface_axes,
@@ -71,11 +74,13 @@ from losscli.plotting.surface import (
     path_entries,
     scale_losses,
 )
+from losscli.plotting.vtk import PathPoints, write_mesh
+from losscli.registry import COMMANDS, MESH
 from losscli.results import Run
 from losscli.summaries import TrajectorySummary
 from losscli.table import Table
 
-__all__ = ["draw_trajectory", "trajectory_views"]
+__all__ = ["animate_trajectory", "draw_trajectory", "mesh_trajectory", "trajectory_views"]
 
 Floats = NDArray[np.float64]
 
@@ -190,10 +195,7 @@ def _draw_both(
     """
     given = bool(colours)
     colours = list(colours or run_colours(len(runs), drawing))
-    names = run_names(runs, drawing)
-    walks = [walk for run in runs if "walk" in run.more for walk in _walks(run.more["walk"])]
-    for projection, residual in walks:
-        upper.plot(projection, residual, color=_WALK, lw=0.8, alpha=0.8, zorder=1.8)
+    walks, limits = _draw_residual_axes(upper, runs, paths, drawing)
     for path, colour in zip(paths, colours, strict=True):
         # All paths start at p = 0 and end at p = 1 with residual 0, so the marks are neutral.
         ends = INK if len(runs) > 1 else ""
@@ -206,33 +208,11 @@ def _draw_both(
             ends=ends,
             cased=False,
         )
-    limits = _range([
-        *(path.projection for path in paths),
-        *(projection for projection, _ in walks),
-    ])
-    _scale_projection(upper, limits)
-    _scale_residual(
-        upper, [*(path.residual for path in paths), *(residual for _, residual in walks)]
-    )
 
     by_step = any(_backward_fraction(path.projection) > _MOST_BACKWARD for path in paths)
     numbers, counter = _number_steps(runs, paths)
-    splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
-    series = [
-        Series(
-            run=number,
-            split=split,
-            name=f"{names[number]}, {plain(split)}" if len(runs) > 1 else plain(split),
-            colour=colours[number],
-            dashes=DASHES[index % len(DASHES)],
-            x=numbers[number] if by_step else path.projection,
-            ends=np.isin(np.arange(len(path.steps)), (0, len(path.steps) - 1)),
-            values={c: path.losses(run.table, split, c) for c in ("loss", "loss_stderr")},
-        )
-        for number, (run, path) in enumerate(zip(runs, paths, strict=True))
-        for index, split in enumerate(splits)
-        if split in run.table["split"] and path.steps
-    ]
+    positions = numbers if by_step else [path.projection for path in paths]
+    series = _read_series(runs, paths, colours, positions, drawing)
     notes = [] if series else ["There are no points"]
     notes += draw_panel(lower, series, "loss", drawing, log=drawing.log)
     lower.set_ylabel(label_loss(figure, runs, drawing, log=drawing.log))
@@ -252,24 +232,63 @@ def _draw_both(
     colour = colours[0] if len(runs) == 1 else INK
     if len(runs) > 1:
         lines = [Line2D([], [], color=c) for c in colours]
-        groups.append(list(zip(lines, names, strict=True)))
-    marks: list[tuple[Artist, str]] = []
-    for index, split in enumerate(splits):
-        line = Line2D([], [], color=colour, linestyle=DASHES[index % len(DASHES)])
-        marks.append((line, name_split(runs, split, drawing)))
-    if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series):
-        marks.append((
-            Patch(color=colour, alpha=0.18, lw=0),
-            drawing.words("± one standard error", "± s.e."),
-        ))
-    others: list[tuple[Artist, str]] = []
-    if walks:
-        line = Line2D([], [], color=_WALK, lw=0.8)
-        label = drawing.words("random walks with the same step lengths", "random walks")
-        others.append((line, label))
+        groups.append(list(zip(lines, run_names(runs, drawing), strict=True)))
+    splits = list(dict.fromkeys(s.split for s in series))
+    marks = split_entries(runs, splits, colour, series, drawing)
+    others = list(walks)
     if not given:
         others += path_entries(figure, colour, "", *_end_names(runs, drawing), drawing)
     return notes, [*groups, marks, others]
+
+
+def _draw_residual_axes(
+    axes: Axes, runs: Sequence[Run[TrajectorySummary]], paths: Sequence[_Path], drawing: Drawing
+) -> tuple[list[tuple[Artist, str]], tuple[float, float]]:
+    """Draws the random walks, and scales the axes for them and the paths.
+
+    Returns:
+        The legend entry of the walks, and the range of the projections.
+    """
+    walks = [walk for run in runs if "walk" in run.more for walk in _walks(run.more["walk"])]
+    for projection, residual in walks:
+        axes.plot(projection, residual, color=_WALK, lw=0.8, alpha=0.8, zorder=1.8)
+    limits = _range([
+        *(path.projection for path in paths),
+        *(projection for projection, _ in walks),
+    ])
+    _scale_projection(axes, limits)
+    _scale_residual(
+        axes, [*(path.residual for path in paths), *(residual for _, residual in walks)]
+    )
+    label = drawing.words("random walks with the same step lengths", "random walks")
+    return [(Line2D([], [], color=_WALK, lw=0.8), label)] if walks else [], limits
+
+
+def _read_series(
+    runs: Sequence[Run[TrajectorySummary]],
+    paths: Sequence[_Path],
+    colours: Sequence[str],
+    positions: Sequence[Floats],
+    drawing: Drawing,
+) -> list[Series]:
+    """Returns the losses of each run and split over the positions of the run's checkpoints."""
+    names = run_names(runs, drawing)
+    splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+    return [
+        Series(
+            run=number,
+            split=split,
+            name=f"{names[number]}, {plain(split)}" if len(runs) > 1 else plain(split),
+            colour=colours[number],
+            dashes=DASHES[index % len(DASHES)],
+            x=positions[number],
+            ends=np.isin(np.arange(len(path.steps)), (0, len(path.steps) - 1)),
+            values={c: path.losses(run.table, split, c) for c in ("loss", "loss_stderr")},
+        )
+        for number, (run, path) in enumerate(zip(runs, paths, strict=True))
+        for index, split in enumerate(splits)
+        if split in run.table["split"] and path.steps
+    ]
 
 
 def _number_steps(
@@ -376,6 +395,17 @@ def _read_surfaces(
     return [Grid(split, x, y, loss) for split, loss in losses.items()], notes
 
 
+def _read_all_surfaces(
+    run: Run[TrajectorySummary],
+) -> tuple[dict[str, list[Grid]], list[str]]:
+    """Reads the loss and its standard error of the table ``surface``; and notes."""
+    table = run.more["surface"]
+    splits = [str(split) for split in run.table.unique("split")]
+    columns = [c for c in ("loss", "loss_stderr") if c in table.columns]
+    found = {column: _read_surfaces(table, splits, column) for column in columns}
+    return {column: grids for column, (grids, _) in found.items()}, found["loss"][1]
+
+
 def _draw_surfaces(
     run: Run[TrajectorySummary],
     path: _Path,
@@ -399,8 +429,6 @@ def _draw_surfaces(
         np.concatenate([*path_losses, *(s.loss.ravel() for s in surfaces)]), drawing
     )
     label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
-    high = max(float(surfaces[0].y.max()), 1.06 * _range([path.residual])[1])
-    ends = _range([surfaces[0].x.ravel(), path.projection])
     blank: dict[str, list[tuple[int, str]]] = {}
     panels: list[Axes] = []
     lines = []
@@ -411,16 +439,13 @@ def _draw_surfaces(
         for number, reason in contours.blank:
             blank.setdefault(reason, []).append((number, plain(surface.split)))
         draw_path(panel, path.projection, path.residual, drawing=drawing)
-        panel.set_xlim(*ends)
-        panel.set_ylim(0, high)
-        panel.xaxis.set_major_formatter(Numbers())
-        panel.yaxis.set_major_formatter(Numbers())
+        _frame_contours(panel, path, surface)
         panel.set_ylabel(drawing.words(_RESIDUAL, _SHORT[1]))
         name = name_split([run], surface.split, drawing)
         panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
         axes_3d = add_surface_axes(figure, cells[2 * k + 1], (*_SHORT, "loss"), -52)
-        axes_3d.set_xlim(*ends)
-        axes_3d.set_ylim(0, high)
+        axes_3d.set_xlim(panel.get_xlim())
+        axes_3d.set_ylim(panel.get_ylim())
         draw_surface(axes_3d, scale, contours, drawing)
         # Slightly above the surface, so that the surface does not hide the path.
         points = path.projection, path.residual, scale(losses) + 0.008
@@ -453,6 +478,114 @@ def _draw_surfaces(
     return figure
 
 
+def _frame_contours(panel: Axes, path: _Path, surface: Grid) -> None:
+    """Limits a panel to its contours and its path."""
+    panel.set_xlim(*_range([surface.x.ravel(), path.projection]))
+    panel.set_ylim(0, max(float(surface.y.max()), 1.06 * _range([path.residual])[1]))
+    panel.xaxis.set_major_formatter(Numbers())
+    panel.yaxis.set_major_formatter(Numbers())
+
+
+# --- As an animation -----------------------------------------------------------------------------
+
+
+def animate_trajectory(
+    runs: Sequence[Run[TrajectorySummary]], drawing: Drawing = FULL
+) -> Animation:
+    """Animates the paths of one or several runs.
+
+    One run with a table ``surface`` has its path on the contours of the first split; otherwise the
+    residuals are over the projection. The losses of all splits are beside it.
+
+    Args:
+        runs: The runs.
+        drawing: How they are drawn.
+
+    Returns:
+        The animation.
+
+    Raises:
+        UsageError: No checkpoint has finite coordinates.
+    """
+    with house_style(drawing):
+        paths = [_Path.read(run.table) for run in runs]
+        if not any(path.steps for path in paths):
+            COMMANDS["trajectory"].check_format(".gif", has_path=False)
+        left_out = sum(path.left_out for path in paths)
+        notes = [f"{_steps(left_out)} no finite coordinates: not drawn"] if left_out else []
+        figure, panel, beside = new_panels(drawing)
+        contours = None
+        if len(runs) == 1 and "surface" in runs[0].more:
+            splits = [str(split) for split in runs[0].table.unique("split")]
+            surfaces, more = _read_surfaces(runs[0].more["surface"], splits)
+            notes += more
+            if surfaces:
+                contours = _draw_first_split(figure, panel, runs[0], paths[0], surfaces[0], drawing)
+                notes += limit_notes(drawing)
+        colours = [PATH] if contours else run_colours(len(runs), drawing)
+        what = drawing.words(f"path of the {len(paths[0].steps)} checkpoints", "path")
+        names = _end_names(runs, drawing)
+        entries = [path_entries(figure, colours[0], what, *names, drawing)]
+        if len(runs) > 1:
+            lines = [Line2D([], [], color=colour) for colour in colours]
+            entries = [list(zip(lines, run_names(runs, drawing), strict=True))]
+        if contours is None:
+            entries.append(_draw_residual_axes(panel, runs, paths, drawing)[0])
+        panel.set_xlabel(drawing.words(_PROJECTION, _SHORT[0]))
+        panel.set_ylabel(drawing.words(_RESIDUAL, _SHORT[1]))
+        numbers, counter = _number_steps(runs, paths)
+        style = {"cased": contours is not None, "ends": INK if len(runs) > 1 else ""}
+        tracks = [
+            Track(
+                path.projection,
+                path.residual,
+                number,
+                _step_labels(run, path, drawing),
+                {**style, "colour": colour},
+            )
+            for run, path, number, colour in zip(runs, paths, numbers, colours, strict=True)
+            if path.steps
+        ]
+        return animate(
+            (figure, panel, beside),
+            runs,
+            tracks,
+            _read_series(runs, paths, colours, numbers, drawing),
+            drawing,
+            counter=counter,
+            contours=contours,
+            notes=[*notes, _TURNS],
+            entries=entries,
+            colour=colours[0] if len(runs) == 1 else INK,
+        )
+
+
+def _draw_first_split(
+    figure: Figure,
+    panel: Axes,
+    run: Run[TrajectorySummary],
+    path: _Path,
+    surface: Grid,
+    drawing: Drawing,
+) -> Contours:
+    """Draws the contours of the first split with its name and the bar of colours."""
+    scale = scale_losses(surface.loss.ravel(), drawing)
+    contours = draw_contours(panel, surface, scale)
+    _frame_contours(panel, path, surface)
+    name = name_split([run], surface.split, drawing)
+    panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+    label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
+    add_colour_bar(figure, [panel], scale, label)
+    return contours
+
+
+def _step_labels(run: Run[TrajectorySummary], path: _Path, drawing: Drawing) -> list[str]:
+    """Returns the name of each step's checkpoint; none in a compact figure without labels."""
+    if drawing.compact and not run.checkpoint_labels:
+        return []
+    return [name_checkpoint(run, name, drawing) for name in _step_names(run, path)]
+
+
 # --- As a page -----------------------------------------------------------------------------------
 
 
@@ -482,13 +615,10 @@ def _surface_views(
     run = runs[0]
     if len(runs) > 1 or "surface" not in run.more:
         return []
-    table = run.more["surface"]
-    splits = [str(split) for split in run.table.unique("split")]
-    columns = [c for c in ("loss", "loss_stderr") if c in table.columns]
-    grids = {column: _read_surfaces(table, splits, column) for column in columns}
-    surfaces, notes = grids["loss"]
-    if not surfaces:
+    grids, notes = _read_all_surfaces(run)
+    if not grids["loss"]:
         return []
+    splits = [grid.split for grid in grids["loss"]]
     labels = _PROJECTION, _RESIDUAL
     short = "projection p", "residual r"
     items = path_items(
@@ -500,7 +630,7 @@ def _surface_views(
         errors={split: path.losses(run.table, split, "loss_stderr").tolist() for split in splits},
     )
     return contours_and_surface(
-        {column: found for column, (found, _) in grids.items()},
+        grids,
         items,
         {"loss": loss},
         labels=labels,
@@ -567,3 +697,38 @@ def _slider_positions(run: Run[TrajectorySummary], path: _Path) -> list[int]:
     """Returns the position of each step on the slider over all steps of the run."""
     order = sorted({int(step or 0) for step in run.table["step"]})
     return [order.index(step) + 1 for step in path.steps]
+
+
+# --- As a mesh -----------------------------------------------------------------------------------
+
+
+def mesh_trajectory(
+    runs: Sequence[Run[TrajectorySummary]], drawing: Drawing = FULL
+) -> dict[str, str]:
+    """Writes the surface of a run, and its path at the checkpoints' own losses.
+
+    Args:
+        runs: A single run with a table ``surface``.
+        drawing: Whether the height is logarithmic.
+
+    Returns:
+        The content of x.vtp and of x.path.vtp, by the end of the name.
+
+    Raises:
+        UsageError: There are several runs, or the run has no surface.
+    """
+    if len(runs) > 1:
+        raise UsageError("a .vtp file has the surface of one trajectory", "Give one CSV")
+    (run,) = runs
+    grids = _read_all_surfaces(run)[0] if "surface" in run.more else {}
+    if not grids.get("loss"):
+        COMMANDS["trajectory"].check_format(MESH, has_surface=False)
+    path = _Path.read(run.table)
+    columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
+    values = {
+        column: {grid.split: path.losses(run.table, grid.split, column) for grid in grids["loss"]}
+        for column in columns
+    }
+    steps = {"step": np.array(path.steps)}
+    points = PathPoints(path.projection, path.residual, values, steps)
+    return write_mesh(grids, [points], drawing)

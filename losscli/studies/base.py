@@ -19,7 +19,7 @@ from losscli.studies.fingerprint import Fingerprint, fingerprint_of, identity_of
 from losscli.studies.problem import Problem
 from losscli.summaries import CostEstimate, Description, Origin, Seconds
 from losscli.weight_space.slices import Line, Slice
-from losscli.weight_space.vectors import Weights, dimension
+from losscli.weight_space.vectors import Weights, dimension, to_device
 
 __all__ = ["Study", "count"]
 
@@ -54,6 +54,16 @@ class Study(ABC):
     @abstractmethod
     def options(self) -> dict[str, Any]:
         """The options of the command itself, which determine the points."""
+
+    @property
+    def has_path(self) -> bool:
+        """Whether there is a path to animate, if the command has an animation."""
+        return True
+
+    @property
+    def has_surface(self) -> bool:
+        """Whether there is a surface, if the command may have one."""
+        return True
 
     @property
     def identity(self) -> str:
@@ -183,7 +193,8 @@ class Study(ABC):
         """Copies tensors of a checkpoint to the device, by default those that move."""
         device = self.problem.objective.device
         with placing("the weights of a checkpoint", device):
-            return {n: weights[n].to(device) for n in (self.moving if names is None else names)}
+            moved = self.moving if names is None else names
+            return {name: to_device(weights[name], device) for name in moved}
 
 
 def count(number: int, thing: str) -> str:

@@ -253,6 +253,11 @@ class Plane(Study):
         return {**options, "xs": self.layout.xs, "ys": self.layout.ys}
 
     @property
+    def has_path(self) -> bool:
+        """Whether checkpoints are a path: those of the plane, or others that are projected."""
+        return self.kind == "pca" or bool(self.paths)
+
+    @property
     def slices(self) -> tuple[int, int]:
         """One plane."""
         return 1, self.points**2

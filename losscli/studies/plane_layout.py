@@ -87,7 +87,7 @@ class Layout:
             points: Values of each coordinate.
             range_: The lowest and the highest value of both coordinates; None for a box that holds
                 the checkpoints and a margin.
-            reach: The largest x and the largest y where all checkpoints lie on one point.
+            reach: How far the box reaches in x and in y, at least, from checkpoints on one point.
 
         Returns:
             The layout.
@@ -106,11 +106,17 @@ class Layout:
             )
         boxes = [(min(values), max(values)) for values in list(zip(*places, strict=True))[:2]]
         widest = max(high - low for low, high in boxes)
+        spanning = {place[:2] for place in places[: len(problem.spanning)]}
         grids = []
-        for (low, high), most in zip(boxes, reach, strict=True):
-            half = (0.5 + _MARGIN) * max(high - low, _THINNEST * widest) or most
-            middle = (low + high) / 2
-            grids.append(tuple(grid(points, _short(middle - half), _short(middle + half))))
+        for axis, ((low, high), most) in enumerate(zip(boxes, reach, strict=True)):
+            if len(spanning) == 1:
+                (point,) = spanning
+                margin = _MARGIN * (high - low)
+                ends = min(low - margin, point[axis] - most), max(high + margin, point[axis] + most)
+            else:
+                half = (0.5 + _MARGIN) * max(high - low, _THINNEST * widest)
+                ends = (low + high) / 2 - half, (low + high) / 2 + half
+            grids.append(tuple(grid(points, *map(_short, ends))))
         return cls(spanned, places, grids[0], grids[1])
 
     @property

@@ -183,6 +183,11 @@ class Trajectory(Study):
         return {"offsets": self.offsets, "random_walk": self.random_walk}
 
     @property
+    def has_surface(self) -> bool:
+        """Whether there is a ribbon."""
+        return bool(self.offsets)
+
+    @property
     def slices(self) -> tuple[int, int]:
         """A line across the path at each step."""
         return (len(self.problem.names) if self.offsets else 0), len(self.offsets)

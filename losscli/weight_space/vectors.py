@@ -29,6 +29,7 @@ __all__ = [
     "number_kind",
     "pieces",
     "select_names",
+    "to_device",
     "unflatten",
     "working_type",
 ]
@@ -36,6 +37,8 @@ __all__ = [
 Weights = Mapping[str, Tensor]
 
 _PIECE = 1 << 20
+
+_NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 
 
 def can_move(tensor: Tensor) -> bool:
@@ -48,6 +51,21 @@ def can_move(tensor: Tensor) -> bool:
         Whether its values are real or complex floating-point numbers.
     """
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Moves a tensor to a device.
+
+    Args:
+        tensor: The tensor.
+        device: The device.
+
+    Returns:
+        The tensor there. On MPS, which has no float64, such numbers are rounded to float32 first.
+    """
+    if device.type == "mps":
+        tensor = tensor.to(_NARROW.get(tensor.dtype, tensor.dtype))
+    return tensor.to(device)
 
 
 def flatten_real(tensor: Tensor) -> Tensor:

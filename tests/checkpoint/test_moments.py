@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,15 @@ REFUSED: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "no list": ("another form", lambda model: edited(model, params=3)),
     "no maximum": ("no second moments of 0.weight", lambda m: edited(m, amsgrad=True)),
     "sparse": ("second moments of 0.weight, or sparse", lambda m: converted(m, Tensor.to_sparse)),
+    **{
+        str(value): (
+            "second moments of 0.weight that are negative or not finite",
+            lambda model, value=value: converted(
+                model, lambda moment: moment.index_fill(0, torch.tensor([0]), value)
+            ),
+        )
+        for value in (math.nan, math.inf, -1.0)
+    },
     "without values": (
         "no second moments of 0.weight",
         lambda model: converted(model, lambda moment: moment.to("meta")),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -304,6 +306,38 @@ def test_a_page_without_plotly_is_refused_before_anything_is_evaluated(
         "pip install 'losscli[html]'\n"
     )
     assert set(folder.iterdir()) == before
+
+
+@pytest.mark.stress
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+@pytest.mark.parametrize("index", range(2))
+def test_a_browser_draws_a_surface_with_a_hostile_name(index: int, tmp_path: Path) -> None:
+    page = render_html([hostile_runs()[index]], Drawing(title=HOSTILE))
+    (tmp_path / "x.html").write_text(page)
+    done = subprocess.run(
+        [
+            *("chromium", "--headless", "--no-sandbox", "--disable-dev-shm-usage"),
+            *("--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
+            *(f"--user-data-dir={tmp_path}", "--enable-logging=stderr"),
+            *("--virtual-time-budget=5000", "--dump-dom", (tmp_path / "x.html").as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    said = [line for line in done.stderr.splitlines() if ":CONSOLE:" in line]
+    assert not [
+        line for line in said if re.search("uncaught|error|fail|refuse", line, re.IGNORECASE)
+    ]
+    shown = elements(done.stdout)
+    tags = Counter(tag for tag, _, _ in shown)
+    assert tags["script"] == 3
+    assert not {"b", "sub", "sup"} & tags.keys()
+    # Plotly has a canvas only where WebGL draws.
+    assert tags["canvas"] == 1
+    assert any(tag == "h1" and "alert(1)" in text for tag, _, text in shown)
+    assert [tag for tag, _, text in shown if tag == "text" and "loss" in text]
 
 
 # A document and a Plotly that keep what they are given.

@@ -79,14 +79,14 @@ def run(
     return Run(Table.build(COLUMNS, rows), summary, "", {"path": Table.build(PATH, path)})
 
 
-def with_paths(drawn: Run, *paths: Sequence[tuple[float, float, float]]) -> Run:
-    """The same run with projected paths: of each checkpoint x, y, and the distance; loss 0.5."""
+def with_paths(drawn: Run, *paths: Sequence[tuple[float, float, float]], loss: float = 0.5) -> Run:
+    """The same run with projected paths: of each checkpoint x, y, and the distance."""
     own = drawn.more["path"]
     rows = [("", *row) for row in own.rows]
     splits = own.unique("split")
     for number, path in enumerate(paths):
         rows += [
-            (f"runs/{number}", t, f"runs/{number}/step-{10 * t}.pt", *place, split, 0.5)
+            (f"runs/{number}", t, f"runs/{number}/step-{10 * t}.pt", *place, split, loss)
             for t, place in enumerate(path)
             for split in splits
         ]
@@ -200,12 +200,30 @@ def test_projected_paths_have_their_distances_below() -> None:
     assert [text for text in entries if text] == ["path of the 21 checkpoints", "runs/0", "runs/1"]
     assert "9 of 9 checkpoints of the path runs/0" not in sentence(both)
     assert "2 of 2 checkpoints of the path runs/1 are outside the plotted range." in sentence(both)
+    on_plane = [(0.0, 0.0, 0.0), (1.0, 0.0, 1e-8)]
+    notes = sentence(draw_plane(with_paths(run(), on_plane, STRAIGHT)))
+    assert "All checkpoints of the path runs/0 lie on the plane." in notes
+    assert "The checkpoints of the path runs/1 are up to 4 away from the plane" in notes
     # Each path has a colour of its own, the same in both panels.
     below = next(a for a in both.axes if a.get_ylabel() == "distance from\nthe plane")
     colours = [a.get_color() for a in both.axes[0].get_lines() if a.get_linestyle() == "-"]
     lines = [a.get_color() for a in below.get_lines() if a.get_linestyle() == "-"]
     assert len(set(colours)) == 3
     assert lines == colours[1:]
+
+
+def test_losses_of_a_projected_path_do_not_change_the_colours_of_the_plane() -> None:
+    said = "Dots with losses beyond an end of the colour bar have the colour of that end."
+    bars = []
+    for figure in (
+        draw_plane(run()),
+        draw_plane(with_paths(run(), STRAIGHT)),
+        draw_plane(with_paths(run(), STRAIGHT, loss=1e3)),
+    ):
+        bars.append(next(a for a in figure.axes if a.get_label() == "<colorbar>").get_yticks())
+        assert (said in sentence(figure)) is (len(bars) == 3)
+    np.testing.assert_array_equal(bars[0], bars[1])
+    np.testing.assert_array_equal(bars[0], bars[2])
 
 
 def test_distances_are_equal_on_both_axes() -> None:

@@ -518,6 +518,10 @@ BAD = {
         f"{LINE} --objective model --batch-size 6",
         "the model returns a Tensor without a loss.*output.loss",
     ),
+    "no parameter for targets": (
+        f"{LINE} -d mine.py:pairs --objective model --batch-size 6",
+        "the model fails .*positional arguments.* --objective model needs output.loss",
+    ),
     "no batches": (f"{LINE} --objective model", "no batches of its own.*--batch-size"),
     "no targets": (f"{LINE} --objective mine.py:residual --metric accuracy", "inputs, targets"),
     "normalised": (

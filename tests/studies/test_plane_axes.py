@@ -249,6 +249,15 @@ def test_a_path_is_projected_orthogonally(kind: str, case: Case, tmp_path: Path)
         values = result.table.floats(column)
         assert min(values) < min(table.floats(column))
         assert max(values) > max(table.floats(column))
+    if kind == "points":
+        return
+    # It is no smaller than without the path.
+    (near,) = result.more["path"].where("path", "").records()
+    alone = losscli.plane(own, **options(case, **given))
+    for column in ("x", "y"):
+        values, others = result.table.floats(column), alone.table.floats(column)
+        assert near[column] == 0
+        assert min(values) <= min(others) < max(others) <= max(values)
 
 
 @pytest.mark.parametrize(

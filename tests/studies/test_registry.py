@@ -27,8 +27,14 @@ LINE = {"points": 3, "model": "mlp:6-5-3"}
 
 # Keys of a summary that some runs do not write.
 OPTIONAL = {
-    *("batches", "drawing", "blocks", "mismatches", "distance", "state_dicts", "buffers"),
+    "batches",
+    "drawing",
     "strategy",
+    "blocks",
+    "mismatches",
+    "distance",
+    "state_dicts",
+    "buffers",
 }
 
 
