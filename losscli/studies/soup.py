@@ -121,7 +121,8 @@ def soup(
         plan = Soup.plan(named, chosen, greedy=greedy)
         with report_to(progress, plan.steps, plan.unit) as report:
             return plan.run(Execution(report))
-    if chosen == Settings():
+    # The environment may name a device, which needs no model.
+    if replace(chosen, device="auto") == Settings():
         return average_checkpoints(_expand(named))
     problem = prepare(_expand(named), chosen)
     with float32_precision(tf32=chosen.tf32):

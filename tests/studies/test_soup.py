@@ -50,6 +50,16 @@ def test_a_soup_is_the_mean_in_float64_rounded_once(losscli: Losscli, three: lis
     assert library.soup(three).metadata["losscli.model"] == "mlp:6-5-3"
 
 
+def test_a_device_of_the_environment_needs_no_model(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOSSCLI_DEVICE", "cpu")
+    for seed in range(2):
+        save_file({"w": torch.full((2,), float(seed))}, f"{seed}.safetensors")
+    assert losscli("soup", "0.safetensors", "1.safetensors", "-o", "s.safetensors").status == 0
+    assert load_file("s.safetensors")["w"].tolist() == [0.5, 0.5]
+
+
 def test_a_soup_of_a_folder_is_that_of_its_files(three: list[str], folder: Path) -> None:
     (folder / "run").mkdir()
     for name in three:
