@@ -16,9 +16,9 @@ from losscli.registry import load as _load
 if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate __all__ below
     from losscli.errors import LosscliError as LosscliError
     from losscli.recorder.recorder import Recorder as Recorder
-    from losscli.results import Result as Result
-    from losscli.runs import load as load
-    from losscli.runs import plot as plot
+    from losscli.results.result import Result as Result
+    from losscli.results.runs import load as load
+    from losscli.results.runs import plot as plot
     from losscli.settings import Settings as Settings
     from losscli.studies.alignment import align as align
     from losscli.studies.around import around as around
@@ -38,13 +38,13 @@ __version__ = "0.1.0"
 _TARGETS = {
     "LosscliError": "losscli.errors:LosscliError",
     "Recorder": "losscli.recorder:Recorder",
-    "Result": "losscli.results:Result",
+    "Result": "losscli.results.result:Result",
     "Settings": "losscli.settings:Settings",
     "Table": "losscli.table:Table",
     "align": "losscli.studies.alignment:align",
     "export": "losscli.studies.export:export",
-    "load": "losscli.runs:load",
-    "plot": "losscli.runs:plot",
+    "load": "losscli.results.runs:load",
+    "plot": "losscli.results.runs:plot",
     **{name: command.function for name, command in COMMANDS.items()},
 }
 

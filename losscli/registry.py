@@ -18,7 +18,7 @@ from losscli.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from losscli.drawing import Drawing
+    from losscli.results.drawing import Drawing
 
 __all__ = [
     "ANIMATIONS",
@@ -112,7 +112,7 @@ class Command:
             for none.
         path_cure: What to do if a run has no path to animate.
         surface_cure: What to do if a run has no surface.
-        summary: The type of the summary, STEM.json, see `losscli.summaries`.
+        summary: The type of the summary, STEM.json, see `losscli.results.summaries`.
         table: The main table, STEM.csv.
         further_tables: The tables that are written beside it, by NAME of STEM.NAME.csv.
         panels: What the figure has a panel for.
@@ -153,7 +153,7 @@ class Command:
         """Draws one run or several.
 
         Args:
-            runs: Each a `losscli.results.Run`.
+            runs: Each a `losscli.results.result.Run`.
             drawing: How.
 
         Returns:
@@ -170,7 +170,7 @@ class Command:
         """Returns the views of one run or several on an interactive page.
 
         Args:
-            runs: Each a `losscli.results.Run`.
+            runs: Each a `losscli.results.result.Run`.
 
         Returns:
             Each a `losscli.plotting.html.View`.
@@ -218,7 +218,7 @@ class Command:
         """Animates the paths of one run or several.
 
         Args:
-            runs: Each a `losscli.results.Run`.
+            runs: Each a `losscli.results.result.Run`.
             drawing: How.
             suffix: The format, ``.gif`` or ``.mp4``.
 
@@ -237,7 +237,7 @@ class Command:
         """Writes a surface and the path on it for programs such as ParaView.
 
         Args:
-            runs: Each a `losscli.results.Run`.
+            runs: Each a `losscli.results.result.Run`.
             drawing: Whether the height is logarithmic.
 
         Returns:
@@ -262,7 +262,7 @@ class Command:
         """Puts a result into words.
 
         Args:
-            result: A `losscli.results.Result`.
+            result: A `losscli.results.result.Result`.
 
         Returns:
             Lines of text.
@@ -283,7 +283,7 @@ COMMANDS: Mapping[str, Command] = {
             report="losscli.cli.interpolate:report",
             drawing="losscli.plotting.interpolation:draw_interpolation",
             views="losscli.plotting.interpolation:interpolation_views",
-            summary="losscli.summaries:LineSummary",
+            summary="losscli.results.summaries:LineSummary",
             table=TableFormat(
                 ("alpha", *_LOSS),
                 optional=("slope", "curvature", "examples", "loss_seed_stderr"),
@@ -327,7 +327,7 @@ COMMANDS: Mapping[str, Command] = {
             mesh="losscli.plotting.trajectory:mesh_trajectory",
             path_cure="Give checkpoints of finite weights",
             surface_cure="Give a path that leaves the straight line, without --no-surface",
-            summary="losscli.summaries:TrajectorySummary",
+            summary="losscli.results.summaries:TrajectorySummary",
             table=TableFormat(
                 (
                     *("step", "checkpoint", "projection", "residual", "distance"),
@@ -361,7 +361,7 @@ COMMANDS: Mapping[str, Command] = {
             animation="losscli.plotting.plane:animate_plane",
             mesh="losscli.plotting.plane:mesh_plane",
             path_cure="Give --pca or --path",
-            summary="losscli.summaries:PlaneSummary",
+            summary="losscli.results.summaries:PlaneSummary",
             table=TableFormat(
                 ("x", "y", *_LOSS),
                 optional=("examples", "loss_seed_stderr"),
@@ -384,7 +384,7 @@ COMMANDS: Mapping[str, Command] = {
             report="losscli.cli.around:report",
             drawing="losscli.plotting.around:draw_around",
             views="losscli.plotting.around:around_views",
-            summary="losscli.summaries:AroundSummary",
+            summary="losscli.results.summaries:AroundSummary",
             table=TableFormat(
                 ("checkpoint", "direction", "coefficient", "distance", *_LOSS),
                 optional=("examples", "loss_seed_stderr"),
@@ -400,7 +400,7 @@ COMMANDS: Mapping[str, Command] = {
             report="losscli.cli.check:report",
             drawing="losscli.plotting.check:draw_check",
             views="losscli.plotting.check:check_views",
-            summary="losscli.summaries:CheckSummary",
+            summary="losscli.results.summaries:CheckSummary",
             table=TableFormat(
                 (
                     *("checkpoint", "split", "loss", "gradient_norm"),
@@ -444,7 +444,7 @@ COMMANDS: Mapping[str, Command] = {
             report="losscli.cli.sharpness:report",
             drawing="losscli.plotting.sharpness:draw_sharpness",
             views="losscli.plotting.sharpness:sharpness_views",
-            summary="losscli.summaries:SharpnessSummary",
+            summary="losscli.results.summaries:SharpnessSummary",
             table=TableFormat(
                 (
                     *("checkpoint", "split", "rho", "average", "average_stderr"),
@@ -465,7 +465,7 @@ COMMANDS: Mapping[str, Command] = {
             report="losscli.cli.barriers:report",
             drawing="losscli.plotting.barriers:draw_barriers",
             views="losscli.plotting.barriers:barriers_views",
-            summary="losscli.summaries:BarriersSummary",
+            summary="losscli.results.summaries:BarriersSummary",
             table=TableFormat(
                 (
                     *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
@@ -493,7 +493,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.soup:soup",
             report="losscli.cli.soup:report",
             drawing="losscli.plotting.soup:draw_soup",
-            summary="losscli.summaries:SoupSummary",
+            summary="losscli.results.summaries:SoupSummary",
             table=TableFormat(
                 ("step", "checkpoint", "kept", "score", "score_stderr"), errors=("score_stderr",)
             ),
@@ -507,7 +507,7 @@ COMMANDS: Mapping[str, Command] = {
             report="losscli.cli.files:report",
             drawing="losscli.plotting.inspection:draw_inspection",
             views="losscli.plotting.inspection:inspection_views",
-            summary="losscli.summaries:InspectionSummary",
+            summary="losscli.results.summaries:InspectionSummary",
             table=TableFormat(
                 ("tensor", "shape", "dtype", "values", "norm"),
                 optional=("norm_b", "distance", "cosine"),

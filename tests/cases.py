@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from losscli.evaluation import losses
+from losscli.evaluation.losses.built_in import built_in as losses
 from losscli.models import CNN, MLP
 from tests import foreign
 

@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from losscli.drawing import Drawing
 from losscli.errors import (
     CheckpointError,
     DataError,
@@ -50,6 +49,7 @@ from losscli.errors import (
     printable,
 )
 from losscli.models import MLP
+from losscli.results.drawing import Drawing
 
 CASES = 1000
 SAMPLE = 84
@@ -460,7 +460,7 @@ def _inspect(name: str) -> Callable[[Path, int], object]:
     def read(folder: Path, number: int) -> object:
         from losscli.checkpoint import list_checkpoints, read
         from losscli.cli import files
-        from losscli.results import to_json
+        from losscli.results.result import to_json
         from losscli.studies.inspection import inspect
 
         path = str(folder / name) if name else str(folder)
@@ -626,7 +626,7 @@ def _tables(folder: Path) -> list[str]:
             torch.arange(5) % 3)}  # fmt: skip
     found = losscli.interpolate("init:0", "init:1", model="mlp:6-5-3", data=data, points=7)
     (folder / "run.csv").write_text(found.table.to_csv(), newline="")
-    from losscli.results import to_json
+    from losscli.results.result import to_json
 
     (folder / "run.json").write_text(to_json(found.summary))
     return ["run.csv", "run.csv", "run.json"]
@@ -639,8 +639,8 @@ def _tables_damage(content: bytes, rng: Rng) -> bytes:
 def _read_table(folder: Path, number: int) -> object:
     from losscli.plotting.terminal import draw as in_terminal
     from losscli.registry import command_of
-    from losscli.results import draw
-    from losscli.runs import read_run
+    from losscli.results.result import draw
+    from losscli.results.runs import read_run
     from losscli.studies.export import lowest
 
     path = folder / "run.csv"
@@ -671,8 +671,8 @@ def _specs(folder: Path) -> list[str]:
 
 def _read_spec(folder: Path, number: int) -> object:
     from losscli.data import DATASETS
-    from losscli.evaluation.losses import LOSSES
-    from losscli.evaluation.metrics import METRICS
+    from losscli.evaluation.losses.built_in import LOSSES
+    from losscli.evaluation.losses.metrics import METRICS
     from losscli.models import MODELS
     from losscli.spec import Spec, expand_toml, look_up
 

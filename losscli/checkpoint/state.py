@@ -28,7 +28,7 @@ from losscli.checkpoint.quantised import find_quantisation
 from losscli.checkpoint.saving import save
 from losscli.errors import CheckpointError, MismatchError
 from losscli.files import open_regular
-from losscli.results import check_writable
+from losscli.results.result import check_writable
 from losscli.settings import PathLike, checked
 from losscli.weight_space.vectors import Weights, mismatches
 

@@ -13,9 +13,9 @@ from losscli.cli.imports import importing
 from losscli.cli.options import Force, Json, with_console, with_some_settings
 from losscli.cli.report import format_count, format_number
 from losscli.errors import printable
-from losscli.results import check_writable, to_json
+from losscli.results.result import check_writable, to_json
+from losscli.results.summaries import AlignmentSummary
 from losscli.settings import Settings
-from losscli.summaries import AlignmentSummary
 
 __all__ = ["align", "report"]
 

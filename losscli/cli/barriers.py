@@ -22,9 +22,9 @@ from losscli.cli.report import (
 )
 from losscli.cli.run_study import expand_names, run_study
 from losscli.errors import printable
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import BarriersSplit, BarriersSummary, PairBarrier
 from losscli.settings import Settings
-from losscli.summaries import BarriersSplit, BarriersSummary, PairBarrier
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

@@ -26,8 +26,8 @@ def catalogue(
     """Entries of a registry, with their keys and what they are."""
     with importing("torch"):
         from losscli.data import DATASETS
-        from losscli.evaluation.losses import LOSSES
-        from losscli.evaluation.metrics import METRICS
+        from losscli.evaluation.losses.built_in import LOSSES
+        from losscli.evaluation.losses.metrics import METRICS
         from losscli.models import MODELS
 
     registries: dict[str, Mapping[str, Callable[..., Any]]] = {

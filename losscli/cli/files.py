@@ -15,9 +15,9 @@ from losscli.cli.options import Force, Json, with_console, with_some_settings
 from losscli.cli.report import align_columns, format_count
 from losscli.errors import UsageError, printable
 from losscli.registry import COMMANDS
-from losscli.results import Output, Result, check_writable, to_json
+from losscli.results.result import Output, Result, check_writable, to_json
+from losscli.results.summaries import InspectionSummary
 from losscli.settings import Settings
-from losscli.summaries import InspectionSummary
 
 __all__ = ["export", "inspect", "report"]
 

@@ -11,9 +11,9 @@ from losscli.cli.console import Console
 from losscli.cli.options import Force, Json, with_console, with_some_settings
 from losscli.cli.report import format_count, format_number
 from losscli.errors import OutputError, UsageError, printable
-from losscli.results import replace_all, to_json
+from losscli.results.result import replace_all, to_json
+from losscli.results.summaries import ProjectSummary
 from losscli.settings import Settings
-from losscli.summaries import ProjectSummary
 
 __all__ = ["init", "report"]
 

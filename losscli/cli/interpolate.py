@@ -24,9 +24,16 @@ from losscli.cli.report import (
 from losscli.cli.run_study import run_study
 from losscli.errors import UsageError, printable
 from losscli.registry import COMMANDS, command_of
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import (
+    BlockSummary,
+    Extremum,
+    LineSplit,
+    LineSummary,
+    LowestOnLine,
+    Slope,
+)
 from losscli.settings import Settings
-from losscli.summaries import BlockSummary, Extremum, LineSplit, LineSummary, LowestOnLine, Slope
 from losscli.table import Table
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from losscli.drawing import Drawing
 from losscli.errors import UsageError
-from losscli.results import Output, default_stem, picture_of, stem_of
+from losscli.results.drawing import Drawing
+from losscli.results.result import Output, default_stem, picture_of, stem_of
 from losscli.settings import Buffers, DType, Settings
 
 __all__ = [

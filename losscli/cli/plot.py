@@ -16,10 +16,17 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting
 from losscli.cli.options import with_console, with_drawing
 from losscli.errors import UsageError
-from losscli.figures import has_panels
 from losscli.registry import COMMANDS, command_of
-from losscli.results import Output, Run, draw, label_runs, picture_of, render_html, stem_of
-from losscli.runs import check_curves, check_main, check_panels, choose_drawing, read_run, report
+from losscli.results.figures import has_panels
+from losscli.results.result import Output, Run, draw, label_runs, picture_of, render_html, stem_of
+from losscli.results.runs import (
+    check_curves,
+    check_main,
+    check_panels,
+    choose_drawing,
+    read_run,
+    report,
+)
 from losscli.table import Table
 
 __all__ = ["plot"]

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator, Sequence
 from typing import TypeGuard
 
 from losscli.errors import printable
-from losscli.summaries import (
+from losscli.results.summaries import (
     CostEstimate,
     Counts,
     Description,

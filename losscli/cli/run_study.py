@@ -14,10 +14,10 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.figures import check_panel_count, has_panels
 from losscli.registry import COMMANDS, load
-from losscli.results import check_labels, check_writable, to_json
-from losscli.summaries import Description
+from losscli.results.figures import check_panel_count, has_panels
+from losscli.results.result import check_labels, check_writable, to_json
+from losscli.results.summaries import Description
 
 if TYPE_CHECKING:
     from losscli.evaluation.journal import Journal

@@ -20,9 +20,9 @@ from losscli.cli.report import (
 )
 from losscli.cli.run_study import expand_names, run_study
 from losscli.errors import UsageError, printable
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import SharpnessPoint, SharpnessSummary
 from losscli.settings import Settings
-from losscli.summaries import SharpnessPoint, SharpnessSummary
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

@@ -21,9 +21,9 @@ from losscli.cli.report import (
 )
 from losscli.cli.run_study import run_study
 from losscli.errors import UsageError, printable
-from losscli.results import Result, check_writable
+from losscli.results.result import Result, check_writable
+from losscli.results.summaries import SoupSummary
 from losscli.settings import Settings
-from losscli.summaries import SoupSummary
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

@@ -18,9 +18,9 @@ from losscli.cli.report import (
 )
 from losscli.cli.run_study import expand_names, run_study
 from losscli.errors import printable
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import TrajectorySummary
 from losscli.settings import Settings
-from losscli.summaries import TrajectorySummary
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

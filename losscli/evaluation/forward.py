@@ -28,11 +28,9 @@ from losscli.data import (
     separated,
 )
 from losscli.errors import LosscliError, LossError, ModelError, one_line
-from losscli.evaluation.deferred_head import DeferredHead, head_weight
 from losscli.evaluation.device import widened
-from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.loading import LoadableModel
-from losscli.evaluation.losses import (
+from losscli.evaluation.losses.built_in import (
     LOSSES,
     TOKEN_LOSSES,
     PerExample,
@@ -40,7 +38,9 @@ from losscli.evaluation.losses import (
     nll,
     per_example_mean,
 )
-from losscli.evaluation.metrics import METRICS, perplexity
+from losscli.evaluation.losses.example_weights import weights_of
+from losscli.evaluation.losses.metrics import METRICS, perplexity
+from losscli.evaluation.losses.torch_losses import TorchLoss
 from losscli.evaluation.objective_functions import (
     MODEL,
     OWN_LOSS,
@@ -50,7 +50,7 @@ from losscli.evaluation.objective_functions import (
     returned_losses,
     scores_of,
 )
-from losscli.evaluation.torch_losses import TorchLoss
+from losscli.evaluation.strategies.deferred_head import DeferredHead, head_weight
 from losscli.models import suggest_fix
 
 __all__ = [

@@ -14,7 +14,7 @@ from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.sweep import sweep
 from losscli.evaluation.tasks import Execution
-from losscli.summaries import Step
+from losscli.results.summaries import Step
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, norm, to_device

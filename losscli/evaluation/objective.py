@@ -32,21 +32,16 @@ from losscli.errors import (
     NondeterministicModelError,
     OutOfMemoryError,
 )
-from losscli.evaluation.doubts import Doubt
 from losscli.evaluation.flops import Trace, operations
 from losscli.evaluation.forward import (
     ScoredModel,
     is_registered,
 )
 from losscli.evaluation.independence import Values
-from losscli.evaluation.losses import PerExample
-from losscli.evaluation.metrics import SEED_ERROR, loss_seed_stderr
-from losscli.evaluation.objective_functions import ObjectiveFunction
-from losscli.evaluation.output_collector import OutputCollector, join_weights
-from losscli.evaluation.points import BoundPoints, LoadedPoint, LoadedPoints, Points, StackedPoints
-from losscli.evaluation.recalibration import BatchNormLayer, Recalibration, batchnorm_layers
-from losscli.evaluation.strategies import Strategy
-from losscli.evaluation.targets import (
+from losscli.evaluation.losses.built_in import PerExample
+from losscli.evaluation.losses.doubts import Doubt
+from losscli.evaluation.losses.metrics import SEED_ERROR, loss_seed_stderr
+from losscli.evaluation.losses.targets import (
     check_lengths,
     check_probabilities,
     check_range,
@@ -54,7 +49,18 @@ from losscli.evaluation.targets import (
     is_of_classes,
     target_error,
 )
-from losscli.summaries import StrategyChoice
+from losscli.evaluation.objective_functions import ObjectiveFunction
+from losscli.evaluation.output_collector import OutputCollector, join_weights
+from losscli.evaluation.recalibration import BatchNormLayer, Recalibration, batchnorm_layers
+from losscli.evaluation.strategies.base import Strategy
+from losscli.evaluation.strategies.points import (
+    BoundPoints,
+    LoadedPoint,
+    LoadedPoints,
+    Points,
+    StackedPoints,
+)
+from losscli.results.summaries import StrategyChoice
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from losscli.data import Nest
-from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.forward import ScoredModel, mean_over_seeds, scores_in
-from losscli.evaluation.losses import PerExample, causal_lm, function_of, options_of
-from losscli.evaluation.metrics import perplexity
+from losscli.evaluation.losses.built_in import PerExample, causal_lm, function_of, options_of
+from losscli.evaluation.losses.example_weights import weights_of
+from losscli.evaluation.losses.metrics import perplexity
 
 __all__ = ["OutputCollector", "join_weights"]
 

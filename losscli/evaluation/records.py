@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from losscli.data import Examples
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights

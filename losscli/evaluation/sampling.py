@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from losscli.data import Examples
-from losscli.evaluation.losses import PerExample
-from losscli.evaluation.metrics import of_mean
+from losscli.evaluation.losses.built_in import PerExample
+from losscli.evaluation.losses.metrics import of_mean
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.table import Cell

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from losscli.data import Examples
 from losscli.evaluation.critical_step import Crossing, Reason, find_crossing
-from losscli.evaluation.curvature import Curvature
-from losscli.evaluation.curvature_check import check_derivatives
 from losscli.evaluation.finite_differences import sample_size
+from losscli.evaluation.hessian.curvature import Curvature
+from losscli.evaluation.hessian.curvature_check import check_derivatives
 from losscli.evaluation.line_search import LineSearch
 from losscli.evaluation.loss_rounding import ROUNDING_EXAMPLES, loss_rounding
 from losscli.evaluation.objective import Evaluation, Objective

@@ -11,10 +11,10 @@ from losscli.errors import LossError, ModelError
 from losscli.evaluation.forward import is_registered
 from losscli.evaluation.memory import halving
 from losscli.evaluation.objective import AGREEMENT, Objective, relative_difference
-from losscli.evaluation.points import LoadedPoints
-from losscli.evaluation.replicas import is_stateless
-from losscli.evaluation.strategies import NothingSharedError, Strategy
-from losscli.summaries import StrategyChoice
+from losscli.evaluation.strategies.base import NothingSharedError, Strategy
+from losscli.evaluation.strategies.points import LoadedPoints
+from losscli.evaluation.strategies.replicas import is_stateless
+from losscli.results.summaries import StrategyChoice
 from losscli.weight_space.slices import Slice
 
 __all__ = ["candidates", "choose_strategy", "find_strategy", "strategy_of"]

@@ -1,7 +1,8 @@
 """Evaluates many points of a slice in chunks that fit into memory, on one or several ranks.
 
 `sweep` recalls chunks that a journal holds; evaluates the others by `Objective.at`, which binds the
-points' weights to the model (`losscli.evaluation.points`) and returns the losses; and joins them.
+points' weights to the model (`losscli.evaluation.strategies.points`) and returns the losses; and
+joins them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from losscli.evaluation.memory import halve_batch, halving, is_streamed, points_
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import decode, encode, record_key, restore, slice_key, state_of
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.task_checks import check_independence, check_task
 from losscli.evaluation.tasks import ALONE, Execution, Task

@@ -18,17 +18,15 @@ from losscli.errors import (
     NondeterministicModelError,
     UsageError,
 )
-from losscli.evaluation.class_targets import IGNORED
 from losscli.evaluation.device import Narrowest
-from losscli.evaluation.doubts import Doubt, doubts_of
-from losscli.evaluation.example_weights import weights_of
 from losscli.evaluation.flops import Trace, addresses
 from losscli.evaluation.forward import NO_GRAPH, is_registered, scores_in
 from losscli.evaluation.independence import Values, compare, is_dependent
-from losscli.evaluation.losses import PerExample, function_of, mse, options_of
-from losscli.evaluation.objective import DETERMINISTIC, PROBE, Objective
-from losscli.evaluation.precision import wider_copies
-from losscli.evaluation.targets import (
+from losscli.evaluation.losses.built_in import PerExample, function_of, mse, options_of
+from losscli.evaluation.losses.class_targets import IGNORED
+from losscli.evaluation.losses.doubts import Doubt, doubts_of
+from losscli.evaluation.losses.example_weights import weights_of
+from losscli.evaluation.losses.targets import (
     check_probabilities,
     check_range,
     classes_of,
@@ -37,7 +35,9 @@ from losscli.evaluation.targets import (
     is_of_classes,
     target_error,
 )
-from losscli.evaluation.torch_losses import TorchLoss
+from losscli.evaluation.losses.torch_losses import TorchLoss
+from losscli.evaluation.objective import DETERMINISTIC, PROBE, Objective
+from losscli.evaluation.precision import wider_copies
 from losscli.models import HEADLESS, is_headless
 from losscli.weight_space.vectors import Weights
 

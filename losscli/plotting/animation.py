@@ -18,7 +18,6 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from PIL import Image
 
-from losscli.drawing import Drawing
 from losscli.plotting.lines import Series, draw_panel, split_entries
 from losscli.plotting.style import (
     INCH,
@@ -37,8 +36,9 @@ from losscli.plotting.style import (
 )
 from losscli.plotting.surface import WIDE, Contours, draw_path, finish_layout, label_contours
 from losscli.registry import load
-from losscli.results import Run
-from losscli.summaries import Summary
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import Summary
 
 __all__ = ["Animation", "Track", "animate", "new_panels"]
 

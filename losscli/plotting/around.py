@@ -15,7 +15,6 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from losscli.drawing import FULL, Drawing
 from losscli.plotting.html import DASHES as PAGE_DASHES
 from losscli.plotting.html import Item, View, curve, layout_2d, transparent
 from losscli.plotting.lines import Series, draw_panel
@@ -42,8 +41,9 @@ from losscli.plotting.style import (
     shorten,
     text_size,
 )
-from losscli.results import Run
-from losscli.summaries import AroundPoint, AroundSummary
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import AroundPoint, AroundSummary
 from losscli.table import Table
 from losscli.weight_space.basin import Profile
 

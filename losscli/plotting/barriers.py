@@ -20,7 +20,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
-from losscli.drawing import FULL, Drawing
 from losscli.plotting.html import Item, View, escape, layout_2d
 from losscli.plotting.style import (
     INCH,
@@ -49,8 +48,9 @@ from losscli.plotting.style import (
     text_width,
 )
 from losscli.plotting.surface import WIDE, finish_layout
-from losscli.results import Run
-from losscli.summaries import BarriersSummary
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import BarriersSummary
 from losscli.table import Table
 
 __all__ = ["barriers_views", "draw_barriers"]

@@ -18,7 +18,6 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from losscli.drawing import FULL, Drawing
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
 from losscli.plotting.html import View, table_view
 from losscli.plotting.lines import Series, draw_panel
@@ -57,8 +56,9 @@ from losscli.plotting.style import (
     whole_numbers,
 )
 from losscli.plotting.surface import WIDE, finish_layout
-from losscli.results import Run
-from losscli.summaries import CheckSummary, Escape
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
 
 __all__ = ["check_views", "draw_check"]

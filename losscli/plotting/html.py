@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from losscli.drawing import Drawing
 from losscli.plotting.style import (
     INK,
     PALE,
@@ -26,8 +25,9 @@ from losscli.plotting.style import (
 )
 from losscli.plotting.surface import PATH, Grid, colour_stops
 from losscli.registry import COLUMN_TYPES, command_of
-from losscli.results import Run, to_json
-from losscli.summaries import Summary
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run, to_json
+from losscli.results.summaries import Summary
 from losscli.table import Cell, Table
 
 __all__ = [

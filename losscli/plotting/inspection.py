@@ -14,7 +14,6 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from losscli.drawing import FULL, Drawing
 from losscli.errors import UsageError
 from losscli.plotting.html import Item, View, escape, layout_2d
 from losscli.plotting.layerwise import block_colours
@@ -38,8 +37,9 @@ from losscli.plotting.style import (
     small_size,
     text_width,
 )
-from losscli.results import Run
-from losscli.summaries import InspectionSummary
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import InspectionSummary
 
 __all__ = ["draw_inspection", "inspection_views"]
 

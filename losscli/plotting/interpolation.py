@@ -14,7 +14,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch, Patch
 from matplotlib.ticker import MaxNLocator
 
-from losscli.drawing import FULL, Drawing
 from losscli.plotting.html import View, table_view
 from losscli.plotting.layerwise import BLOCK_ALPHA, block_colours, draw_layerwise
 from losscli.plotting.line_axis import (
@@ -50,8 +49,9 @@ from losscli.plotting.style import (
     stacked_panels,
     text_size,
 )
-from losscli.results import Run
-from losscli.summaries import LineSummary
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import LineSummary
 from losscli.table import Table
 
 __all__ = ["draw_interpolation", "interpolation_views"]

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from losscli.drawing import FULL, Drawing
 from losscli.plotting.line_axis import (
     draw_ends,
     flat_range_notes,
@@ -42,8 +41,9 @@ from losscli.plotting.style import (
     small_size,
     text_size,
 )
-from losscli.results import Run
-from losscli.summaries import LineSummary
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import LineSummary
 
 __all__ = ["BLOCK_ALPHA", "block_colours", "draw_layerwise"]
 

@@ -13,7 +13,6 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from losscli.drawing import Drawing
 from losscli.plotting.lines import Series
 from losscli.plotting.style import (
     DASHES,
@@ -28,8 +27,9 @@ from losscli.plotting.style import (
     small_size,
     text_width,
 )
-from losscli.results import Run
-from losscli.summaries import LineSummary
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import LineSummary
 
 __all__ = [
     "LINE",

@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from losscli.drawing import Drawing
 from losscli.plotting.style import DASHES, count_points, drawable, name_split, plain, scale_y
-from losscli.results import Run
-from losscli.summaries import Summary
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import Summary
 
 __all__ = ["Series", "draw_panel", "split_entries"]
 

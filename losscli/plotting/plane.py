@@ -18,7 +18,6 @@ from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from losscli.drawing import FULL, Drawing
 from losscli.plotting.animation import Animation, Track, animate, new_panels
 from losscli.plotting.html import Item, View, contours_and_surface, path_items
 from losscli.plotting.lines import Series
@@ -74,8 +73,9 @@ from losscli.plotting.surface import (
 )
 from losscli.plotting.vtk import PathPoints, write_mesh
 from losscli.registry import COMMANDS
-from losscli.results import Run
-from losscli.summaries import PlaneAxis, PlaneSummary
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import PlaneAxis, PlaneSummary
 from losscli.table import Table
 
 __all__ = ["animate_plane", "draw_plane", "mesh_plane", "plane_views"]

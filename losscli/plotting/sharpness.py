@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from losscli.drawing import FULL, Drawing
 from losscli.plotting.html import View, table_view
 from losscli.plotting.style import (
     DASHES,
@@ -47,8 +46,9 @@ from losscli.plotting.style import (
     shorten_path,
     text_size,
 )
-from losscli.results import Run
-from losscli.summaries import SharpnessSummary
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import SharpnessSummary
 from losscli.table import Table
 
 __all__ = ["draw_sharpness", "sharpness_views"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from losscli.drawing import FULL, Drawing
 from losscli.plotting.style import (
     INK,
     PALE,
@@ -26,8 +25,9 @@ from losscli.plotting.style import (
     text_size,
     whole_numbers,
 )
-from losscli.results import Run
-from losscli.summaries import SoupSummary
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import SoupSummary
 
 __all__ = ["draw_soup"]
 

@@ -16,7 +16,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from losscli.drawing import Drawing
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
 from losscli.plotting.layerwise import block_colours
 from losscli.plotting.style import (
@@ -40,8 +39,9 @@ from losscli.plotting.style import (
     small_size,
     text_size,
 )
-from losscli.results import Run
-from losscli.summaries import CheckSummary, Density
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import CheckSummary, Density
 from losscli.table import Table
 
 __all__ = ["Row", "matrix_name", "spectra_rows"]

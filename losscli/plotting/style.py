@@ -36,11 +36,11 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from losscli.drawing import FULL, Drawing
 from losscli.errors import UsageError
 from losscli.plotting import style_sheet
-from losscli.results import Run
-from losscli.summaries import InspectionSummary, Summary
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import InspectionSummary, Summary
 
 __all__ = [
     "DASHES",

@@ -22,7 +22,6 @@ from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from losscli.drawing import Drawing
 from losscli.plotting.style import (
     INCH,
     INK,
@@ -41,6 +40,7 @@ from losscli.plotting.style import (
     shorten_path,
     small_size,
 )
+from losscli.results.drawing import Drawing
 
 __all__ = [
     "HIDDEN",

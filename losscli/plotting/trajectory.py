@@ -13,7 +13,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from losscli.drawing import FULL, Drawing
 from losscli.errors import UsageError
 from losscli.plotting.animation import Animation, Track, animate, new_panels
 from losscli.plotting.html import (
@@ -76,8 +75,9 @@ from losscli.plotting.surface import (
 )
 from losscli.plotting.vtk import PathPoints, write_mesh
 from losscli.registry import COMMANDS, MESH
-from losscli.results import Run
-from losscli.summaries import TrajectorySummary
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import TrajectorySummary
 from losscli.table import Table
 
 __all__ = ["animate_trajectory", "draw_trajectory", "mesh_trajectory", "trajectory_views"]

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from losscli.drawing import Drawing
 from losscli.plotting.style import plain
 from losscli.plotting.surface import Grid
 from losscli.registry import MESH, PATH_MESH
+from losscli.results.drawing import Drawing
 
 __all__ = ["PathPoints", "write_mesh"]
 

@@ -13,7 +13,7 @@ from torch import nn
 from losscli.data import DATASETS
 from losscli.errors import OutputError, SpecError
 from losscli.models import FROM_FILES
-from losscli.results import replace_all
+from losscli.results.result import replace_all
 from losscli.spec import Spec, Value, expand_toml, untrusted
 from losscli.studies.config import FILE_NAME, config_content, config_line, needs_trust, read_config
 

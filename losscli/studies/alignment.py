@@ -27,10 +27,10 @@ from losscli.errors import (
 )
 from losscli.evaluation.device import Narrowest
 from losscli.evaluation.objective import DETERMINISTIC
+from losscli.results.summaries import AlignmentSummary
 from losscli.settings import Settings, checked
 from losscli.studies.problem import Problem, prepare
 from losscli.studies.verification import needed_versions
-from losscli.summaries import AlignmentSummary
 from losscli.weight_space.matching import inner_product, match
 from losscli.weight_space.permutations import Group, obstacles, permutation_groups, permute
 from losscli.weight_space.vectors import Weights, distance

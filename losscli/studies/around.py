@@ -19,15 +19,24 @@ from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings
-from losscli.evaluation.derivative_directions import Along, DerivativeDirections
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.hessian.directions import Along, DerivativeDirections
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import (
+    AroundPoint,
+    AroundSplit,
+    AroundSummary,
+    BasinRadius,
+    CostEstimate,
+    Derivative,
+    Description,
+)
 from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
@@ -45,15 +54,6 @@ from losscli.studies.verification import (
     check_gradient_settings,
     verify_fresh_model_near,
     verify_sweep,
-)
-from losscli.summaries import (
-    AroundPoint,
-    AroundSplit,
-    AroundSummary,
-    BasinRadius,
-    CostEstimate,
-    Derivative,
-    Description,
 )
 from losscli.table import Table
 from losscli.weight_space.basin import Profile, Radius, radius

@@ -25,7 +25,8 @@ from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import BarriersSplit, BarriersSummary, Description, PairBarrier
 from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
@@ -39,7 +40,6 @@ from losscli.studies.notes import (
 )
 from losscli.studies.problem import counted, prepare
 from losscli.studies.verification import verify_fresh_model, verify_sweep
-from losscli.summaries import BarriersSplit, BarriersSummary, Description, PairBarrier
 from losscli.table import Table
 from losscli.weight_space.slices import Line, check_point_count, grid, midpoint
 from losscli.weight_space.vectors import Weights, distance, equal

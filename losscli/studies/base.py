@@ -13,11 +13,11 @@ from losscli.data import placing
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.progress import report_to
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import CostEstimate, Description, Origin, Seconds
 from losscli.settings import Progress
 from losscli.studies.fingerprint import Fingerprint, fingerprint_of, identity_of
 from losscli.studies.problem import Problem
-from losscli.summaries import CostEstimate, Description, Origin, Seconds
 from losscli.weight_space.slices import Line, Slice
 from losscli.weight_space.vectors import Weights, dimension, to_device
 

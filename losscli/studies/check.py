@@ -13,30 +13,31 @@ from typing import Any, get_args
 from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings
-from losscli.evaluation.critical_points import (
+from losscli.evaluation.device import float32_precision
+from losscli.evaluation.hessian.critical_points import (
     CriticalPointTest,
     PointAnalysis,
     batch_size_of,
     verdict_of,
 )
-from losscli.evaluation.curvature import DENSE_LIMIT, PRODUCT_LIMIT
-from losscli.evaluation.device import float32_precision
-from losscli.evaluation.gauss_newton import check_outputs
-from losscli.evaluation.gradient_graphs import graph_budget
-from losscli.evaluation.lanczos import MIN_PRODUCTS
+from losscli.evaluation.hessian.curvature import DENSE_LIMIT, PRODUCT_LIMIT
+from losscli.evaluation.hessian.gauss_newton import check_outputs
+from losscli.evaluation.hessian.gradient_graphs import graph_budget
+from losscli.evaluation.hessian.lanczos import MIN_PRODUCTS
+from losscli.evaluation.hessian.preconditioned import PreconditionedEigenvalue
+from losscli.evaluation.hessian.product_cost import product_seconds
+from losscli.evaluation.hessian.verdict import Verdict
 from losscli.evaluation.line_search import MAX_CURVE_POINTS, STEP_LENGTHS, LineSearch
 from losscli.evaluation.objective import recalibrated
-from losscli.evaluation.preconditioned import PreconditionedEigenvalue
-from losscli.evaluation.product_cost import product_seconds
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import record_key, restore
 from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.sweep import check as check_objective
 from losscli.evaluation.sweep import sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution, Task
-from losscli.evaluation.verdict import Verdict
 from losscli.registry import COMMANDS
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import CheckSummary, CostEstimate, Description, Escape, Step
 from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.check_notes import check_notes, functions_called
@@ -46,7 +47,6 @@ from losscli.studies.preconditioner import AdamPreconditioner
 from losscli.studies.problem import counted, prepare
 from losscli.studies.spectra import ADAM, Part, ProbedPoint, Spectra, SpectraOptions
 from losscli.studies.verification import check_differentiable, verify_fresh_model
-from losscli.summaries import CheckSummary, CostEstimate, Description, Escape, Step
 from losscli.table import Cell, Table
 from losscli.weight_space.vectors import Weights
 

@@ -20,10 +20,10 @@ from losscli.checkpoint import (
 )
 from losscli.errors import ChangedError, CheckpointError, MismatchError, UsageError
 from losscli.models import RUNS_CODE
+from losscli.results.summaries import CheckpointEntry
 from losscli.settings import Settings
 from losscli.studies.model import build
 from losscli.studies.specs import SourcedSpec
-from losscli.summaries import CheckpointEntry
 
 __all__ = ["Checkpoints", "changed", "is_same"]
 

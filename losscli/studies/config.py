@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from losscli.data import DATASETS, is_on_hub
 from losscli.errors import SpecError, UntrustedCodeError
-from losscli.evaluation.losses import LOSSES
-from losscli.evaluation.metrics import METRICS
+from losscli.evaluation.losses.built_in import LOSSES
+from losscli.evaluation.losses.metrics import METRICS
 from losscli.evaluation.objective_functions import MODEL, returned_losses
 from losscli.models import MODELS, RUNS_CODE
 from losscli.spec import Spec, look_up, quote, read_toml

@@ -9,8 +9,8 @@ from losscli.data import Split
 from losscli.evaluation.cost import Clock, Timings, measure
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import points_at_once
+from losscli.results.summaries import CostEstimate, Description
 from losscli.studies.base import Study
-from losscli.summaries import CostEstimate, Description
 
 __all__ = ["describe", "estimate", "evaluation_seconds"]
 

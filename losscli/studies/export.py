@@ -25,7 +25,7 @@ from losscli.checkpoint import (
 from losscli.errors import MismatchError, TableError, UsageError
 from losscli.evaluation.spectral import normalise_stored
 from losscli.registry import COMMANDS, command_of
-from losscli.results import read_summary
+from losscli.results.result import read_summary
 from losscli.settings import checked
 from losscli.studies.checkpoints import changed
 from losscli.studies.opening import open_pair

@@ -17,10 +17,10 @@ from losscli.checkpoint import (
 )
 from losscli.errors import CheckpointError, MismatchError, UsageError
 from losscli.registry import COMMANDS
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import InspectionSummary
 from losscli.settings import checked
 from losscli.studies.opening import differing_versions
-from losscli.summaries import InspectionSummary
 from losscli.table import Cell, Table
 from losscli.weight_space.vectors import (
     Weights,

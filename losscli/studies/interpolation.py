@@ -16,7 +16,7 @@ from losscli.checkpoint import CheckpointLike, name_checkpoint
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
-from losscli.evaluation.derivatives import prepare_first_batch
+from losscli.evaluation.derivatives.sweep import prepare_first_batch
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import halving, points_at_once
 from losscli.evaluation.objective import Evaluation
@@ -26,7 +26,15 @@ from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import (
+    BlockSummary,
+    CostEstimate,
+    Description,
+    LineSplit,
+    LineSummary,
+    Refined,
+)
 from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
@@ -44,14 +52,6 @@ from losscli.studies.notes import (
 from losscli.studies.problem import counted, prepare
 from losscli.studies.refiner import Refiner
 from losscli.studies.verification import check_differentiable, verify_fresh_model, verify_sweep
-from losscli.summaries import (
-    BlockSummary,
-    CostEstimate,
-    Description,
-    LineSplit,
-    LineSummary,
-    Refined,
-)
 from losscli.table import Table
 from losscli.weight_space.curve import describe
 from losscli.weight_space.refinement import uniform_points

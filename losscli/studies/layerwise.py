@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from losscli.errors import UsageError
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.sampling import Estimate
-from losscli.summaries import BlockSplit, Height
+from losscli.results.summaries import BlockSplit, Height
 from losscli.weight_space.blocks import blocks_of
 from losscli.weight_space.curve import lowest
 

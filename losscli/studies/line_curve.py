@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.sampling import Estimate, combine_metrics
-from losscli.summaries import Slope
+from losscli.results.summaries import Slope
 
 __all__ = ["Derivatives", "LineCurve", "RefinedCurve"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from losscli.data import Split
-from losscli.evaluation.derivative_directions import DerivativeDirections
-from losscli.evaluation.doubts import Doubt
-from losscli.evaluation.metrics import SEED_ERROR
+from losscli.evaluation.hessian.directions import DerivativeDirections
+from losscli.evaluation.losses.doubts import Doubt
+from losscli.evaluation.losses.metrics import SEED_ERROR
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays
 from losscli.studies.base import Study, count

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from losscli.errors import CheckpointError, ModelError, UsageError
+from losscli.results.summaries import Derivative, PlaneAxis
 from losscli.studies.problem import Problem, differing_tensors, require_finite
-from losscli.summaries import Derivative, PlaneAxis
 from losscli.weight_space.directions import normalisation_parameters, random_directions
 from losscli.weight_space.slices import Span, Triangle, grid
 from losscli.weight_space.trajectory import principal_axes

@@ -13,7 +13,7 @@ from losscli.errors import MismatchError, TableError, UsageError
 from losscli.evaluation.objective import recalibrated
 from losscli.evaluation.spectral import normalise_stored
 from losscli.registry import COMMANDS, command_of
-from losscli.results import read_summary
+from losscli.results.result import read_summary
 from losscli.settings import PathLike, Settings, checked
 from losscli.studies.plane_layout import span_plane
 from losscli.studies.problem import prepare

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from losscli.checkpoint import AdamState, ModelParameters, find_adam_state
 from losscli.errors import CheckpointError
-from losscli.evaluation.critical_points import CriticalPointTest
-from losscli.evaluation.preconditioned import (
+from losscli.evaluation.hessian.critical_points import CriticalPointTest
+from losscli.evaluation.hessian.preconditioned import (
     PreconditionedEigenvalue,
     adam_preconditioner,
     adam_threshold,
@@ -19,9 +19,9 @@ from losscli.evaluation.preconditioned import (
 )
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.tasks import Execution
+from losscli.results.summaries import Preconditioner
 from losscli.studies.checkpoints import changed
 from losscli.studies.problem import Problem
-from losscli.summaries import Preconditioner
 from losscli.weight_space.digest import digest
 from losscli.weight_space.vectors import Weights
 

@@ -21,13 +21,13 @@ from losscli.evaluation.objective_functions import returned_losses
 from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import sample_order
 from losscli.evaluation.task_checks import check_task
+from losscli.results.summaries import CheckpointEntry, Counts, Provenance
 from losscli.settings import Buffers, DType, Settings
 from losscli.studies.checkpoints import Checkpoints, is_same
 from losscli.studies.config import NO_CONFIG, Config
 from losscli.studies.model import build, check_copy
 from losscli.studies.specs import find_specs
 from losscli.studies.task import data_of, loss_of, metrics_of, objective_of, recalibration_of
-from losscli.summaries import CheckpointEntry, Counts, Provenance
 from losscli.weight_space.vectors import Weights, can_move, equal, select_names
 
 __all__ = ["Problem", "counted", "differing_tensors", "prepare", "require_finite"]

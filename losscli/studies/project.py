@@ -12,12 +12,12 @@ from losscli.evaluation.memory import halving
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import check
 from losscli.models import RUNS_CODE
+from losscli.results.summaries import FirstBatch, ProjectSummary
 from losscli.settings import Settings
 from losscli.spec import Spec, expand_toml
 from losscli.studies.config import Config, config_line, needs_trust, texts_of
 from losscli.studies.problem import prepare
 from losscli.studies.specs import find_specs
-from losscli.summaries import FirstBatch, ProjectSummary
 from losscli.weight_space.vectors import Weights, dimension
 
 __all__ = ["try_config"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from losscli.evaluation.derivatives import slopes
+from losscli.evaluation.derivatives.sweep import slopes
 from losscli.evaluation.memory import halving
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.precision import in_float64

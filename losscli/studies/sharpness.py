@@ -18,8 +18,8 @@ from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
 from losscli.evaluation.critical_step import MAX_SCANNED, Reason
-from losscli.evaluation.curvature import Curvature
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.hessian.curvature import Curvature
 from losscli.evaluation.objective import Evaluation, recalibrated
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import record_key, restore
@@ -36,13 +36,13 @@ from losscli.evaluation.sweep import check as check_objective
 from losscli.evaluation.sweep import sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.registry import COMMANDS
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import CostEstimate, Description, SharpnessPoint, SharpnessSummary
 from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.notes import general_notes, spectral_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare
 from losscli.studies.verification import check_differentiable, verify_fresh_model_near, verify_sweep
-from losscli.summaries import CostEstimate, Description, SharpnessPoint, SharpnessSummary
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line, Slice, check_point_count

@@ -23,14 +23,14 @@ from losscli.evaluation.sweep import check, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.progress import report_to
 from losscli.registry import COMMANDS
-from losscli.results import Result, check_writable, stem_of
+from losscli.results.result import Result, check_writable, stem_of
+from losscli.results.summaries import SoupSplit, SoupSummary
 from losscli.settings import PathLike, Progress, Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.export import average_checkpoints
 from losscli.studies.notes import general_notes, integer_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare
 from losscli.studies.verification import needed_versions, verify_fresh_model
-from losscli.summaries import SoupSplit, SoupSummary
 from losscli.table import Table
 from losscli.weight_space.averages import average
 from losscli.weight_space.curve import standard_error

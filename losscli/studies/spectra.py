@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losscli.errors import UsageError
-from losscli.evaluation.critical_points import CriticalPointTest
-from losscli.evaluation.curvature import PRODUCT_LIMIT, Curvature
-from losscli.evaluation.curvature_probes import BlockCurvature, CurvatureProbes
-from losscli.evaluation.gauss_newton import GaussNewton
-from losscli.evaluation.lanczos import MIN_PRODUCTS
+from losscli.evaluation.hessian.critical_points import CriticalPointTest
+from losscli.evaluation.hessian.curvature import PRODUCT_LIMIT, Curvature
+from losscli.evaluation.hessian.curvature_probes import BlockCurvature, CurvatureProbes
+from losscli.evaluation.hessian.gauss_newton import GaussNewton
+from losscli.evaluation.hessian.lanczos import MIN_PRODUCTS
+from losscli.evaluation.hessian.spectral_density import Probe, SpectralDensity
 from losscli.evaluation.ranks import Arrays
-from losscli.evaluation.spectral_density import Probe, SpectralDensity
 from losscli.evaluation.tasks import Execution
+from losscli.results.summaries import Density
 from losscli.studies.layerwise import Block
-from losscli.summaries import Density
 from losscli.table import Cell
 from losscli.weight_space.vectors import Weights
 

@@ -14,7 +14,7 @@ from losscli.data import Batching, DataSet, from_object, load, realise
 from losscli.errors import LosscliError, LossError, SpecError, UsageError, one_line
 from losscli.evaluation.forward import is_registered
 from losscli.evaluation.loading import named_tensors
-from losscli.evaluation.losses import (
+from losscli.evaluation.losses.built_in import (
     LOSSES,
     PerExample,
     causal_lm,
@@ -23,11 +23,11 @@ from losscli.evaluation.losses import (
     options_of,
     token_cross_entropy,
 )
-from losscli.evaluation.metrics import METRICS, accuracy
+from losscli.evaluation.losses.metrics import METRICS, accuracy
+from losscli.evaluation.losses.targets import class_dim_of
+from losscli.evaluation.losses.torch_losses import from_torch, is_of_torch
 from losscli.evaluation.objective_functions import MODEL, ObjectiveFunction, returned_losses
 from losscli.evaluation.recalibration import Recalibration, batchnorm_layers
-from losscli.evaluation.targets import class_dim_of
-from losscli.evaluation.torch_losses import from_torch, is_of_torch
 from losscli.models import (
     HEADLESS,
     NEEDS_DECODER,

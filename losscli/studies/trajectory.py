@@ -22,7 +22,8 @@ from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
-from losscli.results import Result
+from losscli.results.result import Result
+from losscli.results.summaries import PathLengths, RandomWalks, TrajectorySplit, TrajectorySummary
 from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
@@ -37,7 +38,6 @@ from losscli.studies.notes import (
 )
 from losscli.studies.problem import counted, differing_tensors, prepare
 from losscli.studies.verification import verify_fresh_model, verify_sweep
-from losscli.summaries import PathLengths, RandomWalks, TrajectorySplit, TrajectorySummary
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.slices import Line, check_point_count, grid, midpoint

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from losscli.summaries import Extremum, Height, LineSplit, LowestOnLine, Rise
+from losscli.results.summaries import Extremum, Height, LineSplit, LowestOnLine, Rise
 
 __all__ = [
     "describe",

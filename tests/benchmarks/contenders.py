@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.data import DataSet, Split
-from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.losses.built_in import cross_entropy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import sweep
 from losscli.weight_space.slices import Line

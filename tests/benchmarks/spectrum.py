@@ -17,8 +17,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from losscli.data import DataSet, Split
-from losscli.evaluation.curvature import Curvature
-from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.hessian.curvature import Curvature
+from losscli.evaluation.losses.built_in import cross_entropy
 from losscli.evaluation.objective import Objective
 from losscli.models import MLP
 

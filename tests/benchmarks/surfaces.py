@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.data import DataSet, Split
-from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.losses.built_in import cross_entropy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import sweep
 from losscli.models import MLP

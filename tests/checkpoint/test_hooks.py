@@ -21,7 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import losscli as library
 from losscli.checkpoint import LoadHooks, read, select_for
 from losscli.errors import CheckpointError, MismatchError
-from losscli.evaluation.losses import LOSSES
+from losscli.evaluation.losses.built_in import LOSSES
 from losscli.models import MLP
 from tests import oracle
 from tests.checkpoint.test_distributed import put

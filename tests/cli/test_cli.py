@@ -1002,7 +1002,7 @@ def test_a_picture_too_large_for_the_disk_is_named(
     def fail(number: int) -> None:
         raise OSError(errno.EFBIG, "File too large")
 
-    monkeypatch.setattr("losscli.results.os.fsync", fail)
+    monkeypatch.setattr("losscli.results.result.os.fsync", fail)
     done = losscli("inspect", "a.pt", "--figure", "q.png")
     assert done.status == 1
     assert done.stderr == "losscli: q.png cannot be written: File too large. Make room\n"

@@ -20,7 +20,7 @@ from losscli.data import DataSet, from_object, load
 from losscli.data import objects as objects_
 from losscli.data import stream as stream_
 from losscli.errors import SpecError
-from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.losses.built_in import cross_entropy
 from losscli.evaluation.objective import Objective, recalibrated
 from losscli.evaluation.recalibration import Recalibration
 from tests.conftest import Losscli

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from losscli.data import DataSet, Split, allocations, device_budget, device_memory, placing
 from losscli.errors import OutOfMemoryError
-from losscli.evaluation.losses import LOSSES
+from losscli.evaluation.losses.built_in import LOSSES
 from losscli.evaluation.memory import halving, points_that_fit
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sweep import sweep

@@ -49,10 +49,10 @@ from losscli.data import stream as stream_
 from losscli.data.iterable import IterableStream, Source
 from losscli.data.stream import Stream
 from losscli.errors import DataError, LossError
-from losscli.evaluation.curvature import Curvature
-from losscli.evaluation.derivatives import slopes
-from losscli.evaluation.losses import cross_entropy
-from losscli.evaluation.metrics import accuracy
+from losscli.evaluation.derivatives.sweep import slopes
+from losscli.evaluation.hessian.curvature import Curvature
+from losscli.evaluation.losses.built_in import cross_entropy
+from losscli.evaluation.losses.metrics import accuracy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.sampling import Estimate, evaluate_until_precise
 from losscli.evaluation.sweep import sweep, sweep_plain

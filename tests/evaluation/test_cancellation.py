@@ -16,12 +16,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.data import DataSet, Split
-from losscli.evaluation import first_layer
-from losscli.evaluation.derivatives import slopes
-from losscli.evaluation.first_layer import FirstLayer
-from losscli.evaluation.losses import cross_entropy
+from losscli.evaluation.derivatives.sweep import slopes
+from losscli.evaluation.losses.built_in import cross_entropy
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy, first_layer
+from losscli.evaluation.strategies.first_layer import FirstLayer
 from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.task_checks import check_task
 from losscli.weight_space.slices import Line, Slice, Span, Triangle

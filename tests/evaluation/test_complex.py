@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import losscli
 from losscli.data import DataSet, Split
 from losscli.errors import LosscliError
-from losscli.evaluation.losses import LOSSES
+from losscli.evaluation.losses.built_in import LOSSES
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.weight_space.digest import digest
 from losscli.weight_space.directions import random_directions

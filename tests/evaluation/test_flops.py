@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from losscli.data import DataSet, Split
 from losscli.data.objects import to_data_set
-from losscli.evaluation import losses
 from losscli.evaluation.flops import _without_fused_kernels, operations
 from losscli.evaluation.journal import Journal
+from losscli.evaluation.losses.built_in import built_in as losses
 from losscli.evaluation.memory import points_at_once, points_that_fit
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.recalibration import Recalibration

@@ -38,7 +38,7 @@ def objective_of(
     metrics: dict[str, Callable[..., Tensor]] | None = None,
 ) -> Objective:
     if loss is F.cross_entropy:
-        loss = losscli.evaluation.losses.cross_entropy
+        loss = losscli.evaluation.losses.built_in.cross_entropy
     data = DataSet({"all": Split(inputs(number), torch.arange(number) % 3)})
     return Objective(
         model,

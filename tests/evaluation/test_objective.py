@@ -13,12 +13,11 @@ from torch import Tensor
 
 from losscli.data import DataSet, Split
 from losscli.errors import LossError, ModelError, NondeterministicModelError, OutOfMemoryError
-from losscli.evaluation import metrics
-from losscli.evaluation.first_layer import FirstLayer
-from losscli.evaluation.losses import LOSSES
+from losscli.evaluation.losses.built_in import LOSSES, metrics
 from losscli.evaluation.objective import Evaluation, Objective
-from losscli.evaluation.replicas import is_stateless
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
+from losscli.evaluation.strategies.first_layer import FirstLayer
+from losscli.evaluation.strategies.replicas import is_stateless
 from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
@@ -241,7 +240,7 @@ def test_weights_that_cudnn_keeps_in_one_buffer_stay_in_it(
     flat: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = next(c for c in CASES if c.name == "lstm")
-    monkeypatch.setattr("losscli.evaluation.points._is_in_cudnn", lambda _: flat)
+    monkeypatch.setattr("losscli.evaluation.strategies.points._is_in_cudnn", lambda _: flat)
     monkeypatch.setattr(
         "losscli.evaluation.strategy_choice.candidates", lambda _: [Strategy.SHARED]
     )

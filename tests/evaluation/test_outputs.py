@@ -16,10 +16,10 @@ import losscli
 from losscli.data import from_object
 from losscli.data import objects as objects_
 from losscli.errors import ModelError
-from losscli.evaluation.losses import bce, cross_entropy, mse
-from losscli.evaluation.metrics import accuracy
+from losscli.evaluation.losses.built_in import bce, cross_entropy, mse
+from losscli.evaluation.losses.metrics import accuracy
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.task_checks import check_task
 from tests.conftest import Losscli
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 import losscli
 from losscli.data import DataSet, Split
 from losscli.evaluation import recalibration
-from losscli.evaluation.losses import LOSSES
+from losscli.evaluation.losses.built_in import LOSSES
 from losscli.evaluation.memory import points_that_fit
 from losscli.evaluation.objective import Objective, recalibrated
-from losscli.evaluation.points import BoundPoints, LoadedPoint
 from losscli.evaluation.recalibration import Recalibration, batchnorm_layers
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
+from losscli.evaluation.strategies.points import BoundPoints, LoadedPoint
 from losscli.evaluation.strategy_choice import candidates, find_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.models import CNN

@@ -18,11 +18,11 @@ from torch.nn.utils import spectral_norm as hooked
 import losscli
 from losscli.data import DataSet, Split
 from losscli.errors import UsageError
-from losscli.evaluation.losses import LOSSES
+from losscli.evaluation.losses.built_in import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.records import slice_key
 from losscli.evaluation.spectral import spectral_layers
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.studies.export import export
 from losscli.weight_space.slices import Line

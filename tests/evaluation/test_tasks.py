@@ -14,14 +14,14 @@ import torch
 from torch.distributed import HashStore
 
 from losscli.data import DataSet, Split
-from losscli.evaluation import derivatives
-from losscli.evaluation.derivatives import slopes
+from losscli.evaluation.derivatives.line import LineDerivatives, Method
+from losscli.evaluation.derivatives.sweep import slopes
+from losscli.evaluation.derivatives.sweep import sweep as derivatives
 from losscli.evaluation.journal import Journal
-from losscli.evaluation.line_derivatives import LineDerivatives, Method
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays, Ranks
 from losscli.evaluation.records import decode, encode, restore, state_of
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import sweep_plain
 from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import ALONE, Execution, Task

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import losscli
-from losscli.evaluation import derivative_method
-from losscli.evaluation.curvature import Curvature
-from losscli.evaluation.first_layer import FirstLayer
+from losscli.evaluation.derivatives.sweep import method as derivative_method
+from losscli.evaluation.hessian.curvature import Curvature
 from losscli.evaluation.objective import AGREEMENT, Objective, relative_difference
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
+from losscli.evaluation.strategies.first_layer import FirstLayer
 from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.task_checks import check_task
 from losscli.studies import refiner, verification

@@ -21,13 +21,13 @@ import losscli
 from losscli.data import DataSet, Split
 from losscli.errors import LossError
 from losscli.evaluation import task_checks
-from losscli.evaluation.losses import causal_lm
-from losscli.evaluation.metrics import perplexity
+from losscli.evaluation.losses.built_in import causal_lm
+from losscli.evaluation.losses.metrics import perplexity
+from losscli.evaluation.losses.targets import check_range
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.sweep import sweep
-from losscli.evaluation.targets import check_range
 from losscli.evaluation.task_checks import check_task
 from losscli.models import MODELS
 from losscli.models.pretrained import build_pretrained

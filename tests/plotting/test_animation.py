@@ -15,14 +15,14 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image, ImageSequence
 
-from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting import animation
 from losscli.plotting.animation import Animation
 from losscli.plotting.plane import animate_plane
 from losscli.plotting.trajectory import animate_trajectory
 from losscli.registry import COMMANDS
-from losscli.results import label_runs
+from losscli.results.drawing import Drawing
+from losscli.results.result import label_runs
 from tests.plotting import test_plane, test_trajectory
 from tests.plotting.test_interpolation import legend, note, texts
 

@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from losscli.drawing import Drawing
 from losscli.plotting.around import draw_around
 from losscli.plotting.style import render
-from losscli.results import Run, draw
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run, draw
 from losscli.table import Table
 from losscli.weight_space.basin import Profile, radius
 from tests.cases import sample

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from numpy.typing import NDArray
 
-from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.barriers import draw_barriers
 from losscli.plotting.style import render
-from losscli.results import Run, draw
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run, draw
 from losscli.table import Table
 from tests.cases import sample
 from tests.plotting.test_interpolation import check_golden, legend, texts

@@ -19,11 +19,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.check import draw_check
 from losscli.plotting.style import render
-from losscli.results import Run, draw
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run, draw
 from losscli.table import Cell, Table
 from tests.cases import sample
 from tests.plotting.test_interpolation import check_golden, legend, number, texts

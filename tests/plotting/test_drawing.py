@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.style import render
 from losscli.plotting.style_sheet import read
 from losscli.registry import COMMANDS
-from losscli.results import Result, Run, draw, label_runs
+from losscli.results.drawing import Drawing
+from losscli.results.result import Result, Run, draw, label_runs
 from losscli.table import Table
 from tests.plotting import (
     test_around,

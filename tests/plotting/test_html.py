@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 import losscli as library
-from losscli.drawing import Drawing
 from losscli.plotting.html import render_page, table_views
 from losscli.registry import COLUMN_TYPES, COMMANDS
-from losscli.results import Run, render_html
-from losscli.runs import report
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run, render_html
+from losscli.results.runs import report
 from losscli.table import Cell, Table
 from tests.cases import sample
 from tests.conftest import Losscli
@@ -297,7 +297,7 @@ def test_a_page_without_plotly_is_refused_before_anything_is_evaluated(
     table = library.interpolate("a.pt", "b.pt", points=3).table
     Path("line.csv").write_text(table.to_csv(), newline="")
     before = set(folder.iterdir())
-    monkeypatch.setattr("losscli.results.find_spec", lambda _: None)
+    monkeypatch.setattr("losscli.results.result.find_spec", lambda _: None)
     monkeypatch.setattr("losscli.evaluation.sweep.sweep", None)
     done = losscli(*arguments)
     assert (done.status, done.stdout) == (2, "")

@@ -38,11 +38,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.interpolation import draw_interpolation
 from losscli.plotting.style import render, run_colours
-from losscli.results import Run
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run
 from losscli.table import Table
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,12 +16,12 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.inspection import draw_inspection
 from losscli.plotting.layerwise import block_colours, draw_layerwise
 from losscli.plotting.style import render
-from losscli.results import Run, draw
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run, draw
 from losscli.table import Cell, Table
 from tests.plotting.test_interpolation import check_golden, ends, legend, marked, note, runs, texts
 

@@ -19,10 +19,10 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from losscli.drawing import Drawing
 from losscli.plotting.plane import draw_plane
 from losscli.plotting.style import render
-from losscli.results import Run
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run
 from losscli.table import Table
 from tests.cases import sample
 from tests.plotting.test_interpolation import check_golden, legend, note, texts

@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.sharpness import draw_sharpness
 from losscli.plotting.style import render
-from losscli.results import Run, draw
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run, draw
 from losscli.table import Cell, Table
 from tests.plotting.test_interpolation import check_golden, legend
 from tests.plotting.test_trajectory import sentence

@@ -19,10 +19,10 @@ from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import Axes3D
 
-from losscli.drawing import Drawing
 from losscli.plotting.style import render
 from losscli.plotting.trajectory import draw_trajectory
-from losscli.results import Run
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run
 from losscli.table import Table
 from tests.cases import sample
 from tests.plotting.test_interpolation import check_golden, legend, note, texts

@@ -11,12 +11,12 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from losscli.drawing import Drawing
 from losscli.errors import UsageError
 from losscli.plotting.plane import mesh_plane
 from losscli.plotting.trajectory import mesh_trajectory
 from losscli.registry import COMMANDS
-from losscli.results import Run
+from losscli.results.drawing import Drawing
+from losscli.results.result import Run
 from losscli.table import Table
 from tests.plotting import test_plane, test_trajectory
 

@@ -210,7 +210,7 @@ def test_no_file_is_written_through_a_link_that_somebody_planted(
             plant()
         return made(path)
 
-    for module in ("losscli.results", "losscli.checkpoint.saving"):
+    for module in ("losscli.results.result", "losscli.checkpoint.saving"):
         monkeypatch.setattr(f"{module}.create", late)
     (folder / name).unlink()
     done = losscli(*commands.get(name, line))

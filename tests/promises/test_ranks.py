@@ -40,7 +40,7 @@ from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays, Ranks, RanksError
 from losscli.evaluation.rendezvous import is_distributed
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import _divide, _synchronise
 from tests.conftest import ROOT, Losscli, Outcome
 from tests.forks import PATIENCE, child, ended

@@ -20,13 +20,13 @@ from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
 from losscli.evaluation.sampling import Estimate, evaluate_until_precise
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import Execution
 from losscli.models import MLP
-from losscli.results import to_json
+from losscli.results.result import to_json
 from losscli.settings import Settings
 from losscli.studies.base import Study
 from losscli.studies.check import Check
@@ -73,7 +73,7 @@ def build(
     return Objective(
         case.build(),
         case.per_example,
-        {"accuracy": losscli.evaluation.metrics.METRICS["accuracy"]}
+        {"accuracy": losscli.evaluation.losses.metrics.METRICS["accuracy"]}
         if case.loss == "cross_entropy"
         else {},
         DataSet({"all": split}),

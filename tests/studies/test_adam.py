@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import losscli
 from losscli.checkpoint import AdamState
-from losscli.evaluation.preconditioned import adam_preconditioner, adam_threshold
+from losscli.evaluation.hessian.preconditioned import adam_preconditioner, adam_threshold
 from losscli.models import MLP
 from losscli.studies import preconditioner
 from tests.conftest import ROOT, Losscli
@@ -112,7 +112,7 @@ def test_the_eigenvalue_is_that_of_the_dense_matrix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Larger models are computed in float32.
-    monkeypatch.setattr("losscli.evaluation.critical_points.DENSE_LIMIT", dense)
+    monkeypatch.setattr("losscli.evaluation.hessian.critical_points.DENSE_LIMIT", dense)
     x = torch.rand(60, 8, generator=torch.Generator().manual_seed(3))
     y = x[:, :4].argmax(1)
     model, optimizer = trained("8-12-4", kind, x, y, **options)
@@ -333,7 +333,7 @@ def test_gradient_descent_stays_at_two_over_its_learning_rate() -> None:
 def test_adam_stays_at_its_threshold_and_has_the_dense_eigenvalues(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("losscli.evaluation.critical_points.DENSE_LIMIT", 0)
+    monkeypatch.setattr("losscli.evaluation.hessian.critical_points.DENSE_LIMIT", 0)
     files = [CHEBYSHEV / "adam" / "path" / f"step-{t:05}.pt" for t in (200, 1400, 3000, 4000)]
     result = losscli.check([str(file) for file in files], optimizer="adam")
     values = result.table.floats(COLUMNS[0])

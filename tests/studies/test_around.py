@@ -19,7 +19,7 @@ import losscli
 from losscli.errors import LosscliError, ModelError, UsageError
 from losscli.models import MLP
 from losscli.registry import COMMANDS, command_of
-from losscli.results import Result
+from losscli.results.result import Result
 from losscli.table import Table
 from losscli.weight_space.directions import random_direction
 from tests import oracle

@@ -24,7 +24,7 @@ from losscli.data.split import Batches
 from losscli.errors import DataError, LossError, OutOfMemoryError, UsageError
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import Execution
@@ -190,7 +190,7 @@ def test_the_loss_is_the_mean_over_the_batches_of_the_data(
         else:
             spread = statistics.stdev(expected) / math.sqrt(len(expected))
             assert error == pytest.approx(spread, rel=1e-9)
-        right = truth(source, alpha, losscli.evaluation.metrics.accuracy)
+        right = truth(source, alpha, losscli.evaluation.losses.metrics.accuracy)
         assert accuracy == pytest.approx(math.fsum(right) / len(right), rel=1e-12)
     assert result.summary["batches"] == {"all": len(source.batches)}
     assert result.summary["examples"] == {"all": sum(map(len, source.batches))}

@@ -620,7 +620,9 @@ def test_without_a_copy_errors_cover_the_dense_float64_hessian_and_a_note_tells_
     only: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of more than 1,000 weights, and of fewer: the whole spectrum.
-    monkeypatch.setattr("losscli.evaluation.critical_points.in_float64", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "losscli.evaluation.hessian.critical_points.in_float64", lambda *_, **__: None
+    )
     x, y, state, hessian = offset_or_shifted(Offset)
     file = save(tmp_path, "a", **state)
     result = losscli.check([file], model=Offset, data={"all": (x, y)}, only=only)

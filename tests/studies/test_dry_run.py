@@ -13,8 +13,8 @@ import torch
 
 from losscli.cli.report import plan as told
 from losscli.evaluation.cost import Timings, measure, timed
-from losscli.evaluation.curvature import PRODUCT_LIMIT, ROWS_PER_PASS
-from losscli.evaluation.lanczos import MIN_PRODUCTS
+from losscli.evaluation.hessian.curvature import PRODUCT_LIMIT, ROWS_PER_PASS
+from losscli.evaluation.hessian.lanczos import MIN_PRODUCTS
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.tasks import Execution
 from losscli.settings import Settings
@@ -178,7 +178,7 @@ def test_a_check_takes_few_products_or_many(folder: Path, monkeypatch: pytest.Mo
             NAMES[:number], Settings(**CPU), tolerance=1e-3, eigenvalues=1, learning_rate=None
         )
 
-    monkeypatch.setattr("losscli.evaluation.product_cost.timed", lambda *_: 29.0)
+    monkeypatch.setattr("losscli.evaluation.hessian.product_cost.timed", lambda *_: 29.0)
     clock = _Turned(monkeypatch, load=0.0, each=0.0)
     for number in (1, 2):
         found = dry_run.estimate(plan(number), clock)
@@ -202,8 +202,8 @@ def test_products_are_cheaper_where_graphs_fit(
     plan = Check.plan(NAMES[:1], Settings(**CPU), tolerance=1e-3, eigenvalues=1, learning_rate=None)
     # The first without graphs, the second with them.
     times = iter([29.0, 2.9])
-    monkeypatch.setattr("losscli.evaluation.product_cost.timed", lambda *_: next(times))
-    for module in ("losscli.studies.check", "losscli.evaluation.curvature"):
+    monkeypatch.setattr("losscli.evaluation.hessian.product_cost.timed", lambda *_: next(times))
+    for module in ("losscli.studies.check", "losscli.evaluation.hessian.curvature"):
         monkeypatch.setattr(f"{module}.graph_budget", lambda _: budget)
     found = dry_run.estimate(plan, _Turned(monkeypatch, load=0.0, each=0.0))
     assert found["product"]["seconds"] == pytest.approx(seconds / 29 * 40 / ROWS_PER_PASS)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import losscli as library
 from losscli.errors import ModelError, UsageError
 from losscli.evaluation.loading import named_tensors
-from losscli.evaluation.losses import LOSSES
+from losscli.evaluation.losses.built_in import LOSSES
 from losscli.models import CNN, MLP
 from losscli.registry import command_of
 from losscli.studies.interpolation import Interpolation

@@ -20,7 +20,7 @@ import losscli
 from losscli.data import from_object
 from losscli.errors import DataError, LosscliError, UsageError
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.evaluation.task_checks import check_task
 from losscli.settings import Settings

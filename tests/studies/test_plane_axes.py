@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import losscli
 from losscli.errors import CheckpointError, LosscliError, ModelError, UsageError
-from losscli.evaluation.curvature import Curvature
+from losscli.evaluation.hessian.curvature import Curvature
 from losscli.models import MLP
 from losscli.registry import COMMANDS, command_of
-from losscli.results import Result
+from losscli.results.result import Result
 from losscli.table import Table
 from losscli.weight_space.directions import random_directions
 from tests.cases import CASES, Case
@@ -173,8 +173,8 @@ def test_a_search_that_has_not_converged_says_so(
     folder: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extremes = partialmethod(Curvature.extremes, limit=4)
-    monkeypatch.setattr("losscli.evaluation.critical_points.DENSE_LIMIT", 1)
-    monkeypatch.setattr("losscli.evaluation.curvature._SMALL", 1)
+    monkeypatch.setattr("losscli.evaluation.hessian.critical_points.DENSE_LIMIT", 1)
+    monkeypatch.setattr("losscli.evaluation.hessian.curvature._SMALL", 1)
     monkeypatch.setattr(Curvature, "extremes", extremes)
     done = losscli("plane", "a.pt", "--axes", "hessian", "--points", 2, "--no-figure", "-o", "x")
     assert done.status == 0, done.stderr

@@ -32,7 +32,7 @@ from losscli.errors import (
     ModelError,
     UsageError,
 )
-from losscli.evaluation.losses import LOSSES
+from losscli.evaluation.losses.built_in import LOSSES
 from losscli.models import MLP
 from tests import oracle
 from tests.cli.test_console import Terminal

@@ -15,8 +15,8 @@ import pytest
 
 import losscli as library
 from losscli.registry import COLUMN_TYPES, COMMANDS, TableFormat, command_of, load
-from losscli.results import Result, to_json
-from losscli.summaries import from_json
+from losscli.results.result import Result, to_json
+from losscli.results.summaries import from_json
 from losscli.table import Table
 from tests.moments import save_trained
 
@@ -131,7 +131,7 @@ from losscli.settings import checked
 from losscli.cli.console import Console
 from losscli.cli.options import with_console
 from losscli.plotting.style import house_style
-from losscli.results import Result, to_json
+from losscli.results.result import Result, to_json
 from losscli.registry import COMMANDS
 from losscli.table import Table
 

@@ -16,7 +16,7 @@ import losscli
 from losscli.errors import ModelError
 from losscli.models import MLP
 from losscli.registry import COMMANDS, command_of
-from losscli.results import Result
+from losscli.results.result import Result
 from losscli.table import Table
 from losscli.weight_space.directions import gaussian_direction
 from tests import oracle

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import losscli as library
 from losscli.errors import ChangedError, OutputError, UsageError
 from losscli.models import CNN, MLP
-from losscli.results import Output, to_json
+from losscli.results.result import Output, to_json
 from losscli.studies.export import parse_weights
 from losscli.table import Table
 from tests.benchmarks.__main__ import peak

@@ -47,7 +47,7 @@ def checked(operator: str) -> tuple[Any, NDArray[np.float64]]:
     """A check with everything, as of a network with many weights, and the dense matrix."""
     x, y, model, hessian = network()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("losscli.evaluation.critical_points.DENSE_LIMIT", 0)
+        patch.setattr("losscli.evaluation.hessian.critical_points.DENSE_LIMIT", 0)
         result = losscli.check(
             {name: tensor.clone() for name, tensor in model.state_dict().items()},
             model=MODEL,
@@ -218,7 +218,7 @@ def test_one_probe_has_no_error() -> None:
 
 
 def test_a_basis_that_does_not_fit_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("losscli.evaluation.spectral_density.host_budget", lambda: 0)
+    monkeypatch.setattr("losscli.evaluation.hessian.spectral_density.host_budget", lambda: 0)
     result = small(density=True, probes=2, lanczos=20)
     assert any("2 of 20 Lanczos vectors fit into memory" in n for n in result.summary["notes"])
     table = result.more["density"].where("split", "all").where("checkpoint", "checkpoint 0")

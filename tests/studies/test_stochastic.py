@@ -22,7 +22,7 @@ import losscli
 from losscli.errors import OutOfMemoryError
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.tasks import Execution
-from losscli.results import Result
+from losscli.results.result import Result
 from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
 from tests.conftest import Losscli

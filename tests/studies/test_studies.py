@@ -28,7 +28,7 @@ from losscli.errors import (
     UntrustedCodeError,
     UsageError,
 )
-from losscli.evaluation.losses import LOSSES
+from losscli.evaluation.losses.built_in import LOSSES
 from losscli.models import CNN, MLP
 from losscli.settings import Settings
 from losscli.studies.problem import prepare

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import losscli as library
 from losscli.cli import interpolate
 from losscli.errors import LosscliError, LossError
-from losscli.evaluation.losses import cross_entropy
-from losscli.evaluation.metrics import accuracy
+from losscli.evaluation.losses.built_in import cross_entropy
+from losscli.evaluation.losses.metrics import accuracy
 from tests import oracle
 from tests.conftest import Losscli
 

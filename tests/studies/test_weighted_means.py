@@ -21,14 +21,14 @@ import losscli
 from losscli.data import DataSet, Split
 from losscli.data import objects as objects_
 from losscli.errors import ModelError
-from losscli.evaluation.curvature import Curvature
+from losscli.evaluation.hessian.curvature import Curvature
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.line_search import best_step
-from losscli.evaluation.losses import cross_entropy
-from losscli.evaluation.metrics import accuracy
+from losscli.evaluation.losses.built_in import cross_entropy
+from losscli.evaluation.losses.metrics import accuracy
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.records import decode, encode
-from losscli.evaluation.strategies import Strategy
+from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.evaluation.task_checks import check_task
 from losscli.evaluation.tasks import Execution

@@ -1,0 +1,1 @@
+"""Products with the Hessian, its eigenvalues, and what they say about a point."""

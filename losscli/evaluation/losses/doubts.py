@@ -1,0 +1,85 @@
+"""Signs that a loss or a metric is the wrong one for a model and its data."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from losscli.evaluation.losses.built_in import (
+    TOKEN_LOSSES,
+    PerExample,
+    bce,
+    cross_entropy,
+    function_of,
+    mse,
+)
+from losscli.evaluation.losses.class_targets import (
+    are_labels,
+    are_probabilities,
+    class_dim,
+    one_score_per_target,
+    sums_to_one,
+)
+from losscli.evaluation.losses.metrics import accuracy
+from losscli.evaluation.losses.targets import class_dim_of
+
+__all__ = ["Doubt", "doubts_of"]
+
+
+class Doubt(enum.Enum):
+    """A reason why a loss or a metric may be the wrong one; the value is the note."""
+
+    LABELS = (
+        "the targets are all 0 or 1, and the default for float targets is mse: if they are "
+        "labels, give --loss bce, which takes scores before the sigmoid"
+    )
+    SIGMOID = (
+        "the outputs of the first batch all lie in 0…1, and bce takes scores before the sigmoid: "
+        "if they are probabilities, take the sigmoid out of the model or give a --loss of "
+        "probabilities"
+    )
+    SOFTMAX = (
+        "the outputs of the first batch are probabilities with the sum 1, and the loss takes "
+        "scores before the softmax: take the softmax out of the model or give a --loss of "
+        "probabilities"
+    )
+    THRESHOLD = (
+        "the outputs of the first batch all lie in 0…1, and accuracy takes a score above 0 for "
+        "the label 1: if they are probabilities, give a --metric of probabilities or none"
+    )
+
+
+def doubts_of(
+    functions: Sequence[PerExample], outputs: Tensor, targets: Tensor
+) -> frozenset[Doubt]:
+    """Looks for signs that a loss or a metric does not fit these outputs and targets.
+
+    Args:
+        functions: The loss, then the metrics, all of which take the outputs and targets.
+        outputs: The outputs of a batch.
+        targets: Its targets.
+
+    Returns:
+        The doubts.
+    """
+    loss, *metrics = map(function_of, functions)
+    doubts = set()
+    single = one_score_per_target(outputs, targets)
+    if loss is mse and are_labels(targets) and bool(targets.any() and (targets == 0).any()):
+        doubts.add(Doubt.LABELS)
+    if loss is bce and are_probabilities(outputs):
+        doubts.add(Doubt.SIGMOID)
+    elif accuracy in metrics and single and are_probabilities(outputs):
+        doubts.add(Doubt.THRESHOLD)
+    if loss is cross_entropy or loss in TOKEN_LOSSES:
+        dim = 1
+        if outputs.ndim > 2:
+            dim = class_dim_of(functions[0]) or class_dim(outputs, targets, "", None) or 1
+        # One token is enough to see that scores, of which there may be millions, are none.
+        first = outputs.flatten(0, -2)[:1] if loss in TOKEN_LOSSES else outputs
+        sums = are_probabilities(first) and are_probabilities(outputs) and outputs.shape[dim] > 1
+        if sums and sums_to_one(outputs, dim):
+            doubts.add(Doubt.SOFTMAX)
+    return frozenset(doubts)

@@ -1,0 +1,127 @@
+"""Metrics, each per example."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from losscli.errors import LossError
+from losscli.evaluation.losses.built_in import PerExample, causal_lm, function_of, per_example_mean
+from losscli.evaluation.losses.class_targets import class_dim, counted, describe, probability_dim
+
+__all__ = ["METRICS", "accuracy", "counted_in_accuracy", "of_mean", "perplexity"]
+
+
+def accuracy(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    dim: int | None = None,
+    ignore_index: int | None = None,
+    soft: bool = False,
+) -> Tensor:
+    """Computes whether each example is classified correctly.
+
+    Args:
+        outputs: Scores, ``[B, C, *]`` or ``[B, *, C]``; the prediction is the class with the
+            highest score. With C = 1, or no C, a positive score predicts 1.
+        targets: Classes, ``[B, *]``, or their probabilities, of which the highest is the class.
+            Those that `cross_entropy` ignores are ignored.
+        dim: The dimension of the classes, 1 or −1; None takes that of the loss, or else the one
+            that fits the targets.
+        ignore_index: A further target that is ignored.
+        soft: Whether targets of the shape of the outputs are probabilities of classes.
+
+    Returns:
+        1 or 0 for each example, ``[B]``. Over further dimensions the share of correct predictions
+        among targets that are not ignored, 0 if all are. nan if a score of such a target is nan.
+
+    Raises:
+        LossError: The shapes do not fit, or both dimensions fit and ``dim`` is None.
+    """
+    if soft and targets.is_floating_point() and outputs.shape == targets.shape:
+        own = probability_dim(targets, dim)
+        scores, predictions = outputs.max(own)
+        correct = (predictions == targets.argmax(own)).to(torch.float32)
+        return per_example_mean(correct.masked_fill(scores.isnan(), math.nan))
+    if outputs.shape == targets.shape:
+        scores, predictions = outputs, outputs > 0
+    elif (dim := class_dim(outputs, targets, "accuracy", dim)) is None:
+        raise LossError(
+            f"accuracy needs outputs [B, C] and targets [B], not {describe(outputs)} and "
+            f"{describe(targets)}",
+            "Choose another --metric, or none",
+        )
+    elif outputs.shape[dim] == 1:
+        scores = outputs.squeeze(dim)
+        predictions = scores > 0
+    else:
+        # The maximum is nan if any score is.
+        scores, predictions = outputs.max(dim)
+    correct = (predictions == targets).to(torch.float32).masked_fill(scores.isnan(), math.nan)
+    ignored = ~counted_in_accuracy(outputs, targets, dim, ignore_index)
+    correct = correct.masked_fill(ignored, 0)
+    if correct.ndim < 2:
+        return correct
+    shares = per_example_mean((~ignored).to(torch.float32))
+    # Exactly the mean if none is ignored.
+    return per_example_mean(correct) / shares.masked_fill(shares == 0, 1)
+
+
+def counted_in_accuracy(
+    outputs: Tensor, targets: Tensor, dim: int | None, ignore_index: int | None
+) -> Tensor:
+    """Returns a mask of the targets that count in an accuracy."""
+    if outputs.shape[1:] == targets.shape[1:]:
+        return counted(targets, None, ignore_index)
+    dim = class_dim(outputs[:1], targets[:1], "accuracy", dim)
+    return counted(targets, None if dim is None else outputs.shape[dim], ignore_index)
+
+
+def perplexity(outputs: Tensor, targets: Tensor, *, ignore_index: int | None = None) -> Tensor:
+    """Computes the perplexity, exp of the mean causal_lm loss over sequences.
+
+    Args:
+        outputs: Scores before softmax, ``[B, T, V]``.
+        targets: Tokens 0…V−1, ``[B, T]``; −100 is ignored.
+        ignore_index: A further target that is ignored.
+
+    Returns:
+        ``[B]``: the loss in nats. `of_mean` makes the perplexity from its mean.
+    """
+    return causal_lm(outputs, targets, ignore_index=ignore_index)
+
+
+def of_mean(metric: PerExample, mean: float) -> float:
+    """Computes a metric from its mean over examples.
+
+    Args:
+        metric: The metric.
+        mean: Its mean over all examples.
+
+    Returns:
+        The mean itself, except for perplexity.
+    """
+    if function_of(metric) is not perplexity:
+        return mean
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
+
+
+def loss_seed_stderr(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Stands for the standard error of the mean loss over seeds, which is not a mean of examples.
+
+    With the mean loss L_s of each of S seeds it is std(L_s)/√S. Given the examples, that is how far
+    the mean over the seeds may be from the expectation over all random numbers.
+    """
+    raise NotImplementedError
+
+
+SEED_ERROR = loss_seed_stderr.__name__
+"""The name of that standard error in tables."""
+
+METRICS: dict[str, PerExample] = {"accuracy": accuracy, "perplexity": perplexity}

@@ -1,0 +1,1 @@
+"""Ways to evaluate a batch at several points at once."""

@@ -1,0 +1,95 @@
+"""Replicas of a model that share its memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from losscli.data import Nest
+from losscli.evaluation.loading import named_tensors
+from losscli.evaluation.recalibration import BatchNormLayer, batchnorm_layers
+from losscli.evaluation.strategies.base import Network
+
+__all__ = ["Replica", "forward_with", "is_stateless", "make_replicas"]
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A model with tensors that can be bound to values of their own."""
+
+    model: nn.Module
+    tensors: Mapping[str, Tensor]
+    layers: Sequence[BatchNormLayer]
+
+
+def make_replicas(network: Network, number: int) -> list[Replica]:
+    """Makes replicas of a model that share its memory.
+
+    Args:
+        network: The model.
+        number: How many.
+
+    Returns:
+        The replicas; the model itself is the first.
+    """
+    replicas = [Replica(network.model, network.tensors, network.statistics)]
+    for _ in range(number - 1):
+        shared: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach(), p.requires_grad) for p in network.model.parameters()
+        }
+        twin = copy.deepcopy(network.model, shared)
+        tensors = named_tensors(twin)
+        layers = batchnorm_layers(twin, tensors) if network.statistics else ()
+        replicas.append(Replica(twin, tensors, layers))
+    return replicas
+
+
+class _Forward(nn.Module):
+    """The forward pass of a network as a module, so that its tensors can be replaced."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.model = network.model
+        self._network = network
+
+    def forward(self, inputs: Nest) -> Any:
+        return self._network.forward(self.model, inputs)
+
+
+def forward_with(network: Network, tensors: Mapping[str, Tensor], inputs: Nest) -> Any:
+    """Runs a network with other tensors, see `torch.func.functional_call`.
+
+    Args:
+        network: The network.
+        tensors: The tensors by name; the others are those of the model.
+        inputs: A prepared batch.
+
+    Returns:
+        Its outputs.
+    """
+    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return functional_call(_Forward(network), named, (inputs,))
+
+
+def is_stateless(network: Network) -> bool:
+    """Whether a forward pass is known to keep no state but the tensors of the model.
+
+    Args:
+        network: The model.
+
+    Returns:
+        Whether its replicas may run concurrently, and a forward pass may be interrupted.
+    """
+    # A user's code may keep state: a closure that copying does not reach, a table filled by a hook.
+    return network.function is None and all(
+        type(module).__module__.startswith(("torch.nn.", "losscli.models"))
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+        for module in network.model.modules()
+    )
