@@ -45,7 +45,6 @@ _TARGETS = {
     "export": "losscli.studies.export:export",
     "load": "losscli.results.runs:load",
     "plot": "losscli.results.runs:plot",
-    "soup": "losscli.studies.soup:soup",
     **{name: command.function for name, command in COMMANDS.items()},
 }
 

@@ -43,7 +43,7 @@ COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
         ("block", "direction", "dtype", "key", "path", "shape", "split", "tensor", "verdict"),
         "text",
     ),
-    **dict.fromkeys(("bytes", "examples", "step", "tensors", "values", "walk"), "integer"),
+    **dict.fromkeys(("bytes", "examples", "kept", "step", "tensors", "values", "walk"), "integer"),
 }
 """The types of columns, in any table, that do not hold floats."""
 
@@ -486,6 +486,19 @@ COMMANDS: Mapping[str, Command] = {
                 ),
             },
             not_overlaid=("one matrix cannot be laid over another", "Give one CSV of barriers"),
+        ),
+        Command(
+            name="soup",
+            function="losscli.studies.soup:soup",
+            cli="losscli.cli.soup:soup",
+            report="losscli.cli.soup:report",
+            drawing="losscli.plotting.soup:draw_soup",
+            summary="losscli.results.summaries:SoupSummary",
+            table=TableFormat(
+                ("step", "checkpoint", "kept", "score", "score_stderr"), errors=("score_stderr",)
+            ),
+            distributed=False,
+            not_overlaid=("one search cannot be laid over another", "Give one CSV of soup"),
         ),
         Command(
             name="inspect",

@@ -18,7 +18,6 @@ _FUNCTIONS: Mapping[str, str] = {
     "inspect": "losscli.cli.files:inspect",
     "align": "losscli.cli.align:align",
     "export": "losscli.cli.files:export",
-    "soup": "losscli.cli.soup:soup",
     "list": "losscli.cli.catalogue:catalogue",
     "init": "losscli.cli.init:init",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +11,13 @@ import typer
 
 from losscli.cli.console import Console
 from losscli.cli.imports import import_plotting, importing
-from losscli.cli.options import Force, Json, with_console
+from losscli.cli.options import Force, Json, with_console, with_some_settings
 from losscli.cli.report import align_columns, format_count
 from losscli.errors import UsageError, printable
 from losscli.registry import COMMANDS
 from losscli.results.result import Output, Result, check_writable, to_json
 from losscli.results.summaries import InspectionSummary
+from losscli.settings import Settings
 
 __all__ = ["export", "inspect", "report"]
 
@@ -70,15 +72,9 @@ def inspect(
 
 
 @with_console
+@with_some_settings("model", "data", "trust")
 def export(
-    checkpoints: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CKPT",
-            help="A at α = 0 and B at α = 1; with --weights two or more.",
-            show_default=False,
-        ),
-    ],
+    settings: Settings,
     console: Console,
     out: Annotated[
         Path,
@@ -90,6 +86,14 @@ def export(
             show_default=False,
         ),
     ],
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CKPT",
+            help="A at α = 0 and B at α = 1; with --weights two or more; with --plane none.",
+            show_default=False,
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option("--alpha", metavar="X", help="The point of the line.", show_default=False),
@@ -123,13 +127,33 @@ def export(
             show_default=False,
         ),
     ] = None,
+    plane: Annotated[
+        Path | None,
+        typer.Option(
+            "--plane",
+            metavar="CSV",
+            help="A table of plane, whose checkpoints and choice of tensors are in the JSON beside "
+            "it. Give the --model and --data of the run again, unless metadata or losscli.toml "
+            "name them.",
+            show_default=False,
+        ),
+    ] = None,
+    at: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            "--at",
+            metavar="X Y",
+            help="The point of --plane; it may be outside the table.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Write the checkpoint at a point of the line, θ(X) = A + X (B − A), or a weighted average.
+    """Write the checkpoint at a point of a line or plane, or a weighted average.
 
-    The metadata are those of the first checkpoint.
+    A point of the line is θ(X) = A + X (B − A). The metadata are those of the first checkpoint.
     """
-    options = {"--alpha": alpha, "--best": best, "--weights": weights}
+    options = {"--alpha": alpha, "--best": best, "--weights": weights, "--plane": plane}
     given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} contradict each other", "Give one of them")
@@ -138,7 +162,19 @@ def export(
     if (best is None) != (csv is None):
         one, missing = ("--best", "--csv") if csv is None else ("--csv", "--best")
         raise UsageError(f"{one} is given without {missing}", "Give --best SPLIT --csv STEM.csv")
-    if weights is None and len(checkpoints) != 2:
+    if (plane is None) != (at is None):
+        one, missing = ("--plane", "--at") if at is None else ("--at", "--plane")
+        raise UsageError(f"{one} is given without {missing}", "Give --plane STEM.csv --at X Y")
+    checkpoints = checkpoints or []
+    if plane is not None and checkpoints:
+        raise UsageError(
+            f"--plane knows its checkpoints, so {checkpoints[0]} has no effect", "Leave it out"
+        )
+    if plane is None and settings != Settings():
+        raise UsageError(
+            "--model, --data and --trust have no effect without --plane", "Leave them out"
+        )
+    if weights is None and plane is None and len(checkpoints) != 2:
         raise UsageError(
             f"{given[0]} needs two checkpoints, A and B, and got {len(checkpoints)}",
             "For an average of several give --weights",
@@ -147,9 +183,13 @@ def export(
     with importing("torch"):
         from losscli.studies.export import export as study
         from losscli.studies.export import lowest, parse_weights
+        from losscli.studies.plane_point import point_of_plane
 
     summary = None
-    if weights is not None:
+    if plane is not None and at is not None:
+        with console.guard_stdout():
+            checkpoint = point_of_plane(plane, at, **asdict(settings))
+    elif weights is not None:
         checkpoint = study(checkpoints, weights=parse_weights(weights, len(checkpoints)))
     else:
         if best is not None and csv is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from losscli.cli import report
@@ -14,7 +16,7 @@ from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
 from losscli.registry import COMMANDS, load
 from losscli.results.figures import check_panel_count, has_panels
-from losscli.results.result import Result, check_labels, to_json
+from losscli.results.result import check_labels, check_writable, to_json
 from losscli.results.summaries import Description
 
 if TYPE_CHECKING:
@@ -31,7 +33,13 @@ _MACHINE_CONDITIONS = frozenset({
 
 
 def run_study(
-    name: str, names: Sequence[str], plan: Callable[[], Study], write: Write, console: Console
+    name: str,
+    names: Sequence[str],
+    plan: Callable[[], Study],
+    write: Write,
+    console: Console,
+    *,
+    checkpoint: Path | None = None,
 ) -> None:
     """Runs a study and writes its result.
 
@@ -41,11 +49,15 @@ def run_study(
         plan: Plans the study.
         write: The output options.
         console: The streams.
+        checkpoint: The file of the checkpoint that the result has; its name without the suffix is
+            the stem.
     """
     ranks, command = console.ranks, COMMANDS[name]
     if ranks is not None and not ranks.is_leader:
         _run_follower(ranks, plan, write, console)
         return
+    if checkpoint is not None:
+        write = replace(write, out=str(checkpoint.with_suffix("")))
     # The default stem of a long path has only its first and last checkpoint.
     output = write.plan(name, names if len(names) <= 3 else [names[0], names[-1]])
     with importing("torch"):
@@ -84,6 +96,10 @@ def run_study(
         console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
     output.guard(study.identity, command.further_tables)
+    if checkpoint is not None:
+        # This run may have written it before, or it may have been killed then.
+        again = output.is_of(study.identity) or Path(f"{output.stem}.journal").exists()
+        check_writable(checkpoint, force=write.force or again)
     from losscli.evaluation.journal import Journal
 
     with console.guard_stdout():
@@ -99,7 +115,9 @@ def run_study(
         result = result.with_drawing(write.drawing)
         if output.figures:
             import_plotting()
-        files = output.save(result, write.drawing)
+        if checkpoint is not None:
+            result.checkpoint.save(checkpoint, force=True)
+        files = [*filter(None, [checkpoint]), *output.save(result, write.drawing)]
         console.written = True
         journal.finish()
     if write.json:
@@ -144,9 +162,7 @@ def _shared_conditions(study: Study) -> dict[str, str]:
     }
 
 
-def _evaluate(
-    study: Study, console: Console, ranks: Ranks | None, journal: Journal | None
-) -> Result[Any]:
+def _evaluate(study: Study, console: Console, ranks: Ranks | None, journal: Journal | None) -> Any:
     """Runs a study and shows its progress and notes."""
     from losscli.evaluation.tasks import Execution
 

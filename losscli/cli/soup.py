@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from losscli.cli.console import Console
 from losscli.cli.imports import importing
-from losscli.cli.options import Force, with_console
-from losscli.results.result import check_writable
+from losscli.cli.options import Write, with_console, with_output, with_settings
+from losscli.cli.report import (
+    align_columns,
+    format_count,
+    format_examples,
+    format_number,
+    is_finite,
+    task_lines,
+)
+from losscli.cli.run_study import run_study
+from losscli.errors import UsageError, printable
+from losscli.results.result import Result, check_writable
+from losscli.results.summaries import SoupSummary
+from losscli.settings import Settings
 
-__all__ = ["soup"]
+if TYPE_CHECKING:
+    from losscli.studies.base import Study
+
+__all__ = ["report", "soup"]
 
 
 @with_console
+@with_output
+@with_settings
 def soup(
     checkpoints: Annotated[
         list[str],
@@ -23,24 +41,96 @@ def soup(
             metavar="CKPT", help="Two or more, or a folder of them.", show_default=False
         ),
     ],
+    settings: Settings,
+    write: Write,
     console: Console,
-    out: Annotated[
-        Path,
+    greedy: Annotated[
+        str | None,
         typer.Option(
-            "-o",
-            "--out",
-            metavar="FILE.safetensors",
-            help="The file to write; FILE.pt also stores module versions.",
+            "--greedy",
+            metavar="SPLIT",
+            help="Add the checkpoints in the order of their scores on this split, and keep those "
+            "with which the score of the average does not fall. The score is the first --metric, "
+            "of which more is better, else -loss.",
+            rich_help_panel="The search",
             show_default=False,
         ),
-    ],
-    force: Force = False,
+    ] = None,
 ) -> None:
-    """Write the average of checkpoints, with the metadata of the first."""
-    check_writable(out, force=force)
+    """Write the average of checkpoints, with the metadata of the first.
+
+    Needs `-o X.safetensors`, or X.pt. Without --greedy it writes this file alone, and needs a
+    model and data only for options about them, such as --buffers recalibrate. With --greedy it
+    also writes X.csv with the steps of the search, X.json and a picture.
+    """
+    if write.out is None:
+        raise UsageError("soup needs a file to write", "Give -o X.safetensors")
+    out = Path(write.out)
+    check_writable(out, force=True)
+    if greedy is not None:
+
+        def plan() -> Study:
+            from losscli.studies.soup import Soup
+
+            return Soup.plan(checkpoints, settings, greedy=greedy)
+
+        run_study("soup", checkpoints, plan, write, console, checkpoint=out)
+        return
+    options = {
+        "--figure": write.figure,
+        "--no-figure": write.no_figure,
+        "--json": write.json,
+        "--dry-run": write.dry_run,
+        **{f"--{name}": True for name in write.drawing.stored},
+    }
+    if given := [name for name, value in options.items() if value]:
+        raise UsageError(f"{given[0]} has no effect without --greedy", "Leave it out")
+    check_writable(out, force=write.force)
     with importing("torch"):
         from losscli.studies.soup import soup as study
 
-    study(checkpoints).save(out, force=True)
+    with console.guard_stdout():
+        checkpoint = study(checkpoints, **asdict(settings))
+    checkpoint.save(out, force=True)
     console.written = True
     console.result(f"{out}\n")
+    statistics = any(name.rpartition(".")[2] == "running_mean" for name in checkpoint.weights)
+    if statistics and settings.buffers == "interpolate":
+        console.note(
+            "BatchNorm's statistics are averages; --buffers recalibrate re-estimates them, with "
+            "a model and data"
+        )
+
+
+def report(result: Result[SoupSummary]) -> str:
+    """Describes the result of a greedy search.
+
+    Args:
+        result: The result.
+
+    Returns:
+        Lines of text.
+    """
+    summary = result.summary
+    ((name, split),) = summary["splits"].items()
+    lines = [
+        *task_lines(summary, 9, metrics=split["score"] in summary["metrics"]),
+        printable(f"score    {split['score']} on {name}, {format_examples(summary, name)}"),
+        "",
+    ]
+    cells = [["step", "checkpoint", "kept", "score of the average", "± of the change"]]
+    for row in result.table.records():
+        error = row["score_stderr"]
+        cells.append([
+            str(row["step"]),
+            printable(str(row["checkpoint"])),
+            "yes" if row["kept"] else "no",
+            format_number(float(str(row["score"]))),
+            format_number(error, 2) if isinstance(error, float) else "",
+        ])
+    lines += align_columns(cells, left={1, 2})
+    gain, error = split["gain"], split["gain_stderr"]
+    kept = f"{len(split['kept'])} of {format_count(len(split['checkpoints']), 'checkpoint')} kept"
+    change = format_number(gain) + (f" ± {format_number(error, 2)}" if is_finite(error) else "")
+    lines += ["", f"{kept}; score {format_number(split['soup'])}, {change} above the best alone"]
+    return "\n".join(lines) + "\n"

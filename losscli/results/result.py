@@ -678,11 +678,17 @@ class Output:
             existing.append(summary)
         if not existing:
             return
-        if identity is None or _read_object(self._file(".json")).get("identity") != identity:
+        if not self.is_of(identity):
             raise OutputError(
                 f"{existing[0]} holds the results of another run",
                 "Choose another --out, or overwrite it with --force",
             )
+
+    def is_of(self, identity: str | None) -> bool:
+        """Whether STEM.json is of the run with an identity."""
+        return (
+            identity is not None and _read_object(self._file(".json")).get("identity") == identity
+        )
 
     def save(self, result: Result[Any], drawing: Drawing = FULL) -> list[Path]:
         """Draws and writes a result: all files under temporary names first, then all are renamed.

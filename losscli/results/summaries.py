@@ -60,6 +60,8 @@ __all__ = [
     "SharpnessSplit",
     "SharpnessSummary",
     "Slope",
+    "SoupSplit",
+    "SoupSummary",
     "Step",
     "Summary",
     "TrajectorySplit",
@@ -726,6 +728,29 @@ class SharpnessSummary(Summary, total=False):
     learning_rates: dict[str, float]
     splits: dict[str, SharpnessSplit]
     endpoint_difference: float
+
+
+# --- soup ----------------------------------------------------------------------------------------
+
+
+class SoupSplit(TypedDict, total=False):
+    """A greedy search on its split: the score of each checkpoint, those kept, and their average.
+
+    The gain is the score of the average minus that of the best checkpoint.
+    """
+
+    score: str
+    checkpoints: list[float]
+    kept: list[str]
+    soup: float
+    gain: float
+    gain_stderr: float
+
+
+class SoupSummary(Summary, total=False):
+    """The summary of ``soup --greedy``."""
+
+    splits: dict[str, SoupSplit]
 
 
 # --- inspect -------------------------------------------------------------------------------------

@@ -15,9 +15,6 @@ from torch import Tensor
 from losscli.checkpoint import (
     Checkpoint,
     CheckpointLike,
-    Versions,
-    has_custom_loading,
-    loadable,
     name_checkpoint,
 )
 from losscli.data import Nest, map_nest
@@ -29,11 +26,11 @@ from losscli.errors import (
     UsageError,
 )
 from losscli.evaluation.device import Narrowest
-from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.objective import DETERMINISTIC
 from losscli.results.summaries import AlignmentSummary
 from losscli.settings import Settings, checked
 from losscli.studies.problem import Problem, prepare
+from losscli.studies.verification import needed_versions
 from losscli.weight_space.matching import inner_product, match
 from losscli.weight_space.permutations import Group, obstacles, permutation_groups, permute
 from losscli.weight_space.vectors import Weights, distance
@@ -159,7 +156,7 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
         f"{b} aligned with {a}",
         aligned,
         last.metadata,
-        versions=_needed_versions(problem, aligned),
+        versions=needed_versions(problem, aligned),
         extra=last.extra,
     )
     return Alignment(checkpoint, summary)
@@ -261,20 +258,6 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
             )
         raise ModelError(what, "It takes a hidden layer; without one there is nothing to align")
     return groups
-
-
-@torch.no_grad()
-def _needed_versions(problem: Problem, weights: Weights) -> Versions:
-    """The versions of modules, if the model would load other tensors without them."""
-    with torch.random.fork_rng(devices=[]):
-        model = problem.fresh().cpu()
-    if not has_custom_loading(model):
-        return {}
-    own, extra = named_tensors(model), problem.last.extra
-    model.load_state_dict(loadable(weights, {}, extra), strict=False)
-    if all(torch.equal(own[name], tensor.to(own[name])) for name, tensor in weights.items()):
-        return {}
-    return problem.objective.versions
 
 
 def _on_cpu(inputs: Nest) -> Nest:

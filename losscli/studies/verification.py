@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from losscli.checkpoint import Versions, has_custom_loading, loadable
 from losscli.data import Examples
 from losscli.errors import ModelError, UsageError
+from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.precision import with_model
 from losscli.evaluation.sweep import sweep, sweep_plain
 from losscli.settings import Settings
@@ -21,6 +23,7 @@ __all__ = [
     "FRESH_BYTES",
     "check_differentiable",
     "check_gradient_settings",
+    "needed_versions",
     "verify_fresh_model",
     "verify_fresh_model_near",
     "verify_sweep",
@@ -220,3 +223,25 @@ def check_differentiable(problem: Problem, moving: Iterable[str], option: str) -
             "vectors of a spectral norm for constants",
             f"Leave such weights out with --except {found[0]!r}",
         )
+
+
+@torch.no_grad()
+def needed_versions(problem: Problem, weights: Weights) -> Versions:
+    """Returns what a file of weights must note of the versions of modules.
+
+    Args:
+        problem: The model and the first checkpoint.
+        weights: All tensors of the file.
+
+    Returns:
+        The versions, if the model would load other tensors without them; else none.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = problem.fresh().cpu()
+    if not has_custom_loading(model):
+        return {}
+    own, extra = named_tensors(model), problem.first.extra
+    model.load_state_dict(loadable(weights, {}, extra), strict=False)
+    if all(torch.equal(own[name], tensor.to(own[name])) for name, tensor in weights.items()):
+        return {}
+    return problem.objective.versions

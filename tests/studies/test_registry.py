@@ -75,6 +75,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         library.around("a.pt", along="hessian", points=3, basin_loss=9.0, model="mlp:6-5-3"),
         library.around("a.pt", directions=1, points=3, sampling_error=0.5),
     ],
+    "soup": lambda: [library.soup(PATH, greedy="test", model="mlp:6-5-3")],
     "inspect": lambda: [library.inspect("a.pt"), library.inspect(["a.pt", "b.pt"])],
 }
 

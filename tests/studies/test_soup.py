@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import losscli as library
-from losscli.errors import ChangedError, UsageError
-from losscli.models import MLP
+from losscli.errors import ChangedError, OutputError, UsageError
+from losscli.models import CNN, MLP
+from losscli.results.result import Output, to_json
 from losscli.studies.export import parse_weights
+from losscli.table import Table
+from tests.benchmarks.__main__ import peak
 from tests.checkpoint.test_adapters import adapt, mlp
 from tests.conftest import Losscli
 from tests.studies.test_inspection import batchnorm, bits, is_refused, state
@@ -40,6 +48,16 @@ def test_a_soup_is_the_mean_in_float64_rounded_once(losscli: Losscli, three: lis
         means = torch.tensor([math.fsum(column) / 3 for column in columns]).float()
         assert torch.equal(tensor.flatten(), means)
     assert library.soup(three).metadata["losscli.model"] == "mlp:6-5-3"
+
+
+def test_a_device_of_the_environment_needs_no_model(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOSSCLI_DEVICE", "cpu")
+    for seed in range(2):
+        save_file({"w": torch.full((2,), float(seed))}, f"{seed}.safetensors")
+    assert losscli("soup", "0.safetensors", "1.safetensors", "-o", "s.safetensors").status == 0
+    assert load_file("s.safetensors")["w"].tolist() == [0.5, 0.5]
 
 
 def test_a_soup_of_a_folder_is_that_of_its_files(three: list[str], folder: Path) -> None:
@@ -77,6 +95,20 @@ def test_a_soup_of_adapters_is_that_of_the_whole_models(tmp_path: Path) -> None:
     for name, tensor in found.items():
         mean = sum(whole[name].double() for whole in wholes) / 3
         torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_bounded_by_three_files(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The size of GPT-2 with 124 million parameters, whose largest tensor has 38 million."""
+    files = [str(tmp_path / f"{k}.safetensors") for k in range(5)]
+    for k, file in enumerate(files):
+        tensors = {f"w{i}": torch.full((7_000_000,), k + i / 9, dtype=dtype) for i in range(12)}
+        save_file({**tensors, "words": torch.ones(50257, 768, dtype=dtype)}, file)
+    out = str(tmp_path / "soup.safetensors")
+    done = peak([sys.executable, "-m", "losscli", "soup", *files, "-o", out])
+    used = done - peak([sys.executable, "-c", "import torch"])
+    assert used < 3 * Path(files[0]).stat().st_size
 
 
 def normalised(seed: int) -> nn.Module:
@@ -227,3 +259,306 @@ def test_misuse_of_export_in_python_is_refused(three: list[str]) -> None:
     ):
         with pytest.raises(UsageError):
             library.export(arguments, **options)  # type: ignore[call-overload]
+
+
+# --- soup --greedy -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def relatives(folder: Path) -> list[str]:
+    """Five checkpoints around one: some averages of them are better than others."""
+    start = state("a.pt")
+    for k in range(5):
+        generator = torch.Generator().manual_seed(k)
+        near = {
+            name: tensor + 0.3 * (1 + k % 3) * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in start.items()
+        }
+        torch.save({"state_dict": near, "losscli.model": "mlp:6-5-3"}, f"{k}.pt")
+    return [f"{k}.pt" for k in range(5)]
+
+
+def losses_by_hand(tensors: dict[str, Tensor], score: str) -> list[float]:
+    data = np.load("data.npz")
+    model = MLP("6-5-3").double()
+    model.load_state_dict(tensors)
+    outputs = model(torch.tensor(data["test_inputs"]).double())
+    targets = torch.tensor(data["test_targets"])
+    if score == "accuracy":
+        return [float(int(row.argmax()) == int(t)) for row, t in zip(outputs, targets, strict=True)]
+    return [
+        float(row[t] - row.logsumexp(0)) for row, t in zip(outputs.detach(), targets, strict=True)
+    ]
+
+
+def greedy_by_hand(names: list[str], score: str) -> tuple[list[tuple[str, int, float, float]], Any]:
+    """The search as a plain loop in float64, on weights in float32 as they are stored."""
+
+    def average(kept: list[str]) -> dict[str, Tensor]:
+        states = [state(name) for name in kept]
+        return {n: (sum(s[n].double() for s in states) / len(kept)).float() for n in states[0]}
+
+    own = {name: statistics.fmean(losses_by_hand(state(name), score)) for name in names}
+    first, *others = sorted(names, key=lambda name: -own[name])
+    kept, best = [first], losses_by_hand(state(first), score)
+    rows = [(first, 1, own[first], math.nan)]
+    for name in others:
+        scores = losses_by_hand(average([*kept, name]), score)
+        mean = statistics.fmean(scores)
+        differences = [x - y for x, y in zip(scores, best, strict=True)]
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        keep = mean >= statistics.fmean(best)
+        rows.append((name, int(keep), mean, error))
+        if keep:
+            kept, best = [*kept, name], scores
+    return rows, average(kept)
+
+
+@pytest.mark.parametrize("score", ["", "accuracy"])
+def test_a_greedy_soup_is_that_of_a_plain_loop(
+    score: str, losscli: Losscli, relatives: list[str]
+) -> None:
+    options = ["--greedy", "test", "--dtype", "float64", *(["--metric", score] if score else [])]
+    done = losscli("soup", *relatives, "-o", "s.safetensors", *options)
+    assert done.status == 0, done.stderr
+    assert done.stderr.endswith("note: wrote s.safetensors, s.csv, s.png, s.json\n")
+    rows, weights = greedy_by_hand(relatives, score)
+    table = Table.read(Path("s.csv"))
+    assert table.columns == ("step", "checkpoint", "kept", "score", "score_stderr")
+    assert {row[1] for row in rows} == {0, 1}
+    for step, (row, expected) in enumerate(zip(table.rows, rows, strict=True)):
+        assert row[:3] == (step, *expected[:2])
+        assert row[3] == pytest.approx(expected[2], rel=1e-12)
+        error = math.nan if row[4] is None else row[4]
+        assert error == pytest.approx(expected[3], rel=1e-9, nan_ok=True)
+    found = load_file("s.safetensors")
+    assert all(bits(found[name]) == bits(tensor) for name, tensor in weights.items())
+    kept = [row[0] for row in rows if row[1]]
+    plain = library.soup(kept).weights
+    assert all(bits(found[name]) == bits(plain[name]) for name in plain)
+    split = json.loads(Path("s.json").read_text())["splits"]["test"]
+    assert split["kept"] == kept
+    assert split["soup"] >= max(split["checkpoints"])
+    assert f"{len(kept)} of 5 checkpoints kept" in done.stdout
+    assert losscli("plot", "s.csv", "--figure", "again.png").status == 0
+    assert Path("again.png").read_bytes() == Path("s.png").read_bytes()
+
+
+def test_a_result_saves_what_the_command_line_writes(
+    losscli: Losscli, relatives: list[str]
+) -> None:
+    assert losscli("soup", *relatives, "--greedy", "test", "-o", "cli.safetensors").status == 0
+    result = library.soup(relatives, greedy="test")
+    result.save("py")
+    for suffix in (".csv", ".png", ".safetensors"):
+        assert Path(f"py{suffix}").read_bytes() == Path(f"cli{suffix}").read_bytes()
+    loaded = library.load("py")
+    assert loaded.table == result.table
+    assert to_json(loaded.summary) == to_json(result.summary)
+    with pytest.raises(OutputError, match=r"py\.safetensors exists"):
+        result.save("py")
+    # The same run may be repeated; another needs --force.
+    assert losscli("soup", *relatives, "--greedy", "test", "-o", "cli.safetensors").status == 0
+    other = ["soup", *relatives[1:], "--greedy", "test", "-o", "cli.safetensors"]
+    done = losscli(*other)
+    assert (done.status, done.stdout) == (1, "")
+    assert "cli.csv holds the results of another run" in done.stderr
+    assert losscli(*other, "--force", "--json").status == 0
+
+
+def test_objects_are_searched_too(relatives: list[str]) -> None:
+    data = {"held": (torch.rand(9, 6), torch.arange(9) % 3)}
+    states = [state(name) for name in relatives]
+    done: list[float] = []
+    options = {"model": MLP("6-5-3"), "data": data, "greedy": "held", "progress": done.append}
+    result = library.soup(states, **options)
+    named = library.soup(relatives, **{**options, "progress": None})
+    assert result.table["score"] == named.table["score"]
+    assert result.table["kept"] == named.table["kept"]
+    assert done[-1] == 9
+    assert all(
+        bits(result.checkpoint.weights[name]) == bits(named.checkpoint.weights[name])
+        for name in states[0]
+    )
+
+
+def test_only_the_chosen_tensors_are_averaged(relatives: list[str]) -> None:
+    found = library.soup(
+        relatives, data={"x": (torch.rand(4, 6), torch.arange(4) % 3)}, only="*bias"
+    )
+    whole, first = library.soup(relatives), state(relatives[0])
+    for name, tensor in found.weights.items():
+        expected = whole.weights[name] if name.endswith("bias") else first[name]
+        assert bits(tensor) == bits(expected)
+
+
+def test_a_dry_run_writes_nothing(losscli: Losscli, relatives: list[str], folder: Path) -> None:
+    before = sorted(folder.iterdir())
+    done = losscli("soup", *relatives, "--greedy", "test", "-o", "s.safetensors", "--dry-run")
+    assert done.status == 0
+    assert "points       9" in done.stdout
+    assert sorted(folder.iterdir()) == before
+
+
+def test_statistics_are_re_estimated_where_asked(losscli: Losscli, folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.rand(40, 1, 6, 6, generator=generator)
+    arrays = {"train_inputs": inputs, "train_targets": torch.arange(40) % 3}
+    np.savez("images.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
+    for seed in (1, 2):
+        torch.save(batchnorm(seed), f"bn{seed}.pt")
+    files, model = ["bn1.pt", "bn2.pt"], CNN("3", channels=1, classes=3, batchnorm=True)
+    done = losscli("soup", *files, "-o", "mean.safetensors")
+    assert "BatchNorm's statistics are averages; --buffers recalibrate" in done.stderr
+    spec = ["-m", "cnn:3,channels=1,classes=3,batchnorm=true", "-d", "npz:images.npz"]
+    again = ["--buffers", "recalibrate", "-o", "new.safetensors"]
+    done = losscli("soup", *files, *spec, *again)
+    assert (done.status, done.stderr) == (0, "")
+    mean, new = load_file("mean.safetensors"), load_file("new.safetensors")
+    model.load_state_dict(mean)
+    torch.optim.swa_utils.update_bn([inputs], model)
+    expected = model.state_dict()
+    changed = {name for name in new if not torch.equal(new[name], mean[name])}
+    assert changed == {"norms.0.running_mean", "norms.0.running_var"}
+    for name in changed:
+        torch.testing.assert_close(new[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+GREEDY = {
+    "no split": ("--greedy val", 2, "val"),
+    "a split twice": ("--greedy test --split train", 2, ": --split has no effect"),
+    "a sample": ("--greedy test --sampling-error 0.1", 2, "--sampling-error has no effect"),
+    "no search": ("--figure x.png", 2, "--figure has no effect without --greedy. Leave it out"),
+    "no json": ("--json", 2, "--json has no effect without --greedy"),
+}
+
+
+@pytest.mark.parametrize("case", GREEDY)
+def test_a_search_that_cannot_be_is_refused(
+    case: str, losscli: Losscli, folder: Path, three: list[str]
+) -> None:
+    options, status, message = GREEDY[case]
+    command = ["soup", *three, *options.split(), "-m", "mlp:6-5-3", "-o", "y.safetensors"]
+    is_refused(losscli, folder, command, status, message)
+
+
+def test_a_checkpoint_without_a_finite_score_is_not_kept(
+    losscli: Losscli, three: list[str]
+) -> None:
+    broken = {name: torch.full_like(tensor, math.nan) for name, tensor in state("a.pt").items()}
+    for name in ("nan.pt", "nan2.pt"):
+        torch.save({"state_dict": broken, "losscli.model": "mlp:6-5-3"}, name)
+    line = ["--greedy", "test", "-o", "y.safetensors"]
+    done = losscli("soup", "nan.pt", "nan2.pt", *line)
+    assert (done.status, done.stdout) == (1, "")
+    assert "no checkpoint has a finite score on test" in done.stderr
+    assert not Path("y.csv").exists()
+    assert not Path("y.safetensors").exists()
+    assert losscli("soup", "nan.pt", *three, *line).status == 0
+    assert Table.read(Path("y.csv")).where("checkpoint", "nan.pt")["kept"] == [0]
+
+
+def test_a_file_to_write_is_needed(losscli: Losscli, folder: Path, three: list[str]) -> None:
+    message = "soup needs a file to write. Give -o X.safetensors"
+    is_refused(losscli, folder, ["soup", *three], 2, message)
+
+
+def test_a_killed_search_goes_on(
+    losscli: Losscli, relatives: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["soup", *relatives, "--greedy", "test", "-o"]
+    assert losscli(*line, "whole.safetensors").status == 0
+    # Broken off when the checkpoint is written and the table is not.
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert losscli(*line, "s.safetensors").status == 130
+    assert Path("s.safetensors").exists()
+    assert not Path("s.csv").exists()
+    done = losscli(*line, "s.safetensors")
+    assert done.status == 0
+    assert "goes on where s.journal ends" in done.stderr
+    for suffix in (".csv", ".safetensors", ".png"):
+        assert Path(f"s{suffix}").read_bytes() == Path(f"whole{suffix}").read_bytes()
+
+
+# --- export --plane ------------------------------------------------------------------------------
+
+
+def loss_by_hand(tensors: dict[str, Tensor]) -> float:
+    return -statistics.fmean(losses_by_hand(tensors, ""))
+
+
+PLANES = {
+    "points": ["a.pt", "b.pt", "c.pt", "--path", "0.pt"],
+    "pca": ["a.pt", "b.pt", "c.pt", "0.pt", "1.pt", "--pca", "--keep-order"],
+    "random": ["a.pt", "--seed", "3"],
+    "chosen": ["a.pt", "b.pt", "c.pt", "--only", "layers.1*"],
+}
+
+
+@pytest.mark.parametrize("case", PLANES)
+def test_a_point_of_a_plane_has_its_loss(
+    case: str, losscli: Losscli, three: list[str], relatives: list[str]
+) -> None:
+    save = ["--points", "3", "-o", "p", "--no-figure"]
+    assert losscli("plane", *PLANES[case], *save).status == 0
+    table = Table.read(Path("p.csv")).where("split", "test")
+    for row in table.records()[::4]:
+        at = [f"{row['x']}", f"{row['y']}"]
+        line = ["export", "--plane", "p.csv", "--at", *at, "-o", "x.safetensors", "--force"]
+        done = losscli(*line)
+        assert (done.status, done.stdout) == (0, "x.safetensors\n"), done.stderr
+        found = load_file("x.safetensors")
+        assert loss_by_hand(found) == pytest.approx(row["loss"], rel=1e-5)
+    if case == "chosen":
+        first = state("a.pt")
+        same = {name for name in found if torch.equal(found[name], first[name])}
+        assert same == {name for name in found if not name.startswith("layers.1")}
+
+
+def test_the_corners_of_a_plane_are_its_checkpoints(losscli: Losscli, three: list[str]) -> None:
+    assert losscli("plane", *three, "--points", "2", "-o", "p", "--no-figure").status == 0
+    rows = Table.read(Path("p.path.csv")).where("split", "test").records()
+    for row, name in zip(rows, three, strict=True):
+        line = ["--at", str(row["x"]), str(row["y"]), "-o", "x.safetensors", "--force"]
+        assert losscli("export", "--plane", "p.csv", *line).status == 0
+        point = load_file("x.safetensors")
+        assert all(bits(point[n]) == bits(tensor) for n, tensor in state(name).items())
+
+
+OFF_PLANE = {
+    "no point": ("--plane p.csv", 2, "--plane is given without --at"),
+    "no plane": ("--at 1 2 a.pt b.pt --alpha 1", 2, "--at is given without --plane"),
+    "names": ("a.pt --plane p.csv --at 1 2", 2, "so a.pt has no effect"),
+    "a model": ("a.pt b.pt --alpha 1 -m mlp:6-5-3", 2, "have no effect without --plane"),
+    "infinite": ("--plane p.csv --at inf 0", 2, "--at inf 0.0 is not a point of the plane"),
+    "another table": ("--plane l.csv --at 0 0", 2, "--plane l.csv is not a table of plane"),
+    "alone": ("--plane alone.csv --at 0 0", 1, "alone.csv has no summary alone.json beside it"),
+    "another model": (
+        "--plane p.csv --at 0 0 -m mlp:6-5-3,activation=tanh",
+        1,
+        "p.csv is of the model mlp:6-5-3, not of mlp:6-5-3,activation=tanh. Give --model mlp:6-5-3",
+    ),
+    "eigenvectors": ("--plane h.csv --at 0 0", 2, "the axes of h.csv are eigenvectors"),
+    "changed": ("--plane p.csv --at 0 0", 1, "b.pt is not what it was when p.csv was written"),
+}
+
+
+@pytest.fixture
+def planes(losscli: Losscli, folder: Path, three: list[str]) -> Path:
+    out = ["--points", "2", "--no-figure", "-o"]
+    assert losscli("plane", *three, *out, "p").status == 0
+    assert losscli("interpolate", "a.pt", "b.pt", *out, "l").status == 0
+    Path("alone.csv").write_bytes(Path("p.csv").read_bytes())
+    Path("h.csv").write_bytes(Path("p.csv").read_bytes())
+    summary = json.loads(Path("p.json").read_text())
+    Path("h.json").write_text(json.dumps({**summary, "plane": "hessian"}))
+    return folder
+
+
+@pytest.mark.parametrize("case", OFF_PLANE)
+def test_what_is_no_point_of_a_plane_is_refused(case: str, losscli: Losscli, planes: Path) -> None:
+    line, status, message = OFF_PLANE[case]
+    if case == "changed":
+        torch.save({"state_dict": MLP("6-5-3").state_dict()}, "b.pt")
+    is_refused(losscli, planes, ["export", *line.split(), "-o", "y.safetensors"], status, message)
