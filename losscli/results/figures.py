@@ -56,7 +56,7 @@ def check_curve_count(curves: int, cure: str) -> None:
         UsageError: There are too many.
     """
     if curves > _MOST_CURVES:
-        raise UsageError(f"a picture has room for {_MOST_CURVES} curves, and not {curves}", cure)
+        raise UsageError(f"a figure can show at most {_MOST_CURVES} curves, not {curves}", cure)
 
 
 def render_files(

@@ -214,7 +214,7 @@ FAILING = [
     (["a.pt", "absent.pt", "-o", "x.safetensors"], 1, "no checkpoint absent.pt"),
     (["a.pt", "wide.pt", "-o", "x.safetensors"], 1, "wide.pt does not fit the model"),
     (["wide.pt", "a.pt", "-o", "x.safetensors", "-m", "cnn:4"], 1, "choose with -m"),
-    (["bare.pt", "a.pt", "-o", "x.safetensors"], 2, "no model is named"),
+    (["bare.pt", "a.pt", "-o", "x.safetensors"], 2, "no model given"),
     (["a.pt", "nan.pt", "-o", "x.safetensors"], 1, "nan.pt: layers.0.weight has weights that"),
     (["a.pt", "b.pt", "-o", "x.safetensors", "--device", "no"], 1, "'no'"),
     (["init:0", "init:1", "-m", "mlp:6-3", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
