@@ -37,12 +37,12 @@ def align(
         str,
         typer.Argument(
             metavar="A",
-            help="The checkpoint whose order is taken: FILE, DIR, FILE#KEY or init:SEED.",
+            help="The reference checkpoint: FILE, DIR, FILE#KEY or init:SEED.",
             show_default=False,
         ),
     ],
     b: Annotated[
-        str, typer.Argument(metavar="B", help="The one that is permuted.", show_default=False)
+        str, typer.Argument(metavar="B", help="The checkpoint to permute.", show_default=False)
     ],
     settings: Settings,
     console: Console,

@@ -342,13 +342,16 @@ _OUTPUT_OPTIONS: dict[str, Any] = {
             metavar="PATH",
         ),
     ],
-    "no_figure": Annotated[bool, _option(_OUTPUT, "Draw no picture.", "--no-figure")],
+    "no_figure": Annotated[bool, _option(_OUTPUT, "Draw no figure.", "--no-figure")],
     "force": Annotated[bool, _option(_OUTPUT, "Overwrite the results of another run.", "--force")],
     "json_": Annotated[
         bool, _option(_OUTPUT, "Print the summary as one JSON object instead of text.", "--json")
     ],
     "dry_run": Annotated[
-        bool, _option(_OUTPUT, "Match and count everything, and time one batch.", "--dry-run")
+        bool,
+        _option(
+            _OUTPUT, "Check and count everything, and time one batch, without running.", "--dry-run"
+        ),
     ],
 }
 

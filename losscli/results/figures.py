@@ -34,9 +34,7 @@ def check_panel_count(panels: Panels, splits: int, metrics: int, cure: str) -> N
     """
     number = {"metrics": metrics, "splits": splits, "tensors": 1}[panels]
     if number > _MOST_PANELS:
-        raise UsageError(
-            f"a picture has panels for {_MOST_PANELS} {panels}, and not {number}", cure
-        )
+        raise UsageError(f"a figure can have at most {_MOST_PANELS} {panels}, not {number}", cure)
     check_curve_count(splits, cure)
 
 

@@ -253,7 +253,7 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
         what = f"the model {problem.provenance['model']} has no hidden units that could be permuted"
         if met := obstacles(model, args, kwargs):
             raise ModelError(
-                f"{what}: {', '.join(met)} may heed the order of what passes through",
+                f"{what}: {', '.join(met)} may depend on the order of their inputs",
                 "It takes a hidden layer whose units meet only operators that are known not to",
             )
         raise ModelError(what, "It takes a hidden layer; without one there is nothing to align")

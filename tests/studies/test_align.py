@@ -220,7 +220,7 @@ FAILING = [
     (["init:0", "init:1", "-m", "mlp:6-3", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
      "the model mlp:6-3 has no hidden units that could be permuted. It takes a hidden layer"),
     (["init:0", "init:1", "-m", "net.py:Rising", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
-     "no hidden units that could be permuted: cumsum may heed the order of what passes through"),
+     "no hidden units that could be permuted: cumsum may depend on the order of their inputs"),
     (["init:0", "init:1", "-m", "mlp:5-4-3", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
      "Do --model and --data belong together"),
     (["init:0", "init:1", "-m", "net.py:Branching", "-d", "npz:data.npz", "-o", "x.safetensors"],

@@ -391,7 +391,7 @@ def test_every_checkpoint_is_held_against_the_sweep(
         return found
 
     monkeypatch.setattr(verification, "sweep", wrong)
-    with pytest.raises(ModelError, match="the sweep does not meet the checkpoints"):
+    with pytest.raises(ModelError, match="the sweep does not reproduce the checkpoints"):
         plan.run()
     assert Barriers.plan(files[:3], Settings(**options(RELU)), points=POINTS).run().table.rows
 

@@ -149,7 +149,9 @@ def test_of_equal_losses_the_first_counts_and_those_not_finite_do_not(
     assert done.status == 0
     first, second = done.stderr.splitlines()
     assert first.startswith("note: α = 0.25, ")
-    assert second.startswith("note: no summary lies beside x.csv: A and B are not held against it")
+    assert second.startswith(
+        "note: x.csv has no summary beside it: A and B are not compared with it"
+    )
     assert losscli(*BEST, "--best", "t", "-q", "--force").stderr == ""
 
 

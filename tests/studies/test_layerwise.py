@@ -388,7 +388,7 @@ def test_a_block_that_does_not_meet_its_end_stops_the_run(
         return line, {name: tensor * 1.1 for name, tensor in end.items()}
 
     monkeypatch.setattr(Interpolation, "_block_line", wrong)
-    with pytest.raises(ModelError, match="does not meet the checkpoints"):
+    with pytest.raises(ModelError, match="does not reproduce the checkpoints"):
         library.interpolate("a.pt", "b.pt", points=3, layerwise=True)
 
 
