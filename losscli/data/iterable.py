@@ -262,7 +262,7 @@ class IterableStream(Examples):
     def remarks(self) -> tuple[str, ...]:
         """Remarks for the user about these examples."""
         sequential = (
-            "iterated anew in each pass over the data; a part of it is its first examples, and not "
+            "iterated again in each pass over the data; a part of it is its first examples, and not "
             "drawn"
         )
         return sequential, *(

@@ -69,7 +69,7 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
     model can be run in it.
 
     Args:
-        a: The checkpoint whose order is taken.
+        a: The reference checkpoint.
         b: The checkpoint that is permuted.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -254,9 +254,9 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
         if met := obstacles(model, args, kwargs):
             raise ModelError(
                 f"{what}: {', '.join(met)} may depend on the order of their inputs",
-                "It takes a hidden layer whose units meet only operators that are known not to",
+                "Alignment needs a hidden layer that is followed only by operators known not to",
             )
-        raise ModelError(what, "It takes a hidden layer; without one there is nothing to align")
+        raise ModelError(what, "Alignment needs a hidden layer")
     return groups
 
 

@@ -481,7 +481,7 @@ class Barriers(Study):
 
 @dataclass(frozen=True)
 class _Height:
-    """A barrier: its height, the standard error of that, and where it is; None for nowhere."""
+    """A barrier: its height, the standard error of that, and where it is; None if there is none."""
 
     height: float
     stderr: float

@@ -556,7 +556,6 @@ def require_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:
     for tensor in moving:
         if not weights[tensor].isfinite().all():
             raise CheckpointError(
-                f"{name}: {tensor} has weights that are infinite or not a number, and lies nowhere "
-                "in weight space",
+                f"{name}: {tensor} has weights that are infinite or not a number",
                 "Leave this checkpoint out",
             )
