@@ -218,7 +218,7 @@ FAILING = [
     (["a.pt", "nan.pt", "-o", "x.safetensors"], 1, "nan.pt: layers.0.weight has weights that"),
     (["a.pt", "b.pt", "-o", "x.safetensors", "--device", "no"], 1, "'no'"),
     (["init:0", "init:1", "-m", "mlp:6-3", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
-     "the model mlp:6-3 has no hidden units that could be permuted. Alignment needs a hidden layer"),
+     "the model mlp:6-3 has no hidden units that could be permuted. Alignment needs a hidden la"),
     (["init:0", "init:1", "-m", "net.py:Rising", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
      "no hidden units that could be permuted: cumsum may depend on the order of their inputs"),
     (["init:0", "init:1", "-m", "mlp:5-4-3", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
