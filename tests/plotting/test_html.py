@@ -308,9 +308,8 @@ def test_a_page_without_plotly_is_refused_before_anything_is_evaluated(
     assert set(folder.iterdir()) == before
 
 
-@pytest.mark.stress
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
-@pytest.mark.parametrize("index", range(2))
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.stress)])
 def test_a_browser_draws_a_surface_with_a_hostile_name(index: int, tmp_path: Path) -> None:
     page = render_html([hostile_runs()[index]], Drawing(title=HOSTILE))
     (tmp_path / "x.html").write_text(page)
