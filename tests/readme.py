@@ -30,6 +30,7 @@ _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers)(?!.*--points)")
 _STUDY = re.compile(r"^losscli (interpolate|trajectory|plane|around|barriers|check|sharpness)")
 _WHOLE_PATH = re.compile(r"^(losscli (?:check|sharpness) )(\S+)/path")
+_CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _FOLDED = re.compile(r"(<details.*?</summary>).*?</details>", re.DOTALL)
 _HELP = re.compile(r"(<!-- (losscli [a-z ]*--help) -->\n```text\n).*?(```\n)", re.DOTALL)
 
@@ -124,7 +125,7 @@ def places(page: Path) -> set[str]:
 
 
 def _without_code(page: Path) -> str:
-    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return _CODE.sub("", page.read_text(encoding="utf-8"))
 
 
 def tests_named(text: str) -> list[tuple[str, str]]:
