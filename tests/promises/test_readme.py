@@ -59,7 +59,7 @@ def test_the_main_page_is_read_in_one_sitting() -> None:
     assert len(readme.visible(text).splitlines()) <= 350
 
 
-@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: f"{page.relative_to(readme.ROOT)}")
 def test_every_link_leads_somewhere(page: Path) -> None:
     links = readme.links(page)
     assert links
